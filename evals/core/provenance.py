@@ -1,0 +1,75 @@
+"""Where a number came from: package versions, our own commit, the device."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+import radio
+from radio.errors import ConfigError
+
+_PACKAGES = ("am-radio", "torch", "torchvision", "timm", "numpy", "pillow", "faiss-cpu", "faiss-gpu")
+
+
+@lru_cache
+def versions() -> dict[str, str]:
+    """The versions of Python and of the installed packages that decide results."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@lru_cache
+def commit() -> str | None:
+    """The git commit of our source tree, with `-dirty` for uncommitted changes; None outside a checkout."""
+    root = Path(radio.__file__).resolve().parent.parent
+    if not (root / ".git").exists():  # an installed wheel may lie inside somebody else's checkout
+        return None
+    head = _git(root, "rev-parse", "HEAD")
+    if head is None:
+        return None
+    return f"{head}-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else head
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `auto`, `cpu`, `cuda` or `cuda:N` names; each rank of a node takes a GPU of its own.
+
+    Raises:
+        ConfigError: no such device here. A GPU that was asked for is never replaced by the CPU.
+    """
+    available = torch.cuda.is_available()
+    if name == "cpu" or (name == "auto" and not available):
+        return torch.device("cpu")
+    if name not in ("auto", "cuda") and not name.startswith("cuda:"):
+        raise ConfigError(f"unknown device {name!r}; choose auto, cpu, cuda or cuda:N")
+    if not available:
+        raise ConfigError(f"device {name} was asked for, and torch sees no GPU; use --device cpu")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device(name if ":" in name else f"cuda:{local}")
+
+
+def describe_device(device: torch.device) -> str:
+    """The device's name for a report, with the number of threads where it is the CPU."""
+    if device.type == "cuda":
+        return f"{device} {torch.cuda.get_device_name(device)}"
+    return f"cpu {platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,180 @@
+"""Exact cosine neighbours with FAISS, the same whatever the number of ranks.
+
+Products in float32 differ in their last bits with the shape of the matrices, and equal pictures give equal
+similarities. Neighbours nearer to each other than that noise are therefore compared again in float64, and
+what is still equal is ordered by id: the order is a property of the features alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, final
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from evals.core.dist import Group
+from radio.errors import DataError, require
+
+# Letters: N bank, Q queries, C feature width, k neighbours, M merged candidates.
+
+_NOISE = 2e-6  # float32 products of unit vectors of 1280 numbers are off by about 3e-7 at most
+_DECIMALS = 10  # of float64 similarities: far above their rounding, far below the noise
+_SPARE = 8  # candidates beyond k, so that ties at the border are seen
+_QUERIES = 4096  # in one search
+_PAIRS = 8192  # compared again at once
+_CELLS = 1 << 24  # of a float64 block of similarities
+
+
+class Neighbours(NamedTuple):
+    """The nearest first; where the bank has fewer than k, -inf and -1."""
+
+    similarities: Tensor  # [Q, k] float32, cosine
+    ids: Tensor  # [Q, k] int64
+
+
+@final
+class Index:
+    """The bank, or one rank's share of it.
+
+    Args:
+        features: [N, C] float32, of any length; normalised here.
+        ids: [N] int64, ascending, unique over all ranks.
+
+    Raises:
+        MissingExtraError: FAISS is not installed.
+    """
+
+    def __init__(self, features: Tensor, ids: Tensor) -> None:
+        faiss = require("faiss", extra="knn")
+        self._ids = ids
+        self._faiss = faiss.IndexFlatIP(max(features.shape[1], 1))
+        if len(ids):
+            self._faiss.add(F.normalize(features.float(), dim=1).numpy())
+            cells = self._faiss.ntotal * self._faiss.d
+            stored: NDArray[np.float32] = faiss.rev_swig_ptr(self._faiss.get_xb(), cells)
+            self._vectors = torch.from_numpy(stored.reshape(-1, self._faiss.d))  # FAISS's own memory
+        else:
+            self._vectors = torch.empty(0, features.shape[1])
+
+    def search(
+        self, queries: Tensor, k: int, *, exclude: Tensor | None = None, group: Group | None = None
+    ) -> Neighbours:
+        """The k nearest of all ranks' vectors to each query; every rank calls with the same arguments.
+
+        Args:
+            queries: [Q, C] float32, of any length.
+            exclude: [Q] ids that may not be a query's neighbour (itself, when it is in the bank).
+
+        Raises:
+            DataError: k below 1, or queries of another width than the bank.
+        """
+        if k < 1:
+            raise DataError(f"k = {k} asks for no neighbours; give 1 or more")
+        if len(self._ids) and queries.shape[1] != self._vectors.shape[1]:
+            raise DataError(
+                f"queries of width {queries.shape[1]} do not fit a bank of {self._vectors.shape[1]}"
+            )
+        group = group or Group()
+        found = [
+            self._search(F.normalize(block.float(), dim=1), k, banned, group)
+            for block, banned in zip(
+                queries.split(_QUERIES),
+                (torch.full((len(queries),), -1) if exclude is None else exclude).split(_QUERIES),
+                strict=True,
+            )
+        ]
+        return Neighbours(torch.cat([n.similarities for n in found]), torch.cat([n.ids for n in found]))
+
+    def _search(self, queries: Tensor, k: int, exclude: Tensor, group: Group) -> Neighbours:
+        width = k + 1 + _SPARE
+        similarities, ids, border = self._candidates(queries, width, exclude)
+        similarities, ids = _merge(group.gather(similarities), group.gather(ids))
+        border = group.gather(border).amax(0)
+        if similarities.shape[1] > width:
+            border = torch.maximum(border, similarities[:, width])
+        similarities, ids = similarities[:, :width], ids[:, :width]
+        similarities, ids = self._settle_ties(queries, similarities, ids, group)
+        kth = similarities[:, k - 1]
+        open_ended = (kth - border < _NOISE) & kth.isfinite() & border.isfinite()
+        similarities, ids = similarities[:, :k], ids[:, :k]
+        rows = open_ended.nonzero().squeeze(1)  # the same on every rank
+        if len(rows):
+            similarities[rows], ids[rows] = self._search_exactly(queries[rows], k, exclude[rows], group)
+        return Neighbours(similarities.float(), ids)
+
+    def _candidates(self, queries: Tensor, width: int, exclude: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[Q, width] similarities (float64) and ids of this rank, and [Q] below which it may have more."""
+        similarities = torch.full((len(queries), width), -torch.inf, dtype=torch.float64)
+        ids = torch.full((len(queries), width), -1, dtype=torch.int64)
+        border = torch.full((len(queries),), -torch.inf, dtype=torch.float64)
+        fetch = min(width, len(self._ids))
+        if fetch == 0:
+            return similarities, ids, border
+        values, rows = self._faiss.search(queries.numpy(), fetch)
+        similarities[:, :fetch] = torch.from_numpy(values).double()
+        ids[:, :fetch] = self._ids[torch.from_numpy(rows)]
+        if fetch < len(self._ids):
+            border = similarities[:, fetch - 1].clone()
+        banned = ids == exclude.unsqueeze(1)
+        return similarities.masked_fill_(banned, -torch.inf), ids.masked_fill_(banned, -1), border
+
+    def _settle_ties(
+        self, queries: Tensor, similarities: Tensor, ids: Tensor, group: Group
+    ) -> tuple[Tensor, Tensor]:
+        """The candidates [Q, M] again, those within the noise of a neighbour compared in float64."""
+        near = (similarities[:, :-1] - similarities[:, 1:] < _NOISE) & similarities[:, 1:].isfinite()
+        tied = F.pad(near, (0, 1)) | F.pad(near, (1, 0))
+        query, place = tied.nonzero(as_tuple=True)
+        if len(query) == 0:
+            return similarities, ids
+        exact = group.sum(self._compare(queries, query, ids[query, place]))
+        similarities = similarities.index_put((query, place), exact.round(decimals=_DECIMALS))
+        return _sort(similarities, ids)
+
+    def _compare(self, queries: Tensor, query: Tensor, ids: Tensor) -> Tensor:
+        """[P] float64 similarities of pairs (query, id); 0 where another rank holds the id."""
+        exact = torch.zeros(len(query), dtype=torch.float64)
+        if len(self._ids) == 0:
+            return exact
+        rows = torch.searchsorted(self._ids, ids).clamp_(max=len(self._ids) - 1)
+        mine = (self._ids[rows] == ids).nonzero().squeeze(1)
+        for part in mine.split(_PAIRS):
+            pairs = queries[query[part]].double() * self._vectors[rows[part]].double()
+            exact[part] = pairs.sum(1)
+        return exact
+
+    def _search_exactly(
+        self, queries: Tensor, k: int, exclude: Tensor, group: Group
+    ) -> tuple[Tensor, Tensor]:
+        """[R, k] by float64 throughout, for queries with more ties at the border than were fetched."""
+        similarities = torch.full((len(queries), k), -torch.inf, dtype=torch.float64)
+        ids = torch.full((len(queries), k), -1, dtype=torch.int64)
+        count = len(self._ids)
+        if count:
+            vectors = self._vectors.double()
+            rows = torch.arange(len(queries)).split(max(1, _CELLS // count))
+            for part in rows:
+                products = (queries[part].double() @ vectors.T).round(decimals=_DECIMALS)
+                products.masked_fill_(self._ids == exclude[part].unsqueeze(1), -torch.inf)
+                values, places = products.sort(dim=1, descending=True, stable=True)
+                width = min(k, count)
+                similarities[part, :width] = values[:, :width]
+                ids[part, :width] = self._ids[places[:, :width]]
+        ids = ids.masked_fill(similarities.isinf(), -1)
+        similarities, ids = _merge(group.gather(similarities), group.gather(ids))
+        return similarities[:, :k], ids[:, :k]
+
+
+def _merge(similarities: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """All ranks' candidates [world, Q, M] of each query in one row [Q, world * M], the nearest first."""
+    return _sort(similarities.transpose(0, 1).flatten(1), ids.transpose(0, 1).flatten(1))
+
+
+def _sort(similarities: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """By similarity, the highest first; equal ones by id."""
+    ids, order = ids.sort(dim=1, stable=True)
+    similarities, order = similarities.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return similarities, ids.gather(1, order)

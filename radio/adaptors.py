@@ -1,0 +1,69 @@
+"""Adaptors: small heads that carry student features into one teacher's space (paper §3.3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from .nn.block import NORM_EPS
+from .resample import resize_features
+from .types import Features
+
+# Letters: B batch, C summary width, T tokens, D token width, H W grid.
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdaptorConfig:
+    """The shape of the adaptor for one teacher."""
+
+    name: str
+    summary_dim: int  # the teacher's C
+    token_dim: int  # the teacher's D
+    hidden: int | None = None  # hidden width of both heads; None = the student's token width
+    slot: int | None = None  # which class token it reads when there is one per teacher; None = the whole summary
+    resample: Literal["before", "after"] = "before"  # bilinear to the teacher's grid before or after the head (ours)
+
+
+class Head(nn.Module):
+    """Linear, LayerNorm, GELU, Linear."""
+
+    def __init__(self, width: int, hidden: int, out: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(width, hidden), nn.LayerNorm(hidden, eps=NORM_EPS), nn.GELU(), nn.Linear(hidden, out)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., out]."""
+        y: Tensor = self.layers(x)
+        return y
+
+
+class MLPAdaptor(nn.Module):
+    """One head for the summary and one for every token.
+
+    Args:
+        config: the teacher's widths and how to resample.
+        summary_dim: C of the student.
+        token_dim: D of the student.
+    """
+
+    def __init__(self, config: AdaptorConfig, summary_dim: int, token_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.slot_width = token_dim
+        hidden = config.hidden or token_dim
+        self.summary = Head(summary_dim if config.slot is None else token_dim, hidden, config.summary_dim)
+        self.spatial = Head(token_dim, hidden, config.token_dim)
+
+    def forward(self, features: Features, grid: tuple[int, int] | None = None) -> Features:
+        """The features in the teacher's widths, tokens resampled to `grid` (None keeps the student's)."""
+        summary = features.summary
+        if self.config.slot is not None:
+            start = self.config.slot * self.slot_width
+            summary = summary[:, start : start + self.slot_width]
+        placed = features if grid is None or self.config.resample == "after" else resize_features(features, grid)
+        mapped = Features(self.summary(summary), self.spatial(placed.tokens), placed.grid)
+        return mapped if grid is None else resize_features(mapped, grid)

@@ -1,0 +1,81 @@
+"""Where the console scripts start: first the guard, then the command line of `train` or `evals` by name.
+
+`train` and `evals` are names that other people's folders use too. A file train.py that stands earlier on
+the import path would silently replace the trainer, so both are located, without importing them, first.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import RadioError, ShadowedPackageError
+
+OK, USAGE, INTERRUPTED = 0, 2, 130
+_GUARDED = ("evals", "train")
+
+
+def train(argv: Sequence[str] | None = None) -> int:
+    """The exit code of `radio-train`: 0 fine, 1 failure, 2 usage, 130 interrupted.
+
+    Args:
+        argv: the arguments after the command's name; those of the process when None.
+    """
+    return _run("train.cli", argv)
+
+
+def evaluate(argv: Sequence[str] | None = None) -> int:
+    """The exit code of `radio-eval`: 0 fine, 1 regression or failure, 2 usage, 130 interrupted.
+
+    Args:
+        argv: the arguments after the command's name; those of the process when None.
+    """
+    return _run("evals.cli", argv)
+
+
+def check_not_shadowed(names: Sequence[str] = _GUARDED) -> None:
+    """None, when each of the packages `names` is the one that lies beside `radio`.
+
+    Raises:
+        ShadowedPackageError: something else of that name comes first on the import path, or nothing is found.
+    """
+    root = Path(__file__).resolve().parent.parent
+    for name in names:
+        wanted = root / name
+        found = _location(name)
+        if found is None:
+            raise ShadowedPackageError(
+                f"the package {name!r} is not installed; it belongs at {wanted}: install am-radio again"
+            )
+        if found != wanted:
+            raise ShadowedPackageError(
+                f"{found} comes before {wanted} on the import path and hides the package {name!r}; "
+                f"rename it, start the command in another folder, or take its folder out of PYTHONPATH"
+            )
+
+
+def _location(name: str) -> Path | None:
+    """The resolved folder of the package, or file of the module, that `import name` would take."""
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        return None
+    if spec.submodule_search_locations:
+        return Path(next(iter(spec.submodule_search_locations))).resolve()
+    return Path(spec.origin or name).resolve()
+
+
+def _run(module: str, argv: Sequence[str] | None) -> int:
+    try:
+        check_not_shadowed()
+        # By name, since the layers let nothing in radio import train or evals.
+        code: int = importlib.import_module(module).main(argv)
+    except RadioError as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return USAGE
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return INTERRUPTED
+    return code

@@ -1,0 +1,101 @@
+"""Model specs: one string that names any backbone there is.
+
+`runs/x/ckpt.pt` a checkpoint; `family:name[@file]` a teacher; `arch:name`, or a bare architecture
+name with `random_init`, an untrained student.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+from .errors import CheckpointError, ConfigError, did_you_mean
+from .model import ModelConfig, RadioModel, build, load, load_untrained
+from .students import students
+from .teachers import families
+from .types import Backbone, Teacher, Windowed
+
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spec:
+    """A parsed `family:name[@file]`."""
+
+    family: str
+    name: str
+    file: Path | None
+
+
+def parse(text: str) -> Spec:
+    """The parts of `family:name[@file]`.
+
+    Raises:
+        ConfigError: no such family, or no name.
+    """
+    family, _, rest = text.partition(":")
+    name, at, file = rest.partition("@")
+    if family != "arch":
+        families[family]  # an unknown family raises here, with the nearest names
+    if not name or (at and not file):
+        raise ConfigError(f"{text!r} is not a whole model spec; wanted {family}:NAME or {family}:NAME@FILE")
+    return Spec(family=family, name=name, file=Path(file) if file else None)
+
+
+def load_teacher(text: str) -> Teacher:
+    """The frozen teacher that a spec such as `scenes:clip` or `dinov2:vitb14@FILE` names.
+
+    Raises:
+        ConfigError: an unknown family or member.
+        CheckpointError: the weights file is absent or another model's.
+    """
+    if ":" not in text:
+        raise ConfigError(f"{text!r} is not a teacher; wanted FAMILY:NAME[@FILE], families: {', '.join(families)}")
+    spec = parse(text)
+    if spec.family == "arch":
+        raise ConfigError(f"{text!r} is an untrained student; a teacher comes from {', '.join(families)}")
+    return families[spec.family](spec.name, spec.file)
+
+
+def load_backbone(
+    text: str, *, random_init: bool = False, seed: int = 0, window: int | None = None
+) -> Backbone:
+    """The backbone that a spec names, in inference mode on the CPU.
+
+    Args:
+        text: a checkpoint file, `family:name[@file]`, `arch:name`, or an architecture's name.
+        random_init: take a checkpoint's or an architecture's shape with fresh weights.
+        seed: decides the fresh weights.
+        window: attention window side, for students that have windows.
+
+    Raises:
+        ConfigError: a name that nobody knows; offers the nearest.
+        CheckpointError: a file that is absent, foreign, truncated or altered.
+        SizeError: a window for a backbone without windows.
+    """
+    model = _load(text, random_init, seed)
+    if window is None:
+        return model
+    if not isinstance(model, RadioModel) and not isinstance(model, Windowed):
+        raise ConfigError(f"{text} has no attention windows to choose; use a vitdet student")
+    return model.with_window(window)
+
+
+def _load(text: str, random_init: bool, seed: int) -> Backbone:
+    path = Path(text)
+    if path.is_file() or path.suffix in (".pt", ".safetensors") and ":" not in text:
+        return load_untrained(path, seed) if random_init else load(path)
+    if text.startswith("arch:"):
+        return build(ModelConfig(student=parse(text).name), seed).eval()
+    if ":" in text:
+        if random_init:
+            raise ConfigError(f"{text} is a teacher, and teachers are not scored untrained; leave --random-init out")
+        return load_teacher(text)
+    if text in students:
+        if not random_init:
+            raise ConfigError(
+                f"{text} is an architecture and has no weights; give a checkpoint, or --random-init to take it untrained"
+            )
+        return build(ModelConfig(student=text), seed).eval()
+    hint = did_you_mean(text, students) or f"; known architectures: {', '.join(students)}"
+    raise CheckpointError(f"{text!r} is no file and no architecture{hint}")

@@ -1,0 +1,160 @@
+"""RadioModel: one student with its adaptors, and the file it is saved as."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint
+from .adaptors import AdaptorConfig, MLPAdaptor
+from .config import from_plain, to_plain
+from .errors import CheckpointError, ConfigError, SizeError, did_you_mean
+from .students import StudentOptions, students
+from .types import Features, Student, Windowed
+
+# Letters: B batch.
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """All that is needed to build a RadioModel without its weights."""
+
+    student: str
+    options: StudentOptions = field(default_factory=StudentOptions)
+    adaptors: tuple[AdaptorConfig, ...] = ()
+
+
+class RadioModel(nn.Module):
+    """A student and its adaptors; to every evaluator a backbone like any other.
+
+    `model(images)` gives the student's own features, `model.adapt("clip", features)` carries them
+    into a teacher's space. `card` is what the checkpoint says of teachers, data and settings.
+    """
+
+    def __init__(self, config: ModelConfig, card: Mapping[str, Any] | None = None, name: str | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.card = dict(card or {})
+        self.label = name or config.student
+        student = students[config.student](config.options)
+        if not isinstance(student, nn.Module):
+            raise ConfigError(f"student {config.student!r} is not a torch module; make its factory return one")
+        self.student: Student = student
+        self.adaptors = nn.ModuleDict(
+            {a.name: MLPAdaptor(a, student.summary_dim, student.token_dim) for a in config.adaptors}
+        )
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's or the student's name."""
+        return self.label
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all weights, of the student's own fingerprint (its window counts), and of the shape."""
+        shape = json.dumps(to_plain(self.config.adaptors), sort_keys=True)
+        return checkpoint.digest(self.adaptors.state_dict(), self.student.fingerprint + shape)
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """(height, width) in pixels: what it was trained at, else what its architecture was made for."""
+        trained = self.card.get("resolution")
+        return self.fit(trained, trained) if isinstance(trained, int) else self.student.native_size
+
+    @property
+    def summary_dim(self) -> int:
+        """C of the student's own summary."""
+        return self.student.summary_dim
+
+    @property
+    def token_dim(self) -> int:
+        """D of the student's own tokens."""
+        return self.student.token_dim
+
+    def fit(self, height: int, width: int) -> tuple[int, int]:
+        """The nearest (height, width) that the student takes."""
+        return self.student.fit(height, width)
+
+    def with_window(self, side: int | None) -> Self:
+        """The same model with another attention window, sharing the weights.
+
+        Raises:
+            SizeError: the student has no windows.
+        """
+        if not isinstance(self.student, Windowed):
+            raise SizeError(f"{self.name} has no attention windows to choose; use a vitdet student")
+        twin = copy.copy(self)
+        twin._modules = {**self._modules, "student": self.student.with_window(side)}  # type: ignore[dict-item]
+        return twin
+
+    def draw(self, batch: int, generator: torch.Generator) -> Tensor | None:
+        """What one training forward of the student draws at random."""
+        return self.student.draw(batch, generator)
+
+    def forward(self, images: Tensor, drawn: Tensor | None = None) -> Features:
+        """The student's own features of [B, 3, h, w] RGB in [0, 1].
+
+        Raises:
+            SizeError: a size that the student cannot take; names the nearest that it can.
+        """
+        return self.student(images, drawn)
+
+    def adapt(self, name: str, features: Features, grid: tuple[int, int] | None = None) -> Features:
+        """Features carried into teacher `name`'s space, on `grid` (None keeps the student's).
+
+        Raises:
+            ConfigError: there is no adaptor of that name; lists those there are.
+        """
+        if name not in self.adaptors:
+            hint = did_you_mean(name, self.adaptors) or f"; it has {', '.join(self.adaptors) or 'none'}"
+            raise ConfigError(f"{self.name} has no adaptor {name!r}{hint}")
+        adapted: Features = self.adaptors[name](features, grid)
+        return adapted
+
+    def save(self, path: Path) -> str:
+        """Write weights and card as `.pt` or `.safetensors`, atomically; the file's sha256."""
+        return checkpoint.save(path, self.state_dict(), {**self.card, "model": to_plain(self.config)})
+
+
+def build(config: ModelConfig, seed: int, card: Mapping[str, Any] | None = None, name: str | None = None) -> RadioModel:
+    """A fresh model whose weights `seed` decides; torch's global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return RadioModel(config, card, name)
+
+
+def load(path: Path) -> RadioModel:
+    """The model in a checkpoint file, in inference mode on the CPU.
+
+    Raises:
+        CheckpointError: no such file, or one that is foreign, truncated, altered, or not a model.
+    """
+    found = checkpoint.load(path)
+    config = _read_config(found.card, path)
+    loaded = build(config, 0, found.card, _label(path))
+    checkpoint.load_state(loaded, found.tensors, str(path))
+    return loaded.eval()
+
+
+def load_untrained(path: Path, seed: int) -> RadioModel:
+    """The architecture of a checkpoint with fresh weights: the floor that training rose from."""
+    found = checkpoint.load(path)
+    config = _read_config(found.card, path)
+    return build(config, seed, {"resolution": found.card.get("resolution")}, f"{_label(path)}-untrained").eval()
+
+
+def _read_config(card: Mapping[str, Any], path: Path) -> ModelConfig:
+    if "model" not in card:
+        raise CheckpointError(f"{path}: its card describes no model; it holds something else")
+    return from_plain(ModelConfig, card["model"], f"{path}: model")
+
+
+def _label(path: Path) -> str:
+    return path.parent.name if path.stem == "ckpt" and path.parent.name else path.stem

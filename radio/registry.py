@@ -1,0 +1,75 @@
+"""Names to factories, with entry points for other people's packages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
+from typing import Generic, TypeVar
+
+from .errors import ConfigError, did_you_mean
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """A mapping from kebab-case names to objects (factories, evaluators).
+
+    A package outside this one adds to a registry through an entry point of the group
+    `am_radio.<kind>s`, for example `am_radio.students`.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, T] = {}
+        self._plugins_read = False
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """A decorator that enters its object under `name` and gives it back.
+
+        Raises:
+            ConfigError: the name is taken by something else.
+        """
+
+        def enter(value: T) -> T:
+            self.add(name, value)
+            return value
+
+        return enter
+
+    def add(self, name: str, value: T) -> None:
+        """Enter `value` under `name`.
+
+        Raises:
+            ConfigError: the name is taken.
+        """
+        if name in self._entries:
+            raise ConfigError(f"a {self.kind} named {name!r} is registered already; choose another name")
+        self._entries[name] = value
+
+    def __getitem__(self, name: str) -> T:
+        """What stands under `name`.
+
+        Raises:
+            ConfigError: nothing does; the nearest names are offered.
+        """
+        self._read_plugins()
+        if name not in self._entries:
+            hint = did_you_mean(name, self._entries) or f"; known: {', '.join(sorted(self._entries))}"
+            raise ConfigError(f"unknown {self.kind} {name!r}{hint}")
+        return self._entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        self._read_plugins()
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        """The names, sorted."""
+        self._read_plugins()
+        return iter(sorted(self._entries))
+
+    def _read_plugins(self) -> None:
+        if self._plugins_read:
+            return
+        self._plugins_read = True
+        for point in entry_points(group=f"am_radio.{self.kind}s"):
+            self.add(point.name, point.load())

@@ -1,0 +1,42 @@
+"""The generated world: seeded pictures with classes, captions, masks and questions, and their writers."""
+
+from .language import KINDS, TEMPLATES, VOCABULARY, Question, caption, captions, questions
+from .layouts import LAYOUTS, write
+from .world import (
+    CLASSES,
+    COLOURS,
+    SHAPES,
+    SPLITS,
+    Scene,
+    SceneError,
+    SceneObject,
+    Split,
+    label_of,
+    render,
+    render_images,
+    semantic,
+)
+
+__all__ = [
+    "CLASSES",
+    "COLOURS",
+    "KINDS",
+    "LAYOUTS",
+    "SHAPES",
+    "SPLITS",
+    "TEMPLATES",
+    "VOCABULARY",
+    "Question",
+    "Scene",
+    "SceneError",
+    "SceneObject",
+    "Split",
+    "caption",
+    "captions",
+    "label_of",
+    "questions",
+    "render",
+    "render_images",
+    "semantic",
+    "write",
+]

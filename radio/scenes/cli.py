@@ -1,0 +1,77 @@
+"""`radio-scenes OUT`: write the generated world to a folder."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from radio.errors import RadioError
+
+from .layouts import ScenesSettings, write
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arguments:
+    """Write the generated world: pictures with class, captions, masks and questions."""
+
+    out: tyro.conf.Positional[Path]
+    """The folder to write; it must not hold anything else."""
+    layout: Annotated[str, tyro.conf.arg(aliases=["-l"])] = "image-folder"
+    """image-folder, webdataset, ade20k, coco or llava."""
+    count: int = 2000
+    """Training scenes; a multiple of 60 holds every class equally often."""
+    val_count: int | None = None
+    """Validation scenes; a tenth of the count unless given, 0 for none."""
+    size: int = 96
+    """The pictures' side in pixels, 32 to 1024."""
+    seed: int = 0
+    """Another seed is another world; training and validation never share scenes."""
+    workers: int = 1
+    """Processes; the bytes written do not depend on it."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0 when the folder holds the scenes asked for, 2 after one line about what is wrong."""
+    arguments = tyro.cli(Arguments, args=argv, prog="radio-scenes")
+    console = Console(stderr=True, soft_wrap=True)
+    settings = ScenesSettings(
+        layout=arguments.layout,
+        count=arguments.count,
+        val_count=max(1, arguments.count // 10) if arguments.val_count is None else arguments.val_count,
+        seed=arguments.seed,
+        size=arguments.size,
+    )
+    try:
+        written = _write(arguments, settings, console)
+    except (RadioError, OSError) as error:
+        console.print(f"error: {error}", markup=False, highlight=False)
+        return 2
+    said = "wrote" if written else "already there:"
+    summary = (
+        f"{said} {settings.count} + {settings.val_count} scenes, layout {settings.layout}: {arguments.out}"
+    )
+    console.print(summary, markup=False, highlight=False)
+    return 0
+
+
+def _write(arguments: Arguments, settings: ScenesSettings, console: Console) -> bool:
+    columns = (TextColumn("scenes"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("scenes", total=settings.count + settings.val_count)
+        return write(
+            arguments.out,
+            settings,
+            workers=arguments.workers,
+            progress=lambda done: bar.advance(task, done),
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""Writes the world to a folder in the layout of a known data set, whole or not at all."""
+
+import json
+import multiprocessing
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from radio.config import write_text
+
+from .formats import LAYOUTS, Job
+from .world import CLASSES, COLOURS, MAX_SIZE, MIN_SIZE, SHAPES, SceneError, Split
+
+__all__ = ["CARD", "LAYOUTS", "ScenesSettings", "write"]
+
+CARD = "scenes.json"
+_CARD_VERSION = 1
+_CHUNK = 500  # scenes a job, whatever the number of workers; also the scenes of a WebDataset shard
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScenesSettings:
+    """Everything that decides the bytes of a written world."""
+
+    layout: str
+    count: int = 2000
+    val_count: int = 200
+    seed: int = 0
+    size: int = 96
+
+
+def write(
+    out: Path, settings: ScenesSettings, *, workers: int = 1, progress: Callable[[int], None] | None = None
+) -> bool:
+    """Write the training and validation scenes to the folder `out`, with a card `scenes.json`.
+
+    The bytes depend on the settings alone. The folder appears when it is complete. `progress` is called with
+    the number of scenes done since its last call.
+
+    Returns:
+        True when the folder was written; False when it holds exactly these scenes already.
+
+    Raises:
+        ConfigError: an unknown layout.
+        SceneError: a setting out of range, or an `out` that is a file or holds something else.
+    """
+    _check(settings, workers)
+    card = _card(settings)
+    if not _free(out, card):
+        return False
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.partial-"))
+    try:
+        _fill(partial, settings, workers, progress or (lambda _: None))
+        write_text(partial / CARD, json.dumps(card, indent=2) + "\n")
+        partial.chmod(0o755)  # mkdtemp's folders are private
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return True
+
+
+def _check(settings: ScenesSettings, workers: int) -> None:
+    LAYOUTS[settings.layout]
+    if settings.count < 1 or settings.val_count < 0:
+        raise SceneError(
+            f"--count {settings.count} --val-count {settings.val_count}: nothing to write; "
+            "give a count of at least 1 and a val-count of at least 0"
+        )
+    if not MIN_SIZE <= settings.size <= MAX_SIZE:
+        raise SceneError(f"--size {settings.size}: choose a side from {MIN_SIZE} to {MAX_SIZE} pixels")
+    if not 0 <= settings.seed < 2**63:
+        raise SceneError(f"--seed {settings.seed}: choose a whole number from 0 to 2^63 - 1")
+    if workers < 1:
+        raise SceneError(f"--workers {workers}: at least one is needed")
+
+
+def _card(settings: ScenesSettings) -> dict[str, Any]:
+    names = {"classes": list(CLASSES), "colours": list(COLOURS), "shapes": list(SHAPES)}
+    return {"format": "radio-scenes", "version": _CARD_VERSION, **asdict(settings), **names}
+
+
+def _free(out: Path, card: dict[str, Any]) -> bool:
+    """Whether `out` can be written; False when it holds what the card says."""
+    if out.exists() and not out.is_dir():
+        raise SceneError(f"{out} is a file; give the name of a folder")
+    if not out.exists() or not any(out.iterdir()):
+        return True
+    path = out / CARD
+    if not path.is_file():
+        raise SceneError(f"{out} is not empty and was not written by radio-scenes; choose another folder")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SceneError(f"{path} is not a card of radio-scenes; choose another folder") from error
+    if found != card:
+        raise SceneError(
+            f"{out} holds scenes of other settings (see {path}); remove it or choose another folder"
+        )
+    return False
+
+
+def _fill(root: Path, settings: ScenesSettings, workers: int, progress: Callable[[int], None]) -> None:
+    layout = LAYOUTS[settings.layout]
+    counts: tuple[tuple[Split, int], ...] = (("train", settings.count), ("val", settings.val_count))
+    jobs = [job for split, count in counts for job in _jobs(root, settings, split, count)]
+    for job in jobs:
+        layout.prepare(job)
+    results: dict[Job, list[Any]] = {}
+    for job, records in _run(jobs, workers):
+        results[job] = records
+        progress(job.stop - job.start)
+    for split, count in counts:
+        if count:
+            records = [record for job in jobs if job.split == split for record in results[job]]
+            layout.finish(root, split, records)
+
+
+def _jobs(root: Path, settings: ScenesSettings, split: Split, count: int) -> list[Job]:
+    return [
+        Job(
+            layout=settings.layout,
+            root=root,
+            split=split,
+            number=number,
+            start=start,
+            stop=min(start + _CHUNK, count),
+            seed=settings.seed,
+            size=settings.size,
+        )
+        for number, start in enumerate(range(0, count, _CHUNK))
+    ]
+
+
+def _run(jobs: list[Job], workers: int) -> Iterator[tuple[Job, list[Any]]]:
+    """The records of each job, in any order."""
+    if workers == 1:
+        yield from ((job, run_job(job)) for job in jobs)
+        return
+    # spawned, not forked: a fork of a process that runs threads (torch's, BLAS's) may hang
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
+        futures = {pool.submit(run_job, job): job for job in jobs}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def run_job(job: Job) -> list[Any]:
+    """Write the pictures of one job; what is left to write at the end comes back."""
+    return LAYOUTS[job.layout].write(job)

@@ -1,0 +1,150 @@
+"""The ten outlines of the world, as polygons inside the unit circle (x right, y down), and their fill."""
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+Points = NDArray[np.float64]  # [P, 2]
+
+SHAPES: tuple[str, ...] = (
+    "circle",
+    "square",
+    "triangle",
+    "star",
+    "cross",
+    "ring",
+    "heart",
+    "moon",
+    "arrow",
+    "hourglass",
+)
+
+_OVERSAMPLE = 4  # sub-pixels a side: 17 levels of coverage, and the sub-pixel shift of an outline
+
+
+class Outline(NamedTuple):
+    """A closed polygon and, for the ring, the polygon cut out of it."""
+
+    rim: Points  # [P, 2]
+    hole: Points | None
+
+
+class Coverage(NamedTuple):
+    """How much of each pixel a shape covers, inside the half-open box that holds it."""
+
+    alpha: NDArray[np.float32]  # [h, w] in [0, 1]
+    x0: int
+    y0: int
+
+    @property
+    def window(self) -> tuple[slice, slice]:
+        """The rows and columns of the picture that `alpha` lies on."""
+        height, width = self.alpha.shape
+        return slice(self.y0, self.y0 + height), slice(self.x0, self.x0 + width)
+
+
+def _arc(radius: float, start: float, stop: float, num: int, cx: float = 0.0) -> Points:
+    angle = np.linspace(math.radians(start), math.radians(stop), num)
+    return np.stack([cx + radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+
+
+def _star() -> Points:
+    angle = -np.pi / 2 + np.arange(10) * np.pi / 5
+    radius = np.where(np.arange(10) % 2 == 0, 1.0, 0.42)
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+
+
+def _heart() -> Points:
+    t = np.linspace(0, 2 * np.pi, 64, endpoint=False)
+    x = 16 * np.sin(t) ** 3
+    y = -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))
+    return np.stack([x, y - 2.5], axis=1) / 16.8
+
+
+def _moon() -> Points:
+    """The unit disc without a smaller disc shifted to the right: a crescent open to the right."""
+    cut, shift = 0.78, 0.48
+    x = (1 - cut**2 + shift**2) / (2 * shift)  # where the two circles meet
+    outer = math.degrees(math.acos(x))
+    inner = math.degrees(math.acos((x - shift) / cut))
+    back = _arc(1.0, outer, 360 - outer, 48)
+    front = _arc(cut, 360 - inner, inner, 32, cx=shift)
+    return np.concatenate([back, front])
+
+
+def _polygon(*corners: tuple[float, float]) -> Points:
+    return np.asarray(corners, dtype=np.float64)
+
+
+def _cross() -> Points:
+    a, b = 0.95, 0.3
+    arm = ((-b, -a), (b, -a), (b, -b))  # the upper one; the others are its quarter turns
+    right = tuple((-y, x) for x, y in arm)
+    return _polygon(*arm, *right, *((-x, -y) for x, y in arm), *((-x, -y) for x, y in right))
+
+
+@lru_cache(maxsize=1)
+def outlines() -> tuple[Outline, ...]:
+    """One outline a shape, in the order of `SHAPES`."""
+    circle = _arc(1.0, 0, 360 - 360 / 64, 64)
+    side = 0.78
+    rims: dict[str, Points] = {
+        "circle": circle * 0.9,
+        "square": _polygon((-side, -side), (side, -side), (side, side), (-side, side)),
+        "triangle": _polygon((0, -1), (0.9, 0.72), (-0.9, 0.72)),
+        "star": _star(),
+        "cross": _cross(),
+        "ring": circle * 0.95,
+        "heart": _heart(),
+        "moon": _moon(),
+        "arrow": _polygon(
+            (0, -1), (0.75, -0.1), (0.28, -0.1), (0.28, 0.95), (-0.28, 0.95), (-0.28, -0.1), (-0.75, -0.1)
+        ),
+        "hourglass": _polygon((-0.75, -0.9), (0.75, -0.9), (0.14, 0), (0.75, 0.9), (-0.75, 0.9), (-0.14, 0)),
+    }
+    return tuple(Outline(rims[name], circle * 0.5 if name == "ring" else None) for name in SHAPES)
+
+
+def cover(
+    shape: int, *, centre: tuple[float, float], radius: float, angle: float, stretch: float, size: int
+) -> Coverage:
+    """The anti-aliased coverage of one shape on a size x size picture; empty when it lies outside.
+
+    Args:
+        shape: index into `SHAPES`.
+        centre: (x, y) in pixels, any fraction.
+        radius: of the unit circle, in pixels.
+        angle: radians, applied after the stretch.
+        stretch: width factor; the height is divided by it.
+        size: side of the picture in pixels.
+    """
+    outline = outlines()[shape]
+    cos, sin = radius * math.cos(angle), radius * math.sin(angle)
+    turn = np.array([[cos * stretch, sin * stretch], [-sin / stretch, cos / stretch]])
+    rim = outline.rim @ turn + centre
+    (left, top), (right, bottom) = rim.min(axis=0).tolist(), rim.max(axis=0).tolist()
+    x0, y0 = max(0, math.floor(left)), max(0, math.floor(top))
+    x1, y1 = min(size, math.ceil(right)), min(size, math.ceil(bottom))
+    if x1 <= x0 or y1 <= y0:
+        return Coverage(np.zeros((0, 0), np.float32), 0, 0)
+    picture = Image.new("L", ((x1 - x0) * _OVERSAMPLE, (y1 - y0) * _OVERSAMPLE))
+    draw = ImageDraw.Draw(picture)
+    draw.polygon(_subpixels(rim, x0, y0), fill=255)
+    if outline.hole is not None:
+        draw.polygon(_subpixels(outline.hole @ turn + centre, x0, y0), fill=0)
+    alpha = np.asarray(picture.reduce(_OVERSAMPLE), dtype=np.float32)
+    return Coverage(alpha * np.float32(1 / 255), x0, y0)
+
+
+def _subpixels(points: Points, x0: int, y0: int) -> list[float]:
+    """The corners as x, y, x, y … in sub-pixels.
+
+    PIL cuts them to whole numbers and fills both ends, so every shape and its mask lie half a sub-pixel up
+    and to the left.
+    """
+    flat: list[float] = ((points - (x0, y0)) * _OVERSAMPLE - 0.5).ravel().tolist()
+    return flat

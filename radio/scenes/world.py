@@ -1,0 +1,259 @@
+"""The generated world: `render` draws scene number `index`, a pure function of its arguments.
+
+A scene holds one main object, whose colour and shape are its class, and up to three small ones, on a textured
+background under uneven light and noise. Letters: N images, H W the picture's side twice.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radio.errors import RadioError
+
+from .placement import CLASSES, COLOURS, SPLITS, Camera, Figure, Plan, Split, label_of, plan
+from .shapes import SHAPES, Coverage, cover
+from .textures import BASE_SIZE, crop, noise
+
+__all__ = [
+    "CLASSES",
+    "COLOURS",
+    "MAX_SIZE",
+    "MIN_SIZE",
+    "SHAPES",
+    "SPLITS",
+    "Scene",
+    "SceneError",
+    "SceneObject",
+    "Split",
+    "label_of",
+    "render",
+    "render_images",
+    "semantic",
+]
+
+MIN_SIZE, MAX_SIZE = 32, 1024
+_MAIN_VISIBLE = 0.76  # share of the main object kept at 96 px: at least 0.70 at every other size
+_OTHER_VISIBLE = 0.5  # a small object that shows less of itself than this is left out
+
+Canvas = NDArray[np.float32]  # [3, H, W]
+
+
+class SceneError(RadioError):
+    """A scene that cannot be drawn or written as asked."""
+
+
+class SceneObject(NamedTuple):
+    """One visible object: indices into `SHAPES` and `COLOURS`, and what is seen of it."""
+
+    shape: int
+    colour: int
+    box: tuple[int, int, int, int]  # x0, y0, x1, y1 of the visible pixels, half-open
+    area: int  # visible pixels
+    main: bool
+
+
+class Scene(NamedTuple):
+    """A picture with everything that is known about it."""
+
+    image: NDArray[np.uint8]  # [3, H, W] RGB
+    label: int  # index into CLASSES
+    objects: tuple[SceneObject, ...]  # instance i is objects[i - 1]; the main object is the first
+    instances: NDArray[np.uint8]  # [H, W], 0 is background
+
+
+def semantic(scene: Scene) -> NDArray[np.uint8]:
+    """The [H, W] map of shapes: 0 background, 1 to 10 the shape's index in `SHAPES` plus one."""
+    shapes = np.array([0, *(item.shape + 1 for item in scene.objects)], dtype=np.uint8)
+    return shapes[scene.instances]
+
+
+def render(index: int, *, split: Split = "train", seed: int = 0, size: int = 96) -> Scene:
+    """Scene number `index` of a split, drawn at size x size pixels.
+
+    The same (index, split, seed) gives the same objects in the same places at every size; splits and seeds
+    never share random numbers. Each run of 60 indices holds every class once.
+
+    Raises:
+        SceneError: a negative index or seed, an unknown split, a size outside 32 to 1024.
+    """
+    _check(index, split, seed, size)
+    scene_plan = plan(index, split=split, seed=seed)
+    order = _visible(scene_plan, size)
+    canvas = _background(scene_plan, size)
+    instances = np.zeros((size, size), dtype=np.uint8)
+    for number, figure, coverage in order:  # back to front
+        _paint(canvas, figure, coverage, size)
+        instances[coverage.window][coverage.alpha >= 0.5] = number
+    image = _photograph(canvas, scene_plan.camera, size)
+    figures = [figure for _, figure, _ in sorted(order, key=lambda entry: entry[0])]
+    objects, instances = _take_stock(figures, instances)
+    return Scene(image, label_of(index, split=split, seed=seed), objects, instances)
+
+
+def render_images(
+    indices: Sequence[int] | NDArray[np.int64], *, split: Split = "train", seed: int = 0, size: int = 96
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """The pictures [N, 3, size, size] and labels [N] of some indices, as `render` gives them one by one.
+
+    Raises:
+        SceneError: as `render`.
+    """
+    images = np.empty((len(indices), 3, size, size), dtype=np.uint8)
+    labels = np.empty(len(indices), dtype=np.int64)
+    for row, index in enumerate(indices):
+        scene = render(int(index), split=split, seed=seed, size=size)
+        images[row], labels[row] = scene.image, scene.label
+    return images, labels
+
+
+def _check(index: int, split: Split, seed: int, size: int) -> None:
+    if not MIN_SIZE <= size <= MAX_SIZE:
+        raise SceneError(f"a scene of {size} px cannot be drawn; choose a size from {MIN_SIZE} to {MAX_SIZE}")
+    if split not in SPLITS:
+        raise SceneError(f"unknown split {split!r}; the world has {' and '.join(SPLITS)}")
+    if not 0 <= index < 2**63 or not 0 <= seed < 2**63:
+        raise SceneError(f"index {index} and seed {seed} must be whole numbers from 0 to 2^63 - 1")
+
+
+def _cover(figure: Figure, size: int) -> Coverage:
+    return cover(
+        figure.shape,
+        centre=(figure.x * size, figure.y * size),
+        radius=figure.radius * size,
+        angle=figure.angle,
+        stretch=figure.stretch,
+        size=size,
+    )
+
+
+def _visible(scene_plan: Plan, size: int) -> list[tuple[int, Figure, Coverage]]:
+    """The objects to draw, back to front, each with its number (1: the main object).
+
+    Who stays is decided at 96 px whatever the size, so that every size shows the same objects: a small one
+    that would hide too much of the main object goes behind it; one that is itself mostly hidden is left out.
+    """
+    main = _cover(scene_plan.main, BASE_SIZE)
+    main_area = np.count_nonzero(main.alpha >= 0.5)
+    taken = np.zeros((BASE_SIZE, BASE_SIZE), dtype=bool)
+    front: list[tuple[Figure, Coverage]] = []
+    behind: list[tuple[Figure, Coverage]] = []
+    for figure in scene_plan.above:
+        coverage = _cover(figure, BASE_SIZE)
+        before = taken[coverage.window].copy()
+        if not _claim(taken, coverage):
+            continue
+        if np.count_nonzero((main.alpha >= 0.5) & ~taken[main.window]) >= _MAIN_VISIBLE * main_area:
+            front.append((figure, coverage))
+        else:
+            taken[coverage.window] = before
+            behind.append((figure, coverage))
+    taken[main.window] |= main.alpha >= 0.5
+    behind += [(figure, _cover(figure, BASE_SIZE)) for figure in scene_plan.below]
+    back = [entry for entry in behind if _claim(taken, entry[1])]
+    topmost_first = [*front, (scene_plan.main, main), *back]
+    numbers = [*range(2, 2 + len(front)), 1, *range(2 + len(front), 2 + len(front) + len(back))]
+    entries = [
+        (number, figure, coverage) for number, (figure, coverage) in zip(numbers, topmost_first, strict=True)
+    ]
+    if size != BASE_SIZE:
+        entries = [(number, figure, _cover(figure, size)) for number, figure, _ in entries]
+    return entries[::-1]
+
+
+def _claim(taken: NDArray[np.bool_], coverage: Coverage) -> bool:
+    """Whether enough of an object shows beside those `taken` before; if so its pixels are taken too."""
+    mask = coverage.alpha >= 0.5
+    free = np.count_nonzero(mask & ~taken[coverage.window])
+    if free == 0 or free < _OTHER_VISIBLE * np.count_nonzero(mask):
+        return False
+    taken[coverage.window] |= mask
+    return True
+
+
+def _background(scene_plan: Plan, size: int) -> Canvas:
+    first, second, texture = scene_plan.backdrop
+    plane = crop(*texture, size)
+    canvas = np.empty((3, size, size), dtype=np.float32)
+    for channel in range(3):
+        np.multiply(plane, np.float32(second[channel] - first[channel]), out=canvas[channel])
+        canvas[channel] += np.float32(first[channel])
+    return canvas
+
+
+def _paint(canvas: Canvas, figure: Figure, coverage: Coverage, size: int) -> None:
+    rows, columns = coverage.window
+    plane = crop(*figure.texture, size)[rows, columns]
+    for channel in range(3):
+        light, dark = figure.light[channel], figure.dark[channel]
+        target = canvas[channel, rows, columns]
+        colour = plane * np.float32(light - dark)
+        colour += np.float32(dark)
+        colour -= target
+        colour *= coverage.alpha
+        target += colour
+
+
+def _photograph(canvas: Canvas, camera: Camera, size: int) -> NDArray[np.uint8]:
+    """Light, blur and noise, then whole grey levels: [3, H, W]."""
+    ramp = _ramp(size)
+    across = camera.slope[0] * ramp + camera.bow[0] * ramp * ramp
+    down = camera.slope[1] * ramp + camera.bow[1] * ramp * ramp
+    field = across[None, :] + (1 + down)[:, None]
+    for channel in range(3):
+        canvas[channel] *= field
+        canvas[channel] *= np.float32(camera.tint[channel])
+    if camera.blur:
+        canvas = _blur(canvas, camera.blur * size / BASE_SIZE)
+    for channel in range(3):
+        canvas[channel] += np.float32(camera.noise) * noise(camera.grain[channel], size)
+    np.rint(canvas, out=canvas)
+    np.clip(canvas, 0, 255, out=canvas)
+    return canvas.astype(np.uint8)
+
+
+@lru_cache(maxsize=8)
+def _ramp(size: int) -> NDArray[np.float32]:
+    """Pixel centres from -1 to 1: [size]."""
+    return ((np.arange(size) + 0.5) * (2 / size) - 1).astype(np.float32)
+
+
+def _blur(canvas: Canvas, sd: float) -> Canvas:
+    """A Gaussian blur, one axis after the other, with mirrored borders."""
+    reach = max(1, math.ceil(2.5 * sd))
+    taps = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sd) ** 2)
+    taps = (taps / taps.sum()).astype(np.float32)
+    for axis in (1, 2):
+        pad = [(0, 0), (0, 0), (0, 0)]
+        pad[axis] = (reach, reach)
+        padded = np.pad(canvas, pad, mode="symmetric")
+        length = canvas.shape[axis]
+        canvas = np.zeros_like(canvas)
+        for step, tap in enumerate(taps):
+            canvas += tap * (
+                padded[:, step : step + length] if axis == 1 else padded[:, :, step : step + length]
+            )
+    return canvas
+
+
+def _take_stock(
+    figures: Sequence[Figure], instances: NDArray[np.uint8]
+) -> tuple[tuple[SceneObject, ...], NDArray[np.uint8]]:
+    """What is seen of each figure; one without a visible pixel is dropped and those after it move up."""
+    objects: list[SceneObject] = []
+    renumbered = instances.copy()
+    for number, figure in enumerate(figures, start=1):
+        mask = instances == number
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        if not rows.size:
+            continue
+        box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+        objects.append(
+            SceneObject(figure.shape, figure.colour, box, int(np.count_nonzero(mask)), number == 1)
+        )
+        if len(objects) != number:
+            renumbered[mask] = len(objects)
+    return tuple(objects), renumbered

@@ -1,0 +1,29 @@
+"""Students by name. A factory takes the options that recipes may set and returns a fresh model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from ..registry import Registry
+from ..types import Student
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudentOptions:
+    """What a recipe may choose about any student; an option that a family lacks is an error there."""
+
+    class_tokens: int | None = None  # 1, or one per teacher; 0 = average pooling (paper table 5); None = the name's own
+    registers: int | None = None  # register tokens; None = the name's own
+    stem: Literal["linear", "conv"] | None = None  # None = the name's own
+    window: int | None = None  # window side of a vitdet student; None = the name's own
+    schedule: Literal["quarters", "runs-of-5"] | None = None  # which blocks of a vitdet student are global
+    recompute: bool = False  # activation checkpointing of every block
+
+
+StudentFactory = Callable[[StudentOptions], Student]
+
+students: Registry[StudentFactory] = Registry("student")
+
+from . import vit as _vit  # noqa: E402, F401  (enters the ViT family)

@@ -1,0 +1,244 @@
+"""The ViT students: any image size through CPE, optionally windowed as in ViTDet (paper §4, appendix C)."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..checkpoint import digest
+from ..config import to_plain
+from ..errors import ConfigError, SizeError
+from ..nn.block import NORM_EPS, Block
+from ..nn.normalise import Normalise
+from ..nn.patch_embed import ConvStem, LinearStem
+from ..nn.positions import CroppedPositions, draw_crops
+from ..types import Features
+from ..windows import check_window, from_windows, to_windows
+from . import StudentOptions, students
+from .windowed import Schedule, global_blocks
+
+# Letters: B batch, T tokens, D width, K class tokens, P class and register tokens, H W grid, s window side, N windows.
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViTConfig:
+    """The shape of one ViT."""
+
+    name: str
+    width: int
+    depth: int
+    heads: int
+    patch: int
+    native: int  # the image side in pixels that it was made for
+    positions: int  # side of the position table
+    mlp_ratio: float = 4.0
+    class_tokens: int = 1  # 0 = average pooling
+    registers: int = 0
+    stem: Literal["linear", "conv"] = "linear"
+    layer_scale: float | None = None
+    window: int | None = None  # None = global attention everywhere
+    schedule: Schedule = "quarters"
+    recompute: bool = False
+
+
+class ViT(nn.Module):
+    """A vision transformer that takes any image whose sides its patch (and window) divide."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.normalise = Normalise()
+        stem = LinearStem if config.stem == "linear" else ConvStem
+        self.stem = stem(config.width, config.patch)
+        self.positions = CroppedPositions(config.width, config.positions)
+        self.prefix = nn.Parameter(torch.empty(1, config.class_tokens + config.registers, config.width))
+        hidden = round(config.width * config.mlp_ratio)
+        self.blocks = nn.ModuleList(
+            Block(config.width, config.heads, hidden, config.layer_scale) for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
+        nn.init.trunc_normal_(self.prefix, std=0.02)
+        self.blocks.apply(_initialise)
+
+    @property
+    def name(self) -> str:
+        """The architecture's name."""
+        return self.config.name
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the weights and of everything in the config that changes the output."""
+        shape = to_plain(replace(self.config, recompute=False))
+        return digest(self.state_dict(), json.dumps(shape, sort_keys=True))
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.fit(self.config.native, self.config.native)
+
+    @property
+    def summary_dim(self) -> int:
+        """C: the class tokens side by side, or the token width when pooling."""
+        return self.config.width * max(self.config.class_tokens, 1)
+
+    @property
+    def token_dim(self) -> int:
+        """D."""
+        return self.config.width
+
+    def fit(self, height: int, width: int) -> tuple[int, int]:
+        """The nearest (height, width) that patch and window divide."""
+        step = self.config.patch * (self.config.window or 1)
+        return _nearest(height, step), _nearest(width, step)
+
+    def with_window(self, side: int | None) -> Self:
+        """This ViT with another window side (None: global attention), sharing the weights.
+
+        Raises:
+            SizeError: a side below 1.
+        """
+        if side is not None and side < 1:
+            raise SizeError(f"a window of {side} tokens cannot be; use 1 or more, or none for global attention")
+        twin = copy.copy(self)
+        twin.config = replace(self.config, window=side)
+        return twin
+
+    def draw(self, batch: int, generator: torch.Generator) -> Tensor:
+        """The position crops of one training forward: [B, 5]."""
+        return draw_crops(batch, generator)
+
+    def forward(self, images: Tensor, drawn: Tensor | None = None) -> Features:
+        """Encode [B, 3, h, w] RGB in [0, 1].
+
+        Args:
+            images: pixels; both sides multiples of the patch (times the window).
+            drawn: position crops from `draw`; None when evaluating.
+
+        Raises:
+            SizeError: a size that does not fit; names the nearest that does.
+        """
+        return self.intermediate(images, [self.config.depth - 1], drawn)[0]
+
+    def intermediate(
+        self, images: Tensor, blocks: Sequence[int], drawn: Tensor | None = None
+    ) -> list[Features]:
+        """Features after each of the named blocks (counted from 0), all through the final norm.
+
+        Raises:
+            SizeError: a size that does not fit.
+            ConfigError: a block that is not there.
+        """
+        depth = self.config.depth
+        for index in blocks:
+            if not 0 <= index < depth:
+                raise ConfigError(f"block {index} is not one of the {depth} of {self.name}; count from 0")
+        grid = self._grid(images)
+        patches = self.stem(self.normalise(images))
+        patches = patches + self.positions(grid, drawn)
+        prefix = self.prefix.expand(images.shape[0], -1, -1)
+        return self._encode(prefix, patches, grid, blocks)
+
+    def _encode(
+        self, prefix: Tensor, patches: Tensor, grid: tuple[int, int], wanted: Sequence[int]
+    ) -> list[Features]:
+        side = self.config.window
+        if side is not None:
+            patches = to_windows(patches, grid, side)
+        everywhere = self._global_blocks()
+        p, found = prefix.shape[1], {}
+        for index, block in enumerate(self.blocks):
+            if index > max(wanted):
+                break
+            if side is None or index in everywhere:
+                joined = self._call(block, torch.cat((prefix, patches), dim=1))
+                prefix, patches = joined[:, :p], joined[:, p:]
+            else:
+                windows = self._call(block, patches.reshape(-1, side * side, patches.shape[-1]))
+                patches = windows.reshape(patches.shape)
+            if index in wanted:
+                found[index] = self._features(prefix, patches, grid)
+        return [found[index] for index in wanted]
+
+    def _features(self, prefix: Tensor, patches: Tensor, grid: tuple[int, int]) -> Features:
+        if self.config.window is not None:
+            patches = from_windows(patches, grid, self.config.window)
+        tokens = self.norm(patches)
+        k = self.config.class_tokens
+        summary = self.norm(prefix[:, :k]).flatten(1) if k else tokens.mean(dim=1)
+        return Features(summary, tokens, grid)
+
+    def _call(self, block: nn.Module, x: Tensor) -> Tensor:
+        if self.config.recompute and self.training:
+            out: Tensor = checkpoint(block, x, use_reentrant=False)
+            return out
+        out = block(x)
+        return out
+
+    def _global_blocks(self) -> tuple[int, ...]:
+        return () if self.config.window is None else global_blocks(self.config.depth, self.config.schedule)
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        height, width = images.shape[-2:]
+        patch, window = self.config.patch, self.config.window
+        if height % patch or width % patch:
+            h, w = self.fit(height, width)
+            raise SizeError(
+                f"{self.name} cannot take {height}x{width} px: its patch of {patch} does not divide that; "
+                f"the nearest size is {h}x{w}"
+            )
+        grid = height // patch, width // patch
+        if window is not None:
+            check_window(grid, window)
+        return grid
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+def _nearest(pixels: int, step: int) -> int:
+    return max(round(pixels / step), 1) * step
+
+
+def _build(config: ViTConfig, options: StudentOptions) -> ViT:
+    """A ViT of this shape with a recipe's options.
+
+    Raises:
+        ConfigError: a window or schedule for a student without windows.
+    """
+    chosen = {
+        key: value
+        for key in ("class_tokens", "registers", "stem", "window", "schedule")
+        if (value := getattr(options, key)) is not None
+    }
+    if config.window is None and ({"window", "schedule"} & chosen.keys()):
+        raise ConfigError(f"{config.name} has no windows; use vitdet-{config.name.removeprefix('vit-')}")
+    return ViT(replace(config, recompute=options.recompute, **chosen))
+
+
+# The paper's table 6 and §4: patch 14 has 75 x 75 positions (1050 px), patch 16 has 128 x 128 (2048 px).
+_FAMILY = (
+    ViTConfig(name="vit-b32", width=768, depth=12, heads=12, patch=32, native=224, positions=64),
+    ViTConfig(name="vit-b16", width=768, depth=12, heads=12, patch=16, native=224, positions=128),
+    ViTConfig(name="vit-b14", width=768, depth=12, heads=12, patch=14, native=224, positions=75),
+    ViTConfig(name="vit-l14", width=1024, depth=24, heads=16, patch=14, native=224, positions=75),
+    ViTConfig(name="vit-h14", width=1280, depth=32, heads=16, patch=14, native=224, positions=75),
+    ViTConfig(name="vit-tiny12", width=128, depth=4, heads=4, patch=12, native=96, positions=16, stem="conv"),
+    ViTConfig(name="vit-tiny16", width=128, depth=4, heads=4, patch=16, native=160, positions=20, stem="conv"),
+)
+_WINDOWS = {"vit-b32": 7, "vit-b16": 7, "vit-b14": 8, "vit-l14": 8, "vit-h14": 8, "vit-tiny12": 4, "vit-tiny16": 5}
+
+for _config in _FAMILY:
+    students.add(_config.name, functools.partial(_build, _config))
+    _windowed = replace(_config, name=_config.name.replace("vit", "vitdet", 1), window=_WINDOWS[_config.name])
+    students.add(_windowed.name, functools.partial(_build, _windowed))

@@ -1,0 +1,21 @@
+"""Frozen teachers: families of them by name, each built from a member's name and a weights file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ..registry import Registry
+from ..types import Teacher
+
+# A family builds its member `name` with the weights in `file`: "dinov2:vitg14@FILE" -> families["dinov2"]("vitg14", FILE).
+# Where a family brings its weights itself (scenes, pip), a file is an error; where it does not, None is one.
+TeacherFamily = Callable[[str, Path | None], Teacher]
+
+families: Registry[TeacherFamily] = Registry("teacher")
+
+from . import dinov2 as _dinov2  # noqa: E402, F401  (each enters its family)
+from . import openclip as _openclip  # noqa: E402, F401
+from . import pip_weights as _pip_weights  # noqa: E402, F401
+from . import sam as _sam  # noqa: E402, F401
+from . import scenes as _scenes  # noqa: E402, F401

@@ -1,0 +1,151 @@
+"""SAM's image encoder (Kirillov et al. 2023) as a teacher: ViT-B/L/H at 1024 pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint import load_state
+from ..errors import CheckpointError, ConfigError, did_you_mean, require
+from ..types import Features, Teacher
+from . import families
+from .frozen import Frozen
+from .weights_file import read_weights
+
+# Letters: B batch, T tokens, D width, H W grid, h w pixels.
+
+MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
+STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
+_PREFIX = "image_encoder."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Member:
+    """The architecture of one released image encoder."""
+
+    width: int
+    depth: int
+    num_heads: int
+    global_blocks: tuple[int, ...]
+
+
+MEMBERS = {
+    "vit_b": Member(width=768, depth=12, num_heads=12, global_blocks=(2, 5, 8, 11)),
+    "vit_l": Member(width=1024, depth=24, num_heads=16, global_blocks=(5, 11, 17, 23)),
+    "vit_h": Member(width=1280, depth=32, num_heads=16, global_blocks=(7, 15, 23, 31)),
+}
+
+
+@families.register("sam")
+def sam(name: str, file: Path | None) -> Teacher:
+    """The image encoder of the member `name` out of an official checkpoint of the whole SAM.
+
+    Its tokens are what the last block gives, before the neck, and its summary is their mean. It takes
+    1024 x 1024 pixels only.
+
+    Raises:
+        ConfigError: no such member.
+        CheckpointError: no file, none of a SAM, or one of another member (it says which).
+        MissingExtraError: segment-anything is not installed.
+    """
+    if name not in MEMBERS:
+        hint = did_you_mean(name, MEMBERS) or f"; known: {', '.join(MEMBERS)}"
+        raise ConfigError(f"unknown SAM member {name!r}{hint}")
+    spec = f"sam:{name}"
+    source = f"{spec}@{file}"
+    tensors = {
+        key.removeprefix(_PREFIX): tensor
+        for key, tensor in read_weights(spec, file).items()
+        if key.startswith(_PREFIX)
+    }
+    _check_member(name, tensors, source)
+    with torch.device("meta"):
+        encoder = build_encoder(MEMBERS[name])
+    load_state(encoder, tensors, source)
+    return freeze_sam(SamTrunk(encoder), name=spec, mean=MEAN, std=STD)
+
+
+def build_encoder(member: Member) -> nn.Module:
+    """segment-anything's own image encoder of a released member, untrained.
+
+    Raises:
+        MissingExtraError: segment-anything is not installed.
+    """
+    library = require("segment_anything.modeling", extra="sam")
+    encoder: nn.Module = library.ImageEncoderViT(
+        img_size=1024,
+        patch_size=16,
+        embed_dim=member.width,
+        depth=member.depth,
+        num_heads=member.num_heads,
+        mlp_ratio=4,
+        out_chans=256,
+        qkv_bias=True,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        use_rel_pos=True,
+        window_size=14,
+        global_attn_indexes=member.global_blocks,
+    )
+    return encoder
+
+
+@final
+class SamTrunk(nn.Module):
+    """Any `segment_anything` `ImageEncoderViT` as a trunk; its neck stays at `encoder.neck`, unused here."""
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    @property
+    def size(self) -> int:
+        """The side in pixels of the square pictures that it takes."""
+        return int(self.encoder.img_size)
+
+    @property
+    def token_dim(self) -> int:
+        """D, the width of a token before the neck."""
+        return int(self.encoder.patch_embed.proj.out_channels)
+
+    def forward(self, images: Tensor) -> Features:
+        """Normalised [B, 3, size, size] -> the last block's tokens, before the neck, and their mean."""
+        x = self.encoder.patch_embed(images)  # [B, H, W, D]
+        if self.encoder.pos_embed is not None:
+            x = x + self.encoder.pos_embed
+        for block in self.encoder.blocks:
+            x = block(x)
+        tokens = x.flatten(1, 2)
+        return Features(tokens.mean(1), tokens, (x.shape[1], x.shape[2]))
+
+
+def freeze_sam(
+    trunk: SamTrunk, *, name: str, mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> Frozen:
+    """A SAM trunk as a teacher that takes the trunk's own size only."""
+    return Frozen(
+        trunk=trunk,
+        name=name,
+        mean=mean,
+        std=std,
+        native_size=(trunk.size, trunk.size),
+        multiple_of=None,
+        summary_dim=trunk.token_dim,
+        token_dim=trunk.token_dim,
+    )
+
+
+def _check_member(name: str, tensors: dict[str, Tensor], source: str) -> None:
+    """Refuse a file without an image encoder, and one whose encoder is another member's."""
+    if not tensors:
+        raise CheckpointError(
+            f"{source}: no key starts with {_PREFIX!r}; wanted a checkpoint of the whole SAM, as released"
+        )
+    bias = tensors.get("patch_embed.proj.bias")
+    for other, member in MEMBERS.items():
+        if bias is not None and other != name and bias.shape == (member.width,):
+            raise CheckpointError(f"{source}: these are the weights of {other}; name it sam:{other}@FILE")

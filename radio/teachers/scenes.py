@@ -1,0 +1,163 @@
+"""The three tiny teachers that come with the package, trained on the generated scenes.
+
+- `scenes:clip`: a ViT (96 px, patch 12) and a text transformer in one space; summary = projected class token.
+- `scenes:dense`: a ViT (108 px, patch 12) supervised on what its class token and every patch show. It plays the
+  part of a self-supervised encoder, and is none.
+- `scenes:sam`: segment_anything's image encoder (112 px, patch 8); tokens before the neck, summary = their mean.
+
+How they were made stands in each file's card; the trainer's scenes-teachers recipe makes them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, final, get_args
+
+from torch import Tensor, nn
+
+from ..checkpoint import Checkpoint, load, load_state
+from ..errors import ConfigError, did_you_mean
+from ..nn.normalise import IMAGENET_MEAN, IMAGENET_STD
+from ..students.vit import ViT, ViTConfig
+from ..types import Features
+from . import families
+from .frozen import Frozen
+from .scenes_sam import SIDE, WIDTH, SceneSamTrunk, new_sam
+from .scenes_text import SceneText
+
+Name = Literal["clip", "dense", "sam"]
+NAMES: tuple[Name, ...] = get_args(Name)
+WEIGHTS = Path(__file__).parent.parent / "weights"
+
+SUMMARY = 128  # the width of CLIP's common space
+_NOTHING = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # the ViT normalises by itself
+
+
+def _vit(name: str, native: int) -> ViT:
+    return ViT(
+        ViTConfig(name=name, width=128, depth=4, heads=4, patch=12, native=native, positions=9, stem="conv")
+    )
+
+
+def new_dense() -> ViT:
+    """The untrained `scenes:dense`: 9 x 9 tokens of 128."""
+    return _vit("scenes-dense", 108)
+
+
+@final
+class ClipImage(nn.Module):
+    """The image tower of `scenes:clip`: 8 x 8 tokens of 128; the class token is projected into the common space."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit = _vit("scenes-clip", 96)
+        self.projection = nn.Linear(self.vit.summary_dim, SUMMARY, bias=False)
+
+    def forward(self, images: Tensor) -> Features:
+        """[B, 3, h, w] RGB in [0, 1] -> `Features`."""
+        features: Features = self.vit(images)
+        return features._replace(summary=self.projection(features.summary))
+
+
+@final
+class Clip(nn.Module):
+    """Both towers of `scenes:clip`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = ClipImage()
+        self.text = SceneText(width=128, layers=2, heads=4, out=SUMMARY)
+
+
+def weights_file(name: Name, folder: Path = WEIGHTS) -> Path:
+    """Where the weights of a scenes teacher lie in a folder."""
+    return folder / f"scenes_{name}.safetensors"
+
+
+def scenes_teacher(name: str, folder: Path = WEIGHTS) -> Frozen:
+    """The frozen scenes teacher `name`, in float32 on the CPU.
+
+    Raises:
+        ConfigError: no teacher of that name; the nearest is offered.
+        CheckpointError: its file in `folder` is absent or damaged.
+    """
+    for known in NAMES:
+        if name == known:
+            return _BUILDERS[known](load(weights_file(known, folder)))
+    hint = did_you_mean(name, NAMES) or f"; known: {', '.join(NAMES)}"
+    raise ConfigError(f"unknown scenes teacher {name!r}{hint}")
+
+
+def scenes_sam(folder: Path = WEIGHTS) -> Any:
+    """The whole `segment_anything.modeling.Sam` of `scenes:sam`, frozen: encoder, neck, prompt encoder, decoder.
+
+    It takes pictures of 112 px: pixels in [0, 255] through `Sam`'s own interface.
+
+    Raises:
+        CheckpointError: its file in `folder` is absent or damaged.
+        MissingExtraError: segment_anything is not installed.
+    """
+    return _filled(new_sam(), load(weights_file("sam", folder))).eval().requires_grad_(False)
+
+
+def _filled(module: nn.Module, checkpoint: Checkpoint) -> Any:
+    """The module with a file's weights, which are kept in half precision, in float32."""
+    tensors = {key: tensor.float() for key, tensor in checkpoint.tensors.items()}
+    load_state(module, tensors, str(checkpoint.card.get("name", "scenes")))
+    return module
+
+
+def _frozen_vit(name: str, trunk: nn.Module, native: int, text: SceneText | None) -> Frozen:
+    mean, std = _NOTHING
+    return Frozen(
+        trunk=trunk,
+        name=name,
+        mean=mean,
+        std=std,
+        native_size=(native, native),
+        multiple_of=12,
+        summary_dim=128,
+        token_dim=128,
+        text=text,
+        variant="ImageNet normalisation inside",
+    )
+
+
+def frozen_clip(clip: Clip) -> Frozen:
+    """The towers as a teacher."""
+    return _frozen_vit("scenes:clip", clip.image, 96, clip.text)
+
+
+def frozen_dense(vit: ViT) -> Frozen:
+    """The trunk as a teacher."""
+    return _frozen_vit("scenes:dense", vit, 108, None)
+
+
+def frozen_sam(sam: Any) -> Frozen:
+    """A `Sam`'s image encoder as a teacher, up to its neck."""
+    return Frozen(
+        trunk=SceneSamTrunk(sam.image_encoder),
+        name="scenes:sam",
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        native_size=(SIDE, SIDE),
+        multiple_of=None,
+        summary_dim=WIDTH,
+        token_dim=WIDTH,
+        variant="before the neck",
+    )
+
+
+_BUILDERS: dict[Name, Callable[[Checkpoint], Frozen]] = {
+    "clip": lambda checkpoint: frozen_clip(_filled(Clip(), checkpoint)),
+    "dense": lambda checkpoint: frozen_dense(_filled(new_dense(), checkpoint)),
+    "sam": lambda checkpoint: frozen_sam(_filled(new_sam(), checkpoint)),
+}
+
+
+@families.register("scenes")
+def _family(name: str, file: Path | None) -> Frozen:
+    if file is not None:
+        raise ConfigError(f"scenes:{name} brings its own weights; leave out @{file}")
+    return scenes_teacher(name)

@@ -1,0 +1,89 @@
+"""The text tower of the tiny scenes CLIP: open_clip's text transformer over the words of the scenes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint import digest
+from ..errors import RadioError, did_you_mean, require
+from ..scenes.language import VOCABULARY
+
+# Letters: N texts, L context length, C summary width.
+
+CONTEXT = 16
+_PAD, _START = 0, 1
+_FIRST_WORD = 2
+_END = _FIRST_WORD + len(VOCABULARY)  # the highest number: open_clip's transformer is read out there
+_NUMBERS = {word: _FIRST_WORD + i for i, word in enumerate(VOCABULARY)}
+
+
+class TextError(RadioError):
+    """A text that the tower has no words for."""
+
+
+def tokenize(texts: Sequence[str]) -> Tensor:
+    """Texts as word numbers between a start and an end mark, padded with 0: [N, L] int64.
+
+    Case and punctuation do not count.
+
+    Raises:
+        TextError: a word that no scene's caption holds, or more words than fit.
+    """
+    numbers = torch.full((len(texts), CONTEXT), _PAD, dtype=torch.int64)
+    for row, text in enumerate(texts):
+        words = re.findall(r"[a-z0-9']+", text.lower())
+        if len(words) > CONTEXT - 2:
+            raise TextError(f"{text!r} has {len(words)} words; the scenes text tower reads {CONTEXT - 2} at most")
+        line = [_START, *(_number(word, text) for word in words), _END]
+        numbers[row, : len(line)] = torch.tensor(line)
+    return numbers
+
+
+def _number(word: str, text: str) -> int:
+    if word not in _NUMBERS:
+        hint = did_you_mean(word, VOCABULARY) or f"; it reads: {' '.join(VOCABULARY)}"
+        raise TextError(f"the scenes text tower does not know {word!r} in {text!r}{hint}")
+    return _NUMBERS[word]
+
+
+@final
+class SceneText(nn.Module):
+    """Word numbers [N, L] -> text vectors [N, C]; as a `TextTower` it takes the texts themselves."""
+
+    def __init__(self, *, width: int, layers: int, heads: int, out: int) -> None:
+        super().__init__()
+        library = require("open_clip.transformer", extra="zeroshot")
+        self.transformer: Any = library.TextTransformer(
+            context_length=CONTEXT,
+            vocab_size=_END + 1,
+            width=width,
+            heads=heads,
+            layers=layers,
+            output_dim=out,
+            pad_id=_PAD,
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex hash of the weights and of the words in their order."""
+        return digest(self.state_dict(), " ".join(VOCABULARY))
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        """[N, L] from `tokenize` -> [N, C], not normalised."""
+        out: Tensor = self.transformer(numbers)
+        return out
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Text vectors [N, C] in the space of the image tower's summary, not normalised, without gradients.
+
+        Raises:
+            TextError: as `tokenize`.
+        """
+        device = next(self.parameters()).device
+        with torch.no_grad():
+            return self.forward(tokenize(texts).to(device))

@@ -1,0 +1,37 @@
+"""The tensors in the file that a teacher's spec names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import load_tensors
+from ..errors import CheckpointError
+
+
+def read_weights(spec: str, file: Path | None) -> dict[str, Tensor]:
+    """The state dict in a teacher's weights file: floats as float32, `module.` prefixes cut off.
+
+    `spec` is the teacher's name with its family, as in `dinov2:vitb14`.
+
+    Raises:
+        CheckpointError: no file was named, there is none there, or it is no weights file.
+    """
+    if file is None:
+        raise CheckpointError(f"{spec} needs a weights file; name it as in {spec}@FILE")
+    return {
+        name.removeprefix("module."): tensor.float() if torch.is_floating_point(tensor) else tensor
+        for name, tensor in load_tensors(file).items()
+    }
+
+
+def refuse_file(spec: str, file: Path | None) -> None:
+    """Nothing, when no file was named for a teacher that brings its own weights.
+
+    Raises:
+        CheckpointError: one was.
+    """
+    if file is not None:
+        raise CheckpointError(f"{spec} brings its own weights; leave out @{file}")

@@ -1,0 +1,54 @@
+"""Tokens to attention windows and back, as pure reshapes (paper appendix C)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .errors import SizeError
+
+# Letters: B batch, T tokens, D width, H W grid, s window side, N windows per image.
+
+
+def to_windows(x: Tensor, grid: tuple[int, int], side: int) -> Tensor:
+    """Tokens reordered so that those of one window lie together: [B, T, D] -> [B, T, D].
+
+    Windows follow one another row by row, and so do the tokens inside a window. Folding the
+    windows into the batch is then a free view: [B, N*s*s, D] -> [B*N, s*s, D].
+
+    Raises:
+        SizeError: the grid does not divide into windows of that side.
+    """
+    check_window(grid, side)
+    (h, w), d = grid, x.shape[-1]
+    x = x.reshape(-1, h // side, side, w // side, side, d)
+    return x.transpose(2, 3).reshape(-1, h * w, d)
+
+
+def from_windows(x: Tensor, grid: tuple[int, int], side: int) -> Tensor:
+    """The inverse of `to_windows`: [B, T, D] in window order -> row-major over the grid."""
+    check_window(grid, side)
+    (h, w), d = grid, x.shape[-1]
+    x = x.reshape(-1, h // side, w // side, side, side, d)
+    return x.transpose(2, 3).reshape(-1, h * w, d)
+
+
+def check_window(grid: tuple[int, int], side: int) -> None:
+    """Nothing, when the window divides the grid.
+
+    Raises:
+        SizeError: it does not; names the nearest sides that do.
+    """
+    h, w = grid
+    if side < 1 or h % side or w % side:
+        fitting = common_sides(grid)
+        nearest = sorted(fitting, key=lambda s: (abs(s - side), s))[:2]
+        raise SizeError(
+            f"a {h}x{w} grid does not divide into {side}x{side} windows; the nearest window sides that do "
+            f"are {' and '.join(map(str, sorted(nearest)))}, or resize the input"
+        )
+
+
+def common_sides(grid: tuple[int, int]) -> list[int]:
+    """Every window side that divides both sides of the grid, ascending."""
+    h, w = grid
+    return [side for side in range(1, min(h, w) + 1) if h % side == 0 and w % side == 0]

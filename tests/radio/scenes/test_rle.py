@@ -1,0 +1,35 @@
+import numpy as np
+import pytest
+
+from radio.scenes.rle import compress, run_lengths
+
+
+def runs_by_loop(mask: np.ndarray) -> list[int]:
+    lengths, value = [0], False
+    for pixel in mask.T.ravel().tolist():
+        if pixel != value:
+            lengths.append(0)
+            value = pixel
+        lengths[-1] += 1
+    return lengths
+
+
+# pycocotools 2.0 hands its own buffers to numpy 2 the old way
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("share", [0.0, 0.03, 0.5, 0.97, 1.0])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 9), (96, 96), (300, 200)])
+def test_runs_equal_a_slow_loop_and_pycocotools_reads_the_text(share: float, shape: tuple[int, int]) -> None:
+    mask_library = pytest.importorskip("pycocotools.mask")
+    mask = np.random.default_rng(0).random(shape) < share
+    lengths = run_lengths(mask)
+    assert lengths == runs_by_loop(mask)
+    rle = {"size": list(shape), "counts": compress(lengths)}
+    assert np.array_equal(mask_library.decode(rle).astype(bool), mask)
+    assert mask_library.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode() == rle["counts"]
+
+
+def test_a_hand_value() -> None:
+    mask = np.array([[0, 1], [1, 1]], dtype=bool)
+    assert run_lengths(mask) == [1, 3]
+    assert compress([1, 3]) == "13"
+    assert compress([20]) == "d0"  # 20 has the sign bit of five set, so a zero group follows

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import radio
+from radio import entry
+from radio.errors import ConfigError, RadioError, ShadowedPackageError
+
+ROOT = Path(radio.__file__).resolve().parent.parent
+COMMANDS = [(entry.train, "train.cli"), (entry.evaluate, "evals.cli")]
+
+
+@pytest.fixture
+def _forgotten() -> Iterator[None]:
+    """As in a fresh process: neither package was imported yet; afterwards everything as before."""
+    guarded = {
+        name: module for name, module in sys.modules.items() if name.partition(".")[0] in {"train", "evals"}
+    }
+    for name in guarded:
+        del sys.modules[name]
+    importlib.invalidate_caches()
+    yield
+    sys.modules.update(guarded)
+
+
+def _cli(monkeypatch: pytest.MonkeyPatch, main: Callable[[Sequence[str] | None], int]) -> list[str]:
+    """Names of the modules that entry asks for; each of them gets `main`."""
+    asked: list[str] = []
+
+    def imported(name: str) -> SimpleNamespace:
+        asked.append(name)
+        return SimpleNamespace(main=main)
+
+    monkeypatch.setattr(importlib, "import_module", imported)
+    return asked
+
+
+def _decoy(folder: Path, name: str, *, package: bool) -> Path:
+    path = folder / name if package else folder / f"{name}.py"
+    source = path / "__init__.py" if package else path
+    source.parent.mkdir(exist_ok=True)
+    source.write_text("raise AssertionError('the decoy was imported')\n")
+    return path
+
+
+def test_the_packages_beside_radio_are_accepted() -> None:
+    entry.check_not_shadowed()
+
+
+@pytest.mark.usefixtures("_forgotten")
+@pytest.mark.parametrize("name", ["train", "evals"])
+@pytest.mark.parametrize("package", [True, False])
+def test_a_decoy_earlier_on_the_path_is_named_and_not_imported(
+    name: str, package: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoy = _decoy(tmp_path, name, package=package)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ShadowedPackageError, match="PYTHONPATH") as caught:
+        entry.check_not_shadowed()
+    assert str(decoy) in str(caught.value)
+    assert str(ROOT / name) in str(caught.value)
+
+
+@pytest.mark.usefixtures("_forgotten")
+def test_a_decoy_later_on_the_path_is_harmless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _decoy(tmp_path, "train", package=False)
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path, str(tmp_path)])
+    entry.check_not_shadowed()
+
+
+@pytest.mark.usefixtures("_forgotten")
+def test_a_folder_without_init_shadows_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "evals").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    entry.check_not_shadowed()
+
+
+def test_an_absent_package_is_named() -> None:
+    with pytest.raises(ShadowedPackageError, match="'no_such_package' is not installed"):
+        entry.check_not_shadowed(["no_such_package"])
+
+
+@pytest.mark.parametrize(("command", "module"), COMMANDS)
+@pytest.mark.parametrize("code", [0, 1, 2])
+def test_arguments_go_in_and_the_code_comes_out(
+    command: Callable[[Sequence[str]], int], module: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Sequence[str] | None] = []
+
+    def main(argv: Sequence[str] | None) -> int:
+        seen.append(argv)
+        return code
+
+    asked = _cli(monkeypatch, main)
+    assert command(["demo", "--steps", "3"]) == code
+    assert asked == [module]
+    assert seen == [["demo", "--steps", "3"]]
+
+
+@pytest.mark.parametrize(("command", "module"), COMMANDS)
+@pytest.mark.parametrize("error", [RadioError("no such file\nx.pt"), ConfigError("no such file x.pt")])
+def test_a_user_error_is_one_line_and_code_2(
+    command: Callable[[], int],
+    module: str,
+    error: RadioError,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def main(argv: Sequence[str] | None) -> int:
+        raise error
+
+    _cli(monkeypatch, main)
+    assert command() == 2
+    assert capsys.readouterr() == ("", "error: no such file x.pt\n")
+
+
+def test_an_interrupt_is_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def main(argv: Sequence[str] | None) -> int:
+        raise KeyboardInterrupt
+
+    _cli(monkeypatch, main)
+    assert entry.train([]) == 130
+
+
+def test_our_own_slips_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def main(argv: Sequence[str] | None) -> int:
+        raise ValueError("a slip")
+
+    _cli(monkeypatch, main)
+    with pytest.raises(ValueError, match="a slip"):
+        entry.evaluate([])
+
+
+@pytest.mark.usefixtures("_forgotten")
+@pytest.mark.parametrize("command", [entry.train, entry.evaluate])
+def test_a_shadowed_package_stops_either_command(
+    command: Callable[[Sequence[str]], int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _decoy(tmp_path, "train", package=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert command(["--help"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"error: {tmp_path / 'train.py'} comes before")
+    assert err.count("\n") == 1

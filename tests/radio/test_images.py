@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
+
+from radio.errors import DataError, SizeError
+from radio.images import (
+    Box,
+    center_crop,
+    crop_and_resize,
+    decode,
+    evaluation_view,
+    resize,
+    resize_short,
+    sample_crop,
+)
+
+PICTURE = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+
+
+def smooth(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """A picture without fine detail, so that JPEG keeps it nearly as it is."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def chw(pixels: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP", "PPM"])
+def test_lossless_formats_give_the_stored_pixels(kind: str) -> None:
+    options = {"lossless": True} if kind == "WEBP" else {}
+    assert torch.equal(decode(encoded(Image.fromarray(PICTURE), kind, **options)), chw(PICTURE))
+
+
+@pytest.mark.parametrize("subsampling", [0, 2])
+def test_a_colour_jpeg_is_within_two_levels_of_pil(subsampling: int) -> None:
+    data = encoded(Image.fromarray(smooth(37, 53)), "JPEG", quality=95, subsampling=subsampling)
+    wanted = chw(np.array(Image.open(io.BytesIO(data)).convert("RGB")))
+    assert (decode(data).int() - wanted.int()).abs().max() <= 2
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_grey_is_repeated(kind: str) -> None:
+    data = encoded(Image.fromarray(smooth(16, 16)).convert("L"), kind)
+    image = decode(data)
+    assert image.shape == (3, 16, 16)
+    assert torch.equal(image[0], image[1]) and torch.equal(image[0], image[2])
+    assert torch.equal(image[0], torch.from_numpy(np.array(Image.open(io.BytesIO(data)))))
+
+
+def test_cmyk_becomes_rgb() -> None:
+    data = encoded(Image.fromarray(smooth(16, 16)).convert("CMYK"), "JPEG", quality=95)
+    wanted = chw(np.array(Image.open(io.BytesIO(data)).convert("RGB")))
+    assert torch.equal(decode(data), wanted)
+
+
+def test_sixteen_bit_grey_keeps_its_upper_byte() -> None:
+    deep = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    image = decode(encoded(Image.fromarray(deep), "PNG"))
+    assert torch.equal(image[1].long(), torch.arange(256).reshape(16, 16))
+
+
+def test_alpha_is_dropped() -> None:
+    alpha = np.random.default_rng(1).integers(0, 256, (24, 32, 1), dtype=np.uint8)
+    data = encoded(Image.fromarray(np.concatenate([PICTURE, alpha], 2)), "PNG")
+    assert torch.equal(decode(data), chw(PICTURE))
+
+
+def test_a_palette_with_transparency_gives_its_colours() -> None:
+    coarse = Image.fromarray(PICTURE // 64 * 64).quantize(16)
+    data = encoded(coarse, "PNG", transparency=bytes([0] * 8))
+    assert torch.equal(decode(data), chw(np.array(coarse.convert("RGB"))))
+
+
+def test_black_and_white_spans_the_range() -> None:
+    data = encoded(Image.fromarray(PICTURE).convert("1"), "PNG")
+    assert set(decode(data).unique().tolist()) == {0, 255}
+
+
+def test_exif_orientation_is_not_applied() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode(encoded(Image.fromarray(smooth(16, 24)), "JPEG", exif=exif)).shape == (3, 16, 24)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("share", [0.3, 0.7])
+def test_a_truncated_file_is_a_data_error(kind: str, share: float) -> None:
+    data = encoded(Image.fromarray(PICTURE), kind)
+    with pytest.raises(DataError, match="damaged"):
+        decode(data[: int(len(data) * share)])
+
+
+@pytest.mark.parametrize("data", [b"", b"just text", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", bytes(100)])
+def test_foreign_bytes_are_a_data_error(data: bytes) -> None:
+    with pytest.raises(DataError, match="damaged"):
+        decode(data)
+
+
+def test_floating_point_pixels_are_refused() -> None:
+    data = encoded(Image.fromarray(np.ones((4, 4), dtype=np.float32)), "TIFF")
+    with pytest.raises(DataError, match="8 or 16 bits"):
+        decode(data)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "side"), [(24, 32, 17), (32, 24, 40), (24, 24, 24), (25, 77, 13)]
+)
+def test_resize_short_equals_torchvision(height: int, width: int, side: int) -> None:
+    image = chw(smooth(height, width))
+    wanted = TF.resize(TF.to_dtype(image, scale=True), [side], TF.InterpolationMode.BICUBIC, antialias=True)
+    assert torch.allclose(resize_short(image, side), wanted.clamp(0, 1), atol=1e-6)
+
+
+def test_resize_is_within_a_level_and_a_half_of_pil() -> None:
+    picture = smooth(48, 64)
+    wanted = Image.fromarray(picture).resize((20, 15), Image.Resampling.BICUBIC)
+    assert (resize(chw(picture), (15, 20)) * 255 - chw(np.array(wanted))).abs().max() < 1.5
+
+
+def test_pil_stands_in_for_the_jpeg_operator_with_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(Image.fromarray(smooth(37, 53)), "JPEG", quality=90)
+    fast = decode(data)
+    monkeypatch.setattr("radio.images._decode_jpeg", None)
+    assert (decode(data).int() - fast.int()).abs().max() <= 2
+
+
+@pytest.mark.parametrize(("height", "width"), [(24, 32), (33, 24), (10, 9), (300, 217), (64, 64)])
+def test_evaluation_view_equals_the_torchvision_pipeline(height: int, width: int) -> None:
+    image = chw(smooth(height, width, seed=height))
+    pipeline = v2.Compose(
+        [
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Resize(32, v2.InterpolationMode.BICUBIC, antialias=True),
+            v2.CenterCrop(28),
+        ]
+    )
+    view = evaluation_view(image, (28, 28))
+    assert view.dtype == torch.float32 and view.min() >= 0 and view.max() <= 1
+    assert torch.allclose(view, pipeline(image).clamp(0, 1), atol=1e-6)
+
+
+def test_a_non_square_view_covers_and_keeps_the_aspect() -> None:
+    ramp = torch.arange(64, dtype=torch.uint8).expand(3, 64, 64).contiguous()
+    view = evaluation_view(ramp, (16, 32), ratio=1.0)
+    assert view.shape == (3, 16, 32)
+    assert view[0, 8, 16] * 255 == pytest.approx(32, abs=1.5)  # the middle, at half the resolution
+    assert (view[0, 8, 20] - view[0, 8, 12]) * 255 == pytest.approx(16, abs=0.1)
+
+
+@pytest.mark.parametrize(("size", "margin"), [((6, 6), (1, 2)), ((9, 11), (0, 0)), ((1, 1), (4, 5))])
+def test_center_crop_equals_torchvision(size: tuple[int, int], margin: tuple[int, int]) -> None:
+    image = torch.arange(99).reshape(1, 9, 11)
+    crop = center_crop(image, size)
+    assert torch.equal(crop, TF.center_crop(image, list(size)))
+    assert int(crop[0, 0, 0]) // 11 in (margin[0], margin[0] + 1)
+
+
+@pytest.mark.parametrize(("height", "width"), [(96, 96), (37, 120), (500, 20), (3, 400)])
+def test_random_crops_equal_torchvision_draw_for_draw(height: int, width: int) -> None:
+    transform = v2.RandomResizedCrop(8, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), antialias=True)
+    for seed in range(20):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            wanted = transform.make_params([torch.empty(3, height, width)])
+        generator = torch.Generator().manual_seed(seed)
+        box = sample_crop(height, width, (0.2, 1.0), (3 / 4, 4 / 3), generator)
+        assert box == (wanted["top"], wanted["left"], wanted["height"], wanted["width"])
+
+
+def test_crop_and_resize_equals_torchvision() -> None:
+    image = chw(PICTURE)
+    wanted = TF.resized_crop(
+        TF.to_dtype(image, scale=True), 3, 5, 12, 20, [7, 9], TF.InterpolationMode.BICUBIC, antialias=True
+    )
+    assert torch.allclose(crop_and_resize(image, Box(3, 5, 12, 20), (7, 9)), wanted.clamp(0, 1), atol=1e-6)
+
+
+def test_the_whole_picture_as_crop_stays_as_it_is() -> None:
+    assert torch.equal(crop_and_resize(chw(PICTURE), Box(0, 0, 24, 32), (24, 32)), chw(PICTURE) / 255)
+
+
+def test_sizes_that_cannot_be_are_errors() -> None:
+    image = chw(PICTURE)
+    with pytest.raises(SizeError, match="resize the picture first"):
+        center_crop(image, (25, 10))
+    with pytest.raises(SizeError, match="1 or more"):
+        evaluation_view(image, (8, 8), ratio=0.9)
+    with pytest.raises(SizeError, match="every side needs a pixel"):
+        resize_short(image, 0)
+    with pytest.raises(SizeError, match="low, high"):
+        sample_crop(8, 8, (0.0, 1.0), (0.75, 1.33), torch.Generator())

@@ -1,0 +1,56 @@
+"""The distillation losses of eq. 2 and 3, in float32."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from radio.types import Features
+
+from .config import LossConfig
+
+# Letters: B batch, T tokens, D width.
+
+
+class TeacherLosses(NamedTuple):
+    """What one teacher contributes, before its weights."""
+
+    summary: Tensor  # [] eq. 2, in [0, 2]
+    spatial: Tensor  # [] eq. 3
+
+
+def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
+    """1 - cos(a, b) along the last axis (eq. 2): [..., D] -> [...], in [0, 2]; 1 for a zero vector."""
+    return 1 - F.cosine_similarity(a.float(), b.float(), dim=-1)
+
+
+def summary_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """L_cos of the summaries, mean over the batch (eq. 2)."""
+    return cosine_distance(student, teacher).mean()
+
+
+def spatial_loss(student: Tensor, teacher: Tensor, config: LossConfig) -> Tensor:
+    """alpha * L_cos + beta * smooth L1 of the tokens, mean over tokens and batch (eq. 3)."""
+    matched = cosine_distance(student, teacher).mean()
+    sized = F.smooth_l1_loss(student.float(), teacher.float(), beta=config.knee)
+    return config.cosine * matched + config.smooth_l1 * sized
+
+
+def teacher_losses(student: Features, teacher: Features, config: LossConfig) -> TeacherLosses:
+    """Both losses of adapted student features against one teacher's, on the teacher's grid."""
+    return TeacherLosses(
+        summary_loss(student.summary, teacher.summary), spatial_loss(student.tokens, teacher.tokens, config)
+    )
+
+
+@torch.no_grad()
+def centred_cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean cosine of the tokens after the teacher's mean token is taken from both: [], in [-1, 1].
+
+    Patch tokens share a large constant part; this shows what is learned beyond it.
+    """
+    centre = teacher.float().mean(dim=(0, 1))
+    return F.cosine_similarity(student.float() - centre, teacher.float() - centre, dim=-1).mean()

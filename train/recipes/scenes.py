@@ -1,0 +1,47 @@
+"""Runs on the generated world with the shipped teachers: minutes on two CPU cores."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from ..config import DataConfig, OptimConfig, TeacherConfig, TrainConfig
+from . import recipes
+
+TEACHERS = (
+    TeacherConfig(name="clip", model="scenes:clip"),
+    TeacherConfig(name="dense", model="scenes:dense"),
+    TeacherConfig(name="sam", model="scenes:sam", summary_weight=0.0),
+)
+
+
+@recipes.register("demo")
+def demo() -> TrainConfig:
+    """A tiny ViT from three tiny teachers, then k-NN of all of them in one table."""
+    return TrainConfig(
+        recipe="demo",
+        out=Path("runs/demo"),
+        student="vit-tiny12",
+        teachers=TEACHERS,
+        resolution=96,
+        steps=600,
+        batch_size=64,
+        data=DataConfig(scenes=200_000, crop_scale=(0.7, 1.0), workers=1),
+        optim=OptimConfig(lr=1.5e-3, warmup=0.05),
+        score=True,
+    )
+
+
+@recipes.register("smoke")
+def smoke() -> TrainConfig:
+    """Ten steps of the same code path, to see that everything is in place."""
+    short = demo()
+    return replace(
+        short, recipe="smoke", out=Path("runs/smoke"), steps=10, batch_size=8, log_every=5, save_every=5, score=False
+    )
+
+
+@recipes.register("scenes-long")
+def scenes_long() -> TrainConfig:
+    """The demo's student trained until it stands beside its teachers: up to an hour on two cores."""
+    return replace(demo(), recipe="scenes-long", out=Path("runs/scenes-long"), steps=4000)

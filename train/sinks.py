@@ -1,0 +1,84 @@
+"""Where a run's figures go: a JSONL file and the console."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Record = dict[str, float | int | str | None]
+
+
+class JsonLines:
+    """`metrics.jsonl`: one record a log step, flushed as it is written.
+
+    Args:
+        path: the file.
+        step: records of later steps, left by a run that was stopped, are dropped.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in _lines(path) if _step_of(line) <= step]
+        self._file = path.open("w", encoding="utf-8")
+        self._file.writelines(f"{line}\n" for line in kept)
+        self._file.flush()
+
+    def write(self, record: Record) -> None:
+        """Append one record."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class ProgressConsole:
+    """A bar with loss, rate and time left on a terminal; plain lines elsewhere."""
+
+    def __init__(self, console: Console, title: str, total: int, done: int) -> None:
+        self.console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task(title, total=total, completed=done, figures="")
+        self._title, self._total = title, total
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def advance(self, done: int, figures: str = "") -> None:
+        """Show that `done` are done; `figures` is what there is to say of them."""
+        self._progress.update(self._task, completed=done, **({"figures": figures} if figures else {}))
+        if figures and not self.console.is_terminal:
+            self.console.print(f"{self._title} {done}/{self._total}  {figures}", highlight=False, soft_wrap=True)
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+
+def _step_of(line: str) -> float:
+    """The step of a record; infinite for a line that was cut off by a kill."""
+    try:
+        return float(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")

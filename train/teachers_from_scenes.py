@@ -1,0 +1,180 @@
+"""How the tiny scenes teachers were made: one command repeats it, a fixed seed and one thread a teacher."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from radio.checkpoint import Checkpoint, load, load_state, save
+from radio.config import to_plain
+from radio.errors import ConfigError, did_you_mean
+from radio.teachers.scenes import NAMES, Clip, Name, frozen_clip, frozen_dense, new_dense, weights_file
+from radio.teachers.scenes_sam import new_sam
+
+from .config import OptimConfig
+from .optim import learning_rate, make_optimizer
+from .scenes_lessons import ClipLesson, DenseLesson, Lesson, Loss, SamLesson, lessons
+from .scenes_scores import FULL, QUICK, Protocol, Scores, box_miou, score
+
+COMMAND: Final = "radio-train scenes-teachers"
+_ORDER: tuple[Name, ...] = ("dense", "clip", "sam")  # CLIP's trunk starts from the dense one's
+_FIRST: dict[Name, int] = {"dense": 0, "clip": 1_000_000, "sam": 2_000_000}  # scene index: no scene is seen twice
+_SEED_OF_SCENES = 1  # the scores are measured on scenes of seed 0
+_LOG_EVERY = 100
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeachersConfig:
+    """Which teachers to make, where to, and from how many scenes."""
+
+    out: Path = Path("runs/scenes-teachers")
+    only: tuple[str, ...] = NAMES
+    seed: int = 0  # of first weights, mirroring and prompts
+    threads: int = 1
+    dense_samples: int = 100_000
+    clip_samples: int = 60_000
+    sam_samples: int = 40_000
+    batch: int = 64
+    optim: OptimConfig = OptimConfig(lr=1.5e-3, weight_decay=0.05, betas=(0.9, 0.98), warmup=0.05)
+
+
+def main(settings: TeachersConfig) -> list[Path]:
+    """Train the teachers asked for and write their files; the files' paths.
+
+    Raises:
+        ConfigError: a teacher that does not exist, or fewer samples than one batch.
+        CheckpointError: CLIP alone is asked for, and `out` holds no dense teacher to start it from.
+    """
+    for name in settings.only:
+        if name not in NAMES:
+            raise ConfigError(f"unknown scenes teacher {name!r}{did_you_mean(name, NAMES)}; known: {', '.join(NAMES)}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(settings.threads)
+    try:
+        return [_make(name, settings) for name in _ORDER if name in settings.only]
+    finally:
+        torch.set_num_threads(before)
+
+
+def _make(name: Name, settings: TeachersConfig) -> Path:
+    samples = {"dense": settings.dense_samples, "clip": settings.clip_samples, "sam": settings.sam_samples}[name]
+    if samples < settings.batch:
+        raise ConfigError(f"{samples} samples for scenes:{name} are less than one batch of {settings.batch}; give more")
+    started = time.monotonic()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)  # first weights only, inside the fork
+        lesson, product = _MAKERS[name](settings)
+    curve = _teach(lesson, name, samples, settings)
+    minutes = (time.monotonic() - started) / 60
+    tensors = {
+        key: value.half() if value.is_floating_point() else value for key, value in product.state_dict().items()
+    }
+    load_state(product, {key: value.float() for key, value in tensors.items()}, name)  # score what is shipped
+    product.requires_grad_(False).eval()
+    card = _card(name, samples, settings, minutes, curve)
+    card["scores"] = {"full": measure(name, product, FULL), "quick": measure(name, product, QUICK)}
+    path = weights_file(name, settings.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(path, tensors, card)
+    log.info("%s: %s", path, card["scores"])
+    return path
+
+
+def measure(name: Name, module: Any, protocol: Protocol) -> Scores:
+    """The scores of one trained scenes teacher, in percent, to a hundredth."""
+    if name == "sam":
+        scores = box_miou(module, protocol.sam_scenes)
+    else:
+        scores = score(frozen_clip(module) if name == "clip" else frozen_dense(module), protocol)
+    return {key: round(value, 2) for key, value in scores.items()}
+
+
+def _dense(settings: TeachersConfig) -> tuple[nn.Module, nn.Module]:
+    vit = new_dense()
+    return DenseLesson(vit), vit
+
+
+def _clip(settings: TeachersConfig) -> tuple[nn.Module, nn.Module]:
+    """Both towers; the picture's starts as the dense trunk in the same folder."""
+    clip = Clip()
+    dense: Checkpoint = load(weights_file("dense", settings.out))
+    load_state(clip.image.vit, {key: value.float() for key, value in dense.tensors.items()}, "scenes:dense")
+    return ClipLesson(clip), clip
+
+
+def _sam(settings: TeachersConfig) -> tuple[nn.Module, nn.Module]:
+    sam = new_sam()
+    return SamLesson(sam, torch.Generator().manual_seed(settings.seed + 1)), sam
+
+
+_MAKERS: dict[Name, Callable[[TeachersConfig], tuple[nn.Module, nn.Module]]] = {
+    "dense": _dense,
+    "clip": _clip,
+    "sam": _sam,
+}
+
+
+def _teach(module: nn.Module, name: Name, samples: int, settings: TeachersConfig) -> list[dict[str, float]]:
+    """Train in place, scheduled by steps; means of loss and watched figures every 100 steps."""
+    steps = samples // settings.batch
+    optimizer = make_optimizer(module, settings.optim)
+    mirrors = torch.Generator().manual_seed(settings.seed)
+    curve: list[dict[str, float]] = []
+    seen: list[Loss] = []
+    stream = lessons(_FIRST[name], samples, settings.batch, _SEED_OF_SCENES, mirrors)
+    for step, lesson in enumerate(stream):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, settings.optim)
+        seen.append(_step(module, lesson, step / steps, optimizer, settings.optim.clip))
+        if (step + 1) % _LOG_EVERY == 0 or step + 1 == steps:
+            curve.append({"samples": (step + 1) * settings.batch, **_means(seen)})
+            log.info("%s %s", name, curve[-1])
+            seen = []
+    return curve
+
+
+def _step(module: nn.Module, lesson: Lesson, progress: float, optimizer: torch.optim.Optimizer, clip: float) -> Loss:
+    loss: Loss = module(lesson, progress)
+    optimizer.zero_grad(set_to_none=True)
+    loss.total.backward()  # type: ignore[no-untyped-call]
+    nn.utils.clip_grad_norm_(module.parameters(), clip)
+    optimizer.step()
+    return Loss(loss.total.detach(), loss.watched)
+
+
+def _means(seen: list[Loss]) -> dict[str, float]:
+    def mean(values: list[Tensor]) -> float:
+        return round(float(torch.stack(values).mean()), 4)
+
+    keys = seen[0].watched
+    return {"loss": mean([loss.total for loss in seen])} | {
+        key: mean([loss.watched[key] for loss in seen]) for key in keys
+    }
+
+
+def _card(
+    name: Name, samples: int, settings: TeachersConfig, minutes: float, curve: list[dict[str, float]]
+) -> dict[str, Any]:
+    return {
+        "name": f"scenes:{name}",
+        "command": COMMAND,
+        "settings": {key: value for key, value in to_plain(settings).items() if key not in ("out", "only")},
+        "samples": samples // settings.batch * settings.batch,
+        "scenes": f"split train, seed {_SEED_OF_SCENES}, from index {_FIRST[name]}",
+        "minutes": round(minutes, 1),
+        "versions": {
+            package: version(package) for package in ("torch", "numpy", "open_clip_torch", "segment_anything")
+        },
+        "protocols": {"full": to_plain(FULL), "quick": to_plain(QUICK)},
+        "curve": curve[:: max(1, len(curve) // 20)],
+    }

@@ -1,0 +1,273 @@
+"""The training loop: a run is built, taken up where it was stopped, and carried to its last step."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from evals.core.dist import Group
+from radio.config import to_plain, write_yaml
+from radio.errors import ConfigError, DataError, RadioError
+from radio.model import build
+from radio.types import Features
+
+from .assembly import (
+    check_student,
+    load_teachers,
+    make_card,
+    model_config,
+    provenance,
+    student_resolutions,
+    teacher_sizes,
+    window_candidates,
+)
+from .cache import FeatureCache, write_cache
+from .config import TrainConfig
+from .crops import FixedCrops, RandomCrops
+from .metrics import Clock, Meters
+from .optim import learning_rate, make_optimizer
+from .parallel import wrap
+from .pictures import open_pictures
+from .sampling import StepSampler, draw_window, generator
+from .sinks import JsonLines, ProgressConsole, Record
+from .state import load_state, save_state
+from .step import Distiller, teacher_features
+
+# Letters: B batch of this rank.
+
+
+class Batch(NamedTuple):
+    """One step's crops, and the teachers' features of them."""
+
+    images: Tensor  # [B, 3, side, side] in [0, 1], on the device
+    targets: dict[str, Features]
+    broken: int
+    waited: float  # seconds
+
+
+class Run:
+    """One distillation run.
+
+    Args:
+        config: its settings.
+        group: the ranks that share it.
+        device: where this rank computes.
+        console: where it reports.
+        restart: begin anew instead of going on from `out/state.pt`.
+    """
+
+    def __init__(
+        self, config: TrainConfig, group: Group, device: torch.device, console: Console, *, restart: bool = False
+    ) -> None:
+        if config.batch_size % group.world:
+            raise ConfigError(f"a batch of {config.batch_size} cannot be shared evenly by {group.world} ranks")
+        self.config, self.group, self.device, self.console = config, group, device, console
+        self.teachers = load_teachers(config, device)
+        self.sizes = teacher_sizes(config, self.teachers)
+        beside = student_resolutions(config)
+        self.pictures = open_pictures(config.data)
+        side = max(*beside.values(), *(max(size) for size in self.sizes.values()))
+        self.crops = RandomCrops(self.pictures, config.data, side, config.seed)
+        card = make_card(config, self.teachers, self.sizes, self.pictures)
+        self.model = build(model_config(config, self.teachers), config.seed, card, config.out.name)
+        check_student(self.model.student, beside)
+        self.model.to(device).train()
+        self.windows = window_candidates(self.model, config, beside)
+        self.distiller = Distiller(self.model, config.teachers, config.loss, beside)
+        self.forward = wrap(self.distiller, group, device, compiled=config.compile)
+        self.optimizer = make_optimizer(self.distiller, config.optim)
+        self.meters, self.clock, self.broken = Meters(), Clock(), 0
+        self.step = 0 if restart else self._resume()
+        self.cache = self._open_cache() if self.step < config.steps else None
+
+    def train(self) -> Path:
+        """Run to the last step; the path of `ckpt.pt`.
+
+        Raises:
+            RadioError: the loss is no longer finite, or too many pictures are broken.
+        """
+        config = self.config
+        if self.step == config.steps:
+            return config.out / "ckpt.pt"
+        log = JsonLines(config.out / "metrics.jsonl", self.step) if self.group.leads else None
+        if self.group.leads:
+            write_yaml(config, config.out / "config.yaml")
+        self.clock.read()
+        with ProgressConsole(self.console, config.recipe, config.steps, self.step) as bar:
+            for batch in self.batches():
+                self.advance(batch)
+                self.step += 1
+                if self._due(config.log_every):
+                    record = self.record()
+                    bar.advance(self.step, summarise(record, config))
+                    if log is not None:
+                        log.write(record)
+                else:
+                    bar.advance(self.step)
+                if self._due(config.save_every) and self.group.leads:
+                    self.save()
+        if log is not None:
+            log.close()
+        return config.out / "ckpt.pt"
+
+    def batches(self) -> Iterator[Batch]:
+        """The batches of the steps still to do, with the teachers' features."""
+        config, group = self.config, self.group
+        loader = DataLoader(
+            self.crops if self.cache is None else self.cache,
+            batch_sampler=StepSampler(self.step, config.steps, config.batch_size, group.rank, group.world),
+            num_workers=config.data.workers,
+            pin_memory=self.device.type == "cuda",
+            prefetch_factor=4 if config.data.workers else None,
+        )
+        rows = iter(loader)
+        while True:
+            start = time.perf_counter()
+            row = next(rows, None)
+            waited = time.perf_counter() - start
+            if row is None:
+                return
+            images = row.pixels.to(self.device, non_blocking=True).float().div_(255)
+            if self.cache is not None:
+                yield Batch(images, self.cache.targets(row.summaries, row.tokens, self.device), 0, waited)
+            else:
+                with self._autocast():
+                    targets = teacher_features(self.teachers, self.sizes, images)
+                yield Batch(images, targets, int(row.broken.sum()), waited)
+
+    def advance(self, batch: Batch) -> None:
+        """One step: forward, losses, backward, update. Reads nothing back from the device."""
+        config, step = self.config, self.step
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, config.steps, config.optim)
+        logged = (step + 1) % config.log_every == 0 or step + 1 == config.steps
+        window = draw_window(self.windows, config.seed, step)
+        with self._autocast():
+            losses = self.forward(batch.images, batch.targets, self._drawn(), window, logged)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses.total.backward()
+        norm = nn.utils.clip_grad_norm_(self.distiller.parameters(), config.optim.clip or math.inf)
+        self.optimizer.step()
+        self.meters.add({"loss": losses.total, "grad_norm": norm, **losses.parts})
+        self.clock.waited(batch.waited)
+        self.broken += batch.broken
+
+    def record(self) -> Record:
+        """The means since the last log step.
+
+        Raises:
+            RadioError: the loss is not finite, or too many pictures are broken; what was saved last stays.
+        """
+        config = self.config
+        seconds, waited = self.clock.read()
+        means = self.meters.read()
+        seen = self.step * config.batch_size
+        if not math.isfinite(means["loss"]):
+            raise RadioError(f"step {self.step}: the loss is {means['loss']}; lower --optim.lr (the last save stands)")
+        if self.broken > max(10, config.data.max_broken * seen / self.group.world):
+            raise DataError(f"{self.broken} of {seen} pictures cannot be read; mend the data or raise --data.max-broken")
+        steps = self.step % config.log_every or config.log_every
+        return {
+            "step": self.step,
+            "samples": seen,
+            **means,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "images_per_second": steps * config.batch_size / seconds,
+            "data_wait": waited / seconds,
+            "seconds": seconds,
+            "broken": self.broken,
+        }
+
+    def save(self) -> None:
+        """Write `state.pt` to go on from and `ckpt.pt` to evaluate, each atomically."""
+        meters = {"meters": self.meters.state(), "broken": self.broken}
+        state = self.config.out / "state.pt"
+        save_state(state, self.distiller, self.optimizer, self.step, self._settings(), meters)
+        self.model.card["provenance"] = provenance(self.step, self.config)
+        self.model.save(self.config.out / "ckpt.pt")
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.config.steps
+
+    def _resume(self) -> int:
+        path = self.config.out / "state.pt"
+        if not path.is_file():
+            return 0
+        step, extra = load_state(path, self.distiller, self.optimizer, self._settings())
+        self.meters.restore(extra["meters"], self.device)
+        self.broken = int(extra["broken"])
+        return step
+
+    def _settings(self) -> str:
+        """Everything that decides the weights, so that no other run takes up this one's state."""
+        plain = to_plain(self.config)
+        for name in ("recipe", "out", "device", "log_every", "save_every", "score", "compile"):
+            plain.pop(name)
+        plain["data"].pop("workers")
+        return json.dumps({**plain, "pictures": self.pictures.fingerprint}, sort_keys=True)
+
+    def _drawn(self) -> Tensor | None:
+        """This rank's share of what the student draws for the whole batch of the step."""
+        size, group = self.config.batch_size, self.group
+        drawn = self.model.draw(size, generator(self.config.seed, "positions", self.step))
+        if drawn is None:
+            return None
+        share = size // group.world
+        return drawn[group.rank * share : (group.rank + 1) * share].to(self.device)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        wanted = self.config.precision
+        half = wanted == "bf16" or (wanted == "auto" and self.device.type == "cuda")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
+
+    def _open_cache(self) -> FeatureCache | None:
+        """The teacher cache of this run, written by the first rank; None when the teachers run online."""
+        config, options = self.config, self.config.cache
+        if options.folder is None:
+            return None
+        count = min(options.pictures or len(self.pictures), len(self.pictures))
+        crops = FixedCrops(self.crops, count, options.crops)
+        if not self.group.leads:
+            self.group.barrier()
+        with ProgressConsole(self.console, "teacher cache", len(crops), 0) as bar:
+            cache = write_cache(
+                options.folder,
+                self.teachers,
+                self.sizes,
+                crops,
+                config.seed,
+                device=self.device,
+                workers=config.data.workers,
+                confirm=self._confirm,
+                progress=bar.advance,
+            )
+        if self.group.leads:
+            self.group.barrier()
+        return cache
+
+    def _confirm(self, size: int) -> None:
+        self.console.print(f"teacher cache: {size / 1e9:.2f} GB in {self.config.cache.folder}", highlight=False)
+        if size <= 1e9 or not self.config.cache.confirm:
+            return
+        if not self.console.is_terminal:
+            raise RadioError(f"a teacher cache of {size / 1e9:.1f} GB would be written; agree with --cache.no-confirm")
+        if self.console.input("write it? [y/N] ").strip().lower() not in ("y", "yes"):
+            raise RadioError("the teacher cache was not written; leave --cache.folder out to run the teachers online")
+
+
+def summarise(record: Record, config: TrainConfig) -> str:
+    """The figures of one record on one line: the loss, each teacher's two parts, and the rate."""
+    parts = " ".join(
+        f"{t.name} {record[f'{t.name}/summary']:.3f}/{record[f'{t.name}/spatial']:.3f}" for t in config.teachers
+    )
+    return f"loss {record['loss']:.3f}  {parts}  {record['images_per_second']:.0f} img/s"
