@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from .errors import ConfigError
 from .nn.block import NORM_EPS
 from .resample import resize_features
 from .types import Features
@@ -22,8 +23,8 @@ class AdaptorConfig:
     summary_dim: int  # the teacher's C
     token_dim: int  # the teacher's D
     hidden: int | None = None  # hidden width of both heads; None = the student's token width
-    slot: int | None = None  # which class token it reads when there is one per teacher; None = the whole summary
-    resample: Literal["before", "after"] = "before"  # bilinear to the teacher's grid before or after the head (ours)
+    slot: int | None = None  # the class token it reads where each teacher has one; None = the whole summary
+    resample: Literal["before", "after"] = "before"  # the head; bilinear to the teacher's grid (ours)
 
 
 class Head(nn.Module):
@@ -48,10 +49,19 @@ class MLPAdaptor(nn.Module):
         config: the teacher's widths and how to resample.
         summary_dim: C of the student.
         token_dim: D of the student.
+
+    Raises:
+        ConfigError: the summary has no class token in that slot.
     """
 
     def __init__(self, config: AdaptorConfig, summary_dim: int, token_dim: int) -> None:
         super().__init__()
+        slots = summary_dim // token_dim
+        if config.slot is not None and not 0 <= config.slot < slots:
+            raise ConfigError(
+                f"adaptor {config.name!r} reads class token {config.slot}, and the student has {slots}; "
+                f"give the student one per teacher and count from 0"
+            )
         self.config = config
         self.slot_width = token_dim
         hidden = config.hidden or token_dim
@@ -64,6 +74,7 @@ class MLPAdaptor(nn.Module):
         if self.config.slot is not None:
             start = self.config.slot * self.slot_width
             summary = summary[:, start : start + self.slot_width]
-        placed = features if grid is None or self.config.resample == "after" else resize_features(features, grid)
+        to = features.grid if grid is None else grid
+        placed = resize_features(features, to) if self.config.resample == "before" else features
         mapped = Features(self.summary(summary), self.spatial(placed.tokens), placed.grid)
-        return mapped if grid is None else resize_features(mapped, grid)
+        return resize_features(mapped, to)

@@ -10,6 +10,8 @@ import hashlib
 import io
 import json
 import pickle
+import struct
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +41,7 @@ def digest(tensors: Mapping[str, Tensor], description: str = "") -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 
@@ -53,7 +55,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> 
     text = json.dumps({"format": FORMAT, **card}, sort_keys=True)
     sha = digest(kept, text)
     if path.suffix == ".safetensors":
-        data = safetensors.torch.save(kept, metadata={"card": text, "sha256": sha})
+        data = _in_order(safetensors.torch.save(kept, metadata={"card": text, "sha256": sha}))
     elif path.suffix == ".pt":
         buffer = io.BytesIO()
         torch.save({"card": text, "sha256": sha, "tensors": kept}, buffer)
@@ -68,7 +70,7 @@ def load(path: Path) -> Checkpoint:
     """The checkpoint in a file, on the CPU; nothing in the file is executed.
 
     Raises:
-        CheckpointError: no such file, a foreign or truncated one, or one whose content is not what was saved.
+        CheckpointError: no such file, a foreign or truncated one, or one whose content was altered.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
@@ -85,9 +87,9 @@ def load(path: Path) -> Checkpoint:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The state dict in somebody else's weights file (`.pt`, `.pth`, `.bin`, `.safetensors`), nothing executed.
+    """The state dict in somebody else's weights file (`.pt`, `.pth`, `.bin`, `.safetensors`).
 
-    A state dict under the key `state_dict` or `model` is taken out of its wrapping.
+    Nothing in it is executed. A state dict under the key `state_dict` or `model` is taken out of its wrapping.
 
     Raises:
         CheckpointError: no such file, not a weights file, or one that would run code when read.
@@ -103,7 +105,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):
         if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
             data = data[key]
-    tensors = {key: value for key, value in data.items() if isinstance(value, Tensor)} if isinstance(data, Mapping) else {}
+    items = data.items() if isinstance(data, Mapping) else ()
+    tensors = {key: value for key, value in items if isinstance(value, Tensor)}
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors; wanted a state dict")
     return tensors
@@ -146,6 +149,14 @@ def _first(what: str, names: list[str], most: int = 3) -> str:
     return f"{what}: {', '.join(names[:most])}{rest}"
 
 
+def _in_order(data: bytes) -> bytes:
+    """A safetensors file with its header sorted: metadata come out in the order of a hash map."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
+
+
 def _read_safetensors(path: Path) -> tuple[str, str, dict[str, Tensor]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -154,28 +165,38 @@ def _read_safetensors(path: Path) -> tuple[str, str, dict[str, Tensor]]:
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
     if "card" not in metadata or "sha256" not in metadata:
-        raise CheckpointError(f"{path}: holds tensors but no am-radio card; it was not written by this trainer")
+        raise CheckpointError(
+            f"{path}: holds tensors but no am-radio card; it was not written by this trainer"
+        )
     return metadata["card"], metadata["sha256"], tensors
 
 
 def _read_archive(path: Path) -> tuple[str, str, dict[str, Tensor]]:
     data = _read_pickle(path)
-    if not isinstance(data, dict) or not {"card", "sha256", "tensors"} <= data.keys():
-        raise CheckpointError(
-            f"{path}: a torch file, but not an am-radio checkpoint; for other people's weights name their family, "
-            f"as in dinov2:vitb14@{path}"
-        )
-    return data["card"], data["sha256"], data["tensors"]
+    match data:
+        case {"card": str(text), "sha256": str(sha), "tensors": dict(tensors)} if _is_state(tensors):
+            return text, sha, tensors
+    raise CheckpointError(
+        f"{path}: a torch file, but not an am-radio checkpoint; for other people's weights name their "
+        f"family, as in dinov2:vitb14@{path}"
+    )
+
+
+def _is_state(tensors: Mapping[Any, Any]) -> bool:
+    return all(isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors.items())
 
 
 def _read_pickle(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch's, of an unusual pickle protocol
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "weights_only" in str(error) or "Unsupported" in str(error):
             raise CheckpointError(
                 f"{path}: reading it could run code that it carries, or it is no torch file; nothing was run"
             ) from error
         raise CheckpointError(f"{path}: not a torch file, or a damaged one") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    # What torch's unpickler meets in bytes that are none of its own, besides what it says itself.
+    except (RuntimeError, EOFError, ValueError, LookupError, OSError, struct.error) as error:
         raise CheckpointError(f"{path}: not a torch file, or a truncated one") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tempfile
+import secrets
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -81,15 +81,15 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file atomically, creating its folder: a temporary sibling, synced, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -115,7 +115,8 @@ def _read(hint: Any, value: Any, where: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"{where}: wanted {hint.__name__}, got {value!r}")
+        note = "; YAML takes 1e-3 for text, write 1.0e-3" if hint is float and isinstance(value, str) else ""
+        raise ConfigError(f"{where}: wanted {hint.__name__}, got {value!r}{note}")
     return value
 
 
@@ -142,4 +143,5 @@ def _read_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any
         kinds = arguments
     if len(kinds) != len(value):
         raise ConfigError(f"{where}: wanted {len(kinds)} values, got {len(value)}")
-    return tuple(_read(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
+    pairs = zip(kinds, value, strict=True)
+    return tuple(_read(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(pairs))

@@ -9,13 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-
-from .errors import CheckpointError, ConfigError, did_you_mean
-from .model import ModelConfig, RadioModel, build, load, load_untrained
+from .errors import CheckpointError, ConfigError, SizeError, did_you_mean
+from .model import ModelConfig, build, load, load_untrained
 from .students import students
 from .teachers import families
 from .types import Backbone, Teacher, Windowed
-
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +48,8 @@ def load_teacher(text: str) -> Teacher:
         CheckpointError: the weights file is absent or another model's.
     """
     if ":" not in text:
-        raise ConfigError(f"{text!r} is not a teacher; wanted FAMILY:NAME[@FILE], families: {', '.join(families)}")
+        known = ", ".join(families)
+        raise ConfigError(f"{text!r} is not a teacher; wanted FAMILY:NAME[@FILE], families: {known}")
     spec = parse(text)
     if spec.family == "arch":
         raise ConfigError(f"{text!r} is an untrained student; a teacher comes from {', '.join(families)}")
@@ -76,25 +75,34 @@ def load_backbone(
     model = _load(text, random_init, seed)
     if window is None:
         return model
-    if not isinstance(model, RadioModel) and not isinstance(model, Windowed):
-        raise ConfigError(f"{text} has no attention windows to choose; use a vitdet student")
-    return model.with_window(window)
+    if not isinstance(model, Windowed):
+        raise SizeError(f"{text} has no attention windows to choose; use a vitdet student")
+    windowed: Backbone = model.with_window(window)
+    return windowed
 
 
 def _load(text: str, random_init: bool, seed: int) -> Backbone:
     path = Path(text)
-    if path.is_file() or path.suffix in (".pt", ".safetensors") and ":" not in text:
+    if path.is_file() or (path.suffix in (".pt", ".safetensors") and ":" not in text):
         return load_untrained(path, seed) if random_init else load(path)
     if text.startswith("arch:"):
-        return build(ModelConfig(student=parse(text).name), seed).eval()
+        spec = parse(text)
+        if spec.file is not None:
+            raise ConfigError(
+                f"{text}: arch: is for untrained students and takes no file; give the file alone"
+            )
+        return build(ModelConfig(student=spec.name), seed).eval()
     if ":" in text:
         if random_init:
-            raise ConfigError(f"{text} is a teacher, and teachers are not scored untrained; leave --random-init out")
+            raise ConfigError(
+                f"{text} is a teacher, and teachers are not scored untrained; leave --random-init out"
+            )
         return load_teacher(text)
     if text in students:
         if not random_init:
             raise ConfigError(
-                f"{text} is an architecture and has no weights; give a checkpoint, or --random-init to take it untrained"
+                f"{text} is an architecture and has no weights; give a checkpoint, or --random-init to take "
+                f"it untrained"
             )
         return build(ModelConfig(student=text), seed).eval()
     hint = did_you_mean(text, students) or f"; known architectures: {', '.join(students)}"

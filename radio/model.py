@@ -36,20 +36,25 @@ class RadioModel(nn.Module):
 
     `model(images)` gives the student's own features, `model.adapt("clip", features)` carries them
     into a teacher's space. `card` is what the checkpoint says of teachers, data and settings.
+
+    Raises:
+        ConfigError: an unknown student, or adaptors that cannot stand side by side.
     """
 
-    def __init__(self, config: ModelConfig, card: Mapping[str, Any] | None = None, name: str | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, card: Mapping[str, Any] | None = None, name: str | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.card = dict(card or {})
         self.label = name or config.student
         student = students[config.student](config.options)
         if not isinstance(student, nn.Module):
-            raise ConfigError(f"student {config.student!r} is not a torch module; make its factory return one")
+            raise ConfigError(
+                f"student {config.student!r} is not a torch module; make its factory return one"
+            )
         self.student: Student = student
-        self.adaptors = nn.ModuleDict(
-            {a.name: MLPAdaptor(a, student.summary_dim, student.token_dim) for a in config.adaptors}
-        )
+        self.adaptors = _heads(config.adaptors, student)
 
     @property
     def name(self) -> str:
@@ -123,7 +128,21 @@ class RadioModel(nn.Module):
         return checkpoint.save(path, self.state_dict(), {**self.card, "model": to_plain(self.config)})
 
 
-def build(config: ModelConfig, seed: int, card: Mapping[str, Any] | None = None, name: str | None = None) -> RadioModel:
+def _heads(configs: tuple[AdaptorConfig, ...], student: Student) -> nn.ModuleDict:
+    heads = nn.ModuleDict()
+    for config in configs:
+        if config.name in heads:
+            raise ConfigError(f"two adaptors are named {config.name!r}; give every teacher a name of its own")
+        try:
+            heads[config.name] = MLPAdaptor(config, student.summary_dim, student.token_dim)
+        except KeyError as error:  # a dot, or a word such as "keys" that torch's ModuleDict needs itself
+            raise ConfigError(f"an adaptor cannot be named {config.name!r}; choose another name") from error
+    return heads
+
+
+def build(
+    config: ModelConfig, seed: int, card: Mapping[str, Any] | None = None, name: str | None = None
+) -> RadioModel:
     """A fresh model whose weights `seed` decides; torch's global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -147,7 +166,8 @@ def load_untrained(path: Path, seed: int) -> RadioModel:
     """The architecture of a checkpoint with fresh weights: the floor that training rose from."""
     found = checkpoint.load(path)
     config = _read_config(found.card, path)
-    return build(config, seed, {"resolution": found.card.get("resolution")}, f"{_label(path)}-untrained").eval()
+    card = {"resolution": found.card.get("resolution")}
+    return build(config, seed, card, f"{_label(path)}-untrained").eval()
 
 
 def _read_config(card: Mapping[str, Any], path: Path) -> ModelConfig:

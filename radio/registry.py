@@ -40,9 +40,9 @@ class Registry(Generic[T]):
         """Enter `value` under `name`.
 
         Raises:
-            ConfigError: the name is taken.
+            ConfigError: the name is taken by something else.
         """
-        if name in self._entries:
+        if self._entries.get(name, value) is not value:
             raise ConfigError(f"a {self.kind} named {name!r} is registered already; choose another name")
         self._entries[name] = value
 
@@ -50,7 +50,7 @@ class Registry(Generic[T]):
         """What stands under `name`.
 
         Raises:
-            ConfigError: nothing does; the nearest names are offered.
+            ConfigError: nothing does, and the nearest names are offered; or a plugin cannot be loaded.
         """
         self._read_plugins()
         if name not in self._entries:
@@ -70,6 +70,13 @@ class Registry(Generic[T]):
     def _read_plugins(self) -> None:
         if self._plugins_read:
             return
-        self._plugins_read = True
+        self._plugins_read = True  # first, since a plugin may look into this registry while it is loaded
         for point in entry_points(group=f"am_radio.{self.kind}s"):
-            self.add(point.name, point.load())
+            try:
+                self.add(point.name, point.load())
+            except (ImportError, AttributeError) as error:
+                self._plugins_read = False
+                raise ConfigError(
+                    f"the {self.kind} {point.name!r} of another package ({point.value}) cannot be loaded: "
+                    f"{error}; mend or uninstall that package"
+                ) from error

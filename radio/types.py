@@ -20,7 +20,8 @@ class Features(NamedTuple):
 
     def map(self) -> Tensor:
         """The tokens as a picture: [B, D, H, W]."""
-        return self.tokens.transpose(1, 2).unflatten(2, self.grid)
+        plane: Tensor = self.tokens.transpose(1, 2).unflatten(2, self.grid)
+        return plane
 
 
 @runtime_checkable

@@ -14,10 +14,34 @@ from radio.config import to_plain
 from radio.errors import ConfigError, SizeError
 from radio.hub import load_teacher
 from radio.model import ModelConfig, RadioModel
+from radio.students import students
 from radio.types import Student, Teacher, Windowed
 
 from .config import TrainConfig
 from .crops import Pictures
+
+
+def check_settings(config: TrainConfig, world: int) -> None:
+    """None, when the settings make sense before anything is loaded.
+
+    Raises:
+        ConfigError: a count below 1, an unknown student, or a batch that the ranks cannot share evenly.
+    """
+    counts = {
+        "--steps": config.steps,
+        "--batch-size": config.batch_size,
+        "--resolution": config.resolution,
+        "--log-every": config.log_every,
+        "--save-every": config.save_every,
+        "--cache.crops": config.cache.crops,
+        "--cache.pictures": 1 if config.cache.pictures is None else config.cache.pictures,
+    }
+    for name, count in counts.items():
+        if count < 1:
+            raise ConfigError(f"{name} {count} cannot be; give 1 or more")
+    students[config.student]  # an unknown name raises here, with the nearest ones
+    if config.batch_size % world:
+        raise ConfigError(f"a batch of {config.batch_size} cannot be shared evenly by {world} ranks")
 
 
 def load_teachers(config: TrainConfig, device: torch.device) -> dict[str, Teacher]:
@@ -52,14 +76,21 @@ def student_resolutions(config: TrainConfig) -> dict[str, int]:
     return {t.name: t.student_resolution or config.resolution for t in config.teachers}
 
 
-def check_student(student: Student, resolutions: Mapping[str, int]) -> None:
+def check_student(
+    student: Student, resolutions: Mapping[str, int], windows: Mapping[int, tuple[int, ...]]
+) -> None:
     """Nothing, when the student takes every resolution of the run.
 
     Raises:
         SizeError: it does not; names the nearest that it does.
     """
     for side in dict.fromkeys(resolutions.values()):
-        _check(f"student {student.name}", (side, side), student.fit(side, side))
+        taken = (
+            student.with_window(windows[side][0])
+            if windows[side] and isinstance(student, Windowed)
+            else student
+        )
+        _check(f"student {student.name}", (side, side), taken.fit(side, side))
 
 
 def model_config(config: TrainConfig, teachers: Mapping[str, Teacher]) -> ModelConfig:
@@ -71,7 +102,9 @@ def model_config(config: TrainConfig, teachers: Mapping[str, Teacher]) -> ModelC
     options = config.options
     if config.summary != "shared":
         if options.class_tokens is not None:
-            raise ConfigError(f"--summary {config.summary} decides the class tokens; leave --options.class-tokens out")
+            raise ConfigError(
+                f"--summary {config.summary} decides the class tokens; leave --options.class-tokens out"
+            )
         options = replace(options, class_tokens=len(teachers) if config.summary == "per-teacher" else 0)
     adaptors = tuple(
         AdaptorConfig(
@@ -87,23 +120,31 @@ def model_config(config: TrainConfig, teachers: Mapping[str, Teacher]) -> ModelC
     return ModelConfig(student=config.student, options=options, adaptors=adaptors)
 
 
-def window_candidates(model: RadioModel, config: TrainConfig, resolutions: Mapping[str, int]) -> tuple[int, ...]:
-    """The window sides to sample from, one a step: those of the config that divide every grid of the run.
+def window_candidates(
+    model: RadioModel, config: TrainConfig, resolutions: Mapping[str, int]
+) -> dict[int, tuple[int, ...]]:
+    """The window sides to sample from at each resolution: those of the config that divide its grid.
 
-    Empty for a student without windows; the student's own side where none of the config's fits.
+    Empty where the student keeps its own: without windows, with one fixed by the options, or where none fits.
     """
-    if not isinstance(model.student, Windowed) or model.config.options.window is not None:
-        return ()
-    whole = model.student.with_window(1)
-    patch = whole.fit(1, 1)[0]
-    if model.student.fit(1, 1)[0] == patch:
-        return ()
-    sides = [side // patch for side in set(resolutions.values())]
-    return tuple(window for window in config.windows if all(side % window == 0 and side > window for side in sides))
+    sides = dict.fromkeys(resolutions.values())
+    student = model.student
+    if not isinstance(student, Windowed) or model.config.options.window is not None:
+        return dict.fromkeys(sides, ())
+    patch = student.with_window(None).fit(1, 1)[0]
+    if student.fit(1, 1)[0] == patch:  # a ViT without windows
+        return dict.fromkeys(sides, ())
+    return {
+        side: tuple(w for w in config.windows if (side // patch) % w == 0 and w < side // patch)
+        for side in sides
+    }
 
 
 def make_card(
-    config: TrainConfig, teachers: Mapping[str, Teacher], sizes: Mapping[str, tuple[int, int]], pictures: Pictures
+    config: TrainConfig,
+    teachers: Mapping[str, Teacher],
+    sizes: Mapping[str, tuple[int, int]],
+    pictures: Pictures,
 ) -> dict[str, Any]:
     """What the checkpoint says of its teachers, data and settings."""
     beside = student_resolutions(config)
@@ -133,5 +174,6 @@ def provenance(step: int, config: TrainConfig) -> dict[str, Any]:
 def _check(who: str, wanted: tuple[int, int], nearest: tuple[int, int]) -> None:
     if wanted != nearest:
         raise SizeError(
-            f"{who} cannot take {wanted[0]}x{wanted[1]} px; the nearest size that it can is {nearest[0]}x{nearest[1]}"
+            f"{who} cannot take {wanted[0]}x{wanted[1]} px; "
+            f"the nearest size that it can is {nearest[0]}x{nearest[1]}"
         )

@@ -24,7 +24,7 @@ from radio.errors import RadioError
 from radio.types import Features, Teacher
 
 from .config import DataConfig
-from .crops import Crop, FixedCrops
+from .crops import FixedCrops, check_broken, rows_of
 from .sampling import picture_at
 from .step import teacher_features
 
@@ -112,13 +112,15 @@ def write_cache(
         progress: called with how many crops are done.
 
     Raises:
-        RadioError: the disk has no room for it, or `confirm` refused.
+        RadioError: the disk has no room for it, `confirm` refused, or too many pictures are broken.
     """
     folder = root / cache_key(teachers, sizes, crops, seed)
     note, card = folder / "progress.json", folder / "card.json"
     if not card.is_file():
         probe = teacher_features(
-            dict(teachers), dict(sizes), torch.zeros(1, 3, crops.source.side, crops.source.side, device=device)
+            dict(teachers),
+            dict(sizes),
+            torch.zeros(1, 3, crops.source.side, crops.source.side, device=device),
         )
         if not note.is_file():
             _begin(folder, probe, len(crops), crops.source.side, confirm)
@@ -128,7 +130,9 @@ def write_cache(
     return FeatureCache(folder, seed)
 
 
-def _begin(folder: Path, probe: dict[str, Features], count: int, side: int, confirm: Callable[[int], None]) -> None:
+def _begin(
+    folder: Path, probe: dict[str, Features], count: int, side: int, confirm: Callable[[int], None]
+) -> None:
     """Lay out empty arrays, once their size is agreed to and there is room for them."""
     shapes: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {"pixels": (np.uint8, (3, side, side))}
     for name, features in probe.items():
@@ -163,7 +167,7 @@ def _fill(
     rest = range(state["done"], len(crops))
     loader = DataLoader(Subset(crops, rest), batch_size=_CHUNK, num_workers=workers)
     done, broken = state["done"], state["broken"]
-    for batch in loader:
+    for batch in rows_of(loader):
         images = batch.pixels.to(device).float().div_(255)
         rows = slice(done, done + len(images))
         arrays["pixels"][rows] = batch.pixels.numpy()
@@ -173,6 +177,7 @@ def _fill(
         for array in arrays.values():
             array.flush()
         done, broken = rows.stop, broken + int(batch.broken.sum())
+        check_broken(broken, done, crops.source.config)
         write_text(note, json.dumps({"done": done, "broken": broken}))
         progress(done)
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import tyro
 from rich.console import Console
@@ -18,7 +18,8 @@ from radio.errors import ConfigError
 from .config import TrainConfig
 from .parallel import joined
 from .recipes import recipes
-from .teachers_from_scenes import TeachersConfig, train_teachers
+from .teachers_from_scenes import TeachersConfig
+from .teachers_from_scenes import main as train_teachers
 from .trainer import Run
 
 USAGE = """usage: radio-train RECIPE [--section.option value ...] [--restart]
@@ -36,7 +37,7 @@ S = TypeVar("S")
 class Command:
     """Options of one run."""
 
-    config: tyro.conf.OmitArgPrefixes[TrainConfig]
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     restart: bool = False  # begin anew, whatever stands in the run folder
 
 
@@ -49,11 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     console = Console()
     if not arguments or arguments[0] in ("-h", "--help"):
-        console.print(USAGE + _listing(), highlight=False)
+        console.print(USAGE + _listing(), highlight=False, soft_wrap=True)
         return 0 if arguments else 2
     name, options = arguments[0], arguments[1:]
     if name == TEACHERS:
-        train_teachers(_parse(TeachersConfig, TeachersConfig(), options, name), console)
+        train_teachers(_parse(TeachersConfig, TeachersConfig(), options, name))
         return 0
     command = _parse(Command, Command(config=_settings(name)), options, name)
     device = choose_device(command.config.device)
@@ -74,7 +75,9 @@ def _settings(name: str) -> TrainConfig:
     if name.endswith((".yaml", ".yml")):
         return read_yaml(TrainConfig, Path(name))
     if name.startswith("-"):
-        raise ConfigError(f"the first word is a recipe or a config.yaml, got {name!r}; recipes: {', '.join(recipes)}")
+        raise ConfigError(
+            f"the first word is a recipe or a config.yaml, got {name!r}; recipes: {', '.join(recipes)}"
+        )
     return recipes[name]()
 
 
@@ -84,4 +87,6 @@ def _parse(kind: type[S], default: S, options: Sequence[str], name: str) -> S:
 
 def _listing() -> str:
     lines = [f"  {name:<16}{(recipes[name].__doc__ or '').splitlines()[0]}" for name in recipes]
-    return "\n".join([*lines, f"  {TEACHERS:<16}The shipped tiny teachers, made again from the generated world."])
+    return "\n".join(
+        [*lines, f"  {TEACHERS:<16}The shipped tiny teachers, made again from the generated world."]
+    )

@@ -87,8 +87,19 @@ class TrainConfig:
     batch_size: int  # over all ranks
     out: Path
     options: StudentOptions = field(default_factory=StudentOptions)
-    summary: Literal["shared", "per-teacher", "mean"] = "shared"  # one class token, one per teacher, average pooling
-    windows: tuple[int, ...] = (6, 7, 8, 9, 12, 14, 16, 18)  # sides to sample from; those that fit the grid are used
+    summary: Literal["shared", "per-teacher", "mean"] = (
+        "shared"  # one class token, one per teacher, average pooling
+    )
+    windows: tuple[int, ...] = (
+        6,
+        7,
+        8,
+        9,
+        12,
+        14,
+        16,
+        18,
+    )  # sides to sample from; those that fit the grid are used
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     adaptor: AdaptorOptions = field(default_factory=AdaptorOptions)

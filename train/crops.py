@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from radio.images import crop_and_resize, sample_crop
 
 from .config import DataConfig
 from .sampling import generator, picture_at
+
+T = TypeVar("T")
 
 _TRIES = 20  # pictures in a row that may be broken before a crop is given up
 
@@ -72,11 +75,15 @@ class RandomCrops(Dataset[Crop]):
                 last = error
                 continue
             return Crop(self._view(image, number), broken)
-        raise DataError(f"{_TRIES} pictures in a row cannot be read, the last: {last}; check the data") from last
+        raise DataError(
+            f"{_TRIES} pictures in a row cannot be read, the last: {last}; check the data"
+        ) from last
 
     def _view(self, image: Tensor, number: int) -> Tensor:
         source = generator(self.seed, "crop", number)
-        box = sample_crop(image.shape[1], image.shape[2], self.config.crop_scale, self.config.crop_aspect, source)
+        box = sample_crop(
+            image.shape[1], image.shape[2], self.config.crop_scale, self.config.crop_aspect, source
+        )
         pixels = crop_and_resize(image, box, (self.side, self.side)).mul(255).round_().to(torch.uint8)
         flipped = float(torch.rand((), generator=source)) < self.config.flip
         return pixels.flip(-1) if flipped else pixels
@@ -94,3 +101,23 @@ class FixedCrops(Dataset[Crop]):
     def __getitem__(self, entry: int) -> Crop:
         """Crop `entry`: the pictures in turn, all of them once before any a second time."""
         return self.source.crop(entry % self.count, entry)
+
+
+def rows_of(loader: Iterable[T]) -> Iterator[T]:
+    """What a loader gives; a picture error of one of its processes comes without a traceback around it."""
+    try:
+        yield from loader
+    except DataError as error:
+        raise DataError(str(error).rpartition(f"{DataError.__name__}: ")[2].strip()) from error
+
+
+def check_broken(broken: int, seen: int, config: DataConfig) -> None:
+    """None, while few enough of the pictures seen were broken.
+
+    Raises:
+        DataError: their share is beyond the settings' (ten are always let through).
+    """
+    if broken > max(10, config.max_broken * seen):
+        raise DataError(
+            f"{broken} of {seen} pictures cannot be read; mend the data or raise --data.max-broken"
+        )

@@ -17,7 +17,7 @@ from evals.core.dist import Group, current
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Group]:
-    """The group that torchrun's environment describes (NCCL on GPUs, gloo on CPUs); alone without torchrun."""
+    """The group that torchrun's environment describes (NCCL on GPUs, gloo on CPUs), or one of its own."""
     if "WORLD_SIZE" not in os.environ or distributed.is_initialized():
         yield current()
         return

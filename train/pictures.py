@@ -80,5 +80,7 @@ def open_pictures(config: DataConfig) -> Joined:
     if config.scenes:
         parts.append((SceneImages("train", count=config.scenes, seed=config.scenes_seed), config.scenes))
     if not parts:
-        raise ConfigError("no data: give --data.shards 'FILES.tar', --data.images FOLDER or --data.scenes COUNT")
+        raise ConfigError(
+            "no data: give --data.shards 'FILES.tar', --data.images FOLDER or --data.scenes COUNT"
+        )
     return Joined(parts)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from radio.errors import require
 from radio.resample import resize_images
 from radio.scenes.language import TEMPLATES, caption
 from radio.scenes.world import CLASSES, COLOURS, SHAPES, Scene, render
@@ -43,14 +44,14 @@ class Loss(NamedTuple):
     watched: dict[str, Tensor]  # scalars, for the log
 
 
-def lessons(
-    first: int, count: int, batch: int, seed: int, generator: torch.Generator
-) -> Iterator[Lesson]:
+def lessons(first: int, count: int, batch: int, seed: int, generator: torch.Generator) -> Iterator[Lesson]:
     """Batches of the train split from index `first` on, mirrored left to right at random."""
     for start in range(first, first + count - batch + 1, batch):
         indices = range(start, start + batch)
         scenes = [render(index, split="train", seed=seed, size=SIZE) for index in indices]
-        said = tuple(caption(scene, i, split="train", seed=seed) for i, scene in zip(indices, scenes, strict=True))
+        said = tuple(
+            caption(scene, i, split="train", seed=seed) for i, scene in zip(indices, scenes, strict=True)
+        )
         yield _mirrored(gather(scenes, said), torch.rand(batch, generator=generator) < 0.5)
 
 
@@ -147,12 +148,12 @@ class ClipLesson(nn.Module):
 
     def __init__(self, clip: Clip) -> None:
         super().__init__()
-        import open_clip
-
         self.clip = clip
         self.log_scale = nn.Parameter(torch.tensor(np.log(1 / 0.07)))
-        self.contrast: Any = open_clip.ClipLoss()
-        self.register_buffer("names", tokenize([TEMPLATES[0].format(name) for name in CLASSES]), persistent=False)
+        self.contrast: Any = require("open_clip", extra="zeroshot").ClipLoss()
+        self.register_buffer(
+            "names", tokenize([TEMPLATES[0].format(name) for name in CLASSES]), persistent=False
+        )
 
     def forward(self, lesson: Lesson, progress: float) -> Loss:
         """The contrastive loss; `progress` in [0, 1) is how far the training is."""
@@ -174,7 +175,8 @@ class ClipLesson(nn.Module):
         same = (main[:, None] == main[None]) & ~torch.eye(len(main), dtype=torch.bool)
         own = torch.arange(len(main))
         lost = [
-            F.cross_entropy(logits.masked_fill(same, -torch.inf), own) for logits in (towards_text, towards_picture)
+            F.cross_entropy(logits.masked_fill(same, -torch.inf), own)
+            for logits in (towards_text, towards_picture)
         ]
         return (lost[0] + lost[1]) / 2
 
@@ -194,7 +196,7 @@ def _named(scores: Tensor, wanted: Tensor) -> dict[str, Tensor]:
 
 
 class SamLesson(nn.Module):
-    """Two jittered boxes and one point a picture; three masks each, of which the best is taught."""
+    """A jittered box and a point for every picture; three masks each, of which the best is taught."""
 
     def __init__(self, sam: Any, generator: torch.Generator) -> None:
         super().__init__()
@@ -206,16 +208,16 @@ class SamLesson(nn.Module):
         images = resize_images(lesson.images, (SIDE, SIDE)) * 255
         embeddings = self.sam.image_encoder((images - self.sam.pixel_mean) / self.sam.pixel_std)
         rows = torch.arange(len(images))
-        prompted = [(rows, self._pick(lesson.colours >= 0)) for _ in range(3)]
-        boxes = torch.cat([self._jitter(lesson.boxes[row, column]) for row, column in prompted[:2]])
-        points = self._inside(lesson.instances == (prompted[2][1] + 1)[:, None, None])
+        boxed, pointed = self._pick(lesson.colours >= 0), self._pick(lesson.colours >= 0)
+        boxes = self._jitter(lesson.boxes[rows, boxed])
+        points = self._inside(lesson.instances == (pointed + 1)[:, None, None])
         zoom = SIDE / SIZE
         logits, quality = decode(
-            self.sam, embeddings, rows.repeat(3), boxes=boxes * zoom, points=points * zoom - 0.5
+            self.sam, embeddings, rows.repeat(2), boxes=boxes * zoom, points=points * zoom - 0.5
         )
         logits = F.interpolate(logits, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
-        wanted = torch.cat([lesson.instances[row] == (column + 1)[:, None, None] for row, column in prompted])
-        return _mask_loss(logits, quality, wanted.float(), 2 * len(rows))
+        wanted = torch.cat([lesson.instances == (column + 1)[:, None, None] for column in (boxed, pointed)])
+        return _mask_loss(logits, quality, wanted.float(), len(rows))
 
     def _pick(self, present: Tensor) -> Tensor:
         """One present object of each scene: [B]."""
@@ -249,4 +251,3 @@ def _mask_loss(logits: Tensor, quality: Tensor, wanted: Tensor, num_boxes: int) 
     chosen = iou.gather(1, quality.argmax(dim=1, keepdim=True))[:, 0]
     watched = {"box": chosen[:num_boxes].mean(), "point": chosen[num_boxes:].mean()}
     return Loss(best + F.mse_loss(quality, iou), watched)
-

@@ -55,7 +55,9 @@ def summaries(backbone: Backbone, count: int, split: Split, seed: int = 0) -> tu
     found: list[Tensor] = []
     known: list[Tensor] = []
     for start in range(0, count, _CHUNK):
-        images, labels = render_images(range(start, min(start + _CHUNK, count)), split=split, seed=seed, size=SIZE)
+        images, labels = render_images(
+            range(start, min(start + _CHUNK, count)), split=split, seed=seed, size=SIZE
+        )
         pixels = resize_images(torch.from_numpy(images).float() / 255, backbone.native_size)
         with torch.no_grad():
             found.append(backbone(pixels).summary)
@@ -96,7 +98,9 @@ def box_miou(sam: Any, count: int, seed: int = 0) -> Scores:
 
 def _box_ious(sam: Any, count: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     for start in range(0, count, _CHUNK):
-        scenes = [render(i, split="val", seed=seed, size=SIZE) for i in range(start, min(start + _CHUNK, count))]
+        scenes = [
+            render(i, split="val", seed=seed, size=SIZE) for i in range(start, min(start + _CHUNK, count))
+        ]
         which = torch.tensor([row for row, scene in enumerate(scenes) for _ in scene.objects])
         boxes = torch.tensor([item.box for scene in scenes for item in scene.objects]).float()
         wanted = torch.stack([mask for scene in scenes for mask in _masks(scene)])

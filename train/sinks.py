@@ -8,7 +8,16 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from radio.config import write_text
 
 Record = dict[str, float | int | str | None]
 
@@ -22,11 +31,8 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, step: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _lines(path) if _step_of(line) <= step]
-        self._file = path.open("w", encoding="utf-8")
-        self._file.writelines(f"{line}\n" for line in kept)
-        self._file.flush()
+        write_text(path, "".join(f"{line}\n" for line in _lines(path) if _step_of(line) <= step))
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
         """Append one record."""
@@ -67,9 +73,13 @@ class ProgressConsole:
 
     def advance(self, done: int, figures: str = "") -> None:
         """Show that `done` are done; `figures` is what there is to say of them."""
-        self._progress.update(self._task, completed=done, **({"figures": figures} if figures else {}))
+        if figures:
+            self._progress.update(self._task, figures=figures)
+        self._progress.update(self._task, completed=done)
         if figures and not self.console.is_terminal:
-            self.console.print(f"{self._title} {done}/{self._total}  {figures}", highlight=False, soft_wrap=True)
+            self.console.print(
+                f"{self._title} {done}/{self._total}  {figures}", highlight=False, soft_wrap=True
+            )
 
 
 def _lines(path: Path) -> list[str]:

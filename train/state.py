@@ -1,4 +1,4 @@
-"""What a run needs to go on exactly where it was: weights, optimiser, step, and the meters between two log lines."""
+"""What a run needs to go on exactly where it was: weights, optimiser, step, meters between two log lines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from radio.errors import CheckpointError
 
 
 def save_state(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, settings: str, meters: dict[str, Any]
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    settings: str,
+    meters: dict[str, Any],
 ) -> None:
     """Write the state after `step` steps, atomically; `settings` says which run it belongs to."""
     buffer = io.BytesIO()
@@ -36,6 +41,8 @@ def load_state(
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise CheckpointError(f"{path}: not a whole training state; start again with --restart") from error
+    if not isinstance(state, dict) or "settings" not in state:
+        raise CheckpointError(f"{path}: a torch file, but no training state; start again with --restart")
     if state["settings"] != settings:
         raise CheckpointError(
             f"{path.parent}: holds a run with other settings; give another --out, or --restart to begin anew"

@@ -36,7 +36,11 @@ class Distiller(nn.Module):
     """
 
     def __init__(
-        self, model: RadioModel, teachers: Sequence[TeacherConfig], loss: LossConfig, resolutions: dict[str, int]
+        self,
+        model: RadioModel,
+        teachers: Sequence[TeacherConfig],
+        loss: LossConfig,
+        resolutions: dict[str, int],
     ) -> None:
         super().__init__()
         self.model = model
@@ -45,7 +49,12 @@ class Distiller(nn.Module):
         self.resolutions = resolutions
 
     def forward(
-        self, images: Tensor, targets: dict[str, Features], drawn: Tensor | None, window: int | None, detail: bool
+        self,
+        images: Tensor,
+        targets: dict[str, Features],
+        drawn: Tensor | None,
+        windows: dict[int, int | None],
+        detail: bool,
     ) -> Losses:
         """The losses of [B, 3, h, w] RGB in [0, 1] against every teacher's features.
 
@@ -53,13 +62,14 @@ class Distiller(nn.Module):
             images: the crops that the teachers saw.
             targets: their features, by teacher name.
             drawn: what the student draws at random, see `Student.draw`.
-            window: the attention window of this step, for students that have windows.
+            windows: the attention window of this step at each resolution; None keeps the student's own.
             detail: also compute the centred cosines that only the log shows.
         """
-        model = self.model if window is None else self.model.with_window(window)
-        views = {
-            side: model(resize_images(images, (side, side)), drawn) for side in dict.fromkeys(self.resolutions.values())
-        }
+        model = self.model
+        views = {}
+        for side, window in windows.items():
+            student = model if window is None else model.with_window(window)
+            views[side] = student(resize_images(images, (side, side)), drawn)
         parts: dict[str, Tensor] = {}
         terms: list[Tensor] = []
         for teacher in self.teachers:
@@ -74,6 +84,8 @@ class Distiller(nn.Module):
         return Losses(torch.stack(terms).sum(), parts)
 
 
-def teacher_features(teachers: dict[str, Teacher], sizes: dict[str, tuple[int, int]], images: Tensor) -> dict[str, Features]:
+def teacher_features(
+    teachers: dict[str, Teacher], sizes: dict[str, tuple[int, int]], images: Tensor
+) -> dict[str, Features]:
     """Every teacher's features of the same crops, each at its own resolution; no gradients."""
     return {name: teacher(resize_images(images, sizes[name])) for name, teacher in teachers.items()}

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from radio.checkpoint import Checkpoint, load, load_state, save
@@ -26,11 +26,23 @@ from .scenes_scores import FULL, QUICK, Protocol, Scores, box_miou, score
 
 COMMAND: Final = "radio-train scenes-teachers"
 _ORDER: tuple[Name, ...] = ("dense", "clip", "sam")  # CLIP's trunk starts from the dense one's
-_FIRST: dict[Name, int] = {"dense": 0, "clip": 1_000_000, "sam": 2_000_000}  # scene index: no scene is seen twice
+_FIRST: dict[Name, int] = {
+    "dense": 0,
+    "clip": 1_000_000,
+    "sam": 2_000_000,
+}  # scene index: no scene is seen twice
 _SEED_OF_SCENES = 1  # the scores are measured on scenes of seed 0
-_LOG_EVERY = 100
+_LOG_EVERY = 50
+_OPTIM = OptimConfig(weight_decay=0.05, betas=(0.9, 0.98), warmup=0.05)
 
-log = logging.getLogger(__name__)
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Course:
+    """How long one teacher learns, from how many scenes at once, and how fast."""
+
+    samples: int
+    batch: int
+    lr: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,15 +53,13 @@ class TeachersConfig:
     only: tuple[str, ...] = NAMES
     seed: int = 0  # of first weights, mirroring and prompts
     threads: int = 1
-    dense_samples: int = 100_000
-    clip_samples: int = 60_000
-    sam_samples: int = 40_000
-    batch: int = 64
-    optim: OptimConfig = OptimConfig(lr=1.5e-3, weight_decay=0.05, betas=(0.9, 0.98), warmup=0.05)
+    dense: Course = Course(samples=64_000, batch=32, lr=1.5e-3)
+    clip: Course = Course(samples=40_000, batch=64, lr=1e-3)
+    sam: Course = Course(samples=32_000, batch=32, lr=1e-3)
 
 
-def main(settings: TeachersConfig) -> list[Path]:
-    """Train the teachers asked for and write their files; the files' paths.
+def main(settings: TeachersConfig, console: Console | None = None) -> list[Path]:
+    """Train the teachers asked for and write their files; the files' paths. Progress goes to the console.
 
     Raises:
         ConfigError: a teacher that does not exist, or fewer samples than one batch.
@@ -57,36 +67,42 @@ def main(settings: TeachersConfig) -> list[Path]:
     """
     for name in settings.only:
         if name not in NAMES:
-            raise ConfigError(f"unknown scenes teacher {name!r}{did_you_mean(name, NAMES)}; known: {', '.join(NAMES)}")
+            raise ConfigError(
+                f"unknown scenes teacher {name!r}{did_you_mean(name, NAMES)}; known: {', '.join(NAMES)}"
+            )
     before = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
     try:
-        return [_make(name, settings) for name in _ORDER if name in settings.only]
+        shown = console or Console()
+        return [_make(name, settings, shown) for name in _ORDER if name in settings.only]
     finally:
         torch.set_num_threads(before)
 
 
-def _make(name: Name, settings: TeachersConfig) -> Path:
-    samples = {"dense": settings.dense_samples, "clip": settings.clip_samples, "sam": settings.sam_samples}[name]
-    if samples < settings.batch:
-        raise ConfigError(f"{samples} samples for scenes:{name} are less than one batch of {settings.batch}; give more")
+def _make(name: Name, settings: TeachersConfig, console: Console) -> Path:
+    course = {"dense": settings.dense, "clip": settings.clip, "sam": settings.sam}[name]
+    if course.samples < course.batch:
+        raise ConfigError(
+            f"{course.samples} samples for scenes:{name} are less than one batch of {course.batch}; give more"
+        )
     started = time.monotonic()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)  # first weights only, inside the fork
         lesson, product = _MAKERS[name](settings)
-    curve = _teach(lesson, name, samples, settings)
+    curve = _teach(lesson, name, course, settings.seed, console)
     minutes = (time.monotonic() - started) / 60
     tensors = {
-        key: value.half() if value.is_floating_point() else value for key, value in product.state_dict().items()
+        key: value.half() if value.is_floating_point() else value
+        for key, value in product.state_dict().items()
     }
     load_state(product, {key: value.float() for key, value in tensors.items()}, name)  # score what is shipped
     product.requires_grad_(False).eval()
-    card = _card(name, samples, settings, minutes, curve)
+    card = _card(name, course, settings, minutes, curve)
     card["scores"] = {"full": measure(name, product, FULL), "quick": measure(name, product, QUICK)}
     path = weights_file(name, settings.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     save(path, tensors, card)
-    log.info("%s: %s", path, card["scores"])
+    console.print(f"{path}: {card['scores']}", highlight=False, soft_wrap=True)
     return path
 
 
@@ -124,26 +140,29 @@ _MAKERS: dict[Name, Callable[[TeachersConfig], tuple[nn.Module, nn.Module]]] = {
 }
 
 
-def _teach(module: nn.Module, name: Name, samples: int, settings: TeachersConfig) -> list[dict[str, float]]:
-    """Train in place, scheduled by steps; means of loss and watched figures every 100 steps."""
-    steps = samples // settings.batch
-    optimizer = make_optimizer(module, settings.optim)
-    mirrors = torch.Generator().manual_seed(settings.seed)
+def _teach(module: nn.Module, name: Name, course: Course, seed: int) -> list[dict[str, float]]:
+    """Train in place, scheduled by steps; means of loss and watched figures every 50 steps."""
+    steps = course.samples // course.batch
+    optim = replace(_OPTIM, lr=course.lr)
+    optimizer = make_optimizer(module, optim)
+    mirrors = torch.Generator().manual_seed(seed)
     curve: list[dict[str, float]] = []
     seen: list[Loss] = []
-    stream = lessons(_FIRST[name], samples, settings.batch, _SEED_OF_SCENES, mirrors)
+    stream = lessons(_FIRST[name], course.samples, course.batch, _SEED_OF_SCENES, mirrors)
     for step, lesson in enumerate(stream):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, settings.optim)
-        seen.append(_step(module, lesson, step / steps, optimizer, settings.optim.clip))
+            group["lr"] = learning_rate(step, steps, optim)
+        seen.append(_step(module, lesson, step / steps, optimizer, optim.clip))
         if (step + 1) % _LOG_EVERY == 0 or step + 1 == steps:
-            curve.append({"samples": (step + 1) * settings.batch, **_means(seen)})
-            log.info("%s %s", name, curve[-1])
+            curve.append({"samples": (step + 1) * course.batch, **_means(seen)})
+            console.print(f"scenes:{name}", curve[-1], highlight=False, soft_wrap=True)
             seen = []
     return curve
 
 
-def _step(module: nn.Module, lesson: Lesson, progress: float, optimizer: torch.optim.Optimizer, clip: float) -> Loss:
+def _step(
+    module: nn.Module, lesson: Lesson, progress: float, optimizer: torch.optim.Optimizer, clip: float
+) -> Loss:
     loss: Loss = module(lesson, progress)
     optimizer.zero_grad(set_to_none=True)
     loss.total.backward()  # type: ignore[no-untyped-call]
@@ -163,13 +182,18 @@ def _means(seen: list[Loss]) -> dict[str, float]:
 
 
 def _card(
-    name: Name, samples: int, settings: TeachersConfig, minutes: float, curve: list[dict[str, float]]
+    name: Name, course: Course, settings: TeachersConfig, minutes: float, curve: list[dict[str, float]]
 ) -> dict[str, Any]:
     return {
         "name": f"scenes:{name}",
         "command": COMMAND,
-        "settings": {key: value for key, value in to_plain(settings).items() if key not in ("out", "only")},
-        "samples": samples // settings.batch * settings.batch,
+        "settings": {
+            "seed": settings.seed,
+            "threads": settings.threads,
+            "course": to_plain(course),
+            "optim": to_plain(_OPTIM),
+        },
+        "samples": course.samples // course.batch * course.batch,
         "scenes": f"split train, seed {_SEED_OF_SCENES}, from index {_FIRST[name]}",
         "minutes": round(minutes, 1),
         "versions": {

@@ -17,11 +17,12 @@ from torch.utils.data import DataLoader
 
 from evals.core.dist import Group
 from radio.config import to_plain, write_yaml
-from radio.errors import ConfigError, DataError, RadioError
+from radio.errors import RadioError
 from radio.model import build
 from radio.types import Features
 
 from .assembly import (
+    check_settings,
     check_student,
     load_teachers,
     make_card,
@@ -33,7 +34,7 @@ from .assembly import (
 )
 from .cache import FeatureCache, write_cache
 from .config import TrainConfig
-from .crops import FixedCrops, RandomCrops
+from .crops import FixedCrops, RandomCrops, check_broken, rows_of
 from .metrics import Clock, Meters
 from .optim import learning_rate, make_optimizer
 from .parallel import wrap
@@ -67,10 +68,15 @@ class Run:
     """
 
     def __init__(
-        self, config: TrainConfig, group: Group, device: torch.device, console: Console, *, restart: bool = False
+        self,
+        config: TrainConfig,
+        group: Group,
+        device: torch.device,
+        console: Console,
+        *,
+        restart: bool = False,
     ) -> None:
-        if config.batch_size % group.world:
-            raise ConfigError(f"a batch of {config.batch_size} cannot be shared evenly by {group.world} ranks")
+        check_settings(config, group.world)
         self.config, self.group, self.device, self.console = config, group, device, console
         self.teachers = load_teachers(config, device)
         self.sizes = teacher_sizes(config, self.teachers)
@@ -80,9 +86,9 @@ class Run:
         self.crops = RandomCrops(self.pictures, config.data, side, config.seed)
         card = make_card(config, self.teachers, self.sizes, self.pictures)
         self.model = build(model_config(config, self.teachers), config.seed, card, config.out.name)
-        check_student(self.model.student, beside)
         self.model.to(device).train()
         self.windows = window_candidates(self.model, config, beside)
+        check_student(self.model.student, beside, self.windows)
         self.distiller = Distiller(self.model, config.teachers, config.loss, beside)
         self.forward = wrap(self.distiller, group, device, compiled=config.compile)
         self.optimizer = make_optimizer(self.distiller, config.optim)
@@ -102,6 +108,17 @@ class Run:
         log = JsonLines(config.out / "metrics.jsonl", self.step) if self.group.leads else None
         if self.group.leads:
             write_yaml(config, config.out / "config.yaml")
+        if self.group.leads and not self.step:  # the state of an earlier run must not outlive its log
+            (config.out / "state.pt").unlink(missing_ok=True)
+        try:
+            self._loop(log)
+        finally:
+            if log is not None:
+                log.close()
+        return config.out / "ckpt.pt"
+
+    def _loop(self, log: JsonLines | None) -> None:
+        config = self.config
         self.clock.read()
         with ProgressConsole(self.console, config.recipe, config.steps, self.step) as bar:
             for batch in self.batches():
@@ -114,11 +131,8 @@ class Run:
                         log.write(record)
                 else:
                     bar.advance(self.step)
-                if self._due(config.save_every) and self.group.leads:
+                if self._due(config.save_every):
                     self.save()
-        if log is not None:
-            log.close()
-        return config.out / "ckpt.pt"
 
     def batches(self) -> Iterator[Batch]:
         """The batches of the steps still to do, with the teachers' features."""
@@ -130,7 +144,7 @@ class Run:
             pin_memory=self.device.type == "cuda",
             prefetch_factor=4 if config.data.workers else None,
         )
-        rows = iter(loader)
+        rows = rows_of(loader)
         while True:
             start = time.perf_counter()
             row = next(rows, None)
@@ -151,50 +165,66 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, config.steps, config.optim)
         logged = (step + 1) % config.log_every == 0 or step + 1 == config.steps
-        window = draw_window(self.windows, config.seed, step)
+        windows = {side: draw_window(fitting, config.seed, step) for side, fitting in self.windows.items()}
         with self._autocast():
-            losses = self.forward(batch.images, batch.targets, self._drawn(), window, logged)
+            losses = self.forward(batch.images, batch.targets, self._drawn(), windows, logged)
         self.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
         norm = nn.utils.clip_grad_norm_(self.distiller.parameters(), config.optim.clip or math.inf)
         self.optimizer.step()
         self.meters.add({"loss": losses.total, "grad_norm": norm, **losses.parts})
-        self.clock.waited(batch.waited)
+        self.clock.step(batch.waited)
         self.broken += batch.broken
 
     def record(self) -> Record:
         """The means since the last log step.
 
         Raises:
-            RadioError: the loss is not finite, or too many pictures are broken; what was saved last stays.
+            RadioError: loss or gradient is not finite, or too many pictures are broken; what was saved stays.
         """
         config = self.config
-        seconds, waited = self.clock.read()
-        means = self.meters.read()
-        seen = self.step * config.batch_size
-        if not math.isfinite(means["loss"]):
-            raise RadioError(f"step {self.step}: the loss is {means['loss']}; lower --optim.lr (the last save stands)")
-        if self.broken > max(10, config.data.max_broken * seen / self.group.world):
-            raise DataError(f"{self.broken} of {seen} pictures cannot be read; mend the data or raise --data.max-broken")
-        steps = self.step % config.log_every or config.log_every
+        lap = self.clock.read()
+        means = self.meters.read(self.group)
+        self._check_finite(math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"]))
+        seen, broken = self.step * config.batch_size, self._all_broken()
+        check_broken(broken, seen, config.data)
         return {
             "step": self.step,
             "samples": seen,
             **means,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "images_per_second": steps * config.batch_size / seconds,
-            "data_wait": waited / seconds,
-            "seconds": seconds,
-            "broken": self.broken,
+            "images_per_second": lap.steps * config.batch_size / lap.seconds,
+            "data_wait": lap.waiting / lap.seconds,
+            "seconds": lap.seconds,
+            "broken": broken,
         }
 
     def save(self) -> None:
-        """Write `state.pt` to go on from and `ckpt.pt` to evaluate, each atomically."""
-        meters = {"meters": self.meters.state(), "broken": self.broken}
-        state = self.config.out / "state.pt"
-        save_state(state, self.distiller, self.optimizer, self.step, self._settings(), meters)
+        """Write `ckpt.pt` to evaluate and `state.pt` to go on from, each atomically; every rank calls it.
+
+        The state comes last: a run that is stopped between the two does its last steps again.
+
+        Raises:
+            RadioError: a loss since the last log step is not finite.
+        """
+        self._check_finite(self.meters.finite())
+        meters = {"meters": self.meters.state(), "broken": self._all_broken()}
+        if not self.group.leads:
+            return
         self.model.card["provenance"] = provenance(self.step, self.config)
         self.model.save(self.config.out / "ckpt.pt")
+        state = self.config.out / "state.pt"
+        save_state(state, self.distiller, self.optimizer, self.step, self._settings(), meters)
+
+    def _check_finite(self, finite: bool) -> None:
+        if not finite:
+            raise RadioError(
+                f"step {self.step}: the loss or its gradient is not finite; what was saved last stands. "
+                f"Lower --optim.lr and begin anew with --restart"
+            )
+
+    def _all_broken(self) -> int:
+        return int(self.group.sum(torch.tensor(self.broken)))
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.steps
@@ -205,7 +235,7 @@ class Run:
             return 0
         step, extra = load_state(path, self.distiller, self.optimizer, self._settings())
         self.meters.restore(extra["meters"], self.device)
-        self.broken = int(extra["broken"])
+        self.broken = int(extra["broken"]) if self.group.leads else 0
         return step
 
     def _settings(self) -> str:
@@ -213,7 +243,9 @@ class Run:
         plain = to_plain(self.config)
         for name in ("recipe", "out", "device", "log_every", "save_every", "score", "compile"):
             plain.pop(name)
-        plain["data"].pop("workers")
+        for name in ("workers", "max_broken"):
+            plain["data"].pop(name)
+        plain["cache"].pop("confirm")
         return json.dumps({**plain, "pictures": self.pictures.fingerprint}, sort_keys=True)
 
     def _drawn(self) -> Tensor | None:
@@ -256,18 +288,25 @@ class Run:
         return cache
 
     def _confirm(self, size: int) -> None:
-        self.console.print(f"teacher cache: {size / 1e9:.2f} GB in {self.config.cache.folder}", highlight=False)
+        self.console.print(
+            f"teacher cache: {size / 1e9:.2f} GB in {self.config.cache.folder}", highlight=False
+        )
         if size <= 1e9 or not self.config.cache.confirm:
             return
         if not self.console.is_terminal:
-            raise RadioError(f"a teacher cache of {size / 1e9:.1f} GB would be written; agree with --cache.no-confirm")
+            raise RadioError(
+                f"a teacher cache of {size / 1e9:.1f} GB would be written; agree with --cache.no-confirm"
+            )
         if self.console.input("write it? [y/N] ").strip().lower() not in ("y", "yes"):
-            raise RadioError("the teacher cache was not written; leave --cache.folder out to run the teachers online")
+            raise RadioError(
+                "the teacher cache was not written; leave --cache.folder out to run the teachers online"
+            )
 
 
 def summarise(record: Record, config: TrainConfig) -> str:
     """The figures of one record on one line: the loss, each teacher's two parts, and the rate."""
     parts = " ".join(
-        f"{t.name} {record[f'{t.name}/summary']:.3f}/{record[f'{t.name}/spatial']:.3f}" for t in config.teachers
+        f"{t.name} {record[f'{t.name}/summary']:.3f}/{record[f'{t.name}/spatial']:.3f}"
+        for t in config.teachers
     )
     return f"loss {record['loss']:.3f}  {parts}  {record['images_per_second']:.0f} img/s"

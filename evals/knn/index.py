@@ -154,10 +154,11 @@ class Index:
         ids = torch.full((len(queries), k), -1, dtype=torch.int64)
         count = len(self._ids)
         if count:
-            vectors = self._vectors.double()
             rows = torch.arange(len(queries)).split(max(1, _CELLS // count))
             for part in rows:
-                products = (queries[part].double() @ vectors.T).round(decimals=_DECIMALS)
+                block = queries[part].double()
+                products = torch.cat([block @ v.double().T for v in self._vectors.split(_PAIRS)], dim=1)
+                products = products.round(decimals=_DECIMALS)
                 products.masked_fill_(self._ids == exclude[part].unsqueeze(1), -torch.inf)
                 values, places = products.sort(dim=1, descending=True, stable=True)
                 width = min(k, count)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from radio.errors import DataError
@@ -12,36 +13,42 @@ from radio.errors import DataError
 # Letters: B queries, C classes, k neighbours.
 
 
-def votes(
-    similarities: Tensor, labels: Tensor, ks: Sequence[int], num_classes: int, temperature: float
-) -> Iterator[tuple[int, Tensor]]:
-    """For each k, ascending: k and every class's votes, float64 [B, C], the sum of exp((s - 1) / temperature).
+def vote(
+    similarities: Tensor,
+    labels: Tensor,
+    ks: Sequence[int],
+    *,
+    num_classes: int,
+    temperature: float,
+    places: int = 5,
+) -> dict[int, Tensor]:
+    """For each k the classes with most votes, [B, places] int64; -1 where no further class has a vote.
 
-    Wu et al. write exp(s / temperature); the constant factor changes no order and keeps the sums near one.
+    A neighbour of similarity s votes exp(s / temperature) for its class. The sums are kept in float64
+    relative to the nearest neighbour's vote, which changes no order; equal sums go to the lower class.
 
     Args:
         similarities: [B, k] cosines, the nearest first.
         labels: [B, k] classes, -1 where there is no neighbour.
-        ks: which k; each takes the first k columns, all of them where there are fewer.
+        ks: each takes the first k columns, all of them where there are fewer.
 
     Raises:
         DataError: a temperature that is not above zero.
     """
     if temperature <= 0:
         raise DataError(f"a temperature of {temperature} gives no weights; give one above 0, such as 0.07")
-    weights = ((similarities.double() - 1) / temperature).exp().masked_fill(labels < 0, 0.0)
-    totals = torch.zeros(len(labels), num_classes, dtype=torch.float64)
-    done = 0
+    scaled = (similarities.double() - similarities[:, :1].double()) / temperature
+    weights = scaled.exp().masked_fill(labels < 0, 0.0)
+    totals = torch.zeros(len(labels), num_classes, dtype=torch.float64)  # O(B C), never O(B k C)
+    rankings, done = {}, 0
     for k in sorted(set(ks)):
-        # A sum over neighbours in a fixed order, one column after the other: O(B C) memory.
         totals.scatter_add_(1, labels[:, done:k].clamp(min=0), weights[:, done:k])
         done = min(k, labels.shape[1])
-        yield k, totals
+        rankings[k] = _rank(totals, places)
+    return rankings
 
 
-def ranking(totals: Tensor, count: int) -> Tensor:
-    """The classes with most votes, [B, count]; equal ones by class, -1 where no further class has a vote."""
+def _rank(totals: Tensor, places: int) -> Tensor:
     values, classes = totals.sort(dim=1, descending=True, stable=True)
-    ranked = classes.masked_fill(values <= 0, -1)[:, :count]
-    missing = count - ranked.shape[1]
-    return torch.nn.functional.pad(ranked, (0, missing), value=-1) if missing > 0 else ranked
+    ranked = classes.masked_fill(values <= 0, -1)[:, :places]
+    return F.pad(ranked, (0, places - ranked.shape[1]), value=-1)

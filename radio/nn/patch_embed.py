@@ -65,5 +65,7 @@ def _factor(patch: int) -> list[int]:
             factors.append(prime)
             rest //= prime
     if rest != 1 or patch == 1:
-        raise ConfigError(f"a convolutional stem cannot make patches of {patch} px; use a product of 2, 3, 5 and 7")
+        raise ConfigError(
+            f"a convolutional stem cannot make patches of {patch} px; use a product of 2, 3, 5 and 7"
+        )
     return factors

@@ -53,16 +53,19 @@ def draw_crops(batch: int, generator: torch.Generator) -> Tensor:
 
 
 def _cropped(plane: Tensor, grid: tuple[int, int], crops: Tensor) -> Tensor:
-    """[1, D, G, G] sampled inside each crop: [B, D, H, W]."""
+    """[1, D, G, G] sampled inside each crop: [B, D, H, W].
+
+    The crops of a batch are stacked into one tall grid, so that neither the table nor its gradient
+    is ever held once per image.
+    """
     x0, y0, width, height, keep = crops.to(plane).unbind(1)
     xs = x0[:, None] + width[:, None] * torch.linspace(0, 1, grid[1], device=plane.device)
     ys = y0[:, None] + height[:, None] * torch.linspace(0, 1, grid[0], device=plane.device)
     b = crops.shape[0]
     where = torch.stack((xs[:, None, :].expand(b, *grid), ys[:, :, None].expand(b, *grid)), dim=-1)
-    sampled = F.grid_sample(
-        plane.expand(b, -1, -1, -1), 2 * where - 1, mode="bilinear", padding_mode="zeros", align_corners=True
-    )
-    return sampled * keep[:, None, None, None]
+    tall = 2 * where.view(1, -1, grid[1], 2) - 1  # [1, B*H, W, 2], x before y, in [-1, 1]
+    sampled = F.grid_sample(plane, tall, mode="bilinear", padding_mode="zeros", align_corners=True)
+    return sampled.view(-1, b, *grid).transpose(0, 1) * keep[:, None, None, None]
 
 
 def _resized(plane: Tensor, grid: tuple[int, int]) -> Tensor:

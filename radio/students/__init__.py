@@ -14,7 +14,7 @@ from ..types import Student
 class StudentOptions:
     """What a recipe may choose about any student; an option that a family lacks is an error there."""
 
-    class_tokens: int | None = None  # 1, or one per teacher; 0 = average pooling (paper table 5); None = the name's own
+    class_tokens: int | None = None  # 1, or one per teacher; 0 = pooling (table 5); None = the name's own
     registers: int | None = None  # register tokens; None = the name's own
     stem: Literal["linear", "conv"] | None = None  # None = the name's own
     window: int | None = None  # window side of a vitdet student; None = the name's own

@@ -25,7 +25,7 @@ from ..windows import check_window, from_windows, to_windows
 from . import StudentOptions, students
 from .windowed import Schedule, global_blocks
 
-# Letters: B batch, T tokens, D width, K class tokens, P class and register tokens, H W grid, s window side, N windows.
+# Letters: B batch, T tokens, D width, K class tokens, H W grid.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +106,9 @@ class ViT(nn.Module):
             SizeError: a side below 1.
         """
         if side is not None and side < 1:
-            raise SizeError(f"a window of {side} tokens cannot be; use 1 or more, or none for global attention")
+            raise SizeError(
+                f"a window of {side} tokens cannot be; use 1 or more, or none for global attention"
+            )
         twin = copy.copy(self)
         twin.config = replace(self.config, window=side)
         return twin
@@ -179,8 +181,8 @@ class ViT(nn.Module):
         if self.config.recompute and self.training:
             out: Tensor = checkpoint(block, x, use_reentrant=False)
             return out
-        out = block(x)
-        return out
+        plain: Tensor = block(x)
+        return plain
 
     def _global_blocks(self) -> tuple[int, ...]:
         return () if self.config.window is None else global_blocks(self.config.depth, self.config.schedule)
@@ -214,7 +216,7 @@ def _build(config: ViTConfig, options: StudentOptions) -> ViT:
     """A ViT of this shape with a recipe's options.
 
     Raises:
-        ConfigError: a window or schedule for a student without windows.
+        ConfigError: a window or schedule for a student without windows, or a count that cannot be.
     """
     chosen = {
         key: value
@@ -223,6 +225,9 @@ def _build(config: ViTConfig, options: StudentOptions) -> ViT:
     }
     if config.window is None and ({"window", "schedule"} & chosen.keys()):
         raise ConfigError(f"{config.name} has no windows; use vitdet-{config.name.removeprefix('vit-')}")
+    for key, least in (("class_tokens", 0), ("registers", 0), ("window", 1)):
+        if chosen.get(key, least) < least:
+            raise ConfigError(f"{config.name}: {key} is {chosen[key]}, and {least} is the least it can be")
     return ViT(replace(config, recompute=options.recompute, **chosen))
 
 
@@ -234,9 +239,19 @@ _FAMILY = (
     ViTConfig(name="vit-l14", width=1024, depth=24, heads=16, patch=14, native=224, positions=75),
     ViTConfig(name="vit-h14", width=1280, depth=32, heads=16, patch=14, native=224, positions=75),
     ViTConfig(name="vit-tiny12", width=128, depth=4, heads=4, patch=12, native=96, positions=16, stem="conv"),
-    ViTConfig(name="vit-tiny16", width=128, depth=4, heads=4, patch=16, native=160, positions=20, stem="conv"),
+    ViTConfig(
+        name="vit-tiny16", width=128, depth=4, heads=4, patch=16, native=160, positions=20, stem="conv"
+    ),
 )
-_WINDOWS = {"vit-b32": 7, "vit-b16": 7, "vit-b14": 8, "vit-l14": 8, "vit-h14": 8, "vit-tiny12": 4, "vit-tiny16": 5}
+_WINDOWS = {
+    "vit-b32": 7,
+    "vit-b16": 7,
+    "vit-b14": 8,
+    "vit-l14": 8,
+    "vit-h14": 8,
+    "vit-tiny12": 4,
+    "vit-tiny16": 5,
+}
 
 for _config in _FAMILY:
     students.add(_config.name, functools.partial(_build, _config))

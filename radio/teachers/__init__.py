@@ -8,8 +8,9 @@ from pathlib import Path
 from ..registry import Registry
 from ..types import Teacher
 
-# A family builds its member `name` with the weights in `file`: "dinov2:vitg14@FILE" -> families["dinov2"]("vitg14", FILE).
-# Where a family brings its weights itself (scenes, pip), a file is an error; where it does not, None is one.
+# A family builds its member `name` with the weights in `file`: "dinov2:vitg14@FILE" is
+# families["dinov2"]("vitg14", FILE). Where a family brings its weights itself (scenes, pip), a file is an
+# error; where it does not, None is one.
 TeacherFamily = Callable[[str, Path | None], Teacher]
 
 families: Registry[TeacherFamily] = Registry("teacher")

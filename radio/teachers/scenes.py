@@ -23,7 +23,8 @@ from ..students.vit import ViT, ViTConfig
 from ..types import Features
 from . import families
 from .frozen import Frozen
-from .scenes_sam import SIDE, WIDTH, SceneSamTrunk, new_sam
+from .sam import SamTrunk, freeze_sam
+from .scenes_sam import new_sam
 from .scenes_text import SceneText
 
 Name = Literal["clip", "dense", "sam"]
@@ -136,17 +137,7 @@ def frozen_dense(vit: ViT) -> Frozen:
 
 def frozen_sam(sam: Any) -> Frozen:
     """A `Sam`'s image encoder as a teacher, up to its neck."""
-    return Frozen(
-        trunk=SceneSamTrunk(sam.image_encoder),
-        name="scenes:sam",
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        native_size=(SIDE, SIDE),
-        multiple_of=None,
-        summary_dim=WIDTH,
-        token_dim=WIDTH,
-        variant="before the neck",
-    )
+    return freeze_sam(SamTrunk(sam.image_encoder), name="scenes:sam", mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
 _BUILDERS: dict[Name, Callable[[Checkpoint], Frozen]] = {

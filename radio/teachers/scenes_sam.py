@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import require
 from ..nn.normalise import IMAGENET_MEAN, IMAGENET_STD
-from ..types import Features
 
-# Letters: B pictures, T tokens, D token width, C neck width, h w embedding grid, P prompts.
+# Letters: B pictures, C neck width, h w embedding grid, P prompts.
 
 SIDE, PATCH = 112, 8
 WIDTH, NECK = 96, 64
@@ -56,29 +55,6 @@ def new_sam() -> Any:
     )
     mean, std = ([255 * value for value in values] for values in (IMAGENET_MEAN, IMAGENET_STD))
     return library.Sam(encoder, prompts, decoder, pixel_mean=mean, pixel_std=std)
-
-
-@final
-class SceneSamTrunk(nn.Module):
-    """The image encoder up to its neck: normalised pictures -> tokens [B, T, D]; summary = their mean."""
-
-    def __init__(self, encoder: Any) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, images: Tensor) -> Features:
-        """[B, 3, 112, 112] -> `Features` on the 14 x 14 grid."""
-        plane = before_neck(self.encoder, images)
-        tokens = plane.flatten(1, 2)
-        return Features(tokens.mean(dim=1), tokens, (plane.shape[1], plane.shape[2]))
-
-
-def before_neck(encoder: Any, images: Tensor) -> Tensor:
-    """Normalised pictures [B, 3, 112, 112] -> what the last block gives: [B, h, w, D]."""
-    plane: Tensor = encoder.patch_embed(images) + encoder.pos_embed
-    for block in encoder.blocks:
-        plane = block(plane)
-    return plane
 
 
 def decode(

@@ -38,7 +38,9 @@ def tokenize(texts: Sequence[str]) -> Tensor:
     for row, text in enumerate(texts):
         words = re.findall(r"[a-z0-9']+", text.lower())
         if len(words) > CONTEXT - 2:
-            raise TextError(f"{text!r} has {len(words)} words; the scenes text tower reads {CONTEXT - 2} at most")
+            raise TextError(
+                f"{text!r} has {len(words)} words; the scenes text tower reads {CONTEXT - 2} at most"
+            )
         line = [_START, *(_number(word, text) for word in words), _END]
         numbers[row, : len(line)] = torch.tensor(line)
     return numbers

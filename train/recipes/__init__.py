@@ -10,4 +10,6 @@ from ..config import TrainConfig
 
 recipes: Registry[Callable[[], TrainConfig]] = Registry("recipe")
 
-from . import paper as _paper, photos as _photos, scenes as _scenes  # noqa: E402, F401  (enter their recipes)
+from . import paper as _paper  # noqa: E402, F401  (each enters its recipes)
+from . import photos as _photos  # noqa: E402, F401
+from . import scenes as _scenes  # noqa: E402, F401

@@ -20,14 +20,14 @@ def real_small() -> TrainConfig:
         student="vit-tiny16",
         teachers=(
             TeacherConfig(name="effnet", model="pip:efficientnet-lite0", resolution=160),
-            TeacherConfig(name="dino", model="pip:dinov2-arch-vits14", resolution=168),
+            TeacherConfig(name="dino", model="pip:dinov2-arch-vits14", resolution=112),
         ),
         resolution=160,
-        steps=4000,
+        steps=3000,
         batch_size=64,
         data=DataConfig(crop_scale=(0.3, 1.0), workers=1),
         optim=OptimConfig(lr=1e-3, warmup=0.05),
-        cache=CacheConfig(folder=Path("runs/teacher-cache"), crops=6, confirm=False),
+        cache=CacheConfig(folder=Path("runs/teacher-cache"), crops=3, confirm=False),
         log_every=50,
         save_every=500,
     )

@@ -37,7 +37,14 @@ def smoke() -> TrainConfig:
     """Ten steps of the same code path, to see that everything is in place."""
     short = demo()
     return replace(
-        short, recipe="smoke", out=Path("runs/smoke"), steps=10, batch_size=8, log_every=5, save_every=5, score=False
+        short,
+        recipe="smoke",
+        out=Path("runs/smoke"),
+        steps=10,
+        batch_size=8,
+        log_every=5,
+        save_every=5,
+        score=False,
     )
 
 

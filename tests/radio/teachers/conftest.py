@@ -22,7 +22,9 @@ def randomised() -> Callable[[nn.Module], Any]:
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
             for name, tensor in module.named_parameters():
-                is_gain = name.endswith(("gamma", "lambda1")) or (tensor.ndim == 1 and name.endswith("weight"))
+                is_gain = name.endswith(("gamma", "lambda1")) or (
+                    tensor.ndim == 1 and name.endswith("weight")
+                )
                 tensor.normal_(1.0 if is_gain else 0.0, 0.2 if is_gain else 0.05, generator=generator)
         return module.eval()
 

@@ -91,12 +91,12 @@ def test_fit_is_the_nearest_multiple(asked, fitting):
 def test_without_a_multiple_only_the_native_size_fits():
     teacher = frozen(multiple_of=None)
     assert teacher.fit(999, 1) == (16, 8)
-    with pytest.raises(SizeError, match="tiny cannot take 16x16 pixels.*nearest size that it can is 16x8"):
+    with pytest.raises(SizeError, match=r"tiny cannot take 16x16 pixels.*nearest size that it can is 16x8"):
         teacher(torch.rand(1, 3, 16, 16))
 
 
 def test_a_size_that_does_not_fit_names_the_one_that_does():
-    with pytest.raises(SizeError, match="tiny cannot take 10x7 .*is 12x8: resize"):
+    with pytest.raises(SizeError, match=r"tiny cannot take 10x7 .*is 12x8: resize"):
         frozen()(torch.rand(1, 3, 10, 7))
 
 

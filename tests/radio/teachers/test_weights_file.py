@@ -19,7 +19,7 @@ def test_floats_become_float32_and_wrappings_are_taken_off(tmp_path):
 
 
 def test_no_file_says_how_to_name_one():
-    with pytest.raises(CheckpointError, match="dinov2:vitb14 needs a weights file; .*dinov2:vitb14@FILE"):
+    with pytest.raises(CheckpointError, match=r"dinov2:vitb14 needs a weights file; .*dinov2:vitb14@FILE"):
         read_weights("dinov2:vitb14", None)
 
 

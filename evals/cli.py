@@ -1,0 +1,246 @@
+"""`radio-eval`: score any model on any task.
+
+radio-eval knn runs/demo/ckpt.pt scenes:clip --k 10 20
+radio-eval list --archs
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+
+from radio.checkpoint import load as load_checkpoint
+from radio.errors import CheckpointError, ConfigError, did_you_mean
+from radio.hub import load_backbone
+from radio.students import StudentOptions, students
+from radio.types import Backbone
+
+from .core.dist import Group, joined
+from .core.evaluator import Advance, Evaluator, Watch, evaluators, silent
+from .core.report import Report
+from .core.tables import comparison
+
+OK = 0
+
+
+@evaluators.register("knn")
+def _knn() -> Evaluator[Any]:
+    """Weighted k-nearest-neighbour classification of frozen summaries."""
+    from .knn.evaluator import KnnEvaluator
+
+    return KnnEvaluator()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """What every task takes."""
+
+    models: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Checkpoint files, or specs such as scenes:clip, dinov2:vitb14@FILE, pip:efficientnet-lite0."""
+    arch: str | None = None
+    """Instead of MODELS: this architecture's newest checkpoint under runs/, or with --random-init none."""
+    random_init: bool = False
+    """Score the architecture untrained: the floor of every table."""
+    init_seed: int = 0
+    """Decides the weights of --random-init."""
+    window: int | None = None
+    """Side of the attention windows in tokens, for students that have windows."""
+    out: Path | None = None
+    """Folder of the reports; beside each checkpoint unless given, else ./reports."""
+    plain: bool = False
+    """No bars, no colours, no drawn lines."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code of `radio-eval`: 0 when every report was written.
+
+    Raises:
+        RadioError: anything that the user can put right (the console script prints it and exits with 2).
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        _print_usage(Console())
+        return OK
+    task, rest = arguments[0], arguments[1:]
+    if task == "list":
+        return _list(rest)
+    if task not in evaluators:
+        hint = did_you_mean(task, [*evaluators, "list"]) or f"; it has {', '.join([*evaluators, 'list'])}"
+        raise ConfigError(f"radio-eval has no command {task!r}{hint}")
+    evaluator = evaluators[task]()
+    options, settings = _parse(task, evaluator, rest)
+    with joined() as group:
+        _evaluate(evaluator, options, settings, group)
+    return OK
+
+
+def _parse(task: str, evaluator: Evaluator[Any], arguments: Sequence[str]) -> tuple[Options, Any]:
+    """The common options and the task's own settings; tyro exits with 2 on what it does not know."""
+    own = task.replace("-", "_")  # tyro prints the fields' names above their flags
+    both = dataclasses.make_dataclass(
+        "Arguments", [("model", Options), (own, evaluator.settings)], frozen=True, kw_only=True
+    )
+    parsed: Any = tyro.cli(
+        both,
+        prog=f"radio-eval {task}",
+        args=list(arguments),
+        description=_summary(task),
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    return parsed.model, getattr(parsed, own)
+
+
+def _evaluate(evaluator: Evaluator[Any], options: Options, settings: Any, group: Group) -> None:
+    console = Console(no_color=options.plain, highlight=False, quiet=not group.leads)
+    progress = Console(stderr=True)
+    shown = group.leads and progress.is_terminal and not options.plain
+    watch: Watch = _Bars(progress) if shown else silent
+    reports: list[Report] = []
+    for spec, model, name in _models(options):
+        out = options.out or _default_out(spec)
+        reports.append(evaluator.run(model, settings, out, name=name, watch=watch))
+    console.print(comparison(reports, plain=options.plain))
+    for report in reports:
+        for note in report.notes:
+            console.print(escape(f"{report.model}: {note}"))
+        for used in report.data:
+            if used.skipped:
+                first = used.skipped[0]
+                console.print(
+                    escape(
+                        f"{report.model}: {len(used.skipped)} pictures of {used.name} could not be read "
+                        f"and were left out; the first: {first.key}: {first.reason}"
+                    )
+                )
+
+
+def _models(options: Options) -> Iterator[tuple[str, Backbone, str]]:
+    """Each model, loaded when its turn comes, with its spec and a name that no other has."""
+    specs = list(options.models)
+    if options.arch is not None:
+        if specs:
+            raise ConfigError(
+                f"--arch {options.arch} stands instead of a model; leave {specs[0]} or --arch out"
+            )
+        specs = [options.arch if options.random_init else str(_newest_checkpoint(options.arch))]
+    if not specs:
+        raise ConfigError("no model was named; give a checkpoint file, a spec such as scenes:clip, or --arch")
+    names: set[str] = set()
+    for spec in specs:
+        model = load_backbone(
+            spec, random_init=options.random_init, seed=options.init_seed, window=options.window
+        )
+        yield spec, model, _new_name(model.name, spec, options, names)
+
+
+def _new_name(name: str, spec: str, options: Options, taken: set[str]) -> str:
+    if (options.random_init or spec.startswith("arch:")) and not name.endswith("-untrained"):
+        name = f"{name}-untrained"
+    if options.window is not None:
+        name = f"{name}-window{options.window}"
+    number, unique = 1, name
+    while unique in taken:
+        number += 1
+        unique = f"{name}-{number}"
+    taken.add(unique)
+    return unique
+
+
+def _default_out(spec: str) -> Path:
+    path = Path(spec)
+    return path.parent / "reports" if path.is_file() else Path("reports")
+
+
+def _newest_checkpoint(arch: str, root: Path = Path("runs")) -> Path:
+    students[arch]  # an unknown name raises here, with the nearest ones
+    found = sorted(root.glob("**/ckpt.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in found:
+        if load_checkpoint(path).card.get("model", {}).get("student") == arch:
+            return path
+    raise CheckpointError(
+        f"none of the {len(found)} checkpoints under {root.absolute()} is a {arch}; train one, "
+        f"name a file, or score it untrained with --random-init"
+    )
+
+
+class _Bars:
+    """Draws a bar on the terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def __call__(self, label: str, total: int) -> AbstractContextManager[Advance]:
+        return self._bar(label, total)
+
+    @contextmanager
+    def _bar(self, label: str, total: int) -> Iterator[Advance]:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self._console, transient=True) as progress:
+            task = progress.add_task(escape(label), total=total)
+            yield lambda steps: progress.advance(task, steps)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ListOptions:
+    """The tasks that models are scored on."""
+
+    archs: bool = False
+    """List the architectures instead, with their parameters and multiply-adds."""
+
+
+def _list(arguments: Sequence[str]) -> int:
+    options = tyro.cli(ListOptions, prog="radio-eval list", args=list(arguments))
+    console = Console(highlight=False)
+    if not options.archs:
+        for name in evaluators:
+            console.print(f"{name:12} {escape(_summary(name))}")
+        return OK
+    table = Table("architecture", "parameters (M)", "GMACs", "at", "summary", "token", box=None)
+    for name in students:
+        table.add_row(name, *_size_up(name))
+    console.print(table)
+    return OK
+
+
+def _size_up(name: str) -> tuple[str, ...]:
+    """Parameters and multiply-adds of an architecture, without memory for either."""
+    with torch.device("meta"):
+        student = students[name](StudentOptions())
+        height, width = student.native_size
+        picture = torch.empty(1, 3, height, width)
+    assert isinstance(student, torch.nn.Module)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        student.eval()(picture)
+    parameters = sum(parameter.numel() for parameter in student.parameters())
+    return (
+        f"{parameters / 1e6:.2f}",
+        f"{counter.get_total_flops() / 2e9:.2f}",
+        f"{height}x{width}",
+        str(student.summary_dim),
+        str(student.token_dim),
+    )
+
+
+def _print_usage(console: Console) -> None:
+    console.print(escape("usage: radio-eval TASK MODEL... [options]"), highlight=False)
+    console.print(escape("       radio-eval list [--archs]\n"), highlight=False)
+    for name in evaluators:
+        console.print(f"  {name:12} {escape(_summary(name))}", highlight=False)
+    console.print("\nradio-eval TASK --help prints a task's options.", highlight=False)
+
+
+def _summary(name: str) -> str:
+    return (evaluators[name].__doc__ or "").strip().split("\n")[0]

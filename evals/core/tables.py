@@ -1,0 +1,55 @@
+"""Reports of one task side by side, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.table import Table
+
+from radio.errors import DataError
+
+from .report import Metric, Report
+
+
+def comparison(reports: Sequence[Report], *, plain: bool = False) -> Table:
+    """A table with one column a report and one row a metric; the best of a row is bold.
+
+    Behind a value stands half of its 95 % interval, or the standard deviation in brackets.
+
+    Raises:
+        DataError: no reports, or reports of different tasks.
+    """
+    tasks = {report.task for report in reports}
+    if len(tasks) != 1:
+        raise DataError(f"cannot compare reports of {', '.join(sorted(tasks)) or 'nothing'}; give one task's")
+    table = Table(box=box.ASCII if plain else box.ROUNDED, title=tasks.pop())
+    table.add_column("", no_wrap=True)
+    for report in reports:
+        table.add_column(report.model, justify="right")
+    for name in dict.fromkeys(name for report in reports for name in report.metrics):
+        metrics = [report.metrics.get(name) for report in reports]
+        best = _best(metrics) if len(reports) > 1 else None
+        cells = [f"[bold]{_cell(m)}[/bold]" if m and m.value == best else _cell(m) for m in metrics]
+        unit = next(metric.unit for metric in metrics if metric)
+        table.add_row(f"{name} ({unit})" if unit else name, *cells)
+    table.add_section()
+    for place, used in enumerate(reports[0].data):
+        counts = [str(report.data[place].count) if place < len(report.data) else "" for report in reports]
+        table.add_row(f"{used.role}: {used.name}", *counts)
+    table.add_row("seconds", *(f"{report.seconds.get('total', 0):.1f}" for report in reports))
+    return table
+
+
+def _cell(metric: Metric | None) -> str:
+    if metric is None:
+        return ""
+    if metric.low is not None and metric.high is not None:
+        return f"{metric.value:.1f} ±{(metric.high - metric.low) / 2:.1f}"
+    return f"{metric.value:.1f} ({metric.std:.1f})" if metric.std is not None else f"{metric.value:.1f}"
+
+
+def _best(metrics: Sequence[Metric | None]) -> float:
+    values = [metric.value for metric in metrics if metric]
+    higher = next(metric.higher_is_better for metric in metrics if metric)
+    return max(values) if higher else min(values)

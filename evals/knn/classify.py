@@ -1,0 +1,114 @@
+"""From features to predictions: search, vote, and the same again with few-shot banks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evals.core.data import ImageSource, aligned_labels
+from evals.core.dist import Group
+from evals.core.features import Bank, Stored
+from evals.core.report import Metric
+
+from .index import Index, Neighbours
+from .scoring import repeated
+from .settings import KnnSettings
+from .vote import vote
+
+# Letters: N bank, Q queries, C classes, k neighbours.
+
+_VOTES = 4096  # queries whose votes are counted at once
+
+
+class Sets(NamedTuple):
+    """Bank and queries; `query` is None when the bank's own pictures are classified."""
+
+    bank: ImageSource
+    query: ImageSource | None
+
+    @property
+    def asked(self) -> ImageSource:
+        """The source of the queries."""
+        return self.bank if self.query is None else self.query
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Classifier:
+    """One rank's share of the bank, and all queries."""
+
+    settings: KnnSettings
+    group: Group
+    num_classes: int
+    bank_labels: Tensor  # [N] by place in the bank's source, unreadable pictures included
+    bank_indices: Tensor  # places of the bank's readable pictures
+    shard: Bank  # this rank's share of the bank
+    queries: Bank
+    labels: Tensor  # [Q]
+    exclude: Tensor | None  # [Q] what may not be a query's neighbour
+
+    @property
+    def available(self) -> int:
+        """How many neighbours a query can have."""
+        return len(self.bank_indices) - (self.exclude is not None)
+
+    def classify(self) -> tuple[Neighbours, dict[int, Tensor]]:
+        """The headline's neighbours, and for each k the five classes with most votes [Q, 5]."""
+        index = Index(self.shard.features, self.shard.indices)
+        found = self._search(index, max(self.settings.k))
+        k = self.settings.headline_k
+        return Neighbours(found.similarities[:, :k], found.ids[:, :k]), self._vote(found, self.settings.k)
+
+    def few_shot(self, per_class: int) -> Metric:
+        """top-1 with n pictures of each class in the bank, mean and spread over the tries."""
+        k = self.settings.headline_k
+        values = []
+        for attempt in range(self.settings.tries):
+            chosen = choose(self.bank_indices, self.bank_labels[self.bank_indices], per_class, attempt)
+            mine = torch.isin(self.shard.indices, chosen)
+            found = self._search(Index(self.shard.features[mine], self.shard.indices[mine]), k)
+            top = self._vote(found, (k,))[k][:, 0]
+            values.append(100 * float((top == self.labels).double().mean()))
+        return repeated(values)
+
+    def _search(self, index: Index, k: int) -> Neighbours:
+        return index.search(self.queries.features, k, exclude=self.exclude, group=self.group)
+
+    def _vote(self, found: Neighbours, ks: tuple[int, ...]) -> dict[int, Tensor]:
+        labels = self.bank_labels[found.ids.clamp(min=0)].masked_fill(found.ids < 0, -1)
+        blocks = zip(found.similarities.split(_VOTES), labels.split(_VOTES), strict=True)
+        temperature = self.settings.temperature
+        parts = [vote(*block, ks, num_classes=self.num_classes, temperature=temperature) for block in blocks]
+        return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
+
+
+def make_classifier(
+    sets: Sets, stored: Stored, asked: Stored, settings: KnnSettings, group: Group
+) -> Classifier:
+    """The classifier of extracted features: every rank holds its chunks of the bank and all queries."""
+    queries = asked.load()
+    return Classifier(
+        settings=settings,
+        group=group,
+        num_classes=len(sets.bank.classes),
+        bank_labels=torch.from_numpy(sets.bank.labels),
+        bank_indices=stored.indices(),
+        shard=stored.load(group.rank, group.world),
+        queries=queries,
+        labels=torch.from_numpy(aligned_labels(sets.asked, sets.bank))[queries.indices],
+        exclude=queries.indices if sets.query is None else None,
+    )
+
+
+def choose(indices: Tensor, labels: Tensor, per_class: int, attempt: int) -> Tensor:
+    """n `indices` of each class (all of a smaller one), ascending; `attempt` is the seed of the draw."""
+    generator = np.random.default_rng(attempt)
+    chosen = []
+    for label in labels.unique().tolist():
+        members = indices[labels == label].numpy()
+        chosen.append(generator.permutation(members)[:per_class])
+    return torch.from_numpy(np.sort(np.concatenate(chosen)))

@@ -1,0 +1,234 @@
+"""k-NN on frozen summaries: how near a backbone puts pictures of one class, without training anything."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol, final, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evals.core.data import aligned_labels, open_source
+from evals.core.dist import Group, current
+from evals.core.evaluator import Watch, domain_notes, silent
+from evals.core.features import Extraction, Stored, default_cache, extract
+from evals.core.provenance import choose_device, commit, describe_device, versions
+from evals.core.report import DataUsed, Metric, Report, file_name, write
+from evals.core.views import make_view
+from radio.config import to_plain
+from radio.errors import ConfigError, DataError, require
+from radio.types import Backbone, Features
+
+from .classify import Classifier, Sets, make_classifier
+from .records import write_records
+from .scoring import accuracies, class_table, real_accuracy
+from .settings import KnnSettings
+
+# Letters: Q queries.
+
+
+@runtime_checkable
+class Adapting(Protocol):
+    """A model that carries its features into a teacher's space."""
+
+    def adapt(self, name: str, features: Features) -> Features:
+        """The features in the space of teacher `name`."""
+
+
+@final
+class KnnEvaluator:
+    """Scores any backbone by the votes of the nearest neighbours of each query."""
+
+    name = "knn"
+    settings = KnnSettings
+
+    def run(
+        self,
+        model: Backbone,
+        settings: KnnSettings,
+        out: Path,
+        *,
+        name: str | None = None,
+        watch: Watch = silent,
+        group: Group | None = None,
+    ) -> Report:
+        """Score `model`; writes `knn-NAME.json` and `knn-NAME.jsonl` (one line a query) into `out`.
+
+        A head adds `-HEAD-head` to the name, so that it does not overwrite the model's own scores.
+
+        Every rank of a torchrun job calls this and gets the same report; rank 0 writes.
+
+        Raises:
+            DataError: data that are absent, empty, of one class only, or whose classes do not agree.
+            ConfigError: an unknown device, or a head that the model does not have.
+            SizeError: a size that holds no picture.
+            MissingExtraError: FAISS is not installed.
+        """
+        require("faiss", extra="knn")  # before the long part
+        started = time.monotonic()
+        group = group or current()
+        cache = settings.cache or default_cache()
+        sets = _open(settings, cache / "fingerprints")
+        how, notes = _plan(model, settings)
+        bank = extract(model, sets.bank, how, cache=cache, group=group, watch=watch)
+        asked = bank
+        if sets.query is not None:
+            asked = extract(model, sets.query, how, cache=cache, group=group, watch=watch)
+        extracted = time.monotonic()
+
+        classifier = make_classifier(sets, bank, asked, settings, group)
+        neighbours, rankings = classifier.classify()
+        ranking = rankings[settings.headline_k]
+        metrics = _score(classifier, rankings, sets)
+        finished = time.monotonic()
+
+        label = (name or model.name) + (f"-{settings.head}-head" if settings.head else "")
+        base = file_name(self.name, label)
+        sources = [sets.bank] if sets.query is None else [sets.bank, sets.query]
+        report = Report(
+            task=self.name,
+            model=label,
+            fingerprint=model.fingerprint,
+            headline="top1",
+            metrics=metrics,
+            settings={**to_plain(settings), "resolved": _resolved(classifier, how)},
+            data=_data_used(sets, bank, asked),
+            device=describe_device(how.device),
+            seconds={
+                "features": extracted - started,
+                "search": finished - extracted,
+                "total": finished - started,
+            },
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            versions=versions(),
+            git=commit(),
+            notes=(*notes, *_clamped(classifier), *domain_notes(model, sources)),
+            tables={"classes": class_table(ranking, classifier.labels, sets.bank.classes)},
+            files=(f"{base}.jsonl",),
+        )
+        if group.leads:
+            records = out / f"{base}.jsonl"
+            write_records(records, sets, classifier.queries, classifier.labels, neighbours, ranking)
+            write(report, out / f"{base}.json")
+        return report
+
+
+def run(
+    model: Backbone,
+    settings: KnnSettings,
+    out: Path,
+    *,
+    name: str | None = None,
+    watch: Watch = silent,
+    group: Group | None = None,
+) -> Report:
+    """The k-NN report of a model, as `KnnEvaluator.run` makes and writes it."""
+    return KnnEvaluator().run(model, settings, out, name=name, watch=watch, group=group)
+
+
+def _open(settings: KnnSettings, memo: Path) -> Sets:
+    bank = open_source(
+        settings.bank or "scenes:train",
+        limit=settings.limit,
+        scenes=settings.scenes[0],
+        seed=settings.seed,
+        memo=memo,
+    )
+    if len(np.unique(bank.labels)) < 2:
+        raise DataError(
+            f"{bank.name}: holds one class only, so every vote is right; give two classes or more"
+        )
+    if settings.leave_one_out:
+        return Sets(bank, None)
+    query = open_source(
+        settings.query or "scenes:val",
+        limit=settings.limit,
+        scenes=settings.scenes[1],
+        seed=settings.seed,
+        memo=memo,
+    )
+    aligned_labels(query, bank)  # fails here rather than after the extraction
+    return Sets(bank, query)
+
+
+def _plan(model: Backbone, settings: KnnSettings) -> tuple[Extraction, tuple[str, ...]]:
+    device = choose_device(settings.device)
+    view, notes = make_view(model, settings.view, settings.size, settings.ratio)
+    workers = settings.workers
+    if workers is None:
+        workers = 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
+    how = Extraction(
+        view=view,
+        device=device,
+        dtype=torch.bfloat16 if settings.precision == "bf16" else torch.float32,
+        head="summary" if settings.head is None else f"adaptor {settings.head}",
+        project=_projection(model, settings.head),
+        batch=settings.batch,
+        workers=workers,
+    )
+    return how, notes
+
+
+def _projection(model: Backbone, head: str | None) -> Callable[[Features], Tensor]:
+    if head is None:
+        return _summary
+    if not isinstance(model, Adapting):
+        raise ConfigError(f"{model.name} has no adaptors, so no head {head!r}; leave --head out")
+    return lambda features: model.adapt(head, features).summary
+
+
+def _summary(features: Features) -> Tensor:
+    return features.summary
+
+
+def _score(classifier: Classifier, rankings: Mapping[int, Tensor], sets: Sets) -> dict[str, Metric]:
+    settings = classifier.settings
+    metrics = accuracies(rankings, classifier.labels, classifier.num_classes, settings.headline_k)
+    for per_class in settings.few_shot:
+        metrics[f"top1_few_shot_{per_class}"] = classifier.few_shot(per_class)
+    if settings.real_labels is not None:
+        keys = [sets.asked.keys[place] for place in classifier.queries.indices.tolist()]
+        metrics["top1_real"] = real_accuracy(rankings[settings.headline_k], keys, settings.real_labels)
+    return metrics
+
+
+def _clamped(classifier: Classifier) -> tuple[str, ...]:
+    return tuple(
+        f"k = {k} is more than the {classifier.available} pictures of the bank; all of them voted"
+        for k in sorted(set(classifier.settings.k))
+        if k > classifier.available
+    )
+
+
+def _resolved(classifier: Classifier, how: Extraction) -> dict[str, Any]:
+    return {
+        "view": how.view.describe(),
+        "size": list(how.view.size),
+        "features": how.head,
+        "width": classifier.queries.features.shape[1],
+        "dtype": str(how.dtype).removeprefix("torch."),
+        "workers": how.workers,
+        "ranks": classifier.group.world,
+    }
+
+
+def _data_used(sets: Sets, bank: Stored, asked: Stored) -> tuple[DataUsed, ...]:
+    used = [("bank", sets.bank, bank)]
+    if sets.query is not None:
+        used.append(("query", sets.query, asked))
+    return tuple(
+        DataUsed(
+            role=role,
+            name=source.name,
+            fingerprint=source.fingerprint,
+            count=len(kept.indices()),
+            num_classes=len(source.classes),
+            skipped=kept.skipped(),
+        )
+        for role, source, kept in used
+    )

@@ -1,0 +1,45 @@
+"""One JSON line for each query: what it is, what it was taken for, and which neighbours said so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from evals.core.features import Bank
+from radio.config import write_text
+
+from .classify import Sets
+from .index import Neighbours
+
+
+def write_records(
+    path: Path, sets: Sets, queries: Bank, labels: Tensor, neighbours: Neighbours, ranking: Tensor
+) -> None:
+    """Write the records of all queries, atomically.
+
+    Args:
+        labels: [Q], places in the bank's classes.
+        neighbours: [Q, k], the nearest first; their ids are places in the bank.
+        ranking: [Q, 5], the classes with most votes.
+    """
+    write_text(path, "".join(_lines(sets, queries, labels, neighbours, ranking)))
+
+
+def _lines(
+    sets: Sets, queries: Bank, labels: Tensor, neighbours: Neighbours, ranking: Tensor
+) -> Iterator[str]:
+    classes, bank_keys, query_keys = sets.bank.classes, sets.bank.keys, sets.asked.keys
+    for row, place in enumerate(queries.indices.tolist()):
+        ids = [number for number in neighbours.ids[row].tolist() if number >= 0]
+        record = {
+            "key": query_keys[place],
+            "label": classes[int(labels[row])],
+            "predictions": [classes[label] for label in ranking[row].tolist() if label >= 0],
+            "neighbour_ids": ids,
+            "neighbours": [bank_keys[number] for number in ids],
+            "similarities": [round(s, 6) for s in neighbours.similarities[row, : len(ids)].tolist()],
+        }
+        yield json.dumps(record, ensure_ascii=False) + "\n"

@@ -1,0 +1,98 @@
+"""Pictures and settings for runs that take a fraction of a second."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from evals.core.dist import Group
+from train.config import DataConfig, OptimConfig, TeacherConfig, TrainConfig
+from train.trainer import Run
+
+from .tiny_teachers import register
+
+register()
+
+TEACHERS = (
+    TeacherConfig(name="clip", model="tiny:clip"),
+    TeacherConfig(name="dense", model="tiny:dense"),
+    TeacherConfig(name="sam", model="tiny:sam", summary_weight=0.0),
+)
+
+Start = Callable[..., Run]
+
+
+def picture_bytes(seed: int, kind: str = "PNG", size: tuple[int, int] = (40, 52)) -> bytes:
+    """A file of smooth noise, `size` as (height, width)."""
+    coarse = np.random.default_rng(seed).integers(0, 255, (5, 6, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(coarse).resize((size[1], size[0])).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def fill_folder(folder: Path, whole: int, broken: int = 0) -> Path:
+    """A folder of so many good pictures, then so many truncated ones."""
+    folder.mkdir(parents=True)
+    for index in range(whole):
+        (folder / f"{index:03d}.png").write_bytes(picture_bytes(index))
+    for index in range(broken):
+        (folder / f"z{index:03d}.jpg").write_bytes(picture_bytes(index, "JPEG", (200, 200))[:300])
+    return folder
+
+
+def fill_shard(path: Path, first: int, count: int) -> Path:
+    """A tar file of so many pictures without labels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for index in range(first, first + count):
+            data = picture_bytes(index, "JPEG")
+            member = tarfile.TarInfo(f"{index:06d}.jpg")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 24 small pictures."""
+    return fill_folder(tmp_path_factory.mktemp("data") / "pictures", 24)
+
+
+@pytest.fixture
+def config(tmp_path: Path, pictures: Path) -> TrainConfig:
+    """Twelve steps of four pictures, three teachers, everything in this process."""
+    return TrainConfig(
+        recipe="test",
+        student="vit-tiny12",
+        teachers=TEACHERS,
+        resolution=48,
+        steps=12,
+        batch_size=4,
+        out=tmp_path / "run",
+        data=DataConfig(images=(pictures,), workers=0),
+        optim=OptimConfig(lr=1e-3, warmup=0.25),
+        device="cpu",
+        log_every=1,
+        save_every=5,
+    )
+
+
+@pytest.fixture
+def start() -> Start:
+    """A function that sets a run up: `start(config, steps=3, ...)`."""
+
+    def begin(config: TrainConfig, *, restart: bool = False, **changes: object) -> Run:
+        changed = replace(config, **changes)  # type: ignore[arg-type]
+        console = Console(file=io.StringIO(), width=200)
+        return Run(changed, Group(), torch.device("cpu"), console, restart=restart)
+
+    return begin

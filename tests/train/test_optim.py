@@ -1,0 +1,81 @@
+"""Decay groups by name, and the learning rate against hand values."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from radio.adaptors import AdaptorConfig
+from radio.model import ModelConfig, build
+from radio.students import StudentOptions
+from train.config import OptimConfig
+from train.optim import learning_rate, make_optimizer
+
+
+def names_by_decay(model: nn.Module, config: OptimConfig) -> tuple[set[str], set[str]]:
+    """The names of the parameters that decay, and of those that do not."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, free = make_optimizer(model, config).param_groups
+    assert (decayed["weight_decay"], free["weight_decay"]) == (config.weight_decay, 0.0)
+    return ({names[id(p)] for p in decayed["params"]}, {names[id(p)] for p in free["params"]})
+
+
+@pytest.mark.parametrize("stem", ["linear", "conv"])
+def test_norms_biases_tokens_and_positions_do_not_decay(stem: str) -> None:
+    options = StudentOptions(stem="linear" if stem == "linear" else "conv", registers=2)
+    adaptor = AdaptorConfig(name="clip", summary_dim=8, token_dim=8)
+    model = build(ModelConfig(student="vit-tiny12", options=options, adaptors=(adaptor,)), 0)
+    decayed, free = names_by_decay(model, OptimConfig(weight_decay=0.3))
+    assert {"student.prefix", "student.positions.table"} <= free
+    assert all(name.endswith(".weight") for name in decayed)
+    norms = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, (nn.LayerNorm, nn.GroupNorm))}
+    matrices = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    assert norms
+    assert norms <= free
+    assert decayed == matrices
+    assert decayed | free == {name for name, _ in model.named_parameters()}
+
+
+def test_decay_shrinks_matrices_alone() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = make_optimizer(model, OptimConfig(lr=0.1, weight_decay=0.5))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    after = model.state_dict()
+    assert torch.allclose(after["0.weight"], before["0.weight"] * (1 - 0.1 * 0.5))
+    assert all(torch.equal(after[name], before[name]) for name in ("0.bias", "1.weight", "1.bias"))
+
+
+def test_warm_up_is_one_percent_and_linear() -> None:
+    config = OptimConfig(lr=2.0)
+    rates = [learning_rate(step, 1000, config) for step in range(11)]
+    assert rates[:10] == pytest.approx([2.0 * (step + 1) / 10 for step in range(10)])
+    assert rates[10] == pytest.approx(2.0)
+
+
+def test_cosine_falls_to_zero() -> None:
+    config = OptimConfig(lr=1.0, warmup=0.1)
+    quarter = 0.5 * (1 + math.cos(math.pi / 4))
+    assert learning_rate(10 + 90 // 2, 100, config) == pytest.approx(0.5)
+    assert learning_rate(4 + 8, 36, OptimConfig(lr=1.0, warmup=4 / 36)) == pytest.approx(quarter)
+    assert learning_rate(99, 100, config) == pytest.approx(0.5 * (1 + math.cos(math.pi * 89 / 90)))
+    assert learning_rate(100, 100, config) == pytest.approx(0.0, abs=1e-12)
+    rates = [learning_rate(step, 100, config) for step in range(10, 100)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_cosine_ends_at_a_share_of_the_rate() -> None:
+    config = OptimConfig(lr=4.0, warmup=0.0, final_lr=0.25)
+    assert learning_rate(0, 10, config) == pytest.approx(4.0)
+    assert learning_rate(5, 10, config) == pytest.approx(2.5)
+    assert learning_rate(10, 10, config) == pytest.approx(1.0)
+
+
+def test_a_run_of_one_step_or_of_warm_up_alone() -> None:
+    assert learning_rate(0, 1, OptimConfig(lr=3.0)) == pytest.approx(3.0)
+    assert learning_rate(3, 4, OptimConfig(lr=3.0, warmup=1.0)) == pytest.approx(3.0)
