@@ -89,7 +89,7 @@ def load(path: Path) -> Checkpoint:
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """The state dict in somebody else's weights file (`.pt`, `.pth`, `.bin`, `.safetensors`).
 
-    Nothing in it is executed. A state dict under the key `state_dict` or `model` is taken out of its wrapping.
+    Nothing in it is executed. A state dict under the key `state_dict` or `model` is unwrapped.
 
     Raises:
         CheckpointError: no such file, not a weights file, or one that would run code when read.

@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = Run(command.config, group, device, quiet, restart=command.restart)
         path = run.train()
         if group.leads:
-            console.print(f"checkpoint: {path}", highlight=False)
+            console.print(f"checkpoint: {path}", highlight=False, soft_wrap=True)
     if group.leads and command.config.score:
         from .scoring import score
 

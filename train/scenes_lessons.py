@@ -19,7 +19,8 @@ from radio.teachers.scenes import Clip
 from radio.teachers.scenes_sam import SIDE, decode
 from radio.teachers.scenes_text import tokenize
 
-# Letters: B scenes, O objects (4 a scene, absent ones included), R present objects, P prompts, D width, g grid side.
+# Letters: B scenes, O objects (4 a scene, absent ones included), R present objects, P prompts,
+# C summary width, g grid side.
 
 SIZE = 96
 _MAX_OBJECTS = 4
@@ -84,7 +85,7 @@ def _mirrored(lesson: Lesson, which: Tensor) -> Lesson:
 
 
 def shares(lesson: Lesson, side: int) -> Tensor:
-    """How much of each cell of a side x side grid every object covers, background first: [B, 1 + O, side, side]."""
+    """How much of each cell of a g x g grid every object covers, background first: [B, 1 + O, g, g]."""
     planes = F.one_hot(lesson.instances, 1 + _MAX_OBJECTS).permute(0, 3, 1, 2).float()
     return F.adaptive_avg_pool2d(planes, side)
 
@@ -204,7 +205,7 @@ class SamLesson(nn.Module):
         self.generator = generator
 
     def forward(self, lesson: Lesson, progress: float) -> Loss:
-        """Focal and dice loss of the best mask, squared error of all predicted IoUs (Segment Anything, app. A)."""
+        """Focal and dice loss of the best mask, squared error of the IoUs (Kirillov et al. 2023, app. A)."""
         images = resize_images(lesson.images, (SIDE, SIDE)) * 255
         embeddings = self.sam.image_encoder((images - self.sam.pixel_mean) / self.sam.pixel_std)
         rows = torch.arange(len(images))

@@ -66,7 +66,7 @@ def summaries(backbone: Backbone, count: int, split: Split, seed: int = 0) -> tu
 
 
 def knn(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
-    """The class [N] with the most votes of the k nearest of bank [R, C], each of weight exp(cosine / temperature)."""
+    """The class [N] with most votes of the k nearest in bank [R, C], each worth exp(cosine / temperature)."""
     cosine = F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T
     nearest = cosine.topk(k, dim=1)
     votes = torch.zeros(len(queries), int(bank_labels.max()) + 1)

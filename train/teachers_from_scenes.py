@@ -54,7 +54,7 @@ class TeachersConfig:
     seed: int = 0  # of first weights, mirroring and prompts
     threads: int = 1
     dense: Course = Course(samples=64_000, batch=32, lr=1.5e-3)
-    clip: Course = Course(samples=40_000, batch=64, lr=1e-3)
+    clip: Course = Course(samples=12_000, batch=32, lr=1e-3)
     sam: Course = Course(samples=32_000, batch=32, lr=1e-3)
 
 
@@ -70,6 +70,8 @@ def main(settings: TeachersConfig, console: Console | None = None) -> list[Path]
             raise ConfigError(
                 f"unknown scenes teacher {name!r}{did_you_mean(name, NAMES)}; known: {', '.join(NAMES)}"
             )
+    if settings.threads < 1:
+        raise ConfigError(f"{settings.threads} threads cannot train; give 1 or more")
     before = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
     try:
@@ -81,6 +83,8 @@ def main(settings: TeachersConfig, console: Console | None = None) -> list[Path]
 
 def _make(name: Name, settings: TeachersConfig, console: Console) -> Path:
     course = {"dense": settings.dense, "clip": settings.clip, "sam": settings.sam}[name]
+    if course.batch < 1:
+        raise ConfigError(f"a batch of {course.batch} scenes for scenes:{name} cannot be; give 1 or more")
     if course.samples < course.batch:
         raise ConfigError(
             f"{course.samples} samples for scenes:{name} are less than one batch of {course.batch}; give more"
@@ -140,7 +144,9 @@ _MAKERS: dict[Name, Callable[[TeachersConfig], tuple[nn.Module, nn.Module]]] = {
 }
 
 
-def _teach(module: nn.Module, name: Name, course: Course, seed: int) -> list[dict[str, float]]:
+def _teach(
+    module: nn.Module, name: Name, course: Course, seed: int, console: Console
+) -> list[dict[str, float]]:
     """Train in place, scheduled by steps; means of loss and watched figures every 50 steps."""
     steps = course.samples // course.batch
     optim = replace(_OPTIM, lr=course.lr)
@@ -155,7 +161,7 @@ def _teach(module: nn.Module, name: Name, course: Course, seed: int) -> list[dic
         seen.append(_step(module, lesson, step / steps, optimizer, optim.clip))
         if (step + 1) % _LOG_EVERY == 0 or step + 1 == steps:
             curve.append({"samples": (step + 1) * course.batch, **_means(seen)})
-            console.print(f"scenes:{name}", curve[-1], highlight=False, soft_wrap=True)
+            console.print(f"scenes:{name} {curve[-1]}", highlight=False, soft_wrap=True)
             seen = []
     return curve
 
@@ -165,7 +171,7 @@ def _step(
 ) -> Loss:
     loss: Loss = module(lesson, progress)
     optimizer.zero_grad(set_to_none=True)
-    loss.total.backward()  # type: ignore[no-untyped-call]
+    loss.total.backward()
     nn.utils.clip_grad_norm_(module.parameters(), clip)
     optimizer.step()
     return Loss(loss.total.detach(), loss.watched)
@@ -191,7 +197,7 @@ def _card(
             "seed": settings.seed,
             "threads": settings.threads,
             "course": to_plain(course),
-            "optim": to_plain(_OPTIM),
+            "optim": to_plain(replace(_OPTIM, lr=course.lr)),
         },
         "samples": course.samples // course.batch * course.batch,
         "scenes": f"split train, seed {_SEED_OF_SCENES}, from index {_FIRST[name]}",
@@ -200,5 +206,5 @@ def _card(
             package: version(package) for package in ("torch", "numpy", "open_clip_torch", "segment_anything")
         },
         "protocols": {"full": to_plain(FULL), "quick": to_plain(QUICK)},
-        "curve": curve[:: max(1, len(curve) // 20)],
+        "curve": [*curve[: -1 : max(1, len(curve) // 20)], curve[-1]],
     }

@@ -105,11 +105,11 @@ class Run:
         config = self.config
         if self.step == config.steps:
             return config.out / "ckpt.pt"
+        if self.group.leads and not self.step:  # the state of an earlier run must not outlive its log
+            (config.out / "state.pt").unlink(missing_ok=True)
         log = JsonLines(config.out / "metrics.jsonl", self.step) if self.group.leads else None
         if self.group.leads:
             write_yaml(config, config.out / "config.yaml")
-        if self.group.leads and not self.step:  # the state of an earlier run must not outlive its log
-            (config.out / "state.pt").unlink(missing_ok=True)
         try:
             self._loop(log)
         finally:
@@ -288,9 +288,8 @@ class Run:
         return cache
 
     def _confirm(self, size: int) -> None:
-        self.console.print(
-            f"teacher cache: {size / 1e9:.2f} GB in {self.config.cache.folder}", highlight=False
-        )
+        line = f"teacher cache: {size / 1e9:.2f} GB in {self.config.cache.folder}"
+        self.console.print(line, highlight=False, soft_wrap=True)
         if size <= 1e9 or not self.config.cache.confirm:
             return
         if not self.console.is_terminal:

@@ -35,7 +35,7 @@ from .views import View
 # Letters: N pictures, C summary width, B batch, h w input size.
 
 CHUNK = 512  # pictures a file: what a killed run loses at most
-_FORMAT = "features/1"
+_FORMAT = f"features/1 in chunks of {CHUNK}"
 
 Project = Callable[[Features], Tensor]
 """Features -> [B, C], what is kept of them."""

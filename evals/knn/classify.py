@@ -60,12 +60,12 @@ class Classifier:
         """The headline's neighbours, and for each k the five classes with most votes [Q, 5]."""
         index = Index(self.shard.features, self.shard.indices)
         found = self._search(index, max(self.settings.k))
-        k = self.settings.headline_k
+        k = self.settings.headline
         return Neighbours(found.similarities[:, :k], found.ids[:, :k]), self._vote(found, self.settings.k)
 
     def few_shot(self, per_class: int) -> Metric:
         """top-1 with n pictures of each class in the bank, mean and spread over the tries."""
-        k = self.settings.headline_k
+        k = self.settings.headline
         values = []
         for attempt in range(self.settings.tries):
             chosen = choose(self.bank_indices, self.bank_labels[self.bank_indices], per_class, attempt)

@@ -21,10 +21,11 @@ from evals.core.provenance import choose_device, commit, describe_device, versio
 from evals.core.report import DataUsed, Metric, Report, file_name, write
 from evals.core.views import make_view
 from radio.config import to_plain
-from radio.errors import ConfigError, DataError, require
+from radio.errors import ConfigError, DataError
 from radio.types import Backbone, Features
 
 from .classify import Classifier, Sets, make_classifier
+from .index import load_faiss
 from .records import write_records
 from .scoring import accuracies, class_table, real_accuracy
 from .settings import KnnSettings
@@ -69,7 +70,7 @@ class KnnEvaluator:
             SizeError: a size that holds no picture.
             MissingExtraError: FAISS is not installed.
         """
-        require("faiss", extra="knn")  # before the long part
+        load_faiss()  # its absence shows before the long part
         started = time.monotonic()
         group = group or current()
         cache = settings.cache or default_cache()
@@ -83,7 +84,7 @@ class KnnEvaluator:
 
         classifier = make_classifier(sets, bank, asked, settings, group)
         neighbours, rankings = classifier.classify()
-        ranking = rankings[settings.headline_k]
+        ranking = rankings[settings.headline]
         metrics = _score(classifier, rankings, sets)
         finished = time.monotonic()
 
@@ -188,12 +189,12 @@ def _summary(features: Features) -> Tensor:
 
 def _score(classifier: Classifier, rankings: Mapping[int, Tensor], sets: Sets) -> dict[str, Metric]:
     settings = classifier.settings
-    metrics = accuracies(rankings, classifier.labels, classifier.num_classes, settings.headline_k)
+    metrics = accuracies(rankings, classifier.labels, classifier.num_classes, settings.headline)
     for per_class in settings.few_shot:
         metrics[f"top1_few_shot_{per_class}"] = classifier.few_shot(per_class)
     if settings.real_labels is not None:
         keys = [sets.asked.keys[place] for place in classifier.queries.indices.tolist()]
-        metrics["top1_real"] = real_accuracy(rankings[settings.headline_k], keys, settings.real_labels)
+        metrics["top1_real"] = real_accuracy(rankings[settings.headline], keys, settings.real_labels)
     return metrics
 
 

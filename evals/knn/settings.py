@@ -27,8 +27,9 @@ class KnnSettings:
     """Use so many pictures of bank and query each, spread evenly."""
     k: tuple[int, ...] = (10, 20, 100, 200)
     """Numbers of neighbours, scored from one search."""
-    headline_k: int = 20
-    """The k whose scores are called top1, top5 and mean_class."""
+    headline_k: int | None = None
+    """The k whose scores are called top1, top5 and mean_class. 20, or the first k where 20 is none of them,
+    unless given."""
     temperature: float = 0.07
     """A neighbour of similarity s votes exp(s / temperature)."""
     few_shot: tuple[int, ...] = ()
@@ -62,7 +63,7 @@ class KnnSettings:
         """Refuse what no data could make sense of."""
         if not self.k or min(self.k) < 1:
             raise ConfigError(f"k = {self.k}: give one or more numbers of neighbours, each 1 or more")
-        if self.headline_k not in self.k:
+        if self.headline_k is not None and self.headline_k not in self.k:
             raise ConfigError(f"headline_k = {self.headline_k} is not among k = {self.k}; add it there")
         if self.few_shot and (min(self.few_shot) < 1 or self.tries < 1):
             raise ConfigError(
@@ -76,3 +77,10 @@ class KnnSettings:
             raise ConfigError("a query without a bank has no neighbours; give --bank too")
         if self.bank is not None and self.query is None and not self.leave_one_out:
             raise ConfigError("a bank without a query: give --query, or --leave-one-out")
+
+    @property
+    def headline(self) -> int:
+        """The k that is called by no number."""
+        if self.headline_k is not None:
+            return self.headline_k
+        return 20 if 20 in self.k else self.k[0]

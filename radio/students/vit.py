@@ -255,5 +255,10 @@ _WINDOWS = {
 
 for _config in _FAMILY:
     students.add(_config.name, functools.partial(_build, _config))
-    _windowed = replace(_config, name=_config.name.replace("vit", "vitdet", 1), window=_WINDOWS[_config.name])
+    _windowed = replace(
+        _config,
+        name=_config.name.replace("vit", "vitdet", 1),
+        window=_WINDOWS[_config.name],
+        schedule="quarters" if _config.depth >= 8 else "runs-of-5",
+    )
     students.add(_windowed.name, functools.partial(_build, _windowed))

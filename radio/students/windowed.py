@@ -16,10 +16,13 @@ def global_blocks(depth: int, schedule: Schedule = "quarters") -> tuple[int, ...
     `runs-of-5`: one after every five windowed blocks (5, 11, 17, 23, 29, 31 of 32).
 
     Raises:
-        ConfigError: the depth has no quarters.
+        ConfigError: the depth has no quarters, or quarters of one block, all of them global.
     """
     if schedule == "runs-of-5":
         return tuple(sorted({*range(5, depth, 6), depth - 1}))
-    if depth < 4 or depth % 4:
-        raise ConfigError(f"a depth of {depth} has no four equal quarters; use a multiple of 4, or runs-of-5")
+    if depth < 8 or depth % 4:
+        raise ConfigError(
+            f"a depth of {depth} has no four quarters of two or more blocks; use a multiple of 4 from 8 on, "
+            f"or runs-of-5"
+        )
     return tuple(range(depth // 4 - 1, depth, depth // 4))

@@ -1,9 +1,9 @@
 """The three tiny teachers that come with the package, trained on the generated scenes.
 
-- `scenes:clip`: a ViT (96 px, patch 12) and a text transformer in one space; summary = projected class token.
-- `scenes:dense`: a ViT (108 px, patch 12) supervised on what its class token and every patch show. It plays the
-  part of a self-supervised encoder, and is none.
-- `scenes:sam`: segment_anything's image encoder (112 px, patch 8); tokens before the neck, summary = their mean.
+- `scenes:clip`: a ViT (96 px, patch 12) and a text transformer; summary = class token in their common space.
+- `scenes:dense`: a ViT (108 px, patch 12) supervised on what its class token and every patch show. It plays
+  the part of a self-supervised encoder, and is none.
+- `scenes:sam`: segment_anything's image encoder (112 px, patch 8); tokens before the neck, summary = mean.
 
 How they were made stands in each file's card; the trainer's scenes-teachers recipe makes them again.
 """
@@ -48,7 +48,7 @@ def new_dense() -> ViT:
 
 @final
 class ClipImage(nn.Module):
-    """The image tower of `scenes:clip`: 8 x 8 tokens of 128; the class token is projected into the common space."""
+    """The image tower of `scenes:clip`: 8 x 8 tokens of 128; the class token goes to the common space."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ def scenes_teacher(name: str, folder: Path = WEIGHTS) -> Frozen:
 
 
 def scenes_sam(folder: Path = WEIGHTS) -> Any:
-    """The whole `segment_anything.modeling.Sam` of `scenes:sam`, frozen: encoder, neck, prompt encoder, decoder.
+    """The whole `segment_anything.modeling.Sam` of `scenes:sam`, frozen: encoder, neck, prompts, decoder.
 
     It takes pictures of 112 px: pixels in [0, 255] through `Sam`'s own interface.
 

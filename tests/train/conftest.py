@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from evals.core.dist import Group
+from radio import checkpoint
 from train.config import DataConfig, OptimConfig, TeacherConfig, TrainConfig
 from train.trainer import Run
 
@@ -28,6 +30,7 @@ TEACHERS = (
     TeacherConfig(name="sam", model="tiny:sam", summary_weight=0.0),
 )
 
+CPU = torch.device("cpu")
 Start = Callable[..., Run]
 
 
@@ -93,6 +96,32 @@ def start() -> Start:
     def begin(config: TrainConfig, *, restart: bool = False, **changes: object) -> Run:
         changed = replace(config, **changes)  # type: ignore[arg-type]
         console = Console(file=io.StringIO(), width=200)
-        return Run(changed, Group(), torch.device("cpu"), console, restart=restart)
+        return Run(changed, Group(), CPU, console, restart=restart)
 
     return begin
+
+
+def read_records(out: Path) -> list[dict[str, float]]:
+    """What `metrics.jsonl` of a run folder says."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(out: Path) -> list[float]:
+    """The loss at every log step of a run folder."""
+    return [record["loss"] for record in read_records(out)]
+
+
+def untimed(out: Path) -> list[dict[str, float]]:
+    """The records of a run folder without what a clock measured."""
+    timed = ("images_per_second", "data_wait", "seconds")
+    return [{k: v for k, v in record.items() if k not in timed} for record in read_records(out)]
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether the checkpoints and the states of two run folders hold the same tensors."""
+    pairs = [[checkpoint.load(out / "ckpt.pt").tensors for out in (one, other)]]
+    states = [torch.load(out / "state.pt", weights_only=True) for out in (one, other)]
+    pairs.append([state["model"] for state in states])
+    moments = [state["optimizer"]["state"] for state in states]
+    pairs += [[part[key] for part in moments] for key in moments[0]]
+    return all(a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in pairs)

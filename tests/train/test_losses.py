@@ -74,9 +74,9 @@ def test_the_knee_parts_square_from_line() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)
-    student = Features(torch.randn(4, 8, generator=generator), torch.randn(4, 6, 8, generator=generator), (2, 3))
-    teacher = Features(torch.randn(4, 8, generator=generator), torch.randn(4, 6, 8, generator=generator), (2, 3))
-    low = [Features(f.summary.to(dtype), f.tokens.to(dtype), f.grid) for f in (student, teacher)]
+    summaries = torch.randn(2, 4, 8, generator=generator).to(dtype)
+    tokens = torch.randn(2, 4, 6, 8, generator=generator).to(dtype)
+    low = [Features(summaries[i], tokens[i], (2, 3)) for i in range(2)]
     high = [Features(f.summary.float(), f.tokens.float(), f.grid) for f in low]
     given, wanted = (teacher_losses(a, b, LossConfig()) for a, b in (low, high))
     assert given.summary.dtype == given.spatial.dtype == torch.float32

@@ -1,0 +1,96 @@
+"""Is our exact search as fast as plain torch?
+
+100,000 x 1,280 bank, 1,000 queries: `evals.knn.index.Index` against a matrix product and a top-k in blocks of
+the bank. Both run in turns, in both orders, and the medians are compared.
+
+    python benchmarks/knn.py [--k 20] [--threads 2] [--rounds 5]
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+import tyro
+from rich.console import Console
+from torch import Tensor
+
+from evals.knn.index import Index, load_faiss
+
+WANTED = 0.95  # of torch's speed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What is measured."""
+
+    bank: int = 100_000
+    width: int = 1280
+    queries: int = 1000
+    k: int = 20
+    block: int = 16_384
+    """Bank rows in one product of the torch side."""
+    rounds: int = 5
+    threads: int = 2
+
+
+def by_torch(bank: Tensor, queries: Tensor, k: int, block: int) -> tuple[Tensor, Tensor]:
+    """The k highest products of each query and their places, block after block of the bank."""
+    values = torch.empty(len(queries), 0)
+    places = torch.empty(len(queries), 0, dtype=torch.int64)
+    for start in range(0, len(bank), block):
+        part = queries @ bank[start : start + block].T
+        found, where = part.topk(min(k, part.shape[1]), dim=1)
+        values, order = torch.cat([values, found], 1).topk(k, dim=1)
+        places = torch.cat([places, where + start], 1).gather(1, order)
+    return values, places
+
+
+def seconds(job: Callable[[], object]) -> float:
+    """How long a job takes."""
+    start = time.perf_counter()
+    job()
+    return time.perf_counter() - start
+
+
+def main() -> int:
+    """Print both times and their ratio; 1 when ours is slower than wanted."""
+    settings = tyro.cli(Settings, description=__doc__)
+    console = Console(highlight=False)
+    torch.set_num_threads(settings.threads)
+    load_faiss().omp_set_num_threads(settings.threads)
+    generator = torch.Generator().manual_seed(0)
+    bank = F.normalize(torch.randn(settings.bank, settings.width, generator=generator))
+    queries = F.normalize(torch.randn(settings.queries, settings.width, generator=generator))
+    index = Index(bank, torch.arange(settings.bank))
+
+    def ours() -> Tensor:
+        return index.search(queries, settings.k).ids
+
+    def theirs() -> Tensor:
+        return by_torch(bank, queries, settings.k, settings.block)[1]
+
+    same = float((ours() == theirs()).double().mean())  # also the warm-up
+    times: dict[str, list[float]] = {"ours": [], "torch": []}
+    for turn in range(settings.rounds):
+        pairs = [("ours", ours), ("torch", theirs)]
+        for name, job in pairs if turn % 2 == 0 else reversed(pairs):
+            times[name].append(seconds(job))
+    mine, other = median(times["ours"]), median(times["torch"])
+    console.print(
+        f"bank {settings.bank} x {settings.width}, {settings.queries} queries, k {settings.k}, "
+        f"{settings.threads} threads, {settings.rounds} rounds\n"
+        f"index {mine:.3f} s (from {min(times['ours']):.3f} to {max(times['ours']):.3f})\n"
+        f"torch {other:.3f} s (from {min(times['torch']):.3f} to {max(times['torch']):.3f})\n"
+        f"speed of the index over torch's: {other / mine:.2f} (wanted: {WANTED}), same neighbours: {same:.5f}"
+    )
+    return 0 if other / mine >= WANTED else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from evals.core.data import aligned_labels, open_source
+from radio.errors import DataError
+from radio.images import decode
+from radio.scenes import CLASSES, render
+
+Folder = Callable[..., Path]
+Shard = Callable[..., Path]
+Png = Callable[[int, int], bytes]
+
+
+def test_a_folder_gives_its_pictures_sorted_with_their_classes(tmp_path: Path, make_folder: Folder) -> None:
+    root = make_folder(tmp_path / "d", classes=2, count=3)
+    (root / "c0" / "notes.txt").write_text("not a picture")
+    (root / "c0" / ".hidden.png").write_bytes(b"")
+    (root / "c1" / "deeper").mkdir()
+    (root / "c1" / "000.png").rename(root / "c1" / "deeper" / "000.png")
+    source = open_source(str(root))
+    assert source.classes == ("c0", "c1")
+    assert source.keys == (
+        "c0/000.png", "c0/001.png", "c0/002.png", "c1/001.png", "c1/002.png", "c1/deeper/000.png",
+    )  # fmt: skip
+    assert source.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert torch.equal(source.read(3), decode((root / "c1" / "001.png").read_bytes()))
+
+
+def test_shards_give_what_a_folder_gives(tmp_path: Path, make_shard: Shard, png: Png) -> None:
+    for shard in range(2):
+        members = []
+        for number in range(3):
+            members.append((f"{number:03d}.cls", str(10 - shard).encode()))
+            members.append((f"{number:03d}.png", png(shard, number)))
+            members.append((f"{number:03d}.json", b"{}"))
+        make_shard(tmp_path / f"p-{shard:06d}.tar", members)
+    source = open_source(str(tmp_path / "p-{000000..000001}.tar"))
+    assert source.classes == ("9", "10")  # numbers by value
+    assert source.labels.tolist() == [1, 1, 1, 0, 0, 0]
+    assert source.keys[3] == "p-000001/000"
+    assert torch.equal(source.read(4), decode(png(1, 1)))
+    again = open_source(str(tmp_path))
+    assert again.fingerprint == source.fingerprint
+
+
+def test_scenes_are_the_generated_world() -> None:
+    source = open_source("scenes:val", scenes=7, seed=3)
+    scene = render(5, split="val", seed=3, size=96)
+    assert source.classes == CLASSES
+    assert int(source.labels[5]) == scene.label
+    assert torch.equal(source.read(5), torch.from_numpy(scene.image))
+    assert len(source.keys) == 7
+    assert source.fingerprint != open_source("scenes:val", scenes=7, seed=4).fingerprint
+    assert source.fingerprint != open_source("scenes:val", scenes=8, seed=3).fingerprint
+
+
+def test_a_limit_is_spread_over_the_classes(tmp_path: Path, make_folder: Folder) -> None:
+    source = open_source(str(make_folder(tmp_path / "d", classes=3, count=10)), limit=6)
+    assert np.bincount(source.labels).tolist() == [2, 2, 2]
+    assert len(open_source(str(tmp_path / "d"), limit=1000).keys) == 30
+
+
+def test_the_fingerprint_follows_content_not_place_or_time(tmp_path: Path, make_folder: Folder) -> None:
+    one, two = make_folder(tmp_path / "one"), make_folder(tmp_path / "two")
+    os.utime(two / "c0" / "000.png", (1, 1))
+    fingerprint = open_source(str(one)).fingerprint
+    assert open_source(str(two)).fingerprint == fingerprint
+    data = bytearray((two / "c0" / "000.png").read_bytes())
+    data[-20] ^= 1
+    (two / "c0" / "000.png").write_bytes(data)
+    assert open_source(str(two)).fingerprint != fingerprint
+    (one / "c0" / "000.png").rename(one / "c0" / "000b.png")
+    assert open_source(str(one)).fingerprint != fingerprint
+
+
+def test_the_memo_saves_reading_and_notices_a_change(
+    tmp_path: Path, make_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, memo = make_folder(tmp_path / "d"), tmp_path / "memo"
+    fingerprint = open_source(str(root), memo=memo).fingerprint
+    with monkeypatch.context() as patch:
+        patch.setattr("evals.core.stored._bytes", lambda entry: pytest.fail("read again"))
+        assert open_source(str(root), memo=memo).fingerprint == fingerprint
+    (root / "c0" / "000.png").write_bytes((root / "c1" / "000.png").read_bytes())
+    assert open_source(str(root), memo=memo).fingerprint != fingerprint
+
+
+def test_labels_are_aligned_by_class_name(tmp_path: Path, make_folder: Folder) -> None:
+    bank = open_source(str(make_folder(tmp_path / "bank", classes=3)))
+    make_folder(tmp_path / "query", classes=3, count=1)
+    (tmp_path / "query" / "c0").rename(tmp_path / "query" / "gone")
+    (tmp_path / "query" / "gone" / "000.png").unlink()
+    (tmp_path / "query" / "gone").rmdir()
+    query = open_source(str(tmp_path / "query"))
+    assert query.labels.tolist() == [0, 1]
+    assert aligned_labels(query, bank).tolist() == [1, 2]
+    with pytest.raises(DataError, match="bank has 1 classes that query lacks, the first is 'c0'"):
+        aligned_labels(bank, query)
+
+
+def test_no_such_folder_offers_its_neighbours(tmp_path: Path) -> None:
+    (tmp_path / "cifar-train").mkdir()
+    with pytest.raises(DataError, match="no such folder; did you mean cifar-train"):
+        open_source(str(tmp_path / "cifar-trian"))
+    with pytest.raises(DataError, match="nor"):
+        open_source(str(tmp_path / "no" / "where"))
+
+
+def test_folders_in_other_layouts_are_errors(tmp_path: Path, make_folder: Folder, png: Png) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="neither class folders nor tar shards"):
+        open_source(str(tmp_path / "empty"))
+    (tmp_path / "loose").mkdir()
+    (tmp_path / "loose" / "a.png").write_bytes(png(0, 0))
+    with pytest.raises(DataError, match="pictures but no class folders"):
+        open_source(str(tmp_path / "loose"))
+    make_folder(tmp_path / "d", classes=2)
+    (tmp_path / "d" / "c9").mkdir()
+    with pytest.raises(DataError, match="c9: a class folder without pictures"):
+        open_source(str(tmp_path / "d"))
+    for split in ("train", "val"):
+        make_folder(tmp_path / "root" / split, classes=2)
+    with pytest.raises(DataError, match="holds the splits train, val; name one of them"):
+        open_source(str(tmp_path / "root"))
+
+
+def test_bad_shards_are_errors(tmp_path: Path, make_shard: Shard, png: Png) -> None:
+    with pytest.raises(DataError, match="no such shard"):
+        open_source(str(tmp_path / "p-{0..1}.tar"))
+    with pytest.raises(DataError, match="wanted a pattern"):
+        open_source(str(tmp_path / "p-{0..1.tar"))
+    (tmp_path / "text.tar").write_text("just text " * 200)
+    with pytest.raises(DataError, match="not a plain tar file"):
+        open_source(str(tmp_path / "text.tar"))
+    unlabelled = make_shard(tmp_path / "u.tar", [("0.png", png(0, 0)), ("0.txt", b"caption")])
+    with pytest.raises(DataError, match=r"0 has no \.cls \(1 of 1"):
+        open_source(str(unlabelled))
+    with pytest.raises(DataError, match="no pictures"):
+        open_source(str(make_shard(tmp_path / "e.tar", [("0.txt", b"caption")])))
+
+
+def test_bad_numbers_and_splits_are_errors() -> None:
+    with pytest.raises(DataError, match="limit of 0"):
+        open_source("scenes:val", limit=0)
+    with pytest.raises(DataError, match="no split 'vall'; did you mean val"):
+        open_source("scenes:vall")
+    with pytest.raises(DataError, match="cannot take 0 scenes"):
+        open_source("scenes:val", scenes=0)

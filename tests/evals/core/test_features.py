@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from evals.core import features as module
+from evals.core.data import open_source
+from evals.core.dist import Group
+from evals.core.features import Extraction, default_cache, extract
+from evals.core.views import make_view
+from radio.errors import DataError, RadioError
+from radio.images import evaluation_view
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK", 5)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, make_folder: Callable[..., Path]) -> Path:
+    """18 pictures: four chunks, the last of three."""
+    return make_folder(tmp_path / "d", classes=3, count=6)
+
+
+def how(model: Any, **changes: Any) -> Extraction:
+    view, _ = make_view(model, changes.pop("kind", "center"), changes.pop("size", None))
+    return Extraction(view=view, device=CPU, **{"batch": 4, **changes})
+
+
+def slowly(model: Any, folder: Path) -> torch.Tensor:
+    """The features one by one, without any of the machinery."""
+    source = open_source(str(folder))
+    views = [evaluation_view(source.read(i), model.native_size) for i in range(len(source.keys))]
+    return torch.cat([model(view[None]).summary for view in views])
+
+
+@pytest.mark.parametrize("batch", [1, 4, 7, 100])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_features_equal_one_by_one_at_any_batch_and_workers(
+    tmp_path: Path, folder: Path, backbone: Callable, batch: int, workers: int
+) -> None:
+    model = backbone()
+    stored = extract(
+        model, open_source(str(folder)), how(model, batch=batch, workers=workers), cache=tmp_path / "cache"
+    )
+    bank = stored.load()
+    assert bank.indices.tolist() == list(range(18))
+    assert torch.allclose(bank.features, slowly(model, folder), atol=1e-6)
+
+
+def test_whole_pictures_of_many_sizes_go_through_in_groups(
+    tmp_path: Path, folder: Path, backbone: Callable
+) -> None:
+    model, source = backbone(), open_source(str(folder))
+    one, many = (
+        extract(model, source, how(model, kind="short-side", batch=batch), cache=tmp_path / str(batch))
+        for batch in (1, 18)
+    )
+    assert torch.allclose(one.load().features, many.load().features, atol=1e-6)
+    assert not torch.allclose(one.load().features, slowly(model, folder), atol=1e-3)
+
+
+def test_a_second_time_the_model_is_not_called(tmp_path: Path, folder: Path, backbone: Callable) -> None:
+    model = backbone()
+    first = extract(model, open_source(str(folder)), how(model), cache=tmp_path / "cache").load()
+    calls = model.calls
+    assert calls > 0
+    again = extract(model, open_source(str(folder)), how(model, batch=9), cache=tmp_path / "cache").load()
+    assert model.calls == calls
+    assert torch.equal(first.features, again.features)
+
+
+@pytest.mark.parametrize("change", ["weights", "view", "size", "dtype", "data", "head"])
+def test_whatever_changes_the_numbers_changes_the_key(
+    tmp_path: Path, folder: Path, backbone: Callable, change: str
+) -> None:
+    model, cache = backbone(), tmp_path / "cache"
+    extract(model, open_source(str(folder)), how(model), cache=cache)
+    other = backbone(seed=1) if change == "weights" else backbone()
+    settings: dict[str, Any] = {
+        "view": {"kind": "short-side"},
+        "size": {"size": 40},
+        "dtype": {"dtype": torch.bfloat16},
+        "head": {"head": "pair", "project": lambda f: f.summary[:, :2]},
+    }.get(change, {})
+    if change == "data":
+        first, second = folder / "c0" / "000.png", folder / "c1" / "000.png"
+        first.write_bytes(second.read_bytes())
+    extract(other, open_source(str(folder)), how(other, **settings), cache=cache)
+    assert other.pictures == 18
+
+
+def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path, folder: Path, backbone: Callable) -> None:
+    model, cache = backbone(), tmp_path / "cache"
+    model.fail_after = 12
+    with pytest.raises(KeyboardInterrupt):
+        extract(model, open_source(str(folder)), how(model), cache=cache)
+    assert model.pictures == 10 or model.pictures == 12
+    fresh = backbone()
+    stored = extract(fresh, open_source(str(folder)), how(fresh), cache=cache)
+    assert fresh.pictures == 8  # two chunks of five were there
+    assert torch.allclose(stored.load().features, slowly(backbone(), folder), atol=1e-6)
+
+
+def test_a_damaged_chunk_is_made_again(tmp_path: Path, folder: Path, backbone: Callable) -> None:
+    model, cache = backbone(), tmp_path / "cache"
+    extract(model, open_source(str(folder)), how(model), cache=cache)
+    chunk = next(cache.glob("features/*/000001.safetensors"))
+    chunk.write_bytes(chunk.read_bytes()[:-7])
+    fresh = backbone()
+    stored = extract(fresh, open_source(str(folder)), how(fresh), cache=cache)
+    assert fresh.pictures == 5
+    assert torch.allclose(stored.load().features, slowly(backbone(), folder), atol=1e-6)
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
+def test_ranks_share_the_work_without_counting_twice(
+    tmp_path: Path, folder: Path, backbone: Callable, world: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Group, "barrier", lambda self: None)  # the ranks run one after the other here
+    source, cache, model = open_source(str(folder)), tmp_path / "cache", backbone()
+    for rank in range(1, world):  # chunks of later ranks are absent, as in folders that are not shared
+        with pytest.raises(DataError, match="a folder that all share"):
+            extract(model, source, how(model), cache=cache, group=Group(rank, world))
+    stored = extract(model, source, how(model), cache=cache, group=Group(0, world))
+    assert model.pictures == 18
+    assert torch.allclose(stored.load().features, slowly(backbone(), folder), atol=1e-6)
+    shards = [stored.load(rank, world) for rank in range(world)]
+    assert sorted(i for shard in shards for i in shard.indices.tolist()) == list(range(18))
+
+
+def test_unreadable_pictures_are_skipped_and_listed(tmp_path: Path, folder: Path, backbone: Callable) -> None:
+    whole = (folder / "c1" / "002.png").read_bytes()
+    (folder / "c1" / "002.png").write_bytes(whole[: len(whole) // 2])
+    for number in range(5):
+        (folder / "c0" / f"00{number}.png").write_bytes(b"text")  # the whole first chunk
+    model = backbone()
+    stored = extract(model, open_source(str(folder)), how(model), cache=tmp_path / "cache")
+    assert stored.indices().tolist() == [5, 6, 7, 9, 10, 11, 12, 13, 14, 15, 16, 17]
+    assert [skipped.key for skipped in stored.skipped()][-1] == "c1/002.png"
+    assert len(stored.skipped()) == 6
+    assert "damaged" in stored.skipped()[-1].reason
+    assert stored.load().features.shape == (12, 24)
+    assert len(stored.load(0, 4).indices) == 0  # rank 0's only chunk
+
+
+def test_no_readable_picture_at_all_is_an_error(tmp_path: Path, folder: Path, backbone: Callable) -> None:
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"text")
+    model = backbone()
+    with pytest.raises(DataError, match=r"none of 18 pictures can be read; c0/000\.png"):
+        extract(model, open_source(str(folder)), how(model), cache=tmp_path / "cache")
+
+
+def test_values_that_are_not_finite_are_an_error(tmp_path: Path, folder: Path, backbone: Callable) -> None:
+    model = backbone()
+    model.weight[0, 0] = float("nan")
+    with pytest.raises(RadioError, match="not finite"):
+        extract(model, open_source(str(folder)), how(model), cache=tmp_path / "cache")
+
+
+def test_progress_counts_every_picture(tmp_path: Path, folder: Path, backbone: Callable) -> None:
+    seen: list[int] = []
+
+    @contextmanager
+    def watch(label: str, total: int) -> Any:
+        assert total == 18
+        yield seen.append
+
+    model = backbone()
+    extract(model, open_source(str(folder)), how(model), cache=tmp_path / "cache", watch=watch)
+    assert sum(seen) == 18
+
+
+def test_the_cache_lies_where_the_desktop_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert default_cache() == Path("/somewhere/am-radio")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert default_cache() == Path.home() / ".cache" / "am-radio"

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from evals.core.views import make_view
+from radio.errors import SizeError
+from radio.images import evaluation_view, resize
+
+IMAGE = torch.randint(0, 256, (3, 30, 50), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def test_the_centre_view_is_the_evaluation_view(backbone: Callable) -> None:
+    view, notes = make_view(backbone(), "center", None)
+    assert notes == ()
+    assert torch.equal(view(IMAGE), evaluation_view(IMAGE, (32, 32)))
+    view, notes = make_view(backbone(), "center", 16, ratio=1.0)
+    assert notes == ()
+    assert torch.equal(view(IMAGE), evaluation_view(IMAGE, (16, 16), 1.0))
+
+
+def test_the_short_side_view_keeps_the_whole_picture(backbone: Callable) -> None:
+    view, _ = make_view(backbone(), "short-side", 24)
+    assert torch.equal(view(IMAGE), resize(IMAGE, (24, 40)))
+    assert torch.equal(view(IMAGE.transpose(1, 2)), resize(IMAGE.transpose(1, 2), (40, 24)))
+
+
+def test_a_size_that_does_not_fit_is_noted_and_a_bad_one_refused(backbone: Callable) -> None:
+    view, notes = make_view(backbone(), "center", 30)
+    assert view.size == (32, 32)
+    assert notes == ("30 px was asked for; pooled takes 32x32, which was used",)
+    with pytest.raises(SizeError, match="holds no picture"):
+        make_view(backbone(), "center", 0)
+
+
+def test_what_decides_the_input_is_in_the_description(backbone: Callable) -> None:
+    views = [make_view(backbone(), kind, size, ratio)[0].describe()
+             for kind in ("center", "short-side") for size in (16, 32) for ratio in (1.0, 1.2)]  # fmt: skip
+    assert len(set(views)) == 6  # the ratio does not matter to the short side

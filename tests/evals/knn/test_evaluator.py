@@ -1,0 +1,271 @@
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+import torch.nn.functional as F
+from PIL import Image
+
+from evals.core.data import open_source
+from evals.core.dist import joined
+from evals.core.report import read
+from evals.knn.evaluator import KnnEvaluator, run
+from evals.knn.settings import KnnSettings
+from radio.errors import ConfigError, DataError
+from radio.images import evaluation_view
+from radio.types import Backbone
+
+
+@pytest.fixture
+def settings(tmp_path: Path, make_folder: Callable[..., Path]) -> KnnSettings:
+    """Five classes, 30 pictures in the bank and 20 to classify."""
+    bank = make_folder(tmp_path / "d" / "train", classes=5, count=6)
+    query = make_folder(tmp_path / "d" / "val", classes=5, count=4, first=100)
+    return KnnSettings(bank=str(bank), query=str(query), k=(3, 7), headline_k=7, cache=tmp_path / "cache")
+
+
+def slow_predictions(model: Any, settings: KnnSettings, k: int) -> list[int]:
+    """The protocol as a loop over queries."""
+    sides = []
+    for text in (settings.bank, settings.query):
+        source = open_source(str(text))
+        views = torch.stack(
+            [evaluation_view(source.read(i), model.native_size) for i in range(len(source.keys))]
+        )
+        sides.append((F.normalize(model(views).summary), source.labels))
+    (bank, labels), (queries, _) = sides
+    predictions = []
+    for query in queries:
+        similarities = bank @ query
+        scores = np.zeros(5)
+        for place in similarities.argsort(descending=True)[:k].tolist():
+            scores[labels[place]] += np.exp(float(similarities[place]) / 0.07)
+        predictions.append(int(scores.argmax()))
+    return predictions
+
+
+def test_the_report_equals_the_protocol_as_a_loop(
+    tmp_path: Path, settings: KnnSettings, backbone: Callable
+) -> None:
+    model = backbone()
+    report = run(model, settings, tmp_path / "out")
+    labels = open_source(str(settings.query)).labels
+    for k, name in ((7, "top1"), (3, "top1_k3")):
+        right = sum(
+            int(p == label) for p, label in zip(slow_predictions(model, settings, k), labels, strict=True)
+        )
+        assert report.metrics[name].value == pytest.approx(100 * right / 20)
+    assert 20 < report.metrics["top1"].value < 100  # hard enough to tell
+    assert read(tmp_path / "out" / "knn-pooled.json") == report
+    assert report.fingerprint == model.fingerprint
+    assert [(used.role, used.count) for used in report.data] == [("bank", 30), ("query", 20)]
+    assert report.settings["k"] == [3, 7]
+    assert report.settings["resolved"]["size"] == [32, 32]
+
+
+def test_records_name_neighbours_and_predictions(
+    tmp_path: Path, settings: KnnSettings, backbone: Callable
+) -> None:
+    model = backbone()
+    run(model, settings, tmp_path / "out")
+    lines = (tmp_path / "out" / "knn-pooled.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [record["key"] for record in records] == list(open_source(str(settings.query)).keys)
+    predicted = [int(record["predictions"][0][1:]) for record in records]
+    assert predicted == slow_predictions(model, settings, 7)
+    bank_keys = open_source(str(settings.bank)).keys
+    for record in records:
+        assert record["key"].startswith(record["label"])
+        assert len(record["neighbours"]) == 7
+        assert record["neighbours"] == [bank_keys[place] for place in record["neighbour_ids"]]
+        assert record["similarities"] == sorted(record["similarities"], reverse=True)
+
+
+def test_the_batch_size_and_a_second_run_change_nothing(
+    tmp_path: Path, settings: KnnSettings, backbone: Callable
+) -> None:
+    first = run(backbone(), settings, tmp_path / "one")
+    model = backbone()
+    assert run(model, settings, tmp_path / "two").metrics == first.metrics
+    assert model.calls == 0  # all from the cache
+    fresh = replace(settings, batch=3, cache=tmp_path / "other", workers=2)
+    assert run(backbone(), fresh, tmp_path / "three").metrics == first.metrics
+
+
+def test_leave_one_out_classifies_the_bank_without_itself(
+    tmp_path: Path, settings: KnnSettings, backbone: Callable
+) -> None:
+    alone = replace(settings, query=None, leave_one_out=True, k=(3, 29, 30), headline_k=3)
+    report = run(backbone(), alone, tmp_path / "out")
+    records = [json.loads(line) for line in (tmp_path / "out" / "knn-pooled.jsonl").read_text().splitlines()]
+    assert len(records) == 30
+    assert all(record["key"] not in record["neighbours"] for record in records)
+    assert [used.role for used in report.data] == ["bank"]
+    assert report.notes == ("k = 30 is more than the 29 pictures of the bank; all of them voted",)
+
+
+def test_more_neighbours_than_pictures_are_clamped_with_a_note(
+    tmp_path: Path, settings: KnnSettings, backbone: Callable
+) -> None:
+    report = run(backbone(), replace(settings, k=(7, 30, 500)), tmp_path / "out")
+    assert report.notes == ("k = 500 is more than the 30 pictures of the bank; all of them voted",)
+    assert report.metrics["top1_k500"] == report.metrics["top1_k30"]
+
+
+def test_few_shot_with_the_whole_bank_is_the_whole_bank(
+    tmp_path: Path, settings: KnnSettings, backbone: Callable
+) -> None:
+    report = run(backbone(), replace(settings, few_shot=(1, 6, 100), tries=3), tmp_path / "out")
+    for name in ("top1_few_shot_6", "top1_few_shot_100"):
+        assert report.metrics[name].value == pytest.approx(report.metrics["top1"].value)
+        assert report.metrics[name].std == pytest.approx(0)
+    assert report.metrics["top1_few_shot_1"].value <= report.metrics["top1"].value + 15
+
+
+def test_a_head_is_scored_in_its_own_space_under_its_own_name(
+    tmp_path: Path, settings: KnnSettings, backbone: Callable
+) -> None:
+    report = run(backbone(), replace(settings, head="pair"), tmp_path / "out")
+    assert report.settings["resolved"]["width"] == 2
+    assert report.model == "pooled-pair-head"
+    assert (tmp_path / "out" / "knn-pooled-pair-head.json").is_file()
+
+
+def test_top5_is_absent_below_five_classes(
+    tmp_path: Path, make_folder: Callable[..., Path], backbone: Callable
+) -> None:
+    bank = make_folder(tmp_path / "few", classes=4)
+    report = run(backbone(), KnnSettings(bank=str(bank), leave_one_out=True), tmp_path / "out")
+    assert "top5" not in report.metrics
+
+
+def test_unreadable_pictures_are_left_out_and_reported(
+    tmp_path: Path, settings: KnnSettings, backbone: Callable
+) -> None:
+    broken = Path(str(settings.query)) / "c1" / "101.png"
+    Image.open(broken).save(broken.with_suffix(".jpg"))
+    broken.unlink()
+    data = broken.with_suffix(".jpg").read_bytes()
+    broken.with_suffix(".jpg").write_bytes(data[: len(data) // 2])
+    report = run(backbone(), settings, tmp_path / "out")
+    assert report.data[1].count == 19
+    assert [skipped.key for skipped in report.data[1].skipped] == ["c1/101.jpg"]
+    assert "truncated" in report.data[1].skipped[0].reason
+    assert read(tmp_path / "out" / "knn-pooled.json") == report
+
+
+def test_grey_and_other_modes_are_just_pictures(
+    tmp_path: Path, make_folder: Callable[..., Path], backbone: Callable
+) -> None:
+    root = make_folder(tmp_path / "d", classes=2, count=4)
+    for number, mode in enumerate(("L", "CMYK", "RGBA", "P")):
+        path = root / "c0" / f"{number:03d}.png"
+        image = Image.open(path).convert(mode)
+        image.save(path.with_suffix(".tif"))
+        path.unlink()
+    report = run(backbone(), KnnSettings(bank=str(root), leave_one_out=True), tmp_path / "out")
+    assert report.data[0].count == 8
+    assert report.data[0].skipped == ()
+
+
+def test_the_generated_world_is_the_default(tmp_path: Path, backbone: Callable) -> None:
+    report = run(backbone(), KnnSettings(scenes=(120, 60)), tmp_path / "out")
+    assert [(used.name, used.count, used.num_classes) for used in report.data] == [
+        ("scenes:train", 120, 60),
+        ("scenes:val", 60, 60),
+    ]
+
+
+def test_one_class_is_an_error_before_any_work(
+    tmp_path: Path, make_folder: Callable[..., Path], backbone: Callable
+) -> None:
+    model = backbone()
+    root = make_folder(tmp_path / "one", classes=1)
+    with pytest.raises(DataError, match="one class only, so every vote is right"):
+        run(model, KnnSettings(bank=str(root), query=str(root)), tmp_path / "out")
+    assert model.calls == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_bad_input_is_an_error(tmp_path: Path, settings: KnnSettings, backbone: Callable) -> None:
+    with pytest.raises(DataError, match="no such folder"):
+        run(backbone(), replace(settings, query=str(tmp_path / "no")), tmp_path / "out")
+    with pytest.raises(ConfigError, match="unknown device"):
+        run(backbone(), replace(settings, device="tpu"), tmp_path / "out")
+    headless: Any = _Bare()
+    with pytest.raises(ConfigError, match="has no adaptors"):
+        run(headless, replace(settings, head="clip"), tmp_path / "out")
+
+
+class _Bare:
+    """A backbone without `adapt` (the run ends before anything else is asked of it)."""
+
+    name = "bare"
+    native_size = (32, 32)
+
+    def fit(self, height: int, width: int) -> tuple[int, int]:
+        return height, width
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"k": ()}, "one or more numbers"),
+        ({"k": (0, 20)}, "each 1 or more"),
+        ({"headline_k": 5}, "headline_k = 5 is not among"),
+        ({"few_shot": (0,)}, "numbers of 1 or more"),
+        ({"few_shot": (1,), "tries": 0}, "numbers of 1 or more"),
+        ({"batch": 0}, "batch = 0"),
+        ({"bank": "x"}, "give --query, or --leave-one-out"),
+        ({"query": "x"}, "give --bank too"),
+        ({"bank": "x", "query": "y", "leave_one_out": True}, "leave the query out"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_errors(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        KnnSettings(**changes)
+
+
+def _rank(rank: int, world: int, port: int, model: Backbone, settings: KnnSettings, out: Path) -> None:
+    os.environ |= {
+        "RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    with joined():
+        report = KnnEvaluator().run(model, settings, out)
+    (out / f"metrics-{rank}.json").write_text(json.dumps([m.value for m in report.metrics.values()]))
+
+
+def test_two_ranks_write_the_report_of_one(tmp_path: Path, backbone: Callable, free_port: int) -> None:
+    # More pictures than one chunk holds, so that both ranks extract and both hold a share.
+    settings = KnnSettings(scenes=(540, 60), few_shot=(3,), tries=2, cache=tmp_path / "one")
+    alone = run(backbone(), settings, tmp_path / "out-one")
+    out = tmp_path / "out-two"
+    out.mkdir()
+    shared = replace(settings, cache=tmp_path / "two")
+    multiprocessing.spawn(_rank, (2, free_port, backbone(), shared, out), nprocs=2, join=True)
+    both = read(out / "knn-pooled.json")
+    assert both.metrics == alone.metrics
+    assert both.settings["resolved"]["ranks"] == 2
+    wanted = [metric.value for metric in alone.metrics.values()]
+    for rank in range(2):
+        assert json.loads((out / f"metrics-{rank}.json").read_text()) == wanted
+    one, two = (tmp_path / "out-one" / "knn-pooled.jsonl"), (out / "knn-pooled.jsonl")
+    keep = ("key", "predictions", "neighbour_ids")
+    assert [[json.loads(line)[k] for k in keep] for line in one.read_text().splitlines()] == [
+        [json.loads(line)[k] for k in keep] for line in two.read_text().splitlines()
+    ]
+
+
+def test_the_headline_is_twenty_or_the_first() -> None:
+    assert KnnSettings().headline == 20
+    assert KnnSettings(k=(10, 50)).headline == 10
+    assert KnnSettings(k=(10, 50), headline_k=50).headline == 50

@@ -1,0 +1,215 @@
+"""The ViT students: features, windows, sizes, gradients and parameter counts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from radio.errors import ConfigError, SizeError
+from radio.students import StudentOptions, students
+from radio.students.vit import ViT
+from radio.students.windowed import global_blocks
+
+TOKENS = [(1, 0), (3, 4), (1, 4), (0, 2), (0, 0)]  # class tokens, registers
+
+
+def _images(batch: int, height: int, width: int) -> Tensor:
+    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def _close(found, wanted, atol: float = 1e-5) -> None:
+    assert found.grid == wanted.grid
+    torch.testing.assert_close(found.summary, wanted.summary, rtol=0, atol=atol)
+    torch.testing.assert_close(found.tokens, wanted.tokens, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(("class_tokens", "registers"), TOKENS)
+@pytest.mark.parametrize("window", [None, 2, 4])
+@torch.inference_mode()
+def test_features_equal_a_loop_over_images_and_windows(
+    small_vit, forward_by_loop, class_tokens, registers, window
+):
+    vit = small_vit(class_tokens=class_tokens, registers=registers, window=window)
+    images = _images(2, 32, 48)
+    drawn = vit.draw(2, torch.Generator().manual_seed(2))
+    _close(vit(images), forward_by_loop(vit, images))
+    _close(vit(images, drawn), forward_by_loop(vit, images, drawn))
+    assert vit(images).summary.shape == (2, vit.summary_dim)
+
+
+@pytest.mark.parametrize(("grid", "window"), [((72, 72), 8), ((72, 72), 9), ((72, 72), 18), ((36, 72), 12)])
+@torch.inference_mode()
+def test_windows_at_72_by_72_with_class_and_register_tokens(small_vit, forward_by_loop, grid, window):
+    vit = small_vit(depth=4, schedule="runs-of-5", window=window, class_tokens=2, registers=3)
+    images = _images(1, 4 * grid[0], 4 * grid[1])
+    _close(vit(images), forward_by_loop(vit, images))
+
+
+@torch.inference_mode()
+def test_one_window_over_the_image_is_not_global_attention(small_vit):
+    windowed = small_vit(window=8, class_tokens=1, registers=2)
+    images = _images(2, 32, 32)
+    one, everywhere = windowed(images), windowed.with_window(None)(images)
+    assert (one.tokens - everywhere.tokens).abs().max() > 0.05
+    assert (one.summary - everywhere.summary).abs().max() > 0.05
+    bare = small_vit(window=8, class_tokens=0)  # without tokens that skip windows, it is
+    _close(bare(images), bare.with_window(None)(images))
+
+
+@torch.inference_mode()
+def test_class_tokens_skip_windowed_blocks_unchanged(small_vit):
+    vit = small_vit(window=4)  # block 1 is the first global one
+    before, after = vit.intermediate(_images(2, 32, 32), [0, 1])
+    assert torch.equal(before.summary, vit.norm(vit.prefix[:, 0]).expand(2, -1))
+    assert (after.summary[0] - after.summary[1]).abs().max() > 1e-3
+
+
+def test_with_window_shares_the_weights_and_leaves_the_original(small_vit):
+    vit = small_vit(window=4)
+    images = _images(2, 32, 32)
+    before, config = vit(images), vit.config
+    twin = vit.with_window(2)
+    assert {name: p.data_ptr() for name, p in twin.named_parameters()} == {
+        name: p.data_ptr() for name, p in vit.named_parameters()
+    }
+    assert vit.config is config and twin.config == replace(config, window=2)
+    assert torch.equal(vit(images).tokens, before.tokens)
+    assert not torch.allclose(twin(images).tokens, before.tokens)
+    vit.zero_grad()
+    twin(images).tokens.square().mean().backward()
+    without = [name for name, p in vit.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not without
+    with pytest.raises(SizeError, match="a window of 0 tokens cannot be"):
+        vit.with_window(0)
+
+
+def test_sizes_that_do_not_fit_are_errors_that_name_the_nearest(small_vit):
+    vit = small_vit(window=4)
+    with pytest.raises(SizeError, match=r"cannot take 30x34 px: its patch of 4 .* nearest size is 32x32"):
+        vit(_images(1, 30, 34))
+    with pytest.raises(SizeError, match=r"a 6x8 grid does not divide into 4x4 windows; .*: 1 and 2;"):
+        vit(_images(1, 24, 32))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_fit_is_the_nearest_size_that_it_takes(small_vit, window):
+    vit = small_vit(window=window)
+    step = 4 * (window or 1)
+    accepted = range(step, 420, step)
+    for height, width in ((1, 399), (17, 30), (96, 97), (200, 215), (6, 18)):
+        fitting = vit.fit(height, width)
+        for asked, got in zip((height, width), fitting, strict=True):
+            assert got in accepted
+            assert abs(got - asked) == min(abs(size - asked) for size in accepted)
+        vit(torch.zeros(1, 3, *vit.fit(6, 18)))
+
+
+@torch.inference_mode()
+def test_intermediate_features_are_those_of_a_shorter_vit(small_vit):
+    vit = small_vit(class_tokens=2, registers=1)
+    images = _images(2, 16, 24)
+    found = vit.intermediate(images, [5, 0, 7, 2])
+    for index, features in zip([5, 0, 7, 2], found, strict=True):
+        short = small_vit(class_tokens=2, registers=1, depth=index + 1)
+        short.load_state_dict({k: v for k, v in vit.state_dict().items() if k in short.state_dict()})
+        _close(features, short(images), atol=0)
+    _close(found[2], vit(images), atol=0)
+    with pytest.raises(ConfigError, match="block 8 is not one of the 8"):
+        vit.intermediate(images, [8])
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"window": 2}, {"stem": "conv"}, {"layer_scale": 0.1}, {"window": 8}]
+)
+@pytest.mark.parametrize(("class_tokens", "registers"), TOKENS)
+def test_gradients_are_finite_and_the_same_with_recomputation(small_vit, changes, class_tokens, registers):
+    shape = {"class_tokens": class_tokens, "registers": registers, "width": 64, **changes}
+    images, gradients, outputs = _images(3, 32, 32), [], []
+    for recompute in (False, True):
+        vit = small_vit(recompute=recompute, **shape).train()
+        drawn = vit.draw(3, torch.Generator().manual_seed(0))
+        features = vit(images, drawn)
+        (features.summary.square().sum() + features.tokens.square().sum().mul(0.1)).backward()
+        gradients.append({name: p.grad for name, p in vit.named_parameters()})
+        outputs.append(features)
+    _close(outputs[1], outputs[0], atol=0)
+    for name, gradient in gradients[0].items():
+        assert gradient is not None and gradient.isfinite().all(), name
+        assert gradient.numel() == 0 or name == "prefix" or gradient.abs().max() > 0, name
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
+def _parameters(width, depth, hidden, patch, side, prefix) -> int:
+    """Of a ViT with a linear stem, term by term."""
+    attention = width * 3 * width + 3 * width + width * width + width
+    mlp = width * hidden + hidden + hidden * width + width
+    norms = 2 * 2 * width
+    stem = 3 * patch * patch * width + width
+    return depth * (attention + mlp + norms) + stem + side * side * width + prefix * width + 2 * width
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "millions"),
+    [
+        ("vit-b32", (768, 12, 3072, 32, 64), None),
+        ("vit-b16", (768, 12, 3072, 16, 128), None),
+        ("vit-b14", (768, 12, 3072, 14, 75), None),
+        ("vit-l14", (1024, 24, 4096, 14, 75), 304),
+        ("vit-h14", (1280, 32, 5120, 14, 75), 632),
+    ],
+)
+def test_parameter_counts(name, shape, millions):
+    with torch.device("meta"):
+        built = {prefix: students[prefix + name[3:]](StudentOptions()) for prefix in ("vit", "vitdet")}
+        more = students[name](StudentOptions(class_tokens=3, registers=4))
+    counts = {key: sum(p.numel() for p in vit.parameters()) for key, vit in built.items()}
+    assert counts["vit"] == counts["vitdet"] == _parameters(*shape, 1)
+    assert sum(p.numel() for p in more.parameters()) == _parameters(*shape, 7)
+    positions = shape[4] ** 2 * shape[0]
+    if millions is None:  # the trunk without its table of positions: ViT-B, 86 to 88 million
+        assert 85.5e6 < counts["vit"] - positions < 88.5e6
+    elif name == "vit-h14":  # with the table
+        assert counts["vit"] == pytest.approx(millions * 1e6, rel=0.01)
+    else:
+        assert counts["vit"] - positions == pytest.approx(millions * 1e6, rel=0.01)
+
+
+def test_options_reach_the_student_and_impossible_ones_are_errors():
+    options = StudentOptions(class_tokens=2, registers=3, stem="linear", recompute=True)
+    vit = students["vit-tiny12"](options)
+    assert isinstance(vit, ViT) and vit.summary_dim == 256 and vit.prefix.shape == (1, 5, 128)
+    assert vit.config.stem == "linear" and vit.config.recompute and vit.native_size == (96, 96)
+    windowed = students["vitdet-b16"](StudentOptions(window=2, schedule="runs-of-5"))
+    assert isinstance(windowed, ViT) and windowed.config.window == 2
+    assert windowed.config.schedule == "runs-of-5"
+    for bad in (StudentOptions(window=4), StudentOptions(schedule="quarters")):
+        with pytest.raises(ConfigError, match="vit-tiny12 has no windows; use vitdet-tiny12"):
+            students["vit-tiny12"](bad)
+    with pytest.raises(ConfigError, match="vitdet-tiny12: window is 0, and 1 is the least"):
+        students["vitdet-tiny12"](StudentOptions(window=0))
+    with pytest.raises(ConfigError, match="vit-tiny12: class_tokens is -1, and 0 is the least"):
+        students["vit-tiny12"](StudentOptions(class_tokens=-1))
+
+
+def test_every_windowed_student_has_windowed_blocks_and_takes_its_native_size():
+    for name in students:
+        if not name.startswith("vitdet-"):
+            continue
+        with torch.device("meta"):
+            vit = students[name](StudentOptions())
+        assert isinstance(vit, ViT) and vit.config.window is not None
+        assert len(global_blocks(vit.config.depth, vit.config.schedule)) < vit.config.depth
+        assert vit.native_size == vit.fit(*vit.native_size)
+        assert abs(vit.native_size[0] - vit.config.native) <= vit.config.patch * vit.config.window // 2
+
+
+def test_the_fingerprint_is_of_weights_and_shape_but_not_of_recomputation(small_vit):
+    vit = small_vit(window=4)
+    same = {small_vit(window=4).fingerprint, small_vit(window=4, recompute=True).fingerprint}
+    assert same == {vit.fingerprint}
+    assert vit.with_window(2).fingerprint != vit.fingerprint
+    nn.init.zeros_(vit.norm.bias[:1].data).add_(1)
+    assert vit.fingerprint not in same

@@ -1,0 +1,134 @@
+"""Settings to plain data and YAML and back; everything unknown or mistyped is an error."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+
+from radio.config import from_plain, read_yaml, to_plain, write_bytes, write_yaml
+from radio.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Optimiser:
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    steps: int
+    out: Path = Path("runs/x")
+    optim: Optimiser = field(default_factory=Optimiser)
+    mode: Literal["before", "after"] = "before"
+    clip: float | None = None
+    limit: int | Literal["all"] = 3
+    many: tuple[Optimiser, ...] = ()
+    names: tuple[str, ...] = ("a",)
+    shuffle: bool = True
+
+
+FULL = Settings(
+    steps=7,
+    out=Path("/tmp/ünï code"),
+    optim=Optimiser(lr=3e-5, betas=(0.5, 1.0)),
+    mode="after",
+    clip=1.0,
+    limit="all",
+    many=(Optimiser(lr=1.0), Optimiser()),
+    names=("yes", "1e3", "null", ""),
+    shuffle=False,
+)
+
+
+@pytest.mark.parametrize("settings", [Settings(steps=1), FULL])
+def test_yaml_brings_back_equal_settings_of_equal_types(tmp_path, settings):
+    path = tmp_path / "new" / "config.yaml"
+    write_yaml(settings, path)
+    again = read_yaml(Settings, path)
+    assert again == settings
+    assert type(again.clip) is type(settings.clip) and isinstance(again.out, Path)
+    assert yaml.safe_load(path.read_text(encoding="utf-8")) == to_plain(settings)
+    assert list(to_plain(settings))[:3] == ["steps", "out", "optim"]
+
+
+def test_what_is_left_out_takes_its_default_and_whole_numbers_may_be_floats():
+    assert from_plain(Settings, {"steps": 2, "optim": {"lr": 1}}) == Settings(
+        steps=2, optim=Optimiser(lr=1.0)
+    )
+    assert type(from_plain(Optimiser, {"lr": 1}).lr) is float
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"steps": 1, "stesp": 2}, r"unknown setting 'stesp'; did you mean steps\?"),
+        ({"steps": 1, "optim": {"lrr": 2}}, r"unknown setting 'optim.lrr'; did you mean lr\?"),
+        ({"steps": 1, "many": [{}, {"zzz": 1}]}, r"unknown setting 'many\[1\].zzz'$"),
+        ({"out": "x"}, "missing setting 'steps'; give it a value"),
+        ({"steps": "1"}, "steps: wanted int, got '1'"),
+        ({"steps": 1.0}, "steps: wanted int, got 1.0"),
+        ({"steps": True}, "steps: wanted int, got True"),
+        ({"steps": None}, "steps: wanted int, got None"),
+        ({"steps": 1, "shuffle": 1}, "shuffle: wanted bool, got 1"),
+        ({"steps": 1, "optim": {"lr": "1e-3"}}, "optim.lr: wanted float, got '1e-3'; .* write 1.0e-3"),
+        ({"steps": 1, "optim": {"lr": False}}, "optim.lr: wanted float, got False"),
+        ({"steps": 1, "optim": 3}, "optim: wanted a mapping, got int"),
+        ({"steps": 1, "mode": "befor"}, r"mode: 'befor' is not one of before, after; did you mean before\?"),
+        ({"steps": 1, "clip": "big"}, "clip: wanted float, got 'big'"),
+        ({"steps": 1, "names": "abc"}, "names: wanted a list, got 'abc'"),
+        ({"steps": 1, "names": ["a", 2]}, r"names\[1\]: wanted str, got 2"),
+        ({"steps": 1, "optim": {"betas": [0.9]}}, "optim.betas: wanted 2 values, got 1"),
+        ({"steps": 1, "out": 3}, "out: wanted Path, got 3"),
+        ([1], "the settings: wanted a mapping, got list"),
+    ],
+)
+def test_what_does_not_fit_is_an_error_that_says_where(data: Any, message: str):
+    with pytest.raises(ConfigError, match=message):
+        from_plain(Settings, data)
+
+
+def test_a_file_that_is_no_settings_file_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"absent\.yaml: no such settings file"):
+        read_yaml(Settings, tmp_path / "absent.yaml")
+    bad = tmp_path / "bad.yaml"
+    for content in (b"a: [1", b"\xff\xfe\x00", b"!!python/object/apply:os.getcwd []"):
+        bad.write_bytes(content)
+        with pytest.raises(ConfigError, match=r"bad\.yaml: not a YAML file"):
+            read_yaml(Settings, bad)
+    bad.write_text("")
+    with pytest.raises(ConfigError, match="wanted a mapping, got NoneType"):
+        read_yaml(Settings, bad)
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, failing):
+    path = tmp_path / "file"
+    write_bytes(path, b"old")
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(*((os, "fsync", fail) if failing == "fsync" else (Path, "replace", fail)))
+    with pytest.raises(OSError, match="no space left"):
+        write_bytes(path, b"new")
+    monkeypatch.undo()
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+    write_bytes(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_files_get_the_rights_that_any_new_file_gets(tmp_path):
+    write_bytes(tmp_path / "ours", b"")
+    (tmp_path / "plain").touch()
+    assert stat.S_IMODE((tmp_path / "ours").stat().st_mode) == stat.S_IMODE(
+        (tmp_path / "plain").stat().st_mode
+    )

@@ -1,0 +1,93 @@
+"""Names to factories; other packages add theirs through entry points."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from radio.errors import ConfigError, MissingExtraError, RadioError, did_you_mean, require
+from radio.registry import Registry
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """A function that installs a package with one entry point into a folder on the path."""
+
+    def install(name: str, target: str, code: str) -> None:
+        info = tmp_path / f"{name}_plugin-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-plugin\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[am_radio.widgets]\n{name} = {target}\n")
+        Path(tmp_path / f"{name}_widgets.py").write_text(code)
+
+    monkeypatch.syspath_prepend(tmp_path)
+    return install
+
+
+def test_names_lead_to_what_was_registered():
+    registry: Registry[int] = Registry("widget")
+    registry.add("two", 2)
+    assert registry.register("one")(1) == 1
+    assert registry["one"] == 1 and "two" in registry and "three" not in registry
+    assert list(registry) == ["one", "two"]
+
+
+def test_a_name_that_nobody_knows_gets_the_nearest_or_all():
+    registry: Registry[int] = Registry("widget")
+    registry.add("vit-b16", 1)
+    registry.add("vit-b32", 2)
+    with pytest.raises(ConfigError, match=r"unknown widget 'vit-b61'; did you mean vit-b16 or vit-b32\?"):
+        registry["vit-b61"]
+    with pytest.raises(ConfigError, match=r"unknown widget 'zzz'; known: vit-b16, vit-b32"):
+        registry["zzz"]
+
+
+def test_a_taken_name_is_an_error_unless_the_same_thing_holds_it():
+    registry: Registry[object] = Registry("widget")
+    first = object()
+    registry.add("one", first)
+    registry.add("one", first)
+    with pytest.raises(ConfigError, match="a widget named 'one' is registered already"):
+        registry.add("one", object())
+    assert registry["one"] is first
+
+
+def test_entry_points_of_other_packages_are_found(plugin):
+    plugin("theirs", "theirs_widgets:make", "def make(): return 'made'\n")
+    registry = Registry("widget")
+    registry.add("ours", lambda: "own")
+    assert list(registry) == ["ours", "theirs"]
+    assert registry["theirs"]() == "made"
+
+
+def test_an_entry_point_that_takes_a_name_of_ours_is_an_error(plugin):
+    plugin("ours", "ours_widgets:make", "def make(): return 'made'\n")
+    registry = Registry("widget")
+    registry.add("ours", lambda: "own")
+    with pytest.raises(ConfigError, match="a widget named 'ours' is registered already"):
+        registry["ours"]
+
+
+@pytest.mark.parametrize("code", ["import a_module_that_is_nowhere\n", "x = 1\n"])
+def test_a_broken_plugin_is_named_every_time(plugin, code):
+    plugin("broken", "broken_widgets:make", code)
+    registry = Registry("widget")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"'broken' of another package \(broken_widgets:make\)"):
+            list(registry)
+
+
+def test_hints_name_what_is_near():
+    assert did_you_mean("knnn", ["knn", "zeroshot"]) == "; did you mean knn?"
+    assert did_you_mean("qqqq", ["knn", "zeroshot"]) == ""
+
+
+def test_an_optional_library_that_is_absent_names_its_extra(plugin):
+    assert require("json", extra="knn").dumps([1]) == "[1]"
+    with pytest.raises(MissingExtraError, match=r'nowhere_lib is not installed; .*"am-radio\[knn\]"'):
+        require("nowhere_lib", extra="knn")
+    assert issubclass(MissingExtraError, RadioError) and issubclass(RadioError, ValueError)
+    plugin("partial", "partial_widgets:x", "import another_missing_lib\n")
+    with pytest.raises(ModuleNotFoundError, match="another_missing_lib"):  # theirs to explain, not ours
+        require("partial_widgets", extra="knn")

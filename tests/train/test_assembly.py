@@ -1,0 +1,144 @@
+"""What a run is set up from, and the settings that cannot be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from radio.errors import ConfigError, SizeError
+from radio.model import RadioModel, build
+from radio.students import StudentOptions
+from train.assembly import (
+    check_settings,
+    check_student,
+    load_teachers,
+    make_card,
+    model_config,
+    student_resolutions,
+    teacher_sizes,
+    window_candidates,
+)
+from train.config import CacheConfig, TeacherConfig, TrainConfig
+from train.pictures import open_pictures
+
+from .conftest import CPU, TEACHERS
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "--steps 0 cannot be; give 1 or more"),
+        ({"batch_size": -4}, "--batch-size -4 cannot be"),
+        ({"log_every": 0}, "--log-every 0 cannot be"),
+        ({"save_every": 0}, "--save-every 0 cannot be"),
+        ({"cache": CacheConfig(crops=0)}, r"--cache\.crops 0 cannot be"),
+        ({"cache": CacheConfig(pictures=0)}, r"--cache\.pictures 0 cannot be"),
+        ({"student": "vit-tiny21"}, "unknown student 'vit-tiny21'; did you mean .*vit-tiny12"),
+        ({"batch_size": 5}, "a batch of 5 cannot be shared evenly by 2 ranks"),
+    ],
+)
+def test_settings_that_cannot_be(config: TrainConfig, changes: dict[str, object], message: str) -> None:
+    check_settings(config, 2)
+    with pytest.raises(ConfigError, match=message):
+        check_settings(replace(config, **changes), 2)  # type: ignore[arg-type]
+
+
+def test_teachers_by_name(config: TrainConfig) -> None:
+    teachers = load_teachers(config, CPU)
+    assert list(teachers) == ["clip", "dense", "sam"]
+    assert teacher_sizes(config, teachers) == {"clip": (50, 50), "dense": (64, 64), "sam": (108, 108)}
+    for wrong in ((), (TEACHERS[0], TEACHERS[0])):
+        with pytest.raises(ConfigError, match="a run needs teachers with names of their own, got"):
+            load_teachers(replace(config, teachers=wrong), CPU)
+    unknown = TeacherConfig(name="clip", model="tinny:clip")
+    with pytest.raises(ConfigError, match="unknown teacher 'tinny'; did you mean tiny"):
+        load_teachers(replace(config, teachers=(unknown,)), CPU)
+
+
+def test_a_teachers_resolution_is_its_native_one_or_the_settings(config: TrainConfig) -> None:
+    chosen = replace(config, teachers=(replace(TEACHERS[0], resolution=80), TEACHERS[1]))
+    assert teacher_sizes(chosen, load_teachers(chosen, CPU)) == {"clip": (80, 80), "dense": (64, 64)}
+
+
+@pytest.mark.parametrize(("place", "side", "nearest"), [(0, 84, "80x80"), (2, 96, "108x108")])
+def test_a_resolution_that_a_teacher_cannot_take(
+    config: TrainConfig, place: int, side: int, nearest: str
+) -> None:
+    chosen = replace(config, teachers=(replace(TEACHERS[place], resolution=side),))
+    name = TEACHERS[place].name
+    message = f"teacher {name} cannot take {side}x{side} px; the nearest size that it can is {nearest}"
+    with pytest.raises(SizeError, match=message):
+        teacher_sizes(chosen, load_teachers(chosen, CPU))
+
+
+def test_student_resolutions(config: TrainConfig) -> None:
+    teachers = (*TEACHERS[:2], replace(TEACHERS[2], student_resolution=96))
+    assert student_resolutions(replace(config, teachers=teachers)) == {"clip": 48, "dense": 48, "sam": 96}
+
+
+def build_model(config: TrainConfig) -> RadioModel:
+    return build(model_config(config, load_teachers(config, CPU)), 0)
+
+
+@pytest.mark.parametrize(
+    ("summary", "summary_dim", "slots"),
+    [("shared", 128, [None] * 3), ("per-teacher", 384, [0, 1, 2]), ("mean", 128, [None] * 3)],
+)
+def test_summaries(config: TrainConfig, summary: str, summary_dim: int, slots: list[int | None]) -> None:
+    chosen = replace(config, summary=summary)  # type: ignore[arg-type]
+    model = build_model(chosen)
+    assert model.summary_dim == summary_dim
+    assert [adaptor.slot for adaptor in model.config.adaptors] == slots
+    tokens = model.state_dict()["student.prefix"].shape[1]
+    assert tokens == {"shared": 1, "per-teacher": 3, "mean": 0}[summary]
+
+
+def test_class_tokens_are_set_once(config: TrainConfig) -> None:
+    twice = replace(config, summary="mean", options=StudentOptions(class_tokens=1))
+    with pytest.raises(ConfigError, match=r"--summary mean decides the class tokens; leave --options\.class"):
+        build_model(twice)
+
+
+def test_windows_that_divide_each_grid(config: TrainConfig) -> None:
+    windowed = replace(config, student="vitdet-tiny12", windows=(2, 3, 4, 6, 8, 9))
+    model = build_model(windowed)
+    # Grids of 8, 12 and 18 tokens a side; a window that covers the whole grid is left out.
+    assert window_candidates(model, windowed, {"a": 96, "b": 144, "c": 216, "d": 96}) == {
+        96: (2, 4),
+        144: (2, 3, 4, 6),
+        216: (2, 3, 6, 9),
+    }
+
+
+def test_students_that_keep_their_window(config: TrainConfig) -> None:
+    fixed = replace(config, student="vitdet-tiny12", options=StudentOptions(window=2), windows=(2, 4))
+    assert window_candidates(build_model(fixed), fixed, {"a": 96}) == {96: ()}
+    plain = replace(config, windows=(2, 4))
+    assert window_candidates(build_model(plain), plain, {"a": 96}) == {96: ()}
+
+
+def test_a_resolution_that_the_student_cannot_take(config: TrainConfig) -> None:
+    student = build_model(config).student
+    check_student(student, {"clip": 48, "sam": 96}, {48: (), 96: ()})
+    message = "student vit-tiny12 cannot take 50x50 px; the nearest size that it can is 48x48"
+    with pytest.raises(SizeError, match=message):
+        check_student(student, {"clip": 50}, {50: ()})
+
+
+def test_the_card_names_teachers_and_data(config: TrainConfig) -> None:
+    teachers = load_teachers(config, CPU)
+    pictures = open_pictures(config.data)
+    card = make_card(config, teachers, teacher_sizes(config, teachers), pictures)
+    assert card["name"] == "run"
+    assert card["resolution"] == 48
+    assert card["teachers"][2] == {
+        "name": "sam",
+        "model": "tiny:sam",
+        "resolution": [108, 108],
+        "student_resolution": 48,
+        "fingerprint": teachers["sam"].fingerprint,
+    }
+    assert card["data"]["count"] == 24
+    assert card["data"]["fingerprint"] == pictures.fingerprint
+    assert card["settings"]["optim"]["lr"] == config.optim.lr

@@ -1,0 +1,69 @@
+"""Folders, shards and scenes counted through as one set of pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from radio.errors import ConfigError, DataError
+from radio.images import decode
+from radio.scenes import render_images
+from train.config import DataConfig
+from train.pictures import open_pictures
+
+from .conftest import fill_folder, fill_shard, picture_bytes
+
+
+def test_parts_follow_one_another(tmp_path: Path) -> None:
+    fill_shard(tmp_path / "p-0.tar", 10, 2)
+    fill_shard(tmp_path / "p-1.tar", 20, 3)
+    folder = fill_folder(tmp_path / "folder", 4)
+    data = DataConfig(shards=(str(tmp_path / "p-{0..1}.tar"),), images=(folder,), scenes=5, scenes_seed=7)
+    pictures = open_pictures(data)
+    assert len(pictures) == 2 + 3 + 4 + 5
+    shard_pictures = [decode(picture_bytes(seed, "JPEG")) for seed in (10, 11, 20, 21, 22)]
+    folder_pictures = [decode(picture_bytes(seed)) for seed in range(4)]
+    scenes = list(torch.from_numpy(render_images(list(range(5)), split="train", seed=7, size=96)[0]))
+    for index, wanted in enumerate([*shard_pictures, *folder_pictures, *scenes]):
+        assert torch.equal(pictures.read(index), wanted)
+    with pytest.raises(IndexError):
+        pictures.read(14)
+
+
+def test_the_card_names_every_part_and_that_labels_were_left_alone(tmp_path: Path) -> None:
+    folder = fill_folder(tmp_path / "folder", 3)
+    sources = open_pictures(DataConfig(images=(folder,), scenes=2)).sources
+    assert [(source["path"], source["count"]) for source in sources] == [
+        (str(folder), 3),
+        ("scenes:train?seed=2", 2),
+    ]
+    assert all(source["labels_used"] is False and len(source["fingerprint"]) == 64 for source in sources)
+
+
+def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:
+    folder = fill_folder(tmp_path / "a", 3)
+    same = fill_folder(tmp_path / "b", 3)
+    prints = [open_pictures(DataConfig(images=(path,))).fingerprint for path in (folder, same)]
+    assert prints[0] == prints[1]
+    (same / "001.png").write_bytes(picture_bytes(99))
+    assert open_pictures(DataConfig(images=(same,))).fingerprint != prints[0]
+    assert open_pictures(DataConfig(images=(folder,), scenes=1)).fingerprint != prints[0]
+
+
+def test_bad_sources_are_clear_errors(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no data: give --data\.shards .*--data\.images FOLDER"):
+        open_pictures(DataConfig())
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty: holds no pictures"):
+        open_pictures(DataConfig(images=(tmp_path / "empty",)))
+    with pytest.raises(DataError, match="no such folder"):
+        open_pictures(DataConfig(images=(tmp_path / "absent",)))
+    with pytest.raises(DataError, match=r"absent\.tar: no such shard"):
+        open_pictures(DataConfig(shards=(str(tmp_path / "absent.tar"),)))
+    (tmp_path / "bad.tar").write_text("this is no tar file")
+    with pytest.raises(DataError, match="not a plain tar file, or a damaged one"):
+        open_pictures(DataConfig(shards=(str(tmp_path / "bad.tar"),)))
+    with pytest.raises(DataError, match="give a count of 1 or more"):
+        open_pictures(DataConfig(scenes=-1))
