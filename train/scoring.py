@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 from evals.core.evaluator import silent
-from evals.core.report import Report
-from evals.core.tables import comparison
+from evals.core.report import Metric, Report
 from evals.knn.evaluator import KnnEvaluator
 from evals.knn.settings import KnnSettings
 from radio.hub import load_backbone
@@ -19,15 +20,32 @@ from .config import TrainConfig
 
 
 def score(config: TrainConfig, path: Path, console: Console) -> list[Report]:
-    """The k-NN reports on the scenes, written into `reports/` of the run folder and printed side by side."""
+    """The k-NN reports on the scenes, written into `reports/` of the run folder and printed as one table."""
     settings = KnnSettings(device=config.device)
     evaluator = KnnEvaluator()
     reports = []
     for name, model in _contestants(config, path):
         console.print(f"k-NN of {name}", highlight=False)
         reports.append(evaluator.run(model, settings, config.out / "reports", name=name, watch=silent))
-    console.print(comparison(reports, plain=not console.is_terminal))
+    console.print(_table(reports, plain=not console.is_terminal))
     return reports
+
+
+def _table(reports: list[Report], *, plain: bool) -> Table:
+    """A row for each model."""
+    bank, query = reports[0].data
+    title = f"k-NN (k = 20), {query.count} pictures of {query.name} among {bank.count} of {bank.name}"
+    table = Table("model", title=title, box=box.ASCII if plain else box.ROUNDED, title_justify="left")
+    for name in ("top-1 (%)", "top-5 (%)"):
+        table.add_column(name, justify="right")
+    for report in reports:
+        table.add_row(report.model, *(_cell(report.metrics[name]) for name in ("top1", "top5")))
+    return table
+
+
+def _cell(metric: Metric) -> str:
+    assert metric.low is not None and metric.high is not None, "a share of pictures has an interval"
+    return f"{metric.value:.1f} ±{(metric.high - metric.low) / 2:.1f}"
 
 
 def _contestants(config: TrainConfig, path: Path) -> Iterator[tuple[str, Backbone]]:

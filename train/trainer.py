@@ -303,9 +303,16 @@ class Run:
 
 
 def summarise(record: Record, config: TrainConfig) -> str:
-    """The figures of one record on one line: the loss, each teacher's two parts, and the rate."""
-    parts = " ".join(
-        f"{t.name} {record[f'{t.name}/summary']:.3f}/{record[f'{t.name}/spatial']:.3f}"
-        for t in config.teachers
-    )
-    return f"loss {record['loss']:.3f}  {parts}  {record['images_per_second']:.0f} img/s"
+    """The figures of one record on one line: the loss, each teacher's summary/spatial, and the rate.
+
+    A part that has no weight in the loss is a dash.
+    """
+
+    def part(name: str, weight: float) -> str:
+        return f"{record[name]:.3f}" if weight else "-"
+
+    parts = []
+    for t in config.teachers:
+        summary = part(f"{t.name}/summary", t.summary_weight)
+        parts.append(f"{t.name} {summary}/{part(f'{t.name}/spatial', t.spatial_weight)}")
+    return f"loss {record['loss']:.3f}  {' '.join(parts)}  {record['images_per_second']:.0f} img/s"

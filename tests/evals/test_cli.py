@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from evals import cli
+from evals.cli import main
+from evals.core.report import read
+from radio.entry import evaluate
+from radio.errors import RadioError
+from radio.model import ModelConfig, build
+from radio.students import students
+
+SMALL = ["--scenes", "60", "60", "--k", "5", "--plain"]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working folder without runs and reports, wide enough for tables."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A saved model."""
+    path = tmp_path / "runs" / "first" / "ckpt.pt"
+    build(ModelConfig(student="vit-tiny12"), seed=1).save(path)
+    return path
+
+
+def test_several_models_give_one_table_and_a_report_each(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["knn", str(checkpoint), "arch:vit-tiny12", "arch:vit-tiny12", "--out", "o", *SMALL]) == 0
+    names = ("first", "vit-tiny12-untrained", "vit-tiny12-untrained-2")
+    assert sorted(path.name for path in (tmp_path / "o").glob("*.json")) == sorted(
+        f"knn-{n}.json" for n in names
+    )
+    out = capsys.readouterr().out
+    header = next(line for line in out.splitlines() if "first" in line)
+    assert all(name in header for name in names)
+    report = read(tmp_path / "o" / "knn-first.json")
+    row = next(line for line in out.splitlines() if "top1" in line)
+    assert f"{report.metrics['top1'].value:.1f}" in row
+    assert report.settings["k"] == [5]
+
+
+def test_reports_lie_beside_the_checkpoint_or_here(checkpoint: Path, tmp_path: Path) -> None:
+    main(["knn", str(checkpoint), *SMALL])
+    assert (checkpoint.parent / "reports" / "knn-first.json").is_file()
+    main(["knn", "vit-tiny12", "--random-init", *SMALL])
+    assert (tmp_path / "reports" / "knn-vit-tiny12-untrained.json").is_file()
+
+
+def test_random_init_takes_a_checkpoints_shape_only(checkpoint: Path) -> None:
+    main(["knn", str(checkpoint), "--random-init", *SMALL])
+    main(["knn", str(checkpoint), *SMALL])
+    folder = checkpoint.parent / "reports"
+    trained, untrained = read(folder / "knn-first.json"), read(folder / "knn-first-untrained.json")
+    assert trained.fingerprint != untrained.fingerprint
+
+
+def test_an_architecture_finds_its_newest_checkpoint(tmp_path: Path) -> None:
+    for age, (name, arch) in enumerate(
+        (("new", "vit-tiny16"), ("mine", "vit-tiny12"), ("old", "vit-tiny12"))
+    ):
+        path = tmp_path / "runs" / name / "ckpt.pt"
+        build(ModelConfig(student=arch), seed=0).save(path)
+        os.utime(path, (1000 - age, 1000 - age))
+    main(["knn", "--arch", "vit-tiny12", *SMALL])
+    assert (tmp_path / "runs" / "mine" / "reports" / "knn-mine.json").is_file()
+
+
+def test_skipped_pictures_and_notes_are_said(
+    tmp_path: Path, make_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_folder(tmp_path / "d")
+    (root / "c1" / "000.png").write_bytes(b"text")
+    main(["knn", "vit-tiny12", "--random-init", "--bank", str(root), "--leave-one-out", "--plain"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "1 pictures of d could not be read and were left out; the first: c1/000.png" in out
+    assert "k = 200 is more than the 16 pictures of the bank" in out
+
+
+def test_the_lists_name_evaluators_and_architectures(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(students, "_entries", {"vit-h14": students["vit-h14"]})
+    assert main(["list"]) == 0
+    assert "knn" in capsys.readouterr().out
+    assert main(["list", "--archs"]) == 0
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert 630 < float(rows["vit-h14"][1]) < 640
+    assert 165 < float(rows["vit-h14"][2]) < 170  # GMACs at 224 px, as timm's vit_huge_patch14 has
+    assert rows["vit-h14"][3] == "224x224"
+
+
+def test_help_and_no_arguments_print_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["--help"]):
+        assert main(arguments) == 0
+        assert "usage: radio-eval TASK MODEL..." in capsys.readouterr().out
+
+
+def test_listing_needs_no_optional_library(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    assert main(["list"]) == 0
+    assert evaluate(["knn", "vit-tiny12", "--random-init", *SMALL]) == 2
+    assert 'pip install "am-radio[knn]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["knnn", "x"], "no command 'knnn'; did you mean knn?"),
+        (["knn"], "no model was named"),
+        (["knn", "nosuch.pt"], "nosuch.pt: no such checkpoint file"),
+        (["knn", "vit-tiny21", "--random-init"], "or vit-tiny12 or"),
+        (["knn", "vit-tiny12", "--arch", "vit-tiny12"], "stands instead of a model"),
+        (["knn", "--arch", "vit-tiny21"], "or vit-tiny12 or"),
+        (["knn", "--arch", "vit-tiny12"], "none of the 0 checkpoints under"),
+        (
+            ["knn", "vit-tiny12", "--random-init", "--bank", "nosuch", "--query", "x"],
+            "nosuch: no such folder",
+        ),
+        (["knn", "vit-tiny12", "--random-init", "--bank", "nosuch"], "give --query, or --leave-one-out"),
+        (["knn", "vit-tiny12", "--random-init", "--device", "tpu"], "unknown device 'tpu'"),
+        (["knn", "vit-tiny12", "--random-init", "--head", "clip", *SMALL], "no adaptor 'clip'"),
+        (["knn", "vit-tiny12", "--random-init", "--bnak", "x"], "--bank"),
+        (["knn", "vit-tiny12", "--random-init", "--k", "many"], "many"),
+        (["list", "--arch"], "--archs"),
+    ],
+)
+def test_bad_input_is_one_clear_error_and_exit_code_two(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code: Any = evaluate(arguments)
+    except SystemExit as stop:  # from tyro, for what it does not know
+        code = stop.code
+    error = " ".join(capsys.readouterr().err.split())
+    assert code == 2
+    assert said in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("content", [b"just text", b"", b"\x80\x04K\x01."])
+def test_a_foreign_checkpoint_is_one_line(
+    tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ckpt.pt").write_bytes(content)
+    assert evaluate(["knn", "ckpt.pt", *SMALL]) == 2
+    assert capsys.readouterr().err.startswith("error: ckpt.pt: ")
+
+
+def test_an_empty_folder_and_one_class_are_one_line(
+    tmp_path: Path, make_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    make_folder(tmp_path / "one", classes=1)
+    for folder, said in (("empty", "neither class folders nor tar shards"), ("one", "one class only")):
+        code = evaluate(["knn", "vit-tiny12", "--random-init", "--bank", folder, "--query", folder])
+        assert code == 2
+        assert said in capsys.readouterr().err
+
+
+def test_main_itself_raises() -> None:
+    with pytest.raises(RadioError, match="did you mean"):
+        main(["knnn"])
+
+
+def test_a_terminal_gets_a_bar() -> None:
+    screen = io.StringIO()
+    bars = cli._Bars(Console(file=screen, force_terminal=True, width=100))
+    with bars("student on [scenes]", 10) as advance:
+        advance(4)
+        advance(6)
+    assert "10/10" in screen.getvalue()
+    assert "[scenes]" in screen.getvalue()
+
+
+def test_the_report_file_is_plain_json(checkpoint: Path) -> None:
+    main(["knn", str(checkpoint), *SMALL])
+    data = json.loads((checkpoint.parent / "reports" / "knn-first.json").read_text())
+    assert data["format"] == "am-radio-report/1"
+    assert data["task"] == "knn"
