@@ -1,4 +1,4 @@
-"""am-radio: several frozen vision foundation models distilled into one student, and the student put to use."""
+"""am-radio: several frozen vision foundation models distilled into one student, and its uses."""
 
 from __future__ import annotations
 

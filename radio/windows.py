@@ -43,8 +43,8 @@ def check_window(grid: tuple[int, int], side: int) -> None:
         fitting = common_sides(grid)
         nearest = sorted(fitting, key=lambda s: (abs(s - side), s))[:2]
         raise SizeError(
-            f"a {h}x{w} grid does not divide into {side}x{side} windows; nearest window sides that divide it: "
-            f"{' and '.join(map(str, sorted(nearest)))}; or resize the input"
+            f"a {h}x{w} grid does not divide into {side}x{side} windows; nearest window sides that divide "
+            f"it: {' and '.join(map(str, sorted(nearest)))}; or resize the input"
         )
 
 

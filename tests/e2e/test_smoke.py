@@ -33,7 +33,7 @@ def test_a_run_leaves_what_the_readme_says_and_its_checkpoint_is_scored(run_fold
     ("arguments", "said"),
     [
         (["knn", "nowhere.pt"], "no such checkpoint file"),
-        (["knn", "text.pt"], "not a torch file"),
+        (["knn", "text.pt"], "it is no torch file"),
         (["nn", "x.pt"], "did you mean knn"),
         (["knn", "scenes:clipp"], "did you mean"),
         (["knn", "scenes:clip", "--bank", "empty", "--query", "empty"], "empty"),

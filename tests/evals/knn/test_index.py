@@ -4,6 +4,7 @@ import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -142,9 +143,12 @@ def test_faiss_gets_the_processors_kernels_and_the_environment_stays(monkeypatch
     monkeypatch.delitem(sys.modules, "faiss", raising=False)
     monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(
-        "evals.knn.index.require", lambda name, extra: seen.append(os.environ.get("OPENBLAS_CORETYPE"))
-    )
+
+    def require(name: str, extra: str) -> Any:
+        seen.append(os.environ.get("OPENBLAS_CORETYPE"))
+        return SimpleNamespace(cvar=SimpleNamespace())
+
+    monkeypatch.setattr("evals.knn.index.require", require)
     load_faiss()
     assert seen == ["SkylakeX"]
     assert "OPENBLAS_CORETYPE" not in os.environ
