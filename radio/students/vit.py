@@ -231,34 +231,30 @@ def _build(config: ViTConfig, options: StudentOptions) -> ViT:
     return ViT(replace(config, recompute=options.recompute, **chosen))
 
 
-# The paper's table 6 and §4: patch 14 has 75 x 75 positions (1050 px), patch 16 has 128 x 128 (2048 px).
-_FAMILY = (
-    ViTConfig(name="vit-b32", width=768, depth=12, heads=12, patch=32, native=224, positions=64),
-    ViTConfig(name="vit-b16", width=768, depth=12, heads=12, patch=16, native=224, positions=128),
-    ViTConfig(name="vit-b14", width=768, depth=12, heads=12, patch=14, native=224, positions=75),
-    ViTConfig(name="vit-l14", width=1024, depth=24, heads=16, patch=14, native=224, positions=75),
-    ViTConfig(name="vit-h14", width=1280, depth=32, heads=16, patch=14, native=224, positions=75),
-    ViTConfig(name="vit-tiny12", width=128, depth=4, heads=4, patch=12, native=96, positions=16, stem="conv"),
-    ViTConfig(
-        name="vit-tiny16", width=128, depth=4, heads=4, patch=16, native=160, positions=20, stem="conv"
-    ),
+# The paper's table 6 and §4: patch 14 has 75 x 75 positions (1050 px), patch 16 has 128 x 128 (2048 px). The
+# last column is the window side of the vitdet twin: it divides the native grid.
+_TINY = ViTConfig(
+    name="vit-tiny12",
+    width=128,
+    depth=4,
+    heads=4,
+    patch=12,
+    native=96,
+    positions=16,
+    stem="conv",
+    schedule="runs-of-5",  # a depth of 4 has no quarters: three windowed blocks and a global one
 )
-_WINDOWS = {
-    "vit-b32": 7,
-    "vit-b16": 7,
-    "vit-b14": 8,
-    "vit-l14": 8,
-    "vit-h14": 8,
-    "vit-tiny12": 4,
-    "vit-tiny16": 5,
-}
+_FAMILY = (
+    (ViTConfig(name="vit-b32", width=768, depth=12, heads=12, patch=32, native=224, positions=64), 7),
+    (ViTConfig(name="vit-b16", width=768, depth=12, heads=12, patch=16, native=224, positions=128), 7),
+    (ViTConfig(name="vit-b14", width=768, depth=12, heads=12, patch=14, native=224, positions=75), 8),
+    (ViTConfig(name="vit-l14", width=1024, depth=24, heads=16, patch=14, native=224, positions=75), 8),
+    (ViTConfig(name="vit-h14", width=1280, depth=32, heads=16, patch=14, native=224, positions=75), 8),
+    (_TINY, 4),
+    (replace(_TINY, name="vit-tiny16", patch=16, native=160, positions=20), 5),
+)
 
-for _config in _FAMILY:
+for _config, _side in _FAMILY:
+    _windowed = replace(_config, name=_config.name.replace("vit", "vitdet", 1), window=_side)
     students.add(_config.name, functools.partial(_build, _config))
-    _windowed = replace(
-        _config,
-        name=_config.name.replace("vit", "vitdet", 1),
-        window=_WINDOWS[_config.name],
-        schedule="quarters" if _config.depth >= 8 else "runs-of-5",
-    )
     students.add(_windowed.name, functools.partial(_build, _windowed))
