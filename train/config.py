@@ -109,6 +109,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 on a CPU
     compile: bool = False  # torch.compile the student
+    teachers_ahead: bool = True  # online teachers see the next batch, in a thread of their own, during a step
     log_every: int = 20  # steps
     save_every: int = 200  # steps
     score: bool = False  # end with k-NN of student, teachers and the untrained student on the scenes

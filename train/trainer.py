@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from radio.errors import RadioError
 from radio.model import build
 from radio.types import Features
 
+from .ahead import ahead, half_the_threads
 from .assembly import (
     check_settings,
     check_student,
@@ -95,6 +96,7 @@ class Run:
         self.meters, self.clock, self.broken = Meters(), Clock(), 0
         self.step = 0 if restart else self._resume()
         self.cache = self._open_cache() if self.step < config.steps else None
+        self.overlaps = config.teachers_ahead and self.cache is None
 
     def train(self) -> Path:
         """Run to the last step; the path of `ckpt.pt`.
@@ -111,7 +113,8 @@ class Run:
         if self.group.leads:
             write_yaml(config, config.out / "config.yaml")
         try:
-            self._loop(log)
+            with half_the_threads() if self.overlaps and self.device.type == "cpu" else nullcontext():
+                self._loop(log)
         finally:
             if log is not None:
                 log.close()
@@ -121,7 +124,7 @@ class Run:
         config = self.config
         self.clock.read()
         with ProgressConsole(self.console, config.recipe, config.steps, self.step) as bar:
-            for batch in self.batches():
+            for batch in ahead(self.batches()) if self.overlaps else self.batches():
                 self.advance(batch)
                 self.step += 1
                 if self._due(config.log_every):
@@ -241,7 +244,16 @@ class Run:
     def _settings(self) -> str:
         """Everything that decides the weights, so that no other run takes up this one's state."""
         plain = to_plain(self.config)
-        for name in ("recipe", "out", "device", "log_every", "save_every", "score", "compile"):
+        for name in (
+            "recipe",
+            "out",
+            "device",
+            "log_every",
+            "save_every",
+            "score",
+            "compile",
+            "teachers_ahead",
+        ):
             plain.pop(name)
         for name in ("workers", "max_broken"):
             plain["data"].pop(name)

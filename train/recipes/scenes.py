@@ -24,12 +24,12 @@ def demo() -> TrainConfig:
         student="vit-tiny12",
         teachers=TEACHERS,
         resolution=96,
-        steps=900,
+        steps=700,
         batch_size=32,  # small students learn by steps: twice the batch needs nearly twice the pictures
         data=DataConfig(scenes=200_000, crop_scale=(0.7, 1.0), workers=1),
         optim=OptimConfig(lr=1.5e-3, warmup=0.05),
         log_every=25,
-        save_every=300,
+        save_every=350,
         score=True,
     )
 
