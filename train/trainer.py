@@ -138,7 +138,10 @@ class Run:
                     self.save()
 
     def batches(self) -> Iterator[Batch]:
-        """The batches of the steps still to do, with the teachers' features."""
+        """The batches of the steps still to do, with the teachers' features.
+
+        The loader's processes start in the calling thread: one forked by a pool's thread ends with an error.
+        """
         config, group = self.config, self.group
         loader = DataLoader(
             self.crops if self.cache is None else self.cache,
@@ -147,7 +150,9 @@ class Run:
             pin_memory=self.device.type == "cuda",
             prefetch_factor=4 if config.data.workers else None,
         )
-        rows = rows_of(loader)
+        return self._taught(rows_of(iter(loader)))
+
+    def _taught(self, rows: Iterator[Any]) -> Iterator[Batch]:
         while True:
             start = time.perf_counter()
             row = next(rows, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -91,6 +92,23 @@ def test_workers_change_nothing(config: TrainConfig, start: Start) -> None:
         data = replace(config.data, workers=workers)
         start(config, out=config.out / str(workers), data=data, steps=5).train()
     assert untimed(config.out / "0") == untimed(config.out / "2")
+
+
+def test_loader_processes_end_well(
+    config: TrainConfig, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is forked by the thread in which the teachers work fails as it ends, and torch may notice."""
+    workers: set[Any] = set()
+    run = start(config, data=replace(config.data, workers=2), steps=3)
+    genuine = run.advance
+
+    def watched(batch: module.Batch) -> None:
+        workers.update(multiprocessing.active_children())
+        genuine(batch)
+
+    monkeypatch.setattr(run, "advance", watched)
+    run.train()
+    assert [worker.exitcode for worker in workers] == [0, 0]
 
 
 class StoppedError(Exception):

@@ -23,11 +23,11 @@ def real_small() -> TrainConfig:
             TeacherConfig(name="dino", model="pip:dinov2-arch-vits14", resolution=112),
         ),
         resolution=160,
-        steps=3000,
+        steps=1200,
         batch_size=64,
         data=DataConfig(crop_scale=(0.3, 1.0), workers=1),
         optim=OptimConfig(lr=1e-3, warmup=0.05),
         cache=CacheConfig(folder=Path("runs/teacher-cache"), crops=3, confirm=False),
         log_every=50,
-        save_every=500,
+        save_every=300,
     )
