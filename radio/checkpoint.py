@@ -55,11 +55,13 @@ def save(path: Path, tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> 
     text = json.dumps({"format": FORMAT, **card}, sort_keys=True)
     sha = digest(kept, text)
     if path.suffix == ".safetensors":
-        data = _in_order(safetensors.torch.save(kept, metadata={"card": text, "sha256": sha}))
+        data: bytes | memoryview = _in_order(
+            safetensors.torch.save(kept, metadata={"card": text, "sha256": sha})
+        )
     elif path.suffix == ".pt":
         buffer = io.BytesIO()
         torch.save({"card": text, "sha256": sha, "tensors": kept}, buffer)
-        data = buffer.getvalue()
+        data = buffer.getbuffer()
     else:
         raise CheckpointError(f"{path}: a checkpoint ends in .pt or .safetensors; name it so")
     write_bytes(path, data)

@@ -83,14 +83,6 @@ def decode(data: bytes) -> Tensor:
     return torch.from_numpy(_decode_with_pil(data))
 
 
-def resize_short(image: Tensor, side: int) -> Tensor:
-    """The picture with its short side at `side` pixels, its aspect kept: uint8 [3, H, W] -> float [3, h, w].
-
-    The long side is rounded down, as in torchvision.
-    """
-    return resize(image, cover(image.shape[-2], image.shape[-1], (side, side)))
-
-
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     """The whole picture at (height, width): uint8 [3, H, W] -> float [3, h, w] in [0, 1]."""
     pixels = image.unsqueeze(0).to(torch.float32).div_(255.0)

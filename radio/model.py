@@ -17,7 +17,7 @@ from .adaptors import AdaptorConfig, MLPAdaptor
 from .config import from_plain, to_plain
 from .errors import CheckpointError, ConfigError, SizeError, did_you_mean
 from .students import StudentOptions, students
-from .types import Features, Student, Windowed
+from .types import Adaptor, Features, Student, Windowed
 
 # Letters: B batch.
 
@@ -120,8 +120,8 @@ class RadioModel(nn.Module):
         if name not in self.adaptors:
             hint = did_you_mean(name, self.adaptors) or f"; it has {', '.join(self.adaptors) or 'none'}"
             raise ConfigError(f"{self.name} has no adaptor {name!r}{hint}")
-        adapted: Features = self.adaptors[name](features, grid)
-        return adapted
+        adaptor: Adaptor = self.adaptors[name]
+        return adaptor(features, grid)
 
     def save(self, path: Path) -> str:
         """Write weights and card as `.pt` or `.safetensors`, atomically; the file's sha256."""

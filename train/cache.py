@@ -118,9 +118,7 @@ def write_cache(
     note, card = folder / "progress.json", folder / "card.json"
     if not card.is_file():
         probe = teacher_features(
-            dict(teachers),
-            dict(sizes),
-            torch.zeros(1, 3, crops.source.side, crops.source.side, device=device),
+            teachers, sizes, torch.zeros(1, 3, crops.source.side, crops.source.side, device=device)
         )
         if not note.is_file():
             _begin(folder, probe, len(crops), crops.source.side, confirm)
@@ -171,7 +169,7 @@ def _fill(
         images = batch.pixels.to(device).float().div_(255)
         rows = slice(done, done + len(images))
         arrays["pixels"][rows] = batch.pixels.numpy()
-        for name, features in teacher_features(dict(teachers), dict(sizes), images).items():
+        for name, features in teacher_features(teachers, sizes, images).items():
             arrays[f"{name}.summary"][rows] = _half(features.summary, name)
             arrays[f"{name}.tokens"][rows] = _half(features.tokens, name)
         for array in arrays.values():

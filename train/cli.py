@@ -16,7 +16,7 @@ from radio.config import read_yaml
 from radio.errors import ConfigError
 
 from .config import TrainConfig
-from .parallel import joined
+from .parallel import join
 from .recipes import recipes
 from .teachers_from_scenes import TeachersConfig
 from .teachers_from_scenes import main as train_teachers
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     command = _parse(Command, Command(config=_settings(name)), options, name)
     device = choose_device(command.config.device)
-    with joined(device) as group:
+    with join(device) as group:
         quiet = Console(quiet=True) if not group.leads else console
         run = Run(command.config, group, device, quiet, restart=command.restart)
         path = run.train()

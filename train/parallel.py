@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-import torch.distributed as distributed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from evals.core.dist import Group, current
+from evals.core.dist import Group, joined
 
 
-@contextmanager
-def joined(device: torch.device) -> Iterator[Group]:
-    """The group that torchrun's environment describes (NCCL on GPUs, gloo on CPUs), or one of its own."""
-    if "WORLD_SIZE" not in os.environ or distributed.is_initialized():
-        yield current()
-        return
+def join(device: torch.device) -> AbstractContextManager[Group]:
+    """The group that torchrun's environment describes: over NCCL on GPUs, gloo on CPUs; alone without it."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield current()
-    finally:
-        distributed.destroy_process_group()
+    return joined("nccl" if device.type == "cuda" else "gloo")
 
 
 def wrap(module: nn.Module, group: Group, device: torch.device, *, compiled: bool) -> Any:

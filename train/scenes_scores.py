@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evals.knn.index import Index
+from evals.knn.vote import vote
 from radio.resample import resize_images
 from radio.scenes.language import TEMPLATES
 from radio.scenes.world import CLASSES, Scene, Split, render, render_images
@@ -67,11 +69,10 @@ def summaries(backbone: Backbone, count: int, split: Split, seed: int = 0) -> tu
 
 def knn(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
     """The class [N] with most votes of the k nearest in bank [R, C], each worth exp(cosine / temperature)."""
-    cosine = F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T
-    nearest = cosine.topk(k, dim=1)
-    votes = torch.zeros(len(queries), int(bank_labels.max()) + 1)
-    votes.scatter_add_(1, bank_labels[nearest.indices], (nearest.values / temperature).exp())
-    return votes.argmax(dim=1)
+    found = Index(bank, torch.arange(len(bank))).search(queries, k)
+    labels = bank_labels[found.ids]
+    num_classes = int(bank_labels.max()) + 1
+    return vote(found.similarities, labels, (k,), num_classes=num_classes, temperature=temperature)[k][:, 0]
 
 
 def zero_shot(queries: Tensor, prompts: Tensor) -> Tensor:

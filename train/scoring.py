@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from evals.core.evaluator import silent
-from evals.core.report import Metric, Report
+from evals.core.report import Report
+from evals.core.tables import cell
 from evals.knn.evaluator import KnnEvaluator
 from evals.knn.settings import KnnSettings
 from radio.hub import load_backbone
@@ -39,13 +40,8 @@ def _table(reports: list[Report], *, plain: bool) -> Table:
     for name in ("top-1 (%)", "top-5 (%)"):
         table.add_column(name, justify="right")
     for report in reports:
-        table.add_row(report.model, *(_cell(report.metrics[name]) for name in ("top1", "top5")))
+        table.add_row(report.model, *(cell(report.metrics[name]) for name in ("top1", "top5")))
     return table
-
-
-def _cell(metric: Metric) -> str:
-    assert metric.low is not None and metric.high is not None, "a share of pictures has an interval"
-    return f"{metric.value:.1f} ±{(metric.high - metric.low) / 2:.1f}"
 
 
 def _contestants(config: TrainConfig, path: Path) -> Iterator[tuple[str, Backbone]]:

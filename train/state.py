@@ -26,7 +26,7 @@ def save_state(
     buffer = io.BytesIO()
     state = {"step": step, "settings": settings, "meters": meters}
     torch.save({**state, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, buffer)
-    write_bytes(path, buffer.getvalue())
+    write_bytes(path, buffer.getbuffer())
 
 
 def load_state(

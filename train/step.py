@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -85,7 +85,7 @@ class Distiller(nn.Module):
 
 
 def teacher_features(
-    teachers: dict[str, Teacher], sizes: dict[str, tuple[int, int]], images: Tensor
+    teachers: Mapping[str, Teacher], sizes: Mapping[str, tuple[int, int]], images: Tensor
 ) -> dict[str, Features]:
     """Every teacher's features of the same crops, each at its own resolution; no gradients."""
     return {name: teacher(resize_images(images, sizes[name])) for name, teacher in teachers.items()}

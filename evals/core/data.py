@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol, final, get_args
 
@@ -70,10 +71,6 @@ class SceneImages:
             raise DataError(f"cannot take {count} scenes; give a count of 1 or more")
         self._split: Split = "train" if split == "train" else "val"
         self._count, self._seed, self._size = count, seed, size
-        self._keys = tuple(f"{self._split}/{index:06d}" for index in range(count))
-        labels = [label_of(index, split=self._split, seed=seed) for index in range(count)]
-        self._labels = np.array(labels, dtype=np.int64)
-        self._fingerprint: str | None = None
 
     @property
     def name(self) -> str:
@@ -90,24 +87,23 @@ class SceneImages:
         """Colour and shape of the main object."""
         return CLASSES
 
-    @property
+    @cached_property
     def keys(self) -> tuple[str, ...]:
         """The index of each scene."""
-        return self._keys
+        return tuple(f"{self._split}/{index:06d}" for index in range(self._count))
 
-    @property
+    @cached_property
     def labels(self) -> NDArray[np.int64]:
         """[N] classes."""
-        return self._labels
+        labels = [label_of(index, split=self._split, seed=self._seed) for index in range(self._count)]
+        return np.array(labels, dtype=np.int64)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of what the pictures are drawn from, and of the first few, should the generator change."""
-        if self._fingerprint is None:
-            drawn, _ = self._draw(range(min(self._count, 8)))
-            text = f"{self.location} {self._count} {self._size}"
-            self._fingerprint = hashlib.sha256(text.encode() + drawn.tobytes()).hexdigest()
-        return self._fingerprint
+        drawn, _ = self._draw(range(min(self._count, 8)))
+        text = f"{self.location} {self._count} {self._size}"
+        return hashlib.sha256(text.encode() + drawn.tobytes()).hexdigest()
 
     def read(self, index: int) -> Tensor:
         """The scene, uint8 [3, size, size]."""

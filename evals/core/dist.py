@@ -60,12 +60,12 @@ def current() -> Group:
 
 
 @contextmanager
-def joined() -> Iterator[Group]:
+def joined(backend: str = "gloo") -> Iterator[Group]:
     """The group that torchrun's environment describes, left again at the end; alone without torchrun."""
     if "WORLD_SIZE" not in os.environ or "MASTER_ADDR" not in os.environ or distributed.is_initialized():
         yield current()
         return
-    distributed.init_process_group("gloo")
+    distributed.init_process_group(backend)
     try:
         yield current()
     finally:

@@ -30,7 +30,7 @@ def comparison(reports: Sequence[Report], *, plain: bool = False) -> Table:
     for name in dict.fromkeys(name for report in reports for name in report.metrics):
         metrics = [report.metrics.get(name) for report in reports]
         best = _best(metrics) if len(reports) > 1 else None
-        cells = [f"[bold]{_cell(m)}[/bold]" if m and m.value == best else _cell(m) for m in metrics]
+        cells = [f"[bold]{cell(m)}[/bold]" if m and m.value == best else cell(m) for m in metrics]
         unit = next(metric.unit for metric in metrics if metric)
         table.add_row(f"{name} ({unit})" if unit else name, *cells)
     table.add_section()
@@ -41,7 +41,8 @@ def comparison(reports: Sequence[Report], *, plain: bool = False) -> Table:
     return table
 
 
-def _cell(metric: Metric | None) -> str:
+def cell(metric: Metric | None) -> str:
+    """A value with half of its interval, or with its spread in brackets; a dash where there is none."""
     if metric is None:
         return ""
     if metric.low is not None and metric.high is not None:

@@ -119,19 +119,6 @@ class KnnEvaluator:
         return report
 
 
-def run(
-    model: Backbone,
-    settings: KnnSettings,
-    out: Path,
-    *,
-    name: str | None = None,
-    watch: Watch = silent,
-    group: Group | None = None,
-) -> Report:
-    """The k-NN report of a model, as `KnnEvaluator.run` makes and writes it."""
-    return KnnEvaluator().run(model, settings, out, name=name, watch=watch, group=group)
-
-
 def _open(settings: KnnSettings, memo: Path) -> Sets:
     bank = open_source(
         settings.bank or "scenes:train",

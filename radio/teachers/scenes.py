@@ -26,6 +26,7 @@ from .frozen import Frozen
 from .sam import SamTrunk, freeze_sam
 from .scenes_sam import new_sam
 from .scenes_text import SceneText
+from .weights_file import refuse_file
 
 Name = Literal["clip", "dense", "sam"]
 NAMES: tuple[Name, ...] = get_args(Name)
@@ -149,6 +150,5 @@ _BUILDERS: dict[Name, Callable[[Checkpoint], Frozen]] = {
 
 @families.register("scenes")
 def _family(name: str, file: Path | None) -> Frozen:
-    if file is not None:
-        raise ConfigError(f"scenes:{name} brings its own weights; leave out @{file}")
+    refuse_file(f"scenes:{name}", file)
     return scenes_teacher(name)

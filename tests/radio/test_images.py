@@ -13,11 +13,11 @@ from radio.errors import DataError, SizeError
 from radio.images import (
     Box,
     center_crop,
+    cover,
     crop_and_resize,
     decode,
     evaluation_view,
     resize,
-    resize_short,
     sample_crop,
 )
 
@@ -120,10 +120,10 @@ def test_floating_point_pixels_are_refused() -> None:
 @pytest.mark.parametrize(
     ("height", "width", "side"), [(24, 32, 17), (32, 24, 40), (24, 24, 24), (25, 77, 13)]
 )
-def test_resize_short_equals_torchvision(height: int, width: int, side: int) -> None:
+def test_the_short_side_is_resized_as_torchvision_does(height: int, width: int, side: int) -> None:
     image = chw(smooth(height, width))
     wanted = TF.resize(TF.to_dtype(image, scale=True), [side], TF.InterpolationMode.BICUBIC, antialias=True)
-    assert torch.allclose(resize_short(image, side), wanted.clamp(0, 1), atol=1e-6)
+    assert torch.allclose(resize(image, cover(height, width, (side, side))), wanted.clamp(0, 1), atol=1e-6)
 
 
 def test_resize_is_within_a_level_and_a_half_of_pil() -> None:
@@ -201,6 +201,6 @@ def test_sizes_that_cannot_be_are_errors() -> None:
     with pytest.raises(SizeError, match="1 or more"):
         evaluation_view(image, (8, 8), ratio=0.9)
     with pytest.raises(SizeError, match="every side needs a pixel"):
-        resize_short(image, 0)
+        resize(image, cover(24, 32, (0, 0)))
     with pytest.raises(SizeError, match="low, high"):
         sample_crop(8, 8, (0.0, 1.0), (0.75, 1.33), torch.Generator())

@@ -15,7 +15,7 @@ from evals.core.dist import Group
 from radio import checkpoint
 from radio.config import write_yaml
 from train.config import TrainConfig
-from train.parallel import joined
+from train.parallel import join
 
 from .conftest import CPU, Start, fill_folder, read_records
 
@@ -69,7 +69,7 @@ def test_two_ranks_share_a_cache_and_resume(config: TrainConfig, start: Start, t
 
 def test_a_process_alone_is_a_group_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with joined(CPU) as group:
+    with join(CPU) as group:
         assert group == Group(0, 1)
         assert group.leads
     assert not torch.distributed.is_initialized()

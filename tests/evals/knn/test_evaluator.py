@@ -17,11 +17,13 @@ from PIL import Image
 from evals.core.data import open_source
 from evals.core.dist import joined
 from evals.core.report import read
-from evals.knn.evaluator import KnnEvaluator, run
+from evals.knn.evaluator import KnnEvaluator
 from evals.knn.settings import KnnSettings
 from radio.errors import ConfigError, DataError
 from radio.images import evaluation_view
 from radio.types import Backbone
+
+run = KnnEvaluator().run
 
 
 @pytest.fixture
@@ -240,7 +242,7 @@ def _rank(rank: int, world: int, port: int, model: Backbone, settings: KnnSettin
     }  # fmt: skip
     torch.set_num_threads(1)
     with joined():
-        report = KnnEvaluator().run(model, settings, out)
+        report = run(model, settings, out)
     (out / f"metrics-{rank}.json").write_text(json.dumps([m.value for m in report.metrics.values()]))
 
 

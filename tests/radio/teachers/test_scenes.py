@@ -63,7 +63,7 @@ def test_an_unknown_teacher_or_a_file_is_refused():
         families["scenes"]("clop", None)
     with pytest.raises(ConfigError, match="known: clip, dense, sam"):
         families["scenes"]("zzz", None)
-    with pytest.raises(ConfigError, match=r"brings its own weights; leave out @x\.pt"):
+    with pytest.raises(CheckpointError, match=r"brings its own weights; leave out @x\.pt"):
         families["scenes"]("clip", Path("x.pt"))
 
 
