@@ -1,0 +1,1 @@
+"""The segmentation linear probe: what frozen tokens say of every pixel, through MMSegmentation."""

@@ -1,0 +1,237 @@
+"""Pictures with a class for every pixel, in the layouts of ADE20K and VOC2012, listed and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from radio.errors import DataError
+
+VOID = 255
+"""Pixels of this class are neither learned nor scored, once labels are mapped."""
+
+_PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+_ADE_MARKS = ("objectInfo150.txt", "sceneCategories.txt")
+_VOC_FOLDERS = ("JPEGImages", "ImageSets/Segmentation")
+_ADE_COUNTS, _VOC_COUNTS = (20_210, 2_000), {"train": 1_464, "trainaug": 10_582, "val": 1_449}
+
+
+class Pair(NamedTuple):
+    """A picture and its labels."""
+
+    key: str
+    picture: Path
+    labels: Path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Split:
+    """Pictures of one use, in order."""
+
+    name: str
+    location: str
+    pairs: tuple[Pair, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Labelling:
+    """What the numbers in annotation files mean."""
+
+    classes: tuple[str, ...]
+    zero_is_void: bool  # ADE20K: 0 is void and class i is written i + 1; else class i is written i
+
+    @property
+    def highest(self) -> int:
+        """The largest label of a class."""
+        return len(self.classes) - (not self.zero_is_void)
+
+    def table(self) -> NDArray[np.uint8]:
+        """[256]: what each label becomes, `VOID` or the place of its class."""
+        table = np.full(256, VOID, dtype=np.uint8)
+        first = int(self.zero_is_void)
+        table[first : first + len(self.classes)] = np.arange(len(self.classes), dtype=np.uint8)
+        return table
+
+    def describe(self) -> str:
+        """The labels that may occur, in words."""
+        void = "0 and 255 for void" if self.zero_is_void else "255 for void"
+        return f"{int(self.zero_is_void)} to {self.highest} for the {len(self.classes)} classes, {void}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dataset:
+    """Training and validation pictures under one labelling."""
+
+    labelling: Labelling
+    train: Split
+    val: Split
+    notes: tuple[str, ...] = ()
+
+
+def open_dataset(
+    root: Path, *, voc_split: str, known: Mapping[str, Sequence[str]], limit: int | None = None
+) -> Dataset:
+    """The data set in a folder; what its files hold is not looked at yet.
+
+    Args:
+        root: ADE20K's or VOC2012's folder, or the one above; or one in ADE20K's layout with `classes.txt`.
+        voc_split: what VOC2012 is trained on.
+        known: the class names of "ADE20K" and "VOC2012".
+        limit: take so many of each split, spread evenly.
+
+    Raises:
+        DataError: neither layout, an empty split, or a picture without annotation or the other way round.
+    """
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder")
+    for folder in (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"):
+        if all((folder / part).is_dir() for part in _VOC_FOLDERS):
+            return _voc(folder, voc_split, tuple(known["VOC2012"]), limit)
+    for folder in (root, root / "ADEChallengeData2016"):
+        if (folder / "images").is_dir() and (folder / "annotations").is_dir():
+            return _ade(folder, tuple(known["ADE20K"]), limit)
+    raise DataError(
+        f"{root}: neither ADE20K (images/training, annotations/training, ...) nor VOC2012 (JPEGImages, "
+        f"SegmentationClass, ImageSets/Segmentation); bring your own data into the layout of ADE20K"
+    )
+
+
+def _ade(root: Path, classes: tuple[str, ...], limit: int | None) -> Dataset:
+    listed = root / "classes.txt"
+    genuine = not listed.is_file()
+    if listed.is_file():
+        classes = _read_classes(listed)
+    elif root.name != "ADEChallengeData2016" and not any((root / mark).is_file() for mark in _ADE_MARKS):
+        raise DataError(
+            f"{root}: has no classes.txt, and none of {', '.join(_ADE_MARKS)} that tell ADE20K; write one "
+            f"class a line into classes.txt (label 1 is the first line, label 0 is void)"
+        )
+    splits = [_ade_split(root, name) for name in ("training", "validation")]
+    notes = _count_notes("ADE20K", zip(splits, _ADE_COUNTS, strict=True)) if genuine else ()
+    train, val = (_limited(split, limit) for split in splits)
+    return Dataset(labelling=Labelling(classes=classes, zero_is_void=True), train=train, val=val, notes=notes)
+
+
+def _ade_split(root: Path, name: str) -> Split:
+    pictures, labels = root / "images" / name, root / "annotations" / name
+    for folder in (pictures, labels):
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder; wanted pictures in {pictures} and masks in {labels}")
+    found = {path.stem: path for path in _files(pictures, _PICTURES)}
+    masks = {path.stem: path for path in _files(labels, (".png",))}
+    if not found:
+        raise DataError(f"{pictures}: holds no pictures")
+    _check_matching(found, masks, labels)
+    pairs = (Pair(key=stem, picture=found[stem], labels=masks[stem]) for stem in sorted(found))
+    return Split(name=f"{root.resolve().name}/{name}", location=str(pictures.resolve()), pairs=tuple(pairs))
+
+
+def _check_matching(found: Mapping[str, Path], masks: Mapping[str, Path], labels: Path) -> None:
+    missing = sorted(found.keys() - masks.keys())
+    if missing:
+        raise DataError(
+            f"{found[missing[0]]}: has no annotation {labels / missing[0]}.png "
+            f"({len(missing)} of {len(found)} pictures lack theirs)"
+        )
+    spare = sorted(masks.keys() - found.keys())
+    if spare:
+        raise DataError(
+            f"{masks[spare[0]]}: there is no picture of this name ({len(spare)} such annotations)"
+        )
+
+
+def _voc(root: Path, voc_split: str, classes: tuple[str, ...], limit: int | None) -> Dataset:
+    named = [("train", _voc_train(root, voc_split)), ("val", _voc_ids(root, "val"))]
+    splits = [
+        Split(
+            name=f"VOC2012/{voc_split if role == 'train' else role}",
+            location=str(root.resolve()),
+            pairs=tuple(_voc_pair(root, key) for key in ids),
+        )
+        for role, ids in named
+    ]
+    counts = (_VOC_COUNTS[voc_split], _VOC_COUNTS["val"])
+    train, val = (_limited(split, limit) for split in splits)
+    return Dataset(
+        labelling=Labelling(classes=classes, zero_is_void=False),
+        train=train,
+        val=val,
+        notes=_count_notes("VOC2012", zip(splits, counts, strict=True)),
+    )
+
+
+def _voc_train(root: Path, voc_split: str) -> list[str]:
+    """The training names; `trainaug` is one list, or `train` and `aug` (MMSegmentation's converter)."""
+    lists = root / "ImageSets" / "Segmentation"
+    if voc_split == "trainaug" and not (lists / "trainaug.txt").is_file():
+        if not (lists / "aug.txt").is_file():
+            raise DataError(
+                f"{lists / 'trainaug.txt'}: no such list, nor aug.txt; --voc-split trainaug needs SBD's "
+                f"annotations in SegmentationClassAug, or use --voc-split train"
+            )
+        return list(dict.fromkeys([*_voc_ids(root, "train"), *_voc_ids(root, "aug")]))
+    return _voc_ids(root, voc_split)
+
+
+def _voc_ids(root: Path, name: str) -> list[str]:
+    path = root / "ImageSets" / "Segmentation" / f"{name}.txt"
+    if not path.is_file():
+        raise DataError(f"{path}: no such list of pictures")
+    # Some copies of trainaug.txt give both paths on a line; the picture's name is the first one's stem.
+    ids = [
+        Path(line.split()[0]).stem for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
+    ]
+    if not ids:
+        raise DataError(f"{path}: lists no pictures")
+    return ids
+
+
+def _voc_pair(root: Path, key: str) -> Pair:
+    """VOC's own annotation where there is one, else SBD's."""
+    picture = root / "JPEGImages" / f"{key}.jpg"
+    if not picture.is_file():
+        raise DataError(f"{picture}: no such picture, and ImageSets/Segmentation lists it")
+    candidates = [root / folder / f"{key}.png" for folder in ("SegmentationClass", "SegmentationClassAug")]
+    for labels in candidates:
+        if labels.is_file():
+            return Pair(key, picture, labels)
+    raise DataError(f"{picture}: has no annotation, neither {candidates[0]} nor {candidates[1]}")
+
+
+def _read_classes(path: Path) -> tuple[str, ...]:
+    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not 2 <= len(names) <= VOID - 1:
+        raise DataError(f"{path}: lists {len(names)} classes; wanted 2 to {VOID - 1}, one a line")
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{path}: lists {twice!r} twice")
+    return tuple(names)
+
+
+def _files(folder: Path, endings: tuple[str, ...]) -> list[Path]:
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in endings and not path.name.startswith(".")
+    ]
+
+
+def _limited(split: Split, limit: int | None) -> Split:
+    count = len(split.pairs)
+    if limit is None or limit >= count:
+        return split
+    pairs = tuple(split.pairs[place * count // limit] for place in range(limit))
+    return Split(name=split.name, location=split.location, pairs=pairs)
+
+
+def _count_notes(name: str, splits: Iterable[tuple[Split, int]]) -> tuple[str, ...]:
+    return tuple(
+        f"{split.name} has {len(split.pairs):,} pictures; {name} has {count:,}"
+        for split, count in splits
+        if len(split.pairs) != count
+    )

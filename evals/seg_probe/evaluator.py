@@ -1,0 +1,152 @@
+"""The segmentation probe: what a linear map reads of every pixel's class off frozen tokens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, cast, final
+
+import safetensors.torch
+
+from evals.core.data import ImageSource
+from evals.core.dist import Group, current
+from evals.core.evaluator import Watch, domain_notes, silent
+from evals.core.provenance import commit, describe_device, versions
+from evals.core.report import DataUsed, Metric, Report, Table, file_name, write
+from radio.config import to_plain, write_bytes
+from radio.types import Backbone
+
+from .library import load_plugin
+from .maps import MapWriter, spread_places
+from .probe import Probe, make_probe
+from .scores import class_table, metrics, repeated, score
+from .settings import SegSettings
+
+if TYPE_CHECKING:
+    from .training import Outcome
+
+
+@final
+class SegEvaluator:
+    """Scores any backbone by a linear head on its tokens, trained and tested by MMSegmentation."""
+
+    name = "seg"
+    settings = SegSettings
+
+    def run(
+        self,
+        model: Backbone,
+        settings: SegSettings,
+        out: Path,
+        *,
+        name: str | None = None,
+        watch: Watch = silent,
+        group: Group | None = None,
+    ) -> Report:
+        """Score `model`; writes `seg-NAME.json`, the head, and the maps that were asked for, into `out`.
+
+        Every rank of a torchrun job calls this and gets the same report; rank 0 writes. Running it again
+        after a kill goes on from the iteration that was saved last; a finished head is only tested.
+
+        Raises:
+            DataError: data in no layout that is known, or with a bad file; names the first.
+            ConfigError: an unknown device, or a batch that the ranks cannot share.
+            SizeError: a crop or stride that does not fit the backbone.
+            MissingExtraError: MMSegmentation, or a system library that OpenCV needs, is not installed.
+            CheckpointError: what an earlier run wrote down is damaged.
+            RadioError: values that are not finite.
+        """
+        load_plugin()  # its absence shows before the long part
+        started = time.monotonic()
+        group = group or current()
+        probe = make_probe(model, settings, group, watch)
+        prepared = time.monotonic()
+
+        label = name or model.name
+        base = file_name(self.name, label)
+        writer = MapWriter(
+            folder=out / f"{base}-maps",
+            split=probe.data.val,
+            labelling=probe.data.labelling,
+            places=spread_places(len(probe.data.val.pairs), settings.save_maps),
+        )
+        outcomes = [
+            probe.run(settings.seed + number, label, watch, writer if number == 0 else None)
+            for number in range(settings.seeds)
+        ]
+        finished = time.monotonic()
+
+        report = Report(
+            task=self.name,
+            model=label,
+            fingerprint=probe.fingerprint,
+            headline="miou",
+            metrics=_metrics(outcomes),
+            settings={**to_plain(settings), "resolved": probe.describe()},
+            data=_data_used(probe),
+            device=describe_device(probe.device),
+            seconds={
+                "preparation": prepared - started,
+                "heads": finished - prepared,
+                "total": finished - started,
+            },
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            versions={**versions(), **_library_versions()},
+            git=commit(),
+            notes=(*probe.notes, *_domain(model, probe)),
+            tables=_tables(outcomes, probe, settings),
+            files=(f"{base}.safetensors", *writer.files()),
+        )
+        if group.leads:
+            head = {key: tensor.contiguous() for key, tensor in outcomes[0].head.items()}
+            write_bytes(out / f"{base}.safetensors", safetensors.torch.save(head))
+            write(report, out / f"{base}.json")
+        return report
+
+
+def _metrics(outcomes: Sequence[Outcome]) -> dict[str, Metric]:
+    areas = [outcome.areas for outcome in outcomes]
+    return metrics(areas[0]) if len(areas) == 1 else repeated(areas)
+
+
+def _tables(outcomes: Sequence[Outcome], probe: Probe, settings: SegSettings) -> dict[str, Table]:
+    tables = {"classes": class_table([outcome.areas for outcome in outcomes], probe.data.labelling.classes)}
+    if len(outcomes) > 1:
+        found = [score(outcome.areas) for outcome in outcomes]
+        tables["seeds"] = Table(
+            columns=("seed", "miou", "macc", "aacc"),
+            rows=tuple(
+                (settings.seed + number, one.miou, one.macc, one.aacc) for number, one in enumerate(found)
+            ),
+        )
+    return tables
+
+
+def _data_used(probe: Probe) -> tuple[DataUsed, ...]:
+    return tuple(
+        DataUsed(
+            role=role,
+            name=split.name,
+            fingerprint=checked.fingerprint,
+            count=len(split.pairs),
+            num_classes=len(probe.data.labelling.classes),
+        )
+        for role, split, checked in (
+            ("train", probe.data.train, probe.train),
+            ("val", probe.data.val, probe.val),
+        )
+    )
+
+
+def _domain(model: Backbone, probe: Probe) -> tuple[str, ...]:
+    # Only name, location and fingerprint are asked for, which a split has as well.
+    sources = cast(Iterable[ImageSource], probe.sources())
+    return domain_notes(model, sources)
+
+
+def _library_versions() -> dict[str, str]:
+    names = ("onedl-mmsegmentation", "onedl-mmengine", "onedl-mmcv", "opencv-python")
+    return {name: version(name) for name in names}

@@ -1,0 +1,214 @@
+"""Our parts in MMSegmentation's registries: backbone, head, resize, metric. Import it through `library`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+import mmcv
+import numpy as np
+import torch
+from mmcv.transforms import BaseTransform
+from mmengine.config import ConfigDict
+from mmseg.datasets import ADE20KDataset, PascalVOCDataset
+from mmseg.evaluation import IoUMetric
+from mmseg.models import CrossEntropyLoss, EncoderDecoder, SegDataPreProcessor
+from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+from mmseg.models.utils import resize
+from mmseg.registry import MODELS, TRANSFORMS
+from torch import Tensor, nn
+
+from evals.core.dist import Group
+from radio.types import Backbone
+
+from .datasets import VOID
+from .presets import Plan
+from .scores import Areas
+from .sizes import keep_ratio
+
+# Letters: B batch, D token width, H W grid, h w pixels, C classes, N pictures.
+
+KNOWN_CLASSES: Mapping[str, Sequence[str]] = {
+    "ADE20K": ADE20KDataset.METAINFO["classes"],
+    "VOC2012": PascalVOCDataset.METAINFO["classes"],
+}
+
+
+@MODELS.register_module()
+@final
+class RadioBackbone(nn.Module):  # type: ignore[misc, unused-ignore]
+    """Any of our backbones as one of MMSegmentation's: [B, 3, h, w] in [0, 1] -> one map [B, D, H, W].
+
+    It is no submodule: its weights are in no checkpoint of the head, and `train()` does not reach it.
+    """
+
+    def __init__(self, model: Backbone, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._held, self._dtype = (model,), dtype
+
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        """The tokens as a map, float32, without gradient."""
+        with torch.no_grad():
+            return (self._held[0](images.to(self._dtype)).map().float(),)
+
+
+@MODELS.register_module()
+@final
+class KeptTokens(nn.Module):
+    """Stands for the backbone where its maps [B, D, H, W] come from the loader."""
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor]:
+        """The maps, as they came."""
+        return (tokens,)
+
+
+@final
+class SharedBatchNorm(nn.Module):
+    """Batch norm over the batches of all ranks, and so with running statistics that all ranks agree on.
+
+    The usual one would normalise each rank's share by itself, and save rank 0's statistics for all. Its input
+    comes from a frozen backbone and needs no gradient, so the sums of the ranks are all that must be
+    exchanged (torch's SyncBatchNorm needs GPUs).
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, width: int, group: Group, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_var", torch.ones(width))
+        self._group, self._eps, self._momentum = group, eps, momentum
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """[B, D, H, W], each channel normalised by this step's statistics, or by the running ones."""
+        mean, variance = self._statistics(maps) if self.training else (self.running_mean, self.running_var)
+        scale = self.weight * (variance + self._eps).rsqrt()
+        shift = self.bias - mean * scale
+        return torch.addcmul(shift.view(1, -1, 1, 1), maps, scale.view(1, -1, 1, 1))
+
+    @torch.no_grad()
+    def _statistics(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        count = maps.numel() // maps.shape[1] * self._group.world  # every rank has as many
+        mean = self._group.sum(maps.sum(dim=(0, 2, 3))) / count
+        squares = (maps - mean.view(1, -1, 1, 1)).square().sum(dim=(0, 2, 3))
+        variance = self._group.sum(squares) / count
+        self.running_mean.lerp_(mean, self._momentum)
+        self.running_var.lerp_(variance * count / max(count - 1, 1), self._momentum)
+        return mean, variance
+
+
+@MODELS.register_module()
+@final
+class LinearHead(BaseDecodeHead):  # type: ignore[misc]
+    """Batch norm and a 1x1 convolution (the base class's `conv_seg`)."""
+
+    def __init__(self, width: int, num_classes: int, group: Group) -> None:
+        super().__init__(
+            in_channels=width,
+            channels=width,
+            num_classes=num_classes,
+            out_channels=num_classes,  # said, lest two classes bring a warning
+            dropout_ratio=0,
+            ignore_index=VOID,
+            align_corners=False,
+            loss_decode={"type": CrossEntropyLoss, "avg_non_ignore": True},
+        )
+        self.bn = SharedBatchNorm(width, group)
+        self._group = group
+
+    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Logits [B, C, H, W] of the last of the backbone's maps."""
+        logits: Tensor = self.cls_seg(self.bn(self._transform_inputs(inputs)))
+        return logits
+
+    def loss_by_feat(self, seg_logits: Tensor, batch_data_samples: Sequence[Any]) -> dict[str, Tensor]:
+        """Cross-entropy over the labelled pixels of all ranks; DDP averages, hence the number of ranks."""
+        labels = self._stack_batch_gt(batch_data_samples)
+        logits = resize(seg_logits, size=labels.shape[2:], mode="bilinear", align_corners=False)
+        counted = self._group.sum((labels != VOID).sum())
+        loss = self.loss_decode(
+            logits,
+            labels.squeeze(1),
+            avg_factor=counted.clamp(min=1) / self._group.world,
+            ignore_index=VOID,
+        )
+        return {"loss_ce": loss}
+
+
+@TRANSFORMS.register_module()
+@final
+class FitResize(BaseTransform):  # type: ignore[misc]
+    """The keep-ratio resize, to the nearest size that the backbone takes: for testing on whole pictures."""
+
+    def __init__(self, model: Backbone, long_side: int, short_side: int) -> None:
+        self._fit, self._long, self._short = model.fit, long_side, short_side
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        """The results with another `img` and its new `img_shape`."""
+        height, width = self._fit(*keep_ratio(results["img"].shape[:2], self._long, self._short))
+        results["img"] = mmcv.imresize(results["img"], (width, height), interpolation="bilinear")
+        results["img_shape"] = (height, width)
+        return results
+
+
+@final
+class AreaMetric(IoUMetric):  # type: ignore[misc]
+    """MMSegmentation's IoU, whose areas of each picture are kept, in the order of the data set.
+
+    Each rank has pictures rank, rank + world, ...: none is padded or counted twice, and nothing is pickled.
+    """
+
+    default_prefix = ""  # none is said, and none is missed
+
+    def __init__(self, group: Group) -> None:
+        super().__init__(ignore_index=VOID, iou_metrics=["mIoU"])
+        self._group = group
+        self.areas: Areas = np.empty((0, 3, 0))
+
+    def evaluate(self, size: int) -> dict[str, float]:
+        """mIoU, mAcc and aAcc as MMSegmentation computes and rounds them; the same on every rank."""
+        num_classes = len(self.dataset_meta["classes"])
+        areas = torch.zeros(size, 3, num_classes, dtype=torch.float64)
+        for place, (both, _, predicted, label) in enumerate(self.results):
+            areas[self._group.rank + place * self._group.world] = torch.stack(
+                [both, predicted, label]
+            ).double()
+        self.results.clear()
+        areas = self._group.sum(areas)
+        self.areas = areas.numpy()
+        rows = [(both, said + label - both, said, label) for both, said, label in areas]
+        scores: dict[str, float] = self.compute_metrics(rows)
+        return scores
+
+
+def build_model(
+    backbone: dict[str, Any], *, width: int, num_classes: int, plan: Plan, group: Group, pixels: bool
+) -> nn.Module:
+    """An `EncoderDecoder` of MMSegmentation around our backbone (or kept tokens) and head."""
+    if pixels:
+        # The backbone normalises by itself: only BGR bytes -> RGB in [0, 1] is left to do, and padding.
+        preprocessor = {"mean": [0.0] * 3, "std": [255.0] * 3, "bgr_to_rgb": True, "size": plan.crop}
+        if plan.slides:
+            preprocessor["test_cfg"] = {"size": plan.crop}
+    else:
+        preprocessor = {"size_divisor": 1}
+    test = (
+        {"mode": "slide", "crop_size": plan.crop, "stride": plan.stride} if plan.slides else {"mode": "whole"}
+    )
+    model: nn.Module = MODELS.build(
+        {
+            "type": EncoderDecoder,
+            "backbone": backbone,
+            "decode_head": {"type": LinearHead, "width": width, "num_classes": num_classes, "group": group},
+            "data_preprocessor": {
+                "type": SegDataPreProcessor,
+                "pad_val": 0,
+                "seg_pad_val": VOID,
+                **preprocessor,
+            },
+            "test_cfg": ConfigDict(test),
+        }
+    )
+    return model

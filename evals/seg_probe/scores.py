@@ -1,0 +1,112 @@
+"""From areas per picture to mIoU, mAcc and aAcc, with intervals over pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from evals.core.bootstrap import interval, resamples
+from evals.core.report import Metric, Table
+from radio.errors import DataError
+
+# Letters: N pictures, C classes, R resamples.
+
+Areas = NDArray[np.float64]
+"""[N, 3, C]: pixels of each picture and class in the intersection, in the prediction and in the label."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scores:
+    """Percentages of one head; NaN for a class that is absent."""
+
+    miou: float
+    macc: float
+    aacc: float
+    iou: NDArray[np.float64]  # [C]
+    acc: NDArray[np.float64]  # [C]
+
+
+def score(areas: Areas) -> Scores:
+    """The scores of all pictures together.
+
+    A class that is neither in a label nor predicted is left out of the means; one that is only predicted has
+    an IoU of 0, and no accuracy. Sums are in float64: MMSegmentation's own, in float32, lose single pixels
+    beyond 2^24 of them.
+
+    Raises:
+        DataError: no pixel has a class.
+    """
+    total = areas.sum(axis=0)
+    if not total[2].any():
+        raise DataError("no validation pixel has a class, so there is nothing to score")
+    iou, acc, overall = _ratios(total)
+    return Scores(
+        miou=float(np.nanmean(iou)),
+        macc=float(np.nanmean(acc)),
+        aacc=float(overall),
+        iou=iou,
+        acc=acc,
+    )
+
+
+def metrics(areas: Areas, seed: int = 0) -> dict[str, Metric]:
+    """miou, macc and aacc with 95 % intervals: percentile bootstrap over pictures."""
+    scores = score(areas)
+    counts = resamples(len(areas), seed=seed)  # [R, N]
+    totals = (counts @ areas.reshape(len(areas), -1)).reshape(len(counts), *areas.shape[1:])
+    iou, acc, overall = _ratios(totals)
+    drawn = {"miou": _nanmean(iou), "macc": _nanmean(acc), "aacc": overall}
+    found = {}
+    for name, values in drawn.items():
+        low, high = interval(values)
+        found[name] = Metric(value=getattr(scores, name), low=low, high=high)
+    return found
+
+
+def repeated(runs: Sequence[Areas]) -> dict[str, Metric]:
+    """The mean over several heads, with their standard deviation (n - 1)."""
+    found = [score(areas) for areas in runs]
+    values = {name: torch.tensor([getattr(one, name) for one in found]) for name in ("miou", "macc", "aacc")}
+    return {
+        name: Metric(value=float(value.double().mean()), std=float(value.double().std()))
+        for name, value in values.items()
+    }
+
+
+def class_table(runs: Sequence[Areas], classes: tuple[str, ...]) -> Table:
+    """Each class: IoU and accuracy in percent (means over heads), and its share of the labelled pixels."""
+    found = [score(areas) for areas in runs]
+    iou, acc = (np.mean([getattr(one, name) for one in found], axis=0) for name in ("iou", "acc"))
+    pixels = runs[0].sum(axis=0)[2]
+    share = 100 * pixels / pixels.sum()
+    rows = tuple(
+        (name, _or_none(iou[place]), _or_none(acc[place]), float(share[place]))
+        for place, name in enumerate(classes)
+    )
+    return Table(columns=("class", "iou", "acc", "share"), rows=rows)
+
+
+def _ratios(total: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
+    """IoU [..., C], accuracy [..., C] and overall accuracy [...] in percent, of areas [..., 3, C]."""
+    intersection, predicted, label = (total[..., place, :] for place in range(3))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        iou = 100 * intersection / (predicted + label - intersection)
+        acc = 100 * intersection / label
+        overall = 100 * intersection.sum(axis=-1) / label.sum(axis=-1)
+    return iou, acc, overall
+
+
+def _nanmean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Means over the last axis without NaN; NaN where there is nothing else (a resample of void pictures)."""
+    there = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        mean: NDArray[np.float64] = np.where(there, values, 0).sum(axis=-1) / there.sum(axis=-1)
+    return mean
+
+
+def _or_none(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)

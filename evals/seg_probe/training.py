@@ -1,0 +1,298 @@
+"""One head: mmengine's Runner trains and tests it, quietly, and takes up a run where it was left."""
+
+from __future__ import annotations
+
+import logging
+import random
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, final
+
+import numpy as np
+import torch
+from mmengine.dist import get_dist_info
+from mmengine.hooks import Hook
+from mmengine.logging import MMLogger
+from mmengine.model import MMDistributedDataParallel
+from mmengine.runner import Runner
+from mmengine.visualization import Visualizer
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from evals.core.dist import Group
+from evals.core.evaluator import Watch
+from evals.core.progress import Telling
+from radio.errors import RadioError
+
+from .pictures import Pictures, Positions, Sample, Share, Stream, TokenMaps
+from .plugin import AreaMetric
+from .presets import Plan
+from .scores import Areas
+from .states import HeadState, read_state, write_state
+
+# Letters: H W a picture's own height and width.
+
+Keep = Callable[[int, NDArray[np.uint8]], None]
+"""Takes a validation picture's place and its predicted classes [H, W]."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """Everything that one head's training and test need."""
+
+    make_model: Callable[[], nn.Module]
+    train: Pictures | TokenMaps
+    val: Pictures | TokenMaps
+    plan: Plan
+    seed: int
+    state: Path  # where the training is written down
+    key: str  # of all that decides the head
+    save_every: int
+    device: torch.device
+    workers: int
+    test_batch: int
+    group: Group
+    label: str  # beside the bars
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """A trained head and its test."""
+
+    areas: Areas
+    scores: dict[str, float]  # as MMSegmentation rounds them
+    head: dict[str, Tensor]
+    resumed: int  # the iteration that the training went on from, all of them for a finished one
+
+
+def run(job: Job, watch: Watch, keep: Keep | None = None) -> Outcome:
+    """Train the head, or what is left of its training, and test it.
+
+    Raises:
+        RadioError: the loss is not finite.
+        CheckpointError: what an earlier run wrote down is damaged or another run's.
+        DataError: ranks do not share the folder of the states.
+    """
+    start = read_state(job.state, job.key, job.group)
+    with TemporaryDirectory(prefix="am-radio-seg-") as folder, _own_randomness():
+        metric = AreaMetric(job.group)
+        runner = _make_runner(job, start, metric, folder)
+        with watch(f"training {job.label}", job.plan.iterations) as advance:
+            if start.iteration:
+                advance(start.iteration)
+            runner.register_hook(Progress(advance))
+            runner.train()
+        with watch(f"testing {job.label}", len(job.val)) as advance:
+            runner.register_hook(TestProgress(advance, job.group.world))
+            if keep is not None:
+                runner.register_hook(KeepMaps(keep))
+            scores = runner.test()
+    head = {name: tensor.cpu() for name, tensor in _bare(runner.model).state_dict().items()}
+    return Outcome(areas=metric.areas, scores=scores, head=head, resumed=start.iteration)
+
+
+def _make_runner(job: Job, start: HeadState, metric: AreaMetric, folder: str) -> ProbeRunner:
+    plan, group = job.plan, job.group
+    loader: dict[str, Any] = {"num_workers": job.workers, "collate_fn": _collate}
+    loader["persistent_workers"] = job.workers > 0
+    return ProbeRunner(
+        start=start,
+        device=job.device,
+        model=job.make_model(),
+        work_dir=folder,
+        train_dataloader=DataLoader(
+            Stream(job.train, job.seed, job.train.metainfo),
+            batch_size=plan.batch // group.world,
+            sampler=Positions(len(job.train), plan.batch, group.rank, group.world),
+            **loader,
+        ),
+        train_cfg={"type": "IterBasedTrainLoop", "max_iters": plan.iterations},
+        optim_wrapper={
+            "type": "OptimWrapper",
+            "optimizer": {"type": "AdamW", "lr": plan.lr, "weight_decay": plan.weight_decay},
+        },
+        param_scheduler=[
+            {"type": "LinearLR", "start_factor": 1e-6, "by_epoch": False, "begin": 0, "end": plan.warmup},
+            {
+                "type": "PolyLR",
+                "power": 1.0,
+                "eta_min": 0.0,
+                "by_epoch": False,
+                "begin": plan.warmup,
+                "end": plan.iterations,
+            },
+        ],
+        test_dataloader=DataLoader(
+            job.val,
+            batch_size=job.test_batch,
+            sampler=Share(len(job.val), group.rank, group.world),
+            **loader,
+        ),
+        test_cfg={"type": "TestLoop"},
+        test_evaluator=[metric],
+        default_hooks=dict.fromkeys(("runtime_info", "timer", "sampler_seed", "logger", "checkpoint")),
+        custom_hooks=[SaveState(job.state, job.key, job.save_every, group)],
+        launcher="none" if group.world == 1 else "pytorch",
+        randomness={"seed": job.seed},
+        default_scope="mmseg",
+        experiment_name=secrets.token_hex(8),  # mmengine keeps loggers by name
+    )
+
+
+@final
+class ProbeRunner(Runner):  # type: ignore[misc]
+    """mmengine's Runner without its noise: no log files, no environment dump, no global settings."""
+
+    def __init__(self, *, start: HeadState, device: torch.device, **arguments: Any) -> None:
+        self._start_state, self._device, self._resumed = start, device, False
+        super().__init__(**arguments)
+
+    def setup_env(self, env_cfg: dict[str, Any]) -> None:
+        """Ranks and a time stamp; the original changes how this process forks and how many threads it has."""
+        self._rank, self._world_size = get_dist_info()
+        self._timestamp = time.strftime("%Y%m%d_%H%M%S")
+
+    def build_logger(self, *arguments: Any, **settings: Any) -> Any:
+        """A logger that speaks of errors only, without a file."""
+        return MMLogger.get_instance(name=self._experiment_name, log_level="ERROR")
+
+    def build_visualizer(self, visualizer: Any = None) -> Any:
+        """A visualizer that writes nothing; the loops hand it the class names."""
+        return Visualizer.get_instance(name=self._experiment_name)
+
+    def dump_config(self) -> None:
+        """Nothing: our report holds the settings."""
+
+    def _log_env(self, env_cfg: dict[str, Any]) -> None:
+        """Nothing: the original starts compilers to ask for their versions."""
+
+    def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
+        """The model on the device that was chosen; under DDP where there are several ranks, GPUs or not."""
+        model = model.to(self._device)
+        if not self.distributed:
+            return model
+        wrapped: nn.Module = MMDistributedDataParallel(model, broadcast_buffers=False)
+        return wrapped
+
+    def load_or_resume(self) -> None:
+        """Put the head, optimizer and schedules where the earlier run left them."""
+        state = self._start_state
+        if not state.iteration or self._resumed:
+            return
+        _bare(self.model).load_state_dict(state.head)
+        self.optim_wrapper.optimizer.load_state_dict(state.optimizer)
+        for scheduler, values in zip(self.param_schedulers, state.schedulers, strict=True):
+            scheduler.load_state_dict(values)
+        self._train_loop._iter = state.iteration
+        self._resumed = True
+
+
+@final
+class SaveState(Hook):  # type: ignore[misc]
+    """Writes the training down every so many iterations, and at its end."""
+
+    priority = "VERY_LOW"  # after the schedules have moved on
+
+    def __init__(self, path: Path, key: str, every: int, group: Group) -> None:
+        self._path, self._key, self._every, self._group = path, key, every, group
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        """`batch_idx` counts from 0 over the whole training."""
+        done = batch_idx + 1
+        if done % self._every and done != runner.max_iters:
+            return
+        if not bool(torch.isfinite(outputs["loss"])):
+            raise RadioError(
+                f"iteration {done}: the loss is {float(outputs['loss'])}; what was saved last stands. Lower "
+                f"--lr, or look for values that are not finite in the backbone's tokens (--precision fp32)"
+            )
+        if self._group.leads:
+            state = HeadState(
+                iteration=done,
+                head=_bare(runner.model).state_dict(),
+                optimizer=runner.optim_wrapper.optimizer.state_dict(),
+                schedulers=[scheduler.state_dict() for scheduler in runner.param_schedulers],
+            )
+            write_state(self._path, self._key, state)
+
+
+@final
+class Progress(Hook):  # type: ignore[misc]
+    """Moves the bar by one iteration, and shows the loss every so often."""
+
+    def __init__(self, advance: Any) -> None:
+        self._advance, self._told = advance, 0.0
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        """Reads the loss at most twice a second: each time waits for the device."""
+        self._advance(1)
+        if isinstance(self._advance, Telling) and time.monotonic() - self._told > 0.5:
+            self._told = time.monotonic()
+            self._advance.tell(f"loss {float(outputs['loss']):.4f}")
+
+
+@final
+class TestProgress(Hook):  # type: ignore[misc]
+    """Moves the bar by the pictures that all ranks have tested."""
+
+    __test__ = False  # no test of pytest's
+
+    def __init__(self, advance: Any, world: int) -> None:
+        self._advance, self._world = advance, world
+
+    def after_test_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Sequence[Any] | None = None
+    ) -> None:
+        """The other ranks are taken to be as far as this one."""
+        self._advance(len(outputs or ()) * self._world)
+
+
+@final
+class KeepMaps(Hook):  # type: ignore[misc]
+    """Hands every prediction over while it is there."""
+
+    def __init__(self, keep: Keep) -> None:
+        self._keep = keep
+
+    def after_test_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Sequence[Any] | None = None
+    ) -> None:
+        """Predictions at the pictures' own sizes."""
+        for sample in outputs or ():
+            classes = sample.pred_sem_seg.data.squeeze(0).to(torch.uint8)
+            self._keep(sample.metainfo["place"], classes.cpu().numpy())
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    module: Any = model.module if isinstance(model, MMDistributedDataParallel) else model
+    assert isinstance(module, nn.Module)
+    return module
+
+
+def _collate(samples: list[Sample]) -> dict[str, list[Any]]:
+    """Lists: pictures of several sizes are stacked after padding, by the data preprocessor."""
+    return {name: [sample[name] for sample in samples] for name in samples[0]}
+
+
+@contextmanager
+def _own_randomness() -> Iterator[None]:
+    """Global generators and logging as they were, whatever mmengine sets inside."""
+    state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002 (mmengine seeds all three)
+    level = logging.root.level
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        np.random.set_state(state)  # noqa: NPY002
+        random.setstate(python_state)
+        logging.root.setLevel(level)
