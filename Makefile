@@ -59,7 +59,7 @@ $(BIN)/python:
 
 DEMO := knn,zeroshot,sam
 .venv/.stamp-demo: EXTRAS := $(DEMO)
-.venv/.stamp-test: EXTRAS := $(DEMO),vqa,weights,dev
+.venv/.stamp-test: EXTRAS := $(DEMO),seg,vqa,weights,dev
 .venv/.stamp-lint: EXTRAS := dev
 .venv/.stamp-weights: EXTRAS := $(DEMO),weights
 

@@ -44,6 +44,22 @@ def _knn() -> Evaluator[Any]:
     return KnnEvaluator()
 
 
+@evaluators.register("seg")
+def _seg() -> Evaluator[Any]:
+    """Segmentation by a linear head on frozen tokens, with MMSegmentation."""
+    from .seg_probe.evaluator import SegEvaluator
+
+    return SegEvaluator()
+
+
+@evaluators.register("zeroshot")
+def _zeroshot() -> Evaluator[Any]:
+    """Classification by class names, and retrieval by captions, through a CLIP teacher's text tower."""
+    from .zeroshot.evaluator import ZeroshotEvaluator
+
+    return ZeroshotEvaluator()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
     """What every task takes."""

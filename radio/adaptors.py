@@ -70,11 +70,15 @@ class MLPAdaptor(nn.Module):
 
     def forward(self, features: Features, grid: tuple[int, int] | None = None) -> Features:
         """The features in the teacher's widths, tokens resampled to `grid` (None keeps the student's)."""
-        summary = features.summary
-        if self.config.slot is not None:
-            start = self.config.slot * self.slot_width
-            summary = summary[:, start : start + self.slot_width]
         to = features.grid if grid is None else grid
         placed = resize_features(features, to) if self.config.resample == "before" else features
-        mapped = Features(self.summary(summary), self.spatial(placed.tokens), placed.grid)
+        mapped = Features(self.carry_summary(features.summary), self.spatial(placed.tokens), placed.grid)
         return resize_features(mapped, to)
+
+    def carry_summary(self, summaries: Tensor) -> Tensor:
+        """[B, C] of the student -> [B, C] of the teacher."""
+        if self.config.slot is not None:
+            start = self.config.slot * self.slot_width
+            summaries = summaries[:, start : start + self.slot_width]
+        carried: Tensor = self.summary(summaries)
+        return carried

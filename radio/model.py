@@ -117,11 +117,23 @@ class RadioModel(nn.Module):
         Raises:
             ConfigError: there is no adaptor of that name; lists those there are.
         """
+        return self._adaptor(name)(features, grid)
+
+    def adapt_summary(self, name: str, summaries: Tensor) -> Tensor:
+        """The student's summaries [B, C] alone in teacher `name`'s space, for summaries kept from earlier.
+
+        Raises:
+            ConfigError: as `adapt`.
+        """
+        return self._adaptor(name).carry_summary(summaries)
+
+    def _adaptor(self, name: str) -> Adaptor:
         if name not in self.adaptors:
             hint = did_you_mean(name, self.adaptors) or f"; it has {', '.join(self.adaptors) or 'none'}"
             raise ConfigError(f"{self.name} has no adaptor {name!r}{hint}")
-        adaptor: Adaptor = self.adaptors[name]
-        return adaptor(features, grid)
+        adaptor = self.adaptors[name]
+        assert isinstance(adaptor, MLPAdaptor)  # as _heads makes them
+        return adaptor
 
     def save(self, path: Path) -> str:
         """Write weights and card as `.pt` or `.safetensors`, atomically; the file's sha256."""
@@ -163,10 +175,13 @@ def load(path: Path) -> RadioModel:
 
 
 def load_untrained(path: Path, seed: int) -> RadioModel:
-    """The architecture of a checkpoint with fresh weights: the floor that training rose from."""
+    """The architecture of a checkpoint with fresh weights: the floor that training rose from.
+
+    Its card keeps the teachers, whose decoders and text towers it is scored with like the trained one.
+    """
     found = checkpoint.load(path)
     config = _read_config(found.card, path)
-    card = {"resolution": found.card.get("resolution")}
+    card: dict[str, Any] = {key: found.card[key] for key in ("resolution", "teachers") if key in found.card}
     return build(config, seed, card, f"{_label(path)}-untrained").eval()
 
 

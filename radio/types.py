@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor
 
-# Letters: B batch, C summary width, T tokens, D token width, H W grid, N texts.
+# Letters: B batch, C summary width, T tokens, D token width, H W grid, N texts, E text width.
 
 
 class Features(NamedTuple):
@@ -69,7 +69,10 @@ class TextTower(Protocol):
         """Hex hash of weights and tokenizer."""
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """[N, C] text vectors in the summary's space, not normalised."""
+        """[N, E] text vectors, not normalised."""
+
+    def project(self, summaries: Tensor) -> Tensor:
+        """[B, C] summaries of the teacher in the texts' space [B, E]; CLIP's are there already."""
 
 
 @runtime_checkable
@@ -105,3 +108,6 @@ class Adaptor(Protocol):
 
     def __call__(self, features: Features, grid: tuple[int, int] | None = None) -> Features:
         """The features in the teacher's widths, on `grid` (None keeps the student's)."""
+
+    def carry_summary(self, summaries: Tensor) -> Tensor:
+        """[B, C] summaries of the student, alone, in the teacher's width."""

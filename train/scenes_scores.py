@@ -12,6 +12,8 @@ from torch import Tensor
 
 from evals.knn.index import Index
 from evals.knn.vote import vote
+from evals.zeroshot.classifier import class_vectors
+from evals.zeroshot.ranking import rank_classes
 from radio.resample import resize_images
 from radio.scenes.language import TEMPLATES
 from radio.scenes.world import CLASSES, Scene, Split, render, render_images
@@ -47,7 +49,7 @@ def score(teacher: Frozen, protocol: Protocol) -> Scores:
     queries, labels = summaries(teacher, protocol.queries, "val")
     scores = {"knn": _percent(knn(bank, bank_labels, queries), labels)}
     if teacher.text is not None:
-        predicted = zero_shot(queries, torch.stack([teacher.text.encode(_prompts(name)) for name in CLASSES]))
+        predicted = rank_classes(queries, class_vectors(teacher.text, CLASSES, TEMPLATES)).classes[:, 0]
         scores |= {"zero_shot": _percent(predicted, labels)}
     return scores
 
@@ -73,12 +75,6 @@ def knn(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int = 20, tempera
     labels = bank_labels[found.ids]
     num_classes = int(bank_labels.max()) + 1
     return vote(found.similarities, labels, (k,), num_classes=num_classes, temperature=temperature)[k][:, 0]
-
-
-def zero_shot(queries: Tensor, prompts: Tensor) -> Tensor:
-    """The class [N] whose mean normalised prompt vector, of prompts [K, T, C], is nearest."""
-    names = F.normalize(F.normalize(prompts, dim=2).mean(dim=1), dim=1)
-    return (F.normalize(queries, dim=1) @ names.T).argmax(dim=1)
 
 
 def box_miou(sam: Any, count: int, seed: int = 0) -> Scores:
@@ -134,10 +130,6 @@ def _filled(boxes: Tensor) -> Tensor:
 
 def _iou(one: Tensor, other: Tensor) -> Tensor:
     return (one & other).sum(dim=(1, 2)) / (one | other).sum(dim=(1, 2)).clamp(min=1)
-
-
-def _prompts(name: str) -> list[str]:
-    return [template.format(name) for template in TEMPLATES]
 
 
 def _percent(predicted: Tensor, labels: Tensor) -> float:

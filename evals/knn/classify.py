@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, final
 
@@ -87,18 +88,26 @@ class Classifier:
 
 
 def make_classifier(
-    sets: Sets, stored: Stored, asked: Stored, settings: KnnSettings, group: Group
+    sets: Sets,
+    stored: Stored,
+    asked: Stored,
+    settings: KnnSettings,
+    group: Group,
+    carry: Callable[[Tensor], Tensor],
 ) -> Classifier:
-    """The classifier of extracted features: every rank holds its chunks of the bank and all queries."""
-    queries = asked.load()
+    """The classifier of extracted features: every rank holds its chunks of the bank and all queries.
+
+    `carry` takes summaries [N, C] into the space that they are compared in.
+    """
+    queries, shard = asked.load(), stored.load(group.rank, group.world)
     return Classifier(
         settings=settings,
         group=group,
         num_classes=len(sets.bank.classes),
         bank_labels=torch.from_numpy(sets.bank.labels),
         bank_indices=stored.indices(),
-        shard=stored.load(group.rank, group.world),
-        queries=queries,
+        shard=shard._replace(features=carry(shard.features)),
+        queries=queries._replace(features=carry(queries.features)),
         labels=torch.from_numpy(aligned_labels(sets.asked, sets.bank))[queries.indices],
         exclude=queries.indices if sets.query is None else None,
     )

@@ -2,43 +2,35 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, final, runtime_checkable
+from typing import Any, final
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from evals.core.accuracy import class_table
 from evals.core.data import aligned_labels, open_source
 from evals.core.dist import Group, current
 from evals.core.evaluator import Watch, domain_notes, silent
 from evals.core.features import Extraction, Stored, default_cache, extract
-from evals.core.provenance import choose_device, commit, describe_device, versions
+from evals.core.plan import carry, plan, resolved
+from evals.core.provenance import commit, describe_device, versions
 from evals.core.report import DataUsed, Metric, Report, file_name, write
-from evals.core.views import make_view
 from radio.config import to_plain
-from radio.errors import ConfigError, DataError
-from radio.types import Backbone, Features
+from radio.errors import DataError
+from radio.types import Backbone
 
 from .classify import Classifier, Sets, make_classifier
 from .index import load_faiss
 from .records import write_records
-from .scoring import accuracies, class_table, real_accuracy
+from .scoring import accuracies, real_accuracy
 from .settings import KnnSettings
 
 # Letters: Q queries.
-
-
-@runtime_checkable
-class Adapting(Protocol):
-    """A model that carries its features into a teacher's space."""
-
-    def adapt(self, name: str, features: Features) -> Features:
-        """The features in the space of teacher `name`."""
 
 
 @final
@@ -75,14 +67,15 @@ class KnnEvaluator:
         group = group or current()
         cache = settings.cache or default_cache()
         sets = _open(settings, cache / "fingerprints")
-        how, notes = _plan(model, settings)
+        how, notes = plan(model, settings, settings.head)
         bank = extract(model, sets.bank, how, cache=cache, group=group, watch=watch)
         asked = bank
         if sets.query is not None:
             asked = extract(model, sets.query, how, cache=cache, group=group, watch=watch)
         extracted = time.monotonic()
 
-        classifier = make_classifier(sets, bank, asked, settings, group)
+        carried = partial(carry, model, settings.head)
+        classifier = make_classifier(sets, bank, asked, settings, group, carried)
         neighbours, rankings = classifier.classify()
         ranking = rankings[settings.headline]
         metrics = _score(classifier, rankings, sets)
@@ -144,36 +137,6 @@ def _open(settings: KnnSettings, memo: Path) -> Sets:
     return Sets(bank, query)
 
 
-def _plan(model: Backbone, settings: KnnSettings) -> tuple[Extraction, tuple[str, ...]]:
-    device = choose_device(settings.device)
-    view, notes = make_view(model, settings.view, settings.size, settings.ratio)
-    workers = settings.workers
-    if workers is None:
-        workers = 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
-    how = Extraction(
-        view=view,
-        device=device,
-        dtype=torch.bfloat16 if settings.precision == "bf16" else torch.float32,
-        head="summary" if settings.head is None else f"adaptor {settings.head}",
-        project=_projection(model, settings.head),
-        batch=settings.batch,
-        workers=workers,
-    )
-    return how, notes
-
-
-def _projection(model: Backbone, head: str | None) -> Callable[[Features], Tensor]:
-    if head is None:
-        return _summary
-    if not isinstance(model, Adapting):
-        raise ConfigError(f"{model.name} has no adaptors, so no head {head!r}; leave --head out")
-    return lambda features: model.adapt(head, features).summary
-
-
-def _summary(features: Features) -> Tensor:
-    return features.summary
-
-
 def _score(classifier: Classifier, rankings: Mapping[int, Tensor], sets: Sets) -> dict[str, Metric]:
     settings = classifier.settings
     metrics = accuracies(rankings, classifier.labels, classifier.num_classes, settings.headline)
@@ -194,15 +157,8 @@ def _clamped(classifier: Classifier) -> tuple[str, ...]:
 
 
 def _resolved(classifier: Classifier, how: Extraction) -> dict[str, Any]:
-    return {
-        "view": how.view.describe(),
-        "size": list(how.view.size),
-        "features": how.head,
-        "width": classifier.queries.features.shape[1],
-        "dtype": str(how.dtype).removeprefix("torch."),
-        "workers": how.workers,
-        "ranks": classifier.group.world,
-    }
+    width = classifier.queries.features.shape[1]
+    return {**resolved(how, classifier.settings.head), "width": width, "ranks": classifier.group.world}
 
 
 def _data_used(sets: Sets, bank: Stored, asked: Stored) -> tuple[DataUsed, ...]:

@@ -1,4 +1,4 @@
-"""From predictions to numbers: accuracies with intervals, per class, and against several accepted labels."""
+"""From predictions to numbers: accuracies for each k, over tries, and against several accepted labels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import Tensor
 
-from evals.core.report import Metric, Table, proportion
+from evals.core.accuracy import mean_class, top_accuracies
+from evals.core.report import Metric, proportion
 from radio.errors import DataError
 
 # Letters: Q queries.
@@ -27,23 +28,9 @@ def accuracies(
     """
     metrics: dict[str, Metric] = {}
     for k in sorted(rankings, key=lambda k: (k != headline, k)):
-        suffix = "" if k == headline else f"_k{k}"
-        hits = rankings[k] == labels.unsqueeze(1)  # [Q, 5]
-        metrics[f"top1{suffix}"] = proportion(int(hits[:, 0].sum()), len(labels))
-        if num_classes >= 5:
-            metrics[f"top5{suffix}"] = proportion(int(hits.any(1).sum()), len(labels))
-    shares = [correct / count for _, count, correct in _by_class(rankings[headline], labels)]
-    metrics["mean_class"] = Metric(value=100 * sum(shares) / len(shares))
+        metrics |= top_accuracies(rankings[k], labels, num_classes, "" if k == headline else f"_k{k}")
+    metrics["mean_class"] = mean_class(rankings[headline], labels)
     return metrics
-
-
-def class_table(ranking: Tensor, labels: Tensor, classes: Sequence[str]) -> Table:
-    """Every class among the queries: name, how many queries, how many right, and the share in percent."""
-    rows = tuple(
-        (classes[place], count, correct, 100 * correct / count)
-        for place, count, correct in _by_class(ranking, labels)
-    )
-    return Table(columns=("class", "count", "correct", "top1"), rows=rows)
 
 
 def repeated(values: Sequence[float]) -> Metric:
@@ -71,14 +58,6 @@ def real_accuracy(ranking: Tensor, keys: Sequence[str], path: Path) -> Metric:
     if not judged:
         raise DataError(f"{path}: accepts no label for any of the pictures")
     return proportion(sum(top in allowed for top, allowed in judged), len(judged))
-
-
-def _by_class(ranking: Tensor, labels: Tensor) -> list[tuple[int, int, int]]:
-    """(class, count, correct) of the classes among the queries."""
-    right = (ranking[:, 0] == labels).double()
-    counts = labels.bincount()
-    correct = labels.bincount(weights=right)
-    return [(place, int(counts[place]), int(correct[place])) for place in counts.nonzero().flatten().tolist()]
 
 
 def _read_accepted(path: Path) -> list[list[int]] | dict[str, list[int]]:

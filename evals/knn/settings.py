@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from evals.core.plan import ExtractionSettings
 from radio.errors import ConfigError
-from radio.images import EVALUATION_RATIO
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class KnnSettings:
+class KnnSettings(ExtractionSettings):
     """Weighted k-nearest-neighbour classification of frozen summaries."""
 
     bank: str | None = None
@@ -23,8 +22,6 @@ class KnnSettings:
     """Classify the bank's own pictures, each without itself, instead of a query set."""
     scenes: tuple[int, int] = (6000, 1500)
     """Bank and query pictures of the generated world, where no data are given."""
-    limit: int | None = None
-    """Use so many pictures of bank and query each, spread evenly."""
     k: tuple[int, ...] = (10, 20, 100, 200)
     """Numbers of neighbours, scored from one search."""
     headline_k: int | None = None
@@ -36,31 +33,14 @@ class KnnSettings:
     """Also score banks of so many pictures per class."""
     tries: int = 5
     """Random banks for each few-shot count; the try's number is its seed."""
-    view: Literal["center", "short-side"] = "center"
-    """A square from the middle, or the whole picture with its aspect kept."""
-    size: int | None = None
-    """Side of the square, or the short side, in pixels. The model's own size unless given."""
-    ratio: float = EVALUATION_RATIO
-    """The picture is resized to this times the size before the middle is cut out."""
     head: str | None = None
     """Score the summary in this teacher's space, through the student's adaptor."""
     real_labels: Path | None = None
     """Also score against a JSON list of accepted classes per query picture (ImageNet-ReaL's layout)."""
-    batch: int = 64
-    """Pictures that go through the model together; does not change the scores."""
-    workers: int | None = None
-    """Loader processes; none on a CPU and up to 8 beside a GPU unless given."""
-    cache: Path | None = None
-    """Where features are kept. $XDG_CACHE_HOME/am-radio unless given."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """What the model computes in."""
-    seed: int = 0
-    """Which generated world."""
 
     def __post_init__(self) -> None:
         """Refuse what no data could make sense of."""
+        ExtractionSettings.__post_init__(self)  # super() does not work in a class with slots
         if not self.k or min(self.k) < 1:
             raise ConfigError(f"k = {self.k}: give one or more numbers of neighbours, each 1 or more")
         if self.headline_k is not None and self.headline_k not in self.k:
@@ -69,8 +49,6 @@ class KnnSettings:
             raise ConfigError(
                 f"few_shot = {self.few_shot} with {self.tries} tries: give numbers of 1 or more"
             )
-        if self.batch < 1:
-            raise ConfigError(f"batch = {self.batch}: give 1 or more")
         if self.leave_one_out and self.query is not None:
             raise ConfigError("leave_one_out classifies the bank itself; leave the query out")
         if self.bank is None and self.query is not None:

@@ -144,6 +144,10 @@ class OpenClipText(nn.Module):
         with torch.no_grad():
             return torch.cat([self.encoder(self._tokenizer(batch).to(device)) for batch in batches])
 
+    def project(self, summaries: Tensor) -> Tensor:
+        """The summaries [B, C] themselves: CLIP's own projection has been applied."""
+        return summaries
+
 
 @final
 class _TextSide(nn.Module):

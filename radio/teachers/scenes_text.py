@@ -13,7 +13,7 @@ from ..checkpoint import digest
 from ..errors import RadioError, did_you_mean, require
 from ..scenes.language import VOCABULARY
 
-# Letters: N texts, L context length, C summary width.
+# Letters: B batch, N texts, L context length, C summary width.
 
 CONTEXT = 16
 _PAD, _START = 0, 1
@@ -89,3 +89,7 @@ class SceneText(nn.Module):
         device = next(self.parameters()).device
         with torch.no_grad():
             return self.forward(tokenize(texts).to(device))
+
+    def project(self, summaries: Tensor) -> Tensor:
+        """The summaries [B, C] themselves: the image tower's projection has been applied."""
+        return summaries

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from train.scenes_scores import _filled, _iou, knn, summaries, zero_shot
+from train.scenes_scores import _filled, _iou, knn, summaries
 
 
 def test_knn_votes_like_a_slow_loop():
@@ -21,11 +21,6 @@ def test_knn_votes_like_a_slow_loop():
         for place in sorted(range(50), key=lambda i: -cosines[i])[:7]:
             votes[int(labels[place])] += math.exp(cosines[place] / 0.07)
         assert int(found[row]) == votes.index(max(votes))
-
-
-def test_zero_shot_averages_normalised_prompts():
-    prompts = torch.tensor([[[100.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [1.0, 0.0]]])
-    assert zero_shot(torch.tensor([[2.0, 1.9], [5.0, 0.1]]), prompts).tolist() == [0, 1]
 
 
 def test_filled_boxes_and_overlap_by_hand():

@@ -8,7 +8,7 @@ import torch
 
 from evals.core.report import wilson
 from evals.knn.classify import choose
-from evals.knn.scoring import accuracies, class_table, real_accuracy, repeated
+from evals.knn.scoring import accuracies, real_accuracy, repeated
 from radio.errors import DataError
 
 RANKING = torch.tensor([[0, 1, 2, 3, 4], [1, 0, -1, -1, -1], [2, 1, 0, 4, 3], [-1, -1, -1, -1, -1]])
@@ -35,12 +35,6 @@ def test_the_mean_over_classes_weighs_small_classes_alike() -> None:
     metrics = accuracies({20: ranking}, labels, num_classes=2, headline=20)
     assert metrics["top1"].value == 90.0
     assert metrics["mean_class"].value == 50.0
-
-
-def test_the_class_table_lists_what_was_asked_for() -> None:
-    table = class_table(RANKING, LABELS, ("a", "b", "c", "d", "e"))
-    assert table.columns == ("class", "count", "correct", "top1")
-    assert table.rows == (("a", 2, 1, 50.0), ("d", 2, 0, 0.0))
 
 
 def test_tries_have_a_mean_and_a_spread() -> None:

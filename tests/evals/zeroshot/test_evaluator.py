@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+import torch.nn.functional as F
+
+from evals.core.data import open_source
+from evals.core.dist import joined
+from evals.core.report import read
+from evals.zeroshot.evaluator import ZeroshotEvaluator
+from evals.zeroshot.settings import ZeroshotSettings
+from radio.errors import ConfigError, DataError
+from radio.hub import load_backbone
+from radio.images import evaluation_view
+
+run = ZeroshotEvaluator().run
+SAID = ("a {}", "there is {}")
+
+
+@pytest.fixture
+def model(backbone: Callable[..., Any], words: Any) -> Any:
+    """A backbone that has words."""
+    made = backbone()
+    made.text = words
+    return made
+
+
+@pytest.fixture
+def settings(tmp_path: Path, make_folder: Callable[..., Path]) -> ZeroshotSettings:
+    """Six classes of five pictures, two templates."""
+    (tmp_path / "templates.txt").write_text("\n".join(SAID))
+    query = make_folder(tmp_path / "d" / "val", classes=6, count=5)
+    return ZeroshotSettings(
+        query=str(query), templates=str(tmp_path / "templates.txt"), cache=tmp_path / "cache", batch=7
+    )
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a records file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def slow_cosines(model: Any, settings: ZeroshotSettings) -> tuple[torch.Tensor, list[int]]:
+    """The protocol picture by picture and prompt by prompt: cosines [N, K], and labels."""
+    source = open_source(str(settings.query))
+    columns = []
+    for name in source.classes:
+        vectors = [F.normalize(model.text.encode([said.replace("{}", name)]), dim=1) for said in SAID]
+        columns.append(F.normalize(torch.cat(vectors).mean(0, keepdim=True), dim=1))
+    rows = []
+    for place in range(len(source.keys)):
+        view = evaluation_view(source.read(place), model.native_size)[None]
+        rows.append(F.normalize(model.text.project(model(view).summary), dim=1))
+    return torch.cat(rows) @ torch.cat(columns).T, source.labels.tolist()
+
+
+def test_the_report_equals_the_protocol_as_a_loop(
+    tmp_path: Path, settings: ZeroshotSettings, model: Any
+) -> None:
+    report = run(model, settings, tmp_path / "out")
+    cosines, labels = slow_cosines(model, settings)
+    order = cosines.argsort(dim=1, descending=True)
+    right = sum(int(row[0]) == label for row, label in zip(order, labels, strict=True))
+    five = sum(label in row[:5].tolist() for row, label in zip(order, labels, strict=True))
+    assert 0 < right < 30
+    assert report.metrics["top1"].value == pytest.approx(100 * right / 30)
+    assert report.metrics["top5"].value == pytest.approx(100 * five / 30)
+    assert read(tmp_path / "out" / "zeroshot-pooled.json") == report
+    assert report.settings["resolved"]["chance"] == pytest.approx(100 / 6)
+    lines = records(tmp_path / "out" / "zeroshot-pooled.jsonl")
+    assert [line["predictions"] for line in lines] == [[f"c{int(k)}" for k in row[:5]] for row in order]
+    assert [line["label"] for line in lines] == [f"c{label}" for label in labels]
+    assert lines[0]["logits"][0] == pytest.approx(100 * float(cosines[0].max()), abs=1e-3)
+    assert sum(line["correct"] for line in lines) == right
+    assert sum(int(str(row[2])) for row in report.tables["confusions"].rows) == 30 - right
+
+
+def test_batches_do_not_change_it(tmp_path: Path, settings: ZeroshotSettings, model: Any) -> None:
+    one = run(model, replace(settings, batch=1, cache=tmp_path / "one"), tmp_path / "a")
+    many = run(model, replace(settings, batch=30, cache=tmp_path / "many"), tmp_path / "b")
+    assert one.metrics == many.metrics
+
+
+def test_below_five_classes_there_is_no_top5(
+    tmp_path: Path, settings: ZeroshotSettings, model: Any, make_folder: Callable[..., Path]
+) -> None:
+    three = make_folder(tmp_path / "three", classes=3, count=2)
+    report = run(model, replace(settings, query=str(three)), tmp_path / "out")
+    assert list(report.metrics) == ["top1", "mean_class"]
+
+
+@pytest.fixture
+def captions(tmp_path: Path, png: Callable[[int, int], bytes]) -> ZeroshotSettings:
+    """Eight pictures, one without captions, two captions each."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    images = [{"id": 10 * n, "file_name": f"{n}.png"} for n in range(8)]
+    said = []
+    for n in range(8):
+        (folder / f"{n}.png").write_bytes(png(n % 3, n))
+        if n != 5:
+            said += [{"id": 2 * n + k, "image_id": 10 * n, "caption": f"{k} words {n}"} for k in range(2)]
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps({"images": images, "annotations": said[::-1]}))
+    return ZeroshotSettings(captions=str(path), images=folder, cache=tmp_path / "cache")
+
+
+def test_retrieval_equals_sorting_everything(tmp_path: Path, captions: ZeroshotSettings, model: Any) -> None:
+    report = run(model, captions, tmp_path / "out")
+    kept = [n for n in range(8) if n != 5]
+    views = [evaluation_view(open_picture(captions, n), model.native_size)[None] for n in kept]
+    pictures = F.normalize(torch.cat([model(view).summary for view in views]), dim=1)
+    texts = [(n, f"{k} words {n}") for n in kept for k in (1, 0)]
+    vectors = F.normalize(torch.cat([model.text.encode([text]) for _, text in texts]), dim=1)
+    cosines = pictures @ vectors.T
+    for k in (1, 5):
+        hits = sum(
+            any(texts[place][0] == n for place in cosines[row].argsort(descending=True)[:k].tolist())
+            for row, n in enumerate(kept)
+        )
+        assert report.metrics[f"image_to_text_r{k}"].value == pytest.approx(100 * hits / 7)
+        hits = sum(
+            kept.index(n) in cosines[:, column].argsort(descending=True)[:k].tolist()
+            for column, (n, _) in enumerate(texts)
+        )
+        assert report.metrics[f"text_to_image_r{k}"].value == pytest.approx(100 * hits / 14)
+    assert report.metrics["text_to_image_r10"].value == 100
+    assert report.model == "pooled-retrieval" and report.settings["resolved"]["captions"] == 14
+    lines = records(tmp_path / "out" / "zeroshot-pooled-retrieval.jsonl")
+    assert [line.get("key") for line in lines[:7]] == [f"{n}.png" for n in kept]
+    assert {line["picture"] for line in lines[7:]} == {f"{n}.png" for n in kept}
+
+
+def open_picture(captions: ZeroshotSettings, number: int) -> torch.Tensor:
+    from radio.images import decode
+
+    assert captions.images is not None
+    return decode((captions.images / f"{number}.png").read_bytes())
+
+
+def test_captions_of_unreadable_pictures_are_left_out(
+    tmp_path: Path, captions: ZeroshotSettings, model: Any
+) -> None:
+    assert captions.images is not None
+    (captions.images / "2.png").write_bytes(b"no picture")
+    report = run(model, captions, tmp_path / "out")
+    assert [skipped.key for skipped in report.data[0].skipped] == ["2.png"]
+    assert report.data[0].count == 6 and report.settings["resolved"]["captions"] == 12
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda d: d.pop("annotations"), "not COCO captions .*KeyError: 'annotations'"),
+        (lambda d: d["annotations"][0].pop("caption"), "not COCO captions .*'caption'"),
+        (lambda d: d["annotations"][0].update(image_id=999), "not COCO captions .*999"),
+        (lambda d: d.update(annotations=[]), "no picture in it has a caption"),
+        (lambda d: d["images"][0].update(file_name="gone.png"), "1 of the 7 pictures .* first is gone.png"),
+    ],
+)
+def test_bad_captions(
+    tmp_path: Path, captions: ZeroshotSettings, model: Any, change: Callable[[Any], Any], said: str
+) -> None:
+    path = Path(str(captions.captions))
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+    with pytest.raises(DataError, match=said):
+        run(model, captions, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"captions": "c.json"}, "--captions FILE and --images FOLDER belong together"),
+        ({"images": Path("d")}, "--captions FILE and --images FOLDER belong together"),
+        ({"captions": "scenes", "query": "d"}, "retrieval reads captions, not d"),
+        ({"batch": 0}, "batch = 0: give 1 or more"),
+    ],
+)
+def test_settings_that_make_no_sense(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        ZeroshotSettings(**changes)
+
+
+def test_the_shipped_clip_reads_and_finds_the_scenes(tmp_path: Path) -> None:
+    clip = load_backbone("scenes:clip")
+    settings = ZeroshotSettings(scenes=120, cache=tmp_path / "cache")
+    assert run(clip, settings, tmp_path).metrics["top1"].value > 75
+    found = run(clip, replace(settings, captions="scenes"), tmp_path)
+    assert found.metrics["image_to_text_r10"].value > 80
+    with pytest.raises(DataError, match="leaves no pictures"):
+        run(clip, replace(settings, captions="scenes", limit=0), tmp_path)
+
+
+def _rank(rank: int, port: int, tmp_path: Path, settings: ZeroshotSettings) -> None:
+    os.environ |= {
+        "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    with joined():
+        run(load_backbone("scenes:clip"), settings, tmp_path / "two")
+
+
+def test_two_ranks_give_the_same_report(tmp_path: Path, free_port: int) -> None:
+    settings = ZeroshotSettings(scenes=700, cache=tmp_path / "cache")
+    multiprocessing.spawn(_rank, args=(free_port, tmp_path, settings), nprocs=2)
+    two = read(tmp_path / "two" / "zeroshot-scenes-clip.json")
+    one = run(load_backbone("scenes:clip"), replace(settings, cache=tmp_path / "other"), tmp_path / "one")
+    assert (two.metrics, two.tables, two.data) == (one.metrics, one.tables, one.data)
+    assert two.settings["resolved"]["ranks"] == 2

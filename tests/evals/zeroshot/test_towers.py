@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evals.zeroshot.towers import text_side
+from radio.adaptors import AdaptorConfig
+from radio.errors import CheckpointError, ConfigError
+from radio.hub import load_backbone, load_teacher
+from radio.model import ModelConfig, build
+
+TEACHERS = ("dense", "clip")
+
+
+def student(tmp_path: Path, **changes: Any) -> Path:
+    """A checkpoint that says that it learned from two scenes teachers."""
+    entries = [
+        {"name": name, "model": f"scenes:{name}", "fingerprint": load_teacher(f"scenes:{name}").fingerprint}
+        for name in TEACHERS
+    ]
+    entries[1] |= changes
+    adaptors = tuple(AdaptorConfig(name=name, summary_dim=128, token_dim=128) for name in TEACHERS)
+    path = tmp_path / "ckpt.pt"
+    build(ModelConfig(student="vit-tiny12", adaptors=adaptors), 0, {"teachers": entries}).save(path)
+    return path
+
+
+def test_a_teachers_own_tower() -> None:
+    clip = load_teacher("scenes:clip")
+    side = text_side(clip)
+    assert (side.teacher, side.head) == ("scenes:clip", None)
+    assert side.tower is clip.text
+
+
+@pytest.mark.parametrize("random_init", [False, True])
+@pytest.mark.parametrize("wanted", [None, "clip", "scenes:clip"])
+def test_a_student_is_read_with_its_teachers(tmp_path: Path, random_init: bool, wanted: str | None) -> None:
+    side = text_side(load_backbone(str(student(tmp_path)), random_init=random_init), wanted)
+    clip = load_teacher("scenes:clip").text
+    assert (side.teacher, side.head) == ("scenes:clip", "clip")
+    assert clip is not None and side.tower.fingerprint == clip.fingerprint
+
+
+def test_models_without_a_text_tower_are_told_who_has_one() -> None:
+    for model in (load_teacher("scenes:sam"), load_backbone("arch:vit-tiny12")):
+        with pytest.raises(ConfigError, match="zero-shot needs scenes:clip, openclip:NAME@FILE, pip:eff"):
+            text_side(model)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ("dense", "learned from scenes:dense: none of them has a text tower"),
+        ("clop", "has no teacher 'clop'; did you mean clip"),
+        ("scenes:sam", "scenes:sam has no text tower"),
+    ],
+)
+def test_a_tower_that_is_not_there(tmp_path: Path, wanted: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        text_side(load_backbone(str(student(tmp_path))), wanted)
+
+
+def test_a_teacher_that_is_another_one_is_refused(tmp_path: Path) -> None:
+    model = load_backbone(str(student(tmp_path, fingerprint="0" * 64)))
+    with pytest.raises(ConfigError, match=r"is not the one that .* learned from"):
+        text_side(model)
+    with pytest.raises(ConfigError, match="did not learn from scenes:clip"):
+        text_side(model, "scenes:clip")
+
+
+def test_a_file_that_has_moved_can_be_named(tmp_path: Path) -> None:
+    model = load_backbone(str(student(tmp_path, model="openclip:ViT-B-32@gone.pt")))
+    with pytest.raises(
+        CheckpointError, match=r"gone\.pt: no such weights file; if its file has moved, .*--text"
+    ):
+        text_side(model, "clip")
+    assert text_side(model, "scenes:clip").head == "clip"
+
+
+def test_a_teacher_takes_no_other_tower() -> None:
+    with pytest.raises(ConfigError, match="brings its own text tower"):
+        text_side(load_teacher("scenes:clip"), "clip")
