@@ -66,6 +66,8 @@ DEMO := knn,zeroshot,sam
 .venv/.stamp-demo .venv/.stamp-test .venv/.stamp-lint: $(PROJECT) | $(BIN)/python
 	@echo 'installing am-radio[$(EXTRAS)] into .venv: some minutes the first time'
 	@$(INSTALL) -e '.[$(EXTRAS)]'
+	@[[ ',$(EXTRAS),' != *,seg,* ]] || $(BIN)/python -c 'import cv2' || { \
+	  echo 'OpenCV cannot be imported; where libGL.so.1 is missing, on Debian: apt-get install libgl1' >&2; exit 1; }
 	@touch $@
 
 .venv/.stamp-weights: requirements/weights.txt $(PROJECT) | $(BIN)/python
