@@ -140,9 +140,7 @@ def _check_matching(found: Mapping[str, Path], masks: Mapping[str, Path], labels
         )
     spare = sorted(masks.keys() - found.keys())
     if spare:
-        raise DataError(
-            f"{masks[spare[0]]}: there is no picture of this name ({len(spare)} such annotations)"
-        )
+        raise DataError(f"{masks[spare[0]]}: has no picture of its name ({len(spare)} such annotations)")
 
 
 def _voc(root: Path, voc_split: str, classes: tuple[str, ...], limit: int | None) -> Dataset:

@@ -21,7 +21,8 @@ from .pixels import read_labels, read_picture
 
 Bytes = NDArray[np.uint8]
 
-_OPACITY = 0.6
+_OPACITY, _UNSCORED = 0.6, 0.2  # of a colour over the picture; where the truth is void
+_FEW = 24  # classes that hues alone tell apart
 _GAP = 4  # white columns between the three
 
 
@@ -64,25 +65,25 @@ class MapWriter:
 
 
 def palette(count: int) -> Bytes:
-    """[C, 3]: colours that differ; neighbouring classes are far apart in hue (steps of the golden ratio)."""
+    """[C, 3]: colours that differ, neighbours in hue by their brightness too."""
     golden = (5**0.5 - 1) / 2
-    rows = [
-        colorsys.hsv_to_rgb(place * golden % 1, (1.0, 0.55, 0.8)[place % 3], (1.0, 0.9, 0.65)[place // 3 % 3])
-        for place in range(count)
-    ]
+    few = count <= _FEW
+    hues = [place / count if few else place * golden % 1 for place in range(count)]
+    levels = ((0.9, 1.0), (0.9, 0.55)) if few else ((0.9, 1.0), (0.9, 0.55), (0.5, 0.9))
+    rows = [colorsys.hsv_to_rgb(hue, *levels[place % len(levels)]) for place, hue in enumerate(hues)]
     return np.round(255 * np.array(rows)).astype(np.uint8)
 
 
-def side_by_side(
-    picture: Bytes,
-    truth: Bytes,
-    classes: Bytes,
-    colours: Bytes,
-) -> Bytes:
-    """[H, 3 W + gaps, 3]: the picture [H, W, 3], truth and prediction [H, W] over it; void stays clear."""
+def side_by_side(picture: Bytes, truth: Bytes, classes: Bytes, colours: Bytes) -> Bytes:
+    """[H, 3 W + gaps, 3]: the picture [H, W, 3], and truth and prediction [H, W] over it.
+
+    Void is clear in the truth; the prediction there, which is not scored, is faint.
+    """
     gap = np.full((picture.shape[0], _GAP, 3), 255, dtype=np.uint8)
-    panels = [picture, gap, _over(picture, truth, colours), gap, _over(picture, classes, colours)]
-    return np.concatenate(panels, axis=1)
+    scored = truth != VOID
+    shown_truth = _over(picture, np.where(scored, truth, 0), colours, np.where(scored, _OPACITY, 0.0))
+    shown = _over(picture, classes, colours, np.where(scored, _OPACITY, _UNSCORED))
+    return np.concatenate([picture, gap, shown_truth, gap, shown], axis=1)
 
 
 def spread_places(count: int, wanted: int) -> frozenset[int]:
@@ -91,11 +92,9 @@ def spread_places(count: int, wanted: int) -> frozenset[int]:
     return frozenset(number * count // wanted for number in range(wanted))
 
 
-def _over(picture: Bytes, classes: Bytes, colours: Bytes) -> Bytes:
-    known = classes != VOID
-    painted = colours[np.where(known, classes, 0)].astype(np.float32)
-    mixed = np.where(known[..., None], _OPACITY * painted + (1 - _OPACITY) * picture, picture)
-    return np.round(mixed).astype(np.uint8)
+def _over(picture: Bytes, classes: Bytes, colours: Bytes, opacity: NDArray[np.float64]) -> Bytes:
+    share = opacity[..., None]
+    return np.round(share * colours[classes] + (1 - share) * picture).astype(np.uint8)
 
 
 def _save(image: Image.Image, path: Path) -> None:

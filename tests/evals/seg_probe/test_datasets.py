@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evals.seg_probe.datasets import Labelling, open_dataset
+from radio.errors import DataError
+
+KNOWN = {"ADE20K": [f"thing {n}" for n in range(150)], "VOC2012": [f"object {n}" for n in range(21)]}
+
+
+def opened(root: Path, voc_split: str = "train", limit: int | None = None):
+    return open_dataset(root, voc_split=voc_split, known=KNOWN, limit=limit)
+
+
+def test_a_folder_in_ade20ks_layout_with_its_own_classes(tmp_path: Path, make_ade: Callable) -> None:
+    data = opened(make_ade(tmp_path / "mine"))
+    assert data.labelling == Labelling(classes=("red", "green", "blue"), zero_is_void=True)
+    assert [pair.key for pair in data.train.pairs] == [f"{n:04d}" for n in range(8)]
+    assert [pair.labels.parent.name for pair in data.val.pairs] == ["validation"] * 4
+    assert (data.train.name, data.notes) == ("mine/training", ())
+
+
+@pytest.mark.parametrize("mark", ["objectInfo150.txt", "sceneCategories.txt", None])
+def test_ade20k_itself(tmp_path: Path, make_ade: Callable, mark: str | None) -> None:
+    root = make_ade(tmp_path / ("ADEChallengeData2016" if mark is None else "ade"))
+    (root / "classes.txt").unlink()
+    if mark:
+        (root / mark).touch()
+    data = opened(tmp_path if mark is None else root)
+    assert data.labelling.classes == tuple(KNOWN["ADE20K"])
+    assert data.labelling.zero_is_void
+    assert data.notes[0].endswith("training has 8 pictures; ADE20K has 20,210")
+    assert data.notes[1].endswith("validation has 4 pictures; ADE20K has 2,000")
+
+
+def test_voc_and_its_augmented_split(tmp_path: Path, make_voc: Callable) -> None:
+    lists = {"train": ["a", "b"], "val": ["c"], "trainaug": ["a", "b", "d"]}
+    make_voc(tmp_path / "VOCdevkit" / "VOC2012", lists, augmented=["d"])
+    data = opened(tmp_path)
+    assert data.labelling == Labelling(classes=tuple(KNOWN["VOC2012"]), zero_is_void=False)
+    assert [pair.key for pair in data.train.pairs] == ["a", "b"]
+    assert data.train.name == "VOC2012/train"
+    assert data.notes[0] == "VOC2012/train has 2 pictures; VOC2012 has 1,464"
+    more = opened(tmp_path / "VOCdevkit", voc_split="trainaug")
+    assert [pair.key for pair in more.train.pairs] == ["a", "b", "d"]
+    assert [pair.labels.parent.name for pair in more.train.pairs] == [
+        *["SegmentationClass"] * 2,
+        "SegmentationClassAug",
+    ]
+    assert more.notes[0].endswith("VOC2012 has 10,582")
+
+
+def test_vocs_augmented_split_as_mmsegmentations_converter_leaves_it(
+    tmp_path: Path, make_voc: Callable
+) -> None:
+    lists = {"train": ["a"], "val": ["c"], "aug": ["d", "a"]}
+    make_voc(tmp_path, lists, augmented=["d"])
+    assert [pair.key for pair in opened(tmp_path, "trainaug").train.pairs] == ["a", "d"]
+    (tmp_path / "ImageSets/Segmentation/aug.txt").unlink()
+    with pytest.raises(DataError, match=r"nor aug.txt; --voc-split trainaug needs SBD's annotations"):
+        opened(tmp_path, "trainaug")
+
+
+def test_a_limit_is_spread_over_both_splits(tmp_path: Path, make_ade: Callable) -> None:
+    data = opened(make_ade(tmp_path, train=9, val=4), limit=3)
+    assert [pair.key for pair in data.train.pairs] == ["0000", "0003", "0006"]
+    assert [pair.key for pair in data.val.pairs] == ["0009", "0010", "0011"]
+    assert len(opened(tmp_path, limit=100).train.pairs) == 9
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (
+            lambda root: (root / "annotations/training/0003.png").unlink(),
+            r"0003.png: has no annotation .*1 of 8",
+        ),
+        (
+            lambda root: (root / "images/validation/0009.png").unlink(),
+            r"0009.png: has no picture of its name",
+        ),
+        (lambda root: (root / "classes.txt").unlink(), "has no classes.txt, and none of objectInfo150.txt"),
+        (lambda root: (root / "classes.txt").write_text("one\n"), "lists 1 classes; wanted 2 to 254"),
+        (lambda root: (root / "classes.txt").write_text("a\nb\na\n"), "lists 'a' twice"),
+        (lambda root: (root / "images/validation").rename(root / "images/val"), "images/validation: no such"),
+        (lambda root: (root / "images").rename(root / "pictures"), "neither ADE20K .* nor VOC2012"),
+    ],
+)
+def test_layouts_that_are_not_whole(tmp_path: Path, make_ade: Callable, spoil: Callable, said: str) -> None:
+    root = make_ade(tmp_path / "mine")
+    spoil(root)
+    with pytest.raises(DataError, match=said):
+        opened(root)
+
+
+def test_more_layouts_that_are_not_whole(tmp_path: Path, make_ade: Callable, make_voc: Callable) -> None:
+    with pytest.raises(DataError, match="nowhere: no such folder"):
+        opened(tmp_path / "nowhere")
+    root = make_ade(tmp_path / "mine")
+    for path in (root / "images/training").iterdir():
+        path.unlink()
+    with pytest.raises(DataError, match="images/training: holds no pictures"):
+        opened(root)
+    voc = make_voc(tmp_path / "voc", {"train": ["a"], "val": ["b"]})
+    (voc / "SegmentationClass/b.png").unlink()
+    with pytest.raises(DataError, match=r"b.jpg: has no annotation, neither"):
+        opened(voc)
+    (voc / "JPEGImages/b.jpg").unlink()
+    with pytest.raises(DataError, match=r"b.jpg: no such picture"):
+        opened(voc)
+    (voc / "ImageSets/Segmentation/val.txt").write_text("\n")
+    with pytest.raises(DataError, match=r"val.txt: lists no pictures"):
+        opened(voc)
+    (voc / "ImageSets/Segmentation/val.txt").unlink()
+    with pytest.raises(DataError, match=r"val.txt: no such list"):
+        opened(voc)
+
+
+def test_label_tables() -> None:
+    ade = Labelling(classes=("a", "b"), zero_is_void=True)
+    assert ade.table()[:4].tolist() == [255, 0, 1, 255]
+    voc = Labelling(classes=("a", "b"), zero_is_void=False)
+    assert voc.table()[:3].tolist() == [0, 1, 255]
+    assert (ade.highest, voc.highest) == (2, 1)
+    assert np.all(ade.table()[3:] == 255)
+    assert ade.describe() == "1 to 2 for the 2 classes, 0 and 255 for void"
+    assert voc.describe() == "0 to 1 for the 2 classes, 255 for void"

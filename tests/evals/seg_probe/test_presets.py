@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from evals.seg_probe.presets import PRESETS, resolve
+from evals.seg_probe.settings import SegSettings
+from radio.errors import ConfigError, SizeError
+
+DATA = SegSettings(data=Path("somewhere"))
+
+
+def test_the_paper_is_the_default_for_data_and_the_scenes_without(backbone: Callable) -> None:
+    plan, notes = resolve(DATA, backbone())
+    assert (plan.preset, plan.crop, plan.stride) == ("paper", (518, 518), (518, 518))
+    assert (plan.iterations, plan.batch, plan.lr, plan.warmup) == (160_000, 16, 1e-3, 1500)
+    assert (plan.long_side, plan.short_side, plan.slides) == (2048, 518, True)
+    assert notes == ()
+    assert resolve(SegSettings(), backbone())[0].preset == "scenes"
+
+
+@pytest.mark.parametrize(
+    ("preset", "stride", "iterations", "weight_decay"),
+    [("released", None, 80_000, 0.0), ("dinov2", (345, 345), 40_000, 1e-4)],
+)
+def test_the_other_protocols(preset, stride, iterations, weight_decay, backbone: Callable) -> None:
+    plan, _ = resolve(replace(DATA, preset=preset), backbone())
+    assert (plan.stride, plan.iterations, plan.weight_decay) == (stride, iterations, weight_decay)
+
+
+def test_dinov2s_own_numbers_stand_where_the_backbone_takes_them(backbone: Callable) -> None:
+    plan, notes = resolve(replace(DATA, preset="dinov2"), backbone(16))
+    assert (plan.crop, plan.stride, plan.short_side, notes) == ((512, 512), (341, 341), 512, ())
+
+
+def test_a_presets_crop_becomes_the_nearest_that_fits(backbone: Callable) -> None:
+    plan, notes = resolve(DATA, backbone(16))
+    assert plan.crop == (512, 512)
+    assert notes == ("the preset paper crops 518 px; patches16 takes 512x512, which was used",)
+    assert resolve(DATA, backbone(16, only=(224, 224)))[0].crop == (224, 224)
+
+
+def test_a_crop_that_was_asked_for_must_fit(backbone: Callable) -> None:
+    assert resolve(replace(DATA, crop=252), backbone())[0].crop == (252, 252)
+    with pytest.raises(SizeError, match=r"does not take crops of 250x250 px.* use --crop 252"):
+        resolve(replace(DATA, crop=250), backbone())
+    with pytest.raises(SizeError, match=r"the nearest that it takes is 96x224$"):
+        resolve(replace(DATA, crop=224), backbone(16, only=(96, 224)))
+
+
+def test_what_is_asked_for_replaces_the_preset(backbone: Callable) -> None:
+    asked = replace(DATA, iterations=320, batch=4, lr=1e-4, weight_decay=0.0, stride=259)
+    plan, _ = resolve(asked, backbone())
+    assert (plan.iterations, plan.batch, plan.lr, plan.weight_decay) == (320, 4, 1e-4, 0.0)
+    assert plan.stride == (259, 259)
+    assert plan.warmup == 3  # the same share as 1500 of 160000
+    assert resolve(replace(DATA, iterations=1), backbone())[0].warmup == 1
+
+
+def test_strides_that_make_no_sense(backbone: Callable) -> None:
+    with pytest.raises(SizeError, match="leaves pixels between crops of 518x518 unseen; give 518 or less"):
+        resolve(replace(DATA, stride=519), backbone())
+    with pytest.raises(SizeError, match="this preset looks at whole pictures"):
+        resolve(SegSettings(stride=4), backbone())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_says_what_it_does(name, backbone: Callable) -> None:
+    said = resolve(replace(DATA, preset=name), backbone())[0].describe()
+    assert said["preset"] == name
+    assert all(word in said["schedule"] for word in ("iterations", "warm-up"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"crop": 0}, "crop = 0"),
+        ({"limit": 0}, "limit = 0"),
+        ({"seeds": 0}, "seeds = 0"),
+        ({"save_maps": -1}, "save_maps = -1"),
+        ({"lr": 0.0}, "learning rate above 0"),
+        ({"weight_decay": -0.1}, "weight_decay = -0.1"),
+        ({"scenes": (10, 0)}, "at least one picture of each"),
+    ],
+)
+def test_settings_that_no_data_could_make_sense_of(changes, said) -> None:
+    with pytest.raises(ConfigError, match=said):
+        SegSettings(**changes)
