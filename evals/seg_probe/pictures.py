@@ -52,6 +52,7 @@ class Pictures(Dataset[Sample]):
     ) -> None:
         self._split, self._labelling, self._training = split, labelling, training
         self._transforms = Compose(_transforms(plan, model, training))
+        self._pack = PackSegInputs(_META)
         self.metainfo = {"classes": labelling.classes}
 
     def __len__(self) -> int:
@@ -66,10 +67,14 @@ class Pictures(Dataset[Sample]):
             "img_shape": image.shape[:2],
             "ori_shape": image.shape[:2],
             "place": place,
-            "gt_seg_map": read_labels(pair.labels, self._labelling),
-            "seg_fields": ["gt_seg_map"] if self._training else [],  # what the transforms change
+            "seg_fields": ["gt_seg_map"],
         }
-        sample: Sample = self._transforms(results)
+        labels = read_labels(pair.labels, self._labelling)
+        if self._training:
+            results["gt_seg_map"] = labels
+        results = self._transforms(results)
+        results.setdefault("gt_seg_map", labels)  # only now when testing: the resize would change it
+        sample: Sample = self._pack(results)
         return sample
 
 
@@ -82,7 +87,7 @@ class TokenMaps(Dataset[Sample]):
     ) -> None:
         self._maps, self._split, self._labelling = maps, split, labelling  # [N, D, H, W]
         self._crop, self._training = plan.crop, training
-        self._pack = Compose([PackSegInputs(_META)])
+        self._pack = PackSegInputs(_META)
         self._labels: dict[int, NDArray[np.uint8]] = {}
         self.metainfo = {"classes": labelling.classes}
 
@@ -192,16 +197,15 @@ def seeded(*entropy: int) -> Iterator[None]:
 
 
 def _transforms(plan: Plan, model: Backbone, training: bool) -> list[Any]:
-    pack, scale = PackSegInputs(_META), (plan.long_side, plan.short_side)
+    scale = (plan.long_side, plan.short_side)
     if plan.resize == "stretch":
         height, width = plan.crop
-        return [Resize((width, height), keep_ratio=False), pack]
+        return [Resize((width, height), keep_ratio=False)]
     if training:
         return [
             RandomResize(scale, ratio_range=(0.5, 2.0), keep_ratio=True),
             RandomCrop(plan.crop, cat_max_ratio=0.75, ignore_index=VOID),
             RandomFlip(prob=0.5),
             PhotoMetricDistortion(),
-            pack,
         ]
-    return [Resize(scale, keep_ratio=True) if plan.slides else FitResize(model, *scale), pack]
+    return [Resize(scale, keep_ratio=True) if plan.slides else FitResize(model, *scale)]

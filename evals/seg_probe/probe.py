@@ -15,6 +15,7 @@ from evals.core.dist import Group
 from evals.core.evaluator import Watch
 from evals.core.features import default_cache
 from evals.core.provenance import choose_device
+from radio.config import to_plain
 from radio.errors import ConfigError
 from radio.scenes.layouts import ScenesSettings
 from radio.scenes.layouts import write as write_scenes
@@ -100,7 +101,7 @@ class Probe:
 
     def key(self, seed: int) -> str:
         """A hash of everything that decides the head."""
-        parts = [_FORMAT, self.fingerprint, self.train.fingerprint, self.plan.describe(), str(self.dtype)]
+        parts = [_FORMAT, self.fingerprint, self.train.fingerprint, to_plain(self.plan), str(self.dtype)]
         return hashlib.sha256(json.dumps([*parts, self.keeps_tokens, seed]).encode()).hexdigest()
 
     def describe(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from radio.config import write_bytes
 from radio.errors import CheckpointError, DataError
 
 _FORMAT = "am-radio-seg-head/1"
+_ZIP = b"PK\x03\x04"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +64,10 @@ def read_state(path: Path, key: str, group: Group | None = None) -> HeadState:
 
 def _read(path: Path, key: str) -> HeadState:
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        data = path.read_bytes()
+        if not data.startswith(_ZIP):  # else torch would try to read a bare pickle
+            raise EOFError
+        found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
         raise CheckpointError(
             f"{path}: not a head's training, or a damaged one; remove it to begin anew"

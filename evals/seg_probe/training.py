@@ -209,10 +209,11 @@ class SaveState(Hook):  # type: ignore[misc]
         done = batch_idx + 1
         if done % self._every and done != runner.max_iters:
             return
-        if not bool(torch.isfinite(outputs["loss"])):
+        loss = outputs["loss"].detach()
+        if not bool(torch.isfinite(loss)):
             raise RadioError(
-                f"iteration {done}: the loss is {float(outputs['loss'])}; what was saved last stands. Lower "
-                f"--lr, or look for values that are not finite in the backbone's tokens (--precision fp32)"
+                f"iteration {done}: the loss is {float(loss)}; what was saved last stands. Lower --lr, or "
+                f"look for values that are not finite in the backbone's tokens (--precision fp32)"
             )
         if self._group.leads:
             state = HeadState(
@@ -238,7 +239,7 @@ class Progress(Hook):  # type: ignore[misc]
         self._advance(1)
         if isinstance(self._advance, Telling) and time.monotonic() - self._told > 0.5:
             self._told = time.monotonic()
-            self._advance.tell(f"loss {float(outputs['loss']):.4f}")
+            self._advance.tell(f"loss {float(outputs['loss'].detach()):.4f}")
 
 
 @final

@@ -1,0 +1,325 @@
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import multiprocessing
+
+from evals.core.dist import joined
+from evals.core.report import Report, read
+from evals.seg_probe.evaluator import SegEvaluator
+from evals.seg_probe.settings import SegSettings
+from radio.errors import ConfigError, DataError, RadioError
+
+run = SegEvaluator().run
+
+
+@pytest.fixture
+def settings(tmp_path: Path, make_ade: Callable) -> SegSettings:
+    root = make_ade(tmp_path / "mine")
+    return SegSettings(
+        data=root,
+        crop=28,
+        iterations=12,
+        batch=4,
+        lr=0.05,
+        save_every=5,
+        cache=tmp_path / "cache",
+        device="cpu",
+    )
+
+
+def head_of(out: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(out / "seg-patches14.safetensors")
+
+
+def same_heads(one: Path, other: Path, tolerance: float = 0.0) -> bool:
+    heads = head_of(one), head_of(other)
+    return all(torch.allclose(heads[0][k], heads[1][k], atol=tolerance, rtol=tolerance) for k in heads[0])
+
+
+def values(report: Report) -> list[float]:
+    return [metric.value for metric in report.metrics.values()]
+
+
+def test_a_report_says_everything(tmp_path: Path, settings: SegSettings, backbone: Callable, capfd) -> None:
+    out = tmp_path / "out"
+    report = run(backbone(), replace(settings, iterations=60, save_maps=2), out)
+    assert capfd.readouterr() == ("", "")
+    assert read(out / "seg-patches14.json") == report
+    assert (report.task, report.headline) == ("seg", "miou")
+    assert list(report.metrics) == ["miou", "macc", "aacc"]
+    assert report.metrics["miou"].value > 60  # stripes of pure colours
+    for metric in report.metrics.values():
+        assert metric.low <= metric.value <= metric.high
+    assert [row[0] for row in report.tables["classes"].rows] == ["red", "green", "blue"]
+    assert [(used.role, used.name, used.count, used.num_classes) for used in report.data] == [
+        ("train", "mine/training", 8, 3),
+        ("val", "mine/validation", 4, 3),
+    ]
+    resolved = report.settings["resolved"]
+    assert (resolved["preset"], resolved["crop"], resolved["stride"]) == ("paper", [28, 28], [28, 28])
+    assert report.versions["onedl-mmsegmentation"]
+    assert report.files[0] == "seg-patches14.safetensors"
+    assert len(report.files) == 5
+    for name in report.files:
+        assert (out / name).is_file()
+    with Image.open(out / report.files[1]) as image:
+        assert image.size == (56, 40)
+
+
+def test_the_backbone_sees_crops_that_it_takes_and_stays_frozen(
+    tmp_path: Path, settings: SegSettings, backbone: Callable
+) -> None:
+    model = backbone()
+    run(model, settings, tmp_path / "out")
+    assert set(model.sizes) == {(28, 28)}
+    assert len(model.sizes) == 12 * 4 + 4 * 2  # each test picture is 28 x 39 or 37 x 28: two crops
+    model = backbone()
+    run(model, replace(settings, preset="released"), tmp_path / "whole")
+    assert set(model.sizes[48:]) == {(28, 42), (42, 28)}
+
+
+def test_a_killed_run_goes_on_at_the_exact_iteration(
+    tmp_path: Path, settings: SegSettings, backbone: Callable
+) -> None:
+    whole = run(backbone(), replace(settings, cache=tmp_path / "other"), tmp_path / "whole")
+    model = backbone()
+    model.fail_after = 4 * 7  # pictures of seven iterations; five are saved
+    with pytest.raises(KeyboardInterrupt):
+        run(model, settings, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    again = backbone()
+    report = run(again, settings, tmp_path / "out")
+    assert len(again.sizes) == 4 * 7 + 8  # iterations 6 to 12, and the test
+    assert same_heads(tmp_path / "whole", tmp_path / "out")
+    assert report.metrics == whole.metrics
+
+
+def test_a_finished_head_is_tested_again_and_scores_the_same(
+    tmp_path: Path, settings: SegSettings, backbone: Callable
+) -> None:
+    first = run(backbone(), settings, tmp_path / "one")
+    model = backbone()
+    second = run(model, settings, tmp_path / "two")
+    assert len(model.sizes) == 8  # no training
+    assert second.metrics == first.metrics
+    assert same_heads(tmp_path / "one", tmp_path / "two")
+
+
+def test_the_seed_decides_everything_and_workers_nothing(
+    tmp_path: Path, settings: SegSettings, backbone: Callable
+) -> None:
+    run(backbone(), settings, tmp_path / "one")
+    torch.rand(3)
+    run(backbone(), replace(settings, cache=tmp_path / "a", workers=2), tmp_path / "two")
+    assert same_heads(tmp_path / "one", tmp_path / "two")
+    before = torch.get_rng_state()
+    run(backbone(), replace(settings, cache=tmp_path / "b", seed=1), tmp_path / "three")
+    assert not same_heads(tmp_path / "one", tmp_path / "three", 1e-3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_several_seeds_give_mean_and_spread(
+    tmp_path: Path, settings: SegSettings, backbone: Callable
+) -> None:
+    alone = [
+        run(backbone(), replace(settings, seed=seed), tmp_path / str(seed)).metrics["miou"].value
+        for seed in (3, 4)
+    ]
+    report = run(backbone(), replace(settings, seed=3, seeds=2), tmp_path / "both")
+    assert report.metrics["miou"].value == pytest.approx(sum(alone) / 2)
+    assert report.metrics["miou"].std == pytest.approx(abs(alone[0] - alone[1]) / 2**0.5)
+    assert [row[:2] for row in report.tables["seeds"].rows] == [(3, alone[0]), (4, alone[1])]
+
+
+def test_kept_tokens_score_what_pictures_do(
+    tmp_path: Path, settings: SegSettings, backbone: Callable
+) -> None:
+    kept = replace(settings, preset="scenes", crop=None)
+    first, again = backbone(), backbone()
+    report = run(first, kept, tmp_path / "kept")
+    assert len(first.sizes) == 1 + 8 + 4  # one look for the size, then each picture once
+    assert set(first.sizes) == {(98, 98)}
+    run(again, replace(kept, seed=1), tmp_path / "again")
+    assert len(again.sizes) == 1
+    online = backbone()
+    other = run(online, replace(kept, keep_tokens=False), tmp_path / "online")
+    assert len(online.sizes) == 12 * 4 + 4
+    assert values(report) == pytest.approx(values(other), abs=0.5)  # half precision against full
+    assert same_heads(tmp_path / "kept", tmp_path / "online", 0.02)
+
+
+def test_tokens_that_take_too_much_are_not_kept(
+    tmp_path: Path, settings: SegSettings, backbone: Callable
+) -> None:
+    small = replace(settings, preset="scenes", crop=None, keep_tokens_gb=1e-9)
+    report = run(backbone(), small, tmp_path / "out")
+    assert any("12 pictures would take 0.0 GB, so they were not kept" in note for note in report.notes)
+
+
+def test_the_generated_world_is_the_default(tmp_path: Path, backbone: Callable) -> None:
+    settings = SegSettings(scenes=(6, 4), iterations=2, cache=tmp_path / "cache", device="cpu")
+    report = run(backbone(), settings, tmp_path / "out")
+    assert [(used.name, used.count, used.num_classes) for used in report.data] == [
+        ("scenes:train", 6, 10),
+        ("scenes:val", 4, 10),
+    ]
+    limited = run(backbone(), replace(settings, limit=3), tmp_path / "out")
+    assert [used.count for used in limited.data] == [3, 3]
+
+
+def test_voc_is_read_in_its_genuine_layout(tmp_path: Path, make_voc: Callable, backbone: Callable) -> None:
+    root = make_voc(tmp_path / "VOC2012", {"train": ["a", "b", "c"], "val": ["d", "e"]})
+    settings = SegSettings(
+        data=root, crop=28, iterations=3, batch=2, cache=tmp_path / "cache", device="cpu", save_maps=1
+    )
+    report = run(backbone(), settings, tmp_path / "out")
+    assert [(used.name, used.count) for used in report.data] == [("VOC2012/train", 3), ("VOC2012/val", 2)]
+    assert report.settings["resolved"]["labels"] == "0 to 20 for the 21 classes, 255 for void"
+    assert len(report.tables["classes"].rows) == 21
+    assert "VOC2012/val has 2 pictures; VOC2012 has 1,449" in report.notes
+
+
+def test_tiny_and_long_pictures_are_taken(tmp_path: Path, make_ade: Callable, backbone: Callable) -> None:
+    root = make_ade(tmp_path / "odd", sizes=((3, 3), (3, 500), (40, 40)))
+    settings = SegSettings(data=root, crop=28, iterations=3, batch=4, cache=tmp_path / "c", device="cpu")
+    model = backbone()
+    run(model, settings, tmp_path / "out")
+    assert set(model.sizes) == {(28, 28)}
+
+
+def test_bad_input_is_an_error_before_any_work(
+    tmp_path: Path, settings: SegSettings, backbone: Callable
+) -> None:
+    model = backbone()
+    with pytest.raises(DataError, match="nowhere: no such folder"):
+        run(model, replace(settings, data=tmp_path / "nowhere"), tmp_path / "out")
+    with pytest.raises(ConfigError, match="unknown device"):
+        run(model, replace(settings, device="tpu"), tmp_path / "out")
+    bad = next((settings.data / "annotations/training").iterdir())
+    Image.new("L", (56, 40), 200).save(bad)
+    with pytest.raises(DataError, match="holds the label 200; wanted 1 to 3 for the 3 classes"):
+        run(model, settings, tmp_path / "out")
+    assert model.sizes == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    tmp_path: Path, settings: SegSettings, backbone: Callable
+) -> None:
+    model = backbone()
+    model.fingerprint  # noqa: B018
+    broken = _Broken(model)
+    with pytest.raises(RadioError, match="iteration 5: the loss is nan; what was saved last stands"):
+        run(broken, settings, tmp_path / "out")
+
+
+class _Broken:
+    """Gives NaN."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.name, self.fingerprint = "patches14", "broken"
+        self.native_size, self.token_dim, self.summary_dim = model.native_size, 6, 6
+        self.fit = model.fit
+
+    def to(self, device, dtype):
+        return self
+
+    def eval(self):
+        return self
+
+    def __call__(self, images):
+        features = self._model(images)
+        return features._replace(tokens=features.tokens * float("nan"))
+
+
+class _Watch:
+    """Remembers labels, steps and texts."""
+
+    def __init__(self) -> None:
+        self.bars: dict[str, list[int]] = {}
+        self.texts: list[str] = []
+
+    def __call__(self, label: str, total: int):
+        self.bars[label] = [0, total]
+        self._label = label
+        return self
+
+    def __enter__(self):
+        return _Bar(self, self._label)
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class _Bar:
+    def __init__(self, watch: _Watch, label: str) -> None:
+        self._watch, self._label = watch, label
+
+    def __call__(self, steps: int) -> None:
+        self._watch.bars[self._label][0] += steps
+
+    def tell(self, text: str) -> None:
+        self._watch.texts.append(text)
+
+
+def test_bars_show_iterations_and_the_loss(tmp_path: Path, settings: SegSettings, backbone: Callable) -> None:
+    watch = _Watch()
+    run(backbone(), settings, tmp_path / "out", watch=watch)
+    assert watch.bars == {
+        "checking mine/training": [8, 8],
+        "checking mine/validation": [4, 4],
+        "training patches14": [12, 12],
+        "testing patches14": [4, 4],
+    }
+    assert watch.texts[0].startswith("loss 1.")
+
+
+def _rank(rank: int, world: int, port: int, model: Any, settings: SegSettings, out: Path) -> None:
+    os.environ |= {
+        "RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    with joined():
+        report = run(model, settings, out)
+    (out / f"metrics-{rank}.json").write_text(json.dumps(values(report)))
+
+
+def test_two_ranks_score_as_one_and_in_memory_as_reloaded(
+    tmp_path: Path, settings: SegSettings, backbone: Callable, free_port: int
+) -> None:
+    """Void pixels are not spread evenly and the pictures are odd in number: the traps of several ranks."""
+    settings = replace(settings, limit=3, iterations=30)
+    alone = run(backbone(), replace(settings, cache=tmp_path / "one"), tmp_path / "alone")
+    out = tmp_path / "ranks"
+    out.mkdir()
+    multiprocessing.spawn(_rank, (2, free_port, backbone(), settings, out), nprocs=2, join=True)
+    both = read(out / "seg-patches14.json")
+    assert both.settings["resolved"]["ranks"] == 2
+    for rank in range(2):
+        assert json.loads((out / f"metrics-{rank}.json").read_text()) == values(both)
+    model = backbone()
+    reloaded = run(model, settings, tmp_path / "reloaded")
+    assert len(model.sizes) == 2 * 3  # only tested
+    assert reloaded.metrics == both.metrics
+    assert same_heads(tmp_path / "alone", out, 1e-4)
+    assert values(both) == pytest.approx(values(alone), abs=0.2)
+
+
+def test_a_batch_that_ranks_cannot_share_is_an_error(
+    tmp_path: Path, settings: SegSettings, backbone: Callable
+) -> None:
+    from evals.core.dist import Group
+
+    with pytest.raises(ConfigError, match="a batch of 4 does not divide among 3 ranks"):
+        run(backbone(), settings, tmp_path / "out", group=Group(0, 3))

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from evals.seg_probe.datasets import open_dataset
+from evals.seg_probe.maps import MapWriter, palette, side_by_side, spread_places
+from evals.seg_probe.pixels import read_labels
+
+
+def test_a_written_map_is_an_annotation_again(tmp_path: Path, make_ade: Callable) -> None:
+    data = open_dataset(make_ade(tmp_path / "mine"), voc_split="train", known={"ADE20K": [], "VOC2012": []})
+    writer = MapWriter(tmp_path / "maps", data.val, data.labelling, frozenset({1, 2}))
+    said = np.random.default_rng(0).integers(0, 3, (56, 42)).astype(np.uint8)
+    for place in range(4):
+        writer(place, said if place != 2 else np.zeros((40, 56), np.uint8))
+    assert [path.name for path in sorted((tmp_path / "maps").iterdir())] == [
+        "0009-overlay.png", "0009.png", "0010-overlay.png", "0010.png",
+    ]  # fmt: skip
+    assert writer.files() == (
+        "maps/0009.png", "maps/0009-overlay.png", "maps/0010.png", "maps/0010-overlay.png",
+    )  # fmt: skip
+    assert np.array_equal(read_labels(tmp_path / "maps/0009.png", data.labelling), said)
+    with Image.open(tmp_path / "maps/0009-overlay.png") as overlay:
+        assert overlay.size == (3 * 42 + 8, 56)
+
+
+@pytest.mark.parametrize("count", [2, 11, 21, 150])
+def test_colours_differ(count: int) -> None:
+    colours = palette(count).astype(int)
+    apart = np.abs(colours[:, None] - colours[None]).sum(axis=2) + 999 * np.eye(count, dtype=int)
+    assert apart.min() >= (40 if count < 25 else 1)
+
+
+def test_void_is_clear_in_the_truth_and_faint_in_the_prediction() -> None:
+    picture = np.full((2, 3, 3), 100, dtype=np.uint8)
+    truth = np.array([[0, 1, 255], [0, 1, 255]], dtype=np.uint8)
+    colours = np.array([[200, 0, 0], [0, 200, 0]], dtype=np.uint8)
+    shown = side_by_side(picture, truth, np.zeros((2, 3), np.uint8), colours)
+    assert shown.shape == (2, 3 * 3 + 8, 3)
+    assert shown[0, :3].tolist() == [[100] * 3] * 3
+    assert shown[0, 7:10].tolist() == [[160, 40, 40], [40, 160, 40], [100, 100, 100]]
+    assert shown[0, 14:].tolist() == [[160, 40, 40], [160, 40, 40], [120, 80, 80]]
+
+
+def test_places_are_spread() -> None:
+    assert spread_places(10, 3) == {0, 3, 6}
+    assert spread_places(2, 5) == {0, 1}
+    assert spread_places(5, 0) == frozenset()

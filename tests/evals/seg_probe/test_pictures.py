@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from evals.seg_probe.datasets import Dataset, open_dataset
+from evals.seg_probe.presets import resolve
+from evals.seg_probe.settings import SegSettings
+
+pytestmark = pytest.mark.usefixtures("plugin")
+
+
+@pytest.fixture
+def data(tmp_path: Path, make_ade: Callable) -> Dataset:
+    return open_dataset(make_ade(tmp_path / "mine"), voc_split="train", known={"ADE20K": [], "VOC2012": []})
+
+
+def pictures(data: Dataset, model, training: bool, **changes):
+    from evals.seg_probe.pictures import Pictures
+
+    plan, _ = resolve(replace(SegSettings(data=Path("x"), crop=56), **changes), model)
+    return Pictures(data.train, data.labelling, plan, model, training=training)
+
+
+def row(samples, first: int, count: int, workers: int = 0) -> list[torch.Tensor]:
+    from evals.seg_probe.pictures import Stream
+
+    stream = Stream(samples, 7, {})
+    loader = DataLoader(stream, sampler=range(first, first + count), num_workers=workers, collate_fn=list)
+    return [batch[0]["inputs"] for batch in loader]
+
+
+def test_a_position_decides_its_sample_whatever_came_before(data: Dataset, backbone: Callable) -> None:
+    samples = pictures(data, backbone(), training=True)
+    whole = row(samples, 0, 12)
+    for one, other in zip(whole[5:], row(samples, 5, 7), strict=True):
+        assert torch.equal(one, other)
+    assert {tuple(one.shape) for one in whole} <= {(3, h, w) for h in range(1, 57) for w in range(1, 57)}
+
+
+def test_workers_change_nothing(data: Dataset, backbone: Callable) -> None:
+    samples = pictures(data, backbone(), training=True)
+    for one, other in zip(row(samples, 0, 6), row(samples, 0, 6, workers=2), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_every_epoch_holds_every_picture_once_in_another_order() -> None:
+    from evals.seg_probe.pictures import Stream
+
+    stream = Stream(range(10), 3, {})
+    epochs = [[stream.place(10 * epoch + n) for n in range(10)] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert [Stream(range(10), 4, {}).place(n) for n in range(10)] != epochs[0]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_ranks_share_the_batches_of_one(world: int) -> None:
+    from evals.seg_probe.pictures import Positions
+
+    shares = [list(islice(Positions(20, 6, rank, world), 30 // world)) for rank in range(world)]
+    size = 6 // world
+    batches = [[p for share in shares for p in share[step * size : (step + 1) * size]] for step in range(5)]
+    assert batches == [list(range(6 * step, 6 * step + 6)) for step in range(5)]
+
+
+def test_skipping_goes_on_at_the_exact_position() -> None:
+    from evals.seg_probe.pictures import Positions
+
+    positions = Positions(20, 6, 1, 2)
+    whole = list(islice(positions, 30))
+    positions.skip(4 * 3)  # as mmengine asks: iterations times this rank's batch
+    assert list(islice(positions, 18)) == whole[12:]
+    assert len(positions) == 10
+
+
+def test_test_shares_hold_each_picture_once() -> None:
+    from evals.seg_probe.pictures import Share
+
+    shares = [Share(7, rank, 3) for rank in range(3)]
+    assert sorted(place for share in shares for place in share) == list(range(7))
+    assert [len(share) for share in shares] == [3, 2, 2]
+
+
+def test_global_generators_are_left_as_they_were() -> None:
+    from evals.seg_probe.pictures import seeded
+
+    def draw() -> tuple[float, float]:
+        return np.random.rand(), random.random()  # noqa: NPY002 (mmcv's transforms draw from these)
+
+    with seeded(5):
+        first = draw()
+        with seeded(1, 2):
+            one = draw()
+        with seeded(1, 3):
+            other = draw()
+        with seeded(1, 2):
+            assert draw() == one != other
+        second = draw()
+    with seeded(5):
+        assert (draw(), draw()) == (first, second)
+
+
+def test_tested_pictures_keep_their_labels_size(data: Dataset, backbone: Callable) -> None:
+    sample = pictures(data, backbone(), training=False)[0]
+    meta = sample["data_samples"].metainfo
+    assert sample["inputs"].shape == (3, 56, 78)
+    assert (meta["ori_shape"], meta["img_shape"], meta["place"]) == ((40, 56), (56, 78), 0)
+    assert sample["data_samples"].gt_sem_seg.data.shape == (1, 40, 56)
+
+
+def test_labels_and_picture_are_transformed_together(data: Dataset, backbone: Callable) -> None:
+    """The stripes' colours tell the label of a pixel, wherever resize, crop and flip put it."""
+    samples = pictures(data, backbone(), training=True)
+    hits = []
+    for sample in (samples[place] for place in range(8)):
+        labels = sample["data_samples"].gt_sem_seg.data[0]
+        blue, green, red = sample["inputs"].float()
+        told = torch.stack([red, green, blue]).argmax(0)
+        known = labels != 255
+        hits.append(float((told == labels)[known].float().mean()))
+    assert np.mean(hits) > 0.8  # the photometric distortion turns some hues
+
+
+def test_stretched_pictures_are_squares_in_training_and_testing(data: Dataset, backbone: Callable) -> None:
+    for training, labels in ((True, (1, 56, 56)), (False, (1, 40, 56))):
+        sample = pictures(data, backbone(), training=training, preset="scenes")[0]
+        assert sample["inputs"].shape == (3, 56, 56)
+        assert sample["data_samples"].gt_sem_seg.data.shape == labels
+
+
+def test_kept_tokens_come_with_the_labels_of_pictures(data: Dataset, backbone: Callable) -> None:
+    from evals.seg_probe.pictures import TokenMaps
+
+    plan, _ = resolve(SegSettings(data=Path("x"), crop=56, preset="scenes"), backbone())
+    maps = torch.randn(8, 6, 4, 4).half()
+    for training in (True, False):
+        kept = TokenMaps(maps, data.train, data.labelling, plan, training=training)
+        seen = pictures(data, backbone(), training=training, preset="scenes")
+        assert len(kept) == len(seen) == 8
+        for place in (0, 1, 0):
+            assert torch.equal(kept[place]["inputs"], maps[place].float())
+            one, other = kept[place]["data_samples"], seen[place]["data_samples"]
+            assert torch.equal(one.gt_sem_seg.data, other.gt_sem_seg.data)
+            assert training or one.metainfo == other.metainfo
