@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from evals.core.dist import Group
+from evals.core.evaluator import silent
+from evals.seg_probe.datasets import open_dataset
+from evals.seg_probe.presets import resolve
+from evals.seg_probe.settings import SegSettings
+from radio.errors import DataError, RadioError
+
+pytestmark = pytest.mark.usefixtures("plugin")
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def maps_of(tmp_path: Path, make_ade: Callable, monkeypatch) -> Callable[..., torch.Tensor]:
+    from evals.seg_probe import tokens
+    from evals.seg_probe.pictures import Pictures
+
+    monkeypatch.setattr(tokens, "CHUNK", 3)
+    root = make_ade(tmp_path / "mine")
+    data = open_dataset(root, voc_split="train", known={"ADE20K": [], "VOC2012": []})
+
+    def make(model: Any, group: Group | None = None, key: str = "key") -> torch.Tensor:
+        plan, _ = resolve(SegSettings(data=root, preset="scenes"), model)
+        pictures = Pictures(data.train, data.labelling, plan, model, training=True)
+        return tokens.token_maps(
+            model, pictures, key=key, cache=tmp_path / "cache", device=CPU, dtype=torch.float32,
+            batch=2, workers=0, group=group or Group(), watch=silent, label="tokens",
+        )  # fmt: skip
+
+    return make
+
+
+def test_maps_are_the_backbones_own_computed_once(maps_of: Callable, backbone: Callable) -> None:
+    model = backbone()
+    maps = maps_of(model)
+    assert (maps.shape, maps.dtype) == ((8, 6, 7, 7), torch.float16)
+    assert len(model.sizes) == 8
+    assert torch.equal(maps_of(model), maps)
+    assert len(model.sizes) == 8
+    maps_of(model, key="other")
+    assert len(model.sizes) == 16
+
+
+def test_a_killed_run_goes_on_with_the_chunk_that_is_missing(maps_of: Callable, backbone: Callable) -> None:
+    model = backbone()
+    model.fail_after = 5
+    with pytest.raises(KeyboardInterrupt):
+        maps_of(model)
+    again = backbone()
+    maps = maps_of(again)
+    assert len(again.sizes) == 5  # the second and the third chunk
+    assert torch.equal(maps, maps_of(backbone(), key="whole"))
+
+
+def test_a_damaged_chunk_is_made_again(tmp_path: Path, maps_of: Callable, backbone: Callable) -> None:
+    maps = maps_of(backbone())
+    path = next((tmp_path / "cache").rglob("000001.safetensors"))
+    path.write_bytes(path.read_bytes()[:40])
+    model = backbone()
+    assert torch.equal(maps_of(model), maps)
+    assert len(model.sizes) == 3
+
+
+class _Alone(Group):
+    """The first of two ranks, whose other never writes."""
+
+    def barrier(self) -> None:
+        pass
+
+
+def test_ranks_take_turns_and_notice_a_folder_that_is_not_shared(
+    maps_of: Callable, backbone: Callable
+) -> None:
+    model = backbone()
+    with pytest.raises(DataError, match="other ranks' tokens are not here; give --cache a folder"):
+        maps_of(model, _Alone(0, 2))
+    assert len(model.sizes) == 5  # chunks 0 and 2 of 3 + 3 + 2
+    other = backbone()
+    assert torch.equal(maps_of(other, _Alone(1, 2)), maps_of(backbone(), key="whole"))
+    assert len(other.sizes) == 3
+
+
+def test_tokens_beyond_half_precision_are_an_error(maps_of: Callable, backbone: Callable) -> None:
+    class Loud(type(backbone())):
+        def __call__(self, images):
+            features = super().__call__(images)
+            return features._replace(tokens=features.tokens * 1e6)
+
+    with pytest.raises(RadioError, match=r"not finite in half precision.*--no-keep-tokens"):
+        maps_of(Loud())
