@@ -44,6 +44,14 @@ def _knn() -> Evaluator[Any]:
     return KnnEvaluator()
 
 
+@evaluators.register("sam")
+def _sam() -> Evaluator[Any]:
+    """Masks of SAM's own decoder on the model's features, scored on COCO instances."""
+    from .sam_dropin.evaluator import SamEvaluator
+
+    return SamEvaluator()
+
+
 @evaluators.register("seg")
 def _seg() -> Evaluator[Any]:
     """Segmentation by a linear head on frozen tokens, with MMSegmentation."""
@@ -72,8 +80,9 @@ class Options:
     """Score the architecture untrained: the floor of every table."""
     init_seed: int = 0
     """Decides the weights of --random-init."""
-    window: int | None = None
-    """Side of the attention windows in tokens, for students that have windows."""
+    window: tuple[int, ...] = ()
+    """Side of the attention windows in tokens, for students that have windows; several give a column
+    each."""
     out: Path | None = None
     """Folder of the reports; beside each checkpoint unless given, else ./reports."""
     plain: bool = False
@@ -156,17 +165,18 @@ def _models(options: Options) -> Iterator[tuple[str, Backbone, str]]:
         raise ConfigError("no model was named; give a checkpoint file, a spec such as scenes:clip, or --arch")
     names: set[str] = set()
     for spec in specs:
-        model = load_backbone(
-            spec, random_init=options.random_init, seed=options.init_seed, window=options.window
-        )
-        yield spec, model, _new_name(model.name, spec, options, names)
+        for window in options.window or (None,):
+            model = load_backbone(
+                spec, random_init=options.random_init, seed=options.init_seed, window=window
+            )
+            yield spec, model, _new_name(model.name, spec, options, window, names)
 
 
-def _new_name(name: str, spec: str, options: Options, taken: set[str]) -> str:
+def _new_name(name: str, spec: str, options: Options, window: int | None, taken: set[str]) -> str:
     if (options.random_init or spec.startswith("arch:")) and not name.endswith("-untrained"):
         name = f"{name}-untrained"
-    if options.window is not None:
-        name = f"{name}-window{options.window}"
+    if window is not None:
+        name = f"{name}-window{window}"
     number, unique = 1, name
     while unique in taken:
         number += 1

@@ -12,6 +12,7 @@ import math
 import struct
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ import torchvision  # noqa: F401 (registers the JPEG operator)
 from PIL import Image
 from torch import Tensor
 
+from .config import write_bytes
 from .errors import DataError, SizeError
 from .resample import resize_images
 
@@ -81,6 +83,13 @@ def decode(data: bytes) -> Tensor:
         if image.shape[0] == 3:
             return image.contiguous()
     return torch.from_numpy(_decode_with_pil(data))
+
+
+def write_png(picture: Image.Image, path: Path) -> None:
+    """Write a picture as PNG, atomically."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    write_bytes(path, buffer.getbuffer())
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -42,6 +42,12 @@ def check_settings(config: TrainConfig, world: int) -> None:
     students[config.student]  # an unknown name raises here, with the nearest ones
     if config.batch_size % world:
         raise ConfigError(f"a batch of {config.batch_size} cannot be shared evenly by {world} ranks")
+    for t in config.teachers:
+        if t.every < 1 or (config.batch_size // world) % t.every:
+            raise ConfigError(
+                f"teacher {t.name} cannot see one in {t.every} of the {config.batch_size // world} pictures "
+                f"of a rank's batch; give it an `every` that divides them"
+            )
 
 
 def load_teachers(config: TrainConfig, device: torch.device) -> dict[str, Teacher]:

@@ -17,6 +17,7 @@ class TeacherConfig:
     model: str  # a spec such as scenes:clip or openclip:ViT-H-14-quickgelu@FILE
     resolution: int | None = None  # its input side in pixels; None = its native size
     student_resolution: int | None = None  # what the student sees beside it; None = the run's resolution
+    every: int = 1  # sees one in so many pictures of a batch, where it is dear (paper §4: SAM)
     summary_weight: float = 1.0  # lambda of eq. 2
     spatial_weight: float = 1.0  # gamma of eq. 3
 

@@ -15,8 +15,9 @@ from radio.resample import resize_images
 from radio.scenes.language import TEMPLATES, caption
 from radio.scenes.world import CLASSES, COLOURS, SHAPES, Scene, render
 from radio.students.vit import ViT
+from radio.teachers.sam_decoder import decode
 from radio.teachers.scenes import Clip
-from radio.teachers.scenes_sam import SIDE, decode
+from radio.teachers.scenes_sam import SIDE
 from radio.teachers.scenes_text import tokenize
 
 # Letters: B scenes, O objects (4 a scene, absent ones included), R present objects, P prompts,
@@ -214,7 +215,7 @@ class SamLesson(nn.Module):
         points = self._inside(lesson.instances == (pointed + 1)[:, None, None])
         zoom = SIDE / SIZE
         logits, quality = decode(
-            self.sam, embeddings, rows.repeat(2), boxes=boxes * zoom, points=points * zoom - 0.5
+            self.sam, embeddings, rows.repeat(2), boxes=boxes * zoom, points=(points * zoom - 0.5)[:, None]
         )
         logits = F.interpolate(logits, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
         wanted = torch.cat([lesson.instances == (column + 1)[:, None, None] for column in (boxed, pointed)])

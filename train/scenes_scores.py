@@ -18,7 +18,8 @@ from radio.resample import resize_images
 from radio.scenes.language import TEMPLATES
 from radio.scenes.world import CLASSES, Scene, Split, render, render_images
 from radio.teachers.frozen import Frozen
-from radio.teachers.scenes_sam import SIDE, decode
+from radio.teachers.sam_decoder import decode
+from radio.teachers.scenes_sam import SIDE
 from radio.types import Backbone
 
 # Letters: N pictures, C width, K classes, P prompts, R reference pictures.

@@ -60,21 +60,24 @@ class Distiller(nn.Module):
 
         Args:
             images: the crops that the teachers saw.
-            targets: their features, by teacher name.
+            targets: their features, by teacher name, of the pictures that each one sees.
             drawn: what the student draws at random, see `Student.draw`.
             windows: the attention window of this step at each resolution; None keeps the student's own.
             detail: also compute the centred cosines that only the log shows.
         """
         model = self.model
-        views = {}
-        for side, window in windows.items():
+        views: dict[tuple[int, int], Features] = {}
+        for side, every in dict.fromkeys((self.resolutions[t.name], t.every) for t in self.teachers):
+            window = windows[side]
             student = model if window is None else model.with_window(window)
-            views[side] = student(resize_images(images, (side, side)), drawn)
+            seen = resize_images(images[::every], (side, side))
+            views[side, every] = student(seen, None if drawn is None else drawn[::every])
         parts: dict[str, Tensor] = {}
         terms: list[Tensor] = []
         for teacher in self.teachers:
             target = targets[teacher.name]
-            adapted = model.adapt(teacher.name, views[self.resolutions[teacher.name]], target.grid)
+            view = views[self.resolutions[teacher.name], teacher.every]
+            adapted = model.adapt(teacher.name, view, target.grid)
             losses = teacher_losses(adapted, target, self.loss)
             terms += [teacher.summary_weight * losses.summary, teacher.spatial_weight * losses.spatial]
             parts[f"{teacher.name}/summary"] = losses.summary.detach()
@@ -85,7 +88,19 @@ class Distiller(nn.Module):
 
 
 def teacher_features(
-    teachers: Mapping[str, Teacher], sizes: Mapping[str, tuple[int, int]], images: Tensor
+    teachers: Mapping[str, Teacher],
+    sizes: Mapping[str, tuple[int, int]],
+    images: Tensor,
+    every: Mapping[str, int] | None = None,
 ) -> dict[str, Features]:
-    """Every teacher's features of the same crops, each at its own resolution; no gradients."""
-    return {name: teacher(resize_images(images, sizes[name])) for name, teacher in teachers.items()}
+    """Each teacher's features at its own resolution, of one in `every` crops (all unless given)."""
+    steps = every or dict.fromkeys(teachers, 1)
+    return {
+        name: teacher(resize_images(images[:: steps[name]], sizes[name]))
+        for name, teacher in teachers.items()
+    }
+
+
+def thinned(features: Features, every: int) -> Features:
+    """The features of one in `every` pictures."""
+    return Features(features.summary[::every], features.tokens[::every], features.grid)

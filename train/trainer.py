@@ -43,7 +43,7 @@ from .pictures import open_pictures
 from .sampling import StepSampler, draw_window, generator
 from .sinks import JsonLines, ProgressConsole, Record
 from .state import load_state, save_state
-from .step import Distiller, teacher_features
+from .step import Distiller, teacher_features, thinned
 
 # Letters: B batch of this rank.
 
@@ -81,6 +81,7 @@ class Run:
         self.config, self.group, self.device, self.console = config, group, device, console
         self.teachers = load_teachers(config, device)
         self.sizes = teacher_sizes(config, self.teachers)
+        self.every = {t.name: t.every for t in config.teachers}
         beside = student_resolutions(config)
         self.pictures = open_pictures(config.data)
         side = max(*beside.values(), *(max(size) for size in self.sizes.values()))
@@ -161,10 +162,12 @@ class Run:
                 return
             images = row.pixels.to(self.device, non_blocking=True).float().div_(255)
             if self.cache is not None:
-                yield Batch(images, self.cache.targets(row.summaries, row.tokens, self.device), 0, waited)
+                known = self.cache.targets(row.summaries, row.tokens, self.device)
+                targets = {name: thinned(features, self.every[name]) for name, features in known.items()}
+                yield Batch(images, targets, 0, waited)
             else:
                 with self._autocast():
-                    targets = teacher_features(self.teachers, self.sizes, images)
+                    targets = teacher_features(self.teachers, self.sizes, images, self.every)
                 yield Batch(images, targets, int(row.broken.sum()), waited)
 
     def advance(self, batch: Batch) -> None:

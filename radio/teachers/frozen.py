@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Protocol, Self, final
 
 import torch
@@ -34,7 +35,8 @@ class Frozen(nn.Module):
 
     `multiple_of` is what both sides in pixels must be a multiple of; None takes the native size only.
     `variant` says in words what else decides the features (a resampling rule, a choice of layer), so
-    that the fingerprint covers it. `text` is the text tower that shares the summary's space.
+    that the fingerprint covers it. `text` is the text tower that shares the summary's space, `file` the
+    weights file that it was read from.
     """
 
     def __init__(
@@ -50,11 +52,13 @@ class Frozen(nn.Module):
         token_dim: int,
         text: TextTower | None = None,
         variant: str = "",
+        file: Path | None = None,
     ) -> None:
         super().__init__()
         assert isinstance(trunk, nn.Module), "a trunk is an nn.Module"
         self.trunk: Trunk = trunk
         self._text = text  # a module too, as a rule: it moves along
+        self.file = file
         self.name = name
         self.native_size = native_size
         self.multiple_of = multiple_of

@@ -67,7 +67,7 @@ def sam(name: str, file: Path | None) -> Teacher:
     with torch.device("meta"):
         encoder = build_encoder(MEMBERS[name])
     load_state(encoder, tensors, source)
-    return freeze_sam(SamTrunk(encoder), name=spec, mean=MEAN, std=STD)
+    return freeze_sam(SamTrunk(encoder), name=spec, mean=MEAN, std=STD, file=file)
 
 
 def build_encoder(member: Member) -> nn.Module:
@@ -124,7 +124,12 @@ class SamTrunk(nn.Module):
 
 
 def freeze_sam(
-    trunk: SamTrunk, *, name: str, mean: tuple[float, float, float], std: tuple[float, float, float]
+    trunk: SamTrunk,
+    *,
+    name: str,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    file: Path | None = None,
 ) -> Frozen:
     """A SAM trunk as a teacher that takes the trunk's own size only."""
     return Frozen(
@@ -136,6 +141,7 @@ def freeze_sam(
         multiple_of=None,
         summary_dim=trunk.token_dim,
         token_dim=trunk.token_dim,
+        file=file,
     )
 
 

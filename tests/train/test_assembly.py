@@ -36,6 +36,14 @@ from .conftest import CPU, TEACHERS
         ({"cache": CacheConfig(pictures=0)}, r"--cache\.pictures 0 cannot be"),
         ({"student": "vit-tiny21"}, "unknown student 'vit-tiny21'; did you mean .*vit-tiny12"),
         ({"batch_size": 5}, "a batch of 5 cannot be shared evenly by 2 ranks"),
+        (
+            {"teachers": (TeacherConfig(name="sam", model="tiny:sam", every=4),), "batch_size": 4},
+            "teacher sam cannot see one in 4 of the 2 pictures of a rank's batch",
+        ),
+        (
+            {"teachers": (TeacherConfig(name="sam", model="tiny:sam", every=0),)},
+            "teacher sam cannot see one in 0",
+        ),
     ],
 )
 def test_settings_that_cannot_be(config: TrainConfig, changes: dict[str, object], message: str) -> None:

@@ -13,7 +13,7 @@ from radio.resample import resize_images
 from radio.types import Features, Teacher
 from train.config import LossConfig, TeacherConfig
 from train.losses import teacher_losses
-from train.step import Distiller, teacher_features
+from train.step import Distiller, teacher_features, thinned
 
 from .conftest import TEACHERS
 from .tiny_teachers import tiny
@@ -74,6 +74,24 @@ def test_the_loss_is_the_weighted_sum(
         total += summary_weight * parts.summary.item() + spatial_weight * parts.spatial.item()
     assert losses.total.item() == pytest.approx(total, rel=1e-6)
     assert set(losses.parts) == {f"{name}/{kind}" for name in weights for kind in ("summary", "spatial")}
+
+
+def test_a_dear_teacher_sees_one_in_so_many(
+    model: RadioModel, teachers: dict[str, Teacher], images: torch.Tensor
+) -> None:
+    """As if SAM had been asked about these pictures alone, at its own resolution and with their own draws."""
+    chosen = (*TEACHERS[:2], replace(TEACHERS[2], every=2))
+    targets = teacher_features(teachers, SIZES, images, {"clip": 1, "dense": 1, "sam": 2})
+    assert targets["sam"].tokens.shape[0] == 2 and targets["clip"].tokens.shape[0] == 3
+    whole = teacher_features(teachers, SIZES, images)
+    assert torch.equal(thinned(whole["sam"], 2).tokens, targets["sam"].tokens)
+    drawn = model.draw(3, torch.Generator().manual_seed(1))
+    losses = Distiller(model, chosen, LossConfig(), SIDES)(images, targets, drawn, WINDOWS, False)
+    all_see = Distiller(model, TEACHERS, LossConfig(), SIDES)(images, whole, drawn, WINDOWS, False)
+    assert losses.parts["clip/spatial"] == all_see.parts["clip/spatial"]
+    view = model(resize_images(images[[0, 2]], (SIDES["sam"], SIDES["sam"])), drawn[[0, 2]])
+    parts = teacher_losses(model.adapt("sam", view, targets["sam"].grid), targets["sam"], LossConfig())
+    assert losses.parts["sam/spatial"] == pytest.approx(parts.spatial.item(), rel=1e-6)
 
 
 def test_gradients_are_finite_everywhere_and_sams_summary_head_gets_none(

@@ -12,8 +12,9 @@ from radio.errors import CheckpointError, ConfigError
 from radio.scenes.language import TEMPLATES, VOCABULARY, captions
 from radio.scenes.world import CLASSES, render
 from radio.teachers import families
+from radio.teachers.sam_decoder import decode
 from radio.teachers.scenes import NAMES, WEIGHTS, scenes_sam, scenes_teacher, weights_file
-from radio.teachers.scenes_sam import NECK, decode
+from radio.teachers.scenes_sam import NECK
 from radio.teachers.scenes_text import CONTEXT, TextError, tokenize
 
 
@@ -117,7 +118,7 @@ def test_decoding_many_pictures_at_once_equals_the_library_one_by_one():
     which = torch.tensor([2, 0, 2, 1])
     boxes = torch.tensor([[10.0, 20.0, 60.0, 70.0], [0.0, 0.0, 30.0, 30.0]])
     points = torch.tensor([[50.0, 40.0], [90.0, 7.0]])
-    found = decode(sam, embeddings, which, boxes=boxes, points=points)
+    found = decode(sam, embeddings, which, boxes=boxes, points=points[:, None])
     for row, picture in enumerate(which.tolist()):
         box = boxes[row][None] if row < 2 else None
         point = (points[row - 2].view(1, 1, 2), torch.ones(1, 1)) if row >= 2 else None

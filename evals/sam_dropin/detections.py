@@ -1,0 +1,150 @@
+"""A detector's boxes in, masks out, scored as COCO average precision by pycocotools."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evals.core.report import Metric
+from radio.errors import DataError, require
+from radio.teachers.sam_decoder import SamHead
+
+from .coco import Instance, Instances, Picture
+from .decoding import Drawn, Loaded, masks_by_picture
+
+# Letters: H W pixels.
+
+_STATS = (
+    "ap",
+    "ap50",
+    "ap75",
+    "ap_small",
+    "ap_medium",
+    "ap_large",
+)  # the first six of COCOeval, in its order
+
+
+@final
+class Detections:
+    """The pictures of an instances file with the boxes that a detector found on them.
+
+    Args:
+        file: COCO results: a list of {image_id, category_id, bbox, score}.
+        truth: what they are scored against, pictures without annotations included.
+
+    Raises:
+        DataError: not such a file, no detections, or one of a picture or category that is not there.
+    """
+
+    def __init__(self, file: Path, truth: Instances) -> None:
+        self.truth = truth
+        self.name = f"{file.name} on {truth.name}"
+        raw, rows = _read(file)
+        self._digest = hashlib.sha256(raw).hexdigest()
+        self.scores = tuple(score for _, score, _ in rows)
+        found: dict[int, list[Instance]] = {picture.number: [] for picture in truth.pictures}
+        every = {int(number) for number in truth.coco.imgs}
+        for image, _, instance in rows:
+            if image not in every or instance.category not in truth.categories:
+                raise DataError(
+                    f"{file}: entry {instance.number} is of picture {image} and category "
+                    f"{instance.category}, and {truth.name} does not have both"
+                )
+            if image in found:  # not left out by the limit
+                found[image].append(instance)
+        pictures = (p._replace(instances=tuple(found[p.number])) for p in truth.pictures)
+        self.pictures: tuple[Picture, ...] = tuple(p for p in pictures if p.instances)
+        if not self.pictures:
+            raise DataError(f"{file}: holds no detections on the pictures of {truth.name}")
+
+    @property
+    def content(self) -> str:
+        """A hash of the pictures' bytes."""
+        return self.truth.content
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the boxes and of the ground truth."""
+        return hashlib.sha256(f"{self._digest} {self.truth.fingerprint}".encode()).hexdigest()
+
+    def read(self, picture: Picture) -> Tensor:
+        """The pixels, uint8 [3, H, W]."""
+        return self.truth.read(picture)
+
+    def masks(self, picture: Picture) -> Tensor:
+        """Nothing: the truth is not looked at while drawing."""
+        return torch.empty(0, *picture.size, dtype=torch.bool)
+
+
+def encode(
+    head: SamHead, loaded: Sequence[Loaded], drawn: Drawn, box_batch: int
+) -> list[tuple[int, int, str, tuple[int, int], float]]:
+    """(picture, entry, run lengths, size, predicted IoU) of each detection of a chunk."""
+    library = require("pycocotools.mask", extra="sam")
+    found, quality = [], iter(drawn.quality.cpu().tolist())
+    for one, piece, masks in masks_by_picture(head, loaded, drawn.logits, box_batch):
+        planes = np.asfortranarray(masks.cpu().numpy().transpose(1, 2, 0).astype(np.uint8))
+        for instance, lengths in zip(one.picture.instances[piece], library.encode(planes), strict=True):
+            counts = lengths["counts"].decode("ascii")
+            found.append((one.picture.number, instance.number, counts, one.picture.size, next(quality)))
+    return found
+
+
+def average_precision(detections: Detections, records: Sequence[tuple[Any, ...]]) -> dict[str, Metric]:
+    """COCO's mask AP in percent: mean over IoU 0.50 to 0.95, at 0.50, at 0.75, and by size.
+
+    The detector's scores rank the masks. A size without ground truth is left out."""
+    categories = {instance.number: instance.category for p in detections.pictures for instance in p.instances}
+    results = [
+        {
+            "image_id": image,
+            "category_id": categories[entry],
+            "score": detections.scores[entry],
+            "segmentation": {"size": list(size), "counts": counts},
+        }
+        for image, entry, counts, size, _ in records
+    ]
+    truth = detections.truth
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its tables
+        found = truth.coco.loadRes(results)
+        judge = require("pycocotools.cocoeval", extra="sam").COCOeval(truth.coco, found, "segm")
+        judge.params.imgIds = [picture.number for picture in truth.pictures]
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+    return {
+        name: Metric(value=100 * float(value))
+        for name, value in zip(_STATS, judge.stats[: len(_STATS)], strict=True)
+        if value >= 0
+    }
+
+
+def _read(file: Path) -> tuple[bytes, list[tuple[int, float, Instance]]]:
+    """The file's bytes, and (picture, score, box) of each entry."""
+    if not file.is_file():
+        raise DataError(f"{file}: no such detections file")
+    raw = file.read_bytes()
+    try:
+        entries = json.loads(raw)
+        rows = [(int(e["image_id"]), float(e["score"]), _box(number, e)) for number, e in enumerate(entries)]
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{file}: not COCO results ({type(error).__name__}: {error}); wanted a list of objects with "
+            f"image_id, category_id, bbox and score"
+        ) from error
+    return raw, rows
+
+
+def _box(number: int, entry: Any) -> Instance:
+    x, y, width, height = (float(value) for value in entry["bbox"])
+    return Instance(number, int(entry["category_id"]), (x, y, x + width, y + height), width * height, False)

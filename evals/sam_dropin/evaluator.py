@@ -1,0 +1,222 @@
+"""The student behind SAM's own decoder (paper, section 5.3 and table 8), scored on COCO instances."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+from evals.core.dist import Group, current
+from evals.core.evaluator import Watch, domain_notes, silent
+from evals.core.features import default_cache
+from evals.core.provenance import choose_device, commit, describe_device, versions
+from evals.core.report import DataUsed, Metric, Report, Table, file_name, write
+from radio.config import to_plain, write_text
+from radio.errors import require
+from radio.scenes.layouts import ScenesSettings
+from radio.scenes.layouts import write as write_scenes
+from radio.types import Backbone
+
+from .coco import Instances, open_instances
+from .decoding import score
+from .detections import Detections, average_precision, encode
+from .encoder import DropIn, make_drop_in
+from .panels import write_panels
+from .scoring import Record, category_table, metrics
+from .settings import SamSettings
+from .work import Done, Work
+
+
+class _Scored(NamedTuple):
+    """What a kind of scoring adds to the report."""
+
+    headline: str
+    metrics: dict[str, Metric]
+    tables: dict[str, Table]
+    notes: tuple[str, ...]
+    records: list[dict[str, Any]]
+    panels: tuple[str, ...] = ()
+
+
+@final
+class SamEvaluator:
+    """Scores the masks of SAM's decoder on any student of a SAM, or on a SAM's own encoder."""
+
+    name = "sam"
+    settings = SamSettings
+
+    def run(
+        self,
+        model: Backbone,
+        settings: SamSettings,
+        out: Path,
+        *,
+        name: str | None = None,
+        watch: Watch = silent,
+        group: Group | None = None,
+    ) -> Report:
+        """Score `model`; writes `sam-NAME.json` and `sam-NAME.jsonl` (one line an instance) into `out`.
+
+        Prompts other than boxes add to the name. Every rank of a torchrun job calls this and gets the same
+        report; rank 0 writes.
+
+        Raises:
+            ConfigError: a model that learned from no SAM, or an unknown device.
+            CheckpointError: SAM's weights are not where the checkpoint says.
+            SizeError: a size or window that does not fit; names the nearest that does.
+            DataError: data that are absent, damaged, or hold nothing to score.
+            MissingExtraError: segment-anything, pycocotools or scipy is not installed.
+        """
+        for module in ("segment_anything", "pycocotools", "scipy"):  # an absence shows before the long part
+            require(module, extra="sam")
+        started = time.monotonic()
+        group, cache = group or current(), settings.cache or default_cache()
+        device = choose_device(settings.device)
+        drop_in = make_drop_in(model, settings.sam_checkpoint, settings.size, settings.seed)
+        data = _open(settings, cache, group)
+        label = (name or model.name) + _suffix(settings)
+        base = file_name(self.name, label)
+
+        if settings.boxes_from is not None:
+            found = Detections(settings.boxes_from, data)
+            work = Work(
+                found, partial(_judge_detections, drop_in, settings), drop_in, settings, device, cache
+            )
+            done = work.run(group, watch)
+            scored = _precision(found, done)
+        else:
+            work = Work(data, partial(_judge, drop_in, settings), drop_in, settings, device, cache)
+            done = work.run(group, watch)
+            scored = _overlaps(data, done, settings)
+            if settings.save_masks and group.leads:
+                records = [Record(*record) for chunk in done for record in chunk.records]
+                panels = write_panels(work, data, records, out / base, watch)
+                scored = scored._replace(panels=tuple(f"{base}/{panel}" for panel in panels))
+        report = Report(
+            task=self.name,
+            model=label,
+            fingerprint=model.fingerprint,
+            headline=scored.headline,
+            metrics={**scored.metrics, **_rates(done)},
+            settings={**to_plain(settings), "resolved": _resolved(drop_in, data, group)},
+            data=(_used(data),),
+            device=describe_device(device),
+            seconds={"total": time.monotonic() - started},
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            versions=versions(),
+            git=commit(),
+            notes=(*drop_in.notes, *scored.notes, *domain_notes(model, [data.images])),
+            tables=scored.tables,
+            files=(f"{base}.jsonl", *scored.panels),
+        )
+        if group.leads:
+            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in scored.records)
+            write_text(out / f"{base}.jsonl", "".join(lines))
+            write(report, out / f"{base}.json")
+        return report
+
+
+def _open(settings: SamSettings, cache: Path, group: Group) -> Instances:
+    file, images, name, location = settings.data, settings.images, None, None
+    if file is None or images is None:
+        root = cache / "scenes" / f"coco-{settings.scenes}-seed{settings.seed}"
+        if group.leads:
+            world = ScenesSettings(layout="coco", count=1, val_count=settings.scenes, seed=settings.seed)
+            write_scenes(root, world)
+        group.barrier()
+        file, images = root / "annotations" / "instances_val.json", root / "val"
+        name, location = "scenes:val", f"scenes:val?seed={settings.seed}"
+    return open_instances(
+        file,
+        images,
+        limit=settings.limit,
+        crowds=settings.crowds,
+        smallest_area=settings.smallest_area,
+        memo=cache / "fingerprints",
+        empty=settings.boxes_from is not None,
+        name=name,
+        location=location,
+    )
+
+
+def _suffix(settings: SamSettings) -> str:
+    if settings.boxes_from is not None:
+        return "-detections"
+    return f"-{settings.clicks}-clicks" if settings.prompts == "points" else ""
+
+
+def _judge(drop_in: DropIn, settings: SamSettings, loaded: Any, drawn: Any) -> list[Record]:
+    return score(drop_in.head, loaded, drawn, settings.box_batch, settings.union_bias)
+
+
+def _judge_detections(
+    drop_in: DropIn, settings: SamSettings, loaded: Any, drawn: Any
+) -> list[tuple[Any, ...]]:
+    return list(encode(drop_in.head, loaded, drawn, settings.box_batch))
+
+
+def _overlaps(data: Instances, done: Sequence[Done], settings: SamSettings) -> _Scored:
+    records = [Record(*record) for chunk in done for record in chunk.records]
+    found = metrics(records, settings.seed)
+    crowds = sum(record.crowd for record in records)
+    notes = [f"{len(records)} annotations on {len(data.pictures)} pictures, {crowds} of them crowds"]
+    if settings.prompts == "boxes":
+        notes.append(
+            f"a box alone goes a long way: the prompt taken as the mask has an mIoU of "
+            f"{found['filled_box_miou'].value:.1f}"
+        )
+    lines = [{**record._asdict(), "image": name} for record, name in zip(records, _names(data), strict=True)]
+    return _Scored(
+        "miou", found, {"categories": category_table(records, data.categories)}, tuple(notes), lines
+    )
+
+
+def _names(data: Instances) -> list[str]:
+    """The picture of each annotation, in the order of the records."""
+    return [picture.name for picture in data.pictures for _ in picture.instances]
+
+
+def _precision(found: Detections, done: Sequence[Done]) -> _Scored:
+    records = [record for chunk in done for record in chunk.records]
+    lines = [
+        {"image_id": image, "entry": entry, "quality": quality, "size": list(size), "counts": counts}
+        for image, entry, counts, size, quality in records
+    ]
+    note = f"{len(records)} detections on {len(found.pictures)} of {len(found.truth.pictures)} pictures"
+    return _Scored("ap", average_precision(found, records), {}, (note,), lines)
+
+
+def _rates(done: Sequence[Done]) -> dict[str, Metric]:
+    """Pictures a second of encoder and decoder; the first chunk warms up where there are more."""
+    rates = {}
+    for part in ("encoder", "decoder"):
+        laps = [(chunk.pictures, seconds) for chunk in done if (seconds := getattr(chunk, part)) is not None]
+        kept = laps[1:] or laps
+        if kept:
+            rate = sum(pictures for pictures, _ in kept) / sum(seconds for _, seconds in kept)
+            rates[f"{part}_rate"] = Metric(value=rate, unit="images/s")
+    return rates
+
+
+def _resolved(drop_in: DropIn, data: Instances, group: Group) -> dict[str, Any]:
+    return {
+        "size": drop_in.side,
+        "decoder": drop_in.head.name,
+        "frame": drop_in.head.side,
+        "annotations": data.count,
+        "ranks": group.world,
+    }
+
+
+def _used(data: Instances) -> DataUsed:
+    return DataUsed(
+        role="images",
+        name=data.name,
+        fingerprint=data.fingerprint,
+        count=len(data.pictures),
+        num_classes=len(data.categories),
+    )

@@ -1,0 +1,113 @@
+"""From masks to numbers: overlaps without run lengths, sizes, categories, and intervals over pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from evals.core.bootstrap import interval, resamples
+from evals.core.report import Metric, Table
+
+# Letters: N masks, H W pixels, R resamples.
+
+_SMALL, _LARGE = 32**2, 96**2  # pixels: small up to and with the first, large from the second on
+_BOUNDARY = 0.02  # of the diagonal (B. Cheng et al. 2021)
+
+
+class Record(NamedTuple):
+    """One scored instance."""
+
+    image_id: int
+    annotation_id: int
+    category_id: int
+    area: float
+    crowd: bool
+    quality: float  # the decoder's own idea of the overlap
+    iou: float
+    boundary_iou: float
+    box_iou: float  # of the filled box
+
+
+def overlap(one: Tensor, other: Tensor, bias: float = 0.0) -> Tensor:
+    """Intersection over (union + bias) of masks, bool [N, H, W] twice: [N] float64; 0 for two empty ones."""
+    first, second = one.flatten(1), other.flatten(1)
+    both = torch.count_nonzero(first & second, dim=1).double()
+    either = torch.count_nonzero(first, dim=1) + torch.count_nonzero(second, dim=1) - both
+    return both / (either + bias).clamp(min=1e-9)
+
+
+def boundaries(masks: Tensor) -> Tensor:
+    """The pixels of masks within 2 % of the diagonal of their edge: bool [N, H, W] -> the same.
+
+    As in Boundary IoU: the mask without what is left of it after as many erosions by 3 x 3 as the distance
+    has pixels; beyond the picture nothing belongs to a mask.
+    """
+    height, width = masks.shape[-2:]
+    reach = max(round(_BOUNDARY * math.hypot(height, width)), 1)
+    outside = F.pad((~masks).float()[:, None], [reach] * 4, value=1.0)
+    near = F.max_pool2d(outside, (2 * reach + 1, 1), stride=1)
+    near = F.max_pool2d(near, (1, 2 * reach + 1), stride=1)
+    return masks & (near[:, 0] > 0)
+
+
+def fill(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """The pixels whose centres lie in boxes [N, 4] as x0 y0 x1 y1: bool [N, H, W]."""
+    x0, y0, x1, y1 = boxes[:, :, None].unbind(1)
+    rows, columns = (torch.arange(side, device=boxes.device) + 0.5 for side in size)
+    down, across = (rows >= y0) & (rows < y1), (columns >= x0) & (columns < x1)
+    return down[:, :, None] & across[:, None, :]
+
+
+def metrics(records: Sequence[Record], seed: int) -> dict[str, Metric]:
+    """mIoU in percent over all instances and by size, boundary mIoU, and that of the filled boxes.
+
+    Sizes go by the annotation's area; a size without instances is left out. Intervals are bootstraps over
+    pictures.
+    """
+    images = np.unique([record.image_id for record in records], return_inverse=True)[1]
+    weights = resamples(int(images.max()) + 1, seed=seed)
+    areas = np.array([record.area for record in records])
+    ious = np.array([record.iou for record in records])
+    chosen: dict[str, tuple[NDArray[np.float64], NDArray[np.bool_]]] = {
+        "miou": (ious, np.ones(len(records), dtype=bool)),
+        "miou_small": (ious, areas <= _SMALL),
+        "miou_medium": (ious, (areas > _SMALL) & (areas < _LARGE)),
+        "miou_large": (ious, areas >= _LARGE),
+        "boundary_miou": (np.array([r.boundary_iou for r in records]), np.ones(len(records), dtype=bool)),
+        "filled_box_miou": (np.array([r.box_iou for r in records]), np.ones(len(records), dtype=bool)),
+    }
+    return {
+        name: _mean(values[kept], images[kept], weights)
+        for name, (values, kept) in chosen.items()
+        if kept.any()
+    }
+
+
+def category_table(records: Sequence[Record], categories: Mapping[int, str]) -> Table:
+    """Every category among the records: name, how many instances, and their mIoU in percent."""
+    ious: dict[int, list[float]] = {number: [] for number in categories}
+    for record in records:
+        ious[record.category_id].append(record.iou)
+    rows = tuple(
+        (categories[number], len(found), 100 * sum(found) / len(found))
+        for number, found in ious.items()
+        if found
+    )
+    return Table(columns=("category", "instances", "miou"), rows=rows)
+
+
+def _mean(values: NDArray[np.float64], images: NDArray[np.int64], weights: NDArray[np.float64]) -> Metric:
+    """The mean of instances and its interval, pictures drawn with replacement: `weights` is [R, pictures]."""
+    count = weights.shape[1]
+    sums = np.bincount(images, weights=values, minlength=count)
+    counts = np.bincount(images, minlength=count).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a resample without an instance of this size: left out
+        low, high = interval((weights @ sums) / (weights @ counts))
+    return Metric(value=100 * float(values.mean()), low=100 * low, high=100 * high)

@@ -1,0 +1,275 @@
+"""All pictures, chunk by chunk: loaded ahead, shared among ranks, each chunk's records kept as one file.
+
+A chunk is so many pictures in a row, the same ones whatever the number of ranks and wherever a run was
+stopped; a run that is repeated does the chunks that are missing. So the numbers are equal bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, final
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from evals.core.dist import Group
+from evals.core.evaluator import Watch
+from radio.config import write_bytes, write_text
+from radio.errors import DataError
+
+from .clicks import next_clicks
+from .coco import Picture
+from .decoding import Clock, Drawn, Loaded, Prompts, box_prompts, draw, masks_by_picture, owners
+from .encoder import DropIn
+from .frame import make_frame, place
+from .settings import SamSettings
+
+# Letters: B pictures of a chunk, P prompts of a chunk, C h w embedding.
+
+_FORMAT = "sam-dropin/1"
+_THREADS = 2  # that load pictures and masks while the encoder works
+_AHEAD = 3  # chunks
+
+
+class Done(NamedTuple):
+    """A finished chunk."""
+
+    pictures: int
+    encoder: float | None  # seconds; None where the embeddings were known
+    decoder: float
+    records: tuple[tuple[Any, ...], ...]
+
+
+class Annotated(Protocol):
+    """Pictures with objects to draw: ground truth, or what a detector found."""
+
+    @property
+    def name(self) -> str:
+        """For progress bars and errors."""
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """In a fixed order."""
+
+    @property
+    def content(self) -> str:
+        """A hash of the pictures' bytes."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of everything that is read."""
+
+    def read(self, picture: Picture) -> Tensor:
+        """The pixels, uint8 [3, H, W]."""
+
+    def masks(self, picture: Picture) -> Tensor:
+        """The ground truth of its objects, bool [N, H, W]; empty where there is none."""
+
+
+Judge = Callable[[list[Loaded], Drawn], Sequence[tuple[Any, ...]]]
+"""What is kept of a chunk's masks."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The drawing of all objects, and what `judge` says of each."""
+
+    data: Annotated
+    judge: Judge
+    drop_in: DropIn
+    settings: SamSettings
+    device: torch.device
+    cache: Path
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the encoder."""
+        return torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
+
+    def run(self, group: Group, watch: Watch) -> list[Done]:
+        """Every chunk, in order, on every rank.
+
+        Raises:
+            DataError: a picture or mask that cannot be read, or ranks that do not share the cache folder.
+        """
+        chunks = self._chunks()
+        if group.leads:  # hashes the content; the others then find the memo
+            _ = self.data.fingerprint
+        group.barrier()
+        folder = self.cache / "sam" / self.key()
+        mine = range(group.rank, len(chunks), group.world)
+        missing = [number for number in mine if not self._path(folder, number).is_file()]
+        if missing:
+            self.drop_in.to(self.device, self.dtype)
+            total = sum(len(chunks[number]) for number in missing)
+            with watch(f"{self.drop_in.model.name} on {self.data.name}", total) as advance:
+                for number, loaded in ahead(missing, lambda n: self._load(chunks[n]), _THREADS, _AHEAD):
+                    self._write(self._path(folder, number), self.finish(loaded))
+                    advance(len(loaded))
+        group.barrier()
+        absent = [number for number in range(len(chunks)) if not self._path(folder, number).is_file()]
+        if absent:
+            raise DataError(
+                f"{folder}: other ranks' records are not here; give --cache a folder that all share"
+            )
+        return [self._read(self._path(folder, number)) for number in range(len(chunks))]
+
+    def key(self) -> str:
+        """A hash of everything that decides the records."""
+        settings = self.settings
+        return _hash(
+            _FORMAT,
+            self._embedding_key(),
+            self.data.fingerprint,
+            settings.prompts,
+            settings.clicks,
+            settings.union_bias,
+            settings.box_batch,
+            settings.boxes_from is not None,
+        )
+
+    def load(self, pictures: tuple[Picture, ...], *, pixels: bool = True) -> list[Loaded]:
+        """A chunk's pictures and masks."""
+        side, head = self.drop_in.side, self.drop_in.head
+        return [
+            Loaded(
+                picture,
+                make_frame(*picture.size, head.side),
+                place(self.data.read(picture), side, head.mean) if pixels else None,
+                self.data.masks(picture),
+            )
+            for picture in pictures
+        ]
+
+    def _load(self, pictures: tuple[Picture, ...]) -> list[Loaded]:
+        """As `load`, without pixels where the embeddings are in the cache."""
+        return self.load(pictures, pixels=not self._is_known(pictures))
+
+    def finish(self, loaded: list[Loaded]) -> Done:
+        """A chunk's records."""
+        clock = Clock(self.device)
+        with torch.inference_mode():
+            embeddings, encoded = self._embeddings(loaded)
+            encoder = clock.lap()
+            drawn = self.answer(loaded, embeddings)
+            decoder = clock.lap()
+            records = tuple(self.judge(loaded, drawn))
+        return Done(len(loaded), encoder if encoded else None, decoder, records)
+
+    def embed(self, loaded: list[Loaded]) -> Tensor:
+        """[B, C, h, w] of a chunk's pixels."""
+        pixels = [one.pixels for one in loaded if one.pixels is not None]
+        return self.drop_in.embed(torch.stack(pixels).to(self.device), self.dtype)
+
+    def answer(self, loaded: list[Loaded], embeddings: Tensor) -> Drawn:
+        """The masks that the prompts give."""
+        which, batch = owners(loaded, self.device), self.settings.box_batch
+        if self.settings.prompts == "boxes":
+            return draw(self.drop_in.head, embeddings, which, box_prompts(loaded, self.device), batch)
+        return self._click(loaded, embeddings, which)
+
+    def _embeddings(self, loaded: list[Loaded]) -> tuple[Tensor, bool]:
+        """[B, C, h, w] of a chunk, from the cache or for it, and whether the encoder was asked."""
+        path = self._embedding_path(tuple(one.picture for one in loaded))
+        if loaded[0].pixels is None:
+            return safetensors.torch.load_file(path)["embeddings"].to(self.device), False
+        embeddings = self.embed(loaded)
+        if self.settings.keep_embeddings:
+            write_bytes(path, safetensors.torch.save({"embeddings": embeddings.cpu().contiguous()}))
+        return embeddings, True
+
+    def _is_known(self, pictures: tuple[Picture, ...]) -> bool:
+        return self.settings.keep_embeddings and self._embedding_path(pictures).is_file()
+
+    def _click(self, loaded: list[Loaded], embeddings: Tensor, which: Tensor) -> Drawn:
+        head, batch = self.drop_in.head, self.settings.box_batch
+        clicked = [next_clicks(one.truth, None) for one in loaded]
+        prompts = _with_clicks(Prompts(), loaded, clicked, self.device)
+        drawn = draw(head, embeddings, which, prompts, batch)
+        for _ in range(self.settings.clicks - 1):
+            pieces: dict[int, list[Tensor]] = {one.picture.number: [] for one in loaded}
+            for one, _piece, masks in masks_by_picture(head, loaded, drawn.logits, batch):
+                pieces[one.picture.number].append(masks.cpu())
+            clicked = [next_clicks(one.truth, torch.cat(pieces[one.picture.number])) for one in loaded]
+            prompts = _with_clicks(prompts, loaded, clicked, self.device)
+            drawn = draw(head, embeddings, which, prompts, batch)
+        return drawn
+
+    def _chunks(self) -> list[tuple[Picture, ...]]:
+        pictures, size = self.data.pictures, self.settings.batch
+        return [pictures[start : start + size] for start in range(0, len(pictures), size)]
+
+    def _embedding_key(self) -> str:
+        drop_in = self.drop_in
+        return _hash(
+            drop_in.model.fingerprint,
+            drop_in.adaptor_fingerprint,
+            drop_in.head.fingerprint,
+            drop_in.side,
+            self.dtype,
+            self.device.type,
+            self.settings.batch,
+        )
+
+    def _embedding_path(self, pictures: tuple[Picture, ...]) -> Path:
+        names = [picture.name for picture in pictures]
+        name = _hash(self._embedding_key(), self.data.content, names)
+        return self.cache / "sam-embeddings" / f"{name}.safetensors"
+
+    @staticmethod
+    def _path(folder: Path, number: int) -> Path:
+        return folder / f"{number:06d}.json"
+
+    @staticmethod
+    def _write(path: Path, done: Done) -> None:
+        write_text(path, json.dumps(done))
+
+    @staticmethod
+    def _read(path: Path) -> Done:
+        pictures, encoder, decoder, records = json.loads(path.read_text(encoding="utf-8"))
+        return Done(pictures, encoder, decoder, tuple(tuple(record) for record in records))
+
+
+def ahead(
+    numbers: Iterable[int], load: Callable[[int], list[Loaded]], threads: int, depth: int
+) -> Iterator[tuple[int, list[Loaded]]]:
+    """Each number with what is loaded for it, in order, the next `depth` being loaded meanwhile."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[tuple[int, Future[list[Loaded]]]] = deque()
+        try:
+            for number in numbers:
+                waiting.append((number, pool.submit(load, number)))
+                if len(waiting) > depth:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            while waiting:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+
+def _with_clicks(
+    prompts: Prompts, loaded: list[Loaded], clicked: list[tuple[Tensor, Tensor]], device: torch.device
+) -> Prompts:
+    """The prompts with one more click each."""
+    placed = [one.frame.points(points) for one, (points, _) in zip(loaded, clicked, strict=True)]
+    points = torch.cat(placed)[:, None].to(device)
+    labels = torch.cat([label for _, label in clicked])[:, None].to(device)
+    if prompts.points is not None and prompts.labels is not None:
+        points = torch.cat((prompts.points, points), dim=1)
+        labels = torch.cat((prompts.labels, labels), dim=1)
+    return Prompts(points=points, labels=labels)
+
+
+def _hash(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps([str(part) for part in parts]).encode()).hexdigest()

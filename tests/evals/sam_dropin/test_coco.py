@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+
+from evals.sam_dropin.coco import Instances, open_instances
+from radio.errors import DataError
+
+
+def opened(world: tuple[Path, Path], **changes: Any) -> Instances:
+    settings: dict[str, Any] = {"limit": None, "crowds": True, "smallest_area": 0.0, "memo": None}
+    return open_instances(*world, **{**settings, **changes})
+
+
+def test_every_annotation_is_there_in_the_order_of_the_pictures(world: tuple[Path, Path]) -> None:
+    data = opened(world)
+    assert [picture.number for picture in data.pictures] == [1, 2, 3, 4]  # the fifth has none
+    assert data.count == 9
+    assert [i.number for picture in data.pictures for i in picture.instances] == list(range(1, 10))
+    assert data.pictures[1].instances[0].box == (5.0, 5.0, 40.0, 70.0)
+    assert data.pictures[2].instances[1].box == (-20.0, 30.0, 180.0, 90.0)
+    assert data.categories == {1: "even", 2: "odd", 3: "unused"}
+
+
+def test_masks_are_pycocotools(world: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    data = opened(world)
+    assert capsys.readouterr().out == ""
+    theirs = COCO(str(world[0]))
+    for picture in data.pictures:
+        for mask, instance in zip(data.masks(picture), picture.instances, strict=True):
+            np.testing.assert_array_equal(mask.numpy(), theirs.annToMask(theirs.anns[instance.number]))
+
+
+def test_crowds_and_small_ones_can_be_left_out(world: tuple[Path, Path]) -> None:
+    assert opened(world, crowds=False).count == 8
+    assert opened(world, smallest_area=1.0).count == 8
+    assert [p.number for p in opened(world, limit=2).pictures] == [1, 3]
+    assert len({opened(world, **c).fingerprint for c in ({}, {"crowds": False}, {"limit": 2})}) == 3
+    assert opened(world).fingerprint == opened(world).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        (
+            lambda d: d.pop("images"),
+            "not COCO instances; wanted an object with images, annotations, categories",
+        ),
+        (lambda d: d["annotations"][2].pop("bbox"), r"not COCO instances \(KeyError: 'bbox'\)"),
+        (lambda d: d["annotations"][2].pop("segmentation"), r"KeyError: 'segmentation'"),
+        (lambda d: d["annotations"][2].update(bbox=[1, 2, 3]), "not COCO instances"),
+        (lambda d: d["annotations"].clear(), "none of its 5 pictures has an annotation to score"),
+        (
+            lambda d: [image.update(file_name="gone.png") for image in d["images"][1:]],
+            "3 of the 4 pictures of instances.json are not there: gone.png",
+        ),
+    ],
+)
+def test_bad_files(world: tuple[Path, Path], change: Callable, how: Callable, said: str) -> None:
+    change(how)
+    with pytest.raises(DataError, match=said):
+        opened(world)
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such instances file"):
+        opened((tmp_path / "no.json", tmp_path))
+    (tmp_path / "half.json").write_text('{"images": [')
+    with pytest.raises(DataError, match="not JSON"):
+        opened((tmp_path / "half.json", tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("number", "segmentation", "said"),
+    [
+        (3, [["x"] * 6], "of annotation 4 has a polygon that is not three or more points"),
+        (3, [[1, 1, 5, 5]], "of annotation 4 has a polygon that is not three or more points"),
+        (3, [], "of annotation 4 is neither polygons nor run lengths"),
+        (3, {"counts": "abc"}, "of annotation 4 is neither polygons nor run lengths"),
+        (4, {"size": [9, 9], "counts": [81]}, "of annotation 5 is of 9x9 px, and its picture of 90x50"),
+        (4, {"size": [90, 50], "counts": [81]}, "of annotation 5 has run lengths of 81 pixels, .* has 4500"),
+    ],
+)
+def test_bad_segmentations_are_named_before_any_work(
+    world: tuple[Path, Path], change: Callable, number: int, segmentation: Any, said: str
+) -> None:
+    change(lambda d: d["annotations"][number].update(segmentation=segmentation))
+    with pytest.raises(DataError, match=said):
+        opened(world)
+
+
+def test_pictures_are_read_and_checked(world: tuple[Path, Path]) -> None:
+    data = opened(world)
+    pixels = np.asarray(Image.open(world[1] / "2.png")).transpose(2, 0, 1)
+    assert torch.equal(data.read(data.pictures[1]), torch.from_numpy(pixels.copy()))
+    Image.new("RGB", (7, 7)).save(world[1] / "2.png")
+    (world[1] / "1.png").write_bytes(b"nothing")
+    with pytest.raises(
+        DataError, match=r"2.png is \[7, 7\] \(height, width\), and instances says \[90, 50\]"
+    ):
+        data.read(data.pictures[1])
+    with pytest.raises(DataError, match=r"1\.png: not a picture"):
+        data.read(data.pictures[0])

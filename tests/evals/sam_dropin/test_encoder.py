@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from evals.sam_dropin.encoder import make_drop_in
+from evals.sam_dropin.frame import place
+from radio.adaptors import AdaptorConfig
+from radio.errors import CheckpointError, ConfigError, SizeError
+from radio.hub import load_backbone, load_teacher
+from radio.model import ModelConfig, RadioModel, build
+from radio.resample import resize_tokens
+from radio.teachers.scenes import scenes_sam
+
+
+def student(arch: str = "vit-tiny12", width: int = 96, **entry: Any) -> RadioModel:
+    """A model whose card says that it learned from a SAM."""
+    adaptors = (AdaptorConfig(name="sam", summary_dim=width, token_dim=width),)
+    teachers = [{"name": "sam", "model": "scenes:sam", "fingerprint": "", **entry}]
+    return build(ModelConfig(student=arch, adaptors=adaptors), 0, {"teachers": teachers}).eval()
+
+
+def test_the_students_tokens_go_through_sams_own_neck() -> None:
+    model = student()
+    drop_in = make_drop_in(model, None, 96, 0)
+    images = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = drop_in.embed(images)
+        features = model.adapt("sam", model(images), (14, 14))
+        expected = scenes_sam().image_encoder.neck(features.tokens.transpose(1, 2).unflatten(2, (14, 14)))
+    assert found.shape == (2, 64, 14, 14)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_sams_own_tokens_are_not_resampled() -> None:
+    """A SAM's own tokens lie on its grid already, and stay as they are."""
+    model = load_teacher("scenes:sam")
+    drop_in = make_drop_in(model, None, None, 0)
+    images = torch.rand(1, 3, 112, 112)
+    tokens = model(images).tokens
+    assert torch.equal(resize_tokens(tokens, (14, 14), drop_in.head.grid), tokens)
+
+
+def test_a_sam_itself_gives_what_its_whole_encoder_gives() -> None:
+    """Preprocessing included: the predictor's pixels through SAM, and ours through the drop-in."""
+    sam, drop_in = scenes_sam(), make_drop_in(load_backbone("scenes:sam"), None, None, 0)
+    image = torch.randint(0, 255, (3, 70, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    from segment_anything import SamPredictor
+
+    predictor = SamPredictor(sam)
+    predictor.set_image(image.permute(1, 2, 0).numpy())
+    with torch.no_grad():
+        ours = drop_in.embed(place(image, drop_in.side, drop_in.head.mean)[None])
+    torch.testing.assert_close(ours, predictor.features, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arch", "window", "size", "side"),
+    [
+        ("vit-tiny12", None, None, 96),  # 8 of the 9 tokens that the frame of 112 px has room for
+        ("vit-tiny12", None, 132, 132),
+        ("vitdet-tiny12", 2, None, 96),
+        ("vitdet-tiny12", 8, None, 96),
+    ],
+)
+def test_sides_of_students(arch: str, window: int | None, size: int | None, side: int) -> None:
+    model = student(arch)
+    chosen = model if window is None else model.with_window(window)
+    assert make_drop_in(chosen, None, size, 0).side == side
+    assert make_drop_in(student(arch, student_resolution=144), None, size, 0).side == (size or 144)
+
+
+def test_the_papers_sides_of_untrained_giants() -> None:
+    """Patch 14 sees 1008 px, where windows of 8, 9 and 18 fit; patch 16 sees 1024."""
+    with torch.device("meta"):
+        giants = {arch: build(ModelConfig(student=arch), 0) for arch in ("vitdet-b14", "vitdet-b16")}
+    for window in (8, 9, 18):
+        assert make_drop_in(giants["vitdet-b14"].with_window(window), None, None, 0).side == 1008
+    found = make_drop_in(giants["vitdet-b16"].with_window(8), None, None, 0)
+    assert found.side == 1024
+    assert "untrained: encoder, adaptor and decoder" in found.notes[0]
+    with pytest.raises(
+        SizeError,
+        match="1008x1008 px with windows of 7: they do not divide its 72x72 tokens; the nearest windows that "
+        "do are 6 and 8, the nearest size for 7 is --size 980",
+    ):
+        make_drop_in(giants["vitdet-b14"].with_window(7), None, None, 0)
+    with pytest.raises(SizeError, match=r"cannot take 1000x1000 px; the nearest size .* is 994x994"):
+        make_drop_in(giants["vitdet-b14"].with_window(1), None, 1000, 0)
+
+
+def test_models_without_a_sam_are_told_what_has_one() -> None:
+    with pytest.raises(
+        ConfigError, match=r"scenes:clip learned from no teacher; the drop-in needs a student"
+    ):
+        make_drop_in(load_backbone("scenes:clip"), None, None, 0)
+    with pytest.raises(ConfigError, match="learned from scenes:clip; the drop-in needs"):
+        make_drop_in(student(model="scenes:clip"), None, None, 0)
+
+
+def test_heads_that_do_not_belong(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="gives 50 channels, and the neck of scenes:sam takes 96"):
+        make_drop_in(student(width=50), None, None, 0)
+    with pytest.raises(
+        CheckpointError, match=r"gone\.pth: no such weights file; if the file has moved, .*--sam-ch"
+    ):
+        make_drop_in(student(model="sam:vit_h@gone.pth"), None, None, 0)
+    with pytest.raises(ConfigError, match="brings its own decoder"):
+        make_drop_in(load_backbone("scenes:sam"), tmp_path / "sam.pth", None, 0)

@@ -1,0 +1,268 @@
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+from PIL import Image
+from pycocotools import mask as library
+from segment_anything import SamPredictor
+
+from evals.core.dist import joined
+from evals.core.report import Report, read
+from evals.sam_dropin import work as module
+from evals.sam_dropin.coco import open_instances
+from evals.sam_dropin.evaluator import SamEvaluator
+from evals.sam_dropin.settings import SamSettings
+from radio.errors import ConfigError, DataError
+from radio.hub import load_backbone
+from radio.teachers.scenes import scenes_sam
+
+run = SamEvaluator().run
+TIMED = ("encoder_rate", "decoder_rate")
+
+
+@pytest.fixture
+def settings(world: tuple[Path, Path], tmp_path: Path) -> SamSettings:
+    return SamSettings(data=world[0], images=world[1], cache=tmp_path / "cache", batch=2, box_batch=2)
+
+
+def untimed(report: Report) -> Report:
+    """What must be equal from run to run."""
+    scores = {name: metric for name, metric in report.metrics.items() if name not in TIMED}
+    return replace(report, metrics=scores, seconds={}, created="")
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def slow_ious(settings: SamSettings) -> dict[int, float]:
+    """SAM's own predictor, one box at a time, and pycocotools' overlaps."""
+    assert settings.data is not None and settings.images is not None
+    predictor, found = SamPredictor(scenes_sam()), {}
+    data = open_instances(settings.data, settings.images, limit=None, crowds=True, smallest_area=0, memo=None)
+    for picture in data.pictures:
+        predictor.set_image(np.array(Image.open(settings.images / picture.name).convert("RGB")))
+        for instance in picture.instances:
+            masks, quality, _ = predictor.predict(box=np.array(instance.box))
+            drawn = library.encode(np.asfortranarray(masks[quality.argmax()].astype(np.uint8)))
+            truth = data.coco.annToRLE(data.coco.anns[instance.number])
+            found[instance.number] = float(library.iou([drawn], [truth], [0])[0, 0])
+    return found
+
+
+def test_the_report_equals_the_predictor_box_by_box(settings: SamSettings, tmp_path: Path) -> None:
+    report = run(load_backbone("scenes:sam"), settings, tmp_path / "out")
+    expected = slow_ious(settings)
+    records = lines(tmp_path / "out" / "sam-scenes-sam.jsonl")
+    assert [record["annotation_id"] for record in records] == list(range(1, 10))
+    for record in records:
+        assert record["iou"] == pytest.approx(expected[record["annotation_id"]], abs=2e-3)
+    assert report.metrics["miou"].value == pytest.approx(100 * np.mean(list(expected.values())), abs=0.1)
+    assert read(tmp_path / "out" / "sam-scenes-sam.json") == report
+    assert report.headline == "miou"
+    assert {*TIMED, "filled_box_miou", "boundary_miou", "miou_small"} < set(report.metrics)
+    assert "miou_large" not in report.metrics
+    assert "9 annotations on 4 pictures, 1 of them crowds" in report.notes
+    assert any("the prompt taken as the mask has an mIoU of" in note for note in report.notes)
+    assert records[0]["image"] == "1.png"
+
+
+def test_the_other_protocol_and_crowds(settings: SamSettings, tmp_path: Path) -> None:
+    model = load_backbone("scenes:sam")
+    both = run(model, settings, tmp_path / "a")
+    vit = run(model, replace(settings, protocol="efficientvit-2025"), tmp_path / "b")
+    plain = run(model, replace(settings, crowds=False), tmp_path / "c")
+    assert [r.settings["resolved"]["annotations"] for r in (both, vit, plain)] == [9, 8, 8]
+    zero = next(r for r in lines(tmp_path / "a" / "sam-scenes-sam.jsonl") if r["area"] == 0)
+    assert zero["iou"] == 0
+    assert vit.metrics["miou"].value == pytest.approx(both.metrics["miou"].value * 9 / 8, abs=1e-3)
+
+
+@pytest.mark.parametrize("changes", [{"batch": 1}, {"box_batch": 16}, {"batch": 4, "box_batch": 1}])
+def test_batches_do_not_change_it(settings: SamSettings, tmp_path: Path, changes: dict[str, int]) -> None:
+    model = load_backbone("scenes:sam")
+    one, other = (
+        run(model, settings, tmp_path / "a"),
+        run(model, replace(settings, **changes), tmp_path / "b"),
+    )
+    for name, metric in untimed(one).metrics.items():
+        assert other.metrics[name].value == pytest.approx(metric.value, abs=0.05)
+
+
+def test_a_stopped_run_goes_on_and_ends_alike(
+    settings: SamSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_backbone("scenes:sam")
+    whole = run(model, replace(settings, cache=tmp_path / "other"), tmp_path / "whole")
+    genuine, calls = module.Work.finish, []
+
+    def stopping(self: Any, loaded: Any) -> Any:
+        calls.append(len(loaded))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return genuine(self, loaded)
+
+    monkeypatch.setattr(module.Work, "finish", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, settings, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    again = run(model, settings, tmp_path / "out")
+    assert calls == [2, 2, 2]  # the first chunk was not done again
+    assert untimed(again) == untimed(replace(whole, settings=again.settings))
+    names = [tmp_path / folder / "sam-scenes-sam.jsonl" for folder in ("out", "whole")]
+    assert names[0].read_bytes() == names[1].read_bytes()
+
+
+def test_embeddings_can_be_kept_for_other_prompts(settings: SamSettings, tmp_path: Path) -> None:
+    model = load_backbone("scenes:sam")
+    kept = replace(settings, keep_embeddings=True)
+    run(model, kept, tmp_path / "a")
+    clicked = run(model, replace(kept, prompts="points"), tmp_path / "b")
+    assert "encoder_rate" not in clicked.metrics and "decoder_rate" in clicked.metrics
+    fresh = run(model, replace(settings, prompts="points", cache=tmp_path / "c"), tmp_path / "c")
+    assert clicked.metrics["miou"] == fresh.metrics["miou"]
+
+
+def test_more_clicks_help(tmp_path: Path) -> None:
+    settings = SamSettings(scenes=12, prompts="points", cache=tmp_path / "cache")
+    model = load_backbone("scenes:sam")
+    one = run(model, settings, tmp_path)
+    three = run(model, replace(settings, clicks=3), tmp_path)
+    assert one.model == "scenes:sam-1-clicks" and three.model == "scenes:sam-3-clicks"
+    assert three.metrics["miou"].value > one.metrics["miou"].value > 30
+
+
+def test_panels_of_best_median_and_worst(settings: SamSettings, tmp_path: Path) -> None:
+    report = run(load_backbone("scenes:sam"), replace(settings, save_masks=1), tmp_path / "out")
+    panels = report.files[1:]
+    assert [Path(panel).name.split("-")[1] for panel in panels] == ["best", "median", "worst"]
+    records = {r["annotation_id"]: r["iou"] for r in lines(tmp_path / "out" / report.files[0])}
+    numbers = [int(Path(panel).stem.split("-")[-1]) for panel in panels]
+    assert records[numbers[0]] == max(records.values()) and records[numbers[2]] == min(records.values())
+    for panel in panels:
+        with Image.open(tmp_path / "out" / panel) as picture:
+            assert picture.width > 900 and picture.height > 150
+
+
+@pytest.fixture
+def detections(settings: SamSettings, tmp_path: Path) -> SamSettings:
+    """The ground truth's boxes as a detector's, with scores; one on the picture without annotations."""
+    assert settings.data is not None
+    data = json.loads(settings.data.read_text())
+    found = [
+        {key: annotation[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.9 - 0.05 * place}
+        for place, annotation in enumerate(data["annotations"])
+        if not annotation["iscrowd"]
+    ]
+    found.append({"image_id": 5, "category_id": 1, "bbox": [3, 3, 20, 20], "score": 0.99})
+    path = tmp_path / "found.json"
+    path.write_text(json.dumps(found))
+    return replace(settings, boxes_from=path)
+
+
+def test_a_detectors_boxes_are_scored_as_average_precision(detections: SamSettings, tmp_path: Path) -> None:
+    """pycocotools on the predictor's masks, one box at a time."""
+    report = run(load_backbone("scenes:sam"), detections, tmp_path / "out")
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    assert detections.boxes_from is not None and detections.images is not None
+    truth, predictor, results = COCO(str(detections.data)), SamPredictor(scenes_sam()), []
+    for entry in json.loads(detections.boxes_from.read_text()):
+        image = Image.open(detections.images / f"{entry['image_id']}.png")
+        predictor.set_image(np.array(image.convert("RGB")))
+        x, y, w, h = entry["bbox"]
+        masks, quality, _ = predictor.predict(box=np.array([x, y, x + w, y + h]))
+        mask = library.encode(np.asfortranarray(masks[quality.argmax()].astype(np.uint8)))
+        results.append({**entry, "segmentation": {**mask, "counts": mask["counts"].decode()}})
+    for result in results:
+        del result["bbox"]
+    judge = COCOeval(truth, truth.loadRes(results), "segm")
+    judge.evaluate()
+    judge.accumulate()
+    judge.summarize()
+    assert report.model == "scenes:sam-detections"
+    for name, value in zip(("ap", "ap50", "ap75", "ap_small"), judge.stats[:4], strict=True):
+        assert report.metrics[name].value == pytest.approx(100 * value, abs=0.5), name
+    assert "ap_large" not in report.metrics  # no ground truth of that size
+    assert report.notes[0] == "9 detections on 5 of 5 pictures"
+    assert len(lines(tmp_path / "out" / "sam-scenes-sam-detections.jsonl")) == 9
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        (
+            [{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]}],
+            r"not COCO results \(KeyError: 'score'\)",
+        ),
+        ({"annotations": []}, "not COCO results"),
+        ([], "holds no detections"),
+        ([{"image_id": 77, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 1}], "entry 0 is of picture 77"),
+        (
+            [{"image_id": 1, "category_id": 9, "bbox": [1, 2, 3, 4], "score": 1}],
+            "category 9, and .* not have",
+        ),
+    ],
+)
+def test_bad_detections(detections: SamSettings, tmp_path: Path, entries: Any, said: str) -> None:
+    assert detections.boxes_from is not None
+    detections.boxes_from.write_text(json.dumps(entries))
+    with pytest.raises(DataError, match=said):
+        run(load_backbone("scenes:sam"), detections, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data": Path("a.json")}, "--data JSON and --images FOLDER belong together"),
+        ({"box_batch": 0}, "box_batch = 0: give 1 or more"),
+        ({"limit": 0}, "limit = 0 leaves no pictures"),
+        ({"clicks": 3}, "clicks = 3 goes with --prompts points"),
+        ({"save_masks": -1}, "save_masks = -1"),
+        ({"boxes_from": Path("d.json")}, "--boxes-from takes a detector's boxes on --data"),
+    ],
+)
+def test_settings_that_make_no_sense(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        SamSettings(**changes)
+
+
+def test_an_unreadable_picture_stops_the_run(settings: SamSettings, tmp_path: Path) -> None:
+    assert settings.images is not None
+    (settings.images / "3.png").write_bytes(b"nothing")
+    with pytest.raises(DataError, match=r"3\.png: not a picture"):
+        run(load_backbone("scenes:sam"), settings, tmp_path / "out")
+
+
+def _rank(rank: int, port: int, tmp_path: Path, settings: SamSettings) -> None:
+    os.environ |= {
+        "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    with joined():
+        run(load_backbone("scenes:sam"), settings, tmp_path / "two")
+
+
+def test_two_ranks_give_the_same_report(
+    settings: SamSettings, tmp_path: Path, free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = replace(settings, batch=1)
+    multiprocessing.spawn(_rank, args=(free_port, tmp_path, shared), nprocs=2)
+    two = read(tmp_path / "two" / "sam-scenes-sam.json")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    one = run(load_backbone("scenes:sam"), replace(shared, cache=tmp_path / "other"), tmp_path / "one")
+    torch.set_num_threads(threads)
+    assert two.settings["resolved"]["ranks"] == 2
+    assert untimed(two).metrics == untimed(one).metrics
+    names = [tmp_path / folder / "sam-scenes-sam.jsonl" for folder in ("one", "two")]
+    assert names[0].read_bytes() == names[1].read_bytes()

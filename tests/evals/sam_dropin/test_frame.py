@@ -1,0 +1,39 @@
+"""SAM's geometry against segment_anything's own predictor."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from segment_anything.utils.transforms import ResizeLongestSide
+
+from evals.sam_dropin.frame import fitted, make_frame, place
+from radio.teachers.sam_decoder import new_released_sam
+
+SIZES = [(480, 640), (640, 427), (100, 100), (33, 1500), (1024, 7)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_pictures_are_resized_and_padded_as_the_predictor_does(size: tuple[int, int]) -> None:
+    image = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
+    resized = ResizeLongestSide(128).apply_image(image)
+    sam = new_released_sam(768)
+    sam.image_encoder.img_size = 128
+    theirs = sam.preprocess(torch.from_numpy(resized).permute(2, 0, 1)[None].float())[0]
+    mean, std = sam.pixel_mean / 255, sam.pixel_std / 255
+    square = place(torch.from_numpy(image).permute(2, 0, 1), 128, tuple(mean.flatten().tolist()))
+    torch.testing.assert_close((square - mean) / std, theirs, atol=1e-5, rtol=0)
+    assert fitted(*size, 128) == resized.shape[:2]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_prompts_and_masks_go_where_the_predictor_puts_them(size: tuple[int, int]) -> None:
+    frame, transform = make_frame(*size, 1024), ResizeLongestSide(1024)
+    points = np.random.default_rng(1).uniform(-5, 700, (6, 2))
+    torch.testing.assert_close(
+        frame.points(torch.from_numpy(points)),
+        torch.as_tensor(transform.apply_coords(points, size), dtype=torch.float),
+    )
+    logits = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(2))
+    theirs = new_released_sam(768).postprocess_masks(logits[:, None], frame.inside, size)
+    torch.testing.assert_close(frame.masks(logits), theirs[:, 0])
