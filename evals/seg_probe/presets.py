@@ -120,7 +120,7 @@ def resolve(settings: SegSettings, model: Backbone) -> tuple[Plan, tuple[str, ..
         short_side=max(crop),
         augment=preset.augment,
         iterations=iterations,
-        warmup=min(max(1, round(preset.warmup * iterations / preset.iterations)), iterations),
+        warmup=min(max(1, round(preset.warmup * iterations / preset.iterations)), iterations - 1),
         batch=settings.batch or preset.batch,
         lr=settings.lr or preset.lr,
         weight_decay=preset.weight_decay if settings.weight_decay is None else settings.weight_decay,

@@ -117,17 +117,7 @@ def _make_runner(job: Job, start: HeadState, metric: AreaMetric, folder: str) ->
             "type": "OptimWrapper",
             "optimizer": {"type": "AdamW", "lr": plan.lr, "weight_decay": plan.weight_decay},
         },
-        param_scheduler=[
-            {"type": "LinearLR", "start_factor": 1e-6, "by_epoch": False, "begin": 0, "end": plan.warmup},
-            {
-                "type": "PolyLR",
-                "power": 1.0,
-                "eta_min": 0.0,
-                "by_epoch": False,
-                "begin": plan.warmup,
-                "end": plan.iterations,
-            },
-        ],
+        param_scheduler=_schedules(plan),
         test_dataloader=DataLoader(
             job.val,
             batch_size=job.test_batch,
@@ -143,6 +133,14 @@ def _make_runner(job: Job, start: HeadState, metric: AreaMetric, folder: str) ->
         default_scope="mmseg",
         experiment_name=secrets.token_hex(8),  # mmengine keeps loggers by name
     )
+
+
+def _schedules(plan: Plan) -> list[dict[str, Any]]:
+    """Linear warm-up (none for a single iteration), then linear to zero."""
+    rising = {"type": "LinearLR", "start_factor": 1e-6, "by_epoch": False, "begin": 0, "end": plan.warmup}
+    falling = {"type": "PolyLR", "power": 1.0, "eta_min": 0.0, "by_epoch": False}
+    falling |= {"begin": plan.warmup, "end": plan.iterations}
+    return [rising, falling] if plan.warmup else [falling]
 
 
 @final
@@ -177,7 +175,7 @@ class ProbeRunner(Runner):  # type: ignore[misc]
         model = model.to(self._device)
         if not self.distributed:
             return model
-        wrapped: nn.Module = MMDistributedDataParallel(model, broadcast_buffers=False)
+        wrapped: nn.Module = MMDistributedDataParallel(model, forward_sync_buffers=False)
         return wrapped
 
     def load_or_resume(self) -> None:

@@ -71,6 +71,7 @@ def test_torchrun_scores_as_one_process(tmp_path: Path) -> None:
             check=True,
         )
         assert done.stdout.count("miou (%)") == 1
+        assert "Warning" not in done.stderr
         report = json.loads((tmp_path / name / "seg-vit-tiny12-untrained.json").read_text())
         scores.append(report["metrics"]["miou"]["value"])
     assert scores[0] == pytest.approx(scores[1], abs=1)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -189,6 +190,32 @@ def test_voc_is_read_in_its_genuine_layout(tmp_path: Path, make_voc: Callable, b
     assert "VOC2012/val has 2 pictures; VOC2012 has 1,449" in report.notes
 
 
+def test_one_iteration_is_a_training(tmp_path: Path, settings: SegSettings, backbone: Callable) -> None:
+    run(backbone(), replace(settings, iterations=1), tmp_path / "out")
+
+
+def test_the_learning_rate_rises_and_falls(plugin: Any, backbone: Callable) -> None:
+    from mmengine.optim import LinearLR, PolyLR
+
+    from evals.seg_probe.presets import resolve
+    from evals.seg_probe.training import _schedules
+
+    plan, _ = resolve(SegSettings(data=Path("x"), preset="paper"), backbone())
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=plan.lr)
+    kinds = {"LinearLR": LinearLR, "PolyLR": PolyLR}
+    schedules = [kinds[s.pop("type")](optimizer, **s) for s in map(dict, _schedules(plan))]
+    rates = []
+    for _ in range(4000):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        for schedule in schedules:
+            schedule.step()
+    assert rates[0] == pytest.approx(1e-9)
+    assert rates[750] == pytest.approx(1e-3 * 750 / 1499, rel=1e-4)
+    assert rates[1500] == pytest.approx(1e-3, rel=1e-4)
+    assert rates[3999] == pytest.approx(1e-3 * (160_000 - 3999) / (160_000 - 1500), rel=1e-4)
+
+
 def test_tiny_and_long_pictures_are_taken(tmp_path: Path, make_ade: Callable, backbone: Callable) -> None:
     root = make_ade(tmp_path / "odd", sizes=((3, 3), (3, 500), (40, 40)))
     settings = SegSettings(data=root, crop=28, iterations=3, batch=4, cache=tmp_path / "c", device="cpu")
@@ -290,6 +317,7 @@ def _rank(rank: int, world: int, port: int, model: Any, settings: SegSettings, o
         "RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     torch.set_num_threads(1)
+    warnings.simplefilter("error")
     with joined():
         report = run(model, settings, out)
     (out / f"metrics-{rank}.json").write_text(json.dumps(values(report)))

@@ -57,7 +57,8 @@ def test_what_is_asked_for_replaces_the_preset(backbone: Callable) -> None:
     assert (plan.iterations, plan.batch, plan.lr, plan.weight_decay) == (320, 4, 1e-4, 0.0)
     assert plan.stride == (259, 259)
     assert plan.warmup == 3  # the same share as 1500 of 160000
-    assert resolve(replace(DATA, iterations=1), backbone())[0].warmup == 1
+    assert resolve(replace(DATA, iterations=2), backbone())[0].warmup == 1
+    assert resolve(replace(DATA, iterations=1), backbone())[0].warmup == 0
 
 
 def test_strides_that_make_no_sense(backbone: Callable) -> None:
