@@ -53,7 +53,7 @@ def test_an_architecture_without_a_checkpoint_is_one_clear_error(capsys: pytest.
 
 @pytest.mark.slow
 def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
-    """kill -9 when the first chunks are done; the records are equal byte for byte, the report but for times."""
+    """kill -9 after the first chunks; the records are equal byte for byte, the report but for times."""
     code = "import sys; from radio.entry import evaluate; sys.exit(evaluate(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "sam", "scenes:sam", "--scenes", "200", "--plain"]
 
