@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, final
 
+import cv2
 import mmcv
 import numpy as np
 from mmcv.transforms import Compose, RandomFlip, RandomResize, Resize
@@ -180,6 +181,11 @@ class Share(Sampler[int]):
 
     def __len__(self) -> int:
         return len(self._places)
+
+
+def one_thread(worker: int) -> None:
+    """For a loader's worker: OpenCV's threads would fight with those of other workers, or hang after a fork."""
+    cv2.setNumThreads(0)
 
 
 @contextmanager

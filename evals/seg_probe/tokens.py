@@ -19,7 +19,7 @@ from radio.config import write_bytes
 from radio.errors import DataError, RadioError
 from radio.types import Backbone
 
-from .pictures import Pictures
+from .pictures import Pictures, one_thread
 from .presets import Size
 
 # Letters: N pictures, B batch, D token width, H W grid.
@@ -65,7 +65,11 @@ def token_maps(
         for number, span in missing:
             batches = [list(span[start : start + batch]) for start in range(0, len(span), batch)]
             loader: DataLoader[Any] = DataLoader(
-                pictures, batch_sampler=batches, num_workers=workers, collate_fn=_stack
+                pictures,
+                batch_sampler=batches,
+                num_workers=workers,
+                collate_fn=_stack,
+                worker_init_fn=one_thread,
             )
             parts = []
             for images in loader:

@@ -30,7 +30,7 @@ from evals.core.evaluator import Watch
 from evals.core.progress import Telling
 from radio.errors import RadioError
 
-from .pictures import Pictures, Positions, Sample, Share, Stream, TokenMaps
+from .pictures import Pictures, Positions, Sample, Share, Stream, TokenMaps, one_thread
 from .plugin import AreaMetric
 from .presets import Plan
 from .scores import Areas
@@ -100,7 +100,7 @@ def run(job: Job, watch: Watch, keep: Keep | None = None) -> Outcome:
 def _make_runner(job: Job, start: HeadState, metric: AreaMetric, folder: str) -> ProbeRunner:
     plan, group = job.plan, job.group
     loader: dict[str, Any] = {"num_workers": job.workers, "collate_fn": _collate}
-    loader["persistent_workers"] = job.workers > 0
+    loader |= {"persistent_workers": job.workers > 0, "worker_init_fn": one_thread}
     return ProbeRunner(
         start=start,
         device=job.device,
