@@ -184,7 +184,7 @@ class Share(Sampler[int]):
 
 
 def one_thread(worker: int) -> None:
-    """For a loader's worker: OpenCV's threads would fight with those of other workers, or hang after a fork."""
+    """For a loader's worker: OpenCV's threads would fight with other workers', or hang after a fork."""
     cv2.setNumThreads(0)
 
 
