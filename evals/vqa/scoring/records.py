@@ -1,0 +1,173 @@
+"""Benchmark files, read record by record: what is not as wanted is one error that names file and record."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, final
+
+from radio.errors import DataError
+
+T = TypeVar("T")
+
+
+def read_json(path: Path, what: str) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        DataError: no such file, or not JSON.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file of {what}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a JSON file, or a part of one ({error})") from error
+
+
+class Row(NamedTuple):
+    """One record, its key or place, and what to call it in an error."""
+
+    key: str
+    name: str
+    data: dict[str, Any]
+
+
+@final
+class Records:
+    """A benchmark's file, and what it ought to hold: `what` in words, `layout` as a sketch."""
+
+    def __init__(self, path: Path, what: str, layout: str) -> None:
+        self.path, self._what, self._layout = path, what, layout
+        self._data = read_json(path, what)
+
+    def listed(self, key: str) -> list[Row]:
+        """The records of the list under `key`.
+
+        Raises:
+            DataError: no such list, nothing in it, or something else than objects.
+        """
+        found = self._data.get(key) if isinstance(self._data, dict) else None
+        if not isinstance(found, list):
+            raise self.refuse(_first(self._data), f"there is no list {key!r} in the file")
+        return self._rows(
+            [(str(number), f"record {number} of {key!r}", data) for number, data in enumerate(found)]
+        )
+
+    def keyed(self) -> list[Row]:
+        """The records of an object, each with its key as its name.
+
+        Raises:
+            DataError: not an object, nothing in it, or something else than objects.
+        """
+        if not isinstance(self._data, dict):
+            raise self.refuse(_first(self._data), f"the file holds a {type(self._data).__name__}")
+        return self._rows([(key, f"record {key}", data) for key, data in self._data.items()])
+
+    def top(self, key: str) -> str | None:
+        """A text beside the records, where there is one."""
+        found = self._data.get(key) if isinstance(self._data, dict) else None
+        return found if isinstance(found, str) else None
+
+    def get(self, row: Row, key: str, kind: type[T]) -> T:
+        """A record's field of one type.
+
+        Raises:
+            DataError: no such field, or one of another type.
+        """
+        if key not in row.data:
+            raise self.refuse(row.name, f"has no {key!r}")
+        found = row.data[key]
+        if not isinstance(found, kind) or (isinstance(found, bool) and kind is not bool):
+            raise self.refuse(row.name, f"its {key!r} is {str(found)[:40]!r}, not a {kind.__name__}")
+        return found
+
+    def identity(self, row: Row, key: str) -> str:
+        """A record's id, which files hold as a number or as a text.
+
+        Raises:
+            DataError: neither.
+        """
+        if isinstance(row.data.get(key), str):
+            return str(row.data[key])
+        return str(self.get(row, key, int))
+
+    def texts(self, row: Row, key: str) -> tuple[str, ...]:
+        """A record's list of texts.
+
+        Raises:
+            DataError: no such list, or something else in it.
+        """
+        found = self.get(row, key, list)
+        if not all(isinstance(text, str) for text in found):
+            raise self.refuse(row.name, f"its {key!r} holds something else than texts")
+        return tuple(found)
+
+    def refuse(self, record: str, problem: str) -> DataError:
+        """The error about one record."""
+        seen = _guess(self._data)
+        hint = f"; the file looks like {seen}" if seen and seen != self._what else ""
+        return DataError(
+            f"{self.path}: {record}: {problem}; wanted {self._what}, which are {self._layout}{hint}"
+        )
+
+    def unique(self, ids: list[str]) -> frozenset[str]:
+        """The ids as a set.
+
+        Raises:
+            DataError: one twice.
+        """
+        known = frozenset(ids)
+        if len(known) < len(ids):
+            twice = next(one for one, count in Counter(ids).items() if count > 1)
+            raise DataError(
+                f"{self.path}: question {twice} is there twice; an id may stand for one question only"
+            )
+        return known
+
+    def _rows(self, found: list[tuple[str, str, Any]]) -> list[Row]:
+        if not found:
+            raise DataError(f"{self.path}: holds no records; wanted {self._what}, which are {self._layout}")
+        for _, name, data in found:
+            if not isinstance(data, dict):
+                raise self.refuse(name, f"is a {type(data).__name__}")
+        return [Row(*entry) for entry in found]
+
+
+def _first(data: Any) -> str:
+    """What to call the first record of a file that is built otherwise."""
+    return f"record {next(iter(data))}" if isinstance(data, dict) and data else "record 0"
+
+
+def _guess(data: Any) -> str:
+    """What a file seems to be, in the words that the readers use, or nothing."""
+    if isinstance(data, dict):
+        for key, what in (("questions", "VQAv2's questions"), ("annotations", "VQAv2's annotations")):
+            if isinstance(data.get(key), list):
+                return what
+        if isinstance(data.get("data"), list):
+            return _guess_data(data["data"])
+        first = next(iter(data.values()), None)
+        return _guess_keyed(first)
+    first = data[0] if isinstance(data, list) and data else None
+    if isinstance(first, dict):
+        return "LLaVA's conversations" if "conversations" in first else "predictions"
+    return ""
+
+
+def _guess_data(rows: list[Any]) -> str:
+    first = rows[0] if rows else None
+    if not isinstance(first, dict):
+        return ""
+    return "TextVQA's questions" if "question" in first else "OCR tokens"
+
+
+def _guess_keyed(first: Any) -> str:
+    if isinstance(first, list):
+        return "ScienceQA's splits"
+    if not isinstance(first, dict):
+        return ""
+    if "imageId" in first:
+        return "GQA's questions"
+    return "ScienceQA's problems" if "choices" in first else ""

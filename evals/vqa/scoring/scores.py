@@ -1,0 +1,94 @@
+"""The score of every question, and the numbers and tables that are made of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evals.core.bootstrap import RESAMPLES, interval, resamples
+from evals.core.report import Metric, Table
+
+from .exam import Grouping
+
+# Letters: Q questions, P pictures, K groups, R resamples.
+
+_CELLS = 16_000_000  # of the resamples held at once: 128 MB; VQAv2 has forty thousand pictures
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scores:
+    """What each answer was worth, in the order of the questions."""
+
+    ids: tuple[str, ...]
+    values: tuple[float, ...]  # 0 to 1; a question without a prediction has 0
+    pictures: tuple[str, ...]  # what each question is about: questions about one picture are drawn together
+    groups: Mapping[str, Grouping]
+    missing: tuple[str, ...]  # ids of the questions without a prediction
+
+    def metrics(self, seed: int = 0) -> dict[str, Metric]:
+        """`accuracy` in percent, that of each group (`answer_type_yes_no`), and `unanswered` where there are.
+
+        Intervals are 95 % bootstraps over pictures.
+        """
+        masks = {"accuracy": np.ones(len(self.ids), dtype=bool)}
+        for name, group in self.groups.items():
+            if group.as_metrics:
+                labels = np.array(group.labels)
+                masks |= {f"{name}_{_slug(label)}": labels == label for label in sorted(set(group.labels))}
+        metrics = self._means(masks, seed)
+        if self.missing:
+            share = 100 * len(self.missing) / len(self.ids)
+            metrics["unanswered"] = Metric(value=share, higher_is_better=False)
+        return metrics
+
+    def tables(self) -> dict[str, Table]:
+        """For each respect the questions are grouped in: group, how many questions, accuracy in percent."""
+        values = np.array(self.values)
+        tables = {}
+        for name, group in self.groups.items():
+            labels = np.array(group.labels)
+            rows = tuple(
+                (label, int((labels == label).sum()), 100 * float(values[labels == label].mean()))
+                for label in sorted(set(group.labels))
+            )
+            tables[name] = Table(columns=(name.replace("_", " "), "questions", "accuracy"), rows=rows)
+        return tables
+
+    def _means(self, masks: dict[str, NDArray[np.bool_]], seed: int) -> dict[str, Metric]:
+        values = np.array(self.values)
+        _, pictures = np.unique(self.pictures, return_inverse=True)
+        number = int(pictures.max()) + 1 if len(values) else 0
+        columns = list(masks.values())
+        sums: NDArray[np.float64] = np.stack(
+            [np.bincount(pictures, values * mask, number) for mask in columns], axis=1
+        )
+        counts: NDArray[np.float64] = np.stack(
+            [np.bincount(pictures, mask, number) for mask in columns], axis=1
+        )
+        drawn = _ratios(sums, counts, seed)
+        found = {}
+        for place, (name, mask) in enumerate(masks.items()):
+            low, high = interval(drawn[:, place])
+            mean = float(values[mask].mean())
+            found[name] = Metric(value=100 * mean, low=100 * low, high=100 * high)
+        return found
+
+
+def _ratios(sums: NDArray[np.float64], counts: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+    """The means [R, K] over resampled pictures of sums [P, K] over counts [P, K]."""
+    step = max(1, min(RESAMPLES, _CELLS // max(1, len(sums))))
+    parts = []
+    for start in range(0, RESAMPLES, step):
+        draws = min(step, RESAMPLES - start)
+        weights = resamples(len(sums), seed=seed + (start << 32), draws=draws)
+        with np.errstate(invalid="ignore"):  # a resample without a question of a group: left out
+            parts.append((weights @ sums) / (weights @ counts))
+    return np.concatenate(parts)
+
+
+def _slug(label: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_")

@@ -1,0 +1,209 @@
+"""The four benchmarks behind one door: questions in, scores out. Neither a model nor torch is needed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+from radio.errors import DataError, did_you_mean
+
+from .scoring import gqa, scienceqa, textvqa, vqav2
+from .scoring.exam import Exam, Question, TaskFiles
+from .scoring.predictions import read_predictions
+from .scoring.scores import Scores
+from .scoring.soft import Rule
+
+__all__ = [
+    "TASKS",
+    "Question",
+    "Rule",
+    "Scores",
+    "Task",
+    "TaskData",
+    "TaskFiles",
+    "open_task",
+    "read_predictions",
+]
+
+Task = Literal["gqa", "vqav2", "textvqa", "scienceqa"]
+TASKS: tuple[Task, ...] = get_args(Task)
+
+_NEEDLESS: dict[Task, tuple[str, ...]] = {
+    "gqa": ("annotations", "splits", "ocr", "ocr_file"),
+    "vqav2": ("splits", "ocr", "ocr_file"),
+    "textvqa": ("annotations", "splits"),
+    "scienceqa": ("annotations", "ocr", "ocr_file"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskData:
+    """One benchmark's split: its questions, and what their answers are worth."""
+
+    task: Task
+    exam: Exam
+    images: Path | None  # the folder below which each question's image is
+    fingerprint: str  # of what the files hold
+    num_questions: int  # of the split; fewer are asked where there is a limit
+
+    @property
+    def split(self) -> str:
+        """`val`, `testdev`, `test-dev`, …"""
+        return self.exam.split
+
+    @property
+    def questions(self) -> tuple[Question, ...]:
+        """The questions, in the order of the file."""
+        return self.exam.questions
+
+    @property
+    def expected(self) -> tuple[str, ...]:
+        """The right answer of each question, or that of most people; nothing where they are not public."""
+        return self.exam.expected
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether answers can be scored here."""
+        return bool(self.exam.marks)
+
+    def score(self, answers: Mapping[str, str], allow_missing: bool = False) -> Scores:
+        """What each answer is worth, by question id.
+
+        ScienceQA counts a missing answer as wrong, by its protocol; elsewhere only with `allow_missing`.
+
+        Raises:
+            DataError: answers that are not public, answers to other questions, or questions without one.
+        """
+        name = f"{self.task} {self.split}"
+        if not self.has_answers:
+            raise DataError(
+                f"there are no right answers to {name} in the files, so nothing can be scored; give files "
+                f"that hold them" + (", or write a submission" if self.task == "vqav2" else "")
+            )
+        unknown = [one for one in answers if one not in self.exam.known]
+        if unknown:
+            raise DataError(
+                f"{len(unknown)} of the {len(answers)} predictions are for questions that {name} does not "
+                f"ask, the first is for {unknown[0]}; give the predictions of this split"
+            )
+        missing = tuple(question.id for question in self.questions if question.id not in answers)
+        if missing and not (allow_missing or self.exam.missing_is_wrong):
+            raise DataError(
+                f"{len(missing)} of the {len(self.questions)} questions of {name} have no prediction, the "
+                f"first is {missing[0]}; answer them too, or allow missing ones, which then count as wrong"
+            )
+        return Scores(
+            ids=tuple(question.id for question in self.questions),
+            values=tuple(
+                mark(answers[question.id]) if question.id in answers else 0.0
+                for question, mark in zip(self.questions, self.exam.marks, strict=True)
+            ),
+            pictures=tuple(question.image or f"question {question.id}" for question in self.questions),
+            groups=self.exam.groups,
+            missing=missing,
+        )
+
+    def write_submission(self, answers: Mapping[str, str], path: Path, *, normalise: bool = True) -> None:
+        """Write EvalAI's file of VQAv2; see `scoring.vqav2.write_submission`.
+
+        Raises:
+            DataError: another benchmark, or not exactly the answers to all questions; nothing is written.
+        """
+        if self.task != "vqav2":
+            raise DataError(f"{self.task} takes no EvalAI submission here; only vqav2 does")
+        if len(self.questions) < self.num_questions:
+            raise DataError(
+                f"a submission answers all {self.num_questions} questions, and the limit left "
+                f"{len(self.questions)}; leave the limit out"
+            )
+        vqav2.write_submission(self.questions, answers, path, normalise=normalise)
+
+    def check_images(self) -> Path:
+        """The folder of the pictures, once every question's picture was found in it.
+
+        Raises:
+            DataError: no folder given, or pictures that are not there.
+        """
+        if self.images is None:
+            raise DataError(f"{self.task}: no folder of pictures was given; a model needs to see them")
+        names = dict.fromkeys(question.image for question in self.questions if question.image)
+        absent = [name for name in names if not (self.images / name).is_file()]
+        if absent:
+            raise DataError(
+                f"{self.images}: {len(absent)} of the {len(names)} pictures of {self.task} {self.split} are "
+                f"not there, the first is {absent[0]}"
+            )
+        return self.images
+
+
+def open_task(
+    task: Task, files: TaskFiles, *, rule: Rule | None = None, limit: int | None = None
+) -> TaskData:
+    """A benchmark from its local files.
+
+    Args:
+        task: which benchmark the files are.
+        files: see `TaskFiles`.
+        rule: how VQAv2 (`official` unless given) and TextVQA (`m4c`) compare answers.
+        limit: ask so many questions, evenly spread over the file.
+
+    Raises:
+        DataError: an unknown benchmark, a file that is absent, another benchmark's, or not read by this one.
+    """
+    if task not in TASKS:
+        raise DataError(f"no benchmark {task!r}; there are {', '.join(TASKS)}{did_you_mean(task, TASKS)}")
+    needless = [name for name in _NEEDLESS[task] if getattr(files, name)]
+    if needless:
+        raise DataError(f"{task} does not read {' and '.join(needless)}; leave that out")
+    exam = _read(task, files, rule)
+    number = len(exam.questions)
+    return TaskData(
+        task=task,
+        exam=exam if limit is None else _limited(exam, limit),
+        images=files.images,
+        fingerprint=_fingerprint(files, exam.split),
+        num_questions=number,
+    )
+
+
+def _read(task: Task, files: TaskFiles, rule: Rule | None) -> Exam:
+    if task in ("gqa", "scienceqa") and rule is not None:
+        raise DataError(f"{task} has one rule, and got {rule!r}; leave that out")
+    if rule is not None and rule not in get_args(Rule):
+        raise DataError(f"no rule {rule!r}; there are {', '.join(get_args(Rule))}")
+    if task == "vqav2":
+        return vqav2.read(files, rule or "official")
+    if task == "textvqa":
+        return textvqa.read(files, rule or "m4c")
+    return gqa.read(files) if task == "gqa" else scienceqa.read(files)
+
+
+def _limited(exam: Exam, limit: int) -> Exam:
+    if limit < 1:
+        raise DataError(f"a limit of {limit} leaves no questions; give 1 or more, or leave it out")
+    number = len(exam.questions)
+    if limit >= number:
+        return exam
+    chosen = [place * number // limit for place in range(limit)]
+    return replace(
+        exam,
+        questions=tuple(exam.questions[place] for place in chosen),
+        marks=tuple(exam.marks[place] for place in chosen) if exam.marks else (),
+        expected=tuple(exam.expected[place] for place in chosen) if exam.expected else (),
+        groups={
+            name: group._replace(labels=tuple(group.labels[place] for place in chosen))
+            for name, group in exam.groups.items()
+        },
+    )
+
+
+def _fingerprint(files: TaskFiles, split: str) -> str:
+    sha = hashlib.sha256(split.encode())
+    for path in (files.questions, files.annotations, files.splits, files.ocr_file):
+        if path is not None:
+            with path.open("rb") as file:
+                sha.update(hashlib.file_digest(file, "sha256").digest())
+    return sha.hexdigest()
