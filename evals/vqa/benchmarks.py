@@ -1,0 +1,280 @@
+"""The generated world as all four benchmarks, each in the files that it is really published in."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from radio.config import write_text
+from radio.errors import DataError
+from radio.scenes import COLOURS, SHAPES, Question, questions, render
+
+from .scoring.exam import TaskFiles
+from .scoring.scienceqa import LETTERS
+from .tasks import Task
+
+_CARD, _FORMAT = "benchmarks.json", "am-radio-vqa-benchmarks/1"
+_JPEG_QUALITY = 95
+_STREAM = 0x5E9A  # draws of their own, apart from those of the scenes
+_NUM_CHOICES = 4
+_NUM_PEOPLE = 10
+_MOST_OTHERS = 3  # people who say it another way; the rest is enough for a full mark
+_NUMBER_WORDS = ("zero", "one", "two", "three", "four")
+
+_GQA_TYPES = {  # structure and meaning, as GQA would class them
+    "colour": ("query", "attr"),
+    "shape": ("query", "cat"),
+    "exists": ("verify", "obj"),
+    "position": ("choose", "rel"),
+    "count": ("query", "global"),
+}
+_VQA_TYPES = {
+    "colour": ("other", "what color is the"),
+    "shape": ("other", "what"),
+    "exists": ("yes/no", "is there a"),
+    "position": ("other", "is the"),
+    "count": ("number", "how many"),
+}
+_SCHOOL = {  # subject, topic, and what to choose from
+    "colour": ("natural science", "physics", COLOURS),
+    "shape": ("language science", "vocabulary", SHAPES),
+}
+_HINTS = ("", "Look at the big object.")
+
+_FILES: dict[Task, TaskFiles] = {
+    "gqa": TaskFiles(questions=Path("gqa/val_balanced_questions.json"), images=Path("images")),
+    "vqav2": TaskFiles(
+        questions=Path("vqav2/v2_OpenEnded_mscoco_val2014_questions.json"),
+        annotations=Path("vqav2/v2_mscoco_val2014_annotations.json"),
+        images=Path("vqav2/val2014"),
+    ),
+    "textvqa": TaskFiles(questions=Path("textvqa/TextVQA_0.5.1_val.json"), images=Path("images")),
+    "scienceqa": TaskFiles(
+        questions=Path("scienceqa/problems.json"),
+        splits=Path("scienceqa/pid_splits.json"),
+        images=Path("scienceqa/images"),
+    ),
+}
+
+
+class _Asked(NamedTuple):
+    """One scene's number, its questions, and the draws that decide what is free."""
+
+    scene: int
+    questions: tuple[Question, ...]
+    draws: np.random.Generator
+
+
+def write_benchmarks(root: Path, count: int, seed: int, *, size: int = 96) -> dict[Task, TaskFiles]:
+    """The files of the four benchmarks about `count` generated pictures, written below `root`.
+
+    All pictures are of the world's validation split. Answers come equally often, so that the words of a
+    question tell nothing. The folder appears when it is complete; one that is there already is left as it is.
+
+    Raises:
+        DataError: fewer than one picture, or a folder that holds something else.
+        SceneError: a size or seed out of range.
+    """
+    if count < 1:
+        raise DataError(f"benchmarks of {count} pictures hold no questions; ask for 1 or more")
+    card = {"format": _FORMAT, "count": count, "seed": seed, "size": size}
+    if not _there(root, card):
+        _write(root, card, count, seed, size)
+    return {task: _below(root, files) for task, files in _FILES.items()}
+
+
+def _there(root: Path, card: dict[str, Any]) -> bool:
+    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+        return False
+    try:
+        found = json.loads((root / _CARD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if found != card:
+        raise DataError(
+            f"{root}: holds something else than the benchmarks asked for ({card}), "
+            f"{'namely ' + str(found) if found else 'and no card of any'}; give another folder"
+        )
+    return True
+
+
+def _write(root: Path, card: dict[str, Any], count: int, seed: int, size: int) -> None:
+    root.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}.partial-"))
+    try:
+        asked = []
+        for index in range(count):
+            scene = render(index, split="val", seed=seed, size=size)
+            _save(partial, index, Image.fromarray(np.ascontiguousarray(scene.image.transpose(1, 2, 0))))
+            draws = np.random.default_rng([_STREAM, seed, index])
+            asked.append(_Asked(index, questions(scene, index, split="val", seed=seed), draws))
+        _save_annotations(partial, asked)
+        write_text(partial / _CARD, json.dumps(card) + "\n")
+        partial.chmod(0o755)  # mkdtemp's folders are private
+        if root.exists():
+            root.rmdir()
+        partial.rename(root)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _save(root: Path, index: int, picture: Image.Image) -> None:
+    """One picture under the names that the four benchmarks have for it."""
+    photo, drawing = io.BytesIO(), io.BytesIO()
+    picture.save(photo, format="JPEG", quality=_JPEG_QUALITY, subsampling=0)
+    picture.save(drawing, format="PNG", compress_level=1)
+    for name, data in (
+        (f"images/{_name(index)}.jpg", photo),
+        (f"vqav2/val2014/COCO_val2014_{index + 1:012d}.jpg", photo),
+        (f"scienceqa/images/test/{index + 1}/image.png", drawing),
+    ):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data.getvalue())
+
+
+def _save_annotations(root: Path, asked: list[_Asked]) -> None:
+    def save(path: Path | None, data: Any) -> None:
+        assert path is not None
+        write_text(root / path, json.dumps(data) + "\n")
+
+    save(_FILES["gqa"].questions, dict(_gqa(asked)))
+    head = {"data_type": "mscoco", "data_subtype": "val2014", "info": {"description": "generated scenes"}}
+    pairs = list(_vqav2(asked))
+    asks = {**head, "task_type": "Open-Ended", "questions": [question for question, _ in pairs]}
+    save(_FILES["vqav2"].questions, asks)
+    save(_FILES["vqav2"].annotations, {**head, "annotations": [annotation for _, annotation in pairs]})
+    text = {"dataset_type": "val", "dataset_name": "textvqa", "dataset_version": "0.5.1"}
+    save(_FILES["textvqa"].questions, {**text, "data": list(_textvqa(asked))})
+    problems = dict(_scienceqa(asked))
+    save(_FILES["scienceqa"].questions, problems)
+    save(_FILES["scienceqa"].splits, {"test": list(problems), "minitest": list(problems)[::4]})
+
+
+def _name(index: int) -> str:
+    return f"scene{index:07d}"
+
+
+def _gqa(asked: list[_Asked]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every question."""
+    for index, found, _ in asked:
+        for number, question in enumerate(found):
+            structural, semantic = _GQA_TYPES[question.kind]
+            yield (
+                f"{index:07d}{number}",
+                {
+                    "question": question.text,
+                    "imageId": _name(index),
+                    "answer": question.answer,
+                    "isBalanced": True,
+                    "types": {"structural": structural, "semantic": semantic, "detailed": question.kind},
+                },
+            )
+
+
+def _vqav2(asked: list[_Asked]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Every question and its annotation; a few of the ten people may say it otherwise."""
+    for index, found, draws in asked:
+        for number, question in enumerate(found):
+            head = {"question_id": (index + 1) * 1000 + number, "image_id": index + 1}
+            answer_type, question_type = _VQA_TYPES[question.kind]
+            given = [
+                {"answer": answer, "answer_confidence": "yes", "answer_id": person}
+                for person, answer in enumerate(_people(question, draws), start=1)
+            ]
+            yield (
+                {**head, "question": question.text},
+                {
+                    **head,
+                    "answer_type": answer_type,
+                    "question_type": question_type,
+                    "multiple_choice_answer": question.answer,
+                    "answers": given,
+                },
+            )
+
+
+def _textvqa(asked: list[_Asked]) -> Iterator[dict[str, Any]]:
+    """Colours and shapes. The OCR tokens mean nothing: the world has no writing."""
+    for index, found, draws in asked:
+        tokens = ["".join(draws.choice(list("KQXZ0379"), 4)) for _ in range(int(draws.integers(4)))]
+        for number, question in enumerate(found):
+            if question.kind in _SCHOOL:
+                yield {
+                    "question_id": 10 * index + number,
+                    "image_id": _name(index),
+                    "question": question.text[:1].lower() + question.text[1:],
+                    "answers": _people(question, draws),
+                    "ocr_tokens": tokens,
+                    "set_name": "val",
+                }
+
+
+def _scienceqa(asked: list[_Asked]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """One question a picture, its colour or its shape in turn, among four choices."""
+    for index, found, draws in asked:
+        kind = tuple(_SCHOOL)[index % len(_SCHOOL)]
+        question = next(question for question in found if question.kind == kind)
+        subject, topic, words = _SCHOOL[kind]
+        others = draws.permutation([word for word in words if word != question.answer]).tolist()
+        place = index // len(_SCHOOL) % _NUM_CHOICES  # each letter is right equally often
+        choices = [*others[:place], question.answer, *others[place : _NUM_CHOICES - 1]]
+        yield (
+            str(index + 1),
+            {
+                "question": question.text,
+                "choices": choices,
+                "answer": place,
+                "hint": _HINTS[index % 3 == 0],
+                "image": "image.png",
+                "task": "closed choice",
+                "grade": f"grade{1 + index % 12}",
+                "subject": subject,
+                "topic": topic,
+                "category": topic,
+                "skill": f"Name the {kind}",
+                "lecture": "",
+                "solution": f"The answer is {LETTERS[place]}.",
+                "split": "test",
+            },
+        )
+
+
+def _people(question: Question, draws: np.random.Generator) -> list[str]:
+    """What ten people say: half of the time all the same, else up to three in other words.
+
+    No other answer of the same kind is among them, so that a constant answer stays at chance.
+    """
+    said = [question.answer] * _NUM_PEOPLE
+    if draws.random() < 0.5:
+        return said
+    variants = _VARIANTS[question.kind](question.answer)
+    for person in draws.permutation(_NUM_PEOPLE)[: int(draws.integers(1, _MOST_OTHERS + 1))]:
+        said[int(person)] = variants[int(draws.integers(len(variants)))]
+    return said
+
+
+_VARIANTS: dict[str, Callable[[str], tuple[str, ...]]] = {
+    "colour": lambda answer: (f"dark {answer}", f"light {answer}", answer.capitalize(), "not sure"),
+    "shape": lambda answer: (f"a {answer}", f"big {answer}", f"{answer}.", "not sure"),
+    "exists": lambda answer: (answer.capitalize(), f"{answer}.", "maybe", "not sure"),
+    "position": lambda answer: (f"the {answer}", f"on the {answer}", "near the middle", "not sure"),
+    "count": lambda answer: (_NUMBER_WORDS[int(answer)], f"{answer} objects", "some", "not sure"),
+}
+
+
+def _below(root: Path, files: TaskFiles) -> TaskFiles:
+    """The files with `root` before every path."""
+    return TaskFiles(
+        questions=root / files.questions,
+        annotations=files.annotations and root / files.annotations,
+        splits=files.splits and root / files.splits,
+        images=files.images and root / files.images,
+    )
