@@ -18,7 +18,7 @@ import torch
 import tyro
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -213,10 +213,29 @@ class _Bars:
 
     @contextmanager
     def _bar(self, label: str, total: int) -> Iterator[Advance]:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+        )
         with Progress(*columns, console=self._console, transient=True) as progress:
-            task = progress.add_task(escape(label), total=total)
-            yield lambda steps: progress.advance(task, steps)
+            yield _Advancing(progress, progress.add_task(escape(label), total=total, text=""))
+
+
+@dataclass(frozen=True, slots=True)
+class _Advancing:
+    """Moves one bar, and shows a word beside it."""
+
+    progress: Progress
+    task: TaskID
+
+    def __call__(self, steps: int) -> None:
+        self.progress.advance(self.task, steps)
+
+    def tell(self, text: str) -> None:
+        self.progress.update(self.task, text=escape(text))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,7 +10,6 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from radio.registry import Registry
 from radio.types import Backbone
 
-from .data import ImageSource
 from .report import Report
 
 S = TypeVar("S")
@@ -66,7 +65,23 @@ class Carded(Protocol):
         """`card["data"]["sources"]` is a list of {"path", "fingerprint", "labels_used"}."""
 
 
-def domain_notes(model: Backbone, sources: Iterable[ImageSource]) -> tuple[str, ...]:
+class Placed(Protocol):
+    """A data set that can be compared with what a model was trained on."""
+
+    @property
+    def name(self) -> str:
+        """A short name for reports."""
+
+    @property
+    def location(self) -> str:
+        """Where it lies: the resolved path or pattern, or `scenes:train?seed=0`."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the content."""
+
+
+def domain_notes(model: Backbone, sources: Iterable[Placed]) -> tuple[str, ...]:
     """Notes for a report on data that the model was trained on, or on its neighbours under one root."""
     if not isinstance(model, Carded):
         return ()
@@ -88,7 +103,7 @@ def domain_notes(model: Backbone, sources: Iterable[ImageSource]) -> tuple[str, 
 _SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
 
 
-def _relation(source: ImageSource, entry: Mapping[str, Any]) -> str:
+def _relation(source: Placed, entry: Mapping[str, Any]) -> str:
     if entry.get("fingerprint") == source.fingerprint:
         return "holds the same pictures as"
     path = str(entry.get("path") or "")

@@ -26,6 +26,7 @@ from radio.config import write_bytes
 from radio.errors import DataError, RadioError
 from radio.types import Backbone, Features
 
+from .chunks import check_all_there, chunk_path, is_whole
 from .data import ImageSource
 from .dist import Group
 from .evaluator import Advance, Watch, silent
@@ -66,7 +67,7 @@ class Stored:
     """Features on disk, complete."""
 
     def __init__(self, folder: Path, count: int) -> None:
-        self._paths = [_chunk_path(folder, number) for number in range(_num_chunks(count))]
+        self._paths = [chunk_path(folder, number) for number in range(_num_chunks(count))]
 
     def load(self, rank: int = 0, world: int = 1) -> Bank:
         """The features of chunks rank, rank + world, ..., all of them by default."""
@@ -123,14 +124,12 @@ def extract(
     group.barrier()
     folder = cache / "features" / _key(model, source, how)
     numbers = range(group.rank, _num_chunks(count), group.world)
-    missing = [number for number in numbers if not _is_complete(_chunk_path(folder, number))]
+    missing = [number for number in numbers if not is_whole(chunk_path(folder, number))]
     if missing:
         with watch(f"{model.name} on {source.name}", sum(len(_span(n, count)) for n in missing)) as advance:
             _fill(model, source, how, folder, missing, advance)
     group.barrier()
-    absent = [n for n in range(_num_chunks(count)) if not _chunk_path(folder, n).is_file()]
-    if absent:
-        raise DataError(f"{folder}: other ranks' features are not here; give --cache a folder that all share")
+    check_all_there(chunk_path(folder, number) for number in range(_num_chunks(count)))
     stored = Stored(folder, count)
     if len(stored.indices()) == 0:
         first = stored.skipped()[0]
@@ -219,7 +218,7 @@ def _write(
     data = safetensors.torch.save(
         {"features": features, "indices": indices}, metadata={"skipped": json.dumps(skipped)}
     )
-    write_bytes(_chunk_path(folder, number), data)
+    write_bytes(chunk_path(folder, number), data)
 
 
 def _key(model: Backbone, source: ImageSource, how: Extraction) -> str:
@@ -233,17 +232,3 @@ def _num_chunks(count: int) -> int:
 
 def _span(number: int, count: int) -> range:
     return range(number * CHUNK, min((number + 1) * CHUNK, count))
-
-
-def _chunk_path(folder: Path, number: int) -> Path:
-    return folder / f"{number:06d}.safetensors"
-
-
-def _is_complete(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    try:
-        with safetensors.safe_open(path, framework="pt"):
-            return True
-    except safetensors.SafetensorError:  # damaged on disk: made again
-        return False

@@ -19,10 +19,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from evals.core.chunks import check_all_there, chunk_path
 from evals.core.dist import Group
 from evals.core.evaluator import Watch
 from radio.config import write_bytes, write_text
-from radio.errors import DataError
 
 from .clicks import next_clicks
 from .coco import Picture
@@ -106,21 +106,18 @@ class Work:
         group.barrier()
         folder = self.cache / "sam" / self.key()
         mine = range(group.rank, len(chunks), group.world)
-        missing = [number for number in mine if not self._path(folder, number).is_file()]
+        missing = [number for number in mine if not chunk_path(folder, number, "json").is_file()]
         if missing:
             self.drop_in.to(self.device, self.dtype)
             total = sum(len(chunks[number]) for number in missing)
             with watch(f"{self.drop_in.model.name} on {self.data.name}", total) as advance:
                 for number, loaded in ahead(missing, lambda n: self._load(chunks[n]), _THREADS, _AHEAD):
-                    self._write(self._path(folder, number), self.finish(loaded))
+                    self._write(chunk_path(folder, number, "json"), self.finish(loaded))
                     advance(len(loaded))
         group.barrier()
-        absent = [number for number in range(len(chunks)) if not self._path(folder, number).is_file()]
-        if absent:
-            raise DataError(
-                f"{folder}: other ranks' records are not here; give --cache a folder that all share"
-            )
-        return [self._read(self._path(folder, number)) for number in range(len(chunks))]
+        paths = [chunk_path(folder, number, "json") for number in range(len(chunks))]
+        check_all_there(paths)
+        return [self._read(path) for path in paths]
 
     def key(self) -> str:
         """A hash of everything that decides the records."""
@@ -223,10 +220,6 @@ class Work:
         names = [picture.name for picture in pictures]
         name = _hash(self._embedding_key(), self.data.content, names)
         return self.cache / "sam-embeddings" / f"{name}.safetensors"
-
-    @staticmethod
-    def _path(folder: Path, number: int) -> Path:
-        return folder / f"{number:06d}.json"
 
     @staticmethod
     def _write(path: Path, done: Done) -> None:

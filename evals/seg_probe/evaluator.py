@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, cast, final
+from typing import TYPE_CHECKING, final
 
 import safetensors.torch
 
-from evals.core.data import ImageSource
 from evals.core.dist import Group, current
 from evals.core.evaluator import Watch, domain_notes, silent
 from evals.core.provenance import commit, describe_device, versions
@@ -96,7 +95,7 @@ class SegEvaluator:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             versions={**versions(), **_library_versions()},
             git=commit(),
-            notes=(*probe.notes, *_domain(model, probe)),
+            notes=(*probe.notes, *domain_notes(model, probe.sources())),
             tables=_tables(outcomes, probe, settings),
             files=(f"{base}.safetensors", *writer.files()),
         )
@@ -139,12 +138,6 @@ def _data_used(probe: Probe) -> tuple[DataUsed, ...]:
             ("val", probe.data.val, probe.val),
         )
     )
-
-
-def _domain(model: Backbone, probe: Probe) -> tuple[str, ...]:
-    # Only name, location and fingerprint are asked for, which a split has as well.
-    sources = cast(Iterable[ImageSource], probe.sources())
-    return domain_notes(model, sources)
 
 
 def _library_versions() -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import colorsys
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from radio.config import write_bytes
+from radio.images import write_png
 
 from .datasets import VOID, Labelling, Split
 from .pixels import read_labels, read_picture
@@ -46,11 +45,11 @@ class MapWriter:
         numbers = np.concatenate([np.zeros((offset, 3), np.uint8), colours])
         image = Image.fromarray(classes + np.uint8(offset))
         image.putpalette(numbers.tobytes())
-        _save(image, self.folder / self.names(place)[0])
+        write_png(image, self.folder / self.names(place)[0])
         picture = read_picture(pair).numpy().transpose(1, 2, 0)
         truth = read_labels(pair.labels, self.labelling)
         shown = side_by_side(picture, truth, classes, colours)
-        _save(Image.fromarray(shown), self.folder / self.names(place)[1])
+        write_png(Image.fromarray(shown), self.folder / self.names(place)[1])
 
     def names(self, place: int) -> tuple[str, str]:
         """The files of a picture, inside the folder."""
@@ -95,9 +94,3 @@ def spread_places(count: int, wanted: int) -> frozenset[int]:
 def _over(picture: Bytes, classes: Bytes, colours: Bytes, opacity: NDArray[np.float64]) -> Bytes:
     share = opacity[..., None]
     return np.round(share * colours[classes] + (1 - share) * picture).astype(np.uint8)
-
-
-def _save(image: Image.Image, path: Path) -> None:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    write_bytes(path, buffer.getvalue())

@@ -7,16 +7,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from evals.core.chunks import check_all_there, chunk_path, is_whole
 from evals.core.dist import Group
 from evals.core.evaluator import Watch
 from radio.config import write_bytes
-from radio.errors import DataError, RadioError
+from radio.errors import RadioError
 from radio.types import Backbone
 
 from .pictures import Pictures, one_thread
@@ -60,7 +60,7 @@ def token_maps(
     folder = cache / "token-maps" / hashlib.sha256(json.dumps([_FORMAT, key]).encode()).hexdigest()
     chunks = [range(start, min(start + CHUNK, len(pictures))) for start in range(0, len(pictures), CHUNK)]
     mine = list(enumerate(chunks))[group.rank :: group.world]
-    missing = [(number, span) for number, span in mine if not _is_complete(_path(folder, number))]
+    missing = [(number, span) for number, span in mine if not is_whole(chunk_path(folder, number))]
     with watch(label, sum(len(span) for _, span in missing)) as advance:
         for number, span in missing:
             batches = [list(span[start : start + batch]) for start in range(0, len(span), batch)]
@@ -76,14 +76,11 @@ def token_maps(
                 parts.append(_encode(model, images.to(device), dtype))
                 advance(len(images))
             data = safetensors.torch.save({"maps": torch.cat(parts)})
-            write_bytes(_path(folder, number), data)
+            write_bytes(chunk_path(folder, number), data)
     group.barrier()
-    absent = [number for number in range(len(chunks)) if not _path(folder, number).is_file()]
-    if absent:
-        raise DataError(f"{folder}: other ranks' tokens are not here; give --cache a folder that all share")
-    return torch.cat(
-        [safetensors.torch.load_file(_path(folder, number))["maps"] for number in range(len(chunks))]
-    )
+    paths = [chunk_path(folder, number) for number in range(len(chunks))]
+    check_all_there(paths)
+    return torch.cat([safetensors.torch.load_file(path)["maps"] for path in paths])
 
 
 def _encode(model: Backbone, images: Tensor, dtype: torch.dtype) -> Tensor:
@@ -100,17 +97,3 @@ def _encode(model: Backbone, images: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _stack(samples: list[dict[str, Any]]) -> Tensor:
     return torch.stack([sample["inputs"] for sample in samples])
-
-
-def _path(folder: Path, number: int) -> Path:
-    return folder / f"{number:06d}.safetensors"
-
-
-def _is_complete(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    try:
-        with safetensors.safe_open(path, framework="pt"):
-            return True
-    except safetensors.SafetensorError:  # damaged on disk: made again
-        return False
