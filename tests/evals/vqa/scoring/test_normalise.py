@@ -91,11 +91,9 @@ def test_the_table_of_contractions() -> None:
     assert some.items() <= CONTRACTIONS.items()
 
 
-@pytest.mark.parametrize(
-    "word", "shed wed shell well ill its were id im shes let's somebodyd wheredve".split()
-)
-def test_words_and_gaps_of_the_table(word: str) -> None:
-    assert word not in CONTRACTIONS
+def test_words_and_gaps_of_the_table() -> None:
+    absent = "shed wed shell well ill its were id im shes let's somebodyd wheredve"
+    assert not CONTRACTIONS.keys() & set(absent.split())
 
 
 def test_clean_keeps_all_but_white_space() -> None:
