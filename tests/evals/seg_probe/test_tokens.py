@@ -81,7 +81,7 @@ def test_ranks_take_turns_and_notice_a_folder_that_is_not_shared(
     maps_of: Callable, backbone: Callable
 ) -> None:
     model = backbone()
-    with pytest.raises(DataError, match="other ranks' tokens are not here; give --cache a folder"):
+    with pytest.raises(DataError, match="what other ranks made is not here; give --cache a folder"):
         maps_of(model, _Alone(0, 2))
     assert len(model.sizes) == 5  # chunks 0 and 2 of 3 + 3 + 2
     other = backbone()
