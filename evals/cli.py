@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,10 +100,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print_usage(Console())
         return OK
     task, rest = arguments[0], arguments[1:]
-    if task == "list":
-        return _list(rest)
+    if task in _COMMANDS:
+        return _COMMANDS[task](rest)
     if task not in evaluators:
-        hint = did_you_mean(task, [*evaluators, "list"]) or f"; it has {', '.join([*evaluators, 'list'])}"
+        known = [*evaluators, *_COMMANDS]
+        hint = did_you_mean(task, known) or f"; it has {', '.join(known)}"
         raise ConfigError(f"radio-eval has no command {task!r}{hint}")
     evaluator = evaluators[task]()
     options, settings = _parse(task, evaluator, rest)
@@ -279,9 +280,19 @@ def _size_up(name: str) -> tuple[str, ...]:
     )
 
 
+def _compare(arguments: Sequence[str]) -> int:
+    from .reporting.command import run_compare
+
+    return run_compare(arguments)
+
+
+_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"list": _list, "compare": _compare}
+
+
 def _print_usage(console: Console) -> None:
     console.print(escape("usage: radio-eval TASK MODEL... [options]"), highlight=False)
-    console.print(escape("       radio-eval list [--archs]\n"), highlight=False)
+    console.print(escape("       radio-eval list [--archs]"), highlight=False)
+    console.print(escape("       radio-eval compare REPORTS --baseline REPORTS [options]\n"), highlight=False)
     for name in evaluators:
         console.print(f"  {name:12} {escape(_summary(name))}", highlight=False)
     console.print("\nradio-eval TASK --help prints a task's options.", highlight=False)

@@ -1,0 +1,295 @@
+"""Two folders of reports side by side: what changed, how sure that is, and whether it is a regression."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evals.core.bootstrap import interval, resamples
+from evals.core.report import Metric, Report, read
+from radio.errors import DataError
+
+Verdict = Literal["better", "worse", "same", "missing", "new", "timing"]
+
+# What may differ between two runs of one protocol.
+_OF_THE_MACHINE = frozenset(
+    {
+        "batch",
+        "box_batch",
+        "cache",
+        "device",
+        "keep_embeddings",
+        "keep_tokens",
+        "keep_tokens_gb",
+        "save_every",
+    }
+    | {"save_maps", "save_masks", "workers"}
+)
+
+Sample = tuple[str, str, float]  # its key, what is resampled together, its score in [0, 1]
+
+_SAMPLES: Mapping[str, Callable[[Any], Sample]] = {
+    "knn": lambda r: (r["key"], r["key"], float(r["predictions"][:1] == [r["label"]])),
+    "zeroshot": lambda r: (r["key"], r["key"], float(r["correct"])),
+    "sam": lambda r: (str(r["annotation_id"]), str(r["image_id"]), float(r["iou"])),
+}
+"""What a line of a task's records says of its headline."""
+
+
+class Entry(NamedTuple):
+    """A report and where it lies."""
+
+    report: Report
+    path: Path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """One metric of one task."""
+
+    task: str
+    model: str
+    metric: str
+    unit: str
+    value: float | None
+    baseline: float | None
+    low: float | None = None  # 95 % interval of the difference
+    high: float | None = None
+    paired: bool = False  # sample by sample
+    allowed: float = 0.0  # the larger of tolerance and noise
+    verdict: Verdict
+
+    @property
+    def difference(self) -> float | None:
+        """New minus old."""
+        if self.value is None or self.baseline is None:
+            return None
+        return self.value - self.baseline
+
+
+def read_reports(folder: Path) -> dict[tuple[str, str], Entry]:
+    """The reports of a folder by task and model.
+
+    Raises:
+        DataError: no such folder, none in it, or one that is damaged.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder of reports")
+    entries = [Entry(read(path), path) for path in sorted(folder.glob("*.json")) if _is_report(path)]
+    if not entries:
+        raise DataError(f"{folder}: holds no reports; radio-eval TASK MODEL --out {folder} writes them")
+    return {(entry.report.task, entry.report.model): entry for entry in entries}
+
+
+def compare(
+    reports: Mapping[tuple[str, str], Entry],
+    baseline: Mapping[tuple[str, str], Entry],
+    *,
+    tolerance: float,
+    noise: Mapping[str, Mapping[str, float]] | None = None,
+) -> list[Change]:
+    """Every metric of every task, in the order of the baseline.
+
+    Reports are paired by task and model; where each side has one report of a task, by the task alone. A drop
+    is a regression when it is larger than the tolerance and larger than the noise. Rates are shown and not
+    judged. A task of the baseline that is not there any more is `missing`, which is a regression too.
+
+    Args:
+        tolerance: in the metric's unit.
+        noise: by task and metric, what two runs of one model differ by.
+
+    Raises:
+        DataError: two reports that were not made alike; names the difference.
+    """
+    pairs = _pair(reports, baseline)
+    changes: list[Change] = []
+    for new, old in pairs:
+        if new is None or old is None:
+            present = new or old
+            assert present is not None, "a pair has two sides, or one"
+            changes.append(_one_sided(present.report, "missing" if new is None else "new"))
+            continue
+        _check_alike(new, old)
+        known = (noise or {}).get(old.report.task, {})
+        changes.extend(_changes(new, old, tolerance, known))
+    return changes
+
+
+def regressions(changes: Sequence[Change]) -> list[Change]:
+    """The changes that a gate should stop."""
+    return [change for change in changes if change.verdict in ("worse", "missing")]
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        return True  # `read` says what is wrong with it
+    return not isinstance(data, dict) or str(data.get("format", "am-radio-report")).startswith(
+        "am-radio-report"
+    )
+
+
+def _pair(
+    reports: Mapping[tuple[str, str], Entry], baseline: Mapping[tuple[str, str], Entry]
+) -> list[tuple[Entry | None, Entry | None]]:
+    new_by_task, old_by_task = _by_task(reports), _by_task(baseline)
+    pairs: list[tuple[Entry | None, Entry | None]] = []
+    for task in dict.fromkeys([*old_by_task, *new_by_task]):
+        new, old = new_by_task.get(task, {}), old_by_task.get(task, {})
+        if len(new) == len(old) == 1:
+            pairs.append((next(iter(new.values())), next(iter(old.values()))))
+            continue
+        pairs.extend((new.get(model), old.get(model)) for model in dict.fromkeys([*old, *new]))
+    return pairs
+
+
+def _by_task(entries: Mapping[tuple[str, str], Entry]) -> dict[str, dict[str, Entry]]:
+    found: dict[str, dict[str, Entry]] = {}
+    for (task, model), entry in entries.items():
+        found.setdefault(task, {})[model] = entry
+    return found
+
+
+def _one_sided(report: Report, verdict: Verdict) -> Change:
+    metric = report.metrics[report.headline]
+    value, baseline = (metric.value, None) if verdict == "new" else (None, metric.value)
+    return Change(
+        task=report.task,
+        model=report.model,
+        metric=report.headline,
+        unit=metric.unit,
+        value=value,
+        baseline=baseline,
+        verdict=verdict,
+    )
+
+
+def _check_alike(new: Entry, old: Entry) -> None:
+    """Refuse to compare what was measured differently."""
+    ours, theirs = (_protocol(entry.report) for entry in (new, old))
+    for name in dict.fromkeys([*theirs, *ours]):
+        if ours.get(name) != theirs.get(name):
+            raise DataError(
+                f"{new.path} and {old.path} cannot be compared: {name} is {_short(ours.get(name))} in the "
+                f"one and {_short(theirs.get(name))} in the other; make both alike"
+            )
+
+
+def _protocol(report: Report) -> dict[str, Any]:
+    settings = {
+        key: value
+        for key, value in report.settings.items()
+        if key not in _OF_THE_MACHINE and key != "resolved"
+    }
+    data = {
+        f"{used.role} data": f"{used.name} ({used.count}, {used.fingerprint[:12]})" for used in report.data
+    }
+    return settings | data
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _changes(new: Entry, old: Entry, tolerance: float, noise: Mapping[str, float]) -> list[Change]:
+    found = []
+    for name, before in old.report.metrics.items():
+        after = new.report.metrics.get(name)
+        if after is None:
+            continue
+        low, high = _unpaired(after, before)
+        paired = None
+        if name == old.report.headline:
+            paired = _paired(new, old, (after.value, before.value))
+            low, high = paired or (low, high)
+        allowed = max(tolerance, noise.get(name, 0.0))
+        found.append(
+            Change(
+                task=new.report.task,
+                model=new.report.model,
+                metric=name,
+                unit=before.unit,
+                value=after.value,
+                baseline=before.value,
+                low=low,
+                high=high,
+                paired=paired is not None,
+                allowed=allowed,
+                verdict=_judge(after, before, allowed),
+            )
+        )
+    return found
+
+
+def _judge(after: Metric, before: Metric, allowed: float) -> Verdict:
+    if before.unit.endswith("/s"):
+        return "timing"
+    gain = after.value - before.value if before.higher_is_better else before.value - after.value
+    if gain < -allowed:
+        return "worse"
+    return "better" if gain > allowed else "same"
+
+
+def _unpaired(after: Metric, before: Metric) -> tuple[float | None, float | None]:
+    """The difference's interval from both metrics' own, as if they were independent."""
+    halves = [
+        (metric.high - metric.low) / 2
+        for metric in (after, before)
+        if metric.low is not None and metric.high is not None
+    ]
+    if len(halves) < 2:
+        return None, None
+    half, difference = math.hypot(*halves), after.value - before.value
+    return difference - half, difference + half
+
+
+def _paired(new: Entry, old: Entry, values: tuple[float, float]) -> tuple[float, float] | None:
+    """The bootstrap interval of the difference, in percent, over samples that both scored.
+
+    None where a task has no records, or where they are not the same samples, or do not give the reports' own
+    values (a metric that is no mean over samples).
+    """
+    ours, theirs = (_samples(entry) for entry in (new, old))
+    if ours is None or theirs is None or ours.keys() != theirs.keys():
+        return None
+    groups = np.unique([group for group, _ in theirs.values()], return_inverse=True)[1]
+    scores = [
+        np.array([score for _, score in (side[key] for key in theirs)], dtype=np.float64)
+        for side in (ours, theirs)
+    ]
+    if any(abs(100 * s.mean() - v) > 0.01 for s, v in zip(scores, values, strict=True)):
+        return None
+    return _bootstrap(scores[0] - scores[1], groups)
+
+
+def _bootstrap(differences: NDArray[np.float64], groups: NDArray[np.int64]) -> tuple[float, float]:
+    count = int(groups.max()) + 1
+    weights = resamples(count)
+    sums = np.bincount(groups, weights=differences, minlength=count)
+    counts = np.bincount(groups, minlength=count).astype(np.float64)
+    low, high = interval(100 * (weights @ sums) / (weights @ counts))
+    return low, high
+
+
+def _samples(entry: Entry) -> dict[str, tuple[str, float]] | None:
+    reader = _SAMPLES.get(entry.report.task)
+    records = [entry.path.parent / name for name in entry.report.files if name.endswith(".jsonl")]
+    if reader is None or len(records) != 1 or not records[0].is_file():
+        return None
+    found: dict[str, tuple[str, float]] = {}
+    for line in records[0].read_text(encoding="utf-8").splitlines():
+        try:
+            key, group, score = reader(json.loads(line))
+        except (ValueError, KeyError, TypeError):
+            return None  # retrieval's records, for one
+        found[key] = (group, score)
+    return found or None
