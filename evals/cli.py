@@ -29,7 +29,7 @@ from radio.students import StudentOptions, students
 from radio.types import Backbone
 
 from .core.dist import Group, joined
-from .core.evaluator import Advance, Evaluator, Watch, evaluators, silent
+from .core.evaluator import Advance, Evaluator, ScoringFiles, Watch, evaluators, silent
 from .core.report import Report
 from .core.tables import comparison
 
@@ -58,6 +58,14 @@ def _seg() -> Evaluator[Any]:
     from .seg_probe.evaluator import SegEvaluator
 
     return SegEvaluator()
+
+
+@evaluators.register("vqa")
+def _vqa() -> Evaluator[Any]:
+    """Visual question answering by a LLaVA-1.5 on the model: GQA, VQAv2, TextVQA, ScienceQA."""
+    from .vqa.evaluator import VqaEvaluator
+
+    return VqaEvaluator()
 
 
 @evaluators.register("zeroshot")
@@ -134,8 +142,8 @@ def _evaluate(evaluator: Evaluator[Any], options: Options, settings: Any, group:
     progress = Console(stderr=True)
     shown = group.leads and progress.is_terminal and not options.plain
     watch: Watch = _Bars(progress) if shown else silent
-    reports: list[Report] = []
-    for spec, model, name in _models(options):
+    reports = _without_model(evaluator, options, settings)
+    for spec, model, name in () if reports else _models(options):
         out = options.out or _default_out(spec)
         reports.append(evaluator.run(model, settings, out, name=name, watch=watch))
     console.print(comparison(reports, plain=options.plain))
@@ -151,6 +159,14 @@ def _evaluate(evaluator: Evaluator[Any], options: Options, settings: Any, group:
                         f"and were left out; the first: {first.key}: {first.reason}"
                     )
                 )
+
+
+def _without_model(evaluator: Evaluator[Any], options: Options, settings: Any) -> list[Report]:
+    """The report of what needs no model, if that was asked for and none was named."""
+    if options.models or options.arch is not None or not isinstance(evaluator, ScoringFiles):
+        return []
+    report = evaluator.run_without_model(settings, options.out or Path("reports"))
+    return [] if report is None else [report]
 
 
 def _models(options: Options) -> Iterator[tuple[str, Backbone, str]]:

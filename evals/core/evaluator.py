@@ -13,6 +13,7 @@ from radio.types import Backbone
 from .report import Report
 
 S = TypeVar("S")
+T = TypeVar("T", contravariant=True)
 
 Advance = Callable[[int], None]
 """Tells a progress bar that so many more pictures are done."""
@@ -47,6 +48,14 @@ class Evaluator(Protocol[S]):
         Args:
             name: what the report and its files call the model.
         """
+
+
+@runtime_checkable
+class ScoringFiles(Protocol[T]):
+    """An evaluator that can score what a model said earlier, without the model."""
+
+    def run_without_model(self, settings: T, out: Path) -> Report | None:
+        """The report, written into the folder `out`; None where the settings ask for a model."""
 
 
 EvaluatorFactory = Callable[[], Evaluator[Any]]

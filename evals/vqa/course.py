@@ -1,0 +1,241 @@
+"""The trainings one after another: the tiny model's words, the projector, the instruction tuning."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evals.core.data import ImageSource
+from evals.core.dist import Group
+from evals.core.evaluator import Watch
+from radio.errors import ConfigError
+
+from .conversations import Record, fingerprint, read_records
+from .encoding import Encoder
+from .language import Language
+from .library import require_peft
+from .llava import PROJECTOR, learn, make_llava, restore
+from .pictures import Pictures
+from .presets import Preset, Stage, StagePlan, plan_stage
+from .samples import Conversations, Shown, Swapped
+from .scenes_mix import IMAGES, INSTRUCT, PRETRAIN, Mix, write_mix
+from .settings import VqaSettings
+from .stages import Job, final_loss, train
+from .states import StageState, read_state
+
+_FORMAT = "am-radio-vqa/1"
+_PARTS = {"projector": (PROJECTOR,), "language": ("model.language_model.", "lm_head.")}
+
+
+class Material(NamedTuple):
+    """What a stage learns from."""
+
+    records: list[Record]
+    source: ImageSource | None  # of the pictures; None where no record has one
+    name: str
+    fingerprint: str
+
+
+class Done(NamedTuple):
+    """A finished stage."""
+
+    plan: StagePlan
+    losses: tuple[float, ...]
+
+    @property
+    def final_loss(self) -> float:
+        """In nats a token, over the last tenth of the steps."""
+        return final_loss(self.losses)
+
+
+def open_material(settings: VqaSettings, preset: Preset, cache: Path, group: Group) -> dict[str, Material]:
+    """The data of both stages, every record checked.
+
+    Raises:
+        DataError: a file that is absent, or a record that cannot be used.
+    """
+    memo = cache / "fingerprints"
+    if settings.pretrain_data is not None and settings.instruct_data is not None:
+        given = {
+            "pretrain": (settings.pretrain_data, settings.pretrain_images),
+            "instruct": (settings.instruct_data, settings.instruct_images),
+        }
+        return {stage: _material(*paths, settings.limit, memo, None) for stage, paths in given.items()}
+    mix = Mix(count=(settings.scenes or preset.scenes)[0], seed=settings.seed)
+    root = cache / "scenes" / f"vqa-mix{mix.version}-{mix.count}-seed{mix.seed}"
+    if group.leads:
+        write_mix(root, mix)
+    group.barrier()
+    return {
+        stage: _material(root / file, root / IMAGES, settings.limit, memo, "scenes:train")
+        for stage, file in (("pretrain", PRETRAIN), ("instruct", INSTRUCT))
+    }
+
+
+def _material(file: Path, images: Path | None, limit: int | None, memo: Path, title: str | None) -> Material:
+    pictures = Pictures(images) if images is not None else None
+    records = read_records(file, lambda name: pictures is not None and name in pictures, limit)
+    names = {record.image for record in records if record.image is not None}
+    source = pictures.source(names, memo, title) if pictures is not None and names else None
+    content = source.fingerprint if source is not None else "no pictures"
+    return Material(records, source, title or file.name, _hash(fingerprint(records), content))
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Course:
+    """All that the trainings of one run share."""
+
+    settings: VqaSettings
+    preset: Preset
+    encoder: Encoder
+    language: Language
+    material: dict[str, Material]
+    num_tokens: int
+    layer_norm: bool
+    folder: Path  # of the states
+    device: torch.device
+    group: Group
+    watch: Watch
+
+    def stages(self) -> dict[str, Stage]:
+        """By name, in order; the tiny language model first learns the words of the captions."""
+        stages = {"pretrain": self.preset.pretrain, "instruct": self.preset.instruct}
+        if self.language.name == "tiny" and self.preset.words is not None:
+            return {"words": self.preset.words, **stages}
+        return stages
+
+    def run(self) -> tuple[dict[str, Done], dict[str, Tensor], str]:
+        """Train what is asked for, or find it; the stages, all learned weights, and a hash of what they are.
+
+        Raises:
+            ConfigError: a stage that was left out and has not been trained before.
+        """
+        done: dict[str, Done] = {}
+        weights: dict[str, Tensor] = {}
+        key = _hash(_FORMAT, self.encoder.model.fingerprint, self.language.fingerprint, self.layer_norm)
+        last = "instruct" if {"instruct", "score"} & set(self.settings.stages) else "pretrain"
+        for name, stage in self.stages().items():
+            material = self._material(name)
+            plan = plan_stage(stage, self.preset, self.settings, len(material.records))
+            key = self._key(key, plan, material)
+            state = self._stage(name, plan, material, key, weights)
+            weights |= state.weights
+            done[name] = Done(plan, state.losses)
+            if name == last:
+                break
+        return done, weights, key
+
+    def build(self, weights: dict[str, Tensor]) -> Any:
+        """LLaVA with these learned weights, on the CPU."""
+        model = make_llava(
+            self.encoder.model,
+            self.language,
+            self.encoder.size,
+            self.num_tokens,
+            layer_norm=self.layer_norm,
+            seed=self.settings.seed,
+        )
+        restore(model, weights, str(self.folder))
+        return model
+
+    def _material(self, name: str) -> Material:
+        if name != "words":
+            return self.material[name]
+        seen = self.material["pretrain"]
+        return seen._replace(records=[record._replace(image=None) for record in seen.records], source=None)
+
+    def _stage(
+        self, name: str, plan: StagePlan, material: Material, key: str, weights: dict[str, Tensor]
+    ) -> StageState:
+        path = self.folder / f"{key}.pt"
+        found = read_state(path, key, self.group)
+        rank = self.settings.lora_rank if name == "instruct" else None
+        if found.step >= plan.steps:
+            return found if rank is None else self._merged(found, rank, weights)
+        asked = "pretrain" if name == "words" else name
+        if asked not in self.settings.stages:
+            raise ConfigError(
+                f"the stage {asked} with these settings has not been trained, and --stages leaves it out; "
+                f"add {asked} there"
+            )
+        model = self.build(weights)
+        learn(model, tuple(part for what in plan.learns for part in _PARTS[what]))
+        if rank is not None:
+            add_lora(model, rank)
+        job = Job(
+            title=f"{name} {self.encoder.model.name}",
+            plan=plan,
+            data=self._samples(material, plan),
+            pad_token=self.language.pad_token,
+            seed=self.settings.seed,
+            state=path,
+            key=key,
+            device=self.device,
+            bf16=self.settings.precision == "bf16",
+            shard=self.settings.fsdp and self.group.world > 1,
+            workers=self.encoder.workers,
+            group=self.group,
+        )
+        state = train(model, job, self.watch)
+        return state if rank is None else self._merged(state, rank, weights)
+
+    def _merged(self, state: StageState, rank: int, weights: dict[str, Tensor]) -> StageState:
+        """The state with LoRA's additions added into the language model's own weights."""
+        model = self.build(weights)
+        add_lora(model, rank)
+        restore(model, state.weights, str(self.folder))
+        model.model.language_model = model.model.language_model.merge_and_unload()
+        learned = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        return replace(state, weights=learned)
+
+    def _samples(self, material: Material, plan: StagePlan) -> Conversations:
+        shown = self._shown(material, plan)
+        return Conversations(material.records, plan.template, self.language, shown, self.preset.longest)
+
+    def _shown(self, material: Material, plan: StagePlan) -> Shown | None:
+        if material.source is None:
+            return None
+        shown = self.encoder.show(material.source, plan.view)
+        if not self.settings.shuffle_images:
+            return shown
+        names = material.source.keys
+        generator = np.random.default_rng([self.settings.seed, len(names)])
+        return Swapped(shown, dict(zip(names, generator.permutation(names).tolist(), strict=True)))
+
+    def _key(self, before: str, plan: StagePlan, material: Material) -> str:
+        settings = self.settings
+        return _hash(
+            before,
+            plan.describe(),
+            material.fingerprint,
+            self.encoder.size,
+            settings.seed,
+            settings.precision,
+            settings.lora_rank,
+            settings.shuffle_images,
+            self.preset.longest,
+        )
+
+
+def add_lora(model: Any, rank: int) -> None:
+    """Freeze the language model and let low-rank additions to its linear layers learn instead.
+
+    Raises:
+        MissingExtraError: peft is not installed.
+    """
+    peft = require_peft()
+    learn(model, (PROJECTOR,))
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules="all-linear")
+    model.model.language_model = peft.get_peft_model(model.model.language_model, config)
+
+
+def _hash(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps([str(part) for part in parts]).encode()).hexdigest()

@@ -1,0 +1,118 @@
+"""What the language model sees of pictures: tokens that the frozen encoder gave once, or pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import torch
+from torch import Tensor
+
+from evals.core.data import ImageSource
+from evals.core.dist import Group
+from evals.core.evaluator import Watch
+from evals.core.features import Extraction, extract
+from evals.core.views import View
+from radio.errors import DataError
+from radio.types import Backbone
+
+from .pictures import Padded
+from .presets import Size
+from .presets import View as ViewName
+from .samples import Shown
+
+# Letters: N pictures, T tokens of a picture, D token width, h w input size.
+
+_ENCODED_AT_ONCE = 64
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoder:
+    """A frozen backbone at one size, and where its tokens are kept."""
+
+    model: Backbone
+    size: Size
+    device: torch.device
+    dtype: torch.dtype
+    cache: Path
+    keep_tokens_gb: float
+    workers: int
+    group: Group
+    watch: Watch
+
+    def grid(self) -> tuple[int, int]:
+        """(H, W) of the tokens at this size."""
+        model = self.model.to(self.device, self.dtype).eval()
+        with torch.inference_mode():
+            return model(torch.zeros(1, 3, *self.size, device=self.device, dtype=self.dtype)).grid
+
+    def show(self, source: ImageSource, view: ViewName) -> Shown:
+        """The source's pictures, each encoded once, unless all their tokens would take too much room.
+
+        Raises:
+            DataError: a picture that cannot be read; names the first.
+            RadioError: tokens that are not finite.
+        """
+        seen: ImageSource = Padded(source, self.size) if view == "pad" else source
+        shape = View(kind="center", size=self.size, ratio=1.0, fit=self.model.fit)
+        height, width = self.grid()
+        count = len(source.keys) * height * width * self.model.token_dim
+        if 4 * count > self.keep_tokens_gb * 1e9:
+            return Pixels(seen, shape, height * width)
+        how = Extraction(
+            view=shape,
+            device=self.device,
+            dtype=self.dtype,
+            head="tokens",
+            project=lambda features: features.tokens,
+            batch=_ENCODED_AT_ONCE,
+            workers=self.workers,
+        )
+        stored = extract(self.model, seen, how, cache=self.cache, group=self.group, watch=self.watch)
+        broken = stored.skipped()
+        if broken:
+            raise DataError(
+                f"{source.name}: {len(broken)} of {len(source.keys)} pictures cannot be read; the first is "
+                f"{broken[0].key}: {broken[0].reason}"
+            )
+        return Tokens(source.keys, stored.load().features)
+
+
+@final
+class Tokens:
+    """Tokens by the picture's name."""
+
+    def __init__(self, names: Iterable[str], tokens: Tensor) -> None:
+        self._rows = {name: row for row, name in enumerate(names)}
+        self._tokens = tokens  # [N, T, D]
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self._tokens.shape[1]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tokens[self._rows[name]]
+
+
+@final
+class Pixels:
+    """Pixels by the picture's name, read when they are asked for; the tower then encodes them."""
+
+    def __init__(self, source: ImageSource, view: View, num_tokens: int) -> None:
+        self._source, self._view, self._num_tokens = source, view, num_tokens
+        self._rows = {name: row for row, name in enumerate(source.keys)}
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self._num_tokens
+
+    def __getitem__(self, name: str) -> Tensor:
+        try:
+            return self._view(self._source.read(self._rows[name]))
+        except DataError as error:
+            raise DataError(f"{self._source.name}: {name}: {error}") from error

@@ -1,0 +1,290 @@
+"""Visual question answering: LLaVA-1.5's recipe on any frozen backbone, asked four benchmarks."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, final
+
+import torch
+
+from evals.core.dist import Group, current
+from evals.core.evaluator import Watch, domain_notes, silent
+from evals.core.features import default_cache
+from evals.core.provenance import choose_device, commit, describe_device, versions
+from evals.core.report import DataUsed, Metric, Report, Table, file_name, write
+from radio.config import to_plain
+from radio.errors import ConfigError
+from radio.types import Backbone
+
+from .exams import Answers, Marked, data_used, mark, metrics, open_exams, tables, write_records
+from .library import load_library, require_peft
+from .presets import choose, choose_size, language_name
+from .settings import VqaSettings
+from .tasks import TaskData, open_task, read_predictions
+
+if TYPE_CHECKING:
+    from .course import Course, Done
+
+
+class _Outcome(NamedTuple):
+    """What was trained and what was answered."""
+
+    course: Course
+    done: dict[str, Done]
+    marked: list[Marked]
+    seconds: dict[str, float]
+    notes: tuple[str, ...]
+
+
+@final
+class VqaEvaluator:
+    """Scores any backbone by a LLaVA-1.5 that is trained on its patch tokens."""
+
+    name = "vqa"
+    settings = VqaSettings
+
+    def run(
+        self,
+        model: Backbone,
+        settings: VqaSettings,
+        out: Path,
+        *,
+        name: str | None = None,
+        watch: Watch = silent,
+        group: Group | None = None,
+    ) -> Report:
+        """Score `model`; writes `vqa-NAME.json` and `vqa-NAME-TASK.jsonl` for each benchmark into `out`.
+
+        Every rank of a torchrun job calls this and gets the same report; rank 0 writes. Running it again
+        after a kill goes on from the step that was saved last, or from the first question not answered.
+
+        Raises:
+            ConfigError: settings that do not go together, or a stage that is left out and was not trained.
+            DataError: data that are absent, or a record or picture that cannot be used.
+            CheckpointError: a language model that cannot be read, or a damaged state.
+            MissingExtraError: transformers, accelerate or peft is not installed.
+            MissingWeightsError: the package of `smollm2` is not installed.
+            RadioError: values that are not finite.
+        """
+        load_library()  # its absence shows before the long part
+        if settings.lora_rank is not None:
+            require_peft()
+        if settings.score is not None:
+            raise ConfigError("--score takes answers from a file; name no model")
+        group = group or current()
+        started = time.monotonic()
+        outcome = _run(model, settings, group, watch)
+        label = name or model.name
+        base = file_name(self.name, label)
+        report = _report(
+            settings,
+            label,
+            model.fingerprint,
+            metrics={**metrics(outcome.marked, settings.seed), **_losses(outcome.done)},
+            headline="accuracy" if outcome.marked else f"{list(outcome.done)[-1]}_loss",
+            resolved=_resolved(outcome, settings, group),
+            data=_data(outcome),
+            device=describe_device(outcome.course.device),
+            seconds={**outcome.seconds, "total": time.monotonic() - started},
+            notes=(*outcome.notes, *domain_notes(model, _sources(outcome))),
+            found=tables(outcome.marked),
+            files=tuple(f"{base}-{one.data.task}.jsonl" for one in outcome.marked),
+        )
+        if group.leads:
+            for one, file in zip(outcome.marked, report.files, strict=True):
+                write_records(one, out / file)
+            write(report, out / f"{base}.json")
+        return report
+
+    def run_without_model(self, settings: VqaSettings, out: Path) -> Report | None:
+        """The scores of `--score PREDICTIONS`; None where no predictions are given.
+
+        Raises:
+            DataError: files that are absent or damaged, or predictions that do not fit the questions.
+        """
+        if settings.score is None:
+            return None
+        files, task = settings.files, settings.task
+        assert files is not None and task is not None, "checked by the settings"
+        data = open_task(task, files, rule=settings.rule, limit=settings.limit)
+        marked = mark(data, Answers(read_predictions(settings.score)), settings.allow_missing)
+        label = settings.score.stem
+        base = file_name(self.name, label)
+        found = metrics([marked], settings.seed)
+        report = _report(
+            settings,
+            label,
+            fingerprint="",
+            metrics=found,
+            headline="accuracy",
+            resolved={"split": data.split},
+            data=(data_used(data),),
+            device="none: a file of predictions was scored",
+            seconds={"total": 0.0},
+            notes=_missing([marked]),
+            found=tables([marked]),
+            files=(f"{base}-{task}.jsonl",),
+        )
+        write_records(marked, out / report.files[0])
+        write(report, out / f"{base}.json")
+        return report
+
+
+def _run(model: Backbone, settings: VqaSettings, group: Group, watch: Watch) -> _Outcome:
+    from .course import Course, open_material
+    from .encoding import Encoder
+    from .language import TinyShape, open_language
+
+    cache, device = settings.cache or default_cache(), choose_device(settings.device)
+    name, preset = choose(settings)
+    size, notes = choose_size(model, settings, preset)
+    language = language_name(settings, name)
+    exams: list[TaskData] = []
+    if "score" in settings.stages:
+        exams = open_exams(settings, (settings.scenes or preset.scenes)[1], cache, group)
+    material = open_material(settings, preset, cache, group)
+    prepared = time.monotonic()
+    encoder = Encoder(
+        model=model,
+        size=size,
+        device=device,
+        dtype=torch.bfloat16 if settings.precision == "bf16" else torch.float32,
+        cache=cache,
+        keep_tokens_gb=settings.keep_tokens_gb,
+        workers=_workers(settings, device),
+        group=group,
+        watch=watch,
+    )
+    grid = encoder.grid()
+    records = [record for one in material.values() for record in one.records]
+    course = Course(
+        settings=settings,
+        preset=preset,
+        encoder=encoder,
+        language=open_language(language, records, TinyShape(), settings.seed),
+        material=material,
+        num_tokens=grid[0] * grid[1],
+        layer_norm=preset.layer_norm if settings.layer_norm is None else settings.layer_norm,
+        folder=cache / "vqa" / "stages",
+        device=device,
+        group=group,
+        watch=watch,
+    )
+    done, weights, key = course.run()
+    trained = time.monotonic()
+    marked = _examine(course, weights, key, exams) if exams or settings.save else []
+    seconds = {"training": trained - prepared, "answers": time.monotonic() - trained}
+    return _Outcome(course, done, marked, seconds, (*notes, *_missing(marked)))
+
+
+def _examine(course: Course, weights: Any, key: str, exams: Sequence[TaskData]) -> list[Marked]:
+    """Ask every question, and write the model where that is asked for."""
+    from .asking import ask_all
+    from .llava import save_llava
+
+    settings = course.settings
+    model = course.build(weights)
+    marked = [mark(data, ask_all(course, model, key, data), settings.allow_missing) for data in exams]
+    if settings.save is not None and course.group.leads:
+        save_llava(model, course.language, settings.save)
+    return marked
+
+
+def _workers(settings: VqaSettings, device: torch.device) -> int:
+    if settings.workers is not None:
+        return settings.workers
+    return 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
+
+
+def _losses(done: dict[str, Done]) -> dict[str, Metric]:
+    return {
+        f"{name}_loss": Metric(value=stage.final_loss, higher_is_better=False, unit="nats")
+        for name, stage in done.items()
+    }
+
+
+def _resolved(outcome: _Outcome, settings: VqaSettings, group: Group) -> dict[str, Any]:
+    course = outcome.course
+    return {
+        "preset": choose(settings)[0],
+        "size": list(course.encoder.size),
+        "tokens": course.num_tokens,
+        "layer_norm": course.layer_norm,
+        "language_model": course.language.name,
+        "language_fingerprint": course.language.fingerprint,
+        "stages": {name: to_plain(stage.plan.describe()) for name, stage in outcome.done.items()},
+        "new_tokens": course.preset.new_tokens,
+        "template": "vicuna_v1",
+        "decoding": "greedy",
+        "precision": settings.precision,
+        "ranks": group.world,
+    }
+
+
+def _data(outcome: _Outcome) -> tuple[DataUsed, ...]:
+    rows = [
+        DataUsed(
+            role=role,
+            name=material.name,
+            fingerprint=material.fingerprint,
+            count=len(material.records),
+            num_classes=0,
+        )
+        for role, material in outcome.course.material.items()
+        if role in outcome.done
+    ]
+    return (*rows, *(data_used(one.data) for one in outcome.marked))
+
+
+def _sources(outcome: _Outcome) -> list[Any]:
+    found = [material.source for material in outcome.course.material.values()]
+    return [source for source in found if source is not None]
+
+
+def _missing(marked: Sequence[Marked]) -> tuple[str, ...]:
+    return tuple(
+        f"{len(one.scores.missing)} of {len(one.scores.ids)} questions of {one.data.task} have no "
+        f"prediction and count as wrong"
+        for one in marked
+        if one.scores.missing
+    )
+
+
+def _report(
+    settings: VqaSettings,
+    label: str,
+    fingerprint: str,
+    *,
+    metrics: dict[str, Metric],
+    headline: str,
+    resolved: dict[str, Any],
+    data: tuple[DataUsed, ...],
+    device: str,
+    seconds: dict[str, float],
+    notes: tuple[str, ...],
+    found: dict[str, Table],
+    files: tuple[str, ...],
+) -> Report:
+    used = ("transformers", "accelerate", "tokenizers") if fingerprint else ()
+    return Report(
+        task=VqaEvaluator.name,
+        model=label,
+        fingerprint=fingerprint,
+        headline=headline,
+        metrics=metrics,
+        settings={**to_plain(settings), "resolved": resolved},
+        data=data,
+        device=device,
+        seconds=seconds,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions={**versions(), **{name: version(name) for name in used}},
+        git=commit(),
+        notes=notes,
+        tables=found,
+        files=files,
+    )

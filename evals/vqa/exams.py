@@ -1,0 +1,125 @@
+"""The benchmarks of a run: opened and checked first, answered at the end, scored, written line by line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from evals.core.dist import Group
+from evals.core.report import DataUsed, Metric, Table
+from radio.config import write_text
+from radio.errors import ConfigError
+
+from .benchmarks import write_benchmarks
+from .settings import VqaSettings
+from .tasks import TASKS, Scores, Task, TaskData, open_task
+
+
+class Answers(NamedTuple):
+    """What was said to the questions of one benchmark."""
+
+    seen: Mapping[str, str]
+    blind: Mapping[str, str] | None = None  # without the pictures
+
+
+class Marked(NamedTuple):
+    """A benchmark with its answers and what they are worth."""
+
+    data: TaskData
+    answers: Answers
+    scores: Scores
+    blind: Scores | None
+
+
+def open_exams(settings: VqaSettings, scenes: int, cache: Path, group: Group) -> list[TaskData]:
+    """The benchmarks that the settings name: one in its own files, or the generated world's.
+
+    Raises:
+        ConfigError: a model that was trained on other data than the generated world, and no benchmark.
+        DataError: files that are absent or not the benchmark's, or pictures that are not there.
+    """
+    files = settings.files
+    if files is not None:
+        assert settings.task is not None, "checked by the settings"
+        data = open_task(settings.task, files, rule=settings.rule, limit=settings.limit)
+        if settings.score is None:
+            data.check_images()
+        return [data]
+    if settings.instruct_data is not None:
+        raise ConfigError(
+            "--stages has score and no benchmark was named; give --task with --questions and --images, or "
+            "leave score out"
+        )
+    root = cache / "scenes" / f"vqa-benchmarks-{scenes}-seed{settings.seed}"
+    if group.leads:
+        write_benchmarks(root, scenes, settings.seed)
+    group.barrier()
+    written = write_benchmarks(root, scenes, settings.seed)
+    tasks: tuple[Task, ...] = TASKS if settings.task is None else (settings.task,)
+    opened = [open_task(task, written[task], limit=settings.limit) for task in tasks]
+    for data in opened:
+        data.check_images()
+    return opened
+
+
+def mark(data: TaskData, answers: Answers, allow_missing: bool) -> Marked:
+    """What the answers are worth.
+
+    Raises:
+        DataError: questions without an answer, or answers to other questions.
+    """
+    blind = None if answers.blind is None else data.score(answers.blind, allow_missing)
+    return Marked(data, answers, data.score(answers.seen, allow_missing), blind)
+
+
+def metrics(marked: list[Marked], seed: int) -> dict[str, Metric]:
+    """Each benchmark's accuracy and its groups', their mean, and the same without pictures."""
+    found: dict[str, Metric] = {}
+    for one in marked:
+        task = one.data.task
+        for name, metric in one.scores.metrics(seed).items():
+            found[task if name == "accuracy" else f"{task}_{name}"] = metric
+        if one.blind is not None:
+            found[f"blind_{task}"] = one.blind.metrics(seed)["accuracy"]
+    for prefix in ("", "blind_"):
+        values = [found[key].value for one in marked if (key := f"{prefix}{one.data.task}") in found]
+        if values:
+            found[f"{prefix}accuracy"] = Metric(value=sum(values) / len(values))
+    return found
+
+
+def tables(marked: list[Marked]) -> dict[str, Table]:
+    """The accuracy of each kind of question."""
+    return {f"{one.data.task}_{name}": table for one in marked for name, table in one.scores.tables().items()}
+
+
+def data_used(data: TaskData) -> DataUsed:
+    """A benchmark's row in the report."""
+    return DataUsed(
+        role="questions",
+        name=f"{data.task} {data.split}",
+        fingerprint=data.fingerprint,
+        count=len(data.questions),
+        num_classes=0,
+    )
+
+
+def write_records(one: Marked, path: Path) -> None:
+    """A line a question: what was said, what was right, what it is worth; it can be scored again."""
+    lines = []
+    asked = dict(zip(one.scores.ids, one.scores.values, strict=True))
+    for question, expected in zip(one.data.questions, one.data.expected, strict=True):
+        record = {
+            "question_id": question.id,
+            "image": question.image,
+            "question": question.text,
+            "answer": one.answers.seen.get(question.id, ""),
+            "expected": expected,
+            "score": asked[question.id],
+        }
+        if one.answers.blind is not None:
+            record["blind"] = one.answers.blind.get(question.id, "")
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    write_text(path, "".join(lines))

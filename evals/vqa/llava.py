@@ -1,0 +1,276 @@
+"""LLaVA on any backbone: transformers' LlavaForConditionalGeneration with our encoder as its vision tower.
+
+The tower holds no trained weights: what the encoder gives is computed once and handed through, or computed
+when pictures come in. `save_llava` puts the encoder's own file into the folder, so that
+`LlavaForConditionalGeneration.from_pretrained` opens it wherever this module has been imported.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from radio.errors import CheckpointError, ConfigError
+from radio.hub import load_backbone
+from radio.model import RadioModel
+from radio.types import Backbone
+
+from .language import Language
+
+# Letters: B batch, T tokens, D token width, h w input size.
+
+PROJECTOR = "model.multi_modal_projector."
+_NORM_EPS = 1e-6
+
+
+class RadioTowerConfig(PreTrainedConfig):  # type: ignore[misc]
+    """What the tower is; all that is needed to open it again."""
+
+    model_type = "am_radio_tower"
+
+    def __init__(
+        self,
+        hidden_size: int = 1,
+        image_size: tuple[int, int] = (1, 1),
+        layer_norm: bool = False,
+        encoder: str = "",
+        fingerprint: str = "",
+        encoder_bytes: int = 0,
+        **rest: Any,
+    ) -> None:
+        super().__init__(**rest)
+        self.hidden_size = hidden_size  # D
+        self.image_size = list(image_size)
+        self.layer_norm = layer_norm
+        self.encoder = encoder  # a spec of radio.hub; empty where the encoder's file is in the weights
+        self.fingerprint = fingerprint
+        self.encoder_bytes = encoder_bytes
+
+
+@final
+class RadioTower(PreTrainedModel):  # type: ignore[misc]
+    """Tokens for LLaVA from a frozen backbone, or from tokens that it gave earlier."""
+
+    config_class = RadioTowerConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _no_split_modules: list[str] = []  # noqa: RUF012 (transformers' convention)
+
+    def __init__(self, config: RadioTowerConfig) -> None:
+        super().__init__(config)
+        self._backbone: list[Backbone] = []  # in a list: no submodule, so nothing of it trains or is saved
+        if config.encoder_bytes:
+            self.register_buffer("encoder_file", torch.zeros(config.encoder_bytes, dtype=torch.uint8))
+        self.post_init()
+
+    def attach(self, backbone: Backbone) -> None:
+        """Encode pictures with this backbone."""
+        self._backbone = [backbone.eval()]
+
+    @property
+    def backbone(self) -> Backbone:
+        """The encoder, opened when it is first needed.
+
+        Raises:
+            CheckpointError: it is not the one that was saved.
+        """
+        if not self._backbone:
+            self.attach(self._open())
+        return self._backbone[0]
+
+    def forward(self, pixel_values: Tensor, return_dict: bool = True, **_: Any) -> Any:
+        """Tokens [B, T, D] of pictures [B, 3, h, w] in [0, 1]; tokens [B, T, D] pass through.
+
+        The optional layer norm has no weights: the projector's first layer would take them in.
+        """
+        tokens = pixel_values if pixel_values.ndim == 3 else self._encode(pixel_values)
+        if self.config.layer_norm:
+            tokens = F.layer_norm(tokens.float(), tokens.shape[-1:], eps=_NORM_EPS).to(tokens.dtype)
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, hidden_states=(tokens,))
+
+    def _encode(self, images: Tensor) -> Tensor:
+        backbone = self.backbone.to(images.device, images.dtype)
+        with torch.no_grad():
+            return backbone(images).tokens
+
+    def _open(self) -> Backbone:
+        if not self.config.encoder_bytes:
+            if not self.config.encoder:
+                raise CheckpointError(
+                    "this LLaVA was made without its encoder; attach one with attach(backbone)"
+                )
+            backbone = load_backbone(self.config.encoder)
+        else:
+            data = cast(Tensor, self.encoder_file).cpu().numpy().tobytes()
+            with tempfile.TemporaryDirectory(prefix="am-radio-vqa-") as folder:
+                path = Path(folder, "encoder.safetensors")
+                path.write_bytes(data)
+                backbone = load_backbone(str(path))
+        if backbone.fingerprint != self.config.fingerprint:
+            raise CheckpointError(
+                f"{self.config.encoder or 'the encoder in this folder'}: has the fingerprint "
+                f"{backbone.fingerprint[:12]} instead of {self.config.fingerprint[:12]}; name the weights "
+                f"that this LLaVA was trained on"
+            )
+        return backbone
+
+
+def make_llava(
+    backbone: Backbone,
+    language: Language,
+    size: tuple[int, int],
+    num_tokens: int,
+    *,
+    layer_norm: bool,
+    seed: int,
+) -> Any:
+    """LLaVA-1.5 with a fresh projector (decided by `seed`), the language model's weights, and the backbone.
+
+    Args:
+        size: (height, width) that pictures are encoded at.
+        num_tokens: T that the backbone gives at that size.
+    """
+    tower = RadioTowerConfig(
+        hidden_size=backbone.token_dim,
+        image_size=size,
+        layer_norm=layer_norm,
+        fingerprint=backbone.fingerprint,
+    )
+    network = language.load()
+    config = LlavaConfig(
+        vision_config=tower,
+        text_config=network.config,
+        image_token_index=language.image_token,
+        image_seq_length=num_tokens,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+        tie_word_embeddings=network.config.tie_word_embeddings,
+    )
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower = RadioTower(tower)
+    model.model.vision_tower.attach(backbone)
+    model.model.multi_modal_projector = _fresh_projector(model.model.multi_modal_projector, seed)
+    model.model.language_model = network.model
+    model.lm_head = network.lm_head
+    model.generation_config = network.generation_config
+    model.generation_config.pad_token_id = language.pad_token
+    return model.float().eval()
+
+
+def _fresh_projector(projector: Any, seed: int) -> Any:
+    """Linear, GELU, Linear with torch's initialisation, drawn from a generator of its own."""
+    projector = projector.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in (projector.linear_1, projector.linear_2):
+            bound = layer.in_features**-0.5
+            layer.weight.uniform_(-bound, bound, generator=generator)
+            layer.bias.uniform_(-bound, bound, generator=generator)
+    return projector
+
+
+def learn(model: nn.Module, parts: tuple[str, ...]) -> None:
+    """Let the parts learn whose names begin so, and nothing else."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(parts))
+
+
+def restore(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Put learned tensors back.
+
+    Raises:
+        CheckpointError: they are not this model's.
+    """
+    own = dict(model.named_parameters(remove_duplicate=False))  # a tied weight goes by two names
+    wrong = [name for name in tensors if name not in own or own[name].shape != tensors[name].shape]
+    if wrong:
+        raise CheckpointError(f"{source}: {wrong[0]} is none of this model's weights; remove it, train anew")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+
+
+def save_llava(model: Any, language: Language, folder: Path) -> None:
+    """Write a folder that `LlavaForConditionalGeneration.from_pretrained` opens, whole or not at all.
+
+    A RadioModel goes into the weights; of another backbone only its name is kept, which must be a spec.
+
+    Raises:
+        ConfigError: the folder is there, or the backbone can be opened by no name.
+    """
+    if folder.exists():
+        raise ConfigError(f"{folder}: is there already; remove it, or choose another folder to save to")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.partial-"))
+    try:
+        twin = _with_encoder(model, partial)
+        twin.save_pretrained(partial)
+        language.tokenizer.save_pretrained(partial)
+        partial.chmod(0o755)  # mkdtemp's folders are private
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _with_encoder(model: Any, folder: Path) -> Any:
+    """The model, its tower replaced by one that can be opened again."""
+    backbone: Backbone = model.model.vision_tower.backbone
+    old = model.model.vision_tower.config
+    encoder, data = "", b""
+    if isinstance(backbone, RadioModel):
+        path = folder / "encoder.safetensors"
+        backbone.save(path)
+        data = path.read_bytes()
+        path.unlink()
+    else:
+        encoder = _spec_of(backbone)
+    config = RadioTowerConfig(
+        hidden_size=old.hidden_size,
+        image_size=tuple(old.image_size),
+        layer_norm=old.layer_norm,
+        encoder=encoder,
+        fingerprint=backbone.fingerprint,
+        encoder_bytes=len(data),
+    )
+    tower = RadioTower(config)
+    if data:
+        tower.encoder_file.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    tower.attach(backbone)
+    model.model.vision_tower = tower
+    model.config.vision_config = config
+    model.model.config.vision_config = config
+    return model
+
+
+def _spec_of(backbone: Backbone) -> str:
+    try:
+        found = load_backbone(backbone.name)
+    except ValueError as error:
+        raise ConfigError(
+            f"{backbone.name} cannot be opened by its name alone, so a folder could not hold it; save a "
+            f"checkpoint of ours, or leave --save out"
+        ) from error
+    if found.fingerprint != backbone.fingerprint:
+        raise ConfigError(f"{backbone.name}: its name opens other weights; leave --save out")
+    return backbone.name
+
+
+AutoConfig.register(RadioTowerConfig.model_type, RadioTowerConfig)
+AutoModel.register(RadioTowerConfig, RadioTower)

@@ -1,0 +1,124 @@
+"""Pictures by name, from a folder or a tar file, as an image source that the encoder runs over once."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from evals.core.data import ImageSource
+from evals.core.stored import Entry, Listing, StoredImages
+from radio.errors import DataError
+
+# Letters: N pictures, H W pixels.
+
+PADDING = (0.48145466, 0.4578275, 0.40821073)
+"""The mean colour of CLIP's training pictures, which LLaVA pads with."""
+
+
+@final
+class Pictures:
+    """The files of a folder or the members of one tar file, by name.
+
+    Raises:
+        DataError: neither is there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_dir() and not path.is_file():
+            raise DataError(f"{path}: no such folder or tar file of pictures")
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._find(name) is not None
+
+    def source(self, names: Iterable[str], memo: Path | None = None, title: str | None = None) -> ImageSource:
+        """The named pictures, each once, in the order of their names.
+
+        Raises:
+            DataError: one is not there.
+        """
+        entries = []
+        for name in sorted(set(names)):
+            place = self._find(name)
+            if place is None:
+                raise DataError(f"{self.path}: there is no picture {name!r}")
+            entries.append(Entry(name, "", *place))
+        listing = Listing(title or self.path.name, str(self.path.resolve()), ("",), tuple(entries))
+        return StoredImages(listing, memo)
+
+    def _find(self, name: str) -> tuple[Path, int, int] | None:
+        """File, offset and size of a picture's bytes."""
+        plain = str(PurePosixPath(name))
+        if self.path.is_file():
+            return self._members.get(plain)
+        path = self.path / plain
+        if ".." in PurePosixPath(plain).parts or not path.is_file():
+            return None
+        return path, 0, path.stat().st_size
+
+    @cached_property
+    def _members(self) -> dict[str, tuple[Path, int, int]]:
+        try:
+            with tarfile.open(self.path, "r:") as tar:
+                return {
+                    str(PurePosixPath(member.name)): (self.path, member.offset_data, member.size)
+                    for member in tar
+                    if member.isfile()
+                }
+        except (tarfile.TarError, OSError) as error:
+            raise DataError(f"{self.path}: not a tar file without compression ({error})") from error
+
+
+@final
+class Padded:
+    """A source whose pictures are padded in the middle of the mean colour to the aspect of `size`."""
+
+    def __init__(self, source: ImageSource, size: tuple[int, int]) -> None:
+        self._source, self._size = source, size
+        self.name, self.location = source.name, source.location
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The source's."""
+        return self._source.classes
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The source's."""
+        return self._source.keys
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """The source's."""
+        return self._source.labels
+
+    @property
+    def fingerprint(self) -> str:
+        """The source's, and the aspect."""
+        return f"{self._source.fingerprint} padded to {self._size[0]}:{self._size[1]}"
+
+    def read(self, index: int) -> Tensor:
+        """The padded picture, uint8 [3, H, W]."""
+        return pad(self._source.read(index), self._size)
+
+
+def pad(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """A picture uint8 [3, H, W] in the middle of the smallest one that has the aspect of `size`."""
+    height, width = image.shape[-2:]
+    tall = max(height, -(-width * size[0] // size[1]))
+    wide = max(width, -(-height * size[1] // size[0]))
+    if (tall, wide) == (height, width):
+        return image
+    colour = torch.tensor([int(255 * part) for part in PADDING], dtype=torch.uint8)
+    padded = colour.view(3, 1, 1).expand(3, tall, wide).clone()
+    top, left = (tall - height) // 2, (wide - width) // 2
+    padded[:, top : top + height, left : left + width] = image
+    return padded

@@ -1,0 +1,105 @@
+"""The generated world as LLaVA's training data: captions, and conversations that look before they answer.
+
+The turns of one conversation never give an answer away: a question that names the main object (where it
+is) comes after the one that asks for its colour or shape, and no two of those stand together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from radio.config import write_text
+from radio.images import write_png
+from radio.scenes import COLOURS, SHAPES, Question, Scene, caption, questions, render
+
+from .prompts import IMAGE, choose, short
+
+_HINTS = ("", "", "Look at the big object.")
+_NUM_CHOICES = 4
+_STREAM = 71  # of the choices' draws
+PRETRAIN, INSTRUCT, IMAGES = "pretrain.json", "instruct.json", "images"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mix:
+    """What decides the files."""
+
+    count: int
+    seed: int = 0
+    size: int = 96
+    version: int = 2
+
+
+def write_mix(root: Path, mix: Mix) -> None:
+    """Write pictures and both stages' JSON into a folder, once; the card is written last."""
+    card = root / "card.json"
+    if card.is_file() and json.loads(card.read_text(encoding="utf-8")) == asdict(mix):
+        return
+    captions, conversations = [], []
+    for index in range(mix.count):
+        scene = render(index, split="train", seed=mix.seed, size=mix.size)
+        name = f"{index:08d}.png"
+        _save(scene, root / IMAGES / name)
+        said = caption(scene, index, split="train", seed=mix.seed)
+        captions.append(_row(f"{index}", name, [("", said)]))
+        talks = conversations_about(scene, index, mix.seed)
+        conversations += [_row(f"{index}-{n}", name, turns) for n, turns in enumerate(talks)]
+    write_text(root / PRETRAIN, json.dumps(captions))
+    write_text(root / INSTRUCT, json.dumps(conversations))
+    write_text(card, json.dumps(asdict(mix)))
+
+
+def conversations_about(scene: Scene, index: int, seed: int) -> list[list[tuple[str, str]]]:
+    """Conversations on one scene, as (question, answer) turns."""
+    generator = np.random.default_rng([_STREAM, seed, index])
+    asked = {question.kind: question for question in questions(scene, index, split="train", seed=seed)}
+    # another seed asks other things of the same scene
+    again = {question.kind: question for question in questions(scene, index, split="train", seed=seed + 1)}
+    talks = [
+        (asked["colour"], asked.get("position")),
+        (asked["shape"], asked.get("count")),
+        (asked["exists"],),
+        (again["exists"],),
+        (again.get("position"),),
+        (again.get("count"), again["colour"]),
+    ]
+    found = [[_short(one) for one in talk if one is not None] for talk in talks]
+    both = (asked["colour"], asked["shape"])
+    found += [[_choice(question, generator)] for question in both]
+    return [talk for talk in found if talk]
+
+
+def _short(question: Question) -> tuple[str, str]:
+    return short(question.text), question.answer
+
+
+def _choice(question: Question, generator: np.random.Generator) -> tuple[str, str]:
+    pool: Sequence[str] = COLOURS if question.kind == "colour" else SHAPES
+    others = [word for word in pool if word != question.answer]
+    chosen = [*generator.permutation(others)[: _NUM_CHOICES - 1].tolist(), question.answer]
+    shown = generator.permutation(chosen).tolist()
+    hint = _HINTS[int(generator.integers(len(_HINTS)))]
+    return choose(question.text, shown, hint), ascii_uppercase[shown.index(question.answer)]
+
+
+def _row(name: str, image: str, turns: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    return {"id": name, "image": image, "conversations": list(_values(turns))}
+
+
+def _values(turns: Sequence[tuple[str, str]]) -> Iterator[dict[str, str]]:
+    for place, (question, answer) in enumerate(turns):
+        mark = IMAGE if place == 0 else ""
+        yield {"from": "human", "value": f"{mark}\n{question}" if mark and question else mark or question}
+        yield {"from": "gpt", "value": answer}
+
+
+def _save(scene: Scene, path: Path) -> None:
+    write_png(Image.fromarray(np.ascontiguousarray(scene.image.transpose(1, 2, 0))), path)

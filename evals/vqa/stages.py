@@ -1,0 +1,242 @@
+"""A stage of training: transformers' Trainer in our order, quiet, and taken up where it was left.
+
+The trainer is used as the loop (accumulation, clipping, mixed precision, DDP, FSDP2). Order, schedule and
+what is written down are ours: a run that goes on trains the samples that an undisturbed one would.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from evals.core.dist import Group
+from evals.core.evaluator import Watch
+from evals.core.progress import Telling
+from radio.errors import ConfigError, RadioError
+
+from .library import fitting_threads
+from .order import Order, order
+from .presets import StagePlan
+from .samples import Batch, Conversations
+from .states import StageState, read_state, write_state
+
+LAST_SHARE = 10  # the final loss is the mean over the last tenth of the steps, over ten steps at least
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """Everything that one stage's training needs."""
+
+    title: str
+    plan: StagePlan
+    data: Conversations
+    pad_token: int
+    seed: int
+    state: Path
+    key: str  # of all that decides the outcome
+    device: torch.device
+    bf16: bool
+    shard: bool  # FSDP2 instead of DDP
+    workers: int
+    group: Group
+
+
+def train(model: Any, job: Job, watch: Watch) -> StageState:
+    """Train what learns in `model`, or what is left of it, and its state at the end.
+
+    Raises:
+        ConfigError: a batch that the ranks cannot share.
+        RadioError: the loss is not finite.
+        CheckpointError: what an earlier run wrote down is damaged or another run's.
+    """
+    start = read_state(job.state, job.key, job.group)
+    if start.step >= job.plan.steps:
+        return start
+    with (
+        tempfile.TemporaryDirectory(prefix="am-radio-vqa-") as folder,
+        _own_randomness(),
+        fitting_threads(model, job.device),
+        watch(job.title, job.plan.steps) as advance,
+    ):
+        if start.step:
+            advance(start.step)
+        StageTrainer(job, start, Keeper(job, start, advance), model, folder).train()
+    job.group.barrier()
+    return read_state(job.state, job.key, job.group)
+
+
+def final_loss(losses: Sequence[float]) -> float:
+    """The mean over the last tenth of the steps, over ten steps at least."""
+    last = losses[-max(10, len(losses) // LAST_SHARE) :]
+    return sum(last) / len(last)
+
+
+@final
+class StageTrainer(Trainer):  # type: ignore[misc]
+    """The Trainer with our order and schedule."""
+
+    def __init__(self, job: Job, start: StageState, keeper: Keeper, model: Any, folder: str) -> None:
+        self._job, self._start = job, start
+        super().__init__(
+            model=model,
+            args=_arguments(job, start, folder),
+            data_collator=Batch(job.pad_token),
+            train_dataset=job.data,
+            callbacks=[keeper],
+        )
+        self.remove_callback(PrinterCallback)
+        keeper.trainer = self
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
+        plan, data = self._job.plan, self._job.data
+        places = order(data.lengths(), data.modalities(), plan.batch, plan.steps, self._job.seed)
+        return Order(list(islice(places, self._start.step * plan.batch, None)))
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        """Linear warm-up and a cosine to zero over all steps, from the step that the run starts at."""
+        plan, first = self._job.plan, self._start.step
+        bare: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        self.lr_scheduler = LambdaLR(bare, lambda step: factor(step + first, plan.steps, plan.warmup))
+        return self.lr_scheduler
+
+
+def factor(step: int, steps: int, warmup: int) -> float:
+    """The share of the peak learning rate at a step: linear warm-up, then a cosine to zero."""
+    if step < warmup:
+        return step / max(1, warmup)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+@final
+class Keeper(TrainerCallback):  # type: ignore[misc]
+    """Brings back what an earlier run wrote, writes down what this one does, and moves the bar."""
+
+    trainer: StageTrainer
+
+    def __init__(self, job: Job, start: StageState, advance: Any) -> None:
+        self._job, self._start, self._advance = job, start, advance
+        self._losses = list(start.losses)
+        self._told = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Put weights and optimizer where the earlier run left them."""
+        if self._start.step:
+            options = StateDictOptions(full_state_dict=True, strict=False)
+            set_state_dict(
+                self._model(),
+                self._optimizer(),
+                model_state_dict=dict(self._start.weights),
+                optim_state_dict=self._start.optimizer,
+                options=options,
+            )
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Every step's loss, the mean over all its answers' tokens and all ranks."""
+        if "loss" not in logs:
+            return
+        loss = float(logs["loss"])
+        step = self._start.step + state.global_step
+        if not math.isfinite(loss):
+            raise RadioError(
+                f"{self._job.title}: the loss of step {step} is {loss}; lower the learning rate, or look "
+                f"for values that are not finite in the encoder's tokens"
+            )
+        self._losses.append(loss)
+        self._advance(1)
+        if isinstance(self._advance, Telling) and time.monotonic() - self._told > 0.5:
+            self._told = time.monotonic()
+            self._advance.tell(f"loss {loss:.4f}")
+        if step % self._job.plan.save_every == 0 or step == self._job.plan.steps:
+            self._write(step)
+
+    def _write(self, step: int) -> None:
+        is_last = step == self._job.plan.steps
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        weights, optimizer = get_state_dict(self._model(), self._optimizer(), options=options)
+        if self._job.group.leads:
+            kept = StageState(
+                step=step,
+                weights=_tensors(weights),
+                optimizer={} if is_last else optimizer,
+                losses=tuple(self._losses),
+            )
+            write_state(self._job.state, self._job.key, kept)
+        self._job.group.barrier()
+
+    def _model(self) -> nn.Module:
+        module: nn.Module = self.trainer.model_wrapped
+        return module
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        optimizer: Any = self.trainer.optimizer
+        bare: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+        return bare
+
+
+def _tensors(weights: Any) -> dict[str, Tensor]:
+    return {name: tensor.contiguous() for name, tensor in weights.items()}
+
+
+def _arguments(job: Job, start: StageState, folder: str) -> TrainingArguments:
+    plan, world = job.plan, job.group.world
+    share = plan.micro_batch * world
+    if plan.batch % share:
+        raise ConfigError(
+            f"a batch of {plan.batch} does not divide into {world} ranks of {plan.micro_batch}; choose a "
+            f"--micro-batch that does"
+        )
+    return TrainingArguments(
+        output_dir=folder,
+        max_steps=plan.steps - start.step,
+        per_device_train_batch_size=plan.micro_batch,
+        gradient_accumulation_steps=plan.batch // share,
+        learning_rate=plan.lr,
+        weight_decay=plan.weight_decay,
+        max_grad_norm=1.0,
+        optim="adamw_torch",
+        bf16=job.bf16,
+        use_cpu=job.device.type == "cpu",
+        ddp_backend="gloo" if world > 1 and job.device.type == "cpu" else None,
+        ddp_find_unused_parameters=not all(job.data.modalities()),
+        fsdp=job.shard or None,
+        dataloader_num_workers=job.workers,
+        dataloader_pin_memory=job.device.type == "cuda",
+        remove_unused_columns=False,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+        seed=job.seed,
+    )
+
+
+@contextmanager
+def _own_randomness() -> Iterator[None]:
+    """Global generators and logging as they were, whatever the Trainer sets inside."""
+    state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002 (all three are seeded)
+    level = transformers.logging.get_verbosity()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        np.random.set_state(state)  # noqa: NPY002
+        random.setstate(python_state)
+        transformers.logging.set_verbosity(level)
