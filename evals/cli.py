@@ -9,16 +9,14 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import tyro
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,9 +27,11 @@ from radio.students import StudentOptions, students
 from radio.types import Backbone
 
 from .core.dist import Group, joined
-from .core.evaluator import Advance, Evaluator, ScoringFiles, Watch, evaluators, silent
+from .core.evaluator import Evaluator, ScoringFiles, evaluators
+from .core.progress import watch_on
 from .core.report import Report
-from .core.tables import comparison
+from .core.suite import run_all
+from .core.tables import comparison, summary
 
 OK = 0
 
@@ -141,7 +141,7 @@ def _evaluate(evaluator: Evaluator[Any], options: Options, settings: Any, group:
     console = Console(no_color=options.plain, highlight=False, quiet=not group.leads)
     progress = Console(stderr=True)
     shown = group.leads and progress.is_terminal and not options.plain
-    watch: Watch = _Bars(progress) if shown else silent
+    watch = watch_on(progress, shown=shown)
     reports = _without_model(evaluator, options, settings)
     for spec, model, name in () if reports else _models(options):
         out = options.out or _default_out(spec)
@@ -159,6 +159,54 @@ def _evaluate(evaluator: Evaluator[Any], options: Options, settings: Any, group:
                         f"and were left out; the first: {first.key}: {first.reason}"
                     )
                 )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AllOptions:
+    """Every task that a model has what it needs for."""
+
+    tasks: tuple[str, ...] = ()
+    """Only these tasks. All of them unless given."""
+
+
+def _all(arguments: Sequence[str]) -> int:
+    """1 when a task failed."""
+    made = {name: evaluators[name]() for name in evaluators}
+    own = {name: name.replace("-", "_") for name in made}
+    kind = dataclasses.make_dataclass(
+        "All",
+        [
+            ("model", Annotated[Options, tyro.conf.arg(name="")]),
+            ("all", Annotated[AllOptions, tyro.conf.arg(name="")]),
+            *((own[name], evaluator.settings) for name, evaluator in made.items()),
+        ],
+        frozen=True,
+        kw_only=True,
+    )
+    parsed: Any = tyro.cli(kind, prog="radio-eval all", args=list(arguments), description=AllOptions.__doc__)
+    unknown = [task for task in parsed.all.tasks if task not in made]
+    if unknown:
+        raise ConfigError(f"no task {unknown[0]!r}{did_you_mean(unknown[0], made)}; tasks: {', '.join(made)}")
+    jobs = {name: (made[name], getattr(parsed, own[name])) for name in parsed.all.tasks or made}
+    with joined() as group:
+        return _run_all(parsed.model, jobs, group)
+
+
+def _run_all(options: Options, jobs: dict[str, tuple[Evaluator[Any], Any]], group: Group) -> int:
+    console = Console(no_color=options.plain, highlight=False, quiet=not group.leads)
+    progress = Console(stderr=True)
+    watch = watch_on(progress, shown=group.leads and progress.is_terminal and not options.plain)
+    failed = False
+    for spec, model, name in _models(options):
+        out = options.out or _default_out(spec)
+
+        def tell(line: str, name: str = name) -> None:
+            console.print(escape(f"{name}: {line}"), soft_wrap=True)
+
+        outcomes = run_all(model, jobs, out, name=name, watch=watch, group=group, tell=tell)
+        console.print(summary(name, outcomes, plain=options.plain))
+        failed = failed or any(outcome.state == "failed" for outcome in outcomes)
+    return int(failed)
 
 
 def _without_model(evaluator: Evaluator[Any], options: Options, settings: Any) -> list[Report]:
@@ -219,42 +267,6 @@ def _newest_checkpoint(arch: str, root: Path = Path("runs")) -> Path:
     )
 
 
-class _Bars:
-    """Draws a bar on the terminal."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-
-    def __call__(self, label: str, total: int) -> AbstractContextManager[Advance]:
-        return self._bar(label, total)
-
-    @contextmanager
-    def _bar(self, label: str, total: int) -> Iterator[Advance]:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
-        )
-        with Progress(*columns, console=self._console, transient=True) as progress:
-            yield _Advancing(progress, progress.add_task(escape(label), total=total, text=""))
-
-
-@dataclass(frozen=True, slots=True)
-class _Advancing:
-    """Moves one bar, and shows a word beside it."""
-
-    progress: Progress
-    task: TaskID
-
-    def __call__(self, steps: int) -> None:
-        self.progress.advance(self.task, steps)
-
-    def tell(self, text: str) -> None:
-        self.progress.update(self.task, text=escape(text))
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ListOptions:
     """The tasks that models are scored on."""
@@ -302,11 +314,16 @@ def _compare(arguments: Sequence[str]) -> int:
     return run_compare(arguments)
 
 
-_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"list": _list, "compare": _compare}
+_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "all": _all,
+    "list": _list,
+    "compare": _compare,
+}
 
 
 def _print_usage(console: Console) -> None:
     console.print(escape("usage: radio-eval TASK MODEL... [options]"), highlight=False)
+    console.print(escape("       radio-eval all MODEL... [--tasks ...] [--TASK.option ...]"), highlight=False)
     console.print(escape("       radio-eval list [--archs]"), highlight=False)
     console.print(escape("       radio-eval compare REPORTS --baseline REPORTS [options]\n"), highlight=False)
     for name in evaluators:

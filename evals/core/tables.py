@@ -10,6 +10,7 @@ from rich.table import Table
 from radio.errors import DataError
 
 from .report import Metric, Report
+from .suite import Outcome
 
 
 def comparison(reports: Sequence[Report], *, plain: bool = False) -> Table:
@@ -38,6 +39,23 @@ def comparison(reports: Sequence[Report], *, plain: bool = False) -> Table:
         counts = [str(report.data[place].count) if place < len(report.data) else "" for report in reports]
         table.add_row(f"{used.role}: {used.name}", *counts)
     table.add_row("seconds", *(f"{report.seconds.get('total', 0):.1f}" for report in reports))
+    return table
+
+
+def summary(name: str, outcomes: Sequence[Outcome], *, plain: bool = False) -> Table:
+    """How every task of one model ended, with its headline."""
+    table = Table(box=box.ASCII if plain else box.ROUNDED, title=name)
+    for title in ("task", "", "headline", "value", "seconds"):
+        table.add_column(title, justify="right" if title in ("value", "seconds") else "left")
+    for outcome in outcomes:
+        report = outcome.report
+        if report is None:
+            table.add_row(outcome.task, outcome.state)
+            continue
+        metric = report.metrics[report.headline]
+        headline = f"{report.headline} ({metric.unit})" if metric.unit else report.headline
+        seconds = f"{report.seconds.get('total', 0):.1f}"
+        table.add_row(outcome.task, outcome.state, headline, cell(metric), seconds)
     return table
 
 

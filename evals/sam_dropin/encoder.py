@@ -57,6 +57,11 @@ class DropIn:
     notes: tuple[str, ...] = ()
 
     @property
+    def is_untrained(self) -> bool:
+        """Whether adaptor and head are random, since no SAM taught the model."""
+        return isinstance(self.adaptor, MLPAdaptor)
+
+    @property
     def adaptor_fingerprint(self) -> str:
         """Which adaptor it is; a hash of its weights where they are not the model's own."""
         if isinstance(self.adaptor, MLPAdaptor):

@@ -16,7 +16,7 @@ from evals.core.features import default_cache
 from evals.core.provenance import choose_device, commit, describe_device, versions
 from evals.core.report import DataUsed, Metric, Report, Table, file_name, write
 from radio.config import to_plain, write_text
-from radio.errors import require
+from radio.errors import ConfigError, require
 from radio.scenes.layouts import ScenesSettings
 from radio.scenes.layouts import write as write_scenes
 from radio.types import Backbone
@@ -48,6 +48,14 @@ class SamEvaluator:
 
     name = "sam"
     settings = SamSettings
+
+    def lacks(self, model: Backbone) -> str:
+        """What it lacks, in words, where no SAM taught it and it is none."""
+        try:
+            drop_in = make_drop_in(model, None, None, 0)
+        except ConfigError as error:
+            return str(error)
+        return drop_in.notes[0] if drop_in.is_untrained else ""
 
     def run(
         self,

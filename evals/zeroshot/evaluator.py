@@ -22,7 +22,7 @@ from evals.core.plan import carry, plan, resolved
 from evals.core.provenance import commit, describe_device, versions
 from evals.core.report import DataUsed, Metric, Report, Table, file_name, proportion, write
 from radio.config import to_plain, write_text
-from radio.errors import require
+from radio.errors import ConfigError, require
 from radio.types import Backbone
 
 from .captions import Captioned, open_captions
@@ -78,6 +78,14 @@ class ZeroshotEvaluator:
 
     name = "zeroshot"
     settings = ZeroshotSettings
+
+    def lacks(self, model: Backbone) -> str:
+        """What it lacks, in words, where there is no text tower to read it with."""
+        try:
+            text_side(model)
+        except ConfigError as error:
+            return str(error)
+        return ""
 
     def run(
         self,

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from evals import cli
 from evals.cli import main
+from evals.core.progress import watch_on
 from evals.core.report import read
 from radio.entry import evaluate
 from radio.errors import RadioError
@@ -181,7 +181,7 @@ def test_main_itself_raises() -> None:
 
 def test_a_terminal_gets_a_bar() -> None:
     screen = io.StringIO()
-    bars = cli._Bars(Console(file=screen, force_terminal=True, width=100))
+    bars = watch_on(Console(file=screen, force_terminal=True, width=100), shown=True)
     with bars("student on [scenes]", 10) as advance:
         advance(4)
         advance(6)

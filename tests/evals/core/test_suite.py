@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evals.core.dist import Group
+from evals.core.evaluator import silent
+from evals.core.report import Metric, Report, file_name, read, write
+from evals.core.suite import Outcome, run_all
+from radio.config import to_plain
+from radio.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the fake tasks can be told."""
+
+    data: Path | None = None
+    k: int = 1
+
+
+class Task:
+    """Scores the number of times that it ran; fails or is killed when told to."""
+
+    settings = Settings
+
+    def __init__(self, name: str, lack: str = "") -> None:
+        self.name, self.lack, self.runs = name, lack, 0
+        self.error: BaseException | None = None
+
+    def lacks(self, model: Any) -> str:
+        return self.lack
+
+    def run(self, model: Any, settings: Settings, out: Path, *, name: str, watch: Any) -> Report:
+        self.runs += 1
+        if self.error is not None:
+            raise self.error
+        base = file_name(self.name, name)
+        report = Report(
+            task=self.name,
+            model=name,
+            fingerprint=model.fingerprint,
+            headline="runs",
+            metrics={"runs": Metric(value=self.runs)},
+            settings=to_plain(settings),
+            data=(),
+            device="cpu",
+            seconds={},
+            created="",
+            versions={},
+            files=(f"{base}.jsonl",),
+        )
+        out.mkdir(exist_ok=True)
+        (out / f"{base}.jsonl").write_text("")
+        write(report, out / f"{base}.json")
+        return report
+
+
+@pytest.fixture
+def tasks() -> dict[str, Task]:
+    return {"a": Task("a"), "b": Task("b"), "c": Task("c", lack="has no text tower")}
+
+
+@pytest.fixture
+def everything(
+    tasks: dict[str, Task], tmp_path: Path, backbone: Callable[..., Any]
+) -> Callable[..., list[Outcome]]:
+    said: list[str] = []
+
+    def run(model: Any = None, **settings: Settings) -> list[Outcome]:
+        jobs = {name: (task, settings.get(name, Settings())) for name, task in tasks.items()}
+        return run_all(
+            model or backbone(),
+            jobs,
+            tmp_path / "out",
+            name="m",
+            watch=silent,
+            group=Group(),
+            tell=said.append,
+        )
+
+    return run
+
+
+def states(outcomes: list[Outcome]) -> list[str]:
+    return [outcome.state for outcome in outcomes]
+
+
+def test_each_task_runs_once_and_is_kept(everything: Any, tasks: dict[str, Task], tmp_path: Path) -> None:
+    outcomes = everything()
+    assert states(outcomes) == ["done", "done", "left out"]
+    assert outcomes[2].reason == "has no text tower"
+    again = everything()
+    assert states(again) == ["kept", "kept", "left out"]
+    assert again[0].report == outcomes[0].report == read(tmp_path / "out" / "a-m.json")
+    assert tasks["a"].runs == 1
+
+
+def test_other_weights_settings_or_data_are_scored_again(
+    everything: Any, tmp_path: Path, backbone: Callable[..., Any]
+) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "x.png").write_bytes(b"1")
+    first = {"a": Settings(data=tmp_path / "d")}
+    everything(**first)
+    assert states(everything(**first))[:2] == ["kept", "kept"]
+    (tmp_path / "d" / "y.png").write_bytes(b"2")
+    assert states(everything(**first))[:2] == ["done", "kept"]
+    assert states(everything(a=replace(first["a"], k=2)))[:2] == ["done", "kept"]
+    assert states(everything(backbone(seed=1), a=replace(first["a"], k=2)))[:2] == ["done", "done"]
+
+
+@pytest.mark.parametrize("harm", ["report", "records", "state"])
+def test_what_is_gone_or_damaged_is_made_again(everything: Any, tmp_path: Path, harm: str) -> None:
+    everything()
+    if harm == "report":
+        path = tmp_path / "out" / "a-m.json"
+        path.write_text(path.read_text().replace('"value": 1', '"value": 7'))
+    elif harm == "records":
+        (tmp_path / "out" / "a-m.jsonl").unlink()
+    else:
+        (tmp_path / "out" / "all.json").write_text("{")
+    assert states(everything())[0] == "done"
+
+
+@pytest.mark.parametrize("error", [DataError("no such folder"), RuntimeError("out of luck"), KeyError("x")])
+def test_a_failing_task_does_not_stop_the_others(
+    everything: Any, tasks: dict[str, Task], error: Exception
+) -> None:
+    tasks["a"].error = error
+    outcomes = everything()
+    assert states(outcomes) == ["failed", "done", "left out"]
+    assert str(error) in outcomes[0].reason
+    tasks["a"].error = None
+    assert states(everything()) == ["done", "kept", "left out"]
+
+
+def test_an_interruption_leaves_what_is_done(everything: Any, tasks: dict[str, Task]) -> None:
+    tasks["b"].error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        everything()
+    tasks["b"].error = None
+    assert states(everything()) == ["kept", "done", "left out"]
+    assert tasks["a"].runs == 1
