@@ -74,6 +74,11 @@ class Carded(Protocol):
         """`card["data"]["sources"]` is a list of {"path", "fingerprint", "labels_used"}."""
 
 
+def card_of(model: Backbone) -> dict[str, Any]:
+    """What a checkpoint's card says; empty for a model without one."""
+    return dict(model.card) if isinstance(model, Carded) else {}
+
+
 class Placed(Protocol):
     """A data set that can be compared with what a model was trained on."""
 

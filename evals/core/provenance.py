@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import subprocess
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +15,10 @@ import torch
 import radio
 from radio.errors import ConfigError
 
-_PACKAGES = ("am-radio", "torch", "torchvision", "timm", "numpy", "pillow", "faiss-cpu", "faiss-gpu")
+_PACKAGES = (
+    *("am-radio", "torch", "torchvision", "timm", "numpy", "pillow", "faiss-cpu", "faiss-gpu"),
+    *("open_clip_torch", "segment-anything", "pycocotools", "transformers"),
+)
 
 
 @lru_cache
@@ -63,6 +67,13 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} {torch.cuda.get_device_name(device)}"
     return f"cpu {platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory that this process has held, in MiB: on the GPU where one computes, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts in KiB
 
 
 def _git(root: Path, *arguments: str) -> str | None:

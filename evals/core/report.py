@@ -16,7 +16,7 @@ import jsonschema
 from radio.config import from_plain, to_plain, write_text
 from radio.errors import ConfigError, DataError
 
-FORMAT = "am-radio-report/1"
+FORMAT = "am-radio-report/2"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +78,10 @@ class Report:
     notes: tuple[str, ...] = ()
     tables: dict[str, Table] = field(default_factory=dict)
     files: tuple[str, ...] = ()  # written beside the report
+    card: dict[str, Any] = field(
+        default_factory=dict
+    )  # the checkpoint's: teachers, data, settings, provenance
+    peak_memory: float | None = None  # MiB, of the process or of the GPU
     format: str = FORMAT
 
 
@@ -129,11 +133,11 @@ SCHEMA: dict[str, Any] = {
         {
             "format": {"const": FORMAT},
             "task": _TEXT,
-            "model": _TEXT,
-            "fingerprint": _TEXT,
-            "headline": _TEXT,
+            "model": {**_TEXT, "description": "What the report calls it."},
+            "fingerprint": {**_TEXT, "description": "sha256 of the weights and the architecture."},
+            "headline": {**_TEXT, "description": "The metric that a table shows first."},
             "metrics": {**_mapping(_METRIC), "minProperties": 1},
-            "settings": {"type": "object"},
+            "settings": {"type": "object", "description": "As given; `resolved` is what they came to."},
             "data": {"type": "array", "items": _DATA_USED},
             "device": _TEXT,
             "seconds": _mapping({"type": "number", "minimum": 0}),
@@ -149,8 +153,14 @@ SCHEMA: dict[str, Any] = {
                     }
                 )
             ),
-            "files": _TEXTS,
-            "sha256": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
+            "files": {**_TEXTS, "description": "Records and pictures, written beside the report."},
+            "card": {"type": "object", "description": "The checkpoint's card; empty for other models."},
+            "peak_memory": {**_OPTIONAL_NUMBER, "description": "MiB, of the process or of the GPU."},
+            "sha256": {
+                "type": "string",
+                "pattern": "^[0-9a-f]{64}$",
+                "description": "Of everything else, as JSON with sorted keys.",
+            },
         }
     ),
 }
@@ -161,7 +171,8 @@ def write(report: Report, path: Path) -> None:
     """Write a report as JSON, atomically, with a sha256 of its content.
 
     Raises:
-        DataError: a metric that is not a finite number, or a headline that is no metric.
+        DataError: a metric that is not a finite number, a headline that is no metric, or values that the
+            schema does not know.
     """
     for name, metric in report.metrics.items():
         if not math.isfinite(metric.value):
@@ -171,7 +182,9 @@ def write(report: Report, path: Path) -> None:
             f"the headline {report.headline!r} is not among the metrics: {', '.join(report.metrics)}"
         )
     data = to_plain(report)
-    write_text(path, json.dumps({**data, "sha256": _digest(data)}, indent=2, ensure_ascii=False) + "\n")
+    whole = {**data, "sha256": _digest(data)}
+    _check(whole, path)
+    write_text(path, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
 
 
 def read(path: Path) -> Report:
@@ -186,13 +199,17 @@ def read(path: Path) -> Report:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a report, or a part of one ({error})") from error
+    _check(data, path)
+    if data.pop("sha256") != _digest(data):
+        raise DataError(f"{path}: its content does not match its sha256; it was altered, make it again")
+    return _build(data, path)
+
+
+def _check(data: Any, path: Path) -> None:
     wrong = next(iter(_VALIDATOR.iter_errors(data)), None)
     if wrong is not None:
         where = "/".join(map(str, wrong.absolute_path)) or "the file"
         raise DataError(f"{path}: not a report of the format {FORMAT}: {where}: {wrong.message[:200]}")
-    if data.pop("sha256") != _digest(data):
-        raise DataError(f"{path}: its content does not match its sha256; it was altered, make it again")
-    return _build(data, path)
 
 
 def file_name(task: str, model: str) -> str:

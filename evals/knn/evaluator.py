@@ -15,10 +15,10 @@ from torch import Tensor
 from evals.core.accuracy import class_table
 from evals.core.data import aligned_labels, open_source
 from evals.core.dist import Group, current
-from evals.core.evaluator import Watch, domain_notes, silent
+from evals.core.evaluator import Watch, card_of, domain_notes, silent
 from evals.core.features import Extraction, Stored, default_cache, extract
 from evals.core.plan import carry, plan, resolved
-from evals.core.provenance import commit, describe_device, versions
+from evals.core.provenance import commit, describe_device, peak_memory, versions
 from evals.core.report import DataUsed, Metric, Report, file_name, write
 from radio.config import to_plain
 from radio.errors import DataError
@@ -101,6 +101,8 @@ class KnnEvaluator:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             versions=versions(),
             git=commit(),
+            card=card_of(model),
+            peak_memory=peak_memory(how.device),
             notes=(*notes, *_clamped(classifier), *domain_notes(model, sources)),
             tables={"classes": class_table(ranking, classifier.labels, sets.bank.classes)},
             files=(f"{base}.jsonl",),

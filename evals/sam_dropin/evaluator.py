@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, final
 
 from evals.core.dist import Group, current
-from evals.core.evaluator import Watch, domain_notes, silent
+from evals.core.evaluator import Watch, card_of, domain_notes, silent
 from evals.core.features import default_cache
-from evals.core.provenance import choose_device, commit, describe_device, versions
+from evals.core.provenance import choose_device, commit, describe_device, peak_memory, versions
 from evals.core.report import DataUsed, Metric, Report, Table, file_name, write
 from radio.config import to_plain, write_text
 from radio.errors import ConfigError, require
@@ -117,6 +117,8 @@ class SamEvaluator:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             versions=versions(),
             git=commit(),
+            card=card_of(model),
+            peak_memory=peak_memory(device),
             notes=(*drop_in.notes, *scored.notes, *domain_notes(model, [data.images])),
             tables=scored.tables,
             files=(f"{base}.jsonl", *scored.panels),

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, final
 import safetensors.torch
 
 from evals.core.dist import Group, current
-from evals.core.evaluator import Watch, domain_notes, silent
-from evals.core.provenance import commit, describe_device, versions
+from evals.core.evaluator import Watch, card_of, domain_notes, silent
+from evals.core.provenance import commit, describe_device, peak_memory, versions
 from evals.core.report import DataUsed, Metric, Report, Table, file_name, write
 from radio.config import to_plain, write_bytes
 from radio.types import Backbone
@@ -95,6 +95,8 @@ class SegEvaluator:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             versions={**versions(), **_library_versions()},
             git=commit(),
+            card=card_of(model),
+            peak_memory=peak_memory(probe.device),
             notes=(*probe.notes, *domain_notes(model, probe.sources())),
             tables=_tables(outcomes, probe, settings),
             files=(f"{base}.safetensors", *writer.files()),

@@ -16,10 +16,10 @@ from torch import Tensor
 from evals.core.accuracy import class_table, confusion_table, mean_class, top_accuracies
 from evals.core.data import ImageSource, open_source
 from evals.core.dist import Group, current
-from evals.core.evaluator import Watch, domain_notes, silent
+from evals.core.evaluator import Watch, card_of, domain_notes, silent
 from evals.core.features import Bank, Extraction, Stored, default_cache, extract
 from evals.core.plan import carry, plan, resolved
-from evals.core.provenance import commit, describe_device, versions
+from evals.core.provenance import commit, describe_device, peak_memory, versions
 from evals.core.report import DataUsed, Metric, Report, Table, file_name, proportion, write
 from radio.config import to_plain, write_text
 from radio.errors import ConfigError, require
@@ -146,6 +146,8 @@ class ZeroshotEvaluator:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             versions=versions(),
             git=commit(),
+            card=card_of(model),
+            peak_memory=peak_memory(how.device),
             notes=(*notes, *domain_notes(model, [scored.source])),
             tables=scored.tables,
             files=(f"{base}.jsonl",),

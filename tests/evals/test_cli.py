@@ -192,5 +192,5 @@ def test_a_terminal_gets_a_bar() -> None:
 def test_the_report_file_is_plain_json(checkpoint: Path) -> None:
     main(["knn", str(checkpoint), *SMALL])
     data = json.loads((checkpoint.parent / "reports" / "knn-first.json").read_text())
-    assert data["format"] == "am-radio-report/1"
+    assert data["format"] == "am-radio-report/2"
     assert data["task"] == "knn"

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from evals.core.report import (
+    SCHEMA,
     DataUsed,
     Metric,
     Report,
@@ -136,3 +137,15 @@ def test_the_comparison_shows_every_model_beside_the_others() -> None:
     assert "40.0 (1.2)" in text
     with pytest.raises(DataError, match="one task's"):
         comparison([REPORT, replace(REPORT, task="seg")])
+
+
+def test_the_schema_in_the_docs_is_the_one_that_reports_are_checked_with() -> None:
+    page = Path(__file__).parents[3] / "docs" / "report.schema.json"
+    assert json.loads(page.read_text()) == SCHEMA
+
+
+def test_values_that_the_schema_does_not_know_are_not_written(tmp_path: Path) -> None:
+    report = replace(REPORT, notes=(7,))  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"not a report of the format .*: notes/0: 7 is not of type 'string'"):
+        write(report, tmp_path / "r.json")
+    assert not (tmp_path / "r.json").exists()
