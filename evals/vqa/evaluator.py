@@ -85,7 +85,7 @@ class VqaEvaluator:
             settings,
             label,
             model.fingerprint,
-            metrics={**metrics(outcome.marked, settings.seed), **_losses(outcome.done)},
+            metrics=metrics(outcome.marked, settings.seed) | _losses(outcome.done),
             headline="accuracy" if outcome.marked else f"{list(outcome.done)[-1]}_loss",
             resolved=_resolved(outcome, settings, group),
             data=_data(outcome),

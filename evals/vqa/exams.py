@@ -75,18 +75,20 @@ def mark(data: TaskData, answers: Answers, allow_missing: bool) -> Marked:
 
 
 def metrics(marked: list[Marked], seed: int) -> dict[str, Metric]:
-    """Each benchmark's accuracy and its groups', their mean, and the same without pictures."""
+    """The benchmarks' mean and each one's accuracy, the same without pictures, then kinds of questions.
+
+    The means are `accuracy` and `blind_accuracy`; their intervals are in the benchmarks' own.
+    """
+    seen = {one.data.task: one.scores.metrics(seed) for one in marked}
+    blind = {one.data.task: one.blind.metrics(seed) for one in marked if one.blind is not None}
     found: dict[str, Metric] = {}
-    for one in marked:
-        task = one.data.task
-        for name, metric in one.scores.metrics(seed).items():
-            found[task if name == "accuracy" else f"{task}_{name}"] = metric
-        if one.blind is not None:
-            found[f"blind_{task}"] = one.blind.metrics(seed)["accuracy"]
-    for prefix in ("", "blind_"):
-        values = [found[key].value for one in marked if (key := f"{prefix}{one.data.task}") in found]
-        if values:
+    for prefix, scores in (("", seen), ("blind_", blind)):
+        if scores:
+            values = [of_task["accuracy"].value for of_task in scores.values()]
             found[f"{prefix}accuracy"] = Metric(value=sum(values) / len(values))
+            found |= {f"{prefix}{task}": of_task["accuracy"] for task, of_task in scores.items()}
+    for task, of_task in seen.items():
+        found |= {f"{task}_{name}": metric for name, metric in of_task.items() if name != "accuracy"}
     return found
 
 

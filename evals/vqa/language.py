@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, final
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
@@ -114,7 +114,7 @@ class TinyShape:
     """The size of the language model that a run makes for itself."""
 
     width: int = 128
-    layers: int = 3
+    layers: int = 2
     heads: int = 4
     feed_forward: int = 256
     positions: int = 4096
@@ -205,7 +205,6 @@ def word_tokenizer(texts: Iterable[str]) -> Any:
     vocabulary = {word: number for number, word in enumerate([*special, *sorted(words)])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=_UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(_WORDS), "removed", invert=True)
-    backend.decoder = decoders.WordPiece(prefix="", cleanup=True)
     phrases = sorted(line for line, held in lines.items() if held >= max(2, _PHRASE_SHARE * count))
     backend.add_tokens([AddedToken(phrase, normalized=False) for phrase in (VICUNA_V1.system, *phrases)])
     return FastTokenizer(

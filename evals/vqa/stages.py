@@ -172,12 +172,18 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
         if self._job.group.leads:
             kept = StageState(
                 step=step,
-                weights=_tensors(weights),
+                weights=self._learned(weights),
                 optimizer={} if is_last else optimizer,
                 losses=tuple(self._losses),
             )
             write_state(self._job.state, self._job.key, kept)
         self._job.group.barrier()
+
+    def _learned(self, weights: Any) -> dict[str, Tensor]:
+        """Those that learn; torch leaves a frozen weight in that goes by a second name."""
+        model: nn.Module = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        return {name: weights[name].contiguous() for name in names}
 
     def _model(self) -> nn.Module:
         module: nn.Module = self.trainer.model_wrapped
@@ -187,10 +193,6 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
         optimizer: Any = self.trainer.optimizer
         bare: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
         return bare
-
-
-def _tensors(weights: Any) -> dict[str, Tensor]:
-    return {name: tensor.contiguous() for name, tensor in weights.items()}
 
 
 def _arguments(job: Job, start: StageState, folder: str) -> TrainingArguments:

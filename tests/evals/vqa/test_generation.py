@@ -1,0 +1,92 @@
+"""Answers: the same at any batch, written as they come, taken up again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from evals.core.dist import Group
+from evals.core.evaluator import silent
+from evals.vqa import generation
+from evals.vqa.generation import Asked, Speaker, answer_all, prepare
+from evals.vqa.language import Tiny
+from evals.vqa.llava import make_llava
+from evals.vqa.tasks import Question
+
+COLOURS = ("red", "green", "blue", "white")
+
+
+@pytest.fixture
+def make_speaker(backbone: Callable[..., Any], tiny: Tiny, shown: Any) -> Callable[[int], Speaker]:
+    model = make_llava(backbone(), tiny, (32, 32), 4, layer_norm=False, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    head = torch.randn(model.lm_head.weight.shape, generator=generator)
+    model.lm_head.weight = torch.nn.Parameter(head)  # a head of its own: tied, it would repeat itself
+
+    def make(batch: int) -> Speaker:
+        return Speaker(
+            model=model,
+            language=tiny,
+            shown=shown,
+            device=torch.device("cpu"),
+            new_tokens=6,
+            batch=batch,
+        )
+
+    return make
+
+
+@pytest.fixture
+def asked() -> list[Asked]:
+    """Prompts of many lengths, some of them without a picture."""
+    found = []
+    for number in range(20):
+        text = " ".join(["What is it?", *["And grass?"] * (number % 5)])
+        image = f"{COLOURS[number % 4]}.png" if number % 3 else None
+        found.append(prepare(Question(str(number), image, text, text)))
+    return found
+
+
+def test_a_batch_answers_like_one_by_one(make_speaker: Callable[[int], Speaker], asked: list[Asked]) -> None:
+    alone = make_speaker(1).answer(asked)
+    assert make_speaker(8).answer(asked) == alone
+    assert make_speaker(64).answer(asked) == alone
+    assert len(set(alone)) > 5
+
+
+def test_the_prompt_is_vicunas_and_blind_drops_the_picture() -> None:
+    question = Question("7", "a.png", "Q?", "Q?\nAnswer.")
+    seen, blind = prepare(question), prepare(question, blind=True)
+    assert seen.prompt.endswith("user's questions. USER: <image>\nQ?\nAnswer. ASSISTANT:")
+    assert blind == Asked("7", seen.prompt.replace("<image>\n", ""), None)
+
+
+def test_answers_are_written_as_they_come_and_taken_up(
+    make_speaker: Callable[[int], Speaker],
+    asked: list[Asked],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(generation, "CHUNK", 6)
+    speaker = make_speaker(4)
+
+    def run() -> dict[str, str]:
+        return answer_all(asked, speaker, tmp_path, title="gqa", group=Group(), watch=silent)
+
+    whole = run()
+    assert list(whole) == [str(number) for number in range(20)]
+    assert list(whole.values()) == speaker.answer(asked)
+    files = sorted(tmp_path.glob("*.jsonl"))
+    assert [len(file.read_text().splitlines()) for file in files] == [6, 6, 6, 2]
+    files[1].unlink()
+    files[2].write_text(
+        "".join(json.dumps({"question_id": str(n), "answer": "kept"}) + "\n" for n in range(12, 18))
+    )
+    again = run()
+    assert [again[str(n)] for n in range(6, 12)] == [whole[str(n)] for n in range(6, 12)]  # asked anew
+    assert {again[str(n)] for n in range(12, 18)} == {"kept"}  # found

@@ -1,0 +1,135 @@
+"""The bridge: features pass the tower as the backbone gives them, and a saved LLaVA says the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlavaForConditionalGeneration
+
+from evals.vqa.language import Tiny
+from evals.vqa.llava import PROJECTOR, learn, make_llava, restore, save_llava
+from radio.errors import CheckpointError, ConfigError
+from radio.hub import load_backbone
+from radio.model import ModelConfig, build
+from radio.types import Backbone
+
+
+def make(model: Backbone, tiny: Tiny, num_tokens: int, size: int = 32, layer_norm: bool = False) -> Any:
+    return make_llava(model, tiny, (size, size), num_tokens, layer_norm=layer_norm, seed=0)
+
+
+def say(model: Any, tiny: Tiny, pictures: torch.Tensor, num_tokens: int) -> list[list[int]]:
+    ids = torch.tensor([[1, *[tiny.image_token] * num_tokens, 6, 7]]).repeat(len(pictures), 1)
+    with torch.inference_mode():
+        found = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=pictures,
+            do_sample=False,
+            max_new_tokens=8,
+            eos_token_id=None,
+            pad_token_id=tiny.pad_token,
+        )
+    said: list[list[int]] = found[:, ids.shape[1] :].tolist()
+    return said
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_tokens_and_pictures_give_the_same(
+    backbone: Callable[..., Any], tiny: Tiny, layer_norm: bool
+) -> None:
+    encoder = backbone()
+    tower = make(encoder, tiny, 16, layer_norm=layer_norm).model.vision_tower
+    pictures = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    tokens = encoder(pictures).tokens
+    seen = tower(pictures).hidden_states[-1]
+    assert torch.equal(seen, tower(tokens).hidden_states[-1])
+    if layer_norm:
+        mean, spread = tokens.mean(-1, keepdim=True), tokens.var(-1, unbiased=False, keepdim=True)
+        assert torch.allclose(seen, (tokens - mean) / (spread + 1e-6).sqrt(), atol=1e-5)
+    else:
+        assert torch.equal(seen, tokens)
+
+
+def test_the_projector_is_two_layers_drawn_from_the_seed(backbone: Callable[..., Any], tiny: Tiny) -> None:
+    model = make(backbone(), tiny, 16)
+    projector = model.model.multi_modal_projector
+    x = torch.rand(5, 3, generator=torch.Generator().manual_seed(1))
+    hidden = x @ projector.linear_1.weight.T + projector.linear_1.bias
+    hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
+    assert torch.allclose(
+        projector(x), hidden @ projector.linear_2.weight.T + projector.linear_2.bias, atol=1e-5
+    )
+    assert torch.equal(
+        projector.linear_1.weight, make(backbone(), tiny, 16).model.multi_modal_projector.linear_1.weight
+    )
+    other = make_llava(backbone(), tiny, (32, 32), 16, layer_norm=False, seed=1)
+    assert not torch.equal(projector.linear_1.weight, other.model.multi_modal_projector.linear_1.weight)
+
+
+def test_only_the_named_parts_learn_and_none_of_the_encoder(backbone: Callable[..., Any], tiny: Tiny) -> None:
+    model = make(backbone(), tiny, 16)
+    assert not list(model.model.vision_tower.parameters())
+    learn(model, (PROJECTOR,))
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert learning == {f"{PROJECTOR}linear_{n}.{part}" for n in (1, 2) for part in ("weight", "bias")}
+
+
+def test_weights_of_another_model_are_refused(backbone: Callable[..., Any], tiny: Tiny) -> None:
+    model = make(backbone(), tiny, 16)
+    restore(model, {f"{PROJECTOR}linear_2.bias": torch.ones(32)}, "here")
+    assert (model.model.multi_modal_projector.linear_2.bias == 1).all()
+    with pytest.raises(CheckpointError, match=r"here: model\.other is none of this model's weights"):
+        restore(model, {"model.other": torch.ones(1)}, "here")
+
+
+def test_a_saved_llava_opens_in_transformers_and_says_the_same(tiny: Tiny, tmp_path: Path) -> None:
+    """The encoder goes along: the folder is moved, and opened without the backbone."""
+    student = build(ModelConfig(student="vit-tiny12"), 3).eval()
+    side = student.native_size[0]
+    pictures = torch.rand(3, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        num_tokens = student(pictures).tokens.shape[1]
+    model = make(student, tiny, num_tokens, side, layer_norm=True)
+    before = say(model, tiny, pictures, num_tokens)
+    assert len({tuple(row) for row in before}) > 1  # it does look
+    save_llava(model, tiny, tmp_path / "saved")
+    (tmp_path / "saved").rename(tmp_path / "moved")
+    again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "moved", local_files_only=True).eval()
+    assert say(again, tiny, pictures, num_tokens) == before
+    tower = again.model.vision_tower
+    assert tower.backbone is not student and tower.backbone.fingerprint == student.fingerprint
+    assert again.config.image_seq_length == num_tokens
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "moved", local_files_only=True)
+    assert tokenizer.convert_tokens_to_ids("<image>") == tiny.image_token
+    with pytest.raises(ConfigError, match="is there already; remove it, or choose another folder"):
+        save_llava(model, tiny, tmp_path / "moved")
+
+
+def test_a_teacher_is_kept_by_its_name(tiny: Tiny, tmp_path: Path) -> None:
+    teacher = load_backbone("scenes:clip")
+    side = teacher.native_size[0]
+    pictures = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    num_tokens = teacher(pictures).tokens.shape[1]
+    model = make(teacher, tiny, num_tokens, side)
+    before = say(model, tiny, pictures, num_tokens)
+    save_llava(model, tiny, tmp_path / "saved")
+    again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "saved", local_files_only=True).eval()
+    assert again.model.vision_tower.config.encoder == "scenes:clip"
+    assert say(again, tiny, pictures, num_tokens) == before
+    again.model.vision_tower._backbone = []
+    again.model.vision_tower.config.fingerprint = "0" * 64
+    with pytest.raises(CheckpointError, match=r"scenes:clip: has the fingerprint .* instead of 000000000000"):
+        _ = again.model.vision_tower.backbone
+
+
+def test_a_backbone_without_a_spec_cannot_be_saved(
+    backbone: Callable[..., Any], tiny: Tiny, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="pooled cannot be opened by its name alone"):
+        save_llava(make(backbone(), tiny, 16), tiny, tmp_path / "saved")
+    assert not list(tmp_path.glob("*saved*"))

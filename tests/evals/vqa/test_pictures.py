@@ -1,0 +1,81 @@
+"""Pictures by name from folders and tar files, and padding to an aspect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from evals.vqa.pictures import PADDING, Padded, Pictures, pad
+from radio.errors import DataError
+
+
+@pytest.fixture
+def folder(tmp_path: Path, png: Callable[[int, int], bytes]) -> Path:
+    (tmp_path / "pictures" / "deep").mkdir(parents=True)
+    (tmp_path / "pictures" / "a.png").write_bytes(png(0, 0))
+    (tmp_path / "pictures" / "deep" / "b.png").write_bytes(png(2, 1))
+    return tmp_path / "pictures"
+
+
+def test_a_folder_and_a_tar_file_hold_the_same(
+    folder: Path, make_shard: Callable[..., Path], tmp_path: Path
+) -> None:
+    members = [(f"./{n}", (folder / n).read_bytes()) for n in ("deep/b.png", "a.png")]
+    shard = make_shard(tmp_path / "pictures.tar", members)
+    loose, packed = Pictures(folder), Pictures(shard)
+    for pictures in (loose, packed):
+        assert "deep/b.png" in pictures and "c.png" not in pictures and 3 not in pictures
+    names = ["deep/b.png", "a.png", "a.png"]
+    ours, theirs = loose.source(names), packed.source(names, title="tar")
+    assert ours.keys == theirs.keys == ("a.png", "deep/b.png")
+    assert ours.fingerprint == theirs.fingerprint
+    assert theirs.name == "tar"
+    assert torch.equal(ours.read(1), theirs.read(1))
+
+
+def test_what_is_not_there(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such folder or tar file of pictures"):
+        Pictures(tmp_path / "absent")
+    with pytest.raises(DataError, match=r"there is no picture 'c.png'"):
+        Pictures(folder).source(["c.png"])
+    assert "../pictures/a.png" not in Pictures(folder)
+    (tmp_path / "x.tar").write_bytes(b"nothing of the kind" * 100)
+    with pytest.raises(DataError, match="not a tar file without compression"):
+        _ = "a" in Pictures(tmp_path / "x.tar")
+
+
+@pytest.mark.parametrize(
+    ("image", "size", "padded"),
+    [
+        ((4, 10), (8, 8), (10, 10)),
+        ((10, 4), (8, 8), (10, 10)),
+        ((4, 4), (8, 16), (4, 8)),
+        ((6, 6), (3, 3), (6, 6)),
+    ],
+)
+def test_padding_to_the_aspect_of_the_size(
+    image: tuple[int, int], size: tuple[int, int], padded: tuple[int, int]
+) -> None:
+    picture = torch.randint(
+        0, 256, (3, *image), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    found = pad(picture, size)
+    assert found.shape == (3, *padded)
+    top, left = (padded[0] - image[0]) // 2, (padded[1] - image[1]) // 2
+    assert torch.equal(found[:, top : top + image[0], left : left + image[1]], picture)
+    outside = torch.ones(padded, dtype=torch.bool)
+    outside[top : top + image[0], left : left + image[1]] = False
+    colour = torch.tensor([int(255 * part) for part in PADDING], dtype=torch.uint8)
+    assert (found[:, outside] == colour[:, None]).all()
+
+
+def test_a_padded_source_is_another_source(folder: Path) -> None:
+    source = Pictures(folder).source(["deep/b.png"])
+    padded = Padded(source, (32, 32))
+    assert source.read(0).shape == (3, 20, 22)
+    assert padded.read(0).shape == (3, 22, 22)
+    assert padded.keys == source.keys and padded.labels.tolist() == [0] and padded.classes == ("",)
+    assert padded.fingerprint != source.fingerprint

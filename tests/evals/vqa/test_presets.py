@@ -1,0 +1,109 @@
+"""The protocols' numbers, and what they come to for a backbone and a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evals.vqa.presets import PRESETS, choose, choose_size, language_name, plan_stage
+from evals.vqa.settings import VqaSettings
+from radio.errors import ConfigError
+
+PAPER = PRESETS["paper"]
+
+
+def test_the_numbers_of_llava_15() -> None:
+    first, second = PAPER.pretrain, PAPER.instruct
+    assert (first.template, first.view, first.learns) == ("plain", "crop", ("projector",))
+    assert (first.lr, first.batch, first.epochs, first.weight_decay, first.warmup) == (1e-3, 256, 1, 0, 0.03)
+    assert (second.template, second.view, second.learns) == ("v1", "pad", ("projector", "language"))
+    assert (second.lr, second.batch, second.epochs, second.weight_decay) == (2e-5, 128, 1, 0)
+    assert (PAPER.sizes, PAPER.new_tokens, PAPER.longest) == ((336, 224), 128, 2048)
+    plan = plan_stage(first, PAPER, VqaSettings(), 558_128)
+    assert (plan.steps, plan.warmup, plan.micro_batch) == (2181, 66, 16)
+    assert plan_stage(second, PAPER, VqaSettings(), 665_298).steps == 5198
+
+
+def test_settings_change_a_plan() -> None:
+    plan = plan_stage(PAPER.instruct, PAPER, VqaSettings(max_steps=10, batch=6, micro_batch=3, lr=0.5), 100)
+    assert (plan.steps, plan.batch, plan.micro_batch, plan.lr, plan.warmup) == (10, 6, 3, 0.5, 1)
+    assert plan_stage(PAPER.instruct, PAPER, VqaSettings(lora_rank=8), 100).lr == 2e-4
+    assert plan_stage(PAPER.pretrain, PAPER, VqaSettings(lora_rank=8), 100).lr == 1e-3
+    assert plan_stage(PAPER.pretrain, PAPER, VqaSettings(), 10).batch == 10  # fewer records than a batch
+    with pytest.raises(ConfigError, match="a batch of 7 is no multiple of micro_batch = 2"):
+        plan_stage(PAPER.pretrain, PAPER, VqaSettings(batch=7, micro_batch=2), 100)
+
+
+def test_the_preset_follows_the_data_and_paper_wants_a_language_model(tmp_path: Path) -> None:
+    given = VqaSettings(pretrain_data=tmp_path, instruct_data=tmp_path)
+    assert choose(VqaSettings())[0] == "scenes"
+    assert choose(given)[0] == "paper"
+    assert language_name(VqaSettings(), "scenes") == "tiny"
+    assert language_name(VqaSettings(language_model="smollm2"), "paper") == "smollm2"
+    with pytest.raises(ConfigError, match="the preset paper needs a language model; give --language-model"):
+        language_name(given, "paper")
+
+
+@pytest.mark.parametrize(
+    ("native", "fit", "size", "noted"),
+    [
+        (378, lambda h, w: (round(h / 14) * 14, round(w / 14) * 14), (336, 336), False),
+        (256, lambda h, w: (round(h / 32) * 32, round(w / 32) * 32), (320, 320), True),
+        (224, lambda h, w: (224, 224), (224, 224), False),
+        (1024, lambda h, w: (1024, 1024), (1024, 1024), True),
+        (96, lambda h, w: (h, w), (96, 96), False),
+        (224, lambda h, w: (336, 350), (336, 350), True),
+    ],
+)
+def test_336_then_224_or_the_encoders_own(
+    backbone: Callable[..., Any],
+    native: int,
+    fit: Callable[[int, int], tuple[int, int]],
+    size: tuple[int, int],
+    noted: bool,
+) -> None:
+    model = backbone()
+    model.native_size, model.fit = (native, native), fit
+    found, notes = choose_size(model, VqaSettings(), PAPER)
+    assert found == size
+    assert bool(notes) == noted
+    if noted:
+        assert f"takes {size[0]}x{size[1]}, which was used" in notes[0]
+
+
+def test_a_size_that_was_asked_for(backbone: Callable[..., Any]) -> None:
+    assert choose_size(backbone(), VqaSettings(size=50), PAPER) == (
+        (48, 48),
+        ("50 px are wanted; pooled takes 48x48, which was used",),
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stages": ()}, r"stages = \(\): name one or more of pretrain, instruct, score"),
+        ({"stages": ("score", "score")}, "each once"),
+        ({"batch": 0}, "batch = 0: give 1 or more"),
+        ({"lr": 0.0}, "lr = 0.0: give a learning rate above 0"),
+        ({"scenes": (0, 1)}, "give at least one of each"),
+        ({"pretrain_images": Path("x")}, "--pretrain-images without --pretrain-data"),
+        ({"pretrain_data": Path("x")}, "--pretrain-data and --instruct-data belong together"),
+        ({"questions": Path("x")}, "files of a benchmark without its name; give --task too"),
+        ({"score": Path("x"), "task": "gqa"}, "--score needs --task and the benchmark's files"),
+    ],
+)
+def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        VqaSettings(**settings)
+
+
+def test_the_files_of_a_benchmark() -> None:
+    assert VqaSettings(task="gqa").files is None
+    files = VqaSettings(task="gqa", annotations=Path("q.json")).files
+    assert files is not None and (files.questions, files.annotations) == (Path("q.json"), None)
+    files = VqaSettings(task="vqav2", questions=Path("q"), annotations=Path("a")).files
+    assert files is not None and (files.questions, files.annotations) == (Path("q"), Path("a"))
+    assert VqaSettings(task="vqav2", annotations=Path("a")).files is None
