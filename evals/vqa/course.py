@@ -15,7 +15,7 @@ from torch import Tensor
 from evals.core.data import ImageSource
 from evals.core.dist import Group
 from evals.core.evaluator import Watch
-from radio.errors import ConfigError
+from radio.errors import ConfigError, DataError
 
 from .conversations import Record, fingerprint, read_records
 from .encoding import Encoder
@@ -67,7 +67,14 @@ def open_material(settings: VqaSettings, preset: Preset, cache: Path, group: Gro
             "pretrain": (settings.pretrain_data, settings.pretrain_images),
             "instruct": (settings.instruct_data, settings.instruct_images),
         }
-        return {stage: _material(*paths, settings.limit, memo, None) for stage, paths in given.items()}
+        found = {stage: _material(*paths, settings.limit, memo, None) for stage, paths in given.items()}
+        blank = [record.id for record in found["pretrain"].records if record.image is None]
+        if blank:
+            raise DataError(
+                f"{settings.pretrain_data}: {len(blank)} records have no picture, the first has the id "
+                f"{blank[0]}; the projector learns from pictures only, remove them"
+            )
+        return found
     mix = Mix(count=(settings.scenes or preset.scenes)[0], seed=settings.seed)
     root = cache / "scenes" / f"vqa-mix{mix.version}-{mix.count}-seed{mix.seed}"
     if group.leads:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import final
 
@@ -29,7 +30,7 @@ _ENCODED_AT_ONCE = 64
 
 
 @final
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Encoder:
     """A frozen backbone at one size, and where its tokens are kept."""
 
@@ -43,6 +44,7 @@ class Encoder:
     group: Group
     watch: Watch
 
+    @cached_property
     def grid(self) -> tuple[int, int]:
         """(H, W) of the tokens at this size."""
         model = self.model.to(self.device, self.dtype).eval()
@@ -58,7 +60,7 @@ class Encoder:
         """
         seen: ImageSource = Padded(source, self.size) if view == "pad" else source
         shape = View(kind="center", size=self.size, ratio=1.0, fit=self.model.fit)
-        height, width = self.grid()
+        height, width = self.grid
         count = len(source.keys) * height * width * self.model.token_dim
         if 4 * count > self.keep_tokens_gb * 1e9:
             return Pixels(seen, shape, height * width)

