@@ -113,4 +113,4 @@ class TrainConfig:
     teachers_ahead: bool = True  # online teachers see the next batch, in a thread of their own, during a step
     log_every: int = 20  # steps
     save_every: int = 200  # steps
-    score: bool = False  # end with k-NN of student, teachers and the untrained student on the scenes
+    score: tuple[str, ...] = ()  # tasks that the run ends with, for student, untrained student and teachers

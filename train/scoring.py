@@ -1,52 +1,85 @@
-"""The table at the end of a run: k-NN of the student, of its teachers, and of its untrained self."""
+"""The end of a run: student, untrained student and teachers, each on the tasks it can do, in one table."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from evals.core.evaluator import silent
-from evals.core.report import Report
+import evals.cli  # noqa: F401 (enters the evaluators)
+from evals.core.dist import Group
+from evals.core.evaluator import Evaluator, evaluators
+from evals.core.progress import watch_on
+from evals.core.suite import Outcome, run_all
 from evals.core.tables import cell
-from evals.knn.evaluator import KnnEvaluator
-from evals.knn.settings import KnnSettings
 from radio.hub import load_backbone
 from radio.types import Backbone
 
 from .config import TrainConfig
 
+_STUDENTS_ONLY = "vqa"  # a language model is trained for it: minutes a model
 
-def score(config: TrainConfig, path: Path, console: Console) -> list[Report]:
-    """The k-NN reports on the scenes, written into `reports/` of the run folder and printed as one table."""
-    settings = KnnSettings(device=config.device)
-    evaluator = KnnEvaluator()
-    reports = []
-    for name, model in _contestants(config, path):
-        console.print(f"k-NN of {name}", highlight=False)
-        reports.append(evaluator.run(model, settings, config.out / "reports", name=name, watch=silent))
-    console.print(_table(reports, plain=not console.is_terminal))
-    return reports
+Jobs = Mapping[str, tuple[Evaluator[Any], Any]]
 
 
-def _table(reports: list[Report], *, plain: bool) -> Table:
-    """A row for each model."""
-    bank, query = reports[0].data
-    title = f"k-NN (k = 20), {query.count} pictures of {query.name} among {bank.count} of {bank.name}"
-    table = Table("model", title=title, box=box.ASCII if plain else box.ROUNDED, title_justify="left")
-    for name in ("top-1 (%)", "top-5 (%)"):
-        table.add_column(name, justify="right")
-    for report in reports:
-        table.add_row(report.model, *(cell(report.metrics[name]) for name in ("top1", "top5")))
-    return table
+def score(config: TrainConfig, path: Path, console: Console) -> dict[str, list[Outcome]]:
+    """The outcomes of each model, with reports in `reports/` of the run folder, printed as one table.
+
+    Run again, it keeps what is done and unchanged.
+    """
+    jobs = {task: _job(task, config.device) for task in config.score}
+    watch = watch_on(console, shown=console.is_terminal)
+    found = {}
+    for name, model, its_own in _contestants(config, path):
+        chosen: Jobs = {task: job for task, job in jobs.items() if its_own or task != _STUDENTS_ONLY}
+        out = config.out / "reports"
+        tell = partial(_tell, console, name)
+        found[name] = run_all(model, chosen, out, name=name, watch=watch, group=Group(), tell=tell)
+    console.print(_table(found, config.score, plain=not console.is_terminal))
+    return found
 
 
-def _contestants(config: TrainConfig, path: Path) -> Iterator[tuple[str, Backbone]]:
-    """The models of the table under the names it gives them, each loaded when its turn comes."""
-    yield "student", load_backbone(str(path))
-    yield "untrained", load_backbone(str(path), random_init=True, seed=config.seed)
+def _job(task: str, device: str) -> tuple[Evaluator[Any], Any]:
+    evaluator = evaluators[task]()
+    return evaluator, evaluator.settings(device=device)
+
+
+def _tell(console: Console, name: str, line: str) -> None:
+    console.print(escape(f"{name}: {line}"), highlight=False, soft_wrap=True)
+
+
+def _contestants(config: TrainConfig, path: Path) -> Iterator[tuple[str, Backbone, bool]]:
+    """The models under their names in the table, each loaded in its turn, and whether the run trained it."""
+    yield "student", load_backbone(str(path)), True
+    yield "untrained", load_backbone(str(path), random_init=True, seed=config.seed), False
     for teacher in config.teachers:
-        yield teacher.model, load_backbone(teacher.model)
+        yield teacher.model, load_backbone(teacher.model), False
+
+
+def _table(found: Mapping[str, Sequence[Outcome]], tasks: Sequence[str], *, plain: bool) -> Table:
+    """A row for each model, a column for each task's headline."""
+    headlines = {
+        outcome.task: outcome.report.headline
+        for outcomes in found.values()
+        for outcome in outcomes
+        if outcome.report is not None
+    }
+    table = Table("model", box=box.ASCII if plain else box.ROUNDED)
+    for task in tasks:
+        table.add_column(f"{task}\n{headlines.get(task, '')} (%)", justify="right")
+    for name, outcomes in found.items():
+        cells = {
+            outcome.task: cell(outcome.report.metrics[outcome.report.headline])
+            if outcome.report
+            else "failed"
+            for outcome in outcomes
+            if outcome.state != "left out"
+        }
+        table.add_row(name, *(cells.get(task, "") for task in tasks))
+    return table

@@ -80,7 +80,8 @@ def run_all(
             tell(f"{task}: left out: {lack}")
             continue
         key = task_key(task, fingerprint, settings)
-        kept = _kept(out, task, key, fingerprint)
+        base = file_name(task, name)
+        kept = _kept(out, base, key, fingerprint)
         if kept is not None:
             outcomes.append(Outcome(task=task, state="kept", report=kept))
             tell(f"{task}: unchanged, kept")
@@ -94,7 +95,7 @@ def run_all(
             tell(f"{task}: failed: {said}")
             continue
         if group.leads:
-            _note(out, task, key, report)
+            _note(out, base, key, report)
         outcomes.append(Outcome(task=task, state="done", report=report))
     return outcomes
 
@@ -107,9 +108,9 @@ def task_key(task: str, fingerprint: str, settings: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _kept(out: Path, task: str, key: str, fingerprint: str) -> Report | None:
-    """The report of a finished task, if it is the one that would be made again."""
-    entry = _state(out).get(task)
+def _kept(out: Path, base: str, key: str, fingerprint: str) -> Report | None:
+    """The report of a finished task of one model, if it is the one that would be made again."""
+    entry = _state(out).get(base)
     if entry is None or entry.get("key") != key:
         return None
     try:
@@ -117,11 +118,11 @@ def _kept(out: Path, task: str, key: str, fingerprint: str) -> Report | None:
     except RadioError:  # gone or altered: made again
         return None
     whole = all((out / name).is_file() for name in report.files)
-    return report if whole and report.task == task and report.fingerprint == fingerprint else None
+    return report if whole and report.fingerprint == fingerprint else None
 
 
-def _note(out: Path, task: str, key: str, report: Report) -> None:
-    tasks = {**_state(out), task: {"key": key, "report": f"{file_name(task, report.model)}.json"}}
+def _note(out: Path, base: str, key: str, report: Report) -> None:
+    tasks = {**_state(out), base: {"key": key, "report": f"{file_name(report.task, report.model)}.json"}}
     write_text(out / _STATE, json.dumps({"format": _FORMAT, "tasks": tasks}, indent=2) + "\n")
 
 

@@ -26,7 +26,7 @@ def scores(folder: Path) -> dict[str, float]:
 
 
 def test_the_demo_student_learns_most_of_what_its_best_teacher_knows(tmp_path: Path) -> None:
-    assert entry.train(["demo", "--out", str(tmp_path / "demo")]) == 0
+    assert entry.train(["demo", "--out", str(tmp_path / "demo"), "--score", "knn"]) == 0
     top1 = scores(tmp_path / "demo" / "reports")
     best = max(value for name, value in top1.items() if name.startswith("scenes:"))
     assert top1["student"] >= top1["untrained"] + 30
@@ -34,7 +34,7 @@ def test_the_demo_student_learns_most_of_what_its_best_teacher_knows(tmp_path: P
 
 
 def test_the_long_run_brings_the_student_up_to_its_best_teacher(tmp_path: Path) -> None:
-    assert entry.train(["scenes-long", "--out", str(tmp_path / "long")]) == 0
+    assert entry.train(["scenes-long", "--out", str(tmp_path / "long"), "--score", "knn"]) == 0
     top1 = scores(tmp_path / "long" / "reports")
     assert top1["student"] >= max(value for name, value in top1.items() if name.startswith("scenes:")) - 3
 

@@ -199,7 +199,7 @@ def test_settings_that_do_not_decide_the_weights_may_change(config: TrainConfig,
     run_until(start(config), "teacher_features", 8)
     data = replace(config.data, workers=1, max_broken=0.5)
     cache = replace(config.cache, confirm=False)
-    run = start(config, log_every=3, save_every=2, data=data, cache=cache, recipe="other", score=True)
+    run = start(config, log_every=3, save_every=2, data=data, cache=cache, recipe="other", score=("knn",))
     assert run.step == 5
     run.train()
     start(config, out=config.out / "whole").train()

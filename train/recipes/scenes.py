@@ -31,7 +31,7 @@ def demo() -> TrainConfig:
         optim=OptimConfig(lr=1.5e-3, betas=(0.9, 0.98), warmup=0.05),
         log_every=50,
         save_every=400,
-        score=True,
+        score=("knn", "zeroshot", "seg", "sam", "vqa"),
     )
 
 
@@ -47,7 +47,7 @@ def smoke() -> TrainConfig:
         batch_size=8,
         log_every=5,
         save_every=5,
-        score=False,
+        score=(),
     )
 
 
