@@ -1,8 +1,9 @@
 """The generated world as LLaVA's training data: captions, and conversations that look before they answer.
 
-Some conversations are without their picture, so that the language model learns what can be guessed: a blind
-baseline that never met such questions would be below chance. The turns of one conversation never give an answer away: a question that names the main object (where it
-is) comes after the one that asks for its colour or shape, and no two of those stand together.
+The turns of one conversation never give an answer away: a question that names the main object (where it
+is) comes after the one that asks for its colour or shape, and no two of those stand together. Some
+conversations are without their picture, so that the language model learns what can be guessed: a blind
+baseline that had never met such questions would be below chance.
 """
 
 from __future__ import annotations
