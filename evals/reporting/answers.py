@@ -1,0 +1,76 @@
+"""Visual question answering: the benchmarks side by side, and single questions answered right and wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .blocks import Block, Example, Examples, Folded, Panel, Plots, notes
+from .figures import bars
+from .records import Answered, answered, read_records
+from .sections import Scored
+
+_TASKS = ("gqa", "vqav2", "textvqa", "scienceqa")
+_EACH = 3  # right and wrong ones of a benchmark
+_LONGEST = 240  # letters of a question
+
+
+def vqa_blocks(scored: Scored) -> tuple[list[Block], frozenset[str]]:
+    """Bars of the benchmarks, examples."""
+    blocks: list[Block] = []
+    names = [
+        name
+        for task in _TASKS
+        for name in (task, f"blind_{task}")
+        if any(name in report.metrics for report in scored.reports)
+    ]
+    if names:
+        svg = bars(
+            [f"{name.removeprefix('blind_')}, blind" if "blind_" in name else name for name in names],
+            [scored.series(report, names) for report in scored.reports],
+            name="vqa-tasks",
+            x_label="accuracy (%)",
+        )
+        caption = "Accuracy on each benchmark; blind: the same questions without the picture."
+        panels = (Panel(title="accuracy by benchmark", svg=svg),)
+        blocks.append(Plots(caption=caption, panels=panels, legend=scored.legend()))
+    told: list[str] = []
+    shown: list[Examples] = []
+    for entry in scored.entries:
+        found, remarks = read_records(entry, answered)
+        told += remarks
+        for file, records in found.items():
+            task = next((task for task in _TASKS if file.endswith(f"-{task}.jsonl")), "questions")
+            shown.append(
+                Examples(
+                    caption=f"{entry.report.model}, {task}: answers right and wrong.",
+                    examples=tuple(_example(record) for record in choose(records)),
+                )
+            )
+    folded = [Folded(summary=one.caption, blocks=(one,)) for one in shown[1:]]
+    return [*blocks, *notes(told), *shown[:1], *folded], frozenset()
+
+
+def choose(records: Sequence[Answered]) -> list[Answered]:
+    """Some right and some wrong answers, evenly spread over the records."""
+    right = [record for record in records if record.score >= 0.5]
+    wrong = [record for record in records if record.score < 0.5]
+    return [*_spread(right), *_spread(wrong)]
+
+
+def _spread(records: Sequence[Answered]) -> list[Answered]:
+    count = min(len(records), _EACH)
+    return [records[place * len(records) // count] for place in range(count)]
+
+
+def _example(record: Answered) -> Example:
+    question = record.question if len(record.question) <= _LONGEST else f"{record.question[:_LONGEST]}…"
+    return Example(
+        picture=None,
+        lines=(
+            question,
+            f"answered: {record.answer or '(nothing)'}",
+            f"expected: {record.expected}, worth {record.score:g}",
+            record.image,
+        ),
+        good=record.score >= 0.5,
+    )

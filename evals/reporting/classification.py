@@ -1,0 +1,317 @@
+"""k-NN and zero-shot: accuracy over k, what is taken for what, and single pictures that went wrong."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from evals.core.data import ImageSource, open_source
+from evals.core.report import Report
+from radio.errors import DataError, RadioError
+
+from .blocks import (
+    Block,
+    Cell,
+    Column,
+    Example,
+    Examples,
+    Folded,
+    Grid,
+    Panel,
+    Picture,
+    Plots,
+    notes,
+)
+from .compare import Entry
+from .figures import Series, lines
+from .pictures import Album
+from .records import Classified, classified, read_records
+from .sections import Scored, class_grid
+
+_MOST_PAIRS = 15
+_MODELS, _WRONG, _NEIGHBOURS = 4, 6, 5  # models and pictures of each that are shown
+_THUMB = 56
+
+
+class Opened(NamedTuple):
+    """A set of pictures with the place of each key."""
+
+    source: ImageSource
+    places: dict[str, int]
+
+
+def knn_blocks(scored: Scored) -> tuple[list[Block], frozenset[str]]:
+    """Accuracy over k, confusions, wrong neighbours, classes."""
+    blocks: list[Block] = [*_over_k(scored), *_few_shot(scored)]
+    return [*blocks, *_samples(scored), *_classes(scored)], frozenset({"classes", "confusions"})
+
+
+def zeroshot_blocks(scored: Scored) -> tuple[list[Block], frozenset[str]]:
+    """Confusions, pictures that went wrong, classes."""
+    return [*_samples(scored), *_classes(scored)], frozenset({"classes", "confusions"})
+
+
+def headline_k(report: Report) -> int | None:
+    """The k that a k-NN report calls by no number; None where the settings do not say."""
+    ks = report.settings.get("k")
+    if not isinstance(ks, list) or not ks:
+        return None
+    named = report.settings.get("headline_k")
+    return int(named) if named is not None else (20 if 20 in ks else int(ks[0]))
+
+
+def over_k(report: Report, metric: str, slot: int) -> Series:
+    """A metric such as `top1` over k."""
+    found = {}
+    for name, value in report.metrics.items():
+        number = name.removeprefix(f"{metric}_k")
+        if name.startswith(f"{metric}_k") and number.isdigit():
+            found[int(number)] = value
+    k = headline_k(report)
+    if k is not None and metric in report.metrics:
+        found[k] = report.metrics[metric]
+    points = sorted(found.items())
+    return Series(
+        name=report.model,
+        slot=slot,
+        x=tuple(float(k) for k, _ in points),
+        y=tuple(metric.value for _, metric in points),
+        low=tuple(metric.low for _, metric in points),
+        high=tuple(metric.high for _, metric in points),
+    )
+
+
+def confusions(records: Sequence[Classified]) -> Counter[tuple[str, str]]:
+    """How often a class was taken for another."""
+    return Counter((r.label, r.predictions[0]) for r in records if r.predictions and not r.right)
+
+
+def wrong_ones(records: Sequence[Classified], count: int) -> list[Classified]:
+    """Pictures that were taken for another class, the surest first, no pair of classes twice."""
+    wrong = [record for record in records if record.predictions and not record.right]
+    wrong.sort(key=lambda r: (-max((*r.similarities[:1], *r.logits[:1]), default=0.0), r.key))
+    found: dict[tuple[str, str], Classified] = {}
+    for record in wrong:
+        found.setdefault((record.label, record.predictions[0]), record)
+    return list(found.values())[:count]
+
+
+def query_pictures(reports: Sequence[Report], count: int) -> tuple[list[tuple[str, Tensor]], str]:
+    """Some pictures with their keys, evenly spread over what was asked, and where they are from.
+
+    Of the generated world where the reports name none that can be read.
+    """
+    for report in reports:
+        if report.task in ("knn", "zeroshot") and not _is_retrieval(report):
+            asked, _ = _sources(report, [])
+            found = [] if asked is None else _spread(asked.source, count)
+            if asked is not None and found:
+                return found, asked.source.name
+    source = open_source("scenes:val", scenes=1500)
+    return _spread(source, count), source.name
+
+
+def _spread(source: ImageSource, count: int) -> list[tuple[str, Tensor]]:
+    count = min(count, len(source.keys))
+    places = [number * len(source.keys) // count for number in range(count)]
+    try:
+        return [(source.keys[place], source.read(place)) for place in places]
+    except RadioError:
+        return []
+
+
+def _over_k(scored: Scored) -> list[Block]:
+    panels = []
+    for metric, title in (("top1", "top-1 (%)"), ("top5", "top-5 (%)")):
+        found = [over_k(report, metric, scored.slots[report.model]) for report in scored.reports]
+        if max((len(one.x) for one in found), default=0) > 1:
+            svg = lines(found, name=f"knn-{metric}", x_label="k", y_label=title, log_x=True)
+            panels.append(Panel(title=f"{title} over k", svg=svg))
+    caption = "Accuracy over the number of neighbours that vote, with 95 % intervals."
+    return [Plots(caption=caption, panels=tuple(panels), legend=scored.legend())] if panels else []
+
+
+def _few_shot(scored: Scored) -> list[Block]:
+    prefix = "top1_few_shot_"
+    names = {name for report in scored.reports for name in report.metrics if name.startswith(prefix)}
+    shots = sorted(int(name.removeprefix(prefix)) for name in names)
+    if len(shots) < 2:
+        return []
+    found = []
+    for report in scored.reports:
+        values = [report.metrics.get(f"{prefix}{count}") for count in shots]
+        there = [(count, metric) for count, metric in zip(shots, values, strict=True) if metric is not None]
+        spans = [(m.value - (m.std or 0), m.value + (m.std or 0)) for _, m in there]
+        found.append(
+            Series(
+                name=report.model,
+                slot=scored.slots[report.model],
+                x=tuple(float(count) for count, _ in there),
+                y=tuple(metric.value for _, metric in there),
+                low=tuple(low for low, _ in spans),
+                high=tuple(high for _, high in spans),
+            )
+        )
+    svg = lines(found, name="knn-few-shot", x_label="pictures a class", y_label="top-1 (%)", log_x=True)
+    panel = Panel(title="top-1 over the pictures a class", svg=svg)
+    caption = "Accuracy with few labelled pictures, ± one standard deviation over tries."
+    return [Plots(caption=caption, panels=(panel,), legend=scored.legend())]
+
+
+def _samples(scored: Scored) -> list[Block]:
+    """Confusions and wrong pictures, from the records."""
+    by_model: dict[str, list[Classified]] = {}
+    told: list[str] = []
+    shown: list[Examples] = []
+    for entry in scored.entries:
+        if _is_retrieval(entry.report):
+            continue
+        found, remarks = read_records(entry, classified)
+        told += remarks
+        records = [record for group in found.values() for record in group]
+        if not records:
+            continue
+        by_model[entry.report.model] = records
+        if len(by_model) <= _MODELS:
+            examples, remarks = _wrong_pictures(entry, records, scored.album)
+            told += remarks
+            shown += [examples] if examples is not None else []
+    folded = [Folded(summary=one.caption, blocks=(one,)) for one in shown[1:]]
+    pairs = _confusion_grid(by_model)
+    return [*notes(told), *([pairs] if pairs else []), *shown[:1], *folded]
+
+
+def _is_retrieval(report: Report) -> bool:
+    return report.settings.get("captions") is not None
+
+
+def _confusion_grid(by_model: dict[str, list[Classified]]) -> Grid | None:
+    counts = {model: confusions(records) for model, records in by_model.items()}
+    if not any(counts.values()):
+        return None
+    first = next(iter(counts))
+    pairs = sorted(counts[first] or next(filter(None, counts.values())).keys())
+    pairs.sort(key=lambda pair: -counts[first][pair])
+    rows = [
+        (
+            Cell(text=label),
+            Cell(text=taken),
+            *(
+                Cell(text=str(found[label, taken] or ""), order=found[label, taken])
+                for found in counts.values()
+            ),
+        )
+        for label, taken in pairs[:_MOST_PAIRS]
+    ]
+    return Grid(
+        caption=f"The commonest confusions of {first}, and how often each model makes them.",
+        columns=(
+            Column(name="class", numeric=False),
+            Column(name="taken for", numeric=False),
+            *(Column(name=model) for model in counts),
+        ),
+        rows=tuple(rows),
+    )
+
+
+def _classes(scored: Scored) -> list[Block]:
+    caption = "Top-1 of each class in percent."
+    grid = class_grid(scored.reports, "classes", "top1", caption, count="count")
+    return [Folded(summary="class by class", blocks=(grid,))] if grid else []
+
+
+def _wrong_pictures(
+    entry: Entry, records: Sequence[Classified], album: Album
+) -> tuple[Examples | None, list[str]]:
+    report, chosen = entry.report, wrong_ones(records, _WRONG)
+    if not chosen:
+        return None, []
+    told: list[str] = []
+    asked, bank = _sources(report, told)
+    examples = []
+    for record in chosen:
+        said = ", ".join(
+            f"{name} {value:.1f}" for name, value in zip(record.predictions, record.logits, strict=False)
+        )
+        picture = _thumb(asked, record.key, record.label, None, album, told)
+        near = [
+            _thumb(bank, key, "", record.label, album, told, f"{similarity:.2f}")
+            for key, similarity in list(zip(record.neighbours, record.similarities, strict=False))[
+                :_NEIGHBOURS
+            ]
+        ]
+        examples.append(
+            Example(
+                picture=picture,
+                lines=(
+                    f"{record.label}, taken for {record.predictions[0]}",
+                    record.key,
+                    *([said] if said else []),
+                ),
+                others=tuple(one for one in near if one is not None),
+                good=False,
+            )
+        )
+    near_words = ", each with its nearest neighbours and their cosine" if chosen[0].neighbours else ""
+    caption = f"{report.model}: wrong and sure of it, one picture for each pair of classes{near_words}."
+    return Examples(caption=caption, examples=tuple(examples)), list(dict.fromkeys(told))
+
+
+def _thumb(
+    opened: Opened | None,
+    key: str,
+    label: str,
+    wanted: str | None,
+    album: Album,
+    told: list[str],
+    words: str = "",
+) -> Picture | None:
+    if opened is None:
+        return None
+    place = opened.places.get(key)
+    if place is None:
+        told.append(f"some pictures, such as {key}, are not in {opened.source.name} any more")
+        return None
+    name = opened.source.classes[int(opened.source.labels[place])]
+    try:
+        pixels = opened.source.read(place)
+    except RadioError as error:
+        told.append(f"{key}: {error}")
+        return None
+    good = None if wanted is None else name == wanted
+    alt = f"{key}: {label or name}"
+    return album.add(
+        pixels, alt, side=96, shown=_THUMB, words=f"{name} {words}".strip() if words else "", good=good
+    )
+
+
+def _sources(report: Report, told: list[str]) -> tuple[Opened | None, Opened | None]:
+    """The pictures that were asked, and those of the bank where there is one."""
+    settings, seed = report.settings, int(report.settings.get("seed") or 0)
+    limit, scenes = settings.get("limit"), settings.get("scenes")
+    sizes = scenes if isinstance(scenes, list) else [scenes, scenes]
+    names = [settings.get("bank") or "scenes:train", settings.get("query") or "scenes:val"]
+    if settings.get("leave_one_out"):
+        names[1], sizes = names[0], [sizes[0], sizes[0]]
+    prints = {used.role: used.fingerprint for used in report.data}
+    wanted = prints.get("query", prints.get("bank"))
+    asked = _open(names[1], sizes[-1], limit, seed, wanted, told)
+    bank = _open(names[0], sizes[0], limit, seed, prints.get("bank"), told) if "bank" in prints else None
+    return asked, bank
+
+
+def _open(
+    name: Any, scenes: Any, limit: Any, seed: int, fingerprint: str | None, told: list[str]
+) -> Opened | None:
+    """The pictures of a source; None, with a word on why, where they are not what was scored."""
+    try:
+        source = open_source(str(name), limit=limit, scenes=int(scenes or 1500), seed=seed)
+        if str(name).startswith("scenes:") and source.fingerprint != fingerprint:
+            raise DataError(f"{name} is not drawn as it was when this was scored")
+        return Opened(source, {key: place for place, key in enumerate(source.keys)})
+    except RadioError as error:
+        told.append(f"pictures are not shown: {error}")
+        return None

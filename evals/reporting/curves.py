@@ -1,0 +1,135 @@
+"""A run's `metrics.jsonl` as series: each loss of each teacher over the steps."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from radio.errors import DataError
+
+from .figures import Series
+
+_TITLES = {
+    "loss": "loss, all teachers",
+    "summary": "summary loss",
+    "spatial": "spatial loss",
+    "centred_cosine": "centred cosine of the tokens",
+    "lr": "learning rate",
+    "grad_norm": "gradient norm",
+    "images_per_second": "images/s",
+    "data_wait": "share of the time spent waiting for data",
+}
+_NOT_DRAWN = frozenset({"step", "samples", "seconds", "broken"})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Curve:
+    """One panel: a quantity, with a line for each teacher, or one line for the whole run."""
+
+    title: str
+    series: tuple[Series, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Curves:
+    """What a run measured."""
+
+    panels: tuple[Curve, ...]
+    last_step: int
+    teachers: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+def read_curves(run: Path) -> Curves:
+    """The curves of a run folder.
+
+    A line that cannot be read (a run that was killed while it wrote) is left out and noted.
+
+    Raises:
+        DataError: no such folder, no `metrics.jsonl` in it, or none of its lines is a record.
+    """
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        what = "holds no metrics.jsonl" if run.is_dir() else "no such run folder"
+        raise DataError(f"{run}: {what}; name the folder that radio-train wrote, such as runs/demo")
+    records, broken = _read(path)
+    if not records:
+        raise DataError(f"{path}: none of its {broken} lines is a record with a step; train again")
+    names = [
+        name for name in dict.fromkeys(n for record in records for n in record) if name not in _NOT_DRAWN
+    ]
+    teachers = tuple(dict.fromkeys(name.split("/")[0] for name in names if "/" in name))
+    unused = _without_weight(run / "config.yaml")
+    panels: dict[str, list[Series]] = {}
+    for name in names:
+        teacher, _, part = name.rpartition("/")
+        slot = teachers.index(teacher) if teacher else 0
+        label = teacher or part
+        if (teacher, part) in unused:
+            label += " (weight 0)"
+        points = [(record["step"], record[name]) for record in records if name in record]
+        series = Series(
+            name=label,
+            slot=slot,
+            x=tuple(x for x, _ in points),
+            y=tuple(y for _, y in points),
+            dashed=(teacher, part) in unused,
+        )
+        panels.setdefault(part, []).append(series)
+    return Curves(
+        panels=tuple(
+            Curve(title=_TITLES.get(part, part.replace("_", " ")), series=tuple(series))
+            for part, series in sorted(panels.items(), key=lambda item: _rank(item[0]))
+        ),
+        last_step=int(records[-1]["step"]),
+        teachers=teachers,
+        notes=(f"{broken} lines of metrics.jsonl could not be read and are left out",) if broken else (),
+    )
+
+
+def _rank(part: str) -> int:
+    return list(_TITLES).index(part) if part in _TITLES else len(_TITLES)
+
+
+def _read(path: Path) -> tuple[list[dict[str, float]], int]:
+    """The records, each with its finite numbers alone, and how many lines are none."""
+    records, broken = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            found = json.loads(line)
+        except ValueError:
+            found = None
+        numbers = _numbers(found) if isinstance(found, dict) else {}
+        if "step" in numbers:
+            records.append(numbers)
+        else:
+            broken += 1
+    return records, broken
+
+
+def _numbers(found: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        name: float(value)
+        for name, value in found.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    }
+
+
+def _without_weight(path: Path) -> frozenset[tuple[str, str]]:
+    """The (teacher, part) that are measured but weigh nothing in the loss, as far as the settings say."""
+    try:
+        teachers = yaml.safe_load(path.read_text(encoding="utf-8"))["teachers"]
+        return frozenset(
+            (teacher["name"], part)
+            for teacher in teachers
+            for part in ("summary", "spatial")
+            if teacher[f"{part}_weight"] == 0
+        )
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):
+        return frozenset()

@@ -1,0 +1,215 @@
+"""Plots as SVG that stands in a page: one size, the page's own colours in light and dark, no scripts.
+
+The same input gives the same text. Colours are the page's CSS variables, so that a plot follows the reader's
+colour scheme; text stays text, escaped by the XML writer.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+import xml.etree.ElementTree as Xml
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from radio.errors import require
+
+NUM_SLOTS = 8
+"""How many colours there are; from then on they come again, with another mark and line."""
+
+_INK, _FAINT = "#010203", "#010204"  # stand-ins, replaced by the page's variables
+_SLOTS = tuple(f"#0103{place:02x}" for place in range(NUM_SLOTS))
+_VARIABLES = {
+    _INK: "var(--ink)",
+    _FAINT: "var(--rule)",
+    **{colour: f"var(--s{place})" for place, colour in enumerate(_SLOTS)},
+}
+_MARKS = "osD^vPX*"
+_STYLES = ("-", "--", ":", "-.")
+_SVG = "{http://www.w3.org/2000/svg}"
+_XLINK = "{http://www.w3.org/1999/xlink}href"
+_SETTINGS = {
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "text.parse_math": False,
+    "text.color": _INK,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlesize": 9,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+    "grid.color": _FAINT,
+    "grid.linewidth": 0.6,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+}
+_LONGEST = 30  # letters of a name beside an axis
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Series:
+    """One line, or one colour of bars."""
+
+    name: str
+    slot: int  # decides colour and mark
+    x: tuple[float, ...] = ()
+    y: tuple[float | None, ...] = ()
+    low: tuple[float | None, ...] = ()
+    high: tuple[float | None, ...] = ()
+    dashed: bool = False
+
+
+def lines(
+    series: Sequence[Series], *, name: str, x_label: str, y_label: str = "", log_x: bool = False
+) -> str:
+    """An SVG of lines over numbers, with the intervals that there are.
+
+    Args:
+        name: unique in the page; the ids inside begin with it.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    with _drawing(name, 3.3, 2.4) as (figure, svg):
+        axes = figure.add_subplot()
+        for one in series:
+            points = [place for place, value in enumerate(one.y) if value is not None]
+            xs, ys = [one.x[place] for place in points], [one.y[place] for place in points]
+            few = len(xs) <= 12
+            axes.plot(
+                xs,
+                ys,
+                color=_SLOTS[one.slot % NUM_SLOTS],
+                marker=_MARKS[one.slot % len(_MARKS)] if few else None,
+                markersize=4,
+                linewidth=1.4,
+                linestyle="--" if one.dashed else _STYLES[one.slot // NUM_SLOTS % len(_STYLES)],
+            )
+            spans = [(one.x[p], one.low[p], one.high[p]) for p in points if p < len(one.low)]
+            for x, low, high in spans:
+                if low is not None and high is not None:
+                    axes.plot([x, x], [low, high], color=_SLOTS[one.slot % NUM_SLOTS], linewidth=0.8)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        if log_x:
+            ticks = sorted({x for one in series for x in one.x})
+            axes.set_xscale("log")
+            axes.set_xticks(_apart(ticks), [f"{tick:g}" for tick in _apart(ticks)])
+            axes.minorticks_off()
+    return svg[0]
+
+
+def bars(
+    names: Sequence[str], series: Sequence[Series], *, name: str, x_label: str, from_zero: bool = True
+) -> str:
+    """An SVG of horizontal bars, a group for each of `names` (the first on top) and a bar for each series.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    thick = 0.8 / max(len(series), 1)
+    height = 0.75 + len(names) * max(0.19, 0.105 * len(series) + 0.06)
+    with _drawing(name, 3.3, height) as (figure, svg):
+        axes = figure.add_subplot()
+        for row, one in enumerate(series):
+            for place, value in enumerate(one.y):
+                if value is None:
+                    continue
+                at = place + (row - (len(series) - 1) / 2) * thick
+                axes.barh(at, value, height=thick * 0.92, color=_SLOTS[one.slot % NUM_SLOTS], linewidth=0)
+                low = one.low[place] if place < len(one.low) else None
+                high = one.high[place] if place < len(one.high) else None
+                if low is not None and high is not None:
+                    axes.plot([low, high], [at, at], color=_INK, linewidth=0.8)
+        axes.set_yticks(range(len(names)), [_short(each) for each in names])
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.grid(visible=False, axis="y")
+        axes.tick_params(axis="y", length=0)
+        if from_zero:
+            axes.set_xlim(left=0)
+        axes.set_xlabel(x_label)
+    return svg[0]
+
+
+@contextmanager
+def _drawing(name: str, width: float, height: float) -> Iterator[tuple[Any, list[str]]]:
+    """A figure, and a list that holds its SVG afterwards."""
+    matplotlib = require("matplotlib", extra="report")
+    figures = require("matplotlib.figure", extra="report")
+    done: list[str] = []
+    with matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": name}):
+        figure = figures.Figure(figsize=(width, height), layout="constrained")
+        yield figure, done
+        buffer = io.BytesIO()
+        with warnings.catch_warnings():
+            # The reader's own fonts draw the text; ours only measures it, without emoji.
+            warnings.filterwarnings("ignore", message=".*missing from font")
+            figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    done.append(_for_a_page(buffer.getvalue(), name))
+
+
+def _for_a_page(svg: bytes, name: str) -> str:
+    """matplotlib's SVG without what a page has no use for, with ids of its own and the page's colours."""
+    root = Xml.fromstring(svg)
+    view = root.get("viewBox", "")
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag in (f"{_SVG}metadata", f"{_SVG}style"):  # a style would hold for the whole page
+                parent.remove(child)
+    used = _references(root)
+    for element in root.iter():
+        element.tag = element.tag.removeprefix(_SVG)
+        identity = element.attrib.pop("id", None)
+        if identity in used:
+            element.set("id", f"{name}-{identity}")
+        target = element.attrib.pop(_XLINK, None)
+        if target is not None:
+            element.set("href", f"#{name}-{target.removeprefix('#')}")
+        for key, value in element.attrib.items():
+            if key in ("style", "fill", "stroke"):
+                element.set(key, _colours(value))
+            elif key == "clip-path":
+                element.set(key, value.replace("url(#", f"url(#{name}-"))
+    root.attrib.clear()
+    root.set("viewBox", view)
+    return Xml.tostring(root, encoding="unicode")
+
+
+def _references(root: Xml.Element) -> frozenset[str]:
+    found: set[str] = set()
+    for element in root.iter():
+        if _XLINK in element.attrib:
+            found.add(element.attrib[_XLINK].removeprefix("#"))
+        found.update(re.findall(r"url\(#([^)]+)\)", element.get("clip-path", "")))
+    return frozenset(found)
+
+
+def _colours(style: str) -> str:
+    style = re.sub(r"font-family: [^;]+;?|(?<=px) '[^;]+", "", style)
+    return re.sub(r"#[0-9a-f]{6}", lambda found: _VARIABLES.get(found[0], found[0]), style)
+
+
+def _short(name: str) -> str:
+    """A name that fits beside an axis, in letters that XML can hold."""
+    letters = "".join(each if each.isprintable() else " " for each in name)
+    return letters if len(letters) <= _LONGEST else f"{letters[: _LONGEST - 1]}…"
+
+
+def _apart(ticks: Sequence[float]) -> list[float]:
+    """The ticks that stand far enough apart on a logarithmic axis to be read."""
+    if len(ticks) < 2:
+        return list(ticks)
+    kept = [ticks[0]]
+    for _, tick in pairwise(ticks):
+        if tick > 1.25 * kept[-1]:
+            kept.append(tick)
+    return kept

@@ -1,0 +1,96 @@
+"""Pictures inside the page: small, WebP or PNG, and never more of them than the page can carry."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import final
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from radio.errors import DataError
+from radio.images import decode
+
+from .blocks import Picture
+
+# Letters: H W pixels.
+
+_QUALITY = 78
+
+
+@final
+class Album:
+    """Encodes pictures as long as their bytes stay within what the page may hold."""
+
+    def __init__(self, most_bytes: int = 2_000_000) -> None:
+        self._left = most_bytes
+        self.left_out = 0
+
+    def add(
+        self,
+        pixels: Tensor | NDArray[np.uint8],
+        alt: str,
+        *,
+        side: int,
+        words: str = "",
+        good: bool | None = None,
+        shown: int | None = None,
+        exact: bool = False,
+    ) -> Picture | None:
+        """A picture for the page, uint8 [H, W, 3] or a tensor [3, H, W]; None once the page is full.
+
+        Args:
+            alt: what a reader who does not see it is told.
+            side: the longer side is reduced to so many pixels if it is longer.
+            words: beside the picture.
+            good: whether it shows something right, where that can be said.
+            shown: the longer side on the page, if it is enlarged there.
+            exact: keep every pixel (PNG).
+        """
+        array = pixels.permute(1, 2, 0).numpy() if isinstance(pixels, Tensor) else pixels
+        image = Image.fromarray(np.ascontiguousarray(array))
+        longest = max(image.size)
+        if longest > side:
+            image.thumbnail((side, side), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        if exact:
+            image.save(buffer, format="PNG", optimize=True)
+        else:
+            image.save(buffer, format="WEBP", quality=_QUALITY, method=4)
+        kind = "png" if exact else "webp"
+        source = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        if len(source) > self._left:
+            self.left_out += 1
+            return None
+        self._left -= len(source)
+        scale = 1.0 if shown is None else shown / max(image.size)
+        return Picture(
+            src=source,
+            alt=alt,
+            width=round(image.width * scale),
+            height=round(image.height * scale),
+            words=words,
+            good=good,
+            crisp=shown is not None and shown > max(image.size),
+        )
+
+
+def read_picture(folder: Path, name: str) -> Tensor:
+    """The picture, uint8 [3, H, W], that a report names among its files.
+
+    Raises:
+        DataError: not there, outside the report's folder, or no picture.
+    """
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise DataError(f"{name} is not inside the folder of its report, so it is not shown")
+    if not path.is_file():
+        raise DataError(f"{name} is not there any more")
+    try:
+        return decode(path.read_bytes())
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from error

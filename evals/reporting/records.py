@@ -1,0 +1,94 @@
+"""The lines beside a report: what a model said of each sample. What cannot be read is told, not raised."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+from .compare import Entry
+
+T = TypeVar("T")
+
+
+class Classified(NamedTuple):
+    """A picture, its class, and what it was taken for."""
+
+    key: str
+    label: str
+    predictions: tuple[str, ...]
+    logits: tuple[float, ...] = ()
+    neighbours: tuple[str, ...] = ()
+    similarities: tuple[float, ...] = ()
+
+    @property
+    def right(self) -> bool:
+        """Whether the first prediction is the class."""
+        return self.predictions[:1] == (self.label,)
+
+
+class Answered(NamedTuple):
+    """A question and what was answered."""
+
+    image: str
+    question: str
+    answer: str
+    expected: str
+    score: float
+
+
+def classified(record: dict[str, Any]) -> Classified:
+    """A line of k-NN's or zero-shot's records."""
+    return Classified(
+        key=str(record["key"]),
+        label=str(record["label"]),
+        predictions=tuple(map(str, record["predictions"])),
+        logits=tuple(map(float, record.get("logits", ()))),
+        neighbours=tuple(map(str, record.get("neighbours", ()))),
+        similarities=tuple(map(float, record.get("similarities", ()))),
+    )
+
+
+def answered(record: dict[str, Any]) -> Answered:
+    """A line of VQA's records."""
+    expected = record["expected"]
+    many = expected if isinstance(expected, list) else [expected]
+    return Answered(
+        image=str(record.get("image") or ""),
+        question=str(record["question"]),
+        answer=str(record["answer"]),
+        expected=" / ".join(dict.fromkeys(map(str, many))),
+        score=float(record["score"]),
+    )
+
+
+def read_records(entry: Entry, reader: Callable[[dict[str, Any]], T]) -> tuple[dict[str, list[T]], list[str]]:
+    """The records of a report by their file, and what is to be said about those that cannot be read."""
+    found: dict[str, list[T]] = {}
+    notes = []
+    names = [name for name in entry.report.files if name.endswith(".jsonl")]
+    if not names:
+        notes.append(f"{entry.report.model}: the report names no records")
+    folder = entry.path.parent.resolve()
+    for name in names:
+        path = folder / name
+        if not path.is_file() or not path.resolve().is_relative_to(folder):
+            notes.append(f"{entry.report.model}: {name} is not there, so single samples are not shown")
+            continue
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        kept = [record for line in lines if (record := _parse(line, reader)) is not None]
+        if len(kept) < len(lines):
+            notes.append(
+                f"{entry.report.model}: {len(lines) - len(kept)} of the {len(lines)} lines of {name} cannot "
+                f"be read as records and are left out"
+            )
+        if kept:
+            found[name] = kept
+    return found, notes
+
+
+def _parse(line: str, reader: Callable[[dict[str, Any]], T]) -> T | None:
+    try:
+        return reader(json.loads(line))
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
