@@ -314,10 +314,17 @@ def _compare(arguments: Sequence[str]) -> int:
     return run_compare(arguments)
 
 
+def _report(arguments: Sequence[str]) -> int:
+    from .reporting.report_command import run_report
+
+    return run_report(arguments)
+
+
 _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "all": _all,
     "list": _list,
     "compare": _compare,
+    "report": _report,
 }
 
 
