@@ -131,7 +131,9 @@ class Course:
         last = "instruct" if {"instruct", "score"} & set(self.settings.stages) else "pretrain"
         for name, stage in self.stages().items():
             material = self._material(name)
-            plan = plan_stage(stage, self.preset, self.settings, len(material.records))
+            plan = plan_stage(
+                stage, self.preset, self.settings, len(material.records), opened=self.language.name != "tiny"
+            )
             key = self._key(key, plan, material)
             state = self._stage(name, plan, material, key, weights)
             weights |= state.weights

@@ -16,6 +16,7 @@ Size = tuple[int, int]  # (height, width) in pixels
 View = Literal["crop", "pad"]
 
 _SMALL = 224  # a backbone made for less is shown pictures of its own size
+_LEAST_STEPS = 8  # an epoch
 _NEAR = 1 / 8  # of the wanted side: a fit further away than this is not "where the encoder allows it"
 
 
@@ -31,6 +32,7 @@ class Stage:
     epochs: float = 1.0
     weight_decay: float = 0.0
     warmup: float = 0.03  # of the steps; then a cosine to zero
+    lr_of_opened: float | None = None  # where the language model is not made in the run; else `lr` too
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +70,13 @@ PRESETS: dict[PresetName, Preset] = {
             template="plain", view="pad", learns=("language",), lr=3e-3, batch=32, epochs=2.0, warmup=0.1
         ),
         pretrain=Stage(
-            template="plain", view="pad", learns=("projector",), lr=3e-3, batch=32, epochs=1.0, warmup=0.1
+            template="plain",
+            view="pad",
+            learns=("projector",),
+            lr=3e-3,
+            batch=32,
+            warmup=0.1,
+            lr_of_opened=1e-3,
         ),
         instruct=Stage(
             template="v1",
@@ -77,6 +85,7 @@ PRESETS: dict[PresetName, Preset] = {
             lr=2e-3,
             batch=16,  # many small steps: where attention finds the object is found late, then quickly
             warmup=0.1,
+            lr_of_opened=1e-4,
         ),
         sizes=(96,),
         micro_batch=16,
@@ -130,24 +139,31 @@ def language_name(settings: VqaSettings, name: PresetName) -> str:
     return found
 
 
-def plan_stage(stage: Stage, preset: Preset, settings: VqaSettings, count: int) -> StagePlan:
-    """What a stage comes to for `count` records.
+def plan_stage(
+    stage: Stage, preset: Preset, settings: VqaSettings, count: int, *, opened: bool = True
+) -> StagePlan:
+    """What a stage comes to for `count` records; few of them are still cut into eight batches.
+
+    Args:
+        opened: whether the language model comes from elsewhere instead of being made in the run.
 
     Raises:
         ConfigError: a batch that the micro-batch does not divide.
     """
-    batch = settings.batch or min(stage.batch, count)
+    batch = settings.batch or min(stage.batch, max(1, count // _LEAST_STEPS))
     micro_batch = settings.micro_batch or math.gcd(batch, preset.micro_batch)
     if batch % micro_batch:
         raise ConfigError(f"a batch of {batch} is no multiple of micro_batch = {micro_batch}; choose another")
     steps = max(1, math.ceil(count * stage.epochs / batch))
     steps = min(steps, settings.max_steps or steps)
-    tuned_by_lora = settings.lora_rank is not None and "language" in stage.learns
+    lr = stage.lr if stage.lr_of_opened is None or not opened else stage.lr_of_opened
+    if settings.lora_rank is not None and "language" in stage.learns:
+        lr = preset.lora_lr
     return StagePlan(
         template=stage.template,
         view=stage.view,
         learns=stage.learns,
-        lr=settings.lr or (preset.lora_lr if tuned_by_lora else stage.lr),
+        lr=settings.lr or lr,
         weight_decay=stage.weight_decay,
         batch=batch,
         micro_batch=micro_batch,

@@ -1,6 +1,6 @@
 """A stage of training: transformers' Trainer in our order, quiet, and taken up where it was left.
 
-The trainer is used as the loop (accumulation, clipping, mixed precision, DDP, FSDP2). Order, schedule and
+The trainer is used as the loop (accumulation, clipping, mixed precision, DDP). Order, schedule and
 what is written down are ours: a run that goes on trains the samples that an undisturbed one would.
 """
 
@@ -11,7 +11,7 @@ import random
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -32,6 +32,7 @@ from radio.errors import ConfigError, RadioError
 
 from .library import fitting_threads
 from .order import Order, order
+from .parallel import projector_in_every_batch, shard
 from .presets import StagePlan
 from .samples import Batch, Conversations
 from .states import StageState, read_state, write_state
@@ -56,6 +57,11 @@ class Job:
     workers: int
     group: Group
 
+    @property
+    def lacks_pictures(self) -> bool:
+        """Whether the projector learns and some batches may hold no picture."""
+        return "projector" in self.plan.learns and not all(self.data.modalities())
+
 
 def train(model: Any, job: Job, watch: Watch) -> StageState:
     """Train what learns in `model`, or what is left of it, and its state at the end.
@@ -72,10 +78,13 @@ def train(model: Any, job: Job, watch: Watch) -> StageState:
         tempfile.TemporaryDirectory(prefix="am-radio-vqa-") as folder,
         _own_randomness(),
         fitting_threads(model, job.device),
+        projector_in_every_batch(model) if job.lacks_pictures else nullcontext(),
         watch(job.title, job.plan.steps) as advance,
     ):
         if start.step:
             advance(start.step)
+        if job.shard:
+            shard(model, job.device, job.group.world)
         StageTrainer(job, start, Keeper(job, start, advance), model, folder).train()
     job.group.barrier()
     return read_state(job.state, job.key, job.group)
@@ -101,12 +110,22 @@ class StageTrainer(Trainer):  # type: ignore[misc]
             callbacks=[keeper],
         )
         self.remove_callback(PrinterCallback)
+        self.is_distributed_loading_by_transformers = job.shard  # placement and gradients are the model's
         keeper.trainer = self
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Order:
         plan, data = self._job.plan, self._job.data
         places = order(data.lengths(), data.modalities(), plan.batch, plan.steps, self._job.seed)
         return Order(list(islice(places, self._start.step * plan.batch, None)))
+
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """Gradients of all but a step's last part stay where they are; the original asks a config."""
+        self.model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self.model.set_requires_gradient_sync(True)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         """Linear warm-up and a cosine to zero over all steps, from the step that the run starts at."""
@@ -215,8 +234,7 @@ def _arguments(job: Job, start: StageState, folder: str) -> TrainingArguments:
         bf16=job.bf16,
         use_cpu=job.device.type == "cpu",
         ddp_backend="gloo" if world > 1 and job.device.type == "cpu" else None,
-        ddp_find_unused_parameters=not all(job.data.modalities()),
-        fsdp=job.shard or None,
+        ddp_find_unused_parameters=False,
         dataloader_num_workers=job.workers,
         dataloader_pin_memory=job.device.type == "cuda",
         remove_unused_columns=False,

@@ -32,7 +32,12 @@ def test_settings_change_a_plan() -> None:
     assert (plan.steps, plan.batch, plan.micro_batch, plan.lr, plan.warmup) == (10, 6, 3, 0.5, 1)
     assert plan_stage(PAPER.instruct, PAPER, VqaSettings(lora_rank=8), 100).lr == 2e-4
     assert plan_stage(PAPER.pretrain, PAPER, VqaSettings(lora_rank=8), 100).lr == 1e-3
-    assert plan_stage(PAPER.pretrain, PAPER, VqaSettings(), 10).batch == 10  # fewer records than a batch
+    assert plan_stage(PAPER.pretrain, PAPER, VqaSettings(), 64).batch == 8  # few records
+    scenes = PRESETS["scenes"]
+    rates = [
+        plan_stage(scenes.instruct, scenes, VqaSettings(), 64, opened=is_on).lr for is_on in (False, True)
+    ]
+    assert rates == [2e-3, 1e-4]
     with pytest.raises(ConfigError, match="a batch of 7 is no multiple of micro_batch = 2"):
         plan_stage(PAPER.pretrain, PAPER, VqaSettings(batch=7, micro_batch=2), 100)
 

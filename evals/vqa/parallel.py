@@ -1,0 +1,49 @@
+"""LLaVA over several ranks: sharded by FSDP2, and with a gradient for the projector in every batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+# Letters: B batch, S tokens of a sample, E width of the language model, D token width.
+
+
+def shard(model: Any, device: torch.device, world: int) -> None:
+    """Spread every block's weights over the ranks, and what is outside the blocks once more (FSDP2).
+
+    Ours rather than accelerate's, which shards on GPUs only and would copy on CPUs without a word.
+    """
+    mesh = init_device_mesh(device.type, (world,))
+    model.to(device)
+    blocks = set(model.model.language_model._no_split_modules or ())
+    for module in list(model.modules()):
+        if type(module).__name__ in blocks:
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+@contextmanager
+def projector_in_every_batch(model: Any) -> Iterator[None]:
+    """Inside, a batch without pictures gives the projector a gradient of zero instead of none.
+
+    DDP waits for every weight's gradient; its search for unused ones walks the graph at every step.
+    """
+    projector: nn.Module = model.model.multi_modal_projector
+
+    def add_nothing(module: nn.Module, inputs: Any, embedded: Tensor) -> Tensor:
+        width = model.config.vision_config.hidden_size
+        blank = torch.zeros(1, width, device=embedded.device, dtype=embedded.dtype)
+        nothing: Tensor = 0.0 * projector(blank).sum()
+        return embedded + nothing  # [B, S, E]
+
+    handle = model.get_input_embeddings().register_forward_hook(add_nothing)
+    try:
+        yield
+    finally:
+        handle.remove()
