@@ -37,6 +37,7 @@ class _Outcome(NamedTuple):
     course: Course
     done: dict[str, Done]
     marked: list[Marked]
+    unmarked: list[tuple[TaskData, Answers]]  # whose right answers are not public
     seconds: dict[str, float]
     notes: tuple[str, ...]
 
@@ -93,11 +94,16 @@ class VqaEvaluator:
             seconds={**outcome.seconds, "total": time.monotonic() - started},
             notes=(*outcome.notes, *domain_notes(model, _sources(outcome))),
             found=tables(outcome.marked),
-            files=tuple(f"{base}-{one.data.task}.jsonl" for one in outcome.marked),
+            files=(
+                *(f"{base}-{one.data.task}.jsonl" for one in outcome.marked),
+                *(f"{base}-{data.task}-submission.json" for data, _ in outcome.unmarked),
+            ),
         )
         if group.leads:
-            for one, file in zip(outcome.marked, report.files, strict=True):
-                write_records(one, out / file)
+            for one in outcome.marked:
+                write_records(one, out / f"{base}-{one.data.task}.jsonl")
+            for data, answers in outcome.unmarked:
+                data.write_submission(answers.seen, out / f"{base}-{data.task}-submission.json")
             write(report, out / f"{base}.json")
         return report
 
@@ -176,22 +182,26 @@ def _run(model: Backbone, settings: VqaSettings, group: Group, watch: Watch) -> 
     )
     done, weights, key = course.run()
     trained = time.monotonic()
-    marked = _examine(course, weights, key, exams) if exams or settings.save else []
+    said = _examine(course, weights, key, exams) if exams or settings.save else []
+    marked = [mark(data, answers, settings.allow_missing) for data, answers in said if data.has_answers]
+    unmarked = [(data, answers) for data, answers in said if not data.has_answers]
     seconds = {"training": trained - prepared, "answers": time.monotonic() - trained}
-    return _Outcome(course, done, marked, seconds, (*notes, *_missing(marked)))
+    return _Outcome(course, done, marked, unmarked, seconds, (*notes, *_missing(marked)))
 
 
-def _examine(course: Course, weights: Any, key: str, exams: Sequence[TaskData]) -> list[Marked]:
+def _examine(
+    course: Course, weights: Any, key: str, exams: Sequence[TaskData]
+) -> list[tuple[TaskData, Answers]]:
     """Ask every question, and write the model where that is asked for."""
     from .asking import ask_all
     from .llava import save_llava
 
     settings = course.settings
     model = course.build(weights)
-    marked = [mark(data, ask_all(course, model, key, data), settings.allow_missing) for data in exams]
+    said = [(data, ask_all(course, model, key, data)) for data in exams]
     if settings.save is not None and course.group.leads:
         save_llava(model, course.language, settings.save)
-    return marked
+    return said
 
 
 def _workers(settings: VqaSettings, device: torch.device) -> int:
@@ -237,7 +247,8 @@ def _data(outcome: _Outcome) -> tuple[DataUsed, ...]:
         for role, material in outcome.course.material.items()
         if role in outcome.done
     ]
-    return (*rows, *(data_used(one.data) for one in outcome.marked))
+    asked = [*(one.data for one in outcome.marked), *(data for data, _ in outcome.unmarked)]
+    return (*rows, *(data_used(data) for data in asked))
 
 
 def _sources(outcome: _Outcome) -> list[Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -94,9 +96,10 @@ class Opened:
     def load(self) -> Any:
         """The network, its embedding widened by the tokens that are new."""
         try:
-            network = AutoModelForCausalLM.from_pretrained(
-                self._folder, local_files_only=True, dtype=torch.float32, **self._file()
-            )
+            with contextlib.redirect_stderr(io.StringIO()):  # the reader of GGUF files draws a bar, always
+                network = AutoModelForCausalLM.from_pretrained(
+                    self._folder, local_files_only=True, dtype=torch.float32, **self._file()
+                )
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(
                 f"{self.name}: no language model that transformers reads ({error})"

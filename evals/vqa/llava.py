@@ -237,6 +237,10 @@ def _with_encoder(model: Any, folder: Path) -> Any:
     if isinstance(backbone, RadioModel):
         path = folder / "encoder.safetensors"
         backbone.save(path)
+        if load_backbone(str(path)).fingerprint != backbone.fingerprint:
+            raise ConfigError(
+                f"{backbone.name} with a chosen window cannot be kept in a folder; leave --save out"
+            )
         data = path.read_bytes()
         path.unlink()
     else:

@@ -222,7 +222,7 @@ def _arguments(job: Job, start: StageState, folder: str) -> TrainingArguments:
             f"a batch of {plan.batch} does not divide into {world} ranks of {plan.micro_batch}; choose a "
             f"--micro-batch that does"
         )
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=folder,
         max_steps=plan.steps - start.step,
         per_device_train_batch_size=plan.micro_batch,
@@ -246,6 +246,9 @@ def _arguments(job: Job, start: StageState, folder: str) -> TrainingArguments:
         log_level="error",
         seed=job.seed,
     )
+    if arguments.n_gpu > 1:  # one process takes one GPU; more of them are torchrun's
+        arguments._n_gpu = 1
+    return arguments
 
 
 @contextmanager

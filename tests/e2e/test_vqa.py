@@ -23,10 +23,11 @@ SCRIPTS = Path(sys.executable).parent
 
 def test_an_untrained_student_is_scored_without_noise(tmp_path: Path, capfd) -> None:
     command = ["vqa", "vit-tiny12", "--random-init", *SMALL, "--out", str(tmp_path)]
-    assert entry.evaluate(command) == 0
+    assert entry.evaluate([*command, "--save", str(tmp_path / "llava")]) == 0
     report = read(tmp_path / "vqa-vit-tiny12-untrained.json")
     assert (report.task, report.headline) == ("vqa", "accuracy")
     assert len(report.files) == 4 and all((tmp_path / name).is_file() for name in report.files)
+    assert (tmp_path / "llava" / "model.safetensors").is_file()
     shown = capfd.readouterr()
     assert "blind_accuracy (%)" in shown.out and "instruct_loss (nats)" in shown.out
     assert not shown.err

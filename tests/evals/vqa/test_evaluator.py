@@ -169,6 +169,23 @@ def test_predictions_are_scored_without_a_model(backbone: Callable[..., Any], tm
         EVALUATOR.run(backbone(), settings, tmp_path)
 
 
+def test_answers_that_are_not_public_become_a_submission(
+    backbone: Callable[..., Any], tmp_path: Path
+) -> None:
+    EVALUATOR.run(backbone(), replace(SMALL, task="vqav2"), tmp_path, name="val")
+    (root,) = (tmp_path / "cache").glob("am-radio/scenes/vqa-benchmarks-*/vqav2")
+    asked = json.loads((root / "v2_OpenEnded_mscoco_val2014_questions.json").read_text())
+    test = tmp_path / "v2_OpenEnded_mscoco_test-dev2015_questions.json"
+    test.write_text(json.dumps({**asked, "data_subtype": "test-dev2015"}))
+    for picture in (root / "val2014").iterdir():
+        picture.rename(picture.with_name(picture.name.replace("val2014", "test2015")))
+    settings = replace(SMALL, task="vqav2", questions=test, images=root / "val2014", blind=False)
+    report = EVALUATOR.run(backbone(), settings, tmp_path, name="test")
+    assert report.headline == "instruct_loss" and report.files == ("vqa-test-vqav2-submission.json",)
+    rows = json.loads((tmp_path / report.files[0]).read_text())
+    assert [row["question_id"] for row in rows] == [row["question_id"] for row in asked["questions"]]
+
+
 def test_what_is_not_installed_is_named(
     backbone: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
