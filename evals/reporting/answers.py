@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from .blocks import Block, Example, Examples, Folded, Panel, Plots, notes
+from evals.core.features import default_cache
+from evals.core.report import Report
+from radio.errors import DataError
+
+from .blocks import Block, Example, Examples, Folded, Panel, Picture, Plots, notes
 from .figures import bars
+from .pictures import Album, read_picture
 from .records import Answered, answered, read_records
 from .sections import Scored
 
 _TASKS = ("gqa", "vqav2", "textvqa", "scienceqa")
+_BELOW = ("images", "vqav2/val2014", "scienceqa/images")  # of the generated benchmarks
 _EACH = 3  # right and wrong ones of a benchmark
 _LONGEST = 240  # letters of a question
 
@@ -37,13 +44,17 @@ def vqa_blocks(scored: Scored) -> tuple[list[Block], frozenset[str]]:
     shown: list[Examples] = []
     for entry in scored.entries:
         found, remarks = read_records(entry, answered)
+        folders = picture_folders(entry.report)
         told += remarks
         for file, records in found.items():
             task = next((task for task in _TASKS if file.endswith(f"-{task}.jsonl")), "questions")
             shown.append(
                 Examples(
                     caption=f"{entry.report.model}, {task}: answers right and wrong.",
-                    examples=tuple(_example(record) for record in choose(records)),
+                    examples=tuple(
+                        _example(record, _picture(record, folders, scored.album))
+                        for record in choose(records)
+                    ),
                 )
             )
     folded = [Folded(summary=one.caption, blocks=(one,)) for one in shown[1:]]
@@ -62,10 +73,33 @@ def _spread(records: Sequence[Answered]) -> list[Answered]:
     return [records[place * len(records) // count] for place in range(count)]
 
 
-def _example(record: Answered) -> Example:
+def picture_folders(report: Report) -> list[Path]:
+    """Where the pictures of a report's questions may lie: the folder in its settings, or the cache."""
+    named = report.settings.get("images")
+    if isinstance(named, str):
+        return [Path(named)]
+    if report.settings.get("questions") is not None:
+        return []
+    cache = Path(str(report.settings.get("cache") or default_cache())) / "scenes"
+    roots = sorted(cache.glob(f"vqa-benchmarks-*-seed{report.settings.get('seed', 0)}"))
+    return [root / below for root in roots for below in _BELOW]
+
+
+def _picture(record: Answered, folders: Sequence[Path], album: Album) -> Picture | None:
+    """The picture of a question, where it can be found; an example does without."""
+    for folder in folders if record.image else ():
+        try:
+            pixels = read_picture(folder, record.image)
+        except DataError:
+            continue
+        return album.add(pixels, record.image, side=192, shown=96)
+    return None
+
+
+def _example(record: Answered, picture: Picture | None) -> Example:
     question = record.question if len(record.question) <= _LONGEST else f"{record.question[:_LONGEST]}…"
     return Example(
-        picture=None,
+        picture=picture,
         lines=(
             question,
             f"answered: {record.answer or '(nothing)'}",

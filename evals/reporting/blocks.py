@@ -179,9 +179,9 @@ def metric_cell(metric: Metric | None, *, best: float | None = None, small: str 
 
 
 def best_of(metrics: Sequence[Metric | None]) -> float | None:
-    """The best value, None where there are fewer than two to choose among."""
+    """The best value, None where there are no two different ones to choose among."""
     there = [metric for metric in metrics if metric is not None]
-    if len(there) < 2:
+    if len({metric.value for metric in there}) < 2:
         return None
     choose = max if there[0].higher_is_better else min
     return choose(metric.value for metric in there)

@@ -13,7 +13,7 @@ import yaml
 
 from radio.errors import DataError
 
-from .figures import Series
+from .figures import NUM_SLOTS, Series
 
 _TITLES = {
     "loss": "loss, all teachers",
@@ -69,7 +69,7 @@ def read_curves(run: Path) -> Curves:
     panels: dict[str, list[Series]] = {}
     for name in names:
         teacher, _, part = name.rpartition("/")
-        slot = teachers.index(teacher) if teacher else 0
+        slot = teachers.index(teacher) if teacher else NUM_SLOTS - 1  # grey: the whole run's
         label = teacher or part
         if (teacher, part) in unused:
             label += " (weight 0)"

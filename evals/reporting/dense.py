@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from radio.errors import RadioError
+from torch import Tensor
 
-from .blocks import Block, Folded, Gallery, Panel, Picture, Plots, notes
+from radio.errors import DataError
+
+from .blocks import Block, Folded, Gallery, Panel, Plots, notes
 from .compare import Entry
 from .figures import Series, bars
 from .pictures import read_picture
+from .records import drawn, read_records
 from .sections import Scored, class_grid
 
 _MOST_CLASSES = 30
@@ -19,7 +22,7 @@ _SAM_SIZES = ("miou", "miou_small", "miou_medium", "miou_large", "boundary_miou"
 
 def seg_blocks(scored: Scored) -> tuple[list[Block], frozenset[str]]:
     """IoU of each class, overlays."""
-    plots = class_bars(scored, "classes", "iou", "IoU (%)")
+    plots = _plots(scored, class_bars(scored, "classes", "iou", "IoU (%)"))
     grid = class_grid(scored.reports, "classes", "iou", "IoU of each class in percent.", count="share")
     table: list[Block] = [Folded(summary="class by class", blocks=(grid,))] if grid else []
     caption = "picture, ground truth and prediction (void is clear in the truth and faint in the prediction)"
@@ -30,7 +33,7 @@ def seg_blocks(scored: Scored) -> tuple[list[Block], frozenset[str]]:
 def sam_blocks(scored: Scored) -> tuple[list[Block], frozenset[str]]:
     """IoU by size and category, panels."""
     names = [name for name in _SAM_SIZES if any(name in report.metrics for report in scored.reports)]
-    plots: list[Block] = []
+    panels: list[Panel] = []
     if names:
         svg = bars(
             [name.removesuffix("_miou").removeprefix("miou_").replace("_", " ") for name in names],
@@ -38,16 +41,14 @@ def sam_blocks(scored: Scored) -> tuple[list[Block], frozenset[str]]:
             name="sam-sizes",
             x_label="mIoU (%)",
         )
-        caption = (
-            "mIoU over all instances and by size, of boundaries, and of the prompt's box taken as the mask."
-        )
-        plots = [Plots(caption=caption, panels=(Panel(title="by size", svg=svg),), legend=scored.legend())]
-    plots += class_bars(scored, "categories", "miou", "mIoU (%)")
+        panels.append(Panel(title="mIoU over all, by size, of boundaries, and of the box alone", svg=svg))
+    panels += class_bars(scored, "categories", "miou", "mIoU (%)")
     caption = "Category by category: mIoU in percent."
     grid = class_grid(scored.reports, "categories", "miou", caption, count="instances")
     table: list[Block] = [Folded(summary="category by category", blocks=(grid,))] if grid else []
-    shown = pictures(scored, "prompt, ground truth and drawn mask", _is_picture, side=660, wide=480)
-    return [*plots, *table, *shown], frozenset({"categories"})
+    caption = "prompt, ground truth and drawn mask"
+    shown = pictures(scored, caption, _is_picture, side=660, wide=480, words=_overlaps)
+    return [*_plots(scored, panels), *table, *shown], frozenset({"categories"})
 
 
 def plain_blocks(scored: Scored) -> tuple[list[Block], frozenset[str]]:
@@ -55,7 +56,12 @@ def plain_blocks(scored: Scored) -> tuple[list[Block], frozenset[str]]:
     return pictures(scored, "pictures of the report", _is_picture, side=640, wide=480), frozenset()
 
 
-def class_bars(scored: Scored, table: str, value: str, label: str) -> list[Block]:
+def _plots(scored: Scored, panels: Sequence[Panel]) -> list[Block]:
+    caption = "Bars for each model; thin lines, where there are any, are 95 % intervals."
+    return [Plots(caption=caption, panels=tuple(panels), legend=scored.legend())] if panels else []
+
+
+def class_bars(scored: Scored, table: str, value: str, label: str) -> list[Panel]:
     """Bars for each class and model; of many classes, those that the first model does worst."""
     grid = class_grid(scored.reports, table, value, "")
     if grid is None:
@@ -73,45 +79,56 @@ def class_bars(scored: Scored, table: str, value: str, label: str) -> list[Block
     names = [row[0].text for row in rows]
     svg = bars(names, series, name=f"{scored.task}-{table}", x_label=label)
     which = "lowest first" if len(rows) == len(grid.rows) else f"the {len(rows)} lowest of {len(grid.rows)}"
-    caption = f"{label} of each class, {which} (by {models[0]})."
-    legend = tuple(key for key in scored.legend() if key.name in models)
-    return [Plots(caption=caption, panels=(Panel(title=f"{label} by class", svg=svg),), legend=legend)]
+    return [Panel(title=f"{label} of each class, {which} (by {models[0]})", svg=svg)]
 
 
 def pictures(
-    scored: Scored, caption: str, wanted: Callable[[str], bool], *, side: int, wide: int
+    scored: Scored,
+    caption: str,
+    wanted: Callable[[str], bool],
+    *,
+    side: int,
+    wide: int,
+    words: Callable[[Entry], Callable[[str], str]] | None = None,
 ) -> list[Block]:
-    """The pictures that the reports name, the first model's unfolded."""
+    """The pictures that the reports name, the first model's unfolded.
+
+    Args:
+        wanted: which of a report's files.
+        side: pixels of the longer side that are kept.
+        wide: pixels of the longer side on the page.
+        words: what is said under a report's pictures, by their names.
+    """
     told: list[str] = []
     found: list[Gallery] = []
     for entry in scored.entries:
-        shown = _read(entry, [name for name in entry.report.files if wanted(name)], scored, told, side, wide)
+        names = [name for name in entry.report.files if wanted(name)]
+        say = (words or _by_name)(entry) if names else _plain
+        shown = []
+        for name, pixels in _read(entry, names, told):
+            said = say(name)
+            alt = f"{entry.report.model}, {said}"
+            picture = scored.album.add(pixels, alt, side=side, shown=wide, words=said)
+            shown += [picture] if picture is not None else []
         if shown:
             found.append(
                 Gallery(caption=f"{entry.report.model}: {caption}.", pictures=tuple(shown), wide=True)
             )
-    first, rest = found[:1], found[1:]
-    folded = [Folded(summary=gallery.caption, blocks=(gallery,)) for gallery in rest]
-    return [*notes(told), *first, *folded]
+    folded = [Folded(summary=gallery.caption, blocks=(gallery,)) for gallery in found[1:]]
+    return [*notes(told), *found[:1], *folded]
 
 
-def _read(
-    entry: Entry, names: Sequence[str], scored: Scored, told: list[str], side: int, wide: int
-) -> list[Picture]:
-    report = entry.report
+def _read(entry: Entry, names: Sequence[str], told: list[str]) -> list[tuple[str, Tensor]]:
+    """The pictures that can be read, with their names; the others are told of."""
+    model, found = entry.report.model, []
     if len(names) > _MOST_PICTURES:
-        told.append(f"{report.model}: {_MOST_PICTURES} of {len(names)} pictures are shown")
-    shown = []
+        told.append(f"{model}: {_MOST_PICTURES} of {len(names)} pictures are shown")
     for name in spread(names, _MOST_PICTURES):
-        words = _words(name)
         try:
-            pixels = read_picture(entry.path.parent, name)
-        except RadioError as error:
-            told.append(f"{report.model}: {error}")
-            continue
-        picture = scored.album.add(pixels, f"{report.model}, {words}", side=side, shown=wide, words=words)
-        shown += [picture] if picture is not None else []
-    return shown
+            found.append((name, read_picture(entry.path.parent, name)))
+        except DataError as error:
+            told.append(f"{model}: {error}")
+    return found
 
 
 def spread(names: Sequence[str], most: int) -> list[str]:
@@ -120,8 +137,26 @@ def spread(names: Sequence[str], most: int) -> list[str]:
     return [names[place * len(names) // count] for place in range(count)]
 
 
-def _words(name: str) -> str:
-    """A file's name for people: without folder, ending and number."""
+def _overlaps(entry: Entry) -> Callable[[str], str]:
+    """The words under a panel of SAM: which kind it is, and its IoU from the records."""
+    found, _ = read_records(entry, drawn)
+    ious = {record.annotation: record.iou for records in found.values() for record in records}
+
+    def words(name: str) -> str:
+        parts = _plain(name).split("-")  # number, kind, picture, annotation
+        if len(parts) != 4 or parts[3] not in ious:
+            return _plain(name)
+        return f"{parts[1]}: IoU {100 * ious[parts[3]]:.1f}, picture {parts[2]}"
+
+    return words
+
+
+def _by_name(entry: Entry) -> Callable[[str], str]:
+    return _plain
+
+
+def _plain(name: str) -> str:
+    """A file's name for people: without folder and ending."""
     return name.rsplit("/", 1)[-1].removesuffix(".png").removesuffix("-overlay")
 
 

@@ -22,6 +22,7 @@ TITLES: Mapping[str, str] = {
     "vqa": "visual question answering",
     "throughput": "throughput",
 }
+_LEARNED_FROM = frozenset({"bank", "train", "pretrain", "instruct"})  # roles of data
 _TASK_ORDER = list(TITLES)
 _KIND_ORDER: tuple[Kind, ...] = ("student", "teacher", "untrained")
 
@@ -141,8 +142,8 @@ def overview(models: Sequence[Model], tasks: Sequence[str]) -> Grid:
 
 
 def _contest(report: Report) -> _Contest:
-    used = report.data[-1:] if report.task != "vqa" else report.data
-    words = "; ".join(f"{data.name}, {data.count}" for data in used if data.role != "pretrain")
+    used = [data for data in report.data if data.role not in _LEARNED_FROM] or report.data[-1:]
+    words = "; ".join(f"{data.name}, {data.count}" for data in used)
     return _Contest(report.task, report.headline, report.metrics[report.headline].unit, words)
 
 

@@ -120,8 +120,8 @@ def draw_maps(specs: Sequence[str], pictures: Sequence[Tensor]) -> tuple[list[Ma
                 notes.append(f"{model.name}'s teacher {taught.spec} is not shown: {error}")
                 continue
             beside = teacher_maps(model, taught, teacher, pictures)
-            found[f"{model.fingerprint} {taught.name}"] = beside[1:]
             found.setdefault(teacher.fingerprint, beside[:1])
+            found[f"{model.fingerprint} {taught.name}"] = beside[1:]
     return [one for group in found.values() for one in group], notes
 
 

@@ -49,6 +49,18 @@ def classified(record: dict[str, Any]) -> Classified:
     )
 
 
+class Drawn(NamedTuple):
+    """A mask that was drawn."""
+
+    annotation: str
+    iou: float
+
+
+def drawn(record: dict[str, Any]) -> Drawn:
+    """A line of SAM's records."""
+    return Drawn(annotation=str(record["annotation_id"]), iou=float(record["iou"]))
+
+
 def answered(record: dict[str, Any]) -> Answered:
     """A line of VQA's records."""
     expected = record["expected"]
