@@ -13,10 +13,11 @@ BIN := .venv/bin
 PROJECT := pyproject.toml requirements/constraints.txt Makefile
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet -c requirements/constraints.txt
 
-.PHONY: help demo test slow lint format weights clean
+.PHONY: help demo nightly test slow lint format weights clean
 
 help:
 	@echo 'make demo     set up, distil a student from three teachers, score all of them, write runs/demo/report.html'
+	@echo 'make nightly  the same from the start, compared with the reports in BASELINE'
 	@echo 'make test     the fast tests (ARGS="-k windows" chooses)'
 	@echo 'make slow     the slow tests'
 	@echo 'make lint     ruff, mypy --strict, import-linter'
@@ -27,6 +28,14 @@ help:
 demo: .venv/.stamp-demo
 	$(BIN)/radio-train demo $(ARGS)
 	$(BIN)/radio-eval report runs/demo/reports --run runs/demo --html runs/demo/report.html
+
+# BASELINE is a folder of an earlier night's reports; other processors round otherwise, hence the tolerance.
+nightly: .venv/.stamp-demo
+	$(BIN)/radio-train demo --restart $(ARGS)
+	$(BIN)/radio-eval report runs/demo/reports --run runs/demo --html runs/demo/report.html
+	@if [ -d '$(BASELINE)' ]; then $(BIN)/radio-eval compare runs/demo/reports --baseline '$(BASELINE)' --tolerance 3 \
+	  --fail-on-regression --markdown runs/demo/compare.md --junit runs/demo/compare.xml; \
+	  else echo 'no earlier reports to compare with; name their folder with BASELINE=...'; fi
 
 # One thread for each of the two workers.
 test slow: export OMP_NUM_THREADS := 1
