@@ -21,6 +21,7 @@ from radio.types import Backbone, Features
 
 NUM_COMPONENTS = 3
 _EDGE = 0.01  # of the values on either side are clipped
+_ROUNDING = 1e-6  # of the widest component: what varies less does not vary
 
 Bytes = NDArray[np.uint8]
 
@@ -74,8 +75,9 @@ class Components:
     def colours(self, tokens: Tensor) -> Tensor:
         """Tokens [..., D] as colours [..., C] in [0, 1]; grey where a component does not vary."""
         span = self.high - self.low
-        shown = (self.coordinates(tokens) - self.low) / torch.where(span > 0, span, 1.0)
-        return torch.where(span > 0, shown, 0.5).clamp(0, 1)
+        varies = span > _ROUNDING * span.max()
+        shown = (self.coordinates(tokens) - self.low) / torch.where(varies, span, 1.0)
+        return torch.where(varies, shown, 0.5).clamp(0, 1)
 
 
 class Maps(NamedTuple):

@@ -146,11 +146,11 @@ def class_grid(
     shown = names[:_MOST_ROWS]
     if len(shown) < len(names):
         caption += f" The {len(shown)} lowest of {len(names)}."
-    heads = [Column(name="class", numeric=False), *([Column(name=count)] if count else [])]
+    heads = [Column(name="class", numeric=False), *([Column(name=count)] if count and counts else [])]
     rows = [
         (
             Cell(text=name),
-            *([Cell(text=_number(counts.get(name)), order=counts.get(name))] if count else []),
+            *([Cell(text=_number(counts.get(name)), order=counts.get(name))] if counts else []),
             *(Cell(text=_number(found.get(name)), order=found.get(name)) for found in columns.values()),
         )
         for name in shown

@@ -1,0 +1,71 @@
+"""Plots: well-formed, the same each time, with the page's colours, and names as text."""
+
+from __future__ import annotations
+
+import re
+import sys
+import xml.etree.ElementTree as Xml
+
+import pytest
+
+from evals.reporting.figures import Series, bars, lines
+from radio.errors import MissingExtraError
+
+NASTY = '<script>alert("1")</script> & \'q\' $x_1$ 😀 id="z" url(#q)'
+
+
+def texts(svg: str) -> list[str]:
+    return [element.text or "" for element in Xml.fromstring(svg).iter("text")]
+
+
+def curve(name: str = "a", slot: int = 0) -> Series:
+    return Series(
+        name=name,
+        slot=slot,
+        x=(10.0, 20.0, 200.0),
+        y=(1.0, None, 3.0),
+        low=(0.5, None, None),
+        high=(1.5, None, 4),
+    )
+
+
+def test_a_plot_is_the_same_each_time_and_its_ids_are_its_own() -> None:
+    first, second = (lines([curve()], name=name, x_label="k", log_x=True) for name in ("one", "two"))
+    assert first == lines([curve()], name="one", x_label="k", log_x=True)
+    ids = [set(re.findall(r' id="([^"]+)"', svg)) for svg in (first, second)]
+    assert ids[0] and not ids[0] & ids[1] and all(each.startswith("one-") for each in ids[0])
+    used = set(re.findall(r'(?:href="|url\()#([^")]+)', first))
+    assert used == ids[0]  # nothing points outside, nothing is without use
+    assert not re.search(r"\d{4}-\d\d-\d\d|<style|<metadata|http:", first)
+
+
+def test_the_colours_are_the_pages_variables() -> None:
+    svg = lines([curve(slot=0), curve(slot=9)], name="p", x_label="k")
+    assert {"var(--ink)", "var(--rule)", "var(--s0)", "var(--s1)"} <= set(re.findall(r"var\(--\w+\)", svg))
+    assert not re.findall(r"#[0-9a-f]{6}\b(?!-)", svg)  # no colour of its own
+    assert "font-family" not in svg
+
+
+def test_names_stay_text() -> None:
+    svg = bars([NASTY[:29], "b\nc\x00d"], [Series(name="m", slot=0, y=(1.0, None))], name="p", x_label=NASTY)
+    assert "<script" not in svg
+    assert NASTY[:29] in texts(svg) and NASTY in texts(svg) and "b c d" in texts(svg)
+    svg = bars(["x" * 50], [Series(name="m", slot=0, y=(1.0,))], name="p", x_label="%")
+    assert f"{'x' * 29}…" in texts(svg)
+
+
+def test_a_bar_is_as_long_as_its_value() -> None:
+    series = [Series(name="m", slot=0, y=(10.0, 20.0)), Series(name="n", slot=1, y=(None, 40.0))]
+    svg = bars(["a", "b"], series, name="p", x_label="%")
+    widths = []
+    for path in Xml.fromstring(svg).iter("path"):
+        if re.search(r"fill: var\(--s\d\)", path.get("style", "")):
+            xs = [float(x) for x in re.findall(r"[ML] ([\d.]+) ", path.get("d", ""))]
+            widths.append(max(xs) - min(xs))
+    assert [round(width / widths[0], 3) for width in widths] == [1, 2, 4]
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingExtraError, match=r"am-radio\[report\]"):
+        lines([curve()], name="p", x_label="k")
