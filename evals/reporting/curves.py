@@ -64,7 +64,7 @@ def read_curves(run: Path) -> Curves:
     names = [
         name for name in dict.fromkeys(n for record in records for n in record) if name not in _NOT_DRAWN
     ]
-    teachers = tuple(dict.fromkeys(name.split("/")[0] for name in names if "/" in name))
+    teachers = tuple(dict.fromkeys(name.rpartition("/")[0] for name in names if "/" in name))
     unused = _without_weight(run / "config.yaml")
     panels: dict[str, list[Series]] = {}
     for name in names:

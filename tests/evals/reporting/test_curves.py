@@ -24,10 +24,19 @@ def test_teachers_share_a_panel_for_each_part_and_keep_their_colour(tmp_path: Pa
         json.dumps(
             {"step": 50, "samples": 800, "loss": 3.0, "a/summary": 0.9, "b/summary": 0.8, "b/spatial": 1}
         ),
-        json.dumps({"step": 100, "loss": 2.0, "a/summary": 0.5, "b/summary": 0.4, "extra_thing": 7.0}),
+        json.dumps(
+            {
+                "step": 100,
+                "loss": 2.0,
+                "a/summary": 0.5,
+                "b/summary": 0.4,
+                "x/y/spatial": 2.0,
+                "extra_thing": 7.0,
+            }
+        ),
     )
     curves = read_curves(run)
-    assert curves.teachers == ("a", "b") and curves.last_step == 100 and curves.notes == ()
+    assert curves.teachers == ("a", "b", "x/y") and curves.last_step == 100 and curves.notes == ()
     titles = [panel.title for panel in curves.panels]
     assert titles == ["loss, all teachers", "summary loss", "spatial loss", "extra thing"]
     loss, summary, spatial, _ = curves.panels
@@ -37,7 +46,10 @@ def test_teachers_share_a_panel_for_each_part_and_keep_their_colour(tmp_path: Pa
         ("a", 0, (0.9, 0.5)),
         ("b", 1, (0.8, 0.4)),
     ]
-    assert [(one.name, one.slot, one.x) for one in spatial.series] == [("b", 1, (50.0,))]
+    assert [(one.name, one.slot, one.x) for one in spatial.series] == [
+        ("b", 1, (50.0,)),
+        ("x/y", 2, (100.0,)),
+    ]
 
 
 def test_a_loss_without_weight_is_dashed(tmp_path: Path) -> None:
