@@ -320,11 +320,18 @@ def _report(arguments: Sequence[str]) -> int:
     return run_report(arguments)
 
 
+def _trend(arguments: Sequence[str]) -> int:
+    from .reporting.command import run_trend
+
+    return run_trend(arguments)
+
+
 _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "all": _all,
     "list": _list,
     "compare": _compare,
     "report": _report,
+    "trend": _trend,
 }
 
 
@@ -332,7 +339,9 @@ def _print_usage(console: Console) -> None:
     console.print(escape("usage: radio-eval TASK MODEL... [options]"), highlight=False)
     console.print(escape("       radio-eval all MODEL... [--tasks ...] [--TASK.option ...]"), highlight=False)
     console.print(escape("       radio-eval list [--archs]"), highlight=False)
-    console.print(escape("       radio-eval compare REPORTS --baseline REPORTS [options]\n"), highlight=False)
+    console.print(escape("       radio-eval report REPORTS --html PAGE [--run runs/NAME]"), highlight=False)
+    console.print(escape("       radio-eval compare REPORTS --baseline REPORTS [options]"), highlight=False)
+    console.print(escape("       radio-eval trend NIGHTS --html PAGE\n"), highlight=False)
     for name in evaluators:
         console.print(f"  {name:12} {escape(_summary(name))}", highlight=False)
     console.print("\nradio-eval TASK --help prints a task's options.", highlight=False)

@@ -1,4 +1,4 @@
-"""`radio-eval compare`: a gate for continuous integration."""
+"""`radio-eval compare` and `radio-eval trend`: a gate for one night, and the page of many."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from radio.errors import ConfigError
 
 from .compare import compare, read_reports, regressions
 from .rendering import junit, markdown, terminal_table
+from .trend import write_trend
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +40,35 @@ class CompareOptions:
         """Refuse what makes no sense."""
         if self.tolerance < 0:
             raise ConfigError(f"tolerance = {self.tolerance}: give 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrendOptions:
+    """Many nights' reports as one HTML page: a line a metric, and the commits where it jumped."""
+
+    nights: tyro.conf.Positional[Path]
+    """A folder with one folder of reports a night."""
+    html: Path = Path("trend.html")
+    """The page to write."""
+    tolerance: float = 1.0
+    """A headline that moves by more points from one night to the next has jumped."""
+
+
+def run_trend(arguments: Sequence[str]) -> int:
+    """The exit code: 0 when the page was written.
+
+    Raises:
+        DataError: no such folder, fewer than two nights, or a damaged report.
+        MissingExtraError: jinja2 or matplotlib is not installed.
+    """
+    options = tyro.cli(TrendOptions, prog="radio-eval trend", args=list(arguments))
+    size, jumps = write_trend(options.nights, options.html, options.tolerance)
+    console = Console(highlight=False)
+    for jump in jumps:
+        line = f"{jump.nights[1]}: {jump.task} {jump.model} {jump.metric} {jump.before.value:.1f} to "
+        console.print(f"{line}{jump.after.value:.1f}", markup=False, soft_wrap=True)
+    console.print(f"{options.html}: {len(jumps)} jumps, {size / 1e6:.2f} MB", markup=False, soft_wrap=True)
+    return 0
 
 
 def run_compare(arguments: Sequence[str]) -> int:

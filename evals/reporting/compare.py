@@ -82,7 +82,7 @@ def read_reports(folder: Path) -> dict[tuple[str, str], Entry]:
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder of reports")
-    entries = [Entry(read(path), path) for path in sorted(folder.glob("*.json")) if _is_report(path)]
+    entries = [Entry(read(path), path) for path in sorted(folder.glob("*.json")) if is_report(path)]
     if not entries:
         raise DataError(f"{folder}: holds no reports; radio-eval TASK MODEL --out {folder} writes them")
     return {(entry.report.task, entry.report.model): entry for entry in entries}
@@ -127,7 +127,8 @@ def regressions(changes: Sequence[Change]) -> list[Change]:
     return [change for change in changes if change.verdict in ("worse", "missing")]
 
 
-def _is_report(path: Path) -> bool:
+def is_report(path: Path) -> bool:
+    """Whether a JSON file is one, or is damaged and was perhaps one."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError):
@@ -174,7 +175,7 @@ def _one_sided(report: Report, verdict: Verdict) -> Change:
 
 def _check_alike(new: Entry, old: Entry) -> None:
     """Refuse to compare what was measured differently."""
-    ours, theirs = (_protocol(entry.report) for entry in (new, old))
+    ours, theirs = (protocol(entry.report) for entry in (new, old))
     for name in dict.fromkeys([*theirs, *ours]):
         if ours.get(name) != theirs.get(name):
             raise DataError(
@@ -183,7 +184,8 @@ def _check_alike(new: Entry, old: Entry) -> None:
             )
 
 
-def _protocol(report: Report) -> dict[str, Any]:
+def protocol(report: Report) -> dict[str, Any]:
+    """What must be equal for two reports to be comparable: settings (not the machine's) and data."""
     settings = {
         key: value
         for key, value in report.settings.items()
