@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import unicodedata
 import warnings
 import xml.etree.ElementTree as Xml
 from collections.abc import Iterator, Sequence
@@ -52,7 +53,7 @@ _SETTINGS = {
     "xtick.color": _INK,
     "ytick.color": _INK,
 }
-_LONGEST = 30  # letters of a name beside an axis
+_BROADEST = 24  # a name beside an axis, in small letters
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -201,7 +202,22 @@ def _colours(style: str) -> str:
 def _short(name: str) -> str:
     """A name that fits beside an axis, in letters that XML can hold."""
     letters = "".join(each if each.isprintable() else " " for each in name)
-    return letters if len(letters) <= _LONGEST else f"{letters[: _LONGEST - 1]}…"
+    if sum(map(_breadth, letters)) <= _BROADEST:
+        return letters
+    kept, breadth = "", _breadth("…")
+    for letter in letters:
+        breadth += _breadth(letter)
+        if breadth > _BROADEST:
+            break
+        kept += letter
+    return f"{kept}…"
+
+
+def _breadth(letter: str) -> float:
+    """How broad a letter is, about, in small letters."""
+    if unicodedata.east_asian_width(letter) in "WF":
+        return 2.0
+    return 1.6 if letter in "mwMW" else 1.25 if letter.isupper() else 1.0
 
 
 def _apart(ticks: Sequence[float]) -> list[float]:

@@ -90,7 +90,7 @@ def make_page(
         left = f"{album.left_out} pictures are left out: the page would be too large with them"
         more.append(Section(anchor="left-out", title="left out", blocks=notes([left])))
     return Page(
-        title=folder.resolve().name,
+        title="/".join(folder.resolve().parts[-2:]).lstrip("/"),
         subtitle=f"{len(reports)} reports, made {' to '.join(dict.fromkeys((days[0], days[-1])))}",
         overview=Section(
             anchor="overview", title="every model on every task", blocks=(overview(known, tasks),)

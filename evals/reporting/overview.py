@@ -23,6 +23,7 @@ TITLES: Mapping[str, str] = {
     "throughput": "throughput",
 }
 _LEARNED_FROM = frozenset({"bank", "train", "pretrain", "instruct"})  # roles of data
+_FEW = 2  # data sets that a column's head can name
 _TASK_ORDER = list(TITLES)
 _KIND_ORDER: tuple[Kind, ...] = ("student", "teacher", "untrained")
 
@@ -144,6 +145,8 @@ def overview(models: Sequence[Model], tasks: Sequence[str]) -> Grid:
 def _contest(report: Report) -> _Contest:
     used = [data for data in report.data if data.role not in _LEARNED_FROM] or report.data[-1:]
     words = "; ".join(f"{data.name}, {data.count}" for data in used)
+    if len(used) > _FEW:
+        words = f"{len(used)} data sets, {sum(data.count for data in used)}"
     return _Contest(report.task, report.headline, report.metrics[report.headline].unit, words)
 
 

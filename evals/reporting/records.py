@@ -10,6 +10,8 @@ from .compare import Entry
 
 T = TypeVar("T")
 
+_NEIGHBOURS = 8  # that are kept of a record: hundreds of each of 50,000 would fill the memory
+
 
 class Classified(NamedTuple):
     """A picture, its class, and what it was taken for."""
@@ -44,8 +46,8 @@ def classified(record: dict[str, Any]) -> Classified:
         label=str(record["label"]),
         predictions=tuple(map(str, record["predictions"])),
         logits=tuple(map(float, record.get("logits", ()))),
-        neighbours=tuple(map(str, record.get("neighbours", ()))),
-        similarities=tuple(map(float, record.get("similarities", ()))),
+        neighbours=tuple(map(str, record.get("neighbours", ())[:_NEIGHBOURS])),
+        similarities=tuple(map(float, record.get("similarities", ())[:_NEIGHBOURS])),
     )
 
 
@@ -87,12 +89,16 @@ def read_records(entry: Entry, reader: Callable[[dict[str, Any]], T]) -> tuple[d
         if not path.is_file() or not path.resolve().is_relative_to(folder):
             notes.append(f"{entry.report.model}: {name} is not there, so single samples are not shown")
             continue
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        kept = [record for line in lines if (record := _parse(line, reader)) is not None]
-        if len(kept) < len(lines):
+        kept, count = [], 0
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                count += 1
+                record = _parse(line, reader)
+                kept += [] if record is None else [record]
+        if len(kept) < count:
             notes.append(
-                f"{entry.report.model}: {len(lines) - len(kept)} of the {len(lines)} lines of {name} cannot "
-                f"be read as records and are left out"
+                f"{entry.report.model}: {count - len(kept)} of the {count} lines of {name} cannot be read as "
+                f"records and are left out"
             )
         if kept:
             found[name] = kept

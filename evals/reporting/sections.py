@@ -17,6 +17,7 @@ from .overview import title_of
 from .pictures import Album
 
 _MOST_ROWS = 100
+_MOST_COLUMNS = 12  # metrics beside one another
 _MOST_SKIPPED = 10
 _OF_THE_MACHINE = frozenset({"cache", "workers", "batch", "device", "resolved"})
 
@@ -64,29 +65,39 @@ def section_of(scored: Scored, build: Builder | None) -> Section:
     blocks: list[Block] = [metrics_grid(reports), *notes(remarks), *own, *rates(scored)]
     blocks += rest_of_tables(reports, shown)
     blocks += paper_table(scored.task)
-    blocks += [details(report) for report in reports]
+    made = tuple(details(report) for report in reports)
+    blocks.append(Folded(summary="how each report was made: settings, data, versions", blocks=made))
     return Section(anchor=f"task-{scored.task}", title=title_of(scored.task), blocks=tuple(blocks))
 
 
 def metrics_grid(reports: Sequence[Report]) -> Grid:
-    """A row a model, a column a metric."""
+    """A row a model, a column a metric; of many metrics, a row a metric and a column a model."""
     first = [report.headline for report in reports]
     names = list(dict.fromkeys([*first, *(name for report in reports for name in report.metrics)]))
     columns: list[list[Metric | None]] = [[report.metrics.get(name) for report in reports] for name in names]
     best = [best_of(column) for column in columns]
     units = [next(metric.unit for metric in column if metric is not None) for column in columns]
-    rows = [
-        (
-            Cell(text=report.model),
-            *(metric_cell(column[place], best=top) for column, top in zip(columns, best, strict=True)),
-        )
-        for place, report in enumerate(reports)
+    cells = [
+        [metric_cell(metric, best=top) for metric in column]
+        for column, top in zip(columns, best, strict=True)
     ]
-    heads = [Column(name=name, small=unit) for name, unit in zip(names, units, strict=True)]
+    if len(names) <= _MOST_COLUMNS:
+        heads = [Column(name=name, small=unit) for name, unit in zip(names, units, strict=True)]
+        rows = [
+            (Cell(text=report.model), *(column[place] for column in cells))
+            for place, report in enumerate(reports)
+        ]
+    else:
+        heads = [Column(name=report.model) for report in reports]
+        rows = [
+            (Cell(text=f"{name} ({unit})" if unit else name), *column)
+            for name, unit, column in zip(names, units, cells, strict=True)
+        ]
+    corner = "model" if len(names) <= _MOST_COLUMNS else "metric"
     used = dict.fromkeys(f"{data.role} {data.name} ({data.count})" for r in reports for data in r.data)
     return Grid(
         caption=f"All metrics, on {'; '.join(used)}." if used else "All metrics.",
-        columns=(Column(name="model", numeric=False), *heads),
+        columns=(Column(name=corner, numeric=False), *heads),
         rows=tuple(rows),
     )
 
@@ -168,7 +179,7 @@ def rest_of_tables(reports: Sequence[Report], shown: frozenset[str]) -> list[Blo
             if name not in shown:
                 summary = f"{report.model}: {name.replace('_', ' ')}"
                 found.append(Folded(summary=summary, blocks=(plain_grid(table, summary),)))
-    return found
+    return [Folded(summary="more tables", blocks=tuple(found))] if found else []
 
 
 def plain_grid(table: Table, caption: str) -> Grid:
@@ -243,7 +254,7 @@ def details(report: Report) -> Folded:
         columns=(Column(name="what", numeric=False), Column(name="value", numeric=False)),
         rows=tuple((Cell(text=name), Cell(text=value)) for name, value in rows),
     )
-    return Folded(summary=f"{report.model}: settings, data, versions", blocks=(grid,))
+    return Folded(summary=report.model, blocks=(grid,))
 
 
 def _flat(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:

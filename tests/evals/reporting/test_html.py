@@ -350,3 +350,14 @@ def test_the_command_writes_the_page_and_says_its_size(
     assert capsys.readouterr().out == f"{page}: {page.stat().st_size / 1e6:.2f} MB\n"
     assert entry.evaluate(["report", str(tmp_path / "nowhere")]) == 2
     assert "no such folder of reports" in capsys.readouterr().err
+
+
+def test_many_metrics_stand_below_one_another(folder: Folder) -> None:
+    many = {"accuracy": metric(50.0), **{f"part_{place}": metric(float(place)) for place in range(20)}}
+    data = tuple(DataUsed(role="questions", name=n, fingerprint=n, count=5, num_classes=0) for n in "abcd")
+    for model in ("x", "y"):
+        folder.add("vqa", model, headline="accuracy", metrics=many, data=data)
+    page = read_page(folder)
+    rows = page.table("All metrics")
+    assert rows[0] == ["metric", "x", "y"] and rows[1] == ["accuracy (%)", "50.0 ±2.0", "50.0 ±2.0"]
+    assert len(rows) == 22 and "4 data sets, 20" in page.text
