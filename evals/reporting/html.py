@@ -32,6 +32,7 @@ _BUILDERS: Mapping[str, Builder] = {
     "sam": sam_blocks,
     "vqa": vqa_blocks,
 }
+_WITHOUT_FILE = ("scenes:", "pip:")  # families that bring their weights along
 _NUM_MAPS = 6  # pictures whose features are shown
 _MAP = 112  # pixels of one on the page
 _MOST_CURVES = 12
@@ -141,21 +142,22 @@ def maps_section(
 ) -> Section | None:
     """The feature maps of the run's student, its teachers and other models on the same pictures.
 
-    Without a run and specs: of the models that the reports name and that need no file.
+    Also of the teachers that the reports name and that bring their weights along.
 
     Raises:
         RadioError: one of `specs` names no model.
     """
-    wanted = list(specs)
+    wanted, remarks = list(specs), []
     if run is not None and (run / "ckpt.pt").is_file():
         wanted.insert(0, str(run / "ckpt.pt"))
-    if not wanted:
-        names = [model.name for model in models if model.kind == "teacher"]
-        wanted = [name for name in names if name.startswith("scenes:") and "@" not in name]
-    if not wanted:
+    elif run is not None:
+        remarks.append(f"{run} holds no ckpt.pt, so its student's maps are not shown")
+    names = [model.name for model in models if model.kind == "teacher"]
+    optional = [name for name in names if name.startswith(_WITHOUT_FILE) and "@" not in name]
+    if not wanted and not optional:
         return None
     shown, words = query_pictures([entry.report for entry in entries], _NUM_MAPS)
-    maps, told = draw_maps(wanted, [picture for _, picture in shown])
+    maps, told = draw_maps(wanted, [picture for _, picture in shown], optional)
     strips = [_strip_of_pictures(shown, words, album), *(_strip_of_maps(one, shown, album) for one in maps)]
     intro = (
         "The first three principal components of each model's tokens as red, green and blue, fitted over the "
@@ -167,7 +169,10 @@ def maps_section(
         anchor="maps",
         title="spatial features",
         intro=intro,
-        blocks=(*notes(told), Strips(caption=caption, strips=tuple(s for s in strips if s.pictures))),
+        blocks=(
+            *notes([*remarks, *told]),
+            Strips(caption=caption, strips=tuple(s for s in strips if s.pictures)),
+        ),
     )
 
 

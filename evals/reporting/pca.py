@@ -96,22 +96,31 @@ class Taught(NamedTuple):
     size: tuple[int, int] | None  # that the student sees when it learns from it
 
 
-def draw_maps(specs: Sequence[str], pictures: Sequence[Tensor]) -> tuple[list[Maps], list[str]]:
-    """The maps of each model, and notes on teachers that could not be loaded.
+def draw_maps(
+    specs: Sequence[str], pictures: Sequence[Tensor], optional: Sequence[str] = ()
+) -> tuple[list[Maps], list[str]]:
+    """The maps of each model, none twice, and notes on those that could not be loaded.
 
     A student brings the teachers that its card names.
 
     Args:
         specs: as `radio.hub.load_backbone` takes them.
         pictures: uint8 [3, h, w] each.
+        optional: specs of models that are left out where they cannot be loaded.
 
     Raises:
         RadioError: a spec that names no model, or tokens that are not finite.
     """
     found: dict[str, list[Maps]] = {}  # by fingerprint
     notes: list[str] = []
-    for spec in specs:
-        model = load_backbone(spec)
+    for spec in dict.fromkeys((*specs, *optional)):
+        try:
+            model = load_backbone(spec)
+        except RadioError as error:
+            if spec in specs:
+                raise
+            notes.append(f"{spec} is not shown: {error}")
+            continue
         if model.fingerprint in found:
             continue
         found[model.fingerprint] = [own_map(model, pictures)]

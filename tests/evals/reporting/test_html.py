@@ -306,12 +306,14 @@ def test_curves_come_with_a_run_and_maps_with_models(folder: Folder) -> None:
     run.mkdir()
     (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "clip/summary": 1.0}) + "\n")
     folder.add("mine", "scenes:clip")
+    folder.add("mine", "pip:gone")
     page = folder.path.parent / "page.html"
     assert write_page(folder.path, page, run=run, models=["scenes:sam"]) < 1_000_000
     read = Reader(page.read_text(encoding="utf-8"))
     assert "training: run, 1 steps" in read.text and "summary loss" in read.text
-    assert "96 x 96 px" not in read.text and "112 x 112 px, 14 x 14 tokens" in read.text
-    assert [tag for tag, _ in read.tags].count("img") == 12  # six pictures and their maps
+    assert "96 x 96 px, 8 x 8 tokens" in read.text and "112 x 112 px, 14 x 14 tokens" in read.text
+    assert [tag for tag, _ in read.tags].count("img") == 18  # six pictures and two models' maps
+    assert "pip:gone is not shown: " in read.text and "run holds no ckpt.pt" in read.text
 
 
 def test_bad_input_is_one_clear_error(folder: Folder, tmp_path: Path) -> None:
