@@ -25,6 +25,8 @@ from .config import TrainConfig
 
 _STUDENTS_ONLY = "vqa"  # a language model is trained for it: minutes a model
 
+_PICTURES = {"seg": {"save_maps": 3}, "sam": {"save_masks": 3}}  # for the page of the run
+
 Jobs = Mapping[str, tuple[Evaluator[Any], Any]]
 
 
@@ -47,7 +49,7 @@ def score(config: TrainConfig, path: Path, console: Console) -> dict[str, list[O
 
 def _job(task: str, device: str) -> tuple[Evaluator[Any], Any]:
     evaluator = evaluators[task]()
-    return evaluator, evaluator.settings(device=device)
+    return evaluator, evaluator.settings(device=device, **_PICTURES.get(task, {}))
 
 
 def _tell(console: Console, name: str, line: str) -> None:
