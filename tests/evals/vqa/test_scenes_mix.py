@@ -47,5 +47,5 @@ def test_the_files_are_llavas_and_are_written_once(tmp_path: Path) -> None:
         "count": 3,
         "seed": 0,
         "size": 96,
-        "version": 3,
+        "version": 4,
     }
