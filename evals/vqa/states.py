@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import io
-import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from evals.core.dist import Group
-from radio.config import write_bytes
-from radio.errors import CheckpointError, DataError
+from evals.core.states import check_agreed, load_state, save_state
 
 _FORMAT = "am-radio-vqa-stage/1"
-_ZIP = b"PK\x03\x04"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,53 +26,35 @@ class StageState:
 
 def write_state(path: Path, key: str, state: StageState) -> None:
     """Write a state, atomically."""
-    buffer = io.BytesIO()
-    torch.save(
+    save_state(
+        path,
+        _FORMAT,
+        key,
         {
-            "format": _FORMAT,
-            "key": key,
             "step": state.step,
             "weights": state.weights,
             "optimizer": state.optimizer,
             "losses": list(state.losses),
         },
-        buffer,
     )
-    write_bytes(path, buffer.getbuffer())
 
 
 def read_state(path: Path, key: str, group: Group | None = None) -> StageState:
     """The state in a file, or a fresh one where there is no file; the same on every rank.
 
     Raises:
-        CheckpointError: not a state, a damaged one, or one of another run.
+        CheckpointError: not a state, a damaged one, or one of a run with other settings, data or weights.
         DataError: ranks do not share the folder.
     """
     group = group or Group()
     group.barrier()  # nobody reads while the leader still writes
-    state = _read(path, key) if path.is_file() else StageState()
-    steps = group.gather(torch.tensor(state.step))
-    if int(steps.min()) != int(steps.max()):
-        raise DataError(f"{path}: ranks see different states; give --cache a folder that all share")
+    found = load_state(path, _FORMAT, key)
+    state = _read(found) if found else StageState()
+    check_agreed(path, state.step, group)
     return state
 
 
-def _read(path: Path, key: str) -> StageState:
-    try:
-        with path.open("rb") as file:
-            if file.read(len(_ZIP)) != _ZIP:  # else torch would try to read a bare pickle
-                raise EOFError
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: not a stage's training, or a damaged one; remove it to begin anew"
-        ) from error
-    if not isinstance(found, dict) or found.get("format") != _FORMAT:
-        raise CheckpointError(f"{path}: not of the format {_FORMAT}; remove it to begin anew")
-    if found["key"] != key:
-        raise CheckpointError(
-            f"{path}: is the training of another backbone, data set or protocol; remove it to begin anew"
-        )
+def _read(found: dict[str, Any]) -> StageState:
     return StageState(
         step=found["step"],
         weights=found["weights"],

@@ -45,7 +45,7 @@ def test_nothing_is_unpickled(tmp_path: Path, monkeypatch) -> None:
     Path("text.pt").write_text("no state")
     Path("cut.pt").write_bytes(Path("evil.pt").read_bytes()[:200])
     for name in ("evil", "raw", "text", "cut"):
-        with pytest.raises(CheckpointError, match=f"{name}.pt: not a head's training, or a damaged one"):
+        with pytest.raises(CheckpointError, match=f"{name}.pt: not a training, or a damaged one"):
             read_state(Path(f"{name}.pt"), "key")
     assert not Path("ran").exists()
     torch.save({"weights": torch.ones(1)}, "foreign.pt")

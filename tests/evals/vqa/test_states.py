@@ -36,5 +36,5 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not of the format am-radio-vqa-stage/1"):
         read_state(path, "k")
     path.write_bytes(pickle.dumps({"format": "am-radio-vqa-stage/1"}))
-    with pytest.raises(CheckpointError, match="not a stage's training, or a damaged one"):
+    with pytest.raises(CheckpointError, match="not a training, or a damaged one"):
         read_state(path, "k")
