@@ -149,7 +149,9 @@ def _run(model: Backbone, settings: VqaSettings, group: Group, watch: Watch) -> 
     cache, device = settings.cache or default_cache(), choose_device(settings.device)
     name, preset = choose(settings)
     size, notes = choose_size(model, settings, preset)
-    language = language_name(settings, name)
+    wanted, shape = language_name(settings, name), TinyShape()
+    # one of other people's is opened before the data are written; the tiny one is made of their words
+    opened = None if wanted == "tiny" else open_language(wanted, (), shape, settings.seed)
     exams: list[TaskData] = []
     if "score" in settings.stages:
         exams = open_exams(settings, (settings.scenes or preset.scenes)[1], cache, group)
@@ -171,7 +173,7 @@ def _run(model: Backbone, settings: VqaSettings, group: Group, watch: Watch) -> 
         settings=settings,
         preset=preset,
         encoder=encoder,
-        language=open_language(language, records, TinyShape(), settings.seed),
+        language=opened or open_language(wanted, records, shape, settings.seed),
         material=material,
         num_tokens=encoder.grid[0] * encoder.grid[1],
         layer_norm=preset.layer_norm if settings.layer_norm is None else settings.layer_norm,
