@@ -2,7 +2,7 @@
 
 The same pictures, boxes and masks: ours against `SamPredictor` one box at a time, with one scan over all
 annotations for each picture and overlaps through run lengths. Both run in turns and in both orders, and the
-medians are compared. A second pair measures the released decoder at full size, random weights, on one picture.
+medians are compared. A second pair measures the released decoder with random weights on one picture.
 
     python benchmarks/sam_eval.py --data instances_val2017.json --images val2017 --model runs/demo/ckpt.pt
 """

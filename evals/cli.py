@@ -27,7 +27,8 @@ from radio.students import StudentOptions, students
 from radio.types import Backbone
 
 from .core.dist import Group, joined
-from .core.evaluator import Evaluator, ScoringFiles, evaluators
+from .core.evaluator import Evaluator, ScoringFiles, Watch, evaluators
+from .core.noise import NOISE_FILE, measure_noise, write_noise
 from .core.progress import watch_on
 from .core.report import Report
 from .core.suite import run_all
@@ -138,10 +139,7 @@ def _parse(task: str, evaluator: Evaluator[Any], arguments: Sequence[str]) -> tu
 
 
 def _evaluate(evaluator: Evaluator[Any], options: Options, settings: Any, group: Group) -> None:
-    console = Console(no_color=options.plain, highlight=False, quiet=not group.leads)
-    progress = Console(stderr=True)
-    shown = group.leads and progress.is_terminal and not options.plain
-    watch = watch_on(progress, shown=shown)
+    console, watch = _screen(options, group)
     reports = _without_model(evaluator, options, settings)
     for spec, model, name in () if reports else _models(options):
         out = options.out or _default_out(spec)
@@ -169,40 +167,76 @@ class AllOptions:
     """Only these tasks. All of them unless given."""
 
 
-def _all(arguments: Sequence[str]) -> int:
-    """1 when a task failed."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NoiseOptions(AllOptions):
+    """What a model's scores move by when nothing but luck changes; compare reads the file."""
+
+    repeats: int = 5
+    """How often each task that trains something is run."""
+
+
+Jobs = dict[str, tuple[Evaluator[Any], Any]]
+
+
+def _parse_suite(command: str, kind: type[AllOptions], arguments: Sequence[str]) -> tuple[Options, Any, Jobs]:
+    """The common options, the command's own, and the tasks with their settings (`--TASK.option`)."""
     made = {name: evaluators[name]() for name in evaluators}
     own = {name: name.replace("-", "_") for name in made}
-    kind = dataclasses.make_dataclass(
-        "All",
+    both = dataclasses.make_dataclass(
+        "Suite",
         [
             ("model", Annotated[Options, tyro.conf.arg(name="")]),
-            ("all", Annotated[AllOptions, tyro.conf.arg(name="")]),
+            ("own", Annotated[kind, tyro.conf.arg(name="")]),
             *((own[name], evaluator.settings) for name, evaluator in made.items()),
         ],
         frozen=True,
         kw_only=True,
     )
-    parsed: Any = tyro.cli(kind, prog="radio-eval all", args=list(arguments), description=AllOptions.__doc__)
-    unknown = [task for task in parsed.all.tasks if task not in made]
+    parsed: Any = tyro.cli(both, prog=f"radio-eval {command}", args=list(arguments), description=kind.__doc__)
+    unknown = [task for task in parsed.own.tasks if task not in made]
     if unknown:
         raise ConfigError(f"no task {unknown[0]!r}{did_you_mean(unknown[0], made)}; tasks: {', '.join(made)}")
-    jobs = {name: (made[name], getattr(parsed, own[name])) for name in parsed.all.tasks or made}
+    jobs = {name: (made[name], getattr(parsed, own[name])) for name in parsed.own.tasks or made}
+    return parsed.model, parsed.own, jobs
+
+
+def _all(arguments: Sequence[str]) -> int:
+    """1 when a task failed."""
+    options, _, jobs = _parse_suite("all", AllOptions, arguments)
     with joined() as group:
-        return _run_all(parsed.model, jobs, group)
+        return _run_all(options, jobs, group)
 
 
-def _run_all(options: Options, jobs: dict[str, tuple[Evaluator[Any], Any]], group: Group) -> int:
+def _noise(arguments: Sequence[str]) -> int:
+    options, own, jobs = _parse_suite("noise", NoiseOptions, arguments)
+    console, watch = _screen(options, Group())
+    for spec, model, name in _models(options):
+        tell = _teller(console, name)
+        noise = measure_noise(model, jobs, repeats=own.repeats, name=name, watch=watch, tell=tell)
+        path = (options.out or _default_out(spec)) / NOISE_FILE
+        write_noise(path, noise, fingerprint=model.fingerprint, repeats=own.repeats)
+        for task, metrics in noise.items():
+            tell(f"{task}: " + ", ".join(f"{metric} {value:.2f}" for metric, value in metrics.items()))
+        console.print(str(path), soft_wrap=True)
+    return OK
+
+
+def _screen(options: Options, group: Group) -> tuple[Console, Watch]:
+    """Where results are printed, and what draws bars."""
     console = Console(no_color=options.plain, highlight=False, quiet=not group.leads)
     progress = Console(stderr=True)
-    watch = watch_on(progress, shown=group.leads and progress.is_terminal and not options.plain)
+    return console, watch_on(progress, shown=group.leads and progress.is_terminal and not options.plain)
+
+
+def _teller(console: Console, name: str) -> Callable[[str], None]:
+    return lambda line: console.print(escape(f"{name}: {line}"), soft_wrap=True)
+
+
+def _run_all(options: Options, jobs: Jobs, group: Group) -> int:
+    console, watch = _screen(options, group)
     failed = False
     for spec, model, name in _models(options):
-        out = options.out or _default_out(spec)
-
-        def tell(line: str, name: str = name) -> None:
-            console.print(escape(f"{name}: {line}"), soft_wrap=True)
-
+        out, tell = options.out or _default_out(spec), _teller(console, name)
         outcomes = run_all(model, jobs, out, name=name, watch=watch, group=group, tell=tell)
         console.print(summary(name, outcomes, plain=options.plain))
         failed = failed or any(outcome.state == "failed" for outcome in outcomes)
@@ -328,6 +362,7 @@ def _trend(arguments: Sequence[str]) -> int:
 
 _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "all": _all,
+    "noise": _noise,
     "list": _list,
     "compare": _compare,
     "report": _report,
@@ -338,6 +373,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 def _print_usage(console: Console) -> None:
     console.print(escape("usage: radio-eval TASK MODEL... [options]"), highlight=False)
     console.print(escape("       radio-eval all MODEL... [--tasks ...] [--TASK.option ...]"), highlight=False)
+    console.print(escape("       radio-eval noise MODEL [--repeats N] [--tasks ...]"), highlight=False)
     console.print(escape("       radio-eval list [--archs]"), highlight=False)
     console.print(escape("       radio-eval report REPORTS --html PAGE [--run runs/NAME]"), highlight=False)
     console.print(escape("       radio-eval compare REPORTS --baseline REPORTS [options]"), highlight=False)

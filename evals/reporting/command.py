@@ -9,6 +9,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
+from evals.core.noise import NOISE_FILE, read_noise
 from radio.config import write_text
 from radio.errors import ConfigError
 
@@ -27,6 +28,9 @@ class CompareOptions:
     """The folder that they are compared with."""
     tolerance: float = 0.5
     """A drop of so many points is no regression."""
+    noise: Path | None = None
+    """What radio-eval noise measured: a drop within it is no regression. `noise.json` beside the baseline's
+    reports unless given, if it is there."""
     fail_on_regression: bool = False
     """Exit with 1 when a metric dropped by more, or a task of the baseline is missing."""
     markdown: Path | None = None
@@ -79,8 +83,12 @@ def run_compare(arguments: Sequence[str]) -> int:
         ConfigError: a tolerance below 0.
     """
     options = tyro.cli(CompareOptions, prog="radio-eval compare", args=list(arguments))
+    noise = options.noise or options.baseline / NOISE_FILE
     changes = compare(
-        read_reports(options.reports), read_reports(options.baseline), tolerance=options.tolerance
+        read_reports(options.reports),
+        read_reports(options.baseline),
+        tolerance=options.tolerance,
+        noise=read_noise(noise) if options.noise is not None or noise.is_file() else {},
     )
     console = Console(no_color=options.plain, highlight=False)
     console.print(terminal_table(changes, plain=options.plain or not console.is_terminal))
@@ -90,5 +98,5 @@ def run_compare(arguments: Sequence[str]) -> int:
         write_text(options.junit, junit(changes))
     bad = regressions(changes)
     said = ", ".join(f"{change.task} {change.metric}" for change in bad) or "none"
-    console.print(f"regressions beyond {options.tolerance:g} points: {said}", markup=False)
+    console.print(f"regressions beyond {options.tolerance:g} points and the noise: {said}", markup=False)
     return int(bool(bad) and options.fail_on_regression)

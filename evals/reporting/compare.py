@@ -31,6 +31,7 @@ _OF_THE_MACHINE = frozenset(
         "save_every",
     }
     | {"save_maps", "save_masks", "workers"}
+    | {"head_seed", "training_seed"}  # luck, not protocol
 )
 
 Sample = tuple[str, str, float]  # its key, what is resampled together, its score in [0, 1]

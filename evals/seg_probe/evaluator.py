@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +35,10 @@ class SegEvaluator:
 
     name = "seg"
     settings = SegSettings
+
+    def repeat(self, settings: SegSettings, number: int) -> SegSettings:
+        """The same probe with other heads."""
+        return replace(settings, head_seed=settings.first_head + number * settings.seeds)
 
     def run(
         self,
@@ -73,7 +78,7 @@ class SegEvaluator:
             places=spread_places(len(probe.data.val.pairs), settings.save_maps),
         )
         outcomes = [
-            probe.run(settings.seed + number, label, watch, writer if number == 0 else None)
+            probe.run(settings.first_head + number, label, watch, writer if number == 0 else None)
             for number in range(settings.seeds)
         ]
         finished = time.monotonic()
@@ -120,7 +125,8 @@ def _tables(outcomes: Sequence[Outcome], probe: Probe, settings: SegSettings) ->
         tables["seeds"] = Table(
             columns=("seed", "miou", "macc", "aacc"),
             rows=tuple(
-                (settings.seed + number, one.miou, one.macc, one.aacc) for number, one in enumerate(found)
+                (settings.first_head + number, one.miou, one.macc, one.aacc)
+                for number, one in enumerate(found)
             ),
         )
     return tables

@@ -39,6 +39,8 @@ class SegSettings:
     """Train so many heads; the scores are their mean, with the standard deviation."""
     seed: int = 0
     """Which generated world, and of the first head its weights, order and crops; the next heads count up."""
+    head_seed: int | None = None
+    """Of the first head, where it is to be another than that of the world."""
     scenes: tuple[int, int] = (1000, 300)
     """Training and validation pictures of the generated world, where no data are given."""
     limit: int | None = None
@@ -59,6 +61,11 @@ class SegSettings:
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """What the backbone computes in; the head is always trained in fp32."""
+
+    @property
+    def first_head(self) -> int:
+        """The first head's seed."""
+        return self.seed if self.head_seed is None else self.head_seed
 
     def __post_init__(self) -> None:
         """Refuse what no data could make sense of."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from evals.core.noise import write_noise
 from evals.core.report import read, write
 from radio import entry
 
@@ -33,13 +34,13 @@ def test_the_gate_lets_equals_pass_and_stops_a_fall(
 ) -> None:
     good, poor = folders
     assert gate(good, good, "--fail-on-regression") == 0
-    assert "regressions beyond 0.5 points: none" in capsys.readouterr().out
+    assert "regressions beyond 0.5 points and the noise: none" in capsys.readouterr().out
     assert gate(poor, good) == 0  # told, not asked to fail
     summary, results = tmp_path / "s.md", tmp_path / "j.xml"
     more = ("--fail-on-regression", "--markdown", str(summary), "--junit", str(results))
     assert gate(poor, good, *more) == 1
     out = capsys.readouterr().out
-    assert "regressions beyond 0.5 points: knn top1" in out
+    assert "regressions beyond 0.5 points and the noise: knn top1" in out
     assert "▼ worse" in summary.read_text() and "<failure" in results.read_text()
     assert gate(good, poor, "--fail-on-regression") == 0
 
@@ -60,6 +61,11 @@ def test_edited_records_move_the_gate_at_the_tolerance(folders: tuple[Path, Path
     write(report, worse / path.name)
     assert gate(worse, good, "--fail-on-regression", "--tolerance", "2") == 0
     assert gate(worse, good, "--fail-on-regression", "--tolerance", "1") == 1
+    noise = tmp_path / "noise.json"
+    for measured, code in ((1.8, 0), (1.6, 1)):  # mean_class falls by as much at most
+        write_noise(noise, {"knn": {"top1": measured, "mean_class": 2.0}}, fingerprint="f", repeats=2)
+        more = ("--fail-on-regression", "--tolerance", "1", "--noise", str(noise))
+        assert gate(worse, good, *more) == code
 
 
 def test_another_k_is_refused(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from evals.core.evaluator import silent
+from evals.core.noise import measure_noise, read_noise, write_noise
+from evals.core.report import Metric
+from radio.errors import ConfigError, DataError
+
+LUCK = (50.0, 52.0, 51.0, 53.0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What luck is."""
+
+    luck: int = 7
+
+
+class Exact:
+    """A task that gives the same every time."""
+
+    name, settings = "exact", Settings
+
+    def run(self, model: Any, settings: Settings, out: Path, *, name: str, watch: Any) -> Any:
+        raise AssertionError("nobody needs to run it")
+
+
+class Lucky:
+    """A task that trains something."""
+
+    name, settings = "lucky", Settings
+
+    def repeat(self, settings: Settings, number: int) -> Settings:
+        return replace(settings, luck=number)
+
+    def run(self, model: Any, settings: Settings, out: Path, *, name: str, watch: Any) -> Any:
+        return SimpleNamespace(metrics={"miou": Metric(value=LUCK[settings.luck]), "same": Metric(value=1.0)})
+
+
+def measured(model: Any, repeats: int) -> dict[str, dict[str, float]]:
+    jobs: Any = {"exact": (Exact(), Settings()), "lucky": (Lucky(), Settings())}
+    return measure_noise(model, jobs, repeats=repeats, name="m", watch=silent, tell=lambda line: None)
+
+
+def test_noise_is_what_two_runs_differ_by(backbone: Callable[..., Any]) -> None:
+    """Checked by drawing pairs: 95 % of the differences of two normal numbers of that spread are smaller."""
+    found = measured(backbone(), 4)
+    assert list(found) == ["lucky"] and found["lucky"]["same"] == 0
+    spread = np.std(LUCK, ddof=1)
+    pairs = np.random.default_rng(0).normal(0, spread, (200_000, 2))
+    inside = np.mean(np.abs(pairs[:, 0] - pairs[:, 1]) < found["lucky"]["miou"])
+    assert inside == pytest.approx(0.95, abs=0.003)
+
+
+def test_one_run_has_no_spread(backbone: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match="--repeats 1: a spread needs two or more"):
+        measured(backbone(), 1)
+
+
+def test_a_file_of_noise_comes_back(tmp_path: Path) -> None:
+    path = tmp_path / "noise.json"
+    write_noise(path, {"seg": {"miou": 0.5}}, fingerprint="f", repeats=3)
+    assert read_noise(path) == {"seg": {"miou": 0.5}}
+    for text in ("{", '{"format": "am-radio-noise/0"}', '{"format": "am-radio-noise/1", "tasks": {"a": 1}}'):
+        path.write_text(text)
+        with pytest.raises(DataError, match="file of noise"):
+            read_noise(path)
+    with pytest.raises(DataError, match="radio-eval noise MODEL writes one"):
+        read_noise(tmp_path / "gone.json")
