@@ -10,19 +10,18 @@ from radio.errors import ConfigError
 
 from .tasks import Rule, Task, TaskFiles
 
-StageName = Literal["pretrain", "instruct", "score"]
 PresetName = Literal["paper", "scenes"]
 
-STAGES: tuple[StageName, ...] = ("pretrain", "instruct", "score")
+STAGES = ("pretrain", "instruct", "score")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VqaSettings:
     """LLaVA-1.5 on frozen patch tokens: a projector and a language model are trained, then asked."""
 
-    stages: tuple[StageName, ...] = STAGES
-    """What is done: the projector's training, the instruction tuning, the questions. A finished stage is
-    found again."""
+    stages: tuple[str, ...] = STAGES
+    """What is done, with blanks or commas between: pretrain (the projector learns), instruct (the language
+    model too), score. A finished stage is found again."""
     preset: PresetName | None = None
     """The protocol. `paper` where training data are given and `scenes` for the generated world, unless
     given."""
@@ -114,8 +113,10 @@ class VqaSettings:
             raise ConfigError(f"lr = {self.lr}: give a learning rate above 0, such as 1e-3")
         if self.scenes is not None and min(self.scenes) < 1:
             raise ConfigError(f"scenes = {self.scenes}: give at least one of each")
-        if not self.stages or len(set(self.stages)) < len(self.stages):
+        stages = tuple(name for text in self.stages for name in text.split(",") if name)
+        if not stages or len(set(stages)) < len(stages) or not set(stages) <= set(STAGES):
             raise ConfigError(f"stages = {self.stages}: name one or more of {', '.join(STAGES)}, each once")
+        object.__setattr__(self, "stages", stages)
         self._check_files()
 
     def _check_files(self) -> None:

@@ -91,6 +91,7 @@ def test_a_size_that_was_asked_for(backbone: Callable[..., Any]) -> None:
     [
         ({"stages": ()}, r"stages = \(\): name one or more of pretrain, instruct, score"),
         ({"stages": ("score", "score")}, "each once"),
+        ({"stages": ("pretrain,train",)}, "name one or more of pretrain, instruct, score"),
         ({"batch": 0}, "batch = 0: give 1 or more"),
         ({"lr": 0.0}, "lr = 0.0: give a learning rate above 0"),
         ({"scenes": (0, 1)}, "give at least one of each"),
@@ -103,6 +104,10 @@ def test_a_size_that_was_asked_for(backbone: Callable[..., Any]) -> None:
 def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         VqaSettings(**settings)
+
+
+def test_stages_with_commas() -> None:
+    assert VqaSettings(stages=("pretrain,instruct", "score")).stages == ("pretrain", "instruct", "score")
 
 
 def test_the_files_of_a_benchmark() -> None:
