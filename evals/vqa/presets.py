@@ -33,6 +33,7 @@ class Stage:
     weight_decay: float = 0.0
     warmup: float = 0.03  # of the steps; then a cosine to zero
     lr_of_opened: float | None = None  # where the language model is not made in the run; else `lr` too
+    batch_of_opened: int | None = None  # likewise
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +88,7 @@ PRESETS: dict[PresetName, Preset] = {
             batch=16,  # many small steps: where attention finds the object is found late, then quickly
             warmup=0.1,
             lr_of_opened=1e-4,
+            batch_of_opened=4,
         ),
         sizes=(96,),
         micro_batch=16,
@@ -152,7 +154,9 @@ def plan_stage(
     Raises:
         ConfigError: a batch that the micro-batch does not divide.
     """
-    batch = settings.batch or min(stage.batch, max(1, count // _LEAST_BATCHES))
+    batch = settings.batch or min(
+        (opened and stage.batch_of_opened) or stage.batch, max(1, count // _LEAST_BATCHES)
+    )
     micro_batch = settings.micro_batch or math.gcd(batch, preset.micro_batch)
     if batch % micro_batch:
         raise ConfigError(f"a batch of {batch} is no multiple of micro_batch = {micro_batch}; choose another")
