@@ -150,7 +150,7 @@ class Course:
             self.encoder.size,
             self.num_tokens,
             layer_norm=self.layer_norm,
-            seed=self.settings.seed,
+            seed=self.settings.luck,
         )
         restore(model, weights, str(self.folder))
         return model
@@ -184,7 +184,7 @@ class Course:
             plan=plan,
             data=self._samples(material, plan),
             pad_token=self.language.pad_token,
-            seed=self.settings.seed,
+            seed=self.settings.luck,
             state=path,
             key=key,
             device=self.device,
@@ -216,7 +216,7 @@ class Course:
         if not self.settings.shuffle_images:
             return shown
         names = material.source.keys
-        generator = np.random.default_rng([self.settings.seed, len(names)])
+        generator = np.random.default_rng([self.settings.luck, len(names)])
         return Swapped(shown, dict(zip(names, generator.permutation(names).tolist(), strict=True)))
 
     def _key(self, before: str, plan: StagePlan, material: Material) -> str:
@@ -226,7 +226,7 @@ class Course:
             plan.describe(),
             material.fingerprint,
             self.encoder.size,
-            settings.seed,
+            settings.luck,
             settings.precision,
             settings.lora_rank,
             settings.shuffle_images,

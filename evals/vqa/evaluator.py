@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -48,6 +49,10 @@ class VqaEvaluator:
 
     name = "vqa"
     settings = VqaSettings
+
+    def repeat(self, settings: VqaSettings, number: int) -> VqaSettings:
+        """The same protocol with other fresh weights and another order of samples."""
+        return replace(settings, training_seed=settings.luck + number)
 
     def run(
         self,
@@ -151,7 +156,7 @@ def _run(model: Backbone, settings: VqaSettings, group: Group, watch: Watch) -> 
     size, notes = choose_size(model, settings, preset)
     wanted, shape = language_name(settings, name), TinyShape()
     # one of other people's is opened before the data are written; the tiny one is made of their words
-    opened = None if wanted == "tiny" else open_language(wanted, (), shape, settings.seed)
+    opened = None if wanted == "tiny" else open_language(wanted, (), shape, settings.luck)
     exams: list[TaskData] = []
     if "score" in settings.stages:
         exams = open_exams(settings, (settings.scenes or preset.scenes)[1], cache, group)
@@ -173,7 +178,7 @@ def _run(model: Backbone, settings: VqaSettings, group: Group, watch: Watch) -> 
         settings=settings,
         preset=preset,
         encoder=encoder,
-        language=opened or open_language(wanted, records, shape, settings.seed),
+        language=opened or open_language(wanted, records, shape, settings.luck),
         material=material,
         num_tokens=encoder.grid[0] * encoder.grid[1],
         layer_norm=preset.layer_norm if settings.layer_norm is None else settings.layer_norm,

@@ -101,6 +101,13 @@ class VqaSettings:
     """What the encoder and the language model compute in; weights that learn are kept in fp32."""
     seed: int = 0
     """Which generated world; also of fresh weights, of the order of samples, and of the bootstrap."""
+    training_seed: int | None = None
+    """Of fresh weights and of the order of samples, where it is to be another than that of the world."""
+
+    @property
+    def luck(self) -> int:
+        """The seed of the training."""
+        return self.seed if self.training_seed is None else self.training_seed
 
     def __post_init__(self) -> None:
         """Refuse what no data could make sense of."""

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from evals.cli import main
+from evals.core.noise import read_noise
 from evals.core.progress import watch_on
 from evals.core.report import read
 from radio.entry import evaluate
@@ -194,3 +195,45 @@ def test_the_report_file_is_plain_json(checkpoint: Path) -> None:
     data = json.loads((checkpoint.parent / "reports" / "knn-first.json").read_text())
     assert data["format"] == "am-radio-report/2"
     assert data["task"] == "knn"
+
+
+def test_noise_asks_only_what_has_luck(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The probe's heads differ by their seeds; k-NN is exact."""
+    small = ["--tasks", "knn", "seg", "--seg.scenes", "24", "12", "--seg.iterations", "4", "--repeats", "2"]
+    cache = ["--seg.cache", str(tmp_path / "cache")]
+    assert main(["noise", "arch:vit-tiny12", "--out", "o", "--plain", *small, *cache]) == 0
+    noise = read_noise(tmp_path / "o" / "noise.json")
+    assert list(noise) == ["seg"]
+    assert set(noise["seg"]) == {"miou", "macc", "aacc"}
+    assert max(noise["seg"].values()) > 0
+    assert "knn: exact" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "o").iterdir()] == ["noise.json"]
+
+
+def test_all_keeps_what_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--tasks", "knn", "zeroshot", "--knn.scenes", "60", "60", "--zeroshot.scenes", "60", "--plain"]
+    assert main(["all", "arch:vit-tiny12", "--out", "o", *small]) == 0
+    first = capsys.readouterr().out
+    assert "knn: running" in first and "zeroshot: left out: vit-tiny12 learned from no teacher" in first
+    assert main(["all", "arch:vit-tiny12", "--out", "o", *small]) == 0
+    assert "knn: unchanged, kept" in capsys.readouterr().out
+    with pytest.raises(RadioError, match="no task 'knm'; did you mean knn"):
+        main(["all", "arch:vit-tiny12", "--tasks", "knm"])
+    assert (
+        main(
+            [
+                "all",
+                "arch:vit-tiny12",
+                "--out",
+                "p",
+                "--tasks",
+                "knn",
+                "--knn.bank",
+                "gone",
+                "--knn.query",
+                "x",
+            ]
+        )
+        == 1
+    )
+    assert "knn: failed: gone: no such folder" in capsys.readouterr().out
