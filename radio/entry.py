@@ -76,6 +76,6 @@ def _run(module: str, argv: Sequence[str] | None) -> int:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return USAGE
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
+        sys.stderr.write("interrupted; what is done is kept: the same command goes on from there\n")
         return INTERRUPTED
     return code

@@ -30,7 +30,7 @@ _OF_THE_MACHINE = frozenset(
         "keep_tokens_gb",
         "save_every",
     }
-    | {"save_maps", "save_masks", "workers"}
+    | {"save_maps", "save_masks", "workers", "answer_batch", "fsdp", "save", "score"}
     | {"head_seed", "training_seed"}  # luck, not protocol
 )
 
