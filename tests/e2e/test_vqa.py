@@ -129,11 +129,11 @@ def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_pictures_are_worth_fifteen_points_on_the_generated_world(tmp_path: Path) -> None:
-    started = time.process_time()  # of this process, whatever else the cores do
+    started = time.monotonic()
     assert entry.evaluate(["vqa", "scenes:dense", "--plain", "--out", str(tmp_path)]) == 0
     report = scores(tmp_path, "scenes-dense")
     assert report.metrics["accuracy"].value >= report.metrics["blind_accuracy"].value + 15
-    assert time.process_time() - started < 240
+    assert time.monotonic() - started < 240
 
 
 @pytest.mark.slow
