@@ -1,7 +1,7 @@
 """Model specs: one string that names any backbone there is.
 
 `runs/x/ckpt.pt` a checkpoint; `family:name[@file]` a teacher; `arch:name`, or a bare architecture
-name with `random_init`, an untrained student.
+name with `random_init`, an untrained student. `timm:name` is an architecture, `timm:name@file` a teacher.
 """
 
 from __future__ import annotations
@@ -92,12 +92,6 @@ def _load(text: str, random_init: bool, seed: int) -> Backbone:
                 f"{text}: arch: is for untrained students and takes no file; give the file alone"
             )
         return build(ModelConfig(student=spec.name), seed).eval()
-    if ":" in text:
-        if random_init:
-            raise ConfigError(
-                f"{text} is a teacher, and teachers are not scored untrained; leave --random-init out"
-            )
-        return load_teacher(text)
     if text in students:
         if not random_init:
             raise ConfigError(
@@ -105,5 +99,11 @@ def _load(text: str, random_init: bool, seed: int) -> Backbone:
                 f"it untrained"
             )
         return build(ModelConfig(student=text), seed).eval()
+    if ":" in text:
+        if random_init:
+            raise ConfigError(
+                f"{text} is a teacher, and teachers are not scored untrained; leave --random-init out"
+            )
+        return load_teacher(text)
     hint = did_you_mean(text, students) or f"; known architectures: {', '.join(students)}"
     raise CheckpointError(f"{text!r} is no file and no architecture{hint}")

@@ -15,12 +15,13 @@ class Registry(Generic[T]):
     """A mapping from kebab-case names to objects (factories, evaluators).
 
     A package outside this one adds to a registry through an entry point of the group
-    `am_radio.<kind>s`, for example `am_radio.students`.
+    `am_radio.<kind>s`, for example `am_radio.students`. A family stands for all names with its prefix.
     """
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self._entries: dict[str, T] = {}
+        self._families: dict[str, Callable[[str], T]] = {}
         self._plugins_read = False
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -46,6 +47,13 @@ class Registry(Generic[T]):
             raise ConfigError(f"a {self.kind} named {name!r} is registered already; choose another name")
         self._entries[name] = value
 
+    def add_family(self, prefix: str, find: Callable[[str], T]) -> None:
+        """Let `find(rest)` answer for every name `prefix:rest` that is not entered itself.
+
+        `find` raises a ConfigError for what it does not know. A listing shows entered names only.
+        """
+        self._families[prefix] = find
+
     def __getitem__(self, name: str) -> T:
         """What stands under `name`.
 
@@ -54,13 +62,22 @@ class Registry(Generic[T]):
         """
         self._read_plugins()
         if name not in self._entries:
+            prefix, colon, rest = name.partition(":")
+            if colon and prefix in self._families:
+                return self._families[prefix](rest)
             hint = did_you_mean(name, self._entries) or f"; known: {', '.join(sorted(self._entries))}"
             raise ConfigError(f"unknown {self.kind} {name!r}{hint}")
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:
         self._read_plugins()
-        return name in self._entries
+        if name in self._entries or not isinstance(name, str):
+            return name in self._entries
+        try:
+            self[name]
+        except ConfigError:
+            return False
+        return True
 
     def __iter__(self) -> Iterator[str]:
         """The names, sorted."""

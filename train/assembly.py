@@ -112,6 +112,8 @@ def model_config(config: TrainConfig, teachers: Mapping[str, Teacher]) -> ModelC
                 f"--summary {config.summary} decides the class tokens; leave --options.class-tokens out"
             )
         options = replace(options, class_tokens=len(teachers) if config.summary == "per-teacher" else 0)
+    if options.image_size is None and config.student.startswith("timm:"):  # some take the one size alone
+        options = replace(options, image_size=config.resolution)
     adaptors = tuple(
         AdaptorConfig(
             name=name,

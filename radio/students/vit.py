@@ -216,13 +216,16 @@ def _build(config: ViTConfig, options: StudentOptions) -> ViT:
     """A ViT of this shape with a recipe's options.
 
     Raises:
-        ConfigError: a window or schedule for a student without windows, or a count that cannot be.
+        ConfigError: an option that it does not have, or a count that cannot be.
     """
     chosen = {
         key: value
         for key in ("class_tokens", "registers", "stem", "window", "schedule")
         if (value := getattr(options, key)) is not None
     }
+    foreign = [name for name in ("upsample", "image_size") if getattr(options, name) is not None]
+    if foreign:
+        raise ConfigError(f"{config.name} has no {foreign[0].replace('_', '-')}; that is for timm students")
     if config.window is None and ({"window", "schedule"} & chosen.keys()):
         raise ConfigError(f"{config.name} has no windows; use vitdet-{config.name.removeprefix('vit-')}")
     for key, least in (("class_tokens", 0), ("registers", 0), ("window", 1)):

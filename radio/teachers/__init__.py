@@ -20,3 +20,4 @@ from . import openclip as _openclip  # noqa: E402, F401
 from . import pip_weights as _pip_weights  # noqa: E402, F401
 from . import sam as _sam  # noqa: E402, F401
 from . import scenes as _scenes  # noqa: E402, F401
+from . import timm as _timm  # noqa: E402, F401

@@ -43,6 +43,23 @@ def test_a_name_that_nobody_knows_gets_the_nearest_or_all():
         registry["zzz"]
 
 
+def test_a_family_answers_for_every_name_with_its_prefix():
+    registry: Registry[str] = Registry("widget")
+
+    def find(rest: str) -> str:
+        if rest.startswith("no"):
+            raise ConfigError(f"the family has no {rest}")
+        return rest.upper()
+
+    registry.add_family("many", find)
+    registry.add("many:own", "entered")
+    assert (registry["many:x"], registry["many:own"]) == ("X", "entered")
+    assert "many:x" in registry and "many:no" not in registry and "few:x" not in registry
+    assert list(registry) == ["many:own"]
+    with pytest.raises(ConfigError, match="the family has no nothing"):
+        registry["many:nothing"]
+
+
 def test_a_taken_name_is_an_error_unless_the_same_thing_holds_it():
     registry: Registry[object] = Registry("widget")
     first = object()

@@ -1,0 +1,228 @@
+"""Students from timm: any of its models, the last map as the tokens, the pooled vector as the summary."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint import digest
+from ..errors import ConfigError, SizeError
+from ..nn.normalise import Normalise
+from ..types import Features
+from . import StudentOptions, students
+from .timm_networks import check_name, make_network, mean_and_std, nearest, recompute
+
+# Letters: B batch, C summary width, T tokens, D token width, H W grid.
+
+TABLE_6: tuple[str, ...] = (
+    "efficientnetv2_s",
+    "resnetv2_101",
+    "regnety_064",
+    "efficientvit_l1",
+    "convnext_base",
+    "dm_nfnet_f3",
+    "swinv2_small_window8_256",
+    "maxvit_base_tf_224",
+    "poolformerv2_m36",
+    "mvitv2_base",
+)
+"""timm's names of the paper's efficient models, in the order of its table 6."""
+
+_TABLE_SIDE = 224  # pixels: the paper compares them all at this size
+
+
+@final
+class TimmTrunk(nn.Module):
+    """One timm network without its classifier: normalised pictures -> `Features`.
+
+    Args:
+        name: timm's name of it.
+        network: as `make_network` gives it.
+        upsample: with a neck that adds the last map, at twice its resolution, to the map of the stage before.
+
+    Raises:
+        ConfigError: up-sampling for a network whose stages do not halve the map one after the other.
+    """
+
+    def __init__(self, name: str, network: Any, *, upsample: bool = False) -> None:
+        super().__init__()
+        self.name = name
+        self.network = network
+        self.stride: int = network.feature_info[-1]["reduction"]
+        self.token_dim: int = network.num_features
+        self.summary_dim: int = getattr(network, "head_hidden_size", network.num_features)
+        self.neck = UpNeck(_width_before(name, network), self.token_dim) if upsample else None
+
+    def forward(self, images: Tensor) -> Features:
+        """Normalised [B, 3, h, w] -> tokens [B, T, D] of the last map, and its pooled vector [B, C]."""
+        grid = images.shape[2] // self.stride, images.shape[3] // self.stride
+        if self.neck is None:
+            last = self.network.forward_features(images)
+            return Features(self._pooled(last), self._tokens(last, grid), grid)
+        last, maps = self.network.forward_intermediates(images, indices=2)
+        tokens = self._tokens(last, grid)
+        plane = self.neck(tokens.transpose(1, 2).unflatten(2, grid), maps[0])
+        return Features(self._pooled(last), plane.flatten(2).transpose(1, 2), tuple(plane.shape[2:]))
+
+    def _pooled(self, last: Tensor) -> Tensor:
+        summary: Tensor = self.network.forward_head(last, pre_logits=True)
+        return summary
+
+    def _tokens(self, last: Tensor, grid: tuple[int, int]) -> Tensor:
+        if last.ndim == 4:
+            rows_last = getattr(self.network, "output_fmt", "NCHW") == "NCHW"
+            tokens = last.flatten(2).transpose(1, 2) if rows_last else last.flatten(1, 2)
+        else:
+            tokens = last[:, getattr(self.network, "num_prefix_tokens", 0) :]
+        if tokens.shape[1:] != (grid[0] * grid[1], self.token_dim):
+            raise ConfigError(
+                f"timm:{self.name} gives {list(last.shape)} where {grid[0]}x{grid[1]} tokens of "
+                f"{self.token_dim} were expected: it has no map for a student; choose another model"
+            )
+        return tokens
+
+
+@final
+class UpNeck(nn.Module):
+    """The last map at twice its resolution, plus the map of the stage before it.
+
+    Args:
+        before: channels of the stage before.
+        width: channels of the last map, and of the result.
+    """
+
+    def __init__(self, before: int, width: int) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(width, width, 2, stride=2)
+        self.lateral = nn.Conv2d(before, width, 1)
+
+    def forward(self, last: Tensor, before: Tensor) -> Tensor:
+        """[B, D, H, W] and [B, before, 2H, 2W] -> [B, D, 2H, 2W]."""
+        joined: Tensor = self.up(last) + self.lateral(before)
+        return joined
+
+
+@final
+class TimmStudent(nn.Module):
+    """A timm network as a student.
+
+    Args:
+        trunk: the network.
+        native: the image side in pixels that it is built for.
+        fixed: whether it takes that size alone.
+    """
+
+    def __init__(self, trunk: TimmTrunk, native: int, *, fixed: bool) -> None:
+        super().__init__()
+        self.trunk, self.native, self.fixed = trunk, native, fixed
+        self.mean_std = mean_and_std(trunk.network)
+        self.normalise = Normalise(*self.mean_std)
+
+    @property
+    def name(self) -> str:
+        """`timm:` and timm's name."""
+        return f"timm:{self.trunk.name}"
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the weights, the name, the normalisation and the size that it is built for."""
+        built = self.native if self.fixed else "any"
+        return digest(self.state_dict(), f"{self.name} {built} {self.mean_std}")
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.native, self.native
+
+    @property
+    def summary_dim(self) -> int:
+        """C."""
+        return self.trunk.summary_dim
+
+    @property
+    def token_dim(self) -> int:
+        """D."""
+        return self.trunk.token_dim
+
+    def fit(self, height: int, width: int) -> tuple[int, int]:
+        """The nearest (height, width) that its stride divides, or the one size that it was built for."""
+        if self.fixed:
+            return self.native_size
+        return nearest(height, self.trunk.stride), nearest(width, self.trunk.stride)
+
+    def draw(self, batch: int, generator: torch.Generator) -> Tensor | None:
+        """None: a training forward draws nothing at random, dropout and stochastic depth are off."""
+        return None
+
+    def forward(self, images: Tensor, drawn: Tensor | None = None) -> Features:
+        """Encode [B, 3, h, w] RGB in [0, 1].
+
+        Args:
+            images: pixels, of a size that it takes, see `fit`.
+            drawn: nothing; a student's common argument.
+
+        Raises:
+            SizeError: another size; names the nearest that it takes.
+        """
+        height, width = images.shape[-2:]
+        h, w = self.fit(height, width)
+        if (h, w) != (height, width):
+            why = (
+                f"it was built for {h}x{w} px alone; build it for another size with --options.image-size"
+                if self.fixed
+                else f"its stride of {self.trunk.stride} does not divide that; the nearest size is {h}x{w}"
+            )
+            raise SizeError(f"{self.name} cannot take {height}x{width} px: {why}")
+        features: Features = self.trunk(self.normalise(images))
+        return features
+
+
+def _width_before(name: str, network: Any) -> int:
+    """Channels of the map at twice the resolution of the last."""
+    stages = [(stage["reduction"], stage["num_chs"]) for stage in network.feature_info]
+    if len(stages) < 2 or stages[-2][0] * 2 != stages[-1][0]:
+        raise ConfigError(
+            f"timm:{name} has no stage at twice the last one's resolution; leave --upsample out"
+        )
+    width: int = stages[-2][1]
+    return width
+
+
+def _build(name: str, side: int | None, options: StudentOptions) -> TimmStudent:
+    """A timm student with a recipe's options; `side` is that of the name.
+
+    Raises:
+        ConfigError: an option that it does not have, or as `make_network`.
+        SizeError: as `make_network`.
+    """
+    foreign = [
+        option.replace("_", "-")
+        for option in ("registers", "stem", "window", "schedule")
+        if getattr(options, option) is not None
+    ]
+    if options.class_tokens:
+        foreign.append("class-tokens")
+    if foreign:
+        raise ConfigError(f"timm:{name} has no {' and no '.join(foreign)}; leave them out")
+    network, native, fixed = make_network(name, options.image_size or side)
+    if options.recompute:
+        recompute(name, network)
+    return TimmStudent(TimmTrunk(name, network, upsample=bool(options.upsample)), native, fixed=fixed)
+
+
+def _find(name: str) -> functools.partial[TimmStudent]:
+    """The factory of any timm name.
+
+    Raises:
+        ConfigError: timm has none of that name.
+    """
+    check_name(name)
+    return functools.partial(_build, name, None)
+
+
+for _name in TABLE_6:
+    students.add(f"timm:{_name}", functools.partial(_build, _name, _TABLE_SIDE))
+students.add_family("timm", _find)

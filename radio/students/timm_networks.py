@@ -1,0 +1,144 @@
+"""timm's networks as students and teachers need them: without classifier and dropout, for a size, from a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.layers.drop import DropPath
+from timm.models.efficientvit_mit import ClassifierHead as HiddenHead
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from torch import nn
+
+from ..checkpoint import load_tensors
+from ..errors import CheckpointError, ConfigError, SizeError, did_you_mean
+
+
+def make_network(name: str, side: int | None = None, file: Path | None = None) -> tuple[Any, int, bool]:
+    """A timm network without classifier, dropout and stochastic depth.
+
+    Args:
+        name: timm's.
+        side: the image side in pixels that it is built for; None = its own.
+        file: weights in timm's layout for its own side, read without running code; None = random.
+
+    Returns:
+        the network, its side in pixels, and whether it takes that size alone.
+
+    Raises:
+        ConfigError: no such model, or one that gives no map, or cannot be built for another size.
+        CheckpointError: a file that is absent or another model's.
+        SizeError: a side that its stride does not divide.
+    """
+    assert side is None or file is None, "weights are for the network's own size"
+    check_name(name)
+    own: Any = timm.create_model(name, num_classes=0) if file is None else _with_weights(name, file)
+    if getattr(own, "feature_info", None) is None:
+        raise ConfigError(f"timm:{name} has no maps of known size, which tokens come from; choose another")
+    cfg = own.pretrained_cfg
+    native: int = cfg["input_size"][1]
+    fixed, stride = bool(cfg.get("fixed_input_size")), _stride(own)
+    side = native if side is None else side
+    if side != nearest(side, stride):
+        raise SizeError(
+            f"timm:{name} cannot be built for {side} px: its stride of {stride} does not divide that; "
+            f"the nearest is {nearest(side, stride)}"
+        )
+    if isinstance(
+        getattr(own, "head", None), HiddenHead
+    ):  # hidden layers; the paper's 38M count none of them
+        own.head.reset(0, reset_other=True)
+        own.head_hidden_size = own.num_features
+    network = own if side == native or not fixed else _resized(name, own, side)
+    _silence_drops(network)
+    return network, side, fixed
+
+
+def mean_and_std(network: Any) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """What the network's pictures are normalised with."""
+    mean, std = network.pretrained_cfg["mean"], network.pretrained_cfg["std"]
+    return tuple(mean), tuple(std)
+
+
+def nearest(pixels: int, step: int) -> int:
+    """The multiple of `step` nearest to a number of pixels, at least one."""
+    return max(round(pixels / step), 1) * step
+
+
+def check_name(name: str) -> None:
+    """Nothing, when timm has a model of that name.
+
+    Raises:
+        ConfigError: it has none; offers the nearest.
+    """
+    if not timm.is_model(name):
+        known = timm.list_models()
+        hint = did_you_mean(name, known) or f"; timm.list_models() lists all {len(known)}"
+        raise ConfigError(f"timm has no model {name!r}{hint}")
+
+
+def _stride(network: Any) -> int:
+    stride: int = network.feature_info[-1]["reduction"]
+    return stride
+
+
+def _with_weights(name: str, file: Path) -> Any:
+    """The network with every weight from the file.
+
+    Its classifier is loaded too and then cut off: timm is strict only where the classes agree.
+    """
+    tensors = load_tensors(file)
+    cfg: Any = timm.get_pretrained_cfg(name)
+    classifier = cfg.classifier if isinstance(cfg.classifier, str) else cfg.classifier[0]
+    rows = tensors.get(f"{classifier}.weight")
+    classes = 0 if rows is None else len(rows)
+    overlay = {"state_dict": tensors, "num_classes": classes}
+    try:
+        network: Any = timm.create_model(
+            name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=classes
+        )
+    except (RuntimeError, ValueError, LookupError, AttributeError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{file}: these are not the weights of timm:{name}: {said}") from error
+    network.reset_classifier(0)
+    return network
+
+
+def _resized(name: str, network: Any, side: int) -> Any:
+    """The network, built for another side."""
+    if isinstance(network, SwinTransformerV2):  # scales its windows with the map, where img_size pads the map
+        network.set_input_size(img_size=(side, side))
+        return network
+    try:
+        return timm.create_model(name, num_classes=0, img_size=side)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        own = network.pretrained_cfg["input_size"][1]
+        raise ConfigError(f"timm:{name} is made for {own} px alone; take that resolution") from error
+
+
+def _silence_drops(network: nn.Module) -> None:
+    """No dropout and no stochastic depth: they would draw from torch's global generator."""
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(module, DropPath):
+            module.drop_prob = 0.0
+        elif isinstance(module.__dict__.get("drop_rate"), float):
+            module.drop_rate = 0.0  # type: ignore[assignment]
+
+
+def recompute(name: str, network: Any) -> None:
+    """Switch timm's activation checkpointing on; batch norms in its blocks then count every batch twice.
+
+    Raises:
+        ConfigError: the model has none.
+    """
+    try:
+        network.set_grad_checkpointing(True)
+    except AssertionError as error:  # timm's way to say so
+        raise ConfigError(
+            f"timm:{name} cannot recompute its activations; leave --options.recompute out"
+        ) from error

@@ -1,0 +1,42 @@
+"""timm's models with weights from a local file, frozen: `timm:NAME@FILE`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import CheckpointError
+from ..students.timm import TimmTrunk
+from ..students.timm_networks import check_name, make_network, mean_and_std
+from ..types import Teacher
+from . import families
+from .frozen import Frozen
+
+
+@families.register("timm")
+def timm(name: str, file: Path | None) -> Teacher:
+    """The timm model `name` at its own size, with the weights in `file` (safetensors or a torch file).
+
+    Raises:
+        ConfigError: timm has no such model, or it gives no map.
+        CheckpointError: no file was named, or it is absent or another model's.
+    """
+    check_name(name)
+    if file is None:
+        raise CheckpointError(
+            f"timm:{name} needs a weights file, timm:{name}@FILE; without one it is an architecture, and is "
+            f"taken untrained with --random-init"
+        )
+    network, native, fixed = make_network(name, file=file)
+    trunk = TimmTrunk(name, network)
+    mean, std = mean_and_std(network)
+    return Frozen(
+        trunk=trunk,
+        name=f"timm:{name}",
+        mean=mean,
+        std=std,
+        native_size=(native, native),
+        multiple_of=None if fixed else trunk.stride,
+        summary_dim=trunk.summary_dim,
+        token_dim=trunk.token_dim,
+        file=file,
+    )
