@@ -52,3 +52,10 @@ def common_sides(grid: tuple[int, int]) -> list[int]:
     """Every window side that divides both sides of the grid, ascending."""
     h, w = grid
     return [side for side in range(1, min(h, w) + 1) if h % side == 0 and w % side == 0]
+
+
+def choose_side(grid: tuple[int, int], least: int, most: int) -> int | None:
+    """The largest side up to `most` that divides the grid, else the smallest above it; None under `least`."""
+    fitting = [side for side in common_sides(grid) if side >= least]
+    within = [side for side in fitting if side <= most]
+    return max(within) if within else min(fitting, default=None)

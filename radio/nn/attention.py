@@ -9,18 +9,25 @@ from torch import Tensor, nn
 
 
 class Attention(nn.Module):
-    """Self-attention over all tokens of a sequence, through PyTorch's fused kernel."""
+    """Self-attention over all tokens of a sequence, through PyTorch's fused kernel.
 
-    def __init__(self, width: int, heads: int) -> None:
+    Args:
+        width: D, the token width.
+        heads: attention heads; they divide the width.
+        bias: whether the linear maps have biases.
+    """
+
+    def __init__(self, width: int, heads: int, *, bias: bool = True) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.proj = nn.Linear(width, width, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, D]; `positions` [1, h, T, T] is added to the logits."""
         b, t, d = x.shape
         q, k, v = self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(q, k, v)
+        added = None if positions is None else positions.to(q.dtype)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=added)
         out: Tensor = self.proj(mixed.transpose(1, 2).reshape(b, t, d))
         return out

@@ -16,10 +16,10 @@ NORM_EPS = 1e-6  # ViT and DINOv2; PyTorch's own default is 1e-5
 class MLP(nn.Module):
     """Linear, exact GELU, Linear."""
 
-    def __init__(self, width: int, hidden: int, out: int | None = None) -> None:
+    def __init__(self, width: int, hidden: int, out: int | None = None, *, bias: bool = True) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width if out is None else out)
+        self.fc1 = nn.Linear(width, hidden, bias=bias)
+        self.fc2 = nn.Linear(hidden, width if out is None else out, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., out]."""

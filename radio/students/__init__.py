@@ -30,5 +30,6 @@ StudentFactory = Callable[[StudentOptions], Student]
 
 students: Registry[StudentFactory] = Registry("student")
 
+from . import eradio as _eradio  # noqa: E402, F401  (enters the E-RADIO family)
 from . import timm as _timm  # noqa: E402, F401  (enters timm's models)
 from . import vit as _vit  # noqa: E402, F401  (enters the ViT family)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from radio.errors import SizeError
-from radio.windows import check_window, common_sides, from_windows, to_windows
+from radio.windows import check_window, choose_side, common_sides, from_windows, to_windows
 
 GRIDS = [
     ((72, 72), 8),
@@ -71,3 +71,19 @@ def test_common_sides_are_those_that_a_trial_division_finds():
     assert common_sides((72, 36)) == [1, 2, 3, 4, 6, 9, 12, 18, 36]
     for side in common_sides((72, 36)):
         check_window((72, 36), side)
+
+
+@pytest.mark.parametrize(
+    ("grid", "side"),
+    [
+        ((7, 7), 7),
+        ((32, 32), 16),
+        ((10, 15), 5),
+        ((17, 34), 17),
+        ((3, 9), None),
+        ((8, 9), None),
+        ((4, 40), 4),
+    ],
+)
+def test_the_side_that_is_chosen(grid, side):
+    assert choose_side(grid, 4, 16) == side

@@ -10,7 +10,7 @@ import torch
 from radio.model import ModelConfig, build
 from radio.types import Features
 
-NAMES = ["vit-tiny12", "vitdet-tiny12"]
+NAMES = ["vit-tiny12", "vitdet-tiny12", "e-radio-tiny"]
 HAS_COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
 
 
@@ -29,7 +29,7 @@ def _forget_graphs():
 @pytest.mark.parametrize("name", NAMES)
 def test_an_exported_student_gives_the_same_features(name):
     student = build(ModelConfig(student=name), 0).eval()
-    images = torch.rand(2, 3, 96, 144, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(2, 3, 96, 192, generator=torch.Generator().manual_seed(0))
     exported = torch.export.export(student, (images,)).module()
     with torch.inference_mode():
         for batch in (images, images.flip(0)):

@@ -1,0 +1,154 @@
+"""The convolutional parts of a hybrid student: stem, C2f, down-sampling, and the neck that up-samples."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+# Letters: B batch, C channels, H W grid.
+
+NeckKind = Literal["lateral", "stage-3"]
+
+
+class ConvNorm(nn.Module):
+    """Convolution without bias, batch norm, activation.
+
+    Args:
+        before: channels that come in.
+        after: channels that come out.
+        kernel: its side.
+        stride: H and W are divided by it; they must be multiples of it.
+        activation: a module class; None leaves it out.
+    """
+
+    def __init__(
+        self,
+        before: int,
+        after: int,
+        kernel: int,
+        stride: int = 1,
+        activation: type[nn.Module] | None = nn.SiLU,
+    ) -> None:
+        super().__init__()
+        padding = (kernel - stride + 1) // 2
+        self.conv = nn.Conv2d(before, after, kernel, stride=stride, padding=padding, bias=False)
+        self.norm: nn.Module = nn.BatchNorm2d(after)
+        self.activation = nn.Identity() if activation is None else activation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, before, H * stride, W * stride] -> [B, after, H, W]."""
+        out: Tensor = self.activation(self.norm(self.conv(x)))
+        return out
+
+    def fold(self) -> None:
+        """Put the norm into the convolution, for inference; a second call changes nothing."""
+        if isinstance(self.norm, _BatchNorm):
+            assert not self.training, "only the running statistics can be folded"
+            self.conv = fuse_conv_bn_eval(self.conv, self.norm)
+            self.norm = nn.Identity()
+
+
+class StridedStem(nn.Sequential):
+    """Two 3x3 convolutions with batch norm and ReLU: [B, 3, h, w] -> [B, width, h / s, w / s].
+
+    s is the product of the strides. A stride above 2 takes a kernel one wider than itself on both sides but
+    one, so that neighbours overlap.
+    """
+
+    def __init__(self, width: int, inner: int = 64, strides: tuple[int, int] = (2, 2)) -> None:
+        layers = [
+            ConvNorm(before, after, max(3, 2 * stride - 1), stride, nn.ReLU)
+            for before, after, stride in zip((3, inner), (inner, width), strides, strict=True)
+        ]
+        super().__init__(*layers)
+
+
+class Downsample(ConvNorm):
+    """A dense 3x3 convolution of stride 2, and batch norm: [B, C, 2H, 2W] -> [B, 2C, H, W]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 2 * width, 3, 2, None)
+
+
+class Bottleneck(nn.Module):
+    """x + two 3x3 convolutions of it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(ConvNorm(width, width, 3), ConvNorm(width, width, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]."""
+        out: Tensor = x + self.layers(x)
+        return out
+
+
+class C2f(nn.Module):
+    """YOLOv8's block, as AM-RADIO's appendix B uses it.
+
+    A 1x1 convolution, split in two; a chain of bottlenecks on the second half; all that came up, side by
+    side, through another 1x1.
+
+    Args:
+        width: C, in and out.
+        depth: how many bottlenecks.
+    """
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        half = width // 2
+        self.enter = ConvNorm(width, 2 * half, 1)
+        self.bottlenecks = nn.ModuleList(Bottleneck(half) for _ in range(depth))
+        self.leave = ConvNorm((2 + depth) * half, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]."""
+        pieces = list(self.enter(x).chunk(2, dim=1))
+        for bottleneck in self.bottlenecks:
+            pieces.append(bottleneck(pieces[-1]))
+        out: Tensor = self.leave(torch.cat(pieces, dim=1))
+        return out
+
+
+class Neck(nn.Module):
+    """The last map at twice its resolution, plus the map of the stage before (paper §5.1).
+
+    Args:
+        width: C, channels of the stage before; the last map has 2C.
+        kind: `lateral` doubles the last map's sides at 2C channels and carries the earlier map there by a
+            1x1 convolution; `stage-3` brings the last map to the earlier one's C channels and adds.
+    """
+
+    def __init__(self, width: int, kind: NeckKind) -> None:
+        super().__init__()
+        if kind == "lateral":
+            self.up = nn.ConvTranspose2d(2 * width, 2 * width, 2, stride=2)
+            self.lateral: nn.Module = nn.Conv2d(width, 2 * width, 1)
+        else:
+            self.up = nn.ConvTranspose2d(2 * width, width, 3, stride=2, padding=1, output_padding=1)
+            self.lateral = nn.Identity()
+
+    def forward(self, before: Tensor, last: Tensor) -> Tensor:
+        """[B, C, 2H, 2W] and [B, 2C, H, W] -> [B, 2C or C, 2H, 2W]."""
+        out: Tensor = self.up(last) + self.lateral(before)
+        return out
+
+
+class ChannelAffine(nn.Module):
+    """A factor and an offset per channel: what a batch norm is once its statistics stand still."""
+
+    def __init__(self, norm: _BatchNorm) -> None:
+        super().__init__()
+        mean, var = norm.running_mean, norm.running_var
+        assert mean is not None and var is not None, "a norm without statistics has nothing to fold"
+        scale = norm.weight.detach() * torch.rsqrt(var + norm.eps)
+        self.scale = nn.Parameter(scale)
+        self.shift = nn.Parameter(norm.bias.detach() - mean * scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]."""
+        return x * self.scale[:, None, None] + self.shift[:, None, None]

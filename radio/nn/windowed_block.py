@@ -1,0 +1,114 @@
+"""Attention inside windows whose side may change from call to call, at one or half the resolution."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..windows import from_windows, to_windows
+from .attention import Attention
+from .block import MLP, NORM_EPS
+
+# Letters: B batch, D width, H W grid, s window side, M windows of all images, h heads.
+
+_HIDDEN = 512  # of the position MLP
+_UNIT = 8.0  # tokens that the logarithm carries to 1
+
+
+class PositionBias(nn.Module):
+    """A bias for every head and pair of tokens, from an MLP over how far they lie apart.
+
+    Distances are in tokens, spaced logarithmically (Swin V2, eq. 4), so that a larger window than those of
+    the training asks for little extrapolation.
+    """
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(2, _HIDDEN)
+        self.fc2 = nn.Linear(_HIDDEN, heads, bias=False)
+
+    def forward(self, side: int) -> Tensor:
+        """[1, h, s*s, s*s] for a window of that side; the first token asks, the second is asked."""
+        device, reach = self.fc1.weight.device, 2 * side - 1
+        apart = torch.arange(1 - side, side, device=device).to(self.fc1.weight.dtype)
+        spaced = apart.sign() * torch.log2(1 + apart.abs()) / math.log2(_UNIT)
+        offsets = torch.stack(torch.meshgrid(spaced, spaced, indexing="ij"), dim=-1)
+        table = self.fc2(F.relu(self.fc1(offsets.flatten(0, 1))))  # [(2s-1)^2, h]
+        line = torch.arange(side, device=device)
+        lag = line[:, None] - line[None, :] + side - 1  # [s, s]
+        which = lag[:, None, :, None] * reach + lag[None, :, None, :]
+        bias: Tensor = table[which.reshape(side * side, -1)].permute(2, 0, 1)[None]
+        return bias
+
+
+class WindowBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), without biases in the linear layers.
+
+    Args:
+        width: D.
+        heads: attention heads; they divide the width.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.attn = Attention(width, heads, bias=False)
+        self.positions = PositionBias(heads)
+        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.mlp = MLP(width, 4 * width, bias=False)
+
+    def forward(self, x: Tensor, side: int) -> Tensor:
+        """Windows [M, s*s, D] -> [M, s*s, D]."""
+        x = x + self.attn(self.norm1(x), self.positions(side))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+
+class MultiResolutionBlock(nn.Module):
+    """Windowed attention on a map, at its own resolution (ratio 1) or at half of it (ratio 2, appendix B).
+
+    At ratio 2 a strided convolution halves the map, and a deconvolution carries the block's output back:
+    `mix * (x + up(block(down(x))))`.
+
+    Args:
+        width: D.
+        heads: attention heads.
+        ratio: 1 or 2.
+        mix: what the sum at ratio 2 is multiplied with.
+    """
+
+    def __init__(self, width: int, heads: int, ratio: int, mix: float = 1.0) -> None:
+        super().__init__()
+        assert ratio in (1, 2)
+        self.halved, self.mix = ratio == 2, mix
+        self.down = nn.Conv2d(width, width, 2, stride=2) if self.halved else nn.Identity()
+        self.block = WindowBlock(width, heads)
+        self.up = nn.ConvTranspose2d(width, width, 2, stride=2) if self.halved else nn.Identity()
+
+    def forward(self, x: Tensor, side: int) -> Tensor:
+        """[B, D, H, W] -> [B, D, H, W]; the side divides H and W, at ratio 2 their halves."""
+        low = self.down(x)
+        grid = low.shape[-2], low.shape[-1]
+        found: Tensor = self.up(map_of(self.block(windows_of(low, side), side), grid, side))
+        return self.mix * (x + found) if self.halved else found
+
+
+def windows_of(x: Tensor, side: int) -> Tensor:
+    """A map [B, D, H, W] as windows [M, s*s, D]; no copy of a channels-last map that is one window.
+
+    Raises:
+        SizeError: the side does not divide H and W.
+    """
+    d, grid = x.shape[1], (x.shape[2], x.shape[3])
+    tokens = x.permute(0, 2, 3, 1).flatten(1, 2)
+    return to_windows(tokens, grid, side).reshape(-1, side * side, d)
+
+
+def map_of(x: Tensor, grid: tuple[int, int], side: int) -> Tensor:
+    """The inverse of `windows_of`, channels-last: [M, s*s, D] -> [B, D, H, W]."""
+    (h, w), d = grid, x.shape[-1]
+    plane: Tensor = from_windows(x.reshape(-1, h * w, d), grid, side).unflatten(1, grid)
+    return plane.permute(0, 3, 1, 2)

@@ -1,0 +1,268 @@
+"""The E-RADIO students: convolutions, then windowed attention at two resolutions (paper §5.1, appendix B)."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import json
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..checkpoint import digest
+from ..config import to_plain
+from ..errors import ConfigError, SizeError
+from ..nn.conv import C2f, ChannelAffine, ConvNorm, Downsample, Neck, NeckKind, StridedStem
+from ..nn.normalise import Normalise
+from ..nn.recompute import recomputed
+from ..nn.windowed_block import MultiResolutionBlock, WindowBlock, map_of, windows_of
+from ..types import Features
+from ..windows import check_window, choose_side
+from . import StudentOptions, students
+
+# Letters: B batch, T tokens, D width, H W grid.
+
+LEAST_WINDOW = 4
+"""Tokens; no smaller side is chosen unless it is asked for."""
+
+MOST_WINDOW = 16
+"""Tokens; larger sides are chosen only where none from 4 to 16 divides the map."""
+
+_OPTIONS = ("class_tokens", "window", "recompute")
+_BRANCH = 0.3  # how much half-resolution blocks add at the start; at 1 every one doubles the variance
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ERadioConfig:
+    """The shape of one E-RADIO: four stages of widths d, 2d, 4d, 8d, each at half the resolution before."""
+
+    name: str
+    width: int  # d
+    depths: tuple[int, int, int, int]
+    native: int = 224  # the image side in pixels that it was made for
+    strides: tuple[int, int] = (2, 2)  # of the stem's two convolutions
+    inner: int = 64  # channels between them
+    heads: tuple[int, int] = (8, 16)  # in stages 3 and 4
+    ratios: tuple[int, ...] = (2, 1)  # the blocks that make one layer of stage 3
+    mix: float = 1.0  # what x + f(x) of a block at ratio 2 is multiplied with; the released model takes 0.5
+    neck: NeckKind | None = "lateral"  # None = without up-sampling
+    window: int | None = None  # None = chosen by the size of the input
+    recompute: bool = False
+
+
+class ERadio(nn.Module):
+    """A hybrid of C2f stages and windowed transformer stages, with batch norms and in channels-last.
+
+    One window side serves a whole forward: that of stage 4's map, which is also that of the half-resolution
+    blocks of stage 3; it therefore divides the map of the other blocks, twice as long. It is 4 or more, and
+    chosen by the input's size (224 px: 7, 256: 8, 384: 12, 512: 16) unless `with_window` sets it.
+    """
+
+    def __init__(self, config: ERadioConfig) -> None:
+        super().__init__()
+        self.config = config
+        d, (one, two, three, four) = config.width, config.depths
+        self.normalise = Normalise()
+        self.stem = StridedStem(d, config.inner, config.strides)
+        self.stage1, self.down1 = C2f(d, one), Downsample(d)
+        self.stage2, self.down2 = C2f(2 * d, two), Downsample(2 * d)
+        self.stage3 = nn.ModuleList(
+            MultiResolutionBlock(4 * d, config.heads[0], ratio, config.mix)
+            for ratio in itertools.chain.from_iterable([config.ratios] * three)
+        )
+        self.down3 = Downsample(4 * d)
+        self.stage4 = nn.ModuleList(WindowBlock(8 * d, config.heads[1]) for _ in range(four))
+        self.norm: nn.Module = nn.BatchNorm2d(8 * d)
+        self.neck = None if config.neck is None else Neck(4 * d, config.neck)
+        self.apply(_initialise)
+        self.to(memory_format=torch.channels_last)
+
+    @property
+    def name(self) -> str:
+        """The architecture's name."""
+        return self.config.name
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the weights and of everything in the config that changes the output."""
+        shape = to_plain(replace(self.config, recompute=False))
+        return digest(self.state_dict(), json.dumps(shape, sort_keys=True))
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.fit(self.config.native, self.config.native)
+
+    @property
+    def summary_dim(self) -> int:
+        """C, stage 4's channels."""
+        return 8 * self.config.width
+
+    @property
+    def token_dim(self) -> int:
+        """D, the channels of the map that the tokens come from."""
+        return (4 if self.config.neck == "stage-3" else 8) * self.config.width
+
+    @property
+    def cell(self) -> int:
+        """Pixels along one side of a token of stage 4."""
+        first, second = self.config.strides
+        return 8 * first * second
+
+    def fit(self, height: int, width: int) -> tuple[int, int]:
+        """The (height, width) nearest to the one asked for that a window divides."""
+        side = self.config.window
+        longest = max(height, width) // self.cell + 1
+        sides = range(LEAST_WINDOW, max(LEAST_WINDOW, longest) + 1) if side is None else (side,)
+        sizes = [(_nearest(height, self.cell * s), _nearest(width, self.cell * s)) for s in sides]
+        return min(sizes, key=lambda size: (size[0] - height) ** 2 + (size[1] - width) ** 2)
+
+    def with_window(self, side: int | None) -> Self:
+        """This student with a window side of one's own (None: chosen by the size), sharing the weights.
+
+        Raises:
+            SizeError: a side below 1.
+        """
+        if side is not None and side < 1:
+            raise SizeError(f"a window of {side} tokens cannot be; use 1 or more, or none for one that fits")
+        twin = copy.copy(self)
+        twin.config = replace(self.config, window=side)
+        return twin
+
+    def draw(self, batch: int, generator: torch.Generator) -> Tensor | None:
+        """None: a training forward draws nothing at random."""
+        return None
+
+    def fuse(self) -> Self:
+        """A copy for inference, every batch norm folded into its convolution or into an affine map."""
+        twin = copy.deepcopy(self).eval()
+        for module in twin.modules():
+            if isinstance(module, ConvNorm):
+                module.fold()
+        if isinstance(twin.norm, _BatchNorm):
+            twin.norm = ChannelAffine(twin.norm)
+        return twin
+
+    def forward(self, images: Tensor, drawn: Tensor | None = None) -> Features:
+        """Encode [B, 3, h, w] RGB in [0, 1].
+
+        Args:
+            images: pixels, of a size that a window divides, see `fit`.
+            drawn: nothing; a student's common argument.
+
+        Raises:
+            SizeError: a size that does not fit; names the nearest that does.
+        """
+        side = self._window(images)
+        x = self.down1(self._call(self.stage1, self.stem(self.normalise(images))))
+        x = self.down2(self._call(self.stage2, x))
+        for block in self.stage3:
+            x = self._call(block, x, side)
+        last = self.norm(self._last_stage(self.down3(x), side))
+        plane = last if self.neck is None else self.neck(x, last)
+        tokens = plane.permute(0, 2, 3, 1).flatten(1, 2)
+        return Features(last.mean(dim=(2, 3)), tokens, (plane.shape[2], plane.shape[3]))
+
+    def _last_stage(self, x: Tensor, side: int) -> Tensor:
+        grid = x.shape[2], x.shape[3]
+        windows = windows_of(x, side)
+        for block in self.stage4:
+            windows = self._call(block, windows, side)
+        return map_of(windows, grid, side)
+
+    def _call(self, block: nn.Module, *inputs: Any) -> Tensor:
+        if self.config.recompute and self.training:
+            return recomputed(block, *inputs)
+        out: Tensor = block(*inputs)
+        return out
+
+    def _window(self, images: Tensor) -> int:
+        height, width = images.shape[-2:]
+        cell, side = self.cell, self.config.window
+        grid = height // cell, width // cell
+        if height % cell == 0 and width % cell == 0:
+            if side is not None:
+                check_window(grid, side)
+                return side
+            chosen = choose_side(grid, LEAST_WINDOW, MOST_WINDOW)
+            if chosen is not None:
+                return chosen
+        h, w = self.fit(height, width)
+        wanted = f"{LEAST_WINDOW} or more" if side is None else f"{side}"
+        raise SizeError(
+            f"{self.name} cannot take {height}x{width} px: a token of its last stage is {cell}x{cell} "
+            f"px, and a window of {wanted} of them must divide both sides; the nearest size is {h}x{w}"
+        )
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+        _keep_variance(module)
+    elif isinstance(module, MultiResolutionBlock) and isinstance(module.up, nn.ConvTranspose2d):
+        module.up.weight.data *= _BRANCH
+    if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def _keep_variance(conv: nn.Conv2d | nn.ConvTranspose2d) -> None:
+    """Weights under which the output varies as much as the input, whatever the overlap of the kernel."""
+    taps = conv.kernel_size[0] * conv.kernel_size[1]
+    if isinstance(conv, nn.ConvTranspose2d):
+        taps //= conv.stride[0] * conv.stride[1]
+    nn.init.trunc_normal_(conv.weight, std=(conv.in_channels * max(taps, 1)) ** -0.5)
+
+
+def _nearest(pixels: int, step: int) -> int:
+    return max(round(pixels / step), 1) * step
+
+
+def _build(config: ERadioConfig, options: StudentOptions) -> ERadio:
+    """An E-RADIO of this shape with a recipe's options.
+
+    Raises:
+        ConfigError: an option that it does not have, or a window that cannot be.
+    """
+    given = [option.name for option in fields(options) if getattr(options, option.name) != option.default]
+    for name in given:
+        if name not in _OPTIONS:
+            raise ConfigError(f"{config.name} has no {name.replace('_', '-')}; leave it out")
+    if options.class_tokens:
+        raise ConfigError(
+            f"{config.name} has no class tokens, its summary is the mean of its last stage; "
+            f"take --summary shared or mean"
+        )
+    if options.window is not None and options.window < 1:
+        raise ConfigError(f"{config.name}: window is {options.window}, and 1 is the least it can be")
+    return ERadio(replace(config, window=options.window, recompute=options.recompute))
+
+
+# Widths and depths by the parameter counts of the paper's table 6.
+_FAMILY = (
+    ERadioConfig(name="e-radio-xt", width=64, depths=(1, 3, 4, 5)),
+    ERadioConfig(name="e-radio-t", width=80, depths=(1, 3, 4, 5)),
+    ERadioConfig(name="e-radio-s", width=96, depths=(3, 3, 5, 5)),
+    ERadioConfig(name="e-radio-b", width=128, depths=(3, 3, 5, 5)),
+    ERadioConfig(name="e-radio-l", width=192, depths=(3, 3, 5, 5)),
+    # For pictures of 96 px: a stem of stride 3 makes tokens of 12 px (24 without up-sampling), and windows of
+    # 4 at 96 px and 7 at 168 px.
+    ERadioConfig(
+        name="e-radio-tiny",
+        width=16,
+        depths=(1, 1, 1, 2),
+        native=96,
+        strides=(3, 1),
+        inner=16,
+        heads=(2, 4),
+    ),
+)
+
+for _config in _FAMILY:
+    students.add(_config.name, functools.partial(_build, _config))
+    _plain = replace(_config, name=f"{_config.name}-noup", neck=None)
+    students.add(_plain.name, functools.partial(_build, _plain))
