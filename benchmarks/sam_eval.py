@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from evals.core.dist import Group
 from evals.core.evaluator import silent
 from evals.sam_dropin.coco import Instances, Picture, open_instances
-from evals.sam_dropin.decoding import Loaded, Prompts, draw, masks_by_picture, score
+from evals.sam_dropin.decoding import Loaded, Prompts, draw, masks_by_picture, prompts_together, score
 from evals.sam_dropin.encoder import DropIn, make_drop_in
 from evals.sam_dropin.frame import make_frame
 from evals.sam_dropin.settings import SamSettings
@@ -58,7 +58,6 @@ class Settings:
     pictures: int = 20
     boxes: int = 5
     """A picture has at least so many."""
-    box_batch: int = 16
     rounds: int = 5
     threads: int = 2
 
@@ -108,12 +107,13 @@ def plainly(drop_in: DropIn, data: Instances, images: Path) -> list[float]:
     return found
 
 
-def ours(drop_in: DropIn, data: Instances, settings: Settings) -> list[float]:
+def ours(drop_in: DropIn, data: Instances) -> list[float]:
     """The same by the evaluator's own work, without its cache."""
     with tempfile.TemporaryDirectory() as cache:
-        own = SamSettings(box_batch=settings.box_batch)
-        judge = partial(_judge, drop_in, settings.box_batch)
-        work = Work(data, judge, drop_in, own, torch.device("cpu"), Path(cache))
+        device = torch.device("cpu")
+        together = prompts_together(drop_in.head, device)
+        judge = partial(_judge, drop_in, together)
+        work = Work(data, judge, drop_in, SamSettings(), device, Path(cache), together)
         return [record[6] for chunk in work.run(Group(), silent) for record in chunk.records]
 
 
@@ -134,12 +134,13 @@ def full_size_plainly(sam: Any, embeddings: Tensor, picture: Picture) -> list[ND
     return found
 
 
-def full_size_ours(head: SamHead, embeddings: Tensor, picture: Picture, box_batch: int) -> list[Tensor]:
+def full_size_ours(head: SamHead, embeddings: Tensor, picture: Picture) -> list[Tensor]:
     """The same in batches."""
     frame = make_frame(*picture.size, head.side)
     boxes = torch.tensor([instance.box for instance in picture.instances])
     prompts = Prompts(boxes=frame.points(boxes.view(-1, 2, 2)).reshape(-1, 4))
     which = torch.zeros(len(boxes), dtype=torch.int64)
+    box_batch = prompts_together(head, torch.device("cpu"))
     one = Loaded(picture, frame, None, torch.empty(0))
     with torch.inference_mode():
         drawn = draw(head, embeddings, which, prompts, box_batch)
@@ -167,7 +168,7 @@ def main(settings: Settings) -> int:
     data.pictures = tuple(p for p in data.pictures if len(p.instances) >= settings.boxes)[: settings.pictures]
     drop_in = make_drop_in(load_backbone(settings.model), None, None, 0)
     by_plain = partial(plainly, drop_in, data, settings.images)
-    by_ours = partial(ours, drop_in, data, settings)
+    by_ours = partial(ours, drop_in, data)
     gap = max(abs(a - b) for a, b in zip(by_plain(), by_ours(), strict=True))
     console.print(f"{len(data.pictures)} pictures, {data.count} boxes, largest difference in IoU {gap:.2e}")
     ratio = in_turns(by_plain, by_ours, settings.rounds)
@@ -179,7 +180,7 @@ def main(settings: Settings) -> int:
     picture = crowd._replace(instances=crowd.instances[:16])
     full = in_turns(
         partial(full_size_plainly, sam, embeddings, picture),
-        partial(full_size_ours, SamHead(sam, "random"), embeddings, picture, settings.box_batch),
+        partial(full_size_ours, SamHead(sam, "random"), embeddings, picture),
         max(1, settings.rounds // 2),
     )
     console.print(f"released decoder at full size, {len(picture.instances)} boxes: plain / ours {full:.2f}")

@@ -11,9 +11,12 @@ from torch import Tensor
 
 from radio.teachers.sam_decoder import SamHead, decode
 
+from .bits import pack
 from .coco import Picture
 from .frame import Frame
 from .scoring import Record, boundaries, fill, overlap
+
+_CACHED = 2**20  # values of embeddings that a CPU is given at once
 
 # Letters: N instances of a picture, P prompts of a chunk, K clicks, C h w embedding, H W stored picture.
 
@@ -44,6 +47,14 @@ class Drawn(NamedTuple):
 
     logits: Tensor  # [P, 4 * h, 4 * w]
     quality: Tensor  # [P]
+
+
+def prompts_together(head: SamHead, device: torch.device) -> int:
+    """How many prompts to decode at once where nobody said: each has its own copy of the embedding."""
+    if device.type != "cpu":
+        return 64
+    width: int = head.mask_decoder.transformer_dim
+    return max(1, _CACHED // (width * head.grid[0] * head.grid[1]))
 
 
 def draw(head: SamHead, embeddings: Tensor, which: Tensor, prompts: Prompts, box_batch: int) -> Drawn:
@@ -101,16 +112,11 @@ def score(head: SamHead, loaded: Sequence[Loaded], drawn: Drawn, box_batch: int,
     """A record for each instance of a chunk, in order."""
     device, found = drawn.logits.device, []
     for one, piece, masks in masks_by_picture(head, loaded, drawn.logits, box_batch):
-        truth = one.truth[piece].to(device)
-        boxes = fill(stored_boxes(one.picture)[piece].to(device), one.picture.size)
+        size, drawn_bits, truth = one.picture.size, pack(masks), pack(one.truth[piece].to(device))
+        boxes = fill(stored_boxes(one.picture)[piece].to(device), size)
+        edges = boundaries(drawn_bits, size), boundaries(truth, size)
         found.append(
-            torch.stack(
-                (
-                    overlap(masks, truth, bias),
-                    overlap(boundaries(masks), boundaries(truth), bias),
-                    overlap(boxes, truth, bias),
-                )
-            )
+            torch.stack([overlap(*pair, bias) for pair in ((drawn_bits, truth), edges, (boxes, truth))])
         )
     values = torch.cat([torch.cat(found, dim=1), drawn.quality.double()[None]]).cpu().T.tolist()
     instances = [(one.picture, instance) for one in loaded for instance in one.picture.instances]

@@ -194,8 +194,9 @@ def _side(model: Backbone, frame: int, wanted: int | None) -> int:
         f"{model.name} cannot take {side}x{side} px; the nearest size that it can is {nearest}x{nearest}"
     )
     step = model.fit(1, 1)[0]
-    if side % patch == 0 and step > patch:
-        grid, window = side // patch, step // patch
+    token = model.with_window(1).fit(1, 1)[0] if step != patch and isinstance(model, Windowed) else step
+    if step > token and side > token and side % token == 0:
+        grid, window = side // token, step // token
         fitting = sorted((w for w in range(1, grid + 1) if grid % w == 0), key=lambda w: (abs(w - window), w))
         message = (
             f"{model.name} cannot take {side}x{side} px with windows of {window}: they do not divide "

@@ -22,7 +22,7 @@ from radio.scenes.layouts import write as write_scenes
 from radio.types import Backbone
 
 from .coco import Instances, open_instances
-from .decoding import score
+from .decoding import prompts_together, score
 from .detections import Detections, average_precision, encode
 from .encoder import DropIn, make_drop_in
 from .panels import write_panels
@@ -85,19 +85,20 @@ class SamEvaluator:
         group, cache = group or current(), settings.cache or default_cache()
         device = choose_device(settings.device)
         drop_in = make_drop_in(model, settings.sam_checkpoint, settings.size, settings.seed)
+        together = settings.box_batch or prompts_together(drop_in.head, device)
         data = _open(settings, cache, group)
         label = (name or model.name) + _suffix(settings)
         base = file_name(self.name, label)
 
         if settings.boxes_from is not None:
             found = Detections(settings.boxes_from, data)
-            work = Work(
-                found, partial(_judge_detections, drop_in, settings), drop_in, settings, device, cache
-            )
+            encoding = partial(_judge_detections, drop_in, together)
+            work = Work(found, encoding, drop_in, settings, device, cache, together)
             done = work.run(group, watch)
             scored = _precision(found, done)
         else:
-            work = Work(data, partial(_judge, drop_in, settings), drop_in, settings, device, cache)
+            judge = partial(_judge, drop_in, together, settings.union_bias)
+            work = Work(data, judge, drop_in, settings, device, cache, together)
             done = work.run(group, watch)
             scored = _overlaps(data, done, settings)
             if settings.save_masks and group.leads:
@@ -110,7 +111,7 @@ class SamEvaluator:
             fingerprint=model.fingerprint,
             headline=scored.headline,
             metrics={**scored.metrics, **_rates(done)},
-            settings={**to_plain(settings), "resolved": _resolved(drop_in, data, group)},
+            settings={**to_plain(settings), "resolved": _resolved(work, data, group)},
             data=(_used(data),),
             device=describe_device(device),
             seconds={"total": time.monotonic() - started},
@@ -159,14 +160,12 @@ def _suffix(settings: SamSettings) -> str:
     return f"-{settings.clicks}-clicks" if settings.prompts == "points" else ""
 
 
-def _judge(drop_in: DropIn, settings: SamSettings, loaded: Any, drawn: Any) -> list[Record]:
-    return score(drop_in.head, loaded, drawn, settings.box_batch, settings.union_bias)
+def _judge(drop_in: DropIn, together: int, bias: float, loaded: Any, drawn: Any) -> list[Record]:
+    return score(drop_in.head, loaded, drawn, together, bias)
 
 
-def _judge_detections(
-    drop_in: DropIn, settings: SamSettings, loaded: Any, drawn: Any
-) -> list[tuple[Any, ...]]:
-    return list(encode(drop_in.head, loaded, drawn, settings.box_batch))
+def _judge_detections(drop_in: DropIn, together: int, loaded: Any, drawn: Any) -> list[tuple[Any, ...]]:
+    return list(encode(drop_in.head, loaded, drawn, together))
 
 
 def _overlaps(data: Instances, done: Sequence[Done], settings: SamSettings) -> _Scored:
@@ -212,11 +211,13 @@ def _rates(done: Sequence[Done]) -> dict[str, Metric]:
     return rates
 
 
-def _resolved(drop_in: DropIn, data: Instances, group: Group) -> dict[str, Any]:
+def _resolved(work: Work, data: Instances, group: Group) -> dict[str, Any]:
+    head = work.drop_in.head
     return {
-        "size": drop_in.side,
-        "decoder": drop_in.head.name,
-        "frame": drop_in.head.side,
+        "size": work.drop_in.side,
+        "decoder": head.name,
+        "frame": head.side,
+        "box_batch": work.box_batch,
         "annotations": data.count,
         "ranks": group.world,
     }

@@ -41,8 +41,8 @@ class SamSettings:
     """Score crowd annotations too."""
     batch: int = 4
     """Pictures that go through the encoder together; also what a killed run loses at most."""
-    box_batch: int = 16
-    """Prompts that go through the decoder together."""
+    box_batch: int | None = None
+    """Prompts that go through the decoder together. As a CPU's caches hold, 64 on a GPU, unless given."""
     keep_embeddings: bool = False
     """Keep the embeddings of all pictures in the cache, for more runs with other prompts."""
     save_masks: int = 0
@@ -61,8 +61,9 @@ class SamSettings:
         if (self.data is None) != (self.images is None):
             raise ConfigError("--data JSON and --images FOLDER belong together; give both or neither")
         for name in ("batch", "box_batch", "clicks", "scenes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} = {getattr(self, name)}: give 1 or more")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} = {value}: give 1 or more")
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"limit = {self.limit} leaves no pictures; give 1 or more, or leave it out")
         if self.save_masks < 0:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, final
 
@@ -78,7 +79,7 @@ Judge = Callable[[list[Loaded], Drawn], Sequence[tuple[Any, ...]]]
 
 
 @final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Work:
     """The drawing of all objects, and what `judge` says of each."""
 
@@ -88,6 +89,7 @@ class Work:
     settings: SamSettings
     device: torch.device
     cache: Path
+    box_batch: int
 
     @property
     def dtype(self) -> torch.dtype:
@@ -124,12 +126,12 @@ class Work:
         settings = self.settings
         return _hash(
             _FORMAT,
-            self._embedding_key(),
+            self._embedding_key,
             self.data.fingerprint,
             settings.prompts,
             settings.clicks,
             settings.union_bias,
-            settings.box_batch,
+            self.box_batch,
             settings.boxes_from is not None,
         )
 
@@ -168,18 +170,19 @@ class Work:
 
     def answer(self, loaded: list[Loaded], embeddings: Tensor) -> Drawn:
         """The masks that the prompts give."""
-        which, batch = owners(loaded, self.device), self.settings.box_batch
+        which, batch = owners(loaded, self.device), self.box_batch
         if self.settings.prompts == "boxes":
             return draw(self.drop_in.head, embeddings, which, box_prompts(loaded, self.device), batch)
         return self._click(loaded, embeddings, which)
 
     def _embeddings(self, loaded: list[Loaded]) -> tuple[Tensor, bool]:
         """[B, C, h, w] of a chunk, from the cache or for it, and whether the encoder was asked."""
-        path = self._embedding_path(tuple(one.picture for one in loaded))
         if loaded[0].pixels is None:
+            path = self._embedding_path(tuple(one.picture for one in loaded))
             return safetensors.torch.load_file(path)["embeddings"].to(self.device), False
         embeddings = self.embed(loaded)
         if self.settings.keep_embeddings:
+            path = self._embedding_path(tuple(one.picture for one in loaded))
             write_bytes(path, safetensors.torch.save({"embeddings": embeddings.cpu().contiguous()}))
         return embeddings, True
 
@@ -187,7 +190,7 @@ class Work:
         return self.settings.keep_embeddings and self._embedding_path(pictures).is_file()
 
     def _click(self, loaded: list[Loaded], embeddings: Tensor, which: Tensor) -> Drawn:
-        head, batch = self.drop_in.head, self.settings.box_batch
+        head, batch = self.drop_in.head, self.box_batch
         clicked = [next_clicks(one.truth, None) for one in loaded]
         prompts = _with_clicks(Prompts(), loaded, clicked, self.device)
         drawn = draw(head, embeddings, which, prompts, batch)
@@ -204,6 +207,7 @@ class Work:
         pictures, size = self.data.pictures, self.settings.batch
         return [pictures[start : start + size] for start in range(0, len(pictures), size)]
 
+    @cached_property
     def _embedding_key(self) -> str:
         drop_in = self.drop_in
         return _hash(
@@ -218,7 +222,7 @@ class Work:
 
     def _embedding_path(self, pictures: tuple[Picture, ...]) -> Path:
         names = [picture.name for picture in pictures]
-        name = _hash(self._embedding_key(), self.data.content, names)
+        name = _hash(self._embedding_key, self.data.content, names)
         return self.cache / "sam-embeddings" / f"{name}.safetensors"
 
     @staticmethod

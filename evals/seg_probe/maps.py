@@ -1,15 +1,17 @@
-"""Predicted label maps as palette PNGs, and overlays: picture, truth and prediction side by side."""
+"""Predicted label maps as palette PNGs, and overlays: picture, truth and prediction above their legend."""
 
 from __future__ import annotations
 
 import colorsys
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from radio.images import write_png
 
@@ -23,6 +25,7 @@ Bytes = NDArray[np.uint8]
 _OPACITY, _UNSCORED = 0.6, 0.2  # of a colour over the picture; where the truth is void
 _FEW = 24  # classes that hues alone tell apart
 _GAP = 4  # white columns between the three
+_TEXT = 12  # pixels: the size of the legend's letters and squares
 
 
 @final
@@ -49,6 +52,9 @@ class MapWriter:
         picture = read_picture(pair).numpy().transpose(1, 2, 0)
         truth = read_labels(pair.labels, self.labelling)
         shown = side_by_side(picture, truth, classes, colours)
+        seen = np.union1d(truth[truth != VOID], classes)
+        key = legend([(self.labelling.classes[n], colours[n]) for n in seen], shown.shape[1])
+        shown = np.concatenate([shown, key])
         write_png(Image.fromarray(shown), self.folder / self.names(place)[1])
 
     def names(self, place: int) -> tuple[str, str]:
@@ -83,6 +89,24 @@ def side_by_side(picture: Bytes, truth: Bytes, classes: Bytes, colours: Bytes) -
     shown_truth = _over(picture, np.where(scored, truth, 0), colours, np.where(scored, _OPACITY, 0.0))
     shown = _over(picture, classes, colours, np.where(scored, _OPACITY, _UNSCORED))
     return np.concatenate([picture, gap, shown_truth, gap, shown], axis=1)
+
+
+def legend(entries: Sequence[tuple[str, Bytes]], width: int) -> Bytes:
+    """[h, width, 3]: on white, each name behind a square of its colour, in as many lines as they need."""
+    font = ImageFont.load_default(_TEXT)
+    places, x, y = [], _TEXT // 2, _TEXT // 2
+    for name, _ in entries:
+        wide = 2 * _TEXT + math.ceil(font.getlength(name))
+        if x + wide > width and x > _TEXT:
+            x, y = _TEXT // 2, y + 3 * _TEXT // 2
+        places.append((x, y))
+        x += wide
+    image = Image.new("RGB", (width, y + 3 * _TEXT // 2), "white")
+    pen = ImageDraw.Draw(image)
+    for (name, colour), (left, top) in zip(entries, places, strict=True):
+        pen.rectangle((left, top, left + _TEXT, top + _TEXT), fill=tuple(colour.tolist()))
+        pen.text((left + 5 * _TEXT // 4, top + _TEXT / 2), name, fill="black", font=font, anchor="lm")
+    return np.array(image)
 
 
 def spread_places(count: int, wanted: int) -> frozenset[int]:

@@ -64,6 +64,8 @@ def test_a_sam_itself_gives_what_its_whole_encoder_gives() -> None:
         ("vit-tiny12", None, 132, 132),
         ("vitdet-tiny12", 2, None, 96),
         ("vitdet-tiny12", 8, None, 96),
+        ("e-radio-tiny", None, None, 96),
+        ("e-radio-tiny", 5, 120, 120),
     ],
 )
 def test_sides_of_students(arch: str, window: int | None, size: int | None, side: int) -> None:
@@ -90,6 +92,24 @@ def test_the_papers_sides_of_untrained_giants() -> None:
         make_drop_in(giants["vitdet-b14"].with_window(7), None, None, 0)
     with pytest.raises(SizeError, match=r"cannot take 1000x1000 px; the nearest size .* is 994x994"):
         make_drop_in(giants["vitdet-b14"].with_window(1), None, 1000, 0)
+
+
+def test_the_sides_of_a_hybrid_that_chooses_its_windows_by_the_size() -> None:
+    with torch.device("meta"):
+        hybrid = build(ModelConfig(student="e-radio-xt"), 0)
+    for window in (None, 8, 16):
+        assert make_drop_in(hybrid.with_window(window), None, None, 0).side == 1024
+    for window, size, message in (
+        (None, 1000, "cannot take 1000x1000 px; the nearest size that it can is 992x992"),
+        (
+            12,
+            None,
+            "1024x1024 px with windows of 12: they do not divide its 32x32 tokens; the nearest windows",
+        ),
+        (7, 1024, "the nearest windows that do are 8 and 4, the nearest size for 7 is --size 1120"),
+    ):
+        with pytest.raises(SizeError, match=message):
+            make_drop_in(hybrid.with_window(window), None, size, 0)
 
 
 def test_models_without_a_sam_are_told_what_has_one() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from pycocotools import mask as library
 
+from evals.sam_dropin.bits import pack
 from evals.sam_dropin.scoring import Record, boundaries, category_table, fill, metrics, overlap
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -24,35 +25,39 @@ def random_masks(count: int, height: int = 37, width: int = 53) -> torch.Tensor:
     return masks
 
 
+def unpack(bits: torch.Tensor, height: int) -> torch.Tensor:
+    return torch.from_numpy(np.unpackbits(bits.numpy(), axis=1, bitorder="little")[:, :height].astype(bool))
+
+
 def encode(masks: torch.Tensor) -> list[Any]:
     return list(library.encode(np.asfortranarray(masks.numpy().transpose(1, 2, 0).astype(np.uint8))))
 
 
 def test_overlaps_are_pycocotools() -> None:
     one, other = random_masks(40), random_masks(40)
-    ours = overlap(one, other)
+    ours = overlap(pack(one), pack(other))
     theirs = np.diag(library.iou(encode(one), encode(other), [0] * 40))
     np.testing.assert_allclose(ours.numpy(), theirs, atol=1e-6)
     assert ours[0] == 0  # both empty
     assert ours[-1] == 1
-    biased = overlap(one, other, 1e-7)
+    biased = overlap(pack(one), pack(other), 1e-7)
     assert biased[-1] < 1
     np.testing.assert_allclose(biased.numpy(), theirs, atol=1e-6)
 
 
-@pytest.mark.parametrize("size", [(37, 53), (100, 80), (240, 320)])
+@pytest.mark.parametrize("size", [(3, 2), (37, 53), (100, 80), (240, 320), (511, 640)])
 def test_boundaries_are_what_erosion_takes_away(size: tuple[int, int]) -> None:
     masks = random_masks(5, *size)
     reach = max(round(0.02 * math.hypot(*size)), 1)
-    for ours, mask in zip(boundaries(masks), masks.numpy().astype(np.uint8), strict=True):
+    for ours, mask in zip(boundaries(pack(masks), size), masks.numpy().astype(np.uint8), strict=True):
         padded = cv2.copyMakeBorder(mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
         eroded = cv2.erode(padded, np.ones((3, 3), np.uint8), iterations=reach)[1:-1, 1:-1]
-        np.testing.assert_array_equal(ours.numpy(), (mask - eroded).astype(bool))
+        assert torch.equal(ours, pack(torch.from_numpy((mask - eroded).astype(bool))[None])[0])
 
 
 def test_filled_boxes_by_hand() -> None:
     boxes = torch.tensor([[1.0, 0.0, 3.0, 2.0], [-5.0, 1.0, 9.0, 90.0], [0.4, 0.4, 0.6, 0.6], [7, 7, 7, 7]])
-    filled = fill(boxes.double(), (4, 5))
+    filled = unpack(fill(boxes.double(), (4, 5)), 4)
     assert filled.sum((1, 2)).tolist() == [4, 15, 1, 0]
     assert filled[0, :2, 1:3].all() and filled[1, 1:].all() and filled[2, 0, 0]
 

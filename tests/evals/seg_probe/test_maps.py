@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from evals.seg_probe.datasets import open_dataset
-from evals.seg_probe.maps import MapWriter, palette, side_by_side, spread_places
+from evals.seg_probe.maps import MapWriter, legend, palette, side_by_side, spread_places
 from evals.seg_probe.pixels import read_labels
 
 
@@ -26,7 +26,7 @@ def test_a_written_map_is_an_annotation_again(tmp_path: Path, make_ade: Callable
     )  # fmt: skip
     assert np.array_equal(read_labels(tmp_path / "maps/0009.png", data.labelling), said)
     with Image.open(tmp_path / "maps/0009-overlay.png") as overlay:
-        assert overlay.size == (3 * 42 + 8, 56)
+        assert overlay.width == 3 * 42 + 8 and overlay.height > 56
 
 
 @pytest.mark.parametrize("count", [2, 11, 21, 150])
@@ -45,6 +45,17 @@ def test_void_is_clear_in_the_truth_and_faint_in_the_prediction() -> None:
     assert shown[0, :3].tolist() == [[100] * 3] * 3
     assert shown[0, 7:10].tolist() == [[160, 40, 40], [40, 160, 40], [100, 100, 100]]
     assert shown[0, 14:].tolist() == [[160, 40, 40], [160, 40, 40], [120, 80, 80]]
+
+
+def test_the_legend_shows_each_colour_and_wraps() -> None:
+    entries = [("a red thing", np.array([200, 0, 0], np.uint8)), ("🦊 <b>", np.array([0, 0, 200], np.uint8))]
+    one, two = legend(entries, 400), legend(entries, 120)
+    assert one.shape[1:] == (400, 3) and two.shape[1:] == (120, 3)
+    assert two.shape[0] > one.shape[0] == legend(entries[:1], 120).shape[0]
+    for shown in (one, two):
+        for _, colour in entries:
+            assert (shown == colour).all(axis=2).sum() == 13 * 13  # a square with both its edges
+    assert (one == 0).all(axis=2).any()  # letters
 
 
 def test_places_are_spread() -> None:
