@@ -88,12 +88,14 @@ class RadioModel(nn.Module):
         return self.student.fit(height, width)
 
     def with_window(self, side: int | None) -> Self:
-        """The same model with another attention window, sharing the weights.
+        """The same model with another attention window (None: the student's own way), sharing the weights.
 
         Raises:
-            SizeError: the student has no windows.
+            SizeError: a window for a student without windows.
         """
         if not isinstance(self.student, Windowed):
+            if side is None:
+                return self
             raise SizeError(f"{self.name} has no attention windows to choose; use a vitdet student")
         twin = copy.copy(self)
         twin._modules = {**self._modules, "student": self.student.with_window(side)}  # type: ignore[dict-item]

@@ -133,14 +133,15 @@ def window_candidates(
 ) -> dict[int, tuple[int, ...]]:
     """The window sides to sample from at each resolution: those of the config that divide its grid.
 
-    Empty where the student keeps its own: without windows, with one fixed by the options, or where none fits.
+    Empty where the student keeps its own: without windows, with one that follows the input's size or that
+    the options fix, or where none fits.
     """
     sides = dict.fromkeys(resolutions.values())
     student = model.student
     if not isinstance(student, Windowed) or model.config.options.window is not None:
         return dict.fromkeys(sides, ())
     patch = student.with_window(None).fit(1, 1)[0]
-    if student.fit(1, 1)[0] == patch:  # a ViT without windows
+    if student.fit(1, 1)[0] == patch:  # without windows, or chosen by the size of the input
         return dict.fromkeys(sides, ())
     return {
         side: tuple(w for w in config.windows if (side // patch) % w == 0 and w < side // patch)

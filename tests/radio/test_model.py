@@ -129,6 +129,8 @@ def test_with_window_shares_everything_and_leaves_the_original(foreign):
     )
     with pytest.raises(SizeError, match="pooled has no attention windows to choose; use a vitdet student"):
         build(ModelConfig(student=foreign), 0).with_window(4)
+    without = build(ModelConfig(student=foreign), 0)
+    assert without.with_window(None) is without
 
 
 def test_the_fingerprint_covers_weights_adaptors_and_shape_and_nothing_else():

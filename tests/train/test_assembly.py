@@ -102,6 +102,14 @@ def test_summaries(config: TrainConfig, summary: str, summary_dim: int, slots: l
     assert tokens == {"shared": 1, "per-teacher": 3, "mean": 0}[summary]
 
 
+def test_summaries_of_a_student_without_class_tokens(config: TrainConfig) -> None:
+    for summary in ("shared", "mean"):
+        chosen = replace(config, student="e-radio-tiny", summary=summary)  # type: ignore[arg-type]
+        assert build_model(chosen).summary_dim == build_model(chosen).token_dim
+    with pytest.raises(ConfigError, match=r"e-radio-tiny has no class tokens, .* --summary shared or mean"):
+        build_model(replace(config, student="e-radio-tiny", summary="per-teacher"))
+
+
 def test_class_tokens_are_set_once(config: TrainConfig) -> None:
     twice = replace(config, summary="mean", options=StudentOptions(class_tokens=1))
     with pytest.raises(ConfigError, match=r"--summary mean decides the class tokens; leave --options\.class"):
@@ -124,6 +132,12 @@ def test_students_that_keep_their_window(config: TrainConfig) -> None:
     assert window_candidates(build_model(fixed), fixed, {"a": 96}) == {96: ()}
     plain = replace(config, windows=(2, 4))
     assert window_candidates(build_model(plain), plain, {"a": 96}) == {96: ()}
+    by_size = replace(config, student="e-radio-tiny", windows=(2, 4, 7))
+    hybrid = build_model(by_size)
+    assert window_candidates(hybrid, by_size, {"a": 96, "b": 168}) == {96: (), 168: ()}
+    check_student(hybrid.student, {"clip": 96, "sam": 168}, {96: (), 168: ()})
+    with pytest.raises(SizeError, match=r"cannot take 130x130 px; .* is 120x120"):
+        check_student(hybrid.student, {"clip": 130}, {130: ()})
 
 
 def test_a_resolution_that_the_student_cannot_take(config: TrainConfig) -> None:

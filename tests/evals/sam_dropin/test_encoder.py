@@ -104,7 +104,7 @@ def test_the_sides_of_a_hybrid_that_chooses_its_windows_by_the_size() -> None:
         (
             12,
             None,
-            "1024x1024 px with windows of 12: they do not divide its 32x32 tokens; the nearest windows",
+            "1024x1024 px with windows of 12: they do not divide its 32x32 tokens;",
         ),
         (7, 1024, "the nearest windows that do are 8 and 4, the nearest size for 7 is --size 1120"),
     ):
