@@ -18,8 +18,8 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch.utils.flop_counter import FlopCounterMode
 
+from radio.benchmark import count
 from radio.checkpoint import load as load_checkpoint
 from radio.errors import CheckpointError, ConfigError, did_you_mean
 from radio.hub import load_backbone
@@ -59,6 +59,14 @@ def _seg() -> Evaluator[Any]:
     from .seg_probe.evaluator import SegEvaluator
 
     return SegEvaluator()
+
+
+@evaluators.register("throughput")
+def _speed() -> Evaluator[Any]:
+    """Images a second, multiply-adds and memory, several models in turns."""
+    from .throughput.evaluator import ThroughputEvaluator
+
+    return ThroughputEvaluator()
 
 
 @evaluators.register("vqa")
@@ -112,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if task in _COMMANDS:
         return _COMMANDS[task](rest)
     if task not in evaluators:
-        known = [*evaluators, *_COMMANDS]
+        known = list(dict.fromkeys([*evaluators, *_COMMANDS]))
         hint = did_you_mean(task, known) or f"; it has {', '.join(known)}"
         raise ConfigError(f"radio-eval has no command {task!r}{hint}")
     evaluator = evaluators[task]()
@@ -164,7 +172,7 @@ class AllOptions:
     """Every task that a model has what it needs for."""
 
     tasks: tuple[str, ...] = ()
-    """Only these tasks. All of them unless given."""
+    """Only these tasks. All of them but throughput unless given."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,7 +204,9 @@ def _parse_suite(command: str, kind: type[AllOptions], arguments: Sequence[str])
     unknown = [task for task in parsed.own.tasks if task not in made]
     if unknown:
         raise ConfigError(f"no task {unknown[0]!r}{did_you_mean(unknown[0], made)}; tasks: {', '.join(made)}")
-    jobs = {name: (made[name], getattr(parsed, own[name])) for name in parsed.own.tasks or made}
+    # Speed is no score: it is measured when it is named, on a machine that does nothing else.
+    chosen = parsed.own.tasks or [name for name in made if name != "throughput"]
+    jobs = {name: (made[name], getattr(parsed, own[name])) for name in chosen}
     return parsed.model, parsed.own, jobs
 
 
@@ -327,15 +337,12 @@ def _size_up(name: str) -> tuple[str, ...]:
     """Parameters and multiply-adds of an architecture, without memory for either."""
     with torch.device("meta"):
         student = students[name](StudentOptions())
-        height, width = student.native_size
-        picture = torch.empty(1, 3, height, width)
     assert isinstance(student, torch.nn.Module)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        student.eval()(picture)
-    parameters = sum(parameter.numel() for parameter in student.parameters())
+    height, width = student.native_size
+    counts = count(student.eval(), (height, width))
     return (
-        f"{parameters / 1e6:.2f}",
-        f"{counter.get_total_flops() / 2e9:.2f}",
+        f"{counts.parameters / 1e6:.2f}",
+        f"{counts.gmacs:.2f}",
         f"{height}x{width}",
         str(student.summary_dim),
         str(student.token_dim),
@@ -354,6 +361,13 @@ def _report(arguments: Sequence[str]) -> int:
     return run_report(arguments)
 
 
+def _throughput(arguments: Sequence[str]) -> int:
+    from .reporting.tradeoff import draw_tradeoff
+    from .throughput.command import run_throughput
+
+    return run_throughput(arguments, draw_tradeoff)
+
+
 def _trend(arguments: Sequence[str]) -> int:
     from .reporting.command import run_trend
 
@@ -366,6 +380,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "list": _list,
     "compare": _compare,
     "report": _report,
+    "throughput": _throughput,
     "trend": _trend,
 }
 
@@ -374,6 +389,7 @@ def _print_usage(console: Console) -> None:
     console.print(escape("usage: radio-eval TASK MODEL... [options]"), highlight=False)
     console.print(escape("       radio-eval all MODEL... [--tasks ...] [--TASK.option ...]"), highlight=False)
     console.print(escape("       radio-eval noise MODEL [--repeats N] [--tasks ...]"), highlight=False)
+    console.print(escape("       radio-eval throughput MODEL... [--reference MODEL]"), highlight=False)
     console.print(escape("       radio-eval list [--archs]"), highlight=False)
     console.print(escape("       radio-eval report REPORTS --html PAGE [--run runs/NAME]"), highlight=False)
     console.print(escape("       radio-eval compare REPORTS --baseline REPORTS [options]"), highlight=False)

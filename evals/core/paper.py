@@ -121,6 +121,29 @@ TABLE_6 = (
     _table6("E-RADIO-B without upsampling", 75.45, 82.05, 41.26, 7040),
     _table6("E-RADIO-L", 77.87, 83.73, 45.5, 3472),
 )
+TABLE_6_MODELS: Mapping[str, str] = {
+    "dinov2:vitg14": "DINOv2 G/14",
+    "openclip:ViT-H-14": "OpenCLIP H/14",
+    "vit-b32": "RADIO ViT-B/32",
+    "vit-b14": "RADIO ViT-B/14",
+    "vit-l14": "RADIO ViT-L/14",
+    "vit-h14": "RADIO ViT-H/14",
+    "timm:efficientnetv2_s": "EfficientNetV2-S",
+    "timm:resnetv2_101": "ResNetv2-101",
+    "timm:regnety_064": "RegNetY-064",
+    "timm:efficientvit_l1": "EfficientViT-L1",
+    "timm:convnext_base": "ConvNext-B",
+    "timm:dm_nfnet_f3": "NFNet-F3",
+    "timm:swinv2_small_window8_256": "SwinV2-S",
+    "timm:maxvit_base_tf_224": "MaxViT-B",
+    "timm:poolformerv2_m36": "PoolformerV2-M36",
+    "timm:mvitv2_base": "MViTV2-B",
+    "e-radio-b": "E-RADIO-B",
+    "e-radio-b-noup": "E-RADIO-B without upsampling",
+    "e-radio-l": "E-RADIO-L",
+}
+"""Our names of what table 6 compares, in its order. FasterViT, which its text names, is not in it."""
+
 TABLE_7 = (
     _table7("OpenCLIP ViT-H/14", "teacher", 556, 77.19, 81.10, 40.04, 68.03, 57.86, 67.53, 48.11, 67.31),
     _table7("MetaCLIP ViT-H/14", "teacher", 556, 80.51, 82.12, 35.39, 62.62, 67.85, 68.77, 52.02, 75.46),
@@ -196,3 +219,9 @@ def rows_for(task: str) -> tuple[PaperRow, ...]:
     """The paper's rows that say something of one of our tasks; none for a task that it does not have."""
     columns = TASKS.get(task, ())
     return tuple(row for row in ROWS if any(name in row.values for name in columns))
+
+
+def table_6_row(model: str) -> PaperRow | None:
+    """The paper's row of table 6 for an architecture or a teacher of ours, by its name without a file."""
+    name = TABLE_6_MODELS.get(model.partition("@")[0])
+    return next((row for row in TABLE_6 if row.model == name), None)

@@ -29,6 +29,8 @@ _VARIABLES = {
     _FAINT: "var(--rule)",
     **{colour: f"var(--s{place})" for place, colour in enumerate(_SLOTS)},
 }
+_LIGHT = ("#1668b0", "#d1690e", "#2b8a4b", "#b5338a", "#7a58c1", "#8a6d1c", "#188a94", "#666d73")
+_DARK = ("#5aa9ee", "#f49a4a", "#5fc583", "#ec7cc6", "#ae95ef", "#d4b65a", "#4fc4ce", "#a9b1b7")
 _MARKS = "osD^vPX*"
 _STYLES = ("-", "--", ":", "-.")
 _SVG = "{http://www.w3.org/2000/svg}"
@@ -139,6 +141,45 @@ def bars(
             axes.set_xlim(left=0)
         axes.set_xlabel(x_label)
     return svg[0]
+
+
+def scatter(points: Sequence[Series], *, name: str, x_label: str, y_label: str) -> str:
+    """An SVG of points with their names and intervals; the x axis is logarithmic.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    with _drawing(name, 5.2, 3.4) as (figure, svg):
+        axes = figure.add_subplot()
+        for one in points:
+            colour = _SLOTS[one.slot % NUM_SLOTS]
+            axes.plot(one.x, one.y, color=colour, marker=_MARKS[one.slot % len(_MARKS)], linestyle="")
+            for x, y, low, high in zip(one.x, one.y, one.low, one.high, strict=False):
+                if low is not None and high is not None:
+                    axes.plot([x, x], [low, high], color=colour, linewidth=0.8)
+                axes.annotate(_short(one.name), (x, y), xytext=(5, 3), textcoords="offset points", fontsize=8)
+        axes.set_xscale("log")
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.margins(x=0.2)
+        xs = sorted({x for one in points for x in one.x})
+        axes.set_xticks(_apart(xs), [f"{x:.3g}" for x in _apart(xs)])
+        axes.minorticks_off()
+    return svg[0]
+
+
+def standing_alone(svg: str) -> str:
+    """A plot as a file of its own, with colours for light and dark where a page would set them."""
+    light, dark = (
+        "".join(f"--s{place}:{colour};" for place, colour in enumerate(colours))
+        for colours in (_LIGHT, _DARK)
+    )
+    style = (
+        f"<style>svg{{--ink:#1d2226;--rule:#d9dcdf;{light}font:9px sans-serif}}"
+        f"@media(prefers-color-scheme:dark){{svg{{--ink:#e6e9eb;--rule:#343c42;{dark}background:#14181b}}}}</style>"
+    )
+    head, end, rest = svg.partition(">")
+    return f'{head} xmlns="http://www.w3.org/2000/svg"{end}{style}{rest}\n'
 
 
 @contextmanager

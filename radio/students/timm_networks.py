@@ -1,4 +1,4 @@
-"""timm's networks as students and teachers need them: without classifier and dropout, for a size, from a file."""
+"""timm's networks for students and teachers: no classifier, no dropout, a size, weights from a file."""
 
 from __future__ import annotations
 

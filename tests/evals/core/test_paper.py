@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from evals.core.paper import DATA, HEADLINE, ROWS, TASKS, rows_for
+from evals.core.paper import (
+    DATA,
+    HEADLINE,
+    ROWS,
+    TABLE_6,
+    TABLE_6_MODELS,
+    TASKS,
+    rows_for,
+    table_6_row,
+)
+from radio.students import students
 
 
 def find(model: str, table: str) -> dict[str, float]:
@@ -52,3 +62,11 @@ def test_every_number_is_explained_and_names_its_source() -> None:
 @pytest.mark.parametrize(("task", "count"), [("sam", 6), ("zeroshot", 26), ("vqa", 9), ("throughput", 0)])
 def test_a_task_has_the_rows_that_say_something_of_it(task: str, count: int) -> None:
     assert len(rows_for(task)) == count
+
+
+def test_every_row_of_table_6_has_a_name_of_ours_in_its_order() -> None:
+    assert list(TABLE_6_MODELS.values()) == [row.model for row in TABLE_6]
+    assert all(name in students for name in TABLE_6_MODELS if not name.startswith(("dinov2", "openclip")))
+    row = table_6_row("dinov2:vitg14@weights/dinov2.pth")
+    assert row is not None and row.values["images_per_second"] == 313
+    assert table_6_row("vit-tiny12") is None

@@ -1,0 +1,139 @@
+"""`radio-eval throughput`: several models side by side, and beside what the paper has."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from evals.core.paper import TABLE_6_MODELS
+from evals.core.progress import watch_on
+from evals.core.report import Report
+from radio.errors import ConfigError
+from radio.hub import load_backbone
+from radio.model import ModelConfig, build
+from radio.students import StudentOptions, students
+
+from .evaluator import COLUMNS, Entry, measure_all, paper_name
+from .settings import ThroughputSettings
+
+Draw = Callable[[Path], Path | None]
+"""Draws quality against speed from a folder of reports, and gives the file, if there is anything to draw."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """Which models, against which, and where to."""
+
+    models: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Architectures (untrained, which makes no difference here), checkpoint files, or teachers' specs."""
+    table6: bool = False
+    """Also every architecture of the paper's table 6."""
+    reference: str | None = None
+    """The model that ratios are to: the first unless given."""
+    out: Path = Path("reports")
+    """Folder of the reports. With k-NN reports of the same models in it, quality is drawn against speed."""
+    plain: bool = False
+    """No bars, no colours, no drawn lines."""
+
+
+def run_throughput(arguments: Sequence[str], draw: Draw) -> int:
+    """0 when every report was written.
+
+    Raises:
+        RadioError: an unknown model, one named twice, or settings that cannot be measured.
+    """
+    both = dataclasses.make_dataclass(
+        "Arguments", [("which", Options), ("throughput", ThroughputSettings)], frozen=True, kw_only=True
+    )
+    parsed: Any = tyro.cli(
+        both,
+        prog="radio-eval throughput",
+        args=list(arguments),
+        description="Images a second, multiply-adds and memory of several models, measured in turns.",
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    options, settings = parsed.which, parsed.throughput
+    console, progress = Console(no_color=options.plain, highlight=False), Console(stderr=True)
+    watch = watch_on(progress, shown=progress.is_terminal and not options.plain)
+    entries = [load_entry(spec, settings.resolution) for spec in _specs(options)]
+    reports = measure_all(entries, settings, options.out, reference=options.reference, watch=watch)
+    console.print(speed_table(reports, plain=options.plain))
+    picture = draw(options.out)
+    if picture is not None:
+        console.print(escape(str(picture)), soft_wrap=True)
+    return 0
+
+
+def load_entry(spec: str, resolution: int | None = None) -> Entry:
+    """The model that a spec names; an architecture is built with random weights.
+
+    Raises:
+        RadioError: a name or a file that is not there.
+    """
+    arch = spec.removeprefix("arch:")
+    if arch not in students:
+        model = load_backbone(spec)
+        return Entry(name=model.name, model=model, paper_name=paper_name(model))
+    sized = StudentOptions(image_size=resolution) if arch.startswith("timm:") else StudentOptions()
+    untrained = build(ModelConfig(student=arch, options=sized), 0).eval()
+    return Entry(name=arch, model=untrained, paper_name=arch, untrained=True)
+
+
+def speed_table(reports: Sequence[Report], *, plain: bool = False) -> Table:
+    """A row for each model, batch and variant, with the ratio to the reference and the paper's beside it."""
+    resolved = reports[0].settings["resolved"]
+    sizes = ["x".join(map(str, report.settings["resolved"]["size"])) for report in reports]
+    same = len(set(sizes)) == 1
+    table = Table(
+        box=box.ASCII if plain else box.ROUNDED,
+        title=f"{resolved['dtype']} on {reports[0].device}{f', {sizes[0]} px' if same else ''}",
+        caption=f"ratio: to {resolved['reference']}; paper: the same ratio in its table 6",
+    )
+    table.add_column("model", overflow="fold")
+    for title in ("M", "GMACs", "batch", "images/s", "±", "ratio", "paper", "MiB"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for report, size in zip(reports, sizes, strict=True):
+        for values in report.tables["speed"].rows:
+            row: dict[str, Any] = dict(zip(COLUMNS, values, strict=True))
+            remarks = [] if row["variant"] == "alone" else [row["variant"]]
+            remarks += [] if same else [f"{size} px"]
+            table.add_row(
+                escape(" ".join([report.model, *remarks])),
+                _metric(report, "parameters", ".1f"),
+                _metric(report, "gmacs", ".2f"),
+                str(row["batch"]),
+                f"{row['images_per_second']:.4g}",
+                f"{row['spread_percent']:.0f} %",
+                f"{row['ratio']:.2f}",
+                _number(row["paper_ratio"], ".2f"),
+                _number(row["peak_memory_mib"], ".0f"),
+            )
+    return table
+
+
+def _specs(options: Options) -> list[str]:
+    of_paper = [name for name in TABLE_6_MODELS if name in students] if options.table6 else []
+    specs = [*options.models, *(name for name in of_paper if name not in options.models)]
+    if not specs:
+        raise ConfigError("no model was named; give an architecture, a checkpoint, a spec, or --table6")
+    twice = next((spec for place, spec in enumerate(specs) if spec in specs[:place]), None)
+    if twice is not None:
+        raise ConfigError(f"{twice} was named twice; once is enough")
+    return specs
+
+
+def _metric(report: Report, name: str, form: str) -> str:
+    return format(report.metrics[name].value, form) if name in report.metrics else ""
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

@@ -1,0 +1,282 @@
+"""Images a second of one or of several models, in turns, each with a report of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import nn
+
+from evals.core.evaluator import Watch, card_of, silent
+from evals.core.paper import table_6_row
+from evals.core.progress import Telling
+from evals.core.provenance import choose_device, commit, describe_device, versions
+from evals.core.report import Metric, Report, Table, file_name, write
+from radio.benchmark import Adapted, Contender, Counts, Measurement, contend, count, measure, num_turns
+from radio.config import to_plain
+from radio.errors import ConfigError, SizeError, did_you_mean
+from radio.model import RadioModel
+from radio.teachers.frozen import Frozen
+from radio.types import Backbone
+
+from .settings import ThroughputSettings
+
+COLUMNS = (
+    *("variant", "batch", "images_per_second", "low", "high", "spread_percent", "calls_per_window"),
+    *("ratio", "paper_ratio", "peak_memory_mib"),
+)
+"""Of the table in a report, a row for each variant and batch."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One model that is measured."""
+
+    name: str
+    model: Backbone
+    paper_name: str = ""  # as `evals.core.paper.TABLE_6_MODELS` has it
+    untrained: bool = False
+
+
+@final
+class ThroughputEvaluator:
+    """Images a second of a backbone alone, and with its adaptors."""
+
+    name = "throughput"
+    settings = ThroughputSettings
+
+    def run(
+        self,
+        model: Backbone,
+        settings: ThroughputSettings,
+        out: Path,
+        *,
+        name: str | None = None,
+        watch: Watch = silent,
+    ) -> Report:
+        """Measure `model`; writes `throughput-NAME.json` into `out`.
+
+        Raises:
+            ConfigError: an unknown device, or adaptors that the model does not have.
+            SizeError: a resolution that it does not take.
+        """
+        entry = Entry(name=name or model.name, model=model, paper_name=paper_name(model))
+        return measure_all([entry], settings, out, watch=watch)[0]
+
+
+def measure_all(
+    entries: Sequence[Entry],
+    settings: ThroughputSettings,
+    out: Path,
+    *,
+    reference: str | None = None,
+    watch: Watch = silent,
+) -> list[Report]:
+    """A report of each model, all measured in turns in one run; writes `throughput-NAME.json` into `out`.
+
+    Args:
+        entries: models under names of their own.
+        settings: the protocol.
+        out: the folder of the reports.
+        reference: the model that ratios are to; None = the first.
+        watch: shows how far it is.
+
+    Raises:
+        ConfigError: no such reference, an unknown device, or adaptors that no model has.
+        SizeError: a resolution that a model does not take.
+    """
+    reference = _check_names([entry.name for entry in entries], reference)
+    sizes = {entry.name: _size(entry.model, settings.resolution) for entry in entries}
+    counts = {entry.name: _count(entry.model, sizes[entry.name]) for entry in entries}
+    device, started = choose_device(settings.device), time.monotonic()
+    with _threads(settings.threads):
+        contenders = [
+            contender
+            for entry in entries
+            for contender in _variants(entry, entries, settings, sizes[entry.name], device)
+        ]
+        found = _measured(contenders, settings, device, watch)
+        described = describe_device(device)
+    papers = {entry.name: _paper_rate(entry.paper_name) for entry in entries}
+    resolved = {
+        "protocol": to_plain(settings.protocol),
+        "dtype": str(settings.dtype_on(device)).removeprefix("torch."),
+        "measured_together": [entry.name for entry in entries],
+        "reference": reference,
+    }
+    reports = []
+    for entry in entries:
+        mine = [one for one in found if one.name.split(_VARIANT)[0] == entry.name]
+        rows = _rows(mine, found, reference, _ratio(papers[entry.name], papers[reference]))
+        report = Report(
+            task="throughput",
+            model=entry.name,
+            fingerprint=entry.model.fingerprint,
+            headline="images_per_second",
+            metrics=_metrics(mine, rows, counts[entry.name], entry.name == reference),
+            settings={**to_plain(settings), "resolved": {**resolved, "size": list(sizes[entry.name])}},
+            data=(),
+            device=described,
+            seconds={"total": time.monotonic() - started},
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            versions=versions(),
+            git=commit(),
+            card=card_of(entry.model),
+            peak_memory=max((one.peak_memory for one in mine if one.peak_memory is not None), default=None),
+            notes=("untrained weights: the speed is the architecture's",) if entry.untrained else (),
+            tables={"speed": Table(columns=COLUMNS, rows=rows)},
+        )
+        write(report, out / f"{file_name('throughput', entry.name)}.json")
+        reports.append(report)
+    return reports
+
+
+def paper_name(model: Backbone) -> str:
+    """The name under which the paper's table 6 may have a model."""
+    return model.config.student if isinstance(model, RadioModel) else model.name
+
+
+_VARIANT = " / "  # between a model's name and what is measured of it
+_PLAIN = "alone"
+
+
+def _variants(
+    entry: Entry,
+    entries: Sequence[Entry],
+    settings: ThroughputSettings,
+    size: tuple[int, int],
+    device: torch.device,
+) -> Iterator[Contender]:
+    forms: list[tuple[str, str, Any]] = [(_PLAIN, "compiled", entry.model)]
+    if settings.with_adaptors:
+        if not any(isinstance(each.model, RadioModel) and each.model.adaptors for each in entries):
+            raise ConfigError("none of the models has adaptors; leave --with-adaptors out")
+        if isinstance(entry.model, RadioModel) and entry.model.adaptors:
+            forms.append(("with adaptors", "with adaptors, compiled", Adapted(entry.model)))
+    for eager, compiled_form, module in forms:
+        for compiled in (False, True) if settings.compile else (False,):
+            yield contend(
+                f"{entry.name}{_VARIANT}{compiled_form if compiled else eager}",
+                module,
+                size,
+                device,
+                settings.dtype_on(device),
+                channels_last=settings.channels_last,
+                compiled=compiled,
+            )
+
+
+def _check_names(names: Sequence[str], reference: str | None) -> str:
+    """The reference's name."""
+    twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
+    if twice is not None:
+        raise ConfigError(f"two models are called {twice}; name one of them once, or move one's folder")
+    if reference is not None and reference not in names:
+        hint = did_you_mean(reference, names) or f"; they are {', '.join(names)}"
+        raise ConfigError(f"the reference {reference!r} is none of the models that are measured{hint}")
+    return reference or names[0]
+
+
+def _measured(
+    contenders: Sequence[Contender], settings: ThroughputSettings, device: torch.device, watch: Watch
+) -> list[Measurement]:
+    with watch("throughput", num_turns(settings.protocol, len(contenders))) as advance:
+
+        def done(name: str) -> None:
+            advance(1)
+            if isinstance(advance, Telling):
+                advance.tell(name)
+
+        return measure(contenders, settings.protocol, device, done=done)
+
+
+def _size(model: Backbone, resolution: int | None) -> tuple[int, int]:
+    if resolution is None:
+        return model.native_size
+    nearest = model.fit(resolution, resolution)
+    if nearest != (resolution, resolution):
+        raise SizeError(
+            f"{model.name} cannot take {resolution}x{resolution} px; the nearest size that it can is "
+            f"{nearest[0]}x{nearest[1]}: give --resolution that, or leave it out"
+        )
+    return nearest
+
+
+def _count(model: Backbone, size: tuple[int, int]) -> Counts | None:
+    """Of the backbone alone; None where a model of somebody else's is no torch module."""
+    alone: Any = model.student if isinstance(model, RadioModel) else model
+    if not isinstance(alone, nn.Module):
+        return None
+    whole = count(alone, size)
+    if isinstance(alone, Frozen):  # without its text tower
+        trunk: Any = alone.trunk
+        return whole._replace(parameters=sum(parameter.numel() for parameter in trunk.parameters()))
+    return whole
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if number is not None:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _paper_rate(name: str) -> float | None:
+    row = table_6_row(name)
+    return None if row is None else row.values["images_per_second"]
+
+
+def _ratio(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one / other
+
+
+def _rows(
+    mine: Sequence[Measurement], found: Sequence[Measurement], reference: str, paper_ratio: float | None
+) -> tuple[tuple[str | int | float | None, ...], ...]:
+    rates = {(one.name, one.batch): one.images_per_second for one in found}
+    return tuple(
+        (
+            *(one.name.split(_VARIANT)[1], one.batch, one.images_per_second, one.low, one.high, one.spread),
+            one.calls,
+            one.images_per_second / rates[f"{reference}{_VARIANT}{_PLAIN}", one.batch],
+            *(paper_ratio, one.peak_memory),
+        )
+        for one in mine
+    )
+
+
+def _metrics(
+    mine: Sequence[Measurement],
+    rows: Sequence[tuple[str | int | float | None, ...]],
+    counts: Counts | None,
+    is_reference: bool,
+) -> dict[str, Metric]:
+    metrics = {}
+    plain = [one for one in mine if one.name.endswith(f"{_VARIANT}{_PLAIN}")]
+    metrics["images_per_second"] = _rate(max(plain, key=lambda one: one.images_per_second))
+    for one, row in zip(mine, rows, strict=True):
+        variant = str(row[0])
+        suffix = "" if variant == _PLAIN else "_" + variant.replace(", ", "_").replace(" ", "_")
+        metrics[f"images_per_second_batch_{one.batch}{suffix}"] = _rate(one)
+        if not is_reference:
+            ratio = float(row[COLUMNS.index("ratio")] or 0)
+            metrics[f"ratio_batch_{one.batch}{suffix}"] = Metric(value=ratio, unit="x")
+    if counts is not None:
+        millions = counts.parameters / 1e6
+        metrics["parameters"] = Metric(value=millions, higher_is_better=False, unit="M")
+        metrics["gmacs"] = Metric(value=counts.gmacs, higher_is_better=False, unit="G")
+    return metrics
+
+
+def _rate(one: Measurement) -> Metric:
+    return Metric(value=one.images_per_second, low=one.low, high=one.high, unit="images/s")
