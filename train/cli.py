@@ -15,6 +15,7 @@ from evals.core.provenance import choose_device
 from radio.config import read_yaml
 from radio.errors import ConfigError
 
+from .comparison import compares, runs_of
 from .config import TrainConfig
 from .parallel import join
 from .recipes import recipes
@@ -57,17 +58,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         train_teachers(_parse(TeachersConfig, TeachersConfig(), options, name))
         return 0
     command = _parse(Command, Command(config=_settings(name)), options, name)
-    device = choose_device(command.config.device)
+    config, configs, paths = command.config, runs_of(command.config), []
+    device = choose_device(config.device)
     with join(device) as group:
         quiet = Console(quiet=True) if not group.leads else console
-        run = Run(command.config, group, device, quiet, restart=command.restart)
-        path = run.train()
-        if group.leads:
-            console.print(f"checkpoint: {path}", highlight=False, soft_wrap=True)
-    if group.leads and command.config.score:
-        from .scoring import score
+        for each in configs:
+            path = Run(each, group, device, quiet, restart=command.restart).train()
+            paths.append(path)
+            quiet.print(f"checkpoint: {path}", highlight=False, soft_wrap=True)
+    if group.leads and config.score:
+        if compares(config):
+            from .comparison_scores import compare
 
-        score(command.config, path, console)
+            compare(configs, paths, console)
+        else:
+            from .scoring import score
+
+            score(config, paths[0], console)
     return 0
 
 

@@ -20,10 +20,8 @@ class StudentOptions:
     window: int | None = None  # window side of a vitdet student; None = the name's own
     schedule: Literal["quarters", "runs-of-5"] | None = None  # which blocks of a vitdet student are global
     recompute: bool = False  # activation checkpointing of every block
-    upsample: bool | None = None  # a neck of twice the resolution for a timm student; None = without
-    image_size: int | None = (
-        None  # the side in pixels that a timm student is built for; None = the name's own
-    )
+    upsample: bool | None = None  # a timm student's neck of twice the resolution; None = without
+    image_size: int | None = None  # the side in pixels a timm student is built for; None = the name's own
 
 
 StudentFactory = Callable[[StudentOptions], Student]

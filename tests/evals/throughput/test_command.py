@@ -49,10 +49,13 @@ def test_models_of_every_kind_in_one_table(checkpoint: Path, capsys: pytest.Capt
     assert "untrained weights" in read(Path("reports/throughput-vit-tiny12.json")).notes[0]
 
 
-def test_a_checkpoint_of_a_table_6_model_has_the_papers_ratio_beside_it(tmp_path: Path) -> None:
-    entry = load_entry("timm:resnetv2_101", 32)
-    assert (entry.paper_name, entry.untrained) == ("timm:resnetv2_101", True)
+def test_checkpoints_and_architectures_have_the_same_name_in_the_papers_table(tmp_path: Path) -> None:
+    entry = load_entry("arch:timm:test_vit", 32)
+    assert (entry.name, entry.paper_name, entry.untrained) == ("timm:test_vit", "timm:test_vit", True)
     assert entry.model.native_size == (32, 32)
+    path = tmp_path / "runs" / "second" / "ckpt.pt"
+    build(ModelConfig(student="timm:test_vit"), seed=1).save(path)
+    assert load_entry(str(path)).paper_name == "timm:test_vit"
     assert load_entry("scenes:clip").paper_name == "scenes:clip"
 
 

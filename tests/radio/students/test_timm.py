@@ -85,7 +85,7 @@ def test_the_papers_ten_have_its_parameter_counts_and_a_map_of_7_by_7(name, mill
     assert found.summary.shape == (1, made.summary_dim)
 
 
-@pytest.mark.parametrize("name", ["test_maxvit", "test_vit", "swinv2_small_window8_256", "mvitv2_base"])
+@pytest.mark.parametrize("name", ["test_maxvit", "test_vit", "swinv2_tiny_window8_256", "mvitv2_tiny"])
 def test_models_of_one_size_are_built_for_the_size_wanted_and_refuse_others(name):
     with torch.device("meta"):
         made = student(name, image_size=96).eval()
@@ -97,7 +97,7 @@ def test_models_of_one_size_are_built_for_the_size_wanted_and_refuse_others(name
 
 def test_swin_v2_scales_its_windows_with_the_map():
     with torch.device("meta"):
-        layers = make_network("swinv2_small_window8_256", 96)[0].layers
+        layers = make_network("swinv2_tiny_window8_256", 96)[0].layers
     assert [layer.blocks[0].window_size for layer in layers] == [(3, 3)] * 4
 
 

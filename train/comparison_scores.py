@@ -1,0 +1,97 @@
+"""The end of a comparison: every student's scores and speed in one table, beside the paper's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import evals.cli  # noqa: F401 (enters the evaluators)
+from evals.core.dist import Group
+from evals.core.evaluator import Evaluator, evaluators
+from evals.core.paper import PaperRow, table_6_row
+from evals.core.progress import watch_on
+from evals.core.report import Report
+from evals.core.suite import run_all
+from evals.core.tables import cell
+from evals.reporting.tradeoff import draw_tradeoff
+from evals.throughput.evaluator import Entry, measure_all
+from evals.throughput.settings import ThroughputSettings
+from radio.errors import MissingExtraError
+from radio.hub import load_backbone
+
+from .config import TrainConfig
+
+FEW: Mapping[str, Mapping[str, Any]] = {"knn": {"scenes": (1200, 300)}, "zeroshot": {"scenes": 300}}
+"""Settings of the tasks: the slowest student sees as many pictures as the fastest."""
+
+SPEED: Mapping[str, Any] = {"batches": (8,)}
+"""Settings of the measurement of speed."""
+
+
+def compare(configs: Sequence[TrainConfig], paths: Sequence[Path], console: Console) -> Path:
+    """The folder of the reports, after every checkpoint was scored and measured and the table was printed.
+
+    Run again, it keeps the scores that are done and unchanged.
+    """
+    out = configs[0].out.parent / "reports"
+    watch = watch_on(console, shown=console.is_terminal)
+    scores: dict[str, dict[str, Report | None]] = {}
+    entries = []
+    for config, path in zip(configs, paths, strict=True):
+        model, name = load_backbone(str(path)), config.student
+        jobs = {task: _job(task, config.device) for task in config.score}
+        tell = partial(_tell, console, name)
+        outcomes = run_all(model, jobs, out, name=name, watch=watch, group=Group(), tell=tell)
+        scores[name] = {outcome.task: outcome.report for outcome in outcomes}
+        entries.append(Entry(name=name, model=model, paper_name=name))
+    settings = ThroughputSettings(**SPEED, device=configs[0].device)
+    speeds = {report.model: report for report in measure_all(entries, settings, out, watch=watch)}
+    console.print(_table(scores, speeds, configs[0].score, plain=not console.is_terminal))
+    try:
+        draw_tradeoff(out)
+    except MissingExtraError as error:
+        console.print(f"no plot: {error}", highlight=False, soft_wrap=True)
+    return out
+
+
+def _job(task: str, device: str) -> tuple[Evaluator[Any], Any]:
+    evaluator = evaluators[task]()
+    return evaluator, evaluator.settings(device=device, **FEW.get(task, {}))
+
+
+def _tell(console: Console, name: str, line: str) -> None:
+    console.print(escape(f"{name}: {line}"), highlight=False, soft_wrap=True)
+
+
+def _table(
+    scores: Mapping[str, Mapping[str, Report | None]],
+    speeds: Mapping[str, Report],
+    tasks: Sequence[str],
+    *,
+    plain: bool,
+) -> Table:
+    """A row for each student: its scores and images a second, then those of the paper."""
+    table = Table("student", box=box.ASCII if plain else box.ROUNDED)
+    columns = [*tasks, "images/s"]
+    for owner in ("", "paper: "):
+        for column in columns:
+            table.add_column(f"{owner}{column}", justify="right")
+    for name, found in scores.items():
+        speed = speeds[name].metrics["images_per_second"]
+        own = [cell(report.metrics[report.headline]) if report else "failed" for report in found.values()]
+        row = table_6_row(name)
+        theirs = [_paper(row, column) for column in (*tasks, "images_per_second")]
+        table.add_row(escape(name), *own, f"{speed.value:.4g}", *theirs)
+    return table
+
+
+def _paper(row: PaperRow | None, column: str) -> str:
+    value = None if row is None else row.values.get(column)
+    return "" if value is None else f"{value:g}"
