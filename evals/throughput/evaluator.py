@@ -119,7 +119,7 @@ def measure_all(
             model=entry.name,
             fingerprint=entry.model.fingerprint,
             headline="images_per_second",
-            metrics=_metrics(mine, rows, counts[entry.name], entry.name == reference),
+            metrics=_metrics(mine, counts[entry.name]),
             settings={**to_plain(settings), "resolved": {**resolved, "size": list(sizes[entry.name])}},
             data=(),
             device=described,
@@ -255,22 +255,14 @@ def _rows(
     )
 
 
-def _metrics(
-    mine: Sequence[Measurement],
-    rows: Sequence[tuple[str | int | float | None, ...]],
-    counts: Counts | None,
-    is_reference: bool,
-) -> dict[str, Metric]:
-    metrics = {}
-    plain = [one for one in mine if one.name.endswith(f"{_VARIANT}{_PLAIN}")]
-    metrics["images_per_second"] = _rate(max(plain, key=lambda one: one.images_per_second))
-    for one, row in zip(mine, rows, strict=True):
-        variant = str(row[0])
+def _metrics(mine: Sequence[Measurement], counts: Counts | None) -> dict[str, Metric]:
+    """Rates and counts. Ratios stand in the table: they depend on what else was measured."""
+    variants = {one: one.name.split(_VARIANT)[1] for one in mine}
+    plain = [one for one in mine if variants[one] == _PLAIN]
+    metrics = {"images_per_second": _rate(max(plain, key=lambda one: one.images_per_second))}
+    for one, variant in variants.items():
         suffix = "" if variant == _PLAIN else "_" + variant.replace(", ", "_").replace(" ", "_")
         metrics[f"images_per_second_batch_{one.batch}{suffix}"] = _rate(one)
-        if not is_reference:
-            ratio = float(row[COLUMNS.index("ratio")] or 0)
-            metrics[f"ratio_batch_{one.batch}{suffix}"] = Metric(value=ratio, unit="x")
     if counts is not None:
         millions = counts.parameters / 1e6
         metrics["parameters"] = Metric(value=millions, higher_is_better=False, unit="M")
