@@ -55,8 +55,8 @@ class ConvNorm(nn.Module):
 class StridedStem(nn.Sequential):
     """Two 3x3 convolutions with batch norm and ReLU: [B, 3, h, w] -> [B, width, h / s, w / s].
 
-    s is the product of the strides. A stride above 2 takes a kernel one wider than itself on both sides but
-    one, so that neighbours overlap.
+    s is the product of the strides. A stride above 2 takes a kernel of 2 * stride - 1, so that neighbours
+    overlap there too.
     """
 
     def __init__(self, width: int, inner: int = 64, strides: tuple[int, int] = (2, 2)) -> None:

@@ -40,8 +40,8 @@ class PositionBias(nn.Module):
         line = torch.arange(side, device=device)
         lag = line[:, None] - line[None, :] + side - 1  # [s, s]
         which = lag[:, None, :, None] * reach + lag[None, :, None, :]
-        bias: Tensor = table[which.reshape(side * side, -1)].permute(2, 0, 1)[None]
-        return bias
+        bias: Tensor = table[which.reshape(side * side, -1)].permute(2, 0, 1)
+        return bias.contiguous()[None]  # fused kernels want rows
 
 
 class WindowBlock(nn.Module):

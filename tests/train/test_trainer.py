@@ -152,6 +152,18 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(
     assert same_weights(out, config.out / "whole")
 
 
+def test_batch_norms_and_channels_last_weights_go_on_too(config: TrainConfig, start: Start) -> None:
+    hybrid = replace(config, student="e-radio-tiny", resolution=96, steps=4, save_every=2)
+    start(hybrid, out=config.out / "whole").train()
+    out = config.out / "stopped"
+    run_until(start(hybrid, out=out), "teacher_features", 4)
+    resumed = start(hybrid, out=out)
+    assert resumed.step == 2
+    resumed.train()
+    assert untimed(out) == untimed(config.out / "whole")
+    assert same_weights(out, config.out / "whole")
+
+
 def test_a_finished_run_is_not_run_again(config: TrainConfig, start: Start) -> None:
     path = start(config, steps=2).train()
     before = path.stat().st_mtime_ns, (config.out / "metrics.jsonl").read_bytes()
