@@ -17,7 +17,9 @@ class TeacherConfig:
     model: str  # a spec such as scenes:clip or openclip:ViT-H-14-quickgelu@FILE
     resolution: int | None = None  # its input side in pixels; None = its native size
     student_resolution: int | None = None  # what the student sees beside it; None = the run's resolution
-    every: int = 1  # sees one in so many pictures of a batch, where it is dear (paper §4: SAM)
+    batch_size: int | None = (
+        None  # pictures a step over all ranks; None = the run's (paper §4: fewer for SAM)
+    )
     summary_weight: float = 1.0  # lambda of eq. 2
     spatial_weight: float = 1.0  # gamma of eq. 3
 
@@ -85,7 +87,7 @@ class TrainConfig:
     teachers: tuple[TeacherConfig, ...]
     resolution: int  # the student's input side in pixels
     steps: int
-    batch_size: int  # over all ranks
+    batch_size: int  # pictures a step over all ranks, for the teachers that name no other number
     out: Path
     options: StudentOptions = field(default_factory=StudentOptions)
     summary: Literal["shared", "per-teacher", "mean"] = (
@@ -106,6 +108,8 @@ class TrainConfig:
     adaptor: AdaptorOptions = field(default_factory=AdaptorOptions)
     optim: OptimConfig = field(default_factory=OptimConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+    partition: Literal["ranks", "turns"] = "ranks"  # a group of teachers has ranks of its own, or all in turn
+    split: tuple[int, ...] = ()  # ranks of each group; () = chosen by cost
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 on a CPU
