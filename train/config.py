@@ -49,6 +49,15 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class BalanceConfig:
+    """How the losses of the teachers are balanced (paper §3.3.1, appendix D), on top of their own weights."""
+
+    kind: Literal["naive", "uncertainty", "adaloss", "amtml"] = "naive"
+    regularizer_scale: float = 1.0  # uncertainty: factor of softplus(b) in eq. 6 (ours; the paper's is lost)
+    momentum: float = 0.99  # adaloss: of the moving averages in eq. 7
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AdaptorOptions:
     """The adaptors of all teachers."""
 
@@ -105,6 +114,7 @@ class TrainConfig:
     )  # sides to sample from; those that fit the grid are used
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
     adaptor: AdaptorOptions = field(default_factory=AdaptorOptions)
     optim: OptimConfig = field(default_factory=OptimConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)

@@ -27,16 +27,26 @@ def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(a.float(), b.float(), dim=-1)
 
 
+def summary_losses(student: Tensor, teacher: Tensor) -> Tensor:
+    """L_cos of the summaries (eq. 2): [B, C] -> [B]."""
+    return cosine_distance(student, teacher)
+
+
+def spatial_losses(student: Tensor, teacher: Tensor, config: LossConfig) -> Tensor:
+    """alpha * L_cos + beta * smooth L1 (eq. 3), mean over a picture's tokens: [B, T, D] -> [B]."""
+    matched = cosine_distance(student, teacher).mean(1)
+    sized = F.smooth_l1_loss(student.float(), teacher.float(), beta=config.knee, reduction="none")
+    return config.cosine * matched + config.smooth_l1 * sized.mean((1, 2))
+
+
 def summary_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """L_cos of the summaries, mean over the batch (eq. 2)."""
-    return cosine_distance(student, teacher).mean()
+    return summary_losses(student, teacher).mean()
 
 
 def spatial_loss(student: Tensor, teacher: Tensor, config: LossConfig) -> Tensor:
     """alpha * L_cos + beta * smooth L1 of the tokens, mean over tokens and batch (eq. 3)."""
-    matched = cosine_distance(student, teacher).mean()
-    sized = F.smooth_l1_loss(student.float(), teacher.float(), beta=config.knee)
-    return config.cosine * matched + config.smooth_l1 * sized
+    return spatial_losses(student, teacher, config).mean()
 
 
 def teacher_losses(student: Features, teacher: Features, config: LossConfig) -> TeacherLosses:
