@@ -28,15 +28,19 @@ class TeacherConfig:
 class DataConfig:
     """Pictures to learn from; labels are never read."""
 
-    shards: tuple[str, ...] = ()  # WebDataset tar files; {000000..000003} stands for many
+    shards: tuple[
+        str, ...
+    ] = ()  # tar files, URLs or pipe:COMMAND; {000000..000003} stands for many
     images: tuple[Path, ...] = ()  # folders of pictures, searched through and through
     scenes: int = 0  # pictures of the generated world; the demo's source
+    weights: tuple[float, ...] = ()  # share of a batch of each pattern, folder, then scenes; () = in one pool
     scenes_seed: int = 2  # teachers were trained on seed 1, evaluators use seed 0
     crop_scale: tuple[float, float] = (0.08, 1.0)  # RandomResizedCrop: share of the area
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5  # probability of a horizontal flip
+    lanes: int = 1024  # cursors per group, fixed for a run: the largest divisor of its batch up to this
     workers: int = 2  # loader processes per rank; 0 loads in the trainer itself
-    max_broken: float = 0.01  # stop when a larger share of the pictures cannot be read
+    max_broken: float = 0.01  # stop when a larger share of the pictures, or of the shards, cannot be read
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,10 +124,12 @@ class TrainConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     partition: Literal["ranks", "turns"] = "ranks"  # a group of teachers has ranks of its own, or all in turn
     split: tuple[int, ...] = ()  # ranks of each group; () = chosen by cost
+    engine: Literal["ddp", "fsdp"] = "ddp"  # over ranks: copies of the student, or its weights sharded
+    accumulate: int = 1  # parts that a rank's pictures go through the student in, one after another
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 on a CPU
-    compile: bool = False  # torch.compile the student
+    compile: bool = False  # torch.compile every block of the student
     teachers_ahead: bool = True  # online teachers see the next batch, in a thread of their own, during a step
     log_every: int = 20  # steps
     save_every: int = 200  # steps

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
 
 from evals.core.dist import Group
 from radio.config import to_plain, write_yaml
@@ -25,36 +23,28 @@ from .ahead import ahead, half_the_threads
 from .assembly import (
     check_settings,
     check_student,
+    deal,
+    gather_facts,
     load_teachers,
     make_card,
     model_config,
     provenance,
     student_resolutions,
-    teacher_sizes,
     window_candidates,
 )
+from .batches import Batch, GroupedCrops, crop_sides, load, remembered, taught
 from .cache import FeatureCache, write_cache
 from .config import TrainConfig
-from .crops import FixedCrops, RandomCrops, check_broken, rows_of
+from .crops import FixedCrops, RandomCrops, check_broken
 from .metrics import Clock, Meters
 from .optim import learning_rate, make_optimizer
-from .parallel import wrap
+from .parallel import Engine, find_peers, gather_weights, is_half
+from .partition import TeacherGroup
 from .pictures import open_pictures
-from .sampling import StepSampler, draw_window, generator
+from .sampling import draw_window, generator
 from .sinks import JsonLines, ProgressConsole, Record
 from .state import load_state, save_state
-from .step import Distiller, teacher_features, thinned
-
-# Letters: B batch of this rank.
-
-
-class Batch(NamedTuple):
-    """One step's crops, and the teachers' features of them."""
-
-    images: Tensor  # [B, 3, side, side] in [0, 1], on the device
-    targets: dict[str, Features]
-    broken: int
-    waited: float  # seconds
+from .step import Distiller, in_parts, teacher_features
 
 
 class Run:
@@ -65,7 +55,7 @@ class Run:
         group: the ranks that share it.
         device: where this rank computes.
         console: where it reports.
-        restart: begin anew instead of going on from `out/state.pt`.
+        restart: begin anew instead of going on from the run folder's state.
     """
 
     def __init__(
@@ -79,20 +69,26 @@ class Run:
     ) -> None:
         check_settings(config, group.world)
         self.config, self.group, self.device, self.console = config, group, device, console
-        self.teachers = load_teachers(config, device)
-        self.sizes = teacher_sizes(config, self.teachers)
-        self.every = {t.name: t.every for t in config.teachers}
-        beside = student_resolutions(config)
+        self.partition = deal(config, group.world)
+        self.mine = self.partition.of(group.rank)
+        mine = [name for teachers in self.mine for name in teachers.teachers]
+        every = [t.name for t in config.teachers]  # a cache is written by one rank
+        self.teachers = load_teachers(config, device, mine if config.cache.folder is None else every)
+        facts = gather_facts(config, self.teachers, group)
+        self.sizes = {name: fact.size for name, fact in facts.items()}
         self.pictures = open_pictures(config.data)
-        side = max(*beside.values(), *(max(size) for size in self.sizes.values()))
-        self.crops = RandomCrops(self.pictures, config.data, side, config.seed)
-        card = make_card(config, self.teachers, self.sizes, self.pictures)
-        self.model = build(model_config(config, self.teachers), config.seed, card, config.out.name)
+        self.sides = crop_sides(self.partition, self.sizes)
+        card = make_card(config, facts, self.pictures)
+        self.model = build(model_config(config, facts), config.seed, card, config.out.name)
+        for name in set(every) - set(mine):
+            del self.model.adaptors[name]
         self.model.to(device).train()
+        beside = student_resolutions(config)
         self.windows = window_candidates(self.model, config, beside)
         check_student(self.model.student, beside, self.windows)
-        self.distiller = Distiller(self.model, config.teachers, config.loss, beside)
-        self.forward = wrap(self.distiller, group, device, compiled=config.compile)
+        self.distiller = Distiller(self.model, config.teachers, config.loss)
+        self.peers = find_peers(self.partition, group.rank)
+        self.engine = Engine(self.distiller, group, self.peers, device, config)
         self.optimizer = make_optimizer(self.distiller, config.optim)
         self.meters, self.clock, self.broken = Meters(), Clock(), 0
         self.step = 0 if restart else self._resume()
@@ -139,51 +135,44 @@ class Run:
                     self.save()
 
     def batches(self) -> Iterator[Batch]:
-        """The batches of the steps still to do, with the teachers' features.
-
-        The loader's processes start in the calling thread: one forked by a pool's thread ends with an error.
-        """
-        config, group = self.config, self.group
-        loader = DataLoader(
-            self.crops if self.cache is None else self.cache,
-            batch_sampler=StepSampler(self.step, config.steps, config.batch_size, group.rank, group.world),
-            num_workers=config.data.workers,
-            pin_memory=self.device.type == "cuda",
-            prefetch_factor=4 if config.data.workers else None,
-        )
-        return self._taught(rows_of(iter(loader)))
-
-    def _taught(self, rows: Iterator[Any]) -> Iterator[Batch]:
-        while True:
-            start = time.perf_counter()
-            row = next(rows, None)
-            waited = time.perf_counter() - start
-            if row is None:
-                return
-            images = row.pixels.to(self.device, non_blocking=True).float().div_(255)
-            if self.cache is not None:
-                known = self.cache.targets(row.summaries, row.tokens, self.device)
-                targets = {name: thinned(features, self.every[name]) for name, features in known.items()}
-                yield Batch(images, targets, 0, waited)
-            else:
-                with self._autocast():
-                    targets = teacher_features(self.teachers, self.sizes, images, self.every)
-                yield Batch(images, targets, int(row.broken.sum()), waited)
+        """The batches of the steps still to do, with the teachers' features."""
+        crops = GroupedCrops(self.pictures, self.config, self.partition, self.sides)
+        dataset = crops if self.cache is None else self.cache
+        rows = load(dataset, self.config, self.partition, self.group.rank, self.step, self.device)
+        if self.cache is None:
+            return taught(rows, self.mine, self.device, self._teach)
+        return remembered(rows, self.mine, self.device, self.cache.targets)
 
     def advance(self, batch: Batch) -> None:
-        """One step: forward, losses, backward, update. Reads nothing back from the device."""
+        """One step: forwards, losses, backwards, update. Reads nothing back from the device."""
         config, step = self.config, self.step
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, config.steps, config.optim)
-        logged = (step + 1) % config.log_every == 0 or step + 1 == config.steps
-        windows = {side: draw_window(fitting, config.seed, step) for side, fitting in self.windows.items()}
-        with self._autocast():
-            losses = self.forward(batch.images, batch.targets, self._drawn(), windows, logged)
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = learning_rate(step, config.steps, config.optim)
         self.optimizer.zero_grad(set_to_none=True)
-        losses.total.backward()
-        norm = nn.utils.clip_grad_norm_(self.distiller.parameters(), config.optim.clip or math.inf)
+        detail = (step + 1) % config.log_every == 0 or step + 1 == config.steps
+        parts = [
+            part
+            for lesson in batch.lessons
+            for part in in_parts(lesson, self._drawn(lesson.group), config.accumulate)
+        ]
+        found, total = [], torch.zeros((), device=self.device)
+        for place, (lesson, drawn) in enumerate(parts, start=1):
+            window = draw_window(self.windows[lesson.group.side], config.seed, step)
+            with self.engine.turn(last=place == len(parts)):
+                with self._autocast():
+                    losses = self.distiller(self.engine.encode, lesson, drawn, window, detail)
+                loss = losses.total * (self.engine.scale / config.accumulate)
+                loss.backward()
+            total += loss.detach()
+            found.append(losses)
+        norm = self.engine.settle(total)
+        fine = self.optimizer.guard(norm, config.optim.clip)
         self.optimizer.step()
-        self.meters.add({"loss": losses.total, "grad_norm": norm, **losses.parts})
+        self.meters.add({"loss": total, "grad_norm": norm}, fine)
+        for losses in found:
+            self.meters.add(losses.parts, fine)
+            if losses.details:
+                self.meters.add(losses.details, fine)
         self.clock.step(batch.waited)
         self.broken += batch.broken
 
@@ -197,14 +186,14 @@ class Run:
         lap = self.clock.read()
         means = self.meters.read(self.group)
         self._check_finite(math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"]))
-        seen, broken = self.step * config.batch_size, self._all_broken()
+        seen, broken = self.step * self.partition.batch_size, self._all_broken()
         check_broken(broken, seen, config.data)
         return {
             "step": self.step,
             "samples": seen,
             **means,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "images_per_second": lap.steps * config.batch_size / lap.seconds,
+            "images_per_second": lap.steps * self.partition.batch_size / lap.seconds,
             "data_wait": lap.waiting / lap.seconds,
             "seconds": lap.seconds,
             "broken": broken,
@@ -218,12 +207,12 @@ class Run:
         Raises:
             RadioError: a loss since the last log step is not finite.
         """
-        self._check_finite(self.meters.finite())
+        tensors = gather_weights(self.model, self.group, self.peers)
         meters = {"meters": self.meters.state(), "broken": self._all_broken()}
         if not self.group.leads:
             return
-        self.model.card["provenance"] = provenance(self.step, self.config)
-        self.model.save(self.config.out / "ckpt.pt")
+        self.model.card["provenance"] = provenance(self.step, self.step * self.partition.batch_size)
+        self.model.save(self.config.out / "ckpt.pt", tensors)
         state = self.config.out / "state.pt"
         save_state(state, self.distiller, self.optimizer, self.step, self._settings(), meters)
 
@@ -261,6 +250,10 @@ class Run:
             "score",
             "compile",
             "teachers_ahead",
+            "partition",
+            "split",
+            "engine",
+            "accumulate",
         ):
             plain.pop(name)
         for name in ("workers", "max_broken"):
@@ -268,18 +261,25 @@ class Run:
         plain["cache"].pop("confirm")
         return json.dumps({**plain, "pictures": self.pictures.fingerprint}, sort_keys=True)
 
-    def _drawn(self) -> Tensor | None:
-        """This rank's share of what the student draws for the whole batch of the step."""
-        size, group = self.config.batch_size, self.group
-        drawn = self.model.draw(size, generator(self.config.seed, "positions", self.step))
+    def _drawn(self, group: TeacherGroup) -> Tensor | None:
+        """This rank's share of what the student draws for all pictures of the step."""
+        drawn = self.model.draw(
+            self.partition.batch_size, generator(self.config.seed, "positions", self.step)
+        )
         if drawn is None:
             return None
-        share = size // group.world
-        return drawn[group.rank * share : (group.rank + 1) * share].to(self.device)
+        rows = self.partition.rows(group, self.group.rank)
+        return drawn[rows.start : rows.stop].to(self.device)
+
+    def _teach(self, group: TeacherGroup, images: Tensor) -> dict[str, Features]:
+        """What a group's teachers say of its pictures."""
+        with self._autocast():
+            return teacher_features(
+                {name: self.teachers[name] for name in group.teachers}, self.sizes, images
+            )
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        wanted = self.config.precision
-        half = wanted == "bf16" or (wanted == "auto" and self.device.type == "cuda")
+        half = is_half(self.config, self.device)
         return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
 
     def _open_cache(self) -> FeatureCache | None:
@@ -288,7 +288,9 @@ class Run:
         if options.folder is None:
             return None
         count = min(options.pictures or len(self.pictures), len(self.pictures))
-        crops = FixedCrops(self.crops, count, options.crops)
+        crops = FixedCrops(
+            RandomCrops(self.pictures, config.data, max(self.sides), config.seed), count, options.crops
+        )
         if not self.group.leads:
             self.group.barrier()
         with ProgressConsole(self.console, "teacher cache", len(crops), 0) as bar:

@@ -209,10 +209,11 @@ def test_training_from_the_cache_is_training_online(
     cached = start(config, cache=replace(config.cache, folder=tmp_path / "caches"), out=tmp_path / "cached")
     assert cached.cache is not None
     for batch, _ in zip(cached.batches(), range(2), strict=False):
-        direct = teacher_features(cached.teachers, cached.sizes, batch.images)
+        (lesson,) = batch.lessons
+        direct = teacher_features(cached.teachers, cached.sizes, lesson.images)
         for name, wanted in direct.items():
-            assert torch.allclose(batch.targets[name].tokens, wanted.tokens, atol=1e-3)
-            assert torch.allclose(batch.targets[name].summary, wanted.summary, atol=1e-3)
+            assert torch.allclose(lesson.targets[name].tokens, wanted.tokens, atol=1e-3)
+            assert torch.allclose(lesson.targets[name].summary, wanted.summary, atol=1e-3)
     cached.train()
     losses = losses_of(tmp_path / "cached")
     assert losses[-1] < losses[0]

@@ -39,7 +39,7 @@ class Drawn:
 
 def stream(crops: RandomCrops, workers: int, batch_size: int, start: int = 0) -> Tensor:
     """The pixels of positions `start`..12 as a loader gives them."""
-    sampler = StepSampler(start // batch_size, 12 // batch_size, batch_size, 0, 1)
+    sampler = StepSampler(start // batch_size, 12 // batch_size, batch_size, range(batch_size))
     loader = DataLoader(crops, batch_sampler=sampler, num_workers=workers)
     return torch.cat([batch.pixels for batch in loader])
 
@@ -97,7 +97,7 @@ def test_broken_pictures_are_skipped_and_counted() -> None:
 def test_broken_pictures_alone_are_one_clear_error(workers: int) -> None:
     crops = RandomCrops(Drawn(3, frozenset(range(3))), DataConfig(), 16, 0)
     with pytest.raises(DataError) as caught:
-        list(rows_of(DataLoader(crops, batch_sampler=StepSampler(0, 1, 2, 0, 1), num_workers=workers)))
+        list(rows_of(DataLoader(crops, batch_sampler=StepSampler(0, 1, 2, range(2)), num_workers=workers)))
     assert str(caught.value).startswith("20 pictures in a row cannot be read, the last: picture ")
     assert str(caught.value).endswith(" is damaged; check the data")
 
