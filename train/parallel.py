@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, final
@@ -93,7 +94,7 @@ class Engine:
             _shard(self._pass, device, group.world, half=is_half(config, device))
         elif group.world > 1:
             devices = [device.index] if device.type == "cuda" else None
-            self._pass = DistributedDataParallel(self._pass, device_ids=devices, broadcast_buffers=False)
+            self._pass = DistributedDataParallel(self._pass, device_ids=devices, forward_sync_buffers=False)
         ids = {id(parameter) for parameter in student.parameters()}
         self._shared = list(student.parameters())
         self._local = [parameter for parameter in distiller.parameters() if id(parameter) not in ids]
@@ -131,6 +132,14 @@ class Engine:
         if self.group.world > 1:
             distributed.all_reduce(square)
         return square.sqrt()
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The elementwise mean over the peers."""
+        if len(self.peers.ranks) == 1:
+            return values
+        total = values.clone()
+        distributed.all_reduce(total, group=self.peers.process_group)
+        return total / len(self.peers.ranks)
 
     def _average(self) -> None:
         """Sum the adaptors' gradients over the peers, and divide by the world as the student's are."""
@@ -185,6 +194,7 @@ def _shard(module: StudentPass, device: torch.device, world: int, *, half: bool)
     Inputs are left as they are: position crops and pictures need more than bfloat16, and autocast casts them
     where a kernel wants it.
     """
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view")  # nobody writes into them
     mesh = init_device_mesh(device.type, (world,))
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32, cast_forward_inputs=False

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -32,6 +32,7 @@ from .assembly import (
     student_resolutions,
     window_candidates,
 )
+from .balancing import make_balancer
 from .batches import Batch, GroupedCrops, crop_sides, load, remembered, taught
 from .cache import FeatureCache, write_cache
 from .config import TrainConfig
@@ -44,7 +45,15 @@ from .pictures import open_pictures
 from .sampling import draw_window, generator
 from .sinks import JsonLines, ProgressConsole, Record
 from .state import load_state, save_state
-from .step import Distiller, in_parts, teacher_features
+from .step import Distiller, Losses, in_parts, teacher_features
+
+
+class Learned(NamedTuple):
+    """What the gradients of one step came from, on the device."""
+
+    total: Tensor  # [] scaled so that the mean over ranks is the step's loss
+    norm: Tensor  # [] of the whole gradient, the same on every rank
+    losses: list[Losses]
 
 
 class Run:
@@ -86,7 +95,9 @@ class Run:
         beside = student_resolutions(config)
         self.windows = window_candidates(self.model, config, beside)
         check_student(self.model.student, beside, self.windows)
-        self.distiller = Distiller(self.model, config.teachers, config.loss)
+        taught = [t for t in config.teachers if t.name in mine]
+        balancer = make_balancer(config.balance, taught, self.model.summary_dim).to(device)
+        self.distiller = Distiller(self.model, config.teachers, config.loss, balancer)
         self.peers = find_peers(self.partition, group.rank)
         self.engine = Engine(self.distiller, group, self.peers, device, config)
         self.optimizer = make_optimizer(self.distiller, config.optim)
@@ -146,8 +157,23 @@ class Run:
     def advance(self, batch: Batch) -> None:
         """One step: forwards, losses, backwards, update. Reads nothing back from the device."""
         config, step = self.config, self.step
+        found = self.learn(batch)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = learning_rate(step, config.steps, config.optim)
+        fine = self.optimizer.guard(found.norm, config.optim.clip)
+        self.optimizer.step()
+        self.distiller.settle(self.engine.mean)
+        self.meters.add({"loss": found.total, "grad_norm": found.norm}, fine)
+        for losses in found.losses:
+            self.meters.add(losses.parts, fine)
+            if losses.details:
+                self.meters.add(losses.details, fine)
+        self.clock.step(batch.waited)
+        self.broken += batch.broken
+
+    def learn(self, batch: Batch) -> Learned:
+        """Leave the gradients of the whole step in the weights of this rank."""
+        config, step = self.config, self.step
         self.optimizer.zero_grad(set_to_none=True)
         detail = (step + 1) % config.log_every == 0 or step + 1 == config.steps
         parts = [
@@ -165,16 +191,7 @@ class Run:
                 loss.backward()
             total += loss.detach()
             found.append(losses)
-        norm = self.engine.settle(total)
-        fine = self.optimizer.guard(norm, config.optim.clip)
-        self.optimizer.step()
-        self.meters.add({"loss": total, "grad_norm": norm}, fine)
-        for losses in found:
-            self.meters.add(losses.parts, fine)
-            if losses.details:
-                self.meters.add(losses.details, fine)
-        self.clock.step(batch.waited)
-        self.broken += batch.broken
+        return Learned(total, self.engine.settle(total), found)
 
     def record(self) -> Record:
         """The means since the last log step.

@@ -7,17 +7,30 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from evals.core.dist import Group
 from radio import checkpoint
 from radio.config import write_yaml
+from radio.model import build
+from radio.resample import resize_images
+from train.assembly import load_teachers, model_config, teacher_sizes
 from train.config import TrainConfig
+from train.crops import RandomCrops
+from train.losses import teacher_losses
 from train.parallel import join
+from train.pictures import open_pictures
+from train.sampling import generator
+from train.trainer import Run
 
-from .conftest import CPU, Start, fill_folder, read_records
+from .conftest import CPU, TEACHERS, Start, fill_folder, read_records
+from .ranks import on_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,6 +64,83 @@ def test_two_ranks_give_the_losses_of_one(config: TrainConfig, start: Start, tmp
     weights = [checkpoint.load(tmp_path / out / "ckpt.pt").tensors for out in ("one", "two")]
     for name, tensor in weights[0].items():
         assert torch.allclose(tensor, weights[1][name], atol=1e-4), name
+
+
+PARTITIONED = (
+    TEACHERS[0],
+    replace(TEACHERS[1], summary_weight=0.5, spatial_weight=2.0),
+    replace(TEACHERS[2], student_resolution=72, batch_size=8),
+)
+
+
+def begin(config: TrainConfig, group: Group, **changes: Any) -> Run:
+    return Run(replace(config, **changes), group, CPU, Console(quiet=True))
+
+
+def gradients(run: Run) -> tuple[dict[str, Tensor], float]:
+    """Every gradient of the first step that this rank has, whole, and their norm."""
+    norm = run.learn(next(run.batches())).norm
+    found = {}
+    for name, parameter in run.model.named_parameters():
+        assert parameter.grad is not None, name
+        whole = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+        found[name] = whole.clone()
+    return found, float(norm)
+
+
+def gradients_by_hand(config: TrainConfig) -> dict[str, Tensor]:
+    """Those of the declared weighted sum, over each group's pictures in one forward."""
+    teachers = load_teachers(config, CPU)
+    sizes = teacher_sizes(config, teachers)
+    model = build(model_config(config, teachers), config.seed)
+    drawn = model.draw(24, generator(config.seed, "positions", 0))
+    assert drawn is not None
+    loss = torch.zeros(())
+    for names, rows, side, crop in ((("clip", "dense"), range(16), 48, 64), (("sam",), range(16, 24), 72, 108)):
+        crops = RandomCrops(open_pictures(config.data), config.data, crop, config.seed)
+        images = torch.stack([crops[row].pixels for row in rows]).float() / 255
+        view = model(resize_images(images, (side, side)), drawn[list(rows)])
+        for name in names:
+            target = teachers[name](resize_images(images, sizes[name]))
+            parts = teacher_losses(model.adapt(name, view, target.grid), target, config.loss)
+            weights = next(t for t in config.teachers if t.name == name)
+            loss = loss + weights.summary_weight * parts.summary.mean()
+            loss = loss + weights.spatial_weight * parts.spatial.mean()
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def check_gradients(found: tuple[dict[str, Tensor], float], wanted: dict[str, Tensor]) -> None:
+    for name, gradient in found[0].items():
+        assert torch.allclose(gradient, wanted[name], rtol=0, atol=1e-6), name
+    norm = torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
+    assert found[1] == pytest.approx(float(norm), rel=1e-5)
+
+
+def test_the_gradients_of_groups_on_ranks_are_those_of_the_weighted_sum(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    shared = replace(config, teachers=PARTITIONED, batch_size=16)
+    wanted = gradients_by_hand(shared)
+    ways: list[dict[str, Any]] = [
+        {"split": (2, 2)},
+        {"split": (2, 2), "accumulate": 2},
+        {"split": (2, 2), "engine": "fsdp"},
+        {"partition": "turns"},
+        {"partition": "turns", "engine": "fsdp"},
+    ]
+    found = on_ranks(
+        4, tmp_path / "ranks", lambda group: [gradients(begin(shared, group, **way)) for way in ways]
+    )
+    shares = [[set(grads) for grads, _ in rank] for rank in found]
+    for rank, adaptors in enumerate((("clip", "dense"), ("clip", "dense"), ("sam",), ("sam",))):
+        mine = {name for name in wanted if not name.startswith("adaptors.") or name.split(".")[1] in adaptors}
+        assert shares[rank] == [mine, mine, mine, set(wanted), set(wanted)]
+    for rank in found:
+        for way in rank:
+            check_gradients(way, wanted)
+    check_gradients(gradients(begin(shared, Group())), wanted)
+    check_gradients(gradients(begin(shared, Group(), accumulate=4)), wanted)
 
 
 @pytest.mark.slow
