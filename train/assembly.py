@@ -18,6 +18,7 @@ from radio.model import ModelConfig, RadioModel
 from radio.students import students
 from radio.types import Student, Teacher, Windowed
 
+from .balancing import check_balance
 from .config import TrainConfig
 from .crops import Pictures
 from .partition import Partition, make_partition
@@ -52,6 +53,7 @@ def check_settings(config: TrainConfig, world: int) -> None:
         if count < 1:
             raise ConfigError(f"{name} {count} cannot be; give 1 or more")
     students[config.student]  # an unknown name raises here, with the nearest ones
+    check_balance(config)
     deal(config, world)
 
 

@@ -186,9 +186,8 @@ class Amtml(nn.Module):
 Balancer: TypeAlias = Naive | Uncertainty | AdaLoss | Amtml
 
 
-def make_balancer(config: TrainConfig, summary_dim: int) -> Balancer:
-    """The balancer of a run, for a student whose summary has this width."""
-    balance, teachers = config.balance, config.teachers
+def make_balancer(balance: BalanceConfig, teachers: Sequence[TeacherConfig], summary_dim: int) -> Balancer:
+    """The balancer of some teachers, for a student whose summary has this width."""
     match balance.kind:
         case "naive":
             return Naive(teachers)

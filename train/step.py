@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from radio.model import RadioModel
 from radio.resample import resize_images
 from radio.types import Features, Student, Teacher, Windowed
 
+from .balancing import AdaLoss, Balanced, Balancer, Naive
 from .batches import Lesson
 from .config import LossConfig, TeacherConfig
-from .losses import centred_cosine, teacher_losses
+from .losses import TeacherLosses, centred_cosine, teacher_losses
 
 # Letters: B batch, h w pixels.
 
@@ -25,7 +25,7 @@ class Losses(NamedTuple):
     """The losses of one lesson; `parts` stay on the device until the log step."""
 
     total: Tensor  # []
-    parts: dict[str, Tensor]  # "clip/summary", "clip/spatial": [] each, unweighted
+    parts: dict[str, Tensor]  # "clip/summary", "clip/spatial": [] each, unweighted; weights that move
     details: dict[str, Tensor]  # "clip/centred_cosine": [] each, where they were asked for
 
 
@@ -53,13 +53,20 @@ class Distiller(nn.Module):
         model: student and adaptors.
         teachers: each one's weights in the loss.
         loss: alpha, beta and knee of eq. 3.
+        balancer: weighs the losses against one another; None = the declared weights alone do.
     """
 
-    def __init__(self, model: RadioModel, teachers: Sequence[TeacherConfig], loss: LossConfig) -> None:
+    def __init__(
+        self,
+        model: RadioModel,
+        teachers: Sequence[TeacherConfig],
+        loss: LossConfig,
+        balancer: Balancer | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
-        self.teachers = {teacher.name: teacher for teacher in teachers}
         self.loss = loss
+        self.balancer: Balancer = Naive(teachers) if balancer is None else balancer
 
     def forward(
         self, encode: Encode, lesson: Lesson, drawn: Tensor | None, window: int | None, detail: bool
@@ -77,17 +84,26 @@ class Distiller(nn.Module):
         view = encode(resize_images(lesson.images, (side, side)), drawn, window)
         parts: dict[str, Tensor] = {}
         details: dict[str, Tensor] = {}
-        terms: list[Tensor] = []
+        losses: dict[str, TeacherLosses] = {}
         for name in lesson.group.teachers:
-            teacher, target = self.teachers[name], lesson.targets[name]
+            target = lesson.targets[name]
             adapted = self.model.adapt(name, view, target.grid)
-            losses = teacher_losses(adapted, target, self.loss)
-            terms += [teacher.summary_weight * losses.summary, teacher.spatial_weight * losses.spatial]
-            parts[f"{name}/summary"] = losses.summary.detach()
-            parts[f"{name}/spatial"] = losses.spatial.detach()
+            losses[name] = teacher_losses(adapted, target, self.loss)
+            parts[f"{name}/summary"] = losses[name].summary.detach().mean()
+            parts[f"{name}/spatial"] = losses[name].spatial.detach().mean()
             if detail:
                 details[f"{name}/centred_cosine"] = centred_cosine(adapted.tokens, target.tokens)
-        return Losses(torch.stack(terms).sum(), parts, details)
+        balanced: Balanced = self.balancer(view, losses)
+        return Losses(balanced.total, {**parts, **balanced.weights}, details)
+
+    def settle(self, mean: Callable[[Tensor], Tensor]) -> None:
+        """Let the balancer take in a finished step.
+
+        Args:
+            mean: the elementwise mean over the ranks that shared the step's pictures.
+        """
+        if isinstance(self.balancer, AdaLoss):
+            self.balancer.settle(mean)
 
 
 def teacher_features(

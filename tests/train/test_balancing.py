@@ -43,7 +43,8 @@ def config_of(kind: str, teachers: tuple[TeacherConfig, ...] = TEACHERS, **setti
 
 def made(kind: str, seed: int | None = None, **settings: float) -> Balancer:
     """A balancer in double precision; with a seed its parameters are random instead of zero."""
-    balancer = make_balancer(config_of(kind, **settings), WIDTH).double()
+    balance = config_of(kind, **settings).balance
+    balancer = make_balancer(balance, TEACHERS, WIDTH).double()
     if seed is not None:
         generator = torch.Generator().manual_seed(seed)
         for parameter in balancer.parameters():
@@ -342,7 +343,7 @@ def test_half_precision_features_are_weighed_in_float32(kind: str) -> None:
 def test_the_setting_names_the_balancer(kind: str, wanted: type[Balancer]) -> None:
     config = config_of(kind)
     check_balance(config)
-    balancer = make_balancer(config, WIDTH)
+    balancer = make_balancer(config.balance, config.teachers, WIDTH)
     assert type(balancer) is wanted
     assert all(bool((parameter == 0).all()) for parameter in balancer.parameters())
 
