@@ -13,11 +13,12 @@ from rich.console import Console
 
 from evals.core.provenance import choose_device
 from radio.config import read_yaml
-from radio.errors import ConfigError
+from radio.errors import ConfigError, did_you_mean
 
 from .config import TrainConfig
 from .parallel import join
 from .recipes import recipes
+from .tables import chosen_rows, run_table, tables
 from .teachers_from_scenes import TeachersConfig
 from .teachers_from_scenes import main as train_teachers
 from .trainer import Run
@@ -41,6 +42,15 @@ class Command:
     restart: bool = False  # begin anew, whatever stands in the run folder
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TableCommand:
+    """Options of all runs of a table."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    rows: tuple[str, ...] = ()  # only these rows of the table
+    restart: bool = False  # begin every row anew
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code of `radio-train`.
 
@@ -56,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name == TEACHERS:
         train_teachers(_parse(TeachersConfig, TeachersConfig(), options, name))
         return 0
+    if name in tables:
+        return _make_table(name, options, console)
     command = _parse(Command, Command(config=_settings(name)), options, name)
     device = choose_device(command.config.device)
     with join(device) as group:
@@ -67,7 +79,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if group.leads and command.config.score:
         from .scoring import score
 
-        score(command.config, path, console)
+        out = command.config.out / "reports"
+        score(command.config, {"student": path}, out, console)
+    return 0
+
+
+def _make_table(name: str, options: Sequence[str], console: Console) -> int:
+    """Every row of a table with the options over it."""
+    table = tables[name]()
+    named = next(iter(table.rows.values()))
+    asked = _parse(TableCommand, TableCommand(config=named), options, name)
+    rows = {
+        row: _parse(TableCommand, TableCommand(config=config), options, name).config
+        for row, config in chosen_rows(table, asked.rows).items()
+    }
+    run_table(table, rows, console, restart=asked.restart)
     return 0
 
 
@@ -78,6 +104,10 @@ def _settings(name: str) -> TrainConfig:
         raise ConfigError(
             f"the first word is a recipe or a config.yaml, got {name!r}; recipes: {', '.join(recipes)}"
         )
+    if name not in recipes:
+        known = [*recipes, *tables, TEACHERS]
+        hint = did_you_mean(name, known) or f"; known: {', '.join(known)}"
+        raise ConfigError(f"unknown recipe {name!r}{hint}")
     return recipes[name]()
 
 
@@ -86,7 +116,7 @@ def _parse(kind: type[S], default: S, options: Sequence[str], name: str) -> S:
 
 
 def _listing() -> str:
-    lines = [f"  {name:<16}{(recipes[name].__doc__ or '').splitlines()[0]}" for name in recipes]
-    return "\n".join(
-        [*lines, f"  {TEACHERS:<16}The shipped tiny teachers, made again from the generated world."]
-    )
+    described = {name: recipes[name].__doc__ for name in recipes}
+    described[TEACHERS] = "The shipped tiny teachers, made again from the generated world."
+    described |= {name: tables[name].__doc__ for name in tables}
+    return "\n".join(f"  {name:<16}{(text or '').splitlines()[0]}" for name, text in described.items())
