@@ -45,6 +45,18 @@ class Crop(NamedTuple):
     broken: int  # pictures skipped on the way to it
 
 
+def random_view(image: Tensor, config: DataConfig, side: int, seed: int, number: int) -> Tensor:
+    """View `number` of a run with this seed: uint8 [3, H, W] -> uint8 [3, side, side].
+
+    A RandomResizedCrop and a flip, drawn from seed and number alone; every model sees the same.
+    """
+    source = generator(seed, "crop", number)
+    box = sample_crop(image.shape[1], image.shape[2], config.crop_scale, config.crop_aspect, source)
+    pixels = crop_and_resize(image, box, (side, side)).mul(255).round_().to(torch.uint8)
+    flipped = float(torch.rand((), generator=source)) < config.flip
+    return pixels.flip(-1) if flipped else pixels
+
+
 class RandomCrops(Dataset[Crop]):
     """The endless shuffled stream of RandomResizedCrops, by position; all models see the same crop.
 
@@ -80,13 +92,7 @@ class RandomCrops(Dataset[Crop]):
         ) from last
 
     def _view(self, image: Tensor, number: int) -> Tensor:
-        source = generator(self.seed, "crop", number)
-        box = sample_crop(
-            image.shape[1], image.shape[2], self.config.crop_scale, self.config.crop_aspect, source
-        )
-        pixels = crop_and_resize(image, box, (self.side, self.side)).mul(255).round_().to(torch.uint8)
-        flipped = float(torch.rand((), generator=source)) < self.config.flip
-        return pixels.flip(-1) if flipped else pixels
+        return random_view(image, self.config, self.side, self.seed, number)
 
 
 class FixedCrops(Dataset[Crop]):
