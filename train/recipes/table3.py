@@ -30,7 +30,7 @@ def table3() -> PaperTable:
             recipe="table3",
             out=Path("runs/table3"),
             teachers=TEACHERS[:2],  # the parts of CLIP and DINOv2, as in the paper's table
-            steps=800,
+            steps=1200,
             log_every=20,
             score=("zeroshot", "knn", "seg"),
         )
