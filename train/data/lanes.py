@@ -156,7 +156,7 @@ def beginning(deal: Deal, sources: int) -> Tensor:
 
 
 def gathered(
-    own: Sequence[Tensor | None], deals: Sequence[Deal], partition: Partition, group: Group
+    own: Sequence[Tensor | None], deals: Sequence[Deal], partition: Partition, group: Group, sources: int
 ) -> list[Tensor]:
     """Every group's cursors [L, S, 4] from what each rank knows of its own lanes; every rank calls it.
 
@@ -165,8 +165,8 @@ def gathered(
         deals: the run's.
         partition: the run's.
         group: the ranks.
+        sources: how many sources the data have.
     """
-    sources = next(cursors.shape[1] for cursors in own if cursors is not None)
     whole = []
     for deal, cursors in zip(deals, own, strict=True):
         part = beginning(deal, sources)

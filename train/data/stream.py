@@ -25,14 +25,20 @@ T = TypeVar("T")
 _READ_AHEAD = 4  # steps of each loader process
 
 
+class Mark(NamedTuple):
+    """Where lanes stand after some pictures, and what happened on the way to them."""
+
+    cursors: Tensor  # int64 [L, S, 4]
+    shards: int  # begun
+    faults: tuple[Fault, ...]  # what could not be read
+
+
 class Rows(NamedTuple):
-    """A rank's pictures of one group in one step, and where its lanes stand after them."""
+    """A rank's pictures of one group in one step."""
 
     pixels: Tensor  # uint8 [B, 3, side, side]
     keys: tuple[str, ...]  # the samples' names
-    cursors: Tensor  # int64 [L, S, 4]
-    shards: int  # begun on the way
-    faults: tuple[Fault, ...]  # what could not be read on the way
+    mark: Mark
 
 
 class Share(NamedTuple):
@@ -41,7 +47,7 @@ class Share(NamedTuple):
     deal: Deal
     lanes: range
     side: int  # pixels of the square crops
-    cursors: Tensor  # int64 [L, S, 4], of all lanes of the group
+    cursors: Tensor  # int64 [L, S, 4]
 
 
 class LaneStream(IterableDataset[tuple[Rows, ...]]):
@@ -67,8 +73,11 @@ class LaneStream(IterableDataset[tuple[Rows, ...]]):
 
     def _open(self, share: Share, worker: int, workers: int) -> dict[int, Lane]:
         count = len(share.lanes) // workers
-        numbers = share.lanes[worker * count : (worker + 1) * count]
-        return {n: self.sources.lane(share.deal, n, share.cursors[n], self.seed) for n in numbers}
+        places = range(worker * count, (worker + 1) * count)
+        return {
+            share.lanes[n]: self.sources.lane(share.deal, share.lanes[n], share.cursors[n], self.seed)
+            for n in places
+        }
 
     def _rows(self, share: Share, lanes: dict[int, Lane], step: int) -> Rows:
         tally = Tally()
@@ -80,7 +89,7 @@ class LaneStream(IterableDataset[tuple[Rows, ...]]):
                 pixels.append(random_view(sample.image, self.config, share.side, self.seed, position))
                 keys.append(sample.key)
         cursors = torch.stack([lane.cursor for lane in lanes.values()])
-        return Rows(torch.stack(pixels), tuple(keys), cursors, tally.shards, tuple(tally.faults))
+        return Rows(torch.stack(pixels), tuple(keys), Mark(cursors, tally.shards, tuple(tally.faults)))
 
 
 def open_stream(
@@ -130,10 +139,13 @@ def _steps(parts: Iterator[tuple[Rows, ...]], workers: int) -> Iterator[tuple[Ro
 
 
 def _joined(parts: Sequence[Rows]) -> Rows:
+    marks = [part.mark for part in parts]
     return Rows(
         torch.cat([part.pixels for part in parts]),
         tuple(chain.from_iterable(part.keys for part in parts)),
-        torch.cat([part.cursors for part in parts]),
-        sum(part.shards for part in parts),
-        tuple(chain.from_iterable(part.faults for part in parts)),
+        Mark(
+            torch.cat([mark.cursors for mark in marks]),
+            sum(mark.shards for mark in marks),
+            tuple(chain.from_iterable(mark.faults for mark in marks)),
+        ),
     )

@@ -91,5 +91,6 @@ def follow(
     for number, each in enumerate(deal(config, partition)):
         if rank in partition.groups[each.group].ranks:
             start = beginning(each, len(sources)) if cursors is None else cursors[number]
-            shares.append(Share(each, lanes_of(each, partition, rank), SIDE, start))
+            lanes = lanes_of(each, partition, rank)
+            shares.append(Share(each, lanes, SIDE, start[lanes.start : lanes.stop]))
     return open_stream(sources, shares, replace(config.data, workers=workers), config.seed, steps, pin=False)

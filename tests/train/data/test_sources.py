@@ -44,9 +44,9 @@ def test_what_cannot_be_read_is_counted_exactly(tmp_path: Path, lanes: int, work
     seen: Counter[str] = Counter()
     begun = 0
     for step in follow(config, range(13), workers=workers):  # 104 pictures: 8 epochs of 13
-        faults.update(named(step[0].faults))
+        faults.update(named(step[0].mark.faults))
         seen.update(step[0].keys)
-        begun += step[0].shards
+        begun += step[0].mark.shards
     assert set(faults) == {
         ("truncated", f"{tmp_path}/2.tar"),
         ("picture", f"{tmp_path}/3.tar/00031.jpg"),
@@ -66,12 +66,14 @@ def test_what_cannot_be_read_is_counted_exactly(tmp_path: Path, lanes: int, work
 def test_counts_go_on_after_a_stop(tmp_path: Path) -> None:
     config = settings(DataConfig(shards=(damaged(tmp_path),), lanes=4))
     whole = list(follow(config, range(12)))
-    counted = [len(step[0].faults) for step in whole]
+    counted = [len(step[0].mark.faults) for step in whole]
     assert sum(counted) > 10
     for stop in range(1, 12):
-        rest = list(follow(config, range(stop, 12), cursors=[whole[stop - 1][0].cursors]))
-        assert [named(step[0].faults) for step in rest] == [named(step[0].faults) for step in whole[stop:]]
-        assert [step[0].shards for step in rest] == [step[0].shards for step in whole[stop:]]
+        rest = list(follow(config, range(stop, 12), cursors=[whole[stop - 1][0].mark.cursors]))
+        assert [named(step[0].mark.faults) for step in rest] == [
+            named(step[0].mark.faults) for step in whole[stop:]
+        ]
+        assert [step[0].mark.shards for step in rest] == [step[0].mark.shards for step in whole[stop:]]
 
 
 def test_a_broken_picture_is_followed_by_the_lanes_next(tmp_path: Path) -> None:
@@ -86,7 +88,7 @@ def test_broken_pictures_of_a_folder_are_passed_over(tmp_path: Path) -> None:
     folder = fill_folder(tmp_path / "mixed", 9, broken=3)
     config = settings(DataConfig(images=(folder,)), batch_size=3)
     rows = [step[0] for step in follow(config, range(12))]
-    faults = Counter(chain.from_iterable(each.faults for each in rows))
+    faults = Counter(chain.from_iterable(each.mark.faults for each in rows))
     assert {fault.where for fault in faults} == {f"{folder}/z{n:03d}.jpg" for n in range(3)}
     assert {fault.cause for fault in faults} == {"picture"}
     assert Counter(chain.from_iterable(each.keys for each in rows)).keys() == set(map(str, range(9)))

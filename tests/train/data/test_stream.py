@@ -93,7 +93,9 @@ def test_ranks_and_workers_change_nothing(shards: str, kind: str, world: int, pa
                 parts = [ranks[rank][step][shared.of(rank).index(group)] for rank in group.ranks]
                 assert tuple(chain.from_iterable(part.keys for part in parts)) == wanted[number].keys
                 assert torch.equal(torch.cat([part.pixels for part in parts]), wanted[number].pixels)
-                assert torch.equal(torch.cat([part.cursors for part in parts]), wanted[number].cursors)
+                assert torch.equal(
+                    torch.cat([part.mark.cursors for part in parts]), wanted[number].mark.cursors
+                )
 
 
 @effort(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -104,12 +106,12 @@ def test_a_stream_goes_on_from_anywhere(shards: str, data: strategies.DataObject
     workers = data.draw(strategies.sampled_from([0, 0, 0, 1]))
     config = settings(DataConfig(shards=(shards,), scenes=20, weights=(3, 1), lanes=lanes), 8, others=4)
     whole = list(follow(config, range(12)))
-    cursors = [rows.cursors for rows in whole[stop - 1]]
+    cursors = [rows.mark.cursors for rows in whole[stop - 1]]
     rest = list(follow(config, range(stop, 12), cursors=cursors, workers=workers))
     assert keys(rest) == keys(whole[stop:])
     for one, other in zip(chain(*rest), chain(*whole[stop:]), strict=True):
         assert torch.equal(one.pixels, other.pixels)
-        assert torch.equal(one.cursors, other.cursors)
+        assert torch.equal(one.mark.cursors, other.mark.cursors)
 
 
 def test_what_was_read_is_not_read_again(shards: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,9 +133,9 @@ def test_what_was_read_is_not_read_again(shards: str, monkeypatch: pytest.Monkey
     assert len(once) == len(set(once)) == 56
     read.clear()
     before = list(follow(config, range(4)))
-    list(follow(config, range(4, 7), cursors=[before[-1][0].cursors]))
+    list(follow(config, range(4, 7), cursors=[before[-1][0].mark.cursors]))
     assert sorted(read) == sorted(once)
-    assert torch.equal(before[-1][0].cursors, whole[3][0].cursors)
+    assert torch.equal(before[-1][0].mark.cursors, whole[3][0].mark.cursors)
 
 
 def test_weights_are_shares_of_every_stretch(shards: str) -> None:
@@ -161,11 +163,11 @@ def test_cursors_of_all_ranks_come_together(shards: str) -> None:
     for rank in range(3):
         own = list(follow(config, range(3), partition=shared, rank=rank))[-1]
         mine = shared.of(rank)
-        parts = [own[mine.index(g)].cursors if g in mine else None for g in shared.groups]
-        part = gathered(parts, deals, shared, Group(rank))
+        parts = [own[mine.index(g)].mark.cursors if g in mine else None for g in shared.groups]
+        part = gathered(parts, deals, shared, Group(rank), 1)
         total = part if total is None else [a + b for a, b in zip(total, part, strict=True)]
     assert total is not None
-    assert all(torch.equal(a, b.cursors) for a, b in zip(total, whole, strict=True))
+    assert all(torch.equal(a, b.mark.cursors) for a, b in zip(total, whole, strict=True))
     assert [len(lanes_of(each, shared, shared.groups[each.group].ranks[0])) for each in deals] == [
         8 // len(shared.groups[0].ranks),
         4 // len(shared.groups[1].ranks),
