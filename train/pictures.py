@@ -19,8 +19,8 @@ from .config import DataConfig
 NO_DATA = "no data: give --data.shards 'FILES.tar', --data.images FOLDER or --data.scenes COUNT"
 
 
-class Pictures(Protocol):
-    """Pictures by number."""
+class Described(Protocol):
+    """What a checkpoint's card says of the data."""
 
     @property
     def fingerprint(self) -> str:
@@ -28,7 +28,15 @@ class Pictures(Protocol):
 
     @property
     def sources(self) -> list[dict[str, Any]]:
-        """Their parts, as a checkpoint's card names them."""
+        """Their parts: path, fingerprint, how many."""
+
+    @property
+    def count(self) -> int | None:
+        """Pictures in all; None where that is not known before they are read."""
+
+
+class Pictures(Described, Protocol):
+    """Pictures by number."""
 
     def __len__(self) -> int:
         """How many there are."""
@@ -89,6 +97,11 @@ class Joined:
             {"path": source.location, "fingerprint": source.fingerprint, "count": count, "labels_used": False}
             for source, count in self._parts
         ]
+
+    @property
+    def count(self) -> int:
+        """Pictures in all."""
+        return len(self)
 
     def __len__(self) -> int:
         """Pictures in all."""

@@ -112,7 +112,7 @@ class Deal:
         return seed_of(seed, "group", self.group)
 
 
-def deal(config: TrainConfig, partition: Partition) -> tuple[Deal, ...]:
+def deal_lanes(config: TrainConfig, partition: Partition) -> tuple[Deal, ...]:
     """The lanes of every group: the largest number up to the settings' that divides its batch.
 
     Raises:

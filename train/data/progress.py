@@ -12,12 +12,29 @@ from torch import Tensor
 from evals.core.dist import Group
 from radio.errors import CheckpointError
 
+from ..config import TrainConfig
 from ..partition import Partition
-from .faults import CAUSES, SHARD_CAUSES, Cause, Fault, FaultList, check_share
-from .lanes import Deal, beginning, gathered, lanes_of
+from ..pictures import Described
+from .faults import CAUSES, SHARD_CAUSES, Cause, Fault, FaultList, check_share, in_words
+from .lanes import Deal, beginning, deal_lanes, gathered, lanes_of
+from .sources import Sources
 from .stream import Mark, Share
 
 # Letters: L lanes of a group, S sources.
+
+
+LISTING = "broken.jsonl"  # in the run folder
+
+
+def start_progress(config: TrainConfig, partition: Partition, group: Group, data: Described) -> Progress:
+    """The progress of a run before its first step.
+
+    Raises:
+        ConfigError: ranks that cannot share the lanes of their group.
+    """
+    sources = len(data) if isinstance(data, Sources) else 0
+    deals = deal_lanes(config, partition) if sources else ()
+    return Progress(deals, partition, group, sources, config.out / LISTING)
 
 
 @final
@@ -41,7 +58,7 @@ class Progress:
         self._list: FaultList | None = None
         self._new: list[Fault] = []
         self._counts = torch.zeros(len(CAUSES) + 1, dtype=torch.int64)  # the last: shards begun
-        self._listed = 0
+        self._told: dict[Cause, int] = {}
         self._cursors = [self._part(deal, beginning(deal, sources)) for deal in self._own]
 
     def shares(self, sides: Sequence[int]) -> list[Share]:
@@ -72,12 +89,16 @@ class Progress:
         """
         totals = self._group.sum(self._counts).tolist()
         counts = dict(zip(CAUSES, totals, strict=False))
-        if sum(counts.values()) > self._listed:
-            self._listed = sum(counts.values())
+        if counts != self._told:
             self._list_new()
+        self._told = counts
         check_share(counts["picture"], seen + counts["picture"], largest)
         check_share(sum(counts[cause] for cause in SHARD_CAUSES), totals[-1], largest, "shards")
         return counts
+
+    def in_words(self) -> str:
+        """What `broken` said last, such as `1 missing shards`; empty without any."""
+        return in_words(self._told)
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs, whatever its ranks and workers, as plain data; every rank calls it."""

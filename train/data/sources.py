@@ -216,9 +216,16 @@ class Sources:
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
-    def parts(self) -> list[dict[str, Any]]:
+    def sources(self) -> list[dict[str, Any]]:
         """What a checkpoint's card says of them."""
         return [part for source in self._sources for part in source.parts]
+
+    @property
+    def count(self) -> int | None:
+        """Pictures in all; None with shards, which are not counted beforehand."""
+        if not all("count" in part for part in self.sources):
+            return None
+        return sum(part["count"] for part in self.sources)
 
     def lane(self, deal: Deal, lane: int, cursor: Tensor, seed: int) -> Lane:
         """A lane of a group from a cursor [S, 4] on, in a run with this seed."""

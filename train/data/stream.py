@@ -120,6 +120,16 @@ def open_stream(
     return _steps(rows_of(iter(loader)), max(workers, 1))
 
 
+def fewer_workers(wanted: int, shares: Sequence[Share]) -> str:
+    """A line on why a rank has fewer loader processes than wanted; empty where it has as many."""
+    lanes = [len(share.lanes) for share in shares]
+    workers = sharing(wanted, lanes)
+    if workers == wanted:
+        return ""
+    counts = " and ".join(map(str, lanes))
+    return f"{workers} loader processes instead of {wanted}: they share the {counts} lanes of a rank evenly"
+
+
 def rows_of(loader: Iterable[T]) -> Iterator[T]:
     """What a loader gives; a picture error of one of its processes comes without a traceback around it."""
     try:

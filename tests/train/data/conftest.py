@@ -12,7 +12,7 @@ import pytest
 from torch import Tensor
 
 from train.config import DataConfig, TeacherConfig, TrainConfig
-from train.data.lanes import beginning, deal, lanes_of
+from train.data.lanes import beginning, deal_lanes, lanes_of
 from train.data.sources import open_sources
 from train.data.stream import Rows, Share, open_stream
 from train.partition import Partition, make_partition
@@ -88,7 +88,7 @@ def follow(
     partition = partition or make_partition(config, 1)
     sources = open_sources(config.data)
     shares = []
-    for number, each in enumerate(deal(config, partition)):
+    for number, each in enumerate(deal_lanes(config, partition)):
         if rank in partition.groups[each.group].ranks:
             start = beginning(each, len(sources)) if cursors is None else cursors[number]
             lanes = lanes_of(each, partition, rank)

@@ -122,7 +122,9 @@ def test_the_card_names_every_part(shards: str, tmp_path: Path) -> None:
     folder = fill_folder(tmp_path / "folder", 3)
     data = DataConfig(shards=(shards,), images=(folder,), scenes=2, weights=(1, 1, 1))
     sources = open_sources(data)
-    assert [part["path"] for part in sources.parts] == [shards, str(folder), "scenes:train?seed=2"]
-    assert sources.parts[0]["shards"] == 7
-    assert [part.get("count") for part in sources.parts] == [None, 3, 2]
-    assert all(part["labels_used"] is False and len(part["fingerprint"]) == 64 for part in sources.parts)
+    assert sources.count is None
+    assert open_sources(DataConfig(images=(folder,), scenes=2)).count == 5
+    assert [part["path"] for part in sources.sources] == [shards, str(folder), "scenes:train?seed=2"]
+    assert sources.sources[0]["shards"] == 7
+    assert [part.get("count") for part in sources.sources] == [None, 3, 2]
+    assert all(part["labels_used"] is False and len(part["fingerprint"]) == 64 for part in sources.sources)

@@ -16,7 +16,7 @@ from radio.errors import ConfigError
 from radio.images import decode
 from train.config import DataConfig
 from train.crops import random_view
-from train.data.lanes import deal, gathered, lanes_of
+from train.data.lanes import deal_lanes, gathered, lanes_of
 from train.data.sources import open_sources
 from train.data.stream import Rows
 from train.partition import make_partition
@@ -158,7 +158,7 @@ def test_cursors_of_all_ranks_come_together(shards: str) -> None:
     config = settings(DataConfig(shards=(shards,)), batch_size=8, others=4)
     whole = list(follow(config, range(3)))[-1]
     shared = make_partition(config, 3)
-    deals = deal(config, shared)
+    deals = deal_lanes(config, shared)
     total = None
     for rank in range(3):
         own = list(follow(config, range(3), partition=shared, rank=rank))[-1]
@@ -177,9 +177,9 @@ def test_cursors_of_all_ranks_come_together(shards: str) -> None:
 def test_lanes_that_ranks_cannot_share_are_refused(shards: str) -> None:
     config = settings(DataConfig(shards=(shards,), lanes=4), batch_size=12)
     with pytest.raises(ConfigError, match=r"the 4 lanes of a cannot be shared .* 3 ranks.*--data\.lanes 12"):
-        deal(config, make_partition(config, 3))
+        deal_lanes(config, make_partition(config, 3))
     with pytest.raises(ConfigError, match=r"--data\.lanes 0 cannot be"):
-        deal(replace(config, data=replace(config.data, lanes=0)), make_partition(config, 1))
+        deal_lanes(replace(config, data=replace(config.data, lanes=0)), make_partition(config, 1))
 
 
 def test_sources_have_to_be_named_and_weighted(shards: str) -> None:
