@@ -107,10 +107,10 @@ def as_svg(curves: Sequence[Curve]) -> bytes:
 
 def _over_time(curves: Sequence[Curve], *, plain: bool) -> Table:
     """A line for each curve: the first record, three between, and the last."""
-    table = Table("weights", box=box.ASCII if plain else box.ROUNDED)
+    table = Table("weight at step", box=box.ASCII if plain else box.ROUNDED)
     longest = max(curves, key=lambda curve: len(curve.steps))
     for place in _places(len(longest.steps)):
-        table.add_column(f"step {longest.steps[place]}", justify="right")
+        table.add_column(str(longest.steps[place]), justify="right")
     for curve in curves:
         known = dict(zip(curve.steps, curve.weights, strict=True))
         shown = (known.get(longest.steps[place]) for place in _places(len(longest.steps)))
