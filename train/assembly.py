@@ -23,6 +23,22 @@ from .config import TrainConfig
 from .crops import Pictures
 from .partition import Partition, make_partition
 
+# Settings that may change from one start to the next: what is told and kept, and who does the work.
+_UNDECIDING = (
+    *(
+        "recipe",
+        "out",
+        "device",
+        "log_every",
+        "save_every",
+        "keep_last",
+        "keep_every",
+        "max_skipped",
+        "score",
+    ),
+    *("partition", "split", "engine", "accumulate", "compile", "teachers_ahead", "peak_tflops"),
+)
+
 
 class TeacherFacts(NamedTuple):
     """What a run must know of a teacher that may live on other ranks."""
@@ -46,12 +62,17 @@ def check_settings(config: TrainConfig, world: int) -> None:
         "--log-every": config.log_every,
         "--save-every": config.save_every,
         "--accumulate": config.accumulate,
+        "--keep-last": config.keep_last,
+        "--keep-every": config.keep_every or 1,
+        "--max-skipped": config.max_skipped,
         "--cache.crops": config.cache.crops,
         "--cache.pictures": 1 if config.cache.pictures is None else config.cache.pictures,
     }
     for name, count in counts.items():
         if count < 1:
             raise ConfigError(f"{name} {count} cannot be; give 1 or more")
+    if not 0 <= config.ema < 1:
+        raise ConfigError(f"--ema {config.ema} cannot be; give a decay below 1, or 0 for none")
     students[config.student]  # an unknown name raises here, with the nearest ones
     check_balance(config)
     deal(config, world)
@@ -213,6 +234,19 @@ def make_card(
         "data": {"fingerprint": pictures.fingerprint, "count": len(pictures), "sources": pictures.sources},
         "settings": to_plain(config),
     }
+
+
+def deciding(config: TrainConfig, teachers: Mapping[str, TeacherFacts], pictures: Pictures) -> dict[str, Any]:
+    """Everything that decides the weights, by name, so that no other run takes up this one's state."""
+    plain: dict[str, Any] = to_plain(config)
+    for name in _UNDECIDING:
+        plain.pop(name)
+    for name in ("workers", "max_broken"):
+        plain["data"].pop(name)
+    plain["cache"].pop("confirm")
+    for name, facts in teachers.items():
+        plain[f"teacher {name}'s weights"] = facts.fingerprint
+    return {**plain, "pictures": pictures.fingerprint}
 
 
 def provenance(step: int, samples: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from radio.errors import ConfigError, did_you_mean
 
 from .config import TrainConfig
 from .parallel import join
+from .preempt import REQUEUE
 from .recipes import recipes
 from .tables import chosen_rows, run_table, tables
 from .teachers_from_scenes import TeachersConfig
@@ -74,6 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         quiet = Console(quiet=True) if not group.leads else console
         run = Run(command.config, group, device, quiet, restart=command.restart)
         path = run.train()
+        if run.stopped:
+            quiet.print(f"stopped after step {run.step}; the same command goes on from there", soft_wrap=True)
+            return REQUEUE
         if group.leads:
             console.print(f"checkpoint: {path}", highlight=False, soft_wrap=True)
     if group.leads and command.config.score:
@@ -85,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _make_table(name: str, options: Sequence[str], console: Console) -> int:
-    """Every row of a table with the options over it."""
+    """The exit code of every row of a table with the options over it."""
     table = tables[name]()
     named = next(iter(table.rows.values()))
     asked = _parse(TableCommand, TableCommand(config=named), options, name)
@@ -93,8 +97,7 @@ def _make_table(name: str, options: Sequence[str], console: Console) -> int:
         row: _parse(TableCommand, TableCommand(config=config), options, name).config
         for row, config in chosen_rows(table, asked.rows).items()
     }
-    run_table(table, rows, console, restart=asked.restart)
-    return 0
+    return run_table(table, rows, console, restart=asked.restart)
 
 
 def _settings(name: str) -> TrainConfig:

@@ -28,9 +28,7 @@ class TeacherConfig:
 class DataConfig:
     """Pictures to learn from; labels are never read."""
 
-    shards: tuple[
-        str, ...
-    ] = ()  # tar files, URLs or pipe:COMMAND; {000000..000003} stands for many
+    shards: tuple[str, ...] = ()  # tar files, URLs or pipe:COMMAND; {000000..000003} stands for many
     images: tuple[Path, ...] = ()  # folders of pictures, searched through and through
     scenes: int = 0  # pictures of the generated world; the demo's source
     weights: tuple[float, ...] = ()  # share of a batch of each pattern, folder, then scenes; () = in one pool
@@ -126,11 +124,16 @@ class TrainConfig:
     split: tuple[int, ...] = ()  # ranks of each group; () = chosen by cost
     engine: Literal["ddp", "fsdp"] = "ddp"  # over ranks: copies of the student, or its weights sharded
     accumulate: int = 1  # parts that a rank's pictures go through the student in, one after another
+    ema: float = 0.0  # decay of a moving average of the weights, in ckpt-ema.pt; 0 = none
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 on a CPU
+    peak_tflops: float | None = None  # what one rank's device can do; None = no MFU in the log
     compile: bool = False  # torch.compile every block of the student
     teachers_ahead: bool = True  # online teachers see the next batch, in a thread of their own, during a step
     log_every: int = 20  # steps
     save_every: int = 200  # steps
+    keep_last: int = 2  # states to go on from: so many of the newest
+    keep_every: int = 0  # steps; the states of those are kept for good; 0 = none
+    max_skipped: int = 10  # stop when so many steps in a row are left out, their gradients not being finite
     score: tuple[str, ...] = ()  # tasks that the run ends with, for student, untrained student and teachers

@@ -48,7 +48,24 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> GuardedAdamW:
         {"params": groups[key], "weight_decay": 0.0 if key[1] else config.weight_decay}
         for key in sorted(groups)
     ]
-    return GuardedAdamW(settings, lr=config.lr, betas=config.betas, fused=True)
+    optimizer = GuardedAdamW(settings, lr=config.lr, betas=config.betas, fused=True)
+    for parameters in groups.values():  # here and now, so that a state can be read into them
+        for parameter in parameters:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+    return optimizer
+
+
+def moments(optimizer: GuardedAdamW, model: nn.Module) -> dict[str, Tensor]:
+    """What AdamW keeps of every weight, as `exp_avg.NAME` and so on."""
+    return {
+        f"{kind}.{name}": tensor
+        for name, parameter in model.named_parameters()
+        for kind, tensor in optimizer.state[parameter].items()
+    }
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, final
 
@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from evals.core.dist import Group, joined
-from radio.model import RadioModel
 from radio.types import Features
 
 from .config import TrainConfig
@@ -43,6 +42,15 @@ def join(device: torch.device) -> AbstractContextManager[Group]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return joined("nccl" if device.type == "cuda" else "gloo")
+
+
+def channel(group: Group) -> distributed.ProcessGroup | None:
+    """A way of its own for what crosses between the ranks' CPUs beside the training; None for one alone."""
+    if group.world == 1:
+        return None
+    made = distributed.new_group(backend="gloo")
+    assert isinstance(made, distributed.ProcessGroup)  # every rank is in it
+    return made
 
 
 def find_peers(partition: Partition, rank: int) -> Peers:
@@ -133,11 +141,11 @@ class Engine:
             distributed.all_reduce(square)
         return square.sqrt()
 
-    def mean(self, values: Tensor) -> Tensor:
-        """The elementwise mean over the peers."""
+    def peer_mean(self, tensor: Tensor) -> Tensor:
+        """The elementwise mean over the ranks that share this rank's teachers."""
         if len(self.peers.ranks) == 1:
-            return values
-        total = values.clone()
+            return tensor
+        total = tensor.clone()
         distributed.all_reduce(total, group=self.peers.process_group)
         return total / len(self.peers.ranks)
 
@@ -166,16 +174,16 @@ def blocks_of(student: nn.Module) -> list[nn.Module]:
     return found
 
 
-def gather_weights(model: RadioModel, group: Group, peers: Peers) -> dict[str, Tensor]:
-    """All weights on the CPU on the first rank, the adaptors of every rank among them; elsewhere nothing.
+def gather_weights(tensors: Mapping[str, Tensor], group: Group, peers: Peers) -> dict[str, Tensor]:
+    """Copies on the CPU of all weights of a model, those of every rank's adaptors among them.
 
-    Every rank calls it.
+    Every rank calls it with what it has of the model's state dict; the first rank gets them, others nothing.
     """
     found: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors.items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if peers.lead(group.rank):
-            found[name] = whole.cpu()
+            found[name] = whole.detach().to("cpu", copy=True)
     if group.leads:
         for source in peers.leaders[1:]:
             parcel: list[Any] = [None]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -14,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from evals.core.dist import Group
-from radio.config import to_plain, write_yaml
+from radio.config import write_yaml
 from radio.errors import RadioError
 from radio.model import build
 from radio.types import Features
@@ -24,6 +22,7 @@ from .assembly import (
     check_settings,
     check_student,
     deal,
+    deciding,
     gather_facts,
     load_teachers,
     make_card,
@@ -37,14 +36,17 @@ from .batches import Batch, GroupedCrops, crop_sides, load, remembered, taught
 from .cache import FeatureCache, write_cache
 from .config import TrainConfig
 from .crops import FixedCrops, RandomCrops, check_broken
+from .ema import Average
+from .guards import Guard
 from .metrics import Clock, Meters
-from .optim import learning_rate, make_optimizer
+from .optim import learning_rate, make_optimizer, moments
 from .parallel import Engine, find_peers, gather_weights, is_half
 from .partition import TeacherGroup
 from .pictures import open_pictures
+from .preempt import Preemption
 from .sampling import draw_window, generator
 from .sinks import JsonLines, ProgressConsole, Record
-from .state import load_state, save_state
+from .state import States
 from .step import Distiller, Losses, in_parts, teacher_features
 
 
@@ -95,37 +97,52 @@ class Run:
         beside = student_resolutions(config)
         self.windows = window_candidates(self.model, config, beside)
         check_student(self.model.student, beside, self.windows)
-        taught = [t for t in config.teachers if t.name in mine]
-        balancer = make_balancer(config.balance, taught, self.model.summary_dim).to(device)
-        self.distiller = Distiller(self.model, config.teachers, config.loss, balancer)
+        asked = [t for t in config.teachers if t.name in mine]
+        balancer = make_balancer(config.balance, asked, self.model.summary_dim)
+        self.distiller = Distiller(self.model, asked, config.loss, balancer.to(device))
         self.peers = find_peers(self.partition, group.rank)
         self.engine = Engine(self.distiller, group, self.peers, device, config)
         self.optimizer = make_optimizer(self.distiller, config.optim)
-        self.meters, self.clock, self.broken = Meters(), Clock(), 0
+        self.average = Average(self.model, config.ema) if config.ema else None
+        self.meters, self.guard, self.clock, self.broken = Meters(), Guard(device), Clock(), 0
+        self.stop, self.stopped = Preemption(group), False
+        self.states = States(
+            config.out / "state",
+            group,
+            deciding(config, facts, self.pictures),
+            keep_last=config.keep_last,
+            keep_every=config.keep_every,
+            tell=self._tell,
+        )
         self.step = 0 if restart else self._resume()
         self.cache = self._open_cache() if self.step < config.steps else None
         self.overlaps = config.teachers_ahead and self.cache is None
 
     def train(self) -> Path:
-        """Run to the last step; the path of `ckpt.pt`.
+        """Run to the last step, or to where it is asked to stop (`stopped`); the path of `ckpt.pt`.
 
         Raises:
-            RadioError: the loss is no longer finite, or too many pictures are broken.
+            RadioError: too many steps not finite or pictures broken, or the last state cannot be written.
         """
         config = self.config
         if self.step == config.steps:
             return config.out / "ckpt.pt"
-        if self.group.leads and not self.step:  # the state of an earlier run must not outlive its log
-            (config.out / "state.pt").unlink(missing_ok=True)
+        if not self.step:  # the states of an earlier run must not outlive its log
+            self.states.clear()
         log = JsonLines(config.out / "metrics.jsonl", self.step) if self.group.leads else None
         if self.group.leads:
             write_yaml(config, config.out / "config.yaml")
         try:
-            with half_the_threads() if self.overlaps and self.device.type == "cpu" else nullcontext():
+            with (
+                self.stop,
+                half_the_threads() if self.overlaps and self.device.type == "cpu" else nullcontext(),
+            ):
                 self._loop(log)
+            self.states.wait(last=True)
         finally:
             if log is not None:
                 log.close()
+            self.states.wait()
         return config.out / "ckpt.pt"
 
     def _loop(self, log: JsonLines | None) -> None:
@@ -142,8 +159,11 @@ class Run:
                         log.write(record)
                 else:
                     bar.advance(self.step)
-                if self._due(config.save_every):
+                self.stopped = self.stop.agreed() and self.step < config.steps
+                if self.stopped or self._due(config.save_every):
                     self.save()
+                if self.stopped:
+                    return
 
     def batches(self) -> Iterator[Batch]:
         """The batches of the steps still to do, with the teachers' features."""
@@ -162,7 +182,10 @@ class Run:
             parameters["lr"] = learning_rate(step, config.steps, config.optim)
         fine = self.optimizer.guard(found.norm, config.optim.clip)
         self.optimizer.step()
-        self.distiller.settle(self.engine.mean)
+        self.distiller.settle(self.engine.peer_mean)
+        if self.average is not None:
+            self.average.update()
+        self.guard.see(fine, [losses.parts for losses in found.losses])
         self.meters.add({"loss": found.total, "grad_norm": found.norm}, fine)
         for losses in found.losses:
             self.meters.add(losses.parts, fine)
@@ -197,12 +220,14 @@ class Run:
         """The means since the last log step.
 
         Raises:
-            RadioError: loss or gradient is not finite, or too many pictures are broken; what was saved stays.
+            RadioError: too many steps in a row were not finite, or too many pictures are broken.
         """
         config = self.config
+        skipped = self.guard.read(self.group, self.step, config.max_skipped)
+        if skipped.recent:
+            self._tell(f"step {self.step}: {skipped.describe()}")
         lap = self.clock.read()
         means = self.meters.read(self.group)
-        self._check_finite(math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"]))
         seen, broken = self.step * self.partition.batch_size, self._all_broken()
         check_broken(broken, seen, config.data)
         return {
@@ -214,69 +239,67 @@ class Run:
             "data_wait": lap.waiting / lap.seconds,
             "seconds": lap.seconds,
             "broken": broken,
+            "skipped": skipped.total,
+            **({"not_finite": ", ".join(skipped.names)} if skipped.recent else {}),
         }
 
     def save(self) -> None:
-        """Write `ckpt.pt` to evaluate and `state.pt` to go on from, each atomically; every rank calls it.
+        """Begin to write a state to go on from, `ckpt.pt` to evaluate, and its average; every rank calls it.
 
-        The state comes last: a run that is stopped between the two does its last steps again.
+        The state gets its name last: a run that is stopped before does its last steps again.
 
         Raises:
-            RadioError: a loss since the last log step is not finite.
+            RadioError: too many steps in a row were not finite.
         """
-        tensors = gather_weights(self.model, self.group, self.peers)
-        meters = {"meters": self.meters.state(), "broken": self._all_broken()}
-        if not self.group.leads:
-            return
+        self.guard.check(self.step, self.config.max_skipped)
+        files = {"ckpt.pt": gather_weights(self.model.state_dict(), self.group, self.peers)}
+        if self.average is not None:
+            averaged = {**self.model.state_dict(), **self.average.tensors}
+            files["ckpt-ema.pt"] = gather_weights(averaged, self.group, self.peers)
         self.model.card["provenance"] = provenance(self.step, self.step * self.partition.batch_size)
-        self.model.save(self.config.out / "ckpt.pt", tensors)
-        state = self.config.out / "state.pt"
-        save_state(state, self.distiller, self.optimizer, self.step, self._settings(), meters)
 
-    def _check_finite(self, finite: bool) -> None:
-        if not finite:
-            raise RadioError(
-                f"step {self.step}: the loss or its gradient is not finite; what was saved last stands. "
-                f"Lower --optim.lr and begin anew with --restart"
-            )
+        def publish() -> None:
+            for name, tensors in files.items():
+                self.model.save(self.config.out / name, tensors)
+
+        mine = {"meters": self.meters.state(), "guard": self.guard.state()}
+        notes = {"ranks": self.group.gather_objects(mine), "broken": self._all_broken()}
+        self.states.write(self.step, self._tensors(), notes, publish)
+
+    def _resume(self) -> int:
+        found = self.states.newest()
+        if found is None:
+            return 0
+        self.states.read(found, self._tensors())
+        ranks = found.notes["ranks"]
+        if len(ranks) == self.group.world:
+            mine = ranks[self.group.rank]
+            self.meters.restore(mine["meters"], self.device)
+            self.guard.restore(mine["guard"])
+        else:
+            if self.group.leads:
+                self.meters.restore([row for rank in ranks for row in rank["meters"]], self.device)
+            self.guard.restore(ranks[0]["guard"])
+        self.broken = int(found.notes["broken"]) if self.group.leads else 0
+        return found.step
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All tensors of the run that this rank has, or has a part of."""
+        averages = {} if self.average is None else self.average.tensors
+        return {
+            **{f"weights.{name}": tensor for name, tensor in self.distiller.state_dict().items()},
+            **{f"optimizer.{name}": t for name, t in moments(self.optimizer, self.distiller).items()},
+            **{f"average.{name}": tensor for name, tensor in averages.items()},
+        }
+
+    def _tell(self, line: str) -> None:
+        self.console.print(line, highlight=False, soft_wrap=True)
 
     def _all_broken(self) -> int:
         return int(self.group.sum(torch.tensor(self.broken)))
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.steps
-
-    def _resume(self) -> int:
-        path = self.config.out / "state.pt"
-        if not path.is_file():
-            return 0
-        step, extra = load_state(path, self.distiller, self.optimizer, self._settings())
-        self.meters.restore(extra["meters"], self.device)
-        self.broken = int(extra["broken"]) if self.group.leads else 0
-        return step
-
-    def _settings(self) -> str:
-        """Everything that decides the weights, so that no other run takes up this one's state."""
-        plain = to_plain(self.config)
-        for name in (
-            "recipe",
-            "out",
-            "device",
-            "log_every",
-            "save_every",
-            "score",
-            "compile",
-            "teachers_ahead",
-            "partition",
-            "split",
-            "engine",
-            "accumulate",
-        ):
-            plain.pop(name)
-        for name in ("workers", "max_broken"):
-            plain["data"].pop(name)
-        plain["cache"].pop("confirm")
-        return json.dumps({**plain, "pictures": self.pictures.fingerprint}, sort_keys=True)
 
     def _drawn(self, group: TeacherGroup) -> Tensor | None:
         """This rank's share of what the student draws for all pictures of the step."""
@@ -327,8 +350,7 @@ class Run:
         return cache
 
     def _confirm(self, size: int) -> None:
-        line = f"teacher cache: {size / 1e9:.2f} GB in {self.config.cache.folder}"
-        self.console.print(line, highlight=False, soft_wrap=True)
+        self._tell(f"teacher cache: {size / 1e9:.2f} GB in {self.config.cache.folder}")
         if size <= 1e9 or not self.config.cache.confirm:
             return
         if not self.console.is_terminal:
