@@ -18,6 +18,7 @@ from radio.registry import Registry
 from .assembly import check_settings
 from .config import TrainConfig
 from .parallel import join
+from .preempt import REQUEUE
 from .trainer import Run
 
 Show: TypeAlias = Callable[[Mapping[str, Path], Path, Console], None]
@@ -52,8 +53,8 @@ def chosen_rows(table: PaperTable, names: tuple[str, ...]) -> dict[str, TrainCon
 
 def run_table(
     table: PaperTable, rows: Mapping[str, TrainConfig], console: Console, *, restart: bool = False
-) -> None:
-    """Train the rows one after the other, score all of them, and print them as one table.
+) -> int:
+    """The exit code, after the rows were trained one after the other, scored, and printed as one table.
 
     Every row has a folder of its own and goes on where it was stopped; reports are kept while unchanged.
 
@@ -62,6 +63,9 @@ def run_table(
         rows: the runs by name, as in the table but for what the command line changed.
         console: where it is printed.
         restart: begin every row anew.
+
+    Returns:
+        0, or 85 where a signal stopped a row, which has saved.
 
     Raises:
         RadioError: as a run does, and before the first one where settings alone tell.
@@ -76,15 +80,21 @@ def run_table(
         screen = console if group.leads else Console(quiet=True)
         for name, config in rows.items():
             row = replace(config, out=config.out / name)
-            students[name] = Run(row, group, device, screen, restart=restart).train()
+            run = Run(row, group, device, screen, restart=restart)
+            students[name] = run.train()
+            if run.stopped:
+                line = f"stopped after step {run.step} of {name}; the same command goes on from there"
+                screen.print(line, highlight=False, soft_wrap=True)
+                return REQUEUE
     if not group.leads:
-        return
+        return 0
     if first.score:
         from .scoring import score  # only now: with all evaluators behind it
 
         score(first, students, first.out / "reports", console, table.paper)
     if table.show is not None:
         table.show({name: path.parent for name, path in students.items()}, first.out, console)
+    return 0
 
 
 def _check_apart(rows: Mapping[str, TrainConfig]) -> None:

@@ -15,6 +15,7 @@ from train import scoring
 from train.assembly import check_settings
 from train.cli import main
 from train.config import TrainConfig
+from train.preempt import REQUEUE, Preemption
 from train.recipes import recipes
 from train.tables import tables
 
@@ -88,6 +89,21 @@ def test_rows_are_chosen_kept_and_begun_anew(tmp_path: Path, monkeypatch: pytest
     assert all(again > before for before, again in zip(times[1], times[2], strict=True))
     assert [list(scored) for scored in students] == [["naive", "adaloss"]] * 3  # in the table's order
     assert not (tmp_path / "uncertainty").exists()
+
+
+def test_a_signal_stops_the_table_and_the_same_command_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["table3", *TINY, "--out", str(tmp_path), "--rows", "naive", "adaloss", "--score"]
+    asked = iter([False, True])
+    with monkeypatch.context() as patch:
+        patch.setattr(Preemption, "agreed", lambda _: next(asked))
+        assert main(words) == REQUEUE
+    assert "stopped after step 2 of naive; the same command goes on from there" in capsys.readouterr().out
+    assert not (tmp_path / "adaloss").exists()
+    assert main(words) == 0
+    for row in ("naive", "adaloss"):
+        assert [record["step"] for record in read_records(tmp_path / row)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
