@@ -57,22 +57,26 @@ def test_the_declared_weights_alone_are_not_logged(config: TrainConfig, start: S
     assert not [name for name in read_records(config.out)[0] if name.endswith("_weight")]
 
 
+def stop_at(step: int, run: Run) -> None:
+    """Train, and break off before the step after this one is done."""
+    genuine = run.advance
+
+    def advance(batch: Any) -> None:
+        if run.step == step:
+            raise KeyboardInterrupt
+        genuine(batch)
+
+    run.advance = advance  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_ends_like_an_undisturbed_one(config: TrainConfig, start: Start, kind: str) -> None:
     """Stopped between two saves, it goes on from the first: averages and predictors included."""
     chosen = replace(config, balance=balanced(kind), steps=8, save_every=3)
     start(chosen, out=config.out / "whole").train()
-    stopped = start(chosen, out=config.out / "stopped")
-    genuine = stopped.advance
-
-    def advance(batch: Any) -> None:
-        if stopped.step == 5:
-            raise KeyboardInterrupt
-        genuine(batch)
-
-    stopped.advance = advance  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        stopped.train()
+    stop_at(5, start(chosen, out=config.out / "stopped"))
     resumed = start(chosen, out=config.out / "stopped")
     assert resumed.step == 3
     resumed.train()
@@ -131,3 +135,20 @@ def test_ranks_do_what_one_process_does(config: TrainConfig, tmp_path: Path) -> 
         for rank in shared:
             for name, tensor in rank.items():
                 assert torch.allclose(tensor, wanted[name], rtol=1e-4, atol=1e-6), name
+
+
+def test_what_groups_on_ranks_have_measured_goes_on_in_one_process(
+    config: TrainConfig, start: Start, tmp_path: Path
+) -> None:
+    """Every group's averages are in the state, though no rank has those of all."""
+    apart = (*TEACHERS[:2], replace(TEACHERS[2], student_resolution=72, batch_size=3))
+    chosen = replace(config, teachers=apart, batch_size=8, balance=balanced("adaloss"), steps=6, save_every=3)
+    start(chosen, out=tmp_path / "whole").train()
+    shared = replace(chosen, out=tmp_path / "shared", split=(2, 1))
+    on_ranks(3, tmp_path / "ranks", lambda group: stop_at(4, Run(shared, group, CPU, Console(quiet=True))))
+    resumed = start(shared, split=())
+    assert resumed.step == 3
+    resumed.train()
+    for one, other in zip(read_records(tmp_path / "whole"), read_records(tmp_path / "shared"), strict=True):
+        for name in ("loss", *(f"{name}/spatial_weight" for name in ("clip", "dense", "sam"))):
+            assert other[name] == pytest.approx(one[name], rel=1e-4), (one["step"], name)
