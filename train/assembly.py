@@ -20,8 +20,8 @@ from radio.types import Student, Teacher, Windowed
 
 from .balancing import check_balance
 from .config import TrainConfig
-from .crops import Pictures
 from .partition import Partition, make_partition
+from .pictures import Described
 
 # Settings that may change from one start to the next: what is told and kept, and who does the work.
 _UNDECIDING = (
@@ -213,9 +213,7 @@ def window_candidates(
     }
 
 
-def make_card(
-    config: TrainConfig, teachers: Mapping[str, TeacherFacts], pictures: Pictures
-) -> dict[str, Any]:
+def make_card(config: TrainConfig, teachers: Mapping[str, TeacherFacts], data: Described) -> dict[str, Any]:
     """What the checkpoint says of its teachers, data and settings."""
     beside = student_resolutions(config)
     return {
@@ -231,22 +229,22 @@ def make_card(
             }
             for t in config.teachers
         ],
-        "data": {"fingerprint": pictures.fingerprint, "count": len(pictures), "sources": pictures.sources},
+        "data": {"fingerprint": data.fingerprint, "count": data.count, "sources": data.sources},
         "settings": to_plain(config),
     }
 
 
-def deciding(config: TrainConfig, teachers: Mapping[str, TeacherFacts], pictures: Pictures) -> dict[str, Any]:
+def deciding(config: TrainConfig, teachers: Mapping[str, TeacherFacts], data: Described) -> dict[str, Any]:
     """Everything that decides the weights, by name, so that no other run takes up this one's state."""
     plain: dict[str, Any] = to_plain(config)
     for name in _UNDECIDING:
         plain.pop(name)
-    for name in ("workers", "max_broken"):
+    for name in ("workers", "max_broken", "shards", "images"):  # a run may move with its data
         plain["data"].pop(name)
     plain["cache"].pop("confirm")
     for name, facts in teachers.items():
         plain[f"teacher {name}'s weights"] = facts.fingerprint
-    return {**plain, "pictures": pictures.fingerprint}
+    return {**plain, "pictures": data.fingerprint}
 
 
 def provenance(step: int, samples: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,12 +13,13 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from radio.types import Features
 
 from .config import TrainConfig
-from .crops import Crop, Pictures, RandomCrops, rows_of
+from .data.stream import Mark, Rows, rows_of
 from .partition import Partition, TeacherGroup
 from .sampling import StepSampler
 
 # Letters: B pictures of a group on this rank.
 
+T = TypeVar("T")
 Teach = Callable[[TeacherGroup, Tensor], dict[str, Features]]
 
 
@@ -34,33 +35,8 @@ class Batch(NamedTuple):
     """One step's lessons on this rank."""
 
     lessons: tuple[Lesson, ...]
-    broken: int
+    marks: tuple[Mark, ...]  # where the data stand after each; none from a cache
     waited: float  # seconds
-
-
-class GroupedCrops(Dataset[Crop]):
-    """The endless stream of crops, each as large as the largest model of its group sees it.
-
-    Args:
-        pictures: where they come from.
-        config: crop settings and seed of the run.
-        partition: which group each position of a step belongs to.
-        sides: pixels of the square crops of each group.
-    """
-
-    def __init__(
-        self, pictures: Pictures, config: TrainConfig, partition: Partition, sides: Sequence[int]
-    ) -> None:
-        crops = {side: RandomCrops(pictures, config.data, side, config.seed) for side in set(sides)}
-        self._crops = [
-            crops[side]
-            for group, side in zip(partition.groups, sides, strict=True)
-            for _ in range(group.batch_size)
-        ]
-
-    def __getitem__(self, position: int) -> Crop:
-        """The crop at a position of the stream."""
-        return self._crops[position % len(self._crops)][position]
 
 
 def crop_sides(partition: Partition, sizes: Mapping[str, tuple[int, int]]) -> tuple[int, ...]:
@@ -71,21 +47,21 @@ def crop_sides(partition: Partition, sizes: Mapping[str, tuple[int, int]]) -> tu
 
 
 def load(
-    dataset: Dataset[Any],
+    caches: Dataset[Any],
     config: TrainConfig,
     partition: Partition,
     rank: int,
     start: int,
     device: torch.device,
 ) -> Iterator[list[Any]]:
-    """The rows of the steps from `start` on: of each group that the rank works for, its pictures collated.
+    """The rows of teacher caches for the steps from `start` on: of each of the rank's groups, collated.
 
     The loader's processes start in the calling thread: one forked by a pool's thread ends with an error.
     """
     mine = partition.of(rank)
     rows = [row for group in mine for row in partition.rows(group, rank)]
     loader = DataLoader(
-        dataset,
+        caches,
         batch_sampler=StepSampler(start, config.steps, partition.batch_size, rows),
         num_workers=config.data.workers,
         collate_fn=_Collate([group.share for group in mine]),
@@ -96,7 +72,7 @@ def load(
 
 
 def taught(
-    rows: Iterator[list[Any]], groups: Sequence[TeacherGroup], device: torch.device, teach: Teach
+    rows: Iterator[tuple[Rows, ...]], groups: Sequence[TeacherGroup], device: torch.device, teach: Teach
 ) -> Iterator[Batch]:
     """The batches that the rows of online crops make, with what the teachers say of each group's."""
     for step, waited in _timed(rows):
@@ -104,7 +80,7 @@ def taught(
         lessons = tuple(
             Lesson(group, seen, teach(group, seen)) for group, seen in zip(groups, images, strict=True)
         )
-        yield Batch(lessons, sum(int(row.broken.sum()) for row in step), waited)
+        yield Batch(lessons, tuple(row.mark for row in step), waited)
 
 
 def remembered(
@@ -120,10 +96,10 @@ def remembered(
             known = recall(row.summaries, row.tokens, device)
             targets = {name: known[name] for name in group.teachers}
             lessons.append(Lesson(group, _scaled(row.pixels, device), targets))
-        yield Batch(tuple(lessons), 0, waited)
+        yield Batch(tuple(lessons), (), waited)
 
 
-def _timed(rows: Iterator[list[Any]]) -> Iterator[tuple[list[Any], float]]:
+def _timed(rows: Iterator[T]) -> Iterator[tuple[T, float]]:
     """Each row with the seconds that it was waited for."""
     while True:
         start = time.perf_counter()

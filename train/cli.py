@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -41,6 +41,13 @@ class Command:
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     restart: bool = False  # begin anew, whatever stands in the run folder
+    yes: bool = False  # write a teacher cache of any size without asking
+
+    @property
+    def agreed(self) -> TrainConfig:
+        """The settings, with what `yes` agrees to."""
+        config = self.config
+        return replace(config, cache=replace(config.cache, confirm=False)) if self.yes else config
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = choose_device(command.config.device)
     with join(device) as group:
         quiet = Console(quiet=True) if not group.leads else console
-        run = Run(command.config, group, device, quiet, restart=command.restart)
+        run = Run(command.agreed, group, device, quiet, restart=command.restart)
         path = run.train()
         if run.stopped:
             quiet.print(f"stopped after step {run.step}; the same command goes on from there", soft_wrap=True)

@@ -32,17 +32,20 @@ from .assembly import (
     window_candidates,
 )
 from .balancing import make_balancer
-from .batches import Batch, GroupedCrops, crop_sides, load, remembered, taught
-from .cache import FeatureCache, write_cache
+from .batches import Batch, crop_sides, load, remembered, taught
+from .cache import CacheJob, GroupedCaches, open_caches
 from .config import TrainConfig
-from .crops import FixedCrops, RandomCrops, check_broken
+from .crops import FixedCrops
+from .data.progress import LISTING, start_progress
+from .data.sources import Sources, open_sources
+from .data.stream import fewer_workers, open_stream
 from .ema import Average
 from .guards import Guard
 from .metrics import Clock, Meters
 from .optim import learning_rate, make_optimizer, moments
 from .parallel import Engine, find_peers, gather_weights, is_half
 from .partition import TeacherGroup
-from .pictures import open_pictures
+from .pictures import Joined, open_pictures
 from .preempt import Preemption
 from .sampling import draw_window, generator
 from .sinks import JsonLines, ProgressConsole, Record
@@ -83,13 +86,15 @@ class Run:
         self.partition = deal(config, group.world)
         self.mine = self.partition.of(group.rank)
         mine = [name for teachers in self.mine for name in teachers.teachers]
-        every = [t.name for t in config.teachers]  # a cache is written by one rank
-        self.teachers = load_teachers(config, device, mine if config.cache.folder is None else every)
+        every = [t.name for t in config.teachers]
+        self.teachers = load_teachers(config, device, mine)
         facts = gather_facts(config, self.teachers, group)
         self.sizes = {name: fact.size for name, fact in facts.items()}
-        self.pictures = open_pictures(config.data)
+        online = config.cache.folder is None
+        self.data = open_sources(config.data) if online else open_pictures(config.data)
+        self.progress = start_progress(config, self.partition, group, self.data)
         self.sides = crop_sides(self.partition, self.sizes)
-        card = make_card(config, facts, self.pictures)
+        card = make_card(config, facts, self.data)
         self.model = build(model_config(config, facts), config.seed, card, config.out.name)
         for name in set(every) - set(mine):
             del self.model.adaptors[name]
@@ -104,18 +109,18 @@ class Run:
         self.engine = Engine(self.distiller, group, self.peers, device, config)
         self.optimizer = make_optimizer(self.distiller, config.optim)
         self.average = Average(self.model, config.ema) if config.ema else None
-        self.meters, self.guard, self.clock, self.broken = Meters(), Guard(device), Clock(), 0
+        self.meters, self.guard, self.clock = Meters(), Guard(device), Clock()
         self.stop, self.stopped = Preemption(group), False
         self.states = States(
             config.out / "state",
             group,
-            deciding(config, facts, self.pictures),
+            deciding(config, facts, self.data),
             keep_last=config.keep_last,
             keep_every=config.keep_every,
             tell=self._tell,
         )
         self.step = 0 if restart else self._resume()
-        self.cache = self._open_cache() if self.step < config.steps else None
+        self.cache = self._open_caches() if self.step < config.steps else None
         self.overlaps = config.teachers_ahead and self.cache is None
 
     def train(self) -> Path:
@@ -139,6 +144,8 @@ class Run:
             ):
                 self._loop(log)
             self.states.wait(last=True)
+            if broken := self.progress.in_words():
+                self._tell(f"passed over: {broken}; {config.out / LISTING} names them")
         finally:
             if log is not None:
                 log.close()
@@ -167,12 +174,17 @@ class Run:
 
     def batches(self) -> Iterator[Batch]:
         """The batches of the steps still to do, with the teachers' features."""
-        crops = GroupedCrops(self.pictures, self.config, self.partition, self.sides)
-        dataset = crops if self.cache is None else self.cache
-        rows = load(dataset, self.config, self.partition, self.group.rank, self.step, self.device)
-        if self.cache is None:
-            return taught(rows, self.mine, self.device, self._teach)
-        return remembered(rows, self.mine, self.device, self.cache.targets)
+        config = self.config
+        if self.cache is not None:
+            known = load(self.cache, config, self.partition, self.group.rank, self.step, self.device)
+            return remembered(known, self.mine, self.device, self.cache.targets)
+        assert isinstance(self.data, Sources)
+        shares, pin = self.progress.shares(self.sides), self.device.type == "cuda"
+        if fewer := fewer_workers(config.data.workers, shares):
+            self._tell(fewer)
+        steps = range(self.step, config.steps)
+        rows = open_stream(self.data, shares, config.data, config.seed, steps, pin=pin)
+        return taught(rows, self.mine, self.device, self._teach)
 
     def advance(self, batch: Batch) -> None:
         """One step: forwards, losses, backwards, update. Reads nothing back from the device."""
@@ -192,7 +204,7 @@ class Run:
             if losses.details:
                 self.meters.add(losses.details, fine)
         self.clock.step(batch.waited)
-        self.broken += batch.broken
+        self.progress.add(batch.marks)
 
     def learn(self, batch: Batch) -> Learned:
         """Leave the gradients of the whole step in the weights of this rank."""
@@ -228,8 +240,8 @@ class Run:
             self._tell(f"step {self.step}: {skipped.describe()}")
         lap = self.clock.read()
         means = self.meters.read(self.group)
-        seen, broken = self.step * self.partition.batch_size, self._all_broken()
-        check_broken(broken, seen, config.data)
+        seen = self.step * self.partition.batch_size
+        broken = self.progress.broken(seen, config.data.max_broken)
         return {
             "step": self.step,
             "samples": seen,
@@ -238,7 +250,8 @@ class Run:
             "images_per_second": lap.steps * self.partition.batch_size / lap.seconds,
             "data_wait": lap.waiting / lap.seconds,
             "seconds": lap.seconds,
-            "broken": broken,
+            "broken": sum(broken.values()),
+            **{f"broken/{cause}": count for cause, count in broken.items() if count},
             "skipped": skipped.total,
             **({"not_finite": ", ".join(skipped.names)} if skipped.recent else {}),
         }
@@ -263,7 +276,7 @@ class Run:
                 self.model.save(self.config.out / name, tensors)
 
         mine = {"meters": self.meters.state(), "guard": self.guard.state()}
-        notes = {"ranks": self.group.gather_objects(mine), "broken": self._all_broken()}
+        notes = {"ranks": self.group.gather_objects(mine), "data": self.progress.state()}
         self.states.write(self.step, self._tensors(), notes, publish)
 
     def _resume(self) -> int:
@@ -280,7 +293,7 @@ class Run:
             if self.group.leads:
                 self.meters.restore([row for rank in ranks for row in rank["meters"]], self.device)
             self.guard.restore(ranks[0]["guard"])
-        self.broken = int(found.notes["broken"]) if self.group.leads else 0
+        self.progress.restore(found.notes["data"])
         return found.step
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -294,9 +307,6 @@ class Run:
 
     def _tell(self, line: str) -> None:
         self.console.print(line, highlight=False, soft_wrap=True)
-
-    def _all_broken(self) -> int:
-        return int(self.group.sum(torch.tensor(self.broken)))
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.steps
@@ -322,41 +332,36 @@ class Run:
         half = is_half(self.config, self.device)
         return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
 
-    def _open_cache(self) -> FeatureCache | None:
-        """The teacher cache of this run, written by the first rank; None when the teachers run online."""
+    def _open_caches(self) -> GroupedCaches | None:
+        """The teacher caches of this rank's groups; None when the teachers run online."""
         config, options = self.config, self.config.cache
         if options.folder is None:
             return None
-        count = min(options.pictures or len(self.pictures), len(self.pictures))
-        crops = FixedCrops(
-            RandomCrops(self.pictures, config.data, max(self.sides), config.seed), count, options.crops
-        )
-        if not self.group.leads:
-            self.group.barrier()
-        with ProgressConsole(self.console, "teacher cache", len(crops), 0) as bar:
-            cache = write_cache(
-                options.folder,
-                self.teachers,
-                self.sizes,
-                crops,
-                config.seed,
-                device=self.device,
+        assert isinstance(self.data, Joined)
+        count = min(options.pictures or len(self.data), len(self.data))
+        jobs = {}
+        for group, side in zip(self.partition.groups, self.sides, strict=True):
+            if group in self.mine:
+                crops = FixedCrops(self.data, config.data, side, config.seed, count, options.crops)
+                teachers = {name: self.teachers[name] for name in group.teachers}
+                jobs[group.name] = CacheJob(options.folder, teachers, self.sizes, crops, self.device)
+        total = sum(len(job.crops) for job in jobs.values())
+        with ProgressConsole(self.console, "teacher cache", total, 0) as bar:
+            return open_caches(
+                jobs,
+                self.partition,
+                self.group,
                 workers=config.data.workers,
                 confirm=self._confirm,
                 progress=bar.advance,
             )
-        if self.group.leads:
-            self.group.barrier()
-        return cache
 
     def _confirm(self, size: int) -> None:
         self._tell(f"teacher cache: {size / 1e9:.2f} GB in {self.config.cache.folder}")
         if size <= 1e9 or not self.config.cache.confirm:
             return
         if not self.console.is_terminal:
-            raise RadioError(
-                f"a teacher cache of {size / 1e9:.1f} GB would be written; agree with --cache.no-confirm"
-            )
+            raise RadioError(f"a teacher cache of {size / 1e9:.1f} GB would be written; agree with --yes")
         if self.console.input("write it? [y/N] ").strip().lower() not in ("y", "yes"):
             raise RadioError(
                 "the teacher cache was not written; leave --cache.folder out to run the teachers online"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,11 @@ from radio.model import build
 from radio.resample import resize_images
 from train.assembly import load_teachers, model_config, teacher_sizes
 from train.config import TrainConfig
-from train.crops import RandomCrops
+from train.crops import random_view
 from train.losses import teacher_losses
 from train.parallel import join
 from train.pictures import open_pictures
-from train.sampling import generator
+from train.sampling import generator, picture_at, seed_of
 from train.trainer import Run
 
 from .conftest import CPU, TEACHERS, Start, fill_folder, read_records
@@ -88,6 +89,11 @@ def gradients(run: Run) -> tuple[dict[str, Tensor], float]:
     return found, float(norm)
 
 
+def order_of(config: TrainConfig, names: Sequence[str]) -> int:
+    """The seed of a group's order of the only source there is."""
+    return seed_of(seed_of(config.seed, "group", int("sam" in names)), "source", 0)
+
+
 def gradients_by_hand(config: TrainConfig) -> dict[str, Tensor]:
     """Those of the declared weighted sum, over each group's pictures in one forward."""
     teachers = load_teachers(config, CPU)
@@ -95,10 +101,15 @@ def gradients_by_hand(config: TrainConfig) -> dict[str, Tensor]:
     model = build(model_config(config, teachers), config.seed)
     drawn = model.draw(24, generator(config.seed, "positions", 0))
     assert drawn is not None
-    loss = torch.zeros(())
+    loss, pictures = torch.zeros(()), open_pictures(config.data)
     for names, rows, side, crop in ((("clip", "dense"), range(16), 48, 64), (("sam",), range(16, 24), 72, 108)):
-        crops = RandomCrops(open_pictures(config.data), config.data, crop, config.seed)
-        images = torch.stack([crops[row].pixels for row in rows]).float() / 255
+        order = order_of(config, names)
+        stored = [pictures.read(picture_at(lane, len(pictures), order)) for lane in range(len(rows))]
+        crops = [
+            random_view(image, config.data, crop, config.seed, row)
+            for image, row in zip(stored, rows, strict=True)
+        ]
+        images = torch.stack(crops).float() / 255
         view = model(resize_images(images, (side, side)), drawn[list(rows)])
         for name in names:
             target = teachers[name](resize_images(images, sizes[name]))

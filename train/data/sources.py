@@ -225,7 +225,7 @@ class Sources:
         """Pictures in all; None with shards, which are not counted beforehand."""
         if not all("count" in part for part in self.sources):
             return None
-        return sum(part["count"] for part in self.sources)
+        return sum(int(part["count"]) for part in self.sources)
 
     def lane(self, deal: Deal, lane: int, cursor: Tensor, seed: int) -> Lane:
         """A lane of a group from a cursor [S, 4] on, in a run with this seed."""
