@@ -21,7 +21,9 @@ from radio import checkpoint
 from radio.config import write_yaml
 from radio.model import build
 from radio.resample import resize_images
+from radio.students import StudentOptions
 from train.assembly import load_teachers, model_config, teacher_sizes
+from train.batches import Batch
 from train.config import TrainConfig
 from train.crops import random_view
 from train.losses import teacher_losses
@@ -46,6 +48,7 @@ def torchrun(settings: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200, check=False)
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_losses_of_one(config: TrainConfig, start: Start, tmp_path: Path) -> None:
     folder = fill_folder(tmp_path / "mixed", 16, broken=2)
     shared = replace(config, data=replace(config.data, images=(folder,)), steps=6, log_every=2, save_every=3)
@@ -102,7 +105,10 @@ def gradients_by_hand(config: TrainConfig) -> dict[str, Tensor]:
     drawn = model.draw(24, generator(config.seed, "positions", 0))
     assert drawn is not None
     loss, pictures = torch.zeros(()), open_pictures(config.data)
-    for names, rows, side, crop in ((("clip", "dense"), range(16), 48, 64), (("sam",), range(16, 24), 72, 108)):
+    for names, rows, side, crop in (
+        (("clip", "dense"), range(16), 48, 64),
+        (("sam",), range(16, 24), 72, 108),
+    ):
         order = order_of(config, names)
         stored = [pictures.read(picture_at(lane, len(pictures), order)) for lane in range(len(rows))]
         crops = [
@@ -152,6 +158,89 @@ def test_the_gradients_of_groups_on_ranks_are_those_of_the_weighted_sum(
             check_gradients(way, wanted)
     check_gradients(gradients(begin(shared, Group())), wanted)
     check_gradients(gradients(begin(shared, Group(), accumulate=4)), wanted)
+
+
+def trained(config: TrainConfig, group: Group, out: Path, **changes: Any) -> None:
+    begin(config, group, out=out, **changes).train()
+
+
+def check_alike(one: Path, other: Path, *, atol: float = 1e-5) -> None:
+    """Whether two runs logged the same losses and ended with the same weights, to rounding."""
+    records = [read_records(out) for out in (one, other)]
+    assert len(records[0]) == len(records[1])
+    for wanted, found in zip(*records, strict=True):
+        assert wanted.keys() == found.keys()
+        for name, value in wanted.items():
+            if name in ("loss", "grad_norm", "samples") or (
+                "/" in name and not name.endswith("centred_cosine")
+            ):
+                rel = 1e-5 if name == "grad_norm" else 0
+                assert found[name] == pytest.approx(value, rel=rel, abs=atol), name
+    for file in ("ckpt.pt", "ckpt-ema.pt"):
+        weights = [checkpoint.load(out / file).tensors for out in (one, other)]
+        assert list(weights[0]) == list(weights[1])
+        for name, tensor in weights[0].items():
+            assert torch.allclose(tensor, weights[1][name], rtol=0, atol=atol), name
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "ddp": {"split": (2, 2)},
+    "fsdp": {"split": (2, 2), "engine": "fsdp"},
+    "turns": {"partition": "turns", "accumulate": 2},
+    "recomputed": {"split": (2, 2), "engine": "fsdp", "options": StudentOptions(recompute=True)},
+}
+
+
+@pytest.fixture
+def five(config: TrainConfig) -> TrainConfig:
+    """Five steps of groups; at this rate AdamW does not blow the rounding of tiny gradients up."""
+    return replace(
+        config,
+        teachers=PARTITIONED,
+        batch_size=16,
+        steps=5,
+        ema=0.8,
+        log_every=2,
+        optim=replace(config.optim, lr=1e-4),
+    )
+
+
+@pytest.mark.parametrize(
+    "ways", [("ddp", "fsdp"), pytest.param(("turns", "recomputed"), marks=pytest.mark.slow)]
+)
+def test_ddp_is_fsdp_is_one_process(five: TrainConfig, tmp_path: Path, ways: tuple[str, ...]) -> None:
+    trained(five, Group(), tmp_path / "one")
+
+    def work(group: Group) -> None:
+        for way in ways:
+            trained(five, group, tmp_path / way, **WAYS[way])
+
+    on_ranks(4, tmp_path / "ranks", work)
+    for way in ways:
+        check_alike(tmp_path / "one", tmp_path / way)
+
+
+def test_another_world_and_engine_goes_on(five: TrainConfig, tmp_path: Path) -> None:
+    """Two steps on four ranks by DDP, two on two by FSDP2, the last alone."""
+    trained(five, Group(), tmp_path / "one")
+    out = tmp_path / "moved"
+
+    def until(group: Group, step: int, **changes: Any) -> None:
+        run = begin(five, group, out=out, **changes)
+        genuine = run.advance
+
+        def stopping(batch: Batch) -> None:
+            genuine(batch)
+            run.stop._asked = run.step + 2 == step or group.world == 1
+
+        run.advance = stopping  # type: ignore[method-assign]
+        run.train()
+        assert (run.step, run.stopped) == (step, True)
+
+    on_ranks(4, tmp_path / "four", lambda group: until(group, 2, split=(2, 2)))
+    on_ranks(2, tmp_path / "two", lambda group: until(group, 4, engine="fsdp", partition="turns"))
+    trained(five, Group(), out)
+    check_alike(tmp_path / "one", out)
 
 
 @pytest.mark.slow
