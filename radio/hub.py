@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from .errors import CheckpointError, ConfigError, SizeError, did_you_mean
 from .model import ModelConfig, build, load, load_untrained
 from .students import students
-from .teachers import families
+from .teachers import families, outlines
 from .types import Backbone, Teacher, Windowed
 
 
@@ -47,13 +49,32 @@ def load_teacher(text: str) -> Teacher:
         ConfigError: an unknown family or member.
         CheckpointError: the weights file is absent or another model's.
     """
+    spec = _parse_teacher(text)
+    return families[spec.family](spec.name, spec.file)
+
+
+def outline_teacher(text: str) -> Teacher:
+    """The teacher that a spec names, on the meta device: it costs what the real one does and needs no file.
+
+    A family that has no outlines (another package's) is loaded and moved there.
+
+    Raises:
+        ConfigError: an unknown family or member.
+    """
+    spec = _parse_teacher(text)
+    if spec.family in outlines:
+        return outlines[spec.family](spec.name)
+    return families[spec.family](spec.name, spec.file).to(torch.device("meta"), torch.float32)
+
+
+def _parse_teacher(text: str) -> Spec:
     if ":" not in text:
         known = ", ".join(families)
         raise ConfigError(f"{text!r} is not a teacher; wanted FAMILY:NAME[@FILE], families: {known}")
     spec = parse(text)
     if spec.family == "arch":
         raise ConfigError(f"{text!r} is an untrained student; a teacher comes from {', '.join(families)}")
-    return families[spec.family](spec.name, spec.file)
+    return spec
 
 
 def load_backbone(

@@ -137,9 +137,13 @@ class RadioModel(nn.Module):
         assert isinstance(adaptor, MLPAdaptor)  # as _heads makes them
         return adaptor
 
-    def save(self, path: Path) -> str:
-        """Write weights and card as `.pt` or `.safetensors`, atomically; the file's sha256."""
-        return checkpoint.save(path, self.state_dict(), {**self.card, "model": to_plain(self.config)})
+    def save(self, path: Path, tensors: Mapping[str, Tensor] | None = None) -> str:
+        """Write weights and card as `.pt` or `.safetensors`, atomically; the file's sha256.
+
+        `tensors` are other weights of this architecture to write instead: gathered from ranks, or averaged.
+        """
+        weights = self.state_dict() if tensors is None else tensors
+        return checkpoint.save(path, weights, {**self.card, "model": to_plain(self.config)})
 
 
 def _heads(configs: tuple[AdaptorConfig, ...], student: Student) -> nn.ModuleDict:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from evals.core.dist import Group
 from evals.core.provenance import commit, versions
 from radio.adaptors import AdaptorConfig
 from radio.config import to_plain
@@ -17,15 +18,42 @@ from radio.model import ModelConfig, RadioModel
 from radio.students import students
 from radio.types import Student, Teacher, Windowed
 
+from .balancing import check_balance
 from .config import TrainConfig
-from .crops import Pictures
+from .partition import Partition, make_partition
+from .pictures import Described
+
+# Settings that may change from one start to the next: what is told and kept, and who does the work.
+_UNDECIDING = (
+    *(
+        "recipe",
+        "out",
+        "device",
+        "log_every",
+        "save_every",
+        "keep_last",
+        "keep_every",
+        "max_skipped",
+        "score",
+    ),
+    *("partition", "split", "engine", "accumulate", "compile", "teachers_ahead", "peak_tflops"),
+)
+
+
+class TeacherFacts(NamedTuple):
+    """What a run must know of a teacher that may live on other ranks."""
+
+    fingerprint: str
+    size: tuple[int, int]  # (height, width) in pixels that it sees
+    summary_dim: int
+    token_dim: int
 
 
 def check_settings(config: TrainConfig, world: int) -> None:
     """None, when the settings make sense before anything is loaded.
 
     Raises:
-        ConfigError: a count below 1, an unknown student, or a batch that the ranks cannot share evenly.
+        ConfigError: a count below 1, an unknown student, or what `deal` refuses.
     """
     counts = {
         "--steps": config.steps,
@@ -33,47 +61,86 @@ def check_settings(config: TrainConfig, world: int) -> None:
         "--resolution": config.resolution,
         "--log-every": config.log_every,
         "--save-every": config.save_every,
+        "--accumulate": config.accumulate,
+        "--keep-last": config.keep_last,
+        "--keep-every": config.keep_every or 1,
+        "--max-skipped": config.max_skipped,
         "--cache.crops": config.cache.crops,
         "--cache.pictures": 1 if config.cache.pictures is None else config.cache.pictures,
     }
     for name, count in counts.items():
         if count < 1:
             raise ConfigError(f"{name} {count} cannot be; give 1 or more")
+    if not 0 <= config.ema < 1:
+        raise ConfigError(f"--ema {config.ema} cannot be; give a decay below 1, or 0 for none")
     students[config.student]  # an unknown name raises here, with the nearest ones
-    if config.batch_size % world:
-        raise ConfigError(f"a batch of {config.batch_size} cannot be shared evenly by {world} ranks")
-    for t in config.teachers:
-        if t.every < 1 or (config.batch_size // world) % t.every:
+    check_balance(config)
+    deal(config, world)
+
+
+def deal(config: TrainConfig, world: int) -> Partition:
+    """The run's groups of teachers and the ranks of each.
+
+    Raises:
+        ConfigError: the ranks cannot share the batches, or a rank's share has no `accumulate` equal parts.
+    """
+    partition = make_partition(config, world)
+    for group in partition.groups:
+        if group.share % config.accumulate:
             raise ConfigError(
-                f"teacher {t.name} cannot see one in {t.every} of the {config.batch_size // world} pictures "
-                f"of a rank's batch; give it an `every` that divides them"
+                f"--accumulate {config.accumulate} does not divide the {group.share} pictures of a step that "
+                f"a rank takes for {group.name}; give a number that does"
             )
+    return partition
 
 
-def load_teachers(config: TrainConfig, device: torch.device) -> dict[str, Teacher]:
-    """Every teacher of a run on its device, by adaptor name.
+def load_teachers(
+    config: TrainConfig, device: torch.device, names: Collection[str] | None = None
+) -> dict[str, Teacher]:
+    """The teachers of these names (all unless given) on their device, by name, in the config's order.
 
     Raises:
         ConfigError: no teachers, or two of one name.
     """
-    names = [t.name for t in config.teachers]
-    if not names or len(set(names)) != len(names):
-        raise ConfigError(f"a run needs teachers with names of their own, got {', '.join(names) or 'none'}")
-    return {t.name: load_teacher(t.model).to(device, torch.float32) for t in config.teachers}
+    known = [t.name for t in config.teachers]
+    if not known or len(set(known)) != len(known):
+        raise ConfigError(f"a run needs teachers with names of their own, got {', '.join(known) or 'none'}")
+    chosen = [t for t in config.teachers if names is None or t.name in names]
+    return {t.name: load_teacher(t.model).to(device, torch.float32) for t in chosen}
+
+
+def gather_facts(
+    config: TrainConfig, teachers: Mapping[str, Teacher], group: Group
+) -> dict[str, TeacherFacts]:
+    """The facts of every teacher of the run, on whichever rank it lives, in the config's order.
+
+    Raises:
+        SizeError: a resolution that a teacher cannot take; names the nearest that it can.
+    """
+    sizes = teacher_sizes(config, teachers)
+    mine = {
+        name: TeacherFacts(teacher.fingerprint, sizes[name], teacher.summary_dim, teacher.token_dim)
+        for name, teacher in teachers.items()
+    }
+    known: dict[str, TeacherFacts] = {}
+    for facts in group.gather_objects(mine):
+        known.update(facts)
+    return {t.name: known[t.name] for t in config.teachers}
 
 
 def teacher_sizes(config: TrainConfig, teachers: Mapping[str, Teacher]) -> dict[str, tuple[int, int]]:
-    """The (height, width) that each teacher sees.
+    """The (height, width) that each of these teachers sees.
 
     Raises:
         SizeError: a resolution that the teacher cannot take; names the nearest that it can.
     """
     sizes = {}
     for t in config.teachers:
-        teacher = teachers[t.name]
-        size = teacher.native_size if t.resolution is None else (t.resolution, t.resolution)
-        _check(f"teacher {t.name}", size, teacher.fit(*size))
-        sizes[t.name] = size
+        if t.name in teachers:
+            teacher = teachers[t.name]
+            size = teacher.native_size if t.resolution is None else (t.resolution, t.resolution)
+            _check(f"teacher {t.name}", size, teacher.fit(*size))
+            sizes[t.name] = size
     return sizes
 
 
@@ -99,7 +166,7 @@ def check_student(
         _check(f"student {student.name}", (side, side), taken.fit(side, side))
 
 
-def model_config(config: TrainConfig, teachers: Mapping[str, Teacher]) -> ModelConfig:
+def model_config(config: TrainConfig, teachers: Mapping[str, TeacherFacts | Teacher]) -> ModelConfig:
     """The student and one adaptor per teacher.
 
     Raises:
@@ -149,12 +216,7 @@ def window_candidates(
     }
 
 
-def make_card(
-    config: TrainConfig,
-    teachers: Mapping[str, Teacher],
-    sizes: Mapping[str, tuple[int, int]],
-    pictures: Pictures,
-) -> dict[str, Any]:
+def make_card(config: TrainConfig, teachers: Mapping[str, TeacherFacts], data: Described) -> dict[str, Any]:
     """What the checkpoint says of its teachers, data and settings."""
     beside = student_resolutions(config)
     return {
@@ -164,20 +226,33 @@ def make_card(
             {
                 "name": t.name,
                 "model": t.model,
-                "resolution": list(sizes[t.name]),
+                "resolution": list(teachers[t.name].size),
                 "student_resolution": beside[t.name],
                 "fingerprint": teachers[t.name].fingerprint,
             }
             for t in config.teachers
         ],
-        "data": {"fingerprint": pictures.fingerprint, "count": len(pictures), "sources": pictures.sources},
+        "data": {"fingerprint": data.fingerprint, "count": data.count, "sources": data.sources},
         "settings": to_plain(config),
     }
 
 
-def provenance(step: int, config: TrainConfig) -> dict[str, Any]:
+def deciding(config: TrainConfig, teachers: Mapping[str, TeacherFacts], data: Described) -> dict[str, Any]:
+    """Everything that decides the weights, by name, so that no other run takes up this one's state."""
+    plain: dict[str, Any] = to_plain(config)
+    for name in _UNDECIDING:
+        plain.pop(name)
+    for name in ("workers", "max_broken", "shards", "images"):  # a run may move with its data
+        plain["data"].pop(name)
+    plain["cache"].pop("confirm")
+    for name, facts in teachers.items():
+        plain[f"teacher {name}'s weights"] = facts.fingerprint
+    return {**plain, "pictures": data.fingerprint}
+
+
+def provenance(step: int, samples: int) -> dict[str, Any]:
     """Where a checkpoint came from: versions, commit, steps and pictures seen."""
-    return {"versions": versions(), "commit": commit(), "step": step, "samples": step * config.batch_size}
+    return {"versions": versions(), "commit": commit(), "step": step, "samples": samples}
 
 
 def _check(who: str, wanted: tuple[int, int], nearest: tuple[int, int]) -> None:

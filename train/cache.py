@@ -1,8 +1,8 @@
 """Teacher features of fixed crops, computed once and trained from.
 
-On a CPU real teachers are the whole cost of distillation. A cache holds, for every crop, its pixels and
-each teacher's summary and tokens in half precision; its folder's name is a hash of everything they depend
-on. Writing goes on where it was stopped.
+A cache belongs to a group of teachers. It holds, for every crop, its pixels and each teacher's summary and
+tokens in half precision, in files of so many crops; its folder's name is a hash of everything they depend on.
+The ranks of the group share the files among them. What is missing is written, whoever wrote the rest.
 """
 
 from __future__ import annotations
@@ -10,27 +10,38 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, final
 
-import numpy as np
+import safetensors
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
+from evals.core.chunks import chunk_path, is_whole
+from evals.core.dist import Group
 from radio.config import to_plain, write_text
 from radio.errors import RadioError
 from radio.types import Features, Teacher
 
-from .config import DataConfig
-from .crops import FixedCrops, check_broken, rows_of
-from .sampling import picture_at
+from .crops import FixedCrops
+from .data.faults import check_share
+from .data.stream import rows_of
+from .partition import Partition
+from .sampling import picture_at, seed_of
 from .step import teacher_features
 
 # Letters: N crops, C summary width, T tokens, D token width.
 
-_CHUNK = 64  # crops between two notes of how far it got
+_FILE = 128  # crops
+_BATCH = 32  # crops that the teachers see at once
+_OPEN = 256  # files of a process
+_POLL = 1.0  # seconds between two looks at what other ranks have written
+_PATIENCE = 3600.0  # seconds without a new file
 
 
 class Cached(NamedTuple):
@@ -41,147 +52,298 @@ class Cached(NamedTuple):
     tokens: dict[str, Tensor]  # [T, D] float16 each
 
 
-class FeatureCache(Dataset[Cached]):
-    """A finished cache as an endless shuffled stream, by position."""
+@final
+class CacheJob:
+    """What one cache is made of.
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.seed = folder, seed
-        self.card = json.loads((folder / "card.json").read_text())
-        self.count: int = self.card["count"]
-        self.grids = {name: (grid[0], grid[1]) for name, grid in self.card["grids"].items()}
-        self._arrays = {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
+    Args:
+        root: the folder of all caches.
+        teachers: the group's, frozen, on `device`, by adaptor name.
+        sizes: each teacher's (height, width) in pixels.
+        crops: what they see.
+        device: where they run.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        teachers: Mapping[str, Teacher],
+        sizes: Mapping[str, tuple[int, int]],
+        crops: FixedCrops,
+        device: torch.device,
+    ) -> None:
+        self.root, self.crops, self.device = root, crops, device
+        self.teachers, self.sizes = teachers, {name: sizes[name] for name in teachers}
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Everything that the features depend on."""
+        crops, config = self.crops, self.crops.config
+        return {
+            "teachers": {
+                name: (t.fingerprint, self.sizes[name]) for name, t in sorted(self.teachers.items())
+            },
+            "data": crops.pictures.fingerprint,
+            "crop": (to_plain(config.crop_scale), to_plain(config.crop_aspect), config.flip, crops.side),
+            "count": (crops.count, crops.crops),
+            "seed": crops.seed,
+        }
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where the cache is."""
+        text = json.dumps(self.settings, sort_keys=True)
+        return self.root / hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def files(self) -> list[Path]:
+        """All files of the whole cache."""
+        return [chunk_path(self.folder, number) for number in range(-(-len(self.crops) // _FILE))]
+
+    @property
+    def begun(self) -> bool:
+        """Whether its size was agreed to before."""
+        return (self.folder / "card.json").is_file()
+
+    @cached_property
+    def size(self) -> int:
+        """Its bytes."""
+        side = self.crops.side
+        probe = self.compute(torch.zeros(1, 3, side, side, dtype=torch.uint8))
+        return len(self.crops) * sum(tensor.nbytes for tensor in probe.tensors.values())
+
+    def compute(self, pixels: Tensor) -> Computed:
+        """What the cache holds of crops [N, 3, side, side].
+
+        Raises:
+            RadioError: features beyond half precision.
+        """
+        images = pixels.to(self.device).float().div_(255)
+        tensors, grids = {"pixels": pixels}, {}
+        for name, features in teacher_features(self.teachers, self.sizes, images).items():
+            tensors[f"{name}.summary"] = _half(features.summary, name)
+            tensors[f"{name}.tokens"] = _half(features.tokens, name)
+            grids[name] = features.grid
+        return Computed(tensors, grids)
+
+
+class Computed(NamedTuple):
+    """The tensors [N, ...] of some crops by name, and each teacher's grid."""
+
+    tensors: dict[str, Tensor]
+    grids: dict[str, tuple[int, int]]
+
+
+@final
+class FeatureCache(Dataset[Cached]):
+    """A finished cache as an endless shuffled stream, by position; `seed` decides the order."""
+
+    def __init__(self, folder: Path, count: int, seed: int) -> None:
+        self.folder, self.count, self.seed = folder, count, seed
+        self.grids = {name: (grid[0], grid[1]) for name, grid in _notes(folder)["grids"].items()}
 
     def __getitem__(self, position: int) -> Cached:
         """The crop at a position of the stream."""
-        entry = picture_at(position, self.count, self.seed)
-        row = {name: torch.from_numpy(array[entry].copy()) for name, array in self._arrays.items()}
+        number, row = divmod(picture_at(position, self.count, self.seed), _FILE)
+        file = _opened(chunk_path(self.folder, number))
         return Cached(
-            row["pixels"],
-            {name: row[f"{name}.summary"] for name in self.grids},
-            {name: row[f"{name}.tokens"] for name in self.grids},
+            file.get_slice("pixels")[row],
+            {name: file.get_slice(f"{name}.summary")[row] for name in self.grids},
+            {name: file.get_slice(f"{name}.tokens")[row] for name in self.grids},
         )
+
+
+@final
+class GroupedCaches(Dataset[Cached]):
+    """The caches of a rank's groups, by position in the run: each step's pictures are its groups' in turn."""
+
+    def __init__(self, caches: Mapping[str, FeatureCache], partition: Partition) -> None:
+        self._caches, self._partition = caches, partition
+
+    def __getitem__(self, position: int) -> Cached:
+        """The crop at a position of the run, of a group that this rank has the cache of."""
+        step, row = divmod(position, self._partition.batch_size)
+        group = next(g for g in reversed(self._partition.groups) if g.first <= row)
+        return self._caches[group.name][step * group.batch_size + row - group.first]
 
     def targets(
         self, summaries: Mapping[str, Tensor], tokens: Mapping[str, Tensor], device: torch.device
     ) -> dict[str, Features]:
         """A collated batch of rows as features by teacher name, in float32 on the device."""
+        grids = {name: grid for cache in self._caches.values() for name, grid in cache.grids.items()}
         return {
-            name: Features(summaries[name].to(device).float(), tokens[name].to(device).float(), grid)
-            for name, grid in self.grids.items()
+            name: Features(summaries[name].to(device).float(), tokens[name].to(device).float(), grids[name])
+            for name in summaries
         }
 
 
-def cache_key(
-    teachers: Mapping[str, Teacher], sizes: Mapping[str, tuple[int, int]], crops: FixedCrops, seed: int
-) -> str:
-    """Hex hash of teacher weights, their sizes, the data, and every setting of the crops."""
-    config: DataConfig = crops.source.config
-    settings = {
-        "teachers": {name: (teacher.fingerprint, sizes[name]) for name, teacher in sorted(teachers.items())},
-        "data": crops.source.pictures.fingerprint,
-        "crop": (to_plain(config.crop_scale), to_plain(config.crop_aspect), config.flip, crops.source.side),
-        "count": (crops.count, crops.crops),
-        "seed": seed,
-    }
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def write_cache(
-    root: Path,
-    teachers: Mapping[str, Teacher],
-    sizes: Mapping[str, tuple[int, int]],
-    crops: FixedCrops,
-    seed: int,
+def open_caches(
+    jobs: Mapping[str, CacheJob],
+    partition: Partition,
+    group: Group,
     *,
-    device: torch.device,
     workers: int,
     confirm: Callable[[int], None],
     progress: Callable[[int], None],
-) -> FeatureCache:
-    """The cache of these teachers over these crops, written or finished first where it is not whole.
+) -> GroupedCaches:
+    """The caches of this rank's groups, written or finished first where they are not whole.
+
+    Every rank calls it. Each writes its part of the files, and waits for the others' by looking for them: no
+    collective stands open meanwhile, however long it takes.
 
     Args:
-        root: the folder of all caches.
-        teachers: frozen, on `device`, by adaptor name.
-        sizes: each teacher's (height, width) in pixels.
-        crops: what to compute.
-        seed: decides the crops and the order of training.
-        device: where the teachers run.
+        jobs: what each of this rank's groups is to have, by the group's name.
+        partition: which ranks share a group's files.
+        group: the ranks.
         workers: loader processes.
-        confirm: called with the size in bytes before a new cache is begun; raises to refuse it.
-        progress: called with how many crops are done.
+        confirm: called on the first rank with the size in bytes of all caches that are not begun yet; raises
+            to refuse.
+        progress: called with how many crops of this rank's groups are done.
 
     Raises:
-        RadioError: the disk has no room for it, `confirm` refused, or too many pictures are broken.
+        RadioError: `confirm` refused, the disk has no room, too many pictures are broken, or other ranks
+            have stopped writing.
     """
-    folder = root / cache_key(teachers, sizes, crops, seed)
-    note, card = folder / "progress.json", folder / "card.json"
-    if not card.is_file():
-        probe = teacher_features(
-            teachers, sizes, torch.zeros(1, 3, crops.source.side, crops.source.side, device=device)
-        )
-        if not note.is_file():
-            _begin(folder, probe, len(crops), crops.source.side, confirm)
-        _fill(folder, teachers, sizes, crops, device, workers, progress)
-        grids = {name: list(features.grid) for name, features in probe.items()}
-        write_text(card, json.dumps({"count": len(crops), "grids": grids}))
-    return FeatureCache(folder, seed)
+    mine = [each for each in partition.groups if each.name in jobs]
+    first = [jobs[each.name] for each in mine if each.ranks[0] == group.rank]
+    agree(first, group, confirm)
+    seen = _Written(list(jobs.values()), progress)
+    for each in mine:
+        job = jobs[each.name]
+        write_files(job, each.ranks.index(group.rank), len(each.ranks), workers, seen)
+    seen.wait()
+    caches = {}
+    for place, each in enumerate(partition.groups):
+        if each.name in jobs:
+            job = jobs[each.name]
+            order = seed_of(job.crops.seed, "group", place)
+            caches[each.name] = FeatureCache(job.folder, len(job.crops), order)
+    return GroupedCaches(caches, partition)
 
 
-def _begin(
-    folder: Path, probe: dict[str, Features], count: int, side: int, confirm: Callable[[int], None]
-) -> None:
-    """Lay out empty arrays, once their size is agreed to and there is room for them."""
-    shapes: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {"pixels": (np.uint8, (3, side, side))}
-    for name, features in probe.items():
-        shapes[f"{name}.summary"] = (np.float16, tuple(features.summary.shape[1:]))
-        shapes[f"{name}.tokens"] = (np.float16, tuple(features.tokens.shape[1:]))
-    size = count * sum(int(np.prod(shape)) * np.dtype(kind).itemsize for kind, shape in shapes.values())
-    confirm(size)
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise RadioError(
-            f"{folder}: a teacher cache of {size / 1e9:.1f} GB does not fit, {free / 1e9:.1f} GB are free; "
-            f"take fewer pictures or crops, or another --cache.folder"
-        )
-    for name, (kind, shape) in shapes.items():
-        np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=kind, shape=(count, *shape))
-    write_text(folder / "progress.json", json.dumps({"done": 0, "broken": 0}))
+def agree(jobs: Sequence[CacheJob], group: Group, confirm: Callable[[int], None]) -> None:
+    """Begin the caches that are not begun, once the first rank agrees to the size of all of them.
+
+    Args:
+        jobs: those that this rank answers for.
+        group: the ranks, which all call this.
+        confirm: called on the first rank with bytes; raises to refuse.
+
+    Raises:
+        RadioError: on every rank, where it refused or there is no room.
+    """
+    new = [job for job in jobs if not job.begun]
+    parts = group.gather_objects([(str(job.root), job.size) for job in new])
+    sizes = [entry for part in parts for entry in part]
+    refusal: str | None = None
+    if group.leads and sizes:
+        try:
+            total = sum(size for _, size in sizes)
+            confirm(total)
+            _check_room(Path(sizes[0][0]), total)
+        except RadioError as error:
+            refusal = str(error)
+    (refusal, *_) = group.gather_objects(refusal)
+    if refusal is not None:
+        raise RadioError(refusal)
+    for job in new:
+        write_text(job.folder / "card.json", json.dumps(job.settings, indent=1))
 
 
-def _fill(
-    folder: Path,
-    teachers: Mapping[str, Teacher],
-    sizes: Mapping[str, tuple[int, int]],
-    crops: FixedCrops,
-    device: torch.device,
-    workers: int,
-    progress: Callable[[int], None],
-) -> None:
-    note = folder / "progress.json"
-    state = json.loads(note.read_text())
-    arrays = {path.stem: np.lib.format.open_memmap(path, mode="r+") for path in folder.glob("*.npy")}
-    rest = range(state["done"], len(crops))
-    loader = DataLoader(Subset(crops, rest), batch_size=_CHUNK, num_workers=workers)
-    done, broken = state["done"], state["broken"]
-    for batch in rows_of(loader):
-        images = batch.pixels.to(device).float().div_(255)
-        rows = slice(done, done + len(images))
-        arrays["pixels"][rows] = batch.pixels.numpy()
-        for name, features in teacher_features(teachers, sizes, images).items():
-            arrays[f"{name}.summary"][rows] = _half(features.summary, name)
-            arrays[f"{name}.tokens"][rows] = _half(features.tokens, name)
-        for array in arrays.values():
-            array.flush()
-        done, broken = rows.stop, broken + int(batch.broken.sum())
-        check_broken(broken, done, crops.source.config)
-        write_text(note, json.dumps({"done": done, "broken": broken}))
-        progress(done)
+def write_files(job: CacheJob, place: int, of: int, workers: int, tell: Callable[[], None]) -> None:
+    """Write every `of`-th file of a cache from `place` on, as far as it is missing or damaged.
+
+    Raises:
+        RadioError: features beyond half precision, or too many broken pictures.
+    """
+    missing = [number for number in range(place, len(job.files), of) if not is_whole(job.files[number])]
+    chunks = [chunk for number in missing for chunk in _chunks(number, len(job.crops))]
+    loader = DataLoader(job.crops, batch_sampler=chunks, num_workers=workers)
+    rows = rows_of(iter(loader))
+    broken = seen = 0
+    for number in missing:
+        parts: list[Computed] = []
+        for _ in _chunks(number, len(job.crops)):
+            batch = next(rows)
+            parts.append(job.compute(batch.pixels))
+            broken, seen = broken + int(batch.broken.sum()), seen + len(batch.pixels)
+        check_share(broken, seen, job.crops.config.max_broken)
+        _write(job.files[number], parts)
+        tell()
 
 
-def _half(features: Tensor, name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.float16]]:
+class _Written:
+    """Looks after what all ranks have written."""
+
+    def __init__(self, jobs: Sequence[CacheJob], progress: Callable[[int], None]) -> None:
+        self._total = sum(len(job.crops) for job in jobs)
+        self._waiting = [path for job in jobs for path in job.files]
+        self._files = len(self._waiting)
+        self._progress = progress
+
+    def __call__(self) -> None:
+        """Look, and tell."""
+        self._waiting = [path for path in self._waiting if not path.is_file()]
+        done = self._files - len(self._waiting)
+        self._progress(min(done * _FILE, self._total) if self._waiting else self._total)
+
+    def wait(self) -> None:
+        """None, when everything is there.
+
+        Raises:
+            RadioError: nothing new for an hour.
+        """
+        self()
+        left, since = len(self._waiting), time.monotonic()
+        while self._waiting:
+            time.sleep(_POLL)
+            self()
+            if len(self._waiting) < left:
+                left, since = len(self._waiting), time.monotonic()
+            elif time.monotonic() - since > _PATIENCE:
+                raise RadioError(
+                    f"{self._waiting[0]}: other ranks were to write this and have written nothing for "
+                    f"{_PATIENCE / 60:.0f} minutes; give --cache.folder a folder that all share"
+                )
+
+
+def _chunks(number: int, count: int) -> Iterator[list[int]]:
+    """The crops of one file as the teachers see them."""
+    stop = min((number + 1) * _FILE, count)
+    for first in range(number * _FILE, stop, _BATCH):
+        yield list(range(first, min(first + _BATCH, stop)))
+
+
+def _write(path: Path, parts: Sequence[Computed]) -> None:
+    tensors = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
+    half = path.with_suffix(".tmp")
+    save_file(tensors, half, metadata={"notes": json.dumps({"grids": parts[0].grids})})
+    half.replace(path)
+
+
+def _half(features: Tensor, name: str) -> Tensor:
     half = features.half()
     if not bool(torch.isfinite(half).all()):
         raise RadioError(f"teacher {name} gives features beyond half precision (65504); train with it online")
-    return half.cpu().numpy()
+    return half.cpu()
+
+
+def _check_room(root: Path, size: int) -> None:
+    there = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if size > free:
+        raise RadioError(
+            f"{root}: a teacher cache of {size / 1e9:.1f} GB does not fit, {free / 1e9:.1f} GB are free; "
+            f"take fewer pictures or crops, or another --cache.folder"
+        )
+
+
+def _notes(folder: Path) -> dict[str, Any]:
+    with safetensors.safe_open(chunk_path(folder, 0), framework="pt") as file:
+        notes: dict[str, Any] = json.loads(file.metadata()["notes"])
+        return notes
+
+
+@lru_cache(maxsize=_OPEN)
+def _opened(path: Path) -> Any:
+    return safetensors.safe_open(path, framework="pt")

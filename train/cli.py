@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -13,12 +13,14 @@ from rich.console import Console
 
 from evals.core.provenance import choose_device
 from radio.config import read_yaml
-from radio.errors import ConfigError
+from radio.errors import ConfigError, did_you_mean
 
 from .comparison import compares, runs_of
 from .config import TrainConfig
 from .parallel import join
+from .preempt import REQUEUE
 from .recipes import recipes
+from .tables import chosen_rows, run_table, tables
 from .teachers_from_scenes import TeachersConfig
 from .teachers_from_scenes import main as train_teachers
 from .trainer import Run
@@ -40,6 +42,22 @@ class Command:
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     restart: bool = False  # begin anew, whatever stands in the run folder
+    yes: bool = False  # write a teacher cache of any size without asking
+
+    @property
+    def agreed(self) -> TrainConfig:
+        """The settings, with what `yes` agrees to."""
+        config = self.config
+        return replace(config, cache=replace(config.cache, confirm=False)) if self.yes else config
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TableCommand:
+    """Options of all runs of a table."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    rows: tuple[str, ...] = ()  # only these rows of the table
+    restart: bool = False  # begin every row anew
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,15 +75,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name == TEACHERS:
         train_teachers(_parse(TeachersConfig, TeachersConfig(), options, name))
         return 0
+    if name in tables:
+        return _make_table(name, options, console)
     command = _parse(Command, Command(config=_settings(name)), options, name)
-    config, configs, paths = command.config, runs_of(command.config), []
+    config, configs, paths = command.agreed, runs_of(command.agreed), []
     device = choose_device(config.device)
     with join(device) as group:
         quiet = Console(quiet=True) if not group.leads else console
         for each in configs:
-            path = Run(each, group, device, quiet, restart=command.restart).train()
-            paths.append(path)
-            quiet.print(f"checkpoint: {path}", highlight=False, soft_wrap=True)
+            run = Run(each, group, device, quiet, restart=command.restart)
+            paths.append(run.train())
+            if run.stopped:
+                line = f"stopped after step {run.step}; the same command goes on from there"
+                quiet.print(line, highlight=False, soft_wrap=True)
+                return REQUEUE
+            quiet.print(f"checkpoint: {paths[-1]}", highlight=False, soft_wrap=True)
     if group.leads and config.score:
         if compares(config):
             from .comparison_scores import compare
@@ -74,8 +98,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             from .scoring import score
 
-            score(config, paths[0], console)
+            score(config, {"student": paths[0]}, config.out / "reports", console)
     return 0
+
+
+def _make_table(name: str, options: Sequence[str], console: Console) -> int:
+    """The exit code of every row of a table with the options over it."""
+    table = tables[name]()
+    named = next(iter(table.rows.values()))
+    asked = _parse(TableCommand, TableCommand(config=named), options, name)
+    rows = {
+        row: _parse(TableCommand, TableCommand(config=config), options, name).config
+        for row, config in chosen_rows(table, asked.rows).items()
+    }
+    return run_table(table, rows, console, restart=asked.restart)
 
 
 def _settings(name: str) -> TrainConfig:
@@ -85,6 +121,10 @@ def _settings(name: str) -> TrainConfig:
         raise ConfigError(
             f"the first word is a recipe or a config.yaml, got {name!r}; recipes: {', '.join(recipes)}"
         )
+    if name not in recipes:
+        known = [*recipes, *tables, TEACHERS]
+        hint = did_you_mean(name, known) or f"; known: {', '.join(known)}"
+        raise ConfigError(f"unknown recipe {name!r}{hint}")
     return recipes[name]()
 
 
@@ -93,7 +133,7 @@ def _parse(kind: type[S], default: S, options: Sequence[str], name: str) -> S:
 
 
 def _listing() -> str:
-    lines = [f"  {name:<16}{(recipes[name].__doc__ or '').splitlines()[0]}" for name in recipes]
-    return "\n".join(
-        [*lines, f"  {TEACHERS:<16}The shipped tiny teachers, made again from the generated world."]
-    )
+    described = {name: recipes[name].__doc__ for name in recipes}
+    described[TEACHERS] = "The shipped tiny teachers, made again from the generated world."
+    described |= {name: tables[name].__doc__ for name in tables}
+    return "\n".join(f"  {name:<16}{(text or '').splitlines()[0]}" for name, text in described.items())

@@ -16,10 +16,10 @@ from .config import LossConfig
 
 
 class TeacherLosses(NamedTuple):
-    """What one teacher contributes, before its weights."""
+    """What one teacher contributes for every picture, before its weights."""
 
-    summary: Tensor  # [] eq. 2, in [0, 2]
-    spatial: Tensor  # [] eq. 3
+    summary: Tensor  # [B] eq. 2, in [0, 2]
+    spatial: Tensor  # [B] eq. 3, mean over the tokens
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -27,22 +27,23 @@ def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(a.float(), b.float(), dim=-1)
 
 
-def summary_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """L_cos of the summaries, mean over the batch (eq. 2)."""
-    return cosine_distance(student, teacher).mean()
+def summary_losses(student: Tensor, teacher: Tensor) -> Tensor:
+    """L_cos of the summaries (eq. 2): [B, C] -> [B]."""
+    return cosine_distance(student, teacher)
 
 
-def spatial_loss(student: Tensor, teacher: Tensor, config: LossConfig) -> Tensor:
-    """alpha * L_cos + beta * smooth L1 of the tokens, mean over tokens and batch (eq. 3)."""
-    matched = cosine_distance(student, teacher).mean()
-    sized = F.smooth_l1_loss(student.float(), teacher.float(), beta=config.knee)
-    return config.cosine * matched + config.smooth_l1 * sized
+def spatial_losses(student: Tensor, teacher: Tensor, config: LossConfig) -> Tensor:
+    """alpha * L_cos + beta * smooth L1 (eq. 3), mean over a picture's tokens: [B, T, D] -> [B]."""
+    matched = cosine_distance(student, teacher).mean(1)
+    sized = F.smooth_l1_loss(student.float(), teacher.float(), beta=config.knee, reduction="none")
+    return config.cosine * matched + config.smooth_l1 * sized.mean((1, 2))
 
 
 def teacher_losses(student: Features, teacher: Features, config: LossConfig) -> TeacherLosses:
     """Both losses of adapted student features against one teacher's, on the teacher's grid."""
     return TeacherLosses(
-        summary_loss(student.summary, teacher.summary), spatial_loss(student.tokens, teacher.tokens, config)
+        summary_losses(student.summary, teacher.summary),
+        spatial_losses(student.tokens, teacher.tokens, config),
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -11,45 +12,48 @@ from torch import Tensor
 
 from evals.core.dist import Group
 
+Rows = dict[tuple[str, ...], Tensor]
+
 
 class Meters:
     """Running sums of scalar tensors; reading them is the only host sync."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._rows: Rows = {}  # [n + 1] each: the sums of n scalars, and how often they were added
 
-    def add(self, values: Mapping[str, Tensor]) -> None:
-        """Add one step's scalars."""
-        for name, value in values.items():
-            held = self._sums.get(name)
-            self._sums[name] = value.detach().double() if held is None else held + value.detach()
-            self._counts[name] = self._counts.get(name, 0) + 1
+    def add(self, values: Mapping[str, Tensor], fine: Tensor | None = None) -> None:
+        """Add one step's scalars, unless `fine` ([] bool) says that the step was none."""
+        names = tuple(values)
+        scalars = [value.detach().double() for value in values.values()]
+        row = torch.stack([*scalars, torch.ones_like(scalars[0])])
+        if fine is not None:
+            row = torch.where(fine, row, torch.zeros_like(row))
+        held = self._rows.get(names)
+        self._rows[names] = row if held is None else held + row
 
     def read(self, group: Group) -> dict[str, float]:
-        """The means over steps and ranks since the last reading, which this ends."""
-        if not self._sums:
-            return {}
-        sums = group.sum(torch.stack(list(self._sums.values())).cpu()).tolist()
-        means = {
-            name: total / (self._counts[name] * group.world)
-            for name, total in zip(self._sums, sums, strict=True)
-        }
-        self._sums, self._counts = {}, {}
-        return means
+        """The means since the last reading, which this ends, over steps and the ranks that have them."""
+        sums: dict[str, float] = {}
+        counts: dict[str, float] = {}
+        for state in group.gather_objects(self.state()):
+            for names, row in state:
+                for name, value in zip(names, row, strict=False):
+                    sums[name] = sums.get(name, 0.0) + value
+                    counts[name] = counts.get(name, 0.0) + row[-1]
+        self._rows = {}
+        return {name: total / counts[name] if counts[name] else math.nan for name, total in sums.items()}
 
-    def finite(self) -> bool:
-        """Whether everything that was added since the last reading is finite."""
-        return all(bool(torch.isfinite(total)) for total in self._sums.values())
+    def state(self) -> list[tuple[list[str], list[float]]]:
+        """What an exact resume needs, as plain numbers."""
+        return [(list(names), row.tolist()) for names, row in self._rows.items()]
 
-    def state(self) -> dict[str, tuple[Tensor, int]]:
-        """What an exact resume needs."""
-        return {name: (total.cpu(), self._counts[name]) for name, total in self._sums.items()}
-
-    def restore(self, state: Mapping[str, tuple[Tensor, int]], device: torch.device) -> None:
-        """Take up what `state` gave."""
-        self._sums = {name: total.to(device) for name, (total, _) in state.items()}
-        self._counts = {name: count for name, (_, count) in state.items()}
+    def restore(self, state: Iterable[tuple[list[str], list[float]]], device: torch.device) -> None:
+        """Take up what `state` gave, or what it gave on several ranks, one after another."""
+        self._rows = {}
+        for names, values in state:
+            row = torch.tensor(values, dtype=torch.float64, device=device)
+            key = tuple(names)
+            self._rows[key] = self._rows[key] + row if key in self._rows else row
 
 
 class Lap(NamedTuple):

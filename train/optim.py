@@ -1,27 +1,71 @@
-"""AdamW's parameter groups and the learning rate of every step."""
+"""AdamW's parameter groups, its guard against what is not finite, and the learning rate of every step."""
 
 from __future__ import annotations
 
 import math
+from typing import final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .config import OptimConfig
 
 _UNDECAYED = ("table", "prefix")  # positions, class and register tokens
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW in two groups: matrices and kernels decay; norms, biases, tokens and positions do not."""
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
+@final
+class GuardedAdamW(torch.optim.AdamW):
+    """AdamW, fused, that clips gradients and leaves out a step by scalars on the device.
+
+    Torch's fused kernel divides the gradients by `grad_scale`, and changes nothing where `found_inf` is 1.
+    """
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    def guard(self, norm: Tensor, clip: float) -> Tensor:
+        """Whether the coming step is done: [] bool, false where the gradients' `norm` is not finite.
+
+        Gradients of a norm beyond `clip` are scaled to it; 0 clips nothing.
+        """
+        fine = torch.isfinite(norm)
+        self.found_inf = (~fine).float()
+        self.grad_scale = (norm / clip).clamp(min=1.0) if clip else None
+        return fine
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> GuardedAdamW:
+    """AdamW in groups: matrices and kernels decay; norms, biases, tokens and positions do not.
+
+    Weights that are spread over the ranks lie apart from those that are not, as torch's kernels want it.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         kept = parameter.ndim < 2 or name.rsplit(".", 1)[-1] in _UNDECAYED
-        (free if kept else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    fused = all(parameter.device.type in ("cuda", "cpu") for parameter in model.parameters())
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
+        groups.setdefault((isinstance(parameter, DTensor), kept), []).append(parameter)
+    settings = [
+        {"params": groups[key], "weight_decay": 0.0 if key[1] else config.weight_decay}
+        for key in sorted(groups)
+    ]
+    optimizer = GuardedAdamW(settings, lr=config.lr, betas=config.betas, fused=True)
+    for parameters in groups.values():  # here and now, so that a state can be read into them
+        for parameter in parameters:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+    return optimizer
+
+
+def moments(optimizer: GuardedAdamW, model: nn.Module) -> dict[str, Tensor]:
+    """What AdamW keeps of every weight, as `exp_avg.NAME` and so on."""
+    return {
+        f"{kind}.{name}": tensor
+        for name, parameter in model.named_parameters()
+        for kind, tensor in optimizer.state[parameter].items()
+    }
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:

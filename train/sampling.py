@@ -5,16 +5,16 @@ Nothing here depends on batch size, workers or ranks, and a resumed run draws wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-Purpose = Literal["order", "crop", "positions", "window"]
-_STREAMS: dict[Purpose, int] = {"order": 0, "crop": 1, "positions": 2, "window": 3}
+Purpose = Literal["order", "crop", "positions", "window", "group", "source", "lane"]
+_STREAMS: dict[Purpose, int] = {name: number for number, name in enumerate(get_args(Purpose))}
 
 
 def seed_of(seed: int, purpose: Purpose, index: int) -> int:
@@ -34,7 +34,7 @@ def picture_at(position: int, count: int, seed: int) -> int:
     return int(_order(seed, epoch, count)[place])
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=16)  # lanes stand in different epochs of different sources
 def _order(seed: int, epoch: int, count: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     return np.random.Generator(np.random.Philox(seed_of(seed, "order", epoch))).permutation(count)
 
@@ -48,17 +48,15 @@ def draw_window(candidates: tuple[int, ...], seed: int, step: int) -> int | None
 
 
 class StepSampler(Sampler[list[int]]):
-    """Batches of stream positions from one step on, this rank's share of each."""
+    """Batches of stream positions from one step on: those of each step's `batch_size` that a rank takes."""
 
-    def __init__(self, start: int, steps: int, batch_size: int, rank: int, world: int) -> None:
+    def __init__(self, start: int, steps: int, batch_size: int, rows: Sequence[int]) -> None:
         self.start, self.steps = start, steps
-        self.batch_size, self.rank, self.world = batch_size, rank, world
+        self.batch_size, self.rows = batch_size, tuple(rows)
 
     def __len__(self) -> int:
         return self.steps - self.start
 
     def __iter__(self) -> Iterator[list[int]]:
-        share = self.batch_size // self.world
         for step in range(self.start, self.steps):
-            first = step * self.batch_size + self.rank * share
-            yield list(range(first, first + share))
+            yield [step * self.batch_size + row for row in self.rows]

@@ -15,6 +15,7 @@ from rich.table import Table
 import evals.cli  # noqa: F401 (enters the evaluators)
 from evals.core.dist import Group
 from evals.core.evaluator import Evaluator, evaluators
+from evals.core.paper import DATA, TASKS, PaperRow
 from evals.core.progress import watch_on
 from evals.core.suite import Outcome, run_all
 from evals.core.tables import cell
@@ -30,20 +31,34 @@ _PICTURES = {"seg": {"save_maps": 3}, "sam": {"save_masks": 3}}  # for the page 
 Jobs = Mapping[str, tuple[Evaluator[Any], Any]]
 
 
-def score(config: TrainConfig, path: Path, console: Console) -> dict[str, list[Outcome]]:
-    """The outcomes of each model, with reports in `reports/` of the run folder, printed as one table.
+def score(
+    config: TrainConfig,
+    students: Mapping[str, Path],
+    out: Path,
+    console: Console,
+    paper: Sequence[PaperRow] = (),
+) -> dict[str, list[Outcome]]:
+    """The outcomes of each model, with reports in `out`, printed as one table.
 
     Run again, it keeps what is done and unchanged.
+
+    Args:
+        config: the tasks, and the teachers to score beside the students.
+        students: checkpoints by the names in the table; the first also gives the untrained student.
+        out: the folder of the reports.
+        console: where the table goes.
+        paper: rows of the paper to print below.
     """
     jobs = {task: _job(task, config.device) for task in config.score}
     watch = watch_on(console, shown=console.is_terminal)
     found = {}
-    for name, model, its_own in _contestants(config, path):
+    for name, model, its_own in _contestants(config, students):
         chosen: Jobs = {task: job for task, job in jobs.items() if its_own or task != _STUDENTS_ONLY}
-        out = config.out / "reports"
         tell = partial(_tell, console, name)
         found[name] = run_all(model, chosen, out, name=name, watch=watch, group=Group(), tell=tell)
-    console.print(_table(found, config.score, plain=not console.is_terminal))
+    console.print(_table(found, config.score, paper, plain=not console.is_terminal))
+    for line in _measured_on(config.score, paper):
+        console.print(escape(line), highlight=False, soft_wrap=True)
     return found
 
 
@@ -56,16 +71,20 @@ def _tell(console: Console, name: str, line: str) -> None:
     console.print(escape(f"{name}: {line}"), highlight=False, soft_wrap=True)
 
 
-def _contestants(config: TrainConfig, path: Path) -> Iterator[tuple[str, Backbone, bool]]:
+def _contestants(config: TrainConfig, students: Mapping[str, Path]) -> Iterator[tuple[str, Backbone, bool]]:
     """The models under their names in the table, each loaded in its turn, and whether the run trained it."""
-    yield "student", load_backbone(str(path)), True
-    yield "untrained", load_backbone(str(path), random_init=True, seed=config.seed), False
+    for name, path in students.items():
+        yield name, load_backbone(str(path)), True
+    first = str(next(iter(students.values())))
+    yield "untrained", load_backbone(first, random_init=True, seed=config.seed), False
     for teacher in config.teachers:
         yield teacher.model, load_backbone(teacher.model), False
 
 
-def _table(found: Mapping[str, Sequence[Outcome]], tasks: Sequence[str], *, plain: bool) -> Table:
-    """A row for each model, a column for each task's headline."""
+def _table(
+    found: Mapping[str, Sequence[Outcome]], tasks: Sequence[str], paper: Sequence[PaperRow], *, plain: bool
+) -> Table:
+    """A row for each model, a column for each task's headline; the paper's rows in a section of their own."""
     headlines = {
         outcome.task: outcome.report.headline
         for outcomes in found.values()
@@ -84,4 +103,23 @@ def _table(found: Mapping[str, Sequence[Outcome]], tasks: Sequence[str], *, plai
             if outcome.state != "left out"
         }
         table.add_row(name, *(cells.get(task, "") for task in tasks))
+    table.add_section()
+    for row in paper:
+        values = [row.values.get(column) for column in _columns(tasks)]
+        cells_of_paper = ("" if value is None else f"{value:.2f}" for value in values)
+        table.add_row(f"paper: {row.model}", *cells_of_paper)
     return table
+
+
+def _columns(tasks: Sequence[str]) -> list[str]:
+    """The paper's column beside each task; empty where it has none."""
+    return [TASKS[task][0] if task in TASKS else "" for task in tasks]
+
+
+def _measured_on(tasks: Sequence[str], paper: Sequence[PaperRow]) -> Iterator[str]:
+    """What the paper's rows were measured on, so that nobody takes them for the same thing."""
+    for source in dict.fromkeys(row.source for row in paper):
+        data = "; ".join(
+            f"{task}: {DATA[column]}" for task, column in zip(tasks, _columns(tasks), strict=True) if column
+        )
+        yield f"paper: {source}, on other data than the rows above ({data})"

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -12,11 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
 
 from evals.core.dist import Group
-from radio.config import to_plain, write_yaml
+from radio.config import write_yaml
 from radio.errors import RadioError
 from radio.model import build
 from radio.types import Features
@@ -25,36 +21,44 @@ from .ahead import ahead, half_the_threads
 from .assembly import (
     check_settings,
     check_student,
+    deal,
+    deciding,
+    gather_facts,
     load_teachers,
     make_card,
     model_config,
     provenance,
     student_resolutions,
-    teacher_sizes,
     window_candidates,
 )
-from .cache import FeatureCache, write_cache
+from .balancing import make_balancer
+from .batches import Batch, crop_sides, load, remembered, taught
+from .cache import CacheJob, GroupedCaches, open_caches
 from .config import TrainConfig
-from .crops import FixedCrops, RandomCrops, check_broken, rows_of
+from .crops import FixedCrops
+from .data.progress import LISTING, start_progress
+from .data.sources import Sources, open_sources
+from .data.stream import fewer_workers, open_stream
+from .ema import Average
+from .guards import Guard
 from .metrics import Clock, Meters
-from .optim import learning_rate, make_optimizer
-from .parallel import wrap
-from .pictures import open_pictures
-from .sampling import StepSampler, draw_window, generator
+from .optim import learning_rate, make_optimizer, moments
+from .parallel import Engine, find_peers, gather_weights, is_half
+from .partition import TeacherGroup
+from .pictures import Joined, open_pictures
+from .preempt import Preemption
+from .sampling import draw_window, generator
 from .sinks import JsonLines, ProgressConsole, Record
-from .state import load_state, save_state
-from .step import Distiller, teacher_features, thinned
-
-# Letters: B batch of this rank.
+from .state import States
+from .step import Distiller, Losses, in_parts, teacher_features
 
 
-class Batch(NamedTuple):
-    """One step's crops, and the teachers' features of them."""
+class Learned(NamedTuple):
+    """What the gradients of one step came from, on the device."""
 
-    images: Tensor  # [B, 3, side, side] in [0, 1], on the device
-    targets: dict[str, Features]
-    broken: int
-    waited: float  # seconds
+    total: Tensor  # [] scaled so that the mean over ranks is the step's loss
+    norm: Tensor  # [] of the whole gradient, the same on every rank
+    losses: list[Losses]
 
 
 class Run:
@@ -65,7 +69,7 @@ class Run:
         group: the ranks that share it.
         device: where this rank computes.
         console: where it reports.
-        restart: begin anew instead of going on from `out/state.pt`.
+        restart: begin anew instead of going on from the run folder's state.
     """
 
     def __init__(
@@ -79,46 +83,73 @@ class Run:
     ) -> None:
         check_settings(config, group.world)
         self.config, self.group, self.device, self.console = config, group, device, console
-        self.teachers = load_teachers(config, device)
-        self.sizes = teacher_sizes(config, self.teachers)
-        self.every = {t.name: t.every for t in config.teachers}
-        beside = student_resolutions(config)
-        self.pictures = open_pictures(config.data)
-        side = max(*beside.values(), *(max(size) for size in self.sizes.values()))
-        self.crops = RandomCrops(self.pictures, config.data, side, config.seed)
-        card = make_card(config, self.teachers, self.sizes, self.pictures)
-        self.model = build(model_config(config, self.teachers), config.seed, card, config.out.name)
+        self.partition = deal(config, group.world)
+        self.mine = self.partition.of(group.rank)
+        mine = [name for teachers in self.mine for name in teachers.teachers]
+        every = [t.name for t in config.teachers]
+        self.teachers = load_teachers(config, device, mine)
+        facts = gather_facts(config, self.teachers, group)
+        self.sizes = {name: fact.size for name, fact in facts.items()}
+        online = config.cache.folder is None
+        self.data = open_sources(config.data) if online else open_pictures(config.data)
+        self.progress = start_progress(config, self.partition, group, self.data)
+        self.sides = crop_sides(self.partition, self.sizes)
+        card = make_card(config, facts, self.data)
+        self.model = build(model_config(config, facts), config.seed, card, config.out.name)
+        for name in set(every) - set(mine):
+            del self.model.adaptors[name]
         self.model.to(device).train()
+        beside = student_resolutions(config)
         self.windows = window_candidates(self.model, config, beside)
         check_student(self.model.student, beside, self.windows)
-        self.distiller = Distiller(self.model, config.teachers, config.loss, beside)
-        self.forward = wrap(self.distiller, group, device, compiled=config.compile)
+        asked = [t for t in config.teachers if t.name in mine]
+        balancer = make_balancer(config.balance, asked, self.model.summary_dim)
+        self.distiller = Distiller(self.model, asked, config.loss, balancer.to(device))
+        self.peers = find_peers(self.partition, group.rank)
+        self.engine = Engine(self.distiller, group, self.peers, device, config)
         self.optimizer = make_optimizer(self.distiller, config.optim)
-        self.meters, self.clock, self.broken = Meters(), Clock(), 0
+        self.average = Average(self.model, config.ema) if config.ema else None
+        self.meters, self.guard, self.clock = Meters(), Guard(device), Clock()
+        self.stop, self.stopped = Preemption(group), False
+        self.states = States(
+            config.out / "state",
+            group,
+            deciding(config, facts, self.data),
+            keep_last=config.keep_last,
+            keep_every=config.keep_every,
+            tell=self._tell,
+        )
         self.step = 0 if restart else self._resume()
-        self.cache = self._open_cache() if self.step < config.steps else None
+        self.cache = self._open_caches() if self.step < config.steps else None
         self.overlaps = config.teachers_ahead and self.cache is None
 
     def train(self) -> Path:
-        """Run to the last step; the path of `ckpt.pt`.
+        """Run to the last step, or to where it is asked to stop (`stopped`); the path of `ckpt.pt`.
 
         Raises:
-            RadioError: the loss is no longer finite, or too many pictures are broken.
+            RadioError: too many steps not finite or pictures broken, or the last state cannot be written.
         """
         config = self.config
         if self.step == config.steps:
             return config.out / "ckpt.pt"
-        if self.group.leads and not self.step:  # the state of an earlier run must not outlive its log
-            (config.out / "state.pt").unlink(missing_ok=True)
+        if not self.step:  # the states of an earlier run must not outlive its log
+            self.states.clear()
         log = JsonLines(config.out / "metrics.jsonl", self.step) if self.group.leads else None
         if self.group.leads:
             write_yaml(config, config.out / "config.yaml")
         try:
-            with half_the_threads() if self.overlaps and self.device.type == "cpu" else nullcontext():
+            with (
+                self.stop,
+                half_the_threads() if self.overlaps and self.device.type == "cpu" else nullcontext(),
+            ):
                 self._loop(log)
+            self.states.wait(last=True)
+            if broken := self.progress.in_words():
+                self._tell(f"passed over: {broken}; {config.out / LISTING} names them")
         finally:
             if log is not None:
                 log.close()
+            self.states.wait()
         return config.out / "ckpt.pt"
 
     def _loop(self, log: JsonLines | None) -> None:
@@ -135,187 +166,202 @@ class Run:
                         log.write(record)
                 else:
                     bar.advance(self.step)
-                if self._due(config.save_every):
+                self.stopped = self.stop.agreed() and self.step < config.steps
+                if self.stopped or self._due(config.save_every):
                     self.save()
+                if self.stopped:
+                    return
 
     def batches(self) -> Iterator[Batch]:
-        """The batches of the steps still to do, with the teachers' features.
-
-        The loader's processes start in the calling thread: one forked by a pool's thread ends with an error.
-        """
-        config, group = self.config, self.group
-        loader = DataLoader(
-            self.crops if self.cache is None else self.cache,
-            batch_sampler=StepSampler(self.step, config.steps, config.batch_size, group.rank, group.world),
-            num_workers=config.data.workers,
-            pin_memory=self.device.type == "cuda",
-            prefetch_factor=4 if config.data.workers else None,
-        )
-        return self._taught(rows_of(iter(loader)))
-
-    def _taught(self, rows: Iterator[Any]) -> Iterator[Batch]:
-        while True:
-            start = time.perf_counter()
-            row = next(rows, None)
-            waited = time.perf_counter() - start
-            if row is None:
-                return
-            images = row.pixels.to(self.device, non_blocking=True).float().div_(255)
-            if self.cache is not None:
-                known = self.cache.targets(row.summaries, row.tokens, self.device)
-                targets = {name: thinned(features, self.every[name]) for name, features in known.items()}
-                yield Batch(images, targets, 0, waited)
-            else:
-                with self._autocast():
-                    targets = teacher_features(self.teachers, self.sizes, images, self.every)
-                yield Batch(images, targets, int(row.broken.sum()), waited)
+        """The batches of the steps still to do, with the teachers' features."""
+        config = self.config
+        if self.cache is not None:
+            known = load(self.cache, config, self.partition, self.group.rank, self.step, self.device)
+            return remembered(known, self.mine, self.device, self.cache.targets)
+        assert isinstance(self.data, Sources)
+        shares, pin = self.progress.shares(self.sides), self.device.type == "cuda"
+        if fewer := fewer_workers(config.data.workers, shares):
+            self._tell(fewer)
+        steps = range(self.step, config.steps)
+        rows = open_stream(self.data, shares, config.data, config.seed, steps, pin=pin)
+        return taught(rows, self.mine, self.device, self._teach)
 
     def advance(self, batch: Batch) -> None:
-        """One step: forward, losses, backward, update. Reads nothing back from the device."""
+        """One step: forwards, losses, backwards, update. Reads nothing back from the device."""
         config, step = self.config, self.step
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, config.steps, config.optim)
-        logged = (step + 1) % config.log_every == 0 or step + 1 == config.steps
-        windows = {side: draw_window(fitting, config.seed, step) for side, fitting in self.windows.items()}
-        with self._autocast():
-            losses = self.forward(batch.images, batch.targets, self._drawn(), windows, logged)
-        self.optimizer.zero_grad(set_to_none=True)
-        losses.total.backward()
-        norm = nn.utils.clip_grad_norm_(self.distiller.parameters(), config.optim.clip or math.inf)
+        found = self.learn(batch)
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = learning_rate(step, config.steps, config.optim)
+        fine = self.optimizer.guard(found.norm, config.optim.clip)
         self.optimizer.step()
-        self.meters.add({"loss": losses.total, "grad_norm": norm, **losses.parts})
+        self.distiller.settle(self.engine.peer_mean)
+        if self.average is not None:
+            self.average.update()
+        self.guard.see(fine, [losses.parts for losses in found.losses])
+        self.meters.add({"loss": found.total, "grad_norm": found.norm}, fine)
+        for losses in found.losses:
+            self.meters.add(losses.parts, fine)
+            if losses.details:
+                self.meters.add(losses.details, fine)
         self.clock.step(batch.waited)
-        self.broken += batch.broken
+        self.progress.add(batch.marks)
+
+    def learn(self, batch: Batch) -> Learned:
+        """Leave the gradients of the whole step in the weights of this rank."""
+        config, step = self.config, self.step
+        self.optimizer.zero_grad(set_to_none=True)
+        detail = (step + 1) % config.log_every == 0 or step + 1 == config.steps
+        parts = [
+            part
+            for lesson in batch.lessons
+            for part in in_parts(lesson, self._drawn(lesson.group), config.accumulate)
+        ]
+        found, total = [], torch.zeros((), device=self.device)
+        for place, (lesson, drawn) in enumerate(parts, start=1):
+            window = draw_window(self.windows[lesson.group.side], config.seed, step)
+            with self.engine.turn(last=place == len(parts)):
+                with self._autocast():
+                    losses = self.distiller(self.engine.encode, lesson, drawn, window, detail)
+                loss = losses.total * (self.engine.scale / config.accumulate)
+                loss.backward()
+            total += loss.detach()
+            found.append(losses)
+        return Learned(total, self.engine.settle(total), found)
 
     def record(self) -> Record:
         """The means since the last log step.
 
         Raises:
-            RadioError: loss or gradient is not finite, or too many pictures are broken; what was saved stays.
+            RadioError: too many steps in a row were not finite, or too many pictures are broken.
         """
         config = self.config
+        skipped = self.guard.read(self.group, self.step, config.max_skipped)
+        if skipped.recent:
+            self._tell(f"step {self.step}: {skipped.describe()}")
         lap = self.clock.read()
         means = self.meters.read(self.group)
-        self._check_finite(math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"]))
-        seen, broken = self.step * config.batch_size, self._all_broken()
-        check_broken(broken, seen, config.data)
+        seen = self.step * self.partition.batch_size
+        broken = self.progress.broken(seen, config.data.max_broken)
         return {
             "step": self.step,
             "samples": seen,
             **means,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "images_per_second": lap.steps * config.batch_size / lap.seconds,
+            "images_per_second": lap.steps * self.partition.batch_size / lap.seconds,
             "data_wait": lap.waiting / lap.seconds,
             "seconds": lap.seconds,
-            "broken": broken,
+            "broken": sum(broken.values()),
+            **{f"broken/{cause}": count for cause, count in broken.items() if count},
+            "skipped": skipped.total,
+            **({"not_finite": ", ".join(skipped.names)} if skipped.recent else {}),
         }
 
     def save(self) -> None:
-        """Write `ckpt.pt` to evaluate and `state.pt` to go on from, each atomically; every rank calls it.
+        """Begin to write a state to go on from, `ckpt.pt` to evaluate, and its average; every rank calls it.
 
-        The state comes last: a run that is stopped between the two does its last steps again.
+        The state gets its name last: a run that is stopped before does its last steps again.
 
         Raises:
-            RadioError: a loss since the last log step is not finite.
+            RadioError: too many steps in a row were not finite.
         """
-        self._check_finite(self.meters.finite())
-        meters = {"meters": self.meters.state(), "broken": self._all_broken()}
-        if not self.group.leads:
-            return
-        self.model.card["provenance"] = provenance(self.step, self.config)
-        self.model.save(self.config.out / "ckpt.pt")
-        state = self.config.out / "state.pt"
-        save_state(state, self.distiller, self.optimizer, self.step, self._settings(), meters)
+        self.guard.check(self.step, self.config.max_skipped)
+        files = {"ckpt.pt": gather_weights(self.model.state_dict(), self.group, self.peers)}
+        if self.average is not None:
+            averaged = {**self.model.state_dict(), **self.average.tensors}
+            files["ckpt-ema.pt"] = gather_weights(averaged, self.group, self.peers)
+        self.model.card["provenance"] = provenance(self.step, self.step * self.partition.batch_size)
 
-    def _check_finite(self, finite: bool) -> None:
-        if not finite:
-            raise RadioError(
-                f"step {self.step}: the loss or its gradient is not finite; what was saved last stands. "
-                f"Lower --optim.lr and begin anew with --restart"
-            )
+        def publish() -> None:
+            for name, tensors in files.items():
+                self.model.save(self.config.out / name, tensors)
 
-    def _all_broken(self) -> int:
-        return int(self.group.sum(torch.tensor(self.broken)))
+        mine = {"meters": self.meters.state(), "guard": self.guard.state()}
+        notes = {"ranks": self.group.gather_objects(mine), "data": self.progress.state()}
+        self.states.write(self.step, self._tensors(), notes, publish)
+
+    def _resume(self) -> int:
+        found = self.states.newest()
+        if found is None:
+            return 0
+        self.states.read(found, self._tensors())
+        ranks = found.notes["ranks"]
+        if len(ranks) == self.group.world:
+            mine = ranks[self.group.rank]
+            self.meters.restore(mine["meters"], self.device)
+            self.guard.restore(mine["guard"])
+        else:
+            if self.group.leads:
+                self.meters.restore([row for rank in ranks for row in rank["meters"]], self.device)
+            self.guard.restore(ranks[0]["guard"])
+        self.progress.restore(found.notes["data"])
+        return found.step
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All tensors of the run that this rank has, or has a part of."""
+        averages = {} if self.average is None else self.average.tensors
+        return {
+            **{f"weights.{name}": tensor for name, tensor in self.distiller.state_dict().items()},
+            **{f"optimizer.{name}": t for name, t in moments(self.optimizer, self.distiller).items()},
+            **{f"average.{name}": tensor for name, tensor in averages.items()},
+        }
+
+    def _tell(self, line: str) -> None:
+        self.console.print(line, highlight=False, soft_wrap=True)
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.steps
 
-    def _resume(self) -> int:
-        path = self.config.out / "state.pt"
-        if not path.is_file():
-            return 0
-        step, extra = load_state(path, self.distiller, self.optimizer, self._settings())
-        self.meters.restore(extra["meters"], self.device)
-        self.broken = int(extra["broken"]) if self.group.leads else 0
-        return step
-
-    def _settings(self) -> str:
-        """Everything that decides the weights, so that no other run takes up this one's state."""
-        plain = to_plain(self.config)
-        for name in (
-            "recipe",
-            "out",
-            "device",
-            "log_every",
-            "save_every",
-            "score",
-            "compile",
-            "teachers_ahead",
-        ):
-            plain.pop(name)
-        for name in ("workers", "max_broken"):
-            plain["data"].pop(name)
-        plain["cache"].pop("confirm")
-        return json.dumps({**plain, "pictures": self.pictures.fingerprint}, sort_keys=True)
-
-    def _drawn(self) -> Tensor | None:
-        """This rank's share of what the student draws for the whole batch of the step."""
-        size, group = self.config.batch_size, self.group
-        drawn = self.model.draw(size, generator(self.config.seed, "positions", self.step))
+    def _drawn(self, group: TeacherGroup) -> Tensor | None:
+        """This rank's share of what the student draws for all pictures of the step."""
+        drawn = self.model.draw(
+            self.partition.batch_size, generator(self.config.seed, "positions", self.step)
+        )
         if drawn is None:
             return None
-        share = size // group.world
-        return drawn[group.rank * share : (group.rank + 1) * share].to(self.device)
+        rows = self.partition.rows(group, self.group.rank)
+        return drawn[rows.start : rows.stop].to(self.device)
+
+    def _teach(self, group: TeacherGroup, images: Tensor) -> dict[str, Features]:
+        """What a group's teachers say of its pictures."""
+        with self._autocast():
+            return teacher_features(
+                {name: self.teachers[name] for name in group.teachers}, self.sizes, images
+            )
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        wanted = self.config.precision
-        half = wanted == "bf16" or (wanted == "auto" and self.device.type == "cuda")
+        half = is_half(self.config, self.device)
         return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
 
-    def _open_cache(self) -> FeatureCache | None:
-        """The teacher cache of this run, written by the first rank; None when the teachers run online."""
+    def _open_caches(self) -> GroupedCaches | None:
+        """The teacher caches of this rank's groups; None when the teachers run online."""
         config, options = self.config, self.config.cache
         if options.folder is None:
             return None
-        count = min(options.pictures or len(self.pictures), len(self.pictures))
-        crops = FixedCrops(self.crops, count, options.crops)
-        if not self.group.leads:
-            self.group.barrier()
-        with ProgressConsole(self.console, "teacher cache", len(crops), 0) as bar:
-            cache = write_cache(
-                options.folder,
-                self.teachers,
-                self.sizes,
-                crops,
-                config.seed,
-                device=self.device,
+        assert isinstance(self.data, Joined)
+        count = min(options.pictures or len(self.data), len(self.data))
+        jobs = {}
+        for group, side in zip(self.partition.groups, self.sides, strict=True):
+            if group in self.mine:
+                crops = FixedCrops(self.data, config.data, side, config.seed, count, options.crops)
+                teachers = {name: self.teachers[name] for name in group.teachers}
+                jobs[group.name] = CacheJob(options.folder, teachers, self.sizes, crops, self.device)
+        total = sum(len(job.crops) for job in jobs.values())
+        with ProgressConsole(self.console, "teacher cache", total, 0) as bar:
+            return open_caches(
+                jobs,
+                self.partition,
+                self.group,
                 workers=config.data.workers,
                 confirm=self._confirm,
                 progress=bar.advance,
             )
-        if self.group.leads:
-            self.group.barrier()
-        return cache
 
     def _confirm(self, size: int) -> None:
-        line = f"teacher cache: {size / 1e9:.2f} GB in {self.config.cache.folder}"
-        self.console.print(line, highlight=False, soft_wrap=True)
+        self._tell(f"teacher cache: {size / 1e9:.2f} GB in {self.config.cache.folder}")
         if size <= 1e9 or not self.config.cache.confirm:
             return
         if not self.console.is_terminal:
-            raise RadioError(
-                f"a teacher cache of {size / 1e9:.1f} GB would be written; agree with --cache.no-confirm"
-            )
+            raise RadioError(f"a teacher cache of {size / 1e9:.1f} GB would be written; agree with --yes")
         if self.console.input("write it? [y/N] ").strip().lower() not in ("y", "yes"):
             raise RadioError(
                 "the teacher cache was not written; leave --cache.folder out to run the teachers online"

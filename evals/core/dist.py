@@ -6,10 +6,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as distributed
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,14 @@ class Group:
         parts = [torch.empty_like(array) for _ in range(self.world)]
         distributed.all_gather(parts, array.contiguous(), group=self.process_group)
         return torch.stack(parts)
+
+    def gather_objects(self, value: T) -> list[T]:
+        """The values of all ranks, in order of rank; pickled on the way, between our own processes."""
+        if self.world == 1:
+            return [value]
+        parts: list[Any] = [None] * self.world
+        distributed.all_gather_object(parts, value, group=self.process_group)
+        return parts
 
     def sum(self, array: Tensor) -> Tensor:
         """The elementwise sum of the arrays of all ranks."""

@@ -15,6 +15,11 @@ TeacherFamily = Callable[[str, Path | None], Teacher]
 
 families: Registry[TeacherFamily] = Registry("teacher")
 
+# The same members with weights on the meta device, so that what they cost is counted without their files.
+TeacherOutline = Callable[[str], Teacher]
+
+outlines: Registry[TeacherOutline] = Registry("teacher_outline")
+
 from . import dinov2 as _dinov2  # noqa: E402, F401  (each enters its family)
 from . import openclip as _openclip  # noqa: E402, F401
 from . import pip_weights as _pip_weights  # noqa: E402, F401

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..checkpoint import load_state
 from ..errors import ConfigError, did_you_mean
 from ..types import Features, Teacher
-from . import families
+from . import families, outlines
 from .dinov2_layouts import Resampling, to_official
 from .frozen import Frozen
 from .weights_file import read_weights
@@ -61,11 +61,25 @@ def dinov2(name: str, file: Path | None) -> Teacher:
         ConfigError: no such member.
         CheckpointError: no file, or not the weights of this member.
     """
+    spec = f"dinov2:{name}"
+    return load_dinov2(spec, _member(name), read_weights(spec, file), f"{spec}@{file}")
+
+
+@outlines.register("dinov2")
+def outline(name: str) -> Teacher:
+    """The member `name` on the meta device.
+
+    Raises:
+        ConfigError: no such member.
+    """
+    return outline_dinov2(f"dinov2:{name}", _member(name))
+
+
+def _member(name: str) -> Member:
     if name not in MEMBERS:
         hint = did_you_mean(name, MEMBERS) or f"; known: {', '.join(MEMBERS)}"
         raise ConfigError(f"unknown DINOv2 member {name!r}{hint}")
-    spec = f"dinov2:{name}"
-    return load_dinov2(spec, MEMBERS[name], read_weights(spec, file), f"{spec}@{file}")
+    return MEMBERS[name]
 
 
 def load_dinov2(name: str, member: Member, tensors: dict[str, Tensor], source: str) -> Frozen:
@@ -78,6 +92,17 @@ def load_dinov2(name: str, member: Member, tensors: dict[str, Tensor], source: s
     with torch.device("meta"):
         trunk = DinoTrunk(member, resampling)
     load_state(trunk, official, source)
+    return _freeze(trunk, name, member)
+
+
+def outline_dinov2(name: str, member: Member) -> Frozen:
+    """A teacher of DINOv2's architecture on the meta device."""
+    with torch.device("meta"):
+        trunk = DinoTrunk(member, Resampling())
+    return _freeze(trunk, name, member)
+
+
+def _freeze(trunk: DinoTrunk, name: str, member: Member) -> Frozen:
     return Frozen(
         trunk=trunk,
         name=name,
@@ -87,7 +112,7 @@ def load_dinov2(name: str, member: Member, tensors: dict[str, Tensor], source: s
         multiple_of=PATCH,
         summary_dim=member.width,
         token_dim=member.width,
-        variant=str(resampling),
+        variant=str(trunk.resampling),
     )
 
 

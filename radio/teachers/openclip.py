@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..checkpoint import digest, load_state
 from ..errors import ConfigError, DataError, did_you_mean, require
 from ..types import Features, Teacher
-from . import families
+from . import families, outlines
 from .frozen import Frozen
 from .weights_file import read_weights
 
@@ -21,6 +21,8 @@ from .weights_file import read_weights
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 TEXTS_AT_ONCE = 256
+
+Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]  # mean, std
 
 
 @families.register("openclip")
@@ -43,26 +45,52 @@ def openclip(name: str, file: Path | None, *, after_norm: bool = True) -> Teache
         MissingExtraError: open_clip is not installed.
     """
     library = require("open_clip", extra="zeroshot")
-    architecture, _, tag = name.partition("/")
-    config = _read_config(library, architecture)
-    mean, std = _read_normalisation(library, architecture, tag, bool(config.get("quick_gelu")))
+    config = _read_config(library, name.partition("/")[0])
+    normalisation = _normalisation(library, name, config)  # a wrong tag is told before a wrong file
     spec = f"openclip:{name}"
     tensors = read_weights(spec, file)
     if "logit_scale" in tensors:
         tensors["logit_scale"] = tensors["logit_scale"].reshape(())  # some releases keep it as [1]
     model = build_clip(library, config)
     load_state(model, tensors, f"{spec}@{file}")
+    return _freeze(library, name, config, model, normalisation, after_norm=after_norm)
+
+
+@outlines.register("openclip")
+def outline(name: str) -> Teacher:
+    """The open_clip architecture `name` on the meta device, its text tower too.
+
+    Raises:
+        ConfigError: no such architecture or tag, one without a vision transformer, or the wrong GELU.
+        MissingExtraError: open_clip is not installed.
+    """
+    library = require("open_clip", extra="zeroshot")
+    config = _read_config(library, name.partition("/")[0])
+    normalisation = _normalisation(library, name, config)
+    return _freeze(library, name, config, build_clip(library, config), normalisation, after_norm=True)
+
+
+def _freeze(
+    library: Any,
+    name: str,
+    config: dict[str, Any],
+    model: Any,
+    normalisation: Normalisation,
+    *,
+    after_norm: bool,
+) -> Frozen:
+    mean, std = normalisation
     trunk = ClipTrunk(model.visual, after_norm=after_norm)
     return Frozen(
         trunk=trunk,
-        name=spec,
+        name=f"openclip:{name}",
         mean=mean,
         std=std,
         native_size=trunk.size,
         multiple_of=None,
         summary_dim=config["embed_dim"],
         token_dim=config["vision_cfg"]["width"],
-        text=_text_tower(library, architecture, config, model),
+        text=_text_tower(library, name.partition("/")[0], config, model),
         variant=f"after_norm={after_norm}",
     )
 
@@ -204,9 +232,12 @@ def _read_config(library: Any, architecture: str) -> dict[str, Any]:
     return config
 
 
-def _read_normalisation(
-    library: Any, architecture: str, tag: str, quick_gelu: bool
-) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+def _normalisation(library: Any, name: str, config: dict[str, Any]) -> Normalisation:
+    architecture, _, tag = name.partition("/")
+    return _read_normalisation(library, architecture, tag, bool(config.get("quick_gelu")))
+
+
+def _read_normalisation(library: Any, architecture: str, tag: str, quick_gelu: bool) -> Normalisation:
     """Mean and std of a tag, or those that all tags of an architecture agree on, else OpenAI's."""
     tags = library.list_pretrained_tags_by_model(architecture)
     if tag and tag not in tags:

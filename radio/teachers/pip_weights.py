@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import timm
 import torch
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from ..checkpoint import load_state, load_tensors
 from ..errors import CheckpointError, ConfigError, MissingWeightsError, did_you_mean, require
 from ..types import Features, Teacher
-from . import families
+from . import families, outlines
 from .conse import ConseText
-from .dinov2 import MEMBERS, load_dinov2
+from .dinov2 import MEMBERS, load_dinov2, outline_dinov2
 from .frozen import Frozen
 from .weights_file import refuse_file
 
@@ -73,13 +73,27 @@ def pip(name: str, file: Path | None) -> Teacher:
         CheckpointError: a file was named, or the package holds another file than expected.
         MissingExtraError: onnx is not installed, which `dinov2-arch-vits14` is read with.
     """
+    member = _member(name)
+    spec = f"pip:{name}"
+    refuse_file(spec, file)
+    return member.build(spec, locate(spec, member.package))
+
+
+@outlines.register("pip")
+def outline(name: str) -> Teacher:
+    """The teacher `name` on the meta device; its package need not be installed.
+
+    Raises:
+        ConfigError: no such teacher.
+    """
+    return _member(name).outline(f"pip:{name}")
+
+
+def _member(name: str) -> _Member:
     if name not in _MEMBERS:
         hint = did_you_mean(name, _MEMBERS) or f"; known: {', '.join(_MEMBERS)}"
         raise ConfigError(f"unknown pip teacher {name!r}{hint}")
-    spec = f"pip:{name}"
-    refuse_file(spec, file)
-    package, build = _MEMBERS[name]
-    return build(spec, locate(spec, package))
+    return _MEMBERS[name]
 
 
 def locate(spec: str, package: Package) -> Path:
@@ -118,6 +132,17 @@ def efficientnet_lite0(spec: str, file: Path) -> Teacher:
         raise CheckpointError(f"{file}: holds {len(given)} tensors instead of {len(wanted)}")
     # The names differ from timm's and the order is the same.
     load_state(network, own | dict(zip(wanted, given, strict=True)), str(file))
+    return _freeze_lite0(network, spec)
+
+
+def outline_lite0(spec: str) -> Teacher:
+    """EfficientNet-Lite0 on the meta device."""
+    with torch.device("meta"):
+        network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    return _freeze_lite0(network, spec)
+
+
+def _freeze_lite0(network: Any, spec: str) -> Frozen:
     info, classifier = ImageNetInfo(), network.get_classifier()
     assert isinstance(classifier, nn.Linear)
     return Frozen(
@@ -187,7 +212,17 @@ def _is_counter(name: str) -> bool:
     return name.endswith("num_batches_tracked")
 
 
-_MEMBERS: dict[str, tuple[Package, Callable[[str, Path], Teacher]]] = {
-    "efficientnet-lite0": (EFFICIENTNET_LITE0, efficientnet_lite0),
-    "dinov2-arch-vits14": (VIT_S_FOCUS, dinov2_arch_vits14),
+class _Member(NamedTuple):
+    """One teacher: its package, how it is built from the file in it, and how without."""
+
+    package: Package
+    build: Callable[[str, Path], Teacher]
+    outline: Callable[[str], Teacher]
+
+
+_MEMBERS = {
+    "efficientnet-lite0": _Member(EFFICIENTNET_LITE0, efficientnet_lite0, outline_lite0),
+    "dinov2-arch-vits14": _Member(
+        VIT_S_FOCUS, dinov2_arch_vits14, lambda spec: outline_dinov2(spec, MEMBERS["vits14"])
+    ),
 }

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..checkpoint import load_state
 from ..errors import CheckpointError, ConfigError, did_you_mean, require
 from ..types import Features, Teacher
-from . import families
+from . import families, outlines
 from .frozen import Frozen
 from .weights_file import read_weights
 
@@ -53,9 +53,7 @@ def sam(name: str, file: Path | None) -> Teacher:
         CheckpointError: no file, none of a SAM, or one of another member (it says which).
         MissingExtraError: segment-anything is not installed.
     """
-    if name not in MEMBERS:
-        hint = did_you_mean(name, MEMBERS) or f"; known: {', '.join(MEMBERS)}"
-        raise ConfigError(f"unknown SAM member {name!r}{hint}")
+    member = _member(name)
     spec = f"sam:{name}"
     source = f"{spec}@{file}"
     tensors = {
@@ -65,9 +63,29 @@ def sam(name: str, file: Path | None) -> Teacher:
     }
     _check_member(name, tensors, source)
     with torch.device("meta"):
-        encoder = build_encoder(MEMBERS[name])
+        encoder = build_encoder(member)
     load_state(encoder, tensors, source)
     return freeze_sam(SamTrunk(encoder), name=spec, mean=MEAN, std=STD, file=file)
+
+
+@outlines.register("sam")
+def outline(name: str) -> Teacher:
+    """The image encoder of the member `name` on the meta device.
+
+    Raises:
+        ConfigError: no such member.
+        MissingExtraError: segment-anything is not installed.
+    """
+    with torch.device("meta"):
+        encoder = build_encoder(_member(name))
+    return freeze_sam(SamTrunk(encoder), name=f"sam:{name}", mean=MEAN, std=STD)
+
+
+def _member(name: str) -> Member:
+    if name not in MEMBERS:
+        hint = did_you_mean(name, MEMBERS) or f"; known: {', '.join(MEMBERS)}"
+        raise ConfigError(f"unknown SAM member {name!r}{hint}")
+    return MEMBERS[name]
 
 
 def build_encoder(member: Member) -> nn.Module:

@@ -21,7 +21,7 @@ from ..errors import ConfigError, did_you_mean
 from ..nn.normalise import IMAGENET_MEAN, IMAGENET_STD
 from ..students.vit import ViT, ViTConfig
 from ..types import Features
-from . import families
+from . import families, outlines
 from .frozen import Frozen
 from .sam import SamTrunk, freeze_sam
 from .scenes_sam import new_sam
@@ -152,3 +152,13 @@ _BUILDERS: dict[Name, Callable[[Checkpoint], Frozen]] = {
 def _family(name: str, file: Path | None) -> Frozen:
     refuse_file(f"scenes:{name}", file)
     return scenes_teacher(name)
+
+
+@outlines.register("scenes")
+def outline(name: str) -> Frozen:
+    """The scenes teacher `name` on the meta device.
+
+    Raises:
+        ConfigError: no teacher of that name; the nearest is offered.
+    """
+    return scenes_teacher(name).to("meta")

@@ -139,3 +139,48 @@ def test_the_package_offers_its_names_lazily():
     assert set(radio.__all__) == {"Backbone", "Features", "RadioError", "RadioModel", "load_backbone"}
     with pytest.raises(AttributeError, match="no attribute 'load_backbon'"):
         _ = radio.load_backbon
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("dinov2:vitg14@no/such.pth", 1_136_480_768 - 1536),  # the release less its mask token
+        ("sam:vit_h@no/such.pth", 637_026_048),  # segment-anything's image encoder
+        ("openclip:ViT-B-32@no/such.pt", 151_277_313),  # open_clip's own table
+        ("pip:efficientnet-lite0", 4_652_008),  # timm's
+        ("pip:dinov2-arch-vits14", 22_056_576 - 384),
+    ],
+)
+def test_a_teachers_outline_needs_no_file(text: str, count: int):
+    teacher = hub.outline_teacher(text)
+    weights = list(teacher.parameters())
+    assert sum(weight.numel() for weight in weights) == count
+    assert {weight.device.type for weight in weights} == {"meta"}
+    assert teacher.name == text.partition("@")[0]
+    found = teacher(torch.empty(2, 3, *teacher.native_size, device="meta"))
+    assert found.summary.shape == (2, teacher.summary_dim)
+    assert found.tokens.shape == (2, found.grid[0] * found.grid[1], teacher.token_dim)
+
+
+@pytest.mark.parametrize("name", ["clip", "dense", "sam"])
+def test_the_outline_of_a_scenes_teacher_is_that_teacher(name: str):
+    outline, real = hub.outline_teacher(f"scenes:{name}"), hub.load_teacher(f"scenes:{name}")
+    assert outline.native_size == real.native_size
+    shapes = [[(n, p.shape) for n, p in teacher.named_parameters()] for teacher in (outline, real)]
+    assert shapes[0] == shapes[1]
+    assert next(outline.parameters()).device.type == "meta"
+
+
+def test_a_family_without_outlines_is_loaded(tmp_path, monkeypatch):
+    moved = []
+    monkeypatch.setattr(Plain, "to", lambda self, device, dtype: moved.append(device) or self, raising=False)
+    assert hub.outline_teacher(f"plain:x@{tmp_path}").file == tmp_path
+    assert moved == [torch.device("meta")]
+
+
+@pytest.mark.parametrize(
+    "text", ["dinov2:vitg15", "sam:vit_x", "openclip:ViT-B-33", "scenes:sammy", "pip:dino"]
+)
+def test_outlines_of_unknown_members(text: str):
+    with pytest.raises(ConfigError, match="unknown"):
+        hub.outline_teacher(text)

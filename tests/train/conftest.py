@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import load_file
 
 from evals.core.dist import Group
 from radio import checkpoint
@@ -118,10 +119,13 @@ def untimed(out: Path) -> list[dict[str, float]]:
 
 
 def same_weights(one: Path, other: Path) -> bool:
-    """Whether the checkpoints and the states of two run folders hold the same tensors."""
+    """Whether the checkpoints and the newest states of two run folders hold the same tensors."""
     pairs = [[checkpoint.load(out / "ckpt.pt").tensors for out in (one, other)]]
-    states = [torch.load(out / "state.pt", weights_only=True) for out in (one, other)]
-    pairs.append([state["model"] for state in states])
-    moments = [state["optimizer"]["state"] for state in states]
-    pairs += [[part[key] for part in moments] for key in moments[0]]
+    pairs.append([newest_state(out) for out in (one, other)])
     return all(a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in pairs)
+
+
+def newest_state(out: Path) -> dict[str, torch.Tensor]:
+    """The tensors of the newest state of a run folder that one process wrote."""
+    (file,) = max((out / "state").iterdir()).glob("*.safetensors")
+    return load_file(file)

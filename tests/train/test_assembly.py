@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 
+from evals.core.dist import Group
 from radio.errors import ConfigError, SizeError
 from radio.model import RadioModel, build
 from radio.students import StudentOptions
 from train.assembly import (
     check_settings,
     check_student,
+    gather_facts,
     load_teachers,
     make_card,
     model_config,
@@ -36,13 +38,14 @@ from .conftest import CPU, TEACHERS
         ({"cache": CacheConfig(pictures=0)}, r"--cache\.pictures 0 cannot be"),
         ({"student": "vit-tiny21"}, "unknown student 'vit-tiny21'; did you mean .*vit-tiny12"),
         ({"batch_size": 5}, "a batch of 5 cannot be shared evenly by 2 ranks"),
+        ({"accumulate": 0}, "--accumulate 0 cannot be"),
         (
-            {"teachers": (TeacherConfig(name="sam", model="tiny:sam", every=4),), "batch_size": 4},
-            "teacher sam cannot see one in 4 of the 2 pictures of a rank's batch",
+            {"accumulate": 4},
+            "--accumulate 4 does not divide the 2 pictures of a step that a rank takes for clip",
         ),
         (
-            {"teachers": (TeacherConfig(name="sam", model="tiny:sam", every=0),)},
-            "teacher sam cannot see one in 0",
+            {"teachers": (TeacherConfig(name="sam", model="tiny:sam", batch_size=0),)},
+            "teacher sam cannot see 0 pictures a step",
         ),
     ],
 )
@@ -55,6 +58,7 @@ def test_settings_that_cannot_be(config: TrainConfig, changes: dict[str, object]
 def test_teachers_by_name(config: TrainConfig) -> None:
     teachers = load_teachers(config, CPU)
     assert list(teachers) == ["clip", "dense", "sam"]
+    assert list(load_teachers(config, CPU, ("sam", "clip"))) == ["clip", "sam"]
     assert teacher_sizes(config, teachers) == {"clip": (50, 50), "dense": (64, 64), "sam": (108, 108)}
     for wrong in ((), (TEACHERS[0], TEACHERS[0])):
         with pytest.raises(ConfigError, match="a run needs teachers with names of their own, got"):
@@ -83,6 +87,17 @@ def test_a_resolution_that_a_teacher_cannot_take(
 def test_student_resolutions(config: TrainConfig) -> None:
     teachers = (*TEACHERS[:2], replace(TEACHERS[2], student_resolution=96))
     assert student_resolutions(replace(config, teachers=teachers)) == {"clip": 48, "dense": 48, "sam": 96}
+
+
+def test_facts_come_from_the_ranks_where_the_teachers_live(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = gather_facts(config, load_teachers(config, CPU), Group())
+    assert (whole["clip"].size, whole["clip"].summary_dim, whole["clip"].token_dim) == ((50, 50), 12, 24)
+    elsewhere = {"clip": whole["clip"], "dense": whole["dense"]}
+    monkeypatch.setattr(Group, "gather_objects", lambda self, mine: [elsewhere, mine])
+    shared = gather_facts(config, load_teachers(config, CPU, ("sam",)), Group(1, 2))
+    assert list(shared.items()) == list(whole.items())
 
 
 def build_model(config: TrainConfig) -> RadioModel:
@@ -151,7 +166,7 @@ def test_a_resolution_that_the_student_cannot_take(config: TrainConfig) -> None:
 def test_the_card_names_teachers_and_data(config: TrainConfig) -> None:
     teachers = load_teachers(config, CPU)
     pictures = open_pictures(config.data)
-    card = make_card(config, teachers, teacher_sizes(config, teachers), pictures)
+    card = make_card(config, gather_facts(config, teachers, Group()), pictures)
     assert card["name"] == "run"
     assert card["resolution"] == 48
     assert card["teachers"][2] == {

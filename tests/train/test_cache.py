@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from evals.core.dist import Group
 from radio.errors import DataError, RadioError
-from radio.types import Teacher
 from train import cache as module
+from train import trainer
 from train.assembly import load_teachers, teacher_sizes
-from train.cache import FeatureCache, cache_key, write_cache
-from train.config import DataConfig, TrainConfig
-from train.crops import FixedCrops, RandomCrops
+from train.batches import Batch, Lesson
+from train.cache import CacheJob, FeatureCache, GroupedCaches, open_caches, write_files
+from train.config import CacheConfig, DataConfig, TeacherConfig, TrainConfig
+from train.crops import FixedCrops
+from train.partition import TeacherGroup, make_partition
 from train.pictures import open_pictures
 from train.sampling import picture_at
 from train.step import teacher_features
@@ -28,51 +32,54 @@ from .conftest import CPU, TEACHERS, Start, fill_folder, losses_of, read_records
 SIDE = 108
 
 
-class Job(NamedTuple):
-    """What a cache is written from."""
-
-    teachers: dict[str, Teacher]
-    sizes: dict[str, tuple[int, int]]
-    crops: FixedCrops
-
-
-def make(config: TrainConfig, *, count: int = 10, crops: int = 2, seed: int = 0) -> Job:
+def make(root: Path, config: TrainConfig, *, count: int = 10, crops: int = 2, seed: int = 0) -> CacheJob:
     teachers = load_teachers(config, CPU)
-    source = RandomCrops(open_pictures(config.data), config.data, SIDE, seed)
-    return Job(teachers, teacher_sizes(config, teachers), FixedCrops(source, count, crops))
+    fixed = FixedCrops(open_pictures(config.data), config.data, SIDE, seed, count, crops)
+    return CacheJob(root, teachers, teacher_sizes(config, teachers), fixed, CPU)
 
 
 def write(
-    root: Path,
-    job: Job,
+    job: CacheJob,
+    config: TrainConfig,
     *,
     workers: int = 0,
     confirm: Callable[[int], None] = lambda size: None,
     progress: Callable[[int], None] = lambda done: None,
-) -> FeatureCache:
-    return write_cache(root, *job, 0, device=CPU, workers=workers, confirm=confirm, progress=progress)
+) -> GroupedCaches:
+    """The cache of a run with one group, written by a process alone."""
+    partition = make_partition(config, 1)
+    jobs = {partition.groups[0].name: job}
+    return open_caches(jobs, partition, Group(), workers=workers, confirm=confirm, progress=progress)
 
 
 @pytest.fixture(autouse=True)
-def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_CHUNK", 8)
+def _small_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(module, "_FILE", 8)
+    monkeypatch.setattr(module, "_BATCH", 3)
+    monkeypatch.setattr(module, "_POLL", 0.01)
+    yield
+    module._opened.cache_clear()
 
 
-def arrays(cache: FeatureCache) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(cache.folder.glob("*.npy"))}
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+
+
+def quiet() -> None:
+    """Nobody is told."""
 
 
 def test_rows_are_the_teachers_features_of_the_crops(config: TrainConfig, tmp_path: Path) -> None:
-    job = make(config)
-    cache = write(tmp_path, job)
-    assert cache.count == len(job.crops) == 20
+    job = make(tmp_path, config)
+    caches = write(job, config)
+    cache = FeatureCache(job.folder, 20, seed=3)
+    assert len(list(job.folder.glob("*.safetensors"))) == 3  # of 8, 8 and 4
     for position in (0, 7, 19, 20, 41):
         row = cache[position]
-        entry = picture_at(position, 20, 0)
-        crop = job.crops[entry].pixels
+        crop = job.crops[picture_at(position, 20, 3)].pixels
         assert torch.equal(row.pixels, crop)
         direct = teacher_features(job.teachers, job.sizes, crop[None].float() / 255)
-        targets = cache.targets(
+        targets = caches.targets(
             {name: value[None] for name, value in row.summaries.items()},
             {name: value[None] for name, value in row.tokens.items()},
             CPU,
@@ -85,12 +92,37 @@ def test_rows_are_the_teachers_features_of_the_crops(config: TrainConfig, tmp_pa
 
 
 def test_the_stream_shuffles_every_epoch(config: TrainConfig, tmp_path: Path) -> None:
-    job = make(config, count=5, crops=1)
-    cache = write(tmp_path, job)
+    job = make(tmp_path, config, count=5, crops=1)
+    write(job, config)
+    cache = FeatureCache(job.folder, 5, seed=0)
     whole = {job.crops[entry].pixels.numpy().tobytes() for entry in range(5)}
     epochs = [[cache[5 * epoch + place].pixels.numpy().tobytes() for place in range(5)] for epoch in range(4)]
     assert all(set(epoch) == whole for epoch in epochs)
     assert any(epoch != epochs[0] for epoch in epochs)
+
+
+def test_groups_have_caches_and_orders_of_their_own(config: TrainConfig, tmp_path: Path) -> None:
+    few = replace(TEACHERS[2], batch_size=2)
+    config = replace(config, teachers=(*TEACHERS[:2], few))
+    partition = make_partition(config, 1)
+    jobs = {
+        group.name: make(
+            tmp_path, replace(config, teachers=tuple(t for t in config.teachers if t.name in group.teachers))
+        )
+        for group in partition.groups
+    }
+    caches = open_caches(
+        jobs, partition, Group(), workers=0, confirm=lambda size: None, progress=lambda done: None
+    )
+    first, second = (job.folder for job in jobs.values())
+    assert {row.name for row in first.iterdir()} == {row.name for row in second.iterdir()}
+    rows = [caches[position] for position in range(60)]  # ten steps of 4 + 2
+    assert [set(row.tokens) for row in rows[:6]] == [{"clip", "dense"}] * 4 + [{"sam"}] * 2
+    crops = [job.crops[entry].pixels.numpy().tobytes() for job in jobs.values() for entry in range(20)]
+    seen = [row.pixels.numpy().tobytes() for step in range(5) for row in rows[6 * step : 6 * step + 4]]
+    assert sorted(seen) == sorted(crops[:20])  # the larger group's first epoch
+    seen = [row.pixels.numpy().tobytes() for step in range(10) for row in rows[6 * step + 4 : 6 * step + 6]]
+    assert sorted(seen) == sorted(crops[20:])
 
 
 class StoppedError(Exception):
@@ -99,39 +131,87 @@ class StoppedError(Exception):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_writing_goes_on_where_it_was_stopped(config: TrainConfig, tmp_path: Path, workers: int) -> None:
-    job = make(config)
-    undisturbed = write(tmp_path / "one", job)
+    undisturbed, stopped = make(tmp_path / "one", config), make(tmp_path / "two", config)
+    write(undisturbed, config)
 
     def stop(done: int) -> None:
         if done >= 16:
             raise StoppedError
 
     with pytest.raises(StoppedError):
-        write(tmp_path / "two", job, progress=stop)
+        write(stopped, config, progress=stop)
+    assert len(contents(stopped.folder)) == 2
     seen: list[int] = []
     asked: list[int] = []
-    resumed = write(tmp_path / "two", job, workers=workers, progress=seen.append, confirm=asked.append)
-    assert seen == [20]  # the first 16 were not computed again
+    write(stopped, config, workers=workers, progress=seen.append, confirm=asked.append)
+    assert set(seen) == {20}  # the first 16 were not computed again
     assert asked == []
-    assert arrays(resumed) == arrays(undisturbed)
+    assert contents(stopped.folder) == contents(undisturbed.folder)
+
+
+def test_any_number_of_ranks_writes_the_same(config: TrainConfig, tmp_path: Path) -> None:
+    alone, shared = make(tmp_path / "one", config), make(tmp_path / "two", config)
+    write(alone, config)
+    shared.folder.mkdir(parents=True)
+    write_files(shared, 1, 3, 0, quiet)
+    assert list(contents(shared.folder)) == ["000001.safetensors"]
+    write_files(shared, 0, 2, 0, quiet)  # one rank fewer after a stop
+    assert list(contents(shared.folder)) == ["000000.safetensors", "000001.safetensors", "000002.safetensors"]
+    write_files(shared, 1, 2, 0, quiet)
+    assert contents(shared.folder) == contents(alone.folder)
+
+
+def test_a_damaged_file_is_made_again(config: TrainConfig, tmp_path: Path) -> None:
+    job = make(tmp_path, config)
+    write(job, config)
+    whole = contents(job.folder)
+    path = job.folder / "000001.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    write(job, config)
+    assert contents(job.folder) == whole
+
+
+def test_a_rank_waits_for_what_others_write(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the first of two ranks, whose other one is a thread here."""
+    job = make(tmp_path, config)
+    partition = replace(
+        make_partition(config, 1),
+        groups=tuple(replace(group, ranks=(0, 1)) for group in make_partition(config, 1).groups),
+    )
+    jobs = {partition.groups[0].name: job}
+    other = threading.Timer(0.2, write_files, (make(tmp_path, config), 1, 2, 0, quiet))
+    other.start()
+    seen: list[int] = []
+    open_caches(jobs, partition, Group(), workers=0, confirm=lambda size: None, progress=seen.append)
+    other.join()
+    assert seen[-1] == 20
+    assert len(contents(job.folder)) == 3
+    (job.folder / "000001.safetensors").unlink()
+    monkeypatch.setattr(module, "_PATIENCE", 0.05)
+    with pytest.raises(
+        RadioError, match=r"000001.* other ranks were to write this and have written nothing for"
+    ):
+        open_caches(jobs, partition, Group(), workers=0, confirm=lambda size: None, progress=seen.append)
 
 
 def test_a_whole_cache_is_only_opened(config: TrainConfig, tmp_path: Path) -> None:
-    job = make(config)
-    first = write(tmp_path, job)
+    job = make(tmp_path, config)
+    first = write(job, config)
+    before = {path: path.stat().st_mtime_ns for path in job.folder.iterdir()}
 
     def never(number: int) -> None:
-        raise AssertionError("nothing is to be written")
+        raise AssertionError("nothing is to be asked")
 
-    again = write(tmp_path, job, confirm=never, progress=never)
-    assert again.folder == first.folder
+    again = write(make(tmp_path, config), config, confirm=never)
+    assert {path: path.stat().st_mtime_ns for path in job.folder.iterdir()} == before
     assert torch.equal(again[3].pixels, first[3].pixels)
 
 
 def test_the_key_follows_weights_transform_and_data(config: TrainConfig, tmp_path: Path) -> None:
     def key(config: TrainConfig, seed: int = 0, **counts: int) -> str:
-        job = make(config, seed=seed, **counts)
-        return cache_key(job.teachers, job.sizes, job.crops, seed)
+        return make(tmp_path, config, seed=seed, **counts).folder.name
 
     weights = (replace(TEACHERS[0], model="tiny:clip2"), *TEACHERS[1:])
     resolution = (replace(TEACHERS[0], resolution=60), *TEACHERS[1:])
@@ -159,15 +239,17 @@ def test_the_size_is_told_first_and_exact(config: TrainConfig, tmp_path: Path) -
     told: list[int] = []
 
     def confirm(size: int) -> None:
-        assert not list(tmp_path.rglob("*.npy"))
+        assert not (tmp_path / "caches").exists()
         told.append(size)
 
-    cache = write(tmp_path, make(config), confirm=confirm)
-    files = list(cache.folder.glob("*.npy"))
-    assert len(files) == 7
-    assert told == [sum(np.load(path, mmap_mode="r").nbytes for path in files)]
-    headers = 128 * len(files)
-    assert told == [sum(path.stat().st_size for path in files) - headers]
+    job = make(tmp_path / "caches", config)
+    write(job, config, confirm=confirm)
+    held = [load_file(path) for path in job.folder.glob("*.safetensors")]
+    assert told == [sum(tensor.nbytes for file in held for tensor in file.values())]
+    assert {name for file in held for name in file} == {
+        "pixels",
+        *(f"{t.name}.{kind}" for t in TEACHERS for kind in ("summary", "tokens")),
+    }
 
 
 def test_a_refusal_leaves_nothing(config: TrainConfig, tmp_path: Path) -> None:
@@ -175,7 +257,7 @@ def test_a_refusal_leaves_nothing(config: TrainConfig, tmp_path: Path) -> None:
         raise RadioError("not written")
 
     with pytest.raises(RadioError, match="not written"):
-        write(tmp_path / "caches", make(config), confirm=refuse)
+        write(make(tmp_path / "caches", config), config, confirm=refuse)
     assert not (tmp_path / "caches").exists()
 
 
@@ -185,38 +267,45 @@ def test_a_full_disk_is_told_before_writing(
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(RadioError, match=r"GB does not fit, 0\.0 GB are free; take fewer pictures or crops"):
-        write(tmp_path, make(config))
-    assert not list(tmp_path.rglob("*.npy"))
+        write(make(tmp_path / "caches", config), config)
+    assert not (tmp_path / "caches").exists()
 
 
 def test_features_beyond_half_precision_are_refused(config: TrainConfig, tmp_path: Path) -> None:
     huge = replace(config, teachers=(replace(TEACHERS[1], model="tiny:huge"),))
     with pytest.raises(RadioError, match="teacher dense gives features beyond half precision"):
-        write(tmp_path, make(huge))
+        write_files(make(tmp_path, huge), 0, 1, 0, quiet)
 
 
 def test_too_many_broken_pictures_stop_the_writing(config: TrainConfig, tmp_path: Path) -> None:
     folder = fill_folder(tmp_path / "mixed", 4, broken=12)
     mixed = replace(config, data=DataConfig(images=(folder,), workers=0))
     with pytest.raises(DataError, match="pictures cannot be read; mend the data"):
-        write(tmp_path / "caches", make(mixed, count=16))
+        write(make(tmp_path / "caches", mixed, count=16), mixed)
 
 
-def test_training_from_the_cache_is_training_online(
-    config: TrainConfig, tmp_path: Path, start: Start
+def test_training_from_the_cache_is_training_online_on_the_same_crops(
+    config: TrainConfig, tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The cached crops are others than those online, so targets are compared batch by batch."""
-    cached = start(config, cache=replace(config.cache, folder=tmp_path / "caches"), out=tmp_path / "cached")
-    assert cached.cache is not None
-    for batch, _ in zip(cached.batches(), range(2), strict=False):
-        direct = teacher_features(cached.teachers, cached.sizes, batch.images)
-        for name, wanted in direct.items():
-            assert torch.allclose(batch.targets[name].tokens, wanted.tokens, atol=1e-3)
-            assert torch.allclose(batch.targets[name].summary, wanted.summary, atol=1e-3)
-    cached.train()
-    losses = losses_of(tmp_path / "cached")
-    assert losses[-1] < losses[0]
+    few = TeacherConfig(name="sam", model="tiny:sam", summary_weight=0.0, batch_size=2)
+    options = CacheConfig(folder=tmp_path / "caches", pictures=10, crops=2)
+    config = replace(config, teachers=(*TEACHERS[:2], few), cache=options)
+    start(config, out=tmp_path / "cached").train()
     assert read_records(tmp_path / "cached")[-1]["broken"] == 0
+
+    run = start(config, out=tmp_path / "online")
+
+    def online(rows: Iterator[list[Any]], groups: Sequence[TeacherGroup], *_: object) -> Iterator[Batch]:
+        for step in rows:
+            pairs = [(group, row.pixels.float() / 255) for group, row in zip(groups, step, strict=True)]
+            yield Batch(tuple(Lesson(group, seen, run._teach(group, seen)) for group, seen in pairs), (), 0.0)
+
+    monkeypatch.setattr(trainer, "remembered", online)
+    run.train()
+    cached, direct = losses_of(tmp_path / "cached"), losses_of(tmp_path / "online")
+    assert cached == pytest.approx(direct, rel=1e-3)  # half precision
+    assert cached != direct
+    assert cached[-1] < cached[0]
 
 
 def test_a_cached_run_repeats_bit_for_bit(config: TrainConfig, tmp_path: Path, start: Start) -> None:
@@ -231,10 +320,16 @@ def test_a_cached_run_repeats_bit_for_bit(config: TrainConfig, tmp_path: Path, s
 def test_a_large_cache_needs_consent(
     config: TrainConfig, tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module.np, "prod", lambda shape: 10**9)  # as if every array were huge
+    monkeypatch.setattr(CacheJob, "size", 10**15)
     options = replace(config.cache, folder=tmp_path / "caches")
-    with pytest.raises(RadioError, match=r"GB would be written; agree with --cache\.no-confirm"):
+    with pytest.raises(RadioError, match=r"GB would be written; agree with --yes"):
         start(config, cache=options)
     assert not (tmp_path / "caches").exists()
     with pytest.raises(RadioError, match="does not fit"):
         start(config, cache=replace(options, confirm=False))
+
+
+def test_a_cache_does_not_know_weights(config: TrainConfig, tmp_path: Path, start: Start) -> None:
+    options, data = replace(config.cache, folder=tmp_path / "caches"), replace(config.data, weights=(1.0,))
+    with pytest.raises(RadioError, match=r"leave --data\.weights out"):
+        start(config, cache=options, data=data)

@@ -23,8 +23,8 @@ TINY = [
         "tiny:dense",
         "--teachers.2.model",
         "tiny:sam",
-        "--teachers.2.every",
-        "1",
+        "--teachers.2.batch-size",
+        "2",
     ),
     *("--resolution", "48", "--steps", "2", "--batch-size", "2", "--device", "cpu"),
     *("--data.scenes", "50", "--data.workers", "0"),
@@ -52,7 +52,7 @@ def test_a_recipe_with_options_over_it(tmp_path: Path, capsys: pytest.CaptureFix
     wanted = replace(
         recipe,
         teachers=tuple(
-            replace(t, model=f"tiny:{n}", every=1)
+            replace(t, model=f"tiny:{n}", batch_size=2 if n == "sam" else None)
             for t, n in zip(recipe.teachers, ("clip", "dense", "sam"), strict=True)
         ),
         resolution=48,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from radio.types import Features
 from train.config import LossConfig
-from train.losses import centred_cosine, cosine_distance, spatial_loss, summary_loss, teacher_losses
+from train.losses import centred_cosine, cosine_distance, spatial_losses, summary_losses, teacher_losses
 
 ROOT = math.sqrt(0.5)
 
@@ -31,10 +31,10 @@ def test_cosine_distance(a: list[float], b: list[float], wanted: float) -> None:
     assert cosine_distance(torch.tensor(a), torch.tensor(b)).item() == pytest.approx(wanted, abs=1e-6)
 
 
-def test_summary_loss_is_the_mean_over_the_batch() -> None:
+def test_every_picture_has_a_summary_losses() -> None:
     student = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
     teacher = torch.tensor([[2.0, 0.0], [0.0, 7.0], [1.0, 1.0]])
-    assert summary_loss(student, teacher).item() == pytest.approx((0 + 1 + 1 - ROOT) / 3)
+    assert summary_losses(student, teacher).tolist() == pytest.approx([0, 1, 1 - ROOT])
 
 
 def by_hand(student: Tensor, teacher: Tensor, alpha: float, beta: float, knee: float) -> float:
@@ -55,20 +55,37 @@ def test_spatial_loss_is_eq_3(settings: LossConfig) -> None:
     student = 2 * torch.randn(2, 3, 5, generator=generator)
     teacher = 2 * torch.randn(2, 3, 5, generator=generator)
     wanted = by_hand(student, teacher, settings.cosine, settings.smooth_l1, settings.knee)
-    assert spatial_loss(student, teacher, settings).item() == pytest.approx(wanted, rel=1e-5)
+    losses = spatial_losses(student, teacher, settings)
+    assert losses.mean().item() == pytest.approx(wanted, rel=1e-5)
+    for picture, loss in enumerate(losses.tolist()):
+        alone = by_hand(
+            student[picture, None], teacher[picture, None], settings.cosine, settings.smooth_l1, settings.knee
+        )
+        assert loss == pytest.approx(alone, rel=1e-5)
+
+
+def test_the_mean_over_pictures_is_the_mean_over_all_tokens() -> None:
+    """Eq. 3 averages over tokens, and every picture has as many."""
+    generator = torch.Generator().manual_seed(3)
+    student, teacher = (torch.randn(4, 9, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    settings = LossConfig(knee=0.5)
+    cosine = cosine_distance(student, teacher).double().mean()
+    sized = torch.nn.functional.smooth_l1_loss(student.float(), teacher.float(), beta=0.5)
+    wanted = 0.9 * cosine.item() + 0.1 * sized.item()
+    assert spatial_losses(student, teacher, settings).mean().item() == pytest.approx(wanted, rel=1e-6)
 
 
 def test_spatial_loss_has_the_papers_alpha_and_beta() -> None:
     # One token at a right angle: cosine distance 1; gaps 2 and 0.5: 1.5 and 0.125, mean 0.8125.
-    loss = spatial_loss(torch.tensor([[[2.0, 0.0]]]), torch.tensor([[[0.0, 0.5]]]), LossConfig())
+    loss = spatial_losses(torch.tensor([[[2.0, 0.0]]]), torch.tensor([[[0.0, 0.5]]]), LossConfig())
     assert loss.item() == pytest.approx(0.9 * 1 + 0.1 * 0.8125)
 
 
 def test_the_knee_parts_square_from_line() -> None:
     gap = torch.tensor([[[1.5]]]), torch.tensor([[[0.0]]])
     only = {"cosine": 0.0, "smooth_l1": 1.0}
-    assert spatial_loss(*gap, LossConfig(**only, knee=1.0)).item() == pytest.approx(1.0)
-    assert spatial_loss(*gap, LossConfig(**only, knee=2.0)).item() == pytest.approx(1.5**2 / 4)
+    assert spatial_losses(*gap, LossConfig(**only, knee=1.0)).item() == pytest.approx(1.0)
+    assert spatial_losses(*gap, LossConfig(**only, knee=2.0)).item() == pytest.approx(1.5**2 / 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -88,7 +105,8 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
 def test_gradients_are_finite(student: Tensor) -> None:
     tokens = student.clone().requires_grad_()
     teacher = torch.tensor([[[1.0, -1.0, 0.5], [0.0, 0.0, 0.0]]])
-    (spatial_loss(tokens, teacher, LossConfig()) + summary_loss(tokens[:, 0], teacher[:, 0])).backward()
+    loss = spatial_losses(tokens, teacher, LossConfig()) + summary_losses(tokens[:, 0], teacher[:, 0])
+    loss.sum().backward()
     assert tokens.grad is not None
     assert torch.isfinite(tokens.grad).all()
 
@@ -98,5 +116,5 @@ def test_centred_cosine_sees_past_the_mean_token() -> None:
     teacher = 10 + torch.randn(3, 5, 16, generator=generator)
     constant = teacher.mean(dim=(0, 1)).expand_as(teacher)
     assert centred_cosine(teacher, teacher).item() == pytest.approx(1.0, abs=1e-5)
-    assert summary_loss(constant, teacher).item() < 0.01  # the plain cosine is content with the mean
+    assert summary_losses(constant, teacher).mean().item() < 0.01  # the plain cosine is content with the mean
     assert abs(centred_cosine(constant + 1e-3, teacher).item()) < 0.5

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from evals.core.dist import Group
 from train.metrics import Clock, Meters
@@ -36,7 +37,7 @@ def test_gradients_are_let_go() -> None:
     value = torch.tensor(2.0, requires_grad=True)
     meters.add({"loss": value * 2})
     meters.add({"loss": value * 3})
-    assert all(not total.requires_grad for total, _ in meters.state().values())
+    assert meters.state() == [(["loss"], [10.0, 2.0])]
 
 
 def test_restored_meters_go_on_bit_for_bit() -> None:
@@ -53,23 +54,37 @@ def test_restored_meters_go_on_bit_for_bit() -> None:
 
 
 def test_means_go_over_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    def doubled(self: Group, array: Tensor) -> Tensor:  # the other rank's sums are three times ours
-        return array + 3 * array
+    def another(self: Group, value: Any) -> list[Any]:  # of another teacher, with one step less
+        return [value, [(["loss", "sam/spatial"], [9.0, 7.0, 1.0])]]
 
-    monkeypatch.setattr(Group, "sum", doubled)
+    monkeypatch.setattr(Group, "gather_objects", another)
     meters = Meters()
-    meters.add({"loss": torch.tensor(1.0)})
-    meters.add({"loss": torch.tensor(3.0)})
-    assert meters.read(Group(0, 2)) == {"loss": pytest.approx((1 + 3 + 3 + 9) / 4)}
+    meters.add({"loss": torch.tensor(1.0), "clip/spatial": torch.tensor(2.0)})
+    meters.add({"loss": torch.tensor(3.0), "clip/spatial": torch.tensor(3.0)})
+    means = meters.read(Group(0, 2))
+    assert means == {"loss": pytest.approx(13 / 3), "clip/spatial": 2.5, "sam/spatial": 7.0}
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_finite_sees_one_bad_value(bad: float) -> None:
+def test_a_step_that_is_left_out_is_in_no_mean(bad: float) -> None:
     meters = Meters()
-    assert meters.finite()
-    meters.add({"loss": torch.tensor(1.0), "norm": torch.tensor(bad)})
-    meters.add({"loss": torch.tensor(1.0), "norm": torch.tensor(1.0)})
-    assert not meters.finite()
+    meters.add({"loss": torch.tensor(2.0)}, torch.tensor(True))
+    meters.add({"loss": torch.tensor(bad)}, torch.tensor(False))
+    assert meters.read(Group()) == {"loss": 2.0}
+    meters.add({"loss": torch.tensor(bad)}, torch.tensor(False))
+    assert math.isnan(meters.read(Group())["loss"])
+
+
+def test_what_several_ranks_kept_is_taken_up_by_one() -> None:
+    states = []
+    for value in (1.0, 4.0):
+        meters = Meters()
+        meters.add({"loss": torch.tensor(value)})
+        states += meters.state()
+    meters = Meters()
+    meters.restore(states, torch.device("cpu"))
+    meters.add({"loss": torch.tensor(4.0)})
+    assert meters.read(Group()) == {"loss": 3.0}
 
 
 def test_a_lap_ends_with_its_reading(monkeypatch: pytest.MonkeyPatch) -> None:

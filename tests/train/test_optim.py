@@ -51,6 +51,43 @@ def test_decay_shrinks_matrices_alone() -> None:
     assert all(torch.equal(after[name], before[name]) for name in ("0.bias", "1.weight", "1.bias"))
 
 
+def test_a_guarded_step_is_that_of_clipped_gradients() -> None:
+    gradients = [torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])]
+    ends = []
+    for guarded in (False, True):
+        model = nn.ParameterList(nn.Parameter(torch.ones(2)) for _ in gradients)
+        optimizer = make_optimizer(model, OptimConfig(lr=0.1))
+        for parameter, gradient in zip(model, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        if guarded:
+            assert optimizer.guard(torch.tensor(5.0), 2.0)
+        else:
+            nn.utils.clip_grad_norm_(model.parameters(), 2.0)
+        optimizer.step()
+        ends.append([optimizer.state[parameter]["exp_avg"] for parameter in model])
+    assert torch.allclose(torch.cat(ends[0]), torch.cat(ends[1]), rtol=1e-6)
+    assert optimizer.guard(torch.tensor(1.5), 2.0)
+    assert optimizer.grad_scale == 1.0
+    optimizer.guard(torch.tensor(50.0), 0.0)
+    assert optimizer.grad_scale is None
+
+
+@pytest.mark.parametrize("norm", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_changes_nothing(norm: float) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = make_optimizer(model, OptimConfig(lr=0.1, weight_decay=0.5))
+    for value in (1.0, norm):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        fine = optimizer.guard(torch.tensor(value), 1.0)
+        optimizer.step()
+        changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+        assert changed == [bool(fine)] * 2
+    assert [state["step"].item() for state in optimizer.state.values()] == [1.0, 1.0]
+    assert all(torch.isfinite(state["exp_avg"]).all() for state in optimizer.state.values())
+
+
 def test_warm_up_is_one_percent_and_linear() -> None:
     config = OptimConfig(lr=2.0)
     rates = [learning_rate(step, 1000, config) for step in range(11)]

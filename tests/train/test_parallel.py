@@ -5,19 +5,35 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from evals.core.dist import Group
 from radio import checkpoint
 from radio.config import write_yaml
+from radio.model import build
+from radio.resample import resize_images
+from radio.students import StudentOptions
+from train.assembly import load_teachers, model_config, teacher_sizes
+from train.batches import Batch
 from train.config import TrainConfig
+from train.crops import random_view
+from train.losses import teacher_losses
 from train.parallel import join
+from train.pictures import open_pictures
+from train.sampling import generator, picture_at, seed_of
+from train.trainer import Run
 
-from .conftest import CPU, Start, fill_folder, read_records
+from .conftest import CPU, TEACHERS, Start, fill_folder, read_records
+from .ranks import on_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,6 +48,7 @@ def torchrun(settings: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200, check=False)
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_losses_of_one(config: TrainConfig, start: Start, tmp_path: Path) -> None:
     folder = fill_folder(tmp_path / "mixed", 16, broken=2)
     shared = replace(config, data=replace(config.data, images=(folder,)), steps=6, log_every=2, save_every=3)
@@ -51,6 +68,179 @@ def test_two_ranks_give_the_losses_of_one(config: TrainConfig, start: Start, tmp
     weights = [checkpoint.load(tmp_path / out / "ckpt.pt").tensors for out in ("one", "two")]
     for name, tensor in weights[0].items():
         assert torch.allclose(tensor, weights[1][name], atol=1e-4), name
+
+
+PARTITIONED = (
+    TEACHERS[0],
+    replace(TEACHERS[1], summary_weight=0.5, spatial_weight=2.0),
+    replace(TEACHERS[2], student_resolution=72, batch_size=8),
+)
+
+
+def begin(config: TrainConfig, group: Group, **changes: Any) -> Run:
+    return Run(replace(config, **changes), group, CPU, Console(quiet=True))
+
+
+def gradients(run: Run) -> tuple[dict[str, Tensor], float]:
+    """Every gradient of the first step that this rank has, whole, and their norm."""
+    norm = run.learn(next(run.batches())).norm
+    found = {}
+    for name, parameter in run.model.named_parameters():
+        assert parameter.grad is not None, name
+        whole = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+        found[name] = whole.clone()
+    return found, float(norm)
+
+
+def order_of(config: TrainConfig, names: Sequence[str]) -> int:
+    """The seed of a group's order of the only source there is."""
+    return seed_of(seed_of(config.seed, "group", int("sam" in names)), "source", 0)
+
+
+def gradients_by_hand(config: TrainConfig) -> dict[str, Tensor]:
+    """Those of the declared weighted sum, over each group's pictures in one forward."""
+    teachers = load_teachers(config, CPU)
+    sizes = teacher_sizes(config, teachers)
+    model = build(model_config(config, teachers), config.seed)
+    drawn = model.draw(24, generator(config.seed, "positions", 0))
+    assert drawn is not None
+    loss, pictures = torch.zeros(()), open_pictures(config.data)
+    for names, rows, side, crop in (
+        (("clip", "dense"), range(16), 48, 64),
+        (("sam",), range(16, 24), 72, 108),
+    ):
+        order = order_of(config, names)
+        stored = [pictures.read(picture_at(lane, len(pictures), order)) for lane in range(len(rows))]
+        crops = [
+            random_view(image, config.data, crop, config.seed, row)
+            for image, row in zip(stored, rows, strict=True)
+        ]
+        images = torch.stack(crops).float() / 255
+        view = model(resize_images(images, (side, side)), drawn[list(rows)])
+        for name in names:
+            target = teachers[name](resize_images(images, sizes[name]))
+            parts = teacher_losses(model.adapt(name, view, target.grid), target, config.loss)
+            weights = next(t for t in config.teachers if t.name == name)
+            loss = loss + weights.summary_weight * parts.summary.mean()
+            loss = loss + weights.spatial_weight * parts.spatial.mean()
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def check_gradients(found: tuple[dict[str, Tensor], float], wanted: dict[str, Tensor]) -> None:
+    for name, gradient in found[0].items():
+        assert torch.allclose(gradient, wanted[name], rtol=0, atol=1e-6), name
+    norm = torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
+    assert found[1] == pytest.approx(float(norm), rel=1e-5)
+
+
+def test_the_gradients_of_groups_on_ranks_are_those_of_the_weighted_sum(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    shared = replace(config, teachers=PARTITIONED, batch_size=16)
+    wanted = gradients_by_hand(shared)
+    ways: list[dict[str, Any]] = [
+        {"split": (2, 2)},
+        {"split": (2, 2), "accumulate": 2},
+        {"split": (2, 2), "engine": "fsdp"},
+        {"partition": "turns"},
+        {"partition": "turns", "engine": "fsdp"},
+    ]
+    found = on_ranks(
+        4, tmp_path / "ranks", lambda group: [gradients(begin(shared, group, **way)) for way in ways]
+    )
+    shares = [[set(grads) for grads, _ in rank] for rank in found]
+    for rank, adaptors in enumerate((("clip", "dense"), ("clip", "dense"), ("sam",), ("sam",))):
+        mine = {name for name in wanted if not name.startswith("adaptors.") or name.split(".")[1] in adaptors}
+        assert shares[rank] == [mine, mine, mine, set(wanted), set(wanted)]
+    for rank in found:
+        for way in rank:
+            check_gradients(way, wanted)
+    check_gradients(gradients(begin(shared, Group())), wanted)
+    check_gradients(gradients(begin(shared, Group(), accumulate=4)), wanted)
+
+
+def trained(config: TrainConfig, group: Group, out: Path, **changes: Any) -> None:
+    begin(config, group, out=out, **changes).train()
+
+
+def check_alike(one: Path, other: Path, *, atol: float = 1e-5) -> None:
+    """Whether two runs logged the same losses and ended with the same weights, to rounding."""
+    records = [read_records(out) for out in (one, other)]
+    assert len(records[0]) == len(records[1])
+    for wanted, found in zip(*records, strict=True):
+        assert wanted.keys() == found.keys()
+        for name, value in wanted.items():
+            if name in ("loss", "grad_norm", "samples") or (
+                "/" in name and not name.endswith("centred_cosine")
+            ):
+                rel = 1e-5 if name == "grad_norm" else 0
+                assert found[name] == pytest.approx(value, rel=rel, abs=atol), name
+    for file in ("ckpt.pt", "ckpt-ema.pt"):
+        weights = [checkpoint.load(out / file).tensors for out in (one, other)]
+        assert list(weights[0]) == list(weights[1])
+        for name, tensor in weights[0].items():
+            assert torch.allclose(tensor, weights[1][name], rtol=0, atol=atol), name
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "ddp": {"split": (2, 2)},
+    "fsdp": {"split": (2, 2), "engine": "fsdp"},
+    "turns": {"partition": "turns", "accumulate": 2},
+    "recomputed": {"split": (2, 2), "engine": "fsdp", "options": StudentOptions(recompute=True)},
+}
+
+
+@pytest.fixture
+def five(config: TrainConfig) -> TrainConfig:
+    """Five steps of groups; at this rate AdamW does not blow the rounding of tiny gradients up."""
+    return replace(
+        config,
+        teachers=PARTITIONED,
+        batch_size=16,
+        steps=5,
+        ema=0.8,
+        log_every=2,
+        optim=replace(config.optim, lr=1e-4),
+    )
+
+
+@pytest.mark.parametrize(
+    "ways", [("ddp", "fsdp"), pytest.param(("turns", "recomputed"), marks=pytest.mark.slow)]
+)
+def test_ddp_is_fsdp_is_one_process(five: TrainConfig, tmp_path: Path, ways: tuple[str, ...]) -> None:
+    trained(five, Group(), tmp_path / "one")
+
+    def work(group: Group) -> None:
+        for way in ways:
+            trained(five, group, tmp_path / way, **WAYS[way])
+
+    on_ranks(4, tmp_path / "ranks", work)
+    for way in ways:
+        check_alike(tmp_path / "one", tmp_path / way)
+
+
+def test_another_world_and_engine_goes_on(five: TrainConfig, tmp_path: Path) -> None:
+    """Two steps on four ranks by DDP, two on two by FSDP2, the last alone."""
+    trained(five, Group(), tmp_path / "one")
+    out = tmp_path / "moved"
+
+    def until(group: Group, step: int, **changes: Any) -> None:
+        run = begin(five, group, out=out, **changes)
+        genuine = run.advance
+
+        def stopping(batch: Batch) -> None:
+            genuine(batch)
+            run.stop._asked = run.step + 2 == step or group.world == 1
+
+        run.advance = stopping  # type: ignore[method-assign]
+        run.train()
+        assert (run.step, run.stopped) == (step, True)
+
+    on_ranks(4, tmp_path / "four", lambda group: until(group, 2, split=(2, 2)))
+    on_ranks(2, tmp_path / "two", lambda group: until(group, 4, engine="fsdp", partition="turns"))
+    trained(five, Group(), out)
+    check_alike(tmp_path / "one", out)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""One step: every teacher's losses on its own grid, weighted and summed, with gradients everywhere."""
+"""One lesson: every teacher's losses on its own grid, weighted and summed, with gradients everywhere."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from radio.adaptors import AdaptorConfig
 from radio.model import ModelConfig, RadioModel, build
 from radio.resample import resize_images
 from radio.types import Features, Teacher
+from train.batches import Lesson
 from train.config import LossConfig, TeacherConfig
 from train.losses import teacher_losses
-from train.step import Distiller, teacher_features, thinned
+from train.partition import TeacherGroup
+from train.step import Distiller, Losses, StudentPass, in_parts, teacher_features
 
 from .conftest import TEACHERS
 from .tiny_teachers import tiny
 
 SIZES = {"clip": (50, 50), "dense": (64, 64), "sam": (108, 108)}
-SIDES = {"clip": 48, "dense": 48, "sam": 72}
-WINDOWS: dict[int, int | None] = {48: None, 72: None}
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +39,29 @@ def model(teachers: dict[str, Teacher]) -> RadioModel:
 
 
 @pytest.fixture(scope="module")
-def images() -> torch.Tensor:
-    return torch.rand(3, 3, 108, 108, generator=torch.Generator().manual_seed(0))
+def images() -> Tensor:
+    return torch.rand(4, 3, 108, 108, generator=torch.Generator().manual_seed(0))
 
 
-def test_every_teacher_sees_the_crop_at_its_own_size(
-    teachers: dict[str, Teacher], images: torch.Tensor
-) -> None:
+def lesson_of(teachers: dict[str, Teacher], images: Tensor, side: int = 48) -> Lesson:
+    """What these teachers say of these pictures, for a student that sees them at this side."""
+    group = TeacherGroup(teachers=tuple(teachers), side=side, batch_size=len(images), first=0, ranks=(0,))
+    return Lesson(group, images, teacher_features(teachers, SIZES, images))
+
+
+def losses_of(
+    distiller: Distiller,
+    lesson: Lesson,
+    drawn: Tensor | None = None,
+    window: int | None = None,
+    *,
+    detail: bool = False,
+) -> Losses:
+    found: Losses = distiller(StudentPass(distiller.model.student), lesson, drawn, window, detail)
+    return found
+
+
+def test_every_teacher_sees_the_crop_at_its_own_size(teachers: dict[str, Teacher], images: Tensor) -> None:
     features = teacher_features(teachers, SIZES, images)
     assert {name: found.grid for name, found in features.items()} == {
         "clip": (5, 5),
@@ -57,49 +74,40 @@ def test_every_teacher_sees_the_crop_at_its_own_size(
     assert all(not found.tokens.requires_grad for found in features.values())
 
 
+@pytest.mark.parametrize("side", [48, 72])
 def test_the_loss_is_the_weighted_sum(
-    model: RadioModel, teachers: dict[str, Teacher], images: torch.Tensor
+    model: RadioModel, teachers: dict[str, Teacher], images: Tensor, side: int
 ) -> None:
     chosen = (replace(TEACHERS[0], summary_weight=0.5, spatial_weight=2.0), *TEACHERS[1:])
-    distiller = Distiller(model, chosen, LossConfig(), SIDES)
-    targets = teacher_features(teachers, SIZES, images)
-    losses = distiller(images, targets, None, WINDOWS, False)
+    lesson = lesson_of(teachers, images, side)
+    losses = losses_of(Distiller(model, chosen, LossConfig()), lesson)
     weights = {"clip": (0.5, 2.0), "dense": (1.0, 1.0), "sam": (0.0, 1.0)}
     total = 0.0
     for name, (summary_weight, spatial_weight) in weights.items():
-        view = model(resize_images(images, (SIDES[name], SIDES[name])))
-        parts = teacher_losses(model.adapt(name, view, targets[name].grid), targets[name], LossConfig())
-        assert losses.parts[f"{name}/summary"] == pytest.approx(parts.summary.item(), rel=1e-6)
-        assert losses.parts[f"{name}/spatial"] == pytest.approx(parts.spatial.item(), rel=1e-6)
-        total += summary_weight * parts.summary.item() + spatial_weight * parts.spatial.item()
+        view, target = model(resize_images(images, (side, side))), lesson.targets[name]
+        parts = teacher_losses(model.adapt(name, view, target.grid), target, LossConfig())
+        assert losses.parts[f"{name}/summary"] == pytest.approx(parts.summary.mean().item(), rel=1e-6)
+        assert losses.parts[f"{name}/spatial"] == pytest.approx(parts.spatial.mean().item(), rel=1e-6)
+        total += summary_weight * parts.summary.mean().item() + spatial_weight * parts.spatial.mean().item()
     assert losses.total.item() == pytest.approx(total, rel=1e-6)
     assert set(losses.parts) == {f"{name}/{kind}" for name in weights for kind in ("summary", "spatial")}
 
 
-def test_a_dear_teacher_sees_one_in_so_many(
-    model: RadioModel, teachers: dict[str, Teacher], images: torch.Tensor
+def test_only_the_lessons_own_teachers_are_asked(
+    model: RadioModel, teachers: dict[str, Teacher], images: Tensor
 ) -> None:
-    """As if SAM had been asked about these pictures alone, at its own resolution and with their own draws."""
-    chosen = (*TEACHERS[:2], replace(TEACHERS[2], every=2))
-    targets = teacher_features(teachers, SIZES, images, {"clip": 1, "dense": 1, "sam": 2})
-    assert targets["sam"].tokens.shape[0] == 2 and targets["clip"].tokens.shape[0] == 3
-    whole = teacher_features(teachers, SIZES, images)
-    assert torch.equal(thinned(whole["sam"], 2).tokens, targets["sam"].tokens)
-    drawn = model.draw(3, torch.Generator().manual_seed(1))
-    losses = Distiller(model, chosen, LossConfig(), SIDES)(images, targets, drawn, WINDOWS, False)
-    all_see = Distiller(model, TEACHERS, LossConfig(), SIDES)(images, whole, drawn, WINDOWS, False)
-    assert losses.parts["clip/spatial"] == all_see.parts["clip/spatial"]
-    view = model(resize_images(images[[0, 2]], (SIDES["sam"], SIDES["sam"])), drawn[[0, 2]])
-    parts = teacher_losses(model.adapt("sam", view, targets["sam"].grid), targets["sam"], LossConfig())
-    assert losses.parts["sam/spatial"] == pytest.approx(parts.spatial.item(), rel=1e-6)
+    del model.adaptors["sam"]
+    two = {name: teachers[name] for name in ("clip", "dense")}
+    losses = losses_of(Distiller(model, TEACHERS, LossConfig()), lesson_of(two, images))
+    assert {name.partition("/")[0] for name in losses.parts} == {"clip", "dense"}
 
 
 def test_gradients_are_finite_everywhere_and_sams_summary_head_gets_none(
-    model: RadioModel, teachers: dict[str, Teacher], images: torch.Tensor
+    model: RadioModel, teachers: dict[str, Teacher], images: Tensor
 ) -> None:
-    distiller = Distiller(model, TEACHERS, LossConfig(), SIDES)
-    drawn = model.draw(3, torch.Generator().manual_seed(1))
-    distiller(images, teacher_features(teachers, SIZES, images), drawn, WINDOWS, True).total.backward()
+    distiller = Distiller(model, TEACHERS, LossConfig())
+    drawn = model.draw(4, torch.Generator().manual_seed(1))
+    losses_of(distiller, lesson_of(teachers, images), drawn, detail=True).total.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
@@ -107,27 +115,44 @@ def test_gradients_are_finite_everywhere_and_sams_summary_head_gets_none(
 
 
 def test_details_are_computed_only_when_asked_for(
-    model: RadioModel, teachers: dict[str, Teacher], images: torch.Tensor
+    model: RadioModel, teachers: dict[str, Teacher], images: Tensor
 ) -> None:
-    distiller = Distiller(model, TEACHERS, LossConfig(), SIDES)
-    targets = teacher_features(teachers, SIZES, images)
-    plain = distiller(images, targets, None, WINDOWS, False)
-    detailed = distiller(images, targets, None, WINDOWS, True)
+    distiller, lesson = Distiller(model, TEACHERS, LossConfig()), lesson_of(teachers, images)
+    plain, detailed = losses_of(distiller, lesson), losses_of(distiller, lesson, detail=True)
     assert torch.equal(plain.total, detailed.total)
-    assert set(detailed.parts) - set(plain.parts) == {f"{name}/centred_cosine" for name in SIZES}
-    assert all(not part.requires_grad for part in detailed.parts.values())
+    assert plain.details == {}
+    assert set(detailed.details) == {f"{name}/centred_cosine" for name in SIZES}
+    assert all(not part.requires_grad for part in (*detailed.parts.values(), *detailed.details.values()))
 
 
-def test_windows_are_chosen_for_each_resolution(teachers: dict[str, Teacher], images: torch.Tensor) -> None:
+def test_the_gradients_of_the_parts_of_a_lesson_are_those_of_the_whole(
+    model: RadioModel, teachers: dict[str, Teacher], images: Tensor
+) -> None:
+    distiller, lesson = Distiller(model, TEACHERS, LossConfig()), lesson_of(teachers, images)
+    drawn = model.draw(4, torch.Generator().manual_seed(1))
+    losses_of(distiller, lesson, drawn).total.backward()
+    whole = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad()
+    parts = in_parts(lesson, drawn, 2)
+    assert [len(part.images) for part, _ in parts] == [2, 2]
+    for part, share in parts:
+        (losses_of(distiller, part, share).total / 2).backward()
+    for wanted, parameter in zip(whole, model.parameters(), strict=True):
+        assert parameter.grad is not None
+        assert torch.allclose(parameter.grad, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_the_window_of_the_step(teachers: dict[str, Teacher], images: Tensor) -> None:
     adaptors = (AdaptorConfig(name="clip", summary_dim=12, token_dim=24),)
     model = build(ModelConfig(student="vitdet-tiny12", adaptors=adaptors), 0)
-    distiller = Distiller(model, (TeacherConfig(name="clip", model="tiny:clip"),), LossConfig(), {"clip": 96})
-    targets = teacher_features({"clip": teachers["clip"]}, SIZES, images)
+    distiller = Distiller(model, (TeacherConfig(name="clip", model="tiny:clip"),), LossConfig())
+    lesson = lesson_of({"clip": teachers["clip"]}, images, 96)
     spatial = {
-        window: distiller(images, targets, None, {96: window}, False).parts["clip/spatial"].item()
+        window: losses_of(distiller, lesson, None, window).parts["clip/spatial"].item()
         for window in (2, 4, None)
     }
     view: Features = model.with_window(2)(resize_images(images, (96, 96)))
-    by_hand = teacher_losses(model.adapt("clip", view, (5, 5)), targets["clip"], LossConfig())
-    assert spatial[2] == pytest.approx(by_hand.spatial.item(), rel=1e-6)
+    target = lesson.targets["clip"]
+    by_hand = teacher_losses(model.adapt("clip", view, (5, 5)), target, LossConfig())
+    assert spatial[2] == pytest.approx(by_hand.spatial.mean().item(), rel=1e-6)
     assert spatial[None] == spatial[4] != spatial[2]  # the student's own window is 4

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Callable, Collection
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from torch import Tensor
 
 import radio
 from radio import checkpoint
@@ -18,6 +23,8 @@ from radio.config import read_yaml
 from radio.errors import CheckpointError, ConfigError, DataError, RadioError
 from radio.model import RadioModel
 from radio.students import StudentOptions
+from radio.students.vit import ViT
+from radio.teachers import families
 from radio.types import Features
 from train import trainer as module
 from train.config import DataConfig, TrainConfig
@@ -26,6 +33,7 @@ from train.sampling import draw_window
 from train.trainer import Run
 
 from .conftest import TEACHERS, Start, fill_folder, losses_of, read_records, same_weights, untimed
+from .tiny_teachers import tiny
 
 
 def test_a_run_leaves_what_it_should(config: TrainConfig, start: Start) -> None:
@@ -36,8 +44,9 @@ def test_a_run_leaves_what_it_should(config: TrainConfig, start: Start) -> None:
         "ckpt.pt",
         "config.yaml",
         "metrics.jsonl",
-        "state.pt",
+        "state",
     }
+    assert {file.name for file in (config.out / "state").iterdir()} == {"step-000010", "step-000012"}
     records = read_records(config.out)
     assert [record["step"] for record in records] == list(range(1, 13))
     assert [record["samples"] for record in records] == [4 * step for step in range(1, 13)]
@@ -135,7 +144,7 @@ def run_until(run: Run, name: str, call: int) -> None:
     ("name", "call", "log_every", "step"),
     [
         ("teacher_features", 9, 4, 5),
-        ("save_state", 2, 1, 5),  # ckpt.pt of step 10 is there already
+        ("gather_weights", 2, 1, 5),  # in the save of step 10
         ("learning_rate", 22, 4, 10),  # asked for both groups of parameters
     ],
 )
@@ -193,7 +202,7 @@ def test_other_settings_need_another_folder(
 ) -> None:
     start(config, steps=1, save_every=1).train()
     with pytest.raises(
-        CheckpointError, match="run: holds a run with other settings; give another --out, or --re"
+        CheckpointError, match=r"run: holds a run with other settings \(.*\); give another --out, or --re"
     ):
         start(config, **{"steps": 1, "save_every": 1, **changes})
 
@@ -211,7 +220,17 @@ def test_settings_that_do_not_decide_the_weights_may_change(config: TrainConfig,
     run_until(start(config), "teacher_features", 8)
     data = replace(config.data, workers=1, max_broken=0.5)
     cache = replace(config.cache, confirm=False)
-    run = start(config, log_every=3, save_every=2, data=data, cache=cache, recipe="other", score=("knn",))
+    run = start(
+        config,
+        log_every=3,
+        save_every=2,
+        keep_last=1,
+        max_skipped=2,
+        data=data,
+        cache=cache,
+        recipe="other",
+        score=("knn",),
+    )
     assert run.step == 5
     run.train()
     start(config, out=config.out / "whole").train()
@@ -221,7 +240,7 @@ def test_settings_that_do_not_decide_the_weights_may_change(config: TrainConfig,
 def test_restart_begins_anew(config: TrainConfig, start: Start) -> None:
     start(config, steps=5, seed=3).train()
     run_until(start(config, restart=True, steps=4), "teacher_features", 2)
-    assert not (config.out / "state.pt").exists()  # the old state must not be taken up with the new log
+    assert not (config.out / "state").exists()  # the old state must not be taken up with the new log
     start(config, steps=4).train()
     start(config, out=config.out / "fresh", steps=4).train()
     assert untimed(config.out) == untimed(config.out / "fresh")
@@ -229,28 +248,72 @@ def test_restart_begins_anew(config: TrainConfig, start: Start) -> None:
 
 def test_a_damaged_state_names_restart(config: TrainConfig, start: Start) -> None:
     start(config, steps=2).train()
-    (config.out / "state.pt").write_bytes(b"nonsense")
+    (config.out / "state" / "step-000002" / "run.json").write_bytes(b"nonsense")
     with pytest.raises(CheckpointError, match="not a whole training state; start again with --restart"):
         start(config, steps=2)
     assert start(config, steps=2, restart=True).step == 0
 
 
-def poison(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
-    """Let the teachers give NaN from their n-th batch on."""
+def poison(monkeypatch: pytest.MonkeyPatch, calls: Collection[int], names: Collection[str]) -> None:
+    """Let these teachers give NaN for their n-th batches."""
     genuine = module.teacher_features
-    calls = iter(range(1, 1000))
+    count = iter(range(1, 1000))
 
     def poisoned(*arguments: Any) -> dict[str, Features]:
         features = genuine(*arguments)
-        if next(calls) < call:
-            return features
-        return {name: f._replace(tokens=f.tokens * float("nan")) for name, f in features.items()}
+        spoilt = names if next(count) in calls else ()
+        return {
+            name: f._replace(tokens=f.tokens * float("nan")) if name in spoilt else f
+            for name, f in features.items()
+        }
 
     monkeypatch.setattr(module, "teacher_features", poisoned)
 
 
-@pytest.mark.parametrize(("log_every", "save_every", "saved"), [(1, 5, 5), (12, 1, 6), (12, 2, 6)])
-def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_save_stands(
+def test_steps_that_are_not_finite_are_left_out_and_named(
+    config: TrainConfig, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, (3, 4, 8), ("dense", "sam"))
+    run = start(config, log_every=4, ema=0.5)
+    weights: list[Tensor] = []
+    genuine = run.advance
+
+    def watched(batch: module.Batch) -> None:
+        genuine(batch)
+        weights.append(next(run.model.parameters()).detach().clone())
+
+    monkeypatch.setattr(run, "advance", watched)
+    run.train()
+    moved = [not torch.equal(a, b) for a, b in pairwise(weights)]
+    assert moved == [step not in (3, 4, 8) for step in range(2, 13)]
+    records = read_records(config.out)
+    assert [record["skipped"] for record in records] == [2, 3, 3]
+    assert [record.get("not_finite") for record in records] == ["dense/spatial, sam/spatial"] * 2 + [None]
+    assert all(math.isfinite(record["loss"]) for record in records)
+    told = run.console.file.getvalue()  # type: ignore[attr-defined]
+    assert "step 4: 2 steps were left out, not finite: dense/spatial, sam/spatial\n" in told
+    assert "step 8: 1 step was left out" in told
+    for name in ("ckpt.pt", "ckpt-ema.pt"):
+        found = checkpoint.load(config.out / name).tensors
+        assert all(torch.isfinite(tensor).all() for tensor in found.values())
+
+
+def test_the_count_of_steps_left_out_survives_a_stop(
+    config: TrainConfig, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        poison(patch, (3, 5), ("clip",))
+        start(config, log_every=7, out=config.out / "whole").train()
+    with monkeypatch.context() as patch:
+        poison(patch, (3, 5), ("clip",))
+        run_until(start(config, log_every=7), "teacher_features", 8)
+    start(config, log_every=7).train()
+    assert untimed(config.out) == untimed(config.out / "whole")
+    assert [record["skipped"] for record in read_records(config.out)] == [2, 2]
+
+
+@pytest.mark.parametrize(("log_every", "save_every", "saved"), [(1, 5, 5), (12, 1, 8), (12, 2, 8)])
+def test_too_many_steps_in_a_row_stop_the_run_and_the_last_save_stands(
     config: TrainConfig,
     start: Start,
     monkeypatch: pytest.MonkeyPatch,
@@ -258,15 +321,81 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_save_stands(
     save_every: int,
     saved: int,
 ) -> None:
-    poison(monkeypatch, 7)
+    poison(monkeypatch, range(7, 100), ("clip",))
+    settings: dict[str, Any] = {"log_every": log_every, "save_every": save_every, "max_skipped": 3}
     with pytest.raises(
-        RadioError, match=r"the loss or its gradient is not finite; what was saved last stands"
+        RadioError,
+        match=r"[34] steps in a row were left out, not finite: clip/spatial; what was saved last stands",
     ):
-        start(config, log_every=log_every, save_every=save_every).train()
+        start(config, **settings).train()
     found = checkpoint.load(config.out / "ckpt.pt")
     assert found.card["provenance"]["step"] == saved
     assert all(torch.isfinite(tensor).all() for tensor in found.tensors.values())
-    assert start(config, log_every=log_every, save_every=save_every).step == saved
+    assert start(config, **settings).step == saved
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_ends_like_an_undisturbed_one(
+    config: TrainConfig, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(config, log_every=4, out=config.out / "whole").train()
+    for name, step in ((signal.SIGTERM, 6), (signal.SIGUSR1, 7)):
+        run = start(config, log_every=4)
+        genuine = run.advance
+
+        def asked(batch: module.Batch, run: Run = run, genuine: Any = genuine, name: Any = name) -> None:
+            genuine(batch)
+            if run.step + 1 == step:  # noqa: B023 (called in this turn)
+                os.kill(os.getpid(), name)
+
+        monkeypatch.setattr(run, "advance", asked)
+        run.train()
+        assert (run.step, run.stopped) == (step, True)
+    run = start(config, log_every=4)
+    assert run.step == 7
+    run.train()
+    assert not run.stopped
+    assert untimed(config.out) == untimed(config.out / "whole")
+    assert same_weights(config.out, config.out / "whole")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_the_average_of_the_weights(config: TrainConfig, start: Start) -> None:
+    run = start(config, ema=0.75, save_every=4, steps=7)
+    wanted = {name: weight.detach().clone() for name, weight in run.model.named_parameters()}
+    genuine = run.advance
+
+    def watched(batch: module.Batch) -> None:
+        genuine(batch)
+        for name, weight in run.model.named_parameters():
+            wanted[name] = 0.75 * wanted[name] + 0.25 * weight.detach()
+
+    run.advance = watched  # type: ignore[method-assign]
+    run.train()
+    found = checkpoint.load(config.out / "ckpt-ema.pt").tensors
+    assert all(torch.allclose(found[name], tensor, atol=1e-6) for name, tensor in wanted.items())
+    weights = checkpoint.load(config.out / "ckpt.pt").tensors
+    assert found.keys() == weights.keys()
+    assert not all(torch.equal(found[name], weights[name]) for name in found)
+    run_until(start(config, ema=0.75, save_every=4, steps=7, out=config.out / "b"), "teacher_features", 6)
+    again = start(config, ema=0.75, save_every=4, steps=7, out=config.out / "b")
+    assert again.step == 4
+    again.train()
+    resumed = checkpoint.load(config.out / "b" / "ckpt-ema.pt").tensors
+    assert all(torch.equal(found[name], resumed[name]) for name in found)
+    model = radio.load_backbone(str(config.out / "ckpt-ema.pt"))
+    assert model.summary_dim == 128
+
+
+def test_another_teacher_file_of_that_name_is_refused(
+    config: TrainConfig, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(config, steps=1).train()
+    other = tiny("clip3", None)
+    monkeypatch.setitem(
+        families._entries, "tiny", lambda name, file: other if name == "clip" else tiny(name, file)
+    )
+    with pytest.raises(CheckpointError, match=r"other settings \(teacher clip's weights was"):
+        start(config, steps=1)
 
 
 def test_a_few_broken_pictures_are_counted(config: TrainConfig, start: Start, tmp_path: Path) -> None:
@@ -320,14 +449,15 @@ def test_sampled_windows_reach_the_student(
     config: TrainConfig, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[int | None] = []
-    genuine = RadioModel.with_window
+    genuine = ViT.with_window
 
-    def watched(self: RadioModel, side: int | None) -> RadioModel:
+    def watched(self: ViT, side: int | None) -> ViT:
         used.append(side)
         return genuine(self, side)
 
-    monkeypatch.setattr(RadioModel, "with_window", watched)
+    monkeypatch.setattr(ViT, "with_window", watched)
     run = start(config, student="vitdet-tiny12", resolution=96, windows=(2, 4, 5), batch_size=2)
+    used.clear()
     run.train()
     assert run.windows == {96: (2, 4)}
     assert used == [draw_window((2, 4), 0, step) for step in range(12)]
@@ -342,13 +472,13 @@ def test_a_window_fixed_by_the_options(config: TrainConfig, start: Start) -> Non
 
 
 def test_the_student_may_see_another_resolution_beside_one_teacher(config: TrainConfig, start: Start) -> None:
-    teachers = (*TEACHERS[:2], replace(TEACHERS[2], student_resolution=96))
+    teachers = (*TEACHERS[:2], replace(TEACHERS[2], student_resolution=96, batch_size=2))
     run = start(config, teachers=teachers, steps=2)
-    assert run.crops.side == 108
+    assert run.sides == (64, 108)
     sides: list[tuple[int, ...]] = []
     run.model.student.register_forward_pre_hook(lambda module, inputs: sides.append(tuple(inputs[0].shape)))
     run.train()
-    assert sides == [(4, 3, 48, 48), (4, 3, 96, 96)] * 2
+    assert sides == [(4, 3, 48, 48), (2, 3, 96, 96)] * 2
     assert run.model.card["teachers"][2]["student_resolution"] == 96
 
 

@@ -1,0 +1,117 @@
+"""What a run has gone through is the same for any ranks, is plain data, and is checked against a share."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from evals.core.dist import Group
+from radio.errors import CheckpointError, DataError
+from train.config import DataConfig
+from train.data.faults import Fault
+from train.data.lanes import PLACE
+from train.data.progress import LISTING, Progress, start_progress
+from train.data.sources import open_sources
+from train.data.stream import Mark, fewer_workers
+from train.partition import make_partition
+
+from .conftest import SIDE, follow, settings
+
+
+def begin(data: DataConfig, folder: Path, world: int = 1, rank: int = 0, **options: int) -> Progress:
+    config = replace(settings(data, 8, **options), out=folder)
+    return start_progress(config, make_partition(config, world), Group(rank), open_sources(data))
+
+
+def marks(cursor: int, *faults: Fault, shards: int = 0) -> list[Mark]:
+    return [Mark(torch.full((8, 1, PLACE), cursor), shards, faults)]
+
+
+def test_a_state_goes_through_json_and_back(shards: str, tmp_path: Path) -> None:
+    data = DataConfig(shards=(shards,))
+    config = settings(data, 8, others=4)
+    progress = begin(data, tmp_path, others=4)
+    for step in follow(config, range(5)):
+        progress.add([rows.mark for rows in step])
+    state = json.loads(json.dumps(progress.state()))
+    again = begin(data, tmp_path, others=4)
+    again.restore(state)
+    assert again.state() == state
+    shares = again.shares([SIDE, SIDE])
+    assert [len(share.lanes) for share in shares] == [8, 4]
+    rest = list(follow(config, range(5, 9), cursors=[share.cursors for share in shares]))
+    assert [[rows.keys for rows in step] for step in rest] == [
+        [rows.keys for rows in step] for step in list(follow(config, range(9)))[5:]
+    ]
+
+
+def test_ranks_take_their_parts_of_a_state(shards: str, tmp_path: Path) -> None:
+    data = DataConfig(shards=(shards,))
+    progress = begin(data, tmp_path)
+    cursors = torch.arange(8 * PLACE).reshape(8, 1, PLACE)
+    progress.add([Mark(cursors, 7, (Fault("missing", "a", ""),))])
+    state = progress.state()
+    parts = [begin(data, tmp_path, world=2, rank=rank) for rank in range(2)]
+    for part in parts:
+        part.restore(state)
+    shares = [part.shares([SIDE])[0] for part in parts]
+    assert torch.equal(torch.cat([share.cursors for share in shares]), cursors)
+    assert [share.lanes for share in shares] == [range(4), range(4, 8)]
+    counts = [part.state()["counts"] for part in parts]  # each alone here, and so of its own
+    assert counts == [[0, 1, 0, 0, 0, 7], [0] * 6]
+
+
+def test_a_state_of_other_lanes_is_refused(shards: str, tmp_path: Path) -> None:
+    state = begin(DataConfig(shards=(shards,)), tmp_path).state()
+    other = begin(DataConfig(shards=(shards,), lanes=4), tmp_path)
+    with pytest.raises(CheckpointError, match=r"cursors of \[\[8, 1, 4\]\] and this run of \[\[4, 1, 4\]\]"):
+        other.restore(state)
+
+
+def test_what_is_broken_is_counted_and_listed(shards: str, tmp_path: Path) -> None:
+    progress = begin(DataConfig(shards=(shards,)), tmp_path)
+    assert progress.broken(8, 0.01) == dict.fromkeys(
+        ("picture", "missing", "unreadable", "truncated", "empty"), 0
+    )
+    assert not (tmp_path / LISTING).exists()
+    assert progress.in_words() == ""
+    faults = [Fault("picture", "a.tar/0.jpg", "no"), Fault("missing", "b.tar", "no such shard")]
+    for _ in range(3):
+        progress.add(marks(1, *faults, shards=2))
+    counts = progress.broken(24, 0.01)
+    assert counts == {"picture": 3, "missing": 3, "unreadable": 0, "truncated": 0, "empty": 0}
+    assert progress.in_words() == "3 pictures that cannot be decoded, 3 missing shards"
+    lines = [json.loads(line) for line in (tmp_path / LISTING).read_text().splitlines()]
+    assert lines == [fault._asdict() for fault in faults]
+
+
+@pytest.mark.parametrize(
+    ("cause", "things"), [("picture", "11 of 811 pictures"), ("empty", "11 of 800 shards")]
+)
+def test_too_much_that_is_broken_stops(shards: str, tmp_path: Path, cause: str, things: str) -> None:
+    progress = begin(DataConfig(shards=(shards,)), tmp_path)
+    progress.add(marks(1, *[Fault(cause, f"{n}", "") for n in range(11)], shards=800))  # type: ignore[arg-type]
+    progress.broken(800, 0.02)
+    with pytest.raises(DataError, match=f"{things} cannot be read"):
+        progress.broken(800, 0.01)
+    assert len((tmp_path / LISTING).read_text().splitlines()) == 11
+
+
+def test_data_that_are_no_stream_have_no_progress(tmp_path: Path) -> None:
+    config = replace(settings(DataConfig()), out=tmp_path)
+    pictures = open_sources(DataConfig(scenes=3))
+    progress = Progress((), make_partition(config, 1), Group(), 0, tmp_path / LISTING)
+    progress.add([])
+    assert progress.state()["cursors"] == []
+    progress.restore(progress.state())
+    assert len(pictures) == 1
+
+
+def test_workers_that_cannot_share_the_lanes_are_fewer(shards: str, tmp_path: Path) -> None:
+    shares = begin(DataConfig(shards=(shards,)), tmp_path, others=4).shares([SIDE, SIDE])
+    assert fewer_workers(2, shares) == fewer_workers(4, shares) == fewer_workers(0, shares) == ""
+    assert fewer_workers(3, shares).startswith("2 loader processes instead of 3: they share the 8 and 4")

@@ -1,0 +1,202 @@
+"""Shards from files, pipes and servers are the same, from the beginning and from a byte on."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from radio.errors import ConfigError
+from train.config import DataConfig
+from train.data import shards as module
+from train.data.faults import ShardError
+from train.data.shards import expand, open_shard
+
+from .conftest import follow, pack, pack_pictures, settings
+
+FILES = [(f"{n}.jpg", bytes([n]) * 3000) for n in range(40)]
+
+
+class Handler(BaseHTTPRequestHandler):
+    """A server of one folder that can be told to be bad at it."""
+
+    def __init__(
+        self, folder: Path, asked: list[str | None], ranges: bool, stops: tuple[int, ...], *rest: object
+    ) -> None:
+        self.folder, self.asked, self.ranges, self.stops = folder, asked, ranges, stops
+        super().__init__(*rest)  # type: ignore[arg-type]
+
+    def do_GET(self) -> None:
+        wanted = self.headers.get("Range")
+        self.asked.append(wanted)
+        path = self.folder / self.path.lstrip("/")
+        if not path.is_file():
+            self.send_error(404)
+            return
+        data, status, first = path.read_bytes(), 200, 0
+        stop = self.stops[len(self.asked) - 1] if len(self.asked) <= len(self.stops) else len(data)
+        if wanted and self.ranges:
+            first = int(wanted.removeprefix("bytes=").rstrip("-"))
+            if first >= len(data):
+                self.send_error(416)
+                return
+            data, status = data[first:], 206
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data[: max(stop - first, 0)])
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+@contextmanager
+def serving(
+    folder: Path, *, ranges: bool = True, stops: tuple[int, ...] = ()
+) -> Iterator[tuple[str, list[str | None]]]:
+    """The address of a server of the folder, and the ranges it was asked for; answers may stop at a byte."""
+    asked: list[str | None] = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, folder, asked, ranges, stops))
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", asked
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_WAITS", (0.0, 0.0))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+def contents(name: str, position: int = 0) -> list[bytes]:
+    tar = open_shard(name, position)
+    found = []
+    while (member := tar.next()) is not None:
+        found.append(tar.read(member))
+    tar.close()
+    return found
+
+
+def half_way(name: str) -> int:
+    tar = open_shard(name)
+    for _ in range(20):
+        member = tar.next()
+    tar.close()
+    assert member is not None
+    return member.end
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_all_ways_give_the_same(tmp_path: Path, ranges: bool) -> None:
+    path = pack(tmp_path / "a.tar", FILES)
+    wanted = [data for _, data in FILES]
+    middle = half_way(str(path))
+    with serving(tmp_path, ranges=ranges) as (address, asked):
+        for name in (str(path), f"file:{path}", f"pipe:cat {path}", f"{address}/a.tar"):
+            assert contents(name) == wanted
+            assert contents(name, middle) == wanted[20:]
+    assert asked == [None, f"bytes={middle}-"]
+
+
+def test_a_broken_connection_is_taken_up_where_it_broke(tmp_path: Path) -> None:
+    pack(tmp_path / "a.tar", FILES)
+    with serving(tmp_path, stops=(30_000, 70_000)) as (address, asked):
+        assert contents(f"{address}/a.tar") == [data for _, data in FILES]
+    assert asked[0] is None
+    assert len(asked) == 3
+    assert all(text is not None and text.startswith("bytes=") for text in asked[1:])
+    with serving(tmp_path, stops=(30_000,) * 9) as (address, asked):
+        tar = open_shard(f"{address}/a.tar")
+        assert tar.next() is not None
+        with pytest.raises(OSError, match="the connection ended at byte"):  # noqa: PT012
+            while (member := tar.next()) is not None:
+                tar.read(member)
+        tar.close()
+
+
+def test_what_is_missing_or_fails_has_a_cause(tmp_path: Path) -> None:
+    path = pack(tmp_path / "a.tar", FILES)
+    with serving(tmp_path) as (address, _):
+        for name in (str(tmp_path / "b.tar"), f"{address}/b.tar"):
+            with pytest.raises(ShardError, match="no such shard") as caught:
+                open_shard(name)
+            assert caught.value.cause == "missing"
+        with pytest.raises(ShardError) as caught:
+            open_shard(f"{address}/a.tar", path.stat().st_size + 512).next()
+        assert caught.value.cause == "truncated"
+    with pytest.raises(ShardError) as caught:
+        open_shard(address)  # nobody there any more
+    assert caught.value.cause == "unreadable"
+    with pytest.raises(ShardError) as caught:
+        open_shard(f"pipe:cat {path}", path.stat().st_size + 512)
+    assert caught.value.cause == "truncated"
+
+
+def test_a_command_that_fails_is_found_out_after_what_it_gave(tmp_path: Path) -> None:
+    path = pack(tmp_path / "a.tar", FILES)
+    tar = open_shard(f"pipe:head -c 60000 {path}; exit 3")
+    found = 0
+    with pytest.raises(OSError, match="exit 3"):  # noqa: PT012
+        while (member := tar.next()) is not None:
+            tar.read(member)
+            found += 1
+    assert found == 60000 // (512 + 3072)
+    tar.close()
+
+
+def test_a_command_that_is_not_needed_any_more_is_stopped(tmp_path: Path) -> None:
+    path = pack(tmp_path / "a.tar", FILES)
+    tar = open_shard(f"pipe:cat {path}; exec sleep 98765")
+    assert tar.next() is not None
+    tar.close()
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert "sleep 98765" not in running.splitlines()
+
+
+def test_a_run_may_read_through_pipes(tmp_path: Path) -> None:
+    for number in range(3):
+        pack_pictures(tmp_path / f"{number}.tar", 10 * number, 5)
+    local = settings(DataConfig(shards=(f"{tmp_path}/{{0..2}}.tar",), lanes=4))
+    piped = settings(DataConfig(shards=(f"pipe:cat {tmp_path}/{{0..2}}.tar",), lanes=4))
+    wanted = [step[0].keys for step in follow(local, range(6))]
+    first = list(follow(piped, range(3)))
+    assert [step[0].keys for step in first] == wanted[:3]
+    rest = follow(piped, range(3, 6), cursors=[first[-1][0].mark.cursors], workers=1)
+    assert [step[0].keys for step in rest] == wanted[3:]
+
+
+def test_patterns_are_spelled_out(tmp_path: Path) -> None:
+    names = ["x/{00..02}.tar", "pipe:curl -s https://a/{0..1}.tar", "https://b/c.tar"]
+    assert expand(names) == (
+        "x/00.tar",
+        "x/01.tar",
+        "x/02.tar",
+        "pipe:curl -s https://a/0.tar",
+        "pipe:curl -s https://a/1.tar",
+        "https://b/c.tar",
+    )
+    pack(tmp_path / "b.tar", [])
+    pack(tmp_path / "a.tar", [])
+    assert expand([str(tmp_path)]) == (f"{tmp_path}/a.tar", f"{tmp_path}/b.tar")
+
+
+def test_names_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"wanted a pattern such as photos-\{000000\.\.000003\}\.tar"):
+        expand(["a{0..1.tar"])
+    with pytest.raises(ConfigError, match="a folder without tar files"):
+        expand([str(tmp_path)])
+    with pytest.raises(ConfigError, match=r"'pipe:aws s3 cp s3://b/\{0\.\.9\}\.tar -'"):
+        expand(["s3://b/{0..9}.tar"])
+    with pytest.raises(ConfigError, match=r"the scheme foo: is not one of .*https"):
+        expand(["foo://b/0.tar"])

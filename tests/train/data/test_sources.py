@@ -1,0 +1,130 @@
+"""What cannot be read is passed over, counted exactly by its cause, and does not disturb what can be."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+from radio.errors import DataError
+from train.config import DataConfig
+from train.data.faults import Fault
+from train.data.sources import Shards, is_picture, open_sources
+
+from ..conftest import fill_folder, picture_bytes
+from .conftest import follow, pack, pack_pictures, settings
+
+
+def damaged(folder: Path) -> str:
+    """Six shards: two whole, one cut in the middle, one with text named .jpg, one empty, one missing."""
+    pack_pictures(folder / "0.tar", 0, 4)
+    pack_pictures(folder / "1.tar", 10, 4)
+    pack_pictures(folder / "2.tar", 20, 6)
+    data = (folder / "2.tar").read_bytes()
+    (folder / "2.tar").write_bytes(data[: data.index(b"00023.jpg") + 700])  # three whole ones before
+    good = picture_bytes(30, "JPEG")
+    pack(folder / "3.tar", [("00030.jpg", good), ("00031.jpg", b"this is text"), ("00032.jpg", good)])
+    (folder / "4.tar").touch()
+    return f"{folder}/{{0..5}}.tar"
+
+
+def named(faults: Iterable[Fault]) -> list[tuple[str, str]]:
+    return [(fault.cause, fault.where) for fault in faults]
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 4, 8])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_cannot_be_read_is_counted_exactly(tmp_path: Path, lanes: int, workers: int) -> None:
+    pattern = damaged(tmp_path)
+    config = settings(DataConfig(shards=(pattern,), lanes=lanes))
+    faults: Counter[tuple[str, str]] = Counter()
+    seen: Counter[str] = Counter()
+    begun = 0
+    for step in follow(config, range(13), workers=workers):  # 104 pictures: 8 epochs of 13
+        faults.update(named(step[0].mark.faults))
+        seen.update(step[0].keys)
+        begun += step[0].mark.shards
+    assert set(faults) == {
+        ("truncated", f"{tmp_path}/2.tar"),
+        ("picture", f"{tmp_path}/3.tar/00031.jpg"),
+        ("empty", f"{tmp_path}/4.tar"),
+        ("missing", f"{tmp_path}/5.tar"),
+    }
+    whole = {
+        f"{index // 10}.tar/{index:05d}.jpg" for index in (*range(4), *range(10, 14), 20, 21, 22, 30, 32)
+    }
+    assert set(seen) == whole
+    if lanes == 1:  # whole epochs, but for the faults after the last picture
+        assert set(seen.values()) == {8}
+        assert all(count in (7, 8) for count in faults.values())
+        assert begun in range(8 * 6 - 3, 8 * 6 + 1)
+
+
+def test_counts_go_on_after_a_stop(tmp_path: Path) -> None:
+    config = settings(DataConfig(shards=(damaged(tmp_path),), lanes=4))
+    whole = list(follow(config, range(12)))
+    counted = [len(step[0].mark.faults) for step in whole]
+    assert sum(counted) > 10
+    for stop in range(1, 12):
+        rest = list(follow(config, range(stop, 12), cursors=[whole[stop - 1][0].mark.cursors]))
+        assert [named(step[0].mark.faults) for step in rest] == [
+            named(step[0].mark.faults) for step in whole[stop:]
+        ]
+        assert [step[0].mark.shards for step in rest] == [step[0].mark.shards for step in whole[stop:]]
+
+
+def test_a_broken_picture_is_followed_by_the_lanes_next(tmp_path: Path) -> None:
+    files = [(f"{n}.jpg", picture_bytes(n, "JPEG") if n != 2 else b"text") for n in range(6)]
+    pack(tmp_path / "a.tar", files)
+    config = settings(DataConfig(shards=(str(tmp_path / "a.tar"),), lanes=1), batch_size=5)
+    (rows,), *_ = follow(config, range(1))
+    assert rows.keys == tuple(f"a.tar/{n}.jpg" for n in (0, 1, 3, 4, 5))
+
+
+def test_broken_pictures_of_a_folder_are_passed_over(tmp_path: Path) -> None:
+    folder = fill_folder(tmp_path / "mixed", 9, broken=3)
+    config = settings(DataConfig(images=(folder,)), batch_size=3)
+    rows = [step[0] for step in follow(config, range(12))]
+    faults = Counter(chain.from_iterable(each.mark.faults for each in rows))
+    assert {fault.where for fault in faults} == {f"{folder}/z{n:03d}.jpg" for n in range(3)}
+    assert {fault.cause for fault in faults} == {"picture"}
+    assert Counter(chain.from_iterable(each.keys for each in rows)).keys() == set(map(str, range(9)))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_without_a_picture_is_one_clear_error(tmp_path: Path, workers: int) -> None:
+    shards = settings(DataConfig(shards=(f"{tmp_path}/{{0..3}}.tar",)))
+    with pytest.raises(DataError, match=r"^no picture in 100 shards in a row, the last .*; check the data$"):
+        list(follow(shards, range(1), workers=workers))
+    folder = settings(DataConfig(images=(fill_folder(tmp_path / "broken", 0, broken=3),)))
+    with pytest.raises(DataError, match=r"^20 pictures in a row cannot be read, the last: .*check the data$"):
+        list(follow(folder, range(1), workers=workers))
+
+
+def test_pictures_are_known_by_their_ending() -> None:
+    assert all(map(is_picture, ("0.jpg", "a/0.JPEG", "a.b/0.png", "0.webp")))
+    assert not any(map(is_picture, ("0.txt", "0.seg.png", "._0.jpg", "a/._0.jpg", "jpg", "0")))
+
+
+def test_the_fingerprint_is_of_names_not_of_places() -> None:
+    here, there = (
+        Shards("x", ["/a/0.tar", "/a/1.tar"]),
+        Shards("y", ["http://b/c/0.tar", "pipe:cat /d/1.tar"]),
+    )
+    assert here.fingerprint == there.fingerprint
+    assert here.fingerprint != Shards("x", ["/a/0.tar", "/a/2.tar"]).fingerprint
+
+
+def test_the_card_names_every_part(shards: str, tmp_path: Path) -> None:
+    folder = fill_folder(tmp_path / "folder", 3)
+    data = DataConfig(shards=(shards,), images=(folder,), scenes=2, weights=(1, 1, 1))
+    sources = open_sources(data)
+    assert sources.count is None
+    assert open_sources(DataConfig(images=(folder,), scenes=2)).count == 5
+    assert [part["path"] for part in sources.sources] == [shards, str(folder), "scenes:train?seed=2"]
+    assert sources.sources[0]["shards"] == 7
+    assert [part.get("count") for part in sources.sources] == [None, 3, 2]
+    assert all(part["labels_used"] is False and len(part["fingerprint"]) == 64 for part in sources.sources)

@@ -1,0 +1,193 @@
+"""The same pictures in the same order for any number of ranks and workers, and from any step on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from itertools import chain
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, strategies
+from hypothesis import settings as effort
+
+from evals.core.dist import Group
+from radio.errors import ConfigError
+from radio.images import decode
+from train.config import DataConfig
+from train.crops import random_view
+from train.data.lanes import deal_lanes, gathered, lanes_of
+from train.data.sources import open_sources
+from train.data.stream import Rows
+from train.partition import make_partition
+
+from ..conftest import picture_bytes
+from .conftest import SIDE, follow, settings
+
+
+def keys(rows: list[tuple[Rows, ...]]) -> list[tuple[str, ...]]:
+    return [tuple(chain.from_iterable(group.keys for group in step)) for step in rows]
+
+
+def test_every_epoch_gives_every_picture_once(shards: str) -> None:
+    seen = Counter(
+        chain.from_iterable(keys(list(follow(settings(DataConfig(shards=(shards,), lanes=1)), range(21)))))
+    )
+    assert sum(range(5, 12)) == 56
+    assert len(seen) == 56
+    assert set(seen.values()) == {3}  # 21 steps of 8
+
+
+@pytest.mark.parametrize("lanes", [1, 8])
+@pytest.mark.parametrize("count", [1, 3])
+def test_few_shards_are_dealt_in_parts(shards: str, lanes: int, count: int) -> None:
+    few = shards.replace("000..006", f"000..{count - 1:03d}")
+    size = sum(range(5, 5 + count))
+    rows = list(follow(settings(DataConfig(shards=(few,), lanes=lanes)), range(size * 5)))
+    seen = Counter(chain.from_iterable(keys(rows)))
+    assert len(seen) == size
+    assert max(seen.values()) - min(seen.values()) <= (0 if lanes == 1 else 20)  # of 40 times each
+    if lanes > size:
+        return
+    assert len(set(keys(rows)[0])) >= min(size, 5)  # not eight times the same picture
+
+
+def test_crops_are_functions_of_the_position(shards: str) -> None:
+    config = settings(DataConfig(shards=(shards,)), batch_size=4, others=2)
+    for step, groups in enumerate(follow(config, range(5))):
+        position = 6 * step
+        for rows in groups:
+            for pixels, key in zip(rows.pixels, rows.keys, strict=True):
+                number = int(key.split("/")[1].removesuffix(".jpg"))
+                image = decode(picture_bytes(number, "JPEG", (20, 24)))
+                assert torch.equal(pixels, random_view(image, config.data, SIDE, config.seed, position))
+                position += 1
+
+
+def test_groups_go_through_the_data_in_orders_of_their_own(shards: str) -> None:
+    config = settings(DataConfig(shards=(shards,)), batch_size=8, others=4)
+    rows = list(follow(config, range(14)))
+    first, second = ([key for step in rows for key in step[group].keys] for group in (0, 1))
+    assert first[:56] != second
+    assert len(set(first)) == 56
+    assert len(set(second)) > 40
+
+
+@pytest.mark.parametrize("kind", ["shards", "weighted"])
+@pytest.mark.parametrize(
+    ("world", "partition"), [(1, "turns"), (2, "turns"), (4, "turns"), (2, "ranks"), (3, "ranks")]
+)
+def test_ranks_and_workers_change_nothing(shards: str, kind: str, world: int, partition: str) -> None:
+    data = DataConfig(shards=(shards,))
+    if kind == "weighted":
+        data = DataConfig(shards=(shards.replace("006", "004"),), scenes=50, weights=(2, 1))
+    config = replace(settings(data, batch_size=8, others=4), partition=partition)
+    alone = list(follow(config, range(9)))
+    shared = make_partition(config, world)
+    for workers in (0,) if world in (3, 4) else (0, 1, 2):
+        ranks = [
+            list(follow(config, range(9), partition=shared, rank=r, workers=workers)) for r in range(world)
+        ]
+        for step, wanted in enumerate(alone):
+            for number, group in enumerate(shared.groups):
+                parts = [ranks[rank][step][shared.of(rank).index(group)] for rank in group.ranks]
+                assert tuple(chain.from_iterable(part.keys for part in parts)) == wanted[number].keys
+                assert torch.equal(torch.cat([part.pixels for part in parts]), wanted[number].pixels)
+                assert torch.equal(
+                    torch.cat([part.mark.cursors for part in parts]), wanted[number].mark.cursors
+                )
+
+
+@effort(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=strategies.data())
+def test_a_stream_goes_on_from_anywhere(shards: str, data: strategies.DataObject) -> None:
+    lanes = data.draw(strategies.sampled_from([1, 2, 4, 8]))
+    stop = data.draw(strategies.integers(1, 11))
+    workers = data.draw(strategies.sampled_from([0, 0, 0, 1]))
+    config = settings(DataConfig(shards=(shards,), scenes=20, weights=(3, 1), lanes=lanes), 8, others=4)
+    whole = list(follow(config, range(12)))
+    cursors = [rows.mark.cursors for rows in whole[stop - 1]]
+    rest = list(follow(config, range(stop, 12), cursors=cursors, workers=workers))
+    assert keys(rest) == keys(whole[stop:])
+    for one, other in zip(chain(*rest), chain(*whole[stop:]), strict=True):
+        assert torch.equal(one.pixels, other.pixels)
+        assert torch.equal(one.mark.cursors, other.mark.cursors)
+
+
+def test_what_was_read_is_not_read_again(shards: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[str, int]] = []
+    from train.data import sources as module
+
+    genuine = module.open_shard
+
+    def watched(name: str, position: int = 0):  # type: ignore[no-untyped-def]
+        tar = genuine(name, position)
+        inner = tar.read
+        tar.read = lambda member: (read.append((name, member.start)), inner(member))[1]  # type: ignore[method-assign]
+        return tar
+
+    monkeypatch.setattr(module, "open_shard", watched)
+    config = settings(DataConfig(shards=(shards,), lanes=2))
+    whole = list(follow(config, range(7)))  # one epoch
+    once = list(read)
+    assert len(once) == len(set(once)) == 56
+    read.clear()
+    before = list(follow(config, range(4)))
+    list(follow(config, range(4, 7), cursors=[before[-1][0].mark.cursors]))
+    assert sorted(read) == sorted(once)
+    assert torch.equal(before[-1][0].mark.cursors, whole[3][0].mark.cursors)
+
+
+def test_weights_are_shares_of_every_stretch(shards: str) -> None:
+    data = DataConfig(
+        shards=(shards.replace("006", "001"), shards.replace("000..006", "002..006")), scenes=40
+    )
+    config = settings(replace(data, weights=(0.5, 3, 1.5)), batch_size=16)
+    seen: Counter[str] = Counter()
+    for step in follow(config, range(50)):
+        for key in step[0].keys:
+            name = "scenes" if "/" not in key else "first" if key < "002" else "second"
+            seen[name] += 1
+    assert sum(seen.values()) == 800
+    assert seen["first"] == pytest.approx(80, abs=32)  # two a lane
+    assert seen["second"] == pytest.approx(480, abs=32)
+    assert seen["scenes"] == pytest.approx(240, abs=32)
+
+
+def test_cursors_of_all_ranks_come_together(shards: str) -> None:
+    config = settings(DataConfig(shards=(shards,)), batch_size=8, others=4)
+    whole = list(follow(config, range(3)))[-1]
+    shared = make_partition(config, 3)
+    deals = deal_lanes(config, shared)
+    total = None
+    for rank in range(3):
+        own = list(follow(config, range(3), partition=shared, rank=rank))[-1]
+        mine = shared.of(rank)
+        parts = [own[mine.index(g)].mark.cursors if g in mine else None for g in shared.groups]
+        part = gathered(parts, deals, shared, Group(rank), 1)
+        total = part if total is None else [a + b for a, b in zip(total, part, strict=True)]
+    assert total is not None
+    assert all(torch.equal(a, b.mark.cursors) for a, b in zip(total, whole, strict=True))
+    assert [len(lanes_of(each, shared, shared.groups[each.group].ranks[0])) for each in deals] == [
+        8 // len(shared.groups[0].ranks),
+        4 // len(shared.groups[1].ranks),
+    ]
+
+
+def test_lanes_that_ranks_cannot_share_are_refused(shards: str) -> None:
+    config = settings(DataConfig(shards=(shards,), lanes=4), batch_size=12)
+    with pytest.raises(ConfigError, match=r"the 4 lanes of a cannot be shared .* 3 ranks.*--data\.lanes 12"):
+        deal_lanes(config, make_partition(config, 3))
+    with pytest.raises(ConfigError, match=r"--data\.lanes 0 cannot be"):
+        deal_lanes(replace(config, data=replace(config.data, lanes=0)), make_partition(config, 1))
+
+
+def test_sources_have_to_be_named_and_weighted(shards: str) -> None:
+    with pytest.raises(ConfigError, match=r"no data: give --data\.shards"):
+        open_sources(DataConfig())
+    with pytest.raises(ConfigError, match=r"beside folders or scenes give --data\.weights"):
+        open_sources(DataConfig(shards=(shards,), scenes=3))
+    with pytest.raises(ConfigError, match="wanted a number above zero for each of the 2 sources"):
+        open_sources(DataConfig(shards=(shards,), scenes=3, weights=(1,)))
+    with pytest.raises(ConfigError, match="wanted a number above zero"):
+        open_sources(DataConfig(shards=(shards,), scenes=3, weights=(1, 0)))

@@ -1,0 +1,163 @@
+"""Every teacher has ranks, every picture of a step one place, and what cannot be shared is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from radio.errors import ConfigError
+from train.config import TeacherConfig, TrainConfig
+from train.partition import Partition, best_split, make_partition, teacher_groups
+from train.recipes import recipes
+
+Sizes = tuple[tuple[int, int], ...]  # (pictures a step, student's side) of each teacher
+
+
+def settings(sizes: Sizes, **changes: object) -> TrainConfig:
+    config = TrainConfig(
+        recipe="test",
+        student="vit-tiny12",
+        teachers=tuple(
+            TeacherConfig(name=f"t{i}", model="tiny:clip", batch_size=size, student_resolution=side)
+            for i, (size, side) in enumerate(sizes)
+        ),
+        resolution=48,
+        steps=1,
+        batch_size=8,
+        out=Path("run"),
+    )
+    return replace(config, **changes)  # type: ignore[arg-type]
+
+
+def check_rows(partition: Partition) -> None:
+    """Whether the ranks' pictures are the step's, each once for the group that it belongs to."""
+    dealt = []
+    for group in partition.groups:
+        rows = [row for rank in group.ranks for row in partition.rows(group, rank)]
+        assert rows == list(range(group.first, group.first + group.batch_size))
+        assert all(len(partition.rows(group, rank)) == group.share for rank in group.ranks)
+        dealt += rows
+    assert dealt == list(range(partition.batch_size))
+
+
+WORLDS = range(1, 41)
+MANY: tuple[Sizes, ...] = (
+    ((16, 48), (16, 48), (4, 168)),
+    ((12, 48), (18, 96), (30, 96)),
+    ((24, 48), (24, 96)),
+    ((7, 48), (5, 48), (7, 96)),
+    ((32, 48),),
+)
+
+
+@pytest.mark.parametrize("sizes", MANY)
+@pytest.mark.parametrize("kind", ["ranks", "turns"])
+def test_every_world_is_dealt_out_or_refused(sizes: Sizes, kind: str) -> None:
+    config = settings(sizes, partition=kind)
+    groups = teacher_groups(config)
+    assert {(g.batch_size, g.side) for g in groups} == set(sizes)
+    assert sorted(name for g in groups for name in g.teachers) == [t.name for t in config.teachers]
+    batches = [g.batch_size for g in groups]
+    for world in WORLDS:
+        turns = kind == "turns" or world == 1
+        wanted = [world * len(groups)] if turns else [world]
+        counts = [[world]] * len(groups) if turns else [range(1, world + 1)] * len(groups)
+        possible = [
+            split
+            for split in product(*counts)
+            if sum(split) in wanted and not any(b % n for b, n in zip(batches, split, strict=True))
+        ]
+        if not possible:
+            with pytest.raises(
+                ConfigError, match=rf"{world} ranks cannot be|cannot be .* {world} ranks|--part"
+            ):
+                make_partition(config, world)
+            continue
+        partition = make_partition(config, world)
+        split = tuple(len(g.ranks) for g in partition.groups)
+        assert split in possible
+        assert partition.batch_size == sum(batches)
+        assert all(partition.of(rank) for rank in range(world))
+        assert [g for g in partition.groups if 0 in g.ranks] == list(partition.of(0))
+        if not turns:
+            assert [rank for g in partition.groups for rank in g.ranks] == list(range(world))
+            loads = [
+                max(g.batch_size / n * g.side**2 for g, n in zip(groups, s, strict=True)) for s in possible
+            ]
+            assert max(g.share * g.side**2 for g in partition.groups) == min(loads)
+        check_rows(partition)
+
+
+def test_the_papers_split() -> None:
+    partition = make_partition(recipes["paper-h14"](), 64)
+    assert [(g.name, g.side, len(g.ranks), g.share) for g in partition.groups] == [
+        ("clip+dino", 224, 32, 32),
+        ("sam", 1008, 32, 4),
+    ]
+    assert partition.batch_size == 1152
+    assert partition.rows(partition.groups[1], 63) == range(1148, 1152)
+    assert partition.of(31) == partition.groups[:1]
+    check_rows(partition)
+
+
+def test_one_process_takes_turns() -> None:
+    partition = make_partition(recipes["demo"](), 1)
+    assert [(g.name, g.batch_size, g.first) for g in partition.groups] == [
+        ("clip+dense", 16, 0),
+        ("sam", 4, 16),
+    ]
+    assert partition.of(0) == partition.groups
+    assert partition.rows(partition.groups[1], 0) == range(16, 20)
+
+
+def test_dear_pictures_get_more_ranks() -> None:
+    groups = teacher_groups(settings(((24, 48), (24, 96))))
+    assert best_split(groups, 12, (1.0, 1.0)) == (6, 6)
+    assert best_split(groups, 12, (1.0, 2.0)) == (4, 8)
+    assert best_split(groups, 12, (5.0, 1.0)) == (8, 4)
+    # the third group decides nothing: 24 a rank in any case; then the second ones are made even
+    three = teacher_groups(settings(((24, 48), (24, 96), (23, 48))))
+    assert best_split(three, 9, (1.0, 1.0, 2.0)) == (4, 4, 1)
+
+
+def test_a_split_that_is_asked_for() -> None:
+    partition = make_partition(settings(((24, 48), (24, 96)), split=(8, 4)), 12)
+    assert [g.ranks for g in partition.groups] == [tuple(range(8)), tuple(range(8, 12))]
+    check_rows(partition)
+
+
+@pytest.mark.parametrize(
+    ("changes", "world", "message"),
+    [
+        ({"split": (8, 4, 2)}, 14, r"--split 8 4 2 is for 3 groups; this run has 2: t0, t1"),
+        ({"split": (8, 4)}, 10, r"--split 8 4 is for 12 ranks, and there are 10"),
+        ({"split": (8, 4)}, 1, r"--split 8 4 is for 12 ranks, and there are 1"),
+        ({"split": (7, 5)}, 12, r"--split 7 5: a batch of 24 cannot be shared evenly by 7 ranks \(t0\)"),
+        ({"split": (12, 0)}, 12, r"cannot be shared evenly by 0 ranks \(t1\)"),
+        ({"split": (8, 4), "partition": "turns"}, 12, r"--split 8 4 deals ranks to groups, and in turns"),
+        ({"partition": "turns"}, 5, r"a batch of 24 cannot be shared evenly by 5 ranks \(t0\)"),
+    ],
+)
+def test_splits_that_cannot_be(changes: dict[str, object], world: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_partition(settings(((24, 48), (24, 96)), **changes), world)
+
+
+def test_the_reason_why_ranks_cannot_be_shared() -> None:
+    paper = recipes["paper-h14"]()
+    reason = (
+        r"7 ranks cannot be shared: .* of 1024 \(clip\+dino\) and 128 \(sam\) add up to 7; start 6 or 8 ranks"
+    )
+    with pytest.raises(ConfigError, match=reason):
+        make_partition(paper, 7)
+    with pytest.raises(ConfigError, match=r"3 groups of teachers \(t0, t1, t2\) .* --partition turns"):
+        make_partition(settings(((8, 48), (8, 96), (4, 48))), 2)
+    with pytest.raises(
+        ConfigError, match=r"a batch of 1024 cannot be shared evenly by 3 ranks \(clip\+dino\)"
+    ):
+        make_partition(recipes["paper-b14"](), 3)
+    with pytest.raises(ConfigError, match="teacher t0 cannot see 0 pictures a step; give 1 or more"):
+        teacher_groups(settings(((0, 48),)))

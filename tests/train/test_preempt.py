@@ -1,0 +1,54 @@
+"""All ranks stop after the same step, whichever of them was asked."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from evals.core.dist import Group
+from train.preempt import REQUEUE, Preemption
+
+from .ranks import on_ranks
+
+
+@pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGUSR1])
+def test_one_process_stops_at_once(name: signal.Signals) -> None:
+    before = signal.getsignal(name)
+    with Preemption(Group()) as stop:
+        assert not stop.agreed()
+        os.kill(os.getpid(), name)
+        assert stop.agreed()
+    assert signal.getsignal(name) == before
+
+
+def test_an_error_inside_is_let_through() -> None:
+    with pytest.raises(ZeroDivisionError), Preemption(Group()):
+        _ = 1 // 0
+
+
+def test_ranks_stop_one_step_after_any_was_asked(tmp_path: Path) -> None:
+    def work(group: Group) -> int:
+        with Preemption(group) as stop:
+            for step in range(1, 20):
+                if (group.rank, step) == (1, 4):
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                if stop.agreed():
+                    return step
+        return 0
+
+    assert on_ranks(3, tmp_path, work) == [5, 5, 5]
+
+
+def test_ranks_that_are_not_asked_leave_together(tmp_path: Path) -> None:
+    def work(group: Group) -> bool:
+        with Preemption(group) as stop:
+            return any(stop.agreed() for _ in range(3))
+
+    assert on_ranks(2, tmp_path, work) == [False, False]
+
+
+def test_the_code_is_none_that_shells_or_we_use_otherwise() -> None:
+    assert REQUEUE == 85

@@ -1,0 +1,123 @@
+"""What balancers made of the losses over time: read from the logs, as CSV, figure and lines to print."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from radio.config import write_bytes, write_text
+from radio.errors import require
+
+_SUFFIX = "_weight"
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's, for all eyes
+_LINES = {"summary": "-", "spatial": "--"}
+_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "weights", "font.size": 9, "legend.frameon": False}
+
+
+class Curve(NamedTuple):
+    """The weight of one loss of one teacher in one run."""
+
+    run: str
+    teacher: str
+    kind: str  # summary or spatial
+    steps: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+def show_weights(runs: Mapping[str, Path], out: Path, console: Console) -> None:
+    """Print the weights at five steps, and write `weights.csv` and `weights.svg` to `out`.
+
+    Args:
+        runs: run folders by name; those whose log has no weights are left out.
+        out: where the files go.
+        console: where to print.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed; the CSV is written all the same.
+    """
+    curves = [curve for name, folder in runs.items() for curve in read_weights(name, folder)]
+    if not curves:
+        return
+    console.print(_over_time(curves, plain=not console.is_terminal))
+    write_text(out / "weights.csv", as_csv(curves))
+    write_bytes(out / "weights.svg", as_svg(curves))
+    console.print(f"weights over time: {out / 'weights.svg'}, {out / 'weights.csv'}", soft_wrap=True)
+
+
+def read_weights(name: str, folder: Path) -> list[Curve]:
+    """The curves in a run folder's log; none when its balancer has fixed weights."""
+    records: list[dict[str, Any]] = [
+        json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    keys = dict.fromkeys(key for record in records for key in record if key.endswith(_SUFFIX))
+    curves = []
+    for key in keys:
+        teacher, kind = key.removesuffix(_SUFFIX).rsplit("/", 1)
+        points = [(int(record["step"]), float(record[key])) for record in records if key in record]
+        steps, weights = zip(*points, strict=True)
+        curves.append(Curve(name, teacher, kind, steps, weights))
+    return curves
+
+
+def as_csv(curves: Sequence[Curve]) -> str:
+    """One line for each run, teacher, loss and step."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("run", "teacher", "loss", "step", "weight"))
+    for curve in curves:
+        for step, weight in zip(curve.steps, curve.weights, strict=True):
+            writer.writerow((curve.run, curve.teacher, curve.kind, step, f"{weight:.6g}"))
+    return text.getvalue()
+
+
+def as_svg(curves: Sequence[Curve]) -> bytes:
+    """A panel for each run: colours tell the teachers apart, full lines are summaries, dashed ones tokens.
+
+    The same curves give the same bytes.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    matplotlib = require("matplotlib", extra="report")
+    figures = require("matplotlib.figure", extra="report")
+    runs = list(dict.fromkeys(curve.run for curve in curves))
+    teachers = list(dict.fromkeys(curve.teacher for curve in curves))
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(_STYLE):
+        figure = figures.Figure(figsize=(3.2 * len(runs), 2.8), layout="constrained")
+        for axes, run in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs, strict=True):
+            for curve in (each for each in curves if each.run == run):
+                colour = _COLOURS[teachers.index(curve.teacher) % len(_COLOURS)]
+                label = f"{curve.teacher} {curve.kind}"
+                axes.plot(curve.steps, curve.weights, color=colour, linestyle=_LINES[curve.kind], label=label)
+            axes.set(title=run, xlabel="step", ylim=(0, None))
+            axes.legend(fontsize=7)
+        figure.axes[0].set_ylabel("weight of the loss")
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def _over_time(curves: Sequence[Curve], *, plain: bool) -> Table:
+    """A line for each curve: the first record, three between, and the last."""
+    table = Table("weight at step", box=box.ASCII if plain else box.ROUNDED)
+    longest = max(curves, key=lambda curve: len(curve.steps))
+    for place in _places(len(longest.steps)):
+        table.add_column(str(longest.steps[place]), justify="right")
+    for curve in curves:
+        known = dict(zip(curve.steps, curve.weights, strict=True))
+        shown = (known.get(longest.steps[place]) for place in _places(len(longest.steps)))
+        cells = ("" if weight is None else f"{weight:.3f}" for weight in shown)
+        table.add_row(f"{curve.run}: {curve.teacher} {curve.kind}", *cells)
+    return table
+
+
+def _places(count: int) -> Iterator[int]:
+    yield from dict.fromkeys(round(share * (count - 1) / 4) for share in range(5))

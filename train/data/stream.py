@@ -1,0 +1,161 @@
+"""The crops of a rank, step after step: its lanes shared by loader processes, read ahead of the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from radio.errors import DataError
+
+from ..config import DataConfig
+from ..crops import random_view
+from .faults import Fault, Tally
+from .lanes import Deal, Lane, sharing
+from .sources import Sources
+
+# Letters: B pictures of this rank, L its lanes, S sources.
+
+T = TypeVar("T")
+
+_READ_AHEAD = 4  # steps of each loader process
+
+
+class Mark(NamedTuple):
+    """Where lanes stand after some pictures, and what happened on the way to them."""
+
+    cursors: Tensor  # int64 [L, S, 4]
+    shards: int  # begun
+    faults: tuple[Fault, ...]  # what could not be read
+
+
+class Rows(NamedTuple):
+    """A rank's pictures of one group in one step."""
+
+    pixels: Tensor  # uint8 [B, 3, side, side]
+    keys: tuple[str, ...]  # the samples' names
+    mark: Mark
+
+
+class Share(NamedTuple):
+    """What a rank does for one group."""
+
+    deal: Deal
+    lanes: range
+    side: int  # pixels of the square crops
+    cursors: Tensor  # int64 [L, S, 4]
+
+
+class LaneStream(IterableDataset[tuple[Rows, ...]]):
+    """The crops of a rank for some steps, group by group; in a loader process only those of its lanes."""
+
+    def __init__(
+        self, sources: Sources, shares: Sequence[Share], config: DataConfig, seed: int, steps: range
+    ) -> None:
+        self.sources, self.shares, self.config, self.seed, self.steps = sources, shares, config, seed, steps
+
+    def __iter__(self) -> Iterator[tuple[Rows, ...]]:
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        own = [self._open(share, worker, workers) for share in self.shares]
+        try:
+            for step in self.steps:
+                yield tuple(
+                    self._rows(share, lanes, step) for share, lanes in zip(self.shares, own, strict=True)
+                )
+        finally:
+            for lane in chain.from_iterable(lanes.values() for lanes in own):
+                lane.close()
+
+    def _open(self, share: Share, worker: int, workers: int) -> dict[int, Lane]:
+        count = len(share.lanes) // workers
+        places = range(worker * count, (worker + 1) * count)
+        return {
+            share.lanes[n]: self.sources.lane(share.deal, share.lanes[n], share.cursors[n], self.seed)
+            for n in places
+        }
+
+    def _rows(self, share: Share, lanes: dict[int, Lane], step: int) -> Rows:
+        tally = Tally()
+        pixels, keys = [], []
+        for number, lane in lanes.items():
+            for place in range(share.deal.each):
+                sample = lane.take(tally)
+                position = share.deal.position(step, number, place)
+                pixels.append(random_view(sample.image, self.config, share.side, self.seed, position))
+                keys.append(sample.key)
+        cursors = torch.stack([lane.cursor for lane in lanes.values()])
+        return Rows(torch.stack(pixels), tuple(keys), Mark(cursors, tally.shards, tuple(tally.faults)))
+
+
+def open_stream(
+    sources: Sources, shares: Sequence[Share], config: DataConfig, seed: int, steps: range, *, pin: bool
+) -> Iterator[tuple[Rows, ...]]:
+    """Each step's rows of a rank, for every group that it works for, in order.
+
+    The loader's processes start in the calling thread, at once. There are fewer than asked for where they
+    could not share the lanes evenly.
+
+    Args:
+        sources: the data.
+        shares: the rank's lanes in each of its groups.
+        config: crops and workers.
+        seed: decides order and crops.
+        steps: the steps to give.
+        pin: put the pictures into page-locked memory, for a GPU.
+    """
+    workers = sharing(config.workers, [len(share.lanes) for share in shares])
+    loader = DataLoader(
+        LaneStream(sources, shares, config, seed, steps),
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=pin,
+        prefetch_factor=_READ_AHEAD if workers else None,
+    )
+    return _steps(rows_of(iter(loader)), max(workers, 1))
+
+
+def fewer_workers(wanted: int, shares: Sequence[Share]) -> str:
+    """A line on why a rank has fewer loader processes than wanted; empty where it has as many."""
+    lanes = [len(share.lanes) for share in shares]
+    workers = sharing(wanted, lanes)
+    if workers == wanted:
+        return ""
+    counts = " and ".join(map(str, lanes))
+    return f"{workers} loader processes instead of {wanted}: they share the {counts} lanes of a rank evenly"
+
+
+def rows_of(loader: Iterable[T]) -> Iterator[T]:
+    """What a loader gives; a picture error of one of its processes comes without a traceback around it."""
+    try:
+        yield from loader
+    except DataError as error:
+        raise DataError(str(error).rpartition(f"{DataError.__name__}: ")[2].strip()) from error
+
+
+def _as_it_is(rows: Any) -> Any:
+    return rows
+
+
+def _steps(parts: Iterator[tuple[Rows, ...]], workers: int) -> Iterator[tuple[Rows, ...]]:
+    """The rows of whole steps: the loader gives its processes' parts in turn."""
+    while shares := tuple(islice(parts, workers)):
+        yield shares[0] if workers == 1 else tuple(_joined(group) for group in zip(*shares, strict=True))
+
+
+def _joined(parts: Sequence[Rows]) -> Rows:
+    marks = [part.mark for part in parts]
+    return Rows(
+        torch.cat([part.pixels for part in parts]),
+        tuple(chain.from_iterable(part.keys for part in parts)),
+        Mark(
+            torch.cat([mark.cursors for mark in marks]),
+            sum(mark.shards for mark in marks),
+            tuple(chain.from_iterable(mark.faults for mark in marks)),
+        ),
+    )

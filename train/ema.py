@@ -1,0 +1,36 @@
+"""The moving average of a model's weights."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+@final
+class Average:
+    """An exponential moving average of every weight, as large as the weights on this rank.
+
+    Args:
+        model: whose weights, and where it starts.
+        decay: what is kept of it in every step.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self._weights = dict(model.named_parameters())
+        self.tensors = {name: weight.detach().clone() for name, weight in self._weights.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move it towards the weights as they are."""
+        averages = [_own(tensor) for tensor in self.tensors.values()]
+        weights = [_own(weight.detach()) for weight in self._weights.values()]
+        torch._foreach_lerp_(averages, weights, 1 - self.decay)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be spread over the ranks."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

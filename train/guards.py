@@ -1,0 +1,97 @@
+"""Steps that were left out since something in them was not finite, counted on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from evals.core.dist import Group
+from radio.errors import RadioError
+
+Plain = tuple[list[int], list[tuple[list[str], list[int]]]]
+
+
+class Skipped(NamedTuple):
+    """What was left out."""
+
+    total: int  # steps of the whole run
+    recent: int  # steps since the last reading
+    names: tuple[str, ...]  # what was not finite in those: "clip/spatial"; none = a gradient alone
+
+    def describe(self) -> str:
+        """A line for the log."""
+        steps = "1 step was" if self.recent == 1 else f"{self.recent} steps were"
+        what = ", ".join(self.names) or "a gradient of finite losses"
+        return f"{steps} left out, not finite: {what}"
+
+
+@final
+class Guard:
+    """Counts the steps that are left out; reading the counts is the only host sync."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._counts = torch.zeros(
+            4, dtype=torch.long, device=device
+        )  # total, recent, in a row, most in a row
+        self._parts: dict[tuple[str, ...], Tensor] = {}
+
+    def see(self, fine: Tensor, lessons: Sequence[Mapping[str, Tensor]]) -> None:
+        """Count a step: left out unless `fine` ([] bool), and those of its losses that are not finite."""
+        bad = (~fine).long()
+        total, recent, row, longest = self._counts.unbind()
+        row = (row + 1) * bad
+        self._counts = torch.stack((total + bad, recent + bad, row, torch.maximum(longest, row)))
+        for parts in lessons:
+            found = (~torch.isfinite(torch.stack(list(parts.values())))).long()
+            held = self._parts.get(tuple(parts))
+            self._parts[tuple(parts)] = found if held is None else held + found
+
+    def check(self, step: int, most: int) -> None:
+        """None, while fewer than `most` steps in a row were left out since the last reading.
+
+        Raises:
+            RadioError: as many were.
+        """
+        longest = int(self._counts[3])
+        if longest >= most:
+            names = ", ".join(self._names()) or "elsewhere than in this rank's losses"
+            raise RadioError(
+                f"step {step}: {longest} steps in a row were left out, not finite: {names}; what was saved "
+                f"last stands. Begin anew with --restart and a lower --optim.lr, or raise --max-skipped"
+            )
+
+    def read(self, group: Group, step: int, most: int) -> Skipped:
+        """What was left out since the last reading, which this ends.
+
+        Raises:
+            RadioError: `most` steps or more in a row.
+        """
+        self.check(step, most)
+        total, recent, row, _ = (int(count) for count in self._counts.tolist())
+        names = dict.fromkeys(name for mine in group.gather_objects(self._names()) for name in mine)
+        self._counts = torch.tensor([total, 0, row, row], device=self._device)
+        self._parts = {}
+        return Skipped(total, recent, tuple(names))
+
+    def _names(self) -> list[str]:
+        """What was not finite on this rank since the last reading."""
+        return [
+            name
+            for names, counts in self._parts.items()
+            for name, count in zip(names, counts.tolist(), strict=True)
+            if count
+        ]
+
+    def state(self) -> Plain:
+        """What an exact resume needs, as plain numbers."""
+        return self._counts.tolist(), [(list(names), row.tolist()) for names, row in self._parts.items()]
+
+    def restore(self, state: Plain) -> None:
+        """Take up what `state` gave."""
+        counts, parts = state
+        self._counts = torch.tensor(counts, device=self._device)
+        self._parts = {tuple(names): torch.tensor(row, device=self._device) for names, row in parts}

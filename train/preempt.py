@@ -1,0 +1,71 @@
+"""A wish from outside to stop, which all ranks learn of after the same step."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any, Self, final
+
+import torch
+import torch.distributed as distributed
+from torch import Tensor
+
+from evals.core.dist import Group
+
+from .parallel import channel
+
+REQUEUE = 85  # the exit code of a run that was asked to stop, and has saved: start it again
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+@final
+class Preemption:
+    """SIGTERM or SIGUSR1 on any rank, agreed upon by all of them. Entered, it takes the signals.
+
+    The ranks' flags cross on the CPU while a step is done, so that no step waits for them: all ranks stop
+    one step after the first of them was told to.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self._channel = channel(group)
+        self._asked = False
+        self._flag: Tensor | None = None
+        self._crossing: Any = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {name: signal.signal(name, self._ask) for name in _SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for name, handler in self._before.items():
+            signal.signal(name, handler)
+        if kind is None:
+            self._answer()
+
+    def agreed(self) -> bool:
+        """Whether all ranks stop now; every rank asks after every step."""
+        if self._group.world == 1:
+            return self._asked
+        stop = self._answer()
+        self._flag = torch.tensor(int(self._asked))
+        self._crossing = distributed.all_reduce(
+            self._flag, distributed.ReduceOp.MAX, group=self._channel, async_op=True
+        )
+        return stop
+
+    def _answer(self) -> bool:
+        if self._crossing is None or self._flag is None:
+            return False
+        self._crossing.wait()
+        self._crossing = None
+        return bool(self._flag)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
