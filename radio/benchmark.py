@@ -7,6 +7,7 @@ the ratios between them hold.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import math
 import statistics
@@ -273,12 +274,14 @@ def contend(
     channels_last: bool | None = None,
     compiled: bool = False,
 ) -> Contender:
-    """A contender from a backbone or a module, moved to the device.
+    """A contender from a backbone or a module, moved to the device; in another type it is a copy.
 
     Args:
         size: (height, width) of its pictures.
         channels_last: None = where most of it are convolutions.
     """
+    if isinstance(model, nn.Module) and any(weight.dtype != dtype for weight in model.parameters()):
+        model = copy.deepcopy(model)  # its own weights keep their precision
     moved = model.to(device, dtype).eval()
     last = is_convolutional(moved) if channels_last is None else channels_last
     layout = torch.channels_last if last else torch.contiguous_format

@@ -78,7 +78,8 @@ def _table(
     plain: bool,
 ) -> Table:
     """A row for each student: its scores and images a second, then those of the paper."""
-    table = Table("student", box=box.ASCII if plain else box.ROUNDED)
+    table = Table(box=box.ASCII if plain else box.ROUNDED)
+    table.add_column("student", overflow="fold")
     columns = [*tasks, "images/s"]
     for owner in ("", "paper: "):
         for column in columns:

@@ -61,7 +61,8 @@ class TimmTrunk(nn.Module):
         grid = images.shape[2] // self.stride, images.shape[3] // self.stride
         if self.neck is None:
             last = self.network.forward_features(images)
-            return Features(self._pooled(last), self._tokens(last, grid), grid)
+            tokens = self._tokens(last, grid)
+            return Features(self._pooled(last), tokens, grid)
         last, maps = self.network.forward_intermediates(images, indices=2)
         tokens = self._tokens(last, grid)
         plane = self.neck(tokens.transpose(1, 2).unflatten(2, grid), maps[0])
@@ -71,18 +72,23 @@ class TimmTrunk(nn.Module):
         summary: Tensor = self.network.forward_head(last, pre_logits=True)
         return summary
 
-    def _tokens(self, last: Tensor, grid: tuple[int, int]) -> Tensor:
-        if last.ndim == 4:
-            rows_last = getattr(self.network, "output_fmt", "NCHW") == "NCHW"
-            tokens = last.flatten(2).transpose(1, 2) if rows_last else last.flatten(1, 2)
-        else:
-            tokens = last[:, getattr(self.network, "num_prefix_tokens", 0) :]
-        if tokens.shape[1:] != (grid[0] * grid[1], self.token_dim):
+    def _tokens(self, last: Any, grid: tuple[int, int]) -> Tensor:
+        tokens = _as_tokens(self.network, last) if isinstance(last, Tensor) else None
+        if tokens is None or tokens.shape[1:] != (grid[0] * grid[1], self.token_dim):
+            given = list(last.shape) if isinstance(last, Tensor) else type(last).__name__
             raise ConfigError(
-                f"timm:{self.name} gives {list(last.shape)} where {grid[0]}x{grid[1]} tokens of "
-                f"{self.token_dim} were expected: it has no map for a student; choose another model"
+                f"timm:{self.name} gives {given} where {grid[0]}x{grid[1]} tokens of {self.token_dim} were "
+                f"expected: it has no map for a student; choose another model"
             )
         return tokens
+
+
+def _as_tokens(network: Any, last: Tensor) -> Tensor:
+    """[B, D, H, W], [B, H, W, D] or [B, prefix + T, D] -> [B, T, D]."""
+    if last.ndim == 3:
+        return last[:, getattr(network, "num_prefix_tokens", 0) :]
+    rows_last = getattr(network, "output_fmt", "NCHW") == "NCHW"
+    return last.flatten(2).transpose(1, 2) if rows_last else last.flatten(1, 2)
 
 
 @final

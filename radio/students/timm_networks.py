@@ -39,7 +39,8 @@ def make_network(name: str, side: int | None = None, file: Path | None = None) -
     cfg = own.pretrained_cfg
     native: int = cfg["input_size"][1]
     fixed, stride = bool(cfg.get("fixed_input_size")), _stride(own)
-    side = native if side is None else side
+    if side is None:
+        side = native if fixed else nearest(native, stride)
     if side != nearest(side, stride):
         raise SizeError(
             f"timm:{name} cannot be built for {side} px: its stride of {stride} does not divide that; "

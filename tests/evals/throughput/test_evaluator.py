@@ -96,7 +96,9 @@ def test_threads_are_set_for_the_measurement_alone(tmp_path: Path) -> None:
 
 def test_a_resolution_and_half_precision(tmp_path: Path) -> None:
     settings = replace(SHORT, resolution=48, dtype="bf16", batches=(1,))
-    report = ThroughputEvaluator().run(tiny(), settings, tmp_path)
+    model = tiny()
+    report = ThroughputEvaluator().run(model, settings, tmp_path)
+    assert report.fingerprint == model.fingerprint == tiny().fingerprint  # its weights were not rounded
     assert report.settings["resolved"]["size"] == [48, 48]
     assert report.settings["resolved"]["dtype"] == "bfloat16"
     with pytest.raises(SizeError, match="cannot take 50x50 px; the nearest size that it can is 48x48"):

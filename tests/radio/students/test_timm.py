@@ -146,6 +146,14 @@ def test_what_cannot_be_is_one_clear_error(name, options, said):
         student(name, **options)
 
 
+@pytest.mark.parametrize(("name", "given"), [("coat_tiny", "list"), ("volo_d1_224", r"\[1, 197, 384\]")])
+def test_a_model_without_a_last_map_is_an_error(name, given):
+    with torch.device("meta"):
+        made = student(name)
+        with pytest.raises(ConfigError, match=rf"timm:{name} gives {given} where .* it has no map"):
+            made(torch.empty(1, 3, 224, 224))
+
+
 def test_names_with_and_without_an_entry_of_their_own():
     assert "timm:resnetv2_101" in list(students)
     assert "timm:test_resnet" in students
