@@ -15,6 +15,7 @@ from radio.types import Features
 from .config import TrainConfig
 from .data.stream import Mark, Rows, rows_of
 from .partition import Partition, TeacherGroup
+from .preempt import outlast_signals
 from .sampling import StepSampler
 
 # Letters: B pictures of a group on this rank.
@@ -66,6 +67,7 @@ def load(
         num_workers=config.data.workers,
         collate_fn=_Collate([group.share for group in mine]),
         pin_memory=device.type == "cuda",
+        worker_init_fn=outlast_signals,
         prefetch_factor=4 if config.data.workers else None,
     )
     return rows_of(iter(loader))

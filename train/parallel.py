@@ -44,15 +44,6 @@ def join(device: torch.device) -> AbstractContextManager[Group]:
     return joined("nccl" if device.type == "cuda" else "gloo")
 
 
-def channel(group: Group) -> distributed.ProcessGroup | None:
-    """A way of its own for what crosses between the ranks' CPUs beside the training; None for one alone."""
-    if group.world == 1:
-        return None
-    made = distributed.new_group(backend="gloo")
-    assert isinstance(made, distributed.ProcessGroup)  # every rank is in it
-    return made
-
-
 def find_peers(partition: Partition, rank: int) -> Peers:
     """This rank's peers. Every rank calls it, since all of them make every process group."""
     everyone = tuple(range(partition.world))

@@ -13,11 +13,18 @@ from torch import Tensor
 
 from evals.core.dist import Group
 
-from .parallel import channel
-
 REQUEUE = 85  # the exit code of a run that was asked to stop, and has saved: start it again
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def outlast_signals(worker: int) -> None:
+    """Let a loader's process live on when its run is asked to stop.
+
+    torchrun and schedulers signal all processes of a group, and the run still needs its pictures.
+    """
+    for name in _SIGNALS:
+        signal.signal(name, signal.SIG_IGN)
 
 
 @final
@@ -30,7 +37,7 @@ class Preemption:
 
     def __init__(self, group: Group) -> None:
         self._group = group
-        self._channel = channel(group)
+        self._channel = group.channel()
         self._asked = False
         self._flag: Tensor | None = None
         self._crossing: Any = None

@@ -27,8 +27,6 @@ from evals.core.dist import Group
 from radio.config import write_text
 from radio.errors import CheckpointError, RadioError
 
-from .parallel import channel
-
 _NOTES = "run.json"
 _ALONE = "torch.distributed is disabled"  # torch's warning to a single process
 
@@ -66,7 +64,7 @@ class States:
     ) -> None:
         self.folder, self.group, self.settings, self.tell = folder, group, dict(settings), tell
         self.keep_last, self.keep_every = keep_last, keep_every
-        self._channel = channel(group)
+        self._channel = group.channel()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="state")
         self._coming: Future[None] | None = None
         self._coming_step, self._stands = 0, 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,8 +13,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as distributed
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
+
+_WORD = "am-radio/word"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +38,14 @@ class Group:
         """Wait until every rank is here."""
         if self.world > 1:
             distributed.barrier(group=self.process_group)
+
+    def channel(self) -> distributed.ProcessGroup | None:
+        """A gloo group of the same ranks for another thread; every rank asks for it. None for one alone."""
+        if self.world == 1:
+            return None
+        made = distributed.new_group(backend="gloo")
+        assert isinstance(made, distributed.ProcessGroup)  # every rank is in it
+        return made
 
     def gather(self, array: Tensor) -> Tensor:
         """[world, ...] from the arrays [...] of all ranks, of one shape and type, in order of rank."""
@@ -70,13 +84,38 @@ def current() -> Group:
     return Group(rank, world, group)
 
 
+def agree(store: Store, rank: int, world: int) -> str:
+    """A word that the ranks of this start agree on, and that those of no earlier start had.
+
+    Ranks that torchrun starts again find its store as the ones before them left it, addresses and all. The
+    first rank thinks the word up, and answers each of the others by a token of its own: who was answered
+    knows that the word is not an old one.
+    """
+    word, token = secrets.token_hex(8), secrets.token_hex(8)
+    if rank == 0:
+        store.set(_WORD, word)
+        for other in range(1, world):
+            asking = store.get(f"{_WORD}/{word}/{other}").decode()
+            store.set(f"{_WORD}/{asking}", "")
+        return word
+    while True:
+        word = bytes(store.get(_WORD)).decode()
+        store.set(f"{_WORD}/{word}/{rank}", token)
+        for _ in range(20):  # nobody answers to an old word
+            if store.check([f"{_WORD}/{token}"]):
+                return word
+            time.sleep(0.05)
+
+
 @contextmanager
 def joined(backend: str = "gloo") -> Iterator[Group]:
     """The group that torchrun's environment describes, left again at the end; alone without torchrun."""
     if "WORLD_SIZE" not in os.environ or "MASTER_ADDR" not in os.environ or distributed.is_initialized():
         yield current()
         return
-    distributed.init_process_group(backend)
+    store, rank, world = next(rendezvous("env://"))
+    store = PrefixStore(agree(store, rank, world), store)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
     try:
         yield current()
     finally:

@@ -134,7 +134,8 @@ def test_ranks_do_what_one_process_does(config: TrainConfig, tmp_path: Path) -> 
         assert set().union(*shared) == set(wanted)
         for rank in shared:
             for name, tensor in rank.items():
-                assert torch.allclose(tensor, wanted[name], rtol=1e-4, atol=1e-6), name
+                rounding = 1e-5 * max(1.0, float(wanted[name].abs().max()))  # sums of many terms in float32
+                assert torch.allclose(tensor, wanted[name], rtol=0, atol=rounding), name
 
 
 def test_what_groups_on_ranks_have_measured_goes_on_in_one_process(

@@ -14,6 +14,7 @@ from radio.errors import DataError
 
 from ..config import DataConfig
 from ..crops import random_view
+from ..preempt import outlast_signals
 from .faults import Fault, Tally
 from .lanes import Deal, Lane, sharing
 from .sources import Sources
@@ -115,6 +116,7 @@ def open_stream(
         num_workers=workers,
         collate_fn=_as_it_is,
         pin_memory=pin,
+        worker_init_fn=outlast_signals,
         prefetch_factor=_READ_AHEAD if workers else None,
     )
     return _steps(rows_of(iter(loader)), max(workers, 1))

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.distributed as distributed
 
-from evals.core.dist import Group, current, joined
+from evals.core.dist import Group, agree, current, joined
 
 
 def test_alone_everything_is_the_identity() -> None:
@@ -35,3 +37,16 @@ def test_without_torchrun_there_is_no_group(monkeypatch: pytest.MonkeyPatch) -> 
     with joined() as group:
         assert group == Group()
         assert not distributed.is_initialized()
+
+
+def test_ranks_agree_on_a_word_that_no_earlier_start_had() -> None:
+    """Whichever comes first, and with the words of earlier starts in the store."""
+    store = distributed.HashStore()
+    words = []
+    for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2)):
+        with ThreadPoolExecutor(3) as ranks:
+            found = [ranks.submit(agree, store, rank, 3) for rank in order]
+        (word,) = {one.result() for one in found}
+        words.append(word)
+    assert len(set(words)) == 3
+    assert agree(distributed.HashStore(), 0, 1)
