@@ -258,7 +258,7 @@ _FAMILY = (
         native=96,
         strides=(3, 1),
         inner=24,
-        heads=(3, 6),  # of 32 channels each, as in the others: narrower ones learn slower
+        heads=(3, 6),  # of 32 channels each, as in xt: narrower ones learn slower
     ),
 )
 
