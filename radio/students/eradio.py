@@ -253,12 +253,12 @@ _FAMILY = (
     # 4 at 96 px and 7 at 168 px.
     ERadioConfig(
         name="e-radio-tiny",
-        width=16,
-        depths=(1, 1, 1, 2),
+        width=24,
+        depths=(1, 1, 2, 3),
         native=96,
         strides=(3, 1),
-        inner=16,
-        heads=(2, 4),
+        inner=24,
+        heads=(3, 6),  # of 32 channels each, as in xt: narrower ones learn slower
     ),
 )
 
