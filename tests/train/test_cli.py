@@ -9,6 +9,7 @@ import pytest
 
 from radio import entry
 from radio.config import read_yaml, write_yaml
+from radio.errors import RadioError
 from train.cli import main
 from train.config import TrainConfig
 from train.recipes import recipes
