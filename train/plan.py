@@ -181,8 +181,7 @@ def _memory(
     buckets = student if world > 1 else 0
     exchange = _gathered(held, half=half) if sharded else buckets
     online = config.cache.folder is None
-    names = [name for group in groups for name in group.teachers] if online else list(models.teachers)
-    teachers = sum(bytes_of(models.teachers[name]) for name in names)
+    teachers = sum(bytes_of(models.teachers[name]) for group in groups for name in group.teachers)
     working = max(cost.teacher_working for cost in mine)
     ahead = online and config.teachers_ahead
     inputs = sum(cost.inputs for cost in mine) * (2 if ahead else 1)
