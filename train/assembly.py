@@ -36,7 +36,7 @@ _UNDECIDING = (
         "max_skipped",
         "score",
     ),
-    *("partition", "split", "engine", "accumulate", "compile", "teachers_ahead", "peak_tflops"),
+    *("partition", "split", "engine", "accumulate", "compile", "teachers_ahead", "peak_tflops", "sinks"),
 )
 
 

@@ -18,6 +18,8 @@ from radio.errors import ConfigError, did_you_mean
 from .comparison import compares, runs_of
 from .config import TrainConfig
 from .parallel import join
+from .plan import PlanOptions, make_plan
+from .plan_table import print_plan
 from .preempt import REQUEUE
 from .recipes import recipes
 from .tables import chosen_rows, run_table, tables
@@ -26,12 +28,15 @@ from .teachers_from_scenes import main as train_teachers
 from .trainer import Run
 
 USAGE = """usage: radio-train RECIPE [--section.option value ...] [--restart]
+       radio-train RECIPE --plan [--world RANKS] [--peak-tflops NUMBER] ...
        radio-train runs/NAME/config.yaml [--out runs/OTHER] ...
 
-One run of distillation. Repeat the command to go on where it was stopped.
+One run of distillation. Repeat the command to go on where it was stopped. --plan runs nothing: it prints
+which ranks do what, the memory they need, and what the run costs.
 `radio-train RECIPE --help` lists every option with the recipe's value. Recipes:
 """
 TEACHERS = "scenes-teachers"
+PLAN = "--plan"
 
 S = TypeVar("S")
 
@@ -49,6 +54,14 @@ class Command:
         """The settings, with what `yes` agrees to."""
         config = self.config
         return replace(config, cache=replace(config.cache, confirm=False)) if self.yes else config
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanCommand:
+    """Options of a plan, and of the run that it is for."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    options: Annotated[PlanOptions, tyro.conf.arg(name="")]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if name in tables:
         return _make_table(name, options, console)
+    if PLAN in options:
+        return _plan(name, [option for option in options if option != PLAN], console)
     command = _parse(Command, Command(config=_settings(name)), options, name)
     config, configs, paths = command.agreed, runs_of(command.agreed), []
     device = choose_device(config.device)
@@ -99,6 +114,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .scoring import score
 
             score(config, {"student": paths[0]}, config.out / "reports", console)
+    return 0
+
+
+def _plan(name: str, options: Sequence[str], console: Console) -> int:
+    asked = _parse(
+        PlanCommand, PlanCommand(config=_settings(name), options=PlanOptions()), options, f"{name} {PLAN}"
+    )
+    print_plan(make_plan(asked.config, asked.options), console)
     return 0
 
 

@@ -131,6 +131,7 @@ class TrainConfig:
     peak_tflops: float | None = None  # what one rank's device can do; None = no MFU in the log
     compile: bool = False  # torch.compile every block of the student
     teachers_ahead: bool = True  # online teachers see the next batch, in a thread of their own, during a step
+    sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()  # for the log, beside metrics.jsonl
     log_every: int = 20  # steps
     save_every: int = 200  # steps
     keep_last: int = 2  # states to go on from: so many of the newest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -20,6 +20,16 @@ from rich.progress import (
 from radio.config import write_text
 
 Record = dict[str, float | int | str | None]
+
+
+class Sink(Protocol):
+    """A place for records."""
+
+    def write(self, record: Record) -> None:
+        """Take in one record."""
+
+    def close(self) -> None:
+        """End with what was taken in."""
 
 
 class JsonLines:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -31,7 +30,6 @@ from .assembly import (
     student_resolutions,
     window_candidates,
 )
-from .balancing import make_balancer
 from .batches import Batch, crop_sides, load, remembered, taught
 from .cache import CacheJob, GroupedCaches, open_caches
 from .config import TrainConfig
@@ -39,26 +37,15 @@ from .crops import FixedCrops
 from .data.progress import LISTING, start_progress
 from .data.sources import Sources, open_sources
 from .data.stream import fewer_workers, open_stream
-from .ema import Average
 from .guards import Guard
+from .learner import Learner
 from .metrics import Clock, Meters
-from .optim import learning_rate, make_optimizer, moments
-from .parallel import Engine, find_peers, gather_weights, is_half
 from .partition import TeacherGroup
 from .pictures import Joined, open_pictures
 from .preempt import Preemption
-from .sampling import draw_window, generator
 from .sinks import JsonLines, ProgressConsole, Record
 from .state import States
-from .step import Distiller, Losses, in_parts, teacher_features
-
-
-class Learned(NamedTuple):
-    """What the gradients of one step came from, on the device."""
-
-    total: Tensor  # [] scaled so that the mean over ranks is the step's loss
-    norm: Tensor  # [] of the whole gradient, the same on every rank
-    losses: list[Losses]
+from .step import teacher_features
 
 
 class Run:
@@ -102,13 +89,7 @@ class Run:
         beside = student_resolutions(config)
         self.windows = window_candidates(self.model, config, beside)
         check_student(self.model.student, beside, self.windows)
-        asked = [t for t in config.teachers if t.name in mine]
-        balancer = make_balancer(config.balance, asked, self.model.summary_dim)
-        self.distiller = Distiller(self.model, asked, config.loss, balancer.to(device))
-        self.peers = find_peers(self.partition, group.rank)
-        self.engine = Engine(self.distiller, group, self.peers, device, config)
-        self.optimizer = make_optimizer(self.distiller, config.optim)
-        self.average = Average(self.model, config.ema) if config.ema else None
+        self.learner = Learner(self.model, self.windows, config, self.partition, group, device)
         self.meters, self.guard, self.clock = Meters(), Guard(device), Clock()
         self.stop, self.stopped = Preemption(group), False
         self.states = States(
@@ -187,46 +168,16 @@ class Run:
         return taught(rows, self.mine, self.device, self._teach)
 
     def advance(self, batch: Batch) -> None:
-        """One step: forwards, losses, backwards, update. Reads nothing back from the device."""
-        config, step = self.config, self.step
-        found = self.learn(batch)
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = learning_rate(step, config.steps, config.optim)
-        fine = self.optimizer.guard(found.norm, config.optim.clip)
-        self.optimizer.step()
-        self.distiller.settle(self.engine.peer_mean)
-        if self.average is not None:
-            self.average.update()
-        self.guard.see(fine, [losses.parts for losses in found.losses])
-        self.meters.add({"loss": found.total, "grad_norm": found.norm}, fine)
-        for losses in found.losses:
+        """One step, and what is measured of it. Reads nothing back from the device."""
+        learned, fine = self.learner.advance(batch, self.step)
+        self.guard.see(fine, [losses.parts for losses in learned.losses])
+        self.meters.add({"loss": learned.total, "grad_norm": learned.norm}, fine)
+        for losses in learned.losses:
             self.meters.add(losses.parts, fine)
             if losses.details:
                 self.meters.add(losses.details, fine)
         self.clock.step(batch.waited)
         self.progress.add(batch.marks)
-
-    def learn(self, batch: Batch) -> Learned:
-        """Leave the gradients of the whole step in the weights of this rank."""
-        config, step = self.config, self.step
-        self.optimizer.zero_grad(set_to_none=True)
-        detail = (step + 1) % config.log_every == 0 or step + 1 == config.steps
-        parts = [
-            part
-            for lesson in batch.lessons
-            for part in in_parts(lesson, self._drawn(lesson.group), config.accumulate)
-        ]
-        found, total = [], torch.zeros((), device=self.device)
-        for place, (lesson, drawn) in enumerate(parts, start=1):
-            window = draw_window(self.windows[lesson.group.side], config.seed, step)
-            with self.engine.turn(last=place == len(parts)):
-                with self._autocast():
-                    losses = self.distiller(self.engine.encode, lesson, drawn, window, detail)
-                loss = losses.total * (self.engine.scale / config.accumulate)
-                loss.backward()
-            total += loss.detach()
-            found.append(losses)
-        return Learned(total, self.engine.settle(total), found)
 
     def record(self) -> Record:
         """The means since the last log step.
@@ -246,7 +197,7 @@ class Run:
             "step": self.step,
             "samples": seen,
             **means,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self.learner.optimizer.param_groups[0]["lr"],
             "images_per_second": lap.steps * self.partition.batch_size / lap.seconds,
             "data_wait": lap.waiting / lap.seconds,
             "seconds": lap.seconds,
@@ -265,10 +216,7 @@ class Run:
             RadioError: too many steps in a row were not finite.
         """
         self.guard.check(self.step, self.config.max_skipped)
-        files = {"ckpt.pt": gather_weights(self.model.state_dict(), self.group, self.peers)}
-        if self.average is not None:
-            averaged = {**self.model.state_dict(), **self.average.tensors}
-            files["ckpt-ema.pt"] = gather_weights(averaged, self.group, self.peers)
+        files = self.learner.checkpoints()
         self.model.card["provenance"] = provenance(self.step, self.step * self.partition.batch_size)
 
         def publish() -> None:
@@ -277,13 +225,13 @@ class Run:
 
         mine = {"meters": self.meters.state(), "guard": self.guard.state()}
         notes = {"ranks": self.group.gather_objects(mine), "data": self.progress.state()}
-        self.states.write(self.step, self._tensors(), notes, publish)
+        self.states.write(self.step, self.learner.tensors(), notes, publish)
 
     def _resume(self) -> int:
         found = self.states.newest()
         if found is None:
             return 0
-        self.states.read(found, self._tensors())
+        self.states.read(found, self.learner.tensors())
         ranks = found.notes["ranks"]
         if len(ranks) == self.group.world:
             mine = ranks[self.group.rank]
@@ -296,41 +244,18 @@ class Run:
         self.progress.restore(found.notes["data"])
         return found.step
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """All tensors of the run that this rank has, or has a part of."""
-        averages = {} if self.average is None else self.average.tensors
-        return {
-            **{f"weights.{name}": tensor for name, tensor in self.distiller.state_dict().items()},
-            **{f"optimizer.{name}": t for name, t in moments(self.optimizer, self.distiller).items()},
-            **{f"average.{name}": tensor for name, tensor in averages.items()},
-        }
-
     def _tell(self, line: str) -> None:
         self.console.print(line, highlight=False, soft_wrap=True)
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.steps
 
-    def _drawn(self, group: TeacherGroup) -> Tensor | None:
-        """This rank's share of what the student draws for all pictures of the step."""
-        drawn = self.model.draw(
-            self.partition.batch_size, generator(self.config.seed, "positions", self.step)
-        )
-        if drawn is None:
-            return None
-        rows = self.partition.rows(group, self.group.rank)
-        return drawn[rows.start : rows.stop].to(self.device)
-
     def _teach(self, group: TeacherGroup, images: Tensor) -> dict[str, Features]:
         """What a group's teachers say of its pictures."""
-        with self._autocast():
+        with self.learner.autocast():
             return teacher_features(
                 {name: self.teachers[name] for name in group.teachers}, self.sizes, images
             )
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        half = is_half(self.config, self.device)
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
 
     def _open_caches(self) -> GroupedCaches | None:
         """The teacher caches of this rank's groups; None when the teachers run online."""

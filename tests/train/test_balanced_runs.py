@@ -107,15 +107,17 @@ def test_amtml_refuses_teachers_that_see_other_pictures(config: TrainConfig, sta
 def second_step(config: TrainConfig, group: Group) -> dict[str, Tensor]:
     """Gradients and averages that this rank has in the second of two steps without an update between."""
     run = Run(config, group, CPU, Console(quiet=True))
-    for name, parameter in run.distiller.balancer.named_parameters():
+    for name, parameter in run.learner.distiller.balancer.named_parameters():
         seed = sum(map(ord, name))
         parameter.data.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
     batches = run.batches()
     run.advance(next(batches))
     run.step += 1
-    run.learn(next(batches))
-    found = {name: p.grad.clone() for name, p in run.distiller.named_parameters() if p.grad is not None}
-    return found | {name: buffer.clone() for name, buffer in run.distiller.balancer.named_buffers()}
+    run.learner.learn(next(batches), run.step)
+    found = {
+        name: p.grad.clone() for name, p in run.learner.distiller.named_parameters() if p.grad is not None
+    }
+    return found | {name: buffer.clone() for name, buffer in run.learner.distiller.balancer.named_buffers()}
 
 
 def test_ranks_do_what_one_process_does(config: TrainConfig, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from radio import entry
 from radio.config import read_yaml, write_yaml
+from radio.errors import RadioError
 from train.cli import main
 from train.config import TrainConfig
 from train.recipes import recipes
@@ -202,3 +203,18 @@ def test_the_list_of_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert said.startswith("usage: radio-train RECIPE")
     assert all(said.count(f"\n  {name} ") == 2 for name in (*recipes, "scenes-teachers"))
+
+
+def test_a_plan_runs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["smoke", *TINY, "--plan", "--world", "2", "--peak-tflops", "0.1"]) == 0
+    out = capsys.readouterr().out
+    assert "smoke: vit-tiny12 on 2 ranks, ddp" in out
+    assert "time: 2 steps in" in out
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(RadioError, match="--world 0 cannot be"):
+        main(["smoke", *TINY, "--plan", "--world", "0"])
+    with pytest.raises(SystemExit):
+        main(["smoke", *TINY, "--world", "2"])  # without a plan there is no such option

@@ -83,7 +83,7 @@ def begin(config: TrainConfig, group: Group, **changes: Any) -> Run:
 
 def gradients(run: Run) -> tuple[dict[str, Tensor], float]:
     """Every gradient of the first step that this rank has, whole, and their norm."""
-    norm = run.learn(next(run.batches())).norm
+    norm = run.learner.learn(next(run.batches()), 0).norm
     found = {}
     for name, parameter in run.model.named_parameters():
         assert parameter.grad is not None, name

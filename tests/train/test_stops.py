@@ -20,7 +20,7 @@ from rich.console import Console
 from evals.core.dist import Group
 from radio import config as settings_files
 from radio import model as radio_model
-from train import optim, state, step, trainer
+from train import learner, state, step, trainer
 from train.config import TrainConfig
 from train.trainer import Run
 
@@ -31,11 +31,10 @@ pytestmark = pytest.mark.slow
 # Where a run may be stopped: in a step, while a state is gathered, written, hashed, named and pruned.
 PLACES: tuple[tuple[ModuleType, str], ...] = (
     (trainer, "teacher_features"),
-    (trainer, "learning_rate"),
+    (learner, "learning_rate"),
     (step, "teacher_losses"),
-    (optim, "moments"),
-    (trainer, "moments"),
-    (trainer, "gather_weights"),
+    (learner, "moments"),
+    (learner, "gather_weights"),
     (state, "async_save"),
     (radio_model.checkpoint, "write_bytes"),
     (state, "_sha256"),

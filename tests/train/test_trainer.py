@@ -26,6 +26,7 @@ from radio.students import StudentOptions
 from radio.students.vit import ViT
 from radio.teachers import families
 from radio.types import Features
+from train import learner
 from train import trainer as module
 from train.config import DataConfig, TrainConfig
 from train.optim import learning_rate
@@ -126,7 +127,8 @@ class StoppedError(Exception):
 
 def run_until(run: Run, name: str, call: int) -> None:
     """Train until the trainer calls its function of this name for the n-th time."""
-    genuine: Callable[..., Any] = getattr(module, name)
+    owner = module if hasattr(module, name) else learner
+    genuine: Callable[..., Any] = getattr(owner, name)
     calls = iter(range(1, 1000))
 
     def stopping(*arguments: Any, **named: Any) -> Any:
@@ -135,7 +137,7 @@ def run_until(run: Run, name: str, call: int) -> None:
         return genuine(*arguments, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, name, stopping)
+        patch.setattr(owner, name, stopping)
         with pytest.raises(StoppedError):
             run.train()
 

@@ -1,0 +1,64 @@
+"""Records in the file, in TensorBoard and at W&B; sinks that are not installed."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from radio.errors import MissingExtraError
+from train.config import TrainConfig
+from train.log import open_log
+
+RECORDS = (
+    {"step": 5, "loss": 2.0, "sam/spatial": 0.5, "not_finite": "clip/spatial"},
+    {"step": 10, "loss": 1.0, "sam/spatial": None},
+)
+
+
+def test_every_sink_gets_every_record(config: TrainConfig) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = open_log(replace(config, sinks=("tensorboard",)), 0)
+    for record in RECORDS:
+        log.write(record)
+    log.close()
+    lines = (config.out / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == list(RECORDS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        events = EventAccumulator(str(config.out / "tensorboard"))
+        events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(5, 2.0), (10, 1.0)]
+    assert [(event.step, event.value) for event in events.Scalars("sam/spatial")] == [(5, 0.5)]
+    assert events.Tags()["tensors"] == ["not_finite/text_summary"]
+
+
+def test_wandb_offline(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    chosen = replace(config, sinks=("wandb",))
+    for step in (0, 5):  # begun, and taken up
+        log = open_log(chosen, step)
+        log.write(RECORDS[bool(step)])
+        log.close()
+    files = sorted((config.out / "wandb").glob("offline-run-*/run-*.wandb"))
+    name = (config.out / "wandb-id.txt").read_text()
+    assert [file.name for file in files] == [f"run-{name}.wandb"] * 2
+    assert b"sam/spatial" in files[0].read_bytes()
+    assert all(len(line) < 200 for line in (config.out / "metrics.jsonl").read_text().splitlines())
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_missing_library_names_its_extra(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingExtraError, match=rf"am-radio\[{name}\]"):
+        open_log(replace(config, sinks=(name,)), 0)  # type: ignore[arg-type]
+    assert not Path(config.out / "metrics.jsonl").exists()

@@ -1,0 +1,232 @@
+"""Who does what at a given number of ranks, what it takes of each, and how long the run would last.
+
+Nothing is loaded and nothing is run: the models are outlines whose operations and bytes are counted.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple, final
+
+from torch import nn
+
+from radio.errors import ConfigError
+from radio.model import RadioModel
+
+from .assembly import check_settings, deal
+from .config import TrainConfig
+from .cost import Cost, Outline, bytes_of, count, outline
+from .imbalance import Proposal, idle_share, idle_shares, measured, propose
+from .parallel import blocks_of
+from .partition import Partition, TeacherGroup
+
+PAPERS_RANKS = 64  # paper §4
+A100 = 312.0  # TFLOP/s in bfloat16 without sparsity
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanOptions:
+    """What a plan supposes."""
+
+    world: int | None = None  # ranks; None = the paper's 64 where they can share the batches, else 1
+    utilisation: float = 0.4  # share of --peak-tflops (of an A100's 312 unless given) that a rank reaches
+    pictures: int | None = None  # in the data, for the number of passes; None = not told, but for scenes
+    measured: Path | None = None  # metrics.jsonl of a run of these teachers: its times instead of operations
+
+
+class Memory(NamedTuple):
+    """Bytes on one rank."""
+
+    weights: int  # student and adaptors, or the rank's part of them
+    teachers: int  # frozen weights, text towers too
+    optimiser: int  # AdamW's two moments
+    average: int  # of the weights (--ema)
+    gradients: int
+    exchange: int  # DDP's buckets, or what FSDP2 gathers of two blocks and of what is outside the blocks
+    inputs: int  # pictures and teachers' features, of the next step too where teachers work ahead
+    activations: int  # at the peak of the student's forward
+    working: int  # of the teachers' forward beyond their features
+    peak: int  # of all of it together; gradients and activations need not peak at once
+
+
+class Kind(NamedTuple):
+    """Ranks that do the same."""
+
+    groups: tuple[TeacherGroup, ...]
+    num_ranks: int
+    memory: Memory
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run would take."""
+
+    config: TrainConfig
+    options: PlanOptions
+    partition: Partition
+    costs: dict[str, Cost]  # of one rank of each group, by the group's name
+    kinds: tuple[Kind, ...]
+    sizes: dict[str, tuple[int, int]]  # what each teacher sees
+    half: bool
+
+    @property
+    def peak_tflops(self) -> float:
+        """What one rank's device could do at most."""
+        return self.config.peak_tflops or A100
+
+    @property
+    def flops(self) -> int:
+        """Operations a step over all ranks."""
+        return sum(len(group.ranks) * self.costs[group.name].flops for group in self.partition.groups)
+
+    @cached_property
+    def seconds(self) -> dict[str, float]:
+        """Seconds a step of one rank of each group: measured, or from its operations."""
+        if self.options.measured is not None:
+            return measured(self.options.measured, self.partition)
+        speed = self.peak_tflops * 1e12 * self.options.utilisation
+        return {name: cost.flops / speed for name, cost in self.costs.items()}
+
+    @property
+    def step_seconds(self) -> float:
+        """Seconds a step: of the slowest rank."""
+        return max(sum(self.seconds[group.name] for group in kind.groups) for kind in self.kinds)
+
+    @property
+    def days(self) -> float:
+        """Days for all steps."""
+        return self.config.steps * self.step_seconds / 86400
+
+    @property
+    def passes(self) -> float | None:
+        """How often the run sees all of its data; None where nobody knows how much there is."""
+        pictures = self.options.pictures or (self.config.data.scenes if _only_scenes(self.config) else 0)
+        return self.config.steps * self.partition.batch_size / pictures if pictures else None
+
+    @property
+    def idle(self) -> float:
+        """The share of all ranks' time spent waiting for the slowest group."""
+        return idle_share(self.partition, self.seconds)
+
+    @property
+    def idle_shares(self) -> dict[str, float]:
+        """The same for each group."""
+        return idle_shares(self.partition, self.seconds)
+
+    @property
+    def proposal(self) -> Proposal | None:
+        """A faster split, where there is one."""
+        return propose(self.partition, self.seconds)
+
+
+def make_plan(config: TrainConfig, options: PlanOptions) -> Plan:
+    """The plan of a run; a few seconds for small students, half a minute for a ViT-H.
+
+    Raises:
+        ConfigError: settings that make no sense, or ranks that cannot share the batches.
+        SizeError: a resolution that a teacher or the student cannot take.
+    """
+    _check(options)
+    world = _world(config) if options.world is None else options.world
+    check_settings(config, world)
+    partition = deal(config, world)
+    models = outline(config)
+    half = config.precision == "bf16" or (config.precision == "auto" and config.device != "cpu")
+    dealt = list(dict.fromkeys(group.ranks for group in partition.groups))
+    sets = [tuple(group for group in partition.groups if group.ranks == ranks) for ranks in dealt]
+    costs = {
+        group.name: count(config, models, group, half=half, standing=_standing(config, groups))
+        for groups in sets
+        for group in groups
+    }
+    kinds = [
+        Kind(groups, len(groups[0].ranks), _memory(config, models, groups, costs, world, half=half))
+        for groups in sets
+    ]
+    return Plan(
+        config=config,
+        options=options,
+        partition=partition,
+        costs=costs,
+        kinds=tuple(kinds),
+        sizes={name: facts.size for name, facts in models.facts.items()},
+        half=half,
+    )
+
+
+def _standing(config: TrainConfig, groups: tuple[TeacherGroup, ...]) -> bool:
+    """Whether gradients stand while a rank's dearest forward runs: it has several a step, or keeps shards."""
+    return len(groups) > 1 or config.accumulate > 1 or config.engine == "fsdp"
+
+
+def _memory(
+    config: TrainConfig,
+    models: Outline,
+    groups: tuple[TeacherGroup, ...],
+    costs: dict[str, Cost],
+    world: int,
+    *,
+    half: bool,
+) -> Memory:
+    mine = [costs[group.name] for group in groups]
+    held = models.of(*groups)
+    student, adaptors = bytes_of(held.student), bytes_of(held.adaptors)
+    sharded = config.engine == "fsdp"
+    kept = (math.ceil(student / world) if sharded else student) + adaptors
+    average = kept if config.ema else 0
+    buckets = student if world > 1 else 0
+    exchange = _gathered(held, half=half) if sharded else buckets
+    online = config.cache.folder is None
+    teachers = sum(bytes_of(models.teachers[name]) for group in groups for name in group.teachers)
+    working = max(cost.teacher_working for cost in mine)
+    ahead = online and config.teachers_ahead
+    inputs = sum(cost.inputs for cost in mine) * (2 if ahead else 1)
+    passing = max(cost.peak - (cost.copies if sharded else 0) for cost in mine)
+    passing += kept if _standing(config, groups) else 0
+    busy = passing + working if ahead else max(passing, working)
+    return Memory(
+        weights=kept,
+        teachers=teachers,
+        optimiser=2 * kept,
+        average=average,
+        gradients=kept,
+        exchange=exchange,
+        inputs=inputs,
+        activations=max(cost.activations - (cost.copies if sharded else 0) for cost in mine),
+        working=working,
+        peak=3 * kept + average + teachers + exchange + inputs + busy,
+    )
+
+
+def _gathered(model: RadioModel, *, half: bool) -> int:
+    """Bytes of the weights that FSDP2 has whole at a time, and of a block's gradient on its way."""
+    student = model.student
+    assert isinstance(student, nn.Module)
+    blocks = [bytes_of(block) for block in blocks_of(student)]
+    largest, outside = max(blocks, default=0), bytes_of(student) - sum(blocks)
+    return (2 * largest + outside) // (2 if half else 1) + 2 * largest
+
+
+def _world(config: TrainConfig) -> int:
+    try:
+        deal(config, PAPERS_RANKS)
+    except ConfigError:
+        return 1
+    return PAPERS_RANKS
+
+
+def _only_scenes(config: TrainConfig) -> bool:
+    return not config.data.shards and not config.data.images
+
+
+def _check(options: PlanOptions) -> None:
+    if options.world is not None and options.world < 1:
+        raise ConfigError(f"--world {options.world} cannot be; give 1 or more")
+    if not 0 < options.utilisation <= 1:
+        raise ConfigError(f"--utilisation {options.utilisation} is no share; give more than 0 and at most 1")
+    if options.pictures is not None and options.pictures < 1:
+        raise ConfigError(f"--pictures {options.pictures} cannot be; give 1 or more")

@@ -1,0 +1,51 @@
+"""A run's figures at Weights & Biases, or in its offline folder (WANDB_MODE=offline)."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any, final
+
+from radio.config import to_plain, write_text
+from radio.errors import require
+
+from .config import TrainConfig
+from .sinks import Record
+
+
+@final
+class WandbRun:
+    """One run of the project `am-radio`; a run that is taken up goes on under its old id.
+
+    Args:
+        config: the run's settings, shown beside its curves; the run folder gives the name.
+        step: the last one that is done.
+
+    Raises:
+        MissingExtraError: wandb is not installed.
+    """
+
+    def __init__(self, config: TrainConfig, step: int) -> None:
+        library: Any = require("wandb", extra="wandb")
+        config.out.mkdir(parents=True, exist_ok=True)
+        note = config.out / "wandb-id.txt"
+        if not step or not note.is_file():
+            write_text(note, secrets.token_hex(4))
+        settings = library.Settings(console="off", silent=True)
+        self._run: Any = library.init(
+            project="am-radio",
+            name=config.out.name,
+            id=note.read_text(encoding="utf-8").strip(),
+            dir=str(config.out),
+            config=to_plain(config),
+            resume=None if settings.mode == "offline" else "allow",
+            settings=settings,
+        )
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, record: Record) -> None:
+        """Add one record."""
+        self._run.log({name: value for name, value in record.items() if value is not None})
+
+    def close(self) -> None:
+        """Send what is left."""
+        self._run.finish()
