@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any, NamedTuple, TypeVar
@@ -137,6 +138,7 @@ def rows_of(loader: Iterable[T]) -> Iterator[T]:
     try:
         yield from loader
     except DataError as error:
+        traceback.clear_frames(error.__traceback__)  # they hold each other, and with them the processes
         raise DataError(str(error).rpartition(f"{DataError.__name__}: ")[2].strip()) from error
 
 
