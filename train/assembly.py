@@ -12,14 +12,14 @@ from evals.core.dist import Group
 from evals.core.provenance import commit, versions
 from radio.adaptors import AdaptorConfig
 from radio.config import to_plain
-from radio.errors import ConfigError, SizeError
+from radio.errors import CheckpointError, ConfigError, SizeError
 from radio.hub import load_teacher
 from radio.model import ModelConfig, RadioModel
 from radio.students import students
 from radio.types import Student, Teacher, Windowed
 
 from .balancing import check_balance
-from .config import TrainConfig
+from .config import TeacherConfig, TrainConfig
 from .partition import Partition, make_partition
 from .pictures import Described
 
@@ -34,6 +34,8 @@ _UNDECIDING = (
         "keep_last",
         "keep_every",
         "max_skipped",
+        "eval_every",
+        "eval_tasks",
         "score",
     ),
     *("partition", "split", "engine", "accumulate", "compile", "teachers_ahead", "peak_tflops", "sinks"),
@@ -64,6 +66,7 @@ def check_settings(config: TrainConfig, world: int) -> None:
         "--accumulate": config.accumulate,
         "--keep-last": config.keep_last,
         "--keep-every": config.keep_every or 1,
+        "--eval-every": config.eval_every or 1,
         "--max-skipped": config.max_skipped,
         "--cache.crops": config.cache.crops,
         "--cache.pictures": 1 if config.cache.pictures is None else config.cache.pictures,
@@ -101,12 +104,23 @@ def load_teachers(
 
     Raises:
         ConfigError: no teachers, or two of one name.
+        CheckpointError: a weights file that is not of its architecture, or not the one with its fingerprint.
     """
     known = [t.name for t in config.teachers]
     if not known or len(set(known)) != len(known):
         raise ConfigError(f"a run needs teachers with names of their own, got {', '.join(known) or 'none'}")
     chosen = [t for t in config.teachers if names is None or t.name in names]
-    return {t.name: load_teacher(t.model).to(device, torch.float32) for t in chosen}
+    return {t.name: _load_teacher(t, device) for t in chosen}
+
+
+def _load_teacher(config: TeacherConfig, device: torch.device) -> Teacher:
+    teacher = load_teacher(config.model)
+    if config.fingerprint not in (None, teacher.fingerprint):
+        raise CheckpointError(
+            f"teacher {config.name}: {config.model} has other weights than asked for: their fingerprint is "
+            f"{teacher.fingerprint}, not {config.fingerprint}; bring the right file, or mend the setting"
+        )
+    return teacher.to(device, torch.float32)
 
 
 def gather_facts(
@@ -245,6 +259,8 @@ def deciding(config: TrainConfig, teachers: Mapping[str, TeacherFacts], data: De
     for name in ("workers", "max_broken", "shards", "images"):  # a run may move with its data
         plain["data"].pop(name)
     plain["cache"].pop("confirm")
+    for teacher in plain["teachers"]:
+        teacher.pop("fingerprint")  # what it is stands below, wanted or not
     for name, facts in teachers.items():
         plain[f"teacher {name}'s weights"] = facts.fingerprint
     return {**plain, "pictures": data.fingerprint}

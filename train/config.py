@@ -20,6 +20,7 @@ class TeacherConfig:
     batch_size: int | None = (
         None  # pictures a step over all ranks; None = the run's (paper §4: fewer for SAM)
     )
+    fingerprint: str | None = None  # of its weights, as a checkpoint's card has it; others are refused
     summary_weight: float = 1.0  # lambda of eq. 2
     spatial_weight: float = 1.0  # gamma of eq. 3
 
@@ -136,5 +137,7 @@ class TrainConfig:
     save_every: int = 200  # steps
     keep_last: int = 2  # states to go on from: so many of the newest
     keep_every: int = 0  # steps; the states of those are kept for good; 0 = none
+    eval_every: int = 0  # steps; the student is evaluated after each so many of them; 0 = never
+    eval_tasks: tuple[str, ...] = ("knn", "zeroshot")  # by which evaluators
     max_skipped: int = 10  # stop when so many steps in a row are left out, their gradients not being finite
     score: tuple[str, ...] = ()  # tasks that the run ends with, for student, untrained student and teachers

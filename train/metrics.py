@@ -76,6 +76,10 @@ class Clock:
         self._waiting += waited
         self._steps += 1
 
+    def skip(self, seconds: float) -> None:
+        """Leave out so many seconds, in which no step was made."""
+        self._start += seconds
+
     def read(self) -> Lap:
         """The lap since the last reading, which this ends."""
         now = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -21,10 +22,17 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 def outlast_signals(worker: int) -> None:
     """Let a loader's process live on when its run is asked to stop.
 
-    torchrun and schedulers signal all processes of a group, and the run still needs its pictures.
+    torchrun and schedulers signal all processes of a group, and the run still needs its pictures. The process
+    that started it is heeded: it ends its loaders with SIGTERM, and waits for them.
     """
-    for name in _SIGNALS:
-        signal.signal(name, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    threading.Thread(target=_heed_parent, daemon=True).start()
+
+
+def _heed_parent() -> None:
+    while signal.sigwaitinfo(_SIGNALS).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 @final

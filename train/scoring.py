@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from radio.hub import load_backbone
 from radio.types import Backbone
 
 from .config import TrainConfig
+from .sinks import Record
 
 _STUDENTS_ONLY = "vqa"  # a language model is trained for it: minutes a model
 
@@ -60,6 +62,52 @@ def score(
     for line in _measured_on(config.score, paper):
         console.print(escape(line), highlight=False, soft_wrap=True)
     return found
+
+
+class Follower:
+    """Evaluates the student of a run while it is trained. Every rank asks it, and takes part.
+
+    Args:
+        config: tasks, device and run folder.
+        group: the ranks.
+        console: where it tells what it does.
+
+    Raises:
+        ConfigError: a task that there is not.
+    """
+
+    def __init__(self, config: TrainConfig, group: Group, console: Console) -> None:
+        self.config, self.group, self.console = config, group, console
+        self.jobs = {task: _job(task, config.device) for task in config.eval_tasks}
+
+    def evaluate(self, step: int) -> Record:
+        """The headlines of `ckpt.pt` as `knn/top1`, with the reports in `reports/step-000200`."""
+        model = load_backbone(str(self.config.out / "ckpt.pt"))
+        outcomes = run_all(
+            model,
+            self.jobs,
+            self.config.out / "reports" / f"step-{step:06d}",
+            name="student",
+            watch=watch_on(self.console, shown=False),
+            group=self.group,
+            tell=partial(_tell, self.console, f"step {step}"),
+        )
+        reports = [outcome.report for outcome in outcomes if outcome.report is not None]
+        found: Record = {"step": step}
+        for report in reports:
+            found[f"{report.task}/{report.headline}"] = report.metrics[report.headline].value
+        figures = ", ".join(
+            f"{name} {value:.1f}" for name, value in found.items() if isinstance(value, float)
+        )
+        _tell(self.console, f"step {step}", figures or "no task could be evaluated")
+        return found
+
+    def has_done(self, step: int) -> bool:
+        """Whether the run's log has the figures of a step."""
+        path = self.config.out / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        records = [record for record in map(json.loads, lines) if record["step"] == step]
+        return any(key.partition("/")[0] in self.jobs for record in records for key in record)
 
 
 def _job(task: str, device: str) -> tuple[Evaluator[Any], Any]:

@@ -19,6 +19,8 @@ from rich.progress import (
 
 from radio.config import write_text
 
+from .config import TrainConfig
+
 Record = dict[str, float | int | str | None]
 
 
@@ -90,6 +92,22 @@ class ProgressConsole:
             self.console.print(
                 f"{self._title} {done}/{self._total}  {figures}", highlight=False, soft_wrap=True
             )
+
+
+def summarise(record: Record, config: TrainConfig) -> str:
+    """The figures of one record on one line: the loss, each teacher's summary/spatial, and the rate.
+
+    A part that has no weight in the loss is a dash.
+    """
+
+    def part(name: str, weight: float) -> str:
+        return f"{record[name]:.3f}" if weight else "-"
+
+    parts = []
+    for t in config.teachers:
+        summary = part(f"{t.name}/summary", t.summary_weight)
+        parts.append(f"{t.name} {summary}/{part(f'{t.name}/spatial', t.spatial_weight)}")
+    return f"loss {record['loss']:.3f}  {' '.join(parts)}  {record['images_per_second']:.0f} img/s"
 
 
 def _lines(path: Path) -> list[str]:

@@ -67,7 +67,7 @@ class States:
         self._channel = group.channel()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="state")
         self._coming: Future[None] | None = None
-        self._coming_step, self._stands = 0, 0
+        self._coming_step, self.stands = 0, 0  # the step of the newest whole state
         warnings.filterwarnings("ignore", _ALONE)
 
     def newest(self) -> Found | None:
@@ -85,7 +85,7 @@ class States:
         (answer, *_) = self.group.gather_objects(answer)
         if isinstance(answer, str):
             raise CheckpointError(answer)
-        self._stands = 0 if answer is None else answer.step
+        self.stands = 0 if answer is None else answer.step
         return answer
 
     def clear(self) -> None:
@@ -140,13 +140,13 @@ class States:
         try:
             coming.result()
         except (OSError, CheckpointException) as error:
-            stands = f"that of step {self._stands} stands" if self._stands else "there is none before it"
+            stands = f"that of step {self.stands} stands" if self.stands else "there is none before it"
             line = f"the state of step {self._coming_step} could not be written ({_reason(error)}); {stands}"
             if last:
                 raise RadioError(f"{line}. Make room and give the same command again") from error
             self.tell(line)
         else:
-            self._stands = self._coming_step
+            self.stands = self._coming_step
 
     def _finish(
         self, half: Path, written: Future[Any], kept: dict[str, Any], publish: Callable[[], None]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -12,7 +14,6 @@ from torch import Tensor
 
 from evals.core.dist import Group
 from radio.config import write_yaml
-from radio.errors import RadioError
 from radio.model import build
 from radio.types import Features
 
@@ -31,21 +32,25 @@ from .assembly import (
     window_candidates,
 )
 from .batches import Batch, crop_sides, load, remembered, taught
-from .cache import CacheJob, GroupedCaches, open_caches
+from .cache import GroupedCaches
+from .caching import cache_jobs, fill_caches
 from .config import TrainConfig
-from .crops import FixedCrops
 from .data.progress import LISTING, start_progress
 from .data.sources import Sources, open_sources
 from .data.stream import fewer_workers, open_stream
 from .guards import Guard
 from .learner import Learner
-from .metrics import Clock, Meters
+from .log import Log, open_log
+from .metrics import Meters
 from .partition import TeacherGroup
 from .pictures import Joined, open_pictures
 from .preempt import Preemption
-from .sinks import JsonLines, ProgressConsole, Record
+from .sinks import ProgressConsole, Record, summarise
 from .state import States
 from .step import teacher_features
+
+if TYPE_CHECKING:
+    from .scoring import Follower
 
 
 class Run:
@@ -90,8 +95,9 @@ class Run:
         self.windows = window_candidates(self.model, config, beside)
         check_student(self.model.student, beside, self.windows)
         self.learner = Learner(self.model, self.windows, config, self.partition, group, device)
-        self.meters, self.guard, self.clock = Meters(), Guard(device), Clock()
+        self.meters, self.guard, self.pace = Meters(), Guard(device), self.learner.pace
         self.stop, self.stopped = Preemption(group), False
+        self.follower = _follower(config, group, console) if config.eval_every else None
         self.states = States(
             config.out / "state",
             group,
@@ -101,7 +107,10 @@ class Run:
             tell=self._tell,
         )
         self.step = 0 if restart else self._resume()
-        self.cache = self._open_caches() if self.step < config.steps else None
+        self.cache: GroupedCaches | None = None
+        if isinstance(self.data, Joined) and self.step < config.steps:
+            jobs = cache_jobs(config, self.partition, group, self.data, self.teachers, self.sizes, device)
+            self.cache = fill_caches(config, jobs, self.partition, group, console)
         self.overlaps = config.teachers_ahead and self.cache is None
 
     def train(self) -> Path:
@@ -115,7 +124,7 @@ class Run:
             return config.out / "ckpt.pt"
         if not self.step:  # the states of an earlier run must not outlive its log
             self.states.clear()
-        log = JsonLines(config.out / "metrics.jsonl", self.step) if self.group.leads else None
+        log = open_log(config, self.step) if self.group.leads else None
         if self.group.leads:
             write_yaml(config, config.out / "config.yaml")
         try:
@@ -125,6 +134,8 @@ class Run:
             ):
                 self._loop(log)
             self.states.wait(last=True)
+            if uneven := self.pace.in_words():
+                self._tell(uneven)
             if broken := self.progress.in_words():
                 self._tell(f"passed over: {broken}; {config.out / LISTING} names them")
         finally:
@@ -133,9 +144,11 @@ class Run:
             self.states.wait()
         return config.out / "ckpt.pt"
 
-    def _loop(self, log: JsonLines | None) -> None:
+    def _loop(self, log: Log | None) -> None:
         config = self.config
-        self.clock.read()
+        if self.step and self._evaluates():  # a run that was stopped before it got to it
+            self.evaluate(log)
+        self.pace.clock.read()
         with ProgressConsole(self.console, config.recipe, config.steps, self.step) as bar:
             for batch in ahead(self.batches()) if self.overlaps else self.batches():
                 self.advance(batch)
@@ -148,10 +161,12 @@ class Run:
                 else:
                     bar.advance(self.step)
                 self.stopped = self.stop.agreed() and self.step < config.steps
-                if self.stopped or self._due(config.save_every):
+                if self.stopped or self._due(config.save_every) or self._evaluates():
                     self.save()
                 if self.stopped:
                     return
+                if self._evaluates():
+                    self.evaluate(log)
 
     def batches(self) -> Iterator[Batch]:
         """The batches of the steps still to do, with the teachers' features."""
@@ -176,7 +191,7 @@ class Run:
             self.meters.add(losses.parts, fine)
             if losses.details:
                 self.meters.add(losses.details, fine)
-        self.clock.step(batch.waited)
+        self.pace.step(batch.waited)
         self.progress.add(batch.marks)
 
     def record(self) -> Record:
@@ -189,7 +204,7 @@ class Run:
         skipped = self.guard.read(self.group, self.step, config.max_skipped)
         if skipped.recent:
             self._tell(f"step {self.step}: {skipped.describe()}")
-        lap = self.clock.read()
+        pace = self.pace.read()
         means = self.meters.read(self.group)
         seen = self.step * self.partition.batch_size
         broken = self.progress.broken(seen, config.data.max_broken)
@@ -198,9 +213,7 @@ class Run:
             "samples": seen,
             **means,
             "lr": self.learner.optimizer.param_groups[0]["lr"],
-            "images_per_second": lap.steps * self.partition.batch_size / lap.seconds,
-            "data_wait": lap.waiting / lap.seconds,
-            "seconds": lap.seconds,
+            **pace,
             "broken": sum(broken.values()),
             **{f"broken/{cause}": count for cause, count in broken.items() if count},
             "skipped": skipped.total,
@@ -227,6 +240,24 @@ class Run:
         notes = {"ranks": self.group.gather_objects(mine), "data": self.progress.state()}
         self.states.write(self.step, self.learner.tensors(), notes, publish)
 
+    def evaluate(self, log: Log | None) -> None:
+        """Score the student as it was saved at this step, unless that is done; every rank calls it."""
+        assert self.follower is not None
+        self.states.wait()
+        saved = self.states.stands == self.step
+        done = log is None or self.follower.has_done(self.step)
+        (saved, done), *_ = self.group.gather_objects((saved, done))
+        if done or not saved:
+            return
+        start = time.perf_counter()
+        found = self.follower.evaluate(self.step)
+        if log is not None:
+            log.write(found)
+        self.pace.clock.skip(time.perf_counter() - start)
+
+    def _evaluates(self) -> bool:
+        return self.follower is not None and self.step % self.config.eval_every == 0
+
     def _resume(self) -> int:
         found = self.states.newest()
         if found is None:
@@ -252,58 +283,13 @@ class Run:
 
     def _teach(self, group: TeacherGroup, images: Tensor) -> dict[str, Features]:
         """What a group's teachers say of its pictures."""
-        with self.learner.autocast():
+        with self.pace.watch.time("teachers", group.name), self.learner.autocast():
             return teacher_features(
                 {name: self.teachers[name] for name in group.teachers}, self.sizes, images
             )
 
-    def _open_caches(self) -> GroupedCaches | None:
-        """The teacher caches of this rank's groups; None when the teachers run online."""
-        config, options = self.config, self.config.cache
-        if options.folder is None:
-            return None
-        assert isinstance(self.data, Joined)
-        count = min(options.pictures or len(self.data), len(self.data))
-        jobs = {}
-        for group, side in zip(self.partition.groups, self.sides, strict=True):
-            if group in self.mine:
-                crops = FixedCrops(self.data, config.data, side, config.seed, count, options.crops)
-                teachers = {name: self.teachers[name] for name in group.teachers}
-                jobs[group.name] = CacheJob(options.folder, teachers, self.sizes, crops, self.device)
-        total = sum(len(job.crops) for job in jobs.values())
-        with ProgressConsole(self.console, "teacher cache", total, 0) as bar:
-            return open_caches(
-                jobs,
-                self.partition,
-                self.group,
-                workers=config.data.workers,
-                confirm=self._confirm,
-                progress=bar.advance,
-            )
 
-    def _confirm(self, size: int) -> None:
-        self._tell(f"teacher cache: {size / 1e9:.2f} GB in {self.config.cache.folder}")
-        if size <= 1e9 or not self.config.cache.confirm:
-            return
-        if not self.console.is_terminal:
-            raise RadioError(f"a teacher cache of {size / 1e9:.1f} GB would be written; agree with --yes")
-        if self.console.input("write it? [y/N] ").strip().lower() not in ("y", "yes"):
-            raise RadioError(
-                "the teacher cache was not written; leave --cache.folder out to run the teachers online"
-            )
+def _follower(config: TrainConfig, group: Group, console: Console) -> Follower:
+    from .scoring import Follower  # the evaluators are many modules
 
-
-def summarise(record: Record, config: TrainConfig) -> str:
-    """The figures of one record on one line: the loss, each teacher's summary/spatial, and the rate.
-
-    A part that has no weight in the loss is a dash.
-    """
-
-    def part(name: str, weight: float) -> str:
-        return f"{record[name]:.3f}" if weight else "-"
-
-    parts = []
-    for t in config.teachers:
-        summary = part(f"{t.name}/summary", t.summary_weight)
-        parts.append(f"{t.name} {summary}/{part(f'{t.name}/spatial', t.spatial_weight)}")
-    return f"loss {record['loss']:.3f}  {' '.join(parts)}  {record['images_per_second']:.0f} img/s"
+    return Follower(config, group, console)

@@ -64,13 +64,19 @@ def read_curves(run: Path) -> Curves:
     names = [
         name for name in dict.fromkeys(n for record in records for n in record) if name not in _NOT_DRAWN
     ]
-    teachers = tuple(dict.fromkeys(name.rpartition("/")[0] for name in names if "/" in name))
+    teachers = tuple(
+        dict.fromkeys(name.rpartition("/")[0] for name in names if name.endswith(("/summary", "/spatial")))
+    )
     unused = _without_weight(run / "config.yaml")
     panels: dict[str, list[Series]] = {}
     for name in names:
         teacher, _, part = name.rpartition("/")
-        slot = teachers.index(teacher) if teacher else NUM_SLOTS - 1  # grey: the whole run's
-        label = teacher or part
+        label, slot = teacher or part, NUM_SLOTS - 1  # grey: the whole run's
+        if teacher in teachers:
+            slot = teachers.index(teacher)
+        elif teacher:  # a panel of the whole run with several lines: time/data, time/backward, ...
+            part, label = teacher, part
+            slot = len(panels.get(part, ()))
         if (teacher, part) in unused:
             label += " (weight 0)"
         points = [(record["step"], record[name]) for record in records if name in record]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from evals.core.dist import Group
-from radio.errors import ConfigError, SizeError
+from radio.errors import CheckpointError, ConfigError, SizeError
 from radio.model import RadioModel, build
 from radio.students import StudentOptions
 from train.assembly import (
@@ -66,6 +66,19 @@ def test_teachers_by_name(config: TrainConfig) -> None:
     unknown = TeacherConfig(name="clip", model="tinny:clip")
     with pytest.raises(ConfigError, match="unknown teacher 'tinny'; did you mean tiny"):
         load_teachers(replace(config, teachers=(unknown,)), CPU)
+
+
+def test_only_the_weights_with_the_fingerprint_asked_for_are_taken(config: TrainConfig) -> None:
+    known = load_teachers(config, CPU)["clip"].fingerprint
+    for model, refused in (("tiny:clip", False), ("tiny:clip2", True)):
+        teacher = TeacherConfig(name="clip", model=model, fingerprint=known)
+        chosen = replace(config, teachers=(teacher,))
+        if refused:
+            message = f"teacher clip: tiny:clip2 has other weights than asked for: .*, not {known}; bring the"
+            with pytest.raises(CheckpointError, match=message):
+                load_teachers(chosen, CPU)
+        else:
+            assert load_teachers(chosen, CPU)["clip"].fingerprint == known
 
 
 def test_a_teachers_resolution_is_its_native_one_or_the_settings(config: TrainConfig) -> None:

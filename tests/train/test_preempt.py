@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import subprocess
+import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
 from evals.core.dist import Group
-from train.preempt import REQUEUE, Preemption
+from train.preempt import REQUEUE, Preemption, outlast_signals
 
 from .ranks import on_ranks
 
@@ -48,6 +52,29 @@ def test_ranks_that_are_not_asked_leave_together(tmp_path: Path) -> None:
             return any(stop.agreed() for _ in range(3))
 
     assert on_ranks(2, tmp_path, work) == [False, False]
+
+
+def answering(line: Connection) -> None:
+    """A loader's process, as far as signals go."""
+    outlast_signals(0)
+    while True:
+        line.send("here")
+        line.recv()
+
+
+def test_a_loaders_process_heeds_its_own_trainer_alone() -> None:
+    ours, its = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=answering, args=(its,))
+    process.start()
+    assert ours.recv() == "here"
+    for name in ("TERM", "USR1"):
+        subprocess.run(["kill", f"-{name}", str(process.pid)], check=True)
+    time.sleep(0.05)
+    ours.send("and now?")
+    assert ours.poll(5)
+    process.terminate()
+    process.join(5)
+    assert process.exitcode == 0
 
 
 def test_the_code_is_none_that_shells_or_we_use_otherwise() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,8 @@ import yaml
 from torch import Tensor
 
 import radio
+from evals.core.report import Metric
+from evals.core.suite import Outcome
 from radio import checkpoint
 from radio.config import read_yaml
 from radio.errors import CheckpointError, ConfigError, DataError, RadioError
@@ -359,6 +363,108 @@ def test_a_run_that_is_asked_to_stop_saves_and_ends_like_an_undisturbed_one(
     assert untimed(config.out) == untimed(config.out / "whole")
     assert same_weights(config.out, config.out / "whole")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def watch_evaluations(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
+    """The step of each checkpoint that is evaluated, and the folder of its reports; the score is the step."""
+    calls: list[tuple[int, str]] = []
+
+    def run_all(model: RadioModel, jobs: Any, out: Path, **_: Any) -> list[Outcome]:
+        step = model.card["provenance"]["step"]
+        calls.append((step, out.name))
+        report: Any = SimpleNamespace(
+            task="knn", headline="top1", metrics={"top1": Metric(value=float(step))}
+        )
+        return [
+            Outcome(task="knn", state="done", report=report),
+            Outcome(task="zeroshot", state="left out", reason="no text"),
+        ]
+
+    monkeypatch.setattr("train.scoring.run_all", run_all)
+    return calls
+
+
+def test_the_student_is_evaluated_on_the_way(
+    config: TrainConfig, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = watch_evaluations(monkeypatch)
+    start(config, eval_every=4, log_every=6).train()
+    assert calls == [(4, "step-000004"), (8, "step-000008"), (12, "step-000012")]
+    records = [(record["step"], record.get("knn/top1")) for record in read_records(config.out)]
+    assert records == [(4, 4.0), (6, None), (8, 8.0), (12, None), (12, 12.0)]
+    start(config, out=config.out / "without", log_every=6).train()
+    assert same_weights(config.out, config.out / "without")
+
+
+def test_an_evaluation_that_was_not_got_to_is_made_up_for(
+    config: TrainConfig, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = watch_evaluations(monkeypatch)
+    run = start(config, eval_every=4)
+    with monkeypatch.context() as patch:
+        patch.setattr("train.scoring.load_backbone", lambda spec: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            run.train()
+    assert calls == []
+    again = start(config, eval_every=4)
+    assert again.step == 4
+    again.train()
+    assert [step for step, _ in calls] == [4, 8, 12]
+    steps = [record["step"] for record in read_records(config.out) if "knn/top1" in record]
+    assert steps == [4, 8, 12]
+
+
+def test_a_checkpoint_that_could_not_be_written_is_not_evaluated(
+    config: TrainConfig, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = watch_evaluations(monkeypatch)
+    genuine, count = checkpoint.save, iter(range(1, 100))
+
+    def full(*arguments: Any) -> str:
+        if next(count) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return genuine(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    run = start(config, eval_every=4, save_every=100)
+    run.train()
+    assert [step for step, _ in calls] == [4, 12]
+    told = run.console.file.getvalue()  # type: ignore[attr-defined]
+    assert (
+        "the state of step 8 could not be written ([Errno 28] No space left on device); that of step 4"
+        in told
+    )
+
+
+def test_a_full_disk_at_the_end_is_an_error_and_the_run_can_go_on(
+    config: TrainConfig, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    start(config, out=config.out / "whole").train()
+    out, genuine = config.out / "full", checkpoint.save
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            checkpoint,
+            "save",
+            lambda path, tensors, card: (
+                full() if out.joinpath("ckpt.pt").exists() else genuine(path, tensors, card)
+            ),
+        )
+        with pytest.raises(
+            RadioError, match=r"the state of step 12 could not be written .*; that of step 5 stands"
+        ):
+            start(config, out=out).train()
+    run = start(config, out=out)
+    assert run.step == 5
+    run.train()
+    assert same_weights(out, config.out / "whole")
+
+
+def test_unknown_evaluators_are_told_before_the_first_step(config: TrainConfig, start: Start) -> None:
+    with pytest.raises(ConfigError, match="unknown evaluator 'kn'; did you mean knn"):
+        start(config, eval_every=4, eval_tasks=("kn",))
 
 
 def test_the_average_of_the_weights(config: TrainConfig, start: Start) -> None:

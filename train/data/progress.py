@@ -27,11 +27,14 @@ LISTING = "broken.jsonl"  # in the run folder
 
 
 def start_progress(config: TrainConfig, partition: Partition, group: Group, data: Described) -> Progress:
-    """The progress of a run before its first step.
+    """The progress of a run before its first step; every rank calls it.
 
     Raises:
         ConfigError: ranks that cannot share the lanes of their group.
     """
+    if group.leads:  # hashes folders of pictures; the others then find the hash
+        _ = data.fingerprint
+    group.barrier()
     sources = len(data) if isinstance(data, Sources) else 0
     deals = deal_lanes(config, partition) if sources else ()
     return Progress(deals, partition, group, sources, config.out / LISTING)

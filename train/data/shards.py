@@ -7,14 +7,18 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import lru_cache
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import IO, Any, NamedTuple, TypeVar, cast
 from urllib.parse import urlparse
 
 import braceexpand
 from webdataset.gopen import Pipe, gopen, gopen_schemes
+from webdataset.tariterators import base_plus_ext
 
+from evals.core.stored import PICTURE_ENDINGS
 from radio.errors import ConfigError
 
 from .faults import ShardError
@@ -52,6 +56,39 @@ def expand(patterns: Iterable[str]) -> tuple[str, ...]:
 def short_name(name: str) -> str:
     """What identifies a shard wherever the set of shards is kept: its last part."""
     return name.rstrip(" -").rpartition("/")[2]
+
+
+class Outline(NamedTuple):
+    """Where the pictures of a shard are."""
+
+    pictures: tuple[int, ...]  # the byte of each one's header
+    end: int  # the byte where the archive ends, or is damaged
+
+
+@lru_cache(maxsize=256)
+def outline(name: str) -> Outline:
+    """Where the pictures of a shard on this machine are; only headers are read.
+
+    Raises:
+        ShardError: it is missing.
+        OSError: it cannot be read.
+    """
+    tar, pictures = open_shard(name), []
+    with suppress(ShardError):  # who comes to the end meets it again
+        at = tar.position
+        while (member := tar.next()) is not None:
+            if is_picture(member.name):
+                pictures.append(at)
+            at = tar.position
+    end = tar.position
+    tar.close()
+    return Outline(tuple(pictures), end)
+
+
+def is_picture(name: str) -> bool:
+    """Whether a member of a shard is a picture, by its ending from the first dot on."""
+    prefix, ending = base_plus_ext(name)
+    return prefix is not None and f".{ending.lower()}" in PICTURE_ENDINGS
 
 
 def open_shard(name: str, position: int = 0) -> TarStream:
@@ -116,7 +153,7 @@ class Piped:
     def close(self) -> None:
         """Stop the command."""
         self._pipe.stream.close()
-        self._pipe.proc.terminate()
+        self._pipe.proc.kill()  # a loader's signals are blocked, and its commands inherit that
         self._pipe.proc.wait()
 
 

@@ -8,9 +8,7 @@ from functools import cached_property
 from typing import Any, Protocol, final
 
 from torch import Tensor
-from webdataset.tariterators import base_plus_ext
 
-from evals.core.stored import PICTURE_ENDINGS
 from radio.errors import ConfigError, DataError
 from radio.images import decode
 
@@ -19,7 +17,7 @@ from ..pictures import NO_DATA, Joined, Pictures, folder_part, scenes_part
 from ..sampling import picture_at, seed_of
 from .faults import Fault, ShardError, Tally
 from .lanes import Deal, Lane, Sample, Track
-from .shards import expand, open_shard, short_name
+from .shards import expand, is_picture, open_shard, outline, short_name
 from .tar import Member, TarStream
 
 _BARREN = 100  # shards of a lane in a row without a picture
@@ -135,7 +133,7 @@ class ShardTrack:
             if self._tar is None:
                 tally.shards += self._offset == 0 and part == 0
                 self._tar = open_shard(name, self._offset)
-            while (member := self._tar.next()) is not None:
+            while (member := self._member(self._tar, name, part)) is not None:
                 if is_picture(member.name):
                     sample = self._from_member(self._tar, member, name, part, tally)
                     if sample is not None:
@@ -149,6 +147,14 @@ class ShardTrack:
         self.close()
         self._unit, self._offset, self._seen = self._unit + 1, 0, 0
         return None
+
+    def _member(self, tar: TarStream, name: str, part: int) -> Member | None:
+        """The next file of the shard, or at once the next picture of this part where that can be sought."""
+        if self._parts > 1 and tar.seeks:
+            pictures, end = outline(name)
+            self._seen = min(self._seen + (part - self._seen) % self._parts, len(pictures))
+            tar.jump(pictures[self._seen] if self._seen < len(pictures) else end)
+        return tar.next()
 
     def _from_member(
         self, tar: TarStream, member: Member, shard: str, part: int, tally: Tally
@@ -269,9 +275,3 @@ def _weighted(shards: list[Shards], folders: list[Joined], weights: Sequence[flo
             f"{len(sources)} sources: the shards' patterns, the folders, then scenes"
         )
     return Sources(sources, weights)
-
-
-def is_picture(name: str) -> bool:
-    """Whether a member of a shard is a picture, by its ending from the first dot on."""
-    prefix, ending = base_plus_ext(name)
-    return prefix is not None and f".{ending.lower()}" in PICTURE_ENDINGS

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any, NamedTuple, TypeVar
@@ -23,6 +25,7 @@ from .sources import Sources
 
 T = TypeVar("T")
 
+_OTHER_FILES = 512  # of a process: libraries, and what it shares with others
 _READ_AHEAD = 4  # steps of each loader process
 
 
@@ -63,6 +66,7 @@ class LaneStream(IterableDataset[tuple[Rows, ...]]):
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         own = [self._open(share, worker, workers) for share in self.shares]
+        make_room_for_files(len(self.sources) * sum(map(len, own)))
         try:
             for step in self.steps:
                 yield tuple(
@@ -122,6 +126,15 @@ def open_stream(
     return _steps(rows_of(iter(loader)), max(workers, 1))
 
 
+def make_room_for_files(count: int) -> None:
+    """Let this process hold so many more files open at once, as far as the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+
+
 def fewer_workers(wanted: int, shares: Sequence[Share]) -> str:
     """A line on why a rank has fewer loader processes than wanted; empty where it has as many."""
     lanes = [len(share.lanes) for share in shares]
@@ -137,6 +150,7 @@ def rows_of(loader: Iterable[T]) -> Iterator[T]:
     try:
         yield from loader
     except DataError as error:
+        traceback.clear_frames(error.__traceback__)  # they hold each other, and with them the processes
         raise DataError(str(error).rpartition(f"{DataError.__name__}: ")[2].strip()) from error
 
 

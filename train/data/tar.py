@@ -43,11 +43,21 @@ class TarStream:
 
     def __init__(self, stream: IO[bytes], position: int = 0) -> None:
         self._stream, self._position, self._next = stream, position, position
-        self._seeks = stream.seekable()
+        self.seeks = stream.seekable()  # whether `jump` is possible
 
     def close(self) -> None:
         """Let go of the stream."""
         self._stream.close()
+
+    @property
+    def position(self) -> int:
+        """Where the next header begins."""
+        return self._next
+
+    def jump(self, position: int) -> None:
+        """Go on from another header."""
+        assert self.seeks, "what comes through a pipe is read forwards"
+        self._next = position
 
     def next(self) -> Member | None:
         """The next file; None at the end of the archive.
@@ -84,7 +94,7 @@ class TarStream:
         return self._exactly(member.size)
 
     def _skip_to(self, position: int) -> None:
-        if self._seeks and self._position != position:
+        if self.seeks and self._position != position:
             self._stream.seek(position)
             self._position = position
         while self._position < position:

@@ -52,6 +52,18 @@ def test_teachers_share_a_panel_for_each_part_and_keep_their_colour(tmp_path: Pa
     ]
 
 
+def test_other_names_in_two_parts_share_a_panel_of_the_first(tmp_path: Path) -> None:
+    record = {"step": 1, "a/spatial": 1.0, "time/data": 0.25, "time/backward": 0.5, "knn/top1": 40.0}
+    curves = read_curves(write_run(tmp_path / "run", json.dumps(record)))
+    assert curves.teachers == ("a",)
+    panels = {panel.title: [(one.name, one.slot, one.y) for one in panel.series] for panel in curves.panels}
+    assert panels == {
+        "spatial loss": [("a", 0, (1.0,))],
+        "time": [("data", 0, (0.25,)), ("backward", 1, (0.5,))],
+        "knn": [("top1", 0, (40.0,))],
+    }
+
+
 def test_a_loss_without_weight_is_dashed(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", json.dumps({"step": 1, "sam/summary": 1.0, "sam/spatial": 0.5}))
     (run / "config.yaml").write_text(

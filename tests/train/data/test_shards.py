@@ -16,7 +16,7 @@ from radio.errors import ConfigError
 from train.config import DataConfig
 from train.data import shards as module
 from train.data.faults import ShardError
-from train.data.shards import expand, open_shard
+from train.data.shards import expand, is_picture, open_shard, outline
 
 from .conftest import follow, pack, pack_pictures, settings
 
@@ -200,3 +200,32 @@ def test_names_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
         expand(["s3://b/{0..9}.tar"])
     with pytest.raises(ConfigError, match=r"the scheme foo: is not one of .*https"):
         expand(["foo://b/0.tar"])
+
+
+def test_pictures_are_known_by_their_ending() -> None:
+    assert all(map(is_picture, ("0.jpg", "a/0.JPEG", "a.b/0.png", "0.webp")))
+    assert not any(map(is_picture, ("0.txt", "0.seg.png", "._0.jpg", "a/._0.jpg", "jpg", "0")))
+
+
+def test_an_outline_leads_to_every_picture(tmp_path: Path) -> None:
+    files = [
+        (f"{'long-' * 30 if n == 3 else ''}{n}.{ending}", b"x" * n)
+        for n in range(9)
+        for ending in ("jpg", "txt")
+    ]
+    path = pack(tmp_path / "a.tar", files)
+    found = outline(str(path))
+    tar = open_shard(str(path))
+    for (name, data), at in zip(files[::2], found.pictures, strict=True):
+        tar.jump(at)
+        member = tar.next()
+        assert member is not None
+        assert (member.name, tar.read(member)) == (name, data)
+    tar.jump(found.end)
+    assert tar.next() is None
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(path.read_bytes()[: found.pictures[5] + 100])
+    assert outline(str(cut)) == (found.pictures[:5], found.pictures[5])
+    with pytest.raises(ShardError, match="no such shard"):
+        outline(str(tmp_path / "b.tar"))
+    tar.close()

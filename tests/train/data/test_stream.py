@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections import Counter
 from dataclasses import replace
 from itertools import chain
@@ -18,7 +19,7 @@ from train.config import DataConfig
 from train.crops import random_view
 from train.data.lanes import deal_lanes, gathered, lanes_of
 from train.data.sources import open_sources
-from train.data.stream import Rows
+from train.data.stream import Rows, make_room_for_files
 from train.partition import make_partition
 
 from ..conftest import picture_bytes
@@ -191,3 +192,18 @@ def test_sources_have_to_be_named_and_weighted(shards: str) -> None:
         open_sources(DataConfig(shards=(shards,), scenes=3, weights=(1,)))
     with pytest.raises(ConfigError, match="wanted a number above zero"):
         open_sources(DataConfig(shards=(shards,), scenes=3, weights=(1, 0)))
+
+
+def test_a_process_may_hold_a_file_for_every_lane() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert before[1] >= 2000, "the test needs a limit that can be raised"
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (700, before[1]))
+        make_room_for_files(100)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (700, before[1])
+        make_room_for_files(1024)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (1024 + 512, before[1])
+        make_room_for_files(10**9)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
