@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from radio.resample import resize_images
 from radio.types import Features
 
 from .config import TrainConfig
@@ -28,7 +29,7 @@ class Lesson(NamedTuple):
     """One group's pictures on this rank, and its teachers' features of them."""
 
     group: TeacherGroup
-    images: Tensor  # [B, 3, side, side] in [0, 1], on the device
+    images: Tensor  # [B, 3, side, side] in [0, 1], on the device, as the student sees them
     targets: dict[str, Features]
 
 
@@ -80,7 +81,8 @@ def taught(
     for step, waited in _timed(rows):
         images = [_scaled(row.pixels, device) for row in step]
         lessons = tuple(
-            Lesson(group, seen, teach(group, seen)) for group, seen in zip(groups, images, strict=True)
+            Lesson(group, _for_student(seen, group), teach(group, seen))
+            for group, seen in zip(groups, images, strict=True)
         )
         yield Batch(lessons, tuple(row.mark for row in step), waited)
 
@@ -97,7 +99,7 @@ def remembered(
         for group, row in zip(groups, step, strict=True):
             known = recall(row.summaries, row.tokens, device)
             targets = {name: known[name] for name in group.teachers}
-            lessons.append(Lesson(group, _scaled(row.pixels, device), targets))
+            lessons.append(Lesson(group, _for_student(_scaled(row.pixels, device), group), targets))
         yield Batch(tuple(lessons), (), waited)
 
 
@@ -114,6 +116,11 @@ def _timed(rows: Iterator[T]) -> Iterator[tuple[T, float]]:
 
 def _scaled(pixels: Tensor, device: torch.device) -> Tensor:
     return pixels.to(device, non_blocking=True).float().div_(255)
+
+
+def _for_student(images: Tensor, group: TeacherGroup) -> Tensor:
+    """The crops as large as the student sees them: here, since batches are made ahead of the step."""
+    return resize_images(images, (group.side, group.side))
 
 
 class _Collate:

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from evals.core.dist import Group
 from radio.model import RadioModel
@@ -16,7 +16,8 @@ from .batches import Batch
 from .config import TrainConfig
 from .ema import Average
 from .optim import learning_rate, make_optimizer, moments
-from .parallel import Engine, find_peers, gather_weights, is_half
+from .pace import Pace
+from .parallel import Engine, blocks_of, find_peers, gather_weights, is_half
 from .partition import Partition, TeacherGroup
 from .sampling import draw_window, generator
 from .step import Distiller, Losses, in_parts
@@ -61,6 +62,7 @@ class Learner:
         self.engine = Engine(self.distiller, group, self.peers, device, config)
         self.optimizer = make_optimizer(self.distiller, config.optim)
         self.average = Average(model, config.ema) if config.ema else None
+        self.pace = Pace(config, partition, group, device, _first_weights(model))
 
     def advance(self, batch: Batch, step: int) -> tuple[Learned, Tensor]:
         """One step: what it learned, and whether it was done ([] bool). Nothing is read from the device."""
@@ -68,16 +70,18 @@ class Learner:
         learned = self.learn(batch, step)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = learning_rate(step, config.steps, config.optim)
-        fine = self.optimizer.guard(learned.norm, config.optim.clip)
-        self.optimizer.step()
-        self.distiller.settle(self.engine.peer_mean)
+        with self.pace.watch.time("optimiser"):
+            fine = self.optimizer.guard(learned.norm, config.optim.clip)
+            self.optimizer.step()
+        with self.pace.watch.time("communication"):
+            self.distiller.settle(self.engine.peer_mean)
         if self.average is not None:
             self.average.update()
         return learned, fine
 
     def learn(self, batch: Batch, step: int) -> Learned:
         """Leave the gradients of the whole step in the weights of this rank."""
-        config = self.config
+        config, time = self.config, self.pace.watch.time
         self.optimizer.zero_grad(set_to_none=True)
         detail = (step + 1) % config.log_every == 0 or step + 1 == config.steps
         parts = [
@@ -89,13 +93,16 @@ class Learner:
         for place, (lesson, drawn) in enumerate(parts, start=1):
             window = draw_window(self.windows[lesson.group.side], config.seed, step)
             with self.engine.turn(last=place == len(parts)):
-                with self.autocast():
+                with time("forward", lesson.group.name), self.autocast():
                     losses = self.distiller(self.engine.encode, lesson, drawn, window, detail)
                 loss = losses.total * (self.engine.scale / config.accumulate)
-                loss.backward()
+                with time("backward", lesson.group.name):
+                    loss.backward()
             total += loss.detach()
             found.append(losses)
-        return Learned(total, self.engine.settle(total), found)
+        with time("communication"):
+            norm = self.engine.settle(total)
+        return Learned(total, norm, found)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Forwards in bfloat16, where the settings or the device want them so."""
@@ -126,3 +133,11 @@ class Learner:
             return None
         rows = self.partition.rows(group, self.group.rank)
         return drawn[rows.start : rows.stop].to(self.device)
+
+
+def _first_weights(model: RadioModel) -> list[nn.Parameter]:
+    """The student's weights outside its blocks: the first that a picture meets get their gradients last."""
+    student = model.student
+    assert isinstance(student, nn.Module)  # as RadioModel makes sure
+    inside = {id(weight) for block in blocks_of(student) for weight in block.parameters()}
+    return [weight for weight in student.parameters() if id(weight) not in inside]

@@ -114,8 +114,8 @@ def losses_of(out: Path) -> list[float]:
 
 def untimed(out: Path) -> list[dict[str, float]]:
     """The records of a run folder without what a clock measured."""
-    timed = ("images_per_second", "data_wait", "seconds")
-    return [{k: v for k, v in record.items() if k not in timed} for record in read_records(out)]
+    timed = ("images_per_second", "data_wait", "seconds", "time/", "idle", "mfu")
+    return [{k: v for k, v in record.items() if not k.startswith(timed)} for record in read_records(out)]
 
 
 def same_weights(one: Path, other: Path) -> bool:
