@@ -97,7 +97,12 @@ class States:
     def read(self, found: Found, tensors: Mapping[str, Tensor]) -> None:
         """Fill tensors of these names, whole or spread over the ranks, from a state."""
         reader = HuggingFaceStorageReader(str(found.path))
-        load(dict(tensors), storage_reader=reader, no_dist=self.group.world == 1)
+        load(
+            dict(tensors),
+            storage_reader=reader,
+            process_group=self._channel,
+            no_dist=self.group.world == 1,
+        )
 
     def write(
         self,

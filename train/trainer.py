@@ -229,6 +229,7 @@ class Run:
             RadioError: too many steps in a row were not finite.
         """
         self.guard.check(self.step, self.config.max_skipped)
+        self.states.wait()  # the card below may still be written with the save before
         files = self.learner.checkpoints()
         self.model.card["provenance"] = provenance(self.step, self.step * self.partition.batch_size)
 
