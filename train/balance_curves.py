@@ -61,7 +61,9 @@ def read_weights(name: str, folder: Path) -> list[Curve]:
     curves = []
     for key in keys:
         teacher, kind = key.removesuffix(_SUFFIX).rsplit("/", 1)
-        points = [(int(record["step"]), float(record[key])) for record in records if key in record]
+        points = [
+            (int(record["step"]), float(record[key])) for record in records if record.get(key) is not None
+        ]
         steps, weights = zip(*points, strict=True)
         curves.append(Curve(name, teacher, kind, steps, weights))
     return curves

@@ -102,6 +102,8 @@ def outline(config: TrainConfig) -> Outline:
     beside = student_resolutions(config)
     windows = window_candidates(model, config, beside)
     check_student(model.student, beside, windows)
+    # A process whose first backward is one of fake tensors could not fork others that do backwards.
+    torch.ones((), requires_grad=True).exp().backward()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         for module in (model, *teachers.values()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -47,8 +48,9 @@ class JsonLines:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
-        """Append one record."""
-        self._file.write(json.dumps(record) + "\n")
+        """Append one record; a mean over no steps at all is null."""
+        plain = {name: None if _is_undefined(value) else value for name, value in record.items()}
+        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -108,6 +110,10 @@ def summarise(record: Record, config: TrainConfig) -> str:
         summary = part(f"{t.name}/summary", t.summary_weight)
         parts.append(f"{t.name} {summary}/{part(f'{t.name}/spatial', t.spatial_weight)}")
     return f"loss {record['loss']:.3f}  {' '.join(parts)}  {record['images_per_second']:.0f} img/s"
+
+
+def _is_undefined(value: float | str | None) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _lines(path: Path) -> list[str]:

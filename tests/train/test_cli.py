@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from radio import entry
 from radio.config import read_yaml, write_yaml
 from radio.errors import RadioError
+from train.cache import CacheJob
 from train.cli import main
 from train.config import TrainConfig
 from train.recipes import recipes
@@ -195,6 +198,17 @@ def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         "--restart",
     ):
         assert option in said
+
+
+def test_a_large_cache_is_agreed_to_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CacheJob, "size", 2 * 10**9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**10))
+    folders = ["--cache.folder", str(tmp_path / "caches"), "--cache.pictures", "3"]
+    words = ["smoke", *TINY, *folders, "--out", str(tmp_path / "run")]
+    with pytest.raises(RadioError, match=r"a teacher cache of 4\.0 GB would be written; agree with --yes"):
+        main(words)
+    assert main([*words, "--yes"]) == 0
+    assert len(list((tmp_path / "caches").glob("*/*.safetensors"))) == 2  # one for each group
 
 
 def test_the_list_of_recipes(capsys: pytest.CaptureFixture[str]) -> None:

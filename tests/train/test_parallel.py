@@ -220,6 +220,29 @@ def test_ddp_is_fsdp_is_one_process(five: TrainConfig, tmp_path: Path, ways: tup
         check_alike(tmp_path / "one", tmp_path / way)
 
 
+def test_weights_are_sharded_and_rounded_only_for_forward_and_backward(
+    five: TrainConfig, tmp_path: Path
+) -> None:
+    trained(five, Group(), tmp_path / "one")
+
+    def work(group: Group) -> list[tuple[int, int, torch.dtype]]:
+        run = begin(five, group, engine="fsdp", partition="turns", precision="bf16", out=tmp_path / "two")
+        run.train()
+        weights = [weight for weight in run.model.student.parameters() if isinstance(weight, DTensor)]  # type: ignore[attr-defined]
+        return [(weight.to_local().numel(), weight.numel(), weight.dtype) for weight in weights]
+
+    ranks = on_ranks(2, tmp_path / "ranks", work)
+    number = len(list(begin(five, Group()).model.student.parameters()))  # type: ignore[attr-defined]
+    assert [len(rank) for rank in ranks] == [number, number]
+    whole = sum(size for _, size, _ in ranks[0])
+    assert sum(own for rank in ranks for own, *_ in rank) == whole
+    assert sum(own for own, *_ in ranks[0]) < 0.55 * whole
+    assert {dtype for rank in ranks for *_, dtype in rank} == {torch.float32}
+    losses = [[record["loss"] for record in read_records(tmp_path / out)] for out in ("one", "two")]
+    assert losses[1] != losses[0]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
 def test_another_world_and_engine_goes_on(five: TrainConfig, tmp_path: Path) -> None:
     """Two steps on four ranks by DDP, two on two by FSDP2, the last alone."""
     trained(five, Group(), tmp_path / "one")

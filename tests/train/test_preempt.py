@@ -11,10 +11,17 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from evals.core.dist import Group
+from radio.config import write_yaml
+from train.batches import Batch
+from train.cli import main
+from train.config import TrainConfig
+from train.learner import Learned, Learner
 from train.preempt import REQUEUE, Preemption, outlast_signals
 
+from .conftest import read_records
 from .ranks import on_ranks
 
 
@@ -79,3 +86,23 @@ def test_a_loaders_process_heeds_its_own_trainer_alone() -> None:
 
 def test_the_code_is_none_that_shells_or_we_use_otherwise() -> None:
     assert REQUEUE == 85
+
+
+def test_the_command_ends_with_the_code_and_goes_on_from_there(
+    config: TrainConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_yaml(config, config.out.with_suffix(".yaml"))
+    words = [str(config.out.with_suffix(".yaml")), "--steps", "3"]
+    genuine = Learner.advance
+
+    def asked(self: Learner, batch: Batch, step: int) -> tuple[Learned, Tensor]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return genuine(self, batch, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "advance", asked)
+        codes = [main(words) for _ in range(2)]
+    assert codes == [REQUEUE, REQUEUE]
+    assert "stopped after step 2; the same command goes on from there" in capsys.readouterr().out
+    assert main(words) == 0
+    assert [record["step"] for record in read_records(config.out)] == [1, 2, 3]

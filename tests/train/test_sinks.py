@@ -24,6 +24,14 @@ def test_records_are_on_disk_as_soon_as_they_are_written(tmp_path: Path) -> None
     log.close()
 
 
+def test_a_mean_over_no_steps_is_null(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = JsonLines(path, 0)
+    log.write({"step": 3, "loss": float("nan"), "skipped": 3, "not_finite": "clip/spatial"})
+    log.close()
+    assert path.read_text() == '{"step": 3, "loss": null, "skipped": 3, "not_finite": "clip/spatial"}\n'
+
+
 def test_later_and_cut_lines_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "loss": 1 / step}) for step in (2, 4, 6, 8)]

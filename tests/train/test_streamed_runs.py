@@ -99,14 +99,17 @@ def stopped(run: Run, step: int) -> None:
         run.train()
 
 
-@pytest.mark.parametrize(("step", "workers"), [(1, 0), (6, 2), (11, 0)])
+@pytest.mark.parametrize(
+    ("step", "workers"),
+    [(6, 2), pytest.param(1, 0, marks=pytest.mark.slow), pytest.param(11, 0, marks=pytest.mark.slow)],
+)
 def test_a_stopped_run_goes_on_bit_for_bit(
     config: TrainConfig, start: Start, tmp_path: Path, step: int, workers: int
 ) -> None:
     pattern = damaged(tmp_path / "shards")
     settings = streamed(config, pattern)
     start(settings, out=tmp_path / "whole").train()
-    stopped(start(settings, out=tmp_path / "cut", save_every=1), step)
+    stopped(start(settings, out=tmp_path / "cut", save_every=2), step)
     moved = tmp_path / "elsewhere"
     (tmp_path / "shards").rename(moved)
     data = replace(settings.data, shards=(f"{moved}/{{0..5}}.tar",), workers=workers)

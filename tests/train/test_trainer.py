@@ -631,6 +631,7 @@ def test_the_settings_file_is_plain(config: TrainConfig, start: Start) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile
 def test_a_compiled_student_trains_alike(config: TrainConfig, start: Start) -> None:
     for compiled in (False, True):
         run: Run = start(config, compile=compiled, out=config.out / str(compiled), steps=3)
