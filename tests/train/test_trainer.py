@@ -113,7 +113,7 @@ def test_loader_processes_end_well(
 ) -> None:
     """One that is forked by the thread in which the teachers work fails as it ends, and torch may notice."""
     workers: set[Any] = set()
-    run = start(config, data=replace(config.data, workers=2), steps=3)
+    run = start(config, data=replace(config.data, workers=2), steps=16)  # a worker at its end is gone
     genuine = run.advance
 
     def watched(batch: module.Batch) -> None:
