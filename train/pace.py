@@ -65,7 +65,7 @@ class Pace:
             used["mfu"] = lap.steps * self._flops / (lap.seconds * self.group.world * self._peak * 1e12)
         return {
             "images_per_second": pictures / lap.seconds,
-            "data_wait": lap.waiting / lap.seconds,
+            "data_wait": min(lap.waiting / lap.seconds, 1.0),  # a wait may have begun in the lap before
             "seconds": lap.seconds,
             **times.record(),
             **{f"share/{group.name}": group.share for group in self.partition.groups},
