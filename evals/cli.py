@@ -13,17 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import tyro
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from radio.benchmark import count
 from radio.checkpoint import load as load_checkpoint
 from radio.errors import CheckpointError, ConfigError, did_you_mean
 from radio.hub import load_backbone
-from radio.students import StudentOptions, students
+from radio.students import students
 from radio.types import Backbone
 
 from .core.dist import Group, joined
@@ -311,42 +308,10 @@ def _newest_checkpoint(arch: str, root: Path = Path("runs")) -> Path:
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ListOptions:
-    """The tasks that models are scored on."""
-
-    archs: bool = False
-    """List the architectures instead, with their parameters and multiply-adds."""
-
-
 def _list(arguments: Sequence[str]) -> int:
-    options = tyro.cli(ListOptions, prog="radio-eval list", args=list(arguments))
-    console = Console(highlight=False)
-    if not options.archs:
-        for name in evaluators:
-            console.print(f"{name:12} {escape(_summary(name))}")
-        return OK
-    table = Table("architecture", "parameters (M)", "GMACs", "at", "summary", "token", box=None)
-    for name in students:
-        table.add_row(name, *_size_up(name))
-    console.print(table)
-    return OK
+    from .listing import run_list
 
-
-def _size_up(name: str) -> tuple[str, ...]:
-    """Parameters and multiply-adds of an architecture, without memory for either."""
-    with torch.device("meta"):
-        student = students[name](StudentOptions())
-    assert isinstance(student, torch.nn.Module)
-    height, width = student.native_size
-    counts = count(student.eval(), (height, width))
-    return (
-        f"{counts.parameters / 1e6:.2f}",
-        f"{counts.gmacs:.2f}",
-        f"{height}x{width}",
-        str(student.summary_dim),
-        str(student.token_dim),
-    )
+    return run_list(arguments, {name: _summary(name) for name in evaluators})
 
 
 def _compare(arguments: Sequence[str]) -> int:

@@ -59,3 +59,8 @@ def choose_side(grid: tuple[int, int], least: int, most: int) -> int | None:
     fitting = [side for side in common_sides(grid) if side >= least]
     within = [side for side in fitting if side <= most]
     return max(within) if within else min(fitting, default=None)
+
+
+def nearest_multiple(pixels: int, step: int) -> int:
+    """The multiple of `step` nearest to a number of pixels, at least one; the larger of two equally near."""
+    return max(1, (2 * pixels + step) // (2 * step)) * step

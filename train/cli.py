@@ -11,21 +11,17 @@ from typing import Annotated, TypeVar
 import tyro
 from rich.console import Console
 
-from evals.core.provenance import choose_device
 from radio.config import read_yaml
 from radio.errors import ConfigError, did_you_mean
 
-from .comparison import compares, runs_of
 from .config import TrainConfig
-from .parallel import join
 from .plan import PlanOptions, make_plan
 from .plan_table import print_plan
 from .preempt import REQUEUE
 from .recipes import recipes
-from .tables import chosen_rows, run_table, tables
+from .tables import rows_of, tables, train_all
 from .teachers_from_scenes import TeachersConfig
 from .teachers_from_scenes import main as train_teachers
-from .trainer import Run
 
 USAGE = """usage: radio-train RECIPE [--section.option value ...] [--restart]
        radio-train RECIPE --plan [--world RANKS] [--peak-tflops NUMBER] ...
@@ -88,53 +84,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name == TEACHERS:
         train_teachers(_parse(TeachersConfig, TeachersConfig(), options, name))
         return 0
-    if name in tables:
-        return _make_table(name, options, console)
     if PLAN in options:
         return _plan(name, [option for option in options if option != PLAN], console)
+    if name in tables:
+        return _make_table(name, options, console)
     command = _parse(Command, Command(config=_settings(name)), options, name)
-    config, configs, paths = command.agreed, runs_of(command.agreed), []
-    device = choose_device(config.device)
-    with join(device) as group:
-        quiet = Console(quiet=True) if not group.leads else console
-        for each in configs:
-            run = Run(each, group, device, quiet, restart=command.restart)
-            paths.append(run.train())
-            if run.stopped:
-                line = f"stopped after step {run.step}; the same command goes on from there"
-                quiet.print(line, highlight=False, soft_wrap=True)
-                return REQUEUE
-            quiet.print(f"checkpoint: {paths[-1]}", highlight=False, soft_wrap=True)
-    if group.leads and config.score:
-        if compares(config):
-            from .comparison_scores import compare
+    config = command.agreed
+    trained = train_all({name: config}, console, restart=command.restart)
+    if trained.stopped:
+        return REQUEUE
+    if trained.leads and config.score:
+        from .scoring import score
 
-            compare(configs, paths, console)
-        else:
-            from .scoring import score
-
-            score(config, {"student": paths[0]}, config.out / "reports", console)
+        score(config, {"student": trained.checkpoints[name]}, config.out / "reports", console)
     return 0
 
 
 def _plan(name: str, options: Sequence[str], console: Console) -> int:
-    asked = _parse(
-        PlanCommand, PlanCommand(config=_settings(name), options=PlanOptions()), options, f"{name} {PLAN}"
-    )
-    print_plan(make_plan(asked.config, asked.options), console)
+    table = tables[name]() if name in tables else None
+    config = table.base if table else _settings(name)
+    asked = _parse(PlanCommand, PlanCommand(config=config, options=PlanOptions()), options, f"{name} {PLAN}")
+    runs = table.rows(asked.config) if table else {name: asked.config}
+    for each in runs.values():
+        print_plan(make_plan(each, asked.options), console)
     return 0
 
 
 def _make_table(name: str, options: Sequence[str], console: Console) -> int:
     """The exit code of every row of a table with the options over it."""
     table = tables[name]()
-    named = next(iter(table.rows.values()))
-    asked = _parse(TableCommand, TableCommand(config=named), options, name)
-    rows = {
-        row: _parse(TableCommand, TableCommand(config=config), options, name).config
-        for row, config in chosen_rows(table, asked.rows).items()
-    }
-    return run_table(table, rows, console, restart=asked.restart)
+    asked = _parse(TableCommand, TableCommand(config=table.base), options, name)
+    rows = rows_of(table, asked.config, asked.rows)
+    trained = train_all(rows, console, restart=asked.restart)
+    if trained.stopped:
+        return REQUEUE
+    if trained.leads:
+        table.finish(rows, trained.checkpoints, asked.config.out, console)
+    return 0
 
 
 def _settings(name: str) -> TrainConfig:

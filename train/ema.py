@@ -24,11 +24,12 @@ class Average:
         self.tensors = {name: weight.detach().clone() for name, weight in self._weights.items()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move it towards the weights as they are."""
+    def update(self, fine: Tensor) -> None:
+        """Move it towards the weights as they are, unless `fine` ([] bool) says that the step was none."""
         averages = [_own(tensor) for tensor in self.tensors.values()]
         weights = [_own(weight.detach()) for weight in self._weights.values()]
-        torch._foreach_lerp_(averages, weights, 1 - self.decay)
+        share = (1 - self.decay) * fine
+        torch._foreach_lerp_(averages, weights, [share] * len(averages))
 
 
 def _own(tensor: Tensor) -> Tensor:

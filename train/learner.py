@@ -76,7 +76,7 @@ class Learner:
         with self.pace.watch.time("communication"):
             self.distiller.settle(self.engine.peer_mean)
         if self.average is not None:
-            self.average.update()
+            self.average.update(fine)
         return learned, fine
 
     def learn(self, batch: Batch, step: int) -> Learned:

@@ -51,13 +51,13 @@ def score(
         console: where the table goes.
         paper: rows of the paper to print below.
     """
-    jobs = {task: _job(task, config.device) for task in config.score}
+    jobs = {task: make_job(task, config.device, _PICTURES.get(task, {})) for task in config.score}
     watch = watch_on(console, shown=console.is_terminal)
     found = {}
     for name, model, its_own in _contestants(config, students):
         chosen: Jobs = {task: job for task, job in jobs.items() if its_own or task != _STUDENTS_ONLY}
-        tell = partial(_tell, console, name)
-        found[name] = run_all(model, chosen, out, name=name, watch=watch, group=Group(), tell=tell)
+        told = partial(tell, console, name)
+        found[name] = run_all(model, chosen, out, name=name, watch=watch, group=Group(), tell=told)
     console.print(_table(found, config.score, paper, plain=not console.is_terminal))
     for line in _measured_on(config.score, paper):
         console.print(escape(line), highlight=False, soft_wrap=True)
@@ -78,7 +78,7 @@ class Follower:
 
     def __init__(self, config: TrainConfig, group: Group, console: Console) -> None:
         self.config, self.group, self.console = config, group, console
-        self.jobs = {task: _job(task, config.device) for task in config.eval_tasks}
+        self.jobs = {task: make_job(task, config.device, {}) for task in config.eval_tasks}
 
     def evaluate(self, step: int) -> Record:
         """The headlines of `ckpt.pt` as `knn/top1`, with the reports in `reports/step-000200`."""
@@ -90,7 +90,7 @@ class Follower:
             name="student",
             watch=watch_on(self.console, shown=False),
             group=self.group,
-            tell=partial(_tell, self.console, f"step {step}"),
+            tell=partial(tell, self.console, f"step {step}"),
         )
         reports = [outcome.report for outcome in outcomes if outcome.report is not None]
         found: Record = {"step": step}
@@ -99,7 +99,7 @@ class Follower:
         figures = ", ".join(
             f"{name} {value:.1f}" for name, value in found.items() if isinstance(value, float)
         )
-        _tell(self.console, f"step {step}", figures or "no task could be evaluated")
+        tell(self.console, f"step {step}", figures or "no task could be evaluated")
         return found
 
     def has_done(self, step: int) -> bool:
@@ -110,12 +110,18 @@ class Follower:
         return any(key.partition("/")[0] in self.jobs for record in records for key in record)
 
 
-def _job(task: str, device: str) -> tuple[Evaluator[Any], Any]:
+def make_job(task: str, device: str, settings: Mapping[str, Any]) -> tuple[Evaluator[Any], Any]:
+    """An evaluator and its settings, the given ones over its own.
+
+    Raises:
+        ConfigError: a task that there is not.
+    """
     evaluator = evaluators[task]()
-    return evaluator, evaluator.settings(device=device, **_PICTURES.get(task, {}))
+    return evaluator, evaluator.settings(device=device, **settings)
 
 
-def _tell(console: Console, name: str, line: str) -> None:
+def tell(console: Console, name: str, line: str) -> None:
+    """Print what there is to say of one model."""
     console.print(escape(f"{name}: {line}"), highlight=False, soft_wrap=True)
 
 

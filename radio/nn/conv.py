@@ -118,22 +118,23 @@ class Neck(nn.Module):
     """The last map at twice its resolution, plus the map of the stage before (paper §5.1).
 
     Args:
-        width: C, channels of the stage before; the last map has 2C.
-        kind: `lateral` doubles the last map's sides at 2C channels and carries the earlier map there by a
+        before: C, channels of the stage before.
+        last: D, channels of the last map.
+        kind: `lateral` doubles the last map's sides at D channels and carries the earlier map there by a
             1x1 convolution; `stage-3` brings the last map to the earlier one's C channels and adds.
     """
 
-    def __init__(self, width: int, kind: NeckKind) -> None:
+    def __init__(self, before: int, last: int, kind: NeckKind) -> None:
         super().__init__()
         if kind == "lateral":
-            self.up = nn.ConvTranspose2d(2 * width, 2 * width, 2, stride=2)
-            self.lateral: nn.Module = nn.Conv2d(width, 2 * width, 1)
+            self.up = nn.ConvTranspose2d(last, last, 2, stride=2)
+            self.lateral: nn.Module = nn.Conv2d(before, last, 1)
         else:
-            self.up = nn.ConvTranspose2d(2 * width, width, 3, stride=2, padding=1, output_padding=1)
+            self.up = nn.ConvTranspose2d(last, before, 3, stride=2, padding=1, output_padding=1)
             self.lateral = nn.Identity()
 
     def forward(self, before: Tensor, last: Tensor) -> Tensor:
-        """[B, C, 2H, 2W] and [B, 2C, H, W] -> [B, 2C or C, 2H, 2W]."""
+        """[B, C, 2H, 2W] and [B, D, H, W] -> [B, D or C, 2H, 2W]."""
         out: Tensor = self.up(last) + self.lateral(before)
         return out
 

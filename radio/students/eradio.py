@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import json
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
@@ -13,16 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..checkpoint import digest
-from ..config import to_plain
 from ..errors import ConfigError, SizeError
 from ..nn.conv import C2f, ChannelAffine, ConvNorm, Downsample, Neck, NeckKind, StridedStem
 from ..nn.normalise import Normalise
 from ..nn.recompute import recomputed
 from ..nn.windowed_block import MultiResolutionBlock, WindowBlock, map_of, windows_of
 from ..types import Features
-from ..windows import check_window, choose_side
+from ..windows import check_window, choose_side, nearest_multiple
 from . import StudentOptions, students
+from .shape import Shape, Shaped
 
 # Letters: B batch, T tokens, D width, H W grid.
 
@@ -37,30 +35,28 @@ _BRANCH = 0.3  # how much half-resolution blocks add at the start; at 1 every on
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ERadioConfig:
+class ERadioConfig(Shape):
     """The shape of one E-RADIO: four stages of widths d, 2d, 4d, 8d, each at half the resolution before."""
 
-    name: str
     width: int  # d
     depths: tuple[int, int, int, int]
-    native: int = 224  # the image side in pixels that it was made for
     strides: tuple[int, int] = (2, 2)  # of the stem's two convolutions
     inner: int = 64  # channels between them
     heads: tuple[int, int] = (8, 16)  # in stages 3 and 4
     ratios: tuple[int, ...] = (2, 1)  # the blocks that make one layer of stage 3
     mix: float = 1.0  # what x + f(x) of a block at ratio 2 is multiplied with; the released model takes 0.5
     neck: NeckKind | None = "lateral"  # None = without up-sampling
-    window: int | None = None  # None = chosen by the size of the input
-    recompute: bool = False
 
 
-class ERadio(nn.Module):
+class ERadio(Shaped):
     """A hybrid of C2f stages and windowed transformer stages, with batch norms and in channels-last.
 
     One window side serves a whole forward: that of stage 4's map, which is also that of the half-resolution
     blocks of stage 3; it therefore divides the map of the other blocks, twice as long. It is 4 or more, and
     chosen by the input's size (224 px: 7, 256: 8, 384: 12, 512: 16) unless `with_window` sets it.
     """
+
+    config: ERadioConfig
 
     def __init__(self, config: ERadioConfig) -> None:
         super().__init__()
@@ -77,25 +73,9 @@ class ERadio(nn.Module):
         self.down3 = Downsample(4 * d)
         self.stage4 = nn.ModuleList(WindowBlock(8 * d, config.heads[1]) for _ in range(four))
         self.norm: nn.Module = nn.BatchNorm2d(8 * d)
-        self.neck = None if config.neck is None else Neck(4 * d, config.neck)
+        self.neck = None if config.neck is None else Neck(4 * d, 8 * d, config.neck)
         self.apply(_initialise)
         self.to(memory_format=torch.channels_last)
-
-    @property
-    def name(self) -> str:
-        """The architecture's name."""
-        return self.config.name
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the weights and of everything in the config that changes the output."""
-        shape = to_plain(replace(self.config, recompute=False))
-        return digest(self.state_dict(), json.dumps(shape, sort_keys=True))
-
-    @property
-    def native_size(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
-        return self.fit(self.config.native, self.config.native)
 
     @property
     def summary_dim(self) -> int:
@@ -118,7 +98,9 @@ class ERadio(nn.Module):
         side = self.config.window
         longest = max(height, width) // self.cell + 1
         sides = range(LEAST_WINDOW, max(LEAST_WINDOW, longest) + 1) if side is None else (side,)
-        sizes = [(_nearest(height, self.cell * s), _nearest(width, self.cell * s)) for s in sides]
+        sizes = [
+            (nearest_multiple(height, self.cell * s), nearest_multiple(width, self.cell * s)) for s in sides
+        ]
         return min(sizes, key=lambda size: (size[0] - height) ** 2 + (size[1] - width) ** 2)
 
     def with_window(self, side: int | None) -> Self:
@@ -216,10 +198,6 @@ def _keep_variance(conv: nn.Conv2d | nn.ConvTranspose2d) -> None:
     if isinstance(conv, nn.ConvTranspose2d):
         taps //= conv.stride[0] * conv.stride[1]
     nn.init.trunc_normal_(conv.weight, std=(conv.in_channels * max(taps, 1)) ** -0.5)
-
-
-def _nearest(pixels: int, step: int) -> int:
-    return max(round(pixels / step), 1) * step
 
 
 def _build(config: ERadioConfig, options: StudentOptions) -> ERadio:

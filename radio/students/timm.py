@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from ..checkpoint import digest
 from ..errors import ConfigError, SizeError
+from ..nn.conv import Neck
 from ..nn.normalise import Normalise
 from ..types import Features
+from ..windows import nearest_multiple
 from . import StudentOptions, students
-from .timm_networks import check_name, make_network, mean_and_std, nearest, recompute
+from .timm_networks import check_name, make_network, mean_and_std, recompute
 
 # Letters: B batch, C summary width, T tokens, D token width, H W grid.
 
@@ -54,7 +56,7 @@ class TimmTrunk(nn.Module):
         self.stride: int = network.feature_info[-1]["reduction"]
         self.token_dim: int = network.num_features
         self.summary_dim: int = getattr(network, "head_hidden_size", network.num_features)
-        self.neck = UpNeck(_width_before(name, network), self.token_dim) if upsample else None
+        self.neck = Neck(_width_before(name, network), self.token_dim, "lateral") if upsample else None
 
     def forward(self, images: Tensor) -> Features:
         """Normalised [B, 3, h, w] -> tokens [B, T, D] of the last map, and its pooled vector [B, C]."""
@@ -65,7 +67,7 @@ class TimmTrunk(nn.Module):
             return Features(self._pooled(last), tokens, grid)
         last, maps = self.network.forward_intermediates(images, indices=2)
         tokens = self._tokens(last, grid)
-        plane = self.neck(tokens.transpose(1, 2).unflatten(2, grid), maps[0])
+        plane = self.neck(maps[0], tokens.transpose(1, 2).unflatten(2, grid))
         return Features(self._pooled(last), plane.flatten(2).transpose(1, 2), tuple(plane.shape[2:]))
 
     def _pooled(self, last: Tensor) -> Tensor:
@@ -89,26 +91,6 @@ def _as_tokens(network: Any, last: Tensor) -> Tensor:
         return last[:, getattr(network, "num_prefix_tokens", 0) :]
     rows_last = getattr(network, "output_fmt", "NCHW") == "NCHW"
     return last.flatten(2).transpose(1, 2) if rows_last else last.flatten(1, 2)
-
-
-@final
-class UpNeck(nn.Module):
-    """The last map at twice its resolution, plus the map of the stage before it.
-
-    Args:
-        before: channels of the stage before.
-        width: channels of the last map, and of the result.
-    """
-
-    def __init__(self, before: int, width: int) -> None:
-        super().__init__()
-        self.up = nn.ConvTranspose2d(width, width, 2, stride=2)
-        self.lateral = nn.Conv2d(before, width, 1)
-
-    def forward(self, last: Tensor, before: Tensor) -> Tensor:
-        """[B, D, H, W] and [B, before, 2H, 2W] -> [B, D, 2H, 2W]."""
-        joined: Tensor = self.up(last) + self.lateral(before)
-        return joined
 
 
 @final
@@ -157,7 +139,7 @@ class TimmStudent(nn.Module):
         """The nearest (height, width) that its stride divides, or the one size that it was built for."""
         if self.fixed:
             return self.native_size
-        return nearest(height, self.trunk.stride), nearest(width, self.trunk.stride)
+        return nearest_multiple(height, self.trunk.stride), nearest_multiple(width, self.trunk.stride)
 
     def draw(self, batch: int, generator: torch.Generator) -> Tensor | None:
         """None: a training forward draws nothing at random, dropout and stochastic depth are off."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..checkpoint import load_tensors
 from ..errors import CheckpointError, ConfigError, SizeError, did_you_mean
+from ..windows import nearest_multiple
 
 
 def make_network(name: str, side: int | None = None, file: Path | None = None) -> tuple[Any, int, bool]:
@@ -40,11 +41,11 @@ def make_network(name: str, side: int | None = None, file: Path | None = None) -
     native: int = cfg["input_size"][1]
     fixed, stride = bool(cfg.get("fixed_input_size")), _stride(own)
     if side is None:
-        side = native if fixed else nearest(native, stride)
-    if side != nearest(side, stride):
+        side = native if fixed else nearest_multiple(native, stride)
+    if side != nearest_multiple(side, stride):
         raise SizeError(
             f"timm:{name} cannot be built for {side} px: its stride of {stride} does not divide that; "
-            f"the nearest is {nearest(side, stride)}"
+            f"the nearest is {nearest_multiple(side, stride)}"
         )
     if isinstance(
         getattr(own, "head", None), HiddenHead
@@ -60,11 +61,6 @@ def mean_and_std(network: Any) -> tuple[tuple[float, float, float], tuple[float,
     """What the network's pictures are normalised with."""
     mean, std = network.pretrained_cfg["mean"], network.pretrained_cfg["std"]
     return tuple(mean), tuple(std)
-
-
-def nearest(pixels: int, step: int) -> int:
-    """The multiple of `step` nearest to a number of pixels, at least one."""
-    return max(round(pixels / step), 1) * step
 
 
 def check_name(name: str) -> None:

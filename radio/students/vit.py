@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Self
@@ -13,44 +12,41 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..checkpoint import digest
-from ..config import to_plain
 from ..errors import ConfigError, SizeError
 from ..nn.block import NORM_EPS, Block
 from ..nn.normalise import Normalise
 from ..nn.patch_embed import ConvStem, LinearStem
 from ..nn.positions import CroppedPositions, draw_crops
 from ..types import Features
-from ..windows import check_window, from_windows, to_windows
+from ..windows import check_window, from_windows, nearest_multiple, to_windows
 from . import StudentOptions, students
+from .shape import Shape, Shaped
 from .windowed import Schedule, global_blocks
 
 # Letters: B batch, T tokens, D width, K class tokens, H W grid.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ViTConfig:
-    """The shape of one ViT."""
+class ViTConfig(Shape):
+    """The shape of one ViT; a window of None is global attention everywhere."""
 
-    name: str
     width: int
     depth: int
     heads: int
     patch: int
-    native: int  # the image side in pixels that it was made for
     positions: int  # side of the position table
     mlp_ratio: float = 4.0
     class_tokens: int = 1  # 0 = average pooling
     registers: int = 0
     stem: Literal["linear", "conv"] = "linear"
     layer_scale: float | None = None
-    window: int | None = None  # None = global attention everywhere
     schedule: Schedule = "quarters"
-    recompute: bool = False
 
 
-class ViT(nn.Module):
+class ViT(Shaped):
     """A vision transformer that takes any image whose sides its patch (and window) divide."""
+
+    config: ViTConfig
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -69,22 +65,6 @@ class ViT(nn.Module):
         self.blocks.apply(_initialise)
 
     @property
-    def name(self) -> str:
-        """The architecture's name."""
-        return self.config.name
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the weights and of everything in the config that changes the output."""
-        shape = to_plain(replace(self.config, recompute=False))
-        return digest(self.state_dict(), json.dumps(shape, sort_keys=True))
-
-    @property
-    def native_size(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
-        return self.fit(self.config.native, self.config.native)
-
-    @property
     def summary_dim(self) -> int:
         """C: the class tokens side by side, or the token width when pooling."""
         return self.config.width * max(self.config.class_tokens, 1)
@@ -97,7 +77,7 @@ class ViT(nn.Module):
     def fit(self, height: int, width: int) -> tuple[int, int]:
         """The nearest (height, width) that patch and window divide."""
         step = self.config.patch * (self.config.window or 1)
-        return _nearest(height, step), _nearest(width, step)
+        return nearest_multiple(height, step), nearest_multiple(width, step)
 
     def with_window(self, side: int | None) -> Self:
         """This ViT with another window side (None: global attention), sharing the weights.
@@ -206,10 +186,6 @@ def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
-
-
-def _nearest(pixels: int, step: int) -> int:
-    return max(round(pixels / step), 1) * step
 
 
 def _build(config: ViTConfig, options: StudentOptions) -> ViT:

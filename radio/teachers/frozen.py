@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..checkpoint import digest
 from ..errors import SizeError
 from ..types import Features, TextTower
+from ..windows import nearest_multiple
 
 # Letters: B batch, C summary width, T tokens, D token width, h w pixels.
 
@@ -91,7 +92,7 @@ class Frozen(nn.Module):
         """The accepted (height, width) in pixels nearest to the one asked for."""
         if self.multiple_of is None:
             return self.native_size
-        return _nearest(height, self.multiple_of), _nearest(width, self.multiple_of)
+        return nearest_multiple(height, self.multiple_of), nearest_multiple(width, self.multiple_of)
 
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode: a parent's `train()` must not wake dropout or batch norm."""
@@ -121,8 +122,3 @@ class Frozen(nn.Module):
                 f"{self.name} cannot take {height}x{width} pixels (height x width); the nearest size "
                 f"that it can is {fitting[0]}x{fitting[1]}: resize the pictures"
             )
-
-
-def _nearest(pixels: int, multiple: int) -> int:
-    """The multiple nearest to a number of pixels, at least one; the larger of two equally near."""
-    return max(1, (2 * pixels + multiple) // (2 * multiple)) * multiple

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from radio.errors import SizeError
-from radio.windows import check_window, choose_side, common_sides, from_windows, to_windows
+from radio.windows import check_window, choose_side, common_sides, from_windows, nearest_multiple, to_windows
 
 GRIDS = [
     ((72, 72), 8),
@@ -87,3 +87,11 @@ def test_common_sides_are_those_that_a_trial_division_finds():
 )
 def test_the_side_that_is_chosen(grid, side):
     assert choose_side(grid, 4, 16) == side
+
+
+@pytest.mark.parametrize(
+    ("pixels", "step", "wanted"),
+    [(1, 14, 14), (21, 14, 28), (20, 14, 14), (35, 14, 42), (96, 32, 96), (80, 32, 96)],
+)
+def test_the_nearest_multiple_of_two_equally_near_is_the_larger(pixels, step, wanted):
+    assert nearest_multiple(pixels, step) == wanted

@@ -16,7 +16,12 @@ def test_the_average_is_the_weighted_sum_of_all_weights_so_far() -> None:
         with torch.no_grad():
             model.weight.add_(step + 1.0)
         history.append(model.weight.detach().clone())
-        average.update()
+        average.update(torch.tensor(True))
+        with torch.no_grad():
+            kept = model.weight.clone()
+            model.weight.add_(100.0)
+            average.update(torch.tensor(False))  # a step that was left out
+            model.weight.copy_(kept)
     shares = (0.75**3, 0.25 * 0.75**2, 0.25 * 0.75, 0.25)
     wanted = torch.stack([share * value for share, value in zip(shares, history, strict=True)]).sum(0)
     assert torch.allclose(average.tensors["weight"], wanted, atol=1e-6)

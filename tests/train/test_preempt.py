@@ -103,6 +103,9 @@ def test_the_command_ends_with_the_code_and_goes_on_from_there(
         patch.setattr(Learner, "advance", asked)
         codes = [main(words) for _ in range(2)]
     assert codes == [REQUEUE, REQUEUE]
-    assert "stopped after step 2; the same command goes on from there" in capsys.readouterr().out
+    assert (
+        f"stopped after step 2 of {config.out}; the same command goes on from there"
+        in capsys.readouterr().out
+    )
     assert main(words) == 0
     assert [record["step"] for record in read_records(config.out)] == [1, 2, 3]

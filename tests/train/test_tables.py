@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,15 @@ import pytest
 
 from evals.core.paper import TABLE_3
 from radio import entry
-from radio.config import read_yaml, write_yaml
+from radio.config import read_yaml, to_plain, write_yaml
+from radio.students import students
 from train import scoring
 from train.assembly import check_settings
 from train.cli import main
 from train.config import TrainConfig
 from train.preempt import REQUEUE, Preemption
 from train.recipes import recipes
-from train.tables import tables
+from train.tables import rows_of, tables
 
 from .conftest import read_records
 
@@ -33,24 +36,28 @@ ROWS = {"naive": "naive", "uncertainty": "uncertainty", "adaloss": "adaloss", "a
 def test_every_row_of_every_table(name: str, tmp_path: Path) -> None:
     table = tables[name]()
     assert (tables[name].__doc__ or "").strip()
-    for config in table.rows.values():
+    rows = rows_of(table, table.base)
+    for config in rows.values():
         check_settings(config, 1)
         write_yaml(config, tmp_path / "config.yaml")
         assert read_yaml(TrainConfig, tmp_path / "config.yaml") == config
-    assert len({config.out for config in table.rows.values()}) == 1
-    assert table.paper
+        assert config.student in students
+        assert config.out.parent == table.base.out
+    assert len({config.out for config in rows.values()}) == len(rows)
+    alike = {json.dumps(to_plain(replace(row, recipe="", out=Path()))) for row in rows.values()}
+    assert len(alike) == len(rows)  # no two are the same run
 
 
 @pytest.mark.parametrize("name", ["table3", "table3-paper"])
 def test_table_3_has_the_four_balancers_on_clip_and_dinov2(name: str) -> None:
     table = tables[name]()
-    assert {row: config.balance.kind for row, config in table.rows.items()} == ROWS
-    assert table.paper == TABLE_3
-    for config in table.rows.values():
-        assert config.teachers == tables[name]().rows["naive"].teachers
+    rows = rows_of(table, table.base)
+    assert {row: config.balance.kind for row, config in rows.items()} == ROWS
+    for config in rows.values():
+        assert config.teachers == table.base.teachers
         assert len(config.teachers) == 2
     if name == "table3-paper":
-        assert table.rows["naive"].student == recipes["paper-b14"]().student == "vit-b14"
+        assert rows["naive"].student == recipes["paper-b14"]().student == "vit-b14"
 
 
 def test_one_command_trains_scores_and_shows_every_row(
@@ -99,7 +106,10 @@ def test_a_signal_stops_the_table_and_the_same_command_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(Preemption, "agreed", lambda _: next(asked))
         assert main(words) == REQUEUE
-    assert "stopped after step 2 of naive; the same command goes on from there" in capsys.readouterr().out
+    assert (
+        f"stopped after step 2 of {tmp_path / 'naive'}; the same command goes on from there"
+        in capsys.readouterr().out
+    )
     assert not (tmp_path / "adaloss").exists()
     assert main(words) == 0
     for row in ("naive", "adaloss"):
@@ -110,7 +120,7 @@ def test_a_signal_stops_the_table_and_the_same_command_goes_on(
     ("words", "message"),
     [
         (["--rows", "adalos"], "the table has no row 'adalos'; did you mean adaloss"),
-        (["--balance.kind", "adaloss"], "the rows naive and uncertainty would be the same run"),
+        (["--balance.kind", "adaloss"], "the rows of table 3 are the balancers; leave --balance out"),
         (["--batch-size", "0"], "--batch-size 0 cannot be"),
         (["--teachers.1.batch-size", "1"], "clip and dense see other pictures or sizes"),
     ],
@@ -129,3 +139,9 @@ def test_an_unknown_name_may_have_been_a_table(capsys: pytest.CaptureFixture[str
     assert main(["--help"]) == 0
     said = capsys.readouterr().out
     assert all(f"\n  {name} " in said for name in tables)
+
+
+def test_the_plan_of_a_table_is_that_of_every_row(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["table3", "--plan", "--student", "vit-tiny12"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"table3 {row}: vit-tiny12 on " in said for row in ROWS)

@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from ..comparison import ALL
+import torch
+from rich.console import Console
+
+from evals.core.paper import TABLE_6_MODELS
+from radio.students import students
+
 from ..config import DataConfig, OptimConfig, TeacherConfig, TrainConfig
-from . import recipes
+from ..tables import PaperTable, Rows, tables
 from .paper import DINO
 from .scenes import TEACHERS
+
+ALL = "all"
+"""The student that stands for every one of `STUDENTS`."""
+
+STUDENTS: tuple[str, ...] = tuple(
+    name
+    for name in TABLE_6_MODELS
+    if not name.startswith(("dinov2:", "openclip:")) and name not in ("vit-l14", "vit-h14")
+)
+"""The paper's table 6 without its two large ViTs, which take hours on a CPU even in small."""
 
 OPENCLIP = TeacherConfig(
     name="clip", model="openclip:ViT-H-14@weights/open_clip_vit_h14_laion2b_s32b_b79k.bin", resolution=224
 )
 
 
-@recipes.register("table6")
-def table6() -> TrainConfig:
+@tables.register("table6")
+def table6() -> PaperTable:
     """Table 6 in small on the generated world: --student NAME, or all of them one after the other."""
-    return TrainConfig(
+    base = TrainConfig(
         recipe="table6",
-        out=Path("runs/table6/{student}"),
+        out=Path("runs/table6"),
         student=ALL,
         teachers=TEACHERS[:2],  # a CLIP and a DINOv2 in small; the paper takes no SAM here
         resolution=96,
@@ -32,14 +49,15 @@ def table6() -> TrainConfig:
         save_every=100,
         score=("knn", "zeroshot"),
     )
+    return PaperTable(base=base, rows=_students, finish=_finish)
 
 
-@recipes.register("table6-paper")
-def table6_paper() -> TrainConfig:
+@tables.register("table6-paper")
+def table6_paper() -> PaperTable:
     """Table 6 as the paper has it: OpenCLIP H/14 and DINOv2 g/14, ImageNet-21k, batch 4096 (§5.1)."""
-    return TrainConfig(
+    base = TrainConfig(
         recipe="table6-paper",
-        out=Path("runs/table6-paper/{student}"),
+        out=Path("runs/table6-paper"),
         student=ALL,
         teachers=(OPENCLIP, DINO),
         resolution=224,
@@ -49,3 +67,27 @@ def table6_paper() -> TrainConfig:
         save_every=2000,
         log_every=100,
     )
+    return PaperTable(base=base, rows=_students, finish=_finish)
+
+
+def _students(base: TrainConfig) -> Rows:
+    """One student or all, each at the size nearest to the resolution that it takes."""
+    names = STUDENTS if base.student == ALL else (base.student,)
+    return {name: replace(base, student=name, resolution=_side(name, base)) for name in names}
+
+
+def _side(name: str, base: TrainConfig) -> int:
+    factory = students[name]
+    if name.startswith("timm:"):  # built for the resolution
+        return base.resolution
+    with torch.device("meta"):
+        return factory(base.options).fit(base.resolution, base.resolution)[0]
+
+
+def _finish(rows: Rows, checkpoints: Mapping[str, Path], out: Path, console: Console) -> None:
+    """Scores and speed of every student beside the paper's, where scores are asked for."""
+    first = next(iter(rows.values()))
+    if first.score:
+        from ..table6_scores import compare  # only now: with all evaluators behind it
+
+        compare(first, checkpoints, out / "reports", console)

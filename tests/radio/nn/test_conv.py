@@ -84,7 +84,7 @@ def test_downsampling_halves_and_doubles_without_activation(seen):
 
 @torch.inference_mode()
 def test_the_lateral_neck_by_hand():
-    neck = Neck(2, "lateral")
+    neck = Neck(2, 4, "lateral")
     before, last = _maps(1, 2, 6, 4), _maps(1, 4, 3, 2)
     wanted = torch.zeros(1, 4, 6, 4)
     up, lateral = neck.up, neck.lateral
@@ -102,7 +102,7 @@ def test_the_lateral_neck_by_hand():
 
 @torch.inference_mode()
 def test_the_other_neck_adds_to_stage_3():
-    neck = Neck(6, "stage-3")
+    neck = Neck(6, 12, "stage-3")
     before, last = _maps(2, 6, 6, 4), _maps(2, 12, 3, 2)
     added = neck(before, last) - before
     assert added.shape == (2, 6, 6, 4)
@@ -119,7 +119,7 @@ def test_the_other_neck_adds_to_stage_3():
 
 @pytest.mark.parametrize("kind", ["lateral", "stage-3"])
 def test_both_necks_weigh_the_same(kind):
-    weights = [p for p in Neck(64, kind).parameters() if p.ndim == 4]
+    weights = [p for p in Neck(64, 128, kind).parameters() if p.ndim == 4]
     assert sum(weight.numel() for weight in weights) == 288 * 16**2  # 288 d^2, of d = 16
 
 

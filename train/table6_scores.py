@@ -1,4 +1,4 @@
-"""The end of a comparison: every student's scores and speed in one table, beside the paper's."""
+"""The end of table 6: every student's scores and speed in one table, beside the paper's."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-import evals.cli  # noqa: F401 (enters the evaluators)
 from evals.core.dist import Group
-from evals.core.evaluator import Evaluator, evaluators
 from evals.core.paper import PaperRow, table_6_row
 from evals.core.progress import watch_on
 from evals.core.report import Report
@@ -27,6 +25,7 @@ from radio.errors import MissingExtraError
 from radio.hub import load_backbone
 
 from .config import TrainConfig
+from .scoring import make_job, tell
 
 FEW: Mapping[str, Mapping[str, Any]] = {"knn": {"scenes": (1200, 300)}, "zeroshot": {"scenes": 300}}
 """Settings of the tasks: the slowest student sees as many pictures as the fastest."""
@@ -35,39 +34,34 @@ SPEED: Mapping[str, Any] = {"batches": (8,)}
 """Settings of the measurement of speed."""
 
 
-def compare(configs: Sequence[TrainConfig], paths: Sequence[Path], console: Console) -> Path:
-    """The folder of the reports, after every checkpoint was scored and measured and the table was printed.
+def compare(config: TrainConfig, checkpoints: Mapping[str, Path], out: Path, console: Console) -> None:
+    """Score and measure every checkpoint, with reports in `out`, and print the table.
 
     Run again, it keeps the scores that are done and unchanged.
+
+    Args:
+        config: the tasks and the device.
+        checkpoints: by the students' names.
+        out: the folder of the reports.
+        console: where the table goes.
     """
-    out = configs[0].out.parent / "reports"
     watch = watch_on(console, shown=console.is_terminal)
     scores: dict[str, dict[str, Report | None]] = {}
     entries = []
-    for config, path in zip(configs, paths, strict=True):
-        model, name = load_backbone(str(path)), config.student
-        jobs = {task: _job(task, config.device) for task in config.score}
-        tell = partial(_tell, console, name)
-        outcomes = run_all(model, jobs, out, name=name, watch=watch, group=Group(), tell=tell)
+    jobs = {task: make_job(task, config.device, FEW.get(task, {})) for task in config.score}
+    for name, path in checkpoints.items():
+        model = load_backbone(str(path))
+        told = partial(tell, console, name)
+        outcomes = run_all(model, jobs, out, name=name, watch=watch, group=Group(), tell=told)
         scores[name] = {outcome.task: outcome.report for outcome in outcomes}
         entries.append(Entry(name=name, model=model, paper_name=name))
-    settings = ThroughputSettings(**SPEED, device=configs[0].device)
+    settings = ThroughputSettings(**SPEED, device=config.device)
     speeds = {report.model: report for report in measure_all(entries, settings, out, watch=watch)}
-    console.print(_table(scores, speeds, configs[0].score, plain=not console.is_terminal))
+    console.print(_table(scores, speeds, config.score, plain=not console.is_terminal))
     try:
         draw_tradeoff(out)
     except MissingExtraError as error:
         console.print(f"no plot: {error}", highlight=False, soft_wrap=True)
-    return out
-
-
-def _job(task: str, device: str) -> tuple[Evaluator[Any], Any]:
-    evaluator = evaluators[task]()
-    return evaluator, evaluator.settings(device=device, **FEW.get(task, {}))
-
-
-def _tell(console: Console, name: str, line: str) -> None:
-    console.print(escape(f"{name}: {line}"), highlight=False, soft_wrap=True)
 
 
 def _table(

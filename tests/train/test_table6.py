@@ -1,9 +1,10 @@
-"""The runs of a comparison, and the paper's table 6 in small, student by student."""
+"""The paper's table 6: which students, at which size, and in small one by one."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,44 +15,42 @@ from evals.core.report import read
 from radio import entry
 from radio.errors import ConfigError, SizeError
 from radio.students.timm import TABLE_6
-from train.comparison import STUDENTS, compares, runs_of
-from train.config import DataConfig
-from train.recipes import recipes
+from train.config import DataConfig, TrainConfig
+from train.recipes.table6 import STUDENTS
+from train.tables import rows_of, tables
 from train.trainer import Run
 
 QUICK = ("timm:regnety_064", "timm:efficientvit_l1")
 SLOW = tuple(name for name in STUDENTS if name not in QUICK)
 
 
+def rows(name: str = "table6", **changes: Any) -> dict[str, TrainConfig]:
+    table = tables[name]()
+    return rows_of(table, replace(table.base, **changes))
+
+
 def test_one_student_or_all_each_in_a_folder_of_its_own() -> None:
-    config = recipes["table6"]()
-    runs = runs_of(config)
-    assert [run.student for run in runs] == list(STUDENTS)
+    runs = rows()
+    assert list(runs) == [run.student for run in runs.values()] == list(STUDENTS)
     assert {f"timm:{name}" for name in TABLE_6} | {"e-radio-b", "e-radio-b-noup", "e-radio-l"} < set(STUDENTS)
-    assert len({run.out for run in runs}) == len(runs) == 15
-    (one,) = runs_of(replace(config, student="timm:resnetv2_101"))
+    assert len({run.out for run in runs.values()}) == len(runs) == 15
+    (one,) = rows(student="timm:resnetv2_101").values()
     assert one.out == Path("runs/table6/timm-resnetv2_101")
-    assert one in runs
+    assert one == runs["timm:resnetv2_101"]
     with pytest.raises(ConfigError, match="unknown student 'e-radio-q'"):
-        runs_of(replace(config, student="e-radio-q"))
+        rows(student="e-radio-q")
 
 
 def test_students_are_trained_at_the_nearest_size_that_they_take() -> None:
-    sides = {run.student: run.resolution for run in runs_of(recipes["table6"]())}
+    sides = {name: run.resolution for name, run in rows().items()}
     assert sides["e-radio-b"] == 128  # windows of 4 at a stride of 32
     assert sides["vit-b14"] == 98
     assert {sides[f"timm:{name}"] for name in TABLE_6} == {96}
-    assert {run.resolution for run in runs_of(recipes["table6-paper"]())} == {224}
-
-
-def test_other_recipes_stand_for_one_run() -> None:
-    config = recipes["demo"]()
-    assert not compares(config)
-    assert runs_of(config) == (config,)
+    assert {run.resolution for run in rows("table6-paper").values()} == {224}
 
 
 def test_the_papers_settings() -> None:
-    config = recipes["table6-paper"]()
+    config = tables["table6-paper"]().base
     assert (config.batch_size, config.steps, config.resolution) == (4096, 600_000, 224)
     assert [teacher.model.partition("@")[0] for teacher in config.teachers] == [
         "openclip:ViT-H-14",
@@ -67,16 +66,9 @@ def test_five_steps_give_every_parameter_a_finite_gradient_and_a_checkpoint_that
     student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    small = replace(
-        recipes["table6"](),
-        student=student,
-        steps=5,
-        batch_size=2,
-        resolution=64,
-        data=DataConfig(scenes=20, workers=0),
-        device="cpu",
-    )
-    (config,) = runs_of(small)
+    data = DataConfig(scenes=20, workers=0)
+    small = rows(student=student, steps=5, batch_size=2, resolution=64, data=data, device="cpu")
+    (config,) = small.values()
     run = Run(config, Group(), torch.device("cpu"), Console(quiet=True))
     before = {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
     path = run.train()
@@ -91,7 +83,7 @@ def test_five_steps_give_every_parameter_a_finite_gradient_and_a_checkpoint_that
 
 
 def test_a_size_that_its_stride_does_not_divide_is_an_error(tmp_path: Path) -> None:
-    (config,) = runs_of(replace(recipes["table6"](), student="timm:regnety_064", resolution=100))
+    (config,) = rows(student="timm:regnety_064", resolution=100).values()
     with pytest.raises(SizeError, match=r"cannot be built for 100 px: its stride of 32 .* nearest is 96"):
         Run(replace(config, out=tmp_path), Group(), torch.device("cpu"), Console(quiet=True))
 
@@ -101,12 +93,10 @@ def test_the_command_trains_a_row_and_puts_it_beside_the_papers(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "140")
-    monkeypatch.setattr("train.comparison.STUDENTS", ("timm:test_resnet", "timm:test_vit"))
+    monkeypatch.setattr("train.recipes.table6.STUDENTS", ("timm:test_resnet", "timm:test_vit"))
+    monkeypatch.setattr("train.table6_scores.FEW", {"knn": {"scenes": (40, 20)}, "zeroshot": {"scenes": 20}})
     monkeypatch.setattr(
-        "train.comparison_scores.FEW", {"knn": {"scenes": (40, 20)}, "zeroshot": {"scenes": 20}}
-    )
-    monkeypatch.setattr(
-        "train.comparison_scores.SPEED", {"window_seconds": 0.0, "warmup_seconds": 0.0, "batches": (2,)}
+        "train.table6_scores.SPEED", {"window_seconds": 0.0, "warmup_seconds": 0.0, "batches": (2,)}
     )
     arguments = ["table6", "--steps", "2", "--batch-size", "2", "--resolution", "64", "--device", "cpu"]
     assert entry.train([*arguments, "--data.scenes", "20", "--data.workers", "0"]) == 0

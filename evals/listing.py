@@ -1,0 +1,54 @@
+"""`radio-eval list`: the tasks, or the architectures with what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from radio.benchmark import count
+from radio.students import StudentOptions, students
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ListOptions:
+    """The tasks that models are scored on."""
+
+    archs: bool = False
+    """List the architectures instead, with their parameters and multiply-adds."""
+
+
+def run_list(arguments: Sequence[str], tasks: Mapping[str, str]) -> int:
+    """0, when the list was printed; `tasks` are the tasks with a line on each."""
+    options = tyro.cli(ListOptions, prog="radio-eval list", args=list(arguments))
+    console = Console(highlight=False)
+    if not options.archs:
+        for name, line in tasks.items():
+            console.print(f"{name:12} {escape(line)}")
+        return 0
+    table = Table("architecture", "parameters (M)", "GMACs", "at", "summary", "token", box=None)
+    for name in students:
+        table.add_row(name, *_size_up(name))
+    console.print(table)
+    return 0
+
+
+def _size_up(name: str) -> tuple[str, ...]:
+    """Parameters and multiply-adds of an architecture, without memory for either."""
+    with torch.device("meta"):
+        student = students[name](StudentOptions())
+    assert isinstance(student, torch.nn.Module)
+    height, width = student.native_size
+    counts = count(student.eval(), (height, width))
+    return (
+        f"{counts.parameters / 1e6:.2f}",
+        f"{counts.gmacs:.2f}",
+        f"{height}x{width}",
+        str(student.summary_dim),
+        str(student.token_dim),
+    )
