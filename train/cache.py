@@ -280,9 +280,15 @@ class _Written:
         self._waiting = [path for job in jobs for path in job.files]
         self._files = len(self._waiting)
         self._progress = progress
+        self._looked = -_POLL
 
     def __call__(self) -> None:
-        """Look, and tell."""
+        """Look, and tell; not more often than it is worth, since there may be many files."""
+        if time.monotonic() - self._looked >= _POLL:
+            self._look()
+
+    def _look(self) -> None:
+        self._looked = time.monotonic()
         self._waiting = [path for path in self._waiting if not path.is_file()]
         done = self._files - len(self._waiting)
         self._progress(min(done * _FILE, self._total) if self._waiting else self._total)
@@ -293,11 +299,11 @@ class _Written:
         Raises:
             RadioError: nothing new for an hour.
         """
-        self()
+        self._look()
         left, since = len(self._waiting), time.monotonic()
         while self._waiting:
             time.sleep(_POLL)
-            self()
+            self._look()
             if len(self._waiting) < left:
                 left, since = len(self._waiting), time.monotonic()
             elif time.monotonic() - since > _PATIENCE:

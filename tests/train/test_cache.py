@@ -56,7 +56,7 @@ def write(
 def _small_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(module, "_FILE", 8)
     monkeypatch.setattr(module, "_BATCH", 3)
-    monkeypatch.setattr(module, "_POLL", 0.01)
+    monkeypatch.setattr(module, "_POLL", 0.0)
     yield
     module._opened.cache_clear()
 
