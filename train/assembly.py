@@ -163,6 +163,30 @@ def student_resolutions(config: TrainConfig) -> dict[str, int]:
     return {t.name: t.student_resolution or config.resolution for t in config.teachers}
 
 
+def fitted(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
+    """The run with a student that sees, beside each teacher, the size nearest to the setting that it takes.
+
+    What was changed comes with it, a line each. The run's own resolution is not touched, nor a timm student,
+    which is built for one size.
+    """
+    if config.student.startswith("timm:"):
+        return config, []
+    with torch.device("meta"):
+        student = students[config.student](config.options)
+    if isinstance(student, Windowed) and config.options.window is None:
+        student = student.with_window(None)
+    teachers, changes = [], []
+    for teacher in config.teachers:
+        if (asked := teacher.student_resolution) and (side := student.fit(asked, asked)[0]) != asked:
+            changes.append(
+                f"{config.student} cannot see {asked} px beside {teacher.name}; it sees {side}, the nearest "
+                f"that it takes"
+            )
+            teacher = replace(teacher, student_resolution=side)
+        teachers.append(teacher)
+    return replace(config, teachers=tuple(teachers)), changes
+
+
 def check_student(
     student: Student, resolutions: Mapping[str, int], windows: Mapping[int, tuple[int, ...]]
 ) -> None:

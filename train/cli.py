@@ -14,6 +14,7 @@ from rich.console import Console
 from radio.config import read_yaml
 from radio.errors import ConfigError, did_you_mean
 
+from .assembly import fitted
 from .config import TrainConfig
 from .plan import PlanOptions, make_plan
 from .plan_table import print_plan
@@ -106,7 +107,9 @@ def _plan(name: str, options: Sequence[str], console: Console) -> int:
     asked = _parse(PlanCommand, PlanCommand(config=config, options=PlanOptions()), options, f"{name} {PLAN}")
     runs = table.rows(asked.config) if table else {name: asked.config}
     for each in runs.values():
-        print_plan(make_plan(each, asked.options), console)
+        config, changes = fitted(each)
+        console.print(*changes, sep="\n", end="\n" if changes else "", highlight=False, soft_wrap=True)
+        print_plan(make_plan(config, asked.options), console)
     return 0
 
 

@@ -37,7 +37,7 @@ from .balancing import make_balancer
 from .batches import Lesson
 from .config import TrainConfig
 from .partition import TeacherGroup
-from .step import Distiller, StudentPass, in_parts, teacher_features
+from .step import Distiller, Part, StudentPass, in_parts, teacher_features
 
 _ATEN = torch.ops.aten
 _GPUS_NAMES = {  # torch has formulas for the kernels of attention on GPUs, which take the same arguments
@@ -132,8 +132,8 @@ def count(config: TrainConfig, models: Outline, group: TeacherGroup, *, half: bo
             targets = teacher_features(teachers, sizes, images)
         features = sum(_size(known.summary) + _size(known.tokens) for known in targets.values())
         lesson = Lesson(group, images, targets)
-        part = in_parts(lesson, None, config.accumulate)[0][0]
-        passed = _learn(config, models, part, half=half, standing=standing)
+        first = in_parts(lesson, None, config.accumulate)[0]
+        passed = _learn(config, models, first.lesson, half=half, standing=standing)
     return Cost(
         teacher_flops=taught.flops if online else 0,
         forward_flops=passed.forward * config.accumulate,
@@ -215,7 +215,7 @@ def _learn(config: TrainConfig, models: Outline, lesson: Lesson, *, half: bool, 
         parameter.grad = torch.empty_like(parameter) if standing else None
     with Tally() as tally:
         with _autocast(half):
-            losses = distiller(StudentPass(model.student), lesson, drawn, window, False)
+            losses = distiller(StudentPass(model.student), Part(lesson, drawn), window, False)
         forward, activations = tally.flops, tally.peak
         losses.total.backward()
     for parameter in model.parameters():

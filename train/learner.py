@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, final
 
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from evals.core.dist import Group
 from radio.model import RadioModel
+from radio.students.vit import ViT
 
 from .balancing import make_balancer
 from .batches import Batch
@@ -20,7 +23,7 @@ from .pace import Pace
 from .parallel import Engine, blocks_of, find_peers, gather_weights, is_half
 from .partition import Partition, TeacherGroup
 from .sampling import draw_window, generator
-from .step import Distiller, Losses, in_parts
+from .step import Distiller, Losses, Part, in_parts
 
 
 class Learned(NamedTuple):
@@ -29,6 +32,13 @@ class Learned(NamedTuple):
     total: Tensor  # [] scaled so that the mean over ranks is the step's loss
     norm: Tensor  # [] of the whole gradient, the same on every rank
     losses: list[Losses]
+
+
+class _Done(NamedTuple):
+    """What one forward and its backward gave."""
+
+    losses: Losses
+    loss: Tensor  # [] as it counts in the step's
 
 
 @final
@@ -63,6 +73,8 @@ class Learner:
         self.optimizer = make_optimizer(self.distiller, config.optim)
         self.average = Average(model, config.ema) if config.ema else None
         self.pace = Pace(config, partition, group, device, _first_weights(model))
+        self.abreast = may_go_abreast(model, config, partition, group, device)
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="abreast")
 
     def advance(self, batch: Batch, step: int) -> tuple[Learned, Tensor]:
         """One step: what it learned, and whether it was done ([] bool). Nothing is read from the device."""
@@ -81,7 +93,7 @@ class Learner:
 
     def learn(self, batch: Batch, step: int) -> Learned:
         """Leave the gradients of the whole step in the weights of this rank."""
-        config, time = self.config, self.pace.watch.time
+        config = self.config
         self.optimizer.zero_grad(set_to_none=True)
         detail = (step + 1) % config.log_every == 0 or step + 1 == config.steps
         parts = [
@@ -89,20 +101,48 @@ class Learner:
             for lesson in batch.lessons
             for part in in_parts(lesson, self._drawn(lesson.group, step), config.accumulate)
         ]
-        found, total = [], torch.zeros((), device=self.device)
-        for place, (lesson, drawn) in enumerate(parts, start=1):
-            window = draw_window(self.windows[lesson.group.side], config.seed, step)
-            with self.engine.turn(last=place == len(parts)):
-                with time("forward", lesson.group.name), self.autocast():
-                    losses = self.distiller(self.engine.encode, lesson, drawn, window, detail)
-                loss = losses.total * (self.engine.scale / config.accumulate)
-                with time("backward", lesson.group.name):
-                    loss.backward()
-            total += loss.detach()
-            found.append(losses)
-        with time("communication"):
+        done = self._abreast(parts, step, detail) if self.abreast else self._in_turn(parts, step, detail)
+        total = torch.zeros((), device=self.device)
+        for each in done:
+            total += each.loss
+        with self.pace.watch.time("communication"):
             norm = self.engine.settle(total)
-        return Learned(total, norm, found)
+        return Learned(total, norm, [each.losses for each in done])
+
+    def _in_turn(self, parts: Sequence[Part], step: int, detail: bool) -> list[_Done]:
+        """One part after another, each leaving its gradients in the weights."""
+        done = []
+        for place, part in enumerate(parts, start=1):
+            with self.engine.turn(last=place == len(parts)):
+                losses, loss = self._forward(part, step, detail)
+                with self.pace.watch.time("backward", part.lesson.group.name):
+                    loss.backward()
+            done.append(_Done(losses, loss.detach()))
+        return done
+
+    def _abreast(self, parts: Sequence[Part], step: int, detail: bool) -> list[_Done]:
+        """Two parts at a time, in threads; the gradients are added up in the parts' order, as in turn."""
+        weights = [weight for weight in self.distiller.parameters() if weight.requires_grad]
+
+        def work(part: Part) -> tuple[_Done, tuple[Tensor | None, ...]]:
+            losses, loss = self._forward(part, step, detail)
+            with self.pace.watch.time("backward", part.lesson.group.name):
+                return _Done(losses, loss.detach()), torch.autograd.grad(loss, weights, allow_unused=True)
+
+        done = []
+        for each, grads in self._threads.map(work, parts):
+            found = [(w, grad) for w, grad in zip(weights, grads, strict=True) if grad is not None]
+            torch.autograd.backward([w for w, _ in found], [grad for _, grad in found])
+            done.append(each)
+        return done
+
+    def _forward(self, part: Part, step: int, detail: bool) -> tuple[Losses, Tensor]:
+        """The losses of a part, and what it adds to the step's: [], with its graph."""
+        group = part.lesson.group
+        window = draw_window(self.windows[group.side], self.config.seed, step)
+        with self.pace.watch.time("forward", group.name), self.autocast():
+            losses = self.distiller(self.engine.encode, part, window, detail)
+        return losses, losses.total * (self.engine.scale / self.config.accumulate)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Forwards in bfloat16, where the settings or the device want them so."""
@@ -133,6 +173,18 @@ class Learner:
             return None
         rows = self.partition.rows(group, self.group.rank)
         return drawn[rows.start : rows.stop].to(self.device)
+
+
+def may_go_abreast(
+    model: RadioModel, config: TrainConfig, partition: Partition, group: Group, device: torch.device
+) -> bool:
+    """Whether groups of teachers can share the student at one time: on a CPU that has no teachers to run.
+
+    Only beside our ViT, whose forward draws nothing at random and leaves nothing behind, as batch norms do.
+    """
+    idle = config.cache.folder is not None and device.type == "cpu" and torch.get_num_threads() > 1
+    alone = group.world == 1 and len(partition.groups) > 1 and not config.compile
+    return idle and alone and isinstance(model.student, ViT)
 
 
 def _first_weights(model: RadioModel) -> list[nn.Parameter]:

@@ -21,6 +21,13 @@ from .losses import TeacherLosses, centred_cosine, teacher_losses
 Encode = Callable[[Tensor, Tensor | None, int | None], Features]
 
 
+class Part(NamedTuple):
+    """What one forward takes."""
+
+    lesson: Lesson
+    drawn: Tensor | None  # what the student draws at random for its pictures, see `Student.draw`
+
+
 class Losses(NamedTuple):
     """The losses of one lesson; `parts` stay on the device until the log step."""
 
@@ -68,20 +75,17 @@ class Distiller(nn.Module):
         self.loss = loss
         self.balancer: Balancer = Naive(teachers) if balancer is None else balancer
 
-    def forward(
-        self, encode: Encode, lesson: Lesson, drawn: Tensor | None, window: int | None, detail: bool
-    ) -> Losses:
-        """The weighted losses of one lesson, the mean over its pictures.
+    def forward(self, encode: Encode, part: Part, window: int | None, detail: bool) -> Losses:
+        """The weighted losses of one part, the mean over its pictures.
 
         Args:
             encode: the student's forward, over the ranks where there are several.
-            lesson: pictures of one group, and its teachers' features of them.
-            drawn: what the student draws at random, see `Student.draw`.
+            part: pictures of one group, and its teachers' features of them.
             window: the attention window of this step; None keeps the student's own.
             detail: also compute the centred cosines that only the log shows.
         """
-        side = lesson.group.side
-        view = encode(resize_images(lesson.images, (side, side)), drawn, window)
+        lesson, side = part.lesson, part.lesson.group.side
+        view = encode(resize_images(lesson.images, (side, side)), part.drawn, window)
         parts: dict[str, Tensor] = {}
         details: dict[str, Tensor] = {}
         losses: dict[str, TeacherLosses] = {}
@@ -113,12 +117,12 @@ def teacher_features(
     return {name: teacher(resize_images(images, sizes[name])) for name, teacher in teachers.items()}
 
 
-def in_parts(lesson: Lesson, drawn: Tensor | None, count: int) -> list[tuple[Lesson, Tensor | None]]:
+def in_parts(lesson: Lesson, drawn: Tensor | None, count: int) -> list[Part]:
     """A lesson in `count` equal parts, one after another."""
     if count == 1:
-        return [(lesson, drawn)]
+        return [Part(lesson, drawn)]
     size = lesson.images.shape[0] // count
-    parts: list[tuple[Lesson, Tensor | None]] = []
+    parts = []
     for first in range(0, count * size, size):
         rows = slice(first, first + size)
         targets = {
@@ -126,5 +130,5 @@ def in_parts(lesson: Lesson, drawn: Tensor | None, count: int) -> list[tuple[Les
             for name, known in lesson.targets.items()
         }
         part = Lesson(lesson.group, lesson.images[rows], targets)
-        parts.append((part, None if drawn is None else drawn[rows]))
+        parts.append(Part(part, None if drawn is None else drawn[rows]))
     return parts

@@ -43,7 +43,8 @@ class _Span(NamedTuple):
 class Stopwatch:
     """Times what happens inside `time`, in whichever thread.
 
-    Where teachers work ahead in a thread of their own, phases overlap, and add up to more than the step.
+    Where teachers work ahead in a thread of their own, or groups go abreast, phases overlap, and add up to
+    more than the step.
     What the ranks exchange during a backward counts as communication from the moment when this rank has its
     last gradient (DDP; FSDP2 exchanges all through forward and backward, which is not told apart).
 

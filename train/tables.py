@@ -13,7 +13,7 @@ from evals.core.provenance import choose_device
 from radio.errors import ConfigError, did_you_mean
 from radio.registry import Registry
 
-from .assembly import check_settings
+from .assembly import check_settings, fitted
 from .config import TrainConfig
 from .parallel import join
 from .trainer import Run
@@ -76,7 +76,10 @@ def train_all(runs: Rows, console: Console, *, restart: bool = False) -> Trained
         for config in runs.values():
             check_settings(config, group.world)
         screen = console if group.leads else Console(quiet=True)
-        for name, config in runs.items():
+        for name, asked in runs.items():
+            config, changes = fitted(asked)
+            for line in changes:
+                screen.print(line, highlight=False, soft_wrap=True)
             run = Run(config, group, device, screen, restart=restart)
             found[name] = run.train()
             if run.stopped:

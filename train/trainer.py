@@ -112,6 +112,7 @@ class Run:
             jobs = cache_jobs(config, self.partition, group, self.data, self.teachers, self.sizes, device)
             self.cache = fill_caches(config, jobs, self.partition, group, console)
         self.overlaps = config.teachers_ahead and self.cache is None
+        self.pairs = device.type == "cpu" and (self.overlaps or self.learner.abreast)  # of operators
 
     def train(self) -> Path:
         """Run to the last step, or to where it is asked to stop (`stopped`); the path of `ckpt.pt`.
@@ -128,10 +129,7 @@ class Run:
         if self.group.leads:
             write_yaml(config, config.out / "config.yaml")
         try:
-            with (
-                self.stop,
-                half_the_threads() if self.overlaps and self.device.type == "cpu" else nullcontext(),
-            ):
+            with self.stop, half_the_threads() if self.pairs else nullcontext():
                 self._loop(log)
             self.states.wait(last=True)
             if uneven := self.pace.in_words():

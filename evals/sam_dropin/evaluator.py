@@ -17,7 +17,7 @@ from evals.core.provenance import choose_device, commit, describe_device, peak_m
 from evals.core.report import DataUsed, Metric, Report, Table, file_name, write
 from radio.config import to_plain, write_text
 from radio.errors import ConfigError, require
-from radio.scenes.layouts import ScenesSettings
+from radio.scenes.layouts import CARD_VERSION, ScenesSettings
 from radio.scenes.layouts import write as write_scenes
 from radio.types import Backbone
 
@@ -134,7 +134,7 @@ class SamEvaluator:
 def _open(settings: SamSettings, cache: Path, group: Group) -> Instances:
     file, images, name, location = settings.data, settings.images, None, None
     if file is None or images is None:
-        root = cache / "scenes" / f"coco-{settings.scenes}-seed{settings.seed}"
+        root = cache / "scenes" / f"coco-v{CARD_VERSION}-{settings.scenes}-seed{settings.seed}"
         if group.leads:
             world = ScenesSettings(layout="coco", count=1, val_count=settings.scenes, seed=settings.seed)
             write_scenes(root, world)

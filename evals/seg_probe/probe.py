@@ -17,7 +17,7 @@ from evals.core.features import default_cache
 from evals.core.provenance import choose_device
 from radio.config import to_plain
 from radio.errors import ConfigError
-from radio.scenes.layouts import ScenesSettings
+from radio.scenes.layouts import CARD_VERSION, ScenesSettings
 from radio.scenes.layouts import write as write_scenes
 from radio.types import Backbone
 
@@ -180,7 +180,7 @@ def _open(settings: SegSettings, cache: Path, group: Group, known: Any) -> Datas
         return open_dataset(settings.data, voc_split=settings.voc_split, known=known, limit=settings.limit)
     count, val_count = settings.scenes
     world = ScenesSettings(layout="ade20k", count=count, val_count=val_count, seed=settings.seed)
-    root = cache / "scenes" / f"ade20k-{count}-{val_count}-seed{settings.seed}"
+    root = cache / "scenes" / f"ade20k-v{CARD_VERSION}-{count}-{val_count}-seed{settings.seed}"
     if group.leads:
         write_scenes(root, world)
     group.barrier()

@@ -129,9 +129,23 @@ class Neck(nn.Module):
         if kind == "lateral":
             self.up = nn.ConvTranspose2d(last, last, 2, stride=2)
             self.lateral: nn.Module = nn.Conv2d(before, last, 1)
+            self.repeat()
         else:
             self.up = nn.ConvTranspose2d(last, before, 3, stride=2, padding=1, output_padding=1)
             self.lateral = nn.Identity()
+
+    @torch.no_grad()
+    def repeat(self) -> None:
+        """Weights of a start: the last map with every value four times, and nothing of the earlier one.
+
+        Losses on the tokens then teach the last stage from the first step on, as they do without a neck. Of
+        the kind `stage-3` the last map cannot be had; its weights stay as they are.
+        """
+        if isinstance(self.lateral, nn.Conv2d):
+            self.up.weight.copy_(torch.eye(len(self.up.weight))[:, :, None, None].expand_as(self.up.weight))
+            for rest in (self.up.bias, self.lateral.weight, self.lateral.bias):
+                assert rest is not None
+                nn.init.zeros_(rest)
 
     def forward(self, before: Tensor, last: Tensor) -> Tensor:
         """[B, C, 2H, 2W] and [B, D, H, W] -> [B, D or C, 2H, 2W]."""

@@ -137,8 +137,8 @@ def _facts(scene: Scene) -> dict[str, Any]:
 class Ade20k:
     """`images/training/ADE_train_00000001.jpg` and `annotations/training/ADE_train_00000001.png`.
 
-    As in ADE20K, an annotation's 0 is void (here: the background) and label i is line i of `classes.txt`; a
-    reader that reduces the zero label ignores the background and scores the ten shapes.
+    As in ADE20K, an annotation's 0 would be void, which no pixel is, and label i is line i of `classes.txt`:
+    the background, then the ten shapes. Where objects end therefore counts.
     """
 
     def prepare(self, job: Job) -> None:
@@ -150,11 +150,11 @@ class Ade20k:
         for index, scene in job.scenes():
             name = f"ADE_{job.split}_{index + 1:08d}"
             _save_jpeg(scene, job.root / "images" / folder / f"{name}.jpg")
-            Image.fromarray(semantic(scene)).save(job.root / "annotations" / folder / f"{name}.png")
+            Image.fromarray(semantic(scene) + 1).save(job.root / "annotations" / folder / f"{name}.png")
         return []
 
     def finish(self, root: Path, split: Split, records: list[Any]) -> None:
-        write_text(root / "classes.txt", "".join(f"{name}\n" for name in SHAPES))
+        write_text(root / "classes.txt", "".join(f"{name}\n" for name in ("background", *SHAPES)))
 
 
 class Coco:

@@ -15,10 +15,10 @@ from radio.config import write_text
 from .formats import LAYOUTS, Job
 from .world import CLASSES, COLOURS, MAX_SIZE, MIN_SIZE, SHAPES, SceneError, Split
 
-__all__ = ["CARD", "LAYOUTS", "ScenesSettings", "write"]
+__all__ = ["CARD", "CARD_VERSION", "LAYOUTS", "ScenesSettings", "write"]
 
 CARD = "scenes.json"
-_CARD_VERSION = 1
+CARD_VERSION = 2
 _CHUNK = 500  # scenes a job, whatever the number of workers; also the scenes of a WebDataset shard
 
 
@@ -83,7 +83,7 @@ def _check(settings: ScenesSettings, workers: int) -> None:
 
 def _card(settings: ScenesSettings) -> dict[str, Any]:
     names = {"classes": list(CLASSES), "colours": list(COLOURS), "shapes": list(SHAPES)}
-    return {"format": "radio-scenes", "version": _CARD_VERSION, **asdict(settings), **names}
+    return {"format": "radio-scenes", "version": CARD_VERSION, **asdict(settings), **names}
 
 
 def _free(out: Path, card: dict[str, Any]) -> bool:

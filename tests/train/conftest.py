@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,6 +100,15 @@ def start() -> Start:
         return Run(changed, Group(), CPU, console, restart=restart)
 
     return begin
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Torch's operators have two threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 def read_records(out: Path) -> list[dict[str, float]]:

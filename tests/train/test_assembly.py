@@ -13,6 +13,7 @@ from radio.students import StudentOptions
 from train.assembly import (
     check_settings,
     check_student,
+    fitted,
     gather_facts,
     load_teachers,
     make_card,
@@ -162,10 +163,35 @@ def test_students_that_keep_their_window(config: TrainConfig) -> None:
     assert window_candidates(build_model(plain), plain, {"a": 96}) == {96: ()}
     by_size = replace(config, student="e-radio-tiny", windows=(2, 4, 7))
     hybrid = build_model(by_size)
-    assert window_candidates(hybrid, by_size, {"a": 96, "b": 168}) == {96: (), 168: ()}
-    check_student(hybrid.student, {"clip": 96, "sam": 168}, {96: (), 168: ()})
-    with pytest.raises(SizeError, match=r"cannot take 130x130 px; .* is 120x120"):
+    assert window_candidates(hybrid, by_size, {"a": 96, "b": 160}) == {96: (), 160: ()}
+    check_student(hybrid.student, {"clip": 96, "sam": 160}, {96: (), 160: ()})
+    with pytest.raises(SizeError, match=r"cannot take 130x130 px; .* is 128x128"):
         check_student(hybrid.student, {"clip": 130}, {130: ()})
+
+
+@pytest.mark.parametrize(
+    ("student", "side", "options"),
+    [
+        ("e-radio-tiny", 160, StudentOptions()),  # five windows of 4 tokens of 8 px, or 176 px
+        ("e-radio-b", 160, StudentOptions()),  # one window of 5 tokens of 32 px
+        ("e-radio-tiny", 192, StudentOptions(window=6)),
+        ("vit-tiny12", 168, StudentOptions()),
+        ("vit-tiny16", 176, StudentOptions()),
+        ("vitdet-tiny12", 168, StudentOptions()),  # 7 of the windows to draw from divides 14 tokens
+        ("vitdet-tiny12", 192, StudentOptions(window=4)),
+        ("timm:resnet18", 168, StudentOptions()),
+    ],
+)
+def test_the_size_beside_a_teacher_is_the_nearest(
+    config: TrainConfig, student: str, side: int, options: StudentOptions
+) -> None:
+    teachers = (*TEACHERS[:2], replace(TEACHERS[2], student_resolution=168))
+    asked = replace(config, student=student, teachers=teachers, options=options)
+    found, changes = fitted(asked)
+    assert student_resolutions(found) == {"clip": 48, "dense": 48, "sam": side}
+    assert replace(found, teachers=teachers) == asked
+    line = f"{student} cannot see 168 px beside sam; it sees {side}, the nearest that it takes"
+    assert changes == ([] if side == 168 else [line])
 
 
 def test_a_resolution_that_the_student_cannot_take(config: TrainConfig) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from evals.core.dist import Group
 from radio.errors import DataError, RadioError
+from radio.model import ModelConfig, build
 from train import cache as module
 from train import trainer
 from train.assembly import load_teachers, teacher_sizes
@@ -22,12 +23,13 @@ from train.batches import Batch, Lesson
 from train.cache import CacheJob, FeatureCache, GroupedCaches, open_caches, write_files
 from train.config import CacheConfig, DataConfig, TeacherConfig, TrainConfig
 from train.crops import FixedCrops
+from train.learner import may_go_abreast
 from train.partition import TeacherGroup, make_partition
 from train.pictures import open_pictures
 from train.sampling import picture_at
 from train.step import teacher_features
 
-from .conftest import CPU, TEACHERS, Start, fill_folder, losses_of, read_records
+from .conftest import CPU, TEACHERS, Start, fill_folder, losses_of, read_records, same_weights, untimed
 
 SIDE = 108
 
@@ -315,6 +317,60 @@ def test_a_cached_run_repeats_bit_for_bit(config: TrainConfig, tmp_path: Path, s
         start(config, cache=options, out=tmp_path / name, data=data, steps=6).train()
     assert losses_of(tmp_path / "a") == losses_of(tmp_path / "b")
     assert len(list((tmp_path / "caches").iterdir())) == 1
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_groups_that_go_abreast_learn_what_they_learn_in_turn(
+    config: TrainConfig, tmp_path: Path, start: Start, two_threads: None, accumulate: int
+) -> None:
+    few = TeacherConfig(name="sam", model="tiny:sam", student_resolution=72, batch_size=2)
+    options = CacheConfig(folder=tmp_path / "caches", pictures=10, crops=2)
+    config = replace(config, teachers=(*TEACHERS[:2], few), cache=options, accumulate=accumulate, steps=6)
+    threads: dict[str, set[str]] = {}
+    for name in ("abreast", "in turn"):
+        run = start(config, out=tmp_path / name)
+        assert run.learner.abreast
+        run.learner.abreast = name == "abreast"
+        seen = threads.setdefault(name, set())
+        run.learner.distiller.register_forward_pre_hook(
+            lambda *_, seen=seen: seen.add(threading.current_thread().name)
+        )
+        run.train()
+    assert threads["in turn"] == {threading.current_thread().name}
+    assert len(threads["abreast"]) == 2
+    assert untimed(tmp_path / "abreast") == untimed(tmp_path / "in turn")
+    assert same_weights(tmp_path / "abreast", tmp_path / "in turn")
+
+
+@pytest.mark.parametrize(
+    ("student", "device", "teachers", "cached", "wanted"),
+    [
+        ("vit-tiny12", "cpu", 2, True, True),
+        ("vit-tiny12", "cuda", 2, True, False),
+        ("vit-tiny12", "cpu", 1, True, False),
+        ("vit-tiny12", "cpu", 2, False, False),  # the other thread has the teachers
+        ("e-radio-tiny", "cpu", 2, True, False),  # batch norms
+    ],
+)
+def test_which_runs_go_abreast(
+    config: TrainConfig,
+    tmp_path: Path,
+    two_threads: None,
+    student: str,
+    device: str,
+    teachers: int,
+    cached: bool,
+    wanted: bool,
+) -> None:
+    sides = (None, 72)
+    named = tuple(replace(TEACHERS[n], student_resolution=sides[n]) for n in range(teachers))
+    options = CacheConfig(folder=tmp_path if cached else None)
+    config = replace(config, teachers=named, cache=options)
+    partition = make_partition(config, 1)
+    model = build(ModelConfig(student=student), 0)
+    assert may_go_abreast(model, config, partition, Group(), torch.device(device)) == wanted
+    torch.set_num_threads(1)
+    assert not may_go_abreast(model, config, partition, Group(), torch.device(device))
 
 
 def test_a_large_cache_needs_consent(

@@ -16,7 +16,7 @@ from train.batches import Lesson
 from train.config import LossConfig, TeacherConfig
 from train.losses import teacher_losses
 from train.partition import TeacherGroup
-from train.step import Distiller, Losses, StudentPass, in_parts, teacher_features
+from train.step import Distiller, Losses, Part, StudentPass, in_parts, teacher_features
 
 from .conftest import TEACHERS
 from .tiny_teachers import tiny
@@ -57,7 +57,7 @@ def losses_of(
     *,
     detail: bool = False,
 ) -> Losses:
-    found: Losses = distiller(StudentPass(distiller.model.student), lesson, drawn, window, detail)
+    found: Losses = distiller(StudentPass(distiller.model.student), Part(lesson, drawn), window, detail)
     return found
 
 
@@ -134,9 +134,9 @@ def test_the_gradients_of_the_parts_of_a_lesson_are_those_of_the_whole(
     whole = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
     model.zero_grad()
     parts = in_parts(lesson, drawn, 2)
-    assert [len(part.images) for part, _ in parts] == [2, 2]
-    for part, share in parts:
-        (losses_of(distiller, part, share).total / 2).backward()
+    assert [len(part.lesson.images) for part in parts] == [2, 2]
+    for lesson, share in parts:
+        (losses_of(distiller, lesson, share).total / 2).backward()
     for wanted, parameter in zip(whole, model.parameters(), strict=True):
         assert parameter.grad is not None
         assert torch.allclose(parameter.grad, wanted, rtol=1e-4, atol=1e-6)

@@ -85,6 +85,8 @@ def test_downsampling_halves_and_doubles_without_activation(seen):
 @torch.inference_mode()
 def test_the_lateral_neck_by_hand():
     neck = Neck(2, 4, "lateral")
+    for parameter in neck.parameters():
+        parameter.normal_()
     before, last = _maps(1, 2, 6, 4), _maps(1, 4, 3, 2)
     wanted = torch.zeros(1, 4, 6, 4)
     up, lateral = neck.up, neck.lateral

@@ -104,7 +104,7 @@ def test_webdataset(tmp_path: Path) -> None:
 
 def test_ade20k(tmp_path: Path) -> None:
     write(tmp_path / "out", settings("ade20k"))
-    assert (tmp_path / "out" / "classes.txt").read_text().split() == list(SHAPES)
+    assert (tmp_path / "out" / "classes.txt").read_text().split() == ["background", *SHAPES]
     for split, folder, count in (("train", "training", 12), ("val", "validation", 3)):
         images = sorted((tmp_path / "out" / "images" / folder).iterdir())
         masks = sorted((tmp_path / "out" / "annotations" / folder).iterdir())
@@ -115,7 +115,7 @@ def test_ade20k(tmp_path: Path) -> None:
             with Image.open(image) as picture, Image.open(mask) as labels:
                 assert_close(picture, scene.image)
                 assert labels.mode == "L"
-                assert np.array_equal(np.asarray(labels), semantic(scene))
+                assert np.array_equal(np.asarray(labels), semantic(scene) + 1)
 
 
 # pycocotools 2.0 hands its own buffers to numpy 2 the old way

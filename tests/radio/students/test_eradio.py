@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -323,13 +324,26 @@ def test_signals_neither_vanish_nor_explode_at_the_start():
     assert 0.3 < found.tokens.std() < 3 and 0.05 < found.summary.std() < 3
 
 
-def test_the_tiny_member_takes_the_demos_sizes():
-    for name, stride in (("e-radio-tiny", 12), ("e-radio-tiny-noup", 24)):
+def test_the_tiny_member_on_scenes():
+    for name, stride in (("e-radio-tiny", 8), ("e-radio-tiny-noup", 16)):
         student = students[name](StudentOptions())
         assert student.native_size == (96, 96)
-        for side in (96, 168, 192):
+        assert student.fit(168, 168) == (160, 160)
+        for side in (96, 160, 192):
             assert student.fit(side, side) == (side, side)
             assert student.eval()(_images(1, side, side)).grid == (side // stride, side // stride)
+
+
+@torch.inference_mode()
+def test_at_the_start_the_neck_repeats_the_last_map():
+    torch.manual_seed(0)
+    student = students["e-radio-tiny"](StudentOptions()).eval()
+    assert isinstance(student, ERadio)
+    images = _images(2, 96, 128)
+    found = student(images)
+    student.neck = None
+    plain = student(images)
+    assert torch.equal(found.map(), F.interpolate(plain.map(), scale_factor=2, mode="nearest"))
 
 
 @pytest.mark.parametrize(
