@@ -171,8 +171,8 @@ def test_the_generated_world_is_the_default(tmp_path: Path, backbone: Callable) 
     settings = SegSettings(scenes=(6, 4), iterations=2, cache=tmp_path / "cache", device="cpu")
     report = run(backbone(), settings, tmp_path / "out")
     assert [(used.name, used.count, used.num_classes) for used in report.data] == [
-        ("scenes:train", 6, 10),
-        ("scenes:val", 4, 10),
+        ("scenes:train", 6, 11),
+        ("scenes:val", 4, 11),
     ]
     limited = run(backbone(), replace(settings, limit=3), tmp_path / "out")
     assert [used.count for used in limited.data] == [3, 3]

@@ -339,7 +339,7 @@ def test_at_the_start_the_neck_repeats_the_last_map():
     torch.manual_seed(0)
     student = students["e-radio-tiny"](StudentOptions()).eval()
     assert isinstance(student, ERadio)
-    images = _images(2, 96, 128)
+    images = _images(2, 64, 128)
     found = student(images)
     student.neck = None
     plain = student(images)
