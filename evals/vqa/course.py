@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, final
@@ -243,7 +244,9 @@ def add_lora(model: Any, rank: int) -> None:
     peft = require_peft()
     learn(model, (PROJECTOR,))
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules="all-linear")
-    model.model.language_model = peft.get_peft_model(model.model.language_model, config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing")  # peft asks by the name of old
+        model.model.language_model = peft.get_peft_model(model.model.language_model, config)
 
 
 def _hash(*parts: Any) -> str:

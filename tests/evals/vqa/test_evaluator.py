@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from evals.core.evaluator import ScoringFiles
 from evals.core.report import read
@@ -17,6 +19,7 @@ from evals.vqa import stages
 from evals.vqa.evaluator import VqaEvaluator
 from evals.vqa.settings import VqaSettings
 from radio.errors import ConfigError, DataError, MissingExtraError, MissingWeightsError
+from radio.hub import load_backbone
 
 SMALL = VqaSettings(scenes=(12, 4), max_steps=2, batch=4, size=32)
 EVALUATOR = VqaEvaluator()
@@ -130,6 +133,29 @@ def test_own_data_with_a_tiny_language_model(
     (tmp_path / "pictures" / "b.png").unlink()
     with pytest.raises(DataError, match=r"captions.json: record 1 \(id b\): there is no picture 'b.png'"):
         EVALUATOR.run(backbone(), settings, tmp_path)
+
+
+def test_lora_adds_a_product_of_its_rank_to_every_linear_layer(tmp_path: Path) -> None:
+    """The merged weights beside those of the stage before; the rest of the language model stays as it was."""
+    model = load_backbone("scenes:clip")
+    settings = replace(SMALL, size=36, lora_rank=2, stages=("pretrain",), save=tmp_path / "before")
+    EVALUATOR.run(model, settings, tmp_path, name="before")
+    settings = replace(settings, stages=("instruct", "score"), save=tmp_path / "after")
+    report = EVALUATOR.run(model, settings, tmp_path, name="after")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
+    assert before.keys() == after.keys()
+    layers = 0
+    for name, weight in before.items():
+        change = (after[name] - weight).double()
+        if name.endswith("_proj.weight"):
+            sizes = torch.linalg.svdvals(change)
+            assert sizes[0] > 0 and sizes[2] < 1e-2 * sizes[0], name
+            layers += 1
+        elif "projector" not in name:
+            assert not change.any(), name
+    assert layers == 7 * 2  # q k v o, gate up down
+    again = EVALUATOR.run(model, replace(settings, stages=("score",), save=None), tmp_path, name="again")
+    assert again.metrics == report.metrics
 
 
 def test_shuffled_pictures_are_another_training(backbone: Callable[..., Any], tmp_path: Path) -> None:
