@@ -163,18 +163,18 @@ def test_students_that_keep_their_window(config: TrainConfig) -> None:
     assert window_candidates(build_model(plain), plain, {"a": 96}) == {96: ()}
     by_size = replace(config, student="e-radio-tiny", windows=(2, 4, 7))
     hybrid = build_model(by_size)
-    assert window_candidates(hybrid, by_size, {"a": 96, "b": 160}) == {96: (), 160: ()}
-    check_student(hybrid.student, {"clip": 96, "sam": 160}, {96: (), 160: ()})
-    with pytest.raises(SizeError, match=r"cannot take 130x130 px; .* is 128x128"):
+    assert window_candidates(hybrid, by_size, {"a": 96, "b": 168}) == {96: (), 168: ()}
+    check_student(hybrid.student, {"clip": 96, "sam": 168}, {96: (), 168: ()})
+    with pytest.raises(SizeError, match=r"cannot take 130x130 px; .* is 120x120"):
         check_student(hybrid.student, {"clip": 130}, {130: ()})
 
 
 @pytest.mark.parametrize(
     ("student", "side", "options"),
     [
-        ("e-radio-tiny", 160, StudentOptions()),  # five windows of 4 tokens of 8 px, or 176 px
+        ("e-radio-tiny", 168, StudentOptions()),  # one window of 7 tokens of 24 px
         ("e-radio-b", 160, StudentOptions()),  # one window of 5 tokens of 32 px
-        ("e-radio-tiny", 192, StudentOptions(window=6)),
+        ("e-radio-tiny", 144, StudentOptions(window=6)),
         ("vit-tiny12", 168, StudentOptions()),
         ("vit-tiny16", 176, StudentOptions()),
         ("vitdet-tiny12", 168, StudentOptions()),  # 7 of the windows to draw from divides 14 tokens

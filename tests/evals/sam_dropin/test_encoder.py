@@ -64,8 +64,8 @@ def test_a_sam_itself_gives_what_its_whole_encoder_gives() -> None:
         ("vit-tiny12", None, 132, 132),
         ("vitdet-tiny12", 2, None, 96),
         ("vitdet-tiny12", 8, None, 96),
-        ("e-radio-tiny", None, None, 64),
-        ("e-radio-tiny", 5, 80, 80),
+        ("e-radio-tiny", None, None, 96),
+        ("e-radio-tiny", 5, 120, 120),
     ],
 )
 def test_sides_of_students(arch: str, window: int | None, size: int | None, side: int) -> None:
