@@ -25,10 +25,9 @@ from .blocks import (
     Plots,
     notes,
 )
-from .compare import Entry
 from .figures import Series, lines
 from .pictures import Album
-from .records import Classified, classified, read_records
+from .records import Classified, Entry, classified, read_records
 from .sections import Scored, class_grid
 
 _MOST_PAIRS = 15

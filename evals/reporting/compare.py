@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
-from evals.core.bootstrap import interval, resamples
 from evals.core.report import Metric, Report, read
 from radio.errors import DataError
+
+from .pairing import paired_interval
+from .records import Entry
 
 Verdict = Literal["better", "worse", "same", "missing", "new", "timing"]
 
@@ -33,22 +32,6 @@ _OF_THE_MACHINE = frozenset(
     | {"save_maps", "save_masks", "workers", "answer_batch", "fsdp", "save", "score"}
     | {"head_seed", "training_seed"}  # luck, not protocol
 )
-
-Sample = tuple[str, str, float]  # its key, what is resampled together, its score in [0, 1]
-
-_SAMPLES: Mapping[str, Callable[[Any], Sample]] = {
-    "knn": lambda r: (r["key"], r["key"], float(r["predictions"][:1] == [r["label"]])),
-    "zeroshot": lambda r: (r["key"], r["key"], float(r["correct"])),
-    "sam": lambda r: (str(r["annotation_id"]), str(r["image_id"]), float(r["iou"])),
-}
-"""What a line of a task's records says of its headline."""
-
-
-class Entry(NamedTuple):
-    """A report and where it lies."""
-
-    report: Report
-    path: Path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -212,7 +195,7 @@ def _changes(new: Entry, old: Entry, tolerance: float, noise: Mapping[str, float
         low, high = _unpaired(after, before)
         paired = None
         if name == old.report.headline:
-            paired = _paired(new, old, (after.value, before.value))
+            paired = paired_interval(new, old)
             low, high = paired or (low, high)
         allowed = max(tolerance, noise.get(name, 0.0))
         found.append(
@@ -253,46 +236,3 @@ def _unpaired(after: Metric, before: Metric) -> tuple[float | None, float | None
         return None, None
     half, difference = math.hypot(*halves), after.value - before.value
     return difference - half, difference + half
-
-
-def _paired(new: Entry, old: Entry, values: tuple[float, float]) -> tuple[float, float] | None:
-    """The bootstrap interval of the difference, in percent, over samples that both scored.
-
-    None where a task has no records, or where they are not the same samples, or do not give the reports' own
-    values (a metric that is no mean over samples).
-    """
-    ours, theirs = (_samples(entry) for entry in (new, old))
-    if ours is None or theirs is None or ours.keys() != theirs.keys():
-        return None
-    groups = np.unique([group for group, _ in theirs.values()], return_inverse=True)[1]
-    scores = [
-        np.array([score for _, score in (side[key] for key in theirs)], dtype=np.float64)
-        for side in (ours, theirs)
-    ]
-    if any(abs(100 * s.mean() - v) > 0.01 for s, v in zip(scores, values, strict=True)):
-        return None
-    return _bootstrap(scores[0] - scores[1], groups)
-
-
-def _bootstrap(differences: NDArray[np.float64], groups: NDArray[np.int64]) -> tuple[float, float]:
-    count = int(groups.max()) + 1
-    weights = resamples(count)
-    sums = np.bincount(groups, weights=differences, minlength=count)
-    counts = np.bincount(groups, minlength=count).astype(np.float64)
-    low, high = interval(100 * (weights @ sums) / (weights @ counts))
-    return low, high
-
-
-def _samples(entry: Entry) -> dict[str, tuple[str, float]] | None:
-    reader = _SAMPLES.get(entry.report.task)
-    records = [entry.path.parent / name for name in entry.report.files if name.endswith(".jsonl")]
-    if reader is None or len(records) != 1 or not records[0].is_file():
-        return None
-    found: dict[str, tuple[str, float]] = {}
-    for line in records[0].read_text(encoding="utf-8").splitlines():
-        try:
-            key, group, score = reader(json.loads(line))
-        except (ValueError, KeyError, TypeError):
-            return None  # retrieval's records, for one
-        found[key] = (group, score)
-    return found or None

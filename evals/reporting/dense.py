@@ -9,10 +9,9 @@ from torch import Tensor
 from radio.errors import DataError
 
 from .blocks import Block, Folded, Gallery, Panel, Plots, notes
-from .compare import Entry
 from .figures import Series, bars
 from .pictures import read_picture
-from .records import drawn, read_records
+from .records import Entry, drawn, read_records
 from .sections import Scored, class_grid
 
 _MOST_CLASSES = 30

@@ -15,13 +15,14 @@ from radio.errors import ConfigError, require
 from .answers import vqa_blocks
 from .blocks import Block, Key, Panel, Picture, Plots, Section, Strip, Strips, notes
 from .classification import knn_blocks, query_pictures, zeroshot_blocks
-from .compare import Entry, read_reports
+from .compare import read_reports
 from .curves import read_curves
 from .dense import plain_blocks, sam_blocks, seg_blocks
 from .figures import lines
 from .overview import Model, gather, overview, sorted_tasks
 from .pca import Maps, draw_maps
 from .pictures import Album
+from .records import Entry
 from .sections import Builder, Scored, section_of
 
 _TEMPLATES = Path(__file__).parent / "templates"

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from .compare import Entry
+from evals.core.report import Report
 
 T = TypeVar("T")
 
 _NEIGHBOURS = 8  # that are kept of a record: hundreds of each of 50,000 would fill the memory
+
+
+class Entry(NamedTuple):
+    """A report and where it lies."""
+
+    report: Report
+    path: Path
 
 
 class Classified(NamedTuple):

@@ -11,10 +11,10 @@ from evals.core.paper import DATA, TASKS, rows_for
 from evals.core.report import Metric, Report, Table
 
 from .blocks import Block, Cell, Column, Folded, Grid, Key, Panel, Plots, Section, best_of, metric_cell, notes
-from .compare import Entry
 from .figures import Series, bars
 from .overview import title_of
 from .pictures import Album
+from .records import Entry
 
 _MOST_ROWS = 100
 _MOST_COLUMNS = 12  # metrics beside one another

@@ -12,9 +12,10 @@ from radio.config import write_text
 from radio.errors import DataError, require
 
 from .blocks import Block, Cell, Column, Grid, Key, Panel, Plots, Section
-from .compare import Entry, is_report, protocol, read_reports
+from .compare import is_report, protocol, read_reports
 from .figures import Series, lines
 from .html import Page, render
+from .records import Entry
 
 Line = tuple[str, str]  # task, model
 

@@ -16,13 +16,13 @@ from evals.core.dist import Group, current
 from evals.core.evaluator import Watch, card_of, domain_notes, silent
 from evals.core.provenance import commit, describe_device, peak_memory, versions
 from evals.core.report import DataUsed, Metric, Report, Table, file_name, write
-from radio.config import to_plain, write_bytes
+from radio.config import to_plain, write_bytes, write_text
 from radio.types import Backbone
 
 from .library import load_plugin
 from .maps import MapWriter, spread_places
 from .probe import Probe, make_probe
-from .scores import class_table, metrics, repeated, score
+from .scores import area_records, class_table, metrics, repeated, score
 from .settings import SegSettings
 
 if TYPE_CHECKING:
@@ -50,7 +50,9 @@ class SegEvaluator:
         watch: Watch = silent,
         group: Group | None = None,
     ) -> Report:
-        """Score `model`; writes `seg-NAME.json`, the head, and the maps that were asked for, into `out`.
+        """Score `model`; writes `seg-NAME.json`, `seg-NAME.jsonl` and the first head's maps into `out`.
+
+        The records have one line a picture, its areas under the first head; that head is kept too.
 
         Every rank of a torchrun job calls this and gets the same report; rank 0 writes. Running it again
         after a kill goes on from the iteration that was saved last; a finished head is only tested.
@@ -104,9 +106,11 @@ class SegEvaluator:
             peak_memory=peak_memory(probe.device),
             notes=(*probe.notes, *domain_notes(model, probe.sources())),
             tables=_tables(outcomes, probe, settings),
-            files=(f"{base}.safetensors", *writer.files()),
+            files=(f"{base}.jsonl", f"{base}.safetensors", *writer.files()),
         )
         if group.leads:
+            keys = [pair.key for pair in probe.data.val.pairs]
+            write_text(out / f"{base}.jsonl", area_records(outcomes[0].areas, keys))
             head = {key: tensor.contiguous() for key, tensor in outcomes[0].head.items()}
             write_bytes(out / f"{base}.safetensors", safetensors.torch.save(head))
             write(report, out / f"{base}.json")

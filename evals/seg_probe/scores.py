@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,6 +66,19 @@ def metrics(areas: Areas, seed: int = 0) -> dict[str, Metric]:
         low, high = interval(values)
         found[name] = Metric(value=getattr(scores, name), low=low, high=high)
     return found
+
+
+def area_records(areas: Areas, keys: Sequence[str]) -> str:
+    """A line of JSON for each picture: its key, and [class, intersection, prediction, label] in pixels.
+
+    Of the classes that are predicted or in the label; the sums over all lines give the scores.
+    """
+    lines = []
+    for key, of_classes in zip(keys, areas.astype(int), strict=True):
+        seen = np.flatnonzero(of_classes[1] + of_classes[2])
+        rows = np.column_stack([seen, of_classes[:, seen].T]).tolist()
+        lines.append(json.dumps({"image": key, "areas": rows}, ensure_ascii=False) + "\n")
+    return "".join(lines)
 
 
 def repeated(runs: Sequence[Areas]) -> dict[str, Metric]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -69,12 +70,18 @@ def test_a_report_says_everything(tmp_path: Path, settings: SegSettings, backbon
     resolved = report.settings["resolved"]
     assert (resolved["preset"], resolved["crop"], resolved["stride"]) == ("paper", [28, 28], [28, 28])
     assert report.versions["onedl-mmsegmentation"]
-    assert report.files[0] == "seg-patches14.safetensors"
-    assert len(report.files) == 5
+    assert report.files[:2] == ("seg-patches14.jsonl", "seg-patches14.safetensors")
+    assert len(report.files) == 6
     for name in report.files:
         assert (out / name).is_file()
-    with Image.open(out / report.files[1]) as image:
+    with Image.open(out / report.files[2]) as image:
         assert image.size == (56, 40)
+    total = np.zeros((3, 3))
+    for line in (out / report.files[0]).read_text().splitlines():
+        for place, *pixels in json.loads(line)["areas"]:
+            total[:, place] += pixels
+    iou = total[0] / (total[1] + total[2] - total[0])
+    assert report.metrics["miou"].value == pytest.approx(100 * iou.mean())
 
 
 def test_the_backbone_sees_crops_that_it_takes_and_stays_frozen(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from sklearn.metrics import accuracy_score, jaccard_score, recall_score
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from evals.core.dist import Group
-from evals.seg_probe.scores import class_table, metrics, repeated, score
+from evals.seg_probe.scores import area_records, class_table, metrics, repeated, score
 from radio.errors import DataError
 
 CLASSES = 7  # the last two are absent, of them one is predicted
@@ -129,3 +131,13 @@ def test_several_heads_give_mean_and_spread() -> None:
     assert found.value == pytest.approx(np.mean(values))
     assert found.std == pytest.approx(np.std(values, ddof=1))
     assert (found.low, found.high) == (None, None)
+
+
+def test_a_line_a_picture_holds_the_areas_of_what_is_there() -> None:
+    areas = np.zeros((2, 3, 4))
+    areas[0, :, 1], areas[0, 1, 3] = (5, 6, 9), 2**40  # more pixels than a float32 counts
+    lines = area_records(areas, ["a", "ü"]).splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"image": "a", "areas": [[1, 5, 6, 9], [3, 0, 2**40, 0]]},
+        {"image": "ü", "areas": []},
+    ]

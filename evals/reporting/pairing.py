@@ -1,0 +1,126 @@
+"""Two models on the same samples: how sure the difference of their headlines is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evals.core.bootstrap import interval, resamples
+
+from .records import Entry, read_records
+
+# Letters: N samples, U units, R resamples, F files of records, C classes.
+
+Values = NDArray[np.float64]
+
+
+class Sample(NamedTuple):
+    """What one line of the records says; a headline is computed from the sum of such values."""
+
+    key: str
+    unit: str  # what is resampled together: a picture
+    values: Values  # [2], a score in [0, 1] and how often it counts; of the probe [3, C], areas
+
+
+class Samples(NamedTuple):
+    """All lines of a report's records."""
+
+    keys: list[str]  # [N]
+    units: list[str]  # [N]
+    values: Values  # [N, F, ...]; a sample is zero in the files of the others
+
+    def ordered_as(self, keys: list[str]) -> Samples:
+        """The same, in the order of these keys."""
+        places = {key: place for place, key in enumerate(self.keys)}
+        order = [places[key] for key in keys]
+        return Samples(keys, [self.units[place] for place in order], self.values[order])
+
+
+def paired_interval(new: Entry, old: Entry) -> tuple[float, float] | None:
+    """The 95 % interval of the difference of two headlines, in percent: a bootstrap over shared pictures.
+
+    None where a task has no records, or where they are not of the same samples, or do not give the reports'
+    own values (a headline that is a mean over heads, or a rank).
+    """
+    ours, theirs = (_samples(entry) for entry in (new, old))
+    if ours is None or theirs is None or sorted(ours.keys) != sorted(theirs.keys):
+        return None
+    ours = ours.ordered_as(theirs.keys)
+    headline = _mean_iou if old.report.task == "seg" else _mean_of_files
+    for entry, samples in ((new, ours), (old, theirs)):
+        reported = entry.report.metrics[entry.report.headline].value
+        if not abs(headline(samples.values.sum(axis=0)[None])[0] - reported) <= 0.01:
+            return None
+    units, of = np.unique(theirs.units, return_inverse=True)
+    weights = resamples(len(units))
+    drawn = []
+    for samples in (ours, theirs):
+        sums = np.zeros((len(units), *samples.values.shape[1:]))
+        np.add.at(sums, of, samples.values)
+        drawn.append(headline(np.tensordot(weights, sums, axes=1)))
+    return interval(drawn[0] - drawn[1])
+
+
+def _samples(entry: Entry) -> Samples | None:
+    report = entry.report
+    reader = _READERS.get(report.task)
+    if reader is None:
+        return None
+    num_classes = report.data[-1].num_classes
+    found, remarks = read_records(entry, lambda record: reader(record, num_classes))
+    if remarks or not found:
+        return None
+    parts = {name.removeprefix(entry.path.stem): lines for name, lines in found.items()}
+    # the name of a file is part of a key: benchmarks count their questions from 0
+    keys = [f"{part}:{sample.key}" for part in sorted(parts) for sample in parts[part]]
+    if len(set(keys)) < len(keys):
+        return None
+    units = [sample.unit for part in sorted(parts) for sample in parts[part]]
+    shape = next(iter(parts.values()))[0].values.shape
+    values = np.zeros((len(keys), len(parts), *shape))
+    start = 0
+    for place, part in enumerate(sorted(parts)):
+        stop = start + len(parts[part])
+        values[start:stop, place] = [sample.values for sample in parts[part]]
+        start = stop
+    return Samples(keys, units, values)
+
+
+def _scored(key: Any, unit: Any, score: float) -> Sample:
+    return Sample(str(key), str(unit), np.array([score, 1.0]))
+
+
+def _areas(record: dict[str, Any], num_classes: int) -> Sample:
+    areas = np.zeros((3, num_classes))
+    for place, *pixels in record["areas"]:
+        areas[:, place] = pixels
+    return Sample(str(record["image"]), str(record["image"]), areas)
+
+
+_READERS: Mapping[str, Callable[[dict[str, Any], int], Sample]] = {
+    "knn": lambda r, _: _scored(r["key"], r["key"], r["predictions"][:1] == [r["label"]]),
+    "zeroshot": lambda r, _: _scored(r["key"], r["key"], r["correct"]),
+    "sam": lambda r, _: _scored(r["annotation_id"], r["image_id"], r["iou"]),
+    "vqa": lambda r, _: _scored(r["question_id"], r["image"] or r["question_id"], r["score"]),
+    "seg": _areas,
+}
+"""What a line of a task's records, of so many classes, says of its headline."""
+
+
+def _mean_of_files(sums: Values) -> Values:
+    """The mean over the files of the mean score, in percent: [R, F, 2] -> [R]."""
+    with np.errstate(invalid="ignore"):
+        means: Values = (sums[..., 0] / sums[..., 1]).mean(axis=-1)
+    return 100 * means
+
+
+def _mean_iou(areas: Values) -> Values:
+    """In percent, over the classes that are anywhere: [R, 1, 3, C] -> [R]."""
+    both, predicted, label = (areas[:, 0, place] for place in range(3))
+    union = predicted + label - both
+    iou = np.divide(both, union, out=np.zeros_like(both), where=union > 0)
+    found: Values = 100 * iou.sum(axis=-1) / (union > 0).sum(axis=-1)
+    return found
