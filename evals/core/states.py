@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -15,27 +15,53 @@ from radio.errors import CheckpointError, DataError
 
 from .dist import Group
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+S = TypeVar("S", bound="DataclassInstance")
+
 _ZIP = b"PK\x03\x04"
 
 
-def save_state(path: Path, kind: str, key: str, contents: Mapping[str, Any]) -> None:
-    """Write tensors, numbers and plain containers, atomically.
+def save_state(path: Path, kind: str, key: str, state: DataclassInstance) -> None:
+    """Write a state, atomically.
 
     Args:
         kind: the format, with its version.
         key: of all that decides the training.
+        state: tensors, numbers and plain containers.
     """
+    contents = {field.name: getattr(state, field.name) for field in fields(state)}
     buffer = io.BytesIO()
     torch.save({"format": kind, "key": key, **contents}, buffer)
     write_bytes(path, buffer.getbuffer())
 
 
-def load_state(path: Path, kind: str, key: str) -> dict[str, Any]:
-    """What was saved, on the CPU; empty where there is no file.
+def load_state(path: Path, kind: str, key: str, fresh: S, group: Group | None = None) -> S:
+    """The state in a file, on the CPU, or `fresh` where there is no file; the same on every rank.
+
+    Args:
+        kind: the format, with its version.
+        key: of all that decides the training.
+        fresh: a training that has not begun; its first field says how far one is.
+        group: the ranks that read.
 
     Raises:
         CheckpointError: not such a file, a damaged one, or one of a run with other settings, data or weights.
+        DataError: ranks do not share the folder.
     """
+    group = group or Group()
+    group.barrier()  # nobody reads while the leader still writes
+    found = _read(path, kind, key)
+    names = [field.name for field in fields(fresh)]
+    state = replace(fresh, **{name: found[name] for name in names}) if found else fresh
+    steps = group.gather(torch.tensor(getattr(state, names[0])))
+    if int(steps.min()) != int(steps.max()):
+        raise DataError(f"{path}: ranks see different states; give --cache a folder that all share")
+    return state
+
+
+def _read(path: Path, kind: str, key: str) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
@@ -52,14 +78,3 @@ def load_state(path: Path, kind: str, key: str) -> dict[str, Any]:
             f"{path}: is the training of another backbone, data set or protocol; remove it to begin anew"
         )
     return found
-
-
-def check_agreed(path: Path, step: int, group: Group) -> None:
-    """Nothing, when every rank has read the same step.
-
-    Raises:
-        DataError: they have not: they do not share the folder.
-    """
-    steps = group.gather(torch.tensor(step))
-    if int(steps.min()) != int(steps.max()):
-        raise DataError(f"{path}: ranks see different states; give --cache a folder that all share")

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from evals.core.dist import Group
-from evals.core.states import check_agreed, load_state, save_state
+from evals.core.states import load_state, save_state
 
 _FORMAT = "am-radio-seg-head/1"
 
@@ -26,17 +26,7 @@ class HeadState:
 
 def write_state(path: Path, key: str, state: HeadState) -> None:
     """Write a state, atomically."""
-    save_state(
-        path,
-        _FORMAT,
-        key,
-        {
-            "iteration": state.iteration,
-            "head": state.head,
-            "optimizer": state.optimizer,
-            "schedulers": state.schedulers,
-        },
-    )
+    save_state(path, _FORMAT, key, state)
 
 
 def read_state(path: Path, key: str, group: Group | None = None) -> HeadState:
@@ -46,18 +36,4 @@ def read_state(path: Path, key: str, group: Group | None = None) -> HeadState:
         CheckpointError: not a state, a damaged one, or one of a run with other settings, data or weights.
         DataError: ranks do not share the folder.
     """
-    group = group or Group()
-    group.barrier()  # nobody reads while the leader still writes
-    found = load_state(path, _FORMAT, key)
-    state = _read(found) if found else HeadState()
-    check_agreed(path, state.iteration, group)
-    return state
-
-
-def _read(found: dict[str, Any]) -> HeadState:
-    return HeadState(
-        iteration=found["iteration"],
-        head=found["head"],
-        optimizer=found["optimizer"],
-        schedulers=found["schedulers"],
-    )
+    return load_state(path, _FORMAT, key, HeadState(), group)

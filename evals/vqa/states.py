@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from evals.core.dist import Group
-from evals.core.states import check_agreed, load_state, save_state
+from evals.core.states import load_state, save_state
 
 _FORMAT = "am-radio-vqa-stage/1"
 
@@ -26,17 +26,7 @@ class StageState:
 
 def write_state(path: Path, key: str, state: StageState) -> None:
     """Write a state, atomically."""
-    save_state(
-        path,
-        _FORMAT,
-        key,
-        {
-            "step": state.step,
-            "weights": state.weights,
-            "optimizer": state.optimizer,
-            "losses": list(state.losses),
-        },
-    )
+    save_state(path, _FORMAT, key, state)
 
 
 def read_state(path: Path, key: str, group: Group | None = None) -> StageState:
@@ -46,18 +36,4 @@ def read_state(path: Path, key: str, group: Group | None = None) -> StageState:
         CheckpointError: not a state, a damaged one, or one of a run with other settings, data or weights.
         DataError: ranks do not share the folder.
     """
-    group = group or Group()
-    group.barrier()  # nobody reads while the leader still writes
-    found = load_state(path, _FORMAT, key)
-    state = _read(found) if found else StageState()
-    check_agreed(path, state.step, group)
-    return state
-
-
-def _read(found: dict[str, Any]) -> StageState:
-    return StageState(
-        step=found["step"],
-        weights=found["weights"],
-        optimizer=found["optimizer"],
-        losses=tuple(found["losses"]),
-    )
+    return load_state(path, _FORMAT, key, StageState(), group)
