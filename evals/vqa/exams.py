@@ -13,6 +13,7 @@ from radio.config import write_text
 from radio.errors import ConfigError
 
 from .benchmarks import write_benchmarks
+from .scoring.scores import mean_accuracy
 from .settings import VqaSettings
 from .tasks import TASKS, Scores, Task, TaskData, open_task
 
@@ -77,19 +78,21 @@ def mark(data: TaskData, answers: Answers, allow_missing: bool) -> Marked:
 def metrics(marked: list[Marked], seed: int) -> dict[str, Metric]:
     """The benchmarks' mean and each one's accuracy, the same without pictures, then kinds of questions.
 
-    The means are `accuracy` and `blind_accuracy`; their intervals are in the benchmarks' own.
+    The means are `accuracy` and `blind_accuracy`; intervals are bootstraps over pictures.
     """
-    seen = {one.data.task: one.scores.metrics(seed) for one in marked}
-    blind = {one.data.task: one.blind.metrics(seed) for one in marked if one.blind is not None}
+    seen = {one.data.task: one.scores for one in marked}
+    blind = {one.data.task: one.blind for one in marked if one.blind is not None}
     found: dict[str, Metric] = {}
+    kinds: dict[str, Metric] = {}
     for prefix, scores in (("", seen), ("blind_", blind)):
         if scores:
-            values = [of_task["accuracy"].value for of_task in scores.values()]
-            found[f"{prefix}accuracy"] = Metric(value=sum(values) / len(values))
-            found |= {f"{prefix}{task}": of_task["accuracy"] for task, of_task in scores.items()}
-    for task, of_task in seen.items():
-        found |= {f"{task}_{name}": metric for name, metric in of_task.items() if name != "accuracy"}
-    return found
+            found[f"{prefix}accuracy"] = mean_accuracy(list(scores.values()), seed)
+        for task, one in scores.items():
+            values = one.metrics(seed)
+            found[f"{prefix}{task}"] = values.pop("accuracy")
+            if not prefix:
+                kinds |= {f"{task}_{name}": metric for name, metric in values.items()}
+    return found | kinds
 
 
 def tables(marked: list[Marked]) -> dict[str, Table]:

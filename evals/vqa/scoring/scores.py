@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,6 +76,19 @@ class Scores:
             mean = float(values[mask].mean())
             found[name] = Metric(value=100 * mean, low=100 * low, high=100 * high)
         return found
+
+
+def mean_accuracy(benchmarks: Sequence[Scores], seed: int = 0) -> Metric:
+    """The mean of the benchmarks' accuracies in percent; a picture of several is drawn for all of them."""
+    _, pictures = np.unique([name for one in benchmarks for name in one.pictures], return_inverse=True)
+    ends = np.cumsum([len(one.pictures) for one in benchmarks])
+    number, drawn = int(pictures.max()) + 1, np.split(pictures, ends[:-1])
+    pairs = list(zip(drawn, benchmarks, strict=True))
+    sums: NDArray[np.float64] = np.stack([np.bincount(of, one.values, number) for of, one in pairs], axis=1)
+    counts = np.stack([np.bincount(of, minlength=number) for of, _ in pairs], axis=1).astype(np.float64)
+    low, high = interval(_ratios(sums, counts, seed).mean(axis=1))
+    mean = np.mean([np.mean(one.values) for one in benchmarks])
+    return Metric(value=100 * float(mean), low=100 * low, high=100 * high)
 
 
 def _ratios(sums: NDArray[np.float64], counts: NDArray[np.float64], seed: int) -> NDArray[np.float64]:

@@ -6,7 +6,7 @@ import pytest
 from evals.core.bootstrap import interval, resamples
 from evals.vqa.scoring import scores as module
 from evals.vqa.scoring.exam import Grouping
-from evals.vqa.scoring.scores import Scores
+from evals.vqa.scoring.scores import Scores, mean_accuracy
 
 
 def made(values: list[float], pictures: list[str], **groups: Grouping) -> Scores:
@@ -75,3 +75,19 @@ def test_unanswered_questions_are_told() -> None:
     told = Scores(ids=("1", "2"), values=(0.0, 1.0), pictures=("a", "b"), groups={}, missing=("1",))
     metric = told.metrics()["unanswered"]
     assert (metric.value, metric.higher_is_better) == (50.0, False)
+
+
+def test_the_mean_of_benchmarks_draws_a_picture_for_all_of_them() -> None:
+    source = np.random.default_rng(3)
+    pictures = [np.arange(60) % 20, np.arange(30) % 30]  # the last ten are of the second alone
+    values = [source.integers(0, 2, len(of)).astype(float) for of in pictures]
+    benchmarks = [made(v.tolist(), [f"p{n:02d}" for n in of]) for v, of in zip(values, pictures, strict=True)]
+    metric = mean_accuracy(benchmarks, seed=5)
+    drawn = [
+        np.mean([np.average(v, weights=counts[of]) for v, of in zip(values, pictures, strict=True)])
+        for counts in resamples(30, seed=5)
+    ]
+    low, high = interval(np.array(drawn))
+    assert metric.value == pytest.approx(50 * (values[0].mean() + values[1].mean()))
+    assert (metric.low, metric.high) == (pytest.approx(100 * low), pytest.approx(100 * high))
+    assert mean_accuracy(benchmarks[:1], seed=5) == benchmarks[0].metrics(seed=5)["accuracy"]
