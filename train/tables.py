@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,4 +88,6 @@ def train_all(runs: Rows, console: Console, *, restart: bool = False) -> Trained
                 screen.print(line, highlight=False, soft_wrap=True)
                 return Trained(found, stopped=True, leads=group.leads)
             screen.print(f"checkpoint: {found[name]}", highlight=False, soft_wrap=True)
+            del run
+            gc.collect()  # a run and its callbacks hold one another, and the next model wants the memory
     return Trained(found, stopped=False, leads=group.leads)

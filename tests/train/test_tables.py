@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from train.config import TrainConfig
 from train.preempt import REQUEUE, Preemption
 from train.recipes import recipes
 from train.tables import rows_of, tables
+from train.trainer import Run
 
 from .conftest import read_records
 
@@ -96,6 +98,23 @@ def test_rows_are_chosen_kept_and_begun_anew(tmp_path: Path, monkeypatch: pytest
     assert all(again > before for before, again in zip(times[1], times[2], strict=True))
     assert [list(scored) for scored in students] == [["naive", "adaloss"]] * 3  # in the table's order
     assert not (tmp_path / "uncertainty").exists()
+
+
+def test_a_row_is_forgotten_before_the_next_one_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two large students and their optimisers need not fit into the memory at once."""
+    built: list[weakref.ref[Run]] = []
+
+    def build(*arguments: Any, **options: Any) -> Run:
+        assert [earlier() for earlier in built] == [None] * len(built)
+        run = Run(*arguments, **options)
+        built.append(weakref.ref(run))
+        return run
+
+    monkeypatch.setattr("train.tables.Run", build)
+    assert main(["table3", *TINY, "--score", "--out", str(tmp_path)]) == 0
+    assert len(built) == len(ROWS)
 
 
 def test_a_signal_stops_the_table_and_the_same_command_goes_on(
