@@ -22,7 +22,7 @@ def test_an_untrained_student_is_scored_without_noise(tmp_path: Path, capfd) -> 
     report = json.loads((out / "seg-vit-tiny12-untrained.json").read_text())
     assert (report["task"], report["headline"]) == ("seg", "miou")
     assert 0 <= report["metrics"]["miou"]["value"] <= 100
-    assert len(report["files"]) == 5
+    assert len(report["files"]) == 6
     shown = capfd.readouterr()
     assert "miou (%)" in shown.out
     for noise in ("mmengine", "OneDL", "WARNING", "INFO"):
