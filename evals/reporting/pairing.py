@@ -6,15 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from evals.core.areas import Values, area_ratios, mean_present
 from evals.core.bootstrap import interval, resamples
 
 from .records import Entry, read_records
 
 # Letters: N samples, U units, R resamples, F files of records, C classes.
-
-Values = NDArray[np.float64]
 
 
 class Sample(NamedTuple):
@@ -119,8 +117,4 @@ def _mean_of_files(sums: Values) -> Values:
 
 def _mean_iou(areas: Values) -> Values:
     """In percent, over the classes that are anywhere: [R, 1, 3, C] -> [R]."""
-    both, predicted, label = (areas[:, 0, place] for place in range(3))
-    union = predicted + label - both
-    iou = np.divide(both, union, out=np.zeros_like(both), where=union > 0)
-    found: Values = 100 * iou.sum(axis=-1) / (union > 0).sum(axis=-1)
-    return found
+    return mean_present(area_ratios(areas[:, 0])[0])

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from evals.core.areas import area_ratios, mean_present
 from evals.core.bootstrap import interval, resamples
 from evals.core.report import Metric, Table
 from radio.errors import DataError
@@ -44,7 +45,7 @@ def score(areas: Areas) -> Scores:
     total = areas.sum(axis=0)
     if not total[2].any():
         raise DataError("no validation pixel has a class, so there is nothing to score")
-    iou, acc, overall = _ratios(total)
+    iou, acc, overall = area_ratios(total)
     return Scores(
         miou=float(np.nanmean(iou)),
         macc=float(np.nanmean(acc)),
@@ -59,8 +60,8 @@ def metrics(areas: Areas, seed: int = 0) -> dict[str, Metric]:
     scores = score(areas)
     counts = resamples(len(areas), seed=seed)  # [R, N]
     totals = (counts @ areas.reshape(len(areas), -1)).reshape(len(counts), *areas.shape[1:])
-    iou, acc, overall = _ratios(totals)
-    drawn = {"miou": _nanmean(iou), "macc": _nanmean(acc), "aacc": overall}
+    iou, acc, overall = area_ratios(totals)
+    drawn = {"miou": mean_present(iou), "macc": mean_present(acc), "aacc": overall}
     found = {}
     for name, values in drawn.items():
         low, high = interval(values)
@@ -102,24 +103,6 @@ def class_table(runs: Sequence[Areas], classes: tuple[str, ...]) -> Table:
         for place, name in enumerate(classes)
     )
     return Table(columns=("class", "iou", "acc", "share"), rows=rows)
-
-
-def _ratios(total: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
-    """IoU [..., C], accuracy [..., C] and overall accuracy [...] in percent, of areas [..., 3, C]."""
-    intersection, predicted, label = (total[..., place, :] for place in range(3))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        iou = 100 * intersection / (predicted + label - intersection)
-        acc = 100 * intersection / label
-        overall = 100 * intersection.sum(axis=-1) / label.sum(axis=-1)
-    return iou, acc, overall
-
-
-def _nanmean(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Means over the last axis without NaN; NaN where there is nothing else (a resample of void pictures)."""
-    there = ~np.isnan(values)
-    with np.errstate(invalid="ignore"):
-        mean: NDArray[np.float64] = np.where(there, values, 0).sum(axis=-1) / there.sum(axis=-1)
-    return mean
 
 
 def _or_none(value: float) -> float | None:
