@@ -21,8 +21,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .config import write_bytes
 from .errors import CheckpointError
+from .io import write_bytes
 
 FORMAT = "am-radio/1"
 

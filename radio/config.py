@@ -1,20 +1,37 @@
-"""Dataclass settings to plain data and YAML and back; a key that does not exist is an error."""
+"""Dataclass settings to plain data and YAML and back; a key that does not exist is an error.
+
+Bounds stand at the fields, as `Annotated[int, Ge(1)]` or one of the types below; `check` holds them, and that
+every float is finite, for settings from wherever they come.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import secrets
+import math
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from annotated_types import Ge, Gt, Interval, Le, Lt
 
-from .errors import ConfigError, did_you_mean
+from .errors import ConfigError, did_you_mean, shown
+from .io import read_text, write_text
 
 T = TypeVar("T")
+
+Count = Annotated[int, Interval(ge=1, le=2**31 - 1)]
+CountOrZero = Annotated[int, Interval(ge=0, le=2**31 - 1)]  # 0 switches off
+Pixels = Annotated[int, Interval(ge=1, le=16_384)]  # a side
+Seed = Annotated[int, Interval(ge=0, lt=2**63)]
+Workers = Annotated[int, Interval(ge=0, le=1024)]  # processes
+Share = Annotated[float, Interval(ge=0, le=1)]
+Positive = Annotated[float, Gt(0)]
+NotNegative = Annotated[float, Ge(0)]
+
+_MAX_YAML_BYTES = 4 << 20
+_MAX_YAML_DEPTH = 50
 
 
 def to_plain(settings: Any) -> Any:
@@ -36,7 +53,7 @@ def from_plain(kind: type[T], data: Any, where: str = "") -> T:
     """
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where or 'the settings'}: wanted a mapping, got {type(data).__name__}")
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind, include_extras=True)
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for key in data:
         if key not in fields:
@@ -50,7 +67,19 @@ def from_plain(kind: type[T], data: Any, where: str = "") -> T:
     missing = [name for name in required if name not in values]
     if missing:
         raise ConfigError(f"missing setting {_join(where, missing[0])!r}; give it a value")
-    return kind(**values)
+    return check(kind(**values), where)
+
+
+def check(settings: T, where: str = "") -> T:
+    """Give back the settings when each is within the bounds of its field, and each float finite.
+
+    Raises:
+        ConfigError: one is not; names it, its value and its bounds.
+    """
+    hints = get_type_hints(type(settings), include_extras=True)
+    for field in dataclasses.fields(settings):  # type: ignore[arg-type]
+        _check(hints[field.name], getattr(settings, field.name), _join(where, field.name))
+    return settings
 
 
 def write_yaml(settings: Any, path: Path) -> None:
@@ -65,40 +94,103 @@ def read_yaml(kind: type[T], path: Path) -> T:
         ConfigError: no such file, not YAML, or settings that `kind` does not have.
     """
     if not path.is_file():
-        raise ConfigError(f"{path}: no such settings file")
+        raise ConfigError(f"{shown(path)}: no such settings file")
+    text = read_text(path, limit=_MAX_YAML_BYTES, error=ConfigError)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a YAML file ({str(error).splitlines()[0]})") from error
+        data = yaml.load(text, _Loader)
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: a date that is none
+        reason = (str(error).splitlines() or [type(error).__name__])[0].split(";")[0]
+        raise ConfigError(f"{shown(path)}: not a YAML file that can be read ({shown(reason)})") from error
     return from_plain(kind, data)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically: readers see the old file or the new one, never a part."""
-    write_bytes(path, text.encode("utf-8"))
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader without aliases, which can make a small file huge, and not nested without end."""
 
+    depth = 0
 
-def write_bytes(path: Path, data: bytes | memoryview) -> None:
-    """Write a file atomically, creating its folder: a temporary sibling, synced, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Compose one node, as PyYAML does."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias; write the value out")
+        self.depth += 1
+        if self.depth > _MAX_YAML_DEPTH:
+            raise yaml.YAMLError(f"nested more than {_MAX_YAML_DEPTH} deep")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 def _join(where: str, key: str) -> str:
     return f"{where}.{key}" if where else key
 
 
+def _check(hint: Any, value: Any, where: str) -> None:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        _check_bounds(arguments[1:], value, where)
+        _check(arguments[0], value, where)
+    elif origin in (Union, types.UnionType):
+        for argument in arguments:
+            if _fits(argument, value):
+                return _check(argument, value, where)
+    elif origin is tuple and isinstance(value, tuple):
+        kinds = arguments[:1] * len(value) if arguments[-1:] == (Ellipsis,) else arguments
+        for i, (kind, item) in enumerate(zip(kinds, value, strict=False)):
+            _check(kind, item, f"{where}[{i}]")
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        check(value, where)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}: {value} is no number to work with; give a finite one")
+    elif isinstance(value, int) and value.bit_length() > 63:
+        raise ConfigError(
+            f"{where}: a number of {value.bit_length()} bits is out of range; give a smaller one"
+        )
+    return None
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Whether a value is of a member of a union, leaving bounds aside."""
+    if get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
+    kind = get_origin(hint) or hint
+    if kind is Literal:
+        return value in get_args(hint)
+    return isinstance(value, kind) if isinstance(kind, type) else False
+
+
+def _check_bounds(bounds: tuple[Any, ...], value: Any, where: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    flat = [part for bound in bounds for part in (bound if isinstance(bound, Interval) else (bound,))]
+    said = [_bound(part) for part in flat]
+    limits = [text for text, _ in filter(None, said)]
+    for text_and_test in filter(None, said):
+        if not text_and_test[1](value):
+            raise ConfigError(f"{where}: {value} is out of bounds; give a number {' and '.join(limits)}")
+
+
+def _bound(part: Any) -> tuple[str, Callable[[Any], bool]] | None:
+    match part:
+        case Ge(ge=low):
+            return f"of at least {low}", lambda value: bool(value >= low)
+        case Gt(gt=low):
+            return f"above {low}", lambda value: bool(value > low)
+        case Le(le=high):
+            return f"of at most {high}", lambda value: bool(value <= high)
+        case Lt(lt=high):
+            return f"below {high}", lambda value: bool(value < high)
+    return None
+
+
 def _read(hint: Any, value: Any, where: str) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _read(arguments[0], value, where)
     if dataclasses.is_dataclass(hint):
         return from_plain(hint, value, where)  # type: ignore[arg-type]
     if origin in (Union, types.UnionType):

@@ -46,6 +46,13 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
+def shown(value: object) -> str:
+    """A path or word from outside as one printable line: control characters and half surrogates escaped."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in str(value)
+    )
+
+
 def require(module: str, *, extra: str) -> ModuleType:
     """The imported optional module.
 

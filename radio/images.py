@@ -21,8 +21,8 @@ import torchvision  # noqa: F401 (registers the JPEG operator)
 from PIL import Image
 from torch import Tensor
 
-from .config import write_bytes
 from .errors import DataError, SizeError
+from .io import write_bytes
 from .resample import resize_images
 
 # Letters: H W stored height and width, h w the ones asked for.

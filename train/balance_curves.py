@@ -13,8 +13,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from radio.config import write_bytes, write_text
 from radio.errors import require
+from radio.io import write_bytes, write_text
 
 _SUFFIX = "_weight"
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's, for all eyes

@@ -24,8 +24,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from evals.core.chunks import chunk_path, is_whole
 from evals.core.dist import Group
-from radio.config import to_plain, write_text
+from radio.config import to_plain
 from radio.errors import RadioError
+from radio.io import write_text
 from radio.types import Features, Teacher
 
 from .crops import FixedCrops

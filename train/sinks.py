@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from radio.config import write_text
+from radio.io import write_text
 
 from .config import TrainConfig
 

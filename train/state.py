@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from evals.core.dist import Group
-from radio.config import write_text
 from radio.errors import CheckpointError, RadioError
+from radio.io import write_text
 
 _NOTES = "run.json"
 _ALONE = "torch.distributed is disabled"  # torch's warning to a single process

@@ -5,8 +5,9 @@ from __future__ import annotations
 import secrets
 from typing import Any, final
 
-from radio.config import to_plain, write_text
+from radio.config import to_plain
 from radio.errors import require
+from radio.io import write_text
 
 from .config import TrainConfig
 from .sinks import Record

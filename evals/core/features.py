@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from radio.config import write_bytes
 from radio.errors import DataError, RadioError
+from radio.io import write_bytes
 from radio.types import Backbone, Features
 
 from .chunks import check_all_there, chunk_path, is_whole

@@ -10,8 +10,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from radio.config import write_text
 from radio.errors import ConfigError, DataError
+from radio.io import write_text
 from radio.types import Backbone
 
 from .evaluator import Evaluator, Watch

@@ -13,8 +13,9 @@ from typing import Any
 
 import jsonschema
 
-from radio.config import from_plain, to_plain, write_text
+from radio.config import from_plain, to_plain
 from radio.errors import ConfigError, DataError
+from radio.io import write_text
 
 FORMAT = "am-radio-report/2"
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from radio.config import write_bytes
 from radio.errors import CheckpointError, DataError
+from radio.io import write_bytes
 
 from .dist import Group
 

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from radio.config import write_text
 from radio.errors import DataError
 from radio.images import decode
+from radio.io import write_text
 
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}

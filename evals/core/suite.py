@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from radio.config import to_plain, write_text
+from radio.config import to_plain
 from radio.errors import RadioError
+from radio.io import write_text
 from radio.types import Backbone
 
 from .dist import Group

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from evals.core.features import Bank
-from radio.config import write_text
+from radio.io import write_text
 
 from .classify import Sets
 from .index import Neighbours

@@ -10,8 +10,8 @@ import tyro
 from rich.console import Console
 
 from evals.core.noise import NOISE_FILE, read_noise
-from radio.config import write_text
 from radio.errors import ConfigError
+from radio.io import write_text
 
 from .compare import compare, read_reports, regressions
 from .rendering import junit, markdown, terminal_table

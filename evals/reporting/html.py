@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from radio.config import write_text
 from radio.errors import ConfigError, require
+from radio.io import write_text
 
 from .answers import vqa_blocks
 from .blocks import Block, Key, Panel, Picture, Plots, Section, Strip, Strips, notes

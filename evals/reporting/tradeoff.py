@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from evals.core.report import Report
-from radio.config import write_text
+from radio.io import write_text
 
 from .compare import read_reports
 from .figures import NUM_SLOTS, Series, scatter, standing_alone

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from evals.core.report import Metric, Report
 from evals.core.tables import cell as words
-from radio.config import write_text
 from radio.errors import DataError, require
+from radio.io import write_text
 
 from .blocks import Block, Cell, Column, Grid, Key, Panel, Plots, Section
 from .compare import is_report, protocol, read_reports

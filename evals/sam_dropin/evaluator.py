@@ -15,8 +15,9 @@ from evals.core.evaluator import Watch, card_of, domain_notes, silent
 from evals.core.features import default_cache
 from evals.core.provenance import choose_device, commit, describe_device, peak_memory, versions
 from evals.core.report import DataUsed, Metric, Report, Table, file_name, write
-from radio.config import to_plain, write_text
+from radio.config import to_plain
 from radio.errors import ConfigError, require
+from radio.io import write_text
 from radio.scenes.layouts import CARD_VERSION, ScenesSettings
 from radio.scenes.layouts import write as write_scenes
 from radio.types import Backbone

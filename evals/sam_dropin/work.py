@@ -23,7 +23,7 @@ from torch import Tensor
 from evals.core.chunks import check_all_there, chunk_path
 from evals.core.dist import Group
 from evals.core.evaluator import Watch
-from radio.config import write_bytes, write_text
+from radio.io import write_bytes, write_text
 
 from .clicks import next_clicks
 from .coco import Picture

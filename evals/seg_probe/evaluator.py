@@ -16,7 +16,8 @@ from evals.core.dist import Group, current
 from evals.core.evaluator import Watch, card_of, domain_notes, silent
 from evals.core.provenance import commit, describe_device, peak_memory, versions
 from evals.core.report import DataUsed, Metric, Report, Table, file_name, write
-from radio.config import to_plain, write_bytes, write_text
+from radio.config import to_plain
+from radio.io import write_bytes, write_text
 from radio.types import Backbone
 
 from .library import load_plugin

@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from evals.core.evaluator import Watch, silent
-from radio.config import write_text
 from radio.errors import DataError
 from radio.images import decode
+from radio.io import write_text
 
 from .datasets import VOID, Labelling, Pair, Split
 from .presets import Size

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from evals.core.chunks import check_all_there, chunk_path, is_whole
 from evals.core.dist import Group
 from evals.core.evaluator import Watch
-from radio.config import write_bytes
 from radio.errors import RadioError
+from radio.io import write_bytes
 from radio.types import Backbone
 
 from .pictures import Pictures, one_thread

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from radio.config import write_text
 from radio.errors import DataError
+from radio.io import write_text
 from radio.scenes import COLOURS, SHAPES, Question, questions, render
 
 from .scoring.exam import TaskFiles

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from evals.core.dist import Group
 from evals.core.report import DataUsed, Metric, Table
-from radio.config import write_text
 from radio.errors import ConfigError
+from radio.io import write_text
 
 from .benchmarks import write_benchmarks
 from .scoring.scores import mean_accuracy

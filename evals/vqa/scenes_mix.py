@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from radio.config import write_text
 from radio.images import write_png
+from radio.io import write_text
 from radio.scenes import CLASSES, COLOURS, SHAPES, Question, Scene, questions, render
 
 from .prompts import IMAGE, choose, short

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evals.core.evaluator import Advance, Watch, silent
-from radio.config import write_bytes
 from radio.errors import require
+from radio.io import write_bytes
 from radio.types import TextTower
 
 # Letters: K classes, N texts, E text width.

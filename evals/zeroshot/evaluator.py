@@ -21,8 +21,9 @@ from evals.core.features import Bank, Extraction, Stored, default_cache, extract
 from evals.core.plan import carry, plan, resolved
 from evals.core.provenance import commit, describe_device, peak_memory, versions
 from evals.core.report import DataUsed, Metric, Report, Table, file_name, proportion, write
-from radio.config import to_plain, write_text
+from radio.config import to_plain
 from radio.errors import ConfigError, require
+from radio.io import write_text
 from radio.types import Backbone
 
 from .captions import Captioned, open_captions

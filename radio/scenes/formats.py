@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from radio.config import write_text
+from radio.io import write_text
 from radio.registry import Registry
 
 from .language import caption, captions, questions

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from radio.config import write_text
+from radio.io import write_text
 
 from .formats import LAYOUTS, Job
 from .world import CLASSES, COLOURS, MAX_SIZE, MIN_SIZE, SHAPES, SceneError, Split

@@ -6,13 +6,15 @@ import os
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 import yaml
+from annotated_types import Ge
 
-from radio.config import from_plain, read_yaml, to_plain, write_bytes, write_yaml
+from radio.config import Count, Pixels, Share, check, from_plain, read_yaml, to_plain, write_yaml
 from radio.errors import ConfigError
+from radio.io import write_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,10 +100,21 @@ def test_a_file_that_is_no_settings_file_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match=r"absent\.yaml: no such settings file"):
         read_yaml(Settings, tmp_path / "absent.yaml")
     bad = tmp_path / "bad.yaml"
-    for content in (b"a: [1", b"\xff\xfe\x00", b"!!python/object/apply:os.getcwd []"):
+    for content in (
+        b"a: [1",
+        b"!!python/object/apply:os.getcwd []",
+        b"a: 2026-13-01",
+        b"a: " + b"9" * 5000,
+        b"[" * 100_000,
+        b"a: &x [1]\nb: [*x, *x]",
+        b"a: \x00",
+    ):
         bad.write_bytes(content)
         with pytest.raises(ConfigError, match=r"bad\.yaml: not a YAML file"):
             read_yaml(Settings, bad)
+    bad.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"bad\.yaml: is not UTF-8 text"):
+        read_yaml(Settings, bad)
     bad.write_text("")
     with pytest.raises(ConfigError, match="wanted a mapping, got NoneType"):
         read_yaml(Settings, bad)
@@ -132,3 +145,39 @@ def test_files_get_the_rights_that_any_new_file_gets(tmp_path):
     assert stat.S_IMODE((tmp_path / "ours").stat().st_mode) == stat.S_IMODE(
         (tmp_path / "plain").stat().st_mode
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bounded:
+    steps: Count = 1
+    side: Pixels | None = None
+    share: Share = 0.5
+    betas: tuple[Share, Share] = (0.0, 1.0)
+    window: Literal["all"] | Annotated[int, Ge(2)] = "all"
+    many: tuple[Optimiser, ...] = ()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": 0}, "steps: 0 is out of bounds; give a number of at least 1 and of at most 2147483647"),
+        ({"steps": 10**26}, "steps: 1000.* is out of bounds"),
+        ({"side": -4}, "side: -4 is out of bounds; give a number of at least 1"),
+        ({"share": float("nan")}, "share: nan is no number to work with; give a finite one"),
+        ({"betas": [0.5, 1.5]}, r"betas\[1\]: 1.5 is out of bounds; give a number of at least 0"),
+        ({"window": 1}, "window: 1 is out of bounds; give a number of at least 2"),
+        ({"many": [{}, {"lr": float("inf")}]}, r"many\[1\].lr: inf is no number"),
+    ],
+)
+def test_a_number_out_of_its_bounds_is_refused_by_name(values: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        from_plain(Bounded, values)
+
+
+def test_settings_made_in_python_are_held_to_the_same_bounds():
+    good = Bounded(side=16, window=2)
+    assert check(good) is good
+    with pytest.raises(ConfigError, match="side: 0 is out of bounds"):
+        check(Bounded(side=0))
+    with pytest.raises(ConfigError, match="a number of 87 bits is out of range"):
+        check(Settings(steps=10**26))

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-from radio.config import write_text
 from radio.errors import DataError
+from radio.io import write_text
 
 Cause = Literal["picture", "missing", "unreadable", "truncated", "empty"]
 CAUSES: tuple[Cause, ...] = get_args(Cause)

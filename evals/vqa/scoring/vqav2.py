@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from radio.config import write_text
 from radio.errors import DataError
+from radio.io import write_text
 
 from ..prompts import short
 from .exam import Exam, Grouping, Mark, Question, TaskFiles, commonest

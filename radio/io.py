@@ -1,0 +1,277 @@
+"""Files: written whole or not at all; read within limits, and foreign ones through a schema.
+
+Whatever comes from a file that this process did not write passes here before it is used: size, encoding,
+nesting and numbers first (`read_text`, `read_json`, `read_jsonl`), then its shape (a pydantic `TypeAdapter`,
+through `validate`). What is wrong is one error that names the file, the place in it, and what to do.
+"""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import json
+import os
+import re
+import secrets
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from .errors import DataError, RadioError, shown
+
+T = TypeVar("T")
+
+MAX_METADATA_BYTES = 64 << 20  # reports, cards, logs' records: nobody's are larger
+MAX_DATA_BYTES = 4 << 30  # annotations: the largest that are published have about 1 GB
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_BYTE_ORDER_MARKS = (  # the longer first: UTF-32's begins with UTF-16's
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, as UTF-8; half surrogates, which it cannot hold, become U+FFFD."""
+    write_bytes(path, _encoded(text))
+
+
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Write a file atomically, creating its folder: a temporary sibling, synced, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def make_folder(target: Path, fill: Callable[[Path], None]) -> bool:
+    """Make a folder atomically: fill a temporary sibling, then rename it to `target`.
+
+    Where another process has made `target` in the meantime, what stands is kept and ours is thrown away.
+
+    Args:
+        target: absent or empty.
+        fill: writes the content into the folder that it is given.
+
+    Returns:
+        Whether the folder that stands now is ours.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name[:200]}.partial-"))
+    try:
+        fill(partial)
+        partial.chmod(0o777 & ~_umask())  # mkdtemp's folders are private
+        try:
+            partial.rename(target)  # replaces an empty folder
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            return False
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return True
+
+
+def read_bytes(path: Path, *, limit: int = MAX_METADATA_BYTES, error: type[RadioError] = DataError) -> bytes:
+    """Read a regular file of at most `limit` bytes.
+
+    Raises:
+        RadioError: of the type `error`: no such file, no regular file (a folder, a device, a pipe), one that
+            cannot be opened, or a larger one.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no regular file"
+            raise error(f"{shown(path)}: is {kind}; give a file")
+        if status.st_size > limit:
+            raise error(
+                f"{shown(path)}: has {status.st_size} bytes, and the limit is {limit}; is it the right file?"
+            )
+        return path.read_bytes()
+    except OSError as problem:
+        raise error(f"{shown(path)}: {_reason(problem)}") from problem
+    except ValueError as problem:
+        if isinstance(problem, RadioError):
+            raise
+        raise error(f"{shown(path)}: cannot be a path ({problem})") from problem  # a NUL in it
+
+
+def decode_text(data: bytes, where: object, *, error: type[RadioError] = DataError) -> str:
+    """Decode a text: UTF-8 with or without a byte-order mark, or UTF-16 and UTF-32 with one.
+
+    Raises:
+        RadioError: of the type `error`: it is neither; names the first byte that is not.
+    """
+    encoding = next((name for mark, name in _BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8")
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as problem:
+        raise error(
+            f"{shown(where)}: is not UTF-8 text (byte {problem.start}: 0x{data[problem.start]:02x}); "
+            f"save it as UTF-8"
+        ) from problem
+
+
+def read_text(path: Path, *, limit: int = MAX_METADATA_BYTES, error: type[RadioError] = DataError) -> str:
+    """Read a text file, with or without a byte-order mark.
+
+    Raises:
+        RadioError: of the type `error`: as `read_bytes` and `decode_text`.
+    """
+    return decode_text(read_bytes(path, limit=limit, error=error), path, error=error)
+
+
+def lines_of(text: str) -> list[str]:
+    """Split at line feeds alone (a carriage return before one goes too): U+2028 and its kind are content."""
+    lines = text.split("\n")
+    if not lines[-1]:
+        lines.pop()
+    return [line.removesuffix("\r") for line in lines]
+
+
+def parse_json(text: str, where: object, *, error: type[RadioError] = DataError) -> Any:
+    """Parse JSON from somebody else. NaN and infinities are refused; half surrogates become U+FFFD.
+
+    Raises:
+        RadioError: of the type `error`: not JSON, nested too deeply, or with a number of thousands of digits.
+    """
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as problem:
+        raise error(
+            f"{shown(where)}: is not JSON ({problem.msg}: line {problem.lineno} column {problem.colno})"
+        ) from problem
+    except RecursionError as problem:
+        raise error(f"{shown(where)}: is nested too deeply to be read; is it the right file?") from problem
+    except ValueError as problem:  # a number of more digits than Python reads, or a constant
+        raise error(f"{shown(where)}: is not JSON ({str(problem).split(';')[0]})") from problem
+    return _without_surrogates(value) if _SURROGATE.search(text) else value
+
+
+def validate(
+    schema: TypeAdapter[T],
+    value: Any,
+    where: object,
+    *,
+    error: type[RadioError] = DataError,
+    strict: bool = True,
+) -> T:
+    """Give back `value` as the type that the schema describes; nothing is converted unless `strict` is off.
+
+    Raises:
+        RadioError: of the type `error`: it does not fit; names the first place, what came, what was due.
+    """
+    try:
+        return schema.validate_python(value, strict=strict)
+    except ValidationError as problem:
+        raise error(f"{shown(where)}: {_explain(problem)}") from problem
+    except RecursionError as problem:
+        raise error(f"{shown(where)}: is nested too deeply to be read; is it the right file?") from problem
+
+
+def read_json(
+    path: Path,
+    schema: TypeAdapter[T],
+    *,
+    limit: int = MAX_METADATA_BYTES,
+    error: type[RadioError] = DataError,
+) -> T:
+    """Read a JSON file from somebody else as the type that the schema describes.
+
+    Raises:
+        RadioError: of the type `error`: as `read_text`, `parse_json` and `validate`.
+    """
+    return validate(
+        schema, parse_json(read_text(path, limit=limit, error=error), path, error=error), path, error=error
+    )
+
+
+def read_jsonl(
+    path: Path,
+    schema: TypeAdapter[T],
+    *,
+    limit: int = MAX_DATA_BYTES,
+    error: type[RadioError] = DataError,
+) -> Iterator[tuple[int, T]]:
+    """Yield (line number from 1, record) of a file with one JSON record a line; empty lines are passed over.
+
+    Raises:
+        RadioError: of the type `error`: as `read_json`; names the line.
+    """
+    for number, line in enumerate(lines_of(read_text(path, limit=limit, error=error)), 1):
+        if line.strip():
+            where = f"{shown(path)}: line {number}"
+            yield number, validate(schema, parse_json(line, where, error=error), where, error=error)
+
+
+def _encoded(text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:
+        return re.sub("[\ud800-\udfff]", "\ufffd", text).encode("utf-8")
+
+
+def _umask() -> int:
+    # The only portable way to read it is to set it.
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _reason(problem: OSError) -> str:
+    if isinstance(problem, FileNotFoundError):
+        return "no such file"
+    return problem.strerror or str(problem) or type(problem).__name__
+
+
+def _refuse_constant(word: str) -> Any:
+    raise ValueError(f"it holds {word}, which JSON does not have")
+
+
+def _without_surrogates(value: Any) -> Any:
+    if isinstance(value, str):
+        return value if value.isascii() else re.sub("[\ud800-\udfff]", "\ufffd", value)
+    if isinstance(value, list):
+        return [_without_surrogates(item) for item in value]
+    if isinstance(value, dict):
+        return {_without_surrogates(key): _without_surrogates(item) for key, item in value.items()}
+    return value
+
+
+def _explain(problem: ValidationError) -> str:
+    """The first thing that does not fit: 'images[3].id: Input should be a valid integer, got "7"'."""
+    errors = problem.errors(include_url=False, include_context=False)
+    first = errors[0]
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    got = "" if first["type"] == "missing" else f", got {_short(first['input'])}"
+    rest = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return f"{_cut(place, 120) + ': ' if place else ''}{message[:1].lower()}{message[1:]}{got}{rest}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, (dict, list, tuple)):
+        return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, int) and value.bit_length() > 200:
+        return f"a number of {value.bit_length()} bits"
+    return _cut(repr(value), 60)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]}…"

@@ -1,0 +1,156 @@
+"""The border that every file from outside passes, and folders that appear whole."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict  # pydantic wants this one below Python 3.12
+
+from radio.errors import CheckpointError, DataError
+from radio.io import (
+    lines_of,
+    make_folder,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_jsonl,
+    read_text,
+    write_text,
+)
+
+
+class Record(TypedDict):
+    id: int
+    names: list[str]
+
+
+RECORD = TypeAdapter(Record)
+RECORDS = TypeAdapter(list[Record])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_texts_are_read_with_or_without_a_byte_order_mark(tmp_path, encoding):
+    path = tmp_path / "x.json"
+    path.write_bytes(json.dumps([{"id": 1, "names": ["é\u2028"]}], ensure_ascii=False).encode(encoding))
+    assert read_json(path, RECORDS) == [{"id": 1, "names": ["é\u2028"]}]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"x\.json: is not JSON \(Expecting value: line 1 column 1\)"),
+        (b"[" * 100_000, r"x\.json: is nested too deeply"),
+        (b'[{"id": ' + b"9" * 5000 + b"}]", r"x\.json: is not JSON \(Exceeds the limit"),
+        (b"[NaN]", r"x\.json: is not JSON \(it holds NaN"),
+        (b'"\xff"', r"x\.json: is not UTF-8 text \(byte 1: 0xff\)"),
+        (b"{}", r"x\.json: input should be a valid list, got a dict of 0"),
+        (
+            b'[{"id": 1, "names": []}, {"id": "7"}]',
+            r"x\.json: \[1\]\.id: .*valid integer, got '7' \(and 1 more\)",
+        ),
+        (b'[{"id": true, "names": []}]', r"\[0\]\.id: input should be a valid integer, got True"),
+    ],
+)
+def test_what_does_not_fit_is_one_error_with_file_and_place(tmp_path, content, message):
+    path = tmp_path / "x.json"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        read_json(path, RECORDS)
+    assert "\n" not in str(caught.value)
+
+
+def test_only_regular_files_within_the_limit_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "big").write_bytes(b"12345")
+    for path, message in (
+        (tmp_path, "is a folder; give a file"),
+        (tmp_path / "pipe", "is no regular file"),
+        (Path("/dev/zero"), "is no regular file"),
+        (tmp_path / "absent", "no such file"),
+        (tmp_path / ("a" * 300), "File name too long"),
+        (tmp_path / "big" / "x", "Not a directory"),
+        (tmp_path / "nul\0", "cannot be a path"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            read_bytes(path, error=CheckpointError)
+    with pytest.raises(DataError, match="has 5 bytes, and the limit is 4"):
+        read_bytes(tmp_path / "big", limit=4)
+    assert read_bytes(tmp_path / "big", limit=5) == b"12345"
+
+
+def test_half_surrogates_are_replaced_whole_ones_and_everything_else_kept(tmp_path):
+    assert parse_json(r'{"\ud83d": ["a\ude00b", "\ud83d\ude00"]}', "x") == {
+        "\ufffd": ["a\ufffdb", "\U0001f600"]
+    }
+    write_text(tmp_path / "x", "a\ud83db é")
+    assert (tmp_path / "x").read_text(encoding="utf-8") == "a\ufffdb é"
+
+
+def test_lines_end_at_line_feeds_alone(tmp_path):
+    assert lines_of("a\u2028b\r\nc\x0bd\n\ne\x85") == ["a\u2028b", "c\x0bd", "", "e\x85"]
+    assert lines_of("") == []
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"id": 1, "names": ["a\u2028b"]}\n\n{"id": 2, "names": []}', encoding="utf-8")
+    assert [(n, r["id"]) for n, r in read_jsonl(path, RECORD)] == [(1, 1), (3, 2)]
+    path.write_text('{"id": 1, "names": []}\n{"id": 2', encoding="utf-8")
+    with pytest.raises(DataError, match=r"x\.jsonl: line 2: is not JSON"):
+        list(read_jsonl(path, RECORD))
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda c: st.lists(c) | st.dictionaries(st.text(), c),
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.binary(max_size=60) | _JSON.map(lambda value: json.dumps(value).encode()))
+@example(content=b'[{"id":1e999,"names":[]}]')
+def test_whatever_a_file_holds_it_is_read_or_refused(tmp_path, content):
+    path = tmp_path / "x.json"
+    path.write_bytes(content)
+    for read in (
+        lambda: read_json(path, RECORDS),
+        lambda: list(read_jsonl(path, RECORD)),
+        lambda: read_text(path),
+    ):
+        with contextlib.suppress(DataError):
+            read()
+
+
+def test_a_folder_appears_whole_or_not_at_all_and_who_comes_second_takes_what_stands(tmp_path):
+    target = tmp_path / "new" / "world"
+
+    def fill(folder: Path) -> None:
+        (folder / "a").write_text("ours")
+
+    def fill_too_late(folder: Path) -> None:
+        assert make_folder(target, fill)
+        (folder / "a").write_text("theirs")
+
+    def fail(folder: Path) -> None:
+        (folder / "a").write_text("half")
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space"):
+        make_folder(target, fail)
+    assert list(target.parent.iterdir()) == []
+    assert not make_folder(target, fill_too_late)
+    assert (target / "a").read_text() == "ours"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_nothing_is_converted(tmp_path):
+    values: list[Any] = [{"id": 1.0, "names": []}, {"id": 1, "names": [1]}]
+    for value in values:
+        (tmp_path / "x.json").write_text(json.dumps(value))
+        with pytest.raises(DataError):
+            read_json(tmp_path / "x.json", RECORD)
