@@ -164,8 +164,8 @@ def _fits(hint: Any, value: Any) -> bool:
 
 
 def _check_bounds(bounds: tuple[Any, ...], value: Any, where: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return  # what is not finite is refused whatever the bounds
     flat = [part for bound in bounds for part in (bound if isinstance(bound, Interval) else (bound,))]
     said = [_bound(part) for part in flat]
     limits = [text for text, _ in filter(None, said)]
