@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import struct
+import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torchvision  # noqa: F401 (registers the JPEG operator)
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from .errors import DataError, SizeError
+from .errors import DataError, RadioError, SizeError
 from .io import write_bytes
 from .resample import resize_images
 
@@ -29,7 +32,18 @@ from .resample import resize_images
 
 EVALUATION_RATIO = 256 / 224
 
-# What PIL's decoders are known to raise on damaged or foreign bytes.
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
+"""What a file's name ends in, in small letters, when it is taken for an image."""
+
+# By content, whatever a file is called. PIL has 30 formats more, and one of them (EPS) starts a program.
+_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "PPM", "TIFF", "GIF", "JPEG2000")
+
+MAX_PIXELS = 178_956_970
+"""Of an image: PIL's own limit, held for every format, and told by the header, before anything is decoded."""
+MAX_IMAGE_BYTES = 1 << 30
+"""Of an image's file: what `MAX_PIXELS` take with 16 bits and three channels."""
+
+# What decoders raise on damaged or foreign bytes; AVIF's RuntimeError, say, or NotImplementedError.
 _DECODER_ERRORS = (
     OSError,
     SyntaxError,
@@ -37,10 +51,18 @@ _DECODER_ERRORS = (
     TypeError,
     LookupError,
     EOFError,
+    RuntimeError,
+    ArithmeticError,
+    AttributeError,
+    AssertionError,
+    MemoryError,
     struct.error,
     zlib.error,
-    Image.DecompressionBombError,
 )
+_ADDRESS = re.compile(r"<([\w.]+) object at 0x[0-9a-fA-F]+>")
+
+# Between half the limit and the limit PIL warns.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 # torchvision's Python wrapper warns at every call that it will go; the operator under it does not. Where
 # it has gone, PIL gives the same pixels at half the speed.
@@ -50,6 +72,8 @@ try:
 except AttributeError:
     _decode_jpeg = None
 _AS_STORED, _KEEP_ORIENTATION = 0, False
+_ORIENTATION = 0x0112
+_PNG, _PNG_TEXTS = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 
 
 class Box(NamedTuple):
@@ -70,9 +94,11 @@ def decode(data: bytes) -> Tensor:
     torchvision and timm.
 
     Raises:
-        DataError: not a picture, a truncated or damaged one, or one with floating-point pixels.
+        DataError: not a picture, a truncated or damaged one, one with floating-point pixels, or one of more
+            than `MAX_PIXELS`.
     """
     if data[:3] == b"\xff\xd8\xff" and _decode_jpeg is not None:
+        _check_pixels(*_jpeg_size(data))
         # bytearray: torch warns about read-only buffers.
         buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         try:
@@ -83,6 +109,47 @@ def decode(data: bytes) -> Tensor:
         if image.shape[0] == 3:
             return image.contiguous()
     return torch.from_numpy(_decode_with_pil(data))
+
+
+@contextmanager
+def open_image(data: bytes, formats: tuple[str, ...] = _FORMATS) -> Iterator[Image.Image]:
+    """Open an image file's bytes with PIL, as one of the formats that are read here; the pixels load later.
+
+    Every reader of foreign images passes here: nothing that decoding may raise gets out, inside the block
+    too, but the one error.
+
+    Args:
+        data: text in a PNG, which PIL refuses beyond a length, is passed over.
+        formats: PIL's names.
+
+    Raises:
+        DataError: none of the formats, a damaged one, or one of more than `MAX_PIXELS`.
+    """
+    try:
+        with Image.open(io.BytesIO(_without_text(data)), formats=formats) as file:
+            _check_pixels(file.height, file.width)
+            yield file
+    except RadioError:
+        raise
+    except UnidentifiedImageError as error:
+        kinds = ", ".join(formats)
+        raise DataError(f"not a picture, or a damaged one (its content is none of {kinds})") from error
+    except Image.DecompressionBombError as error:
+        pixels = re.search(r"\d+", str(error))
+        _check_pixels(1, int(pixels[0]) if pixels else MAX_PIXELS + 1)
+        raise DataError(f"not a picture, or a damaged one ({_first_line(error)})") from error
+    except _DECODER_ERRORS as error:
+        raise DataError(f"not a picture, or a damaged one ({_first_line(error)})") from error
+
+
+def orientation(data: bytes) -> int:
+    """Give the EXIF orientation of an image file's bytes, which is nowhere applied; 1 is upright, or none."""
+    try:
+        with open_image(data) as file:
+            found = file.getexif().get(_ORIENTATION, 1)
+    except DataError:
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
 def write_png(picture: Image.Image, path: Path) -> None:
@@ -194,13 +261,8 @@ def _largest_crop(height: int, width: int, ratio: tuple[float, float]) -> Box:
 
 
 def _decode_with_pil(data: bytes) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    try:
-        with Image.open(io.BytesIO(data)) as file:
-            pixels = _rgb(file)
-    except DataError:
-        raise
-    except _DECODER_ERRORS as error:
-        raise DataError(f"not a picture, or a damaged one ({_first_line(error)})") from error
+    with open_image(data) as file:
+        pixels = _rgb(file)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
@@ -216,5 +278,45 @@ def _rgb(file: Image.Image) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     return np.array(file.convert("RGB"))
 
 
+def _check_pixels(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        millions = round(height * width / 1e6)
+        raise DataError(
+            f"{millions:,} million pixels, the limit is {MAX_PIXELS / 1e6:.0f} million; make it smaller"
+        )
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    """Height and width of a JPEG by its first frame header, sought as libjpeg does; (0, 0) without one."""
+    at = 2
+    while 0 <= (at := data.find(b"\xff", at)) < len(data) - 8:
+        marker = data[at + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = struct.unpack_from(">HH", data, at + 5)
+            return height, width
+        if marker == 0xFF:
+            at += 1
+        elif marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD9:  # no length behind it
+            at += 2
+        else:
+            at += 2 + int(struct.unpack_from(">H", data, at + 2)[0])
+    return 0, 0
+
+
+def _without_text(data: bytes) -> bytes:
+    """A PNG without its texts and its colour profile: PIL takes long ones for damage of the whole."""
+    if not data.startswith(_PNG):
+        return data
+    kept, start, at = [], 0, len(_PNG)
+    while at + 8 <= len(data):
+        end = at + 12 + int(struct.unpack_from(">I", data, at)[0])
+        if data[at + 4 : at + 8] in _PNG_TEXTS:
+            kept.append(data[start:at])
+            start = end
+        at = end
+    return b"".join([*kept, data[start:]]) if kept else data
+
+
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    line = (str(error).splitlines() or [""])[0] or type(error).__name__
+    return _ADDRESS.sub(r"\1", line)  # which would differ from run to run

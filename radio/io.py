@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import braceexpand
 from pydantic import TypeAdapter, ValidationError
 
 from .errors import DataError, RadioError, shown
@@ -28,6 +29,10 @@ T = TypeVar("T")
 
 MAX_METADATA_BYTES = 64 << 20  # reports, cards, logs' records: nobody's are larger
 MAX_DATA_BYTES = 4 << 30  # annotations: the largest that are published have about 1 GB
+
+MAX_NAMES = 2_000_000  # of a pattern: the largest sets of shards that are published have 1.4 million
+_MAX_PATTERN, _MAX_DEPTH = 4096, 50  # letters; braces in braces
+_RANGE = re.compile(r"(?:(-?\d+)\.\.(-?\d+)|([A-Za-z])\.\.([A-Za-z]))(?:\.\.-?(\d+))?\n?")
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _BYTE_ORDER_MARKS = (  # the longer first: UTF-32's begins with UTF-16's
@@ -218,6 +223,63 @@ def read_jsonl(
         if line.strip():
             where = f"{shown(path)}: line {number}"
             yield number, validate(schema, parse_json(line, where, error=error), where, error=error)
+
+
+def expand_braces(pattern: str, *, limit: int = MAX_NAMES, error: type[RadioError] = DataError) -> list[str]:
+    """Spell out a pattern such as `photos-{000000..000003}.tar`, as bash does.
+
+    Raises:
+        RadioError: of the type `error`: braces that do not match, or a pattern of more than `limit` names,
+            which is told without making them.
+    """
+    try:
+        if len(pattern) > _MAX_PATTERN:
+            raise ValueError(f"has {len(pattern)} letters, and the limit is {_MAX_PATTERN}")
+        count = _count_names(pattern)
+        if count > limit:
+            told = f"{count:,}" if count < 10**24 else f"10^{len(str(count)) - 1} or more"
+            raise ValueError(f"stands for {told} names, and the limit is {limit:,}")
+        return list(braceexpand.braceexpand(pattern))
+    except ValueError as problem:
+        raise error(
+            f"{shown(_cut(pattern, 200))}: {problem}; wanted a pattern such as photos-{{000000..000003}}.tar"
+        ) from problem
+
+
+def _count_names(pattern: str) -> int:
+    """How many names a pattern of braces stands for, by sums of alternatives and products of groups."""
+    around: list[tuple[int, int, int]] = []  # sum, product and start of the groups around this one
+    total, product, at = 0, 1, 0  # of the alternatives that are done; of the groups in this one
+    while at < len(pattern):
+        char = pattern[at]
+        if char == "{":
+            around.append((total, product, at))
+            if len(around) > _MAX_DEPTH:
+                raise ValueError(f"nested more than {_MAX_DEPTH} deep")
+            total, product = 0, 1
+        elif char == "," and around:
+            total, product = total + product, 1
+        elif char == "}":
+            if not around:
+                raise ValueError("unbalanced braces")
+            names = total + product
+            total, product, start = around.pop()
+            product *= _count_range(pattern[start + 1 : at]) or names
+        at += 2 if char == "\\" else 1
+    if around:
+        raise ValueError("unbalanced braces")
+    return product
+
+
+def _count_range(text: str) -> int | None:
+    """How many numbers or letters `0..9`, `a..z` or `0..9..3` stand for; None where it is no range."""
+    found = _RANGE.fullmatch(text)
+    if found is None:
+        return None
+    low, high, first, last, step = found.groups()
+    place = braceexpand.alphabet.index
+    distance = int(high) - int(low) if low else place(last) - place(first)
+    return abs(distance) // (int(step or 1) or 1) + 1
 
 
 def _encoded(text: str) -> bytes:

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from radio.errors import DataError
-from radio.images import decode
+from radio.images import IMAGE_ENDINGS, decode
 from radio.io import write_text
 
-PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
+PICTURE_ENDINGS = IMAGE_ENDINGS
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
 _HASHING_THREADS = 4  # hashlib lets go of the interpreter; more threads only fight over the disk
 

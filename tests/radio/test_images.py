@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
@@ -12,11 +16,13 @@ from torchvision.transforms.v2 import functional as TF
 from radio.errors import DataError, SizeError
 from radio.images import (
     Box,
+    _jpeg_size,
     center_crop,
     cover,
     crop_and_resize,
     decode,
     evaluation_view,
+    orientation,
     resize,
     sample_crop,
 )
@@ -103,6 +109,124 @@ def test_a_truncated_file_is_a_data_error(kind: str, share: float) -> None:
     data = encoded(Image.fromarray(PICTURE), kind)
     with pytest.raises(DataError, match="damaged"):
         decode(data[: int(len(data) * share)])
+
+
+def with_chunk(data: bytes, kind: bytes, content: bytes) -> bytes:
+    """A PNG with one chunk more, behind its header."""
+    chunk = kind + content
+    made = struct.pack(">I", len(content)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return data[:33] + made + data[33:]
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"), [(b"zTXt", b"Comment\0\0"), (b"iCCP", b"icc\0\0"), (b"iTXt", b"Comment\0\1\0\0\0")]
+)
+def test_a_png_with_texts_longer_than_pil_takes_is_whole(kind: bytes, head: bytes) -> None:
+    data = with_chunk(encoded(Image.fromarray(PICTURE), "PNG"), kind, head + zlib.compress(bytes(2 << 20)))
+    with pytest.raises(ValueError, match="too large"):
+        Image.open(io.BytesIO(data)).load()
+    assert torch.equal(decode(data), chw(PICTURE))
+
+
+def wide_header(kind: str, side: int = 13_500) -> bytes:
+    """An image file whose header promises side x side pixels, which are not there."""
+    data = bytearray(encoded(Image.fromarray(PICTURE), kind))
+    if kind == "PNG":
+        data[16:24] = struct.pack(">II", side, side)
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    elif kind == "JPEG":
+        at = data.index(b"\xff\xc0")
+        data[at + 5 : at + 9] = struct.pack(">HH", side, side)
+    else:
+        data[18:26] = struct.pack("<ii", side, side)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP"])
+@pytest.mark.parametrize(("side", "said"), [(13_500, "182 million"), (30_000, "900 million")])
+def test_one_limit_of_pixels_holds_for_every_format(kind: str, side: int, said: str) -> None:
+    with pytest.raises(DataError, match=f"^{said} pixels, the limit is 179 million; make it smaller$"):
+        decode(wide_header(kind, side))
+
+
+def test_the_header_of_a_jpeg_is_found_behind_other_segments() -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "\xff\xc0 in a text"
+    for options in ({"exif": exif}, {"progressive": True}, {"comment": b"\xff\xc0" * 9}, {"quality": 50}):
+        data = encoded(Image.fromarray(PICTURE), "JPEG", **options)
+        assert _jpeg_size(data) == (24, 32)
+        assert _jpeg_size(data[:2] + b"\xff\xff\xff" + data[3:]) == (24, 32)  # fill bytes
+    assert _jpeg_size(b"\xff\xd8\xff") == (0, 0)
+
+
+def test_a_format_that_starts_programs_is_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*arguments: object, **options: object) -> None:
+        pytest.fail("a program was started")
+
+    monkeypatch.setattr("subprocess.Popen", never)
+    monkeypatch.setattr("subprocess.check_call", never)
+    eps = encoded(Image.fromarray(PICTURE), "EPS")
+    with pytest.raises(DataError, match=r"^not a picture, or a damaged one \(its content is none of JPEG, "):
+        decode(eps)
+
+
+@pytest.mark.parametrize("kind", ["DDS", "ICO", "TGA", "PCX"])
+def test_formats_of_other_trades_are_not_opened(kind: str) -> None:
+    with pytest.raises(DataError, match="its content is none of"):
+        decode(encoded(Image.fromarray(PICTURE), kind))
+
+
+def test_reasons_hold_no_addresses() -> None:
+    for data in (b"", b"just text", bytes(100), encoded(Image.fromarray(PICTURE), "PNG")[:60]):
+        with pytest.raises(DataError) as caught:
+            decode(data)
+        assert "0x" not in str(caught.value)
+
+
+def test_orientations_are_told() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for kind in ("JPEG", "PNG", "WEBP"):
+        assert orientation(encoded(Image.fromarray(PICTURE), kind, exif=exif)) == 6
+        assert orientation(encoded(Image.fromarray(PICTURE), kind)) == 1
+    exif[0x0112] = 99
+    assert orientation(encoded(Image.fromarray(PICTURE), "JPEG", exif=exif)) == 1
+    assert orientation(b"no image") == 1
+
+
+KINDS = {
+    "JPEG": {},
+    "PNG": {},
+    "WEBP": {},
+    "AVIF": {},
+    "BMP": {},
+    "PPM": {},
+    "TIFF": {"compression": "tiff_lzw"},
+    "GIF": {},
+    "JPEG2000": {},
+}
+FILES = {kind: encoded(Image.fromarray(PICTURE), kind, **options) for kind, options in KINDS.items()}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PIL's, of damaged EXIF
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_damaged_images_give_pixels_or_one_error(data: st.DataObject) -> None:
+    content = bytearray(FILES[data.draw(st.sampled_from(sorted(FILES)))])
+    for _ in range(data.draw(st.integers(1, 6))):
+        at = data.draw(st.integers(0, len(content) - 1))
+        content[at : at + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=4))
+    cut = data.draw(st.integers(0, len(content)))
+    try:
+        image = decode(bytes(content[: cut or None]))
+    except DataError as error:
+        said = str(error)
+    else:
+        said = ""
+        assert image.dtype == torch.uint8
+        assert image.shape[0] == 3
+    assert "object at" not in said
+    assert "\n" not in said
 
 
 @pytest.mark.parametrize("data", [b"", b"just text", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", bytes(100)])

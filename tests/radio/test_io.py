@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import braceexpand
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict  # pydantic wants this one below Python 3.12
 
+from radio import io
 from radio.errors import CheckpointError, DataError
 from radio.io import (
+    expand_braces,
     lines_of,
     make_folder,
     parse_json,
@@ -154,3 +158,40 @@ def test_nothing_is_converted(tmp_path):
         (tmp_path / "x.json").write_text(json.dumps(value))
         with pytest.raises(DataError):
             read_json(tmp_path / "x.json", RECORD)
+
+
+@given(st.text(alphabet="{},.019az\\-", max_size=14))
+@example("p-{000..012}-{a..c}.tar")
+@example("{{0..3},{a..c..2},x}{1,}")
+@example("{0..9\n}")
+def test_braces_are_counted_before_they_are_spelled_out(pattern):
+    try:
+        wanted = list(itertools.islice(braceexpand.braceexpand(pattern), 1000))
+    except ValueError:
+        wanted = None
+    try:
+        names = expand_braces(pattern, limit=999)
+    except DataError as error:
+        names, said = None, str(error)
+    if names is None:
+        assert wanted is None or len(wanted) == 1000 or "unbalanced" in said
+    else:
+        assert names == wanted
+        assert io._count_names(pattern) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("p-{0..999999999}.tar", "stands for 1,000,000,000 names, and the limit is 2,000,000"),
+        ("{a..z}" * 20, r"stands for 10\^28 or more names"),
+        ("{{a,b}" + "{a,b}" * 40 + ",c}", "stands for 2,199,023,255,553 names"),
+        ("{0..9999999999999999999999999}", "names, and the limit"),
+        ("p-{0..1.tar", "unbalanced braces; wanted a pattern such as"),
+        ("{" * 2000 + "a,b" + "}" * 2000, "nested more than 50 deep"),
+        ("x" * 5000, "has 5000 letters"),
+    ],
+)
+def test_patterns_that_nobody_can_mean_are_refused_at_once(pattern, message):
+    with pytest.raises(DataError, match=message):
+        expand_braces(pattern)
