@@ -93,11 +93,20 @@ def read_yaml(kind: type[T], path: Path) -> T:
     Raises:
         ConfigError: no such file, not YAML, or settings that `kind` does not have.
     """
+    return from_plain(kind, load_yaml(path))
+
+
+def load_yaml(path: Path) -> Any:
+    """Load plain data from a YAML file: without tags, without aliases, and not nested without end.
+
+    Raises:
+        ConfigError: no such file, too large, or not YAML.
+    """
     if not path.is_file():
         raise ConfigError(f"{shown(path)}: no such settings file")
     text = read_text(path, limit=_MAX_YAML_BYTES, error=ConfigError)
     try:
-        data = yaml.load(text, _Loader)
+        return yaml.load(text, _Loader)
     except (
         yaml.YAMLError,
         ValueError,
@@ -105,7 +114,6 @@ def read_yaml(kind: type[T], path: Path) -> T:
     ) as error:  # ValueError: a date that is none
         reason = (str(error).splitlines() or [type(error).__name__])[0].split(";")[0]
         raise ConfigError(f"{shown(path)}: not a YAML file that can be read ({shown(reason)})") from error
-    return from_plain(kind, data)
 
 
 class _Loader(yaml.SafeLoader):

@@ -59,7 +59,11 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as problem:
+        if (
+            isinstance(problem, OSError) and problem.errno and problem.filename is None
+        ):  # a full disk: nobody says where
+            problem.filename = str(path)
         temporary.unlink(missing_ok=True)
         raise
 
@@ -150,14 +154,20 @@ def lines_of(text: str) -> list[str]:
     return [line.removesuffix("\r") for line in lines]
 
 
-def parse_json(text: str, where: object, *, error: type[RadioError] = DataError) -> Any:
-    """Parse JSON from somebody else. NaN and infinities are refused; half surrogates become U+FFFD.
+def parse_json(
+    text: str, where: object, *, error: type[RadioError] = DataError, constants: bool = False
+) -> Any:
+    """Parse JSON from somebody else; half surrogates become U+FFFD.
+
+    Args:
+        where: names the file, and the place in it, in errors.
+        constants: take NaN, Infinity and -Infinity, which JSON does not have but Python writes.
 
     Raises:
         RadioError: of the type `error`: not JSON, nested too deeply, or with a number of thousands of digits.
     """
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=None if constants else _refuse_constant)
     except json.JSONDecodeError as problem:
         raise error(
             f"{shown(where)}: is not JSON ({problem.msg}: line {problem.lineno} column {problem.colno})"
@@ -166,7 +176,18 @@ def parse_json(text: str, where: object, *, error: type[RadioError] = DataError)
         raise error(f"{shown(where)}: is nested too deeply to be read; is it the right file?") from problem
     except ValueError as problem:  # a number of more digits than Python reads, or a constant
         raise error(f"{shown(where)}: is not JSON ({str(problem).split(';')[0]})") from problem
-    return _without_surrogates(value) if _SURROGATE.search(text) else value
+    return without_surrogates(value) if _SURROGATE.search(text) else value
+
+
+def without_surrogates(value: Any) -> Any:
+    """Replace half surrogates, which UTF-8 cannot hold, by U+FFFD in plain data."""
+    if isinstance(value, str):
+        return value if value.isascii() else re.sub("[\ud800-\udfff]", "\ufffd", value)
+    if isinstance(value, list):
+        return [without_surrogates(item) for item in value]
+    if isinstance(value, dict):
+        return {without_surrogates(key): without_surrogates(item) for key, item in value.items()}
+    return value
 
 
 def validate(
@@ -185,9 +206,20 @@ def validate(
     try:
         return schema.validate_python(value, strict=strict)
     except ValidationError as problem:
-        raise error(f"{shown(where)}: {_explain(problem)}") from problem
+        raise error(f"{shown(where)}: {explain(problem)}") from problem
     except RecursionError as problem:
         raise error(f"{shown(where)}: is nested too deeply to be read; is it the right file?") from problem
+
+
+def explain(problem: ValidationError) -> str:
+    """Say the first thing that does not fit: `images[3].id: input should be a valid integer, got '7'`."""
+    errors = problem.errors(include_url=False, include_context=False)
+    first = errors[0]
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    got = "" if first["type"] == "missing" else f", got {_short(first['input'])}"
+    rest = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return f"{_cut(place, 120) + ': ' if place else ''}{message[:1].lower()}{message[1:]}{got}{rest}"
 
 
 def read_json(
@@ -304,27 +336,6 @@ def _reason(problem: OSError) -> str:
 
 def _refuse_constant(word: str) -> Any:
     raise ValueError(f"it holds {word}, which JSON does not have")
-
-
-def _without_surrogates(value: Any) -> Any:
-    if isinstance(value, str):
-        return value if value.isascii() else re.sub("[\ud800-\udfff]", "\ufffd", value)
-    if isinstance(value, list):
-        return [_without_surrogates(item) for item in value]
-    if isinstance(value, dict):
-        return {_without_surrogates(key): _without_surrogates(item) for key, item in value.items()}
-    return value
-
-
-def _explain(problem: ValidationError) -> str:
-    """The first thing that does not fit: 'images[3].id: Input should be a valid integer, got "7"'."""
-    errors = problem.errors(include_url=False, include_context=False)
-    first = errors[0]
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
-    message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    got = "" if first["type"] == "missing" else f", got {_short(first['input'])}"
-    rest = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    return f"{_cut(place, 120) + ': ' if place else ''}{message[:1].lower()}{message[1:]}{got}{rest}"
 
 
 def _short(value: Any) -> str:

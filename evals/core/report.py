@@ -1,4 +1,7 @@
-"""What an evaluation leaves behind: one versioned JSON, checked against a schema, hashed, written whole."""
+"""What an evaluation leaves behind: one versioned JSON, checked by its types, hashed, written whole.
+
+`docs/report.schema.json` is the schema of the file, derived from `Report`.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +10,31 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import jsonschema
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from radio.config import from_plain, to_plain
-from radio.errors import ConfigError, DataError
-from radio.io import write_text
+from radio.config import to_plain
+from radio.errors import DataError, shown
+from radio.io import explain, parse_json, read_text, without_surrogates, write_text
 
 FORMAT = "am-radio-report/2"
+_MAX_BYTES = 256 << 20  # a report that lists a million images which could not be read
+
+Number = Annotated[int, Field(ge=0, le=2**53)]
+Value = Annotated[float, Field(ge=-1e100, le=1e100)]  # what a figure has a place for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Metric:
     """One number, with its 95 % confidence interval or its spread where there is one."""
 
-    value: float
-    low: float | None = None
-    high: float | None = None
-    std: float | None = None  # over repetitions (few-shot tries)
+    value: Value
+    low: Value | None = None
+    high: Value | None = None
+    std: Value | None = None  # over repetitions (few-shot tries)
     higher_is_better: bool = True
     unit: str = "%"
 
@@ -47,8 +54,8 @@ class DataUsed:
     role: str  # "bank", "query"
     name: str
     fingerprint: str
-    count: int  # pictures used; skipped ones are not counted
-    num_classes: int
+    count: Number  # pictures used; skipped ones are not counted
+    num_classes: Number
     skipped: tuple[Skipped, ...] = ()
 
 
@@ -68,11 +75,11 @@ class Report:
     model: str
     fingerprint: str  # of architecture and weights
     headline: str  # the metric that a table shows first
-    metrics: dict[str, Metric]
-    settings: dict[str, Any]
+    metrics: Annotated[dict[str, Metric], Field(min_length=1)]
+    settings: dict[str, Any]  # as given; `resolved` is what they came to
     data: tuple[DataUsed, ...]
     device: str
-    seconds: dict[str, float]
+    seconds: dict[str, Annotated[float, Field(ge=0)]]
     created: str  # UTC, ISO 8601
     versions: dict[str, str]
     git: str | None = None
@@ -83,89 +90,21 @@ class Report:
         default_factory=dict
     )  # the checkpoint's: teachers, data, settings, provenance
     peak_memory: float | None = None  # MiB, of the process or of the GPU
-    format: str = FORMAT
+    format: Literal["am-radio-report/2"] = "am-radio-report/2"
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, title=FORMAT)
 
 
-_NUMBER = {"type": "number"}
-_OPTIONAL_NUMBER = {"type": ["number", "null"]}
-_TEXT = {"type": "string"}
-_TEXTS = {"type": "array", "items": _TEXT}
-_CELL = {"type": ["string", "number", "null"]}
+_SCHEMA = TypeAdapter(Report)
 
 
-def _closed(properties: Mapping[str, Any]) -> dict[str, Any]:
-    """An object schema with exactly these properties."""
-    return {
-        "type": "object",
-        "properties": dict(properties),
-        "required": list(properties),
-        "additionalProperties": False,
-    }
-
-
-def _mapping(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {"type": "object", "additionalProperties": dict(values)}
-
-
-_METRIC = _closed(
-    {
-        "value": _NUMBER,
-        "low": _OPTIONAL_NUMBER,
-        "high": _OPTIONAL_NUMBER,
-        "std": _OPTIONAL_NUMBER,
-        "higher_is_better": {"type": "boolean"},
-        "unit": _TEXT,
-    }
-)
-_DATA_USED = _closed(
-    {
-        "role": _TEXT,
-        "name": _TEXT,
-        "fingerprint": _TEXT,
-        "count": {"type": "integer", "minimum": 0},
-        "num_classes": {"type": "integer", "minimum": 0},
-        "skipped": {"type": "array", "items": _closed({"key": _TEXT, "reason": _TEXT})},
-    }
-)
-SCHEMA: dict[str, Any] = {
-    "$schema": "https://json-schema.org/draft/2020-12/schema",
-    "title": FORMAT,
-    **_closed(
-        {
-            "format": {"const": FORMAT},
-            "task": _TEXT,
-            "model": {**_TEXT, "description": "What the report calls it."},
-            "fingerprint": {**_TEXT, "description": "sha256 of the weights and the architecture."},
-            "headline": {**_TEXT, "description": "The metric that a table shows first."},
-            "metrics": {**_mapping(_METRIC), "minProperties": 1},
-            "settings": {"type": "object", "description": "As given; `resolved` is what they came to."},
-            "data": {"type": "array", "items": _DATA_USED},
-            "device": _TEXT,
-            "seconds": _mapping({"type": "number", "minimum": 0}),
-            "created": _TEXT,
-            "versions": _mapping(_TEXT),
-            "git": {"type": ["string", "null"]},
-            "notes": _TEXTS,
-            "tables": _mapping(
-                _closed(
-                    {
-                        "columns": _TEXTS,
-                        "rows": {"type": "array", "items": {"type": "array", "items": _CELL}},
-                    }
-                )
-            ),
-            "files": {**_TEXTS, "description": "Records and pictures, written beside the report."},
-            "card": {"type": "object", "description": "The checkpoint's card; empty for other models."},
-            "peak_memory": {**_OPTIONAL_NUMBER, "description": "MiB, of the process or of the GPU."},
-            "sha256": {
-                "type": "string",
-                "pattern": "^[0-9a-f]{64}$",
-                "description": "Of everything else, as JSON with sorted keys.",
-            },
-        }
-    ),
-}
-_VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
+def schema() -> dict[str, Any]:
+    """Derive the JSON schema of a report's file."""
+    found: dict[str, Any] = _SCHEMA.json_schema()
+    sha256 = {"type": "string", "pattern": "^[0-9a-f]{64}$", "description": "Of all else, with sorted keys."}
+    found["properties"]["sha256"] = sha256
+    found["required"].append("sha256")
+    return found
 
 
 def write(report: Report, path: Path) -> None:
@@ -182,9 +121,9 @@ def write(report: Report, path: Path) -> None:
         raise DataError(
             f"the headline {report.headline!r} is not among the metrics: {', '.join(report.metrics)}"
         )
-    data = to_plain(report)
+    data = without_surrogates(to_plain(report))  # of names that are no UTF-8
+    _build(data, path)
     whole = {**data, "sha256": _digest(data)}
-    _check(whole, path)
     write_text(path, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -194,23 +133,20 @@ def read(path: Path) -> Report:
     Raises:
         DataError: no such file, not a report of this format, or one that was altered.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: no such report")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a report, or a part of one ({error})") from error
-    _check(data, path)
-    if data.pop("sha256") != _digest(data):
-        raise DataError(f"{path}: its content does not match its sha256; it was altered, make it again")
-    return _build(data, path)
-
-
-def _check(data: Any, path: Path) -> None:
-    wrong = next(iter(_VALIDATOR.iter_errors(data)), None)
-    if wrong is not None:
-        where = "/".join(map(str, wrong.absolute_path)) or "the file"
-        raise DataError(f"{path}: not a report of the format {FORMAT}: {where}: {wrong.message[:200]}")
+    if not path.exists():
+        raise DataError(f"{shown(path)}: no such report")
+    data = parse_json(read_text(path, limit=_MAX_BYTES), path)
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise DataError(f"{shown(path)}: not a report of the format {FORMAT}")
+    sha256 = data.pop("sha256", None)
+    report = _build(data, path)
+    if sha256 != _digest(data):
+        raise DataError(
+            f"{shown(path)}: its content does not match its sha256; it was altered, make it again"
+        )
+    if report.headline not in report.metrics:
+        raise DataError(f"{shown(path)}: its headline {report.headline!r} is not among its metrics")
+    return report
 
 
 def file_name(task: str, model: str) -> str:
@@ -252,14 +188,12 @@ def _digest(data: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _build(data: dict[str, Any], path: Path) -> Report:
-    values = {f.name: data[f.name] for f in fields(Report)}
+def _build(data: Mapping[str, Any], path: Path) -> Report:
+    """The report that plain data describe, checked by its types."""
     try:
-        values["metrics"] = {name: from_plain(Metric, metric) for name, metric in data["metrics"].items()}
-        values["data"] = tuple(from_plain(DataUsed, used) for used in data["data"])
-        values["tables"] = {name: from_plain(Table, table) for name, table in data["tables"].items()}
-    except ConfigError as error:
-        raise DataError(f"{path}: not a report of the format {FORMAT}: {error}") from error
-    for name in ("notes", "files"):
-        values[name] = tuple(data[name])
-    return Report(**values)
+        return _SCHEMA.validate_json(json.dumps(data))
+    except ValidationError as error:
+        problem = explain(error)
+    except ValueError as error:  # a number that JSON does not have, a key that is no text
+        problem = str(error)
+    raise DataError(f"{shown(path)}: not a report of the format {FORMAT}: {problem}")

@@ -80,8 +80,10 @@ def picture_folders(report: Report) -> list[Path]:
         return [Path(named)]
     if report.settings.get("questions") is not None:
         return []
-    cache = Path(str(report.settings.get("cache") or default_cache())) / "scenes"
-    roots = sorted(cache.glob(f"vqa-benchmarks-*-seed{report.settings.get('seed', 0)}"))
+    seed, named = report.settings.get("seed", 0), report.settings.get("cache")
+    if not isinstance(seed, int) or not (named is None or isinstance(named, str)):
+        return []
+    roots = sorted((Path(named or default_cache()) / "scenes").glob(f"vqa-benchmarks-*-seed{seed}"))
     return [root / below for root in roots for below in _BELOW]
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from pydantic import TypeAdapter
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from evals.core.data import ImageSource, open_source
 from evals.core.report import Report
 from radio.errors import DataError, RadioError
+from radio.io import validate
 
 from .blocks import (
     Block,
@@ -33,6 +37,23 @@ from .sections import Scored, class_grid
 _MOST_PAIRS = 15
 _MODELS, _WRONG, _NEIGHBOURS = 4, 6, 5  # models and pictures of each that are shown
 _THUMB = 56
+_MOST_SCENES = 1_000_000
+
+
+class _Settings(TypedDict, total=False):
+    """The settings of k-NN and zero-shot that the page reads."""
+
+    k: list[int]
+    headline_k: int | None
+    bank: str | None
+    query: str | None
+    limit: int | None
+    scenes: int | list[int] | None
+    seed: int
+    leave_one_out: bool | None
+
+
+_SETTINGS = TypeAdapter(_Settings)
 
 
 class Opened(NamedTuple):
@@ -55,22 +76,21 @@ def zeroshot_blocks(scored: Scored) -> tuple[list[Block], frozenset[str]]:
 
 def headline_k(report: Report) -> int | None:
     """The k that a k-NN report calls by no number; None where the settings do not say."""
-    ks = report.settings.get("k")
-    if not isinstance(ks, list) or not ks:
+    try:
+        settings = validate(_SETTINGS, report.settings, "settings")
+    except DataError:
         return None
-    named = report.settings.get("headline_k")
-    return int(named) if named is not None else (20 if 20 in ks else int(ks[0]))
+    ks, named = settings.get("k"), settings.get("headline_k")
+    if not ks:
+        return None
+    return named if named is not None else (20 if 20 in ks else ks[0])
 
 
 def over_k(report: Report, metric: str, slot: int) -> Series:
     """A metric such as `top1` over k."""
-    found = {}
-    for name, value in report.metrics.items():
-        number = name.removeprefix(f"{metric}_k")
-        if name.startswith(f"{metric}_k") and number.isdigit():
-            found[int(number)] = value
+    found = {k: report.metrics[name] for k, name in _numbered(report, f"{metric}_k").items()}
     k = headline_k(report)
-    if k is not None and metric in report.metrics:
+    if k is not None and k > 0 and metric in report.metrics:
         found[k] = report.metrics[metric]
     points = sorted(found.items())
     return Series(
@@ -81,6 +101,13 @@ def over_k(report: Report, metric: str, slot: int) -> Series:
         low=tuple(metric.low for _, metric in points),
         high=tuple(metric.high for _, metric in points),
     )
+
+
+def _numbered(report: Report, prefix: str) -> dict[int, str]:
+    """The metrics that are called so, with a number behind it."""
+    pattern = re.compile(re.escape(prefix) + "([1-9][0-9]{0,8})")
+    matches = [(pattern.fullmatch(name), name) for name in report.metrics]
+    return {int(match[1]): name for match, name in matches if match}
 
 
 def confusions(records: Sequence[Classified]) -> Counter[tuple[str, str]]:
@@ -135,8 +162,7 @@ def _over_k(scored: Scored) -> list[Block]:
 
 def _few_shot(scored: Scored) -> list[Block]:
     prefix = "top1_few_shot_"
-    names = {name for report in scored.reports for name in report.metrics if name.startswith(prefix)}
-    shots = sorted(int(name.removeprefix(prefix)) for name in names)
+    shots = sorted({shot for report in scored.reports for shot in _numbered(report, prefix)})
     if len(shots) < 2:
         return []
     found = []
@@ -289,9 +315,13 @@ def _thumb(
 
 def _sources(report: Report, told: list[str]) -> tuple[Opened | None, Opened | None]:
     """The pictures that were asked, and those of the bank where there is one."""
-    settings, seed = report.settings, int(report.settings.get("seed") or 0)
-    limit, scenes = settings.get("limit"), settings.get("scenes")
-    sizes = scenes if isinstance(scenes, list) else [scenes, scenes]
+    try:
+        settings = validate(_SETTINGS, report.settings, f"settings of {report.model}")
+    except DataError as error:
+        told.append(f"pictures are not shown: {error}")
+        return None, None
+    seed, limit, scenes = settings.get("seed", 0), settings.get("limit"), settings.get("scenes", 1500)
+    sizes = scenes if isinstance(scenes, list) and len(scenes) == 2 else [scenes, scenes]
     names = [settings.get("bank") or "scenes:train", settings.get("query") or "scenes:val"]
     if settings.get("leave_one_out"):
         names[1], sizes = names[0], [sizes[0], sizes[0]]
@@ -303,14 +333,15 @@ def _sources(report: Report, told: list[str]) -> tuple[Opened | None, Opened | N
 
 
 def _open(
-    name: Any, scenes: Any, limit: Any, seed: int, fingerprint: str | None, told: list[str]
+    name: str, scenes: Any, limit: Any, seed: int, fingerprint: str | None, told: list[str]
 ) -> Opened | None:
     """The pictures of a source; None, with a word on why, where they are not what was scored."""
     try:
-        source = open_source(str(name), limit=limit, scenes=int(scenes or 1500), seed=seed)
-        if str(name).startswith("scenes:") and source.fingerprint != fingerprint:
+        count = min(scenes, _MOST_SCENES) if isinstance(scenes, int) else 1500
+        source = open_source(name, limit=limit, scenes=count, seed=seed)
+        if name.startswith("scenes:") and source.fingerprint != fingerprint:
             raise DataError(f"{name} is not drawn as it was when this was scored")
         return Opened(source, {key: place for place, key in enumerate(source.keys)})
-    except RadioError as error:
+    except (RadioError, OSError) as error:
         told.append(f"pictures are not shown: {error}")
         return None

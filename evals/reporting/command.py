@@ -10,7 +10,8 @@ import tyro
 from rich.console import Console
 
 from evals.core.noise import NOISE_FILE, read_noise
-from radio.errors import ConfigError
+from radio.config import NotNegative, check
+from radio.errors import shown
 from radio.io import write_text
 
 from .compare import compare, read_reports, regressions
@@ -26,7 +27,7 @@ class CompareOptions:
     """The folder of the new reports."""
     baseline: Path
     """The folder that they are compared with."""
-    tolerance: float = 0.5
+    tolerance: NotNegative = 0.5
     """A drop of so many points is no regression."""
     noise: Path | None = None
     """What radio-eval noise measured: a drop within it is no regression. `noise.json` beside the baseline's
@@ -40,11 +41,6 @@ class CompareOptions:
     plain: bool = False
     """No colours, no drawn lines."""
 
-    def __post_init__(self) -> None:
-        """Refuse what makes no sense."""
-        if self.tolerance < 0:
-            raise ConfigError(f"tolerance = {self.tolerance}: give 0 or more")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrendOptions:
@@ -54,7 +50,7 @@ class TrendOptions:
     """A folder with one folder of reports a night."""
     html: Path = Path("trend.html")
     """The page to write."""
-    tolerance: float = 1.0
+    tolerance: NotNegative = 1.0
     """A headline that moves by more points from one night to the next has jumped."""
 
 
@@ -65,12 +61,12 @@ def run_trend(arguments: Sequence[str]) -> int:
         DataError: no such folder, fewer than two nights, or a damaged report.
         MissingExtraError: jinja2 or matplotlib is not installed.
     """
-    options = tyro.cli(TrendOptions, prog="radio-eval trend", args=list(arguments))
+    options = check(tyro.cli(TrendOptions, prog="radio-eval trend", args=list(arguments)))
     size, jumps = write_trend(options.nights, options.html, options.tolerance)
     console = Console(highlight=False)
     for jump in jumps:
         line = f"{jump.nights[1]}: {jump.task} {jump.model} {jump.metric} {jump.before.value:.1f} to "
-        console.print(f"{line}{jump.after.value:.1f}", markup=False, soft_wrap=True)
+        console.print(f"{shown(line)}{jump.after.value:.1f}", markup=False, soft_wrap=True)
     console.print(f"{options.html}: {len(jumps)} jumps, {size / 1e6:.2f} MB", markup=False, soft_wrap=True)
     return 0
 
@@ -82,7 +78,7 @@ def run_compare(arguments: Sequence[str]) -> int:
         DataError: a folder without reports, or reports that were not made alike.
         ConfigError: a tolerance below 0.
     """
-    options = tyro.cli(CompareOptions, prog="radio-eval compare", args=list(arguments))
+    options = check(tyro.cli(CompareOptions, prog="radio-eval compare", args=list(arguments)))
     noise = options.noise or options.baseline / NOISE_FILE
     changes = compare(
         read_reports(options.reports),
@@ -97,6 +93,6 @@ def run_compare(arguments: Sequence[str]) -> int:
     if options.junit is not None:
         write_text(options.junit, junit(changes))
     bad = regressions(changes)
-    said = ", ".join(f"{change.task} {change.metric}" for change in bad) or "none"
+    said = shown(", ".join(f"{change.task} {change.metric}" for change in bad)) or "none"
     console.print(f"regressions beyond {options.tolerance:g} points and the noise: {said}", markup=False)
     return int(bool(bad) and options.fail_on_regression)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from evals.core.report import Metric, Report, read
-from radio.errors import DataError
+from radio.errors import DataError, shown
+from radio.io import parse_json, read_text
 
 from .pairing import paired_interval
 from .records import Entry
@@ -62,14 +63,24 @@ def read_reports(folder: Path) -> dict[tuple[str, str], Entry]:
     """The reports of a folder by task and model.
 
     Raises:
-        DataError: no such folder, none in it, or one that is damaged.
+        DataError: no such folder, none in it, a damaged one, or two of one task and model.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder of reports")
-    entries = [Entry(read(path), path) for path in sorted(folder.glob("*.json")) if is_report(path)]
-    if not entries:
+    found: dict[tuple[str, str], Entry] = {}
+    for path in sorted(folder.glob("*.json")):
+        if not is_report(path):
+            continue
+        report = read(path)
+        first = found.setdefault((report.task, report.model), Entry(report, path))
+        if first.path != path:
+            raise DataError(
+                f"{shown(folder)}: {shown(first.path.name)} and {shown(path.name)} are both of "
+                f"{shown(report.task)} and {shown(report.model)}; keep one of them"
+            )
+    if not found:
         raise DataError(f"{folder}: holds no reports; radio-eval TASK MODEL --out {folder} writes them")
-    return {(entry.report.task, entry.report.model): entry for entry in entries}
+    return found
 
 
 def compare(
@@ -114,8 +125,8 @@ def regressions(changes: Sequence[Change]) -> list[Change]:
 def is_report(path: Path) -> bool:
     """Whether a JSON file is one, or is damaged and was perhaps one."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError):
+        data = parse_json(read_text(path), path)
+    except DataError:
         return True  # `read` says what is wrong with it
     return not isinstance(data, dict) or str(data.get("format", "am-radio-report")).startswith(
         "am-radio-report"

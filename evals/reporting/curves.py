@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from radio.errors import DataError
+from radio.config import load_yaml
+from radio.errors import ConfigError, DataError
+from radio.io import MAX_DATA_BYTES, decode_text, parse_json, read_bytes
 
 from .figures import NUM_SLOTS, Series
 
@@ -25,6 +23,7 @@ _TITLES = {
     "images_per_second": "images/s",
     "data_wait": "share of the time spent waiting for data",
 }
+_MOST = 1e100  # larger numbers have no place in a figure
 _NOT_DRAWN = frozenset({"step", "samples", "seconds", "broken"})
 
 
@@ -106,10 +105,10 @@ def _rank(part: str) -> int:
 def _read(path: Path) -> tuple[list[dict[str, float]], int]:
     """The records, each with its finite numbers alone, and how many lines are none."""
     records, broken = [], 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_bytes(path, limit=MAX_DATA_BYTES).splitlines():  # of bytes: at line feeds alone
         try:
-            found = json.loads(line)
-        except ValueError:
+            found = parse_json(decode_text(line, path), path, constants=True)
+        except DataError:
             found = None
         numbers = _numbers(found) if isinstance(found, dict) else {}
         if "step" in numbers:
@@ -123,19 +122,19 @@ def _numbers(found: Mapping[str, Any]) -> dict[str, float]:
     return {
         name: float(value)
         for name, value in found.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _MOST
     }
 
 
 def _without_weight(path: Path) -> frozenset[tuple[str, str]]:
     """The (teacher, part) that are measured but weigh nothing in the loss, as far as the settings say."""
     try:
-        teachers = yaml.safe_load(path.read_text(encoding="utf-8"))["teachers"]
+        teachers = load_yaml(path)["teachers"]
         return frozenset(
             (teacher["name"], part)
             for teacher in teachers
             for part in ("summary", "spatial")
             if teacher[f"{part}_weight"] == 0
         )
-    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):
+    except (ConfigError, LookupError, TypeError):
         return frozenset()

@@ -168,7 +168,8 @@ def baseline_of(report: Report) -> tuple[float | None, str]:
         classes = max((data.num_classes for data in report.data), default=0)
         return (100 / classes, "chance") if classes else (None, "")
     if report.task == "zeroshot" and report.headline == "top1":
-        chance: Any = (report.settings.get("resolved") or {}).get("chance")
+        resolved = report.settings.get("resolved")
+        chance: Any = resolved.get("chance") if isinstance(resolved, Mapping) else None
         return (float(chance), "chance") if isinstance(chance, (int, float)) else (None, "")
     other = {"sam": ("filled_box_miou", "filled box"), "vqa": ("blind_accuracy", "without the picture")}
     name, words = other.get(report.task, ("", ""))

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+from pydantic import Field, FiniteFloat, NonNegativeInt, TypeAdapter
+from typing_extensions import TypedDict
 
 from evals.core.areas import Values, area_ratios, mean_present
 from evals.core.bootstrap import interval, resamples
+from radio.io import validate
 
 from .records import Entry, read_records
+
+_MAX_CLASSES = 10_000  # areas of every class are kept for every image
 
 # Letters: N samples, U units, R resamples, F files of records, C classes.
 
@@ -65,9 +70,9 @@ def paired_interval(new: Entry, old: Entry) -> tuple[float, float] | None:
 def _samples(entry: Entry) -> Samples | None:
     report = entry.report
     reader = _READERS.get(report.task)
-    if reader is None:
+    num_classes = report.data[-1].num_classes if report.data else 0
+    if reader is None or num_classes > _MAX_CLASSES:
         return None
-    num_classes = report.data[-1].num_classes
     found, remarks = read_records(entry, lambda record: reader(record, num_classes))
     if remarks or not found:
         return None
@@ -91,18 +96,71 @@ def _scored(key: Any, unit: Any, score: float) -> Sample:
     return Sample(str(key), str(unit), np.array([score, 1.0]))
 
 
-def _areas(record: dict[str, Any], num_classes: int) -> Sample:
+class _Predicted(TypedDict):
+    key: str
+    label: str
+    predictions: list[str]
+
+
+class _Correct(TypedDict):
+    key: str
+    correct: bool
+
+
+class _Mask(TypedDict):
+    annotation_id: int
+    image_id: int | str
+    iou: FiniteFloat
+
+
+class _Answer(TypedDict):
+    question_id: str | int
+    image: str | None
+    score: FiniteFloat
+
+
+class _Areas(TypedDict):
+    image: str
+    areas: list[Annotated[list[NonNegativeInt], Field(min_length=4, max_length=4)]]  # class, then pixels
+
+
+_PREDICTED, _CORRECT, _MASK = TypeAdapter(_Predicted), TypeAdapter(_Correct), TypeAdapter(_Mask)
+_ANSWER, _AREAS = TypeAdapter(_Answer), TypeAdapter(_Areas)
+
+
+def _predicted(record: Any, _: int) -> Sample:
+    line = validate(_PREDICTED, record, "record")
+    return _scored(line["key"], line["key"], line["predictions"][:1] == [line["label"]])
+
+
+def _correct(record: Any, _: int) -> Sample:
+    line = validate(_CORRECT, record, "record")
+    return _scored(line["key"], line["key"], line["correct"])
+
+
+def _mask(record: Any, _: int) -> Sample:
+    line = validate(_MASK, record, "record")
+    return _scored(line["annotation_id"], line["image_id"], line["iou"])
+
+
+def _answer(record: Any, _: int) -> Sample:
+    line = validate(_ANSWER, record, "record")
+    return _scored(line["question_id"], line["image"] or line["question_id"], line["score"])
+
+
+def _areas(record: Any, num_classes: int) -> Sample:
+    line = validate(_AREAS, record, "record")
     areas = np.zeros((3, num_classes))
-    for place, *pixels in record["areas"]:
-        areas[:, place] = pixels
-    return Sample(str(record["image"]), str(record["image"]), areas)
+    for index, *pixels in line["areas"]:
+        areas[:, index] = pixels
+    return Sample(line["image"], line["image"], areas)
 
 
-_READERS: Mapping[str, Callable[[dict[str, Any], int], Sample]] = {
-    "knn": lambda r, _: _scored(r["key"], r["key"], r["predictions"][:1] == [r["label"]]),
-    "zeroshot": lambda r, _: _scored(r["key"], r["key"], r["correct"]),
-    "sam": lambda r, _: _scored(r["annotation_id"], r["image_id"], r["iou"]),
-    "vqa": lambda r, _: _scored(r["question_id"], r["image"] or r["question_id"], r["score"]),
+_READERS: Mapping[str, Callable[[Any, int], Sample]] = {
+    "knn": _predicted,
+    "zeroshot": _correct,
+    "sam": _mask,
+    "vqa": _answer,
     "seg": _areas,
 }
 """What a line of a task's records, of so many classes, says of its headline."""

@@ -12,14 +12,17 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from radio.errors import DataError
+from radio.errors import DataError, shown
 from radio.images import decode
+from radio.io import read_bytes
 
 from .blocks import Picture
+from .records import file_inside
 
 # Letters: H W pixels.
 
 _QUALITY = 78
+_MAX_BYTES = 256 << 20
 
 
 @final
@@ -85,12 +88,12 @@ def read_picture(folder: Path, name: str) -> Tensor:
     Raises:
         DataError: not there, outside the report's folder, or no picture.
     """
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise DataError(f"{name} is not inside the folder of its report, so it is not shown")
-    if not path.is_file():
-        raise DataError(f"{name} is not there any more")
+    path = file_inside(folder.resolve(), name)
+    if path is None and ".." in name.split("/"):
+        raise DataError(f"{shown(name)} is not inside the folder of its report, so it is not shown")
+    if path is None:
+        raise DataError(f"{shown(name)} is not there any more")
     try:
-        return decode(path.read_bytes())
+        return decode(read_bytes(path, limit=_MAX_BYTES))
     except DataError as error:
-        raise DataError(f"{name}: {error}") from error
+        raise DataError(f"{shown(name)}: {error}") from error

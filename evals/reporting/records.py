@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NotRequired, TypeVar
+
+from pydantic import FiniteFloat, TypeAdapter
+from typing_extensions import TypedDict
 
 from evals.core.report import Report
+from radio.errors import RadioError, shown
+from radio.io import decode_text, parse_json, validate
 
 T = TypeVar("T")
+
+_MAX_LINE = 16 << 20  # bytes of a record
 
 _NEIGHBOURS = 8  # that are kept of a record: hundreds of each of 50,000 would fill the memory
 
@@ -47,15 +53,41 @@ class Answered(NamedTuple):
     score: float
 
 
-def classified(record: dict[str, Any]) -> Classified:
+class _Classified(TypedDict):
+    key: str
+    label: str
+    predictions: list[str]
+    logits: NotRequired[list[FiniteFloat]]
+    neighbours: NotRequired[list[str]]
+    similarities: NotRequired[list[FiniteFloat]]
+
+
+class _Drawn(TypedDict):
+    annotation_id: int
+    iou: FiniteFloat
+
+
+class _Answered(TypedDict):
+    image: NotRequired[str | None]
+    question: str
+    answer: str
+    expected: str | int | list[str | int]
+    score: FiniteFloat
+
+
+_CLASSIFIED, _DRAWN, _ANSWERED = TypeAdapter(_Classified), TypeAdapter(_Drawn), TypeAdapter(_Answered)
+
+
+def classified(record: Any) -> Classified:
     """A line of k-NN's or zero-shot's records."""
+    line = validate(_CLASSIFIED, record, "record")
     return Classified(
-        key=str(record["key"]),
-        label=str(record["label"]),
-        predictions=tuple(map(str, record["predictions"])),
-        logits=tuple(map(float, record.get("logits", ()))),
-        neighbours=tuple(map(str, record.get("neighbours", ())[:_NEIGHBOURS])),
-        similarities=tuple(map(float, record.get("similarities", ())[:_NEIGHBOURS])),
+        key=line["key"],
+        label=line["label"],
+        predictions=tuple(line["predictions"]),
+        logits=tuple(line.get("logits", ())),
+        neighbours=tuple(line.get("neighbours", ())[:_NEIGHBOURS]),
+        similarities=tuple(line.get("similarities", ())[:_NEIGHBOURS]),
     )
 
 
@@ -66,25 +98,27 @@ class Drawn(NamedTuple):
     iou: float
 
 
-def drawn(record: dict[str, Any]) -> Drawn:
+def drawn(record: Any) -> Drawn:
     """A line of SAM's records."""
-    return Drawn(annotation=str(record["annotation_id"]), iou=float(record["iou"]))
+    line = validate(_DRAWN, record, "record")
+    return Drawn(annotation=str(line["annotation_id"]), iou=line["iou"])
 
 
-def answered(record: dict[str, Any]) -> Answered:
+def answered(record: Any) -> Answered:
     """A line of VQA's records."""
-    expected = record["expected"]
+    line = validate(_ANSWERED, record, "record")
+    expected = line["expected"]
     many = expected if isinstance(expected, list) else [expected]
     return Answered(
-        image=str(record.get("image") or ""),
-        question=str(record["question"]),
-        answer=str(record["answer"]),
+        image=line.get("image") or "",
+        question=line["question"],
+        answer=line["answer"],
         expected=" / ".join(dict.fromkeys(map(str, many))),
-        score=float(record["score"]),
+        score=line["score"],
     )
 
 
-def read_records(entry: Entry, reader: Callable[[dict[str, Any]], T]) -> tuple[dict[str, list[T]], list[str]]:
+def read_records(entry: Entry, reader: Callable[[Any], T]) -> tuple[dict[str, list[T]], list[str]]:
     """The records of a report by their file, and what is to be said about those that cannot be read."""
     found: dict[str, list[T]] = {}
     notes = []
@@ -93,28 +127,43 @@ def read_records(entry: Entry, reader: Callable[[dict[str, Any]], T]) -> tuple[d
         notes.append(f"{entry.report.model}: the report names no records")
     folder = entry.path.parent.resolve()
     for name in names:
-        path = folder / name
-        if not path.is_file() or not path.resolve().is_relative_to(folder):
-            notes.append(f"{entry.report.model}: {name} is not there, so single samples are not shown")
+        path = file_inside(folder, name)
+        if path is None:
+            notes.append(f"{entry.report.model}: {shown(name)} is not there, so single samples are not shown")
             continue
         kept, count = [], 0
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                count += 1
-                record = _parse(line, reader)
-                kept += [] if record is None else [record]
+        for line in _lines(path):
+            count += 1
+            record = _parse(line, reader)
+            kept += [] if record is None else [record]
         if len(kept) < count:
             notes.append(
-                f"{entry.report.model}: {count - len(kept)} of the {count} lines of {name} cannot be read as "
-                f"records and are left out"
+                f"{entry.report.model}: {count - len(kept)} of the {count} lines of {shown(name)} cannot be "
+                f"read as records and are left out"
             )
         if kept:
             found[name] = kept
     return found, notes
 
 
-def _parse(line: str, reader: Callable[[dict[str, Any]], T]) -> T | None:
+def file_inside(folder: Path, name: str) -> Path | None:
+    """Find the regular file of that name inside a resolved folder; None where there is none."""
     try:
-        return reader(json.loads(line))
-    except (ValueError, LookupError, TypeError, AttributeError):
+        path = (folder / name).resolve()
+        return path if path.is_file() and path.is_relative_to(folder) else None
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL, a loop of links
+        return None
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file; of one that is longer than any record the first part and the rest."""
+    with path.open("rb") as file:
+        while line := file.readline(_MAX_LINE):
+            yield line
+
+
+def _parse(line: bytes, reader: Callable[[Any], T]) -> T | None:
+    try:
+        return reader(parse_json(decode_text(line, "record"), "record"))
+    except (RadioError, IndexError):  # an index that the reader has no place for
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as Xml
 from collections.abc import Sequence
 
@@ -9,10 +10,13 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from radio.errors import shown
+
 from .compare import Change, regressions
 
 _MARKS = {"better": "▲", "worse": "▼", "same": "", "missing": "✗", "new": "+", "timing": ""}
 _STYLES = {"better": "green", "worse": "bold red", "missing": "bold red"}
+_NOT_IN_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _COLUMNS = ("task", "model", "metric", "new", "baseline", "difference", "95 %", "verdict")
 
 
@@ -23,7 +27,7 @@ def terminal_table(changes: Sequence[Change], *, plain: bool) -> Table:
         table.add_column(name, justify="right" if name in _COLUMNS[3:7] else "left")
     for change in changes:
         style = None if plain else _STYLES.get(change.verdict)
-        table.add_row(*(escape(cell) for cell in _cells(change)), style=style)
+        table.add_row(*(escape(shown(cell)) for cell in _cells(change)), style=style)
     return table
 
 
@@ -47,19 +51,25 @@ def junit(changes: Sequence[Change]) -> str:
         mine = [change for change in changes if change.task == task]
         failed = len(regressions(mine))
         suite = Xml.SubElement(
-            root, "testsuite", name=task, tests=str(len(mine)), failures=str(failed), errors="0"
+            root, "testsuite", name=_for_xml(task), tests=str(len(mine)), failures=str(failed), errors="0"
         )
         for change in mine:
-            case = Xml.SubElement(suite, "testcase", classname=f"{task}.{change.model}", name=change.metric)
+            where = _for_xml(f"{task}.{change.model}")
+            case = Xml.SubElement(suite, "testcase", classname=where, name=_for_xml(change.metric))
             if change.verdict in ("worse", "missing"):
                 said = ", ".join(
                     f"{name} {cell}"
                     for name, cell in zip(_COLUMNS[3:], _cells(change)[3:], strict=True)
                     if cell
                 )
-                Xml.SubElement(case, "failure", message=said)
+                Xml.SubElement(case, "failure", message=_for_xml(said))
     Xml.indent(root)
     return Xml.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _for_xml(text: str) -> str:
+    """Replace what XML 1.0 has no characters for, escaped or not, by U+FFFD."""
+    return _NOT_IN_XML.sub("\ufffd", text)
 
 
 def _cells(change: Change) -> list[str]:
@@ -85,4 +95,4 @@ def _cells(change: Change) -> list[str]:
 
 
 def _escaped(cell: str) -> str:
-    return cell.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+    return shown(cell).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

@@ -9,6 +9,8 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
+from radio.errors import shown
+
 from .html import write_page
 
 
@@ -40,5 +42,7 @@ def run_report(arguments: Sequence[str]) -> int:
     size = write_page(
         options.reports, options.html, run=options.run, models=options.models, pictures=options.maps
     )
-    Console(highlight=False).print(f"{options.html}: {size / 1e6:.2f} MB", markup=False, soft_wrap=True)
+    Console(highlight=False).print(
+        f"{shown(options.html)}: {size / 1e6:.2f} MB", markup=False, soft_wrap=True
+    )
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from evals.core.report import Report
@@ -38,7 +39,8 @@ def draw_tradeoff(folder: Path) -> Path | None:
 
 
 def _speed_of(quality: Report, speeds: list[Report]) -> Report | None:
-    student = (quality.card.get("model") or {}).get("student")
+    described = quality.card.get("model")
+    student = described.get("student") if isinstance(described, Mapping) else None
     same = [report for report in speeds if report.fingerprint == quality.fingerprint]
     alike = [report for report in speeds if student is not None and report.model == student]
     return next(iter([*same, *alike]), None)

@@ -9,7 +9,6 @@ import pytest
 from rich.console import Console
 
 from evals.core.report import (
-    SCHEMA,
     DataUsed,
     Metric,
     Report,
@@ -18,6 +17,7 @@ from evals.core.report import (
     file_name,
     proportion,
     read,
+    schema,
     wilson,
     write,
 )
@@ -70,7 +70,7 @@ def test_files_of_other_shapes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such report"):
         read(path)
     path.write_text("{")
-    with pytest.raises(DataError, match="not a report, or a part of one"):
+    with pytest.raises(DataError, match="is not JSON"):
         read(path)
     for text in ("[]", '{"format": "other"}', "3"):
         path.write_text(text)
@@ -80,7 +80,9 @@ def test_files_of_other_shapes_are_refused(tmp_path: Path) -> None:
     data = json.loads(path.read_text())
     data["metrics"]["top1"]["value"] = "high"
     path.write_text(json.dumps(data))
-    with pytest.raises(DataError, match="metrics/top1/value"):
+    with pytest.raises(
+        DataError, match=r"metrics\.top1\.value: input should be a valid number, got \'high\'"
+    ):
         read(path)
     write(REPORT, path)
     path.write_text(json.dumps({**json.loads(path.read_text()), "extra": 1}))
@@ -141,11 +143,11 @@ def test_the_comparison_shows_every_model_beside_the_others() -> None:
 
 def test_the_schema_in_the_docs_is_the_one_that_reports_are_checked_with() -> None:
     page = Path(__file__).parents[3] / "docs" / "report.schema.json"
-    assert json.loads(page.read_text()) == SCHEMA
+    assert json.loads(page.read_text()) == schema()
 
 
 def test_values_that_the_schema_does_not_know_are_not_written(tmp_path: Path) -> None:
     report = replace(REPORT, notes=(7,))  # type: ignore[arg-type]
-    with pytest.raises(DataError, match=r"not a report of the format .*: notes/0: 7 is not of type 'string'"):
+    with pytest.raises(DataError, match=r"not a report of the format .*: notes\[0\]: .*valid string, got 7"):
         write(report, tmp_path / "r.json")
     assert not (tmp_path / "r.json").exists()

@@ -73,5 +73,6 @@ def test_another_k_is_refused(folders: tuple[Path, Path], capsys: pytest.Capture
     assert entry.evaluate(["knn", "scenes:clip", "--out", "other", *SCORE, "--k", "7"]) == 0
     assert gate(Path("other"), good) == 2
     assert "cannot be compared: k is [7] in the one and [5] in the other" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        gate(good, good, "--tolerance", "-1")
+    assert gate(good, good, "--tolerance", "-1") == 2
+    assert "tolerance: -1.0 is out of bounds" in capsys.readouterr().err
+    assert gate(good, good, "--tolerance", "nan") == 2

@@ -165,7 +165,7 @@ def test_folders_without_reports(tmp_path: Path, save: Callable[..., Path]) -> N
     (folder / "noise.json").write_text('{"format": "am-radio-noise/1"}')
     assert len(read_reports(folder)) == 1
     (folder / "half.json").write_text('{"format": "am-rad')
-    with pytest.raises(DataError, match=r"half\.json: not a report, or a part of one"):
+    with pytest.raises(DataError, match=r"half\.json: is not JSON"):
         read_reports(folder)
 
 

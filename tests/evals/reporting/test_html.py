@@ -329,7 +329,7 @@ def test_bad_input_is_one_clear_error(folder: Folder, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean clip"):
         write_page(folder.path, tmp_path / "page.html", models=["scenes:clop"])
     (folder.path / "knn-b.json").write_text("{")
-    with pytest.raises(DataError, match=r"knn-b\.json: not a report, or a part of one"):
+    with pytest.raises(DataError, match=r"knn-b\.json: is not JSON"):
         write_page(folder.path, tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
 
