@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from datetime import timedelta
+from functools import lru_cache
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as distributed
@@ -16,9 +18,14 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from radio.errors import RadioError
+
 T = TypeVar("T")
 
 _WORD = "am-radio/word"
+# How long ranks wait for one another: the leader may hash a terabyte or encode 80,000 prompts meanwhile. One
+# that dies closes its connections, which ends the others at once.
+_PATIENCE = timedelta(hours=24)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +70,31 @@ class Group:
         distributed.all_gather_object(parts, value, group=self.process_group)
         return parts
 
+    def agree(self, error: RadioError | None) -> None:
+        """Raise on every rank what the first of them ran into, so that none waits for one that has gone.
+
+        Raises:
+            RadioError: some rank's error.
+        """
+        for found in self.gather_objects(error):
+            if found is not None:
+                raise found
+
+    def leader_first(self, work: Callable[[], T]) -> T:
+        """Do a piece of work on the leader, then on the others, which find what it has left on disk.
+
+        Raises:
+            RadioError: the leader's, on every rank.
+        """
+        result, error = None, None
+        if self.leads:
+            try:
+                result = work()
+            except RadioError as problem:
+                error = problem
+        self.agree(error)
+        return cast("T", result) if self.leads else work()
+
     def sum(self, array: Tensor) -> Tensor:
         """The elementwise sum of the arrays of all ranks."""
         if self.world == 1:
@@ -77,11 +109,17 @@ def current() -> Group:
     if not (distributed.is_available() and distributed.is_initialized()):
         return Group()
     rank, world = distributed.get_rank(), distributed.get_world_size()
-    if distributed.get_backend() == "gloo":
-        return Group(rank, world)
-    group = distributed.new_group(backend="gloo")
+    return Group(rank, world, _on_cpu(distributed.group.WORLD))
+
+
+@lru_cache(maxsize=1)
+def _on_cpu(default: object) -> distributed.ProcessGroup | None:
+    """The gloo group of all ranks: None where the default one is, else made once for each default group."""
+    if "gloo" in distributed.get_backend_config():
+        return None
+    group = distributed.new_group(backend="gloo", timeout=_PATIENCE)
     assert isinstance(group, distributed.ProcessGroup)  # every rank is in it
-    return Group(rank, world, group)
+    return group
 
 
 def agree(store: Store, rank: int, world: int) -> str:
@@ -115,7 +153,8 @@ def joined(backend: str = "gloo") -> Iterator[Group]:
         return
     store, rank, world = next(rendezvous("env://"))
     store = PrefixStore(agree(store, rank, world), store)
-    distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
+    patience = _PATIENCE if backend == "gloo" else None  # NCCL's own tells when a rank hangs
+    distributed.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=world)
     try:
         yield current()
     finally:

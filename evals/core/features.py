@@ -13,20 +13,30 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple, final
 
-import safetensors
-import safetensors.torch
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from radio.errors import DataError, RadioError
-from radio.io import write_bytes
 from radio.types import Backbone, Features
 
-from .chunks import check_all_there, chunk_path, is_whole
+from .chunks import (
+    Damage,
+    DamagedError,
+    Tensors,
+    TensorSpec,
+    check_all_there,
+    chunk_path,
+    find_missing,
+    load_tensors,
+    read_tensors,
+    write_tensors,
+)
 from .data import ImageSource
 from .dist import Group
 from .evaluator import Advance, Watch, silent
@@ -36,7 +46,12 @@ from .views import View
 # Letters: N pictures, C summary width, B batch, h w input size.
 
 CHUNK = 512  # pictures a file: what a killed run loses at most
-_FORMAT = f"features/1 in chunks of {CHUNK}"
+_FORMAT = f"features/2 in chunks of {CHUNK}"
+_SPECS = {
+    "features": TensorSpec(torch.float32, (None, None)),
+    "indices": TensorSpec(torch.int64, (None,)),
+}
+_SKIPPED = TypeAdapter(list[tuple[str, str]])  # key, reason
 
 Project = Callable[[Features], Tensor]
 """Features -> [B, C], what is kept of them."""
@@ -67,11 +82,12 @@ class Stored:
     """Features on disk, complete."""
 
     def __init__(self, folder: Path, count: int) -> None:
-        self._paths = [chunk_path(folder, number) for number in range(_num_chunks(count))]
+        self._folder, self._count = folder, count
 
     def load(self, rank: int = 0, world: int = 1) -> Bank:
         """The features of chunks rank, rank + world, ..., all of them by default."""
-        loaded = [safetensors.torch.load_file(path) for path in self._paths[rank::world]]
+        numbers = range(rank, _num_chunks(self._count), world)
+        loaded = [load_tensors(chunk_path(self._folder, number), _SPECS).tensors for number in numbers]
         parts = [part for part in loaded if len(part["indices"])]
         if not parts:  # more ranks than chunks, or nothing readable
             return Bank(torch.empty(0, 0), torch.empty(0, dtype=torch.int64))
@@ -80,20 +96,20 @@ class Stored:
 
     def indices(self) -> Tensor:
         """[N] int64, the places in the source of all pictures that could be read."""
-        found = []
-        for path in self._paths:
-            with safetensors.safe_open(path, framework="pt") as file:
-                found.append(file.get_tensor("indices"))
-        return torch.cat(found)
+        return self._listed[0]
 
     def skipped(self) -> tuple[Skipped, ...]:
         """The pictures that could not be read, in order."""
-        found: list[Skipped] = []
-        for path in self._paths:
-            with safetensors.safe_open(path, framework="pt") as file:
-                rows = json.loads((file.metadata() or {}).get("skipped", "[]"))
-                found.extend(Skipped(key=key, reason=reason) for key, reason in rows)
-        return tuple(found)
+        return self._listed[1]
+
+    @cached_property
+    def _listed(self) -> tuple[Tensor, tuple[Skipped, ...]]:
+        indices, skipped = [], []
+        for number in range(_num_chunks(self._count)):
+            chunk = load_tensors(chunk_path(self._folder, number), ("indices",))
+            indices.append(chunk.tensors["indices"])
+            skipped += [Skipped(key=key, reason=reason) for key, reason in _skipped(chunk)]
+        return torch.cat(indices), tuple(skipped)
 
 
 def default_cache() -> Path:
@@ -110,8 +126,12 @@ def extract(
     cache: Path,
     group: Group | None = None,
     watch: Watch = silent,
+    damage: Damage | None = None,
 ) -> Stored:
-    """The features of a source, from the cache as far as they are there.
+    """The features of a source, from the cache as far as they are there and undamaged.
+
+    Args:
+        damage: learns of damaged files of the cache.
 
     Raises:
         DataError: no picture can be read, or ranks do not share the cache folder.
@@ -124,7 +144,9 @@ def extract(
     group.barrier()
     folder = cache / "features" / _key(model, source, how)
     numbers = range(group.rank, _num_chunks(count), group.world)
-    missing = [number for number in numbers if not is_whole(chunk_path(folder, number))]
+    paths = [chunk_path(folder, number) for number in numbers]
+    places = find_missing(paths, partial(_check_chunk, source), damage or Damage())
+    missing = [numbers[place] for place in places]
     if missing:
         with watch(f"{model.name} on {source.name}", sum(len(_span(n, count)) for n in missing)) as advance:
             _fill(model, source, how, folder, missing, advance)
@@ -215,10 +237,31 @@ def _write(
     indices = torch.tensor([item.place for item in items if item.pixels is not None], dtype=torch.int64)
     keys = source.keys
     skipped = [(keys[item.place], item.reason) for item in items if item.pixels is None]
-    data = safetensors.torch.save(
-        {"features": features, "indices": indices}, metadata={"skipped": json.dumps(skipped)}
-    )
-    write_bytes(chunk_path(folder, number), data)
+    tensors = {"features": features, "indices": indices}
+    write_tensors(chunk_path(folder, number), tensors, {"skipped": json.dumps(skipped)})
+
+
+def _check_chunk(source: ImageSource, path: Path) -> None:
+    """None, when a chunk on disk holds each of its pictures, once.
+
+    Raises:
+        DamagedError: it does not.
+    """
+    chunk = read_tensors(path, _SPECS)
+    span = _span(int(path.stem), len(source.keys))
+    keys = source.keys
+    kept = chunk.tensors["indices"].tolist()
+    left_out = {key for key, _ in _skipped(chunk)}
+    wanted = [place for place in span if keys[place] not in left_out]
+    if kept != wanted or len(kept) != len(chunk.tensors["features"]):
+        raise DamagedError(f"{path}: holds {len(kept)} of the pictures {span.start} to {span.stop - 1}")
+
+
+def _skipped(chunk: Tensors) -> list[tuple[str, str]]:
+    try:
+        return _SKIPPED.validate_json(chunk.metadata["skipped"])
+    except (KeyError, ValidationError) as error:
+        raise DamagedError(f"a file of features has no list of pictures left out ({error})") from error
 
 
 def _key(model: Backbone, source: ImageSource, how: Extraction) -> str:

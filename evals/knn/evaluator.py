@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from evals.core.accuracy import class_table
+from evals.core.chunks import Damage
 from evals.core.data import aligned_labels, open_source
 from evals.core.dist import Group, current
 from evals.core.evaluator import Watch, card_of, domain_notes, silent
@@ -68,10 +69,11 @@ class KnnEvaluator:
         cache = settings.cache or default_cache()
         sets = _open(settings, cache / "fingerprints")
         how, notes = plan(model, settings, settings.head)
-        bank = extract(model, sets.bank, how, cache=cache, group=group, watch=watch)
-        asked = bank
+        damage = Damage()
+        extracting = partial(extract, cache=cache, group=group, watch=watch, damage=damage)
+        bank = asked = extracting(model, sets.bank, how)
         if sets.query is not None:
-            asked = extract(model, sets.query, how, cache=cache, group=group, watch=watch)
+            asked = extracting(model, sets.query, how)
         extracted = time.monotonic()
 
         carried = partial(carry, model, settings.head)
@@ -103,7 +105,7 @@ class KnnEvaluator:
             git=commit(),
             card=card_of(model),
             peak_memory=peak_memory(how.device),
-            notes=(*notes, *_clamped(classifier), *domain_notes(model, sources)),
+            notes=(*notes, *_clamped(classifier), *damage.notes(group), *domain_notes(model, sources)),
             tables={"classes": class_table(ranking, classifier.labels, sets.bank.classes)},
             files=(f"{base}.jsonl",),
         )

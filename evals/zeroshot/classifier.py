@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, final
 
-import safetensors
-import safetensors.torch
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from evals.core.chunks import Damage, TensorSpec, check_all_there, find_missing, read_tensors, write_tensors
+from evals.core.dist import Group
 from evals.core.evaluator import Advance, Watch, silent
-from radio.errors import require
-from radio.io import write_bytes
+from radio.errors import RadioError, require
 from radio.types import TextTower
 
 # Letters: K classes, N texts, E text width.
@@ -52,24 +53,38 @@ def class_vectors(
     return made
 
 
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextCache:
+    """Where vectors of texts are kept, and how those that are not there are made."""
+
+    folder: Path
+    device: torch.device = field(default_factory=partial(torch.device, "cpu"))
+    group: Group = field(default_factory=Group)
+    watch: Watch = silent
+    damage: Damage = field(default_factory=Damage)
+
+
 def classifier(
-    tower: TextTower, names: Sequence[str], templates: Sequence[str], *, cache: Path, watch: Watch = silent
+    tower: TextTower, names: Sequence[str], templates: Sequence[str], *, cache: TextCache
 ) -> Tensor:
-    """`class_vectors`, from the cache if they are there. Raises as they do."""
+    """`class_vectors`, from the cache if they are there; one rank makes them. Raises as they do."""
     key = _key("classifier", tower, names, templates)
-    bar = partial(watch, "class vectors", len(names) * len(templates))
-    return _kept(cache, key, partial(class_vectors, tower, names, templates), bar)
+    bar = partial(cache.watch, "class vectors", len(names) * len(templates))
+    build = partial(class_vectors, tower, names, templates)
+    return _kept(cache, key, tower, build, bar, (None, len(names)))
 
 
-def text_vectors(tower: TextTower, texts: Sequence[str], *, cache: Path, watch: Watch = silent) -> Tensor:
-    """[N, E] float32 unit vectors of whole sentences."""
+def text_vectors(tower: TextTower, texts: Sequence[str], *, cache: TextCache) -> Tensor:
+    """[N, E] float32 unit vectors of sentences, from the cache if they are there; one rank makes them."""
 
     def build(advance: Advance) -> Tensor:
         encode = _Encoder(tower, advance).encode_text
         batches = [list(texts[i : i + _TEXTS_AT_ONCE]) for i in range(0, len(texts), _TEXTS_AT_ONCE)]
         return torch.cat([encode(_Texts(batch), normalize=True) for batch in batches])
 
-    return _kept(cache, _key("texts", tower, texts), build, partial(watch, "caption vectors", len(texts)))
+    bar = partial(cache.watch, "caption vectors", len(texts))
+    return _kept(cache, _key("texts", tower, texts), tower, build, bar, (len(texts), None))
 
 
 @final
@@ -100,18 +115,46 @@ def _fill(template: str, name: str) -> str:
 
 
 def _key(kind: str, tower: TextTower, *texts: Sequence[str]) -> str:
-    return hashlib.sha256(json.dumps([f"{kind}/1", tower.fingerprint, *texts]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([f"{kind}/2", tower.fingerprint, *texts]).encode()).hexdigest()
 
 
-def _kept(cache: Path, key: str, build: Callable[[Advance], Tensor], bar: Callable[[], Any]) -> Tensor:
-    """The vectors in the cache, made first where they are not there or damaged."""
-    path = cache / "texts" / f"{key}.safetensors"
-    if path.is_file():
-        try:
-            return safetensors.torch.load_file(path)["vectors"]
-        except safetensors.SafetensorError:
-            pass  # damaged on disk: made again
-    with bar() as advance, torch.no_grad():
-        vectors = build(advance).contiguous()
-    write_bytes(path, safetensors.torch.save({"vectors": vectors}))
-    return vectors
+def _kept(
+    cache: TextCache,
+    key: str,
+    tower: TextTower,
+    build: Callable[[Advance], Tensor],
+    bar: Callable[[], Any],
+    shape: tuple[int | None, int | None],
+) -> Tensor:
+    """The vectors in the cache; the leader makes them where they are not there or damaged.
+
+    Raises:
+        RadioError: the text tower gives values that are not finite.
+    """
+    path = cache.folder / "texts" / f"{key}.safetensors"
+    specs = {"vectors": TensorSpec(torch.float32, shape)}
+
+    def make() -> None:
+        if not find_missing([path], partial(read_tensors, specs=specs), cache.damage):
+            return
+        with bar() as advance, torch.no_grad(), _on_device(tower, cache.device):
+            vectors = build(advance)
+        if not bool(torch.isfinite(vectors).all()):
+            raise RadioError(
+                "the text tower gives values that are not finite, or a vector of zeros; look at its weights"
+            )
+        write_tensors(path, {"vectors": vectors})
+
+    cache.group.leader_first(make)
+    check_all_there([path])
+    return read_tensors(path, specs).tensors["vectors"]
+
+
+@contextmanager
+def _on_device(tower: TextTower, device: torch.device) -> Iterator[None]:
+    """The tower on the device, and back on the CPU afterwards, where pictures' vectors are projected."""
+    if isinstance(tower, nn.Module):
+        tower.to(device)
+    yield
+    if isinstance(tower, nn.Module):
+        tower.to("cpu")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from evals.core.accuracy import class_table, confusion_table, mean_class, top_accuracies
+from evals.core.chunks import Damage
 from evals.core.data import ImageSource, open_source
 from evals.core.dist import Group, current
 from evals.core.evaluator import Watch, card_of, domain_notes, silent
@@ -27,7 +28,7 @@ from radio.io import write_text
 from radio.types import Backbone
 
 from .captions import Captioned, open_captions
-from .classifier import classifier, text_vectors
+from .classifier import TextCache, classifier, text_vectors
 from .names import Named, name_classes, read_templates
 from .ranking import Ranking, picture_to_text, rank_classes, text_to_picture
 from .settings import ZeroshotSettings
@@ -50,10 +51,30 @@ class _Job:
     cache: Path
     group: Group
     watch: Watch
+    damage: Damage
+
+    @property
+    def texts(self) -> TextCache:
+        """Where vectors of texts are kept."""
+        return TextCache(
+            folder=self.cache,
+            device=self.how.device,
+            group=self.group,
+            watch=self.watch,
+            damage=self.damage,
+        )
 
     def pictures(self, source: ImageSource) -> tuple[Stored, Bank]:
         """The features of a source on disk, and all of them in the space of the texts."""
-        stored = extract(self.model, source, self.how, cache=self.cache, group=self.group, watch=self.watch)
+        stored = extract(
+            self.model,
+            source,
+            self.how,
+            cache=self.cache,
+            group=self.group,
+            watch=self.watch,
+            damage=self.damage,
+        )
         features, indices = stored.load()
         carried = carry(self.model, self.side.head, features)
         return stored, Bank(self.side.tower.project(carried), indices)
@@ -122,6 +143,7 @@ class ZeroshotEvaluator:
             cache=settings.cache or default_cache(),
             group=group or current(),
             watch=watch,
+            damage=Damage(),
         )
         scored = _classification(job) if settings.captions is None else _retrieval(job)
         label = (name or model.name) + ("" if settings.captions is None else "-retrieval")
@@ -149,7 +171,7 @@ class ZeroshotEvaluator:
             git=commit(),
             card=card_of(model),
             peak_memory=peak_memory(how.device),
-            notes=(*notes, *domain_notes(model, [scored.source])),
+            notes=(*notes, *job.damage.notes(job.group), *domain_notes(model, [scored.source])),
             tables=scored.tables,
             files=(f"{base}.jsonl",),
         )
@@ -170,7 +192,7 @@ def _classification(job: _Job) -> _Scored:
     )
     named = name_classes(source, settings.class_names)
     templates = read_templates(settings.templates, scenes=source.name.startswith("scenes:"))
-    columns = classifier(job.side.tower, named.names, templates, cache=job.cache, watch=job.watch)
+    columns = classifier(job.side.tower, named.names, templates, cache=job.texts)
     stored, pictures = job.pictures(source)
     ranking = rank_classes(pictures.features, columns)
     labels = torch.from_numpy(named.labels)[pictures.indices]
@@ -200,7 +222,7 @@ def _retrieval(job: _Job) -> _Scored:
         seed=settings.seed,
         memo=job.cache / "fingerprints",
     )
-    texts = text_vectors(job.side.tower, captioned.texts, cache=job.cache, watch=job.watch)
+    texts = text_vectors(job.side.tower, captioned.texts, cache=job.texts)
     stored, pictures = job.pictures(captioned.source)
     kept, owners = _readable(captioned, pictures.indices)
     to_text = picture_to_text(pictures.features, texts[kept], owners)

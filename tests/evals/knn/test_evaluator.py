@@ -102,6 +102,21 @@ def test_the_batch_size_and_a_second_run_change_nothing(
     assert run(backbone(), fresh, tmp_path / "three").metrics == first.metrics
 
 
+def test_altered_features_in_the_cache_change_no_score_and_are_told(
+    tmp_path: Path, settings: KnnSettings, backbone: Callable
+) -> None:
+    first = run(backbone(), settings, tmp_path / "one")
+    for path in (tmp_path / "cache" / "features").glob("*/*.safetensors"):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2 :] = bytes(reversed(data[len(data) // 2 :]))
+        path.write_bytes(data)
+    again = run(backbone(), settings, tmp_path / "two")
+    assert again.metrics == first.metrics
+    assert any(note.startswith("2 damaged files of the cache were made again") for note in again.notes)
+    third = run(backbone(), settings, tmp_path / "three")
+    assert third.notes == first.notes  # now they are whole
+
+
 def test_leave_one_out_classifies_the_bank_without_itself(
     tmp_path: Path, settings: KnnSettings, backbone: Callable
 ) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from evals.zeroshot import classifier as module
-from evals.zeroshot.classifier import class_vectors, classifier, text_vectors
+from evals.zeroshot.classifier import TextCache, class_vectors, classifier, text_vectors
 from evals.zeroshot.names import read_templates
 from radio.hub import load_teacher
 from radio.scenes import CLASSES, TEMPLATES
@@ -73,16 +73,16 @@ def test_an_open_clip_models_own_classifier_is_ours() -> None:
 
 
 def test_it_is_made_once_and_again_for_other_words(words: Any, tmp_path: Path) -> None:
-    first = classifier(words, NAMES, SAID, cache=tmp_path)
+    first = classifier(words, NAMES, SAID, cache=TextCache(folder=tmp_path))
     assert words.texts == 23 * 3 and words.largest <= 30
-    assert torch.equal(classifier(words, NAMES, SAID, cache=tmp_path), first)
+    assert torch.equal(classifier(words, NAMES, SAID, cache=TextCache(folder=tmp_path)), first)
     assert words.texts == 23 * 3
-    classifier(words, NAMES[:5], SAID, cache=tmp_path)
-    classifier(words, NAMES, SAID[:1], cache=tmp_path)
+    classifier(words, NAMES[:5], SAID, cache=TextCache(folder=tmp_path))
+    classifier(words, NAMES, SAID[:1], cache=TextCache(folder=tmp_path))
     assert words.texts == 23 * 3 + 15 + 23
     (file, *_) = sorted((tmp_path / "texts").iterdir(), key=lambda path: path.stat().st_mtime)
     file.write_bytes(b"damaged")
-    assert torch.equal(classifier(words, NAMES, SAID, cache=tmp_path), first)
+    assert torch.equal(classifier(words, NAMES, SAID, cache=TextCache(folder=tmp_path)), first)
 
 
 def test_captions_are_unit_vectors_in_their_order(
@@ -90,7 +90,7 @@ def test_captions_are_unit_vectors_in_their_order(
 ) -> None:
     monkeypatch.setattr(module, "_TEXTS_AT_ONCE", 4)
     texts = [f"a caption of {number} words" for number in range(11)]
-    found = text_vectors(words, texts, cache=tmp_path)
+    found = text_vectors(words, texts, cache=TextCache(folder=tmp_path))
     expected = torch.cat([F.normalize(words.encode([text]), dim=1) for text in texts])
     torch.testing.assert_close(found, expected)
 

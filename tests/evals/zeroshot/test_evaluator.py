@@ -89,6 +89,18 @@ def test_batches_do_not_change_it(tmp_path: Path, settings: ZeroshotSettings, mo
     assert one.metrics == many.metrics
 
 
+@pytest.mark.parametrize("what", ["features", "texts"])
+def test_a_damaged_cache_changes_no_score_and_is_told(
+    tmp_path: Path, settings: ZeroshotSettings, model: Any, what: str
+) -> None:
+    first = run(model, settings, tmp_path / "a")
+    (path,) = (tmp_path / "cache" / what).rglob("*.safetensors")
+    path.write_bytes(path.read_bytes()[::-1])
+    again = run(model, settings, tmp_path / "b")
+    assert again.metrics == first.metrics
+    assert any(f"made again; the first: {path}" in note for note in again.notes)
+
+
 def test_below_five_classes_there_is_no_top5(
     tmp_path: Path, settings: ZeroshotSettings, model: Any, make_folder: Callable[..., Path]
 ) -> None:
