@@ -16,6 +16,7 @@ import secrets
 import shutil
 import stat
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -155,26 +156,36 @@ def lines_of(text: str) -> list[str]:
 
 
 def parse_json(
-    text: str, where: object, *, error: type[RadioError] = DataError, constants: bool = False
+    text: str,
+    where: object,
+    *,
+    error: type[RadioError] = DataError,
+    constants: bool = False,
+    unique_keys: bool = False,
 ) -> Any:
     """Parse JSON from somebody else; half surrogates become U+FFFD.
 
     Args:
         where: names the file, and the place in it, in errors.
         constants: take NaN, Infinity and -Infinity, which JSON does not have but Python writes.
+        unique_keys: refuse an object that holds a key twice, where the keys are ids.
 
     Raises:
         RadioError: of the type `error`: not JSON, nested too deeply, or with a number of thousands of digits.
     """
     try:
-        value = json.loads(text, parse_constant=None if constants else _refuse_constant)
+        value = json.loads(
+            text,
+            parse_constant=None if constants else _refuse_constant,
+            object_pairs_hook=_with_unique_keys if unique_keys else None,
+        )
     except json.JSONDecodeError as problem:
         raise error(
             f"{shown(where)}: is not JSON ({problem.msg}: line {problem.lineno} column {problem.colno})"
         ) from problem
     except RecursionError as problem:
         raise error(f"{shown(where)}: is nested too deeply to be read; is it the right file?") from problem
-    except ValueError as problem:  # a number of more digits than Python reads, or a constant
+    except ValueError as problem:  # a number of more digits than Python reads, a constant, a key twice
         raise error(f"{shown(where)}: is not JSON ({str(problem).split(';')[0]})") from problem
     return without_surrogates(value) if _SURROGATE.search(text) else value
 
@@ -336,6 +347,14 @@ def _reason(problem: OSError) -> str:
 
 def _refuse_constant(word: str) -> Any:
     raise ValueError(f"it holds {word}, which JSON does not have")
+
+
+def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"it holds the key {twice[:80]!r} twice in one object")
+    return found
 
 
 def _short(value: Any) -> str:

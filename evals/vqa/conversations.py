@@ -1,20 +1,27 @@
 """LLaVA's training conversations: read, checked before anything is trained, and turned into learned text.
 
 A record is `{"id", "image"?, "conversations": [{"from": "human" | "gpt", "value": str}, ...]}`; the mark
-`<image>` in the first question says where the picture stands. Text-only records have neither.
+`<image>` in the first question says where the picture stands. Text-only records have neither. Files come as
+one JSON list or as one record a line. As LLaVA's own loader does, an answer before the first question is left
+out; records that cannot be used are left out too, counted, and endured up to a share.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NotRequired
 
-from radio.errors import DataError
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
+
+from radio.errors import DataError, shown
+from radio.io import validate
 
 from .prompts import IMAGE, PLAIN, VICUNA_V1, ask
+from .scoring.records import read_list
 
 Template = Literal["plain", "v1"]
 
@@ -41,40 +48,77 @@ class Piece(NamedTuple):
     learned: bool
 
 
-def read_records(path: Path, is_picture: Callable[[str], bool], limit: int | None = None) -> list[Record]:
-    """The conversations in a JSON file, each checked.
+class Reading(NamedTuple):
+    """What a file of conversations holds."""
+
+    records: list[Record]
+    notes: tuple[str, ...]  # what was left out
+
+
+_Said = TypedDict("_Said", {"from": str, "value": str})
+
+
+class _Row(TypedDict):
+    """A record as it stands in the file."""
+
+    id: NotRequired[int | str | None]
+    image: NotRequired[str | None]
+    conversations: list[_Said]
+
+
+_ROW = TypeAdapter(_Row)
+
+
+def read_records(
+    path: Path, is_image: Callable[[str], bool], limit: int | None = None, max_error_fraction: float = 0.01
+) -> Reading:
+    """Read the conversations in a file, each checked.
 
     Args:
-        path: a list of records.
-        is_picture: whether there is a picture of that name.
+        path: one JSON list of records, or one record a line.
+        is_image: whether there is an image of that name.
         limit: take so many, evenly spread.
+        max_error_fraction: leave out records that cannot be used, up to this share of them.
 
     Raises:
-        DataError: no such file, not such a list, or a record that cannot be used; names the first, and says
-            how many more there are.
+        DataError: no such file, not such a list, or too many records that cannot be used; names the first,
+            and says how many more there are.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file of conversations")
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a JSON file, or a part of one ({error})") from error
-    if not isinstance(rows, list) or not rows:
-        raise DataError(f"{path}: wanted a list of LLaVA records with one or more, got {_kind(rows)}")
+    rows = read_list(path)
+    if not rows:
+        raise DataError(f"{shown(path)}: wanted a list of LLaVA records with one or more, got an empty list")
     if limit is not None and limit < len(rows):
         rows = [rows[place * len(rows) // limit] for place in range(limit)]
-    records, wrong = [], []
-    for number, row in enumerate(rows):
-        problem = _problem(row, is_picture)
-        if problem:
-            name = row.get("id") if isinstance(row, dict) else None
-            wrong.append(f"record {number} (id {name}): {problem}")
-        else:
-            records.append(_record(row, number))
-    if wrong:
+    records: list[Record] = []
+    wrong: list[str] = []
+    early: list[str] = []
+    for number, (where, row) in enumerate(rows):
+        label = f"{where} (id {_id(row)})"
+        try:
+            record, begins_early = _record(row, str(number), is_image)
+        except DataError as error:
+            wrong.append(f"{label}: {error}")
+            continue
+        records.append(record)
+        if begins_early:
+            early.append(label)
+    if len(wrong) > max_error_fraction * len(rows):
         more = f"; {len(wrong) - 1} more records cannot be used" if len(wrong) > 1 else ""
-        raise DataError(f"{path}: {wrong[0]}{more}")
-    return records
+        raise DataError(f"{shown(path)}: {wrong[0]}{more}")
+    return Reading(records, tuple(_notes(path, len(rows), wrong, early)))
+
+
+def _notes(path: Path, count: int, wrong: list[str], early: list[str]) -> Iterator[str]:
+    if wrong:
+        yield (
+            f"{len(wrong)} of the {count} records of {path.name} cannot be used and were left out; the first "
+            f"is {wrong[0]}"
+        )
+    if early:
+        yield (
+            f"{len(early)} of the {count} conversations of {path.name} begin with an answer, which was left "
+            f"out as LLaVA does; the first is {early[0]}"
+        )
 
 
 def fingerprint(records: Iterable[Record]) -> str:
@@ -104,58 +148,63 @@ def pieces(record: Record, template: Template, end: str) -> list[Piece]:
     return found
 
 
-def _record(row: Any, number: int) -> Record:
-    values = [turn["value"] for turn in row["conversations"]]
+def _record(row: Any, number: str, is_image: Callable[[str], bool]) -> tuple[Record, bool]:
+    """Check a record; it, and whether it begins with an answer, which is left out.
+
+    Raises:
+        DataError: it cannot be used; says why, not where.
+    """
+    if not isinstance(row, dict) or not isinstance(row.get("conversations"), list):
+        raise DataError(f"wanted an object with a list 'conversations', got {_kind(row)}")
+    found = validate(_ROW, row, "a record is {'id', 'image', 'conversations': [{'from', 'value'}]}")
+    said = found["conversations"]
+    begins_early = len(said) > 1 and said[0]["from"] == "gpt"
+    said = said[begins_early:]
+    _check_roles([turn["from"] for turn in said])
+    values = [turn["value"] for turn in said]
+    empty = next((place for place in range(1, len(said), 2) if not values[place].strip()), None)
+    if empty is not None:
+        raise DataError(f"the answer in turn {empty} is empty")
+    image = found.get("image")
+    _check_image(image, values, is_image)
     turns = tuple(
         Turn(question.replace(IMAGE, "").strip(), answer.strip())
         for question, answer in zip(values[::2], values[1::2], strict=True)
     )
-    return Record(str(row.get("id", number)), row.get("image"), turns)
+    name = found.get("id")
+    return Record(number if name is None else str(name), image, turns), begins_early
 
 
-def _problem(row: Any, is_picture: Callable[[str], bool]) -> str:
-    """Why a record cannot be used, or nothing."""
-    if not isinstance(row, dict) or not isinstance(row.get("conversations"), list):
-        return f"wanted an object with a list 'conversations', got {_kind(row)}"
-    said = row["conversations"]
-    if not all(
-        isinstance(turn, dict) and isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str)
-        for turn in said
-    ):
-        return "every turn is {'from': 'human' or 'gpt', 'value': text}"
-    return _wrong_roles(said) or _wrong_picture(row, said, is_picture)
-
-
-def _wrong_roles(said: list[dict[str, str]]) -> str:
-    roles = [turn["from"] for turn in said]
+def _check_roles(roles: list[str]) -> None:
     unknown = [role for role in roles if role not in ("human", "gpt")]
     if unknown:
-        return f"a turn is from {unknown[0]!r}; wanted 'human' or 'gpt'"
-    if not said or roles == ["human"]:
-        return "a conversation without an answer; wanted a 'gpt' turn after each 'human' turn"
+        raise DataError(f"a turn is from {unknown[0][:40]!r}; wanted 'human' or 'gpt'")
+    if not roles or roles == ["human"]:
+        raise DataError("a conversation without an answer; wanted a 'gpt' turn after each 'human' turn")
     for place, role in enumerate(roles):
         if role != ("human", "gpt")[place % 2]:
-            return f"roles out of order: turn {place} is from {role!r}; 'human' and 'gpt' take turns"
+            raise DataError(
+                f"roles out of order: turn {place} is from {role!r}; 'human' and 'gpt' take turns"
+            )
     if len(roles) % 2:
-        return "a conversation without an answer to its last question; remove that question"
-    empty = [place for place, turn in enumerate(said) if turn["from"] == "gpt" and not turn["value"].strip()]
-    return f"the answer in turn {empty[0]} is empty" if empty else ""
+        raise DataError("a conversation without an answer to its last question; remove that question")
 
 
-def _wrong_picture(row: dict[str, Any], said: list[dict[str, str]], is_picture: Callable[[str], bool]) -> str:
-    image = row.get("image")
-    if image is not None and not isinstance(image, str):
-        return f"'image' is {_kind(image)}; wanted the name of one file"
-    marks = [turn["value"].count(IMAGE) for turn in said]
+def _check_image(image: str | None, values: list[str], is_image: Callable[[str], bool]) -> None:
+    marks = [value.count(IMAGE) for value in values]
     wanted = 0 if image is None else 1
     if sum(marks) != wanted:
-        return f"holds {sum(marks)} marks {IMAGE} for {wanted} pictures; wanted {wanted}"
+        raise DataError(f"holds {sum(marks)} marks {IMAGE} for {wanted} pictures; wanted {wanted}")
     if image is not None and not marks[0]:
-        return f"the mark {IMAGE} is in turn {marks.index(1)}; wanted it in the first"
-    if image is not None and not is_picture(image):
-        return f"there is no picture {image!r}"
-    return ""
+        raise DataError(f"the mark {IMAGE} is in turn {marks.index(1)}; wanted it in the first")
+    if image is not None and not is_image(image):
+        raise DataError(f"there is no picture {image[:200]!r}")
 
 
 def _kind(value: Any) -> str:
     return f"an empty {type(value).__name__}" if value in ([], {}) else f"a {type(value).__name__}"
+
+
+def _id(row: Any) -> str:
+    name = row.get("id") if isinstance(row, dict) else None
+    return shown(str(name)[:80]) if isinstance(name, str | int | None) else _kind(name)

@@ -42,6 +42,7 @@ class Material(NamedTuple):
     source: ImageSource | None  # of the pictures; None where no record has one
     name: str
     fingerprint: str
+    notes: tuple[str, ...] = ()  # what of it was left out
 
 
 class Done(NamedTuple):
@@ -68,7 +69,7 @@ def open_material(settings: VqaSettings, preset: Preset, cache: Path, group: Gro
             "pretrain": (settings.pretrain_data, settings.pretrain_images),
             "instruct": (settings.instruct_data, settings.instruct_images),
         }
-        found = {stage: _material(*paths, settings.limit, memo, None) for stage, paths in given.items()}
+        found = {stage: _material(*paths, settings, memo, None) for stage, paths in given.items()}
         blank = [record.id for record in found["pretrain"].records if record.image is None]
         if blank:
             raise DataError(
@@ -82,18 +83,25 @@ def open_material(settings: VqaSettings, preset: Preset, cache: Path, group: Gro
         write_mix(root, mix)
     group.barrier()
     return {
-        stage: _material(root / file, root / IMAGES, settings.limit, memo, "scenes:train")
+        stage: _material(root / file, root / IMAGES, settings, memo, "scenes:train")
         for stage, file in (("pretrain", PRETRAIN), ("instruct", INSTRUCT))
     }
 
 
-def _material(file: Path, images: Path | None, limit: int | None, memo: Path, title: str | None) -> Material:
+def _material(
+    file: Path, images: Path | None, settings: VqaSettings, memo: Path, title: str | None
+) -> Material:
     pictures = Pictures(images) if images is not None else None
-    records = read_records(file, lambda name: pictures is not None and name in pictures, limit)
+    records, notes = read_records(
+        file,
+        lambda name: pictures is not None and name in pictures,
+        settings.limit,
+        settings.max_error_fraction,
+    )
     names = {record.image for record in records if record.image is not None}
     source = pictures.source(names, memo, title) if pictures is not None and names else None
     content = source.fingerprint if source is not None else "no pictures"
-    return Material(records, source, title or file.name, _hash(fingerprint(records), content))
+    return Material(records, source, title or file.name, _hash(fingerprint(records), content), notes)
 
 
 @final

@@ -193,7 +193,8 @@ def _run(model: Backbone, settings: VqaSettings, group: Group, watch: Watch) -> 
     marked = [mark(data, answers, settings.allow_missing) for data, answers in said if data.has_answers]
     unmarked = [(data, answers) for data, answers in said if not data.has_answers]
     seconds = {"training": trained - prepared, "answers": time.monotonic() - trained}
-    return _Outcome(course, done, marked, unmarked, seconds, (*notes, *_missing(marked)))
+    left_out = [note for name, one in material.items() if name in done for note in one.notes]
+    return _Outcome(course, done, marked, unmarked, seconds, (*notes, *left_out, *_missing(marked)))
 
 
 def _examine(

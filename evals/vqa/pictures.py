@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
+import unicodedata
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from evals.core.data import ImageSource
 from evals.core.stored import Entry, Listing, StoredImages
-from radio.errors import DataError
+from radio.errors import DataError, shown
 
 # Letters: N pictures, H W pixels.
 
@@ -55,26 +57,50 @@ class Pictures:
         return StoredImages(listing, memo)
 
     def _find(self, name: str) -> tuple[Path, int, int] | None:
-        """File, offset and size of a picture's bytes."""
-        plain = str(PurePosixPath(name))
+        """File, offset and size of an image's bytes; None where none of that name is inside.
+
+        Accents may be written in another form (NFC, NFD) than in the folder or tar file.
+        """
+        plain = PurePosixPath(name)
+        if plain.is_absolute() or ".." in plain.parts:
+            return None
+        for form in (None, "NFC", "NFD"):
+            found = self._place(unicodedata.normalize(form, str(plain)) if form else str(plain))
+            if found is not None:
+                return found
+        return None
+
+    def _place(self, name: str) -> tuple[Path, int, int] | None:
         if self.path.is_file():
-            return self._members.get(plain)
-        path = self.path / plain
-        if ".." in PurePosixPath(plain).parts or not path.is_file():
+            return self._members.get(name)
+        path = self.path / name
+        if not os.path.isfile(path):  # noqa: PTH113 (unlike Path's, it never raises)
             return None
         return path, 0, path.stat().st_size
 
     @cached_property
     def _members(self) -> dict[str, tuple[Path, int, int]]:
+        found: dict[str, tuple[Path, int, int]] = {}
+        length = self.path.stat().st_size
         try:
             with tarfile.open(self.path, "r:") as tar:
-                return {
-                    str(PurePosixPath(member.name)): (self.path, member.offset_data, member.size)
-                    for member in tar
-                    if member.isfile()
-                }
-        except (tarfile.TarError, OSError) as error:
+                for member in tar:
+                    name = str(PurePosixPath(member.name))
+                    if not 0 <= member.size <= length - member.offset_data:
+                        raise DataError(
+                            f"{self.path}: {shown(name)} is said to have {member.size} bytes, and "
+                            f"{length - member.offset_data} are left of the file; it is damaged or cut off"
+                        )
+                    if not member.isfile():
+                        continue
+                    if name in found:
+                        raise DataError(f"{self.path}: holds {shown(name)} twice; keep one of them")
+                    found[name] = (self.path, member.offset_data, member.size)
+        except DataError:
+            raise
+        except (tarfile.TarError, OSError, EOFError, MemoryError, ValueError) as error:
             raise DataError(f"{self.path}: not a tar file without compression ({error})") from error
+        return found
 
 
 @final

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from radio.config import Count, NotNegative, Pixels, Positive, Seed, Share, Workers, check
 from radio.errors import ConfigError
 
 from .tasks import Rule, Task, TaskFiles
@@ -36,30 +37,32 @@ class VqaSettings:
     """Conversations for the second stage, in LLaVA's JSON."""
     instruct_images: Path | None = None
     """Their pictures: a folder or a tar file."""
-    scenes: tuple[int, int] | None = None
+    scenes: tuple[Count, Count] | None = None
     """Training pictures of the generated world, and questions a benchmark. The preset's unless given."""
-    limit: int | None = None
+    limit: Count | None = None
     """Use so many records of each stage and questions of each benchmark, spread evenly."""
-    max_steps: int | None = None
+    max_error_fraction: Share = 0.01
+    """Leave out training records that cannot be used, up to this share of a file's."""
+    max_steps: Count | None = None
     """Stop each stage's training after so many steps; the schedule ends there."""
-    size: int | None = None
+    size: Pixels | None = None
     """Side in pixels that pictures are encoded at. 336, 224, or the encoder's own, as the preset has it,
     unless given."""
     layer_norm: bool | None = None
     """Normalise every token before the projector. The preset's unless given."""
-    batch: int | None = None
+    batch: Count | None = None
     """Samples a step of either stage, over all ranks. The preset's unless given."""
-    micro_batch: int | None = None
+    micro_batch: Count | None = None
     """Samples that go through the language model together. The preset's unless given."""
-    lr: float | None = None
+    lr: Positive | None = None
     """Peak learning rate of either stage. The preset's unless given."""
-    lora_rank: int | None = None
+    lora_rank: Count | None = None
     """Tune the language model by LoRA of this rank instead of whole."""
     shuffle_images: bool = False
     """Show each record another record's picture: the control that the pictures matter."""
     fsdp: bool = False
     """Under torchrun, shard the language model over the ranks (FSDP2) instead of copying it."""
-    save_every: int = 200
+    save_every: Count = 200
     """Steps after which a training is written down, so that a killed run goes on from there."""
     save: Path | None = None
     """Also write the trained LLaVA as a folder that transformers opens."""
@@ -87,11 +90,11 @@ class VqaSettings:
     """Score these predictions (JSONL) instead of a model's answers; names no model."""
     allow_missing: bool = False
     """Questions without a prediction are wrong answers, rather than an error."""
-    answer_batch: int | None = None
+    answer_batch: Count | None = None
     """Questions answered together; does not change the answers. The preset's unless given."""
-    keep_tokens_gb: float = 8.0
+    keep_tokens_gb: NotNegative = 8.0
     """Encode each picture once and keep its tokens, unless they would take more than this."""
-    workers: int | None = None
+    workers: Workers | None = None
     """Loader processes; none on a CPU and up to 8 beside a GPU unless given."""
     cache: Path | None = None
     """Where tokens, trainings and answers are kept. $XDG_CACHE_HOME/am-radio unless given."""
@@ -99,9 +102,9 @@ class VqaSettings:
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """What the encoder and the language model compute in; weights that learn are kept in fp32."""
-    seed: int = 0
+    seed: Seed = 0
     """Which generated world; also of fresh weights, of the order of samples, and of the bootstrap."""
-    training_seed: int | None = None
+    training_seed: Seed | None = None
     """Of fresh weights and of the order of samples, where it is to be another than that of the world."""
 
     @property
@@ -111,15 +114,7 @@ class VqaSettings:
 
     def __post_init__(self) -> None:
         """Refuse what no data could make sense of."""
-        counts = ("limit", "max_steps", "size", "batch", "micro_batch", "lora_rank", "save_every")
-        for name in (*counts, "answer_batch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} = {value}: give 1 or more")
-        if self.lr is not None and self.lr <= 0:
-            raise ConfigError(f"lr = {self.lr}: give a learning rate above 0, such as 1e-3")
-        if self.scenes is not None and min(self.scenes) < 1:
-            raise ConfigError(f"scenes = {self.scenes}: give at least one of each")
+        check(self)
         stages = tuple(name for text in self.stages for name in text.split(",") if name)
         if not stages or len(set(stages)) < len(stages) or not set(stages) <= set(STAGES):
             raise ConfigError(f"stages = {self.stages}: name one or more of {', '.join(STAGES)}, each once")

@@ -122,15 +122,18 @@ class TaskData:
         vqav2.write_submission(self.questions, answers, path, normalise=normalise)
 
     def check_images(self) -> Path:
-        """The folder of the pictures, once every question's picture was found in it.
+        """The folder or tar file of the pictures, once every question's picture was found in it.
 
         Raises:
             DataError: no folder given, or pictures that are not there.
         """
+        from .pictures import Pictures  # torch comes with it
+
         if self.images is None:
             raise DataError(f"{self.task}: no folder of pictures was given; a model needs to see them")
         names = dict.fromkeys(question.image for question in self.questions if question.image)
-        absent = [name for name in names if not (self.images / name).is_file()]
+        there = Pictures(self.images)
+        absent = [name for name in names if name not in there]
         if absent:
             raise DataError(
                 f"{self.images}: {len(absent)} of the {len(names)} pictures of {self.task} {self.split} are "

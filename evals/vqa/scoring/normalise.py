@@ -15,6 +15,7 @@ _NUMBERS = {word: str(number) for number, word in enumerate(_WORDS.split())} | {
 _ARTICLES = frozenset(("a", "an", "the"))
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
+_MOST_PERIODS = 32  # both scorers hand re.UNICODE, which is 32, over as the count
 _PERIOD = re.compile(r"\.(?!\d)")  # one that no digit follows: decimals keep theirs
 
 # For every ending, the words that the table completes with it: `hed` is there, `shed` and `wed` are words.
@@ -92,7 +93,7 @@ def _punctuation(text: str) -> str:
     for mark in _PUNCTUATION:
         goes = numbers or f"{mark} " in text or f" {mark}" in text
         found = found.replace(mark, "" if goes else " ")
-    return _PERIOD.sub("", found)
+    return _PERIOD.sub("", found, count=_MOST_PERIODS)
 
 
 def _words(text: str) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import reprlib
 from pathlib import Path
 from typing import Any
 
-from radio.errors import DataError
+from radio.errors import DataError, shown
+
+from .records import read_list
 
 # Ours and EvalAI's; GQA's; LLaVA's.
 _IDS, _ANSWERS = ("question_id", "questionId"), ("answer", "prediction", "text")
@@ -22,40 +23,21 @@ def read_predictions(path: Path) -> dict[str, str]:
     Raises:
         DataError: no such file, nothing in it, a record that is none, or questions that are answered twice.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file of predictions")
     found: dict[str, str] = {}
     twice: list[str] = []
-    for where, record in _records(path):
-        question, answer = _pair(record, f"{path}: {where}")
+    for where, record in read_list(path):
+        question, answer = _pair(record, f"{shown(path)}: {where}")
         if question in found:
             twice.append(question)
         found[question] = answer
     if twice:
         raise DataError(
-            f"{path}: {len(twice)} predictions are for a question that is answered before, the first is "
-            f"for {twice[0]}; keep one prediction a question"
+            f"{shown(path)}: {len(twice)} predictions are for a question that is answered before, the first "
+            f"is for {shown(twice[0])}; keep one prediction a question"
         )
     if not found:
-        raise DataError(f"{path}: holds no predictions")
+        raise DataError(f"{shown(path)}: holds no predictions")
     return found
-
-
-def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        if text.lstrip().startswith("["):
-            for number, record in enumerate(json.loads(text)):
-                yield f"record {number}", record
-            return
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not JSON, or a part of it ({error})") from error
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield f"line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}: line {number} is not JSON ({error})") from error
 
 
 def _pair(record: Any, where: str) -> tuple[str, str]:
@@ -65,6 +47,5 @@ def _pair(record: Any, where: str) -> tuple[str, str]:
         if isinstance(question, int | str) and not isinstance(question, bool) and isinstance(answer, str):
             return str(question), answer
     raise DataError(
-        f'{where}: wanted {{"question_id": a number or a text, "answer": a text}}, '
-        f"got {json.dumps(record)[:100]}"
+        f'{where}: wanted {{"question_id": a number or a text, "answer": a text}}, got {reprlib.repr(record)}'
     )

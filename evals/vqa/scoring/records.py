@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
-import json
+import re
+import reprlib
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, final
 
-from radio.errors import DataError
+from radio.errors import DataError, shown
+from radio.io import MAX_DATA_BYTES, lines_of, parse_json, read_text
 
 T = TypeVar("T")
 
 
-def read_json(path: Path, what: str) -> Any:
-    """What a JSON file holds.
+def read_json(path: Path) -> Any:
+    """Read a benchmark's JSON file, whose objects hold each key once.
 
     Raises:
-        DataError: no such file, or not JSON.
+        DataError: no such file, not JSON, or a key twice.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file of {what}")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a JSON file, or a part of one ({error})") from error
+    return parse_json(read_text(path, limit=MAX_DATA_BYTES), path, unique_keys=True)
+
+
+def read_list(path: Path) -> list[tuple[str, Any]]:
+    """Read one JSON array, or one JSON value a line (JSONL); each value with its place in the file.
+
+    Raises:
+        DataError: no such file, or neither.
+    """
+    text = read_text(path, limit=MAX_DATA_BYTES)
+    if re.match(r"\s*\[", text):
+        return [(f"record {number}", value) for number, value in enumerate(parse_json(text, path))]
+    return [
+        (f"line {number}", parse_json(line, f"{shown(path)}: line {number}"))
+        for number, line in enumerate(lines_of(text), start=1)
+        if line.strip()
+    ]
 
 
 class Row(NamedTuple):
@@ -40,7 +53,7 @@ class Records:
 
     def __init__(self, path: Path, what: str, layout: str) -> None:
         self.path, self._what, self._layout = path, what, layout
-        self._data = read_json(path, what)
+        self._data = read_json(path)
 
     def listed(self, key: str) -> list[Row]:
         """The records of the list under `key`.
@@ -63,7 +76,7 @@ class Records:
         """
         if not isinstance(self._data, dict):
             raise self.refuse(_first(self._data), f"the file holds a {type(self._data).__name__}")
-        return self._rows([(key, f"record {key}", data) for key, data in self._data.items()])
+        return self._rows([(key, f"record {key[:80]}", data) for key, data in self._data.items()])
 
     def top(self, key: str) -> str | None:
         """A text beside the records, where there is one."""
@@ -80,7 +93,8 @@ class Records:
             raise self.refuse(row.name, f"has no {key!r}")
         found = row.data[key]
         if not isinstance(found, kind) or (isinstance(found, bool) and kind is not bool):
-            raise self.refuse(row.name, f"its {key!r} is {str(found)[:40]!r}, not a {kind.__name__}")
+            said = reprlib.repr(found)  # foreign values may be huge, or nested deeply
+            raise self.refuse(row.name, f"its {key!r} is {said}, not a {kind.__name__}")
         return found
 
     def identity(self, row: Row, key: str) -> str:
@@ -109,7 +123,8 @@ class Records:
         seen = _guess(self._data)
         hint = f"; the file looks like {seen}" if seen and seen != self._what else ""
         return DataError(
-            f"{self.path}: {record}: {problem}; wanted {self._what}, which are {self._layout}{hint}"
+            f"{shown(self.path)}: {shown(record)}: {problem}; wanted {self._what}, which are "
+            f"{self._layout}{hint}"
         )
 
     def unique(self, ids: list[str]) -> frozenset[str]:
@@ -122,13 +137,16 @@ class Records:
         if len(known) < len(ids):
             twice = next(one for one, count in Counter(ids).items() if count > 1)
             raise DataError(
-                f"{self.path}: question {twice} is there twice; an id may stand for one question only"
+                f"{shown(self.path)}: question {shown(twice)} is there twice; an id may stand for one "
+                f"question only"
             )
         return known
 
     def _rows(self, found: list[tuple[str, str, Any]]) -> list[Row]:
         if not found:
-            raise DataError(f"{self.path}: holds no records; wanted {self._what}, which are {self._layout}")
+            raise DataError(
+                f"{shown(self.path)}: holds no records; wanted {self._what}, which are {self._layout}"
+            )
         for _, name, data in found:
             if not isinstance(data, dict):
                 raise self.refuse(name, f"is a {type(data).__name__}")
@@ -137,7 +155,7 @@ class Records:
 
 def _first(data: Any) -> str:
     """What to call the first record of a file that is built otherwise."""
-    return f"record {next(iter(data))}" if isinstance(data, dict) and data else "record 0"
+    return f"record {next(iter(data))[:80]}" if isinstance(data, dict) and data else "record 0"
 
 
 def _guess(data: Any) -> str:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import re
+import reprlib
 from functools import partial
-from typing import Any
 
-from radio.errors import DataError, did_you_mean
+from pydantic import TypeAdapter
+
+from radio.errors import DataError, did_you_mean, shown
+from radio.io import validate
 
 from ..prompts import choose
 from .exam import Exam, Grouping, Question, TaskFiles
 from .records import Records, Row, read_json
 
 LETTERS = "ABCDE"
+_SPLITS = TypeAdapter(dict[str, list[int | str]])
+_SPLITS_LAYOUT = "ScienceQA's splits, {test: [ids], …}"
 _LAYOUT = "{id: {question, choices, answer, hint, image}}"
-_BEGINS = re.compile(rf"([{LETTERS}])\. ")
-_SAYS = re.compile(r"The answer is ([A-Z])\.")
+_SAYS = re.compile(r"The answer is ([A-Z]).")  # any sign behind the letter: so LLaVA's evaluation has it
 _YOUNG = frozenset(f"grade{number}" for number in range(1, 7))
 
 
@@ -53,14 +58,16 @@ def read(files: TaskFiles) -> Exam:
 
 
 def letter(answer: str) -> str | None:
-    """The letter that an answer chooses: `B`, `B. blue`, or `The answer is B.` once in it; else None."""
-    said = answer.strip()
-    if said in tuple(LETTERS):
-        return said
-    begins = _BEGINS.match(said)
-    if begins:
-        return begins.group(1)
-    found = _SAYS.findall(said)
+    """Find the letter that an answer chooses, by LLaVA's rule on the text as it is; None where it does not.
+
+    It is the whole text, or its first letter before a full stop and a blank, or what follows "The answer is "
+    where one capital does, any sign behind it.
+    """
+    if answer in tuple(LETTERS):
+        return answer
+    if answer[:1] in tuple(LETTERS) and answer[1:3] == ". ":
+        return answer[0]
+    found = _SAYS.findall(answer)
     return str(found[0]) if len(found) == 1 else None
 
 
@@ -71,12 +78,11 @@ def _mark(truth: int, count: int, answer: str) -> float:
 
 def _ids(files: TaskFiles, split: str) -> list[str]:
     assert files.splits is not None
-    data: Any = read_json(files.splits, "ScienceQA's splits")
-    if not isinstance(data, dict) or not all(isinstance(ids, list) for ids in data.values()):
-        raise DataError(f"{files.splits}: wanted ScienceQA's splits, {{test: [ids], …}}")
+    data = validate(_SPLITS, read_json(files.splits), f"{shown(files.splits)} (wanted {_SPLITS_LAYOUT})")
     if split not in data:
         raise DataError(
-            f"{files.splits}: has no split {split!r}; there are {', '.join(data)}{did_you_mean(split, data)}"
+            f"{shown(files.splits)}: has no split {split!r}; there are "
+            f"{', '.join(map(shown, list(data)[:20]))}{did_you_mean(split, data)}"
         )
     return list(dict.fromkeys(str(pid) for pid in data[split]))
 
@@ -85,7 +91,7 @@ def _question(records: Records, row: Row, split: str, files: TaskFiles) -> Quest
     text = records.get(row, "question", str)
     prompt = choose(text, records.texts(row, "choices"), records.get(row, "hint", str).strip())
     folder = str(row.data.get("split") or split.removeprefix("mini"))
-    if files.images is not None and not (files.images / folder).is_dir():
+    if files.images is not None and not os.path.isdir(files.images / folder):  # noqa: PTH112 (never raises)
         folder = ""  # the split's own folder was given
     image = "/".join(part for part in (folder, row.key, records.get(row, "image", str)) if part)
     return Question(row.key, image, text, prompt)
@@ -95,7 +101,9 @@ def _answer(records: Records, row: Row) -> tuple[int, int]:
     """The place of the right choice, and how many there are."""
     choices, answer = records.texts(row, "choices"), records.get(row, "answer", int)
     if not 0 <= answer < len(choices) or len(choices) > len(LETTERS):
-        raise records.refuse(row.name, f"its 'answer' is {answer}, and it has {len(choices)} choices")
+        raise records.refuse(
+            row.name, f"its 'answer' is {reprlib.repr(answer)}, and it has {len(choices)} choices"
+        )
     return answer, len(choices)
 
 

@@ -82,9 +82,12 @@ def _tokens(
 
 def _read_tokens(path: Path) -> Mapping[str, tuple[str, ...]]:
     records = Records(path, "OCR tokens", _OCR_LAYOUT)
-    return {
-        records.get(row, "image_id", str): records.texts(row, "ocr_tokens") for row in records.listed("data")
-    }
+    found: dict[str, tuple[str, ...]] = {}
+    for row in records.listed("data"):
+        image, tokens = records.get(row, "image_id", str), records.texts(row, "ocr_tokens")
+        if found.setdefault(image, tokens) != tokens:
+            raise records.refuse(row.name, f"gives {image} other tokens than an earlier record")
+    return found
 
 
 def _split(files: TaskFiles, records: Records, rows: Sequence[Row]) -> str:

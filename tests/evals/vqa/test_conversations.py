@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,12 @@ def test_records_are_read_with_and_without_a_picture(make_row: Row, write_json: 
             make_row("3", None, "Hello?", "Hi."),
         ]
     )
-    assert read_records(path, there) == [
+    assert read_records(path, there).records == [
         Record("1", "a.png", (Turn("What?", "A cat."), Turn("Where?", "Here."))),
         Record("2", "a.png", (Turn("Which colour?", "red"),)),
         Record("3", None, (Turn("Hello?", "Hi."),)),
     ]
-    assert [record.id for record in read_records(path, there, limit=2)] == ["1", "2"]
+    assert [record.id for record in read_records(path, there, limit=2).records] == ["1", "2"]
 
 
 @pytest.mark.parametrize(
@@ -66,8 +67,8 @@ def test_what_cannot_be_used_is_named(
 
 def test_roles_out_of_order(make_row: Row, write_json: Save) -> None:
     bad = make_row("7", None, "What?", "A")
-    bad["conversations"].reverse()
-    with pytest.raises(DataError, match=r"record 0 \(id 7\): roles out of order: turn 0 is from 'gpt'"):
+    bad["conversations"] = [bad["conversations"][place] for place in (0, 1, 1)]
+    with pytest.raises(DataError, match=r"record 0 \(id 7\): roles out of order: turn 2 is from 'gpt'"):
         read_records(write_json([bad]), there)
     bad["conversations"][0]["from"] = "system"
     with pytest.raises(DataError, match=r"a turn is from 'system'; wanted 'human' or 'gpt'"):
@@ -77,10 +78,13 @@ def test_roles_out_of_order(make_row: Row, write_json: Save) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ({}, "wanted a list of LLaVA records with one or more, got an empty dict"),
+        ({}, r"line 1 \(id None\): wanted an object with a list 'conversations', got an empty dict"),
         ([], "got an empty list"),
         ([3], r"record 0 \(id None\): wanted an object with a list 'conversations', got a int"),
-        ([{"conversations": [{"from": "human"}]}], "every turn is {'from': 'human' or 'gpt'"),
+        (
+            [{"conversations": [{"from": "human"}]}],
+            r"'conversations': \[{'from', 'value'}\]}: conversations\[0\].value: field required",
+        ),
         (
             [
                 {
@@ -88,7 +92,7 @@ def test_roles_out_of_order(make_row: Row, write_json: Save) -> None:
                     "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}],
                 }
             ],
-            "'image' is a int; wanted the name of one file",
+            "image: input should be a valid string, got 3",
         ),
     ],
 )
@@ -97,11 +101,60 @@ def test_other_json_is_refused(write_json: Save, rows: Any, message: str) -> Non
         read_records(write_json(rows), there)
 
 
+def test_one_record_a_line_and_what_others_write(make_row: Row, tmp_path: Path) -> None:
+    rows = [
+        make_row("1", "a.png", "<image>\nWhat?", "A cat."),
+        make_row("2", None, "Où?", "Là\u2028bas \ud83d"),
+    ]
+    rows[0]["id"] = 1  # a number
+    rows[1]["id"] = None
+    lines = "".join(json.dumps(row) + "\r\n" for row in rows)
+    wanted = [
+        Record("1", "a.png", (Turn("What?", "A cat."),)),
+        Record("1", None, (Turn("Où?", "Là\u2028bas \ufffd"),)),  # half an emoji
+    ]
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        (tmp_path / "data.jsonl").write_text(lines, encoding=encoding)
+        assert read_records(tmp_path / "data.jsonl", there).records == wanted
+    fingerprint(wanted)
+
+
+def test_an_answer_before_the_first_question_is_left_out(make_row: Row, write_json: Save) -> None:
+    early = make_row("2", "a.png", "<image>\nWhat?", "A cat.")
+    early["conversations"].insert(0, {"from": "gpt", "value": "I am ready."})
+    good = make_row("1", None, "Hello?", "Hi.")
+    path = write_json([good, early])
+    records, notes = read_records(path, there)
+    assert records == [
+        Record("1", None, (Turn("Hello?", "Hi."),)),
+        Record("2", "a.png", (Turn("What?", "A cat."),)),
+    ]
+    (note,) = notes
+    assert note == (
+        "1 of the 2 conversations of data.json begin with an answer, which was left out as LLaVA does; "
+        "the first is record 1 (id 2)"
+    )
+
+
+def test_a_few_records_that_cannot_be_used_are_left_out(make_row: Row, write_json: Save) -> None:
+    rows = [make_row(f"{n}", None, "Hello?", "Hi.") for n in range(99)]
+    path = write_json([*rows[:50], make_row("empty", None, "Hello?", " "), *rows[50:]])
+    records, notes = read_records(path, there)
+    assert [record.id for record in records] == [f"{n}" for n in range(99)]
+    (note,) = notes
+    assert note == (
+        "1 of the 100 records of data.json cannot be used and were left out; the first is record 50 "
+        "(id empty): the answer in turn 1 is empty"
+    )
+    with pytest.raises(DataError, match=r"record 50 \(id empty\): the answer in turn 1 is empty"):
+        read_records(path, there, max_error_fraction=0.009)
+
+
 def test_files_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such file of conversations"):
+    with pytest.raises(DataError, match="no such file"):
         read_records(tmp_path / "absent.json", there)
     (tmp_path / "part.json").write_text('[{"id"')
-    with pytest.raises(DataError, match="not a JSON file, or a part of one"):
+    with pytest.raises(DataError, match="is not JSON"):
         read_records(tmp_path / "part.json", there)
 
 

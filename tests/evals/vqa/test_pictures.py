@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import tarfile
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,3 +82,52 @@ def test_a_padded_source_is_another_source(folder: Path) -> None:
     assert padded.read(0).shape == (3, 22, 22)
     assert padded.keys == source.keys and padded.labels.tolist() == [0] and padded.classes == ("",)
     assert padded.fingerprint != source.fingerprint
+
+
+def test_no_name_leads_out_of_the_folder(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret.png").write_bytes((folder / "a.png").read_bytes())
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    pictures = Pictures(folder)
+    for name in (
+        "../secret.png",
+        str(tmp_path / "secret.png"),
+        "deep/../../secret.png",
+        "a\0.png",
+        "x" * 5000,
+    ):
+        assert name not in pictures
+    assert "link.png" in pictures and "./a.png" in pictures and "deep" not in pictures
+
+
+@pytest.mark.parametrize("stored", ["NFC", "NFD"])
+def test_accents_in_either_form(
+    stored: Any, tmp_path: Path, png: Callable[[int, int], bytes], make_shard: Callable[..., Path]
+) -> None:
+    name = unicodedata.normalize(stored, "é.png")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / name).write_bytes(png(0, 0))
+    shard = make_shard(tmp_path / "images.tar", [(name, png(0, 0))])
+    for form in ("NFC", "NFD"):
+        asked = unicodedata.normalize(form, "é.png")
+        assert asked in Pictures(tmp_path / "images") and asked in Pictures(shard)
+        assert Pictures(tmp_path / "images").source([asked]).read(0).shape[0] == 3
+
+
+def test_tar_files_that_are_damaged(tmp_path: Path, png: Callable[[int, int], bytes]) -> None:
+    def headers(*sizes: int) -> Path:
+        path = tmp_path / "images.tar"
+        with path.open("wb") as file:
+            for number, size in enumerate(sizes):
+                member = tarfile.TarInfo(f"{number % 2}.png")
+                member.size = size
+                file.write(member.tobuf(tarfile.GNU_FORMAT))
+                file.write(bytes(512))
+        return path
+
+    for sizes, message in (
+        ((10, -512), r"1\.png is said to have -512 bytes"),
+        ((10, 10**15), r"1\.png is said to have 1000000000000000 bytes"),
+        ((10, 10, 10), r"holds 0\.png twice"),
+    ):
+        with pytest.raises(DataError, match=message):
+            _ = "0.png" in Pictures(headers(*sizes))

@@ -35,8 +35,8 @@ def test_answers_are_true_and_not_told_before() -> None:
 def test_the_files_are_llavas_and_are_written_once(tmp_path: Path) -> None:
     write_mix(tmp_path, Mix(count=3))
     pictures = Pictures(tmp_path / IMAGES)
-    captions = read_records(tmp_path / PRETRAIN, pictures.__contains__)
-    talks = read_records(tmp_path / INSTRUCT, pictures.__contains__)
+    captions = read_records(tmp_path / PRETRAIN, pictures.__contains__).records
+    talks = read_records(tmp_path / INSTRUCT, pictures.__contains__).records
     assert len(captions) == 3 and len(talks) > 15
     assert {record.image for record in talks} - {None} == {record.image for record in captions}
     assert 0 < sum(record.image is None for record in talks) <= len(talks) / 8

@@ -36,14 +36,23 @@ def opened(tmp_path: Path, problems: Any, splits: Any = None, **files: Any) -> E
     ("answer", "chosen"),
     [
         ("B", "B"),
-        (" B\n", "B"),
+        (" B", None),  # LLaVA looks at the text as it is
+        ("B\n", None),
+        (" B. blue", None),
         ("B. blue", "B"),
-        ("E. ", None),  # nothing behind the blank, once blanks around it are gone
+        ("E. ", "E"),
+        ("E.\n", None),
         ("E. x", "E"),
         ("It is dark. The answer is B.", "B"),
         ("The answer is B. The answer is C.", None),
         ("The answer is B. The answer is B.", None),
         ("The answer is B", None),
+        ("The answer is B\n", None),
+        ("The answer is B!", "B"),
+        ("The answer is B, not C.", "B"),
+        ("The answer is Blue.", "B"),  # so LLaVA's pattern has it: any sign behind the letter
+        ("The answer is F.", "F"),
+        ("The answer is B! The answer is B?", None),
         ("the answer is B.", None),
         ("F", None),
         ("F. other", None),
