@@ -7,14 +7,13 @@ the import path would silently replace the trainer, so both are located, without
 from __future__ import annotations
 
 import contextlib
-import errno
 import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import RadioError, ShadowedPackageError, shown
+from .errors import ShadowedPackageError, one_line
 
 OK, USAGE, INTERRUPTED = 0, 2, 130
 _GUARDED = ("evals", "train")
@@ -74,39 +73,14 @@ def _run(module: str, argv: Sequence[str] | None) -> int:
         check_not_shadowed()
         # By name, since the layers let nothing in radio import train or evals.
         code: int = importlib.import_module(module).main(argv)
-    except RadioError as error:
-        return _tell(str(error))
-    except OSError as error:
-        return _tell(_of_the_system(error))
-    except MemoryError as error:
-        return _tell(f"not enough memory{f' ({error})' if str(error) else ''}; take less at once")
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
+            raise
+        with contextlib.suppress(OSError):  # whoever read our stderr may have gone
+            sys.stderr.write(f"error: {line}\n")
+        return USAGE
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; what is done is kept: the same command goes on from there\n")
         return INTERRUPTED
     return code
-
-
-def _tell(message: str) -> int:
-    """Print an error on one line; the exit code."""
-    with contextlib.suppress(OSError):  # whoever read our stderr may have gone
-        sys.stderr.write(f"error: {shown(' '.join(message.split()))}\n")
-    return USAGE
-
-
-def _of_the_system(error: OSError) -> str:
-    """What the system refused, the file first: 'runs/x/report.html: No space left on device'."""
-    reason = error.strerror or str(error) or type(error).__name__
-    names = [str(name) for name in (error.filename2 or error.filename,) if name is not None]
-    remedy = {
-        errno.ENOSPC: "free some space and run the same command again",
-        errno.EDQUOT: "free some of your quota and run the same command again",
-        errno.EROFS: "choose a folder that can be written",
-        errno.EACCES: "choose a place that you may read and write",
-        errno.EPERM: "choose a place that you may read and write",
-        errno.ENAMETOOLONG: "choose a shorter name",
-        errno.ENOTDIR: "one part of the path is a file; choose another path",
-        errno.EISDIR: "it is a folder; choose another name",
-        errno.EEXIST: "something of that name stands there; choose another name",
-        errno.EMFILE: "too many files are open; raise ulimit -n, or take fewer --workers",
-    }.get(error.errno or 0, "")
-    return f"{': '.join([*names, reason])}{f'; {remedy}' if remedy else ''}"

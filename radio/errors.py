@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
+import re
 from collections.abc import Iterable
 from types import ModuleType
+
+_NO_MEMORY = re.compile("can't allocate memory|out of memory|Unable to allocate")  # torch's, CUDA's, NumPy's
+_REMEDIES = {
+    errno.ENOSPC: "free some space and run the same command again",
+    errno.EDQUOT: "free some of your quota and run the same command again",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "choose a place that you may read and write",
+    errno.EPERM: "choose a place that you may read and write",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTDIR: "one part of the path is a file; choose another path",
+    errno.EISDIR: "it is a folder; choose another name",
+    errno.EEXIST: "something of that name stands there; choose another name",
+    errno.EMFILE: "too many files are open; raise ulimit -n, or take fewer --workers",
+}
 
 
 class RadioError(ValueError):
@@ -51,6 +67,27 @@ def shown(value: object) -> str:
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in str(value)
     )
+
+
+def one_line(error: BaseException) -> str | None:
+    """Say an error that a user can act on in one line; None for our own slips, which keep their traceback."""
+    if isinstance(error, RadioError):
+        return shown(" ".join(str(error).split()))
+    if isinstance(error, OSError):
+        return shown(_of_the_system(error))
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
+        words = re.search(r"[Tt]ried to allocate [\d.]+ \w+", str(error))
+        much = f" ({words[0].lower()})" if words else ""
+        return f"not enough memory{much}; take less at once, or a smaller model"
+    return None
+
+
+def _of_the_system(error: OSError) -> str:
+    """Say what the system refused, the file first: `report.html: No space left on device`."""
+    reason = error.strerror or str(error) or type(error).__name__
+    names = [str(name) for name in (error.filename2 or error.filename,) if name is not None]
+    remedy = _REMEDIES.get(error.errno or 0, "")
+    return f"{': '.join([*names, reason])}{f'; {remedy}' if remedy else ''}"
 
 
 def require(module: str, *, extra: str) -> ModuleType:

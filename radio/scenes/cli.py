@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from annotated_types import Le
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from radio.errors import RadioError
+from radio.config import Workers, check
+from radio.errors import RadioError, one_line, shown
 
 from .layouts import ScenesSettings, write
 
@@ -25,15 +27,15 @@ class Arguments:
     """The folder to write; it must not hold anything else."""
     layout: Annotated[str, tyro.conf.arg(aliases=["-l"])] = "image-folder"
     """image-folder, webdataset, ade20k, coco or llava."""
-    count: int = 2000
+    count: Annotated[int, Le(100_000_000)] = 2000
     """Training scenes; a multiple of 60 holds every class equally often."""
-    val_count: int | None = None
+    val_count: Annotated[int, Le(100_000_000)] | None = None
     """Validation scenes; a tenth of the count unless given, 0 for none."""
     size: int = 96
     """The pictures' side in pixels, 32 to 1024."""
     seed: int = 0
     """Another seed is another world; training and validation never share scenes."""
-    workers: int = 1
+    workers: Workers = 1
     """Processes; the bytes written do not depend on it."""
 
 
@@ -49,15 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         size=arguments.size,
     )
     try:
+        check(arguments)
         written = _write(arguments, settings, console)
-    except (RadioError, OSError) as error:
-        console.print(f"error: {error}", markup=False, highlight=False)
+    except (RadioError, OSError, MemoryError) as error:
+        console.print(f"error: {one_line(error)}", markup=False, highlight=False)
         return 2
     said = "wrote" if written else "already there:"
-    summary = (
-        f"{said} {settings.count} + {settings.val_count} scenes, layout {settings.layout}: {arguments.out}"
-    )
-    console.print(summary, markup=False, highlight=False)
+    summary = f"{said} {settings.count} + {settings.val_count} scenes, layout {settings.layout}: "
+    console.print(summary + shown(arguments.out), markup=False, highlight=False)
     return 0
 
 

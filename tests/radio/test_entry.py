@@ -120,6 +120,31 @@ def test_a_user_error_is_one_line_and_code_2(
     assert capsys.readouterr() == ("", "error: no such file x.pt\n")
 
 
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(28, "No space left on device", "a/x.html"), "a/x.html: No space left on device; free"),
+        (PermissionError(13, "Permission denied", "x"), "x: Permission denied; choose a place that you may"),
+        (OSError(5, "Input/output error", "t", None, "new"), "new: Input/output error"),
+        (MemoryError(), "not enough memory; take less at once"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 512 bytes. Error"),
+         "not enough memory (tried to allocate 512 bytes)"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB"), "(tried to allocate 20.00 gib)"),
+        (ConfigError("a\x1b[31m\u2028b\ud83d"), r"a\x1b[31m b\ud83d"),
+    ],
+)  # fmt: skip
+def test_what_the_system_or_the_memory_refuses_is_one_line_too(
+    error: Exception, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(argv: Sequence[str] | None) -> int:
+        raise error
+
+    _cli(monkeypatch, main)
+    assert entry.evaluate([]) == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith("error: ") and line in told
+
+
 def test_an_interrupt_is_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def main(argv: Sequence[str] | None) -> int:
         raise KeyboardInterrupt
