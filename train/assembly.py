@@ -20,6 +20,7 @@ from radio.types import Student, Teacher, Windowed
 
 from .balancing import check_balance
 from .config import TeacherConfig, TrainConfig
+from .parallel import check_shardable
 from .partition import Partition, make_partition
 from .pictures import Described
 
@@ -78,6 +79,11 @@ def check_settings(config: TrainConfig, world: int) -> None:
         raise ConfigError(f"--ema {config.ema} cannot be; give a decay below 1, or 0 for none")
     students[config.student]  # an unknown name raises here, with the nearest ones
     check_balance(config)
+    if config.engine == "fsdp":
+        facts = {t.name: TeacherFacts("", (1, 1), 1, 1) for t in config.teachers}
+        described = model_config(config, facts)
+        with torch.device("meta"):
+            check_shardable(RadioModel(described).student)
     deal(config, world)
 
 

@@ -172,7 +172,10 @@ class Learner:
         if drawn is None:
             return None
         rows = self.partition.rows(group, self.group.rank)
-        return drawn[rows.start : rows.stop].to(self.device)
+        share = drawn[rows.start : rows.stop]
+        if self.device.type == "cuda":  # from pinned memory the copy waits for nothing
+            share = share.pin_memory()
+        return share.to(self.device, non_blocking=True)
 
 
 def may_go_abreast(

@@ -40,9 +40,10 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> GuardedAdamW:
 
     Weights that are spread over the ranks lie apart from those that are not, as torch's kernels want it.
     """
+    exempt = exempt_from_decay(model)
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        kept = parameter.ndim < 2 or name.rsplit(".", 1)[-1] in _UNDECAYED
+        kept = parameter.ndim < 2 or name.rsplit(".", 1)[-1] in _UNDECAYED or name in exempt
         groups.setdefault((isinstance(parameter, DTensor), kept), []).append(parameter)
     settings = [
         {"params": groups[key], "weight_decay": 0.0 if key[1] else config.weight_decay}
@@ -57,6 +58,16 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> GuardedAdamW:
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
     return optimizer
+
+
+def exempt_from_decay(model: nn.Module) -> set[str]:
+    """Collect what networks themselves exempt: timm's `no_weight_decay`, as of relative positions."""
+    found = set()
+    for prefix, module in model.named_modules():
+        exempt = getattr(module, "no_weight_decay", None)
+        if callable(exempt):
+            found |= {f"{prefix}.{name}" if prefix else name for name in exempt()}
+    return found
 
 
 def moments(optimizer: GuardedAdamW, model: nn.Module) -> dict[str, Tensor]:

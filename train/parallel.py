@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, final
 
 import torch
 import torch.distributed as distributed
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -16,7 +17,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from evals.core.dist import Group, joined
-from radio.types import Features
+from radio.errors import ConfigError
+from radio.types import Features, Student
 
 from .config import TrainConfig
 from .partition import Partition
@@ -81,10 +83,8 @@ class Engine:
         self.group, self.peers, self.scale = group, peers, group.world / len(peers.ranks)
         student = distiller.model.student
         assert isinstance(student, nn.Module)  # as RadioModel makes sure
-        if (
-            group.world > 1 and device.type == "cuda"
-        ):  # on a CPU there is no such kernel: each rank's own batch
-            nn.SyncBatchNorm.convert_sync_batchnorm(student)
+        if device.type == "cuda":  # on a CPU there is no such kernel: each rank's own batch
+            synchronise_norms(student, peers)
         if config.compile:
             for module in blocks_of(student) or [student]:
                 module.forward = torch.compile(module.forward)
@@ -150,6 +150,43 @@ class Engine:
             distributed.all_reduce(flat, group=self.peers.process_group)
         parts = flat.split([grad.numel() for grad in grads])
         torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads, strict=True)])
+
+
+def synchronise_norms(student: nn.Module, peers: Peers) -> None:
+    """Let batch norms take their statistics over the ranks that see images of one group; in place.
+
+    timm's converter, and not torch's, which would lose the activation inside timm's `BatchNormAct2d`.
+    """
+    if len(peers.ranks) > 1:
+        convert_sync_batchnorm(student, peers.process_group)
+
+
+def check_shardable(student: Student) -> None:
+    """Refuse a student that FSDP2 cannot spread over the ranks, before anything is loaded.
+
+    Raises:
+        ConfigError: a weight that is a single number or empty; names it.
+    """
+    assert isinstance(student, nn.Module)  # as RadioModel makes sure
+    for name, weight in student.named_parameters():
+        if weight.ndim == 0 or weight.numel() == 0:
+            what = "a single number" if weight.ndim == 0 else "empty"
+            raise ConfigError(
+                f"--engine fsdp cannot shard this student: its weight {name} is {what}; take --engine ddp"
+            )
+
+
+def check_started(config: TrainConfig) -> None:
+    """Refuse to shard without the ranks that torchrun starts.
+
+    Raises:
+        ConfigError: the run shards its student, and there is no group of ranks.
+    """
+    if config.engine == "fsdp" and not distributed.is_initialized():
+        raise ConfigError(
+            "--engine fsdp shards the student over ranks, and this process was started alone; "
+            "start it with torchrun --nproc-per-node GPUS, or leave --engine out"
+        )
 
 
 def is_half(config: TrainConfig, device: torch.device) -> bool:

@@ -22,7 +22,7 @@ class Times(NamedTuple):
     """Seconds a step."""
 
     phases: dict[str, float]
-    groups: dict[str, float]  # that one rank of the group is busy for it, waiting for nobody
+    groups: dict[str, float]  # that one rank is busy for the group; moments of several are shared out
 
     def record(self) -> dict[str, float]:
         """The figures under their names in the log."""
@@ -39,12 +39,39 @@ class _Span(NamedTuple):
     end: Any
 
 
+class Busy(NamedTuple):
+    """A stretch of time in which a rank works for a group."""
+
+    group: str
+    start: float  # seconds from anywhere
+    end: float
+
+
+def busy_seconds(stretches: Sequence[Busy]) -> dict[str, float]:
+    """Share out the time that is covered by any stretch: each moment evenly to the groups at work in it."""
+    seconds = {each.group: 0.0 for each in stretches}
+    edges = sorted(
+        [(each.start, 1, each.group) for each in stretches]
+        + [(each.end, -1, each.group) for each in stretches]
+    )
+    depth = dict.fromkeys(seconds, 0)
+    before = 0.0
+    for now, step, group in edges:
+        if working := [name for name in depth if depth[name]]:
+            for name in working:
+                seconds[name] += (now - before) / len(working)
+        depth[group] += step
+        before = now
+    return seconds
+
+
 @final
 class Stopwatch:
     """Times what happens inside `time`, in whichever thread.
 
-    Where teachers work ahead in a thread of their own, or groups go abreast, phases overlap, and add up to
-    more than the step.
+    Where teachers work ahead in a thread (and on a stream) of their own, or groups go abreast, phases
+    overlap, and add up to more than the step. A group's seconds count no moment twice: what overlaps is
+    shared evenly by the groups at work, so that all groups of a rank add up to the time that it is busy.
     What the ranks exchange during a backward counts as communication from the moment when this rank has its
     last gradient (DDP; FSDP2 exchanges all through forward and backward, which is not told apart).
 
@@ -56,6 +83,7 @@ class Stopwatch:
     def __init__(self, device: torch.device, last: Iterable[nn.Parameter] = ()) -> None:
         on_gpu = device.type == "cuda"
         self._now: Callable[[], Any] = _event if on_gpu else time.perf_counter
+        self._origin: Any = None  # of the time line that spans of all threads and streams lie on
         self._between: Callable[[Any, Any], float] = _elapsed if on_gpu else lambda start, end: end - start
         self._spans: list[_Span] = []
         self._waited = 0.0
@@ -83,15 +111,18 @@ class Stopwatch:
         """The means over the steps since the last reading, which this ends; the only host sync."""
         spans, self._spans = self._spans, []
         phases: dict[str, float] = dict.fromkeys(PHASES, 0.0)
-        groups: dict[str, float] = {}
+        busy: list[Busy] = []
+        if self._origin is None and spans:
+            self._origin = spans[0].start
         for span in spans:
-            seconds = self._between(span.start, span.end) / steps
-            phases[span.phase] += seconds
+            seconds = self._between(span.start, span.end)
+            phases[span.phase] += seconds / steps
             if span.group and span.phase in _BUSY:
-                groups[span.group] = groups.get(span.group, 0.0) + seconds
+                start = self._between(self._origin, span.start)
+                busy.append(Busy(span.group, start, start + seconds))
         phases["data"] += self._waited / steps
         self._waited = 0.0
-        return Times(phases, groups)
+        return Times(phases, {group: seconds / steps for group, seconds in busy_seconds(busy).items()})
 
     def _note(self, weight: Tensor) -> None:
         self._ready = self._now()

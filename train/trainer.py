@@ -42,6 +42,7 @@ from .guards import Guard
 from .learner import Learner
 from .log import Log, open_log
 from .metrics import Meters
+from .parallel import check_started
 from .partition import TeacherGroup
 from .pictures import Joined, open_pictures
 from .preempt import Preemption
@@ -74,6 +75,7 @@ class Run:
         restart: bool = False,
     ) -> None:
         check_settings(config, group.world)
+        check_started(config)
         self.config, self.group, self.device, self.console = config, group, device, console
         self.partition = deal(config, group.world)
         self.mine = self.partition.of(group.rank)
@@ -148,7 +150,7 @@ class Run:
             self.evaluate(log)
         self.pace.clock.read()
         with ProgressConsole(self.console, config.recipe, config.steps, self.step) as bar:
-            for batch in ahead(self.batches()) if self.overlaps else self.batches():
+            for batch in ahead(self.batches(), self.device) if self.overlaps else self.batches():
                 self.advance(batch)
                 self.step += 1
                 if self._due(config.log_every):

@@ -59,6 +59,8 @@ def choose_device(name: str) -> torch.device:
     if not available:
         raise ConfigError(f"device {name} was asked for, and torch sees no GPU; use --device cpu")
     local = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.device_count() == 1:  # the launcher shows every rank a GPU of its own
+        local = 0
     return torch.device(name if ":" in name else f"cuda:{local}")
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from radio.adaptors import AdaptorConfig
-from radio.model import ModelConfig, build
+from radio.model import ModelConfig, RadioModel, build
 from radio.students import StudentOptions
 from train.config import OptimConfig
-from train.optim import learning_rate, make_optimizer
+from train.optim import exempt_from_decay, learning_rate, make_optimizer
 
 
 def names_by_decay(model: nn.Module, config: OptimConfig) -> tuple[set[str], set[str]]:
@@ -37,6 +37,24 @@ def test_norms_biases_tokens_and_positions_do_not_decay(stem: str) -> None:
     assert norms <= free
     assert decayed == matrices
     assert decayed | free == {name for name, _ in model.named_parameters()}
+
+
+def test_what_timm_exempts_does_not_decay() -> None:
+    named = {
+        "timm:vit_tiny_patch16_224": {"cls_token", "pos_embed"},
+        "timm:mvitv2_tiny": {"rel_pos_h", "rel_pos_w"},
+        "timm:swinv2_tiny_window8_256": {"cpb_mlp", "logit_scale"},
+        "timm:maxvit_nano_rw_256": {"rel_pos"},
+    }
+    for student, words in named.items():
+        with torch.device("meta"):
+            model = RadioModel(ModelConfig(student=student))
+        exempt = exempt_from_decay(model)
+        names = {name for name, weight in model.named_parameters() if any(word in name for word in words)}
+        assert exempt & {name for name, _ in model.named_parameters()} == names != set(), student
+    model = build(ModelConfig(student="timm:vit_tiny_patch16_224"), 0)
+    _, free = names_by_decay(model, OptimConfig(weight_decay=0.3))
+    assert {"student.trunk.network.pos_embed", "student.trunk.network.cls_token"} <= free
 
 
 def test_decay_shrinks_matrices_alone() -> None:

@@ -15,19 +15,22 @@ import torch
 from rich.console import Console
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from evals.core.dist import Group
 from radio import checkpoint
 from radio.config import write_yaml
+from radio.errors import ConfigError
 from radio.model import build
 from radio.resample import resize_images
-from radio.students import StudentOptions
-from train.assembly import load_teachers, model_config, teacher_sizes
+from radio.students import StudentOptions, students
+from radio.students.timm import TABLE_6
+from train.assembly import check_settings, load_teachers, model_config, teacher_sizes
 from train.batches import Batch
 from train.config import TrainConfig
 from train.crops import random_view
 from train.losses import teacher_losses
-from train.parallel import join
+from train.parallel import Peers, join, synchronise_norms
 from train.pictures import open_pictures
 from train.sampling import generator, picture_at, seed_of
 from train.trainer import Run
@@ -68,6 +71,61 @@ def test_two_ranks_give_the_losses_of_one(config: TrainConfig, start: Start, tmp
     weights = [checkpoint.load(tmp_path / out / "ckpt.pt").tensors for out in ("one", "two")]
     for name, tensor in weights[0].items():
         assert torch.allclose(tensor, weights[1][name], atol=1e-4), name
+
+
+NORMED = ("efficientnetv2_s", "resnetv2_101", "regnety_064", "efficientvit_l1", "maxvit_base_tf_224")
+
+
+@pytest.mark.parametrize("name", [name for name in TABLE_6 if name not in NORMED])
+def test_the_other_networks_of_the_table_have_no_norms_to_synchronise(name: str) -> None:
+    with torch.device("meta"):
+        student = students[f"timm:{name}"](StudentOptions())
+    assert isinstance(student, torch.nn.Module)
+    assert not any(isinstance(module, _BatchNorm) for module in student.modules())
+
+
+@pytest.mark.parametrize("name", [*NORMED[:-1], pytest.param(NORMED[-1], marks=pytest.mark.slow)])
+def test_synchronised_norms_are_the_same_network(name: str) -> None:
+    torch.manual_seed(0)
+    student = students[f"timm:{name}"](StudentOptions(image_size=64 if name.startswith("maxvit") else None))
+    assert isinstance(student, torch.nn.Module)
+    for norm in (module for module in student.modules() if isinstance(module, _BatchNorm)):
+        torch.nn.init.uniform_(norm.bias, -0.5, 0.5)  # so that an activation makes a difference
+    side = student.native_size[0] if student.fixed else 64
+    images = torch.rand(1, 3, side, side)
+    plain = sum(isinstance(module, _BatchNorm) for module in student.modules())
+    with torch.inference_mode():
+        before = student.eval()(images)
+        synchronise_norms(student, Peers((0, 1), None, (0,)))
+        after = student(images)
+    assert sum(isinstance(module, torch.nn.SyncBatchNorm) for module in student.modules()) == plain
+    assert torch.equal(before.tokens, after.tokens)
+    assert torch.equal(before.summary, after.summary)
+
+
+def test_norms_take_their_statistics_over_the_group_and_no_further() -> None:
+    def convert(ranks: tuple[int, ...], group: object) -> torch.nn.Module:
+        network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+        synchronise_norms(network, Peers(ranks, group, (0,)))  # type: ignore[arg-type]
+        return network[1]
+
+    group = object()
+    shared = convert((2, 3), group)
+    assert isinstance(shared, torch.nn.SyncBatchNorm)
+    assert shared.process_group is group
+    assert type(convert((1,), None)) is torch.nn.BatchNorm2d  # alone with its teachers: its own batch
+
+
+def test_what_fsdp_cannot_shard_is_refused_before_anything_is_loaded(
+    config: TrainConfig, start: Start
+) -> None:
+    scalars = replace(config, student="timm:dm_nfnet_f0", resolution=32, engine="fsdp")
+    with pytest.raises(ConfigError, match=r"its weight \S+gain is a single number; take --engine ddp"):
+        check_settings(scalars, 2)
+    check_settings(replace(config, engine="fsdp"), 2)
+    check_settings(replace(scalars, engine="ddp"), 2)
+    with pytest.raises(ConfigError, match="this process was started alone; start it with torchrun"):
+        start(config, engine="fsdp")
 
 
 PARTITIONED = (

@@ -59,6 +59,22 @@ def test_phases_and_groups(hand: Hand) -> None:
     assert times.record()["seconds/clip"] == 12.0
 
 
+def test_no_moment_counts_twice_for_the_groups(hand: Hand) -> None:
+    watch = Stopwatch(CPU)
+    with watch.time("teachers", "sam"):
+        hand.now += 1.0
+        with watch.time("forward", "clip"):  # of the step before, beside the teachers of the next
+            hand.now += 2.0
+        with watch.time("backward", "sam"):
+            hand.now += 4.0
+    with watch.time("backward", "clip"):
+        hand.now += 8.0
+    times = watch.read(1)
+    assert (times.phases["teachers"], times.phases["forward"], times.phases["backward"]) == (7.0, 2.0, 12.0)
+    assert times.groups == {"sam": 1.0 + 2.0 / 2 + 4.0, "clip": 2.0 / 2 + 8.0}
+    assert sum(times.groups.values()) == 15.0  # as the clock went
+
+
 def test_what_comes_after_the_last_gradient_is_communication(hand: Hand) -> None:
     layers = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
 
