@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -14,9 +16,9 @@ import pytest
 
 from radio.errors import ConfigError
 from train.config import DataConfig
-from train.data import shards as module
+from train.data import remote as module
 from train.data.faults import ShardError
-from train.data.shards import expand, is_picture, open_shard, outline
+from train.data.shards import expand, is_picture, open_shard, outline, runs_program
 
 from .conftest import follow, pack, pack_pictures, settings
 
@@ -27,9 +29,15 @@ class Handler(BaseHTTPRequestHandler):
     """A server of one folder that can be told to be bad at it."""
 
     def __init__(
-        self, folder: Path, asked: list[str | None], ranges: bool, stops: tuple[int, ...], *rest: object
+        self,
+        folder: Path,
+        asked: list[str | None],
+        ranges: bool,
+        stops: tuple[int, ...],
+        said: dict[str, str],
+        *rest: object,
     ) -> None:
-        self.folder, self.asked, self.ranges, self.stops = folder, asked, ranges, stops
+        self.folder, self.asked, self.ranges, self.stops, self.said = folder, asked, ranges, stops, said
         super().__init__(*rest)  # type: ignore[arg-type]
 
     def do_GET(self) -> None:
@@ -48,7 +56,8 @@ class Handler(BaseHTTPRequestHandler):
                 return
             data, status = data[first:], 206
         self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
+        for name, value in ({"Content-Length": str(len(data))} | self.said).items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data[: max(stop - first, 0)])
 
@@ -58,11 +67,15 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(
-    folder: Path, *, ranges: bool = True, stops: tuple[int, ...] = ()
+    folder: Path,
+    *,
+    ranges: bool = True,
+    stops: tuple[int, ...] = (),
+    said: dict[str, str] | None = None,
 ) -> Iterator[tuple[str, list[str | None]]]:
     """The address of a server of the folder, and the ranges it was asked for; answers may stop at a byte."""
     asked: list[str | None] = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, folder, asked, ranges, stops))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, folder, asked, ranges, stops, said or {}))
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
@@ -200,6 +213,135 @@ def test_names_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
         expand(["s3://b/{0..9}.tar"])
     with pytest.raises(ConfigError, match=r"the scheme foo: is not one of .*https"):
         expand(["foo://b/0.tar"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gs://x'; touch FILE; '",
+        "gs://x/$(touch FILE)",
+        "gs://bucket/*.tar",
+        "gs://bucket/a.tar\n",
+        "sftp://host/`touch FILE`",
+        "scp://host/a;touch FILE",
+        "ais://x'; touch FILE; '",
+        "hf://x'; touch FILE; '",
+        "hf://datasets/a/b/$(touch FILE).tar",
+        "https://host/a b.tar",
+        "http://host/a\r\nHost: other",
+        "http://host/\ud83d.tar",
+        "http:///a.tar",
+    ],
+)
+def test_only_plain_urls_go_further(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"is no plain URL; wanted [a-z]+://") as caught:
+        expand([name])
+    assert str(caught.value).isprintable()
+
+
+def test_a_url_is_one_argument_of_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = pack(tmp_path / "a.tar", FILES)
+    program = tmp_path / "gsutil"
+    program.write_text(f'#!/bin/sh\nfor last; do :; done\necho "$last" > {tmp_path}/last\ncat {path}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    (name,) = expand(["gs://bucket/a%20b.tar"])
+    assert contents(name) == [data for _, data in FILES]
+    assert (tmp_path / "last").read_text() == f"{name}\n"
+    program.unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="gs:// is read by the program gsutil, which is not installed"):
+        expand([name])
+
+
+def test_a_command_that_gives_nothing_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_SILENCE_OF_COMMANDS", 0.05)
+    path = pack(tmp_path / "a.tar", FILES)
+    tar = open_shard(f"pipe:head -c 512 {path}; sleep 98764; true")
+    member = tar.next()
+    assert member is not None
+    with pytest.raises(OSError, match="has given nothing for 0 s"):
+        tar.read(member)
+    tar.close()
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert "sleep 98764" not in running.splitlines()  # what the shell has started is stopped with it
+
+
+def test_a_server_that_gives_another_place_is_found_out(tmp_path: Path) -> None:
+    path = pack(tmp_path / "a.tar", FILES)
+    middle = half_way(str(path))
+    with serving(tmp_path, said={"Content-Range": f"bytes 512-{middle}/{2 * middle}"}) as (address, _):
+        with pytest.raises(ShardError, match=f"was asked for byte {middle} and gave 512") as caught:
+            open_shard(f"{address}/a.tar", middle)
+        assert caught.value.cause == "unreadable"
+    with serving(tmp_path, said={"Content-Length": "9" * 5000}) as (address, _):
+        assert contents(f"{address}/a.tar") == [data for _, data in FILES]
+
+
+def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.tar")
+    (tmp_path / "b.tar").mkdir()
+    for name in ("a.tar", "b.tar"):
+        with pytest.raises(ShardError, match="is no regular file"):
+            open_shard(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "command"),
+    [
+        ("pipe:touch a", "touch a"),
+        ("PIPE:touch a", "touch a"),
+        ("{pipe,file}:touch a", "touch a"),
+        ("{a.tar,pi{p,q}e:touch {0..3}}", "touch 0"),
+        ("\\pipe:touch a", "touch a"),
+        ("a/b.tar", None),
+        ("a/pipe:b.tar", None),
+        (" pipe:touch a", None),  # a file of that name
+        ("gs://bucket/a.tar", None),
+        ("https://host/pipe:a.tar", None),
+    ],
+)
+def test_a_pattern_that_runs_a_command_is_known(pattern: str, command: str | None) -> None:
+    assert runs_program(pattern) == command
+
+
+def test_a_file_that_is_called_like_a_command_is_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pack(tmp_path / "pipe:touch ran; cat none.tar", FILES)
+    assert runs_program(".") is None
+    (name,) = expand(["."])
+    assert contents(name) == [data for _, data in FILES]
+    (tmp_path / "pipe:touch ran").mkdir()
+    pack(tmp_path / "pipe:touch ran" / "a.tar", FILES)
+    assert runs_program("pipe:touch ran") == "touch ran"  # a scheme goes before a folder, everywhere
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("a{0..999999999}.tar", "stands for 1,000,000,000 names"),
+        ("pipe:cat {a,b}" + "{0..9}" * 99, "names, and the limit is"),
+        ("}{", "unbalanced braces"),
+        ("", "names a shard without a name"),
+        ("{,a.tar}", "names a shard without a name"),
+        ("a\0.tar", "names a shard without a name"),
+    ],
+)
+def test_patterns_have_limits(pattern: str, said: str) -> None:
+    for read in (runs_program, lambda pattern: expand([pattern])):
+        with pytest.raises(ConfigError, match=re.escape(said)) as caught:
+            read(pattern)
+        assert len(str(caught.value)) < 400
+
+
+def test_there_are_not_more_shards_than_anybody_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.data.shards.MAX_NAMES", 10)
+    assert len(expand(["a{0..9}.tar"])) == 10
+    with pytest.raises(ConfigError, match="more than 10 shards"):
+        expand(["a{0..9}.tar", "b.tar"])
 
 
 def test_pictures_are_known_by_their_ending() -> None:

@@ -1,0 +1,313 @@
+"""Shards that are not files of this machine: on web servers, or what a program gives.
+
+No URL ever reaches a shell: it has to be of plain characters, and is one argument of a fixed program. Only
+`pipe:COMMAND` is a shell's, as the user typed it.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from http.client import HTTPException, HTTPResponse
+from typing import IO, Any, TypeVar, cast
+
+from radio.errors import ConfigError, shown
+
+T = TypeVar("T")
+
+_WAITS = (1.0, 5.0, 30.0)  # seconds before another attempt at a server
+_PATIENCE = 60.0  # seconds without an answer
+_SILENCE = 300.0  # seconds in which a program that reads a URL may give nothing: it tries again itself
+_SILENCE_OF_COMMANDS = 3600.0  # the same of the user's own
+_PARTIAL, _NO_SUCH_RANGE, _GONE = 206, 416, (401, 403, 404, 410)
+_SIGPIPE = 128 + signal.SIGPIPE  # a shell's word for a command that was not read to its end
+_READ_AHEAD = 1 << 18
+_SKIPPED_AT_ONCE = 1 << 20
+
+_CURL = ("curl", "--globoff", "-fsS", "--connect-timeout", "30", "--retry", "3")
+_PROGRAMS: dict[str, tuple[str, ...]] = {  # the URL comes after these
+    "ais": ("ais", "get"),
+    "ftps": _CURL,
+    "gs": ("gsutil", "-o", "Boto:num_retries=3", "-o", "Boto:http_socket_timeout=60", "cat"),
+    "scp": _CURL,
+    "sftp": _CURL,
+}
+_AFTER: dict[str, tuple[str, ...]] = {"ais": ("-",)}
+SCHEMES = ("file", "hf", "http", "https", "pipe", *_PROGRAMS)
+
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):", re.ASCII | re.IGNORECASE)
+_HOST = r"[A-Za-z0-9._~%@:\[\]-]+"
+_WEB = re.compile(rf"https?://{_HOST}([/?][A-Za-z0-9._~%@:!*(),+=&/?-]*)?", re.IGNORECASE)
+_PLAIN = re.compile(rf"[a-z]+://{_HOST}/[A-Za-z0-9._~%@:+=,/-]+", re.IGNORECASE)
+_HF = re.compile(
+    r"hf://(?:(dataset|space|model)s/)?([\w.-]+/[\w.-]+)(?:@([\w.%-]+))?/([\w./+=,@~-]+)",
+    re.ASCII | re.IGNORECASE,
+)
+
+
+def scheme_of(name: str) -> str:
+    """What stands before the first colon of a shard's name, in small letters; empty for a file's path."""
+    match = _SCHEME.match(name)
+    return match[1].lower() if match else ""
+
+
+def check_url(name: str, pattern: str) -> None:
+    """Check that a shard of a scheme can be asked for, as its name was spelled out from a pattern.
+
+    Raises:
+        ConfigError: an unknown scheme, or characters that no plain URL has.
+    """
+    scheme = scheme_of(name)
+    if scheme == "s3":
+        pattern = shown(pattern)
+        raise ConfigError(f"{pattern}: read S3 through a pipe, as in 'pipe:aws s3 cp {pattern} -'")
+    if scheme not in SCHEMES:
+        raise ConfigError(
+            f"{shown(name)}: the scheme {scheme}: is not one of {', '.join(sorted(SCHEMES))}; "
+            f"give a file (./{shown(name)}), or pipe:COMMAND"
+        )
+    if scheme in ("file", "pipe"):
+        return
+    plain = {"hf": _HF, "http": _WEB, "https": _WEB}.get(scheme, _PLAIN)
+    if not plain.fullmatch(name):
+        wanted = {"hf": "hf://datasets/OWNER/NAME@REVISION/FILE.tar"}.get(scheme, f"{scheme}://HOST/FILE.tar")
+        raise ConfigError(f"{shown(name)}: is no plain URL; wanted {wanted}, other characters written as %20")
+
+
+def check_installed(scheme: str) -> None:
+    """Check that the program which reads the URLs of a scheme is there.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    program = _PROGRAMS.get(scheme, ("",))[0]
+    if program and shutil.which(program) is None:
+        raise ConfigError(f"{scheme}:// is read by the program {program}, which is not installed")
+
+
+def open_remote(name: str, position: int) -> IO[bytes]:
+    """Open a shard of a scheme other than `file` from a byte position on.
+
+    Raises:
+        FileNotFoundError: a server does not have it.
+        EOFError: a program ends before the position.
+        OSError: it cannot be opened.
+    """
+    scheme = scheme_of(name)
+    if scheme == "pipe":
+        return _ahead(Piped(name[len("pipe:") :], _SILENCE_OF_COMMANDS), position)
+    if scheme in _PROGRAMS:
+        return _ahead(Piped((*_PROGRAMS[scheme], name, *_AFTER.get(scheme, ())), _SILENCE), position)
+    url, headers = _on_the_hub(name) if scheme == "hf" else (name, {})
+    return _buffered(Served(url, position, headers))
+
+
+def _buffered(raw: io.RawIOBase) -> IO[bytes]:
+    return io.BufferedReader(raw, _READ_AHEAD)
+
+
+def _ahead(piped: Piped, position: int) -> IO[bytes]:
+    """What a program gives, from a position on."""
+    stream = _buffered(piped)
+    try:
+        while position:
+            passed = len(stream.read(min(position, _SKIPPED_AT_ONCE)))
+            position -= passed
+            if not passed:
+                raise EOFError(f"ends {position} bytes before where it was left")
+    except BaseException:
+        stream.close()
+        raise
+    return stream
+
+
+def _on_the_hub(name: str) -> tuple[str, dict[str, str]]:
+    """The address of a file on the Hugging Face hub, and the header that a private one asks for."""
+    from huggingface_hub import get_token, hf_hub_url
+
+    match = _HF.fullmatch(name)
+    assert match is not None, "checked before"
+    kind, owner, revision, path = match.groups()
+    url = hf_hub_url(owner, path, repo_type=(kind or "model").lower(), revision=revision)
+    token = get_token()
+    return url, {"Authorization": f"Bearer {token}"} if token else {}
+
+
+class Piped(io.RawIOBase):
+    """What a command gives; that it may be stopped early is no fault of its.
+
+    Args:
+        command: a shell's line, or a program and its arguments, which no shell sees.
+        silence: seconds in which it may give nothing.
+    """
+
+    def __init__(self, command: str | Sequence[str], silence: float) -> None:
+        super().__init__()
+        self._silence = silence
+        try:
+            self._process = subprocess.Popen(
+                command,
+                shell=isinstance(command, str),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                bufsize=0,
+                process_group=0,  # so that what a shell starts can be stopped too
+            )
+        except (OSError, ValueError) as error:
+            raise OSError(f"the command cannot be started ({error})") from error
+        assert self._process.stdout is not None
+        self._output = self._process.stdout
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """How many bytes were put into a buffer; 0 at the end of what the command gives.
+
+        Raises:
+            OSError: the command has failed, once everything that it gave is read; or it gives nothing more.
+        """
+        if not _wait_for(self._output, self._silence):
+            raise OSError(f"the command has given nothing for {self._silence:.0f} s")
+        count = os.readv(self._output.fileno(), [buffer])
+        if not count and len(buffer):
+            self._check_status()
+        return count
+
+    def close(self) -> None:
+        """Stop the command."""
+        if not self.closed:
+            self._output.close()
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # a loader's signals are blocked, so are its
+            self._process.wait()
+        super().close()
+
+    def _check_status(self) -> None:
+        try:
+            status = self._process.wait(_PATIENCE)
+        except subprocess.TimeoutExpired as error:
+            raise OSError(f"the command has not ended {_PATIENCE:.0f} s after its output") from error
+        if status not in (0, _SIGPIPE, -signal.SIGPIPE):
+            raise OSError(f"the command failed: exit {status}")
+
+
+def _wait_for(file: IO[bytes], seconds: float) -> bool:
+    """Whether a file can be read within some time. By poll: select cannot tell files beyond the 1024th."""
+    poll = select.poll()
+    poll.register(file, select.POLLIN)
+    return bool(poll.poll(1000 * seconds))
+
+
+class Served(io.RawIOBase):
+    """A file on a web server from a position on, asked for again where the connection breaks."""
+
+    def __init__(self, url: str, position: int, headers: dict[str, str]) -> None:
+        super().__init__()
+        self._url, self._position, self._headers = url, position, headers
+        self._end: int | None = None
+        self._answer: HTTPResponse | None = None
+        _patiently(self._ask)
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """How many bytes were put into a buffer; 0 at the end of the file.
+
+        Raises:
+            OSError: the server does not answer, or no longer has the file.
+        """
+        return _patiently(lambda: self._read(buffer))
+
+    def close(self) -> None:
+        """Hang up."""
+        self._hang_up()
+        super().close()
+
+    def _read(self, buffer: Any) -> int:
+        if self._answer is None and self._position != self._end:
+            self._ask()
+        try:
+            count = self._answer.readinto(buffer) if self._answer is not None else 0
+            if not count and self._end is not None and self._position < self._end:
+                raise OSError(f"the connection ended at byte {self._position} of {self._end}")
+        except (OSError, HTTPException) as error:
+            self._hang_up()
+            raise OSError(str(error)) from error
+        self._position += count
+        return count
+
+    def _hang_up(self) -> None:
+        if self._answer is not None:
+            self._answer.close()
+        self._answer = None
+
+    def _ask(self) -> None:
+        """Ask the server for what comes from the position on."""
+        try:
+            answer = self._request()
+        except urllib.error.HTTPError as error:
+            error.close()
+            if error.code == _NO_SUCH_RANGE:
+                self._end = self._position
+                return
+            raise (FileNotFoundError if error.code in _GONE else OSError)(str(error)) from error
+        except (HTTPException, ValueError) as error:  # an address or an answer that is none
+            raise OSError(str(error)) from error
+        begins = self._begin_of(answer)
+        length = _number(answer.headers.get("Content-Length"))
+        self._answer, self._end = answer, None if length is None else begins + length
+        if begins != self._position:  # the server sends the whole file
+            _pass_over(answer, self._position)
+
+    def _request(self) -> HTTPResponse:
+        request = urllib.request.Request(self._url)
+        for name, value in self._headers.items():
+            request.add_unredirected_header(name, value)  # not for whom the server names
+        if self._position:
+            request.add_header("Range", f"bytes={self._position}-")
+        return cast(HTTPResponse, urllib.request.urlopen(request, timeout=_PATIENCE))
+
+    def _begin_of(self, answer: HTTPResponse) -> int:
+        """The byte that an answer begins with."""
+        if answer.status != _PARTIAL:
+            return 0
+        said = re.match(r"bytes (\d{1,18})-", answer.headers.get("Content-Range") or "")
+        if said and int(said[1]) != self._position:
+            answer.close()
+            raise OSError(f"the server was asked for byte {self._position} and gave {said[1]}")
+        return self._position
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if text and re.fullmatch(r"\d{1,18}", text, re.ASCII) else None
+
+
+def _patiently(action: Callable[[], T]) -> T:
+    """What an action gives, tried again after a while where the network fails it."""
+    for wait in _WAITS:
+        try:
+            return action()
+        except FileNotFoundError:
+            raise
+        except OSError:
+            time.sleep(wait)
+    return action()
+
+
+def _pass_over(answer: HTTPResponse, left: int) -> None:
+    while left and (passed := len(answer.read(min(left, _SKIPPED_AT_ONCE)))):
+        left -= passed
