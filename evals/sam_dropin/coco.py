@@ -1,14 +1,14 @@
-"""COCO instances: a JSON and a folder of pictures, read through pycocotools and checked before any work."""
+"""COCO instances: a checked JSON and a folder of images, and the masks that pycocotools makes of it."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
-import json
-from collections.abc import Sequence
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, final
 
 import numpy as np
@@ -16,52 +16,45 @@ import torch
 from torch import Tensor
 
 from evals.core.stored import Entry, Listing, StoredImages
-from radio.errors import DataError, require
+from radio.errors import DataError, require, shown
+from radio.images import MAX_IMAGE_BYTES, open_image
 
-# Letters: N instances of a picture, H W pixels.
+from .annotations import CocoFile, Instance, Picture, read_instances
 
+__all__ = ["Instance", "Instances", "Picture", "open_instances", "run_lengths"]
 
-class Instance(NamedTuple):
-    """One annotation."""
+# Letters: N instances of an image, H W pixels.
 
-    number: int  # its id
-    category: int  # id
-    box: tuple[float, float, float, float]  # x0 y0 x1 y1 in pixels, half-open
-    area: float
-    crowd: bool
-
-
-class Picture(NamedTuple):
-    """One picture and what is annotated on it."""
-
-    number: int  # its id
-    name: str
-    size: tuple[int, int]  # (H, W)
-    instances: tuple[Instance, ...]
+_ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
+_THREADS = 8  # that read the images' headers
+_HEAD = 1 << 16  # bytes that hold the header of nearly every image
 
 
 @final
 class Instances:
-    """The pictures of a COCO instances file that have something to score.
+    """The images of a COCO instances file that have something to score.
 
     Args:
-        pictures: in the order of the file.
+        pictures: in the order of the file, with the annotations to score.
         images: reads them.
-        coco: pycocotools' index of the whole file.
+        file: all that the instances file says.
         name: for reports.
-        digest: of the JSON file.
+        notes: for reports, on how the images were taken.
     """
 
     def __init__(
-        self, pictures: tuple[Picture, ...], images: StoredImages, coco: Any, name: str, digest: str
+        self,
+        pictures: tuple[Picture, ...],
+        images: StoredImages,
+        file: CocoFile,
+        name: str,
+        notes: tuple[str, ...] = (),
     ) -> None:
-        self.pictures, self.images, self.coco, self.name, self._digest = pictures, images, coco, name, digest
+        self.pictures, self.images, self.name, self.notes = pictures, images, name, notes
+        self.categories = file.categories
+        self.annotated: Mapping[int, Picture] = {picture.number: picture for picture in file.pictures}
+        self._digest = file.digest
         self._places = {picture.number: place for place, picture in enumerate(pictures)}
-
-    @cached_property
-    def categories(self) -> dict[int, str]:
-        """Names by id, in the order of the file."""
-        return {int(category["id"]): str(category["name"]) for category in self.coco.dataset["categories"]}
 
     @property
     def content(self) -> str:
@@ -77,12 +70,10 @@ class Instances:
         try:
             image = self.images.read(self._places[picture.number])
         except DataError as error:
-            raise DataError(f"{picture.name}: {error}") from error
-        if tuple(image.shape[-2:]) != picture.size:
-            raise DataError(
-                f"{picture.name} is {list(image.shape[-2:])} (height, width), and {self.name} says "
-                f"{list(picture.size)}"
-            )
+            raise DataError(f"{shown(picture.name)}: {error}") from error
+        height, width = image.shape[-2:]
+        if (height, width) != picture.size:
+            raise DataError(_other_size(picture, (height, width), self.name))
         return image
 
     @property
@@ -100,9 +91,21 @@ class Instances:
     def masks(self, picture: Picture) -> Tensor:
         """The ground truth of a picture's instances: bool [N, H, W]."""
         library = require("pycocotools.mask", extra="sam")
-        encoded = [self.coco.annToRLE(self.coco.anns[instance.number]) for instance in picture.instances]
+        encoded = [run_lengths(instance, picture.size) for instance in picture.instances]
         planes = library.decode(encoded)  # [H, W, N]
         return torch.from_numpy(np.ascontiguousarray(planes.transpose(2, 0, 1))).bool()
+
+
+def run_lengths(instance: Instance, size: tuple[int, int]) -> dict[str, Any]:
+    """An annotation on an image of (H, W) as pycocotools' compressed run lengths."""
+    library, segmentation = require("pycocotools.mask", extra="sam"), instance.segmentation
+    if isinstance(segmentation, list):
+        found: dict[str, Any] = library.merge(library.frPyObjects(segmentation, *size))
+    elif isinstance(segmentation["counts"], list):
+        found = library.frPyObjects(segmentation, *size)
+    else:
+        found = segmentation
+    return found
 
 
 def open_instances(
@@ -117,7 +120,7 @@ def open_instances(
     name: str | None = None,
     location: str | None = None,
 ) -> Instances:
-    """The pictures of an instances JSON that have annotations to score.
+    """The pictures of an instances JSON that have annotations to score; all is checked before any work.
 
     Args:
         limit: take so many of them, spread evenly.
@@ -129,113 +132,133 @@ def open_instances(
         location: where the pictures lie, for reports; the folder unless given.
 
     Raises:
-        DataError: not such a file, pictures that are not in the folder, or nothing to score.
+        DataError: not such a file, pictures that are not in the folder, cannot be read or are of another
+            size, or nothing to score.
         MissingExtraError: pycocotools is not installed.
     """
-    data, digest = _read(file)
-    coco = _index(data, file)
-    try:
-        pictures = [
-            _picture(image, coco.imgToAnns.get(image["id"], []), crowds, smallest_area)
-            for image in data["images"]
-        ]
-    except (TypeError, KeyError, ValueError) as error:
-        raise DataError(
-            f"{file}: not COCO instances ({type(error).__name__}: {error}); wanted images with id, "
-            f"file_name, height and width, and annotations with id, image_id, category_id, bbox, area and "
-            f"segmentation"
-        ) from error
+    data = read_instances(file)
+    pictures = [
+        picture._replace(
+            instances=tuple(
+                one for one in picture.instances if one.area >= smallest_area and (crowds or not one.crowd)
+            )
+        )
+        for picture in data.pictures
+    ]
     kept = [picture for picture in pictures if picture.instances or empty]
     if not any(picture.instances for picture in kept):
-        raise DataError(f"{file}: none of its {len(pictures)} pictures has an annotation to score")
+        raise DataError(f"{shown(file)}: none of its {len(pictures)} pictures has an annotation to score")
     if limit is not None and limit < len(kept):
         kept = [kept[place * len(kept) // limit] for place in range(limit)]
-    stored = _images(kept, images, file, location, memo)
-    return Instances(tuple(kept), stored, coco, name or file.stem, digest)
+    paths = _find_all(kept, images, file)
+    notes = _check_images(kept, paths, name or file.stem)
+    entries = [
+        Entry(picture.name, "", path, 0, path.stat().st_size)
+        for picture, path in zip(kept, paths, strict=True)
+    ]
+    listing = Listing(file.stem, location or str(images.resolve()), ("",), tuple(entries))
+    return Instances(tuple(kept), StoredImages(listing, memo), data, name or file.stem, notes)
 
 
-def _read(file: Path) -> tuple[dict[str, Any], str]:
-    if not file.is_file():
-        raise DataError(f"{file}: no such instances file")
-    raw = file.read_bytes()
-    try:
-        data = json.loads(raw)
-    except ValueError as error:
-        raise DataError(f"{file}: not JSON ({error})") from error
-    lists = ("images", "annotations", "categories")
-    if not isinstance(data, dict) or not all(isinstance(data.get(key), list) for key in lists):
-        raise DataError(f"{file}: not COCO instances; wanted an object with {', '.join(lists)}")
-    return data, hashlib.sha256(raw).hexdigest()
-
-
-def _index(data: dict[str, Any], file: Path) -> Any:
-    library = require("pycocotools.coco", extra="sam")
-    coco = library.COCO()
-    coco.dataset = data
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
-            coco.createIndex()
-    except (TypeError, KeyError) as error:
-        raise DataError(f"{file}: not COCO instances ({type(error).__name__}: {error})") from error
-    return coco
-
-
-def _picture(image: Any, annotations: Sequence[Any], crowds: bool, smallest_area: float) -> Picture:
-    size = int(image["height"]), int(image["width"])
-    found = [_instance(annotation, size) for annotation in annotations]
-    kept = [one for one in found if one.area >= smallest_area and (crowds or not one.crowd)]
-    return Picture(int(image["id"]), str(image["file_name"]), size, tuple(kept))
-
-
-def _instance(annotation: Any, size: tuple[int, int]) -> Instance:
-    x, y, width, height = (float(value) for value in annotation["bbox"])
-    problem = _problem(annotation["segmentation"], size)
-    if problem:
-        raise ValueError(f"the segmentation of annotation {annotation['id']} {problem}")
-    return Instance(
-        number=int(annotation["id"]),
-        category=int(annotation["category_id"]),
-        box=(x, y, x + width, y + height),
-        area=float(annotation["area"]),
-        crowd=bool(annotation.get("iscrowd", 0)),
-    )
-
-
-def _problem(segmentation: Any, size: tuple[int, int]) -> str:
-    """What is wrong with a segmentation of a picture of (H, W); pycocotools would draw nonsense or stop."""
-    match segmentation:
-        case [_, *_]:
-            odd = [part for part in segmentation if not _is_polygon(part)]
-            return "has a polygon that is not three or more points x y" if odd else ""
-        case {"size": [height, width], "counts": str() | list() as counts}:
-            if (height, width) != size:
-                return f"is of {height}x{width} px, and its picture of {size[0]}x{size[1]}"
-            if isinstance(counts, list) and sum(counts) != height * width:
-                return f"has run lengths of {sum(counts)} pixels, and its picture has {height * width}"
-            return ""
-    return "is neither polygons nor run lengths with size and counts"
-
-
-def _is_polygon(part: Any) -> bool:
-    return (
-        isinstance(part, list)
-        and len(part) >= 6
-        and len(part) % 2 == 0
-        and all(isinstance(value, int | float) for value in part)
-    )
-
-
-def _images(
-    pictures: Sequence[Picture], root: Path, file: Path, location: str | None, memo: Path | None
-) -> StoredImages:
-    absent = [picture.name for picture in pictures if not (root / picture.name).is_file()]
+def _find_all(pictures: Sequence[Picture], root: Path, file: Path) -> list[Path]:
+    """The file of each picture."""
+    listings: dict[Path, dict[str, list[str]]] = {}
+    found = [_find(root, picture.name, listings) for picture in pictures]
+    absent = [shown(picture.name) for picture, path in zip(pictures, found, strict=True) if path is None]
     if absent:
         listed = ", ".join(absent[:5]) + (", …" if len(absent) > 5 else "")
         raise DataError(
-            f"{root}: {len(absent)} of the {len(pictures)} pictures of {file.name} are not there: {listed}"
+            f"{shown(root)}: {len(absent)} of the {len(pictures)} pictures of {shown(file.name)} are not "
+            f"there: {listed}"
         )
-    entries = [
-        Entry(picture.name, "", root / picture.name, 0, (root / picture.name).stat().st_size)
-        for picture in pictures
-    ]
-    return StoredImages(Listing(file.stem, location or str(root.resolve()), ("",), tuple(entries)), memo)
+    return [path for path in found if path is not None]
+
+
+def _find(root: Path, name: str, listings: dict[Path, dict[str, list[str]]]) -> Path | None:
+    """The file `name`, else the only one that reads like it: accents composed (NFC) or decomposed (NFD)."""
+    try:
+        if (root / name).is_file():
+            return root / name
+        path = root
+        for part in PurePosixPath(name).parts:
+            if not (path / part).exists():
+                if path not in listings:
+                    listings[path] = _list_forms(path)
+                alike = listings[path].get(_form(part), [])
+                if len(alike) != 1:
+                    return None
+                part = alike[0]
+            path = path / part
+        return path if path.is_file() else None
+    except OSError:  # a name that the system does not take
+        return None
+
+
+def _list_forms(folder: Path) -> dict[str, list[str]]:
+    """The names in a folder by their one form."""
+    found: dict[str, list[str]] = {}
+    for path in folder.iterdir():
+        found.setdefault(_form(path.name), []).append(path.name)
+    return found
+
+
+def _form(name: str) -> str:
+    """One form of names that read alike; bytes that are no UTF-8 are U+FFFD, as JSON has them."""
+    return unicodedata.normalize("NFC", re.sub("[\ud800-\udfff]", "\ufffd", name))
+
+
+class _Header(NamedTuple):
+    size: tuple[int, int]  # (H, W) as stored
+    turned: bool  # whether an EXIF orientation asks for another
+
+
+def _check_images(pictures: Sequence[Picture], paths: Sequence[Path], name: str) -> tuple[str, ...]:
+    """Notes on the images' headers.
+
+    Raises:
+        DataError: an image that is none, or of another size than the file `name` says.
+    """
+    faults, turned = [], 0
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for picture, header in zip(pictures, threads.map(_read_header, paths), strict=True):
+            if isinstance(header, str):
+                faults.append(f"{shown(picture.name)}: {header}")
+                continue
+            turned += header.turned
+            if header.size != picture.size:
+                faults.append(_other_size(picture, header.size, name))
+    verb = "image has" if turned == 1 else "images have"
+    note = f"{turned} of {len(pictures)} {verb} an EXIF orientation that is not applied"
+    if faults:
+        why = f"; {note}: write it into the pixels" if turned else ""
+        more = f" ({len(faults)} of {len(pictures)} images are bad)" if len(faults) > 1 else ""
+        raise DataError(f"{faults[0]}{more}{why}")
+    return (f"{note}; are the annotations made on the pixels as they are stored?",) if turned else ()
+
+
+def _other_size(picture: Picture, size: tuple[int, int], name: str) -> str:
+    return (
+        f"{shown(picture.name)} is {list(size)} (height, width), and {shown(name)} says {list(picture.size)}"
+    )
+
+
+def _read_header(path: Path) -> _Header | str:
+    """Size and orientation of a stored image, or why it is none."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+            try:
+                return _parse_header(head)
+            except DataError:  # headers may be longer, the metadata before them above all
+                return _parse_header(head + file.read(MAX_IMAGE_BYTES))
+    except DataError as error:
+        return str(error)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+def _parse_header(data: bytes) -> _Header:
+    with open_image(data) as image:
+        # Where a PNG has none, PIL would look behind the pixels.
+        exif = image.getexif() if "exif" in image.info else {}
+        return _Header((image.height, image.width), exif.get(_ORIENTATION, 1) in range(2, 9))

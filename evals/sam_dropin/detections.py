@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +15,11 @@ import torch
 from torch import Tensor
 
 from evals.core.report import Metric
-from radio.errors import DataError, require
+from radio.errors import DataError, require, shown
 from radio.teachers.sam_decoder import SamHead
 
-from .coco import Instance, Instances, Picture
+from .annotations import Instance, Picture, read_detections
+from .coco import Instances, run_lengths
 from .decoding import Drawn, Loaded, masks_by_picture
 
 # Letters: H W pixels.
@@ -49,19 +49,17 @@ class Detections:
     def __init__(self, file: Path, truth: Instances) -> None:
         self.truth = truth
         self.name = f"{file.name} on {truth.name}"
-        raw, rows = _read(file)
-        self._digest = hashlib.sha256(raw).hexdigest()
-        self.scores = tuple(score for _, score, _ in rows)
+        rows, self._digest = read_detections(file)
+        self.scores = tuple(row.score for row in rows)
         found: dict[int, list[Instance]] = {picture.number: [] for picture in truth.pictures}
-        every = {int(number) for number in truth.coco.imgs}
-        for image, _, instance in rows:
-            if image not in every or instance.category not in truth.categories:
+        for row in rows:
+            if row.image not in truth.annotated or row.instance.category not in truth.categories:
                 raise DataError(
-                    f"{file}: entry {instance.number} is of picture {image} and category "
-                    f"{instance.category}, and {truth.name} does not have both"
+                    f"{shown(file)}: entry {row.instance.number} is of picture {row.image} and category "
+                    f"{row.instance.category}, and {truth.name} does not have both"
                 )
-            if image in found:  # not left out by the limit
-                found[image].append(instance)
+            if row.image in found:  # not left out by the limit
+                found[row.image].append(row.instance)
         pictures = (p._replace(instances=tuple(found[p.number])) for p in truth.pictures)
         self.pictures: tuple[Picture, ...] = tuple(p for p in pictures if p.instances)
         if not self.pictures:
@@ -114,11 +112,11 @@ def average_precision(detections: Detections, records: Sequence[tuple[Any, ...]]
         }
         for image, entry, counts, size, _ in records
     ]
-    truth = detections.truth
+    library = require("pycocotools.cocoeval", extra="sam")
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its tables
-        found = truth.coco.loadRes(results)
-        judge = require("pycocotools.cocoeval", extra="sam").COCOeval(truth.coco, found, "segm")
-        judge.params.imgIds = [picture.number for picture in truth.pictures]
+        truth = _truth(detections.truth)
+        judge = library.COCOeval(truth, truth.loadRes(results), "segm")
+        judge.params.imgIds = [picture.number for picture in detections.truth.pictures]
         judge.evaluate()
         judge.accumulate()
         judge.summarize()
@@ -129,22 +127,28 @@ def average_precision(detections: Detections, records: Sequence[tuple[Any, ...]]
     }
 
 
-def _read(file: Path) -> tuple[bytes, list[tuple[int, float, Instance]]]:
-    """The file's bytes, and (picture, score, box) of each entry."""
-    if not file.is_file():
-        raise DataError(f"{file}: no such detections file")
-    raw = file.read_bytes()
-    try:
-        entries = json.loads(raw)
-        rows = [(int(e["image_id"]), float(e["score"]), _box(number, e)) for number, e in enumerate(entries)]
-    except (ValueError, TypeError, KeyError) as error:
-        raise DataError(
-            f"{file}: not COCO results ({type(error).__name__}: {error}); wanted a list of objects with "
-            f"image_id, category_id, bbox and score"
-        ) from error
-    return raw, rows
+def _truth(truth: Instances) -> Any:
+    """Index the ground truth for pycocotools: all annotations of the pictures, scored or not.
 
-
-def _box(number: int, entry: Any) -> Instance:
-    x, y, width, height = (float(value) for value in entry["bbox"])
-    return Instance(number, int(entry["category_id"]), (x, y, x + width, y + height), width * height, False)
+    They have ids of their own, from 1 on: to COCOeval an id of 0 is no match.
+    """
+    pictures = [truth.annotated[picture.number] for picture in truth.pictures]
+    owned = [(picture, instance) for picture in pictures for instance in picture.instances]
+    coco = require("pycocotools.coco", extra="sam").COCO()
+    coco.dataset = {
+        "images": [{"id": p.number, "height": p.size[0], "width": p.size[1]} for p in pictures],
+        "categories": [{"id": number, "name": name} for number, name in truth.categories.items()],
+        "annotations": [
+            {
+                "id": place,
+                "image_id": picture.number,
+                "category_id": instance.category,
+                "area": instance.area,
+                "iscrowd": int(instance.crowd),
+                "segmentation": run_lengths(instance, picture.size),
+            }
+            for place, (picture, instance) in enumerate(owned, start=1)
+        ],
+    }
+    coco.createIndex()
+    return coco

@@ -30,3 +30,30 @@ def compress(lengths: Sequence[int]) -> str:
             more = rest != (-1 if group & 16 else 0)
             letters.append(chr(48 + group + 32 * more))
     return "".join(letters)
+
+
+def decompress(text: str) -> list[int]:
+    """Read run lengths in COCO's text form, the inverse of `compress`.
+
+    Raises:
+        ValueError: no such text: other characters, one that is cut, or numbers of more than 30 bits.
+    """
+    groups = np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64) - 48
+    if groups.size and (groups.min() < 0 or groups.max() > 63):
+        raise ValueError("are no compressed text: a character is none of COCO's 64")
+    last = groups & 32 == 0
+    if groups.size and not last[-1]:
+        raise ValueError("are a text that is cut")
+    ends = np.flatnonzero(last)
+    starts = np.concatenate([[0], ends[:-1] + 1]) if ends.size else ends
+    sizes = ends - starts + 1
+    if ends.size and sizes.max() > 6:
+        raise ValueError("hold a number of more than 30 bits")
+    places = np.arange(groups.size) - np.repeat(starts, sizes)
+    values = np.add.reduceat((groups & 31) << 5 * places, starts) if ends.size else ends
+    values -= np.where(groups[ends] & 16, 1 << 5 * sizes, 0)
+    # From the fourth run on, a difference to the one two before.
+    for first in (1, 2):
+        values[first::2] = np.cumsum(values[first::2])
+    lengths: list[int] = values.tolist()
+    return lengths

@@ -12,6 +12,8 @@ import torch
 import torch.multiprocessing as multiprocessing
 from PIL import Image
 from pycocotools import mask as library
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from segment_anything import SamPredictor
 
 from evals.core.dist import joined
@@ -46,14 +48,14 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def slow_ious(settings: SamSettings) -> dict[int, float]:
     """SAM's own predictor, one box at a time, and pycocotools' overlaps."""
     assert settings.data is not None and settings.images is not None
-    predictor, found = SamPredictor(scenes_sam()), {}
+    predictor, found, theirs = SamPredictor(scenes_sam()), {}, COCO(str(settings.data))
     data = open_instances(settings.data, settings.images, limit=None, crowds=True, smallest_area=0, memo=None)
     for picture in data.pictures:
         predictor.set_image(np.array(Image.open(settings.images / picture.name).convert("RGB")))
         for instance in picture.instances:
             masks, quality, _ = predictor.predict(box=np.array(instance.box))
             drawn = library.encode(np.asfortranarray(masks[quality.argmax()].astype(np.uint8)))
-            truth = data.coco.annToRLE(data.coco.anns[instance.number])
+            truth = theirs.annToRLE(theirs.anns[instance.number])
             found[instance.number] = float(library.iou([drawn], [truth], [0])[0, 0])
     return found
 
@@ -171,9 +173,6 @@ def detections(settings: SamSettings, tmp_path: Path) -> SamSettings:
 def test_a_detectors_boxes_are_scored_as_average_precision(detections: SamSettings, tmp_path: Path) -> None:
     """pycocotools on the predictor's masks, one box at a time."""
     report = run(load_backbone("scenes:sam"), detections, tmp_path / "out")
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
     assert detections.boxes_from is not None and detections.images is not None
     truth, predictor, results = COCO(str(detections.data)), SamPredictor(scenes_sam()), []
     for entry in json.loads(detections.boxes_from.read_text()):
@@ -202,7 +201,7 @@ def test_a_detectors_boxes_are_scored_as_average_precision(detections: SamSettin
     [
         (
             [{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]}],
-            r"not COCO results \(KeyError: 'score'\)",
+            r"not COCO results, a list of objects with .*: \[0\]\.score: field required",
         ),
         ({"annotations": []}, "not COCO results"),
         ([], "holds no detections"),

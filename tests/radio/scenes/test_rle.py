@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from radio.scenes.rle import compress, run_lengths
+from radio.scenes.rle import compress, decompress, run_lengths
 
 
 def runs_by_loop(mask: np.ndarray) -> list[int]:
@@ -26,6 +26,7 @@ def test_runs_equal_a_slow_loop_and_pycocotools_reads_the_text(share: float, sha
     rle = {"size": list(shape), "counts": compress(lengths)}
     assert np.array_equal(mask_library.decode(rle).astype(bool), mask)
     assert mask_library.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode() == rle["counts"]
+    assert decompress(rle["counts"]) == lengths
 
 
 def test_a_hand_value() -> None:
@@ -33,3 +34,20 @@ def test_a_hand_value() -> None:
     assert run_lengths(mask) == [1, 3]
     assert compress([1, 3]) == "13"
     assert compress([20]) == "d0"  # 20 has the sign bit of five set, so a zero group follows
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("1\n", "none of COCO's 64"),
+        ("p", "none of COCO's 64"),
+        ("é", "none of"),
+        ("1d", "cut"),
+        ("d" * 9, "cut"),
+    ],
+)
+def test_texts_that_are_none(text: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        decompress(text)
+    assert decompress("") == []
+    assert decompress(compress([10**8, 5, 0, 3])) == [10**8, 5, 0, 3]

@@ -1,0 +1,297 @@
+"""The border for COCO files: instances and detections from others, checked as a whole before any work.
+
+pycocotools trusts what it is given: a polygon far outside its image ends the interpreter, run lengths that do
+not add up are read from uninitialised memory, an annotation that shares its id is scored against another's
+mask. So it only ever sees what has passed here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, NotRequired
+
+import numpy as np
+from annotated_types import Interval, Len
+from pydantic import AllowInfNan, BeforeValidator, TypeAdapter
+from typing_extensions import TypedDict
+
+from radio.errors import DataError, shown
+from radio.images import MAX_PIXELS
+from radio.io import MAX_DATA_BYTES, decode_text, parse_json, read_bytes, validate
+from radio.scenes.rle import compress, decompress, run_lengths
+
+# Letters: N instances of an image, H W pixels, P points of a polygon.
+
+_MAX_SIDE = 65_535  # of a JPEG
+_MAX_AREA = 1e10  # COCOeval's own ranges end there
+_REACH = 100_000.0  # pixels: no coordinate lies farther from an image's corner
+_MAX_PERIMETER = 4_000_000.0  # pixels: pycocotools draws every one of them, five times as fine
+_MAX_MASKS = 16 << 30  # bytes of an image's masks, one a pixel
+
+
+class Instance(NamedTuple):
+    """One annotation, or one detection."""
+
+    number: int  # its id; a detection's place in its file
+    category: int  # id
+    box: tuple[float, float, float, float]  # x0 y0 x1 y1 in pixels, half-open
+    area: float
+    crowd: bool
+    segmentation: Any = None  # polygons, or run lengths with size and counts; None for a detection
+
+
+class Picture(NamedTuple):
+    """One image and what is annotated on it."""
+
+    number: int  # its id
+    name: str
+    size: tuple[int, int]  # (H, W)
+    instances: tuple[Instance, ...]
+
+
+class CocoFile(NamedTuple):
+    """What an instances file says."""
+
+    pictures: tuple[Picture, ...]  # with all their annotations, in the order of the file
+    categories: dict[int, str]  # names by id, in the order of the file
+    digest: str  # of its bytes
+
+
+class Detection(NamedTuple):
+    """One entry of a results file."""
+
+    image: int  # id
+    score: float
+    instance: Instance
+
+
+def _whole(value: Any) -> Any:
+    """Take 7.0 for 7, as JSON itself does; say what texts lack."""
+    if isinstance(value, str):
+        raise ValueError("wanted a number, and this is a text; write it without quotes")
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_Id = Annotated[int, Interval(ge=-(2**63), lt=2**63), BeforeValidator(_whole)]
+_Side = Annotated[int, Interval(ge=1, le=_MAX_SIDE), BeforeValidator(_whole)]
+_Flag = Annotated[int, Interval(ge=0, le=1), BeforeValidator(_whole)]
+_Number = Annotated[float, AllowInfNan(False)]
+_Coordinate = Annotated[float, Interval(ge=-_REACH, le=_REACH)]
+_Box = Annotated[list[_Coordinate], Len(4, 4)]
+
+
+class _Image(TypedDict):
+    id: _Id
+    file_name: Annotated[str, Len(1, 4096)]
+    height: _Side
+    width: _Side
+
+
+class _Annotation(TypedDict):
+    id: _Id
+    image_id: _Id
+    category_id: _Id
+    bbox: _Box
+    area: Annotated[float, Interval(ge=0, le=_MAX_AREA)]
+    segmentation: Any
+    iscrowd: NotRequired[_Flag]
+
+
+class _Category(TypedDict):
+    id: _Id
+    name: str | int
+
+
+class _Instances(TypedDict):
+    images: list[_Image]
+    annotations: list[_Annotation]
+    categories: list[_Category]
+
+
+class _Entry(TypedDict):
+    image_id: _Id
+    category_id: _Id
+    bbox: _Box
+    score: _Number
+
+
+_INSTANCES = TypeAdapter(_Instances)
+_RESULTS = TypeAdapter(list[_Entry])
+
+
+def read_instances(file: Path) -> CocoFile:
+    """Read an instances file and check all of it.
+
+    Raises:
+        DataError: not COCO instances; ids that repeat, an image or category that is not listed, a box,
+            area, polygon or run length out of bounds. Names the first record and how many are like it.
+    """
+    raw = read_bytes(file, limit=MAX_DATA_BYTES)
+    where = f"{shown(file)}: not COCO instances"
+    data = validate(_INSTANCES, parse_json(decode_text(raw, file), file), where)
+    for kind in ("image", "annotation"):
+        _check_unique(file, kind, [record["id"] for record in data[f"{kind}s"]])  # type: ignore[literal-required]
+    _check_unique(file, "category", [record["id"] for record in data["categories"]])
+    sizes = {image["id"]: (image["height"], image["width"]) for image in data["images"]}
+    categories = {category["id"]: str(category["name"]) for category in data["categories"]}
+    _refuse(file, "images", len(sizes), _size_faults(sizes))
+    found, faults = _collect(data["annotations"], sizes, categories)
+    _refuse(file, "annotations", len(data["annotations"]), faults)
+    _refuse(file, "images", len(sizes), _count_faults(sizes, found))
+    pictures = tuple(
+        Picture(image["id"], image["file_name"], sizes[image["id"]], tuple(found[image["id"]]))
+        for image in data["images"]
+    )
+    return CocoFile(pictures, categories, hashlib.sha256(raw).hexdigest())
+
+
+def read_detections(file: Path) -> tuple[list[Detection], str]:
+    """Read a detector's boxes (COCO results): each entry in order, and a hash of the file's bytes.
+
+    Raises:
+        DataError: not COCO results, or a box or score out of bounds; names the first entry.
+    """
+    raw = read_bytes(file, limit=MAX_DATA_BYTES)
+    where = f"{shown(file)}: not COCO results, a list of objects with image_id, category_id, bbox and score"
+    entries = validate(_RESULTS, parse_json(decode_text(raw, file), file), where)
+    rows, faults = [], []
+    for number, entry in enumerate(entries):
+        try:
+            box = _corners(entry["bbox"])
+        except ValueError as error:
+            faults.append(f"entry {number} {error}")
+            continue
+        width, height = entry["bbox"][2:]
+        instance = Instance(number, entry["category_id"], box, width * height, False)
+        rows.append(Detection(entry["image_id"], entry["score"], instance))
+    _refuse(file, "entries", len(entries), faults)
+    return rows, hashlib.sha256(raw).hexdigest()
+
+
+def _check_unique(file: Path, kind: str, numbers: Sequence[int]) -> None:
+    counts = Counter(numbers)
+    if len(counts) == len(numbers):
+        return
+    first, times = next((number, times) for number, times in counts.items() if times > 1)
+    repeated = sum(times for times in counts.values() if times > 1)
+    plural = "categories" if kind == "category" else f"{kind}s"
+    raise DataError(
+        f"{shown(file)}: {kind} id {first} stands {times} times ({repeated} of {len(numbers)} {plural} share "
+        f"an id); give each its own"
+    )
+
+
+def _refuse(file: Path, kind: str, total: int, faults: Sequence[str]) -> None:
+    if faults:
+        raise DataError(f"{shown(file)}: {faults[0]} ({len(faults)} of {total} {kind})")
+
+
+def _collect(
+    annotations: Sequence[_Annotation], sizes: Mapping[int, tuple[int, int]], categories: Mapping[int, str]
+) -> tuple[dict[int, list[Instance]], list[str]]:
+    """The instances of each image, and what is wrong with those that are none."""
+    found: dict[int, list[Instance]] = {number: [] for number in sizes}
+    faults = []
+    for annotation in annotations:
+        number, image, category = annotation["id"], annotation["image_id"], annotation["category_id"]
+        if image not in sizes:
+            faults.append(f"annotation {number} is of image {image}, which the file does not list")
+        elif category not in categories:
+            faults.append(f"annotation {number} is of category {category}, which the file does not list")
+        else:
+            try:
+                found[image].append(_instance(annotation, sizes[image]))
+            except ValueError as error:
+                faults.append(f"annotation {number} {error}")
+    return found, faults
+
+
+def _size_faults(sizes: Mapping[int, tuple[int, int]]) -> list[str]:
+    return [
+        f"image {number} has {height}x{width} = {height * width} px, and the limit is {MAX_PIXELS}; cut it"
+        for number, (height, width) in sizes.items()
+        if height * width > MAX_PIXELS
+    ]
+
+
+def _count_faults(sizes: Mapping[int, tuple[int, int]], found: Mapping[int, Sequence[Instance]]) -> list[str]:
+    return [
+        f"the masks of the {len(found[number])} annotations of image {number}, {height}x{width} px, take "
+        f"{len(found[number]) * height * width >> 30} GiB, and the limit is {_MAX_MASKS >> 30}; cut the image"
+        for number, (height, width) in sizes.items()
+        if len(found[number]) * height * width > _MAX_MASKS
+    ]
+
+
+def _instance(annotation: _Annotation, size: tuple[int, int]) -> Instance:
+    return Instance(
+        number=annotation["id"],
+        category=annotation["category_id"],
+        box=_corners(annotation["bbox"]),
+        area=annotation["area"],
+        crowd=bool(annotation.get("iscrowd", 0)),
+        segmentation=_segmentation(annotation["segmentation"], size),
+    )
+
+
+def _corners(box: Sequence[float]) -> tuple[float, float, float, float]:
+    x, y, width, height = box
+    if width < 0 or height < 0:
+        raise ValueError(f"has a box {width:g} wide and {height:g} high; wanted x, y, width, height")
+    return x, y, x + width, y + height
+
+
+def _segmentation(value: Any, size: tuple[int, int]) -> Any:
+    """Give back a segmentation of an image of (H, W) as pycocotools takes it; a ValueError says why not."""
+    match value:
+        case [_, *_]:
+            for part in value:
+                _check_polygon(part)
+            return value
+        case {"size": [height, width], "counts": str() | list() as counts}:
+            if (height, width) != size:
+                raise ValueError(
+                    f"has a segmentation of {height}x{width} px, and its image has {size[0]}x{size[1]}"
+                )
+            return {"size": list(size), "counts": _counts(counts, size)}
+    raise ValueError("has a segmentation that is neither polygons nor run lengths with size and counts")
+
+
+def _check_polygon(part: Any) -> None:
+    if not isinstance(part, list) or len(part) < 6 or len(part) % 2 or not _are_numbers(part, (int, float)):
+        raise ValueError("has a polygon that is not three or more points x y")
+    if not all(-_REACH <= value <= _REACH for value in part):  # NaN is not either
+        raise ValueError(f"has a polygon with a point that lies more than {_REACH:.0f} px from its image")
+    points = np.asarray(part, dtype=np.float64).reshape(-1, 2)  # [P, 2]
+    around = float(np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum())
+    if around > _MAX_PERIMETER:
+        raise ValueError(f"has a polygon {around:.0f} px around, and the limit is {_MAX_PERIMETER:.0f}")
+
+
+def _counts(counts: str | list[Any], size: tuple[int, int]) -> str | list[Any]:
+    """Give back run lengths that are whole numbers, none negative, and add up to the image.
+
+    Runs that an empty one divides are merged: pycocotools' overlaps end early at some.
+    """
+    if isinstance(counts, list) and not _are_numbers(counts, (int,)):
+        raise ValueError("has run lengths that are not all whole numbers")
+    try:
+        lengths = decompress(counts) if isinstance(counts, str) else counts
+    except ValueError as error:
+        raise ValueError(f"has run lengths that {error}") from error
+    lowest = min(lengths, default=0)
+    if lowest < 0:
+        raise ValueError(f"has a run length of {lowest}; none can be negative")
+    if sum(lengths) != size[0] * size[1]:
+        raise ValueError(f"has run lengths of {sum(lengths)} pixels, and its image has {size[0] * size[1]}")
+    if 0 not in lengths[1:]:
+        return counts
+    mask = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(size, order="F")
+    return compress(run_lengths(mask))
+
+
+def _are_numbers(values: Sequence[Any], kinds: tuple[type, ...]) -> bool:
+    return all(type(value) in kinds for value in values)  # to isinstance a bool is an int

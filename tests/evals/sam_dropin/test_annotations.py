@@ -1,0 +1,339 @@
+"""Files from others: the right value, or one error that names the record."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies
+from PIL import Image
+from pycocotools import mask as library
+
+from evals.sam_dropin.annotations import read_detections, read_instances
+from evals.sam_dropin.coco import Instances, open_instances, run_lengths
+from radio.errors import DataError
+from radio.scenes.rle import compress
+
+Change = Callable[[Callable[[Any], Any]], None]
+
+
+def opened(world: tuple[Path, Path], **changes: Any) -> Instances:
+    given: dict[str, Any] = {"limit": None, "crowds": True, "smallest_area": 0.0, "memo": None}
+    return open_instances(*world, **{**given, **changes})
+
+
+def set_each(kind: str, key: str, value: Callable[[Any], Any]) -> Callable[[Any], None]:
+    def edit(data: Any) -> None:
+        for record in data[kind]:
+            record[key] = value(record[key])
+
+    return edit
+
+
+def set_one(kind: str, place: int, **values: Any) -> Callable[[Any], None]:
+    return lambda data: data[kind][place].update(values)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        (
+            set_each("annotations", "id", lambda number: min(number, 2)),
+            r"annotation id 2 stands 8 times \(8 of 9 annotations share an id\); give each its own",
+        ),
+        (set_one("images", 3, id=1), r"image id 1 stands 2 times \(2 of 5 images share an id\)"),
+        (set_one("categories", 2, id=1), r"category id 1 stands 2 times \(2 of 3 categories share an id\)"),
+        (
+            set_one("annotations", 2, category_id=0),
+            r"annotation 3 is of category 0, which the file does not list \(1 of 9 annotations\)",
+        ),
+        (
+            set_each("annotations", "image_id", lambda number: 10 * number),
+            r"annotation 1 is of image 10, which the file does not list \(9 of 9 annotations\)",
+        ),
+        (lambda data: data["categories"][0].pop("name"), r"categories\[0\]\.name: field required"),
+        (set_each("annotations", "id", str), r"annotations\[0\]\.id: wanted a number, and this is a text"),
+        (set_each("images", "id", str), r"images\[0\]\.id: wanted a number, and this is a text"),
+        (set_one("annotations", 4, id=True), r"annotations\[4\]\.id: input should be a valid integer"),
+        (set_one("annotations", 4, id=1.5), r"annotations\[4\]\.id: input should be a valid integer"),
+        (set_one("annotations", 4, id=10**19), r"annotations\[4\]\.id: input should be less than"),
+        (set_one("annotations", 4, iscrowd=2), r"annotations\[4\]\.iscrowd: .* less than or equal to 1"),
+        (set_one("annotations", 4, iscrowd=True), r"annotations\[4\]\.iscrowd: .* valid integer"),
+        (
+            set_one("annotations", 4, iscrowd="1"),
+            r"annotations\[4\]\.iscrowd: wanted a number, and .* a text",
+        ),
+        (set_one("annotations", 4, area=-1), r"annotations\[4\]\.area: .* greater than or equal to 0"),
+        (set_one("annotations", 4, area=True), r"annotations\[4\]\.area: input should be a valid number"),
+        (set_one("annotations", 4, bbox=[0, 0, -3, 5]), "annotation 5 has a box -3 wide and 5 high"),
+        (set_one("annotations", 4, bbox=[0, 0, 1e6, 5]), r"annotations\[4\]\.bbox\[2\]: .* less than or"),
+        (set_one("annotations", 4, bbox=[0, 0, 3, 5, 0.9]), r"annotations\[4\]\.bbox: list should have at"),
+        (set_one("images", 1, height=0), r"images\[1\]\.height: .* greater than or equal to 1"),
+        (set_one("images", 1, height=10**15), r"images\[1\]\.height: .* less than or equal to 65535"),
+        (set_one("images", 1, height="90"), r"images\[1\]\.height: wanted a number, and this is a text"),
+        (
+            set_one("images", 1, height=60_000, width=60_000),
+            "image 2 has 60000x60000 = 3600000000 px, and the",
+        ),
+        (set_one("images", 1, file_name=5), r"images\[1\]\.file_name: .* valid string"),
+    ],
+)
+def test_what_does_not_fit_is_one_error(
+    world: tuple[Path, Path], change: Change, how: Any, said: str
+) -> None:
+    change(how)
+    with pytest.raises(DataError, match=said):
+        opened(world)
+
+
+@pytest.mark.parametrize(
+    ("place", "segmentation", "said"),
+    [
+        (
+            3,
+            [[0, 0, 1e8, 0, 1e8, 1e8]],
+            "annotation 4 has a polygon with a point that lies more than 100000 px",
+        ),
+        (3, [[0, 0, -1e9, 0, 5, 5]], "annotation 4 has a polygon with a point that lies more than 100000 px"),
+        (3, [[0, 0, True, 0, 5, 5]], "annotation 4 has a polygon that is not three or more points"),
+        (3, [[5, 5, 9, 9, 5]], "annotation 4 has a polygon that is not three or more points"),
+        (3, [[5, 5, 9, 9, 5, 9], [1, 2]], "annotation 4 has a polygon that is not three or more points"),
+        (3, [[0, 0, 1e5, 1e5] * 100], "annotation 4 has a polygon 20000000 px around, and the limit"),
+        (4, {"size": [90, 50], "counts": [4600, -100]}, "annotation 5 has a run length of -100"),
+        (
+            4,
+            {"size": [90, 50], "counts": [True, 4499]},
+            "annotation 5 has run lengths that are not all whole",
+        ),
+        (4, {"size": [90, 50], "counts": [4.5, 4495.5]}, "annotation 5 has run lengths that are not all"),
+        (
+            4,
+            {"size": [90, 50], "counts": [10**15]},
+            "annotation 5 has run lengths of 1000000000000000 pixels",
+        ),
+        (4, {"size": [90, 50], "counts": []}, "annotation 5 has run lengths of 0 pixels"),
+        (
+            4,
+            {"size": [90, 50], "counts": compress([4000])},
+            "annotation 5 has run lengths of 4000 pixels, and",
+        ),
+        (
+            4,
+            {"size": [90, 50], "counts": compress([4500])[:-1]},
+            "annotation 5 has run lengths that are .* cut",
+        ),
+        (4, {"size": [90, 50], "counts": "é"}, "annotation 5 has run lengths that are no compressed text"),
+        (4, {"size": [90, 50], "counts": "o" * 99 + "0"}, "that hold a number of more than 30 bits"),
+        (4, {"size": [90, 50], "counts": compress([4600, -100])}, "annotation 5 has a run length of -100"),
+    ],
+)
+def test_no_segmentation_reaches_pycocotools_unchecked(
+    world: tuple[Path, Path], change: Change, place: int, segmentation: Any, said: str
+) -> None:
+    change(set_one("annotations", place, segmentation=segmentation))
+    with pytest.raises(DataError, match=said):
+        opened(world)
+
+
+def test_a_number_without_a_fraction_is_whole(world: tuple[Path, Path], change: Change) -> None:
+    before = read_instances(world[0])
+    for key in ("id", "image_id", "category_id", "iscrowd"):
+        change(set_each("annotations", key, float))
+    change(set_each("images", "id", float))
+    assert read_instances(world[0])[:2] == before[:2]
+
+
+def test_an_absent_flag_is_no_crowd(world: tuple[Path, Path], change: Change) -> None:
+    change(lambda data: [annotation.pop("iscrowd") for annotation in data["annotations"]])
+    assert not any(i.crowd for picture in opened(world).pictures for i in picture.instances)
+
+
+def test_empty_runs_between_others_change_no_overlap(world: tuple[Path, Path], change: Change) -> None:
+    """Of two masks that begin with empty runs pycocotools takes the overlap for empty."""
+    mask = np.zeros((90, 50), dtype=bool)
+    mask[:, 10:20] = True
+    plain, odd = [900, 900, 2700], [0, 0, 450, 0, 450, 900, 2700]
+    found = []
+    for counts in (plain, odd, compress(odd)):
+        lengths = {"size": [90, 50], "counts": counts}
+        change(set_one("annotations", 4, segmentation=lengths))
+        data = opened(world)
+        picture = data.pictures[1]
+        assert np.array_equal(data.masks(picture)[1].numpy(), mask)
+        found.append(run_lengths(picture.instances[1], picture.size)["counts"])
+    encoded = library.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"]
+    assert [c if isinstance(c, bytes) else c.encode() for c in found] == [encoded] * 3
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_byte_order_marks(world: tuple[Path, Path], encoding: str) -> None:
+    before = read_instances(world[0])
+    world[0].write_text(world[0].read_text(), encoding=encoding)
+    assert read_instances(world[0])[:2] == before[:2]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is not JSON"),
+        (b"\xff\xd8\xff\xe0", "is not UTF-8"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"[" + b"9" * 5000 + b"]", "is not JSON"),
+        (b'{"images": [], "annotations": NaN, "categories": []}', "holds NaN"),
+        (b"[]", "not COCO instances: .*dictionary"),
+        (b"null", "not COCO instances: .*dictionary"),
+    ],
+)
+def test_content_that_is_none(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "some.json"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=said):
+        read_instances(path)
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    for read in (read_instances, read_detections):
+        with pytest.raises(DataError, match="is a folder"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"score": "0.9"}, r"\[1\]\.score: input should be a valid number, got '0.9'"),
+        ({"score": True}, r"\[1\]\.score: input should be a valid number"),
+        ({"score": 1e999}, r"holds Infinity|finite"),
+        ({"image_id": "1"}, r"\[1\]\.image_id: wanted a number, and this is a text"),
+        ({"bbox": [1, 2, None, 4]}, r"\[1\]\.bbox\[2\]: input should be a valid number"),
+        ({"bbox": [9, 9, -3, 5]}, r"entry 1 has a box -3 wide and 5 high; .* \(1 of 2 entries\)"),
+    ],
+)
+def test_bad_entries_are_named(tmp_path: Path, entry: dict[str, Any], said: str) -> None:
+    good = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
+    path = tmp_path / "found.json"
+    path.write_text(json.dumps([good, {**good, **entry}]))
+    with pytest.raises(DataError, match=said):
+        read_detections(path)
+
+
+def test_names_match_whatever_the_form_of_their_accents(world: tuple[Path, Path], change: Change) -> None:
+    for number, (stored, named) in enumerate((("NFC", "NFD"), ("NFD", "NFC")), start=1):
+        folder = world[1] / unicodedata.normalize(stored, f"été{number}")
+        folder.mkdir()
+        (world[1] / f"{number}.png").rename(folder / unicodedata.normalize(stored, "é.png"))
+        name = unicodedata.normalize(named, f"été{number}/é.png")
+        change(set_one("images", number - 1, file_name=name))
+    data = opened(world)
+    assert [tuple(data.read(picture).shape[1:]) for picture in data.pictures] == [
+        picture.size for picture in data.pictures
+    ]
+
+
+def test_two_files_that_read_alike_are_not_chosen_from(world: tuple[Path, Path], change: Change) -> None:
+    for form in ("NFC", "NFKD"):  # neither is the name itself: its accent comes before the cedilla
+        (world[1] / unicodedata.normalize(form, "ḉ.png")).write_bytes((world[1] / "1.png").read_bytes())
+    change(set_one("images", 0, file_name="ć\u0327.png"))
+    with pytest.raises(DataError, match="1 of the 4 pictures of instances.json are not there"):
+        opened(world)
+
+
+def test_a_name_that_no_system_takes(world: tuple[Path, Path], change: Change) -> None:
+    for name in ("x" * 4000, "a\0b", "1.png/2.png"):
+        change(set_one("images", 0, file_name=name))
+        with pytest.raises(DataError, match="1 of the 4 pictures of instances.json are not there"):
+            opened(world)
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+def test_an_orientation_that_is_not_applied_is_said(
+    world: tuple[Path, Path], change: Change, ending: str
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for number in (2, 3):  # 90 x 50, and a square
+        with Image.open(world[1] / f"{number}.png") as image:
+            size = image.size if number == 3 else image.size[::-1]
+            image.resize(size).save(world[1] / f"turned{number}.{ending}", exif=exif)
+    change(set_one("images", 2, file_name=f"turned3.{ending}"))
+    assert opened(world).notes == (
+        "1 of 4 images has an EXIF orientation that is not applied; are the annotations made on the pixels as "
+        "they are stored?",
+    )
+    change(set_one("images", 1, file_name=f"turned2.{ending}"))
+    with pytest.raises(
+        DataError,
+        match=rf"turned2\.{ending} is \[50, 90\] \(height, width\), and instances says \[90, 50\]; "
+        "2 of 4 images have an EXIF orientation that is not applied: write it into the pixels",
+    ):
+        opened(world)
+
+
+def test_damaged_images_are_told_before_the_work(world: tuple[Path, Path]) -> None:
+    (world[1] / "3.png").write_bytes(b"nothing")
+    (world[1] / "4.png").write_bytes((world[1] / "1.png").read_bytes())
+    with pytest.raises(DataError, match=r"3\.png: not a picture.*\(2 of 4 images are bad\)"):
+        opened(world)
+
+
+ODD = (
+    strategies.none()
+    | strategies.booleans()
+    | strategies.integers(-2, 100)
+    | strategies.integers()
+    | strategies.floats()
+    | strategies.text(max_size=5)
+    | strategies.lists(strategies.floats(-1e9, 1e9) | strategies.integers(0, 9999), max_size=8)
+    | strategies.lists(strategies.lists(strategies.floats(-200, 2e5), max_size=9), max_size=3)
+    | strategies.fixed_dictionaries(
+        {
+            "size": strategies.just([90, 50]) | strategies.lists(strategies.integers(), max_size=3),
+            "counts": strategies.text("0123456789:;PQabno", max_size=9)
+            | strategies.lists(strategies.integers(-5, 4500), max_size=6),
+        }
+    )
+)
+KEYS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation", "height", "width", "name")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kind=strategies.sampled_from(["images", "annotations", "annotations", "annotations", "categories"]),
+    place=strategies.integers(0, 8),
+    key=strategies.sampled_from(KEYS),
+    value=ODD,
+)
+def test_any_change_is_the_right_mask_or_one_error(
+    world: tuple[Path, Path], kind: str, place: int, key: str, value: Any
+) -> None:
+    """What passes decodes to masks of the image's size, the same twice."""
+    data = json.loads(world[0].read_text())
+    data[kind][place % len(data[kind])][key] = value
+    path = world[0].with_name("changed.json")
+    path.write_text(json.dumps(data))
+    try:
+        taken = opened((path, world[1]))
+    except DataError as error:
+        assert "\n" not in str(error) and len(str(error)) < 600
+        return
+    for picture in taken.pictures:
+        masks = taken.masks(picture)
+        assert masks.shape == (len(picture.instances), *picture.size)
+        assert masks.equal(taken.masks(picture))
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=strategies.binary(max_size=30) | strategies.text(max_size=30).map(str.encode))
+def test_any_bytes_are_one_error(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "some.json"
+    path.write_bytes(content)
+    for read in (read_instances, read_detections):
+        try:
+            read(path)
+        except DataError:
+            continue
+        assert json.loads(content) == []  # results without an entry
