@@ -227,8 +227,8 @@ def _check_images(pictures: Sequence[Picture], paths: Sequence[Path], name: str)
             turned += header.turned
             if header.size != picture.size:
                 faults.append(_other_size(picture, header.size, name))
-    verb = "image has" if turned == 1 else "images have"
-    note = f"{turned} of {len(pictures)} {verb} an EXIF orientation that is not applied"
+    verb = "has" if turned == 1 else "have"
+    note = f"{turned} of {len(pictures)} images {verb} an EXIF orientation that is not applied"
     if faults:
         why = f"; {note}: write it into the pixels" if turned else ""
         more = f" ({len(faults)} of {len(pictures)} images are bad)" if len(faults) > 1 else ""

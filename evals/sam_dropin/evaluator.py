@@ -121,7 +121,7 @@ class SamEvaluator:
             git=commit(),
             card=card_of(model),
             peak_memory=peak_memory(device),
-            notes=(*drop_in.notes, *scored.notes, *domain_notes(model, [data.images])),
+            notes=(*drop_in.notes, *scored.notes, *data.notes, *domain_notes(model, [data.images])),
             tables=scored.tables,
             files=(f"{base}.jsonl", *scored.panels),
         )

@@ -14,9 +14,9 @@ from torch import Tensor
 
 
 def fitted(height: int, width: int, side: int) -> tuple[int, int]:
-    """The (height, width) of a picture whose longer side is `side`; halves are rounded up."""
+    """The (height, width) of a picture whose longer side is `side`: rounded, at least a pixel each."""
     scale = side / max(height, width)
-    return int(height * scale + 0.5), int(width * scale + 0.5)
+    return max(int(height * scale + 0.5), 1), max(int(width * scale + 0.5), 1)
 
 
 def place(image: Tensor, side: int, colour: tuple[float, ...]) -> Tensor:

@@ -18,7 +18,7 @@ from .bits import count, erode, pack
 
 # Letters: N masks, H W pixels, R bytes a column; in the statistics R resamples.
 
-_SMALL, _LARGE = 32**2, 96**2  # pixels: small up to and with the first, large from the second on
+_SMALL, _LARGE = 32**2, 96**2  # pixels; an area of just so many is of both sizes, as to COCOeval
 _BOUNDARY = 0.02  # of the diagonal (B. Cheng et al. 2021)
 
 
@@ -73,7 +73,7 @@ def metrics(records: Sequence[Record], seed: int) -> dict[str, Metric]:
     chosen: dict[str, tuple[NDArray[np.float64], NDArray[np.bool_]]] = {
         "miou": (ious, np.ones(len(records), dtype=bool)),
         "miou_small": (ious, areas <= _SMALL),
-        "miou_medium": (ious, (areas > _SMALL) & (areas < _LARGE)),
+        "miou_medium": (ious, (areas >= _SMALL) & (areas <= _LARGE)),
         "miou_large": (ious, areas >= _LARGE),
         "boundary_miou": (np.array([r.boundary_iou for r in records]), np.ones(len(records), dtype=bool)),
         "filled_box_miou": (np.array([r.box_iou for r in records]), np.ones(len(records), dtype=bool)),

@@ -238,14 +238,14 @@ def test_two_files_that_read_alike_are_not_chosen_from(world: tuple[Path, Path],
     for form in ("NFC", "NFKD"):  # neither is the name itself: its accent comes before the cedilla
         (world[1] / unicodedata.normalize(form, "ḉ.png")).write_bytes((world[1] / "1.png").read_bytes())
     change(set_one("images", 0, file_name="ć\u0327.png"))
-    with pytest.raises(DataError, match="1 of the 4 pictures of instances.json are not there"):
+    with pytest.raises(DataError, match=r"1 of the 4 pictures of .* are not there"):
         opened(world)
 
 
 def test_a_name_that_no_system_takes(world: tuple[Path, Path], change: Change) -> None:
     for name in ("x" * 4000, "a\0b", "1.png/2.png"):
         change(set_one("images", 0, file_name=name))
-        with pytest.raises(DataError, match="1 of the 4 pictures of instances.json are not there"):
+        with pytest.raises(DataError, match=r"1 of the 4 pictures of .* are not there"):
             opened(world)
 
 
@@ -260,10 +260,8 @@ def test_an_orientation_that_is_not_applied_is_said(
             size = image.size if number == 3 else image.size[::-1]
             image.resize(size).save(world[1] / f"turned{number}.{ending}", exif=exif)
     change(set_one("images", 2, file_name=f"turned3.{ending}"))
-    assert opened(world).notes == (
-        "1 of 4 images has an EXIF orientation that is not applied; are the annotations made on the pixels as "
-        "they are stored?",
-    )
+    (note,) = opened(world).notes
+    assert note.startswith("1 of 4 images has an EXIF orientation that is not applied; are the annotations")
     change(set_one("images", 1, file_name=f"turned2.{ending}"))
     with pytest.raises(
         DataError,
@@ -278,6 +276,13 @@ def test_damaged_images_are_told_before_the_work(world: tuple[Path, Path]) -> No
     (world[1] / "4.png").write_bytes((world[1] / "1.png").read_bytes())
     with pytest.raises(DataError, match=r"3\.png: not a picture.*\(2 of 4 images are bad\)"):
         opened(world)
+
+
+def check_masks(data: Instances) -> None:
+    for picture in data.pictures:
+        masks = data.masks(picture)
+        assert masks.shape == (len(picture.instances), *picture.size)
+        assert masks.equal(data.masks(picture))
 
 
 ODD = (
@@ -300,7 +305,7 @@ ODD = (
 KEYS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation", "height", "width", "name")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     kind=strategies.sampled_from(["images", "annotations", "annotations", "annotations", "categories"]),
     place=strategies.integers(0, 8),
@@ -318,12 +323,11 @@ def test_any_change_is_the_right_mask_or_one_error(
     try:
         taken = opened((path, world[1]))
     except DataError as error:
-        assert "\n" not in str(error) and len(str(error)) < 600
+        said = str(error)
+    else:
+        check_masks(taken)
         return
-    for picture in taken.pictures:
-        masks = taken.masks(picture)
-        assert masks.shape == (len(picture.instances), *picture.size)
-        assert masks.equal(taken.masks(picture))
+    assert len(said.splitlines()) == 1 and len(said) < 600
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

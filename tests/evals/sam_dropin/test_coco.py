@@ -82,7 +82,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no\.json: no such file"):
         opened((tmp_path / "no.json", tmp_path))
     (tmp_path / "half.json").write_text('{"images": [')
-    with pytest.raises(DataError, match="half.json: is not JSON"):
+    with pytest.raises(DataError, match=r"half\.json: is not JSON"):
         opened((tmp_path / "half.json", tmp_path))
 
 

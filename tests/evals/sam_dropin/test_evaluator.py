@@ -196,6 +196,47 @@ def test_a_detectors_boxes_are_scored_as_average_precision(detections: SamSettin
     assert len(lines(tmp_path / "out" / "sam-scenes-sam-detections.jsonl")) == 9
 
 
+@pytest.mark.parametrize("first", [0, -4, 2**53])
+def test_the_ids_of_annotations_do_not_change_average_precision(
+    detections: SamSettings, tmp_path: Path, first: int
+) -> None:
+    """COCOeval takes a match with id 0 for none, and lacks a default for crowds."""
+    assert detections.data is not None
+    model = load_backbone("scenes:sam")
+    expected = run(model, detections, tmp_path / "a")
+    data = json.loads(detections.data.read_text())
+    for place, annotation in enumerate(data["annotations"]):
+        annotation["id"] = first + place
+        if not annotation["iscrowd"]:
+            del annotation["iscrowd"]
+    detections.data.write_text(json.dumps(data))
+    assert untimed(run(model, detections, tmp_path / "b")).metrics == untimed(expected).metrics
+
+
+def test_thin_and_turned_images_are_scored(tmp_path: Path) -> None:
+    sizes, exif = ((1, 300), (300, 1), (1, 1), (32, 32)), Image.Exif()
+    exif[0x0112] = 6
+    images, annotations = [], []
+    for number, (height, width) in enumerate(sizes, start=1):
+        file = tmp_path / f"{number}.png"
+        Image.new("RGB", (width, height), (200, 30, 30)).save(file, **({"exif": exif} if number == 4 else {}))
+        images.append({"id": number, "file_name": file.name, "height": height, "width": width})
+        counts = {"size": [height, width], "counts": [0, height * width]}
+        annotations.append(
+            {"id": number, "image_id": number, "category_id": 1, "area": height * width}
+            | {"bbox": [0, 0, width, height], "segmentation": counts}
+        )
+    data = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "all 多"}]}
+    (tmp_path / "data.json").write_text(json.dumps(data))
+    settings = SamSettings(
+        data=tmp_path / "data.json", images=tmp_path, cache=tmp_path / "cache", save_masks=1
+    )
+    report = run(load_backbone("scenes:sam"), settings, tmp_path / "out")
+    assert len(lines(tmp_path / "out" / report.files[0])) == 4
+    assert report.metrics["filled_box_miou"].value == 100
+    assert any(note.startswith("1 of 4 images has an EXIF orientation that is not") for note in report.notes)
+
+
 @pytest.mark.parametrize(
     ("entries", "said"),
     [

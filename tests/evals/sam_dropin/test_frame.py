@@ -26,6 +26,17 @@ def test_pictures_are_resized_and_padded_as_the_predictor_does(size: tuple[int, 
     assert fitted(*size, 128) == resized.shape[:2]
 
 
+@pytest.mark.parametrize(
+    ("size", "inside"), [((1, 900), (1, 112)), ((900, 1), (112, 1)), ((1, 1), (112, 112))]
+)
+def test_the_thinnest_images_keep_a_pixel(size: tuple[int, int], inside: tuple[int, int]) -> None:
+    frame = make_frame(*size, 112)
+    assert frame.inside == inside
+    square = place(torch.full((3, *size), 255, dtype=torch.uint8), 112, (0.0, 0.0, 0.0))
+    assert square.sum() == 3 * inside[0] * inside[1]
+    assert frame.masks(torch.ones(2, 28, 28)).shape == (2, *size)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_prompts_and_masks_go_where_the_predictor_puts_them(size: tuple[int, int]) -> None:
     frame, transform = make_frame(*size, 1024), ResizeLongestSide(1024)

@@ -75,7 +75,7 @@ def test_sizes_by_hand() -> None:
         {
             "miou": 37.5,
             "miou_small": 10.0,
-            "miou_medium": 40.0,
+            "miou_medium": 50.0,
             "miou_large": 90.0,
             "boundary_miou": 18.75,
             "filled_box_miou": 25.0,
@@ -84,14 +84,14 @@ def test_sizes_by_hand() -> None:
 
 
 def test_an_empty_size_is_left_out_and_buckets_are_cocos() -> None:
-    """COCO's own bounds; on them, which the protocol gives to small and large, they differ."""
+    """COCO's own bounds, each an area of both sizes that it divides."""
     from pycocotools.cocoeval import Params
 
-    areas = [10.0, 1000.0, 5000.0, 9000.0]
-    found = metrics([record(i, i, area, i / 10) for i, area in enumerate(areas)], 0)
-    assert "miou_large" not in found
     ranges = dict(zip(Params("segm").areaRngLbl, Params("segm").areaRng, strict=True))
-    for name in ("small", "medium"):
+    assert "miou_large" not in metrics([record(1, 1, 9215.5, 0.5)], 0)
+    areas = [0.0, 10.0, 1023.5, 1024.0, 1024.5, 5000.0, 9215.5, 9216.0, 9216.5, 20000.0]
+    found = metrics([record(i, i, area, i / 10) for i, area in enumerate(areas)], 0)
+    for name in ("small", "medium", "large"):
         low, high = ranges[name]
         inside = [i / 10 for i, area in enumerate(areas) if low <= area <= high]
         assert found[f"miou_{name}"].value == pytest.approx(100 * sum(inside) / len(inside))
