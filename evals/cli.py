@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from annotated_types import Interval
 from rich.console import Console
 from rich.markup import escape
 
 from radio.checkpoint import load as load_checkpoint
+from radio.config import Pixels, Seed, check
 from radio.errors import CheckpointError, ConfigError, did_you_mean
 from radio.hub import load_backbone
+from radio.io import check_writable
 from radio.students import students
 from radio.types import Backbone
 
@@ -92,9 +95,9 @@ class Options:
     """Instead of MODELS: this architecture's newest checkpoint under runs/, or with --random-init none."""
     random_init: bool = False
     """Score the architecture untrained: the floor of every table."""
-    init_seed: int = 0
+    init_seed: Seed = 0
     """Decides the weights of --random-init."""
-    window: tuple[int, ...] = ()
+    window: tuple[Pixels, ...] = ()
     """Side of the attention windows in tokens, for students that have windows; several give a column
     each."""
     out: Path | None = None
@@ -140,11 +143,12 @@ def _parse(task: str, evaluator: Evaluator[Any], arguments: Sequence[str]) -> tu
         description=_summary(task),
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    return parsed.model, getattr(parsed, own)
+    return check(parsed.model), check(getattr(parsed, own))
 
 
 def _evaluate(evaluator: Evaluator[Any], options: Options, settings: Any, group: Group) -> None:
     console, watch = _screen(options, group)
+    _check_out(options)
     reports = _without_model(evaluator, options, settings)
     for spec, model, name in () if reports else _models(options):
         out = options.out or _default_out(spec)
@@ -176,7 +180,7 @@ class AllOptions:
 class NoiseOptions(AllOptions):
     """What a model's scores move by when nothing but luck changes; compare reads the file."""
 
-    repeats: int = 5
+    repeats: Annotated[int, Interval(ge=0, le=1000)] = 5
     """How often each task that trains something is run."""
 
 
@@ -203,8 +207,8 @@ def _parse_suite(command: str, kind: type[AllOptions], arguments: Sequence[str])
         raise ConfigError(f"no task {unknown[0]!r}{did_you_mean(unknown[0], made)}; tasks: {', '.join(made)}")
     # Speed is no score: it is measured when it is named, on a machine that does nothing else.
     chosen = parsed.own.tasks or [name for name in made if name != "throughput"]
-    jobs = {name: (made[name], getattr(parsed, own[name])) for name in chosen}
-    return parsed.model, parsed.own, jobs
+    jobs = {name: (made[name], check(getattr(parsed, own[name]))) for name in chosen}
+    return check(parsed.model), check(parsed.own), jobs
 
 
 def _all(arguments: Sequence[str]) -> int:
@@ -217,6 +221,7 @@ def _all(arguments: Sequence[str]) -> int:
 def _noise(arguments: Sequence[str]) -> int:
     options, own, jobs = _parse_suite("noise", NoiseOptions, arguments)
     console, watch = _screen(options, Group())
+    _check_out(options)
     for spec, model, name in _models(options):
         tell = _teller(console, name)
         noise = measure_noise(model, jobs, repeats=own.repeats, name=name, watch=watch, tell=tell)
@@ -242,6 +247,7 @@ def _teller(console: Console, name: str) -> Callable[[str], None]:
 def _run_all(options: Options, jobs: Jobs, group: Group) -> int:
     console, watch = _screen(options, group)
     failed = False
+    _check_out(options)
     for spec, model, name in _models(options):
         out, tell = options.out or _default_out(spec), _teller(console, name)
         outcomes = run_all(model, jobs, out, name=name, watch=watch, group=group, tell=tell)
@@ -289,6 +295,12 @@ def _new_name(name: str, spec: str, options: Options, window: int | None, taken:
         unique = f"{name}-{number}"
     taken.add(unique)
     return unique
+
+
+def _check_out(options: Options) -> None:
+    """None, when the reports can be written: told before the work rather than after it."""
+    for spec in options.models or (options.arch or "",):
+        check_writable(options.out or _default_out(spec), "--out")
 
 
 def _default_out(spec: str) -> Path:

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import braceexpand
 from pydantic import TypeAdapter, ValidationError
 
-from .errors import DataError, RadioError, shown
+from .errors import ConfigError, DataError, RadioError, shown
 
 T = TypeVar("T")
 
@@ -94,6 +94,34 @@ def make_folder(target: Path, fill: Callable[[Path], None]) -> bool:
             return False
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    return True
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """None, when files can be made in a folder, which need not be there yet; nothing is left behind.
+
+    Args:
+        option: what named the folder, for the error.
+
+    Raises:
+        ConfigError: it is a file, lies in one, cannot be written, or cannot be a path.
+    """
+    try:
+        nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if _stands(place))
+        tempfile.TemporaryFile(dir=nearest).close()
+    except (OSError, ValueError) as problem:
+        reason = _reason(problem) if isinstance(problem, OSError) else problem
+        raise ConfigError(
+            f"{option} {shown(folder)}: {reason}; choose a folder that can be written"
+        ) from problem
+
+
+def _stands(place: Path) -> bool:
+    """Whether something is there, be it a link that leads nowhere."""
+    try:
+        place.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
     return True
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from radio.errors import DataError, RadioError
+from radio.io import check_writable
 from radio.types import Backbone, Features
 
 from .chunks import (
@@ -148,6 +149,7 @@ def extract(
     places = find_missing(paths, partial(_check_chunk, source), damage or Damage())
     missing = [numbers[place] for place in places]
     if missing:
+        check_writable(folder, "--cache")
         with watch(f"{model.name} on {source.name}", sum(len(_span(n, count)) for n in missing)) as advance:
             _fill(model, source, how, folder, missing, advance)
     group.barrier()

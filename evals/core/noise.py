@@ -6,12 +6,14 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from radio.errors import ConfigError, DataError
-from radio.io import write_text
+from radio.io import read_json, write_text
 from radio.types import Backbone
 
 from .evaluator import Evaluator, Watch
@@ -23,6 +25,16 @@ _APART = 1.959964 * 2**0.5  # two runs differ by more standard deviations than t
 
 Noise = dict[str, dict[str, float]]
 """By task and metric: what two runs differ by at most, 19 times of 20."""
+
+
+class _File(TypedDict):
+    """The content of a file of noise."""
+
+    format: Literal["am-radio-noise/1"]
+    tasks: dict[str, dict[str, Annotated[float, Field(ge=0, le=1e100)]]]
+
+
+_FILE = TypeAdapter(_File)
 
 
 @runtime_checkable
@@ -81,17 +93,6 @@ def read_noise(path: Path) -> Noise:
         DataError: no such file, or not one that `radio-eval noise` wrote.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: no file of noise; radio-eval noise MODEL writes one ({error})") from error
-    tasks = data.get("tasks") if isinstance(data, dict) and data.get("format") == FORMAT else None
-    if not isinstance(tasks, dict) or not all(_is_numbers(metrics) for metrics in tasks.values()):
-        raise DataError(
-            f"{path}: not a file of noise in the format {FORMAT}; make it again with radio-eval noise"
-        )
-    found: Noise = tasks
-    return found
-
-
-def _is_numbers(metrics: Any) -> bool:
-    return isinstance(metrics, dict) and all(isinstance(value, int | float) for value in metrics.values())
+        return read_json(path, _FILE)["tasks"]
+    except DataError as error:
+        raise DataError(f"no file of noise; radio-eval noise MODEL writes one ({error})") from error

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
+from radio.config import CountOrZero, Pixels, Seed, Workers, check
 from radio.errors import ConfigError
 from radio.images import EVALUATION_RATIO
 from radio.types import Backbone
@@ -22,6 +24,9 @@ from .views import make_view
 
 
 _CARRIED = 16_384  # summaries that go through an adaptor at once
+
+Scenes = Annotated[int, Interval(ge=1, le=10_000_000)]
+"""How many pictures of the generated world."""
 
 
 @runtime_checkable
@@ -36,17 +41,17 @@ class Adapting(Protocol):
 class ExtractionSettings:
     """How pictures become features."""
 
-    limit: int | None = None
+    limit: CountOrZero | None = None
     """Use so many pictures of each set, spread evenly."""
     view: Literal["center", "short-side"] = "center"
     """A square from the middle, or the whole picture with its aspect kept."""
-    size: int | None = None
+    size: Pixels | None = None
     """Side of the square, or the short side, in pixels. The model's own size unless given."""
-    ratio: float = EVALUATION_RATIO
+    ratio: Annotated[float, Interval(ge=1, le=16)] = EVALUATION_RATIO
     """The picture is resized to this times the size before the middle is cut out."""
-    batch: int = 64
+    batch: Annotated[int, Interval(ge=1, le=65_536)] = 64
     """Pictures that go through the model together; does not change the scores."""
-    workers: int | None = None
+    workers: Workers | None = None
     """Loader processes; none on a CPU and up to 8 beside a GPU unless given."""
     cache: Path | None = None
     """Where features are kept. $XDG_CACHE_HOME/am-radio unless given."""
@@ -54,13 +59,14 @@ class ExtractionSettings:
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """What the model computes in."""
-    seed: int = 0
+    seed: Seed = 0
     """Which generated world."""
 
     def __post_init__(self) -> None:
         """Refuse what no data could make sense of."""
         if self.batch < 1:
             raise ConfigError(f"batch = {self.batch}: give 1 or more")
+        check(self)
 
 
 def plan(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
 import subprocess
 from functools import lru_cache
@@ -54,14 +55,25 @@ def choose_device(name: str) -> torch.device:
     available = torch.cuda.is_available()
     if name == "cpu" or (name == "auto" and not available):
         return torch.device("cpu")
-    if name not in ("auto", "cuda") and not name.startswith("cuda:"):
+    if name not in ("auto", "cuda") and not re.fullmatch(r"cuda:\d{1,4}", name):
         raise ConfigError(f"unknown device {name!r}; choose auto, cpu, cuda or cuda:N")
     if not available:
         raise ConfigError(f"device {name} was asked for, and torch sees no GPU; use --device cpu")
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.device_count() == 1:  # the launcher shows every rank a GPU of its own
-        local = 0
-    return torch.device(name if ":" in name else f"cuda:{local}")
+    count = torch.cuda.device_count()
+    index = int(name.partition(":")[2]) if ":" in name else _own_gpu(count)
+    if index >= count > 0:
+        raise ConfigError(f"GPU {index} was asked for, and {count} are visible, from 0 on; name one of them")
+    return torch.device(f"cuda:{index}")
+
+
+def _own_gpu(count: int) -> int:
+    """The GPU of this rank: the only one where the launcher shows each rank its own."""
+    local = os.environ.get("LOCAL_RANK", "0")
+    if not local.isdecimal():
+        raise ConfigError(
+            f"LOCAL_RANK is {local!r}; wanted this rank's number on its machine, as torchrun sets"
+        )
+    return 0 if count == 1 else int(local)
 
 
 def describe_device(device: torch.device) -> str:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import torch
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
+
 from radio.config import to_plain
 from radio.errors import RadioError
-from radio.io import write_text
+from radio.io import read_json, write_text
 from radio.types import Backbone
 
 from .dist import Group
@@ -20,7 +26,25 @@ from .evaluator import Evaluator, Watch
 from .report import Report, file_name, read
 
 _STATE = "all.json"
-_FORMAT = "am-radio-all/1"
+_FORMAT: Literal["am-radio-all/1"] = "am-radio-all/1"
+
+
+class _Entry(TypedDict):
+    """A finished task."""
+
+    key: str
+    report: str  # its file
+
+
+class _File(TypedDict):
+    """The content of `all.json`."""
+
+    format: Literal["am-radio-all/1"]
+    tasks: dict[str, _Entry]  # by the report's name
+
+
+_FILE = TypeAdapter(_File)
+
 # What a task may end with and the others go on: all but an interruption or a want of memory.
 _FAILURES = (
     RuntimeError,
@@ -88,17 +112,25 @@ def run_all(
             tell(f"{task}: unchanged, kept")
             continue
         tell(f"{task}: running")
-        try:
-            report = evaluator.run(model, settings, out, name=name, watch=watch)
-        except _FAILURES as error:
-            said = str(error) if isinstance(error, RadioError) else f"{type(error).__name__}: {error}"
-            outcomes.append(Outcome(task=task, state="failed", reason=said))
-            tell(f"{task}: failed: {said}")
-            continue
-        if group.leads:
-            _note(out, base, key, report)
-        outcomes.append(Outcome(task=task, state="done", report=report))
+        outcome = _attempt(task, partial(evaluator.run, model, settings, out, name=name, watch=watch), group)
+        outcomes.append(outcome)
+        if outcome.report is None:
+            tell(f"{task}: failed: {outcome.reason}")
+            _free_memory()
+        elif group.leads:
+            _note(out, base, key, outcome.report)
     return outcomes
+
+
+def _attempt(task: str, run: Callable[[], Report], group: Group) -> Outcome:
+    try:
+        return Outcome(task=task, state="done", report=run())
+    except _FAILURES as error:
+        reason = _reason(error)
+        if group.world > 1 and not isinstance(error, RadioError):
+            # Perhaps of this rank alone: the others would wait for it in the middle of the task.
+            raise RadioError(f"{task}: failed on rank {group.rank} of {group.world}: {reason}") from error
+    return Outcome(task=task, state="failed", reason=reason)
 
 
 def task_key(task: str, fingerprint: str, settings: Any) -> str:
@@ -112,7 +144,7 @@ def task_key(task: str, fingerprint: str, settings: Any) -> str:
 def _kept(out: Path, base: str, key: str, fingerprint: str) -> Report | None:
     """The report of a finished task of one model, if it is the one that would be made again."""
     entry = _state(out).get(base)
-    if entry is None or entry.get("key") != key:
+    if entry is None or entry["key"] != key:
         return None
     try:
         report = read(out / entry["report"])
@@ -123,20 +155,16 @@ def _kept(out: Path, base: str, key: str, fingerprint: str) -> Report | None:
 
 
 def _note(out: Path, base: str, key: str, report: Report) -> None:
-    tasks = {**_state(out), base: {"key": key, "report": f"{file_name(report.task, report.model)}.json"}}
+    entry: _Entry = {"key": key, "report": f"{file_name(report.task, report.model)}.json"}
+    tasks = {**_state(out), base: entry}
     write_text(out / _STATE, json.dumps({"format": _FORMAT, "tasks": tasks}, indent=2) + "\n")
 
 
-def _state(out: Path) -> dict[str, Any]:
-    path = out / _STATE
-    if not path.is_file():
-        return {}
+def _state(out: Path) -> dict[str, _Entry]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # damaged: everything is made again
+        return read_json(out / _STATE, _FILE)["tasks"]
+    except RadioError:  # absent or damaged: everything is made again
         return {}
-    tasks = found.get("tasks") if isinstance(found, dict) and found.get("format") == _FORMAT else None
-    return tasks if isinstance(tasks, dict) else {}
 
 
 def _texts(plain: Any) -> Iterator[str]:
@@ -151,12 +179,19 @@ def _texts(plain: Any) -> Iterator[str]:
 
 
 def _is_path(text: str) -> bool:
-    return bool(text) and ("{" in text or Path(text).exists())
+    return bool(text) and ("{" in text or _exists(Path(text)))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # no name that a file could have
+        return False
 
 
 def _signature(path: Path) -> list[Any]:
     """Names, sizes and times of everything under a path; a pattern stands for the files beside it."""
-    root = path if path.exists() else path.parent
+    root = path if _exists(path) else path.parent
     if root.is_file():
         stat = root.stat()
         return [[str(root.resolve()), stat.st_size, stat.st_mtime_ns]]
@@ -164,6 +199,23 @@ def _signature(path: Path) -> list[Any]:
     for folder, folders, files in os.walk(root):
         folders.sort()
         for name in sorted(files):
-            stat = Path(folder, name).stat()
-            found.append([str(Path(folder, name)), stat.st_size, stat.st_mtime_ns])
+            file = Path(folder, name)
+            stat = file.stat() if _exists(file) else file.lstat()  # a link may lead nowhere
+            found.append([str(file), stat.st_size, stat.st_mtime_ns])
     return found
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, RadioError):
+        return str(error)
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        # Only its first sentence: the rest is advice on PyTorch's allocator.
+        said = str(error).split(". ")[0]
+        return f"the GPU's memory is full ({said}); it is freed for the next task; take a smaller --batch"
+    return f"{type(error).__name__}: {error}"
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

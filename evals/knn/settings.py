@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from evals.core.plan import ExtractionSettings
+from annotated_types import Interval
+
+from evals.core.plan import ExtractionSettings, Scenes
+from radio.config import Count, Positive
 from radio.errors import ConfigError
+
+Neighbourhood = Annotated[int, Interval(ge=1, le=16_384)]
+"""How many neighbours vote: all of a query's are held in memory at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,18 +27,18 @@ class KnnSettings(ExtractionSettings):
     """Labelled pictures to classify."""
     leave_one_out: bool = False
     """Classify the bank's own pictures, each without itself, instead of a query set."""
-    scenes: tuple[int, int] = (6000, 1500)
+    scenes: tuple[Scenes, Scenes] = (6000, 1500)
     """Bank and query pictures of the generated world, where no data are given."""
-    k: tuple[int, ...] = (10, 20, 100, 200)
+    k: tuple[Neighbourhood, ...] = (10, 20, 100, 200)
     """Numbers of neighbours, scored from one search."""
-    headline_k: int | None = None
+    headline_k: Neighbourhood | None = None
     """The k whose scores are called top1, top5 and mean_class. 20, or the first k where 20 is none of them,
     unless given."""
-    temperature: float = 0.07
+    temperature: Positive = 0.07
     """A neighbour of similarity s votes exp(s / temperature)."""
-    few_shot: tuple[int, ...] = ()
+    few_shot: tuple[Count, ...] = ()
     """Also score banks of so many pictures per class."""
-    tries: int = 5
+    tries: Annotated[int, Interval(ge=0, le=1000)] = 5
     """Random banks for each few-shot count; the try's number is its seed."""
     head: str | None = None
     """Score the summary in this teacher's space, through the student's adaptor."""
@@ -40,7 +47,6 @@ class KnnSettings(ExtractionSettings):
 
     def __post_init__(self) -> None:
         """Refuse what no data could make sense of."""
-        ExtractionSettings.__post_init__(self)  # super() does not work in a class with slots
         if not self.k or min(self.k) < 1:
             raise ConfigError(f"k = {self.k}: give one or more numbers of neighbours, each 1 or more")
         if self.headline_k is not None and self.headline_k not in self.k:
@@ -55,6 +61,7 @@ class KnnSettings(ExtractionSettings):
             raise ConfigError("a query without a bank has no neighbours; give --bank too")
         if self.bank is not None and self.query is None and not self.leave_one_out:
             raise ConfigError("a bank without a query: give --query, or --leave-one-out")
+        ExtractionSettings.__post_init__(self)  # super() does not work in a class with slots
 
     @property
     def headline(self) -> int:

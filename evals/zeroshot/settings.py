@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from evals.core.plan import ExtractionSettings
+from evals.core.plan import ExtractionSettings, Scenes
 from radio.errors import ConfigError
 
 
@@ -16,7 +16,7 @@ class ZeroshotSettings(ExtractionSettings):
     query: str | None = None
     """Labelled pictures: a folder with one folder a class, or tar shards. The generated world
     unless given."""
-    scenes: int = 1500
+    scenes: Scenes = 1500
     """Pictures of the generated world, where no data are given."""
     class_names: str | None = None
     """`imagenet`, or a file with one name a line. What the folders are called unless given."""

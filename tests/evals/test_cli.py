@@ -139,6 +139,13 @@ def test_listing_needs_no_optional_library(
         (["knn", "vit-tiny12", "--random-init", "--head", "clip", *SMALL], "no adaptor 'clip'"),
         (["knn", "vit-tiny12", "--random-init", "--bnak", "x"], "--bank"),
         (["knn", "vit-tiny12", "--random-init", "--k", "many"], "many"),
+        (["knn", "vit-tiny12", "--random-init", "--temperature", "nan"], "temperature: nan"),
+        (["knn", "vit-tiny12", "--random-init", "--seed", "-1"], "seed: -1 is out of bounds"),
+        (["knn", "vit-tiny12", "--random-init", "--init-seed", "-1"], "init_seed: -1 is out of bounds"),
+        (["zeroshot", "scenes:clip", "--ratio", "1e9"], "ratio: 1000000000.0 is out of bounds"),
+        (["zeroshot", "scenes:clip", "--workers", "-1"], "workers: -1 is out of bounds"),
+        (["all", "scenes:clip", "--knn.k", "99999999"], "k[0]: 99999999 is out of bounds"),
+        (["noise", "scenes:clip", "--repeats", "-3"], "repeats: -3 is out of bounds"),
         (["list", "--arch"], "--archs"),
     ],
 )
@@ -173,6 +180,29 @@ def test_an_empty_folder_and_one_class_are_one_line(
         code = evaluate(["knn", "vit-tiny12", "--random-init", "--bank", folder, "--query", folder])
         assert code == 2
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["knn", "all", "noise"])
+@pytest.mark.parametrize("out", ["a-file", "a-file/below", "loop", "nowhere", "x" * 300, "/proc/reports"])
+def test_an_out_that_cannot_be_written_is_told_before_the_model_is_loaded(
+    tmp_path: Path, command: str, out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a-file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "nowhere").symlink_to("gone")
+    before = sorted(tmp_path.iterdir())
+    assert evaluate([command, "no-such-model", "--out", out]) == 2
+    error = capsys.readouterr().err
+    assert f"--out {out}: " in error and "choose a folder that can be written" in error
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_cache_that_cannot_be_written_is_told_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cache").write_text("")
+    assert evaluate(["knn", "vit-tiny12", "--random-init", "--cache", "cache", *SMALL]) == 2
+    assert "error: --cache cache/features/" in capsys.readouterr().err
 
 
 def test_main_itself_raises() -> None:

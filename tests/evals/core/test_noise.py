@@ -69,7 +69,14 @@ def test_a_file_of_noise_comes_back(tmp_path: Path) -> None:
     path = tmp_path / "noise.json"
     write_noise(path, {"seg": {"miou": 0.5}}, fingerprint="f", repeats=3)
     assert read_noise(path) == {"seg": {"miou": 0.5}}
-    for text in ("{", '{"format": "am-radio-noise/0"}', '{"format": "am-radio-noise/1", "tasks": {"a": 1}}'):
+    made = '{"format": "am-radio-noise/1", "tasks": {"seg": {"miou": %s}}}'
+    poison = [made % value for value in ("NaN", "-1", "1e999", "true", '"1"', "[" * 100_000, "1" * 5000)]
+    for text in (
+        *poison,
+        "{",
+        '{"format": "am-radio-noise/0"}',
+        '{"format": "am-radio-noise/1", "tasks": {"a": 1}}',
+    ):
         path.write_text(text)
         with pytest.raises(DataError, match="file of noise"):
             read_noise(path)

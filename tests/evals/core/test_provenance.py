@@ -62,3 +62,20 @@ def test_each_rank_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     assert choose_device("cuda:1") == torch.device("cuda:1")
     assert choose_device("cpu") == torch.device("cpu")
+
+
+def test_a_rank_that_sees_one_gpu_takes_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, said in (("auto", "GPU 3 was asked for, and 2 are visible"), ("cuda:2", "GPU 2 was")):
+        with pytest.raises(ConfigError, match=said):
+            choose_device(name)
+    for name in ("cuda:x", "cuda:-1", "cuda:", "cuda:99999999999999999999"):
+        with pytest.raises(ConfigError, match="unknown device"):
+            choose_device(name)
+    monkeypatch.setenv("LOCAL_RANK", "first")
+    with pytest.raises(ConfigError, match="LOCAL_RANK is 'first'"):
+        choose_device("auto")

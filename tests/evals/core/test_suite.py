@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from evals.core.dist import Group
 from evals.core.evaluator import silent
 from evals.core.report import Metric, Report, file_name, read, write
 from evals.core.suite import Outcome, run_all
 from radio.config import to_plain
-from radio.errors import DataError
+from radio.errors import DataError, RadioError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,3 +147,50 @@ def test_an_interruption_leaves_what_is_done(everything: Any, tasks: dict[str, T
     tasks["b"].error = None
     assert states(everything()) == ["kept", "done", "left out"]
     assert tasks["a"].runs == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "[]",
+        '{"format": "am-radio-all/1", "tasks": {"a": 1}}',
+        '{"tasks": {"a": {"key": 5}}}',
+        "\ufeff",
+    ],
+)
+def test_a_foreign_state_is_no_state(everything: Any, tmp_path: Path, text: str) -> None:
+    everything()
+    (tmp_path / "out" / "all.json").write_text(text)
+    assert states(everything())[:2] == ["done", "done"]
+
+
+def test_a_full_gpu_is_said_and_emptied_for_the_next(
+    everything: Any, tasks: dict[str, Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emptied: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append("now"))
+    tasks["a"].error = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. See docs")
+    first, second, _ = everything()
+    assert first.reason.startswith("the GPU's memory is full (CUDA out of memory)")
+    assert "smaller --batch" in first.reason
+    assert second.state == "done" and emptied == ["now"]
+
+
+def test_with_several_ranks_a_failure_of_one_ends_all(
+    tasks: dict[str, Task], tmp_path: Path, backbone: Any
+) -> None:
+    tasks["a"].error = RuntimeError("only here")
+    jobs = {"a": (tasks["a"], Settings())}
+    with pytest.raises(RadioError, match="a: failed on rank 1 of 2: RuntimeError: only here"):
+        run_all(backbone(), jobs, tmp_path, name="m", watch=silent, group=Group(1, 2), tell=lambda line: None)
+
+
+def test_settings_that_name_links_to_nowhere_and_endless_names(everything: Any, tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "d" / "loop").symlink_to(tmp_path / "d" / "loop")
+    settings = {"a": Settings(data=tmp_path / "d"), "b": Settings(data=Path("x" * 5000))}
+    assert states(everything(**settings))[:2] == ["done", "done"]
+    assert states(everything(**settings))[:2] == ["kept", "kept"]
