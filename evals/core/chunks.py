@@ -35,10 +35,10 @@ class DamagedError(DataError):
 
 
 class TensorSpec(NamedTuple):
-    """What a tensor of an entry has to be; None stands for any size."""
+    """What a tensor of an entry has to be; None stands for any size, or for any shape."""
 
     dtype: torch.dtype
-    shape: tuple[int | None, ...]
+    shape: tuple[int | None, ...] | None
 
 
 class Tensors(NamedTuple):
@@ -142,8 +142,9 @@ def read_tensors(path: Path, specs: Mapping[str, TensorSpec]) -> Tensors:
         if name not in specs or name not in content.tensors:
             raise DamagedError(f"{shown(path)}: holds {sorted(content.tensors)}, wanted {sorted(specs)}")
         tensor, spec = content.tensors[name], specs[name]
-        sizes_fit = len(tensor.shape) == len(spec.shape) and all(
-            wanted in (None, size) for size, wanted in zip(tensor.shape, spec.shape, strict=True)
+        sizes_fit = spec.shape is None or (
+            len(tensor.shape) == len(spec.shape)
+            and all(wanted in (None, size) for size, wanted in zip(tensor.shape, spec.shape, strict=True))
         )
         if tensor.dtype != spec.dtype or not sizes_fit:
             raise DamagedError(f"{shown(path)}: {name} is {tensor.dtype} {list(tensor.shape)}")

@@ -49,7 +49,7 @@ from .views import View
 CHUNK = 512  # pictures a file: what a killed run loses at most
 _FORMAT = f"features/2 in chunks of {CHUNK}"
 _SPECS = {
-    "features": TensorSpec(torch.float32, (None, None)),
+    "features": TensorSpec(torch.float32, None),  # [N, D], or the tokens [N, T, D]
     "indices": TensorSpec(torch.int64, (None,)),
 }
 _SKIPPED = TypeAdapter(list[tuple[str, str]])  # key, reason

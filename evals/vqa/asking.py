@@ -13,7 +13,7 @@ from .pictures import Pictures
 from .samples import Shown
 from .tasks import TaskData
 
-_FORMAT = "am-radio-vqa-answers/1"
+_FORMAT = "am-radio-vqa-answers/2"
 
 
 def ask_all(course: Course, model: Any, key: str, data: TaskData) -> Answers:
@@ -54,6 +54,7 @@ def ask_all(course: Course, model: Any, key: str, data: TaskData) -> Answers:
                 title=f"{data.task}{' blind' if blind else ''} {course.encoder.model.name}",
                 group=course.group,
                 watch=course.watch,
+                damage=course.encoder.damage,
             )
         )
     return Answers(*said)

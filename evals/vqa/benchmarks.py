@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from evals.core.chunks import Damage
 from radio.errors import DataError
 from radio.io import write_text
 from radio.scenes import COLOURS, SHAPES, Question, questions, render
@@ -20,8 +20,9 @@ from radio.scenes import COLOURS, SHAPES, Question, questions, render
 from .scoring.exam import TaskFiles
 from .scoring.scienceqa import LETTERS
 from .tasks import Task
+from .worlds import make_world
 
-_CARD, _FORMAT = "benchmarks.json", "am-radio-vqa-benchmarks/1"
+_CARD, _FORMAT = "benchmarks.json", "am-radio-vqa-benchmarks/2"
 _JPEG_QUALITY = 95
 _STREAM = 0x5E9A  # draws of their own, apart from those of the scenes
 _NUM_CHOICES = 4
@@ -73,11 +74,14 @@ class _Asked(NamedTuple):
     draws: np.random.Generator
 
 
-def write_benchmarks(root: Path, count: int, seed: int, *, size: int = 96) -> dict[Task, TaskFiles]:
+def write_benchmarks(
+    root: Path, count: int, seed: int, *, size: int = 96, damage: Damage | None = None
+) -> dict[Task, TaskFiles]:
     """The files of the four benchmarks about `count` generated pictures, written below `root`.
 
     All pictures are of the world's validation split. Answers come equally often, so that the words of a
-    question tell nothing. The folder appears when it is complete; one that is there already is left as it is.
+    question tell nothing. The folder appears when it is complete; one that is there already is left as it
+    is, unless it is damaged.
 
     Raises:
         DataError: fewer than one picture, or a folder that holds something else.
@@ -86,44 +90,23 @@ def write_benchmarks(root: Path, count: int, seed: int, *, size: int = 96) -> di
     if count < 1:
         raise DataError(f"benchmarks of {count} pictures hold no questions; ask for 1 or more")
     card = {"format": _FORMAT, "count": count, "seed": seed, "size": size}
-    if not _there(root, card):
-        _write(root, card, count, seed, size)
+    make_world(root, _CARD, card, partial(_fill, count=count, seed=seed, size=size), damage or Damage())
+    return files_below(root)
+
+
+def files_below(root: Path) -> dict[Task, TaskFiles]:
+    """Name the files that `write_benchmarks` writes."""
     return {task: _below(root, files) for task, files in _FILES.items()}
 
 
-def _there(root: Path, card: dict[str, Any]) -> bool:
-    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
-        return False
-    try:
-        found = json.loads((root / _CARD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = None
-    if found != card:
-        raise DataError(
-            f"{root}: holds something else than the benchmarks asked for ({card}), "
-            f"{'namely ' + str(found) if found else 'and no card of any'}; give another folder"
-        )
-    return True
-
-
-def _write(root: Path, card: dict[str, Any], count: int, seed: int, size: int) -> None:
-    root.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}.partial-"))
-    try:
-        asked = []
-        for index in range(count):
-            scene = render(index, split="val", seed=seed, size=size)
-            _save(partial, index, Image.fromarray(np.ascontiguousarray(scene.image.transpose(1, 2, 0))))
-            draws = np.random.default_rng([_STREAM, seed, index])
-            asked.append(_Asked(index, questions(scene, index, split="val", seed=seed), draws))
-        _save_annotations(partial, asked)
-        write_text(partial / _CARD, json.dumps(card) + "\n")
-        partial.chmod(0o755)  # mkdtemp's folders are private
-        if root.exists():
-            root.rmdir()
-        partial.rename(root)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def _fill(root: Path, *, count: int, seed: int, size: int) -> None:
+    asked = []
+    for index in range(count):
+        scene = render(index, split="val", seed=seed, size=size)
+        _save(root, index, Image.fromarray(np.ascontiguousarray(scene.image.transpose(1, 2, 0))))
+        draws = np.random.default_rng([_STREAM, seed, index])
+        asked.append(_Asked(index, questions(scene, index, split="val", seed=seed), draws))
+    _save_annotations(root, asked)
 
 
 def _save(root: Path, index: int, picture: Image.Image) -> None:

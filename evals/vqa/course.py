@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evals.core.chunks import Damage
 from evals.core.data import ImageSource
 from evals.core.dist import Group
 from evals.core.evaluator import Watch
@@ -57,8 +58,13 @@ class Done(NamedTuple):
         return final_loss(self.losses)
 
 
-def open_material(settings: VqaSettings, preset: Preset, cache: Path, group: Group) -> dict[str, Material]:
+def open_material(
+    settings: VqaSettings, preset: Preset, cache: Path, group: Group, damage: Damage
+) -> dict[str, Material]:
     """The data of both stages, every record checked.
+
+    Args:
+        damage: learns of damaged files of the cache.
 
     Raises:
         DataError: a file that is absent, or a record that cannot be used.
@@ -80,7 +86,7 @@ def open_material(settings: VqaSettings, preset: Preset, cache: Path, group: Gro
     mix = Mix(count=(settings.scenes or preset.scenes)[0], seed=settings.seed)
     root = cache / "scenes" / f"vqa-mix{mix.version}-{mix.count}-seed{mix.seed}"
     if group.leads:
-        write_mix(root, mix)
+        write_mix(root, mix, damage)
     group.barrier()
     return {
         stage: _material(root / file, root / IMAGES, settings, memo, "scenes:train")

@@ -11,6 +11,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from evals.core.chunks import Damage
 from evals.core.data import ImageSource
 from evals.core.dist import Group
 from evals.core.evaluator import Watch
@@ -43,6 +44,7 @@ class Encoder:
     workers: int
     group: Group
     watch: Watch
+    damage: Damage  # learns of damaged files of the cache
 
     @cached_property
     def grid(self) -> tuple[int, int]:
@@ -73,7 +75,15 @@ class Encoder:
             batch=_ENCODED_AT_ONCE,
             workers=self.workers,
         )
-        stored = extract(self.model, seen, how, cache=self.cache, group=self.group, watch=self.watch)
+        stored = extract(
+            self.model,
+            seen,
+            how,
+            cache=self.cache,
+            group=self.group,
+            watch=self.watch,
+            damage=self.damage,
+        )
         broken = stored.skipped()
         if broken:
             raise DataError(

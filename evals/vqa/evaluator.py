@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
 
+from evals.core.chunks import Damage
 from evals.core.dist import Group, current
 from evals.core.evaluator import Watch, domain_notes, silent
 from evals.core.features import default_cache
 from evals.core.provenance import choose_device, commit, describe_device, versions
 from evals.core.report import DataUsed, Metric, Report, Table, file_name, write
-from radio.config import to_plain
+from radio.config import check, to_plain
 from radio.errors import ConfigError
 from radio.types import Backbone
 
@@ -97,7 +98,11 @@ class VqaEvaluator:
             data=_data(outcome),
             device=describe_device(outcome.course.device),
             seconds={**outcome.seconds, "total": time.monotonic() - started},
-            notes=(*outcome.notes, *domain_notes(model, _sources(outcome))),
+            notes=(
+                *outcome.notes,
+                *outcome.course.encoder.damage.notes(group),
+                *domain_notes(model, _sources(outcome)),
+            ),
             found=tables(outcome.marked),
             files=(
                 *(f"{base}-{one.data.task}.jsonl" for one in outcome.marked),
@@ -151,7 +156,9 @@ def _run(model: Backbone, settings: VqaSettings, group: Group, watch: Watch) -> 
     from .encoding import Encoder
     from .language import TinyShape, open_language
 
+    check(settings)
     cache, device = settings.cache or default_cache(), choose_device(settings.device)
+    damage = Damage()
     name, preset = choose(settings)
     size, notes = choose_size(model, settings, preset)
     wanted, shape = language_name(settings, name), TinyShape()
@@ -159,8 +166,8 @@ def _run(model: Backbone, settings: VqaSettings, group: Group, watch: Watch) -> 
     opened = None if wanted == "tiny" else open_language(wanted, (), shape, settings.luck)
     exams: list[TaskData] = []
     if "score" in settings.stages:
-        exams = open_exams(settings, (settings.scenes or preset.scenes)[1], cache, group)
-    material = open_material(settings, preset, cache, group)
+        exams = open_exams(settings, (settings.scenes or preset.scenes)[1], cache, group, damage)
+    material = open_material(settings, preset, cache, group, damage)
     prepared = time.monotonic()
     encoder = Encoder(
         model=model,
@@ -172,6 +179,7 @@ def _run(model: Backbone, settings: VqaSettings, group: Group, watch: Watch) -> 
         workers=_workers(settings, device),
         group=group,
         watch=watch,
+        damage=damage,
     )
     records = [record for one in material.values() for record in one.records]
     course = Course(

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from evals.core.chunks import Damage
 from evals.core.dist import Group
 from evals.core.report import DataUsed, Metric, Table
 from radio.errors import ConfigError
 from radio.io import write_text
 
-from .benchmarks import write_benchmarks
+from .benchmarks import files_below, write_benchmarks
 from .scoring.scores import mean_accuracy
 from .settings import VqaSettings
 from .tasks import TASKS, Scores, Task, TaskData, open_task
@@ -34,8 +35,14 @@ class Marked(NamedTuple):
     blind: Scores | None
 
 
-def open_exams(settings: VqaSettings, scenes: int, cache: Path, group: Group) -> list[TaskData]:
+def open_exams(
+    settings: VqaSettings, scenes: int, cache: Path, group: Group, damage: Damage
+) -> list[TaskData]:
     """The benchmarks that the settings name: one in its own files, or the generated world's.
+
+    Args:
+        scenes: how many images the generated world's have.
+        damage: learns of damaged files of the cache.
 
     Raises:
         ConfigError: a model that was trained on other data than the generated world, and no benchmark.
@@ -53,11 +60,11 @@ def open_exams(settings: VqaSettings, scenes: int, cache: Path, group: Group) ->
             "--stages has score and no benchmark was named; give --task with --questions and --images, or "
             "leave score out"
         )
-    root = cache / "scenes" / f"vqa-benchmarks-{scenes}-seed{settings.seed}"
+    root = cache / "scenes" / f"vqa-benchmarks2-{scenes}-seed{settings.seed}"
     if group.leads:
-        write_benchmarks(root, scenes, settings.seed)
+        write_benchmarks(root, scenes, settings.seed, damage=damage)
     group.barrier()
-    written = write_benchmarks(root, scenes, settings.seed)
+    written = files_below(root)
     tasks: tuple[Task, ...] = TASKS if settings.task is None else (settings.task,)
     opened = [open_task(task, written[task], limit=settings.limit) for task in tasks]
     for data in opened:

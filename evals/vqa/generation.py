@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
+from typing_extensions import TypedDict
 
-from evals.core.chunks import check_all_there, chunk_path
+from evals.core.chunks import (
+    Damage,
+    DamagedError,
+    check_all_there,
+    chunk_path,
+    find_missing,
+    read_records,
+    write_records,
+)
 from evals.core.dist import Group
 from evals.core.evaluator import Watch
-from radio.io import write_text
 
 from .conversations import Piece
 from .language import Language
@@ -26,6 +34,14 @@ from .tasks import Question
 # Letters: B batch, S tokens of a prompt, T tokens of a picture.
 
 CHUNK = 128  # questions a file: what a killed run loses at most
+
+
+class _Answer(TypedDict):
+    question_id: str
+    answer: str
+
+
+_ANSWER = TypeAdapter(_Answer)
 
 
 class Asked(NamedTuple):
@@ -105,34 +121,45 @@ def answer_all(
     title: str,
     group: Group,
     watch: Watch,
+    damage: Damage,
 ) -> dict[str, str]:
     """Every question's answer by its id, from the folder as far as they are there; the same on every rank.
 
     Rank r answers chunks r, r + world, ...
 
+    Args:
+        damage: learns of damaged files in the folder, which are made again.
+
     Raises:
         DataError: ranks do not share the folder.
     """
     chunks = [questions[start : start + CHUNK] for start in range(0, len(questions), CHUNK)]
+    paths = [chunk_path(folder, number, "jsonl") for number in range(len(chunks))]
+
+    def read(path: Path) -> dict[str, str]:
+        answers = {row["question_id"]: row["answer"] for row in read_records(path, _ANSWER)}
+        if list(answers) != [question.id for question in chunks[int(path.stem)]]:
+            raise DamagedError(f"{path}: holds answers to other questions")
+        return answers
+
     mine = range(group.rank, len(chunks), group.world)
-    missing = [number for number in mine if not chunk_path(folder, number, "jsonl").is_file()]
+    missing = [mine[place] for place in find_missing([paths[number] for number in mine], read, damage)]
     if missing:
         with watch(title, sum(len(chunks[number]) for number in missing)) as advance:
             for number in missing:
                 with fitting_threads(speaker.model, speaker.device):
                     said = speaker.answer(chunks[number])
-                rows = [
-                    {"question_id": question.id, "answer": text}
-                    for question, text in zip(chunks[number], said, strict=True)
-                ]
-                lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-                write_text(chunk_path(folder, number, "jsonl"), "".join(lines))
+                write_records(
+                    paths[number],
+                    (
+                        {"question_id": question.id, "answer": text}
+                        for question, text in zip(chunks[number], said, strict=True)
+                    ),
+                )
                 advance(len(said))
     group.barrier()
-    paths = [chunk_path(folder, number, "jsonl") for number in range(len(chunks))]
     check_all_there(paths)
-    rows = [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
-    return {row["question_id"]: row["answer"] for row in rows}
+    return {question: answer for path in paths for question, answer in read(path).items()}
 
 
 def prepare(question: Question, *, blind: bool = False) -> Asked:

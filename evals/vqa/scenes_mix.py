@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -18,17 +19,19 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from evals.core.chunks import Damage
 from radio.images import write_png
 from radio.io import write_text
 from radio.scenes import CLASSES, COLOURS, SHAPES, Question, Scene, questions, render
 
 from .prompts import IMAGE, choose, short
+from .worlds import make_world
 
 _HINTS = ("", "", "Look at the big object.")
 _NUM_CHOICES = 4
 _BLIND_EVERY = 10
 _STREAM = 71  # of the choices' draws
-PRETRAIN, INSTRUCT, IMAGES = "pretrain.json", "instruct.json", "images"
+PRETRAIN, INSTRUCT, IMAGES, _CARD = "pretrain.json", "instruct.json", "images", "card.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,14 +41,15 @@ class Mix:
     count: int
     seed: int = 0
     size: int = 96
-    version: int = 4
+    version: int = 5
 
 
-def write_mix(root: Path, mix: Mix) -> None:
-    """Write pictures and both stages' JSON into a folder, once; the card is written last."""
-    card = root / "card.json"
-    if card.is_file() and json.loads(card.read_text(encoding="utf-8")) == asdict(mix):
-        return
+def write_mix(root: Path, mix: Mix, damage: Damage | None = None) -> None:
+    """Write pictures and both stages' JSON into a folder, once; a damaged one is written again."""
+    make_world(root, _CARD, asdict(mix), partial(_fill, mix=mix), damage or Damage())
+
+
+def _fill(root: Path, mix: Mix) -> None:
     captions, conversations = [], []
     for index in range(mix.count):
         scene = render(index, split="train", seed=mix.seed, size=mix.size)
@@ -59,7 +63,6 @@ def write_mix(root: Path, mix: Mix) -> None:
             conversations.append(_row(f"{index}-{number}", None if is_blind else name, turns))
     write_text(root / PRETRAIN, json.dumps(captions))
     write_text(root / INSTRUCT, json.dumps(conversations))
-    write_text(card, json.dumps(asdict(mix)))
 
 
 def conversations_about(scene: Scene, index: int, seed: int) -> list[list[tuple[str, str]]]:

@@ -108,11 +108,11 @@ def test_folders_that_hold_something_else(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="benchmarks of 0 pictures hold no questions"):
         write_benchmarks(tmp_path / "a", 0, 1)
     write_benchmarks(tmp_path / "a", 1, 1, size=32)
-    with pytest.raises(DataError, match="holds something else than the benchmarks asked for"):
+    with pytest.raises(DataError, match="holds something else than what is asked for"):
         write_benchmarks(tmp_path / "a", 2, 1, size=32)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "photo.jpg").touch()
-    with pytest.raises(DataError, match="no card of any"):
+    with pytest.raises(DataError, match=r"and no benchmarks\.json; move it away"):
         write_benchmarks(tmp_path / "mine", 1, 1)
     (tmp_path / "empty").mkdir()
     write_benchmarks(tmp_path / "empty", 1, 1, size=32)

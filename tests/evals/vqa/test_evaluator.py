@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -170,7 +171,7 @@ def test_shuffled_pictures_are_another_training(backbone: Callable[..., Any], tm
 def test_predictions_are_scored_without_a_model(backbone: Callable[..., Any], tmp_path: Path) -> None:
     report = EVALUATOR.run(backbone(), replace(SMALL, task="vqav2"), tmp_path, name="it")
     assert [name for name in report.metrics if name in ("gqa", "vqav2")] == ["vqav2"]
-    (root,) = (tmp_path / "cache").glob("am-radio/scenes/vqa-benchmarks-*")
+    (root,) = (tmp_path / "cache").glob("am-radio/scenes/vqa-benchmarks2-*")
     settings = VqaSettings(
         score=tmp_path / "vqa-it-vqav2.jsonl",
         task="vqav2",
@@ -199,13 +200,14 @@ def test_answers_that_are_not_public_become_a_submission(
     backbone: Callable[..., Any], tmp_path: Path
 ) -> None:
     EVALUATOR.run(backbone(), replace(SMALL, task="vqav2"), tmp_path, name="val")
-    (root,) = (tmp_path / "cache").glob("am-radio/scenes/vqa-benchmarks-*/vqav2")
+    (root,) = (tmp_path / "cache").glob("am-radio/scenes/vqa-benchmarks2-*/vqav2")
     asked = json.loads((root / "v2_OpenEnded_mscoco_val2014_questions.json").read_text())
     test = tmp_path / "v2_OpenEnded_mscoco_test-dev2015_questions.json"
     test.write_text(json.dumps({**asked, "data_subtype": "test-dev2015"}))
+    (tmp_path / "test2015").mkdir()
     for picture in (root / "val2014").iterdir():
-        picture.rename(picture.with_name(picture.name.replace("val2014", "test2015")))
-    settings = replace(SMALL, task="vqav2", questions=test, images=root / "val2014", blind=False)
+        shutil.copy(picture, tmp_path / "test2015" / picture.name.replace("val2014", "test2015"))
+    settings = replace(SMALL, task="vqav2", questions=test, images=tmp_path / "test2015", blind=False)
     report = EVALUATOR.run(backbone(), settings, tmp_path, name="test")
     assert report.headline == "instruct_loss" and report.files == ("vqa-test-vqav2-submission.json",)
     rows = json.loads((tmp_path / report.files[0]).read_text())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from evals.core.chunks import Damage, write_records
 from evals.core.dist import Group
 from evals.core.evaluator import silent
 from evals.vqa import generation
@@ -76,17 +76,77 @@ def test_answers_are_written_as_they_come_and_taken_up(
     speaker = make_speaker(4)
 
     def run() -> dict[str, str]:
-        return answer_all(asked, speaker, tmp_path, title="gqa", group=Group(), watch=silent)
+        return answer_all(asked, speaker, tmp_path, title="gqa", group=Group(), watch=silent, damage=Damage())
 
     whole = run()
     assert list(whole) == [str(number) for number in range(20)]
     assert list(whole.values()) == speaker.answer(asked)
     files = sorted(tmp_path.glob("*.jsonl"))
-    assert [len(file.read_text().splitlines()) for file in files] == [6, 6, 6, 2]
+    assert [len(file.read_text().splitlines()) for file in files] == [
+        7,
+        7,
+        7,
+        3,
+    ]  # a checksum, and a line an answer
     files[1].unlink()
-    files[2].write_text(
-        "".join(json.dumps({"question_id": str(n), "answer": "kept"}) + "\n" for n in range(12, 18))
-    )
+    write_records(files[2], [{"question_id": str(n), "answer": "kept"} for n in range(12, 18)])
     again = run()
     assert [again[str(n)] for n in range(6, 12)] == [whole[str(n)] for n in range(6, 12)]  # asked anew
     assert {again[str(n)] for n in range(12, 18)} == {"kept"}  # found
+
+
+class Parrot:
+    """Says one thing to each question, whatever it is."""
+
+    model, device = torch.nn.Linear(2, 2), torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def answer(self, questions: list[Asked]) -> list[str]:
+        self.asked += len(questions)
+        return [
+            ["left\u2028right", "a\x85b", "half \ud83d", ""][int(question.id) % 4] for question in questions
+        ]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: b"\x80\x04K\x01.",  # a pickle
+        lambda text: text[: len(text) // 2],
+        lambda text: b"",
+        lambda text: b"[" * 100_000,
+        lambda text: text.replace(b"left", b"gone"),
+        lambda text: text.replace(b'"question_id": "1"', b'"question_id": "9"'),
+        None,  # a folder
+    ],
+)
+def test_damaged_answers_are_asked_for_again_and_told(
+    damage: Callable[[bytes], bytes] | None, tmp_path: Path
+) -> None:
+    questions = [Asked(str(number), "what?", None) for number in range(4)]
+    parrot, seen = Parrot(), Damage()
+
+    def run() -> dict[str, str]:
+        return answer_all(
+            questions,
+            parrot,  # type: ignore[arg-type]
+            tmp_path,
+            title="",
+            group=Group(),
+            watch=silent,
+            damage=seen,
+        )
+
+    fresh = run()
+    assert fresh["0"] == "left\u2028right" and fresh["1"] == "a\x85b" and run() == fresh
+    assert (parrot.asked, seen.notes()) == (4, ())
+    (file,) = tmp_path.iterdir()
+    if damage is None:
+        file.unlink()
+        file.mkdir()
+    else:
+        file.write_bytes(damage(file.read_bytes()))
+    assert run() == fresh and parrot.asked == 8
+    assert "1 damaged file of the cache was made again; the first: " in seen.notes()[0]

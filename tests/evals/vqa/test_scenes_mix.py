@@ -43,9 +43,6 @@ def test_the_files_are_llavas_and_are_written_once(tmp_path: Path) -> None:
     before = (tmp_path / INSTRUCT).stat().st_mtime_ns
     write_mix(tmp_path, Mix(count=3))
     assert (tmp_path / INSTRUCT).stat().st_mtime_ns == before
-    assert json.loads((tmp_path / "card.json").read_text()) == {
-        "count": 3,
-        "seed": 0,
-        "size": 96,
-        "version": 4,
-    }
+    card = json.loads((tmp_path / "card.json").read_text())
+    assert len(card.pop("digest")) == 64
+    assert card == {"count": 3, "seed": 0, "size": 96, "version": 5}
