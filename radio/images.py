@@ -201,13 +201,20 @@ def evaluation_view(image: Tensor, size: tuple[int, int], ratio: float = EVALUAT
 
     Raises:
         SizeError: a ratio below 1, or a side below one pixel.
+        DataError: it is so long and narrow that it would have more than `MAX_PIXELS` when resized.
     """
     if ratio < 1:
         raise SizeError(
             f"a resize ratio of {ratio} leaves less than the crop; give 1 or more (256/224 is usual)"
         )
     box = (round(ratio * size[0]), round(ratio * size[1]))
-    return center_crop(resize(image, cover(image.shape[-2], image.shape[-1], box)), size)
+    covering = cover(image.shape[-2], image.shape[-1], box)
+    if covering[0] * covering[1] > MAX_PIXELS:
+        raise DataError(
+            f"{image.shape[-2]}x{image.shape[-1]} (height x width) would be {covering[0]}x{covering[1]} when "
+            f"resized to cover {box[0]}x{box[1]}; it is too long and narrow, crop it"
+        )
+    return center_crop(resize(image, covering), size)
 
 
 def sample_crop(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol, final, get_args
@@ -12,12 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from radio.errors import DataError, did_you_mean
+from radio.errors import DataError, did_you_mean, shown
 from radio.scenes import CLASSES, Split, label_of, render_images
 
 from .stored import StoredImages, list_folder, list_shards, spread
 
 # Letters: N pictures, H W pixels.
+
+_MAX_SCENES = 10_000_000
 
 
 class ImageSource(Protocol):
@@ -67,8 +71,8 @@ class SceneImages:
         if split not in get_args(Split):
             hint = did_you_mean(split, get_args(Split)) or f"; it has {' and '.join(get_args(Split))}"
             raise DataError(f"the generated world has no split {split!r}{hint}")
-        if count < 1:
-            raise DataError(f"cannot take {count} scenes; give a count of 1 or more")
+        if not 1 <= count <= _MAX_SCENES:
+            raise DataError(f"cannot take {count} scenes; give a count of 1 to {_MAX_SCENES:,}")
         self._split: Split = "train" if split == "train" else "val"
         self._count, self._seed, self._size = count, seed, size
 
@@ -140,27 +144,51 @@ def open_source(
     elif path.is_dir():
         found = list_shards(str(path)) if any(path.glob("*.tar")) else list_folder(path)
     else:
-        raise DataError(f"{text}: no such folder{_neighbours(path)}")
+        raise DataError(f"{shown(text)}: no such folder{_neighbours(path)}")
     return StoredImages(found._replace(entries=spread(found.entries, limit)), memo)
 
 
 def aligned_labels(source: ImageSource, reference: ImageSource) -> NDArray[np.int64]:
     """The labels [N] of `source`, as places in the classes of `reference`.
 
+    Names that differ only in how their accents are written (composed or not) are one.
+
     Raises:
-        DataError: a class of `source` that `reference` does not have.
+        DataError: a class of `source` that `reference` does not have, or has twice.
     """
     if source.classes == reference.classes:
         return source.labels
     places = {name: place for place, name in enumerate(reference.classes)}
-    foreign = [name for name in source.classes if name not in places]
+    composed: dict[str, list[int]] = {}
+    for name, place in places.items():
+        composed.setdefault(_composed(name), []).append(place)
+    found = [
+        [places[name]] if name in places else composed.get(_composed(name), []) for name in source.classes
+    ]
+    foreign = [name for name, known in zip(source.classes, found, strict=True) if not known]
     if foreign:
-        hint = did_you_mean(foreign[0], places) or f"; it has {', '.join(list(places)[:5])}…"
         raise DataError(
             f"{source.name} has {len(foreign)} classes that {reference.name} lacks, "
-            f"the first is {foreign[0]!r}{hint}"
+            f"the first is {foreign[0]!r}{_near(foreign[0], reference.classes)}"
         )
-    return np.array([places[name] for name in source.classes], dtype=np.int64)[source.labels]
+    for name, known in zip(source.classes, found, strict=True):
+        if len(known) > 1:
+            raise DataError(
+                f"{reference.name} has {len(known)} classes that are called {name!r} but for how the accents "
+                f"are written; make them one"
+            )
+    return np.array([place for (place,) in found], dtype=np.int64)[source.labels]
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _near(name: str, classes: Sequence[str]) -> str:
+    """A hint at names that are like it, which a number has none of, or at what is there."""
+    hint = "" if name.isdecimal() else did_you_mean(name, classes)
+    more = "…" if len(classes) > 5 else ""
+    return hint or f"; it has {', '.join(classes[:5])}{more}"
 
 
 def _neighbours(path: Path) -> str:

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 import os
-import tarfile
+import stat
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple, final
 
-import braceexpand
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 from torch import Tensor
 
-from radio.errors import DataError
-from radio.images import IMAGE_ENDINGS, decode
-from radio.io import write_text
+from radio.errors import DataError, shown
+from radio.images import IMAGE_ENDINGS, MAX_IMAGE_BYTES, decode
+from radio.io import expand_braces
+
+from .chunks import DamagedError, read_records, write_records
+from .tar import UNREADABLE, index_shard
 
 PICTURE_ENDINGS = IMAGE_ENDINGS
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
 _HASHING_THREADS = 4  # hashlib lets go of the interpreter; more threads only fight over the disk
+_FINGERPRINT = TypeAdapter(str)
+_LOG = logging.getLogger(__name__)
 
 
 class Entry(NamedTuple):
@@ -31,7 +37,7 @@ class Entry(NamedTuple):
     label: str  # the class's name
     path: Path
     offset: int
-    size: int
+    size: int  # in bytes; `UNREADABLE` for a link that leads nowhere, or no regular file
 
 
 class Listing(NamedTuple):
@@ -86,20 +92,19 @@ class StoredImages:
         Reads every picture once; with a memo folder the answer is kept until a file's size or time changes.
         """
         if self._fingerprint is None:
-            note = self._memo / f"{self._signature()}.json" if self._memo else None
-            if note is not None and note.is_file():
-                self._fingerprint = str(json.loads(note.read_text(encoding="utf-8")))
-            else:
+            note = self._memo / f"{self._signature()}.jsonl" if self._memo else None
+            self._fingerprint = _kept(note) if note else None
+            if self._fingerprint is None:
                 self._fingerprint = self._hash_content()
                 if note is not None:
-                    write_text(note, json.dumps(self._fingerprint))
+                    write_records(note, [self._fingerprint])
         return self._fingerprint
 
     def read(self, index: int) -> Tensor:
         """The picture, uint8 [3, H, W].
 
         Raises:
-            DataError: it cannot be decoded, or its file has gone.
+            DataError: it cannot be decoded, is too large, or its file has gone.
         """
         return decode(_bytes(self._listing.entries[index]))
 
@@ -113,8 +118,9 @@ class StoredImages:
     def _signature(self) -> str:
         sha = hashlib.sha256("\n".join(self.classes).encode())
         for path in sorted({entry.path for entry in self._listing.entries}):
-            stat = path.stat()
-            sha.update(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+            status = _status(path)
+            known = f"{status.st_size} {status.st_mtime_ns}" if status else "absent"
+            sha.update(f"{path.resolve() if status else path} {known}\n".encode("utf-8", "surrogateescape"))
         for entry in self._listing.entries:
             sha.update(f"{entry.key} {entry.label} {entry.offset} {entry.size}\n".encode())
         return sha.hexdigest()
@@ -130,6 +136,8 @@ def spread(entries: tuple[Entry, ...], limit: int | None) -> tuple[Entry, ...]:
 def list_folder(root: Path) -> Listing:
     """The pictures under one folder a class; deeper folders count, hidden files and other endings do not.
 
+    A link to a folder inside `root`, or around it, is not followed: each picture is there once.
+
     Raises:
         DataError: no class folders, a class folder without pictures, or the folder of the splits.
     """
@@ -138,33 +146,39 @@ def list_folder(root: Path) -> Listing:
     if not folders:
         loose = any(_is_picture(child.name) for child in root.iterdir())
         what = "pictures but no class folders" if loose else "neither class folders nor tar shards"
-        raise DataError(f"{root}: holds {what}; wanted one folder of pictures for each class")
+        raise DataError(f"{shown(root)}: holds {what}; wanted one folder of pictures for each class")
     if set(names) <= _SPLIT_NAMES:
         raise DataError(
             f"{root}: holds the splits {', '.join(names)}; name one of them, as in {root / names[0]}"
         )
     entries: list[Entry] = []
     for folder in folders:
+        if _leads_back(folder, root.resolve()):
+            raise DataError(
+                f"{shown(folder)}: is a link to {shown(folder.resolve())}, whose pictures are there already; "
+                f"remove it"
+            )
         found = _pictures_under(root, folder)
         if not found:
-            raise DataError(f"{folder}: a class folder without pictures; remove it or fill it")
+            raise DataError(f"{shown(folder)}: a class folder without pictures; remove it or fill it")
         entries.extend(found)
-    return Listing(_short_name(root), str(root.resolve()), tuple(names), tuple(entries))
+    classes = tuple(_as_text(name) for name in names)
+    return Listing(_short_name(root), _as_text(root.resolve()), classes, _distinct(entries))
 
 
 def list_shards(pattern: str) -> Listing:
     """The samples of WebDataset tar files that have a picture and a `.cls`.
 
     Raises:
-        DataError: a shard that is absent or damaged, a picture without `.cls`, or no pictures at all.
+        DataError: a shard that is absent or damaged, a picture without `.cls`, two of one name, or none.
     """
-    paths = _expand(pattern)
-    entries = tuple(entry for path in paths for entry in _index_shard(path))
+    entries = tuple(entry for path in _expand(pattern) for entry in _shard_entries(path))
     if not entries:
-        raise DataError(f"{pattern}: no pictures; wanted samples such as 000.jpg with 000.cls")
+        raise DataError(f"{shown(pattern)}: no pictures; wanted samples such as 000.jpg with 000.cls")
     names = {entry.label for entry in entries}
-    classes = sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
-    location = str(Path(pattern).absolute())
+    numbered = all(name.isdecimal() for name in names)
+    classes = sorted(names, key=lambda name: (int(name), name)) if numbered else sorted(names)
+    location = _as_text(Path(pattern).absolute())
     return Listing(_short_name(Path(pattern)), location, tuple(classes), entries)
 
 
@@ -176,97 +190,148 @@ def list_unlabelled(text: str) -> Listing:
     """
     path = Path(text)
     if path.is_dir():
-        entries = [entry._replace(label="") for entry in _pictures_under(path, path)]
+        entries = _distinct([entry._replace(label="") for entry in _pictures_under(path, path)])
     elif path.suffix == ".tar" or "{" in text:
-        entries = [entry for shard in _expand(text) for entry in _index_shard(shard, labelled=False)]
+        shards = _expand(text)
+        entries = tuple(entry for shard in shards for entry in _shard_entries(shard, labelled=False))
     else:
-        raise DataError(f"{text}: no such folder or shards")
+        raise DataError(f"{shown(text)}: no such folder or shards")
     if not entries:
-        raise DataError(f"{text}: holds no pictures")
-    return Listing(_short_name(path), str(path.absolute()), ("",), tuple(entries))
+        raise DataError(f"{shown(text)}: holds no pictures")
+    return Listing(_short_name(path), _as_text(path.absolute()), ("",), entries)
+
+
+def _kept(note: Path) -> str | None:
+    """The fingerprint in a memo; None where there is none, or a damaged one, which is then made again."""
+    if not note.exists():
+        return None
+    try:
+        (fingerprint,) = read_records(note, _FINGERPRINT)
+    except (DamagedError, ValueError) as error:
+        _LOG.warning("damaged, made again: %s", error)
+        return None
+    return fingerprint
 
 
 def _expand(pattern: str) -> list[Path]:
     if Path(pattern).is_dir():
-        return sorted(Path(pattern).glob("*.tar"))
-    try:
-        paths = [Path(name) for name in braceexpand.braceexpand(pattern)]
-    except ValueError as error:  # unbalanced braces
-        raise DataError(
-            f"{pattern}: {error}; wanted a pattern such as photos-{{000000..000003}}.tar"
-        ) from error
+        paths = sorted(Path(pattern).glob("*.tar"))
+    else:
+        paths = [Path(name) for name in expand_braces(pattern)]
     absent = [path for path in paths if not path.is_file()]
     if absent:
-        raise DataError(f"{absent[0]}: no such shard ({len(absent)} of {len(paths)} are absent)")
+        raise DataError(f"{shown(absent[0])}: no such shard ({len(absent)} of {len(paths)} are absent)")
+    first: dict[str, Path] = {}
+    for path in paths:
+        if path.stem in first:
+            raise DataError(
+                f"{shown(first[path.stem])} and {shown(path)}: two shards of one name, which their samples' "
+                f"keys begin with; rename one, or leave one out"
+            )
+        first[path.stem] = path
     return paths
 
 
-def _index_shard(path: Path, labelled: bool = True) -> list[Entry]:
-    """The entries of one tar file; only headers and `.cls` members are read."""
-    pictures: dict[str, tuple[int, int]] = {}
-    labels: dict[str, str] = {}
-    try:
-        with tarfile.open(path, mode="r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                stem, ending = _split_name(member.name)
-                if ending in PICTURE_ENDINGS:
-                    pictures.setdefault(stem, (member.offset_data, member.size))
-                elif ending == ".cls":
-                    file = tar.extractfile(member)
-                    labels[stem] = file.read().decode("utf-8").strip() if file else ""
-    except (tarfile.TarError, UnicodeDecodeError, EOFError) as error:
-        raise DataError(f"{path}: not a plain tar file, or a damaged one ({error})") from error
-    unlabelled = [stem for stem in pictures if not labels.get(stem)]
-    if unlabelled and labelled:
-        raise DataError(
-            f"{path}: {unlabelled[0]} has no .cls ({len(unlabelled)} of {len(pictures)} pictures lack it); "
-            f"wanted a class for each"
-        )
+def _shard_entries(path: Path, labelled: bool = True) -> list[Entry]:
+    """The entries of one tar file, by key."""
+    shard = _as_text(path.stem)
     return [
-        Entry(f"{path.stem}/{stem}", labels[stem] if labelled else "", path, *place)
-        for stem, place in sorted(pictures.items())
+        Entry(f"{shard}/{_as_text(sample.key)}", sample.label, path, sample.offset, sample.size)
+        for sample in index_shard(path, labelled=labelled)
     ]
 
 
-def _split_name(name: str) -> tuple[str, str]:
-    """Sample name and ending, as WebDataset cuts them: at the first dot of the file's name."""
-    path = PurePosixPath(name)
-    stem, dot, ending = path.name.partition(".")
-    return str(path.parent / stem), f"{dot}{ending}".lower()
-
-
 def _pictures_under(root: Path, folder: Path) -> list[Entry]:
-    entries = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if _is_picture(name):
-                path = Path(parent, name)
-                key = path.relative_to(root).as_posix()
-                entries.append(Entry(key, folder.name, path, 0, path.stat().st_size))
+    label, entries = _as_text(folder.name), []
+    for path in _files_under(root, folder):
+        if _is_picture(path.name):
+            status = _status(path)
+            size = status.st_size if status and stat.S_ISREG(status.st_mode) else UNREADABLE
+            entries.append(Entry(_as_text(path.relative_to(root).as_posix()), label, path, 0, size))
     return entries
 
 
+def _files_under(root: Path, folder: Path) -> Iterator[Path]:
+    """Every file, a folder's own before those of its folders, sorted; no folder twice, and no hidden one."""
+    real, seen, left = root.resolve(), set(), [folder]
+    while left:
+        parent = left.pop()
+        status = parent.stat()
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        with os.scandir(parent) as scan:
+            children = sorted((child.name, _is_folder(child)) for child in scan)
+        yield from (parent / name for name, is_folder in children if not is_folder)
+        folders = [parent / name for name, is_folder in children if is_folder and not name.startswith(".")]
+        left += [child for child in reversed(folders) if not _leads_back(child, real)]
+
+
+def _is_folder(child: os.DirEntry[str]) -> bool:
+    try:
+        return child.is_dir()
+    except OSError:  # a link in a circle
+        return False
+
+
+def _leads_back(folder: Path, root: Path) -> bool:
+    """Whether a folder is a link to one that `root` holds or that holds it, and so is listed anyway."""
+    if not folder.is_symlink():
+        return False
+    real = folder.resolve()
+    return real.is_relative_to(root) or root.is_relative_to(real)
+
+
 def _is_picture(name: str) -> bool:
-    return not name.startswith(".") and name.lower().endswith(PICTURE_ENDINGS)
+    return not name.startswith(".") and name.lower().endswith(IMAGE_ENDINGS)
+
+
+def _distinct(entries: list[Entry]) -> tuple[Entry, ...]:
+    keys = {entry.key for entry in entries}
+    if len(keys) < len(entries):
+        for entry in entries:
+            if entry.key not in keys:
+                raise DataError(f"{shown(entry.path)}: two pictures have the key {entry.key}; rename one")
+            keys.remove(entry.key)
+    return tuple(entries)
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except OSError:  # a link that leads nowhere, or in a circle
+        return None
 
 
 def _bytes(entry: Entry) -> bytes:
+    if entry.size == UNREADABLE:
+        raise DataError("is a link that leads nowhere, or no regular file")
+    if entry.size > MAX_IMAGE_BYTES:
+        raise DataError(f"has {entry.size:,} bytes, the limit is {MAX_IMAGE_BYTES:,}")
     try:
         with entry.path.open("rb") as file:
             file.seek(entry.offset)
-            return file.read(entry.size)
+            data = file.read(entry.size)
     except OSError as error:
         raise DataError(f"cannot be read ({error})") from error
+    if len(data) < entry.size:
+        raise DataError(f"has become shorter while it was used: {len(data):,} of {entry.size:,} bytes")
+    return data
 
 
 def _hash_entry(entry: Entry) -> bytes:
-    digest = hashlib.sha256(_bytes(entry)).hexdigest()
+    if entry.size == UNREADABLE or entry.size > MAX_IMAGE_BYTES:
+        digest = f"{entry.size} bytes"  # it is left out
+    else:
+        digest = hashlib.sha256(_bytes(entry)).hexdigest()
     return f"{entry.key} {entry.label} {digest}\n".encode()
+
+
+def _as_text(name: object) -> str:
+    r"""A path that UTF-8 can hold: bytes that are none become `\xNN`."""
+    return str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _short_name(path: Path) -> str:
     parts = path.absolute().parts
-    return "/".join(parts[-2:]) if path.name.lower() in _SPLIT_NAMES else path.name
+    return _as_text("/".join(parts[-2:]) if path.name.lower() in _SPLIT_NAMES else path.name)

@@ -8,9 +8,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from radio.errors import SizeError
+from radio.errors import DataError, SizeError
 from radio.images import EVALUATION_RATIO, cover, evaluation_view, resize
 from radio.types import Backbone
+
+MAX_ASPECT = 32
+"""With its aspect kept, an image longer than this times its width would be a strip of gigabytes."""
 
 ViewKind = Literal["center", "short-side"]
 
@@ -25,10 +28,20 @@ class View:
     fit: Callable[[int, int], tuple[int, int]]  # the backbone's own
 
     def __call__(self, image: Tensor) -> Tensor:
-        """The input, float [3, h, w] in [0, 1], of a uint8 picture [3, H, W]."""
+        """The input, float [3, h, w] in [0, 1], of a uint8 picture [3, H, W].
+
+        Raises:
+            DataError: it is too long and narrow to be resized.
+        """
         if self.kind == "center":
             return evaluation_view(image, self.size, self.ratio)
-        height, width = cover(image.shape[-2], image.shape[-1], self.size)
+        height, width = image.shape[-2:]
+        if max(height, width) > MAX_ASPECT * min(height, width):
+            raise DataError(
+                f"{height}x{width} (height x width) is over {MAX_ASPECT} times as long as wide; "
+                f"crop it, or take --view center"
+            )
+        height, width = cover(height, width, self.size)
         return resize(image, self.fit(height, width))
 
     def describe(self) -> str:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from evals.core.data import aligned_labels, open_source
+from evals.core.stored import list_unlabelled
 from radio.errors import DataError
 from radio.images import decode
 from radio.scenes import CLASSES, render
@@ -90,6 +91,128 @@ def test_the_memo_saves_reading_and_notices_a_change(
         assert open_source(str(root), memo=memo).fingerprint == fingerprint
     (root / "c0" / "000.png").write_bytes((root / "c1" / "000.png").read_bytes())
     assert open_source(str(root), memo=memo).fingerprint != fingerprint
+
+
+def test_a_damaged_memo_is_made_again_and_said(
+    tmp_path: Path, make_folder: Folder, caplog: pytest.LogCaptureFixture
+) -> None:
+    root, memo = make_folder(tmp_path / "d"), tmp_path / "memo"
+    fingerprint = open_source(str(root), memo=memo).fingerprint
+    (note,) = memo.iterdir()
+    whole = note.read_bytes()
+    for damaged in (
+        b"",
+        b"[" * 100_000,
+        whole[:-9],
+        whole.replace(fingerprint[:4].encode(), b"0000"),
+        b"\xff",
+    ):
+        note.write_bytes(damaged)
+        assert open_source(str(root), memo=memo).fingerprint == fingerprint
+        assert note.read_bytes() == whole
+    assert sum("damaged, made again" in message for message in caplog.messages) == 5
+
+
+def test_links_in_a_circle_give_each_picture_once(tmp_path: Path, make_folder: Folder) -> None:
+    root = make_folder(tmp_path / "d", classes=2, count=3)
+    keys = open_source(str(root)).keys
+    (tmp_path / "more" / "deep").mkdir(parents=True)
+    (tmp_path / "more" / "x.png").write_bytes((root / "c0" / "000.png").read_bytes())
+    (tmp_path / "more" / "deep" / "up").symlink_to(tmp_path / "more")
+    for name, target in (("again", "."), ("all", ".."), ("other", "../c1"), ("more", "../../more")):
+        (root / "c0" / name).symlink_to(target)
+    assert open_source(str(root)).keys == (*keys[:3], "c0/more/x.png", *keys[3:])
+    (root / "alias").symlink_to("c0")
+    with pytest.raises(DataError, match=r"alias: is a link to .*c0, whose pictures are there already"):
+        open_source(str(root))
+
+
+def test_a_linked_folder_is_listed_whole(tmp_path: Path, make_folder: Folder) -> None:
+    root = make_folder(tmp_path / "d", classes=2)
+    (tmp_path / "link").symlink_to(root)
+    (tmp_path / "e").mkdir()
+    for name in ("c0", "c1"):
+        (tmp_path / "e" / name).symlink_to(root / name)
+    wanted = open_source(str(root))
+    for path in ("link", "e"):
+        assert open_source(str(tmp_path / path)).fingerprint == wanted.fingerprint
+    assert len(list_unlabelled(str(tmp_path / "link")).entries) == len(wanted.keys)
+
+
+def test_what_cannot_be_read_is_named_when_it_is_its_turn(tmp_path: Path, make_folder: Folder) -> None:
+    root = make_folder(tmp_path / "d", classes=1, count=1)
+    (root / "c0" / "dead.png").symlink_to("nowhere.png")
+    (root / "c0" / "self.png").symlink_to("self.png")
+    os.mkfifo(root / "c0" / "pipe.png")
+    with (root / "c0" / "huge.png").open("wb") as file:
+        file.truncate(1 << 40)
+    source = open_source(str(root), memo=tmp_path / "memo")
+    assert len(source.fingerprint) == 64
+    assert source.keys == ("c0/000.png", "c0/dead.png", "c0/huge.png", "c0/pipe.png", "c0/self.png")
+    for place in (1, 3, 4):
+        with pytest.raises(DataError, match="is a link that leads nowhere, or no regular file"):
+            source.read(place)
+    with pytest.raises(DataError, match=r"has 1,099,511,627,776 bytes, the limit is 1,073,741,824"):
+        source.read(2)
+    (root / "c0" / "nowhere.png").write_bytes((root / "c0" / "000.png").read_bytes())
+    assert open_source(str(root), memo=tmp_path / "memo").fingerprint != source.fingerprint
+
+
+def test_names_that_are_not_utf8_are_scored(tmp_path: Path, make_shard: Shard, png: Png) -> None:
+    folder = tmp_path / "d" / os.fsdecode(b"th\xe9")
+    folder.mkdir(parents=True)
+    (folder / os.fsdecode(b"caf\xe9.png")).write_bytes(png(0, 0))
+    shard = make_shard(tmp_path / "s.tar", [("caf\udce9.png", png(0, 0)), ("caf\udce9.cls", b"1")])
+    for source, key in ((str(tmp_path / "d"), r"th\xe9/caf\xe9.png"), (str(shard), r"s/caf\xe9")):
+        found = open_source(source, memo=tmp_path / "memo")
+        assert found.keys == (key,)
+        assert len(found.fingerprint) == 64
+        assert torch.equal(found.read(0), decode(png(0, 0)))
+
+
+def test_accents_may_be_written_in_either_form(tmp_path: Path, png: Png) -> None:
+    for root, names in (("bank", ["abc", "caf\u00e9"]), ("query", ["cafe\u0301"])):
+        for name in names:
+            (tmp_path / root / name).mkdir(parents=True)
+            (tmp_path / root / name / "0.png").write_bytes(png(0, 0))
+    bank, query = (open_source(str(tmp_path / root)) for root in ("bank", "query"))
+    assert aligned_labels(query, bank).tolist() == [1]
+    (tmp_path / "bank" / "cafe\u0301").mkdir()
+    (tmp_path / "bank" / "cafe\u0301" / "0.png").write_bytes(png(0, 0))
+    both = open_source(str(tmp_path / "bank"))
+    assert aligned_labels(query, both).tolist() == [1]  # "cafe" and an accent comes before "café"
+    (tmp_path / "other" / "cafe\u0301\u0323").mkdir(parents=True)
+    (tmp_path / "other" / "cafe\u0301\u0323" / "0.png").write_bytes(png(0, 0))
+    with pytest.raises(DataError, match="bank lacks"):
+        aligned_labels(open_source(str(tmp_path / "other")), both)
+
+
+def test_a_number_has_no_names_that_are_like_it(tmp_path: Path, png: Png) -> None:
+    for root, names in (("bank", [str(n) for n in range(49)]), ("query", ["49"])):
+        for name in names:
+            (tmp_path / root / name).mkdir(parents=True)
+            (tmp_path / root / name / "0.png").write_bytes(png(0, 0))
+    bank, query = (open_source(str(tmp_path / root)) for root in ("bank", "query"))
+    with pytest.raises(DataError, match=r"the first is '49'; it has 0, 1, 10, 11, 12…$"):
+        aligned_labels(query, bank)
+
+
+def test_classes_of_one_number_have_one_order(tmp_path: Path, make_shard: Shard, png: Png) -> None:
+    members = [
+        (f"{n}.{e}", c)
+        for n, k in enumerate(["07", "7", "10", "9"])
+        for e, c in (("png", png(0, n)), ("cls", k.encode()))
+    ]
+    assert open_source(str(make_shard(tmp_path / "s.tar", members))).classes == ("07", "7", "9", "10")
+
+
+def test_shards_of_one_name_are_refused(tmp_path: Path, make_shard: Shard, png: Png) -> None:
+    for folder in ("a", "b"):
+        make_shard(tmp_path / folder / "0.tar", [("0.png", png(0, 0)), ("0.cls", b"1")])
+    with pytest.raises(DataError, match=r"a/0.tar and .*b/0.tar: two shards of one name"):
+        open_source(str(tmp_path / "{a,b}" / "0.tar"))
+    with pytest.raises(DataError, match="stands for 1,000,000,000 names"):
+        open_source(str(tmp_path / "{0..999999999}.tar"))
 
 
 def test_labels_are_aligned_by_class_name(tmp_path: Path, make_folder: Folder) -> None:

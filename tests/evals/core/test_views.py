@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from evals.core.views import make_view
-from radio.errors import SizeError
+from radio.errors import DataError, SizeError
 from radio.images import evaluation_view, resize
 
 IMAGE = torch.randint(0, 256, (3, 30, 50), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -25,6 +25,21 @@ def test_the_short_side_view_keeps_the_whole_picture(backbone: Callable) -> None
     view, _ = make_view(backbone(), "short-side", 24)
     assert torch.equal(view(IMAGE), resize(IMAGE, (24, 40)))
     assert torch.equal(view(IMAGE.transpose(1, 2)), resize(IMAGE.transpose(1, 2), (40, 24)))
+
+
+@pytest.mark.parametrize("sides", [(2, 900), (900, 1), (1, 33)])
+def test_a_strip_is_not_shown_whole(backbone: Callable, sides: tuple[int, int]) -> None:
+    image = torch.zeros(3, *sides, dtype=torch.uint8)
+    with pytest.raises(DataError, match=f"^{sides[0]}x{sides[1]} .* is over 32 times as long as wide"):
+        make_view(backbone(), "short-side", 224)[0](image)
+    assert make_view(backbone(), "center", 16)[0](image).shape == (3, 16, 16)
+    longest = torch.zeros(3, 2, 64, dtype=torch.uint8)
+    assert make_view(backbone(), "short-side", 8)[0](longest).shape == (3, 8, 256)
+
+
+def test_a_strip_is_not_enlarged_to_gigabytes(backbone: Callable) -> None:
+    with pytest.raises(DataError, match=r"1x3000 \(height x width\) would be 256x768000 when resized"):
+        make_view(backbone(), "center", 224)[0](torch.zeros(3, 1, 3000, dtype=torch.uint8))
 
 
 def test_a_size_that_does_not_fit_is_noted_and_a_bad_one_refused(backbone: Callable) -> None:

@@ -1,0 +1,201 @@
+"""What a WebDataset tar file holds, by its headers: where each picture's bytes lie, and its class."""
+
+from __future__ import annotations
+
+import io
+import posixpath
+import stat
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple, final
+
+from radio.errors import DataError, shown
+from radio.images import IMAGE_ENDINGS
+from radio.io import decode_text
+
+UNREADABLE = -1
+"""The size of a picture whose bytes are nowhere."""
+
+_MAX_HEADER = 1 << 20  # bytes: extended headers hold a name, and now and then a few attributes
+_MAX_LABEL = 4096  # bytes of a class's name
+_BLOCK = 512
+# What tarfile raises on damaged headers.
+_ERRORS = (tarfile.TarError, ValueError, LookupError, ArithmeticError, EOFError, OSError, RecursionError)
+
+
+class Sample(NamedTuple):
+    """A picture in a shard."""
+
+    key: str
+    label: str
+    offset: int
+    size: int
+
+
+class _Place(NamedTuple):
+    offset: int
+    size: int
+
+
+def index_shard(path: Path, *, labelled: bool = True) -> list[Sample]:
+    """The pictures of a plain tar file, by key; only headers and `.cls` members are read.
+
+    A key ends at the first dot of a member's name, as in WebDataset. Where that gives no picture for the key
+    (`img.v1.0003.jpg`), or the member has a `.cls` of its own, it ends at the last one.
+
+    Args:
+        labelled: each has a class, in the member KEY.cls.
+
+    Raises:
+        DataError: no tar file, a damaged one, two members of one key, or a picture without a class.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(f"{shown(path)}: is no regular file; wanted a tar file")
+        with _Bounded(io.FileIO(path)) as file:
+            places = _list_members(path, file, status.st_size)
+            pictures = _find_pictures(path, places)
+            labels = _read_labels(path, file, places) if labelled else {}
+    except DataError:
+        raise
+    except _ERRORS as error:
+        raise DataError(f"{shown(path)}: not a plain tar file, or a damaged one ({shown(error)})") from error
+    if labelled:
+        _check_labels(path, pictures, labels)
+    return [Sample(key, labels.get(key, ""), *places[name]) for key, name in sorted(pictures.items())]
+
+
+@final
+class _Bounded(io.BufferedReader):
+    """A file of which nobody reads gigabytes since a header says so."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= _MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size)
+
+
+def _list_members(path: Path, file: BinaryIO, length: int) -> dict[str, _Place]:
+    """Where the bytes of every picture and every `.cls` lie, by name."""
+    places: dict[str, _Place] = {}
+    links: dict[str, str] = {}
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            _check_member(path, member, tar, length)
+            if not _is_wanted(member.name):
+                continue
+            name = str(PurePosixPath(member.name))
+            if name in places or name in links:
+                raise DataError(f"{shown(path)}: holds {shown(name)} twice; pack it anew")
+            if member.issym():
+                links[name] = posixpath.join(posixpath.dirname(name), member.linkname)
+            elif member.islnk():
+                links[name] = member.linkname
+            elif member.isfile():
+                places[name] = _Place(member.offset_data, member.size)
+        end = tar.offset
+    file.seek(end)
+    rest = file.read(_MAX_HEADER)
+    if rest[:_BLOCK].count(0) != _BLOCK:  # tarfile takes a damaged header for the end
+        raise tarfile.ReadError(f"a damaged header at byte {end}, or no end mark")
+    if any(rest):
+        raise tarfile.ReadError(f"more behind its end mark at byte {end}; are these two tar files in one?")
+    for name, target in links.items():
+        places[name] = _follow(target, places, links)
+    return places
+
+
+def _check_member(path: Path, member: tarfile.TarInfo, tar: tarfile.TarFile, length: int) -> None:
+    if _is_wanted(member.name) and member.issparse():
+        raise DataError(f"{shown(path)}: {shown(member.name)} is stored sparse; pack it without --sparse")
+    bodiless = member.type in tarfile.SUPPORTED_TYPES and not member.isreg()
+    stored = 0 if bodiless or member.issparse() else member.size
+    if not 0 <= stored <= length - member.offset_data or tar.offset <= member.offset:
+        raise DataError(
+            f"{shown(path)}: {shown(member.name)} would have {member.size:,} bytes from byte "
+            f"{member.offset_data:,} on, and the file has {length:,}; it is truncated or damaged"
+        )
+
+
+def _follow(target: str, places: dict[str, _Place], links: dict[str, str]) -> _Place:
+    for _ in range(len(links) + 1):
+        target = posixpath.normpath(target)
+        if target in places:
+            return places[target]
+        if target not in links:
+            break
+        target = links[target]
+    return _Place(0, UNREADABLE)
+
+
+def _find_pictures(path: Path, names: Iterable[str]) -> dict[str, str]:
+    """The member that is each key's picture."""
+    members = sorted(name for name in names if name.lower().endswith(IMAGE_ENDINGS))
+    pictures: dict[str, str] = {}
+    for name in members:
+        key, ending = _cut_first(name)
+        if ending in IMAGE_ENDINGS:
+            _add(path, pictures, key, name)
+    whole = set(pictures)
+    known = set(names)
+    for name in members:
+        key, ending = _cut_first(name)
+        own, _ = posixpath.splitext(name)
+        if ending not in IMAGE_ENDINGS and (key not in whole or f"{own}.cls" in known):
+            _add(path, pictures, own, name)
+    return pictures
+
+
+def _add(path: Path, pictures: dict[str, str], key: str, name: str) -> None:
+    if key in pictures:
+        raise DataError(
+            f"{shown(path)}: {shown(pictures[key])} and {shown(name)} are two pictures of one key; "
+            f"give each a name of its own before the dot"
+        )
+    pictures[key] = name
+
+
+def _read_labels(path: Path, file: BinaryIO, places: dict[str, _Place]) -> dict[str, str]:
+    labels: dict[str, str] = {}
+    for name, place in places.items():
+        if not name.lower().endswith(".cls") or place.size == UNREADABLE:
+            continue
+        where = f"{path}: {name}"
+        if place.size > _MAX_LABEL:
+            raise DataError(f"{shown(where)}: has {place.size:,} bytes; wanted the name of a class")
+        file.seek(place.offset)
+        label = decode_text(file.read(place.size), where).strip()
+        if len(label.splitlines()) > 1:
+            raise DataError(f"{shown(where)}: holds several lines; wanted the name of a class")
+        key = posixpath.splitext(name)[0]
+        if labels.setdefault(key, label) != label:
+            raise DataError(f"{shown(where)}: a second class for {shown(key)}; wanted one")
+    return labels
+
+
+def _check_labels(path: Path, pictures: dict[str, str], labels: dict[str, str]) -> None:
+    lacking = [key for key in sorted(pictures) if not labels.get(key)]
+    if not lacking:
+        return
+    key, name = lacking[0], pictures[lacking[0]]
+    first, ending = _cut_first(name)
+    count = f"({len(lacking)} of {len(pictures)} pictures lack it)"
+    if ending in IMAGE_ENDINGS:
+        raise DataError(f"{shown(path)}: {shown(key)} has no .cls {count}; wanted a class for each")
+    raise DataError(
+        f"{shown(path)}: {shown(name)} has no .cls {count}: to WebDataset its key is {shown(first)} and its "
+        f"ending {shown(ending)}; wanted KEY.jpg with KEY.cls"
+    )
+
+
+def _is_wanted(name: str) -> bool:
+    return not posixpath.basename(name).startswith(".") and name.lower().endswith((*IMAGE_ENDINGS, ".cls"))
+
+
+def _cut_first(name: str) -> tuple[str, str]:
+    """Key and ending, cut at the first dot of the file's name."""
+    folder, slash, file = name.rpartition("/")
+    stem, dot, ending = file.partition(".")
+    return f"{folder}{slash}{stem}", f"{dot}{ending}".lower()
