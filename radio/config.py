@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ import yaml
 from annotated_types import Ge, Gt, Interval, Le, Lt
 
 from .errors import ConfigError, did_you_mean, shown
-from .io import read_text, write_text
+from .io import brief, read_text, write_text
 
 T = TypeVar("T")
 
@@ -30,6 +31,7 @@ Share = Annotated[float, Interval(ge=0, le=1)]
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
 
+_MAX_TEXT = 4096  # letters: what the system takes for a path
 _MAX_YAML_BYTES = 4 << 20
 _MAX_YAML_DEPTH = 50
 
@@ -57,7 +59,8 @@ def from_plain(kind: type[T], data: Any, where: str = "") -> T:
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for key in data:
         if key not in fields:
-            raise ConfigError(f"unknown setting {_join(where, str(key))!r}{did_you_mean(str(key), fields)}")
+            name = key if isinstance(key, str) and len(key) <= 80 else brief(key)
+            raise ConfigError(f"unknown setting {_join(where, name)!r}{did_you_mean(name, fields)}")
     values = {key: _read(hints[key], value, _join(where, key)) for key, value in data.items()}
     required = [
         name
@@ -80,6 +83,20 @@ def check(settings: T, where: str = "") -> T:
     for field in dataclasses.fields(settings):  # type: ignore[arg-type]
         _check(hints[field.name], getattr(settings, field.name), _join(where, field.name))
     return settings
+
+
+def check_options(settings: T) -> T:
+    """`check`, for settings from a command line: a setting goes by the name of its option.
+
+    Raises:
+        ConfigError: as `check`.
+    """
+    try:
+        return check(settings)
+    except ConfigError as error:
+        place, _, rest = str(error).partition(": ")
+        option = re.sub(r"\[(\d+)\](?=\.)", r".\1", place).partition("[")[0]
+        raise ConfigError(f"--{option.replace('_', '-')}: {rest}") from None
 
 
 def write_yaml(settings: Any, path: Path) -> None:
@@ -152,13 +169,22 @@ def _check(hint: Any, value: Any, where: str) -> None:
             _check(kind, item, f"{where}[{i}]")
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         check(value, where)
-    elif isinstance(value, float) and not math.isfinite(value):
+    else:
+        _check_scalar(value, where)
+    return None
+
+
+def _check_scalar(value: Any, where: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where}: {value} is no number to work with; give a finite one")
+    elif isinstance(value, (str, Path)) and ("\0" in str(value) or len(str(value)) > _MAX_TEXT):
+        raise ConfigError(
+            f"{where}: wanted a text of at most {_MAX_TEXT} letters without a NUL among them; mend it"
+        )
     elif isinstance(value, int) and value.bit_length() > 63:
         raise ConfigError(
             f"{where}: a number of {value.bit_length()} bits is out of range; give a smaller one"
         )
-    return None
 
 
 def _fits(hint: Any, value: Any) -> bool:
@@ -172,14 +198,18 @@ def _fits(hint: Any, value: Any) -> bool:
 
 
 def _check_bounds(bounds: tuple[Any, ...], value: Any, where: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    if isinstance(value, float) and not math.isfinite(value):
         return  # what is not finite is refused whatever the bounds
     flat = [part for bound in bounds for part in (bound if isinstance(bound, Interval) else (bound,))]
     said = [_bound(part) for part in flat]
     limits = [text for text, _ in filter(None, said)]
     for text_and_test in filter(None, said):
         if not text_and_test[1](value):
-            raise ConfigError(f"{where}: {value} is out of bounds; give a number {' and '.join(limits)}")
+            raise ConfigError(
+                f"{where}: {brief(value)} is out of bounds; give a number {' and '.join(limits)}"
+            )
 
 
 def _bound(part: Any) -> tuple[str, Callable[[Any], bool]] | None:
@@ -205,19 +235,27 @@ def _read(hint: Any, value: Any, where: str) -> Any:
         return _read_union(arguments, value, where)
     if origin is Literal:
         if value not in arguments:
-            hint_text = did_you_mean(str(value), map(str, arguments))
-            raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(str, arguments))}{hint_text}")
+            known = [str(argument) for argument in arguments]
+            hint_text = did_you_mean(value, known) if isinstance(value, str) else ""
+            raise ConfigError(f"{where}: {brief(value)} is not one of {', '.join(known)}{hint_text}")
         return value
     if origin is tuple:
         return _read_tuple(arguments, value, where)
     if hint is Path and isinstance(value, str):
         return Path(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return _as_float(value, where)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         note = "; YAML takes 1e-3 for text, write 1.0e-3" if hint is float and isinstance(value, str) else ""
-        raise ConfigError(f"{where}: wanted {hint.__name__}, got {value!r}{note}")
+        raise ConfigError(f"{where}: wanted {hint.__name__}, got {brief(value)}{note}")
     return value
+
+
+def _as_float(value: int, where: str) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ConfigError(f"{where}: {brief(value)} is out of range; give a smaller number") from None
 
 
 def _read_union(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
@@ -236,7 +274,7 @@ def _read_union(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
 
 def _read_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
     if not isinstance(value, (list, tuple)):
-        raise ConfigError(f"{where}: wanted a list, got {value!r}")
+        raise ConfigError(f"{where}: wanted a list, got {brief(value)}")
     if len(arguments) == 2 and arguments[1] is Ellipsis:
         kinds: tuple[Any, ...] = (arguments[0],) * len(value)
     else:

@@ -58,6 +58,8 @@ class ShadowedPackageError(RadioError):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A hint such as '; did you mean vit-b16?' for the names nearest to `word`, else ''."""
+    if len(word) > 200:  # comparing takes long, and no name has so many letters
+        return ""
     near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 

@@ -256,7 +256,7 @@ def explain(problem: ValidationError) -> str:
     first = errors[0]
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
     message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    got = "" if first["type"] == "missing" else f", got {_short(first['input'])}"
+    got = "" if first["type"] == "missing" else f", got {brief(first['input'])}"
     rest = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return f"{_cut(place, 120) + ': ' if place else ''}{message[:1].lower()}{message[1:]}{got}{rest}"
 
@@ -294,6 +294,15 @@ def read_jsonl(
         if line.strip():
             where = f"{shown(path)}: line {number}"
             yield number, validate(schema, parse_json(line, where, error=error), where, error=error)
+
+
+def brief(value: Any) -> str:
+    """A value of any size as some words of a message."""
+    if isinstance(value, (dict, list, tuple)):
+        return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, int) and value.bit_length() > 200:
+        return f"a number of {value.bit_length()} bits"
+    return _cut(repr(value), 60)
 
 
 def expand_braces(pattern: str, *, limit: int = MAX_NAMES, error: type[RadioError] = DataError) -> list[str]:
@@ -383,14 +392,6 @@ def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"it holds the key {twice[:80]!r} twice in one object")
     return found
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, (dict, list, tuple)):
-        return f"a {type(value).__name__} of {len(value)}"
-    if isinstance(value, int) and value.bit_length() > 200:
-        return f"a number of {value.bit_length()} bits"
-    return _cut(repr(value), 60)
 
 
 def _cut(text: str, most: int) -> str:

@@ -11,7 +11,7 @@ import torch
 from evals.core.dist import Group
 from evals.core.provenance import commit, versions
 from radio.adaptors import AdaptorConfig
-from radio.config import to_plain
+from radio.config import check_options, to_plain
 from radio.errors import CheckpointError, ConfigError, SizeError
 from radio.hub import load_teacher
 from radio.model import ModelConfig, RadioModel
@@ -20,6 +20,7 @@ from radio.types import Student, Teacher, Windowed
 
 from .balancing import check_balance
 from .config import TeacherConfig, TrainConfig
+from .data.progress import LISTING
 from .parallel import check_shardable
 from .partition import Partition, make_partition
 from .pictures import Described
@@ -43,6 +44,9 @@ _UNDECIDING = (
 )
 
 
+FILES = ("metrics.jsonl", "config.yaml", "ckpt.pt", "ckpt-ema.pt")  # of a run folder
+
+
 class TeacherFacts(NamedTuple):
     """What a run must know of a teacher that may live on other ranks."""
 
@@ -56,27 +60,23 @@ def check_settings(config: TrainConfig, world: int) -> None:
     """None, when the settings make sense before anything is loaded.
 
     Raises:
-        ConfigError: a count below 1, an unknown student, or what `deal` refuses.
+        ConfigError: a setting out of bounds, a run folder that cannot be one, an unknown student, or what
+            `deal` refuses.
     """
-    counts = {
-        "--steps": config.steps,
-        "--batch-size": config.batch_size,
-        "--resolution": config.resolution,
-        "--log-every": config.log_every,
-        "--save-every": config.save_every,
-        "--accumulate": config.accumulate,
-        "--keep-last": config.keep_last,
-        "--keep-every": config.keep_every or 1,
-        "--eval-every": config.eval_every or 1,
-        "--max-skipped": config.max_skipped,
-        "--cache.crops": config.cache.crops,
-        "--cache.pictures": 1 if config.cache.pictures is None else config.cache.pictures,
-    }
-    for name, count in counts.items():
-        if count < 1:
-            raise ConfigError(f"{name} {count} cannot be; give 1 or more")
-    if not 0 <= config.ema < 1:
-        raise ConfigError(f"--ema {config.ema} cannot be; give a decay below 1, or 0 for none")
+    check_options(config)
+    for name, (low, high) in {
+        "--data.crop-scale": config.data.crop_scale,
+        "--data.crop-aspect": config.data.crop_aspect,
+    }.items():
+        if low > high:
+            raise ConfigError(f"{name} {low} {high}: the first is to be the lower one; swap them")
+    if config.out.exists() and not config.out.is_dir():
+        raise ConfigError(f"--out {config.out}: is no folder; give another one")
+    for name in (*FILES, LISTING):
+        if (config.out / name).is_dir():
+            raise ConfigError(
+                f"{config.out / name}: is a folder, and the run writes a file of that name; move it"
+            )
     students[config.student]  # an unknown name raises here, with the nearest ones
     check_balance(config)
     if config.engine == "fsdp":

@@ -12,9 +12,12 @@ from typing import Any, NamedTuple
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from radio.errors import require
+from radio.errors import require, shown
 from radio.io import write_bytes, write_text
+
+from .sinks import say
 
 _SUFFIX = "_weight"
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's, for all eyes
@@ -49,7 +52,7 @@ def show_weights(runs: Mapping[str, Path], out: Path, console: Console) -> None:
     console.print(_over_time(curves, plain=not console.is_terminal))
     write_text(out / "weights.csv", as_csv(curves))
     write_bytes(out / "weights.svg", as_svg(curves))
-    console.print(f"weights over time: {out / 'weights.svg'}, {out / 'weights.csv'}", soft_wrap=True)
+    say(console, f"weights over time: {out / 'weights.svg'}, {out / 'weights.csv'}")
 
 
 def read_weights(name: str, folder: Path) -> list[Curve]:
@@ -115,9 +118,9 @@ def _over_time(curves: Sequence[Curve], *, plain: bool) -> Table:
         table.add_column(str(longest.steps[place]), justify="right")
     for curve in curves:
         known = dict(zip(curve.steps, curve.weights, strict=True))
-        shown = (known.get(longest.steps[place]) for place in _places(len(longest.steps)))
-        cells = ("" if weight is None else f"{weight:.3f}" for weight in shown)
-        table.add_row(f"{curve.run}: {curve.teacher} {curve.kind}", *cells)
+        weights = (known.get(longest.steps[place]) for place in _places(len(longest.steps)))
+        cells = ("" if weight is None else f"{weight:.3f}" for weight in weights)
+        table.add_row(Text(shown(f"{curve.run}: {curve.teacher} {curve.kind}")), *cells)
     return table
 
 

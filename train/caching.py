@@ -17,7 +17,7 @@ from .config import TrainConfig
 from .crops import FixedCrops
 from .partition import Partition
 from .pictures import Joined
-from .sinks import ProgressConsole
+from .sinks import ProgressConsole, say
 
 _LARGE = 1e9  # bytes from which on the user is asked
 
@@ -64,7 +64,7 @@ def fill_caches(
 
 def _confirm(config: TrainConfig, size: int, console: Console) -> None:
     line = f"teacher cache: {size / 1e9:.2f} GB in {config.cache.folder}"
-    console.print(line, highlight=False, soft_wrap=True)
+    say(console, line)
     if size <= _LARGE or not config.cache.confirm:
         return
     if not console.is_terminal:

@@ -3,15 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, final
+from typing import Annotated, Any, NamedTuple, final
 
 import torch
+from annotated_types import Interval, MaxLen, MinLen
+from pydantic import AfterValidator, BeforeValidator
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from evals.core.dist import Group
 from radio.errors import RadioError
 
-Plain = tuple[list[int], list[tuple[list[str], list[int]]]]
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+FromList = BeforeValidator(_as_tuple)
+"""For tuples in files: JSON has lists alone."""
+
+_Count = Annotated[int, Interval(ge=0, lt=2**63)]
+
+
+def _check_names(parts: list[tuple[list[str], list[int]]]) -> list[tuple[list[str], list[int]]]:
+    if any(len(names) != len(counts) for names, counts in parts):
+        raise ValueError("wanted a count for each name")
+    return parts
+
+
+Parts = Annotated[list[Annotated[tuple[list[str], list[_Count]], FromList]], AfterValidator(_check_names)]
+Plain = Annotated[
+    tuple[Annotated[list[_Count], MinLen(4), MaxLen(4)], Parts],
+    FromList,
+]
+"""A guard's counts as they stand in a state."""
 
 
 class Skipped(NamedTuple):
@@ -26,6 +51,22 @@ class Skipped(NamedTuple):
         steps = "1 step was" if self.recent == 1 else f"{self.recent} steps were"
         what = ", ".join(self.names) or "a gradient of finite losses"
         return f"{steps} left out, not finite: {what}"
+
+
+def first_bad(tensors: Mapping[str, Tensor]) -> str:
+    """The name of the first tensor with a NaN or an infinity in it, or nothing. One host sync.
+
+    Of tensors that are spread over the ranks this rank's part is looked at.
+    """
+    floats = {
+        name: tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point()
+    }
+    if not floats:
+        return ""
+    fine = torch.stack([torch.isfinite(tensor).all() for tensor in floats.values()]).tolist()
+    return next((name for name, good in zip(floats, fine, strict=True) if not good), "")
 
 
 @final

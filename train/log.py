@@ -2,37 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import final
 
 from .config import TrainConfig
-from .sinks import JsonLines, Record, Sink
+from .records import LOG, Record
+from .sinks import JsonLines, Sink
 from .tensorboard_files import TensorBoard
 from .wandb_run import WandbRun
 
 
 @final
 class Log:
-    """Several sinks as one."""
+    """`metrics.jsonl`, and the sinks beside it; what one of those cannot write is told once, and left out.
 
-    def __init__(self, sinks: list[Sink]) -> None:
-        self._sinks = sinks
+    Args:
+        lines: the file.
+        sinks: the others.
+        tell: called with a line on what could not be written.
+    """
+
+    def __init__(self, lines: JsonLines, sinks: Sequence[Sink], tell: Callable[[str], None]) -> None:
+        self._lines, self._sinks, self._tell = lines, list(sinks), tell
 
     def write(self, record: Record) -> None:
         """Give every sink a record."""
-        for sink in self._sinks:
-            sink.write(record)
+        self._lines.write(record)
+        for sink in tuple(self._sinks):
+            try:
+                sink.write(record)
+            except OSError as error:
+                self._sinks.remove(sink)
+                self._tell(f"{type(sink).__name__} writes no more ({error.strerror or error})")
+
+    def flush(self) -> str:
+        """Write the file's records that could not be written before; why that failed again, or nothing."""
+        return self._lines.flush()
 
     def close(self) -> None:
-        """End them all."""
+        """End them all.
+
+        Raises:
+            RadioError: records are left that cannot be written.
+        """
         for sink in self._sinks:
             sink.close()
+        self._lines.close()
 
 
-def open_log(config: TrainConfig, step: int) -> Log:
+def open_log(config: TrainConfig, step: int, tell: Callable[[str], None]) -> Log:
     """`metrics.jsonl` in the run folder and the settings' own sinks; records of steps after `step` go.
 
     Raises:
         MissingExtraError: a sink's library is not installed; names the extra that brings it.
+        DataError, OSError: the file cannot be read or written.
     """
     others: list[Sink] = []
     for name in dict.fromkeys(config.sinks):  # before the file, since they may be missing
@@ -40,4 +63,4 @@ def open_log(config: TrainConfig, step: int) -> Log:
             others.append(TensorBoard(config.out / "tensorboard", step))
         else:
             others.append(WandbRun(config, step))
-    return Log([JsonLines(config.out / "metrics.jsonl", step), *others])
+    return Log(JsonLines(config.out / LOG, step, tell), others, tell)

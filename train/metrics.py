@@ -5,14 +5,27 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import AfterValidator
 from torch import Tensor
 
 from evals.core.dist import Group
 
+from .guards import FromList
+
 Rows = dict[tuple[str, ...], Tensor]
+
+
+def _check_row(row: tuple[list[str], list[float | None]]) -> tuple[list[str], list[float | None]]:
+    if len(row[1]) != len(row[0]) + 1:
+        raise ValueError("wanted a sum for each name, and how often they were added")
+    return row
+
+
+Row = Annotated[tuple[list[str], list[float | None]], FromList, AfterValidator(_check_row)]
+"""Names, the sum of each, and how often they were added; null = not a finite number, which JSON lacks."""
 
 
 class Meters:
@@ -35,23 +48,27 @@ class Meters:
         """The means since the last reading, which this ends, over steps and the ranks that have them."""
         sums: dict[str, float] = {}
         counts: dict[str, float] = {}
-        for state in group.gather_objects(self.state()):
-            for names, row in state:
+        for rows in group.gather_objects([(names, row.tolist()) for names, row in self._rows.items()]):
+            for names, row in rows:
                 for name, value in zip(names, row, strict=False):
                     sums[name] = sums.get(name, 0.0) + value
                     counts[name] = counts.get(name, 0.0) + row[-1]
         self._rows = {}
         return {name: total / counts[name] if counts[name] else math.nan for name, total in sums.items()}
 
-    def state(self) -> list[tuple[list[str], list[float]]]:
+    def state(self) -> list[Row]:
         """What an exact resume needs, as plain numbers."""
-        return [(list(names), row.tolist()) for names, row in self._rows.items()]
+        return [
+            (list(names), [value if math.isfinite(value) else None for value in row.tolist()])
+            for names, row in self._rows.items()
+        ]
 
-    def restore(self, state: Iterable[tuple[list[str], list[float]]], device: torch.device) -> None:
+    def restore(self, state: Iterable[Row], device: torch.device) -> None:
         """Take up what `state` gave, or what it gave on several ranks, one after another."""
         self._rows = {}
         for names, values in state:
-            row = torch.tensor(values, dtype=torch.float64, device=device)
+            numbers = [math.nan if value is None else value for value in values]
+            row = torch.tensor(numbers, dtype=torch.float64, device=device)
             key = tuple(names)
             self._rows[key] = self._rows[key] + row if key in self._rows else row
 

@@ -7,8 +7,12 @@ from collections.abc import Iterator
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from radio.errors import shown
 
 from .plan import Memory, Plan
+from .sinks import say
 
 _SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"))
 
@@ -19,18 +23,20 @@ def print_plan(plan: Plan, console: Console) -> None:
     ranks = f"{world} ranks" if world > 1 else "1 rank"
     turns = ", the groups in turn" if len(plan.kinds) < len(plan.partition.groups) else ""
     table = Table(
-        title=f"{plan.config.recipe}: {plan.config.student} on {ranks}{turns}, {plan.config.engine}",
+        title=Text(
+            shown(f"{plan.config.recipe}: {plan.config.student} on {ranks}{turns}, {plan.config.engine}")
+        ),
         box=box.ROUNDED if console.is_terminal else box.ASCII,
     )
     table.add_column("teachers")
     for name in (*(group.name for group in plan.partition.groups), "all"):
-        table.add_column(name, justify="right")
+        table.add_column(Text(shown(name)), justify="right")
     _add_work(table, plan)
     table.add_section()
     _add_memory(table, plan)
     console.print(table)
     for line in _lines(plan):
-        console.print(line, highlight=False, soft_wrap=True)
+        say(console, line)
 
 
 def _add_work(table: Table, plan: Plan) -> None:

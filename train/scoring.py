@@ -10,8 +10,8 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 import evals.cli  # noqa: F401 (enters the evaluators)
 from evals.core.dist import Group
@@ -20,11 +20,12 @@ from evals.core.paper import DATA, TASKS, PaperRow
 from evals.core.progress import watch_on
 from evals.core.suite import Outcome, run_all
 from evals.core.tables import cell
+from radio.errors import shown
 from radio.hub import load_backbone
 from radio.types import Backbone
 
 from .config import TrainConfig
-from .sinks import Record
+from .sinks import Record, say
 
 _STUDENTS_ONLY = "vqa"  # a language model is trained for it: minutes a model
 
@@ -60,7 +61,7 @@ def score(
         found[name] = run_all(model, chosen, out, name=name, watch=watch, group=Group(), tell=told)
     console.print(_table(found, config.score, paper, plain=not console.is_terminal))
     for line in _measured_on(config.score, paper):
-        console.print(escape(line), highlight=False, soft_wrap=True)
+        say(console, line)
     return found
 
 
@@ -122,7 +123,7 @@ def make_job(task: str, device: str, settings: Mapping[str, Any]) -> tuple[Evalu
 
 def tell(console: Console, name: str, line: str) -> None:
     """Print what there is to say of one model."""
-    console.print(escape(f"{name}: {line}"), highlight=False, soft_wrap=True)
+    say(console, f"{name}: {line}")
 
 
 def _contestants(config: TrainConfig, students: Mapping[str, Path]) -> Iterator[tuple[str, Backbone, bool]]:
@@ -147,7 +148,7 @@ def _table(
     }
     table = Table("model", box=box.ASCII if plain else box.ROUNDED)
     for task in tasks:
-        table.add_column(f"{task}\n{headlines.get(task, '')} (%)", justify="right")
+        table.add_column(Text(f"{shown(task)}\n{shown(headlines.get(task, ''))} (%)"), justify="right")
     for name, outcomes in found.items():
         cells = {
             outcome.task: cell(outcome.report.metrics[outcome.report.headline])
@@ -156,7 +157,7 @@ def _table(
             for outcome in outcomes
             if outcome.state != "left out"
         }
-        table.add_row(name, *(cells.get(task, "") for task in tasks))
+        table.add_row(Text(shown(name)), *(cells.get(task, "") for task in tasks))
     table.add_section()
     for row in paper:
         values = [row.values.get(column) for column in _columns(tasks)]

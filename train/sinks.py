@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -18,11 +22,16 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from radio.io import write_text
+from radio.errors import RadioError, shown
+from radio.io import write_bytes, write_text
 
 from .config import TrainConfig
+from .records import Record, read_lines
 
-Record = dict[str, float | int | str | None]
+
+def say(console: Console, line: str) -> None:
+    """Print a line as it is: nothing in it is markup, and control characters are escaped."""
+    console.print(shown(line), markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 class Sink(Protocol):
@@ -36,26 +45,67 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """`metrics.jsonl`: one record a log step, flushed as it is written.
+    """`metrics.jsonl`: one record a log step, on disk as soon as it is written.
+
+    What the system refuses to write (a full disk) is told, kept, and written with what comes next.
 
     Args:
         path: the file.
         step: records of later steps, left by a run that was stopped, are dropped.
+        tell: called with a line on what could not be read or written.
+
+    Raises:
+        DataError: the file cannot be read.
+        OSError: it cannot be written.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
-        write_text(path, "".join(f"{line}\n" for line in _lines(path) if _step_of(line) <= step))
-        self._file = path.open("a", encoding="utf-8")
+    def __init__(self, path: Path, step: int, tell: Callable[[str], None]) -> None:
+        self._path, self._tell = path, tell
+        lines = read_lines(path)
+        if lines.others:
+            aside = _set_aside(path)
+            tell(f"{path}: {lines.others} lines are no records, and left out; the file as it was: {aside}")
+        kept = [line for line, record in lines.records if int(record["step"] or 0) <= step]
+        write_text(path, "".join(f"{line}\n" for line in kept))
+        self._file = path.open("ab", buffering=0)
+        self._pending = b""
 
     def write(self, record: Record) -> None:
         """Append one record; a mean over no steps at all is null."""
         plain = {name: None if _is_undefined(value) else value for name, value in record.items()}
-        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
-        self._file.flush()
+        waiting = bool(self._pending)
+        self._pending += (json.dumps(plain, allow_nan=False) + "\n").encode()
+        reason = self.flush()
+        if reason and not waiting:
+            self._tell(f"{self._path} could not be written ({reason}); its records are kept until it can")
+
+    def flush(self) -> str:
+        """Write what could not be written before; why that failed again, or nothing."""
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            rest = memoryview(self._pending)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            with suppress(OSError):
+                self._file.truncate(end)  # no half of a record
+            return error.strerror or str(error)
+        self._pending = b""
+        return ""
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file.
+
+        Raises:
+            RadioError: records are left that cannot be written.
+        """
+        reason = self.flush()
         self._file.close()
+        if reason:
+            raise RadioError(
+                f"{self._path}: the last records could not be written ({reason}); make room and give the same "
+                f"command again"
+            )
 
 
 class ProgressConsole:
@@ -64,16 +114,16 @@ class ProgressConsole:
     def __init__(self, console: Console, title: str, total: int, done: int) -> None:
         self.console = console
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[figures]}", markup=False),
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task(title, total=total, completed=done, figures="")
+        self._task = self._progress.add_task(shown(title), total=total, completed=done, figures="")
         self._title, self._total = title, total
 
     def __enter__(self) -> Self:
@@ -88,12 +138,10 @@ class ProgressConsole:
     def advance(self, done: int, figures: str = "") -> None:
         """Show that `done` are done; `figures` is what there is to say of them."""
         if figures:
-            self._progress.update(self._task, figures=figures)
+            self._progress.update(self._task, figures=shown(figures))
         self._progress.update(self._task, completed=done)
         if figures and not self.console.is_terminal:
-            self.console.print(
-                f"{self._title} {done}/{self._total}  {figures}", highlight=False, soft_wrap=True
-            )
+            say(self.console, f"{self._title} {done}/{self._total}  {figures}")
 
 
 def summarise(record: Record, config: TrainConfig) -> str:
@@ -116,13 +164,9 @@ def _is_undefined(value: float | str | None) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-
-
-def _step_of(line: str) -> float:
-    """The step of a record; infinite for a line that was cut off by a kill."""
-    try:
-        return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError):
-        return float("inf")
+def _set_aside(path: Path) -> Path:
+    """Keep a copy of a file, named by its content."""
+    data = path.read_bytes()
+    aside = path.with_suffix(f".damaged-{hashlib.sha256(data).hexdigest()[:8]}{path.suffix}")
+    write_bytes(aside, data)
+    return aside

@@ -9,26 +9,63 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
+import stat
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import Annotated, Any, NamedTuple, final
 
+from annotated_types import Ge, MinLen
+from pydantic import StringConstraints, TypeAdapter
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
+from typing_extensions import TypedDict
 
 from evals.core.dist import Group
 from radio.errors import CheckpointError, RadioError
-from radio.io import write_text
+from radio.io import read_json, validate, write_text
+
+from .agree import on_leader
+from .guards import first_bad
 
 _NOTES = "run.json"
 _ALONE = "torch.distributed is disabled"  # torch's warning to a single process
+_NAME = re.compile(r"step-([0-9]{1,12})")
+_Sha = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Kept(TypedDict):
+    step: Annotated[int, Ge(1)]
+    settings: dict[str, Any]
+    notes: dict[str, Any]
+    files: Annotated[dict[str, _Sha], MinLen(1)]  # all safetensors files in the folder, by name
+
+
+_KEPT = TypeAdapter(_Kept)
+# What torch and safetensors end with over a file that is damaged, or that a stranger wrote.
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    AssertionError,
+    ArithmeticError,
+    MemoryError,
+    SafetensorError,
+)
+_ANYTHING = TypeAdapter(dict[str, Any])
 
 
 class Found(NamedTuple):
@@ -50,6 +87,7 @@ class States:
         keep_last: how many of the newest to keep.
         keep_every: keep those of steps that this divides for good; 0 = none.
         tell: called with a line on what could not be read or written.
+        schema: of the notes that go with a state.
     """
 
     def __init__(
@@ -61,7 +99,10 @@ class States:
         keep_last: int,
         keep_every: int,
         tell: Callable[[str], None],
+        schema: TypeAdapter[Any] = _ANYTHING,
     ) -> None:
+        self.schema = schema
+        self._aside: dict[Path, str] = {}  # the damaged ones, and what is wrong with each
         self.folder, self.group, self.settings, self.tell = folder, group, dict(settings), tell
         self.keep_last, self.keep_every = keep_last, keep_every
         self._channel = group.channel()
@@ -76,33 +117,47 @@ class States:
         Raises:
             CheckpointError: there are states and none is whole, or they are of a run with other settings.
         """
-        answer: Found | str | None = None
-        if self.group.leads:
-            try:
-                answer = self._search()
-            except CheckpointError as error:
-                answer = str(error)
-        (answer, *_) = self.group.gather_objects(answer)
-        if isinstance(answer, str):
-            raise CheckpointError(answer)
-        self.stands = 0 if answer is None else answer.step
-        return answer
+        found = on_leader(self.group, self._search)
+        self.stands = 0 if found is None else found.step
+        return found
+
+    def resume(self, tensors: Mapping[str, Tensor]) -> Found | None:
+        """Fill tensors from the newest whole state; None where there is none yet.
+
+        Raises:
+            CheckpointError: as `newest`.
+        """
+        while (found := self.newest()) is not None:
+            reason = self.read(found, tensors)
+            if not reason:
+                return found
+            self._leave(found.path, reason)
+        return None
 
     def clear(self) -> None:
         """Remove every state, and what is left of half-written ones."""
-        if self.group.leads:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self.group.barrier()
+        on_leader(self.group, self._clear)
 
-    def read(self, found: Found, tensors: Mapping[str, Tensor]) -> None:
-        """Fill tensors of these names, whole or spread over the ranks, from a state."""
-        reader = HuggingFaceStorageReader(str(found.path))
-        load(
-            dict(tensors),
-            storage_reader=reader,
-            process_group=self._channel,
-            no_dist=self.group.world == 1,
-        )
+    def read(self, found: Found, tensors: Mapping[str, Tensor]) -> str:
+        """Fill tensors of these names, whole or spread over the ranks, from a state; what is wrong with it.
+
+        Nothing is wrong where the answer is empty, which it is on all ranks or on none.
+        """
+        if reason := self._agreed(_misfit(found.path, tensors)):
+            return reason
+        try:
+            load(
+                dict(tensors),
+                storage_reader=HuggingFaceStorageReader(str(found.path)),
+                process_group=self._channel,
+                no_dist=self.group.world == 1,
+            )
+        except (*_UNREADABLE, CheckpointException) as error:
+            if isinstance(error, CheckpointException) and _interrupted(error):
+                raise KeyboardInterrupt from error
+            return f"it cannot be read: {_reason(error)}"
+        bad = first_bad(tensors)
+        return self._agreed(f"{bad} is not finite in it" if bad else "")
 
     def write(
         self,
@@ -162,7 +217,7 @@ class States:
                 publish()
                 files = {path.name: _sha256(path) for path in sorted(half.glob("*.safetensors"))}
                 write_text(half / _NOTES, json.dumps({**kept, "files": files}))
-                half.rename(half.with_suffix(""))
+                self._name(half)
                 _sync(self.folder)
                 self._prune()
         except BaseException:
@@ -170,57 +225,129 @@ class States:
                 shutil.rmtree(half, ignore_errors=True)
             raise
 
+    def _name(self, half: Path) -> None:
+        """Give a whole state its name, which a damaged one may have."""
+        path, old = half.with_suffix(""), half.with_suffix(".old.tmp")
+        if os.path.lexists(path):
+            path.rename(old)
+        half.rename(path)
+        _remove(old)
+        self._aside.pop(path, None)
+
     def _prune(self) -> None:
-        for path in _states(self.folder)[self.keep_last :]:
-            if not self.keep_every or _step(path) % self.keep_every:
-                doomed = path.rename(
-                    path.with_suffix(".tmp")
-                )  # so that no half of it is ever taken for a state
-                shutil.rmtree(doomed)
+        states = _states(self.folder)
+        newest = next(_step(path) for path in states if path not in self._aside)
+        whole = [path for path in states if path not in self._aside]
+        useless = [path for path in states if path in self._aside and _step(path) < newest]
+        for path in (*whole[self.keep_last :], *useless):
+            if not self.keep_every or _step(path) % self.keep_every or path in self._aside:
+                # so that no half of it is ever taken for a state
+                _remove(path.rename(path.with_suffix(".tmp")))
+
+    def _clear(self) -> None:
+        for path in (*_states(self.folder), *_halves(self.folder)):
+            _remove(path)
+        self._aside = {}
+        if self.folder.is_dir() and not self.folder.is_symlink() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
     def _search(self) -> Found | None:
-        for half in self.folder.glob("*.tmp"):
-            shutil.rmtree(half)
-        states = _states(self.folder)
-        for path in states:
-            try:
-                data = _read_notes(path)
-            except (OSError, ValueError, LookupError, TypeError):
-                self.tell(f"{path}: damaged, and left aside")
+        if self.folder.exists() and not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder}: is no folder, and states go there; move it away")
+        for half in _halves(self.folder):
+            _remove(half)
+        for path in _states(self.folder):
+            if path in self._aside:
                 continue
-            if changed := _difference(data["settings"], self.settings):
+            try:
+                kept = self._read_notes(path)
+            except (OSError, RadioError) as error:
+                self._leave(path, _reason(error))
+                continue
+            if changed := _difference(kept["settings"], self.settings):
                 raise CheckpointError(
                     f"{self.folder.parent}: holds a run with other settings ({changed}); give another --out, "
                     f"or --restart to begin anew"
                 )
-            return Found(path, int(data["step"]), data["notes"])
-        if states:
-            raise CheckpointError(f"{self.folder}: not a whole training state; start again with --restart")
+            return Found(path, kept["step"], kept["notes"])
+        if self._aside:
+            reasons = "; ".join(f"{path.name}: {reason}" for path, reason in self._aside.items())
+            raise CheckpointError(
+                f"{self.folder}: not a whole training state; start again with --restart ({reasons})"
+            )
         return None
+
+    def _read_notes(self, path: Path) -> _Kept:
+        """What `run.json` says.
+
+        Raises:
+            OSError, RadioError: it is damaged, or a file is not what it says.
+        """
+        kept = read_json(path / _NOTES, _KEPT, error=CheckpointError)
+        if kept["step"] != _step(path):
+            raise CheckpointError(f"{_NOTES} is of step {kept['step']}")
+        validate(self.schema, kept["notes"], f"{_NOTES}: notes", error=CheckpointError)
+        there = {file.name for file in path.iterdir() if file.name.endswith(".safetensors")}
+        if there != kept["files"].keys():
+            missing = [*(kept["files"].keys() - there), *(there - kept["files"].keys())]
+            raise CheckpointError(f"{sorted(missing)[0]} is there or in {_NOTES}, and not in both")
+        for name, sha in kept["files"].items():
+            if not stat.S_ISREG((path / name).stat().st_mode):
+                raise CheckpointError(f"{name} is no regular file")
+            if _sha256(path / name) != sha:
+                raise CheckpointError(f"{name} was altered")
+        return kept
+
+    def _leave(self, path: Path, reason: str) -> None:
+        self._aside[path] = reason
+        if self.group.leads:
+            self.tell(f"{path}: damaged, and left aside ({reason})")
+
+    def _agreed(self, reason: str) -> str:
+        """The first rank's reason that is one."""
+        return next(filter(None, self.group.gather_objects(reason)), "")
 
 
 def _states(folder: Path) -> list[Path]:
-    """The whole ones, newest first."""
-    return sorted((p for p in folder.glob("step-*") if p.suffix != ".tmp"), key=_step, reverse=True)
+    """All that have the name of a state, newest first."""
+    return sorted((p for p in folder.glob("step-*") if _NAME.fullmatch(p.name)), key=_step, reverse=True)
+
+
+def _halves(folder: Path) -> list[Path]:
+    """What was not whole when a run ended."""
+    return list(folder.glob("*.tmp"))
 
 
 def _step(path: Path) -> int:
-    digits = path.stem.removeprefix("step-")
-    return int(digits) if digits.isdecimal() else -1
+    match = _NAME.fullmatch(path.name)
+    assert match is not None  # as in every name that `_states` gives
+    return int(match[1])
 
 
-def _read_notes(path: Path) -> dict[str, Any]:
-    """What `run.json` says.
+def _remove(path: Path) -> None:
+    """Remove a folder, or a file or link of its name; nothing where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
-    Raises:
-        OSError, ValueError, LookupError, TypeError: it is damaged, or a file is not what it says.
-    """
-    data: dict[str, Any] = json.loads((path / _NOTES).read_text(encoding="utf-8"))
-    int(data["step"]), data["settings"].items(), data["notes"].items()
-    for name, sha in data["files"].items():
-        if _sha256(path / name) != sha:
-            raise ValueError(f"{name} was altered")
-    return data
+
+def _misfit(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """What keeps these tensors from being filled whole from the files of a state; empty where nothing does."""
+    try:
+        held = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    except _UNREADABLE as error:
+        return f"its files cannot be read: {_reason(error)}"
+    for name, tensor in tensors.items():
+        entry = held.get(name)
+        if not isinstance(entry, TensorStorageMetadata):
+            return f"it has no {name}"
+        if entry.size != tensor.shape or entry.properties.dtype != tensor.dtype:
+            there = f"{list(entry.size)} {entry.properties.dtype}"
+            return f"{name} is {there} in it, not {list(tensor.shape)} {tensor.dtype}"
+        if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != tensor.numel():
+            return f"parts of {name} are missing in it, or there twice"
+    return ""
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> str:
@@ -236,7 +363,10 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "")
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        return "something nested"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -254,9 +384,14 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
+def _interrupted(error: CheckpointException) -> bool:
+    return any(isinstance(failure, KeyboardInterrupt) for failure, _ in error.failures.values())
+
+
 def _reason(error: BaseException) -> str:
-    """The first rank's own words."""
+    """Why, on one line of some words: the first rank's own."""
     if isinstance(error, CheckpointException):
         for failure, _ in error.failures.values():
-            return " ".join(str(failure).split())
-    return str(error)
+            return _reason(failure)
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}…"

@@ -9,8 +9,8 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from evals.core.dist import Group
 from evals.core.paper import PaperRow, table_6_row
@@ -21,11 +21,12 @@ from evals.core.tables import cell
 from evals.reporting.tradeoff import draw_tradeoff
 from evals.throughput.evaluator import Entry, measure_all
 from evals.throughput.settings import ThroughputSettings
-from radio.errors import MissingExtraError
+from radio.errors import MissingExtraError, shown
 from radio.hub import load_backbone
 
 from .config import TrainConfig
 from .scoring import make_job, tell
+from .sinks import say
 
 FEW: Mapping[str, Mapping[str, Any]] = {"knn": {"scenes": (1200, 300)}, "zeroshot": {"scenes": 300}}
 """Settings of the tasks: the slowest student sees as many pictures as the fastest."""
@@ -61,7 +62,7 @@ def compare(config: TrainConfig, checkpoints: Mapping[str, Path], out: Path, con
     try:
         draw_tradeoff(out)
     except MissingExtraError as error:
-        console.print(f"no plot: {error}", highlight=False, soft_wrap=True)
+        say(console, f"no plot: {error}")
 
 
 def _table(
@@ -83,7 +84,7 @@ def _table(
         own = [cell(report.metrics[report.headline]) if report else "failed" for report in found.values()]
         row = table_6_row(name)
         theirs = [_paper(row, column) for column in (*tasks, "images_per_second")]
-        table.add_row(escape(name), *own, f"{speed.value:.4g}", *theirs)
+        table.add_row(Text(shown(name)), *own, f"{speed.value:.4g}", *theirs)
     return table
 
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from rich.console import Console
 
+from evals.core.dist import Group
 from evals.core.provenance import choose_device
 from radio.errors import ConfigError, did_you_mean
+from radio.lock import locked
 from radio.registry import Registry
 
+from .agree import on_leader
 from .assembly import check_settings, fitted
 from .config import TrainConfig
 from .parallel import join
+from .sinks import say
 from .trainer import Run
 
 Rows: TypeAlias = Mapping[str, TrainConfig]
@@ -61,6 +66,18 @@ def rows_of(table: PaperTable, base: TrainConfig, names: tuple[str, ...] = ()) -
     }
 
 
+@contextmanager
+def _alone(folder: Path, group: Group) -> Iterator[None]:
+    """Hold a run folder against other trainers; the first rank does, and all learn whether it can.
+
+    Raises:
+        RadioError: another trainer has it.
+    """
+    with ExitStack() as held:
+        on_leader(group, lambda: held.enter_context(locked(folder, "trained")))
+        yield
+
+
 def train_all(runs: Rows, console: Console, *, restart: bool = False) -> Trained:
     """Train runs of one device one after another; each goes on where it was stopped.
 
@@ -80,14 +97,15 @@ def train_all(runs: Rows, console: Console, *, restart: bool = False) -> Trained
         for name, asked in runs.items():
             config, changes = fitted(asked)
             for line in changes:
-                screen.print(line, highlight=False, soft_wrap=True)
-            run = Run(config, group, device, screen, restart=restart)
-            found[name] = run.train()
+                say(screen, line)
+            with _alone(config.out, group):
+                run = Run(config, group, device, screen, restart=restart)
+                found[name] = run.train()
             if run.stopped:
                 line = f"stopped after step {run.step} of {config.out}; the same command goes on from there"
-                screen.print(line, highlight=False, soft_wrap=True)
+                say(screen, line)
                 return Trained(found, stopped=True, leads=group.leads)
-            screen.print(f"checkpoint: {found[name]}", highlight=False, soft_wrap=True)
+            say(screen, f"checkpoint: {found[name]}")
             del run
             gc.collect()  # a run and its callbacks hold one another, and the next model wants the memory
     return Trained(found, stopped=False, leads=group.leads)

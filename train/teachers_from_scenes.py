@@ -23,6 +23,7 @@ from .config import OptimConfig
 from .optim import learning_rate, make_optimizer
 from .scenes_lessons import ClipLesson, DenseLesson, Lesson, Loss, SamLesson, lessons
 from .scenes_scores import FULL, QUICK, Protocol, Scores, box_miou, score
+from .sinks import say
 
 COMMAND: Final = "radio-train scenes-teachers"
 _ORDER: tuple[Name, ...] = ("dense", "clip", "sam")  # CLIP's trunk starts from the dense one's
@@ -106,7 +107,7 @@ def _make(name: Name, settings: TeachersConfig, console: Console) -> Path:
     path = weights_file(name, settings.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     save(path, tensors, card)
-    console.print(f"{path}: {card['scores']}", highlight=False, soft_wrap=True)
+    say(console, f"{path}: {card['scores']}")
     return path
 
 
@@ -161,7 +162,7 @@ def _teach(
         seen.append(_step(module, lesson, step / steps, optimizer, optim.clip))
         if (step + 1) % _LOG_EVERY == 0 or step + 1 == steps:
             curve.append({"samples": (step + 1) * course.batch, **_means(seen)})
-            console.print(f"scenes:{name} {curve[-1]}", highlight=False, soft_wrap=True)
+            say(console, f"scenes:{name} {curve[-1]}")
             seen = []
     return curve
 

@@ -7,7 +7,7 @@ from typing import Any, final
 
 from radio.errors import require
 
-from .sinks import Record
+from .records import Record
 
 
 @final

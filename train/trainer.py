@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import torch
+from annotated_types import MinLen
+from pydantic import TypeAdapter
 from rich.console import Console
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from evals.core.dist import Group
 from radio.config import write_yaml
+from radio.errors import RadioError
 from radio.model import build
 from radio.types import Features
 
+from .agree import on_leader
 from .ahead import ahead, half_the_threads
 from .assembly import (
     check_settings,
@@ -38,15 +43,20 @@ from .config import TrainConfig
 from .data.progress import LISTING, start_progress
 from .data.sources import Sources, open_sources
 from .data.stream import fewer_workers, open_stream
-from .guards import Guard
+from .guards import Guard, Plain, first_bad
 from .learner import Learner
 from .log import Log, open_log
+<<<<<<< HEAD
 from .metrics import Meters
 from .parallel import check_started
+=======
+from .metrics import Meters, Row
+>>>>>>> 510872d (wip)
 from .partition import TeacherGroup
 from .pictures import Joined, open_pictures
 from .preempt import Preemption
-from .sinks import ProgressConsole, Record, summarise
+from .records import Record
+from .sinks import ProgressConsole, say, summarise
 from .state import States
 from .step import teacher_features
 
@@ -99,6 +109,7 @@ class Run:
         self.learner = Learner(self.model, self.windows, config, self.partition, group, device)
         self.meters, self.guard, self.pace = Meters(), Guard(device), self.learner.pace
         self.stop, self.stopped = Preemption(group), False
+        self.log: Log | None = None
         self.follower = _follower(config, group, console) if config.eval_every else None
         self.states = States(
             config.out / "state",
@@ -107,6 +118,7 @@ class Run:
             keep_last=config.keep_last,
             keep_every=config.keep_every,
             tell=self._tell,
+            schema=_NOTES,
         )
         self.step = 0 if restart else self._resume()
         self.cache: GroupedCaches | None = None
@@ -124,12 +136,12 @@ class Run:
         """
         config = self.config
         if self.step == config.steps:
+            self._publish_again()
             return config.out / "ckpt.pt"
         if not self.step:  # the states of an earlier run must not outlive its log
             self.states.clear()
-        log = open_log(config, self.step) if self.group.leads else None
-        if self.group.leads:
-            write_yaml(config, config.out / "config.yaml")
+        on_leader(self.group, self._open)
+        log = self.log
         try:
             with self.stop, half_the_threads() if self.pairs else nullcontext():
                 self._loop(log)
@@ -143,6 +155,32 @@ class Run:
                 log.close()
             self.states.wait()
         return config.out / "ckpt.pt"
+
+    def _open(self) -> None:
+        write_yaml(self.config, self.config.out / "config.yaml")
+        self.log = open_log(self.config, self.step, self._tell)
+
+    def _publish_again(self) -> None:
+        """Write a finished run's checkpoints where they are gone; every rank calls it."""
+        names = ["ckpt.pt", *(["ckpt-ema.pt"] if self.learner.average is not None else [])]
+        out = self.config.out
+        gone = on_leader(self.group, lambda: [name for name in names if not (out / name).is_file()])
+        if gone:
+            publish = self._publisher()
+            on_leader(self.group, lambda: publish(gone))
+            self._tell(f"written again from the state of step {self.step}: {', '.join(gone)}")
+
+    def _publisher(self) -> Callable[[Collection[str] | None], None]:
+        """What writes the checkpoints of this step, from copies made now, or those of these names."""
+        files = self.learner.checkpoints()
+        self.model.card["provenance"] = provenance(self.step, self.step * self.partition.batch_size)
+
+        def publish(names: Collection[str] | None) -> None:
+            for name, tensors in files.items():
+                if names is None or name in names:
+                    self.model.save(self.config.out / name, tensors)
+
+        return publish
 
     def _loop(self, log: Log | None) -> None:
         config = self.config
@@ -225,21 +263,36 @@ class Run:
 
         The state gets its name last: a run that is stopped before does its last steps again.
 
+        Where the log has records that cannot be written no state is begun, since one must not outlive them.
+
         Raises:
-            RadioError: too many steps in a row were not finite.
+            RadioError: too many steps in a row were not finite, or a weight is not.
         """
         self.guard.check(self.step, self.config.max_skipped)
         self.states.wait()  # the card below may still be written with the save before
-        files = self.learner.checkpoints()
-        self.model.card["provenance"] = provenance(self.step, self.step * self.partition.batch_size)
-
-        def publish() -> None:
-            for name, tensors in files.items():
-                self.model.save(self.config.out / name, tensors)
-
+        tensors = self.learner.tensors()
+        found = (first_bad(tensors), self.log.flush() if self.log is not None else "")
+        bad, unwritten = (next(filter(None, each), "") for each in zip(*self.group.gather_objects(found), strict=True))
+        if bad:
+            self._refuse(bad)
+        if unwritten:
+            self._tell(f"no state of step {self.step} is written before the log is ({unwritten})")
+            return
+        publish = self._publisher()
         mine = {"meters": self.meters.state(), "guard": self.guard.state()}
         notes = {"ranks": self.group.gather_objects(mine), "data": self.progress.state()}
-        self.states.write(self.step, self.learner.tensors(), notes, publish)
+        self.states.write(self.step, tensors, notes, lambda: publish(None))
+
+    def _refuse(self, name: str) -> NoReturn:
+        stands = (
+            f"what was saved at step {self.states.stands} stands"
+            if self.states.stands
+            else "nothing is saved"
+        )
+        raise RadioError(
+            f"step {self.step}: {name} is not finite any more, though losses and gradients were; {stands}. "
+            f"Begin anew with --restart and a lower --optim.lr, or with --optim.clip 1"
+        )
 
     def evaluate(self, log: Log | None) -> None:
         """Score the student as it was saved at this step, unless that is done; every rank calls it."""
@@ -260,10 +313,9 @@ class Run:
         return self.follower is not None and self.step % self.config.eval_every == 0
 
     def _resume(self) -> int:
-        found = self.states.newest()
+        found = self.states.resume(self.learner.tensors())
         if found is None:
             return 0
-        self.states.read(found, self.learner.tensors())
         ranks = found.notes["ranks"]
         if len(ranks) == self.group.world:
             mine = ranks[self.group.rank]
@@ -277,7 +329,7 @@ class Run:
         return found.step
 
     def _tell(self, line: str) -> None:
-        self.console.print(line, highlight=False, soft_wrap=True)
+        say(self.console, line)
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.steps
@@ -288,6 +340,19 @@ class Run:
             return teacher_features(
                 {name: self.teachers[name] for name in group.teachers}, self.sizes, images
             )
+
+
+class _RankNotes(TypedDict):
+    meters: list[Row]
+    guard: Plain
+
+
+class _Notes(TypedDict):
+    ranks: Annotated[list[_RankNotes], MinLen(1)]
+    data: dict[str, Any]
+
+
+_NOTES: TypeAdapter[Any] = TypeAdapter(_Notes)
 
 
 def _follower(config: TrainConfig, group: Group, console: Console) -> Follower:

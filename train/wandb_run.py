@@ -10,7 +10,7 @@ from radio.errors import require
 from radio.io import write_text
 
 from .config import TrainConfig
-from .sinks import Record
+from .records import Record
 
 
 @final

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,17 @@ import pytest
 import yaml
 from annotated_types import Ge
 
-from radio.config import Count, Pixels, Share, check, from_plain, read_yaml, to_plain, write_yaml
+from radio.config import (
+    Count,
+    Pixels,
+    Share,
+    check,
+    check_options,
+    from_plain,
+    read_yaml,
+    to_plain,
+    write_yaml,
+)
 from radio.errors import ConfigError
 from radio.io import write_bytes
 
@@ -181,3 +192,55 @@ def test_settings_made_in_python_are_held_to_the_same_bounds():
         check(Bounded(side=0))
     with pytest.raises(ConfigError, match="a number of 87 bits is out of range"):
         check(Settings(steps=10**26))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    batch_size: Count = 1
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    parts: tuple[Part, ...] = ()
+    final_lr: Share = 0.5
+    out: Path = Path("x")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            Whole(final_lr=2.0),
+            "--final-lr: 2.0 is out of bounds; give a number of at least 0 and of at most 1",
+        ),
+        (Whole(parts=(Part(), Part(batch_size=0))), "--parts.1.batch-size: 0 is out of bounds"),
+        (Whole(parts=(Part(names=("a", "b\0")),)), "--parts.0.names: wanted a text of at most 4096 letters"),
+        (Whole(out=Path("x" * 5000)), "--out: wanted a text of at most 4096 letters"),
+    ],
+)
+def test_settings_of_a_command_line_go_by_their_options(settings: Whole, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        check_options(settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("final_lr: 1" + "0" * 400, "final_lr: a number of 1329 bits is out of range"),
+        ("final_lr: 0x1" + "0" * 9000, "final_lr: a number of 36001 bits is out of range"),
+        (
+            "parts: [{batch_size: 0x1" + "0" * 9000 + "}]",
+            "parts[0].batch_size: a number of 36001 bits is out",
+        ),
+        ("out: [0x1" + "0" * 9000 + "]", "out: wanted Path, got a list of 1"),
+        ("0x1" + "0" * 9000 + ": 3", "unknown setting 'a number of 36001 bits'"),
+        ("x" * 5000 + ": 3", "unknown setting"),
+    ],
+)
+def test_values_of_any_size_are_one_short_error(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_yaml(Whole, tmp_path / "x.yaml")
+    assert str(caught.value).startswith(message)
+    assert len(str(caught.value)) < 300

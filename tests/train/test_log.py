@@ -24,7 +24,7 @@ def test_every_sink_gets_every_record(config: TrainConfig) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = open_log(replace(config, sinks=("tensorboard",)), 0)
+    log = open_log(replace(config, sinks=("tensorboard",)), 0, print)
     for record in RECORDS:
         log.write(record)
     log.close()
@@ -44,7 +44,7 @@ def test_wandb_offline(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("WANDB_MODE", "offline")
     chosen = replace(config, sinks=("wandb",))
     for step in (0, 5):  # begun, and taken up
-        log = open_log(chosen, step)
+        log = open_log(chosen, step, print)
         log.write(RECORDS[bool(step)])
         log.close()
     files = sorted((config.out / "wandb").glob("offline-run-*/run-*.wandb"))
@@ -60,5 +60,5 @@ def test_a_missing_library_names_its_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingExtraError, match=rf"am-radio\[{name}\]"):
-        open_log(replace(config, sinks=(name,)), 0)  # type: ignore[arg-type]
+        open_log(replace(config, sinks=(name,)), 0, print)  # type: ignore[arg-type]
     assert not Path(config.out / "metrics.jsonl").exists()

@@ -17,7 +17,7 @@ def records(path: Path) -> list[dict[str, float]]:
 
 def test_records_are_on_disk_as_soon_as_they_are_written(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "metrics.jsonl"
-    log = JsonLines(path, 0)
+    log = JsonLines(path, 0, print)
     log.write({"step": 1, "loss": 0.1})
     log.write({"step": 2, "loss": 0.30000000000000004})
     assert records(path) == [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.30000000000000004}]
@@ -26,7 +26,7 @@ def test_records_are_on_disk_as_soon_as_they_are_written(tmp_path: Path) -> None
 
 def test_a_mean_over_no_steps_is_null(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    log = JsonLines(path, 0)
+    log = JsonLines(path, 0, print)
     log.write({"step": 3, "loss": float("nan"), "skipped": 3, "not_finite": "clip/spatial"})
     log.close()
     assert path.read_text() == '{"step": 3, "loss": null, "skipped": 3, "not_finite": "clip/spatial"}\n'
@@ -36,7 +36,7 @@ def test_later_and_cut_lines_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "loss": 1 / step}) for step in (2, 4, 6, 8)]
     path.write_text("\n".join([*lines, '{"step": 10, "lo']))
-    log = JsonLines(path, 5)
+    log = JsonLines(path, 5, print)
     assert [record["step"] for record in records(path)] == [2, 4]
     log.write({"step": 6, "loss": 0.5})
     log.close()
@@ -46,7 +46,7 @@ def test_later_and_cut_lines_are_dropped(tmp_path: Path) -> None:
 def test_a_line_without_a_step_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"loss": 1}\n{"step": 1}\n')
-    JsonLines(path, 1).close()
+    JsonLines(path, 1, print).close()
     assert records(path) == [{"step": 1}]
 
 

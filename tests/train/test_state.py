@@ -173,7 +173,8 @@ def test_a_damaged_state_falls_back_to_the_one_before(tmp_path: Path, kind: str)
     found = states(tmp_path).newest()
     assert found is not None
     assert found.step == 1
-    assert said(tmp_path) == f"{tmp_path / 'state' / 'step-000002'}: damaged, and left aside\n"
+    assert said(tmp_path).startswith(f"{tmp_path / 'state' / 'step-000002'}: damaged, and left aside (")
+    assert said(tmp_path).endswith(")\n")
     harm(tmp_path / "state" / "step-000001", kind)
     with pytest.raises(CheckpointError, match="not a whole training state; start again with --restart"):
         states(tmp_path).newest()
