@@ -177,11 +177,11 @@ def _check(hint: Any, value: Any, where: str) -> None:
 def _check_scalar(value: Any, where: str) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where}: {value} is no number to work with; give a finite one")
-    elif isinstance(value, (str, Path)) and ("\0" in str(value) or len(str(value)) > _MAX_TEXT):
+    if isinstance(value, (str, Path)) and ("\0" in str(value) or len(str(value)) > _MAX_TEXT):
         raise ConfigError(
             f"{where}: wanted a text of at most {_MAX_TEXT} letters without a NUL among them; mend it"
         )
-    elif isinstance(value, int) and value.bit_length() > 63:
+    if isinstance(value, int) and value.bit_length() > 63:
         raise ConfigError(
             f"{where}: a number of {value.bit_length()} bits is out of range; give a smaller one"
         )

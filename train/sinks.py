@@ -103,8 +103,8 @@ class JsonLines:
         self._file.close()
         if reason:
             raise RadioError(
-                f"{self._path}: the last records could not be written ({reason}); make room and give the same "
-                f"command again"
+                f"{self._path}: the last records could not be written ({reason}); make room and give the "
+                f"same command again"
             )
 
 

@@ -333,7 +333,7 @@ def _remove(path: Path) -> None:
 
 
 def _misfit(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """What keeps these tensors from being filled whole from the files of a state; empty where nothing does."""
+    """What keeps these tensors from being filled whole from a state's files; empty where nothing does."""
     try:
         held = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     except _UNREADABLE as error:

@@ -46,12 +46,8 @@ from .data.stream import fewer_workers, open_stream
 from .guards import Guard, Plain, first_bad
 from .learner import Learner
 from .log import Log, open_log
-<<<<<<< HEAD
-from .metrics import Meters
-from .parallel import check_started
-=======
 from .metrics import Meters, Row
->>>>>>> 510872d (wip)
+from .parallel import check_started
 from .partition import TeacherGroup
 from .pictures import Joined, open_pictures
 from .preempt import Preemption
@@ -271,8 +267,8 @@ class Run:
         self.guard.check(self.step, self.config.max_skipped)
         self.states.wait()  # the card below may still be written with the save before
         tensors = self.learner.tensors()
-        found = (first_bad(tensors), self.log.flush() if self.log is not None else "")
-        bad, unwritten = (next(filter(None, each), "") for each in zip(*self.group.gather_objects(found), strict=True))
+        found = self.group.gather_objects((first_bad(tensors), self.log.flush() if self.log else ""))
+        bad, unwritten = (next(filter(None, each), "") for each in zip(*found, strict=True))
         if bad:
             self._refuse(bad)
         if unwritten:
