@@ -25,7 +25,8 @@ from radio.hub import load_backbone
 from radio.types import Backbone
 
 from .config import TrainConfig
-from .sinks import Record, say
+from .records import Record
+from .sinks import say
 
 _STUDENTS_ONLY = "vqa"  # a language model is trained for it: minutes a model
 

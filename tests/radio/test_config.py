@@ -234,7 +234,7 @@ def test_settings_of_a_command_line_go_by_their_options(settings: Whole, message
             "parts[0].batch_size: a number of 36001 bits is out",
         ),
         ("out: [0x1" + "0" * 9000 + "]", "out: wanted Path, got a list of 1"),
-        ("0x1" + "0" * 9000 + ": 3", "unknown setting 'a number of 36001 bits'"),
+        ("? 0x1" + "0" * 9000 + "\n: 3", "unknown setting 'a number of 36001 bits'"),
         ("x" * 5000 + ": 3", "unknown setting"),
     ],
 )

@@ -31,22 +31,22 @@ from .conftest import CPU, TEACHERS
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0}, "--steps 0 cannot be; give 1 or more"),
-        ({"batch_size": -4}, "--batch-size -4 cannot be"),
-        ({"log_every": 0}, "--log-every 0 cannot be"),
-        ({"save_every": 0}, "--save-every 0 cannot be"),
-        ({"cache": CacheConfig(crops=0)}, r"--cache\.crops 0 cannot be"),
-        ({"cache": CacheConfig(pictures=0)}, r"--cache\.pictures 0 cannot be"),
+        ({"steps": 0}, "--steps: 0 is out of bounds"),
+        ({"batch_size": -4}, "--batch-size: -4 is out of bounds"),
+        ({"log_every": 0}, "--log-every: 0 is out of bounds"),
+        ({"save_every": 0}, "--save-every: 0 is out of bounds"),
+        ({"cache": CacheConfig(crops=0)}, r"--cache\.crops: 0 is out of bounds"),
+        ({"cache": CacheConfig(pictures=0)}, r"--cache\.pictures: 0 is out of bounds"),
         ({"student": "vit-tiny21"}, "unknown student 'vit-tiny21'; did you mean .*vit-tiny12"),
         ({"batch_size": 5}, "a batch of 5 cannot be shared evenly by 2 ranks"),
-        ({"accumulate": 0}, "--accumulate 0 cannot be"),
+        ({"accumulate": 0}, "--accumulate: 0 is out of bounds"),
         (
             {"accumulate": 4},
             "--accumulate 4 does not divide the 2 pictures of a step that a rank takes for clip",
         ),
         (
             {"teachers": (TeacherConfig(name="sam", model="tiny:sam", batch_size=0),)},
-            "teacher sam cannot see 0 pictures a step",
+            "--teachers.0.batch-size: 0 is out of bounds",
         ),
     ],
 )

@@ -114,7 +114,7 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["smoke", *TINY, "--teachers.0.name", "sam"], "a run needs teachers with names of their own"),
         (["smoke", *TINY, "--data.scenes", "0"], "no data: give --data.shards"),
         (["smoke", *TINY, "--data.images", "absent"], "absent: no such folder"),
-        (["smoke", *TINY, "--log-every", "0"], "--log-every 0 cannot be; give 1 or more"),
+        (["smoke", *TINY, "--log-every", "0"], "--log-every: 0 is out of bounds"),
         (["smoke", *TINY, "--options.window", "3"], "vit-tiny12 has no windows"),
         (["paper-h14"], "weights/metaclip_h14.pt: no such"),
     ],

@@ -140,7 +140,7 @@ def test_a_signal_stops_the_table_and_the_same_command_goes_on(
     [
         (["--rows", "adalos"], "the table has no row 'adalos'; did you mean adaloss"),
         (["--balance.kind", "adaloss"], "the rows of table 3 are the balancers; leave --balance out"),
-        (["--batch-size", "0"], "--batch-size 0 cannot be"),
+        (["--batch-size", "0"], "--batch-size: 0 is out of bounds"),
         (["--teachers.1.batch-size", "1"], "clip and dense see other pictures or sizes"),
     ],
 )
