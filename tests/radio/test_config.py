@@ -235,7 +235,7 @@ def test_settings_of_a_command_line_go_by_their_options(settings: Whole, message
         ),
         ("out: [0x1" + "0" * 9000 + "]", "out: wanted Path, got a list of 1"),
         ("? 0x1" + "0" * 9000 + "\n: 3", "unknown setting 'a number of 36001 bits'"),
-        ("x" * 5000 + ": 3", "unknown setting"),
+        ("? " + "x" * 5000 + "\n: 3", "unknown setting"),
     ],
 )
 def test_values_of_any_size_are_one_short_error(text: str, message: str, tmp_path: Path) -> None:
