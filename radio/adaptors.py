@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from annotated_types import Interval
 from torch import Tensor, nn
 
 from .errors import ConfigError
@@ -15,15 +16,19 @@ from .types import Features
 # Letters: B batch, C summary width, T tokens, D token width, H W grid.
 
 
+Width = Annotated[int, Interval(ge=1, le=2**20)]  # of vectors
+Slot = Annotated[int, Interval(ge=0, lt=1024)]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdaptorConfig:
     """The shape of the adaptor for one teacher."""
 
     name: str
-    summary_dim: int  # the teacher's C
-    token_dim: int  # the teacher's D
-    hidden: int | None = None  # hidden width of both heads; None = the student's token width
-    slot: int | None = None  # the class token it reads where each teacher has one; None = the whole summary
+    summary_dim: Width  # the teacher's C
+    token_dim: Width  # the teacher's D
+    hidden: Width | None = None  # hidden width of both heads; None = the student's token width
+    slot: Slot | None = None  # the class token it reads where each teacher has one; None = the whole summary
     resample: Literal["before", "after"] = "before"  # the head; bilinear to the teacher's grid (ours)
 
 

@@ -9,22 +9,19 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import pickle
-import struct
-import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError
+from .archive import check_tensors, find_file, is_safetensors, read_safetensors, read_torch
+from .errors import CheckpointError, shown
 from .io import write_bytes
-
-FORMAT = "am-radio/1"
+from .metadata import FORMAT, read_metadata
+from .wrappings import find_state, without_prefix
 
 
 class Checkpoint(NamedTuple):
@@ -63,7 +60,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> 
         torch.save({"card": text, "sha256": sha, "tensors": kept}, buffer)
         data = buffer.getbuffer()
     else:
-        raise CheckpointError(f"{path}: a checkpoint ends in .pt or .safetensors; name it so")
+        raise CheckpointError(f"{shown(path)}: a checkpoint ends in .pt or .safetensors; name it so")
     write_bytes(path, data)
     return sha
 
@@ -74,43 +71,29 @@ def load(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: no such file, a foreign or truncated one, or one whose content was altered.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint file")
-    if path.suffix == ".safetensors":
-        text, sha, tensors = _read_safetensors(path)
-    else:
-        text, sha, tensors = _read_archive(path)
+    find_file(path, "checkpoint file")
+    text, sha, tensors = _read_safetensors(path) if is_safetensors(path) else _read_archive(path)
+    check_tensors(path, tensors)
     if digest(tensors, text) != sha:
-        raise CheckpointError(f"{path}: its content does not match its sha256; it was altered, copy it again")
-    card = json.loads(text)
-    if card.pop("format", None) != FORMAT:
-        raise CheckpointError(f"{path}: not of the format {FORMAT}; write it again with this version")
-    return Checkpoint(tensors, card, sha)
+        raise CheckpointError(
+            f"{shown(path)}: its content does not match its sha256; it was altered, copy it again"
+        )
+    return Checkpoint(tensors, read_metadata(text, path), sha)
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The state dict in somebody else's weights file (`.pt`, `.pth`, `.bin`, `.safetensors`).
+def load_tensors(path: Path, anchors: Collection[str] = ()) -> dict[str, Tensor]:
+    """The state dict in somebody else's weights file (`.pt`, `.pth`, `.bin`, `.safetensors`, TorchScript).
 
-    Nothing in it is executed. A state dict under the key `state_dict` or `model` is unwrapped.
+    Nothing in it is executed. What trainers wrap around it is taken off (`find_state`), and, where `anchors`
+    names weights of the network that it is for, a prefix before all of them (`without_prefix`).
 
     Raises:
         CheckpointError: no such file, not a weights file, or one that would run code when read.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such weights file")
-    if path.suffix == ".safetensors":
-        try:
-            return safetensors.torch.load_file(path)
-        except safetensors.SafetensorError as error:
-            raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
-    data = _read_pickle(path)
-    for key in ("state_dict", "model"):
-        if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
-            data = data[key]
-    items = data.items() if isinstance(data, Mapping) else ()
-    tensors = {key: value for key, value in items if isinstance(value, Tensor)}
-    if not tensors:
-        raise CheckpointError(f"{path}: holds no tensors; wanted a state dict")
+    find_file(path, "weights file")
+    found = find_state(read_safetensors(path).tensors if is_safetensors(path) else read_torch(path), path)
+    tensors = without_prefix(found, anchors, path)
+    check_tensors(path, tensors)
     return tensors
 
 
@@ -118,26 +101,86 @@ def load_state(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: s
     """Load a state dict into a module, strictly; `source` names it in errors. Works on meta modules.
 
     Raises:
-        CheckpointError: keys or shapes differ; lists the first missing, unexpected and misshapen ones.
+        CheckpointError: keys, shapes or kinds differ, or values are not finite; lists the first of each.
     """
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    check_state(module, tensors, source)
+    check_finite(tensors, source)
+    meta = _is_meta(module)
+    if meta:  # takes the tensors themselves, of whatever type
+        wanted = module.state_dict()
+        tensors = {
+            name: tensor if tensor.is_floating_point() else tensor.to(wanted[name].dtype)
+            for name, tensor in tensors.items()
+        }
+    module.load_state_dict(dict(tensors), strict=True, assign=meta)
+
+
+def check_state(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Check that a state dict fits a module, without values: a module on the meta device will do.
+
+    Raises:
+        CheckpointError: keys, shapes or kinds differ; lists the first missing, unexpected and misfit ones.
+    """
+    wanted = module.state_dict()
     problems = [
-        _first("missing", [name for name in wanted if name not in given]),
-        _first("unexpected", [name for name in given if name not in wanted]),
+        _first("missing", [name for name in wanted if name not in tensors]),
+        _first("unexpected", [name for name in tensors if name not in wanted]),
         _first(
             "misshapen",
             [
-                f"{name} {given[name]} instead of {wanted[name]}"
-                for name in wanted
-                if name in given and given[name] != wanted[name]
+                f"{_cut(name)} {tuple(tensor.shape)} instead of {tuple(wanted[name].shape)}"
+                for name, tensor in tensors.items()
+                if name in wanted and tensor.shape != wanted[name].shape
+            ],
+        ),
+        _first(
+            "of another kind",
+            [
+                f"{_cut(name)} {_kind(tensor)} instead of {_kind(wanted[name])}"
+                for name, tensor in tensors.items()
+                if name in wanted and not _converts(tensor, wanted[name])
             ],
         ),
     ]
     found = "; ".join(problem for problem in problems if problem)
     if found:
         raise CheckpointError(f"{source}: these are not the weights of this architecture: {found}")
-    module.load_state_dict(dict(tensors), strict=True, assign=_is_meta(module))
+
+
+def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Check that no tensor holds NaN or an infinity.
+
+    Raises:
+        CheckpointError: one does; says how many, and names the first.
+    """
+    broken = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+    if broken:
+        raise CheckpointError(
+            f"{source}: {len(broken)} of its {len(tensors)} tensors hold NaN or infinities, the first is "
+            f"{_cut(broken[0])}; its training diverged: take an earlier state"
+        )
+
+
+def _converts(tensor: Tensor, wanted: Tensor) -> bool:
+    """Whether values keep their meaning: packed integers are no weights, counters may be floats."""
+    if tensor.is_complex() or wanted.is_complex():
+        return tensor.dtype == wanted.dtype
+    return tensor.is_floating_point() or not wanted.is_floating_point()
+
+
+def _kind(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point() or tensor.is_meta:
+        return True
+    return bool((tensor if tensor.element_size() > 1 else tensor.float()).isfinite().all())
+
+
+def _cut(name: str, most: int = 200) -> str:
+    name = shown(name)
+    return name if len(name) <= most else f"{name[:most]}…"
 
 
 def _is_meta(module: torch.nn.Module) -> bool:
@@ -148,7 +191,7 @@ def _first(what: str, names: list[str], most: int = 3) -> str:
     if not names:
         return ""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{what}: {', '.join(names[:most])}{rest}"
+    return f"{what}: {', '.join(map(_cut, names[:most]))}{rest}"
 
 
 def _in_order(data: bytes) -> bytes:
@@ -160,45 +203,24 @@ def _in_order(data: bytes) -> bytes:
 
 
 def _read_safetensors(path: Path) -> tuple[str, str, dict[str, Tensor]]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
+    metadata, tensors = read_safetensors(path)
     if "card" not in metadata or "sha256" not in metadata:
         raise CheckpointError(
-            f"{path}: holds tensors but no am-radio card; it was not written by this trainer"
+            f"{shown(path)}: holds tensors but no am-radio card; it was not written by this trainer"
         )
     return metadata["card"], metadata["sha256"], tensors
 
 
 def _read_archive(path: Path) -> tuple[str, str, dict[str, Tensor]]:
-    data = _read_pickle(path)
+    data = read_torch(path)
     match data:
         case {"card": str(text), "sha256": str(sha), "tensors": dict(tensors)} if _is_state(tensors):
             return text, sha, tensors
     raise CheckpointError(
-        f"{path}: a torch file, but not an am-radio checkpoint; for other people's weights name their "
-        f"family, as in dinov2:vitb14@{path}"
+        f"{shown(path)}: a torch file, but not an am-radio checkpoint; for other people's weights name their "
+        f"family, as in dinov2:vitb14@{shown(path)}"
     )
 
 
 def _is_state(tensors: Mapping[Any, Any]) -> bool:
     return all(isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors.items())
-
-
-def _read_pickle(path: Path) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # torch's, of an unusual pickle protocol
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "weights_only" in str(error) or "Unsupported" in str(error):
-            raise CheckpointError(
-                f"{path}: reading it could run code that it carries, or it is no torch file; nothing was run"
-            ) from error
-        raise CheckpointError(f"{path}: not a torch file, or a damaged one") from error
-    # What torch's unpickler meets in bytes that are none of its own, besides what it says itself.
-    except (RuntimeError, EOFError, ValueError, LookupError, OSError, struct.error) as error:
-        raise CheckpointError(f"{path}: not a torch file, or a truncated one") from error

@@ -17,6 +17,8 @@ from .students import students
 from .teachers import families, outlines
 from .types import Backbone, Teacher, Windowed
 
+_MAX_CHARS = 200  # of a spec in messages
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spec:
@@ -38,7 +40,9 @@ def parse(text: str) -> Spec:
     if family != "arch":
         families[family]  # an unknown family raises here, with the nearest names
     if not name or (at and not file):
-        raise ConfigError(f"{text!r} is not a whole model spec; wanted {family}:NAME or {family}:NAME@FILE")
+        raise ConfigError(
+            f"{text[:_MAX_CHARS]!r} is not a whole model spec; wanted {family}:NAME or {family}:NAME@FILE"
+        )
     return Spec(family=family, name=name, file=Path(file) if file else None)
 
 
@@ -70,7 +74,9 @@ def outline_teacher(text: str) -> Teacher:
 def _parse_teacher(text: str) -> Spec:
     if ":" not in text:
         known = ", ".join(families)
-        raise ConfigError(f"{text!r} is not a teacher; wanted FAMILY:NAME[@FILE], families: {known}")
+        raise ConfigError(
+            f"{text[:_MAX_CHARS]!r} is not a teacher; wanted FAMILY:NAME[@FILE], families: {known}"
+        )
     spec = parse(text)
     if spec.family == "arch":
         raise ConfigError(f"{text!r} is an untrained student; a teacher comes from {', '.join(families)}")
@@ -104,7 +110,7 @@ def load_backbone(
 
 def _load(text: str, random_init: bool, seed: int) -> Backbone:
     path = Path(text)
-    if path.is_file() or (path.suffix in (".pt", ".safetensors") and ":" not in text):
+    if _is_file(path) or (path.suffix in (".pt", ".safetensors") and ":" not in text):
         return load_untrained(path, seed) if random_init else load(path)
     if text.startswith("arch:"):
         spec = parse(text)
@@ -127,4 +133,11 @@ def _load(text: str, random_init: bool, seed: int) -> Backbone:
             )
         return load_teacher(text)
     hint = did_you_mean(text, students) or f"; known architectures: {', '.join(students)}"
-    raise CheckpointError(f"{text!r} is no file and no architecture{hint}")
+    raise CheckpointError(f"{text[:_MAX_CHARS]!r} is no file and no architecture{hint}")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False

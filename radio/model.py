@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import checkpoint
 from .adaptors import AdaptorConfig, MLPAdaptor
 from .config import from_plain, to_plain
-from .errors import CheckpointError, ConfigError, SizeError, did_you_mean
+from .errors import CheckpointError, ConfigError, RadioError, SizeError, did_you_mean, shown
 from .students import StudentOptions, students
 from .types import Adaptor, Features, Student, Windowed
 
@@ -163,18 +163,29 @@ def build(
 ) -> RadioModel:
     """A fresh model whose weights `seed` decides; torch's global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU too, for good
         return RadioModel(config, card, name)
+
+
+def outline(config: ModelConfig) -> RadioModel:
+    """The model on the meta device: every shape, and memory for none.
+
+    Raises:
+        ConfigError: an unknown student, or options or adaptors that it cannot have.
+    """
+    with torch.device("meta"):
+        return RadioModel(config)
 
 
 def load(path: Path) -> RadioModel:
     """The model in a checkpoint file, in inference mode on the CPU.
 
     Raises:
-        CheckpointError: no such file, or one that is foreign, truncated, altered, or not a model.
+        CheckpointError: no such file, or one that is foreign, truncated, altered, or not a model; or whose
+            weights are not finite.
     """
     found = checkpoint.load(path)
-    config = _read_config(found.card, path)
+    config = _read_config(found, path)
     loaded = build(config, 0, found.card, _label(path))
     checkpoint.load_state(loaded, found.tensors, str(path))
     return loaded.eval()
@@ -186,15 +197,30 @@ def load_untrained(path: Path, seed: int) -> RadioModel:
     Its card keeps the teachers, whose decoders and text towers it is scored with like the trained one.
     """
     found = checkpoint.load(path)
-    config = _read_config(found.card, path)
+    config = _read_config(found, path)
     card: dict[str, Any] = {key: found.card[key] for key in ("resolution", "teachers") if key in found.card}
     return build(config, seed, card, f"{_label(path)}-untrained").eval()
 
 
-def _read_config(card: Mapping[str, Any], path: Path) -> ModelConfig:
-    if "model" not in card:
-        raise CheckpointError(f"{path}: its card describes no model; it holds something else")
-    return from_plain(ModelConfig, card["model"], f"{path}: model")
+def _read_config(found: checkpoint.Checkpoint, path: Path) -> ModelConfig:
+    """The model that a card describes, once the file is seen to hold its weights: no other is ever built."""
+    where = shown(path)
+    if "model" not in found.card:
+        raise CheckpointError(f"{where}: its card describes no model; it holds something else")
+    config = from_plain(ModelConfig, found.card["model"], f"{where}: model")
+    if len(config.adaptors) > len(found.tensors):
+        raise CheckpointError(
+            f"{where}: its card names {len(config.adaptors)} adaptors, and the file has {len(found.tensors)} "
+            f"tensors; it was altered"
+        )
+    try:
+        shape = outline(config)
+    except RadioError:
+        raise
+    except Exception:  # noqa: BLE001 (another package's student, which the meta device is too little for)
+        return config  # then its weights are compared after it is built
+    checkpoint.check_state(shape, found.tensors, where)
+    return config
 
 
 def _label(path: Path) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
 
-from .errors import ConfigError, did_you_mean
+from .errors import ConfigError, did_you_mean, shown
 
 T = TypeVar("T")
 
@@ -88,12 +88,24 @@ class Registry(Generic[T]):
         if self._plugins_read:
             return
         self._plugins_read = True  # first, since a plugin may look into this registry while it is loaded
+        try:
+            self._load_plugins()
+        except ConfigError:
+            self._plugins_read = False
+            raise
+
+    def _load_plugins(self) -> None:
         for point in entry_points(group=f"am_radio.{self.kind}s"):
             try:
                 self.add(point.name, point.load())
-            except (ImportError, AttributeError) as error:
-                self._plugins_read = False
+            except ConfigError:
+                raise
+            except (Exception, SystemExit) as error:  # whatever their code raises while it is imported
                 raise ConfigError(
                     f"the {self.kind} {point.name!r} of another package ({point.value}) cannot be loaded: "
-                    f"{error}; mend or uninstall that package"
+                    f"{type(error).__name__}: {shown(error)}; mend or uninstall {_package(point)}"
                 ) from error
+
+
+def _package(point: EntryPoint) -> str:
+    return "that package" if point.dist is None else point.dist.name

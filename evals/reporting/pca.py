@@ -189,6 +189,8 @@ def teachers_of(model: Backbone) -> tuple[Taught, ...]:
     named = model.card.get("teachers") if isinstance(model, RadioModel) else None
     found = []
     for teacher in named if isinstance(named, list) else ():
+        if "model" not in teacher:
+            continue
         size = teacher.get("student_resolution")
         if isinstance(size, int):
             size = [size, size]

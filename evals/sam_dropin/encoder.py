@@ -15,6 +15,7 @@ from radio.adaptors import AdaptorConfig, MLPAdaptor
 from radio.checkpoint import digest
 from radio.errors import CheckpointError, ConfigError, RadioError, SizeError
 from radio.hub import parse
+from radio.metadata import teachers_on
 from radio.resample import resize_features
 from radio.teachers.sam import MEMBERS
 from radio.teachers.sam_decoder import SamHead, load_sam_head, new_released_sam
@@ -156,7 +157,7 @@ def _untrained(model: Backbone, checkpoint: Path | None, size: int | None, seed:
 
 
 def _cards_teachers(model: Backbone) -> list[Mapping[str, Any]]:
-    return list(model.card.get("teachers") or ()) if isinstance(model, Carded) else []
+    return teachers_on(model.card, model.name) if isinstance(model, Carded) else []
 
 
 def _is_sam(entry: Mapping[str, Any]) -> bool:

@@ -9,6 +9,7 @@ from evals.core.evaluator import Carded
 from evals.core.plan import Adapting
 from radio.errors import CheckpointError, ConfigError, RadioError, did_you_mean
 from radio.hub import load_teacher
+from radio.metadata import teachers_on
 from radio.types import Backbone, Teacher, TextTower
 
 _HAVE_ONE = (
@@ -71,7 +72,7 @@ def text_side(model: Backbone, wanted: str | None = None) -> Side:
 
 
 def _teachers_on(model: Backbone) -> list[Mapping[str, Any]]:
-    return list(model.card.get("teachers") or ()) if isinstance(model, Carded) else []
+    return teachers_on(model.card, model.name) if isinstance(model, Carded) else []
 
 
 def _no_such(model: Backbone, entries: list[Mapping[str, Any]], wanted: str) -> list[Mapping[str, Any]]:

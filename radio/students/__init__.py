@@ -4,24 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from annotated_types import Interval
+
+from ..config import Pixels
 from ..registry import Registry
 from ..types import Student
+
+Tokens = Annotated[int, Interval(ge=0, le=1024)]  # beside the patches
+Window = Annotated[int, Interval(ge=1, le=1024)]  # a side in tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudentOptions:
     """What a recipe may choose about any student; an option that a family lacks is an error there."""
 
-    class_tokens: int | None = None  # 1, or one per teacher; 0 = pooling (table 5); None = the name's own
-    registers: int | None = None  # register tokens; None = the name's own
+    class_tokens: Tokens | None = None  # 1, or one per teacher; 0 = pooling (table 5); None = the name's own
+    registers: Tokens | None = None  # register tokens; None = the name's own
     stem: Literal["linear", "conv"] | None = None  # None = the name's own
-    window: int | None = None  # window side of a vitdet student; None = the name's own
+    window: Window | None = None  # window side of a vitdet student; None = the name's own
     schedule: Literal["quarters", "runs-of-5"] | None = None  # which blocks of a vitdet student are global
     recompute: bool = False  # activation checkpointing of every block
     upsample: bool | None = None  # a timm student's neck of twice the resolution; None = without
-    image_size: int | None = None  # the side in pixels a timm student is built for; None = the name's own
+    image_size: Pixels | None = None  # the side in pixels a timm student is built for; None = the name's own
 
 
 StudentFactory = Callable[[StudentOptions], Student]

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.layers.drop import DropPath
 from timm.models.efficientvit_mit import ClassifierHead as HiddenHead
 from timm.models.swin_transformer_v2 import SwinTransformerV2
-from torch import nn
+from torch import Tensor, nn
 
-from ..checkpoint import load_tensors
-from ..errors import CheckpointError, ConfigError, SizeError, did_you_mean
+from ..checkpoint import check_finite, load_tensors
+from ..errors import CheckpointError, ConfigError, SizeError, did_you_mean, shown
 from ..windows import nearest_multiple
 
 
@@ -85,21 +86,42 @@ def _with_weights(name: str, file: Path) -> Any:
 
     Its classifier is loaded too and then cut off: timm is strict only where the classes agree.
     """
-    tensors = load_tensors(file)
+    wanted = _outline(name)
+    tensors = load_tensors(file, wanted)
     cfg: Any = timm.get_pretrained_cfg(name)
     classifier = cfg.classifier if isinstance(cfg.classifier, str) else cfg.classifier[0]
-    rows = tensors.get(f"{classifier}.weight")
-    classes = 0 if rows is None else len(rows)
+    rows, own = tensors.get(f"{classifier}.weight"), wanted.get(f"{classifier}.weight")
+    if rows is not None and own is not None and rows.shape[1:] != own.shape[1:]:
+        raise CheckpointError(
+            f"{shown(file)}: these are not the weights of timm:{name}: {classifier}.weight of shape "
+            f"{tuple(rows.shape)} instead of {('classes', *own.shape[1:])}"
+        )
+    classes = 0 if rows is None or not rows.ndim else len(rows)
     overlay = {"state_dict": tensors, "num_classes": classes}
     try:
         network: Any = timm.create_model(
             name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=classes
         )
-    except (RuntimeError, ValueError, LookupError, AttributeError) as error:
-        said = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{file}: these are not the weights of timm:{name}: {said}") from error
+    except Exception as error:  # whatever its own conversions of layouts meet in other weights
+        said = shown(" ".join(str(error).split())[:300])
+        raise CheckpointError(
+            f"{shown(file)}: these are not the weights of timm:{name}: {said}; the file's names begin with "
+            f"{', '.join(shown(key[:80]) for key in list(tensors)[:3])}"
+        ) from error
+    check_finite(tensors, f"{shown(file)}")
     network.reset_classifier(0)
     return network
+
+
+def _outline(name: str) -> dict[str, Tensor]:
+    """The names and shapes of a timm model's weights; none where it cannot be built without memory."""
+    try:
+        with torch.device("meta"):
+            network: Any = timm.create_model(name)
+    except (RuntimeError, NotImplementedError):
+        return {}
+    found: dict[str, Tensor] = network.state_dict()
+    return found
 
 
 def _resized(name: str, network: Any, side: int) -> Any:

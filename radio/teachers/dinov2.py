@@ -14,7 +14,7 @@ from ..checkpoint import load_state
 from ..errors import ConfigError, did_you_mean
 from ..types import Features, Teacher
 from . import families, outlines
-from .dinov2_layouts import Resampling, to_official
+from .dinov2_layouts import ANCHORS, Resampling, to_official
 from .frozen import Frozen
 from .weights_file import read_weights
 
@@ -62,7 +62,7 @@ def dinov2(name: str, file: Path | None) -> Teacher:
         CheckpointError: no file, or not the weights of this member.
     """
     spec = f"dinov2:{name}"
-    return load_dinov2(spec, _member(name), read_weights(spec, file), f"{spec}@{file}")
+    return load_dinov2(spec, _member(name), read_weights(spec, file, ANCHORS), f"{spec}@{file}")
 
 
 @outlines.register("dinov2")

@@ -27,6 +27,9 @@ _TRANSFORMERS = (
 )
 _PARTS = ("query", "key", "value")
 
+ANCHORS = ("cls_token", "embeddings.cls_token")
+"""Names that weights of every layout have one of: the official and timm's, transformers'."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resampling:
@@ -52,6 +55,13 @@ def to_official(tensors: dict[str, Tensor], source: str) -> Layout:
     Raises:
         CheckpointError: none of the three layouts; `source` names the file.
     """
+    try:
+        return _to_official(tensors, source)
+    except (IndexError, TypeError, RuntimeError) as error:  # of dimensions that are not there
+        raise CheckpointError(f"{source}: not DINOv2 weights: tensors of odd shapes ({error})") from error
+
+
+def _to_official(tensors: dict[str, Tensor], source: str) -> Layout:
     if any(name.endswith("embeddings.cls_token") for name in tensors):
         return _from_transformers(tensors)
     if "cls_token" not in tensors or "pos_embed" not in tensors:

@@ -22,12 +22,15 @@ OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 TEXTS_AT_ONCE = 256
 
+_ANCHORS = ("visual.class_embedding",)  # what every vision transformer of open_clip has
+_OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")  # in its archives, and no weights
+
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]  # mean, std
 
 
 @families.register("openclip")
 def openclip(name: str, file: Path | None, *, after_norm: bool = True) -> Teacher:
-    """The open_clip architecture `name` with the weights in `file`, an open_clip state dict.
+    """The open_clip architecture `name` with the weights in `file`, open_clip's state dict or OpenAI's.
 
     Its summary is the class token after CLIP's projection, which shares its space with `text`; its
     tokens are the last layer's patch tokens, not projected, after the final norm or before it
@@ -48,9 +51,12 @@ def openclip(name: str, file: Path | None, *, after_norm: bool = True) -> Teache
     config = _read_config(library, name.partition("/")[0])
     normalisation = _normalisation(library, name, config)  # a wrong tag is told before a wrong file
     spec = f"openclip:{name}"
-    tensors = read_weights(spec, file)
-    if "logit_scale" in tensors:
-        tensors["logit_scale"] = tensors["logit_scale"].reshape(())  # some releases keep it as [1]
+    tensors = {
+        key: tensor for key, tensor in read_weights(spec, file, _ANCHORS).items() if key not in _OPENAI_SIZES
+    }
+    scale = tensors.get("logit_scale")
+    if scale is not None and scale.numel() == 1:
+        tensors["logit_scale"] = scale.reshape(())  # some releases keep it as [1]
     model = build_clip(library, config)
     load_state(model, tensors, f"{spec}@{file}")
     return _freeze(library, name, config, model, normalisation, after_norm=after_norm)

@@ -23,6 +23,9 @@ MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
 STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
 _PREFIX = "image_encoder."
 
+ANCHORS = ("image_encoder.patch_embed.proj.bias", "image_encoder.neck.0.weight")
+"""Names that every released checkpoint of the whole SAM has."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Member:
@@ -58,7 +61,7 @@ def sam(name: str, file: Path | None) -> Teacher:
     source = f"{spec}@{file}"
     tensors = {
         key.removeprefix(_PREFIX): tensor
-        for key, tensor in read_weights(spec, file).items()
+        for key, tensor in read_weights(spec, file, ANCHORS).items()
         if key.startswith(_PREFIX)
     }
     _check_member(name, tensors, source)

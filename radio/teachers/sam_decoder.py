@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import digest, load_state
 from ..errors import CheckpointError, require
-from .sam import MEAN, MEMBERS, STD
+from .sam import ANCHORS, MEAN, MEMBERS, STD
 from .scenes import scenes_sam
 from .weights_file import read_weights
 
@@ -70,7 +70,8 @@ def load_sam_head(spec: str, file: Path | None = None) -> SamHead:
     """
     if spec == "scenes:sam":
         return SamHead(scenes_sam(), spec)
-    tensors = {key: value for key, value in read_weights(spec, file).items() if key.startswith(_PARTS)}
+    weights = read_weights(spec, file, ANCHORS)
+    tensors = {key: value for key, value in weights.items() if key.startswith(_PARTS)}
     first = tensors.get("image_encoder.neck.0.weight")
     widths = {member.width: name for name, member in MEMBERS.items()}
     if first is None or first.ndim != 4 or first.shape[1] not in widths:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -11,10 +12,11 @@ from ..checkpoint import load_tensors
 from ..errors import CheckpointError
 
 
-def read_weights(spec: str, file: Path | None) -> dict[str, Tensor]:
-    """The state dict in a teacher's weights file: floats as float32, `module.` prefixes cut off.
+def read_weights(spec: str, file: Path | None, anchors: Collection[str] = ()) -> dict[str, Tensor]:
+    """The state dict in a teacher's weights file: floats as float32, trainers' wrappings taken off.
 
-    `spec` is the teacher's name with its family, as in `dinov2:vitb14`.
+    `spec` is the teacher's name with its family, as in `dinov2:vitb14`; `anchors` are names that its network
+    has, by which a prefix is known.
 
     Raises:
         CheckpointError: no file was named, there is none there, or it is no weights file.
@@ -22,8 +24,8 @@ def read_weights(spec: str, file: Path | None) -> dict[str, Tensor]:
     if file is None:
         raise CheckpointError(f"{spec} needs a weights file; name it as in {spec}@FILE")
     return {
-        name.removeprefix("module."): tensor.float() if torch.is_floating_point(tensor) else tensor
-        for name, tensor in load_tensors(file).items()
+        name: tensor.float() if torch.is_floating_point(tensor) else tensor
+        for name, tensor in load_tensors(file, anchors).items()
     }
 
 

@@ -1,0 +1,229 @@
+"""Weights files as data: torch files and safetensors, told apart by content; nothing in them is executed.
+
+This is the one border that every file of weights passes, whoever wrote it: a regular file, no larger in
+memory than on disk, with plain dense tensors; everything else is one error that says what the file is and
+what to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import datetime
+import pathlib
+import pickle
+import re
+import types
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors
+import torch
+from numpy._core import multiarray
+from torch import Tensor
+
+from .errors import CheckpointError, shown
+from .torchscript import read_torchscript
+
+_GROWTH = 4  # times its file a file's content may take in memory: names may share one tensor
+_SLACK = 64 << 20  # bytes, for small files of shared tensors
+_MAX_CHARS = 1024  # of the names that messages show
+
+_FOREIGN = (  # how files begin that are given for weights by mistake, and what to do
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself; get that with: git lfs pull"),
+    (b"\x1f\x8b", "compressed by gzip; unpack it first"),
+    (b"BZh", "compressed by bzip2; unpack it first"),
+    (b"\xfd7zXZ", "compressed by xz; unpack it first"),
+    (b"7z\xbc\xaf", "a 7z archive; unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd; unpack it first"),
+    (b"\x89HDF", "an HDF5 file (Keras); wanted PyTorch's weights or safetensors"),
+    (b"GGUF", "a GGUF file (llama.cpp); wanted PyTorch's weights or safetensors"),
+    (b"\x93NUMPY", "a NumPy array; wanted PyTorch's weights or safetensors"),
+)
+
+
+class SafeFile(NamedTuple):
+    """The content of a safetensors file."""
+
+    metadata: dict[str, str]
+    tensors: dict[str, Tensor]
+
+
+def find_file(path: Path, what: str) -> int:
+    """Find the size in bytes of a regular file; `what` names it in errors.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    try:
+        if path.is_file():
+            return path.stat().st_size
+        kind = "; that is a folder" if path.is_dir() else "; that is no regular file" if path.exists() else ""
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        kind = f" ({error.strerror})"
+    raise CheckpointError(f"{_cut(shown(path))}: no such {what}{kind}")
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors do, or bears their name and is no zip file."""
+    head = _head(path)
+    if head.startswith(b"PK\x03\x04"):
+        return False
+    size = int.from_bytes(head[:8], "little")
+    return path.suffix == ".safetensors" or (size < path.stat().st_size and head[8:9] == b"{")
+
+
+def read_safetensors(path: Path) -> SafeFile:
+    """Read a safetensors file.
+
+    Raises:
+        CheckpointError: it is none, or not whole.
+    """
+    _refuse_foreign(path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except Exception as error:  # its own error, and torch's of types that torch lacks
+        said = _cut(" ".join(str(error).split()), 200)
+        raise CheckpointError(f"{shown(path)}: not a whole safetensors file ({said})") from error
+    return SafeFile(metadata, tensors)
+
+
+def read_torch(path: Path) -> Any:
+    """Read what `torch.save` wrote, on the CPU; of a TorchScript archive, its state dict.
+
+    Beside tensors and containers only records that run nothing may stand in it: NumPy's, paths, times,
+    namespaces.
+
+    Raises:
+        CheckpointError: another file, a damaged one, or one that names code of its own (which).
+    """
+    size = find_file(path, "weights file")
+    _refuse_foreign(path)
+    try:
+        if _head(path).startswith(b"PK\x03\x04") and _is_torchscript(path, size):
+            return read_torchscript(path)
+        with warnings.catch_warnings(), torch.serialization.safe_globals(list(_harmless())):
+            warnings.simplefilter("ignore")  # torch's, of an unusual pickle protocol or kind of tensor
+            if path.suffix != ".safetensors":
+                return torch.load(path, map_location="cpu", weights_only=True)
+            with path.open("rb") as file:  # torch would go by the ending
+                return torch.load(file, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{shown(path)}: {_explain(str(error))}") from error
+    except OSError as error:
+        raise CheckpointError(f"{shown(path)}: {error.strerror or 'cannot be read'}") from error
+    except (
+        Exception
+    ) as error:  # what torch meets in bytes that are none of its own, besides what it says itself
+        raise CheckpointError(f"{shown(path)}: not a torch file, or a truncated one") from error
+
+
+def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Check that the tensors of a file are dense, and take no more memory than their file justifies.
+
+    Raises:
+        CheckpointError: one is not or they do; names the first.
+    """
+    for name, tensor in tensors.items():
+        kind = _odd_kind(tensor)
+        if kind:
+            raise CheckpointError(
+                f"{shown(path)}: {_cut(shown(name), 200)} is a {kind} tensor; "
+                f"wanted dense ones with their values"
+            )
+    size = path.stat().st_size
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if total > _GROWTH * size + _SLACK:
+        name = max(tensors, key=lambda each: tensors[each].numel())
+        raise CheckpointError(
+            f"{shown(path)}: has {size} bytes, and its tensors would take {total}, the largest "
+            f"{_cut(shown(name), 200)} of shape {tuple(tensors[name].shape)}; it is damaged, or made "
+            f"to fill the memory"
+        )
+
+
+def _odd_kind(tensor: Tensor) -> str:
+    if tensor.layout != torch.strided:
+        return str(tensor.layout).removeprefix("torch.")
+    if tensor.is_meta:
+        return "meta"
+    if tensor.is_quantized:
+        return "quantized"
+    return "nested" if tensor.is_nested else ""
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(64)
+    except OSError as error:
+        raise CheckpointError(f"{shown(path)}: {error.strerror or 'cannot be read'}") from error
+
+
+def _refuse_foreign(path: Path) -> None:
+    head = _head(path)
+    for start, what in _FOREIGN:
+        if head.startswith(start):
+            raise CheckpointError(f"{shown(path)}: {what}")
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise CheckpointError(f"{shown(path)}: a web page, not a weights file; download it again")
+
+
+def _is_torchscript(path: Path, size: int) -> bool:
+    """Whether a zip file is a TorchScript archive; refuse those that are no torch file, or a bomb."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    total = sum(member.file_size for member in members)
+    if total > _GROWTH * size + _SLACK:
+        raise CheckpointError(
+            f"{shown(path)}: has {size} bytes, and unpacked {total}; it is damaged or made to fill the memory"
+        )
+    names = [member.filename for member in members]
+    if any(name.endswith("constants.pkl") for name in names) and any("code/" in name for name in names):
+        return True
+    if names and all(name.endswith(".npy") for name in names):
+        raise CheckpointError(
+            f"{shown(path)}: a NumPy archive (.npz); wanted PyTorch's weights or safetensors"
+        )
+    if not any(name.endswith("data.pkl") for name in names):
+        raise CheckpointError(
+            f"{shown(path)}: a zip archive, and not a torch file: it has no data.pkl; wanted a state dict"
+        )
+    return False
+
+
+def _explain(message: str) -> str:
+    """What torch's unpickler says, as what to do."""
+    found = re.search(r"(?:GLOBAL|Trying to (?:load|call|instantiate)\S*(?: \S+)*?) `?([\w.]+)`? ", message)
+    if found is None and "weights_only" not in message and "Unsupported" not in message:
+        return "not a torch file, or a damaged one"
+    named = f" (it names {found[1]})" if found else ""
+    return (
+        f"reading it could run code that it carries{named}, or it is no torch file; nothing was run. Where "
+        "you trust it, write its state dict alone: "
+        'torch.save(torch.load(F, weights_only=False)["state_dict"], G)'
+    )
+
+
+def _harmless() -> Iterator[Any]:
+    """Classes and functions that trainers leave beside the weights, and that do nothing but hold a value."""
+    yield from (argparse.Namespace, types.SimpleNamespace, collections.defaultdict, list, dict, set, slice)
+    yield from (datetime.datetime, datetime.date, datetime.timedelta, datetime.timezone)
+    yield from (pathlib.PosixPath, pathlib.PurePosixPath, pathlib.PureWindowsPath)
+    yield from (np.dtype, np.ndarray)
+    yield from (kind for name in np.dtypes.__all__ if isinstance(kind := getattr(np.dtypes, name), type))
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # up to NumPy 1, and from 2 on
+        yield multiarray.scalar, f"{module}.scalar"
+        yield multiarray._reconstruct, f"{module}._reconstruct"
+
+
+def _cut(text: str, most: int = _MAX_CHARS) -> str:
+    return text if len(text) <= most else f"{text[:most]}…"
