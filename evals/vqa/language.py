@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -21,6 +19,7 @@ from radio.errors import CheckpointError, ConfigError
 from radio.teachers.pip_weights import Package, locate
 
 from .conversations import Record
+from .language_files import check_folder, check_gguf, one_error
 from .prompts import IMAGE, VICUNA_V1
 
 SMOLLM2 = Package(
@@ -34,6 +33,7 @@ _PAD, _BEGIN, _END, _UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
 _WORDS = r"\n|\w+|[^\w\s]"
 _PHRASE_SHARE = 0.05  # of the records: a sentence that so many hold is one token of the tiny tokenizer
 _PHRASE_WORDS = 4
+_MOST_GAPS = 1 << 20  # numbers that a tokenizer may leave out
 
 
 class Language(Protocol):
@@ -73,18 +73,29 @@ class Opened:
 
     def __init__(self, name: str, folder: Path, gguf: str | None) -> None:
         self.name, self._folder, self._gguf = name, folder, gguf
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **self._file())
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{name}: holds no tokenizer that transformers reads ({error})") from error
-        if not self.tokenizer.is_fast or self.tokenizer.eos_token is None:
-            raise CheckpointError(f"{name}: wanted a fast tokenizer with an end token")
-        self.tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.unk_token or self.tokenizer.eos_token
+        self._config = check_gguf(folder / gguf) if gguf else check_folder(folder)
+        with one_error(name, "holds no tokenizer that transformers reads"):
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, **self._options())
+            self._prepare()
         self.image_token = int(self.tokenizer.convert_tokens_to_ids(IMAGE))
         self.pad_token = int(self.tokenizer.pad_token_id)
         self.end = str(self.tokenizer.eos_token)
+        ids = self.tokenizer.get_vocab().values()
+        self._rows = max(ids) + 1
+        if self._rows > len(self.tokenizer) + _MOST_GAPS:
+            raise CheckpointError(
+                f"{name}: its tokenizer has {len(self.tokenizer)} tokens, and one has the number "
+                f"{self._rows - 1}; it is damaged"
+            )
+
+    def _prepare(self) -> None:
+        """Add the mark of the image, and a padding token where there is none."""
+        if not self.tokenizer.is_fast or self.tokenizer.eos_token is None:
+            raise CheckpointError(f"{self.name}: wanted a fast tokenizer with an end token")
+        self.tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.unk_token or self.tokenizer.eos_token
+        self.tokenizer("a text", add_special_tokens=False, return_offsets_mapping=True)
 
     @property
     def fingerprint(self) -> str:
@@ -94,22 +105,33 @@ class Opened:
         return hashlib.sha256(repr(told).encode()).hexdigest()
 
     def load(self) -> Any:
-        """The network, its embedding widened by the tokens that are new."""
-        try:
-            with contextlib.redirect_stderr(io.StringIO()):  # the reader of GGUF files draws a bar, always
-                network = AutoModelForCausalLM.from_pretrained(
-                    self._folder, local_files_only=True, dtype=torch.float32, **self._file()
-                )
-        except (OSError, ValueError, KeyError) as error:
+        """The network, its embedding widened by the tokens that are new.
+
+        Raises:
+            CheckpointError: the files cannot be read, or lack some of the weights.
+        """
+        with one_error(self.name, "holds no weights that transformers reads"):
+            network, info = AutoModelForCausalLM.from_pretrained(
+                self._folder,
+                config=None if self._gguf else self._config,
+                dtype=torch.float32,
+                output_loading_info=True,
+                **self._options(),
+            )
+        missing = sorted(info["missing_keys"])
+        if missing:
             raise CheckpointError(
-                f"{self.name}: no language model that transformers reads ({error})"
-            ) from error
-        if network.get_input_embeddings().num_embeddings < len(self.tokenizer):
-            network.resize_token_embeddings(len(self.tokenizer), mean_resizing=False)
+                f"{self.name}: {len(missing)} of the model's weights are not in its files, the first is "
+                f"{missing[0]}; get the whole model"
+            )
+        if network.get_input_embeddings().num_embeddings < self._rows:
+            network.resize_token_embeddings(self._rows, mean_resizing=False)
         return network
 
-    def _file(self) -> dict[str, str]:
-        return {"gguf_file": self._gguf} if self._gguf else {}
+    def _options(self) -> dict[str, Any]:
+        """What both readers of transformers are told: nothing from elsewhere, no code of the folder's."""
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        return {**options, "gguf_file": self._gguf} if self._gguf else options
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,309 @@
+"""The border of language models' files: what is not a model that its own files can fill goes no further.
+
+transformers and gguf take a folder at its word: a `config.json` may ask for terabytes, for code of its own,
+for a quantisation library or another folder; a GGUF header may count to 2**60. All of that is refused here,
+before either library reads a byte, and what they raise at the rest becomes one error that names the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import mmap
+import re
+import stat
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from pydantic import TypeAdapter
+from transformers import AutoConfig, AutoModelForCausalLM
+from typing_extensions import TypedDict
+
+from radio.errors import CheckpointError, MissingExtraError, RadioError, require, shown
+from radio.io import parse_json, read_json, read_text, validate
+
+_MAX_JSON_BYTES = 512 << 20  # the largest tokenizer.json that is published has some 35 MB
+_MAX_NUMBER = 2**31
+_MAX_REPEATS = 4096  # layers, blocks, experts: each is a Python object before it is a tensor
+_REPEATS = re.compile(r"layer|block_count|depth|expert", re.IGNORECASE)
+_ATTENTION = (None, "eager", "sdpa")  # other names fetch kernels
+_JSON_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+)
+
+
+class _Index(TypedDict):
+    """Which file each weight is in."""
+
+    metadata: dict[str, Any]
+    weight_map: dict[str, str]
+
+
+_INDEX = TypeAdapter(_Index)
+_OBJECT = TypeAdapter(dict[str, Any])
+
+
+def check_folder(folder: Path) -> Any:
+    """Check a Hugging Face folder; gives back its configuration.
+
+    Raises:
+        CheckpointError: it holds no model that its files can fill, or one that needs code of its own.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".model", ".txt", ".jinja", ".safetensors", ".bin"):
+            _check_regular(path)
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{folder}: holds an adapter (PEFT), not a model; merge it into its model first"
+        )
+    for name in _JSON_FILES:
+        path = folder / name
+        if path.exists():
+            text = read_text(path, limit=_MAX_JSON_BYTES, error=CheckpointError)
+            data = parse_json(text, path, error=CheckpointError, constants=True)
+            validate(_OBJECT, data, path, error=CheckpointError)
+            if name == "config.json":
+                _check_config(data, path)
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder}: has no config.json; name the folder of one Hugging Face model")
+    size = sum(path.stat().st_size for path in _weights(folder))
+    return _check_size(folder, None, size)
+
+
+def check_gguf(path: Path) -> Any:
+    """Check a GGUF file; gives back the configuration that it holds.
+
+    Raises:
+        CheckpointError: it is none, it is cut off, or its weights do not fill the model that it describes.
+        MissingExtraError: gguf is not installed.
+    """
+    sizes: Any = require("gguf.constants", extra="vqa").GGML_QUANT_SIZES
+    _check_regular(path)
+    if not path.stat().st_size:
+        raise CheckpointError(f"{path}: is empty")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        _check_header(_Cursor(data, path), {int(kind): size for kind, size in sizes.items()})
+    return _check_size(path.parent, path.name, 4 * path.stat().st_size)  # a weight takes 2 bits or more
+
+
+@contextmanager
+def one_error(name: str, what: str) -> Iterator[None]:
+    """Turn whatever transformers, tokenizers or gguf raise inside into one error that names the model.
+
+    Raises:
+        CheckpointError: something was raised.
+        MissingExtraError: a library is not installed.
+    """
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # the reader of GGUF files draws a bar, always
+            yield
+    except (RadioError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except ImportError as error:
+        raise MissingExtraError(
+            f'{name}: {_reason(error)}; get what is missing with: pip install "am-radio[vqa]"'
+        ) from error
+    except BaseException as error:  # tokenizers' panics are no Exception
+        raise CheckpointError(f"{name}: {what} ({_reason(error)})") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What was raised, on one line, the same in every run."""
+    said = re.sub(r"0x[0-9a-fA-F]{6,}", "0x…", " ".join(str(error).split()))
+    return f"{type(error).__name__}: {shown(said[:300])}"
+
+
+def _check_regular(path: Path) -> None:
+    try:
+        is_regular = stat.S_ISREG(path.stat().st_mode)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    if not is_regular:  # opening a pipe would wait for ever
+        raise CheckpointError(f"{path}: is no regular file; give a folder of one Hugging Face model")
+
+
+def _check_config(config: dict[str, Any], path: Path) -> None:
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        if part.get("quantization_config") is not None:
+            raise CheckpointError(
+                f"{path}: has a quantization_config, which would load another library; name the folder of "
+                f"the model as it was before"
+            )
+        for key in ("attn_implementation", "_attn_implementation"):
+            if part.get(key) not in _ATTENTION:
+                raise CheckpointError(f"{path}: {key} is {shown(part[key])!r:.80}; wanted eager or sdpa")
+        for key, value in part.items():
+            _check_number(key, value, path)
+
+
+def _check_number(key: str, value: Any, path: Path) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return
+    most = _MAX_REPEATS if _REPEATS.search(key) else _MAX_NUMBER
+    if isinstance(value, int) and abs(value) > most:
+        told = str(value) if value.bit_length() < 200 else f"a number of {value.bit_length()} bits"
+        raise CheckpointError(f"{path}: {shown(key[:80])} is {told}; no language model has more than {most}")
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files with a folder's weights.
+
+    Raises:
+        CheckpointError: there are none, or an index that names others.
+    """
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{single}.index.json"
+        if (folder / single).exists():
+            return [folder / single]
+        if index.exists():
+            names = sorted(set(_read_index(index)))
+            absent = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+            if absent or not names:
+                what = f"names {shown(absent[0][:80])}, which is not in the folder" if absent else "is empty"
+                raise CheckpointError(f"{index}: {what}; get the whole model")
+            return [folder / name for name in names]
+    raise CheckpointError(f"{folder}: holds no weights; wanted model.safetensors, or its parts and index")
+
+
+def _read_index(path: Path) -> list[str]:
+    data = read_json(path, _OBJECT, error=CheckpointError)
+    return list(validate(_INDEX, data, path, error=CheckpointError)["weight_map"].values())
+
+
+def _check_size(folder: Path, gguf: str | None, most: int) -> Any:
+    """Build the model without memory, and compare it with what its files can hold; its configuration."""
+    name = str(folder / gguf) if gguf else str(folder)
+    options = {"gguf_file": gguf} if gguf else {}
+    with one_error(name, "is no language model that transformers reads"):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+        with torch.device("meta"):
+            network = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    if getattr(network, "model", None) is None or getattr(network, "lm_head", None) is None:
+        raise CheckpointError(
+            f"{name}: is a {type(network).__name__}; wanted a language model built as Llama is (model, "
+            f"lm_head), such as Vicuna, Qwen or SmolLM2"
+        )
+    count = sum(parameter.numel() for parameter in network.parameters())
+    if count > most:
+        raise CheckpointError(
+            f"{name}: describes a model of {count} weights, and its files hold {most} at most; they do not "
+            f"belong together"
+        )
+    return config
+
+
+@final
+class _Cursor:
+    """Reads a GGUF header value by value, never beyond the file's end."""
+
+    def __init__(self, data: mmap.mmap, path: Path) -> None:
+        self._data, self._path, self._length, self.at = data, path, len(data), 0
+
+    def fail(self, problem: str) -> CheckpointError:
+        """The error about this file."""
+        return CheckpointError(f"{self._path}: {problem} (at byte {self.at} of {self._length})")
+
+    def take(self, layout: str) -> Any:
+        """One number."""
+        start = self.skip(struct.calcsize(layout))
+        return struct.unpack_from(f"<{layout}", self._data, start)[0]
+
+    def skip(self, size: int) -> int:
+        """Pass so many bytes over; where they begin."""
+        start = self.at
+        if size > self._length - start:
+            raise self.fail(f"ends early or is damaged: {size} bytes are due")
+        self.at = start + size
+        return start
+
+    def text(self) -> str:
+        """A text."""
+        size = self.take("Q")
+        start = self.skip(size)
+        return bytes(self._data[start : start + size]).decode("utf-8", "replace")
+
+    def count(self, least: int) -> int:
+        """How many things follow, each of at least so many bytes."""
+        found = int(self.take("Q"))
+        if found * least > self._length - self.at:
+            raise self.fail(f"is said to hold {found} entries, more than fit; it is cut off or damaged")
+        return found
+
+    def left(self) -> int:
+        """Bytes up to the end."""
+        return self._length - self.at
+
+
+_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
+_TEXT, _ARRAY = 8, 9
+
+
+def _check_header(cursor: _Cursor, sizes: dict[int, tuple[int, int]]) -> None:
+    if bytes(cursor._data[:4]) != b"GGUF":
+        raise cursor.fail("is no GGUF file")
+    cursor.skip(4)
+    version = cursor.take("I")
+    if version not in (2, 3):
+        raise cursor.fail(f"is of GGUF's version {version}; wanted 2 or 3")
+    num_tensors, num_values = cursor.count(24), cursor.count(13)
+    alignment = 32
+    for _ in range(num_values):
+        key = cursor.text()
+        value = _read_value(cursor, cursor.take("I"))
+        if key == "general.alignment":
+            alignment = value if isinstance(value, int) else 0
+        _check_number(key, value, cursor._path)
+    if not 0 < alignment <= 1 << 20:
+        raise cursor.fail(f"has an alignment of {alignment}")
+    ends = [_check_tensor(cursor, sizes) for _ in range(num_tensors)]
+    cursor.skip(min(-cursor.at % alignment, cursor.left()))
+    if max(ends, default=0) > cursor.left():
+        raise cursor.fail(f"is cut off: its weights take {max(ends)} bytes, and {cursor.left()} are there")
+
+
+def _read_value(cursor: _Cursor, kind: int, depth: int = 0) -> Any:
+    """A number; of texts and arrays only the end is looked for."""
+    if kind in _NUMBERS:
+        return cursor.take(_NUMBERS[kind])
+    if kind == _TEXT:
+        cursor.skip(cursor.take("Q"))
+        return None
+    if kind != _ARRAY or depth > 3:
+        raise cursor.fail(f"holds a value of the unknown type {kind}, or arrays nested too deeply")
+    inner = cursor.take("I")
+    if inner in _NUMBERS:
+        size = struct.calcsize(_NUMBERS[inner])
+        cursor.skip(size * cursor.count(size))
+        return None
+    for _ in range(cursor.count(8)):
+        _read_value(cursor, inner, depth + 1)
+    return None
+
+
+def _check_tensor(cursor: _Cursor, sizes: dict[int, tuple[int, int]]) -> int:
+    """Where a tensor ends, counted from where the weights begin."""
+    name = shown(cursor.text()[:80])
+    dimensions = cursor.take("I")
+    if dimensions > 4:
+        raise cursor.fail(f"the tensor {name} has {dimensions} dimensions")
+    count = math.prod(cursor.take("Q") for _ in range(dimensions))
+    kind = cursor.take("I")
+    if kind not in sizes:
+        raise cursor.fail(f"the tensor {name} is of the unknown type {kind}")
+    block, size = sizes[kind]
+    offset: int = cursor.take("Q")
+    end: int = offset + count * size // block
+    return end
