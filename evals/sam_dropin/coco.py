@@ -21,8 +21,6 @@ from radio.images import MAX_IMAGE_BYTES, open_image
 
 from .annotations import CocoFile, Instance, Picture, read_instances
 
-__all__ = ["Instance", "Instances", "Picture", "open_instances", "run_lengths"]
-
 # Letters: N instances of an image, H W pixels.
 
 _ORIENTATION = 0x0112  # the EXIF tag; 1 is upright

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from radio.teachers.sam_decoder import SamHead, decode
 
+from .annotations import Picture
 from .bits import pack
-from .coco import Picture
 from .frame import Frame
 from .scoring import Record, boundaries, fill, overlap
 
@@ -40,6 +40,7 @@ class Loaded(NamedTuple):
     frame: Frame
     pixels: Tensor | None  # [3, side, side]; None where the embedding is known
     truth: Tensor  # bool [N, H, W]
+    embedding: Tensor | None = None  # [C, h, w], where the cache has it
 
 
 class Drawn(NamedTuple):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, final, runtime_checkable
 
@@ -13,10 +14,11 @@ from torch import Tensor
 from evals.core.evaluator import Carded
 from radio.adaptors import AdaptorConfig, MLPAdaptor
 from radio.checkpoint import digest
-from radio.errors import CheckpointError, ConfigError, RadioError, SizeError
-from radio.hub import parse
+from radio.errors import CheckpointError, ConfigError, RadioError, SizeError, did_you_mean, shown
+from radio.hub import load_teacher, parse
 from radio.metadata import teachers_on
 from radio.resample import resize_features
+from radio.teachers import families
 from radio.teachers.sam import MEMBERS
 from radio.teachers.sam_decoder import SamHead, load_sam_head, new_released_sam
 from radio.types import Backbone, Features, Windowed
@@ -46,6 +48,15 @@ class Filed(Protocol):
         """The file; None for weights that are shipped."""
 
 
+@runtime_checkable
+class Segmenting(Protocol):
+    """A teacher of another package that is a SAM's encoder, and brings the rest of it."""
+
+    @property
+    def sam(self) -> Any:
+        """The whole `segment_anything.modeling.Sam`."""
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class DropIn:
@@ -69,12 +80,14 @@ class DropIn:
             return digest(self.adaptor.state_dict())
         return str(self.adaptor)
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Move everything to a device, the encoder to a type."""
-        self.model.to(device, dtype).eval()
-        self.head.to(device)
-        if isinstance(self.adaptor, MLPAdaptor):
-            self.adaptor.to(device, dtype)
+    def to(self, device: torch.device, dtype: torch.dtype) -> DropIn:
+        """Move everything to a device; for another type than float32 the encoder is copied, not rounded."""
+        model, adaptor = self.model, self.adaptor
+        if dtype != torch.float32:
+            model, adaptor = copy.deepcopy((model, adaptor))
+        if isinstance(adaptor, MLPAdaptor):
+            adaptor = adaptor.to(device, dtype)
+        return replace(self, model=model.to(device, dtype).eval(), adaptor=adaptor, head=self.head.to(device))
 
     def embed(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """[B, 3, side, side] RGB in [0, 1] -> the mask decoder's input [B, C, h, w], float32."""
@@ -88,13 +101,16 @@ class DropIn:
         return self.head.embed(placed.map())
 
 
-def make_drop_in(model: Backbone, checkpoint: Path | None, size: int | None, seed: int) -> DropIn:
+def make_drop_in(
+    model: Backbone, checkpoint: Path | None, size: int | None, seed: int, teacher: str | None = None
+) -> DropIn:
     """The drop-in of a student that learned from a SAM, of a SAM, or of an untrained architecture.
 
     Args:
         checkpoint: a released SAM file to take the head from; None takes what the model's card names.
         size: side in pixels that the model sees; None as `SamSettings.size` says.
         seed: of the head and the adaptor of an untrained architecture.
+        teacher: which of the student's teachers is the SAM, by its name on the card; None finds it.
 
     Raises:
         ConfigError: the model has not learned from a SAM and is none, or the head is another SAM's.
@@ -102,15 +118,13 @@ def make_drop_in(model: Backbone, checkpoint: Path | None, size: int | None, see
         SizeError: a size or window that does not fit; names the nearest that does.
         MissingExtraError: segment-anything is not installed.
     """
-    family = model.name.partition(":")[0]
-    if model.name == "scenes:sam" or family == "sam":
-        return _sam_itself(model, checkpoint, size)
     entries = _cards_teachers(model)
-    taught = [entry for entry in entries if _is_sam(entry)]
-    if taught:
-        entry = taught[0]
-        head = _head(entry, checkpoint)
-        side = _side(model, head.side, size or entry.get("student_resolution"))
+    if teacher is not None and not entries:
+        raise ConfigError(f"{model.name} has no teachers on its card; leave --teacher out")
+    if entries:
+        entry = _choose(model, entries, checkpoint, teacher)
+        head = _taught_head(entry, checkpoint)
+        side = _side(model, head.side, size or _trained_side(entry))
         width = _adaptor_width(model, entry["name"])
         if width != head.token_dim:
             raise ConfigError(
@@ -118,28 +132,69 @@ def make_drop_in(model: Backbone, checkpoint: Path | None, size: int | None, see
                 f"{head.name} takes {head.token_dim}; name the SAM it learned from with --sam-checkpoint"
             )
         return DropIn(model, head, side, entry["name"])
-    if entries or not isinstance(model, Adapting):
-        learned = ", ".join(str(entry["model"]) for entry in entries) or "no teacher"
-        raise ConfigError(
-            f"{model.name} learned from {learned}; the drop-in needs a student of a SAM, or a SAM itself "
-            f"(scenes:sam, sam:vit_b@FILE)"
-        )
-    return _untrained(model, checkpoint, size, seed)
+    if isinstance(model, Adapting):
+        return _untrained(model, checkpoint, size, seed)
+    if _is_sam(model.name) or _is_foreign(model.name):
+        return _sam_itself(model, checkpoint, size)
+    raise ConfigError(
+        f"{model.name} learned from no teacher; the drop-in needs a student of a SAM, or a SAM itself "
+        f"(scenes:sam, sam:vit_b@FILE)"
+    )
+
+
+def _choose(
+    model: Backbone, entries: Sequence[Mapping[str, Any]], checkpoint: Path | None, teacher: str | None
+) -> Mapping[str, Any]:
+    """The entry of the SAM among a student's teachers."""
+    if teacher is not None:
+        named = [entry for entry in entries if entry["name"] == teacher]
+        if not named:
+            names = [entry["name"] for entry in entries]
+            hint = did_you_mean(teacher, names) or f"; it has {', '.join(names)}"
+            raise ConfigError(f"{model.name} has no teacher {teacher!r} on its card{hint}")
+        return named[0]
+    sams = [entry for entry in entries if _is_sam(entry["model"])]
+    foreign = [entry for entry in entries if _is_foreign(entry["model"])]
+    if not sams and len(foreign) == 1:
+        return foreign[0]
+    if sams:
+        return sams[0]
+    learned = ", ".join(shown(entry["model"]) for entry in entries)
+    which = "; say which teacher is the SAM with --teacher NAME" if foreign else ""
+    raise ConfigError(
+        f"{model.name} learned from {learned}; the drop-in needs a student of a SAM, or a SAM itself "
+        f"(scenes:sam, sam:vit_b@FILE){which}"
+    )
 
 
 def _sam_itself(model: Backbone, checkpoint: Path | None, size: int | None) -> DropIn:
-    if model.name == "scenes:sam":
-        if checkpoint is not None:
-            raise ConfigError("scenes:sam brings its own decoder; leave --sam-checkpoint out")
-        head = load_sam_head("scenes:sam")
-    else:
-        file = checkpoint or (model.file if isinstance(model, Filed) else None)
-        head = load_sam_head(model.name, file)
+    if model.name == "scenes:sam" and checkpoint is not None:
+        raise ConfigError("scenes:sam brings its own decoder; leave --sam-checkpoint out")
+    file = checkpoint or (model.file if isinstance(model, Filed) else None)
+    head = _head(model.name, file, lambda: model)
     if head.token_dim != model.token_dim:
         raise ConfigError(
             f"{model.name} gives {model.token_dim} channels, and {head.name} takes {head.token_dim}"
         )
     return DropIn(model, head, _side(model, head.side, size or head.side), None)
+
+
+def _head(spec: str, file: Path | None, find: Callable[[], Backbone]) -> SamHead:
+    """The head of a SAM: shipped, out of its file, or what an encoder of another package brings.
+
+    Args:
+        find: gives the encoder.
+    """
+    if _is_sam(spec) or file is not None:
+        return load_sam_head(spec, file)
+    encoder = find()
+    if isinstance(encoder, Segmenting):
+        return SamHead(encoder.sam, encoder.name)
+    if isinstance(encoder, Filed) and encoder.file is not None:
+        return load_sam_head(spec, encoder.file)
+    raise ConfigError(
+        f"{shown(spec)} brings no mask decoder; if it is a SAM, name its released file with --sam-checkpoint"
+    )
 
 
 def _untrained(model: Backbone, checkpoint: Path | None, size: int | None, seed: int) -> DropIn:
@@ -160,20 +215,37 @@ def _cards_teachers(model: Backbone) -> list[Mapping[str, Any]]:
     return teachers_on(model.card, model.name) if isinstance(model, Carded) else []
 
 
-def _is_sam(entry: Mapping[str, Any]) -> bool:
-    return str(entry["model"]) == "scenes:sam" or str(entry["model"]).startswith("sam:")
+def _trained_side(entry: Mapping[str, Any]) -> int | None:
+    """The side at which the student learned from a teacher; None where the card names no square."""
+    sides = entry.get("student_resolution")
+    if isinstance(sides, list):
+        return sides[0] if len(set(sides)) == 1 else None
+    return sides
 
 
-def _head(entry: Mapping[str, Any], checkpoint: Path | None) -> SamHead:
-    spec = str(entry["model"])
+def _is_sam(spec: str) -> bool:
+    return spec == "scenes:sam" or spec.startswith("sam:")
+
+
+def _is_foreign(spec: str) -> bool:
+    """Whether a teacher is of another package's family, which may be a SAM."""
+    family, colon, _ = spec.partition(":")
+    if not colon or family not in families:
+        return bool(colon)
+    return not getattr(families[family], "__module__", "").startswith("radio.")
+
+
+def _taught_head(entry: Mapping[str, Any], checkpoint: Path | None) -> SamHead:
+    spec = entry["model"]
     if checkpoint is not None:
         return load_sam_head(spec, checkpoint)
     try:
-        return load_sam_head("scenes:sam") if spec == "scenes:sam" else load_sam_head(spec, parse(spec).file)
+        return _head(spec, parse(spec).file, lambda: load_teacher(spec))
     except RadioError as error:
-        raise CheckpointError(
-            f"the student learned from {spec}, whose decoder cannot be loaded: {error}; if the file has "
-            f"moved, name it with --sam-checkpoint"
+        kind = CheckpointError if _is_sam(spec) else ConfigError
+        raise kind(
+            f"the student learned from {shown(spec)}, whose decoder cannot be loaded: {error}; if the file "
+            f"has moved, name it with --sam-checkpoint"
         ) from error
 
 

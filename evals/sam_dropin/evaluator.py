@@ -85,7 +85,7 @@ class SamEvaluator:
         started = time.monotonic()
         group, cache = group or current(), settings.cache or default_cache()
         device = choose_device(settings.device)
-        drop_in = make_drop_in(model, settings.sam_checkpoint, settings.size, settings.seed)
+        drop_in = make_drop_in(model, settings.sam_checkpoint, settings.size, settings.seed, settings.teacher)
         together = settings.box_batch or prompts_together(drop_in.head, device)
         data = _open(settings, cache, group)
         label = (name or model.name) + _suffix(settings)
@@ -121,7 +121,13 @@ class SamEvaluator:
             git=commit(),
             card=card_of(model),
             peak_memory=peak_memory(device),
-            notes=(*drop_in.notes, *scored.notes, *data.notes, *domain_notes(model, [data.images])),
+            notes=(
+                *drop_in.notes,
+                *scored.notes,
+                *data.notes,
+                *work.damage.notes(group),
+                *domain_notes(model, [data.images]),
+            ),
             tables=scored.tables,
             files=(f"{base}.jsonl", *scored.panels),
         )

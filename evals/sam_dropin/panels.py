@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw
 from evals.core.evaluator import Watch
 from radio.images import write_png
 
-from .coco import Instances, Picture
+from .annotations import Picture
+from .coco import Instances
 from .decoding import masks_by_picture
 from .scoring import Record
 from .work import Work
@@ -49,7 +50,6 @@ def write_panels(
     """
     chosen = choose(records, work.settings.save_masks)
     by_number = {picture.number: picture for picture in data.pictures}
-    work.drop_in.to(work.device, work.dtype)
     names = []
     with watch("panels", len(chosen)) as advance:
         for place, (word, record) in enumerate(chosen):

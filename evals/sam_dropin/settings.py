@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from annotated_types import Interval
+
+from radio.config import Count, CountOrZero, Pixels, Seed, check
 from radio.errors import ConfigError
 
 Protocol = Literal["paper", "efficientvit-2025"]
@@ -19,19 +22,22 @@ class SamSettings:
     """An instances JSON in COCO's format. The generated world unless given."""
     images: Path | None = None
     """The folder of its pictures."""
-    scenes: int = 500
+    scenes: Annotated[int, Interval(ge=1, le=1_000_000)] = 500
     """Pictures of the generated world, where no data are given."""
-    limit: int | None = None
+    limit: Count | None = None
     """Use so many pictures, spread evenly."""
     sam_checkpoint: Path | None = None
     """A released SAM file (vit_b, vit_l or vit_h) whose neck, prompt encoder and mask decoder are used. The
     one on the checkpoint's card unless given."""
-    size: int | None = None
+    teacher: str | None = None
+    """Which of the student's teachers is the SAM, by its name on the checkpoint's card (default: the first
+    scenes:sam or sam:…, else the only one of another package)."""
+    size: Pixels | None = None
     """Side in pixels that the model sees. What it was trained at beside SAM, else 1008 for a patch of 14 and
     1024 for 16, unless given."""
     prompts: Literal["boxes", "points"] = "boxes"
     """What stands for an object: its ground-truth box, or clicks."""
-    clicks: int = 1
+    clicks: Annotated[int, Interval(ge=1, le=100)] = 1
     """Points an object: the first inside it, each next one in the larger error region."""
     boxes_from: Path | None = None
     """Take a detector's boxes instead (COCO results JSON) and score the masks as COCO AP."""
@@ -39,13 +45,13 @@ class SamSettings:
     """paper: every annotation, plain union. efficientvit-2025: those of area 1 or more, union + 1e-7."""
     crowds: bool = True
     """Score crowd annotations too."""
-    batch: int = 4
+    batch: Count = 4
     """Pictures that go through the encoder together; also what a killed run loses at most."""
-    box_batch: int | None = None
+    box_batch: Count | None = None
     """Prompts that go through the decoder together. As a CPU's caches hold, 64 on a GPU, unless given."""
     keep_embeddings: bool = False
     """Keep the embeddings of all pictures in the cache, for more runs with other prompts."""
-    save_masks: int = 0
+    save_masks: CountOrZero = 0
     """Draw panels of so many of the best, the median and the worst instances each."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
@@ -53,21 +59,14 @@ class SamSettings:
     """What the encoder computes in; the decoder always computes in float32."""
     cache: Path | None = None
     """Where finished pictures are kept. $XDG_CACHE_HOME/am-radio unless given."""
-    seed: int = 0
+    seed: Seed = 0
     """Which generated world; also of the bootstrap and of untrained heads."""
 
     def __post_init__(self) -> None:
         """Refuse what no data could make sense of."""
+        check(self)
         if (self.data is None) != (self.images is None):
             raise ConfigError("--data JSON and --images FOLDER belong together; give both or neither")
-        for name in ("batch", "box_batch", "clicks", "scenes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} = {value}: give 1 or more")
-        if self.limit is not None and self.limit < 1:
-            raise ConfigError(f"limit = {self.limit} leaves no pictures; give 1 or more, or leave it out")
-        if self.save_masks < 0:
-            raise ConfigError(f"save_masks = {self.save_masks}: give 0 or more")
         if self.clicks > 1 and self.prompts != "points":
             raise ConfigError(f"clicks = {self.clicks} goes with --prompts points; give that too")
         if self.boxes_from is not None and (self.prompts == "points" or self.data is None):

@@ -11,22 +11,33 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, final
 
-import safetensors.torch
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
-from evals.core.chunks import check_all_there, chunk_path
+from evals.core.chunks import (
+    Damage,
+    DamagedError,
+    TensorSpec,
+    check_all_there,
+    chunk_path,
+    find_missing,
+    read_records,
+    read_tensors,
+    write_records,
+    write_tensors,
+)
 from evals.core.dist import Group
 from evals.core.evaluator import Watch
-from radio.io import write_bytes, write_text
+from radio.errors import RadioError
 
+from .annotations import Picture
 from .clicks import next_clicks
-from .coco import Picture
 from .decoding import Clock, Drawn, Loaded, Prompts, box_prompts, draw, masks_by_picture, owners
 from .encoder import DropIn
 from .frame import make_frame, place
@@ -34,7 +45,8 @@ from .settings import SamSettings
 
 # Letters: B pictures of a chunk, P prompts of a chunk, C h w embedding.
 
-_FORMAT = "sam-dropin/1"
+_FORMAT = "sam-dropin/2"
+_ENDING = "jsonl"  # of a chunk's records
 _THREADS = 2  # that load pictures and masks while the encoder works
 _AHEAD = 3  # chunks
 
@@ -46,6 +58,9 @@ class Done(NamedTuple):
     encoder: float | None  # seconds; None where the embeddings were known
     decoder: float
     records: tuple[tuple[Any, ...], ...]
+
+
+_DONE = TypeAdapter(Done)
 
 
 class Annotated(Protocol):
@@ -90,6 +105,7 @@ class Work:
     device: torch.device
     cache: Path
     box_batch: int
+    damage: Damage = field(default_factory=Damage)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -101,25 +117,25 @@ class Work:
 
         Raises:
             DataError: a picture or mask that cannot be read, or ranks that do not share the cache folder.
+            RadioError: the model or the decoder gives values that are not finite.
         """
         chunks = self._chunks()
         if group.leads:  # hashes the content; the others then find the memo
             _ = self.data.fingerprint
         group.barrier()
         folder = self.cache / "sam" / self.key()
+        paths = [chunk_path(folder, number, _ENDING) for number in range(len(chunks))]
         mine = range(group.rank, len(chunks), group.world)
-        missing = [number for number in mine if not chunk_path(folder, number, "json").is_file()]
+        missing = [mine[i] for i in find_missing([paths[n] for n in mine], _read, self.damage)]
         if missing:
-            self.drop_in.to(self.device, self.dtype)
             total = sum(len(chunks[number]) for number in missing)
             with watch(f"{self.drop_in.model.name} on {self.data.name}", total) as advance:
                 for number, loaded in ahead(missing, lambda n: self._load(chunks[n]), _THREADS, _AHEAD):
-                    self._write(chunk_path(folder, number, "json"), self.finish(loaded))
+                    write_records(paths[number], [self.finish(loaded)])
                     advance(len(loaded))
         group.barrier()
-        paths = [chunk_path(folder, number, "json") for number in range(len(chunks))]
         check_all_there(paths)
-        return [self._read(path) for path in paths]
+        return [_read(path) for path in paths]
 
     def key(self) -> str:
         """A hash of everything that decides the records."""
@@ -135,22 +151,23 @@ class Work:
             settings.boxes_from is not None,
         )
 
-    def load(self, pictures: tuple[Picture, ...], *, pixels: bool = True) -> list[Loaded]:
-        """A chunk's pictures and masks."""
+    def load(self, pictures: tuple[Picture, ...], embeddings: Tensor | None = None) -> list[Loaded]:
+        """A chunk's pictures and masks; no pixels where its embeddings [B, C, h, w] are known."""
         side, head = self.drop_in.side, self.drop_in.head
         return [
             Loaded(
                 picture,
                 make_frame(*picture.size, head.side),
-                place(self.data.read(picture), side, head.mean) if pixels else None,
+                place(self.data.read(picture), side, head.mean) if embeddings is None else None,
                 self.data.masks(picture),
+                None if embeddings is None else embeddings[index],
             )
-            for picture in pictures
+            for index, picture in enumerate(pictures)
         ]
 
     def _load(self, pictures: tuple[Picture, ...]) -> list[Loaded]:
-        """As `load`, without pixels where the embeddings are in the cache."""
-        return self.load(pictures, pixels=not self._is_known(pictures))
+        """As `load`, with the embeddings that the cache has."""
+        return self.load(pictures, self._known_embeddings(pictures))
 
     def finish(self, loaded: list[Loaded]) -> Done:
         """A chunk's records."""
@@ -158,39 +175,60 @@ class Work:
         with torch.inference_mode():
             embeddings, encoded = self._embeddings(loaded)
             encoder = clock.lap()
+            self._check_finite(embeddings, self.drop_in.model.name)
+            if encoded and self.settings.keep_embeddings:
+                path = self._embedding_path(tuple(one.picture for one in loaded))
+                write_tensors(path, {"embeddings": embeddings.cpu()})
+            clock.lap()
             drawn = self.answer(loaded, embeddings)
             decoder = clock.lap()
+            for values in drawn:
+                self._check_finite(values, f"the decoder of {self.drop_in.head.name}")
             records = tuple(self.judge(loaded, drawn))
         return Done(len(loaded), encoder if encoded else None, decoder, records)
 
     def embed(self, loaded: list[Loaded]) -> Tensor:
         """[B, C, h, w] of a chunk's pixels."""
-        pixels = [one.pixels for one in loaded if one.pixels is not None]
-        return self.drop_in.embed(torch.stack(pixels).to(self.device), self.dtype)
+        pixels = torch.stack([one.pixels for one in loaded if one.pixels is not None])
+        if self.device.type == "cuda":
+            pixels = pixels.pin_memory()
+        return self._placed.embed(pixels.to(self.device, non_blocking=True), self.dtype)
 
     def answer(self, loaded: list[Loaded], embeddings: Tensor) -> Drawn:
         """The masks that the prompts give."""
         which, batch = owners(loaded, self.device), self.box_batch
         if self.settings.prompts == "boxes":
-            return draw(self.drop_in.head, embeddings, which, box_prompts(loaded, self.device), batch)
+            return draw(self._placed.head, embeddings, which, box_prompts(loaded, self.device), batch)
         return self._click(loaded, embeddings, which)
 
     def _embeddings(self, loaded: list[Loaded]) -> tuple[Tensor, bool]:
         """[B, C, h, w] of a chunk, from the cache or for it, and whether the encoder was asked."""
-        if loaded[0].pixels is None:
-            path = self._embedding_path(tuple(one.picture for one in loaded))
-            return safetensors.torch.load_file(path)["embeddings"].to(self.device), False
-        embeddings = self.embed(loaded)
-        if self.settings.keep_embeddings:
-            path = self._embedding_path(tuple(one.picture for one in loaded))
-            write_bytes(path, safetensors.torch.save({"embeddings": embeddings.cpu().contiguous()}))
-        return embeddings, True
+        known = [one.embedding for one in loaded if one.embedding is not None]
+        if known:
+            return torch.stack(known).to(self.device), False
+        return self.embed(loaded), True
 
-    def _is_known(self, pictures: tuple[Picture, ...]) -> bool:
-        return self.settings.keep_embeddings and self._embedding_path(pictures).is_file()
+    def _known_embeddings(self, pictures: tuple[Picture, ...]) -> Tensor | None:
+        """[B, C, h, w] from the cache; None where they are to be made."""
+        path = self._embedding_path(pictures)
+        if not self.settings.keep_embeddings or not path.exists():
+            return None
+        shape = (len(pictures), None, *self.drop_in.head.grid)
+        try:
+            return read_tensors(path, {"embeddings": TensorSpec(torch.float32, shape)}).tensors["embeddings"]
+        except DamagedError as error:
+            self.damage.add(error)
+            return None
+
+    def _check_finite(self, values: Tensor, who: str) -> None:
+        if not bool(torch.isfinite(values).all()):
+            remedy = "look at its training"
+            if self.dtype != torch.float32:
+                remedy = f"try --precision fp32, or {remedy}"
+            raise RadioError(f"{who} gives values that are not finite as {self.dtype}; {remedy}")
 
     def _click(self, loaded: list[Loaded], embeddings: Tensor, which: Tensor) -> Drawn:
-        head, batch = self.drop_in.head, self.box_batch
+        head, batch = self._placed.head, self.box_batch
         clicked = [next_clicks(one.truth, None) for one in loaded]
         prompts = _with_clicks(Prompts(), loaded, clicked, self.device)
         drawn = draw(head, embeddings, which, prompts, batch)
@@ -208,9 +246,14 @@ class Work:
         return [pictures[start : start + size] for start in range(0, len(pictures), size)]
 
     @cached_property
+    def _placed(self) -> DropIn:
+        return self.drop_in.to(self.device, self.dtype)
+
+    @cached_property
     def _embedding_key(self) -> str:
         drop_in = self.drop_in
         return _hash(
+            _FORMAT,
             drop_in.model.fingerprint,
             drop_in.adaptor_fingerprint,
             drop_in.head.fingerprint,
@@ -224,15 +267,6 @@ class Work:
         names = [picture.name for picture in pictures]
         name = _hash(self._embedding_key, self.data.content, names)
         return self.cache / "sam-embeddings" / f"{name}.safetensors"
-
-    @staticmethod
-    def _write(path: Path, done: Done) -> None:
-        write_text(path, json.dumps(done))
-
-    @staticmethod
-    def _read(path: Path) -> Done:
-        pictures, encoder, decoder, records = json.loads(path.read_text(encoding="utf-8"))
-        return Done(pictures, encoder, decoder, tuple(tuple(record) for record in records))
 
 
 def ahead(
@@ -253,6 +287,18 @@ def ahead(
         finally:
             for _, future in waiting:
                 future.cancel()
+
+
+def _read(path: Path) -> Done:
+    """A chunk's entry.
+
+    Raises:
+        DamagedError: it is not what was written there.
+    """
+    entries = read_records(path, _DONE)
+    if len(entries) != 1:
+        raise DamagedError(f"{path}: holds {len(entries)} records, wanted 1")
+    return entries[0]
 
 
 def _with_clicks(

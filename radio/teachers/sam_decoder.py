@@ -62,13 +62,13 @@ class SamHead(nn.Module):
 
 
 def load_sam_head(spec: str, file: Path | None = None) -> SamHead:
-    """The head of `scenes:sam`, or of a released SAM's file; which one it is, its shapes tell.
+    """The head of a released SAM's file, whose shapes tell which it is, or without one that of `scenes:sam`.
 
     Raises:
         CheckpointError: no file, none of a SAM, or one of another architecture.
         MissingExtraError: segment-anything is not installed.
     """
-    if spec == "scenes:sam":
+    if spec == "scenes:sam" and file is None:
         return SamHead(scenes_sam(), spec)
     weights = read_weights(spec, file, ANCHORS)
     tensors = {key: value for key, value in weights.items() if key.startswith(_PARTS)}

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import pytest
 import torch
@@ -13,6 +13,8 @@ from radio.errors import CheckpointError, ConfigError, SizeError
 from radio.hub import load_backbone, load_teacher
 from radio.model import ModelConfig, RadioModel, build
 from radio.resample import resize_tokens
+from radio.teachers import families
+from radio.teachers.sam_decoder import new_released_sam
 from radio.teachers.scenes import scenes_sam
 
 
@@ -130,3 +132,93 @@ def test_heads_that_do_not_belong(tmp_path: Path) -> None:
         make_drop_in(student(model="sam:vit_h@gone.pth"), None, None, 0)
     with pytest.raises(ConfigError, match="brings its own decoder"):
         make_drop_in(load_backbone("scenes:sam"), tmp_path / "sam.pth", None, 0)
+
+
+def released(path: Path, width: int = 768) -> Path:
+    """A file with the parts of a released SAM that a drop-in reads."""
+    sam = new_released_sam(width)
+    parts = ("image_encoder.neck.", "prompt_encoder.", "mask_decoder.")
+    torch.save({name: value for name, value in sam.state_dict().items() if name.startswith(parts)}, path)
+    return path
+
+
+def test_a_checkpoint_counts_for_students_of_the_shipped_sam_too(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"gone\.pth: no such weights file"):
+        make_drop_in(student(), tmp_path / "gone.pth", None, 0)
+    file = released(tmp_path / "sam.pth")
+    with pytest.raises(ConfigError, match="gives 96 channels, and the neck of sam:vit_b takes 768"):
+        make_drop_in(student(), file, None, 0)
+    drop_in = make_drop_in(student(width=768), file, None, 0)
+    assert (drop_in.head.name, drop_in.adaptor) == ("sam:vit_b", "sam")
+
+
+@final
+class Stranger:
+    """Another package's SAM: the shipped one behind another family's name."""
+
+    def __init__(self, sam: Any) -> None:
+        self._encoder = load_teacher("scenes:sam")
+        self.name = "strange:one"
+        if sam is not None:
+            self.sam = sam
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("sam", "file", "card", "adapt"):
+            raise AttributeError(name)
+        return getattr(self._encoder, name)
+
+
+@pytest.fixture
+def strange(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A family of teachers; what its members offer as their SAM."""
+    offers: dict[str, Any] = {}
+    family = lambda name, file: Stranger(offers.get("sam"))  # noqa: E731
+    monkeypatch.setattr(families, "_entries", {**families._entries, "strange": family})
+    return offers
+
+
+def test_a_student_of_another_packages_sam(strange: dict[str, Any], tmp_path: Path) -> None:
+    model = student(model="strange:one")
+    with pytest.raises(
+        ConfigError,
+        match=r"learned from strange:one, whose decoder cannot be loaded: strange:one brings no mask "
+        "decoder; if it is a SAM, name its released file with --sam-checkpoint",
+    ):
+        make_drop_in(model, None, None, 0)
+    strange["sam"] = scenes_sam()
+    offered = make_drop_in(model, None, None, 0)
+    assert (offered.head.name, offered.adaptor) == ("strange:one", "sam")
+    assert offered.head.fingerprint == make_drop_in(student(), None, None, 0).head.fingerprint
+    named = make_drop_in(student(width=768, model="strange:one"), released(tmp_path / "sam.pth"), None, 0)
+    assert named.head.name == "sam:vit_b"
+
+
+def test_another_packages_sam_itself(strange: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="strange:one brings no mask decoder"):
+        make_drop_in(load_teacher("strange:one"), None, None, 0)
+    strange["sam"] = scenes_sam()
+    assert make_drop_in(load_teacher("strange:one"), None, None, 0).adaptor is None
+
+
+def test_the_teacher_can_be_named() -> None:
+    adaptors = tuple(AdaptorConfig(name=name, summary_dim=96, token_dim=96) for name in ("a", "b"))
+    teachers = [{"name": name, "model": "scenes:sam", "fingerprint": ""} for name in ("a", "b")]
+    model = build(ModelConfig(student="vit-tiny12", adaptors=adaptors), 0, {"teachers": teachers})
+    assert make_drop_in(model, None, None, 0).adaptor == "a"
+    assert make_drop_in(model, None, None, 0, "b").adaptor == "b"
+    with pytest.raises(ConfigError, match="has no teacher 'c' on its card; it has a, b"):
+        make_drop_in(model, None, None, 0, "c")
+    with pytest.raises(ConfigError, match="scenes:sam has no teachers on its card; leave --teacher out"):
+        make_drop_in(load_backbone("scenes:sam"), None, None, 0, "a")
+
+
+@pytest.mark.parametrize("teachers", ["x", [1], [{}], [{"name": "clip"}], [{"name": "sam", "model": 5}]])
+def test_a_cards_teachers_of_another_shape(teachers: Any) -> None:
+    model = build(ModelConfig(student="vit-tiny12"), 0, {"teachers": teachers})
+    with pytest.raises(CheckpointError, match=r"vit-tiny12: the (teachers on its card|card's teacher 0)"):
+        make_drop_in(model, None, None, 0)
+
+
+@pytest.mark.parametrize(("sides", "side"), [(144, 144), ([144], 144), ([144, 144], 144), ([144, 96], 96)])
+def test_the_side_that_a_card_names(sides: Any, side: int) -> None:
+    assert make_drop_in(student(student_resolution=sides), None, None, 0).side == side

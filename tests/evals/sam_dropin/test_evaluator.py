@@ -22,7 +22,7 @@ from evals.sam_dropin import work as module
 from evals.sam_dropin.coco import open_instances
 from evals.sam_dropin.evaluator import SamEvaluator
 from evals.sam_dropin.settings import SamSettings
-from radio.errors import ConfigError, DataError
+from radio.errors import ConfigError, DataError, RadioError
 from radio.hub import load_backbone
 from radio.teachers.scenes import scenes_sam
 
@@ -121,6 +121,62 @@ def test_a_stopped_run_goes_on_and_ends_alike(
     assert untimed(again) == untimed(replace(whole, settings=again.settings))
     names = [tmp_path / folder / "sam-scenes-sam.jsonl" for folder in ("out", "whole")]
     assert names[0].read_bytes() == names[1].read_bytes()
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"[" * 100_000, b"\x80\x04", None])
+def test_damaged_records_are_made_again_and_said(
+    settings: SamSettings, tmp_path: Path, content: bytes | None
+) -> None:
+    model = load_backbone("scenes:sam")
+    first = run(model, settings, tmp_path / "a")
+    chunk = sorted((tmp_path / "cache" / "sam").rglob("*.jsonl"))[1]
+    whole = chunk.read_bytes()
+    chunk.write_bytes(whole.replace(b"0.", b"1.", 1) if content is None else content)
+    again = run(model, settings, tmp_path / "b")
+    note = next(note for note in again.notes if "made again" in note)
+    assert note.startswith("1 damaged file") and str(chunk) in note
+    assert untimed(again).metrics == untimed(first).metrics
+    assert run(model, settings, tmp_path / "c").notes == first.notes
+
+
+def test_damaged_embeddings_are_made_again_and_said(settings: SamSettings, tmp_path: Path) -> None:
+    model, kept = load_backbone("scenes:sam"), replace(settings, keep_embeddings=True)
+    run(model, kept, tmp_path / "a")
+    file = sorted((tmp_path / "cache" / "sam-embeddings").iterdir())[0]
+    file.write_bytes(file.read_bytes()[:-4] + bytes(4))
+    clicked = run(model, replace(kept, prompts="points"), tmp_path / "b")
+    assert any("1 damaged file" in note and file.name in note for note in clicked.notes)
+    fresh = run(model, replace(settings, prompts="points", cache=tmp_path / "c"), tmp_path / "c")
+    assert clicked.metrics["miou"] == fresh.metrics["miou"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("boxes", ["detections", "truth"])
+def test_a_model_that_is_not_finite_gets_no_score(
+    settings: SamSettings, detections: SamSettings, tmp_path: Path, value: float, boxes: str
+) -> None:
+    model = load_backbone("scenes:sam")
+    assert isinstance(model, torch.nn.Module)
+    weights = next(p for name, p in model.named_parameters() if name.endswith("blocks.3.mlp.lin2.bias"))
+    weights.data[0] = value
+    chosen = settings if boxes == "truth" else detections
+    with pytest.raises(
+        RadioError, match=r"scenes:sam gives values that are not finite as torch\.float32; look"
+    ):
+        run(model, chosen, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bf16_rounds_a_copy(settings: SamSettings, tmp_path: Path) -> None:
+    """Reports name the model that was given, and the next task computes with its weights."""
+    model = load_backbone("scenes:sam")
+    fingerprint = model.fingerprint
+    before = run(model, settings, tmp_path / "a")
+    rough = run(model, replace(settings, precision="bf16"), tmp_path / "b")
+    assert rough.fingerprint == before.fingerprint == model.fingerprint == fingerprint
+    assert rough.metrics["miou"] != before.metrics["miou"]
+    after = run(model, replace(settings, cache=tmp_path / "other"), tmp_path / "c")
+    assert untimed(after).metrics == untimed(before).metrics
 
 
 def test_embeddings_can_be_kept_for_other_prompts(settings: SamSettings, tmp_path: Path) -> None:
@@ -264,10 +320,15 @@ def test_bad_detections(detections: SamSettings, tmp_path: Path, entries: Any, s
     ("changes", "said"),
     [
         ({"data": Path("a.json")}, "--data JSON and --images FOLDER belong together"),
-        ({"box_batch": 0}, "box_batch = 0: give 1 or more"),
-        ({"limit": 0}, "limit = 0 leaves no pictures"),
+        ({"box_batch": 0}, "box_batch: 0 is out of bounds; give a number of at least 1"),
+        ({"limit": 0}, "limit: 0 is out of bounds; give a number of at least 1"),
+        ({"batch": -3}, "batch: -3 is out of bounds"),
+        ({"seed": -1}, "seed: -1 is out of bounds; give a number of at least 0"),
+        ({"size": 10**9}, "size: 1000000000 is out of bounds"),
+        ({"clicks": 10**9, "prompts": "points"}, "clicks: 1000000000 is out of bounds"),
+        ({"scenes": 10**15}, "scenes: 1000000000000000 is out of bounds"),
         ({"clicks": 3}, "clicks = 3 goes with --prompts points"),
-        ({"save_masks": -1}, "save_masks = -1"),
+        ({"save_masks": -1}, "save_masks: -1 is out of bounds"),
         ({"boxes_from": Path("d.json")}, "--boxes-from takes a detector's boxes on --data"),
     ],
 )
