@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, final
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, final
 
 import torch
+from annotated_types import Interval
+from pydantic import TypeAdapter
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from evals.core.dist import Group
 from radio.errors import CheckpointError
+from radio.io import validate
 
 from ..config import TrainConfig
 from ..partition import Partition
@@ -26,18 +29,35 @@ from .stream import Mark, Share
 LISTING = "broken.jsonl"  # in the run folder
 
 
-def start_progress(config: TrainConfig, partition: Partition, group: Group, data: Described) -> Progress:
+_Number = Annotated[int, Interval(ge=0, lt=2**48)]  # bytes, pictures, shards: more are no run's
+
+
+class _State(TypedDict):
+    """What `Progress.state` gives."""
+
+    cursors: list[list[list[list[_Number]]]]  # of every group: [L, S, 4]
+    counts: list[_Number]
+
+
+_STATE = TypeAdapter(_State)
+
+
+def start_progress(
+    config: TrainConfig, partition: Partition, group: Group, data: Described, tell: Callable[[str], None]
+) -> Progress:
     """The progress of a run before its first step; every rank calls it.
 
     Raises:
         ConfigError: ranks that cannot share the lanes of their group.
+        DataError: something else than a file is where broken data are to be named.
     """
+    listing = FaultList(config.out / LISTING, tell) if group.leads else None
     if group.leads:  # hashes folders of pictures; the others then find the hash
         _ = data.fingerprint
     group.barrier()
     sources = len(data) if isinstance(data, Sources) else 0
     deals = deal_lanes(config, partition) if sources else ()
-    return Progress(deals, partition, group, sources, config.out / LISTING)
+    return Progress(deals, partition, group, sources, listing)
 
 
 @final
@@ -49,19 +69,25 @@ class Progress:
         partition: the run's groups and ranks.
         group: the ranks.
         sources: how many sources the data have.
-        listing: the file that names what could not be read.
+        listing: names what could not be read; on the first rank.
     """
 
     def __init__(
-        self, deals: Sequence[Deal], partition: Partition, group: Group, sources: int, listing: Path
+        self,
+        deals: Sequence[Deal],
+        partition: Partition,
+        group: Group,
+        sources: int,
+        listing: FaultList | None,
     ) -> None:
         self._deals, self._partition, self._group = deals, partition, group
         self._own = [deal for deal in deals if group.rank in partition.groups[deal.group].ranks]
         self._sources, self._listing = sources, listing
-        self._list: FaultList | None = None
         self._new: list[Fault] = []
+        self._left_out = 0  # times that shards were said to hold more than their samples
         self._counts = torch.zeros(len(CAUSES) + 1, dtype=torch.int64)  # the last: shards begun
         self._told: dict[Cause, int] = {}
+        self._listed = [0] * (len(CAUSES) + 1)  # the counts when the list was written last
         self._cursors = [self._part(deal, beginning(deal, sources)) for deal in self._own]
 
     def shares(self, sides: Sequence[int]) -> list[Share]:
@@ -77,7 +103,10 @@ class Progress:
         for mark in marks:
             self._counts[-1] += mark.shards
             for fault in mark.faults:
-                self._counts[CAUSES.index(fault.cause)] += 1
+                if fault.cause in CAUSES:
+                    self._counts[CAUSES.index(fault.cause)] += 1
+                else:
+                    self._left_out += 1
             self._new += mark.faults
 
     def broken(self, seen: int, largest: float) -> dict[Cause, int]:
@@ -90,13 +119,15 @@ class Progress:
         Raises:
             DataError: more of them are.
         """
-        totals = self._group.sum(self._counts).tolist()
-        counts = dict(zip(CAUSES, totals, strict=False))
-        if counts != self._told:
+        *totals, shards, left_out = self._group.sum(
+            torch.tensor([*self._counts.tolist(), self._left_out])
+        ).tolist()
+        if [*totals, left_out] != self._listed:
             self._list_new()
-        self._told = counts
+        self._listed = [*totals, left_out]
+        self._told = counts = dict(zip(CAUSES, totals, strict=True))
         check_share(counts["picture"], seen + counts["picture"], largest)
-        check_share(sum(counts[cause] for cause in SHARD_CAUSES), totals[-1], largest, "shards")
+        check_share(sum(counts[cause] for cause in SHARD_CAUSES), shards, largest, "shards")
         return counts
 
     def in_words(self) -> str:
@@ -113,25 +144,27 @@ class Progress:
             "counts": self._group.sum(self._counts).tolist(),
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Any) -> None:
         """Go on from what `state` gave.
 
         Raises:
-            CheckpointError: it is of other groups, lanes or sources.
+            CheckpointError: it is of other groups, lanes or sources, or no such state.
         """
-        whole = [torch.tensor(cursors, dtype=torch.int64) for cursors in state["cursors"]]
-        wanted = [beginning(deal, self._sources).shape for deal in self._deals]
-        if [cursors.shape for cursors in whole] != wanted:
+        known = validate(_STATE, state, "the state's place in the data", error=CheckpointError)
+        wanted = [tuple(beginning(deal, self._sources).shape) for deal in self._deals]
+        found = [_shape(cursors) for cursors in known["cursors"]]
+        if found != wanted or len(known["counts"]) != len(self._counts):
             raise CheckpointError(
-                f"the state has cursors of {[list(c.shape) for c in whole]} and this run of "
+                f"the state has cursors of {[list(shape or ()) for shape in found]} and this run of "
                 f"{[list(shape) for shape in wanted]} (lanes, sources, numbers); "
                 f"give the settings that it was saved with, or --restart to begin anew"
             )
+        whole = [torch.tensor(cursors, dtype=torch.int64) for cursors in known["cursors"]]
         self._cursors = [
             self._part(deal, whole[place]) for place, deal in enumerate(self._deals) if deal in self._own
         ]
         if self._group.leads:  # the sum over ranks is to be what it was
-            self._counts = torch.tensor(state["counts"], dtype=torch.int64)
+            self._counts = torch.tensor(known["counts"], dtype=torch.int64)
 
     def _part(self, deal: Deal, whole: Tensor) -> Tensor:
         lanes = lanes_of(deal, self._partition, self._group.rank)
@@ -140,6 +173,18 @@ class Progress:
     def _list_new(self) -> None:
         parts = self._group.gather_objects(self._new)
         self._new = []
-        if self._group.leads:
-            self._list = self._list or FaultList(self._listing)
-            self._list.add(fault for part in parts for fault in part)
+        if self._listing is not None:
+            self._listing.add(fault for part in parts for fault in part)
+
+
+def _shape(cursors: Any) -> tuple[int, ...] | None:
+    """The shape [L, S, 4] of nested lists; None where they are uneven."""
+    sizes: list[int] = []
+    level = [cursors]
+    for _ in range(3):
+        counts = {len(part) for part in level}
+        if len(counts) != 1:
+            return None
+        sizes += counts
+        level = [inner for part in level for inner in part]
+    return tuple(sizes)

@@ -88,6 +88,7 @@ class Outline(NamedTuple):
 
     pictures: tuple[int, ...]  # the byte of each one's header
     end: int  # the byte where the archive ends, or is damaged
+    note: str  # on what was left out, as `note_on` has it
 
 
 @lru_cache(maxsize=256)
@@ -98,22 +99,89 @@ def outline(name: str) -> Outline:
         ShardError: it is missing.
         OSError: it cannot be read.
     """
-    tar, pictures = open_shard(name), []
+    tar, pictures, left_out = open_shard(name), [], LeftOut()
     with suppress(ShardError):  # who comes to the end meets it again
         at = tar.position
         while (member := tar.next()) is not None:
-            if is_picture(member.name):
+            if left_out.see(member.name):
                 pictures.append(at)
             at = tar.position
     end = tar.position
     tar.close()
-    return Outline(tuple(pictures), end)
+    return Outline(tuple(pictures), end, note_on(left_out, tar))
 
 
 def is_picture(name: str) -> bool:
     """Whether a member of a shard is a picture, by its ending from the first dot on."""
     prefix, ending = base_plus_ext(name)
     return prefix is not None and f".{ending.lower()}" in IMAGE_ENDINGS
+
+
+class LeftOut:
+    """The members of a shard that end as images do and are no samples', by their names.
+
+    WebDataset's ending begins at the first dot: `a.v1.jpg` is part `v1.jpg` of the sample `a`. Beside `a.jpg`
+    that is a mask or a smaller copy; where the sample has no image of its own, somebody has lost an image.
+
+    Args:
+        whole: whether the shard is seen from its beginning; of the first sample the image may lie before.
+    """
+
+    def __init__(self, *, whole: bool = True) -> None:
+        self.count, self.first = 0, ""
+        self._sample: str | None = None
+        self._has_image = not whole
+        self._named: list[str] = []  # of this sample: the first, as far as it is wanted
+        self._number = 0
+
+    def see(self, name: str) -> bool:
+        """Whether the next member is a picture."""
+        prefix, ending = base_plus_ext(name)
+        if prefix is None:
+            return False
+        if prefix != self._sample:
+            if self._sample is not None:
+                self.end()
+            self._sample = prefix
+        if f".{ending.lower()}" in IMAGE_ENDINGS:
+            self._has_image = True
+            return True
+        hidden = name.rpartition("/")[2].startswith(".")
+        if name.lower().endswith(IMAGE_ENDINGS) and not hidden:
+            self._number += 1
+            self._named = self._named or [name]
+        return False
+
+    def end(self) -> None:
+        """Judge the sample that has ended."""
+        if self._named and not self._has_image:
+            self.count += self._number
+            self.first = self.first or self._named[0]
+        self._has_image, self._named, self._number = False, [], 0
+
+
+def note_on(left_out: LeftOut, tar: TarStream) -> str:
+    """What a shard that was seen to its end holds beside its samples; empty where that is nothing."""
+    left_out.end()
+    notes = []
+    if first := left_out.first:
+        ending = first[len(base_plus_ext(first)[0] or "") :]
+        notes.append(
+            f"{left_out.count} members end in an image's ending and are not samples, the first is {first} "
+            f"(its ending begins at the first dot: {ending}); rename them, as in {_without_dots(first)}"
+        )
+    if tar.num_links:
+        notes.append(
+            f"{tar.num_links} members are links, the first is {tar.first_link}; pack with tar --dereference "
+            f"--hard-dereference"
+        )
+    return "; ".join(notes)
+
+
+def _without_dots(name: str) -> str:
+    folder, slash, last = name.rpartition("/")
+    stem, dot, ending = last.rpartition(".")
+    return f"{folder}{slash}{stem.replace('.', '_')}{dot}{ending}"
 
 
 def open_shard(name: str, position: int = 0) -> TarStream:

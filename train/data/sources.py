@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import time
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Protocol, final
 
 from torch import Tensor
 
-from radio.errors import ConfigError, DataError
-from radio.images import decode
+from radio.errors import ConfigError, DataError, shown
+from radio.images import MAX_IMAGE_BYTES, decode
 
 from ..config import DataConfig
 from ..pictures import NO_DATA, Joined, Pictures, folder_part, scenes_part
 from ..sampling import picture_at, seed_of
 from .faults import Fault, ShardError, Tally
 from .lanes import Deal, Lane, Sample, Track
-from .shards import expand, is_picture, open_shard, outline, short_name
+from .shards import LeftOut, expand, note_on, open_shard, outline, short_name
 from .tar import Member, TarStream
 
 _BARREN = 100  # shards of a lane in a row without a picture
+_FEW, _LONG = 3, 600.0  # or fewer, when they take so many seconds: a network that is gone
 _TRIES = 20  # pictures in a row that cannot be read, where they are read by number
 
 
@@ -53,7 +56,8 @@ class Shards:
     @property
     def fingerprint(self) -> str:
         """A hash of the shards' names, not of where they are kept, so that a run can move with its data."""
-        return hashlib.sha256("\n".join(map(short_name, self.names)).encode()).hexdigest()
+        text = "\n".join(map(short_name, self.names))
+        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
     @property
     def parts(self) -> list[dict[str, Any]]:
@@ -97,6 +101,8 @@ class ShardTrack:
         self._parts = -(-lanes // len(names))
         self._unit, self._offset, self._seen = (int(number) for number in place)
         self._tar: TarStream | None = None
+        self._left_out = LeftOut()
+        self._why = ""  # the last part ended before a picture
 
     @property
     def place(self) -> tuple[int, int, int]:
@@ -113,9 +119,10 @@ class ShardTrack:
         """The next picture that can be read.
 
         Raises:
-            DataError: too many shards in a row gave none.
+            DataError: too many shards in a row gave none, or they took too long.
         """
-        for _ in range(_BARREN):
+        begun = time.monotonic()
+        for tried in range(1, _BARREN + 1):
             unit = picture_at(
                 self._lane + self._unit * self._lanes, len(self._names) * self._parts, self._seed
             )
@@ -123,35 +130,53 @@ class ShardTrack:
             sample = self._from_shard(self._names[shard], part, tally)
             if sample is not None:
                 return sample
+            if tried >= _FEW and time.monotonic() - begun > _LONG:
+                break
+        name = shown(self._names[shard])
         raise DataError(
-            f"no picture in {_BARREN} shards in a row, the last {self._names[shard]}; check the data"
+            f"no picture in {tried} shards in a row, the last {name} ({self._why}); check the data"
         )
 
     def _from_shard(self, name: str, part: int, tally: Tally) -> Sample | None:
         """The next picture of a shard's part; None where it ends or is damaged, and the next one is due."""
         try:
-            if self._tar is None:
-                tally.shards += self._offset == 0 and part == 0
-                self._tar = open_shard(name, self._offset)
-            while (member := self._member(self._tar, name, part)) is not None:
-                if is_picture(member.name):
-                    sample = self._from_member(self._tar, member, name, part, tally)
+            tar = self._tar or self._open(name, part, tally)
+            while (member := self._member(tar, name, part)) is not None:
+                if self._left_out.see(member.name):
+                    sample = self._from_member(tar, member, name, part, tally)
                     if sample is not None:
                         return sample
+            note = outline(name).note if self._jumps(tar) else note_on(self._left_out, tar)
             if not self._seen:
-                raise ShardError("empty", "holds no pictures")
+                raise ShardError("empty", f"holds no pictures{note and f': {note}'}")
+            if note and part == 0:
+                tally.faults.append(Fault("left out", name, note))
         except (ShardError, OSError) as error:
             cause = error.cause if isinstance(error, ShardError) else "unreadable"
+            self._why = str(error)
             if part == 0:  # every lane that has a part of it meets the damage; one answers for it
                 tally.faults.append(Fault(cause, name, str(error)))
         self.close()
         self._unit, self._offset, self._seen = self._unit + 1, 0, 0
         return None
 
+    def _open(self, name: str, part: int, tally: Tally) -> TarStream:
+        """Begin with a shard, or go on within it."""
+        begins = self._offset == 0
+        tally.shards += begins and part == 0
+        self._tar = open_shard(name, self._offset)
+        self._left_out, self._why = LeftOut(whole=begins), "a lane's part of it holds none"
+        if begins and part == 0 and self._jumps(self._tar) and (note := outline(name).note):
+            tally.faults.append(Fault("left out", name, note))  # known beforehand
+        return self._tar
+
+    def _jumps(self, tar: TarStream) -> bool:
+        return self._parts > 1 and tar.seeks
+
     def _member(self, tar: TarStream, name: str, part: int) -> Member | None:
         """The next file of the shard, or at once the next picture of this part where that can be sought."""
-        if self._parts > 1 and tar.seeks:
-            pictures, end = outline(name)
+        if self._jumps(tar):
+            pictures, end, _ = outline(name)
             self._seen = min(self._seen + (part - self._seen) % self._parts, len(pictures))
             tar.jump(pictures[self._seen] if self._seen < len(pictures) else end)
         return tar.next()
@@ -161,14 +186,18 @@ class ShardTrack:
     ) -> Sample | None:
         """A picture of the shard; None where it is another lane's or cannot be decoded."""
         mine = self._seen % self._parts == part
-        data = tar.read(member) if mine else b""
+        small = member.size <= MAX_IMAGE_BYTES
+        data = tar.read(member) if mine and small else b""
         self._seen, self._offset = self._seen + 1, member.end
         if not mine:
             return None
         try:
+            if not small:
+                raise DataError(f"has {member.size} bytes, and the limit is {MAX_IMAGE_BYTES}")
             return Sample(decode(data), f"{short_name(shard)}/{member.name}")
         except DataError as error:
             tally.faults.append(Fault("picture", f"{shard}/{member.name}", str(error)))
+            self._why = f"its pictures cannot be decoded: {error}"
             return None
 
 
@@ -269,7 +298,7 @@ def open_sources(config: DataConfig) -> Sources:
 
 def _weighted(shards: list[Shards], folders: list[Joined], weights: Sequence[float]) -> Sources:
     sources: list[Source] = [*shards, *map(Numbered, folders)]
-    if len(weights) != len(sources) or min(weights) <= 0:
+    if len(weights) != len(sources) or not min(weights) > 0 or not math.isfinite(sum(weights)):
         raise ConfigError(
             f"--data.weights {' '.join(map(str, weights))}: wanted a number above zero for each of the "
             f"{len(sources)} sources: the shards' patterns, the folders, then scenes"

@@ -6,22 +6,34 @@ archive to it. Here every member says where it and its successor lie, and damage
 
 from __future__ import annotations
 
+import io
+import re
 import tarfile
 from typing import IO, NamedTuple
+
+from radio.errors import shown
 
 from .faults import ShardError
 
 _BLOCK = 512
 _SKIPPED_AT_ONCE = 1 << 20  # bytes of a stream that cannot seek
+_LARGEST = 1 << 40  # bytes of a member: nobody packs more into one, and they may have to be passed over
+_LARGEST_HEADER = 1 << 20  # bytes of an extended header, as with libarchive; it is read at once
+_LONGEST_NAME = 1 << 12  # bytes, of a path
 _FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+_LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 _BARE = (  # headers that no bytes follow, whatever size they name
-    tarfile.LNKTYPE,
-    tarfile.SYMTYPE,
+    *_LINKS,
     tarfile.DIRTYPE,
     tarfile.FIFOTYPE,
     tarfile.CHRTYPE,
     tarfile.BLKTYPE,
 )
+_PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
+_FOR_THE_NEXT = (*_PAX, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+_PAX_RECORD = re.compile(rb"(\d{1,7}) ([^=\n]+)=")
+_PAX_SIZE = re.compile(rb"\d{1,18}")
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 class Member(NamedTuple):
@@ -31,6 +43,13 @@ class Member(NamedTuple):
     size: int
     start: int  # where its bytes begin
     end: int  # where the next header begins
+
+
+class _Extended(NamedTuple):
+    """What headers before a member's own say of it."""
+
+    name: str | None = None
+    size: int | None = None
 
 
 class TarStream:
@@ -44,6 +63,11 @@ class TarStream:
     def __init__(self, stream: IO[bytes], position: int = 0) -> None:
         self._stream, self._position, self._next = stream, position, position
         self.seeks = stream.seekable()  # whether `jump` is possible
+        self.num_links, self.first_link = 0, ""  # members without bytes of their own, passed over so far
+        self._length: int | None = None
+        if self.seeks:
+            self._length = stream.seek(0, io.SEEK_END)
+            stream.seek(position)
 
     def close(self) -> None:
         """Let go of the stream."""
@@ -66,22 +90,21 @@ class TarStream:
             ShardError: no tar archive, a damaged header, or the archive ends early.
             OSError: the stream fails.
         """
-        name: str | None = None
+        known = _Extended()
         while True:
             self._skip_to(self._next)
+            at = self._position
             info = self._header()
             if info is None:
                 return None
+            size = info.size if known.size is None or info.type in _FOR_THE_NEXT else known.size
+            if not 0 <= size <= _LARGEST:
+                raise _damaged(at, f"a member of {_short(size)} bytes")
             start = self._position
-            self._next = start if info.type in _BARE else start + -(-info.size // _BLOCK) * _BLOCK
-            if info.type == tarfile.GNUTYPE_LONGNAME:
-                name = _text(self._exactly(info.size)).rstrip("\0")
-            elif info.type == tarfile.XHDTYPE:
-                name = _pax_path(self._exactly(info.size)) or name
-            elif info.type in _FILES:
-                return Member(name or info.name, info.size, start, self._next)
-            elif info.type not in (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK):
-                name = None
+            self._next = start if info.type in _BARE else start + -(-size // _BLOCK) * _BLOCK
+            if info.type in _FILES:
+                return Member(known.name or info.name, size, start, self._next)
+            known = self._extend(known, info, at)
 
     def read(self, member: Member) -> bytes:
         """The bytes of the member that `next` gave last.
@@ -93,8 +116,30 @@ class TarStream:
         assert self._position == member.start, "a member is read once, before the next"
         return self._exactly(member.size)
 
+    def _extend(self, known: _Extended, info: tarfile.TarInfo, at: int) -> _Extended:
+        """What is known of the next file after a header that is not a file's."""
+        if info.type == tarfile.GNUTYPE_LONGNAME:
+            return known._replace(name=_name(self._extension(info, at).rstrip(b"\0"), at))
+        if info.type in _PAX:
+            return _from_pax(known, self._extension(info, at), at)
+        if info.type in _FOR_THE_NEXT:
+            return known
+        if info.type == tarfile.GNUTYPE_SPARSE:
+            raise _sparse(at)
+        if info.type in _LINKS:
+            self.num_links += 1
+            self.first_link = self.first_link or known.name or info.name
+        return _Extended()
+
+    def _extension(self, info: tarfile.TarInfo, at: int) -> bytes:
+        if info.size > _LARGEST_HEADER:
+            raise _damaged(at, f"an extended header of {info.size} bytes, the limit is {_LARGEST_HEADER}")
+        return self._exactly(info.size)
+
     def _skip_to(self, position: int) -> None:
-        if self.seeks and self._position != position:
+        if self._length is not None and self._position != position:
+            if position > self._length:
+                raise ShardError("truncated", f"ends at byte {self._length} within a file")
             self._stream.seek(position)
             self._position = position
         while self._position < position:
@@ -109,6 +154,10 @@ class TarStream:
         self._position += len(block)
         if not block and not at:
             raise ShardError("empty", "an empty file")
+        if not at and (method := next((_COMPRESSED[m] for m in _COMPRESSED if block.startswith(m)), None)):
+            raise ShardError(
+                "unreadable", f"not a plain tar file (compressed by {method}; read it by a pipe:)"
+            )
         if len(block) < _BLOCK:
             raise ShardError("truncated", f"ends at byte {self._position} without an end mark")
         if block.count(0) == _BLOCK:
@@ -116,8 +165,9 @@ class TarStream:
         try:
             return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
-            what = f"a damaged header at byte {at}" if at else "not a plain tar file"
-            raise ShardError("unreadable", f"{what} ({error})") from error
+            if at:
+                raise _damaged(at, str(error)) from error
+            raise ShardError("unreadable", f"not a plain tar file ({error})") from error
 
     def _exactly(self, size: int) -> bytes:
         data = self._stream.read(size)
@@ -127,19 +177,40 @@ class TarStream:
         return data
 
 
-def _pax_path(records: bytes) -> str | None:
-    """The path in an extended header, whose records are `LENGTH path=NAME` lines."""
-    at = 0
-    while at < len(records):
-        length, _, rest = records[at:].partition(b" ")
-        if not length.isdigit() or not int(length):
-            return None
-        name, _, value = rest[: int(length) - len(length) - 2].partition(b"=")
-        if name == b"path":
-            return _text(value)
-        at += int(length)
-    return None
+def _from_pax(known: _Extended, records: bytes, at: int) -> _Extended:
+    """What an extended header adds, whose records are `LENGTH KEY=VALUE` lines."""
+    place = 0
+    while place < len(records) and records[place]:
+        match = _PAX_RECORD.match(records, place)
+        end = place + int(match[1]) if match else 0
+        if match is None or not match.end() < end <= len(records) or records[end - 1 : end] != b"\n":
+            raise _damaged(at, "a record of an extended header")
+        key, value = match[2], records[match.end() : end - 1]
+        if key == b"path":
+            known = known._replace(name=_name(value, at))
+        elif key == b"size":
+            if not _PAX_SIZE.fullmatch(value):
+                raise _damaged(at, f"a size of {shown(value[:20].decode('latin-1'))}")
+            known = known._replace(size=int(value))
+        elif key.startswith(b"GNU.sparse."):
+            raise _sparse(at)
+        place = end
+    return known
 
 
-def _text(data: bytes) -> str:
+def _name(data: bytes, at: int) -> str:
+    if len(data) > _LONGEST_NAME:
+        raise _damaged(at, f"a name of {len(data)} bytes, the limit is {_LONGEST_NAME}")
     return data.decode("utf-8", "surrogateescape")
+
+
+def _damaged(at: int, what: str) -> ShardError:
+    return ShardError("unreadable", f"a damaged header at byte {at} ({what})")
+
+
+def _sparse(at: int) -> ShardError:
+    return ShardError("unreadable", f"a sparse file at byte {at}; pack it without tar's --sparse")
+
+
+def _short(number: int) -> str:
+    return str(number) if number.bit_length() < 64 else f"2^{number.bit_length() - 1} or more"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from .conftest import SIDE, follow, settings
 
 def begin(data: DataConfig, folder: Path, world: int = 1, rank: int = 0, **options: int) -> Progress:
     config = replace(settings(data, 8, **options), out=folder)
-    return start_progress(config, make_partition(config, world), Group(rank), open_sources(data))
+    return start_progress(config, make_partition(config, world), Group(rank), open_sources(data), print)
 
 
 def marks(cursor: int, *faults: Fault, shards: int = 0) -> list[Mark]:
@@ -72,6 +74,53 @@ def test_a_state_of_other_lanes_is_refused(shards: str, tmp_path: Path) -> None:
         other.restore(state)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda state: 7, "should be a valid dictionary"),
+        (lambda state: None, "should be a valid dictionary"),
+        (lambda state: {}, "field required"),
+        (lambda state: {**state, "cursors": 7}, "cursors: input should be a valid list, got 7"),
+        (lambda state: {**state, "cursors": [[[0, 0, 0, 0]]]}, r"cursors\[0\]\[0\]\[0\]: .* valid list"),
+        (lambda state: {**state, "cursors": [[[[2**64] * 4]] * 8]}, "less than 281474976710656, got"),
+        (lambda state: {**state, "cursors": [[[[10**5000] * 4]] * 8]}, "got a number of 16610 bits"),
+        (lambda state: {**state, "cursors": [[[[-1] * 4]] * 8]}, "greater than or equal to 0, got -1"),
+        (lambda state: {**state, "cursors": [[[[0.5] * 4]] * 8]}, "valid integer, got 0.5"),
+        (lambda state: {**state, "cursors": [[[["0"] * 4]] * 8]}, "valid integer, got '0'"),
+        (lambda state: {**state, "cursors": [[[[0] * 4]] * 7 + [[[0] * 3]]]}, r"cursors of \[\[\]\]"),
+        (lambda state: {**state, "cursors": []}, r"cursors of \[\]"),
+        (lambda state: {**state, "counts": [0]}, "give the settings that it was saved with"),
+        (lambda state: {**state, "counts": ["many"] * 6}, r"counts\[0\]: .* valid integer"),
+    ],
+)
+def test_what_is_no_state_is_refused(
+    shards: str, tmp_path: Path, change: Callable[[Any], Any], said: str
+) -> None:
+    progress = begin(DataConfig(shards=(shards,)), tmp_path)
+    before = progress.state()
+    with pytest.raises(CheckpointError, match=said) as caught:
+        progress.restore(change(before))
+    assert len(str(caught.value)) < 500
+    assert progress.state() == before
+
+
+def test_what_is_no_list_is_told_before_the_work(shards: str, tmp_path: Path) -> None:
+    (tmp_path / LISTING).mkdir()
+    with pytest.raises(DataError, match=r"broken\.jsonl: is a folder; give a file"):
+        begin(DataConfig(shards=(shards,)), tmp_path)
+
+
+def test_what_is_left_out_is_told_and_is_not_broken(
+    shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress = begin(DataConfig(shards=(shards,)), tmp_path)
+    progress.add(marks(1, Fault("left out", "a.tar", "1 members are links"), shards=1))
+    assert set(progress.broken(8, 0.0).values()) == {0}
+    assert progress.in_words() == ""
+    assert "a.tar: 1 members are links" in capsys.readouterr().out
+    assert json.loads((tmp_path / LISTING).read_text())["cause"] == "left out"
+
+
 def test_what_is_broken_is_counted_and_listed(shards: str, tmp_path: Path) -> None:
     progress = begin(DataConfig(shards=(shards,)), tmp_path)
     assert progress.broken(8, 0.01) == dict.fromkeys(
@@ -104,7 +153,7 @@ def test_too_much_that_is_broken_stops(shards: str, tmp_path: Path, cause: str, 
 def test_data_that_are_no_stream_have_no_progress(tmp_path: Path) -> None:
     config = replace(settings(DataConfig()), out=tmp_path)
     pictures = open_sources(DataConfig(scenes=3))
-    progress = Progress((), make_partition(config, 1), Group(), 0, tmp_path / LISTING)
+    progress = Progress((), make_partition(config, 1), Group(), 0, None)
     progress.add([])
     assert progress.state()["cursors"] == []
     progress.restore(progress.state())

@@ -18,7 +18,7 @@ from radio.errors import ConfigError
 from train.config import DataConfig
 from train.data import remote as module
 from train.data.faults import ShardError
-from train.data.shards import expand, is_picture, open_shard, outline, runs_program
+from train.data.shards import LeftOut, expand, is_picture, open_shard, outline, runs_program
 
 from .conftest import follow, pack, pack_pictures, settings
 
@@ -349,6 +349,32 @@ def test_pictures_are_known_by_their_ending() -> None:
     assert not any(map(is_picture, ("0.txt", "0.seg.png", "._0.jpg", "a/._0.jpg", "jpg", "0")))
 
 
+@pytest.mark.parametrize(
+    ("names", "samples", "left_out", "first"),
+    [
+        (["0.jpg", "0.seg.png", "1.mask.png", "1.png"], 2, 0, ""),  # masks beside their images
+        ([f"img.v1.{n:04d}.jpg" for n in range(8)], 0, 8, "img.v1.0000.jpg"),
+        (["a.jpg", "img.v1.0.JPG", "img.v1.1.jpg", "b.jpg", "c.d.png"], 2, 3, "img.v1.0.JPG"),
+        (["x.v1/0.jpg", "x.v1/1.jpg"], 2, 0, ""),  # the dots of folders are none
+        (["._0.jpg", ".0.jpg", "a/._0.jpg", "0.txt", "0.a.txt", "jpg"], 0, 0, ""),
+    ],
+)
+def test_images_that_are_not_samples_are_counted(
+    names: list[str], samples: int, left_out: int, first: str
+) -> None:
+    seen = LeftOut()
+    assert sum(map(seen.see, names)) == samples
+    seen.end()
+    assert (seen.count, seen.first) == (left_out, first)
+
+
+def test_an_image_may_lie_before_the_place_to_go_on_from() -> None:
+    seen = LeftOut(whole=False)
+    assert not any(map(seen.see, ["0.seg.png", "0.mask.png", "1.seg.png"]))
+    seen.end()
+    assert (seen.count, seen.first) == (1, "1.seg.png")
+
+
 def test_an_outline_leads_to_every_picture(tmp_path: Path) -> None:
     files = [
         (f"{'long-' * 30 if n == 3 else ''}{n}.{ending}", b"x" * n)
@@ -367,7 +393,7 @@ def test_an_outline_leads_to_every_picture(tmp_path: Path) -> None:
     assert tar.next() is None
     cut = tmp_path / "cut.tar"
     cut.write_bytes(path.read_bytes()[: found.pictures[5] + 100])
-    assert outline(str(cut)) == (found.pictures[:5], found.pictures[5])
+    assert outline(str(cut)) == (found.pictures[:5], found.pictures[5], "")
     with pytest.raises(ShardError, match="no such shard"):
         outline(str(tmp_path / "b.tar"))
     tar.close()

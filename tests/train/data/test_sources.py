@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
 from collections import Counter
 from collections.abc import Iterable
 from itertools import chain
@@ -9,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from radio.errors import DataError
+from radio.errors import ConfigError, DataError
 from train.config import DataConfig
-from train.data.faults import Fault
+from train.data.faults import Fault, FaultList
 from train.data.sources import Shards, open_sources
 
 from ..conftest import fill_folder, picture_bytes
@@ -102,6 +105,76 @@ def test_data_without_a_picture_is_one_clear_error(tmp_path: Path, workers: int)
     folder = settings(DataConfig(images=(fill_folder(tmp_path / "broken", 0, broken=3),)))
     with pytest.raises(DataError, match=r"^20 pictures in a row cannot be read, the last: .*check the data$"):
         list(follow(folder, range(1), workers=workers))
+
+
+def dotted(folder: Path, dotted: int, plain: int) -> str:
+    """A shard of images some of whose names have more dots than one."""
+    names = [f"img.v1.{n:04d}.jpg" for n in range(dotted)] + [f"img_{n:04d}.jpg" for n in range(plain)]
+    return str(pack(folder / "a.tar", [(name, picture_bytes(n, "JPEG")) for n, name in enumerate(names)]))
+
+
+@pytest.mark.parametrize("lanes", [1, 4])
+@pytest.mark.parametrize("piped", [False, True])
+def test_images_that_are_not_samples_are_told(tmp_path: Path, lanes: int, piped: bool) -> None:
+    path = dotted(tmp_path, 4, 4)
+    pattern = f"pipe:cat {path}" if piped else path
+    config = settings(DataConfig(shards=(pattern,), lanes=lanes), batch_size=4)
+    rows = [step[0] for step in follow(config, range(6))]
+    assert len(set(chain.from_iterable(each.keys for each in rows))) == 4
+    assert {fault for each in rows for fault in each.mark.faults} == {
+        Fault(
+            "left out",
+            pattern,
+            "4 members end in an image's ending and are not samples, the first is img.v1.0000.jpg (its "
+            "ending begins at the first dot: .v1.0000.jpg); rename them, as in img_v1_0000.jpg",
+        )
+    }
+
+
+def test_a_shard_of_no_samples_says_why(tmp_path: Path) -> None:
+    config = settings(DataConfig(shards=(dotted(tmp_path, 8, 0),)))
+    with pytest.raises(DataError, match=r"holds no pictures: 8 members end in .* img\.v1\.0000\.jpg"):
+        list(follow(config, range(1)))
+
+
+def test_a_picture_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.data.sources.MAX_IMAGE_BYTES", 2000)
+    good = picture_bytes(0, "JPEG", (20, 24))
+    assert len(good) < 2000
+    path = pack(tmp_path / "a.tar", [("0.jpg", good), ("1.jpg", b"x" * 2001), ("2.jpg", good)])
+    config = settings(DataConfig(shards=(str(path),), lanes=1), batch_size=2)
+    (rows,), *_ = follow(config, range(1))
+    assert rows.keys == ("a.tar/0.jpg", "a.tar/2.jpg")
+    assert rows.mark.faults == (Fault("picture", f"{path}/1.jpg", "has 2001 bytes, and the limit is 2000"),)
+
+
+def test_shards_that_take_too_long_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.data.sources._LONG", -1.0)
+    config = settings(DataConfig(shards=(f"{tmp_path}/{{0..3}}.tar",)))
+    with pytest.raises(DataError, match=r"no picture in 3 shards in a row, the last .* \(no such shard\)"):
+        list(follow(config, range(1)))
+
+
+def test_names_that_are_not_utf_8_are_read(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    files = [(f"{name}{n}.jpg", picture_bytes(n, "JPEG")) for n in range(3)] + [(f"{name}9.jpg", b"text")]
+    path = pack(tmp_path / f"{name}.tar", files)
+    config = settings(DataConfig(shards=(str(path),), lanes=1), batch_size=3)
+    for workers in (0, 1):
+        (rows,), *_ = follow(config, range(1), workers=workers)
+        assert rows.keys == tuple(f"{name}.tar/{name}{n}.jpg" for n in range(3))
+    assert len(open_sources(config.data).fingerprint) == 64
+    told: list[str] = []
+    FaultList(tmp_path / "broken.jsonl", told.append).add(
+        fault for (rows,) in follow(config, range(2)) for fault in rows.mark.faults
+    )
+    assert json.loads((tmp_path / "broken.jsonl").read_text())["where"].endswith("/caf\\udce99.jpg")
+
+
+@pytest.mark.parametrize("weights", [(1, math.nan), (math.inf, 1), (1e308, 1e308), (-1, 1), (1,)])
+def test_weights_are_numbers_above_zero(shards: str, weights: tuple[float, ...]) -> None:
+    with pytest.raises(ConfigError, match="wanted a number above zero for each of the 2 sources"):
+        open_sources(DataConfig(shards=(shards,), scenes=3, weights=weights))
 
 
 def test_the_fingerprint_is_of_names_not_of_places() -> None:
