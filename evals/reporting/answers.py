@@ -15,7 +15,7 @@ from .pictures import Album, read_picture
 from .records import Answered, answered, read_records
 from .sections import Scored
 
-_TASKS = ("gqa", "vqav2", "textvqa", "scienceqa")
+_TASKS = ("gqa", "vqav2", "textvqa", "scienceqa", "custom")
 _BELOW = ("images", "vqav2/val2014", "scienceqa/images")  # of the generated benchmarks
 _EACH = 3  # right and wrong ones of a benchmark
 _LONGEST = 240  # letters of a question

@@ -7,12 +7,11 @@ import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from evals.core.chunks import Damage
 from radio.errors import DataError
 from radio.io import write_text
 from radio.scenes import COLOURS, SHAPES, Question, questions, render
@@ -21,6 +20,9 @@ from .scoring.exam import TaskFiles
 from .scoring.scienceqa import LETTERS
 from .tasks import Task
 from .worlds import make_world
+
+if TYPE_CHECKING:
+    from evals.core.chunks import Damage
 
 _CARD, _FORMAT = "benchmarks.json", "am-radio-vqa-benchmarks/2"
 _JPEG_QUALITY = 95
@@ -90,7 +92,7 @@ def write_benchmarks(
     if count < 1:
         raise DataError(f"benchmarks of {count} pictures hold no questions; ask for 1 or more")
     card = {"format": _FORMAT, "count": count, "seed": seed, "size": size}
-    make_world(root, _CARD, card, partial(_fill, count=count, seed=seed, size=size), damage or Damage())
+    make_world(root, _CARD, card, partial(_fill, count=count, seed=seed, size=size), damage)
     return files_below(root)
 
 

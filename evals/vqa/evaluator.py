@@ -30,7 +30,7 @@ from .settings import VqaSettings
 from .tasks import TaskData, open_task, read_predictions
 
 if TYPE_CHECKING:
-    from .course import Course, Done
+    from .course import Course, Done, Material
 
 
 class _Outcome(NamedTuple):
@@ -202,7 +202,8 @@ def _run(model: Backbone, settings: VqaSettings, group: Group, watch: Watch) -> 
     unmarked = [(data, answers) for data, answers in said if not data.has_answers]
     seconds = {"training": trained - prepared, "answers": time.monotonic() - trained}
     left_out = [note for name, one in material.items() if name in done for note in one.notes]
-    return _Outcome(course, done, marked, unmarked, seconds, (*notes, *left_out, *_missing(marked)))
+    notes = (*notes, *left_out, *_missing(marked), *_blindness(marked, material))
+    return _Outcome(course, done, marked, unmarked, seconds, notes)
 
 
 def _examine(
@@ -279,6 +280,18 @@ def _missing(marked: Sequence[Marked]) -> tuple[str, ...]:
         for one in marked
         if one.scores.missing
     )
+
+
+def _blindness(marked: Sequence[Marked], material: dict[str, Material]) -> tuple[str, ...]:
+    """A note where a blind baseline means nothing."""
+    instruct = material["instruct"].records
+    if all(one.blind is None for one in marked) or any(record.image is None for record in instruct):
+        return ()
+    note = (
+        "the blind answers mean nothing: each training conversation had an image, so that the model never "
+        "learned to answer without one"
+    )
+    return (note,)
 
 
 def _report(

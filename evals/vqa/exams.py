@@ -52,15 +52,14 @@ def open_exams(
     if files is not None:
         assert settings.task is not None, "checked by the settings"
         data = open_task(settings.task, files, rule=settings.rule, limit=settings.limit)
-        if settings.score is None:
-            data.check_images()
+        data.check()
         return [data]
     if settings.instruct_data is not None:
         raise ConfigError(
             "--stages has score and no benchmark was named; give --task with --questions and --images, or "
             "leave score out"
         )
-    root = cache / "scenes" / f"vqa-benchmarks2-{scenes}-seed{settings.seed}"
+    root = cache / "scenes" / f"vqa-benchmarks-v2-{scenes}-seed{settings.seed}"
     if group.leads:
         write_benchmarks(root, scenes, settings.seed, damage=damage)
     group.barrier()
@@ -68,7 +67,7 @@ def open_exams(
     tasks: tuple[Task, ...] = TASKS if settings.task is None else (settings.task,)
     opened = [open_task(task, written[task], limit=settings.limit) for task in tasks]
     for data in opened:
-        data.check_images()
+        data.check()
     return opened
 
 

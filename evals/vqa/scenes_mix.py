@@ -14,18 +14,20 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from evals.core.chunks import Damage
 from radio.images import write_png
 from radio.io import write_text
 from radio.scenes import CLASSES, COLOURS, SHAPES, Question, Scene, questions, render
 
 from .prompts import IMAGE, choose, short
 from .worlds import make_world
+
+if TYPE_CHECKING:
+    from evals.core.chunks import Damage
 
 _HINTS = ("", "", "Look at the big object.")
 _NUM_CHOICES = 4
@@ -46,7 +48,7 @@ class Mix:
 
 def write_mix(root: Path, mix: Mix, damage: Damage | None = None) -> None:
     """Write pictures and both stages' JSON into a folder, once; a damaged one is written again."""
-    make_world(root, _CARD, asdict(mix), partial(_fill, mix=mix), damage or Damage())
+    make_world(root, _CARD, asdict(mix), partial(_fill, mix=mix), damage)
 
 
 def _fill(root: Path, mix: Mix) -> None:

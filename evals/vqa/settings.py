@@ -67,9 +67,11 @@ class VqaSettings:
     save: Path | None = None
     """Also write the trained LLaVA as a folder that transformers opens."""
     task: Task | None = None
-    """Score this benchmark only; all four of the generated world unless given."""
+    """Score this benchmark only, or `custom` for questions of your own; all four of the generated world
+    unless given."""
     questions: Path | None = None
-    """The benchmark's published questions, for --task. The generated world's unless given."""
+    """The benchmark's published questions, for --task, or a JSONL file of your own. The generated world's
+    unless given."""
     annotations: Path | None = None
     """VQAv2's answers; elsewhere they stand in the file of the questions, which may be named here too."""
     splits: Path | None = None
@@ -77,7 +79,7 @@ class VqaSettings:
     split: str | None = None
     """ScienceQA's split (test unless given); elsewhere where the file does not say it."""
     images: Path | None = None
-    """The folder of the benchmark's pictures."""
+    """The folder or tar file of the benchmark's pictures."""
     ocr: bool = False
     """TextVQA: put OCR tokens into the prompt."""
     ocr_file: Path | None = None
@@ -129,6 +131,8 @@ class VqaSettings:
         named = (self.questions, self.annotations, self.splits, self.images, self.ocr_file)
         if self.task is None and any(path is not None for path in named):
             raise ConfigError("files of a benchmark without its name; give --task too")
+        if self.task == "custom" and self.files is None:
+            raise ConfigError("--task custom asks questions of your own; give --questions FILE.jsonl too")
         if self.score is not None and self.files is None:
             raise ConfigError("--score needs --task and the benchmark's files: --questions, --annotations")
         if (self.pretrain_data is None) != (self.instruct_data is None):

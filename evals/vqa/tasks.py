@@ -1,4 +1,4 @@
-"""The four benchmarks behind one door: questions in, scores out. Neither a model nor torch is needed."""
+"""The benchmarks behind one door: questions in, scores out. Neither a model nor torch is needed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Literal, get_args
 
 from radio.errors import DataError, did_you_mean
 
-from .scoring import gqa, scienceqa, textvqa, vqav2
+from .prompts import IMAGE
+from .scoring import custom, gqa, scienceqa, textvqa, vqav2
 from .scoring.exam import Exam, Question, TaskFiles
 from .scoring.predictions import read_predictions
 from .scoring.scores import Scores
@@ -28,14 +29,16 @@ __all__ = [
     "read_predictions",
 ]
 
-Task = Literal["gqa", "vqav2", "textvqa", "scienceqa"]
-TASKS: tuple[Task, ...] = get_args(Task)
+Task = Literal["gqa", "vqav2", "textvqa", "scienceqa", "custom"]
+TASKS: tuple[Task, ...] = ("gqa", "vqav2", "textvqa", "scienceqa")
+"""The published benchmarks; `custom` are questions of one's own."""
 
 _NEEDLESS: dict[Task, tuple[str, ...]] = {
     "gqa": ("annotations", "splits", "ocr", "ocr_file"),
     "vqav2": ("splits", "ocr", "ocr_file"),
     "textvqa": ("annotations", "splits"),
     "scienceqa": ("annotations", "ocr", "ocr_file"),
+    "custom": ("annotations", "splits", "ocr", "ocr_file"),
 }
 
 
@@ -112,14 +115,37 @@ class TaskData:
         Raises:
             DataError: another benchmark, or not exactly the answers to all questions; nothing is written.
         """
+        self._check_submission()
+        vqav2.write_submission(self.questions, answers, path, normalise=normalise)
+
+    def check(self) -> None:
+        """Find whatever would stop a model's answers at the end, before it is trained for hours.
+
+        Raises:
+            DataError: images that are not there, questions that hold the image's mark, or neither right
+                answers nor a submission that could be written.
+        """
+        self.check_images()
+        marked = [question.id for question in self.questions if IMAGE in question.prompt]
+        if marked:
+            raise DataError(
+                f"{len(marked)} questions of {self.task} {self.split} hold the mark {IMAGE} themselves, the "
+                f"first is {marked[0]}; take it out"
+            )
+        if not self.has_answers:
+            self._check_submission()
+
+    def _check_submission(self) -> None:
         if self.task != "vqav2":
-            raise DataError(f"{self.task} takes no EvalAI submission here; only vqav2 does")
+            raise DataError(
+                f"{self.task} takes no EvalAI submission here; only vqav2 does, and {self.task} "
+                f"{self.split} needs files that hold the right answers"
+            )
         if len(self.questions) < self.num_questions:
             raise DataError(
                 f"a submission answers all {self.num_questions} questions, and the limit left "
                 f"{len(self.questions)}; leave the limit out"
             )
-        vqav2.write_submission(self.questions, answers, path, normalise=normalise)
 
     def check_images(self) -> Path:
         """The folder or tar file of the pictures, once every question's picture was found in it.
@@ -156,8 +182,9 @@ def open_task(
     Raises:
         DataError: an unknown benchmark, a file that is absent, another benchmark's, or not read by this one.
     """
-    if task not in TASKS:
-        raise DataError(f"no benchmark {task!r}; there are {', '.join(TASKS)}{did_you_mean(task, TASKS)}")
+    known = get_args(Task)
+    if task not in known:
+        raise DataError(f"no benchmark {task!r}; there are {', '.join(known)}{did_you_mean(task, known)}")
     needless = [name for name in _NEEDLESS[task] if getattr(files, name)]
     if needless:
         raise DataError(f"{task} does not read {' and '.join(needless)}; leave that out")
@@ -173,7 +200,7 @@ def open_task(
 
 
 def _read(task: Task, files: TaskFiles, rule: Rule | None) -> Exam:
-    if task in ("gqa", "scienceqa") and rule is not None:
+    if task in ("gqa", "scienceqa", "custom") and rule is not None:
         raise DataError(f"{task} has one rule, and got {rule!r}; leave that out")
     if rule is not None and rule not in get_args(Rule):
         raise DataError(f"no rule {rule!r}; there are {', '.join(get_args(Rule))}")
@@ -181,6 +208,8 @@ def _read(task: Task, files: TaskFiles, rule: Rule | None) -> Exam:
         return vqav2.read(files, rule or "official")
     if task == "textvqa":
         return textvqa.read(files, rule or "m4c")
+    if task == "custom":
+        return custom.read(files)
     return gqa.read(files) if task == "gqa" else scienceqa.read(files)
 
 

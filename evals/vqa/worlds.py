@@ -8,20 +8,22 @@ import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
-from evals.core.chunks import Damage, DamagedError
 from radio.errors import DataError
 from radio.io import make_folder, read_json, write_text
+
+if TYPE_CHECKING:
+    from evals.core.chunks import Damage  # torch comes with it
 
 _CARD = TypeAdapter(dict[str, Any])
 _DIGEST = "digest"  # its key in a card: over all other files
 
 
 def make_world(
-    root: Path, card: str, wanted: Mapping[str, Any], fill: Callable[[Path], None], damage: Damage
+    root: Path, card: str, wanted: Mapping[str, Any], fill: Callable[[Path], None], damage: Damage | None
 ) -> None:
     """Make a folder of generated files, unless it is there; a damaged one is thrown away first.
 
@@ -45,19 +47,22 @@ def make_world(
     make_folder(root, fill_and_sign)
 
 
-def _is_there(root: Path, card: str, wanted: Mapping[str, Any], damage: Damage) -> bool:
+def _is_there(root: Path, card: str, wanted: Mapping[str, Any], damage: Damage | None) -> bool:
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     if not (root / card).exists():
         raise DataError(f"{root}: holds something else than what is asked for, and no {card}; move it away")
     try:
-        found = read_json(root / card, _CARD, error=DamagedError)
+        found = read_json(root / card, _CARD)
         digest = found.pop(_DIGEST, None)
         if found == wanted and digest != _digest(root, card):
-            raise DamagedError(f"{root}: its files are not those that were written there")
-    except DamagedError as error:
-        damage.add(error)
+            raise DataError(f"{root}: its files are not those that were written there")
+    except DataError as error:
         _throw_away(root)
+        if damage is not None:
+            from evals.core.chunks import DamagedError
+
+            damage.add(DamagedError(str(error)))
         return False
     if found != wanted:
         raise DataError(

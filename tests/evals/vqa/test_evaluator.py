@@ -159,6 +159,45 @@ def test_lora_adds_a_product_of_its_rank_to_every_linear_layer(tmp_path: Path) -
     assert again.metrics == report.metrics
 
 
+def test_questions_of_ones_own_about_images_of_any_kind(
+    backbone: Callable[..., Any], tmp_path: Path, make_row: Callable[..., Any]
+) -> None:
+    (tmp_path / "images").mkdir()
+    for name, colour in (("a.webp", "red"), ("é.BMP", "blue")):
+        Image.new("RGB", (20, 20), colour).save(tmp_path / "images" / name)
+    talks = [
+        make_row("a", "a.webp", "<image>\nWhat colour?", "red"),
+        make_row("b", "e\u0301.BMP", "<image>\nWhat colour?", "blue"),  # the accent in another form
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(talks))
+    (tmp_path / "own.jsonl").write_text(
+        '{"image": "a.webp", "question": "What colour?", "answer": "red", "category": "colour"}\n'
+        '{"image": "é.BMP", "question": "What colour?", "answers": ["blue", "navy"], "category": "colour"}\n'
+        '{"question": "And the sky?", "choices": ["red", "blue"], "answer": "blue", "category": "x"}\n'
+    )
+    settings = VqaSettings(
+        preset="scenes",
+        pretrain_data=tmp_path / "data.json",
+        pretrain_images=tmp_path / "images",
+        instruct_data=tmp_path / "data.json",
+        instruct_images=tmp_path / "images",
+        task="custom",
+        questions=tmp_path / "own.jsonl",
+        images=tmp_path / "images",
+        max_steps=2,
+        batch=2,
+    )
+    report = EVALUATOR.run(backbone(), settings, tmp_path, name="own")
+    assert {"custom", "blind_custom", "custom_category_colour", "custom_category_x"} < set(report.metrics)
+    assert report.files == ("vqa-own-custom.jsonl",) and report.data[-1].name == "custom own"
+    lines = [json.loads(line) for line in (tmp_path / report.files[0]).read_text().splitlines()]
+    assert [line["expected"] for line in lines] == ["red", "blue", "B"]
+    assert any("the blind answers mean nothing" in note for note in report.notes)
+    (tmp_path / "own.jsonl").write_text('{"image": "../data.json", "question": "?", "answer": "x"}\n')
+    with pytest.raises(DataError, match=r"1 of the 1 pictures of custom own are not there"):
+        EVALUATOR.run(backbone(), settings, tmp_path, name="own")
+
+
 def test_shuffled_pictures_are_another_training(backbone: Callable[..., Any], tmp_path: Path) -> None:
     settings = replace(SMALL, stages=("pretrain",))
     losses = [
@@ -171,7 +210,7 @@ def test_shuffled_pictures_are_another_training(backbone: Callable[..., Any], tm
 def test_predictions_are_scored_without_a_model(backbone: Callable[..., Any], tmp_path: Path) -> None:
     report = EVALUATOR.run(backbone(), replace(SMALL, task="vqav2"), tmp_path, name="it")
     assert [name for name in report.metrics if name in ("gqa", "vqav2")] == ["vqav2"]
-    (root,) = (tmp_path / "cache").glob("am-radio/scenes/vqa-benchmarks2-*")
+    (root,) = (tmp_path / "cache").glob("am-radio/scenes/vqa-benchmarks-*")
     settings = VqaSettings(
         score=tmp_path / "vqa-it-vqav2.jsonl",
         task="vqav2",
@@ -200,7 +239,7 @@ def test_answers_that_are_not_public_become_a_submission(
     backbone: Callable[..., Any], tmp_path: Path
 ) -> None:
     EVALUATOR.run(backbone(), replace(SMALL, task="vqav2"), tmp_path, name="val")
-    (root,) = (tmp_path / "cache").glob("am-radio/scenes/vqa-benchmarks2-*/vqav2")
+    (root,) = (tmp_path / "cache").glob("am-radio/scenes/vqa-benchmarks-*/vqav2")
     asked = json.loads((root / "v2_OpenEnded_mscoco_val2014_questions.json").read_text())
     test = tmp_path / "v2_OpenEnded_mscoco_test-dev2015_questions.json"
     test.write_text(json.dumps({**asked, "data_subtype": "test-dev2015"}))

@@ -43,6 +43,12 @@ GOOD: dict[str, dict[str, Any]] = {
             }
         }
     },
+    "custom": {
+        "questions.json": [
+            {"image": "a.png", "question": "Red?", "answer": "yes", "category": "c"},
+            {"id": 7, "question": "Who?", "choices": ["a", "b"], "answers": ["b"]},
+        ]
+    },
     "vqav2": {
         "questions.json": {
             "data_subtype": "val2014",

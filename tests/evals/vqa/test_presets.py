@@ -104,6 +104,7 @@ def test_a_size_that_was_asked_for(backbone: Callable[..., Any]) -> None:
         ({"max_error_fraction": 1.5}, "max_error_fraction: 1.5 is out of bounds"),
         ({"pretrain_images": Path("x")}, "--pretrain-images without --pretrain-data"),
         ({"pretrain_data": Path("x")}, "--pretrain-data and --instruct-data belong together"),
+        ({"task": "custom"}, r"--task custom asks questions of your own; give --questions FILE\.jsonl too"),
         ({"questions": Path("x")}, "files of a benchmark without its name; give --task too"),
         ({"score": Path("x"), "task": "gqa"}, "--score needs --task and the benchmark's files"),
     ],

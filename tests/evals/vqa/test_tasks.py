@@ -145,3 +145,19 @@ def test_scienceqa_counts_what_is_missing_as_wrong(tmp_path: Path) -> None:
 def test_torch_is_not_needed() -> None:
     code = "import sys, evals.vqa.tasks, evals.vqa.benchmarks; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_would_stop_the_answers_at_the_end_is_found_first(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for name in ("0.jpg", "1.jpg", "COCO_test2015_000000000009.jpg"):
+        (tmp_path / "images" / name).touch()
+    open_task("gqa", gqa(tmp_path)).check()
+    with pytest.raises(DataError, match="4 questions of gqa val hold the mark <image> themselves, the first"):
+        open_task("gqa", gqa(tmp_path, question="Is <image> a tag?")).check()
+    data = json.loads(gqa(tmp_path).questions.read_text())
+    for record in data.values():
+        del record["answer"]
+    files = gqa(tmp_path)
+    files.questions.write_text(json.dumps(data))
+    with pytest.raises(DataError, match=r"gqa takes no EvalAI submission here; .* files that hold the right"):
+        open_task("gqa", files).check()
