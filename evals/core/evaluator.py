@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Annotated, Any, Protocol, TypeVar, get_type_hints, runtime_checkable
 
 from radio.registry import Registry
 from radio.types import Backbone
@@ -13,10 +13,22 @@ from radio.types import Backbone
 from .report import Report
 
 S = TypeVar("S")
+V = TypeVar("V")
 T = TypeVar("T", contravariant=True)
 
 Advance = Callable[[int], None]
 """Tells a progress bar that so many more pictures are done."""
+
+
+Machine = Annotated[V, "machine"]
+"""The type of a setting that may differ between two reports which are compared: `workers: Machine[int] = 2`.
+It says how the work is done (or which luck it has), and is no part of the protocol."""
+
+
+def machine_settings(settings: Any) -> tuple[str, ...]:
+    """Name the settings of a task that are no part of its protocol, for its report."""
+    hints = get_type_hints(type(settings), include_extras=True)
+    return tuple(name for name, hint in hints.items() if "machine" in getattr(hint, "__metadata__", ()))
 
 
 class Watch(Protocol):

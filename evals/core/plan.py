@@ -16,6 +16,7 @@ from radio.errors import ConfigError
 from radio.images import EVALUATION_RATIO
 from radio.types import Backbone
 
+from .evaluator import Machine
 from .features import Extraction
 from .provenance import choose_device
 from .views import make_view
@@ -49,13 +50,13 @@ class ExtractionSettings:
     """Side of the square, or the short side, in pixels. The model's own size unless given."""
     ratio: Annotated[float, Interval(ge=1, le=16)] = EVALUATION_RATIO
     """The picture is resized to this times the size before the middle is cut out."""
-    batch: Annotated[int, Interval(ge=1, le=65_536)] = 64
+    batch: Machine[Annotated[int, Interval(ge=1, le=65_536)]] = 64
     """Pictures that go through the model together; does not change the scores."""
-    workers: Workers | None = None
+    workers: Machine[Workers | None] = None
     """Loader processes; none on a CPU and up to 8 beside a GPU unless given."""
-    cache: Path | None = None
+    cache: Machine[Path | None] = None
     """Where features are kept. $XDG_CACHE_HOME/am-radio unless given."""
-    device: str = "auto"
+    device: Machine[str] = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """What the model computes in."""

@@ -89,6 +89,7 @@ class Report:
     card: dict[str, Any] = field(
         default_factory=dict
     )  # the checkpoint's: teachers, data, settings, provenance
+    machine_settings: tuple[str, ...] = ()  # names of settings that may differ where reports are compared
     peak_memory: float | None = None  # MiB, of the process or of the GPU
     format: Literal["am-radio-report/2"] = "am-radio-report/2"
 

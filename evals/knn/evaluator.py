@@ -16,7 +16,7 @@ from evals.core.accuracy import class_table
 from evals.core.chunks import Damage
 from evals.core.data import aligned_labels, open_source
 from evals.core.dist import Group, current
-from evals.core.evaluator import Watch, card_of, domain_notes, silent
+from evals.core.evaluator import Watch, card_of, domain_notes, machine_settings, silent
 from evals.core.features import Extraction, Stored, default_cache, extract
 from evals.core.plan import carry, plan, resolved
 from evals.core.provenance import commit, describe_device, peak_memory, versions
@@ -104,6 +104,7 @@ class KnnEvaluator:
             versions=versions(),
             git=commit(),
             card=card_of(model),
+            machine_settings=machine_settings(settings),
             peak_memory=peak_memory(how.device),
             notes=(*notes, *_clamped(classifier), *damage.notes(group), *domain_notes(model, sources)),
             tables={"classes": class_table(ranking, classifier.labels, sets.bank.classes)},

@@ -15,24 +15,9 @@ from radio.io import parse_json, read_text
 
 from .pairing import paired_interval
 from .records import Entry
+from .sections import machine_settings
 
 Verdict = Literal["better", "worse", "same", "missing", "new", "timing"]
-
-# What may differ between two runs of one protocol.
-_OF_THE_MACHINE = frozenset(
-    {
-        "batch",
-        "box_batch",
-        "cache",
-        "device",
-        "keep_embeddings",
-        "keep_tokens",
-        "keep_tokens_gb",
-        "save_every",
-    }
-    | {"save_maps", "save_masks", "workers", "answer_batch", "fsdp", "save", "score"}
-    | {"head_seed", "training_seed"}  # luck, not protocol
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,7 +155,8 @@ def _one_sided(report: Report, verdict: Verdict) -> Change:
 
 def _check_alike(new: Entry, old: Entry) -> None:
     """Refuse to compare what was measured differently."""
-    ours, theirs = (protocol(entry.report) for entry in (new, old))
+    free = machine_settings([new.report, old.report])
+    ours, theirs = (protocol(entry.report, free) for entry in (new, old))
     for name in dict.fromkeys([*theirs, *ours]):
         if ours.get(name) != theirs.get(name):
             raise DataError(
@@ -179,13 +165,9 @@ def _check_alike(new: Entry, old: Entry) -> None:
             )
 
 
-def protocol(report: Report) -> dict[str, Any]:
-    """What must be equal for two reports to be comparable: settings (not the machine's) and data."""
-    settings = {
-        key: value
-        for key, value in report.settings.items()
-        if key not in _OF_THE_MACHINE and key != "resolved"
-    }
+def protocol(report: Report, free: frozenset[str]) -> dict[str, Any]:
+    """What must be equal for two reports to be comparable: settings (but for the `free` ones) and data."""
+    settings = {key: value for key, value in report.settings.items() if key not in free}
     data = {
         f"{used.role} data": f"{used.name} ({used.count}, {used.fingerprint[:12]})" for used in report.data
     }

@@ -19,7 +19,7 @@ from .records import Entry
 _MOST_ROWS = 100
 _MOST_COLUMNS = 12  # metrics beside one another
 _MOST_SKIPPED = 10
-_OF_THE_MACHINE = frozenset({"cache", "workers", "batch", "device", "resolved"})
+_ALWAYS_FREE = frozenset({"cache", "device", "workers", "resolved"})  # of any task, also of a stranger's
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,12 +102,17 @@ def metrics_grid(reports: Sequence[Report]) -> Grid:
     )
 
 
+def machine_settings(reports: Sequence[Report]) -> frozenset[str]:
+    """The settings that may differ between these reports of one task, as each of them says."""
+    return _ALWAYS_FREE.union(*(report.machine_settings for report in reports))
+
+
 def differences(reports: Sequence[Report]) -> list[str]:
     """What keeps the reports of one task from being compared: settings and data that differ."""
-    found = []
+    found, free = [], machine_settings(reports)
     names = dict.fromkeys(name for report in reports for name in report.settings)
     for name in names:
-        if name in _OF_THE_MACHINE:
+        if name in free:
             continue
         values = dict.fromkeys(_words(report.settings.get(name)) for report in reports)
         if len(values) > 1:

@@ -16,6 +16,7 @@ from .compare import is_report, protocol, read_reports
 from .figures import Series, lines
 from .html import Page, render
 from .records import Entry
+from .sections import machine_settings
 
 Line = tuple[str, str]  # task, model
 
@@ -71,7 +72,7 @@ def find_jumps(nights: Sequence[Night], tolerance: float) -> list[Jump]:
             report = entry.report
             known = last.get(line)
             last[line] = (night, report)
-            if known is None or protocol(known[1]) != protocol(report):
+            if known is None or not _alike(known[1], report):
                 continue
             before, after = known[1].metrics.get(report.headline), report.metrics[report.headline]
             if before is not None and abs(after.value - before.value) > tolerance:
@@ -87,6 +88,11 @@ def find_jumps(nights: Sequence[Night], tolerance: float) -> list[Jump]:
                     )
                 )
     return found
+
+
+def _alike(before: Report, after: Report) -> bool:
+    free = machine_settings([before, after])
+    return protocol(before, free) == protocol(after, free)
 
 
 def write_trend(root: Path, path: Path, tolerance: float) -> tuple[int, list[Jump]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, final
 
 from evals.core.dist import Group, current
-from evals.core.evaluator import Watch, card_of, domain_notes, silent
+from evals.core.evaluator import Watch, card_of, domain_notes, machine_settings, silent
 from evals.core.features import default_cache
 from evals.core.provenance import choose_device, commit, describe_device, peak_memory, versions
 from evals.core.report import DataUsed, Metric, Report, Table, file_name, write
@@ -120,6 +120,7 @@ class SamEvaluator:
             versions=versions(),
             git=commit(),
             card=card_of(model),
+            machine_settings=machine_settings(settings),
             peak_memory=peak_memory(device),
             notes=(
                 *drop_in.notes,

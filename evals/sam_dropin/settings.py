@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
+from evals.core.evaluator import Machine
 from radio.config import Count, CountOrZero, Pixels, Seed, check
 from radio.errors import ConfigError
 
@@ -45,19 +46,19 @@ class SamSettings:
     """paper: every annotation, plain union. efficientvit-2025: those of area 1 or more, union + 1e-7."""
     crowds: bool = True
     """Score crowd annotations too."""
-    batch: Count = 4
+    batch: Machine[Count] = 4
     """Pictures that go through the encoder together; also what a killed run loses at most."""
-    box_batch: Count | None = None
+    box_batch: Machine[Count | None] = None
     """Prompts that go through the decoder together. As a CPU's caches hold, 64 on a GPU, unless given."""
-    keep_embeddings: bool = False
+    keep_embeddings: Machine[bool] = False
     """Keep the embeddings of all pictures in the cache, for more runs with other prompts."""
-    save_masks: CountOrZero = 0
+    save_masks: Machine[CountOrZero] = 0
     """Draw panels of so many of the best, the median and the worst instances each."""
-    device: str = "auto"
+    device: Machine[str] = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """What the encoder computes in; the decoder always computes in float32."""
-    cache: Path | None = None
+    cache: Machine[Path | None] = None
     """Where finished pictures are kept. $XDG_CACHE_HOME/am-radio unless given."""
     seed: Seed = 0
     """Which generated world; also of the bootstrap and of untrained heads."""

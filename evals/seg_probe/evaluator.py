@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, final
 import safetensors.torch
 
 from evals.core.dist import Group, current
-from evals.core.evaluator import Watch, card_of, domain_notes, silent
+from evals.core.evaluator import Watch, card_of, domain_notes, machine_settings, silent
 from evals.core.provenance import commit, describe_device, peak_memory, versions
 from evals.core.report import DataUsed, Metric, Report, Table, file_name, write
 from radio.config import to_plain
@@ -101,6 +101,7 @@ class SegEvaluator:
                 "total": finished - started,
             },
             created=datetime.now(UTC).isoformat(timespec="seconds"),
+            machine_settings=machine_settings(settings),
             versions={**versions(), **_library_versions()},
             git=commit(),
             card=card_of(model),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from evals.core.evaluator import Machine
 from radio.errors import ConfigError
 
 PresetName = Literal["paper", "released", "dinov2", "scenes"]
@@ -39,25 +40,25 @@ class SegSettings:
     """Train so many heads; the scores are their mean, with the standard deviation."""
     seed: int = 0
     """Which generated world, and of the first head its weights, order and crops; the next heads count up."""
-    head_seed: int | None = None
+    head_seed: Machine[int | None] = None
     """Of the first head, where it is to be another than that of the world."""
     scenes: tuple[int, int] = (1000, 300)
     """Training and validation pictures of the generated world, where no data are given."""
     limit: int | None = None
     """Use so many pictures of training and validation each, spread evenly."""
-    save_maps: int = 0
+    save_maps: Machine[int] = 0
     """Keep the label maps of so many validation pictures, and overlays beside the truth."""
-    keep_tokens: bool = True
+    keep_tokens: Machine[bool] = True
     """Run the backbone once over all pictures where the preset shows each of them in one way only."""
-    keep_tokens_gb: float = 8.0
+    keep_tokens_gb: Machine[float] = 8.0
     """Do not do so where the tokens would take more than this."""
-    save_every: int = 200
+    save_every: Machine[int] = 200
     """Steps after which the training is written down, so that a killed run goes on from there."""
-    workers: int | None = None
+    workers: Machine[int | None] = None
     """Loader processes; none on a CPU and up to 8 beside a GPU unless given."""
-    cache: Path | None = None
+    cache: Machine[Path | None] = None
     """Where tokens, heads and generated pictures are kept. $XDG_CACHE_HOME/am-radio unless given."""
-    device: str = "auto"
+    device: Machine[str] = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """What the backbone computes in; the head is always trained in fp32."""

@@ -15,7 +15,7 @@ import torch
 
 from evals.core.chunks import Damage
 from evals.core.dist import Group, current
-from evals.core.evaluator import Watch, domain_notes, silent
+from evals.core.evaluator import Watch, domain_notes, machine_settings, silent
 from evals.core.features import default_cache
 from evals.core.provenance import choose_device, commit, describe_device, versions
 from evals.core.report import DataUsed, Metric, Report, Table, file_name, write
@@ -321,6 +321,7 @@ def _report(
         device=device,
         seconds=seconds,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine_settings=machine_settings(settings),
         versions={**versions(), **{name: version(name) for name in used}},
         git=commit(),
         notes=notes,

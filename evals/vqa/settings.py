@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from evals.core.evaluator import Machine
 from radio.config import Count, NotNegative, Pixels, Positive, Seed, Share, Workers, check
 from radio.errors import ConfigError
 
@@ -60,11 +61,11 @@ class VqaSettings:
     """Tune the language model by LoRA of this rank instead of whole."""
     shuffle_images: bool = False
     """Show each record another record's picture: the control that the pictures matter."""
-    fsdp: bool = False
+    fsdp: Machine[bool] = False
     """Under torchrun, shard the language model over the ranks (FSDP2) instead of copying it."""
-    save_every: Count = 200
+    save_every: Machine[Count] = 200
     """Steps after which a training is written down, so that a killed run goes on from there."""
-    save: Path | None = None
+    save: Machine[Path | None] = None
     """Also write the trained LLaVA as a folder that transformers opens."""
     task: Task | None = None
     """Score this benchmark only, or `custom` for questions of your own; all four of the generated world
@@ -88,25 +89,25 @@ class VqaSettings:
     """How VQAv2 (official unless given) and TextVQA (m4c) compare answers."""
     blind: bool | None = None
     """Also ask without the pictures. The preset's unless given."""
-    score: Path | None = None
+    score: Machine[Path | None] = None
     """Score these predictions (JSONL) instead of a model's answers; names no model."""
     allow_missing: bool = False
     """Questions without a prediction are wrong answers, rather than an error."""
-    answer_batch: Count | None = None
+    answer_batch: Machine[Count | None] = None
     """Questions answered together; does not change the answers. The preset's unless given."""
-    keep_tokens_gb: NotNegative = 8.0
+    keep_tokens_gb: Machine[NotNegative] = 8.0
     """Encode each picture once and keep its tokens, unless they would take more than this."""
-    workers: Workers | None = None
+    workers: Machine[Workers | None] = None
     """Loader processes; none on a CPU and up to 8 beside a GPU unless given."""
-    cache: Path | None = None
+    cache: Machine[Path | None] = None
     """Where tokens, trainings and answers are kept. $XDG_CACHE_HOME/am-radio unless given."""
-    device: str = "auto"
+    device: Machine[str] = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """What the encoder and the language model compute in; weights that learn are kept in fp32."""
     seed: Seed = 0
     """Which generated world; also of fresh weights, of the order of samples, and of the bootstrap."""
-    training_seed: Seed | None = None
+    training_seed: Machine[Seed | None] = None
     """Of fresh weights and of the order of samples, where it is to be another than that of the world."""
 
     @property

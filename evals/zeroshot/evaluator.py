@@ -17,7 +17,7 @@ from evals.core.accuracy import class_table, confusion_table, mean_class, top_ac
 from evals.core.chunks import Damage
 from evals.core.data import ImageSource, open_source
 from evals.core.dist import Group, current
-from evals.core.evaluator import Watch, card_of, domain_notes, silent
+from evals.core.evaluator import Watch, card_of, domain_notes, machine_settings, silent
 from evals.core.features import Bank, Extraction, Stored, default_cache, extract
 from evals.core.plan import carry, plan, resolved
 from evals.core.provenance import commit, describe_device, peak_memory, versions
@@ -167,6 +167,7 @@ class ZeroshotEvaluator:
             device=describe_device(how.device),
             seconds={"total": time.monotonic() - started},
             created=datetime.now(UTC).isoformat(timespec="seconds"),
+            machine_settings=machine_settings(settings),
             versions=versions(),
             git=commit(),
             card=card_of(model),

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+import evals.cli  # noqa: F401 (enters the evaluators)
+from evals.core.evaluator import evaluators, machine_settings
 from evals.core.report import DataUsed, Metric, Report, proportion, write
 from evals.reporting.compare import Change, compare, read_reports, regressions
 from evals.reporting.rendering import junit, markdown, terminal_table
@@ -30,6 +32,7 @@ def make_report(task: str = "knn", model: str = "demo", **changes: Any) -> Repor
         "created": "2026-01-01T00:00:00+00:00",
         "versions": {},
         "files": (f"{task}-{model}.jsonl",),
+        "machine_settings": ("batch",),
     }
     return Report(task=task, model=model, **{**values, **changes})
 
@@ -153,6 +156,23 @@ def test_the_machines_settings_do_not_matter(save: Callable[..., Path]) -> None:
     other = make_report(settings={"k": [20], "batch": 1, "workers": 3, "resolved": {"ranks": 8}})
     new, old = save("new", other), save("old", make_report())
     assert not regressions(compare(read_reports(new), read_reports(old), tolerance=0.0))
+
+
+def test_which_settings_are_the_machines_is_said_by_the_task(save: Callable[..., Path]) -> None:
+    """The batch of seg and vqa is what they train with; the batch of the others changes nothing."""
+    of_tasks = {task: set(machine_settings(evaluators[task]().settings())) for task in evaluators}
+    assert {task for task, names in of_tasks.items() if "batch" in names} == {"knn", "zeroshot", "sam"}
+    assert {"save_maps", "head_seed", "workers"} <= of_tasks["seg"] and "lr" not in of_tasks["seg"]
+    assert {"save_every", "fsdp", "score"} <= of_tasks["vqa"] and "micro_batch" not in of_tasks["vqa"]
+
+    def seg(batch: int, save_maps: int) -> Report:
+        settings = {"batch": batch, "save_maps": save_maps, "lr": 1e-3}
+        return make_report("seg", settings=settings, machine_settings=tuple(of_tasks["seg"]))
+
+    base = save("base", seg(16, 0))
+    assert not regressions(compare(read_reports(save("a", seg(16, 3))), read_reports(base), tolerance=0.0))
+    with pytest.raises(DataError, match="batch is 4 in the one and 16 in the other"):
+        compare(read_reports(save("b", seg(4, 0))), read_reports(base), tolerance=0.0)
 
 
 def test_folders_without_reports(tmp_path: Path, save: Callable[..., Path]) -> None:

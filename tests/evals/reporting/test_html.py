@@ -134,10 +134,11 @@ def test_scores_on_other_data_stand_in_a_column_of_their_own(folder: Folder) -> 
 
 
 def test_settings_that_differ_are_told(folder: Folder) -> None:
-    folder.add("knn", "a", settings={"seed": 0, "limit": None, "batch": 4})
-    folder.add("knn", "b", settings={"seed": 0, "limit": 200, "batch": 8})
+    folder.add("knn", "a", settings={"seed": 0, "limit": None, "batch": 4}, machine_settings=("batch",))
+    folder.add("knn", "b", settings={"seed": 0, "limit": 200, "batch": 8}, machine_settings=("batch",))
     page = read_page(folder)
     assert "not made alike: limit is null or 200" in page.text
+    assert page.text.count("not made alike") == 1
     assert "batch is" not in page.text
 
 
