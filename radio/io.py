@@ -8,7 +8,9 @@ through `validate`). What is wrong is one error that names the file, the place i
 from __future__ import annotations
 
 import codecs
+import contextlib
 import errno
+import fcntl
 import json
 import os
 import re
@@ -16,6 +18,7 @@ import secrets
 import shutil
 import stat
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +37,8 @@ MAX_DATA_BYTES = 4 << 30  # annotations: the largest that are published have abo
 MAX_NAMES = 2_000_000  # of a pattern: the largest sets of shards that are published have 1.4 million
 _MAX_PATTERN, _MAX_DEPTH = 4096, 50  # letters; braces in braces
 _RANGE = re.compile(r"(?:(-?\d+)\.\.(-?\d+)|([A-Za-z])\.\.([A-Za-z]))(?:\.\.-?(\d+))?\n?")
+
+_STRAY_SECONDS = 3600  # before a half-made folder without an owner counts as left behind
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _BYTE_ORDER_MARKS = (  # the longer first: UTF-32's begins with UTF-16's
@@ -82,7 +87,10 @@ def make_folder(target: Path, fill: Callable[[Path], None]) -> bool:
         Whether the folder that stands now is ours.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name[:200]}.partial-"))
+    prefix = f".{target.name[:200]}.partial-"
+    _remove_stray(target.parent, prefix)
+    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=prefix))
+    lock = _lock(partial)  # until we end, however that is
     try:
         fill(partial)
         partial.chmod(0o777 & ~_umask())  # mkdtemp's folders are private
@@ -94,6 +102,8 @@ def make_folder(target: Path, fill: Callable[[Path], None]) -> bool:
             return False
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
     return True
 
 
@@ -360,6 +370,29 @@ def _count_range(text: str) -> int | None:
     place = braceexpand.alphabet.index
     distance = int(high) - int(low) if low else place(last) - place(first)
     return abs(distance) // (int(step or 1) or 1) + 1
+
+
+def _lock(folder: Path) -> int | None:
+    """An open lock on a folder; None where another process holds it, or the file system has none."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_stray(parent: Path, prefix: str) -> None:
+    """Remove what killed processes have left half-made: an hour old, and nobody holds its lock."""
+    folders = []
+    with contextlib.suppress(OSError):
+        folders = [path for path in parent.iterdir() if path.name.startswith(prefix)]
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime > _STRAY_SECONDS and (lock := _lock(folder)) is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(lock)
 
 
 def _encoded(text: str) -> bytes:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
+from evals.core.chunks import Damage, DamagedError
 from evals.core.dist import Group, current
 from evals.core.evaluator import Watch, card_of, domain_notes, machine_settings, silent
 from evals.core.features import default_cache
@@ -18,8 +19,7 @@ from evals.core.report import DataUsed, Metric, Report, Table, file_name, write
 from radio.config import to_plain
 from radio.errors import ConfigError, require
 from radio.io import write_text
-from radio.scenes.layouts import CARD_VERSION, ScenesSettings
-from radio.scenes.layouts import write as write_scenes
+from radio.scenes.layouts import CARD_VERSION, ScenesSettings, write_cached
 from radio.types import Backbone
 
 from .coco import Instances, open_instances
@@ -87,19 +87,20 @@ class SamEvaluator:
         device = choose_device(settings.device)
         drop_in = make_drop_in(model, settings.sam_checkpoint, settings.size, settings.seed, settings.teacher)
         together = settings.box_batch or prompts_together(drop_in.head, device)
-        data = _open(settings, cache, group)
+        damage = Damage()
+        data = _open(settings, cache, group, damage)
         label = (name or model.name) + _suffix(settings)
         base = file_name(self.name, label)
 
         if settings.boxes_from is not None:
             found = Detections(settings.boxes_from, data)
             encoding = partial(_judge_detections, drop_in, together)
-            work = Work(found, encoding, drop_in, settings, device, cache, together)
+            work = Work(found, encoding, drop_in, settings, device, cache, together, damage)
             done = work.run(group, watch)
             scored = _precision(found, done)
         else:
             judge = partial(_judge, drop_in, together, settings.union_bias)
-            work = Work(data, judge, drop_in, settings, device, cache, together)
+            work = Work(data, judge, drop_in, settings, device, cache, together, damage)
             done = work.run(group, watch)
             scored = _overlaps(data, done, settings)
             if settings.save_masks and group.leads:
@@ -126,7 +127,7 @@ class SamEvaluator:
                 *drop_in.notes,
                 *scored.notes,
                 *data.notes,
-                *work.damage.notes(group),
+                *damage.notes(group),
                 *domain_notes(model, [data.images]),
             ),
             tables=scored.tables,
@@ -139,13 +140,13 @@ class SamEvaluator:
         return report
 
 
-def _open(settings: SamSettings, cache: Path, group: Group) -> Instances:
+def _open(settings: SamSettings, cache: Path, group: Group, damage: Damage) -> Instances:
     file, images, name, location = settings.data, settings.images, None, None
     if file is None or images is None:
         root = cache / "scenes" / f"coco-v{CARD_VERSION}-{settings.scenes}-seed{settings.seed}"
         if group.leads:
             world = ScenesSettings(layout="coco", count=1, val_count=settings.scenes, seed=settings.seed)
-            write_scenes(root, world)
+            write_cached(root, world, lambda reason: damage.add(DamagedError(reason)))
         group.barrier()
         file, images = root / "annotations" / "instances_val.json", root / "val"
         name, location = "scenes:val", f"scenes:val?seed={settings.seed}"

@@ -11,7 +11,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, final
@@ -105,7 +105,7 @@ class Work:
     device: torch.device
     cache: Path
     box_batch: int
-    damage: Damage = field(default_factory=Damage)
+    damage: Damage  # of the cache
 
     @property
     def dtype(self) -> torch.dtype:

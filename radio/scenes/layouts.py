@@ -1,24 +1,30 @@
 """Writes the world to a folder in the layout of a known data set, whole or not at all."""
 
+import hashlib
 import json
 import multiprocessing
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from radio.io import write_text
+from pydantic import TypeAdapter
+
+from radio.errors import DataError, RadioError
+from radio.io import make_folder, read_json, read_text, write_text
 
 from .formats import LAYOUTS, Job
 from .world import CLASSES, COLOURS, MAX_SIZE, MIN_SIZE, SHAPES, SceneError, Split
 
-__all__ = ["CARD", "CARD_VERSION", "LAYOUTS", "ScenesSettings", "write"]
+__all__ = ["CARD", "CARD_VERSION", "LAYOUTS", "ScenesSettings", "write", "write_cached"]
 
 CARD = "scenes.json"
 CARD_VERSION = 2
+_CARDS = TypeAdapter(dict[str, Any])
+_MOST, _MOST_WORKERS = 10_000_000, 1024
 _CHUNK = 500  # scenes a job, whatever the number of workers; also the scenes of a WebDataset shard
 
 
@@ -50,24 +56,60 @@ def write(
     """
     _check(settings, workers)
     card = _card(settings)
-    if not _free(out, card):
-        return False
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.partial-"))
+
+    def fill(folder: Path) -> None:
+        _fill(folder, settings, workers, progress or (lambda _: None))
+        write_text(folder / CARD, json.dumps(card, indent=2) + "\n")
+
+    # Where another process was faster, what it has made must be these scenes too.
+    return _free(out, card) and (make_folder(out, fill) or _free(out, card))
+
+
+def write_cached(out: Path, settings: ScenesSettings, damaged: Callable[[str], None]) -> None:
+    """Write the scenes to a folder that is ours alone, unless they are there and whole.
+
+    A file beside the folder keeps a hash of its content. What does not fit is made again, after a word to
+    `damaged`; a folder without such a file, as other versions wrote, is taken as it is.
+    """
+    _check(settings, 1)
+    note = out.with_name(f"{out.name}.sha256")
     try:
-        _fill(partial, settings, workers, progress or (lambda _: None))
-        write_text(partial / CARD, json.dumps(card, indent=2) + "\n")
-        partial.chmod(0o755)  # mkdtemp's folders are private
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return True
+        if not write(out, settings) and note.exists() and read_text(note) != _digest(out):
+            raise SceneError(f"{out}: its files are not those that were written there")
+    except RadioError as error:
+        damaged(str(error))
+        doomed = out.with_name(f".{out.name}.damaged-{secrets.token_hex(4)}")
+        out.rename(doomed)  # at once: another process may look meanwhile
+        _remove(doomed)
+        if note.is_dir():
+            _remove(note)
+        note.unlink(missing_ok=True)
+        write(out, settings)
+    if not note.exists():
+        write_text(note, _digest(out))
+
+
+def _digest(root: Path) -> str:
+    sha = hashlib.sha256()
+    for path in sorted(path for path in root.rglob("*") if path.is_file()):
+        sha.update(f"{path.relative_to(root).as_posix()} ".encode(errors="surrogateescape"))
+        sha.update(hashlib.sha256(path.read_bytes()).digest())
+    return sha.hexdigest()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _check(settings: ScenesSettings, workers: int) -> None:
     LAYOUTS[settings.layout]
+    if max(settings.count, settings.val_count) > _MOST:
+        raise SceneError(
+            f"--count {settings.count} --val-count {settings.val_count}: give at most {_MOST} of each"
+        )
     if settings.count < 1 or settings.val_count < 0:
         raise SceneError(
             f"--count {settings.count} --val-count {settings.val_count}: nothing to write; "
@@ -77,8 +119,8 @@ def _check(settings: ScenesSettings, workers: int) -> None:
         raise SceneError(f"--size {settings.size}: choose a side from {MIN_SIZE} to {MAX_SIZE} pixels")
     if not 0 <= settings.seed < 2**63:
         raise SceneError(f"--seed {settings.seed}: choose a whole number from 0 to 2^63 - 1")
-    if workers < 1:
-        raise SceneError(f"--workers {workers}: at least one is needed")
+    if not 1 <= workers <= _MOST_WORKERS:
+        raise SceneError(f"--workers {workers}: choose from 1 to {_MOST_WORKERS}")
 
 
 def _card(settings: ScenesSettings) -> dict[str, Any]:
@@ -96,9 +138,9 @@ def _free(out: Path, card: dict[str, Any]) -> bool:
     if not path.is_file():
         raise SceneError(f"{out} is not empty and was not written by radio-scenes; choose another folder")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SceneError(f"{path} is not a card of radio-scenes; choose another folder") from error
+        found = read_json(path, _CARDS)
+    except DataError as error:
+        raise SceneError(f"{path} is not a card of radio-scenes ({error}); choose another folder") from error
     if found != card:
         raise SceneError(
             f"{out} holds scenes of other settings (see {path}); remove it or choose another folder"

@@ -195,3 +195,20 @@ def test_braces_are_counted_before_they_are_spelled_out(pattern):
 def test_patterns_that_nobody_can_mean_are_refused_at_once(pattern, message):
     with pytest.raises(DataError, match=message):
         expand_braces(pattern)
+
+
+def test_what_a_killed_process_left_is_removed_and_what_one_fills_is_not(tmp_path: Path) -> None:
+    stray, fresh, foreign = (tmp_path / name for name in (".out.partial-a", ".out.partial-b", ".x.partial-c"))
+    for folder in (stray, fresh, foreign):
+        folder.mkdir()
+        (folder / "half").write_text("")
+    for folder in (stray, foreign):
+        os.utime(folder, (1e9, 1e9))
+
+    def fill(folder: Path) -> None:
+        os.utime(folder, (1e9, 1e9))  # old, but somebody is at it
+        assert make_folder(tmp_path / "out", lambda other: (other / "whole").write_text("")) is True
+        assert folder.is_dir()
+
+    assert make_folder(tmp_path / "out", fill) is False
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial-b", ".x.partial-c", "out"]

@@ -1,8 +1,11 @@
 import hashlib
 import io
 import json
+import shutil
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from PIL import Image
 import radio.scenes.layouts as writer
 from radio.errors import ConfigError
 from radio.scenes import CLASSES, SHAPES, SceneError, caption, captions, questions, render, semantic, write
-from radio.scenes.layouts import CARD, LAYOUTS, ScenesSettings
+from radio.scenes.layouts import CARD, LAYOUTS, ScenesSettings, write_cached
 
 NAMES = ("ade20k", "coco", "image-folder", "llava", "webdataset")
 
@@ -204,6 +207,66 @@ def test_an_empty_folder_may_be_filled_and_a_foreign_one_may_not(tmp_path: Path)
     assert (tmp_path / "foreign" / "thesis.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"[" * 100_000, b"\xff\xfe\x00", b"[]", b'{"a": ' + b"9" * 5000 + b"}"]
+)
+def test_a_card_that_is_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / CARD).write_bytes(content)
+    with pytest.raises(SceneError, match=r"is not a card of radio-scenes \(.*\); choose another folder"):
+        write(tmp_path / "out", settings("coco"))
+
+
+@pytest.mark.parametrize("seed", [4, 5])
+def test_who_comes_second_takes_what_stands(tmp_path: Path, seed: int) -> None:
+    """Another process finishes the same scenes, or others, while we draw ours."""
+    out = tmp_path / "out"
+    first: list[int] = []
+
+    def meanwhile(done: int) -> None:
+        if not first:
+            first.append(done)
+            write(out, settings("coco", seed=seed))
+
+    if seed == 4:
+        assert not write(out, settings("coco"), progress=meanwhile)
+    else:
+        with pytest.raises(SceneError, match="holds scenes of other settings"):
+            write(out, settings("coco"), progress=meanwhile)
+    assert (out / CARD).is_file()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda out: (out / CARD).write_bytes(b"[" * 100_000),
+        lambda out: (out / CARD).unlink(),
+        lambda out: (out / "val" / "000000000001.jpg").write_bytes(b"other"),
+        lambda out: (out / "val" / "000000000001.jpg").unlink(),
+        lambda out: (out / "annotations" / "instances_val.json").write_bytes(b'{"images": ['),
+        lambda out: (shutil.rmtree(out), out.write_bytes(b"a file")),
+        lambda out: out.with_name("out.sha256").write_bytes(b"\xff\xff"),
+    ],
+)
+def test_damaged_scenes_in_a_cache_are_made_again(tmp_path: Path, damage: Callable[[Path], Any]) -> None:
+    out, reasons = tmp_path / "out", []
+    write_cached(out, settings("coco"), reasons.append)
+    before = contents(tmp_path)
+    assert (reasons, contents(out)) == ([], {k[4:]: v for k, v in before.items() if k.startswith("out/")})
+    damage(out)
+    write_cached(out, settings("coco"), reasons.append)
+    assert len(reasons) == 1 and contents(tmp_path) == before
+    write_cached(out, settings("coco"), reasons.append)
+    assert len(reasons) == 1
+
+
+def test_scenes_of_another_version_are_taken_as_they_are(tmp_path: Path) -> None:
+    write(tmp_path / "out", settings("coco"))
+    write_cached(tmp_path / "out", settings("coco"), pytest.fail)
+    assert (tmp_path / "out.sha256").is_file()
+
+
 def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
     def stop(done: int) -> None:
         raise KeyboardInterrupt
@@ -220,6 +283,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
         ({"val_count": -1}, "nothing to write"),
         ({"size": 3}, "--size 3: choose a side from 32 to 1024"),
         ({"seed": -1}, "--seed -1"),
+        ({"count": 10**15}, "--count 1000000000000000 --val-count 3: give at most 10000000 of each"),
     ],
 )
 def test_bad_settings_are_clear_errors(tmp_path: Path, changes: dict[str, int], message: str) -> None:
