@@ -162,8 +162,8 @@ def list_folder(root: Path) -> Listing:
         if not found:
             raise DataError(f"{shown(folder)}: a class folder without pictures; remove it or fill it")
         entries.extend(found)
-    classes = tuple(_as_text(name) for name in names)
-    return Listing(_short_name(root), _as_text(root.resolve()), classes, _distinct(entries))
+    classes = tuple(as_text(name) for name in names)
+    return Listing(_short_name(root), as_text(root.resolve()), classes, _distinct(entries))
 
 
 def list_shards(pattern: str) -> Listing:
@@ -178,7 +178,7 @@ def list_shards(pattern: str) -> Listing:
     names = {entry.label for entry in entries}
     numbered = all(name.isdecimal() for name in names)
     classes = sorted(names, key=lambda name: (int(name), name)) if numbered else sorted(names)
-    location = _as_text(Path(pattern).absolute())
+    location = as_text(Path(pattern).absolute())
     return Listing(_short_name(Path(pattern)), location, tuple(classes), entries)
 
 
@@ -198,7 +198,7 @@ def list_unlabelled(text: str) -> Listing:
         raise DataError(f"{shown(text)}: no such folder or shards")
     if not entries:
         raise DataError(f"{shown(text)}: holds no pictures")
-    return Listing(_short_name(path), _as_text(path.absolute()), ("",), entries)
+    return Listing(_short_name(path), as_text(path.absolute()), ("",), entries)
 
 
 def _kept(note: Path) -> str | None:
@@ -234,20 +234,20 @@ def _expand(pattern: str) -> list[Path]:
 
 def _shard_entries(path: Path, labelled: bool = True) -> list[Entry]:
     """The entries of one tar file, by key."""
-    shard = _as_text(path.stem)
+    shard = as_text(path.stem)
     return [
-        Entry(f"{shard}/{_as_text(sample.key)}", sample.label, path, sample.offset, sample.size)
+        Entry(f"{shard}/{as_text(sample.key)}", sample.label, path, sample.offset, sample.size)
         for sample in index_shard(path, labelled=labelled)
     ]
 
 
 def _pictures_under(root: Path, folder: Path) -> list[Entry]:
-    label, entries = _as_text(folder.name), []
+    label, entries = as_text(folder.name), []
     for path in _files_under(root, folder):
         if _is_picture(path.name):
             status = _status(path)
             size = status.st_size if status and stat.S_ISREG(status.st_mode) else UNREADABLE
-            entries.append(Entry(_as_text(path.relative_to(root).as_posix()), label, path, 0, size))
+            entries.append(Entry(as_text(path.relative_to(root).as_posix()), label, path, 0, size))
     return entries
 
 
@@ -327,11 +327,11 @@ def _hash_entry(entry: Entry) -> bytes:
     return f"{entry.key} {entry.label} {digest}\n".encode()
 
 
-def _as_text(name: object) -> str:
+def as_text(name: object) -> str:
     r"""A path that UTF-8 can hold: bytes that are none become `\xNN`."""
     return str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _short_name(path: Path) -> str:
     parts = path.absolute().parts
-    return _as_text("/".join(parts[-2:]) if path.name.lower() in _SPLIT_NAMES else path.name)
+    return as_text("/".join(parts[-2:]) if path.name.lower() in _SPLIT_NAMES else path.name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +12,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from radio.errors import DataError
+from evals.core.stored import as_text
+from radio.errors import DataError, shown
+from radio.images import IMAGE_ENDINGS
+from radio.io import lines_of, read_text
 
 VOID = 255
 """Pixels of this class are neither learned nor scored, once labels are mapped."""
 
-_PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _ADE_MARKS = ("objectInfo150.txt", "sceneCategories.txt")
 _VOC_FOLDERS = ("JPEGImages", "ImageSets/Segmentation")
 _ADE_COUNTS, _VOC_COUNTS = (20_210, 2_000), {"train": 1_464, "trainaug": 10_582, "val": 1_449}
@@ -122,25 +126,47 @@ def _ade_split(root: Path, name: str) -> Split:
     for folder in (pictures, labels):
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder; wanted pictures in {pictures} and masks in {labels}")
-    found = {path.stem: path for path in _files(pictures, _PICTURES)}
-    masks = {path.stem: path for path in _files(labels, (".png",))}
+    found = _by_stem(pictures, IMAGE_ENDINGS, "would share the mask {}.png")
+    masks = _by_stem(labels, (".png",), "would both be the mask of {}")
     if not found:
         raise DataError(f"{pictures}: holds no pictures")
     _check_matching(found, masks, labels)
-    pairs = (Pair(key=stem, picture=found[stem], labels=masks[stem]) for stem in sorted(found))
-    return Split(name=f"{root.resolve().name}/{name}", location=str(pictures.resolve()), pairs=tuple(pairs))
+    pairs = sorted(
+        Pair(key=as_text(path.stem), picture=path, labels=masks[stem]) for stem, path in found.items()
+    )
+    return Split(
+        name=f"{as_text(root.resolve().name)}/{name}",
+        location=as_text(pictures.resolve()),
+        pairs=tuple(pairs),
+    )
+
+
+def _by_stem(folder: Path, endings: tuple[str, ...], clash: str) -> dict[str, Path]:
+    """The files of a folder by what masks and pictures share of their names, with accents composed."""
+    found: dict[str, Path] = {}
+    for path in _files(folder, endings):
+        stem = _composed(path.stem)
+        if stem in found:
+            raise DataError(
+                f"{shown(folder)}: {shown(found[stem].name)} and {shown(path.name)} "
+                f"{clash.format(shown(path.stem))}; give each a name of its own"
+            )
+        found[stem] = path
+    return found
 
 
 def _check_matching(found: Mapping[str, Path], masks: Mapping[str, Path], labels: Path) -> None:
     missing = sorted(found.keys() - masks.keys())
     if missing:
         raise DataError(
-            f"{found[missing[0]]}: has no annotation {labels / missing[0]}.png "
+            f"{shown(found[missing[0]])}: has no annotation {shown(labels / missing[0])}.png "
             f"({len(missing)} of {len(found)} pictures lack theirs)"
         )
     spare = sorted(masks.keys() - found.keys())
     if spare:
-        raise DataError(f"{masks[spare[0]]}: has no picture of its name ({len(spare)} such annotations)")
+        raise DataError(
+            f"{shown(masks[spare[0]])}: has no picture of its name ({len(spare)} such annotations)"
+        )
 
 
 def _voc(root: Path, voc_split: str, classes: tuple[str, ...], limit: int | None) -> Dataset:
@@ -181,28 +207,54 @@ def _voc_ids(root: Path, name: str) -> list[str]:
     if not path.is_file():
         raise DataError(f"{path}: no such list of pictures")
     # Some copies of trainaug.txt give both paths on a line; the picture's name is the first one's stem.
-    ids = [
-        Path(line.split()[0]).stem for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
-    ]
+    ids = [_name_of(line.split()[0]) for line in lines_of(read_text(path)) if line.strip()]
     if not ids:
         raise DataError(f"{path}: lists no pictures")
+    twice = [key for key, count in Counter(ids).items() if count > 1]
+    if twice:
+        raise DataError(
+            f"{path}: lists {twice[0]!r} more than once ({len(twice)} of {len(set(ids))} names are "
+            f"repeated); list each picture once"
+        )
     return ids
+
+
+def _name_of(path: str) -> str:
+    """What a picture and its mask share: the last part, without an ending that a picture may have."""
+    name = path.replace("\\", "/").rpartition("/")[2]
+    stem, dot, ending = name.rpartition(".")
+    return stem if f"{dot}{ending}".lower() in IMAGE_ENDINGS and stem else name
 
 
 def _voc_pair(root: Path, key: str) -> Pair:
     """VOC's own annotation where there is one, else SBD's."""
-    picture = root / "JPEGImages" / f"{key}.jpg"
-    if not picture.is_file():
-        raise DataError(f"{picture}: no such picture, and ImageSets/Segmentation lists it")
+    picture = _existing(root / "JPEGImages" / f"{key}.jpg")
+    if picture is None:
+        raise DataError(
+            f"{shown(root / 'JPEGImages' / key)}.jpg: no such picture, and ImageSets/Segmentation lists it"
+        )
     candidates = [root / folder / f"{key}.png" for folder in ("SegmentationClass", "SegmentationClassAug")]
-    for labels in candidates:
-        if labels.is_file():
+    for candidate in candidates:
+        labels = _existing(candidate)
+        if labels is not None:
             return Pair(key, picture, labels)
-    raise DataError(f"{picture}: has no annotation, neither {candidates[0]} nor {candidates[1]}")
+    raise DataError(
+        f"{shown(picture)}: has no annotation, neither {shown(candidates[0])} nor {shown(candidates[1])}"
+    )
+
+
+def _existing(path: Path) -> Path | None:
+    """The file of this name, however its accents are written."""
+    names = (path.name, _composed(path.name), unicodedata.normalize("NFD", path.name))
+    return next((found for name in names if (found := path.with_name(name)).is_file()), None)
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
 
 
 def _read_classes(path: Path) -> tuple[str, ...]:
-    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    names = [line.strip() for line in lines_of(read_text(path)) if line.strip()]
     if not 2 <= len(names) <= VOID - 1:
         raise DataError(f"{path}: lists {len(names)} classes; wanted 2 to {VOID - 1}, one a line")
     if len(set(names)) != len(names):

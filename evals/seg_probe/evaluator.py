@@ -106,7 +106,7 @@ class SegEvaluator:
             git=commit(),
             card=card_of(model),
             peak_memory=peak_memory(probe.device),
-            notes=(*probe.notes, *domain_notes(model, probe.sources())),
+            notes=(*probe.notes, *probe.damage.notes(group), *domain_notes(model, probe.sources())),
             tables=_tables(outcomes, probe, settings),
             files=(f"{base}.jsonl", f"{base}.safetensors", *writer.files()),
         )

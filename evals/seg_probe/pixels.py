@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import TypeAdapter
 from torch import Tensor
+from typing_extensions import TypedDict  # pydantic wants this one below Python 3.12
 
+from evals.core.chunks import Damage, DamagedError, read_records, write_records
 from evals.core.evaluator import Watch, silent
-from radio.errors import DataError
-from radio.images import decode
-from radio.io import write_text
+from radio.errors import DataError, shown
+from radio.images import MAX_IMAGE_BYTES, decode, open_image, orientation
+from radio.io import read_bytes
 
 from .datasets import VOID, Labelling, Pair, Split
 from .presets import Size
@@ -36,6 +39,24 @@ class Checked:
 
     fingerprint: str  # of names, classes and content
     sizes: tuple[Size, ...]  # that occur
+    rotated: int = 0  # pictures with an EXIF orientation, which is not applied
+
+
+class _Note(TypedDict):
+    fingerprint: str
+    sizes: list[Size]
+    rotated: int
+
+
+class _Inspected(NamedTuple):
+    line: str  # for the fingerprint
+    size: Size
+    labelled: bool  # whether any pixel has a class
+    rotated: bool
+
+
+_NOTE = TypeAdapter(_Note)
+_IHDR, _DEPTH, _KIND, _GREY = slice(12, 16), 24, 25, 0  # in a PNG; and its colour type of grey
 
 
 def read_picture(pair: Pair) -> Tensor:
@@ -59,20 +80,24 @@ def read_labels(path: Path, labelling: Labelling) -> NDArray[np.uint8]:
     return _map_labels(path, _bytes(path), labelling)
 
 
-def check_split(split: Split, labelling: Labelling, *, memo: Path, watch: Watch = silent) -> Checked:
+def check_split(
+    split: Split, labelling: Labelling, *, memo: Path, watch: Watch = silent, damage: Damage | None = None
+) -> Checked:
     """Read every file of a split once: it decodes, fits its annotation, and has only labels that exist.
 
     The answer is kept in `memo` until a file's size or time changes.
 
+    Args:
+        damage: learns of a damaged memo, which is made again.
+
     Raises:
         DataError: something is wrong; names the first bad file and how many there are.
     """
-    note = memo / f"seg-{_signature(split, labelling)}.json"
-    if note.is_file():
-        kept = json.loads(note.read_text(encoding="utf-8"))
-        return Checked(fingerprint=kept["fingerprint"], sizes=tuple((h, w) for h, w in kept["sizes"]))
-    lines, sizes, labelled = [], set(), False
-    faults: list[str] = []
+    note = memo / f"seg-{_signature(split, labelling)}.jsonl"
+    kept = _read_note(note, damage or Damage())
+    if kept is not None:
+        return kept
+    good, faults = [], []
     with (
         watch(f"checking {split.name}", len(split.pairs)) as advance,
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads,
@@ -81,80 +106,111 @@ def check_split(split: Split, labelling: Labelling, *, memo: Path, watch: Watch 
             advance(1)
             if isinstance(found, str):
                 faults.append(found)
-                continue
-            line, size, has_labels = found
-            lines.append(line)
-            sizes.add(size)
-            labelled = labelled or has_labels
+            else:
+                good.append(found)
     if faults:
         more = f" ({len(faults)} of {len(split.pairs)} pairs are bad)" if len(faults) > 1 else ""
         raise DataError(f"{faults[0]}{more}")
-    if not labelled:
+    if not any(one.labelled for one in good):
         raise DataError(f"{split.name}: every pixel is void, so there is nothing to learn or to score")
-    checked = Checked(fingerprint=_digest(labelling, lines), sizes=tuple(sorted(sizes)))
-    write_text(note, json.dumps({"fingerprint": checked.fingerprint, "sizes": checked.sizes}))
+    checked = Checked(
+        fingerprint=_digest(labelling, [one.line for one in good]),
+        sizes=tuple(sorted({one.size for one in good})),
+        rotated=sum(one.rotated for one in good),
+    )
+    record = {"fingerprint": checked.fingerprint, "sizes": checked.sizes, "rotated": checked.rotated}
+    write_records(note, [record])
     return checked
 
 
-def _inspect(pair: Pair, labelling: Labelling) -> tuple[str, Size, bool] | str:
-    """A line for the fingerprint, the size and whether any pixel has a class; or what is wrong."""
+def _read_note(path: Path, damage: Damage) -> Checked | None:
+    if not path.exists():
+        return None
+    try:
+        notes = read_records(path, _NOTE)
+    except DamagedError as error:
+        damage.add(error)
+        return None
+    note = notes[0]
+    return Checked(fingerprint=note["fingerprint"], sizes=tuple(note["sizes"]), rotated=note["rotated"])
+
+
+def _inspect(pair: Pair, labelling: Labelling) -> _Inspected | str:
+    """What is to be known of a pair; or what is wrong with it."""
     try:
         data, mask = _bytes(pair.picture), _bytes(pair.labels)
         height, width = _decode_picture(pair.picture, data).shape[1:]
         labels = _map_labels(pair.labels, mask, labelling)
     except DataError as error:
         return str(error)
+    turned = orientation(data)
     if labels.shape != (height, width):
+        exif = f" (its EXIF orientation, {turned}, is not applied)" if turned > 1 else ""
         return (
-            f"{pair.labels}: {labels.shape[0]}x{labels.shape[1]} (height x width), and its picture is "
-            f"{height}x{width}; an annotation has a label for every pixel"
+            f"{shown(pair.labels)}: {labels.shape[0]}x{labels.shape[1]} (height x width), and its picture is "
+            f"{height}x{width}{exif}; an annotation has a label for every pixel"
         )
     if max(height, width) > MAX_ASPECT * min(height, width):
-        return f"{pair.picture}: {height}x{width} is over {MAX_ASPECT} times as long as wide; crop or drop it"
+        return (
+            f"{shown(pair.picture)}: {height}x{width} is over {MAX_ASPECT} times as long as wide; "
+            f"crop or drop it"
+        )
     hashes = (hashlib.sha256(content).hexdigest() for content in (data, mask))
-    return f"{pair.key} {' '.join(hashes)}", (height, width), bool((labels != VOID).any())
+    line = f"{pair.key} {' '.join(hashes)}"
+    return _Inspected(line, (height, width), bool((labels != VOID).any()), turned > 1)
 
 
 def _map_labels(path: Path, data: bytes, labelling: Labelling) -> NDArray[np.uint8]:
     try:
-        with Image.open(io.BytesIO(data)) as file:
-            mode, values = file.mode, np.asarray(file)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{path}: not a picture, or a damaged one ({error})") from error
+        with open_image(data, ("PNG",)) as file:
+            mode, values = file.mode, _stored_values(file, data)
+    except DataError as error:
+        raise DataError(f"{shown(path)}: {error}") from error
     if values.ndim != 2 or mode == "F":
         raise DataError(
-            f"{path}: stores colours (mode {mode}); wanted the number of a class for each pixel, as a grey "
-            f"or palette PNG"
+            f"{shown(path)}: stores colours (mode {mode}); wanted the number of a class for each pixel, as a "
+            f"grey or palette PNG"
         )
     table = labelling.table()
     used = np.unique(values)
     foreign = [int(v) for v in used if v != VOID and not 0 <= v <= labelling.highest]
     if foreign:
-        raise DataError(f"{path}: holds the label {foreign[0]}; wanted {labelling.describe()}")
+        raise DataError(f"{shown(path)}: holds the label {foreign[0]}; wanted {labelling.describe()}")
     mapped: NDArray[np.uint8] = table[values.astype(np.uint8)]
     return mapped
+
+
+def _stored_values(file: Image.Image, data: bytes) -> NDArray[np.generic]:
+    """The pixels of a PNG as its file has them: of 2 and 4 bits, which PIL stretches to 8, too."""
+    if data[_IHDR] != b"IHDR":
+        raise DataError("a damaged PNG (it does not begin with IHDR)")
+    values = np.asarray(file)
+    if data[_KIND] == _GREY and data[_DEPTH] in (2, 4):
+        values = values // (255 // (2 ** data[_DEPTH] - 1))
+    return values
 
 
 def _decode_picture(path: Path, data: bytes) -> Tensor:
     try:
         return decode(data)
     except DataError as error:
-        raise DataError(f"{path}: {error}") from error
+        raise DataError(f"{shown(path)}: {error}") from error
 
 
 def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    return read_bytes(path, limit=MAX_IMAGE_BYTES)
 
 
 def _signature(split: Split, labelling: Labelling) -> str:
     sha = hashlib.sha256(json.dumps([labelling.classes, labelling.zero_is_void]).encode())
     for pair in split.pairs:
         for path in (pair.picture, pair.labels):
-            stat = path.stat()
-            sha.update(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+            try:
+                stat = path.stat()
+            except OSError as error:
+                raise DataError(f"{shown(path)}: cannot be read ({error.strerror})") from error
+            line = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}\n"
+            sha.update(line.encode("utf-8", "surrogateescape"))
     return sha.hexdigest()
 
 

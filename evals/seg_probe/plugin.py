@@ -19,6 +19,7 @@ from mmseg.registry import MODELS, TRANSFORMS
 from torch import Tensor, nn
 
 from evals.core.dist import Group
+from radio.errors import RadioError
 from radio.types import Backbone
 
 from .datasets import VOID
@@ -47,9 +48,20 @@ class RadioBackbone(nn.Module):  # type: ignore[misc, unused-ignore]
         self._held, self._dtype = (model,), dtype
 
     def forward(self, images: Tensor) -> tuple[Tensor]:
-        """The tokens as a map, float32, without gradient."""
+        """The tokens as a map, float32, without gradient.
+
+        Raises:
+            RadioError: when testing, some are not finite; in training the loss tells.
+        """
+        testing = not torch.is_grad_enabled()
         with torch.no_grad():
-            return (self._held[0](images.to(self._dtype)).map().float(),)
+            maps = self._held[0](images.to(self._dtype)).map().float()
+        if testing and not bool(torch.isfinite(maps).all()):
+            raise RadioError(
+                f"{self._held[0].name} gives tokens that are not finite; try --precision fp32, or look at "
+                f"the training"
+            )
+        return (maps,)
 
 
 @MODELS.register_module()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
 
+from evals.core.chunks import Damage
 from evals.core.dist import Group
 from evals.core.evaluator import Watch
 from evals.core.features import default_cache
@@ -65,6 +67,7 @@ class Probe:
     cache: Path
     group: Group
     notes: tuple[str, ...]
+    damage: Damage  # of the cache
 
     def run(self, seed: int, label: str, watch: Watch, writer: MapWriter | None) -> Outcome:
         """One head, trained and tested."""
@@ -140,7 +143,8 @@ def make_probe(model: Backbone, settings: SegSettings, group: Group, watch: Watc
             f"a batch of {plan.batch} does not divide among {group.world} ranks; choose another --batch"
         )
     data = _open(settings, cache, group, KNOWN_CLASSES)
-    checked = [_check(split, data, cache, group, watch) for split in (data.train, data.val)]
+    damage = Damage()
+    checked = [_check(split, data, cache, group, watch, damage) for split in (data.train, data.val)]
     check_sizes([size for found in checked for size in found.sizes], plan, model)
 
     fingerprint = model.fingerprint
@@ -170,7 +174,8 @@ def make_probe(model: Backbone, settings: SegSettings, group: Group, watch: Watc
         workers=workers,
         cache=cache,
         group=group,
-        notes=(*notes, *why, *data.notes),
+        notes=(*notes, *why, *data.notes, *_orientation_notes(data, checked)),
+        damage=damage,
     )
     return _with_tokens(probe, watch) if keeps else probe
 
@@ -192,16 +197,25 @@ def _open(settings: SegSettings, cache: Path, group: Group, known: Any) -> Datas
     return Dataset(labelling=found.labelling, train=train, val=val)
 
 
-def _check(split: Split, data: Dataset, cache: Path, group: Group, watch: Watch) -> Checked:
+def _check(split: Split, data: Dataset, cache: Path, group: Group, watch: Watch, damage: Damage) -> Checked:
     """The leader reads the files; the others find its note, or read them where the folder is not shared."""
     memo = cache / "fingerprints"
     if not group.leads:
         group.barrier()
         return check_split(split, data.labelling, memo=memo)
     try:
-        return check_split(split, data.labelling, memo=memo, watch=watch)
+        return check_split(split, data.labelling, memo=memo, watch=watch, damage=damage)
     finally:
         group.barrier()
+
+
+def _orientation_notes(data: Dataset, checked: Sequence[Checked]) -> tuple[str, ...]:
+    return tuple(
+        f"{found.rotated:,} of {len(split.pairs):,} pictures of {split.name} have an EXIF orientation, which "
+        f"is not applied: their annotations are taken to lie as the pixels are stored"
+        for split, found in zip((data.train, data.val), checked, strict=True)
+        if found.rotated
+    )
 
 
 def _keeps_tokens(
@@ -246,6 +260,7 @@ def _with_tokens(probe: Probe, watch: Watch) -> Probe:
             workers=probe.workers,
             group=probe.group,
             watch=watch,
+            damage=probe.damage,
             label=f"{probe.model.name} on {split.name}",
         )
         samples.append(TokenMaps(maps, split, data.labelling, probe.plan, training=training))

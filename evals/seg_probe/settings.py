@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Interval
 
 from evals.core.evaluator import Machine
-from radio.errors import ConfigError
+from radio.config import Count, CountOrZero, NotNegative, Pixels, Positive, Seed, Workers, check
 
+Batch = Annotated[int, Interval(ge=1, le=65_536)]  # a step's pictures are in memory at once
+Scenes = Annotated[int, Interval(ge=1, le=1_000_000)]  # each is written to disk
 PresetName = Literal["paper", "released", "dinov2", "scenes"]
 
 
@@ -23,38 +27,38 @@ class SegSettings:
     """What a VOC2012 head learns from: the 1,464 pictures of VOC, or the 10,582 with SBD's."""
     preset: PresetName | None = None
     """The protocol. `paper` where data are given and `scenes` for the generated world, unless given."""
-    crop: int | None = None
+    crop: Pixels | None = None
     """Side of the squares that the backbone is shown, in pixels. The preset's, or the nearest that the
     backbone takes, unless given."""
-    stride: int | None = None
+    stride: Pixels | None = None
     """Pixels from one square to the next when testing. The preset's unless given."""
-    iterations: int | None = None
+    iterations: Count | None = None
     """Steps of the head's training; the warm-up keeps its share. The preset's unless given."""
-    batch: int | None = None
+    batch: Batch | None = None
     """Pictures a step, over all ranks. The preset's unless given."""
-    lr: float | None = None
+    lr: Positive | None = None
     """AdamW's peak learning rate. The preset's unless given."""
-    weight_decay: float | None = None
+    weight_decay: NotNegative | None = None
     """AdamW's. The preset's unless given."""
-    seeds: int = 1
+    seeds: Count = 1
     """Train so many heads; the scores are their mean, with the standard deviation."""
-    seed: int = 0
+    seed: Seed = 0
     """Which generated world, and of the first head its weights, order and crops; the next heads count up."""
-    head_seed: Machine[int | None] = None
+    head_seed: Machine[Seed | None] = None
     """Of the first head, where it is to be another than that of the world."""
-    scenes: tuple[int, int] = (1000, 300)
+    scenes: tuple[Scenes, Scenes] = (1000, 300)
     """Training and validation pictures of the generated world, where no data are given."""
-    limit: int | None = None
+    limit: Count | None = None
     """Use so many pictures of training and validation each, spread evenly."""
-    save_maps: Machine[int] = 0
+    save_maps: Machine[CountOrZero] = 0
     """Keep the label maps of so many validation pictures, and overlays beside the truth."""
     keep_tokens: Machine[bool] = True
     """Run the backbone once over all pictures where the preset shows each of them in one way only."""
-    keep_tokens_gb: Machine[float] = 8.0
+    keep_tokens_gb: Machine[NotNegative] = 8.0
     """Do not do so where the tokens would take more than this."""
-    save_every: Machine[int] = 200
+    save_every: Machine[Count] = 200
     """Steps after which the training is written down, so that a killed run goes on from there."""
-    workers: Machine[int | None] = None
+    workers: Machine[Workers | None] = None
     """Loader processes; none on a CPU and up to 8 beside a GPU unless given."""
     cache: Machine[Path | None] = None
     """Where tokens, heads and generated pictures are kept. $XDG_CACHE_HOME/am-radio unless given."""
@@ -70,16 +74,4 @@ class SegSettings:
 
     def __post_init__(self) -> None:
         """Refuse what no data could make sense of."""
-        at_least_one = ("crop", "stride", "iterations", "batch", "seeds", "limit", "save_every")
-        for name in at_least_one:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} = {value}: give 1 or more")
-        if self.save_maps < 0:
-            raise ConfigError(f"save_maps = {self.save_maps}: give 0 or more")
-        if self.lr is not None and self.lr <= 0:
-            raise ConfigError(f"lr = {self.lr}: give a learning rate above 0, such as 1e-3")
-        if self.weight_decay is not None and self.weight_decay < 0:
-            raise ConfigError(f"weight_decay = {self.weight_decay}: give 0 or more")
-        if min(self.scenes) < 1:
-            raise ConfigError(f"scenes = {self.scenes}: give at least one picture of each")
+        check(self)

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from evals.core.chunks import check_all_there, chunk_path, is_whole
+from evals.core.chunks import (
+    Damage,
+    Tensors,
+    TensorSpec,
+    check_all_there,
+    chunk_path,
+    find_missing,
+    load_tensors,
+    read_tensors,
+    write_tensors,
+)
 from evals.core.dist import Group
 from evals.core.evaluator import Watch
 from radio.errors import RadioError
-from radio.io import write_bytes
+from radio.io import check_writable
 from radio.types import Backbone
 
 from .pictures import Pictures, one_thread
@@ -47,11 +58,15 @@ def token_maps(
     workers: int,
     group: Group,
     watch: Watch,
+    damage: Damage,
     label: str,
 ) -> Tensor:
     """[N, D, H, W] float16 on the CPU: the maps of stretched pictures, from the cache where it has them.
 
     Rank r makes chunks r, r + world, ... into the same folder.
+
+    Args:
+        damage: learns of damaged files of the cache, which are made again.
 
     Raises:
         DataError: ranks do not share the cache folder.
@@ -59,8 +74,12 @@ def token_maps(
     """
     folder = cache / "token-maps" / hashlib.sha256(json.dumps([_FORMAT, key]).encode()).hexdigest()
     chunks = [range(start, min(start + CHUNK, len(pictures))) for start in range(0, len(pictures), CHUNK)]
-    mine = list(enumerate(chunks))[group.rank :: group.world]
-    missing = [(number, span) for number, span in mine if not is_whole(chunk_path(folder, number))]
+    paths = [chunk_path(folder, number) for number in range(len(chunks))]
+    mine = range(group.rank, len(chunks), group.world)
+    places = find_missing([paths[number] for number in mine], partial(_read, chunks, model), damage)
+    missing = [(mine[place], chunks[mine[place]]) for place in places]
+    if missing:
+        check_writable(folder, "--cache")
     with watch(label, sum(len(span) for _, span in missing)) as advance:
         for number, span in missing:
             batches = [list(span[start : start + batch]) for start in range(0, len(span), batch)]
@@ -75,12 +94,20 @@ def token_maps(
             for images in loader:
                 parts.append(_encode(model, images.to(device), dtype))
                 advance(len(images))
-            data = safetensors.torch.save({"maps": torch.cat(parts)})
-            write_bytes(chunk_path(folder, number), data)
+            write_tensors(paths[number], {"maps": torch.cat(parts)})
     group.barrier()
-    paths = [chunk_path(folder, number) for number in range(len(chunks))]
     check_all_there(paths)
-    return torch.cat([safetensors.torch.load_file(path)["maps"] for path in paths])
+    return torch.cat([load_tensors(path, ["maps"]).tensors["maps"] for path in paths])
+
+
+def _read(chunks: Sequence[range], model: Backbone, path: Path) -> Tensors:
+    """A chunk on disk.
+
+    Raises:
+        DamagedError: it is not what was written there.
+    """
+    count = len(chunks[int(path.stem)])
+    return read_tensors(path, {"maps": TensorSpec(torch.float16, (count, model.token_dim, None, None))})
 
 
 def _encode(model: Backbone, images: Tensor, dtype: torch.dtype) -> Tensor:

@@ -80,7 +80,7 @@ def run(job: Job, watch: Watch, keep: Keep | None = None) -> Outcome:
         DataError: ranks do not share the folder of the states.
     """
     start = read_state(job.state, job.key, job.group)
-    with TemporaryDirectory(prefix="am-radio-seg-") as folder, _own_randomness():
+    with TemporaryDirectory(prefix="am-radio-seg-") as folder, _own_randomness(job.device):
         metric = AreaMetric(job.group)
         runner = _make_runner(job, start, metric, folder)
         with watch(f"training {job.label}", job.plan.iterations) as advance:
@@ -129,7 +129,7 @@ def _make_runner(job: Job, start: HeadState, metric: AreaMetric, folder: str) ->
         default_hooks=dict.fromkeys(("runtime_info", "timer", "sampler_seed", "logger", "checkpoint")),
         custom_hooks=[SaveState(job.state, job.key, job.save_every, group)],
         launcher="none" if group.world == 1 else "pytorch",
-        randomness={"seed": job.seed},
+        randomness={"seed": job.seed % 2**32},  # NumPy takes no larger one
         default_scope="mmseg",
         experiment_name=secrets.token_hex(8),  # mmengine keeps loggers by name
     )
@@ -284,12 +284,12 @@ def _collate(samples: list[Sample]) -> dict[str, list[Any]]:
 
 
 @contextmanager
-def _own_randomness() -> Iterator[None]:
+def _own_randomness(device: torch.device) -> Iterator[None]:
     """Global generators and logging as they were, whatever mmengine sets inside."""
     state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002 (mmengine seeds all three)
     level = logging.root.level
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # all GPUs unless named
             yield
     finally:
         np.random.set_state(state)  # noqa: NPY002

@@ -120,6 +120,52 @@ def test_more_layouts_that_are_not_whole(tmp_path: Path, make_ade: Callable, mak
         opened(voc)
 
 
+def test_two_files_of_one_key_are_refused(tmp_path: Path, make_ade: Callable, make_voc: Callable) -> None:
+    root = make_ade(tmp_path / "mine")
+    twin = root / "images/training/0000.jpg"
+    twin.touch()
+    with pytest.raises(DataError, match=r"0000.jpg and 0000.png would share the mask 0000.png; give each"):
+        opened(root)
+    twin.unlink()
+    (root / "annotations/training/0000.PNG").touch()
+    with pytest.raises(DataError, match=r"0000.PNG and 0000.png would both be the mask of 0000;"):
+        opened(root)
+    voc = make_voc(tmp_path / "voc", {"train": ["a", "b"], "val": ["c"]})
+    for lines in ("a\nb\na\n", "a.jpg\nb\na.png\n"):
+        (voc / "ImageSets/Segmentation/train.txt").write_text(lines)
+        with pytest.raises(DataError, match=r"train.txt: lists 'a' more than once \(1 of 2 names"):
+            opened(voc)
+
+
+def test_texts_may_have_a_byte_order_mark(tmp_path: Path, make_ade: Callable, make_voc: Callable) -> None:
+    root = make_ade(tmp_path / "mine")
+    (root / "classes.txt").write_bytes("\ufeffred\r\ngreen\u2028ish\r\nblue".encode())
+    assert opened(root).labelling.classes == ("red", "green\u2028ish", "blue")
+    (root / "classes.txt").write_bytes(b"red\xff\nblue")
+    with pytest.raises(DataError, match=r"classes.txt: is not UTF-8 text \(byte 3: 0xff\)"):
+        opened(root)
+    voc = make_voc(tmp_path / "voc", {"train": ["a"], "val": ["b"]})
+    (voc / "ImageSets/Segmentation/train.txt").write_text("\ufeffJPEGImages/a.jpg SegmentationClass/a.png\n")
+    assert [pair.key for pair in opened(voc).train.pairs] == ["a"]
+
+
+def test_dots_in_names_stay(tmp_path: Path, make_voc: Callable) -> None:
+    voc = make_voc(tmp_path / "voc", {"train": ["img.v1.1", "img.v1.2"], "val": ["img.v2.1"]})
+    assert [pair.key for pair in opened(voc).train.pairs] == ["img.v1.1", "img.v1.2"]
+
+
+def test_accents_may_be_written_in_either_form(
+    tmp_path: Path, make_ade: Callable, make_voc: Callable
+) -> None:
+    root = make_ade(tmp_path / "mine")
+    (root / "images/training/0000.png").rename(root / "images/training/\u00e9.png")
+    (root / "annotations/training/0000.png").rename(root / "annotations/training/e\u0301.png")
+    assert opened(root).train.pairs[-1].labels.name == "e\u0301.png"
+    voc = make_voc(tmp_path / "voc", {"train": ["\u00e9"], "val": ["b"]})
+    (voc / "ImageSets/Segmentation/train.txt").write_text("e\u0301\n")
+    assert opened(voc).train.pairs[0].labels.name == "\u00e9.png"
+
+
 def test_label_tables() -> None:
     ade = Labelling(classes=("a", "b"), zero_is_void=True)
     assert ade.table()[:4].tolist() == [255, 0, 1, 255]

@@ -307,6 +307,41 @@ class _Bar:
         self._watch.texts.append(text)
 
 
+@pytest.mark.parametrize("changes", [{}, {"preset": "released"}])
+def test_tokens_that_are_not_finite_get_no_score(
+    tmp_path: Path, settings: SegSettings, backbone: Callable, changes: dict[str, Any]
+) -> None:
+    class Failing(type(backbone())):
+        def __call__(self, images):
+            features = super().__call__(images)
+            if len(self.sizes) > 48:  # the training is over
+                features.tokens[0, 0, 0] = torch.nan
+            return features
+
+    with pytest.raises(RadioError, match="patches14 gives tokens that are not finite; try --precision fp32"):
+        run(Failing(), replace(settings, **changes), tmp_path / "out")
+    assert not list(tmp_path.glob("out/seg*"))
+
+
+def test_an_orientation_and_damage_in_the_cache_are_in_the_notes(
+    tmp_path: Path, settings: SegSettings, backbone: Callable
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    path = next((settings.data / "images/validation").iterdir())
+    Image.open(path).copy().save(path, exif=exif)
+    report = run(backbone(), settings, tmp_path / "out")
+    assert report.notes[-1].startswith(
+        "1 of 4 pictures of mine/validation have an EXIF orientation, which is not applied"
+    )
+    for note in settings.cache.rglob("seg-*.jsonl"):
+        note.write_text("damaged")
+    assert (
+        "2 damaged files of the cache were made again"
+        in run(backbone(), settings, tmp_path / "out").notes[-1]
+    )
+
+
 def test_bars_show_iterations_and_the_loss(tmp_path: Path, settings: SegSettings, backbone: Callable) -> None:
     watch = _Watch()
     run(backbone(), settings, tmp_path / "out", watch=watch)

@@ -1,14 +1,21 @@
 from __future__ import annotations
 
+import io
+import os
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
+from evals.core.chunks import Damage
 from evals.seg_probe.datasets import Dataset, Labelling, open_dataset
-from evals.seg_probe.pixels import check_split, read_labels
+from evals.seg_probe.pixels import _map_labels, check_split, read_labels
 from radio.errors import DataError
 
 ADE = Labelling(classes=tuple(f"thing {n}" for n in range(150)), zero_is_void=True)
@@ -58,8 +65,80 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(DataError, match=r"text.png: not a picture"):
         read_labels(tmp_path / "text.png", FEW)
-    with pytest.raises(DataError, match=r"gone.png: cannot be read \(No such file"):
+    with pytest.raises(DataError, match=r"gone.png: no such file"):
         read_labels(tmp_path / "gone.png", FEW)
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(DataError, match=r"pipe.png: is no regular file"):
+        read_labels(tmp_path / "pipe.png", FEW)
+    for kind in ("JPEG", "BMP", "EPS"):
+        Image.fromarray(np.ones((4, 4), np.uint8)).save(tmp_path / "other.png", format=kind)
+        with pytest.raises(DataError, match=r"other.png: .*its content is none of PNG"):
+            read_labels(tmp_path / "other.png", FEW)
+
+
+def grey_png(values: np.ndarray, bits: int) -> bytes:
+    """A grey PNG of 1, 2, 4, 8 or 16 bits a pixel, written by hand."""
+    height, width = values.shape
+    rows = b""
+    for row in values:
+        text = "".join(f"{value:0{bits}b}" for value in row)
+        text += "0" * (-len(text) % 8)
+        rows += b"\0" + int(text, 2).to_bytes(len(text) // 8, "big")
+    chunks = [
+        b"IHDR" + struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0),
+        b"IDAT" + zlib.compress(rows),
+        b"IEND",
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks
+    )
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_labels_are_the_numbers_stored_however_many_bits_they_have(tmp_path: Path, bits: int) -> None:
+    values = np.random.default_rng(bits).integers(0, min(2**bits, 16), (7, 13))
+    (tmp_path / "m.png").write_bytes(grey_png(values, bits))
+    many = Labelling(classes=tuple(f"c{n}" for n in range(40)), zero_is_void=False)
+    assert read_labels(tmp_path / "m.png", many).tolist() == values.tolist()
+
+
+def test_a_huge_mask_is_refused_by_its_header(tmp_path: Path) -> None:
+    data = bytearray(grey_png(np.ones((4, 4), int), 8))
+    data[16:24] = struct.pack(">II", 14_000, 14_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    (tmp_path / "m.png").write_bytes(data)
+    with pytest.raises(DataError, match=r"m.png: 196 million pixels, the limit is 179 million"):
+        read_labels(tmp_path / "m.png", FEW)
+
+
+def test_a_mask_with_a_long_text_is_whole(tmp_path: Path) -> None:
+    data = grey_png(np.ones((4, 4), int), 8)
+    text = b"zTXtComment\0\0" + zlib.compress(bytes(2 << 20))
+    chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
+    (tmp_path / "m.png").write_bytes(data[:33] + chunk + data[33:])
+    assert read_labels(tmp_path / "m.png", FEW).tolist() == [[0] * 4] * 4
+
+
+MASKS = [grey_png(np.arange(16).reshape(4, 4) % 4, bits) for bits in (2, 4, 8, 16)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_damaged_masks_give_labels_or_one_error(data: st.DataObject) -> None:
+    content = bytearray(data.draw(st.sampled_from(MASKS)))
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(content) - 1))
+        content[at : at + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=4))
+    if data.draw(st.booleans()):  # a header that is believed
+        content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    try:
+        labels = _map_labels(Path("m.png"), bytes(content), FEW)
+    except DataError as error:
+        said = str(error)
+    else:
+        said = "m.png: "
+        assert set(np.unique(labels).tolist()) <= {0, 1, 2, 255}
+    assert said.startswith("m.png: ")
 
 
 def test_a_good_split_is_read_once(tmp_path: Path, make_ade: Callable, monkeypatch) -> None:
@@ -110,6 +189,47 @@ def test_pairs_that_do_not_go(tmp_path: Path, make_ade: Callable, spoil: Callabl
     spoil(data.train.pairs[1])
     with pytest.raises(DataError, match=said):
         check_split(data.train, data.labelling, memo=tmp_path)
+
+
+def test_a_damaged_memo_is_made_again_and_said(tmp_path: Path, make_ade: Callable) -> None:
+    data = opened(make_ade(tmp_path / "mine"))
+    first = check_split(data.train, data.labelling, memo=tmp_path / "memo")
+    (note,) = (tmp_path / "memo").iterdir()
+    whole = note.read_bytes()
+    altered = whole.replace(b"56", b"57")
+    for damaged in (b"", b"[" * 100_000, whole[:-9], altered, b"\xff", b"{}\n"):
+        note.write_bytes(damaged)
+        damage = Damage()
+        assert check_split(data.train, data.labelling, memo=tmp_path / "memo", damage=damage) == first
+        assert note.read_bytes() == whole
+        assert "1 damaged file of the cache was made again" in damage.notes()[0]
+
+
+def test_an_orientation_that_is_not_applied_is_told(tmp_path: Path, make_ade: Callable) -> None:
+    data = opened(make_ade(tmp_path / "mine"))
+    assert check_split(data.train, data.labelling, memo=tmp_path).rotated == 0
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for pair in data.train.pairs[:2]:
+        Image.open(io.BytesIO(pair.picture.read_bytes())).save(pair.picture, exif=exif)
+    assert check_split(data.train, data.labelling, memo=tmp_path).rotated == 2
+    pair = data.train.pairs[0]
+    saved(pair.labels, np.ones((56, 40), np.uint8))
+    with pytest.raises(DataError, match=r"56x40 .* is 40x56 \(its EXIF orientation, 6, is not applied\)"):
+        check_split(data.train, data.labelling, memo=tmp_path)
+
+
+def test_names_that_are_not_utf8_are_checked(tmp_path: Path, make_ade: Callable) -> None:
+    root = make_ade(tmp_path / "mine")
+    for kind in ("images", "annotations"):
+        (root / kind / "training" / "0000.png").rename(root / kind / "training" / os.fsdecode(b"caf\xe9.png"))
+    data = opened(root)
+    assert r"caf\xe9" in [pair.key for pair in data.train.pairs]
+    assert len(check_split(data.train, data.labelling, memo=tmp_path / "memo").fingerprint) == 64
+    (root / "images/training/0001.png").unlink()
+    (root / "images/training/0001.png").symlink_to("nowhere.png")
+    with pytest.raises(DataError, match=r"0001.png: cannot be read \(No such file"):
+        check_split(opened(root).train, data.labelling, memo=tmp_path / "memo")
 
 
 def test_nothing_but_void_is_an_error(tmp_path: Path, make_ade: Callable) -> None:

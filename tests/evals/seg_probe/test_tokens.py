@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
+from evals.core.chunks import Damage
 from evals.core.dist import Group
 from evals.core.evaluator import silent
 from evals.seg_probe.datasets import open_dataset
@@ -28,12 +30,15 @@ def maps_of(tmp_path: Path, make_ade: Callable, monkeypatch) -> Callable[..., to
     root = make_ade(tmp_path / "mine")
     data = open_dataset(root, voc_split="train", known={"ADE20K": [], "VOC2012": []})
 
-    def make(model: Any, group: Group | None = None, key: str = "key") -> torch.Tensor:
+    def make(
+        model: Any, group: Group | None = None, key: str = "key", damage: Damage | None = None
+    ) -> torch.Tensor:
         plan, _ = resolve(SegSettings(data=root, preset="scenes"), model)
         pictures = Pictures(data.train, data.labelling, plan, model, training=True)
         return tokens.token_maps(
             model, pictures, key=key, cache=tmp_path / "cache", device=CPU, dtype=torch.float32,
-            batch=2, workers=0, group=group or Group(), watch=silent, label="tokens",
+            batch=2, workers=0, group=group or Group(), watch=silent,
+            damage=damage or Damage(), label="tokens",
         )  # fmt: skip
 
     return make
@@ -61,13 +66,31 @@ def test_a_killed_run_goes_on_with_the_chunk_that_is_missing(maps_of: Callable, 
     assert torch.equal(maps, maps_of(backbone(), key="whole"))
 
 
-def test_a_damaged_chunk_is_made_again(tmp_path: Path, maps_of: Callable, backbone: Callable) -> None:
+def other_keys(data: bytes) -> bytes:
+    return safetensors.torch.save({"other": torch.zeros(3)})
+
+
+def other_numbers(data: bytes) -> bytes:
+    return data[:-1] + bytes([data[-1] ^ 64])
+
+
+def other_shape(data: bytes) -> bytes:
+    return safetensors.torch.save({"maps": torch.zeros(3, 6, 7, 8, dtype=torch.float16)})
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda data: data[:40], lambda data: b"", other_keys, other_numbers, other_shape]
+)
+def test_a_damaged_chunk_is_made_again_and_said(
+    tmp_path: Path, maps_of: Callable, backbone: Callable, spoil: Callable
+) -> None:
     maps = maps_of(backbone())
     path = next((tmp_path / "cache").rglob("000001.safetensors"))
-    path.write_bytes(path.read_bytes()[:40])
-    model = backbone()
-    assert torch.equal(maps_of(model), maps)
+    path.write_bytes(spoil(path.read_bytes()))
+    model, damage = backbone(), Damage()
+    assert torch.equal(maps_of(model, damage=damage), maps)
     assert len(model.sizes) == 3
+    assert "1 damaged file of the cache was made again" in damage.notes()[0]
 
 
 class _Alone(Group):
