@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rich import box
 from rich.console import Console
@@ -17,6 +16,7 @@ from rich.text import Text
 from radio.errors import require, shown
 from radio.io import write_bytes, write_text
 
+from .records import LOG, read_records
 from .sinks import say
 
 _SUFFIX = "_weight"
@@ -57,17 +57,15 @@ def show_weights(runs: Mapping[str, Path], out: Path, console: Console) -> None:
 
 def read_weights(name: str, folder: Path) -> list[Curve]:
     """The curves in a run folder's log; none when its balancer has fixed weights."""
-    records: list[dict[str, Any]] = [
-        json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    keys = dict.fromkeys(key for record in records for key in record if key.endswith(_SUFFIX))
+    points: dict[str, list[tuple[int, float]]] = {}
+    for record in read_records(folder / LOG):
+        for key, value in record.items():
+            if key.endswith(_SUFFIX) and "/" in key and isinstance(value, (int, float)):
+                points.setdefault(key, []).append((int(record["step"] or 0), float(value)))
     curves = []
-    for key in keys:
+    for key, found in points.items():
         teacher, kind = key.removesuffix(_SUFFIX).rsplit("/", 1)
-        points = [
-            (int(record["step"]), float(record[key])) for record in records if record.get(key) is not None
-        ]
-        steps, weights = zip(*points, strict=True)
+        steps, weights = zip(*found, strict=True)
         curves.append(Curve(name, teacher, kind, steps, weights))
     return curves
 
@@ -101,7 +99,7 @@ def as_svg(curves: Sequence[Curve]) -> bytes:
         for axes, run in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs, strict=True):
             for curve in (each for each in curves if each.run == run):
                 colour = _COLOURS[teachers.index(curve.teacher) % len(_COLOURS)]
-                label = f"{curve.teacher} {curve.kind}"
+                label = f"{curve.teacher} {curve.kind}".replace("$", r"\$")  # no formula
                 axes.plot(curve.steps, curve.weights, color=colour, linestyle=_LINES[curve.kind], label=label)
             axes.set(title=run, xlabel="step", ylim=(0, None))
             axes.legend(fontsize=7)

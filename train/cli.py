@@ -11,15 +11,17 @@ from typing import Annotated, TypeVar
 import tyro
 from rich.console import Console
 
-from radio.config import read_yaml
+from radio.config import check_options, read_yaml
 from radio.errors import ConfigError, did_you_mean
 
 from .assembly import fitted
 from .config import TrainConfig
+from .data.shards import runs_program
 from .plan import PlanOptions, make_plan
 from .plan_table import print_plan
 from .preempt import REQUEUE
 from .recipes import recipes
+from .sinks import say
 from .tables import rows_of, tables, train_all
 from .teachers_from_scenes import TeachersConfig
 from .teachers_from_scenes import main as train_teachers
@@ -54,6 +56,13 @@ class Command:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FileCommand(Command):
+    """Options of one run whose settings come from a file."""
+
+    allow_pipes: bool = False  # run the commands that the file gives as shards (pipe:COMMAND)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PlanCommand:
     """Options of a plan, and of the run that it is for."""
 
@@ -79,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     console = Console()
     if not arguments or arguments[0] in ("-h", "--help"):
-        console.print(USAGE + _listing(), highlight=False, soft_wrap=True)
+        console.print(USAGE + _listing(), markup=False, highlight=False, soft_wrap=True)
         return 0 if arguments else 2
     name, options = arguments[0], arguments[1:]
     if name == TEACHERS:
@@ -89,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _plan(name, [option for option in options if option != PLAN], console)
     if name in tables:
         return _make_table(name, options, console)
-    command = _parse(Command, Command(config=_settings(name)), options, name)
+    command = _command(name, options)
     config = command.agreed
     trained = train_all({name: config}, console, restart=command.restart)
     if trained.stopped:
@@ -101,14 +110,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _command(name: str, options: Sequence[str]) -> Command:
+    """The run that the command line asks for.
+
+    Raises:
+        ConfigError: a settings file whose shards would run a command, and nobody allows it.
+    """
+    if not _is_file(name):
+        return _parse(Command, Command(config=_settings(name)), options, name)
+    command = _parse(FileCommand, FileCommand(config=_settings(name)), options, name)
+    typed = any(option.partition("=")[0] == "--data.shards" for option in options)
+    for pattern in () if typed or command.allow_pipes else command.config.data.shards:
+        if (program := runs_program(pattern)) is not None:
+            raise ConfigError(
+                f"{name}: data.shards would run the command {program!r}; "
+                f"where you trust it, add --allow-pipes, or else give your own --data.shards"
+            )
+    return command
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
+
+
 def _plan(name: str, options: Sequence[str], console: Console) -> int:
     table = tables[name]() if name in tables else None
     config = table.base if table else _settings(name)
     asked = _parse(PlanCommand, PlanCommand(config=config, options=PlanOptions()), options, f"{name} {PLAN}")
+    check_options(asked.config)
     runs = table.rows(asked.config) if table else {name: asked.config}
     for each in runs.values():
         config, changes = fitted(each)
-        console.print(*changes, sep="\n", end="\n" if changes else "", highlight=False, soft_wrap=True)
+        for line in changes:
+            say(console, line)
         print_plan(make_plan(config, asked.options), console)
     return 0
 
@@ -117,7 +151,7 @@ def _make_table(name: str, options: Sequence[str], console: Console) -> int:
     """The exit code of every row of a table with the options over it."""
     table = tables[name]()
     asked = _parse(TableCommand, TableCommand(config=table.base), options, name)
-    rows = rows_of(table, asked.config, asked.rows)
+    rows = rows_of(table, check_options(asked.config), asked.rows)
     trained = train_all(rows, console, restart=asked.restart)
     if trained.stopped:
         return REQUEUE
@@ -127,7 +161,7 @@ def _make_table(name: str, options: Sequence[str], console: Console) -> int:
 
 
 def _settings(name: str) -> TrainConfig:
-    if name.endswith((".yaml", ".yml")):
+    if _is_file(name):
         return read_yaml(TrainConfig, Path(name))
     if name.startswith("-"):
         raise ConfigError(

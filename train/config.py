@@ -13,7 +13,7 @@ from radio.students import StudentOptions
 
 BatchSize: TypeAlias = Annotated[int, Interval(ge=1, le=1 << 20)]  # 32,768 is the largest that is published
 Decay: TypeAlias = Annotated[float, Interval(ge=0, lt=1)]
-Area: TypeAlias = Annotated[float, Interval(gt=0, le=1)]
+PositiveShare: TypeAlias = Annotated[float, Interval(gt=0, le=1)]
 Aspect: TypeAlias = Annotated[float, Interval(ge=0.01, le=100)]
 Side: TypeAlias = Annotated[int, Interval(ge=1, le=1024)]  # in tokens
 Width: TypeAlias = Annotated[int, Interval(ge=1, le=1 << 16)]  # of a hidden layer
@@ -49,7 +49,7 @@ class DataConfig:
         Weight, ...
     ] = ()  # share of a batch of each pattern, folder, then scenes; () = in one pool
     scenes_seed: Seed = 2  # teachers were trained on seed 1, evaluators use seed 0
-    crop_scale: tuple[Area, Area] = (0.08, 1.0)  # RandomResizedCrop: share of the area
+    crop_scale: tuple[PositiveShare, PositiveShare] = (0.08, 1.0)  # RandomResizedCrop: share of the area
     crop_aspect: tuple[Aspect, Aspect] = (3 / 4, 4 / 3)
     flip: Share = 0.5  # probability of a horizontal flip
     lanes: BatchSize = 1024  # cursors per group, fixed for a run: the largest divisor of its batch up to this

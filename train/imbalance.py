@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +9,7 @@ from typing import NamedTuple
 from radio.errors import ConfigError, DataError
 
 from .partition import Partition, best_split
+from .records import read_records
 
 
 class Proposal(NamedTuple):
@@ -66,9 +66,9 @@ def measured(path: Path, partition: Partition) -> dict[str, float]:
         DataError: no such file, or none of its records times the groups.
         ConfigError: the run had other groups of teachers.
     """
-    if not path.is_file():
+    if not path.exists():
         raise DataError(f"{path}: no such file; give the metrics.jsonl of a run of the same teachers")
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records = read_records(path)
     timed = [record for record in records if any(key.startswith("seconds/") for key in record)]
     if not timed:
         raise DataError(f"{path}: no record times the groups of teachers (seconds/GROUP)")
@@ -78,6 +78,15 @@ def measured(path: Path, partition: Partition) -> dict[str, float]:
         if any(key not in record for key in keys for record in timed):
             known = sorted(key.removeprefix("seconds/") for key in timed[0] if key.startswith("seconds/"))
             raise ConfigError(f"{path}: times the groups {', '.join(known)}, and this run has {group.name}")
-        prices = [record[keys[0]] / record[keys[1]] for record in timed[1:] or timed]
+        prices = [_price(record[keys[0]], record[keys[1]], path) for record in timed[1:] or timed]
         found[group.name] = group.share * sum(prices) / len(prices)
     return found
+
+
+def _price(seconds: object, share: object, path: Path) -> float:
+    """Seconds that one picture takes a rank."""
+    if not isinstance(seconds, (int, float)) or not isinstance(share, (int, float)):
+        raise DataError(f"{path}: wanted numbers for seconds/GROUP and share/GROUP; is it a run's log?")
+    if seconds <= 0 or share <= 0:
+        raise DataError(f"{path}: a group that takes {seconds} s for {share} pictures; is it a run's log?")
+    return seconds / share

@@ -13,11 +13,12 @@ from typing import NamedTuple, final
 
 from torch import nn
 
+from radio.config import Count, check_options
 from radio.errors import ConfigError
 from radio.model import RadioModel
 
 from .assembly import check_settings, deal
-from .config import TrainConfig
+from .config import PositiveShare, Ranks, TrainConfig
 from .cost import Cost, Outline, bytes_of, count, outline
 from .imbalance import Proposal, idle_share, idle_shares, measured, propose
 from .parallel import blocks_of
@@ -31,9 +32,11 @@ A100 = 312.0  # TFLOP/s in bfloat16 without sparsity
 class PlanOptions:
     """What a plan supposes."""
 
-    world: int | None = None  # ranks; None = the paper's 64 where they can share the batches, else 1
-    utilisation: float = 0.4  # share of --peak-tflops (of an A100's 312 unless given) that a rank reaches
-    pictures: int | None = None  # in the data, for the number of passes; None = not told, but for scenes
+    world: Ranks | None = None  # ranks; None = the paper's 64 where they can share the batches, else 1
+    utilisation: PositiveShare = (
+        0.4  # share of --peak-tflops (of an A100's 312 unless given) that a rank reaches
+    )
+    pictures: Count | None = None  # in the data, for the number of passes; None = not told, but for scenes
     measured: Path | None = None  # metrics.jsonl of a run of these teachers: its times instead of operations
 
 
@@ -130,7 +133,7 @@ def make_plan(config: TrainConfig, options: PlanOptions) -> Plan:
         ConfigError: settings that make no sense, or ranks that cannot share the batches.
         SizeError: a resolution that a teacher or the student cannot take.
     """
-    _check(options)
+    check_options(options)
     world = _world(config) if options.world is None else options.world
     check_settings(config, world)
     partition = deal(config, world)
@@ -221,12 +224,3 @@ def _world(config: TrainConfig) -> int:
 
 def _only_scenes(config: TrainConfig) -> bool:
     return not config.data.shards and not config.data.images
-
-
-def _check(options: PlanOptions) -> None:
-    if options.world is not None and options.world < 1:
-        raise ConfigError(f"--world {options.world} cannot be; give 1 or more")
-    if not 0 < options.utilisation <= 1:
-        raise ConfigError(f"--utilisation {options.utilisation} is no share; give more than 0 and at most 1")
-    if options.pictures is not None and options.pictures < 1:
-        raise ConfigError(f"--pictures {options.pictures} cannot be; give 1 or more")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ from evals.core.paper import DATA, TASKS, PaperRow
 from evals.core.progress import watch_on
 from evals.core.suite import Outcome, run_all
 from evals.core.tables import cell
-from radio.errors import shown
+from radio.errors import ConfigError, shown
 from radio.hub import load_backbone
 from radio.types import Backbone
 
 from .config import TrainConfig
-from .records import Record
+from .records import LOG, Record, read_records
 from .sinks import say
 
 _STUDENTS_ONLY = "vqa"  # a language model is trained for it: minutes a model
@@ -106,20 +106,30 @@ class Follower:
 
     def has_done(self, step: int) -> bool:
         """Whether the run's log has the figures of a step."""
-        path = self.config.out / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        records = [record for record in map(json.loads, lines) if record["step"] == step]
+        records = [record for record in read_records(self.config.out / LOG) if record["step"] == step]
         return any(key.partition("/")[0] in self.jobs for record in records for key in record)
 
 
 def make_job(task: str, device: str, settings: Mapping[str, Any]) -> tuple[Evaluator[Any], Any]:
-    """An evaluator and its settings, the given ones over its own.
+    """An evaluator and its settings: those given and the device, where it has them, over its own.
 
     Raises:
-        ConfigError: a task that there is not.
+        ConfigError: a task that there is not, or one with settings that a run cannot give.
     """
     evaluator = evaluators[task]()
-    return evaluator, evaluator.settings(device=device, **settings)
+    given = {"device": device, **settings}
+    known = {field.name: field for field in fields(evaluator.settings) if field.init}
+    wanted = [name for name, field in known.items() if name not in given and _is_required(field)]
+    if wanted:
+        raise ConfigError(
+            f"{task} cannot be scored by a run: it needs {', '.join(wanted)}; leave it out, and give the "
+            f"checkpoint to radio-eval {task} afterwards"
+        )
+    return evaluator, evaluator.settings(**{name: given[name] for name in known if name in given})
+
+
+def _is_required(field: Field[Any]) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
 
 
 def tell(console: Console, name: str, line: str) -> None:

@@ -7,19 +7,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import torch
+from annotated_types import Interval
 from rich.console import Console
 from torch import Tensor, nn
 
 from radio.checkpoint import Checkpoint, load, load_state, save
-from radio.config import to_plain
-from radio.errors import ConfigError, did_you_mean
+from radio.config import Count, NotNegative, Seed, check_options, to_plain
+from radio.errors import ConfigError, RadioError, did_you_mean
 from radio.teachers.scenes import NAMES, Clip, Name, frozen_clip, frozen_dense, new_dense, weights_file
 from radio.teachers.scenes_sam import new_sam
 
-from .config import OptimConfig
+from .config import BatchSize, OptimConfig
+from .guards import first_bad
 from .optim import learning_rate, make_optimizer
 from .scenes_lessons import ClipLesson, DenseLesson, Lesson, Loss, SamLesson, lessons
 from .scenes_scores import FULL, QUICK, Protocol, Scores, box_miou, score
@@ -41,9 +43,9 @@ _OPTIM = OptimConfig(weight_decay=0.05, betas=(0.9, 0.98), warmup=0.05)
 class Course:
     """How long one teacher learns, from how many scenes at once, and how fast."""
 
-    samples: int
-    batch: int
-    lr: float
+    samples: Count
+    batch: BatchSize
+    lr: NotNegative
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,8 +54,8 @@ class TeachersConfig:
 
     out: Path = Path("runs/scenes-teachers")
     only: tuple[str, ...] = NAMES
-    seed: int = 0  # of first weights, mirroring and prompts
-    threads: int = 1
+    seed: Seed = 0  # of first weights, mirroring and prompts
+    threads: Annotated[int, Interval(ge=1, le=1024)] = 1
     dense: Course = Course(samples=64_000, batch=32, lr=1.5e-3)
     clip: Course = Course(samples=12_000, batch=32, lr=1e-3)
     sam: Course = Course(samples=32_000, batch=32, lr=1e-3)
@@ -66,13 +68,19 @@ def main(settings: TeachersConfig, console: Console | None = None) -> list[Path]
         ConfigError: a teacher that does not exist, or fewer samples than one batch.
         CheckpointError: CLIP alone is asked for, and `out` holds no dense teacher to start it from.
     """
+    check_options(settings)
     for name in settings.only:
         if name not in NAMES:
             raise ConfigError(
                 f"unknown scenes teacher {name!r}{did_you_mean(name, NAMES)}; known: {', '.join(NAMES)}"
             )
-    if settings.threads < 1:
-        raise ConfigError(f"{settings.threads} threads cannot train; give 1 or more")
+    for name in settings.only:
+        course = _course(name, settings)
+        if course.samples < course.batch:
+            raise ConfigError(
+                f"{course.samples} samples for scenes:{name} are less than one batch of {course.batch}; "
+                f"give more"
+            )
     before = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
     try:
@@ -82,14 +90,12 @@ def main(settings: TeachersConfig, console: Console | None = None) -> list[Path]
         torch.set_num_threads(before)
 
 
+def _course(name: str, settings: TeachersConfig) -> Course:
+    return {"dense": settings.dense, "clip": settings.clip, "sam": settings.sam}[name]
+
+
 def _make(name: Name, settings: TeachersConfig, console: Console) -> Path:
-    course = {"dense": settings.dense, "clip": settings.clip, "sam": settings.sam}[name]
-    if course.batch < 1:
-        raise ConfigError(f"a batch of {course.batch} scenes for scenes:{name} cannot be; give 1 or more")
-    if course.samples < course.batch:
-        raise ConfigError(
-            f"{course.samples} samples for scenes:{name} are less than one batch of {course.batch}; give more"
-        )
+    course = _course(name, settings)
     started = time.monotonic()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)  # first weights only, inside the fork
@@ -100,6 +106,10 @@ def _make(name: Name, settings: TeachersConfig, console: Console) -> Path:
         key: value.half() if value.is_floating_point() else value
         for key, value in product.state_dict().items()
     }
+    if bad := first_bad(tensors):
+        raise RadioError(
+            f"scenes:{name}: {bad} is not finite; nothing is written. Give a lower learning rate"
+        )
     load_state(product, {key: value.float() for key, value in tensors.items()}, name)  # score what is shipped
     product.requires_grad_(False).eval()
     card = _card(name, course, settings, minutes, curve)

@@ -228,7 +228,7 @@ def test_a_plan_runs_nothing(
     assert "smoke: vit-tiny12 on 2 ranks, ddp" in out
     assert "time: 2 steps in" in out
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(RadioError, match="--world 0 cannot be"):
+    with pytest.raises(RadioError, match="--world: 0 is out of bounds"):
         main(["smoke", *TINY, "--plan", "--world", "0"])
     with pytest.raises(SystemExit):
         main(["smoke", *TINY, "--world", "2"])  # without a plan there is no such option

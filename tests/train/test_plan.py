@@ -97,10 +97,10 @@ def test_measured_times_and_the_split_they_ask_for(two: TrainConfig, tmp_path: P
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (PlanOptions(world=0), "--world 0 cannot be"),
+        (PlanOptions(world=0), "--world: 0 is out of bounds"),
         (PlanOptions(world=7), "7 ranks cannot be shared"),
-        (PlanOptions(utilisation=1.5), "--utilisation 1.5 is no share"),
-        (PlanOptions(pictures=0), "--pictures 0 cannot be"),
+        (PlanOptions(utilisation=1.5), "--utilisation: 1.5 is out of bounds"),
+        (PlanOptions(pictures=0), "--pictures: 0 is out of bounds"),
     ],
 )
 def test_plans_that_cannot_be(two: TrainConfig, options: PlanOptions, message: str) -> None:

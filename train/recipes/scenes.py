@@ -18,7 +18,7 @@ TEACHERS = (
 
 @recipes.register("demo")
 def demo() -> TrainConfig:
-    """A tiny ViT from three tiny teachers, then k-NN of all of them in one table."""
+    """A tiny ViT from three tiny teachers, then the scores of all of them on five tasks in one table."""
     return TrainConfig(
         recipe="demo",
         out=Path("runs/demo"),
