@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as distributed
@@ -80,20 +80,19 @@ class Group:
             if found is not None:
                 raise found
 
-    def leader_first(self, work: Callable[[], T]) -> T:
-        """Do a piece of work on the leader, then on the others, which find what it has left on disk.
+    def on_leader(self, work: Callable[[], object]) -> None:
+        """Do a piece of work on the leader while the others wait; what it leaves on disk is for all.
 
         Raises:
             RadioError: the leader's, on every rank.
         """
-        result, error = None, None
+        error = None
         if self.leads:
             try:
-                result = work()
+                work()
             except RadioError as problem:
                 error = problem
         self.agree(error)
-        return cast("T", result) if self.leads else work()
 
     def sum(self, array: Tensor) -> Tensor:
         """The elementwise sum of the arrays of all ranks."""
@@ -158,4 +157,5 @@ def joined(backend: str = "gloo") -> Iterator[Group]:
     try:
         yield current()
     finally:
+        _on_cpu.cache_clear()
         distributed.destroy_process_group()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar, get_type_hints, runtime_checkable
+
+import torch
 
 from radio.registry import Registry
 from radio.types import Backbone
@@ -89,6 +92,17 @@ class Carded(Protocol):
 def card_of(model: Backbone) -> dict[str, Any]:
     """What a checkpoint's card says; empty for a model without one."""
     return dict(model.card) if isinstance(model, Carded) else {}
+
+
+def place(model: Backbone, device: torch.device, dtype: torch.dtype) -> Backbone:
+    """The model on a device, in evaluation mode, computing in a type.
+
+    In another type than float32 it is a copy: weights that were rounded in place would stay so, for the tasks
+    that follow and for the fingerprint.
+    """
+    if dtype != torch.float32:
+        model = copy.deepcopy(model)
+    return model.to(device, dtype).eval()
 
 
 class Placed(Protocol):

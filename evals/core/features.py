@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple, final
 
 import torch
+import torch.nn.functional as F
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -40,7 +42,8 @@ from .chunks import (
 )
 from .data import ImageSource
 from .dist import Group
-from .evaluator import Advance, Watch, silent
+from .evaluator import Advance, Watch, place, silent
+from .provenance import fast_products, has_tf32
 from .report import Skipped
 from .views import View
 
@@ -76,6 +79,11 @@ class Extraction:
     project: Project = lambda features: features.summary
     batch: int = 64
     workers: int = 0
+
+    @property
+    def numbers(self) -> str:
+        """What the model computes in: `torch.float32`, `torch.bfloat16`, or `TF32` on a GPU that has it."""
+        return "TF32" if self.dtype == torch.float32 and has_tf32(self.device) else str(self.dtype)
 
 
 @final
@@ -113,6 +121,31 @@ class Stored:
         return torch.cat(indices), tuple(skipped)
 
 
+def check_finite(vectors: Tensor, whose: str) -> None:
+    """None, when every number of some vectors is one.
+
+    Args:
+        whose: what gave them, and as what, for the error.
+
+    Raises:
+        RadioError: NaN or infinity: there is nothing to score.
+    """
+    if not bool(torch.isfinite(vectors).all()):
+        raise RadioError(
+            f"{whose} gives values that are not finite; try --precision fp32, or look at the training"
+        )
+
+
+def to_unit(vectors: Tensor) -> Tensor:
+    """[N, C] of length 1, in float32; where a length overflows or underflows that, it is taken in float64."""
+    unit = F.normalize(vectors.float(), dim=1)
+    lengths = vectors.float().norm(dim=1)
+    odd = ((lengths < 1e-12) | lengths.isinf()).nonzero().flatten()
+    if len(odd):
+        unit[odd] = F.normalize(vectors[odd].double(), dim=1, eps=1e-300).float()
+    return unit
+
+
 def default_cache() -> Path:
     """Where features are kept unless told otherwise: `$XDG_CACHE_HOME/am-radio`, or under `~/.cache`."""
     base = os.environ.get("XDG_CACHE_HOME")
@@ -140,19 +173,22 @@ def extract(
     """
     group = group or Group()
     count = len(source.keys)
-    if group.leads:  # hashes the content; the others then find the memo
-        _ = source.fingerprint
-    group.barrier()
+    group.on_leader(lambda: source.fingerprint)  # hashes the content; the others then find the memo
     folder = cache / "features" / _key(model, source, how)
     numbers = range(group.rank, _num_chunks(count), group.world)
     paths = [chunk_path(folder, number) for number in numbers]
-    places = find_missing(paths, partial(_check_chunk, source), damage or Damage())
-    missing = [numbers[place] for place in places]
-    if missing:
-        check_writable(folder, "--cache")
-        with watch(f"{model.name} on {source.name}", sum(len(_span(n, count)) for n in missing)) as advance:
-            _fill(model, source, how, folder, missing, advance)
-    group.barrier()
+    positions = find_missing(paths, partial(_check_chunk, source), damage or Damage())
+    missing = [numbers[position] for position in positions]
+    error = None
+    try:
+        if missing:
+            check_writable(folder, "--cache")
+            total = sum(len(_span(number, count)) for number in missing)
+            with watch(f"{model.name} on {source.name}", total) as advance:
+                _fill(model, source, how, folder, missing, advance)
+    except RadioError as problem:
+        error = problem
+    group.agree(error)
     check_all_there(chunk_path(folder, number) for number in range(_num_chunks(count)))
     stored = Stored(folder, count)
     if len(stored.indices()) == 0:
@@ -165,6 +201,15 @@ class _Item(NamedTuple):
     place: int  # in the source
     pixels: Tensor | None  # [3, h, w]
     reason: str
+
+
+class _Batch(NamedTuple):
+    """Pictures in one tensor: each one that a worker sends costs a file descriptor."""
+
+    places: list[int]
+    reasons: list[str]  # empty where the picture could be read
+    sizes: list[tuple[list[int], tuple[int, ...]]]  # rows of one size among the readable, and their shape
+    pixels: Tensor  # flat, size by size
 
 
 @final
@@ -181,6 +226,20 @@ class _Views(Dataset[_Item]):
             return _Item(index, None, str(error))
 
 
+def _collate(items: Sequence[_Item]) -> _Batch:
+    pixels = [item.pixels for item in items if item.pixels is not None]
+    by_size: dict[tuple[int, ...], list[int]] = {}
+    for row, image in enumerate(pixels):
+        by_size.setdefault(tuple(image.shape), []).append(row)
+    flat = [pixels[row].reshape(-1) for rows in by_size.values() for row in rows]
+    return _Batch(
+        places=[item.place for item in items],
+        reasons=[item.reason for item in items],
+        sizes=[(rows, shape) for shape, rows in by_size.items()],
+        pixels=torch.cat(flat) if flat else torch.empty(0),
+    )
+
+
 def _fill(
     model: Backbone,
     source: ImageSource,
@@ -189,56 +248,57 @@ def _fill(
     numbers: Sequence[int],
     advance: Advance,
 ) -> None:
-    model = model.to(how.device, how.dtype).eval()
+    placed = place(model, how.device, how.dtype)
     spans = [_span(number, len(source.keys)) for number in numbers]
     batches = [
         list(span[start : start + how.batch]) for span in spans for start in range(0, len(span), how.batch)
     ]
     loader: DataLoader[_Item] = DataLoader(
-        _Views(source, how.view), batch_sampler=batches, num_workers=how.workers, collate_fn=list
+        _Views(source, how.view),
+        batch_sampler=batches,
+        num_workers=how.workers,
+        collate_fn=_collate,
+        pin_memory=how.device.type == "cuda",
     )
-    arriving: Iterator[list[_Item]] = iter(loader)
+    arriving: Iterator[_Batch] = iter(loader)
     for number, span in zip(numbers, spans, strict=True):
-        parts: list[tuple[list[_Item], Tensor]] = []
+        parts: list[tuple[_Batch, Tensor]] = []
         left = len(span)
         while left:
-            items = next(arriving)
-            read = [item for item in items if item.pixels is not None]
-            parts.append((items, _encode(model, read, how)))
-            left -= len(items)
-            advance(len(items))
-        _write(folder, number, parts, source)
+            batch = next(arriving)
+            with fast_products(how.device), torch.inference_mode():
+                parts.append((batch, _encode(placed, batch, how)))
+            left -= len(batch.places)
+            advance(len(batch.places))
+        _write(folder, number, parts, source, f"{model.name} as {how.numbers}")
 
 
-def _encode(model: Backbone, items: Sequence[_Item], how: Extraction) -> Tensor:
-    """[B, C] float32 on the CPU; pictures of one size go through the model together."""
-    by_size: dict[tuple[int, ...], list[int]] = {}
-    pixels = [item.pixels for item in items if item.pixels is not None]
-    for place, image in enumerate(pixels):
-        by_size.setdefault(tuple(image.shape), []).append(place)
-    rows: dict[int, Tensor] = {}
-    for places in by_size.values():
-        images = torch.stack([pixels[place] for place in places]).to(how.device, how.dtype)
-        with torch.inference_mode():
-            kept = how.project(model(images)).float().cpu()
-        if not bool(torch.isfinite(kept).all()):
-            raise RadioError(
-                f"{model.name} gives values that are not finite as {how.dtype}; try --precision fp32, "
-                f"or look at the training"
-            )
-        rows.update(zip(places, kept, strict=True))
-    return torch.stack([rows[place] for place in range(len(pixels))]) if rows else torch.empty(0)
+def _encode(model: Backbone, batch: _Batch, how: Extraction) -> Tensor:
+    """[B, C] float32 on the device, of the readable; pictures of one size go through the model together."""
+    pixels = batch.pixels.to(how.device, non_blocking=True).to(how.dtype)
+    encoded, order, start = [], [], 0
+    for rows, shape in batch.sizes:
+        end = start + len(rows) * math.prod(shape)
+        images = pixels[start:end].view(len(rows), *shape)
+        if start:
+            images = images.clone()  # aligned in memory as a tensor of its own
+        encoded.append(how.project(model(images)).float())
+        order += rows
+        start = end
+    if not encoded:
+        return torch.empty(0, 0, device=how.device)
+    return torch.cat(encoded)[torch.tensor(order).argsort().to(how.device)]
 
 
 def _write(
-    folder: Path, number: int, parts: Sequence[tuple[list[_Item], Tensor]], source: ImageSource
+    folder: Path, number: int, parts: Sequence[tuple[_Batch, Tensor]], source: ImageSource, whose: str
 ) -> None:
-    items = [item for part, _ in parts for item in part]
     encoded = [features for _, features in parts if len(features)]
-    features = torch.cat(encoded) if encoded else torch.empty(0, 0)
-    indices = torch.tensor([item.place for item in items if item.pixels is not None], dtype=torch.int64)
-    keys = source.keys
-    skipped = [(keys[item.place], item.reason) for item in items if item.pixels is None]
+    features = torch.cat(encoded).cpu() if encoded else torch.empty(0, 0)
+    check_finite(features, whose)
+    pairs = [pair for batch, _ in parts for pair in zip(batch.places, batch.reasons, strict=True)]
+    indices = torch.tensor([index for index, reason in pairs if not reason], dtype=torch.int64)
+    skipped = [(source.keys[index], reason) for index, reason in pairs if reason]
     tensors = {"features": features, "indices": indices}
     write_tensors(chunk_path(folder, number), tensors, {"skipped": json.dumps(skipped)})
 
@@ -254,7 +314,7 @@ def _check_chunk(source: ImageSource, path: Path) -> None:
     keys = source.keys
     kept = chunk.tensors["indices"].tolist()
     left_out = {key for key, _ in _skipped(chunk)}
-    wanted = [place for place in span if keys[place] not in left_out]
+    wanted = [index for index in span if keys[index] not in left_out]
     if kept != wanted or len(kept) != len(chunk.tensors["features"]):
         raise DamagedError(f"{path}: holds {len(kept)} of the pictures {span.start} to {span.stop - 1}")
 
@@ -267,7 +327,7 @@ def _skipped(chunk: Tensors) -> list[tuple[str, str]]:
 
 
 def _key(model: Backbone, source: ImageSource, how: Extraction) -> str:
-    parts = [_FORMAT, model.fingerprint, source.fingerprint, how.view.describe(), str(how.dtype), how.head]
+    parts = [_FORMAT, model.fingerprint, source.fingerprint, how.view.describe(), how.numbers, how.head]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

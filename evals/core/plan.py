@@ -17,7 +17,7 @@ from radio.images import EVALUATION_RATIO
 from radio.types import Backbone
 
 from .evaluator import Machine
-from .features import Extraction
+from .features import Extraction, check_finite
 from .provenance import choose_device
 from .views import make_view
 
@@ -59,7 +59,8 @@ class ExtractionSettings:
     device: Machine[str] = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """What the model computes in."""
+    """What the model computes in. On a GPU fp32 takes its products in TF32, unless NVIDIA_TF32_OVERRIDE=0 is
+    set."""
     seed: Seed = 0
     """Which generated world."""
 
@@ -105,7 +106,9 @@ def carry(model: Backbone, head: str | None, summaries: Tensor) -> Tensor:
     assert isinstance(model, Adapting), "plan has looked"
     on_cpu = model.to(torch.device("cpu"), torch.float32)
     with torch.inference_mode():
-        return torch.cat([on_cpu.adapt_summary(head, part) for part in summaries.split(_CARRIED)])
+        carried = torch.cat([on_cpu.adapt_summary(head, part) for part in summaries.split(_CARRIED)])
+    check_finite(carried, f"{model.name} in the space of {head}")
+    return carried
 
 
 def resolved(how: Extraction, head: str | None) -> dict[str, Any]:
@@ -114,7 +117,7 @@ def resolved(how: Extraction, head: str | None) -> dict[str, Any]:
         "view": how.view.describe(),
         "size": list(how.view.size),
         "features": "summary" if head is None else f"adaptor {head}",
-        "dtype": str(how.dtype).removeprefix("torch."),
+        "dtype": how.numbers.removeprefix("torch."),
         "workers": how.workers,
     }
 

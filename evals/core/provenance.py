@@ -7,6 +7,8 @@ import platform
 import re
 import resource
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -74,6 +76,27 @@ def _own_gpu(count: int) -> int:
             f"LOCAL_RANK is {local!r}; wanted this rank's number on its machine, as torchrun sets"
         )
     return 0 if count == 1 else int(local)
+
+
+def has_tf32(device: torch.device) -> bool:
+    """Whether float32 products are made in TF32: on a GPU that can, unless NVIDIA's own switch forbids it."""
+    if device.type != "cuda" or os.environ.get("NVIDIA_TF32_OVERRIDE") == "0":
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@contextmanager
+def fast_products(device: torch.device) -> Iterator[None]:
+    """Let products of float32 matrices use TF32 on a GPU, as its convolutions do anyway."""
+    if not has_tf32(device):
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def describe_device(device: torch.device) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple, final
 
 import numpy as np
@@ -51,6 +52,7 @@ class Classifier:
     queries: Bank
     labels: Tensor  # [Q]
     exclude: Tensor | None  # [Q] what may not be a query's neighbour
+    device: torch.device = field(default_factory=partial(torch.device, "cpu"))  # of the search
 
     @property
     def available(self) -> int:
@@ -59,8 +61,7 @@ class Classifier:
 
     def classify(self) -> tuple[Neighbours, dict[int, Tensor]]:
         """The headline's neighbours, and for each k the five classes with most votes [Q, 5]."""
-        index = Index(self.shard.features, self.shard.indices)
-        found = self._search(index, max(self.settings.k))
+        found = self._search(self.shard.features, self.shard.indices, max(self.settings.k))
         k = self.settings.headline
         return Neighbours(found.similarities[:, :k], found.ids[:, :k]), self._vote(found, self.settings.k)
 
@@ -71,20 +72,29 @@ class Classifier:
         for attempt in range(self.settings.tries):
             chosen = choose(self.bank_indices, self.bank_labels[self.bank_indices], per_class, attempt)
             mine = torch.isin(self.shard.indices, chosen)
-            found = self._search(Index(self.shard.features[mine], self.shard.indices[mine]), k)
+            found = self._search(self.shard.features[mine], self.shard.indices[mine], k)
             top = self._vote(found, (k,))[k][:, 0]
             values.append(100 * float((top == self.labels).double().mean()))
         return repeated(values)
 
-    def _search(self, index: Index, k: int) -> Neighbours:
-        return index.search(self.queries.features, k, exclude=self.exclude, group=self.group)
+    def _search(self, features: Tensor, ids: Tensor, k: int) -> Neighbours:
+        most = min(k, max(len(self.bank_indices), 1))  # no more can be found, nor need memory
+        index = Index(features, ids, self.device)
+        return index.search(self.queries.features, most, exclude=self.exclude, group=self.group)
 
     def _vote(self, found: Neighbours, ks: tuple[int, ...]) -> dict[int, Tensor]:
-        labels = self.bank_labels[found.ids.clamp(min=0)].masked_fill(found.ids < 0, -1)
-        blocks = zip(found.similarities.split(_VOTES), labels.split(_VOTES), strict=True)
         temperature = self.settings.temperature
-        parts = [vote(*block, ks, num_classes=self.num_classes, temperature=temperature) for block in blocks]
-        return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
+        return count_votes(found, self.bank_labels, ks, num_classes=self.num_classes, temperature=temperature)
+
+
+def count_votes(
+    found: Neighbours, bank_labels: Tensor, ks: Sequence[int], *, num_classes: int, temperature: float
+) -> dict[int, Tensor]:
+    """For each k the five classes with most votes [Q, 5], from neighbours by their places in the labels."""
+    labels = bank_labels[found.ids.clamp(min=0)].masked_fill(found.ids < 0, -1)
+    blocks = zip(found.similarities.split(_VOTES), labels.split(_VOTES), strict=True)
+    parts = [vote(*block, ks, num_classes=num_classes, temperature=temperature) for block in blocks]
+    return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
 
 
 def make_classifier(
@@ -94,6 +104,7 @@ def make_classifier(
     settings: KnnSettings,
     group: Group,
     carry: Callable[[Tensor], Tensor],
+    device: torch.device,
 ) -> Classifier:
     """The classifier of extracted features: every rank holds its chunks of the bank and all queries.
 
@@ -110,6 +121,7 @@ def make_classifier(
         queries=queries._replace(features=carry(queries.features)),
         labels=torch.from_numpy(aligned_labels(sets.asked, sets.bank))[queries.indices],
         exclude=queries.indices if sets.query is None else None,
+        device=device,
     )
 
 

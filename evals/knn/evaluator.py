@@ -77,7 +77,7 @@ class KnnEvaluator:
         extracted = time.monotonic()
 
         carried = partial(carry, model, settings.head)
-        classifier = make_classifier(sets, bank, asked, settings, group, carried)
+        classifier = make_classifier(sets, bank, asked, settings, group, carried, how.device)
         neighbours, rankings = classifier.classify()
         ranking = rankings[settings.headline]
         metrics = _score(classifier, rankings, sets)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from evals.core.dist import Group
+from evals.core.features import to_unit
 from radio.errors import DataError, require
 
 # Letters: N bank, Q queries, C feature width, k neighbours, M merged candidates.
@@ -31,6 +32,8 @@ _SPARE = 8  # candidates beyond k, so that ties at the border are seen
 _QUERIES = 4096  # in one search
 _PAIRS = 8192  # compared again at once
 _CELLS = 1 << 24  # of a float64 block of similarities
+_MOST_ON_GPU = 2048  # neighbours that FAISS finds on a GPU
+_CPU = torch.device("cpu")
 _BLOCK = (1024, 16384)  # queries and bank in one product of FAISS: fewer waits between threads than its own
 _KERNELS = {"AVX512": "SkylakeX", "AVX2": "Haswell"}  # torch's name for what the CPU can do -> OpenBLAS's
 
@@ -49,22 +52,24 @@ class Index:
     Args:
         features: [N, C] float32, of any length; normalised here.
         ids: [N] int64, ascending, unique over all ranks.
+        device: where candidates are looked for; a GPU is used where this FAISS can.
 
     Raises:
         MissingExtraError: FAISS is not installed.
     """
 
-    def __init__(self, features: Tensor, ids: Tensor) -> None:
+    def __init__(self, features: Tensor, ids: Tensor, device: torch.device = _CPU) -> None:
         faiss = load_faiss()
         self._ids = ids.contiguous()
         self._faiss = faiss.IndexFlatIP(max(features.shape[1], 1))
         if len(ids):
-            self._faiss.add(F.normalize(features.float(), dim=1).numpy())
+            self._faiss.add(to_unit(features).numpy())
             cells = self._faiss.ntotal * self._faiss.d
             stored: NDArray[np.float32] = faiss.rev_swig_ptr(self._faiss.get_xb(), cells)
             self._vectors = torch.from_numpy(stored.reshape(-1, self._faiss.d))  # FAISS's own memory
         else:
             self._vectors = torch.empty(0, features.shape[1])
+        self._on_gpu = _copy_to_gpu(faiss, self._faiss, device)
 
     def search(
         self, queries: Tensor, k: int, *, exclude: Tensor | None = None, group: Group | None = None
@@ -86,7 +91,7 @@ class Index:
             )
         group = group or Group()
         found = [
-            self._search(F.normalize(block.float(), dim=1), k, banned, group)
+            self._search(to_unit(block), k, banned, group)
             for block, banned in zip(
                 queries.split(_QUERIES),
                 (torch.full((len(queries),), -1) if exclude is None else exclude).split(_QUERIES),
@@ -120,7 +125,8 @@ class Index:
         fetch = min(width, len(self._ids))
         if fetch == 0:
             return similarities, ids, border
-        values, rows = self._faiss.search(queries.numpy(), fetch)
+        on_gpu = self._on_gpu is not None and fetch <= _MOST_ON_GPU
+        values, rows = (self._on_gpu if on_gpu else self._faiss).search(queries.numpy(), fetch)
         similarities[:, :fetch] = torch.from_numpy(values).double()
         ids[:, :fetch] = self._ids[torch.from_numpy(rows)]
         if fetch < len(self._ids):
@@ -174,6 +180,19 @@ class Index:
         ids = ids.masked_fill(similarities.isinf(), -1)
         similarities, ids = _merge(group.gather(similarities), group.gather(ids))
         return similarities[:, :k], ids[:, :k]
+
+
+def _copy_to_gpu(faiss: ModuleType, index: Any, device: torch.device) -> Any:
+    """The index on the GPU, with whose candidates ties are settled as with any; None where there is none."""
+    if device.type != "cuda" or index.ntotal == 0 or not getattr(faiss, "get_num_gpus", int)():
+        return None
+    resources = faiss.StandardGpuResources()
+    try:
+        made = faiss.index_cpu_to_gpu(resources, device.index or 0, index)
+    except RuntimeError:  # the bank does not fit; the neighbours are the same without
+        return None
+    made.resources = resources  # lives as long as the index
+    return made
 
 
 def load_faiss() -> ModuleType:

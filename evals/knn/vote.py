@@ -35,7 +35,7 @@ def vote(
     Raises:
         DataError: a temperature that is not above zero.
     """
-    if temperature <= 0:
+    if not 0 < temperature < float("inf"):
         raise DataError(f"a temperature of {temperature} gives no weights; give one above 0, such as 0.07")
     scaled = (similarities.double() - similarities[:, :1].double()) / temperature
     weights = scaled.exp().masked_fill(labels < 0, 0.0)

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evals.core.chunks import Damage, TensorSpec, check_all_there, find_missing, read_tensors, write_tensors
 from evals.core.dist import Group
 from evals.core.evaluator import Advance, Watch, silent
+from evals.core.features import to_unit
 from radio.errors import RadioError, require
 from radio.types import TextTower
 
@@ -107,7 +107,7 @@ class _Encoder:
         """[N, E] float32 on the CPU."""
         vectors = self._tower.encode(texts).float().cpu()
         self._advance(len(texts))
-        return F.normalize(vectors, dim=1) if normalize else vectors
+        return to_unit(vectors) if normalize else vectors
 
 
 def _fill(template: str, name: str) -> str:
@@ -145,7 +145,7 @@ def _kept(
             )
         write_tensors(path, {"vectors": vectors})
 
-    cache.group.leader_first(make)
+    cache.group.on_leader(make)
     check_all_there([path])
     return read_tensors(path, specs).tensors["vectors"]
 

@@ -18,7 +18,7 @@ from evals.core.chunks import Damage
 from evals.core.data import ImageSource, open_source
 from evals.core.dist import Group, current
 from evals.core.evaluator import Watch, card_of, domain_notes, machine_settings, silent
-from evals.core.features import Bank, Extraction, Stored, default_cache, extract
+from evals.core.features import Bank, Extraction, Stored, check_finite, default_cache, extract
 from evals.core.plan import carry, plan, resolved
 from evals.core.provenance import commit, describe_device, peak_memory, versions
 from evals.core.report import DataUsed, Metric, Report, Table, file_name, proportion, write
@@ -76,8 +76,9 @@ class _Job:
             damage=self.damage,
         )
         features, indices = stored.load()
-        carried = carry(self.model, self.side.head, features)
-        return stored, Bank(self.side.tower.project(carried), indices)
+        projected = self.side.tower.project(carry(self.model, self.side.head, features))
+        check_finite(projected, f"{self.model.name} in the space of {self.side.teacher}'s texts")
+        return stored, Bank(projected, indices)
 
 
 @final

@@ -15,6 +15,7 @@ from torch import Tensor
 # Letters: N pictures, K classes, M captions, E width, b rows of a block.
 
 _DECIMALS = 10
+_TINY = 1e-300  # below the length of every vector of float32 that is not zero
 _CELLS = 1 << 23  # float64 products at once
 
 
@@ -35,7 +36,7 @@ def rank_classes(pictures: Tensor, classifier: Tensor, places: int = 5) -> Ranki
     columns = classifier.double()
     kept = min(places, columns.shape[1])
     parts = []
-    for block in F.normalize(pictures.double(), dim=1).split(_rows(columns.shape[1])):
+    for block in F.normalize(pictures.double(), dim=1, eps=_TINY).split(_rows(columns.shape[1])):
         values, classes = _round(block @ columns).sort(dim=1, descending=True, stable=True)
         parts.append((values[:, :kept], classes[:, :kept]))
     missing = (0, places - kept)
@@ -51,7 +52,7 @@ def picture_to_text(pictures: Tensor, texts: Tensor, owners: Tensor) -> Tensor:
         texts: [M, E] unit vectors.
         owners: [M], each caption's picture; every picture has one or more.
     """
-    rows = F.normalize(pictures.double(), dim=1)
+    rows = F.normalize(pictures.double(), dim=1, eps=_TINY)
     columns = texts.double().T
     found = []
     for numbers in torch.arange(len(rows)).split(_rows(len(texts))):
@@ -64,7 +65,7 @@ def picture_to_text(pictures: Tensor, texts: Tensor, owners: Tensor) -> Tensor:
 
 def text_to_picture(pictures: Tensor, texts: Tensor, owners: Tensor) -> Tensor:
     """[M] int64: how many pictures stand before each caption's own. Arguments as `picture_to_text`."""
-    columns = F.normalize(pictures.double(), dim=1).T
+    columns = F.normalize(pictures.double(), dim=1, eps=_TINY).T
     found = []
     for numbers in torch.arange(len(texts)).split(_rows(len(pictures))):
         cosines = _round(texts[numbers].double() @ columns)  # [b, N]

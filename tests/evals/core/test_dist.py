@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as distributed
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from evals.core.dist import Group, agree, current, joined
+from radio.errors import RadioError
 
 
 def test_alone_everything_is_the_identity() -> None:
@@ -50,3 +53,41 @@ def test_ranks_agree_on_a_word_that_no_earlier_start_had() -> None:
         words.append(word)
     assert len(set(words)) == 3
     assert agree(distributed.HashStore(), 0, 1)
+
+
+def test_behind_nccl_there_is_one_group_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fake of 64 ranks: every task of every evaluation asks for the group."""
+    made: list[str] = []
+    monkeypatch.setattr(distributed, "new_group", lambda backend, timeout: made.append(backend) or fake)
+    distributed.init_process_group("fake", store=FakeStore(), rank=5, world_size=64)
+    fake = distributed.group.WORLD
+    try:
+        assert current() == current() == current() == Group(5, 64, fake)
+        assert made == ["gloo"]
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_the_leader_works_alone_and_its_error_is_everybodys() -> None:
+    class Two(Group):
+        """What the leader said is what a rank hears."""
+
+        def gather_objects(self, value: Any) -> list[Any]:
+            said.append(value)
+            return [said[0]]
+
+    said: list[Any] = []
+    done: list[int] = []
+    for rank in (0, 1):
+        Two(rank, 2).on_leader(lambda rank=rank: done.append(rank))
+    assert done == [0]
+
+    def fail() -> None:
+        done.append(1)
+        raise RadioError("no such text")
+
+    said.clear()
+    for rank in (0, 1):
+        with pytest.raises(RadioError, match="no such text"):
+            Two(rank, 2).on_leader(fail)
+    assert done == [0, 1]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 from evals.core import features as module
 from evals.core.data import open_source
 from evals.core.dist import Group
-from evals.core.features import Extraction, default_cache, extract
+from evals.core.features import Extraction, default_cache, extract, to_unit
+from evals.core.provenance import fast_products
 from evals.core.views import make_view
 from radio.errors import DataError, RadioError
 from radio.images import evaluation_view
@@ -95,7 +97,9 @@ def test_whatever_changes_the_numbers_changes_the_key(
         first, second = folder / "c0" / "000.png", folder / "c1" / "000.png"
         first.write_bytes(second.read_bytes())
     extract(other, open_source(str(folder)), how(other, **settings), cache=cache)
-    assert other.pictures == 18
+    assert len(list(cache.glob("features/*"))) == 2
+    if change != "dtype":  # in another type a copy of the model computes
+        assert other.pictures == 18
 
 
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path, folder: Path, backbone: Callable) -> None:
@@ -125,7 +129,7 @@ def test_a_damaged_chunk_is_made_again(tmp_path: Path, folder: Path, backbone: C
 def test_ranks_share_the_work_without_counting_twice(
     tmp_path: Path, folder: Path, backbone: Callable, world: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Group, "barrier", lambda self: None)  # the ranks run one after the other here
+    monkeypatch.setattr(Group, "gather_objects", lambda self, value: [value])  # one after the other here
     source, cache, model = open_source(str(folder)), tmp_path / "cache", backbone()
     for rank in range(1, world):  # chunks of later ranks are absent, as in folders that are not shared
         with pytest.raises(DataError, match="a folder that all share"):
@@ -185,3 +189,81 @@ def test_the_cache_lies_where_the_desktop_says(monkeypatch: pytest.MonkeyPatch) 
     assert default_cache() == Path("/somewhere/am-radio")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_cache() == Path.home() / ".cache" / "am-radio"
+
+
+def test_other_types_leave_the_weights_as_they_were(tmp_path: Path, folder: Path, backbone: Callable) -> None:
+    model, before = backbone(), backbone()
+    source = open_source(str(folder))
+    half = extract(model, source, how(model, dtype=torch.bfloat16), cache=tmp_path / "half").load()
+    assert torch.equal(model.weight, before.weight) and model.fingerprint == before.fingerprint
+    rounded = backbone().to(CPU, torch.bfloat16)
+    assert torch.allclose(half.features, slowly_in_half(rounded, folder))
+    full = extract(model, source, how(model), cache=tmp_path / "full").load()
+    assert torch.equal(full.features, extract(before, source, how(before), cache=tmp_path).load().features)
+
+
+def slowly_in_half(model: Any, folder: Path) -> torch.Tensor:
+    source = open_source(str(folder))
+    views = [evaluation_view(source.read(i), model.native_size)[None] for i in range(len(source.keys))]
+    return torch.cat([model(view.to(torch.bfloat16)).summary.float() for view in views])
+
+
+def test_a_worker_sends_one_tensor_a_batch() -> None:
+    """Each tensor that crosses from a worker costs a file descriptor."""
+    sizes = [(8, 8), (8, 16), (8, 8), None, (16, 8), (8, 16)]
+    items = [
+        module._Item(9 - place, None if size is None else torch.rand(3, *size), "" if size else "damaged")
+        for place, size in enumerate(sizes)
+    ]
+    batch = module._collate(items)
+    assert sum(isinstance(part, torch.Tensor) for part in batch) == 1
+    assert batch.places == [9, 8, 7, 6, 5, 4] and batch.reasons == ["", "", "", "damaged", "", ""]
+    start, readable = 0, [item.pixels for item in items if item.pixels is not None]
+    for rows, shape in batch.sizes:
+        for row in rows:
+            end = start + readable[row].numel()
+            assert torch.equal(batch.pixels[start:end].view(shape), readable[row])
+            start = end
+    assert start == len(batch.pixels)
+
+
+def test_on_a_gpu_products_are_tf32_and_kept_apart(
+    monkeypatch: pytest.MonkeyPatch, backbone: Callable
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    gpu = torch.device("cuda:1")
+    model = backbone()
+    assert how(model).numbers == "torch.float32"
+    on_gpu = dataclasses.replace(how(model), device=gpu)
+    assert on_gpu.numbers == "TF32"
+    assert dataclasses.replace(on_gpu, dtype=torch.bfloat16).numbers == "torch.bfloat16"
+    before = torch.get_float32_matmul_precision()
+    with fast_products(gpu):
+        assert torch.get_float32_matmul_precision() == "high"
+    with fast_products(CPU):
+        assert torch.get_float32_matmul_precision() == before
+    assert torch.get_float32_matmul_precision() == before
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    assert on_gpu.numbers == "torch.float32"
+
+
+@pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e-21, 1e-13, 1.0, 1e18, 1e25, 2e37])
+def test_lengths_beyond_float32_are_no_zeros(scale: float) -> None:
+    vectors = torch.randn(50, 24, generator=torch.Generator().manual_seed(0)) * scale
+    wide = vectors.double()
+    expected = wide / wide.pow(2).sum(1, keepdim=True).sqrt()
+    assert torch.allclose(to_unit(vectors).double(), expected, atol=1e-6)
+    if scale == 1.0:
+        assert torch.equal(to_unit(vectors), torch.nn.functional.normalize(vectors, dim=1))
+    assert not to_unit(torch.zeros(2, 3)).any()
+
+
+def test_the_error_of_one_rank_is_raised_on_all(
+    tmp_path: Path, folder: Path, backbone: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other rank's error arrives where ranks would otherwise wait for it."""
+    theirs = RadioError("pooled as torch.float32 gives values that are not finite")
+    answers = iter([[None, None], [None, theirs]])
+    monkeypatch.setattr(Group, "gather_objects", lambda self, value: next(answers))
+    with pytest.raises(RadioError, match="not finite"):
+        extract(backbone(), open_source(str(folder)), how(backbone()), cache=tmp_path, group=Group(0, 2))

@@ -15,12 +15,15 @@ import torch.nn.functional as F
 from PIL import Image
 
 from evals.core.data import open_source
-from evals.core.dist import joined
+from evals.core.dist import Group, joined
+from evals.core.evaluator import silent
 from evals.core.report import read
+from evals.core.suite import run_all
 from evals.knn.evaluator import KnnEvaluator
 from evals.knn.settings import KnnSettings
-from radio.errors import ConfigError, DataError
+from radio.errors import ConfigError, DataError, RadioError
 from radio.images import evaluation_view
+from radio.model import ModelConfig, build
 from radio.types import Backbone
 
 run = KnnEvaluator().run
@@ -154,6 +157,37 @@ def test_a_head_is_scored_in_its_own_space_under_its_own_name(
     assert report.settings["resolved"]["width"] == 2
     assert report.model == "pooled-pair-head"
     assert (tmp_path / "out" / "knn-pooled-pair-head.json").is_file()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_head_of_nan_gets_no_score(
+    tmp_path: Path, settings: KnnSettings, backbone: Callable, value: float
+) -> None:
+    model = backbone()
+    model.adapt_summary = lambda name, summaries: summaries * value
+    with pytest.raises(RadioError, match="pooled in the space of pair gives values that are not finite"):
+        run(model, replace(settings, head="pair"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_half_precision_in_one_task_leaves_the_next_as_it_was(tmp_path: Path, settings: KnnSettings) -> None:
+    def score(*precisions: str) -> list[Any]:
+        """The reports of one loaded model, task after task."""
+        model = build(ModelConfig(student="vit-tiny12"), seed=1)
+        place = tmp_path / "-".join(precisions)
+        jobs: Any = {
+            precision: (KnnEvaluator(), replace(settings, precision=precision, cache=place / "cache"))
+            for precision in precisions
+        }
+        outcomes = run_all(model, jobs, place, name="m", watch=silent, group=Group(), tell=lambda line: None)
+        return [outcome.report for outcome in outcomes]
+
+    half, full = score("bf16", "fp32")
+    (alone,) = score("fp32")
+    records = [(tmp_path / place / "knn-m.jsonl").read_text() for place in ("bf16-fp32", "fp32")]
+    assert records[0] == records[1] and full.metrics == alone.metrics
+    assert half.fingerprint == full.fingerprint == alone.fingerprint
+    assert half.settings["resolved"]["dtype"] == "bfloat16"
 
 
 def test_top5_is_absent_below_five_classes(

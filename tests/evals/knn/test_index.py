@@ -7,12 +7,14 @@ from threading import Barrier
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from evals.core.dist import Group
+from evals.knn import index as module
 from evals.knn.index import Index, Neighbours, load_faiss
 from radio.errors import DataError, MissingExtraError
 
@@ -155,3 +157,59 @@ def test_faiss_gets_the_processors_kernels_and_the_environment_stays(monkeypatch
     monkeypatch.setenv("OPENBLAS_CORETYPE", "Zen")
     load_faiss()
     assert seen[1] == os.environ["OPENBLAS_CORETYPE"] == "Zen"
+
+
+@pytest.mark.parametrize("scale", [1e-35, 1e20, 1e30])
+def test_features_of_any_length_have_neighbours(scale: float) -> None:
+    bank, queries = vectors(300), vectors(20, seed=1)
+    found = whole(bank * scale).search(queries * scale, 10)
+    assert torch.equal(found.ids, slowly(bank, queries, 10)[1])
+    assert found.similarities[:, 0].min() > 0.3
+
+
+class _Gpu:
+    """FAISS with a GPU, as far as its Python goes: products that are off by a GPU's noise."""
+
+    def __init__(self, fits: bool = True) -> None:
+        self._library, self._fits, self.searches, self.device = load_faiss(), fits, 0, -1
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._library, name)
+
+    def get_num_gpus(self) -> int:
+        return 1
+
+    def StandardGpuResources(self) -> object:
+        return object()
+
+    def index_cpu_to_gpu(self, resources: object, device: int, index: Any) -> Any:
+        if not self._fits:
+            raise RuntimeError("out of memory")
+        self.device = device
+
+        def search(queries: Any, k: int) -> Any:
+            self.searches += 1
+            values, rows = index.search(queries, k)
+            noise = np.random.default_rng(0).uniform(-4e-7, 4e-7, values.shape).astype(np.float32)
+            order = np.argsort(-(values + noise), axis=1, kind="stable")
+            return np.take_along_axis(values + noise, order, 1), np.take_along_axis(rows, order, 1)
+
+        return SimpleNamespace(search=search)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_gpu_searches_where_there_is_one_and_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, fits: bool
+) -> None:
+    bank, queries = vectors(40).repeat(5, 1), vectors(30, seed=1)
+    fake = _Gpu(fits)
+    monkeypatch.setattr(module, "load_faiss", lambda: fake)
+    index = Index(bank, torch.arange(200), torch.device("cuda:3"))
+    found = index.search(queries, 12)
+    assert (fake.searches, fake.device) == ((1, 3) if fits else (0, -1))
+    assert torch.equal(found.ids, slowly(bank, queries, 12)[1])
+    monkeypatch.setattr(module, "_MOST_ON_GPU", 10)  # more than it can find
+    assert torch.equal(index.search(queries, 12).ids, found.ids)
+    assert fake.searches == int(fits)
+    Index(bank, torch.arange(200)).search(queries, 12)  # on the CPU nobody asks it
+    assert fake.searches == int(fits)

@@ -6,10 +6,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from evals.core.dist import Group
 from evals.zeroshot import classifier as module
 from evals.zeroshot.classifier import TextCache, class_vectors, classifier, text_vectors
 from evals.zeroshot.names import read_templates
+from radio.errors import DataError
 from radio.hub import load_teacher
 from radio.scenes import CLASSES, TEMPLATES
 from radio.types import TextTower
@@ -83,6 +86,47 @@ def test_it_is_made_once_and_again_for_other_words(words: Any, tmp_path: Path) -
     (file, *_) = sorted((tmp_path / "texts").iterdir(), key=lambda path: path.stat().st_mtime)
     file.write_bytes(b"damaged")
     assert torch.equal(classifier(words, NAMES, SAID, cache=TextCache(folder=tmp_path)), first)
+
+
+def test_a_tower_of_weights_goes_to_the_device_and_comes_back(tmp_path: Path) -> None:
+    """A tensor on the fake device that met one of the CPU would raise."""
+
+    class Tower(nn.Module):
+        fingerprint = "tower"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Linear(3, 8)
+            self.moves: list[str] = []
+
+        def to(self, *arguments: Any) -> Any:
+            self.moves.append(str(arguments[0]))
+            return self
+
+        def encode(self, texts: Any) -> torch.Tensor:
+            assert self.moves == ["cuda:1"]
+            return self.table(torch.ones(len(texts), 3))
+
+        def project(self, summaries: torch.Tensor) -> torch.Tensor:
+            return summaries
+
+    tower = Tower()
+    cache = TextCache(folder=tmp_path, device=torch.device("cuda:1"))
+    text_vectors(tower, ["a", "b"], cache=cache)
+    assert tower.moves == ["cuda:1", "cpu"]
+
+
+def test_one_rank_encodes_and_the_others_read(
+    words: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Group, "gather_objects", lambda self, value: [value])  # one after the other here
+    first = classifier(words, NAMES, SAID, cache=TextCache(folder=tmp_path, group=Group(0, 2)))
+    assert words.texts == 23 * 3
+    second = classifier(words, NAMES, SAID, cache=TextCache(folder=tmp_path, group=Group(1, 2)))
+    assert words.texts == 23 * 3 and torch.equal(first, second)
+    with pytest.raises(DataError, match="a folder that all share"):
+        classifier(words, NAMES, SAID, cache=TextCache(folder=tmp_path / "own", group=Group(1, 2)))
+    assert words.texts == 23 * 3
 
 
 def test_captions_are_unit_vectors_in_their_order(

@@ -17,7 +17,7 @@ from evals.core.dist import joined
 from evals.core.report import read
 from evals.zeroshot.evaluator import ZeroshotEvaluator
 from evals.zeroshot.settings import ZeroshotSettings
-from radio.errors import ConfigError, DataError
+from radio.errors import ConfigError, DataError, RadioError
 from radio.hub import load_backbone
 from radio.images import evaluation_view
 
@@ -87,6 +87,32 @@ def test_batches_do_not_change_it(tmp_path: Path, settings: ZeroshotSettings, mo
     one = run(model, replace(settings, batch=1, cache=tmp_path / "one"), tmp_path / "a")
     many = run(model, replace(settings, batch=30, cache=tmp_path / "many"), tmp_path / "b")
     assert one.metrics == many.metrics
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("side", ["images", "texts"])
+def test_a_side_of_nan_gets_no_score(
+    tmp_path: Path, settings: ZeroshotSettings, model: Any, side: str, value: float
+) -> None:
+    if side == "images":
+        model.text.project = lambda summaries: summaries * value
+    else:
+        model.text.encode = lambda texts: torch.full((len(texts), 24), value)
+    with pytest.raises(RadioError, match="values that are not finite"):
+        run(model, settings, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e25])
+def test_vectors_of_any_length_are_scored_alike(
+    tmp_path: Path, settings: ZeroshotSettings, model: Any, scale: float
+) -> None:
+    first = run(model, settings, tmp_path / "a")
+    project, encode = model.text.project, model.text.encode
+    model.text.project = lambda summaries: project(summaries) * scale
+    model.text.encode = lambda texts: encode(texts) * scale
+    again = run(model, replace(settings, cache=tmp_path / "other"), tmp_path / "b")
+    assert again.metrics == first.metrics
 
 
 @pytest.mark.parametrize("what", ["features", "texts"])
