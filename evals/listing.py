@@ -13,6 +13,9 @@ from rich.table import Table
 
 from radio.benchmark import count
 from radio.students import StudentOptions, students
+from radio.students.vit import ViT
+from radio.students.windowed import global_blocks
+from radio.types import Student
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +34,7 @@ def run_list(arguments: Sequence[str], tasks: Mapping[str, str]) -> int:
         for name, line in tasks.items():
             console.print(f"{name:12} {escape(line)}")
         return 0
-    table = Table("architecture", "parameters (M)", "GMACs", "at", "summary", "token", box=None)
+    table = Table("architecture", "parameters (M)", "GMACs", "at", "summary", "token", "window", box=None)
     for name in students:
         table.add_row(name, *_size_up(name))
     console.print(table)
@@ -51,4 +54,13 @@ def _size_up(name: str) -> tuple[str, ...]:
         f"{height}x{width}",
         str(student.summary_dim),
         str(student.token_dim),
+        _window(student),
     )
+
+
+def _window(student: Student) -> str:
+    """The window side of a vitdet student in tokens, and its global blocks."""
+    if not isinstance(student, ViT) or student.config.window is None:
+        return ""
+    everywhere = global_blocks(student.config.depth, student.config.schedule)
+    return f"{student.config.window}, global {' '.join(map(str, everywhere))}"

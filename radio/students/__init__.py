@@ -11,6 +11,7 @@ from annotated_types import Interval
 from ..config import Pixels
 from ..registry import Registry
 from ..types import Student
+from .windowed import Schedule
 
 Tokens = Annotated[int, Interval(ge=0, le=1024)]  # beside the patches
 Window = Annotated[int, Interval(ge=1, le=1024)]  # a side in tokens
@@ -24,7 +25,7 @@ class StudentOptions:
     registers: Tokens | None = None  # register tokens; None = the name's own
     stem: Literal["linear", "conv"] | None = None  # None = the name's own
     window: Window | None = None  # window side of a vitdet student; None = the name's own
-    schedule: Literal["quarters", "runs-of-5"] | None = None  # which blocks of a vitdet student are global
+    schedule: Schedule | None = None  # a vitdet student's global blocks: a name, or how many
     recompute: bool = False  # activation checkpointing of every block
     upsample: bool | None = None  # a timm student's neck of twice the resolution; None = without
     image_size: Pixels | None = None  # the side in pixels a timm student is built for; None = the name's own

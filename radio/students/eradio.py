@@ -49,7 +49,7 @@ class ERadioConfig(Shape):
 
 
 class ERadio(Shaped):
-    """A hybrid of C2f stages and windowed transformer stages, with batch norms and in channels-last.
+    """A hybrid of C2f stages and windowed transformer stages, with batch norms, and maps in channels-last.
 
     One window side serves a whole forward: that of stage 4's map, which is also that of the half-resolution
     blocks of stage 3; it therefore divides the map of the other blocks, twice as long. It is 4 or more, and
@@ -75,7 +75,6 @@ class ERadio(Shaped):
         self.norm: nn.Module = nn.BatchNorm2d(8 * d)
         self.neck = None if config.neck is None else Neck(4 * d, 8 * d, config.neck)
         self.apply(_initialise)
-        self.to(memory_format=torch.channels_last)
 
     @property
     def summary_dim(self) -> int:
@@ -140,7 +139,9 @@ class ERadio(Shaped):
             SizeError: a size that does not fit; names the nearest that does.
         """
         side = self._window(images)
-        x = self.down1(self._call(self.stage1, self.stem(self.normalise(images))))
+        # The input alone: convolutions follow it, and FSDP does not take weights in channels-last.
+        x = self.normalise(images).contiguous(memory_format=torch.channels_last)
+        x = self.down1(self._call(self.stage1, self.stem(x)))
         x = self.down2(self._call(self.stage2, x))
         for block in self.stage3:
             x = self._call(block, x, side)

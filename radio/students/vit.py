@@ -55,7 +55,9 @@ class ViT(Shaped):
         stem = LinearStem if config.stem == "linear" else ConvStem
         self.stem = stem(config.width, config.patch)
         self.positions = CroppedPositions(config.width, config.positions)
-        self.prefix = nn.Parameter(torch.empty(1, config.class_tokens + config.registers, config.width))
+        prefix = torch.empty(1, config.class_tokens + config.registers, config.width)
+        # Empty it is no parameter, which FSDP could not shard; checkpoints hold it all the same.
+        self.prefix: Tensor = nn.Parameter(prefix) if len(prefix[0]) else nn.Buffer(prefix)
         hidden = round(config.width * config.mlp_ratio)
         self.blocks = nn.ModuleList(
             Block(config.width, config.heads, hidden, config.layer_scale) for _ in range(config.depth)
@@ -207,11 +209,14 @@ def _build(config: ViTConfig, options: StudentOptions) -> ViT:
     for key, least in (("class_tokens", 0), ("registers", 0), ("window", 1)):
         if chosen.get(key, least) < least:
             raise ConfigError(f"{config.name}: {key} is {chosen[key]}, and {least} is the least it can be")
-    return ViT(replace(config, recompute=options.recompute, **chosen))
+    whole = replace(config, recompute=options.recompute, **chosen)
+    if whole.window is not None:
+        global_blocks(whole.depth, whole.schedule)  # one that cannot be is told before the work
+    return ViT(whole)
 
 
-# The paper's table 6 and §4: patch 14 has 75 x 75 positions (1050 px), patch 16 has 128 x 128 (2048 px). The
-# last column is the window side of the vitdet twin: it divides the native grid.
+# The paper's table 6 and §4: patch 14 has 75 x 75 positions (1050 px), patch 16 has 128 x 128 (2048 px). Each
+# has a windowed twin; the last column is the twin's window side: it divides the native grid.
 _TINY = ViTConfig(
     name="vit-tiny12",
     width=128,
@@ -223,17 +228,24 @@ _TINY = ViTConfig(
     stem="conv",
     schedule="runs-of-5",  # a depth of 4 has no quarters: three windowed blocks and a global one
 )
+_B14 = ViTConfig(name="vit-b14", width=768, depth=12, heads=12, patch=14, native=224, positions=75)
 _FAMILY = (
-    (ViTConfig(name="vit-b32", width=768, depth=12, heads=12, patch=32, native=224, positions=64), 7),
-    (ViTConfig(name="vit-b16", width=768, depth=12, heads=12, patch=16, native=224, positions=128), 7),
-    (ViTConfig(name="vit-b14", width=768, depth=12, heads=12, patch=14, native=224, positions=75), 8),
-    (ViTConfig(name="vit-l14", width=1024, depth=24, heads=16, patch=14, native=224, positions=75), 8),
-    (ViTConfig(name="vit-h14", width=1280, depth=32, heads=16, patch=14, native=224, positions=75), 8),
-    (_TINY, 4),
-    (replace(_TINY, name="vit-tiny16", patch=16, native=160, positions=20), 5),
+    (replace(_B14, name="vit-b32", patch=32, positions=64), "vitdet-b32", 7),
+    (replace(_B14, name="vit-b16", patch=16, positions=128), "vitdet-b16", 7),
+    (_B14, "vitdet-b14", 8),
+    (replace(_B14, name="vit-l14", width=1024, depth=24, heads=16), "vitdet-l14", 8),
+    (replace(_B14, name="vit-h14", width=1280, depth=32, heads=16), "vitdet-h14", 8),
+    # Not the paper's: SigLIP's shape-optimised ViT, and timm's giant.
+    (
+        replace(_B14, name="vit-so400m14", width=1152, depth=27, heads=16, mlp_ratio=4304 / 1152),
+        "vitdet-so400m14",
+        8,
+    ),
+    (replace(_B14, name="vit-g14", width=1408, depth=40, heads=16, mlp_ratio=48 / 11), "vitdet-g14", 8),
+    (_TINY, "vitdet-tiny12", 4),
+    (replace(_TINY, name="vit-tiny16", patch=16, native=160, positions=20), "vitdet-tiny16", 5),
 )
 
-for _config, _side in _FAMILY:
-    _windowed = replace(_config, name=_config.name.replace("vit", "vitdet", 1), window=_side)
+for _config, _twin, _side in _FAMILY:
     students.add(_config.name, functools.partial(_build, _config))
-    students.add(_windowed.name, functools.partial(_build, _windowed))
+    students.add(_twin, functools.partial(_build, replace(_config, name=_twin, window=_side)))

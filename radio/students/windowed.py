@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Interval
 
 from ..errors import ConfigError
 
-Schedule = Literal["quarters", "runs-of-5"]
+NumGlobal = Annotated[int, Interval(ge=1, le=1024)]
+Schedule = Literal["quarters", "runs-of-5"] | NumGlobal
+"""By name, or by the number of parts of the depth that each end in a global block."""
 
 
 def global_blocks(depth: int, schedule: Schedule = "quarters") -> tuple[int, ...]:
     """Indices of the global blocks; the others are windowed, and the last is always global.
 
-    `quarters`: one at the end of every quarter of the depth (ViTDet: 7, 15, 23, 31 of 32).
+    `quarters`, or 4: one at the end of every quarter of the depth (ViTDet: 7, 15, 23, 31 of 32).
+    Another number: as many parts. Of a depth that they do not divide, each has the quotient rounded down,
+    and the blocks that are left end in a global one of their own (5, 11, 17, 23, 26 of 27; AM-RADIO's rule).
     `runs-of-5`: one after every five windowed blocks (5, 11, 17, 23, 29, 31 of 32).
 
     Raises:
-        ConfigError: the depth has no quarters, or quarters of one block, all of them global.
+        ConfigError: parts of one block, all of them global, or no parts.
     """
-    if schedule == "runs-of-5":
-        return tuple(sorted({*range(5, depth, 6), depth - 1}))
-    if depth < 8 or depth % 4:
+    parts = 4 if schedule == "quarters" else schedule
+    period = 6 if isinstance(parts, str) else depth // max(parts, 1)
+    if period < 2 or (isinstance(parts, int) and parts < 1):
         raise ConfigError(
-            f"a depth of {depth} has no four quarters of two or more blocks; use a multiple of 4 from 8 on, "
-            f"or runs-of-5"
+            f"a depth of {depth} does not have {parts} parts of two or more blocks, some windowed; "
+            f"take a schedule of 1 to {max(depth // 2, 1)} global blocks, or runs-of-5"
         )
-    return tuple(range(depth // 4 - 1, depth, depth // 4))
+    return tuple(sorted({*range(period - 1, depth, period), depth - 1}))

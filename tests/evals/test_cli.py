@@ -95,7 +95,7 @@ def test_skipped_pictures_and_notes_are_said(
 def test_the_lists_name_evaluators_and_architectures(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(students, "_entries", {"vit-h14": students["vit-h14"]})
+    monkeypatch.setattr(students, "_entries", {name: students[name] for name in ("vit-h14", "vitdet-tiny12")})
     assert main(["list"]) == 0
     assert "knn" in capsys.readouterr().out
     assert main(["list", "--archs"]) == 0
@@ -103,6 +103,7 @@ def test_the_lists_name_evaluators_and_architectures(
     assert 630 < float(rows["vit-h14"][1]) < 640
     assert 165 < float(rows["vit-h14"][2]) < 170  # GMACs at 224 px, as timm's vit_huge_patch14 has
     assert rows["vit-h14"][3] == "224x224"
+    assert rows["vitdet-tiny12"][6:] == ["4,", "global", "3"]
 
 
 def test_help_and_no_arguments_print_the_usage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -260,9 +260,16 @@ def test_channels_last_is_the_default_and_gives_what_contiguous_gives(trained):
     assert layouts == {True}
     assert found.tokens.is_contiguous()
     layouts.clear()
-    plain = student.to(memory_format=torch.contiguous_format)
-    _close(plain(images), found)
+    for module in student.modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            module.register_forward_pre_hook(lambda _, x: tuple(map(torch.Tensor.contiguous, x)))
+    _close(student(images), found)
     assert False in layouts
+
+
+def test_every_weight_is_contiguous_as_fsdp_wants_it(trained):
+    for student in (trained(), students["e-radio-xt"](StudentOptions())):
+        assert all(parameter.is_contiguous() for parameter in student.parameters())
 
 
 class _Saved:

@@ -159,6 +159,8 @@ def _parameters(width, depth, hidden, patch, side, prefix) -> int:
         ("vit-b14", (768, 12, 3072, 14, 75), None),
         ("vit-l14", (1024, 24, 4096, 14, 75), 304),
         ("vit-h14", (1280, 32, 5120, 14, 75), 632),
+        ("vit-so400m14", (1152, 27, 4304, 14, 75), 412),  # SigLIP's: 412 million without its pooling
+        ("vit-g14", (1408, 40, 6144, 14, 75), 1011),
     ],
 )
 def test_parameter_counts(name, shape, millions):
@@ -175,6 +177,22 @@ def test_parameter_counts(name, shape, millions):
         assert counts["vit"] == pytest.approx(millions * 1e6, rel=0.01)
     else:
         assert counts["vit"] - positions == pytest.approx(millions * 1e6, rel=0.01)
+
+
+def test_without_prefix_tokens_there_is_no_empty_parameter_and_the_files_stay(small_vit):
+    pooled = small_vit(class_tokens=0, registers=0)
+    assert all(parameter.numel() for parameter in pooled.parameters())
+    assert pooled.state_dict()["prefix"].shape == (1, 0, pooled.config.width)  # as it always was in files
+    pooled.load_state_dict(pooled.state_dict(), strict=True)
+    assert "prefix" in dict(small_vit(class_tokens=0, registers=1).named_parameters())
+
+
+def test_a_schedule_that_cannot_be_is_told_when_the_student_is_made():
+    with torch.device("meta"):
+        by_number = students["vitdet-so400m14"](StudentOptions(schedule=3))
+    assert isinstance(by_number, ViT) and by_number._global_blocks() == (8, 17, 26)
+    with pytest.raises(ConfigError, match="a depth of 4 does not have 4 parts"):
+        students["vitdet-tiny12"](StudentOptions(schedule="quarters"))
 
 
 def test_options_reach_the_student_and_impossible_ones_are_errors():
