@@ -1,8 +1,9 @@
 """Teacher features of fixed crops, computed once and trained from.
 
 A cache belongs to a group of teachers. It holds, for every crop, its pixels and each teacher's summary and
-tokens in half precision, in files of so many crops; its folder's name is a hash of everything they depend on.
-The ranks of the group share the files among them. What is missing is written, whoever wrote the rest.
+tokens in half precision, in files of so many crops with a checksum each; its folder's name is a hash of
+everything they depend on. The ranks of the group share the files among them. What is missing is written,
+whoever wrote the rest; what is damaged is thrown away before a run begins, and written again.
 """
 
 from __future__ import annotations
@@ -18,15 +19,22 @@ from typing import Any, NamedTuple, final
 
 import safetensors
 import torch
-from safetensors.torch import save_file
+from pydantic import TypeAdapter
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from evals.core.chunks import chunk_path, is_whole
+from evals.core.chunks import (
+    Damage,
+    DamagedError,
+    TensorSpec,
+    chunk_path,
+    read_tensors,
+    write_tensors,
+)
 from evals.core.dist import Group
 from radio.config import to_plain
 from radio.errors import RadioError
-from radio.io import write_text
+from radio.io import read_json, write_text
 from radio.types import Features, Teacher
 
 from .crops import FixedCrops
@@ -43,6 +51,7 @@ _BATCH = 32  # crops that the teachers see at once
 _OPEN = 256  # files of a process
 _POLL = 1.0  # seconds between two looks at what other ranks have written
 _PATIENCE = 3600.0  # seconds without a new file
+_CARD = TypeAdapter(dict[str, Any])  # what a person reads; compared with the settings, and never used
 
 
 class Cached(NamedTuple):
@@ -104,14 +113,43 @@ class CacheJob:
     @property
     def begun(self) -> bool:
         """Whether its size was agreed to before."""
-        return (self.folder / "card.json").is_file()
+        try:
+            card = read_json(self.folder / "card.json", _CARD, error=DamagedError)
+        except DamagedError:
+            return False
+        return bool(card == json.loads(json.dumps(self.settings)))
 
-    @cached_property
+    @property
     def size(self) -> int:
         """Its bytes."""
+        return len(self.crops) * sum(tensor.nbytes for tensor in self._probe.tensors.values())
+
+    def check(self, number: int) -> None:
+        """Read one of its files.
+
+        Raises:
+            DamagedError: it is not what was written there.
+        """
+        count = min(_FILE, len(self.crops) - number * _FILE)
+        specs = {
+            name: TensorSpec(tensor.dtype, (count, *tensor.shape[1:]))
+            for name, tensor in self._probe.tensors.items()
+        }
+        path = self.files[number]
+        tensors = read_tensors(path, specs).tensors
+        if not all(bool(torch.isfinite(t).all()) for t in tensors.values() if t.is_floating_point()):
+            raise DamagedError(f"{path}: it holds NaN or infinity")
+
+    @property
+    def grids(self) -> dict[str, tuple[int, int]]:
+        """Each teacher's (height, width) in tokens."""
+        return self._probe.grids
+
+    @cached_property
+    def _probe(self) -> Computed:
+        """What it holds of one crop."""
         side = self.crops.side
-        probe = self.compute(torch.zeros(1, 3, side, side, dtype=torch.uint8))
-        return len(self.crops) * sum(tensor.nbytes for tensor in probe.tensors.values())
+        return self.compute(torch.zeros(1, 3, side, side, dtype=torch.uint8))
 
     def compute(self, pixels: Tensor) -> Computed:
         """What the cache holds of crops [N, 3, side, side].
@@ -139,9 +177,8 @@ class Computed(NamedTuple):
 class FeatureCache(Dataset[Cached]):
     """A finished cache as an endless shuffled stream, by position; `seed` decides the order."""
 
-    def __init__(self, folder: Path, count: int, seed: int) -> None:
-        self.folder, self.count, self.seed = folder, count, seed
-        self.grids = {name: (grid[0], grid[1]) for name, grid in _notes(folder)["grids"].items()}
+    def __init__(self, folder: Path, count: int, seed: int, grids: Mapping[str, tuple[int, int]]) -> None:
+        self.folder, self.count, self.seed, self.grids = folder, count, seed, dict(grids)
 
     def __getitem__(self, position: int) -> Cached:
         """The crop at a position of the stream."""
@@ -173,7 +210,11 @@ class GroupedCaches(Dataset[Cached]):
         """A collated batch of rows as features by teacher name, in float32 on the device."""
         grids = {name: grid for cache in self._caches.values() for name, grid in cache.grids.items()}
         return {
-            name: Features(summaries[name].to(device).float(), tokens[name].to(device).float(), grids[name])
+            name: Features(
+                summaries[name].to(device, non_blocking=True).float(),
+                tokens[name].to(device, non_blocking=True).float(),
+                grids[name],
+            )
             for name in summaries
         }
 
@@ -186,11 +227,12 @@ def open_caches(
     workers: int,
     confirm: Callable[[int], None],
     progress: Callable[[int], None],
+    tell: Callable[[str], None],
 ) -> GroupedCaches:
     """The caches of this rank's groups, written or finished first where they are not whole.
 
-    Every rank calls it. Each writes its part of the files, and waits for the others' by looking for them: no
-    collective stands open meanwhile, however long it takes.
+    Every rank calls it. Each checks and writes its part of the files, and waits for the others' by looking
+    for them: no collective stands open while teachers run, however long it takes.
 
     Args:
         jobs: what each of this rank's groups is to have, by the group's name.
@@ -200,6 +242,7 @@ def open_caches(
         confirm: called on the first rank with the size in bytes of all caches that are not begun yet; raises
             to refuse.
         progress: called with how many crops of this rank's groups are done.
+        tell: called with a line on what was damaged.
 
     Raises:
         RadioError: `confirm` refused, the disk has no room, too many pictures are broken, or other ranks
@@ -208,6 +251,11 @@ def open_caches(
     mine = [each for each in partition.groups if each.name in jobs]
     first = [jobs[each.name] for each in mine if each.ranks[0] == group.rank]
     agree(first, group, confirm)
+    damage = Damage()
+    for each in mine:
+        discard_damaged(jobs[each.name], each.ranks.index(group.rank), len(each.ranks), damage)
+    for note in damage.notes(group):  # from here on, what is there is whole
+        tell(note)
     seen = _Written(list(jobs.values()), progress)
     for each in mine:
         job = jobs[each.name]
@@ -218,7 +266,7 @@ def open_caches(
         if each.name in jobs:
             job = jobs[each.name]
             order = seed_of(job.crops.seed, "group", place)
-            caches[each.name] = FeatureCache(job.folder, len(job.crops), order)
+            caches[each.name] = FeatureCache(job.folder, len(job.crops), order, job.grids)
     return GroupedCaches(caches, partition)
 
 
@@ -251,13 +299,30 @@ def agree(jobs: Sequence[CacheJob], group: Group, confirm: Callable[[int], None]
         write_text(job.folder / "card.json", json.dumps(job.settings, indent=1))
 
 
+def discard_damaged(job: CacheJob, place: int, of: int, damage: Damage) -> None:
+    """Check every `of`-th file of a cache from `place` on, and remove those that are damaged."""
+    for number in range(place, len(job.files), of):
+        path = job.files[number]
+        if not path.exists() and not path.is_symlink():
+            continue
+        try:
+            job.check(number)
+        except DamagedError as error:
+            damage.add(error)
+            _opened.cache_clear()
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
 def write_files(job: CacheJob, place: int, of: int, workers: int, tell: Callable[[], None]) -> None:
-    """Write every `of`-th file of a cache from `place` on, as far as it is missing or damaged.
+    """Write every `of`-th file of a cache from `place` on, as far as it is missing.
 
     Raises:
         RadioError: features beyond half precision, or too many broken pictures.
     """
-    missing = [number for number in range(place, len(job.files), of) if not is_whole(job.files[number])]
+    missing = [number for number in range(place, len(job.files), of) if not job.files[number].is_file()]
     chunks = [chunk for number in missing for chunk in _chunks(number, len(job.crops))]
     loader = DataLoader(job.crops, batch_sampler=chunks, num_workers=workers)
     rows = rows_of(iter(loader))
@@ -323,9 +388,7 @@ def _chunks(number: int, count: int) -> Iterator[list[int]]:
 
 def _write(path: Path, parts: Sequence[Computed]) -> None:
     tensors = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
-    half = path.with_suffix(".tmp")
-    save_file(tensors, half, metadata={"notes": json.dumps({"grids": parts[0].grids})})
-    half.replace(path)
+    write_tensors(path, tensors)
 
 
 def _half(features: Tensor, name: str) -> Tensor:
@@ -343,12 +406,6 @@ def _check_room(root: Path, size: int) -> None:
             f"{root}: a teacher cache of {size / 1e9:.1f} GB does not fit, {free / 1e9:.1f} GB are free; "
             f"take fewer pictures or crops, or another --cache.folder"
         )
-
-
-def _notes(folder: Path) -> dict[str, Any]:
-    with safetensors.safe_open(chunk_path(folder, 0), framework="pt") as file:
-        notes: dict[str, Any] = json.loads(file.metadata()["notes"])
-        return notes
 
 
 @lru_cache(maxsize=_OPEN)

@@ -58,7 +58,13 @@ def fill_caches(
 
     with ProgressConsole(console, "teacher cache", sum(len(job.crops) for job in jobs.values()), 0) as bar:
         return open_caches(
-            jobs, partition, group, workers=config.data.workers, confirm=confirm, progress=bar.advance
+            jobs,
+            partition,
+            group,
+            workers=config.data.workers,
+            confirm=confirm,
+            progress=bar.advance,
+            tell=lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False),
         )
 
 

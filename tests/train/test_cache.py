@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from hypothesis import HealthCheck, given, strategies
+from hypothesis import settings as effort
+from safetensors.torch import load_file, save_file
 
+from evals.core.chunks import DamagedError, write_tensors
 from evals.core.dist import Group
 from radio.errors import DataError, RadioError
 from radio.model import ModelConfig, build
@@ -20,7 +26,7 @@ from train import cache as module
 from train import trainer
 from train.assembly import load_teachers, teacher_sizes
 from train.batches import Batch, Lesson
-from train.cache import CacheJob, FeatureCache, GroupedCaches, open_caches, write_files
+from train.cache import CacheJob, FeatureCache, GroupedCaches, agree, open_caches, write_files
 from train.config import CacheConfig, DataConfig, TeacherConfig, TrainConfig
 from train.crops import FixedCrops
 from train.learner import may_go_abreast
@@ -47,11 +53,14 @@ def write(
     workers: int = 0,
     confirm: Callable[[int], None] = lambda size: None,
     progress: Callable[[int], None] = lambda done: None,
+    tell: Callable[[str], None] = pytest.fail,
 ) -> GroupedCaches:
     """The cache of a run with one group, written by a process alone."""
     partition = make_partition(config, 1)
     jobs = {partition.groups[0].name: job}
-    return open_caches(jobs, partition, Group(), workers=workers, confirm=confirm, progress=progress)
+    return open_caches(
+        jobs, partition, Group(), workers=workers, confirm=confirm, progress=progress, tell=tell
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +83,7 @@ def quiet() -> None:
 def test_rows_are_the_teachers_features_of_the_crops(config: TrainConfig, tmp_path: Path) -> None:
     job = make(tmp_path, config)
     caches = write(job, config)
-    cache = FeatureCache(job.folder, 20, seed=3)
+    cache = FeatureCache(job.folder, 20, 3, job.grids)
     assert len(list(job.folder.glob("*.safetensors"))) == 3  # of 8, 8 and 4
     for position in (0, 7, 19, 20, 41):
         row = cache[position]
@@ -96,7 +105,7 @@ def test_rows_are_the_teachers_features_of_the_crops(config: TrainConfig, tmp_pa
 def test_the_stream_shuffles_every_epoch(config: TrainConfig, tmp_path: Path) -> None:
     job = make(tmp_path, config, count=5, crops=1)
     write(job, config)
-    cache = FeatureCache(job.folder, 5, seed=0)
+    cache = FeatureCache(job.folder, 5, 0, job.grids)
     whole = {job.crops[entry].pixels.numpy().tobytes() for entry in range(5)}
     epochs = [[cache[5 * epoch + place].pixels.numpy().tobytes() for place in range(5)] for epoch in range(4)]
     assert all(set(epoch) == whole for epoch in epochs)
@@ -114,7 +123,13 @@ def test_groups_have_caches_and_orders_of_their_own(config: TrainConfig, tmp_pat
         for group in partition.groups
     }
     caches = open_caches(
-        jobs, partition, Group(), workers=0, confirm=lambda size: None, progress=lambda done: None
+        jobs,
+        partition,
+        Group(),
+        workers=0,
+        confirm=lambda size: None,
+        progress=lambda done: None,
+        tell=pytest.fail,
     )
     first, second = (job.folder for job in jobs.values())
     assert {row.name for row in first.iterdir()} == {row.name for row in second.iterdir()}
@@ -163,14 +178,139 @@ def test_any_number_of_ranks_writes_the_same(config: TrainConfig, tmp_path: Path
     assert contents(shared.folder) == contents(alone.folder)
 
 
-def test_a_damaged_file_is_made_again(config: TrainConfig, tmp_path: Path) -> None:
+def rewritten(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """An entry with other content and a checksum that fits it, as no run has written it."""
+    tensors = load_file(path)
+    change(tensors)
+    write_tensors(path, tensors)
+
+
+def into_folder(path: Path) -> None:
+    path.unlink()
+    (path / "inner").mkdir(parents=True)
+
+
+def into_dead_link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.parent / "nowhere")
+
+
+def into_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def one_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:1000]),
+    "empty": lambda path: path.write_bytes(b""),
+    "a pickle": lambda path: torch.save({"pixels": torch.zeros(3)}, path),
+    "nested": lambda path: path.write_bytes((100_000).to_bytes(8, "little") + b"[" * 100_000),
+    "a giant header": lambda path: path.write_bytes((2**63 - 1).to_bytes(8, "little") + b"{}"),
+    "one byte": one_byte,
+    "a folder": into_folder,
+    "a dead link": into_dead_link,
+    "a pipe": into_pipe,
+    "another file": lambda path: shutil.copy(path.with_name("000000.safetensors"), path),
+    "no checksum": lambda path: save_file(load_file(path), path, metadata={"notes": '{"grids": []}'}),
+    "NaN": lambda path: rewritten(path, lambda tensors: tensors["clip.summary"].fill_(torch.nan)),
+    "other names": lambda path: rewritten(path, lambda tensors: tensors.pop("pixels")),
+    "other rows": lambda path: rewritten(
+        path, lambda tensors: tensors.update({name: t[:7].clone() for name, t in tensors.items()})
+    ),
+    "other types": lambda path: rewritten(
+        path, lambda tensors: tensors.update({name: t.float() for name, t in tensors.items()})
+    ),
+    "other shapes": lambda path: rewritten(
+        path, lambda tensors: tensors.update({name: t[..., :1].clone() for name, t in tensors.items()})
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_file_is_made_again(
+    config: TrainConfig, tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
     job = make(tmp_path, config)
     write(job, config)
     whole = contents(job.folder)
+    module._opened.cache_clear()
     path = job.folder / "000001.safetensors"
-    path.write_bytes(path.read_bytes()[:1000])
-    write(job, config)
+    damage(path)
+    told: list[str] = []
+    write(job, config, tell=told.append)
     assert contents(job.folder) == whole
+    (line,) = told
+    assert line.startswith(f"1 damaged file of the cache was made again; the first: {path}")
+    assert {each.name for each in job.folder.iterdir()} == {"card.json", *whole}
+
+
+@effort(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=strategies.data())
+def test_any_changed_bytes_are_found(
+    config: TrainConfig, tmp_path: Path, data: strategies.DataObject
+) -> None:
+    job = make(tmp_path, config, count=3, crops=1)
+    write(job, config, tell=lambda line: None)
+    path = job.files[0]
+    whole = path.read_bytes()
+    changed = bytearray(whole)
+    at = data.draw(strategies.integers(0, len(whole) - 1))
+    changed[at : at + data.draw(strategies.integers(0, 9))] = data.draw(strategies.binary(max_size=9))
+    path.write_bytes(changed)
+    if changed == whole:
+        return
+    with pytest.raises(DamagedError):
+        job.check(0)
+    path.unlink()
+
+
+def test_a_card_that_is_none_is_written_again(config: TrainConfig, tmp_path: Path) -> None:
+    job = make(tmp_path, config)
+    write(job, config)
+    card = job.folder / "card.json"
+    right = card.read_bytes()
+    for wrong in (b"", b"[]", b"{", b"[" * 100_000, b"9" * 5000, b"\xff\xfe{", b'{"seed": 7}'):
+        card.write_bytes(wrong)
+        asked: list[int] = []
+        write(make(tmp_path, config), config, confirm=asked.append)
+        assert card.read_bytes() == right
+        assert len(asked) == 1
+
+
+def test_two_runs_may_write_one_cache(config: TrainConfig, tmp_path: Path) -> None:
+    jobs = [make(tmp_path, config) for _ in range(4)]
+
+    def run(job: CacheJob) -> None:
+        for _ in range(3):
+            for path in job.files:
+                path.unlink(missing_ok=True)
+            write_files(job, 0, 1, 0, quiet)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(run, jobs))
+    assert not list(jobs[0].folder.glob(".*"))
+
+
+def test_a_disk_that_is_full_while_writing_leaves_nothing(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make(tmp_path, config)
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    agree([job], Group(), lambda size: None)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        write(job, config)
+    assert caught.value.filename == str(job.files[0])
+    assert [path.name for path in job.folder.iterdir()] == ["card.json"]
 
 
 def test_a_rank_waits_for_what_others_write(
@@ -186,7 +326,9 @@ def test_a_rank_waits_for_what_others_write(
     other = threading.Timer(0.2, write_files, (make(tmp_path, config), 1, 2, 0, quiet))
     other.start()
     seen: list[int] = []
-    open_caches(jobs, partition, Group(), workers=0, confirm=lambda size: None, progress=seen.append)
+    open_caches(
+        jobs, partition, Group(), workers=0, confirm=lambda size: None, progress=seen.append, tell=pytest.fail
+    )
     other.join()
     assert seen[-1] == 20
     assert len(contents(job.folder)) == 3
@@ -195,7 +337,15 @@ def test_a_rank_waits_for_what_others_write(
     with pytest.raises(
         RadioError, match=r"000001.* other ranks were to write this and have written nothing for"
     ):
-        open_caches(jobs, partition, Group(), workers=0, confirm=lambda size: None, progress=seen.append)
+        open_caches(
+            jobs,
+            partition,
+            Group(),
+            workers=0,
+            confirm=lambda size: None,
+            progress=seen.append,
+            tell=pytest.fail,
+        )
 
 
 def test_a_whole_cache_is_only_opened(config: TrainConfig, tmp_path: Path) -> None:
