@@ -1,0 +1,178 @@
+"""What stands in a run folder stays good: no NaN replaces weights, no second trainer tears at it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from radio import checkpoint, entry
+from radio.config import write_yaml
+from radio.errors import RadioError
+from radio.students import StudentOptions, students
+from train import sinks
+from train.batches import Batch
+from train.config import TrainConfig
+from train.guards import first_bad
+from train.trainer import Run
+
+from .conftest import Start, read_records, same_weights, untimed
+from .test_damaged_states import resealed
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def poison_weight(run: Run, step: int, name: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a weight become something else in a step whose losses and gradients are finite."""
+    genuine = run.advance
+
+    def advance(batch: Batch) -> None:
+        genuine(batch)
+        if run.step + 1 == step:
+            with torch.no_grad():
+                dict(run.model.named_parameters())[name].view(-1)[0] = value
+
+    monkeypatch.setattr(run, "advance", advance)
+
+
+@pytest.mark.parametrize(("value", "ema"), [(float("nan"), 0.0), (float("inf"), 0.9)])
+def test_weights_that_are_not_finite_never_replace_good_ones(
+    config: TrainConfig, start: Start, monkeypatch: pytest.MonkeyPatch, value: float, ema: float
+) -> None:
+    run = start(config, ema=ema)
+    name = list(dict(run.model.named_parameters()))[3]
+    poison_weight(run, 10, name, value, monkeypatch)
+    wanted = (
+        rf"step 10: weights\.model\.{name} is not finite any more, though losses and gradients were; "
+        rf"what was saved at step 5 stands\. Begin anew with --restart and a lower --optim\.lr"
+    )
+    with pytest.raises(RadioError, match=wanted):
+        run.train()
+    for file in ("ckpt.pt", *(["ckpt-ema.pt"] if ema else [])):
+        found = checkpoint.load(config.out / file)
+        assert found.card["provenance"]["step"] == 5
+        assert first_bad(found.tensors) == ""
+    assert sorted(path.name for path in (config.out / "state").iterdir()) == ["step-000005"]
+    start(config, ema=ema).train()  # it was this once
+    start(config, out=config.out / "whole", ema=ema).train()
+    assert same_weights(config.out, config.out / "whole")
+
+
+def test_a_state_of_nan_is_not_gone_on_from(config: TrainConfig, start: Start) -> None:
+    start(config, steps=10).train()
+    newest = config.out / "state" / "step-000010"
+    (file,) = newest.glob("*.safetensors")
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.startswith("weights.") and tensors[name].numel() > 1)
+    tensors[name].view(-1)[0] = torch.nan
+    save_file(tensors, file)
+    resealed(newest)
+    before = (config.out / "ckpt.pt").read_bytes()
+    run = start(config, steps=10)
+    assert run.step == 5
+    told = run.console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"step-000010: damaged, and left aside ({name} is not finite in it)" in told
+    assert (config.out / "ckpt.pt").read_bytes() == before
+    run.train()
+    assert start(config, steps=10).step == 10
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_checkpoints_that_are_gone_after_the_end_are_written_again(
+    config: TrainConfig, start: Start, ema: float
+) -> None:
+    names = ["ckpt.pt", *(["ckpt-ema.pt"] if ema else [])]
+    start(config, steps=3, ema=ema).train()
+    before = {name: checkpoint.load(config.out / name) for name in names}
+    (config.out / names[-1]).unlink()
+    run = start(config, steps=3, ema=ema)
+    run.train()
+    told = run.console.file.getvalue()  # type: ignore[attr-defined]
+    assert told == f"written again from the state of step 3: {names[-1]}\n"
+    for name in names:
+        after = checkpoint.load(config.out / name)
+        assert after.card == before[name].card
+        assert all(torch.equal(after.tensors[key], tensor) for key, tensor in before[name].tensors.items())
+
+
+def test_no_state_outlives_the_records_of_its_steps(
+    config: TrainConfig, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full for the log while steps 4 to 6 are done; a state of step 5 would lose them."""
+    start(config, out=config.out / "whole").train()
+    out = config.out / "full"
+    run = start(config, out=out)
+    genuine = sinks.JsonLines.flush
+
+    def flush(log: sinks.JsonLines) -> str:
+        return "No space left on device" if 3 <= run.step <= 5 else genuine(log)
+
+    monkeypatch.setattr(sinks.JsonLines, "flush", flush)
+    run.train()
+    told = run.console.file.getvalue()  # type: ignore[attr-defined]
+    assert "metrics.jsonl could not be written (No space left on device); its records are kept until" in told
+    assert "no state of step 5 is written before the log is (No space left on device)" in told
+    assert [path.name for path in sorted((out / "state").iterdir())] == ["step-000010", "step-000012"]
+    assert untimed(out) == untimed(config.out / "whole")
+    assert same_weights(out, config.out / "whole")
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from radio.lock import locked
+with locked(Path(sys.argv[1]), "trained"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_trainer_in_a_run_folder_is_refused(
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_yaml(replace(config, steps=1), tmp_path / "settings.yaml")
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(config.out)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    ) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "held\n"
+        half = config.out / "state" / "step-000001.tmp"
+        half.mkdir(parents=True)  # the first one is writing it
+        assert entry.train([str(tmp_path / "settings.yaml")]) == 2
+        said = capsys.readouterr().err
+        assert f"run: is being trained already, by process {first.pid} on " in said
+        assert half.is_dir()
+        assert not (config.out / "config.yaml").exists()
+        first.communicate("")
+    assert entry.train([str(tmp_path / "settings.yaml")]) == 0
+    assert [record["step"] for record in read_records(config.out)] == [1]
+    assert not (config.out / ".lock").exists()
+
+
+def test_a_run_that_never_began_leaves_no_settings(
+    config: TrainConfig, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    write_yaml(replace(config, teachers=(replace(config.teachers[0], fingerprint="x"),)), tmp_path / "a.yaml")
+    assert entry.train([str(tmp_path / "a.yaml")]) == 2
+    assert "other weights than asked for" in capsys.readouterr().err
+    assert not config.out.exists()
+
+
+@pytest.mark.parametrize("name", ["vit-tiny12", "vitdet-tiny12", "e-radio-tiny", "timm:resnet18"])
+def test_fresh_students_pass_the_guard(name: str) -> None:
+    if name not in students:
+        pytest.skip(f"there is no {name}")
+    student = students[name](StudentOptions())
+    assert isinstance(student, torch.nn.Module)
+    assert first_bad(student.state_dict()) == ""
