@@ -7,8 +7,11 @@ the import path would silently replace the trainer, so both are located, without
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import importlib.util
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +19,7 @@ from pathlib import Path
 from .errors import ShadowedPackageError, one_line
 
 OK, USAGE, INTERRUPTED = 0, 2, 130
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 _GUARDED = ("evals", "train")
 
 
@@ -68,7 +72,17 @@ def _location(name: str) -> Path | None:
     return Path(spec.origin or name).resolve()
 
 
+def end_with_torchrun() -> None:
+    """Let the system kill this rank when torchrun, which started it, is killed without stopping its ranks.
+
+    They would train on beside those of a run that is started again.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
 def _run(module: str, argv: Sequence[str] | None) -> int:
+    end_with_torchrun()  # before the imports, which take seconds
     try:
         check_not_shadowed()
         # By name, since the layers let nothing in radio import train or evals.

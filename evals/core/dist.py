@@ -26,6 +26,7 @@ _WORD = "am-radio/word"
 # How long ranks wait for one another: the leader may hash a terabyte or encode 80,000 prompts meanwhile. One
 # that dies closes its connections, which ends the others at once.
 _PATIENCE = timedelta(hours=24)
+_MEETING = timedelta(minutes=10)  # until all ranks have started: imports from a slow disk take minutes
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,21 +128,46 @@ def agree(store: Store, rank: int, world: int) -> str:
     Ranks that torchrun starts again find its store as the ones before them left it, addresses and all. The
     first rank thinks the word up, and answers each of the others by a token of its own: who was answered
     knows that the word is not an old one.
+
+    Raises:
+        TimeoutError: the first rank does not answer.
     """
     word, token = secrets.token_hex(8), secrets.token_hex(8)
+    end = time.monotonic() + _MEETING.total_seconds()
     if rank == 0:
         store.set(_WORD, word)
         for other in range(1, world):
             asking = store.get(f"{_WORD}/{word}/{other}").decode()
             store.set(f"{_WORD}/{asking}", "")
         return word
-    while True:
+    while time.monotonic() < end:
         word = bytes(store.get(_WORD)).decode()
         store.set(f"{_WORD}/{word}/{rank}", token)
         for _ in range(20):  # nobody answers to an old word
             if store.check([f"{_WORD}/{token}"]):
                 return word
             time.sleep(0.05)
+    raise TimeoutError(f"rank 0 gave no answer within {_MEETING}")
+
+
+def _meet() -> tuple[Store, int, int]:
+    """Find the other ranks that torchrun's environment describes: a store of all of them, rank and world.
+
+    Raises:
+        RadioError: the environment describes no rank, or some of them do not come.
+    """
+    try:
+        store, rank, world = next(rendezvous("env://", timeout=_MEETING))
+        if not 0 <= rank < world:
+            raise ValueError(f"RANK is {rank} and WORLD_SIZE {world}")
+        return PrefixStore(agree(store, rank, world), store), rank, world
+    except (RuntimeError, ValueError, OSError) as error:  # torch's errors of the network are RuntimeErrors
+        address = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        reason = " ".join((str(error).splitlines() or [""])[0].split())
+        raise RadioError(
+            f"the ranks did not find one another at {address} ({reason}); start all of them by torchrun, "
+            f"or one process without RANK, WORLD_SIZE and MASTER_ADDR in the environment"
+        ) from error
 
 
 @contextmanager
@@ -150,8 +176,7 @@ def joined(backend: str = "gloo") -> Iterator[Group]:
     if "WORLD_SIZE" not in os.environ or "MASTER_ADDR" not in os.environ or distributed.is_initialized():
         yield current()
         return
-    store, rank, world = next(rendezvous("env://"))
-    store = PrefixStore(agree(store, rank, world), store)
+    store, rank, world = _meet()
     patience = _PATIENCE if backend == "gloo" else None  # NCCL's own tells when a rank hangs
     distributed.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=world)
     try:

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -177,3 +180,34 @@ def test_a_shadowed_package_stops_either_command(
     assert out == ""
     assert err.startswith(f"error: {tmp_path / 'train.py'} comes before")
     assert err.count("\n") == 1
+
+
+RANK = """
+import time
+from radio.entry import end_with_torchrun
+end_with_torchrun()
+print("on", flush=True)
+time.sleep(60)
+"""
+LAUNCHER = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", sys.argv[1]])
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children of their parent's death")
+def test_a_rank_ends_with_a_torchrun_that_is_killed() -> None:
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, RANK],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TORCHELASTIC_RUN_ID": "x"},
+    )
+    assert launcher.stdout is not None
+    assert launcher.stdout.readline() == b"on\n"
+    launcher.kill()
+    launcher.wait()
+    begin = time.monotonic()
+    assert launcher.stdout.read() == b""  # its end, which comes when the rank has closed it too
+    assert time.monotonic() - begin < 20
+    launcher.stdout.close()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from evals.core import dist
 from evals.core.dist import Group, agree, current, joined
 from radio.errors import RadioError
 
@@ -91,3 +93,38 @@ def test_the_leader_works_alone_and_its_error_is_everybodys() -> None:
         with pytest.raises(RadioError, match="no such text"):
             Two(rank, 2).on_leader(fail)
     assert done == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"RANK": "1"}, "did not find one another at 127.0.0.1:1 "),  # nobody listens there
+        (
+            {"RANK": "0", "MASTER_PORT": "0"},
+            "did not find one another at 127.0.0.1:0 ",
+        ),  # the others never come
+        ({"RANK": ""}, "did not find one another"),
+        ({"RANK": "x"}, "did not find one another"),
+        ({"RANK": "2", "MASTER_PORT": "0"}, "did not find one another"),
+        ({"RANK": "0", "WORLD_SIZE": "-2", "MASTER_PORT": "0"}, "did not find one another"),
+        ({"RANK": "0", "MASTER_PORT": "70000"}, "did not find one another"),
+    ],
+)
+def test_ranks_that_do_not_meet_say_so_soon(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], reason: str
+) -> None:
+    monkeypatch.setattr(dist, "_MEETING", timedelta(seconds=1))
+    whole = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", **changes}
+    for name, value in whole.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RadioError, match=reason), joined():
+        pass
+    assert not distributed.is_initialized()
+
+
+def test_an_old_word_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "_MEETING", timedelta(seconds=0.1))
+    store = distributed.HashStore()
+    store.set("am-radio/word", "old")
+    with pytest.raises(TimeoutError, match="rank 0 gave no answer"):
+        agree(store, 1, 2)
