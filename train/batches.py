@@ -14,7 +14,7 @@ from radio.resample import resize_images
 from radio.types import Features
 
 from .config import TrainConfig
-from .data.stream import Mark, Rows, rows_of
+from .data.stream import Mark, Rows, make_room_for_files, rows_of
 from .partition import Partition, TeacherGroup
 from .preempt import outlast_signals
 from .sampling import StepSampler
@@ -23,6 +23,8 @@ from .sampling import StepSampler
 
 T = TypeVar("T")
 Teach = Callable[[TeacherGroup, Tensor], dict[str, Features]]
+
+_READ_AHEAD = 4  # steps of each loader process
 
 
 class Lesson(NamedTuple):
@@ -61,6 +63,8 @@ def load(
     The loader's processes start in the calling thread: one forked by a pool's thread ends with an error.
     """
     mine = partition.of(rank)
+    tensors = sum(1 + 2 * len(group.teachers) for group in mine)  # each is a file between processes
+    make_room_for_files(config.data.workers * _READ_AHEAD * tensors)
     rows = [row for group in mine for row in partition.rows(group, rank)]
     loader = DataLoader(
         caches,
@@ -69,7 +73,7 @@ def load(
         collate_fn=_Collate([group.share for group in mine]),
         pin_memory=device.type == "cuda",
         worker_init_fn=outlast_signals,
-        prefetch_factor=4 if config.data.workers else None,
+        prefetch_factor=_READ_AHEAD if config.data.workers else None,
     )
     return rows_of(iter(loader))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from radio.errors import DataError
+from radio.errors import DataError, RadioError
 
 from ..config import DataConfig
 from ..crops import random_view
@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 _OTHER_FILES = 512  # of a process: libraries, and what it shares with others
 _READ_AHEAD = 4  # steps of each loader process
+_TENSORS = 2  # of a group's rows; each is a file between processes
 
 
 class Mark(NamedTuple):
@@ -114,16 +115,16 @@ def open_stream(
         pin: put the pictures into page-locked memory, for a GPU.
     """
     workers = sharing(config.workers, [len(share.lanes) for share in shares])
+    make_room_for_files(workers * _READ_AHEAD * _TENSORS * len(shares))
     loader = DataLoader(
         LaneStream(sources, shares, config, seed, steps),
         batch_size=None,
         num_workers=workers,
         collate_fn=_as_it_is,
-        pin_memory=pin,
         worker_init_fn=outlast_signals,
         prefetch_factor=_READ_AHEAD if workers else None,
     )
-    return _steps(rows_of(iter(loader)), max(workers, 1))
+    return _steps(rows_of(iter(loader)), max(workers, 1), pin)
 
 
 def make_room_for_files(count: int) -> None:
@@ -146,28 +147,44 @@ def fewer_workers(wanted: int, shares: Sequence[Share]) -> str:
 
 
 def rows_of(loader: Iterable[T]) -> Iterator[T]:
-    """What a loader gives; a picture error of one of its processes comes without a traceback around it."""
+    """What a loader gives; an error of one of its processes comes as it was there, without a traceback in it.
+
+    Raises:
+        RadioError: a process met it, or has ended.
+        OSError, MemoryError: a process met it.
+    """
     try:
         yield from loader
-    except DataError as error:
+    except (RadioError, OSError, MemoryError) as error:
         traceback.clear_frames(error.__traceback__)  # they hold each other, and with them the processes
-        raise DataError(str(error).rpartition(f"{DataError.__name__}: ")[2].strip()) from error
+        text = str(error)
+        if not text.startswith("Caught "):
+            raise
+        raise type(error)(text.rpartition(f"{type(error).__name__}: ")[2].strip()) from error
+    except RuntimeError as error:
+        traceback.clear_frames(error.__traceback__)
+        reason = (str(error).splitlines() or [""])[0]
+        if not reason.startswith("DataLoader worker"):
+            raise
+        raise DataError(
+            f"a loader process has ended, most often for want of memory; take fewer --data.workers ({reason})"
+        ) from error
 
 
 def _as_it_is(rows: Any) -> Any:
     return rows
 
 
-def _steps(parts: Iterator[tuple[Rows, ...]], workers: int) -> Iterator[tuple[Rows, ...]]:
+def _steps(parts: Iterator[tuple[Rows, ...]], workers: int, pin: bool) -> Iterator[tuple[Rows, ...]]:
     """The rows of whole steps: the loader gives its processes' parts in turn."""
     while shares := tuple(islice(parts, workers)):
-        yield shares[0] if workers == 1 else tuple(_joined(group) for group in zip(*shares, strict=True))
+        yield tuple(_joined(group, pin) for group in zip(*shares, strict=True))
 
 
-def _joined(parts: Sequence[Rows]) -> Rows:
+def _joined(parts: Sequence[Rows], pin: bool) -> Rows:
     marks = [part.mark for part in parts]
     return Rows(
-        torch.cat([part.pixels for part in parts]),
+        _joined_pixels([part.pixels for part in parts], pin),
         tuple(chain.from_iterable(part.keys for part in parts)),
         Mark(
             torch.cat([mark.cursors for mark in marks]),
@@ -175,3 +192,18 @@ def _joined(parts: Sequence[Rows]) -> Rows:
             tuple(chain.from_iterable(mark.faults for mark in marks)),
         ),
     )
+
+
+def _joined_pixels(parts: Sequence[Tensor], pin: bool) -> Tensor:
+    """Parts [b, 3, side, side] as one [B, 3, side, side].
+
+    Joined into page-locked memory: a copy of page-locked parts would lie in ordinary memory again, from where
+    a copy to the GPU makes the step wait.
+    """
+    if not pin:
+        return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    return torch.cat(list(parts), out=_page_locked((sum(map(len, parts)), *parts[0].shape[1:])))
+
+
+def _page_locked(shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=torch.uint8, pin_memory=True)

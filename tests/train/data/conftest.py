@@ -83,6 +83,7 @@ def follow(
     rank: int = 0,
     workers: int = 0,
     cursors: Sequence[Tensor] | None = None,
+    pin: bool = False,
 ) -> Iterator[tuple[Rows, ...]]:
     """The rows that a rank of a run sees, from cursors of whole groups on."""
     partition = partition or make_partition(config, 1)
@@ -93,4 +94,4 @@ def follow(
             start = beginning(each, len(sources)) if cursors is None else cursors[number]
             lanes = lanes_of(each, partition, rank)
             shares.append(Share(each, lanes, SIDE, start[lanes.start : lanes.stop]))
-    return open_stream(sources, shares, replace(config.data, workers=workers), config.seed, steps, pin=False)
+    return open_stream(sources, shares, replace(config.data, workers=workers), config.seed, steps, pin=pin)

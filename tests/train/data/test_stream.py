@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from collections import Counter
 from dataclasses import replace
@@ -11,15 +12,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, strategies
 from hypothesis import settings as effort
+from torch.utils.data import DataLoader
 
 from evals.core.dist import Group
-from radio.errors import ConfigError
+from radio.errors import ConfigError, DataError, SizeError
 from radio.images import decode
 from train.config import DataConfig
 from train.crops import random_view
 from train.data.lanes import deal_lanes, gathered, lanes_of
 from train.data.sources import open_sources
-from train.data.stream import Rows, make_room_for_files
+from train.data.stream import Rows, make_room_for_files, rows_of
 from train.partition import make_partition
 
 from ..conftest import picture_bytes
@@ -137,6 +139,74 @@ def test_what_was_read_is_not_read_again(shards: str, monkeypatch: pytest.Monkey
     list(follow(config, range(4, 7), cursors=[before[-1][0].mark.cursors]))
     assert sorted(read) == sorted(once)
     assert torch.equal(before[-1][0].mark.cursors, whole[3][0].mark.cursors)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_batch_is_joined_into_page_locked_memory(
+    shards: str, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """Whatever the parts, what is handed on is the buffer itself, without another copy."""
+    buffers: list[torch.Tensor] = []
+
+    def page_locked(shape: tuple[int, ...]) -> torch.Tensor:
+        buffers.append(torch.empty(shape, dtype=torch.uint8))
+        return buffers[-1]
+
+    monkeypatch.setattr("train.data.stream._page_locked", page_locked)
+    config = settings(DataConfig(shards=(shards,)), batch_size=8, others=4)
+    steps = list(follow(config, range(3), workers=workers, pin=True))
+    rows = list(chain.from_iterable(steps))
+    assert len(buffers) == len(rows) == 6
+    assert all(row.pixels.data_ptr() == buffer.data_ptr() for row, buffer in zip(rows, buffers, strict=True))
+    for row, wanted in zip(rows, chain.from_iterable(follow(config, range(3))), strict=True):
+        assert torch.equal(row.pixels, wanted.pixels)
+        assert row.keys == wanted.keys
+        assert torch.equal(row.mark.cursors, wanted.mark.cursors)
+
+
+class Failing(torch.utils.data.Dataset[int]):
+    """Whose items fail in a way of their own."""
+
+    def __init__(self, error: BaseException | None) -> None:
+        self.error = error
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> int:
+        if self.error is None:
+            os._exit(3)
+        raise self.error
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    "error",
+    [
+        DataError("no picture: DataError of a name"),
+        SizeError("cannot crop a 1x2 picture"),
+        MemoryError("no room"),
+        FileNotFoundError("none of that name"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_of_loader_processes_come_as_they_were(error: Exception, workers: int) -> None:
+    with pytest.raises(type(error)) as caught:
+        list(rows_of(iter(DataLoader(Failing(error), num_workers=workers))))
+    assert type(caught.value) is type(error)
+    assert str(caught.value) == str(error)
+
+
+def test_a_loader_process_that_has_ended_is_one_error() -> None:
+    with pytest.raises(DataError, match=r"^a loader process has ended, .* take fewer --data\.workers"):
+        list(rows_of(iter(DataLoader(Failing(None), num_workers=1))))
+
+
+def test_there_is_room_for_what_is_read_ahead(shards: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("train.data.stream.make_room_for_files", asked.append)
+    next(iter(follow(settings(DataConfig(shards=(shards,)), 8, others=4), range(1), workers=2)))
+    assert asked == [2 * 4 * 2 * 2]  # processes, steps, tensors, groups
 
 
 def test_weights_are_shares_of_every_stretch(shards: str) -> None:
