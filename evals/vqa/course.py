@@ -19,20 +19,23 @@ from evals.core.dist import Group
 from evals.core.evaluator import Watch
 from radio.errors import ConfigError, DataError
 
-from .conversations import Record, fingerprint, read_records
+from .conversations import Piece, Record, fingerprint, read_records
 from .encoding import Encoder
 from .language import Language
 from .library import require_peft
 from .llava import PROJECTOR, learn, make_llava, restore
+from .memory import plan_memory
 from .pictures import Pictures
 from .presets import Preset, Stage, StagePlan, plan_stage
-from .samples import Conversations, Shown, Swapped
+from .prompts import VICUNA_V1, ask
+from .samples import Conversations, Shown, Swapped, tokenize
 from .scenes_mix import IMAGES, INSTRUCT, PRETRAIN, Mix, write_mix
 from .settings import VqaSettings
 from .stages import Job, final_loss, train
 from .states import StageState, read_state
 
 _FORMAT = "am-radio-vqa/1"
+_LEAST_TEXT = 64  # tokens of a sample that the image leaves to question and answer
 _PARTS = {"projector": (PROJECTOR,), "language": ("model.language_model.", "lm_head.")}
 
 
@@ -157,6 +160,26 @@ class Course:
                 break
         return done, weights, key
 
+    def check_room(self) -> None:
+        """Refuse images of more tokens than a training sample holds beside its text.
+
+        Raises:
+            ConfigError: an image would be cut.
+        """
+        lead, _ = tokenize([Piece(ask(VICUNA_V1, "", True), False)], self.language, self.num_tokens)
+        longest = self.preset.longest
+        if len(lead) + _LEAST_TEXT > longest:
+            most = longest - _LEAST_TEXT - (len(lead) - self.num_tokens)
+            raise ConfigError(
+                f"{self.encoder.model.name} gives {self.num_tokens} tokens an image, and a training sample "
+                f"of {longest} tokens has room for {most}; give --image-tokens (1024, for instance) to "
+                f"average them over a coarser grid, or a smaller --size"
+            )
+
+    @property
+    def _token_grid(self) -> tuple[int, int] | None:
+        return None if self.encoder.grid == self.encoder.own_grid else self.encoder.grid
+
     def build(self, weights: dict[str, Tensor]) -> Any:
         """LLaVA with these learned weights, on the CPU."""
         model = make_llava(
@@ -166,6 +189,7 @@ class Course:
             self.num_tokens,
             layer_norm=self.layer_norm,
             seed=self.settings.luck,
+            token_grid=self._token_grid,
         )
         restore(model, weights, str(self.folder))
         return model
@@ -194,8 +218,9 @@ class Course:
         learn(model, tuple(part for what in plan.learns for part in _PARTS[what]))
         if rank is not None:
             add_lora(model, rank)
+        needs = plan_memory(model, self.settings, self.device, self.group.world)
         job = Job(
-            title=f"{name} {self.encoder.model.name}",
+            title=f"{name} {self.encoder.model.name}{needs.told}",
             plan=plan,
             data=self._samples(material, plan),
             pad_token=self.language.pad_token,
@@ -204,7 +229,8 @@ class Course:
             key=key,
             device=self.device,
             bf16=self.settings.precision == "bf16",
-            shard=self.settings.fsdp and self.group.world > 1,
+            shard=needs.is_sharded,
+            is_checkpointed=needs.is_checkpointed,
             workers=self.encoder.workers,
             group=self.group,
         )
@@ -246,6 +272,7 @@ class Course:
             settings.lora_rank,
             settings.shuffle_images,
             self.preset.longest,
+            *([] if self._token_grid is None else [self._token_grid]),
         )
 
 

@@ -24,6 +24,7 @@ from .pictures import Padded
 from .presets import Size
 from .presets import View as ViewName
 from .samples import Shown
+from .token_grid import choose_grid, resample
 
 # Letters: N pictures, T tokens of a picture, D token width, h w input size.
 
@@ -45,13 +46,19 @@ class Encoder:
     group: Group
     watch: Watch
     damage: Damage  # learns of damaged files of the cache
+    image_tokens: int | None = None  # T at most
 
     @cached_property
-    def grid(self) -> tuple[int, int]:
-        """(H, W) of the tokens at this size."""
-        model = self.model.to(self.device, self.dtype).eval()
+    def own_grid(self) -> tuple[int, int]:
+        """(H, W) of the tokens that the backbone gives at this size."""
+        model = self.model.to(self.device, torch.float32).eval()  # never rounded in place
         with torch.inference_mode():
-            return model(torch.zeros(1, 3, *self.size, device=self.device, dtype=self.dtype)).grid
+            return model(torch.zeros(1, 3, *self.size, device=self.device)).grid
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(H, W) of the tokens that the language model is shown."""
+        return choose_grid(self.own_grid, self.image_tokens)
 
     def show(self, source: ImageSource, view: ViewName) -> Shown:
         """The source's pictures, each encoded once, unless all their tokens would take too much room.
@@ -70,8 +77,8 @@ class Encoder:
             view=shape,
             device=self.device,
             dtype=self.dtype,
-            head="tokens",
-            project=lambda features: features.tokens,
+            head="tokens" if self.grid == self.own_grid else f"tokens averaged to {height}x{width}",
+            project=lambda features: resample(features.tokens, features.grid, (height, width)),
             batch=_ENCODED_AT_ONCE,
             workers=self.workers,
         )

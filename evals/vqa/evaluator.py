@@ -180,6 +180,7 @@ def _run(model: Backbone, settings: VqaSettings, group: Group, watch: Watch) -> 
         group=group,
         watch=watch,
         damage=damage,
+        image_tokens=settings.image_tokens,
     )
     records = [record for one in material.values() for record in one.records]
     course = Course(
@@ -195,6 +196,7 @@ def _run(model: Backbone, settings: VqaSettings, group: Group, watch: Watch) -> 
         group=group,
         watch=watch,
     )
+    course.check_room()
     done, weights, key = course.run()
     trained = time.monotonic()
     said = _examine(course, weights, key, exams) if exams or settings.save else []

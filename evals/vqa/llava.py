@@ -7,7 +7,6 @@ when pictures come in. `save_llava` puts the encoder's own file into the folder,
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, cast, final
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -26,12 +26,14 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from radio.errors import CheckpointError, ConfigError
+from radio.errors import CheckpointError, ConfigError, RadioError
 from radio.hub import load_backbone
+from radio.io import make_folder
 from radio.model import RadioModel
 from radio.types import Backbone
 
 from .language import Language
+from .token_grid import resample
 
 # Letters: B batch, T tokens, D token width, h w input size.
 
@@ -52,6 +54,7 @@ class RadioTowerConfig(PreTrainedConfig):  # type: ignore[misc]
         encoder: str = "",
         fingerprint: str = "",
         encoder_bytes: int = 0,
+        token_grid: tuple[int, int] | None = None,
         **rest: Any,
     ) -> None:
         super().__init__(**rest)
@@ -61,6 +64,7 @@ class RadioTowerConfig(PreTrainedConfig):  # type: ignore[misc]
         self.encoder = encoder  # a spec of radio.hub; empty where the encoder's file is in the weights
         self.fingerprint = fingerprint
         self.encoder_bytes = encoder_bytes
+        self.token_grid = None if token_grid is None else list(token_grid)  # what tokens are averaged over
 
 
 @final
@@ -107,7 +111,12 @@ class RadioTower(PreTrainedModel):  # type: ignore[misc]
     def _encode(self, images: Tensor) -> Tensor:
         backbone = self.backbone.to(images.device, images.dtype)
         with torch.no_grad():
-            return backbone(images).tokens
+            features = backbone(images)
+            wanted = self.config.token_grid or features.grid
+            tokens = resample(features.tokens, features.grid, (wanted[0], wanted[1]))
+        if not self.training and not bool(torch.isfinite(tokens).all()):
+            raise RadioError(f"{backbone.name} gives values that are not finite; nothing can be asked")
+        return tokens
 
     def _open(self) -> Backbone:
         if not self.config.encoder_bytes:
@@ -139,18 +148,21 @@ def make_llava(
     *,
     layer_norm: bool,
     seed: int,
+    token_grid: tuple[int, int] | None = None,
 ) -> Any:
     """LLaVA-1.5 with a fresh projector (decided by `seed`), the language model's weights, and the backbone.
 
     Args:
         size: (height, width) that pictures are encoded at.
-        num_tokens: T that the backbone gives at that size.
+        num_tokens: T that the language model is shown at that size.
+        token_grid: (H, W) that the backbone's tokens are averaged over; as they are unless given.
     """
     tower = RadioTowerConfig(
         hidden_size=backbone.token_dim,
         image_size=size,
         layer_norm=layer_norm,
         fingerprint=backbone.fingerprint,
+        token_grid=token_grid,
     )
     network = language.load()
     config = LlavaConfig(
@@ -217,16 +229,17 @@ def save_llava(model: Any, language: Language, folder: Path) -> None:
     """
     if folder.exists():
         raise ConfigError(f"{folder}: is there already; remove it, or choose another folder to save to")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.partial-"))
-    try:
-        twin = _with_encoder(model, partial)
-        twin.save_pretrained(partial)
+
+    def fill(partial: Path) -> None:
+        _with_encoder(model, partial).save_pretrained(partial)
         language.tokenizer.save_pretrained(partial)
-        partial.chmod(0o755)  # mkdtemp's folders are private
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+    try:
+        is_ours = make_folder(folder, fill)
+    except SafetensorError as error:  # its writer's word for a full disk
+        raise RadioError(f"{folder}: the model could not be written ({error}); free some space") from error
+    if not is_ours:
+        raise ConfigError(f"{folder}: another process has just written it; choose another folder to save to")
 
 
 def _with_encoder(model: Any, folder: Path) -> Any:
@@ -252,6 +265,7 @@ def _with_encoder(model: Any, folder: Path) -> Any:
         encoder=encoder,
         fingerprint=backbone.fingerprint,
         encoder_bytes=len(data),
+        token_grid=old.token_grid,
     )
     tower = RadioTower(config)
     if data:

@@ -49,6 +49,9 @@ class VqaSettings:
     size: Pixels | None = None
     """Side in pixels that pictures are encoded at. 336, 224, or the encoder's own, as the preset has it,
     unless given."""
+    image_tokens: Count | None = None
+    """Average each image's tokens over a grid of at most so many, where the encoder gives more than fit
+    (SAM's 4,096: 1024). As the encoder gives them unless given."""
     layer_norm: bool | None = None
     """Normalise every token before the projector. The preset's unless given."""
     batch: Count | None = None
@@ -62,7 +65,11 @@ class VqaSettings:
     shuffle_images: bool = False
     """Show each record another record's picture: the control that the pictures matter."""
     fsdp: Machine[bool] = False
-    """Under torchrun, shard the language model over the ranks (FSDP2) instead of copying it."""
+    """Under torchrun, shard the language model over the ranks (FSDP2) instead of copying it. On GPUs, one of
+    three billion weights or more that learns is sharded anyway."""
+    activation_checkpointing: Machine[bool | None] = None
+    """Compute the language model's activations again in the backward pass: less memory, a third more time.
+    For a billion weights or more unless given."""
     save_every: Machine[Count] = 200
     """Steps after which a training is written down, so that a killed run goes on from there."""
     save: Machine[Path | None] = None

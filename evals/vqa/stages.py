@@ -54,6 +54,7 @@ class Job:
     device: torch.device
     bf16: bool
     shard: bool  # FSDP2 instead of DDP
+    is_checkpointed: bool = False  # activations are computed again in the backward pass
     workers: int
     group: Group
 
@@ -188,15 +189,30 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
         is_last = step == self._job.plan.steps
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
         weights, optimizer = get_state_dict(self._model(), self._optimizer(), options=options)
+        learned = self._learned(weights) if self._job.group.leads else {}
+        self._check_finite(learned, step)
         if self._job.group.leads:
             kept = StageState(
                 step=step,
-                weights=self._learned(weights),
+                weights=learned,
                 optimizer={} if is_last else optimizer,
                 losses=tuple(self._losses),
             )
             write_state(self._job.state, self._job.key, kept)
         self._job.group.barrier()
+
+    def _check_finite(self, learned: dict[str, Tensor], step: int) -> None:
+        """Refuse to put weights that are not finite over those of an earlier step; on every rank.
+
+        Raises:
+            RadioError: some are not; names the first.
+        """
+        wrong = [name for name, tensor in learned.items() if not bool(tensor.isfinite().all())]
+        if int(self._job.group.gather(torch.tensor(len(wrong))).max()):
+            raise RadioError(
+                f"{self._job.title}: {wrong[0] if wrong else 'a weight'} is not finite after step {step}, "
+                f"which is therefore not written down; lower the learning rate"
+            )
 
     def _learned(self, weights: Any) -> dict[str, Tensor]:
         """Those that learn; torch leaves a frozen weight in that goes by a second name."""
@@ -232,6 +248,7 @@ def _arguments(job: Job, start: StageState, folder: str) -> TrainingArguments:
         max_grad_norm=1.0,
         optim="adamw_torch",
         bf16=job.bf16,
+        activation_checkpointing=job.is_checkpointed,
         use_cpu=job.device.type == "cpu",
         ddp_backend="gloo" if world > 1 and job.device.type == "cpu" else None,
         ddp_find_unused_parameters=False,

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from evals.core.evaluator import ScoringFiles
 from evals.core.report import read
-from evals.vqa import stages
+from evals.vqa import presets, stages
 from evals.vqa.evaluator import VqaEvaluator
 from evals.vqa.settings import VqaSettings
 from radio.errors import ConfigError, DataError, MissingExtraError, MissingWeightsError
@@ -157,6 +157,32 @@ def test_lora_adds_a_product_of_its_rank_to_every_linear_layer(tmp_path: Path) -
     assert layers == 7 * 2  # q k v o, gate up down
     again = EVALUATOR.run(model, replace(settings, stages=("score",), save=None), tmp_path, name="again")
     assert again.metrics == report.metrics
+
+
+def test_more_tokens_than_a_sample_holds(
+    backbone: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = replace(presets.PRESETS["scenes"], longest=80)
+    monkeypatch.setitem(presets.PRESETS, "scenes", short)
+    settings = replace(SMALL, task="gqa", blind=False)
+    with pytest.raises(ConfigError, match=r"pooled gives 16 tokens an image, .* has room for \d+; give"):
+        EVALUATOR.run(backbone(), settings, tmp_path)
+    coarse = replace(settings, image_tokens=4)
+    kept = EVALUATOR.run(backbone(), coarse, tmp_path, name="kept")
+    assert kept.settings["resolved"]["grid"] == [2, 2]
+    coarse = replace(coarse, keep_tokens_gb=0.0, cache=tmp_path / "other")
+    shown = EVALUATOR.run(backbone(), coarse, tmp_path, name="shown")
+    assert shown.metrics["gqa"] == kept.metrics["gqa"]
+
+
+def test_bf16_leaves_the_callers_weights_as_they_are(backbone: Callable[..., Any], tmp_path: Path) -> None:
+    model = backbone()
+    before, fingerprint = model.weight.clone(), model.fingerprint
+    settings = replace(SMALL, stages=("pretrain",), precision="bf16")
+    for keep in (8.0, 0.0):
+        report = EVALUATOR.run(model, replace(settings, keep_tokens_gb=keep), tmp_path)
+        assert report.fingerprint == fingerprint
+        assert torch.equal(model.weight, before)
 
 
 def test_questions_of_ones_own_about_images_of_any_kind(

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
 from evals.vqa.language import Tiny
 from evals.vqa.llava import PROJECTOR, learn, make_llava, restore, save_llava
-from radio.errors import CheckpointError, ConfigError
+from radio.errors import CheckpointError, ConfigError, RadioError
 from radio.hub import load_backbone
 from radio.model import ModelConfig, build
 from radio.types import Backbone
@@ -133,3 +134,44 @@ def test_a_backbone_without_a_spec_cannot_be_saved(
     with pytest.raises(ConfigError, match="pooled cannot be opened by its name alone"):
         save_llava(make(backbone(), tiny, 16), tiny, tmp_path / "saved")
     assert not list(tmp_path.glob("*saved*"))
+
+
+def test_a_coarser_grid_goes_along_with_the_folder(tiny: Tiny, tmp_path: Path) -> None:
+    student = build(ModelConfig(student="vit-tiny12"), 3).eval()
+    side = student.native_size[0]
+    pictures = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        tokens, (height, width) = student(pictures).tokens, student(pictures).grid
+    model = make_llava(student, tiny, (side, side), 4, layer_norm=False, seed=0, token_grid=(2, 2))
+    seen = model.model.vision_tower(pictures).last_hidden_state
+    assert height == width and height % 2 == 0
+    half = height // 2
+    first = tokens.unflatten(1, (height, width))[:, :half, :half].mean((1, 2))
+    assert torch.allclose(seen[:, 0], first, atol=1e-6) and seen.shape[1] == 4
+    before = say(model, tiny, pictures, 4)
+    save_llava(model, tiny, tmp_path / "saved")
+    again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "saved", local_files_only=True).eval()
+    assert say(again, tiny, pictures, 4) == before
+
+
+def test_an_encoder_of_nan_is_asked_nothing(backbone: Callable[..., Any], tiny: Tiny) -> None:
+    encoder = backbone()
+    tower = make(encoder, tiny, 16).model.vision_tower
+    with pytest.raises(RadioError, match="pooled gives values that are not finite; nothing can be asked"):
+        tower(torch.full((1, 3, 32, 32), float("nan")))
+
+
+def test_a_full_disk_leaves_no_half_of_a_folder(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = load_backbone("scenes:clip")
+    model = make(teacher, tiny, 4, teacher.native_size[0])
+
+    def full(folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(model, "save_pretrained", full)
+    with pytest.raises(RadioError, match=r"saved: the model could not be written \(I/O error: No space left"):
+        save_llava(model, tiny, tmp_path / "saved")
+    assert not list(tmp_path.iterdir())

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from evals.core.dist import Group
 from evals.core.evaluator import silent
+from evals.vqa import stages
 from evals.vqa.conversations import Record
 from evals.vqa.language import Tiny
 from evals.vqa.llava import PROJECTOR, learn, make_llava
@@ -187,3 +188,32 @@ def test_the_schedule_by_hand() -> None:
     assert factor(0, 4, 0) == 1
     assert final_loss([9.0] * 90 + [1.0] * 10) == 1
     assert final_loss([3.0, 1.0]) == 2
+
+
+def test_computing_activations_again_changes_nothing(
+    make_job: Callable[..., Job], make_model: Callable[..., Any]
+) -> None:
+    plain = train(make_model(), make_job("plain"), silent)
+    again = train(make_model(), replace(make_job("again"), is_checkpointed=True), silent)
+    assert again.losses == plain.losses
+    for name, tensor in plain.weights.items():
+        assert torch.equal(again.weights[name], tensor), name
+
+
+def test_weights_that_are_not_finite_are_never_written(
+    make_job: Callable[..., Job], make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learned = stages.Keeper._learned
+
+    def poisoned(self: Any, weights: Any) -> dict[str, torch.Tensor]:
+        found = learned(self, weights)
+        if len(self._losses) > 2:  # the step's loss was still finite
+            found[f"{PROJECTOR}linear_2.bias"] = torch.full((32,), float("inf"))
+        return found
+
+    monkeypatch.setattr(stages.Keeper, "_learned", poisoned)
+    with pytest.raises(
+        RadioError, match=r"instruct: model\..*linear_2\.bias is not finite after step 4, which"
+    ):
+        train(make_model(), make_job(), silent)
+    assert read_state(make_job().state, "key").step == 2  # what stood before stands
