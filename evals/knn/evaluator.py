@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from radio.types import Backbone
 from .classify import Classifier, Sets, make_classifier
 from .index import load_faiss
 from .records import write_records
-from .scoring import accuracies, real_accuracy
+from .scoring import accuracies, read_accepted, real_accuracy
 from .settings import KnnSettings
 
 # Letters: Q queries.
@@ -68,6 +68,9 @@ class KnnEvaluator:
         group = group or current()
         cache = settings.cache or default_cache()
         sets = _open(settings, cache / "fingerprints")
+        accepted = None
+        if settings.real_labels is not None:
+            accepted = read_accepted(settings.real_labels, sets.asked.keys, sets.bank.classes)
         how, notes = plan(model, settings, settings.head)
         damage = Damage()
         extracting = partial(extract, cache=cache, group=group, watch=watch, damage=damage)
@@ -80,7 +83,7 @@ class KnnEvaluator:
         classifier = make_classifier(sets, bank, asked, settings, group, carried, how.device)
         neighbours, rankings = classifier.classify()
         ranking = rankings[settings.headline]
-        metrics = _score(classifier, rankings, sets)
+        metrics = _score(classifier, rankings, accepted)
         finished = time.monotonic()
 
         label = (name or model.name) + (f"-{settings.head}-head" if settings.head else "")
@@ -142,14 +145,16 @@ def _open(settings: KnnSettings, memo: Path) -> Sets:
     return Sets(bank, query)
 
 
-def _score(classifier: Classifier, rankings: Mapping[int, Tensor], sets: Sets) -> dict[str, Metric]:
+def _score(
+    classifier: Classifier, rankings: Mapping[int, Tensor], accepted: Sequence[frozenset[int]] | None
+) -> dict[str, Metric]:
     settings = classifier.settings
     metrics = accuracies(rankings, classifier.labels, classifier.num_classes, settings.headline)
     for per_class in settings.few_shot:
         metrics[f"top1_few_shot_{per_class}"] = classifier.few_shot(per_class)
-    if settings.real_labels is not None:
-        keys = [sets.asked.keys[place] for place in classifier.queries.indices.tolist()]
-        metrics["top1_real"] = real_accuracy(rankings[settings.headline], keys, settings.real_labels)
+    if accepted is not None:
+        counted = [accepted[place] for place in classifier.queries.indices.tolist()]
+        metrics["top1_real"] = real_accuracy(rankings[settings.headline], counted)
     return metrics
 
 

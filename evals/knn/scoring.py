@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Annotated
 
 import torch
+from pydantic import Field, TypeAdapter
 from torch import Tensor
 
 from evals.core.accuracy import mean_class, top_accuracies
+from evals.core.classes import are_wordnet_ids, composed, imagenet_numbers, order_by_number, shown_order
 from evals.core.report import Metric, proportion
-from radio.errors import DataError
+from radio.errors import DataError, shown
+from radio.io import MAX_DATA_BYTES, parse_json, read_text, validate
 
 # Letters: Q queries.
 
-_NUMBER_AT_END = re.compile(r"(\d+)$")
+_NUMBER_AT_END = re.compile(r"(?<![0-9])0*([0-9]{1,9})$")
+
+_Labels = list[Annotated[int, Field(ge=0, lt=2**31)]]
+_Accepted = list[_Labels] | dict[str, _Labels]
+_BY_NUMBER = TypeAdapter(list[_Labels])
+_BY_NAME = TypeAdapter(dict[str, _Labels])
+_ABSENT = -2  # a class that the bank does not have; -1 is no prediction
 
 
 def accuracies(
@@ -39,47 +48,90 @@ def repeated(values: Sequence[float]) -> Metric:
     return Metric(value=float(tensor.mean()), std=float(tensor.std()) if len(values) > 1 else None)
 
 
-def real_accuracy(ranking: Tensor, keys: Sequence[str], path: Path) -> Metric:
+def real_accuracy(ranking: Tensor, accepted: Sequence[frozenset[int]]) -> Metric:
     """top-1 against several accepted labels (L. Beyer et al. 2020); pictures without any do not count.
 
     Args:
         ranking: [Q, 5] predictions.
-        keys: [Q] names. In a list, the number that ends a name (`..._00000001.JPEG`) is the place from 1;
-            in an object, the name without folders, with or without its ending, is the key.
+        accepted: [Q], as `read_accepted` gives them.
 
     Raises:
-        DataError: not such a file, or a picture that it does not know.
+        DataError: no picture has a label.
     """
-    accepted = _read_accepted(path)
-    counted = [
-        (int(top), _accepted(accepted, key, path)) for top, key in zip(ranking[:, 0], keys, strict=True)
-    ]
-    judged = [(top, allowed) for top, allowed in counted if allowed]
+    judged = [(int(top), allowed) for top, allowed in zip(ranking[:, 0], accepted, strict=True) if allowed]
     if not judged:
-        raise DataError(f"{path}: accepts no label for any of the pictures")
+        raise DataError("the file of accepted labels accepts none for any of the pictures")
     return proportion(sum(top in allowed for top, allowed in judged), len(judged))
 
 
-def _read_accepted(path: Path) -> list[list[int]] | dict[str, list[int]]:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file of accepted labels")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not JSON ({error})") from error
-    entries = data.values() if isinstance(data, dict) else data if isinstance(data, list) else [None]
-    if not all(isinstance(entry, list) and all(isinstance(n, int) for n in entry) for entry in entries):
-        raise DataError(f"{path}: wanted a list (or an object) of lists of class numbers")
-    found: list[list[int]] | dict[str, list[int]] = data
-    return found
+def read_accepted(path: Path, keys: Sequence[str], classes: Sequence[str]) -> list[frozenset[int]]:
+    """Read which classes are right for each picture, as places in `classes`; -2 for all others.
+
+    Args:
+        keys: [Q] names. In a list, the number that ends a name (`..._00000001.JPEG`) is the place from 1;
+            in an object, the name without folders, with or without its ending, is the key.
+        classes: of the bank. Those that WordNet ids or numbers stand for have these numbers in the file,
+            others have their places.
+
+    Raises:
+        DataError: not such a file, a picture that it does not know or that shares its entry with another,
+            classes whose numbers cannot be known, or no label for any picture.
+    """
+    accepted = _read(path)
+    places = _places_by_number(classes, accepted, path)
+    entries = [_entry(accepted, key, path) for key in keys]
+    _check_own_entries(entries, keys, path)
+    if not any(numbers for _, numbers in entries):
+        raise DataError(f"{shown(path)}: accepts no label for any of the pictures")
+    return [frozenset(places.get(number, _ABSENT) for number in numbers) for _, numbers in entries]
 
 
-def _accepted(accepted: list[list[int]] | dict[str, list[int]], key: str, path: Path) -> list[int]:
-    name = PurePosixPath(key)
+def _read(path: Path) -> _Accepted:
+    if not path.exists():
+        raise DataError(f"{shown(path)}: no such file of accepted labels")
+    data = parse_json(read_text(path, limit=MAX_DATA_BYTES), path, unique_keys=True)
+    where = f"{shown(path)}: wanted a list (or an object) of lists of class numbers"
+    if not isinstance(data, dict):
+        return validate(_BY_NUMBER, data, where)
+    by_name = {composed(key): numbers for key, numbers in validate(_BY_NAME, data, where).items()}
+    if len(by_name) < len(data):
+        raise DataError(f"{shown(path)}: has names that differ only in how their accents are written")
+    return by_name
+
+
+def _places_by_number(classes: Sequence[str], accepted: _Accepted, path: Path) -> dict[int, int]:
+    """The place of each class by its number in the file."""
+    if are_wordnet_ids(classes) and all(name in imagenet_numbers() for name in classes):
+        return {imagenet_numbers()[name]: place for place, name in enumerate(classes)}
+    if all(name.isdecimal() for name in classes):
+        by_number = {int(name): place for place, name in enumerate(classes)}
+        if len(by_number) < len(classes):
+            raise DataError("the bank has several classes of one number, such as 1 and 01; make them one")
+        return by_number
+    entries = accepted.values() if isinstance(accepted, dict) else accepted
+    most = max((number for numbers in entries for number in numbers), default=0)
+    if most >= len(classes):
+        raise DataError(
+            f"the bank has {len(classes)} classes and {shown(path)} accepts {most}; class numbers need all "
+            f"{most + 1} folders, or folders that are called by WordNet ids or numbers"
+        )
+    order = order_by_number(classes)
+    if order != list(range(len(classes))):
+        raise DataError(
+            f"the bank's classes are {shown_order(classes, range(len(classes)))} by their letters and "
+            f"{shown_order(classes, order)} by their numbers, so the class numbers of {shown(path)} may mean "
+            f"either; call the folders by the numbers alone"
+        )
+    return {place: place for place in range(len(classes))}
+
+
+def _entry(accepted: _Accepted, key: str, path: Path) -> tuple[str | int, list[int]]:
+    """Which entry of the file a picture has, and what is in it."""
+    name = PurePosixPath(composed(key))
     if isinstance(accepted, dict):
-        for candidate in (key, name.name, name.stem):
+        for candidate in (composed(key), name.name, name.stem):
             if candidate in accepted:
-                return accepted[candidate]
+                return candidate, accepted[candidate]
         raise DataError(f"{path}: has no entry for {key}")
     number = _NUMBER_AT_END.search(name.stem)
     place = int(number.group(1)) if number else 0
@@ -87,4 +139,17 @@ def _accepted(accepted: list[list[int]] | dict[str, list[int]], key: str, path: 
         raise DataError(
             f"{path}: has {len(accepted)} entries, and {key} does not end in a number from 1 to that"
         )
-    return accepted[place - 1]
+    return place, accepted[place - 1]
+
+
+def _check_own_entries(
+    entries: Sequence[tuple[str | int, list[int]]], keys: Sequence[str], path: Path
+) -> None:
+    owners: dict[str | int, str] = {}
+    for (entry, _), key in zip(entries, keys, strict=True):
+        other = owners.setdefault(entry, key)
+        if other != key:
+            raise DataError(
+                f"{path}: {other} and {key} would both have its entry {entry}; give each picture a name or "
+                f"number of its own"
+            )
