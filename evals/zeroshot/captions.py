@@ -2,21 +2,50 @@
 
 from __future__ import annotations
 
-import json
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import Field, TypeAdapter
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from evals.core.data import ImageSource, SceneImages
 from evals.core.stored import Entry, Listing, StoredImages
-from radio.errors import DataError
+from radio.errors import DataError, shown
+from radio.io import MAX_DATA_BYTES, parse_json, read_text, validate
 from radio.scenes import captions as scene_captions
 from radio.scenes import render
 
 # Letters: N pictures, M captions.
+
+_Id = int | str
+
+
+class _Image(TypedDict):
+    """A picture of a captions file; it may say more."""
+
+    id: _Id
+    file_name: Annotated[str, Field(min_length=1)]
+
+
+class _Annotation(TypedDict):
+    """A caption."""
+
+    image_id: _Id
+    caption: str
+
+
+class _File(TypedDict):
+    """What is read of a captions file."""
+
+    images: list[_Image]
+    annotations: list[_Annotation]
+
+
+_FILE = TypeAdapter(_File)
 
 
 class Captioned(NamedTuple):
@@ -59,33 +88,65 @@ def _joined(source: ImageSource, said: Sequence[Sequence[str]]) -> Captioned:
 
 def _read(path: Path) -> tuple[list[str], list[list[str]]]:
     """File names, and the captions of each, in the order of the file."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such captions file")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        said: dict[Any, list[str]] = {image["id"]: [] for image in data["images"]}
-        for annotation in data["annotations"]:
-            said[annotation["image_id"]].append(str(annotation["caption"]).strip())
-        names = {image["id"]: str(image["file_name"]) for image in data["images"]}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not JSON ({error})") from error
-    except (TypeError, KeyError) as error:
-        raise DataError(
-            f"{path}: not COCO captions ({type(error).__name__}: {error}); wanted images with id and "
-            f"file_name, and annotations with image_id and caption"
-        ) from error
+    if not path.exists():
+        raise DataError(f"{shown(path)}: no such captions file")
+    data = validate(
+        _FILE,
+        parse_json(read_text(path, limit=MAX_DATA_BYTES), path),
+        f"{shown(path)}: not COCO captions (images with id and file_name, annotations with image_id and "
+        f"caption)",
+    )
+    names = _names(data["images"], path)
+    said: dict[int | str, list[str]] = {number: [] for number in names}
+    for place, annotation in enumerate(data["annotations"]):
+        text, number = annotation["caption"].strip(), annotation["image_id"]
+        if number not in said:
+            raise DataError(
+                f"{shown(path)}: not COCO captions: annotation {place} is of the image {number!r}, which the "
+                f"file does not list"
+            )
+        if not text:
+            raise DataError(f"{shown(path)}: annotation {place} has an empty caption; take it out")
+        said[number].append(text)
     kept = [number for number in names if said[number]]
     if not kept:
-        raise DataError(f"{path}: no picture in it has a caption")
+        raise DataError(f"{shown(path)}: no picture in it has a caption")
     return [names[number] for number in kept], [said[number] for number in kept]
 
 
+def _names(images: list[_Image], path: Path) -> dict[int | str, str]:
+    """The file name of each picture by its id; both are there once."""
+    names: dict[int | str, str] = {}
+    files: set[str] = set()
+    for place, image in enumerate(images):
+        name = image["file_name"]
+        if image["id"] in names or name in files:
+            what = f"id {image['id']!r}" if image["id"] in names else f"file {shown(name)}"
+            raise DataError(f"{shown(path)}: image {place} has the {what} of another; each needs its own")
+        names[image["id"]] = name
+        files.add(name)
+    return names
+
+
 def _listing(file: Path, images: Path, names: list[str]) -> Listing:
-    absent = [name for name in names if not (images / name).is_file()]
+    paths = [_find(images, name) for name in names]
+    absent = [name for name, path in zip(names, paths, strict=True) if path is None]
     if absent:
         raise DataError(
             f"{images}: {len(absent)} of the {len(names)} pictures of {file.name} are not there, "
-            f"the first is {absent[0]}"
+            f"the first is {shown(absent[0])}"
         )
-    entries = [Entry(name, "", images / name, 0, (images / name).stat().st_size) for name in names]
+    found = [(name, path) for name, path in zip(names, paths, strict=True) if path is not None]
+    entries = [Entry(name, "", path, 0, path.stat().st_size) for name, path in found]
     return Listing(file.stem, str(images.resolve()), ("",), tuple(entries))
+
+
+def _find(images: Path, name: str) -> Path | None:
+    """The picture of that name, however its accents are written."""
+    for form in (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)):
+        try:
+            if (images / form).is_file():
+                return images / form
+        except (OSError, ValueError):  # no name that a file could have
+            continue
+    return None

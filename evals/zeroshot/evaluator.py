@@ -93,6 +93,7 @@ class _Scored:
     source: ImageSource
     found: dict[str, object]  # resolved settings of its own
     records: Iterable[str]
+    notes: tuple[str, ...] = ()
 
 
 @final
@@ -173,7 +174,12 @@ class ZeroshotEvaluator:
             git=commit(),
             card=card_of(model),
             peak_memory=peak_memory(how.device),
-            notes=(*notes, *job.damage.notes(job.group), *domain_notes(model, [scored.source])),
+            notes=(
+                *notes,
+                *scored.notes,
+                *job.damage.notes(job.group),
+                *domain_notes(model, [scored.source]),
+            ),
             tables=scored.tables,
             files=(f"{base}.jsonl",),
         )
@@ -209,6 +215,7 @@ def _classification(job: _Job) -> _Scored:
         data=(_used("query", source, stored, len(named.names)),),
         source=source,
         found={"templates": len(templates), "chance": 100 / len(named.names)},
+        notes=named.notes,
         records=_class_records(source, pictures.indices, named, ranking, labels),
     )
 

@@ -9,15 +9,21 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from timm.data.imagenet_info import ImageNetInfo
+from pydantic import TypeAdapter
 
+from evals.core.classes import are_wordnet_ids, composed, imagenet_numbers, order_by_number, shown_order
 from evals.core.data import ImageSource
-from radio.errors import DataError, did_you_mean, require
+from radio.errors import DataError, did_you_mean, require, shown
+from radio.io import parse_json, read_text, validate
 from radio.scenes import TEMPLATES
 
 # Letters: N pictures.
 
-_WORDNET = re.compile(r"n\d{8}")
+_MOST_BYTES = 4 << 20  # of names or templates: ImageNet-21k's take 0.6 MB
+
+_WITH_ID = re.compile(r"(n\d{8})[\s,:]+(\S.*)")
+_LIST = TypeAdapter(list[str])
+_NUMBERED = TypeAdapter(dict[str, str | list[str]])  # as imagenet_class_index.json: number -> [id, name]
 
 
 class Named(NamedTuple):
@@ -25,22 +31,23 @@ class Named(NamedTuple):
 
     names: tuple[str, ...]
     labels: NDArray[np.int64]  # [N], places in the names
+    notes: tuple[str, ...] = ()
 
 
 def name_classes(source: ImageSource, wanted: str | None = None) -> Named:
     """The class names of a source, and its labels as places in them.
 
     Without `wanted` the names are those of the folders, `_` read as a space; folders that are called by
-    WordNet ids get ImageNet's names. `imagenet` takes all of its 1000 names. A file has one name a line:
-    names that the folders have too are matched, numbered classes are places in it, else the lines follow
-    the folders in their order.
+    WordNet ids get ImageNet's names. `imagenet` takes all of its 1000 names. A file has one name a line, or
+    is a JSON list: names that the folders have too (or WordNet ids before the names) are matched, numbered
+    classes are places in it, else the names follow the folders, numbers in these by their value.
 
     Raises:
-        DataError: classes without a name, or a file that does not fit them.
+        DataError: classes without a name, two of one name, or a file that does not fit them.
     """
     classes = source.classes
     if wanted is None:
-        if all(_WORDNET.fullmatch(name) for name in classes):
+        if are_wordnet_ids(classes):
             every, places = imagenet_names(), _synset_places(source)
             return Named(tuple(every[place] for place in places), source.labels)
         if all(name.isdecimal() for name in classes):
@@ -48,9 +55,13 @@ def name_classes(source: ImageSource, wanted: str | None = None) -> Named:
                 f"{source.name}: its classes are numbers, not names; give --class-names imagenet, or a "
                 f"file with one name a line"
             )
-        return Named(tuple(_spoken(name) for name in classes), source.labels)
-    names = imagenet_names() if wanted == "imagenet" else _read_lines(wanted, "class names")
-    return Named(names, np.array(_places(source, names, wanted), dtype=np.int64)[source.labels])
+        _check_different(source.name, [_matched(name) for name in classes], classes)
+        return Named(tuple(composed(_spoken(name)) for name in classes), source.labels)
+    names = imagenet_names() if wanted == "imagenet" else _read_names(wanted)
+    places, notes = _places(source, names, wanted)
+    _check_different(source.name, places, classes)
+    _, spoken = _without_ids(names)
+    return Named(spoken, np.array(places, dtype=np.int64)[source.labels], notes)
 
 
 def imagenet_names() -> tuple[str, ...]:
@@ -93,8 +104,25 @@ def _spoken(name: str) -> str:
     return name.replace("_", " ")
 
 
+def _matched(name: str) -> str:
+    """What two names have in common that are one."""
+    return composed(_spoken(name))
+
+
+def _matched_loosely(name: str) -> str:
+    """The same, should no name fit with its capitals."""
+    return _matched(name).lower()
+
+
+def _by_name(names: Sequence[str], matched: Callable[[str], str]) -> dict[str, list[int]]:
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        places.setdefault(matched(name), []).append(place)
+    return places
+
+
 def _synset_places(source: ImageSource) -> list[int]:
-    order = {synset: place for place, synset in enumerate(ImageNetInfo().label_names())}
+    order = imagenet_numbers()
     unknown = [name for name in source.classes if name not in order]
     if unknown:
         raise DataError(
@@ -104,42 +132,103 @@ def _synset_places(source: ImageSource) -> list[int]:
     return [order[name] for name in source.classes]
 
 
-def _places(source: ImageSource, names: tuple[str, ...], wanted: str) -> list[int]:
-    """For each class of the source its place in the names."""
+def _places(source: ImageSource, names: tuple[str, ...], wanted: str) -> tuple[list[int], tuple[str, ...]]:
+    """For each class of the source its place in the names, and notes on how they were found."""
     classes = source.classes
-    if wanted == "imagenet" and all(_WORDNET.fullmatch(name) for name in classes):
-        return _synset_places(source)
+    if wanted == "imagenet" and are_wordnet_ids(classes):
+        return _synset_places(source), ()
     if all(name.isdecimal() for name in classes):
         high = max(int(name) for name in classes)
         if high >= len(names):
             raise DataError(
                 f"{source.name} has a class {high}, and {wanted} names classes 0 to {len(names) - 1}"
             )
-        return [int(name) for name in classes]
-    order = {_spoken(name).lower(): place for place, name in reversed(list(enumerate(names)))}
-    found = [order.get(_spoken(name).lower()) for name in classes]
-    places = [place for place in found if place is not None]
+        return [int(name) for name in classes], ()
+    ids, spoken = _without_ids(names)
+    by_id = bool(ids) and are_wordnet_ids(classes)
+    exact, alike = _by_name(ids if by_id else spoken, _matched), _by_name(spoken, _matched_loosely)
+    found = [exact.get(_matched(name)) or alike.get(_matched_loosely(name), []) for name in classes]
+    _check_single(wanted, classes, found)
+    places = [place for known in found for place in known]
     if len(places) == len(classes):
-        return places
-    if places or len(names) != len(classes):
-        missing = classes[found.index(None)]
-        hint = did_you_mean(_spoken(missing).lower(), order)
+        return places, ()
+    if places or by_id or len(names) != len(classes):
+        missing = classes[found.index([])]
+        hint = "" if missing.isdecimal() else did_you_mean(_matched_loosely(missing), alike)
         raise DataError(
             f"{wanted} has {len(names)} names for the {len(classes)} classes of {source.name}, and none is "
             f"{missing!r}{hint}; give one line for each folder, in their order, or the folders' own names"
         )
-    return list(range(len(classes)))
+    return _in_order(classes, wanted)
+
+
+def _in_order(classes: Sequence[str], wanted: str) -> tuple[list[int], tuple[str, ...]]:
+    """Places of names that follow the folders. Sorted as texts, class_10 would come before class_2."""
+    order = order_by_number(classes)
+    if order == list(range(len(classes))):
+        return order, ()
+    places = [0] * len(classes)
+    for place, number in enumerate(order):
+        places[number] = place
+    said = shown_order(classes, order)
+    return places, (f"the names of {wanted} were given to the folders in the order of their numbers: {said}",)
+
+
+def _check_single(wanted: str, classes: Sequence[str], found: Sequence[list[int]]) -> None:
+    for name, known in zip(classes, found, strict=True):
+        if len(known) > 1:
+            raise DataError(
+                f"{wanted} has the name {name!r} {len(known)} times (as {known[0] + 1} and {known[1] + 1}), "
+                f"so it does not say which class the folder {name} is; call them differently"
+            )
+
+
+def _check_different(where: str, matched: Sequence[object], classes: Sequence[str]) -> None:
+    first: dict[object, str] = {}
+    for place, name in zip(matched, classes, strict=True):
+        other = first.setdefault(place, name)
+        if other != name:
+            raise DataError(
+                f"{where}: the folders {other!r} and {name!r} would be one class by their names; make them "
+                f"one, or call them differently"
+            )
+
+
+def _without_ids(names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """WordNet ids and names, where each line has both (`n01440764 tench`); else no ids and the names."""
+    pairs = [_WITH_ID.fullmatch(name) for name in names]
+    if not all(pairs):
+        return (), names
+    return tuple(pair[1] for pair in pairs if pair), tuple(pair[2] for pair in pairs if pair)
+
+
+def _read_names(file: str) -> tuple[str, ...]:
+    if Path(file).suffix.lower() != ".json":
+        return _read_lines(file, "class names")
+    data = parse_json(_read(file, "class names"), file, unique_keys=True)
+    where = f"{shown(file)}: wanted a JSON list of names"
+    if isinstance(data, dict):
+        numbered = validate(_NUMBERED, data, where)
+        if sorted(numbered) != sorted(map(str, range(len(numbered)))):
+            raise DataError(f"{where}, or an object with the keys 0 to {max(len(numbered) - 1, 0)}")
+        entries = [numbered[str(number)] for number in range(len(numbered))]
+        data = [entry if isinstance(entry, str) else _spoken(" ".join(entry)) for entry in entries]
+    return _kept([" ".join(name.split()) for name in validate(_LIST, data, where)], file, "class names")
 
 
 def _read_lines(file: str, what: str) -> tuple[str, ...]:
-    path = Path(file)
-    if not path.is_file():
-        raise DataError(f"{file}: no such file of {what}")
+    text = _read(file, what).replace("\r\n", "\n").replace("\r", "\n")
+    return _kept([line.strip() for line in text.split("\n") if line.strip()], file, what)
+
+
+def _read(file: str, what: str) -> str:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not a text file ({error})") from error
-    kept = tuple(line.strip() for line in lines if line.strip())
-    if not kept:
-        raise DataError(f"{file}: holds no {what}; wanted one a line")
-    return kept
+        return read_text(Path(file), limit=_MOST_BYTES)
+    except DataError as error:
+        raise DataError(f"no such file of {what}, or none of text: {error}") from error
+
+
+def _kept(lines: list[str], file: str, what: str) -> tuple[str, ...]:
+    if not lines or not all(lines):
+        raise DataError(f"{file}: holds no {what}{', or an empty one' if lines else ''}; wanted one a line")
+    return tuple(composed(line) for line in lines)

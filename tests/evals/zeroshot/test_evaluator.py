@@ -197,9 +197,26 @@ def test_captions_of_unreadable_pictures_are_left_out(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda d: d.pop("annotations"), "not COCO captions .*KeyError: 'annotations'"),
-        (lambda d: d["annotations"][0].pop("caption"), "not COCO captions .*'caption'"),
-        (lambda d: d["annotations"][0].update(image_id=999), "not COCO captions .*999"),
+        (lambda d: d.pop("annotations"), "not COCO captions .*annotations: field required"),
+        (
+            lambda d: d["annotations"][0].pop("caption"),
+            r"not COCO captions .*annotations\[0\].caption: field",
+        ),
+        (lambda d: d["annotations"][0].update(image_id=999), "annotation 0 is of the image 999, which the"),
+        (lambda d: d["annotations"][0].update(image_id=[1]), r"annotations\[0\].image_id"),
+        (
+            lambda d: d["annotations"][0].update(caption=5),
+            r"annotations\[0\].caption: input should be .* text|string",
+        ),
+        (lambda d: d["annotations"][1].update(caption=" "), "annotation 1 has an empty caption"),
+        (lambda d: d["images"][1].update(id=d["images"][0]["id"]), "image 1 has the id .* of another"),
+        (
+            lambda d: d["images"][1].update(file_name=d["images"][0]["file_name"]),
+            "image 1 has the file .* of an",
+        ),
+        (lambda d: d["images"][1].update(id=True), r"images\[1\].id"),
+        (lambda d: d["images"][0].update(file_name="a\x00b"), r"first is a\\x00b"),
+        (lambda d: d["images"][0].update(file_name="x" * 5000), "1 of the 7 pictures"),
         (lambda d: d.update(annotations=[]), "no picture in it has a caption"),
         (lambda d: d["images"][0].update(file_name="gone.png"), "1 of the 7 pictures .* first is gone.png"),
     ],
@@ -256,3 +273,44 @@ def test_two_ranks_give_the_same_report(tmp_path: Path, free_port: int) -> None:
     one = run(load_backbone("scenes:clip"), replace(settings, cache=tmp_path / "other"), tmp_path / "one")
     assert (two.metrics, two.tables, two.data) == (one.metrics, one.tables, one.data)
     assert two.settings["resolved"]["ranks"] == 2
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", "", "1" * 5000, "\xff", '{"images": NaN}'])
+def test_files_that_are_no_captions(
+    tmp_path: Path, captions: ZeroshotSettings, model: Any, content: str
+) -> None:
+    Path(str(captions.captions)).write_bytes(content.encode("latin-1"))
+    with pytest.raises(DataError, match=r"captions\.json: "):
+        run(model, captions, tmp_path / "out")
+
+
+def test_captions_with_a_mark_and_other_accents(
+    tmp_path: Path, captions: ZeroshotSettings, model: Any
+) -> None:
+    first = run(model, captions, tmp_path / "a")
+    path = Path(str(captions.captions))
+    data = json.loads(path.read_text())
+    (captions.images / data["images"][0]["file_name"]).rename(captions.images / "cafe\u0301.png")
+    data["images"][0]["file_name"] = "caf\u00e9.png"
+    path.write_text(json.dumps(data), encoding="utf-8-sig")
+    again = run(model, captions, tmp_path / "b")
+    assert again.metrics == first.metrics
+
+
+def test_numbered_folders_get_the_names_by_their_numbers(
+    tmp_path: Path, settings: ZeroshotSettings, model: Any, make_folder: Callable[..., Path]
+) -> None:
+    root = make_folder(tmp_path / "numbered", classes=12, count=1)
+    names = [
+        f"thing {word}"
+        for word in ["zebra", "ant", "bee", "cow", "dog", "eel", "fox", "goat", "hen", "ibis", "jay", "koala"]
+    ]
+    (tmp_path / "names.txt").write_text("\r\n".join(names), encoding="utf-8-sig")
+    asked = replace(settings, query=str(root), class_names=str(tmp_path / "names.txt"))
+    report = run(model, asked, tmp_path / "out")
+    found = {
+        line["key"].split("/")[0]: line["label"]
+        for line in records(tmp_path / "out" / "zeroshot-pooled.jsonl")
+    }
+    assert found == {f"c{number}": name for number, name in enumerate(names)}
+    assert any("in the order of their numbers: c0, c1, c2, c3, …" in note for note in report.notes)
