@@ -160,6 +160,8 @@ def open_instances(
 
 def _find_all(pictures: Sequence[Picture], root: Path, file: Path) -> list[Path]:
     """The file of each picture."""
+    if not root.is_dir():
+        raise DataError(f"{shown(root)}: no such folder; give the one that holds the images of {file.name}")
     listings: dict[Path, dict[str, list[str]]] = {}
     found = [_find(root, picture.name, listings) for picture in pictures]
     absent = [shown(picture.name) for picture, path in zip(pictures, found, strict=True) if path is None]

@@ -78,6 +78,14 @@ def test_bad_files(world: tuple[Path, Path], change: Callable, how: Callable, sa
         opened(world)
 
 
+def test_a_folder_that_is_none(world: tuple[Path, Path], tmp_path: Path) -> None:
+    for folder in (tmp_path / "no", world[0]):
+        with pytest.raises(
+            DataError, match=r"no such folder; give the one that holds the images of instances\.js"
+        ):
+            opened((world[0], folder))
+
+
 def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no\.json: no such file"):
         opened((tmp_path / "no.json", tmp_path))

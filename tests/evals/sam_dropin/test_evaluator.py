@@ -139,6 +139,17 @@ def test_damaged_records_are_made_again_and_said(
     assert run(model, settings, tmp_path / "c").notes == first.notes
 
 
+def test_a_damaged_world_is_made_again_and_said(tmp_path: Path) -> None:
+    settings, model = SamSettings(scenes=3, cache=tmp_path / "cache"), load_backbone("scenes:sam")
+    first = run(model, settings, tmp_path / "a")
+    (world,) = (path for path in (tmp_path / "cache" / "scenes").iterdir() if path.is_dir())
+    for name, content in (("scenes.json", b"[" * 100_000), ("val/000000000001.jpg", b"\xff\xd8")):
+        (world / name).write_bytes(content)
+        again = run(model, settings, tmp_path / "b")
+        assert any("1 damaged file of the cache was made again" in note for note in again.notes)
+        assert untimed(again).metrics == untimed(first).metrics
+
+
 def test_damaged_embeddings_are_made_again_and_said(settings: SamSettings, tmp_path: Path) -> None:
     model, kept = load_backbone("scenes:sam"), replace(settings, keep_embeddings=True)
     run(model, kept, tmp_path / "a")
