@@ -11,7 +11,7 @@ from typing import Any, Protocol, final, runtime_checkable
 import torch
 from torch import Tensor
 
-from evals.core.evaluator import Carded
+from evals.core.evaluator import Carded, place
 from radio.adaptors import AdaptorConfig, MLPAdaptor
 from radio.checkpoint import digest
 from radio.errors import CheckpointError, ConfigError, RadioError, SizeError, did_you_mean, shown
@@ -82,12 +82,12 @@ class DropIn:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> DropIn:
         """Move everything to a device; for another type than float32 the encoder is copied, not rounded."""
-        model, adaptor = self.model, self.adaptor
-        if dtype != torch.float32:
-            model, adaptor = copy.deepcopy((model, adaptor))
+        adaptor = self.adaptor
         if isinstance(adaptor, MLPAdaptor):
-            adaptor = adaptor.to(device, dtype)
-        return replace(self, model=model.to(device, dtype).eval(), adaptor=adaptor, head=self.head.to(device))
+            adaptor = copy.deepcopy(adaptor).to(device, dtype)
+        return replace(
+            self, model=place(self.model, device, dtype), adaptor=adaptor, head=self.head.to(device)
+        )
 
     def embed(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """[B, 3, side, side] RGB in [0, 1] -> the mask decoder's input [B, C, h, w], float32."""

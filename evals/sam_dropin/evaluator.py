@@ -144,10 +144,8 @@ def _open(settings: SamSettings, cache: Path, group: Group, damage: Damage) -> I
     file, images, name, location = settings.data, settings.images, None, None
     if file is None or images is None:
         root = cache / "scenes" / f"coco-v{CARD_VERSION}-{settings.scenes}-seed{settings.seed}"
-        if group.leads:
-            world = ScenesSettings(layout="coco", count=1, val_count=settings.scenes, seed=settings.seed)
-            write_cached(root, world, lambda reason: damage.add(DamagedError(reason)))
-        group.barrier()
+        world = ScenesSettings(layout="coco", count=1, val_count=settings.scenes, seed=settings.seed)
+        group.on_leader(lambda: write_cached(root, world, lambda reason: damage.add(DamagedError(reason))))
         file, images = root / "annotations" / "instances_val.json", root / "val"
         name, location = "scenes:val", f"scenes:val?seed={settings.seed}"
     return open_instances(
@@ -224,6 +222,7 @@ def _resolved(work: Work, data: Instances, group: Group) -> dict[str, Any]:
     head = work.drop_in.head
     return {
         "size": work.drop_in.side,
+        "dtype": work.numbers.removeprefix("torch."),
         "decoder": head.name,
         "frame": head.side,
         "box_batch": work.box_batch,

@@ -57,7 +57,8 @@ class SamSettings:
     device: Machine[str] = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """What the encoder computes in; the decoder always computes in float32."""
+    """What the encoder computes in; the decoder always computes in float32. On a GPU fp32 takes the encoder's
+    products in TF32, unless NVIDIA_TF32_OVERRIDE=0 is set."""
     cache: Machine[Path | None] = None
     """Where finished pictures are kept. $XDG_CACHE_HOME/am-radio unless given."""
     seed: Seed = 0

@@ -34,7 +34,9 @@ from evals.core.chunks import (
 )
 from evals.core.dist import Group
 from evals.core.evaluator import Watch
+from evals.core.provenance import fast_products, has_tf32
 from radio.errors import RadioError
+from radio.io import check_writable
 
 from .annotations import Picture
 from .clicks import next_clicks
@@ -112,6 +114,11 @@ class Work:
         """Of the encoder."""
         return torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
 
+    @property
+    def numbers(self) -> str:
+        """What the encoder computes in: its type, or `TF32` on a GPU that has it."""
+        return "TF32" if self.dtype == torch.float32 and has_tf32(self.device) else str(self.dtype)
+
     def run(self, group: Group, watch: Watch) -> list[Done]:
         """Every chunk, in order, on every rank.
 
@@ -120,22 +127,34 @@ class Work:
             RadioError: the model or the decoder gives values that are not finite.
         """
         chunks = self._chunks()
-        if group.leads:  # hashes the content; the others then find the memo
-            _ = self.data.fingerprint
-        group.barrier()
+        group.on_leader(lambda: self.data.fingerprint)  # hashes the content; the others then find the memo
         folder = self.cache / "sam" / self.key()
         paths = [chunk_path(folder, number, _ENDING) for number in range(len(chunks))]
         mine = range(group.rank, len(chunks), group.world)
         missing = [mine[i] for i in find_missing([paths[n] for n in mine], _read, self.damage)]
+        error = None
+        try:
+            self._make(missing, chunks, paths, watch)
+        except RadioError as problem:
+            error = problem
+        group.agree(error)
+        check_all_there(paths)
+        return [_read(path) for path in paths]
+
+    def _make(
+        self,
+        missing: Sequence[int],
+        chunks: Sequence[tuple[Picture, ...]],
+        paths: Sequence[Path],
+        watch: Watch,
+    ) -> None:
         if missing:
+            check_writable(paths[0].parent, "--cache")
             total = sum(len(chunks[number]) for number in missing)
             with watch(f"{self.drop_in.model.name} on {self.data.name}", total) as advance:
                 for number, loaded in ahead(missing, lambda n: self._load(chunks[n]), _THREADS, _AHEAD):
                     write_records(paths[number], [self.finish(loaded)])
                     advance(len(loaded))
-        group.barrier()
-        check_all_there(paths)
-        return [_read(path) for path in paths]
 
     def key(self) -> str:
         """A hash of everything that decides the records."""
@@ -192,7 +211,8 @@ class Work:
         pixels = torch.stack([one.pixels for one in loaded if one.pixels is not None])
         if self.device.type == "cuda":
             pixels = pixels.pin_memory()
-        return self._placed.embed(pixels.to(self.device, non_blocking=True), self.dtype)
+        with fast_products(self.device):
+            return self._placed.embed(pixels.to(self.device, non_blocking=True), self.dtype)
 
     def answer(self, loaded: list[Loaded], embeddings: Tensor) -> Drawn:
         """The masks that the prompts give."""
@@ -225,7 +245,7 @@ class Work:
             remedy = "look at its training"
             if self.dtype != torch.float32:
                 remedy = f"try --precision fp32, or {remedy}"
-            raise RadioError(f"{who} gives values that are not finite as {self.dtype}; {remedy}")
+            raise RadioError(f"{who} gives values that are not finite as {self.numbers}; {remedy}")
 
     def _click(self, loaded: list[Loaded], embeddings: Tensor, which: Tensor) -> Drawn:
         head, batch = self._placed.head, self.box_batch
@@ -258,7 +278,7 @@ class Work:
             drop_in.adaptor_fingerprint,
             drop_in.head.fingerprint,
             drop_in.side,
-            self.dtype,
+            self.numbers,
             self.device.type,
             self.settings.batch,
         )

@@ -23,8 +23,11 @@ def small_model(**adaptor: Any) -> RadioModel:
 
 def test_sams_neck_and_decoder() -> None:
     pytest.importorskip("segment_anything")
+    from evals.sam_dropin.bits import pack
     from evals.sam_dropin.decoding import Prompts, draw
     from evals.sam_dropin.encoder import DropIn
+    from evals.sam_dropin.frame import make_frame
+    from evals.sam_dropin.scoring import boundaries, fill, overlap
     from radio.teachers.sam_decoder import SamHead, new_released_sam
 
     width = 48
@@ -37,6 +40,10 @@ def test_sams_neck_and_decoder() -> None:
         which = torch.zeros(3, dtype=torch.long, device=GPU)
         drawn = draw(head, embeddings, which, Prompts(boxes=boxes), 2)
         assert embeddings.device == drawn.logits.device == drawn.quality.device == GPU
+        size = (60, 80)
+        masks = make_frame(*size, head.side).masks(drawn.logits) > head.threshold
+        found = overlap(boundaries(pack(masks), size), fill(boxes.double(), size))
+        assert found.device == GPU and found.shape == (3,)
 
 
 @pytest.mark.slow
