@@ -76,7 +76,7 @@ class SentenceEncoder(nn.Module):
 
 
 @final
-class ConseText:
+class ConseText(nn.Module):
     """The text tower of a classifier: nothing is read from disk before the first text or picture.
 
     Args:
@@ -96,6 +96,7 @@ class ConseText:
         identity: str,
         likeliest: int = LIKELIEST,
     ) -> None:
+        super().__init__()
         assert classifier.out_features == len(names), "every class has a name"
         self.classifier = classifier.requires_grad_(False)
         self._names, self._folder = tuple(names), folder
@@ -119,15 +120,17 @@ class ConseText:
     @cached_property
     def _named(self) -> Tensor:
         """[K, E], unit vectors of the classifier's own classes."""
-        return F.normalize(self.encoder.encode(self._names), dim=1)
+        return F.normalize(self.encode(self._names), dim=1)
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """[N, E] text vectors, not normalised."""
-        return self.encoder.encode(texts)
+        """[N, E] text vectors, not normalised, where the classifier lies."""
+        return self.encoder.to(self.classifier.weight.device).encode(texts)
 
     def project(self, summaries: Tensor) -> Tensor:
         """[B, C] summaries -> [B, E]: p(class) s(class) over the T likeliest by their p, summed."""
+        device = summaries.device  # those of a cache lie on the CPU, the classifier may not
+        weight, bias = self.classifier.weight.to(device), self.classifier.bias.to(device)
         with torch.no_grad():
-            likely = self.classifier(summaries).softmax(1).topk(self._likeliest, dim=1)
+            likely = F.linear(summaries, weight, bias).softmax(1).topk(self._likeliest, dim=1)
         weights = likely.values / likely.values.sum(1, keepdim=True)
-        return torch.einsum("bt,bte->be", weights, self._named[likely.indices])
+        return torch.einsum("bt,bte->be", weights, self._named.to(device)[likely.indices])

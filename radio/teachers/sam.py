@@ -15,6 +15,7 @@ from ..errors import CheckpointError, ConfigError, did_you_mean, require
 from ..types import Features, Teacher
 from . import families, outlines
 from .frozen import Frozen
+from .sam_attention import with_own_indices
 from .weights_file import read_weights
 
 # Letters: B batch, T tokens, D width, H W grid, h w pixels.
@@ -117,11 +118,14 @@ def build_encoder(member: Member) -> nn.Module:
 
 @final
 class SamTrunk(nn.Module):
-    """Any `segment_anything` `ImageEncoderViT` as a trunk; its neck stays at `encoder.neck`, unused here."""
+    """Any `segment_anything` `ImageEncoderViT` as a trunk; its neck stays at `encoder.neck`, unused here.
+
+    The attention of its blocks becomes our own, with the same weights and results.
+    """
 
     def __init__(self, encoder: Any) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder = with_own_indices(encoder)
 
     @property
     def size(self) -> int:

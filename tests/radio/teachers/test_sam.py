@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from radio.errors import CheckpointError, ConfigError
 from radio.teachers import families
 from radio.teachers import sam as sam_module
 from radio.teachers.sam import MEAN, MEMBERS, STD, Member, SamTrunk, build_encoder, freeze_sam
+from radio.teachers.sam_attention import SamAttention
 
 pytest.importorskip("segment_anything")
 
@@ -47,6 +50,27 @@ def test_the_necks_answer_to_our_tokens_is_the_encoders(randomised):
     with torch.no_grad():
         torch.testing.assert_close(encoder.neck(features.map()), encoder(images), atol=1e-5, rtol=0)
     torch.testing.assert_close(features.summary, features.tokens.mean(1))
+
+
+def test_the_blocks_attention_is_the_librarys_bit_for_bit(randomised):
+    theirs = randomised(tiny_encoder())
+    ours = SamTrunk(copy.deepcopy(theirs)).eval()
+    assert all(isinstance(block.attn, SamAttention) for block in ours.encoder.blocks)
+    assert ours.encoder.state_dict().keys() == theirs.state_dict().keys()
+    images = torch.rand(2, 3, 96, 96)
+    with torch.no_grad():
+        x = theirs.patch_embed(images) + theirs.pos_embed
+        for block in theirs.blocks:
+            x = block(x)
+    assert torch.equal(ours(images).tokens.detach(), x.flatten(1, 2))
+    ours(images).tokens.square().mean().backward()
+    assert all(block.attn.rel_pos_h.grad.abs().sum() > 0 for block in ours.encoder.blocks)
+
+
+def test_a_forward_makes_no_index_off_the_weights_device(randomised, monkeypatch):
+    trunk = SamTrunk(randomised(tiny_encoder()))
+    monkeypatch.setattr(torch, "arange", lambda *_, **__: pytest.fail("an index was made in the forward"))
+    trunk(torch.rand(1, 3, 96, 96))
 
 
 def check_file(name: str, member: Member, randomised, tmp_path) -> None:
