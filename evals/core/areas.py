@@ -1,13 +1,108 @@
-"""From areas of classes to IoU and accuracy."""
+"""From label maps to areas of classes, and from those to IoU and accuracy."""
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+from dataclasses import dataclass
+from typing import Any
 
-# Letters: C classes.
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from radio.errors import DataError
+
+# Letters: N images, C classes, H W pixels.
 
 Values = NDArray[np.float64]
+
+_MAX_CLASSES = 65_536
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scores:
+    """Percentages; NaN for a class that is absent."""
+
+    miou: float
+    macc: float
+    aacc: float
+    iou: Values  # [C]
+    acc: Values  # [C]
+    areas: Values  # [3, C], pixels of each class in the intersection, in the prediction and in the label
+
+
+def areas(
+    prediction: ArrayLike | Tensor,
+    truth: ArrayLike | Tensor,
+    *,
+    num_classes: int | None = None,
+    ignore: int | None = 255,
+) -> Scores:
+    """Compare two label maps as `radio-eval seg` does: mIoU, mean and overall accuracy, IoU of each class.
+
+    Args:
+        prediction: [H, W], or [..., H, W] of several images, which are scored together: the class of every
+            pixel as a whole number from 0 on.
+        truth: the same for the labels; of the same shape.
+        num_classes: C; the highest class in either, and one, unless given.
+        ignore: pixels with this label in `truth` are left out, whatever is predicted there. None keeps all.
+
+    Returns:
+        The scores. A class that is in neither map is left out of the means; one that is only predicted has an
+        IoU of 0, and no accuracy. For images of several sizes, give `score` the `areas` of each, stacked.
+
+    Raises:
+        DataError: maps of other types or unequal shapes, a class below 0 or beyond `num_classes`, or no pixel
+            that has a class.
+    """
+    predicted, label = _label_map(prediction, "prediction"), _label_map(truth, "truth")
+    if predicted.shape != label.shape:
+        raise DataError(
+            f"the prediction is {list(predicted.shape)} and the truth {list(label.shape)}; give both a class "
+            f"for every pixel of the same images"
+        )
+    if ignore is not None:
+        scored = label != ignore
+        predicted, label = predicted[scored], label[scored]
+    if not label.size:
+        raise DataError("no pixel has a class, so there is nothing to score")
+    highest = max(int(predicted.max()), int(label.max()))
+    count = highest + 1 if num_classes is None else num_classes
+    if not 1 <= count <= _MAX_CLASSES:
+        raise DataError(f"{count:,} classes; wanted 1 to {_MAX_CLASSES:,}, numbered from 0 on")
+    for name, values in (("prediction", predicted), ("truth", label)):
+        if not 0 <= int(values.min()) <= int(values.max()) < count:
+            foreign = next(int(value) for value in (values.min(), values.max()) if not 0 <= value < count)
+            raise DataError(
+                f"the {name} holds the class {foreign}; wanted 0 to {count - 1}, or as the truth's label "
+                f"{ignore} where a pixel is not to be scored"
+            )
+    rows = (predicted[predicted == label], predicted, label)
+    total = np.stack([np.bincount(row.reshape(-1).astype(np.int64), minlength=count) for row in rows])
+    return score(total[None].astype(np.float64))
+
+
+def score(areas: Values) -> Scores:
+    """The scores of all images together, of the areas [N, 3, C] of each.
+
+    A class that is neither in a label nor predicted is left out of the means; one that is only predicted has
+    an IoU of 0, and no accuracy. Sums are in float64: MMSegmentation's own, in float32, lose single pixels
+    beyond 2^24 of them.
+
+    Raises:
+        DataError: no pixel has a class.
+    """
+    total = areas.sum(axis=0)
+    if not total[2].any():
+        raise DataError("no validation pixel has a class, so there is nothing to score")
+    iou, acc, overall = area_ratios(total)
+    return Scores(
+        miou=float(np.nanmean(iou)),
+        macc=float(np.nanmean(acc)),
+        aacc=float(overall),
+        iou=iou,
+        acc=acc,
+        areas=total,
+    )
 
 
 def area_ratios(total: Values) -> tuple[Values, Values, Values]:
@@ -30,3 +125,15 @@ def mean_present(values: Values) -> Values:
     with np.errstate(invalid="ignore"):
         mean: Values = np.where(there, values, 0).sum(axis=-1) / there.sum(axis=-1)
     return mean
+
+
+def _label_map(values: ArrayLike | Tensor, what: str) -> NDArray[Any]:
+    try:
+        array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"the {what} is no array ({error}); wanted whole numbers [H, W]") from error
+    if array.dtype.kind not in "biu":
+        raise DataError(f"the {what} holds {array.dtype}; wanted whole numbers, the class of each pixel")
+    if array.ndim < 2:
+        raise DataError(f"the {what} is {list(array.shape)}; wanted [H, W], or [N, H, W]")
+    return array

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, final
 
 import safetensors.torch
 
+from evals.core.areas import score
 from evals.core.dist import Group, current
 from evals.core.evaluator import Watch, card_of, domain_notes, machine_settings, silent
 from evals.core.provenance import commit, describe_device, peak_memory, versions
@@ -23,7 +24,7 @@ from radio.types import Backbone
 from .library import load_plugin
 from .maps import MapWriter, spread_places
 from .probe import Probe, make_probe
-from .scores import area_records, class_table, metrics, repeated, score
+from .scores import area_records, class_table, metrics, repeated
 from .settings import SegSettings
 
 if TYPE_CHECKING:

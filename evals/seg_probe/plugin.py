@@ -19,6 +19,7 @@ from mmseg.registry import MODELS, TRANSFORMS
 from torch import Tensor, nn
 
 from evals.core.dist import Group
+from evals.core.provenance import fast_products
 from radio.errors import RadioError
 from radio.types import Backbone
 
@@ -54,7 +55,7 @@ class RadioBackbone(nn.Module):  # type: ignore[misc, unused-ignore]
             RadioError: when testing, some are not finite; in training the loss tells.
         """
         testing = not torch.is_grad_enabled()
-        with torch.no_grad():
+        with fast_products(images.device), torch.no_grad():
             maps = self._held[0](images.to(self._dtype)).map().float()
         if testing and not bool(torch.isfinite(maps).all()):
             raise RadioError(

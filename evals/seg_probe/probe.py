@@ -14,9 +14,9 @@ import torch
 
 from evals.core.chunks import Damage
 from evals.core.dist import Group
-from evals.core.evaluator import Watch
+from evals.core.evaluator import Watch, place
 from evals.core.features import default_cache
-from evals.core.provenance import choose_device
+from evals.core.provenance import choose_device, has_tf32
 from radio.config import to_plain
 from radio.errors import ConfigError
 from radio.scenes.layouts import CARD_VERSION, ScenesSettings
@@ -69,6 +69,11 @@ class Probe:
     notes: tuple[str, ...]
     damage: Damage  # of the cache
 
+    @property
+    def numbers(self) -> str:
+        """What the backbone computes in: `torch.float32`, `torch.bfloat16`, or `TF32` on a GPU with it."""
+        return "TF32" if self.dtype == torch.float32 and has_tf32(self.device) else str(self.dtype)
+
     def run(self, seed: int, label: str, watch: Watch, writer: MapWriter | None) -> Outcome:
         """One head, trained and tested."""
         from .plugin import KeptTokens, RadioBackbone, build_model
@@ -104,7 +109,7 @@ class Probe:
 
     def key(self, seed: int) -> str:
         """A hash of everything that decides the head."""
-        parts = [_FORMAT, self.fingerprint, self.train.fingerprint, to_plain(self.plan), str(self.dtype)]
+        parts = [_FORMAT, self.fingerprint, self.train.fingerprint, to_plain(self.plan), self.numbers]
         return hashlib.sha256(json.dumps([*parts, self.keeps_tokens, seed]).encode()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
@@ -112,7 +117,7 @@ class Probe:
         return {
             **self.plan.describe(),
             "labels": self.data.labelling.describe(),
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": self.numbers.removeprefix("torch."),
             "tokens": "kept, float16" if self.keeps_tokens else "computed in every iteration",
             "workers": self.workers,
             "ranks": self.group.world,
@@ -149,7 +154,7 @@ def make_probe(model: Backbone, settings: SegSettings, group: Group, watch: Watc
 
     fingerprint = model.fingerprint
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    model = model.to(device, dtype).eval()
+    model = place(model, device, dtype)
     samples: list[Any] = [
         Pictures(split, data.labelling, plan, model, training=training)
         for split, training in ((data.train, True), (data.val, False))
@@ -252,7 +257,7 @@ def _with_tokens(probe: Probe, watch: Watch) -> Probe:
         maps = token_maps(
             probe.model,
             Pictures(split, data.labelling, probe.plan, probe.model, training=training),
-            key=json.dumps([probe.fingerprint, checked.fingerprint, probe.plan.crop, str(probe.dtype)]),
+            key=json.dumps([probe.fingerprint, checked.fingerprint, probe.plan.crop, probe.numbers]),
             cache=probe.cache,
             device=probe.device,
             dtype=probe.dtype,

@@ -4,55 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from evals.core.areas import area_ratios, mean_present
+from evals.core.areas import area_ratios, mean_present, score
 from evals.core.bootstrap import interval, resamples
 from evals.core.report import Metric, Table
-from radio.errors import DataError
 
 # Letters: N pictures, C classes, R resamples.
 
 Areas = NDArray[np.float64]
 """[N, 3, C]: pixels of each picture and class in the intersection, in the prediction and in the label."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Scores:
-    """Percentages of one head; NaN for a class that is absent."""
-
-    miou: float
-    macc: float
-    aacc: float
-    iou: NDArray[np.float64]  # [C]
-    acc: NDArray[np.float64]  # [C]
-
-
-def score(areas: Areas) -> Scores:
-    """The scores of all pictures together.
-
-    A class that is neither in a label nor predicted is left out of the means; one that is only predicted has
-    an IoU of 0, and no accuracy. Sums are in float64: MMSegmentation's own, in float32, lose single pixels
-    beyond 2^24 of them.
-
-    Raises:
-        DataError: no pixel has a class.
-    """
-    total = areas.sum(axis=0)
-    if not total[2].any():
-        raise DataError("no validation pixel has a class, so there is nothing to score")
-    iou, acc, overall = area_ratios(total)
-    return Scores(
-        miou=float(np.nanmean(iou)),
-        macc=float(np.nanmean(acc)),
-        aacc=float(overall),
-        iou=iou,
-        acc=acc,
-    )
 
 
 def metrics(areas: Areas, seed: int = 0) -> dict[str, Metric]:

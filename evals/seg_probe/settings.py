@@ -65,7 +65,8 @@ class SegSettings:
     device: Machine[str] = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """What the backbone computes in; the head is always trained in fp32."""
+    """What the backbone computes in; the head is always trained in fp32. On a GPU fp32 takes the backbone's
+    products in TF32, unless NVIDIA_TF32_OVERRIDE=0 is set."""
 
     @property
     def first_head(self) -> int:

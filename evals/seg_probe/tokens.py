@@ -26,6 +26,7 @@ from evals.core.chunks import (
 )
 from evals.core.dist import Group
 from evals.core.evaluator import Watch
+from evals.core.provenance import fast_products
 from radio.errors import RadioError
 from radio.io import check_writable
 from radio.types import Backbone
@@ -89,10 +90,11 @@ def token_maps(
                 num_workers=workers,
                 collate_fn=_stack,
                 worker_init_fn=one_thread,
+                pin_memory=device.type == "cuda",
             )
             parts = []
             for images in loader:
-                parts.append(_encode(model, images.to(device), dtype))
+                parts.append(_encode(model, images.to(device, non_blocking=True), dtype))
                 advance(len(images))
             write_tensors(paths[number], {"maps": torch.cat(parts)})
     group.barrier()
@@ -112,7 +114,7 @@ def _read(chunks: Sequence[range], model: Backbone, path: Path) -> Tensors:
 
 def _encode(model: Backbone, images: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, D, H, W] of BGR bytes [B, 3, h, w]."""
-    with torch.no_grad():
+    with fast_products(images.device), torch.no_grad():
         maps = model((images[:, [2, 1, 0]].float() / 255).to(dtype)).map().half().cpu()
     if not bool(torch.isfinite(maps).all()):
         raise RadioError(

@@ -342,6 +342,29 @@ def test_an_orientation_and_damage_in_the_cache_are_in_the_notes(
     )
 
 
+def test_bfloat16_leaves_the_callers_weights_as_they_were(
+    tmp_path: Path, settings: SegSettings, backbone: Callable
+) -> None:
+    class Weighted(type(backbone())):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.tensor(1 / 3)
+
+        def to(self, device, dtype):
+            self.weight = self.weight.to(device, dtype)
+            return self
+
+        @property
+        def fingerprint(self):
+            return f"{float(self.weight):.20f}"
+
+    model = Weighted()
+    report = run(model, replace(settings, precision="bf16"), tmp_path / "out")
+    assert report.fingerprint == Weighted().fingerprint
+    assert torch.equal(model.weight, torch.tensor(1 / 3))
+    assert report.settings["resolved"]["dtype"] == "bfloat16"
+
+
 def test_bars_show_iterations_and_the_loss(tmp_path: Path, settings: SegSettings, backbone: Callable) -> None:
     watch = _Watch()
     run(backbone(), settings, tmp_path / "out", watch=watch)
