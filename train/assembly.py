@@ -103,6 +103,28 @@ def deal(config: TrainConfig, world: int) -> Partition:
     return partition
 
 
+def check_memory(
+    config: TrainConfig, model: ModelConfig, partition: Partition, rank: int, memory: int
+) -> None:
+    """None, when what a rank needs at least is less than the bytes that it can have.
+
+    At least: weights, gradients and the optimizer's moments, and the images of a step.
+
+    Raises:
+        ConfigError: it is more; says how much of each.
+    """
+    with torch.device("meta"):
+        weights = sum(weight.numel() * 4 for weight in RadioModel(model).parameters())
+    held = weights * (4 + bool(config.ema)) // (partition.world if config.engine == "fsdp" else 1)
+    images = sum(12 * group.side**2 * group.share for group in partition.of(rank))
+    if held + images > memory:
+        raise ConfigError(
+            f"a rank needs {held / 1e9:,.1f} GB for the student's weights, gradients and moments and "
+            f"{images / 1e9:,.1f} GB for the images of a step, and can have {memory / 1e9:,.1f} GB; give a "
+            f"smaller --batch-size, --resolution, --adaptor.hidden or --student, or start more ranks"
+        )
+
+
 def load_teachers(
     config: TrainConfig, device: torch.device, names: Collection[str] | None = None
 ) -> dict[str, Teacher]:

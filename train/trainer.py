@@ -24,6 +24,7 @@ from radio.types import Features
 from .agree import on_leader
 from .ahead import ahead, half_the_threads
 from .assembly import (
+    check_memory,
     check_settings,
     check_student,
     deal,
@@ -40,12 +41,13 @@ from .batches import Batch, crop_sides, load, remembered, taught
 from .cache import GroupedCaches
 from .caching import cache_jobs, fill_caches
 from .config import TrainConfig
-from .data.progress import LISTING, start_progress
+from .data.progress import LISTING, DataState, start_progress
 from .data.sources import Sources, open_sources
 from .data.stream import fewer_workers, open_stream
 from .guards import Guard, Plain, first_bad
 from .learner import Learner
 from .log import Log, open_log
+from .memory import memory_of
 from .metrics import Meters, Row
 from .parallel import check_started
 from .partition import TeacherGroup
@@ -95,7 +97,9 @@ class Run:
         self.progress = start_progress(config, self.partition, group, self.data, self._tell)
         self.sides = crop_sides(self.partition, self.sizes)
         card = make_card(config, facts, self.data)
-        self.model = build(model_config(config, facts), config.seed, card, config.out.name)
+        described = model_config(config, facts)
+        check_memory(config, described, self.partition, group.rank, memory_of(device))
+        self.model = build(described, config.seed, card, config.out.name)
         for name in set(every) - set(mine):
             del self.model.adaptors[name]
         self.model.to(device).train()
@@ -153,8 +157,8 @@ class Run:
         return config.out / "ckpt.pt"
 
     def _open(self) -> None:
-        write_yaml(self.config, self.config.out / "config.yaml")
         self.log = open_log(self.config, self.step, self._tell)
+        write_yaml(self.config, self.config.out / "config.yaml")
 
     def _publish_again(self) -> None:
         """Write a finished run's checkpoints where they are gone; every rank calls it."""
@@ -345,7 +349,7 @@ class _RankNotes(TypedDict):
 
 class _Notes(TypedDict):
     ranks: Annotated[list[_RankNotes], MinLen(1)]
-    data: dict[str, Any]
+    data: DataState
 
 
 _NOTES: TypeAdapter[Any] = TypeAdapter(_Notes)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import secrets
+from pathlib import Path
 from typing import Any, final
 
 from radio.config import to_plain
-from radio.errors import require
-from radio.io import write_text
+from radio.errors import DataError, require
+from radio.io import read_text, write_text
 
 from .config import TrainConfig
 from .records import Record
@@ -29,7 +31,7 @@ class WandbRun:
         library: Any = require("wandb", extra="wandb")
         config.out.mkdir(parents=True, exist_ok=True)
         note = config.out / "wandb-id.txt"
-        if not step or not note.is_file():
+        if not step or not _has_id(note):
             write_text(note, secrets.token_hex(4))
         settings = library.Settings(console="off", silent=True)
         self._run: Any = library.init(
@@ -50,3 +52,10 @@ class WandbRun:
     def close(self) -> None:
         """Send what is left."""
         self._run.finish()
+
+
+def _has_id(note: Path) -> bool:
+    try:
+        return re.fullmatch(r"[0-9a-f]{8}\s*", read_text(note, limit=100)) is not None
+    except DataError:  # absent, or somebody else's
+        return False

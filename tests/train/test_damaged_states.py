@@ -41,7 +41,10 @@ def notes() -> dict[str, Any]:
     guard, meters = Guard(CPU), Meters()
     guard.see(torch.tensor(False), [{"clip/spatial": torch.tensor(float("nan"))}])
     meters.add({"loss": torch.tensor(1.0)})
-    return {"ranks": [{"meters": meters.state(), "guard": guard.state()}], "data": {"cursors": []}}
+    return {
+        "ranks": [{"meters": meters.state(), "guard": guard.state()}],
+        "data": {"cursors": [], "counts": [0]},
+    }
 
 
 def write(states: States, step: int, value: float | None = None) -> None:
@@ -140,6 +143,10 @@ HARM: dict[str, tuple[Callable[[Path], None], str]] = {
     "ranks 3": (changed(lambda kept: kept["notes"].update(ranks=3)), "notes: ranks: "),
     "no data": (changed(lambda kept: kept["notes"].pop("data")), "notes: data: field required"),
     "data 3": (changed(lambda kept: kept["notes"].update(data=3)), "notes: data: "),
+    "data of another kind": (
+        changed(lambda kept: kept["notes"]["data"].update(cursors=[[[[-1]]]])),
+        "notes: data.cursors[0][0][0][0]: ",
+    ),
     "guard 3": (changed(lambda kept: kept["notes"]["ranks"][0].update(guard=3)), "ranks[0].guard"),
     "guard of 2**70": (
         changed(lambda kept: kept["notes"]["ranks"][0].update(guard=[[2**70] * 4, []])),

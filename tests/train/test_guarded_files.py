@@ -22,10 +22,16 @@ from train.config import TrainConfig
 from train.guards import first_bad
 from train.trainer import Run
 
-from .conftest import Start, read_records, same_weights, untimed
+from .conftest import TEACHERS, Start, read_records, same_weights, untimed
 from .test_damaged_states import resealed
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def config(config: TrainConfig) -> TrainConfig:
+    """With one teacher."""
+    return replace(config, teachers=TEACHERS[:1])
 
 
 def poison_weight(run: Run, step: int, name: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:

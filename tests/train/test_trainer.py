@@ -255,7 +255,7 @@ def test_the_global_generator_decides_nothing(config: TrainConfig, start: Start)
 
 
 def test_bad_settings_are_told_before_anything_is_written(config: TrainConfig, start: Start) -> None:
-    with pytest.raises(ConfigError, match="--log-every 0 cannot be"):
+    with pytest.raises(ConfigError, match="--log-every: 0 is out of bounds"):
         start(config, log_every=0)
     with pytest.raises(ConfigError, match="unknown student"):
         start(config, student="vit-tiny")

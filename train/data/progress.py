@@ -32,14 +32,14 @@ LISTING = "broken.jsonl"  # in the run folder
 _Number = Annotated[int, Interval(ge=0, lt=2**48)]  # bytes, pictures, shards: more are no run's
 
 
-class _State(TypedDict):
+class DataState(TypedDict):
     """What `Progress.state` gives."""
 
     cursors: list[list[list[list[_Number]]]]  # of every group: [L, S, 4]
     counts: list[_Number]
 
 
-_STATE = TypeAdapter(_State)
+_STATE = TypeAdapter(DataState)
 
 
 def start_progress(
