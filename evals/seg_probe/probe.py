@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
 
-from evals.core.chunks import Damage
+from evals.core.chunks import Damage, DamagedError
 from evals.core.dist import Group
 from evals.core.evaluator import Watch, place
 from evals.core.features import default_cache
 from evals.core.provenance import choose_device, has_tf32
 from radio.config import to_plain
 from radio.errors import ConfigError
-from radio.scenes.layouts import CARD_VERSION, ScenesSettings
-from radio.scenes.layouts import write as write_scenes
+from radio.scenes.layouts import CARD_VERSION, ScenesSettings, write_cached
 from radio.types import Backbone
 
 from .datasets import Dataset, Split, open_dataset
@@ -147,8 +146,8 @@ def make_probe(model: Backbone, settings: SegSettings, group: Group, watch: Watc
         raise ConfigError(
             f"a batch of {plan.batch} does not divide among {group.world} ranks; choose another --batch"
         )
-    data = _open(settings, cache, group, KNOWN_CLASSES)
     damage = Damage()
+    data = _open(settings, cache, group, KNOWN_CLASSES, damage)
     checked = [_check(split, data, cache, group, watch, damage) for split in (data.train, data.val)]
     check_sizes([size for found in checked for size in found.sizes], plan, model)
 
@@ -185,15 +184,13 @@ def make_probe(model: Backbone, settings: SegSettings, group: Group, watch: Watc
     return _with_tokens(probe, watch) if keeps else probe
 
 
-def _open(settings: SegSettings, cache: Path, group: Group, known: Any) -> Dataset:
+def _open(settings: SegSettings, cache: Path, group: Group, known: Any, damage: Damage) -> Dataset:
     if settings.data is not None:
         return open_dataset(settings.data, voc_split=settings.voc_split, known=known, limit=settings.limit)
     count, val_count = settings.scenes
     world = ScenesSettings(layout="ade20k", count=count, val_count=val_count, seed=settings.seed)
     root = cache / "scenes" / f"ade20k-v{CARD_VERSION}-{count}-{val_count}-seed{settings.seed}"
-    if group.leads:
-        write_scenes(root, world)
-    group.barrier()
+    group.on_leader(lambda: write_cached(root, world, lambda reason: damage.add(DamagedError(reason))))
     found = open_dataset(root, voc_split=settings.voc_split, known=known, limit=settings.limit)
     train, val = (
         Split(name=f"scenes:{name}", location=f"scenes:{name}?seed={settings.seed}", pairs=split.pairs)

@@ -341,3 +341,20 @@ def test_any_bytes_are_one_error(tmp_path: Path, content: bytes) -> None:
         except DataError:
             continue
         assert json.loads(content) == []  # results without an entry
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(key=strategies.sampled_from(["image_id", "category_id", "bbox", "score"]), value=ODD)
+def test_any_entry_is_a_box_or_one_error(tmp_path: Path, key: str, value: Any) -> None:
+    good = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
+    path = tmp_path / "found.json"
+    path.write_text(json.dumps([good, {**good, key: value}]))
+    try:
+        rows, _ = read_detections(path)
+    except DataError as error:
+        said = str(error)
+    else:
+        x0, y0, x1, y1 = rows[1].instance.box
+        assert x0 <= x1 and y0 <= y1 and abs(rows[1].score) < float("inf")
+        return
+    assert len(said.splitlines()) == 1 and len(said) < 600

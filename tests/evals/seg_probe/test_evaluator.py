@@ -15,9 +15,11 @@ import torch
 from PIL import Image
 from torch import multiprocessing
 
-from evals.core.dist import joined
+from evals.core.chunks import Damage
+from evals.core.dist import Group, joined
 from evals.core.report import Report, read
 from evals.seg_probe.evaluator import SegEvaluator
+from evals.seg_probe.probe import _open as open_data
 from evals.seg_probe.settings import SegSettings
 from radio.errors import ConfigError, DataError, RadioError
 
@@ -340,6 +342,20 @@ def test_an_orientation_and_damage_in_the_cache_are_in_the_notes(
         "2 damaged files of the cache were made again"
         in run(backbone(), settings, tmp_path / "out").notes[-1]
     )
+
+
+def test_a_damaged_generated_world_is_made_again_and_said(tmp_path: Path) -> None:
+    settings, damage = SegSettings(scenes=(3, 2)), Damage()
+
+    def contents() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    open_data(settings, tmp_path, Group(), {"ADE20K": ()}, damage)
+    before = contents()
+    next(tmp_path.rglob("*.jpg")).write_bytes(b"other")
+    open_data(settings, tmp_path, Group(), {"ADE20K": ()}, damage)
+    assert contents() == before
+    assert damage.notes()[0].startswith("1 damaged file of the cache was made again")
 
 
 def test_bfloat16_leaves_the_callers_weights_as_they_were(

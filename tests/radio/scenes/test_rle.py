@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from hypothesis import given, strategies
 
 from radio.scenes.rle import compress, decompress, run_lengths
 
@@ -51,3 +52,31 @@ def test_texts_that_are_none(text: str, said: str) -> None:
         decompress(text)
     assert decompress("") == []
     assert decompress(compress([10**8, 5, 0, 3])) == [10**8, 5, 0, 3]
+
+
+@given(lengths=strategies.lists(strategies.integers(0, 2**27), max_size=40))
+def test_any_lengths_come_back(lengths: list[int]) -> None:
+    assert decompress(compress(lengths)) == lengths
+
+
+@given(text=strategies.text("".join(map(chr, range(48, 112))), max_size=12))
+def test_any_text_is_numbers_or_refused(text: str) -> None:
+    """By the loop of COCO's own C code, with Python's integers."""
+    lengths, place, cut = [], 0, False
+    while place < len(text) and not cut:
+        value, groups, more = 0, 0, True
+        while more and not cut:
+            group = ord(text[place]) - 48 if place < len(text) else 0
+            cut, more = place >= len(text), bool(group & 32)
+            value |= (group & 31) << 5 * groups
+            place, groups = place + 1, groups + 1
+            if not more and group & 16:
+                value -= 1 << 5 * groups
+        lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
+        if groups > 6:
+            cut = True
+    if cut:
+        with pytest.raises(ValueError, match=r"cut|more than 30 bits"):
+            decompress(text)
+    else:
+        assert decompress(text) == lengths
