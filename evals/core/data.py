@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import unicodedata
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +16,8 @@ from torch import Tensor
 from radio.errors import DataError, did_you_mean, shown
 from radio.scenes import CLASSES, Split, label_of, render_images
 
+from .classes import composed
+from .evaluator import Watch, silent
 from .stored import StoredImages, list_folder, list_shards, spread
 
 # Letters: N pictures, H W pixels.
@@ -118,7 +119,13 @@ class SceneImages:
 
 
 def open_source(
-    text: str, *, limit: int | None = None, scenes: int = 1500, seed: int = 0, memo: Path | None = None
+    text: str,
+    *,
+    limit: int | None = None,
+    scenes: int = 1500,
+    seed: int = 0,
+    memo: Path | None = None,
+    watch: Watch = silent,
 ) -> ImageSource:
     """The pictures that a string names.
 
@@ -129,6 +136,7 @@ def open_source(
         scenes: how many pictures the generated world gives.
         seed: which generated world.
         memo: a folder that keeps content hashes of files that have not changed since.
+        watch: shows how far the hashing is, where there is none in `memo`.
 
     Raises:
         DataError: nothing is there, it is empty, or it is in no layout that is known.
@@ -145,7 +153,7 @@ def open_source(
         found = list_shards(str(path)) if any(path.glob("*.tar")) else list_folder(path)
     else:
         raise DataError(f"{shown(text)}: no such folder{_neighbours(path)}")
-    return StoredImages(found._replace(entries=spread(found.entries, limit)), memo)
+    return StoredImages(found._replace(entries=spread(found.entries, limit)), memo, watch)
 
 
 def aligned_labels(source: ImageSource, reference: ImageSource) -> NDArray[np.int64]:
@@ -159,12 +167,10 @@ def aligned_labels(source: ImageSource, reference: ImageSource) -> NDArray[np.in
     if source.classes == reference.classes:
         return source.labels
     places = {name: place for place, name in enumerate(reference.classes)}
-    composed: dict[str, list[int]] = {}
+    alike: dict[str, list[int]] = {}
     for name, place in places.items():
-        composed.setdefault(_composed(name), []).append(place)
-    found = [
-        [places[name]] if name in places else composed.get(_composed(name), []) for name in source.classes
-    ]
+        alike.setdefault(composed(name), []).append(place)
+    found = [[places[name]] if name in places else alike.get(composed(name), []) for name in source.classes]
     foreign = [name for name, known in zip(source.classes, found, strict=True) if not known]
     if foreign:
         raise DataError(
@@ -178,10 +184,6 @@ def aligned_labels(source: ImageSource, reference: ImageSource) -> NDArray[np.in
                 f"are written; make them one"
             )
     return np.array([place for (place,) in found], dtype=np.int64)[source.labels]
-
-
-def _composed(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
 
 
 def _near(name: str, classes: Sequence[str]) -> str:

@@ -21,9 +21,9 @@ from radio.images import IMAGE_ENDINGS, MAX_IMAGE_BYTES, decode
 from radio.io import expand_braces
 
 from .chunks import DamagedError, read_records, write_records
+from .evaluator import Watch, silent
 from .tar import UNREADABLE, index_shard
 
-PICTURE_ENDINGS = IMAGE_ENDINGS
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
 _HASHING_THREADS = 4  # hashlib lets go of the interpreter; more threads only fight over the disk
 _FINGERPRINT = TypeAdapter(str)
@@ -53,8 +53,8 @@ class Listing(NamedTuple):
 class StoredImages:
     """A listing whose pictures can be read."""
 
-    def __init__(self, listing: Listing, memo: Path | None = None) -> None:
-        self._listing, self._memo = listing, memo
+    def __init__(self, listing: Listing, memo: Path | None = None, watch: Watch = silent) -> None:
+        self._listing, self._memo, self._watch = listing, memo, watch
         places = {name: place for place, name in enumerate(listing.classes)}
         self._labels = np.array([places[entry.label] for entry in listing.entries], dtype=np.int64)
         self._keys = tuple(entry.key for entry in listing.entries)
@@ -110,9 +110,14 @@ class StoredImages:
 
     def _hash_content(self) -> str:
         sha = hashlib.sha256("\n".join(self.classes).encode())
-        with ThreadPoolExecutor(_HASHING_THREADS) as threads:
-            for line in threads.map(_hash_entry, self._listing.entries, chunksize=64):
+        entries = self._listing.entries
+        with (
+            self._watch(f"hashing {self.name}", len(entries)) as advance,
+            ThreadPoolExecutor(_HASHING_THREADS) as threads,
+        ):
+            for line in threads.map(_hash_entry, entries):
                 sha.update(line)
+                advance(1)
         return sha.hexdigest()
 
     def _signature(self) -> str:

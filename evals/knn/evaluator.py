@@ -67,7 +67,7 @@ class KnnEvaluator:
         started = time.monotonic()
         group = group or current()
         cache = settings.cache or default_cache()
-        sets = _open(settings, cache / "fingerprints")
+        sets = _open(settings, cache / "fingerprints", watch)
         accepted = None
         if settings.real_labels is not None:
             accepted = read_accepted(settings.real_labels, sets.asked.keys, sets.bank.classes)
@@ -120,13 +120,14 @@ class KnnEvaluator:
         return report
 
 
-def _open(settings: KnnSettings, memo: Path) -> Sets:
+def _open(settings: KnnSettings, memo: Path, watch: Watch) -> Sets:
     bank = open_source(
         settings.bank or "scenes:train",
         limit=settings.limit,
         scenes=settings.scenes[0],
         seed=settings.seed,
         memo=memo,
+        watch=watch,
     )
     if len(np.unique(bank.labels)) < 2:
         raise DataError(
@@ -140,6 +141,7 @@ def _open(settings: KnnSettings, memo: Path) -> Sets:
         scenes=settings.scenes[1],
         seed=settings.seed,
         memo=memo,
+        watch=watch,
     )
     aligned_labels(query, bank)  # fails here rather than after the extraction
     return Sets(bank, query)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from evals.core.classes import composed
 from evals.core.stored import as_text
 from radio.errors import DataError, shown
 from radio.images import IMAGE_ENDINGS
@@ -20,6 +21,7 @@ from radio.io import lines_of, read_text
 VOID = 255
 """Pixels of this class are neither learned nor scored, once labels are mapped."""
 
+_LONGEST = 240  # bytes of a name; file systems take 255, with the ending
 _ADE_MARKS = ("objectInfo150.txt", "sceneCategories.txt")
 _VOC_FOLDERS = ("JPEGImages", "ImageSets/Segmentation")
 _ADE_COUNTS, _VOC_COUNTS = (20_210, 2_000), {"train": 1_464, "trainaug": 10_582, "val": 1_449}
@@ -145,7 +147,7 @@ def _by_stem(folder: Path, endings: tuple[str, ...], clash: str) -> dict[str, Pa
     """The files of a folder by what masks and pictures share of their names, with accents composed."""
     found: dict[str, Path] = {}
     for path in _files(folder, endings):
-        stem = _composed(path.stem)
+        stem = composed(path.stem)
         if stem in found:
             raise DataError(
                 f"{shown(folder)}: {shown(found[stem].name)} and {shown(path.name)} "
@@ -210,6 +212,9 @@ def _voc_ids(root: Path, name: str) -> list[str]:
     ids = [_name_of(line.split()[0]) for line in lines_of(read_text(path)) if line.strip()]
     if not ids:
         raise DataError(f"{path}: lists no pictures")
+    impossible = [key for key in ids if not 0 < len(key.encode()) <= _LONGEST or "\0" in key]
+    if impossible:
+        raise DataError(f"{path}: {shown(impossible[0][:60])!r} is no name of a picture; wanted one a line")
     twice = [key for key, count in Counter(ids).items() if count > 1]
     if twice:
         raise DataError(
@@ -245,12 +250,8 @@ def _voc_pair(root: Path, key: str) -> Pair:
 
 def _existing(path: Path) -> Path | None:
     """The file of this name, however its accents are written."""
-    names = (path.name, _composed(path.name), unicodedata.normalize("NFD", path.name))
+    names = (path.name, composed(path.name), unicodedata.normalize("NFD", path.name))
     return next((found for name in names if (found := path.with_name(name)).is_file()), None)
-
-
-def _composed(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
 
 
 def _read_classes(path: Path) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ Bytes = NDArray[np.uint8]
 
 _OPACITY, _UNSCORED = 0.6, 0.2  # of a colour over the picture; where the truth is void
 _FEW = 24  # classes that hues alone tell apart
+_LONGEST = 200  # bytes of a name; file systems take 255, with what is added
 _GAP = 4  # white columns between the three
 _TEXT = 12  # pixels: the size of the legend's letters and squares
 
@@ -60,6 +62,8 @@ class MapWriter:
     def names(self, place: int) -> tuple[str, str]:
         """The files of a picture, inside the folder."""
         stem = self.split.pairs[place].key
+        if len(stem.encode()) > _LONGEST:
+            stem = f"{stem[:40]}-{hashlib.sha256(stem.encode()).hexdigest()[:16]}"
         return f"{stem}.png", f"{stem}-overlay.png"
 
     def files(self) -> tuple[str, ...]:

@@ -197,6 +197,7 @@ def _classification(job: _Job) -> _Scored:
         scenes=settings.scenes,
         seed=settings.seed,
         memo=job.cache / "fingerprints",
+        watch=job.watch,
     )
     named = name_classes(source, settings.class_names)
     templates = read_templates(settings.templates, scenes=source.name.startswith("scenes:"))

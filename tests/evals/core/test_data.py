@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,22 @@ def test_the_memo_saves_reading_and_notices_a_change(
         assert open_source(str(root), memo=memo).fingerprint == fingerprint
     (root / "c0" / "000.png").write_bytes((root / "c1" / "000.png").read_bytes())
     assert open_source(str(root), memo=memo).fingerprint != fingerprint
+
+
+def test_hashing_shows_how_far_it_is(tmp_path: Path, make_folder: Folder) -> None:
+    shown: list[tuple[str, int]] = []
+    done: list[int] = []
+
+    @contextmanager
+    def watch(label: str, total: int) -> Iterator[Callable[[int], None]]:
+        shown.append((label, total))
+        yield done.append
+
+    root = str(make_folder(tmp_path / "d"))
+    for _ in range(2):
+        _ = open_source(root, memo=tmp_path / "memo", watch=watch).fingerprint
+    assert shown == [("hashing d", 18)]  # once: then the memo has it
+    assert sum(done) == 18
 
 
 def test_a_damaged_memo_is_made_again_and_said(

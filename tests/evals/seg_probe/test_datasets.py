@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from evals.seg_probe.datasets import Labelling, open_dataset
 from radio.errors import DataError
@@ -147,6 +149,33 @@ def test_texts_may_have_a_byte_order_mark(tmp_path: Path, make_ade: Callable, ma
     voc = make_voc(tmp_path / "voc", {"train": ["a"], "val": ["b"]})
     (voc / "ImageSets/Segmentation/train.txt").write_text("\ufeffJPEGImages/a.jpg SegmentationClass/a.png\n")
     assert [pair.key for pair in opened(voc).train.pairs] == ["a"]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.one_of(
+        st.binary(max_size=60),
+        st.text(alphabet="ab\n\r \u2028\ufeff/.\0jpg", max_size=40).map(str.encode),
+        st.sampled_from([b"a\n" * 300, b"\xff\xfea\0\n\0b\0", bytes(9), b"../../a.jpg\nb\n", b"a" * 5000]),
+    )
+)
+def test_whatever_lists_hold_they_are_read_or_refused(tmp_path, make_ade, make_voc, content):
+    root, voc = tmp_path / "ade", tmp_path / "voc"
+    if not root.exists():
+        make_ade(root, train=1, val=1)
+        make_voc(voc, {"train": ["a", "b"], "val": ["c"]})
+    for path in (root / "classes.txt", voc / "ImageSets/Segmentation/train.txt"):
+        path.write_bytes(content)
+    for folder in (root, voc):
+        try:
+            data = opened(folder)
+        except DataError as error:
+            said = str(error)
+        else:
+            said = str(folder)
+            assert 2 <= len(data.labelling.classes) <= 254
+            assert {pair.picture.parent.parent for pair in data.train.pairs} <= {voc, root / "images"}
+        assert said.startswith(str(folder))
 
 
 def test_dots_in_names_stay(tmp_path: Path, make_voc: Callable) -> None:

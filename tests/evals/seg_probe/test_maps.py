@@ -29,6 +29,19 @@ def test_a_written_map_is_an_annotation_again(tmp_path: Path, make_ade: Callable
         assert overlay.width == 3 * 42 + 8 and overlay.height > 56
 
 
+def test_names_that_leave_no_room_are_shortened(tmp_path: Path, make_ade: Callable) -> None:
+    root, long = make_ade(tmp_path / "mine"), "x" * 250
+    for number, last in (("0008", "a"), ("0009", "b")):
+        for kind in ("images", "annotations"):
+            folder = root / kind / "validation"
+            (folder / f"{number}.png").rename(folder / f"{long}{last}.png")
+    data = open_dataset(root, voc_split="train", known={"ADE20K": [], "VOC2012": []})
+    writer = MapWriter(tmp_path / "maps", data.val, data.labelling, frozenset({2, 3}))
+    writer(2, np.zeros((40, 56), np.uint8))
+    assert len(set(writer.files())) == 4
+    assert all((tmp_path / name).is_file() for name in writer.files()[:2])
+
+
 @pytest.mark.parametrize("count", [2, 11, 21, 150])
 def test_colours_differ(count: int) -> None:
     colours = palette(count).astype(int)
