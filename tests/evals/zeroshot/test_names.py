@@ -152,7 +152,7 @@ def test_capitals_tell_letters_apart(tmp_path: Path) -> None:
         ((COMPOSED, DECOMPOSED), None, "would be one class"),
         (("owl", "Owl"), ("owl", "bee"), "'owl' and 'Owl' would be one class"),
         (("crane", "owl"), ("crane", "owl", "crane"), r"the name 'crane' 2 times \(as 1 and 3\)"),
-        (("crane", "owl"), "imagenet", r"the name 'crane' 2 times \(as 135 and 518\)"),
+        (("owl", "sunglasses"), "imagenet", r"the name 'sunglasses' 2 times \(as \d+ and \d+\)"),
         (("1", "01"), ("ant", "bee"), "'1' and '01' would be one class"),
     ],
 )
