@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import pickle
+import warnings
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import torch
+from pydantic import ConfigDict, TypeAdapter
+from torch import Tensor
 
-from radio.errors import CheckpointError, DataError
-from radio.io import write_bytes
+from radio.errors import CheckpointError, DataError, shown
+from radio.io import validate, write_bytes
 
 from .dist import Group
 
@@ -21,10 +25,15 @@ if TYPE_CHECKING:
 S = TypeVar("S", bound="DataclassInstance")
 
 _ZIP = b"PK\x03\x04"
+# What torch.load and tensors raise at damaged or foreign bytes.
+_UNREADABLE = (
+    *(RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError),
+    *(OSError, EOFError, MemoryError, pickle.UnpicklingError),
+)
 
 
 def save_state(path: Path, kind: str, key: str, state: DataclassInstance) -> None:
-    """Write a state, atomically.
+    """Write a state with a checksum, atomically.
 
     Args:
         kind: the format, with its version.
@@ -33,7 +42,7 @@ def save_state(path: Path, kind: str, key: str, state: DataclassInstance) -> Non
     """
     contents = {field.name: getattr(state, field.name) for field in fields(state)}
     buffer = io.BytesIO()
-    torch.save({"format": kind, "key": key, **contents}, buffer)
+    torch.save({"format": kind, "key": key, "checksum": _checksum(contents), **contents}, buffer)
     write_bytes(path, buffer.getbuffer())
 
 
@@ -52,29 +61,72 @@ def load_state(path: Path, kind: str, key: str, fresh: S, group: Group | None = 
     """
     group = group or Group()
     group.barrier()  # nobody reads while the leader still writes
-    found = _read(path, kind, key)
-    names = [field.name for field in fields(fresh)]
-    state = replace(fresh, **{name: found[name] for name in names}) if found else fresh
-    steps = group.gather(torch.tensor(getattr(state, names[0])))
+    found = _read(path, kind, key, fresh)
+    state = replace(fresh, **found) if found else fresh
+    steps = group.gather(torch.tensor(getattr(state, fields(fresh)[0].name)))
     if int(steps.min()) != int(steps.max()):
         raise DataError(f"{path}: ranks see different states; give --cache a folder that all share")
     return state
 
 
-def _read(path: Path, kind: str, key: str) -> dict[str, Any]:
-    if not path.is_file():
+def _read(path: Path, kind: str, key: str, fresh: DataclassInstance) -> dict[str, Any]:
+    """The fields of a state; empty where there is no file."""
+    if not path.exists():
         return {}
+    damaged = f"{shown(path)}: not a training, or a damaged one; remove it to begin anew"
     try:
-        with path.open("rb") as file:
-            if file.read(len(_ZIP)) != _ZIP:  # else torch would try to read a bare pickle
-                raise EOFError
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path}: not a training, or a damaged one; remove it to begin anew") from error
+        found = _load(path)
+    except _UNREADABLE as error:
+        raise CheckpointError(damaged) from error
     if not isinstance(found, dict) or found.get("format") != kind:
-        raise CheckpointError(f"{path}: not of the format {kind}; remove it to begin anew")
-    if found["key"] != key:
+        raise CheckpointError(f"{shown(path)}: not of the format {kind}; remove it to begin anew")
+    if found.get("key") != key:
         raise CheckpointError(
-            f"{path}: is the training of another backbone, data set or protocol; remove it to begin anew"
+            f"{shown(path)}: is the training of another backbone, data set or protocol; "
+            f"remove it to begin anew"
         )
-    return found
+    contents = {field.name: found.get(field.name) for field in fields(fresh)}
+    try:
+        fits = found.get("checksum") == _checksum(contents)
+    except _UNREADABLE as error:  # tensors without content, such as those on the device `meta`
+        raise CheckpointError(damaged) from error
+    if not fits:
+        raise CheckpointError(f"{damaged} (its checksum does not fit its content)")
+    hints = get_type_hints(type(fresh))
+    for name, value in contents.items():
+        schema = TypeAdapter(hints[name], config=ConfigDict(arbitrary_types_allowed=True))
+        validate(schema, value, f"{damaged} ({name})", error=CheckpointError)
+    return contents
+
+
+def _load(path: Path) -> Any:
+    if not path.is_file():
+        raise EOFError
+    with path.open("rb") as file:
+        if file.read(len(_ZIP)) != _ZIP:  # else torch would try to read a bare pickle
+            raise EOFError
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about sparse tensors, which no state of ours has
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _checksum(contents: Any) -> str:
+    """Over plain containers, numbers, texts and the bytes of tensors, in their order."""
+    sha = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            sha.update(f"{value.dtype} {list(value.shape)};".encode())
+            sha.update(flat.view(torch.uint8).numpy().data)
+        elif isinstance(value, dict):
+            add([part for pair in value.items() for part in pair])
+        elif isinstance(value, list | tuple):
+            sha.update(f"{len(value)} values;".encode())
+            for part in value:
+                add(part)
+        else:
+            sha.update(f"{value!r};".encode())
+
+    add(contents)
+    return sha.hexdigest()

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from evals.core.states import load_state, save_state
+from radio.errors import CheckpointError
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """A training."""
+
+    step: int = 0
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    rates: tuple[float, ...] = ()
+    notes: list[dict[str, Any]] = field(default_factory=list)
+
+
+STATE = State(
+    step=3,
+    weights={"w": torch.arange(6.0).bfloat16(), "none": torch.empty(0), "one": torch.tensor(True)},
+    rates=(1e-3, float("nan")),
+    notes=[{"a": None, "b": [1, "x"]}],
+)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    save_state(tmp_path / "s.pt", "kind/1", "key", STATE)
+    return tmp_path / "s.pt"
+
+
+def read(path: Path) -> State:
+    return load_state(path, "kind/1", "key", State())
+
+
+def test_it_comes_back(path: Path) -> None:
+    found = read(path)
+    assert (found.step, repr(found.rates), found.notes) == (3, repr(STATE.rates), STATE.notes)
+    assert all(torch.equal(found.weights[name], STATE.weights[name]) for name in STATE.weights)
+
+
+def _change(**changes: Any) -> Callable[[Path], object]:
+    """Write the same file with other content."""
+
+    def change(path: Path) -> None:
+        found = torch.load(path, weights_only=True)
+        torch.save({key: value for key, value in {**found, **changes}.items() if value != "absent"}, path)
+
+    return change
+
+
+def _foreign(**changes: Any) -> Callable[[Path], object]:
+    """Write a state of another shape, with a checksum that fits."""
+
+    def change(path: Path) -> None:
+        state = State(**{**vars(STATE), **changes})
+        save_state(path, "kind/1", "key", state)
+
+    return change
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    place = data.find(torch.arange(6.0).bfloat16().view(torch.uint8).numpy().tobytes())
+    data[place + 3] ^= 64
+    path.write_bytes(data)
+
+
+def _folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "a bit": _flip,
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-90]),
+    "empty": lambda path: path.write_bytes(b""),
+    "a head alone": lambda path: path.write_bytes(b"PK\x03\x04"),
+    "no step": _change(step="absent"),
+    "another step": _change(step=4),
+    "no checksum": _change(checksum="absent"),
+    "meta": _change(weights={"w": torch.empty(3, device="meta")}),
+    "sparse": _change(weights={"w": torch.eye(3).to_sparse()}),
+    "a step of text": _foreign(step="3"),
+    "weights of numbers": _foreign(weights={"w": 3}),
+    "weights by number": _foreign(weights={3: torch.ones(1)}),
+    "rates of text": _foreign(rates=("x",)),
+    "a folder": _folder,
+    "a pipe": _pipe,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_damaged_is_one_error(path: Path, damage: str) -> None:
+    DAMAGES[damage](path)
+    with pytest.raises(CheckpointError, match=r"s\.pt: not a training, or a damaged one; remove it"):
+        read(path)
+
+
+@pytest.mark.parametrize("content", [[1], {"format": "kind/1"}, {"format": "kind/2"}, torch.ones(2)])
+def test_what_is_no_such_state_is_one_error(path: Path, content: Any) -> None:
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match="to begin anew"):
+        read(path)
