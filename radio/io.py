@@ -20,7 +20,7 @@ import stat
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,25 +52,40 @@ _BYTE_ORDER_MARKS = (  # the longer first: UTF-32's begins with UTF-16's
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically, as UTF-8; half surrogates, which it cannot hold, become U+FFFD."""
-    write_bytes(path, _encoded(text))
+    write_texts({path: text})
+
+
+def write_texts(texts: Mapping[Path, str]) -> None:
+    """Write text files that belong together: all or none, so that what stood before stands or is replaced."""
+    _write_all({path: _encoded(text) for path, text in texts.items()})
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
     """Write a file atomically, creating its folder: a temporary sibling, synced, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}")
+    _write_all({path: data})
+
+
+def _write_all(contents: Mapping[Path, bytes | memoryview]) -> None:
+    """Write temporary siblings first, each synced; only where all fit are they renamed."""
+    temporaries = {path: path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}") for path in contents}
+    path = next(iter(contents))
     try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        for path, data in contents.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporaries[path].open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, temporary in temporaries.items():
+            temporary.replace(path)
     except BaseException as problem:
         if (
             isinstance(problem, OSError) and problem.errno and problem.filename is None
         ):  # a full disk: nobody says where
             problem.filename = str(path)
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries.values():
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
         raise
 
 

@@ -18,7 +18,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from radio.config import to_plain
 from radio.errors import DataError, shown
-from radio.io import explain, parse_json, read_text, without_surrogates, write_text
+from radio.io import explain, parse_json, read_text, without_surrogates, write_texts
 
 FORMAT = "am-radio-report/2"
 _MAX_BYTES = 256 << 20  # a report that lists a million images which could not be read
@@ -108,8 +108,11 @@ def schema() -> dict[str, Any]:
     return found
 
 
-def write(report: Report, path: Path) -> None:
+def write(report: Report, path: Path, beside: Mapping[Path, str] | None = None) -> None:
     """Write a report as JSON, atomically, with a sha256 of its content.
+
+    Args:
+        beside: texts of files that belong to it, such as its records: all are written, or none.
 
     Raises:
         DataError: a metric that is not a finite number, a headline that is no metric, or values that the
@@ -125,7 +128,7 @@ def write(report: Report, path: Path) -> None:
     data = without_surrogates(to_plain(report))  # of names that are no UTF-8
     _build(data, path)
     whole = {**data, "sha256": _digest(data)}
-    write_text(path, json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
+    write_texts({**(beside or {}), path: json.dumps(whole, indent=2, ensure_ascii=False) + "\n"})
 
 
 def read(path: Path) -> Report:

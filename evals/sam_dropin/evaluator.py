@@ -18,7 +18,6 @@ from evals.core.provenance import choose_device, commit, describe_device, peak_m
 from evals.core.report import DataUsed, Metric, Report, Table, file_name, write
 from radio.config import to_plain
 from radio.errors import ConfigError, require
-from radio.io import write_text
 from radio.scenes.layouts import CARD_VERSION, ScenesSettings, write_cached
 from radio.types import Backbone
 
@@ -135,8 +134,7 @@ class SamEvaluator:
         )
         if group.leads:
             lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in scored.records)
-            write_text(out / f"{base}.jsonl", "".join(lines))
-            write(report, out / f"{base}.json")
+            write(report, out / f"{base}.json", {out / f"{base}.jsonl": "".join(lines)})
         return report
 
 

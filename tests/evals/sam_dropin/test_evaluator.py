@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 from dataclasses import replace
@@ -176,6 +177,29 @@ def test_a_model_that_is_not_finite_gets_no_score(
     ):
         run(model, chosen, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+def test_a_full_disk_leaves_what_stood(
+    settings: SamSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: int
+) -> None:
+    """Records and report belong together: neither is replaced where one of them does not fit."""
+    model = load_backbone("scenes:sam")
+    run(model, settings, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    run(model, replace(settings, crowds=False), tmp_path / "other")  # its cache is there now
+    genuine, calls = os.fsync, []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == fails:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        genuine(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*out/sam-scenes-sam\.json"):
+        run(model, replace(settings, crowds=False), tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
 def test_bf16_rounds_a_copy(settings: SamSettings, tmp_path: Path) -> None:
