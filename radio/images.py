@@ -73,6 +73,7 @@ except AttributeError:
     _decode_jpeg = None
 _AS_STORED, _KEEP_ORIENTATION = 0, False
 _ORIENTATION = 0x0112
+_PROGRESSIVE, _MAX_SCANS = (0xC2, 0xC6, 0xCA, 0xCE), 1000  # usual are ten; each passes over all the pixels
 _PNG, _PNG_TEXTS = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 
 
@@ -98,7 +99,7 @@ def decode(data: bytes) -> Tensor:
             than `MAX_PIXELS`.
     """
     if data[:3] == b"\xff\xd8\xff" and _decode_jpeg is not None:
-        _check_pixels(*_jpeg_size(data))
+        _check_jpeg(data)
         # bytearray: torch warns about read-only buffers.
         buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         try:
@@ -293,21 +294,29 @@ def _check_pixels(height: int, width: int) -> None:
         )
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int]:
-    """Height and width of a JPEG by its first frame header, sought as libjpeg does; (0, 0) without one."""
+def _check_jpeg(data: bytes) -> None:
+    frame, height, width = _jpeg_frame(data)
+    _check_pixels(height, width)
+    scans = data.count(b"\xff\xda") if frame in _PROGRESSIVE else 1
+    if scans > _MAX_SCANS:
+        raise DataError(f"a JPEG of {scans:,} scans, the limit is {_MAX_SCANS:,}; save it anew")
+
+
+def _jpeg_frame(data: bytes) -> tuple[int, int, int]:
+    """Marker, height and width of a JPEG's first frame, sought as libjpeg does; zeros without one."""
     at = 2
     while 0 <= (at := data.find(b"\xff", at)) < len(data) - 8:
         marker = data[at + 1]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             height, width = struct.unpack_from(">HH", data, at + 5)
-            return height, width
+            return marker, height, width
         if marker == 0xFF:
             at += 1
         elif marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD9:  # no length behind it
             at += 2
         else:
             at += 2 + int(struct.unpack_from(">H", data, at + 2)[0])
-    return 0, 0
+    return 0, 0, 0
 
 
 def _without_text(data: bytes) -> bytes:

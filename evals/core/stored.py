@@ -319,8 +319,8 @@ def _bytes(entry: Entry) -> bytes:
             data = file.read(entry.size)
     except OSError as error:
         raise DataError(f"cannot be read ({error})") from error
-    if len(data) < entry.size:
-        raise DataError(f"has become shorter while it was used: {len(data):,} of {entry.size:,} bytes")
+    if entry.offset and len(data) < entry.size:
+        raise DataError(f"its shard has become shorter: {len(data):,} of {entry.size:,} bytes")
     return data
 
 

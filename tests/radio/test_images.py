@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as TF
 from radio.errors import DataError, SizeError
 from radio.images import (
     Box,
-    _jpeg_size,
+    _jpeg_frame,
     center_crop,
     cover,
     crop_and_resize,
@@ -154,9 +154,18 @@ def test_the_header_of_a_jpeg_is_found_behind_other_segments() -> None:
     exif[0x010E] = "\xff\xc0 in a text"
     for options in ({"exif": exif}, {"progressive": True}, {"comment": b"\xff\xc0" * 9}, {"quality": 50}):
         data = encoded(Image.fromarray(PICTURE), "JPEG", **options)
-        assert _jpeg_size(data) == (24, 32)
-        assert _jpeg_size(data[:2] + b"\xff\xff\xff" + data[3:]) == (24, 32)  # fill bytes
-    assert _jpeg_size(b"\xff\xd8\xff") == (0, 0)
+        assert _jpeg_frame(data)[1:] == (24, 32)
+        assert _jpeg_frame(data[:2] + b"\xff\xff\xff" + data[3:])[1:] == (24, 32)  # fill bytes
+    assert _jpeg_frame(b"\xff\xd8\xff") == (0, 0, 0)
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused() -> None:
+    data = encoded(Image.fromarray(PICTURE), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    many = data[:last] + data[last:-2] * 2000 + data[-2:]
+    with pytest.raises(DataError, match=r"a JPEG of 2,00\d scans, the limit is 1,000"):
+        decode(many)
+    assert decode(data).shape == (3, 24, 32)
 
 
 def test_a_format_that_starts_programs_is_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,5 +65,5 @@ def test_bad_sources_are_clear_errors(tmp_path: Path) -> None:
     (tmp_path / "bad.tar").write_text("this is no tar file")
     with pytest.raises(DataError, match="not a plain tar file, or a damaged one"):
         open_pictures(DataConfig(shards=(str(tmp_path / "bad.tar"),)))
-    with pytest.raises(DataError, match="give a count of 1 or more"):
+    with pytest.raises(DataError, match="give a count of 1 to"):
         open_pictures(DataConfig(scenes=-1))
