@@ -175,11 +175,16 @@ class ShardTrack:
 
     def _member(self, tar: TarStream, name: str, part: int) -> Member | None:
         """The next file of the shard, or at once the next picture of this part where that can be sought."""
-        if self._jumps(tar):
-            pictures, end, _ = outline(name)
-            self._seen = min(self._seen + (part - self._seen) % self._parts, len(pictures))
-            tar.jump(pictures[self._seen] if self._seen < len(pictures) else end)
-        return tar.next()
+        if not self._jumps(tar):
+            return tar.next()
+        pictures, end, _ = outline(name)
+        self._seen = min(self._seen + (part - self._seen) % self._parts, len(pictures))
+        ends = self._seen == len(pictures)
+        tar.jump(end if ends else pictures[self._seen])
+        member = tar.next()
+        if ends and member is not None:
+            raise ShardError("unreadable", "has been changed while it was read")
+        return member
 
     def _from_member(
         self, tar: TarStream, member: Member, shard: str, part: int, tally: Tally

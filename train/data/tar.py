@@ -87,9 +87,17 @@ class TarStream:
         """The next file; None at the end of the archive.
 
         Raises:
-            ShardError: no tar archive, a damaged header, or the archive ends early.
+            ShardError: no tar archive, a damaged header, or the archive ends early; `position` stays.
             OSError: the stream fails.
         """
+        begin = self._next
+        try:
+            return self._next_file()
+        except ShardError:
+            self._next = begin
+            raise
+
+    def _next_file(self) -> Member | None:
         known = _Extended()
         while True:
             self._skip_to(self._next)

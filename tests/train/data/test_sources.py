@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import tarfile
 from collections import Counter
 from collections.abc import Iterable
 from itertools import chain
@@ -19,6 +21,7 @@ from train.data.sources import Shards, open_sources
 
 from ..conftest import fill_folder, picture_bytes
 from .conftest import follow, pack, pack_pictures, settings
+from .test_tar import DAMAGED, END
 
 
 def damaged(folder: Path) -> str:
@@ -146,6 +149,35 @@ def test_a_picture_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: py
     (rows,), *_ = follow(config, range(1))
     assert rows.keys == ("a.tar/0.jpg", "a.tar/2.jpg")
     assert rows.mark.faults == (Fault("picture", f"{path}/1.jpg", "has 2001 bytes, and the limit is 2000"),)
+
+
+@pytest.mark.parametrize("lanes", [1, 4])
+@pytest.mark.parametrize("case", DAMAGED, ids=lambda case: case[0])
+def test_a_damaged_header_ends_a_shard(tmp_path: Path, case: tuple[str, bytes, str], lanes: int) -> None:
+    """Also where lanes jump from picture to picture."""
+    images = [(f"{n}.jpg", picture_bytes(n, "JPEG")) for n in range(3)]
+    path = pack(tmp_path / "a.tar", images)
+    with tarfile.open(path) as tar:
+        end = max(member.offset_data + -(-member.size // 512) * 512 for member in tar)
+    after = path.read_bytes()[:end]  # more of them, which must not be taken for their own
+    path.write_bytes(after + case[1].replace(END, b"") + after + END)
+    config = settings(DataConfig(shards=(str(path),), lanes=lanes), batch_size=4)
+    rows = [step[0] for step in follow(config, range(6))]
+    assert set(chain.from_iterable(each.keys for each in rows)) == {f"a.tar/{n}.jpg" for n in range(3)}
+    faults = {fault for each in rows for fault in each.mark.faults}
+    assert {(fault.cause, fault.where) for fault in faults} == {("unreadable", str(path))}
+    assert all(re.search(case[2], fault.why) for fault in faults)
+
+
+def test_a_shard_that_changes_while_it_is_read_is_told(tmp_path: Path) -> None:
+    path = pack_pictures(tmp_path / "a.tar", 0, 3)
+    config = settings(DataConfig(shards=(str(path),), lanes=4), batch_size=4)
+    steps = follow(config, range(20))
+    next(steps)
+    pack_pictures(path, 0, 9)
+    faults = [fault for step in steps for fault in step[0].mark.faults]
+    assert faults
+    assert {fault.cause for fault in faults} == {"unreadable"}
 
 
 def test_shards_that_take_too_long_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
