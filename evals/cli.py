@@ -7,12 +7,15 @@ radio-eval list --archs
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import tyro
 from annotated_types import Interval
 from rich.console import Console
@@ -30,6 +33,7 @@ from .core.dist import Group, joined
 from .core.evaluator import Evaluator, ScoringFiles, Watch, evaluators
 from .core.noise import NOISE_FILE, measure_noise, write_noise
 from .core.progress import watch_on
+from .core.provenance import choose_device
 from .core.report import Report
 from .core.suite import run_all
 from .core.tables import comparison, summary
@@ -125,9 +129,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"radio-eval has no command {task!r}{hint}")
     evaluator = evaluators[task]()
     options, settings = _parse(task, evaluator, rest)
-    with joined() as group:
+    with _joined(settings) as group:
         _evaluate(evaluator, options, settings, group)
     return OK
+
+
+def _joined(*settings: Any) -> AbstractContextManager[Group]:
+    """The ranks: small arrays cross over gloo; what a task shards over GPUs crosses over NCCL.
+
+    Each rank takes its GPU first: FSDP, NCCL and accelerate would otherwise all take the first one.
+    """
+    names = {getattr(one, "device", "auto") for one in settings} - {"cpu"}
+    if "WORLD_SIZE" in os.environ and names:
+        device = choose_device(min(names))
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            return joined("cpu:gloo,cuda:nccl")
+    return joined()
 
 
 def _parse(task: str, evaluator: Evaluator[Any], arguments: Sequence[str]) -> tuple[Options, Any]:
@@ -214,7 +232,7 @@ def _parse_suite(command: str, kind: type[AllOptions], arguments: Sequence[str])
 def _all(arguments: Sequence[str]) -> int:
     """1 when a task failed."""
     options, _, jobs = _parse_suite("all", AllOptions, arguments)
-    with joined() as group:
+    with _joined(*(settings for _, settings in jobs.values())) as group:
         return _run_all(options, jobs, group)
 
 

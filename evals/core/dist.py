@@ -177,7 +177,7 @@ def joined(backend: str = "gloo") -> Iterator[Group]:
         yield current()
         return
     store, rank, world = _meet()
-    patience = _PATIENCE if backend == "gloo" else None  # NCCL's own tells when a rank hangs
+    patience = None if backend == "nccl" else _PATIENCE  # NCCL's own tells when a rank hangs
     distributed.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=world)
     try:
         yield current()

@@ -104,7 +104,8 @@ def read_records(
             early.append(label)
     if len(wrong) > max_error_fraction * len(rows):
         more = f"; {len(wrong) - 1} more records cannot be used" if len(wrong) > 1 else ""
-        raise DataError(f"{shown(path)}: {wrong[0]}{more}")
+        hint = f" (up to --max-error-fraction {max_error_fraction:g} of the records may be left out)"
+        raise DataError(f"{shown(path)}: {wrong[0]}{hint}{more}")
     return Reading(records, tuple(_notes(path, len(rows), wrong, early)))
 
 

@@ -121,7 +121,7 @@ def answer_all(
     title: str,
     group: Group,
     watch: Watch,
-    damage: Damage,
+    damage: Damage | None = None,
 ) -> dict[str, str]:
     """Every question's answer by its id, from the folder as far as they are there; the same on every rank.
 
@@ -143,7 +143,9 @@ def answer_all(
         return answers
 
     mine = range(group.rank, len(chunks), group.world)
-    missing = [mine[place] for place in find_missing([paths[number] for number in mine], read, damage)]
+    missing = [
+        mine[place] for place in find_missing([paths[number] for number in mine], read, damage or Damage())
+    ]
     if missing:
         with watch(title, sum(len(chunks[number]) for number in missing)) as advance:
             for number in missing:

@@ -6,11 +6,14 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
+from evals import cli
 from evals.cli import main
 from evals.core.noise import read_noise
 from evals.core.progress import watch_on
@@ -268,3 +271,32 @@ def test_all_keeps_what_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[st
         == 1
     )
     assert "knn: failed: gone: no such folder" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("devices", "ranks", "chosen", "backend"),
+    [
+        (["auto"], True, "cuda:1", "cpu:gloo,cuda:nccl"),
+        (["cpu", "cuda"], True, "cuda:1", "cpu:gloo,cuda:nccl"),
+        (["cpu"], True, None, "gloo"),
+        (["auto"], False, None, "gloo"),
+    ],
+)
+def test_each_rank_takes_its_gpu_and_shards_cross_over_nccl(
+    monkeypatch: pytest.MonkeyPatch, devices: list[str], ranks: bool, chosen: str | None, backend: str
+) -> None:
+    """On the default group of gloo alone FSDP's gathers would go through the host."""
+    taken: list[torch.device] = []
+    backends: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(cli, "joined", lambda backend="gloo": backends.append(backend))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    if ranks:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    else:
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+    cli._joined(*(SimpleNamespace(device=device) for device in devices))
+    assert taken == ([] if chosen is None else [torch.device(chosen)])
+    assert backends == [backend]
