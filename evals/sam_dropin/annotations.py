@@ -29,6 +29,7 @@ _MAX_SIDE = 65_535  # of a JPEG
 _MAX_AREA = 1e10  # COCOeval's own ranges end there
 _REACH = 100_000.0  # pixels: no coordinate lies farther from an image's corner
 _MAX_PERIMETER = 4_000_000.0  # pixels: pycocotools draws every one of them, five times as fine
+_SLACK = 2  # pixels that a box may reach beyond its image without a word
 _MAX_MASKS = 16 << 30  # bytes of an image's masks, one a pixel
 
 
@@ -169,6 +170,27 @@ def read_detections(file: Path) -> tuple[list[Detection], str]:
         rows.append(Detection(entry["image_id"], entry["score"], instance))
     _refuse(file, "entries", len(entries), faults)
     return rows, hashlib.sha256(raw).hexdigest()
+
+
+def note_boxes(pictures: Sequence[Picture], what: str) -> tuple[str, ...]:
+    """Say which boxes look like another convention's: corners instead of a size, or shares of the image.
+
+    Args:
+        what: the boxes' name in the note.
+    """
+    owned = [(instance.box, picture.size) for picture in pictures for instance in picture.instances]
+    beyond = sum(x1 > size[1] + _SLACK or y1 > size[0] + _SLACK for (_, _, x1, y1), size in owned)
+    notes = []
+    if beyond:
+        notes.append(
+            f"{beyond} of {len(owned)} {what} reach more than {_SLACK} px beyond their image; COCO's are x, "
+            f"y, width and height, not two corners"
+        )
+    if any(max(box) > 0 for box, _ in owned) and all(max(box) <= 1 for box, _ in owned):
+        notes.append(
+            f"all {len(owned)} {what} lie within the first pixel; COCO's are in pixels, not shares of a side"
+        )
+    return tuple(notes)
 
 
 def _check_unique(file: Path, kind: str, numbers: Sequence[int]) -> None:

@@ -19,7 +19,7 @@ from evals.core.stored import Entry, Listing, StoredImages
 from radio.errors import DataError, require, shown
 from radio.images import MAX_IMAGE_BYTES, open_image
 
-from .annotations import CocoFile, Instance, Picture, read_instances
+from .annotations import CocoFile, Instance, Picture, note_boxes, read_instances
 
 # Letters: N instances of an image, H W pixels.
 
@@ -155,6 +155,7 @@ def open_instances(
         for picture, path in zip(kept, paths, strict=True)
     ]
     listing = Listing(file.stem, location or str(images.resolve()), ("",), tuple(entries))
+    notes = (*notes, *note_boxes(kept, "boxes"))
     return Instances(tuple(kept), StoredImages(listing, memo), data, name or file.stem, notes)
 
 

@@ -18,7 +18,7 @@ from evals.core.report import Metric
 from radio.errors import DataError, require, shown
 from radio.teachers.sam_decoder import SamHead
 
-from .annotations import Instance, Picture, read_detections
+from .annotations import Instance, Picture, note_boxes, read_detections
 from .coco import Instances, run_lengths
 from .decoding import Drawn, Loaded, masks_by_picture
 
@@ -64,6 +64,7 @@ class Detections:
         self.pictures: tuple[Picture, ...] = tuple(p for p in pictures if p.instances)
         if not self.pictures:
             raise DataError(f"{file}: holds no detections on the pictures of {truth.name}")
+        self.notes = note_boxes(self.pictures, "detections")
 
     @property
     def content(self) -> str:

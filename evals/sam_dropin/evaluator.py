@@ -201,7 +201,7 @@ def _precision(found: Detections, done: Sequence[Done]) -> _Scored:
         for image, entry, counts, size, quality in records
     ]
     note = f"{len(records)} detections on {len(found.pictures)} of {len(found.truth.pictures)} pictures"
-    return _Scored("ap", average_precision(found, records), {}, (note,), lines)
+    return _Scored("ap", average_precision(found, records), {}, (note, *found.notes), lines)
 
 
 def _rates(done: Sequence[Done]) -> dict[str, Metric]:

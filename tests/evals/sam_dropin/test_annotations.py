@@ -221,6 +221,25 @@ def test_bad_entries_are_named(tmp_path: Path, entry: dict[str, Any], said: str)
         read_detections(path)
 
 
+def test_boxes_of_other_conventions_are_said(world: tuple[Path, Path], change: Change) -> None:
+    change(set_one("annotations", 6, bbox=[5, 5, 30, 30]))
+    assert opened(world).notes == ()
+    data = json.loads(world[0].read_text())
+    for annotation in data["annotations"]:
+        x, y, width, height = annotation["bbox"]
+        annotation["bbox"] = [x, y, x + width, y + height]
+    world[0].write_text(json.dumps(data))
+    (note,) = opened(world).notes
+    assert "of 9 boxes reach more than 2 px beyond their image; COCO's are x, y, width and height" in note
+    sizes = {image["id"]: (image["width"], image["height"]) * 2 for image in data["images"]}
+    for annotation in data["annotations"]:
+        sides = zip(annotation["bbox"], sizes[annotation["image_id"]], strict=True)
+        annotation["bbox"] = [value / side / 2 for value, side in sides]
+    world[0].write_text(json.dumps(data))
+    (note,) = opened(world).notes
+    assert note == "all 9 boxes lie within the first pixel; COCO's are in pixels, not shares of a side"
+
+
 def test_names_match_whatever_the_form_of_their_accents(world: tuple[Path, Path], change: Change) -> None:
     for number, (stored, named) in enumerate((("NFC", "NFD"), ("NFD", "NFC")), start=1):
         folder = world[1] / unicodedata.normalize(stored, f"été{number}")
@@ -260,7 +279,7 @@ def test_an_orientation_that_is_not_applied_is_said(
             size = image.size if number == 3 else image.size[::-1]
             image.resize(size).save(world[1] / f"turned{number}.{ending}", exif=exif)
     change(set_one("images", 2, file_name=f"turned3.{ending}"))
-    (note,) = opened(world).notes
+    note = opened(world).notes[0]
     assert note.startswith("1 of 4 images has an EXIF orientation that is not applied; are the annotations")
     change(set_one("images", 1, file_name=f"turned2.{ending}"))
     with pytest.raises(

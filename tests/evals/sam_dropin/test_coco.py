@@ -125,8 +125,11 @@ def test_pictures_are_read_and_checked(world: tuple[Path, Path]) -> None:
     data = opened(world)
     pixels = np.asarray(Image.open(world[1] / "2.png")).transpose(2, 0, 1)
     assert torch.equal(data.read(data.pictures[1]), torch.from_numpy(pixels.copy()))
+    # Replaced since they were checked, by files of the same length.
+    lengths = [(world[1] / name).stat().st_size for name in ("1.png", "2.png")]
     Image.new("RGB", (7, 7)).save(world[1] / "2.png")
-    (world[1] / "1.png").write_bytes(b"nothing")
+    (world[1] / "2.png").write_bytes((world[1] / "2.png").read_bytes().ljust(lengths[1]))
+    (world[1] / "1.png").write_bytes(b"nothing".ljust(lengths[0]))
     with pytest.raises(
         DataError, match=r"2.png is \[7, 7\] \(height, width\), and instances says \[90, 50\]"
     ):
