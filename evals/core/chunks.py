@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, final
 
@@ -27,6 +30,8 @@ from .dist import Group
 
 T = TypeVar("T")
 
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")  # as `write_bytes` calls them
+_DAY = 24 * 3600
 _CHECKSUM = "checksum"  # its key in an entry's metadata or first line
 
 
@@ -81,6 +86,8 @@ def find_missing(paths: Sequence[Path], read: Callable[[Path], object], damage: 
         damage: learns of the damaged ones. Their files stay until they are replaced: another run in the
             same cache may just have done so.
     """
+    for folder in {path.parent for path in paths}:
+        remove_stray(folder)
     missing = []
     for place, path in enumerate(paths):
         if not path.exists():
@@ -94,6 +101,14 @@ def find_missing(paths: Sequence[Path], read: Callable[[Path], object], damage: 
             if path.is_dir():  # a file cannot replace it
                 shutil.rmtree(path)
     return missing
+
+
+def remove_stray(folder: Path) -> None:
+    """Remove what killed runs left half-written in a folder of entries, more than a day ago."""
+    for path in folder.glob(".*"):
+        with suppress(OSError):  # another run may do the same
+            if _TEMPORARY.fullmatch(path.name) and time.time() - path.stat().st_mtime > _DAY:
+                path.unlink()
 
 
 def check_all_there(paths: Iterable[Path]) -> None:

@@ -115,3 +115,19 @@ def test_a_text_towers_vectors_join_on_its_device() -> None:
     with pretend():
         tower = on_gpu(lambda: OpenClipText(Words(), tokenizer, "ones"))
         assert tower.encode(["one"] * 600).device == GPU
+
+
+def test_summaries_of_batches_with_images_that_could_not_be_read() -> None:
+    from evals.core import features
+    from evals.core.views import make_view
+
+    with pretend():
+        model = small_model()
+        how = features.Extraction(view=make_view(model, "center", None)[0], device=GPU)
+        sizes = [(96, 96), (48, 96), None, (96, 96)]
+        items = [
+            features._Item(place, None if size is None else torch.rand(3, *size), "" if size else "damaged")
+            for place, size in enumerate(sizes)
+        ]
+        found = features._encode(model, features._collate(items), how)
+        assert found.device == GPU and found.shape == (3, model.summary_dim)

@@ -135,6 +135,16 @@ def test_nothing_is_said_where_all_is_whole(entry: Path) -> None:
     assert told.notes() == ()
 
 
+def test_what_a_killed_run_left_is_removed_after_a_day(entry: Path) -> None:
+    old, new, other = (entry.parent / name for name in (".3.safetensors.0badf00d", ".4.x.0badf00d", ".notes"))
+    for path in (old, new, other):
+        path.write_bytes(b"half")
+    for path in (old, other):
+        os.utime(path, (1e9, 1e9))
+    find_missing([entry], lambda path: read_tensors(path, SPECS), Damage())
+    assert sorted(path.name for path in entry.parent.iterdir()) == [new.name, other.name, entry.name]
+
+
 def test_a_folder_that_ranks_do_not_share_is_an_error(entry: Path) -> None:
     check_all_there([entry])
     with pytest.raises(DataError, match="a folder that all share"):
