@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evals.core.chunks import Damage
+from evals.core.chunks import Damage, DamagedError
 from evals.core.data import ImageSource
 from evals.core.dist import Group
 from evals.core.evaluator import Watch
-from radio.errors import ConfigError, DataError
+from evals.core.provenance import has_tf32
+from radio.errors import CheckpointError, ConfigError, DataError
 
 from .conversations import Piece, Record, fingerprint, read_records
 from .encoding import Encoder
@@ -34,7 +36,7 @@ from .settings import VqaSettings
 from .stages import Job, final_loss, train
 from .states import StageState, read_state
 
-_FORMAT = "am-radio-vqa/1"
+_FORMAT = "am-radio-vqa/2"
 _LEAST_TEXT = 64  # tokens of a sample that the image leaves to question and answer
 _PARTS = {"projector": (PROJECTOR,), "language": ("model.language_model.", "lm_head.")}
 
@@ -177,6 +179,12 @@ class Course:
             )
 
     @property
+    def numbers(self) -> str:
+        """What networks compute in: fp32, bf16, or TF32 for fp32 on a GPU that has it."""
+        is_tf32 = self.settings.precision == "fp32" and has_tf32(self.device)
+        return "TF32" if is_tf32 else self.settings.precision
+
+    @property
     def _token_grid(self) -> tuple[int, int] | None:
         return None if self.encoder.grid == self.encoder.own_grid else self.encoder.grid
 
@@ -204,7 +212,7 @@ class Course:
         self, name: str, plan: StagePlan, material: Material, key: str, weights: dict[str, Tensor]
     ) -> StageState:
         path = self.folder / f"{key}.pt"
-        found = read_state(path, key, self.group)
+        found = self._read(path, key)
         rank = self.settings.lora_rank if name == "instruct" else None
         if found.step >= plan.steps:
             return found if rank is None else self._merged(found, rank, weights)
@@ -237,6 +245,18 @@ class Course:
         state = train(model, job, self.watch)
         return state if rank is None else self._merged(state, rank, weights)
 
+    def _read(self, path: Path, key: str) -> StageState:
+        """The state of a stage; a fresh one where its file is damaged, which is thrown away."""
+        try:
+            return read_state(path, key, self.group)
+        except CheckpointError as error:
+            self.encoder.damage.add(DamagedError(str(error)))
+        self.group.barrier()  # every rank has seen it
+        if self.group.leads:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        self.group.barrier()
+        return StageState()
+
     def _merged(self, state: StageState, rank: int, weights: dict[str, Tensor]) -> StageState:
         """The state with LoRA's additions added into the language model's own weights."""
         model = self.build(weights)
@@ -268,7 +288,7 @@ class Course:
             material.fingerprint,
             self.encoder.size,
             settings.luck,
-            settings.precision,
+            self.numbers,
             settings.lora_rank,
             settings.shuffle_images,
             self.preset.longest,

@@ -249,7 +249,7 @@ def _resolved(outcome: _Outcome, settings: VqaSettings, group: Group) -> dict[st
         "new_tokens": course.preset.new_tokens,
         "template": "vicuna_v1",
         "decoding": "greedy",
-        "precision": settings.precision,
+        "precision": course.numbers,
         "ranks": group.world,
     }
 

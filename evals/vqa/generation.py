@@ -23,6 +23,7 @@ from evals.core.chunks import (
 )
 from evals.core.dist import Group
 from evals.core.evaluator import Watch
+from evals.core.provenance import fast_products
 
 from .conversations import Piece
 from .language import Language
@@ -98,6 +99,7 @@ class Speaker:
             batch["pixel_values"] = torch.stack(pictures).float().to(self.device)
         with (
             torch.inference_mode(),
+            fast_products(self.device),
             torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16),
         ):
             spoken = self.model.generate(

@@ -111,7 +111,8 @@ class VqaSettings:
     device: Machine[str] = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """What the encoder and the language model compute in; weights that learn are kept in fp32."""
+    """What the encoder and the language model compute in; weights that learn are kept in fp32. On a GPU fp32
+    takes its products in TF32, unless NVIDIA_TF32_OVERRIDE=0 is set."""
     seed: Seed = 0
     """Which generated world; also of fresh weights, of the order of samples, and of the bootstrap."""
     training_seed: Machine[Seed | None] = None

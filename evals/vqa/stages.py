@@ -28,6 +28,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from evals.core.dist import Group
 from evals.core.evaluator import Watch
 from evals.core.progress import Telling
+from evals.core.provenance import fast_products
 from radio.errors import ConfigError, RadioError
 
 from .library import fitting_threads
@@ -79,6 +80,7 @@ def train(model: Any, job: Job, watch: Watch) -> StageState:
         tempfile.TemporaryDirectory(prefix="am-radio-vqa-") as folder,
         _own_randomness(),
         fitting_threads(model, job.device),
+        fast_products(job.device),
         projector_in_every_batch(model) if job.lacks_pictures else nullcontext(),
         watch(job.title, job.plan.steps) as advance,
     ):

@@ -175,6 +175,22 @@ def test_more_tokens_than_a_sample_holds(
     assert shown.metrics["gqa"] == kept.metrics["gqa"]
 
 
+def test_a_damaged_training_is_thrown_away_and_done_again(
+    backbone: Callable[..., Any], tmp_path: Path
+) -> None:
+    settings = replace(SMALL, stages=("pretrain",))
+    whole = EVALUATOR.run(backbone(), settings, tmp_path)
+    states = sorted((tmp_path / "cache").glob("am-radio/vqa/stages/*.pt"))
+    assert len(states) == 2
+    for damaged in (b"", b"PK\3\4 and no more", None):
+        for state in states:
+            state.unlink()
+            state.mkdir() if damaged is None else state.write_bytes(damaged)
+        again = EVALUATOR.run(backbone(), settings, tmp_path)
+        assert again.metrics == whole.metrics
+        assert any("2 damaged files of the cache were made again" in note for note in again.notes)
+
+
 def test_bf16_leaves_the_callers_weights_as_they_are(backbone: Callable[..., Any], tmp_path: Path) -> None:
     model = backbone()
     before, fingerprint = model.weight.clone(), model.fingerprint
