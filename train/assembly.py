@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from evals.core.dist import Group
 from evals.core.provenance import commit, versions
@@ -21,9 +22,10 @@ from radio.types import Student, Teacher, Windowed
 from .balancing import check_balance
 from .config import TeacherConfig, TrainConfig
 from .data.progress import LISTING
-from .parallel import check_shardable
+from .parallel import check_shardable, is_half
 from .partition import Partition, make_partition
 from .pictures import Described
+from .teacher_weights import make_lean
 
 # Settings that may change from one start to the next: what is told and kept, and who does the work.
 _UNDECIDING = (
@@ -138,17 +140,24 @@ def load_teachers(
     if not known or len(set(known)) != len(known):
         raise ConfigError(f"a run needs teachers with names of their own, got {', '.join(known) or 'none'}")
     chosen = [t for t in config.teachers if names is None or t.name in names]
-    return {t.name: _load_teacher(t, device) for t in chosen}
+    teachers = {t.name: _load_teacher(t) for t in chosen}
+    for teacher in teachers.values():
+        # On a CPU torch's own attention takes another way for weights in bfloat16, and rounds otherwise.
+        make_lean(teacher, config, half=device.type == "cuda" and is_half(config, device))
+        assert isinstance(teacher, nn.Module)
+        teacher.to(device)  # and each weight keeps its type
+    return teachers
 
 
-def _load_teacher(config: TeacherConfig, device: torch.device) -> Teacher:
-    teacher = load_teacher(config.model)
+def _load_teacher(config: TeacherConfig) -> Teacher:
+    """The teacher in float32, its fingerprint taken."""
+    teacher = load_teacher(config.model).to(torch.device("cpu"), torch.float32)
     if config.fingerprint not in (None, teacher.fingerprint):
         raise CheckpointError(
             f"teacher {config.name}: {config.model} has other weights than asked for: their fingerprint is "
             f"{teacher.fingerprint}, not {config.fingerprint}; bring the right file, or mend the setting"
         )
-    return teacher.to(device, torch.float32)
+    return teacher
 
 
 def gather_facts(

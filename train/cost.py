@@ -38,6 +38,7 @@ from .batches import Lesson
 from .config import TrainConfig
 from .partition import TeacherGroup
 from .step import Distiller, Part, StudentPass, in_parts, teacher_features
+from .teacher_weights import make_lean
 
 _ATEN = torch.ops.aten
 _GPUS_NAMES = {  # torch has formulas for the kernels of attention on GPUs, which take the same arguments
@@ -84,14 +85,20 @@ class Outline(NamedTuple):
         return held
 
 
-def outline(config: TrainConfig) -> Outline:
+def outline(config: TrainConfig, *, half: bool = False) -> Outline:
     """A run's models without weights; where a family of teachers can do without, no file is read.
+
+    Args:
+        config: the run's settings.
+        half: forwards run in bfloat16, so frozen matrices are kept in it.
 
     Raises:
         ConfigError: an unknown student or teacher, or settings that do not fit one another.
         SizeError: a resolution that a teacher or the student cannot take.
     """
     teachers = {t.name: outline_teacher(t.model) for t in config.teachers}
+    for teacher in teachers.values():
+        make_lean(teacher, config, half=half)
     sizes = teacher_sizes(config, teachers)
     facts = {
         name: TeacherFacts("", sizes[name], teacher.summary_dim, teacher.token_dim)

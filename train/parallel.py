@@ -93,7 +93,8 @@ class Engine:
             _shard(self._pass, device, group.world, half=is_half(config, device))
         elif group.world > 1:
             devices = [device.index] if device.type == "cuda" else None
-            self._pass = DistributedDataParallel(self._pass, device_ids=devices, forward_sync_buffers=False)
+            self._pass = DistributedDataParallel(self._pass, device_ids=devices)
+            self._pass.broadcast_buffers = False  # after the first time; torch changed the argument's name
         ids = {id(parameter) for parameter in student.parameters()}
         self._shared = list(student.parameters())
         self._local = [parameter for parameter in distiller.parameters() if id(parameter) not in ids]

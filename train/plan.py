@@ -44,7 +44,7 @@ class Memory(NamedTuple):
     """Bytes on one rank."""
 
     weights: int  # student and adaptors, or the rank's part of them
-    teachers: int  # frozen weights, text towers too
+    teachers: int  # frozen weights, their matrices in bfloat16 where forwards are; no text towers
     optimiser: int  # AdamW's two moments
     average: int  # of the weights (--ema)
     gradients: int
@@ -137,8 +137,8 @@ def make_plan(config: TrainConfig, options: PlanOptions) -> Plan:
     world = _world(config) if options.world is None else options.world
     check_settings(config, world)
     partition = deal(config, world)
-    models = outline(config)
     half = config.precision == "bf16" or (config.precision == "auto" and config.device != "cpu")
+    models = outline(config, half=half and config.device != "cpu")
     dealt = list(dict.fromkeys(group.ranks for group in partition.groups))
     sets = [tuple(group for group in partition.groups if group.ranks == ranks) for ranks in dealt]
     costs = {

@@ -80,6 +80,10 @@ class Frozen(nn.Module):
         """The text tower that shares the summary's space; None where there is none."""
         return self._text
 
+    def drop_text(self) -> None:
+        """Forget the text tower, which nothing but texts needs."""
+        self._text = None
+
     @property
     def fingerprint(self) -> str:
         """Hex hash of name, settings and the trunk's weights in their present type; computed once a type."""

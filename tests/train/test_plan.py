@@ -49,7 +49,9 @@ def test_the_papers_plan() -> None:
     assert plan.idle_shares == {"clip+dino": pytest.approx(1 - clip.flops / sam.flops), "sam": 0}
     assert plan.proposal is None
     teachers = [kind.memory.teachers for kind in plan.kinds]
-    assert teachers == [4 * (986_109_441 + 1_136_479_232 + 2 * 6) + 4 * 77 * 77, 4 * (637_026_048 + 6)]
+    # two bytes a weight of CLIP's image tower, DINOv2 and SAM; norms and positions have four
+    assert teachers[0] == pytest.approx(2 * (632_076_800 + 1_136_479_232), rel=0.005)
+    assert teachers[1] == pytest.approx(2 * 637_026_048, rel=0.01)
 
 
 def test_turns_add_up(two: TrainConfig) -> None:
