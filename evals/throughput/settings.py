@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Interval
 
 from radio.benchmark import PRESETS, Protocol
+from radio.config import Pixels, check
 from radio.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+Batch = Annotated[int, Interval(ge=1, le=65_536)]
+Windows = Annotated[int, Interval(ge=1, le=100_000)]
+Seconds = Annotated[float, Interval(ge=0, le=86_400)]
+Threads = Annotated[int, Interval(ge=1, le=1024)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ThroughputSettings:
     """Images a second on random input that lies on the device."""
 
-    batches: tuple[int, ...] | None = None
+    batches: tuple[Batch, ...] | None = None
     """Pictures in a call, one after the other: 1 and 8, or the preset's, unless given."""
-    resolution: int | None = None
+    resolution: Pixels | None = None
     """Side of the pictures in pixels. Each model's own size unless given."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """What the models compute in. auto: fp32 on a CPU, bf16 on CUDA."""
@@ -31,13 +39,13 @@ class ThroughputSettings:
     """Of pictures and weights in memory. auto: channels-last for models with convolutions beyond a stem."""
     preset: Literal["timm", "paper"] | None = None
     """timm: batch 256, 10 calls to warm up and 40 that count, as timm's benchmark. paper: batch 128."""
-    windows: int = 5
+    windows: Windows = 5
     """Measured windows of each model and batch; their median counts."""
-    window_seconds: float = 1.0
+    window_seconds: Seconds = 1.0
     """About how long a window is; one call at least."""
-    warmup_seconds: float = 3.0
+    warmup_seconds: Seconds = 3.0
     """Before the first window; one call at least."""
-    threads: int | None = None
+    threads: Threads | None = None
     """Threads of the CPU. As many as torch takes unless given."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
@@ -54,6 +62,7 @@ class ThroughputSettings:
             if value is not None and value < 1:
                 raise ConfigError(f"{flag} {value} cannot be; give 1 or more")
         self.protocol  # noqa: B018 (checks itself)
+        check(self)
 
     @property
     def protocol(self) -> Protocol:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +30,35 @@ class PositionBias(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(2, _HIDDEN)
         self.fc2 = nn.Linear(_HIDDEN, heads, bias=False)
+        self._kept: tuple[tuple[object, ...], Tensor] | None = None  # what the last bias was made of, and it
 
     def forward(self, side: int) -> Tensor:
-        """[1, h, s*s, s*s] for a window of that side; the first token asks, the second is asked."""
+        """[1, h, s*s, s*s] for a window of that side; the first token asks, the second is asked.
+
+        Outside of training it is made once: it depends on the side and the weights alone.
+        """
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._make(side)
+        kind = self.fc1.weight.device.type
+        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        made_of = (side, cast, *(_state(weight) for weight in self.parameters()))
+        if self._kept is None or self._kept[0] != made_of:
+            bias = self._make(side)
+            if type(bias) is not Tensor or bias.is_meta:  # without values
+                return bias
+            self._kept = made_of, bias
+        return self._kept[1]
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch the mode, and forget the bias that was kept."""
+        self._kept = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold: all but the bias that was kept."""
+        return {**self.__dict__, "_kept": None}
+
+    def _make(self, side: int) -> Tensor:
         device, reach = self.fc1.weight.device, 2 * side - 1
         apart = torch.arange(1 - side, side, device=device).to(self.fc1.weight.dtype)
         spaced = apart.sign() * torch.log2(1 + apart.abs()) / math.log2(_UNIT)
@@ -42,6 +69,12 @@ class PositionBias(nn.Module):
         which = lag[:, None, :, None] * reach + lag[None, :, None, :]
         bias: Tensor = table[which.reshape(side * side, -1)].permute(2, 0, 1)
         return bias.contiguous()[None]  # fused kernels want rows
+
+
+def _state(weight: Tensor) -> tuple[object, ...]:
+    """What changes when a weight's values, place or type do."""
+    version = 0 if weight.is_inference() else weight._version
+    return id(weight), version, weight.device, weight.dtype
 
 
 class WindowBlock(nn.Module):

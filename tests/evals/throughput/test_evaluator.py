@@ -121,6 +121,12 @@ def test_unknown_references_and_double_names_are_errors(tmp_path: Path) -> None:
         ({"threads": 0}, "--threads 0 cannot be"),
         ({"batches": (0,)}, "cannot be measured"),
         ({"window_seconds": -1.0}, "cannot be measured"),
+        ({"batches": (1, 10**9)}, r"batches\[1\]: 1000000000 is out of bounds"),
+        ({"resolution": 10**6}, "resolution: 1000000 is out of bounds"),
+        ({"threads": 10**9}, "threads: 1000000000 is out of bounds"),
+        ({"windows": 10**12}, "windows: 1000000000000 is out of bounds"),
+        ({"window_seconds": float("nan")}, "window_seconds: nan"),
+        ({"warmup_seconds": float("inf")}, "warmup_seconds: inf"),
     ],
 )
 def test_settings_that_cannot_be(changes: dict[str, Any], said: str) -> None:

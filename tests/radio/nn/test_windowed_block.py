@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -123,3 +124,50 @@ def test_windows_of_a_map_and_back():
     assert map_of(windows_of(one, 4), (4, 4), 4).data_ptr() == one.data_ptr()  # one window: no copy
     with pytest.raises(SizeError, match="a 4x6 grid does not divide into 4x4 windows"):
         windows_of(x, 4)
+
+
+def test_the_bias_is_made_once_outside_of_training_and_anew_when_anything_changes(lively, monkeypatch):
+    positions = lively(PositionBias(2))
+    made = []
+    make = PositionBias._make
+    monkeypatch.setattr(PositionBias, "_make", lambda self, side: made.append(side) or make(self, side))
+    with torch.no_grad():
+        first = positions(3)
+        assert positions(3) is first and made == [3]
+        assert positions(2).shape[-1] == 4 and made == [3, 2]
+        positions.fc2.weight.mul_(2)  # as an optimizer does
+        assert torch.equal(positions(2), make(positions, 2))
+        assert made == [3, 2, 2]
+        positions.load_state_dict({name: 0 * value for name, value in positions.state_dict().items()})
+        assert not positions(2).any() and made == [3, 2, 2, 2]
+        positions.fc2.weight.data.fill_(1)  # unseen, until the mode is set
+        positions.fc1.bias.data.fill_(1)
+        assert positions.eval()(2).all()
+        assert positions.double()(2).dtype == torch.float64
+        with torch.autocast("cpu", torch.bfloat16):
+            assert positions.float()(2).dtype == torch.bfloat16
+        assert positions(2).dtype == torch.float32
+        assert copy.deepcopy(positions)._kept is None
+
+
+def test_a_bias_that_is_learned_or_traced_is_never_a_kept_one(lively):
+    positions = lively(PositionBias(2))
+    with torch.inference_mode():
+        wanted = positions(3).clone()
+    positions(3).square().sum().backward()  # in evaluation mode, with gradients
+    assert positions.fc1.weight.grad.abs().sum() > 0
+    exported = torch.export.export(Sided(positions), (torch.zeros(1),)).module()
+    with torch.no_grad():
+        positions.fc2.weight.mul_(3)
+        torch.testing.assert_close(exported(torch.zeros(1)), wanted)
+
+
+class Sided(nn.Module):
+    """The biases of windows of 3, added to a number."""
+
+    def __init__(self, positions: PositionBias) -> None:
+        super().__init__()
+        self.positions = copy.deepcopy(positions)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.positions(3) + x
