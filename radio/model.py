@@ -48,7 +48,8 @@ class RadioModel(nn.Module):
         self.config = config
         self.card = dict(card or {})
         self.label = name or config.student
-        student = students[config.student](config.options)
+        factory: Any = students[config.student]
+        student = factory(config.options) if callable(factory) else factory
         if not isinstance(student, nn.Module):
             raise ConfigError(
                 f"student {config.student!r} is not a torch module; make its factory return one"

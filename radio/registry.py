@@ -10,6 +10,8 @@ from .errors import ConfigError, did_you_mean, shown
 
 T = TypeVar("T")
 
+_MAX_CHARS = 200  # of a name in messages
+
 
 class Registry(Generic[T]):
     """A mapping from kebab-case names to objects (factories, evaluators).
@@ -66,7 +68,7 @@ class Registry(Generic[T]):
             if colon and prefix in self._families:
                 return self._families[prefix](rest)
             hint = did_you_mean(name, self._entries) or f"; known: {', '.join(sorted(self._entries))}"
-            raise ConfigError(f"unknown {self.kind} {name!r}{hint}")
+            raise ConfigError(f"unknown {self.kind} {name[:_MAX_CHARS]!r}{hint}")
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:

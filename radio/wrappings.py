@@ -62,7 +62,7 @@ def find_state(data: Any, where: object) -> dict[str, Tensor]:
     other = next((name for name in tensors if not isinstance(name, str)), None)
     if other is not None:
         raise CheckpointError(
-            f"{shown(where)}: its tensors have no names: one stands under {str(other)[:40]} (a "
+            f"{shown(where)}: its tensors have no names: one stands under {_shown_key(other)} (a "
             f"{type(other).__name__}); wanted a state dict"
         )
     return _unmarked(tensors, where)
@@ -140,5 +140,13 @@ def _unmarked(tensors: Mapping[str, Tensor], where: object) -> dict[str, Tensor]
 def _describe(data: Any) -> str:
     if not isinstance(data, Mapping):
         return f"a {type(data).__name__}"
-    keys = ", ".join(shown(str(key)[:60]) for key in list(data)[:8])
+    keys = ", ".join(_shown_key(key) for key in list(data)[:8])
     return f"the keys {keys}{', …' if len(data) > 8 else ''}" if data else "nothing"
+
+
+def _shown_key(key: Any) -> str:
+    """A key for a message: a text cut, a small number, of all else (which may be endless) the type."""
+    if isinstance(key, str):
+        return shown(key[:60])
+    small = isinstance(key, int) and key.bit_length() < 64
+    return str(key) if small else f"a {type(key).__name__}"

@@ -73,7 +73,7 @@ def check_name(name: str) -> None:
     if not timm.is_model(name):
         known = timm.list_models()
         hint = did_you_mean(name, known) or f"; timm.list_models() lists all {len(known)}"
-        raise ConfigError(f"timm has no model {name!r}{hint}")
+        raise ConfigError(f"timm has no model {name[:200]!r}{hint}")
 
 
 def _stride(network: Any) -> int:

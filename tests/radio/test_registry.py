@@ -86,13 +86,19 @@ def test_an_entry_point_that_takes_a_name_of_ours_is_an_error(plugin):
         registry["ours"]
 
 
-@pytest.mark.parametrize("code", ["import a_module_that_is_nowhere\n", "x = 1\n"])
+@pytest.mark.parametrize(
+    "code",
+    ["import a_module_that_is_nowhere\n", "x = 1\n", "1 / 0\n", "raise SystemExit(3)\n", "def make(:\n"],
+)
 def test_a_broken_plugin_is_named_every_time(plugin, code):
     plugin("broken", "broken_widgets:make", code)
     registry = Registry("widget")
     for _ in range(2):
-        with pytest.raises(ConfigError, match=r"'broken' of another package \(broken_widgets:make\)"):
+        with pytest.raises(
+            ConfigError, match=r"'broken' of another package \(broken_widgets:make\)"
+        ) as caught:
             list(registry)
+        assert "mend or uninstall broken-plugin" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_hints_name_what_is_near():
