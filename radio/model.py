@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,14 +48,14 @@ class RadioModel(nn.Module):
         self.config = config
         self.card = dict(card or {})
         self.label = name or config.student
-        factory: Any = students[config.student]
+        factory: Any = students[config.student]  # another package's may be anything
         student = factory(config.options) if callable(factory) else factory
         if not isinstance(student, nn.Module):
             raise ConfigError(
                 f"student {config.student!r} is not a torch module; make its factory return one"
             )
-        self.student: Student = student
-        self.adaptors = _heads(config.adaptors, student)
+        self.student = cast(Student, student)
+        self.adaptors = _heads(config.adaptors, self.student)
 
     @property
     def name(self) -> str:
