@@ -64,7 +64,6 @@ class SegEvaluator:
             ConfigError: an unknown device, or a batch that the ranks cannot share.
             SizeError: a crop or stride that does not fit the backbone.
             MissingExtraError: MMSegmentation, or a system library that OpenCV needs, is not installed.
-            CheckpointError: what an earlier run wrote down is damaged.
             RadioError: values that are not finite.
         """
         load_plugin()  # its absence shows before the long part

@@ -103,6 +103,7 @@ class Probe:
             test_batch=_TEST_BATCH if self.keeps_tokens else 1,
             group=self.group,
             label=label if self.settings.seeds == 1 else f"{label}, seed {seed}",
+            damage=self.damage,
         )
         return run(job, watch, writer)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import secrets
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,10 +26,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from evals.core.chunks import Damage, DamagedError
 from evals.core.dist import Group
 from evals.core.evaluator import Watch
 from evals.core.progress import Telling
-from radio.errors import RadioError
+from radio.errors import CheckpointError, RadioError
 
 from .pictures import Pictures, Positions, Sample, Share, Stream, TokenMaps, one_thread
 from .plugin import AreaMetric
@@ -59,6 +61,7 @@ class Job:
     test_batch: int
     group: Group
     label: str  # beside the bars
+    damage: Damage  # of the cache
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,10 +79,9 @@ def run(job: Job, watch: Watch, keep: Keep | None = None) -> Outcome:
 
     Raises:
         RadioError: the loss is not finite.
-        CheckpointError: what an earlier run wrote down is damaged or another run's.
         DataError: ranks do not share the folder of the states.
     """
-    start = read_state(job.state, job.key, job.group)
+    start = _start(job)
     with TemporaryDirectory(prefix="am-radio-seg-") as folder, _own_randomness(job.device):
         metric = AreaMetric(job.group)
         runner = _make_runner(job, start, metric, folder)
@@ -95,6 +97,18 @@ def run(job: Job, watch: Watch, keep: Keep | None = None) -> Outcome:
             scores = runner.test()
     head = {name: tensor.cpu() for name, tensor in _bare(runner.model).state_dict().items()}
     return Outcome(areas=metric.areas, scores=scores, head=head, resumed=start.iteration)
+
+
+def _start(job: Job) -> HeadState:
+    """Where an earlier run has come to; a state that is damaged is told, and the training begins anew."""
+    try:
+        return read_state(job.state, job.key, job.group)
+    except CheckpointError as error:
+        if job.group.leads:
+            job.damage.add(DamagedError(str(error).partition(";")[0]))
+            if job.state.is_dir():  # a file cannot replace it
+                shutil.rmtree(job.state)
+        return HeadState()
 
 
 def _make_runner(job: Job, start: HeadState, metric: AreaMetric, folder: str) -> ProbeRunner:

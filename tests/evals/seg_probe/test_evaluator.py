@@ -358,6 +358,25 @@ def test_a_damaged_generated_world_is_made_again_and_said(tmp_path: Path) -> Non
     assert damage.notes()[0].startswith("1 damaged file of the cache was made again")
 
 
+@pytest.mark.parametrize("spoil", ["cut", "altered", "folder"])
+def test_a_damaged_state_is_made_again_and_said(
+    tmp_path: Path, settings: SegSettings, backbone: Callable, spoil: str
+) -> None:
+    whole = run(backbone(), settings, tmp_path / "whole")
+    (state,) = (settings.cache / "seg-heads").iterdir()
+    data = state.read_bytes()
+    state.unlink()
+    if spoil == "folder":
+        state.mkdir()
+    else:
+        middle = len(data) // 2
+        state.write_bytes(data[:middle] + (b"" if spoil == "cut" else b"12345678" + data[middle + 8 :]))
+    report = run(backbone(), settings, tmp_path / "out")
+    assert values(report) == values(whole)
+    assert same_heads(tmp_path / "out", tmp_path / "whole")
+    assert "1 damaged file of the cache was made again; the first: " in report.notes[-1]
+
+
 def test_bfloat16_leaves_the_callers_weights_as_they_were(
     tmp_path: Path, settings: SegSettings, backbone: Callable
 ) -> None:
