@@ -115,9 +115,10 @@ class Stored:
     def _listed(self) -> tuple[Tensor, tuple[Skipped, ...]]:
         indices, skipped = [], []
         for number in range(_num_chunks(self._count)):
-            chunk = load_tensors(chunk_path(self._folder, number), ("indices",))
+            path = chunk_path(self._folder, number)
+            chunk = load_tensors(path, ("indices",))
             indices.append(chunk.tensors["indices"])
-            skipped += [Skipped(key=key, reason=reason) for key, reason in _skipped(chunk)]
+            skipped += [Skipped(key=key, reason=reason) for key, reason in _skipped(chunk, path)]
         return torch.cat(indices), tuple(skipped)
 
 
@@ -313,17 +314,17 @@ def _check_chunk(source: ImageSource, path: Path) -> None:
     span = _span(int(path.stem), len(source.keys))
     keys = source.keys
     kept = chunk.tensors["indices"].tolist()
-    left_out = {key for key, _ in _skipped(chunk)}
+    left_out = {key for key, _ in _skipped(chunk, path)}
     wanted = [index for index in span if keys[index] not in left_out]
     if kept != wanted or len(kept) != len(chunk.tensors["features"]):
         raise DamagedError(f"{path}: holds {len(kept)} of the pictures {span.start} to {span.stop - 1}")
 
 
-def _skipped(chunk: Tensors) -> list[tuple[str, str]]:
+def _skipped(chunk: Tensors, path: Path) -> list[tuple[str, str]]:
     try:
         return _SKIPPED.validate_json(chunk.metadata["skipped"])
     except (KeyError, ValidationError) as error:
-        raise DamagedError(f"a file of features has no list of pictures left out ({error})") from error
+        raise DamagedError(f"{path}: has no list of the pictures left out") from error
 
 
 def _key(model: Backbone, source: ImageSource, how: Extraction) -> str:

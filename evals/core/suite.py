@@ -99,7 +99,12 @@ def run_all(
     """
     fingerprint, outcomes = model.fingerprint, []
     for task, (evaluator, settings) in jobs.items():
-        lack = evaluator.lacks(model) if isinstance(evaluator, Particular) else ""
+        try:
+            lack = evaluator.lacks(model) if isinstance(evaluator, Particular) else ""
+        except RadioError as error:  # what it needs is named, and is not there
+            outcomes.append(Outcome(task=task, state="failed", reason=str(error)))
+            tell(f"{task}: failed: {error}")
+            continue
         if lack:
             outcomes.append(Outcome(task=task, state="left out", reason=lack))
             tell(f"{task}: left out: {lack}")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from evals.core import features as module
+from evals.core.chunks import Damage, write_tensors
 from evals.core.data import open_source
 from evals.core.dist import Group
 from evals.core.features import Extraction, default_cache, extract, to_unit
@@ -122,6 +123,37 @@ def test_a_damaged_chunk_is_made_again(tmp_path: Path, folder: Path, backbone: C
     fresh = backbone()
     stored = extract(fresh, open_source(str(folder)), how(fresh), cache=cache)
     assert fresh.pictures == 5
+    assert torch.allclose(stored.load().features, slowly(backbone(), folder), atol=1e-6)
+
+
+OTHERS: dict[str, tuple[dict[str, torch.Tensor], str]] = {
+    "other keys": ({"others": torch.ones(2)}, "[]"),
+    "too few": ({"features": torch.ones(3, 24), "indices": torch.arange(5, 8)}, "[]"),
+    "indices beyond": ({"features": torch.ones(5, 24), "indices": torch.arange(100, 105)}, "[]"),
+    "indices of another chunk": ({"features": torch.ones(5, 24), "indices": torch.arange(5)}, "[]"),
+    "one twice": ({"features": torch.ones(5, 24), "indices": torch.tensor([5, 6, 7, 8, 8])}, "[]"),
+    "fewer features": ({"features": torch.ones(4, 24), "indices": torch.arange(5, 10)}, "[]"),
+    "half precision": ({"features": torch.ones(5, 24).half(), "indices": torch.arange(5, 10)}, "[]"),
+    "left out of another shape": (
+        {"features": torch.ones(5, 24), "indices": torch.arange(5, 10)},
+        '{"a": 1}',
+    ),
+    "left out nested": ({"features": torch.ones(5, 24), "indices": torch.arange(5, 10)}, "[" * 100_000),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_chunk_of_another_shape_is_made_again_though_its_checksum_fits(
+    tmp_path: Path, folder: Path, backbone: Callable, other: str
+) -> None:
+    model, cache = backbone(), tmp_path / "cache"
+    extract(model, open_source(str(folder)), how(model), cache=cache)
+    tensors, skipped = OTHERS[other]
+    chunk = next(cache.glob("features/*/000001.safetensors"))
+    write_tensors(chunk, tensors, {"skipped": skipped})
+    fresh, damage = backbone(), Damage()
+    stored = extract(fresh, open_source(str(folder)), how(fresh), cache=cache, damage=damage)
+    assert fresh.pictures == 5 and str(chunk) in damage.notes()[0]
     assert torch.allclose(stored.load().features, slowly(backbone(), folder), atol=1e-6)
 
 

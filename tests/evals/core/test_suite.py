@@ -13,7 +13,7 @@ from evals.core.evaluator import silent
 from evals.core.report import Metric, Report, file_name, read, write
 from evals.core.suite import Outcome, run_all
 from radio.config import to_plain
-from radio.errors import DataError, RadioError
+from radio.errors import CheckpointError, DataError, RadioError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +163,16 @@ def test_a_foreign_state_is_no_state(everything: Any, tmp_path: Path, text: str)
     everything()
     (tmp_path / "out" / "all.json").write_text(text)
     assert states(everything())[:2] == ["done", "done"]
+
+
+def test_what_a_task_needs_and_cannot_be_read_stops_no_other(everything: Any, tasks: dict[str, Task]) -> None:
+    def lacks(model: Any) -> str:
+        raise CheckpointError("clip.pt: no such file")
+
+    tasks["a"].lacks = lacks  # type: ignore[method-assign]
+    outcomes = everything()
+    assert states(outcomes) == ["failed", "done", "left out"]
+    assert outcomes[0].reason == "clip.pt: no such file"
 
 
 def test_a_full_gpu_is_said_and_emptied_for_the_next(
