@@ -24,7 +24,6 @@ from evals.core.provenance import commit, describe_device, peak_memory, versions
 from evals.core.report import DataUsed, Metric, Report, Table, file_name, proportion, write
 from radio.config import to_plain
 from radio.errors import ConfigError, require
-from radio.io import write_text
 from radio.types import Backbone
 
 from .captions import Captioned, open_captions
@@ -184,8 +183,7 @@ class ZeroshotEvaluator:
             files=(f"{base}.jsonl",),
         )
         if job.group.leads:
-            write_text(out / f"{base}.jsonl", "".join(scored.records))
-            write(report, out / f"{base}.json")
+            write(report, out / f"{base}.json", {out / f"{base}.jsonl": "".join(scored.records)})
         return report
 
 
