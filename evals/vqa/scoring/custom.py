@@ -33,6 +33,7 @@ class _Row(TypedDict):
     category: NotRequired[str]
 
 
+_MOST_CATEGORIES = 200
 _ROW = TypeAdapter(_Row)
 
 
@@ -53,6 +54,11 @@ def read(files: TaskFiles) -> Exam:
     questions = [_question(row, number) for number, (_, row) in enumerate(rows, start=1)]
     marked = [_mark(row, where) for where, row in rows]
     categories = [row.get("category", "") for _, row in rows]
+    if len(set(categories)) > _MOST_CATEGORIES:
+        raise DataError(
+            f"{shown(path)}: has {len(set(categories))} categories; wanted {_MOST_CATEGORIES} at most, each "
+            f"is a score of its own"
+        )
     return Exam(
         split=files.split or path.stem,
         questions=tuple(questions),

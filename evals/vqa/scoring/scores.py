@@ -38,7 +38,11 @@ class Scores:
         for name, group in self.groups.items():
             if group.as_metrics:
                 labels = np.array(group.labels)
-                masks |= {f"{name}_{_slug(label)}": labels == label for label in sorted(set(group.labels))}
+                for label in sorted(set(group.labels)):
+                    key = f"{name}_{_slug(label)}"
+                    while key in masks:  # another label is spelled alike in small letters
+                        key += "_"
+                    masks[key] = labels == label
         metrics = self._means(masks, seed)
         if self.missing:
             share = 100 * len(self.missing) / len(self.ids)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +21,7 @@ from evals.core.report import read
 from evals.vqa import presets, stages
 from evals.vqa.evaluator import VqaEvaluator
 from evals.vqa.settings import VqaSettings
+from radio.entry import evaluate
 from radio.errors import ConfigError, DataError, MissingExtraError, MissingWeightsError
 from radio.hub import load_backbone
 
@@ -189,6 +192,28 @@ def test_a_damaged_training_is_thrown_away_and_done_again(
         again = EVALUATOR.run(backbone(), settings, tmp_path)
         assert again.metrics == whole.metrics
         assert any("2 damaged files of the cache were made again" in note for note in again.notes)
+
+
+def test_a_full_disk_is_one_line_and_what_stood_before_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.jsonl").write_text('{"question": "Red?", "answer": "yes"}\n')
+    (tmp_path / "said.jsonl").write_text('{"question_id": 1, "answer": "yes"}\n')
+    words = ["vqa", "--score", str(tmp_path / "said.jsonl"), "--task", "custom", "--plain"]
+    words += ["--questions", str(tmp_path / "own.jsonl"), "--out", str(tmp_path / "out")]
+    assert evaluate(words) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert set(before) == {"vqa-said.json", "vqa-said-custom.jsonl"}
+    capsys.readouterr()
+
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert evaluate(words) == 2
+    said = capsys.readouterr().err
+    assert "No space left on device; free some space" in said and said.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
 def test_bf16_leaves_the_callers_weights_as_they_are(backbone: Callable[..., Any], tmp_path: Path) -> None:

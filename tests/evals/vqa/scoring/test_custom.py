@@ -85,3 +85,10 @@ def test_exact_below_ten_answers_and_soft_from_ten_on(answer: str, truths: list[
 def test_lines_that_are_none(tmp_path: Path, rows: list[Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         opened(tmp_path, *rows)
+
+
+def test_categories_are_scores_and_there_are_not_thousands(tmp_path: Path) -> None:
+    exam = opened(tmp_path, *({"question": "?", "answer": "a", "category": f"{n}"} for n in range(200)))
+    assert len(exam.groups["category"].labels) == 200
+    with pytest.raises(DataError, match="has 201 categories; wanted 200 at most"):
+        opened(tmp_path, *({"question": "?", "answer": "a", "category": f"{n}"} for n in range(201)))

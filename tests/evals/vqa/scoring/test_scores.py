@@ -91,3 +91,15 @@ def test_the_mean_of_benchmarks_draws_a_picture_for_all_of_them() -> None:
     assert metric.value == pytest.approx(50 * (values[0].mean() + values[1].mean()))
     assert (metric.low, metric.high) == (pytest.approx(100 * low), pytest.approx(100 * high))
     assert mean_accuracy(benchmarks[:1], seed=5) == benchmarks[0].metrics(seed=5)["accuracy"]
+
+
+def test_labels_that_are_spelled_alike_are_scores_of_their_own() -> None:
+    scores = Scores(
+        ids=("1", "2", "3"),
+        values=(1.0, 0.0, 0.5),
+        pictures=("a", "b", "c"),
+        groups={"kind": Grouping(("Yes/No", "yes no", "?"))},
+        missing=(),
+    )
+    found = {name: metric.value for name, metric in scores.metrics().items()}
+    assert found == {"accuracy": 50.0, "kind_": 50.0, "kind_yes_no": 100.0, "kind_yes_no_": 0.0}
