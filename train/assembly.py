@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +47,8 @@ _UNDECIDING = (
 )
 
 
-FILES = ("metrics.jsonl", "config.yaml", "ckpt.pt", "ckpt-ema.pt")  # of a run folder
+FOLDERS = ("state", "reports", "tensorboard")  # in a run folder
+FILES = ("metrics.jsonl", "config.yaml", "ckpt.pt", "ckpt-ema.pt")
 
 
 class TeacherFacts(NamedTuple):
@@ -72,13 +74,7 @@ def check_settings(config: TrainConfig, world: int) -> None:
     }.items():
         if low > high:
             raise ConfigError(f"{name} {low} {high}: the first is to be the lower one; swap them")
-    if config.out.exists() and not config.out.is_dir():
-        raise ConfigError(f"--out {config.out}: is no folder; give another one")
-    for name in (*FILES, LISTING):
-        if (config.out / name).is_dir():
-            raise ConfigError(
-                f"{config.out / name}: is a folder, and the run writes a file of that name; move it"
-            )
+    _check_folder(config.out)
     students[config.student]  # an unknown name raises here, with the nearest ones
     check_balance(config)
     if config.engine == "fsdp":
@@ -87,6 +83,17 @@ def check_settings(config: TrainConfig, world: int) -> None:
         with torch.device("meta"):
             check_shardable(RadioModel(described).student)
     deal(config, world)
+
+
+def _check_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out}: is no folder; give another one")
+    for name in FOLDERS:
+        if (out / name).exists() and not (out / name).is_dir():
+            raise ConfigError(f"{out / name}: is no folder, and the run needs one of that name; move it")
+    for name in (*FILES, LISTING):
+        if (out / name).is_dir():
+            raise ConfigError(f"{out / name}: is a folder, and the run writes a file of that name; move it")
 
 
 def deal(config: TrainConfig, world: int) -> Partition:

@@ -44,7 +44,7 @@ class DataConfig:
 
     shards: tuple[str, ...] = ()  # tar files, URLs or pipe:COMMAND; {000000..000003} stands for many
     images: tuple[Path, ...] = ()  # folders of pictures, searched through and through
-    scenes: Annotated[int, Interval(ge=0, le=10**8)] = 0  # pictures of the generated world; the demo's source
+    scenes: Annotated[int, Interval(ge=0, le=10**7)] = 0  # pictures of the generated world; the demo's source
     weights: tuple[
         Weight, ...
     ] = ()  # share of a batch of each pattern, folder, then scenes; () = in one pool

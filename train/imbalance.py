@@ -11,6 +11,8 @@ from radio.errors import ConfigError, DataError
 from .partition import Partition, best_split
 from .records import read_records
 
+_SHORTEST = 1e-12  # seconds a step, pictures: what is beyond is no run's
+
 
 class Proposal(NamedTuple):
     """Another split of the ranks, and how long a step takes with each."""
@@ -87,6 +89,6 @@ def _price(seconds: object, share: object, path: Path) -> float:
     """Seconds that one picture takes a rank."""
     if not isinstance(seconds, (int, float)) or not isinstance(share, (int, float)):
         raise DataError(f"{path}: wanted numbers for seconds/GROUP and share/GROUP; is it a run's log?")
-    if seconds <= 0 or share <= 0:
+    if not (_SHORTEST < seconds < 1 / _SHORTEST and _SHORTEST < share < 1 / _SHORTEST):
         raise DataError(f"{path}: a group that takes {seconds} s for {share} pictures; is it a run's log?")
     return seconds / share

@@ -107,7 +107,9 @@ class Follower:
     def has_done(self, step: int) -> bool:
         """Whether the run's log has the figures of a step."""
         records = [record for record in read_records(self.config.out / LOG) if record["step"] == step]
-        return any(key.partition("/")[0] in self.jobs for record in records for key in record)
+        # Those of training have a loss, and may be of a teacher with the name of a task.
+        found = [record for record in records if "loss" not in record]
+        return any(key.partition("/")[0] in self.jobs for record in found for key in record)
 
 
 def make_job(task: str, device: str, settings: Mapping[str, Any]) -> tuple[Evaluator[Any], Any]:

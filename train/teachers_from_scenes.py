@@ -81,6 +81,7 @@ def main(settings: TeachersConfig, console: Console | None = None) -> list[Path]
                 f"{course.samples} samples for scenes:{name} are less than one batch of {course.batch}; "
                 f"give more"
             )
+    settings.out.mkdir(parents=True, exist_ok=True)  # told now if it cannot be, not after hours
     before = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
     try:

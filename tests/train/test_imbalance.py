@@ -9,7 +9,7 @@ import pytest
 
 from radio.errors import ConfigError, DataError
 from train.imbalance import Proposal, idle_share, idle_shares, measured, propose
-from train.partition import make_partition
+from train.partition import Partition, TeacherGroup, make_partition
 
 from .test_partition import settings
 
@@ -64,3 +64,26 @@ def test_files_that_tell_nothing(tmp_path: Path) -> None:
     other = write(tmp_path / "m.jsonl", {"step": 1, "seconds/sam": 1.0, "share/sam": 4})
     with pytest.raises(ConfigError, match="times the groups sam, and this run has t0"):
         measured(other, partition)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"step": 1, "seconds/a": "x", "share/a": 2}', "wanted numbers for seconds/GROUP and share/GROUP"),
+        ('{"step": 1, "seconds/a": null, "share/a": 2}', "wanted numbers"),
+        ('{"step": 1, "seconds/a": 1, "share/a": 0}', "a group that takes 1 s for 0 pictures"),
+        ('{"step": 1, "seconds/a": -1, "share/a": 2}', "a group that takes -1 s"),
+        ('{"step": 1, "seconds/a": 1e300, "share/a": 2}', "a group that takes 1e"),
+        ('{"step": 1, "seconds/a": NaN, "share/a": 2}', "no record times the groups"),
+        ("[" * 100_000, "no record times the groups"),
+        ("", "no record times the groups"),
+    ],
+)
+def test_a_log_of_other_hands_is_taken_or_told(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(text + "\n")
+    group = TeacherGroup(teachers=("a",), side=8, batch_size=2, first=0, ranks=(0,))
+    with pytest.raises(DataError, match=message):
+        measured(path, Partition(groups=(group,), world=1))
+    with pytest.raises(DataError, match="is a folder"):
+        measured(tmp_path, Partition(groups=(group,), world=1))

@@ -23,7 +23,7 @@ from train.recipes import recipes
 from train.scoring import make_job
 from train.sinks import ProgressConsole, say
 
-from .conftest import Start, fill_shard
+from .conftest import TEACHERS, Start, fill_shard
 
 NAN, INF = float("nan"), float("inf")
 
@@ -170,6 +170,14 @@ def test_a_folder_where_a_file_of_the_run_goes_is_told(config: TrainConfig, name
         check_settings(config, 1)
 
 
+@pytest.mark.parametrize("name", ["state", "reports", "tensorboard"])
+def test_a_file_where_a_folder_of_the_run_goes_is_told(config: TrainConfig, name: str) -> None:
+    config.out.mkdir()
+    (config.out / name).touch()
+    with pytest.raises(ConfigError, match=f"{name}: is no folder, and the run needs one of that name"):
+        check_settings(config, 1)
+
+
 def test_a_file_in_the_run_folders_place_is_told(config: TrainConfig) -> None:
     config.out.touch()
     with pytest.raises(ConfigError, match="run: is no folder; give another one"):
@@ -183,7 +191,7 @@ def test_commands_in_a_settings_file_need_a_word(
     shard, ran = fill_shard(tmp_path / "a.tar", 0, 8), tmp_path / "ran"
     command = f"touch {ran}; cat {shard}"
     data = DataConfig(shards=(f"pipe:{command}",), workers=0)
-    plain = to_plain(replace(config, steps=2, save_every=2, data=data))
+    plain = to_plain(replace(config, teachers=TEACHERS[:1], steps=1, data=data))
     path = tmp_path / "settings.yaml"
     for pattern in (f"pipe:{command}", f"{{{shard},pipe:{command}}}", f"{{p,x}}ipe:{command}"):
         path.write_text(yaml.safe_dump(with_value(plain, "data.shards", [str(shard), pattern])))
