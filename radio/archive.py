@@ -24,7 +24,7 @@ import numpy as np
 import safetensors
 import torch
 from numpy._core import multiarray
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import CheckpointError, shown
 from .torchscript import read_torchscript
@@ -157,7 +157,12 @@ def _odd_kind(tensor: Tensor) -> str:
         return "meta"
     if tensor.is_quantized:
         return "quantized"
-    return "nested" if tensor.is_nested else ""
+    if tensor.is_nested:
+        return "nested"
+    if tensor.is_conj() or tensor.is_neg():
+        return "lazily conjugated"
+    plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
+    return "" if plain else f"{type(tensor).__name__} (sharded or packed)"
 
 
 def _head(path: Path) -> bytes:

@@ -76,7 +76,7 @@ class SentenceEncoder(nn.Module):
 
 
 @final
-class ConseText(nn.Module):
+class ConseText:
     """The text tower of a classifier: nothing is read from disk before the first text or picture.
 
     Args:
@@ -96,7 +96,6 @@ class ConseText(nn.Module):
         identity: str,
         likeliest: int = LIKELIEST,
     ) -> None:
-        super().__init__()
         assert classifier.out_features == len(names), "every class has a name"
         self.classifier = classifier.requires_grad_(False)
         self._names, self._folder = tuple(names), folder

@@ -62,6 +62,11 @@ def test_a_seed_decides_the_weights_and_the_global_generator_is_left_alone():
     assert not torch.equal(first["student.prefix"], other["student.prefix"])
 
 
+def test_a_seed_leaves_every_gpus_generator_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("it seeded the GPUs"))
+    assert torch.equal(build(CONFIG, 3).student.prefix, build(CONFIG, 3).student.prefix)
+
+
 def test_it_is_a_backbone_whatever_the_student(foreign):
     for model in (build(CONFIG, 0), build(ModelConfig(student=foreign), 0)):
         assert isinstance(model, Backbone) and isinstance(model, Student) and isinstance(model, Windowed)
