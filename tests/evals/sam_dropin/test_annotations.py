@@ -297,6 +297,13 @@ def test_damaged_images_are_told_before_the_work(world: tuple[Path, Path]) -> No
         opened(world)
 
 
+EFFORT = settings(
+    max_examples=100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
 def check_masks(data: Instances) -> None:
     for picture in data.pictures:
         masks = data.masks(picture)
@@ -324,7 +331,7 @@ ODD = (
 KEYS = ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation", "height", "width", "name")
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@EFFORT
 @given(
     kind=strategies.sampled_from(["images", "annotations", "annotations", "annotations", "categories"]),
     place=strategies.integers(0, 8),
@@ -349,7 +356,7 @@ def test_any_change_is_the_right_mask_or_one_error(
     assert len(said.splitlines()) == 1 and len(said) < 600
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@EFFORT
 @given(content=strategies.binary(max_size=30) | strategies.text(max_size=30).map(str.encode))
 def test_any_bytes_are_one_error(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "some.json"
@@ -362,7 +369,7 @@ def test_any_bytes_are_one_error(tmp_path: Path, content: bytes) -> None:
         assert json.loads(content) == []  # results without an entry
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@EFFORT
 @given(key=strategies.sampled_from(["image_id", "category_id", "bbox", "score"]), value=ODD)
 def test_any_entry_is_a_box_or_one_error(tmp_path: Path, key: str, value: Any) -> None:
     good = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}

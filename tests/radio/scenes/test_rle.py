@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, strategies
+from hypothesis import given, settings, strategies
 
 from radio.scenes.rle import compress, decompress, run_lengths
 
@@ -54,11 +54,13 @@ def test_texts_that_are_none(text: str, said: str) -> None:
     assert decompress(compress([10**8, 5, 0, 3])) == [10**8, 5, 0, 3]
 
 
+@settings(deadline=None)
 @given(lengths=strategies.lists(strategies.integers(0, 2**27), max_size=40))
 def test_any_lengths_come_back(lengths: list[int]) -> None:
     assert decompress(compress(lengths)) == lengths
 
 
+@settings(deadline=None)
 @given(text=strategies.text("".join(map(chr, range(48, 112))), max_size=12))
 def test_any_text_is_numbers_or_refused(text: str) -> None:
     """By the loop of COCO's own C code, with Python's integers."""
