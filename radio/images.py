@@ -134,7 +134,7 @@ def open_image(data: bytes, formats: tuple[str, ...] = _FORMATS) -> Iterator[Ima
         raise
     except UnidentifiedImageError as error:
         kinds = ", ".join(formats)
-        raise DataError(f"not a picture, or a damaged one (its content is none of {kinds})") from error
+        raise DataError(f"not a picture, or a damaged one (opens as none of {kinds})") from error
     except Image.DecompressionBombError as error:
         pixels = re.search(r"\d+", str(error))
         _check_pixels(1, int(pixels[0]) if pixels else MAX_PIXELS + 1)

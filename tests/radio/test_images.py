@@ -175,13 +175,13 @@ def test_a_format_that_starts_programs_is_not_opened(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("subprocess.Popen", never)
     monkeypatch.setattr("subprocess.check_call", never)
     eps = encoded(Image.fromarray(PICTURE), "EPS")
-    with pytest.raises(DataError, match=r"^not a picture, or a damaged one \(its content is none of JPEG, "):
+    with pytest.raises(DataError, match=r"^not a picture, or a damaged one \(opens as none of JPEG, "):
         decode(eps)
 
 
 @pytest.mark.parametrize("kind", ["DDS", "ICO", "TGA", "PCX"])
 def test_formats_of_other_trades_are_not_opened(kind: str) -> None:
-    with pytest.raises(DataError, match="its content is none of"):
+    with pytest.raises(DataError, match="opens as none of"):
         decode(encoded(Image.fromarray(PICTURE), kind))
 
 

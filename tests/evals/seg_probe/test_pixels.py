@@ -72,7 +72,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         read_labels(tmp_path / "pipe.png", FEW)
     for kind in ("JPEG", "BMP", "EPS"):
         Image.fromarray(np.ones((4, 4), np.uint8)).save(tmp_path / "other.png", format=kind)
-        with pytest.raises(DataError, match=r"other.png: .*its content is none of PNG"):
+        with pytest.raises(DataError, match=r"other.png: .*opens as none of PNG"):
             read_labels(tmp_path / "other.png", FEW)
 
 
