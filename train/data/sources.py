@@ -99,6 +99,7 @@ class ShardTrack:
     def __init__(self, names: Sequence[str], lane: int, lanes: int, place: Sequence[int], seed: int) -> None:
         self._names, self._lane, self._lanes, self._seed = names, lane, lanes, seed
         self._parts = -(-lanes // len(names))
+        self._distinct = len(set(names))
         self._unit, self._offset, self._seen = (int(number) for number in place)
         self._tar: TarStream | None = None
         self._left_out = LeftOut()
@@ -122,23 +123,28 @@ class ShardTrack:
             DataError: too many shards in a row gave none, or they took too long.
         """
         begun = time.monotonic()
+        failed: set[str] = set()
         for tried in range(1, _BARREN + 1):
             unit = picture_at(
                 self._lane + self._unit * self._lanes, len(self._names) * self._parts, self._seed
             )
             shard, part = divmod(unit, self._parts)
-            sample = self._from_shard(self._names[shard], part, tally)
+            name = self._names[shard]
+            sample = self._from_shard(name, part, tally, failed)
             if sample is not None:
                 return sample
-            if tried >= _FEW and time.monotonic() - begun > _LONG:
+            late = tried >= _FEW and time.monotonic() - begun > _LONG
+            if late or len(failed) == self._distinct:
                 break
-        name = shown(self._names[shard])
         raise DataError(
-            f"no picture in {tried} shards in a row, the last {name} ({self._why}); check the data"
+            f"no picture in {tried} shards in a row, the last {shown(name)} ({self._why}); check the data"
         )
 
-    def _from_shard(self, name: str, part: int, tally: Tally) -> Sample | None:
-        """The next picture of a shard's part; None where it ends or is damaged, and the next one is due."""
+    def _from_shard(self, name: str, part: int, tally: Tally, failed: set[str]) -> Sample | None:
+        """The next picture of a shard's part; None where it ends or is damaged, and the next one is due.
+
+        Its name goes into `failed` where it gave no picture at all.
+        """
         try:
             tar = self._tar or self._open(name, part, tally)
             while (member := self._member(tar, name, part)) is not None:
@@ -154,6 +160,8 @@ class ShardTrack:
         except (ShardError, OSError) as error:
             cause = error.cause if isinstance(error, ShardError) else "unreadable"
             self._why = str(error)
+            if not self._seen:
+                failed.add(name)
             if part == 0:  # every lane that has a part of it meets the damage; one answers for it
                 tally.faults.append(Fault(cause, name, str(error)))
         self.close()

@@ -16,8 +16,9 @@ import pytest
 
 from radio.errors import ConfigError, DataError
 from train.config import DataConfig
-from train.data.faults import Fault, FaultList
+from train.data.faults import Fault, FaultList, ShardError
 from train.data.sources import Shards, open_sources
+from train.data.tar import TarStream
 
 from ..conftest import fill_folder, picture_bytes
 from .conftest import follow, pack, pack_pictures, settings
@@ -103,7 +104,7 @@ def test_broken_pictures_of_a_folder_are_passed_over(tmp_path: Path) -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_data_without_a_picture_is_one_clear_error(tmp_path: Path, workers: int) -> None:
     shards = settings(DataConfig(shards=(f"{tmp_path}/{{0..3}}.tar",)))
-    with pytest.raises(DataError, match=r"^no picture in 100 shards in a row, the last .*; check the data$"):
+    with pytest.raises(DataError, match=r"^no picture in \d+ shards in a row, the last .*; check the data$"):
         list(follow(shards, range(1), workers=workers))
     folder = settings(DataConfig(images=(fill_folder(tmp_path / "broken", 0, broken=3),)))
     with pytest.raises(DataError, match=r"^20 pictures in a row cannot be read, the last: .*check the data$"):
@@ -180,9 +181,29 @@ def test_a_shard_that_changes_while_it_is_read_is_told(tmp_path: Path) -> None:
     assert {fault.cause for fault in faults} == {"unreadable"}
 
 
+def test_no_shard_is_asked_for_again_when_all_have_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: Counter[str] = Counter()
+
+    def refuse(name: str, position: int = 0) -> TarStream:
+        asked[name] += 1
+        raise ShardError("unreadable", "no network")
+
+    monkeypatch.setattr("train.data.sources.open_shard", refuse)
+    for count, most in ((1, 1), (4, 100)):
+        asked.clear()
+        names = tuple(f"https://host/{n}.tar" for n in range(count))
+        config = settings(DataConfig(shards=names, lanes=4))
+        with pytest.raises(DataError, match=r"no picture in \d+ shards in a row, the last .*\(no network\)"):
+            list(follow(config, range(1)))
+        assert len(asked) == count
+        assert asked.total() <= most
+
+
 def test_shards_that_take_too_long_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.data.sources._LONG", -1.0)
-    config = settings(DataConfig(shards=(f"{tmp_path}/{{0..3}}.tar",)))
+    config = settings(DataConfig(shards=(f"{tmp_path}/{{0..9}}.tar",)))
     with pytest.raises(DataError, match=r"no picture in 3 shards in a row, the last .* \(no such shard\)"):
         list(follow(config, range(1)))
 
