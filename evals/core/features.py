@@ -268,7 +268,10 @@ def _fill(
         while left:
             batch = next(arriving)
             with fast_products(how.device), torch.inference_mode():
-                parts.append((batch, _encode(placed, batch, how)))
+                encoded = _encode(placed, batch, how)
+            parts.append(
+                (batch._replace(pixels=torch.empty(0)), encoded)
+            )  # a chunk's pictures take gigabytes
             left -= len(batch.places)
             advance(len(batch.places))
         _write(folder, number, parts, source, f"{model.name} as {how.numbers}")
