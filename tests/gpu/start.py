@@ -1,0 +1,15 @@
+"""One rank of a run whose settings are in a YAML file: what torchrun starts."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from rich.console import Console
+
+from radio.config import read_yaml
+from train.config import TrainConfig
+from train.tables import train_all
+
+if __name__ == "__main__":
+    train_all({"run": read_yaml(TrainConfig, Path(sys.argv[1]))}, Console())
