@@ -144,6 +144,8 @@ def load_teachers(
         CheckpointError: a weights file that is not of its architecture, or not the one with its fingerprint.
     """
     known = [t.name for t in config.teachers]
+    if half := next((name for name in known if any("\ud800" <= char <= "\udfff" for char in name)), None):
+        raise ConfigError(f"a teacher cannot be named {half!r}, which is no UTF-8 text; choose another name")
     if not known or len(set(known)) != len(known):
         raise ConfigError(f"a run needs teachers with names of their own, got {', '.join(known) or 'none'}")
     chosen = [t for t in config.teachers if names is None or t.name in names]

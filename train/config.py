@@ -19,6 +19,8 @@ Side: TypeAlias = Annotated[int, Interval(ge=1, le=1024)]  # in tokens
 Width: TypeAlias = Annotated[int, Interval(ge=1, le=1 << 16)]  # of a hidden layer
 Ranks: TypeAlias = Annotated[int, Interval(ge=1, le=1 << 16)]
 Weight: TypeAlias = Annotated[float, Interval(gt=0, le=1e12)]
+LossWeight: TypeAlias = Annotated[float, Interval(ge=0, le=1e6)]
+Rate: TypeAlias = Annotated[float, Interval(ge=0, le=1e3)]
 Tflops: TypeAlias = Annotated[float, Interval(ge=1e-6, le=1e6)]
 
 
@@ -34,8 +36,8 @@ class TeacherConfig:
         None  # pictures a step over all ranks; None = the run's (paper §4: fewer for SAM)
     )
     fingerprint: str | None = None  # of its weights, as a checkpoint's card has it; others are refused
-    summary_weight: NotNegative = 1.0  # lambda of eq. 2
-    spatial_weight: NotNegative = 1.0  # gamma of eq. 3
+    summary_weight: LossWeight = 1.0  # lambda of eq. 2
+    spatial_weight: LossWeight = 1.0  # gamma of eq. 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,9 +63,9 @@ class DataConfig:
 class LossConfig:
     """Eq. 3: alpha * cosine + beta * smooth L1, per token."""
 
-    cosine: NotNegative = 0.9
-    smooth_l1: NotNegative = 0.1
-    knee: NotNegative = 1.0  # where smooth L1 turns linear (PyTorch's default; the paper does not say)
+    cosine: LossWeight = 0.9
+    smooth_l1: LossWeight = 0.1
+    knee: LossWeight = 1.0  # where smooth L1 turns linear (PyTorch's default; the paper does not say)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,8 +91,8 @@ class AdaptorOptions:
 class OptimConfig:
     """AdamW with linear warm-up and cosine annealing (paper §4; decay and warm-up are ours)."""
 
-    lr: NotNegative = 1e-3
-    weight_decay: NotNegative = 0.02
+    lr: Rate = 1e-3
+    weight_decay: Rate = 0.02
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     warmup: Share = 0.01  # share of all steps
     final_lr: Share = 0.0  # where the cosine ends, as a share of lr

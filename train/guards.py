@@ -105,6 +105,18 @@ class Guard:
                 f"last stands. Begin anew with --restart and a lower --optim.lr, or raise --max-skipped"
             )
 
+    def check_any(self, steps: int) -> None:
+        """None, when one of so many steps at least was done: a run may be shorter than those in a row may be.
+
+        Raises:
+            RadioError: all were left out.
+        """
+        if int(self._counts[0]) == steps:
+            raise RadioError(
+                f"all of the {steps} steps were left out, losses or gradients not being finite (metrics.jsonl "
+                f"names them); nothing was learned. Begin anew with --restart and a lower --optim.lr"
+            )
+
     def read(self, group: Group, step: int, most: int) -> Skipped:
         """What was left out since the last reading, which this ends.
 

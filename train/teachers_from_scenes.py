@@ -15,12 +15,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from radio.checkpoint import Checkpoint, load, load_state, save
-from radio.config import Count, NotNegative, Seed, check_options, to_plain
+from radio.config import Count, Seed, check_options, to_plain
 from radio.errors import ConfigError, RadioError, did_you_mean
 from radio.teachers.scenes import NAMES, Clip, Name, frozen_clip, frozen_dense, new_dense, weights_file
 from radio.teachers.scenes_sam import new_sam
 
-from .config import BatchSize, OptimConfig
+from .config import BatchSize, OptimConfig, Rate
 from .guards import first_bad
 from .optim import learning_rate, make_optimizer
 from .scenes_lessons import ClipLesson, DenseLesson, Lesson, Loss, SamLesson, lessons
@@ -45,7 +45,7 @@ class Course:
 
     samples: Count
     batch: BatchSize
-    lr: NotNegative
+    lr: Rate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

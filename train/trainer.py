@@ -269,6 +269,8 @@ class Run:
             RadioError: too many steps in a row were not finite, or a weight is not.
         """
         self.guard.check(self.step, self.config.max_skipped)
+        if self.step == self.config.steps:
+            self.guard.check_any(self.step)
         self.states.wait()  # the card below may still be written with the save before
         tensors = self.learner.tensors()
         found = self.group.gather_objects((first_bad(tensors), self.log.flush() if self.log else ""))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from evals.core.dist import Group
 from evals.core.paper import TABLE_3
 from evals.core.report import Metric
 from evals.core.suite import Outcome
@@ -88,3 +89,13 @@ def test_the_papers_rows_stand_below_and_say_what_they_are(
         "paper: AM-RADIO, CVPR 2024, table 3, on other data than the rows above "
         "(zeroshot: ImageNet-1k, top-1; knn: ImageNet-1k, k = 20, top-1; seg: ADE20K, linear probe, mIoU)"
     )
+
+
+def test_a_teacher_that_is_called_like_a_task_hides_no_evaluation(config: TrainConfig) -> None:
+    follower = module.Follower(replace(config, eval_tasks=("knn",)), Group(), Console(file=io.StringIO()))
+    log = config.out / "metrics.jsonl"
+    assert not follower.has_done(4)
+    config.out.mkdir()
+    log.write_text('{"step": 4, "loss": 1.0, "knn/summary": 0.5}\n[1]\n{"step": 2, "knn/top1": 5.0}\n')
+    assert not follower.has_done(4)
+    assert follower.has_done(2)

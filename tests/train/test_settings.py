@@ -28,7 +28,7 @@ from .conftest import TEACHERS, Start, fill_shard
 NAN, INF = float("nan"), float("inf")
 
 BAD: tuple[tuple[str, Any], ...] = (
-    *(("optim.lr", value) for value in (NAN, INF, -1.0)),
+    *(("optim.lr", value) for value in (NAN, INF, -1.0, 1e30)),
     *(("optim.betas", value) for value in ([2.0, 2.0], [NAN, 0.9], [1.0, 0.9], [-0.1, 0.9])),
     *(("optim.warmup", value) for value in (NAN, -1.0, 2.0)),
     *(("optim.clip", value) for value in (NAN, -1.0)),
@@ -61,7 +61,7 @@ BAD: tuple[tuple[str, Any], ...] = (
     ("cache.pictures", 0),
     ("teachers.0.batch_size", 0),
     ("teachers.0.resolution", 10**9),
-    ("teachers.0.spatial_weight", -1.0),
+    *(("teachers.0.spatial_weight", value) for value in (-1.0, 1e300)),
     ("out", "a\0b"),
     ("student", "x" * 100_000),
     ("recipe", "x" * 100_000),
@@ -145,6 +145,7 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--steps", "1" + "0" * 26, "--plan"], "--steps: 1"),
         (["--teachers.1.spatial-weight", "inf"], "--teachers.1.spatial-weight: inf is no number"),
         (["--data.crop-scale", "1", "0.5"], "--data.crop-scale 1.0 0.5: the first is to be the lower one"),
+        (["--teachers.0.name", "a\udcff"], "a teacher cannot be named 'a\\udcff', which is no UTF-8 text"),
         (["--score", "knn", "evil"], "unknown evaluator 'evil'"),
         (["--eval-every", "5", "--eval-tasks", "evil"], "unknown evaluator 'evil'"),
         (["--world", "1000000000", "--plan"], "--world: 1000000000 is out of bounds"),

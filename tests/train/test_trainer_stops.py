@@ -220,6 +220,15 @@ def test_too_many_steps_in_a_row_stop_the_run_and_the_last_save_stands(
     assert start(config, **settings).step == saved
 
 
+def test_a_short_run_without_one_good_step_has_no_result(
+    config: TrainConfig, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, range(1, 100), ("clip",))
+    with pytest.raises(RadioError, match=r"all of the 3 steps were left out, .*; nothing was learned"):
+        start(config, steps=3).train()
+    assert not (config.out / "ckpt.pt").exists()
+
+
 def test_a_run_that_is_asked_to_stop_saves_and_ends_like_an_undisturbed_one(
     config: TrainConfig, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
