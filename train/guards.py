@@ -113,7 +113,7 @@ class Guard:
         """
         if int(self._counts[0]) == steps:
             raise RadioError(
-                f"all of the {steps} steps were left out, losses or gradients not being finite (metrics.jsonl "
+                f"all of the {steps} steps were left out, losses or gradients not being finite (the log "
                 f"names them); nothing was learned. Begin anew with --restart and a lower --optim.lr"
             )
 
