@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import digest, load_state
-from ..errors import ConfigError, DataError, did_you_mean, require
+from ..errors import CheckpointError, ConfigError, DataError, did_you_mean, require
 from ..types import Features, Teacher
 from . import families, outlines
 from .frozen import Frozen
@@ -51,9 +51,14 @@ def openclip(name: str, file: Path | None, *, after_norm: bool = True) -> Teache
     config = _read_config(library, name.partition("/")[0])
     normalisation = _normalisation(library, name, config)  # a wrong tag is told before a wrong file
     spec = f"openclip:{name}"
-    tensors = {
-        key: tensor for key, tensor in read_weights(spec, file, _ANCHORS).items() if key not in _OPENAI_SIZES
-    }
+    tensors = read_weights(spec, file, _ANCHORS)
+    if not tensors.keys().isdisjoint(_OPENAI_SIZES) and not config.get("quick_gelu"):
+        raise CheckpointError(
+            f"{spec}@{file}: these are OpenAI's own weights, trained with QuickGELU; name them "
+            f"openclip:{name.partition('/')[0]}-quickgelu@{file}"
+        )
+    for key in _OPENAI_SIZES:
+        tensors.pop(key, None)
     scale = tensors.get("logit_scale")
     if scale is not None and scale.numel() == 1:
         tensors["logit_scale"] = scale.reshape(())  # some releases keep it as [1]

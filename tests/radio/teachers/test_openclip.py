@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 from radio.errors import CheckpointError, ConfigError, DataError, SizeError
 from radio.teachers import families
@@ -111,6 +112,33 @@ def test_data_parallel_prefixes_and_a_one_element_logit_scale_load(tiny, randomi
     state["module.logit_scale"] = state["module.logit_scale"].reshape(1)
     torch.save({"state_dict": state}, tmp_path / "w.pt")
     check_against_library(tiny, model, families["openclip"](tiny, tmp_path / "w.pt"), 56)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_openais_archives_are_read_and_want_their_own_gelu(tiny, randomised, tmp_path):
+    """As OpenAI publishes them: TorchScript, with three sizes beside the weights."""
+
+    class Held(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    quick = f"{tiny}-quickgelu"
+    state, root = library_model(quick, randomised).state_dict(), Held()
+    sizes = {"input_resolution": 56, "context_length": 8, "vocab_size": 9}
+    for key, value in {**state, **{name: torch.tensor(size) for name, size in sizes.items()}}.items():
+        *path, last = key.split(".")
+        at = root
+        for part in path:
+            if part not in dict(at.named_children()):
+                at.add_module(part, Held())
+            at = at.get_submodule(part)
+        at.register_buffer(last, value.clone())
+    torch.jit.script(root).save(str(tmp_path / "archive.pt"))
+    torch.save(state, tmp_path / "state.pt")
+    archive, plain = (families["openclip"](quick, tmp_path / f"{name}.pt") for name in ("archive", "state"))
+    assert archive.fingerprint == plain.fingerprint and archive.text.fingerprint == plain.text.fingerprint
+    with pytest.raises(CheckpointError, match=rf"trained with QuickGELU; name them openclip:{quick}@"):
+        families["openclip"](tiny, tmp_path / "archive.pt")
 
 
 def test_texts_are_batched_without_changing_them(tiny, randomised, tmp_path, monkeypatch):
