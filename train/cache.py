@@ -183,12 +183,19 @@ class FeatureCache(Dataset[Cached]):
     def __getitem__(self, position: int) -> Cached:
         """The crop at a position of the stream."""
         number, row = divmod(picture_at(position, self.count, self.seed), _FILE)
-        file = _opened(chunk_path(self.folder, number))
-        return Cached(
-            file.get_slice("pixels")[row],
-            {name: file.get_slice(f"{name}.summary")[row] for name in self.grids},
-            {name: file.get_slice(f"{name}.tokens")[row] for name in self.grids},
-        )
+        path = chunk_path(self.folder, number)
+        try:
+            file = _opened(path)
+            return Cached(
+                file.get_slice("pixels")[row],
+                {name: file.get_slice(f"{name}.summary")[row] for name in self.grids},
+                {name: file.get_slice(f"{name}.tokens")[row] for name in self.grids},
+            )
+        except (safetensors.SafetensorError, OSError) as error:
+            raise DamagedError(
+                f"{path}: was whole when the run began and is damaged now ({error}); start the run again, "
+                f"and it is written again"
+            ) from error
 
 
 @final

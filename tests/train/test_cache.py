@@ -270,6 +270,18 @@ def test_any_changed_bytes_are_found(
     path.unlink()
 
 
+def test_a_file_that_is_damaged_in_a_run_is_one_error(config: TrainConfig, tmp_path: Path) -> None:
+    job = make(tmp_path, config)
+    caches = write(job, config)
+    module._opened.cache_clear()
+    for damage in (DAMAGE["empty"], DAMAGE["nested"], DAMAGE["other names"], Path.unlink):
+        for path in job.files:
+            damage(path)
+        with pytest.raises(RadioError, match="was whole when the run began and is damaged now"):
+            caches[0]
+        write(job, config, tell=lambda line: None)
+
+
 def test_a_card_that_is_none_is_written_again(config: TrainConfig, tmp_path: Path) -> None:
     job = make(tmp_path, config)
     write(job, config)

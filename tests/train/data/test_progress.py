@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, strategies
+from hypothesis import settings as effort
 
 from evals.core.dist import Group
 from radio.errors import CheckpointError, DataError
@@ -102,6 +105,30 @@ def test_what_is_no_state_is_refused(
         progress.restore(change(before))
     assert len(str(caught.value)) < 500
     assert progress.state() == before
+
+
+NUMBERS = strategies.one_of(
+    strategies.just(0), strategies.sampled_from([-1, 2**48, 2**64, 10**300, 0.5, True, None, "0", math.nan])
+)
+
+
+@effort(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=strategies.data())
+def test_any_state_is_taken_or_refused(shards: str, tmp_path: Path, data: strategies.DataObject) -> None:
+    progress = begin(DataConfig(shards=(shards,), lanes=2), tmp_path)
+    lists = strategies.recursive(NUMBERS, lambda inner: strategies.lists(inner, max_size=4), max_leaves=20)
+    shaped = strategies.just([[[[0] * 4], [[0] * 4]]])
+    state = data.draw(
+        lists
+        | strategies.fixed_dictionaries(
+            {"cursors": shaped | lists, "counts": lists | strategies.just([0] * 6)}
+        )
+    )
+    try:
+        progress.restore(state)
+    except CheckpointError:
+        return
+    assert progress.state() == state
 
 
 def test_what_is_no_list_is_told_before_the_work(shards: str, tmp_path: Path) -> None:

@@ -7,17 +7,20 @@ import re
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from hypothesis import given, strategies
+from hypothesis import settings as effort
 
 from radio.errors import ConfigError
 from train.config import DataConfig
 from train.data import remote as module
 from train.data.faults import ShardError
+from train.data.remote import scheme_of
 from train.data.shards import LeftOut, expand, is_picture, open_shard, outline, runs_program
 
 from .conftest import follow, pack, pack_pictures, settings
@@ -342,6 +345,20 @@ def test_there_are_not_more_shards_than_anybody_has(monkeypatch: pytest.MonkeyPa
     assert len(expand(["a{0..9}.tar"])) == 10
     with pytest.raises(ConfigError, match="more than 10 shards"):
         expand(["a{0..9}.tar", "b.tar"])
+
+
+PIECES = strategies.sampled_from(
+    ["pipe:", "PIPE:", "file:", "gs://", "https://", "a.tar", "{", "}", ",", "..", "0", "9", "\\\\", " ", "/"]
+)
+
+
+@effort(max_examples=300, deadline=None)
+@given(pattern=strategies.lists(PIECES | strategies.text(max_size=3), max_size=9).map("".join))
+def test_any_pattern_is_names_or_an_error(pattern: str) -> None:
+    """And whatever is asked for as a command is known beforehand."""
+    with suppress(ConfigError):
+        names, command = expand([pattern]), runs_program(pattern)
+        assert any(scheme_of(name) == "pipe" for name in names) == (command is not None)
 
 
 def test_pictures_are_known_by_their_ending() -> None:
