@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,10 @@ def make_job(task: str, device: str, settings: Mapping[str, Any]) -> tuple[Evalu
         ConfigError: a task that there is not, or one with settings that a run cannot give.
     """
     evaluator = evaluators[task]()
+    if not is_dataclass(evaluator.settings):
+        raise ConfigError(
+            f"{task}: its settings are no dataclass; mend or uninstall the package that brings it"
+        )
     given = {"device": device, **settings}
     known = {field.name: field for field in fields(evaluator.settings) if field.init}
     wanted = [name for name, field in known.items() if name not in given and _is_required(field)]

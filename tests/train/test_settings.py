@@ -260,6 +260,9 @@ def test_an_evaluator_gets_the_settings_that_it_has(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setitem(evaluators._entries, "norm", lambda: Norm(Plain))
     assert make_job("norm", "cpu", {"save_maps": 3})[1] == Plain()
+    monkeypatch.setitem(evaluators._entries, "norm", lambda: Norm(dict))
+    with pytest.raises(ConfigError, match="norm: its settings are no dataclass"):
+        make_job("norm", "cpu", {})
     monkeypatch.setitem(evaluators._entries, "norm", lambda: Norm(Needing))
     wanted = (
         "norm cannot be scored by a run: it needs bank; leave it out, and give the checkpoint to radio-eval"
