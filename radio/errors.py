@@ -81,6 +81,9 @@ def one_line(error: BaseException) -> str | None:
         words = re.search(r"[Tt]ried to allocate [\d.]+ \w+", str(error))
         much = f" ({words[0].lower()})" if words else ""
         return f"not enough memory{much}; take less at once, or a smaller model"
+    library = (getattr(error, "name", None) or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and library not in ("", "radio", "evals", "train"):
+        return f"the library {library} is not installed; get am-radio with all it needs: pip install -e ."
     return None
 
 

@@ -211,3 +211,15 @@ def test_a_rank_ends_with_a_torchrun_that_is_killed() -> None:
     assert launcher.stdout.read() == b""  # its end, which comes when the rank has closed it too
     assert time.monotonic() - begin < 20
     launcher.stdout.close()
+
+
+@pytest.mark.parametrize(("command", "library"), [("train", "tyro"), ("evaluate", "pydantic")])
+def test_an_absent_library_is_named(command: str, library: str) -> None:
+    code = (
+        f"import sys; sys.modules[{library!r}] = None; from radio import entry; sys.exit(entry.{command}([]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: the library {library} is not installed; get am-radio with all it needs: pip install -e .\n"
+    )
