@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Interval
 
 from evals.core.evaluator import Machine
 from radio.config import Count, NotNegative, Pixels, Positive, Seed, Share, Workers, check
@@ -60,7 +62,7 @@ class VqaSettings:
     """Samples that go through the language model together. The preset's unless given."""
     lr: Positive | None = None
     """Peak learning rate of either stage. The preset's unless given."""
-    lora_rank: Count | None = None
+    lora_rank: Annotated[int, Interval(ge=1, le=8192)] | None = None
     """Tune the language model by LoRA of this rank instead of whole."""
     shuffle_images: bool = False
     """Show each record another record's picture: the control that the pictures matter."""

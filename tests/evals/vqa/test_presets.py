@@ -99,6 +99,7 @@ def test_a_size_that_was_asked_for(backbone: Callable[..., Any]) -> None:
         ({"keep_tokens_gb": float("inf")}, "keep_tokens_gb: inf"),
         ({"seed": -1}, "seed: -1 is out of bounds"),
         ({"training_seed": 2**70}, "training_seed: .* out of"),
+        ({"lora_rank": 10**8}, "lora_rank: 100000000 is out of bounds"),
         ({"workers": -1}, "workers: -1 is out of bounds"),
         ({"size": 10**9}, "size: 1000000000 is out of bounds"),
         ({"max_error_fraction": 1.5}, "max_error_fraction: 1.5 is out of bounds"),
