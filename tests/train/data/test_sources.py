@@ -201,6 +201,30 @@ def test_no_shard_is_asked_for_again_when_all_have_failed(
         assert asked.total() <= most
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        picture_bytes(0, "AVIF")[:-40],
+        b"DDS " + b"\x7c\0\0\0" + b"\xff" * 200,
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) run\n",
+        b"\x89PNG\r\n\x1a\n" + b"\0" * 60,
+        b"\xff\xd8\xff" + b"\xff" * 60,
+        b"RIFF\xff\xff\xff\x7fWEBPVP8 ",
+        b"II*\0\xff\xff\xff\xff",
+        b"",
+    ],
+    ids=["avif", "dds", "eps", "png", "jpeg", "webp", "tiff", "empty"],
+)
+def test_an_image_damaged_in_any_way_is_counted(tmp_path: Path, damaged: bytes) -> None:
+    good = picture_bytes(0, "JPEG", (20, 24))
+    path = pack(tmp_path / "a.tar", [("0.jpg", good), ("1.png", damaged), ("2.jpg", good)])
+    config = settings(DataConfig(shards=(str(path),), lanes=1), batch_size=2)
+    (rows,), *_ = follow(config, range(1))
+    assert rows.keys == ("a.tar/0.jpg", "a.tar/2.jpg")
+    assert [(fault.cause, fault.where) for fault in rows.mark.faults] == [("picture", f"{path}/1.png")]
+
+
 def test_shards_that_take_too_long_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.data.sources._LONG", -1.0)
     config = settings(DataConfig(shards=(f"{tmp_path}/{{0..9}}.tar",)))
