@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +23,12 @@ from torch import Tensor
 from evals.core.dist import Group
 from radio import checkpoint
 from radio.config import write_yaml
+from radio.hub import load_teacher
 from radio.nn.positions import CroppedPositions, draw_crops
 from train.ahead import ahead
 from train.config import DataConfig, OptimConfig, TeacherConfig, TrainConfig
+from train.stopwatch import Stopwatch
+from train.teacher_weights import halve
 from train.trainer import Run
 
 pytestmark = pytest.mark.gpu
@@ -142,6 +147,34 @@ def test_the_prefetch_thread_has_its_device_and_stream(gpu: torch.device) -> Non
 
     for number, item in enumerate(ahead(items(), gpu)):
         assert float(item[0, 0]) == 2048 * number**2
+
+
+def test_streams_overlap_and_no_moment_counts_twice(gpu: torch.device) -> None:
+    watch, side = Stopwatch(gpu), torch.cuda.Stream(gpu)
+    torch.cuda.synchronize(gpu)
+    start = time.perf_counter()
+    with torch.cuda.stream(side), watch.time("teachers", "dense"):
+        torch.cuda._sleep(200_000_000)
+    with watch.time("forward", "dense"):
+        torch.cuda._sleep(200_000_000)
+    torch.cuda.synchronize(gpu)
+    wall = time.perf_counter() - start
+    times = watch.read(1)
+    both = times.phases["teachers"] + times.phases["forward"]
+    assert times.groups["dense"] <= wall
+    assert times.groups["dense"] < 0.8 * both
+
+
+def test_halved_teachers_say_the_same(gpu: torch.device) -> None:
+    whole = load_teacher("scenes:dense").to(gpu, torch.float32)
+    halved = copy.deepcopy(whole)
+    assert isinstance(halved, torch.nn.Module)
+    halve(halved)
+    images = torch.rand(2, 3, *whole.native_size, device=gpu)
+    with torch.autocast("cuda", torch.bfloat16):
+        one, other = whole(images), halved(images)
+    assert torch.allclose(one.tokens, other.tokens, rtol=0, atol=1e-3)
+    assert torch.allclose(one.summary, other.summary, rtol=0, atol=1e-3)
 
 
 def test_batches_come_from_pinned_memory(config: TrainConfig, gpu: torch.device) -> None:
