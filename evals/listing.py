@@ -9,7 +9,7 @@ import torch
 import tyro
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from radio.benchmark import count
 from radio.students import StudentOptions, students
@@ -34,7 +34,16 @@ def run_list(arguments: Sequence[str], tasks: Mapping[str, str]) -> int:
         for name, line in tasks.items():
             console.print(f"{name:12} {escape(line)}")
         return 0
-    table = Table("architecture", "parameters (M)", "GMACs", "at", "summary", "token", "window", box=None)
+    table = Table(
+        Column("architecture", no_wrap=True),
+        "parameters (M)",
+        "GMACs",
+        "at",
+        "summary",
+        "token",
+        "window",
+        box=None,
+    )
     for name in students:
         table.add_row(name, *_size_up(name))
     console.print(table)
@@ -46,9 +55,9 @@ def _size_up(name: str) -> tuple[str, ...]:
     try:
         with torch.device("meta"):
             student = students[name](StudentOptions())
-        return _row(student)
     except Exception as error:  # noqa: BLE001 (another package's student: the others are listed all the same)
         return escape(f"cannot be built on the meta device: {str(error)[:100]}"), *[""] * 5
+    return _row(student)
 
 
 def _row(student: Student) -> tuple[str, ...]:

@@ -37,14 +37,14 @@ class PositionBias(nn.Module):
 
         Outside of training it is made once: it depends on the side and the weights alone.
         """
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._make(side)
         kind = self.fc1.weight.device.type
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or kind == "meta":
+            return self._make(side)
         cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         made_of = (side, cast, *(_state(weight) for weight in self.parameters()))
         if self._kept is None or self._kept[0] != made_of:
             bias = self._make(side)
-            if type(bias) is not Tensor or bias.is_meta:  # without values
+            if type(bias) is not Tensor:  # a tracer's, without values
                 return bias
             self._kept = made_of, bias
         return self._kept[1]

@@ -98,7 +98,9 @@ def test_skipped_pictures_and_notes_are_said(
 def test_the_lists_name_evaluators_and_architectures(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(students, "_entries", {name: students[name] for name in ("vit-h14", "vitdet-tiny12")})
+    monkeypatch.setattr(
+        students, "_entries", {name: students[name] for name in ("vit-h14", "vitdet-tiny12", "e-radio-b")}
+    )
     assert main(["list"]) == 0
     assert "knn" in capsys.readouterr().out
     assert main(["list", "--archs"]) == 0
@@ -107,6 +109,7 @@ def test_the_lists_name_evaluators_and_architectures(
     assert 165 < float(rows["vit-h14"][2]) < 170  # GMACs at 224 px, as timm's vit_huge_patch14 has
     assert rows["vit-h14"][3] == "224x224"
     assert rows["vitdet-tiny12"][6:] == ["4,", "global", "3"]
+    assert rows["e-radio-b"][3:] == ["224x224", "1024", "1024"]
 
 
 def test_help_and_no_arguments_print_the_usage(capsys: pytest.CaptureFixture[str]) -> None:

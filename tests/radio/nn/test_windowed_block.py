@@ -150,6 +150,12 @@ def test_the_bias_is_made_once_outside_of_training_and_anew_when_anything_change
         assert copy.deepcopy(positions)._kept is None
 
 
+def test_without_values_it_is_made_in_every_forward():
+    with torch.device("meta"), torch.no_grad():
+        positions = PositionBias(2).eval()
+        assert positions(3).is_meta and positions._kept is None
+
+
 def test_a_bias_that_is_learned_or_traced_is_never_a_kept_one(lively):
     positions = lively(PositionBias(2))
     with torch.inference_mode():
