@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
+    GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedConfig,
@@ -181,8 +182,10 @@ def make_llava(
     model.model.multi_modal_projector = _fresh_projector(model.model.multi_modal_projector, seed)
     model.model.language_model = network.model
     model.lm_head = network.lm_head
-    model.generation_config = network.generation_config
-    model.generation_config.pad_token_id = language.pad_token
+    own = network.generation_config
+    model.generation_config = GenerationConfig(  # nothing else of it: penalties, limits, stop words
+        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=language.pad_token
+    )
     return model.float().eval()
 
 

@@ -156,6 +156,26 @@ def test_what_is_no_model(folder: Path, tmp_path: Path) -> None:
         load(folder)
 
 
+def test_answers_are_greedy_whatever_the_folder_asks_for(folder: Path, backbone: Callable[..., Any]) -> None:
+    from evals.vqa.llava import make_llava
+
+    alter(
+        folder / "generation_config.json",
+        repetition_penalty=5.0,
+        stop_strings=["a"],
+        max_time=1e-6,
+        temperature=0.5,
+    )
+    opened = open_language(str(folder), [], SMALL, 0)
+    model = make_llava(backbone(), opened, (32, 32), 4, layer_norm=False, seed=0)
+    ids = torch.tensor([[1, 5, 6]])
+    expected = ids
+    for _ in range(6):
+        expected = torch.cat((expected, model(input_ids=expected).logits[:, -1:].argmax(-1)), 1)
+    said = model.generate(input_ids=ids, do_sample=False, max_new_tokens=6, eos_token_id=None)
+    assert torch.equal(said, expected)
+
+
 VALUES = st.sampled_from([None, True, -1, 0, 0.5, 10**9, 2**62, "", "x", "../../x", [], [[]], {}, {"a": []}])
 FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
