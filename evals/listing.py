@@ -34,33 +34,32 @@ def run_list(arguments: Sequence[str], tasks: Mapping[str, str]) -> int:
         for name, line in tasks.items():
             console.print(f"{name:12} {escape(line)}")
         return 0
-    table = Table(
-        Column("architecture", no_wrap=True),
-        "parameters (M)",
-        "GMACs",
-        "at",
-        "summary",
-        "token",
-        "window",
-        box=None,
-    )
+    titles = ("architecture", "parameters (M)", "GMACs", "at", "summary", "token")
+    table = Table(*(Column(title, no_wrap=True) for title in titles), box=None)
+    windows = []
     for name in students:
-        table.add_row(name, *_size_up(name))
+        student = _outline(name)
+        table.add_row(name, *_size_up(student))
+        windows += _windows(name, student)
     console.print(table)
+    for line in windows:
+        console.print(line)
     return 0
 
 
-def _size_up(name: str) -> tuple[str, ...]:
-    """Parameters and multiply-adds of an architecture, without memory for either."""
+def _outline(name: str) -> Student | Exception:
+    """An architecture without memory for its weights, or why there is none."""
     try:
         with torch.device("meta"):
-            student = students[name](StudentOptions())
+            return students[name](StudentOptions())
     except Exception as error:  # noqa: BLE001 (another package's student: the others are listed all the same)
-        return escape(f"cannot be built on the meta device: {str(error)[:100]}"), *[""] * 5
-    return _row(student)
+        return error
 
 
-def _row(student: Student) -> tuple[str, ...]:
+def _size_up(student: Student | Exception) -> tuple[str, ...]:
+    """Parameters and multiply-adds of an architecture, without memory for either."""
+    if isinstance(student, Exception):
+        return (escape(f"cannot be built on the meta device: {str(student)[:100]}"),)
     assert isinstance(student, torch.nn.Module)
     height, width = student.native_size
     counts = count(student.eval(), (height, width))
@@ -70,13 +69,12 @@ def _row(student: Student) -> tuple[str, ...]:
         f"{height}x{width}",
         str(student.summary_dim),
         str(student.token_dim),
-        _window(student),
     )
 
 
-def _window(student: Student) -> str:
-    """The window side of a vitdet student in tokens, and its global blocks."""
+def _windows(name: str, student: Student | Exception) -> list[str]:
+    """A line on the window of a vitdet student, in tokens, and its global blocks."""
     if not isinstance(student, ViT) or student.config.window is None:
-        return ""
+        return []
     everywhere = global_blocks(student.config.depth, student.config.schedule)
-    return f"{student.config.window}, global {' '.join(map(str, everywhere))}"
+    return [f"{name}: windows of {student.config.window}, global blocks {' '.join(map(str, everywhere))}"]
