@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import importlib
 import importlib.util
+import io
 import os
 import signal
 import sys
@@ -81,8 +82,16 @@ def end_with_torchrun() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
+def print_anything() -> None:
+    """Let a terminal or file whose encoding lacks a character show its number: it is no reason to end."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _run(module: str, argv: Sequence[str] | None) -> int:
     end_with_torchrun()  # before the imports, which take seconds
+    print_anything()
     try:
         check_not_shadowed()
         # By name, since the layers let nothing in radio import train or evals.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
@@ -11,6 +12,7 @@ from .errors import ConfigError, did_you_mean, shown
 T = TypeVar("T")
 
 _MAX_CHARS = 200  # of a name in messages
+_MAX_LISTED = 20  # names of one prefix in messages
 
 
 class Registry(Generic[T]):
@@ -67,7 +69,7 @@ class Registry(Generic[T]):
             prefix, colon, rest = name.partition(":")
             if colon and prefix in self._families:
                 return self._families[prefix](rest)
-            hint = did_you_mean(name, self._entries) or f"; known: {', '.join(sorted(self._entries))}"
+            hint = did_you_mean(name, self._entries) or f"; known: {self._listing()}"
             raise ConfigError(f"unknown {self.kind} {name[:_MAX_CHARS]!r}{hint}")
         return self._entries[name]
 
@@ -85,6 +87,13 @@ class Registry(Generic[T]):
         """The names, sorted."""
         self._read_plugins()
         return iter(sorted(self._entries))
+
+    def _listing(self) -> str:
+        """The names for a message; of a prefix with many, such as `timm:`, how many there are."""
+        prefixes = Counter(name.partition(":")[0] for name in self._entries if ":" in name)
+        many = {prefix: count for prefix, count in prefixes.items() if count > _MAX_LISTED}
+        names = [name for name in sorted(self._entries) if name.partition(":")[0] not in many]
+        return ", ".join([*names, *(f"{prefix}:NAME ({count} names)" for prefix, count in many.items())])
 
     def _read_plugins(self) -> None:
         if self._plugins_read:

@@ -64,8 +64,8 @@ def check_settings(config: TrainConfig, world: int) -> None:
     """None, when the settings make sense before anything is loaded.
 
     Raises:
-        ConfigError: a setting out of bounds, a run folder that cannot be one, an unknown student, or what
-            `deal` refuses.
+        ConfigError: a setting out of bounds, a run folder that cannot be one, an unknown student, no weighted
+            loss, or what `deal` refuses.
     """
     check_options(config)
     for name, (low, high) in {
@@ -76,6 +76,7 @@ def check_settings(config: TrainConfig, world: int) -> None:
             raise ConfigError(f"{name} {low} {high}: the first is to be the lower one; swap them")
     _check_folder(config.out)
     students[config.student]  # an unknown name raises here, with the nearest ones
+    _check_weights(config)
     check_balance(config)
     if config.engine == "fsdp":
         facts = {t.name: TeacherFacts("", (1, 1), 1, 1) for t in config.teachers}
@@ -83,6 +84,18 @@ def check_settings(config: TrainConfig, world: int) -> None:
         with torch.device("meta"):
             check_shardable(RadioModel(described).student)
     deal(config, world)
+
+
+def _check_weights(config: TrainConfig) -> None:
+    """None, when a loss has a weight: without any a run would learn nothing, and never say so."""
+    spatial = config.loss.cosine or config.loss.smooth_l1
+    if config.teachers and not any(
+        t.summary_weight or (t.spatial_weight and spatial) for t in config.teachers
+    ):
+        raise ConfigError(
+            "no loss of any teacher has a weight, and nothing would be learned; give a teacher a "
+            "summary-weight above 0, or a spatial-weight beside --loss.cosine or --loss.smooth-l1"
+        )
 
 
 def _check_folder(out: Path) -> None:

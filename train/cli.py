@@ -22,7 +22,7 @@ from .plan_table import print_plan
 from .preempt import REQUEUE
 from .recipes import recipes
 from .sinks import say
-from .tables import rows_of, tables, train_all
+from .tables import check_tasks, rows_of, tables, train_all
 from .teachers_from_scenes import TeachersConfig
 from .teachers_from_scenes import main as train_teachers
 
@@ -140,6 +140,7 @@ def _plan(name: str, options: Sequence[str], console: Console) -> int:
     check_options(asked.config)
     runs = table.rows(asked.config) if table else {name: asked.config}
     for each in runs.values():
+        check_tasks(each)
         config, changes = fitted(each)
         for line in changes:
             say(console, line)

@@ -7,8 +7,11 @@ batches one after another.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache, reduce
+from operator import or_
+from typing import NamedTuple
 
 from radio.errors import ConfigError
 
@@ -115,14 +118,9 @@ def best_split(groups: Sequence[TeacherGroup], world: int, costs: Sequence[float
         ConfigError: no numbers of ranks that divide the groups' batches add up to `world`.
     """
     sizes = [group.batch_size for group in groups]
-
-    def loads(split: tuple[int, ...]) -> list[float]:
-        priced = zip(sizes, split, costs, strict=True)
-        return sorted((size / count * cost for size, count, cost in priced), reverse=True)
-
-    if (best := min(_splits(sizes, world), key=loads, default=None)) is None:
+    if (best := _best(tuple(sizes), tuple(costs), world)) is None:
         raise ConfigError(_impossible(groups, world))
-    return best
+    return best.split
 
 
 def _seen(teacher: TeacherConfig, config: TrainConfig) -> tuple[int, int]:
@@ -143,16 +141,41 @@ def _in_turns(groups: Sequence[TeacherGroup], world: int) -> Partition:
     return Partition(groups=tuple(replace(group, ranks=tuple(range(world))) for group in groups), world=world)
 
 
-def _splits(sizes: Sequence[int], world: int) -> Iterator[tuple[int, ...]]:
-    """Every way to deal `world` ranks to batches so that each is shared evenly."""
-    if len(sizes) == 1:
-        if sizes[0] % world == 0:
-            yield (world,)
-        return
-    for count in range(1, world - len(sizes) + 2):
-        if sizes[0] % count == 0:
-            for rest in _splits(sizes[1:], world - count):
-                yield (count, *rest)
+class _Split(NamedTuple):
+    """Ranks of some groups, and what each group's pictures then cost a rank, the dearest first."""
+
+    loads: tuple[float, ...]
+    split: tuple[int, ...]
+
+
+def _best(sizes: tuple[int, ...], costs: tuple[float, ...], world: int) -> _Split | None:
+    """The best way to deal `world` ranks to batches so that each is shared evenly; None where there is none.
+
+    The best way for all holds the best one for every rest of them, so that each rest is worked out once.
+    """
+    counts = [_divisors(size, world) for size in sizes]
+
+    @cache
+    def best_of(place: int, ranks: int) -> _Split | None:
+        size, cost = sizes[place], costs[place]
+        if place == len(sizes) - 1:
+            return None if ranks < 1 or size % ranks else _Split((size / ranks * cost,), (ranks,))
+        found: _Split | None = None
+        for count in counts[place]:
+            if count > ranks - (len(sizes) - 1 - place):
+                break
+            if (rest := best_of(place + 1, ranks - count)) is not None:
+                loads = tuple(sorted((size / count * cost, *rest.loads), reverse=True))
+                if found is None or loads < found.loads:
+                    found = _Split(loads, (count, *rest.split))
+        return found
+
+    return best_of(0, world)
+
+
+def _divisors(size: int, most: int) -> list[int]:
+    """The divisors of a batch up to `most`, in order."""
+    return [count for count in range(1, min(size, most) + 1) if size % count == 0]
 
 
 def _checked(config: TrainConfig, groups: Sequence[TeacherGroup], world: int) -> tuple[int, ...]:
@@ -199,6 +222,10 @@ def _impossible(groups: Sequence[TeacherGroup], world: int) -> str:
 
 def _possible(sizes: Sequence[int], world: int) -> str:
     """The nearest numbers of ranks, below and above, that can be shared."""
-    below = next((n for n in range(world - 1, len(sizes) - 1, -1) if any(_splits(sizes, n))), None)
-    above = next((n for n in range(world + 1, sum(sizes) + 1) if any(_splits(sizes, n))), None)
-    return " or ".join(str(count) for count in (below, above) if count is not None)
+    sums = 1  # bit n: n ranks can be shared by the batches so far
+    for size in sizes:
+        sums = reduce(or_, (sums << count for count in _divisors(size, size)))
+    below, above = sums & ((1 << world) - 1), sums >> (world + 1)
+    nearest = [below.bit_length() - 1] if below else []
+    nearest += [world + (above & -above).bit_length()] if above else []
+    return " or ".join(map(str, nearest))

@@ -66,7 +66,7 @@ def rows_of(table: PaperTable, base: TrainConfig, names: tuple[str, ...] = ()) -
     }
 
 
-def _check_tasks(config: TrainConfig) -> None:
+def check_tasks(config: TrainConfig) -> None:
     """None, when the run can give every evaluator that it names what it needs."""
     if tasks := (*config.score, *(config.eval_tasks if config.eval_every else ())):
         from .scoring import make_job  # the evaluators are many modules
@@ -102,7 +102,7 @@ def train_all(runs: Rows, console: Console, *, restart: bool = False) -> Trained
     with join(device := choose_device(next(iter(runs.values())).device)) as group:
         for config in runs.values():
             check_settings(config, group.world)
-            _check_tasks(config)
+            check_tasks(config)
         screen = console if group.leads else Console(quiet=True)
         for name, asked in runs.items():
             config, changes = fitted(asked)

@@ -65,10 +65,12 @@ def main(settings: TeachersConfig, console: Console | None = None) -> list[Path]
     """Train the teachers asked for and write their files; the files' paths. Progress goes to the console.
 
     Raises:
-        ConfigError: a teacher that does not exist, or fewer samples than one batch.
+        ConfigError: no teacher, one that does not exist, or fewer samples than one batch.
         CheckpointError: CLIP alone is asked for, and `out` holds no dense teacher to start it from.
     """
     check_options(settings)
+    if not settings.only:
+        raise ConfigError(f"--only names no teacher; leave it out, or give some of {', '.join(NAMES)}")
     for name in settings.only:
         if name not in NAMES:
             raise ConfigError(

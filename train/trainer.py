@@ -16,8 +16,10 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from evals.core.dist import Group
+from radio.checkpoint import load as load_checkpoint
 from radio.config import write_yaml
-from radio.errors import RadioError
+from radio.errors import CheckpointError, RadioError
+from radio.io import check_writable
 from radio.model import build
 from radio.types import Features
 
@@ -157,14 +159,15 @@ class Run:
         return config.out / "ckpt.pt"
 
     def _open(self) -> None:
+        check_writable(self.config.out / "state", "--out")  # or it shows when the first state is due
         self.log = open_log(self.config, self.step, self._tell)
         write_yaml(self.config, self.config.out / "config.yaml")
 
     def _publish_again(self) -> None:
-        """Write a finished run's checkpoints where they are gone; every rank calls it."""
+        """Write a finished run's checkpoints where they are gone or damaged; every rank calls it."""
         names = ["ckpt.pt", *(["ckpt-ema.pt"] if self.learner.average is not None else [])]
         out = self.config.out
-        gone = on_leader(self.group, lambda: [name for name in names if not (out / name).is_file()])
+        gone = on_leader(self.group, lambda: [name for name in names if not _is_whole(out / name)])
         if gone:
             publish = self._publisher()
             on_leader(self.group, lambda: publish(gone))
@@ -342,6 +345,14 @@ class Run:
             return teacher_features(
                 {name: self.teachers[name] for name in group.teachers}, self.sizes, images
             )
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        load_checkpoint(checkpoint)
+    except CheckpointError:
+        return False
+    return True
 
 
 class _RankNotes(TypedDict):

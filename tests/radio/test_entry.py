@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import subprocess
 import sys
@@ -223,3 +224,20 @@ def test_an_absent_library_is_named(command: str, library: str) -> None:
     assert done.stderr == (
         f"error: the library {library} is not installed; get am-radio with all it needs: pip install -e .\n"
     )
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_the_encoding_of_the_output_lacks_is_shown_by_number(
+    encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding)
+
+    def main(argv: Sequence[str] | None) -> int:
+        sys.stdout.write("runs/日")
+        return 0
+
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace(main=main))
+    assert entry.train([]) == 0
+    out.flush()
+    assert out.buffer.getvalue() == rb"runs/\u65e5"  # type: ignore[attr-defined]

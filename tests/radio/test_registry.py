@@ -101,6 +101,16 @@ def test_a_broken_plugin_is_named_every_time(plugin, code):
         assert "mend or uninstall broken-plugin" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_long_family_is_counted_and_not_spelled_out():
+    registry = Registry("widget")
+    for name in ("plain", "few:1", *(f"many:{number}" for number in range(1000))):
+        registry.register(name)(object())
+    with pytest.raises(
+        ConfigError, match=r"^unknown widget ''; known: few:1, plain, many:NAME \(1000 names\)$"
+    ):
+        registry[""]
+
+
 def test_hints_name_what_is_near():
     assert did_you_mean("knnn", ["knn", "zeroshot"]) == "; did you mean knn?"
     assert did_you_mean("qqqq", ["knn", "zeroshot"]) == ""

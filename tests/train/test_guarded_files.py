@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,14 +90,26 @@ def test_a_state_of_nan_is_not_gone_on_from(config: TrainConfig, start: Start) -
     assert start(config, steps=10).step == 10
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.5])
-def test_checkpoints_that_are_gone_after_the_end_are_written_again(
-    config: TrainConfig, start: Start, ema: float
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize(("ema", "harm"), [(0.0, remove), (0.5, remove), (0.0, cut), (0.5, empty)])
+def test_checkpoints_that_are_gone_or_damaged_after_the_end_are_written_again(
+    config: TrainConfig, start: Start, ema: float, harm: Callable[[Path], None]
 ) -> None:
     names = ["ckpt.pt", *(["ckpt-ema.pt"] if ema else [])]
     start(config, steps=3, ema=ema).train()
     before = {name: checkpoint.load(config.out / name) for name in names}
-    (config.out / names[-1]).unlink()
+    harm(config.out / names[-1])
     run = start(config, steps=3, ema=ema)
     run.train()
     told = run.console.file.getvalue()  # type: ignore[attr-defined]
@@ -182,3 +195,15 @@ def test_fresh_students_pass_the_guard(name: str) -> None:
     student = students[name](StudentOptions())
     assert isinstance(student, torch.nn.Module)
     assert first_bad(student.state_dict()) == ""
+
+
+@pytest.mark.parametrize("target", ["nowhere", "state"])
+def test_a_place_for_states_that_leads_nowhere_is_told_before_the_first_step(
+    config: TrainConfig, start: Start, target: str
+) -> None:
+    config.out.mkdir(parents=True)
+    (config.out / "state").symlink_to(target)
+    run = start(config)
+    with pytest.raises(RadioError, match=r"--out .*state: .*; choose a folder that can be written"):
+        run.train()
+    assert run.step == 0 and not (config.out / "metrics.jsonl").exists()

@@ -7,10 +7,12 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+from hypothesis import given, strategies
+from hypothesis import settings as effort
 
 from radio.errors import ConfigError
 from train.config import TeacherConfig, TrainConfig
-from train.partition import Partition, best_split, make_partition, teacher_groups
+from train.partition import Partition, TeacherGroup, best_split, make_partition, teacher_groups
 from train.recipes import recipes
 
 Sizes = tuple[tuple[int, int], ...]  # (pictures a step, student's side) of each teacher
@@ -161,3 +163,39 @@ def test_the_reason_why_ranks_cannot_be_shared() -> None:
         make_partition(recipes["paper-b14"](), 3)
     with pytest.raises(ConfigError, match="teacher t0 cannot see 0 pictures a step; give 1 or more"):
         teacher_groups(settings(((0, 48),)))
+
+
+@given(
+    sizes=strategies.lists(strategies.integers(1, 24), min_size=1, max_size=3),
+    world=strategies.integers(1, 16),
+    seed=strategies.integers(0, 5),
+)
+@effort(max_examples=60, deadline=None)
+def test_the_best_split_is_the_best_of_all(sizes: list[int], world: int, seed: int) -> None:
+    costs = tuple(float(2 ** (seed * place % 3)) for place in range(len(sizes)))
+
+    def loads(split: tuple[int, ...]) -> list[float]:
+        return sorted((s / n * c for s, n, c in zip(sizes, split, costs, strict=True)), reverse=True)
+
+    ways = [
+        split
+        for split in product(range(1, world + 1), repeat=len(sizes))
+        if sum(split) == world and all(s % n == 0 for s, n in zip(sizes, split, strict=True))
+    ]
+    groups = [
+        TeacherGroup(teachers=(f"t{place}",), side=48, batch_size=size, first=0, ranks=())
+        for place, size in enumerate(sizes)
+    ]
+    if ways:
+        assert best_split(groups, world, costs) == min(ways, key=loads)
+    else:
+        with pytest.raises(ConfigError):
+            best_split(groups, world, costs)
+
+
+def test_more_ranks_than_anybody_has_are_judged_at_once() -> None:
+    many = teacher_groups(settings(((8, 48), (4, 96))))
+    with pytest.raises(ConfigError, match=r"cannot be shared: .* add up to 65536; start 12 ranks"):
+        best_split(many, 65536, (1.0, 1.0))
+    large = teacher_groups(settings(tuple((720720, 48 + 12 * place) for place in range(4))))
+    assert sum(best_split(large, 4096, (1.0, 1.0, 2.0, 3.0))) == 4096

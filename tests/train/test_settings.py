@@ -269,3 +269,26 @@ def test_an_evaluator_gets_the_settings_that_it_has(monkeypatch: pytest.MonkeyPa
     )
     with pytest.raises(ConfigError, match=wanted):
         make_job("norm", "cpu", {})
+
+
+@pytest.mark.parametrize(
+    ("weights", "options"),
+    [((0.0, 0.0), []), ((0.0, 1.0), ["--loss.cosine", "0", "--loss.smooth-l1", "0"])],
+)
+def test_a_run_without_a_weighted_loss_is_refused(
+    weights: tuple[float, float], options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary, spatial = weights
+    given = [
+        f"--teachers.{n}.{part}-weight={value}"
+        for n in range(3)
+        for part, value in (("summary", summary), ("spatial", spatial))
+    ]
+    assert entry.train(["smoke", f"--out={tmp_path / 'run'}", *given, *options]) == 2
+    assert "no loss of any teacher has a weight" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_refuses_what_the_run_would_refuse(capsys: pytest.CaptureFixture[str]) -> None:
+    assert entry.train(["smoke", "--plan", "--score", "zeroshoot"]) == 2
+    assert "did you mean zeroshot?" in capsys.readouterr().err

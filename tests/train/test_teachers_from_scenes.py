@@ -84,3 +84,11 @@ def test_the_shipped_files_reach_the_quick_scores_of_their_cards(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_shipped_files_reach_the_full_scores_of_their_cards(name):
     assert _measured(name, FULL) == pytest.approx(load(weights_file(name)).card["scores"]["full"], abs=0.51)
+
+
+def test_a_list_without_teachers_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match="--only names no teacher; leave it out, or give some of clip, dense"
+    ):
+        main(TeachersConfig(out=tmp_path / "out", only=()))
+    assert not (tmp_path / "out").exists()

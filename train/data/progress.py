@@ -153,7 +153,12 @@ class Progress:
         known = validate(_STATE, state, "the state's place in the data", error=CheckpointError)
         wanted = [tuple(beginning(deal, self._sources).shape) for deal in self._deals]
         found = [_shape(cursors) for cursors in known["cursors"]]
-        if found != wanted or len(known["counts"]) != len(self._counts):
+        if len(known["counts"]) != len(self._counts):
+            raise CheckpointError(
+                f"the state counts {len(known['counts'])} kinds of broken data, wanted {len(self._counts)}; "
+                f"it is of another version: go on with that one, or --restart to begin anew"
+            )
+        if found != wanted:
             raise CheckpointError(
                 f"the state has cursors of {[list(shape or ()) for shape in found]} and this run of "
                 f"{[list(shape) for shape in wanted]} (lanes, sources, numbers); "

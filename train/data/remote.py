@@ -271,7 +271,11 @@ class Served(io.RawIOBase):
         length = _number(answer.headers.get("Content-Length"))
         self._answer, self._end = answer, None if length is None else begins + length
         if begins != self._position:  # the server sends the whole file
-            _pass_over(answer, self._position)
+            try:
+                _pass_over(answer, self._position)
+            except HTTPException as error:
+                self._hang_up()
+                raise OSError(str(error)) from error
 
     def _request(self) -> HTTPResponse:
         request = urllib.request.Request(self._url)

@@ -141,6 +141,18 @@ def test_a_broken_connection_is_taken_up_where_it_broke(tmp_path: Path) -> None:
         tar.close()
 
 
+def test_a_whole_file_that_breaks_before_the_place_is_a_cause(tmp_path: Path) -> None:
+    pack(tmp_path / "a.tar", FILES)
+    # A server without ranges, whose chunks are none: http.client has an error of its own for that.
+    place, said = half_way(str(tmp_path / "a.tar")), {"Transfer-Encoding": "chunked"}
+    with (
+        serving(tmp_path, ranges=False, said=said) as (url, asked),
+        pytest.raises(ShardError, match="IncompleteRead") as caught,
+    ):
+        open_shard(f"{url}/a.tar", place)
+    assert caught.value.cause == "unreadable" and len(asked) == 3
+
+
 def test_what_is_missing_or_fails_has_a_cause(tmp_path: Path) -> None:
     path = pack(tmp_path / "a.tar", FILES)
     with serving(tmp_path) as (address, _):
