@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from types import ModuleType
 
 _NO_MEMORY = re.compile("can't allocate memory|out of memory|Unable to allocate")  # torch's, CUDA's, NumPy's
+_MAX_LINE = 2000  # letters of an error on the terminal
 _REMEDIES = {
     errno.ENOSPC: "free some space and run the same command again",
     errno.EDQUOT: "free some of your quota and run the same command again",
@@ -18,6 +19,7 @@ _REMEDIES = {
     errno.EPERM: "choose a place that you may read and write",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOTDIR: "one part of the path is a file; choose another path",
+    errno.ELOOP: "it is a link in a circle; choose another path",
     errno.EISDIR: "it is a folder; choose another name",
     errno.EEXIST: "something of that name stands there; choose another name",
     errno.EMFILE: "too many files are open; raise ulimit -n, or take fewer --workers",
@@ -74,9 +76,9 @@ def shown(value: object) -> str:
 def one_line(error: BaseException) -> str | None:
     """Say an error that a user can act on in one line; None for our own slips, which keep their traceback."""
     if isinstance(error, RadioError):
-        return shown(" ".join(str(error).split()))
+        return _cut(shown(" ".join(str(error).split())))
     if isinstance(error, OSError):
-        return shown(_of_the_system(error))
+        return _cut(shown(_of_the_system(error)))
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
         words = re.search(r"[Tt]ried to allocate [\d.]+ \w+", str(error))
         much = f" ({words[0].lower()})" if words else ""
@@ -85,6 +87,12 @@ def one_line(error: BaseException) -> str | None:
     if isinstance(error, ModuleNotFoundError) and library not in ("", "radio", "evals", "train"):
         return f"the library {library} is not installed; get am-radio with all it needs: pip install -e ."
     return None
+
+
+def _cut(line: str) -> str:
+    """Leave the middle out of a line that nobody would read: what foreign files hold may be megabytes."""
+    half = _MAX_LINE // 2
+    return line if len(line) <= _MAX_LINE else f"{line[:half]} … {line[-half:]}"
 
 
 def _of_the_system(error: OSError) -> str:

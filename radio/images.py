@@ -32,7 +32,10 @@ from .resample import resize_images
 
 EVALUATION_RATIO = 256 / 224
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
+IMAGE_ENDINGS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".jp2", ".bmp", ".ppm", ".pgm"),
+    *(".tif", ".tiff", ".gif"),
+)
 """What a file's name ends in, in small letters, when it is taken for an image."""
 
 # By content, whatever a file is called. PIL has 30 formats more, and one of them (EPS) starts a program.

@@ -34,6 +34,8 @@ T = TypeVar("T")
 MAX_METADATA_BYTES = 64 << 20  # reports, cards, logs' records: nobody's are larger
 MAX_DATA_BYTES = 4 << 30  # annotations: the largest that are published have about 1 GB
 
+_MAX_NAME = 255  # bytes of a file's name: what file systems take
+
 MAX_NAMES = 2_000_000  # of a pattern: the largest sets of shards that are published have 1.4 million
 _MAX_PATTERN, _MAX_DEPTH = 4096, 50  # letters; braces in braces
 _RANGE = re.compile(r"(?:(-?\d+)\.\.(-?\d+)|([A-Za-z])\.\.([A-Za-z]))(?:\.\.-?(\d+))?\n?")
@@ -67,6 +69,8 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
 
 def _write_all(contents: Mapping[Path, bytes | memoryview]) -> None:
     """Write temporary siblings first, each synced; only where all fit are they renamed."""
+    for path in contents:
+        _check_replaceable(path)
     temporaries = {path: path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}") for path in contents}
     path = next(iter(contents))
     try:
@@ -87,6 +91,46 @@ def _write_all(contents: Mapping[Path, bytes | memoryview]) -> None:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
         raise
+
+
+def _check_replaceable(path: Path) -> None:
+    """Refuse what a rename would destroy (/dev/null, for one) or what no file can be called."""
+    mode = _mode(path)
+    if stat.S_ISDIR(mode) or not path.name:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        raise ConfigError(f"{shown(path)}: is a device, which no file may replace; name a file")
+
+
+def _mode(path: Path) -> int:
+    """The mode of what stands there, links followed; 0 where nothing does."""
+    try:
+        return path.stat().st_mode
+    except OSError:
+        return 0
+    except ValueError as problem:  # a NUL in it
+        raise ConfigError(f"{shown(path)}: cannot be a path ({problem})") from problem
+
+
+def check_file(path: Path, option: str) -> None:
+    """None, when a file can be written there; nothing is left behind.
+
+    Args:
+        option: what named the file, for the error.
+
+    Raises:
+        ConfigError: it is a folder, a pipe or a device, has no name, or its folder cannot be written.
+    """
+    mode = _mode(path)
+    if stat.S_ISDIR(mode) or not path.name:
+        raise ConfigError(f"{option} {shown(path)}: is a folder; name a file in it")
+    if mode and not stat.S_ISREG(mode):
+        raise ConfigError(f"{option} {shown(path)}: is no regular file, and would be replaced; name a file")
+    if len(os.fsencode(path.name)) > _MAX_NAME:
+        raise ConfigError(
+            f"{option} {shown(path.name[:60])}…: has over {_MAX_NAME} bytes; choose a shorter name"
+        )
+    check_writable(path.parent, option)
 
 
 def make_folder(target: Path, fill: Callable[[Path], None]) -> bool:
@@ -122,15 +166,18 @@ def make_folder(target: Path, fill: Callable[[Path], None]) -> bool:
     return True
 
 
-def check_writable(folder: Path, option: str) -> None:
+def check_writable(folder: Path, option: str, *, utf8: bool = False) -> None:
     """None, when files can be made in a folder, which need not be there yet; nothing is left behind.
 
     Args:
         option: what named the folder, for the error.
+        utf8: its name must be UTF-8, since a library reads from it that takes no other names (safetensors).
 
     Raises:
         ConfigError: it is a file, lies in one, cannot be written, or cannot be a path.
     """
+    if utf8 and str(folder) != without_surrogates(str(folder)):
+        raise ConfigError(f"{option} {shown(folder)}: its name is not UTF-8; choose another folder")
     try:
         nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if _stands(place))
         tempfile.TemporaryFile(dir=nearest).close()
@@ -214,23 +261,22 @@ def parse_json(
     *,
     error: type[RadioError] = DataError,
     constants: bool = False,
-    unique_keys: bool = False,
 ) -> Any:
-    """Parse JSON from somebody else; half surrogates become U+FFFD.
+    """Parse JSON from somebody else, whose objects hold each key once; half surrogates become U+FFFD.
 
     Args:
         where: names the file, and the place in it, in errors.
         constants: take NaN, Infinity and -Infinity, which JSON does not have but Python writes.
-        unique_keys: refuse an object that holds a key twice, where the keys are ids.
 
     Raises:
-        RadioError: of the type `error`: not JSON, nested too deeply, or with a number of thousands of digits.
+        RadioError: of the type `error`: not JSON, nested too deeply, with a number of thousands of digits, or
+            with a key twice in an object, of which one would be dropped without a word.
     """
     try:
         value = json.loads(
             text,
             parse_constant=None if constants else _refuse_constant,
-            object_pairs_hook=_with_unique_keys if unique_keys else None,
+            object_pairs_hook=_with_unique_keys,
         )
     except json.JSONDecodeError as problem:
         raise error(

@@ -10,6 +10,7 @@ from functools import cache
 from timm.data.imagenet_info import ImageNetInfo
 
 _WORDNET = re.compile(r"n\d{8}")
+_NUMBERED = re.compile(r"(\d{1,9})(?:[:,;.)]\s*|\s+)(\S.*)")
 _DIGITS = re.compile(r"([0-9]+)")
 
 
@@ -27,6 +28,13 @@ def imagenet_numbers() -> dict[str, int]:
 def composed(name: str) -> str:
     """The name with its accents written in one way (NFC)."""
     return unicodedata.normalize("NFC", name)
+
+
+def numbered(lines: Sequence[str]) -> list[tuple[int, str]]:
+    """Numbers and names of a list whose every line has both (`0 tench`, `1: tench`); empty for another."""
+    pairs = [_NUMBERED.fullmatch(line) for line in lines]
+    found = [(int(pair[1]), pair[2]) for pair in pairs if pair]
+    return found if len(found) == len(lines) > 1 else []
 
 
 def order_by_number(names: Sequence[str]) -> list[int]:

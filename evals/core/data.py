@@ -23,6 +23,7 @@ from .stored import StoredImages, list_folder, list_shards, spread
 # Letters: N pictures, H W pixels.
 
 _MAX_SCENES = 10_000_000
+_PACKED = (".gz", ".tgz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
 
 class ImageSource(Protocol):
@@ -152,7 +153,7 @@ def open_source(
     elif path.is_dir():
         found = list_shards(str(path)) if any(path.glob("*.tar")) else list_folder(path)
     else:
-        raise DataError(f"{shown(text)}: no such folder{_neighbours(path)}")
+        raise DataError(f"{shown(text)}: {_why_none(path)}")
     return StoredImages(found._replace(entries=spread(found.entries, limit)), memo, watch)
 
 
@@ -191,6 +192,18 @@ def _near(name: str, classes: Sequence[str]) -> str:
     hint = "" if name.isdecimal() else did_you_mean(name, classes)
     more = "…" if len(classes) > 5 else ""
     return hint or f"; it has {', '.join(classes[:5])}{more}"
+
+
+def _why_none(path: Path) -> str:
+    """Why a path that is neither a folder nor shards cannot be read."""
+    try:
+        there = path.exists()
+    except OSError:  # a name that the system does not take
+        there = False
+    if not there:
+        return f"no such folder{_neighbours(path)}"
+    packed = path.suffix.lower() in _PACKED
+    return f"is a file; wanted a folder, or an uncompressed .tar{': unpack it' if packed else ''}"
 
 
 def _neighbours(path: Path) -> str:

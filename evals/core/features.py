@@ -183,7 +183,7 @@ def extract(
     error = None
     try:
         if missing:
-            check_writable(folder, "--cache")
+            check_writable(folder, "--cache", utf8=True)
             total = sum(len(_span(number, count)) for number in missing)
             with watch(f"{model.name} on {source.name}", total) as advance:
                 _fill(model, source, how, folder, missing, advance)

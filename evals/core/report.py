@@ -66,6 +66,14 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[str | int | float | None, ...], ...]
 
+    def __post_init__(self) -> None:
+        """Refuse rows that are longer or shorter than the table is wide."""
+        wrong = next((place for place, row in enumerate(self.rows) if len(row) != len(self.columns)), None)
+        if wrong is not None:
+            raise DataError(
+                f"row {wrong} of a table has {len(self.rows[wrong])} cells under {len(self.columns)} columns"
+            )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:

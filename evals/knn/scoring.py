@@ -89,7 +89,7 @@ def read_accepted(path: Path, keys: Sequence[str], classes: Sequence[str]) -> li
 def _read(path: Path) -> _Accepted:
     if not path.exists():
         raise DataError(f"{shown(path)}: no such file of accepted labels")
-    data = parse_json(read_text(path, limit=MAX_DATA_BYTES), path, unique_keys=True)
+    data = parse_json(read_text(path, limit=MAX_DATA_BYTES), path)
     where = f"{shown(path)}: wanted a list (or an object) of lists of class numbers"
     if not isinstance(data, dict):
         return validate(_BY_NUMBER, data, where)

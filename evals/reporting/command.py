@@ -12,7 +12,7 @@ from rich.console import Console
 from evals.core.noise import NOISE_FILE, read_noise
 from radio.config import NotNegative, check
 from radio.errors import shown
-from radio.io import write_text
+from radio.io import check_file, write_text
 
 from .compare import compare, read_reports, regressions
 from .rendering import junit, markdown, terminal_table
@@ -62,6 +62,7 @@ def run_trend(arguments: Sequence[str]) -> int:
         MissingExtraError: jinja2 or matplotlib is not installed.
     """
     options = check(tyro.cli(TrendOptions, prog="radio-eval trend", args=list(arguments)))
+    check_file(options.html, "--html")
     size, jumps = write_trend(options.nights, options.html, options.tolerance)
     console = Console(highlight=False)
     for jump in jumps:
@@ -79,6 +80,9 @@ def run_compare(arguments: Sequence[str]) -> int:
         ConfigError: a tolerance below 0.
     """
     options = check(tyro.cli(CompareOptions, prog="radio-eval compare", args=list(arguments)))
+    for option, path in (("--markdown", options.markdown), ("--junit", options.junit)):
+        if path is not None:
+            check_file(path, option)
     noise = options.noise or options.baseline / NOISE_FILE
     changes = compare(
         read_reports(options.reports),

@@ -9,7 +9,9 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
+from radio.config import check
 from radio.errors import shown
+from radio.io import check_file
 
 from .html import write_page
 
@@ -38,7 +40,8 @@ def run_report(arguments: Sequence[str]) -> int:
         ConfigError: a page that is a folder, or a model that nobody knows.
         MissingExtraError: jinja2 or matplotlib is not installed.
     """
-    options = tyro.cli(ReportOptions, prog="radio-eval report", args=list(arguments))
+    options = check(tyro.cli(ReportOptions, prog="radio-eval report", args=list(arguments)))
+    check_file(options.html, "--html")
     size = write_page(
         options.reports, options.html, run=options.run, models=options.models, pictures=options.maps
     )

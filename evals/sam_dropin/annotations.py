@@ -20,7 +20,7 @@ from typing_extensions import TypedDict
 
 from radio.errors import DataError, shown
 from radio.images import MAX_PIXELS
-from radio.io import MAX_DATA_BYTES, decode_text, parse_json, read_bytes, validate
+from radio.io import MAX_DATA_BYTES, brief, decode_text, parse_json, read_bytes, validate
 from radio.scenes.rle import compress, decompress, run_lengths
 
 # Letters: N instances of an image, H W pixels, P points of a polygon.
@@ -186,11 +186,40 @@ def note_boxes(pictures: Sequence[Picture], what: str) -> tuple[str, ...]:
             f"{beyond} of {len(owned)} {what} reach more than {_SLACK} px beyond their image; COCO's are x, "
             f"y, width and height, not two corners"
         )
+    flat = sum(x0 == x1 or y0 == y1 for (x0, y0, x1, y1), _ in owned)
+    if flat:
+        notes.append(f"{flat} of {len(owned)} {what} have no width or no height")
+    outside = sum(x0 >= w or y0 >= h or x1 < 0 or y1 < 0 for (x0, y0, x1, y1), (h, w) in owned)
+    if outside:
+        notes.append(f"{outside} of {len(owned)} {what} lie wholly outside their image")
     if any(max(box) > 0 for box, _ in owned) and all(max(box) <= 1 for box, _ in owned):
         notes.append(
             f"all {len(owned)} {what} lie within the first pixel; COCO's are in pixels, not shares of a side"
         )
     return tuple(notes)
+
+
+def note_empty(pictures: Sequence[Picture]) -> tuple[str, ...]:
+    """Say how many masks have no pixel inside their image: whatever is drawn, each of them scores 0."""
+    owned = [(instance, picture) for picture in pictures for instance in picture.instances]
+    empty = [instance.number for instance, picture in owned if _is_empty(instance.segmentation, picture.size)]
+    if not empty:
+        return ()
+    said = f"{len(empty)} of {len(owned)} annotations have no pixel inside their image"
+    return (f"{said} and score 0 whatever is drawn; the first is annotation {empty[0]}",)
+
+
+def _is_empty(segmentation: Any, size: tuple[int, int]) -> bool:
+    if isinstance(segmentation, list):
+        return all(
+            max(part[::2]) <= 0
+            or max(part[1::2]) <= 0
+            or min(part[::2]) >= size[1]
+            or min(part[1::2]) >= size[0]
+            for part in segmentation
+        )
+    counts = segmentation["counts"]
+    return not any((decompress(counts) if isinstance(counts, str) else counts)[1::2])
 
 
 def _check_unique(file: Path, kind: str, numbers: Sequence[int]) -> None:
@@ -274,6 +303,10 @@ def _segmentation(value: Any, size: tuple[int, int]) -> Any:
                 _check_polygon(part)
             return value
         case {"size": [height, width], "counts": str() | list() as counts}:
+            if not _are_numbers((height, width), (int, float)):
+                raise ValueError(
+                    f"has a segmentation of size [{brief(height)}, {brief(width)}]; wanted two numbers"
+                )
             if (height, width) != size:
                 raise ValueError(
                     f"has a segmentation of {height}x{width} px, and its image has {size[0]}x{size[1]}"

@@ -19,7 +19,7 @@ from evals.core.stored import Entry, Listing, StoredImages
 from radio.errors import DataError, require, shown
 from radio.images import MAX_IMAGE_BYTES, open_image
 
-from .annotations import CocoFile, Instance, Picture, note_boxes, read_instances
+from .annotations import CocoFile, Instance, Picture, note_boxes, note_empty, read_instances
 
 # Letters: N instances of an image, H W pixels.
 
@@ -155,7 +155,7 @@ def open_instances(
         for picture, path in zip(kept, paths, strict=True)
     ]
     listing = Listing(file.stem, location or str(images.resolve()), ("",), tuple(entries))
-    notes = (*notes, *note_boxes(kept, "boxes"))
+    notes = (*notes, *note_boxes(kept, "boxes"), *note_empty(kept))
     return Instances(tuple(kept), StoredImages(listing, memo), data, name or file.stem, notes)
 
 
@@ -165,7 +165,9 @@ def _find_all(pictures: Sequence[Picture], root: Path, file: Path) -> list[Path]
         raise DataError(f"{shown(root)}: no such folder; give the one that holds the images of {file.name}")
     listings: dict[Path, dict[str, list[str]]] = {}
     found = [_find(root, picture.name, listings) for picture in pictures]
-    absent = [shown(picture.name) for picture, path in zip(pictures, found, strict=True) if path is None]
+    absent = [
+        shown(picture.name[:200]) for picture, path in zip(pictures, found, strict=True) if path is None
+    ]
     if absent:
         listed = ", ".join(absent[:5]) + (", …" if len(absent) > 5 else "")
         raise DataError(

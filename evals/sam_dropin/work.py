@@ -149,7 +149,7 @@ class Work:
         watch: Watch,
     ) -> None:
         if missing:
-            check_writable(paths[0].parent, "--cache")
+            check_writable(paths[0].parent, "--cache", utf8=True)
             total = sum(len(chunks[number]) for number in missing)
             with watch(f"{self.drop_in.model.name} on {self.data.name}", total) as advance:
                 for number, loaded in ahead(missing, lambda n: self._load(chunks[n]), _THREADS, _AHEAD):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from evals.core.classes import composed
+from evals.core.classes import composed, numbered
 from evals.core.stored import as_text
 from radio.errors import DataError, shown
 from radio.images import IMAGE_ENDINGS
@@ -187,7 +187,7 @@ def _voc(root: Path, voc_split: str, classes: tuple[str, ...], limit: int | None
         labelling=Labelling(classes=classes, zero_is_void=False),
         train=train,
         val=val,
-        notes=_count_notes("VOC2012", zip(splits, counts, strict=True)),
+        notes=(*_count_notes("VOC2012", zip(splits, counts, strict=True)), *_overlap_notes(splits)),
     )
 
 
@@ -258,6 +258,13 @@ def _read_classes(path: Path) -> tuple[str, ...]:
     names = [line.strip() for line in lines_of(read_text(path)) if line.strip()]
     if not 2 <= len(names) <= VOID - 1:
         raise DataError(f"{path}: lists {len(names)} classes; wanted 2 to {VOID - 1}, one a line")
+    pairs = numbered(names)
+    if pairs and [number for number, _ in pairs] != list(range(1, len(pairs) + 1)):
+        raise DataError(
+            f"{path}: numbers its classes from {pairs[0][0]}, and label 1 is the first line; list them in "
+            f"the order of their labels, from 1 on, without numbers, and leave the void out"
+        )
+    names = [composed(name) for _, name in pairs] or [composed(name) for name in names]
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise DataError(f"{path}: lists {twice!r} twice")
@@ -278,6 +285,13 @@ def _limited(split: Split, limit: int | None) -> Split:
         return split
     pairs = tuple(split.pairs[place * count // limit] for place in range(limit))
     return Split(name=split.name, location=split.location, pairs=pairs)
+
+
+def _overlap_notes(splits: Sequence[Split]) -> tuple[str, ...]:
+    """Say that pictures are both learned from and scored: the original lists of SBD overlap VOC's val."""
+    train, val = ({pair.key for pair in split.pairs} for split in splits)
+    both = len(train & val)
+    return (f"{both} of the {len(val)} pictures of val are also trained on",) if both else ()
 
 
 def _count_notes(name: str, splits: Iterable[tuple[Split, int]]) -> tuple[str, ...]:

@@ -80,7 +80,7 @@ def token_maps(
     places = find_missing([paths[number] for number in mine], partial(_read, chunks, model), damage)
     missing = [(mine[place], chunks[mine[place]]) for place in places]
     if missing:
-        check_writable(folder, "--cache")
+        check_writable(folder, "--cache", utf8=True)
     with watch(label, sum(len(span) for _, span in missing)) as advance:
         for number, span in missing:
             batches = [list(span[start : start + batch]) for start in range(0, len(span), batch)]

@@ -134,7 +134,7 @@ def _listing(file: Path, images: Path, names: list[str]) -> Listing:
     if absent:
         raise DataError(
             f"{images}: {len(absent)} of the {len(names)} pictures of {file.name} are not there, "
-            f"the first is {shown(absent[0])}"
+            f"the first is {shown(absent[0][:200])}"
         )
     found = [(name, path) for name, path in zip(names, paths, strict=True) if path is not None]
     entries = [Entry(name, "", path, 0, path.stat().st_size) for name, path in found]

@@ -11,10 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from evals.core.classes import are_wordnet_ids, composed, imagenet_numbers, order_by_number, shown_order
+from evals.core.classes import (
+    are_wordnet_ids,
+    composed,
+    imagenet_numbers,
+    numbered,
+    order_by_number,
+    shown_order,
+)
 from evals.core.data import ImageSource
 from radio.errors import DataError, did_you_mean, require, shown
-from radio.io import parse_json, read_text, validate
+from radio.io import brief, parse_json, read_text, validate
 from radio.scenes import TEMPLATES
 
 # Letters: N pictures.
@@ -22,6 +29,7 @@ from radio.scenes import TEMPLATES
 _MOST_BYTES = 4 << 20  # of names or templates: ImageNet-21k's take 0.6 MB
 
 _WITH_ID = re.compile(r"(n\d{8})[\s,:]+(\S.*)")
+_QUOTED = re.compile(r"""["'].*["'],?""")
 _LIST = TypeAdapter(list[str])
 _NUMBERED = TypeAdapter(dict[str, str | list[str]])  # as imagenet_class_index.json: number -> [id, name]
 
@@ -93,10 +101,12 @@ def read_templates(wanted: str | None, *, scenes: bool) -> tuple[str, ...]:
             library.OPENAI_IMAGENET_TEMPLATES if name == "openai" else library.SIMPLE_IMAGENET_TEMPLATES
         )
         return tuple(template("{}") for template in made)
-    lines = _read_lines(name, "templates (or openai, simple, scenes)")
+    lines = _read_texts(name, "templates (or openai, simple, scenes)")
     for number, line in enumerate(lines, start=1):
         if line.count("{}") != 1:
-            raise DataError(f"{name}: template {number} is {line!r}; wanted {{}} once, where the name goes")
+            raise DataError(
+                f"{name}: template {number} is {brief(line)}; wanted {{}} once, where the name goes"
+            )
     return lines
 
 
@@ -202,10 +212,20 @@ def _without_ids(names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ..
     return tuple(pair[1] for pair in pairs if pair), tuple(pair[2] for pair in pairs if pair)
 
 
+def _read_texts(file: str, what: str) -> tuple[str, ...]:
+    """One text a line, or a JSON list of them."""
+    if Path(file).suffix.lower() != ".json":
+        return _read_lines(file, what)
+    texts = validate(
+        _LIST, parse_json(_read(file, what), file), f"{shown(file)}: wanted a JSON list of {what}"
+    )
+    return _kept([" ".join(text.split()) for text in texts], file, what)
+
+
 def _read_names(file: str) -> tuple[str, ...]:
     if Path(file).suffix.lower() != ".json":
-        return _read_lines(file, "class names")
-    data = parse_json(_read(file, "class names"), file, unique_keys=True)
+        return _without_numbers(_read_lines(file, "class names"), file)
+    data = parse_json(_read(file, "class names"), file)
     where = f"{shown(file)}: wanted a JSON list of names"
     if isinstance(data, dict):
         numbered = validate(_NUMBERED, data, where)
@@ -216,9 +236,34 @@ def _read_names(file: str) -> tuple[str, ...]:
     return _kept([" ".join(name.split()) for name in validate(_LIST, data, where)], file, "class names")
 
 
+def _without_numbers(lines: tuple[str, ...], file: str) -> tuple[str, ...]:
+    """The names of a numbered list (`0 tench` or `1: tench`, as label maps are written), else the lines.
+
+    Raises:
+        DataError: every line has a number, and they do not count up from 0 or 1.
+    """
+    pairs = numbered(lines)
+    numbers = [number for number, _ in pairs]
+    if not pairs:
+        return lines
+    if numbers not in (list(range(len(lines))), list(range(1, len(lines) + 1))):
+        raise DataError(
+            f"{shown(file)}: every line begins with a number, and these do not count up from 0 or 1 (line 1 "
+            f"has {numbers[0]}, line 2 {numbers[1]}); leave the numbers out, one name a line, the first "
+            f"class first"
+        )
+    return tuple(name for _, name in pairs)
+
+
 def _read_lines(file: str, what: str) -> tuple[str, ...]:
     text = _read(file, what).replace("\r\n", "\n").replace("\r", "\n")
-    return _kept([line.strip() for line in text.split("\n") if line.strip()], file, what)
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    if lines and all(_QUOTED.fullmatch(line) for line in lines):
+        raise DataError(
+            f"{shown(file)}: its lines are in quotation marks (line 1 is {brief(lines[0])}), which would be "
+            f"part of the {what}; write plain text, or a JSON list into a file that ends in .json"
+        )
+    return _kept(lines, file, what)
 
 
 def _read(file: str, what: str) -> str:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import digest
-from ..errors import RadioError, did_you_mean, require
+from ..errors import RadioError, require
+from ..io import brief
 from ..scenes.language import VOCABULARY
 
 # Letters: B batch, N texts, L context length, C summary width.
@@ -48,8 +49,10 @@ def tokenize(texts: Sequence[str]) -> Tensor:
 
 def _number(word: str, text: str) -> int:
     if word not in _NUMBERS:
-        hint = did_you_mean(word, VOCABULARY) or f"; it reads: {' '.join(VOCABULARY)}"
-        raise TextError(f"the scenes text tower does not know {word!r} in {text!r}{hint}")
+        raise TextError(
+            f"the scenes text tower does not know {brief(word)} in {brief(text)}; it reads: "
+            f"{' '.join(VOCABULARY)} (its templates are --templates scenes)"
+        )
     return _NUMBERS[word]
 
 

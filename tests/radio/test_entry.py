@@ -14,7 +14,7 @@ import pytest
 
 import radio
 from radio import entry
-from radio.errors import ConfigError, RadioError, ShadowedPackageError
+from radio.errors import ConfigError, DataError, RadioError, ShadowedPackageError, one_line
 
 ROOT = Path(radio.__file__).resolve().parent.parent
 COMMANDS = [(entry.train, "train.cli"), (entry.evaluate, "evals.cli")]
@@ -241,3 +241,8 @@ def test_what_the_encoding_of_the_output_lacks_is_shown_by_number(
     assert entry.train([]) == 0
     out.flush()
     assert out.buffer.getvalue() == rb"runs/\u65e5"  # type: ignore[attr-defined]
+
+
+def test_a_line_of_an_error_can_be_read() -> None:
+    line = one_line(DataError("x" * 1_000_000 + " in a.json; mend it"))
+    assert line is not None and len(line) < 2100 and line.endswith("in a.json; mend it")

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict  # pydantic wants this one below Python 3.12
 
 from radio import io
-from radio.errors import CheckpointError, DataError
+from radio.errors import CheckpointError, ConfigError, DataError
 from radio.io import (
     expand_braces,
     lines_of,
@@ -212,3 +212,31 @@ def test_what_a_killed_process_left_is_removed_and_what_one_fills_is_not(tmp_pat
 
     assert make_folder(tmp_path / "out", fill) is False
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial-b", ".x.partial-c", "out"]
+
+
+def test_no_device_is_replaced(tmp_path: Path) -> None:
+    link = tmp_path / "null"
+    link.symlink_to(os.devnull)  # the check looks through links; as root a rename would succeed
+    with pytest.raises(ConfigError, match="null: is a device, which no file may replace; name a file"):
+        write_text(link, "x")
+    assert link.is_symlink() and Path(os.devnull).is_char_device()
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '[{"b": {"a": 1, "a": 1}}]'])
+def test_a_key_twice_is_refused(text: str) -> None:
+    with pytest.raises(DataError, match="it holds the key 'a' twice in one object"):
+        parse_json(text, "x.json")
+
+
+def test_what_belongs_together_is_not_half_written(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    with pytest.raises(IsADirectoryError):
+        io.write_texts({tmp_path / "a": "new", tmp_path / "b": "new"})
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_folder_for_a_library_has_a_utf8_name(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/x\xff"))
+    io.check_writable(folder, "--out")
+    with pytest.raises(ConfigError, match=r"--cache .*x\\udcff: its name is not UTF-8"):
+        io.check_writable(folder, "--cache", utf8=True)

@@ -59,6 +59,11 @@ def read(files: TaskFiles) -> Exam:
             f"{shown(path)}: has {len(set(categories))} categories; wanted {_MOST_CATEGORIES} at most, each "
             f"is a score of its own"
         )
+    lacking = next((where for where, row in rows if not row.get("category", "").strip()), None)
+    if lacking is not None and any(categories):
+        raise DataError(
+            f"{lacking}: has no category, and other questions have one; give it to all or to none"
+        )
     return Exam(
         split=files.split or path.stem,
         questions=tuple(questions),
@@ -75,8 +80,13 @@ def exact_or_soft(answer: str, truths: Sequence[str]) -> float:
     Against ten or more people's answers it is VQA's accuracy (0.3, 0.6, 0.9 or 1 for 1, 2, 3 or more of ten
     who agree); against fewer it is 1 where one of them is the same, else 0.
     """
-    same = [official(truth) for truth in truths].count(official(answer))
+    same = [_normalised(truth) for truth in truths].count(_normalised(answer))
     return leave_one_out(same, len(truths)) if len(truths) >= NUM_ANSWERS else float(same > 0)
+
+
+def _normalised(answer: str) -> str:
+    """As VQAv2's evaluation does it; what that leaves nothing of (`the`, `?`) in small letters, as it is."""
+    return official(answer) or answer.strip().lower()
 
 
 def _question(row: _Row, number: int) -> Question:

@@ -20,7 +20,7 @@ def read_json(path: Path) -> Any:
     Raises:
         DataError: no such file, not JSON, or a key twice.
     """
-    return parse_json(read_text(path, limit=MAX_DATA_BYTES), path, unique_keys=True)
+    return parse_json(read_text(path, limit=MAX_DATA_BYTES), path)
 
 
 def read_list(path: Path) -> list[tuple[str, Any]]:

@@ -86,9 +86,13 @@ def write_submission(
 
 def _question(records: Records, row: Row, subtype: str) -> Question:
     text = records.get(row, "question", str)
-    folder = subtype.replace("-dev", "")  # test-dev asks about some of the test pictures
-    image = f"COCO_{folder}_{records.get(row, 'image_id', int):012d}.jpg"
+    image = _image(records, row, subtype)
     return Question(str(records.get(row, "question_id", int)), image, text, short(text))
+
+
+def _image(records: Records, row: Row, subtype: str) -> str:
+    folder = subtype.replace("-dev", "")  # test-dev asks about some of the test pictures
+    return f"COCO_{folder}_{records.get(row, 'image_id', int):012d}.jpg"
 
 
 def _answers(path: Path, questions: Sequence[Question], subtype: str) -> list[tuple[str, tuple[str, ...]]]:
@@ -107,6 +111,13 @@ def _answers(path: Path, questions: Sequence[Question], subtype: str) -> list[tu
             f"{path}: {len(absent)} of the {len(questions)} questions have no annotation, the first is "
             f"{absent[0]}; give the annotations of these questions"
         )
+    for question in questions:
+        row = found[question.id]
+        if "image_id" in row.data and _image(records, row, subtype) != question.image:
+            raise DataError(
+                f"{path}: the annotation of question {question.id} is of image {row.data['image_id']}, and "
+                f"the question is about {question.image}; give the annotations of these questions"
+            )
     return [_annotation(records, found[question.id]) for question in questions]
 
 

@@ -293,3 +293,12 @@ def test_bad_numbers_and_splits_are_errors() -> None:
         open_source("scenes:vall")
     with pytest.raises(DataError, match="cannot take 0 scenes"):
         open_source("scenes:val", scenes=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("a.tar.gz", "uncompressed .tar: unpack it"), ("a.txt", "a file; ")]
+)
+def test_a_file_that_is_no_tar_is_not_called_absent(tmp_path: Path, name: str, said: str) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(DataError, match=said):
+        open_source(str(tmp_path / name))

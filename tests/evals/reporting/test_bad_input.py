@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 import xml.etree.ElementTree as Xml
 from pathlib import Path
 from typing import Any
@@ -231,3 +232,33 @@ def test_a_full_disk_leaves_the_old_page_and_one_error(
     assert entry.evaluate(command) == 2
     assert "page.html: No space left on device; free some space" in capsys.readouterr().err
     assert page.read_text() == "old" and {path.name for path in tmp_path.iterdir()} == {"a.json", "page.html"}
+
+
+def test_rows_longer_than_their_table_are_refused(tmp_path: Path) -> None:
+    plain = to_plain(make())
+    plain["tables"] = {"odd": {"columns": ["a"], "rows": [[1], [1, 2]]}}
+    (tmp_path / "a.json").write_text(seal(plain))
+    with pytest.raises(DataError, match="row 1 of a table has 2 cells under 1 columns"):
+        read(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("place", ["", "fifo", "a\0b", "x" * 300, "folder", "/dev/null", "gone/\0"])
+def test_pages_and_tables_go_into_files_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("fifo")
+    Path("folder").mkdir()
+    write(make("throughput"), tmp_path / "reports" / "a.json")
+    commands = [
+        ["report", "reports", "--no-maps", "--html", place],
+        ["trend", "reports", "--html", place],
+        ["compare", "reports", "--baseline", "reports", "--markdown", place],
+        ["compare", "reports", "--baseline", "reports", "--junit", place],
+    ]
+    for command in commands:
+        assert entry.evaluate(command) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+    assert Path("fifo").is_fifo() and Path("/dev/null").is_char_device()
+    assert {path.name for path in tmp_path.iterdir()} == {"fifo", "folder", "reports"}

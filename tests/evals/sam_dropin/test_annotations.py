@@ -222,6 +222,7 @@ def test_bad_entries_are_named(tmp_path: Path, entry: dict[str, Any], said: str)
 
 
 def test_boxes_of_other_conventions_are_said(world: tuple[Path, Path], change: Change) -> None:
+    change(set_one("annotations", 5, bbox=[5, 5, 30, 30], segmentation=[[5, 5, 35, 5, 35, 35]]))
     change(set_one("annotations", 6, bbox=[5, 5, 30, 30]))
     assert opened(world).notes == ()
     data = json.loads(world[0].read_text())
@@ -384,3 +385,43 @@ def test_any_entry_is_a_box_or_one_error(tmp_path: Path, key: str, value: Any) -
         assert x0 <= x1 and y0 <= y1 and abs(rows[1].score) < float("inf")
         return
     assert len(said.splitlines()) == 1 and len(said) < 600
+
+
+@pytest.mark.parametrize("kind", ["polygon", "runs"])
+def test_masks_without_a_pixel_are_said(world: tuple[Path, Path], change: Change, kind: str) -> None:
+    assert opened(world).notes[-1].startswith("1 of 9 annotations have no pixel inside their image")
+    outside = [[900, 900, 950, 900, 950, 950], [-9, 0, -5, 0, -5, 9]]
+    height, width = opened(world).annotated[1].size
+    runs = {"size": [height, width], "counts": [height * width]}
+    change(set_one("annotations", 2, segmentation=outside if kind == "polygon" else runs))
+    masks = opened(world)
+    assert masks.notes[-1].startswith("2 of 9 annotations have no pixel inside their image and score 0")
+    assert masks.notes[-1].endswith("the first is annotation 3")
+    planes = [plane for picture in masks.pictures for plane in masks.masks(picture)]
+    assert sum(not plane.any() for plane in planes) == 2
+
+
+def test_boxes_that_hold_nothing_are_said(world: tuple[Path, Path], change: Change) -> None:
+    before = opened(world).notes
+    change(set_one("annotations", 0, bbox=[1, 1, 0, 3]))
+    change(set_one("annotations", 1, bbox=[-9, 1, 4, 3]))
+    assert "1 of 9 boxes have no width or no height" in before
+    new = set(opened(world).notes) - set(before)
+    assert new == {"2 of 9 boxes have no width or no height", "1 of 9 boxes lie wholly outside their image"}
+
+
+@pytest.mark.parametrize("size", [["8", "9"], [[1] * 9999, 9], [True, None]])
+def test_a_size_that_is_none_is_told_briefly(world: tuple[Path, Path], change: Change, size: Any) -> None:
+    change(set_one("annotations", 2, segmentation={"size": size, "counts": [72]}))
+    with pytest.raises(
+        DataError, match=r"annotation 3 has a segmentation of size .*; wanted two numbers"
+    ) as told:
+        read_instances(world[0])
+    assert len(str(told.value)) < 400
+
+
+def test_a_key_twice_drops_no_annotations(world: tuple[Path, Path]) -> None:
+    text = world[0].read_text().rstrip()
+    world[0].write_text(text[:-1] + ', "annotations": []}')
+    with pytest.raises(DataError, match="it holds the key 'annotations' twice in one object"):
+        read_instances(world[0])

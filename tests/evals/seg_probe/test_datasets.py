@@ -204,3 +204,17 @@ def test_label_tables() -> None:
     assert np.all(ade.table()[3:] == 255)
     assert ade.describe() == "1 to 2 for the 2 classes, 0 and 255 for void"
     assert voc.describe() == "0 to 1 for the 2 classes, 255 for void"
+
+
+def test_numbered_classes_are_those_of_the_labels(tmp_path: Path, make_ade: Callable) -> None:
+    root = make_ade(tmp_path / "mine")
+    (root / "classes.txt").write_text("1 red\n2 green\n3 blue\n")
+    assert opened(root).labelling.classes == ("red", "green", "blue")
+    (root / "classes.txt").write_text("0: void\n1: red\n2: green\n3: blue\n")
+    with pytest.raises(DataError, match="numbers its classes from 0, and label 1 is the first line"):
+        opened(root)
+
+
+def test_pictures_that_are_learned_and_scored_are_said(tmp_path: Path, make_voc: Callable) -> None:
+    make_voc(tmp_path, {"train": ["a", "b"], "val": ["b", "c"]})
+    assert opened(tmp_path).notes[-1] == "1 of the 2 pictures of val are also trained on"

@@ -237,3 +237,23 @@ def test_what_is_no_file_is_an_error_and_no_wait(tmp_path: Path, what: str) -> N
         name_classes(Source("a", "b"), wanted)
     with pytest.raises(DataError, match="of templates"):
         read_templates(wanted, scenes=False)
+
+
+@pytest.mark.parametrize(
+    "lines", [("0 tench", "1 goldfish"), ("1: tench", "2: goldfish"), ("0,tench", "1,goldfish")]
+)
+def test_numbers_of_a_label_map_are_no_names(tmp_path: Path, lines: tuple[str, ...]) -> None:
+    assert names_of(Source("a", "b"), write(tmp_path, *lines)) == ["goldfish", "tench"]
+
+
+def test_numbers_that_do_not_count_up_are_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"do not count up from 0 or 1 \(line 1 has 7, line 2 3\)"):
+        name_classes(Source("a", "b"), write(tmp_path, "7 tench", "3 goldfish"))
+
+
+def test_marks_of_python_or_json_are_no_part_of_a_text(tmp_path: Path) -> None:
+    file = tmp_path / "templates.json"
+    file.write_text('["a {}.", "the {}"]', encoding="utf-8")
+    assert read_templates(str(file), scenes=False) == ("a {}.", "the {}")
+    with pytest.raises(DataError, match="its lines are in quotation marks"):
+        read_templates(write(tmp_path, "'a photo of a {}.',", "'a drawing of a {}.',"), scenes=False)

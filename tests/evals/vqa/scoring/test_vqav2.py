@@ -149,3 +149,10 @@ def test_an_incomplete_submission_is_not_written(
     with pytest.raises(DataError, match=said):
         write_submission(questions(*ids), answers, path)
     assert path.read_text() == "before"
+
+
+def test_an_annotation_of_another_image_is_not_taken(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"question 42000 is of image 7, and the question is about COCO_val2014_0"
+    ):
+        opened(tmp_path, [{**annotation(*["yes"] * 10), "image_id": 7}])
