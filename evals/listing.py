@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from radio.benchmark import count
+from radio.model import as_student
 from radio.students import StudentOptions, students
 from radio.students.vit import ViT
 from radio.students.windowed import global_blocks
@@ -51,7 +52,7 @@ def _outline(name: str) -> Student | Exception:
     """An architecture without memory for its weights, or why there is none."""
     try:
         with torch.device("meta"):
-            return students[name](StudentOptions())
+            return as_student(name, students[name](StudentOptions()))
     except Exception as error:  # noqa: BLE001 (another package's student: the others are listed all the same)
         return error
 
@@ -62,7 +63,10 @@ def _size_up(student: Student | Exception) -> tuple[str, ...]:
         return (escape(f"cannot be built on the meta device: {str(student)[:100]}"),)
     assert isinstance(student, torch.nn.Module)
     height, width = student.native_size
-    counts = count(student.eval(), (height, width))
+    try:
+        counts = count(student.eval(), (height, width))
+    except Exception as error:  # noqa: BLE001 (as above)
+        return (escape(f"cannot be run on the meta device: {str(error)[:100]}"),)
     return (
         f"{counts.parameters / 1e6:.2f}",
         f"{counts.gmacs:.2f}",

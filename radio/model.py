@@ -21,6 +21,8 @@ from .types import Adaptor, Features, Student, Windowed
 
 # Letters: B batch.
 
+_STUDENT = ("name", "fingerprint", "native_size", "summary_dim", "token_dim", "fit", "draw")  # its parts
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
@@ -50,11 +52,7 @@ class RadioModel(nn.Module):
         self.label = name or config.student
         factory: Any = students[config.student]  # another package's may be anything
         student = factory(config.options) if callable(factory) else factory
-        if not isinstance(student, nn.Module):
-            raise ConfigError(
-                f"student {config.student!r} is not a torch module; make its factory return one"
-            )
-        self.student = cast(Student, student)
+        self.student = as_student(config.student, student)
         self.adaptors = _heads(config.adaptors, self.student)
 
     @property
@@ -145,6 +143,28 @@ class RadioModel(nn.Module):
         """
         weights = self.state_dict() if tensors is None else tensors
         return checkpoint.save(path, weights, {**self.card, "model": to_plain(self.config)})
+
+
+def as_student(name: str, student: Any) -> Student:
+    """The student, once it is seen to have all that one needs.
+
+    Raises:
+        ConfigError: it is no torch module, or lacks a part of `radio.types.Student`.
+    """
+    if not isinstance(student, nn.Module):
+        raise ConfigError(f"student {name!r} is not a torch module; make its factory return one")
+    # The class first: isinstance would make every property, and a fingerprint hashes all weights.
+    lacking = [part for part in _STUDENT if not hasattr(type(student), part) and not hasattr(student, part)]
+    if lacking:
+        raise ConfigError(
+            f"student {name!r} has no {', no '.join(lacking)}; make it a whole radio.types.Student"
+        )
+    size: Any = student.native_size
+    if not (isinstance(size, tuple) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)):
+        raise ConfigError(
+            f"student {name!r}: its native_size is {size!r:.80}; wanted (height, width) in pixels"
+        )
+    return cast(Student, student)
 
 
 def _heads(configs: tuple[AdaptorConfig, ...], student: Student) -> nn.ModuleDict:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
-from .errors import ConfigError, did_you_mean, shown
+from .errors import ConfigError, RadioError, did_you_mean, shown
 
 T = TypeVar("T")
 
-_MAX_CHARS = 200  # of a name in messages
+_MAX_CHARS = 200  # of a name in messages, and of what other packages raise
 _MAX_LISTED = 20  # names of one prefix in messages
+_OURS = (RadioError, OSError, MemoryError, KeyboardInterrupt)  # these are told in one line as they are
 
 
 class Registry(Generic[T]):
@@ -47,7 +49,7 @@ class Registry(Generic[T]):
         Raises:
             ConfigError: the name is taken by something else.
         """
-        if self._entries.get(name, value) is not value:
+        if _inner(self._entries.get(name, value)) is not _inner(value):
             raise ConfigError(f"a {self.kind} named {name!r} is registered already; choose another name")
         self._entries[name] = value
 
@@ -108,15 +110,45 @@ class Registry(Generic[T]):
     def _load_plugins(self) -> None:
         for point in entry_points(group=f"am_radio.{self.kind}s"):
             try:
-                self.add(point.name, point.load())
-            except ConfigError:
+                value = point.load()
+            except (ConfigError, KeyboardInterrupt):
                 raise
-            except (Exception, SystemExit) as error:  # whatever their code raises while it is imported
-                raise ConfigError(
-                    f"the {self.kind} {point.name!r} of another package ({point.value}) cannot be loaded: "
-                    f"{type(error).__name__}: {shown(error)}; mend or uninstall {_package(point)}"
-                ) from error
+            except BaseException as error:  # whatever their code raises while it is imported
+                raise self._blame(point, "loaded", error) from error
+            self.add(point.name, self._guarded(point, value))
+
+    def _guarded(self, point: EntryPoint, value: T) -> T:
+        """Another package's factory, whose own errors become one that names the package."""
+        if not callable(value):
+            return value
+        factory: Callable[..., Any] = value
+
+        def make(*arguments: Any, **named: Any) -> Any:
+            try:
+                return factory(*arguments, **named)
+            except _OURS:
+                raise
+            except BaseException as error:
+                raise self._blame(point, "made", error) from error
+
+        return cast(T, functools.update_wrapper(make, factory, updated=()))
+
+    def _blame(self, point: EntryPoint, done: str, error: BaseException) -> ConfigError:
+        try:
+            said = str(error)
+        except Exception:  # noqa: BLE001 (their error may not even be printable)
+            said = ""
+        return ConfigError(
+            f"the {self.kind} {point.name!r} of another package ({point.value}) cannot be {done}: "
+            f"{type(error).__name__}: {shown(said[:_MAX_CHARS])}; mend or uninstall {_package(point)}"
+        )
+
+
+def _inner(value: Any) -> Any:
+    """What a guard stands around; a package that is read twice gets two guards around one factory."""
+    return getattr(value, "__wrapped__", value)
 
 
 def _package(point: EntryPoint) -> str:
-    return "that package" if point.dist is None else point.dist.name
+    name = None if point.dist is None else point.dist.metadata["Name"]  # None where its METADATA are absent
+    return name or "that package"

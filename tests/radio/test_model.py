@@ -206,3 +206,18 @@ def test_half_precision_runs_and_is_saved_as_such(tmp_path):
     assert isinstance(model, RadioModel) and model(_images()).tokens.dtype == torch.bfloat16
     model.save(tmp_path / "half.pt")
     assert all(t.dtype == torch.bfloat16 for t in checkpoint.load(tmp_path / "half.pt").tensors.values())
+
+
+def test_a_student_that_lacks_a_part_is_told_which(monkeypatch):
+    class Partial(nn.Linear):
+        name, fingerprint, summary_dim, token_dim = "partial", "0", 2, 2
+
+        def fit(self, height, width):
+            return height, width
+
+    monkeypatch.setitem(students._entries, "partial", lambda options: Partial(2, 2))
+    with pytest.raises(ConfigError, match="student 'partial' has no native_size, no draw; make it a whole"):
+        RadioModel(ModelConfig(student="partial"))
+    Partial.draw, Partial.native_size = None, "8x8"
+    with pytest.raises(ConfigError, match="'partial': its native_size is '8x8'; wanted"):
+        RadioModel(ModelConfig(student="partial"))

@@ -124,3 +124,41 @@ def test_an_optional_library_that_is_absent_names_its_extra(plugin):
     plugin("partial", "partial_widgets:x", "import another_missing_lib\n")
     with pytest.raises(ModuleNotFoundError, match="another_missing_lib"):  # theirs to explain, not ours
         require("partial_widgets", extra="knn")
+
+
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no words")
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        "GeneratorExit()",
+        "BaseException('x')",
+        "Unprintable()",
+        "SystemExit(3)",
+        "RuntimeError('a\\nb' * 9999)",
+    ],
+)
+def test_whatever_a_plugin_or_its_factory_raises_is_one_short_error(plugin, raised):
+    setup = "from tests.radio.test_registry import Unprintable\n" if "Unprintable" in raised else ""
+    plugin("late", "late_widgets:make", f"{setup}def make(): raise {raised}\n")
+    registry = Registry("widget")
+    with pytest.raises(
+        ConfigError, match=r"the widget 'late' of another package .* cannot be made"
+    ) as caught:
+        registry["late"]()
+    assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
+    plugin("early", "early_widgets:make", f"{setup}raise {raised}\n")
+    for _ in range(2):  # the good one before it is entered again each time
+        with pytest.raises(ConfigError, match=r"'early' of another package .* cannot be loaded"):
+            list(Registry("widget"))
+
+
+def test_what_a_plugins_factory_says_to_the_user_is_left_as_it_is(plugin):
+    plugin(
+        "kept", "kept_widgets:make", "from radio.errors import SizeError\ndef make(): raise SizeError('7')\n"
+    )
+    with pytest.raises(RadioError, match=r"^7$"):
+        Registry("widget")["kept"]()
