@@ -15,11 +15,12 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
+from radio.checkpoint import check_finite
 from radio.errors import CheckpointError, ConfigError
 from radio.teachers.pip_weights import Package, locate
 
 from .conversations import Record
-from .language_files import check_folder, check_gguf, one_error
+from .language_files import check_folder, check_gguf, check_weights, one_error
 from .prompts import IMAGE, VICUNA_V1
 
 SMOLLM2 = Package(
@@ -108,8 +109,10 @@ class Opened:
         """The network, its embedding widened by the tokens that are new.
 
         Raises:
-            CheckpointError: the files cannot be read, or lack some of the weights.
+            CheckpointError: the files cannot be read, lack weights, or hold quantised ones or NaN.
         """
+        if not self._gguf:
+            check_weights(self._folder)
         with one_error(self.name, "holds no weights that transformers reads"):
             network, info = AutoModelForCausalLM.from_pretrained(
                 self._folder,
@@ -124,6 +127,8 @@ class Opened:
                 f"{self.name}: {len(missing)} of the model's weights are not in its files, the first is "
                 f"{missing[0]}; get the whole model"
             )
+        # Buffers too: angles that are no numbers come from a configuration, and no file holds them.
+        check_finite({**dict(network.named_buffers()), **network.state_dict()}, self.name)
         if network.get_input_embeddings().num_embeddings < self._rows:
             network.resize_token_embeddings(self._rows, mean_resizing=False)
         return network

@@ -14,11 +14,13 @@ import mmap
 import re
 import stat
 import struct
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
+import safetensors
 import torch
 from pydantic import TypeAdapter
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -29,8 +31,10 @@ from radio.io import parse_json, read_json, read_text, validate
 
 _MAX_JSON_BYTES = 512 << 20  # the largest tokenizer.json that is published has some 35 MB
 _MAX_NUMBER = 2**31
-_MAX_REPEATS = 4096  # layers, blocks, experts: each is a Python object before it is a tensor
-_REPEATS = re.compile(r"layer|block_count|depth|expert", re.IGNORECASE)
+_MAX_REPEATS = 4096  # layers, blocks, experts, labels: each is a Python object before it is a tensor
+_REPEATS = re.compile(r"layer|block_count|depth|expert|labels", re.IGNORECASE)
+_SHARES = re.compile(r"dropout|pdrop", re.IGNORECASE)  # of what is dropped, from 0 to below 1
+_WHOLE = ("F64", "F32", "F16", "BF16")  # smaller ones are a quantisation's, and mean nothing without it
 _ATTENTION = (None, "eager", "sdpa")  # other names fetch kernels
 _JSON_FILES = (
     "config.json",
@@ -81,6 +85,37 @@ def check_folder(folder: Path) -> Any:
         raise CheckpointError(f"{folder}: has no config.json; name the folder of one Hugging Face model")
     size = sum(path.stat().st_size for path in _weights(folder))
     return _check_size(folder, None, size)
+
+
+def check_weights(folder: Path) -> None:
+    """Check that a folder's weights are numbers of 16 bits or more, as they are without a quantisation.
+
+    Raises:
+        CheckpointError: others are among them; transformers would take their codes for values.
+    """
+    for path in _weights(folder):
+        with one_error(str(path), "holds no weights that transformers reads"):
+            kinds = _kinds(path)
+        for name, kind in kinds.items():
+            if name.endswith((".weight", ".bias")) and kind not in _WHOLE:
+                raise CheckpointError(
+                    f"{path}: {shown(name[:200])} is of the type {kind}, as quantised weights are; wanted "
+                    f"{', '.join(_WHOLE)}: get the model as it was before it was quantised"
+                )
+
+
+def _kinds(path: Path) -> dict[str, str]:
+    """The types of a file's tensors, as safetensors spells them."""
+    if path.suffix == ".safetensors":
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    named = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    return {
+        name: named.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+        for name, tensor in held.items()
+        if isinstance(name, str) and isinstance(tensor, torch.Tensor)
+    }
 
 
 def check_gguf(path: Path) -> Any:
@@ -153,6 +188,8 @@ def _check_number(key: str, value: Any, path: Path) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool):
         return
     most = _MAX_REPEATS if _REPEATS.search(key) else _MAX_NUMBER
+    if not math.isfinite(value) or (_SHARES.search(key) and not 0 <= value < 1):
+        raise CheckpointError(f"{path}: {shown(key[:80])} is {value}, which cannot be; get the file again")
     if isinstance(value, int) and abs(value) > most:
         told = str(value) if value.bit_length() < 200 else f"a number of {value.bit_length()} bits"
         raise CheckpointError(f"{path}: {shown(key[:80])} is {told}; no language model has more than {most}")
@@ -191,6 +228,7 @@ def _check_size(folder: Path, gguf: str | None, most: int) -> Any:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
         with torch.device("meta"):
             network = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
     if getattr(network, "model", None) is None or getattr(network, "lm_head", None) is None:
         raise CheckpointError(
             f"{name}: is a {type(network).__name__}; wanted a language model built as Llama is (model, "

@@ -319,3 +319,54 @@ def test_whatever_a_gguf_file_holds(data: st.DataObject, gguf_file: Path, tmp_pa
         assert len(str(error)) < 1500  # noqa: PT017 (one of two outcomes)
     else:
         assert sum(weight.numel() for weight in network.parameters()) < 100_000
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.bool, torch.complex64])
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_weights_that_are_codes_are_not_taken_for_values(
+    folder: Path, kind: torch.dtype, ending: str
+) -> None:
+    path = folder / "model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    name = next(name for name in weights if "q_proj" in name)
+    weights[name] = weights[name].to(kind)
+    if ending == "bin":
+        path.unlink()
+        torch.save(weights, folder / "pytorch_model.bin")
+    else:
+        safetensors.torch.save_file(weights, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{name} is of the type \w+, as quantised weights are"):
+        load(folder)
+
+
+def test_a_model_of_nan_is_none(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    spoilt = {name: value * torch.nan if "q_proj" in name else value for name, value in weights.items()}
+    safetensors.torch.save_file(spoilt, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"1 of its \d+ tensors hold NaN .*q_proj"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, which cannot be"),
+        ({"attention_dropout": 2.0}, "attention_dropout is 2.0, which cannot be"),
+        ({"num_labels": 10**9}, "num_labels is 1000000000; no language model has more"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0.0, "rope_theta": 1e4}}, "inv_freq"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}}, "inv_freq"),
+    ],
+)
+def test_settings_that_would_make_no_numbers(folder: Path, changes: dict[str, Any], message: str) -> None:
+    alter(folder / "config.json", **changes)
+    with pytest.raises(CheckpointError, match=message):
+        load(folder)
+
+
+def test_what_a_model_gives_back_is_not_the_folders_to_choose(folder: Path) -> None:
+    ids = torch.tensor([[1, 2]])
+    plain = load(folder)(input_ids=ids).logits
+    alter(folder / "config.json", return_dict=False, output_hidden_states=True, output_attentions=True)
+    found = load(folder)(input_ids=ids)
+    assert found.logits.equal(plain) and found.hidden_states is None
