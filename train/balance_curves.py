@@ -89,12 +89,13 @@ def as_svg(curves: Sequence[Curve]) -> bytes:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    matplotlib = require("matplotlib", extra="report")
+    require("matplotlib", extra="report")
+    style = require("matplotlib.style", extra="report")
     figures = require("matplotlib.figure", extra="report")
     runs = list(dict.fromkeys(curve.run for curve in curves))
     teachers = list(dict.fromkeys(curve.teacher for curve in curves))
     buffer = io.BytesIO()
-    with matplotlib.rc_context(_STYLE):
+    with style.context(_STYLE, after_reset=True):  # nothing of a matplotlibrc that lies in the folder
         figure = figures.Figure(figsize=(3.2 * len(runs), 2.8), layout="constrained")
         for axes, run in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs, strict=True):
             for curve in (each for each in curves if each.run == run):

@@ -185,10 +185,12 @@ def standing_alone(svg: str) -> str:
 @contextmanager
 def _drawing(name: str, width: float, height: float) -> Iterator[tuple[Any, list[str]]]:
     """A figure, and a list that holds its SVG afterwards."""
-    matplotlib = require("matplotlib", extra="report")
+    require("matplotlib", extra="report")
+    style = require("matplotlib.style", extra="report")
     figures = require("matplotlib.figure", extra="report")
     done: list[str] = []
-    with matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": name}):
+    # After a reset: a matplotlibrc that lies in the folder may ask for LaTeX, which runs programs.
+    with style.context({**_SETTINGS, "svg.hashsalt": name}, after_reset=True):
         figure = figures.Figure(figsize=(width, height), layout="constrained")
         yield figure, done
         buffer = io.BytesIO()

@@ -6,6 +6,7 @@ import re
 import sys
 import xml.etree.ElementTree as Xml
 
+import matplotlib
 import pytest
 
 from evals.reporting.figures import Series, bars, lines
@@ -75,3 +76,11 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtraError, match=r"am-radio\[report\]"):
         lines([curve()], name="p", x_label="k")
+
+
+def test_settings_that_lie_in_the_folder_change_no_figure() -> None:
+    plain = lines([curve()], name="one", x_label="k")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(matplotlib.rcParams, "text.usetex", True)  # runs LaTeX, and what the text tells it to
+        patch.setitem(matplotlib.rcParams, "lines.linewidth", 17.0)
+        assert lines([curve()], name="one", x_label="k") == plain
