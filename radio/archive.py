@@ -27,11 +27,24 @@ from numpy._core import multiarray
 from torch import Tensor, nn
 
 from .errors import CheckpointError, shown
+from .io import has_surrogates
 from .torchscript import read_torchscript
 
 _GROWTH = 4  # times its file a file's content may take in memory: names may share one tensor
 _SLACK = 64 << 20  # bytes, for small files of shared tensors
 _MAX_CHARS = 1024  # of the names that messages show
+
+_DTYPES = (
+    frozenset(  # the types with a value an element; others pack several, or none that torch computes with
+        getattr(torch, name)
+        for name in (
+            *("float64", "float32", "float16", "bfloat16", "complex128", "complex64", "complex32", "bool"),
+            *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+            *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"),
+        )
+        if hasattr(torch, name)  # the youngest are not in every version
+    )
+)
 
 _FOREIGN = (  # how files begin that are given for weights by mistake, and what to do
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself; get that with: git lfs pull"),
@@ -126,13 +139,21 @@ def read_torch(path: Path) -> Any:
         raise CheckpointError(f"{shown(path)}: not a torch file, or a truncated one") from error
 
 
-def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Check that the tensors of a file are dense, and take no more memory than their file justifies.
+def plain_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file, which are dense and take no more memory than their file justifies.
+
+    Attributes that a file hangs on a parameter are left behind: they would stand before its methods.
 
     Raises:
-        CheckpointError: one is not or they do; names the first.
+        CheckpointError: they are not or take more, or a name is no text; names the first.
     """
-    for name, tensor in tensors.items():
+    plain: dict[str, Tensor] = {}
+    for name, given in tensors.items():
+        if has_surrogates(name):
+            raise CheckpointError(
+                f"{shown(path)}: the name {_cut(shown(name), 200)} holds half a character; it is damaged"
+            )
+        tensor = plain[name] = Tensor.detach(given)
         kind = _odd_kind(tensor)
         if kind:
             raise CheckpointError(
@@ -140,14 +161,15 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
                 f"wanted dense ones with their values"
             )
     size = path.stat().st_size
-    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    total = sum(tensor.numel() * tensor.element_size() for tensor in plain.values())
     if total > _GROWTH * size + _SLACK:
-        name = max(tensors, key=lambda each: tensors[each].numel())
+        name = max(plain, key=lambda each: plain[each].numel())
         raise CheckpointError(
             f"{shown(path)}: has {size} bytes, and its tensors would take {total}, the largest "
-            f"{_cut(shown(name), 200)} of shape {tuple(tensors[name].shape)}; it is damaged, or made "
+            f"{_cut(shown(name), 200)} of shape {tuple(plain[name].shape)}; it is damaged, or made "
             f"to fill the memory"
         )
+    return plain
 
 
 def _odd_kind(tensor: Tensor) -> str:
@@ -161,6 +183,8 @@ def _odd_kind(tensor: Tensor) -> str:
         return "nested"
     if tensor.is_conj() or tensor.is_neg():
         return "lazily conjugated"
+    if tensor.dtype not in _DTYPES:
+        return f"packed ({str(tensor.dtype).removeprefix('torch.')})"
     plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
     return "" if plain else f"{type(tensor).__name__} (sharded or packed)"
 

@@ -17,9 +17,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .archive import check_tensors, find_file, is_safetensors, read_safetensors, read_torch
+from .archive import find_file, is_safetensors, plain_tensors, read_safetensors, read_torch
 from .errors import CheckpointError, shown
-from .io import write_bytes
+from .io import has_surrogates, write_bytes
 from .metadata import FORMAT, read_metadata
 from .wrappings import find_state, without_prefix
 
@@ -72,8 +72,10 @@ def load(path: Path) -> Checkpoint:
         CheckpointError: no such file, a foreign or truncated one, or one whose content was altered.
     """
     find_file(path, "checkpoint file")
-    text, sha, tensors = _read_safetensors(path) if is_safetensors(path) else _read_archive(path)
-    check_tensors(path, tensors)
+    text, sha, found = _read_safetensors(path) if is_safetensors(path) else _read_archive(path)
+    tensors = plain_tensors(path, found)
+    if has_surrogates(text):
+        raise CheckpointError(f"{shown(path)}: its card holds half a character; it is damaged")
     if digest(tensors, text) != sha:
         raise CheckpointError(
             f"{shown(path)}: its content does not match its sha256; it was altered, copy it again"
@@ -92,9 +94,7 @@ def load_tensors(path: Path, anchors: Collection[str] = ()) -> dict[str, Tensor]
     """
     find_file(path, "weights file")
     found = find_state(read_safetensors(path).tensors if is_safetensors(path) else read_torch(path), path)
-    tensors = without_prefix(found, anchors, path)
-    check_tensors(path, tensors)
-    return tensors
+    return plain_tensors(path, without_prefix(found, anchors, path))
 
 
 def load_state(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:

@@ -289,6 +289,11 @@ def parse_json(
     return without_surrogates(value) if _SURROGATE.search(text) else value
 
 
+def has_surrogates(text: str) -> bool:
+    """Whether a text holds half surrogates, which UTF-8 cannot hold."""
+    return not text.isascii() and re.search("[\ud800-\udfff]", text) is not None
+
+
 def without_surrogates(value: Any) -> Any:
     """Replace half surrogates, which UTF-8 cannot hold, by U+FFFD in plain data."""
     if isinstance(value, str):

@@ -262,3 +262,37 @@ def test_the_digest_is_of_names_types_shapes_and_bytes_in_any_order():
     others = [{}, {"b": one}, *({"a": value} for value in values)]
     assert len({checkpoint.digest(other) for other in others}) == len(others)
     assert checkpoint.digest({}, "x") != checkpoint.digest({}, "y")
+
+
+def test_text_that_is_no_text_is_an_error(tmp_path, tensors):
+    path = tmp_path / "ckpt.pt"
+    checkpoint.save(path, tensors, CARD)
+    whole = torch.load(path)
+    torch.save({**whole, "card": '{"a": "\ud800"}'}, path)
+    with pytest.raises(CheckpointError, match="its card holds half a character"):
+        checkpoint.load(path)
+    torch.save({**whole, "tensors": {**whole["tensors"], "x\udfff": torch.zeros(1)}}, path)
+    with pytest.raises(CheckpointError, match=r"the name x\\udfff holds half a character"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize("method", ["detach", "isfinite", "numel", "element_size", "is_conj", "float"])
+def test_what_hangs_on_a_parameter_stands_before_none_of_its_methods(tmp_path, method):
+    weight = nn.Parameter(torch.ones(2, 2), requires_grad=False)
+    sha = checkpoint.digest({"weight": weight}, "{}")
+    weight.__dict__[method] = 5
+    torch.save({"weight": weight}, tmp_path / "foreign.pt")
+    torch.save({"card": "{}", "sha256": sha, "tensors": {"weight": weight}}, tmp_path / "ckpt.pt")
+    found = checkpoint.load_tensors(tmp_path / "foreign.pt")
+    linear = nn.Linear(2, 2, bias=False)
+    checkpoint.load_state(linear, found, "foreign")
+    assert linear.weight.equal(torch.ones(2, 2))
+    with pytest.raises(CheckpointError, match="not of the format"):  # the hash fits
+        checkpoint.load(tmp_path / "ckpt.pt")
+
+
+def test_packed_numbers_are_no_weights(tmp_path):
+    packed = torch.empty(2, 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    torch.save({"weight": packed}, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=r"weight is a packed \(float4_e2m1fn_x2\) tensor"):
+        checkpoint.load_tensors(tmp_path / "w.pt")
