@@ -91,12 +91,14 @@ class Opened:
 
     def _prepare(self) -> None:
         """Add the mark of the image, and a padding token where there is none."""
-        if not self.tokenizer.is_fast or self.tokenizer.eos_token is None:
+        if not self.tokenizer.is_fast or not self.tokenizer.eos_token:
             raise CheckpointError(f"{self.name}: wanted a fast tokenizer with an end token")
         self.tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
-        if self.tokenizer.pad_token is None:
+        if self.tokenizer.pad_token in (None, IMAGE):  # padding is no picture
             self.tokenizer.pad_token = self.tokenizer.unk_token or self.tokenizer.eos_token
-        self.tokenizer("a text", add_special_tokens=False, return_offsets_mapping=True)
+        found = self.tokenizer("a text", add_special_tokens=False, return_offsets_mapping=True)
+        if not found["input_ids"]:
+            raise CheckpointError(f"{self.name}: its tokenizer makes nothing of a text; get the file again")
 
     @property
     def fingerprint(self) -> str:

@@ -370,3 +370,17 @@ def test_what_a_model_gives_back_is_not_the_folders_to_choose(folder: Path) -> N
     alter(folder / "config.json", return_dict=False, output_hidden_states=True, output_attentions=True)
     found = load(folder)(input_ids=ids)
     assert found.logits.equal(plain) and found.hidden_states is None
+
+
+def test_a_tokenizer_ends_answers_reads_text_and_pads_with_no_picture(folder: Path) -> None:
+    alter(folder / "tokenizer_config.json", pad_token="<image>")
+    language = open_language(str(folder), [], SMALL, 0)
+    assert language.pad_token != language.image_token
+    alter(folder / "tokenizer_config.json", eos_token="")
+    with pytest.raises(CheckpointError, match="wanted a fast tokenizer with an end token"):
+        load(folder)
+    alter(folder / "tokenizer_config.json", eos_token="</s>")
+    drop = {"type": "Replace", "pattern": {"Regex": "."}, "content": ""}
+    alter(folder / "tokenizer.json", normalizer=drop)
+    with pytest.raises(CheckpointError, match="its tokenizer makes nothing of a text"):
+        load(folder)
