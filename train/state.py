@@ -35,7 +35,6 @@ from evals.core.dist import Group
 from radio.errors import CheckpointError, RadioError
 from radio.io import read_json, validate, write_text
 
-from .agree import on_leader
 from .guards import first_bad
 
 _NOTES = "run.json"
@@ -117,7 +116,7 @@ class States:
         Raises:
             CheckpointError: there are states and none is whole, or they are of a run with other settings.
         """
-        found = on_leader(self.group, self._search)
+        found = self.group.on_leader(self._search)
         self.stands = 0 if found is None else found.step
         return found
 
@@ -136,7 +135,7 @@ class States:
 
     def clear(self) -> None:
         """Remove every state, and what is left of half-written ones."""
-        on_leader(self.group, self._clear)
+        self.group.on_leader(self._clear)
 
     def read(self, found: Found, tensors: Mapping[str, Tensor]) -> str:
         """Fill tensors of these names, whole or spread over the ranks, from a state; what is wrong with it.

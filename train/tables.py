@@ -17,7 +17,6 @@ from radio.errors import ConfigError, did_you_mean
 from radio.lock import locked
 from radio.registry import Registry
 
-from .agree import on_leader
 from .assembly import check_settings, fitted
 from .config import TrainConfig
 from .parallel import join
@@ -83,7 +82,7 @@ def _alone(folder: Path, group: Group) -> Iterator[None]:
         RadioError: another trainer has it.
     """
     with ExitStack() as held:
-        on_leader(group, lambda: held.enter_context(locked(folder, "trained")))
+        group.on_leader(lambda: held.enter_context(locked(folder, "trained")))
         yield
 
 

@@ -23,7 +23,6 @@ from radio.io import check_writable
 from radio.model import build
 from radio.types import Features
 
-from .agree import on_leader
 from .ahead import ahead, half_the_threads
 from .assembly import (
     check_memory,
@@ -142,7 +141,7 @@ class Run:
             return config.out / "ckpt.pt"
         if not self.step:  # the states of an earlier run must not outlive its log
             self.states.clear()
-        on_leader(self.group, self._open)
+        self.group.on_leader(self._open)
         log = self.log
         try:
             with self.stop, half_the_threads() if self.pairs else nullcontext():
@@ -167,10 +166,10 @@ class Run:
         """Write a finished run's checkpoints where they are gone or damaged; every rank calls it."""
         names = ["ckpt.pt", *(["ckpt-ema.pt"] if self.learner.average is not None else [])]
         out = self.config.out
-        gone = on_leader(self.group, lambda: [name for name in names if not _is_whole(out / name)])
+        gone = self.group.on_leader(lambda: [name for name in names if not _is_whole(out / name)])
         if gone:
             publish = self._publisher()
-            on_leader(self.group, lambda: publish(gone))
+            self.group.on_leader(lambda: publish(gone))
             self._tell(f"written again from the state of step {self.step}: {', '.join(gone)}")
 
     def _publisher(self) -> Callable[[Collection[str] | None], None]:

@@ -71,29 +71,33 @@ class Group:
         distributed.all_gather_object(parts, value, group=self.process_group)
         return parts
 
-    def agree(self, error: RadioError | None) -> None:
+    def agree(self, error: RadioError | OSError | None) -> None:
         """Raise on every rank what the first of them ran into, so that none waits for one that has gone.
 
         Raises:
-            RadioError: some rank's error.
+            RadioError, OSError: some rank's error.
         """
         for found in self.gather_objects(error):
             if found is not None:
                 raise found
 
-    def on_leader(self, work: Callable[[], object]) -> None:
-        """Do a piece of work on the leader while the others wait; what it leaves on disk is for all.
+    def on_leader(self, work: Callable[[], T]) -> T:
+        """Do a piece of work on the leader while the others wait; what it gives and writes is for all.
 
         Raises:
-            RadioError: the leader's, on every rank.
+            RadioError, OSError: the leader's, on every rank.
         """
-        error = None
+        value: T | None = None
+        problem: RadioError | OSError | None = None
         if self.leads:
             try:
-                work()
-            except RadioError as problem:
-                error = problem
-        self.agree(error)
+                value = work()
+            except (RadioError, OSError) as error:
+                problem = error
+        (value, problem), *_ = self.gather_objects((value, problem))
+        if problem is not None:
+            raise problem
+        return value  # type: ignore[return-value]  # None only where T is
 
     def sum(self, array: Tensor) -> Tensor:
         """The elementwise sum of the arrays of all ranks."""

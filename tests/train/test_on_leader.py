@@ -11,7 +11,6 @@ import pytest
 from evals.core.dist import Group
 from radio.errors import ConfigError, RadioError
 from radio.lock import NAME
-from train.agree import on_leader
 from train.state import States
 from train.tables import _alone
 
@@ -27,10 +26,10 @@ def test_answers_and_errors_of_the_first_rank_are_everybodys(tmp_path: Path) -> 
         def full() -> int:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "file")
 
-        found: list[object] = [on_leader(group, lambda: group.rank + 7)]
+        found: list[object] = [group.on_leader(lambda: group.rank + 7)]
         for work in (fail, full):
             try:
-                on_leader(group, work)
+                group.on_leader(work)
             except (RadioError, OSError) as error:
                 found.append((type(error), str(error)))
         return found
@@ -68,6 +67,6 @@ def test_all_ranks_hold_one_folder_and_leave_a_damaged_state_aside(tmp_path: Pat
 
 
 def test_alone_it_is_a_call() -> None:
-    assert on_leader(Group(), lambda: "x") == "x"
+    assert Group().on_leader(lambda: "x") == "x"
     with pytest.raises(ConfigError, match="no"):
-        on_leader(Group(), lambda: (_ for _ in ()).throw(ConfigError("no")))
+        Group().on_leader(lambda: (_ for _ in ()).throw(ConfigError("no")))
