@@ -32,7 +32,7 @@ Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
 
 _MAX_TEXT = 4096  # letters: what the system takes for a path
-_MAX_YAML_BYTES = 4 << 20
+_MAX_YAML_BYTES = 1 << 20  # PyYAML takes seconds for as many
 _MAX_YAML_DEPTH = 50
 
 
@@ -108,9 +108,13 @@ def read_yaml(kind: type[T], path: Path) -> T:
     """The settings of type `kind` in a YAML file.
 
     Raises:
-        ConfigError: no such file, not YAML, or settings that `kind` does not have.
+        ConfigError: no such file, not YAML, or settings that `kind` does not have; names the file.
     """
-    return from_plain(kind, load_yaml(path))
+    data = load_yaml(path)
+    try:
+        return from_plain(kind, data)
+    except ConfigError as error:
+        raise ConfigError(f"{shown(path)}: {error}") from error
 
 
 def load_yaml(path: Path) -> Any:
@@ -129,12 +133,23 @@ def load_yaml(path: Path) -> Any:
         ValueError,
         RecursionError,
     ) as error:  # ValueError: a date that is none
-        reason = (str(error).splitlines() or [type(error).__name__])[0].split(";")[0]
+        reason = _reason(error)
         raise ConfigError(f"{shown(path)}: not a YAML file that can be read ({shown(reason)})") from error
 
 
+def _reason(error: Exception) -> str:
+    """What is wrong with a YAML file, and where."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+        mark = error.problem_mark
+        return f"{error.problem}: line {mark.line + 1} column {mark.column + 1}"
+    return (str(error).splitlines() or [type(error).__name__])[0].split(";")[0]
+
+
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader without aliases, which can make a small file huge, and not nested without end."""
+    """PyYAML's safe loader without what makes a small file huge or says something else than it seems to.
+
+    Aliases, nesting without end, keys that stand twice, and numbers that are octal or of base 60 are refused.
+    """
 
     depth = 0
 
@@ -148,6 +163,30 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Construct a mapping, as PyYAML does, of keys that are there once."""
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(set(names)) != len(names):
+            key = next(key for place, (key, _) in enumerate(node.value) if key.value in names[:place])
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {brief(key.value)} stands there twice", key.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        """Construct a number, as PyYAML does, when it is what it seems to be."""
+        if ":" in node.value or re.fullmatch(r"[-+]?0[0-9_]+", node.value):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{brief(node.value)} is octal or of base 60 to YAML", node.start_mark
+            )
+        if node.tag.endswith(":int"):
+            return self.construct_yaml_int(node)
+        return self.construct_yaml_float(node)
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
 
 
 def _join(where: str, key: str) -> str:

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -44,7 +45,9 @@ def locked(folder: Path, doing: str) -> Iterator[None]:
         doing: what the others are told is going on in it: `trained`.
 
     Raises:
-        RadioError: another process holds it; names its host and number.
+        RadioError: another process holds it, and its host and number are named; or something else than a
+            file is where the lock goes.
+        OSError: the lock cannot be written.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,6 +66,8 @@ def locked(folder: Path, doing: str) -> Iterator[None]:
 
 def _take(path: Path, doing: str) -> int:
     while True:
+        if _is_foreign(path):
+            raise RadioError(f"{shown(path)}: is no regular file, and the lock goes there; move it away")
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             # Of the process, not of the file: children that outlive it do not hold it on.
@@ -77,9 +82,24 @@ def _take(path: Path, doing: str) -> int:
             break
         os.close(handle)  # who held it has removed it in the meantime
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-    os.ftruncate(handle, 0)
-    os.write(handle, json.dumps(holder).encode())
+    try:
+        os.ftruncate(handle, 0)
+        os.write(handle, json.dumps(holder).encode())
+    except OSError as error:  # a full disk
+        with suppress(OSError):
+            path.unlink()
+        os.close(handle)
+        error.filename = str(path)
+        raise
     return handle
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether a folder, link, pipe or device stands where the lock goes."""
+    try:
+        return not stat.S_ISREG(path.lstat().st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def _is(path: Path, handle: int) -> bool:

@@ -14,7 +14,7 @@ from evals.core.dist import Group
 from evals.core.provenance import commit, versions
 from radio.adaptors import AdaptorConfig
 from radio.config import check_options, to_plain
-from radio.errors import CheckpointError, ConfigError, SizeError
+from radio.errors import CheckpointError, ConfigError, SizeError, shown
 from radio.hub import load_teacher
 from radio.model import ModelConfig, RadioModel
 from radio.students import students
@@ -74,6 +74,9 @@ def check_settings(config: TrainConfig, world: int) -> None:
     }.items():
         if low > high:
             raise ConfigError(f"{name} {low} {high}: the first is to be the lower one; swap them")
+    for option, folder in {"--out": config.out, "--cache.folder": config.cache.folder}.items():
+        if any("\ud800" <= char <= "\udfff" for char in str(folder)):
+            raise ConfigError(f"{option} {shown(folder)}: is no UTF-8 text; choose another name")
     _check_folder(config.out)
     students[config.student]  # an unknown name raises here, with the nearest ones
     _check_weights(config)
@@ -313,11 +316,16 @@ def window_candidates(
     }
 
 
+def run_name(config: TrainConfig) -> str:
+    """What the run is called: by its folder, be it given as `.` or `..`."""
+    return config.out.resolve().name if config.out.name in ("", "..") else config.out.name
+
+
 def make_card(config: TrainConfig, teachers: Mapping[str, TeacherFacts], data: Described) -> dict[str, Any]:
     """What the checkpoint says of its teachers, data and settings."""
     beside = student_resolutions(config)
     return {
-        "name": config.out.name,
+        "name": run_name(config),
         "resolution": config.resolution,
         "teachers": [
             {

@@ -35,6 +35,7 @@ from .assembly import (
     make_card,
     model_config,
     provenance,
+    run_name,
     student_resolutions,
     window_candidates,
 )
@@ -100,7 +101,7 @@ class Run:
         card = make_card(config, facts, self.data)
         described = model_config(config, facts)
         check_memory(config, described, self.partition, group.rank, memory_of(device))
-        self.model = build(described, config.seed, card, config.out.name)
+        self.model = build(described, config.seed, card, run_name(config))
         for name in set(every) - set(mine):
             del self.model.adaptors[name]
         self.model.to(device).train()
@@ -320,6 +321,11 @@ class Run:
         found = self.states.resume(self.learner.tensors())
         if found is None:
             return 0
+        if found.step > self.config.steps:
+            raise CheckpointError(
+                f"{found.path}: is beyond the run's last step, {self.config.steps}, and so not this run's; "
+                f"move it away, or begin anew with --restart"
+            )
         ranks = found.notes["ranks"]
         if len(ranks) == self.group.world:
             mine = ranks[self.group.rank]

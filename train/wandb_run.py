@@ -11,6 +11,7 @@ from radio.config import to_plain
 from radio.errors import DataError, require
 from radio.io import read_text, write_text
 
+from .assembly import run_name
 from .config import TrainConfig
 from .records import Record
 
@@ -36,7 +37,7 @@ class WandbRun:
         settings = library.Settings(console="off", silent=True)
         self._run: Any = library.init(
             project="am-radio",
-            name=config.out.name,
+            name=run_name(config),
             id=note.read_text(encoding="utf-8").strip(),
             dir=str(config.out),
             config=to_plain(config),

@@ -20,6 +20,7 @@ from radio.config import (
     check,
     check_options,
     from_plain,
+    load_yaml,
     read_yaml,
     to_plain,
     write_yaml,
@@ -242,5 +243,31 @@ def test_values_of_any_size_are_one_short_error(text: str, message: str, tmp_pat
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(ConfigError) as caught:
         read_yaml(Whole, tmp_path / "x.yaml")
-    assert str(caught.value).startswith(message)
+    assert str(caught.value).removeprefix(f"{tmp_path / 'x.yaml'}: ").startswith(message)
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps: 3\nsteps: 4\n", "the key 'steps' stands there twice: line 2 column 1"),
+        ("a:\n  b: 1\n  c: 2\n  'b': 3\n", "the key 'b' stands there twice: line 4 column 3"),
+        ("steps: 010\n", "'010' is octal or of base 60 to YAML: line 1 column 8"),
+        ("steps: 1:30\n", "'1:30' is octal or of base 60 to YAML: line 1 column 8"),
+        ("lr: 1:30.5\n", "'1:30.5' is octal or of base 60 to YAML: line 1 column 5"),
+        ("a:\n\tb: 1\n", r"found character '\\t' that cannot start any token: line 2 column 1"),
+        ("? [a]\n: 2\n", "found unhashable key: line 1 column 3"),
+    ],
+)
+def test_what_says_something_else_than_it_seems_to_is_refused(text: str, message: str, tmp_path: Path):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=rf"x\.yaml: not a YAML file that can be read \({message}\)$"):
+        read_yaml(Whole, tmp_path / "x.yaml")
+
+
+def test_settings_that_do_not_fit_name_their_file(tmp_path: Path):
+    (tmp_path / "x.yaml").write_text("nothing: 1\n")
+    with pytest.raises(ConfigError, match=r"x\.yaml: unknown setting 'nothing'"):
+        read_yaml(Whole, tmp_path / "x.yaml")
+    (tmp_path / "y.yaml").write_text("a: {x: 0, y: -0.5, z: 0x1f, u: 1_000, v: 0o7}\n")
+    assert load_yaml(tmp_path / "y.yaml") == {"a": {"x": 0, "y": -0.5, "z": 31, "u": 1000, "v": "0o7"}}

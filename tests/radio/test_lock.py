@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -84,3 +85,30 @@ def test_what_a_dead_process_left_in_the_file_does_not_matter(tmp_path: Path) ->
         (tmp_path / NAME).write_bytes(content)
         with locked(tmp_path, "trained"):
             pass
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("elsewhere")])
+def test_something_else_where_the_lock_goes_is_told_and_left(
+    make: Callable[[Path], None], tmp_path: Path
+) -> None:
+    make(tmp_path / NAME)
+    with pytest.raises(RadioError, match=r"\.lock: is no regular file"), locked(tmp_path, "trained"):
+        pass
+    assert os.path.lexists(tmp_path / NAME)
+
+
+def test_a_lock_that_does_not_fit_the_disk_names_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(handle: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", write)
+        with (
+            pytest.raises(OSError, match=r"No space left on device: '.*\.lock'"),
+            locked(tmp_path, "trained"),
+        ):
+            pass
+    with locked(tmp_path, "trained"):  # nothing holds it on
+        pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,7 @@ from train.assembly import (
     load_teachers,
     make_card,
     model_config,
+    run_name,
     student_resolutions,
     teacher_sizes,
     window_candidates,
@@ -218,3 +220,23 @@ def test_the_card_names_teachers_and_data(config: TrainConfig) -> None:
     assert card["data"]["count"] == 24
     assert card["data"]["fingerprint"] == pictures.fingerprint
     assert card["settings"]["optim"]["lr"] == config.optim.lr
+
+
+def test_a_run_is_called_by_its_folder_however_that_is_given(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    names = [run_name(replace(config, out=Path(out))) for out in ("", ".", "..", "x/..", "runs/y")]
+    assert names == ["here", "here", tmp_path.name, "here", "y"]
+
+
+@pytest.mark.parametrize("option", ["--out", "--cache.folder"])
+def test_a_folder_whose_name_is_no_text_is_refused(config: TrainConfig, option: str) -> None:
+    odd = Path("runs/x\udcff")  # as Python has a name of the byte 0xff; safetensors could not read it back
+    changed = (
+        replace(config, out=odd) if option == "--out" else replace(config, cache=CacheConfig(folder=odd))
+    )
+    with pytest.raises(ConfigError, match=rf"^{option} runs/x\\udcff: is no UTF-8 text; choose another"):
+        check_settings(changed, 1)

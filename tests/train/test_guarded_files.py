@@ -207,3 +207,14 @@ def test_a_place_for_states_that_leads_nowhere_is_told_before_the_first_step(
     with pytest.raises(RadioError, match=r"--out .*state: .*; choose a folder that can be written"):
         run.train()
     assert run.step == 0 and not (config.out / "metrics.jsonl").exists()
+
+
+def test_a_state_beyond_the_last_step_is_refused(config: TrainConfig, start: Start) -> None:
+    start(config, steps=3).train()
+    state = (config.out / "state" / "step-000003").rename(config.out / "state" / "step-000004")
+    notes = state / "run.json"
+    notes.write_text(notes.read_text().replace('"step": 3', '"step": 4', 1))
+    with pytest.raises(RadioError, match=r"step-000004: is beyond the run's last step, 3, .*; move it away"):
+        start(config, steps=3)
+    state.rename(config.out / "elsewhere")
+    assert start(config, steps=3).step == 0

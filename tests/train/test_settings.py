@@ -86,7 +86,7 @@ def test_values_out_of_bounds_are_refused_by_the_name_that_they_were_given_by(
     path.write_text(yaml.safe_dump(plain))
     with pytest.raises(RadioError) as caught:
         check_settings(read_yaml(TrainConfig, path), 1)
-    message = str(caught.value)
+    message = str(caught.value).removeprefix(f"{path}: ")
     assert len(message) < 400
     if place != "student":
         written = place.replace("teachers.0", "teachers[0]")
