@@ -151,7 +151,7 @@ def make_folder(target: Path, fill: Callable[[Path], None]) -> bool:
     partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=prefix))
     lock = _lock(partial)  # until we end, however that is
     try:
-        fill(partial)
+        _fill(partial, target, fill)
         partial.chmod(0o777 & ~_umask())  # mkdtemp's folders are private
         try:
             partial.rename(target)  # replaces an empty folder
@@ -195,6 +195,16 @@ def _stands(place: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True
+
+
+def _fill(partial: Path, target: Path, fill: Callable[[Path], None]) -> None:
+    """Fill a folder; an error of the system that names no file names the target (a full disk)."""
+    try:
+        fill(partial)
+    except OSError as problem:
+        if problem.errno and problem.filename is None:
+            problem.filename = str(target)
+        raise
 
 
 def read_bytes(path: Path, *, limit: int = MAX_METADATA_BYTES, error: type[RadioError] = DataError) -> bytes:

@@ -27,7 +27,7 @@ from radio.types import Backbone
 
 from .classify import Classifier, Sets, make_classifier
 from .index import load_faiss
-from .records import write_records
+from .records import records_of
 from .scoring import accuracies, read_accepted, real_accuracy
 from .settings import KnnSettings
 
@@ -114,9 +114,8 @@ class KnnEvaluator:
             files=(f"{base}.jsonl",),
         )
         if group.leads:
-            records = out / f"{base}.jsonl"
-            write_records(records, sets, classifier.queries, classifier.labels, neighbours, ranking)
-            write(report, out / f"{base}.json")
+            records = records_of(sets, classifier.queries, classifier.labels, neighbours, ranking)
+            write(report, out / f"{base}.json", {out / f"{base}.jsonl": records})
         return report
 
 

@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 from torch import Tensor
 
 from evals.core.features import Bank
-from radio.io import write_text
 
 from .classify import Sets
 from .index import Neighbours
 
 
-def write_records(
-    path: Path, sets: Sets, queries: Bank, labels: Tensor, neighbours: Neighbours, ranking: Tensor
-) -> None:
-    """Write the records of all queries, atomically.
+def records_of(sets: Sets, queries: Bank, labels: Tensor, neighbours: Neighbours, ranking: Tensor) -> str:
+    """The records of all queries, a line each.
 
     Args:
         labels: [Q], places in the bank's classes.
         neighbours: [Q, k], the nearest first; their ids are places in the bank.
         ranking: [Q, 5], the classes with most votes.
     """
-    write_text(path, "".join(_lines(sets, queries, labels, neighbours, ranking)))
+    return "".join(_lines(sets, queries, labels, neighbours, ranking))
 
 
 def _lines(

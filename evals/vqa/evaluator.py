@@ -23,7 +23,7 @@ from radio.config import check, to_plain
 from radio.errors import ConfigError
 from radio.types import Backbone
 
-from .exams import Answers, Marked, data_used, mark, metrics, open_exams, tables, write_records
+from .exams import Answers, Marked, data_used, mark, metrics, open_exams, records_of, tables
 from .library import load_library, require_peft
 from .presets import choose, choose_size, language_name
 from .settings import VqaSettings
@@ -110,11 +110,10 @@ class VqaEvaluator:
             ),
         )
         if group.leads:
-            for one in outcome.marked:
-                write_records(one, out / f"{base}-{one.data.task}.jsonl")
+            records = {out / f"{base}-{one.data.task}.jsonl": records_of(one) for one in outcome.marked}
             for data, answers in outcome.unmarked:
                 data.write_submission(answers.seen, out / f"{base}-{data.task}-submission.json")
-            write(report, out / f"{base}.json")
+            write(report, out / f"{base}.json", records)
         return report
 
     def run_without_model(self, settings: VqaSettings, out: Path) -> Report | None:
@@ -146,8 +145,7 @@ class VqaEvaluator:
             found=tables([marked]),
             files=(f"{base}-{task}.jsonl",),
         )
-        write_records(marked, out / report.files[0])
-        write(report, out / f"{base}.json")
+        write(report, out / f"{base}.json", {out / report.files[0]: records_of(marked)})
         return report
 
 

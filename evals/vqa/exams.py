@@ -11,7 +11,6 @@ from evals.core.chunks import Damage
 from evals.core.dist import Group
 from evals.core.report import DataUsed, Metric, Table
 from radio.errors import ConfigError
-from radio.io import write_text
 
 from .benchmarks import files_below, write_benchmarks
 from .scoring.scores import mean_accuracy
@@ -117,7 +116,7 @@ def data_used(data: TaskData) -> DataUsed:
     )
 
 
-def write_records(one: Marked, path: Path) -> None:
+def records_of(one: Marked) -> str:
     """A line a question: what was said, what was right, what it is worth; it can be scored again."""
     lines = []
     asked = dict(zip(one.scores.ids, one.scores.values, strict=True))
@@ -133,4 +132,4 @@ def write_records(one: Marked, path: Path) -> None:
         if one.answers.blind is not None:
             record["blind"] = one.answers.blind.get(question.id, "")
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    write_text(path, "".join(lines))
+    return "".join(lines)

@@ -263,7 +263,7 @@ def _arguments(job: Job, start: StageState, folder: str) -> TrainingArguments:
         report_to="none",
         disable_tqdm=True,
         log_level="error",
-        seed=job.seed,
+        seed=job.seed % 2**32,  # what transformers gives to NumPy
     )
     if arguments.n_gpu > 1:  # one process takes one GPU; more of them are torchrun's
         arguments._n_gpu = 1

@@ -240,3 +240,12 @@ def test_a_folder_for_a_library_has_a_utf8_name(tmp_path: Path) -> None:
     io.check_writable(folder, "--out")
     with pytest.raises(ConfigError, match=r"--cache .*x\\udcff: its name is not UTF-8"):
         io.check_writable(folder, "--cache", utf8=True)
+
+
+def test_a_folder_that_a_full_disk_stops_is_named(tmp_path: Path) -> None:
+    def fill(_: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=r"No space left on device: .*world"):
+        make_folder(tmp_path / "world", fill)
+    assert not list(tmp_path.iterdir())

@@ -334,3 +334,21 @@ def test_the_headline_is_twenty_or_the_first() -> None:
     assert KnnSettings().headline == 20
     assert KnnSettings(k=(10, 50)).headline == 10
     assert KnnSettings(k=(10, 50), headline_k=50).headline == 50
+
+
+def test_a_full_disk_leaves_records_and_report_as_they_were(
+    tmp_path: Path, settings: KnnSettings, backbone: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(backbone(), settings, tmp_path / "out")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    done: list[int] = []
+
+    def full(descriptor: int) -> None:
+        done.append(descriptor)
+        if len(done) > 1:  # the records fit, the report does not
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(backbone(), replace(settings, k=(3,), headline_k=None), tmp_path / "out")
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before

@@ -217,3 +217,10 @@ def test_weights_that_are_not_finite_are_never_written(
     ):
         train(make_model(), make_job(), silent)
     assert read_state(make_job().state, "key").step == 2  # what stood before stands
+
+
+def test_a_seed_may_be_larger_than_numpys(
+    make_job: Callable[..., Job], make_model: Callable[..., Any]
+) -> None:
+    job = replace(make_job(), seed=2**53 + 1)
+    assert all(math.isfinite(loss) for loss in train(make_model(), job, silent).losses)
