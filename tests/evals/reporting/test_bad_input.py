@@ -71,7 +71,7 @@ _VALUES = (
     | st.floats()
     | st.text(max_size=5)
     | st.just(10**400)
-    | st.just([[[]]])
+    | st.builds(lambda: [[[]]])
 )
 
 
