@@ -295,7 +295,7 @@ def test_the_error_of_one_rank_is_raised_on_all(
 ) -> None:
     """The other rank's error arrives where ranks would otherwise wait for it."""
     theirs = RadioError("pooled as torch.float32 gives values that are not finite")
-    answers = iter([[None, None], [None, theirs]])
+    answers = iter([[("", None), (None, None)], [None, theirs]])  # the leader's work, then who failed
     monkeypatch.setattr(Group, "gather_objects", lambda self, value: next(answers))
     with pytest.raises(RadioError, match="not finite"):
         extract(backbone(), open_source(str(folder)), how(backbone()), cache=tmp_path, group=Group(0, 2))
