@@ -59,11 +59,6 @@ def read(files: TaskFiles) -> Exam:
             f"{shown(path)}: has {len(set(categories))} categories; wanted {_MOST_CATEGORIES} at most, each "
             f"is a score of its own"
         )
-    lacking = next((where for where, row in rows if not row.get("category", "").strip()), None)
-    if lacking is not None and any(categories):
-        raise DataError(
-            f"{lacking}: has no category, and other questions have one; give it to all or to none"
-        )
     return Exam(
         split=files.split or path.stem,
         questions=tuple(questions),

@@ -96,9 +96,3 @@ def test_categories_are_scores_and_there_are_not_thousands(tmp_path: Path) -> No
 
 def test_an_answer_that_normalising_leaves_nothing_of_is_not_given_by_silence() -> None:
     assert [exact_or_soft(said, ["the"]) for said in ("The", "", "?")] == [1.0, 0.0, 0.0]
-
-
-def test_a_category_for_some_is_told(tmp_path: Path) -> None:
-    rows = [{"question": "q", "answer": "a", "category": "x"}, {"question": "q", "answer": "a"}]
-    with pytest.raises(DataError, match="line 2: has no category, and other questions have one"):
-        opened(tmp_path, *rows)
