@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import digest
-from ..errors import RadioError, require
+from ..errors import RadioError, did_you_mean, require
 from ..io import brief
 from ..scenes.language import VOCABULARY
 
@@ -49,10 +49,9 @@ def tokenize(texts: Sequence[str]) -> Tensor:
 
 def _number(word: str, text: str) -> int:
     if word not in _NUMBERS:
-        raise TextError(
-            f"the scenes text tower does not know {brief(word)} in {brief(text)}; it reads: "
-            f"{' '.join(VOCABULARY)} (its templates are --templates scenes)"
-        )
+        words = f"; it reads: {' '.join(VOCABULARY)} (its templates are --templates scenes)"
+        near = did_you_mean(word, (known for known in VOCABULARY if len(known) > 3))  # no hint of "a" or "of"
+        raise TextError(f"the scenes text tower does not know {brief(word)} in {brief(text)}{near or words}")
     return _NUMBERS[word]
 
 
