@@ -94,7 +94,7 @@ def test_a_state_of_other_lanes_is_refused(shards: str, tmp_path: Path) -> None:
         (lambda state: {**state, "cursors": []}, r"cursors of \[\]"),
         (
             lambda state: {**state, "counts": [0]},
-            "counts 1 kinds of broken data, wanted 6; .* another version",
+            "counts 1 kinds of broken data, wanted 6",
         ),
         (lambda state: {**state, "counts": ["many"] * 6}, r"counts\[0\]: .* valid integer"),
     ],
