@@ -11,6 +11,7 @@ import math
 import re
 import types
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -55,7 +56,7 @@ def from_plain(kind: type[T], data: Any, where: str = "") -> T:
     """
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where or 'the settings'}: wanted a mapping, got {type(data).__name__}")
-    hints = get_type_hints(kind, include_extras=True)
+    hints = _hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for key in data:
         if key not in fields:
@@ -79,7 +80,7 @@ def check(settings: T, where: str = "") -> T:
     Raises:
         ConfigError: one is not; names it, its value and its bounds.
     """
-    hints = get_type_hints(type(settings), include_extras=True)
+    hints = _hints(type(settings))
     for field in dataclasses.fields(settings):  # type: ignore[arg-type]
         _check(hints[field.name], getattr(settings, field.name), _join(where, field.name))
     return settings
@@ -191,6 +192,12 @@ for _kind in ("int", "float"):
 
 def _join(where: str, key: str) -> str:
     return f"{where}.{key}" if where else key
+
+
+@lru_cache
+def _hints(kind: type[Any]) -> dict[str, Any]:
+    """The types of a dataclass's fields, with their bounds; resolving them takes milliseconds."""
+    return get_type_hints(kind, include_extras=True)
 
 
 def _check(hint: Any, value: Any, where: str) -> None:
