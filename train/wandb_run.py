@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, final
 
 from radio.config import to_plain
-from radio.errors import DataError, require
+from radio.errors import ConfigError, DataError, require
 from radio.io import read_text, write_text
 
 from .assembly import run_name
@@ -26,6 +26,7 @@ class WandbRun:
 
     Raises:
         MissingExtraError: wandb is not installed.
+        ConfigError: wandb takes no run, since nobody is logged in or there is no network.
     """
 
     def __init__(self, config: TrainConfig, step: int) -> None:
@@ -35,15 +36,20 @@ class WandbRun:
         if not step or not _has_id(note):
             write_text(note, secrets.token_hex(4))
         settings = library.Settings(console="off", silent=True)
-        self._run: Any = library.init(
-            project="am-radio",
-            name=run_name(config),
-            id=note.read_text(encoding="utf-8").strip(),
-            dir=str(config.out),
-            config=to_plain(config),
-            resume=None if settings.mode == "offline" else "allow",
-            settings=settings,
-        )
+        try:
+            self._run: Any = library.init(
+                project="am-radio",
+                name=run_name(config),
+                id=note.read_text(encoding="utf-8").strip(),
+                dir=str(config.out),
+                config=to_plain(config),
+                resume=None if settings.mode == "offline" else "allow",
+                settings=settings,
+            )
+        except library.errors.Error as error:  # nobody is logged in, no network
+            raise ConfigError(
+                f"Weights & Biases takes no run ({error}); log in with `wandb login`, or set WANDB_MODE=offline"
+            ) from error
         self._run.define_metric("*", step_metric="step")
 
     def write(self, record: Record) -> None:

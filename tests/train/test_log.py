@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from radio.errors import MissingExtraError
+from radio.errors import ConfigError, MissingExtraError
 from train.config import TrainConfig
 from train.log import open_log
 
@@ -62,3 +62,18 @@ def test_a_missing_library_names_its_extra(
     with pytest.raises(MissingExtraError, match=rf"am-radio\[{name}\]"):
         open_log(replace(config, sinks=(name,)), 0, print)  # type: ignore[arg-type]
     assert not Path(config.out / "metrics.jsonl").exists()
+
+
+def test_a_service_that_takes_no_run_is_one_error(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb")
+
+    def refuse(**_: object) -> None:
+        raise wandb.errors.UsageError("No API key configured")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(
+        ConfigError, match=r"takes no run \(No API key configured\); log in with `wandb login`"
+    ):
+        open_log(replace(config, sinks=("wandb",)), 0, print)
