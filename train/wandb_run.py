@@ -48,7 +48,7 @@ class WandbRun:
             )
         except library.errors.Error as error:  # nobody is logged in, no network
             raise ConfigError(
-                f"Weights & Biases takes no run ({error}); log in with `wandb login`, or set WANDB_MODE=offline"
+                f"wandb takes no run ({error}); log in with `wandb login`, or set WANDB_MODE=offline"
             ) from error
         self._run.define_metric("*", step_metric="step")
 
