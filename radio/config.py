@@ -11,7 +11,6 @@ import math
 import re
 import types
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -56,7 +55,7 @@ def from_plain(kind: type[T], data: Any, where: str = "") -> T:
     """
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where or 'the settings'}: wanted a mapping, got {type(data).__name__}")
-    hints = _hints(kind)
+    hints = get_type_hints(kind, include_extras=True)
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for key in data:
         if key not in fields:
@@ -80,7 +79,7 @@ def check(settings: T, where: str = "") -> T:
     Raises:
         ConfigError: one is not; names it, its value and its bounds.
     """
-    hints = _hints(type(settings))
+    hints = get_type_hints(type(settings), include_extras=True)
     for field in dataclasses.fields(settings):  # type: ignore[arg-type]
         _check(hints[field.name], getattr(settings, field.name), _join(where, field.name))
     return settings
@@ -192,12 +191,6 @@ for _kind in ("int", "float"):
 
 def _join(where: str, key: str) -> str:
     return f"{where}.{key}" if where else key
-
-
-@lru_cache
-def _hints(kind: type[Any]) -> dict[str, Any]:
-    """The types of a dataclass's fields, with their bounds; resolving them takes milliseconds."""
-    return get_type_hints(kind, include_extras=True)
 
 
 def _check(hint: Any, value: Any, where: str) -> None:
