@@ -18,7 +18,7 @@ from evals.core.evaluator import Watch, card_of, domain_notes, machine_settings,
 from evals.core.provenance import commit, describe_device, peak_memory, versions
 from evals.core.report import DataUsed, Metric, Report, Table, file_name, write
 from radio.config import to_plain
-from radio.io import write_bytes, write_text
+from radio.io import write_bytes
 from radio.types import Backbone
 
 from .library import load_plugin
@@ -112,10 +112,10 @@ class SegEvaluator:
         )
         if group.leads:
             keys = [pair.key for pair in probe.data.val.pairs]
-            write_text(out / f"{base}.jsonl", area_records(outcomes[0].areas, keys))
+            records = area_records(outcomes[0].areas, keys)
             head = {key: tensor.contiguous() for key, tensor in outcomes[0].head.items()}
             write_bytes(out / f"{base}.safetensors", safetensors.torch.save(head))
-            write(report, out / f"{base}.json")
+            write(report, out / f"{base}.json", {out / f"{base}.jsonl": records})
         return report
 
 
