@@ -48,7 +48,10 @@ def poison_weight(run: Run, step: int, name: str, value: float, monkeypatch: pyt
     monkeypatch.setattr(run, "advance", advance)
 
 
-@pytest.mark.parametrize(("value", "ema"), [(float("nan"), 0.0), (float("inf"), 0.9)])
+@pytest.mark.parametrize(
+    ("value", "ema"),
+    [(float("nan"), 0.9), pytest.param(float("inf"), 0.0, marks=pytest.mark.slow)],
+)
 def test_weights_that_are_not_finite_never_replace_good_ones(
     config: TrainConfig, start: Start, monkeypatch: pytest.MonkeyPatch, value: float, ema: float
 ) -> None:
