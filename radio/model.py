@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, cast
@@ -183,9 +184,16 @@ def build(
     config: ModelConfig, seed: int, card: Mapping[str, Any] | None = None, name: str | None = None
 ) -> RadioModel:
     """A fresh model whose weights `seed` decides; torch's global generator is left as it was."""
+    with seeded(seed):
+        return RadioModel(config, card, name)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw inside from torch's CPU generator, seeded so; afterwards every generator is as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU too, for good
-        return RadioModel(config, card, name)
+        yield
 
 
 def outline(config: ModelConfig) -> RadioModel:

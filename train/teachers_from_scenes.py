@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from radio.checkpoint import Checkpoint, load, load_state, save
 from radio.config import Count, Seed, check_options, to_plain
 from radio.errors import ConfigError, RadioError, did_you_mean
+from radio.model import seeded
 from radio.teachers.scenes import NAMES, Clip, Name, frozen_clip, frozen_dense, new_dense, weights_file
 from radio.teachers.scenes_sam import new_sam
 
@@ -100,8 +101,7 @@ def _course(name: str, settings: TeachersConfig) -> Course:
 def _make(name: Name, settings: TeachersConfig, console: Console) -> Path:
     course = _course(name, settings)
     started = time.monotonic()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)  # first weights only, inside the fork
+    with seeded(settings.seed):  # first weights only
         lesson, product = _MAKERS[name](settings)
     curve = _teach(lesson, name, course, settings.seed, console)
     minutes = (time.monotonic() - started) / 60

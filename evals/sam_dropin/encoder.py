@@ -17,6 +17,7 @@ from radio.checkpoint import digest
 from radio.errors import CheckpointError, ConfigError, RadioError, SizeError, did_you_mean, shown
 from radio.hub import load_teacher, parse
 from radio.metadata import teachers_on
+from radio.model import seeded
 from radio.resample import resize_features
 from radio.teachers import families
 from radio.teachers.sam import MEMBERS
@@ -198,8 +199,7 @@ def _head(spec: str, file: Path | None, find: Callable[[], Backbone]) -> SamHead
 
 
 def _untrained(model: Backbone, checkpoint: Path | None, size: int | None, seed: int) -> DropIn:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         if checkpoint is None:
             head = SamHead(new_released_sam(MEMBERS[_UNTRAINED].width), f"untrained sam:{_UNTRAINED}")
         else:

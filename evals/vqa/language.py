@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from radio.checkpoint import check_finite
 from radio.errors import CheckpointError, ConfigError
+from radio.model import seeded
 from radio.teachers.pip_weights import Package, locate
 
 from .conversations import Record
@@ -189,8 +190,7 @@ class Tiny:
             tie_word_embeddings=True,
             initializer_range=shape.deviation,
         )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self._seed)
+        with seeded(self._seed):
             return LlamaForCausalLM(config)
 
 

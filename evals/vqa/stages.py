@@ -78,7 +78,7 @@ def train(model: Any, job: Job, watch: Watch) -> StageState:
         return start
     with (
         tempfile.TemporaryDirectory(prefix="am-radio-vqa-") as folder,
-        _own_randomness(),
+        _own_randomness(job.device),
         fitting_threads(model, job.device),
         fast_products(job.device),
         projector_in_every_batch(model) if job.lacks_pictures else nullcontext(),
@@ -271,12 +271,12 @@ def _arguments(job: Job, start: StageState, folder: str) -> TrainingArguments:
 
 
 @contextmanager
-def _own_randomness() -> Iterator[None]:
+def _own_randomness(device: torch.device) -> Iterator[None]:
     """Global generators and logging as they were, whatever the Trainer sets inside."""
     state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002 (all three are seeded)
     level = transformers.logging.get_verbosity()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # all GPUs unless named
             yield
     finally:
         np.random.set_state(state)  # noqa: NPY002

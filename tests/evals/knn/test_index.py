@@ -213,13 +213,3 @@ def test_a_gpu_searches_where_there_is_one_and_changes_nothing(
     assert fake.searches == int(fits)
     Index(bank, torch.arange(200)).search(queries, 12)  # on the CPU nobody asks it
     assert fake.searches == int(fits)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_real_gpu_gives_the_neighbours_of_the_cpu() -> None:
-    if not getattr(load_faiss(), "get_num_gpus", int)():
-        pytest.skip("this FAISS uses no GPU")
-    bank, queries = vectors(5000, 256).repeat(2, 1), vectors(300, 256, seed=1)
-    index = Index(bank, torch.arange(10_000), torch.device("cuda:0"))
-    assert index._on_gpu is not None
-    assert torch.equal(index.search(queries, 20).ids, slowly(bank, queries, 20)[1])
