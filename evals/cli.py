@@ -26,6 +26,7 @@ from radio.config import Pixels, Seed, check
 from radio.errors import CheckpointError, ConfigError, did_you_mean
 from radio.hub import load_backbone
 from radio.io import check_writable
+from radio.options import parse_options
 from radio.students import students
 from radio.types import Backbone
 
@@ -154,10 +155,10 @@ def _parse(task: str, evaluator: Evaluator[Any], arguments: Sequence[str]) -> tu
     both = dataclasses.make_dataclass(
         "Arguments", [("model", Options), (own, evaluator.settings)], frozen=True, kw_only=True
     )
-    parsed: Any = tyro.cli(
+    parsed: Any = parse_options(
         both,
+        arguments,
         prog=f"radio-eval {task}",
-        args=list(arguments),
         description=_summary(task),
         config=(tyro.conf.OmitArgPrefixes,),
     )
@@ -219,7 +220,7 @@ def _parse_suite(command: str, kind: type[AllOptions], arguments: Sequence[str])
         frozen=True,
         kw_only=True,
     )
-    parsed: Any = tyro.cli(both, prog=f"radio-eval {command}", args=list(arguments), description=kind.__doc__)
+    parsed: Any = parse_options(both, arguments, prog=f"radio-eval {command}", description=kind.__doc__)
     unknown = [task for task in parsed.own.tasks if task not in made]
     if unknown:
         raise ConfigError(f"no task {unknown[0]!r}{did_you_mean(unknown[0], made)}; tasks: {', '.join(made)}")

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
 from radio.benchmark import count
 from radio.model import as_student
+from radio.options import parse_options
 from radio.students import StudentOptions, students
 from radio.students.vit import ViT
 from radio.students.windowed import global_blocks
@@ -29,7 +29,7 @@ class ListOptions:
 
 def run_list(arguments: Sequence[str], tasks: Mapping[str, str]) -> int:
     """0, when the list was printed; `tasks` are the tasks with a line on each."""
-    options = tyro.cli(ListOptions, prog="radio-eval list", args=list(arguments))
+    options = parse_options(ListOptions, arguments, prog="radio-eval list")
     console = Console(highlight=False)
     if not options.archs:
         for name, line in tasks.items():

@@ -236,9 +236,9 @@ def _explain(message: str) -> str:
         return "not a torch file, or a damaged one"
     named = f" (it names {found[1]})" if found else ""
     return (
-        f"reading it could run code that it carries{named}, or it is no torch file; nothing was run. Where "
-        "you trust it, write its state dict alone: "
-        'torch.save(torch.load(F, weights_only=False)["state_dict"], G)'
+        f"reading it could run code that it carries{named}, or it is no torch file; nothing was run. "
+        "Wanted its weights alone, as safetensors: ask who made it for them; in the environment that wrote "
+        'it, safetensors.torch.save_file(model.state_dict(), "model.safetensors") makes that file'
     )
 
 

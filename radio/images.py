@@ -64,8 +64,10 @@ _DECODER_ERRORS = (
 )
 _ADDRESS = re.compile(r"<([\w.]+) object at 0x[0-9a-fA-F]+>")
 
-# Between half the limit and the limit PIL warns.
+# PIL warns between half the limit and the limit, and of damaged EXIF, which is beside the pixels. Images are
+# decoded in threads, so that warnings cannot be caught around each.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 # torchvision's Python wrapper warns at every call that it will go; the operator under it does not. Where
 # it has gone, PIL gives the same pixels at half the speed.

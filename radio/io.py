@@ -37,6 +37,8 @@ MAX_DATA_BYTES = 4 << 30  # annotations: the largest that are published have abo
 _MAX_NAME = 255  # bytes of a file's name: what file systems take
 
 MAX_NAMES = 2_000_000  # of a pattern: the largest sets of shards that are published have 1.4 million
+MAX_NAMES_LETTERS = 1 << 29
+"""Of all names of a pattern together."""
 _MAX_PATTERN, _MAX_DEPTH = 4096, 50  # letters; braces in braces
 _RANGE = re.compile(r"(?:(-?\d+)\.\.(-?\d+)|([A-Za-z])\.\.([A-Za-z]))(?:\.\.-?(\d+))?\n?")
 
@@ -405,6 +407,11 @@ def expand_braces(pattern: str, *, limit: int = MAX_NAMES, error: type[RadioErro
         if count > limit:
             told = f"{count:,}" if count < 10**24 else f"10^{len(str(count)) - 1} or more"
             raise ValueError(f"stands for {told} names, and the limit is {limit:,}")
+        if count * len(pattern) > MAX_NAMES_LETTERS:  # no name is longer than its pattern
+            raise ValueError(
+                f"stands for {count:,} names of up to {len(pattern)} letters, and the limit is "
+                f"{MAX_NAMES_LETTERS:,} letters together"
+            )
         return list(braceexpand.braceexpand(pattern))
     except ValueError as problem:
         raise error(

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from radio.config import check_options, read_yaml
 from radio.errors import ConfigError, did_you_mean
+from radio.options import parse_options
 
 from .assembly import fitted
 from .config import TrainConfig
@@ -176,7 +177,7 @@ def _settings(name: str) -> TrainConfig:
 
 
 def _parse(kind: type[S], default: S, options: Sequence[str], name: str) -> S:
-    return tyro.cli(kind, args=list(options), default=default, prog=f"radio-train {name}")
+    return parse_options(kind, options, default=default, prog=f"radio-train {name}")
 
 
 def _listing() -> str:

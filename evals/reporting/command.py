@@ -13,6 +13,7 @@ from evals.core.noise import NOISE_FILE, read_noise
 from radio.config import NotNegative, check
 from radio.errors import shown
 from radio.io import check_file, write_text
+from radio.options import parse_options
 
 from .compare import compare, read_reports, regressions
 from .rendering import junit, markdown, terminal_table
@@ -61,7 +62,7 @@ def run_trend(arguments: Sequence[str]) -> int:
         DataError: no such folder, fewer than two nights, or a damaged report.
         MissingExtraError: jinja2 or matplotlib is not installed.
     """
-    options = check(tyro.cli(TrendOptions, prog="radio-eval trend", args=list(arguments)))
+    options = check(parse_options(TrendOptions, arguments, prog="radio-eval trend"))
     check_file(options.html, "--html")
     size, jumps = write_trend(options.nights, options.html, options.tolerance)
     console = Console(highlight=False)
@@ -79,7 +80,7 @@ def run_compare(arguments: Sequence[str]) -> int:
         DataError: a folder without reports, or reports that were not made alike.
         ConfigError: a tolerance below 0.
     """
-    options = check(tyro.cli(CompareOptions, prog="radio-eval compare", args=list(arguments)))
+    options = check(parse_options(CompareOptions, arguments, prog="radio-eval compare"))
     for option, path in (("--markdown", options.markdown), ("--junit", options.junit)):
         if path is not None:
             check_file(path, option)

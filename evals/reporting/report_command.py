@@ -12,6 +12,7 @@ from rich.console import Console
 from radio.config import check
 from radio.errors import shown
 from radio.io import check_file
+from radio.options import parse_options
 
 from .html import write_page
 
@@ -40,7 +41,7 @@ def run_report(arguments: Sequence[str]) -> int:
         ConfigError: a page that is a folder, or a model that nobody knows.
         MissingExtraError: jinja2 or matplotlib is not installed.
     """
-    options = check(tyro.cli(ReportOptions, prog="radio-eval report", args=list(arguments)))
+    options = check(parse_options(ReportOptions, arguments, prog="radio-eval report"))
     check_file(options.html, "--html")
     size = write_page(
         options.reports, options.html, run=options.run, models=options.models, pictures=options.maps

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, NamedTuple, NotRequired
 
 import numpy as np
 from annotated_types import Interval, Len
 from pydantic import AllowInfNan, BeforeValidator, TypeAdapter
+from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
 from radio.errors import DataError, shown
@@ -84,6 +85,19 @@ _Coordinate = Annotated[float, Interval(ge=-_REACH, le=_REACH)]
 _Box = Annotated[list[_Coordinate], Len(4, 4)]
 
 
+def _named(value: Any) -> Any:
+    """Say what an image of LVIS lacks: its name stands at the end of a URL."""
+    if isinstance(value, dict) and "file_name" not in value and isinstance(value.get("coco_url"), str):
+        name = "/".join(value["coco_url"].split("/")[-2:])
+        raise PydanticCustomError(
+            "missing",
+            "file_name is missing, as in LVIS; write the end of coco_url into each image ({name}), and give "
+            "the folder that holds it as --images",
+            {"name": brief(name)},
+        )
+    return value
+
+
 class _Image(TypedDict):
     id: _Id
     file_name: Annotated[str, Len(1, 4096)]
@@ -107,7 +121,7 @@ class _Category(TypedDict):
 
 
 class _Instances(TypedDict):
-    images: list[_Image]
+    images: list[Annotated[_Image, BeforeValidator(_named)]]
     annotations: list[_Annotation]
     categories: list[_Category]
 
@@ -136,6 +150,7 @@ def read_instances(file: Path) -> CocoFile:
     for kind in ("image", "annotation"):
         _check_unique(file, kind, [record["id"] for record in data[f"{kind}s"]])  # type: ignore[literal-required]
     _check_unique(file, "category", [record["id"] for record in data["categories"]])
+    check_apart(file, [(image["id"], str(PurePosixPath(image["file_name"]))) for image in data["images"]])
     sizes = {image["id"]: (image["height"], image["width"]) for image in data["images"]}
     categories = {category["id"]: str(category["name"]) for category in data["categories"]}
     _refuse(file, "images", len(sizes), _size_faults(sizes))
@@ -220,6 +235,21 @@ def _is_empty(segmentation: Any, size: tuple[int, int]) -> bool:
         )
     counts = segmentation["counts"]
     return not any((decompress(counts) if isinstance(counts, str) else counts)[1::2])
+
+
+def check_apart(file: Path, names: Iterable[tuple[int, str]]) -> None:
+    """None, when each image (id, name) of a file has a name of its own: one under two ids would count twice.
+
+    Raises:
+        DataError: two have one; names both ids.
+    """
+    first: dict[str, int] = {}
+    for number, name in names:
+        if first.setdefault(name, number) != number:
+            raise DataError(
+                f"{shown(file)}: images {first[name]} and {number} are one file, {shown(name[:200])}; list "
+                f"it once, with the annotations of both"
+            )
 
 
 def _check_unique(file: Path, kind: str, numbers: Sequence[int]) -> None:

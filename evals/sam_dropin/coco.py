@@ -19,7 +19,7 @@ from evals.core.stored import Entry, Listing, StoredImages
 from radio.errors import DataError, require, shown
 from radio.images import MAX_IMAGE_BYTES, open_image
 
-from .annotations import CocoFile, Instance, Picture, note_boxes, note_empty, read_instances
+from .annotations import CocoFile, Instance, Picture, check_apart, note_boxes, note_empty, read_instances
 
 # Letters: N instances of an image, H W pixels.
 
@@ -174,7 +174,9 @@ def _find_all(pictures: Sequence[Picture], root: Path, file: Path) -> list[Path]
             f"{shown(root)}: {len(absent)} of the {len(pictures)} pictures of {shown(file.name)} are not "
             f"there: {listed}"
         )
-    return [path for path in found if path is not None]
+    paths = [path for path in found if path is not None]
+    check_apart(file, [(picture.number, str(path)) for picture, path in zip(pictures, paths, strict=True)])
+    return paths
 
 
 def _find(root: Path, name: str, listings: dict[Path, dict[str, list[str]]]) -> Path | None:

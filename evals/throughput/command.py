@@ -17,9 +17,11 @@ from rich.table import Table
 from evals.core.paper import TABLE_6_MODELS
 from evals.core.progress import watch_on
 from evals.core.report import Report
+from radio.config import check
 from radio.errors import ConfigError
 from radio.hub import load_backbone
 from radio.model import ModelConfig, build
+from radio.options import parse_options
 from radio.students import StudentOptions, students
 
 from .evaluator import COLUMNS, Entry, measure_all, paper_name
@@ -54,14 +56,14 @@ def run_throughput(arguments: Sequence[str], draw: Draw) -> int:
     both = dataclasses.make_dataclass(
         "Arguments", [("which", Options), ("throughput", ThroughputSettings)], frozen=True, kw_only=True
     )
-    parsed: Any = tyro.cli(
+    parsed: Any = parse_options(
         both,
+        arguments,
         prog="radio-eval throughput",
-        args=list(arguments),
         description="Images a second, multiply-adds and memory of several models, measured in turns.",
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    options, settings = parsed.which, parsed.throughput
+    options, settings = check(parsed.which), parsed.throughput
     console, progress = Console(no_color=options.plain, highlight=False), Console(stderr=True)
     watch = watch_on(progress, shown=progress.is_terminal and not options.plain)
     entries = [load_entry(spec, settings.resolution) for spec in _specs(options)]

@@ -52,17 +52,14 @@ class ThroughputSettings:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
+        check(self)
         own = (self.windows, self.window_seconds, self.warmup_seconds)
         if self.preset is not None and own != (5, 1.0, 3.0):
             raise ConfigError(
                 f"the preset {self.preset} says how long to measure; leave --windows, --window-seconds and "
                 f"--warmup-seconds out, or the preset"
             )
-        for flag, value in (("--threads", self.threads), ("--resolution", self.resolution)):
-            if value is not None and value < 1:
-                raise ConfigError(f"{flag} {value} cannot be; give 1 or more")
         self.protocol  # noqa: B018 (checks itself)
-        check(self)
 
     @property
     def protocol(self) -> Protocol:

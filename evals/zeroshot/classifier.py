@@ -153,8 +153,11 @@ def _kept(
 @contextmanager
 def _on_device(tower: TextTower, device: torch.device) -> Iterator[None]:
     """The tower on the device, and back on the CPU afterwards, where pictures' vectors are projected."""
-    if isinstance(tower, nn.Module):
+    if not isinstance(tower, nn.Module):
+        yield
+        return
+    try:
         tower.to(device)
-    yield
-    if isinstance(tower, nn.Module):
+        yield
+    finally:
         tower.to("cpu")

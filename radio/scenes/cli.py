@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from radio.config import Workers, check
 from radio.errors import RadioError, one_line, shown
+from radio.options import parse_options
 
 from .layouts import ScenesSettings, write
 
@@ -41,7 +42,7 @@ class Arguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0 when the folder holds the scenes asked for, 2 after one line about what is wrong."""
-    arguments = tyro.cli(Arguments, args=argv, prog="radio-scenes")
+    arguments = parse_options(Arguments, sys.argv[1:] if argv is None else argv, prog="radio-scenes")
     console = Console(stderr=True, soft_wrap=True)
     settings = ScenesSettings(
         layout=arguments.layout,

@@ -153,6 +153,12 @@ def test_listing_needs_no_optional_library(
         (["zeroshot", "scenes:clip", "--workers", "-1"], "workers: -1 is out of bounds"),
         (["all", "scenes:clip", "--knn.k", "99999999"], "k[0]: 99999999 is out of bounds"),
         (["noise", "scenes:clip", "--repeats", "-3"], "repeats: -3 is out of bounds"),
+        (["throughput", "vit-tiny12", "--threads", "0"], "threads: 0 is out of bounds"),
+        (["throughput", "vit-tiny12", "--preset", "timm", "--windows", "2"], "says how long to measure"),
+        (["vqa", "vit-tiny12", "--stages", "scoer"], "name one or more of pretrain, instruct, score"),
+        (["vqa", "vit-tiny12", "--task", "custom"], "give --questions FILE.jsonl too"),
+        (["sam", "vit-tiny12", "--clicks", "2"], "goes with --prompts points"),
+        (["all", "scenes:clip", "--vqa.lora-rank", "0"], "lora_rank: 0 is out of bounds"),
         (["list", "--arch"], "--archs"),
     ],
 )
@@ -161,9 +167,11 @@ def test_bad_input_is_one_clear_error_and_exit_code_two(
 ) -> None:
     try:
         code: Any = evaluate(arguments)
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
     except SystemExit as stop:  # from tyro, for what it does not know
-        code = stop.code
-    error = " ".join(capsys.readouterr().err.split())
+        assert {"--bnak", "many", "--arch"} & {*arguments}
+        code, error = stop.code, " ".join(capsys.readouterr().err.split())
     assert code == 2
     assert said in error
     assert "Traceback" not in error

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import importlib.util
 import io
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -13,6 +15,7 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
+from radio import images
 from radio.errors import DataError, SizeError
 from radio.images import (
     Box,
@@ -337,3 +340,19 @@ def test_sizes_that_cannot_be_are_errors() -> None:
         resize(image, cover(24, 32, (0, 0)))
     with pytest.raises(SizeError, match="low, high"):
         sample_crop(8, 8, (0.0, 1.0), (0.75, 1.33), torch.Generator())
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_damaged_exif_is_no_matter_of_the_pixels(kind: str) -> None:
+    exif = b"Exif\0\0II*\0\x08\0\0\0\xff\0\x12\x01"  # 255 entries are told, and none is there
+    data = encoded(Image.fromarray(PICTURE).convert("L"), kind, exif=exif)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="Corrupt EXIF data"):
+            Image.open(io.BytesIO(data)).getexif()
+        spec = importlib.util.spec_from_file_location("radio.images_again", images.__file__)
+        assert spec is not None and spec.loader is not None
+        again = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(again)  # as its import sets the filters, before those of the tests
+        assert again.decode(data).shape == (3, 24, 32)
+        assert again.orientation(data) == 1

@@ -190,6 +190,7 @@ def test_braces_are_counted_before_they_are_spelled_out(pattern):
         ("p-{0..1.tar", "unbalanced braces; wanted a pattern such as"),
         ("{" * 2000 + "a,b" + "}" * 2000, "nested more than 50 deep"),
         ("x" * 5000, "has 5000 letters"),
+        ("x" * 600 + "{0..999999}", r"1,000,000 names of up to 611 letters, and the limit is 536,870,912"),
     ],
 )
 def test_patterns_that_nobody_can_mean_are_refused_at_once(pattern, message):

@@ -13,7 +13,7 @@ from webdataset.tariterators import base_plus_ext
 
 from radio.errors import ConfigError, shown
 from radio.images import IMAGE_ENDINGS
-from radio.io import MAX_NAMES, expand_braces
+from radio.io import MAX_NAMES, MAX_NAMES_LETTERS, expand_braces
 
 from .faults import ShardError
 from .remote import check_installed, check_url, open_remote, scheme_of
@@ -30,6 +30,7 @@ def expand(patterns: Iterable[str]) -> tuple[str, ...]:
             a URL that is not plain, or no name at all.
     """
     names: list[str] = []
+    letters = 0
     for pattern in patterns:
         found = _names(pattern)
         for name in found:
@@ -38,8 +39,12 @@ def expand(patterns: Iterable[str]) -> tuple[str, ...]:
         for scheme in sorted({*map(scheme_of, found)}):
             check_installed(scheme)
         names += found
-        if len(names) > MAX_NAMES:
-            raise ConfigError(f"more than {MAX_NAMES} shards; pack more pictures into each")
+        letters += sum(map(len, found))
+        if len(names) > MAX_NAMES or letters > MAX_NAMES_LETTERS:
+            raise ConfigError(
+                f"more than {MAX_NAMES:,} shards, or {MAX_NAMES_LETTERS:,} letters in their names; pack more "
+                f"pictures into each"
+            )
     return tuple(names)
 
 

@@ -81,12 +81,35 @@ def set_one(kind: str, place: int, **values: Any) -> Callable[[Any], None]:
             "image 2 has 60000x60000 = 3600000000 px, and the",
         ),
         (set_one("images", 1, file_name=5), r"images\[1\]\.file_name: .* valid string"),
+        (lambda data: data["images"][0].pop("file_name"), r"images\[0\]\.file_name: field required"),
+        (set_one("images", 3, file_name="2.png"), r"images 2 and 4 are one file, 2\.png; list it once"),
+        (set_one("images", 3, file_name="./2.png"), r"images 2 and 4 are one file, 2\.png"),
     ],
 )
 def test_what_does_not_fit_is_one_error(
     world: tuple[Path, Path], change: Change, how: Any, said: str
 ) -> None:
     change(how)
+    with pytest.raises(DataError, match=said):
+        opened(world)
+
+
+def test_a_file_under_two_forms_of_its_name_counts_once(world: tuple[Path, Path], change: Change) -> None:
+    (world[1] / "1.png").rename(world[1] / unicodedata.normalize("NFC", "é.png"))
+    (world[1] / "2.png").unlink()
+    for place, form in enumerate(("NFC", "NFD")):
+        change(set_one("images", place, file_name=unicodedata.normalize(form, "é.png")))
+    with pytest.raises(DataError, match=r"images 1 and 2 are one file, .*é\.png; list it once, with the"):
+        opened(world)
+
+
+def test_a_file_of_lvis_is_told_what_it_lacks(world: tuple[Path, Path], change: Change) -> None:
+    def edit(data: Any) -> None:
+        for image in data["images"]:
+            image["coco_url"] = f"http://images.cocodataset.org/val2017/{image.pop('file_name')}"
+
+    change(edit)
+    said = r"images\[0\]: file_name is missing, as in LVIS; write the end of .*'val2017/1\.png'.*--images"
     with pytest.raises(DataError, match=said):
         opened(world)
 

@@ -67,8 +67,8 @@ def test_crowds_and_small_ones_can_be_left_out(world: tuple[Path, Path]) -> None
         ),
         (lambda d: d["annotations"].clear(), "none of its 5 pictures has an annotation to score"),
         (
-            lambda d: [image.update(file_name="gone.png") for image in d["images"][1:]],
-            "3 of the 4 pictures of instances.json are not there: gone.png",
+            lambda d: [image.update(file_name=f"gone{image['id']}.png") for image in d["images"][1:]],
+            "3 of the 4 pictures of instances.json are not there: gone2.png",
         ),
     ],
 )

@@ -129,6 +129,24 @@ def test_one_rank_encodes_and_the_others_read(
     assert words.texts == 23 * 3
 
 
+def test_a_tower_that_fails_goes_back_to_the_cpu(tmp_path: Path) -> None:
+    class Failing(nn.Linear):
+        fingerprint = "failing"
+
+        def encode(self, texts: list[str]) -> torch.Tensor:
+            raise RuntimeError(f"on {self.weight.device}")
+
+        def project(self, summaries: torch.Tensor) -> torch.Tensor:
+            return summaries
+
+    tower = Failing(1, 1)
+    moved: list[torch.device | str] = []
+    tower.to = lambda device: moved.append(device)  # type: ignore[assignment,method-assign]
+    with pytest.raises(RuntimeError, match="on cpu"):
+        text_vectors(tower, ["a"], cache=TextCache(folder=tmp_path, device=torch.device("meta")))
+    assert moved == [torch.device("meta"), "cpu"]
+
+
 def test_captions_are_unit_vectors_in_their_order(
     words: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

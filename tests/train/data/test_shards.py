@@ -357,6 +357,9 @@ def test_there_are_not_more_shards_than_anybody_has(monkeypatch: pytest.MonkeyPa
     assert len(expand(["a{0..9}.tar"])) == 10
     with pytest.raises(ConfigError, match="more than 10 shards"):
         expand(["a{0..9}.tar", "b.tar"])
+    monkeypatch.setattr("train.data.shards.MAX_NAMES_LETTERS", 20)
+    with pytest.raises(ConfigError, match="or 20 letters in their names"):
+        expand(["a{0..1}.tar", "b{0..1}.tar"])
 
 
 PIECES = strategies.sampled_from(
