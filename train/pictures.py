@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, final
 
@@ -58,6 +58,10 @@ class Stored(Protocol):
     @property
     def keys(self) -> tuple[str, ...]:
         """The pictures' names."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was left out of it, and why."""
 
     @property
     def fingerprint(self) -> str:
@@ -125,7 +129,11 @@ class Joined:
         raise IndexError(index)
 
 
-def open_pictures(config: DataConfig) -> Joined:
+def _ignore(line: str) -> None:
+    """Tell nobody."""
+
+
+def open_pictures(config: DataConfig, tell: Callable[[str], None] = _ignore) -> Joined:
     """The pictures that a run's settings name, each to be read by number; shards have to be files.
 
     Raises:
@@ -138,6 +146,9 @@ def open_pictures(config: DataConfig) -> Joined:
     parts += [scenes_part(config)] if config.scenes else []
     if not parts:
         raise ConfigError(NO_DATA)
+    for part in parts:
+        for note in part.stored.notes:
+            tell(note)
     return Joined(parts)
 
 

@@ -95,7 +95,7 @@ class Run:
         facts = gather_facts(config, self.teachers, group)
         self.sizes = {name: fact.size for name, fact in facts.items()}
         online = config.cache.folder is None
-        self.data = open_sources(config.data) if online else open_pictures(config.data)
+        self.data = open_sources(config.data) if online else open_pictures(config.data, self._tell)
         self.progress = start_progress(config, self.partition, group, self.data, self._tell)
         self.sides = crop_sides(self.partition, self.sizes)
         card = make_card(config, facts, self.data)

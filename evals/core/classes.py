@@ -11,6 +11,7 @@ from timm.data.imagenet_info import ImageNetInfo
 
 _WORDNET = re.compile(r"n\d{8}")
 _NUMBERED = re.compile(r"(\d{1,9})(?:[:,;.)]\s*|\s+)(\S.*)")
+_MAX_DIGITS = 4000  # that Python takes for a number
 _DIGITS = re.compile(r"([0-9]+)")
 
 
@@ -28,6 +29,11 @@ def imagenet_numbers() -> dict[str, int]:
 def composed(name: str) -> str:
     """The name with its accents written in one way (NFC)."""
     return unicodedata.normalize("NFC", name)
+
+
+def one_form(name: str) -> str:
+    """One form of names that are one: accents composed, and numbers without zeros before them."""
+    return str(int(name)) if name.isdecimal() and len(name) < _MAX_DIGITS else composed(name)
 
 
 def numbered(lines: Sequence[str]) -> list[tuple[int, str]]:

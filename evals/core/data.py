@@ -16,7 +16,7 @@ from torch import Tensor
 from radio.errors import DataError, did_you_mean, shown
 from radio.scenes import CLASSES, Split, label_of, render_images
 
-from .classes import composed
+from .classes import one_form
 from .evaluator import Watch, silent
 from .stored import StoredImages, list_folder, list_shards, spread
 
@@ -48,6 +48,10 @@ class ImageSource(Protocol):
     @property
     def labels(self) -> NDArray[np.int64]:
         """[N], the class of each picture."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was left out of it, and why, for reports."""
 
     @property
     def fingerprint(self) -> str:
@@ -82,6 +86,11 @@ class SceneImages:
     def name(self) -> str:
         """`scenes:train`."""
         return f"scenes:{self._split}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """None: nothing is left out."""
+        return ()
 
     @property
     def location(self) -> str:
@@ -160,7 +169,7 @@ def open_source(
 def aligned_labels(source: ImageSource, reference: ImageSource) -> NDArray[np.int64]:
     """The labels [N] of `source`, as places in the classes of `reference`.
 
-    Names that differ only in how their accents are written (composed or not) are one.
+    Names that differ only in how their accents are written (composed or not) are one, and so are 7 and 07.
 
     Raises:
         DataError: a class of `source` that `reference` does not have, or has twice.
@@ -170,8 +179,8 @@ def aligned_labels(source: ImageSource, reference: ImageSource) -> NDArray[np.in
     places = {name: place for place, name in enumerate(reference.classes)}
     alike: dict[str, list[int]] = {}
     for name, place in places.items():
-        alike.setdefault(composed(name), []).append(place)
-    found = [[places[name]] if name in places else alike.get(composed(name), []) for name in source.classes]
+        alike.setdefault(one_form(name), []).append(place)
+    found = [[places[name]] if name in places else alike.get(one_form(name), []) for name in source.classes]
     foreign = [name for name, known in zip(source.classes, found, strict=True) if not known]
     if foreign:
         raise DataError(
@@ -181,8 +190,8 @@ def aligned_labels(source: ImageSource, reference: ImageSource) -> NDArray[np.in
     for name, known in zip(source.classes, found, strict=True):
         if len(known) > 1:
             raise DataError(
-                f"{reference.name} has {len(known)} classes that are called {name!r} but for how the accents "
-                f"are written; make them one"
+                f"{reference.name} has {len(known)} classes that are called {name!r} but for how accents "
+                f"or numbers are written; make them one"
             )
     return np.array([place for (place,) in found], dtype=np.int64)[source.labels]
 

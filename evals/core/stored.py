@@ -22,7 +22,7 @@ from radio.io import expand_braces
 
 from .chunks import DamagedError, read_records, write_records
 from .evaluator import Watch, silent
-from .tar import UNREADABLE, index_shard
+from .tar import UNREADABLE, dots_note, index_shard
 
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
 _HASHING_THREADS = 4  # hashlib lets go of the interpreter; more threads only fight over the disk
@@ -47,6 +47,7 @@ class Listing(NamedTuple):
     location: str
     classes: tuple[str, ...]
     entries: tuple[Entry, ...]
+    notes: tuple[str, ...] = ()  # on what was left out
 
 
 @final
@@ -74,6 +75,11 @@ class StoredImages:
     def classes(self) -> tuple[str, ...]:
         """The class names, sorted (numbers by value)."""
         return self._listing.classes
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was left out of it, and why."""
+        return self._listing.notes
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -177,14 +183,23 @@ def list_shards(pattern: str) -> Listing:
     Raises:
         DataError: a shard that is absent or damaged, a picture without `.cls`, two of one name, or none.
     """
-    entries = tuple(entry for path in _expand(pattern) for entry in _shard_entries(path))
+    entries, notes = _all_entries(pattern)
     if not entries:
-        raise DataError(f"{shown(pattern)}: no pictures; wanted samples such as 000.jpg with 000.cls")
-    names = {entry.label for entry in entries}
-    numbered = all(name.isdecimal() for name in names)
-    classes = sorted(names, key=lambda name: (int(name), name)) if numbered else sorted(names)
+        why = "; ".join(notes) or "wanted samples such as 000.jpg with 000.cls"
+        raise DataError(f"{shown(pattern)}: no pictures; {why}")
+    words = {entry.label for entry in entries}
+    numbers = {word: str(int(word)) for word in words if word.isdecimal()}  # 0 and 00 are one class
+    if numbers and len(numbers) < len(words):
+        number, word = min(numbers), min(words - numbers.keys())
+        raise DataError(
+            f"{shown(pattern)}: classes are numbers ({number}) in some .cls and words ({shown(word[:80])}) "
+            f"in others; write all of them in one way"
+        )
+    if numbers:
+        entries = tuple(entry._replace(label=numbers[entry.label]) for entry in entries)
+    classes = sorted({entry.label for entry in entries}, key=int if numbers else None)
     location = as_text(Path(pattern).absolute())
-    return Listing(_short_name(Path(pattern)), location, tuple(classes), entries)
+    return Listing(_short_name(Path(pattern)), location, tuple(classes), entries, notes)
 
 
 def list_unlabelled(text: str) -> Listing:
@@ -194,16 +209,16 @@ def list_unlabelled(text: str) -> Listing:
         DataError: nothing of the kind is there, or a shard is damaged.
     """
     path = Path(text)
+    notes: tuple[str, ...] = ()
     if path.is_dir():
         entries = _distinct([entry._replace(label="") for entry in _pictures_under(path, path)])
     elif path.suffix == ".tar" or "{" in text:
-        shards = _expand(text)
-        entries = tuple(entry for shard in shards for entry in _shard_entries(shard, labelled=False))
+        entries, notes = _all_entries(text, labelled=False)
     else:
         raise DataError(f"{shown(text)}: no such folder or shards")
     if not entries:
-        raise DataError(f"{shown(text)}: holds no pictures")
-    return Listing(_short_name(path), as_text(path.absolute()), ("",), entries)
+        raise DataError("; ".join([f"{shown(text)}: holds no pictures", *notes]))
+    return Listing(_short_name(path), as_text(path.absolute()), ("",), entries, notes)
 
 
 def _kept(note: Path) -> str | None:
@@ -237,13 +252,20 @@ def _expand(pattern: str) -> list[Path]:
     return paths
 
 
-def _shard_entries(path: Path, labelled: bool = True) -> list[Entry]:
-    """The entries of one tar file, by key."""
-    shard = as_text(path.stem)
-    return [
-        Entry(f"{shard}/{as_text(sample.key)}", sample.label, path, sample.offset, sample.size)
-        for sample in index_shard(path, labelled=labelled)
-    ]
+def _all_entries(pattern: str, labelled: bool = True) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
+    """The entries of tar files, by shard and key, and notes on what is none."""
+    entries: list[Entry] = []
+    left_out: list[str] = []
+    for path in _expand(pattern):
+        samples, others = index_shard(path, labelled=labelled)
+        left_out += others
+        shard = as_text(path.stem)
+        entries += [
+            Entry(f"{shard}/{as_text(sample.key)}", sample.label, path, sample.offset, sample.size)
+            for sample in samples
+        ]
+    notes = (f"{_short_name(Path(pattern))}: {dots_note(len(left_out), left_out[0])}",) if left_out else ()
+    return tuple(entries), notes
 
 
 def _pictures_under(root: Path, folder: Path) -> list[Entry]:

@@ -33,16 +33,23 @@ class Sample(NamedTuple):
     size: int
 
 
+class Shard(NamedTuple):
+    """What a tar file holds."""
+
+    samples: list[Sample]  # by key
+    left_out: list[str]  # members that end as images do and are no sample's, by name
+
+
 class _Place(NamedTuple):
     offset: int
     size: int
 
 
-def index_shard(path: Path, *, labelled: bool = True) -> list[Sample]:
-    """The pictures of a plain tar file, by key; only headers and `.cls` members are read.
+def index_shard(path: Path, *, labelled: bool = True) -> Shard:
+    """The pictures of a plain tar file; only headers and `.cls` members are read.
 
-    A key ends at the first dot of a member's name, as in WebDataset. Where that gives no picture for the key
-    (`img.v1.0003.jpg`), or the member has a `.cls` of its own, it ends at the last one.
+    A key ends at the first dot of a member's name, as in WebDataset: `img.v1.jpg` is part `v1.jpg` of the
+    sample `img`. Beside `img.jpg` that is a mask or a smaller copy; else an image is lost, which is told.
 
     Args:
         labelled: each has a class, in the member KEY.cls.
@@ -56,7 +63,7 @@ def index_shard(path: Path, *, labelled: bool = True) -> list[Sample]:
             raise DataError(f"{shown(path)}: is no regular file; wanted a tar file")
         with _Bounded(io.FileIO(path)) as file:
             places = _list_members(path, file, status.st_size)
-            pictures = _find_pictures(path, places)
+            pictures, left_out = _find_pictures(path, places)
             labels = _read_labels(path, file, places) if labelled else {}
     except DataError:
         raise
@@ -64,7 +71,19 @@ def index_shard(path: Path, *, labelled: bool = True) -> list[Sample]:
         raise DataError(f"{shown(path)}: not a plain tar file, or a damaged one ({shown(error)})") from error
     if labelled:
         _check_labels(path, pictures, labels)
-    return [Sample(key, labels.get(key, ""), *places[name]) for key, name in sorted(pictures.items())]
+    samples = [Sample(key, labels.get(key, ""), *places[name]) for key, name in sorted(pictures.items())]
+    return Shard(samples, left_out)
+
+
+def dots_note(count: int, first: str) -> str:
+    """Say that members are no samples, since a key ends at the first dot; `first` names one."""
+    folder, slash, file = first.rpartition("/")
+    stem, dot, ending = file.rpartition(".")
+    return (
+        f"{count} members end in an image's ending and are not samples, the first is {shown(first)} (its "
+        f"ending begins at the first dot: {shown(_cut_first(first)[1])}); rename them, as in "
+        f"{shown(folder)}{slash}{shown(stem).replace('.', '_')}{dot}{ending}"
+    )
 
 
 @final
@@ -130,37 +149,27 @@ def _follow(target: str, places: dict[str, _Place], links: dict[str, str]) -> _P
     return _Place(0, UNREADABLE)
 
 
-def _find_pictures(path: Path, names: Iterable[str]) -> dict[str, str]:
-    """The member that is each key's picture."""
-    members = sorted(name for name in names if name.lower().endswith(IMAGE_ENDINGS))
+def _find_pictures(path: Path, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """The member that is each key's picture, and those whose key has none."""
     pictures: dict[str, str] = {}
-    for name in members:
+    others = []
+    for name in sorted(name for name in names if name.lower().endswith(IMAGE_ENDINGS)):
         key, ending = _cut_first(name)
-        if ending in IMAGE_ENDINGS:
-            _add(path, pictures, key, name)
-    whole = set(pictures)
-    known = set(names)
-    for name in members:
-        key, ending = _cut_first(name)
-        own, _ = posixpath.splitext(name)
-        if ending not in IMAGE_ENDINGS and (key not in whole or f"{own}.cls" in known):
-            _add(path, pictures, own, name)
-    return pictures
-
-
-def _add(path: Path, pictures: dict[str, str], key: str, name: str) -> None:
-    if key in pictures:
-        raise DataError(
-            f"{shown(path)}: {shown(pictures[key])} and {shown(name)} are two pictures of one key; "
-            f"give each a name of its own before the dot"
-        )
-    pictures[key] = name
+        if ending not in IMAGE_ENDINGS:
+            others.append(name)
+        elif pictures.setdefault(key, name) != name:
+            raise DataError(
+                f"{shown(path)}: {shown(pictures[key])} and {shown(name)} are two pictures of one key; "
+                f"give each a name of its own before the dot"
+            )
+    return pictures, [name for name in others if _cut_first(name)[0] not in pictures]
 
 
 def _read_labels(path: Path, file: BinaryIO, places: dict[str, _Place]) -> dict[str, str]:
     labels: dict[str, str] = {}
     for name, place in places.items():
-        if not name.lower().endswith(".cls") or place.size == UNREADABLE:
+        key, ending = _cut_first(name)
+        if ending != ".cls" or place.size == UNREADABLE:
             continue
         where = f"{path}: {name}"
         if place.size > _MAX_LABEL:
@@ -169,7 +178,6 @@ def _read_labels(path: Path, file: BinaryIO, places: dict[str, _Place]) -> dict[
         label = decode_text(file.read(place.size), where).strip()
         if len(label.splitlines()) > 1:
             raise DataError(f"{shown(where)}: holds several lines; wanted the name of a class")
-        key = posixpath.splitext(name)[0]
         if labels.setdefault(key, label) != label:
             raise DataError(f"{shown(where)}: a second class for {shown(key)}; wanted one")
     return labels
@@ -179,14 +187,9 @@ def _check_labels(path: Path, pictures: dict[str, str], labels: dict[str, str]) 
     lacking = [key for key in sorted(pictures) if not labels.get(key)]
     if not lacking:
         return
-    key, name = lacking[0], pictures[lacking[0]]
-    first, ending = _cut_first(name)
-    count = f"({len(lacking)} of {len(pictures)} pictures lack it)"
-    if ending in IMAGE_ENDINGS:
-        raise DataError(f"{shown(path)}: {shown(key)} has no .cls {count}; wanted a class for each")
     raise DataError(
-        f"{shown(path)}: {shown(name)} has no .cls {count}: to WebDataset its key is {shown(first)} and its "
-        f"ending {shown(ending)}; wanted KEY.jpg with KEY.cls"
+        f"{shown(path)}: {shown(lacking[0])} has no .cls ({len(lacking)} of {len(pictures)} pictures lack "
+        f"it); wanted a class for each"
     )
 
 

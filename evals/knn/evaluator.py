@@ -89,6 +89,7 @@ class KnnEvaluator:
         label = (name or model.name) + (f"-{settings.head}-head" if settings.head else "")
         base = file_name(self.name, label)
         sources = [sets.bank] if sets.query is None else [sets.bank, sets.query]
+        told = dict.fromkeys(note for source in sources for note in source.notes)
         report = Report(
             task=self.name,
             model=label,
@@ -109,7 +110,7 @@ class KnnEvaluator:
             card=card_of(model),
             machine_settings=machine_settings(settings),
             peak_memory=peak_memory(how.device),
-            notes=(*notes, *_clamped(classifier), *damage.notes(group), *domain_notes(model, sources)),
+            notes=(*notes, *_clamped(classifier), *damage.notes(group), *told, *domain_notes(model, sources)),
             tables={"classes": class_table(ranking, classifier.labels, sets.bank.classes)},
             files=(f"{base}.jsonl",),
         )

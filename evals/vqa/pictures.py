@@ -127,6 +127,11 @@ class Padded:
         return self._source.labels
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """As the source's."""
+        return self._source.notes
+
+    @property
     def fingerprint(self) -> str:
         """The source's, and the aspect."""
         return f"{self._source.fingerprint} padded to {self._size[0]}:{self._size[1]}"

@@ -176,6 +176,7 @@ class ZeroshotEvaluator:
             notes=(
                 *notes,
                 *scored.notes,
+                *scored.source.notes,
                 *job.damage.notes(job.group),
                 *domain_notes(model, [scored.source]),
             ),

@@ -11,6 +11,7 @@ from typing import IO, NamedTuple
 
 from webdataset.tariterators import base_plus_ext
 
+from evals.core.tar import dots_note
 from radio.errors import ConfigError, shown
 from radio.images import IMAGE_ENDINGS
 from radio.io import MAX_NAMES, MAX_NAMES_LETTERS, expand_braces
@@ -169,24 +170,14 @@ def note_on(left_out: LeftOut, tar: TarStream) -> str:
     """What a shard that was seen to its end holds beside its samples; empty where that is nothing."""
     left_out.end()
     notes = []
-    if first := left_out.first:
-        ending = first[len(base_plus_ext(first)[0] or "") :]
-        notes.append(
-            f"{left_out.count} members end in an image's ending and are not samples, the first is {first} "
-            f"(its ending begins at the first dot: {ending}); rename them, as in {_without_dots(first)}"
-        )
+    if left_out.first:
+        notes.append(dots_note(left_out.count, left_out.first))
     if tar.num_links:
         notes.append(
             f"{tar.num_links} members are links, the first is {tar.first_link}; pack with tar --dereference "
             f"--hard-dereference"
         )
     return "; ".join(notes)
-
-
-def _without_dots(name: str) -> str:
-    folder, slash, last = name.rpartition("/")
-    stem, dot, ending = last.rpartition(".")
-    return f"{folder}{slash}{stem.replace('.', '_')}{dot}{ending}"
 
 
 def open_shard(name: str, position: int = 0) -> TarStream:

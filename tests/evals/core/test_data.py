@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ from evals.core.stored import list_unlabelled
 from radio.errors import DataError
 from radio.images import decode
 from radio.scenes import CLASSES, render
+from train.config import DataConfig
+from train.pictures import open_pictures
 
 Folder = Callable[..., Path]
 Shard = Callable[..., Path]
@@ -214,13 +217,42 @@ def test_a_number_has_no_names_that_are_like_it(tmp_path: Path, png: Png) -> Non
         aligned_labels(query, bank)
 
 
-def test_classes_of_one_number_have_one_order(tmp_path: Path, make_shard: Shard, png: Png) -> None:
+def labelled(path: Path, labels: list[str], make_shard: Shard, png: Png) -> str:
     members = [
         (f"{n}.{e}", c)
-        for n, k in enumerate(["07", "7", "10", "9"])
-        for e, c in (("png", png(0, n)), ("cls", k.encode()))
+        for n, label in enumerate(labels)
+        for e, c in (("png", png(0, n)), ("cls", label.encode()))
     ]
-    assert open_source(str(make_shard(tmp_path / "s.tar", members))).classes == ("07", "7", "9", "10")
+    return str(make_shard(path, members))
+
+
+def test_a_number_is_one_class_however_it_is_written(tmp_path: Path, make_shard: Shard, png: Png) -> None:
+    numbers = open_source(labelled(tmp_path / "n.tar", ["07", "7", "10", "9", "00", "0"], make_shard, png))
+    assert numbers.classes == ("0", "7", "9", "10")
+    assert numbers.labels.tolist() == [1, 1, 3, 2, 0, 0]
+    words = open_source(labelled(tmp_path / "w.tar", ["7a", "07a"], make_shard, png))
+    assert words.classes == ("07a", "7a")
+    with pytest.raises(DataError, match=r"classes are numbers \(7\) in some \.cls and words \(cat\) in"):
+        open_source(labelled(tmp_path / "m.tar", ["7", "cat"], make_shard, png))
+    for folder in ("00", "07", "09", "10"):
+        (tmp_path / "folder" / folder).mkdir(parents=True)
+        (tmp_path / "folder" / folder / "0.png").write_bytes(png(0, 0))
+    assert aligned_labels(numbers, open_source(str(tmp_path / "folder"))).tolist() == [1, 1, 3, 2, 0, 0]
+
+
+def test_what_is_no_sample_of_a_shard_is_told(tmp_path: Path, make_shard: Shard, png: Png) -> None:
+    dotted = [(f"img.v1.{n:04d}.{e}", c) for n in range(4) for e, c in (("png", png(0, n)), ("cls", b"1"))]
+    plain = [("0.png", png(0, 0)), ("0.cls", b"1")]
+    note = (
+        "4 members end in an image's ending and are not samples, the first is img.v1.0000.png (its ending "
+        "begins at the first dot: .v1.0000.png); rename them, as in img_v1_0000.png"
+    )
+    some = open_source(str(make_shard(tmp_path / "some.tar", dotted + plain)))
+    assert (some.keys, some.notes) == (("some/0",), (f"some.tar: {note}",))
+    with pytest.raises(DataError, match=re.escape(f"all.tar: no pictures; all.tar: {note}")):
+        open_source(str(make_shard(tmp_path / "all.tar", dotted)))
+    with pytest.raises(DataError, match=re.escape(f"all.tar: holds no pictures; all.tar: {note}")):
+        list_unlabelled(str(tmp_path / "all.tar"))
 
 
 def test_shards_of_one_name_are_refused(tmp_path: Path, make_shard: Shard, png: Png) -> None:
@@ -302,3 +334,12 @@ def test_a_file_that_is_no_tar_is_not_called_absent(tmp_path: Path, name: str, s
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(DataError, match=said):
         open_source(str(tmp_path / name))
+
+
+def test_a_teacher_cache_tells_what_is_no_sample(tmp_path: Path, make_shard: Shard, png: Png) -> None:
+    path = make_shard(tmp_path / "s.tar", [("0.png", png(0, 0)), ("img.v1.png", png(0, 1))])
+    told: list[str] = []
+    open_pictures(DataConfig(shards=(str(path),)), told.append)
+    assert len(told) == 1 and told[0].startswith(
+        "s.tar: 1 members end in an image's ending and are not samples"
+    )
