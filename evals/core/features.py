@@ -278,27 +278,28 @@ def _fill(
 
 
 def _encode(model: Backbone, batch: _Batch, how: Extraction) -> Tensor:
-    """[B, C] float32 on the device, of the readable; pictures of one size go through the model together."""
+    """[B, C] float32 on the device, of the readable, size by size as they lie in the batch."""
     pixels = batch.pixels.to(how.device, non_blocking=True).to(how.dtype)
-    encoded, order, start = [], [], 0
+    encoded, start = [], 0
     for rows, shape in batch.sizes:
         end = start + len(rows) * math.prod(shape)
         images = pixels[start:end].view(len(rows), *shape)
         if start:
             images = images.clone()  # aligned in memory as a tensor of its own
         encoded.append(how.project(model(images)).float())
-        order += rows
         start = end
-    if not encoded:
-        return torch.empty(0, 0, device=how.device)
-    return torch.cat(encoded)[torch.tensor(order).argsort().to(how.device)]
+    return torch.cat(encoded) if encoded else torch.empty(0, 0, device=how.device)
 
 
 def _write(
     folder: Path, number: int, parts: Sequence[tuple[_Batch, Tensor]], source: ImageSource, whose: str
 ) -> None:
     encoded = [features for _, features in parts if len(features)]
-    features = torch.cat(encoded).cpu() if encoded else torch.empty(0, 0)
+    order: list[int] = []  # of the pictures, as their features lie; sorted here, where no GPU waits for it
+    for batch, _ in parts:
+        first = len(order)
+        order += [first + row for rows, _ in batch.sizes for row in rows]
+    features = torch.cat(encoded).cpu()[torch.tensor(order).argsort()] if encoded else torch.empty(0, 0)
     check_finite(features, whose)
     pairs = [pair for batch, _ in parts for pair in zip(batch.places, batch.reasons, strict=True)]
     indices = torch.tensor([index for index, reason in pairs if not reason], dtype=torch.int64)

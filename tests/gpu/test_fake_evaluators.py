@@ -47,7 +47,7 @@ def test_sams_neck_and_decoder() -> None:
 
 
 @pytest.mark.slow
-def test_the_probes_head() -> None:
+def test_the_probes_head(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mmseg")
     from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample
@@ -55,6 +55,7 @@ def test_the_probes_head() -> None:
     from evals.seg_probe.library import load_plugin
 
     plugin = load_plugin()
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")  # nobody asks the GPU what it can
     with pretend():
         backbone = plugin.RadioBackbone(small_model(), torch.float32)
         head = on_gpu(lambda: plugin.LinearHead(128, 5, Group())).train()
@@ -87,6 +88,7 @@ def test_llava() -> None:
         model = small_model()
         model.to = lambda *_: model  # type: ignore[method-assign, assignment]  # where it is already
         llava.model.vision_tower.attach(model)
+        llava.model.vision_tower.train()  # where it does not look for NaN, which waits for the device
         tower = llava.model.vision_tower(torch.rand(1, 3, 96, 96, device=GPU)).last_hidden_state
         seen = llava.model.multi_modal_projector(tower)
         words = llava.get_input_embeddings()(ids.to(GPU))
@@ -117,9 +119,18 @@ def test_a_text_towers_vectors_join_on_its_device() -> None:
         assert tower.encode(["one"] * 600).device == GPU
 
 
-def test_summaries_of_batches_with_images_that_could_not_be_read() -> None:
+def test_summaries_of_batches_with_images_that_could_not_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing goes to the GPU but the loader's page-locked images, which the host does not wait for."""
     from evals.core import features
     from evals.core.views import make_view
+
+    moved, sent = Tensor.to, []
+
+    def to(tensor: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        if tensor.device.type == "cpu" and GPU in arguments:
+            assert named.get("non_blocking"), "a copy that the host waits for"
+            sent.append(tensor)
+        return moved(tensor, *arguments, **named)
 
     with pretend():
         model = small_model()
@@ -129,5 +140,8 @@ def test_summaries_of_batches_with_images_that_could_not_be_read() -> None:
             features._Item(place, None if size is None else torch.rand(3, *size), "" if size else "damaged")
             for place, size in enumerate(sizes)
         ]
-        found = features._encode(model, features._collate(items), how)
+        batch = features._collate(items)
+        monkeypatch.setattr(Tensor, "to", to)
+        found = features._encode(model, batch, how)
+        assert len(sent) == 1 and sent[0] is batch.pixels
         assert found.device == GPU and found.shape == (3, model.summary_dim)

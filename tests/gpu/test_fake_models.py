@@ -95,12 +95,14 @@ class Careless(nn.Module):
             return x + torch.ones(3)
         if self.slip == "left behind":
             return x + self.mask
+        if self.slip == "index":
+            return x[torch.arange(3)]
         return x * x.sum().item() if self.slip == "item" else x[x > 0]
 
 
-@pytest.mark.parametrize("slip", ["device", "left behind", "item", "mask"])
+@pytest.mark.parametrize("slip", ["device", "left behind", "item", "mask", "index"])
 def test_what_a_gpu_would_refuse_or_wait_for_is_seen(slip: str) -> None:
     with pretend():
         module = on_gpu(lambda: Careless(slip))
-        with pytest.raises((RuntimeError, DataDependentOutputException)):
+        with pytest.raises((RuntimeError, DataDependentOutputException, AssertionError)):
             module(torch.rand(3, device=GPU))
