@@ -15,13 +15,15 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from importlib.metadata import distributions, entry_points
 from pathlib import Path
 
-from .errors import ShadowedPackageError, one_line
+from .errors import ConfigError, ShadowedPackageError, one_line
 
 OK, USAGE, INTERRUPTED = 0, 2, 130
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 _GUARDED = ("evals", "train")
+_MALFORMED = (TypeError, ValueError, AttributeError, LookupError)  # importlib.metadata's, of bad files
 
 
 def train(argv: Sequence[str] | None = None) -> int:
@@ -63,6 +65,27 @@ def check_not_shadowed(names: Sequence[str] = _GUARDED) -> None:
             )
 
 
+def check_entry_points() -> None:
+    """None, when the entry points of all installed packages can be read, as torch, Triton and pydantic do.
+
+    Raises:
+        ConfigError: one cannot; names the package and its file.
+    """
+    try:
+        entry_points(group="am_radio")
+    except _MALFORMED:
+        for package in distributions():
+            try:
+                _ = package.entry_points
+            except _MALFORMED as error:
+                name = package.metadata["Name"] or "a package"
+                raise ConfigError(
+                    f"{package.locate_file('')}: the entry_points.txt of {name} cannot be read "
+                    f"({type(error).__name__}); install {name} again, or uninstall it"
+                ) from error
+        raise
+
+
 def _location(name: str) -> Path | None:
     """The resolved folder of the package, or file of the module, that `import name` would take."""
     spec = importlib.util.find_spec(name)
@@ -94,6 +117,7 @@ def _run(module: str, argv: Sequence[str] | None) -> int:
     print_anything()
     try:
         check_not_shadowed()
+        check_entry_points()
         # By name, since the layers let nothing in radio import train or evals.
         code: int = importlib.import_module(module).main(argv)
     except Exception as error:

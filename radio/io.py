@@ -168,6 +168,35 @@ def make_folder(target: Path, fill: Callable[[Path], None]) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """Give a folder for files that belong together: at the end they move into `folder`, or none does.
+
+    What stands in `folder` stays, but for files of the same names.
+    """
+    place = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.is_dir())
+    prefix = f".{folder.name[:200]}.partial-"
+    _remove_stray(place, prefix)
+    partial = Path(tempfile.mkdtemp(dir=place, prefix=prefix))
+    lock = _lock(partial)
+    try:
+        yield partial
+        files = [path.relative_to(partial) for path in sorted(partial.rglob("*")) if path.is_file()]
+        for file in files:
+            _check_replaceable(folder / file)
+        for file in files:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (partial / file).replace(folder / file)
+    except OSError as problem:
+        if problem.filename is not None:
+            problem.filename = str(problem.filename).replace(str(partial), str(folder))
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
 def check_writable(folder: Path, option: str, *, utf8: bool = False) -> None:
     """None, when files can be made in a folder, which need not be there yet; nothing is left behind.
 

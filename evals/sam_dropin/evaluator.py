@@ -18,6 +18,7 @@ from evals.core.provenance import choose_device, commit, describe_device, peak_m
 from evals.core.report import DataUsed, Metric, Report, Table, file_name, write
 from radio.config import to_plain
 from radio.errors import ConfigError, require
+from radio.io import staged
 from radio.scenes.layouts import CARD_VERSION, ScenesSettings, write_cached
 from radio.types import Backbone
 
@@ -90,51 +91,51 @@ class SamEvaluator:
         data = _open(settings, cache, group, damage)
         label = (name or model.name) + _suffix(settings)
         base = file_name(self.name, label)
-
-        if settings.boxes_from is not None:
-            found = Detections(settings.boxes_from, data)
-            encoding = partial(_judge_detections, drop_in, together)
-            work = Work(found, encoding, drop_in, settings, device, cache, together, damage)
-            done = work.run(group, watch)
-            scored = _precision(found, done)
-        else:
-            judge = partial(_judge, drop_in, together, settings.union_bias)
-            work = Work(data, judge, drop_in, settings, device, cache, together, damage)
-            done = work.run(group, watch)
-            scored = _overlaps(data, done, settings)
-            if settings.save_masks and group.leads:
-                records = [Record(*record) for chunk in done for record in chunk.records]
-                panels = write_panels(work, data, records, out / base, watch)
-                scored = scored._replace(panels=tuple(f"{base}/{panel}" for panel in panels))
-        report = Report(
-            task=self.name,
-            model=label,
-            fingerprint=model.fingerprint,
-            headline=scored.headline,
-            metrics={**scored.metrics, **_rates(done)},
-            settings={**to_plain(settings), "resolved": _resolved(work, data, group)},
-            data=(_used(data),),
-            device=describe_device(device),
-            seconds={"total": time.monotonic() - started},
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            versions=versions(),
-            git=commit(),
-            card=card_of(model),
-            machine_settings=machine_settings(settings),
-            peak_memory=peak_memory(device),
-            notes=(
-                *drop_in.notes,
-                *scored.notes,
-                *data.notes,
-                *damage.notes(group),
-                *domain_notes(model, [data.images]),
-            ),
-            tables=scored.tables,
-            files=(f"{base}.jsonl", *scored.panels),
-        )
-        if group.leads:
-            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in scored.records)
-            write(report, out / f"{base}.json", {out / f"{base}.jsonl": "".join(lines)})
+        with staged(out) as fresh:
+            if settings.boxes_from is not None:
+                found = Detections(settings.boxes_from, data)
+                encoding = partial(_judge_detections, drop_in, together)
+                work = Work(found, encoding, drop_in, settings, device, cache, together, damage)
+                done = work.run(group, watch)
+                scored = _precision(found, done)
+            else:
+                judge = partial(_judge, drop_in, together, settings.union_bias)
+                work = Work(data, judge, drop_in, settings, device, cache, together, damage)
+                done = work.run(group, watch)
+                scored = _overlaps(data, done, settings)
+                if settings.save_masks and group.leads:
+                    records = [Record(*record) for chunk in done for record in chunk.records]
+                    panels = write_panels(work, data, records, fresh / base, watch)
+                    scored = scored._replace(panels=tuple(f"{base}/{panel}" for panel in panels))
+            report = Report(
+                task=self.name,
+                model=label,
+                fingerprint=model.fingerprint,
+                headline=scored.headline,
+                metrics={**scored.metrics, **_rates(done)},
+                settings={**to_plain(settings), "resolved": _resolved(work, data, group)},
+                data=(_used(data),),
+                device=describe_device(device),
+                seconds={"total": time.monotonic() - started},
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                versions=versions(),
+                git=commit(),
+                card=card_of(model),
+                machine_settings=machine_settings(settings),
+                peak_memory=peak_memory(device),
+                notes=(
+                    *drop_in.notes,
+                    *scored.notes,
+                    *data.notes,
+                    *damage.notes(group),
+                    *domain_notes(model, [data.images]),
+                ),
+                tables=scored.tables,
+                files=(f"{base}.jsonl", *scored.panels),
+            )
+            if group.leads:
+                lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in scored.records)
+                write(report, fresh / f"{base}.json", {fresh / f"{base}.jsonl": "".join(lines)})
         return report
 
 

@@ -18,7 +18,7 @@ from evals.core.evaluator import Watch, card_of, domain_notes, machine_settings,
 from evals.core.provenance import commit, describe_device, peak_memory, versions
 from evals.core.report import DataUsed, Metric, Report, Table, file_name, write
 from radio.config import to_plain
-from radio.io import write_bytes
+from radio.io import staged, write_bytes
 from radio.types import Backbone
 
 from .library import load_plugin
@@ -74,48 +74,49 @@ class SegEvaluator:
 
         label = name or model.name
         base = file_name(self.name, label)
-        writer = MapWriter(
-            folder=out / f"{base}-maps",
-            split=probe.data.val,
-            labelling=probe.data.labelling,
-            places=spread_places(len(probe.data.val.pairs), settings.save_maps),
-        )
-        outcomes = [
-            probe.run(settings.first_head + number, label, watch, writer if number == 0 else None)
-            for number in range(settings.seeds)
-        ]
-        finished = time.monotonic()
+        with staged(out) as fresh:
+            writer = MapWriter(
+                folder=fresh / f"{base}-maps",
+                split=probe.data.val,
+                labelling=probe.data.labelling,
+                places=spread_places(len(probe.data.val.pairs), settings.save_maps),
+            )
+            outcomes = [
+                probe.run(settings.first_head + number, label, watch, writer if number == 0 else None)
+                for number in range(settings.seeds)
+            ]
+            finished = time.monotonic()
 
-        report = Report(
-            task=self.name,
-            model=label,
-            fingerprint=probe.fingerprint,
-            headline="miou",
-            metrics=_metrics(outcomes),
-            settings={**to_plain(settings), "resolved": probe.describe()},
-            data=_data_used(probe),
-            device=describe_device(probe.device),
-            seconds={
-                "preparation": prepared - started,
-                "heads": finished - prepared,
-                "total": finished - started,
-            },
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            machine_settings=machine_settings(settings),
-            versions={**versions(), **_library_versions()},
-            git=commit(),
-            card=card_of(model),
-            peak_memory=peak_memory(probe.device),
-            notes=(*probe.notes, *probe.damage.notes(group), *domain_notes(model, probe.sources())),
-            tables=_tables(outcomes, probe, settings),
-            files=(f"{base}.jsonl", f"{base}.safetensors", *writer.files()),
-        )
-        if group.leads:
-            keys = [pair.key for pair in probe.data.val.pairs]
-            records = area_records(outcomes[0].areas, keys)
-            head = {key: tensor.contiguous() for key, tensor in outcomes[0].head.items()}
-            write_bytes(out / f"{base}.safetensors", safetensors.torch.save(head))
-            write(report, out / f"{base}.json", {out / f"{base}.jsonl": records})
+            report = Report(
+                task=self.name,
+                model=label,
+                fingerprint=probe.fingerprint,
+                headline="miou",
+                metrics=_metrics(outcomes),
+                settings={**to_plain(settings), "resolved": probe.describe()},
+                data=_data_used(probe),
+                device=describe_device(probe.device),
+                seconds={
+                    "preparation": prepared - started,
+                    "heads": finished - prepared,
+                    "total": finished - started,
+                },
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                machine_settings=machine_settings(settings),
+                versions={**versions(), **_library_versions()},
+                git=commit(),
+                card=card_of(model),
+                peak_memory=peak_memory(probe.device),
+                notes=(*probe.notes, *probe.damage.notes(group), *domain_notes(model, probe.sources())),
+                tables=_tables(outcomes, probe, settings),
+                files=(f"{base}.jsonl", f"{base}.safetensors", *writer.files()),
+            )
+            if group.leads:
+                keys = [pair.key for pair in probe.data.val.pairs]
+                records = area_records(outcomes[0].areas, keys)
+                head = {key: tensor.contiguous() for key, tensor in outcomes[0].head.items()}
+                write_bytes(fresh / f"{base}.safetensors", safetensors.torch.save(head))
+                write(report, fresh / f"{base}.json", {fresh / f"{base}.jsonl": records})
         return report
 
 

@@ -183,6 +183,26 @@ def test_a_shadowed_package_stops_either_command(
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+@pytest.mark.parametrize("content", [b"[console_scripts]\nno equals sign\n", b"[am_radio]\nx = \xff\n"])
+def test_a_package_whose_entry_points_are_damaged_is_named(
+    tmp_path: Path, command: str, content: bytes
+) -> None:
+    """In a process of its own: torch looks at them while it is imported."""
+    folder = tmp_path / "half_made-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: half-made\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_bytes(content)
+    program = f"import sys; from radio import entry; sys.exit(entry.{command}(['list']))"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path}: the entry_points.txt of half-made cannot be read (")
+    assert done.stderr.count("\n") == 1
+
+
 RANK = """
 import time
 from radio.entry import end_with_torchrun

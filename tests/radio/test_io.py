@@ -250,3 +250,26 @@ def test_a_folder_that_a_full_disk_stops_is_named(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"No space left on device: .*world"):
         make_folder(tmp_path / "world", fill)
     assert not list(tmp_path.iterdir())
+
+
+def test_files_that_belong_together_move_in_at_the_end_or_not_at_all(tmp_path: Path) -> None:
+    def fill(folder: Path) -> None:
+        with io.staged(folder) as fresh:
+            io.write_text(fresh / "maps" / "a.png", "second")
+            raise OSError(28, "No space left on device", str(fresh / "maps" / "b.png"))
+
+    out = tmp_path / "new" / "out"
+    with io.staged(out) as fresh:
+        io.write_text(fresh / "maps" / "a.png", "first")
+        assert not out.exists()
+    (out / "own").write_text("kept")
+    (tmp_path / "out").symlink_to(out)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/new/out/maps/b\.png'"):
+        fill(out)
+    assert (out / "maps" / "a.png").read_text() == "first"
+    with io.staged(tmp_path / "out") as fresh:
+        io.write_text(fresh / "maps" / "a.png", "third")
+    assert {str(p.relative_to(tmp_path)): p.read_text() for p in tmp_path.rglob("*") if p.is_file()} == {
+        "new/out/maps/a.png": "third",
+        "new/out/own": "kept",
+    }

@@ -202,6 +202,27 @@ def test_a_full_disk_leaves_what_stood(
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
+@pytest.mark.parametrize("fails", range(1, 6))  # three panels, records, report
+def test_a_full_disk_leaves_no_panels(
+    settings: SamSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: int
+) -> None:
+    model = load_backbone("scenes:sam")
+    run(model, settings, tmp_path / "out")  # its cache is there now
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    genuine, calls = os.fsync, []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == fails:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        genuine(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/out/sam-scenes-sam[./]"):
+        run(model, replace(settings, save_masks=1), tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
 def test_bf16_rounds_a_copy(settings: SamSettings, tmp_path: Path) -> None:
     """Reports name the model that was given, and the next task computes with its weights."""
     model = load_backbone("scenes:sam")

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -185,6 +187,23 @@ def test_the_generated_world_is_the_default(tmp_path: Path, backbone: Callable) 
     ]
     limited = run(backbone(), replace(settings, limit=3), tmp_path / "out")
     assert [used.count for used in limited.data] == [3, 3]
+
+
+@pytest.mark.parametrize("last", ["0010.png", "0008-overlay.png", "seg-patches14.safetensors"])
+def test_a_full_disk_leaves_no_maps(
+    tmp_path: Path, settings: SegSettings, backbone: Callable, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    genuine = Path.open
+
+    def full(path: Path, mode: str = "r", *arguments: Any, **named: Any) -> Any:
+        if mode == "xb" and last in path.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return genuine(path, mode, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(OSError, match=rf"No space left on device: '.*/out/.*{re.escape(last)}'"):
+        run(backbone(), replace(settings, save_maps=2), tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 
 def test_voc_is_read_in_its_genuine_layout(tmp_path: Path, make_voc: Callable, backbone: Callable) -> None:
