@@ -12,7 +12,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Annotated
 
+from annotated_types import Interval
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
@@ -21,12 +23,13 @@ from .io import read_json
 
 NAME = ".lock"
 
+_ATTEMPTS = 100  # at a folder that comes and goes
 _UNLOCKABLE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system without locks
 
 
 class _Holder(TypedDict):
     host: str
-    pid: int
+    pid: Annotated[int, Interval(ge=1, lt=2**31)]
     since: str
 
 
@@ -50,7 +53,6 @@ def locked(folder: Path, doing: str) -> Iterator[None]:
         OSError: the lock cannot be written.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / NAME
     handle = _take(path, doing)
     try:
@@ -68,16 +70,18 @@ def _take(path: Path, doing: str) -> int:
     while True:
         if _is_foreign(path):
             raise RadioError(f"{shown(path)}: is no regular file, and the lock goes there; move it away")
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        handle = _open(path)
         try:
             # Of the process, not of the file: children that outlive it do not hold it on.
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in _UNLOCKABLE:
+            held = error.errno in (errno.EACCES, errno.EAGAIN)
+            if held or error.errno not in _UNLOCKABLE or _may_live(_holder(path)):
                 os.close(handle)
-                if error.errno in (errno.EACCES, errno.EAGAIN):
-                    raise RadioError(_refusal(path, doing)) from error
-                raise
+                if not held and error.errno not in _UNLOCKABLE:
+                    raise
+                ended = "" if held else f". Where that one has ended, remove {shown(path)}"
+                raise RadioError(_refusal(path, doing) + ended) from error
         if _is(path, handle):
             break
         os.close(handle)  # who held it has removed it in the meantime
@@ -92,6 +96,18 @@ def _take(path: Path, doing: str) -> int:
         error.filename = str(path)
         raise
     return handle
+
+
+def _open(path: Path) -> int:
+    """Open the file in its folder, which whoever held it before may be taking away just now."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        except (FileNotFoundError, FileExistsError):
+            if attempt == _ATTEMPTS - 1:
+                raise
+    raise AssertionError
 
 
 def _is_foreign(path: Path) -> bool:
@@ -109,10 +125,28 @@ def _is(path: Path, handle: int) -> bool:
         return False
 
 
-def _refusal(path: Path, doing: str) -> str:
+def _holder(path: Path) -> _Holder | None:
+    """Who says in the file that it holds the folder; None where it has not written its name yet."""
     try:
-        found = read_json(path, _HOLDER, limit=4096)
+        return read_json(path, _HOLDER, limit=4096)
+    except DataError:
+        return None
+
+
+def _may_live(holder: _Holder | None) -> bool:
+    """Whether the process of a file that the system cannot lock may still run: on another host, it may."""
+    if holder is None or holder["host"] != socket.gethostname():
+        return holder is not None
+    try:
+        os.kill(holder["pid"], 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return holder["pid"] != os.getpid()
+
+
+def _refusal(path: Path, doing: str) -> str:
+    found = _holder(path)
+    who = "another process"
+    if found is not None:
         who = f"process {found['pid']} on {shown(found['host'])}, since {shown(found['since'])}"
-    except DataError:  # it has not written its name yet
-        who = "another process"
     return f"{path.parent}: is being {doing} already, by {who}; wait for it, stop it, or give another --out"

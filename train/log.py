@@ -63,4 +63,9 @@ def open_log(config: TrainConfig, step: int, tell: Callable[[str], None]) -> Log
             others.append(TensorBoard(config.out / "tensorboard", step))
         else:
             others.append(WandbRun(config, step))
-    return Log(JsonLines(config.out / LOG, step, tell), others, tell)
+    lines = JsonLines(config.out / LOG, step, tell)
+    if lines.begins and step >= config.log_every:
+        evaluates = config.eval_every and step % config.eval_every == 0
+        first = step if evaluates else min(step - step % config.log_every + config.log_every, config.steps)
+        tell(f"{config.out / LOG}: holds no record of the {step} steps before, and begins with step {first}")
+    return Log(lines, others, tell)

@@ -79,6 +79,13 @@ def moments(optimizer: GuardedAdamW, model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def odd_count(optimizer: GuardedAdamW, model: nn.Module, steps: int) -> str:
+    """What AdamW's own counts say else than `steps`, or than 0 for a weight that never had a gradient."""
+    counts = {name: t for name, t in moments(optimizer, model).items() if name.startswith("step.")}
+    found = zip(counts, torch.stack(list(counts.values())).tolist(), strict=True)
+    return next((f"{name} is {count:g}" for name, count in found if count not in (0, steps)), "")
+
+
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
     """The learning rate of step `step` (from 0) of `steps`: linear warm-up, then cosine annealing."""
     warmup = round(config.warmup * steps)

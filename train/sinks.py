@@ -66,6 +66,7 @@ class JsonLines:
             aside = _set_aside(path)
             tell(f"{path}: {lines.others} lines are no records, and left out; the file as it was: {aside}")
         kept = [line for line, record in lines.records if int(record["step"] or 0) <= step]
+        self.begins = not kept  # with the next record
         write_text(path, "".join(f"{line}\n" for line in kept))
         self._file = path.open("ab", buffering=0)
         self._pending = b""

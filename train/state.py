@@ -75,6 +75,10 @@ class Found(NamedTuple):
     notes: dict[str, Any]  # what was given with it
 
 
+def _nothing(found: Found) -> str:
+    return ""
+
+
 @final
 class States:
     """The states of one run. Every rank calls every method; the first one names, prunes and tells.
@@ -120,14 +124,16 @@ class States:
         self.stands = 0 if found is None else found.step
         return found
 
-    def resume(self, tensors: Mapping[str, Tensor]) -> Found | None:
+    def resume(self, tensors: Mapping[str, Tensor], check: Callable[[Found], str] = _nothing) -> Found | None:
         """Fill tensors from the newest whole state; None where there is none yet.
+
+        `check` says what is wrong with the tensors of a state that was read, or nothing; every rank asks it.
 
         Raises:
             CheckpointError: as `newest`.
         """
         while (found := self.newest()) is not None:
-            reason = self.read(found, tensors)
+            reason = self.read(found, tensors) or self._agreed(check(found))
             if not reason:
                 return found
             self._leave(found.path, reason)

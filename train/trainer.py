@@ -51,17 +51,21 @@ from .learner import Learner
 from .log import Log, open_log
 from .memory import memory_of
 from .metrics import Meters, Row
+from .optim import odd_count
 from .parallel import check_started
 from .partition import TeacherGroup
 from .pictures import Joined, open_pictures
 from .preempt import Preemption
 from .records import Record
 from .sinks import ProgressConsole, say, summarise
-from .state import States
+from .state import Found, States
 from .step import teacher_features
 
 if TYPE_CHECKING:
     from .scoring import Follower
+
+# What makes weights doubtful: so many of all steps left out, a loss so many times that of the first step.
+_DOUBTFUL_SHARE, _DOUBTFUL_RISE = 0.1, 3.0
 
 
 class Run:
@@ -111,6 +115,8 @@ class Run:
         self.learner = Learner(self.model, self.windows, config, self.partition, group, device)
         self.meters, self.guard, self.pace = Meters(), Guard(device), self.learner.pace
         self.stop, self.stopped = Preemption(group), False
+        self.first: Tensor | None = None  # [] the loss of the first step, its mean over the ranks
+        self.last = 0.0  # the loss of the last record
         self.log: Log | None = None
         self.follower = _follower(config, group, console) if config.eval_every else None
         self.states = States(
@@ -148,6 +154,8 @@ class Run:
             with self.stop, half_the_threads() if self.pairs else nullcontext():
                 self._loop(log)
             self.states.wait(last=True)
+            if not self.stopped and (doubt := self._doubt()):
+                self._tell(doubt)
             if uneven := self.pace.in_words():
                 self._tell(uneven)
             if broken := self.progress.in_words():
@@ -226,6 +234,8 @@ class Run:
     def advance(self, batch: Batch) -> None:
         """One step, and what is measured of it. Reads nothing back from the device."""
         learned, fine = self.learner.advance(batch, self.step)
+        if self.first is None:
+            self.first = learned.total.detach()
         self.guard.see(fine, [losses.parts for losses in learned.losses])
         self.meters.add({"loss": learned.total, "grad_norm": learned.norm}, fine)
         for losses in learned.losses:
@@ -247,6 +257,7 @@ class Run:
             self._tell(f"step {self.step}: {skipped.describe()}")
         pace = self.pace.read()
         means = self.meters.read(self.group)
+        self.last = means["loss"]
         seen = self.step * self.partition.batch_size
         broken = self.progress.broken(seen, config.data.max_broken)
         return {
@@ -318,7 +329,7 @@ class Run:
         return self.follower is not None and self.step % self.config.eval_every == 0
 
     def _resume(self) -> int:
-        found = self.states.resume(self.learner.tensors())
+        found = self.states.resume(self.learner.tensors(), self._misfit)
         if found is None:
             return 0
         if found.step > self.config.steps:
@@ -337,6 +348,24 @@ class Run:
             self.guard.restore(ranks[0]["guard"])
         self.progress.restore(found.notes["data"])
         return found.step
+
+    def _misfit(self, found: Found) -> str:
+        """What in a state that was read is of another step than the state."""
+        left_out = found.notes["ranks"][0]["guard"][0][0]
+        odd = odd_count(self.learner.optimizer, self.learner.distiller, found.step - left_out)
+        return odd and f"optimizer.{odd} in it, after {found.step} steps of which {left_out} were left out"
+
+    def _doubt(self) -> str:
+        """What makes the weights at the end of a run doubtful; empty where nothing does. All ranks ask it."""
+        left_out, _, in_a_row, _ = self.guard.state()[0]
+        first = 0.0 if self.first is None else float(self.group.sum(self.first.cpu())) / self.group.world
+        doubts = []
+        if in_a_row or left_out > _DOUBTFUL_SHARE * self.step:
+            doubts.append(f"{left_out} of the {self.step} steps were left out, not finite")
+        if self.last > _DOUBTFUL_RISE * first > 0:
+            doubts.append(f"the loss rose from {first:.3g} to {self.last:.3g}")
+        remedy = "the weights may be useless; begin anew with --restart and a lower --optim.lr"
+        return f"warning: {', '.join(doubts)}: {remedy}" if doubts else ""
 
     def _tell(self, line: str) -> None:
         say(self.console, line)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import pytest
 
-from radio.errors import RadioError
+from radio.errors import RadioError, one_line
 from radio.lock import NAME, locked
+
+HERE = socket.gethostname()
 
 HOLD = """
 import os, sys, time
@@ -112,3 +116,88 @@ def test_a_lock_that_does_not_fit_the_disk_names_its_place(
             pass
     with locked(tmp_path, "trained"):  # nothing holds it on
         pass
+
+
+RACE = """
+import os, sys, time
+from pathlib import Path
+from radio.errors import RadioError, one_line
+from radio.lock import locked
+folder, mark = Path(sys.argv[1]), Path(sys.argv[2])
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(150):
+    try:
+        with locked(folder, "trained"):
+            os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
+            mark.unlink()
+    except RadioError as error:
+        assert "is being trained already" in str(error)
+"""
+
+
+def test_who_comes_and_goes_at_the_same_moment_is_alone_or_refused(tmp_path: Path) -> None:
+    """The folder too comes and goes with each."""
+    command = [sys.executable, "-c", RACE, str(tmp_path / "deep" / "run"), str(tmp_path / "mark")]
+    pipe = subprocess.PIPE
+    both = [subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) for _ in range(2)]
+    for process in both:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    for process in both:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    assert [process.communicate()[1] for process in both] == ["", ""]
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "run").symlink_to("nowhere")
+    with pytest.raises(FileExistsError, match="run"), locked(tmp_path / "run", "trained"):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, *_: int) -> int:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with (
+        pytest.raises(OSError, match=r"Read-only file system: .*\.lock") as caught,
+        locked(tmp_path, "trained"),
+    ):
+        pass
+    assert str(one_line(caught.value)).endswith("choose a folder that can be written")
+
+
+@pytest.mark.parametrize(
+    ("host", "pid", "refused"),
+    [
+        ("elsewhere", 7, True),
+        (HERE, os.getppid(), True),
+        (HERE, os.getpid(), False),
+        (HERE, 2**31 - 1, False),
+    ],
+)
+def test_where_the_system_cannot_lock_the_file_says_who_holds_it(
+    host: str, pid: int, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lockf(handle: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    (tmp_path / NAME).write_text(json.dumps({"host": host, "pid": pid, "since": "2026"}))
+    wanted = rf"by process {pid} on {host}, since 2026; wait .* Where that one has ended, remove .*\.lock"
+    with pytest.raises(RadioError, match=wanted) if refused else nullcontext(), locked(tmp_path, "trained"):
+        assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
+    assert (tmp_path / NAME).exists() == refused
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"[" * 10_000])
+def test_a_holder_whose_file_is_damaged_is_another_process(tmp_path: Path, content: bytes) -> None:
+    with holder(tmp_path):
+        (tmp_path / NAME).write_bytes(content)
+        with (
+            pytest.raises(RadioError, match="already, by another process; wait for it"),
+            locked(tmp_path, "trained"),
+        ):
+            pass

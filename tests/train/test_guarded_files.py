@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from train import sinks
 from train.batches import Batch
 from train.config import TrainConfig
 from train.guards import first_bad
+from train.learner import Learned, Learner
 from train.trainer import Run
 
 from .conftest import TEACHERS, Start, read_records, same_weights, untimed
@@ -91,6 +94,91 @@ def test_a_state_of_nan_is_not_gone_on_from(config: TrainConfig, start: Start) -
     assert (config.out / "ckpt.pt").read_bytes() == before
     run.train()
     assert start(config, steps=10).step == 10
+
+
+def set_counts(state: Path, count: float, which: slice = slice(None)) -> None:
+    """Let the optimizer of a state say another step, with valid checksums."""
+    (file,) = state.glob("*.safetensors")
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.startswith("optimizer.step.")][which]:
+        tensors[name].fill_(count)
+    save_file(tensors, file)
+    resealed(state)
+
+
+@pytest.mark.parametrize(("which", "count"), [("all", 11.0), ("one", 3.0)])
+def test_a_state_whose_optimizer_is_of_another_step_is_not_gone_on_from(
+    config: TrainConfig, start: Start, which: str, count: float
+) -> None:
+    start(config, steps=10).train()
+    newest = config.out / "state" / "step-000010"
+    set_counts(newest, count, slice(None) if which == "all" else slice(1))
+    run = start(config, steps=10)
+    assert run.step == 5
+    (told,) = run.console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    wanted = (
+        rf"step-000010: damaged, and left aside \(optimizer\.step\.\S+ is {count:g} in it, after 10 steps of"
+    )
+    assert re.search(wanted, told)
+    shutil.rmtree(config.out / "state" / "step-000005")
+    with pytest.raises(
+        RadioError, match=r"not a whole training state; start again with --restart \(step-0+10:"
+    ):
+        start(config, steps=10)
+
+
+def test_steps_that_were_left_out_do_not_count_for_the_optimizer(
+    config: TrainConfig, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Learner, "learn", unfit_learning({2}))
+    run = start(config, steps=5, log_every=5)
+    run.train()
+    assert {float(t) for name, t in run.learner.tensors().items() if "optimizer.step" in name} == {4.0}
+    assert start(config, steps=5).step == 5
+
+
+@pytest.mark.parametrize(
+    ("unfit", "rise", "said"),
+    [
+        ({}, 1.0, ""),
+        (
+            {1, 2},
+            1.0,
+            "warning: 2 of the 3 steps were left out, not finite: the weights may be useless; begin",
+        ),
+        ({2}, 1.0, "warning: 1 of the 3 steps were left out"),
+        ({}, 9.0, "warning: the loss rose from "),
+        ({2}, 9.0, "steps were left out, not finite, the loss rose from "),
+    ],
+)
+def test_a_run_that_ends_with_doubtful_weights_says_so_in_one_line(
+    config: TrainConfig,
+    start: Start,
+    monkeypatch: pytest.MonkeyPatch,
+    unfit: set[int],
+    rise: float,
+    said: str,
+) -> None:
+    monkeypatch.setattr(Learner, "learn", unfit_learning(unfit, rise))
+    run = start(config, steps=3, log_every=3)
+    run.train()
+    told = run.console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    lines = [line for line in told if line.startswith("warning")]
+    assert len(lines) == bool(said)
+    assert said in "".join(lines)
+
+
+def unfit_learning(unfit: set[int], rise: float = 1.0) -> Callable[[Learner, Batch, int], Learned]:
+    """`Learner.learn` with gradients not finite in some steps, and a loss that rises after the first."""
+    genuine = Learner.learn
+
+    def learn(learner: Learner, batch: Batch, step: int) -> Learned:
+        learned = genuine(learner, batch, step)
+        if step:
+            learned = learned._replace(total=learned.total * rise)
+        return learned._replace(norm=learned.norm * torch.inf) if step in unfit else learned
+
+    return learn
 
 
 def remove(path: Path) -> None:
@@ -215,6 +303,7 @@ def test_a_place_for_states_that_leads_nowhere_is_told_before_the_first_step(
 def test_a_state_beyond_the_last_step_is_refused(config: TrainConfig, start: Start) -> None:
     start(config, steps=3).train()
     state = (config.out / "state" / "step-000003").rename(config.out / "state" / "step-000004")
+    set_counts(state, 4.0)
     notes = state / "run.json"
     notes.write_text(notes.read_text().replace('"step": 3', '"step": 4', 1))
     with pytest.raises(RadioError, match=r"step-000004: is beyond the run's last step, 3, .*; move it away"):

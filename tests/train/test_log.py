@@ -77,3 +77,27 @@ def test_a_service_that_takes_no_run_is_one_error(
         ConfigError, match=r"takes no run \(No API key configured\); log in with `wandb login`"
     ):
         open_log(replace(config, sinks=("wandb",)), 0, print)
+
+
+@pytest.mark.parametrize(
+    ("left", "step", "every", "begins"),
+    [
+        (None, 6, 0, "the 6 steps before, and begins with step 9"),
+        ("", 6, 4, "the 6 steps before, and begins with step 9"),
+        ('{"step": 9}\n', 6, 0, "the 6 steps before, and begins with step 9"),
+        (None, 6, 2, "the 6 steps before, and begins with step 6"),  # evaluated once more
+        (None, 11, 0, "the 11 steps before, and begins with step 12"),
+        (None, 2, 0, ""),
+        (None, 0, 0, ""),
+        ('{"step": 3}\n', 6, 0, ""),
+    ],
+)
+def test_a_log_that_is_gone_when_a_run_goes_on_is_told(
+    config: TrainConfig, left: str | None, step: int, every: int, begins: str
+) -> None:
+    config.out.mkdir()
+    if left is not None:
+        (config.out / "metrics.jsonl").write_text(left)
+    told: list[str] = []
+    open_log(replace(config, log_every=3, eval_every=every), step, told.append).close()
+    assert told == ([f"{config.out / 'metrics.jsonl'}: holds no record of {begins}"] if begins else [])

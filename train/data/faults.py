@@ -108,6 +108,11 @@ class FaultList:
             self._tell(f"{first.where}: {first.why}; {self._path.name} names all such shards")
         self._known.update((fault.cause, fault.where) for fault in new)
 
+    def check_names(self, count: int) -> None:
+        """Tell the user where the file names none of the broken things that a run has met before."""
+        if count and not self._known:
+            self._tell(f"{self._path}: names none of the {count} broken data met before, and begins anew")
+
     def _append(self, data: bytes) -> None:
         """Write at the end of the file, all of it or nothing."""
         with self._path.open("ab") as file:

@@ -170,6 +170,8 @@ class Progress:
         ]
         if self._group.leads:  # the sum over ranks is to be what it was
             self._counts = torch.tensor(known["counts"], dtype=torch.int64)
+        if self._listing is not None:
+            self._listing.check_names(sum(known["counts"][:-1]))
 
     def _part(self, deal: Deal, whole: Tensor) -> Tensor:
         lanes = lanes_of(deal, self._partition, self._group.rank)

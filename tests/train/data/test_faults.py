@@ -184,3 +184,12 @@ def test_a_share_is_let_through(broken: int, seen: int, fine: bool) -> None:
 def test_counts_in_words() -> None:
     assert in_words({"missing": 1, "picture": 12}) == "12 pictures that cannot be decoded, 1 missing shards"
     assert in_words({"missing": 0}) == ""
+
+
+def test_a_list_that_is_gone_when_a_run_goes_on_is_told(tmp_path: Path) -> None:
+    path, told = tmp_path / "broken.jsonl", list[str]()
+    for count in (0, 3):
+        FaultList(path, told.append).check_names(count)
+    FaultList(path, told.append).add([ONE])
+    FaultList(path, told.append).check_names(3)
+    assert told == [f"{path}: names none of the 3 broken data met before, and begins anew"]
