@@ -20,6 +20,7 @@ from radio.checkpoint import load as load_checkpoint
 from radio.config import write_yaml
 from radio.errors import CheckpointError, RadioError
 from radio.io import check_writable
+from radio.memory import memory_of
 from radio.model import build
 from radio.types import Features
 
@@ -49,7 +50,6 @@ from .data.stream import fewer_workers, open_stream
 from .guards import Guard, Plain, first_bad
 from .learner import Learner
 from .log import Log, open_log
-from .memory import memory_of
 from .metrics import Meters, Row
 from .optim import odd_count
 from .parallel import check_started

@@ -43,6 +43,7 @@ from .chunks import (
 from .data import ImageSource
 from .dist import Group
 from .evaluator import Advance, Watch, place, silent
+from .memory import check_memory
 from .provenance import fast_products, has_tf32
 from .report import Skipped
 from .views import View
@@ -170,10 +171,12 @@ def extract(
 
     Raises:
         DataError: no picture can be read, or ranks do not share the cache folder.
+        SizeError: a batch of images is larger than the memory.
         RadioError: the model gives values that are not finite.
     """
     group = group or Group()
     count = len(source.keys)
+    check_memory(model, min(how.batch, CHUNK, count), how.view.size, how.device, how.dtype)
     group.on_leader(lambda: source.fingerprint)  # hashes the content; the others then find the memo
     folder = cache / "features" / _key(model, source, how)
     numbers = range(group.rank, _num_chunks(count), group.world)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from radio.errors import DataError, SizeError
-from radio.images import EVALUATION_RATIO, cover, evaluation_view, resize
+from radio.images import EVALUATION_RATIO, MAX_PIXELS, cover, evaluation_view, resize
 from radio.types import Backbone
 
 MAX_ASPECT = 32
@@ -58,11 +59,17 @@ def make_view(
     """The view for a model and notes on it: `size` None takes the model's own, else the nearest it accepts.
 
     Raises:
-        SizeError: a size below one pixel.
+        SizeError: a size below one pixel, or one of more than `MAX_PIXELS`.
     """
     if size is not None and size < 1:
         raise SizeError(f"a size of {size} px holds no picture; give the side in pixels, such as 224")
     fitted = model.native_size if size is None else model.fit(size, size)
+    resized = [side if kind == "short-side" else round(ratio * side) for side in fitted]
+    if math.prod(resized) > MAX_PIXELS:
+        raise SizeError(
+            f"images of {fitted[0]}x{fitted[1]} px are cut out of {resized[0]}x{resized[1]}; the limit is "
+            f"{MAX_PIXELS / 1e6:.0f} million pixels; give a smaller --size or --ratio"
+        )
     view = View(kind=kind, size=fitted, ratio=ratio, fit=model.fit)
     if size is None or fitted == (size, size):
         return view, ()

@@ -34,6 +34,7 @@ from evals.core.chunks import (
 )
 from evals.core.dist import Group
 from evals.core.evaluator import Watch
+from evals.core.memory import check_memory
 from evals.core.provenance import fast_products, has_tf32
 from radio.errors import RadioError
 from radio.io import check_writable
@@ -123,10 +124,13 @@ class Work:
         """Every chunk, in order, on every rank.
 
         Raises:
+            SizeError: a batch of images is larger than the memory.
             DataError: a picture or mask that cannot be read, or ranks that do not share the cache folder.
             RadioError: the model or the decoder gives values that are not finite.
         """
         chunks = self._chunks()
+        side, batch = self.drop_in.side, max(map(len, chunks))
+        check_memory(self.drop_in.model, batch, (side, side), self.device, self.dtype)
         group.on_leader(lambda: self.data.fingerprint)  # hashes the content; the others then find the memo
         folder = self.cache / "sam" / self.key()
         paths = [chunk_path(folder, number, _ENDING) for number in range(len(chunks))]

@@ -16,6 +16,7 @@ from evals.core.chunks import Damage, DamagedError
 from evals.core.dist import Group
 from evals.core.evaluator import Watch, place
 from evals.core.features import default_cache
+from evals.core.memory import check_memory
 from evals.core.provenance import choose_device, has_tf32
 from radio.config import to_plain
 from radio.errors import ConfigError
@@ -147,13 +148,14 @@ def make_probe(model: Backbone, settings: SegSettings, group: Group, watch: Watc
         raise ConfigError(
             f"a batch of {plan.batch} does not divide among {group.world} ranks; choose another --batch"
         )
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    check_memory(model, plan.batch // group.world, plan.crop, device, dtype)
     damage = Damage()
     data = _open(settings, cache, group, KNOWN_CLASSES, damage)
     checked = [_check(split, data, cache, group, watch, damage) for split in (data.train, data.val)]
     check_sizes([size for found in checked for size in found.sizes], plan, model)
 
     fingerprint = model.fingerprint
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     model = place(model, device, dtype)
     samples: list[Any] = [
         Pictures(split, data.labelling, plan, model, training=training)

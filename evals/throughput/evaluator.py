@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from evals.core.evaluator import Watch, card_of, silent
+from evals.core.memory import check_memory
 from evals.core.paper import table_6_row
 from evals.core.progress import Telling
 from evals.core.provenance import choose_device, commit, describe_device, versions
@@ -89,12 +90,15 @@ def measure_all(
 
     Raises:
         ConfigError: no such reference, an unknown device, or adaptors that no model has.
-        SizeError: a resolution that a model does not take.
+        SizeError: a resolution that a model does not take, or a batch larger than the memory.
     """
     reference = _check_names([entry.name for entry in entries], reference)
     sizes = {entry.name: _size(entry.model, settings.resolution) for entry in entries}
-    counts = {entry.name: _count(entry.model, sizes[entry.name]) for entry in entries}
     device, started = choose_device(settings.device), time.monotonic()
+    most = max(settings.protocol.batches)
+    for entry in entries:
+        check_memory(entry.model, most, sizes[entry.name], device, settings.dtype_on(device))
+    counts = {entry.name: _count(entry.model, sizes[entry.name]) for entry in entries}
     with _threads(settings.threads):
         contenders = [
             contender

@@ -16,6 +16,7 @@ from evals.core.data import ImageSource
 from evals.core.dist import Group
 from evals.core.evaluator import Watch
 from evals.core.features import Extraction, extract
+from evals.core.memory import check_memory
 from evals.core.views import View
 from radio.errors import DataError
 from radio.types import Backbone
@@ -51,6 +52,7 @@ class Encoder:
     @cached_property
     def own_grid(self) -> tuple[int, int]:
         """(H, W) of the tokens that the backbone gives at this size."""
+        check_memory(self.model, 1, self.size, self.device, torch.float32)
         model = self.model.to(self.device, torch.float32).eval()  # never rounded in place
         with torch.inference_mode():
             return model(torch.zeros(1, 3, *self.size, device=self.device)).grid

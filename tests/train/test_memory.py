@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from radio import entry
+from radio import entry, memory
 from radio.config import write_yaml
 from radio.model import build
-from train import memory
 from train.assembly import TeacherFacts, check_memory, deal, model_config
 from train.config import AdaptorOptions, TrainConfig
 

@@ -48,6 +48,10 @@ def test_a_size_that_does_not_fit_is_noted_and_a_bad_one_refused(backbone: Calla
     assert notes == ("30 px was asked for; pooled takes 32x32, which was used",)
     with pytest.raises(SizeError, match="holds no picture"):
         make_view(backbone(), "center", 0)
+    with pytest.raises(SizeError, match="16000x16000 px are cut out of 18286x18286; the limit is 179 mill"):
+        make_view(backbone(), "center", 16_000)
+    with pytest.raises(SizeError, match="the limit is 179 million"):
+        make_view(backbone(), "short-side", 16_000)
 
 
 def test_what_decides_the_input_is_in_the_description(backbone: Callable) -> None:
