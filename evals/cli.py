@@ -31,7 +31,7 @@ from radio.students import students
 from radio.types import Backbone
 
 from .core.dist import Group, joined
-from .core.evaluator import Evaluator, ScoringFiles, Watch, evaluators
+from .core.evaluator import Evaluator, ScoringFiles, Watch, evaluators, make_evaluator, run_one
 from .core.noise import NOISE_FILE, measure_noise, write_noise
 from .core.progress import watch_on
 from .core.provenance import choose_device
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         known = list(dict.fromkeys([*evaluators, *_COMMANDS]))
         hint = did_you_mean(task, known) or f"; it has {', '.join(known)}"
         raise ConfigError(f"radio-eval has no command {task!r}{hint}")
-    evaluator = evaluators[task]()
+    evaluator = make_evaluator(task)
     options, settings = _parse(task, evaluator, rest)
     with _joined(settings) as group:
         _evaluate(evaluator, options, settings, group)
@@ -171,7 +171,7 @@ def _evaluate(evaluator: Evaluator[Any], options: Options, settings: Any, group:
     reports = _without_model(evaluator, options, settings)
     for spec, model, name in () if reports else _models(options):
         out = options.out or _default_out(spec)
-        reports.append(evaluator.run(model, settings, out, name=name, watch=watch))
+        reports.append(run_one(evaluator, model, settings, out, name=name, watch=watch))
     console.print(comparison(reports, plain=options.plain))
     for report in reports:
         for note in report.notes:
@@ -208,7 +208,7 @@ Jobs = dict[str, tuple[Evaluator[Any], Any]]
 
 def _parse_suite(command: str, kind: type[AllOptions], arguments: Sequence[str]) -> tuple[Options, Any, Jobs]:
     """The common options, the command's own, and the tasks with their settings (`--TASK.option`)."""
-    made = {name: evaluators[name]() for name in evaluators}
+    made = {name: make_evaluator(name) for name in evaluators}
     own = {name: name.replace("-", "_") for name in made}
     both = dataclasses.make_dataclass(
         "Suite",

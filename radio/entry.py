@@ -122,6 +122,10 @@ def _run(module: str, argv: Sequence[str] | None) -> int:
         code: int = importlib.import_module(module).main(argv)
     except Exception as error:
         line = one_line(error)
+        if line is None or isinstance(error, ImportError):
+            from .foreign import blame  # by way of torch, which what cannot start does not import
+
+            line = blame(error) or line
         if line is None:
             raise
         with contextlib.suppress(OSError):  # whoever read our stderr may have gone

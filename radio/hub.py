@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from .errors import CheckpointError, ConfigError, SizeError, did_you_mean
+from .foreign import check_sizes, watch_features
 from .model import ModelConfig, build, load, load_untrained
 from .students import students
 from .teachers import families, outlines
 from .types import Backbone, Teacher, Windowed
 
 _MAX_CHARS = 200  # of a spec in messages
+_TEACHER = ("name", "fingerprint", "native_size", "summary_dim", "token_dim", "fit", "text")  # its parts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +58,25 @@ def load_teacher(text: str) -> Teacher:
         CheckpointError: the weights file is absent or another model's.
     """
     spec = _parse_teacher(text)
-    return families[spec.family](spec.name, spec.file)
+    teacher = families[spec.family](spec.name, spec.file)
+    if plugin := families.plugin(spec.family):
+        _check_teacher(f"{plugin}: {text!r:.80}", teacher)
+    return teacher
+
+
+def _check_teacher(what: str, teacher: Any) -> None:
+    """None, when what another package gave is a teacher; what its forwards give is checked from here on.
+
+    Raises:
+        ConfigError: it is no torch module, or lacks a part of `radio.types.Teacher`.
+    """
+    lacking = [part for part in _TEACHER if not hasattr(type(teacher), part) and not hasattr(teacher, part)]
+    if lacking or not isinstance(teacher, nn.Module):
+        raise ConfigError(
+            f"{what} is no torch module with {', '.join(_TEACHER)}; make it a whole radio.types.Teacher"
+        )
+    check_sizes(what, teacher)
+    watch_features(what, teacher)
 
 
 def outline_teacher(text: str) -> Teacher:

@@ -17,6 +17,7 @@ from . import checkpoint
 from .adaptors import AdaptorConfig, MLPAdaptor
 from .config import from_plain, to_plain
 from .errors import CheckpointError, ConfigError, RadioError, SizeError, did_you_mean, shown
+from .foreign import check_sizes, watch_features
 from .students import StudentOptions, students
 from .types import Adaptor, Features, Student, Windowed
 
@@ -102,8 +103,18 @@ class RadioModel(nn.Module):
         return twin
 
     def draw(self, batch: int, generator: torch.Generator) -> Tensor | None:
-        """What one training forward of the student draws at random."""
-        return self.student.draw(batch, generator)
+        """What one training forward of the student draws at random.
+
+        Raises:
+            ConfigError: it draws something else than a tensor with a row for each picture.
+        """
+        drawn: Any = self.student.draw(batch, generator)
+        if drawn is None or (isinstance(drawn, Tensor) and drawn.ndim and len(drawn) == batch):
+            return drawn
+        raise ConfigError(
+            f"student {self.config.student!r}: its draw gave a {type(drawn).__name__}; wanted None, or a "
+            f"tensor with a row for each of {batch} pictures"
+        )
 
     def forward(self, images: Tensor, drawn: Tensor | None = None) -> Features:
         """The student's own features of [B, 3, h, w] RGB in [0, 1].
@@ -160,11 +171,10 @@ def as_student(name: str, student: Any) -> Student:
         raise ConfigError(
             f"student {name!r} has no {', no '.join(lacking)}; make it a whole radio.types.Student"
         )
-    size: Any = student.native_size
-    if not (isinstance(size, tuple) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)):
-        raise ConfigError(
-            f"student {name!r}: its native_size is {size!r:.80}; wanted (height, width) in pixels"
-        )
+    plugin = students.plugin(name)
+    check_sizes(str(plugin or f"student {name!r}"), student)
+    if plugin is not None:
+        watch_features(str(plugin), student)
     return cast(Student, student)
 
 

@@ -6,7 +6,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from .errors import ConfigError, RadioError, did_you_mean, shown
 
@@ -15,6 +15,42 @@ T = TypeVar("T")
 _MAX_CHARS = 200  # of a name in messages, and of what other packages raise
 _MAX_LISTED = 20  # names of one prefix in messages
 _OURS = (RadioError, OSError, MemoryError, KeyboardInterrupt)  # these are told in one line as they are
+
+
+class Plugin(NamedTuple):
+    """What another package adds."""
+
+    kind: str
+    point: EntryPoint
+
+    @property
+    def package(self) -> str:
+        """The package's name."""
+        dist = self.point.dist
+        return (dist and dist.metadata["Name"]) or "that package"  # None where its METADATA are absent
+
+    def __str__(self) -> str:
+        """Kind, name and package: `student 'small' (package their-students)`."""
+        return f"{self.kind} {self.point.name!r} (package {self.package})"
+
+
+_made: dict[type, Plugin] = {}  # by the types of what the factories gave, the newest last
+
+
+def words_of(error: BaseException) -> str:
+    """What another package's code raised, on one short line."""
+    try:
+        said = str(error)
+    except Exception:  # noqa: BLE001 (their error may not even be printable)
+        said = ""
+    return f"{type(error).__name__}: {shown(said[:_MAX_CHARS])}"
+
+
+def plugin_of(module: str, maker: object) -> Plugin | None:
+    """The plugin that a module belongs to; of a package with several that which gave `maker`, or the last."""
+    root = module.partition(".")[0]
+    theirs = {kind: plugin for kind, plugin in _made.items() if plugin.point.module.partition(".")[0] == root}
+    return theirs.get(type(maker)) or next(reversed(theirs.values()), None)
 
 
 class Registry(Generic[T]):
@@ -29,6 +65,11 @@ class Registry(Generic[T]):
         self._entries: dict[str, T] = {}
         self._families: dict[str, Callable[[str], T]] = {}
         self._plugins_read = False
+        self._plugins: dict[str, Plugin] = {}
+
+    def plugin(self, name: str) -> Plugin | None:
+        """The plugin that brings what stands under `name`, or its family; None for our own."""
+        return self._plugins.get(name) or self._plugins.get(name.partition(":")[0])
 
     def register(self, name: str) -> Callable[[T], T]:
         """A decorator that enters its object under `name` and gives it back.
@@ -116,6 +157,7 @@ class Registry(Generic[T]):
             except BaseException as error:  # whatever their code raises while it is imported
                 raise self._blame(point, "loaded", error) from error
             self.add(point.name, self._guarded(point, value))
+            self._plugins[point.name] = Plugin(self.kind, point)
 
     def _guarded(self, point: EntryPoint, value: T) -> T:
         """Another package's factory, whose own errors become one that names the package."""
@@ -125,30 +167,25 @@ class Registry(Generic[T]):
 
         def make(*arguments: Any, **named: Any) -> Any:
             try:
-                return factory(*arguments, **named)
+                product = factory(*arguments, **named)
             except _OURS:
                 raise
             except BaseException as error:
                 raise self._blame(point, "made", error) from error
+            _made.pop(type(product), None)
+            _made[type(product)] = Plugin(self.kind, point)
+            return product
 
         return cast(T, functools.update_wrapper(make, factory, updated=()))
 
     def _blame(self, point: EntryPoint, done: str, error: BaseException) -> ConfigError:
-        try:
-            said = str(error)
-        except Exception:  # noqa: BLE001 (their error may not even be printable)
-            said = ""
+        plugin = Plugin(self.kind, point)
         return ConfigError(
             f"the {self.kind} {point.name!r} of another package ({point.value}) cannot be {done}: "
-            f"{type(error).__name__}: {shown(said[:_MAX_CHARS])}; mend or uninstall {_package(point)}"
+            f"{words_of(error)}; mend or uninstall {plugin.package}"
         )
 
 
 def _inner(value: Any) -> Any:
     """What a guard stands around; a package that is read twice gets two guards around one factory."""
     return getattr(value, "__wrapped__", value)
-
-
-def _package(point: EntryPoint) -> str:
-    name = None if point.dist is None else point.dist.metadata["Name"]  # None where its METADATA are absent
-    return name or "that package"

@@ -79,11 +79,17 @@ def moments(optimizer: GuardedAdamW, model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def odd_count(optimizer: GuardedAdamW, model: nn.Module, steps: int) -> str:
-    """What AdamW's own counts say else than `steps`, or than 0 for a weight that never had a gradient."""
+def odd_count(optimizer: GuardedAdamW, model: nn.Module, steps: int, *, partly: str = "-") -> str:
+    """What AdamW's own counts say else than `steps`, or than 0 for a weight that never had a gradient.
+
+    Weights whose names begin with `partly` may have had a gradient in some of the steps.
+    """
     counts = {name: t for name, t in moments(optimizer, model).items() if name.startswith("step.")}
-    found = zip(counts, torch.stack(list(counts.values())).tolist(), strict=True)
-    return next((f"{name} is {count:g}" for name, count in found if count not in (0, steps)), "")
+    for name, count in zip(counts, torch.stack(list(counts.values())).tolist(), strict=True):
+        may_be_fewer = name.startswith(f"step.{partly}") and count in range(steps)
+        if count not in (0, steps) and not may_be_fewer:
+            return f"{name} is {count:g}"
+    return ""
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:

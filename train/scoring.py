@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from rich.text import Text
 
 import evals.cli  # noqa: F401 (enters the evaluators)
 from evals.core.dist import Group
-from evals.core.evaluator import Evaluator, evaluators
+from evals.core.evaluator import Evaluator, make_evaluator
 from evals.core.paper import DATA, TASKS, PaperRow
 from evals.core.progress import watch_on
 from evals.core.suite import Outcome, run_all
@@ -118,11 +118,7 @@ def make_job(task: str, device: str, settings: Mapping[str, Any]) -> tuple[Evalu
     Raises:
         ConfigError: a task that there is not, or one with settings that a run cannot give.
     """
-    evaluator = evaluators[task]()
-    if not is_dataclass(evaluator.settings):
-        raise ConfigError(
-            f"{task}: its settings are no dataclass; mend or uninstall the package that brings it"
-        )
+    evaluator = make_evaluator(task)
     given = {"device": device, **settings}
     known = {field.name: field for field in fields(evaluator.settings) if field.init}
     wanted = [name for name, field in known.items() if name not in given and _is_required(field)]

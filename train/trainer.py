@@ -22,6 +22,7 @@ from radio.errors import CheckpointError, RadioError
 from radio.io import check_writable
 from radio.memory import memory_of
 from radio.model import build
+from radio.students import students
 from radio.types import Features
 
 from .ahead import ahead, half_the_threads
@@ -352,7 +353,8 @@ class Run:
     def _misfit(self, found: Found) -> str:
         """What in a state that was read is of another step than the state."""
         left_out = found.notes["ranks"][0]["guard"][0][0]
-        odd = odd_count(self.learner.optimizer, self.learner.distiller, found.step - left_out)
+        partly = "model.student." if students.plugin(self.config.student) else "-"  # blocks may be left out
+        odd = odd_count(self.learner.optimizer, self.learner.distiller, found.step - left_out, partly=partly)
         return odd and f"optimizer.{odd} in it, after {found.step} steps of which {left_out} were left out"
 
     def _doubt(self) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar, get_type_hints, runtime_checkable
 
 import torch
 
+from radio.errors import ConfigError
 from radio.registry import Registry
 from radio.types import Backbone
 
@@ -78,6 +80,40 @@ EvaluatorFactory = Callable[[], Evaluator[Any]]
 evaluators: Registry[EvaluatorFactory] = Registry("evaluator")
 """Factories, so that a listing imports no optional library. Plug-ins use the entry-point group
 `am_radio.evaluators`; the first line of a factory's docstring is what `radio-eval list` prints."""
+
+
+def make_evaluator(task: str) -> Evaluator[Any]:
+    """The evaluator of a task, once it is seen to be one.
+
+    Raises:
+        ConfigError: there is no such task, or what another package brings for it is no evaluator.
+    """
+    made: Any = evaluators[task]()
+    settings = getattr(made, "settings", None)
+    parts = [getattr(made, part, None) for part in ("name", "run")]
+    if not (isinstance(settings, type) and is_dataclass(settings) and all(parts)):
+        raise ConfigError(
+            f"{evaluators.plugin(task) or task}: its settings are no dataclass, or it has no name or run; "
+            f"mend or uninstall the package that brings it"
+        )
+    evaluator: Evaluator[Any] = made
+    return evaluator
+
+
+def run_one(
+    evaluator: Evaluator[S], model: Backbone, settings: S, out: Path, *, name: str, watch: Watch
+) -> Report:
+    """The evaluator's report of a model, once it is seen to be one.
+
+    Raises:
+        ConfigError: it is none, or has no metric of its headline.
+    """
+    report: Any = evaluator.run(model, settings, out, name=name, watch=watch)
+    if not isinstance(report, Report):
+        raise ConfigError(f"{evaluator.name}: its run gave a {type(report).__name__}, wanted a Report")
+    if report.headline not in report.metrics:
+        raise ConfigError(f"{evaluator.name}: its report has no metric {report.headline!r}, its headline")
+    return report
 
 
 @runtime_checkable

@@ -16,7 +16,7 @@ from radio.errors import ConfigError, DataError
 from radio.io import read_json, write_text
 from radio.types import Backbone
 
-from .evaluator import Evaluator, Watch
+from .evaluator import Evaluator, Watch, run_one
 
 FORMAT = "am-radio-noise/1"
 NOISE_FILE = "noise.json"
@@ -71,7 +71,7 @@ def measure_noise(
             for number in range(repeats):
                 tell(f"{task}: run {number + 1} of {repeats}")
                 again = evaluator.repeat(settings, number)
-                report = evaluator.run(model, again, Path(folder), name=name, watch=watch)
+                report = run_one(evaluator, model, again, Path(folder), name=name, watch=watch)
                 for metric, value in report.metrics.items():
                     values.setdefault(metric, []).append(value.value)
         found[task] = {

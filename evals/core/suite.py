@@ -18,11 +18,12 @@ from typing_extensions import TypedDict
 
 from radio.config import to_plain
 from radio.errors import RadioError
+from radio.foreign import blame
 from radio.io import read_json, write_text
 from radio.types import Backbone
 
 from .dist import Group
-from .evaluator import Evaluator, Watch
+from .evaluator import Evaluator, Watch, run_one
 from .report import Report, file_name, read
 
 _STATE = "all.json"
@@ -44,18 +45,6 @@ class _File(TypedDict):
 
 
 _FILE = TypeAdapter(_File)
-
-# What a task may end with and the others go on: all but an interruption or a want of memory.
-_FAILURES = (
-    RuntimeError,
-    ValueError,
-    LookupError,
-    TypeError,
-    OSError,
-    ArithmeticError,
-    AssertionError,
-    ImportError,
-)
 
 
 @runtime_checkable
@@ -101,9 +90,9 @@ def run_all(
     for task, (evaluator, settings) in jobs.items():
         try:
             lack = evaluator.lacks(model) if isinstance(evaluator, Particular) else ""
-        except RadioError as error:  # what it needs is named, and is not there
-            outcomes.append(Outcome(task=task, state="failed", reason=str(error)))
-            tell(f"{task}: failed: {error}")
+        except Exception as error:  # noqa: BLE001 (what it needs is named and not there, or it is broken)
+            outcomes.append(Outcome(task=task, state="failed", reason=_reason(error)))
+            tell(f"{task}: failed: {outcomes[-1].reason}")
             continue
         if lack:
             outcomes.append(Outcome(task=task, state="left out", reason=lack))
@@ -117,7 +106,9 @@ def run_all(
             tell(f"{task}: unchanged, kept")
             continue
         tell(f"{task}: running")
-        outcome = _attempt(task, partial(evaluator.run, model, settings, out, name=name, watch=watch), group)
+        outcome = _attempt(
+            task, partial(run_one, evaluator, model, settings, out, name=name, watch=watch), group
+        )
         outcomes.append(outcome)
         if outcome.report is None:
             tell(f"{task}: failed: {outcome.reason}")
@@ -130,7 +121,9 @@ def run_all(
 def _attempt(task: str, run: Callable[[], Report], group: Group) -> Outcome:
     try:
         return Outcome(task=task, state="done", report=run())
-    except _FAILURES as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a task ends with, the others go on
         reason = _reason(error)
         if group.world > 1 and not isinstance(error, RadioError):
             # Perhaps of this rank alone: the others would wait for it in the middle of the task.
@@ -217,7 +210,7 @@ def _reason(error: BaseException) -> str:
         # Only its first sentence: the rest is advice on PyTorch's allocator.
         said = str(error).split(". ")[0]
         return f"the GPU's memory is full ({said}); it is freed for the next task; take a smaller --batch"
-    return f"{type(error).__name__}: {error}"
+    return blame(error) or f"{type(error).__name__}: {error}"
 
 
 def _free_memory() -> None:

@@ -3,7 +3,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 
 from evals.core.evaluator import silent
 from evals.core.noise import measure_noise, read_noise, write_noise
-from evals.core.report import Metric
+from evals.core.report import Metric, Report
 from radio.errors import ConfigError, DataError
 
 LUCK = (50.0, 52.0, 51.0, 53.0)
@@ -42,7 +41,19 @@ class Lucky:
         return replace(settings, luck=number)
 
     def run(self, model: Any, settings: Settings, out: Path, *, name: str, watch: Any) -> Any:
-        return SimpleNamespace(metrics={"miou": Metric(value=LUCK[settings.luck]), "same": Metric(value=1.0)})
+        return Report(
+            task="lucky",
+            model=name,
+            fingerprint="f",
+            headline="miou",
+            metrics={"miou": Metric(value=LUCK[settings.luck]), "same": Metric(value=1.0)},
+            settings={},
+            data=(),
+            device="cpu",
+            seconds={},
+            created="",
+            versions={},
+        )
 
 
 def measured(model: Any, repeats: int) -> dict[str, dict[str, float]]:

@@ -1,0 +1,137 @@
+"""Code of other packages: what their encoders give is checked, and their errors are told with their name."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ConfigError, one_line, shown
+from .registry import Plugin, plugin_of, words_of
+from .types import Features
+
+# Letters: B batch, C summary width, T tokens, D token width, H W grid, h w pixels.
+
+_OWN = ("radio", "evals", "train")
+
+
+def blame(error: BaseException) -> str | None:
+    """Say in one line which package's code an error comes from, and from where in it; None for our own.
+
+    What is told in one line anyway is left as it is: words for the user, what the system refuses, a want of
+    memory.
+    """
+    if not isinstance(error, ImportError) and one_line(error) is not None:
+        return None
+    plugin: Plugin | None = None
+    called: FrameType | None = None
+    done = place = ""
+    trace = error.__traceback__
+    while trace is not None:
+        frame = trace.tb_frame
+        module = str(frame.f_globals.get("__name__"))
+        if module.partition(".")[0] in _OWN:
+            called = None
+        elif found := plugin_of(module, frame.f_locals.get("self")):
+            path = Path(frame.f_code.co_filename)
+            depth = 1 + module.count(".") + (path.name == "__init__.py")
+            place = f"{Path(*path.parts[-depth:])}:{trace.tb_lineno}"
+            if called is None:  # what we called; the frames below are its own affair
+                called, plugin, done = frame, found, f"{frame.f_code.co_name}{_size(frame)}"
+        trace = trace.tb_next
+    if plugin is None:
+        return None
+    return (
+        f"{plugin} failed in {done} ({shown(place)}): {words_of(error)}; mend or uninstall {plugin.package}"
+    )
+
+
+def _size(frame: FrameType) -> str:
+    """Of the images that a function was given: ` at size 224x224`."""
+    code = frame.f_code
+    given = (frame.f_locals.get(name) for name in code.co_varnames[: code.co_argcount])
+    images = next((value for value in given if isinstance(value, Tensor) and value.ndim == 4), None)
+    return "" if images is None else f" at size {images.shape[2]}x{images.shape[3]}"
+
+
+def check_sizes(what: str, encoder: Any) -> None:
+    """None, when an encoder's widths are numbers, and the sizes that it says it takes are sizes.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    for part in ("summary_dim", "token_dim"):
+        if not _is_count(width := getattr(encoder, part)):
+            raise ConfigError(f"{what}: its {part} is {width!r:.80}; wanted a whole number above 0")
+    size = encoder.native_size
+    if not _is_size(size):
+        raise ConfigError(f"{what}: its native_size is {size!r:.80}; wanted (height, width) in pixels")
+    for asked in ((1, 1), size):
+        found = encoder.fit(*asked)
+        if not _is_size(found):
+            raise ConfigError(
+                f"{what}: its fit{asked} is {found!r:.80}; wanted the nearest (height, width) in pixels"
+            )
+        if (again := encoder.fit(*found)) != found:
+            raise ConfigError(
+                f"{what}: its fit{asked} is {found}, and fit{found} is {again!r:.80}; a size that it takes "
+                f"is the nearest to itself"
+            )
+
+
+def watch_features(what: str, encoder: Any) -> None:
+    """Have what every forward of an encoder gives checked: a ConfigError says what is wrong."""
+    if isinstance(encoder, nn.Module):
+        encoder.register_forward_hook(partial(_check_features, what))
+
+
+def _check_features(what: str, encoder: nn.Module, args: tuple[Any, ...], found: Any) -> None:
+    images: Tensor = args[0]
+    batch, _, height, width = images.shape
+    if wrong := _wrong(encoder, batch, images.device, found):
+        raise ConfigError(f"{what}: its forward at size {height}x{width} gave {wrong}")
+
+
+def _wrong(encoder: Any, batch: int, device: torch.device, found: Any) -> str:
+    """What is wrong with features, and what was wanted; empty where nothing is."""
+    if not isinstance(found, Features):
+        return f"a {type(found).__name__}, wanted radio.types.Features"
+    grid = found.grid
+    if not _is_size(grid):
+        return f"the grid {grid!r:.80}, wanted (height, width) in tokens"
+    wanted = {
+        "summary": (batch, encoder.summary_dim),
+        "tokens": (batch, grid[0] * grid[1], encoder.token_dim),
+    }
+    for part, shape in wanted.items():
+        tensor = getattr(found, part)
+        if not isinstance(tensor, Tensor):
+            return f"{part} that are a {type(tensor).__name__}, wanted a tensor"
+        if tensor.shape != shape:
+            return f"{part} of {list(tensor.shape)}, wanted {list(shape)} (the grid is {grid[0]}x{grid[1]})"
+        dtypes = _dtypes(encoder, device)
+        if tensor.dtype not in dtypes or tensor.device != device:
+            words = " or ".join(str(dtype) for dtype in dtypes)
+            return f"{part} in {tensor.dtype} on {tensor.device}, wanted {words} on {device}"
+    return ""
+
+
+def _dtypes(encoder: nn.Module, device: torch.device) -> tuple[torch.dtype, ...]:
+    """Types that features may have: that of the weights, and under autocast the lower one too."""
+    floats = (weight.dtype for weight in encoder.parameters() if weight.is_floating_point())
+    dtype = next(floats, torch.float32)
+    if torch.is_autocast_enabled(device.type):
+        return dtype, torch.get_autocast_dtype(device.type)
+    return (dtype,)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(map(_is_count, value))
