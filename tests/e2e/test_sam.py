@@ -63,12 +63,12 @@ def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
 
     assert start("whole").wait() == 0
     killed = start("killed")
-    while len(list((tmp_path / "killed").glob("am-radio/sam/*/*.json"))) < 5:
+    while len(list((tmp_path / "killed").glob("am-radio/sam/*/*.jsonl"))) < 5:
         assert killed.poll() is None
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
-    done = len(list((tmp_path / "killed").glob("am-radio/sam/*/*.json")))
+    done = len(list((tmp_path / "killed").glob("am-radio/sam/*/*.jsonl")))
     assert 5 <= done < 50
     assert start("killed").wait() == 0
     whole, again = (tmp_path / name / "sam-scenes-sam.jsonl" for name in ("whole", "killed"))
