@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from evals.core.dist import Group
 from evals.core.provenance import choose_device
 from radio.errors import ConfigError, did_you_mean
 from radio.lock import locked
+from radio.memory import collect
 from radio.registry import Registry
 
 from .assembly import check_settings, fitted
@@ -116,5 +116,5 @@ def train_all(runs: Rows, console: Console, *, restart: bool = False) -> Trained
                 return Trained(found, stopped=True, leads=group.leads)
             say(screen, f"checkpoint: {found[name]}")
             del run
-            gc.collect()  # a run and its callbacks hold one another, and the next model wants the memory
+            collect()  # a run and its callbacks hold one another, and the next model wants the memory
     return Trained(found, stopped=False, leads=group.leads)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ from radio.config import to_plain
 from radio.errors import RadioError
 from radio.foreign import blame
 from radio.io import read_json, write_text
+from radio.memory import collect
 from radio.types import Backbone
 
 from .dist import Group
@@ -214,6 +214,6 @@ def _reason(error: BaseException) -> str:
 
 
 def _free_memory() -> None:
-    gc.collect()
+    collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

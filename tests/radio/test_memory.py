@@ -1,0 +1,45 @@
+"""What circles hold is freed, and no interruption is lost meanwhile."""
+
+from __future__ import annotations
+
+import gc
+import signal
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from radio.memory import collect
+
+
+class Circle:
+    """Holds itself; an interruption comes while it is freed."""
+
+    def __init__(self, *, interrupts: bool) -> None:
+        self.me, self.interrupts = self, interrupts
+
+    def __del__(self) -> None:
+        if self.interrupts:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_an_interruption_in_a_finalizer_comes_afterwards() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    gc.disable()
+    try:
+        Circle(interrupts=True)
+        with pytest.raises(KeyboardInterrupt):
+            collect()
+    finally:
+        gc.enable()
+    assert signal.getsignal(signal.SIGINT) is before
+    collect()  # once
+
+
+def test_any_thread_may_ask_for_it() -> None:
+    circle = Circle(interrupts=False)
+    held = weakref.ref(circle)
+    del circle
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(collect).result()
+    assert held() is None
