@@ -177,6 +177,7 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: py
         (HERE, os.getpid(), False),
         (HERE, 2**31 - 1, False),
     ],
+    ids=["elsewhere", "a living process", "this process", "a dead process"],
 )
 def test_where_the_system_cannot_lock_the_file_says_who_holds_it(
     host: str, pid: int, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
