@@ -7,8 +7,6 @@ import unicodedata
 from collections.abc import Sequence
 from functools import cache
 
-from timm.data.imagenet_info import ImageNetInfo
-
 _WORDNET = re.compile(r"n\d{8}")
 _NUMBERED = re.compile(r"(\d{1,9})(?:[:,;.)]\s*|\s+)(\S.*)")
 _MAX_DIGITS = 4000  # that Python takes for a number
@@ -23,6 +21,8 @@ def are_wordnet_ids(names: Sequence[str]) -> bool:
 @cache
 def imagenet_numbers() -> dict[str, int]:
     """Each of ImageNet's 1000 WordNet ids with its number from 0."""
+    from timm.data.imagenet_info import ImageNetInfo  # timm is loaded where it is needed: it takes a second
+
     return {synset: number for number, synset in enumerate(ImageNetInfo().label_names())}
 
 

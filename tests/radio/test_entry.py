@@ -234,7 +234,9 @@ def test_a_rank_ends_with_a_torchrun_that_is_killed() -> None:
     launcher.stdout.close()
 
 
-@pytest.mark.parametrize(("command", "library"), [("train", "tyro"), ("evaluate", "pydantic")])
+@pytest.mark.parametrize(
+    ("command", "library"), [pytest.param("train", "tyro", marks=pytest.mark.slow), ("evaluate", "pydantic")]
+)
 def test_an_absent_library_is_named(command: str, library: str) -> None:
     code = (
         f"import sys; sys.modules[{library!r}] = None; from radio import entry; sys.exit(entry.{command}([]))"

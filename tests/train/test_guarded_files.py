@@ -106,7 +106,9 @@ def set_counts(state: Path, count: float, which: slice = slice(None)) -> None:
     resealed(state)
 
 
-@pytest.mark.parametrize(("which", "count"), [("all", 11.0), ("one", 3.0)])
+@pytest.mark.parametrize(
+    ("which", "count"), [pytest.param("all", 11.0, marks=pytest.mark.slow), ("one", 3.0)]
+)
 def test_a_state_whose_optimizer_is_of_another_step_is_not_gone_on_from(
     config: TrainConfig, start: Start, which: str, count: float
 ) -> None:

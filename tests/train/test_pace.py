@@ -70,7 +70,7 @@ def test_a_step_costs_the_same_on_any_ranks(two: TrainConfig) -> None:
     assert flops[0] == flops[1] == flops[2] > 0
 
 
-@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("ahead", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_run_logs_where_its_time_goes(two: TrainConfig, start: Start, ahead: bool) -> None:
     start(two, steps=4, log_every=2, peak_tflops=1.0, teachers_ahead=ahead).train()
     for record in read_records(two.out):

@@ -21,9 +21,6 @@ from train.recipes.table6 import STUDENTS
 from train.tables import rows_of, tables
 from train.trainer import Run
 
-QUICK = ("timm:efficientvit_l1",)
-SLOW = tuple(name for name in STUDENTS if name not in QUICK)
-
 
 def rows(name: str = "table6", **changes: Any) -> dict[str, TrainConfig]:
     table = tables[name]()
@@ -59,10 +56,8 @@ def test_the_papers_settings() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    "student",
-    [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("student", STUDENTS)
 def test_five_steps_give_every_parameter_a_finite_gradient_and_a_checkpoint_that_is_scored(
     student: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
