@@ -1,11 +1,11 @@
-"""Images a second, MFU and memory of one rank's step of the paper's recipes: random weights, random images.
+"""Measure images/s, MFU and memory of one rank's step of the paper's recipes: random weights, random images.
 
-For each group of teachers of a recipe one rank's work is done as in a run (teachers ahead on a stream of
-their own, the student's forward and backward, the optimiser), without its exchange with other ranks. Nothing
-is read and nothing is written: no weights, no data, no network. Operations and planned memory are `--plan`'s.
+For each teacher group of a recipe, one rank's work is done as in a run (teachers prefetched on a separate
+stream, the student's forward and backward, the optimiser), without communication between ranks. Nothing is
+read or written: no weights, no data, no network. FLOPs and planned memory are those of `--plan`.
 
     python benchmarks/gpu.py [--recipes paper-b14 paper-h14] [--steps 20] [--batch 32] [--compile]
-    python benchmarks/gpu.py --device cpu --tiny    # the same code in small, where there is no GPU
+    python benchmarks/gpu.py --device cpu --tiny    # the same code with tiny models, without a GPU
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from radio.errors import ConfigError, RadioError
 from radio.hub import outline_teacher
 from radio.model import RadioModel
 from radio.types import Features, Teacher
-from train.ahead import ahead
+from train.ahead import prefetch
 from train.assembly import (
     TeacherFacts,
     model_config,
@@ -33,7 +33,7 @@ from train.assembly import (
     teacher_sizes,
     window_candidates,
 )
-from train.batches import crop_sides, taught
+from train.batches import crop_sides, online_batches
 from train.config import TrainConfig
 from train.data.stream import Mark, Rows
 from train.learner import Learner
@@ -44,23 +44,23 @@ from train.recipes import recipes
 from train.step import teacher_features
 from train.teacher_weights import make_lean
 
-PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}  # TFLOP/s in bfloat16, dense, by the vendor
+PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}  # TFLOP/s in bfloat16, dense, from the vendor
 COLUMNS = ("recipe", "teachers", "images", "px", "s/step", "images/s", "TFLOP/s", "MFU", "GB", "GB planned")
 WARMUP = 3  # steps that are not timed
 
 
 class Measured(NamedTuple):
-    """What the steps of one rank of one group took."""
+    """Measurements of one rank's steps in one teacher group."""
 
-    images: int  # a step
-    seconds: float  # a step
-    flops: int  # a step
-    peak: float | None  # bytes held at most; None on a CPU
-    planned: int  # bytes, by `--plan`
+    images: int  # per step
+    seconds: float  # per step
+    flops: int  # per step
+    peak: float | None  # peak bytes; None on a CPU
+    planned: int  # bytes, from `--plan`
 
 
 def main() -> int:
-    """Print the table."""
+    """Print the table of all recipes and groups; return 0."""
     options = _parse()
     device = _device(options.device)
     config = [_settings(name, options, device) for name in options.recipes]
@@ -76,13 +76,15 @@ def main() -> int:
 
 
 def one_rank(config: TrainConfig, group: TeacherGroup, share: int) -> TrainConfig:
-    """The run of one process whose step is that of one rank of the group."""
+    """Return the config of a one-process run whose step equals that of one rank of the group."""
     teachers = tuple(replace(t, batch_size=None) for t in config.teachers if t.name in group.teachers)
-    return replace(config, teachers=teachers, batch_size=share, split=(), partition="turns")
+    return replace(
+        config, teachers=teachers, batch_size=share, ranks_per_group=(), teacher_placement="shared"
+    )
 
 
 def measure(config: TrainConfig, device: torch.device, steps: int) -> Measured:
-    """Time the steps of a run of one group on this device."""
+    """Time the steps of one group's run on this device."""
     on_gpu = device.type == "cuda"
     plan = make_plan(config, PlanOptions(world=1))
     partition = plan.partition
@@ -92,7 +94,7 @@ def measure(config: TrainConfig, device: torch.device, steps: int) -> Measured:
     teachers = {t.name: random_teacher(t.model, config, device) for t in config.teachers}
     learner = make_learner(config, partition, teachers, device)
     start = time.perf_counter()
-    for step, batch in enumerate(ahead(_batches(config, learner, teachers, WARMUP + steps), device)):
+    for step, batch in enumerate(prefetch(_batches(config, learner, teachers, WARMUP + steps), device)):
         if step == WARMUP:
             start = _now(device)
         learner.advance(batch, step)
@@ -102,14 +104,14 @@ def measure(config: TrainConfig, device: torch.device, steps: int) -> Measured:
 
 
 def random_teacher(spec: str, config: TrainConfig, device: torch.device) -> Teacher:
-    """A teacher's architecture with small random weights on the device, kept as a run keeps it."""
+    """Build a teacher with small random weights on the device, in the precision that a run uses."""
     teacher = outline_teacher(spec)
     make_lean(teacher, config, half=is_half(config, device) and device.type == "cuda")
     assert isinstance(teacher, nn.Module)
     teacher.to_empty(device=device)
     for weight in teacher.parameters():
         weight.data.normal_(std=0.02)
-    for buffer in teacher.buffers():  # mean, std, statistics; an index points to the first place
+    for buffer in teacher.buffers():  # mean, std, statistics; indices become 0
         buffer.fill_(1.0 if buffer.is_floating_point() else 0)
     return teacher
 
@@ -117,7 +119,7 @@ def random_teacher(spec: str, config: TrainConfig, device: torch.device) -> Teac
 def make_learner(
     config: TrainConfig, partition: Partition, teachers: dict[str, Teacher], device: torch.device
 ) -> Learner:
-    """Student, adaptors and optimiser as a run has them."""
+    """Build the student, adaptors and optimiser as a run does."""
     sizes = teacher_sizes(config, teachers)
     facts = {
         name: TeacherFacts("", sizes[name], teacher.summary_dim, teacher.token_dim)
@@ -144,7 +146,7 @@ def _batches(
         with learner.autocast():
             return teacher_features(teachers, sizes, images)
 
-    return taught(iter([rows] * steps), (group,), learner.device, teach)
+    return online_batches(iter([rows] * steps), (group,), learner.device, teach)
 
 
 def _now(device: torch.device) -> float:
@@ -177,7 +179,7 @@ def _settings(name: str, options: argparse.Namespace, device: torch.device) -> T
 
 
 def tiny(config: TrainConfig) -> TrainConfig:
-    """The recipe with a tiny student and two images a step, and each teacher's smallest kin."""
+    """Shrink a recipe: a tiny student, two images per step, and the smallest teacher of each family."""
     kin = {"clip": "scenes:clip", "dino": "dinov2:vits14", "sam": "scenes:sam"}
     teachers = tuple(
         replace(

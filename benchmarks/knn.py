@@ -1,7 +1,7 @@
-"""Is our exact search as fast as plain torch?
+"""Compare the speed of our exact search with plain torch.
 
 100,000 x 1,280 bank, 1,000 queries: `evals.knn.index.Index` against a matrix product and a top-k in blocks of
-the bank. Both run in turns, in both orders, and the medians are compared.
+the bank. Runs alternate, in both orders, and the medians are compared.
 
     python benchmarks/knn.py [--k 20] [--threads 2] [--rounds 5]
 """
@@ -22,25 +22,25 @@ from torch import Tensor
 
 from evals.knn.index import Index, load_faiss
 
-WANTED = 0.95  # of torch's speed
+WANTED = 0.95  # at least this fraction of torch's speed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """What is measured."""
+    """Sizes and number of rounds of the benchmark."""
 
     bank: int = 100_000
     width: int = 1280
     queries: int = 1000
     k: int = 20
     block: int = 16_384
-    """Bank rows in one product of the torch side."""
+    """Bank rows per matrix product in the torch version."""
     rounds: int = 5
     threads: int = 2
 
 
 def by_torch(bank: Tensor, queries: Tensor, k: int, block: int) -> tuple[Tensor, Tensor]:
-    """The k highest products of each query and their places, block after block of the bank."""
+    """Find the k highest products of each query and their indices, one block of the bank at a time."""
     values = torch.empty(len(queries), 0)
     places = torch.empty(len(queries), 0, dtype=torch.int64)
     for start in range(0, len(bank), block):
@@ -52,14 +52,14 @@ def by_torch(bank: Tensor, queries: Tensor, k: int, block: int) -> tuple[Tensor,
 
 
 def seconds(job: Callable[[], object]) -> float:
-    """How long a job takes."""
+    """Measure the seconds that a job takes."""
     start = time.perf_counter()
     job()
     return time.perf_counter() - start
 
 
 def main() -> int:
-    """Print both times and their ratio; 1 when ours is slower than wanted."""
+    """Print both times and their ratio; return 1 when ours is slower than required, else 0."""
     settings = tyro.cli(Settings, description=__doc__)
     console = Console(highlight=False)
     torch.set_num_threads(settings.threads)
@@ -75,7 +75,7 @@ def main() -> int:
     def theirs() -> Tensor:
         return by_torch(bank, queries, settings.k, settings.block)[1]
 
-    same = float((ours() == theirs()).double().mean())  # also the warm-up
+    same = float((ours() == theirs()).double().mean())  # also warms up
     times: dict[str, list[float]] = {"ours": [], "torch": []}
     for turn in range(settings.rounds):
         pairs = [("ours", ours), ("torch", theirs)]

@@ -1,8 +1,8 @@
-"""Is our SAM drop-in faster than the plain way?
+"""Compare the speed of our SAM drop-in with a plain implementation.
 
-The same pictures, boxes and masks: ours against `SamPredictor` one box at a time, with one scan over all
-annotations for each picture and overlaps through run lengths. Both run in turns and in both orders, and the
-medians are compared. A second pair measures the released decoder with random weights on one picture.
+On the same images, boxes and masks: ours against `SamPredictor` one box at a time, which scans all
+annotations for each image and computes overlaps through run lengths. Runs alternate, in both orders, and the
+medians are compared. A second pair measures the released decoder with random weights on one image.
 
     python benchmarks/sam_eval.py --data instances_val2017.json --images val2017 --model runs/demo/ckpt.pt
 """
@@ -30,10 +30,18 @@ from segment_anything import SamPredictor
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor, nn
 
+from evals.core.chunks import Damage
 from evals.core.dist import Group
-from evals.core.evaluator import silent
-from evals.sam_dropin.coco import Instances, Picture, open_instances
-from evals.sam_dropin.decoding import Loaded, Prompts, draw, masks_by_picture, prompts_together, score
+from evals.core.evaluator import no_progress
+from evals.sam_dropin.coco import CocoImage, Instances, open_instances, run_lengths
+from evals.sam_dropin.decoding import (
+    Prepared,
+    Prompts,
+    masks_by_image,
+    predict_masks,
+    prompts_together,
+    score,
+)
 from evals.sam_dropin.encoder import DropIn, make_drop_in
 from evals.sam_dropin.frame import make_frame
 from evals.sam_dropin.settings import SamSettings
@@ -42,28 +50,28 @@ from radio.hub import load_backbone
 from radio.teachers.sam_decoder import SamHead, new_released_sam
 from radio.teachers.scenes import scenes_sam
 
-WANTED = 1.3  # ours, end to end
+WANTED = 1.3  # required speed-up, end to end
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """What is measured."""
+    """Data, model and number of rounds of the benchmark."""
 
     data: Path
     """An instances JSON in COCO's format."""
     images: Path
-    """The folder of its pictures."""
+    """The folder of its images."""
     model: str = "scenes:sam"
     """A student of scenes:sam, or scenes:sam itself."""
-    pictures: int = 20
+    num_images: int = 20
     boxes: int = 5
-    """A picture has at least so many."""
+    """Minimum number of boxes per image."""
     rounds: int = 5
     threads: int = 2
 
 
 class StandIn(nn.Module):
-    """The drop-in in the place of SAM's image encoder, fed with what the predictor normalised."""
+    """The drop-in as SAM's image encoder; its input is normalised by the predictor."""
 
     def __init__(self, drop_in: DropIn, sam: Any) -> None:
         super().__init__()
@@ -71,15 +79,15 @@ class StandIn(nn.Module):
         self.mean, self.std = sam.pixel_mean / 255, sam.pixel_std / 255
 
     def forward(self, normalised: Tensor) -> Tensor:
-        """[1, 3, side, side] -> [1, C, h, w]."""
+        """Embed a normalised image: [1, 3, side, side] -> [1, C, h, w]."""
         return self.drop_in.embed(normalised * self.std + self.mean)
 
 
 class PlainPredictor(SamPredictor):
-    """The predictor whose encoder sees another size than its prompts live in: 168 px beside 112."""
+    """A predictor whose encoder takes another size than the frame of its prompts: 168 px against 112."""
 
-    def set_picture(self, image: NDArray[np.uint8], side: int) -> None:
-        """Embed at `side`; prompts and masks stay in SAM's own frame."""
+    def set_resized(self, image: NDArray[np.uint8], side: int) -> None:
+        """Embed an image at `side`; prompts and masks stay in SAM's frame."""
         frame, self.transform = self.transform, ResizeLongestSide(side)
         self.set_image(image)
         self.transform = frame
@@ -87,68 +95,65 @@ class PlainPredictor(SamPredictor):
 
 
 def plainly(drop_in: DropIn, data: Instances, images: Path) -> list[float]:
-    """The IoU of every annotation, one box at a time."""
+    """Compute the IoU of every annotation, one box at a time."""
     sam = scenes_sam()
     frame = drop_in.head.side
     sam.image_encoder = StandIn(drop_in, sam)
     predictor, found = PlainPredictor(sam), []
     predictor.transform.target_length = frame
-    for picture in data.pictures:
-        predictor.set_picture(np.array(Image.open(images / picture.name).convert("RGB")), drop_in.side)
-        for annotation in data.coco.dataset["annotations"]:
-            if annotation["image_id"] != picture.number:
-                continue
-            x, y, width, height = annotation["bbox"]
+    for image in data.images:
+        predictor.set_resized(np.array(Image.open(images / image.name).convert("RGB")), drop_in.side)
+        for instance in image.instances:
             sam.image_encoder.img_size = frame
-            masks, quality, _ = predictor.predict(box=np.array([x, y, x + width, y + height]))
+            masks, quality, _ = predictor.predict(box=np.array(instance.box))
             sam.image_encoder.img_size = drop_in.side
-            drawn = library.encode(np.asfortranarray(masks[quality.argmax()].astype(np.uint8)))
-            found.append(float(library.iou([drawn], [data.coco.annToRLE(annotation)], [0])[0, 0]))
+            mask = library.encode(np.asfortranarray(masks[quality.argmax()].astype(np.uint8)))
+            found.append(float(library.iou([mask], [run_lengths(instance, image.size)], [0])[0, 0]))
     return found
 
 
 def ours(drop_in: DropIn, data: Instances) -> list[float]:
-    """The same by the evaluator's own work, without its cache."""
+    """Compute the IoU of every annotation with the evaluator's `Work`, starting from an empty cache."""
     with tempfile.TemporaryDirectory() as cache:
         device = torch.device("cpu")
         together = prompts_together(drop_in.head, device)
         judge = partial(_judge, drop_in, together)
-        work = Work(data, judge, drop_in, SamSettings(), device, Path(cache), together)
-        return [record[6] for chunk in work.run(Group(), silent) for record in chunk.records]
+        work = Work(data, judge, drop_in, SamSettings(), device, Path(cache), together, Damage())
+        return [record[6] for chunk in work.run(Group(), no_progress) for record in chunk.records]
 
 
-def _judge(drop_in: DropIn, box_batch: int, loaded: Any, drawn: Any) -> Any:
-    return score(drop_in.head, loaded, drawn, box_batch, 0.0)
+def _judge(drop_in: DropIn, box_batch: int, loaded: Any, predictions: Any) -> Any:
+    return score(drop_in.head, loaded, predictions, box_batch, 0.0)
 
 
-def full_size_plainly(sam: Any, embeddings: Tensor, picture: Picture) -> list[NDArray[np.bool_]]:
-    """Masks of a picture's boxes by the predictor, one at a time."""
+def full_size_plainly(sam: Any, embeddings: Tensor, image: CocoImage) -> list[NDArray[np.bool_]]:
+    """Predict the masks of an image's boxes with `SamPredictor`, one at a time."""
     predictor = SamPredictor(sam)
     predictor.features, predictor.is_image_set = embeddings, True
-    predictor.original_size = picture.size
-    predictor.input_size = make_frame(*picture.size, 1024).inside
+    predictor.original_size = image.size
+    predictor.input_size = make_frame(*image.size, 1024).inside
     found = []
-    for instance in picture.instances:
+    for instance in image.instances:
         masks, quality, _ = predictor.predict(box=np.array(instance.box))
         found.append(masks[quality.argmax()])
     return found
 
 
-def full_size_ours(head: SamHead, embeddings: Tensor, picture: Picture) -> list[Tensor]:
-    """The same in batches."""
-    frame = make_frame(*picture.size, head.side)
-    boxes = torch.tensor([instance.box for instance in picture.instances])
+def full_size_ours(head: SamHead, embeddings: Tensor, image: CocoImage) -> list[Tensor]:
+    """Predict the masks of an image's boxes in batches."""
+    frame = make_frame(*image.size, head.side)
+    boxes = torch.tensor([instance.box for instance in image.instances])
     prompts = Prompts(boxes=frame.points(boxes.view(-1, 2, 2)).reshape(-1, 4))
     which = torch.zeros(len(boxes), dtype=torch.int64)
     box_batch = prompts_together(head, torch.device("cpu"))
-    one = Loaded(picture, frame, None, torch.empty(0))
+    one = Prepared(image, frame, None, torch.empty(0))
     with torch.inference_mode():
-        drawn = draw(head, embeddings, which, prompts, box_batch)
-        return [masks for _, _, masks in masks_by_picture(head, [one], drawn.logits, box_batch)]
+        predictions = predict_masks(head, embeddings, which, prompts, box_batch)
+        return [masks for _, _, masks in masks_by_image(head, [one], predictions.logits, box_batch)]
 
 
 def in_turns(plain: Callable[[], object], batched: Callable[[], object], rounds: int) -> float:
-    """The ratio of the median seconds, plain / batched, measured in both orders by turns."""
+    """Compute the ratio of the median seconds, plain / batched, of alternating runs in both orders."""
     laps: dict[Callable[[], object], list[float]] = {plain: [], batched: []}
     for number in range(rounds):
         for job in (plain, batched) if number % 2 else (batched, plain):
@@ -159,31 +164,31 @@ def in_turns(plain: Callable[[], object], batched: Callable[[], object], rounds:
 
 
 def main(settings: Settings) -> int:
-    """1 when ours is not as much faster as it should be."""
+    """Print both ratios; return 1 when ours is less than `WANTED` times as fast end to end, else 0."""
     console = Console(highlight=False)
     torch.set_num_threads(settings.threads)
     data = open_instances(
         settings.data, settings.images, limit=None, crowds=True, smallest_area=0.0, memo=None
     )
-    data.pictures = tuple(p for p in data.pictures if len(p.instances) >= settings.boxes)[: settings.pictures]
+    data.images = tuple(p for p in data.images if len(p.instances) >= settings.boxes)[: settings.num_images]
     drop_in = make_drop_in(load_backbone(settings.model), None, None, 0)
     by_plain = partial(plainly, drop_in, data, settings.images)
     by_ours = partial(ours, drop_in, data)
     gap = max(abs(a - b) for a, b in zip(by_plain(), by_ours(), strict=True))
-    console.print(f"{len(data.pictures)} pictures, {data.count} boxes, largest difference in IoU {gap:.2e}")
+    console.print(f"{len(data.images)} images, {data.count} boxes, largest difference in IoU {gap:.2e}")
     ratio = in_turns(by_plain, by_ours, settings.rounds)
     console.print(f"end to end, {settings.model} and the scenes decoder: plain / ours {ratio:.2f}")
 
     sam = new_released_sam(1280).eval()
     embeddings = torch.randn(1, 256, 64, 64, generator=torch.Generator().manual_seed(0))
-    crowd = max(data.pictures, key=lambda picture: len(picture.instances))
-    picture = crowd._replace(instances=crowd.instances[:16])
+    crowd = max(data.images, key=lambda image: len(image.instances))
+    image = crowd._replace(instances=crowd.instances[:16])
     full = in_turns(
-        partial(full_size_plainly, sam, embeddings, picture),
-        partial(full_size_ours, SamHead(sam, "random"), embeddings, picture),
+        partial(full_size_plainly, sam, embeddings, image),
+        partial(full_size_ours, SamHead(sam, "random"), embeddings, image),
         max(1, settings.rounds // 2),
     )
-    console.print(f"released decoder at full size, {len(picture.instances)} boxes: plain / ours {full:.2f}")
+    console.print(f"released decoder at full size, {len(image.instances)} boxes: plain / ours {full:.2f}")
     if ratio < WANTED:
         console.print(f"wanted {WANTED} or more end to end")
         return 1

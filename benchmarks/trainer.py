@@ -1,11 +1,12 @@
-"""Does the trainer keep out of the way of what it trains? Three ratios of one recipe's runs, side by side.
+"""Measure the overhead of the trainer: three ratios of one recipe's runs.
 
-- The share of a step outside teachers, student, adaptors (both ways) and the optimiser: 5 % at most. Timed
-  from outside: hooks on the modules, and watches around the functions that the loop calls. Wall-clock time,
-  every moment counted once; while the trainer waits for the thread in which its teachers work ahead, the
-  moment belongs to what that thread does. One save falls into every 200 steps, as in the demo.
-- Pictures a second that the loader alone gives, over those that the run takes: 3 at least.
-- Speed of an epoch from a teacher cache that is there, over that with the teachers online: 1.5 at least.
+- The share of a step outside teachers, student, adaptors (forward and backward) and the optimiser: at most
+  5 %. Timed from outside: hooks on the modules, and timers around the functions that the loop calls.
+  Wall-clock time, every moment counted once; while the trainer waits for the thread that prefetches teacher
+  features, the time counts towards what that thread does. There is one save in every 200 steps, as in the
+  demo.
+- Images/s of the loader alone, over those that the run consumes: at least 3.
+- Speed of an epoch from an existing teacher cache, over that with the teachers online: at least 1.5.
 
     python benchmarks/trainer.py [--recipe demo] [--steps 200] [--warmup 10] [--threads 2] [--in-turn]
 """
@@ -35,10 +36,10 @@ from train.batches import Batch
 from train.config import TrainConfig
 from train.data.sources import Sources
 from train.data.stream import open_stream
-from train.parallel import Engine
+from train.parallel import DistributedStudent
 from train.recipes import recipes
 from train.sinks import JsonLines, ProgressConsole
-from train.trainer import Run
+from train.trainer import Trainer
 
 OUTSIDE, LOADING, CACHED = 0.05, 3.0, 1.5  # at most, at least, at least
 
@@ -50,7 +51,7 @@ TEACHERS, STUDENT, BACKWARD, OPTIMISER = (
 )
 WORK = (TEACHERS, STUDENT, BACKWARD, OPTIMISER)
 RESIZE, LOSSES, CLIPPING, DATA, LOGGING, SAVING, GLUE = (
-    "resizing pictures",
+    "resizing images",
     "losses",
     "the gradient's norm",
     "waiting for data",
@@ -59,11 +60,11 @@ RESIZE, LOSSES, CLIPPING, DATA, LOGGING, SAVING, GLUE = (
     "glue: casts, draws, meters, the loop",
 )
 REST = (RESIZE, LOSSES, CLIPPING, DATA, LOGGING, SAVING, GLUE)
-_BEHIND = "waiting for the teachers' thread"  # shared out over what that thread does
+_BEHIND = "waiting for the teachers' thread"  # divided among the parts that this thread works on
 
 
 class Span(NamedTuple):
-    """What one thread did from one moment to another."""
+    """A period in which one thread worked on one part."""
 
     part: str
     start: float
@@ -71,7 +72,7 @@ class Span(NamedTuple):
 
 
 class Lane:
-    """The spans of one thread, one after another; entering a part halts the one around it."""
+    """The consecutive spans of one thread; entering a part pauses the enclosing one."""
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
@@ -79,12 +80,12 @@ class Lane:
         self._since = time.perf_counter()
 
     def enter(self, part: str) -> None:
-        """From now on time belongs to this part."""
+        """Start to count time for this part."""
         self._book()
         self._parts.append(part)
 
     def leave(self) -> None:
-        """From now on time belongs to what came before."""
+        """Continue to count time for the enclosing part."""
         self._book()
         self._parts.pop()
 
@@ -95,7 +96,7 @@ class Lane:
 
 
 class Watch:
-    """A lane for each thread, and the moments between which they count."""
+    """A lane for each thread, and the start and end of the measurement."""
 
     def __init__(self) -> None:
         self._lanes: dict[int, Lane] = {}
@@ -108,7 +109,7 @@ class Watch:
 
     @contextmanager
     def inside(self, part: str) -> Iterator[None]:
-        """The time of a block."""
+        """Count the time of a block for `part`."""
         self.lane.enter(part)
         try:
             yield
@@ -116,7 +117,7 @@ class Watch:
             self.lane.leave()
 
     def around(self, call: Callable[..., Any], part: str) -> Callable[..., Any]:
-        """The same function, timed."""
+        """Wrap a function so that its calls are timed."""
 
         def timed(*arguments: Any, **named: Any) -> Any:
             with self.inside(part):
@@ -125,7 +126,7 @@ class Watch:
         return timed
 
     def pulled(self, call: Callable[..., Iterable[Any]], part: str) -> Callable[..., Iterator[Any]]:
-        """The same function that gives an iterator, the making of each item timed."""
+        """Wrap a function that returns an iterable so that the production of each item is timed."""
 
         def items(*arguments: Any, **named: Any) -> Iterator[Any]:
             source, end = iter(call(*arguments, **named)), object()
@@ -139,12 +140,12 @@ class Watch:
         return items
 
     def hook(self, module: nn.Module, part: str) -> None:
-        """Time a module's forward."""
+        """Time a module's forward pass."""
         module.register_forward_pre_hook(lambda module, inputs: self.lane.enter(part))
         module.register_forward_hook(lambda module, inputs, output: self.lane.leave())
 
     def seconds(self) -> dict[str, float]:
-        """Wall-clock seconds by part, for the calling thread."""
+        """Compute wall-clock seconds by part, for the calling thread."""
         own = self.lane
         others = [lane for lane in self._lanes.values() if lane is not own]
         found = dict.fromkeys((*WORK, *REST), 0.0)
@@ -167,8 +168,8 @@ class Watch:
                 yield Span(part, max(start, self.start), min(end, self.end))
 
 
-def watch_run(run: Run, watch: Watch, warmup: int, stack: ExitStack) -> None:
-    """Put the watch on every part of a run; it counts once the warm-up is over."""
+def watch_run(run: Trainer, watch: Watch, warmup: int, stack: ExitStack) -> None:
+    """Time every part of a run; counting starts after the warm-up."""
     for teacher in run.teachers.values():
         assert isinstance(teacher, nn.Module)
         watch.hook(teacher, TEACHERS)
@@ -183,11 +184,11 @@ def watch_run(run: Run, watch: Watch, warmup: int, stack: ExitStack) -> None:
         (step, "resize_images", RESIZE),
         (step, "teacher_losses", LOSSES),
         (step, "centred_cosine", LOSSES),
-        (Engine, "settle", CLIPPING),
-        (Run, "record", LOGGING),
+        (DistributedStudent, "reduce_gradients", CLIPPING),
+        (Trainer, "record", LOGGING),
         (JsonLines, "write", LOGGING),
         (ProgressConsole, "advance", LOGGING),
-        (Run, "save", SAVING),
+        (Trainer, "save", SAVING),
     ):
         stack.enter_context(patch.object(owner, name, watch.around(getattr(owner, name), part)))
     for name, part in (("open_stream", DATA), ("ahead", _BEHIND)):
@@ -203,9 +204,9 @@ def watch_run(run: Run, watch: Watch, warmup: int, stack: ExitStack) -> None:
 
 
 def measure(config: TrainConfig, warmup: int) -> dict[str, float]:
-    """Seconds by part over the steps after the warm-up."""
+    """Measure seconds by part over the steps after the warm-up."""
     watch = Watch()
-    run = Run(config, Group(), torch.device("cpu"), Console(quiet=True))
+    run = Trainer(config, Group(), torch.device("cpu"), Console(quiet=True))
     with ExitStack() as stack:
         watch_run(run, watch, warmup, stack)
         with watch.inside(GLUE):
@@ -215,8 +216,8 @@ def measure(config: TrainConfig, warmup: int) -> dict[str, float]:
 
 
 def rate(config: TrainConfig, warmup: int) -> float:
-    """Pictures a second of a run, after the warm-up."""
-    run = Run(config, Group(), torch.device("cpu"), Console(quiet=True))
+    """Measure the images/s of a run after the warm-up."""
+    run = Trainer(config, Group(), torch.device("cpu"), Console(quiet=True))
     moments: list[float] = []
     genuine = run.advance
 
@@ -230,8 +231,8 @@ def rate(config: TrainConfig, warmup: int) -> float:
 
 
 def loading_rate(config: TrainConfig, warmup: int) -> float:
-    """Pictures a second of the loader alone, after the warm-up."""
-    run = Run(config, Group(), torch.device("cpu"), Console(quiet=True))
+    """Measure the images/s of the loader alone after the warm-up."""
+    run = Trainer(config, Group(), torch.device("cpu"), Console(quiet=True))
     shares = run.progress.shares(run.sides)
     assert isinstance(run.data, Sources)
     moments = []
@@ -241,17 +242,17 @@ def loading_rate(config: TrainConfig, warmup: int) -> float:
 
 
 def cached(config: TrainConfig, folder: Path, warmup: int) -> TrainConfig:
-    """The same run in its second epoch, from a cache of as many pictures as it has steps for."""
+    """Return the config of the run in its second epoch, from a cache of the images of its measured steps."""
     count = (config.steps - warmup) * config.batch_size
-    options = replace(config.cache, folder=folder, pictures=count, crops=1, confirm=False)
+    options = replace(config.cache, folder=folder, images=count, crops=1, confirm=False)
     return replace(config, cache=options, out=config.out.with_name("cached"))
 
 
 def breakdown(seconds: dict[str, float], config: TrainConfig, steps: int, console: Console) -> float:
-    """Print where the time goes; the share that lies outside the four parts that are the work itself."""
+    """Print the time by part; return the share outside the four parts in `WORK`."""
     total = sum(seconds.values())
     work = sum(seconds[part] for part in WORK)
-    order = "ahead of the step" if config.teachers_ahead else "in turn"
+    order = "ahead of the step" if config.prefetch_teachers else "in turn"
     title = f"{config.recipe}: {config.student}, {len(config.teachers)} teachers {order}, {steps} steps"
     table = Table("part", title=f"{title}, {torch.get_num_threads()} threads")
     table.add_column("ms a step", justify="right")
@@ -272,7 +273,7 @@ def breakdown(seconds: dict[str, float], config: TrainConfig, steps: int, consol
 
 
 def report(outside: float, loading: float, epochs: float, console: Console) -> bool:
-    """Print the three ratios; whether all are as wanted."""
+    """Print the three ratios; return whether all meet their limits."""
     table = Table("ratio")
     for name in ("measured", "wanted", ""):
         table.add_column(name, justify="right")
@@ -293,14 +294,14 @@ def report(outside: float, loading: float, epochs: float, console: Console) -> b
 
 
 def main() -> int:
-    """0 when all three ratios are as wanted, 1 otherwise."""
+    """Measure and print the ratios; return 0 when all three meet their limits, 1 otherwise."""
     parser = argparse.ArgumentParser(description="Three ratios of a training run.")
     parser.add_argument("--recipe", default="demo")
     parser.add_argument("--steps", type=int, default=200, help="steps measured")
     parser.add_argument("--warmup", type=int, default=10, help="steps before them, 1 or more")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--in-turn", action="store_true", help="teachers in the step, not ahead of it")
-    parser.add_argument("--images", type=Path, help="pictures, for recipes that bring none")
+    parser.add_argument("--images", type=Path, help="images, for recipes that bring none")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     console = Console()
@@ -314,13 +315,13 @@ def main() -> int:
             cache=replace(recipe.cache, folder=None),
             data=data,
             device="cpu",
-            teachers_ahead=not chosen.in_turn,
+            prefetch_teachers=not chosen.in_turn,
         )
         outside = breakdown(measure(config, chosen.warmup), config, chosen.steps, console)
         online = rate(replace(config, out=Path(folder) / "plain"), chosen.warmup)
         loading = loading_rate(replace(config, out=Path(folder) / "loading"), chosen.warmup) / online
         stored = rate(cached(config, Path(folder) / "cache", chosen.warmup), chosen.warmup)
-    console.print(f"{online:.0f} pictures/s online, {stored:.0f} from a cache")
+    console.print(f"{online:.0f} images/s online, {stored:.0f} from a cache")
     return 0 if report(outside, loading, stored / online, console) else 1
 
 

@@ -1,12 +1,12 @@
-"""How fast is windowed attention as a reshape? Side by side, in one run, on one machine:
+"""Compare the speed of windowed attention as a reshape with alternatives, in one run on one machine.
 
-1. one attention layer with its projections on a 72 x 72 grid: our folded windows, a Python loop
-   over the windows, and global attention;
-2. a ViT-B block on 64 x 64 tokens: ours against segment-anything's own windowed block (which needs
+1. One attention layer with its projections on a 72 x 72 grid: our folded windows, a Python loop
+   over the windows, and global attention.
+2. A ViT-B block on 64 x 64 tokens: ours against segment-anything's windowed block (which needs
    the extra `sam`), with the same weights, and with the relative positions that SAM adds.
 
-Our times include the reordering of the tokens into windows and back, which a network does once and
-not once a layer. Contestants take turns (A B C A B C ...); medians and their ratios are printed.
+Our times include reordering the tokens into windows and back, which a network does once and not in every
+layer. Runs alternate (A B C A B C ...); medians and their ratios are printed.
 
     python benchmarks/windows.py [--rounds 15] [--threads 2] [--batch 1]
 """
@@ -38,13 +38,13 @@ BLOCK_GRID, BLOCK_WINDOWS = (64, 64), (16, 8)
 
 
 def folded(layer: nn.Module, x: Tensor, grid: tuple[int, int], side: int) -> Tensor:
-    """The layer on every window at once: [B, T, D] -> [B, T, D]."""
+    """Apply the layer to all windows at once: [B, T, D] -> [B, T, D]."""
     windows = layer(to_windows(x, grid, side).reshape(-1, side * side, x.shape[-1]))
     return from_windows(windows.reshape(x.shape), grid, side)
 
 
 def looped(layer: nn.Module, x: Tensor, grid: tuple[int, int], side: int) -> Tensor:
-    """The layer on one window after the other: [B, T, D] -> [B, T, D]."""
+    """Apply the layer to one window after the other: [B, T, D] -> [B, T, D]."""
     plane = x.unflatten(1, grid)
     out = torch.empty_like(plane)
     for top in range(0, grid[0], side):
@@ -56,7 +56,7 @@ def looped(layer: nn.Module, x: Tensor, grid: tuple[int, int], side: int) -> Ten
 
 
 def take_turns(runs: dict[str, Run], rounds: int) -> dict[str, float]:
-    """Median seconds of each, measured in turns after one unmeasured round."""
+    """Measure the median seconds of each, alternating after one warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
         for name, run in runs.items():
@@ -68,7 +68,7 @@ def take_turns(runs: dict[str, Run], rounds: int) -> dict[str, float]:
 
 
 def attention_layer(width: int, heads: int, batch: int, rounds: int) -> None:
-    """Print our windows against the loop and against global attention."""
+    """Print the times of our windows, of the loop and of global attention."""
     layer = Attention(width, heads).eval()
     x = torch.randn(batch, LAYER_GRID[0] * LAYER_GRID[1], width)
     runs: dict[str, Run] = {
@@ -82,7 +82,7 @@ def attention_layer(width: int, heads: int, batch: int, rounds: int) -> None:
 
 
 def vit_b_block(side: int, batch: int, rounds: int) -> None:
-    """Print our block against segment-anything's, plain and with relative positions."""
+    """Print the times of our block and of segment-anything's, plain and with relative positions."""
     sam = require("segment_anything.modeling.image_encoder", extra="sam")
     norm = functools.partial(nn.LayerNorm, eps=NORM_EPS)
     make = functools.partial(sam.Block, 768, 12, norm_layer=norm, window_size=side, input_size=BLOCK_GRID)
@@ -110,7 +110,7 @@ def _report(title: str, times: dict[str, float], ours: str) -> None:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run both comparisons and print the results."""
     parser = argparse.ArgumentParser(description="Windowed attention as a reshape, side by side.")
     parser.add_argument("--rounds", type=int, default=15, help="measured turns of each contestant")
     parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch")

@@ -31,7 +31,7 @@ from radio.students import students
 from radio.types import Backbone
 
 from .core.dist import Group, joined
-from .core.evaluator import Evaluator, ScoringFiles, Watch, evaluators, make_evaluator, run_one
+from .core.evaluator import Evaluator, ProgressFactory, ScoringFiles, evaluators, make_evaluator, run_one
 from .core.noise import NOISE_FILE, measure_noise, write_noise
 from .core.progress import watch_on
 from .core.provenance import choose_device
@@ -68,7 +68,7 @@ def _seg() -> Evaluator[Any]:
 
 @evaluators.register("throughput")
 def _speed() -> Evaluator[Any]:
-    """Images a second, multiply-adds and memory, several models in turns."""
+    """Images per second, multiply-adds and memory of several models, measured in alternation."""
     from .throughput.evaluator import ThroughputEvaluator
 
     return ThroughputEvaluator()
@@ -92,30 +92,29 @@ def _zeroshot() -> Evaluator[Any]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """What every task takes."""
+    """Options that every task accepts."""
 
     models: tyro.conf.Positional[tuple[str, ...]] = ()
     """Checkpoint files, or specs such as scenes:clip, dinov2:vitb14@FILE, pip:efficientnet-lite0."""
     arch: str | None = None
-    """Instead of MODELS: this architecture's newest checkpoint under runs/, or with --random-init none."""
+    """Instead of MODELS: this architecture's newest checkpoint under runs/, or none with --random-init."""
     random_init: bool = False
-    """Score the architecture untrained: the floor of every table."""
+    """Score the untrained architecture, as the lower bound of every table."""
     init_seed: Seed = 0
-    """Decides the weights of --random-init."""
+    """Seed of the weights of --random-init."""
     window: tuple[Pixels, ...] = ()
-    """Side of the attention windows in tokens, for students that have windows; several give a column
-    each."""
+    """Side of the attention windows in tokens, for students that have windows; each value adds a column."""
     out: Path | None = None
-    """Folder of the reports; beside each checkpoint unless given, else ./reports."""
+    """Folder of the reports. Default: reports/ beside a checkpoint, else ./reports."""
     plain: bool = False
-    """No bars, no colours, no drawn lines."""
+    """Print without progress bars, colours and box lines."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code of `radio-eval`: 0 when every report was written.
+    """Run `radio-eval` and return its exit code: 0 when every report was written.
 
     Raises:
-        RadioError: anything that the user can put right (the console script prints it and exits with 2).
+        RadioError: anything that the user can correct (the console script prints it and exits with 2).
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -136,9 +135,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _joined(*settings: Any) -> AbstractContextManager[Group]:
-    """The ranks: small arrays cross over gloo; what a task shards over GPUs crosses over NCCL.
+    """Join the ranks: small arrays are sent over gloo, and what a task shards over GPUs over NCCL.
 
-    Each rank takes its GPU first: FSDP, NCCL and accelerate would otherwise all take the first one.
+    Each rank selects its GPU first: FSDP, NCCL and accelerate would otherwise all use the first one.
     """
     names = {getattr(one, "device", "auto") for one in settings} - {"cpu"}
     if "WORLD_SIZE" in os.environ and names:
@@ -150,7 +149,7 @@ def _joined(*settings: Any) -> AbstractContextManager[Group]:
 
 
 def _parse(task: str, evaluator: Evaluator[Any], arguments: Sequence[str]) -> tuple[Options, Any]:
-    """The common options and the task's own settings; tyro exits with 2 on what it does not know."""
+    """Parse the common options and the task's own settings; tyro exits with 2 on unknown arguments."""
     own = task.replace("-", "_")  # tyro prints the fields' names above their flags
     both = dataclasses.make_dataclass(
         "Arguments", [("model", Options), (own, evaluator.settings)], frozen=True, kw_only=True
@@ -181,7 +180,7 @@ def _evaluate(evaluator: Evaluator[Any], options: Options, settings: Any, group:
                 first = used.skipped[0]
                 console.print(
                     escape(
-                        f"{report.model}: {len(used.skipped)} pictures of {used.name} could not be read "
+                        f"{report.model}: {len(used.skipped)} images of {used.name} could not be read "
                         f"and were left out; the first: {first.key}: {first.reason}"
                     )
                 )
@@ -189,25 +188,25 @@ def _evaluate(evaluator: Evaluator[Any], options: Options, settings: Any, group:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AllOptions:
-    """Every task that a model has what it needs for."""
+    """Run every task whose requirements a model meets."""
 
     tasks: tuple[str, ...] = ()
-    """Only these tasks. All of them but throughput unless given."""
+    """Only these tasks. Default: all except throughput."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NoiseOptions(AllOptions):
-    """What a model's scores move by when nothing but luck changes; compare reads the file."""
+    """Measure the seed variance of a model's scores; compare reads the resulting file."""
 
     repeats: Annotated[int, Interval(ge=0, le=1000)] = 5
-    """How often each task that trains something is run."""
+    """Number of runs of each task that trains something."""
 
 
 Jobs = dict[str, tuple[Evaluator[Any], Any]]
 
 
 def _parse_suite(command: str, kind: type[AllOptions], arguments: Sequence[str]) -> tuple[Options, Any, Jobs]:
-    """The common options, the command's own, and the tasks with their settings (`--TASK.option`)."""
+    """Parse the common options, the command's own, and the settings of each task (`--TASK.option`)."""
     made = {name: make_evaluator(name) for name in evaluators}
     own = {name: name.replace("-", "_") for name in made}
     both = dataclasses.make_dataclass(
@@ -224,14 +223,14 @@ def _parse_suite(command: str, kind: type[AllOptions], arguments: Sequence[str])
     unknown = [task for task in parsed.own.tasks if task not in made]
     if unknown:
         raise ConfigError(f"no task {unknown[0]!r}{did_you_mean(unknown[0], made)}; tasks: {', '.join(made)}")
-    # Speed is no score: it is measured when it is named, on a machine that does nothing else.
+    # Throughput is no score: it is measured only when requested, on an otherwise idle machine.
     chosen = parsed.own.tasks or [name for name in made if name != "throughput"]
     jobs = {name: (made[name], check(getattr(parsed, own[name]))) for name in chosen}
     return check(parsed.model), check(parsed.own), jobs
 
 
 def _all(arguments: Sequence[str]) -> int:
-    """1 when a task failed."""
+    """Run all tasks and return the exit code: 1 when a task failed, else 0."""
     options, _, jobs = _parse_suite("all", AllOptions, arguments)
     with _joined(*(settings for _, settings in jobs.values())) as group:
         return _run_all(options, jobs, group)
@@ -252,8 +251,8 @@ def _noise(arguments: Sequence[str]) -> int:
     return OK
 
 
-def _screen(options: Options, group: Group) -> tuple[Console, Watch]:
-    """Where results are printed, and what draws bars."""
+def _screen(options: Options, group: Group) -> tuple[Console, ProgressFactory]:
+    """Return the console for results and the factory of progress bars."""
     console = Console(no_color=options.plain, highlight=False, quiet=not group.leads)
     progress = Console(stderr=True)
     return console, watch_on(progress, shown=group.leads and progress.is_terminal and not options.plain)
@@ -276,7 +275,7 @@ def _run_all(options: Options, jobs: Jobs, group: Group) -> int:
 
 
 def _without_model(evaluator: Evaluator[Any], options: Options, settings: Any) -> list[Report]:
-    """The report of what needs no model, if that was asked for and none was named."""
+    """Return the report of a task that runs without a model, if none was named; else an empty list."""
     if options.models or options.arch is not None or not isinstance(evaluator, ScoringFiles):
         return []
     report = evaluator.run_without_model(settings, options.out or Path("reports"))
@@ -284,7 +283,7 @@ def _without_model(evaluator: Evaluator[Any], options: Options, settings: Any) -
 
 
 def _models(options: Options) -> Iterator[tuple[str, Backbone, str]]:
-    """Each model, loaded when its turn comes, with its spec and a name that no other has."""
+    """Yield each model, loaded only when it is needed, with its spec and a unique name."""
     specs = list(options.models)
     if options.arch is not None:
         if specs:
@@ -317,7 +316,7 @@ def _new_name(name: str, spec: str, options: Options, window: int | None, taken:
 
 
 def _check_out(options: Options) -> None:
-    """None, when the reports can be written: told before the work rather than after it."""
+    """Check that the reports can be written, before the work rather than after it."""
     for spec in options.models or (options.arch or "",):
         check_writable(options.out or _default_out(spec), "--out")
 
@@ -331,7 +330,7 @@ def _newest_checkpoint(arch: str, root: Path = Path("runs")) -> Path:
     students[arch]  # an unknown name raises here, with the nearest ones
     found = sorted(root.glob("**/ckpt.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in found:
-        if load_checkpoint(path).card.get("model", {}).get("student") == arch:
+        if load_checkpoint(path).metadata.get("model", {}).get("student") == arch:
             return path
     raise CheckpointError(
         f"none of the {len(found)} checkpoints under {root.absolute()} is a {arch}; train one, "

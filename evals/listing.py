@@ -1,4 +1,4 @@
-"""`radio-eval list`: the tasks, or the architectures with what they cost."""
+"""`radio-eval list`: list the tasks, or the architectures with their cost."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from radio.types import Student
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ListOptions:
-    """The tasks that models are scored on."""
+    """List the tasks that models are scored on."""
 
     archs: bool = False
     """List the architectures instead, with their parameters and multiply-adds."""
 
 
 def run_list(arguments: Sequence[str], tasks: Mapping[str, str]) -> int:
-    """0, when the list was printed; `tasks` are the tasks with a line on each."""
+    """Print the list and return the exit code 0; `tasks` maps each task to its one-line summary."""
     options = parse_options(ListOptions, arguments, prog="radio-eval list")
     console = Console(highlight=False)
     if not options.archs:
@@ -49,16 +49,16 @@ def run_list(arguments: Sequence[str], tasks: Mapping[str, str]) -> int:
 
 
 def _outline(name: str) -> Student | Exception:
-    """An architecture without memory for its weights, or why there is none."""
+    """Build an architecture on the meta device, or return the error that prevented it."""
     try:
         with torch.device("meta"):
             return as_student(name, students[name](StudentOptions()))
-    except Exception as error:  # noqa: BLE001 (another package's student: the others are listed all the same)
+    except Exception as error:  # noqa: BLE001 (a plug-in's student must not prevent listing the others)
         return error
 
 
 def _size_up(student: Student | Exception) -> tuple[str, ...]:
-    """Parameters and multiply-adds of an architecture, without memory for either."""
+    """Return the table cells of an architecture: parameters, multiply-adds, input size and widths."""
     if isinstance(student, Exception):
         return (escape(f"cannot be built on the meta device: {str(student)[:100]}"),)
     assert isinstance(student, torch.nn.Module)
@@ -77,7 +77,7 @@ def _size_up(student: Student | Exception) -> tuple[str, ...]:
 
 
 def _windows(name: str, student: Student | Exception) -> list[str]:
-    """A line on the window of a vitdet student, in tokens, and its global blocks."""
+    """Describe the window of a vitdet student, in tokens, and its global blocks, in one line."""
     if not isinstance(student, ViT) or student.config.window is None:
         return []
     everywhere = global_blocks(student.config.depth, student.config.schedule)

@@ -1,4 +1,4 @@
-"""am-radio: several frozen vision foundation models distilled into one student, and its uses."""
+"""am-radio: distil several frozen vision foundation models into one student, and use it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _HOMES = {"load_backbone": "hub", "RadioModel": "model", "Backbone": "types", "F
 
 
 def __getattr__(name: str) -> object:
-    """The public names, imported when first asked for: the scenes and their workers do without torch."""
+    """Import a public name on first use, so that the scenes and their workers need no torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'radio' has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,4 +1,4 @@
-"""Adaptors: small heads that carry student features into one teacher's space (paper §3.3)."""
+"""Adaptors: small heads that map student features into one teacher's space (paper §3.3)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .types import Features
 # Letters: B batch, C summary width, T tokens, D token width, H W grid.
 
 
-Width = Annotated[int, Interval(ge=1, le=2**20)]  # of vectors
+Width = Annotated[int, Interval(ge=1, le=2**20)]  # of a feature vector
 Slot = Annotated[int, Interval(ge=0, lt=1024)]
 
 
@@ -28,8 +28,10 @@ class AdaptorConfig:
     summary_dim: Width  # the teacher's C
     token_dim: Width  # the teacher's D
     hidden: Width | None = None  # hidden width of both heads; None = the student's token width
-    slot: Slot | None = None  # the class token it reads where each teacher has one; None = the whole summary
-    resample: Literal["before", "after"] = "before"  # the head; bilinear to the teacher's grid (ours)
+    slot: Slot | None = None  # class token it reads if each teacher has one; None = the whole summary
+    resample: Literal["before", "after"] = (
+        "before"  # or after the head; bilinear to the teacher's grid (our choice)
+    )
 
 
 class Head(nn.Module):
@@ -42,13 +44,13 @@ class Head(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., width] -> [..., out]."""
+        """Map [..., width] to [..., out]."""
         y: Tensor = self.layers(x)
         return y
 
 
 class MLPAdaptor(nn.Module):
-    """One head for the summary and one for every token.
+    """One head for the summary and one for the tokens.
 
     Args:
         config: the teacher's widths and how to resample.
@@ -56,7 +58,7 @@ class MLPAdaptor(nn.Module):
         token_dim: D of the student.
 
     Raises:
-        ConfigError: the summary has no class token in that slot.
+        ConfigError: the summary has no class token at that slot.
     """
 
     def __init__(self, config: AdaptorConfig, summary_dim: int, token_dim: int) -> None:
@@ -74,14 +76,14 @@ class MLPAdaptor(nn.Module):
         self.spatial = Head(token_dim, hidden, config.token_dim)
 
     def forward(self, features: Features, grid: tuple[int, int] | None = None) -> Features:
-        """The features in the teacher's widths, tokens resampled to `grid` (None keeps the student's)."""
+        """Map features to the teacher's widths; resample tokens to `grid` (None keeps the student's)."""
         to = features.grid if grid is None else grid
         placed = resize_features(features, to) if self.config.resample == "before" else features
-        mapped = Features(self.carry_summary(features.summary), self.spatial(placed.tokens), placed.grid)
+        mapped = Features(self.adapt_summary(features.summary), self.spatial(placed.tokens), placed.grid)
         return resize_features(mapped, to)
 
-    def carry_summary(self, summaries: Tensor) -> Tensor:
-        """[B, C] of the student -> [B, C] of the teacher."""
+    def adapt_summary(self, summaries: Tensor) -> Tensor:
+        """Map the student's summaries [B, C] to the teacher's [B, C]."""
         if self.config.slot is not None:
             start = self.config.slot * self.slot_width
             summaries = summaries[:, start : start + self.slot_width]

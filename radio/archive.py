@@ -1,7 +1,7 @@
-"""Weights files as data: torch files and safetensors, told apart by content; nothing in them is executed.
+"""Read weights files as data: torch files and safetensors, recognised by content; nothing is executed.
 
-This is the one border that every file of weights passes, whoever wrote it: a regular file, no larger in
-memory than on disk, with plain dense tensors; everything else is one error that says what the file is and
+Every weights file is read by this module, whoever wrote it: it must be a regular file, not much larger in
+memory than on disk, with plain dense tensors; anything else is one error that states what the file is and
 what to do.
 """
 
@@ -30,23 +30,23 @@ from .errors import CheckpointError, shown
 from .io import has_surrogates
 from .torchscript import read_torchscript
 
-_GROWTH = 4  # times its file a file's content may take in memory: names may share one tensor
+_GROWTH = 4  # limit of memory per byte on disk: several names may share one tensor
 _SLACK = 64 << 20  # bytes, for small files of shared tensors
-_MAX_CHARS = 1024  # of the names that messages show
+_MAX_CHARS = 1024  # of a name in messages
 
 _DTYPES = (
-    frozenset(  # the types with a value an element; others pack several, or none that torch computes with
+    frozenset(  # dtypes with one value per element; others pack several, or torch cannot compute with them
         getattr(torch, name)
         for name in (
             *("float64", "float32", "float16", "bfloat16", "complex128", "complex64", "complex32", "bool"),
             *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
             *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"),
         )
-        if hasattr(torch, name)  # the youngest are not in every version
+        if hasattr(torch, name)  # the newest are not in every version
     )
 )
 
-_FOREIGN = (  # how files begin that are given for weights by mistake, and what to do
+_FOREIGN = (  # first bytes of files mistaken for weights, and what to do
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself; get that with: git lfs pull"),
     (b"\x1f\x8b", "compressed by gzip; unpack it first"),
     (b"BZh", "compressed by bzip2; unpack it first"),
@@ -67,10 +67,10 @@ class SafeFile(NamedTuple):
 
 
 def find_file(path: Path, what: str) -> int:
-    """Find the size in bytes of a regular file; `what` names it in errors.
+    """Return the size in bytes of a regular file; `what` names it in errors.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: no regular file exists there.
     """
     try:
         if path.is_file():
@@ -82,7 +82,7 @@ def find_file(path: Path, what: str) -> int:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file begins as safetensors do, or bears their name and is no zip file."""
+    """Check whether a file begins as safetensors do, or has their suffix and is no zip file."""
     head = _head(path)
     if head.startswith(b"PK\x03\x04"):
         return False
@@ -94,27 +94,27 @@ def read_safetensors(path: Path) -> SafeFile:
     """Read a safetensors file.
 
     Raises:
-        CheckpointError: it is none, or not whole.
+        CheckpointError: another kind of file, or an incomplete one.
     """
     _refuse_foreign(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except Exception as error:  # its own error, and torch's of types that torch lacks
+    except Exception as error:  # its own error, or torch's about dtypes that it lacks
         said = _cut(" ".join(str(error).split()), 200)
         raise CheckpointError(f"{shown(path)}: not a whole safetensors file ({said})") from error
     return SafeFile(metadata, tensors)
 
 
 def read_torch(path: Path) -> Any:
-    """Read what `torch.save` wrote, on the CPU; of a TorchScript archive, its state dict.
+    """Read a file written by `torch.save` on the CPU; of a TorchScript archive, its state dict.
 
-    Beside tensors and containers only records that run nothing may stand in it: NumPy's, paths, times,
+    Besides tensors and containers it may contain only records that run no code: NumPy's, paths, times,
     namespaces.
 
     Raises:
-        CheckpointError: another file, a damaged one, or one that names code of its own (which).
+        CheckpointError: another kind of file, a damaged one, or one that refers to other code (it is named).
     """
     size = find_file(path, "weights file")
     _refuse_foreign(path)
@@ -122,10 +122,10 @@ def read_torch(path: Path) -> Any:
         if _head(path).startswith(b"PK\x03\x04") and _is_torchscript(path, size):
             return read_torchscript(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals(list(_harmless())):
-            warnings.simplefilter("ignore")  # torch's, of an unusual pickle protocol or kind of tensor
+            warnings.simplefilter("ignore")  # torch's about an unusual pickle protocol or kind of tensor
             if path.suffix != ".safetensors":
                 return torch.load(path, map_location="cpu", weights_only=True)
-            with path.open("rb") as file:  # torch would go by the ending
+            with path.open("rb") as file:  # given a path, torch would decide by its suffix
                 return torch.load(file, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
@@ -133,19 +133,18 @@ def read_torch(path: Path) -> Any:
         raise CheckpointError(f"{shown(path)}: {_explain(str(error))}") from error
     except OSError as error:
         raise CheckpointError(f"{shown(path)}: {error.strerror or 'cannot be read'}") from error
-    except (
-        Exception
-    ) as error:  # what torch meets in bytes that are none of its own, besides what it says itself
+    except Exception as error:  # torch may raise anything on bytes that it did not write
         raise CheckpointError(f"{shown(path)}: not a torch file, or a truncated one") from error
 
 
 def plain_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a file, which are dense and take no more memory than their file justifies.
+    """Check that a file's tensors are dense and not too large for its size; return them detached.
 
-    Attributes that a file hangs on a parameter are left behind: they would stand before its methods.
+    Attributes that a file sets on a parameter are dropped: they would override its methods.
 
     Raises:
-        CheckpointError: they are not or take more, or a name is no text; names the first.
+        CheckpointError: a tensor is not dense, the tensors are too large, or a name has lone surrogates;
+            names that tensor.
     """
     plain: dict[str, Tensor] = {}
     for name, given in tensors.items():
@@ -207,7 +206,7 @@ def _refuse_foreign(path: Path) -> None:
 
 
 def _is_torchscript(path: Path, size: int) -> bool:
-    """Whether a zip file is a TorchScript archive; refuse those that are no torch file, or a bomb."""
+    """Check whether a zip file is a TorchScript archive; refuse other archives and zip bombs."""
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
     total = sum(member.file_size for member in members)
@@ -230,7 +229,7 @@ def _is_torchscript(path: Path, size: int) -> bool:
 
 
 def _explain(message: str) -> str:
-    """What torch's unpickler says, as what to do."""
+    """Turn the message of torch's unpickler into advice."""
     found = re.search(r"(?:GLOBAL|Trying to (?:load|call|instantiate)\S*(?: \S+)*?) `?([\w.]+)`? ", message)
     if found is None and "weights_only" not in message and "Unsupported" not in message:
         return "not a torch file, or a damaged one"
@@ -243,7 +242,7 @@ def _explain(message: str) -> str:
 
 
 def _harmless() -> Iterator[Any]:
-    """Classes and functions that trainers leave beside the weights, and that do nothing but hold a value."""
+    """Yield classes and functions that trainers save beside the weights and that only hold a value."""
     yield from (argparse.Namespace, types.SimpleNamespace, collections.defaultdict, list, dict, set, slice)
     yield from (datetime.datetime, datetime.date, datetime.timedelta, datetime.timezone)
     yield from (pathlib.PosixPath, pathlib.PurePosixPath, pathlib.PureWindowsPath)

@@ -1,7 +1,7 @@
-"""Images a second, multiply-adds and memory of several models, by one written protocol, in one run.
+"""Measure images per second, multiply-adds and memory of several models by one protocol in one run.
 
-Random input that lies on the device; evaluation mode; inference mode; a warm-up; then windows of several
-calls each, the models taking turns (A B A B ...), so that a disturbance of the machine meets all of them and
+Random input on the device; evaluation mode; inference mode; a warm-up; then windows of several calls each,
+alternating between the models (A B A B ...), so that a disturbance of the machine affects all of them and
 the ratios between them hold.
 """
 
@@ -36,19 +36,19 @@ MIB = 2**20
 class Protocol:
     """How speed is measured."""
 
-    batches: tuple[int, ...] = (1, 8)  # B, one after the other
-    warmup_seconds: float = 3.0  # at least, per model and batch
-    warmup_calls: int = 1  # at least
-    windows: int = 5
-    window_seconds: float = 1.0  # about, and at least one call
-    window_calls: int | None = None  # exactly so many calls instead
+    batches: tuple[int, ...] = (1, 8)  # B, measured one after the other
+    warmup_seconds: float = 3.0  # minimum, per model and batch
+    warmup_calls: int = 1  # minimum
+    repeats: int = 5
+    window_seconds: float = 1.0  # approximate; at least one call
+    window_calls: int | None = None  # exact number of calls, instead of window_seconds
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be measured."""
+        """Validate the settings; raise ConfigError for those that cannot be measured."""
         counts = (
             *self.batches,
             self.warmup_calls,
-            self.windows,
+            self.repeats,
             1 if self.window_calls is None else self.window_calls,
         )
         if not self.batches or min(counts) < 1 or min(self.warmup_seconds, self.window_seconds) < 0:
@@ -59,15 +59,15 @@ class Protocol:
 
 PRESETS: Mapping[str, Protocol] = {
     # timm's benchmark.py: 10 calls to warm up, 40 that count
-    "timm": Protocol(batches=(256,), warmup_seconds=0, warmup_calls=10, windows=5, window_calls=8),
-    # the paper does not say; large batches, as throughput on a GPU is usually given
-    "paper": Protocol(batches=(128,), warmup_seconds=3, warmup_calls=10, windows=5, window_seconds=2),
+    "timm": Protocol(batches=(256,), warmup_seconds=0, warmup_calls=10, repeats=5, window_calls=8),
+    # the paper does not specify it; large batches, as usual for throughput on a GPU
+    "paper": Protocol(batches=(128,), warmup_seconds=3, warmup_calls=10, repeats=5, window_seconds=2),
 }
-"""What others do."""
+"""Protocols of other projects."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Contender:
+class BenchmarkModel:
     """One model, on its device, ready to be called."""
 
     name: str
@@ -83,9 +83,9 @@ class Measurement:
 
     name: str
     batch: int
-    rates: tuple[float, ...]  # images a second in each window
+    rates: tuple[float, ...]  # images per second in each window
     calls: int  # in each window
-    peak_memory: float | None  # MiB: weights, and what the calls add; None where it cannot be told
+    peak_memory: float | None  # MiB: weights and what the calls add; None where unknown
 
     @property
     def images_per_second(self) -> float:
@@ -114,20 +114,20 @@ Told = Callable[[str], None]
 
 @torch.inference_mode()
 def measure(
-    contenders: Sequence[Contender],
+    contenders: Sequence[BenchmarkModel],
     protocol: Protocol,
     device: torch.device,
     *,
     clock: Clock | None = None,
     done: Told = lambda name: None,
 ) -> list[Measurement]:
-    """The speed of every contender at every batch, in turns.
+    """Measure the speed of every contender at every batch size, alternating between contenders.
 
     Args:
-        contenders: models that lie on `device`.
+        contenders: models on `device`.
         protocol: batches, warm-up and windows.
         device: where they compute.
-        clock: seconds, once the device has done all that was asked of it; for tests.
+        clock: returns the time in seconds once the device is idle; replaced in tests.
         done: called with a contender's name after its warm-up and after each of its windows.
     """
     clock = clock or device_clock(device)
@@ -139,7 +139,7 @@ def measure(
             prepared.append((contender, images, *_warm_up(contender, images, protocol, device, clock)))
             done(contender.name)
         rates: list[list[float]] = [[] for _ in contenders]
-        for _ in range(protocol.windows):
+        for _ in range(protocol.repeats):
             for (contender, images, calls, _), mine in zip(prepared, rates, strict=True):
                 mine.append(batch * calls / _window(contender, images, calls, clock))
                 done(contender.name)
@@ -151,12 +151,12 @@ def measure(
 
 
 def num_turns(protocol: Protocol, contenders: int) -> int:
-    """How often `measure` calls `done`."""
-    return len(protocol.batches) * contenders * (1 + protocol.windows)
+    """Return how often `measure` calls `done`."""
+    return len(protocol.batches) * contenders * (1 + protocol.repeats)
 
 
 def device_clock(device: torch.device) -> Clock:
-    """Seconds, read when the device is idle."""
+    """Build a clock that returns the time in seconds once the device is idle."""
     if device.type != "cuda":
         return time.perf_counter
 
@@ -168,9 +168,9 @@ def device_clock(device: torch.device) -> Clock:
 
 
 def _warm_up(
-    contender: Contender, images: Tensor, protocol: Protocol, device: torch.device, clock: Clock
+    contender: BenchmarkModel, images: Tensor, protocol: Protocol, device: torch.device, clock: Clock
 ) -> tuple[int, float | None]:
-    """How many calls make a window, and the peak memory in MiB."""
+    """Warm a contender up; return the number of calls per window and the peak memory in MiB."""
     if contender.compiled:
         contender.call(images)  # the compiler's own time and memory are not the model's
     taken: list[float] = []
@@ -182,8 +182,8 @@ def _warm_up(
     return calls, None if rise is None else (contender.weight_bytes + rise) / MIB
 
 
-def _window(contender: Contender, images: Tensor, calls: int, clock: Clock) -> float:
-    """Seconds that so many calls take."""
+def _window(contender: BenchmarkModel, images: Tensor, calls: int, clock: Clock) -> float:
+    """Measure the seconds that `calls` calls take."""
     start = clock()
     for _ in range(calls):
         contender.call(images)
@@ -192,9 +192,9 @@ def _window(contender: Contender, images: Tensor, calls: int, clock: Clock) -> f
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[list[float | None]]:
-    """A list that afterwards holds by how many bytes memory rose at most: the GPU's, or the resident set.
+    """Yield a list that afterwards holds the peak rise of memory in bytes: of the GPU, or the resident set.
 
-    None stands in it where the system does not tell (elsewhere than on Linux).
+    Its value is None where the system does not report it (outside Linux).
     """
     rise: list[float | None] = [None]
     if device.type == "cuda":
@@ -211,9 +211,9 @@ def peak_memory(device: torch.device) -> Iterator[list[float | None]]:
 
 
 def _reset_resident_peak() -> float | None:
-    """The resident set in bytes, from which its peak is counted anew; None where that cannot be."""
+    """Reset the peak of the resident set and return its size in bytes; None if unsupported."""
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier models have freed would hide what this one takes
+        ctypes.CDLL(None).malloc_trim(0)  # memory freed by earlier models would hide what this one takes
         Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: resets the peak
         return _resident("VmRSS")
     except (OSError, AttributeError):
@@ -226,30 +226,30 @@ def _resident(field: str) -> float:
 
 
 class Counts(NamedTuple):
-    """What a model costs, whatever it runs on."""
+    """Cost of a model, independent of the hardware."""
 
     parameters: int
-    gmacs: float  # 10^9 multiply-adds of one picture
+    gmacs: float  # 10^9 multiply-adds of one image
 
 
 def count(module: nn.Module, size: tuple[int, int]) -> Counts:
-    """Parameters and multiply-adds for one picture of (height, width), without computing anything."""
+    """Count parameters and multiply-adds for one image of (height, width) on the meta device."""
     tensors = dict(module.named_parameters()) | dict(module.named_buffers())
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     dtype = next((tensor.dtype for tensor in module.parameters()), torch.float32)
-    picture = torch.empty(1, 3, *size, device="meta", dtype=dtype)
+    image = torch.empty(1, 3, *size, device="meta", dtype=dtype)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        functional_call(module, shapes, (picture,))
+        functional_call(module, shapes, (image,))
     parameters = sum(parameter.numel() for parameter in module.parameters())
     return Counts(parameters, counter.get_total_flops() / 2e9)
 
 
 @final
 class Adapted(nn.Module):
-    """A model with every one of its adaptors, on the student's own grid.
+    """A model with all its adaptors, on the student's own grid.
 
     Raises:
-        ConfigError: it has none.
+        ConfigError: the model has no adaptors.
     """
 
     def __init__(self, model: RadioModel) -> None:
@@ -259,12 +259,12 @@ class Adapted(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> tuple[Features, list[Features]]:
-        """[B, 3, h, w] -> its own features, and one of each teacher's."""
+        """Map [B, 3, h, w] to the student's own features and those in each teacher's space."""
         features = self.model(images)
         return features, [self.model.adapt(name, features) for name in self.model.adaptors]
 
 
-def contend(
+def prepare(
     name: str,
     model: Any,
     size: tuple[int, int],
@@ -273,12 +273,12 @@ def contend(
     *,
     channels_last: bool | None = None,
     compiled: bool = False,
-) -> Contender:
-    """A contender from a backbone or a module, moved to the device; in another type it is a copy.
+) -> BenchmarkModel:
+    """Make a contender of a backbone or a module on the device; copy it if its dtype changes.
 
     Args:
-        size: (height, width) of its pictures.
-        channels_last: None = where most of it are convolutions.
+        size: (height, width) of its images.
+        channels_last: None = chosen by `is_convolutional`.
     """
     if isinstance(model, nn.Module) and any(weight.dtype != dtype for weight in model.parameters()):
         model = copy.deepcopy(model)  # its own weights keep their precision
@@ -290,11 +290,11 @@ def contend(
 
     def images(batch: int) -> Tensor:
         generator = torch.Generator(device=device).manual_seed(0)
-        pictures = torch.rand(batch, 3, *size, generator=generator, device=device, dtype=dtype)
-        return pictures.contiguous(memory_format=layout)
+        random_images = torch.rand(batch, 3, *size, generator=generator, device=device, dtype=dtype)
+        return random_images.contiguous(memory_format=layout)
 
     weights = moved.parameters() if isinstance(moved, nn.Module) else ()
-    return Contender(
+    return BenchmarkModel(
         name=name,
         call=torch.compile(moved, dynamic=False) if compiled else moved,
         images=images,
@@ -304,6 +304,6 @@ def contend(
 
 
 def is_convolutional(model: Any) -> bool:
-    """Whether a model has convolutions beyond a stem of up to four."""
+    """Check whether a model has more than four convolutions, so more than a stem."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
     return sum(isinstance(module, nn.Conv2d) for module in modules) > 4

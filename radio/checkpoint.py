@@ -1,7 +1,7 @@
-"""One file that is a model: tensors and a JSON card, hashed, written whole or not at all.
+"""Checkpoint files: tensors and JSON metadata, hashed, written atomically.
 
-`.pt` files are torch archives of `{"card": str, "sha256": str, "tensors": dict}`; `.safetensors`
-files keep card and hash in their metadata. Both are read without running any pickled code.
+`.pt` files are torch archives of `{"metadata": str, "sha256": str, "tensors": dict}`; `.safetensors` files
+hold metadata and hash in their header's metadata. Both are read without running any pickled code.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from .wrappings import find_state, without_prefix
 
 
 class Checkpoint(NamedTuple):
-    """What a checkpoint file holds."""
+    """The content of a checkpoint file."""
 
     tensors: dict[str, Tensor]
-    card: dict[str, Any]  # architecture, adaptors, teachers, settings, provenance
-    sha256: str  # of card and tensors
+    metadata: dict[str, Any]  # architecture, adaptors, teachers, settings, provenance
+    sha256: str  # of metadata and tensors
 
 
 def digest(tensors: Mapping[str, Tensor], description: str = "") -> str:
-    """A sha256 (hex) of named tensors, their types, shapes and bytes, and of a description."""
+    """Compute a sha256 (hex) of named tensors (dtypes, shapes and bytes) and of a description."""
     sha = hashlib.sha256(description.encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -42,22 +42,22 @@ def digest(tensors: Mapping[str, Tensor], description: str = "") -> str:
     return sha.hexdigest()
 
 
-def save(path: Path, tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> str:
-    """Write a checkpoint atomically, as `.pt` or `.safetensors` by its ending; its sha256.
+def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
+    """Write a checkpoint atomically, as `.pt` or `.safetensors` by its suffix; return its sha256.
 
     Raises:
-        CheckpointError: another ending.
+        CheckpointError: another suffix.
     """
     kept = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    text = json.dumps({"format": FORMAT, **card}, sort_keys=True)
+    text = json.dumps({"format": FORMAT, **metadata}, sort_keys=True)
     sha = digest(kept, text)
     if path.suffix == ".safetensors":
         data: bytes | memoryview = _in_order(
-            safetensors.torch.save(kept, metadata={"card": text, "sha256": sha})
+            safetensors.torch.save(kept, metadata={"metadata": text, "sha256": sha})
         )
     elif path.suffix == ".pt":
         buffer = io.BytesIO()
-        torch.save({"card": text, "sha256": sha, "tensors": kept}, buffer)
+        torch.save({"metadata": text, "sha256": sha, "tensors": kept}, buffer)
         data = buffer.getbuffer()
     else:
         raise CheckpointError(f"{shown(path)}: a checkpoint ends in .pt or .safetensors; name it so")
@@ -66,7 +66,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> 
 
 
 def load(path: Path) -> Checkpoint:
-    """The checkpoint in a file, on the CPU; nothing in the file is executed.
+    """Load the checkpoint in a file, on the CPU; nothing in the file is executed.
 
     Raises:
         CheckpointError: no such file, a foreign or truncated one, or one whose content was altered.
@@ -75,7 +75,7 @@ def load(path: Path) -> Checkpoint:
     text, sha, found = _read_safetensors(path) if is_safetensors(path) else _read_archive(path)
     tensors = plain_tensors(path, found)
     if has_surrogates(text):
-        raise CheckpointError(f"{shown(path)}: its card holds half a character; it is damaged")
+        raise CheckpointError(f"{shown(path)}: its metadata holds half a character; it is damaged")
     if digest(tensors, text) != sha:
         raise CheckpointError(
             f"{shown(path)}: its content does not match its sha256; it was altered, copy it again"
@@ -84,10 +84,10 @@ def load(path: Path) -> Checkpoint:
 
 
 def load_tensors(path: Path, anchors: Collection[str] = ()) -> dict[str, Tensor]:
-    """The state dict in somebody else's weights file (`.pt`, `.pth`, `.bin`, `.safetensors`, TorchScript).
+    """Load the state dict in a foreign weights file (`.pt`, `.pth`, `.bin`, `.safetensors`, TorchScript).
 
-    Nothing in it is executed. What trainers wrap around it is taken off (`find_state`), and, where `anchors`
-    names weights of the network that it is for, a prefix before all of them (`without_prefix`).
+    Nothing in it is executed. Trainers' wrappings around it are removed (`find_state`), and, if `anchors`
+    names weights of the network, a prefix before the names too (`without_prefix`).
 
     Raises:
         CheckpointError: no such file, not a weights file, or one that would run code when read.
@@ -101,12 +101,12 @@ def load_state(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: s
     """Load a state dict into a module, strictly; `source` names it in errors. Works on meta modules.
 
     Raises:
-        CheckpointError: keys, shapes or kinds differ, or values are not finite; lists the first of each.
+        CheckpointError: keys, shapes or dtype kinds differ, or values are not finite; lists the first ones.
     """
     check_state(module, tensors, source)
     check_finite(tensors, source)
     meta = _is_meta(module)
-    if meta:  # takes the tensors themselves, of whatever type
+    if meta:  # assigns the tensors themselves, whatever their dtype
         wanted = module.state_dict()
         tensors = {
             name: tensor if tensor.is_floating_point() else tensor.to(wanted[name].dtype)
@@ -116,10 +116,11 @@ def load_state(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: s
 
 
 def check_state(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Check that a state dict fits a module, without values: a module on the meta device will do.
+    """Check that a state dict fits a module, ignoring values: the module may be on the meta device.
 
     Raises:
-        CheckpointError: keys, shapes or kinds differ; lists the first missing, unexpected and misfit ones.
+        CheckpointError: keys, shapes or dtype kinds differ; lists the first missing, unexpected and
+            mismatched ones.
     """
     wanted = module.state_dict()
     problems = [
@@ -151,7 +152,7 @@ def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
     """Check that no tensor holds NaN or an infinity.
 
     Raises:
-        CheckpointError: one does; says how many, and names the first.
+        CheckpointError: one does; gives their number and names the first.
     """
     broken = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
     if broken:
@@ -162,7 +163,7 @@ def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
 
 
 def _converts(tensor: Tensor, wanted: Tensor) -> bool:
-    """Whether values keep their meaning: packed integers are no weights, counters may be floats."""
+    """Check whether values keep their meaning: packed integers are no weights, counters may be floats."""
     if tensor.is_complex() or wanted.is_complex():
         return tensor.dtype == wanted.dtype
     return tensor.is_floating_point() or not wanted.is_floating_point()
@@ -195,7 +196,7 @@ def _first(what: str, names: list[str], most: int = 3) -> str:
 
 
 def _in_order(data: bytes) -> bytes:
-    """A safetensors file with its header sorted: metadata come out in the order of a hash map."""
+    """Sort a safetensors file's header, whose metadata are written in the order of a hash map."""
     size = int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
@@ -204,17 +205,17 @@ def _in_order(data: bytes) -> bytes:
 
 def _read_safetensors(path: Path) -> tuple[str, str, dict[str, Tensor]]:
     metadata, tensors = read_safetensors(path)
-    if "card" not in metadata or "sha256" not in metadata:
+    if "metadata" not in metadata or "sha256" not in metadata:
         raise CheckpointError(
-            f"{shown(path)}: holds tensors but no am-radio card; it was not written by this trainer"
+            f"{shown(path)}: holds tensors but no am-radio metadata; it was not written by this trainer"
         )
-    return metadata["card"], metadata["sha256"], tensors
+    return metadata["metadata"], metadata["sha256"], tensors
 
 
 def _read_archive(path: Path) -> tuple[str, str, dict[str, Tensor]]:
     data = read_torch(path)
     match data:
-        case {"card": str(text), "sha256": str(sha), "tensors": dict(tensors)} if _is_state(tensors):
+        case {"metadata": str(text), "sha256": str(sha), "tensors": dict(tensors)} if _is_state(tensors):
             return text, sha, tensors
     raise CheckpointError(
         f"{shown(path)}: a torch file, but not an am-radio checkpoint; for other people's weights name their "

@@ -1,7 +1,7 @@
-"""Dataclass settings to plain data and YAML and back; a key that does not exist is an error.
+"""Convert dataclass settings to plain data and YAML and back; an unknown key is an error.
 
-Bounds stand at the fields, as `Annotated[int, Ge(1)]` or one of the types below; `check` holds them, and that
-every float is finite, for settings from wherever they come.
+Bounds are annotations of the fields, as `Annotated[int, Ge(1)]` or one of the types below; `check` enforces
+them, and that every float is finite, for settings from any source.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from .io import brief, read_text, write_text
 T = TypeVar("T")
 
 Count = Annotated[int, Interval(ge=1, le=2**31 - 1)]
-CountOrZero = Annotated[int, Interval(ge=0, le=2**31 - 1)]  # 0 switches off
-Pixels = Annotated[int, Interval(ge=1, le=16_384)]  # a side
+CountOrZero = Annotated[int, Interval(ge=0, le=2**31 - 1)]  # 0 disables
+Pixels = Annotated[int, Interval(ge=1, le=16_384)]  # side of an image
 Seed = Annotated[int, Interval(ge=0, lt=2**63)]
 Workers = Annotated[int, Interval(ge=0, le=1024)]  # processes
 Share = Annotated[float, Interval(ge=0, le=1)]
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
 
-_MAX_TEXT = 4096  # letters: what the system takes for a path
-_MAX_YAML_BYTES = 1 << 20  # PyYAML takes seconds for as many
+_MAX_TEXT = 4096  # characters: the operating system's limit for a path
+_MAX_YAML_BYTES = 1 << 20  # PyYAML takes seconds to parse as much
 _MAX_YAML_DEPTH = 50
 
 
 def to_plain(settings: Any) -> Any:
-    """Settings as dicts, lists and scalars, in declaration order."""
+    """Convert settings to dicts, lists and scalars, in declaration order."""
     if dataclasses.is_dataclass(settings) and not isinstance(settings, type):
         return {f.name: to_plain(getattr(settings, f.name)) for f in dataclasses.fields(settings)}
     if isinstance(settings, Mapping):
@@ -48,10 +48,10 @@ def to_plain(settings: Any) -> Any:
 
 
 def from_plain(kind: type[T], data: Any, where: str = "") -> T:
-    """The settings of type `kind` that `data` describes.
+    """Build the settings of type `kind` that `data` describes.
 
     Raises:
-        ConfigError: an unknown or missing key, or a value of the wrong type; says where.
+        ConfigError: an unknown or missing key, or a value of the wrong type; names its place.
     """
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where or 'the settings'}: wanted a mapping, got {type(data).__name__}")
@@ -74,10 +74,10 @@ def from_plain(kind: type[T], data: Any, where: str = "") -> T:
 
 
 def check(settings: T, where: str = "") -> T:
-    """Give back the settings when each is within the bounds of its field, and each float finite.
+    """Check that each setting is within its field's bounds and each float is finite; return the settings.
 
     Raises:
-        ConfigError: one is not; names it, its value and its bounds.
+        ConfigError: a setting is not; names it, its value and its bounds.
     """
     hints = get_type_hints(type(settings), include_extras=True)
     for field in dataclasses.fields(settings):  # type: ignore[arg-type]
@@ -86,7 +86,7 @@ def check(settings: T, where: str = "") -> T:
 
 
 def check_options(settings: T) -> T:
-    """`check`, for settings from a command line: a setting goes by the name of its option.
+    """Run `check` on settings from a command line; errors name the option instead of the field.
 
     Raises:
         ConfigError: as `check`.
@@ -105,7 +105,7 @@ def write_yaml(settings: Any, path: Path) -> None:
 
 
 def read_yaml(kind: type[T], path: Path) -> T:
-    """The settings of type `kind` in a YAML file.
+    """Read the settings of type `kind` from a YAML file.
 
     Raises:
         ConfigError: no such file, not YAML, or settings that `kind` does not have; names the file.
@@ -118,7 +118,7 @@ def read_yaml(kind: type[T], path: Path) -> T:
 
 
 def load_yaml(path: Path) -> Any:
-    """Load plain data from a YAML file: without tags, without aliases, and not nested without end.
+    """Load plain data from a YAML file without tags or aliases and of limited nesting.
 
     Raises:
         ConfigError: no such file, too large, or not YAML.
@@ -132,13 +132,13 @@ def load_yaml(path: Path) -> Any:
         yaml.YAMLError,
         ValueError,
         RecursionError,
-    ) as error:  # ValueError: a date that is none
+    ) as error:  # ValueError: an invalid date
         reason = _reason(error)
         raise ConfigError(f"{shown(path)}: not a YAML file that can be read ({shown(reason)})") from error
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong with a YAML file, and where."""
+    """Describe what is wrong with a YAML file, and where."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
         mark = error.problem_mark
         return f"{error.problem}: line {mark.line + 1} column {mark.column + 1}"
@@ -146,15 +146,15 @@ def _reason(error: Exception) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader without what makes a small file huge or says something else than it seems to.
+    """PyYAML's safe loader without the constructs that blow up a small file or are easily misread.
 
-    Aliases, nesting without end, keys that stand twice, and numbers that are octal or of base 60 are refused.
+    Aliases, deep nesting, duplicate keys, and numbers that are octal or of base 60 are refused.
     """
 
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Compose one node, as PyYAML does."""
+        """Compose one node, as PyYAML does; refuse aliases and deep nesting."""
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("an alias; write the value out")
         self.depth += 1
@@ -165,7 +165,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Construct a mapping, as PyYAML does, of keys that are there once."""
+        """Construct a mapping, as PyYAML does; refuse duplicate keys."""
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if len(set(names)) != len(names):
             key = next(key for place, (key, _) in enumerate(node.value) if key.value in names[:place])
@@ -175,7 +175,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
-        """Construct a number, as PyYAML does, when it is what it seems to be."""
+        """Construct a number, as PyYAML does; refuse octal and base-60 notation."""
         if ":" in node.value or re.fullmatch(r"[-+]?0[0-9_]+", node.value):
             raise yaml.constructor.ConstructorError(
                 None, None, f"{brief(node.value)} is octal or of base 60 to YAML", node.start_mark
@@ -227,7 +227,7 @@ def _check_scalar(value: Any, where: str) -> None:
 
 
 def _fits(hint: Any, value: Any) -> bool:
-    """Whether a value is of a member of a union, leaving bounds aside."""
+    """Check whether a value is of the type of a union's member, ignoring bounds."""
     if get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
     kind = get_origin(hint) or hint
@@ -240,7 +240,7 @@ def _check_bounds(bounds: tuple[Any, ...], value: Any, where: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return
     if isinstance(value, float) and not math.isfinite(value):
-        return  # what is not finite is refused whatever the bounds
+        return  # refused by _check_scalar, whatever the bounds
     flat = [part for bound in bounds for part in (bound if isinstance(bound, Interval) else (bound,))]
     said = [_bound(part) for part in flat]
     limits = [text for text, _ in filter(None, said)]

@@ -1,7 +1,7 @@
-"""Where the console scripts start: first the guard, then the command line of `train` or `evals` by name.
+"""Entry points of the console scripts: run the guard, then the command line of `train` or `evals` by name.
 
-`train` and `evals` are names that other people's folders use too. A file train.py that stands earlier on
-the import path would silently replace the trainer, so both are located, without importing them, first.
+`train` and `evals` are common names of other folders too. A file train.py earlier on the import path would
+silently replace the trainer, so both are first located without importing them.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from .errors import ConfigError, ShadowedPackageError, one_line
 OK, USAGE, INTERRUPTED = 0, 2, 130
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 _GUARDED = ("evals", "train")
-_MALFORMED = (TypeError, ValueError, AttributeError, LookupError)  # importlib.metadata's, of bad files
+_MALFORMED = (TypeError, ValueError, AttributeError, LookupError)  # raised by importlib.metadata on bad files
 
 
 def train(argv: Sequence[str] | None = None) -> int:
-    """The exit code of `radio-train`: 0 fine, 1 failure, 2 usage, 130 interrupted.
+    """Run `radio-train` and return its exit code: 0 fine, 1 failure, 2 usage, 130 interrupted.
 
     Args:
-        argv: the arguments after the command's name; those of the process when None.
+        argv: the arguments after the command's name (default: the process's).
     """
     return _run("train.cli", argv)
 
 
 def evaluate(argv: Sequence[str] | None = None) -> int:
-    """The exit code of `radio-eval`: 0 fine, 1 regression or failure, 2 usage, 130 interrupted.
+    """Run `radio-eval` and return its exit code: 0 fine, 1 regression or failure, 2 usage, 130 interrupted.
 
     Args:
-        argv: the arguments after the command's name; those of the process when None.
+        argv: the arguments after the command's name (default: the process's).
     """
     return _run("evals.cli", argv)
 
 
 def check_not_shadowed(names: Sequence[str] = _GUARDED) -> None:
-    """None, when each of the packages `names` is the one that lies beside `radio`.
+    """Check that each of the packages `names` is the one beside `radio`.
 
     Raises:
-        ShadowedPackageError: something else of that name comes first on the import path, or nothing is found.
+        ShadowedPackageError: another package of that name precedes it on the import path, or none exists.
     """
     root = Path(__file__).resolve().parent.parent
     for name in names:
@@ -66,10 +66,10 @@ def check_not_shadowed(names: Sequence[str] = _GUARDED) -> None:
 
 
 def check_entry_points() -> None:
-    """None, when the entry points of all installed packages can be read, as torch, Triton and pydantic do.
+    """Check that the entry points of all installed packages can be read, as torch, Triton and pydantic do.
 
     Raises:
-        ConfigError: one cannot; names the package and its file.
+        ConfigError: one cannot be read; names the package and its file.
     """
     try:
         entry_points(group="am_radio")
@@ -87,7 +87,7 @@ def check_entry_points() -> None:
 
 
 def _location(name: str) -> Path | None:
-    """The resolved folder of the package, or file of the module, that `import name` would take."""
+    """Locate the resolved folder of the package, or file of the module, that `import name` would load."""
     spec = importlib.util.find_spec(name)
     if spec is None:
         return None
@@ -97,16 +97,16 @@ def _location(name: str) -> Path | None:
 
 
 def end_with_torchrun() -> None:
-    """Let the system kill this rank when torchrun, which started it, is killed without stopping its ranks.
+    """Have the kernel kill this rank when the torchrun that started it is killed without stopping its ranks.
 
-    They would train on beside those of a run that is started again.
+    Otherwise they would train on beside those of a restarted run.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def print_anything() -> None:
-    """Let a terminal or file whose encoding lacks a character show its number: it is no reason to end."""
+    """Print characters that the output's encoding lacks as escapes instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
@@ -118,17 +118,17 @@ def _run(module: str, argv: Sequence[str] | None) -> int:
     try:
         check_not_shadowed()
         check_entry_points()
-        # By name, since the layers let nothing in radio import train or evals.
+        # By name, since the layering forbids imports of train and evals in radio.
         code: int = importlib.import_module(module).main(argv)
     except Exception as error:
         line = one_line(error)
         if line is None or isinstance(error, ImportError):
-            from .foreign import blame  # by way of torch, which what cannot start does not import
+            from .foreign import blame  # imported late: it imports torch
 
             line = blame(error) or line
         if line is None:
             raise
-        with contextlib.suppress(OSError):  # whoever read our stderr may have gone
+        with contextlib.suppress(OSError):  # the reader of stderr may be gone
             sys.stderr.write(f"error: {line}\n")
         return USAGE
     except KeyboardInterrupt:

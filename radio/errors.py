@@ -1,4 +1,4 @@
-"""Errors that a user can act on, and the one way optional libraries are imported."""
+"""Errors that a user can act on, and the import of optional libraries."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _REMEDIES = {
 
 
 class RadioError(ValueError):
-    """What came, what was wanted, what to do. The command line prints it and exits with 2."""
+    """An error that states the input, what was expected and what to do; the command line exits with 2."""
 
 
 class ConfigError(RadioError):
@@ -39,7 +39,7 @@ class CheckpointError(RadioError):
 
 
 class DataError(RadioError):
-    """A data set that is absent, empty, or not in the layout asked for."""
+    """A data set that is absent, empty, or not in the requested layout."""
 
 
 class SizeError(RadioError):
@@ -51,15 +51,15 @@ class MissingExtraError(RadioError):
 
 
 class MissingWeightsError(RadioError):
-    """Weights that come as a pip package that is not installed."""
+    """Weights whose pip package is not installed."""
 
 
 class ShadowedPackageError(RadioError):
-    """Another `train` or `evals` stands on the import path before ours."""
+    """Another `train` or `evals` precedes this package's on the import path."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A hint such as '; did you mean vit-b16?' for the names nearest to `word`, else ''."""
+    """Build a hint such as '; did you mean vit-b16?' from the names nearest to `word`, or ''."""
     if len(word) > 200:  # comparing takes long, and no name has so many letters
         return ""
     near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
@@ -67,14 +67,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def shown(value: object) -> str:
-    """A path or word from outside as one printable line: control characters and half surrogates escaped."""
+    """Escape control characters and lone surrogates of a path or word, so that it prints on one line."""
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in str(value)
     )
 
 
 def one_line(error: BaseException) -> str | None:
-    """Say an error that a user can act on in one line; None for our own slips, which keep their traceback."""
+    """Describe an error that a user can act on in one line; None for bugs, which keep their traceback."""
     if isinstance(error, RadioError):
         return _cut(shown(" ".join(str(error).split())))
     if isinstance(error, OSError):
@@ -90,13 +90,13 @@ def one_line(error: BaseException) -> str | None:
 
 
 def _cut(line: str) -> str:
-    """Leave the middle out of a line that nobody would read: what foreign files hold may be megabytes."""
+    """Cut the middle out of a line that is too long: content quoted from files may be megabytes."""
     half = _MAX_LINE // 2
     return line if len(line) <= _MAX_LINE else f"{line[:half]} … {line[-half:]}"
 
 
 def _of_the_system(error: OSError) -> str:
-    """Say what the system refused, the file first: `report.html: No space left on device`."""
+    """Describe an error of the operating system, the file first: `report.html: No space left on device`."""
     reason = error.strerror or str(error) or type(error).__name__
     names = [str(name) for name in (error.filename2 or error.filename,) if name is not None]
     remedy = _REMEDIES.get(error.errno or 0, "")
@@ -104,10 +104,10 @@ def _of_the_system(error: OSError) -> str:
 
 
 def require(module: str, *, extra: str) -> ModuleType:
-    """The imported optional module.
+    """Import an optional module and return it.
 
     Raises:
-        MissingExtraError: the module is not installed; names the extra that brings it.
+        MissingExtraError: the module is not installed; names the extra that installs it.
     """
     try:
         return importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""Code of other packages: what their encoders give is checked, and their errors are told with their name."""
+"""Other packages' code: check their encoders' outputs, and name the package in their errors."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _OWN = ("radio", "evals", "train")
 
 
 def blame(error: BaseException) -> str | None:
-    """Say in one line which package's code an error comes from, and from where in it; None for our own.
+    """Describe in one line which package's code raised an error, and where; None for this package's own.
 
-    What is told in one line anyway is left as it is: words for the user, what the system refuses, a want of
-    memory.
+    Also None for errors that are reported in one line anyway: a RadioError, an error of the operating system,
+    out of memory.
     """
     if not isinstance(error, ImportError) and one_line(error) is not None:
         return None
@@ -40,7 +40,7 @@ def blame(error: BaseException) -> str | None:
             path = Path(frame.f_code.co_filename)
             depth = 1 + module.count(".") + (path.name == "__init__.py")
             place = f"{Path(*path.parts[-depth:])}:{trace.tb_lineno}"
-            if called is None:  # what we called; the frames below are its own affair
+            if called is None:  # the function that we called; frames below are internal to the package
                 called, plugin, done = frame, found, f"{frame.f_code.co_name}{_size(frame)}"
         trace = trace.tb_next
     if plugin is None:
@@ -51,7 +51,7 @@ def blame(error: BaseException) -> str | None:
 
 
 def _size(frame: FrameType) -> str:
-    """Of the images that a function was given: ` at size 224x224`."""
+    """Format the size of the images passed to a function: ` at size 224x224`; empty without images."""
     code = frame.f_code
     given = (frame.f_locals.get(name) for name in code.co_varnames[: code.co_argcount])
     images = next((value for value in given if isinstance(value, Tensor) and value.ndim == 4), None)
@@ -59,7 +59,7 @@ def _size(frame: FrameType) -> str:
 
 
 def check_sizes(what: str, encoder: Any) -> None:
-    """None, when an encoder's widths are numbers, and the sizes that it says it takes are sizes.
+    """Check that an encoder's widths are positive integers and the sizes that it reports are valid.
 
     Raises:
         ConfigError: they are not.
@@ -71,20 +71,21 @@ def check_sizes(what: str, encoder: Any) -> None:
     if not _is_size(size):
         raise ConfigError(f"{what}: its native_size is {size!r:.80}; wanted (height, width) in pixels")
     for asked in ((1, 1), size):
-        found = encoder.fit(*asked)
+        found = encoder.nearest_size(*asked)
         if not _is_size(found):
             raise ConfigError(
-                f"{what}: its fit{asked} is {found!r:.80}; wanted the nearest (height, width) in pixels"
+                f"{what}: its nearest_size{asked} is {found!r:.80}; wanted the nearest (height, width) in "
+                f"pixels"
             )
-        if (again := encoder.fit(*found)) != found:
+        if (again := encoder.nearest_size(*found)) != found:
             raise ConfigError(
-                f"{what}: its fit{asked} is {found}, and fit{found} is {again!r:.80}; a size that it takes "
-                f"is the nearest to itself"
+                f"{what}: its nearest_size{asked} is {found}, and nearest_size{found} is {again!r:.80}; "
+                f"a size that it takes is the nearest to itself"
             )
 
 
 def watch_features(what: str, encoder: Any) -> None:
-    """Have what every forward of an encoder gives checked: a ConfigError says what is wrong."""
+    """Register a hook that checks the features of every forward of an encoder; it raises ConfigError."""
     if isinstance(encoder, nn.Module):
         encoder.register_forward_hook(partial(_check_features, what))
 
@@ -97,7 +98,7 @@ def _check_features(what: str, encoder: nn.Module, args: tuple[Any, ...], found:
 
 
 def _wrong(encoder: Any, batch: int, device: torch.device, found: Any) -> str:
-    """What is wrong with features, and what was wanted; empty where nothing is."""
+    """Describe what is wrong with features and what was expected; empty if they are valid."""
     if not isinstance(found, Features):
         return f"a {type(found).__name__}, wanted radio.types.Features"
     grid = found.grid
@@ -121,7 +122,7 @@ def _wrong(encoder: Any, batch: int, device: torch.device, found: Any) -> str:
 
 
 def _dtypes(encoder: nn.Module, device: torch.device) -> tuple[torch.dtype, ...]:
-    """Types that features may have: that of the weights, and under autocast the lower one too."""
+    """Return the dtypes that features may have: the weights', and under autocast its dtype too."""
     floats = (weight.dtype for weight in encoder.parameters() if weight.is_floating_point())
     dtype = next(floats, torch.float32)
     if torch.is_autocast_enabled(device.type):

@@ -1,7 +1,7 @@
-"""Model specs: one string that names any backbone there is.
+"""Model specs: one string that names any backbone.
 
-`runs/x/ckpt.pt` a checkpoint; `family:name[@file]` a teacher; `arch:name`, or a bare architecture
-name with `random_init`, an untrained student. `timm:name` is an architecture, `timm:name@file` a teacher.
+`runs/x/ckpt.pt` is a checkpoint; `family:name[@file]` a teacher; `arch:name`, or a plain architecture name
+with `random_init`, an untrained student. `timm:name` is an architecture, `timm:name@file` a teacher.
 """
 
 from __future__ import annotations
@@ -20,8 +20,16 @@ from .students import students
 from .teachers import families, outlines
 from .types import Backbone, Teacher, Windowed
 
-_MAX_CHARS = 200  # of a spec in messages
-_TEACHER = ("name", "fingerprint", "native_size", "summary_dim", "token_dim", "fit", "text")  # its parts
+_MAX_CHARS = 200  # characters of a spec in messages
+_TEACHER = (
+    "name",
+    "fingerprint",
+    "native_size",
+    "summary_dim",
+    "token_dim",
+    "nearest_size",
+    "text",
+)  # the attributes and methods that a teacher must have
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +42,7 @@ class Spec:
 
 
 def parse(text: str) -> Spec:
-    """The parts of `family:name[@file]`.
+    """Parse `family:name[@file]`.
 
     Raises:
         ConfigError: no such family, or no name.
@@ -42,7 +50,7 @@ def parse(text: str) -> Spec:
     family, _, rest = text.partition(":")
     name, at, file = rest.partition("@")
     if family != "arch":
-        families[family]  # an unknown family raises here, with the nearest names
+        families[family]  # raises for an unknown family, with the nearest names
     if not name or (at and not file):
         raise ConfigError(
             f"{text[:_MAX_CHARS]!r} is not a whole model spec; wanted {family}:NAME or {family}:NAME@FILE"
@@ -51,7 +59,7 @@ def parse(text: str) -> Spec:
 
 
 def load_teacher(text: str) -> Teacher:
-    """The frozen teacher that a spec such as `scenes:clip` or `dinov2:vitb14@FILE` names.
+    """Load the frozen teacher that a spec such as `scenes:clip` or `dinov2:vitb14@FILE` names.
 
     Raises:
         ConfigError: an unknown family or member.
@@ -65,7 +73,7 @@ def load_teacher(text: str) -> Teacher:
 
 
 def _check_teacher(what: str, teacher: Any) -> None:
-    """None, when what another package gave is a teacher; what its forwards give is checked from here on.
+    """Check that another package's object is a teacher, and have the features of its forwards checked too.
 
     Raises:
         ConfigError: it is no torch module, or lacks a part of `radio.types.Teacher`.
@@ -80,9 +88,9 @@ def _check_teacher(what: str, teacher: Any) -> None:
 
 
 def outline_teacher(text: str) -> Teacher:
-    """The teacher that a spec names, on the meta device: it costs what the real one does and needs no file.
+    """Build the teacher that a spec names on the meta device: same cost as the real one, without its file.
 
-    A family that has no outlines (another package's) is loaded and moved there.
+    A teacher of a family without outlines (another package's) is loaded and moved there.
 
     Raises:
         ConfigError: an unknown family or member.
@@ -108,16 +116,16 @@ def _parse_teacher(text: str) -> Spec:
 def load_backbone(
     text: str, *, random_init: bool = False, seed: int = 0, window: int | None = None
 ) -> Backbone:
-    """The backbone that a spec names, in inference mode on the CPU.
+    """Load the backbone that a spec names, in inference mode on the CPU.
 
     Args:
         text: a checkpoint file, `family:name[@file]`, `arch:name`, or an architecture's name.
-        random_init: take a checkpoint's or an architecture's shape with fresh weights.
-        seed: decides the fresh weights.
+        random_init: build a checkpoint's or an architecture's shape with fresh weights.
+        seed: seed of the fresh weights.
         window: attention window side, for students that have windows.
 
     Raises:
-        ConfigError: a name that nobody knows; offers the nearest.
+        ConfigError: an unknown name; suggests the nearest.
         CheckpointError: a file that is absent, foreign, truncated or altered.
         SizeError: a window for a backbone without windows.
     """

@@ -1,8 +1,8 @@
-"""Pictures: bytes to pixels, and the two views everyone uses (evaluation and random crop).
+"""Decode images, and compute the two usual views (evaluation and random crop).
 
-One convention, here and everywhere: RGB, channels first, uint8 as stored and float32 in [0, 1] once
-resized. Every resize is bicubic (a = -0.5), antialiased, in float32, clamped to [0, 1]: what
-torchvision.transforms.v2 computes on float pictures, and PIL on uint8 ones up to its rounding.
+One convention throughout: RGB, channels first, uint8 as stored and float32 in [0, 1] once resized. Every
+resize is bicubic (a = -0.5), antialiased, in float32, clamped to [0, 1]: what torchvision.transforms.v2
+computes on float images, and PIL on uint8 ones up to its rounding.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .errors import DataError, RadioError, SizeError
 from .io import write_bytes
 from .resample import resize_images
 
-# Letters: H W stored height and width, h w the ones asked for.
+# Letters: H W stored height and width, h w the requested ones.
 
 EVALUATION_RATIO = 256 / 224
 
@@ -36,17 +36,17 @@ IMAGE_ENDINGS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".jp2", ".bmp", ".ppm", ".pgm"),
     *(".tif", ".tiff", ".gif"),
 )
-"""What a file's name ends in, in small letters, when it is taken for an image."""
+"""Endings, in lower case, of the file names that count as images."""
 
-# By content, whatever a file is called. PIL has 30 formats more, and one of them (EPS) starts a program.
+# By content, whatever a file's name. PIL has 30 more formats, and one of them (EPS) starts a program.
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "PPM", "TIFF", "GIF", "JPEG2000")
 
 MAX_PIXELS = 178_956_970
-"""Of an image: PIL's own limit, held for every format, and told by the header, before anything is decoded."""
+"""Limit of an image: PIL's own, enforced for every format from the header, before decoding."""
 MAX_IMAGE_BYTES = 1 << 30
-"""Of an image's file: what `MAX_PIXELS` take with 16 bits and three channels."""
+"""Limit of an image file: the size of `MAX_PIXELS` with 16 bits and three channels."""
 
-# What decoders raise on damaged or foreign bytes; AVIF's RuntimeError, say, or NotImplementedError.
+# What decoders raise on damaged or foreign bytes, for example AVIF's RuntimeError or NotImplementedError.
 _DECODER_ERRORS = (
     OSError,
     SyntaxError,
@@ -64,13 +64,13 @@ _DECODER_ERRORS = (
 )
 _ADDRESS = re.compile(r"<([\w.]+) object at 0x[0-9a-fA-F]+>")
 
-# PIL warns between half the limit and the limit, and of damaged EXIF, which is beside the pixels. Images are
-# decoded in threads, so that warnings cannot be caught around each.
+# PIL warns between half the limit and the limit, and of damaged EXIF, which does not affect the pixels.
+# Images are decoded in threads, so warnings cannot be caught around each one.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
-# torchvision's Python wrapper warns at every call that it will go; the operator under it does not. Where
-# it has gone, PIL gives the same pixels at half the speed.
+# torchvision's Python wrapper warns of its removal at every call; the operator under it does not. Where it is
+# absent, PIL decodes the same pixels at half the speed.
 _decode_jpeg: Callable[..., Tensor] | None
 try:
     _decode_jpeg = torch.ops.image.decode_jpeg
@@ -78,12 +78,12 @@ except AttributeError:
     _decode_jpeg = None
 _AS_STORED, _KEEP_ORIENTATION = 0, False
 _ORIENTATION = 0x0112
-_PROGRESSIVE, _MAX_SCANS = (0xC2, 0xC6, 0xCA, 0xCE), 1000  # usual are ten; each passes over all the pixels
+_PROGRESSIVE, _MAX_SCANS = (0xC2, 0xC6, 0xCA, 0xCE), 1000  # ten are usual; each passes over all the pixels
 _PNG, _PNG_TEXTS = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 
 
 class Box(NamedTuple):
-    """A rectangle of a picture, in pixels."""
+    """A rectangle of an image, in pixels."""
 
     top: int
     left: int
@@ -92,15 +92,15 @@ class Box(NamedTuple):
 
 
 def decode(data: bytes) -> Tensor:
-    """The picture in an image file's bytes: uint8 [3, H, W] RGB.
+    """Decode an image file's bytes: uint8 [3, H, W] RGB.
 
-    Ordinary colour JPEGs go through torchvision's decoder (twice as fast), everything else through PIL.
-    Grey is repeated, CMYK and palettes are converted, 16-bit keeps its upper byte, alpha is dropped
-    (the hidden colour shows, as with PIL's `convert("RGB")`). An EXIF orientation is not applied, as in
-    torchvision and timm.
+    Ordinary colour JPEGs are decoded by torchvision (twice as fast), everything else by PIL. Grey is
+    repeated, CMYK and palettes are converted, 16-bit keeps its upper byte, alpha is dropped (the hidden
+    colour shows, as with PIL's `convert("RGB")`). An EXIF orientation is not applied, as in torchvision and
+    timm.
 
     Raises:
-        DataError: not a picture, a truncated or damaged one, one with floating-point pixels, or one of more
+        DataError: not an image, a truncated or damaged one, one with floating-point pixels, or one of more
             than `MAX_PIXELS`.
     """
     if data[:3] == b"\xff\xd8\xff" and _decode_jpeg is not None:
@@ -119,17 +119,17 @@ def decode(data: bytes) -> Tensor:
 
 @contextmanager
 def open_image(data: bytes, formats: tuple[str, ...] = _FORMATS) -> Iterator[Image.Image]:
-    """Open an image file's bytes with PIL, as one of the formats that are read here; the pixels load later.
+    """Open an image file's bytes with PIL as one of the supported formats; the pixels are loaded later.
 
-    Every reader of foreign images passes here: nothing that decoding may raise gets out, inside the block
-    too, but the one error.
+    Every reader of foreign images uses it: whatever decoding raises, inside the block too, becomes a
+    DataError.
 
     Args:
-        data: text in a PNG, which PIL refuses beyond a length, is passed over.
-        formats: PIL's names.
+        data: the file's bytes; text in a PNG is skipped, as PIL refuses long texts.
+        formats: PIL's names of the formats.
 
     Raises:
-        DataError: none of the formats, a damaged one, or one of more than `MAX_PIXELS`.
+        DataError: none of the formats, a damaged image, or one of more than `MAX_PIXELS`.
     """
     try:
         with Image.open(io.BytesIO(_without_text(data)), formats=formats) as file:
@@ -139,17 +139,17 @@ def open_image(data: bytes, formats: tuple[str, ...] = _FORMATS) -> Iterator[Ima
         raise
     except UnidentifiedImageError as error:
         kinds = ", ".join(formats)
-        raise DataError(f"not a picture, or a damaged one (opens as none of {kinds})") from error
+        raise DataError(f"not an image, or a damaged one (opens as none of {kinds})") from error
     except Image.DecompressionBombError as error:
         pixels = re.search(r"\d+", str(error))
         _check_pixels(1, int(pixels[0]) if pixels else MAX_PIXELS + 1)
-        raise DataError(f"not a picture, or a damaged one ({_first_line(error)})") from error
+        raise DataError(f"not an image, or a damaged one ({_first_line(error)})") from error
     except _DECODER_ERRORS as error:
-        raise DataError(f"not a picture, or a damaged one ({_first_line(error)})") from error
+        raise DataError(f"not an image, or a damaged one ({_first_line(error)})") from error
 
 
 def orientation(data: bytes) -> int:
-    """Give the EXIF orientation of an image file's bytes, which is nowhere applied; 1 is upright, or none."""
+    """Read the EXIF orientation of an image file's bytes (never applied); 1 is upright or absent."""
     try:
         with open_image(data) as file:
             found = file.getexif().get(_ORIENTATION, 1)
@@ -158,56 +158,54 @@ def orientation(data: bytes) -> int:
     return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
-def write_png(picture: Image.Image, path: Path) -> None:
-    """Write a picture as PNG, atomically."""
+def write_png(image: Image.Image, path: Path) -> None:
+    """Write an image as PNG, atomically."""
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     write_bytes(path, buffer.getbuffer())
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """The whole picture at (height, width): uint8 [3, H, W] -> float [3, h, w] in [0, 1]."""
+    """Resize the whole image to (height, width): uint8 [3, H, W] -> float [3, h, w] in [0, 1]."""
     pixels = image.unsqueeze(0).to(torch.float32).div_(255.0)
     return resize_images(pixels, size, "bicubic").squeeze(0)
 
 
 def cover(height: int, width: int, box: tuple[int, int]) -> tuple[int, int]:
-    """The smallest (height, width) of the same aspect that covers `box`; the free side is rounded down.
+    """Compute the smallest (height, width) of the same aspect that covers `box`; round the free side down.
 
     Raises:
         SizeError: a side below one pixel.
     """
     if min(height, width, *box) < 1:
-        raise SizeError(
-            f"a {height}x{width} picture cannot cover {box[0]}x{box[1]}; every side needs a pixel"
-        )
+        raise SizeError(f"a {height}x{width} image cannot cover {box[0]}x{box[1]}; every side needs a pixel")
     if box[0] * width >= box[1] * height:
         return box[0], max(int(box[0] * width / height), box[1])
     return max(int(box[1] * height / width), box[0]), box[1]
 
 
 def center_crop(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """The middle (height, width) of [..., H, W]; an odd margin is halved as torchvision does (to even).
+    """Crop the centre (height, width) of [..., H, W]; an odd margin is halved as in torchvision (to even).
 
     Raises:
-        SizeError: the picture is smaller than the crop.
+        SizeError: the image is smaller than the crop.
     """
     height, width = image.shape[-2:]
     if size[0] > height or size[1] > width:
-        raise SizeError(f"cannot crop {size[0]}x{size[1]} out of {height}x{width}; resize the picture first")
+        raise SizeError(f"cannot crop {size[0]}x{size[1]} out of {height}x{width}; resize the image first")
     top, left = round((height - size[0]) / 2), round((width - size[1]) / 2)
     return image[..., top : top + size[0], left : left + size[1]]
 
 
 def evaluation_view(image: Tensor, size: tuple[int, int], ratio: float = EVALUATION_RATIO) -> Tensor:
-    """The evaluators' view of a picture: uint8 [3, H, W] -> float [3, h, w] in [0, 1].
+    """Compute the evaluators' view of an image: uint8 [3, H, W] -> float [3, h, w] in [0, 1].
 
-    The picture is resized to cover round(ratio * size) and its middle is cut out: with 224 and 256/224
-    the usual "short side to 256, centre crop 224". Smaller pictures are enlarged.
+    The image is resized to cover round(ratio * size) and centre-cropped: with 224 and 256/224 the usual
+    "short side to 256, centre crop 224". Smaller images are enlarged.
 
     Raises:
         SizeError: a ratio below 1, or a side below one pixel.
-        DataError: it is so long and narrow that it would have more than `MAX_PIXELS` when resized.
+        DataError: the image is so long and narrow that it would exceed `MAX_PIXELS` when resized.
     """
     if ratio < 1:
         raise SizeError(
@@ -230,17 +228,17 @@ def sample_crop(
     ratio: tuple[float, float],
     generator: torch.Generator,
 ) -> Box:
-    """A random crop of an H x W picture, by the rule (and in the draws) of torchvision's RandomResizedCrop.
+    """Draw a random crop of an H x W image, by the rule and draws of torchvision's RandomResizedCrop.
 
-    The area is uniform in `scale` (a share of the picture), the aspect w/h log-uniform in `ratio`; ten
-    tries, then the largest middle crop of an allowed aspect.
+    The area is uniform in `scale` (a share of the image), the aspect w/h log-uniform in `ratio`; after ten
+    failed tries, the largest centre crop of an allowed aspect.
 
     Raises:
-        SizeError: an empty picture or range.
+        SizeError: an empty image or range.
     """
     if min(height, width) < 1 or not 0 < scale[0] <= scale[1] or not 0 < ratio[0] <= ratio[1]:
         raise SizeError(
-            f"cannot crop a {height}x{width} picture with scale {scale} and ratio {ratio}; "
+            f"cannot crop a {height}x{width} image with scale {scale} and ratio {ratio}; "
             f"give each range as (low, high), above zero"
         )
     for _ in range(10):
@@ -255,7 +253,7 @@ def sample_crop(
 
 
 def crop_and_resize(image: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
-    """A box of a picture at (height, width): uint8 [3, H, W] -> float [3, h, w] in [0, 1]."""
+    """Crop a box and resize it to (height, width): uint8 [3, H, W] -> float [3, h, w] in [0, 1]."""
     return resize(image[:, box.top : box.top + box.height, box.left : box.left + box.width], size)
 
 
@@ -281,9 +279,9 @@ def _decode_with_pil(data: bytes) -> np.ndarray[tuple[int, ...], np.dtype[np.uin
 
 def _rgb(file: Image.Image) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     if file.mode == "F":
-        raise DataError("floating-point pixels have no agreed range; save the picture with 8 or 16 bits")
+        raise DataError("floating-point pixels have no agreed range; save the image with 8 or 16 bits")
     if file.mode.startswith("I"):
-        # PIL clips 16-bit grey at 255 when it converts; the upper byte is the picture.
+        # PIL clips 16-bit grey at 255 when it converts; the upper byte is the image.
         upper = (np.asarray(file).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
         return np.repeat(upper[..., None], 3, axis=2)
     if "transparency" in file.info:
@@ -308,7 +306,7 @@ def _check_jpeg(data: bytes) -> None:
 
 
 def _jpeg_frame(data: bytes) -> tuple[int, int, int]:
-    """Marker, height and width of a JPEG's first frame, sought as libjpeg does; zeros without one."""
+    """Find marker, height and width of a JPEG's first frame, as libjpeg does; zeros if it has none."""
     at = 2
     while 0 <= (at := data.find(b"\xff", at)) < len(data) - 8:
         marker = data[at + 1]
@@ -317,7 +315,7 @@ def _jpeg_frame(data: bytes) -> tuple[int, int, int]:
             return marker, height, width
         if marker == 0xFF:
             at += 1
-        elif marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD9:  # no length behind it
+        elif marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD9:  # markers without a length field
             at += 2
         else:
             at += 2 + int(struct.unpack_from(">H", data, at + 2)[0])
@@ -325,7 +323,7 @@ def _jpeg_frame(data: bytes) -> tuple[int, int, int]:
 
 
 def _without_text(data: bytes) -> bytes:
-    """A PNG without its texts and its colour profile: PIL takes long ones for damage of the whole."""
+    """Remove a PNG's texts and colour profile: PIL rejects the whole image if they are long."""
     if not data.startswith(_PNG):
         return data
     kept, start, at = [], 0, len(_PNG)
@@ -340,4 +338,4 @@ def _without_text(data: bytes) -> bytes:
 
 def _first_line(error: BaseException) -> str:
     line = (str(error).splitlines() or [""])[0] or type(error).__name__
-    return _ADDRESS.sub(r"\1", line)  # which would differ from run to run
+    return _ADDRESS.sub(r"\1", line)  # without the address, which differs between runs

@@ -1,8 +1,8 @@
-"""Files: written whole or not at all; read within limits, and foreign ones through a schema.
+"""Write files atomically; read files within limits, and foreign ones through a schema.
 
-Whatever comes from a file that this process did not write passes here before it is used: size, encoding,
-nesting and numbers first (`read_text`, `read_json`, `read_jsonl`), then its shape (a pydantic `TypeAdapter`,
-through `validate`). What is wrong is one error that names the file, the place in it, and what to do.
+Every file that this process did not write is read by this module: size, encoding, nesting and numbers are
+checked first (`read_text`, `read_json`, `read_jsonl`), then its structure (a pydantic `TypeAdapter`, through
+`validate`). Any problem is one error that names the file, the place in it, and what to do.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from .errors import ConfigError, DataError, RadioError, shown
 
 T = TypeVar("T")
 
-MAX_METADATA_BYTES = 64 << 20  # reports, cards, logs' records: nobody's are larger
-MAX_DATA_BYTES = 4 << 30  # annotations: the largest that are published have about 1 GB
+MAX_METADATA_BYTES = 64 << 20  # reports, metadata, logs: far above any real one
+MAX_DATA_BYTES = 4 << 30  # annotations: the largest published ones have about 1 GB
 
-_MAX_NAME = 255  # bytes of a file's name: what file systems take
+_MAX_NAME = 255  # bytes of a file's name: the limit of file systems
 
-MAX_NAMES = 2_000_000  # of a pattern: the largest sets of shards that are published have 1.4 million
+MAX_NAMES = 2_000_000  # of a pattern: the largest published sets of shards have 1.4 million
 MAX_NAMES_LETTERS = 1 << 29
-"""Of all names of a pattern together."""
-_MAX_PATTERN, _MAX_DEPTH = 4096, 50  # letters; braces in braces
+"""Limit of the characters of all names of a pattern together."""
+_MAX_PATTERN, _MAX_DEPTH = 4096, 50  # characters; nested braces
 _RANGE = re.compile(r"(?:(-?\d+)\.\.(-?\d+)|([A-Za-z])\.\.([A-Za-z]))(?:\.\.-?(\d+))?\n?")
 
-_STRAY_SECONDS = 3600  # before a half-made folder without an owner counts as left behind
+_STRAY_SECONDS = 3600  # age at which an incomplete folder without an owner is removed
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-_BYTE_ORDER_MARKS = (  # the longer first: UTF-32's begins with UTF-16's
+_BYTE_ORDER_MARKS = (  # longer ones first: UTF-32's begins with UTF-16's
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -55,22 +55,22 @@ _BYTE_ORDER_MARKS = (  # the longer first: UTF-32's begins with UTF-16's
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically, as UTF-8; half surrogates, which it cannot hold, become U+FFFD."""
+    """Write a text file atomically, as UTF-8; lone surrogates, which it cannot encode, become U+FFFD."""
     write_texts({path: text})
 
 
 def write_texts(texts: Mapping[Path, str]) -> None:
-    """Write text files that belong together: all or none, so that what stood before stands or is replaced."""
+    """Write text files that belong together: either all replace their previous versions, or none does."""
     _write_all({path: _encoded(text) for path, text in texts.items()})
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
-    """Write a file atomically, creating its folder: a temporary sibling, synced, then renamed."""
+    """Write a file atomically, creating its folder: write a temporary sibling, sync it, then rename it."""
     _write_all({path: data})
 
 
 def _write_all(contents: Mapping[Path, bytes | memoryview]) -> None:
-    """Write temporary siblings first, each synced; only where all fit are they renamed."""
+    """Write and sync all temporary siblings first; rename them only if all were written."""
     for path in contents:
         _check_replaceable(path)
     temporaries = {path: path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}") for path in contents}
@@ -87,7 +87,7 @@ def _write_all(contents: Mapping[Path, bytes | memoryview]) -> None:
     except BaseException as problem:
         if (
             isinstance(problem, OSError) and problem.errno and problem.filename is None
-        ):  # a full disk: nobody says where
+        ):  # a full disk: the error names no file
             problem.filename = str(path)
         for temporary in temporaries.values():
             with contextlib.suppress(OSError):
@@ -96,7 +96,7 @@ def _write_all(contents: Mapping[Path, bytes | memoryview]) -> None:
 
 
 def _check_replaceable(path: Path) -> None:
-    """Refuse what a rename would destroy (/dev/null, for one) or what no file can be called."""
+    """Check that a rename may replace the path: no folder, no device such as /dev/null, and not nameless."""
     mode = _mode(path)
     if stat.S_ISDIR(mode) or not path.name:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -105,7 +105,7 @@ def _check_replaceable(path: Path) -> None:
 
 
 def _mode(path: Path) -> int:
-    """The mode of what stands there, links followed; 0 where nothing does."""
+    """Read the mode of a path, following links; 0 if it does not exist."""
     try:
         return path.stat().st_mode
     except OSError:
@@ -115,13 +115,13 @@ def _mode(path: Path) -> int:
 
 
 def check_file(path: Path, option: str) -> None:
-    """None, when a file can be written there; nothing is left behind.
+    """Check that a file can be written at the path; leave nothing behind.
 
     Args:
-        option: what named the file, for the error.
+        option: the command-line option that named the file, for the error.
 
     Raises:
-        ConfigError: it is a folder, a pipe or a device, has no name, or its folder cannot be written.
+        ConfigError: it is a folder, a pipe or a device, has no name, or its folder is not writable.
     """
     mode = _mode(path)
     if stat.S_ISDIR(mode) or not path.name:
@@ -138,20 +138,20 @@ def check_file(path: Path, option: str) -> None:
 def make_folder(target: Path, fill: Callable[[Path], None]) -> bool:
     """Make a folder atomically: fill a temporary sibling, then rename it to `target`.
 
-    Where another process has made `target` in the meantime, what stands is kept and ours is thrown away.
+    If another process has made `target` in the meantime, its folder is kept and this one discarded.
 
     Args:
         target: absent or empty.
-        fill: writes the content into the folder that it is given.
+        fill: writes the content into the folder that it receives.
 
     Returns:
-        Whether the folder that stands now is ours.
+        Whether `target` is the folder made here.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{target.name[:200]}.partial-"
     _remove_stray(target.parent, prefix)
     partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=prefix))
-    lock = _lock(partial)  # until we end, however that is
+    lock = _lock(partial)  # held until this process ends, however it ends
     try:
         _fill(partial, target, fill)
         partial.chmod(0o777 & ~_umask())  # mkdtemp's folders are private
@@ -170,9 +170,9 @@ def make_folder(target: Path, fill: Callable[[Path], None]) -> bool:
 
 @contextlib.contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """Give a folder for files that belong together: at the end they move into `folder`, or none does.
+    """Yield a folder for files that belong together; at the end move all of them into `folder`, or none.
 
-    What stands in `folder` stays, but for files of the same names.
+    Other files in `folder` are unchanged; those of the same names are replaced.
     """
     place = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.is_dir())
     prefix = f".{folder.name[:200]}.partial-"
@@ -198,14 +198,14 @@ def staged(folder: Path) -> Iterator[Path]:
 
 
 def check_writable(folder: Path, option: str, *, utf8: bool = False) -> None:
-    """None, when files can be made in a folder, which need not be there yet; nothing is left behind.
+    """Check that files can be made in a folder, which need not exist yet; leave nothing behind.
 
     Args:
-        option: what named the folder, for the error.
-        utf8: its name must be UTF-8, since a library reads from it that takes no other names (safetensors).
+        option: the command-line option that named the folder, for the error.
+        utf8: require a name in UTF-8, for libraries that accept no other (safetensors).
 
     Raises:
-        ConfigError: it is a file, lies in one, cannot be written, or cannot be a path.
+        ConfigError: it is a file, is inside one, is not writable, or is no valid path.
     """
     if utf8 and str(folder) != without_surrogates(str(folder)):
         raise ConfigError(f"{option} {shown(folder)}: its name is not UTF-8; choose another folder")
@@ -220,7 +220,7 @@ def check_writable(folder: Path, option: str, *, utf8: bool = False) -> None:
 
 
 def _stands(place: Path) -> bool:
-    """Whether something is there, be it a link that leads nowhere."""
+    """Check whether the path exists, including as a broken link."""
     try:
         place.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -229,7 +229,7 @@ def _stands(place: Path) -> bool:
 
 
 def _fill(partial: Path, target: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a folder; an error of the system that names no file names the target (a full disk)."""
+    """Fill a folder; add the target's name to an OSError that names no file (a full disk)."""
     try:
         fill(partial)
     except OSError as problem:
@@ -264,10 +264,10 @@ def read_bytes(path: Path, *, limit: int = MAX_METADATA_BYTES, error: type[Radio
 
 
 def decode_text(data: bytes, where: object, *, error: type[RadioError] = DataError) -> str:
-    """Decode a text: UTF-8 with or without a byte-order mark, or UTF-16 and UTF-32 with one.
+    """Decode a text: UTF-8 with or without a byte-order mark, or UTF-16 or UTF-32 with one.
 
     Raises:
-        RadioError: of the type `error`: it is neither; names the first byte that is not.
+        RadioError: of the type `error`: it is none of these; names the first invalid byte.
     """
     encoding = next((name for mark, name in _BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8")
     try:
@@ -289,7 +289,7 @@ def read_text(path: Path, *, limit: int = MAX_METADATA_BYTES, error: type[RadioE
 
 
 def lines_of(text: str) -> list[str]:
-    """Split at line feeds alone (a carriage return before one goes too): U+2028 and its kind are content."""
+    """Split a text at LF or CRLF only; other line separators, such as U+2028, are content."""
     lines = text.split("\n")
     if not lines[-1]:
         lines.pop()
@@ -303,15 +303,15 @@ def parse_json(
     error: type[RadioError] = DataError,
     constants: bool = False,
 ) -> Any:
-    """Parse JSON from somebody else, whose objects hold each key once; half surrogates become U+FFFD.
+    """Parse foreign JSON without duplicate keys in its objects; lone surrogates become U+FFFD.
 
     Args:
         where: names the file, and the place in it, in errors.
-        constants: take NaN, Infinity and -Infinity, which JSON does not have but Python writes.
+        constants: accept NaN, Infinity and -Infinity, which JSON does not have but Python writes.
 
     Raises:
         RadioError: of the type `error`: not JSON, nested too deeply, with a number of thousands of digits, or
-            with a key twice in an object, of which one would be dropped without a word.
+            with a duplicate key in an object, one of which would be silently dropped.
     """
     try:
         value = json.loads(
@@ -325,18 +325,18 @@ def parse_json(
         ) from problem
     except RecursionError as problem:
         raise error(f"{shown(where)}: is nested too deeply to be read; is it the right file?") from problem
-    except ValueError as problem:  # a number of more digits than Python reads, a constant, a key twice
+    except ValueError as problem:  # a number with too many digits for Python, a constant, a duplicate key
         raise error(f"{shown(where)}: is not JSON ({str(problem).split(';')[0]})") from problem
     return without_surrogates(value) if _SURROGATE.search(text) else value
 
 
 def has_surrogates(text: str) -> bool:
-    """Whether a text holds half surrogates, which UTF-8 cannot hold."""
+    """Check whether a text holds lone surrogates, which UTF-8 cannot encode."""
     return not text.isascii() and re.search("[\ud800-\udfff]", text) is not None
 
 
 def without_surrogates(value: Any) -> Any:
-    """Replace half surrogates, which UTF-8 cannot hold, by U+FFFD in plain data."""
+    """Replace lone surrogates, which UTF-8 cannot encode, by U+FFFD in plain data."""
     if isinstance(value, str):
         return value if value.isascii() else re.sub("[\ud800-\udfff]", "\ufffd", value)
     if isinstance(value, list):
@@ -354,10 +354,11 @@ def validate(
     error: type[RadioError] = DataError,
     strict: bool = True,
 ) -> T:
-    """Give back `value` as the type that the schema describes; nothing is converted unless `strict` is off.
+    """Validate `value` against the schema and return it; values are converted only if `strict` is False.
 
     Raises:
-        RadioError: of the type `error`: it does not fit; names the first place, what came, what was due.
+        RadioError: of the type `error`: it does not fit; names the first place, its value and what was
+            expected there.
     """
     try:
         return schema.validate_python(value, strict=strict)
@@ -368,7 +369,7 @@ def validate(
 
 
 def explain(problem: ValidationError) -> str:
-    """Say the first thing that does not fit: `images[3].id: input should be a valid integer, got '7'`."""
+    """Describe the first mismatch: `images[3].id: input should be a valid integer, got '7'`."""
     errors = problem.errors(include_url=False, include_context=False)
     first = errors[0]
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
@@ -385,7 +386,7 @@ def read_json(
     limit: int = MAX_METADATA_BYTES,
     error: type[RadioError] = DataError,
 ) -> T:
-    """Read a JSON file from somebody else as the type that the schema describes.
+    """Read a foreign JSON file as the type that the schema describes.
 
     Raises:
         RadioError: of the type `error`: as `read_text`, `parse_json` and `validate`.
@@ -402,7 +403,7 @@ def read_jsonl(
     limit: int = MAX_DATA_BYTES,
     error: type[RadioError] = DataError,
 ) -> Iterator[tuple[int, T]]:
-    """Yield (line number from 1, record) of a file with one JSON record a line; empty lines are passed over.
+    """Yield (line number from 1, record) of a file with one JSON record per line; skip empty lines.
 
     Raises:
         RadioError: of the type `error`: as `read_json`; names the line.
@@ -414,7 +415,7 @@ def read_jsonl(
 
 
 def brief(value: Any) -> str:
-    """A value of any size as some words of a message."""
+    """Describe a value of any size in a few words for a message."""
     if isinstance(value, (dict, list, tuple)):
         return f"a {type(value).__name__} of {len(value)}"
     if isinstance(value, int) and value.bit_length() > 200:
@@ -426,8 +427,8 @@ def expand_braces(pattern: str, *, limit: int = MAX_NAMES, error: type[RadioErro
     """Spell out a pattern such as `photos-{000000..000003}.tar`, as bash does.
 
     Raises:
-        RadioError: of the type `error`: braces that do not match, or a pattern of more than `limit` names,
-            which is told without making them.
+        RadioError: of the type `error`: braces that do not match, or a pattern of more than `limit` names
+            (counted without making them).
     """
     try:
         if len(pattern) > _MAX_PATTERN:
@@ -449,9 +450,9 @@ def expand_braces(pattern: str, *, limit: int = MAX_NAMES, error: type[RadioErro
 
 
 def _count_names(pattern: str) -> int:
-    """How many names a pattern of braces stands for, by sums of alternatives and products of groups."""
-    around: list[tuple[int, int, int]] = []  # sum, product and start of the groups around this one
-    total, product, at = 0, 1, 0  # of the alternatives that are done; of the groups in this one
+    """Count the names of a brace pattern, by sums over alternatives and products over groups."""
+    around: list[tuple[int, int, int]] = []  # sum, product and start of the enclosing groups
+    total, product, at = 0, 1, 0  # of finished alternatives; of the groups in the current one
     while at < len(pattern):
         char = pattern[at]
         if char == "{":
@@ -474,7 +475,7 @@ def _count_names(pattern: str) -> int:
 
 
 def _count_range(text: str) -> int | None:
-    """How many numbers or letters `0..9`, `a..z` or `0..9..3` stand for; None where it is no range."""
+    """Count the numbers or letters of a range such as `0..9`, `a..z` or `0..9..3`; None if it is no range."""
     found = _RANGE.fullmatch(text)
     if found is None:
         return None
@@ -485,7 +486,7 @@ def _count_range(text: str) -> int | None:
 
 
 def _lock(folder: Path) -> int | None:
-    """An open lock on a folder; None where another process holds it, or the file system has none."""
+    """Lock a folder and return the descriptor; None if another process holds it or locks are unsupported."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -496,7 +497,7 @@ def _lock(folder: Path) -> int | None:
 
 
 def _remove_stray(parent: Path, prefix: str) -> None:
-    """Remove what killed processes have left half-made: an hour old, and nobody holds its lock."""
+    """Remove incomplete folders of killed processes: those an hour old whose lock no process holds."""
     folders = []
     with contextlib.suppress(OSError):
         folders = [path for path in parent.iterdir() if path.name.startswith(prefix)]

@@ -23,7 +23,7 @@ from .io import read_json
 
 NAME = ".lock"
 
-_ATTEMPTS = 100  # at a folder that comes and goes
+_ATTEMPTS = 100  # to open the lock while other processes remove and make the folder
 _UNLOCKABLE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system without locks
 
 
@@ -38,18 +38,18 @@ _HOLDER = TypeAdapter(_Holder)
 
 @contextmanager
 def locked(folder: Path, doing: str) -> Iterator[None]:
-    """Hold a folder, made where there is none, against every other process that asks for it in this way.
+    """Lock a folder (made if absent) against every other process that locks it with this function.
 
-    The system drops the lock with the process, however that ends: none is ever stale. A folder that was made
-    for it and is empty at the end goes again.
+    The operating system releases the lock when the process ends, however it ends: no lock is ever stale. A
+    folder that was made for it and is empty at the end is removed.
 
     Args:
-        folder: the folder to hold.
-        doing: what the others are told is going on in it: `trained`.
+        folder: the folder to lock.
+        doing: what is done in it, for the error message of other processes: `trained`.
 
     Raises:
-        RadioError: another process holds it, and its host and number are named; or something else than a
-            file is where the lock goes.
+        RadioError: another process holds the lock (the message names its host and process id), or something
+            other than a file is in the lock's place.
         OSError: the lock cannot be written.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -72,7 +72,7 @@ def _take(path: Path, doing: str) -> int:
             raise RadioError(f"{shown(path)}: is no regular file, and the lock goes there; move it away")
         handle = _open(path)
         try:
-            # Of the process, not of the file: children that outlive it do not hold it on.
+            # lockf's lock belongs to the process, not to the file: children that outlive it do not keep it.
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             held = error.errno in (errno.EACCES, errno.EAGAIN)
@@ -84,7 +84,7 @@ def _take(path: Path, doing: str) -> int:
                 raise RadioError(_refusal(path, doing) + ended) from error
         if _is(path, handle):
             break
-        os.close(handle)  # who held it has removed it in the meantime
+        os.close(handle)  # its previous holder has removed it in the meantime
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     try:
         os.ftruncate(handle, 0)
@@ -99,7 +99,7 @@ def _take(path: Path, doing: str) -> int:
 
 
 def _open(path: Path) -> int:
-    """Open the file in its folder, which whoever held it before may be taking away just now."""
+    """Open the lock file; retry while the previous holder removes the file or its folder."""
     for attempt in range(_ATTEMPTS):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,7 @@ def _open(path: Path) -> int:
 
 
 def _is_foreign(path: Path) -> bool:
-    """Whether a folder, link, pipe or device stands where the lock goes."""
+    """Check whether a folder, link, pipe or device is in the lock file's place."""
     try:
         return not stat.S_ISREG(path.lstat().st_mode)
     except FileNotFoundError:
@@ -126,7 +126,7 @@ def _is(path: Path, handle: int) -> bool:
 
 
 def _holder(path: Path) -> _Holder | None:
-    """Who says in the file that it holds the folder; None where it has not written its name yet."""
+    """Read who holds the folder from the lock file; None if the holder has not written its name yet."""
     try:
         return read_json(path, _HOLDER, limit=4096)
     except DataError:
@@ -134,7 +134,7 @@ def _holder(path: Path) -> _Holder | None:
 
 
 def _may_live(holder: _Holder | None) -> bool:
-    """Whether the process of a file that the system cannot lock may still run: on another host, it may."""
+    """Check whether the holder may still run, on a file system without locks (on another host it may)."""
     if holder is None or holder["host"] != socket.gethostname():
         return holder is not None
     try:

@@ -1,4 +1,4 @@
-"""How much memory a rank can have, and how it gets back what circles hold."""
+"""The memory available to a rank, and garbage collection that is safe against Ctrl-C."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-_CONTROL_GROUP = Path("/sys/fs/cgroup/memory.max")  # of a container or a job
+_CONTROL_GROUP = Path("/sys/fs/cgroup/memory.max")  # limit of a container or a job
 
 
 def memory_of(device: torch.device) -> int:
-    """Give the bytes of a GPU, or of the machine or its container for each of the ranks on it."""
+    """Return the bytes of a GPU's memory, or each local rank's share of the machine's or container's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -22,13 +22,13 @@ def memory_of(device: torch.device) -> int:
 
 
 def collect() -> None:
-    """Free what is held in circles alone. An interruption (Ctrl-C) meanwhile comes afterwards.
+    """Run the garbage collector; defer an interruption (Ctrl-C) until it is done.
 
-    Python would raise it in whatever finalizer runs, where errors are printed and dropped.
+    Python would raise it in the running finalizer, where errors are printed and dropped.
     """
     before = signal.getsignal(signal.SIGINT)
     if before is None or threading.current_thread() is not threading.main_thread():
-        gc.collect()  # signals are another thread's
+        gc.collect()  # only the main thread receives signals
         return
     came: list[int] = []
     signal.signal(signal.SIGINT, lambda number, _: came.append(number))

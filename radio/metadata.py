@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself beside the weights: a schema, so that readers may rely on the types."""
+"""The schema of a checkpoint's metadata, so that readers can rely on its types."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ Place = Annotated[str, MaxLen(4096), AfterValidator(_one_path)]
 class TeacherEntry(TypedDict, extra_items=Any):  # type: ignore[call-arg]
     """A teacher that a student learned from."""
 
-    name: Name  # of its adaptor
-    model: NotRequired[Place]  # a spec, such as dinov2:vitb14@FILE
+    name: Name  # name of its adaptor
+    model: NotRequired[Place]  # model spec, such as dinov2:vitb14@FILE
     fingerprint: NotRequired[Name]
     resolution: NotRequired[Side | Sides | None]
     student_resolution: NotRequired[Side | Sides | None]
@@ -45,7 +45,7 @@ Teachers = Annotated[list[TeacherEntry], MaxLen(_MAX_TEACHERS)]
 
 
 class ModelEntry(TypedDict, extra_items=Any):  # type: ignore[call-arg]
-    """A `ModelConfig`, which is read by its own fields."""
+    """A `ModelConfig` as plain data; `from_plain` checks its fields."""
 
     adaptors: NotRequired[Annotated[list[Any], MaxLen(_MAX_TEACHERS)]]
 
@@ -59,13 +59,13 @@ class SourceEntry(TypedDict, extra_items=Any):  # type: ignore[call-arg]
 
 
 class DataEntry(TypedDict, extra_items=Any):  # type: ignore[call-arg]
-    """What a student was trained on."""
+    """The data that a student was trained on."""
 
     sources: NotRequired[list[SourceEntry] | None]
 
 
 class Metadata(TypedDict, extra_items=Any):  # type: ignore[call-arg]
-    """The known keys; others are kept as they are."""
+    """The metadata's known keys; other keys are preserved."""
 
     format: Literal["am-radio/1"]
     name: NotRequired[Name | None]
@@ -80,12 +80,12 @@ _TEACHERS: TypeAdapter[list[TeacherEntry]] = TypeAdapter(Teachers)
 
 
 def read_metadata(text: str, path: Path) -> dict[str, Any]:
-    """Read the metadata of a checkpoint, without their format; unknown keys are kept.
+    """Read the metadata of a checkpoint, without the key `format`; unknown keys are preserved.
 
     Raises:
-        CheckpointError: no JSON, another format, or a known key of another type; names the first.
+        CheckpointError: not JSON, another format, or a known key of another type; names the first.
     """
-    where = f"{shown(path)}: its card"
+    where = f"{shown(path)}: its metadata"
     if len(text) > MAX_METADATA_BYTES:
         raise CheckpointError(f"{where} has {len(text)} characters; the limit is {MAX_METADATA_BYTES}")
     data = parse_json(text, where, error=CheckpointError)
@@ -101,19 +101,21 @@ def read_metadata(text: str, path: Path) -> dict[str, Any]:
     return {key: value for key, value in data.items() if key != "format"}
 
 
-def teachers_on(card: Mapping[str, Any], where: object) -> list[Mapping[str, Any]]:
-    """Give the teachers that a card names, each with `name`, `model` (a spec) and `fingerprint`.
+def teachers_on(metadata: Mapping[str, Any], where: object) -> list[Mapping[str, Any]]:
+    """List the teachers that metadata names, each with `name`, `model` (a spec) and `fingerprint`.
 
     Raises:
-        CheckpointError: an entry is of another type, or lacks one of them; `where` names the model.
+        CheckpointError: an entry is of another type, or lacks one of these keys; `where` names the model.
     """
-    entries = card.get("teachers") or []
-    found = validate(_TEACHERS, entries, f"{shown(where)}: the teachers on its card", error=CheckpointError)
+    entries = metadata.get("teachers") or []
+    found = validate(
+        _TEACHERS, entries, f"{shown(where)}: the teachers in its metadata", error=CheckpointError
+    )
     for place, entry in enumerate(found):
         for key in ("model", "fingerprint"):
             if key not in entry:
                 raise CheckpointError(
-                    f"{shown(where)}: the card's teacher {place} ({shown(entry['name'][:80])}) has no "
+                    f"{shown(where)}: the metadata's teacher {place} ({shown(entry['name'][:80])}) has no "
                     f"{key!r}, so its weights cannot be found again; wanted name, model and fingerprint"
                 )
     return list(entries)

@@ -1,4 +1,4 @@
-"""RadioModel: one student with its adaptors, and the file it is saved as."""
+"""RadioModel: one student with its adaptors, and saving and loading it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,20 @@ from .types import Adaptor, Features, Student, Windowed
 
 # Letters: B batch.
 
-_STUDENT = ("name", "fingerprint", "native_size", "summary_dim", "token_dim", "fit", "draw")  # its parts
+_STUDENT = (
+    "name",
+    "fingerprint",
+    "native_size",
+    "summary_dim",
+    "token_dim",
+    "nearest_size",
+    "sample_crops",
+)  # the attributes and methods that a student must have
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """All that is needed to build a RadioModel without its weights."""
+    """Everything needed to build a RadioModel, except its weights."""
 
     student: str
     options: StudentOptions = field(default_factory=StudentOptions)
@@ -36,60 +44,60 @@ class ModelConfig:
 
 
 class RadioModel(nn.Module):
-    """A student and its adaptors; to every evaluator a backbone like any other.
+    """A student and its adaptors; evaluators use it like any other backbone.
 
-    `model(images)` gives the student's own features, `model.adapt("clip", features)` carries them
-    into a teacher's space. `card` is what the checkpoint says of teachers, data and settings.
+    `model(images)` returns the student's own features, `model.adapt("clip", features)` maps them into a
+    teacher's space. `metadata` holds the checkpoint's entries about teachers, data and settings.
 
     Raises:
-        ConfigError: an unknown student, or adaptors that cannot stand side by side.
+        ConfigError: an unknown student, or two adaptors that cannot be combined.
     """
 
     def __init__(
-        self, config: ModelConfig, card: Mapping[str, Any] | None = None, name: str | None = None
+        self, config: ModelConfig, metadata: Mapping[str, Any] | None = None, name: str | None = None
     ) -> None:
         super().__init__()
         self.config = config
-        self.card = dict(card or {})
+        self.metadata = dict(metadata or {})
         self.label = name or config.student
-        factory: Any = students[config.student]  # another package's may be anything
+        factory: Any = students[config.student]  # another package's factory may be any object
         student = factory(config.options) if callable(factory) else factory
         self.student = as_student(config.student, student)
         self.adaptors = _heads(config.adaptors, self.student)
 
     @property
     def name(self) -> str:
-        """The checkpoint's or the student's name."""
+        """Name of the checkpoint or of the student."""
         return self.label
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all weights, of the student's own fingerprint (its window counts), and of the shape."""
+        """Hash of all weights, the student's fingerprint (which covers its window) and adaptors' shapes."""
         shape = json.dumps(to_plain(self.config.adaptors), sort_keys=True)
         return checkpoint.digest(self.adaptors.state_dict(), self.student.fingerprint + shape)
 
     @property
     def native_size(self) -> tuple[int, int]:
-        """(height, width) in pixels: what it was trained at, else what its architecture was made for."""
-        trained = self.card.get("resolution")
-        return self.fit(trained, trained) if isinstance(trained, int) else self.student.native_size
+        """(height, width) in pixels: the training resolution, else the architecture's native size."""
+        trained = self.metadata.get("resolution")
+        return self.nearest_size(trained, trained) if isinstance(trained, int) else self.student.native_size
 
     @property
     def summary_dim(self) -> int:
-        """C of the student's own summary."""
+        """Width C of the student's own summary."""
         return self.student.summary_dim
 
     @property
     def token_dim(self) -> int:
-        """D of the student's own tokens."""
+        """Width D of the student's own tokens."""
         return self.student.token_dim
 
-    def fit(self, height: int, width: int) -> tuple[int, int]:
-        """The nearest (height, width) that the student takes."""
-        return self.student.fit(height, width)
+    def nearest_size(self, height: int, width: int) -> tuple[int, int]:
+        """Compute the nearest (height, width) that the student accepts."""
+        return self.student.nearest_size(height, width)
 
     def with_window(self, side: int | None) -> Self:
-        """The same model with another attention window (None: the student's own way), sharing the weights.
+        """Return this model with another attention window (None: the student's default), sharing the weights.
 
         Raises:
             SizeError: a window for a student without windows.
@@ -102,43 +110,43 @@ class RadioModel(nn.Module):
         twin._modules = {**self._modules, "student": self.student.with_window(side)}  # type: ignore[dict-item]
         return twin
 
-    def draw(self, batch: int, generator: torch.Generator) -> Tensor | None:
-        """What one training forward of the student draws at random.
+    def sample_crops(self, batch: int, generator: torch.Generator) -> Tensor | None:
+        """Draw the random values of one training forward of the student; None if it draws nothing.
 
         Raises:
-            ConfigError: it draws something else than a tensor with a row for each picture.
+            ConfigError: the student returns something other than None or a tensor with a row for each image.
         """
-        drawn: Any = self.student.draw(batch, generator)
-        if drawn is None or (isinstance(drawn, Tensor) and drawn.ndim and len(drawn) == batch):
-            return drawn
+        crops: Any = self.student.sample_crops(batch, generator)
+        if crops is None or (isinstance(crops, Tensor) and crops.ndim and len(crops) == batch):
+            return crops
         raise ConfigError(
-            f"student {self.config.student!r}: its draw gave a {type(drawn).__name__}; wanted None, or a "
-            f"tensor with a row for each of {batch} pictures"
+            f"student {self.config.student!r}: its sample_crops gave a {type(crops).__name__}; wanted None, "
+            f"or a tensor with a row for each of {batch} images"
         )
 
-    def forward(self, images: Tensor, drawn: Tensor | None = None) -> Features:
-        """The student's own features of [B, 3, h, w] RGB in [0, 1].
+    def forward(self, images: Tensor, crops: Tensor | None = None) -> Features:
+        """Compute the student's own features of [B, 3, h, w] RGB in [0, 1].
 
         Raises:
-            SizeError: a size that the student cannot take; names the nearest that it can.
+            SizeError: a size that the student does not accept; names the nearest that it does.
         """
-        return self.student(images, drawn)
+        return self.student(images, crops)
 
     def adapt(self, name: str, features: Features, grid: tuple[int, int] | None = None) -> Features:
-        """Features carried into teacher `name`'s space, on `grid` (None keeps the student's).
+        """Map features into teacher `name`'s space, on `grid` (None keeps the student's).
 
         Raises:
-            ConfigError: there is no adaptor of that name; lists those there are.
+            ConfigError: no adaptor of that name exists; lists the existing ones.
         """
         return self._adaptor(name)(features, grid)
 
     def adapt_summary(self, name: str, summaries: Tensor) -> Tensor:
-        """The student's summaries [B, C] alone in teacher `name`'s space, for summaries kept from earlier.
+        """Map only the student's summaries [B, C] into teacher `name`'s space, for cached summaries.
 
         Raises:
             ConfigError: as `adapt`.
         """
-        return self._adaptor(name).carry_summary(summaries)
+        return self._adaptor(name).adapt_summary(summaries)
 
     def _adaptor(self, name: str) -> Adaptor:
         if name not in self.adaptors:
@@ -149,23 +157,24 @@ class RadioModel(nn.Module):
         return adaptor
 
     def save(self, path: Path, tensors: Mapping[str, Tensor] | None = None) -> str:
-        """Write weights and card as `.pt` or `.safetensors`, atomically; the file's sha256.
+        """Write weights and metadata as `.pt` or `.safetensors`, atomically; return the file's sha256.
 
-        `tensors` are other weights of this architecture to write instead: gathered from ranks, or averaged.
+        `tensors`: weights of this architecture to write instead of the module's own, such as those gathered
+        from ranks or averaged.
         """
         weights = self.state_dict() if tensors is None else tensors
-        return checkpoint.save(path, weights, {**self.card, "model": to_plain(self.config)})
+        return checkpoint.save(path, weights, {**self.metadata, "model": to_plain(self.config)})
 
 
 def as_student(name: str, student: Any) -> Student:
-    """The student, once it is seen to have all that one needs.
+    """Check that an object has every part of a student, and return it.
 
     Raises:
         ConfigError: it is no torch module, or lacks a part of `radio.types.Student`.
     """
     if not isinstance(student, nn.Module):
         raise ConfigError(f"student {name!r} is not a torch module; make its factory return one")
-    # The class first: isinstance would make every property, and a fingerprint hashes all weights.
+    # The class first: isinstance would compute every property, and a fingerprint hashes all weights.
     lacking = [part for part in _STUDENT if not hasattr(type(student), part) and not hasattr(student, part)]
     if lacking:
         raise ConfigError(
@@ -191,73 +200,76 @@ def _heads(configs: tuple[AdaptorConfig, ...], student: Student) -> nn.ModuleDic
 
 
 def build(
-    config: ModelConfig, seed: int, card: Mapping[str, Any] | None = None, name: str | None = None
+    config: ModelConfig, seed: int, metadata: Mapping[str, Any] | None = None, name: str | None = None
 ) -> RadioModel:
-    """A fresh model whose weights `seed` decides; torch's global generator is left as it was."""
+    """Build a model with fresh weights drawn from `seed`; torch's global generator is left unchanged."""
     with seeded(seed):
-        return RadioModel(config, card, name)
+        return RadioModel(config, metadata, name)
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw inside from torch's CPU generator, seeded so; afterwards every generator is as it was."""
+    """Seed torch's CPU generator inside the block; restore its state afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU too, for good
         yield
 
 
 def outline(config: ModelConfig) -> RadioModel:
-    """The model on the meta device: every shape, and memory for none.
+    """Build the model on the meta device: every shape, without memory.
 
     Raises:
-        ConfigError: an unknown student, or options or adaptors that it cannot have.
+        ConfigError: an unknown student, or options or adaptors that it does not support.
     """
     with torch.device("meta"):
         return RadioModel(config)
 
 
 def load(path: Path) -> RadioModel:
-    """The model in a checkpoint file, in inference mode on the CPU.
+    """Load the model in a checkpoint file, in inference mode on the CPU.
 
     Raises:
-        CheckpointError: no such file, or one that is foreign, truncated, altered, or not a model; or whose
-            weights are not finite.
+        CheckpointError: no such file, or one that is foreign, truncated, altered, not a model, or has
+            weights that are not finite.
     """
     found = checkpoint.load(path)
     config = _read_config(found, path)
-    loaded = build(config, 0, found.card, _label(path))
+    loaded = build(config, 0, found.metadata, _label(path))
     checkpoint.load_state(loaded, found.tensors, str(path))
     return loaded.eval()
 
 
 def load_untrained(path: Path, seed: int) -> RadioModel:
-    """The architecture of a checkpoint with fresh weights: the floor that training rose from.
+    """Build a checkpoint's architecture with fresh weights, as the untrained baseline.
 
-    Its card keeps the teachers, whose decoders and text towers it is scored with like the trained one.
+    Its metadata keeps the teachers, so that it is evaluated with the same decoders and text towers as the
+    trained model.
     """
     found = checkpoint.load(path)
     config = _read_config(found, path)
-    card: dict[str, Any] = {key: found.card[key] for key in ("resolution", "teachers") if key in found.card}
-    return build(config, seed, card, f"{_label(path)}-untrained").eval()
+    metadata: dict[str, Any] = {
+        key: found.metadata[key] for key in ("resolution", "teachers") if key in found.metadata
+    }
+    return build(config, seed, metadata, f"{_label(path)}-untrained").eval()
 
 
 def _read_config(found: checkpoint.Checkpoint, path: Path) -> ModelConfig:
-    """The model that a card describes, once the file is seen to hold its weights: no other is ever built."""
+    """Read the model's configuration; check that the file's weights fit it before anything is built."""
     where = shown(path)
-    if "model" not in found.card:
-        raise CheckpointError(f"{where}: its card describes no model; it holds something else")
-    config = from_plain(ModelConfig, found.card["model"], f"{where}: model")
+    if "model" not in found.metadata:
+        raise CheckpointError(f"{where}: its metadata describes no model; it holds something else")
+    config = from_plain(ModelConfig, found.metadata["model"], f"{where}: model")
     if len(config.adaptors) > len(found.tensors):
         raise CheckpointError(
-            f"{where}: its card names {len(config.adaptors)} adaptors, and the file has {len(found.tensors)} "
-            f"tensors; it was altered"
+            f"{where}: its metadata names {len(config.adaptors)} adaptors, and the file has "
+            f"{len(found.tensors)} tensors; it was altered"
         )
     try:
         shape = outline(config)
     except RadioError:
         raise
-    except Exception:  # noqa: BLE001 (another package's student, which the meta device is too little for)
-        return config  # then its weights are compared after it is built
+    except Exception:  # noqa: BLE001 (another package's student that cannot be built on the meta device)
+        return config  # its weights are then compared after it is built
     checkpoint.check_state(shape, found.tensors, where)
     return config
 

@@ -1,4 +1,4 @@
-"""Command lines to settings: what the settings themselves refuse is one error, as from any other place."""
+"""Parse command lines into settings; values that the settings refuse raise the same error as elsewhere."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ T = TypeVar("T")
 
 
 def parse_options(kind: type[T], arguments: Sequence[str], **how: Any) -> T:
-    """Parse a command line into settings of type `kind`; `how` is tyro's.
+    """Parse a command line into settings of type `kind`; `how` holds arguments of tyro.cli.
 
     Raises:
-        ConfigError: the settings refuse what came. What tyro does not know it says itself, and exits with 2.
+        ConfigError: the settings refuse a value. tyro reports unknown options itself, and exits with 2.
     """
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # tyro draws a box before it exits
@@ -29,4 +29,4 @@ def parse_options(kind: type[T], arguments: Sequence[str], **how: Any) -> T:
             error = error.__context__
         if error is not None:
             raise error from None
-    return cast(T, tyro.cli(kind, args=list(arguments), **how))  # once more, and aloud
+    return cast(T, tyro.cli(kind, args=list(arguments), **how))  # again, with tyro's own output

@@ -1,4 +1,4 @@
-"""Names to factories, with entry points for other people's packages."""
+"""Registries of factories by name, open to other packages through entry points."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ from .errors import ConfigError, RadioError, did_you_mean, shown
 
 T = TypeVar("T")
 
-_MAX_CHARS = 200  # of a name in messages, and of what other packages raise
+_MAX_CHARS = 200  # of a name, or of another package's error, in messages
 _MAX_LISTED = 20  # names of one prefix in messages
-_OURS = (RadioError, OSError, MemoryError, KeyboardInterrupt)  # these are told in one line as they are
+_OURS = (RadioError, OSError, MemoryError, KeyboardInterrupt)  # these are already reported in one line
 
 
 class Plugin(NamedTuple):
-    """What another package adds."""
+    """An object that another package adds to a registry."""
 
     kind: str
     point: EntryPoint
 
     @property
     def package(self) -> str:
-        """The package's name."""
+        """Name of the package."""
         dist = self.point.dist
-        return (dist and dist.metadata["Name"]) or "that package"  # None where its METADATA are absent
+        return (dist and dist.metadata["Name"]) or "that package"  # None if its METADATA is absent
 
     def __str__(self) -> str:
-        """Kind, name and package: `student 'small' (package their-students)`."""
+        """Format kind, name and package: `student 'small' (package their-students)`."""
         return f"{self.kind} {self.point.name!r} (package {self.package})"
 
 
-_made: dict[type, Plugin] = {}  # by the types of what the factories gave, the newest last
+_made: dict[type, Plugin] = {}  # by the type of the factories' products, the newest last
 
 
 def words_of(error: BaseException) -> str:
-    """What another package's code raised, on one short line."""
+    """Format the error that another package's code raised as one short line."""
     try:
         said = str(error)
-    except Exception:  # noqa: BLE001 (their error may not even be printable)
+    except Exception:  # noqa: BLE001 (even str() of their error may fail)
         said = ""
     return f"{type(error).__name__}: {shown(said[:_MAX_CHARS])}"
 
 
 def plugin_of(module: str, maker: object) -> Plugin | None:
-    """The plugin that a module belongs to; of a package with several that which gave `maker`, or the last."""
+    """Find a module's plugin; if its package has several, the one that made `maker`, else the last."""
     root = module.partition(".")[0]
     theirs = {kind: plugin for kind, plugin in _made.items() if plugin.point.module.partition(".")[0] == root}
     return theirs.get(type(maker)) or next(reversed(theirs.values()), None)
@@ -56,8 +56,8 @@ def plugin_of(module: str, maker: object) -> Plugin | None:
 class Registry(Generic[T]):
     """A mapping from kebab-case names to objects (factories, evaluators).
 
-    A package outside this one adds to a registry through an entry point of the group
-    `am_radio.<kind>s`, for example `am_radio.students`. A family stands for all names with its prefix.
+    Another package adds to a registry through an entry point of the group `am_radio.<kind>s`, for example
+    `am_radio.students`. A family covers all names with its prefix.
     """
 
     def __init__(self, kind: str) -> None:
@@ -68,14 +68,14 @@ class Registry(Generic[T]):
         self._plugins: dict[str, Plugin] = {}
 
     def plugin(self, name: str) -> Plugin | None:
-        """The plugin that brings what stands under `name`, or its family; None for our own."""
+        """Return the plugin that provides `name` or its family; None for this package's entries."""
         return self._plugins.get(name) or self._plugins.get(name.partition(":")[0])
 
     def register(self, name: str) -> Callable[[T], T]:
-        """A decorator that enters its object under `name` and gives it back.
+        """Return a decorator that registers its object under `name` and returns it.
 
         Raises:
-            ConfigError: the name is taken by something else.
+            ConfigError: the name is taken by another object.
         """
 
         def enter(value: T) -> T:
@@ -85,27 +85,27 @@ class Registry(Generic[T]):
         return enter
 
     def add(self, name: str, value: T) -> None:
-        """Enter `value` under `name`.
+        """Register `value` under `name`.
 
         Raises:
-            ConfigError: the name is taken by something else.
+            ConfigError: the name is taken by another object.
         """
         if _inner(self._entries.get(name, value)) is not _inner(value):
             raise ConfigError(f"a {self.kind} named {name!r} is registered already; choose another name")
         self._entries[name] = value
 
     def add_family(self, prefix: str, find: Callable[[str], T]) -> None:
-        """Let `find(rest)` answer for every name `prefix:rest` that is not entered itself.
+        """Resolve every name `prefix:rest` that is not registered itself by `find(rest)`.
 
-        `find` raises a ConfigError for what it does not know. A listing shows entered names only.
+        `find` raises a ConfigError for an unknown name. Listings show registered names only.
         """
         self._families[prefix] = find
 
     def __getitem__(self, name: str) -> T:
-        """What stands under `name`.
+        """Return the object registered under `name`.
 
         Raises:
-            ConfigError: nothing does, and the nearest names are offered; or a plugin cannot be loaded.
+            ConfigError: an unknown name (suggests the nearest ones), or a plugin that cannot be loaded.
         """
         self._read_plugins()
         if name not in self._entries:
@@ -127,12 +127,12 @@ class Registry(Generic[T]):
         return True
 
     def __iter__(self) -> Iterator[str]:
-        """The names, sorted."""
+        """Iterate over the names, sorted."""
         self._read_plugins()
         return iter(sorted(self._entries))
 
     def _listing(self) -> str:
-        """The names for a message; of a prefix with many, such as `timm:`, how many there are."""
+        """List the names for a message; for a prefix with many, such as `timm:`, only their number."""
         prefixes = Counter(name.partition(":")[0] for name in self._entries if ":" in name)
         many = {prefix: count for prefix, count in prefixes.items() if count > _MAX_LISTED}
         names = [name for name in sorted(self._entries) if name.partition(":")[0] not in many]
@@ -141,7 +141,7 @@ class Registry(Generic[T]):
     def _read_plugins(self) -> None:
         if self._plugins_read:
             return
-        self._plugins_read = True  # first, since a plugin may look into this registry while it is loaded
+        self._plugins_read = True  # set first, since a plugin may read this registry while it is loaded
         try:
             self._load_plugins()
         except ConfigError:
@@ -154,13 +154,13 @@ class Registry(Generic[T]):
                 value = point.load()
             except (ConfigError, KeyboardInterrupt):
                 raise
-            except BaseException as error:  # whatever their code raises while it is imported
+            except BaseException as error:  # their code may raise anything while it is imported
                 raise self._blame(point, "loaded", error) from error
             self.add(point.name, self._guarded(point, value))
             self._plugins[point.name] = Plugin(self.kind, point)
 
     def _guarded(self, point: EntryPoint, value: T) -> T:
-        """Another package's factory, whose own errors become one that names the package."""
+        """Wrap another package's factory, so that its errors name the package."""
         if not callable(value):
             return value
         factory: Callable[..., Any] = value
@@ -187,5 +187,5 @@ class Registry(Generic[T]):
 
 
 def _inner(value: Any) -> Any:
-    """What a guard stands around; a package that is read twice gets two guards around one factory."""
+    """Return the factory inside a guard; a package that is read twice gets two guards around one factory."""
     return getattr(value, "__wrapped__", value)

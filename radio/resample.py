@@ -1,4 +1,4 @@
-"""Every interpolation there is: pictures, feature maps, and nothing else decides how."""
+"""All interpolation of images and feature maps in the package."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .types import Features
 def resize_images(
     images: Tensor, size: tuple[int, int], mode: Literal["bicubic", "bilinear"] = "bicubic"
 ) -> Tensor:
-    """Pictures [B, 3, h, w] in [0, 1] at another (height, width), antialiased, clamped to [0, 1]."""
+    """Resize images [B, 3, h, w] in [0, 1] to another (height, width), antialiased, clamped to [0, 1]."""
     if tuple(images.shape[-2:]) == size:
         return images
     resized = F.interpolate(images, size=size, mode=mode, antialias=True, align_corners=False)
@@ -23,7 +23,7 @@ def resize_images(
 
 
 def resize_tokens(tokens: Tensor, grid: tuple[int, int], to: tuple[int, int]) -> Tensor:
-    """Tokens [B, T, D] resampled bilinearly from one grid to another (paper §4), in float32."""
+    """Resample tokens [B, T, D] bilinearly from one grid to another (paper §4), in float32."""
     if grid == to:
         return tokens
     plane = tokens.transpose(1, 2).unflatten(2, grid).float()
@@ -32,5 +32,5 @@ def resize_tokens(tokens: Tensor, grid: tuple[int, int], to: tuple[int, int]) ->
 
 
 def resize_features(features: Features, to: tuple[int, int]) -> Features:
-    """Features with their tokens on another grid; the summary stays."""
+    """Resample the tokens of features to another grid; the summary is unchanged."""
     return Features(features.summary, resize_tokens(features.tokens, features.grid, to), to)

@@ -1,7 +1,7 @@
-"""The state dict of a TorchScript archive (OpenAI's CLIP files are such), read without running its code.
+"""Read the state dict of a TorchScript archive (such as OpenAI's CLIP files) without running its code.
 
-An archive holds its modules as a pickle of objects of classes that its own code defines. Here every such
-class is one inert holder of attributes, and the tensors among these are what `state_dict()` would give.
+An archive holds its modules as a pickle of objects whose classes its own code defines. Here every such class
+is replaced by an inert holder of attributes; its tensors are those that `state_dict()` would return.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
     """Read the parameters and buffers of a TorchScript archive under their names.
 
     Raises:
-        CheckpointError: it is damaged, or holds what cannot be read as data.
+        CheckpointError: it is damaged, or holds something that cannot be read as data.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -47,7 +47,7 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
             pickled = next(name for name in names if name.endswith("/data.pkl") or name == "data.pkl")
             root = _Objects(archive, pickled.removesuffix("data.pkl")).load()
         return _state_dict(root)
-    except Exception as error:  # what a damaged pickle or zip file may lead to
+    except Exception as error:  # a damaged pickle or zip file may raise anything
         raise CheckpointError(
             f"{shown(path)}: a TorchScript archive that cannot be read as data ({str(error)[:200]}); write "
             f"its state dict: torch.save(torch.jit.load(F).state_dict(), G)"
@@ -56,7 +56,7 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
 
 @final
 class _Module:
-    """Any object of a class of the archive: its attributes, and nothing that runs."""
+    """An object of any class of the archive: its attributes, without code."""
 
     def __init__(self, *_: Any) -> None:
         self.attributes: dict[str, Any] = {}
@@ -72,7 +72,7 @@ class _Module:
 
 @final
 class _Objects(pickle.Unpickler):
-    """Unpickles inert holders and tensors alone: no name in the file leads to a class of this process."""
+    """An unpickler of inert holders and tensors only: no name in a file resolves to a real class."""
 
     def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
         super().__init__(io.BytesIO(archive.read(f"{root}data.pkl")))

@@ -1,4 +1,4 @@
-"""The interfaces everything meets at: what an encoder returns, and who counts as one."""
+"""The package's interfaces: encoders, their features, text towers and adaptors."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import Tensor
 
 
 class Features(NamedTuple):
-    """What any encoder returns. A NamedTuple, because torch.export refuses a bare dataclass."""
+    """The output of every encoder; a NamedTuple, because torch.export refuses a plain dataclass."""
 
     summary: Tensor  # [B, C]
     tokens: Tensor  # [B, T, D], row-major over the grid
     grid: tuple[int, int]  # (H, W), H * W == T
 
     def map(self) -> Tensor:
-        """The tokens as a picture: [B, D, H, W]."""
+        """Reshape the tokens to a map [B, D, H, W]."""
         plane: Tensor = self.tokens.transpose(1, 2).unflatten(2, self.grid)
         return plane
 
 
 @runtime_checkable
 class Backbone(Protocol):
-    """A student, a teacher or a timm model: evaluators cannot tell them apart."""
+    """A student, a teacher or a timm model: evaluators treat them alike."""
 
     @property
     def name(self) -> str:
@@ -38,7 +38,7 @@ class Backbone(Protocol):
 
     @property
     def native_size(self) -> tuple[int, int]:
-        """(height, width) in pixels that the encoder was made for."""
+        """(height, width) in pixels that the encoder was designed for."""
 
     @property
     def summary_dim(self) -> int:
@@ -48,17 +48,17 @@ class Backbone(Protocol):
     def token_dim(self) -> int:
         """D, the width of a spatial token."""
 
-    def fit(self, height: int, width: int) -> tuple[int, int]:
-        """The accepted (height, width) in pixels nearest to the one asked for."""
+    def nearest_size(self, height: int, width: int) -> tuple[int, int]:
+        """Compute the accepted (height, width) in pixels nearest to the requested one."""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Self:
-        """The same encoder, moved."""
+        """Move the encoder and return it."""
 
     def eval(self) -> Self:
-        """The same encoder in inference mode."""
+        """Set inference mode and return the encoder."""
 
     def __call__(self, images: Tensor) -> Features:
-        """Encode [B, 3, h, w] RGB in [0, 1]; the encoder normalises by itself."""
+        """Encode [B, 3, h, w] RGB in [0, 1]; the encoder normalises them itself."""
 
 
 class TextTower(Protocol):
@@ -69,10 +69,10 @@ class TextTower(Protocol):
         """Hex hash of weights and tokenizer."""
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """[N, E] text vectors, not normalised."""
+        """Encode N texts as vectors [N, E], not normalised."""
 
     def project(self, summaries: Tensor) -> Tensor:
-        """[B, C] summaries of the teacher in the texts' space [B, E]; CLIP's are there already."""
+        """Project the teacher's summaries [B, C] to the texts' space [B, E]; CLIP's are unchanged."""
 
 
 @runtime_checkable
@@ -81,18 +81,18 @@ class Teacher(Backbone, Protocol):
 
     @property
     def text(self) -> TextTower | None:
-        """The text tower that shares the summary's space; None where there is none."""
+        """Text tower that shares the summary's space, or None."""
 
 
 @runtime_checkable
 class Student(Backbone, Protocol):
-    """A backbone that is trained. What it draws at random comes in from outside."""
+    """A backbone that is trained; its random values are passed in from outside."""
 
-    def draw(self, batch: int, generator: torch.Generator) -> Tensor | None:
-        """What one training forward draws at random (CPE crops), or None if it draws nothing."""
+    def sample_crops(self, batch: int, generator: torch.Generator) -> Tensor | None:
+        """Draw the random values of one training forward (CPE crops); None if it draws nothing."""
 
-    def __call__(self, images: Tensor, drawn: Tensor | None = None) -> Features:
-        """Encode [B, 3, h, w] RGB in [0, 1]; `drawn` as `draw` gave it, None when evaluating."""
+    def __call__(self, images: Tensor, crops: Tensor | None = None) -> Features:
+        """Encode [B, 3, h, w] RGB in [0, 1]; `crops` come from `sample_crops`, None in evaluation."""
 
 
 @runtime_checkable
@@ -100,14 +100,14 @@ class Windowed(Protocol):
     """A backbone whose attention window can be chosen per use."""
 
     def with_window(self, side: int | None) -> Self:
-        """The same backbone, sharing the weights, with windows of side x side tokens."""
+        """Return the same backbone with windows of side x side tokens, sharing the weights."""
 
 
 class Adaptor(Protocol):
-    """Carries student features into one teacher's space."""
+    """A module that maps student features into one teacher's space."""
 
     def __call__(self, features: Features, grid: tuple[int, int] | None = None) -> Features:
-        """The features in the teacher's widths, on `grid` (None keeps the student's)."""
+        """Map features to the teacher's widths, on `grid` (None keeps the student's)."""
 
-    def carry_summary(self, summaries: Tensor) -> Tensor:
-        """[B, C] summaries of the student, alone, in the teacher's width."""
+    def adapt_summary(self, summaries: Tensor) -> Tensor:
+        """Map only the student's summaries [B, C] to the teacher's width."""

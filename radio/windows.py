@@ -1,4 +1,4 @@
-"""Tokens to attention windows and back, as pure reshapes (paper appendix C)."""
+"""Reorder tokens into attention windows and back, as pure reshapes (paper appendix C)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from .errors import SizeError
 
 
 def to_windows(x: Tensor, grid: tuple[int, int], side: int) -> Tensor:
-    """Tokens reordered so that those of one window lie together: [B, T, D] -> [B, T, D].
+    """Reorder tokens so that those of one window are contiguous: [B, T, D] -> [B, T, D].
 
-    Windows follow one another row by row, and so do the tokens inside a window. Folding the
-    windows into the batch is then a free view: [B, N*s*s, D] -> [B*N, s*s, D].
+    Windows are ordered row by row, and so are the tokens inside a window. Folding the windows into the batch
+    is then a free view: [B, N*s*s, D] -> [B*N, s*s, D].
 
     Raises:
         SizeError: the grid does not divide into windows of that side.
@@ -25,7 +25,7 @@ def to_windows(x: Tensor, grid: tuple[int, int], side: int) -> Tensor:
 
 
 def from_windows(x: Tensor, grid: tuple[int, int], side: int) -> Tensor:
-    """The inverse of `to_windows`: [B, T, D] in window order -> row-major over the grid."""
+    """Invert `to_windows`: [B, T, D] in window order -> row-major over the grid."""
     check_window(grid, side)
     (h, w), d = grid, x.shape[-1]
     x = x.reshape(-1, h // side, w // side, side, side, d)
@@ -33,7 +33,7 @@ def from_windows(x: Tensor, grid: tuple[int, int], side: int) -> Tensor:
 
 
 def check_window(grid: tuple[int, int], side: int) -> None:
-    """Nothing, when the window divides the grid.
+    """Check that the window divides the grid.
 
     Raises:
         SizeError: it does not; names the nearest sides that do.
@@ -49,18 +49,21 @@ def check_window(grid: tuple[int, int], side: int) -> None:
 
 
 def common_sides(grid: tuple[int, int]) -> list[int]:
-    """Every window side that divides both sides of the grid, ascending."""
+    """List every window side that divides both sides of the grid, ascending."""
     h, w = grid
     return [side for side in range(1, min(h, w) + 1) if h % side == 0 and w % side == 0]
 
 
 def choose_side(grid: tuple[int, int], least: int, most: int) -> int | None:
-    """The largest side up to `most` that divides the grid, else the smallest above it; None under `least`."""
+    """Choose the largest side from `least` to `most` that divides the grid, else the smallest above `most`.
+
+    None if no side of at least `least` divides the grid.
+    """
     fitting = [side for side in common_sides(grid) if side >= least]
     within = [side for side in fitting if side <= most]
     return max(within) if within else min(fitting, default=None)
 
 
 def nearest_multiple(pixels: int, step: int) -> int:
-    """The multiple of `step` nearest to a number of pixels, at least one; the larger of two equally near."""
+    """Round pixels to the nearest multiple of `step`, at least one step; ties round up."""
     return max(1, (2 * pixels + step) // (2 * step)) * step

@@ -1,4 +1,4 @@
-"""What trainers put around a state dict, taken off: keys about it, and prefixes of its names."""
+"""Remove what trainers put around a state dict: enclosing keys, and prefixes of its names."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .errors import CheckpointError, shown
 
-# Keys under which trainers keep the weights, in the order in which they are looked for: of two copies the
-# trained one comes first, of a student and its averaged teacher (DINO) the teacher.
+# Keys under which trainers store the weights, in the order of the search: of two copies the trained one comes
+# first, of a student and its averaged teacher (DINO) the teacher.
 _KEYS = (
     *(
         "state_dict",
@@ -36,14 +36,14 @@ _MAX_DEPTH = 4
 
 
 def find_state(data: Any, where: object) -> dict[str, Tensor]:
-    """Find the state dict in what a torch file holds: under a trainer's key, or its only part with tensors.
+    """Find the state dict in a torch file's content: under a trainer's key, or its only part with tensors.
 
-    Names lose the marks of torch.compile, FSDP and (Distributed)DataParallel.
+    The marks of torch.compile, FSDP and (Distributed)DataParallel are removed from the names.
 
     Raises:
-        CheckpointError: there is none, or several; names the keys that there are.
+        CheckpointError: it has none, or several; names the keys that it has.
     """
-    if isinstance(data, Mapping) and {"card", "sha256", "tensors"} <= data.keys():
+    if isinstance(data, Mapping) and {"metadata", "sha256", "tensors"} <= data.keys():
         raise CheckpointError(
             f"{shown(where)}: a checkpoint of am-radio; give the file alone, without family:"
         )
@@ -69,16 +69,16 @@ def find_state(data: Any, where: object) -> dict[str, Tensor]:
 
 
 def without_prefix(tensors: dict[str, Tensor], anchors: Collection[str], where: object) -> dict[str, Tensor]:
-    """Take off what a wrapper put before the names, such as `backbone.`, with all that lies beside it.
+    """Remove a wrapper's prefix of the names, such as `backbone.`, and drop tensors without that prefix.
 
     Args:
         tensors: a state dict.
-        anchors: names that the network has; the prefix is what most of them stand behind. Where none is
-            found, everything stays.
+        anchors: names that the network has; the prefix is the one that most of them have. If none occurs,
+            everything is returned unchanged.
         where: names the file in errors.
 
     Raises:
-        CheckpointError: several prefixes would do.
+        CheckpointError: several prefixes match equally.
     """
     known = frozenset(anchors)
     hits: Counter[str] = Counter()
@@ -104,7 +104,7 @@ def without_prefix(tensors: dict[str, Tensor], anchors: Collection[str], where: 
 
 
 def _inner(data: Any) -> Mapping[Any, Any] | None:
-    """The mapping under a trainer's key; else, where no tensors are, the only one that holds some."""
+    """Return the mapping under a trainer's key; else, beside no tensors, the only mapping that holds some."""
     if not isinstance(data, Mapping):
         return None
     for key in _KEYS:
@@ -145,7 +145,7 @@ def _describe(data: Any) -> str:
 
 
 def _shown_key(key: Any) -> str:
-    """A key for a message: a text cut, a small number, of all else (which may be endless) the type."""
+    """Format a key for a message: a string cut, a small integer, of anything else (maybe huge) its type."""
     if isinstance(key, str):
         return shown(key[:60])
     small = isinstance(key, int) and key.bit_length() < 64

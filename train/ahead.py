@@ -17,15 +17,15 @@ _END = object()
 _CPU = torch.device("cpu")
 
 
-def ahead(items: Iterator[T], device: torch.device = _CPU) -> Iterator[T]:
-    """Prefetch the next item of an iterator in a thread of its own while the one before is used.
+def prefetch(items: Iterator[T], device: torch.device = _CPU) -> Iterator[T]:
+    """Prefetch the next item of an iterator in a separate thread while the current one is used.
 
-    What goes wrong in the making is raised where the item would have come. On a GPU the thread works on a
-    stream of its own, so that its kernels run beside those of the caller.
+    An error in producing an item is raised where the item would be yielded. On a GPU the thread uses a
+    separate CUDA stream, so that its kernels overlap with the caller's.
 
     Args:
-        items: what to prefetch; their tensors may be anywhere inside tuples, lists and dicts.
-        device: where the items are made, and used.
+        items: the iterator to prefetch; tensors may be nested in tuples, lists and dicts.
+        device: where the items are produced and used.
     """
     lane = _Stream(device) if device.type == "cuda" else None
 
@@ -47,25 +47,25 @@ def ahead(items: Iterator[T], device: torch.device = _CPU) -> Iterator[T]:
 
 @final
 class _Stream:
-    """A CUDA stream for the prefetching thread, ordered with the caller's by events alone."""
+    """A CUDA stream for the prefetching thread, ordered with the caller's stream by events only."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)
-        self.stream.wait_stream(torch.cuda.current_stream(device))  # weights may still be on their way
+        self.stream.wait_stream(torch.cuda.current_stream(device))  # weights may still be being copied
 
     def enter(self) -> None:
-        """Choose the device for the thread: a new thread starts on GPU 0, whatever the rank's own is."""
+        """Select the rank's device in the thread: a new thread always starts on GPU 0."""
         torch.cuda.set_device(self.device)
 
     def make(self, items: Iterator[Any]) -> tuple[object, torch.cuda.Event]:
-        """Make the next item, and an event that it is ready after."""
+        """Produce the next item and the event that marks it as ready."""
         with torch.cuda.stream(self.stream):
             item = next(items, _END)
             return item, self.stream.record_event()
 
     def hand_over(self, item: object, ready: torch.cuda.Event) -> None:
-        """Let the caller's stream wait for the item on the device, and keep its memory until it is used."""
+        """Make the caller's stream wait for the item on the device and keep its memory until it is used."""
         user = torch.cuda.current_stream(self.device)
         user.wait_event(ready)
         for leaf in tree_leaves(item):
@@ -74,10 +74,10 @@ class _Stream:
 
 
 @contextmanager
-def half_the_threads() -> Iterator[None]:
-    """Torch's operators on half as many threads, for two of them at a time.
+def limit_threads() -> Iterator[None]:
+    """Halve the threads of each torch operator, so that two operators can run in parallel.
 
-    Small networks do not gain from a second thread inside an operator, but from a second operator.
+    Small networks gain from a second operator in parallel, not from a second thread inside one.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, before // 2))

@@ -1,4 +1,4 @@
-"""What a run is set up from: teachers, the student's configuration, windows, and the checkpoint's card."""
+"""Set up a run: its teachers, the student's configuration, windows, and the checkpoint's metadata."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from radio.types import Student, Teacher, Windowed
 from .balancing import check_balance
 from .config import TeacherConfig, TrainConfig
 from .data.progress import LISTING
+from .images import DatasetInfo
 from .parallel import check_shardable, is_half
 from .partition import Partition, make_partition
-from .pictures import Described
 from .teacher_weights import make_lean
 
-# Settings that may change from one start to the next: what is told and kept, and who does the work.
-_UNDECIDING = (
+# Settings that a resumed run may change: logging, saving, and how the work is distributed.
+RESUME_IGNORED = (
     *(
         "recipe",
         "out",
@@ -38,12 +38,21 @@ _UNDECIDING = (
         "save_every",
         "keep_last",
         "keep_every",
-        "max_skipped",
+        "max_nonfinite_steps",
         "eval_every",
         "eval_tasks",
         "score",
     ),
-    *("partition", "split", "engine", "accumulate", "compile", "teachers_ahead", "peak_tflops", "sinks"),
+    *(
+        "teacher_placement",
+        "ranks_per_group",
+        "parallel",
+        "grad_accum_steps",
+        "compile",
+        "prefetch_teachers",
+        "peak_tflops",
+        "loggers",
+    ),
 )
 
 
@@ -52,20 +61,20 @@ FILES = ("metrics.jsonl", "config.yaml", "ckpt.pt", "ckpt-ema.pt")
 
 
 class TeacherFacts(NamedTuple):
-    """What a run must know of a teacher that may live on other ranks."""
+    """What a run needs to know about a teacher that may live on another rank."""
 
     fingerprint: str
-    size: tuple[int, int]  # (height, width) in pixels that it sees
+    size: tuple[int, int]  # (height, width) of its input in pixels
     summary_dim: int
     token_dim: int
 
 
 def check_settings(config: TrainConfig, world: int) -> None:
-    """None, when the settings make sense before anything is loaded.
+    """Check that the settings are consistent, before anything is loaded.
 
     Raises:
-        ConfigError: a setting out of bounds, a run folder that cannot be one, an unknown student, no weighted
-            loss, or what `deal` refuses.
+        ConfigError: a setting is out of bounds, the run folder is unusable, the student is unknown, no loss
+            has a weight, or `partition_ranks` fails.
     """
     check_options(config)
     for name, (low, high) in {
@@ -81,16 +90,16 @@ def check_settings(config: TrainConfig, world: int) -> None:
     students[config.student]  # an unknown name raises here, with the nearest ones
     _check_weights(config)
     check_balance(config)
-    if config.engine == "fsdp":
+    if config.parallel == "fsdp":
         facts = {t.name: TeacherFacts("", (1, 1), 1, 1) for t in config.teachers}
         described = model_config(config, facts)
         with torch.device("meta"):
             check_shardable(RadioModel(described).student)
-    deal(config, world)
+    partition_ranks(config, world)
 
 
 def _check_weights(config: TrainConfig) -> None:
-    """None, when a loss has a weight: without any a run would learn nothing, and never say so."""
+    """Check that some loss has a weight: without one a run would silently learn nothing."""
     spatial = config.loss.cosine or config.loss.smooth_l1
     if config.teachers and not any(
         t.summary_weight or (t.spatial_weight and spatial) for t in config.teachers
@@ -112,18 +121,18 @@ def _check_folder(out: Path) -> None:
             raise ConfigError(f"{out / name}: is a folder, and the run writes a file of that name; move it")
 
 
-def deal(config: TrainConfig, world: int) -> Partition:
-    """The run's groups of teachers and the ranks of each.
+def partition_ranks(config: TrainConfig, world: int) -> Partition:
+    """Assign ranks to the run's groups of teachers.
 
     Raises:
-        ConfigError: the ranks cannot share the batches, or a rank's share has no `accumulate` equal parts.
+        ConfigError: the ranks cannot share the batches, or `grad_accum_steps` does not divide a rank's share.
     """
     partition = make_partition(config, world)
     for group in partition.groups:
-        if group.share % config.accumulate:
+        if group.share % config.grad_accum_steps:
             raise ConfigError(
-                f"--accumulate {config.accumulate} does not divide the {group.share} pictures of a step that "
-                f"a rank takes for {group.name}; give a number that does"
+                f"--grad-accum-steps {config.grad_accum_steps} does not divide the {group.share} images of a "
+                f"step that a rank takes for {group.name}; give a number that does"
             )
     return partition
 
@@ -131,16 +140,16 @@ def deal(config: TrainConfig, world: int) -> Partition:
 def check_memory(
     config: TrainConfig, model: ModelConfig, partition: Partition, rank: int, memory: int
 ) -> None:
-    """None, when what a rank needs at least is less than the bytes that it can have.
+    """Check that the least memory a rank needs fits the bytes it has.
 
-    At least: weights, gradients and the optimizer's moments, and the images of a step.
+    Counted are weights, gradients, the optimizer's moments, and the images of a step.
 
     Raises:
-        ConfigError: it is more; says how much of each.
+        ConfigError: it does not fit; the message gives each amount.
     """
     with torch.device("meta"):
         weights = sum(weight.numel() * 4 for weight in RadioModel(model).parameters())
-    held = weights * (4 + bool(config.ema)) // (partition.world if config.engine == "fsdp" else 1)
+    held = weights * (4 + bool(config.ema)) // (partition.world if config.parallel == "fsdp" else 1)
     images = sum(12 * group.side**2 * group.share for group in partition.of(rank))
     if held + images > memory:
         raise ConfigError(
@@ -153,11 +162,11 @@ def check_memory(
 def load_teachers(
     config: TrainConfig, device: torch.device, names: Collection[str] | None = None
 ) -> dict[str, Teacher]:
-    """The teachers of these names (all unless given) on their device, by name, in the config's order.
+    """Load the named teachers (default: all) onto the device; return them by name in the config's order.
 
     Raises:
-        ConfigError: no teachers, or two of one name.
-        CheckpointError: a weights file that is not of its architecture, or not the one with its fingerprint.
+        ConfigError: there are no teachers, or two have the same name.
+        CheckpointError: a weights file does not match the architecture or the configured fingerprint.
     """
     known = [t.name for t in config.teachers]
     if half := next((name for name in known if any("\ud800" <= char <= "\udfff" for char in name)), None):
@@ -167,15 +176,15 @@ def load_teachers(
     chosen = [t for t in config.teachers if names is None or t.name in names]
     teachers = {t.name: _load_teacher(t) for t in chosen}
     for teacher in teachers.values():
-        # On a CPU torch's own attention takes another way for weights in bfloat16, and rounds otherwise.
+        # On a CPU torch's attention uses another kernel for bfloat16 weights, which rounds differently.
         make_lean(teacher, config, half=device.type == "cuda" and is_half(config, device))
         assert isinstance(teacher, nn.Module)
-        teacher.to(device)  # and each weight keeps its type
+        teacher.to(device)  # each weight keeps its dtype
     return teachers
 
 
 def _load_teacher(config: TeacherConfig) -> Teacher:
-    """The teacher in float32, its fingerprint taken."""
+    """Load a teacher in float32 on the CPU and verify its fingerprint."""
     teacher = load_teacher(config.model).to(torch.device("cpu"), torch.float32)
     if config.fingerprint not in (None, teacher.fingerprint):
         raise CheckpointError(
@@ -188,10 +197,10 @@ def _load_teacher(config: TeacherConfig) -> Teacher:
 def gather_facts(
     config: TrainConfig, teachers: Mapping[str, Teacher], group: Group
 ) -> dict[str, TeacherFacts]:
-    """The facts of every teacher of the run, on whichever rank it lives, in the config's order.
+    """Gather the facts of every teacher of the run from all ranks, in the config's order.
 
     Raises:
-        SizeError: a resolution that a teacher cannot take; names the nearest that it can.
+        SizeError: a teacher cannot take its resolution; the message names the nearest valid one.
     """
     sizes = teacher_sizes(config, teachers)
     mine = {
@@ -205,31 +214,31 @@ def gather_facts(
 
 
 def teacher_sizes(config: TrainConfig, teachers: Mapping[str, Teacher]) -> dict[str, tuple[int, int]]:
-    """The (height, width) that each of these teachers sees.
+    """Return the input size (height, width) of each of these teachers.
 
     Raises:
-        SizeError: a resolution that the teacher cannot take; names the nearest that it can.
+        SizeError: a teacher cannot take its resolution; the message names the nearest valid one.
     """
     sizes = {}
     for t in config.teachers:
         if t.name in teachers:
             teacher = teachers[t.name]
             size = teacher.native_size if t.resolution is None else (t.resolution, t.resolution)
-            _check(f"teacher {t.name}", size, teacher.fit(*size))
+            _check(f"teacher {t.name}", size, teacher.nearest_size(*size))
             sizes[t.name] = size
     return sizes
 
 
 def student_resolutions(config: TrainConfig) -> dict[str, int]:
-    """The student's input side in pixels beside each teacher."""
+    """Return the student's input side in pixels for each teacher."""
     return {t.name: t.student_resolution or config.resolution for t in config.teachers}
 
 
-def fitted(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
-    """The run with a student that sees, beside each teacher, the size nearest to the setting that it takes.
+def round_resolutions(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
+    """Round the student's resolution for each teacher to the nearest one that the student takes.
 
-    What was changed comes with it, a line each. The run's own resolution is not touched, nor a timm student,
-    which is built for one size.
+    Returns the config and one line per change. The run's own resolution is not changed, nor that of a timm
+    student, which is built for one size.
     """
     if config.student.startswith("timm:"):
         return config, []
@@ -239,7 +248,7 @@ def fitted(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
         student = student.with_window(None)
     teachers, changes = [], []
     for teacher in config.teachers:
-        if (asked := teacher.student_resolution) and (side := student.fit(asked, asked)[0]) != asked:
+        if (asked := teacher.student_resolution) and (side := student.nearest_size(asked, asked)[0]) != asked:
             changes.append(
                 f"{config.student} cannot see {asked} px beside {teacher.name}; it sees {side}, the nearest "
                 f"that it takes"
@@ -252,10 +261,10 @@ def fitted(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
 def check_student(
     student: Student, resolutions: Mapping[str, int], windows: Mapping[int, tuple[int, ...]]
 ) -> None:
-    """Nothing, when the student takes every resolution of the run.
+    """Check that the student takes every resolution of the run.
 
     Raises:
-        SizeError: it does not; names the nearest that it does.
+        SizeError: it does not; the message names the nearest valid one.
     """
     for side in dict.fromkeys(resolutions.values()):
         taken = (
@@ -263,14 +272,14 @@ def check_student(
             if windows[side] and isinstance(student, Windowed)
             else student
         )
-        _check(f"student {student.name}", (side, side), taken.fit(side, side))
+        _check(f"student {student.name}", (side, side), taken.nearest_size(side, side))
 
 
 def model_config(config: TrainConfig, teachers: Mapping[str, TeacherFacts | Teacher]) -> ModelConfig:
-    """The student and one adaptor per teacher.
+    """Build the model's config: the student and one adaptor per teacher.
 
     Raises:
-        ConfigError: class tokens set twice, by `summary` and by `options.class_tokens`.
+        ConfigError: class tokens are set twice, by `summary` and by `options.class_tokens`.
     """
     options = config.options
     if config.summary != "shared":
@@ -279,7 +288,7 @@ def model_config(config: TrainConfig, teachers: Mapping[str, TeacherFacts | Teac
                 f"--summary {config.summary} decides the class tokens; leave --options.class-tokens out"
             )
         options = replace(options, class_tokens=len(teachers) if config.summary == "per-teacher" else 0)
-    if options.image_size is None and config.student.startswith("timm:"):  # some take the one size alone
+    if options.image_size is None and config.student.startswith("timm:"):  # some take one size only
         options = replace(options, image_size=config.resolution)
     adaptors = tuple(
         AdaptorConfig(
@@ -298,17 +307,17 @@ def model_config(config: TrainConfig, teachers: Mapping[str, TeacherFacts | Teac
 def window_candidates(
     model: RadioModel, config: TrainConfig, resolutions: Mapping[str, int]
 ) -> dict[int, tuple[int, ...]]:
-    """The window sides to sample from at each resolution: those of the config that divide its grid.
+    """Return the window sides to sample from at each resolution: those of the config that divide its grid.
 
-    Empty where the student keeps its own: without windows, with one that follows the input's size or that
-    the options fix, or where none fits.
+    Empty where none fits or the student decides itself: it has no windows, its window follows the input's
+    size, or the options fix it.
     """
     sides = dict.fromkeys(resolutions.values())
     student = model.student
     if not isinstance(student, Windowed) or model.config.options.window is not None:
         return dict.fromkeys(sides, ())
-    patch = student.with_window(None).fit(1, 1)[0]
-    if student.fit(1, 1)[0] == patch:  # without windows, or chosen by the size of the input
+    patch = student.with_window(None).nearest_size(1, 1)[0]
+    if student.nearest_size(1, 1)[0] == patch:  # no windows, or the input's size decides
         return dict.fromkeys(sides, ())
     return {
         side: tuple(w for w in config.windows if (side // patch) % w == 0 and w < side // patch)
@@ -317,12 +326,14 @@ def window_candidates(
 
 
 def run_name(config: TrainConfig) -> str:
-    """What the run is called: by its folder, be it given as `.` or `..`."""
+    """Return the run's name: that of its folder, also when given as `.` or `..`."""
     return config.out.resolve().name if config.out.name in ("", "..") else config.out.name
 
 
-def make_card(config: TrainConfig, teachers: Mapping[str, TeacherFacts], data: Described) -> dict[str, Any]:
-    """What the checkpoint says of its teachers, data and settings."""
+def make_metadata(
+    config: TrainConfig, teachers: Mapping[str, TeacherFacts], data: DatasetInfo
+) -> dict[str, Any]:
+    """Build the checkpoint's metadata: teachers, data and settings."""
     beside = student_resolutions(config)
     return {
         "name": run_name(config),
@@ -342,23 +353,25 @@ def make_card(config: TrainConfig, teachers: Mapping[str, TeacherFacts], data: D
     }
 
 
-def deciding(config: TrainConfig, teachers: Mapping[str, TeacherFacts], data: Described) -> dict[str, Any]:
-    """Everything that decides the weights, by name, so that no other run takes up this one's state."""
+def resume_signature(
+    config: TrainConfig, teachers: Mapping[str, TeacherFacts], data: DatasetInfo
+) -> dict[str, Any]:
+    """Collect all that affects the weights, by name; only a run with an equal signature may resume."""
     plain: dict[str, Any] = to_plain(config)
-    for name in _UNDECIDING:
+    for name in RESUME_IGNORED:
         plain.pop(name)
-    for name in ("workers", "max_broken", "shards", "images"):  # a run may move with its data
+    for name in ("workers", "max_error_fraction", "shards", "images"):  # the data may move to other paths
         plain["data"].pop(name)
     plain["cache"].pop("confirm")
     for teacher in plain["teachers"]:
-        teacher.pop("fingerprint")  # what it is stands below, wanted or not
+        teacher.pop("fingerprint")  # the actual one is added below
     for name, facts in teachers.items():
         plain[f"teacher {name}'s weights"] = facts.fingerprint
-    return {**plain, "pictures": data.fingerprint}
+    return {**plain, "images": data.fingerprint}
 
 
 def provenance(step: int, samples: int) -> dict[str, Any]:
-    """Where a checkpoint came from: versions, commit, steps and pictures seen."""
+    """Build a checkpoint's provenance: versions, commit, steps and images seen."""
     return {"versions": versions(), "commit": commit(), "step": step, "samples": samples}
 
 

@@ -1,4 +1,4 @@
-"""What balancers made of the losses over time: read from the logs, as CSV, figure and lines to print."""
+"""Loss weights over time, read from run logs: as CSV, as a figure and as a printed table."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .records import LOG, read_records
 from .sinks import say
 
 _SUFFIX = "_weight"
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's, for all eyes
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's palette
 _LINES = {"summary": "-", "spatial": "--"}
 _STYLE = {"svg.fonttype": "none", "svg.hashsalt": "weights", "font.size": 9, "legend.frameon": False}
 
@@ -39,12 +39,12 @@ def show_weights(runs: Mapping[str, Path], out: Path, console: Console) -> None:
     """Print the weights at five steps, and write `weights.csv` and `weights.svg` to `out`.
 
     Args:
-        runs: run folders by name; those whose log has no weights are left out.
-        out: where the files go.
+        runs: run folders by name; those without weights in the log are skipped.
+        out: folder of the files.
         console: where to print.
 
     Raises:
-        MissingExtraError: matplotlib is not installed; the CSV is written all the same.
+        MissingExtraError: matplotlib is not installed; the CSV is still written.
     """
     curves = [curve for name, folder in runs.items() for curve in read_weights(name, folder)]
     if not curves:
@@ -56,7 +56,7 @@ def show_weights(runs: Mapping[str, Path], out: Path, console: Console) -> None:
 
 
 def read_weights(name: str, folder: Path) -> list[Curve]:
-    """The curves in a run folder's log; none when its balancer has fixed weights."""
+    """Read the curves from a run folder's log; empty when its balancer has fixed weights."""
     points: dict[str, list[tuple[int, float]]] = {}
     for record in read_records(folder / LOG):
         for key, value in record.items():
@@ -71,7 +71,7 @@ def read_weights(name: str, folder: Path) -> list[Curve]:
 
 
 def as_csv(curves: Sequence[Curve]) -> str:
-    """One line for each run, teacher, loss and step."""
+    """Format the curves as CSV with one line per run, teacher, loss and step."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("run", "teacher", "loss", "step", "weight"))
@@ -82,9 +82,9 @@ def as_csv(curves: Sequence[Curve]) -> str:
 
 
 def as_svg(curves: Sequence[Curve]) -> bytes:
-    """A panel for each run: colours tell the teachers apart, full lines are summaries, dashed ones tokens.
+    """Draw a panel per run: a colour per teacher, solid lines for summaries, dashed lines for tokens.
 
-    The same curves give the same bytes.
+    The output is deterministic: the same curves give the same bytes.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -95,12 +95,12 @@ def as_svg(curves: Sequence[Curve]) -> bytes:
     runs = list(dict.fromkeys(curve.run for curve in curves))
     teachers = list(dict.fromkeys(curve.teacher for curve in curves))
     buffer = io.BytesIO()
-    with style.context(_STYLE, after_reset=True):  # nothing of a matplotlibrc that lies in the folder
+    with style.context(_STYLE, after_reset=True):  # ignore a matplotlibrc in the working folder
         figure = figures.Figure(figsize=(3.2 * len(runs), 2.8), layout="constrained")
         for axes, run in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs, strict=True):
             for curve in (each for each in curves if each.run == run):
                 colour = _COLOURS[teachers.index(curve.teacher) % len(_COLOURS)]
-                label = f"{curve.teacher} {curve.kind}".replace("$", r"\$")  # no formula
+                label = f"{curve.teacher} {curve.kind}".replace("$", r"\$")  # not a formula
                 axes.plot(curve.steps, curve.weights, color=colour, linestyle=_LINES[curve.kind], label=label)
             axes.set(title=run, xlabel="step", ylim=(0, None))
             axes.legend(fontsize=7)
@@ -110,7 +110,7 @@ def as_svg(curves: Sequence[Curve]) -> bytes:
 
 
 def _over_time(curves: Sequence[Curve], *, plain: bool) -> Table:
-    """A line for each curve: the first record, three between, and the last."""
+    """Build a table with a row per curve: the first record, three in between, and the last."""
     table = Table("weight at step", box=box.ASCII if plain else box.ROUNDED)
     longest = max(curves, key=lambda curve: len(curve.steps))
     for place in _places(len(longest.steps)):

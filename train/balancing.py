@@ -1,8 +1,8 @@
-"""What the losses of the teachers are worth against one another (paper §3.3.1, appendix D).
+"""Balancers: how the teachers' losses are weighted against one another (paper §3.3.1, appendix D).
 
-A balancer takes the losses of teachers that see the same pictures, and gives their sum. Where it learns or
-measures something, it does so for each teacher apart, like an adaptor. The weights that the settings declare
-(lambda, gamma) multiply whatever it finds, so 0 leaves a term out.
+A balancer takes the losses of teachers that see the same images and returns a weighted sum. What it learns
+or measures is separate for each teacher, like an adaptor. The configured weights (lambda, gamma) multiply the
+balancer's own, so 0 removes a term.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from .config import BalanceConfig, TeacherConfig, TrainConfig
 from .losses import TeacherLosses
 from .partition import teacher_groups
 
-# Letters: B pictures, C width of the student's summary, K terms: two a teacher.
+# Letters: B images, C width of the student's summary, K terms: two per teacher.
 
 KINDS: tuple[Literal["summary", "spatial"], ...] = ("summary", "spatial")
-_LEAST = 1e-8  # a running mean that a loss is divided by
+_LEAST = 1e-8  # lower bound of a running mean that a loss is divided by
 
 
 class Balanced(NamedTuple):
     """The loss of one step."""
 
     total: Tensor  # []
-    weights: dict[str, Tensor]  # "clip/summary_weight": [] each, mean over the pictures, the declared ones in
+    weights: dict[str, Tensor]  # "clip/summary_weight": [] each, mean over the images, declared ones included
 
 
 class Term(NamedTuple):
@@ -39,20 +39,20 @@ class Term(NamedTuple):
 
     name: str  # "clip/summary"
     teacher: str
-    kind: int  # place in KINDS
+    kind: int  # index into KINDS
     declared: float  # lambda or gamma
     values: Tensor  # [B]
 
 
 class Naive(nn.Module):
-    """The declared weights alone."""
+    """Balancer that applies the declared weights only."""
 
     def __init__(self, teachers: Sequence[TeacherConfig]) -> None:
         super().__init__()
         self.teachers = tuple(teachers)
 
     def forward(self, features: Features, losses: Mapping[str, TeacherLosses]) -> Balanced:
-        """The weighted sum of the mean losses; its weights never change and are not given."""
+        """Return the weighted sum of the mean losses, without weights to log: they never change."""
         terms = terms_of(self.teachers, losses)
         return Balanced(torch.stack([term.declared * term.values.mean() for term in terms]).sum(), {})
 
@@ -60,11 +60,11 @@ class Naive(nn.Module):
 class Uncertainty(nn.Module):
     """Eq. 6: e^-b * loss + softplus(b) of every term, b a linear function of the student's summary.
 
-    It is zero at the start, so every weight starts at 1.
+    b is zero at the start, so every weight starts at 1.
 
     Args:
-        teachers: those of the run.
-        summary_dim: C of the student.
+        teachers: the run's teachers.
+        summary_dim: C, width of the student's summary.
         scale: factor of softplus(b).
     """
 
@@ -75,7 +75,7 @@ class Uncertainty(nn.Module):
         self.offsets = _zeros(teachers, (len(KINDS),))
 
     def forward(self, features: Features, losses: Mapping[str, TeacherLosses]) -> Balanced:
-        """The mean over the pictures, each with a b of its own."""
+        """Return the mean over the images of eq. 6, with a separate b for each image."""
         found, weights = [], {}
         for term in terms_of(self.teachers, losses):
             slope, offset = self.slopes[term.teacher][term.kind], self.offsets[term.teacher][term.kind]
@@ -86,11 +86,11 @@ class Uncertainty(nn.Module):
 
 
 class AdaLoss(nn.Module):
-    """Eq. 7: every loss divided by its own exponential moving average over the steps before.
+    """Eq. 7: every loss divided by its exponential moving average over the previous steps.
 
-    The average is free of the bias of its start (as Adam's are); until there is one the weight is 1.
-    It leaves the current step out, so that a step's gradient is the same however its pictures are shared
-    among ranks and passes; `settle` takes them in afterwards.
+    The average is bias-corrected, as Adam's are; before the first step the weight is 1. The current step
+    is excluded, so that its gradient does not depend on how its images are split over ranks and passes;
+    `update` adds it afterwards.
     """
 
     def __init__(self, teachers: Sequence[TeacherConfig], momentum: float) -> None:
@@ -100,7 +100,7 @@ class AdaLoss(nn.Module):
         self._seen: dict[str, list[Tensor]] = {}
 
     def forward(self, features: Features, losses: Mapping[str, TeacherLosses]) -> Balanced:
-        """The sum of the mean losses over their averages; the losses are kept for `settle`."""
+        """Return the sum of the mean losses divided by their averages; store the losses for `update`."""
         found, weights = [], {}
         for term in terms_of(self.teachers, losses):
             average: Tensor = self.means[term.teacher]()[term.kind]
@@ -112,11 +112,11 @@ class AdaLoss(nn.Module):
             self._seen.setdefault(name, []).append(means)
         return Balanced(torch.stack(found).sum(), weights)
 
-    def settle(self, mean: Callable[[Tensor], Tensor]) -> None:
-        """Take a step's losses into the averages; reads nothing back from the device.
+    def update(self, mean: Callable[[Tensor], Tensor]) -> None:
+        """Add a step's losses to the averages, without a host sync.
 
         Args:
-            mean: the elementwise mean over the ranks that shared the step's pictures.
+            mean: the elementwise mean over the ranks that shared the step's images.
         """
         if not self._seen:
             return
@@ -129,10 +129,10 @@ class AdaLoss(nn.Module):
 
 
 class RunningMean(nn.Module):
-    """Exponential moving averages of `size` numbers, without the bias of their start."""
+    """Bias-corrected exponential moving averages of `size` numbers."""
 
     total: Tensor
-    share: Tensor  # what of 1 the total has so far
+    share: Tensor  # sum of the weights in the total, in [0, 1]
 
     def __init__(self, size: int, momentum: float) -> None:
         super().__init__()
@@ -141,23 +141,23 @@ class RunningMean(nn.Module):
         self.register_buffer("share", torch.zeros(()))
 
     def forward(self) -> Tensor:
-        """[size]; ones before anything was added."""
+        """Return the averages [size]; ones before anything was added."""
         return torch.where(self.share > 0, self.total / self.share, torch.ones_like(self.total))
 
     @torch.no_grad()
     def add(self, values: Tensor) -> None:
-        """Take [size] in; nothing, when one of them is not finite."""
+        """Add values [size], unless one of them is not finite."""
         finite = torch.isfinite(values).all()
         for held, new in ((self.total, values), (self.share, torch.ones_like(self.share))):
             held.copy_(torch.where(finite, self.momentum * held + (1 - self.momentum) * new, held))
 
 
 class Amtml(nn.Module):
-    """AMTML-KD: for each picture, a softmax over the teachers decides what each one's loss is worth.
+    """AMTML-KD: for each image, a softmax over the teachers gives the weight of each one's loss.
 
     A teacher's score is the inner product of the student's summary with a learned factor of the teacher, one
     for summaries and one for tokens (the vector that Liu et al. 2020 multiply both with is part of it).
-    Zero at the start, so the teachers start equal. The paper saw the weights collapse onto CLIP.
+    Factors are zero at the start, so the weights start equal. In the paper they collapsed onto CLIP.
     """
 
     def __init__(self, teachers: Sequence[TeacherConfig], summary_dim: int) -> None:
@@ -166,7 +166,7 @@ class Amtml(nn.Module):
         self.factors = _zeros(teachers, (len(KINDS), summary_dim))
 
     def forward(self, features: Features, losses: Mapping[str, TeacherLosses]) -> Balanced:
-        """The mean over the pictures of summaries' and tokens' losses, each weighted over the teachers."""
+        """Return the mean over the images of both losses, each weighted over the teachers."""
         terms = terms_of(self.teachers, losses)
         found, weights = [], {}
         for kind in range(len(KINDS)):
@@ -178,7 +178,7 @@ class Amtml(nn.Module):
             for term, share in zip(worth, shares, strict=True):
                 found.append(term.declared * (share * term.values).mean())
                 weights[f"{term.name}_weight"] = term.declared * share.detach().mean()
-        # The terms without a weight stay in the graph, at zero: their heads get gradients, all zero.
+        # Terms without a weight stay in the graph, times zero, so that their heads get zero gradients.
         found += [0.0 * term.values.mean() for term in terms if not term.declared]
         return Balanced(torch.stack(found).sum(), weights)
 
@@ -187,7 +187,7 @@ Balancer: TypeAlias = Naive | Uncertainty | AdaLoss | Amtml
 
 
 def make_balancer(balance: BalanceConfig, teachers: Sequence[TeacherConfig], summary_dim: int) -> Balancer:
-    """The balancer of some teachers, for a student whose summary has this width."""
+    """Build the configured balancer for these teachers and a student with summaries of this width."""
     match balance.kind:
         case "naive":
             return Naive(teachers)
@@ -200,11 +200,11 @@ def make_balancer(balance: BalanceConfig, teachers: Sequence[TeacherConfig], sum
 
 
 def check_balance(config: TrainConfig) -> None:
-    """None, when the run's balancer can be had.
+    """Check that the settings of the run's balancer are valid.
 
     Raises:
-        ConfigError: a value out of range, a setting of another balancer, or teachers that AMTML-KD cannot
-            weigh against one another.
+        ConfigError: a value is out of range, a setting belongs to another balancer, or AMTML-KD cannot weigh
+            the teachers against one another.
     """
     balance = config.balance
     if not 0 <= balance.momentum < 1:
@@ -232,14 +232,14 @@ def _check_amtml(config: TrainConfig) -> None:
     if len(groups) > 1:
         names = " and ".join(group.name for group in groups)
         raise ConfigError(
-            f"--balance.kind amtml weighs the teachers of one picture against one another, and {names} "
-            f"see other pictures or sizes; give all teachers one batch size and student resolution, "
+            f"--balance.kind amtml weighs the teachers of one image against one another, and {names} "
+            f"see other images or sizes; give all teachers one batch size and student resolution, "
             f"or choose another kind"
         )
 
 
 def terms_of(teachers: Sequence[TeacherConfig], losses: Mapping[str, TeacherLosses]) -> list[Term]:
-    """The summary's and the tokens' term of every teacher with losses, in the teachers' order."""
+    """Collect the summary and the spatial term of every teacher with losses, in the teachers' order."""
     return [
         Term(f"{teacher.name}/{kind}", teacher.name, place, declared, values)
         for teacher in teachers
@@ -255,9 +255,9 @@ def _zeros(teachers: Sequence[TeacherConfig], shape: tuple[int, ...]) -> nn.Para
 
 
 def _score(features: Features, factor: Tensor) -> Tensor:
-    """[B] inner products with a [C], over sqrt(C), in the factor's precision whatever autocast says.
+    """Compute inner products [B] with a factor [C], over sqrt(C), in the factor's dtype despite autocast.
 
-    The root keeps what one step of AdamW can move a score by from growing with the width.
+    Without the root, the change of a score by one AdamW step would grow with the width.
     """
     summaries = features.summary.to(factor.dtype)
     score: Tensor = (summaries * factor).sum(-1) / summaries.shape[-1] ** 0.5

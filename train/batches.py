@@ -1,4 +1,4 @@
-"""A step's pictures on one rank, group by group, with the teachers' features of them."""
+"""Batches: a step's images on one rank, per group of teachers, with the teachers' features."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from .partition import Partition, TeacherGroup
 from .preempt import outlast_signals
 from .sampling import StepSampler
 
-# Letters: B pictures of a group on this rank.
+# Letters: B images of a group on this rank.
 
 T = TypeVar("T")
 Teach = Callable[[TeacherGroup, Tensor], dict[str, Features]]
 
-_READ_AHEAD = 4  # steps of each loader process
+_READ_AHEAD = 4  # steps per loader process
 
 
-class Lesson(NamedTuple):
-    """One group's pictures on this rank, and its teachers' features of them."""
+class GroupBatch(NamedTuple):
+    """One group's images on this rank with its teachers' features."""
 
     group: TeacherGroup
-    images: Tensor  # [B, 3, side, side] in [0, 1], on the device, as the student sees them
+    images: Tensor  # [B, 3, side, side] in [0, 1], on the device, at the student's resolution
     targets: dict[str, Features]
 
 
 class Batch(NamedTuple):
-    """One step's lessons on this rank."""
+    """One step's images and targets on this rank."""
 
-    lessons: tuple[Lesson, ...]
-    marks: tuple[Mark, ...]  # where the data stand after each; none from a cache
+    lessons: tuple[GroupBatch, ...]
+    marks: tuple[Mark, ...]  # position in the data after each; empty with a cache
     waited: float  # seconds
 
 
 def crop_sides(partition: Partition, sizes: Mapping[str, tuple[int, int]]) -> tuple[int, ...]:
-    """The side in pixels of each group's crops: the largest of its student's and its teachers' inputs."""
+    """Return the side of each group's crops in pixels: the largest input of its student and teachers."""
     return tuple(
         max(group.side, *(max(sizes[name]) for name in group.teachers)) for group in partition.groups
     )
@@ -58,12 +58,12 @@ def load(
     start: int,
     device: torch.device,
 ) -> Iterator[list[Any]]:
-    """The rows of teacher caches for the steps from `start` on: of each of the rank's groups, collated.
+    """Load the rows of teacher caches from step `start` on, collated for each of the rank's groups.
 
-    The loader's processes start in the calling thread: one forked by a pool's thread ends with an error.
+    Worker processes start in the calling thread: one forked from a pool's thread would fail.
     """
     mine = partition.of(rank)
-    tensors = sum(1 + 2 * len(group.teachers) for group in mine)  # each is a file between processes
+    tensors = sum(1 + 2 * len(group.teachers) for group in mine)  # each needs an open file
     make_room_for_files(config.data.workers * _READ_AHEAD * tensors)
     rows = [row for group in mine for row in partition.rows(group, rank)]
     loader = DataLoader(
@@ -78,37 +78,37 @@ def load(
     return rows_of(iter(loader))
 
 
-def taught(
+def online_batches(
     rows: Iterator[tuple[Rows, ...]], groups: Sequence[TeacherGroup], device: torch.device, teach: Teach
 ) -> Iterator[Batch]:
-    """The batches that the rows of online crops make, with what the teachers say of each group's."""
+    """Yield batches from rows of online crops, with the teachers' features for each group."""
     for step, waited in _timed(rows):
         images = [_scaled(row.pixels, device) for row in step]
         lessons = tuple(
-            Lesson(group, _for_student(seen, group), teach(group, seen))
+            GroupBatch(group, _for_student(seen, group), teach(group, seen))
             for group, seen in zip(groups, images, strict=True)
         )
         yield Batch(lessons, tuple(row.mark for row in step), waited)
 
 
-def remembered(
+def cached_batches(
     rows: Iterator[list[Any]],
     groups: Sequence[TeacherGroup],
     device: torch.device,
     recall: Callable[[Any, Any, torch.device], dict[str, Features]],
 ) -> Iterator[Batch]:
-    """The batches that the rows of a teacher cache make."""
+    """Yield batches from the rows of a teacher cache."""
     for step, waited in _timed(rows):
         lessons = []
         for group, row in zip(groups, step, strict=True):
             known = recall(row.summaries, row.tokens, device)
             targets = {name: known[name] for name in group.teachers}
-            lessons.append(Lesson(group, _for_student(_scaled(row.pixels, device), group), targets))
+            lessons.append(GroupBatch(group, _for_student(_scaled(row.pixels, device), group), targets))
         yield Batch(tuple(lessons), (), waited)
 
 
 def _timed(rows: Iterator[T]) -> Iterator[tuple[T, float]]:
-    """Each row with the seconds that it was waited for."""
+    """Yield each row with the seconds spent waiting for it."""
     while True:
         start = time.perf_counter()
         row = next(rows, None)
@@ -123,12 +123,12 @@ def _scaled(pixels: Tensor, device: torch.device) -> Tensor:
 
 
 def _for_student(images: Tensor, group: TeacherGroup) -> Tensor:
-    """The crops as large as the student sees them: here, since batches are made ahead of the step."""
+    """Resize crops to the student's resolution: done here, since batches are prefetched."""
     return resize_images(images, (group.side, group.side))
 
 
 class _Collate:
-    """Collates so many samples, then so many: one row for each group. A class, so that workers may get it."""
+    """Collate consecutive runs of samples into one row per group; a class, so that it can be pickled."""
 
     def __init__(self, counts: Sequence[int]) -> None:
         self.counts = tuple(counts)

@@ -1,9 +1,9 @@
-"""Teacher features of fixed crops, computed once and trained from.
+"""Teacher cache: features of fixed crops, computed once and read during training.
 
 A cache belongs to a group of teachers. It holds, for every crop, its pixels and each teacher's summary and
-tokens in half precision, in files of so many crops with a checksum each; its folder's name is a hash of
-everything they depend on. The ranks of the group share the files among them. What is missing is written,
-whoever wrote the rest; what is damaged is thrown away before a run begins, and written again.
+tokens in half precision, in files with a fixed number of crops and a checksum each; its folder's name is a
+hash of everything they depend on. The ranks of the group split the files among them. Missing files are
+written, whichever run wrote the others; damaged files are deleted before a run starts and written again.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ from .crops import FixedCrops
 from .data.faults import check_share
 from .data.stream import rows_of
 from .partition import Partition
-from .sampling import picture_at, seed_of
+from .sampling import image_at, seed_of
 from .step import teacher_features
 
 # Letters: N crops, C summary width, T tokens, D token width.
 
 _FILE = 128  # crops
-_BATCH = 32  # crops that the teachers see at once
-_OPEN = 256  # files of a process
-_POLL = 1.0  # seconds between two looks at what other ranks have written
+_BATCH = 32  # crops per forward of the teachers
+_OPEN = 256  # open files per process
+_POLL = 1.0  # seconds between two checks of what other ranks have written
 _PATIENCE = 3600.0  # seconds without a new file
-_CARD = TypeAdapter(dict[str, Any])  # what a person reads; compared with the settings, and never used
+_METADATA = TypeAdapter(dict[str, Any])  # for people; only compared with the settings
 
 
 class Cached(NamedTuple):
-    """One crop with every teacher's features of it."""
+    """One crop with every teacher's features."""
 
     pixels: Tensor  # uint8 [3, side, side]
     summaries: dict[str, Tensor]  # [C] float16 each
@@ -64,14 +64,14 @@ class Cached(NamedTuple):
 
 @final
 class CacheJob:
-    """What one cache is made of.
+    """The inputs of one cache: teachers, crops and device.
 
     Args:
-        root: the folder of all caches.
-        teachers: the group's, frozen, on `device`, by adaptor name.
-        sizes: each teacher's (height, width) in pixels.
-        crops: what they see.
-        device: where they run.
+        root: folder of all caches.
+        teachers: the group's frozen teachers on `device`, by adaptor name.
+        sizes: each teacher's input (height, width) in pixels.
+        crops: the teachers' inputs.
+        device: where the teachers run.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class CacheJob:
             "teachers": {
                 name: (t.fingerprint, self.sizes[name]) for name, t in sorted(self.teachers.items())
             },
-            "data": crops.pictures.fingerprint,
+            "data": crops.images.fingerprint,
             "crop": (to_plain(config.crop_scale), to_plain(config.crop_aspect), config.flip, crops.side),
             "count": (crops.count, crops.crops),
             "seed": crops.seed,
@@ -101,7 +101,7 @@ class CacheJob:
 
     @cached_property
     def folder(self) -> Path:
-        """Where the cache is."""
+        """Folder of the cache, named by a hash of its settings."""
         text = json.dumps(self.settings, sort_keys=True)
         return self.root / hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -112,23 +112,23 @@ class CacheJob:
 
     @property
     def begun(self) -> bool:
-        """Whether its size was agreed to before."""
+        """Whether it was started, and its size confirmed, before."""
         try:
-            card = read_json(self.folder / "card.json", _CARD, error=DamagedError)
+            metadata = read_json(self.folder / "metadata.json", _METADATA, error=DamagedError)
         except DamagedError:
             return False
-        return bool(card == json.loads(json.dumps(self.settings)))
+        return bool(metadata == json.loads(json.dumps(self.settings)))
 
     @property
     def size(self) -> int:
-        """Its bytes."""
+        """Size of the whole cache in bytes."""
         return len(self.crops) * sum(tensor.nbytes for tensor in self._probe.tensors.values())
 
     def check(self, number: int) -> None:
-        """Read one of its files.
+        """Read and verify one of its files.
 
         Raises:
-            DamagedError: it is not what was written there.
+            DamagedError: its content differs from what was written.
         """
         count = min(_FILE, len(self.crops) - number * _FILE)
         specs = {
@@ -142,20 +142,20 @@ class CacheJob:
 
     @property
     def grids(self) -> dict[str, tuple[int, int]]:
-        """Each teacher's (height, width) in tokens."""
+        """Each teacher's grid (height, width) in tokens."""
         return self._probe.grids
 
     @cached_property
     def _probe(self) -> Computed:
-        """What it holds of one crop."""
+        """Shapes and dtypes for one crop, from a forward of a black image."""
         side = self.crops.side
         return self.compute(torch.zeros(1, 3, side, side, dtype=torch.uint8))
 
     def compute(self, pixels: Tensor) -> Computed:
-        """What the cache holds of crops [N, 3, side, side].
+        """Compute the cache's tensors for crops uint8 [N, 3, side, side].
 
         Raises:
-            RadioError: features beyond half precision.
+            RadioError: features exceed half precision.
         """
         images = pixels.to(self.device).float().div_(255)
         tensors, grids = {"pixels": pixels}, {}
@@ -167,7 +167,7 @@ class CacheJob:
 
 
 class Computed(NamedTuple):
-    """The tensors [N, ...] of some crops by name, and each teacher's grid."""
+    """The cached tensors [N, ...] of some crops by name, and each teacher's grid."""
 
     tensors: dict[str, Tensor]
     grids: dict[str, tuple[int, int]]
@@ -175,14 +175,14 @@ class Computed(NamedTuple):
 
 @final
 class FeatureCache(Dataset[Cached]):
-    """A finished cache as an endless shuffled stream, by position; `seed` decides the order."""
+    """A complete cache as an endless shuffled stream, indexed by position; `seed` decides the order."""
 
     def __init__(self, folder: Path, count: int, seed: int, grids: Mapping[str, tuple[int, int]]) -> None:
         self.folder, self.count, self.seed, self.grids = folder, count, seed, dict(grids)
 
     def __getitem__(self, position: int) -> Cached:
-        """The crop at a position of the stream."""
-        number, row = divmod(picture_at(position, self.count, self.seed), _FILE)
+        """Read the crop at a position of the stream."""
+        number, row = divmod(image_at(position, self.count, self.seed), _FILE)
         path = chunk_path(self.folder, number)
         try:
             file = _opened(path)
@@ -200,13 +200,13 @@ class FeatureCache(Dataset[Cached]):
 
 @final
 class GroupedCaches(Dataset[Cached]):
-    """The caches of a rank's groups, by position in the run: each step's pictures are its groups' in turn."""
+    """The caches of a rank's groups, by position in the run: a step holds its groups' images in order."""
 
     def __init__(self, caches: Mapping[str, FeatureCache], partition: Partition) -> None:
         self._caches, self._partition = caches, partition
 
     def __getitem__(self, position: int) -> Cached:
-        """The crop at a position of the run, of a group that this rank has the cache of."""
+        """Read the crop at a position of the run; this rank must have the cache of its group."""
         step, row = divmod(position, self._partition.batch_size)
         group = next(g for g in reversed(self._partition.groups) if g.first <= row)
         return self._caches[group.name][step * group.batch_size + row - group.first]
@@ -214,7 +214,7 @@ class GroupedCaches(Dataset[Cached]):
     def targets(
         self, summaries: Mapping[str, Tensor], tokens: Mapping[str, Tensor], device: torch.device
     ) -> dict[str, Features]:
-        """A collated batch of rows as features by teacher name, in float32 on the device."""
+        """Convert a collated batch of rows to features by teacher name, in float32 on the device."""
         grids = {name: grid for cache in self._caches.values() for name, grid in cache.grids.items()}
         return {
             name: Features(
@@ -236,23 +236,23 @@ def open_caches(
     progress: Callable[[int], None],
     tell: Callable[[str], None],
 ) -> GroupedCaches:
-    """The caches of this rank's groups, written or finished first where they are not whole.
+    """Open the caches of this rank's groups; write what is missing first.
 
-    Every rank calls it. Each checks and writes its part of the files, and waits for the others' by looking
-    for them: no collective stands open while teachers run, however long it takes.
+    Every rank calls it. Each checks and writes its part of the files, and waits for the other ranks by
+    polling for theirs: no collective is pending while teachers run, so none can time out.
 
     Args:
-        jobs: what each of this rank's groups is to have, by the group's name.
+        jobs: the caches of this rank's groups, by the group's name.
         partition: which ranks share a group's files.
         group: the ranks.
         workers: loader processes.
-        confirm: called on the first rank with the size in bytes of all caches that are not begun yet; raises
-            to refuse.
-        progress: called with how many crops of this rank's groups are done.
-        tell: called with a line on what was damaged.
+        confirm: called on the first rank with the size in bytes of all caches that are not started yet;
+            raises to refuse.
+        progress: called with the number of finished crops of this rank's groups.
+        tell: called with a line about damaged files.
 
     Raises:
-        RadioError: `confirm` refused, the disk has no room, too many pictures are broken, or other ranks
+        RadioError: `confirm` refused, the disk has no space, too many images are broken, or other ranks
             have stopped writing.
     """
     mine = [each for each in partition.groups if each.name in jobs]
@@ -261,7 +261,7 @@ def open_caches(
     damage = Damage()
     for each in mine:
         discard_damaged(jobs[each.name], each.ranks.index(group.rank), len(each.ranks), damage)
-    for note in damage.notes(group):  # from here on, what is there is whole
+    for note in damage.notes(group):  # from here on, existing files are intact
         tell(note)
     seen = _Written(list(jobs.values()), progress)
     for each in mine:
@@ -278,15 +278,15 @@ def open_caches(
 
 
 def agree(jobs: Sequence[CacheJob], group: Group, confirm: Callable[[int], None]) -> None:
-    """Begin the caches that are not begun, once the first rank agrees to the size of all of them.
+    """Start the caches that are not started yet, once the first rank confirms their total size.
 
     Args:
-        jobs: those that this rank answers for.
+        jobs: the caches that this rank is responsible for.
         group: the ranks, which all call this.
         confirm: called on the first rank with bytes; raises to refuse.
 
     Raises:
-        RadioError: on every rank, where it refused or there is no room.
+        RadioError: on every rank, if `confirm` refused or the disk has no space.
     """
     new = [job for job in jobs if not job.begun]
     parts = group.gather_objects([(str(job.root), job.size) for job in new])
@@ -303,11 +303,11 @@ def agree(jobs: Sequence[CacheJob], group: Group, confirm: Callable[[int], None]
     if refusal is not None:
         raise RadioError(refusal)
     for job in new:
-        write_text(job.folder / "card.json", json.dumps(job.settings, indent=1))
+        write_text(job.folder / "metadata.json", json.dumps(job.settings, indent=1))
 
 
 def discard_damaged(job: CacheJob, place: int, of: int, damage: Damage) -> None:
-    """Check every `of`-th file of a cache from `place` on, and remove those that are damaged."""
+    """Check every `of`-th file of a cache from `place` on and remove damaged ones."""
     for number in range(place, len(job.files), of):
         path = job.files[number]
         if not path.exists() and not path.is_symlink():
@@ -324,10 +324,10 @@ def discard_damaged(job: CacheJob, place: int, of: int, damage: Damage) -> None:
 
 
 def write_files(job: CacheJob, place: int, of: int, workers: int, tell: Callable[[], None]) -> None:
-    """Write every `of`-th file of a cache from `place` on, as far as it is missing.
+    """Write every missing `of`-th file of a cache from `place` on.
 
     Raises:
-        RadioError: features beyond half precision, or too many broken pictures.
+        RadioError: features exceed half precision, or too many images are broken.
     """
     missing = [number for number in range(place, len(job.files), of) if not job.files[number].is_file()]
     chunks = [chunk for number in missing for chunk in _chunks(number, len(job.crops))]
@@ -340,13 +340,13 @@ def write_files(job: CacheJob, place: int, of: int, workers: int, tell: Callable
             batch = next(rows)
             parts.append(job.compute(batch.pixels))
             broken, seen = broken + int(batch.broken.sum()), seen + len(batch.pixels)
-        check_share(broken, seen, job.crops.config.max_broken)
+        check_share(broken, seen, job.crops.config.max_error_fraction)
         _write(job.files[number], parts)
         tell()
 
 
 class _Written:
-    """Looks after what all ranks have written."""
+    """Tracks which files all ranks have written."""
 
     def __init__(self, jobs: Sequence[CacheJob], progress: Callable[[int], None]) -> None:
         self._total = sum(len(job.crops) for job in jobs)
@@ -356,7 +356,7 @@ class _Written:
         self._looked = -_POLL
 
     def __call__(self) -> None:
-        """Look, and tell; not more often than it is worth, since there may be many files."""
+        """Report the progress, at most once a second, since there may be many files."""
         if time.monotonic() - self._looked >= _POLL:
             self._look()
 
@@ -367,10 +367,10 @@ class _Written:
         self._progress(min(done * _FILE, self._total) if self._waiting else self._total)
 
     def wait(self) -> None:
-        """None, when everything is there.
+        """Wait until every file is written.
 
         Raises:
-            RadioError: nothing new for an hour.
+            RadioError: no new file for an hour.
         """
         self._look()
         left, since = len(self._waiting), time.monotonic()
@@ -387,7 +387,7 @@ class _Written:
 
 
 def _chunks(number: int, count: int) -> Iterator[list[int]]:
-    """The crops of one file as the teachers see them."""
+    """Yield the crop indices of one file in batches for the teachers."""
     stop = min((number + 1) * _FILE, count)
     for first in range(number * _FILE, stop, _BATCH):
         yield list(range(first, min(first + _BATCH, stop)))
@@ -411,7 +411,7 @@ def _check_room(root: Path, size: int) -> None:
     if size > free:
         raise RadioError(
             f"{root}: a teacher cache of {size / 1e9:.1f} GB does not fit, {free / 1e9:.1f} GB are free; "
-            f"take fewer pictures or crops, or another --cache.folder"
+            f"take fewer images or crops, or another --cache.folder"
         )
 
 

@@ -1,4 +1,4 @@
-"""The teacher caches of a run: what goes into them, and the user's word on their size."""
+"""The teacher caches of a run: their contents, and the user's confirmation of their size."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from .batches import crop_sides
 from .cache import CacheJob, GroupedCaches, open_caches
 from .config import TrainConfig
 from .crops import FixedCrops
+from .images import ConcatImages
 from .partition import Partition
-from .pictures import Joined
 from .sinks import ProgressConsole, say
 
-_LARGE = 1e9  # bytes from which on the user is asked
+_LARGE = 1e9  # bytes; above this the user has to confirm
 
 
 def cache_jobs(
     config: TrainConfig,
     partition: Partition,
     group: Group,
-    data: Joined,
+    data: ConcatImages,
     teachers: Mapping[str, Teacher],
     sizes: Mapping[str, tuple[int, int]],
     device: torch.device,
 ) -> dict[str, CacheJob]:
-    """What this rank's groups of teachers keep of the data, by the group's name."""
+    """Describe the caches of this rank's groups of teachers, by the group's name."""
     options = config.cache
     assert options.folder is not None, "asked for only where there is a cache"
-    count = min(options.pictures or len(data), len(data))
+    count = min(options.images or len(data), len(data))
     jobs = {}
     for some, side in zip(partition.groups, crop_sides(partition, sizes), strict=True):
         if group.rank in some.ranks:
@@ -47,10 +47,10 @@ def cache_jobs(
 def fill_caches(
     config: TrainConfig, jobs: Mapping[str, CacheJob], partition: Partition, group: Group, console: Console
 ) -> GroupedCaches:
-    """The caches, written or finished first where they are not whole.
+    """Open the caches with a progress bar; write what is missing first.
 
     Raises:
-        RadioError: more than 1 GB would be written, and nobody agrees to it; or as `open_caches`.
+        RadioError: more than 1 GB would be written without confirmation; or as `open_caches`.
     """
 
     def confirm(size: int) -> None:

@@ -1,4 +1,4 @@
-"""radio-train: a recipe or a saved config.yaml, options over it, one run."""
+"""radio-train: run a recipe or a saved config.yaml with command-line overrides."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from radio.config import check_options, read_yaml
 from radio.errors import ConfigError, did_you_mean
 from radio.options import parse_options
 
-from .assembly import fitted
+from .assembly import round_resolutions
 from .config import TrainConfig
 from .data.shards import runs_program
 from .plan import PlanOptions, make_plan
@@ -46,12 +46,12 @@ class Command:
     """Options of one run."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
-    restart: bool = False  # begin anew, whatever stands in the run folder
-    yes: bool = False  # write a teacher cache of any size without asking
+    restart: bool = False  # start over and ignore the state in the run folder
+    yes: bool = False  # write a teacher cache of any size without confirmation
 
     @property
     def agreed(self) -> TrainConfig:
-        """The settings, with what `yes` agrees to."""
+        """The settings, with the cache's confirmation off if `yes`."""
         config = self.config
         return replace(config, cache=replace(config.cache, confirm=False)) if self.yes else config
 
@@ -60,12 +60,12 @@ class Command:
 class FileCommand(Command):
     """Options of one run whose settings come from a file."""
 
-    allow_pipes: bool = False  # run the commands that the file gives as shards (pipe:COMMAND)
+    allow_pipes: bool = False  # run the file's shard commands (pipe:COMMAND)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanCommand:
-    """Options of a plan, and of the run that it is for."""
+    """Options of a plan and of the run it describes."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     options: Annotated[PlanOptions, tyro.conf.arg(name="")]
@@ -76,15 +76,15 @@ class TableCommand:
     """Options of all runs of a table."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
-    rows: tuple[str, ...] = ()  # only these rows of the table
-    restart: bool = False  # begin every row anew
+    rows: tuple[str, ...] = ()  # only these rows of the table; () = all
+    restart: bool = False  # start every row over
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code of `radio-train`.
+    """Run `radio-train`; return its exit code: 0 done, 2 usage, 85 stopped, to be started again.
 
     Raises:
-        RadioError: an unknown recipe or setting, data or weights that are absent, a run that cannot go on.
+        RadioError: a recipe or setting is unknown, data or weights are missing, or the run cannot continue.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     console = Console()
@@ -112,10 +112,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(name: str, options: Sequence[str]) -> Command:
-    """The run that the command line asks for.
+    """Parse the command line of one run.
 
     Raises:
-        ConfigError: a settings file whose shards would run a command, and nobody allows it.
+        ConfigError: the settings file's shards would run a command without --allow-pipes.
     """
     if not _is_file(name):
         return _parse(Command, Command(config=_settings(name)), options, name)
@@ -142,7 +142,7 @@ def _plan(name: str, options: Sequence[str], console: Console) -> int:
     runs = table.rows(asked.config) if table else {name: asked.config}
     for each in runs.values():
         check_tasks(each)
-        config, changes = fitted(each)
+        config, changes = round_resolutions(each)
         for line in changes:
             say(console, line)
         print_plan(make_plan(config, asked.options), console)
@@ -150,7 +150,7 @@ def _plan(name: str, options: Sequence[str], console: Console) -> int:
 
 
 def _make_table(name: str, options: Sequence[str], console: Console) -> int:
-    """The exit code of every row of a table with the options over it."""
+    """Train the rows of a table with command-line overrides and return the exit code."""
     table = tables[name]()
     asked = _parse(TableCommand, TableCommand(config=table.base), options, name)
     rows = rows_of(table, check_options(asked.config), asked.rows)

@@ -1,9 +1,9 @@
-"""What one rank's pictures of one group cost, counted on the meta device: operations and bytes.
+"""Cost of one rank's images of one group in operations and bytes, counted on the meta device.
 
-Every operator of teachers, student, adaptors and losses runs on tensors that have shapes and no values: meta
-tensors that torch lets pass for a CPU's, so that autocast and fused attention are those of a real step.
-`Tally` adds up torch's formulas for their operations (two a multiply-add), and follows every storage from the
-operator that makes it to the moment when nothing holds it any more, forward and backward.
+Every operator of teachers, student, adaptors and losses runs on fake tensors: they have shapes but no values,
+and pass as CPU tensors, so that autocast and fused attention are those of a real step. `CostCounter` adds up
+torch's formulas for the operations (two per multiply-add), and tracks every storage from its allocation until
+nothing references it any more, in forward and backward.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from .assembly import (
     window_candidates,
 )
 from .balancing import make_balancer
-from .batches import Lesson
+from .batches import GroupBatch
 from .config import TrainConfig
 from .partition import TeacherGroup
-from .step import Distiller, Part, StudentPass, in_parts, teacher_features
+from .step import DistillationLoss, Part, StudentPass, in_parts, teacher_features
 from .teacher_weights import make_lean
 
 _ATEN = torch.ops.aten
-_GPUS_NAMES = {  # torch has formulas for the kernels of attention on GPUs, which take the same arguments
+_GPUS_NAMES = {  # torch has formulas for the GPU attention kernels, which take the same arguments
     _ATEN._scaled_dot_product_flash_attention_for_cpu: _ATEN._scaled_dot_product_flash_attention,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: (
         _ATEN._scaled_dot_product_flash_attention_backward
@@ -50,20 +50,20 @@ _GPUS_NAMES = {  # torch has formulas for the kernels of attention on GPUs, whic
 
 
 class Cost(NamedTuple):
-    """One rank's pictures of a group in one step."""
+    """Cost of one rank's images of a group in one step."""
 
-    teacher_flops: int  # none from a teacher cache
+    teacher_flops: int  # 0 with a teacher cache
     forward_flops: int  # student, adaptors and losses
     backward_flops: int
-    inputs: int  # bytes of the pictures and of the teachers' features
+    inputs: int  # bytes of the images and of the teachers' features
     teacher_working: int  # bytes beyond weights and features at the peak of the teachers' forward
     activations: int  # bytes beyond weights and inputs at the peak of the student's forward
-    peak: int  # the same over forward and backward, with the gradients unless they stood before
-    copies: int  # of both: weights in half precision
+    peak: int  # over forward and backward, gradients included unless allocated before
+    copies: int  # bytes in both peaks: weights in half precision
 
     @property
     def flops(self) -> int:
-        """All of them."""
+        """All operations."""
         return self.teacher_flops + self.forward_flops + self.backward_flops
 
 
@@ -73,11 +73,11 @@ class Outline(NamedTuple):
     model: RadioModel
     teachers: dict[str, Teacher]
     facts: dict[str, TeacherFacts]
-    windows: dict[int, tuple[int, ...]]  # to draw from, at each side of the student's input
-    mode: FakeTensorMode  # in which they can be called
+    windows: dict[int, tuple[int, ...]]  # to sample from, per side of the student's input
+    mode: FakeTensorMode  # mode in which they can be called
 
     def of(self, *groups: TeacherGroup) -> RadioModel:
-        """The model as ranks of these groups hold it: with their adaptors only."""
+        """Copy the model with the adaptors of these groups only, as their ranks hold it."""
         held = copy.copy(self.model)
         names = [name for group in groups for name in group.teachers]
         adaptors = nn.ModuleDict({name: self.model.adaptors[name] for name in names})
@@ -86,15 +86,15 @@ class Outline(NamedTuple):
 
 
 def outline(config: TrainConfig, *, half: bool = False) -> Outline:
-    """A run's models without weights; where a family of teachers can do without, no file is read.
+    """Build a run's models without weights; no file is read where the teacher's family permits it.
 
     Args:
         config: the run's settings.
-        half: forwards run in bfloat16, so frozen matrices are kept in it.
+        half: forwards run in bfloat16, so frozen matrices are stored in it.
 
     Raises:
-        ConfigError: an unknown student or teacher, or settings that do not fit one another.
-        SizeError: a resolution that a teacher or the student cannot take.
+        ConfigError: the student or a teacher is unknown, or settings contradict each other.
+        SizeError: a teacher or the student cannot take its resolution.
     """
     teachers = {t.name: outline_teacher(t.model) for t in config.teachers}
     for teacher in teachers.values():
@@ -109,25 +109,25 @@ def outline(config: TrainConfig, *, half: bool = False) -> Outline:
     beside = student_resolutions(config)
     windows = window_candidates(model, config, beside)
     check_student(model.student, beside, windows)
-    # A process whose first backward is one of fake tensors could not fork others that do backwards.
+    # If a process's first backward is on fake tensors, processes forked from it cannot run a backward.
     torch.ones((), requires_grad=True).exp().backward()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         for module in (model, *teachers.values()):
             assert isinstance(module, nn.Module)
-            module.to_empty(device="cpu")  # no memory is taken: the mode keeps the shapes alone
+            module.to_empty(device="cpu")  # allocates nothing: the mode keeps only shapes
     return Outline(model, teachers, facts, windows, mode)
 
 
 def count(config: TrainConfig, models: Outline, group: TeacherGroup, *, half: bool, standing: bool) -> Cost:
-    """The cost of one rank's pictures of a group; with the largest of the windows that a step may draw.
+    """Count the cost of one rank's images of a group, with the largest window that a step may draw.
 
     Args:
         config: the run's settings.
         models: from `outline`.
-        group: whose teachers, and how many pictures.
-        half: matrix products in bfloat16, as autocast has them on a GPU.
-        standing: the gradients were there before, those of another group or part of the same step.
+        group: gives the teachers and the number of images.
+        half: run matrix products in bfloat16, as autocast does on a GPU.
+        standing: gradients are already allocated, by another group or part of the same step.
     """
     teachers = {name: models.teachers[name] for name in group.teachers}
     sizes = {name: models.facts[name].size for name in teachers}
@@ -135,16 +135,16 @@ def count(config: TrainConfig, models: Outline, group: TeacherGroup, *, half: bo
     side = max(group.side, *(max(size) for size in sizes.values()))
     with models.mode, _without_fast_paths():
         images = torch.empty(group.share, 3, side, side)
-        with Tally() as taught, _autocast(half):
+        with CostCounter() as taught, _autocast(half):
             targets = teacher_features(teachers, sizes, images)
         features = sum(_size(known.summary) + _size(known.tokens) for known in targets.values())
-        lesson = Lesson(group, images, targets)
-        first = in_parts(lesson, None, config.accumulate)[0]
+        lesson = GroupBatch(group, images, targets)
+        first = in_parts(lesson, None, config.grad_accum_steps)[0]
         passed = _learn(config, models, first.lesson, half=half, standing=standing)
     return Cost(
         teacher_flops=taught.flops if online else 0,
-        forward_flops=passed.forward * config.accumulate,
-        backward_flops=passed.backward * config.accumulate,
+        forward_flops=passed.forward * config.grad_accum_steps,
+        backward_flops=passed.backward * config.grad_accum_steps,
         inputs=_size(images) + features,
         teacher_working=taught.peak - features if online else 0,
         activations=passed.activations,
@@ -154,16 +154,16 @@ def count(config: TrainConfig, models: Outline, group: TeacherGroup, *, half: bo
 
 
 def bytes_of(module: Any) -> int:
-    """Bytes of a module's parameters and buffers."""
+    """Return the bytes of a module's parameters and buffers."""
     assert isinstance(module, nn.Module)
     return sum(_size(tensor) for tensor in (*module.parameters(), *module.buffers()))
 
 
-class Tally(TorchDispatchMode):
-    """Operations, and bytes that they made and something still holds, now and at their peak.
+class CostCounter(TorchDispatchMode):
+    """Counts operations, and the bytes that they allocated: currently referenced, and at the peak.
 
-    What stood before, such as weights and inputs, is not counted. Torch's own `FlopCounterMode` counts the
-    same operations, but keeps the graphs of recomputed blocks alive.
+    Tensors from before, such as weights and inputs, are not counted. Torch's `FlopCounterMode` counts the
+    same operations, but keeps the graphs of checkpointed blocks alive.
     """
 
     def __init__(self) -> None:
@@ -174,7 +174,7 @@ class Tally(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """The operator's result, its operations added and its new storages entered."""
+        """Run an operator; add its operations and track its new storages."""
         named = kwargs or {}
         self._enter((args, named), counted=False)
         out = func(*args, **named)
@@ -210,19 +210,21 @@ class _Passed(NamedTuple):
     peak: int
 
 
-def _learn(config: TrainConfig, models: Outline, lesson: Lesson, *, half: bool, standing: bool) -> _Passed:
+def _learn(
+    config: TrainConfig, models: Outline, lesson: GroupBatch, *, half: bool, standing: bool
+) -> _Passed:
     model = models.of(lesson.group)
     assert isinstance(model.student, nn.Module)
     asked = [teacher for teacher in config.teachers if teacher.name in lesson.group.teachers]
     balancer = make_balancer(config.balance, asked, model.summary_dim)
-    distiller = Distiller(model, asked, config.loss, balancer)
-    drawn = model.draw(len(lesson.images), torch.Generator())
+    distiller = DistillationLoss(model, asked, config.loss, balancer)
+    crops = model.sample_crops(len(lesson.images), torch.Generator())
     window = max(models.windows[lesson.group.side], default=None)
     for parameter in model.parameters():
         parameter.grad = torch.empty_like(parameter) if standing else None
-    with Tally() as tally:
+    with CostCounter() as tally:
         with _autocast(half):
-            losses = distiller(StudentPass(model.student), Part(lesson, drawn), window, False)
+            losses = distiller(StudentPass(model.student), Part(lesson, crops), window, False)
         forward, activations = tally.flops, tally.peak
         losses.total.backward()
     for parameter in model.parameters():
@@ -232,7 +234,7 @@ def _learn(config: TrainConfig, models: Outline, lesson: Lesson, *, half: bool, 
 
 @contextmanager
 def _without_fast_paths() -> Iterator[None]:
-    """Torch's attention modules take kernels of their own in inference, which the counter does not know."""
+    """Disable torch's fused attention kernels for inference, which the counter has no formulas for."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -246,7 +248,7 @@ def _autocast(half: bool) -> torch.autocast:
 
 
 def _half_copies(model: nn.Module) -> int:
-    """Bytes of the matrices and kernels that autocast keeps in half precision until the backward is done."""
+    """Return the bytes of the half-precision weights that autocast caches until the backward ends."""
     return sum(2 * parameter.numel() for parameter in model.parameters() if parameter.ndim > 1)
 
 

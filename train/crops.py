@@ -1,4 +1,4 @@
-"""Random crops of pictures, each a function of the seed and its place in the run."""
+"""Random crops of images; each depends only on the seed and its position in the run."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from radio.errors import DataError
 from radio.images import crop_and_resize, sample_crop
 
 from .config import DataConfig
-from .pictures import Pictures
+from .images import Images
 from .sampling import generator
 
-_TRIES = 20  # pictures in a row that may be broken before a crop is given up
+_TRIES = 20  # broken images in a row before a crop fails
 
 
 class Crop(NamedTuple):
     """One training view."""
 
     pixels: Tensor  # uint8 [3, side, side]
-    broken: int  # pictures skipped on the way to it
+    broken: int  # unreadable images skipped before this one
 
 
 def random_view(image: Tensor, config: DataConfig, side: int, seed: int, number: int) -> Tensor:
-    """View `number` of a run with this seed: uint8 [3, H, W] -> uint8 [3, side, side].
+    """Crop view `number` of a run with this seed: uint8 [3, H, W] -> uint8 [3, side, side].
 
-    A RandomResizedCrop and a flip, drawn from seed and number alone; every model sees the same.
+    A RandomResizedCrop and a flip, drawn from seed and number only; every model sees the same view.
     """
     source = generator(seed, "crop", number)
     box = sample_crop(image.shape[1], image.shape[2], config.crop_scale, config.crop_aspect, source)
@@ -38,42 +38,42 @@ def random_view(image: Tensor, config: DataConfig, side: int, seed: int, number:
 
 
 class FixedCrops(Dataset[Crop]):
-    """A finite set of crops for the teacher cache: `crops` of each of the first `count` pictures.
+    """A finite set of crops for the teacher cache: `crops` of each of the first `count` images.
 
     Args:
-        pictures: where they come from.
+        images: source of the crops.
         config: crop and flip settings.
         side: pixels of the square crop.
         seed: decides the crops.
-        count: pictures, the first of all.
-        crops: of each.
+        count: number of images, from the first on.
+        crops: number of crops per image.
     """
 
     def __init__(
-        self, pictures: Pictures, config: DataConfig, side: int, seed: int, count: int, crops: int
+        self, images: Images, config: DataConfig, side: int, seed: int, count: int, crops: int
     ) -> None:
-        self.pictures, self.config, self.side, self.seed = pictures, config, side, seed
+        self.images, self.config, self.side, self.seed = images, config, side, seed
         self.count, self.crops = count, crops
 
     def __len__(self) -> int:
         return self.count * self.crops
 
     def __getitem__(self, entry: int) -> Crop:
-        """Crop `entry`: the pictures in turn, all of them once before any a second time.
+        """Return crop `entry`: each image is cropped once before any is cropped a second time.
 
-        Where a picture is broken the next one that can be read stands in for it.
+        A broken image is replaced by the next readable one.
 
         Raises:
-            DataError: too many pictures in a row are broken.
+            DataError: too many images in a row are broken.
         """
         index = entry % self.count
         for broken in range(_TRIES):
             try:
-                image = self.pictures.read((index + broken) % len(self.pictures))
+                image = self.images.read((index + broken) % len(self.images))
             except DataError as error:
                 last = error
                 continue
             return Crop(random_view(image, self.config, self.side, self.seed, entry), broken)
         raise DataError(
-            f"{_TRIES} pictures in a row cannot be read, the last: {last}; check the data"
+            f"{_TRIES} images in a row cannot be read, the last: {last}; check the data"
         ) from last

@@ -11,11 +11,11 @@ from torch.distributed.tensor import DTensor
 
 @final
 class Average:
-    """An exponential moving average of every weight, as large as the weights on this rank.
+    """An exponential moving average of the weights on this rank.
 
     Args:
-        model: whose weights, and where it starts.
-        decay: what is kept of it in every step.
+        model: its weights are averaged and are the start.
+        decay: factor of the old average in every step.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -25,7 +25,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, fine: Tensor) -> None:
-        """Move it towards the weights as they are, unless `fine` ([] bool) says that the step was none."""
+        """Move the average towards the current weights, unless `fine` ([] bool) is False: a skipped step."""
         averages = [_own(tensor) for tensor in self.tensors.values()]
         weights = [_own(weight.detach()) for weight in self._weights.values()]
         share = (1 - self.decay) * fine
@@ -33,5 +33,5 @@ class Average:
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that may be spread over the ranks."""
+    """Return this rank's part of a tensor that may be sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

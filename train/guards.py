@@ -1,4 +1,4 @@
-"""Steps that were left out since something in them was not finite, counted on the device."""
+"""Steps that were skipped because of non-finite values, counted on the device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _as_tuple(value: Any) -> Any:
 
 
 FromList = BeforeValidator(_as_tuple)
-"""For tuples in files: JSON has lists alone."""
+"""For tuples in files: JSON has lists only."""
 
 _Count = Annotated[int, Interval(ge=0, lt=2**63)]
 
@@ -36,27 +36,27 @@ Plain = Annotated[
     tuple[Annotated[list[_Count], MinLen(4), MaxLen(4)], Parts],
     FromList,
 ]
-"""A guard's counts as they stand in a state."""
+"""A guard's counts as stored in a state."""
 
 
 class Skipped(NamedTuple):
-    """What was left out."""
+    """Skipped steps."""
 
     total: int  # steps of the whole run
     recent: int  # steps since the last reading
-    names: tuple[str, ...]  # what was not finite in those: "clip/spatial"; none = a gradient alone
+    names: tuple[str, ...]  # non-finite losses in those, such as "clip/spatial"; () = only a gradient
 
     def describe(self) -> str:
-        """A line for the log."""
+        """Describe the recent skipped steps in a line for the log."""
         steps = "1 step was" if self.recent == 1 else f"{self.recent} steps were"
         what = ", ".join(self.names) or "a gradient of finite losses"
         return f"{steps} left out, not finite: {what}"
 
 
 def first_bad(tensors: Mapping[str, Tensor]) -> str:
-    """The name of the first tensor with a NaN or an infinity in it, or nothing. One host sync.
+    """Return the name of the first tensor with a NaN or an infinity, or an empty string. One host sync.
 
-    Of tensors that are spread over the ranks this rank's part is looked at.
+    Of sharded tensors only this rank's part is checked.
     """
     floats = {
         name: tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -70,8 +70,8 @@ def first_bad(tensors: Mapping[str, Tensor]) -> str:
 
 
 @final
-class Guard:
-    """Counts the steps that are left out; reading the counts is the only host sync."""
+class NonFiniteMonitor:
+    """Counts the skipped steps; reading the counts is the only host sync."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -80,8 +80,8 @@ class Guard:
         )  # total, recent, in a row, most in a row
         self._parts: dict[tuple[str, ...], Tensor] = {}
 
-    def see(self, fine: Tensor, lessons: Sequence[Mapping[str, Tensor]]) -> None:
-        """Count a step: left out unless `fine` ([] bool), and those of its losses that are not finite."""
+    def update(self, fine: Tensor, lessons: Sequence[Mapping[str, Tensor]]) -> None:
+        """Count a step: skipped unless `fine` ([] bool), and those of its losses that are not finite."""
         bad = (~fine).long()
         total, recent, row, longest = self._counts.unbind()
         row = (row + 1) * bad
@@ -92,24 +92,25 @@ class Guard:
             self._parts[tuple(parts)] = found if held is None else held + found
 
     def check(self, step: int, most: int) -> None:
-        """None, while fewer than `most` steps in a row were left out since the last reading.
+        """Check that fewer than `most` steps in a row were skipped since the last reading.
 
         Raises:
-            RadioError: as many were.
+            RadioError: `most` or more were.
         """
         longest = int(self._counts[3])
         if longest >= most:
             names = ", ".join(self._names()) or "elsewhere than in this rank's losses"
             raise RadioError(
                 f"step {step}: {longest} steps in a row were left out, not finite: {names}; what was saved "
-                f"last stands. Begin anew with --restart and a lower --optim.lr, or raise --max-skipped"
+                f"last stands. Begin anew with --restart and a lower --optim.lr, or raise "
+                f"--max-nonfinite-steps"
             )
 
     def check_any(self, steps: int) -> None:
-        """None, when one of so many steps at least was done: a run may be shorter than those in a row may be.
+        """Check that not all `steps` of a run were skipped: it may be too short for `check` to notice.
 
         Raises:
-            RadioError: all were left out.
+            RadioError: all were skipped.
         """
         if int(self._counts[0]) == steps:
             raise RadioError(
@@ -118,10 +119,10 @@ class Guard:
             )
 
     def read(self, group: Group, step: int, most: int) -> Skipped:
-        """What was left out since the last reading, which this ends.
+        """Return the steps skipped since the last reading, and reset.
 
         Raises:
-            RadioError: `most` steps or more in a row.
+            RadioError: `most` or more steps in a row were skipped.
         """
         self.check(step, most)
         total, recent, row, _ = (int(count) for count in self._counts.tolist())
@@ -131,7 +132,7 @@ class Guard:
         return Skipped(total, recent, tuple(names))
 
     def _names(self) -> list[str]:
-        """What was not finite on this rank since the last reading."""
+        """Return the names of this rank's losses that were not finite since the last reading."""
         return [
             name
             for names, counts in self._parts.items()
@@ -140,11 +141,11 @@ class Guard:
         ]
 
     def state(self) -> Plain:
-        """What an exact resume needs, as plain numbers."""
+        """Return the state that an exact resume needs, as plain numbers."""
         return self._counts.tolist(), [(list(names), row.tolist()) for names, row in self._parts.items()]
 
     def restore(self, state: Plain) -> None:
-        """Take up what `state` gave."""
+        """Restore what `state` returned."""
         counts, parts = state
         self._counts = torch.tensor(counts, device=self._device)
         self._parts = {tuple(names): torch.tensor(row, device=self._device) for names, row in parts}

@@ -1,4 +1,4 @@
-"""The log of a run: one record, written to every sink that is asked for."""
+"""The log of a run: each record is written to every configured sink."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from .wandb_run import WandbRun
 
 @final
 class Log:
-    """`metrics.jsonl`, and the sinks beside it; what one of those cannot write is told once, and left out.
+    """`metrics.jsonl` and further sinks; one of those that fails is reported once and then dropped.
 
     Args:
-        lines: the file.
-        sinks: the others.
-        tell: called with a line on what could not be written.
+        lines: `metrics.jsonl`.
+        sinks: the other sinks.
+        tell: called with a message about what could not be written.
     """
 
     def __init__(self, lines: JsonLines, sinks: Sequence[Sink], tell: Callable[[str], None]) -> None:
         self._lines, self._sinks, self._tell = lines, list(sinks), tell
 
     def write(self, record: Record) -> None:
-        """Give every sink a record."""
+        """Write a record to every sink."""
         self._lines.write(record)
         for sink in tuple(self._sinks):
             try:
@@ -36,14 +36,14 @@ class Log:
                 self._tell(f"{type(sink).__name__} writes no more ({error.strerror or error})")
 
     def flush(self) -> str:
-        """Write the file's records that could not be written before; why that failed again, or nothing."""
+        """Retry the file's unwritten records; return the reason of a new failure, else an empty string."""
         return self._lines.flush()
 
     def close(self) -> None:
-        """End them all.
+        """Close all sinks.
 
         Raises:
-            RadioError: records are left that cannot be written.
+            RadioError: some records cannot be written.
         """
         for sink in self._sinks:
             sink.close()
@@ -51,14 +51,14 @@ class Log:
 
 
 def open_log(config: TrainConfig, step: int, tell: Callable[[str], None]) -> Log:
-    """`metrics.jsonl` in the run folder and the settings' own sinks; records of steps after `step` go.
+    """Open `metrics.jsonl` and the configured sinks; drop records of steps after `step`.
 
     Raises:
-        MissingExtraError: a sink's library is not installed; names the extra that brings it.
+        MissingExtraError: a sink's library is not installed; the message names the extra to install.
         DataError, OSError: the file cannot be read or written.
     """
     others: list[Sink] = []
-    for name in dict.fromkeys(config.sinks):  # before the file, since they may be missing
+    for name in dict.fromkeys(config.loggers):  # before the file, since a library may be missing
         if name == "tensorboard":
             others.append(TensorBoard(config.out / "tensorboard", step))
         else:

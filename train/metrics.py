@@ -1,4 +1,4 @@
-"""Means of what a run measures between two log steps, kept on the device until they are read."""
+"""Means of a run's measurements between two log steps, accumulated on the device until they are read."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ def _check_row(row: tuple[list[str], list[float | None]]) -> tuple[list[str], li
 
 
 Row = Annotated[tuple[list[str], list[float | None]], FromList, AfterValidator(_check_row)]
-"""Names, the sum of each, and how often they were added; null = not a finite number, which JSON lacks."""
+"""Names, the sum of each, and the number of additions; null = a non-finite number, which JSON lacks."""
 
 
 class Meters:
     """Running sums of scalar tensors; reading them is the only host sync."""
 
     def __init__(self) -> None:
-        self._rows: Rows = {}  # [n + 1] each: the sums of n scalars, and how often they were added
+        self._rows: Rows = {}  # [n + 1] each: the sums of n scalars, and the number of additions
 
     def add(self, values: Mapping[str, Tensor], fine: Tensor | None = None) -> None:
-        """Add one step's scalars, unless `fine` ([] bool) says that the step was none."""
+        """Add one step's scalars, unless `fine` ([] bool) is False: a skipped step."""
         names = tuple(values)
         scalars = [value.detach().double() for value in values.values()]
         row = torch.stack([*scalars, torch.ones_like(scalars[0])])
@@ -45,7 +45,7 @@ class Meters:
         self._rows[names] = row if held is None else held + row
 
     def read(self, group: Group) -> dict[str, float]:
-        """The means since the last reading, which this ends, over steps and the ranks that have them."""
+        """Return the means since the last reading over steps and the ranks that have them, and reset."""
         sums: dict[str, float] = {}
         counts: dict[str, float] = {}
         for rows in group.gather_objects([(names, row.tolist()) for names, row in self._rows.items()]):
@@ -57,14 +57,14 @@ class Meters:
         return {name: total / counts[name] if counts[name] else math.nan for name, total in sums.items()}
 
     def state(self) -> list[Row]:
-        """What an exact resume needs, as plain numbers."""
+        """Return the state that an exact resume needs, as plain numbers."""
         return [
             (list(names), [value if math.isfinite(value) else None for value in row.tolist()])
             for names, row in self._rows.items()
         ]
 
     def restore(self, state: Iterable[Row], device: torch.device) -> None:
-        """Take up what `state` gave, or what it gave on several ranks, one after another."""
+        """Restore what `state` returned, or the concatenation of what it returned on several ranks."""
         self._rows = {}
         for names, values in state:
             numbers = [math.nan if value is None else value for value in values]
@@ -74,15 +74,15 @@ class Meters:
 
 
 class Lap(NamedTuple):
-    """What a clock measured between two readings."""
+    """Times of a clock between two readings."""
 
     seconds: float
-    waiting: float  # of the seconds, those spent on waiting for data
+    waiting: float  # part of the seconds spent waiting for data
     steps: int
 
 
 class Clock:
-    """Seconds and steps since the last reading, and how much of it was waiting for data."""
+    """Seconds and steps since the last reading, and the time spent waiting for data."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -94,11 +94,11 @@ class Clock:
         self._steps += 1
 
     def skip(self, seconds: float) -> None:
-        """Leave out so many seconds, in which no step was made."""
+        """Exclude so many seconds, in which no step was done."""
         self._start += seconds
 
     def read(self) -> Lap:
-        """The lap since the last reading, which this ends."""
+        """Return the lap since the last reading, and start the next."""
         now = time.perf_counter()
         lap = Lap(now - self._start, self._waiting, self._steps)
         self._start, self._waiting, self._steps = now, 0.0, 0

@@ -1,4 +1,4 @@
-"""AdamW's parameter groups, its guard against what is not finite, and the learning rate of every step."""
+"""AdamW with parameter groups and a guard against non-finite gradients, and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _UNDECAYED = ("table", "prefix")  # positions, class and register tokens
 
 @final
 class GuardedAdamW(torch.optim.AdamW):
-    """AdamW, fused, that clips gradients and leaves out a step by scalars on the device.
+    """Fused AdamW that clips gradients and skips a step by scalars on the device.
 
-    Torch's fused kernel divides the gradients by `grad_scale`, and changes nothing where `found_inf` is 1.
+    Torch's fused kernel divides the gradients by `grad_scale`, and skips the step where `found_inf` is 1.
     """
 
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
 
     def guard(self, norm: Tensor, clip: float) -> Tensor:
-        """Whether the coming step is done: [] bool, false where the gradients' `norm` is not finite.
+        """Prepare the next step; return whether it will be applied: [] bool, false if `norm` is not finite.
 
-        Gradients of a norm beyond `clip` are scaled to it; 0 clips nothing.
+        Gradients with a norm above `clip` are scaled to it; 0 disables clipping.
         """
         fine = torch.isfinite(norm)
         self.found_inf = (~fine).float()
@@ -36,9 +36,9 @@ class GuardedAdamW(torch.optim.AdamW):
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> GuardedAdamW:
-    """AdamW in groups: matrices and kernels decay; norms, biases, tokens and positions do not.
+    """Build AdamW: matrices and kernels decay; norms, biases, tokens and positions do not.
 
-    Weights that are spread over the ranks lie apart from those that are not, as torch's kernels want it.
+    Sharded weights are in separate groups from whole ones, as torch's kernels require.
     """
     exempt = exempt_from_decay(model)
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -50,7 +50,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> GuardedAdamW:
         for key in sorted(groups)
     ]
     optimizer = GuardedAdamW(settings, lr=config.lr, betas=config.betas, fused=True)
-    for parameters in groups.values():  # here and now, so that a state can be read into them
+    for parameters in groups.values():  # initialised now, so that a state can be loaded into it
         for parameter in parameters:
             optimizer.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
@@ -61,7 +61,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> GuardedAdamW:
 
 
 def exempt_from_decay(model: nn.Module) -> set[str]:
-    """Collect what networks themselves exempt: timm's `no_weight_decay`, as of relative positions."""
+    """Collect the weights that networks exempt by timm's `no_weight_decay`, such as relative positions."""
     found = set()
     for prefix, module in model.named_modules():
         exempt = getattr(module, "no_weight_decay", None)
@@ -71,7 +71,7 @@ def exempt_from_decay(model: nn.Module) -> set[str]:
 
 
 def moments(optimizer: GuardedAdamW, model: nn.Module) -> dict[str, Tensor]:
-    """What AdamW keeps of every weight, as `exp_avg.NAME` and so on."""
+    """Return AdamW's state of every weight, as `step.NAME`, `exp_avg.NAME` and `exp_avg_sq.NAME`."""
     return {
         f"{kind}.{name}": tensor
         for name, parameter in model.named_parameters()
@@ -80,9 +80,9 @@ def moments(optimizer: GuardedAdamW, model: nn.Module) -> dict[str, Tensor]:
 
 
 def odd_count(optimizer: GuardedAdamW, model: nn.Module, steps: int, *, partly: str = "-") -> str:
-    """What AdamW's own counts say else than `steps`, or than 0 for a weight that never had a gradient.
+    """Describe the first of AdamW's step counts that is neither `steps` nor 0 (never a gradient), or "".
 
-    Weights whose names begin with `partly` may have had a gradient in some of the steps.
+    Weights whose names begin with `partly` may have had a gradient in only some of the steps.
     """
     counts = {name: t for name, t in moments(optimizer, model).items() if name.startswith("step.")}
     for name, count in zip(counts, torch.stack(list(counts.values())).tolist(), strict=True):
@@ -93,7 +93,7 @@ def odd_count(optimizer: GuardedAdamW, model: nn.Module, steps: int, *, partly: 
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
-    """The learning rate of step `step` (from 0) of `steps`: linear warm-up, then cosine annealing."""
+    """Compute the learning rate of step `step` (from 0) of `steps`: linear warm-up, then cosine annealing."""
     warmup = round(config.warmup * steps)
     if step < warmup:
         return config.lr * (step + 1) / warmup

@@ -1,4 +1,4 @@
-"""How fast a run goes, where its time goes, and how busy it keeps its ranks and their devices."""
+"""Performance of a run: speed, time per phase, idle ranks and the devices' utilisation."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from .stopwatch import Stopwatch, mean_times
 
 
 @final
-class Pace:
+class PerformanceMonitor:
     """Times a run from one log step to the next. Every rank calls every method.
 
     Args:
         config: the run's settings.
-        partition: which rank does what.
+        partition: the groups of teachers and their ranks.
         group: all ranks.
-        device: where this one computes.
-        last: weights of the student that get their gradients last.
+        device: this rank's device.
+        last: the student's weights that get their gradients last.
     """
 
     def __init__(
@@ -45,36 +45,37 @@ class Pace:
         self._seconds: dict[str, float] = {}
 
     def step(self, waited: float) -> None:
-        """Count one step that waited so many seconds for its pictures."""
+        """Count one step that waited so many seconds for its images."""
         self.clock.step(waited)
         self.watch.waited(waited)
 
     def read(self) -> dict[str, float]:
-        """The figures of the log since the last reading, which this ends; the only host sync.
+        """Return the log's performance figures since the last reading, and reset; the only host sync.
 
-        `time/PHASE` are seconds a step, the mean over ranks; `seconds/GROUP` those that one rank of a group
-        is busy for it, with `share/GROUP` pictures; `idle` is the share of all ranks' time spent on waiting
-        for the slowest group; `mfu` the share of the devices' peak, the teachers' operations counted.
+        `time/PHASE` is in seconds per step, the mean over ranks; `perf/step_time/GROUP` is the time that one
+        rank of a group is busy for it, with `perf/images_per_rank/GROUP` images; `perf/idle_fraction` is the
+        share of all ranks' time spent waiting for the slowest group; `mfu` is the share of the devices' peak,
+        including the teachers' operations.
         """
         lap = self.clock.read()
         times = mean_times(self.group.gather_objects(self.watch.read(lap.steps)))
         self._seconds = times.groups
-        pictures = lap.steps * self.partition.batch_size
+        images = lap.steps * self.partition.batch_size
         used = {}
         if self._peak is not None and self._flops:
             used["mfu"] = lap.steps * self._flops / (lap.seconds * self.group.world * self._peak * 1e12)
         return {
-            "images_per_second": pictures / lap.seconds,
-            "data_wait": min(lap.waiting / lap.seconds, 1.0),  # a wait may have begun in the lap before
+            "images_per_second": images / lap.seconds,
+            "data_wait": min(lap.waiting / lap.seconds, 1.0),  # a wait may have started in the previous lap
             "seconds": lap.seconds,
             **times.record(),
-            **{f"share/{group.name}": group.share for group in self.partition.groups},
-            "idle": idle_share(self.partition, self._seconds),
+            **{f"perf/images_per_rank/{group.name}": group.share for group in self.partition.groups},
+            "perf/idle_fraction": idle_share(self.partition, self._seconds),
             **used,
         }
 
     def in_words(self) -> str:
-        """The imbalance at the last log step, and a better split; empty where all ranks do the same."""
+        """Describe the imbalance at the last log step and a better split; empty where all ranks are alike."""
         groups = self.partition.groups
         if not self._seconds or all(group.ranks == groups[0].ranks for group in groups):
             return ""
@@ -85,11 +86,14 @@ class Pace:
         if (better := propose(self.partition, self._seconds)) is None:
             return line
         split = " ".join(map(str, better.split))
-        return f"{line}; --split {split} would take {better.after:.3g} s instead of {better.before:.3g}"
+        return (
+            f"{line}; --ranks-per-group {split} would take {better.after:.3g} s instead of "
+            f"{better.before:.3g}"
+        )
 
 
 def step_flops(config: TrainConfig, partition: Partition) -> int:
-    """Operations of a step over all ranks; a few seconds for small students."""
+    """Count the operations of a step over all ranks; takes a few seconds for small students."""
     models = outline(config)
     costs = {group: count(config, models, group, half=False, standing=True) for group in partition.groups}
     return sum(len(group.ranks) * cost.flops for group, cost in costs.items())

@@ -1,4 +1,4 @@
-"""Ranks under torchrun: the student over all of them by DDP or FSDP2, adaptors over those that share them."""
+"""Training under torchrun: the student by DDP or FSDP2, adaptors on the ranks that share them."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from radio.types import Features, Student
 
 from .config import TrainConfig
 from .partition import Partition
-from .step import Distiller, StudentPass
+from .step import DistillationLoss, StudentPass
 
 # Letters: B batch, h w pixels.
 
 
 class Peers(NamedTuple):
-    """The ranks that work for the same teachers as this one, and hold the same adaptors."""
+    """The ranks with the same teachers and adaptors as this one."""
 
     ranks: tuple[int, ...]
-    process_group: distributed.ProcessGroup | None  # None = of all ranks, or there is no other
+    process_group: distributed.ProcessGroup | None  # None = all ranks, or this one only
     leaders: tuple[int, ...]  # the first rank of every such set
 
     def lead(self, rank: int) -> bool:
-        """Whether this rank is the one that counts their adaptors."""
+        """Check whether this rank is the first of its peers, which counts their adaptors."""
         return rank == self.ranks[0]
 
 
 def join(device: torch.device) -> AbstractContextManager[Group]:
-    """The group that torchrun's environment describes: over NCCL on GPUs, gloo on CPUs; alone without it."""
+    """Join torchrun's process group, by NCCL on GPUs and gloo on CPUs; a group of one without torchrun."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return joined("nccl" if device.type == "cuda" else "gloo")
 
 
 def find_peers(partition: Partition, rank: int) -> Peers:
-    """This rank's peers. Every rank calls it, since all of them make every process group."""
+    """Return this rank's peers. Every rank calls it, since each process group is created by all ranks."""
     everyone = tuple(range(partition.world))
     mine = partition.of(rank)[0].ranks
     found = None
@@ -62,51 +62,56 @@ def find_peers(partition: Partition, rank: int) -> Peers:
 
 
 @final
-class Engine:
-    """The student's forward over the ranks, and gradients that are those of the whole step.
+class DistributedStudent:
+    """The student's distributed forward, with gradients of the whole step's loss.
 
-    A step's loss is the sum over the groups of teachers of the mean loss over each group's pictures. DDP and
-    FSDP2 average gradients over all ranks, so a rank of a group of n scales its loss by world / n; adaptors
-    are summed over their own ranks and divided by world, to the same end.
+    A step's loss is the sum over the groups of teachers of the mean loss over each group's images. DDP and
+    FSDP2 average gradients over all ranks, so a rank of a group with n ranks scales its loss by world / n;
+    adaptors' gradients are summed over their own ranks and divided by world, to the same effect.
 
     Args:
         distiller: student and adaptors, on the device.
         group: all ranks.
-        peers: those that share this rank's adaptors.
-        device: where this rank computes.
-        config: engine, precision, compilation.
+        peers: the ranks that share this rank's adaptors.
+        device: this rank's device.
+        config: DDP or FSDP2, precision, compilation.
     """
 
     def __init__(
-        self, distiller: Distiller, group: Group, peers: Peers, device: torch.device, config: TrainConfig
+        self,
+        distiller: DistillationLoss,
+        group: Group,
+        peers: Peers,
+        device: torch.device,
+        config: TrainConfig,
     ) -> None:
         self.group, self.peers, self.scale = group, peers, group.world / len(peers.ranks)
         student = distiller.model.student
         assert isinstance(student, nn.Module)  # as RadioModel makes sure
-        if device.type == "cuda":  # on a CPU there is no such kernel: each rank's own batch
+        if device.type == "cuda":  # no such kernel on a CPU: statistics of each rank's batch
             synchronise_norms(student, peers)
         if config.compile:
             for module in blocks_of(student) or [student]:
                 module.forward = torch.compile(module.forward)
         self._pass: Any = StudentPass(student)
-        if config.engine == "fsdp":
+        if config.parallel == "fsdp":
             _shard(self._pass, device, group.world, half=is_half(config, device))
         elif group.world > 1:
             devices = [device.index] if device.type == "cuda" else None
             self._pass = DistributedDataParallel(self._pass, device_ids=devices)
-            self._pass.broadcast_buffers = False  # after the first time; torch changed the argument's name
+            self._pass.broadcast_buffers = False  # after construction; torch renamed the argument
         ids = {id(parameter) for parameter in student.parameters()}
         self._shared = list(student.parameters())
         self._local = [parameter for parameter in distiller.parameters() if id(parameter) not in ids]
 
-    def encode(self, images: Tensor, drawn: Tensor | None, window: int | None) -> Features:
-        """The student's features of this rank's [B, 3, h, w] pictures."""
-        features: Features = self._pass(images, drawn, window)
+    def encode(self, images: Tensor, crops: Tensor | None, window: int | None) -> Features:
+        """Compute the student's features of this rank's images [B, 3, h, w]."""
+        features: Features = self._pass(images, crops, window)
         return features
 
     @contextmanager
     def turn(self, *, last: bool) -> Iterator[None]:
-        """Inside go one forward and its backward; the ranks exchange gradients in a step's last."""
+        """Wrap one forward and its backward; the ranks exchange gradients only in a step's `last`."""
         if isinstance(self._pass, FSDPModule):
             self._pass.set_requires_gradient_sync(last)
             yield
@@ -116,11 +121,11 @@ class Engine:
         else:
             yield
 
-    def settle(self, loss: Tensor) -> Tensor:
-        """The gradients' norm over student and all adaptors of all ranks: [], the same on every rank.
+    def reduce_gradients(self, loss: Tensor) -> Tensor:
+        """Compute the gradient norm over student and all ranks' adaptors: [], the same on every rank.
 
-        Called after a step's last backward; the adaptors' gradients are averaged on the way. Not finite
-        where `loss` is not finite on any rank.
+        Call it after a step's last backward; it also averages the adaptors' gradients. The norm is not
+        finite if `loss` is not finite on some rank.
         """
         self._average()
         square = 0 * loss.detach().float()
@@ -134,7 +139,7 @@ class Engine:
         return square.sqrt()
 
     def peer_mean(self, tensor: Tensor) -> Tensor:
-        """The elementwise mean over the ranks that share this rank's teachers."""
+        """Compute the elementwise mean over the ranks that share this rank's teachers."""
         if len(self.peers.ranks) == 1:
             return tensor
         total = tensor.clone()
@@ -142,7 +147,7 @@ class Engine:
         return total / len(self.peers.ranks)
 
     def _average(self) -> None:
-        """Sum the adaptors' gradients over the peers, and divide by the world as the student's are."""
+        """Sum the adaptors' gradients over the peers and divide by the world size, like the student's."""
         if self.group.world == 1:
             return
         grads = [parameter.grad for parameter in self._local if parameter.grad is not None]
@@ -154,49 +159,49 @@ class Engine:
 
 
 def synchronise_norms(student: nn.Module, peers: Peers) -> None:
-    """Let batch norms take their statistics over the ranks that see images of one group; in place.
+    """Synchronise batch norm statistics over the ranks of one group, in place.
 
-    timm's converter, and not torch's, which would lose the activation inside timm's `BatchNormAct2d`.
+    By timm's converter: torch's would drop the activation inside timm's `BatchNormAct2d`.
     """
     if len(peers.ranks) > 1:
         convert_sync_batchnorm(student, peers.process_group)
 
 
 def check_shardable(student: Student) -> None:
-    """Refuse a student that FSDP2 cannot spread over the ranks, before anything is loaded.
+    """Check that FSDP2 can shard the student, before anything is loaded.
 
     Raises:
-        ConfigError: a weight that is a single number or empty; names it.
+        ConfigError: a weight is a single number or empty; the message names it.
     """
     assert isinstance(student, nn.Module)  # as RadioModel makes sure
     for name, weight in student.named_parameters():
         if weight.ndim == 0 or weight.numel() == 0:
             what = "a single number" if weight.ndim == 0 else "empty"
             raise ConfigError(
-                f"--engine fsdp cannot shard this student: its weight {name} is {what}; take --engine ddp"
+                f"--parallel fsdp cannot shard this student: its weight {name} is {what}; take --parallel ddp"
             )
 
 
 def check_started(config: TrainConfig) -> None:
-    """Refuse to shard without the ranks that torchrun starts.
+    """Check that a sharded run was started with torchrun.
 
     Raises:
-        ConfigError: the run shards its student, and there is no group of ranks.
+        ConfigError: the run shards its student, and there is no process group.
     """
-    if config.engine == "fsdp" and not distributed.is_initialized():
+    if config.parallel == "fsdp" and not distributed.is_initialized():
         raise ConfigError(
-            "--engine fsdp shards the student over ranks, and this process was started alone; "
-            "start it with torchrun --nproc-per-node GPUS, or leave --engine out"
+            "--parallel fsdp shards the student over ranks, and this process was started alone; "
+            "start it with torchrun --nproc-per-node GPUS, or leave --parallel out"
         )
 
 
 def is_half(config: TrainConfig, device: torch.device) -> bool:
-    """Whether forwards run in bfloat16."""
+    """Check whether forwards run in bfloat16."""
     return config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
 
 
 def blocks_of(student: nn.Module) -> list[nn.Module]:
-    """The blocks that a student is a stack of: what its outermost lists of modules hold."""
+    """Return the student's blocks: the entries of its outermost `ModuleList`s."""
     found: list[nn.Module] = []
     for child in student.children():
         found += list(child) if isinstance(child, nn.ModuleList) else blocks_of(child)
@@ -204,9 +209,9 @@ def blocks_of(student: nn.Module) -> list[nn.Module]:
 
 
 def gather_weights(tensors: Mapping[str, Tensor], group: Group, peers: Peers) -> dict[str, Tensor]:
-    """Copies on the CPU of all weights of a model, those of every rank's adaptors among them.
+    """Copy all weights of a model, including every rank's adaptors, to the first rank's CPU.
 
-    Every rank calls it with what it has of the model's state dict; the first rank gets them, others nothing.
+    Every rank calls it with its part of the model's state dict; ranks but the first get an empty dict.
     """
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -226,12 +231,12 @@ def gather_weights(tensors: Mapping[str, Tensor], group: Group, peers: Peers) ->
 
 
 def _shard(module: StudentPass, device: torch.device, world: int, *, half: bool) -> None:
-    """Spread every block's weights over the ranks, and what is outside the blocks once more (FSDP2).
+    """Shard every block's weights over the ranks, then the weights outside the blocks (FSDP2).
 
-    Inputs are left as they are: position crops and pictures need more than bfloat16, and autocast casts them
-    where a kernel wants it.
+    Inputs are not cast: position crops and images need more than bfloat16, and autocast casts them where
+    a kernel requires it.
     """
-    warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view")  # nobody writes into them
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view")  # no view is written to
     mesh = init_device_mesh(device.type, (world,))
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if half else None, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -241,7 +246,7 @@ def _shard(module: StudentPass, device: torch.device, world: int, *, half: bool)
 
 
 def _square(parameters: list[nn.Parameter], like: Tensor) -> Tensor:
-    """The squared norm of the gradients that lie on this rank: []."""
+    """Compute the squared norm of the gradients on this rank: []."""
     grads = [_own(parameter.grad) for parameter in parameters if parameter.grad is not None]
     if not grads:
         return torch.zeros_like(like)
@@ -249,5 +254,5 @@ def _square(parameters: list[nn.Parameter], like: Tensor) -> Tensor:
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that may be spread over the ranks."""
+    """Return this rank's part of a tensor that may be sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,8 +1,8 @@
-"""Which ranks work for which teachers, and on which pictures of a step.
+"""Partition: which ranks run which teachers, on which images of a step.
 
-Teachers of one batch size beside one student resolution form a group: they see the same pictures and share
-the student's forward (paper §4: CLIP and DINOv2 at 224 px, SAM at 1024 px). A step's pictures are the groups'
-batches one after another.
+Teachers with the same batch size and student resolution form a group: they see the same images and share the
+student's forward (paper §4: CLIP and DINOv2 at 224 px, SAM at 1024 px). A step's images are the groups'
+batches concatenated.
 """
 
 from __future__ import annotations
@@ -20,53 +20,53 @@ from .config import TeacherConfig, TrainConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherGroup:
-    """Teachers that see the same pictures, and the ranks that work for them."""
+    """Teachers that see the same images, and the group's ranks."""
 
     teachers: tuple[str, ...]
     side: int  # the student's input side in pixels
-    batch_size: int  # pictures a step over the group's ranks
-    first: int  # where its pictures begin in a step's batch
-    ranks: tuple[int, ...]  # in turns: every rank of the world, for every group
+    batch_size: int  # images per step over the group's ranks
+    first: int  # offset of its images in a step's batch
+    ranks: tuple[int, ...]  # with shared placement: all ranks, for every group
 
     @property
     def name(self) -> str:
-        """Its teachers in one word, as in `clip+dino`."""
+        """Name of the group from its teachers, such as `clip+dino`."""
         return "+".join(self.teachers)
 
     @property
     def share(self) -> int:
-        """Pictures a step of one of its ranks."""
+        """Images per step of one of its ranks."""
         return self.batch_size // len(self.ranks)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Partition:
-    """The groups of a run and the ranks that they are dealt to."""
+    """The groups of a run with their ranks."""
 
     groups: tuple[TeacherGroup, ...]
     world: int
 
     @property
     def batch_size(self) -> int:
-        """Pictures a step over all groups."""
+        """Images per step over all groups."""
         return sum(group.batch_size for group in self.groups)
 
     def of(self, rank: int) -> tuple[TeacherGroup, ...]:
-        """The groups that a rank works for, in order."""
+        """Return the groups of a rank, in order."""
         return tuple(group for group in self.groups if rank in group.ranks)
 
     def rows(self, group: TeacherGroup, rank: int) -> range:
-        """Where in a step's batch the pictures lie that a rank of the group takes."""
-        assert rank in group.ranks, "only the group's own ranks take its pictures"
+        """Return the positions in a step's batch of the images of one of the group's ranks."""
+        assert rank in group.ranks, "only the group's own ranks take its images"
         first = group.first + group.ranks.index(rank) * group.share
         return range(first, first + group.share)
 
 
 def teacher_groups(config: TrainConfig) -> tuple[TeacherGroup, ...]:
-    """The groups in the order of their first teachers, as one process has them: rank 0 works for all.
+    """Group the teachers, in the order of each group's first; all groups have rank 0 only, as in one process.
 
     Raises:
-        ConfigError: a teacher with a batch of less than one picture.
+        ConfigError: a teacher has a batch of less than one image.
     """
     members: dict[tuple[int, int], list[str]] = {}
     for teacher in config.teachers:
@@ -81,23 +81,23 @@ def teacher_groups(config: TrainConfig) -> tuple[TeacherGroup, ...]:
 
 
 def make_partition(config: TrainConfig, world: int, costs: Sequence[float] | None = None) -> Partition:
-    """The groups with the ranks of each: all of them in turns, or a share that divides the group's batch.
+    """Assign ranks to the groups: all ranks to each, or a number each that divides the group's batch.
 
-    Among the possible shares it is the setting's `split`, or else the one whose slowest group is fastest.
+    The numbers are `ranks_per_group`, or by default those whose slowest group is fastest.
 
     Args:
-        config: teachers, batch sizes, `partition` and `split`.
-        world: how many ranks there are; one process always takes turns.
-        costs: what one picture of each group costs a rank, in any unit; its pixels unless given.
+        config: teachers, batch sizes, `teacher_placement` and `ranks_per_group`.
+        world: number of ranks; a single one always has all groups.
+        costs: a rank's cost of one image of each group, in any unit (default: its pixels).
 
     Raises:
-        ConfigError: a batch that the ranks cannot share evenly, fewer ranks than groups, or a `split` that
-            does not fit groups, batches or ranks.
+        ConfigError: the ranks cannot share a batch evenly, there are fewer ranks than groups, or
+            `ranks_per_group` does not fit groups, batches or ranks.
     """
     groups = teacher_groups(config)
-    if config.split:
+    if config.ranks_per_group:
         split = _checked(config, groups, world)
-    elif world == 1 or config.partition == "turns":
+    elif world == 1 or config.teacher_placement == "shared":
         return _in_turns(groups, world)
     else:
         prices = [float(group.side**2) for group in groups] if costs is None else costs
@@ -110,12 +110,12 @@ def make_partition(config: TrainConfig, world: int, costs: Sequence[float] | Non
 
 
 def best_split(groups: Sequence[TeacherGroup], world: int, costs: Sequence[float]) -> tuple[int, ...]:
-    """The ranks of each group with the fastest slowest group, then the fastest second one, and so on.
+    """Find each group's number of ranks that makes the slowest group fastest, then the second, and so on.
 
-    `costs` are what one picture of each group costs a rank.
+    `costs` are a rank's costs of one image of each group.
 
     Raises:
-        ConfigError: no numbers of ranks that divide the groups' batches add up to `world`.
+        ConfigError: no divisors of the groups' batches add up to `world`.
     """
     sizes = [group.batch_size for group in groups]
     if (best := _best(tuple(sizes), tuple(costs), world)) is None:
@@ -124,10 +124,10 @@ def best_split(groups: Sequence[TeacherGroup], world: int, costs: Sequence[float
 
 
 def _seen(teacher: TeacherConfig, config: TrainConfig) -> tuple[int, int]:
-    """Pictures a step of a teacher, and the student's side beside it."""
+    """Return a teacher's images per step and the student's input side for it."""
     size = config.batch_size if teacher.batch_size is None else teacher.batch_size
     if size < 1:
-        raise ConfigError(f"teacher {teacher.name} cannot see {size} pictures a step; give 1 or more")
+        raise ConfigError(f"teacher {teacher.name} cannot see {size} images a step; give 1 or more")
     return size, teacher.student_resolution or config.resolution
 
 
@@ -142,16 +142,16 @@ def _in_turns(groups: Sequence[TeacherGroup], world: int) -> Partition:
 
 
 class _Split(NamedTuple):
-    """Ranks of some groups, and what each group's pictures then cost a rank, the dearest first."""
+    """Ranks of some groups, and each group's cost per rank, in descending order."""
 
     loads: tuple[float, ...]
     split: tuple[int, ...]
 
 
 def _best(sizes: tuple[int, ...], costs: tuple[float, ...], world: int) -> _Split | None:
-    """The best way to deal `world` ranks to batches so that each is shared evenly; None where there is none.
+    """Find the best split of `world` ranks that divides every batch evenly; None where there is none.
 
-    The best way for all holds the best one for every rest of them, so that each rest is worked out once.
+    By dynamic programming: the best split contains the best one of every suffix of the groups.
     """
     counts = [_divisors(size, world) for size in sizes]
 
@@ -174,14 +174,14 @@ def _best(sizes: tuple[int, ...], costs: tuple[float, ...], world: int) -> _Spli
 
 
 def _divisors(size: int, most: int) -> list[int]:
-    """The divisors of a batch up to `most`, in order."""
+    """Return the divisors of a batch up to `most`, in order."""
     return [count for count in range(1, min(size, most) + 1) if size % count == 0]
 
 
 def _checked(config: TrainConfig, groups: Sequence[TeacherGroup], world: int) -> tuple[int, ...]:
-    split = config.split
-    asked = f"--split {' '.join(map(str, split))}"
-    if config.partition == "turns":
+    split = config.ranks_per_group
+    asked = f"--ranks-per-group {' '.join(map(str, split))}"
+    if config.teacher_placement == "shared":
         raise ConfigError(f"{asked} deals ranks to groups, and in turns all work for all; leave one of both")
     if len(split) != len(groups):
         names = ", ".join(group.name for group in groups)
@@ -200,7 +200,7 @@ def _checked(config: TrainConfig, groups: Sequence[TeacherGroup], world: int) ->
 
 
 def _impossible(groups: Sequence[TeacherGroup], world: int) -> str:
-    """Why no split fits."""
+    """Explain why no split fits."""
     if len(groups) == 1:
         return (
             f"a batch of {groups[0].batch_size} cannot be shared evenly by {world} ranks "
@@ -210,7 +210,7 @@ def _impossible(groups: Sequence[TeacherGroup], world: int) -> str:
         names = ", ".join(group.name for group in groups)
         return (
             f"{len(groups)} groups of teachers ({names}) need a rank each, and there are {world}; "
-            f"let all ranks work for all groups with --partition turns, or start more"
+            f"let all ranks work for all groups with --teacher-placement shared, or start more"
         )
     sizes = [group.batch_size for group in groups]
     batches = " and ".join(f"{group.batch_size} ({group.name})" for group in groups)
@@ -221,7 +221,7 @@ def _impossible(groups: Sequence[TeacherGroup], world: int) -> str:
 
 
 def _possible(sizes: Sequence[int], world: int) -> str:
-    """The nearest numbers of ranks, below and above, that can be shared."""
+    """Format the nearest possible numbers of ranks, below and above."""
     sums = 1  # bit n: n ranks can be shared by the batches so far
     for size in sizes:
         sums = reduce(or_, (sums << count for count in _divisors(size, size)))

@@ -1,6 +1,6 @@
-"""Who does what at a given number of ranks, what it takes of each, and how long the run would last.
+"""Plan of a run at a given number of ranks: each rank's work and memory, and the run's duration.
 
-Nothing is loaded and nothing is run: the models are outlines whose operations and bytes are counted.
+Nothing is loaded or run: operations and bytes are counted on models without weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from radio.config import Count, check_options
 from radio.errors import ConfigError
 from radio.model import RadioModel
 
-from .assembly import check_settings, deal
+from .assembly import check_settings, partition_ranks
 from .config import PositiveShare, Ranks, TrainConfig
 from .cost import Cost, Outline, bytes_of, count, outline
 from .imbalance import Proposal, idle_share, idle_shares, measured, propose
@@ -30,33 +30,31 @@ A100 = 312.0  # TFLOP/s in bfloat16 without sparsity
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanOptions:
-    """What a plan supposes."""
+    """Assumptions of a plan."""
 
-    world: Ranks | None = None  # ranks; None = the paper's 64 where they can share the batches, else 1
-    utilisation: PositiveShare = (
-        0.4  # share of --peak-tflops (of an A100's 312 unless given) that a rank reaches
-    )
-    pictures: Count | None = None  # in the data, for the number of passes; None = not told, but for scenes
-    measured: Path | None = None  # metrics.jsonl of a run of these teachers: its times instead of operations
+    world: Ranks | None = None  # number of ranks; None = the paper's 64 if they can share the batches, else 1
+    utilisation: PositiveShare = 0.4  # share of --peak-tflops (default: an A100's 312) that a rank reaches
+    images: Count | None = None  # images in the data, for the number of passes; None = unknown, except scenes
+    measured: Path | None = None  # metrics.jsonl of a run with these teachers, to use its times
 
 
 class Memory(NamedTuple):
-    """Bytes on one rank."""
+    """Memory of one rank in bytes."""
 
-    weights: int  # student and adaptors, or the rank's part of them
-    teachers: int  # frozen weights, their matrices in bfloat16 where forwards are; no text towers
+    weights: int  # student and adaptors, or the rank's shard of them
+    teachers: int  # frozen weights, matrices in bfloat16 where forwards are; no text towers
     optimiser: int  # AdamW's two moments
-    average: int  # of the weights (--ema)
+    average: int  # moving average of the weights (--ema)
     gradients: int
-    exchange: int  # DDP's buckets, or what FSDP2 gathers of two blocks and of what is outside the blocks
-    inputs: int  # pictures and teachers' features, of the next step too where teachers work ahead
+    exchange: int  # DDP's buckets, or what FSDP2 gathers: two blocks and the weights outside
+    inputs: int  # images and teachers' features, also of the next step with prefetch
     activations: int  # at the peak of the student's forward
-    working: int  # of the teachers' forward beyond their features
-    peak: int  # of all of it together; gradients and activations need not peak at once
+    working: int  # at the peak of the teachers' forward, beyond their features
+    peak: int  # of the total; gradients and activations may peak at different times
 
 
 class Kind(NamedTuple):
-    """Ranks that do the same."""
+    """A set of ranks with the same groups."""
 
     groups: tuple[TeacherGroup, ...]
     num_ranks: int
@@ -65,30 +63,30 @@ class Kind(NamedTuple):
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What a run would take."""
+class RunPlan:
+    """The plan of a run: work, memory and time."""
 
     config: TrainConfig
     options: PlanOptions
     partition: Partition
-    costs: dict[str, Cost]  # of one rank of each group, by the group's name
+    costs: dict[str, Cost]  # for one rank of each group, by the group's name
     kinds: tuple[Kind, ...]
-    sizes: dict[str, tuple[int, int]]  # what each teacher sees
+    sizes: dict[str, tuple[int, int]]  # input size (height, width) of each teacher
     half: bool
 
     @property
     def peak_tflops(self) -> float:
-        """What one rank's device could do at most."""
+        """Peak TFLOP/s of one rank's device."""
         return self.config.peak_tflops or A100
 
     @property
     def flops(self) -> int:
-        """Operations a step over all ranks."""
+        """Operations per step over all ranks."""
         return sum(len(group.ranks) * self.costs[group.name].flops for group in self.partition.groups)
 
     @cached_property
     def seconds(self) -> dict[str, float]:
-        """Seconds a step of one rank of each group: measured, or from its operations."""
+        """Seconds per step on one rank of each group: measured, or from its operations."""
         if self.options.measured is not None:
             return measured(self.options.measured, self.partition)
         speed = self.peak_tflops * 1e12 * self.options.utilisation
@@ -96,7 +94,7 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        """Seconds a step: of the slowest rank."""
+        """Seconds per step of the slowest rank."""
         return max(sum(self.seconds[group.name] for group in kind.groups) for kind in self.kinds)
 
     @property
@@ -106,9 +104,9 @@ class Plan:
 
     @property
     def passes(self) -> float | None:
-        """How often the run sees all of its data; None where nobody knows how much there is."""
-        pictures = self.options.pictures or (self.config.data.scenes if _only_scenes(self.config) else 0)
-        return self.config.steps * self.partition.batch_size / pictures if pictures else None
+        """Number of passes over the data; None where the number of images is unknown."""
+        images = self.options.images or (self.config.data.scenes if _only_scenes(self.config) else 0)
+        return self.config.steps * self.partition.batch_size / images if images else None
 
     @property
     def idle(self) -> float:
@@ -117,26 +115,26 @@ class Plan:
 
     @property
     def idle_shares(self) -> dict[str, float]:
-        """The same for each group."""
+        """Share of a step that each group's ranks wait for the slowest group."""
         return idle_shares(self.partition, self.seconds)
 
     @property
     def proposal(self) -> Proposal | None:
-        """A faster split, where there is one."""
+        """A faster split of the ranks; None where there is none."""
         return propose(self.partition, self.seconds)
 
 
-def make_plan(config: TrainConfig, options: PlanOptions) -> Plan:
-    """The plan of a run; a few seconds for small students, half a minute for a ViT-H.
+def make_plan(config: TrainConfig, options: PlanOptions) -> RunPlan:
+    """Make the plan of a run; takes a few seconds for small students, half a minute for a ViT-H.
 
     Raises:
-        ConfigError: settings that make no sense, or ranks that cannot share the batches.
-        SizeError: a resolution that a teacher or the student cannot take.
+        ConfigError: the settings are inconsistent, or the ranks cannot share the batches.
+        SizeError: a teacher or the student cannot take its resolution.
     """
     check_options(options)
     world = _world(config) if options.world is None else options.world
     check_settings(config, world)
-    partition = deal(config, world)
+    partition = partition_ranks(config, world)
     half = config.precision == "bf16" or (config.precision == "auto" and config.device != "cpu")
     models = outline(config, half=half and config.device != "cpu")
     dealt = list(dict.fromkeys(group.ranks for group in partition.groups))
@@ -150,7 +148,7 @@ def make_plan(config: TrainConfig, options: PlanOptions) -> Plan:
         Kind(groups, len(groups[0].ranks), _memory(config, models, groups, costs, world, half=half))
         for groups in sets
     ]
-    return Plan(
+    return RunPlan(
         config=config,
         options=options,
         partition=partition,
@@ -162,8 +160,8 @@ def make_plan(config: TrainConfig, options: PlanOptions) -> Plan:
 
 
 def _standing(config: TrainConfig, groups: tuple[TeacherGroup, ...]) -> bool:
-    """Whether gradients stand while a rank's dearest forward runs: it has several a step, or keeps shards."""
-    return len(groups) > 1 or config.accumulate > 1 or config.engine == "fsdp"
+    """Check whether gradients are allocated in a rank's costliest forward: several per step, or sharded."""
+    return len(groups) > 1 or config.grad_accum_steps > 1 or config.parallel == "fsdp"
 
 
 def _memory(
@@ -178,7 +176,7 @@ def _memory(
     mine = [costs[group.name] for group in groups]
     held = models.of(*groups)
     student, adaptors = bytes_of(held.student), bytes_of(held.adaptors)
-    sharded = config.engine == "fsdp"
+    sharded = config.parallel == "fsdp"
     kept = (math.ceil(student / world) if sharded else student) + adaptors
     average = kept if config.ema else 0
     buckets = student if world > 1 else 0
@@ -186,7 +184,7 @@ def _memory(
     online = config.cache.folder is None
     teachers = sum(bytes_of(models.teachers[name]) for group in groups for name in group.teachers)
     working = max(cost.teacher_working for cost in mine)
-    ahead = online and config.teachers_ahead
+    ahead = online and config.prefetch_teachers
     inputs = sum(cost.inputs for cost in mine) * (2 if ahead else 1)
     passing = max(cost.peak - (cost.copies if sharded else 0) for cost in mine)
     passing += kept if _standing(config, groups) else 0
@@ -206,7 +204,7 @@ def _memory(
 
 
 def _gathered(model: RadioModel, *, half: bool) -> int:
-    """Bytes of the weights that FSDP2 has whole at a time, and of a block's gradient on its way."""
+    """Return the bytes that FSDP2 gathers at a time: whole weights, and a block's gradient in exchange."""
     student = model.student
     assert isinstance(student, nn.Module)
     blocks = [bytes_of(block) for block in blocks_of(student)]
@@ -216,7 +214,7 @@ def _gathered(model: RadioModel, *, half: bool) -> int:
 
 def _world(config: TrainConfig) -> int:
     try:
-        deal(config, PAPERS_RANKS)
+        partition_ranks(config, PAPERS_RANKS)
     except ConfigError:
         return 1
     return PAPERS_RANKS

@@ -1,4 +1,4 @@
-"""A plan in print: who does what, the memory of a rank, and what the whole run costs."""
+"""A printed plan: the work and memory of each rank, and the cost of the whole run."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from rich.text import Text
 
 from radio.errors import shown
 
-from .plan import Memory, Plan
+from .plan import Memory, RunPlan
 from .sinks import say
 
 _SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"))
 
 
-def print_plan(plan: Plan, console: Console) -> None:
-    """Print a table with a column for each group, and a line for every figure of the whole run."""
+def print_plan(plan: RunPlan, console: Console) -> None:
+    """Print a table with a column per group, and a line for every figure of the whole run."""
     world = plan.partition.world
     ranks = f"{world} ranks" if world > 1 else "1 rank"
     turns = ", the groups in turn" if len(plan.kinds) < len(plan.partition.groups) else ""
     table = Table(
         title=Text(
-            shown(f"{plan.config.recipe}: {plan.config.student} on {ranks}{turns}, {plan.config.engine}")
+            shown(f"{plan.config.recipe}: {plan.config.student} on {ranks}{turns}, {plan.config.parallel}")
         ),
         box=box.ROUNDED if console.is_terminal else box.ASCII,
     )
@@ -39,7 +39,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         say(console, line)
 
 
-def _add_work(table: Table, plan: Plan) -> None:
+def _add_work(table: Table, plan: RunPlan) -> None:
     groups, costs = plan.partition.groups, [plan.costs[group.name] for group in plan.partition.groups]
     size, letter = _scale(max(cost.flops for cost in costs))
 
@@ -49,8 +49,8 @@ def _add_work(table: Table, plan: Plan) -> None:
     row("their pixels", [" ".join(str(plan.sizes[t][0]) for t in group.teachers) for group in groups])
     row("the student's pixels", [group.side for group in groups])
     row("ranks", [len(group.ranks) for group in groups], plan.partition.world)
-    row("pictures a rank and step", [group.share for group in groups])
-    row("pictures a step", [group.batch_size for group in groups], plan.partition.batch_size)
+    row("images a rank and step", [group.share for group in groups])
+    row("images a step", [group.batch_size for group in groups], plan.partition.batch_size)
     for part in ("teacher", "forward", "backward"):
         counts = [getattr(cost, f"{part}_flops") for cost in costs]
         row(f"{letter}FLOP a rank and step, {part}", [f"{count / size:.3g}" for count in counts])
@@ -58,7 +58,7 @@ def _add_work(table: Table, plan: Plan) -> None:
     row("idle", [f"{plan.idle_shares[group.name]:.0%}" for group in groups], f"{plan.idle:.0%}")
 
 
-def _add_memory(table: Table, plan: Plan) -> None:
+def _add_memory(table: Table, plan: RunPlan) -> None:
     size, letter = _scale(max(kind.memory.peak for kind in plan.kinds))
     alike = len(plan.kinds) == 1
     for part in Memory._fields:
@@ -71,11 +71,11 @@ def _add_memory(table: Table, plan: Plan) -> None:
 
 
 def _scale(largest: float) -> tuple[float, str]:
-    """What to divide by, and the letter that stands for it."""
+    """Return the divisor for a number and its unit prefix."""
     return next(((size, letter) for size, letter in _SCALES if largest >= size), _SCALES[-1])
 
 
-def _lines(plan: Plan) -> Iterator[str]:
+def _lines(plan: RunPlan) -> Iterator[str]:
     config = plan.config
     size, letter = _scale(plan.flops)
     products = "bfloat16" if plan.half else "float32"
@@ -89,12 +89,12 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield f"time: {config.steps} steps in {_time(plan.days)} {pace}; {hours:.4g} hours of one device"
     samples = config.steps * plan.partition.batch_size
     if plan.passes is None:
-        yield f"data: {samples} pictures; give --pictures, how many there are, for the number of passes"
+        yield f"data: {samples} images; give --images, how many there are, for the number of passes"
     else:
-        yield f"data: {samples} pictures, {plan.passes:.3g} passes"
+        yield f"data: {samples} images, {plan.passes:.3g} passes"
     if (better := plan.proposal) is not None:
         split = " ".join(map(str, better.split))
-        yield f"faster: --split {split}, {better.after:.3g} s a step instead of {better.before:.3g}"
+        yield f"faster: --ranks-per-group {split}, {better.after:.3g} s a step instead of {better.before:.3g}"
     elif len(plan.kinds) > 1:
         yield "no split of these ranks is faster"
 

@@ -1,4 +1,4 @@
-"""A wish from outside to stop, which all ranks learn of after the same step."""
+"""Preemption: a request to stop, on which all ranks agree after the same step."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch import Tensor
 
 from evals.core.dist import Group
 
-REQUEUE = 85  # the exit code of a run that was asked to stop, and has saved: start it again
+REQUEUE = 85  # exit code of a run that was stopped by a signal and has saved: start it again
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def outlast_signals(worker: int) -> None:
-    """Let a loader's process live on when its run is asked to stop.
+    """Keep a loader's process alive when its run is requested to stop.
 
-    torchrun and schedulers signal all processes of a group, and the run still needs its pictures. The process
-    that started it is heeded: it ends its loaders with SIGTERM, and waits for them.
+    torchrun and schedulers signal all processes of a group, but the run still needs its images. Only signals
+    of the parent process end a loader: it terminates its loaders with SIGTERM and waits for them.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     threading.Thread(target=_heed_parent, daemon=True).start()
@@ -37,10 +37,10 @@ def _heed_parent() -> None:
 
 @final
 class Preemption:
-    """SIGTERM or SIGUSR1 on any rank, agreed upon by all of them. Entered, it takes the signals.
+    """SIGTERM or SIGUSR1 on any rank, agreed on by all ranks. As a context manager it handles the signals.
 
-    The ranks' flags cross on the CPU while a step is done, so that no step waits for them: all ranks stop
-    one step after the first of them was told to.
+    The ranks' flags are reduced on the CPU during a step, so that no step waits for them: all ranks stop
+    one step after the first of them got the signal.
     """
 
     def __init__(self, group: Group) -> None:
@@ -65,7 +65,7 @@ class Preemption:
             self._answer()
 
     def agreed(self) -> bool:
-        """Whether all ranks stop now; every rank asks after every step."""
+        """Check whether all ranks stop now; every rank calls it after every step."""
         if self._group.world == 1:
             return self._asked
         stop = self._answer()

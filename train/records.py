@@ -1,4 +1,4 @@
-"""What a run measures, a record a log step, and how the file of them is read back, whatever befell it."""
+"""Records of a run, one per log step, and reading their file, also if it is damaged."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ _RECORD = TypeAdapter(dict[str, int | _Finite | str | None])
 class Lines(NamedTuple):
     """The lines of a log."""
 
-    records: list[tuple[str, Record]]  # each line as it stands, and what it says
-    others: int  # lines that are no records; a last one that was cut off by a kill is not counted
+    records: list[tuple[str, Record]]  # each line as written, and its record
+    others: int  # lines that are no records, except a last one cut off by a kill
 
 
 def read_lines(path: Path) -> Lines:
-    """The records in a run's log, in order; none where there is no such file.
+    """Read the lines of a run's log, in order; no records where there is no such file.
 
     Raises:
-        DataError: it is no regular file, or cannot be opened.
+        DataError: it is not a regular file, or cannot be opened.
     """
     if not path.exists():
         return Lines([], 0)
@@ -56,7 +56,7 @@ def read_lines(path: Path) -> Lines:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records in a run's log, in order.
+    """Read the records of a run's log, in order.
 
     Raises:
         DataError: as `read_lines`.
@@ -67,7 +67,7 @@ def read_records(path: Path) -> list[Record]:
 def _decode(data: bytes, path: Path) -> str:
     try:
         return decode_text(data, path)
-    except DataError:  # a part of it is no text: the lines of the rest are whole
+    except DataError:  # part of it is not text: the other lines are intact
         return data.removeprefix(codecs.BOM_UTF8).decode("utf-8", errors="surrogateescape")
 
 

@@ -1,6 +1,6 @@
-"""What is random in a run, each draw a function of the seed and of where in the run it is asked for.
+"""Randomness of a run: each draw depends only on the seed and the position in the run.
 
-Nothing here depends on batch size, workers or ranks, and a resumed run draws what an undisturbed one does.
+It does not depend on batch size, workers or ranks, and a resumed run draws the same as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ _STREAMS: dict[Purpose, int] = {name: number for number, name in enumerate(get_a
 
 
 def seed_of(seed: int, purpose: Purpose, index: int) -> int:
-    """A 63-bit seed for one purpose at one place of the run."""
+    """Derive a 63-bit seed for one purpose at one position of the run."""
     words = np.random.SeedSequence((seed, _STREAMS[purpose], index)).generate_state(2, np.uint32)
     return int(words[0]) << 31 ^ int(words[1])
 
 
 def generator(seed: int, purpose: Purpose, index: int) -> torch.Generator:
-    """A CPU generator for one purpose at one place of the run."""
+    """Create a CPU generator for one purpose at one position of the run."""
     return torch.Generator().manual_seed(seed_of(seed, purpose, index))
 
 
-def picture_at(position: int, count: int, seed: int) -> int:
-    """Which of `count` pictures stands at a position of the endless, per-epoch shuffled stream."""
+def image_at(position: int, count: int, seed: int) -> int:
+    """Return which of `count` images is at a position of the endless stream, shuffled per epoch."""
     epoch, place = divmod(position, count)
     return int(_order(seed, epoch, count)[place])
 
 
-@lru_cache(maxsize=16)  # lanes stand in different epochs of different sources
+@lru_cache(maxsize=16)  # lanes may be in different epochs of different sources
 def _order(seed: int, epoch: int, count: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     return np.random.Generator(np.random.Philox(seed_of(seed, "order", epoch))).permutation(count)
 
 
 def draw_window(candidates: tuple[int, ...], seed: int, step: int) -> int | None:
-    """The attention window of one step, uniform over the candidates; None without any."""
+    """Sample the attention window of a step uniformly from the candidates; None if there are none."""
     if not candidates:
         return None
     pick = torch.randint(len(candidates), (), generator=generator(seed, "window", step))
@@ -48,7 +48,7 @@ def draw_window(candidates: tuple[int, ...], seed: int, step: int) -> int | None
 
 
 class StepSampler(Sampler[list[int]]):
-    """Batches of stream positions from one step on: those of each step's `batch_size` that a rank takes."""
+    """Yields a rank's stream positions of each step, out of the step's `batch_size`, from `start` on."""
 
     def __init__(self, start: int, steps: int, batch_size: int, rows: Sequence[int]) -> None:
         self.start, self.steps = start, steps

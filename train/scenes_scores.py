@@ -1,4 +1,4 @@
-"""How good the tiny scenes teachers are, by protocols of a few lines; their cards carry these scores."""
+"""Scores of the tiny scenes teachers by short protocols; the teachers' metadata contain them."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from radio.teachers.sam_decoder import decode
 from radio.teachers.scenes_sam import SIDE
 from radio.types import Backbone
 
-# Letters: N pictures, C width, K classes, P prompts, R reference pictures.
+# Letters: N images, C width, K classes, P prompts, R reference images.
 
 SIZE = 96
 _CHUNK = 100
-_SMALL = 25 * 25  # pixels of 96 x 96: no main object is smaller, hardly a small one larger
+_SMALL = 25 * 25  # pixels of 96 x 96: no main object is smaller, few small ones are larger
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Protocol:
-    """How many scenes of seed 0 the scores are measured on."""
+    """Numbers of scenes of seed 0 that the scores are measured on."""
 
     bank: int  # of the train split
     queries: int  # of the val split
@@ -45,7 +45,7 @@ Scores = dict[str, float]
 
 
 def score(teacher: Frozen, protocol: Protocol) -> Scores:
-    """k-NN and, where there is a text tower, zero-shot accuracy, in percent."""
+    """Measure k-NN and, with a text tower, zero-shot accuracy, in percent."""
     bank, bank_labels = summaries(teacher, protocol.bank, "train")
     queries, labels = summaries(teacher, protocol.queries, "val")
     scores = {"knn": _percent(knn(bank, bank_labels, queries), labels)}
@@ -56,7 +56,7 @@ def score(teacher: Frozen, protocol: Protocol) -> Scores:
 
 
 def summaries(backbone: Backbone, count: int, split: Split, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """The summaries [N, C] and labels [N] of the first `count` scenes of a split."""
+    """Compute summaries [N, C] and labels [N] of the first `count` scenes of a split."""
     found: list[Tensor] = []
     known: list[Tensor] = []
     for start in range(0, count, _CHUNK):
@@ -71,7 +71,7 @@ def summaries(backbone: Backbone, count: int, split: Split, seed: int = 0) -> tu
 
 
 def knn(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
-    """The class [N] with most votes of the k nearest in bank [R, C], each worth exp(cosine / temperature)."""
+    """Classify [N] by votes of the k nearest in bank [R, C], with weights exp(cosine / temperature)."""
     found = Index(bank, torch.arange(len(bank))).search(queries, k)
     labels = bank_labels[found.ids]
     num_classes = int(bank_labels.max()) + 1
@@ -79,10 +79,10 @@ def knn(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int = 20, tempera
 
 
 def box_miou(sam: Any, count: int, seed: int = 0) -> Scores:
-    """Mean IoU in percent over all objects of the first `count` val scenes, prompted with their true boxes.
+    """Measure mean IoU in percent over all objects of the first `count` val scenes, prompted by true boxes.
 
-    The mask of the highest predicted IoU counts, at 96 px. `filled_box` is what filling every box would give;
-    `small` and `large` divide the objects at 25 x 25 visible pixels.
+    The mask with the highest predicted IoU is used, at 96 px. `filled_box` is the score of filled boxes as
+    masks; `small` and `large` split the objects at 25 x 25 visible pixels.
     """
     ious, fills, areas = (torch.cat(parts) for parts in zip(*_box_ious(sam, count, seed), strict=True))
     small = areas < _SMALL
@@ -122,7 +122,7 @@ def _draw(sam: Any, scenes: Sequence[Scene], which: Tensor, boxes: Tensor) -> Te
 
 
 def _filled(boxes: Tensor) -> Tensor:
-    """The inside of half-open boxes [P, 4] as masks [P, 96, 96]."""
+    """Convert half-open boxes [P, 4] to filled masks [P, 96, 96]."""
     x0, y0, x1, y1 = boxes[:, :, None].unbind(1)
     line = torch.arange(SIZE)
     across, down = (line >= x0) & (line < x1), (line >= y0) & (line < y1)

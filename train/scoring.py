@@ -1,4 +1,4 @@
-"""The end of a run: student, untrained student and teachers, each on the tasks it can do, in one table."""
+"""Scores at the end of a run: student, untrained student and teachers on their tasks, in one table."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from .config import TrainConfig
 from .records import LOG, Record, read_records
 from .sinks import say
 
-_STUDENTS_ONLY = "vqa"  # a language model is trained for it: minutes a model
+_STUDENTS_ONLY = "vqa"  # it trains a language model: minutes per model
 
-_PICTURES = {"seg": {"save_maps": 3}, "sam": {"save_masks": 3}}  # for the page of the run
+_IMAGES = {"seg": {"save_maps": 3}, "sam": {"save_masks": 3}}  # for the run's report page
 
 Jobs = Mapping[str, tuple[Evaluator[Any], Any]]
 
@@ -42,18 +42,18 @@ def score(
     console: Console,
     paper: Sequence[PaperRow] = (),
 ) -> dict[str, list[Outcome]]:
-    """The outcomes of each model, with reports in `out`, printed as one table.
+    """Score each model, write reports to `out`, print one table and return the outcomes.
 
-    Run again, it keeps what is done and unchanged.
+    Scores that exist and are unchanged are not computed again.
 
     Args:
-        config: the tasks, and the teachers to score beside the students.
-        students: checkpoints by the names in the table; the first also gives the untrained student.
-        out: the folder of the reports.
-        console: where the table goes.
-        paper: rows of the paper to print below.
+        config: the tasks, and the teachers to score in addition to the students.
+        students: checkpoints by name in the table; the first also defines the untrained student.
+        out: folder of the reports.
+        console: where to print the table.
+        paper: the paper's rows to print below.
     """
-    jobs = {task: make_job(task, config.device, _PICTURES.get(task, {})) for task in config.score}
+    jobs = {task: make_job(task, config.device, _IMAGES.get(task, {})) for task in config.score}
     watch = watch_on(console, shown=console.is_terminal)
     found = {}
     for name, model, its_own in _contestants(config, students):
@@ -67,15 +67,15 @@ def score(
 
 
 class Follower:
-    """Evaluates the student of a run while it is trained. Every rank asks it, and takes part.
+    """Evaluates the student during training. Every rank calls it and takes part.
 
     Args:
         config: tasks, device and run folder.
         group: the ranks.
-        console: where it tells what it does.
+        console: where to report.
 
     Raises:
-        ConfigError: a task that there is not.
+        ConfigError: a task is unknown.
     """
 
     def __init__(self, config: TrainConfig, group: Group, console: Console) -> None:
@@ -83,7 +83,7 @@ class Follower:
         self.jobs = {task: make_job(task, config.device, {}) for task in config.eval_tasks}
 
     def evaluate(self, step: int) -> Record:
-        """The headlines of `ckpt.pt` as `knn/top1`, with the reports in `reports/step-000200`."""
+        """Evaluate `ckpt.pt`; return primary metrics (`knn/top1`), write reports to `reports/step-000200`."""
         model = load_backbone(str(self.config.out / "ckpt.pt"))
         outcomes = run_all(
             model,
@@ -97,7 +97,7 @@ class Follower:
         reports = [outcome.report for outcome in outcomes if outcome.report is not None]
         found: Record = {"step": step}
         for report in reports:
-            found[f"{report.task}/{report.headline}"] = report.metrics[report.headline].value
+            found[f"{report.task}/{report.primary_metric}"] = report.metrics[report.primary_metric].value
         figures = ", ".join(
             f"{name} {value:.1f}" for name, value in found.items() if isinstance(value, float)
         )
@@ -105,18 +105,18 @@ class Follower:
         return found
 
     def has_done(self, step: int) -> bool:
-        """Whether the run's log has the figures of a step."""
+        """Check whether the run's log has the evaluation of a step."""
         records = [record for record in read_records(self.config.out / LOG) if record["step"] == step]
-        # Those of training have a loss, and may be of a teacher with the name of a task.
+        # Training records have a loss; their keys may start with a teacher named like a task.
         found = [record for record in records if "loss" not in record]
         return any(key.partition("/")[0] in self.jobs for record in found for key in record)
 
 
 def make_job(task: str, device: str, settings: Mapping[str, Any]) -> tuple[Evaluator[Any], Any]:
-    """An evaluator and its settings: those given and the device, where it has them, over its own.
+    """Make an evaluator and its settings: its defaults, overridden by `settings` and the device.
 
     Raises:
-        ConfigError: a task that there is not, or one with settings that a run cannot give.
+        ConfigError: the task is unknown, or requires settings that a run does not have.
     """
     evaluator = make_evaluator(task)
     given = {"device": device, **settings}
@@ -135,12 +135,12 @@ def _is_required(field: Field[Any]) -> bool:
 
 
 def tell(console: Console, name: str, line: str) -> None:
-    """Print what there is to say of one model."""
+    """Print a line about one model."""
     say(console, f"{name}: {line}")
 
 
 def _contestants(config: TrainConfig, students: Mapping[str, Path]) -> Iterator[tuple[str, Backbone, bool]]:
-    """The models under their names in the table, each loaded in its turn, and whether the run trained it."""
+    """Load one model after another; yield its name in the table, itself, and whether the run trained it."""
     for name, path in students.items():
         yield name, load_backbone(str(path)), True
     first = str(next(iter(students.values())))
@@ -152,9 +152,9 @@ def _contestants(config: TrainConfig, students: Mapping[str, Path]) -> Iterator[
 def _table(
     found: Mapping[str, Sequence[Outcome]], tasks: Sequence[str], paper: Sequence[PaperRow], *, plain: bool
 ) -> Table:
-    """A row for each model, a column for each task's headline; the paper's rows in a section of their own."""
+    """Build a table with a row per model and a column per task; the paper's rows are a separate section."""
     headlines = {
-        outcome.task: outcome.report.headline
+        outcome.task: outcome.report.primary_metric
         for outcomes in found.values()
         for outcome in outcomes
         if outcome.report is not None
@@ -164,7 +164,7 @@ def _table(
         table.add_column(Text(f"{shown(task)}\n{shown(headlines.get(task, ''))} (%)"), justify="right")
     for name, outcomes in found.items():
         cells = {
-            outcome.task: cell(outcome.report.metrics[outcome.report.headline])
+            outcome.task: cell(outcome.report.metrics[outcome.report.primary_metric])
             if outcome.report
             else "failed"
             for outcome in outcomes
@@ -180,12 +180,12 @@ def _table(
 
 
 def _columns(tasks: Sequence[str]) -> list[str]:
-    """The paper's column beside each task; empty where it has none."""
+    """Return the paper's column for each task; empty where it has none."""
     return [TASKS[task][0] if task in TASKS else "" for task in tasks]
 
 
 def _measured_on(tasks: Sequence[str], paper: Sequence[PaperRow]) -> Iterator[str]:
-    """What the paper's rows were measured on, so that nobody takes them for the same thing."""
+    """Yield lines on the data behind the paper's rows, which differ from those of the other rows."""
     for source in dict.fromkeys(row.source for row in paper):
         data = "; ".join(
             f"{task}: {DATA[column]}" for task, column in zip(tasks, _columns(tasks), strict=True) if column

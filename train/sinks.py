@@ -1,4 +1,4 @@
-"""Where a run's figures go: a JSONL file and the console."""
+"""Sinks for a run's records: a JSONL file and the console."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .records import Record, read_lines
 
 
 def say(console: Console, line: str) -> None:
-    """Print a line as it is: nothing in it is markup, and control characters are escaped."""
+    """Print a line literally: without markup, and with control characters escaped."""
     console.print(shown(line), markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
@@ -38,21 +38,21 @@ class Sink(Protocol):
     """A place for records."""
 
     def write(self, record: Record) -> None:
-        """Take in one record."""
+        """Write one record."""
 
     def close(self) -> None:
-        """End with what was taken in."""
+        """Finish writing and close the sink."""
 
 
 class JsonLines:
-    """`metrics.jsonl`: one record a log step, on disk as soon as it is written.
+    """`metrics.jsonl`: one record per log step, written to disk immediately.
 
-    What the system refuses to write (a full disk) is told, kept, and written with what comes next.
+    A failed write (such as a full disk) is reported and retried with the next record.
 
     Args:
         path: the file.
-        step: records of later steps, left by a run that was stopped, are dropped.
-        tell: called with a line on what could not be read or written.
+        step: records of later steps, from an interrupted run, are dropped.
+        tell: called with a message about what could not be read or written.
 
     Raises:
         DataError: the file cannot be read.
@@ -66,13 +66,13 @@ class JsonLines:
             aside = _set_aside(path)
             tell(f"{path}: {lines.others} lines are no records, and left out; the file as it was: {aside}")
         kept = [line for line, record in lines.records if int(record["step"] or 0) <= step]
-        self.begins = not kept  # with the next record
+        self.begins = not kept  # the file begins with the next record
         write_text(path, "".join(f"{line}\n" for line in kept))
         self._file = path.open("ab", buffering=0)
         self._pending = b""
 
     def write(self, record: Record) -> None:
-        """Append one record; a mean over no steps at all is null."""
+        """Append one record; a mean over no steps is null."""
         plain = {name: None if _is_undefined(value) else value for name, value in record.items()}
         waiting = bool(self._pending)
         self._pending += (json.dumps(plain, allow_nan=False) + "\n").encode()
@@ -81,7 +81,7 @@ class JsonLines:
             self._tell(f"{self._path} could not be written ({reason}); its records are kept until it can")
 
     def flush(self) -> str:
-        """Write what could not be written before; why that failed again, or nothing."""
+        """Retry unwritten records; return the reason of a new failure, else an empty string."""
         end = self._file.seek(0, os.SEEK_END)
         try:
             rest = memoryview(self._pending)
@@ -98,7 +98,7 @@ class JsonLines:
         """Close the file.
 
         Raises:
-            RadioError: records are left that cannot be written.
+            RadioError: some records cannot be written.
         """
         reason = self.flush()
         self._file.close()
@@ -110,7 +110,7 @@ class JsonLines:
 
 
 class ProgressConsole:
-    """A bar with loss, rate and time left on a terminal; plain lines elsewhere."""
+    """A progress bar with loss, rate and remaining time on a terminal; plain lines elsewhere."""
 
     def __init__(self, console: Console, title: str, total: int, done: int) -> None:
         self.console = console
@@ -137,7 +137,7 @@ class ProgressConsole:
         self._progress.stop()
 
     def advance(self, done: int, figures: str = "") -> None:
-        """Show that `done` are done; `figures` is what there is to say of them."""
+        """Set the progress to `done`; `figures` is a text to show beside it."""
         if figures:
             self._progress.update(self._task, figures=shown(figures))
         self._progress.update(self._task, completed=done)
@@ -146,9 +146,9 @@ class ProgressConsole:
 
 
 def summarise(record: Record, config: TrainConfig) -> str:
-    """The figures of one record on one line: the loss, each teacher's summary/spatial, and the rate.
+    """Format one record in a line: the loss, each teacher's summary/spatial losses, and the rate.
 
-    A part that has no weight in the loss is a dash.
+    A loss with weight 0 is shown as a dash.
     """
 
     def part(name: str, weight: float) -> str:
@@ -166,7 +166,7 @@ def _is_undefined(value: float | str | None) -> bool:
 
 
 def _set_aside(path: Path) -> Path:
-    """Keep a copy of a file, named by its content."""
+    """Copy a damaged file to a name with a hash of its content."""
     data = path.read_bytes()
     aside = path.with_suffix(f".damaged-{hashlib.sha256(data).hexdigest()[:8]}{path.suffix}")
     write_bytes(aside, data)

@@ -1,8 +1,8 @@
-"""What a run needs to go on exactly where it was: weights, optimiser, meters, in one folder a save.
+"""States for an exact resume: weights, optimiser and meters, in one folder per save.
 
-`state/step-000200/` holds safetensors files, one a rank (by torch.distributed.checkpoint),
+`state/step-000200/` holds safetensors files, one per rank (by torch.distributed.checkpoint),
 and `run.json`: numbers, settings, and a sha256 of every file. Nothing in it is pickled, so reading it runs no
-code. A folder gets its name when it is whole; until then it ends in `.tmp`.
+code. A folder gets its final name when it is complete; until then its name ends in `.tmp`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class _Kept(TypedDict):
 
 
 _KEPT = TypeAdapter(_Kept)
-# What torch and safetensors end with over a file that is damaged, or that a stranger wrote.
+# What torch and safetensors raise for a file that is damaged or of another origin.
 _UNREADABLE = (
     OSError,
     ValueError,
@@ -68,11 +68,11 @@ _ANYTHING = TypeAdapter(dict[str, Any])
 
 
 class Found(NamedTuple):
-    """A state to go on from."""
+    """A state to resume from."""
 
     path: Path
     step: int
-    notes: dict[str, Any]  # what was given with it
+    notes: dict[str, Any]  # the notes saved with it
 
 
 def _nothing(found: Found) -> str:
@@ -80,17 +80,17 @@ def _nothing(found: Found) -> str:
 
 
 @final
-class States:
-    """The states of one run. Every rank calls every method; the first one names, prunes and tells.
+class CheckpointManager:
+    """The states of one run. Every rank calls every method; the first one renames, prunes and reports.
 
     Args:
-        folder: where they lie: `state` in the run folder, which all ranks see.
+        folder: `state` in the run folder, which all ranks share.
         group: the ranks.
-        settings: everything that decides the weights, by name.
-        keep_last: how many of the newest to keep.
-        keep_every: keep those of steps that this divides for good; 0 = none.
-        tell: called with a line on what could not be read or written.
-        schema: of the notes that go with a state.
+        settings: everything that affects the weights, by name.
+        keep_last: number of newest states to keep.
+        keep_every: also keep the states of steps that this divides; 0 = none.
+        log: called with a message about what could not be read or written.
+        schema: of the notes saved with a state.
     """
 
     def __init__(
@@ -101,33 +101,33 @@ class States:
         *,
         keep_last: int,
         keep_every: int,
-        tell: Callable[[str], None],
+        log: Callable[[str], None],
         schema: TypeAdapter[Any] = _ANYTHING,
     ) -> None:
         self.schema = schema
-        self._aside: dict[Path, str] = {}  # the damaged ones, and what is wrong with each
-        self.folder, self.group, self.settings, self.tell = folder, group, dict(settings), tell
+        self._aside: dict[Path, str] = {}  # damaged states, with the reasons
+        self.folder, self.group, self.settings, self.log = folder, group, dict(settings), log
         self.keep_last, self.keep_every = keep_last, keep_every
         self._channel = group.channel()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="state")
-        self._coming: Future[None] | None = None
-        self._coming_step, self.stands = 0, 0  # the step of the newest whole state
+        self._pending: Future[None] | None = None
+        self._pending_step, self.last_step = 0, 0  # the last: step of the newest complete state
         warnings.filterwarnings("ignore", _ALONE)
 
     def newest(self) -> Found | None:
-        """The newest state that is whole; None where there is none yet.
+        """Find the newest complete state; None where there is none yet.
 
         Raises:
-            CheckpointError: there are states and none is whole, or they are of a run with other settings.
+            CheckpointError: states exist but none is complete, or they are of a run with other settings.
         """
         found = self.group.on_leader(self._search)
-        self.stands = 0 if found is None else found.step
+        self.last_step = 0 if found is None else found.step
         return found
 
     def resume(self, tensors: Mapping[str, Tensor], check: Callable[[Found], str] = _nothing) -> Found | None:
-        """Fill tensors from the newest whole state; None where there is none yet.
+        """Load tensors from the newest complete state and return it; None where there is none yet.
 
-        `check` says what is wrong with the tensors of a state that was read, or nothing; every rank asks it.
+        `check` returns what is wrong with the loaded tensors, or an empty string; every rank calls it.
 
         Raises:
             CheckpointError: as `newest`.
@@ -140,13 +140,13 @@ class States:
         return None
 
     def clear(self) -> None:
-        """Remove every state, and what is left of half-written ones."""
+        """Remove every state, including incomplete ones."""
         self.group.on_leader(self._clear)
 
     def read(self, found: Found, tensors: Mapping[str, Tensor]) -> str:
-        """Fill tensors of these names, whole or spread over the ranks, from a state; what is wrong with it.
+        """Load tensors by name, whole or sharded, from a state; return what is wrong with it.
 
-        Nothing is wrong where the answer is empty, which it is on all ranks or on none.
+        An empty string is success, on all ranks or on none.
         """
         if reason := self._agreed(_misfit(found.path, tensors)):
             return reason
@@ -169,18 +169,18 @@ class States:
         step: int,
         tensors: Mapping[str, Tensor],
         notes: Mapping[str, Any],
-        publish: Callable[[], None],
+        on_saved: Callable[[], None],
     ) -> None:
-        """Begin to write a state; it is written in a thread, from copies that are made here and now.
+        """Start to write a state in a thread, from copies that are made before this returns.
 
         Args:
-            step: how many steps are done.
-            tensors: by name; those that other ranks have too are written once.
-            notes: plain data for the first rank to keep.
-            publish: called on the first rank when the state is on disk and before it gets its name.
+            step: number of steps done.
+            tensors: by name; those replicated on several ranks are written once.
+            notes: plain data, saved by the first rank.
+            on_saved: called on the first rank when the state is on disk, before it gets its final name.
         """
         self.wait()
-        self._coming_step = step
+        self._pending_step = step
         half = self.folder / f"step-{step:06d}.tmp"
         writer = HuggingFaceStorageWriter(str(half), save_distributed=True)
         written = async_save(
@@ -189,37 +189,37 @@ class States:
             process_group=self._channel,
             no_dist=self.group.world == 1,
         )
-        assert isinstance(written, Future)  # another type only with a stager of one's own
+        assert isinstance(written, Future)  # another type only with a custom stager
         kept = {"step": step, "settings": self.settings, "notes": dict(notes)}
-        self._coming = self._writer.submit(self._finish, half, written, kept, publish)
+        self._pending = self._writer.submit(self._finish, half, written, kept, on_saved)
 
     def wait(self, *, last: bool = False) -> None:
-        """None, when what was begun is written; where that failed, `tell` says so and what was before stands.
+        """Wait for the pending write; log a failure, after which the previous state stays the newest.
 
         Raises:
-            RadioError: it failed, and it was the `last`.
+            RadioError: the write failed, and it was the `last`.
         """
-        if self._coming is None:
+        if self._pending is None:
             return
-        coming, self._coming = self._coming, None
+        coming, self._pending = self._pending, None
         try:
             coming.result()
         except (OSError, CheckpointException) as error:
-            stands = f"that of step {self.stands} stands" if self.stands else "there is none before it"
-            line = f"the state of step {self._coming_step} could not be written ({_reason(error)}); {stands}"
+            stands = f"that of step {self.last_step} stands" if self.last_step else "there is none before it"
+            line = f"the state of step {self._pending_step} could not be written ({_reason(error)}); {stands}"
             if last:
                 raise RadioError(f"{line}. Make room and give the same command again") from error
-            self.tell(line)
+            self.log(line)
         else:
-            self.stands = self._coming_step
+            self.last_step = self._pending_step
 
     def _finish(
-        self, half: Path, written: Future[Any], kept: dict[str, Any], publish: Callable[[], None]
+        self, half: Path, written: Future[Any], kept: dict[str, Any], on_saved: Callable[[], None]
     ) -> None:
         try:
             written.result()
             if self.group.leads:
-                publish()
+                on_saved()
                 files = {path.name: _sha256(path) for path in sorted(half.glob("*.safetensors"))}
                 write_text(half / _NOTES, json.dumps({**kept, "files": files}))
                 self._name(half)
@@ -231,7 +231,7 @@ class States:
             raise
 
     def _name(self, half: Path) -> None:
-        """Give a whole state its name, which a damaged one may have."""
+        """Rename a complete state to its final name, which a damaged one may have."""
         path, old = half.with_suffix(""), half.with_suffix(".old.tmp")
         if os.path.lexists(path):
             path.rename(old)
@@ -246,7 +246,7 @@ class States:
         useless = [path for path in states if path in self._aside and _step(path) < newest]
         for path in (*whole[self.keep_last :], *useless):
             if not self.keep_every or _step(path) % self.keep_every or path in self._aside:
-                # so that no half of it is ever taken for a state
+                # renamed first, so that a partly removed state is never read
                 _remove(path.rename(path.with_suffix(".tmp")))
 
     def _clear(self) -> None:
@@ -283,10 +283,10 @@ class States:
         return None
 
     def _read_notes(self, path: Path) -> _Kept:
-        """What `run.json` says.
+        """Read and verify a state's `run.json`.
 
         Raises:
-            OSError, RadioError: it is damaged, or a file is not what it says.
+            OSError, RadioError: it is damaged, or a file differs from it.
         """
         kept = read_json(path / _NOTES, _KEPT, error=CheckpointError)
         if kept["step"] != _step(path):
@@ -306,31 +306,31 @@ class States:
     def _leave(self, path: Path, reason: str) -> None:
         self._aside[path] = reason
         if self.group.leads:
-            self.tell(f"{path}: damaged, and left aside ({reason})")
+            self.log(f"{path}: damaged, and left aside ({reason})")
 
     def _agreed(self, reason: str) -> str:
-        """The first rank's reason that is one."""
+        """Return the first non-empty reason of any rank, on all ranks."""
         return next(filter(None, self.group.gather_objects(reason)), "")
 
 
 def _states(folder: Path) -> list[Path]:
-    """All that have the name of a state, newest first."""
+    """List the folders with a state's name, newest first."""
     return sorted((p for p in folder.glob("step-*") if _NAME.fullmatch(p.name)), key=_step, reverse=True)
 
 
 def _halves(folder: Path) -> list[Path]:
-    """What was not whole when a run ended."""
+    """List the states that were incomplete when a run ended."""
     return list(folder.glob("*.tmp"))
 
 
 def _step(path: Path) -> int:
     match = _NAME.fullmatch(path.name)
-    assert match is not None  # as in every name that `_states` gives
+    assert match is not None  # as for every path from `_states`
     return int(match[1])
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder, or a file or link of its name; nothing where there is none."""
+    """Remove a folder, or a file or link of this name, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -338,7 +338,7 @@ def _remove(path: Path) -> None:
 
 
 def _misfit(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """What keeps these tensors from being filled whole from a state's files; empty where nothing does."""
+    """Return why these tensors cannot be loaded from a state's files; empty if they can."""
     try:
         held = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     except _UNREADABLE as error:
@@ -356,7 +356,7 @@ def _misfit(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> str:
-    """The first setting that differs, with both values; nothing where none does."""
+    """Describe the first setting that differs, with both values; empty where none does."""
     for name in dict.fromkeys((*old, *new)):
         before, now = old.get(name), new.get(name)
         if isinstance(before, dict) and isinstance(now, dict):
@@ -381,7 +381,7 @@ def _sha256(path: Path) -> str:
 
 
 def _sync(folder: Path) -> None:
-    """The renaming itself on disk."""
+    """Flush a folder's entries, such as a renaming, to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -394,7 +394,7 @@ def _interrupted(error: CheckpointException) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    """Why, on one line of some words: the first rank's own."""
+    """Format an error on one line; of a `CheckpointException` the first rank's failure."""
     if isinstance(error, CheckpointException):
         for failure, _ in error.failures.values():
             return _reason(failure)

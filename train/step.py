@@ -1,4 +1,4 @@
-"""Forward and losses of one group's pictures."""
+"""Forward and losses of one group's images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from radio.resample import resize_images
 from radio.types import Features, Student, Teacher, Windowed
 
 from .balancing import AdaLoss, Balanced, Balancer, Naive
-from .batches import Lesson
+from .batches import GroupBatch
 from .config import LossConfig, TeacherConfig
 from .losses import TeacherLosses, centred_cosine, teacher_losses
 
@@ -22,45 +22,45 @@ Encode = Callable[[Tensor, Tensor | None, int | None], Features]
 
 
 class Part(NamedTuple):
-    """What one forward takes."""
+    """The input of one forward."""
 
-    lesson: Lesson
-    drawn: Tensor | None  # what the student draws at random for its pictures, see `Student.draw`
+    lesson: GroupBatch
+    crops: Tensor | None  # random position crops of its images, see `Student.sample_crops`
 
 
 class Losses(NamedTuple):
-    """The losses of one lesson; `parts` stay on the device until the log step."""
+    """The losses of one part; `parts` stay on the device until the log step."""
 
     total: Tensor  # []
-    parts: dict[str, Tensor]  # "clip/summary", "clip/spatial": [] each, unweighted; weights that move
-    details: dict[str, Tensor]  # "clip/centred_cosine": [] each, where they were asked for
+    parts: dict[str, Tensor]  # "clip/summary", "clip/spatial": [] each, unweighted; learned weights
+    details: dict[str, Tensor]  # "clip/centred_cosine": [] each, if requested
 
 
 class StudentPass(nn.Module):
-    """The student with the attention window of a step: what runs over the ranks, by DDP or FSDP2."""
+    """The student with the attention window of a step: the module that DDP or FSDP2 wraps."""
 
     def __init__(self, student: Student) -> None:
         super().__init__()
         assert isinstance(student, nn.Module)  # as RadioModel makes sure
         self.student = student
 
-    def forward(self, images: Tensor, drawn: Tensor | None, window: int | None) -> Features:
-        """The features of [B, 3, h, w] RGB in [0, 1]; a window of None keeps the student's own."""
+    def forward(self, images: Tensor, crops: Tensor | None, window: int | None) -> Features:
+        """Compute features of [B, 3, h, w] RGB in [0, 1]; None keeps the student's own window."""
         student: Student = self.student
         if window is not None:
             assert isinstance(student, Windowed)  # as window_candidates makes sure
             student = student.with_window(window)
-        return student(images, drawn)
+        return student(images, crops)
 
 
-class Distiller(nn.Module):
-    """The student with the adaptors that live on this rank, and what their teachers ask of it.
+class DistillationLoss(nn.Module):
+    """The student with this rank's adaptors, and the losses against their teachers.
 
     Args:
         model: student and adaptors.
-        teachers: each one's weights in the loss.
-        loss: alpha, beta and knee of eq. 3.
-        balancer: weighs the losses against one another; None = the declared weights alone do.
+        teachers: the teachers with their loss weights.
+        loss: alpha, beta and smooth L1's threshold of eq. 3.
+        balancer: weighs the losses against one another; None = the declared weights only.
     """
 
     def __init__(
@@ -76,16 +76,16 @@ class Distiller(nn.Module):
         self.balancer: Balancer = Naive(teachers) if balancer is None else balancer
 
     def forward(self, encode: Encode, part: Part, window: int | None, detail: bool) -> Losses:
-        """The weighted losses of one part, the mean over its pictures.
+        """Compute the weighted losses of one part, the mean over its images.
 
         Args:
-            encode: the student's forward, over the ranks where there are several.
-            part: pictures of one group, and its teachers' features of them.
+            encode: the student's forward, distributed with several ranks.
+            part: images of one group with its teachers' features.
             window: the attention window of this step; None keeps the student's own.
-            detail: also compute the centred cosines that only the log shows.
+            detail: also compute the centred cosines, which are only logged.
         """
         lesson, side = part.lesson, part.lesson.group.side
-        view = encode(resize_images(lesson.images, (side, side)), part.drawn, window)
+        view = encode(resize_images(lesson.images, (side, side)), part.crops, window)
         parts: dict[str, Tensor] = {}
         details: dict[str, Tensor] = {}
         losses: dict[str, TeacherLosses] = {}
@@ -100,27 +100,27 @@ class Distiller(nn.Module):
         balanced: Balanced = self.balancer(view, losses)
         return Losses(balanced.total, {**parts, **balanced.weights}, details)
 
-    def settle(self, mean: Callable[[Tensor], Tensor]) -> None:
-        """Let the balancer take in a finished step.
+    def update(self, mean: Callable[[Tensor], Tensor]) -> None:
+        """Update the balancer after a step.
 
         Args:
-            mean: the elementwise mean over the ranks that shared the step's pictures.
+            mean: the elementwise mean over the ranks that shared the step's images.
         """
         if isinstance(self.balancer, AdaLoss):
-            self.balancer.settle(mean)
+            self.balancer.update(mean)
 
 
 def teacher_features(
     teachers: Mapping[str, Teacher], sizes: Mapping[str, tuple[int, int]], images: Tensor
 ) -> dict[str, Features]:
-    """Each teacher's features at its own resolution."""
+    """Compute each teacher's features at its own resolution."""
     return {name: teacher(resize_images(images, sizes[name])) for name, teacher in teachers.items()}
 
 
-def in_parts(lesson: Lesson, drawn: Tensor | None, count: int) -> list[Part]:
-    """A lesson in `count` equal parts, one after another."""
+def in_parts(lesson: GroupBatch, crops: Tensor | None, count: int) -> list[Part]:
+    """Split a batch into `count` equal parts, in order."""
     if count == 1:
-        return [Part(lesson, drawn)]
+        return [Part(lesson, crops)]
     size = lesson.images.shape[0] // count
     parts = []
     for first in range(0, count * size, size):
@@ -129,6 +129,6 @@ def in_parts(lesson: Lesson, drawn: Tensor | None, count: int) -> list[Part]:
             name: Features(known.summary[rows], known.tokens[rows], known.grid)
             for name, known in lesson.targets.items()
         }
-        part = Lesson(lesson.group, lesson.images[rows], targets)
-        parts.append(Part(part, None if drawn is None else drawn[rows]))
+        part = GroupBatch(lesson.group, lesson.images[rows], targets)
+        parts.append(Part(part, None if crops is None else crops[rows]))
     return parts

@@ -1,6 +1,6 @@
-"""Where the time of a step goes: by kind of work, and by group of teachers.
+"""Time of a step by phase and by group of teachers.
 
-On a GPU the moments are events on its stream, which are read on log steps alone; a step never waits for one.
+On a GPU times are CUDA events, which are read only on log steps; a step never waits for one.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _BUSY: tuple[Phase, ...] = ("teachers", "forward", "backward")
 
 
 class Times(NamedTuple):
-    """Seconds a step."""
+    """Seconds per step."""
 
     phases: dict[str, float]
-    groups: dict[str, float]  # that one rank is busy for the group; moments of several are shared out
+    groups: dict[str, float]  # that one rank is busy for the group; overlaps are split evenly
 
     def record(self) -> dict[str, float]:
-        """The figures under their names in the log."""
+        """Return the times by their names in the log."""
         return {
             **{f"time/{phase}": seconds for phase, seconds in self.phases.items()},
-            **{f"seconds/{group}": seconds for group, seconds in self.groups.items()},
+            **{f"perf/step_time/{group}": seconds for group, seconds in self.groups.items()},
         }
 
 
@@ -40,15 +40,15 @@ class _Span(NamedTuple):
 
 
 class Busy(NamedTuple):
-    """A stretch of time in which a rank works for a group."""
+    """An interval in which a rank works for a group."""
 
     group: str
-    start: float  # seconds from anywhere
+    start: float  # seconds from any origin
     end: float
 
 
 def busy_seconds(stretches: Sequence[Busy]) -> dict[str, float]:
-    """Share out the time that is covered by any stretch: each moment evenly to the groups at work in it."""
+    """Split the time covered by any interval over the groups: evenly, where several are at work."""
     seconds = {each.group: 0.0 for each in stretches}
     edges = sorted(
         [(each.start, 1, each.group) for each in stretches]
@@ -67,23 +67,23 @@ def busy_seconds(stretches: Sequence[Busy]) -> dict[str, float]:
 
 @final
 class Stopwatch:
-    """Times what happens inside `time`, in whichever thread.
+    """Times the code inside `time`, in any thread.
 
-    Where teachers work ahead in a thread (and on a stream) of their own, or groups go abreast, phases
-    overlap, and add up to more than the step. A group's seconds count no moment twice: what overlaps is
-    shared evenly by the groups at work, so that all groups of a rank add up to the time that it is busy.
-    What the ranks exchange during a backward counts as communication from the moment when this rank has its
-    last gradient (DDP; FSDP2 exchanges all through forward and backward, which is not told apart).
+    Where teachers are prefetched in a separate thread (and stream), or groups run in parallel, phases overlap
+    and add up to more than the step. A group's seconds count no moment twice: overlaps are split evenly over
+    the groups at work, so all groups of a rank add up to the time that it is busy. Communication during a
+    backward counts from this rank's last gradient on (DDP; FSDP2 communicates throughout forward and
+    backward, which cannot be distinguished).
 
     Args:
-        device: where the work is done.
-        last: weights whose gradients are the last of a backward: those that the pictures meet first.
+        device: the device that is timed.
+        last: weights that get their gradients last in a backward: those that the images meet first.
     """
 
     def __init__(self, device: torch.device, last: Iterable[nn.Parameter] = ()) -> None:
         on_gpu = device.type == "cuda"
         self._now: Callable[[], Any] = _event if on_gpu else time.perf_counter
-        self._origin: Any = None  # of the time line that spans of all threads and streams lie on
+        self._origin: Any = None  # common origin for all threads and streams
         self._between: Callable[[Any, Any], float] = _elapsed if on_gpu else lambda start, end: end - start
         self._spans: list[_Span] = []
         self._waited = 0.0
@@ -93,7 +93,7 @@ class Stopwatch:
 
     @contextmanager
     def time(self, phase: Phase, group: str = "") -> Iterator[None]:
-        """What goes inside belongs to a phase, and to a group of teachers if one is named."""
+        """Time the enclosed code as part of a phase, and of a group of teachers if one is named."""
         start = self._now()
         self._ready = None if phase == "backward" else self._ready
         yield
@@ -104,11 +104,11 @@ class Stopwatch:
         self._spans.append(_Span(phase, group, start, end))
 
     def waited(self, seconds: float) -> None:
-        """Count so many seconds of the host as spent on waiting for data."""
+        """Count seconds that the host spent waiting for data."""
         self._waited += seconds
 
     def read(self, steps: int) -> Times:
-        """The means over the steps since the last reading, which this ends; the only host sync."""
+        """Return the means over the steps since the last reading, and reset; the only host sync."""
         spans, self._spans = self._spans, []
         phases: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         busy: list[Busy] = []
@@ -129,7 +129,7 @@ class Stopwatch:
 
 
 def mean_times(times: Sequence[Times]) -> Times:
-    """What several ranks measured: the phases' means over all, a group's over the ranks that work for it."""
+    """Average the times of ranks: phases over all ranks, a group's over the ranks that work for it."""
     phases: dict[str, float] = {
         phase: sum(each.phases[phase] for each in times) / len(times) for phase in PHASES
     }

@@ -1,4 +1,4 @@
-"""The end of table 6: every student's scores and speed in one table, beside the paper's."""
+"""Results of table 6: every student's scores and speed in one table, beside the paper's."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .scoring import make_job, tell
 from .sinks import say
 
 FEW: Mapping[str, Mapping[str, Any]] = {"knn": {"scenes": (1200, 300)}, "zeroshot": {"scenes": 300}}
-"""Settings of the tasks: the slowest student sees as many pictures as the fastest."""
+"""Settings of the tasks: the slowest student sees as many images as the fastest."""
 
 SPEED: Mapping[str, Any] = {"batches": (8,)}
 """Settings of the measurement of speed."""
@@ -38,13 +38,13 @@ SPEED: Mapping[str, Any] = {"batches": (8,)}
 def compare(config: TrainConfig, checkpoints: Mapping[str, Path], out: Path, console: Console) -> None:
     """Score and measure every checkpoint, with reports in `out`, and print the table.
 
-    Run again, it keeps the scores that are done and unchanged.
+    Scores that exist and are unchanged are not computed again.
 
     Args:
         config: the tasks and the device.
-        checkpoints: by the students' names.
-        out: the folder of the reports.
-        console: where the table goes.
+        checkpoints: the students' checkpoints by name.
+        out: folder of the reports.
+        console: where to print the table.
     """
     watch = watch_on(console, shown=console.is_terminal)
     scores: dict[str, dict[str, Report | None]] = {}
@@ -72,7 +72,7 @@ def _table(
     *,
     plain: bool,
 ) -> Table:
-    """A row for each student: its scores and images a second, then those of the paper."""
+    """Build a table with a row per student: its scores and images per second, then the paper's."""
     table = Table(box=box.ASCII if plain else box.ROUNDED)
     table.add_column("student", overflow="fold")
     columns = [*tasks, "images/s"]
@@ -81,7 +81,9 @@ def _table(
             table.add_column(f"{owner}{column}", justify="right")
     for name, found in scores.items():
         speed = speeds[name].metrics["images_per_second"]
-        own = [cell(report.metrics[report.headline]) if report else "failed" for report in found.values()]
+        own = [
+            cell(report.metrics[report.primary_metric]) if report else "failed" for report in found.values()
+        ]
         row = table_6_row(name)
         theirs = [_paper(row, column) for column in (*tasks, "images_per_second")]
         table.add_row(Text(shown(name)), *own, f"{speed.value:.4g}", *theirs)

@@ -1,4 +1,4 @@
-"""A table of the paper made again: a run for each row, one after another, then all of them side by side."""
+"""A table of the paper reproduced: one run per row, in sequence, then a comparison of all."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from radio.lock import locked
 from radio.memory import collect
 from radio.registry import Registry
 
-from .assembly import check_settings, fitted
+from .assembly import check_settings, round_resolutions
 from .config import TrainConfig
 from .parallel import join
 from .sinks import say
-from .trainer import Run
+from .trainer import Trainer
 
 Rows: TypeAlias = Mapping[str, TrainConfig]
 Finish: TypeAlias = Callable[[Rows, Mapping[str, Path], Path, Console], None]
@@ -29,10 +29,10 @@ Finish: TypeAlias = Callable[[Rows, Mapping[str, Path], Path, Console], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PaperTable:
-    """Runs that differ in one thing."""
+    """The runs behind a table, one per row."""
 
-    base: TrainConfig  # what they share; `out` is the table's folder, with one in it for each row
-    rows: Callable[[TrainConfig], Rows]  # by name, from the base with what the command line changed
+    base: TrainConfig  # the shared settings; `out` is the table's folder, with a subfolder per row
+    rows: Callable[[TrainConfig], Rows]  # the rows by name, from the base with command-line overrides
     finish: Finish  # scores the rows' checkpoints, in the table's folder, and prints the table
 
 
@@ -40,18 +40,18 @@ tables: Registry[Callable[[], PaperTable]] = Registry("table")
 
 
 class Trained(NamedTuple):
-    """What became of some runs."""
+    """Result of some runs."""
 
     checkpoints: dict[str, Path]
-    stopped: bool  # on request: the last of them is not at its end
-    leads: bool  # whether this rank is the one that goes on from here
+    stopped: bool  # by a signal: the last of them is not finished
+    leads: bool  # whether this is the first rank, which does the rest
 
 
 def rows_of(table: PaperTable, base: TrainConfig, names: tuple[str, ...] = ()) -> dict[str, TrainConfig]:
-    """The rows of these names in the table's order, in folders of their own; all when none is named.
+    """Return the named rows (default: all) in the table's order, each in a separate folder.
 
     Raises:
-        ConfigError: the table has no such row, or no row at all with these settings.
+        ConfigError: the table has no such row, or no rows with these settings.
     """
     rows = table.rows(base)
     for name in names:
@@ -66,7 +66,7 @@ def rows_of(table: PaperTable, base: TrainConfig, names: tuple[str, ...] = ()) -
 
 
 def check_tasks(config: TrainConfig) -> None:
-    """None, when the run can give every evaluator that it names what it needs."""
+    """Check that the run can provide the settings that its evaluators require."""
     if tasks := (*config.score, *(config.eval_tasks if config.eval_every else ())):
         from .scoring import make_job  # the evaluators are many modules
 
@@ -76,10 +76,10 @@ def check_tasks(config: TrainConfig) -> None:
 
 @contextmanager
 def _alone(folder: Path, group: Group) -> Iterator[None]:
-    """Hold a run folder against other trainers; the first rank does, and all learn whether it can.
+    """Lock a run folder against other trainers; the first rank does it, and all get the result.
 
     Raises:
-        RadioError: another trainer has it.
+        RadioError: another trainer has locked it.
     """
     with ExitStack() as held:
         group.on_leader(lambda: held.enter_context(locked(folder, "trained")))
@@ -87,15 +87,15 @@ def _alone(folder: Path, group: Group) -> Iterator[None]:
 
 
 def train_all(runs: Rows, console: Console, *, restart: bool = False) -> Trained:
-    """Train runs of one device one after another; each goes on where it was stopped.
+    """Train runs of one device one after another; each resumes where it was stopped.
 
     Args:
         runs: their settings by name.
         console: where the first rank reports.
-        restart: begin every one anew.
+        restart: start every run over.
 
     Raises:
-        RadioError: as a run does, and before the first one where settings alone tell.
+        RadioError: a run failed; errors in the settings are raised before the first run.
     """
     found: dict[str, Path] = {}
     with join(device := choose_device(next(iter(runs.values())).device)) as group:
@@ -104,11 +104,11 @@ def train_all(runs: Rows, console: Console, *, restart: bool = False) -> Trained
             check_tasks(config)
         screen = console if group.leads else Console(quiet=True)
         for name, asked in runs.items():
-            config, changes = fitted(asked)
+            config, changes = round_resolutions(asked)
             for line in changes:
                 say(screen, line)
             with _alone(config.out, group):
-                run = Run(config, group, device, screen, restart=restart)
+                run = Trainer(config, group, device, screen, restart=restart)
                 found[name] = run.train()
             if run.stopped:
                 line = f"stopped after step {run.step} of {config.out}; the same command goes on from there"
@@ -116,5 +116,5 @@ def train_all(runs: Rows, console: Console, *, restart: bool = False) -> Trained
                 return Trained(found, stopped=True, leads=group.leads)
             say(screen, f"checkpoint: {found[name]}")
             del run
-            collect()  # a run and its callbacks hold one another, and the next model wants the memory
+            collect()  # frees reference cycles of the run, for the next model's memory
     return Trained(found, stopped=False, leads=group.leads)

@@ -1,4 +1,4 @@
-"""What a run keeps of its teachers: no text tower, and no matrix in a precision that no forward uses."""
+"""Memory of a run's teachers: drop text towers, and store matrices in the forward's precision."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from radio.types import Teacher
 
 from .config import TrainConfig
 
-# Exactly these, no subclasses: autocast casts what they hand to the kernel, and a subclass may first compute
-# with it (as convolutions of standardised weights do).
+# Exactly these, no subclasses: autocast casts the weights that they pass to the kernel, and a subclass may
+# compute with them first (as convolutions with standardised weights do).
 _CAST = (nn.Linear, NonDynamicallyQuantizableLinear, nn.Conv2d, nn.ConvTranspose2d, nn.MultiheadAttention)
 
 
 def make_lean(teacher: Teacher, config: TrainConfig, *, half: bool) -> None:
-    """Drop what a forward of the run does not use; the features stay the same, bit for bit.
+    """Drop weights and precision that the run's forwards do not use; features stay bit-identical.
 
-    Call it after the fingerprint was taken. A teacher cache is made in float32, so its teachers stay in it.
+    Call it after computing the fingerprint. A teacher cache is made in float32, so its teachers stay in it.
 
     Args:
-        teacher: loaded, or an outline.
+        teacher: loaded, or without weights (an outline).
         config: the run's settings.
         half: whether forwards run in bfloat16, under autocast.
     """
@@ -33,7 +33,7 @@ def make_lean(teacher: Teacher, config: TrainConfig, *, half: bool) -> None:
 
 
 def halve(module: nn.Module) -> None:
-    """Store in bfloat16 the weights that autocast would cast to it in each forward; in place."""
+    """Store in bfloat16, in place, the weights that autocast would cast in each forward."""
     for part in module.modules():
         if type(part) in _CAST:
             for weight in part.parameters(recurse=False):

@@ -1,4 +1,4 @@
-"""How the tiny scenes teachers were made: one command repeats it, a fixed seed and one thread a teacher."""
+"""Training of the shipped tiny scenes teachers by one command, with a fixed seed and one thread."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from radio.teachers.scenes_sam import new_sam
 from .config import BatchSize, OptimConfig, Rate
 from .guards import first_bad
 from .optim import learning_rate, make_optimizer
-from .scenes_lessons import ClipLesson, DenseLesson, Lesson, Loss, SamLesson, lessons
+from .scenes_lessons import ClipLesson, DenseLesson, Loss, SamLesson, SceneBatch, lessons
 from .scenes_scores import FULL, QUICK, Protocol, Scores, box_miou, score
 from .sinks import say
 
@@ -34,7 +34,7 @@ _FIRST: dict[Name, int] = {
     "dense": 0,
     "clip": 1_000_000,
     "sam": 2_000_000,
-}  # scene index: no scene is seen twice
+}  # index of the first scene: no scene is used twice
 _SEED_OF_SCENES = 1  # the scores are measured on scenes of seed 0
 _LOG_EVERY = 50
 _OPTIM = OptimConfig(weight_decay=0.05, betas=(0.9, 0.98), warmup=0.05)
@@ -42,7 +42,7 @@ _OPTIM = OptimConfig(weight_decay=0.05, betas=(0.9, 0.98), warmup=0.05)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Course:
-    """How long one teacher learns, from how many scenes at once, and how fast."""
+    """One teacher's training: number of samples, batch size and learning rate."""
 
     samples: Count
     batch: BatchSize
@@ -51,11 +51,11 @@ class Course:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeachersConfig:
-    """Which teachers to make, where to, and from how many scenes."""
+    """Which teachers to train, the output folder, and each one's training."""
 
     out: Path = Path("runs/scenes-teachers")
     only: tuple[str, ...] = NAMES
-    seed: Seed = 0  # of first weights, mirroring and prompts
+    seed: Seed = 0  # of initial weights, mirroring and prompts
     threads: Annotated[int, Interval(ge=1, le=1024)] = 1
     dense: Course = Course(samples=64_000, batch=32, lr=1.5e-3)
     clip: Course = Course(samples=12_000, batch=32, lr=1e-3)
@@ -63,11 +63,11 @@ class TeachersConfig:
 
 
 def main(settings: TeachersConfig, console: Console | None = None) -> list[Path]:
-    """Train the teachers asked for and write their files; the files' paths. Progress goes to the console.
+    """Train the selected teachers, write their files and return the paths; report to the console.
 
     Raises:
-        ConfigError: no teacher, one that does not exist, or fewer samples than one batch.
-        CheckpointError: CLIP alone is asked for, and `out` holds no dense teacher to start it from.
+        ConfigError: no teacher is named, one is unknown, or there are fewer samples than one batch.
+        CheckpointError: CLIP is selected without dense, and `out` holds no dense teacher to start from.
     """
     check_options(settings)
     if not settings.only:
@@ -84,7 +84,7 @@ def main(settings: TeachersConfig, console: Console | None = None) -> list[Path]
                 f"{course.samples} samples for scenes:{name} are less than one batch of {course.batch}; "
                 f"give more"
             )
-    settings.out.mkdir(parents=True, exist_ok=True)  # told now if it cannot be, not after hours
+    settings.out.mkdir(parents=True, exist_ok=True)  # fails now, not after hours
     before = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
     try:
@@ -101,7 +101,7 @@ def _course(name: str, settings: TeachersConfig) -> Course:
 def _make(name: Name, settings: TeachersConfig, console: Console) -> Path:
     course = _course(name, settings)
     started = time.monotonic()
-    with seeded(settings.seed):  # first weights only
+    with seeded(settings.seed):  # initial weights only
         lesson, product = _MAKERS[name](settings)
     curve = _teach(lesson, name, course, settings.seed, console)
     minutes = (time.monotonic() - started) / 60
@@ -115,17 +115,17 @@ def _make(name: Name, settings: TeachersConfig, console: Console) -> Path:
         )
     load_state(product, {key: value.float() for key, value in tensors.items()}, name)  # score what is shipped
     product.requires_grad_(False).eval()
-    card = _card(name, course, settings, minutes, curve)
-    card["scores"] = {"full": measure(name, product, FULL), "quick": measure(name, product, QUICK)}
+    metadata = _metadata(name, course, settings, minutes, curve)
+    metadata["scores"] = {"full": measure(name, product, FULL), "quick": measure(name, product, QUICK)}
     path = weights_file(name, settings.out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save(path, tensors, card)
-    say(console, f"{path}: {card['scores']}")
+    save(path, tensors, metadata)
+    say(console, f"{path}: {metadata['scores']}")
     return path
 
 
 def measure(name: Name, module: Any, protocol: Protocol) -> Scores:
-    """The scores of one trained scenes teacher, in percent, to a hundredth."""
+    """Measure the scores of one trained scenes teacher, in percent, to a hundredth."""
     if name == "sam":
         scores = box_miou(module, protocol.sam_scenes)
     else:
@@ -139,7 +139,7 @@ def _dense(settings: TeachersConfig) -> tuple[nn.Module, nn.Module]:
 
 
 def _clip(settings: TeachersConfig) -> tuple[nn.Module, nn.Module]:
-    """Both towers; the picture's starts as the dense trunk in the same folder."""
+    """Build both towers; the image tower starts from the dense teacher in the same folder."""
     clip = Clip()
     dense: Checkpoint = load(weights_file("dense", settings.out))
     load_state(clip.image.vit, {key: value.float() for key, value in dense.tensors.items()}, "scenes:dense")
@@ -161,7 +161,7 @@ _MAKERS: dict[Name, Callable[[TeachersConfig], tuple[nn.Module, nn.Module]]] = {
 def _teach(
     module: nn.Module, name: Name, course: Course, seed: int, console: Console
 ) -> list[dict[str, float]]:
-    """Train in place, scheduled by steps; means of loss and watched figures every 50 steps."""
+    """Train in place; return the means of loss and accuracies of every 50 steps."""
     steps = course.samples // course.batch
     optim = replace(_OPTIM, lr=course.lr)
     optimizer = make_optimizer(module, optim)
@@ -181,7 +181,7 @@ def _teach(
 
 
 def _step(
-    module: nn.Module, lesson: Lesson, progress: float, optimizer: torch.optim.Optimizer, clip: float
+    module: nn.Module, lesson: SceneBatch, progress: float, optimizer: torch.optim.Optimizer, clip: float
 ) -> Loss:
     loss: Loss = module(lesson, progress)
     optimizer.zero_grad(set_to_none=True)
@@ -201,7 +201,7 @@ def _means(seen: list[Loss]) -> dict[str, float]:
     }
 
 
-def _card(
+def _metadata(
     name: Name, course: Course, settings: TeachersConfig, minutes: float, curve: list[dict[str, float]]
 ) -> dict[str, Any]:
     return {

@@ -1,4 +1,4 @@
-"""A run's figures in TensorBoard's files."""
+"""TensorBoard sink of a run's records."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .records import Record
 
 @final
 class TensorBoard:
-    """Event files in a folder; what an interrupted run wrote of later steps is hidden.
+    """Event files in a folder; later steps written by an interrupted run are hidden.
 
     Args:
-        folder: of the event files.
-        step: the last one that is done.
+        folder: folder of the event files.
+        step: number of the last finished step.
 
     Raises:
         MissingExtraError: TensorBoard is not installed.
@@ -28,7 +28,7 @@ class TensorBoard:
         self._writer: Any = library.SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, record: Record) -> None:
-        """Add one record: numbers as curves, words as text."""
+        """Add one record: numbers as scalars, strings as text."""
         step = int(record["step"] or 0)
         for name, value in record.items():
             if isinstance(value, str):

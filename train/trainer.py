@@ -1,4 +1,4 @@
-"""The training loop: a run is built, taken up where it was stopped, and carried to its last step."""
+"""The training loop: build a run, resume it where it was stopped, and train to its last step."""
 
 from __future__ import annotations
 
@@ -25,59 +25,60 @@ from radio.model import build
 from radio.students import students
 from radio.types import Features
 
-from .ahead import ahead, half_the_threads
+from .ahead import limit_threads, prefetch
 from .assembly import (
     check_memory,
     check_settings,
     check_student,
-    deal,
-    deciding,
     gather_facts,
     load_teachers,
-    make_card,
+    make_metadata,
     model_config,
+    partition_ranks,
     provenance,
+    resume_signature,
     run_name,
     student_resolutions,
     window_candidates,
 )
-from .batches import Batch, crop_sides, load, remembered, taught
+from .batches import Batch, cached_batches, crop_sides, load, online_batches
 from .cache import GroupedCaches
 from .caching import cache_jobs, fill_caches
 from .config import TrainConfig
+from .data.faults import LOG_KEYS
 from .data.progress import LISTING, DataState, start_progress
 from .data.sources import Sources, open_sources
 from .data.stream import fewer_workers, open_stream
-from .guards import Guard, Plain, first_bad
+from .guards import NonFiniteMonitor, Plain, first_bad
+from .images import ConcatImages, open_images
 from .learner import Learner
 from .log import Log, open_log
 from .metrics import Meters, Row
 from .optim import odd_count
 from .parallel import check_started
 from .partition import TeacherGroup
-from .pictures import Joined, open_pictures
 from .preempt import Preemption
 from .records import Record
 from .sinks import ProgressConsole, say, summarise
-from .state import Found, States
+from .state import CheckpointManager, Found
 from .step import teacher_features
 
 if TYPE_CHECKING:
     from .scoring import Follower
 
-# What makes weights doubtful: so many of all steps left out, a loss so many times that of the first step.
+# Final weights are doubtful if this share of steps was skipped, or the loss rose by this factor.
 _DOUBTFUL_SHARE, _DOUBTFUL_RISE = 0.1, 3.0
 
 
-class Run:
+class Trainer:
     """One distillation run.
 
     Args:
         config: its settings.
-        group: the ranks that share it.
-        device: where this rank computes.
-        console: where it reports.
-        restart: begin anew instead of going on from the run folder's state.
+        group: all ranks of the run.
+        device: this rank's device.
+        console: where to report.
+        restart: start over instead of resuming from the run folder's state.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class Run:
         check_settings(config, group.world)
         check_started(config)
         self.config, self.group, self.device, self.console = config, group, device, console
-        self.partition = deal(config, group.world)
+        self.partition = partition_ranks(config, group.world)
         self.mine = self.partition.of(group.rank)
         mine = [name for teachers in self.mine for name in teachers.teachers]
         every = [t.name for t in config.teachers]
@@ -100,13 +101,13 @@ class Run:
         facts = gather_facts(config, self.teachers, group)
         self.sizes = {name: fact.size for name, fact in facts.items()}
         online = config.cache.folder is None
-        self.data = open_sources(config.data) if online else open_pictures(config.data, self._tell)
+        self.data = open_sources(config.data) if online else open_images(config.data, self._tell)
         self.progress = start_progress(config, self.partition, group, self.data, self._tell)
         self.sides = crop_sides(self.partition, self.sizes)
-        card = make_card(config, facts, self.data)
+        metadata = make_metadata(config, facts, self.data)
         described = model_config(config, facts)
         check_memory(config, described, self.partition, group.rank, memory_of(device))
-        self.model = build(described, config.seed, card, run_name(config))
+        self.model = build(described, config.seed, metadata, run_name(config))
         for name in set(every) - set(mine):
             del self.model.adaptors[name]
         self.model.to(device).train()
@@ -114,34 +115,34 @@ class Run:
         self.windows = window_candidates(self.model, config, beside)
         check_student(self.model.student, beside, self.windows)
         self.learner = Learner(self.model, self.windows, config, self.partition, group, device)
-        self.meters, self.guard, self.pace = Meters(), Guard(device), self.learner.pace
+        self.meters, self.guard, self.pace = Meters(), NonFiniteMonitor(device), self.learner.pace
         self.stop, self.stopped = Preemption(group), False
-        self.first: Tensor | None = None  # [] the loss of the first step, its mean over the ranks
-        self.last = 0.0  # the loss of the last record
+        self.first: Tensor | None = None  # [] the first step's loss; its mean over ranks is the step's
+        self.last = 0.0  # loss of the last record
         self.log: Log | None = None
         self.follower = _follower(config, group, console) if config.eval_every else None
-        self.states = States(
+        self.states = CheckpointManager(
             config.out / "state",
             group,
-            deciding(config, facts, self.data),
+            resume_signature(config, facts, self.data),
             keep_last=config.keep_last,
             keep_every=config.keep_every,
-            tell=self._tell,
+            log=self._tell,
             schema=_NOTES,
         )
         self.step = 0 if restart else self._resume()
         self.cache: GroupedCaches | None = None
-        if isinstance(self.data, Joined) and self.step < config.steps:
+        if isinstance(self.data, ConcatImages) and self.step < config.steps:
             jobs = cache_jobs(config, self.partition, group, self.data, self.teachers, self.sizes, device)
             self.cache = fill_caches(config, jobs, self.partition, group, console)
-        self.overlaps = config.teachers_ahead and self.cache is None
-        self.pairs = device.type == "cpu" and (self.overlaps or self.learner.abreast)  # of operators
+        self.overlaps = config.prefetch_teachers and self.cache is None
+        self.pairs = device.type == "cpu" and (self.overlaps or self.learner.parallel_groups)  # of operators
 
     def train(self) -> Path:
-        """Run to the last step, or to where it is asked to stop (`stopped`); the path of `ckpt.pt`.
+        """Train to the last step, or until a signal stops it (`stopped`); return the path of `ckpt.pt`.
 
         Raises:
-            RadioError: too many steps not finite or pictures broken, or the last state cannot be written.
+            RadioError: too many steps are not finite, too many images broken, or the last save failed.
         """
         config = self.config
         if self.step == config.steps:
@@ -152,7 +153,7 @@ class Run:
         self.group.on_leader(self._open)
         log = self.log
         try:
-            with self.stop, half_the_threads() if self.pairs else nullcontext():
+            with self.stop, limit_threads() if self.pairs else nullcontext():
                 self._loop(log)
             self.states.wait(last=True)
             if not self.stopped and (doubt := self._doubt()):
@@ -168,39 +169,39 @@ class Run:
         return config.out / "ckpt.pt"
 
     def _open(self) -> None:
-        check_writable(self.config.out / "state", "--out")  # or it shows when the first state is due
+        check_writable(self.config.out / "state", "--out")  # else it would fail at the first save
         self.log = open_log(self.config, self.step, self._tell)
         write_yaml(self.config, self.config.out / "config.yaml")
 
     def _publish_again(self) -> None:
-        """Write a finished run's checkpoints where they are gone or damaged; every rank calls it."""
+        """Rewrite a finished run's checkpoints if missing or damaged; every rank calls it."""
         names = ["ckpt.pt", *(["ckpt-ema.pt"] if self.learner.average is not None else [])]
         out = self.config.out
         gone = self.group.on_leader(lambda: [name for name in names if not _is_whole(out / name)])
         if gone:
-            publish = self._publisher()
-            self.group.on_leader(lambda: publish(gone))
+            on_saved = self._on_saved()
+            self.group.on_leader(lambda: on_saved(gone))
             self._tell(f"written again from the state of step {self.step}: {', '.join(gone)}")
 
-    def _publisher(self) -> Callable[[Collection[str] | None], None]:
-        """What writes the checkpoints of this step, from copies made now, or those of these names."""
+    def _on_saved(self) -> Callable[[Collection[str] | None], None]:
+        """Copy this step's weights; return a function that writes the named checkpoints (None: all)."""
         files = self.learner.checkpoints()
-        self.model.card["provenance"] = provenance(self.step, self.step * self.partition.batch_size)
+        self.model.metadata["provenance"] = provenance(self.step, self.step * self.partition.batch_size)
 
-        def publish(names: Collection[str] | None) -> None:
+        def on_saved(names: Collection[str] | None) -> None:
             for name, tensors in files.items():
                 if names is None or name in names:
                     self.model.save(self.config.out / name, tensors)
 
-        return publish
+        return on_saved
 
     def _loop(self, log: Log | None) -> None:
         config = self.config
-        if self.step and self._evaluates():  # a run that was stopped before it got to it
+        if self.step and self._evaluates():  # the run was stopped before this evaluation
             self.evaluate(log)
         self.pace.clock.read()
         with ProgressConsole(self.console, config.recipe, config.steps, self.step) as bar:
-            for batch in ahead(self.batches(), self.device) if self.overlaps else self.batches():
+            for batch in prefetch(self.batches(), self.device) if self.overlaps else self.batches():
                 self.advance(batch)
                 self.step += 1
                 if self._due(config.log_every):
@@ -219,25 +220,25 @@ class Run:
                     self.evaluate(log)
 
     def batches(self) -> Iterator[Batch]:
-        """The batches of the steps still to do, with the teachers' features."""
+        """Return the batches of the remaining steps, with the teachers' features."""
         config = self.config
         if self.cache is not None:
             known = load(self.cache, config, self.partition, self.group.rank, self.step, self.device)
-            return remembered(known, self.mine, self.device, self.cache.targets)
+            return cached_batches(known, self.mine, self.device, self.cache.targets)
         assert isinstance(self.data, Sources)
         shares, pin = self.progress.shares(self.sides), self.device.type == "cuda"
         if fewer := fewer_workers(config.data.workers, shares):
             self._tell(fewer)
         steps = range(self.step, config.steps)
         rows = open_stream(self.data, shares, config.data, config.seed, steps, pin=pin)
-        return taught(rows, self.mine, self.device, self._teach)
+        return online_batches(rows, self.mine, self.device, self._teach)
 
     def advance(self, batch: Batch) -> None:
-        """One step, and what is measured of it. Reads nothing back from the device."""
+        """Do one step and update the meters, without a host sync."""
         learned, fine = self.learner.advance(batch, self.step)
         if self.first is None:
             self.first = learned.total.detach()
-        self.guard.see(fine, [losses.parts for losses in learned.losses])
+        self.guard.update(fine, [losses.parts for losses in learned.losses])
         self.meters.add({"loss": learned.total, "grad_norm": learned.norm}, fine)
         for losses in learned.losses:
             self.meters.add(losses.parts, fine)
@@ -247,20 +248,20 @@ class Run:
         self.progress.add(batch.marks)
 
     def record(self) -> Record:
-        """The means since the last log step.
+        """Make the record of a log step: means since the last one.
 
         Raises:
-            RadioError: too many steps in a row were not finite, or too many pictures are broken.
+            RadioError: too many steps in a row were not finite, or too many images were broken.
         """
         config = self.config
-        skipped = self.guard.read(self.group, self.step, config.max_skipped)
+        skipped = self.guard.read(self.group, self.step, config.max_nonfinite_steps)
         if skipped.recent:
             self._tell(f"step {self.step}: {skipped.describe()}")
         pace = self.pace.read()
         means = self.meters.read(self.group)
         self.last = means["loss"]
         seen = self.step * self.partition.batch_size
-        broken = self.progress.broken(seen, config.data.max_broken)
+        broken = self.progress.broken(seen, config.data.max_error_fraction)
         return {
             "step": self.step,
             "samples": seen,
@@ -268,25 +269,24 @@ class Run:
             "lr": self.learner.optimizer.param_groups[0]["lr"],
             **pace,
             "broken": sum(broken.values()),
-            **{f"broken/{cause}": count for cause, count in broken.items() if count},
+            **{LOG_KEYS[cause]: count for cause, count in broken.items() if count},
             "skipped": skipped.total,
             **({"not_finite": ", ".join(skipped.names)} if skipped.recent else {}),
         }
 
     def save(self) -> None:
-        """Begin to write a state to go on from, `ckpt.pt` to evaluate, and its average; every rank calls it.
+        """Start to write a training state, `ckpt.pt`, and `ckpt-ema.pt` if any; every rank calls it.
 
-        The state gets its name last: a run that is stopped before does its last steps again.
-
-        Where the log has records that cannot be written no state is begun, since one must not outlive them.
+        The state gets its final name last: a run that is stopped before repeats its last steps. If the log
+        has unwritten records, no state is saved, since it must not be ahead of the log.
 
         Raises:
-            RadioError: too many steps in a row were not finite, or a weight is not.
+            RadioError: too many steps in a row were not finite, or a weight is not finite.
         """
-        self.guard.check(self.step, self.config.max_skipped)
+        self.guard.check(self.step, self.config.max_nonfinite_steps)
         if self.step == self.config.steps:
             self.guard.check_any(self.step)
-        self.states.wait()  # the card below may still be written with the save before
+        self.states.wait()  # the previous save may still be writing the metadata changed below
         tensors = self.learner.tensors()
         found = self.group.gather_objects((first_bad(tensors), self.log.flush() if self.log else ""))
         bad, unwritten = (next(filter(None, each), "") for each in zip(*found, strict=True))
@@ -295,15 +295,15 @@ class Run:
         if unwritten:
             self._tell(f"no state of step {self.step} is written before the log is ({unwritten})")
             return
-        publish = self._publisher()
+        on_saved = self._on_saved()
         mine = {"meters": self.meters.state(), "guard": self.guard.state()}
         notes = {"ranks": self.group.gather_objects(mine), "data": self.progress.state()}
-        self.states.write(self.step, tensors, notes, lambda: publish(None))
+        self.states.write(self.step, tensors, notes, lambda: on_saved(None))
 
     def _refuse(self, name: str) -> NoReturn:
         stands = (
-            f"what was saved at step {self.states.stands} stands"
-            if self.states.stands
+            f"what was saved at step {self.states.last_step} stands"
+            if self.states.last_step
             else "nothing is saved"
         )
         raise RadioError(
@@ -312,10 +312,10 @@ class Run:
         )
 
     def evaluate(self, log: Log | None) -> None:
-        """Score the student as it was saved at this step, unless that is done; every rank calls it."""
+        """Evaluate the student saved at this step, unless already done; every rank calls it."""
         assert self.follower is not None
         self.states.wait()
-        saved = self.states.stands == self.step
+        saved = self.states.last_step == self.step
         done = log is None or self.follower.has_done(self.step)
         (saved, done), *_ = self.group.gather_objects((saved, done))
         if done or not saved:
@@ -351,14 +351,14 @@ class Run:
         return found.step
 
     def _misfit(self, found: Found) -> str:
-        """What in a state that was read is of another step than the state."""
+        """Describe optimizer counts that contradict the loaded state's step; empty if none."""
         left_out = found.notes["ranks"][0]["guard"][0][0]
-        partly = "model.student." if students.plugin(self.config.student) else "-"  # blocks may be left out
+        partly = "model.student." if students.plugin(self.config.student) else "-"  # may skip blocks
         odd = odd_count(self.learner.optimizer, self.learner.distiller, found.step - left_out, partly=partly)
         return odd and f"optimizer.{odd} in it, after {found.step} steps of which {left_out} were left out"
 
     def _doubt(self) -> str:
-        """What makes the weights at the end of a run doubtful; empty where nothing does. All ranks ask it."""
+        """Warn if the final weights are doubtful, else return an empty string. Every rank calls it."""
         left_out, _, in_a_row, _ = self.guard.state()[0]
         first = 0.0 if self.first is None else float(self.group.sum(self.first.cpu())) / self.group.world
         doubts = []
@@ -376,7 +376,7 @@ class Run:
         return self.step % every == 0 or self.step == self.config.steps
 
     def _teach(self, group: TeacherGroup, images: Tensor) -> dict[str, Features]:
-        """What a group's teachers say of its pictures."""
+        """Compute the features of a group's images by its teachers."""
         with self.pace.watch.time("teachers", group.name), self.learner.autocast():
             return teacher_features(
                 {name: self.teachers[name] for name in group.teachers}, self.sizes, images

@@ -1,4 +1,4 @@
-"""A run's figures at Weights & Biases, or in its offline folder (WANDB_MODE=offline)."""
+"""Weights & Biases sink of a run's records, online or offline (WANDB_MODE=offline)."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .records import Record
 
 @final
 class WandbRun:
-    """One run of the project `am-radio`; a run that is taken up goes on under its old id.
+    """One run of the project `am-radio`; a resumed run keeps its id.
 
     Args:
-        config: the run's settings, shown beside its curves; the run folder gives the name.
-        step: the last one that is done.
+        config: the run's settings, uploaded with its curves; the run folder gives the name.
+        step: number of the last finished step.
 
     Raises:
         MissingExtraError: wandb is not installed.
-        ConfigError: wandb takes no run, since nobody is logged in or there is no network.
+        ConfigError: wandb cannot start a run: no login or no network.
     """
 
     def __init__(self, config: TrainConfig, step: int) -> None:
@@ -46,7 +46,7 @@ class WandbRun:
                 resume=None if settings.mode == "offline" else "allow",
                 settings=settings,
             )
-        except library.errors.Error as error:  # nobody is logged in, no network
+        except library.errors.Error as error:  # no login or no network
             raise ConfigError(
                 f"wandb takes no run ({error}); log in with `wandb login`, or set WANDB_MODE=offline"
             ) from error
@@ -57,12 +57,12 @@ class WandbRun:
         self._run.log({name: value for name, value in record.items() if value is not None})
 
     def close(self) -> None:
-        """Send what is left."""
+        """Upload the remaining records and end the run."""
         self._run.finish()
 
 
 def _has_id(note: Path) -> bool:
     try:
         return re.fullmatch(r"[0-9a-f]{8}\s*", read_text(note, limit=100)) is not None
-    except DataError:  # absent, or somebody else's
+    except DataError:  # missing, or not ours
         return False

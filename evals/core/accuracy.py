@@ -1,4 +1,4 @@
-"""From ranked classes to numbers: accuracies with intervals, over all and class by class."""
+"""Accuracies of ranked classes with confidence intervals, overall and per class."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _Z = 1.959964  # 95 %
 
 
 def top_accuracies(ranking: Tensor, labels: Tensor, num_classes: int, suffix: str = "") -> dict[str, Metric]:
-    """`top1` and `top5` in percent with their intervals; top-5 is left out below five classes.
+    """Compute `top1` and `top5` in percent with their intervals; top-5 is omitted below five classes.
 
     Args:
         ranking: [Q, 5] classes, the best first; -1 is no prediction.
         labels: [Q].
-        suffix: behind the metrics' names.
+        suffix: appended to the metrics' names.
 
     Raises:
         DataError: no queries.
@@ -33,10 +33,10 @@ def top_accuracies(ranking: Tensor, labels: Tensor, num_classes: int, suffix: st
 
 
 def mean_class(ranking: Tensor, labels: Tensor) -> Metric:
-    """The mean over classes of their recall, in percent, with a normal interval.
+    """Compute the mean recall over the classes, in percent, with a normal interval.
 
-    Each class's variance is that of Agresti and Coull (1998), two successes and two failures added, so that a
-    class that is always right still counts as uncertain.
+    The variance of each class follows Agresti and Coull (1998), with two successes and two failures added, so
+    that a class that is always right still counts as uncertain.
     """
     rows = _by_class(ranking, labels)
     value = sum(correct / count for _, count, correct in rows) / len(rows)
@@ -46,7 +46,7 @@ def mean_class(ranking: Tensor, labels: Tensor) -> Metric:
 
 
 def class_table(ranking: Tensor, labels: Tensor, classes: Sequence[str]) -> Table:
-    """Every class among the queries: name, how many queries, how many right, and the share in percent."""
+    """Tabulate every class among the queries: name, queries, correct ones, and their share in percent."""
     rows = tuple(
         (classes[place], count, correct, 100 * correct / count)
         for place, count, correct in _by_class(ranking, labels)
@@ -55,8 +55,11 @@ def class_table(ranking: Tensor, labels: Tensor, classes: Sequence[str]) -> Tabl
 
 
 def confusion_table(ranking: Tensor, labels: Tensor, classes: Sequence[str], most: int = 50) -> Table:
-    """The commonest confusions, at most `most`: class, what it was taken for, how often, and the share of
-    the class's queries in percent. Equally common ones stand in the order of the classes."""
+    """Tabulate the `most` most frequent confusions.
+
+    Each row has the class, the predicted class, the count, and its share of the class's queries in percent.
+    Equally frequent ones are in the order of the classes.
+    """
     wrong = ranking[:, 0] != labels
     pairs = labels[wrong] * len(classes) + ranking[wrong, 0]
     found, counts = pairs.unique(return_counts=True)  # ascending
@@ -70,7 +73,7 @@ def confusion_table(ranking: Tensor, labels: Tensor, classes: Sequence[str], mos
 
 
 def _by_class(ranking: Tensor, labels: Tensor) -> list[tuple[int, int, int]]:
-    """(class, count, correct) of the classes among the queries."""
+    """Return (class, count, correct) of each class among the queries."""
     right = (ranking[:, 0] == labels).double()
     counts = labels.bincount()
     correct = labels.bincount(weights=right)

@@ -1,4 +1,4 @@
-"""From label maps to areas of classes, and from those to IoU and accuracy."""
+"""Compute the areas of classes from label maps, and IoU and accuracy from the areas."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _MAX_CLASSES = 65_536
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scores:
-    """Percentages; NaN for a class that is absent."""
+    """Segmentation scores in percent; NaN for an absent class."""
 
     miou: float
     macc: float
     aacc: float
     iou: Values  # [C]
     acc: Values  # [C]
-    areas: Values  # [3, C], pixels of each class in the intersection, in the prediction and in the label
+    areas: Values  # [3, C], pixels of each class in the intersection, the prediction and the label
 
 
 def areas(
@@ -41,18 +41,18 @@ def areas(
 
     Args:
         prediction: [H, W], or [..., H, W] of several images, which are scored together: the class of every
-            pixel as a whole number from 0 on.
+            pixel as an integer from 0.
         truth: the same for the labels; of the same shape.
-        num_classes: C; the highest class in either, and one, unless given.
-        ignore: pixels with this label in `truth` are left out, whatever is predicted there. None keeps all.
+        num_classes: C (default: the highest class in either map, plus one).
+        ignore: pixels with this label in `truth` are ignored, whatever their prediction. None keeps all.
 
     Returns:
-        The scores. A class that is in neither map is left out of the means; one that is only predicted has an
-        IoU of 0, and no accuracy. For images of several sizes, give `score` the `areas` of each, stacked.
+        The scores. A class that is in neither map is excluded from the means; one that is only predicted has
+        an IoU of 0 and no accuracy. For images of several sizes, pass the stacked `areas` of each to `score`.
 
     Raises:
         DataError: maps of other types or unequal shapes, a class below 0 or beyond `num_classes`, or no pixel
-            that has a class.
+            with a class.
     """
     predicted, label = _label_map(prediction, "prediction"), _label_map(truth, "truth")
     if predicted.shape != label.shape:
@@ -82,11 +82,11 @@ def areas(
 
 
 def score(areas: Values) -> Scores:
-    """The scores of all images together, of the areas [N, 3, C] of each.
+    """Compute the scores over all images from the areas [N, 3, C] of each.
 
-    A class that is neither in a label nor predicted is left out of the means; one that is only predicted has
-    an IoU of 0, and no accuracy. Sums are in float64: MMSegmentation's own, in float32, lose single pixels
-    beyond 2^24 of them.
+    A class that is neither labelled nor predicted is excluded from the means; one that is only predicted has
+    an IoU of 0 and no accuracy. Sums are in float64: those of MMSegmentation, in float32, lose single pixels
+    beyond 2^24.
 
     Raises:
         DataError: no pixel has a class.
@@ -106,10 +106,10 @@ def score(areas: Values) -> Scores:
 
 
 def area_ratios(total: Values) -> tuple[Values, Values, Values]:
-    """IoU [..., C], accuracy [..., C] and overall accuracy [...] in percent; NaN for a class that is absent.
+    """Compute IoU [..., C], accuracy [..., C] and overall accuracy [...] in percent; NaN for an absent class.
 
     Args:
-        total: [..., 3, C], pixels of each class in the intersection, in the prediction and in the label.
+        total: [..., 3, C], pixels of each class in the intersection, the prediction and the label.
     """
     intersection, predicted, label = (total[..., place, :] for place in range(3))
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -120,7 +120,7 @@ def area_ratios(total: Values) -> tuple[Values, Values, Values]:
 
 
 def mean_present(values: Values) -> Values:
-    """Means over the last axis without NaN; NaN where there is nothing else (a resample of void pictures)."""
+    """Average over the last axis without NaN; NaN where all are NaN (a resample of void images)."""
     there = ~np.isnan(values)
     with np.errstate(invalid="ignore"):
         mean: Values = np.where(there, values, 0).sum(axis=-1) / there.sum(axis=-1)

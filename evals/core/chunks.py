@@ -1,7 +1,7 @@
-"""Work kept on disk in entries, one file each: ranks share them, and a killed run lacks only what is missing.
+"""Intermediate results cached on disk in entries, one file each, which ranks share and killed runs resume.
 
-Every entry says what it should be: a checksum over its content and its place, and a schema that the reader
-gives. One that is damaged, cut, foreign or of another shape is made again, and the report's notes say so.
+Every entry is verified: by a checksum over its content and its path, and by a schema that the reader passes.
+An entry that is damaged, truncated, foreign or of another shape is recomputed, and the report notes it.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ T = TypeVar("T")
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")  # as `write_bytes` calls them
 _DAY = 24 * 3600
-_CHECKSUM = "checksum"  # its key in an entry's metadata or first line
+_CHECKSUM = "checksum"  # key in an entry's metadata or first line
 
 
 class DamagedError(DataError):
-    """An entry that is not what was written there; it can be made again."""
+    """An entry whose content is not what was written; it can be recomputed."""
 
 
 class TensorSpec(NamedTuple):
-    """What a tensor of an entry has to be; None stands for any size, or for any shape."""
+    """Expected type and shape of a tensor in an entry; None allows any size, or any shape."""
 
     dtype: torch.dtype
     shape: tuple[int | None, ...] | None
 
 
 class Tensors(NamedTuple):
-    """The content of an entry of tensors."""
+    """Content of an entry of tensors."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
@@ -61,11 +61,14 @@ class Damage:
         self._reasons: list[str] = []
 
     def add(self, error: DamagedError) -> None:
-        """Remember one."""
+        """Record a damaged entry."""
         self._reasons.append(str(error))
 
     def notes(self, group: Group | None = None) -> tuple[str, ...]:
-        """A note on what all ranks found, the same on each; every rank asks. Empty where all was whole."""
+        """Return a note on the damaged entries of all ranks; empty when there are none.
+
+        Every rank has to call this, and gets the same note.
+        """
         reasons = [reason for rank in (group or Group()).gather_objects(self._reasons) for reason in rank]
         if not reasons:
             return ()
@@ -74,17 +77,17 @@ class Damage:
 
 
 def chunk_path(folder: Path, number: int, ending: str = "safetensors") -> Path:
-    """The file of a chunk."""
+    """Return the path of a chunk's file."""
     return folder / f"{number:06d}.{ending}"
 
 
 def find_missing(paths: Sequence[Path], read: Callable[[Path], object], damage: Damage) -> list[int]:
-    """The places in `paths` of the entries that have to be made: absent ones, and damaged ones.
+    """Return the indices in `paths` of the entries that have to be computed: absent and damaged ones.
 
     Args:
-        read: gives an entry's content, or raises DamagedError.
-        damage: learns of the damaged ones. Their files stay until they are replaced: another run in the
-            same cache may just have done so.
+        read: returns an entry's content, or raises DamagedError.
+        damage: collects the damaged ones. Their files stay until they are replaced, since another run with
+            the same cache may just have replaced them.
     """
     for folder in {path.parent for path in paths}:
         remove_stray(folder)
@@ -104,7 +107,7 @@ def find_missing(paths: Sequence[Path], read: Callable[[Path], object], damage: 
 
 
 def remove_stray(folder: Path) -> None:
-    """Remove what killed runs left half-written in a folder of entries, more than a day ago."""
+    """Remove the temporary files, older than a day, that killed runs left in a folder of entries."""
     for path in folder.glob(".*"):
         with suppress(OSError):  # another run may do the same
             if _TEMPORARY.fullmatch(path.name) and time.time() - path.stat().st_mtime > _DAY:
@@ -112,10 +115,10 @@ def remove_stray(folder: Path) -> None:
 
 
 def check_all_there(paths: Iterable[Path]) -> None:
-    """Nothing, when every rank's chunks are in the folder.
+    """Check that the chunks of every rank are in the folder.
 
     Raises:
-        DataError: some are not: the ranks do not share it.
+        DataError: some are missing, since the ranks do not share the folder.
     """
     for path in paths:
         if not path.is_file():
@@ -135,10 +138,10 @@ def write_tensors(
 
 
 def load_tensors(path: Path, names: Iterable[str]) -> Tensors:
-    """Read some tensors of an entry that this run has checked or made.
+    """Read some tensors of an entry that this run has checked or written.
 
     Raises:
-        DamagedError: it has been damaged since.
+        DamagedError: it was damaged afterwards.
     """
     return _load(path, names)
 
@@ -147,7 +150,7 @@ def read_tensors(path: Path, specs: Mapping[str, TensorSpec]) -> Tensors:
     """Read an entry of tensors and check it.
 
     Raises:
-        DamagedError: it is not what `write_tensors` wrote at this place, or does not fit the specs.
+        DamagedError: it is not what `write_tensors` wrote at this path, or does not match the specs.
     """
     content = _load(path)
     checksum = content.metadata.pop(_CHECKSUM, None)
@@ -167,27 +170,27 @@ def read_tensors(path: Path, specs: Mapping[str, TensorSpec]) -> Tensors:
 
 
 def write_records(path: Path, records: Iterable[Any]) -> None:
-    """Write an entry of JSON records, one a line behind a line with their checksum, atomically."""
+    """Write an entry of JSON records atomically: a line with their checksum, then one record per line."""
     body = "".join(json.dumps(record) + "\n" for record in records)
     write_text(path, json.dumps({_CHECKSUM: _text_checksum(path, body)}) + "\n" + body)
 
 
 def read_records(path: Path, schema: TypeAdapter[T]) -> list[T]:
-    """Read an entry of JSON records; lists become the tuples that the schema asks for.
+    """Read an entry of JSON records; lists become tuples where the schema has tuples.
 
     Raises:
-        DamagedError: it is not what `write_records` wrote at this place, or a record does not fit the schema.
+        DamagedError: it is not what `write_records` wrote at this path, or a record violates the schema.
     """
     text = read_text(path, limit=MAX_DATA_BYTES, error=DamagedError)
     first, _, body = text.partition("\n")
     if first != json.dumps({_CHECKSUM: _text_checksum(path, body)}):
         raise DamagedError(f"{shown(path)}: its checksum does not fit its content")
-    records = [json.loads(line) for line in lines_of(body)]  # our own, says the checksum
+    records = [json.loads(line) for line in lines_of(body)]  # trusted, as the checksum matches
     return [validate(schema, record, path, error=DamagedError, strict=False) for record in records]
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a safetensors file is there with a header that fits its length."""
+    """Check whether a safetensors file exists and its header matches its length."""
     try:
         _load(path, ())
     except DamagedError:
@@ -201,18 +204,18 @@ def _load(path: Path, names: Iterable[str] | None = None) -> Tensors:
             raise DamagedError(f"{shown(path)}: is no regular file")
         with safetensors.safe_open(path, framework="pt") as file:
             chosen = file.keys() if names is None else names
-            # Copies: what is mapped changes when somebody writes into the file.
+            # Copies, since mapped memory changes when another process writes into the file.
             tensors = {name: file.get_tensor(name).clone() for name in chosen}
             return Tensors(tensors, dict(file.metadata() or {}))
     except RadioError:
         raise
-    # What safetensors and torch raise at a foreign header is of many types.
+    # safetensors and torch raise errors of many types at a foreign header.
     except (safetensors.SafetensorError, OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
         raise DamagedError(f"{shown(path)}: is cut, damaged, or no such entry ({error})") from error
 
 
 def _checksum(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Over tensors, metadata, and the last names of the path: no entry can stand for another."""
+    """Hash tensors, metadata and the last two parts of the path, so that no entry can replace another."""
     sha = hashlib.sha256(json.dumps([*path.parts[-2:], sorted(metadata.items())]).encode())
     for name in sorted(tensors):
         tensor = tensors[name]

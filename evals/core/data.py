@@ -1,4 +1,4 @@
-"""Labelled pictures from anywhere: a folder, shards, or the generated world, behind one interface."""
+"""Labelled images from a folder, tar shards, or the generated world, behind one interface."""
 
 from __future__ import annotations
 
@@ -17,48 +17,48 @@ from radio.errors import DataError, did_you_mean, shown
 from radio.scenes import CLASSES, Split, label_of, render_images
 
 from .classes import one_form
-from .evaluator import Watch, silent
+from .evaluator import ProgressFactory, no_progress
 from .stored import StoredImages, list_folder, list_shards, spread
 
-# Letters: N pictures, H W pixels.
+# Letters: N images, H W pixels.
 
 _MAX_SCENES = 10_000_000
 _PACKED = (".gz", ".tgz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
 
 class ImageSource(Protocol):
-    """N labelled pictures in a fixed order; keys and labels are known before any picture is read."""
+    """N labelled images in a fixed order; keys and labels are known before any image is read."""
 
     @property
     def name(self) -> str:
-        """A short name for reports."""
+        """Short name for reports."""
 
     @property
     def location(self) -> str:
-        """Where it lies: the resolved path or pattern, or `scenes:train?seed=0`."""
+        """The resolved path or pattern, or `scenes:train?seed=0`."""
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The class names; a label is a place in them."""
+        """The class names; a label is an index into them."""
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """A name for each picture, unique in the source."""
+        """Name of each image, unique in the source."""
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """[N], the class of each picture."""
+        """Class of each image, [N]."""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was left out of it, and why, for reports."""
+        """Notes for reports on omitted images, with the reason."""
 
     @property
     def fingerprint(self) -> str:
-        """A hash of keys, classes and content. The first use may read everything once."""
+        """Hash of keys, classes and content. The first use may read everything once."""
 
     def read(self, index: int) -> Tensor:
-        """The picture, uint8 [3, H, W].
+        """Read an image, uint8 [3, H, W].
 
         Raises:
             DataError: it cannot be decoded.
@@ -67,10 +67,10 @@ class ImageSource(Protocol):
 
 @final
 class SceneImages:
-    """Pictures of the generated world, drawn when they are read.
+    """Images of the generated world, rendered when they are read.
 
     Raises:
-        DataError: an unknown split or fewer than one picture.
+        DataError: an unknown split or fewer than one image.
     """
 
     def __init__(self, split: str, *, count: int, seed: int = 0, size: int = 96) -> None:
@@ -89,7 +89,7 @@ class SceneImages:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """None: nothing is left out."""
+        """Empty, since no image is omitted."""
         return ()
 
     @property
@@ -109,19 +109,19 @@ class SceneImages:
 
     @cached_property
     def labels(self) -> NDArray[np.int64]:
-        """[N] classes."""
+        """Class of each image, [N]."""
         labels = [label_of(index, split=self._split, seed=self._seed) for index in range(self._count)]
         return np.array(labels, dtype=np.int64)
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of what the pictures are drawn from, and of the first few, should the generator change."""
+        """Hash of the generator's settings and of the first few images, in case the generator changes."""
         drawn, _ = self._draw(range(min(self._count, 8)))
         text = f"{self.location} {self._count} {self._size}"
         return hashlib.sha256(text.encode() + drawn.tobytes()).hexdigest()
 
     def read(self, index: int) -> Tensor:
-        """The scene, uint8 [3, size, size]."""
+        """Render a scene, uint8 [3, size, size]."""
         return torch.from_numpy(self._draw([index])[0][0])
 
     def _draw(self, indices: range | list[int]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -135,24 +135,24 @@ def open_source(
     scenes: int = 1500,
     seed: int = 0,
     memo: Path | None = None,
-    watch: Watch = silent,
+    watch: ProgressFactory = no_progress,
 ) -> ImageSource:
-    """The pictures that a string names.
+    """Open the image source that a string names.
 
     Args:
         text: `scenes:train` or `scenes:val`; a folder with one folder a class; a tar file, a pattern such
-            as `photos-{000000..000003}.tar`, or a folder of tar files (WebDataset: picture and `.cls`).
-        limit: take so many pictures, spread evenly over all.
-        scenes: how many pictures the generated world gives.
-        seed: which generated world.
-        memo: a folder that keeps content hashes of files that have not changed since.
-        watch: shows how far the hashing is, where there is none in `memo`.
+            as `photos-{000000..000003}.tar`, or a folder of tar files (WebDataset: image and `.cls`).
+        limit: maximum number of images, spread evenly over all.
+        scenes: number of images of the generated world.
+        seed: seed of the generated world.
+        memo: a folder that caches content hashes of unchanged files.
+        watch: shows the progress of the hashing, where `memo` has no hash.
 
     Raises:
-        DataError: nothing is there, it is empty, or it is in no layout that is known.
+        DataError: nothing exists at the path, it is empty, or its layout is unknown.
     """
     if limit is not None and limit < 1:
-        raise DataError(f"a limit of {limit} leaves no pictures; give 1 or more, or leave it out")
+        raise DataError(f"a limit of {limit} leaves no images; give 1 or more, or leave it out")
     if text.startswith("scenes:"):
         count = scenes if limit is None else min(scenes, limit)
         return SceneImages(text.removeprefix("scenes:"), count=count, seed=seed)
@@ -167,12 +167,12 @@ def open_source(
 
 
 def aligned_labels(source: ImageSource, reference: ImageSource) -> NDArray[np.int64]:
-    """The labels [N] of `source`, as places in the classes of `reference`.
+    """Map the labels [N] of `source` to indices into the classes of `reference`.
 
-    Names that differ only in how their accents are written (composed or not) are one, and so are 7 and 07.
+    Names that differ only in the Unicode form of their accents are equal, and so are 7 and 07.
 
     Raises:
-        DataError: a class of `source` that `reference` does not have, or has twice.
+        DataError: `reference` lacks a class of `source`, or has it twice.
     """
     if source.classes == reference.classes:
         return source.labels
@@ -197,17 +197,17 @@ def aligned_labels(source: ImageSource, reference: ImageSource) -> NDArray[np.in
 
 
 def _near(name: str, classes: Sequence[str]) -> str:
-    """A hint at names that are like it, which a number has none of, or at what is there."""
+    """Suggest classes similar to a name that is no number, else list the first classes."""
     hint = "" if name.isdecimal() else did_you_mean(name, classes)
     more = "…" if len(classes) > 5 else ""
     return hint or f"; it has {', '.join(classes[:5])}{more}"
 
 
 def _why_none(path: Path) -> str:
-    """Why a path that is neither a folder nor shards cannot be read."""
+    """Explain why a path that is neither a folder nor shards cannot be read."""
     try:
         there = path.exists()
-    except OSError:  # a name that the system does not take
+    except OSError:  # an invalid file name
         there = False
     if not there:
         return f"no such folder{_neighbours(path)}"

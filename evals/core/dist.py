@@ -1,4 +1,4 @@
-"""The ranks of one evaluation: started by torchrun, or one process that is a group of its own."""
+"""The ranks of one evaluation, started by torchrun, or a single process without a process group."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from radio.errors import RadioError
 T = TypeVar("T")
 
 _WORD = "am-radio/word"
-# How long ranks wait for one another: the leader may hash a terabyte or encode 80,000 prompts meanwhile. One
-# that dies closes its connections, which ends the others at once.
+# Timeout of collectives: the leader may hash a terabyte or encode 80,000 prompts meanwhile. A rank that dies
+# closes its connections, which ends the others at once.
 _PATIENCE = timedelta(hours=24)
 _MEETING = timedelta(minutes=10)  # until all ranks have started: imports from a slow disk take minutes
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Who takes part. What crosses between ranks are small arrays on the CPU, so the backend is gloo."""
+    """The participating ranks. They exchange only small arrays on the CPU, so the backend is gloo."""
 
     rank: int = 0
     world: int = 1
@@ -43,12 +43,15 @@ class Group:
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has called this."""
         if self.world > 1:
             distributed.barrier(group=self.process_group)
 
     def channel(self) -> distributed.ProcessGroup | None:
-        """A gloo group of the same ranks for another thread; every rank asks for it. None for one alone."""
+        """Create a gloo group of the same ranks for another thread; None for a single rank.
+
+        Every rank has to call this.
+        """
         if self.world == 1:
             return None
         made = distributed.new_group(backend="gloo")
@@ -56,7 +59,7 @@ class Group:
         return made
 
     def gather(self, array: Tensor) -> Tensor:
-        """[world, ...] from the arrays [...] of all ranks, of one shape and type, in order of rank."""
+        """Stack the arrays [...] of all ranks, of one shape and type, in order of rank: [world, ...]."""
         if self.world == 1:
             return array.unsqueeze(0)
         parts = [torch.empty_like(array) for _ in range(self.world)]
@@ -64,7 +67,7 @@ class Group:
         return torch.stack(parts)
 
     def gather_objects(self, value: T) -> list[T]:
-        """The values of all ranks, in order of rank; pickled on the way, between our own processes."""
+        """Gather the values of all ranks, in order of rank, pickled between our own processes."""
         if self.world == 1:
             return [value]
         parts: list[Any] = [None] * self.world
@@ -72,20 +75,20 @@ class Group:
         return parts
 
     def agree(self, error: RadioError | OSError | None) -> None:
-        """Raise on every rank what the first of them ran into, so that none waits for one that has gone.
+        """Raise the first rank's error on every rank, so that none waits for one that has failed.
 
         Raises:
-            RadioError, OSError: some rank's error.
+            RadioError, OSError: the error of a rank.
         """
         for found in self.gather_objects(error):
             if found is not None:
                 raise found
 
     def on_leader(self, work: Callable[[], T]) -> T:
-        """Do a piece of work on the leader while the others wait; what it gives and writes is for all.
+        """Run `work` on the leader while the others wait, and return its result on every rank.
 
         Raises:
-            RadioError, OSError: the leader's, on every rank.
+            RadioError, OSError: the leader's error, on every rank.
         """
         value: T | None = None
         problem: RadioError | OSError | None = None
@@ -100,7 +103,7 @@ class Group:
         return value  # type: ignore[return-value]  # None only where T is
 
     def sum(self, array: Tensor) -> Tensor:
-        """The elementwise sum of the arrays of all ranks."""
+        """Sum the arrays of all ranks elementwise."""
         if self.world == 1:
             return array
         total = array.clone()
@@ -109,7 +112,7 @@ class Group:
 
 
 def current() -> Group:
-    """The group of every rank that torch.distributed knows, or one of this process alone."""
+    """Return the group of all ranks of torch.distributed, or a group of this process alone."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return Group()
     rank, world = distributed.get_rank(), distributed.get_world_size()
@@ -118,7 +121,7 @@ def current() -> Group:
 
 @lru_cache(maxsize=1)
 def _on_cpu(default: object) -> distributed.ProcessGroup | None:
-    """The gloo group of all ranks: None where the default one is, else made once for each default group."""
+    """Return the gloo group of all ranks, created once per default group; None if the default has gloo."""
     if "gloo" in distributed.get_backend_config():
         return None
     group = distributed.new_group(backend="gloo", timeout=_PATIENCE)
@@ -127,11 +130,11 @@ def _on_cpu(default: object) -> distributed.ProcessGroup | None:
 
 
 def agree(store: Store, rank: int, world: int) -> str:
-    """A word that the ranks of this start agree on, and that those of no earlier start had.
+    """Agree on a random id among the ranks of this start, distinct from those of earlier starts.
 
-    Ranks that torchrun starts again find its store as the ones before them left it, addresses and all. The
-    first rank thinks the word up, and answers each of the others by a token of its own: who was answered
-    knows that the word is not an old one.
+    Ranks that torchrun restarts get its store with the contents that the previous ranks left, addresses
+    included. Rank 0 draws the id and acknowledges each other rank through that rank's own random token:
+    a rank whose token is acknowledged knows that the id is not an old one.
 
     Raises:
         TimeoutError: the first rank does not answer.
@@ -147,7 +150,7 @@ def agree(store: Store, rank: int, world: int) -> str:
     while time.monotonic() < end:
         word = bytes(store.get(_WORD)).decode()
         store.set(f"{_WORD}/{word}/{rank}", token)
-        for _ in range(20):  # nobody answers to an old word
+        for _ in range(20):  # nobody acknowledges an old id
             if store.check([f"{_WORD}/{token}"]):
                 return word
             time.sleep(0.05)
@@ -155,17 +158,17 @@ def agree(store: Store, rank: int, world: int) -> str:
 
 
 def _meet() -> tuple[Store, int, int]:
-    """Find the other ranks that torchrun's environment describes: a store of all of them, rank and world.
+    """Connect to the ranks that torchrun's environment describes; return their store, rank and world size.
 
     Raises:
-        RadioError: the environment describes no rank, or some of them do not come.
+        RadioError: the environment describes no rank, or some ranks do not connect.
     """
     try:
         store, rank, world = next(rendezvous("env://", timeout=_MEETING))
         if not 0 <= rank < world:
             raise ValueError(f"RANK is {rank} and WORLD_SIZE {world}")
         return PrefixStore(agree(store, rank, world), store), rank, world
-    except (RuntimeError, ValueError, OSError) as error:  # torch's errors of the network are RuntimeErrors
+    except (RuntimeError, ValueError, OSError) as error:  # torch's network errors are RuntimeErrors
         address = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
         reason = " ".join((str(error).splitlines() or [""])[0].split())
         raise RadioError(
@@ -176,12 +179,12 @@ def _meet() -> tuple[Store, int, int]:
 
 @contextmanager
 def joined(backend: str = "gloo") -> Iterator[Group]:
-    """The group that torchrun's environment describes, left again at the end; alone without torchrun."""
+    """Join the group that torchrun's environment describes until the end; a single process without it."""
     if "WORLD_SIZE" not in os.environ or "MASTER_ADDR" not in os.environ or distributed.is_initialized():
         yield current()
         return
     store, rank, world = _meet()
-    patience = None if backend == "nccl" else _PATIENCE  # NCCL's own tells when a rank hangs
+    patience = None if backend == "nccl" else _PATIENCE  # NCCL's default detects a hanging rank
     distributed.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=world)
     try:
         yield current()

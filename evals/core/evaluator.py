@@ -1,4 +1,4 @@
-"""What an evaluator is, the names they go by, and what is true of all of them."""
+"""The interface of evaluators, their registry, and helpers that all of them share."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ V = TypeVar("V")
 T = TypeVar("T", contravariant=True)
 
 Advance = Callable[[int], None]
-"""Tells a progress bar that so many more pictures are done."""
+"""Advances a progress bar by a number of images."""
 
 
 Machine = Annotated[V, "machine"]
-"""The type of a setting that may differ between two reports which are compared: `workers: Machine[int] = 2`.
-It says how the work is done (or which luck it has), and is no part of the protocol."""
+"""The type of a setting that may differ between compared reports: `workers: Machine[int] = 2`.
+It concerns how the work is done (or its seed), and is no part of the protocol."""
 
 
 def machine_settings(settings: Any) -> tuple[str, ...]:
-    """Name the settings of a task that are no part of its protocol, for its report."""
+    """Return the names of a task's settings that are no part of its protocol, for its report."""
     hints = get_type_hints(type(settings), include_extras=True)
     return tuple(name for name, hint in hints.items() if "machine" in getattr(hint, "__metadata__", ()))
 
 
-class Watch(Protocol):
-    """Shows the progress of a long job; the command line gives one that draws a bar."""
+class ProgressFactory(Protocol):
+    """Shows the progress of a long job; the command line passes one that draws a bar."""
 
     def __call__(self, label: str, total: int) -> AbstractContextManager[Advance]:
-        """A context in which `total` steps are reported, piece by piece."""
+        """Open a context in which the progress over `total` steps is reported."""
 
 
-def silent(label: str, total: int) -> AbstractContextManager[Advance]:
-    """A watch that shows nothing."""
+def no_progress(label: str, total: int) -> AbstractContextManager[Advance]:
+    """Open a progress context that shows nothing."""
     return nullcontext(_ignore)
 
 
@@ -53,26 +53,26 @@ class Evaluator(Protocol[S]):
 
     @property
     def name(self) -> str:
-        """The task, as on the command line: `knn`."""
+        """Name of the task on the command line, such as `knn`."""
 
     @property
     def settings(self) -> type[S]:
-        """A frozen dataclass with a default everywhere: it becomes flags and goes into the report."""
+        """Frozen dataclass with a default for every field; it becomes flags and is written to the report."""
 
-    def run(self, model: Backbone, settings: S, out: Path, *, name: str, watch: Watch) -> Report:
-        """Score `model`, write the report (and what belongs to it) into the folder `out`, and return it.
+    def run(self, model: Backbone, settings: S, out: Path, *, name: str, watch: ProgressFactory) -> Report:
+        """Score `model`, write the report and its files into the folder `out`, and return it.
 
         Args:
-            name: what the report and its files call the model.
+            name: the model's name in the report and its files.
         """
 
 
 @runtime_checkable
 class ScoringFiles(Protocol[T]):
-    """An evaluator that can score what a model said earlier, without the model."""
+    """An evaluator that can score a model's stored answers without the model."""
 
     def run_without_model(self, settings: T, out: Path) -> Report | None:
-        """The report, written into the folder `out`; None where the settings ask for a model."""
+        """Write the report into the folder `out` and return it; None when the settings require a model."""
 
 
 EvaluatorFactory = Callable[[], Evaluator[Any]]
@@ -83,10 +83,10 @@ evaluators: Registry[EvaluatorFactory] = Registry("evaluator")
 
 
 def make_evaluator(task: str) -> Evaluator[Any]:
-    """The evaluator of a task, once it is seen to be one.
+    """Create the evaluator of a task and validate its interface.
 
     Raises:
-        ConfigError: there is no such task, or what another package brings for it is no evaluator.
+        ConfigError: the task is unknown, or the object that another package registered is no evaluator.
     """
     made: Any = evaluators[task]()
     settings = getattr(made, "settings", None)
@@ -101,40 +101,42 @@ def make_evaluator(task: str) -> Evaluator[Any]:
 
 
 def run_one(
-    evaluator: Evaluator[S], model: Backbone, settings: S, out: Path, *, name: str, watch: Watch
+    evaluator: Evaluator[S], model: Backbone, settings: S, out: Path, *, name: str, watch: ProgressFactory
 ) -> Report:
-    """The evaluator's report of a model, once it is seen to be one.
+    """Run the evaluator on a model and validate its report.
 
     Raises:
-        ConfigError: it is none, or has no metric of its headline.
+        ConfigError: the result is no report, or lacks its primary metric.
     """
     report: Any = evaluator.run(model, settings, out, name=name, watch=watch)
     if not isinstance(report, Report):
         raise ConfigError(f"{evaluator.name}: its run gave a {type(report).__name__}, wanted a Report")
-    if report.headline not in report.metrics:
-        raise ConfigError(f"{evaluator.name}: its report has no metric {report.headline!r}, its headline")
+    if report.primary_metric not in report.metrics:
+        raise ConfigError(
+            f"{evaluator.name}: its report has no metric {report.primary_metric!r}, its primary metric"
+        )
     return report
 
 
 @runtime_checkable
-class Carded(Protocol):
-    """A model that says what it was trained on."""
+class HasMetadata(Protocol):
+    """A model with metadata about its training data."""
 
     @property
-    def card(self) -> Mapping[str, Any]:
-        """`card["data"]["sources"]` is a list of {"path", "fingerprint", "labels_used"}."""
+    def metadata(self) -> Mapping[str, Any]:
+        """The metadata; `metadata["data"]["sources"]` is a list of {"path", "fingerprint", "labels_used"}."""
 
 
-def card_of(model: Backbone) -> dict[str, Any]:
-    """What a checkpoint's card says; empty for a model without one."""
-    return dict(model.card) if isinstance(model, Carded) else {}
+def metadata_of(model: Backbone) -> dict[str, Any]:
+    """Return the metadata of a model's checkpoint; empty for a model without metadata."""
+    return dict(model.metadata) if isinstance(model, HasMetadata) else {}
 
 
 def place(model: Backbone, device: torch.device, dtype: torch.dtype) -> Backbone:
-    """The model on a device, in evaluation mode, computing in a type.
+    """Move the model to a device and type, in evaluation mode.
 
-    In another type than float32 it is a copy: weights that were rounded in place would stay so, for the tasks
-    that follow and for the fingerprint.
+    For types other than float32 this is a copy: weights rounded in place would stay so for later tasks and
+    for the fingerprint.
     """
     if dtype != torch.float32:
         model = copy.deepcopy(model)
@@ -142,26 +144,26 @@ def place(model: Backbone, device: torch.device, dtype: torch.dtype) -> Backbone
 
 
 class Placed(Protocol):
-    """A data set that can be compared with what a model was trained on."""
+    """A data set that can be compared with a model's training data."""
 
     @property
     def name(self) -> str:
-        """A short name for reports."""
+        """Short name for reports."""
 
     @property
     def location(self) -> str:
-        """Where it lies: the resolved path or pattern, or `scenes:train?seed=0`."""
+        """The resolved path or pattern, or `scenes:train?seed=0`."""
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the content."""
+        """Hash of the content."""
 
 
 def domain_notes(model: Backbone, sources: Iterable[Placed]) -> tuple[str, ...]:
-    """Notes for a report on data that the model was trained on, or on its neighbours under one root."""
-    if not isinstance(model, Carded):
+    """Return notes for a report on evaluation data that was, or lies beside, the model's training data."""
+    if not isinstance(model, HasMetadata):
         return ()
-    trained_on = (model.card.get("data") or {}).get("sources") or ()
+    trained_on = (model.metadata.get("data") or {}).get("sources") or ()
     notes = []
     for source in sources:
         for entry in trained_on:
@@ -181,7 +183,7 @@ _SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", 
 
 def _relation(source: Placed, entry: Mapping[str, Any]) -> str:
     if entry.get("fingerprint") == source.fingerprint:
-        return "holds the same pictures as"
+        return "holds the same images as"
     path = str(entry.get("path") or "")
     if not path:
         return ""
@@ -203,4 +205,4 @@ def _relation(source: Placed, entry: Mapping[str, Any]) -> str:
 
 
 def _ignore(steps: int) -> None:
-    """Nothing to show."""
+    """Do nothing."""

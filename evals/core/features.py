@@ -1,9 +1,9 @@
-"""Summaries of every picture, extracted once, kept under a hash of all that decides them.
+"""Summaries of every image, extracted once and cached under a hash of everything that determines them.
 
-The work is cut into chunks of pictures, one file each. A killed run goes on with the first chunk that is
-missing; under torchrun rank r makes chunks r, r + world, ... into the same folder, so no picture is padded
-or counted twice, and order and content do not depend on ranks, workers or batch size (up to the rounding
-of the encoder's own matrix products).
+The images are split into chunks, one file each. A killed run resumes with the first missing chunk; under
+torchrun rank r computes chunks r, r + world, ... into the same folder, so no image is padded or counted
+twice, and order and content do not depend on ranks, workers or batch size (up to the rounding of the
+encoder's own matrix products).
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from .chunks import (
 )
 from .data import ImageSource
 from .dist import Group
-from .evaluator import Advance, Watch, place, silent
+from .evaluator import Advance, ProgressFactory, no_progress, place
 from .memory import check_memory
 from .provenance import fast_products, has_tf32
 from .report import Skipped
 from .views import View
 
-# Letters: N pictures, C summary width, B batch, h w input size.
+# Letters: N images, C summary width, B batch, h w input size.
 
-CHUNK = 512  # pictures a file: what a killed run loses at most
+CHUNK = 512  # images per file: the most that a killed run loses
 _FORMAT = f"features/2 in chunks of {CHUNK}"
 _SPECS = {
     "features": TensorSpec(torch.float32, None),  # [N, D], or the tokens [N, T, D]
@@ -59,19 +59,19 @@ _SPECS = {
 _SKIPPED = TypeAdapter(list[tuple[str, str]])  # key, reason
 
 Project = Callable[[Features], Tensor]
-"""Features -> [B, C], what is kept of them."""
+"""Features -> [B, C], the part that is cached."""
 
 
 class Bank(NamedTuple):
-    """Features of the pictures that could be read, in the order of the source."""
+    """Features of the images that could be read, in the order of the source."""
 
     features: Tensor  # [N, C] float32
-    indices: Tensor  # [N] int64, places in the source
+    indices: Tensor  # [N] int64, indices into the source
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Extraction:
-    """How features are made: what may change the numbers is part of the cache's key."""
+    """How features are extracted; whatever may change the numbers is part of the cache key."""
 
     view: View
     device: torch.device
@@ -83,19 +83,19 @@ class Extraction:
 
     @property
     def numbers(self) -> str:
-        """What the model computes in: `torch.float32`, `torch.bfloat16`, or `TF32` on a GPU that has it."""
+        """Precision of the model: `torch.float32`, `torch.bfloat16`, or `TF32` on a GPU that supports it."""
         return "TF32" if self.dtype == torch.float32 and has_tf32(self.device) else str(self.dtype)
 
 
 @final
 class Stored:
-    """Features on disk, complete."""
+    """The complete features of a source, on disk."""
 
     def __init__(self, folder: Path, count: int) -> None:
         self._folder, self._count = folder, count
 
     def load(self, rank: int = 0, world: int = 1) -> Bank:
-        """The features of chunks rank, rank + world, ..., all of them by default."""
+        """Load the features of chunks rank, rank + world, ... (default: all of them)."""
         numbers = range(rank, _num_chunks(self._count), world)
         loaded = [load_tensors(chunk_path(self._folder, number), _SPECS).tensors for number in numbers]
         parts = [part for part in loaded if len(part["indices"])]
@@ -105,11 +105,11 @@ class Stored:
         return Bank(features, torch.cat([part["indices"] for part in parts]))
 
     def indices(self) -> Tensor:
-        """[N] int64, the places in the source of all pictures that could be read."""
+        """Return the indices into the source, [N] int64, of all images that could be read."""
         return self._listed[0]
 
     def skipped(self) -> tuple[Skipped, ...]:
-        """The pictures that could not be read, in order."""
+        """Return the images that could not be read, in order."""
         return self._listed[1]
 
     @cached_property
@@ -124,13 +124,13 @@ class Stored:
 
 
 def check_finite(vectors: Tensor, whose: str) -> None:
-    """None, when every number of some vectors is one.
+    """Check that all values of some vectors are finite.
 
     Args:
-        whose: what gave them, and as what, for the error.
+        whose: their origin, for the error message.
 
     Raises:
-        RadioError: NaN or infinity: there is nothing to score.
+        RadioError: NaN or infinity, which cannot be scored.
     """
     if not bool(torch.isfinite(vectors).all()):
         raise RadioError(
@@ -139,7 +139,7 @@ def check_finite(vectors: Tensor, whose: str) -> None:
 
 
 def to_unit(vectors: Tensor) -> Tensor:
-    """[N, C] of length 1, in float32; where a length overflows or underflows that, it is taken in float64."""
+    """Normalise vectors [N, C] to length 1 in float32; lengths that over- or underflow use float64."""
     unit = F.normalize(vectors.float(), dim=1)
     lengths = vectors.float().norm(dim=1)
     odd = ((lengths < 1e-12) | lengths.isinf()).nonzero().flatten()
@@ -149,7 +149,7 @@ def to_unit(vectors: Tensor) -> Tensor:
 
 
 def default_cache() -> Path:
-    """Where features are kept unless told otherwise: `$XDG_CACHE_HOME/am-radio`, or under `~/.cache`."""
+    """Return the default cache folder of features: `$XDG_CACHE_HOME/am-radio`, or under `~/.cache`."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "am-radio"
 
@@ -161,23 +161,23 @@ def extract(
     *,
     cache: Path,
     group: Group | None = None,
-    watch: Watch = silent,
+    watch: ProgressFactory = no_progress,
     damage: Damage | None = None,
 ) -> Stored:
-    """The features of a source, from the cache as far as they are there and undamaged.
+    """Extract the features of a source, reusing the undamaged ones in the cache.
 
     Args:
-        damage: learns of damaged files of the cache.
+        damage: collects the damaged files of the cache.
 
     Raises:
-        DataError: no picture can be read, or ranks do not share the cache folder.
+        DataError: no image can be read, or ranks do not share the cache folder.
         SizeError: a batch of images is larger than the memory.
-        RadioError: the model gives values that are not finite.
+        RadioError: the model returns values that are not finite.
     """
     group = group or Group()
     count = len(source.keys)
     check_memory(model, min(how.batch, CHUNK, count), how.view.size, how.device, how.dtype)
-    group.on_leader(lambda: source.fingerprint)  # hashes the content; the others then find the memo
+    group.on_leader(lambda: source.fingerprint)  # hashes the content; the other ranks then read the memo
     folder = cache / "features" / _key(model, source, how)
     numbers = range(group.rank, _num_chunks(count), group.world)
     paths = [chunk_path(folder, number) for number in numbers]
@@ -197,7 +197,7 @@ def extract(
     stored = Stored(folder, count)
     if len(stored.indices()) == 0:
         first = stored.skipped()[0]
-        raise DataError(f"{source.name}: none of {count} pictures can be read; {first.key}: {first.reason}")
+        raise DataError(f"{source.name}: none of {count} images can be read; {first.key}: {first.reason}")
     return stored
 
 
@@ -208,17 +208,17 @@ class _Item(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    """Pictures in one tensor: each one that a worker sends costs a file descriptor."""
+    """Images in one tensor, since each tensor that a worker sends costs a file descriptor."""
 
     places: list[int]
-    reasons: list[str]  # empty where the picture could be read
-    sizes: list[tuple[list[int], tuple[int, ...]]]  # rows of one size among the readable, and their shape
+    reasons: list[str]  # empty where the image could be read
+    sizes: list[tuple[list[int], tuple[int, ...]]]  # rows of equal size among the readable, and their shape
     pixels: Tensor  # flat, size by size
 
 
 @final
 class _Views(Dataset[_Item]):
-    """Decoding and resizing, in the loader's workers."""
+    """Data set that decodes and resizes images in the loader's workers."""
 
     def __init__(self, source: ImageSource, view: View) -> None:
         self._source, self._view = source, view
@@ -272,23 +272,21 @@ def _fill(
             batch = next(arriving)
             with fast_products(how.device), torch.inference_mode():
                 encoded = _encode(placed, batch, how)
-            parts.append(
-                (batch._replace(pixels=torch.empty(0)), encoded)
-            )  # a chunk's pictures take gigabytes
+            parts.append((batch._replace(pixels=torch.empty(0)), encoded))  # a chunk's images take gigabytes
             left -= len(batch.places)
             advance(len(batch.places))
         _write(folder, number, parts, source, f"{model.name} as {how.numbers}")
 
 
 def _encode(model: Backbone, batch: _Batch, how: Extraction) -> Tensor:
-    """[B, C] float32 on the device, of the readable, size by size as they lie in the batch."""
+    """Encode the readable images, grouped by size as in the batch: [B, C] float32 on the device."""
     pixels = batch.pixels.to(how.device, non_blocking=True).to(how.dtype)
     encoded, start = [], 0
     for rows, shape in batch.sizes:
         end = start + len(rows) * math.prod(shape)
         images = pixels[start:end].view(len(rows), *shape)
         if start:
-            images = images.clone()  # aligned in memory as a tensor of its own
+            images = images.clone()  # aligned in memory as a separate tensor
         encoded.append(how.project(model(images)).float())
         start = end
     return torch.cat(encoded) if encoded else torch.empty(0, 0, device=how.device)
@@ -298,7 +296,7 @@ def _write(
     folder: Path, number: int, parts: Sequence[tuple[_Batch, Tensor]], source: ImageSource, whose: str
 ) -> None:
     encoded = [features for _, features in parts if len(features)]
-    order: list[int] = []  # of the pictures, as their features lie; sorted here, where no GPU waits for it
+    order: list[int] = []  # of the images in `encoded`; sorted here, where no GPU waits for it
     for batch, _ in parts:
         first = len(order)
         order += [first + row for rows, _ in batch.sizes for row in rows]
@@ -312,7 +310,7 @@ def _write(
 
 
 def _check_chunk(source: ImageSource, path: Path) -> None:
-    """None, when a chunk on disk holds each of its pictures, once.
+    """Check that a chunk on disk holds each of its images once.
 
     Raises:
         DamagedError: it does not.
@@ -324,14 +322,14 @@ def _check_chunk(source: ImageSource, path: Path) -> None:
     left_out = {key for key, _ in _skipped(chunk, path)}
     wanted = [index for index in span if keys[index] not in left_out]
     if kept != wanted or len(kept) != len(chunk.tensors["features"]):
-        raise DamagedError(f"{path}: holds {len(kept)} of the pictures {span.start} to {span.stop - 1}")
+        raise DamagedError(f"{path}: holds {len(kept)} of the images {span.start} to {span.stop - 1}")
 
 
 def _skipped(chunk: Tensors, path: Path) -> list[tuple[str, str]]:
     try:
         return _SKIPPED.validate_json(chunk.metadata["skipped"])
     except (KeyError, ValidationError) as error:
-        raise DamagedError(f"{path}: has no list of the pictures left out") from error
+        raise DamagedError(f"{path}: has no list of the images left out") from error
 
 
 def _key(model: Backbone, source: ImageSource, how: Extraction) -> str:

@@ -1,4 +1,4 @@
-"""What cannot fit into memory is refused with the numbers, before any work."""
+"""Reject batches that cannot fit into memory, with the sizes, before any work."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from radio.errors import SizeError
 from radio.memory import memory_of
 from radio.types import Backbone
 
-_LEAST_PATCH = 8  # pixels, where a backbone takes any size
+_LEAST_PATCH = 8  # pixels, for a backbone that accepts any size
 
 
 def check_memory(
     model: Backbone, batch: int, size: tuple[int, int], device: torch.device, dtype: torch.dtype
 ) -> None:
-    """None, when the images of a batch and their tokens are less than the memory; all between comes on top.
+    """Check that the images of a batch and their tokens fit into memory; activations are not counted.
 
     Raises:
-        SizeError: they are more; says how much.
+        SizeError: they do not; the message has the sizes.
     """
     height, width = size
-    patch_height, patch_width = (max(side, _LEAST_PATCH) for side in model.fit(1, 1))
+    patch_height, patch_width = (max(side, _LEAST_PATCH) for side in model.nearest_size(1, 1))
     rows, columns = max(height // patch_height, 1), max(width // patch_width, 1)
     need = batch * dtype.itemsize * (3 * height * width + rows * columns * model.token_dim)
     there = memory_of(device)

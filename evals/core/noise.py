@@ -1,4 +1,4 @@
-"""How much a score moves when nothing but luck changes: the same model and data, other random numbers."""
+"""Seed variance of scores: the same model and data with different random numbers."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from radio.errors import ConfigError, DataError
 from radio.io import read_json, write_text
 from radio.types import Backbone
 
-from .evaluator import Evaluator, Watch, run_one
+from .evaluator import Evaluator, ProgressFactory, run_one
 
 FORMAT = "am-radio-noise/1"
 NOISE_FILE = "noise.json"
 
-_APART = 1.959964 * 2**0.5  # two runs differ by more standard deviations than this once in twenty times
+_APART = 1.959964 * 2**0.5  # in standard deviations: 5 % of pairs of runs differ by more
 
 Noise = dict[str, dict[str, float]]
-"""By task and metric: what two runs differ by at most, 19 times of 20."""
+"""By task and metric: the difference that 95 % of pairs of runs do not exceed."""
 
 
 class _File(TypedDict):
-    """The content of a file of noise."""
+    """Content of a noise file."""
 
     format: Literal["am-radio-noise/1"]
     tasks: dict[str, dict[str, Annotated[float, Field(ge=0, le=1e100)]]]
@@ -39,10 +39,10 @@ _FILE = TypeAdapter(_File)
 
 @runtime_checkable
 class Repeatable(Protocol):
-    """An evaluator that trains something, and so has luck."""
+    """An evaluator that trains something, and so has seed variance."""
 
-    def repeat(self, settings: Any, number: int) -> Any:
-        """The settings of the same measurement with other random numbers."""
+    def with_seed(self, settings: Any, number: int) -> Any:
+        """Return the settings of the same measurement with the random numbers of repetition `number`."""
 
 
 def measure_noise(
@@ -51,10 +51,10 @@ def measure_noise(
     *,
     repeats: int,
     name: str,
-    watch: Watch,
+    watch: ProgressFactory,
     tell: Callable[[str], None],
 ) -> Noise:
-    """The noise of every metric of the tasks that have luck; those without are exact and have no entry.
+    """Measure the noise of every metric of the repeatable tasks; deterministic ones have no entry.
 
     Raises:
         ConfigError: fewer than two repeats.
@@ -70,7 +70,7 @@ def measure_noise(
         with TemporaryDirectory(prefix="am-radio-noise-") as folder:
             for number in range(repeats):
                 tell(f"{task}: run {number + 1} of {repeats}")
-                again = evaluator.repeat(settings, number)
+                again = evaluator.with_seed(settings, number)
                 report = run_one(evaluator, model, again, Path(folder), name=name, watch=watch)
                 for metric, value in report.metrics.items():
                     values.setdefault(metric, []).append(value.value)
@@ -81,16 +81,16 @@ def measure_noise(
 
 
 def write_noise(path: Path, noise: Noise, *, fingerprint: str, repeats: int) -> None:
-    """Write it as JSON, atomically."""
+    """Write the noise as JSON, atomically."""
     data = {"format": FORMAT, "fingerprint": fingerprint, "repeats": repeats, "tasks": noise}
     write_text(path, json.dumps(data, indent=2) + "\n")
 
 
 def read_noise(path: Path) -> Noise:
-    """The noise in a file.
+    """Read the noise in a file.
 
     Raises:
-        DataError: no such file, or not one that `radio-eval noise` wrote.
+        DataError: the file does not exist, or was not written by `radio-eval noise`.
     """
     try:
         return read_json(path, _FILE)["tasks"]

@@ -1,7 +1,7 @@
-"""What the paper reports, as data: to be printed beside our numbers, and never as ours.
+"""The paper's results as data, to be printed beside our numbers and never as ours.
 
 Ranzinger, Heinrich, Kautz, Molchanov: AM-RADIO, CVPR 2024 (arXiv 2312.06709). Where two of its tables
-disagree, the row's `remark` says so.
+disagree, the row's `remark` notes it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DATA: Mapping[str, str] = {
     "coco": "COCO 2017 instances, ground-truth boxes, mIoU",
     "images_per_second": "throughput as the paper gives it; its tables differ",
 }
-"""What each column of the paper was measured on."""
+"""The data set and metric of each column of the paper."""
 
 TASKS: Mapping[str, tuple[str, ...]] = {
     "zeroshot": ("zeroshot",),
@@ -35,7 +35,7 @@ TASKS: Mapping[str, tuple[str, ...]] = {
     "sam": ("coco",),
     "vqa": ("gqa", "sqa", "textvqa", "vqav2"),
 }
-"""The columns that belong to each of our tasks; the first is its headline."""
+"""The columns that belong to each of our tasks; the first is its primary metric."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +50,7 @@ class PaperRow:
 
     @property
     def source(self) -> str:
-        """Where the row stands."""
+        """Paper and table that contain the row."""
         return f"{PAPER}, {self.table}"
 
 
@@ -142,7 +142,7 @@ TABLE_6_MODELS: Mapping[str, str] = {
     "e-radio-b-noup": "E-RADIO-B without upsampling",
     "e-radio-l": "E-RADIO-L",
 }
-"""Our names of what table 6 compares, in its order. FasterViT, which its text names, is not in it."""
+"""Our names of the models of table 6, in its order. FasterViT, which its text names, is not in it."""
 
 TABLE_7 = (
     _table7("OpenCLIP ViT-H/14", "teacher", 556, 77.19, 81.10, 40.04, 68.03, 57.86, 67.53, 48.11, 67.31),
@@ -216,12 +216,12 @@ HEADLINE: tuple[PaperRow, ...] = (
 
 
 def rows_for(task: str) -> tuple[PaperRow, ...]:
-    """The paper's rows that say something of one of our tasks; none for a task that it does not have."""
+    """Return the paper's rows with a value for one of our tasks; empty for a task that it does not have."""
     columns = TASKS.get(task, ())
     return tuple(row for row in ROWS if any(name in row.values for name in columns))
 
 
 def table_6_row(model: str) -> PaperRow | None:
-    """The paper's row of table 6 for an architecture or a teacher of ours, by its name without a file."""
+    """Return the row of table 6 for one of our architectures or teachers, by its name without a file."""
     name = TABLE_6_MODELS.get(model.partition("@")[0])
     return next((row for row in TABLE_6 if row.model == name), None)

@@ -1,4 +1,4 @@
-"""What evaluators of summaries share: how pictures are shown to a model, and which vector of each is kept."""
+"""Shared by evaluators of summaries: the images' views and the feature vector that is scored."""
 
 from __future__ import annotations
 
@@ -24,61 +24,61 @@ from .views import make_view
 # Letters: B batch, C summary width.
 
 
-_CARRIED = 16_384  # summaries that go through an adaptor at once
+_CARRIED = 16_384  # summaries per call of an adaptor
 
 Scenes = Annotated[int, Interval(ge=1, le=10_000_000)]
-"""How many pictures of the generated world."""
+"""Number of images of the generated world."""
 
 
 @runtime_checkable
 class Adapting(Protocol):
-    """A model that carries its summaries into a teacher's space."""
+    """A model that maps its summaries into a teacher's space."""
 
     def adapt_summary(self, name: str, summaries: Tensor) -> Tensor:
-        """Summaries [B, C] in the space of teacher `name`."""
+        """Map summaries [B, C] into the space of teacher `name`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExtractionSettings:
-    """How pictures become features."""
+    """Settings of the feature extraction."""
 
     limit: CountOrZero | None = None
-    """Use so many pictures of each set, spread evenly."""
+    """Maximum number of images of each set, spread evenly. Default: all."""
     view: Literal["center", "short-side"] = "center"
-    """A square from the middle, or the whole picture with its aspect kept."""
+    """A centre crop, or the whole image with its aspect ratio preserved."""
     size: Pixels | None = None
-    """Side of the square, or the short side, in pixels. The model's own size unless given."""
+    """Side of the crop, or the short side, in pixels. Default: the model's own size."""
     ratio: Annotated[float, Interval(ge=1, le=16)] = EVALUATION_RATIO
-    """The picture is resized to this times the size before the middle is cut out."""
+    """Factor on the size that the image is resized to before the centre crop."""
     batch: Machine[Annotated[int, Interval(ge=1, le=65_536)]] = 64
-    """Pictures that go through the model together; does not change the scores."""
+    """Images per forward pass; does not change the scores."""
     workers: Machine[Workers | None] = None
-    """Loader processes; none on a CPU and up to 8 beside a GPU unless given."""
+    """Loader processes. Default: none on a CPU, up to 8 with a GPU."""
     cache: Machine[Path | None] = None
-    """Where features are kept. $XDG_CACHE_HOME/am-radio unless given."""
+    """Folder that caches features. Default: $XDG_CACHE_HOME/am-radio, or ~/.cache/am-radio."""
     device: Machine[str] = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """What the model computes in. On a GPU fp32 takes its products in TF32, unless NVIDIA_TF32_OVERRIDE=0 is
-    set."""
+    """Precision of the model. On a GPU fp32 computes matrix products in TF32, unless NVIDIA_TF32_OVERRIDE=0
+    is set."""
     seed: Seed = 0
-    """Which generated world."""
+    """Seed of the generated world."""
 
     def __post_init__(self) -> None:
-        """Refuse what no data could make sense of."""
+        """Validate the settings; raise `ConfigError` on a value out of range."""
         if self.batch < 1:
             raise ConfigError(f"batch = {self.batch}: give 1 or more")
         check(self)
 
 
-def plan(
+def make_extraction(
     model: Backbone, settings: ExtractionSettings, head: str | None
 ) -> tuple[Extraction, tuple[str, ...]]:
-    """The extraction of a model's own summaries, which `carry` then takes to `head`, and notes on it.
+    """Plan the extraction of a model's own summaries, with notes; `to_teacher_space` maps them to `head`.
 
     Raises:
         ConfigError: an unknown device, or a head that the model does not have.
-        SizeError: a size that holds no picture.
+        SizeError: a size below one pixel, or too many pixels.
     """
     _check_head(model, head)
     device = choose_device(settings.device)
@@ -96,10 +96,10 @@ def plan(
     return how, notes
 
 
-def carry(model: Backbone, head: str | None, summaries: Tensor) -> Tensor:
-    """Extracted summaries [B, C] in the space of teacher `head`; as they are where none is named.
+def to_teacher_space(model: Backbone, head: str | None, summaries: Tensor) -> Tensor:
+    """Map extracted summaries [B, C] into the space of teacher `head`; None leaves them unchanged.
 
-    One extraction serves every head. Computed on the CPU in float32: it is a small part of the work.
+    One extraction serves every head. Computed on the CPU in float32, as it is a small part of the work.
     """
     if head is None:
         return summaries
@@ -112,7 +112,7 @@ def carry(model: Backbone, head: str | None, summaries: Tensor) -> Tensor:
 
 
 def resolved(how: Extraction, head: str | None) -> dict[str, Any]:
-    """What the settings came to, for a report."""
+    """Return the resolved settings, for a report."""
     return {
         "view": how.view.describe(),
         "size": list(how.view.size),
@@ -127,4 +127,4 @@ def _check_head(model: Backbone, head: str | None) -> None:
         return
     if not isinstance(model, Adapting):
         raise ConfigError(f"{model.name} has no adaptors, so no head {head!r}; leave --head out")
-    carry(model, head, torch.empty(0, model.summary_dim))  # an unknown name raises here
+    to_teacher_space(model, head, torch.empty(0, model.summary_dim))  # an unknown name raises here

@@ -1,4 +1,4 @@
-"""Progress bars: what a job may say beside its bar, and how a terminal draws it."""
+"""Progress bars on a terminal, with a text beside the bar."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from .evaluator import Advance, Watch, silent
+from .evaluator import Advance, ProgressFactory, no_progress
 
 
 @runtime_checkable
-class Telling(Protocol):
-    """What a `Watch` may give instead of a bare function: it advances, and shows a text beside the bar."""
+class ProgressWithText(Protocol):
+    """An `Advance` that can also show a text beside the bar."""
 
     def __call__(self, steps: int) -> None:
-        """So many more steps are done."""
+        """Advance the bar by `steps`."""
 
-    def tell(self, text: str) -> None:
+    def set_postfix(self, text: str) -> None:
         """Show `text` until the next one: `loss 0.513`."""
 
 
-def watch_on(console: Console, *, shown: bool) -> Watch:
-    """A watch that draws bars with rate and remaining time on a console, or shows nothing."""
-    return _Bars(console) if shown else silent
+def watch_on(console: Console, *, shown: bool) -> ProgressFactory:
+    """Return a factory of bars with rate and remaining time on a console, or one that shows nothing."""
+    return _Bars(console) if shown else no_progress
 
 
 @final
 class _Rate(ProgressColumn):
-    """Steps a second."""
+    """Column with the steps per second."""
 
     def render(self, task: Task) -> Text:
-        """The rate, once there is one."""
+        """Render the rate; empty before the first measurement."""
         speed = task.finished_speed or task.speed
         return Text("" if speed is None else f"{speed:.1f}/s", style="progress.data.speed")
 
 
 @final
 class _Bars:
-    """Draws one bar after the other."""
+    """Draws progress bars, one at a time."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -77,7 +77,7 @@ class _Bars:
 @final
 @dataclass(frozen=True, slots=True)
 class _Advancing:
-    """Moves one bar, and shows a word beside it."""
+    """Advances one bar, and shows a text beside it."""
 
     progress: Progress
     task: TaskID
@@ -85,5 +85,5 @@ class _Advancing:
     def __call__(self, steps: int) -> None:
         self.progress.advance(self.task, steps)
 
-    def tell(self, text: str) -> None:
+    def set_postfix(self, text: str) -> None:
         self.progress.update(self.task, text=escape(text))

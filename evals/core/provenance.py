@@ -1,4 +1,4 @@
-"""Where a number came from: package versions, our own commit, the device."""
+"""Provenance of results: package versions, our own commit, the device."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PACKAGES = (
 
 @lru_cache
 def versions() -> dict[str, str]:
-    """The versions of Python and of the installed packages that decide results."""
+    """Return the versions of Python and of the installed packages that affect results."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -38,7 +38,7 @@ def versions() -> dict[str, str]:
 
 @lru_cache
 def commit() -> str | None:
-    """The git commit of our source tree, with `-dirty` for uncommitted changes; None outside a checkout."""
+    """Return the git commit of our source tree, `-dirty` if uncommitted changes exist; None without git."""
     root = Path(radio.__file__).resolve().parent.parent
     if not (root / ".git").exists():  # an installed wheel may lie inside somebody else's checkout
         return None
@@ -49,10 +49,10 @@ def commit() -> str | None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that `auto`, `cpu`, `cuda` or `cuda:N` names; each rank of a node takes a GPU of its own.
+    """Return the device that `auto`, `cpu`, `cuda` or `cuda:N` names; each rank of a node gets its own GPU.
 
     Raises:
-        ConfigError: no such device here. A GPU that was asked for is never replaced by the CPU.
+        ConfigError: the device does not exist. A requested GPU is never replaced by the CPU.
     """
     available = torch.cuda.is_available()
     if name == "cpu" or (name == "auto" and not available):
@@ -69,7 +69,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def _own_gpu(count: int) -> int:
-    """The GPU of this rank: the only one where the launcher shows each rank its own."""
+    """Return the GPU index of this rank: 0 when only one is visible, else LOCAL_RANK."""
     local = os.environ.get("LOCAL_RANK", "0")
     if not local.isdecimal():
         raise ConfigError(
@@ -79,7 +79,7 @@ def _own_gpu(count: int) -> int:
 
 
 def has_tf32(device: torch.device) -> bool:
-    """Whether float32 products are made in TF32: on a GPU that can, unless NVIDIA's own switch forbids it."""
+    """Check whether float32 products use TF32: on a GPU that supports it, unless NVIDIA_TF32_OVERRIDE=0."""
     if device.type != "cuda" or os.environ.get("NVIDIA_TF32_OVERRIDE") == "0":
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -100,14 +100,14 @@ def fast_products(device: torch.device) -> Iterator[None]:
 
 
 def describe_device(device: torch.device) -> str:
-    """The device's name for a report, with the number of threads where it is the CPU."""
+    """Return the device's name for a report, with the number of threads for the CPU."""
     if device.type == "cuda":
         return f"{device} {torch.cuda.get_device_name(device)}"
     return f"cpu {platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most memory that this process has held, in MiB: on the GPU where one computes, else resident."""
+    """Return the peak memory of this process in MiB: on the GPU if it is the device, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts in KiB

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: one versioned JSON, checked by its types, hashed, written whole.
+"""The report of an evaluation: one versioned JSON, validated by its types, hashed, written atomically.
 
 `docs/report.schema.json` is the schema of the file, derived from `Report`.
 """
@@ -24,7 +24,7 @@ FORMAT = "am-radio-report/2"
 _MAX_BYTES = 256 << 20  # a report that lists a million images which could not be read
 
 Number = Annotated[int, Field(ge=0, le=2**53)]
-Value = Annotated[float, Field(ge=-1e100, le=1e100)]  # what a figure has a place for
+Value = Annotated[float, Field(ge=-1e100, le=1e100)]  # the range that figures can show
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +41,7 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Skipped:
-    """A picture that could not be read, and why."""
+    """An image that could not be read, and why."""
 
     key: str
     reason: str
@@ -54,7 +54,7 @@ class DataUsed:
     role: str  # "bank", "query"
     name: str
     fingerprint: str
-    count: Number  # pictures used; skipped ones are not counted
+    count: Number  # images used; skipped ones are not counted
     num_classes: Number
     skipped: tuple[Skipped, ...] = ()
 
@@ -67,7 +67,7 @@ class Table:
     rows: tuple[tuple[str | int | float | None, ...], ...]
 
     def __post_init__(self) -> None:
-        """Refuse rows that are longer or shorter than the table is wide."""
+        """Check that every row has as many cells as the table has columns."""
         wrong = next((place for place, row in enumerate(self.rows) if len(row) != len(self.columns)), None)
         if wrong is not None:
             raise DataError(
@@ -82,9 +82,9 @@ class Report:
     task: str
     model: str
     fingerprint: str  # of architecture and weights
-    headline: str  # the metric that a table shows first
+    primary_metric: str  # the metric that a table shows first
     metrics: Annotated[dict[str, Metric], Field(min_length=1)]
-    settings: dict[str, Any]  # as given; `resolved` is what they came to
+    settings: dict[str, Any]  # as given; `resolved` holds the resolved values
     data: tuple[DataUsed, ...]
     device: str
     seconds: dict[str, Annotated[float, Field(ge=0)]]
@@ -94,7 +94,7 @@ class Report:
     notes: tuple[str, ...] = ()
     tables: dict[str, Table] = field(default_factory=dict)
     files: tuple[str, ...] = ()  # written beside the report
-    card: dict[str, Any] = field(
+    metadata: dict[str, Any] = field(
         default_factory=dict
     )  # the checkpoint's: teachers, data, settings, provenance
     machine_settings: tuple[str, ...] = ()  # names of settings that may differ where reports are compared
@@ -120,30 +120,31 @@ def write(report: Report, path: Path, beside: Mapping[Path, str] | None = None) 
     """Write a report as JSON, atomically, with a sha256 of its content.
 
     Args:
-        beside: texts of files that belong to it, such as its records: all are written, or none.
+        beside: texts of files that belong to it, such as its records; all are written, or none.
 
     Raises:
-        DataError: a metric that is not a finite number, a headline that is no metric, or values that the
-            schema does not know.
+        DataError: a metric that is not finite, a primary metric that is missing, or values that the schema
+            does not allow.
     """
     for name, metric in report.metrics.items():
         if not math.isfinite(metric.value):
             raise DataError(f"metric {name} is {metric.value}; nothing is written")
-    if report.headline not in report.metrics:
+    if report.primary_metric not in report.metrics:
         raise DataError(
-            f"the headline {report.headline!r} is not among the metrics: {', '.join(report.metrics)}"
+            f"the primary metric {report.primary_metric!r} is not among the metrics: "
+            f"{', '.join(report.metrics)}"
         )
-    data = without_surrogates(to_plain(report))  # of names that are no UTF-8
+    data = without_surrogates(to_plain(report))  # of names that are not UTF-8
     _build(data, path)
     whole = {**data, "sha256": _digest(data)}
     write_texts({**(beside or {}), path: json.dumps(whole, indent=2, ensure_ascii=False) + "\n"})
 
 
 def read(path: Path) -> Report:
-    """The report in a file.
+    """Read the report in a file.
 
     Raises:
-        DataError: no such file, not a report of this format, or one that was altered.
+        DataError: no such file, not a report of this format, or an altered one.
     """
     if not path.exists():
         raise DataError(f"{shown(path)}: no such report")
@@ -156,18 +157,20 @@ def read(path: Path) -> Report:
         raise DataError(
             f"{shown(path)}: its content does not match its sha256; it was altered, make it again"
         )
-    if report.headline not in report.metrics:
-        raise DataError(f"{shown(path)}: its headline {report.headline!r} is not among its metrics")
+    if report.primary_metric not in report.metrics:
+        raise DataError(
+            f"{shown(path)}: its primary metric {report.primary_metric!r} is not among its metrics"
+        )
     return report
 
 
 def file_name(task: str, model: str) -> str:
-    """The name of a report's file, without its ending: `knn-pip-efficientnet-lite0`."""
+    """Return the name of a report's file without its extension, such as `knn-pip-efficientnet-lite0`."""
     return f"{task}-{re.sub(r'[^A-Za-z0-9._]+', '-', model).strip('-.') or 'model'}"
 
 
 def wilson(successes: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (E. B. Wilson 1927): 95 % unless `z` says otherwise.
+    """Compute Wilson's score interval of a proportion (E. B. Wilson 1927), by default at 95 %.
 
     Unlike the normal approximation it stays inside [0, 1] and holds for small counts and for 0 and 100 %.
 
@@ -186,7 +189,7 @@ def wilson(successes: float, count: int, z: float = 1.959964) -> tuple[float, fl
 
 
 def proportion(successes: float, count: int) -> Metric:
-    """A percentage with Wilson's interval.
+    """Compute a percentage with Wilson's interval.
 
     Raises:
         DataError: no trials.
@@ -201,7 +204,7 @@ def _digest(data: Mapping[str, Any]) -> str:
 
 
 def _build(data: Mapping[str, Any], path: Path) -> Report:
-    """The report that plain data describe, checked by its types."""
+    """Build a report from plain data and validate its types."""
     try:
         return _SCHEMA.validate_json(json.dumps(data))
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""A training that is going on, on disk: written whole, read without unpickling, and only by its own run."""
+"""The state of a training on disk, written atomically and read without arbitrary unpickling."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 S = TypeVar("S", bound="DataclassInstance")
 
 _ZIP = b"PK\x03\x04"
-# What torch.load and tensors raise at damaged or foreign bytes.
+# Errors that torch.load and tensors raise on damaged or foreign bytes.
 _UNREADABLE = (
     *(RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError),
     *(OSError, EOFError, MemoryError, pickle.UnpicklingError),
@@ -37,7 +37,7 @@ def save_state(path: Path, kind: str, key: str, state: DataclassInstance) -> Non
 
     Args:
         kind: the format, with its version.
-        key: of all that decides the training.
+        key: a hash of everything that determines the training.
         state: tensors, numbers and plain containers.
     """
     contents = {field.name: getattr(state, field.name) for field in fields(state)}
@@ -47,12 +47,12 @@ def save_state(path: Path, kind: str, key: str, state: DataclassInstance) -> Non
 
 
 def load_state(path: Path, kind: str, key: str, fresh: S, group: Group | None = None) -> S:
-    """The state in a file, on the CPU, or `fresh` where there is no file; the same on every rank.
+    """Load the state in a file to the CPU, or return `fresh` if no file exists; the same on every rank.
 
     Args:
         kind: the format, with its version.
-        key: of all that decides the training.
-        fresh: a training that has not begun; its first field says how far one is.
+        key: a hash of everything that determines the training.
+        fresh: the state before the training; its first field counts the progress.
         group: the ranks that read.
 
     Raises:
@@ -70,7 +70,7 @@ def load_state(path: Path, kind: str, key: str, fresh: S, group: Group | None = 
 
 
 def _read(path: Path, kind: str, key: str, fresh: DataclassInstance) -> dict[str, Any]:
-    """The fields of a state; empty where there is no file."""
+    """Read the fields of a state; empty if no file exists."""
     if not path.exists():
         return {}
     damaged = f"{shown(path)}: not a training, or a damaged one; remove it to begin anew"
@@ -103,7 +103,7 @@ def _load(path: Path) -> Any:
     if not path.is_file():
         raise EOFError
     with path.open("rb") as file:
-        if file.read(len(_ZIP)) != _ZIP:  # else torch would try to read a bare pickle
+        if file.read(len(_ZIP)) != _ZIP:  # otherwise torch would try to read a bare pickle
             raise EOFError
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about sparse tensors, which no state of ours has
@@ -111,7 +111,7 @@ def _load(path: Path) -> Any:
 
 
 def _checksum(contents: Any) -> str:
-    """Over plain containers, numbers, texts and the bytes of tensors, in their order."""
+    """Hash plain containers, numbers, texts and the bytes of tensors, in their order."""
     sha = hashlib.sha256()
 
     def add(value: Any) -> None:

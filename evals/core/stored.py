@@ -1,4 +1,4 @@
-"""Pictures in files: an image folder or WebDataset tar shards, listed without reading the pictures."""
+"""Images in a folder or in WebDataset tar shards, listed without reading the images."""
 
 from __future__ import annotations
 
@@ -21,40 +21,42 @@ from radio.images import IMAGE_ENDINGS, MAX_IMAGE_BYTES, decode
 from radio.io import expand_braces
 
 from .chunks import DamagedError, read_records, write_records
-from .evaluator import Watch, silent
+from .evaluator import ProgressFactory, no_progress
 from .tar import UNREADABLE, dots_note, index_shard
 
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
-_HASHING_THREADS = 4  # hashlib lets go of the interpreter; more threads only fight over the disk
+_HASHING_THREADS = 4  # hashlib releases the GIL; more threads only compete for the disk
 _FINGERPRINT = TypeAdapter(str)
 _LOG = logging.getLogger(__name__)
 
 
 class Entry(NamedTuple):
-    """Where one picture's bytes are."""
+    """Location of one image's bytes."""
 
     key: str
     label: str  # the class's name
     path: Path
     offset: int
-    size: int  # in bytes; `UNREADABLE` for a link that leads nowhere, or no regular file
+    size: int  # in bytes; `UNREADABLE` for a broken link, or no regular file
 
 
 class Listing(NamedTuple):
-    """The pictures of a data set, in order."""
+    """The images of a data set, in order."""
 
     name: str
     location: str
     classes: tuple[str, ...]
     entries: tuple[Entry, ...]
-    notes: tuple[str, ...] = ()  # on what was left out
+    notes: tuple[str, ...] = ()  # on omitted files
 
 
 @final
 class StoredImages:
-    """A listing whose pictures can be read."""
+    """A listing whose images can be read."""
 
-    def __init__(self, listing: Listing, memo: Path | None = None, watch: Watch = silent) -> None:
+    def __init__(
+        self, listing: Listing, memo: Path | None = None, watch: ProgressFactory = no_progress
+    ) -> None:
         self._listing, self._memo, self._watch = listing, memo, watch
         places = {name: place for place, name in enumerate(listing.classes)}
         self._labels = np.array([places[entry.label] for entry in listing.entries], dtype=np.int64)
@@ -63,7 +65,7 @@ class StoredImages:
 
     @property
     def name(self) -> str:
-        """The folder's or the pattern's last parts."""
+        """The last parts of the folder or pattern."""
         return self._listing.name
 
     @property
@@ -78,24 +80,24 @@ class StoredImages:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was left out of it, and why."""
+        """Notes on omitted files, with the reason."""
         return self._listing.notes
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Paths inside the folder, or shard and sample name."""
+        """Paths inside the folder, or shard and sample names."""
         return self._keys
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """[N], the class of each picture."""
+        """Class of each image, [N]."""
         return self._labels
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of classes and of every picture's key, class and bytes.
+        """SHA-256 of the classes and of every image's key, class and bytes.
 
-        Reads every picture once; with a memo folder the answer is kept until a file's size or time changes.
+        Reads every image once; a memo folder caches the result until a file's size or time changes.
         """
         if self._fingerprint is None:
             note = self._memo / f"{self._signature()}.jsonl" if self._memo else None
@@ -107,10 +109,10 @@ class StoredImages:
         return self._fingerprint
 
     def read(self, index: int) -> Tensor:
-        """The picture, uint8 [3, H, W].
+        """Read an image, uint8 [3, H, W].
 
         Raises:
-            DataError: it cannot be decoded, is too large, or its file has gone.
+            DataError: it cannot be decoded, is too large, or its file no longer exists.
         """
         return decode(_bytes(self._listing.entries[index]))
 
@@ -138,26 +140,26 @@ class StoredImages:
 
 
 def spread(entries: tuple[Entry, ...], limit: int | None) -> tuple[Entry, ...]:
-    """At most `limit` entries, evenly spaced, so that a sorted folder still gives every class."""
+    """Select at most `limit` entries, evenly spaced, so that a sorted folder still yields every class."""
     if limit is None or limit >= len(entries):
         return entries
     return tuple(entries[place * len(entries) // limit] for place in range(limit))
 
 
 def list_folder(root: Path) -> Listing:
-    """The pictures under one folder a class; deeper folders count, hidden files and other endings do not.
+    """List the images in one folder per class, at any depth, without hidden files and other extensions.
 
-    A link to a folder inside `root`, or around it, is not followed: each picture is there once.
+    A link to a folder inside `root`, or to one that contains it, is not followed, so each image occurs once.
 
     Raises:
-        DataError: no class folders, a class folder without pictures, or the folder of the splits.
+        DataError: no class folders, a class folder without images, or the folder of the splits.
     """
     folders = sorted(child for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))
     names = [folder.name for folder in folders]
     if not folders:
-        loose = any(_is_picture(child.name) for child in root.iterdir())
-        what = "pictures but no class folders" if loose else "neither class folders nor tar shards"
-        raise DataError(f"{shown(root)}: holds {what}; wanted one folder of pictures for each class")
+        loose = any(_is_image(child.name) for child in root.iterdir())
+        what = "images but no class folders" if loose else "neither class folders nor tar shards"
+        raise DataError(f"{shown(root)}: holds {what}; wanted one folder of images for each class")
     if set(names) <= _SPLIT_NAMES:
         raise DataError(
             f"{root}: holds the splits {', '.join(names)}; name one of them, as in {root / names[0]}"
@@ -166,27 +168,27 @@ def list_folder(root: Path) -> Listing:
     for folder in folders:
         if _leads_back(folder, root.resolve()):
             raise DataError(
-                f"{shown(folder)}: is a link to {shown(folder.resolve())}, whose pictures are there already; "
+                f"{shown(folder)}: is a link to {shown(folder.resolve())}, whose images are there already; "
                 f"remove it"
             )
-        found = _pictures_under(root, folder)
+        found = _images_under(root, folder)
         if not found:
-            raise DataError(f"{shown(folder)}: a class folder without pictures; remove it or fill it")
+            raise DataError(f"{shown(folder)}: a class folder without images; remove it or fill it")
         entries.extend(found)
     classes = tuple(as_text(name) for name in names)
     return Listing(_short_name(root), as_text(root.resolve()), classes, _distinct(entries))
 
 
 def list_shards(pattern: str) -> Listing:
-    """The samples of WebDataset tar files that have a picture and a `.cls`.
+    """List the samples of WebDataset tar files that have an image and a `.cls`.
 
     Raises:
-        DataError: a shard that is absent or damaged, a picture without `.cls`, two of one name, or none.
+        DataError: an absent or damaged shard, an image without `.cls`, a duplicate name, or no image.
     """
     entries, notes = _all_entries(pattern)
     if not entries:
         why = "; ".join(notes) or "wanted samples such as 000.jpg with 000.cls"
-        raise DataError(f"{shown(pattern)}: no pictures; {why}")
+        raise DataError(f"{shown(pattern)}: no images; {why}")
     words = {entry.label for entry in entries}
     numbers = {word: str(int(word)) for word in words if word.isdecimal()}  # 0 and 00 are one class
     if numbers and len(numbers) < len(words):
@@ -203,26 +205,26 @@ def list_shards(pattern: str) -> Listing:
 
 
 def list_unlabelled(text: str) -> Listing:
-    """Every picture of a folder, however deep, or of WebDataset tar files, without classes.
+    """List every image of a folder, at any depth, or of WebDataset tar files, without classes.
 
     Raises:
-        DataError: nothing of the kind is there, or a shard is damaged.
+        DataError: no such folder or shards, no images, or a damaged shard.
     """
     path = Path(text)
     notes: tuple[str, ...] = ()
     if path.is_dir():
-        entries = _distinct([entry._replace(label="") for entry in _pictures_under(path, path)])
+        entries = _distinct([entry._replace(label="") for entry in _images_under(path, path)])
     elif path.suffix == ".tar" or "{" in text:
         entries, notes = _all_entries(text, labelled=False)
     else:
         raise DataError(f"{shown(text)}: no such folder or shards")
     if not entries:
-        raise DataError("; ".join([f"{shown(text)}: holds no pictures", *notes]))
+        raise DataError("; ".join([f"{shown(text)}: holds no images", *notes]))
     return Listing(_short_name(path), as_text(path.absolute()), ("",), entries, notes)
 
 
 def _kept(note: Path) -> str | None:
-    """The fingerprint in a memo; None where there is none, or a damaged one, which is then made again."""
+    """Read the fingerprint in a memo; None when it is absent or damaged, so that it is recomputed."""
     if not note.exists():
         return None
     try:
@@ -253,7 +255,7 @@ def _expand(pattern: str) -> list[Path]:
 
 
 def _all_entries(pattern: str, labelled: bool = True) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
-    """The entries of tar files, by shard and key, and notes on what is none."""
+    """Return the entries of tar files, by shard and key, and notes on the members that are no samples."""
     entries: list[Entry] = []
     left_out: list[str] = []
     for path in _expand(pattern):
@@ -268,10 +270,10 @@ def _all_entries(pattern: str, labelled: bool = True) -> tuple[tuple[Entry, ...]
     return tuple(entries), notes
 
 
-def _pictures_under(root: Path, folder: Path) -> list[Entry]:
+def _images_under(root: Path, folder: Path) -> list[Entry]:
     label, entries = as_text(folder.name), []
     for path in _files_under(root, folder):
-        if _is_picture(path.name):
+        if _is_image(path.name):
             status = _status(path)
             size = status.st_size if status and stat.S_ISREG(status.st_mode) else UNREADABLE
             entries.append(Entry(as_text(path.relative_to(root).as_posix()), label, path, 0, size))
@@ -279,7 +281,7 @@ def _pictures_under(root: Path, folder: Path) -> list[Entry]:
 
 
 def _files_under(root: Path, folder: Path) -> Iterator[Path]:
-    """Every file, a folder's own before those of its folders, sorted; no folder twice, and no hidden one."""
+    """Yield every file, sorted, before those of subfolders; no folder twice, and no hidden folder."""
     real, seen, left = root.resolve(), set(), [folder]
     while left:
         parent = left.pop()
@@ -297,19 +299,19 @@ def _files_under(root: Path, folder: Path) -> Iterator[Path]:
 def _is_folder(child: os.DirEntry[str]) -> bool:
     try:
         return child.is_dir()
-    except OSError:  # a link in a circle
+    except OSError:  # a circular link
         return False
 
 
 def _leads_back(folder: Path, root: Path) -> bool:
-    """Whether a folder is a link to one that `root` holds or that holds it, and so is listed anyway."""
+    """Check whether a folder is a link to one inside `root` or containing it, which is listed anyway."""
     if not folder.is_symlink():
         return False
     real = folder.resolve()
     return real.is_relative_to(root) or root.is_relative_to(real)
 
 
-def _is_picture(name: str) -> bool:
+def _is_image(name: str) -> bool:
     return not name.startswith(".") and name.lower().endswith(IMAGE_ENDINGS)
 
 
@@ -318,7 +320,7 @@ def _distinct(entries: list[Entry]) -> tuple[Entry, ...]:
     if len(keys) < len(entries):
         for entry in entries:
             if entry.key not in keys:
-                raise DataError(f"{shown(entry.path)}: two pictures have the key {entry.key}; rename one")
+                raise DataError(f"{shown(entry.path)}: two images have the key {entry.key}; rename one")
             keys.remove(entry.key)
     return tuple(entries)
 
@@ -326,7 +328,7 @@ def _distinct(entries: list[Entry]) -> tuple[Entry, ...]:
 def _status(path: Path) -> os.stat_result | None:
     try:
         return path.stat()
-    except OSError:  # a link that leads nowhere, or in a circle
+    except OSError:  # a broken or circular link
         return None
 
 
@@ -348,14 +350,14 @@ def _bytes(entry: Entry) -> bytes:
 
 def _hash_entry(entry: Entry) -> bytes:
     if entry.size == UNREADABLE or entry.size > MAX_IMAGE_BYTES:
-        digest = f"{entry.size} bytes"  # it is left out
+        digest = f"{entry.size} bytes"  # it is omitted
     else:
         digest = hashlib.sha256(_bytes(entry)).hexdigest()
     return f"{entry.key} {entry.label} {digest}\n".encode()
 
 
 def as_text(name: object) -> str:
-    r"""A path that UTF-8 can hold: bytes that are none become `\xNN`."""
+    r"""Convert a path to valid UTF-8; invalid bytes become `\xNN`."""
     return str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 

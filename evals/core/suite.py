@@ -1,4 +1,4 @@
-"""Every evaluator on one model: those that it has what they need for, one after the other, none twice."""
+"""Run every evaluator whose requirements a model meets, one after the other, skipping finished ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from radio.memory import collect
 from radio.types import Backbone
 
 from .dist import Group
-from .evaluator import Evaluator, Watch, run_one
+from .evaluator import Evaluator, ProgressFactory, run_one
 from .report import Report, file_name, read
 
 _STATE = "all.json"
@@ -38,7 +38,7 @@ class _Entry(TypedDict):
 
 
 class _File(TypedDict):
-    """The content of `all.json`."""
+    """Content of `all.json`."""
 
     format: Literal["am-radio-all/1"]
     tasks: dict[str, _Entry]  # by the report's name
@@ -49,15 +49,15 @@ _FILE = TypeAdapter(_File)
 
 @runtime_checkable
 class Particular(Protocol):
-    """An evaluator that not every model can take."""
+    """An evaluator that not every model is suitable for."""
 
-    def lacks(self, model: Backbone) -> str:
-        """What the model lacks for it, in words; empty where nothing is lacking."""
+    def missing_requirements(self, model: Backbone) -> str:
+        """Describe the requirements that the model does not meet; empty when it meets all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """How one task ended."""
+    """Outcome of one task."""
 
     task: str
     state: Literal["done", "kept", "left out", "failed"]
@@ -71,26 +71,26 @@ def run_all(
     out: Path,
     *,
     name: str,
-    watch: Watch,
+    watch: ProgressFactory,
     group: Group,
     tell: Callable[[str], None],
 ) -> list[Outcome]:
-    """The outcome of every task, in the order of `jobs`; each report is on disk before the next task begins.
+    """Run every task in the order of `jobs` and return the outcomes; each report is written at once.
 
-    A task is kept when its report is there and weights, settings and data are what they were: `all.json` in
-    `out` holds a hash of them. A task that fails is told and does not stop the others.
+    A task is skipped when its report exists and weights, settings and data are unchanged: `all.json` in `out`
+    holds a hash of them. A task that fails is reported and does not stop the others.
 
     Args:
         jobs: each task's evaluator and settings.
         out: the folder of the reports.
-        name: what the reports call the model.
-        tell: says in a line what is going on.
+        name: the model's name in the reports.
+        tell: prints a line about the progress.
     """
     fingerprint, outcomes = model.fingerprint, []
     for task, (evaluator, settings) in jobs.items():
         try:
-            lack = evaluator.lacks(model) if isinstance(evaluator, Particular) else ""
-        except Exception as error:  # noqa: BLE001 (what it needs is named and not there, or it is broken)
+            lack = evaluator.missing_requirements(model) if isinstance(evaluator, Particular) else ""
+        except Exception as error:  # noqa: BLE001 (a named requirement is missing or broken)
             outcomes.append(Outcome(task=task, state="failed", reason=_reason(error)))
             tell(f"{task}: failed: {outcomes[-1].reason}")
             continue
@@ -123,16 +123,16 @@ def _attempt(task: str, run: Callable[[], Report], group: Group) -> Outcome:
         return Outcome(task=task, state="done", report=run())
     except MemoryError:
         raise
-    except Exception as error:  # whatever a task ends with, the others go on
+    except Exception as error:  # whatever error a task raises, the others continue
         reason = _reason(error)
         if group.world > 1 and not isinstance(error, RadioError):
-            # Perhaps of this rank alone: the others would wait for it in the middle of the task.
+            # The error may be this rank's alone: the others would wait for it in the middle of the task.
             raise RadioError(f"{task}: failed on rank {group.rank} of {group.world}: {reason}") from error
     return Outcome(task=task, state="failed", reason=reason)
 
 
 def task_key(task: str, fingerprint: str, settings: Any) -> str:
-    """A hash of the model, the settings, and the files that the settings name (by sizes and times)."""
+    """Hash the model, the settings, and the files that the settings name (by sizes and times)."""
     plain = to_plain(settings)
     files = [_signature(Path(value)) for value in _texts(plain) if _is_path(value)]
     parts = [_FORMAT, task, fingerprint, plain, files]
@@ -140,13 +140,13 @@ def task_key(task: str, fingerprint: str, settings: Any) -> str:
 
 
 def _kept(out: Path, base: str, key: str, fingerprint: str) -> Report | None:
-    """The report of a finished task of one model, if it is the one that would be made again."""
+    """Return the report of a finished task of one model if it is still valid, else None."""
     entry = _state(out).get(base)
     if entry is None or entry["key"] != key:
         return None
     try:
         report = read(out / entry["report"])
-    except RadioError:  # gone or altered: made again
+    except RadioError:  # deleted or altered: recomputed
         return None
     whole = all((out / name).is_file() for name in report.files)
     return report if whole and report.fingerprint == fingerprint else None
@@ -161,7 +161,7 @@ def _note(out: Path, base: str, key: str, report: Report) -> None:
 def _state(out: Path) -> dict[str, _Entry]:
     try:
         return read_json(out / _STATE, _FILE)["tasks"]
-    except RadioError:  # absent or damaged: everything is made again
+    except RadioError:  # absent or damaged: everything is recomputed
         return {}
 
 
@@ -183,12 +183,12 @@ def _is_path(text: str) -> bool:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # no name that a file could have
+    except OSError:  # an invalid file name
         return False
 
 
 def _signature(path: Path) -> list[Any]:
-    """Names, sizes and times of everything under a path; a pattern stands for the files beside it."""
+    """List names, sizes and times of all files under a path; for a pattern, of its folder."""
     root = path if _exists(path) else path.parent
     if root.is_file():
         stat = root.stat()
@@ -198,7 +198,7 @@ def _signature(path: Path) -> list[Any]:
         folders.sort()
         for name in sorted(files):
             file = Path(folder, name)
-            stat = file.stat() if _exists(file) else file.lstat()  # a link may lead nowhere
+            stat = file.stat() if _exists(file) else file.lstat()  # a link may be broken
             found.append([str(file), stat.st_size, stat.st_mtime_ns])
     return found
 

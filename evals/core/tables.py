@@ -1,4 +1,4 @@
-"""Reports of one task side by side, for people."""
+"""Console tables that compare reports and summarise outcomes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .suite import Outcome
 
 
 def comparison(reports: Sequence[Report], *, plain: bool = False) -> Table:
-    """A table with one column a report and one row a metric; the best of a row is bold.
+    """Build a table with one column per report and one row per metric; the best of a row is bold.
 
-    Behind a value stands half of its 95 % interval, or the standard deviation in brackets.
+    A value is followed by half of its 95 % interval, or by the standard deviation in brackets.
 
     Raises:
         DataError: no reports, or reports of different tasks.
@@ -44,24 +44,24 @@ def comparison(reports: Sequence[Report], *, plain: bool = False) -> Table:
 
 
 def summary(name: str, outcomes: Sequence[Outcome], *, plain: bool = False) -> Table:
-    """How every task of one model ended, with its headline."""
+    """Build a table with the outcome and the primary metric of every task of one model."""
     table = Table(box=box.ASCII if plain else box.ROUNDED, title=_plain(name))
-    for title in ("task", "", "headline", "value", "seconds"):
+    for title in ("task", "", "primary metric", "value", "seconds"):
         table.add_column(title, justify="right" if title in ("value", "seconds") else "left")
     for outcome in outcomes:
         report = outcome.report
         if report is None:
             table.add_row(_plain(outcome.task), outcome.state)
             continue
-        metric = report.metrics[report.headline]
-        headline = f"{report.headline} ({metric.unit})" if metric.unit else report.headline
+        metric = report.metrics[report.primary_metric]
+        primary_metric = f"{report.primary_metric} ({metric.unit})" if metric.unit else report.primary_metric
         seconds = f"{report.seconds.get('total', 0):.1f}"
-        table.add_row(_plain(outcome.task), outcome.state, _plain(headline), cell(metric), seconds)
+        table.add_row(_plain(outcome.task), outcome.state, _plain(primary_metric), cell(metric), seconds)
     return table
 
 
 def cell(metric: Metric | None) -> str:
-    """A value with half of its interval, or with its spread in brackets; a dash where there is none."""
+    """Format a value with half of its interval, or its standard deviation in brackets; empty for None."""
     if metric is None:
         return ""
     if metric.low is not None and metric.high is not None:
@@ -70,7 +70,7 @@ def cell(metric: Metric | None) -> str:
 
 
 def _plain(text: str) -> str:
-    """A text from outside as rich prints it: neither markup nor control characters."""
+    """Escape an external text for rich, without markup and control characters."""
     return escape(shown(text))
 
 

@@ -1,4 +1,4 @@
-"""What a WebDataset tar file holds, by its headers: where each picture's bytes lie, and its class."""
+"""Index of a WebDataset tar file from its headers: the offset and class of each image."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from radio.images import IMAGE_ENDINGS
 from radio.io import decode_text
 
 UNREADABLE = -1
-"""The size of a picture whose bytes are nowhere."""
+"""The size of an image whose bytes do not exist."""
 
-_MAX_HEADER = 1 << 20  # bytes: extended headers hold a name, and now and then a few attributes
+_MAX_HEADER = 1 << 20  # bytes: extended headers hold a name, and sometimes a few attributes
 _MAX_LABEL = 4096  # bytes of a class's name
 _BLOCK = 512
-# What tarfile raises on damaged headers.
+# Errors that tarfile raises on damaged headers.
 _ERRORS = (tarfile.TarError, ValueError, LookupError, ArithmeticError, EOFError, OSError, RecursionError)
 
 
 class Sample(NamedTuple):
-    """A picture in a shard."""
+    """An image in a shard."""
 
     key: str
     label: str
@@ -34,10 +34,10 @@ class Sample(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """What a tar file holds."""
+    """Content of a tar file."""
 
     samples: list[Sample]  # by key
-    left_out: list[str]  # members that end as images do and are no sample's, by name
+    left_out: list[str]  # members with an image extension that belong to no sample, by name
 
 
 class _Place(NamedTuple):
@@ -46,16 +46,17 @@ class _Place(NamedTuple):
 
 
 def index_shard(path: Path, *, labelled: bool = True) -> Shard:
-    """The pictures of a plain tar file; only headers and `.cls` members are read.
+    """Index the images of a plain tar file, reading only headers and `.cls` members.
 
     A key ends at the first dot of a member's name, as in WebDataset: `img.v1.jpg` is part `v1.jpg` of the
-    sample `img`. Beside `img.jpg` that is a mask or a smaller copy; else an image is lost, which is told.
+    sample `img`. Beside `img.jpg` that is a mask or a smaller copy; otherwise it is a lost image, which is
+    reported in `left_out`.
 
     Args:
-        labelled: each has a class, in the member KEY.cls.
+        labelled: whether each image has a class in the member KEY.cls.
 
     Raises:
-        DataError: no tar file, a damaged one, two members of one key, or a picture without a class.
+        DataError: no tar file, a damaged one, two images with one key, or an image without a class.
     """
     try:
         status = path.stat()
@@ -63,20 +64,20 @@ def index_shard(path: Path, *, labelled: bool = True) -> Shard:
             raise DataError(f"{shown(path)}: is no regular file; wanted a tar file")
         with _Bounded(io.FileIO(path)) as file:
             places = _list_members(path, file, status.st_size)
-            pictures, left_out = _find_pictures(path, places)
+            images, left_out = _find_images(path, places)
             labels = _read_labels(path, file, places) if labelled else {}
     except DataError:
         raise
     except _ERRORS as error:
         raise DataError(f"{shown(path)}: not a plain tar file, or a damaged one ({shown(error)})") from error
     if labelled:
-        _check_labels(path, pictures, labels)
-    samples = [Sample(key, labels.get(key, ""), *places[name]) for key, name in sorted(pictures.items())]
+        _check_labels(path, images, labels)
+    samples = [Sample(key, labels.get(key, ""), *places[name]) for key, name in sorted(images.items())]
     return Shard(samples, left_out)
 
 
 def dots_note(count: int, first: str) -> str:
-    """Say that members are no samples, since a key ends at the first dot; `first` names one."""
+    """Describe members that are no samples, since a key ends at the first dot; `first` names one."""
     folder, slash, file = first.rpartition("/")
     stem, dot, ending = file.rpartition(".")
     return (
@@ -88,7 +89,7 @@ def dots_note(count: int, first: str) -> str:
 
 @final
 class _Bounded(io.BufferedReader):
-    """A file of which nobody reads gigabytes since a header says so."""
+    """A file that rejects reads above 1 MiB, which a damaged header may request."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or not 0 <= size <= _MAX_HEADER:
@@ -97,7 +98,7 @@ class _Bounded(io.BufferedReader):
 
 
 def _list_members(path: Path, file: BinaryIO, length: int) -> dict[str, _Place]:
-    """Where the bytes of every picture and every `.cls` lie, by name."""
+    """Return the offset and size of every image and every `.cls`, by name."""
     places: dict[str, _Place] = {}
     links: dict[str, str] = {}
     with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -117,7 +118,7 @@ def _list_members(path: Path, file: BinaryIO, length: int) -> dict[str, _Place]:
         end = tar.offset
     file.seek(end)
     rest = file.read(_MAX_HEADER)
-    if rest[:_BLOCK].count(0) != _BLOCK:  # tarfile takes a damaged header for the end
+    if rest[:_BLOCK].count(0) != _BLOCK:  # tarfile treats a damaged header as the end
         raise tarfile.ReadError(f"a damaged header at byte {end}, or no end mark")
     if any(rest):
         raise tarfile.ReadError(f"more behind its end mark at byte {end}; are these two tar files in one?")
@@ -149,20 +150,20 @@ def _follow(target: str, places: dict[str, _Place], links: dict[str, str]) -> _P
     return _Place(0, UNREADABLE)
 
 
-def _find_pictures(path: Path, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
-    """The member that is each key's picture, and those whose key has none."""
-    pictures: dict[str, str] = {}
+def _find_images(path: Path, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """Return the image member of each key, and the members whose key has no image."""
+    images: dict[str, str] = {}
     others = []
     for name in sorted(name for name in names if name.lower().endswith(IMAGE_ENDINGS)):
         key, ending = _cut_first(name)
         if ending not in IMAGE_ENDINGS:
             others.append(name)
-        elif pictures.setdefault(key, name) != name:
+        elif images.setdefault(key, name) != name:
             raise DataError(
-                f"{shown(path)}: {shown(pictures[key])} and {shown(name)} are two pictures of one key; "
+                f"{shown(path)}: {shown(images[key])} and {shown(name)} are two images of one key; "
                 f"give each a name of its own before the dot"
             )
-    return pictures, [name for name in others if _cut_first(name)[0] not in pictures]
+    return images, [name for name in others if _cut_first(name)[0] not in images]
 
 
 def _read_labels(path: Path, file: BinaryIO, places: dict[str, _Place]) -> dict[str, str]:
@@ -183,12 +184,12 @@ def _read_labels(path: Path, file: BinaryIO, places: dict[str, _Place]) -> dict[
     return labels
 
 
-def _check_labels(path: Path, pictures: dict[str, str], labels: dict[str, str]) -> None:
-    lacking = [key for key in sorted(pictures) if not labels.get(key)]
+def _check_labels(path: Path, images: dict[str, str], labels: dict[str, str]) -> None:
+    lacking = [key for key in sorted(images) if not labels.get(key)]
     if not lacking:
         return
     raise DataError(
-        f"{shown(path)}: {shown(lacking[0])} has no .cls ({len(lacking)} of {len(pictures)} pictures lack "
+        f"{shown(path)}: {shown(lacking[0])} has no .cls ({len(lacking)} of {len(images)} images lack "
         f"it); wanted a class for each"
     )
 
@@ -198,7 +199,7 @@ def _is_wanted(name: str) -> bool:
 
 
 def _cut_first(name: str) -> tuple[str, str]:
-    """Key and ending, cut at the first dot of the file's name."""
+    """Split a name into key and extension at the first dot of the file's name."""
     folder, slash, file = name.rpartition("/")
     stem, dot, ending = file.partition(".")
     return f"{folder}{slash}{stem}", f"{dot}{ending}".lower()

@@ -1,4 +1,4 @@
-"""k-NN: as an evaluator of models, and as a function over features of one's own."""
+"""k-NN, as an evaluator of models and as a function on precomputed features."""
 
 from .arrays import KnnResult, knn
 

@@ -1,4 +1,4 @@
-"""k-NN on plain arrays, for people who come with features of their own."""
+"""k-NN on plain arrays, for features that were computed elsewhere."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .index import Index
 
 
 class KnnResult(NamedTuple):
-    """What `knn` finds; both by k."""
+    """Result of `knn`; both fields are by k."""
 
     accuracies: dict[int, float]  # top-1 in percent
-    predictions: dict[int, NDArray[Any]]  # [Q], as the labels name the classes
+    predictions: dict[int, NDArray[Any]]  # [Q], in the values of the labels
 
 
 def knn(
@@ -37,16 +37,16 @@ def knn(
     """Classify features by the weighted votes of their nearest neighbours, as `radio-eval knn` does.
 
     Args:
-        features: [N, C] numbers of the bank, of any length: cosines are compared.
-        labels: [N] classes of the bank, whole numbers or texts.
-        queries: [Q, C] what is classified; the bank's own, each without itself, unless given.
-        query_labels: [Q] classes of the queries, each one of the bank's.
-        k: how many neighbours vote; several are scored from one search.
+        features: [N, C] vectors of the bank, of any length, since cosines are compared.
+        labels: [N] classes of the bank, integers or strings.
+        queries: [Q, C] vectors to classify (default: the bank's own, each without itself).
+        query_labels: [Q] classes of the queries, all of which the bank has.
+        k: number of neighbours that vote; several are scored from one search.
         temperature: a neighbour of similarity s votes exp(s / temperature).
 
     Raises:
-        DataError: arrays of another shape, values that are not finite or no numbers, labels that the bank
-            lacks, a k that is larger than the bank, or a temperature that is not above zero.
+        DataError: arrays of another shape, values that are no finite numbers, labels that the bank lacks, a k
+            larger than the bank, or a temperature that is not above zero.
         MissingExtraError: FAISS is not installed.
     """
     bank = _features(features, "features")
@@ -73,7 +73,7 @@ def knn(
 
 
 def _features(values: ArrayLike | Tensor, what: str) -> Tensor:
-    """[N, C] float32 on the CPU."""
+    """Convert features to [N, C] float32 on the CPU."""
     try:
         tensor = torch.as_tensor(values if isinstance(values, Tensor) else np.asarray(values)).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:

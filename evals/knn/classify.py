@@ -1,4 +1,4 @@
-"""From features to predictions: search, vote, and the same again with few-shot banks."""
+"""Predictions from features: search, vote, and the same with few-shot banks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _VOTES = 4096  # queries whose votes are counted at once
 
 
 class Sets(NamedTuple):
-    """Bank and queries; `query` is None when the bank's own pictures are classified."""
+    """Bank and query sets; `query` is None when the bank's own images are classified."""
 
     bank: ImageSource
     query: ImageSource | None
@@ -46,28 +46,28 @@ class Classifier:
     settings: KnnSettings
     group: Group
     num_classes: int
-    bank_labels: Tensor  # [N] by place in the bank's source, unreadable pictures included
-    bank_indices: Tensor  # places of the bank's readable pictures
+    bank_labels: Tensor  # [N] by index in the bank's source, unreadable images included
+    bank_indices: Tensor  # indices of the bank's readable images
     shard: Bank  # this rank's share of the bank
     queries: Bank
     labels: Tensor  # [Q]
-    exclude: Tensor | None  # [Q] what may not be a query's neighbour
+    exclude: Tensor | None  # [Q] id that must not be a query's neighbour
     device: torch.device = field(default_factory=partial(torch.device, "cpu"))  # of the search
 
     @property
     def available(self) -> int:
-        """How many neighbours a query can have."""
+        """Number of neighbours that a query can have."""
         return len(self.bank_indices) - (self.exclude is not None)
 
     def classify(self) -> tuple[Neighbours, dict[int, Tensor]]:
-        """The headline's neighbours, and for each k the five classes with most votes [Q, 5]."""
+        """Return the neighbours for the primary k, and the five classes with most votes [Q, 5] for each k."""
         found = self._search(self.shard.features, self.shard.indices, max(self.settings.k))
-        k = self.settings.headline
+        k = self.settings.primary_metric
         return Neighbours(found.similarities[:, :k], found.ids[:, :k]), self._vote(found, self.settings.k)
 
     def few_shot(self, per_class: int) -> Metric:
-        """top-1 with n pictures of each class in the bank, mean and spread over the tries."""
-        k = self.settings.headline
+        """Compute top-1 with `per_class` images per class in the bank: mean and std over the tries."""
+        k = self.settings.primary_metric
         values = []
         for attempt in range(self.settings.tries):
             chosen = choose(self.bank_indices, self.bank_labels[self.bank_indices], per_class, attempt)
@@ -78,7 +78,7 @@ class Classifier:
         return repeated(values)
 
     def _search(self, features: Tensor, ids: Tensor, k: int) -> Neighbours:
-        most = min(k, max(len(self.bank_indices), 1))  # no more can be found, nor need memory
+        most = min(k, max(len(self.bank_indices), 1))  # more do not exist and would take memory
         index = Index(features, ids, self.device)
         return index.search(self.queries.features, most, exclude=self.exclude, group=self.group)
 
@@ -90,7 +90,7 @@ class Classifier:
 def count_votes(
     found: Neighbours, bank_labels: Tensor, ks: Sequence[int], *, num_classes: int, temperature: float
 ) -> dict[int, Tensor]:
-    """For each k the five classes with most votes [Q, 5], from neighbours by their places in the labels."""
+    """Return for each k the five classes with most votes [Q, 5]; the neighbours' ids index the labels."""
     labels = bank_labels[found.ids.clamp(min=0)].masked_fill(found.ids < 0, -1)
     blocks = zip(found.similarities.split(_VOTES), labels.split(_VOTES), strict=True)
     parts = [vote(*block, ks, num_classes=num_classes, temperature=temperature) for block in blocks]
@@ -103,12 +103,12 @@ def make_classifier(
     asked: Stored,
     settings: KnnSettings,
     group: Group,
-    carry: Callable[[Tensor], Tensor],
+    to_teacher_space: Callable[[Tensor], Tensor],
     device: torch.device,
 ) -> Classifier:
-    """The classifier of extracted features: every rank holds its chunks of the bank and all queries.
+    """Create the classifier of extracted features: every rank holds its chunks of the bank and all queries.
 
-    `carry` takes summaries [N, C] into the space that they are compared in.
+    `to_teacher_space` maps summaries [N, C] into the space in which they are compared.
     """
     queries, shard = asked.load(), stored.load(group.rank, group.world)
     return Classifier(
@@ -117,8 +117,8 @@ def make_classifier(
         num_classes=len(sets.bank.classes),
         bank_labels=torch.from_numpy(sets.bank.labels),
         bank_indices=stored.indices(),
-        shard=shard._replace(features=carry(shard.features)),
-        queries=queries._replace(features=carry(queries.features)),
+        shard=shard._replace(features=to_teacher_space(shard.features)),
+        queries=queries._replace(features=to_teacher_space(queries.features)),
         labels=torch.from_numpy(aligned_labels(sets.asked, sets.bank))[queries.indices],
         exclude=queries.indices if sets.query is None else None,
         device=device,
@@ -126,7 +126,7 @@ def make_classifier(
 
 
 def choose(indices: Tensor, labels: Tensor, per_class: int, attempt: int) -> Tensor:
-    """n `indices` of each class (all of a smaller one), ascending; `attempt` is the seed of the draw."""
+    """Draw `per_class` indices of each class (all of a smaller one), ascending, with seed `attempt`."""
     generator = np.random.default_rng(attempt)
     chosen = []
     for label in labels.unique().tolist():

@@ -1,4 +1,4 @@
-"""k-NN on frozen summaries: how near a backbone puts pictures of one class, without training anything."""
+"""k-NN classification of frozen summaries, without training anything."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from evals.core.accuracy import class_table
 from evals.core.chunks import Damage
 from evals.core.data import aligned_labels, open_source
 from evals.core.dist import Group, current
-from evals.core.evaluator import Watch, card_of, domain_notes, machine_settings, silent
+from evals.core.evaluator import ProgressFactory, domain_notes, machine_settings, metadata_of, no_progress
 from evals.core.features import Extraction, Stored, default_cache, extract
-from evals.core.plan import carry, plan, resolved
+from evals.core.plan import make_extraction, resolved, to_teacher_space
 from evals.core.provenance import commit, describe_device, peak_memory, versions
 from evals.core.report import DataUsed, Metric, Report, file_name, write
 from radio.config import to_plain
@@ -48,10 +48,10 @@ class KnnEvaluator:
         out: Path,
         *,
         name: str | None = None,
-        watch: Watch = silent,
+        watch: ProgressFactory = no_progress,
         group: Group | None = None,
     ) -> Report:
-        """Score `model`; writes `knn-NAME.json` and `knn-NAME.jsonl` (one line a query) into `out`.
+        """Score `model` and write `knn-NAME.json` and `knn-NAME.jsonl` (one line per query) into `out`.
 
         A head adds `-HEAD-head` to the name, so that it does not overwrite the model's own scores.
 
@@ -60,10 +60,10 @@ class KnnEvaluator:
         Raises:
             DataError: data that are absent, empty, of one class only, or whose classes do not agree.
             ConfigError: an unknown device, or a head that the model does not have.
-            SizeError: a size that holds no picture.
+            SizeError: a size below one pixel, or too many pixels.
             MissingExtraError: FAISS is not installed.
         """
-        load_faiss()  # its absence shows before the long part
+        load_faiss()  # raises here rather than after the extraction
         started = time.monotonic()
         group = group or current()
         cache = settings.cache or default_cache()
@@ -71,7 +71,7 @@ class KnnEvaluator:
         accepted = None
         if settings.real_labels is not None:
             accepted = read_accepted(settings.real_labels, sets.asked.keys, sets.bank.classes)
-        how, notes = plan(model, settings, settings.head)
+        how, notes = make_extraction(model, settings, settings.head)
         damage = Damage()
         extracting = partial(extract, cache=cache, group=group, watch=watch, damage=damage)
         bank = asked = extracting(model, sets.bank, how)
@@ -79,10 +79,10 @@ class KnnEvaluator:
             asked = extracting(model, sets.query, how)
         extracted = time.monotonic()
 
-        carried = partial(carry, model, settings.head)
+        carried = partial(to_teacher_space, model, settings.head)
         classifier = make_classifier(sets, bank, asked, settings, group, carried, how.device)
         neighbours, rankings = classifier.classify()
-        ranking = rankings[settings.headline]
+        ranking = rankings[settings.primary_metric]
         metrics = _score(classifier, rankings, accepted)
         finished = time.monotonic()
 
@@ -94,7 +94,7 @@ class KnnEvaluator:
             task=self.name,
             model=label,
             fingerprint=model.fingerprint,
-            headline="top1",
+            primary_metric="top1",
             metrics=metrics,
             settings={**to_plain(settings), "resolved": _resolved(classifier, how)},
             data=_data_used(sets, bank, asked),
@@ -107,7 +107,7 @@ class KnnEvaluator:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             versions=versions(),
             git=commit(),
-            card=card_of(model),
+            metadata=metadata_of(model),
             machine_settings=machine_settings(settings),
             peak_memory=peak_memory(how.device),
             notes=(*notes, *_clamped(classifier), *damage.notes(group), *told, *domain_notes(model, sources)),
@@ -120,7 +120,7 @@ class KnnEvaluator:
         return report
 
 
-def _open(settings: KnnSettings, memo: Path, watch: Watch) -> Sets:
+def _open(settings: KnnSettings, memo: Path, watch: ProgressFactory) -> Sets:
     bank = open_source(
         settings.bank or "scenes:train",
         limit=settings.limit,
@@ -143,7 +143,7 @@ def _open(settings: KnnSettings, memo: Path, watch: Watch) -> Sets:
         memo=memo,
         watch=watch,
     )
-    aligned_labels(query, bank)  # fails here rather than after the extraction
+    aligned_labels(query, bank)  # raises here rather than after the extraction
     return Sets(bank, query)
 
 
@@ -151,18 +151,18 @@ def _score(
     classifier: Classifier, rankings: Mapping[int, Tensor], accepted: Sequence[frozenset[int]] | None
 ) -> dict[str, Metric]:
     settings = classifier.settings
-    metrics = accuracies(rankings, classifier.labels, classifier.num_classes, settings.headline)
+    metrics = accuracies(rankings, classifier.labels, classifier.num_classes, settings.primary_metric)
     for per_class in settings.few_shot:
         metrics[f"top1_few_shot_{per_class}"] = classifier.few_shot(per_class)
     if accepted is not None:
         counted = [accepted[place] for place in classifier.queries.indices.tolist()]
-        metrics["top1_real"] = real_accuracy(rankings[settings.headline], counted)
+        metrics["top1_real"] = real_accuracy(rankings[settings.primary_metric], counted)
     return metrics
 
 
 def _clamped(classifier: Classifier) -> tuple[str, ...]:
     return tuple(
-        f"k = {k} is more than the {classifier.available} pictures of the bank; all of them voted"
+        f"k = {k} is more than the {classifier.available} images of the bank; all of them voted"
         for k in sorted(set(classifier.settings.k))
         if k > classifier.available
     )

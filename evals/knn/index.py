@@ -1,8 +1,8 @@
-"""Exact cosine neighbours with FAISS, the same whatever the number of ranks.
+"""Exact cosine neighbours with FAISS, independent of the number of ranks.
 
-Products in float32 differ in their last bits with the shape of the matrices, and equal pictures give equal
-similarities. Neighbours nearer to each other than that noise are therefore compared again in float64, and
-what is still equal is ordered by id: the order is a property of the features alone.
+The last bits of float32 products depend on the shape of the matrices, and equal images have equal
+similarities. Neighbours whose similarities differ by less than that noise are therefore compared again in
+float64, and equal ones are ordered by id, so the order depends on the features alone.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from radio.errors import DataError, require
 
 # Letters: N bank, Q queries, C feature width, k neighbours, M merged candidates.
 
-_NOISE = 2e-6  # float32 products of unit vectors of 1280 numbers are off by about 3e-7 at most
+_NOISE = 2e-6  # float32 products of unit vectors of width 1280 have errors of at most about 3e-7
 _DECIMALS = 10  # of float64 similarities: far above their rounding, far below the noise
-_SPARE = 8  # candidates beyond k, so that ties at the border are seen
+_SPARE = 8  # candidates beyond k, so that ties at the border are detected
 _QUERIES = 4096  # in one search
 _PAIRS = 8192  # compared again at once
 _CELLS = 1 << 24  # of a float64 block of similarities
-_MOST_ON_GPU = 2048  # neighbours that FAISS finds on a GPU
+_MOST_ON_GPU = 2048  # neighbours that FAISS supports on a GPU
 _CPU = torch.device("cpu")
-_BLOCK = (1024, 16384)  # queries and bank in one product of FAISS: fewer waits between threads than its own
-_KERNELS = {"AVX512": "SkylakeX", "AVX2": "Haswell"}  # torch's name for what the CPU can do -> OpenBLAS's
+_BLOCK = (1024, 16384)  # queries and bank in one product of FAISS: fewer thread waits than by default
+_KERNELS = {"AVX512": "SkylakeX", "AVX2": "Haswell"}  # torch's name of the CPU capability -> OpenBLAS's
 
 
 class Neighbours(NamedTuple):
-    """The nearest first; where the bank has fewer than k, -inf and -1."""
+    """Neighbours of each query, the nearest first, padded by -inf and -1 up to k."""
 
     similarities: Tensor  # [Q, k] float32, cosine
     ids: Tensor  # [Q, k] int64
@@ -52,7 +52,7 @@ class Index:
     Args:
         features: [N, C] float32, of any length; normalised here.
         ids: [N] int64, ascending, unique over all ranks.
-        device: where candidates are looked for; a GPU is used where this FAISS can.
+        device: where candidates are searched; a GPU is used if this FAISS supports it.
 
     Raises:
         MissingExtraError: FAISS is not installed.
@@ -74,11 +74,11 @@ class Index:
     def search(
         self, queries: Tensor, k: int, *, exclude: Tensor | None = None, group: Group | None = None
     ) -> Neighbours:
-        """The k nearest of all ranks' vectors to each query; every rank calls with the same arguments.
+        """Find the k nearest vectors of all ranks to each query; every rank passes the same arguments.
 
         Args:
             queries: [Q, C] float32, of any length.
-            exclude: [Q] ids that may not be a query's neighbour (itself, when it is in the bank).
+            exclude: [Q] ids that must not be a query's neighbour (itself, when it is in the bank).
 
         Raises:
             DataError: k below 1, or queries of another width than the bank.
@@ -118,7 +118,10 @@ class Index:
         return Neighbours(similarities.float(), ids)
 
     def _candidates(self, queries: Tensor, width: int, exclude: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[Q, width] similarities (float64) and ids of this rank, and [Q] below which it may have more."""
+        """Return this rank's candidates, similarities (float64) and ids [Q, width], and the border [Q].
+
+        The border is the similarity below which the rank may have further candidates.
+        """
         similarities = torch.full((len(queries), width), -torch.inf, dtype=torch.float64)
         ids = torch.full((len(queries), width), -1, dtype=torch.int64)
         border = torch.full((len(queries),), -torch.inf, dtype=torch.float64)
@@ -137,7 +140,7 @@ class Index:
     def _settle_ties(
         self, queries: Tensor, similarities: Tensor, ids: Tensor, group: Group
     ) -> tuple[Tensor, Tensor]:
-        """The candidates [Q, M] again, those within the noise of a neighbour compared in float64."""
+        """Reorder the candidates [Q, M], comparing those within the noise of each other in float64."""
         near = (similarities[:, :-1] - similarities[:, 1:] < _NOISE) & similarities[:, 1:].isfinite()
         tied = F.pad(near, (0, 1)) | F.pad(near, (1, 0))
         query, place = tied.nonzero(as_tuple=True)
@@ -148,7 +151,7 @@ class Index:
         return _sort(similarities, ids)
 
     def _compare(self, queries: Tensor, query: Tensor, ids: Tensor) -> Tensor:
-        """[P] float64 similarities of pairs (query, id); 0 where another rank holds the id."""
+        """Compute the float64 similarities [P] of pairs (query, id); 0 where another rank holds the id."""
         exact = torch.zeros(len(query), dtype=torch.float64)
         if len(self._ids) == 0:
             return exact
@@ -162,7 +165,7 @@ class Index:
     def _search_exactly(
         self, queries: Tensor, k: int, exclude: Tensor, group: Group
     ) -> tuple[Tensor, Tensor]:
-        """[R, k] by float64 throughout, for queries with more ties at the border than were fetched."""
+        """Search [R, k] in float64 throughout, for queries with more ties at the border than were fetched."""
         similarities = torch.full((len(queries), k), -torch.inf, dtype=torch.float64)
         ids = torch.full((len(queries), k), -1, dtype=torch.int64)
         count = len(self._ids)
@@ -183,23 +186,23 @@ class Index:
 
 
 def _copy_to_gpu(faiss: ModuleType, index: Any, device: torch.device) -> Any:
-    """The index on the GPU, with whose candidates ties are settled as with any; None where there is none."""
+    """Copy the index to the GPU, for the search of candidates; None if that is not possible."""
     if device.type != "cuda" or index.ntotal == 0 or not getattr(faiss, "get_num_gpus", int)():
         return None
     resources = faiss.StandardGpuResources()
     try:
         made = faiss.index_cpu_to_gpu(resources, device.index or 0, index)
-    except RuntimeError:  # the bank does not fit; the neighbours are the same without
+    except RuntimeError:  # the bank does not fit; the CPU index returns the same neighbours
         return None
     made.resources = resources  # lives as long as the index
     return made
 
 
 def load_faiss() -> ModuleType:
-    """FAISS, with the matrix kernels that suit the processor.
+    """Import FAISS with the matrix kernels that suit the processor.
 
-    The OpenBLAS inside faiss-cpu's wheel does not know processors newer than 2021 and gives them kernels
-    four times slower than need be (measured on Sapphire Rapids). It reads one variable, when it is loaded.
+    The OpenBLAS inside faiss-cpu's wheel does not detect processors newer than 2021 and selects kernels that
+    are four times slower than necessary (measured on Sapphire Rapids). It reads OPENBLAS_CORETYPE at import.
 
     Raises:
         MissingExtraError: FAISS is not installed.
@@ -220,16 +223,16 @@ def _kernels() -> Iterator[None]:
     try:
         yield
     finally:
-        del os.environ["OPENBLAS_CORETYPE"]  # other libraries choose for themselves
+        del os.environ["OPENBLAS_CORETYPE"]  # other libraries select their own kernels
 
 
 def _merge(similarities: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """All ranks' candidates [world, Q, M] of each query in one row [Q, world * M], the nearest first."""
+    """Merge the candidates [world, Q, M] of all ranks into one row per query, sorted: [Q, world * M]."""
     return _sort(similarities.transpose(0, 1).flatten(1), ids.transpose(0, 1).flatten(1))
 
 
 def _sort(similarities: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """By similarity, the highest first; equal ones by id."""
+    """Sort by similarity, the highest first, then by id."""
     ids, order = ids.sort(dim=1, stable=True)
     similarities, order = similarities.gather(1, order).sort(dim=1, descending=True, stable=True)
     return similarities, ids.gather(1, order)

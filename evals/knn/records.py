@@ -1,4 +1,4 @@
-"""One JSON line for each query: what it is, what it was taken for, and which neighbours said so."""
+"""One JSON line per query: its label, its predictions, and the neighbours that voted."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .index import Neighbours
 
 
 def records_of(sets: Sets, queries: Bank, labels: Tensor, neighbours: Neighbours, ranking: Tensor) -> str:
-    """The records of all queries, a line each.
+    """Format the records of all queries, one line each.
 
     Args:
-        labels: [Q], places in the bank's classes.
-        neighbours: [Q, k], the nearest first; their ids are places in the bank.
+        labels: [Q], indices into the bank's classes.
+        neighbours: [Q, k], the nearest first; their ids are indices into the bank.
         ranking: [Q, 5], the classes with most votes.
     """
     return "".join(_lines(sets, queries, labels, neighbours, ranking))

@@ -1,4 +1,4 @@
-"""From predictions to numbers: accuracies for each k, over tries, and against several accepted labels."""
+"""Accuracies of predictions: for each k, over tries, and against several accepted labels."""
 
 from __future__ import annotations
 
@@ -29,60 +29,61 @@ _ABSENT = -2  # a class that the bank does not have; -1 is no prediction
 
 
 def accuracies(
-    rankings: Mapping[int, Tensor], labels: Tensor, num_classes: int, headline: int
+    rankings: Mapping[int, Tensor], labels: Tensor, num_classes: int, primary_metric: int
 ) -> dict[str, Metric]:
-    """top-1 and top-5 for each k, and the mean over classes for the headline k, in percent.
+    """Compute top-1 and top-5 for each k, and the mean over classes for the primary k, in percent.
 
-    top-5 is left out when there are fewer than five classes; a class without a vote is no prediction.
+    top-5 is omitted below five classes; a class without a vote is no prediction.
     """
     metrics: dict[str, Metric] = {}
-    for k in sorted(rankings, key=lambda k: (k != headline, k)):
-        metrics |= top_accuracies(rankings[k], labels, num_classes, "" if k == headline else f"_k{k}")
-    metrics["mean_class"] = mean_class(rankings[headline], labels)
+    for k in sorted(rankings, key=lambda k: (k != primary_metric, k)):
+        metrics |= top_accuracies(rankings[k], labels, num_classes, "" if k == primary_metric else f"_k{k}")
+    metrics["mean_class"] = mean_class(rankings[primary_metric], labels)
     return metrics
 
 
 def repeated(values: Sequence[float]) -> Metric:
-    """The mean of several tries, and their standard deviation (n - 1) where there are two or more."""
+    """Compute the mean of several tries, and the standard deviation (n - 1) of two or more."""
     tensor = torch.tensor(values, dtype=torch.float64)
     return Metric(value=float(tensor.mean()), std=float(tensor.std()) if len(values) > 1 else None)
 
 
 def real_accuracy(ranking: Tensor, accepted: Sequence[frozenset[int]]) -> Metric:
-    """top-1 against several accepted labels (L. Beyer et al. 2020); pictures without any do not count.
+    """Compute top-1 against several accepted labels (L. Beyer et al. 2020), without images that have none.
 
     Args:
         ranking: [Q, 5] predictions.
-        accepted: [Q], as `read_accepted` gives them.
+        accepted: [Q], as `read_accepted` returns them.
 
     Raises:
-        DataError: no picture has a label.
+        DataError: no image has a label.
     """
     judged = [(int(top), allowed) for top, allowed in zip(ranking[:, 0], accepted, strict=True) if allowed]
     if not judged:
-        raise DataError("the file of accepted labels accepts none for any of the pictures")
+        raise DataError("the file of accepted labels accepts none for any of the images")
     return proportion(sum(top in allowed for top, allowed in judged), len(judged))
 
 
 def read_accepted(path: Path, keys: Sequence[str], classes: Sequence[str]) -> list[frozenset[int]]:
-    """Read which classes are right for each picture, as places in `classes`; -2 for all others.
+    """Read the accepted classes of each image, as indices into `classes`; -2 for classes outside them.
 
     Args:
-        keys: [Q] names. In a list, the number that ends a name (`..._00000001.JPEG`) is the place from 1;
-            in an object, the name without folders, with or without its ending, is the key.
-        classes: of the bank. Those that WordNet ids or numbers stand for have these numbers in the file,
-            others have their places.
+        keys: [Q] names. If the file is a list, the number at the end of a name (`..._00000001.JPEG`) is the
+            index from 1; if it is an object, the name without folders, with or without its extension, is the
+            key.
+        classes: of the bank. WordNet ids and numbers map to their class numbers in the file, other names to
+            their indices.
 
     Raises:
-        DataError: not such a file, a picture that it does not know or that shares its entry with another,
-            classes whose numbers cannot be known, or no label for any picture.
+        DataError: not such a file, an image without an entry or with the entry of another, classes whose
+            numbers are ambiguous or unknown, or no label for any image.
     """
     accepted = _read(path)
     places = _places_by_number(classes, accepted, path)
     entries = [_entry(accepted, key, path) for key in keys]
     _check_own_entries(entries, keys, path)
     if not any(numbers for _, numbers in entries):
-        raise DataError(f"{shown(path)}: accepts no label for any of the pictures")
+        raise DataError(f"{shown(path)}: accepts no label for any of the images")
     return [frozenset(places.get(number, _ABSENT) for number in numbers) for _, numbers in entries]
 
 
@@ -100,7 +101,7 @@ def _read(path: Path) -> _Accepted:
 
 
 def _places_by_number(classes: Sequence[str], accepted: _Accepted, path: Path) -> dict[int, int]:
-    """The place of each class by its number in the file."""
+    """Map the class numbers of the file to indices into `classes`."""
     if are_wordnet_ids(classes) and all(name in imagenet_numbers() for name in classes):
         return {imagenet_numbers()[name]: place for place, name in enumerate(classes)}
     if all(name.isdecimal() for name in classes):
@@ -126,7 +127,7 @@ def _places_by_number(classes: Sequence[str], accepted: _Accepted, path: Path) -
 
 
 def _entry(accepted: _Accepted, key: str, path: Path) -> tuple[str | int, list[int]]:
-    """Which entry of the file a picture has, and what is in it."""
+    """Return the key or number of an image's entry in the file, and the entry."""
     name = PurePosixPath(composed(key))
     if isinstance(accepted, dict):
         for candidate in (composed(key), name.name, name.stem):
@@ -150,6 +151,6 @@ def _check_own_entries(
         other = owners.setdefault(entry, key)
         if other != key:
             raise DataError(
-                f"{path}: {other} and {key} would both have its entry {entry}; give each picture a name or "
+                f"{path}: {other} and {key} would both have its entry {entry}; give each image a name or "
                 f"number of its own"
             )

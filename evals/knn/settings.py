@@ -1,4 +1,4 @@
-"""What can be chosen about a k-NN evaluation. Every field is a flag of `radio-eval knn`."""
+"""Settings of a k-NN evaluation. Every field is a flag of `radio-eval knn`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from radio.config import Count, Positive
 from radio.errors import ConfigError
 
 Neighbourhood = Annotated[int, Interval(ge=1, le=16_384)]
-"""How many neighbours vote: all of a query's are held in memory at once."""
+"""Number of neighbours that vote; those of a query are in memory at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,36 +21,36 @@ class KnnSettings(ExtractionSettings):
     """Weighted k-nearest-neighbour classification of frozen summaries."""
 
     bank: str | None = None
-    """Labelled pictures to look neighbours up in: a folder with one folder a class, or tar shards. The
-    generated world unless given."""
+    """Labelled images that provide the neighbours: a folder with one folder per class, or tar shards.
+    Default: the generated world."""
     query: str | None = None
-    """Labelled pictures to classify."""
+    """Labelled images to classify. Default: the generated world."""
     leave_one_out: bool = False
-    """Classify the bank's own pictures, each without itself, instead of a query set."""
+    """Classify the bank's own images, each without itself, instead of a query set."""
     scenes: tuple[Scenes, Scenes] = (6000, 1500)
-    """Bank and query pictures of the generated world, where no data are given."""
+    """Numbers of bank and query images of the generated world."""
     k: tuple[Neighbourhood, ...] = (10, 20, 100, 200)
     """Numbers of neighbours, scored from one search."""
-    headline_k: Neighbourhood | None = None
-    """The k whose scores are called top1, top5 and mean_class. 20, or the first k where 20 is none of them,
-    unless given."""
+    primary_k: Neighbourhood | None = None
+    """The k whose scores are called top1, top5 and mean_class. Default: 20 if it is among k, else the
+    first."""
     temperature: Positive = 0.07
     """A neighbour of similarity s votes exp(s / temperature)."""
     few_shot: tuple[Count, ...] = ()
-    """Also score banks of so many pictures per class."""
+    """Also score banks with these numbers of images per class."""
     tries: Annotated[int, Interval(ge=0, le=1000)] = 5
-    """Random banks for each few-shot count; the try's number is its seed."""
+    """Random banks for each few-shot count; the seeds count from 0."""
     head: str | None = None
     """Score the summary in this teacher's space, through the student's adaptor."""
     real_labels: Path | None = None
-    """Also score against a JSON list of accepted classes per query picture (ImageNet-ReaL's layout)."""
+    """Also score against a JSON list of accepted classes per query image (ImageNet-ReaL's layout)."""
 
     def __post_init__(self) -> None:
-        """Refuse what no data could make sense of."""
+        """Validate the settings; raise `ConfigError` when they are invalid or contradictory."""
         if not self.k or min(self.k) < 1:
             raise ConfigError(f"k = {self.k}: give one or more numbers of neighbours, each 1 or more")
-        if self.headline_k is not None and self.headline_k not in self.k:
-            raise ConfigError(f"headline_k = {self.headline_k} is not among k = {self.k}; add it there")
+        if self.primary_k is not None and self.primary_k not in self.k:
+            raise ConfigError(f"primary_k = {self.primary_k} is not among k = {self.k}; add it there")
         if self.few_shot and (min(self.few_shot) < 1 or self.tries < 1):
             raise ConfigError(
                 f"few_shot = {self.few_shot} with {self.tries} tries: give numbers of 1 or more"
@@ -64,8 +64,8 @@ class KnnSettings(ExtractionSettings):
         ExtractionSettings.__post_init__(self)  # super() does not work in a class with slots
 
     @property
-    def headline(self) -> int:
-        """The k that is called by no number."""
-        if self.headline_k is not None:
-            return self.headline_k
+    def primary_metric(self) -> int:
+        """The k whose metrics have no suffix."""
+        if self.primary_k is not None:
+            return self.primary_k
         return 20 if 20 in self.k else self.k[0]

@@ -22,15 +22,15 @@ def vote(
     temperature: float,
     places: int = 5,
 ) -> dict[int, Tensor]:
-    """For each k the classes with most votes, [B, places] int64; -1 where no further class has a vote.
+    """Return for each k the classes with most votes, [B, places] int64, padded by -1.
 
-    A neighbour of similarity s votes exp(s / temperature) for its class. The sums are kept in float64
-    relative to the nearest neighbour's vote, which changes no order; equal sums go to the lower class.
+    A neighbour of similarity s votes exp(s / temperature) for its class. The sums are computed in float64
+    relative to the nearest neighbour's vote, which does not change the order; ties go to the lower class.
 
     Args:
         similarities: [B, k] cosines, the nearest first.
-        labels: [B, k] classes, -1 where there is no neighbour.
-        ks: each takes the first k columns, all of them where there are fewer.
+        labels: [B, k] classes, -1 for a missing neighbour.
+        ks: each uses the first k columns, or all of them if there are fewer.
 
     Raises:
         DataError: a temperature that is not above zero.

@@ -1,4 +1,4 @@
-"""Visual question answering: the benchmarks side by side, and single questions answered right and wrong."""
+"""Visual question answering: the benchmarks side by side, and examples of right and wrong answers."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from evals.core.features import default_cache
 from evals.core.report import Report
 from radio.errors import DataError
 
-from .blocks import Block, Example, Examples, Folded, Panel, Picture, Plots, notes
+from .blocks import Block, Collapsible, Example, Examples, Panel, Plots, Thumbnail, notes
 from .figures import bars
-from .pictures import Album, read_picture
+from .images import ImageBudget, read_image
 from .records import Answered, answered, read_records
 from .sections import Scored
 
 _TASKS = ("gqa", "vqav2", "textvqa", "scienceqa", "custom")
-_BELOW = ("images", "vqav2/val2014", "scienceqa/images")  # of the generated benchmarks
-_EACH = 3  # right and wrong ones of a benchmark
+_BELOW = ("images", "vqav2/val2014", "scienceqa/images")  # image folders of the generated benchmarks
+_EACH = 3  # right answers, and wrong ones, that are shown of a benchmark
 _LONGEST = 240  # letters of a question
 
 
 def vqa_blocks(scored: Scored) -> tuple[list[Block], frozenset[str]]:
-    """Bars of the benchmarks, examples."""
+    """Build bars of the benchmarks, and examples of answers."""
     blocks: list[Block] = []
     names = [
         name
@@ -37,32 +37,32 @@ def vqa_blocks(scored: Scored) -> tuple[list[Block], frozenset[str]]:
             name="vqa-tasks",
             x_label="accuracy (%)",
         )
-        caption = "Accuracy on each benchmark; blind: the same questions without the picture."
+        caption = "Accuracy on each benchmark; blind: the same questions without the image."
         panels = (Panel(title="accuracy by benchmark", svg=svg),)
         blocks.append(Plots(caption=caption, panels=panels, legend=scored.legend()))
-    told: list[str] = []
+    warnings: list[str] = []
     shown: list[Examples] = []
     for entry in scored.entries:
         found, remarks = read_records(entry, answered)
-        folders = picture_folders(entry.report)
-        told += remarks
+        folders = image_folders(entry.report)
+        warnings += remarks
         for file, records in found.items():
             task = next((task for task in _TASKS if file.endswith(f"-{task}.jsonl")), "questions")
             shown.append(
                 Examples(
                     caption=f"{entry.report.model}, {task}: answers right and wrong.",
                     examples=tuple(
-                        _example(record, _picture(record, folders, scored.album))
+                        _example(record, _image(record, folders, scored.image_budget))
                         for record in choose(records)
                     ),
                 )
             )
-    folded = [Folded(summary=one.caption, blocks=(one,)) for one in shown[1:]]
-    return [*blocks, *notes(told), *shown[:1], *folded], frozenset()
+    folded = [Collapsible(summary=one.caption, blocks=(one,)) for one in shown[1:]]
+    return [*blocks, *notes(warnings), *shown[:1], *folded], frozenset()
 
 
 def choose(records: Sequence[Answered]) -> list[Answered]:
-    """Some right and some wrong answers, evenly spread over the records."""
+    """Select some right and some wrong answers, evenly spread over the records."""
     right = [record for record in records if record.score >= 0.5]
     wrong = [record for record in records if record.score < 0.5]
     return [*_spread(right), *_spread(wrong)]
@@ -73,8 +73,8 @@ def _spread(records: Sequence[Answered]) -> list[Answered]:
     return [records[place * len(records) // count] for place in range(count)]
 
 
-def picture_folders(report: Report) -> list[Path]:
-    """Where the pictures of a report's questions may lie: the folder in its settings, or the cache."""
+def image_folders(report: Report) -> list[Path]:
+    """List the folders that may hold the images of the questions: as the settings say, or in the cache."""
     named = report.settings.get("images")
     if isinstance(named, str):
         return [Path(named)]
@@ -87,21 +87,21 @@ def picture_folders(report: Report) -> list[Path]:
     return [root / below for root in roots for below in _BELOW]
 
 
-def _picture(record: Answered, folders: Sequence[Path], album: Album) -> Picture | None:
-    """The picture of a question, where it can be found; an example does without."""
+def _image(record: Answered, folders: Sequence[Path], image_budget: ImageBudget) -> Thumbnail | None:
+    """Return the image of a question; None where it cannot be found."""
     for folder in folders if record.image else ():
         try:
-            pixels = read_picture(folder, record.image)
+            pixels = read_image(folder, record.image)
         except DataError:
             continue
-        return album.add(pixels, record.image, side=192, shown=96)
+        return image_budget.add(pixels, record.image, side=192, shown=96)
     return None
 
 
-def _example(record: Answered, picture: Picture | None) -> Example:
+def _example(record: Answered, image: Thumbnail | None) -> Example:
     question = record.question if len(record.question) <= _LONGEST else f"{record.question[:_LONGEST]}…"
     return Example(
-        picture=picture,
+        image=image,
         lines=(
             question,
             f"answered: {record.answer or '(nothing)'}",

@@ -1,4 +1,4 @@
-"""What a page is made of. Texts are plain; the templates escape them."""
+"""The parts that a page is made of. Texts are plain; the templates escape them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from evals.core.tables import cell as words
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
-    """One cell: its text, small words under it, and what it is sorted by (the text unless given)."""
+    """One cell: its text, small text under it, and its sort key (default: the text)."""
 
     text: str = ""
     order: float | str | None = None
@@ -22,7 +22,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Column:
-    """A column's head; numbers stand to the right and are sorted downwards first."""
+    """A column's head; numbers are right-aligned and sorted in descending order first."""
 
     name: str
     small: str = ""
@@ -31,7 +31,7 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grid:
-    """A table whose first cell of a row is the row's head. Sorting moves `rows` and leaves `fixed` below."""
+    """A table; the first cell of each row is its head. Sorting moves `rows` and leaves `fixed` below."""
 
     kind: ClassVar[str] = "grid"
 
@@ -42,11 +42,11 @@ class Grid:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Key:
+class LegendEntry:
     """An entry of a legend."""
 
     name: str
-    slot: int
+    color: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,46 +65,46 @@ class Plots:
 
     caption: str
     panels: tuple[Panel, ...]
-    legend: tuple[Key, ...] = ()
+    legend: tuple[LegendEntry, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Picture:
+class Thumbnail:
     """An image inside the page."""
 
     src: str
     alt: str
     width: int
     height: int
-    words: str = ""
+    label: str = ""
     good: bool | None = None
     crisp: bool = False  # enlarged pixel by pixel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gallery:
-    """Pictures one after the other."""
+    """Images one after the other."""
 
     kind: ClassVar[str] = "gallery"
 
     caption: str
-    pictures: tuple[Picture, ...]
+    images: tuple[Thumbnail, ...]
     wide: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
-    """One picture (or none), what is said of it in lines, and other pictures beside it."""
+    """One image (or none), lines of text about it, and other images beside it."""
 
-    picture: Picture | None
+    image: Thumbnail | None
     lines: tuple[str, ...]
-    others: tuple[Picture, ...] = ()
+    others: tuple[Thumbnail, ...] = ()
     good: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Examples:
-    """What a model did with single samples."""
+    """A model's predictions for single samples."""
 
     kind: ClassVar[str] = "examples"
 
@@ -113,22 +113,22 @@ class Examples:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Strip:
-    """A row of pictures with its head: a model's maps."""
+class ImageRow:
+    """A row of images with its head: a model's maps."""
 
     name: str
     note: str
-    pictures: tuple[Picture, ...]
+    images: tuple[Thumbnail, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Strips:
-    """Rows of pictures under one another, in step."""
+    """Rows of images below one another, aligned."""
 
     kind: ClassVar[str] = "strips"
 
     caption: str
-    strips: tuple[Strip, ...]
+    strips: tuple[ImageRow, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,7 +141,7 @@ class Notes:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Folded:
+class Collapsible:
     """Blocks that open on demand."""
 
     kind: ClassVar[str] = "folded"
@@ -151,12 +151,12 @@ class Folded:
     open: bool = False
 
 
-Block = Grid | Plots | Gallery | Examples | Strips | Notes | Folded
+Block = Grid | Plots | Gallery | Examples | Strips | Notes | Collapsible
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Section:
-    """A part of the page with a place in its contents."""
+    """A part of the page with an entry in its table of contents."""
 
     anchor: str
     title: str
@@ -165,12 +165,12 @@ class Section:
 
 
 def notes(texts: Sequence[str]) -> tuple[Block, ...]:
-    """A block of remarks, each once, or nothing where there are none."""
+    """Build a block of remarks, each once; empty without any."""
     return (Notes(texts=tuple(dict.fromkeys(texts))),) if texts else ()
 
 
 def metric_cell(metric: Metric | None, *, best: float | None = None, small: str = "") -> Cell:
-    """A value with half of its interval; strong where it is the best."""
+    """Build a cell of a value with half of its interval; bold where it is the best."""
     if metric is None:
         return Cell()
     return Cell(
@@ -179,7 +179,7 @@ def metric_cell(metric: Metric | None, *, best: float | None = None, small: str 
 
 
 def best_of(metrics: Sequence[Metric | None]) -> float | None:
-    """The best value, None where there are no two different ones to choose among."""
+    """Return the best value; None where fewer than two different values exist."""
     there = [metric for metric in metrics if metric is not None]
     if len({metric.value for metric in there}) < 2:
         return None

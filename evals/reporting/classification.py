@@ -1,4 +1,4 @@
-"""k-NN and zero-shot: accuracy over k, what is taken for what, and single pictures that went wrong."""
+"""k-NN and zero-shot on the page: accuracy over k, confusions, and misclassified images."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from radio.io import validate
 from .blocks import (
     Block,
     Cell,
+    Collapsible,
     Column,
     Example,
     Examples,
-    Folded,
     Grid,
     Panel,
-    Picture,
     Plots,
+    Thumbnail,
     notes,
 )
 from .figures import Series, lines
-from .pictures import Album
+from .images import ImageBudget
 from .records import Classified, Entry, classified, read_records
 from .sections import Scored, class_grid
 
 _MOST_PAIRS = 15
-_MODELS, _WRONG, _NEIGHBOURS = 4, 6, 5  # models and pictures of each that are shown
+_MODELS, _WRONG, _NEIGHBOURS = 4, 6, 5  # shown: models, wrong images of each, neighbours of each image
 _THUMB = 56
 _MOST_SCENES = 1_000_000
 
@@ -44,7 +44,7 @@ class _Settings(TypedDict, total=False):
     """The settings of k-NN and zero-shot that the page reads."""
 
     k: list[int]
-    headline_k: int | None
+    primary_k: int | None
     bank: str | None
     query: str | None
     limit: int | None
@@ -57,45 +57,45 @@ _SETTINGS = TypeAdapter(_Settings)
 
 
 class Opened(NamedTuple):
-    """A set of pictures with the place of each key."""
+    """A set of images with the index of each key."""
 
     source: ImageSource
     places: dict[str, int]
 
 
 def knn_blocks(scored: Scored) -> tuple[list[Block], frozenset[str]]:
-    """Accuracy over k, confusions, wrong neighbours, classes."""
+    """Build k-NN's blocks; return them with the names of the tables that they show."""
     blocks: list[Block] = [*_over_k(scored), *_few_shot(scored)]
     return [*blocks, *_samples(scored), *_classes(scored)], frozenset({"classes", "confusions"})
 
 
 def zeroshot_blocks(scored: Scored) -> tuple[list[Block], frozenset[str]]:
-    """Confusions, pictures that went wrong, classes."""
+    """Build zero-shot's blocks; return them with the names of the tables that they show."""
     return [*_samples(scored), *_classes(scored)], frozenset({"classes", "confusions"})
 
 
-def headline_k(report: Report) -> int | None:
-    """The k that a k-NN report calls by no number; None where the settings do not say."""
+def primary_k(report: Report) -> int | None:
+    """Return the k whose metrics have no number in their name; None where the settings do not say."""
     try:
         settings = validate(_SETTINGS, report.settings, "settings")
     except DataError:
         return None
-    ks, named = settings.get("k"), settings.get("headline_k")
+    ks, named = settings.get("k"), settings.get("primary_k")
     if not ks:
         return None
     return named if named is not None else (20 if 20 in ks else ks[0])
 
 
-def over_k(report: Report, metric: str, slot: int) -> Series:
-    """A metric such as `top1` over k."""
+def over_k(report: Report, metric: str, color: int) -> Series:
+    """Return a metric such as `top1` over k as a series."""
     found = {k: report.metrics[name] for k, name in _numbered(report, f"{metric}_k").items()}
-    k = headline_k(report)
+    k = primary_k(report)
     if k is not None and k > 0 and metric in report.metrics:
         found[k] = report.metrics[metric]
     points = sorted(found.items())
     return Series(
         name=report.model,
-        slot=slot,
+        color=color,
         x=tuple(float(k) for k, _ in points),
         y=tuple(metric.value for _, metric in points),
         low=tuple(metric.low for _, metric in points),
@@ -104,19 +104,19 @@ def over_k(report: Report, metric: str, slot: int) -> Series:
 
 
 def _numbered(report: Report, prefix: str) -> dict[int, str]:
-    """The metrics that are called so, with a number behind it."""
+    """Return the metrics whose name is `prefix` and a number, by that number."""
     pattern = re.compile(re.escape(prefix) + "([1-9][0-9]{0,8})")
     matches = [(pattern.fullmatch(name), name) for name in report.metrics]
     return {int(match[1]): name for match, name in matches if match}
 
 
 def confusions(records: Sequence[Classified]) -> Counter[tuple[str, str]]:
-    """How often a class was taken for another."""
+    """Count how often each class was predicted as another: (class, prediction)."""
     return Counter((r.label, r.predictions[0]) for r in records if r.predictions and not r.right)
 
 
 def wrong_ones(records: Sequence[Classified], count: int) -> list[Classified]:
-    """Pictures that were taken for another class, the surest first, no pair of classes twice."""
+    """Select misclassified images, the most confident first, one for each pair of classes."""
     wrong = [record for record in records if record.predictions and not record.right]
     wrong.sort(key=lambda r: (-max((*r.similarities[:1], *r.logits[:1]), default=0.0), r.key))
     found: dict[tuple[str, str], Classified] = {}
@@ -125,10 +125,10 @@ def wrong_ones(records: Sequence[Classified], count: int) -> list[Classified]:
     return list(found.values())[:count]
 
 
-def query_pictures(reports: Sequence[Report], count: int) -> tuple[list[tuple[str, Tensor]], str]:
-    """Some pictures with their keys, evenly spread over what was asked, and where they are from.
+def query_images(reports: Sequence[Report], count: int) -> tuple[list[tuple[str, Tensor]], str]:
+    """Select images with their keys, evenly spread over the queries; return them and their source's name.
 
-    Of the generated world where the reports name none that can be read.
+    They are from the generated world where no report names images that can be read.
     """
     for report in reports:
         if report.task in ("knn", "zeroshot") and not _is_retrieval(report):
@@ -173,40 +173,40 @@ def _few_shot(scored: Scored) -> list[Block]:
         found.append(
             Series(
                 name=report.model,
-                slot=scored.slots[report.model],
+                color=scored.slots[report.model],
                 x=tuple(float(count) for count, _ in there),
                 y=tuple(metric.value for _, metric in there),
                 low=tuple(low for low, _ in spans),
                 high=tuple(high for _, high in spans),
             )
         )
-    svg = lines(found, name="knn-few-shot", x_label="pictures a class", y_label="top-1 (%)", log_x=True)
-    panel = Panel(title="top-1 over the pictures a class", svg=svg)
-    caption = "Accuracy with few labelled pictures, ± one standard deviation over tries."
+    svg = lines(found, name="knn-few-shot", x_label="images a class", y_label="top-1 (%)", log_x=True)
+    panel = Panel(title="top-1 over the images a class", svg=svg)
+    caption = "Accuracy with few labelled images, ± one standard deviation over tries."
     return [Plots(caption=caption, panels=(panel,), legend=scored.legend())]
 
 
 def _samples(scored: Scored) -> list[Block]:
-    """Confusions and wrong pictures, from the records."""
+    """Build the confusions and the misclassified images from the records."""
     by_model: dict[str, list[Classified]] = {}
-    told: list[str] = []
+    warnings: list[str] = []
     shown: list[Examples] = []
     for entry in scored.entries:
         if _is_retrieval(entry.report):
             continue
         found, remarks = read_records(entry, classified)
-        told += remarks
+        warnings += remarks
         records = [record for group in found.values() for record in group]
         if not records:
             continue
         by_model[entry.report.model] = records
         if len(by_model) <= _MODELS:
-            examples, remarks = _wrong_pictures(entry, records, scored.album)
-            told += remarks
+            examples, remarks = _wrong_images(entry, records, scored.image_budget)
+            warnings += remarks
             shown += [examples] if examples is not None else []
-    folded = [Folded(summary=one.caption, blocks=(one,)) for one in shown[1:]]
+    folded = [Collapsible(summary=one.caption, blocks=(one,)) for one in shown[1:]]
     pairs = _confusion_grid(by_model)
-    return [*notes(told), *([pairs] if pairs else []), *shown[:1], *folded]
+    return [*notes(warnings), *([pairs] if pairs else []), *shown[:1], *folded]
 
 
 def _is_retrieval(report: Report) -> bool:
@@ -245,32 +245,32 @@ def _confusion_grid(by_model: dict[str, list[Classified]]) -> Grid | None:
 def _classes(scored: Scored) -> list[Block]:
     caption = "Top-1 of each class in percent."
     grid = class_grid(scored.reports, "classes", "top1", caption, count="count")
-    return [Folded(summary="class by class", blocks=(grid,))] if grid else []
+    return [Collapsible(summary="class by class", blocks=(grid,))] if grid else []
 
 
-def _wrong_pictures(
-    entry: Entry, records: Sequence[Classified], album: Album
+def _wrong_images(
+    entry: Entry, records: Sequence[Classified], image_budget: ImageBudget
 ) -> tuple[Examples | None, list[str]]:
     report, chosen = entry.report, wrong_ones(records, _WRONG)
     if not chosen:
         return None, []
-    told: list[str] = []
-    asked, bank = _sources(report, told)
+    warnings: list[str] = []
+    asked, bank = _sources(report, warnings)
     examples = []
     for record in chosen:
         said = ", ".join(
             f"{name} {value:.1f}" for name, value in zip(record.predictions, record.logits, strict=False)
         )
-        picture = _thumb(asked, record.key, record.label, None, album, told)
+        image = _thumb(asked, record.key, record.label, None, image_budget, warnings)
         near = [
-            _thumb(bank, key, "", record.label, album, told, f"{similarity:.2f}")
+            _thumb(bank, key, "", record.label, image_budget, warnings, f"{similarity:.2f}")
             for key, similarity in list(zip(record.neighbours, record.similarities, strict=False))[
                 :_NEIGHBOURS
             ]
         ]
         examples.append(
             Example(
-                picture=picture,
+                image=image,
                 lines=(
                     f"{record.label}, taken for {record.predictions[0]}",
                     record.key,
@@ -281,8 +281,8 @@ def _wrong_pictures(
             )
         )
     near_words = ", each with its nearest neighbours and their cosine" if chosen[0].neighbours else ""
-    caption = f"{report.model}: wrong and sure of it, one picture for each pair of classes{near_words}."
-    return Examples(caption=caption, examples=tuple(examples)), list(dict.fromkeys(told))
+    caption = f"{report.model}: wrong and sure of it, one image for each pair of classes{near_words}."
+    return Examples(caption=caption, examples=tuple(examples)), list(dict.fromkeys(warnings))
 
 
 def _thumb(
@@ -290,35 +290,35 @@ def _thumb(
     key: str,
     label: str,
     wanted: str | None,
-    album: Album,
-    told: list[str],
-    words: str = "",
-) -> Picture | None:
+    image_budget: ImageBudget,
+    warnings: list[str],
+    caption: str = "",
+) -> Thumbnail | None:
     if opened is None:
         return None
     place = opened.places.get(key)
     if place is None:
-        told.append(f"some pictures, such as {key}, are not in {opened.source.name} any more")
+        warnings.append(f"some images, such as {key}, are not in {opened.source.name} any more")
         return None
     name = opened.source.classes[int(opened.source.labels[place])]
     try:
         pixels = opened.source.read(place)
     except RadioError as error:
-        told.append(f"{key}: {error}")
+        warnings.append(f"{key}: {error}")
         return None
     good = None if wanted is None else name == wanted
     alt = f"{key}: {label or name}"
-    return album.add(
-        pixels, alt, side=96, shown=_THUMB, words=f"{name} {words}".strip() if words else "", good=good
+    return image_budget.add(
+        pixels, alt, side=96, shown=_THUMB, label=f"{name} {caption}".strip() if caption else "", good=good
     )
 
 
-def _sources(report: Report, told: list[str]) -> tuple[Opened | None, Opened | None]:
-    """The pictures that were asked, and those of the bank where there is one."""
+def _sources(report: Report, warnings: list[str]) -> tuple[Opened | None, Opened | None]:
+    """Open the query images, and those of the bank where the report has one."""
     try:
         settings = validate(_SETTINGS, report.settings, f"settings of {report.model}")
     except DataError as error:
-        told.append(f"pictures are not shown: {error}")
+        warnings.append(f"images are not shown: {error}")
         return None, None
     seed, limit, scenes = settings.get("seed", 0), settings.get("limit"), settings.get("scenes", 1500)
     sizes = scenes if isinstance(scenes, list) and len(scenes) == 2 else [scenes, scenes]
@@ -327,15 +327,15 @@ def _sources(report: Report, told: list[str]) -> tuple[Opened | None, Opened | N
         names[1], sizes = names[0], [sizes[0], sizes[0]]
     prints = {used.role: used.fingerprint for used in report.data}
     wanted = prints.get("query", prints.get("bank"))
-    asked = _open(names[1], sizes[-1], limit, seed, wanted, told)
-    bank = _open(names[0], sizes[0], limit, seed, prints.get("bank"), told) if "bank" in prints else None
+    asked = _open(names[1], sizes[-1], limit, seed, wanted, warnings)
+    bank = _open(names[0], sizes[0], limit, seed, prints.get("bank"), warnings) if "bank" in prints else None
     return asked, bank
 
 
 def _open(
-    name: str, scenes: Any, limit: Any, seed: int, fingerprint: str | None, told: list[str]
+    name: str, scenes: Any, limit: Any, seed: int, fingerprint: str | None, warnings: list[str]
 ) -> Opened | None:
-    """The pictures of a source; None, with a word on why, where they are not what was scored."""
+    """Open the images of a source; None, with a warning, where they are not those that were scored."""
     try:
         count = min(scenes, _MOST_SCENES) if isinstance(scenes, int) else 1500
         source = open_source(name, limit=limit, scenes=count, seed=seed)
@@ -343,5 +343,5 @@ def _open(
             raise DataError(f"{name} is not drawn as it was when this was scored")
         return Opened(source, {key: place for place, key in enumerate(source.keys)})
     except (RadioError, OSError) as error:
-        told.append(f"pictures are not shown: {error}")
+        warnings.append(f"images are not shown: {error}")
         return None

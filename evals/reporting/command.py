@@ -1,4 +1,4 @@
-"""`radio-eval compare` and `radio-eval trend`: a gate for one night, and the page of many."""
+"""`radio-eval compare` and `radio-eval trend`: a gate for one night, and a page of many nights."""
 
 from __future__ import annotations
 
@@ -22,41 +22,41 @@ from .trend import write_trend
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompareOptions:
-    """Compares two folders of reports, metric by metric."""
+    """Compare two folders of reports, metric by metric."""
 
     reports: tyro.conf.Positional[Path]
     """The folder of the new reports."""
     baseline: Path
     """The folder that they are compared with."""
     tolerance: NotNegative = 0.5
-    """A drop of so many points is no regression."""
+    """A drop of up to so many points is no regression."""
     noise: Path | None = None
-    """What radio-eval noise measured: a drop within it is no regression. `noise.json` beside the baseline's
-    reports unless given, if it is there."""
+    """What radio-eval noise measured: a drop within it is no regression. Default: `noise.json` beside the
+    baseline's reports, if it exists."""
     fail_on_regression: bool = False
-    """Exit with 1 when a metric dropped by more, or a task of the baseline is missing."""
+    """Exit with code 1 when a metric dropped by more, or a task of the baseline is missing."""
     markdown: Path | None = None
     """Also write the table as markdown, for a step summary."""
     junit: Path | None = None
     """Also write JUnit XML."""
     plain: bool = False
-    """No colours, no drawn lines."""
+    """No colours and no box-drawing characters."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrendOptions:
-    """Many nights' reports as one HTML page: a line a metric, and the commits where it jumped."""
+    """Write many nights' reports as one HTML page: metrics over time, and the commits where they jumped."""
 
     nights: tyro.conf.Positional[Path]
     """A folder with one folder of reports a night."""
     html: Path = Path("trend.html")
     """The page to write."""
     tolerance: NotNegative = 1.0
-    """A headline that moves by more points from one night to the next has jumped."""
+    """A primary metric that moves by more points from one night to the next has jumped."""
 
 
 def run_trend(arguments: Sequence[str]) -> int:
-    """The exit code: 0 when the page was written.
+    """Run `radio-eval trend`; return the exit code 0 when the page was written.
 
     Raises:
         DataError: no such folder, fewer than two nights, or a damaged report.
@@ -74,10 +74,10 @@ def run_trend(arguments: Sequence[str]) -> int:
 
 
 def run_compare(arguments: Sequence[str]) -> int:
-    """The exit code: 1 for a regression where one is asked to fail, else 0.
+    """Run `radio-eval compare`; return the exit code: 1 for a regression with --fail-on-regression, else 0.
 
     Raises:
-        DataError: a folder without reports, or reports that were not made alike.
+        DataError: a folder without reports, or reports that differ in settings or data.
         ConfigError: a tolerance below 0.
     """
     options = check(parse_options(CompareOptions, arguments, prog="radio-eval compare"))

@@ -1,4 +1,4 @@
-"""Two folders of reports side by side: what changed, how sure that is, and whether it is a regression."""
+"""Comparison of two folders of reports: what changed, how certain that is, and whether it is a regression."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Verdict = Literal["better", "worse", "same", "missing", "new", "timing"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """One metric of one task."""
+    """The change of one metric of one task."""
 
     task: str
     model: str
@@ -32,23 +32,23 @@ class Change:
     baseline: float | None
     low: float | None = None  # 95 % interval of the difference
     high: float | None = None
-    paired: bool = False  # sample by sample
+    paired: bool = False  # the interval is a paired bootstrap
     allowed: float = 0.0  # the larger of tolerance and noise
     verdict: Verdict
 
     @property
     def difference(self) -> float | None:
-        """New minus old."""
+        """New value minus baseline; None where either is missing."""
         if self.value is None or self.baseline is None:
             return None
         return self.value - self.baseline
 
 
 def read_reports(folder: Path) -> dict[tuple[str, str], Entry]:
-    """The reports of a folder by task and model.
+    """Read the reports of a folder by task and model.
 
     Raises:
-        DataError: no such folder, none in it, a damaged one, or two of one task and model.
+        DataError: no such folder, no report in it, a damaged one, or two of one task and model.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder of reports")
@@ -75,18 +75,18 @@ def compare(
     tolerance: float,
     noise: Mapping[str, Mapping[str, float]] | None = None,
 ) -> list[Change]:
-    """Every metric of every task, in the order of the baseline.
+    """Compare every metric of every task, in the order of the baseline.
 
     Reports are paired by task and model; where each side has one report of a task, by the task alone. A drop
     is a regression when it is larger than the tolerance and larger than the noise. Rates are shown and not
-    judged. A task of the baseline that is not there any more is `missing`, which is a regression too.
+    judged. A task of the baseline without a new report is `missing`, which is a regression too.
 
     Args:
         tolerance: in the metric's unit.
-        noise: by task and metric, what two runs of one model differ by.
+        noise: by task and metric, how much two runs of one model differ.
 
     Raises:
-        DataError: two reports that were not made alike; names the difference.
+        DataError: two reports differ in settings or data; the message names the difference.
     """
     pairs = _pair(reports, baseline)
     changes: list[Change] = []
@@ -103,16 +103,16 @@ def compare(
 
 
 def regressions(changes: Sequence[Change]) -> list[Change]:
-    """The changes that a gate should stop."""
+    """Select the changes that fail a gate: `worse` and `missing`."""
     return [change for change in changes if change.verdict in ("worse", "missing")]
 
 
 def is_report(path: Path) -> bool:
-    """Whether a JSON file is one, or is damaged and was perhaps one."""
+    """Check whether a JSON file is a report, or is damaged and may have been one."""
     try:
         data = parse_json(read_text(path), path)
     except DataError:
-        return True  # `read` says what is wrong with it
+        return True  # `read` reports what is wrong with it
     return not isinstance(data, dict) or str(data.get("format", "am-radio-report")).startswith(
         "am-radio-report"
     )
@@ -140,12 +140,12 @@ def _by_task(entries: Mapping[tuple[str, str], Entry]) -> dict[str, dict[str, En
 
 
 def _one_sided(report: Report, verdict: Verdict) -> Change:
-    metric = report.metrics[report.headline]
+    metric = report.metrics[report.primary_metric]
     value, baseline = (metric.value, None) if verdict == "new" else (None, metric.value)
     return Change(
         task=report.task,
         model=report.model,
-        metric=report.headline,
+        metric=report.primary_metric,
         unit=metric.unit,
         value=value,
         baseline=baseline,
@@ -154,7 +154,7 @@ def _one_sided(report: Report, verdict: Verdict) -> Change:
 
 
 def _check_alike(new: Entry, old: Entry) -> None:
-    """Refuse to compare what was measured differently."""
+    """Refuse to compare reports that differ in settings or data."""
     free = machine_settings([new.report, old.report])
     ours, theirs = (protocol(entry.report, free) for entry in (new, old))
     for name in dict.fromkeys([*theirs, *ours]):
@@ -166,7 +166,7 @@ def _check_alike(new: Entry, old: Entry) -> None:
 
 
 def protocol(report: Report, free: frozenset[str]) -> dict[str, Any]:
-    """What must be equal for two reports to be comparable: settings (but for the `free` ones) and data."""
+    """Return what must be equal for reports to be comparable: settings (except the `free` ones) and data."""
     settings = {key: value for key, value in report.settings.items() if key not in free}
     data = {
         f"{used.role} data": f"{used.name} ({used.count}, {used.fingerprint[:12]})" for used in report.data
@@ -187,7 +187,7 @@ def _changes(new: Entry, old: Entry, tolerance: float, noise: Mapping[str, float
             continue
         low, high = _unpaired(after, before)
         paired = None
-        if name == old.report.headline:
+        if name == old.report.primary_metric:
             paired = paired_interval(new, old)
             low, high = paired or (low, high)
         allowed = max(tolerance, noise.get(name, 0.0))
@@ -219,7 +219,7 @@ def _judge(after: Metric, before: Metric, allowed: float) -> Verdict:
 
 
 def _unpaired(after: Metric, before: Metric) -> tuple[float | None, float | None]:
-    """The difference's interval from both metrics' own, as if they were independent."""
+    """Compute the difference's interval from both metrics' intervals, as if they were independent."""
     halves = [
         (metric.high - metric.low) / 2
         for metric in (after, before)

@@ -23,7 +23,7 @@ _TITLES = {
     "images_per_second": "images/s",
     "data_wait": "share of the time spent waiting for data",
 }
-_MOST = 1e100  # larger numbers have no place in a figure
+_MOST = 1e100  # larger numbers are not drawn
 _NOT_DRAWN = frozenset({"step", "samples", "seconds", "broken"})
 
 
@@ -37,7 +37,7 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Curves:
-    """What a run measured."""
+    """All curves of a run."""
 
     panels: tuple[Curve, ...]
     last_step: int
@@ -46,9 +46,9 @@ class Curves:
 
 
 def read_curves(run: Path) -> Curves:
-    """The curves of a run folder.
+    """Read the curves of a run folder.
 
-    A line that cannot be read (a run that was killed while it wrote) is left out and noted.
+    A line that cannot be read (of a run that was killed while it wrote) is left out and noted.
 
     Raises:
         DataError: no such folder, no `metrics.jsonl` in it, or none of its lines is a record.
@@ -70,18 +70,18 @@ def read_curves(run: Path) -> Curves:
     panels: dict[str, list[Series]] = {}
     for name in names:
         teacher, _, part = name.rpartition("/")
-        label, slot = teacher or part, NUM_SLOTS - 1  # grey: the whole run's
+        label, color = teacher or part, NUM_SLOTS - 1  # grey: a quantity of the whole run
         if teacher in teachers:
-            slot = teachers.index(teacher)
+            color = teachers.index(teacher)
         elif teacher:  # a panel of the whole run with several lines: time/data, time/backward, ...
             part, label = teacher, part
-            slot = len(panels.get(part, ()))
+            color = len(panels.get(part, ()))
         if (teacher, part) in unused:
             label += " (weight 0)"
         points = [(record["step"], record[name]) for record in records if name in record]
         series = Series(
             name=label,
-            slot=slot,
+            color=color,
             x=tuple(x for x, _ in points),
             y=tuple(y for _, y in points),
             dashed=(teacher, part) in unused,
@@ -103,7 +103,7 @@ def _rank(part: str) -> int:
 
 
 def _read(path: Path) -> tuple[list[dict[str, float]], int]:
-    """The records, each with its finite numbers alone, and how many lines are none."""
+    """Read the records, finite numbers only; return them with the number of lines that are no records."""
     records, broken = [], 0
     for line in read_bytes(path, limit=MAX_DATA_BYTES).splitlines():  # of bytes: at line feeds alone
         try:
@@ -127,7 +127,7 @@ def _numbers(found: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _without_weight(path: Path) -> frozenset[tuple[str, str]]:
-    """The (teacher, part) that are measured but weigh nothing in the loss, as far as the settings say."""
+    """Return the (teacher, part) pairs that are measured but have weight 0 in the run's settings."""
     try:
         teachers = load_yaml(path)["teachers"]
         return frozenset(

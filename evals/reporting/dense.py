@@ -1,4 +1,4 @@
-"""Segmentation and SAM's masks: bars of classes and sizes, and the pictures that the reports brought."""
+"""Segmentation and SAM's masks: bars of classes and sizes, and the images of the reports."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from torch import Tensor
 
 from radio.errors import DataError
 
-from .blocks import Block, Folded, Gallery, Panel, Plots, notes
+from .blocks import Block, Collapsible, Gallery, Panel, Plots, notes
 from .figures import Series, bars
-from .pictures import read_picture
+from .images import read_image
 from .records import Entry, drawn, read_records
 from .sections import Scored, class_grid
 
 _MOST_CLASSES = 30
-_MOST_PICTURES = 9  # of one report
+_MOST_IMAGES = 9  # of one report
 _SAM_SIZES = ("miou", "miou_small", "miou_medium", "miou_large", "boundary_miou", "filled_box_miou")
 
 
 def seg_blocks(scored: Scored) -> tuple[list[Block], frozenset[str]]:
-    """IoU of each class, overlays."""
+    """Build the probe's blocks; return them with the names of the tables that they show."""
     plots = _plots(scored, class_bars(scored, "classes", "iou", "IoU (%)"))
     grid = class_grid(scored.reports, "classes", "iou", "IoU of each class in percent.", count="share")
-    table: list[Block] = [Folded(summary="class by class", blocks=(grid,))] if grid else []
-    caption = "picture, ground truth and prediction (void is clear in the truth and faint in the prediction)"
-    shown = pictures(scored, caption, lambda name: name.endswith("-overlay.png"), side=640, wide=340)
+    table: list[Block] = [Collapsible(summary="class by class", blocks=(grid,))] if grid else []
+    caption = "image, ground truth and prediction (void is clear in the truth and faint in the prediction)"
+    shown = images(scored, caption, lambda name: name.endswith("-overlay.png"), side=640, wide=340)
     return [*plots, *table, *shown], frozenset({"classes"})
 
 
 def sam_blocks(scored: Scored) -> tuple[list[Block], frozenset[str]]:
-    """IoU by size and category, panels."""
+    """Build SAM's blocks; return them with the names of the tables that they show."""
     names = [name for name in _SAM_SIZES if any(name in report.metrics for report in scored.reports)]
     panels: list[Panel] = []
     if names:
@@ -44,15 +44,15 @@ def sam_blocks(scored: Scored) -> tuple[list[Block], frozenset[str]]:
     panels += class_bars(scored, "categories", "miou", "mIoU (%)")
     caption = "Category by category: mIoU in percent."
     grid = class_grid(scored.reports, "categories", "miou", caption, count="instances")
-    table: list[Block] = [Folded(summary="category by category", blocks=(grid,))] if grid else []
+    table: list[Block] = [Collapsible(summary="category by category", blocks=(grid,))] if grid else []
     caption = "prompt, ground truth and drawn mask"
-    shown = pictures(scored, caption, _is_picture, side=660, wide=480, words=_overlaps)
+    shown = images(scored, caption, _is_image, side=660, wide=480, label=_overlaps)
     return [*_plots(scored, panels), *table, *shown], frozenset({"categories"})
 
 
 def plain_blocks(scored: Scored) -> tuple[list[Block], frozenset[str]]:
-    """The pictures of a task that this page knows nothing else of."""
-    return pictures(scored, "pictures of the report", _is_picture, side=640, wide=480), frozenset()
+    """Build the images of a task that has no blocks of its own."""
+    return images(scored, "images of the report", _is_image, side=640, wide=480), frozenset()
 
 
 def _plots(scored: Scored, panels: Sequence[Panel]) -> list[Block]:
@@ -61,7 +61,7 @@ def _plots(scored: Scored, panels: Sequence[Panel]) -> list[Block]:
 
 
 def class_bars(scored: Scored, table: str, value: str, label: str) -> list[Panel]:
-    """Bars for each class and model; of many classes, those that the first model does worst."""
+    """Build bars for each class and model; of many classes, the first model's lowest."""
     grid = class_grid(scored.reports, table, value, "")
     if grid is None:
         return []
@@ -70,7 +70,7 @@ def class_bars(scored: Scored, table: str, value: str, label: str) -> list[Panel
     series = [
         Series(
             name=model,
-            slot=scored.slots[model],
+            color=scored.slots[model],
             y=tuple(_value(row[place + 1].order) for row in rows),
         )
         for place, model in enumerate(models)
@@ -81,73 +81,71 @@ def class_bars(scored: Scored, table: str, value: str, label: str) -> list[Panel
     return [Panel(title=f"{label} of each class, {which} (by {models[0]})", svg=svg)]
 
 
-def pictures(
+def images(
     scored: Scored,
     caption: str,
     wanted: Callable[[str], bool],
     *,
     side: int,
     wide: int,
-    words: Callable[[Entry], Callable[[str], str]] | None = None,
+    label: Callable[[Entry], Callable[[str], str]] | None = None,
 ) -> list[Block]:
-    """The pictures that the reports name, the first model's unfolded.
+    """Build galleries of the images that the reports name, all but the first model's collapsed.
 
     Args:
-        wanted: which of a report's files.
-        side: pixels of the longer side that are kept.
-        wide: pixels of the longer side on the page.
-        words: what is said under a report's pictures, by their names.
+        wanted: selects files of a report by their names.
+        side: the longer side in pixels, at most.
+        wide: the longer side on the page in pixels.
+        label: for a report, gives the text under an image by its file name.
     """
-    told: list[str] = []
+    warnings: list[str] = []
     found: list[Gallery] = []
     for entry in scored.entries:
         names = [name for name in entry.report.files if wanted(name)]
-        say = (words or _by_name)(entry) if names else _plain
+        say = (label or _by_name)(entry) if names else _plain
         shown = []
-        for name, pixels in _read(entry, names, told):
+        for name, pixels in _read(entry, names, warnings):
             said = say(name)
             alt = f"{entry.report.model}, {said}"
-            picture = scored.album.add(pixels, alt, side=side, shown=wide, words=said)
-            shown += [picture] if picture is not None else []
+            image = scored.image_budget.add(pixels, alt, side=side, shown=wide, label=said)
+            shown += [image] if image is not None else []
         if shown:
-            found.append(
-                Gallery(caption=f"{entry.report.model}: {caption}.", pictures=tuple(shown), wide=True)
-            )
-    folded = [Folded(summary=gallery.caption, blocks=(gallery,)) for gallery in found[1:]]
-    return [*notes(told), *found[:1], *folded]
+            found.append(Gallery(caption=f"{entry.report.model}: {caption}.", images=tuple(shown), wide=True))
+    folded = [Collapsible(summary=gallery.caption, blocks=(gallery,)) for gallery in found[1:]]
+    return [*notes(warnings), *found[:1], *folded]
 
 
-def _read(entry: Entry, names: Sequence[str], told: list[str]) -> list[tuple[str, Tensor]]:
-    """The pictures that can be read, with their names; the others are told of."""
+def _read(entry: Entry, names: Sequence[str], warnings: list[str]) -> list[tuple[str, Tensor]]:
+    """Read images with their names; add a warning for those that cannot be read."""
     model, found = entry.report.model, []
-    if len(names) > _MOST_PICTURES:
-        told.append(f"{model}: {_MOST_PICTURES} of {len(names)} pictures are shown")
-    for name in spread(names, _MOST_PICTURES):
+    if len(names) > _MOST_IMAGES:
+        warnings.append(f"{model}: {_MOST_IMAGES} of {len(names)} images are shown")
+    for name in spread(names, _MOST_IMAGES):
         try:
-            found.append((name, read_picture(entry.path.parent, name)))
+            found.append((name, read_image(entry.path.parent, name)))
         except DataError as error:
-            told.append(f"{model}: {error}")
+            warnings.append(f"{model}: {error}")
     return found
 
 
 def spread(names: Sequence[str], most: int) -> list[str]:
-    """At most so many of the names, evenly spread, in order."""
+    """Select at most `most` of the names, evenly spread, in order."""
     count = min(len(names), most)
     return [names[place * len(names) // count] for place in range(count)]
 
 
 def _overlaps(entry: Entry) -> Callable[[str], str]:
-    """The words under a panel of SAM: which kind it is, and its IoU from the records."""
+    """Return a function for the text under a panel of SAM: its kind, and its IoU from the records."""
     found, _ = read_records(entry, drawn)
     ious = {record.annotation: record.iou for records in found.values() for record in records}
 
-    def words(name: str) -> str:
-        parts = _plain(name).split("-")  # number, kind, picture, annotation
+    def label(name: str) -> str:
+        parts = _plain(name).split("-")  # number, kind, image, annotation
         if len(parts) != 4 or parts[3] not in ious:
             return _plain(name)
-        return f"{parts[1]}: IoU {100 * ious[parts[3]]:.1f}, picture {parts[2]}"
+        return f"{parts[1]}: IoU {100 * ious[parts[3]]:.1f}, image {parts[2]}"
 
-    return words
+    return label
 
 
 def _by_name(entry: Entry) -> Callable[[str], str]:
@@ -155,11 +153,11 @@ def _by_name(entry: Entry) -> Callable[[str], str]:
 
 
 def _plain(name: str) -> str:
-    """A file's name for people: without folder and ending."""
+    """Return a file's name for people: without folder and ending."""
     return name.rsplit("/", 1)[-1].removesuffix(".png").removesuffix("-overlay")
 
 
-def _is_picture(name: str) -> bool:
+def _is_image(name: str) -> bool:
     return name.lower().endswith((".png", ".jpg", ".jpeg", ".webp"))
 
 

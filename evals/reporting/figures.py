@@ -1,4 +1,4 @@
-"""Plots as SVG that stands in a page: one size, the page's own colours in light and dark, no scripts.
+"""Plots as SVG inside the page: one size, the page's colours in light and dark mode, no scripts.
 
 The same input gives the same text. Colours are the page's CSS variables, so that a plot follows the reader's
 colour scheme; text stays text, escaped by the XML writer.
@@ -20,9 +20,9 @@ from typing import Any
 from radio.errors import require
 
 NUM_SLOTS = 8
-"""How many colours there are; from then on they come again, with another mark and line."""
+"""Number of colours; further series use them again, with another marker and line style."""
 
-_INK, _FAINT = "#010203", "#010204"  # stand-ins, replaced by the page's variables
+_INK, _FAINT = "#010203", "#010204"  # placeholders, replaced by the page's variables
 _SLOTS = tuple(f"#0103{place:02x}" for place in range(NUM_SLOTS))
 _VARIABLES = {
     _INK: "var(--ink)",
@@ -55,7 +55,7 @@ _SETTINGS = {
     "xtick.color": _INK,
     "ytick.color": _INK,
 }
-_BROADEST = 24  # a name beside an axis, in small letters
+_BROADEST = 24  # width of a name beside an axis, in lowercase letters
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +63,7 @@ class Series:
     """One line, or one colour of bars."""
 
     name: str
-    slot: int  # decides colour and mark
+    color: int  # index that decides colour and marker
     x: tuple[float, ...] = ()
     y: tuple[float | None, ...] = ()
     low: tuple[float | None, ...] = ()
@@ -74,10 +74,10 @@ class Series:
 def lines(
     series: Sequence[Series], *, name: str, x_label: str, y_label: str = "", log_x: bool = False
 ) -> str:
-    """An SVG of lines over numbers, with the intervals that there are.
+    """Plot lines over numbers as an SVG, with intervals where they are given.
 
     Args:
-        name: unique in the page; the ids inside begin with it.
+        name: unique in the page; the prefix of the ids inside.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -91,16 +91,16 @@ def lines(
             axes.plot(
                 xs,
                 ys,
-                color=_SLOTS[one.slot % NUM_SLOTS],
-                marker=_MARKS[one.slot % len(_MARKS)] if few else None,
+                color=_SLOTS[one.color % NUM_SLOTS],
+                marker=_MARKS[one.color % len(_MARKS)] if few else None,
                 markersize=4,
                 linewidth=1.4,
-                linestyle="--" if one.dashed else _STYLES[one.slot // NUM_SLOTS % len(_STYLES)],
+                linestyle="--" if one.dashed else _STYLES[one.color // NUM_SLOTS % len(_STYLES)],
             )
             spans = [(one.x[p], one.low[p], one.high[p]) for p in points if p < len(one.low)]
             for x, low, high in spans:
                 if low is not None and high is not None:
-                    axes.plot([x, x], [low, high], color=_SLOTS[one.slot % NUM_SLOTS], linewidth=0.8)
+                    axes.plot([x, x], [low, high], color=_SLOTS[one.color % NUM_SLOTS], linewidth=0.8)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         if log_x:
@@ -114,7 +114,7 @@ def lines(
 def bars(
     names: Sequence[str], series: Sequence[Series], *, name: str, x_label: str, from_zero: bool = True
 ) -> str:
-    """An SVG of horizontal bars, a group for each of `names` (the first on top) and a bar for each series.
+    """Plot horizontal bars as an SVG: a group for each of `names` (the first on top), a bar for each series.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -128,7 +128,7 @@ def bars(
                 if value is None:
                     continue
                 at = place + (row - (len(series) - 1) / 2) * thick
-                axes.barh(at, value, height=thick * 0.92, color=_SLOTS[one.slot % NUM_SLOTS], linewidth=0)
+                axes.barh(at, value, height=thick * 0.92, color=_SLOTS[one.color % NUM_SLOTS], linewidth=0)
                 low = one.low[place] if place < len(one.low) else None
                 high = one.high[place] if place < len(one.high) else None
                 if low is not None and high is not None:
@@ -144,7 +144,7 @@ def bars(
 
 
 def scatter(points: Sequence[Series], *, name: str, x_label: str, y_label: str) -> str:
-    """An SVG of points with their names and intervals; the x axis is logarithmic.
+    """Plot points with their names and intervals as an SVG; the x axis is logarithmic.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -152,8 +152,8 @@ def scatter(points: Sequence[Series], *, name: str, x_label: str, y_label: str) 
     with _drawing(name, 5.2, 3.4) as (figure, svg):
         axes = figure.add_subplot()
         for one in points:
-            colour = _SLOTS[one.slot % NUM_SLOTS]
-            axes.plot(one.x, one.y, color=colour, marker=_MARKS[one.slot % len(_MARKS)], linestyle="")
+            colour = _SLOTS[one.color % NUM_SLOTS]
+            axes.plot(one.x, one.y, color=colour, marker=_MARKS[one.color % len(_MARKS)], linestyle="")
             for x, y, low, high in zip(one.x, one.y, one.low, one.high, strict=False):
                 if low is not None and high is not None:
                     axes.plot([x, x], [low, high], color=colour, linewidth=0.8)
@@ -169,7 +169,7 @@ def scatter(points: Sequence[Series], *, name: str, x_label: str, y_label: str) 
 
 
 def standing_alone(svg: str) -> str:
-    """A plot as a file of its own, with colours for light and dark where a page would set them."""
+    """Turn a plot into a separate file that sets the colours for light and dark mode itself."""
     light, dark = (
         "".join(f"--s{place}:{colour};" for place, colour in enumerate(colours))
         for colours in (_LIGHT, _DARK)
@@ -184,12 +184,12 @@ def standing_alone(svg: str) -> str:
 
 @contextmanager
 def _drawing(name: str, width: float, height: float) -> Iterator[tuple[Any, list[str]]]:
-    """A figure, and a list that holds its SVG afterwards."""
+    """Yield a figure, and a list that holds its SVG afterwards."""
     require("matplotlib", extra="report")
     style = require("matplotlib.style", extra="report")
     figures = require("matplotlib.figure", extra="report")
     done: list[str] = []
-    # After a reset: a matplotlibrc that lies in the folder may ask for LaTeX, which runs programs.
+    # After a reset: a matplotlibrc in the folder may request LaTeX, which runs programs.
     with style.context({**_SETTINGS, "svg.hashsalt": name}, after_reset=True):
         figure = figures.Figure(figsize=(width, height), layout="constrained")
         yield figure, done
@@ -202,12 +202,12 @@ def _drawing(name: str, width: float, height: float) -> Iterator[tuple[Any, list
 
 
 def _for_a_page(svg: bytes, name: str) -> str:
-    """matplotlib's SVG without what a page has no use for, with ids of its own and the page's colours."""
+    """Reduce matplotlib's SVG to what a page needs, with unique ids and the page's colours."""
     root = Xml.fromstring(svg)
     view = root.get("viewBox", "")
     for parent in list(root.iter()):
         for child in list(parent):
-            if child.tag in (f"{_SVG}metadata", f"{_SVG}style"):  # a style would hold for the whole page
+            if child.tag in (f"{_SVG}metadata", f"{_SVG}style"):  # a style would apply to the whole page
                 parent.remove(child)
     used = _references(root)
     for element in root.iter():
@@ -243,7 +243,7 @@ def _colours(style: str) -> str:
 
 
 def _short(name: str) -> str:
-    """A name that fits beside an axis, in letters that XML can hold."""
+    """Shorten a name to fit beside an axis, with characters that XML can hold."""
     letters = "".join(each if each.isprintable() else " " for each in name)
     if sum(map(_breadth, letters)) <= _BROADEST:
         return letters
@@ -257,14 +257,14 @@ def _short(name: str) -> str:
 
 
 def _breadth(letter: str) -> float:
-    """How broad a letter is, about, in small letters."""
+    """Estimate the width of a letter, in lowercase letters."""
     if unicodedata.east_asian_width(letter) in "WF":
         return 2.0
     return 1.6 if letter in "mwMW" else 1.25 if letter.isupper() else 1.0
 
 
 def _apart(ticks: Sequence[float]) -> list[float]:
-    """The ticks that stand far enough apart on a logarithmic axis to be read."""
+    """Select the ticks that are far enough apart on a logarithmic axis to be read."""
     if len(ticks) < 2:
         return list(ticks)
     kept = [ticks[0]]

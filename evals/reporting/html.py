@@ -1,4 +1,4 @@
-"""A folder of reports as one HTML file that works anywhere: no network, no other file, any reader."""
+"""A folder of reports as one HTML file that works anywhere: no network, no other file, any browser."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from radio.errors import ConfigError, require
 from radio.io import write_text
 
 from .answers import vqa_blocks
-from .blocks import Block, Key, Panel, Picture, Plots, Section, Strip, Strips, notes
-from .classification import knn_blocks, query_pictures, zeroshot_blocks
+from .blocks import Block, ImageRow, LegendEntry, Panel, Plots, Section, Strips, Thumbnail, notes
+from .classification import knn_blocks, query_images, zeroshot_blocks
 from .compare import read_reports
 from .curves import read_curves
 from .dense import plain_blocks, sam_blocks, seg_blocks
 from .figures import lines
+from .images import ImageBudget
 from .overview import Model, gather, overview, sorted_tasks
 from .pca import Maps, draw_maps
-from .pictures import Album
 from .records import Entry
 from .sections import Builder, Scored, section_of
 
@@ -33,15 +33,15 @@ _BUILDERS: Mapping[str, Builder] = {
     "sam": sam_blocks,
     "vqa": vqa_blocks,
 }
-_WITHOUT_FILE = ("scenes:", "pip:")  # families that bring their weights along
-_NUM_MAPS = 6  # pictures whose features are shown
-_MAP = 112  # pixels of one on the page
+_WITHOUT_FILE = ("scenes:", "pip:")  # families whose weights need no file
+_NUM_MAPS = 6  # images whose features are shown
+_MAP = 112  # a map's side on the page in pixels
 _MOST_CURVES = 12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Page:
-    """What the template gets."""
+    """The content that the template renders."""
 
     title: str
     subtitle: str
@@ -50,46 +50,46 @@ class Page:
 
 
 def write_page(
-    folder: Path, path: Path, *, run: Path | None = None, models: Sequence[str] = (), pictures: bool = True
+    folder: Path, path: Path, *, run: Path | None = None, models: Sequence[str] = (), images: bool = True
 ) -> int:
-    """Write the page of a folder of reports, atomically; its size in bytes.
+    """Write the page of a folder of reports atomically; return its size in bytes.
 
     Args:
         folder: of reports, with the files that they name.
         path: the HTML file.
         run: a run folder of the trainer: its curves, and its student's feature maps.
         models: further models whose feature maps are shown.
-        pictures: draw the feature maps.
+        images: draw the feature maps.
 
     Raises:
         DataError: a folder without reports, a damaged report, or a run folder without metrics.
-        ConfigError: a path that is a folder, or a model that nobody knows.
+        ConfigError: a path that is a folder, or an unknown model.
         MissingExtraError: jinja2 or matplotlib is not installed.
     """
-    for module in ("jinja2", "matplotlib"):  # an absence shows before the long part
+    for module in ("jinja2", "matplotlib"):  # a missing one is reported before the long part
         require(module, extra="report")
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; name the HTML file, such as {path / 'report.html'}")
-    text = render(make_page(folder, run=run, models=models, pictures=pictures))
+    text = render(make_page(folder, run=run, models=models, images=images))
     write_text(path, text)
     return len(text.encode())
 
 
 def make_page(
-    folder: Path, *, run: Path | None = None, models: Sequence[str] = (), pictures: bool = True
+    folder: Path, *, run: Path | None = None, models: Sequence[str] = (), images: bool = True
 ) -> Page:
-    """The page's content; see `write_page`."""
+    """Build the page's content; see `write_page`."""
     entries = list(read_reports(folder).values())
     reports = [entry.report for entry in entries]
-    curves = None if run is None else curves_section(run)  # a wrong run shows before the long part
+    curves = None if run is None else curves_section(run)  # a wrong run is reported before the long part
     tasks, known = sorted_tasks(reports), gather(reports)
-    album = Album()
-    maps = maps_section(entries, known, run, models, album) if pictures else None
-    sections = task_sections(entries, known, tasks, album)
+    image_budget = ImageBudget()
+    maps = maps_section(entries, known, run, models, image_budget) if images else None
+    sections = task_sections(entries, known, tasks, image_budget)
     more = [section for section in (maps, curves) if section is not None]
     days = sorted({report.created[:10] for report in reports})
-    if album.left_out:
-        left = f"{album.left_out} pictures are left out: the page would be too large with them"
+    if image_budget.left_out:
+        left = f"{image_budget.left_out} images are left out: the page would be too large with them"
         more.append(Section(anchor="left-out", title="left out", blocks=notes([left])))
     return Page(
         title="/".join(folder.resolve().parts[-2:]).lstrip("/"),
@@ -102,22 +102,22 @@ def make_page(
 
 
 def task_sections(
-    entries: Sequence[Entry], models: Sequence[Model], tasks: Sequence[str], album: Album
+    entries: Sequence[Entry], models: Sequence[Model], tasks: Sequence[str], image_budget: ImageBudget
 ) -> list[Section]:
-    """A section for each task, the models always in the same order and colours."""
+    """Build a section for each task, the models always in the same order and colours."""
     order = [name for model in models for name in (model.name, *model.also)]
-    slots = {name: slot for slot, model in enumerate(models) for name in (model.name, *model.also)}
+    slots = {name: color for color, model in enumerate(models) for name in (model.name, *model.also)}
     found = []
     for task in tasks:
         mine = [entry for entry in entries if entry.report.task == task]
         mine.sort(key=lambda entry: order.index(entry.report.model))
-        scored = Scored(task=task, entries=tuple(mine), slots=slots, album=album)
+        scored = Scored(task=task, entries=tuple(mine), slots=slots, image_budget=image_budget)
         found.append(section_of(scored, _BUILDERS.get(task, plain_blocks)))
     return found
 
 
 def curves_section(run: Path) -> Section:
-    """The curves of a run.
+    """Build the section of a run's curves.
 
     Raises:
         DataError: a folder without metrics.
@@ -127,7 +127,7 @@ def curves_section(run: Path) -> Section:
         Panel(title=curve.title, svg=lines(curve.series, name=f"run-{place}", x_label="step", y_label=""))
         for place, curve in enumerate(curves.panels[:_MOST_CURVES])
     )
-    legend = tuple(Key(name=name, slot=slot) for slot, name in enumerate(curves.teachers))
+    legend = tuple(LegendEntry(name=name, color=color) for color, name in enumerate(curves.teachers))
     caption = "Means between two log steps. A dashed line is measured, and weighs nothing in the loss."
     blocks: list[Block] = [*notes(curves.notes), Plots(caption=caption, panels=panels, legend=legend)]
     title = f"training: {run.resolve().name}, {curves.last_step} steps"
@@ -139,11 +139,11 @@ def maps_section(
     models: Sequence[Model],
     run: Path | None,
     specs: Sequence[str],
-    album: Album,
+    image_budget: ImageBudget,
 ) -> Section | None:
-    """The feature maps of the run's student, its teachers and other models on the same pictures.
+    """Build the feature maps of the run's student, its teachers and other models on the same images.
 
-    Also of the teachers that the reports name and that bring their weights along.
+    Teachers that the reports name and whose weights need no file are added.
 
     Raises:
         RadioError: one of `specs` names no model.
@@ -157,45 +157,48 @@ def maps_section(
     optional = [name for name in names if name.startswith(_WITHOUT_FILE) and "@" not in name]
     if not wanted and not optional:
         return None
-    shown, words = query_pictures([entry.report for entry in entries], _NUM_MAPS)
-    maps, told = draw_maps(wanted, [picture for _, picture in shown], optional)
-    strips = [_strip_of_pictures(shown, words, album), *(_strip_of_maps(one, shown, album) for one in maps)]
+    shown, label = query_images([entry.report for entry in entries], _NUM_MAPS)
+    maps, warnings = draw_maps(wanted, [image for _, image in shown], optional)
+    strips = [
+        _strip_of_images(shown, label, image_budget),
+        *(_strip_of_maps(one, shown, image_budget) for one in maps),
+    ]
     intro = (
         "The first three principal components of each model's tokens as red, green and blue, fitted over the "
-        "pictures shown. Colours of two models say nothing of one another, except where a student stands "
+        "images shown. Colours of two models say nothing of one another, except where a student stands "
         "along its teacher's axes: there equal colours are equal features."
     )
-    caption = f"Feature maps on pictures of {words}; one square is one token."
+    caption = f"Feature maps on images of {label}; one square is one token."
     return Section(
         anchor="maps",
         title="spatial features",
         intro=intro,
         blocks=(
-            *notes([*remarks, *told]),
-            Strips(caption=caption, strips=tuple(s for s in strips if s.pictures)),
+            *notes([*remarks, *warnings]),
+            Strips(caption=caption, strips=tuple(s for s in strips if s.images)),
         ),
     )
 
 
-def _strip_of_pictures(shown: Sequence[tuple[str, Any]], words: str, album: Album) -> Strip:
-    found = [album.add(pixels, key, side=_MAP * 2, shown=_MAP) for key, pixels in shown]
-    return Strip(name="pictures", note=words, pictures=_there(found))
+def _strip_of_images(shown: Sequence[tuple[str, Any]], label: str, image_budget: ImageBudget) -> ImageRow:
+    found = [image_budget.add(pixels, key, side=_MAP * 2, shown=_MAP) for key, pixels in shown]
+    return ImageRow(name="images", note=label, images=_there(found))
 
 
-def _strip_of_maps(maps: Maps, shown: Sequence[tuple[str, Any]], album: Album) -> Strip:
+def _strip_of_maps(maps: Maps, shown: Sequence[tuple[str, Any]], image_budget: ImageBudget) -> ImageRow:
     found = [
-        album.add(pixels, f"{maps.model}: {key}", side=_MAP * 2, shown=_MAP, exact=True)
-        for (key, _), pixels in zip(shown, maps.pictures, strict=True)
+        image_budget.add(pixels, f"{maps.model}: {key}", side=_MAP * 2, shown=_MAP, exact=True)
+        for (key, _), pixels in zip(shown, maps.images, strict=True)
     ]
-    return Strip(name=maps.model, note=maps.note, pictures=_there(found))
+    return ImageRow(name=maps.model, note=maps.note, images=_there(found))
 
 
-def _there(found: Sequence[Picture | None]) -> tuple[Picture, ...]:
-    return tuple(picture for picture in found if picture is not None)
+def _there(found: Sequence[Thumbnail | None]) -> tuple[Thumbnail, ...]:
+    return tuple(image for image in found if image is not None)
 
 
 def render(page: Page) -> str:
-    """The HTML of a page.
+    """Render a page as HTML.
 
     Raises:
         MissingExtraError: jinja2 is not installed.

@@ -1,4 +1,4 @@
-"""Every model on every task: the table that a report begins with."""
+"""Every model on every task: the table that the page begins with."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ class Model:
 
 
 def title_of(task: str) -> str:
-    """A task's name for people."""
+    """Return a task's name for people."""
     return TITLES.get(task, task)
 
 
 def sorted_tasks(reports: Sequence[Report]) -> list[str]:
-    """The tasks that there are: ours in a fixed order, then others by name."""
+    """Return the tasks of the reports: ours in a fixed order, then others by name."""
     there = {report.task for report in reports}
     return sorted(there, key=lambda task: (_TASK_ORDER.index(task) if task in TITLES else len(TITLES), task))
 
 
 def kind_of(label: str) -> Kind:
-    """What a report's name for a model tells of it."""
+    """Infer the kind of a model from its name in a report."""
     if "untrained" in label:
         return "untrained"
     family, colon, _ = label.partition(":")
@@ -58,7 +58,7 @@ def kind_of(label: str) -> Kind:
 
 
 def gather(reports: Sequence[Report]) -> list[Model]:
-    """The models: students first, then teachers, then untrained ones, by name.
+    """Group the reports by model: students first, then teachers, then untrained ones, by name.
 
     Two names are one model when the weights are the same and no task was scored under both (the table after
     a training calls the student `student`, later commands call it by its run). A name with an ending, such
@@ -99,27 +99,27 @@ def _model(names: Sequence[str], by_name: Mapping[str, Sequence[Report]]) -> Mod
 
 
 @dataclass(frozen=True, slots=True)
-class _Contest:
-    """What can stand in one column: one task's headline on the same data."""
+class _Column:
+    """The content of one column: a task's primary metric on the same data."""
 
     task: str
-    headline: str
+    primary_metric: str
     unit: str
     data: str
 
     def find(self, model: Model) -> Metric | None:
         for report in model.reports:
-            if _contest(report) == self:
-                return report.metrics[report.headline]
+            if _column(report) == self:
+                return report.metrics[report.primary_metric]
         return None
 
 
 def overview(models: Sequence[Model], tasks: Sequence[str]) -> Grid:
-    """The table: a row a model, a column a task's headline; baselines and the paper's rows below."""
+    """Build the table of models by tasks' primary metrics, with baselines and the paper's rows below."""
     reports = [
         report for task in tasks for model in models for report in model.reports if report.task == task
     ]
-    contests = list(dict.fromkeys(_contest(report) for report in reports))
+    contests = list(dict.fromkeys(_column(report) for report in reports))
     found = [[contest.find(model) for contest in contests] for model in models]
     best = [best_of(column) for column in zip(*found, strict=True)]
     rows = [
@@ -131,7 +131,7 @@ def overview(models: Sequence[Model], tasks: Sequence[str]) -> Grid:
         for model, metrics in zip(models, found, strict=True)
     ]
     heads = [
-        Column(name=f"{title_of(each.task)}: {each.headline} ({each.unit})", small=each.data)
+        Column(name=f"{title_of(each.task)}: {each.primary_metric} ({each.unit})", small=each.data)
         for each in contests
     ]
     return Grid(
@@ -142,19 +142,19 @@ def overview(models: Sequence[Model], tasks: Sequence[str]) -> Grid:
     )
 
 
-def _contest(report: Report) -> _Contest:
+def _column(report: Report) -> _Column:
     used = [data for data in report.data if data.role not in _LEARNED_FROM] or report.data[-1:]
     words = "; ".join(f"{data.name}, {data.count}" for data in used)
     if len(used) > _FEW:
         words = f"{len(used)} data sets, {sum(data.count for data in used)}"
-    return _Contest(report.task, report.headline, report.metrics[report.headline].unit, words)
+    return _Column(report.task, report.primary_metric, report.metrics[report.primary_metric].unit, words)
 
 
-def _baseline(contests: Sequence[_Contest], reports: Sequence[Report]) -> list[tuple[Cell, ...]]:
-    """What is scored without looking."""
+def _baseline(contests: Sequence[_Column], reports: Sequence[Report]) -> list[tuple[Cell, ...]]:
+    """Build the row of scores without a model."""
     cells = []
     for contest in contests:
-        first = next(report for report in reports if _contest(report) == contest)
+        first = next(report for report in reports if _column(report) == contest)
         value, words = baseline_of(first)
         cells.append(Cell() if value is None else Cell(text=f"{value:.1f}", order=value, small=words))
     if not any(cell.text for cell in cells):
@@ -163,21 +163,21 @@ def _baseline(contests: Sequence[_Contest], reports: Sequence[Report]) -> list[t
 
 
 def baseline_of(report: Report) -> tuple[float | None, str]:
-    """What a task scores without the model, and how; None where nothing is known."""
-    if report.task == "knn" and report.headline == "top1":
+    """Return a task's score without the model, and how it is reached; None where it is unknown."""
+    if report.task == "knn" and report.primary_metric == "top1":
         classes = max((data.num_classes for data in report.data), default=0)
         return (100 / classes, "chance") if classes else (None, "")
-    if report.task == "zeroshot" and report.headline == "top1":
+    if report.task == "zeroshot" and report.primary_metric == "top1":
         resolved = report.settings.get("resolved")
         chance: Any = resolved.get("chance") if isinstance(resolved, Mapping) else None
         return (float(chance), "chance") if isinstance(chance, (int, float)) else (None, "")
-    other = {"sam": ("filled_box_miou", "filled box"), "vqa": ("blind_accuracy", "without the picture")}
+    other = {"sam": ("filled_box_miou", "filled box"), "vqa": ("blind_accuracy", "without the image")}
     name, words = other.get(report.task, ("", ""))
     metric = report.metrics.get(name)
-    return (metric.value, words) if metric and report.headline in ("miou", "accuracy") else (None, "")
+    return (metric.value, words) if metric and report.primary_metric in ("miou", "accuracy") else (None, "")
 
 
-def _paper(contests: Sequence[_Contest]) -> list[tuple[Cell, ...]]:
+def _paper(contests: Sequence[_Column]) -> list[tuple[Cell, ...]]:
     rows = []
     for row in HEADLINE:
         cells = []
@@ -192,6 +192,6 @@ def _paper(contests: Sequence[_Contest]) -> list[tuple[Cell, ...]]:
     return rows
 
 
-def _paper_column(contest: _Contest) -> str:
+def _paper_column(contest: _Column) -> str:
     wanted = {"zeroshot": "top1", "knn": "top1", "seg": "miou", "sam": "miou"}.get(contest.task)
-    return TASKS[contest.task][0] if wanted is not None and wanted == contest.headline else ""
+    return TASKS[contest.task][0] if wanted is not None and wanted == contest.primary_metric else ""

@@ -1,4 +1,4 @@
-"""Two models on the same samples: how sure the difference of their headlines is."""
+"""Two models on the same samples: the interval of the difference of their primary metrics."""
 
 from __future__ import annotations
 
@@ -15,47 +15,48 @@ from radio.io import validate
 
 from .records import Entry, read_records
 
-_MAX_CLASSES = 10_000  # areas of every class are kept for every image
+_MAX_CLASSES = 10_000  # areas of each class are held for each image
 
 # Letters: N samples, U units, R resamples, F files of records, C classes.
 
 
 class Sample(NamedTuple):
-    """What one line of the records says; a headline is computed from the sum of such values."""
+    """The values of one record; a primary metric is computed from their sum over samples."""
 
     key: str
-    unit: str  # what is resampled together: a picture
-    values: Values  # [2], a score in [0, 1] and how often it counts; of the probe [3, C], areas
+    unit: str  # of resampling: an image
+    values: Values  # [2]: a score in [0, 1] and its count; for the probe [3, C]: areas
 
 
 class Samples(NamedTuple):
-    """All lines of a report's records."""
+    """All records of a report."""
 
     keys: list[str]  # [N]
     units: list[str]  # [N]
-    values: Values  # [N, F, ...]; a sample is zero in the files of the others
+    values: Values  # [N, F, ...]; a sample is zero for all files but its own
 
     def ordered_as(self, keys: list[str]) -> Samples:
-        """The same, in the order of these keys."""
+        """Return the same samples in the order of `keys`."""
         places = {key: place for place, key in enumerate(self.keys)}
         order = [places[key] for key in keys]
         return Samples(keys, [self.units[place] for place in order], self.values[order])
 
 
 def paired_interval(new: Entry, old: Entry) -> tuple[float, float] | None:
-    """The 95 % interval of the difference of two headlines, in percent: a bootstrap over shared pictures.
+    """Compute the 95 % interval of the difference of two primary metrics, in percent.
 
-    None where a task has no records, or where they are not of the same samples, or do not give the reports'
-    own values (a headline that is a mean over heads, or a rank).
+    It is a paired bootstrap over shared images. None where a task has no records, or where they are not of
+    the same samples or do not give the reports' own values (a primary metric that is a mean over heads, or
+    a rank).
     """
     ours, theirs = (_samples(entry) for entry in (new, old))
     if ours is None or theirs is None or sorted(ours.keys) != sorted(theirs.keys):
         return None
     ours = ours.ordered_as(theirs.keys)
-    headline = _mean_iou if old.report.task == "seg" else _mean_of_files
+    primary_metric = _mean_iou if old.report.task == "seg" else _mean_of_files
     for entry, samples in ((new, ours), (old, theirs)):
-        reported = entry.report.metrics[entry.report.headline].value
-        if not abs(headline(samples.values.sum(axis=0)[None])[0] - reported) <= 0.01:
+        reported = entry.report.metrics[entry.report.primary_metric].value
+        if not abs(primary_metric(samples.values.sum(axis=0)[None])[0] - reported) <= 0.01:
             return None
     units, of = np.unique(theirs.units, return_inverse=True)
     weights = resamples(len(units))
@@ -63,7 +64,7 @@ def paired_interval(new: Entry, old: Entry) -> tuple[float, float] | None:
     for samples in (ours, theirs):
         sums = np.zeros((len(units), *samples.values.shape[1:]))
         np.add.at(sums, of, samples.values)
-        drawn.append(headline(np.tensordot(weights, sums, axes=1)))
+        drawn.append(primary_metric(np.tensordot(weights, sums, axes=1)))
     return interval(drawn[0] - drawn[1])
 
 
@@ -163,16 +164,16 @@ _READERS: Mapping[str, Callable[[Any, int], Sample]] = {
     "vqa": _answer,
     "seg": _areas,
 }
-"""What a line of a task's records, of so many classes, says of its headline."""
+"""For each task: turns a record, given the number of classes, into a sample of the primary metric."""
 
 
 def _mean_of_files(sums: Values) -> Values:
-    """The mean over the files of the mean score, in percent: [R, F, 2] -> [R]."""
+    """Average the mean scores of the files, in percent: [R, F, 2] -> [R]."""
     with np.errstate(invalid="ignore"):
         means: Values = (sums[..., 0] / sums[..., 1]).mean(axis=-1)
     return 100 * means
 
 
 def _mean_iou(areas: Values) -> Values:
-    """In percent, over the classes that are anywhere: [R, 1, 3, C] -> [R]."""
+    """Compute the mIoU in percent over the classes that occur: [R, 1, 3, C] -> [R]."""
     return mean_present(area_ratios(areas[:, 0])[0])

@@ -17,11 +17,11 @@ from radio.images import resize
 from radio.model import RadioModel
 from radio.types import Backbone, Features
 
-# Letters: N pictures, T tokens, P tokens of all pictures, D token width, C components, H W grid.
+# Letters: N images, T tokens, P tokens of all images, D token width, C components, H W grid.
 
 NUM_COMPONENTS = 3
-_EDGE = 0.01  # of the values on either side are clipped
-_ROUNDING = 1e-6  # of the widest component: what varies less does not vary
+_EDGE = 0.01  # share of the values that is clipped on either side
+_ROUNDING = 1e-6  # of the widest component's range: a smaller one counts as constant
 
 Bytes = NDArray[np.uint8]
 
@@ -29,7 +29,7 @@ Bytes = NDArray[np.uint8]
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Components:
-    """A basis of principal components, and the range of its coordinates that colours show."""
+    """A basis of principal components, and the range of coordinates that the colours cover."""
 
     mean: Tensor  # [D]
     axes: Tensor  # [C, D], of unit length
@@ -38,10 +38,10 @@ class Components:
 
     @classmethod
     def fit(cls, tokens: Tensor) -> Self:
-        """The first three components of tokens [P, D], in float64.
+        """Fit the first three components to tokens [P, D], in float64.
 
         The sign of an axis is the one that makes its largest entry positive. Where the tokens have fewer
-        than three dimensions, the rest of the components are 0.
+        than three dimensions, the other components are 0.
 
         Raises:
             DataError: values that are not finite.
@@ -62,18 +62,18 @@ class Components:
         return cls(mean=mean, axes=axes, low=low, high=high)
 
     def coordinates(self, tokens: Tensor) -> Tensor:
-        """Tokens [..., D] along the axes: [..., C]."""
+        """Project tokens [..., D] onto the axes: [..., C]."""
         return (tokens.double() - self.mean) @ self.axes.T
 
     def explained(self, tokens: Tensor) -> float:
-        """The share of the variance of tokens [..., D] that lies along the axes; 0 where there is none."""
+        """Compute the share of the variance of tokens [..., D] along the axes; 0 where they do not vary."""
         centred = tokens.double().flatten(0, -2)
         centred = centred - centred.mean(dim=0)
         total = float(centred.square().sum())
         return float((centred @ self.axes.T).square().sum()) / total if total else 0.0
 
     def colours(self, tokens: Tensor) -> Tensor:
-        """Tokens [..., D] as colours [..., C] in [0, 1]; grey where a component does not vary."""
+        """Turn tokens [..., D] into colours [..., C] in [0, 1]; grey where a component does not vary."""
         span = self.high - self.low
         varies = span > _ROUNDING * span.max()
         shown = (self.coordinates(tokens) - self.low) / torch.where(varies, span, 1.0)
@@ -81,31 +81,31 @@ class Components:
 
 
 class Maps(NamedTuple):
-    """One model's maps of the same pictures."""
+    """One model's feature maps of the images."""
 
     model: str
     note: str  # size, grid, share of the variance
-    pictures: tuple[Bytes, ...]  # [H, W, 3] each
+    images: tuple[Bytes, ...]  # [H, W, 3] each
 
 
 class Taught(NamedTuple):
-    """A teacher as the student's card names it."""
+    """A teacher as the student's metadata names it."""
 
     name: str  # of the adaptor
     spec: str
-    size: tuple[int, int] | None  # that the student sees when it learns from it
+    size: tuple[int, int] | None  # of the student's input when it learns from this teacher
 
 
 def draw_maps(
-    specs: Sequence[str], pictures: Sequence[Tensor], optional: Sequence[str] = ()
+    specs: Sequence[str], images: Sequence[Tensor], optional: Sequence[str] = ()
 ) -> tuple[list[Maps], list[str]]:
-    """The maps of each model, none twice, and notes on those that could not be loaded.
+    """Draw the maps of each model once; return them with notes on models that could not be loaded.
 
-    A student brings the teachers that its card names.
+    A student adds the teachers that its metadata names.
 
     Args:
         specs: as `radio.hub.load_backbone` takes them.
-        pictures: uint8 [3, h, w] each.
+        images: uint8 [3, h, w] each.
         optional: specs of models that are left out where they cannot be loaded.
 
     Raises:
@@ -123,47 +123,47 @@ def draw_maps(
             continue
         if model.fingerprint in found:
             continue
-        found[model.fingerprint] = [own_map(model, pictures)]
+        found[model.fingerprint] = [own_map(model, images)]
         for taught in teachers_of(model):
             try:
                 teacher = load_backbone(taught.spec)
             except RadioError as error:
                 notes.append(f"{model.name}'s teacher {taught.spec} is not shown: {error}")
                 continue
-            beside = teacher_maps(model, taught, teacher, pictures)
+            beside = teacher_maps(model, taught, teacher, images)
             found.setdefault(teacher.fingerprint, beside[:1])
             found[f"{model.fingerprint} {taught.name}"] = beside[1:]
     return [one for group in found.values() for one in group], notes
 
 
-def own_map(model: Backbone, pictures: Sequence[Tensor]) -> Maps:
-    """The maps of a model's own tokens, its components fitted over the pictures shown.
+def own_map(model: Backbone, images: Sequence[Tensor]) -> Maps:
+    """Draw the maps of a model's own tokens, with components fitted over the images shown.
 
     Raises:
         DataError: tokens that are not finite.
     """
-    size = model.fit(*model.native_size)
-    features = encode(model, pictures, size)
+    size = model.nearest_size(*model.native_size)
+    features = encode(model, images, size)
     return _shown(model.name, features, _fit(model.name, features), _words(size))
 
 
 def teacher_maps(
-    student: Backbone, taught: Taught, teacher: Backbone, pictures: Sequence[Tensor]
+    student: Backbone, taught: Taught, teacher: Backbone, images: Sequence[Tensor]
 ) -> list[Maps]:
-    """A teacher's maps, and the student's behind its adaptor for that teacher, if it has one.
+    """Draw a teacher's maps, and the student's through its adaptor for that teacher, if it has one.
 
-    Both are drawn along the teacher's components, so that equal colours are equal features.
+    Both use the teacher's components, so that equal colours are equal features.
 
     Raises:
         DataError: tokens that are not finite.
     """
-    size = teacher.fit(*teacher.native_size)
-    features = encode(teacher, pictures, size)
+    size = teacher.nearest_size(*teacher.native_size)
+    features = encode(teacher, images, size)
     basis = _fit(teacher.name, features)
     found = [_shown(teacher.name, features, basis, _words(size))]
     if isinstance(student, RadioModel) and taught.name in student.adaptors:
-        own_size = student.fit(*(taught.size or student.native_size))
-        own = encode(student, pictures, own_size)
+        own_size = student.nearest_size(*(taught.size or student.native_size))
+        own = encode(student, images, own_size)
         with torch.inference_mode():
             carried = student.adapt(taught.name, own)
         name = f"{student.name} as {taught.name}"
@@ -171,22 +171,22 @@ def teacher_maps(
     return found
 
 
-def encode(model: Backbone, pictures: Sequence[Tensor], size: tuple[int, int]) -> Features:
-    """The features of pictures, uint8 [3, h, w] each, stretched to a size that the model takes.
+def encode(model: Backbone, images: Sequence[Tensor], size: tuple[int, int]) -> Features:
+    """Encode images, uint8 [3, h, w] each, stretched to a size that the model takes.
 
-    They go through one by one: a few pictures of a large model fit everywhere.
+    One image at a time, so that a large model needs little memory.
     """
     model = model.to(torch.device("cpu"), torch.float32).eval()
     with torch.inference_mode():
-        found = [model(resize(picture, size).unsqueeze(0)) for picture in pictures]
+        found = [model(resize(image, size).unsqueeze(0)) for image in images]
     return Features(
         torch.cat([one.summary for one in found]), torch.cat([one.tokens for one in found]), found[0].grid
     )
 
 
 def teachers_of(model: Backbone) -> tuple[Taught, ...]:
-    """The teachers that a student's card names; none for other backbones."""
-    named = model.card.get("teachers") if isinstance(model, RadioModel) else None
+    """Return the teachers that a student's metadata names; empty for other backbones."""
+    named = model.metadata.get("teachers") if isinstance(model, RadioModel) else None
     found = []
     for teacher in named if isinstance(named, list) else ():
         if "model" not in teacher:

@@ -1,4 +1,4 @@
-"""The lines beside a report: what a model said of each sample. What cannot be read is told, not raised."""
+"""Records of a report: what a model predicted for each sample. Unreadable lines are noted, not raised."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ T = TypeVar("T")
 
 _MAX_LINE = 16 << 20  # bytes of a record
 
-_NEIGHBOURS = 8  # that are kept of a record: hundreds of each of 50,000 would fill the memory
+_NEIGHBOURS = 8  # that are held of a record: hundreds for each of 50,000 would fill the memory
 
 
 class Entry(NamedTuple):
-    """A report and where it lies."""
+    """A report and the path of its file."""
 
     report: Report
     path: Path
 
 
 class Classified(NamedTuple):
-    """A picture, its class, and what it was taken for."""
+    """An image, its class, and the classes predicted for it."""
 
     key: str
     label: str
@@ -44,7 +44,7 @@ class Classified(NamedTuple):
 
 
 class Answered(NamedTuple):
-    """A question and what was answered."""
+    """A question, the model's answer, the expected answers, and the score."""
 
     image: str
     question: str
@@ -79,7 +79,7 @@ _CLASSIFIED, _DRAWN, _ANSWERED = TypeAdapter(_Classified), TypeAdapter(_Drawn), 
 
 
 def classified(record: Any) -> Classified:
-    """A line of k-NN's or zero-shot's records."""
+    """Parse one record of k-NN or zero-shot."""
     line = validate(_CLASSIFIED, record, "record")
     return Classified(
         key=line["key"],
@@ -92,20 +92,20 @@ def classified(record: Any) -> Classified:
 
 
 class Drawn(NamedTuple):
-    """A mask that was drawn."""
+    """A predicted mask: its annotation's id and its IoU."""
 
     annotation: str
     iou: float
 
 
 def drawn(record: Any) -> Drawn:
-    """A line of SAM's records."""
+    """Parse one record of SAM."""
     line = validate(_DRAWN, record, "record")
     return Drawn(annotation=str(line["annotation_id"]), iou=line["iou"])
 
 
 def answered(record: Any) -> Answered:
-    """A line of VQA's records."""
+    """Parse one record of VQA."""
     line = validate(_ANSWERED, record, "record")
     expected = line["expected"]
     many = expected if isinstance(expected, list) else [expected]
@@ -119,7 +119,7 @@ def answered(record: Any) -> Answered:
 
 
 def read_records(entry: Entry, reader: Callable[[Any], T]) -> tuple[dict[str, list[T]], list[str]]:
-    """The records of a report by their file, and what is to be said about those that cannot be read."""
+    """Read a report's records by file; return them with notes on those that cannot be read."""
     found: dict[str, list[T]] = {}
     notes = []
     names = [name for name in entry.report.files if name.endswith(".jsonl")]
@@ -147,7 +147,7 @@ def read_records(entry: Entry, reader: Callable[[Any], T]) -> tuple[dict[str, li
 
 
 def file_inside(folder: Path, name: str) -> Path | None:
-    """Find the regular file of that name inside a resolved folder; None where there is none."""
+    """Find the regular file of that name inside a resolved folder; None where none exists."""
     try:
         path = (folder / name).resolve()
         return path if path.is_file() and path.is_relative_to(folder) else None
@@ -156,7 +156,7 @@ def file_inside(folder: Path, name: str) -> Path | None:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file; of one that is longer than any record the first part and the rest."""
+    """Yield the lines of a file; a line that is longer than any record comes in parts."""
     with path.open("rb") as file:
         while line := file.readline(_MAX_LINE):
             yield line
@@ -165,5 +165,5 @@ def _lines(path: Path) -> Iterator[bytes]:
 def _parse(line: bytes, reader: Callable[[Any], T]) -> T | None:
     try:
         return reader(parse_json(decode_text(line, "record"), "record"))
-    except (RadioError, IndexError):  # an index that the reader has no place for
+    except (RadioError, IndexError):  # an index out of the reader's range
         return None

@@ -1,4 +1,4 @@
-"""A comparison for people and for continuous integration: terminal table, markdown, JUnit XML."""
+"""Renders a comparison as a terminal table, as markdown and as JUnit XML."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _COLUMNS = ("task", "model", "metric", "new", "baseline", "difference", "95 %", 
 
 
 def terminal_table(changes: Sequence[Change], *, plain: bool) -> Table:
-    """One row a metric."""
+    """Render the changes as a terminal table, one row for each metric."""
     table = Table(box=box.ASCII if plain else box.ROUNDED)
     for name in _COLUMNS:
         table.add_column(name, justify="right" if name in _COLUMNS[3:7] else "left")
@@ -32,7 +32,7 @@ def terminal_table(changes: Sequence[Change], *, plain: bool) -> Table:
 
 
 def markdown(changes: Sequence[Change]) -> str:
-    """The same for a step summary."""
+    """Render the changes as a markdown table, for a step summary."""
     bad = len(regressions(changes))
     lines = [
         f"**{bad} regression{'s' if bad != 1 else ''}** in {len(changes)} metrics",
@@ -45,7 +45,7 @@ def markdown(changes: Sequence[Change]) -> str:
 
 
 def junit(changes: Sequence[Change]) -> str:
-    """One suite a task and one case a metric; a regression is a failure."""
+    """Render the changes as JUnit XML: a suite a task, a case a metric; a regression is a failure."""
     root = Xml.Element("testsuites", name="radio-eval compare")
     for task in dict.fromkeys(change.task for change in changes):
         mine = [change for change in changes if change.task == task]
@@ -68,7 +68,7 @@ def junit(changes: Sequence[Change]) -> str:
 
 
 def _for_xml(text: str) -> str:
-    """Replace what XML 1.0 has no characters for, escaped or not, by U+FFFD."""
+    """Replace characters that XML 1.0 cannot hold, escaped or not, by U+FFFD."""
     return _NOT_IN_XML.sub("\ufffd", text)
 
 

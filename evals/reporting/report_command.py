@@ -19,7 +19,7 @@ from .html import write_page
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReportOptions:
-    """One HTML page of a folder of reports: tables, plots and pictures in one file."""
+    """Write a folder of reports as one HTML page: tables, plots and images in one file."""
 
     reports: tyro.conf.Positional[Path]
     """The folder of the reports."""
@@ -28,23 +28,23 @@ class ReportOptions:
     run: Path | None = None
     """A folder that radio-train wrote: adds its curves, and the feature maps of its student and teachers."""
     models: tuple[str, ...] = ()
-    """Also show the feature maps of these: checkpoint files, or specs such as scenes:clip."""
+    """Also show the feature maps of these models: checkpoint files, or specs such as scenes:clip."""
     maps: bool = True
     """Draw feature maps, which needs the models."""
 
 
 def run_report(arguments: Sequence[str]) -> int:
-    """The exit code: 0 when the page was written.
+    """Run `radio-eval report`; return the exit code 0 when the page was written.
 
     Raises:
         DataError: a folder without reports, a damaged report, or a run folder without metrics.
-        ConfigError: a page that is a folder, or a model that nobody knows.
+        ConfigError: a page that is a folder, or an unknown model.
         MissingExtraError: jinja2 or matplotlib is not installed.
     """
     options = check(parse_options(ReportOptions, arguments, prog="radio-eval report"))
     check_file(options.html, "--html")
     size = write_page(
-        options.reports, options.html, run=options.run, models=options.models, pictures=options.maps
+        options.reports, options.html, run=options.run, models=options.models, images=options.maps
     )
     Console(highlight=False).print(
         f"{shown(options.html)}: {size / 1e6:.2f} MB", markup=False, soft_wrap=True

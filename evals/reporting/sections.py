@@ -10,16 +10,29 @@ from typing import Any
 from evals.core.paper import DATA, TASKS, rows_for
 from evals.core.report import Metric, Report, Table
 
-from .blocks import Block, Cell, Column, Folded, Grid, Key, Panel, Plots, Section, best_of, metric_cell, notes
+from .blocks import (
+    Block,
+    Cell,
+    Collapsible,
+    Column,
+    Grid,
+    LegendEntry,
+    Panel,
+    Plots,
+    Section,
+    best_of,
+    metric_cell,
+    notes,
+)
 from .figures import Series, bars
+from .images import ImageBudget
 from .overview import title_of
-from .pictures import Album
 from .records import Entry
 
 _MOST_ROWS = 100
-_MOST_COLUMNS = 12  # metrics beside one another
+_MOST_COLUMNS = 12  # metrics side by side
 _MOST_SKIPPED = 10
-_ALWAYS_FREE = frozenset({"cache", "device", "workers", "resolved"})  # of any task, also of a stranger's
+_ALWAYS_FREE = frozenset({"cache", "device", "workers", "resolved"})  # for any task, also of other packages
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,24 +41,24 @@ class Scored:
 
     task: str
     entries: tuple[Entry, ...]
-    slots: Mapping[str, int]  # a colour for each name of a model
-    album: Album
+    slots: Mapping[str, int]  # the colour index of each model name
+    image_budget: ImageBudget
 
     @property
     def reports(self) -> tuple[Report, ...]:
-        """The reports alone."""
+        """The reports without their paths."""
         return tuple(entry.report for entry in self.entries)
 
-    def legend(self) -> tuple[Key, ...]:
-        """A key for each model."""
-        return tuple(Key(name=r.model, slot=self.slots[r.model]) for r in self.reports)
+    def legend(self) -> tuple[LegendEntry, ...]:
+        """Return a legend entry for each model."""
+        return tuple(LegendEntry(name=r.model, color=self.slots[r.model]) for r in self.reports)
 
     def series(self, report: Report, names: Sequence[str]) -> Series:
-        """A report's metrics of these names as bars or points; None where it lacks one."""
+        """Return a report's metrics of these names as bars or points; None where it lacks one."""
         found = [report.metrics.get(name) for name in names]
         return Series(
             name=report.model,
-            slot=self.slots[report.model],
+            color=self.slots[report.model],
             y=tuple(None if metric is None else metric.value for metric in found),
             low=tuple(None if metric is None else metric.low for metric in found),
             high=tuple(None if metric is None else metric.high for metric in found),
@@ -53,11 +66,11 @@ class Scored:
 
 
 Builder = Callable[[Scored], tuple[list[Block], frozenset[str]]]
-"""The blocks that are a task's own, and the names of the reports' tables that they show."""
+"""Builds a task's own blocks; returns them with the names of the reports' tables that they show."""
 
 
 def section_of(scored: Scored, build: Builder | None) -> Section:
-    """The section of a task."""
+    """Build the section of a task."""
     own, shown = build(scored) if build is not None else ([], frozenset[str]())
     reports = scored.reports
     remarks = [f"{report.model}: {note}" for report in reports for note in report.notes]
@@ -66,13 +79,13 @@ def section_of(scored: Scored, build: Builder | None) -> Section:
     blocks += rest_of_tables(reports, shown)
     blocks += paper_table(scored.task)
     made = tuple(details(report) for report in reports)
-    blocks.append(Folded(summary="how each report was made: settings, data, versions", blocks=made))
+    blocks.append(Collapsible(summary="how each report was made: settings, data, versions", blocks=made))
     return Section(anchor=f"task-{scored.task}", title=title_of(scored.task), blocks=tuple(blocks))
 
 
 def metrics_grid(reports: Sequence[Report]) -> Grid:
-    """A row a model, a column a metric; of many metrics, a row a metric and a column a model."""
-    first = [report.headline for report in reports]
+    """Build a table of models by metrics; with many metrics, the metrics are the rows."""
+    first = [report.primary_metric for report in reports]
     names = list(dict.fromkeys([*first, *(name for report in reports for name in report.metrics)]))
     columns: list[list[Metric | None]] = [[report.metrics.get(name) for report in reports] for name in names]
     best = [best_of(column) for column in columns]
@@ -103,12 +116,12 @@ def metrics_grid(reports: Sequence[Report]) -> Grid:
 
 
 def machine_settings(reports: Sequence[Report]) -> frozenset[str]:
-    """The settings that may differ between these reports of one task, as each of them says."""
+    """Return the settings that may differ between these reports of one task, as each report declares them."""
     return _ALWAYS_FREE.union(*(report.machine_settings for report in reports))
 
 
 def differences(reports: Sequence[Report]) -> list[str]:
-    """What keeps the reports of one task from being compared: settings and data that differ."""
+    """List what makes the reports of one task incomparable: settings and data that differ."""
     found, free = [], machine_settings(reports)
     names = dict.fromkeys(name for report in reports for name in report.settings)
     for name in names:
@@ -127,7 +140,7 @@ def differences(reports: Sequence[Report]) -> list[str]:
 
 
 def rates(scored: Scored) -> list[Block]:
-    """Bars of what is measured in something a second, if anything is."""
+    """Build bars of the metrics with a unit per second; empty without any."""
     units = {
         name: metric.unit
         for report in scored.reports
@@ -150,7 +163,7 @@ def rates(scored: Scored) -> list[Block]:
 def class_grid(
     reports: Sequence[Report], table: str, value: str, caption: str, *, count: str | None = None
 ) -> Grid | None:
-    """A value of each class, a column a model, the first model's lowest on top; None without such tables."""
+    """Build a table of classes by models, the first model's lowest on top; None without such tables."""
     columns = {report.model: _column(report.tables.get(table), value) for report in reports}
     columns = {model: found for model, found in columns.items() if found}
     if not columns:
@@ -177,18 +190,18 @@ def class_grid(
 
 
 def rest_of_tables(reports: Sequence[Report], shown: frozenset[str]) -> list[Block]:
-    """The reports' tables that no block of the task's own shows, folded."""
+    """Build the reports' tables that none of the task's own blocks shows, collapsed."""
     found: list[Block] = []
     for report in reports:
         for name, table in report.tables.items():
             if name not in shown:
                 summary = f"{report.model}: {name.replace('_', ' ')}"
-                found.append(Folded(summary=summary, blocks=(plain_grid(table, summary),)))
-    return [Folded(summary="more tables", blocks=tuple(found))] if found else []
+                found.append(Collapsible(summary=summary, blocks=(plain_grid(table, summary),)))
+    return [Collapsible(summary="more tables", blocks=tuple(found))] if found else []
 
 
 def plain_grid(table: Table, caption: str) -> Grid:
-    """A report's table as it is, at most 100 rows of it."""
+    """Build a report's table as it is, with at most 100 rows."""
     kept = table.rows[:_MOST_ROWS]
     numeric = [
         any(isinstance(row[place], (int, float)) for row in kept if place < len(row))
@@ -206,7 +219,7 @@ def plain_grid(table: Table, caption: str) -> Grid:
 
 
 def paper_table(task: str) -> list[Block]:
-    """What the paper reports for a task, folded; nothing for tasks that it does not have."""
+    """Build the paper's results for a task, collapsed; empty for tasks that it does not have."""
     names = TASKS.get(task, ())
     rows = rows_for(task)
     if not rows:
@@ -230,11 +243,11 @@ def paper_table(task: str) -> list[Block]:
             for row in rows
         ),
     )
-    return [Folded(summary="what the paper reports", blocks=(grid,))]
+    return [Collapsible(summary="what the paper reports", blocks=(grid,))]
 
 
-def details(report: Report) -> Folded:
-    """Everything that is needed to repeat a report."""
+def details(report: Report) -> Collapsible:
+    """Build a table of everything that is needed to repeat a report."""
     rows = [
         ("weights", report.fingerprint or "none"),
         ("made", report.created),
@@ -259,11 +272,11 @@ def details(report: Report) -> Folded:
         columns=(Column(name="what", numeric=False), Column(name="value", numeric=False)),
         rows=tuple((Cell(text=name), Cell(text=value)) for name, value in rows),
     )
-    return Folded(summary=report.model, blocks=(grid,))
+    return Collapsible(summary=report.model, blocks=(grid,))
 
 
 def _flat(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Settings with the resolved ones beside the others; those that were left open are left out."""
+    """List the settings, then the resolved ones; those without a value are left out."""
     found = [(name, value) for name, value in settings.items() if name != "resolved" and value is not None]
     resolved = settings.get("resolved")
     if isinstance(resolved, Mapping):
@@ -276,7 +289,7 @@ def _words(value: Any) -> str:
 
 
 def _column(table: Table | None, name: str) -> dict[str, float]:
-    """The numbers of a column by the first cell of their row."""
+    """Return the numbers of a column by the first cell of their row."""
     if table is None or name not in table.columns:
         return {}
     place = table.columns.index(name)

@@ -15,9 +15,9 @@ FILE = "quality-against-speed.svg"
 
 
 def draw_tradeoff(folder: Path) -> Path | None:
-    """The SVG of k-NN's headline against images a second, written into `folder`; None where none are paired.
+    """Plot k-NN's primary metric over images a second as an SVG in `folder`; None where no reports match.
 
-    A k-NN report belongs to a report of speed with the same weights, or of the same architecture untrained.
+    A k-NN report matches a report of speed with the same weights, or of the same architecture untrained.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -32,14 +32,14 @@ def draw_tradeoff(folder: Path) -> Path | None:
     if not pairs:
         return None
     points = [_point(quality, speed, place) for place, (quality, speed) in enumerate(pairs)]
-    headline = pairs[0][0].headline
-    svg = scatter(points, name="tradeoff", x_label="images a second", y_label=f"k-NN {headline} (%)")
+    primary_metric = pairs[0][0].primary_metric
+    svg = scatter(points, name="tradeoff", x_label="images a second", y_label=f"k-NN {primary_metric} (%)")
     write_text(folder / FILE, standing_alone(svg))
     return folder / FILE
 
 
 def _speed_of(quality: Report, speeds: list[Report]) -> Report | None:
-    described = quality.card.get("model")
+    described = quality.metadata.get("model")
     student = described.get("student") if isinstance(described, Mapping) else None
     same = [report for report in speeds if report.fingerprint == quality.fingerprint]
     alike = [report for report in speeds if student is not None and report.model == student]
@@ -47,11 +47,11 @@ def _speed_of(quality: Report, speeds: list[Report]) -> Report | None:
 
 
 def _point(quality: Report, speed: Report, place: int) -> Series:
-    found = quality.metrics[quality.headline]
+    found = quality.metrics[quality.primary_metric]
     return Series(
         name=quality.model,
-        slot=place % NUM_SLOTS,
-        x=(speed.metrics[speed.headline].value,),
+        color=place % NUM_SLOTS,
+        x=(speed.metrics[speed.primary_metric].value,),
         y=(found.value,),
         low=(found.low,),
         high=(found.high,),

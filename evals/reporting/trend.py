@@ -1,4 +1,4 @@
-"""Many nights' reports as one page: a line a metric, and the commits between which it jumped."""
+"""Many nights' reports as one page: primary metrics over time, and the commits between which they jumped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from evals.core.tables import cell as words
 from radio.errors import DataError, require
 from radio.io import write_text
 
-from .blocks import Block, Cell, Column, Grid, Key, Panel, Plots, Section
+from .blocks import Block, Cell, Column, Grid, LegendEntry, Panel, Plots, Section
 from .compare import is_report, protocol, read_reports
 from .figures import Series, lines
 from .html import Page, render
@@ -22,8 +22,8 @@ Line = tuple[str, str]  # task, model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Night:
-    """One folder of reports."""
+class Snapshot:
+    """The reports of one night."""
 
     name: str
     created: str
@@ -33,7 +33,7 @@ class Night:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Jump:
-    """A headline that moved by more than the tolerance from one night to the next that has it."""
+    """A primary metric that moved by more than the tolerance from one night to the next that has it."""
 
     task: str
     model: str
@@ -44,8 +44,8 @@ class Jump:
     commits: tuple[str, str]
 
 
-def read_nights(root: Path) -> list[Night]:
-    """The folders below `root` that hold reports, the oldest first.
+def read_nights(root: Path) -> list[Snapshot]:
+    """Read the folders below `root` that hold reports, the oldest first.
 
     Raises:
         DataError: no such folder, fewer than two nights, or a damaged report.
@@ -61,12 +61,12 @@ def read_nights(root: Path) -> list[Night]:
     return sorted(nights, key=lambda night: (night.created, night.name))
 
 
-def find_jumps(nights: Sequence[Night], tolerance: float) -> list[Jump]:
-    """Where a headline moved by more than `tolerance`, in the order of the nights.
+def find_jumps(nights: Sequence[Snapshot], tolerance: float) -> list[Jump]:
+    """Find where a primary metric moved by more than `tolerance`, in the order of the nights.
 
-    Nights whose settings or data differ are not compared: a new protocol is no jump.
+    Nights whose settings or data differ are not compared: a new protocol is not a jump.
     """
-    found, last = [], dict[Line, tuple[Night, Report]]()
+    found, last = [], dict[Line, tuple[Snapshot, Report]]()
     for night in nights:
         for line, entry in night.entries.items():
             report = entry.report
@@ -74,13 +74,13 @@ def find_jumps(nights: Sequence[Night], tolerance: float) -> list[Jump]:
             last[line] = (night, report)
             if known is None or not _alike(known[1], report):
                 continue
-            before, after = known[1].metrics.get(report.headline), report.metrics[report.headline]
+            before, after = known[1].metrics.get(report.primary_metric), report.metrics[report.primary_metric]
             if before is not None and abs(after.value - before.value) > tolerance:
                 found.append(
                     Jump(
                         task=line[0],
                         model=line[1],
-                        metric=report.headline,
+                        metric=report.primary_metric,
                         before=before,
                         after=after,
                         nights=(known[0].name, night.name),
@@ -96,7 +96,7 @@ def _alike(before: Report, after: Report) -> bool:
 
 
 def write_trend(root: Path, path: Path, tolerance: float) -> tuple[int, list[Jump]]:
-    """Write the page, atomically; its size in bytes, and the jumps.
+    """Write the page atomically; return its size in bytes and the jumps.
 
     Raises:
         DataError: as `read_nights`.
@@ -111,11 +111,11 @@ def write_trend(root: Path, path: Path, tolerance: float) -> tuple[int, list[Jum
     return len(text.encode()), jumps
 
 
-def _night(root: Path, folder: Path) -> Night:
+def _night(root: Path, folder: Path) -> Snapshot:
     entries = read_reports(folder)
     reports = [entry.report for entry in entries.values()]
     commits = sorted({report.git for report in reports if report.git})
-    return Night(
+    return Snapshot(
         name=folder.relative_to(root).as_posix(),
         created=min(report.created for report in reports),
         commit=", ".join(commit[:10] for commit in commits),
@@ -123,7 +123,7 @@ def _night(root: Path, folder: Path) -> Night:
     )
 
 
-def _page(root: Path, nights: Sequence[Night], jumps: Sequence[Jump], tolerance: float) -> Page:
+def _page(root: Path, nights: Sequence[Snapshot], jumps: Sequence[Jump], tolerance: float) -> Page:
     tasks = list(dict.fromkeys(task for night in nights for task, _ in night.entries))
     first, last = nights[0].created[:10], nights[-1].created[:10]
     overview = Section(anchor="jumps", title="jumps", blocks=(_jump_grid(jumps, tolerance),))
@@ -156,7 +156,7 @@ def _jump_grid(jumps: Sequence[Jump], tolerance: float) -> Grid:
     names = ("task", "model", "metric")
     moved = f"moved by more than {tolerance:g} from one night to the next"
     return Grid(
-        caption=f"Headlines that {moved}, the newest first." if rows else f"No headline {moved}.",
+        caption=f"Primary metrics that {moved}, the newest first." if rows else f"No primary metric {moved}.",
         columns=(
             Column(name="night", numeric=False),
             *(Column(name=name, numeric=False) for name in names),
@@ -167,34 +167,34 @@ def _jump_grid(jumps: Sequence[Jump], tolerance: float) -> Grid:
     )
 
 
-def _plot(nights: Sequence[Night], task: str) -> Block:
+def _plot(nights: Sequence[Snapshot], task: str) -> Block:
     models = list(dict.fromkeys(model for night in nights for name, model in night.entries if name == task))
-    series, headline = [], ""
-    for slot, model in enumerate(models):
+    series, primary_metric = [], ""
+    for color, model in enumerate(models):
         metrics: list[Metric | None] = []
         for night in nights:
             entry = night.entries.get((task, model))
-            headline = entry.report.headline if entry else headline
-            metrics.append(entry.report.metrics[entry.report.headline] if entry else None)
+            primary_metric = entry.report.primary_metric if entry else primary_metric
+            metrics.append(entry.report.metrics[entry.report.primary_metric] if entry else None)
         series.append(
             Series(
                 name=model,
-                slot=slot,
+                color=color,
                 x=tuple(float(number) for number in range(1, len(nights) + 1)),
                 y=tuple(metric.value if metric else None for metric in metrics),
                 low=tuple(metric.low if metric else None for metric in metrics),
                 high=tuple(metric.high if metric else None for metric in metrics),
             )
         )
-    svg = lines(series, name=f"trend-{task}", x_label="night", y_label=headline)
+    svg = lines(series, name=f"trend-{task}", x_label="night", y_label=primary_metric)
     return Plots(
-        caption=f"{headline}, night by night, with 95 % intervals.",
-        panels=(Panel(title=headline, svg=svg),),
-        legend=tuple(Key(name=model, slot=slot) for slot, model in enumerate(models)),
+        caption=f"{primary_metric}, night by night, with 95 % intervals.",
+        panels=(Panel(title=primary_metric, svg=svg),),
+        legend=tuple(LegendEntry(name=model, color=slot) for slot, model in enumerate(models)),
     )
 
 
-def _night_grid(nights: Sequence[Night]) -> Grid:
+def _night_grid(nights: Sequence[Snapshot]) -> Grid:
     return Grid(
         caption="The nights, with the commits of their reports.",
         columns=(

@@ -1,8 +1,8 @@
-"""The border for COCO files: instances and detections from others, checked as a whole before any work.
+"""Read and validate COCO files: instances and detections from users, checked as a whole before any work.
 
-pycocotools trusts what it is given: a polygon far outside its image ends the interpreter, run lengths that do
-not add up are read from uninitialised memory, an annotation that shares its id is scored against another's
-mask. So it only ever sees what has passed here.
+pycocotools does not validate its input: a polygon far outside its image crashes the interpreter, run lengths
+that do not add up are read from uninitialised memory, an annotation that shares its id is scored against
+another's mask. So it only receives what has passed these checks.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from radio.scenes.rle import compress, decompress, run_lengths
 
 # Letters: N instances of an image, H W pixels, P points of a polygon.
 
-_MAX_SIDE = 65_535  # of a JPEG
-_MAX_AREA = 1e10  # COCOeval's own ranges end there
-_REACH = 100_000.0  # pixels: no coordinate lies farther from an image's corner
-_MAX_PERIMETER = 4_000_000.0  # pixels: pycocotools draws every one of them, five times as fine
-_SLACK = 2  # pixels that a box may reach beyond its image without a word
-_MAX_MASKS = 16 << 30  # bytes of an image's masks, one a pixel
+_MAX_SIDE = 65_535  # of a JPEG, pixels
+_MAX_AREA = 1e10  # the upper end of COCOeval's ranges
+_REACH = 100_000.0  # pixels: the largest distance of a coordinate from an image's corner
+_MAX_PERIMETER = 4_000_000.0  # pixels: pycocotools rasterises all of them, at five times the resolution
+_SLACK = 2  # pixels that a box may reach beyond its image without a note
+_MAX_MASKS = 16 << 30  # bytes of an image's masks, one per pixel
 
 
 class Instance(NamedTuple):
-    """One annotation, or one detection."""
+    """An annotation or a detection."""
 
-    number: int  # its id; a detection's place in its file
+    number: int  # its id; a detection's index in its file
     category: int  # id
     box: tuple[float, float, float, float]  # x0 y0 x1 y1 in pixels, half-open
     area: float
@@ -45,8 +45,8 @@ class Instance(NamedTuple):
     segmentation: Any = None  # polygons, or run lengths with size and counts; None for a detection
 
 
-class Picture(NamedTuple):
-    """One image and what is annotated on it."""
+class CocoImage(NamedTuple):
+    """An image and its annotations."""
 
     number: int  # its id
     name: str
@@ -55,15 +55,15 @@ class Picture(NamedTuple):
 
 
 class CocoFile(NamedTuple):
-    """What an instances file says."""
+    """The content of an instances file."""
 
-    pictures: tuple[Picture, ...]  # with all their annotations, in the order of the file
+    images: tuple[CocoImage, ...]  # with all their annotations, in the order of the file
     categories: dict[int, str]  # names by id, in the order of the file
     digest: str  # of its bytes
 
 
 class Detection(NamedTuple):
-    """One entry of a results file."""
+    """An entry of a results file."""
 
     image: int  # id
     score: float
@@ -71,7 +71,7 @@ class Detection(NamedTuple):
 
 
 def _whole(value: Any) -> Any:
-    """Take 7.0 for 7, as JSON itself does; say what texts lack."""
+    """Convert 7.0 to 7, as JSON does not distinguish them; raise ValueError for a string."""
     if isinstance(value, str):
         raise ValueError("wanted a number, and this is a text; write it without quotes")
     return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -86,7 +86,7 @@ _Box = Annotated[list[_Coordinate], Len(4, 4)]
 
 
 def _named(value: Any) -> Any:
-    """Say what an image of LVIS lacks: its name stands at the end of a URL."""
+    """Raise an error that explains how to add LVIS's missing file_name: it is the end of coco_url."""
     if isinstance(value, dict) and "file_name" not in value and isinstance(value.get("coco_url"), str):
         name = "/".join(value["coco_url"].split("/")[-2:])
         raise PydanticCustomError(
@@ -138,11 +138,11 @@ _RESULTS = TypeAdapter(list[_Entry])
 
 
 def read_instances(file: Path) -> CocoFile:
-    """Read an instances file and check all of it.
+    """Read and validate an instances file.
 
     Raises:
-        DataError: not COCO instances; ids that repeat, an image or category that is not listed, a box,
-            area, polygon or run length out of bounds. Names the first record and how many are like it.
+        DataError: not COCO instances; repeated ids, an image or category that is not listed, a box,
+            area, polygon or run length out of bounds. Names the first such record and their number.
     """
     raw = read_bytes(file, limit=MAX_DATA_BYTES)
     where = f"{shown(file)}: not COCO instances"
@@ -157,15 +157,15 @@ def read_instances(file: Path) -> CocoFile:
     found, faults = _collect(data["annotations"], sizes, categories)
     _refuse(file, "annotations", len(data["annotations"]), faults)
     _refuse(file, "images", len(sizes), _count_faults(sizes, found))
-    pictures = tuple(
-        Picture(image["id"], image["file_name"], sizes[image["id"]], tuple(found[image["id"]]))
+    images = tuple(
+        CocoImage(image["id"], image["file_name"], sizes[image["id"]], tuple(found[image["id"]]))
         for image in data["images"]
     )
-    return CocoFile(pictures, categories, hashlib.sha256(raw).hexdigest())
+    return CocoFile(images, categories, hashlib.sha256(raw).hexdigest())
 
 
 def read_detections(file: Path) -> tuple[list[Detection], str]:
-    """Read a detector's boxes (COCO results): each entry in order, and a hash of the file's bytes.
+    """Read a detector's boxes (COCO results): all entries in order, and a hash of the file's bytes.
 
     Raises:
         DataError: not COCO results, or a box or score out of bounds; names the first entry.
@@ -187,13 +187,13 @@ def read_detections(file: Path) -> tuple[list[Detection], str]:
     return rows, hashlib.sha256(raw).hexdigest()
 
 
-def note_boxes(pictures: Sequence[Picture], what: str) -> tuple[str, ...]:
-    """Say which boxes look like another convention's: corners instead of a size, or shares of the image.
+def note_boxes(images: Sequence[CocoImage], what: str) -> tuple[str, ...]:
+    """Note which boxes seem to follow another convention: corners instead of a size, or relative coordinates.
 
     Args:
-        what: the boxes' name in the note.
+        what: name of the boxes in the note.
     """
-    owned = [(instance.box, picture.size) for picture in pictures for instance in picture.instances]
+    owned = [(instance.box, image.size) for image in images for instance in image.instances]
     beyond = sum(x1 > size[1] + _SLACK or y1 > size[0] + _SLACK for (_, _, x1, y1), size in owned)
     notes = []
     if beyond:
@@ -214,10 +214,10 @@ def note_boxes(pictures: Sequence[Picture], what: str) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def note_empty(pictures: Sequence[Picture]) -> tuple[str, ...]:
-    """Say how many masks have no pixel inside their image: whatever is drawn, each of them scores 0."""
-    owned = [(instance, picture) for picture in pictures for instance in picture.instances]
-    empty = [instance.number for instance, picture in owned if _is_empty(instance.segmentation, picture.size)]
+def note_empty(images: Sequence[CocoImage]) -> tuple[str, ...]:
+    """Note how many masks have no pixel inside their image: each of them scores 0 for any prediction."""
+    owned = [(instance, image) for image in images for instance in image.instances]
+    empty = [instance.number for instance, image in owned if _is_empty(instance.segmentation, image.size)]
     if not empty:
         return ()
     said = f"{len(empty)} of {len(owned)} annotations have no pixel inside their image"
@@ -238,10 +238,10 @@ def _is_empty(segmentation: Any, size: tuple[int, int]) -> bool:
 
 
 def check_apart(file: Path, names: Iterable[tuple[int, str]]) -> None:
-    """None, when each image (id, name) of a file has a name of its own: one under two ids would count twice.
+    """Check that the images (id, name) of a file have distinct names: one under two ids would count twice.
 
     Raises:
-        DataError: two have one; names both ids.
+        DataError: two ids share a name; names both.
     """
     first: dict[str, int] = {}
     for number, name in names:
@@ -273,7 +273,7 @@ def _refuse(file: Path, kind: str, total: int, faults: Sequence[str]) -> None:
 def _collect(
     annotations: Sequence[_Annotation], sizes: Mapping[int, tuple[int, int]], categories: Mapping[int, str]
 ) -> tuple[dict[int, list[Instance]], list[str]]:
-    """The instances of each image, and what is wrong with those that are none."""
+    """Collect the instances of each image, and a message for each invalid annotation."""
     found: dict[int, list[Instance]] = {number: [] for number in sizes}
     faults = []
     for annotation in annotations:
@@ -326,7 +326,7 @@ def _corners(box: Sequence[float]) -> tuple[float, float, float, float]:
 
 
 def _segmentation(value: Any, size: tuple[int, int]) -> Any:
-    """Give back a segmentation of an image of (H, W) as pycocotools takes it; a ValueError says why not."""
+    """Return a segmentation of an image of (H, W) as pycocotools takes it; raise ValueError if invalid."""
     match value:
         case [_, *_]:
             for part in value:
@@ -348,7 +348,7 @@ def _segmentation(value: Any, size: tuple[int, int]) -> Any:
 def _check_polygon(part: Any) -> None:
     if not isinstance(part, list) or len(part) < 6 or len(part) % 2 or not _are_numbers(part, (int, float)):
         raise ValueError("has a polygon that is not three or more points x y")
-    if not all(-_REACH <= value <= _REACH for value in part):  # NaN is not either
+    if not all(-_REACH <= value <= _REACH for value in part):  # NaN fails too
         raise ValueError(f"has a polygon with a point that lies more than {_REACH:.0f} px from its image")
     points = np.asarray(part, dtype=np.float64).reshape(-1, 2)  # [P, 2]
     around = float(np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum())
@@ -357,9 +357,9 @@ def _check_polygon(part: Any) -> None:
 
 
 def _counts(counts: str | list[Any], size: tuple[int, int]) -> str | list[Any]:
-    """Give back run lengths that are whole numbers, none negative, and add up to the image.
+    """Validate run lengths: integers, none negative, that add up to the image; raise ValueError otherwise.
 
-    Runs that an empty one divides are merged: pycocotools' overlaps end early at some.
+    Runs separated by an empty one are merged: pycocotools' overlap computation stops early at some of those.
     """
     if isinstance(counts, list) and not _are_numbers(counts, (int,)):
         raise ValueError("has run lengths that are not all whole numbers")
@@ -379,4 +379,4 @@ def _counts(counts: str | list[Any], size: tuple[int, int]) -> str | list[Any]:
 
 
 def _are_numbers(values: Sequence[Any], kinds: tuple[type, ...]) -> bool:
-    return all(type(value) in kinds for value in values)  # to isinstance a bool is an int
+    return all(type(value) in kinds for value in values)  # isinstance would accept bool as int

@@ -1,4 +1,4 @@
-"""Masks as bits, eight rows to a byte: what is counted and eroded is an eighth as large."""
+"""Masks as bits, eight rows per byte: counting and erosion work on an eighth of the data."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Letters: N masks, H W pixels, R bytes a column = ceil(H / 8).
+# Letters: N masks, H W pixels, R bytes per column = ceil(H / 8).
 
 
 def pack(masks: Tensor) -> Tensor:
-    """Masks, bool [N, H, W], as bits: uint8 [N, R, W]; bit k of byte i is row 8 * i + k, 0 past the last."""
+    """Pack masks, bool [N, H, W], as uint8 [N, R, W]; bit k of byte i is row 8 * i + k; padded with 0."""
     rows = masks.view(torch.uint8)
     if masks.shape[1] % 8:
         rows = F.pad(rows, [0, 0, 0, -masks.shape[1] % 8])
@@ -24,7 +24,7 @@ def pack(masks: Tensor) -> Tensor:
 
 
 def count(bits: Tensor) -> Tensor:
-    """How many bits are set: [N, R, W] -> [N] float64; pairs, fours, bytes, then words at once."""
+    """Count the set bits: [N, R, W] -> [N] float64; summed in pairs, fours, bytes, then words."""
     flat = bits.flatten(1)
     words = F.pad(flat, [0, -flat.shape[1] % 8]).view(torch.int64)
     words = words - (words >> 1).bitwise_and_(0x5555555555555555)
@@ -35,10 +35,10 @@ def count(bits: Tensor) -> Tensor:
 
 
 def erode(bits: Tensor, reach: int) -> Tensor:
-    """What is left of masks after `reach` erosions by 3 x 3: [N, R, W] -> the same; the outside is unset.
+    """Erode masks `reach` times by 3 x 3: [N, R, W] -> [N, R, W]; the outside counts as unset.
 
-    A pixel stays where the square of 2 * reach + 1 around it is full; that is found by doubling, so the reach
-    costs its logarithm.
+    A pixel remains where the square of side 2 * reach + 1 around it is full; this is computed by doubling, so
+    the cost grows with the logarithm of the reach.
     """
     left = torch.zeros_like(bits)
     side = 2 * reach + 1
@@ -50,7 +50,7 @@ def erode(bits: Tensor, reach: int) -> Tensor:
 
 
 def _run(bits: Tensor, length: int, join: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """Where a run of `length` set bits begins; `join` meets runs with those that begin some steps later."""
+    """Mark where runs of `length` set bits begin; `join` intersects bits with those some steps later."""
     full, reached = bits, 1
     while reached < length:
         step = min(reached, length - reached)
@@ -59,14 +59,14 @@ def _run(bits: Tensor, length: int, join: Callable[[Tensor, int], Tensor]) -> Te
 
 
 def _rows_up(bits: Tensor, rows: int) -> Tensor:
-    """Row i + `rows` at row i."""
+    """Shift rows up: row i + `rows` moves to row i."""
     whole, rest = divmod(rows, 8)
     moved = F.pad(bits, [0, 0, 0, whole + 1])[:, whole:]
     return moved[:, :-1] if not rest else (moved[:, :-1] >> rest) | (moved[:, 1:] << (8 - rest))
 
 
 def _rows_down(bits: Tensor, rows: int) -> Tensor:
-    """Row i - `rows` at row i."""
+    """Shift rows down: row i - `rows` moves to row i."""
     whole, rest = divmod(rows, 8)
     moved = F.pad(bits, [0, 0, whole + 1, 0])[:, : bits.shape[1] + 1]
     return moved[:, 1:] if not rest else (moved[:, 1:] << rest) | (moved[:, :-1] >> (8 - rest))

@@ -1,4 +1,4 @@
-"""Simulated clicks: the point of an error region that lies farthest from its edge."""
+"""Simulated clicks: the point of an error region that is farthest from its edge."""
 
 from __future__ import annotations
 
@@ -13,23 +13,22 @@ from radio.errors import require
 
 # Letters: N instances, H W pixels.
 
-_APART = 1e6  # pixels between two instances' planes: none ever sees another
+_APART = 1e6  # pixels between two instances' planes, so that they do not affect each other
 
 
-def next_clicks(truth: Tensor, drawn: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The next click on each of N objects: points [N, 2] as x y, and labels [N], 1 on the object, else 0.
+def next_clicks(truth: Tensor, predictions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Compute the next click on each of N objects: points [N, 2] as x y, labels [N], 1 on the object, else 0.
 
-    The click goes where the error is larger: on pixels that were missed, or on pixels that were drawn too
-    much (missed ones where both are equal); there, to the point farthest from the region's edge, the first of
-    equally far ones in reading order. An object without an error is clicked in its own middle. Nothing drawn
-    yet: the whole object was missed.
+    The click is placed in the larger error, the missed pixels or the surplus pixels (the missed ones if both
+    are equal), at the point farthest from the region's edge, the first of equally far ones in reading order.
+    An object without an error is clicked in its centre. Without predictions the whole object is missed.
 
     Args:
         truth: bool [N, H, W].
-        drawn: bool [N, H, W], or None.
+        predictions: bool [N, H, W], or None before the first click.
     """
-    missed = truth if drawn is None else truth & ~drawn
-    surplus = torch.zeros_like(truth) if drawn is None else drawn & ~truth
+    missed = truth if predictions is None else truth & ~predictions
+    surplus = torch.zeros_like(truth) if predictions is None else predictions & ~truth
     more = torch.count_nonzero(missed.flatten(1), dim=1) >= torch.count_nonzero(surplus.flatten(1), dim=1)
     region = torch.where(more[:, None, None], missed, surplus)
     nothing = ~region.flatten(1).any(dim=1)
@@ -42,7 +41,7 @@ def next_clicks(truth: Tensor, drawn: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _depths(masks: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """[N, H, W]: how far each pixel of a mask is from the nearest one outside, in one call for all masks."""
+    """Compute each mask pixel's distance to the nearest outside pixel, [N, H, W], in one call for all."""
     padded = np.pad(masks, ((0, 0), (1, 1), (1, 1)))
     morphology: Any = require("scipy.ndimage", extra="sam")
     found = morphology.distance_transform_edt(padded, sampling=(_APART, 1.0, 1.0))

@@ -1,4 +1,4 @@
-"""COCO instances: a checked JSON and a folder of images, and the masks that pycocotools makes of it."""
+"""COCO instances: a validated JSON and a folder of images, and their masks as pycocotools decodes them."""
 
 from __future__ import annotations
 
@@ -19,83 +19,83 @@ from evals.core.stored import Entry, Listing, StoredImages
 from radio.errors import DataError, require, shown
 from radio.images import MAX_IMAGE_BYTES, open_image
 
-from .annotations import CocoFile, Instance, Picture, check_apart, note_boxes, note_empty, read_instances
+from .annotations import CocoFile, CocoImage, Instance, check_apart, note_boxes, note_empty, read_instances
 
 # Letters: N instances of an image, H W pixels.
 
 _ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
-_THREADS = 8  # that read the images' headers
-_HEAD = 1 << 16  # bytes that hold the header of nearly every image
+_THREADS = 8  # for reading the images' headers
+_HEAD = 1 << 16  # bytes that contain the header of nearly every image
 
 
 @final
 class Instances:
-    """The images of a COCO instances file that have something to score.
+    """The images of a COCO instances file that have annotations to score.
 
     Args:
-        pictures: in the order of the file, with the annotations to score.
-        images: reads them.
-        file: all that the instances file says.
+        images: in the order of the file, with the annotations to score.
+        files: reads the images.
+        file: the whole content of the instances file.
         name: for reports.
-        notes: for reports, on how the images were taken.
+        notes: for reports, on how the images were read.
     """
 
     def __init__(
         self,
-        pictures: tuple[Picture, ...],
-        images: StoredImages,
+        images: tuple[CocoImage, ...],
+        files: StoredImages,
         file: CocoFile,
         name: str,
         notes: tuple[str, ...] = (),
     ) -> None:
-        self.pictures, self.images, self.name, self.notes = pictures, images, name, notes
+        self.images, self.files, self.name, self.notes = images, files, name, notes
         self.categories = file.categories
-        self.annotated: Mapping[int, Picture] = {picture.number: picture for picture in file.pictures}
+        self.annotated: Mapping[int, CocoImage] = {image.number: image for image in file.images}
         self._digest = file.digest
-        self._places = {picture.number: place for place, picture in enumerate(pictures)}
+        self._places = {image.number: place for place, image in enumerate(images)}
 
     @property
     def content(self) -> str:
-        """A hash of the pictures' bytes."""
-        return self.images.fingerprint
+        """A hash of the images' bytes."""
+        return self.files.fingerprint
 
-    def read(self, picture: Picture) -> Tensor:
-        """The pixels, uint8 [3, H, W].
+    def read(self, image: CocoImage) -> Tensor:
+        """Read an image's pixels, uint8 [3, H, W].
 
         Raises:
-            DataError: it cannot be read, or is of another size than the file says.
+            DataError: it cannot be read, or its size differs from the one in the file.
         """
         try:
-            image = self.images.read(self._places[picture.number])
+            pixels = self.files.read(self._places[image.number])
         except DataError as error:
-            raise DataError(f"{shown(picture.name)}: {error}") from error
-        height, width = image.shape[-2:]
-        if (height, width) != picture.size:
-            raise DataError(_other_size(picture, (height, width), self.name))
-        return image
+            raise DataError(f"{shown(image.name)}: {error}") from error
+        height, width = pixels.shape[-2:]
+        if (height, width) != image.size:
+            raise DataError(_other_size(image, (height, width), self.name))
+        return pixels
 
     @property
     def count(self) -> int:
-        """How many annotations are scored."""
-        return sum(len(picture.instances) for picture in self.pictures)
+        """Number of scored annotations."""
+        return sum(len(image.instances) for image in self.images)
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the JSON, of the pictures' content, and of which annotations are scored."""
-        chosen = [instance.number for picture in self.pictures for instance in picture.instances]
-        text = f"{self._digest} {self.images.fingerprint} {chosen}"
+        """A hash of the JSON, of the images' content, and of which annotations are scored."""
+        chosen = [instance.number for image in self.images for instance in image.instances]
+        text = f"{self._digest} {self.files.fingerprint} {chosen}"
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def masks(self, picture: Picture) -> Tensor:
-        """The ground truth of a picture's instances: bool [N, H, W]."""
+    def masks(self, image: CocoImage) -> Tensor:
+        """Decode the ground truth of an image's instances: bool [N, H, W]."""
         library = require("pycocotools.mask", extra="sam")
-        encoded = [run_lengths(instance, picture.size) for instance in picture.instances]
+        encoded = [run_lengths(instance, image.size) for instance in image.instances]
         planes = library.decode(encoded)  # [H, W, N]
         return torch.from_numpy(np.ascontiguousarray(planes.transpose(2, 0, 1))).bool()
 
 
 def run_lengths(instance: Instance, size: tuple[int, int]) -> dict[str, Any]:
-    """An annotation on an image of (H, W) as pycocotools' compressed run lengths."""
+    """Convert an annotation on an image of (H, W) to pycocotools' compressed run lengths."""
     library, segmentation = require("pycocotools.mask", extra="sam"), instance.segmentation
     if isinstance(segmentation, list):
         found: dict[str, Any] = library.merge(library.frPyObjects(segmentation, *size))
@@ -108,7 +108,7 @@ def run_lengths(instance: Instance, size: tuple[int, int]) -> dict[str, Any]:
 
 def open_instances(
     file: Path,
-    images: Path,
+    folder: Path,
     *,
     limit: int | None,
     crowds: bool,
@@ -118,69 +118,66 @@ def open_instances(
     name: str | None = None,
     location: str | None = None,
 ) -> Instances:
-    """The pictures of an instances JSON that have annotations to score; all is checked before any work.
+    """Open the images of an instances JSON that have annotations to score; validate everything first.
 
     Args:
-        limit: take so many of them, spread evenly.
-        crowds: whether crowd annotations count.
-        smallest_area: annotations below it do not count.
-        memo: a folder that keeps content hashes of unchanged files.
-        empty: keep pictures without annotations too.
-        name: for reports; the file's unless given.
-        location: where the pictures lie, for reports; the folder unless given.
+        limit: maximum number of images, evenly spaced.
+        crowds: whether to score crowd annotations.
+        smallest_area: annotations with a smaller area are not scored.
+        memo: a folder that caches content hashes of unchanged files.
+        empty: include images without annotations.
+        name: for reports (default: the file's).
+        location: of the images, for reports (default: the folder).
 
     Raises:
-        DataError: not such a file, pictures that are not in the folder, cannot be read or are of another
-            size, or nothing to score.
+        DataError: not an instances file, images that are not in the folder, cannot be read or are of
+            another size, or nothing to score.
         MissingExtraError: pycocotools is not installed.
     """
     data = read_instances(file)
-    pictures = [
-        picture._replace(
+    images = [
+        image._replace(
             instances=tuple(
-                one for one in picture.instances if one.area >= smallest_area and (crowds or not one.crowd)
+                one for one in image.instances if one.area >= smallest_area and (crowds or not one.crowd)
             )
         )
-        for picture in data.pictures
+        for image in data.images
     ]
-    kept = [picture for picture in pictures if picture.instances or empty]
-    if not any(picture.instances for picture in kept):
-        raise DataError(f"{shown(file)}: none of its {len(pictures)} pictures has an annotation to score")
+    kept = [image for image in images if image.instances or empty]
+    if not any(image.instances for image in kept):
+        raise DataError(f"{shown(file)}: none of its {len(images)} images has an annotation to score")
     if limit is not None and limit < len(kept):
         kept = [kept[place * len(kept) // limit] for place in range(limit)]
-    paths = _find_all(kept, images, file)
+    paths = _find_all(kept, folder, file)
     notes = _check_images(kept, paths, name or file.stem)
     entries = [
-        Entry(picture.name, "", path, 0, path.stat().st_size)
-        for picture, path in zip(kept, paths, strict=True)
+        Entry(image.name, "", path, 0, path.stat().st_size) for image, path in zip(kept, paths, strict=True)
     ]
-    listing = Listing(file.stem, location or str(images.resolve()), ("",), tuple(entries))
+    listing = Listing(file.stem, location or str(folder.resolve()), ("",), tuple(entries))
     notes = (*notes, *note_boxes(kept, "boxes"), *note_empty(kept))
     return Instances(tuple(kept), StoredImages(listing, memo), data, name or file.stem, notes)
 
 
-def _find_all(pictures: Sequence[Picture], root: Path, file: Path) -> list[Path]:
-    """The file of each picture."""
+def _find_all(images: Sequence[CocoImage], root: Path, file: Path) -> list[Path]:
+    """Find the file of each image; raise DataError when one is missing or belongs to two images."""
     if not root.is_dir():
         raise DataError(f"{shown(root)}: no such folder; give the one that holds the images of {file.name}")
     listings: dict[Path, dict[str, list[str]]] = {}
-    found = [_find(root, picture.name, listings) for picture in pictures]
-    absent = [
-        shown(picture.name[:200]) for picture, path in zip(pictures, found, strict=True) if path is None
-    ]
+    found = [_find(root, image.name, listings) for image in images]
+    absent = [shown(image.name[:200]) for image, path in zip(images, found, strict=True) if path is None]
     if absent:
         listed = ", ".join(absent[:5]) + (", …" if len(absent) > 5 else "")
         raise DataError(
-            f"{shown(root)}: {len(absent)} of the {len(pictures)} pictures of {shown(file.name)} are not "
+            f"{shown(root)}: {len(absent)} of the {len(images)} images of {shown(file.name)} are not "
             f"there: {listed}"
         )
     paths = [path for path in found if path is not None]
-    check_apart(file, [(picture.number, str(path)) for picture, path in zip(pictures, paths, strict=True)])
+    check_apart(file, [(image.number, str(path)) for image, path in zip(images, paths, strict=True)])
     return paths
 
 
 def _find(root: Path, name: str, listings: dict[Path, dict[str, list[str]]]) -> Path | None:
-    """The file `name`, else the only one that reads like it: accents composed (NFC) or decomposed (NFD)."""
+    """Find the file `name`, else the only one equal to it in NFC; accents may be composed or decomposed."""
     try:
         if (root / name).is_file():
             return root / name
@@ -195,12 +192,12 @@ def _find(root: Path, name: str, listings: dict[Path, dict[str, list[str]]]) -> 
                 part = alike[0]
             path = path / part
         return path if path.is_file() else None
-    except OSError:  # a name that the system does not take
+    except OSError:  # a name that the system does not accept
         return None
 
 
 def _list_forms(folder: Path) -> dict[str, list[str]]:
-    """The names in a folder by their one form."""
+    """Group the names in a folder by their normalised form."""
     found: dict[str, list[str]] = {}
     for path in folder.iterdir():
         found.setdefault(_form(path.name), []).append(path.name)
@@ -208,53 +205,51 @@ def _list_forms(folder: Path) -> dict[str, list[str]]:
 
 
 def _form(name: str) -> str:
-    """One form of names that read alike; bytes that are no UTF-8 are U+FFFD, as JSON has them."""
+    """Normalise a name to NFC; bytes that are not UTF-8 become U+FFFD, as in JSON."""
     return unicodedata.normalize("NFC", re.sub("[\ud800-\udfff]", "\ufffd", name))
 
 
 class _Header(NamedTuple):
     size: tuple[int, int]  # (H, W) as stored
-    turned: bool  # whether an EXIF orientation asks for another
+    turned: bool  # whether an EXIF orientation differs from it
 
 
-def _check_images(pictures: Sequence[Picture], paths: Sequence[Path], name: str) -> tuple[str, ...]:
-    """Notes on the images' headers.
+def _check_images(images: Sequence[CocoImage], paths: Sequence[Path], name: str) -> tuple[str, ...]:
+    """Check the images' headers; return notes on them.
 
     Raises:
-        DataError: an image that is none, or of another size than the file `name` says.
+        DataError: a file that is not an image, or has another size than in the file `name`.
     """
     faults, turned = [], 0
     with ThreadPoolExecutor(_THREADS) as threads:
-        for picture, header in zip(pictures, threads.map(_read_header, paths), strict=True):
+        for image, header in zip(images, threads.map(_read_header, paths), strict=True):
             if isinstance(header, str):
-                faults.append(f"{shown(picture.name)}: {header}")
+                faults.append(f"{shown(image.name)}: {header}")
                 continue
             turned += header.turned
-            if header.size != picture.size:
-                faults.append(_other_size(picture, header.size, name))
+            if header.size != image.size:
+                faults.append(_other_size(image, header.size, name))
     verb = "has" if turned == 1 else "have"
-    note = f"{turned} of {len(pictures)} images {verb} an EXIF orientation that is not applied"
+    note = f"{turned} of {len(images)} images {verb} an EXIF orientation that is not applied"
     if faults:
         why = f"; {note}: write it into the pixels" if turned else ""
-        more = f" ({len(faults)} of {len(pictures)} images are bad)" if len(faults) > 1 else ""
+        more = f" ({len(faults)} of {len(images)} images are bad)" if len(faults) > 1 else ""
         raise DataError(f"{faults[0]}{more}{why}")
     return (f"{note}; are the annotations made on the pixels as they are stored?",) if turned else ()
 
 
-def _other_size(picture: Picture, size: tuple[int, int], name: str) -> str:
-    return (
-        f"{shown(picture.name)} is {list(size)} (height, width), and {shown(name)} says {list(picture.size)}"
-    )
+def _other_size(image: CocoImage, size: tuple[int, int], name: str) -> str:
+    return f"{shown(image.name)} is {list(size)} (height, width), and {shown(name)} says {list(image.size)}"
 
 
 def _read_header(path: Path) -> _Header | str:
-    """Size and orientation of a stored image, or why it is none."""
+    """Read the size and orientation of a stored image; return a message when it is not an image."""
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD)
             try:
                 return _parse_header(head)
-            except DataError:  # headers may be longer, the metadata before them above all
+            except DataError:  # headers may be longer, mostly due to metadata before them
                 return _parse_header(head + file.read(MAX_IMAGE_BYTES))
     except DataError as error:
         return str(error)
@@ -264,6 +259,6 @@ def _read_header(path: Path) -> _Header | str:
 
 def _parse_header(data: bytes) -> _Header:
     with open_image(data) as image:
-        # Where a PNG has none, PIL would look behind the pixels.
+        # For a PNG without EXIF, PIL would search behind the pixels.
         exif = image.getexif() if "exif" in image.info else {}
         return _Header((image.height, image.width), exif.get(_ORIENTATION, 1) in range(2, 9))

@@ -1,4 +1,4 @@
-"""A detector's boxes in, masks out, scored as COCO average precision by pycocotools."""
+"""Masks for a detector's boxes, scored as COCO average precision by pycocotools."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from evals.core.report import Metric
 from radio.errors import DataError, require, shown
 from radio.teachers.sam_decoder import SamHead
 
-from .annotations import Instance, Picture, note_boxes, read_detections
+from .annotations import CocoImage, Instance, note_boxes, read_detections
 from .coco import Instances, run_lengths
-from .decoding import Drawn, Loaded, masks_by_picture
+from .decoding import Predictions, Prepared, masks_by_image
 
 # Letters: H W pixels.
 
@@ -36,14 +36,14 @@ _STATS = (
 
 @final
 class Detections:
-    """The pictures of an instances file with the boxes that a detector found on them.
+    """The images of an instances file with a detector's boxes.
 
     Args:
         file: COCO results: a list of {image_id, category_id, bbox, score}.
-        truth: what they are scored against, pictures without annotations included.
+        truth: the ground truth, images without annotations included.
 
     Raises:
-        DataError: not such a file, no detections, or one of a picture or category that is not there.
+        DataError: not a results file, no detections, or one of an unknown image or category.
     """
 
     def __init__(self, file: Path, truth: Instances) -> None:
@@ -51,24 +51,24 @@ class Detections:
         self.name = f"{file.name} on {truth.name}"
         rows, self._digest = read_detections(file)
         self.scores = tuple(row.score for row in rows)
-        found: dict[int, list[Instance]] = {picture.number: [] for picture in truth.pictures}
+        found: dict[int, list[Instance]] = {image.number: [] for image in truth.images}
         for row in rows:
             if row.image not in truth.annotated or row.instance.category not in truth.categories:
                 raise DataError(
-                    f"{shown(file)}: entry {row.instance.number} is of picture {row.image} and category "
+                    f"{shown(file)}: entry {row.instance.number} is of image {row.image} and category "
                     f"{row.instance.category}, and {truth.name} does not have both"
                 )
-            if row.image in found:  # not left out by the limit
+            if row.image in found:  # not excluded by the limit
                 found[row.image].append(row.instance)
-        pictures = (p._replace(instances=tuple(found[p.number])) for p in truth.pictures)
-        self.pictures: tuple[Picture, ...] = tuple(p for p in pictures if p.instances)
-        if not self.pictures:
-            raise DataError(f"{file}: holds no detections on the pictures of {truth.name}")
-        self.notes = note_boxes(self.pictures, "detections")
+        images = (p._replace(instances=tuple(found[p.number])) for p in truth.images)
+        self.images: tuple[CocoImage, ...] = tuple(p for p in images if p.instances)
+        if not self.images:
+            raise DataError(f"{file}: holds no detections on the images of {truth.name}")
+        self.notes = note_boxes(self.images, "detections")
 
     @property
     def content(self) -> str:
-        """A hash of the pictures' bytes."""
+        """A hash of the images' bytes."""
         return self.truth.content
 
     @cached_property
@@ -76,48 +76,49 @@ class Detections:
         """A hash of the boxes and of the ground truth."""
         return hashlib.sha256(f"{self._digest} {self.truth.fingerprint}".encode()).hexdigest()
 
-    def read(self, picture: Picture) -> Tensor:
-        """The pixels, uint8 [3, H, W]."""
-        return self.truth.read(picture)
+    def read(self, image: CocoImage) -> Tensor:
+        """Read an image's pixels, uint8 [3, H, W]."""
+        return self.truth.read(image)
 
-    def masks(self, picture: Picture) -> Tensor:
-        """Nothing: the truth is not looked at while drawing."""
-        return torch.empty(0, *picture.size, dtype=torch.bool)
+    def masks(self, image: CocoImage) -> Tensor:
+        """Return no masks, [0, H, W]: the ground truth is not used for prediction."""
+        return torch.empty(0, *image.size, dtype=torch.bool)
 
 
 def encode(
-    head: SamHead, loaded: Sequence[Loaded], drawn: Drawn, box_batch: int
+    head: SamHead, loaded: Sequence[Prepared], drawn: Predictions, box_batch: int
 ) -> list[tuple[int, int, str, tuple[int, int], float]]:
-    """(picture, entry, run lengths, size, predicted IoU) of each detection of a chunk."""
+    """Encode the masks of a chunk: (image, entry, run lengths, size, predicted IoU) of each detection."""
     library = require("pycocotools.mask", extra="sam")
     found, quality = [], iter(drawn.quality.cpu().tolist())
-    for one, piece, masks in masks_by_picture(head, loaded, drawn.logits, box_batch):
+    for one, piece, masks in masks_by_image(head, loaded, drawn.logits, box_batch):
         planes = np.asfortranarray(masks.cpu().numpy().transpose(1, 2, 0).astype(np.uint8))
-        for instance, lengths in zip(one.picture.instances[piece], library.encode(planes), strict=True):
+        for instance, lengths in zip(one.image.instances[piece], library.encode(planes), strict=True):
             counts = lengths["counts"].decode("ascii")
-            found.append((one.picture.number, instance.number, counts, one.picture.size, next(quality)))
+            found.append((one.image.number, instance.number, counts, one.image.size, next(quality)))
     return found
 
 
 def average_precision(detections: Detections, records: Sequence[tuple[Any, ...]]) -> dict[str, Metric]:
-    """COCO's mask AP in percent: mean over IoU 0.50 to 0.95, at 0.50, at 0.75, and by size.
+    """Compute COCO's mask AP in percent: mean over IoU 0.50 to 0.95, at 0.50, at 0.75, and by size.
 
-    The detector's scores rank the masks. A size without ground truth is left out."""
-    categories = {instance.number: instance.category for p in detections.pictures for instance in p.instances}
+    The detector's scores rank the masks. A size without ground truth is omitted.
+    """
+    categories = {instance.number: instance.category for p in detections.images for instance in p.instances}
     results = [
         {
-            "image_id": image,
+            "image_id": image_id,
             "category_id": categories[entry],
             "score": detections.scores[entry],
             "segmentation": {"size": list(size), "counts": counts},
         }
-        for image, entry, counts, size, _ in records
+        for image_id, entry, counts, size, _ in records
     ]
     library = require("pycocotools.cocoeval", extra="sam")
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its tables
         truth = _truth(detections.truth)
         judge = library.COCOeval(truth, truth.loadRes(results), "segm")
-        judge.params.imgIds = [picture.number for picture in detections.truth.pictures]
+        judge.params.imgIds = [image.number for image in detections.truth.images]
         judge.evaluate()
         judge.accumulate()
         judge.summarize()
@@ -129,26 +130,26 @@ def average_precision(detections: Detections, records: Sequence[tuple[Any, ...]]
 
 
 def _truth(truth: Instances) -> Any:
-    """Index the ground truth for pycocotools: all annotations of the pictures, scored or not.
+    """Index the ground truth for pycocotools: all annotations of the images, scored or not.
 
-    They have ids of their own, from 1 on: to COCOeval an id of 0 is no match.
+    They get new ids that start at 1: COCOeval treats an id of 0 as no match.
     """
-    pictures = [truth.annotated[picture.number] for picture in truth.pictures]
-    owned = [(picture, instance) for picture in pictures for instance in picture.instances]
+    images = [truth.annotated[image.number] for image in truth.images]
+    owned = [(image, instance) for image in images for instance in image.instances]
     coco = require("pycocotools.coco", extra="sam").COCO()
     coco.dataset = {
-        "images": [{"id": p.number, "height": p.size[0], "width": p.size[1]} for p in pictures],
+        "images": [{"id": p.number, "height": p.size[0], "width": p.size[1]} for p in images],
         "categories": [{"id": number, "name": name} for number, name in truth.categories.items()],
         "annotations": [
             {
                 "id": place,
-                "image_id": picture.number,
+                "image_id": image.number,
                 "category_id": instance.category,
                 "area": instance.area,
                 "iscrowd": int(instance.crowd),
-                "segmentation": run_lengths(instance, picture.size),
+                "segmentation": run_lengths(instance, image.size),
             }
-            for place, (picture, instance) in enumerate(owned, start=1)
+            for place, (image, instance) in enumerate(owned, start=1)
         ],
     }
     coco.createIndex()

@@ -1,4 +1,4 @@
-"""What stands in for SAM's image encoder: a student through its SAM adaptor, or a SAM's own encoder."""
+"""Replacements for SAM's image encoder: a student with its SAM adaptor, or a SAM's own encoder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Protocol, final, runtime_checkable
 import torch
 from torch import Tensor
 
-from evals.core.evaluator import Carded, place
+from evals.core.evaluator import HasMetadata, place
 from radio.adaptors import AdaptorConfig, MLPAdaptor
 from radio.checkpoint import digest
 from radio.errors import CheckpointError, ConfigError, RadioError, SizeError, did_you_mean, shown
@@ -24,20 +24,20 @@ from radio.teachers.sam import MEMBERS
 from radio.teachers.sam_decoder import SamHead, load_sam_head, new_released_sam
 from radio.types import Backbone, Features, Windowed
 
-# Letters: B pictures, C neck width, h w embedding grid.
+# Letters: B images, C neck width, h w embedding grid.
 
 _TOKENS = (
-    8  # a student's default grid is a multiple of this: 72 x 72 for a patch of 14, where 8, 9 and 18 fit
+    8  # a student's default grid is a multiple of this: 72 x 72 for a patch of 14, divisible by 8, 9 and 18
 )
-_UNTRAINED = "vit_h"  # the head of an architecture that no SAM taught
+_UNTRAINED = "vit_h"  # the head for an architecture that was not distilled from a SAM
 
 
 @runtime_checkable
 class Adapting(Protocol):
-    """A model that carries its features into a teacher's space."""
+    """A model that maps its features into a teacher's space."""
 
     def adapt(self, name: str, features: Features, grid: tuple[int, int] | None = None) -> Features:
-        """The features in the space of teacher `name`, on `grid`."""
+        """Map features into the space of teacher `name`, on `grid`."""
 
 
 @runtime_checkable
@@ -46,12 +46,12 @@ class Filed(Protocol):
 
     @property
     def file(self) -> Path | None:
-        """The file; None for weights that are shipped."""
+        """The file; None for weights that are shipped with the package."""
 
 
 @runtime_checkable
 class Segmenting(Protocol):
-    """A teacher of another package that is a SAM's encoder, and brings the rest of it."""
+    """A teacher from another package that is a SAM's encoder and provides the whole SAM."""
 
     @property
     def sam(self) -> Any:
@@ -61,28 +61,28 @@ class Segmenting(Protocol):
 @final
 @dataclass(frozen=True, slots=True)
 class DropIn:
-    """A backbone behind SAM's neck."""
+    """A backbone in place of SAM's image encoder, with SAM's neck and decoder."""
 
     model: Backbone
     head: SamHead
-    side: int  # pixels of the square that the backbone sees
+    side: int  # pixels of the backbone's square input
     adaptor: str | MLPAdaptor | None  # of the student; None for a SAM itself
     notes: tuple[str, ...] = ()
 
     @property
     def is_untrained(self) -> bool:
-        """Whether adaptor and head are random, since no SAM taught the model."""
+        """Whether the adaptor is random, since the model was not distilled from a SAM."""
         return isinstance(self.adaptor, MLPAdaptor)
 
     @property
     def adaptor_fingerprint(self) -> str:
-        """Which adaptor it is; a hash of its weights where they are not the model's own."""
+        """Name of the model's adaptor; a hash of the weights where it is a separate one."""
         if isinstance(self.adaptor, MLPAdaptor):
             return digest(self.adaptor.state_dict())
         return str(self.adaptor)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> DropIn:
-        """Move everything to a device; for another type than float32 the encoder is copied, not rounded."""
+        """Move everything to a device; for a dtype other than float32 the encoder is copied, not changed."""
         adaptor = self.adaptor
         if isinstance(adaptor, MLPAdaptor):
             adaptor = copy.deepcopy(adaptor).to(device, dtype)
@@ -91,7 +91,7 @@ class DropIn:
         )
 
     def embed(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[B, 3, side, side] RGB in [0, 1] -> the mask decoder's input [B, C, h, w], float32."""
+        """Embed images: [B, 3, side, side] RGB in [0, 1] -> mask decoder's input [B, C, h, w], float32."""
         features = self.model(images.to(dtype))
         if isinstance(self.adaptor, MLPAdaptor):
             features = self.adaptor(features, self.head.grid)
@@ -105,23 +105,23 @@ class DropIn:
 def make_drop_in(
     model: Backbone, checkpoint: Path | None, size: int | None, seed: int, teacher: str | None = None
 ) -> DropIn:
-    """The drop-in of a student that learned from a SAM, of a SAM, or of an untrained architecture.
+    """Build the drop-in for a student distilled from a SAM, for a SAM, or for an untrained architecture.
 
     Args:
-        checkpoint: a released SAM file to take the head from; None takes what the model's card names.
-        size: side in pixels that the model sees; None as `SamSettings.size` says.
-        seed: of the head and the adaptor of an untrained architecture.
-        teacher: which of the student's teachers is the SAM, by its name on the card; None finds it.
+        checkpoint: a released SAM file with the head (default: the one named in the model's metadata).
+        size: side of the model's input in pixels; None: the default of `SamSettings.size`.
+        seed: for the head and the adaptor of an untrained architecture.
+        teacher: name in the metadata of the teacher that is the SAM (default: chosen by its family).
 
     Raises:
-        ConfigError: the model has not learned from a SAM and is none, or the head is another SAM's.
-        CheckpointError: the SAM's file is not where the card says, or not a SAM's.
+        ConfigError: the model is neither a SAM nor distilled from one, or the head is another SAM's.
+        CheckpointError: the SAM's file is not at the path in the metadata, or is not a SAM's.
         SizeError: a size or window that does not fit; names the nearest that does.
         MissingExtraError: segment-anything is not installed.
     """
     entries = _cards_teachers(model)
     if teacher is not None and not entries:
-        raise ConfigError(f"{model.name} has no teachers on its card; leave --teacher out")
+        raise ConfigError(f"{model.name} has no teachers in its metadata; leave --teacher out")
     if entries:
         entry = _choose(model, entries, checkpoint, teacher)
         head = _taught_head(entry, checkpoint)
@@ -146,13 +146,13 @@ def make_drop_in(
 def _choose(
     model: Backbone, entries: Sequence[Mapping[str, Any]], checkpoint: Path | None, teacher: str | None
 ) -> Mapping[str, Any]:
-    """The entry of the SAM among a student's teachers."""
+    """Choose the metadata entry of the SAM among a student's teachers."""
     if teacher is not None:
         named = [entry for entry in entries if entry["name"] == teacher]
         if not named:
             names = [entry["name"] for entry in entries]
             hint = did_you_mean(teacher, names) or f"; it has {', '.join(names)}"
-            raise ConfigError(f"{model.name} has no teacher {teacher!r} on its card{hint}")
+            raise ConfigError(f"{model.name} has no teacher {teacher!r} in its metadata{hint}")
         return named[0]
     sams = [entry for entry in entries if _is_sam(entry["model"])]
     foreign = [entry for entry in entries if _is_foreign(entry["model"])]
@@ -181,10 +181,10 @@ def _sam_itself(model: Backbone, checkpoint: Path | None, size: int | None) -> D
 
 
 def _head(spec: str, file: Path | None, find: Callable[[], Backbone]) -> SamHead:
-    """The head of a SAM: shipped, out of its file, or what an encoder of another package brings.
+    """Load the head of a SAM: shipped, from its file, or from another package's encoder.
 
     Args:
-        find: gives the encoder.
+        find: returns the encoder.
     """
     if _is_sam(spec) or file is not None:
         return load_sam_head(spec, file)
@@ -212,11 +212,11 @@ def _untrained(model: Backbone, checkpoint: Path | None, size: int | None, seed:
 
 
 def _cards_teachers(model: Backbone) -> list[Mapping[str, Any]]:
-    return teachers_on(model.card, model.name) if isinstance(model, Carded) else []
+    return teachers_on(model.metadata, model.name) if isinstance(model, HasMetadata) else []
 
 
 def _trained_side(entry: Mapping[str, Any]) -> int | None:
-    """The side at which the student learned from a teacher; None where the card names no square."""
+    """Return the student's side in training with a teacher; None where the metadata has no single side."""
     sides = entry.get("student_resolution")
     if isinstance(sides, list):
         return sides[0] if len(set(sides)) == 1 else None
@@ -228,7 +228,7 @@ def _is_sam(spec: str) -> bool:
 
 
 def _is_foreign(spec: str) -> bool:
-    """Whether a teacher is of another package's family, which may be a SAM."""
+    """Check whether a teacher belongs to another package's family, which may be a SAM."""
     family, colon, _ = spec.partition(":")
     if not colon or family not in families:
         return bool(colon)
@@ -250,24 +250,26 @@ def _taught_head(entry: Mapping[str, Any], checkpoint: Path | None) -> SamHead:
 
 
 def _adaptor_width(model: Backbone, name: str) -> int:
-    assert isinstance(model, Adapting), "a card belongs to a student"
+    assert isinstance(model, Adapting), "metadata belongs to a student"
     with torch.no_grad():
         probe = Features(torch.zeros(1, model.summary_dim), torch.zeros(1, 1, model.token_dim), (1, 1))
         return model.adapt(name, probe).tokens.shape[-1]
 
 
 def _side(model: Backbone, frame: int, wanted: int | None) -> int:
-    """The side that the model sees, checked."""
-    patch = (model.with_window(None) if isinstance(model, Windowed) else model).fit(1, 1)[0]
+    """Return the side of the model's input; raise SizeError if the model does not take it."""
+    patch = (model.with_window(None) if isinstance(model, Windowed) else model).nearest_size(1, 1)[0]
     side = wanted or max(frame // patch // _TOKENS * _TOKENS, 1) * patch
-    nearest = model.fit(side, side)[0]
+    nearest = model.nearest_size(side, side)[0]
     if nearest == side:
         return side
     message = (
         f"{model.name} cannot take {side}x{side} px; the nearest size that it can is {nearest}x{nearest}"
     )
-    step = model.fit(1, 1)[0]
-    token = model.with_window(1).fit(1, 1)[0] if step != patch and isinstance(model, Windowed) else step
+    step = model.nearest_size(1, 1)[0]
+    token = (
+        model.with_window(1).nearest_size(1, 1)[0] if step != patch and isinstance(model, Windowed) else step
+    )
     if step > token and side > token and side % token == 0:
         grid, window = side // token, step // token
         fitting = sorted((w for w in range(1, grid + 1) if grid % w == 0), key=lambda w: (abs(w - window), w))

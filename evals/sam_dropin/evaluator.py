@@ -1,4 +1,4 @@
-"""The student behind SAM's own decoder (paper, section 5.3 and table 8), scored on COCO instances."""
+"""The student with SAM's own decoder (paper, section 5.3 and table 8), scored on COCO instances."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, final
 
 from evals.core.chunks import Damage, DamagedError
 from evals.core.dist import Group, current
-from evals.core.evaluator import Watch, card_of, domain_notes, machine_settings, silent
+from evals.core.evaluator import ProgressFactory, domain_notes, machine_settings, metadata_of, no_progress
 from evals.core.features import default_cache
 from evals.core.provenance import choose_device, commit, describe_device, peak_memory, versions
 from evals.core.report import DataUsed, Metric, Report, Table, file_name, write
@@ -33,9 +33,9 @@ from .work import Done, Work
 
 
 class _Scored(NamedTuple):
-    """What a kind of scoring adds to the report."""
+    """The part of the report that depends on the kind of scoring."""
 
-    headline: str
+    primary_metric: str
     metrics: dict[str, Metric]
     tables: dict[str, Table]
     notes: tuple[str, ...]
@@ -50,8 +50,8 @@ class SamEvaluator:
     name = "sam"
     settings = SamSettings
 
-    def lacks(self, model: Backbone) -> str:
-        """What it lacks, in words, where no SAM taught it and it is none."""
+    def missing_requirements(self, model: Backbone) -> str:
+        """Describe what the model lacks if it is neither a SAM nor distilled from one; empty if nothing."""
         try:
             drop_in = make_drop_in(model, None, None, 0)
         except ConfigError as error:
@@ -65,42 +65,42 @@ class SamEvaluator:
         out: Path,
         *,
         name: str | None = None,
-        watch: Watch = silent,
+        watch: ProgressFactory = no_progress,
         group: Group | None = None,
     ) -> Report:
-        """Score `model`; writes `sam-NAME.json` and `sam-NAME.jsonl` (one line an instance) into `out`.
+        """Score `model`; write `sam-NAME.json` and `sam-NAME.jsonl` (one line per instance) into `out`.
 
-        Prompts other than boxes add to the name. Every rank of a torchrun job calls this and gets the same
-        report; rank 0 writes.
+        Prompts other than boxes add a suffix to the name. Every rank of a torchrun job calls this and gets
+        the same report; rank 0 writes.
 
         Raises:
-            ConfigError: a model that learned from no SAM, or an unknown device.
-            CheckpointError: SAM's weights are not where the checkpoint says.
+            ConfigError: a model that was not distilled from a SAM, or an unknown device.
+            CheckpointError: SAM's weights are not at the path in the checkpoint.
             SizeError: a size or window that does not fit; names the nearest that does.
-            DataError: data that are absent, damaged, or hold nothing to score.
+            DataError: data that are missing, damaged, or contain nothing to score.
             MissingExtraError: segment-anything, pycocotools or scipy is not installed.
         """
-        for module in ("segment_anything", "pycocotools", "scipy"):  # an absence shows before the long part
+        for module in ("segment_anything", "pycocotools", "scipy"):  # fail early
             require(module, extra="sam")
         started = time.monotonic()
         group, cache = group or current(), settings.cache or default_cache()
         device = choose_device(settings.device)
         drop_in = make_drop_in(model, settings.sam_checkpoint, settings.size, settings.seed, settings.teacher)
-        together = settings.box_batch or prompts_together(drop_in.head, device)
+        prompt_batch = settings.box_batch or prompts_together(drop_in.head, device)
         damage = Damage()
         data = _open(settings, cache, group, damage)
         label = (name or model.name) + _suffix(settings)
         base = file_name(self.name, label)
         with staged(out) as fresh:
-            if settings.boxes_from is not None:
-                found = Detections(settings.boxes_from, data)
-                encoding = partial(_judge_detections, drop_in, together)
-                work = Work(found, encoding, drop_in, settings, device, cache, together, damage)
+            if settings.detections is not None:
+                found = Detections(settings.detections, data)
+                encoding = partial(_judge_detections, drop_in, prompt_batch)
+                work = Work(found, encoding, drop_in, settings, device, cache, prompt_batch, damage)
                 done = work.run(group, watch)
                 scored = _precision(found, done)
             else:
-                judge = partial(_judge, drop_in, together, settings.union_bias)
-                work = Work(data, judge, drop_in, settings, device, cache, together, damage)
+                judge = partial(_judge, drop_in, prompt_batch, settings.union_bias)
+                work = Work(data, judge, drop_in, settings, device, cache, prompt_batch, damage)
                 done = work.run(group, watch)
                 scored = _overlaps(data, done, settings)
                 if settings.save_masks and group.leads:
@@ -111,7 +111,7 @@ class SamEvaluator:
                 task=self.name,
                 model=label,
                 fingerprint=model.fingerprint,
-                headline=scored.headline,
+                primary_metric=scored.primary_metric,
                 metrics={**scored.metrics, **_rates(done)},
                 settings={**to_plain(settings), "resolved": _resolved(work, data, group)},
                 data=(_used(data),),
@@ -120,7 +120,7 @@ class SamEvaluator:
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 versions=versions(),
                 git=commit(),
-                card=card_of(model),
+                metadata=metadata_of(model),
                 machine_settings=machine_settings(settings),
                 peak_memory=peak_memory(device),
                 notes=(
@@ -128,7 +128,7 @@ class SamEvaluator:
                     *scored.notes,
                     *data.notes,
                     *damage.notes(group),
-                    *domain_notes(model, [data.images]),
+                    *domain_notes(model, [data.files]),
                 ),
                 tables=scored.tables,
                 files=(f"{base}.jsonl", *scored.panels),
@@ -154,31 +154,33 @@ def _open(settings: SamSettings, cache: Path, group: Group, damage: Damage) -> I
         crowds=settings.crowds,
         smallest_area=settings.smallest_area,
         memo=cache / "fingerprints",
-        empty=settings.boxes_from is not None,
+        empty=settings.detections is not None,
         name=name,
         location=location,
     )
 
 
 def _suffix(settings: SamSettings) -> str:
-    if settings.boxes_from is not None:
+    if settings.detections is not None:
         return "-detections"
     return f"-{settings.clicks}-clicks" if settings.prompts == "points" else ""
 
 
-def _judge(drop_in: DropIn, together: int, bias: float, loaded: Any, drawn: Any) -> list[Record]:
-    return score(drop_in.head, loaded, drawn, together, bias)
+def _judge(drop_in: DropIn, prompt_batch: int, bias: float, loaded: Any, predictions: Any) -> list[Record]:
+    return score(drop_in.head, loaded, predictions, prompt_batch, bias)
 
 
-def _judge_detections(drop_in: DropIn, together: int, loaded: Any, drawn: Any) -> list[tuple[Any, ...]]:
-    return list(encode(drop_in.head, loaded, drawn, together))
+def _judge_detections(
+    drop_in: DropIn, prompt_batch: int, loaded: Any, predictions: Any
+) -> list[tuple[Any, ...]]:
+    return list(encode(drop_in.head, loaded, predictions, prompt_batch))
 
 
 def _overlaps(data: Instances, done: Sequence[Done], settings: SamSettings) -> _Scored:
     records = [Record(*record) for chunk in done for record in chunk.records]
     found = metrics(records, settings.seed)
     crowds = sum(record.crowd for record in records)
-    notes = [f"{len(records)} annotations on {len(data.pictures)} pictures, {crowds} of them crowds"]
+    notes = [f"{len(records)} annotations on {len(data.images)} images, {crowds} of them crowds"]
     if settings.prompts == "boxes":
         notes.append(
             f"a box alone goes a long way: the prompt taken as the mask has an mIoU of "
@@ -191,8 +193,8 @@ def _overlaps(data: Instances, done: Sequence[Done], settings: SamSettings) -> _
 
 
 def _names(data: Instances) -> list[str]:
-    """The picture of each annotation, in the order of the records."""
-    return [picture.name for picture in data.pictures for _ in picture.instances]
+    """List the image name of each annotation, in the order of the records."""
+    return [image.name for image in data.images for _ in image.instances]
 
 
 def _precision(found: Detections, done: Sequence[Done]) -> _Scored:
@@ -201,18 +203,18 @@ def _precision(found: Detections, done: Sequence[Done]) -> _Scored:
         {"image_id": image, "entry": entry, "quality": quality, "size": list(size), "counts": counts}
         for image, entry, counts, size, quality in records
     ]
-    note = f"{len(records)} detections on {len(found.pictures)} of {len(found.truth.pictures)} pictures"
+    note = f"{len(records)} detections on {len(found.images)} of {len(found.truth.images)} images"
     return _Scored("ap", average_precision(found, records), {}, (note, *found.notes), lines)
 
 
 def _rates(done: Sequence[Done]) -> dict[str, Metric]:
-    """Pictures a second of encoder and decoder; the first chunk warms up where there are more."""
+    """Compute the images/s of encoder and decoder, without the first chunk (warm-up) if there are more."""
     rates = {}
     for part in ("encoder", "decoder"):
-        laps = [(chunk.pictures, seconds) for chunk in done if (seconds := getattr(chunk, part)) is not None]
+        laps = [(chunk.images, seconds) for chunk in done if (seconds := getattr(chunk, part)) is not None]
         kept = laps[1:] or laps
         if kept:
-            rate = sum(pictures for pictures, _ in kept) / sum(seconds for _, seconds in kept)
+            rate = sum(images for images, _ in kept) / sum(seconds for _, seconds in kept)
             rates[f"{part}_rate"] = Metric(value=rate, unit="images/s")
     return rates
 
@@ -235,6 +237,6 @@ def _used(data: Instances) -> DataUsed:
         role="images",
         name=data.name,
         fingerprint=data.fingerprint,
-        count=len(data.pictures),
+        count=len(data.images),
         num_classes=len(data.categories),
     )

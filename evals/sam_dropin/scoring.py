@@ -1,4 +1,4 @@
-"""From masks to numbers: overlaps without run lengths, sizes, categories, and intervals over pictures."""
+"""Scores of masks: overlaps without run lengths, by size and category, with intervals over images."""
 
 from __future__ import annotations
 
@@ -16,44 +16,44 @@ from evals.core.report import Metric, Table
 
 from .bits import count, erode, pack
 
-# Letters: N masks, H W pixels, R bytes a column; in the statistics R resamples.
+# Letters: N masks, H W pixels, R bytes per column; in the statistics R resamples.
 
-_SMALL, _LARGE = 32**2, 96**2  # pixels; an area of just so many is of both sizes, as to COCOeval
+_SMALL, _LARGE = 32**2, 96**2  # pixels; an area equal to a limit belongs to both sizes, as in COCOeval
 _BOUNDARY = 0.02  # of the diagonal (B. Cheng et al. 2021)
 
 
 class Record(NamedTuple):
-    """One scored instance."""
+    """The scores of one instance."""
 
     image_id: int
     annotation_id: int
     category_id: int
     area: float
     crowd: bool
-    quality: float  # the decoder's own idea of the overlap
+    quality: float  # the IoU that the decoder predicts
     iou: float
     boundary_iou: float
     box_iou: float  # of the filled box
 
 
 def overlap(one: Tensor, other: Tensor, bias: float = 0.0) -> Tensor:
-    """Intersection over (union + bias) of masks as bits, [N, R, W] twice: [N] float64; 0 for two empty."""
+    """Compute intersection / (union + bias) of bit masks, [N, R, W] each: [N] float64; 0 for two empty."""
     both = count(one & other)
     either = count(one) + count(other) - both
     return both / (either + bias).clamp(min=1e-9)
 
 
 def boundaries(bits: Tensor, size: tuple[int, int]) -> Tensor:
-    """The pixels of masks within 2 % of the diagonal of their edge: bits [N, R, W] -> the same.
+    """Select mask pixels at most 2 % of the diagonal from the mask's edge: bits [N, R, W] -> [N, R, W].
 
-    As in Boundary IoU: the mask without what is left of it after as many erosions by 3 x 3 as the distance
-    has pixels; beyond the picture of `size` = (H, W) nothing belongs to a mask.
+    As in Boundary IoU: the mask minus the mask eroded by 3 x 3 once for each pixel of that distance; pixels
+    beyond the image of `size` = (H, W) are outside every mask.
     """
     return bits & ~erode(bits, max(round(_BOUNDARY * math.hypot(*size)), 1))
 
 
 def fill(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """The pixels whose centres lie in boxes [N, 4] as x0 y0 x1 y1: bits [N, R, W]."""
+    """Fill boxes [N, 4] as x0 y0 x1 y1: bits [N, R, W] of the pixels whose centres lie inside."""
     x0, y0, x1, y1 = boxes[:, :, None].unbind(1)
     rows, columns = (torch.arange(side, device=boxes.device) + 0.5 for side in size)
     down, across = (rows >= y0) & (rows < y1), (columns >= x0) & (columns < x1)
@@ -61,10 +61,10 @@ def fill(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def metrics(records: Sequence[Record], seed: int) -> dict[str, Metric]:
-    """mIoU in percent over all instances and by size, boundary mIoU, and that of the filled boxes.
+    """Compute mIoU in percent over all instances and by size, boundary mIoU, and mIoU of the filled boxes.
 
-    Sizes go by the annotation's area; a size without instances is left out. Intervals are bootstraps over
-    pictures.
+    Sizes are defined by the annotation's area; a size without instances is omitted. Intervals are bootstraps
+    over images.
     """
     images = np.unique([record.image_id for record in records], return_inverse=True)[1]
     weights = resamples(int(images.max()) + 1, seed=seed)
@@ -86,7 +86,7 @@ def metrics(records: Sequence[Record], seed: int) -> dict[str, Metric]:
 
 
 def category_table(records: Sequence[Record], categories: Mapping[int, str]) -> Table:
-    """Every category among the records: name, how many instances, and their mIoU in percent."""
+    """Tabulate the categories among the records: name, number of instances, and mIoU in percent."""
     ious: dict[int, list[float]] = {number: [] for number in categories}
     for record in records:
         ious[record.category_id].append(record.iou)
@@ -99,10 +99,10 @@ def category_table(records: Sequence[Record], categories: Mapping[int, str]) -> 
 
 
 def _mean(values: NDArray[np.float64], images: NDArray[np.int64], weights: NDArray[np.float64]) -> Metric:
-    """The mean of instances and its interval, pictures drawn with replacement: `weights` is [R, pictures]."""
+    """Compute the mean over instances and its bootstrap interval over images; `weights` is [R, images]."""
     count = weights.shape[1]
     sums = np.bincount(images, weights=values, minlength=count)
     counts = np.bincount(images, minlength=count).astype(np.float64)
-    with np.errstate(invalid="ignore"):  # a resample without an instance of this size: left out
+    with np.errstate(invalid="ignore"):  # resamples without an instance of this size are omitted
         low, high = interval((weights @ sums) / (weights @ counts))
     return Metric(value=100 * float(values.mean()), low=100 * low, high=100 * high)

@@ -1,7 +1,7 @@
-"""All pictures, chunk by chunk: loaded ahead, shared among ranks, each chunk's records kept as one file.
+"""Process all images in chunks: prefetched, distributed over ranks, with one cache file of records per chunk.
 
-A chunk is so many pictures in a row, the same ones whatever the number of ranks and wherever a run was
-stopped; a run that is repeated does the chunks that are missing. So the numbers are equal bit for bit.
+A chunk is a fixed number of consecutive images, independent of the number of ranks and of where a run was
+interrupted; a repeated run processes the missing chunks only. So the results are equal bit for bit.
 """
 
 from __future__ import annotations
@@ -33,32 +33,41 @@ from evals.core.chunks import (
     write_tensors,
 )
 from evals.core.dist import Group
-from evals.core.evaluator import Watch
+from evals.core.evaluator import ProgressFactory
 from evals.core.memory import check_memory
 from evals.core.provenance import fast_products, has_tf32
 from radio.errors import RadioError
 from radio.io import check_writable
 
-from .annotations import Picture
+from .annotations import CocoImage
 from .clicks import next_clicks
-from .decoding import Clock, Drawn, Loaded, Prompts, box_prompts, draw, masks_by_picture, owners
+from .decoding import (
+    Clock,
+    Predictions,
+    Prepared,
+    Prompts,
+    box_prompts,
+    masks_by_image,
+    owners,
+    predict_masks,
+)
 from .encoder import DropIn
 from .frame import make_frame, place
 from .settings import SamSettings
 
-# Letters: B pictures of a chunk, P prompts of a chunk, C h w embedding.
+# Letters: B images of a chunk, P prompts of a chunk, C h w embedding.
 
 _FORMAT = "sam-dropin/2"
-_ENDING = "jsonl"  # of a chunk's records
-_THREADS = 2  # that load pictures and masks while the encoder works
-_AHEAD = 3  # chunks
+_ENDING = "jsonl"  # of the file with a chunk's records
+_THREADS = 2  # for loading images and masks while the encoder runs
+_AHEAD = 3  # chunks to prefetch
 
 
 class Done(NamedTuple):
     """A finished chunk."""
 
-    pictures: int
-    encoder: float | None  # seconds; None where the embeddings were known
+    images: int
+    encoder: float | None  # seconds; None where the embeddings were cached
     decoder: float
     records: tuple[tuple[Any, ...], ...]
 
@@ -67,39 +76,39 @@ _DONE = TypeAdapter(Done)
 
 
 class Annotated(Protocol):
-    """Pictures with objects to draw: ground truth, or what a detector found."""
+    """Images with objects to segment: ground truth, or a detector's boxes."""
 
     @property
     def name(self) -> str:
-        """For progress bars and errors."""
+        """Name for progress bars and errors."""
 
     @property
-    def pictures(self) -> tuple[Picture, ...]:
-        """In a fixed order."""
+    def images(self) -> tuple[CocoImage, ...]:
+        """The images, in a fixed order."""
 
     @property
     def content(self) -> str:
-        """A hash of the pictures' bytes."""
+        """A hash of the images' bytes."""
 
     @property
     def fingerprint(self) -> str:
         """A hash of everything that is read."""
 
-    def read(self, picture: Picture) -> Tensor:
-        """The pixels, uint8 [3, H, W]."""
+    def read(self, image: CocoImage) -> Tensor:
+        """Read an image's pixels, uint8 [3, H, W]."""
 
-    def masks(self, picture: Picture) -> Tensor:
-        """The ground truth of its objects, bool [N, H, W]; empty where there is none."""
+    def masks(self, image: CocoImage) -> Tensor:
+        """Return the ground truth of an image's objects, bool [N, H, W]; N is 0 where it has none."""
 
 
-Judge = Callable[[list[Loaded], Drawn], Sequence[tuple[Any, ...]]]
-"""What is kept of a chunk's masks."""
+Judge = Callable[[list[Prepared], Predictions], Sequence[tuple[Any, ...]]]
+"""Computes the records of a chunk from its images and predictions."""
 
 
 @final
 @dataclass(frozen=True)
 class Work:
-    """The drawing of all objects, and what `judge` says of each."""
+    """Prediction of the masks of all objects, and their records by `judge`."""
 
     data: Annotated
     judge: Judge
@@ -112,26 +121,26 @@ class Work:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the encoder."""
+        """Dtype of the encoder."""
         return torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
 
     @property
     def numbers(self) -> str:
-        """What the encoder computes in: its type, or `TF32` on a GPU that has it."""
+        """Precision of the encoder: its dtype, or `TF32` on a GPU that has it."""
         return "TF32" if self.dtype == torch.float32 and has_tf32(self.device) else str(self.dtype)
 
-    def run(self, group: Group, watch: Watch) -> list[Done]:
-        """Every chunk, in order, on every rank.
+    def run(self, group: Group, watch: ProgressFactory) -> list[Done]:
+        """Process all chunks; return them in order, on every rank.
 
         Raises:
-            SizeError: a batch of images is larger than the memory.
-            DataError: a picture or mask that cannot be read, or ranks that do not share the cache folder.
-            RadioError: the model or the decoder gives values that are not finite.
+            SizeError: a batch of images does not fit in memory.
+            DataError: an image or mask that cannot be read, or ranks that do not share the cache folder.
+            RadioError: the model or the decoder outputs values that are not finite.
         """
         chunks = self._chunks()
         side, batch = self.drop_in.side, max(map(len, chunks))
         check_memory(self.drop_in.model, batch, (side, side), self.device, self.dtype)
-        group.on_leader(lambda: self.data.fingerprint)  # hashes the content; the others then find the memo
+        group.on_leader(lambda: self.data.fingerprint)  # hashes the content; other ranks read the memo
         folder = self.cache / "sam" / self.key()
         paths = [chunk_path(folder, number, _ENDING) for number in range(len(chunks))]
         mine = range(group.rank, len(chunks), group.world)
@@ -148,20 +157,20 @@ class Work:
     def _make(
         self,
         missing: Sequence[int],
-        chunks: Sequence[tuple[Picture, ...]],
+        chunks: Sequence[tuple[CocoImage, ...]],
         paths: Sequence[Path],
-        watch: Watch,
+        watch: ProgressFactory,
     ) -> None:
         if missing:
             check_writable(paths[0].parent, "--cache", utf8=True)
             total = sum(len(chunks[number]) for number in missing)
             with watch(f"{self.drop_in.model.name} on {self.data.name}", total) as advance:
-                for number, loaded in ahead(missing, lambda n: self._load(chunks[n]), _THREADS, _AHEAD):
+                for number, loaded in prefetch(missing, lambda n: self._load(chunks[n]), _THREADS, _AHEAD):
                     write_records(paths[number], [self.finish(loaded)])
                     advance(len(loaded))
 
     def key(self) -> str:
-        """A hash of everything that decides the records."""
+        """Hash everything that determines the records."""
         settings = self.settings
         return _hash(
             _FORMAT,
@@ -171,73 +180,75 @@ class Work:
             settings.clicks,
             settings.union_bias,
             self.box_batch,
-            settings.boxes_from is not None,
+            settings.detections is not None,
         )
 
-    def load(self, pictures: tuple[Picture, ...], embeddings: Tensor | None = None) -> list[Loaded]:
-        """A chunk's pictures and masks; no pixels where its embeddings [B, C, h, w] are known."""
+    def load(self, images: tuple[CocoImage, ...], embeddings: Tensor | None = None) -> list[Prepared]:
+        """Load a chunk's images and masks, without pixels if its embeddings [B, C, h, w] are given."""
         side, head = self.drop_in.side, self.drop_in.head
         return [
-            Loaded(
-                picture,
-                make_frame(*picture.size, head.side),
-                place(self.data.read(picture), side, head.mean) if embeddings is None else None,
-                self.data.masks(picture),
+            Prepared(
+                image,
+                make_frame(*image.size, head.side),
+                place(self.data.read(image), side, head.mean) if embeddings is None else None,
+                self.data.masks(image),
                 None if embeddings is None else embeddings[index],
             )
-            for index, picture in enumerate(pictures)
+            for index, image in enumerate(images)
         ]
 
-    def _load(self, pictures: tuple[Picture, ...]) -> list[Loaded]:
-        """As `load`, with the embeddings that the cache has."""
-        return self.load(pictures, self._known_embeddings(pictures))
+    def _load(self, images: tuple[CocoImage, ...]) -> list[Prepared]:
+        """Load a chunk with its cached embeddings, if any."""
+        return self.load(images, self._known_embeddings(images))
 
-    def finish(self, loaded: list[Loaded]) -> Done:
-        """A chunk's records."""
+    def finish(self, loaded: list[Prepared]) -> Done:
+        """Compute the records of a loaded chunk."""
         clock = Clock(self.device)
         with torch.inference_mode():
             embeddings, encoded = self._embeddings(loaded)
             encoder = clock.lap()
             self._check_finite(embeddings, self.drop_in.model.name)
             if encoded and self.settings.keep_embeddings:
-                path = self._embedding_path(tuple(one.picture for one in loaded))
+                path = self._embedding_path(tuple(one.image for one in loaded))
                 write_tensors(path, {"embeddings": embeddings.cpu()})
             clock.lap()
-            drawn = self.answer(loaded, embeddings)
+            predictions = self.answer(loaded, embeddings)
             decoder = clock.lap()
-            for values in drawn:
+            for values in predictions:
                 self._check_finite(values, f"the decoder of {self.drop_in.head.name}")
-            records = tuple(self.judge(loaded, drawn))
+            records = tuple(self.judge(loaded, predictions))
         return Done(len(loaded), encoder if encoded else None, decoder, records)
 
-    def embed(self, loaded: list[Loaded]) -> Tensor:
-        """[B, C, h, w] of a chunk's pixels."""
+    def embed(self, loaded: list[Prepared]) -> Tensor:
+        """Embed a chunk's pixels: [B, C, h, w]."""
         pixels = torch.stack([one.pixels for one in loaded if one.pixels is not None])
         if self.device.type == "cuda":
             pixels = pixels.pin_memory()
         with fast_products(self.device):
             return self._placed.embed(pixels.to(self.device, non_blocking=True), self.dtype)
 
-    def answer(self, loaded: list[Loaded], embeddings: Tensor) -> Drawn:
-        """The masks that the prompts give."""
+    def answer(self, loaded: list[Prepared], embeddings: Tensor) -> Predictions:
+        """Predict the masks of a chunk's prompts."""
         which, batch = owners(loaded, self.device), self.box_batch
         if self.settings.prompts == "boxes":
-            return draw(self._placed.head, embeddings, which, box_prompts(loaded, self.device), batch)
+            return predict_masks(
+                self._placed.head, embeddings, which, box_prompts(loaded, self.device), batch
+            )
         return self._click(loaded, embeddings, which)
 
-    def _embeddings(self, loaded: list[Loaded]) -> tuple[Tensor, bool]:
-        """[B, C, h, w] of a chunk, from the cache or for it, and whether the encoder was asked."""
+    def _embeddings(self, loaded: list[Prepared]) -> tuple[Tensor, bool]:
+        """Return a chunk's embeddings [B, C, h, w], cached or computed, and whether the encoder ran."""
         known = [one.embedding for one in loaded if one.embedding is not None]
         if known:
             return torch.stack(known).to(self.device), False
         return self.embed(loaded), True
 
-    def _known_embeddings(self, pictures: tuple[Picture, ...]) -> Tensor | None:
-        """[B, C, h, w] from the cache; None where they are to be made."""
-        path = self._embedding_path(pictures)
+    def _known_embeddings(self, images: tuple[CocoImage, ...]) -> Tensor | None:
+        """Read embeddings [B, C, h, w] from the cache; return None where they must be computed."""
+        path = self._embedding_path(images)
         if not self.settings.keep_embeddings or not path.exists():
             return None
-        shape = (len(pictures), None, *self.drop_in.head.grid)
+        shape = (len(images), None, *self.drop_in.head.grid)
         try:
             return read_tensors(path, {"embeddings": TensorSpec(torch.float32, shape)}).tensors["embeddings"]
         except DamagedError as error:
@@ -251,23 +262,23 @@ class Work:
                 remedy = f"try --precision fp32, or {remedy}"
             raise RadioError(f"{who} gives values that are not finite as {self.numbers}; {remedy}")
 
-    def _click(self, loaded: list[Loaded], embeddings: Tensor, which: Tensor) -> Drawn:
+    def _click(self, loaded: list[Prepared], embeddings: Tensor, which: Tensor) -> Predictions:
         head, batch = self._placed.head, self.box_batch
         clicked = [next_clicks(one.truth, None) for one in loaded]
         prompts = _with_clicks(Prompts(), loaded, clicked, self.device)
-        drawn = draw(head, embeddings, which, prompts, batch)
+        predictions = predict_masks(head, embeddings, which, prompts, batch)
         for _ in range(self.settings.clicks - 1):
-            pieces: dict[int, list[Tensor]] = {one.picture.number: [] for one in loaded}
-            for one, _piece, masks in masks_by_picture(head, loaded, drawn.logits, batch):
-                pieces[one.picture.number].append(masks.cpu())
-            clicked = [next_clicks(one.truth, torch.cat(pieces[one.picture.number])) for one in loaded]
+            pieces: dict[int, list[Tensor]] = {one.image.number: [] for one in loaded}
+            for one, _piece, masks in masks_by_image(head, loaded, predictions.logits, batch):
+                pieces[one.image.number].append(masks.cpu())
+            clicked = [next_clicks(one.truth, torch.cat(pieces[one.image.number])) for one in loaded]
             prompts = _with_clicks(prompts, loaded, clicked, self.device)
-            drawn = draw(head, embeddings, which, prompts, batch)
-        return drawn
+            predictions = predict_masks(head, embeddings, which, prompts, batch)
+        return predictions
 
-    def _chunks(self) -> list[tuple[Picture, ...]]:
-        pictures, size = self.data.pictures, self.settings.batch
-        return [pictures[start : start + size] for start in range(0, len(pictures), size)]
+    def _chunks(self) -> list[tuple[CocoImage, ...]]:
+        images, size = self.data.images, self.settings.batch
+        return [images[start : start + size] for start in range(0, len(images), size)]
 
     @cached_property
     def _placed(self) -> DropIn:
@@ -287,18 +298,18 @@ class Work:
             self.settings.batch,
         )
 
-    def _embedding_path(self, pictures: tuple[Picture, ...]) -> Path:
-        names = [picture.name for picture in pictures]
+    def _embedding_path(self, images: tuple[CocoImage, ...]) -> Path:
+        names = [image.name for image in images]
         name = _hash(self._embedding_key, self.data.content, names)
         return self.cache / "sam-embeddings" / f"{name}.safetensors"
 
 
-def ahead(
-    numbers: Iterable[int], load: Callable[[int], list[Loaded]], threads: int, depth: int
-) -> Iterator[tuple[int, list[Loaded]]]:
-    """Each number with what is loaded for it, in order, the next `depth` being loaded meanwhile."""
+def prefetch(
+    numbers: Iterable[int], load: Callable[[int], list[Prepared]], threads: int, depth: int
+) -> Iterator[tuple[int, list[Prepared]]]:
+    """Yield each number with its loaded chunk, in order, while the next `depth` are being loaded."""
     with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[tuple[int, Future[list[Loaded]]]] = deque()
+        waiting: deque[tuple[int, Future[list[Prepared]]]] = deque()
         try:
             for number in numbers:
                 waiting.append((number, pool.submit(load, number)))
@@ -314,10 +325,10 @@ def ahead(
 
 
 def _read(path: Path) -> Done:
-    """A chunk's entry.
+    """Read a chunk from the cache.
 
     Raises:
-        DamagedError: it is not what was written there.
+        DamagedError: the file differs from what was written.
     """
     entries = read_records(path, _DONE)
     if len(entries) != 1:
@@ -326,9 +337,9 @@ def _read(path: Path) -> Done:
 
 
 def _with_clicks(
-    prompts: Prompts, loaded: list[Loaded], clicked: list[tuple[Tensor, Tensor]], device: torch.device
+    prompts: Prompts, loaded: list[Prepared], clicked: list[tuple[Tensor, Tensor]], device: torch.device
 ) -> Prompts:
-    """The prompts with one more click each."""
+    """Append one click to each prompt."""
     placed = [one.frame.points(points) for one, (points, _) in zip(loaded, clicked, strict=True)]
     points = torch.cat(placed)[:, None].to(device)
     labels = torch.cat([label for _, label in clicked])[:, None].to(device)

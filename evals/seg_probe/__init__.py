@@ -1,1 +1,1 @@
-"""The segmentation linear probe: what frozen tokens say of every pixel, through MMSegmentation."""
+"""The segmentation linear probe: classifies every pixel from frozen tokens, through MMSegmentation."""

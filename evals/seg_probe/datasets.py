@@ -1,4 +1,4 @@
-"""Pictures with a class for every pixel, in the layouts of ADE20K and VOC2012, listed and checked."""
+"""Images with a class for every pixel, in the layouts of ADE20K and VOC2012: listing and validation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from radio.images import IMAGE_ENDINGS
 from radio.io import lines_of, read_text
 
 VOID = 255
-"""Pixels of this class are neither learned nor scored, once labels are mapped."""
+"""Class of pixels that are ignored in training and scoring, after labels are mapped."""
 
 _LONGEST = 240  # bytes of a name; file systems take 255, with the ending
 _ADE_MARKS = ("objectInfo150.txt", "sceneCategories.txt")
@@ -28,16 +28,16 @@ _ADE_COUNTS, _VOC_COUNTS = (20_210, 2_000), {"train": 1_464, "trainaug": 10_582,
 
 
 class Pair(NamedTuple):
-    """A picture and its labels."""
+    """An image and its labels."""
 
     key: str
-    picture: Path
+    image: Path
     labels: Path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Split:
-    """Pictures of one use, in order."""
+    """The images of a training or validation split, in order."""
 
     name: str
     location: str
@@ -46,7 +46,7 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Labelling:
-    """What the numbers in annotation files mean."""
+    """The meaning of the numbers in annotation files."""
 
     classes: tuple[str, ...]
     zero_is_void: bool  # ADE20K: 0 is void and class i is written i + 1; else class i is written i
@@ -57,21 +57,21 @@ class Labelling:
         return len(self.classes) - (not self.zero_is_void)
 
     def table(self) -> NDArray[np.uint8]:
-        """[256]: what each label becomes, `VOID` or the place of its class."""
+        """Build the lookup table [256] from a label to the index of its class, or `VOID`."""
         table = np.full(256, VOID, dtype=np.uint8)
         first = int(self.zero_is_void)
         table[first : first + len(self.classes)] = np.arange(len(self.classes), dtype=np.uint8)
         return table
 
     def describe(self) -> str:
-        """The labels that may occur, in words."""
+        """Describe the valid labels in words."""
         void = "0 and 255 for void" if self.zero_is_void else "255 for void"
         return f"{int(self.zero_is_void)} to {self.highest} for the {len(self.classes)} classes, {void}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dataset:
-    """Training and validation pictures under one labelling."""
+    """Training and validation images under one labelling."""
 
     labelling: Labelling
     train: Split
@@ -82,16 +82,16 @@ class Dataset:
 def open_dataset(
     root: Path, *, voc_split: str, known: Mapping[str, Sequence[str]], limit: int | None = None
 ) -> Dataset:
-    """The data set in a folder; what its files hold is not looked at yet.
+    """Open the data set in a folder; the content of its files is not read yet.
 
     Args:
-        root: ADE20K's or VOC2012's folder, or the one above; or one in ADE20K's layout with `classes.txt`.
-        voc_split: what VOC2012 is trained on.
+        root: ADE20K's or VOC2012's folder or its parent; or one in ADE20K's layout with `classes.txt`.
+        voc_split: the training split of VOC2012.
         known: the class names of "ADE20K" and "VOC2012".
-        limit: take so many of each split, spread evenly.
+        limit: maximum number of images per split, evenly spaced.
 
     Raises:
-        DataError: neither layout, an empty split, or a picture without annotation or the other way round.
+        DataError: neither layout, an empty split, an image without annotation, or the reverse.
     """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder")
@@ -124,27 +124,27 @@ def _ade(root: Path, classes: tuple[str, ...], limit: int | None) -> Dataset:
 
 
 def _ade_split(root: Path, name: str) -> Split:
-    pictures, labels = root / "images" / name, root / "annotations" / name
-    for folder in (pictures, labels):
+    images, labels = root / "images" / name, root / "annotations" / name
+    for folder in (images, labels):
         if not folder.is_dir():
-            raise DataError(f"{folder}: no such folder; wanted pictures in {pictures} and masks in {labels}")
-    found = _by_stem(pictures, IMAGE_ENDINGS, "would share the mask {}.png")
+            raise DataError(f"{folder}: no such folder; wanted images in {images} and masks in {labels}")
+    found = _by_stem(images, IMAGE_ENDINGS, "would share the mask {}.png")
     masks = _by_stem(labels, (".png",), "would both be the mask of {}")
     if not found:
-        raise DataError(f"{pictures}: holds no pictures")
+        raise DataError(f"{images}: holds no images")
     _check_matching(found, masks, labels)
     pairs = sorted(
-        Pair(key=as_text(path.stem), picture=path, labels=masks[stem]) for stem, path in found.items()
+        Pair(key=as_text(path.stem), image=path, labels=masks[stem]) for stem, path in found.items()
     )
     return Split(
         name=f"{as_text(root.resolve().name)}/{name}",
-        location=as_text(pictures.resolve()),
+        location=as_text(images.resolve()),
         pairs=tuple(pairs),
     )
 
 
 def _by_stem(folder: Path, endings: tuple[str, ...], clash: str) -> dict[str, Path]:
-    """The files of a folder by what masks and pictures share of their names, with accents composed."""
+    """Index the files of a folder by their stem in NFC, which images and masks share."""
     found: dict[str, Path] = {}
     for path in _files(folder, endings):
         stem = composed(path.stem)
@@ -162,13 +162,11 @@ def _check_matching(found: Mapping[str, Path], masks: Mapping[str, Path], labels
     if missing:
         raise DataError(
             f"{shown(found[missing[0]])}: has no annotation {shown(labels / missing[0])}.png "
-            f"({len(missing)} of {len(found)} pictures lack theirs)"
+            f"({len(missing)} of {len(found)} images lack theirs)"
         )
     spare = sorted(masks.keys() - found.keys())
     if spare:
-        raise DataError(
-            f"{shown(masks[spare[0]])}: has no picture of its name ({len(spare)} such annotations)"
-        )
+        raise DataError(f"{shown(masks[spare[0]])}: has no image of its name ({len(spare)} such annotations)")
 
 
 def _voc(root: Path, voc_split: str, classes: tuple[str, ...], limit: int | None) -> Dataset:
@@ -192,7 +190,7 @@ def _voc(root: Path, voc_split: str, classes: tuple[str, ...], limit: int | None
 
 
 def _voc_train(root: Path, voc_split: str) -> list[str]:
-    """The training names; `trainaug` is one list, or `train` and `aug` (MMSegmentation's converter)."""
+    """Read the training names; `trainaug` is one list, or `train` and `aug` (MMSegmentation's converter)."""
     lists = root / "ImageSets" / "Segmentation"
     if voc_split == "trainaug" and not (lists / "trainaug.txt").is_file():
         if not (lists / "aug.txt").is_file():
@@ -207,49 +205,49 @@ def _voc_train(root: Path, voc_split: str) -> list[str]:
 def _voc_ids(root: Path, name: str) -> list[str]:
     path = root / "ImageSets" / "Segmentation" / f"{name}.txt"
     if not path.is_file():
-        raise DataError(f"{path}: no such list of pictures")
-    # Some copies of trainaug.txt give both paths on a line; the picture's name is the first one's stem.
+        raise DataError(f"{path}: no such list of images")
+    # Some copies of trainaug.txt have both paths on a line; the image's name is the first one's stem.
     ids = [_name_of(line.split()[0]) for line in lines_of(read_text(path)) if line.strip()]
     if not ids:
-        raise DataError(f"{path}: lists no pictures")
+        raise DataError(f"{path}: lists no images")
     impossible = [key for key in ids if not 0 < len(key.encode()) <= _LONGEST or "\0" in key]
     if impossible:
-        raise DataError(f"{path}: {shown(impossible[0][:60])!r} is no name of a picture; wanted one a line")
+        raise DataError(f"{path}: {shown(impossible[0][:60])!r} is no name of an image; wanted one a line")
     twice = [key for key, count in Counter(ids).items() if count > 1]
     if twice:
         raise DataError(
             f"{path}: lists {twice[0]!r} more than once ({len(twice)} of {len(set(ids))} names are "
-            f"repeated); list each picture once"
+            f"repeated); list each image once"
         )
     return ids
 
 
 def _name_of(path: str) -> str:
-    """What a picture and its mask share: the last part, without an ending that a picture may have."""
+    """Return the name that image and mask share: the last path component without an image extension."""
     name = path.replace("\\", "/").rpartition("/")[2]
     stem, dot, ending = name.rpartition(".")
     return stem if f"{dot}{ending}".lower() in IMAGE_ENDINGS and stem else name
 
 
 def _voc_pair(root: Path, key: str) -> Pair:
-    """VOC's own annotation where there is one, else SBD's."""
-    picture = _existing(root / "JPEGImages" / f"{key}.jpg")
-    if picture is None:
+    """Pair an image with VOC's own annotation if it exists, else with SBD's."""
+    image = _existing(root / "JPEGImages" / f"{key}.jpg")
+    if image is None:
         raise DataError(
-            f"{shown(root / 'JPEGImages' / key)}.jpg: no such picture, and ImageSets/Segmentation lists it"
+            f"{shown(root / 'JPEGImages' / key)}.jpg: no such image, and ImageSets/Segmentation lists it"
         )
     candidates = [root / folder / f"{key}.png" for folder in ("SegmentationClass", "SegmentationClassAug")]
     for candidate in candidates:
         labels = _existing(candidate)
         if labels is not None:
-            return Pair(key, picture, labels)
+            return Pair(key, image, labels)
     raise DataError(
-        f"{shown(picture)}: has no annotation, neither {shown(candidates[0])} nor {shown(candidates[1])}"
+        f"{shown(image)}: has no annotation, neither {shown(candidates[0])} nor {shown(candidates[1])}"
     )
 
 
 def _existing(path: Path) -> Path | None:
-    """The file of this name, however its accents are written."""
+    """Find the file of this name, with its accents composed or decomposed."""
     names = (path.name, composed(path.name), unicodedata.normalize("NFD", path.name))
     return next((found for name in names if (found := path.with_name(name)).is_file()), None)
 
@@ -288,15 +286,15 @@ def _limited(split: Split, limit: int | None) -> Split:
 
 
 def _overlap_notes(splits: Sequence[Split]) -> tuple[str, ...]:
-    """Say that pictures are both learned from and scored: the original lists of SBD overlap VOC's val."""
+    """Note images that are both in training and validation: the original SBD lists overlap VOC's val."""
     train, val = ({pair.key for pair in split.pairs} for split in splits)
     both = len(train & val)
-    return (f"{both} of the {len(val)} pictures of val are also trained on",) if both else ()
+    return (f"{both} of the {len(val)} images of val are also trained on",) if both else ()
 
 
 def _count_notes(name: str, splits: Iterable[tuple[Split, int]]) -> tuple[str, ...]:
     return tuple(
-        f"{split.name} has {len(split.pairs):,} pictures; {name} has {count:,}"
+        f"{split.name} has {len(split.pairs):,} images; {name} has {count:,}"
         for split, count in splits
         if len(split.pairs) != count
     )

@@ -1,4 +1,4 @@
-"""The segmentation probe: what a linear map reads of every pixel's class off frozen tokens."""
+"""The evaluator of the segmentation probe: a linear map from frozen tokens to every pixel's class."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import safetensors.torch
 
 from evals.core.areas import score
 from evals.core.dist import Group, current
-from evals.core.evaluator import Watch, card_of, domain_notes, machine_settings, silent
+from evals.core.evaluator import ProgressFactory, domain_notes, machine_settings, metadata_of, no_progress
 from evals.core.provenance import commit, describe_device, peak_memory, versions
 from evals.core.report import DataUsed, Metric, Report, Table, file_name, write
 from radio.config import to_plain
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 @final
 class SegEvaluator:
-    """Scores any backbone by a linear head on its tokens, trained and tested by MMSegmentation."""
+    """Scores any backbone with a linear head on its tokens, trained and tested by MMSegmentation."""
 
     name = "seg"
     settings = SegSettings
 
-    def repeat(self, settings: SegSettings, number: int) -> SegSettings:
-        """The same probe with other heads."""
+    def with_seed(self, settings: SegSettings, number: int) -> SegSettings:
+        """Return the settings of the `number`-th repetition, with other seeds of the heads."""
         return replace(settings, head_seed=settings.first_head + number * settings.seeds)
 
     def run(
@@ -49,24 +49,24 @@ class SegEvaluator:
         out: Path,
         *,
         name: str | None = None,
-        watch: Watch = silent,
+        watch: ProgressFactory = no_progress,
         group: Group | None = None,
     ) -> Report:
-        """Score `model`; writes `seg-NAME.json`, `seg-NAME.jsonl` and the first head's maps into `out`.
+        """Score `model`; write `seg-NAME.json`, `seg-NAME.jsonl` and the first head's maps into `out`.
 
-        The records have one line a picture, its areas under the first head; that head is kept too.
+        The records have one line per image with its areas for the first head, which is saved too.
 
-        Every rank of a torchrun job calls this and gets the same report; rank 0 writes. Running it again
-        after a kill goes on from the iteration that was saved last; a finished head is only tested.
+        Every rank of a torchrun job calls this and gets the same report; rank 0 writes. An interrupted run
+        resumes from the last saved iteration; a finished head is only tested.
 
         Raises:
-            DataError: data in no layout that is known, or with a bad file; names the first.
-            ConfigError: an unknown device, or a batch that the ranks cannot share.
+            DataError: data in an unknown layout, or with an invalid file; names the first.
+            ConfigError: an unknown device, or a batch that does not divide among the ranks.
             SizeError: a crop or stride that does not fit the backbone.
             MissingExtraError: MMSegmentation, or a system library that OpenCV needs, is not installed.
             RadioError: values that are not finite.
         """
-        load_plugin()  # its absence shows before the long part
+        load_plugin()  # fail early
         started = time.monotonic()
         group = group or current()
         probe = make_probe(model, settings, group, watch)
@@ -91,7 +91,7 @@ class SegEvaluator:
                 task=self.name,
                 model=label,
                 fingerprint=probe.fingerprint,
-                headline="miou",
+                primary_metric="miou",
                 metrics=_metrics(outcomes),
                 settings={**to_plain(settings), "resolved": probe.describe()},
                 data=_data_used(probe),
@@ -105,7 +105,7 @@ class SegEvaluator:
                 machine_settings=machine_settings(settings),
                 versions={**versions(), **_library_versions()},
                 git=commit(),
-                card=card_of(model),
+                metadata=metadata_of(model),
                 peak_memory=peak_memory(probe.device),
                 notes=(*probe.notes, *probe.damage.notes(group), *domain_notes(model, probe.sources())),
                 tables=_tables(outcomes, probe, settings),

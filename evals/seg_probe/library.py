@@ -1,4 +1,4 @@
-"""The one door to MMSegmentation: imported when it is needed, without its noise."""
+"""The only place that imports MMSegmentation: on demand, without its warnings and output."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from radio.errors import MissingExtraError, require
 
 
 def load_plugin() -> ModuleType:
-    """The module `plugin`, which registers our parts in MMSegmentation.
+    """Import the module `plugin`, which registers our parts in MMSegmentation.
 
     Raises:
         MissingExtraError: the extra `seg` is not installed, or a system library that OpenCV needs.
     """
-    # Importing warns of compiled operators that nobody here uses, and prints 'Could not import OneDL'.
+    # The import warns of compiled operators that are not used here, and prints 'Could not import OneDL'.
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         _require_opencv()
@@ -31,7 +31,7 @@ def _require_opencv() -> None:
         require("cv2", extra="seg")
     except ModuleNotFoundError:
         raise
-    except ImportError as error:  # a shared library that the wheel does not bring
+    except ImportError as error:  # a shared library that the wheel does not contain
         name = str(error).split(":")[0]
         package = "libgl1" if "libGL" in name else "libglib2.0-0"
         raise MissingExtraError(

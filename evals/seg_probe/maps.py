@@ -1,4 +1,4 @@
-"""Predicted label maps as palette PNGs, and overlays: picture, truth and prediction above their legend."""
+"""Predicted label maps as palette PNGs, and overlays: image, truth and prediction above a legend."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from PIL import Image, ImageDraw, ImageFont
 from radio.images import write_png
 
 from .datasets import VOID, Labelling, Split
-from .pixels import read_labels, read_picture
+from .pixels import read_image, read_labels
 
-# Letters: H W a picture's own height and width, C classes.
+# Letters: H W an image's own height and width, C classes.
 
 Bytes = NDArray[np.uint8]
 
-_OPACITY, _UNSCORED = 0.6, 0.2  # of a colour over the picture; where the truth is void
-_FEW = 24  # classes that hues alone tell apart
+_OPACITY, _UNSCORED = 0.6, 0.2  # of a colour over the image; of a prediction where the truth is void
+_FEW = 24  # classes that hues alone distinguish
 _LONGEST = 200  # bytes of a name; file systems take 255, with what is added
-_GAP = 4  # white columns between the three
+_GAP = 4  # white columns between the three images
 _TEXT = 12  # pixels: the size of the legend's letters and squares
 
 
@@ -38,10 +38,10 @@ class MapWriter:
     folder: Path
     split: Split
     labelling: Labelling
-    places: frozenset[int]  # of the pictures that are kept
+    places: frozenset[int]  # of the images to write
 
     def __call__(self, place: int, classes: Bytes) -> None:
-        """Write the prediction [H, W] of a picture, if it is one that is kept."""
+        """Write the prediction [H, W] of an image, if it is among `places`."""
         if place not in self.places:
             return
         pair = self.split.pairs[place]
@@ -51,30 +51,30 @@ class MapWriter:
         image = Image.fromarray(classes + np.uint8(offset))
         image.putpalette(numbers.tobytes())
         write_png(image, self.folder / self.names(place)[0])
-        picture = read_picture(pair).numpy().transpose(1, 2, 0)
+        pixels = read_image(pair).numpy().transpose(1, 2, 0)
         truth = read_labels(pair.labels, self.labelling)
-        shown = side_by_side(picture, truth, classes, colours)
+        shown = side_by_side(pixels, truth, classes, colours)
         seen = np.union1d(truth[truth != VOID], classes)
         key = legend([(self.labelling.classes[n], colours[n]) for n in seen], shown.shape[1])
         shown = np.concatenate([shown, key])
         write_png(Image.fromarray(shown), self.folder / self.names(place)[1])
 
     def names(self, place: int) -> tuple[str, str]:
-        """The files of a picture, inside the folder."""
+        """Return the two file names of an image in the folder."""
         stem = self.split.pairs[place].key
         if len(stem.encode()) > _LONGEST:
             stem = f"{stem[:40]}-{hashlib.sha256(stem.encode()).hexdigest()[:16]}"
         return f"{stem}.png", f"{stem}-overlay.png"
 
     def files(self) -> tuple[str, ...]:
-        """All files, inside the folder's parent."""
+        """List all files, relative to the folder's parent."""
         return tuple(
             f"{self.folder.name}/{name}" for place in sorted(self.places) for name in self.names(place)
         )
 
 
 def palette(count: int) -> Bytes:
-    """[C, 3]: colours that differ, neighbours in hue by their brightness too."""
+    """Choose distinct colours [C, 3]; neighbours in hue differ in brightness too."""
     golden = (5**0.5 - 1) / 2
     few = count <= _FEW
     hues = [place / count if few else place * golden % 1 for place in range(count)]
@@ -83,20 +83,20 @@ def palette(count: int) -> Bytes:
     return np.round(255 * np.array(rows)).astype(np.uint8)
 
 
-def side_by_side(picture: Bytes, truth: Bytes, classes: Bytes, colours: Bytes) -> Bytes:
-    """[H, 3 W + gaps, 3]: the picture [H, W, 3], and truth and prediction [H, W] over it.
+def side_by_side(image: Bytes, truth: Bytes, classes: Bytes, colours: Bytes) -> Bytes:
+    """Draw the image [H, W, 3], and truth and prediction [H, W] over it: [H, 3 W + gaps, 3].
 
-    Void is clear in the truth; the prediction there, which is not scored, is faint.
+    Void is transparent in the truth; the prediction there, which is not scored, is faint.
     """
-    gap = np.full((picture.shape[0], _GAP, 3), 255, dtype=np.uint8)
+    gap = np.full((image.shape[0], _GAP, 3), 255, dtype=np.uint8)
     scored = truth != VOID
-    shown_truth = _over(picture, np.where(scored, truth, 0), colours, np.where(scored, _OPACITY, 0.0))
-    shown = _over(picture, classes, colours, np.where(scored, _OPACITY, _UNSCORED))
-    return np.concatenate([picture, gap, shown_truth, gap, shown], axis=1)
+    shown_truth = _over(image, np.where(scored, truth, 0), colours, np.where(scored, _OPACITY, 0.0))
+    shown = _over(image, classes, colours, np.where(scored, _OPACITY, _UNSCORED))
+    return np.concatenate([image, gap, shown_truth, gap, shown], axis=1)
 
 
 def legend(entries: Sequence[tuple[str, Bytes]], width: int) -> Bytes:
-    """[h, width, 3]: on white, each name behind a square of its colour, in as many lines as they need."""
+    """Draw the legend [h, width, 3]: on white, each name after a square of its colour, in lines that fit."""
     font = ImageFont.load_default(_TEXT)
     places, x, y = [], _TEXT // 2, _TEXT // 2
     for name, _ in entries:
@@ -114,11 +114,11 @@ def legend(entries: Sequence[tuple[str, Bytes]], width: int) -> Bytes:
 
 
 def spread_places(count: int, wanted: int) -> frozenset[int]:
-    """At most `wanted` places, evenly spread over `count`."""
+    """Choose at most `wanted` indices, evenly spaced over `count`."""
     wanted = min(count, wanted)
     return frozenset(number * count // wanted for number in range(wanted))
 
 
-def _over(picture: Bytes, classes: Bytes, colours: Bytes, opacity: NDArray[np.float64]) -> Bytes:
+def _over(image: Bytes, classes: Bytes, colours: Bytes, opacity: NDArray[np.float64]) -> Bytes:
     share = opacity[..., None]
-    return np.round(share * colours[classes] + (1 - share) * picture).astype(np.uint8)
+    return np.round(share * colours[classes] + (1 - share) * image).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Annotation files as arrays, and a check of every file before the first iteration."""
+"""Annotation files as arrays, and validation of every file before the first iteration."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import TypeAdapter
 from torch import Tensor
-from typing_extensions import TypedDict  # pydantic wants this one below Python 3.12
+from typing_extensions import TypedDict  # pydantic requires this one below Python 3.12
 
 from evals.core.chunks import Damage, DamagedError, read_records, write_records
-from evals.core.evaluator import Watch, silent
+from evals.core.evaluator import ProgressFactory, no_progress
 from radio.errors import DataError, shown
 from radio.images import MAX_IMAGE_BYTES, decode, open_image, orientation
 from radio.io import read_bytes
@@ -30,16 +30,16 @@ from .presets import Size
 # Letters: H W stored height and width.
 
 MAX_ASPECT = 256
-"""A picture longer than this times its width would be resized to less than a pixel."""
+"""An image longer than this times its width would be resized to less than a pixel."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checked:
-    """A split whose files were all read once."""
+    """The result of reading all files of a split."""
 
     fingerprint: str  # of names, classes and content
-    sizes: tuple[Size, ...]  # that occur
-    rotated: int = 0  # pictures with an EXIF orientation, which is not applied
+    sizes: tuple[Size, ...]  # all distinct ones
+    rotated: int = 0  # images with an EXIF orientation, which is not applied
 
 
 class _Note(TypedDict):
@@ -56,42 +56,47 @@ class _Inspected(NamedTuple):
 
 
 _NOTE = TypeAdapter(_Note)
-_IHDR, _DEPTH, _KIND, _GREY = slice(12, 16), 24, 25, 0  # in a PNG; and its colour type of grey
+_IHDR, _DEPTH, _KIND, _GREY = slice(12, 16), 24, 25, 0  # positions in a PNG; and its colour type of grey
 
 
-def read_picture(pair: Pair) -> Tensor:
-    """The picture, uint8 [3, H, W] RGB.
+def read_image(pair: Pair) -> Tensor:
+    """Read an image, uint8 [3, H, W] RGB.
 
     Raises:
-        DataError: it is absent or cannot be decoded.
+        DataError: it is missing or cannot be decoded.
     """
-    return _decode_picture(pair.picture, _bytes(pair.picture))
+    return _decode_image(pair.image, _bytes(pair.image))
 
 
 def read_labels(path: Path, labelling: Labelling) -> NDArray[np.uint8]:
-    """[H, W], the class of every pixel as a place in `labelling.classes`, or `VOID`.
+    """Read labels [H, W]: the class of every pixel as an index into `labelling.classes`, or `VOID`.
 
-    The numbers stored are the labels: of a grey PNG its values, of a palette PNG (VOC) its indices, whatever
-    their colours; 16 bits are taken where all values are labels.
+    The stored numbers are the labels: the values of a grey PNG, the indices of a palette PNG (VOC), whatever
+    their colours; 16 bits are accepted where all values are labels.
 
     Raises:
-        DataError: colours instead of numbers, a label of no class, or a file that cannot be read.
+        DataError: colours instead of numbers, a label without a class, or a file that cannot be read.
     """
     return _map_labels(path, _bytes(path), labelling)
 
 
 def check_split(
-    split: Split, labelling: Labelling, *, memo: Path, watch: Watch = silent, damage: Damage | None = None
+    split: Split,
+    labelling: Labelling,
+    *,
+    memo: Path,
+    watch: ProgressFactory = no_progress,
+    damage: Damage | None = None,
 ) -> Checked:
-    """Read every file of a split once: it decodes, fits its annotation, and has only labels that exist.
+    """Validate every file of a split: images decode, annotations have their size and only known labels.
 
-    The answer is kept in `memo` until a file's size or time changes.
+    The result is cached in `memo` until a file's size or modification time changes.
 
     Args:
-        damage: learns of a damaged memo, which is made again.
+        damage: records a damaged memo, which is then rebuilt.
 
     Raises:
-        DataError: something is wrong; names the first bad file and how many there are.
+        DataError: a pair is invalid (names the first and their number), or every pixel is void.
     """
     note = memo / f"seg-{_signature(split, labelling)}.jsonl"
     kept = _read_note(note, damage or Damage())
@@ -136,10 +141,10 @@ def _read_note(path: Path, damage: Damage) -> Checked | None:
 
 
 def _inspect(pair: Pair, labelling: Labelling) -> _Inspected | str:
-    """What is to be known of a pair; or what is wrong with it."""
+    """Inspect a pair; return its properties, or a message if it is invalid."""
     try:
-        data, mask = _bytes(pair.picture), _bytes(pair.labels)
-        height, width = _decode_picture(pair.picture, data).shape[1:]
+        data, mask = _bytes(pair.image), _bytes(pair.labels)
+        height, width = _decode_image(pair.image, data).shape[1:]
         labels = _map_labels(pair.labels, mask, labelling)
     except DataError as error:
         return str(error)
@@ -147,12 +152,12 @@ def _inspect(pair: Pair, labelling: Labelling) -> _Inspected | str:
     if labels.shape != (height, width):
         exif = f" (its EXIF orientation, {turned}, is not applied)" if turned > 1 else ""
         return (
-            f"{shown(pair.labels)}: {labels.shape[0]}x{labels.shape[1]} (height x width), and its picture is "
+            f"{shown(pair.labels)}: {labels.shape[0]}x{labels.shape[1]} (height x width), and its image is "
             f"{height}x{width}{exif}; an annotation has a label for every pixel"
         )
     if max(height, width) > MAX_ASPECT * min(height, width):
         return (
-            f"{shown(pair.picture)}: {height}x{width} is over {MAX_ASPECT} times as long as wide; "
+            f"{shown(pair.image)}: {height}x{width} is over {MAX_ASPECT} times as long as wide; "
             f"crop or drop it"
         )
     hashes = (hashlib.sha256(content).hexdigest() for content in (data, mask))
@@ -181,7 +186,7 @@ def _map_labels(path: Path, data: bytes, labelling: Labelling) -> NDArray[np.uin
 
 
 def _stored_values(file: Image.Image, data: bytes) -> NDArray[np.generic]:
-    """The pixels of a PNG as its file has them: of 2 and 4 bits, which PIL stretches to 8, too."""
+    """Return a PNG's pixels as stored; grey ones of 2 and 4 bits, which PIL scales to 8, are scaled back."""
     if data[_IHDR] != b"IHDR":
         raise DataError("a damaged PNG (it does not begin with IHDR)")
     values = np.asarray(file)
@@ -190,7 +195,7 @@ def _stored_values(file: Image.Image, data: bytes) -> NDArray[np.generic]:
     return values
 
 
-def _decode_picture(path: Path, data: bytes) -> Tensor:
+def _decode_image(path: Path, data: bytes) -> Tensor:
     try:
         return decode(data)
     except DataError as error:
@@ -204,7 +209,7 @@ def _bytes(path: Path) -> bytes:
 def _signature(split: Split, labelling: Labelling) -> str:
     sha = hashlib.sha256(json.dumps([labelling.classes, labelling.zero_is_void]).encode())
     for pair in split.pairs:
-        for path in (pair.picture, pair.labels):
+        for path in (pair.image, pair.labels):
             try:
                 stat = path.stat()
             except OSError as error:

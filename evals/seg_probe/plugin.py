@@ -1,4 +1,4 @@
-"""Our parts in MMSegmentation's registries: backbone, head, resize, metric. Import it through `library`."""
+"""Our parts for MMSegmentation's registries: backbone, head, resize, metric. Import through `library`."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from radio.errors import RadioError
 from radio.types import Backbone
 
 from .datasets import VOID
-from .presets import Plan
+from .presets import ProbeConfig
 from .scores import Areas
 from .sizes import keep_ratio
 
-# Letters: B batch, D token width, H W grid, h w pixels, C classes, N pictures.
+# Letters: B batch, D token width, H W grid, h w pixels, C classes, N images.
 
 KNOWN_CLASSES: Mapping[str, Sequence[str]] = {
     "ADE20K": ADE20KDataset.METAINFO["classes"],
@@ -39,9 +39,10 @@ KNOWN_CLASSES: Mapping[str, Sequence[str]] = {
 @MODELS.register_module()
 @final
 class RadioBackbone(nn.Module):  # type: ignore[misc, unused-ignore]
-    """Any of our backbones as one of MMSegmentation's: [B, 3, h, w] in [0, 1] -> one map [B, D, H, W].
+    """Adapts our backbones to MMSegmentation: [B, 3, h, w] in [0, 1] -> one map [B, D, H, W].
 
-    It is no submodule: its weights are in no checkpoint of the head, and `train()` does not reach it.
+    The model is not a submodule: the head's checkpoints do not contain its weights, and `train()` does not
+    affect it.
     """
 
     def __init__(self, model: Backbone, dtype: torch.dtype) -> None:
@@ -49,10 +50,10 @@ class RadioBackbone(nn.Module):  # type: ignore[misc, unused-ignore]
         self._held, self._dtype = (model,), dtype
 
     def forward(self, images: Tensor) -> tuple[Tensor]:
-        """The tokens as a map, float32, without gradient.
+        """Compute the tokens as a map, float32, without gradient.
 
         Raises:
-            RadioError: when testing, some are not finite; in training the loss tells.
+            RadioError: when testing, some are not finite; in training the loss is checked instead.
         """
         testing = not torch.is_grad_enabled()
         with fast_products(images.device), torch.no_grad():
@@ -68,20 +69,20 @@ class RadioBackbone(nn.Module):  # type: ignore[misc, unused-ignore]
 @MODELS.register_module()
 @final
 class KeptTokens(nn.Module):
-    """Stands for the backbone where its maps [B, D, H, W] come from the loader."""
+    """Replaces the backbone where its maps [B, D, H, W] come from the loader."""
 
     def forward(self, tokens: Tensor) -> tuple[Tensor]:
-        """The maps, as they came."""
+        """Return the maps unchanged, as a tuple."""
         return (tokens,)
 
 
 @final
 class SharedBatchNorm(nn.Module):
-    """Batch norm over the batches of all ranks, and so with running statistics that all ranks agree on.
+    """Batch norm over the batches of all ranks, so that running statistics are equal on all ranks.
 
-    The usual one would normalise each rank's share by itself, and save rank 0's statistics for all. Its input
-    comes from a frozen backbone and needs no gradient, so the sums of the ranks are all that must be
-    exchanged (torch's SyncBatchNorm needs GPUs).
+    The usual one would normalise each rank's share separately and save rank 0's statistics for all. The
+    input comes from a frozen backbone and needs no gradient, so only sums must be exchanged between ranks
+    (torch's SyncBatchNorm needs GPUs).
     """
 
     running_mean: Tensor
@@ -95,7 +96,7 @@ class SharedBatchNorm(nn.Module):
         self._group, self._eps, self._momentum = group, eps, momentum
 
     def forward(self, maps: Tensor) -> Tensor:
-        """[B, D, H, W], each channel normalised by this step's statistics, or by the running ones."""
+        """Normalise each channel of [B, D, H, W] by this step's statistics, or by the running ones."""
         mean, variance = self._statistics(maps) if self.training else (self.running_mean, self.running_var)
         scale = self.weight * (variance + self._eps).rsqrt()
         shift = self.bias - mean * scale
@@ -103,7 +104,7 @@ class SharedBatchNorm(nn.Module):
 
     @torch.no_grad()
     def _statistics(self, maps: Tensor) -> tuple[Tensor, Tensor]:
-        count = maps.numel() // maps.shape[1] * self._group.world  # every rank has as many
+        count = maps.numel() // maps.shape[1] * self._group.world  # equal on every rank
         mean = self._group.sum(maps.sum(dim=(0, 2, 3))) / count
         squares = (maps - mean.view(1, -1, 1, 1)).square().sum(dim=(0, 2, 3))
         variance = self._group.sum(squares) / count
@@ -122,7 +123,7 @@ class LinearHead(BaseDecodeHead):  # type: ignore[misc]
             in_channels=width,
             channels=width,
             num_classes=num_classes,
-            out_channels=num_classes,  # said, lest two classes bring a warning
+            out_channels=num_classes,  # explicit, to avoid a warning with two classes
             dropout_ratio=0,
             ignore_index=VOID,
             align_corners=False,
@@ -132,12 +133,15 @@ class LinearHead(BaseDecodeHead):  # type: ignore[misc]
         self._group = group
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Logits [B, C, H, W] of the last of the backbone's maps."""
+        """Compute logits [B, C, H, W] from the last of the backbone's maps."""
         logits: Tensor = self.cls_seg(self.bn(self._transform_inputs(inputs)))
         return logits
 
     def loss_by_feat(self, seg_logits: Tensor, batch_data_samples: Sequence[Any]) -> dict[str, Tensor]:
-        """Cross-entropy over the labelled pixels of all ranks; DDP averages, hence the number of ranks."""
+        """Compute the cross-entropy over the labelled pixels of all ranks.
+
+        It is scaled by the number of ranks, since DDP averages gradients.
+        """
         labels = self._stack_batch_gt(batch_data_samples)
         logits = resize(seg_logits, size=labels.shape[2:], mode="bilinear", align_corners=False)
         counted = self._group.sum((labels != VOID).sum())
@@ -153,14 +157,14 @@ class LinearHead(BaseDecodeHead):  # type: ignore[misc]
 @TRANSFORMS.register_module()
 @final
 class FitResize(BaseTransform):  # type: ignore[misc]
-    """The keep-ratio resize, to the nearest size that the backbone takes: for testing on whole pictures."""
+    """Keep-ratio resize to the nearest size that the backbone takes, for testing on whole images."""
 
     def __init__(self, model: Backbone, long_side: int, short_side: int) -> None:
-        self._fit, self._long, self._short = model.fit, long_side, short_side
+        self._nearest_size, self._long, self._short = model.nearest_size, long_side, short_side
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """The results with another `img` and its new `img_shape`."""
-        height, width = self._fit(*keep_ratio(results["img"].shape[:2], self._long, self._short))
+        """Resize `img` and update `img_shape` in the results."""
+        height, width = self._nearest_size(*keep_ratio(results["img"].shape[:2], self._long, self._short))
         results["img"] = mmcv.imresize(results["img"], (width, height), interpolation="bilinear")
         results["img_shape"] = (height, width)
         return results
@@ -168,12 +172,12 @@ class FitResize(BaseTransform):  # type: ignore[misc]
 
 @final
 class AreaMetric(IoUMetric):  # type: ignore[misc]
-    """MMSegmentation's IoU, whose areas of each picture are kept, in the order of the data set.
+    """MMSegmentation's IoU metric that stores the areas of each image, in the order of the data set.
 
-    Each rank has pictures rank, rank + world, ...: none is padded or counted twice, and nothing is pickled.
+    Each rank has images rank, rank + world, ...: none is padded or counted twice, and nothing is pickled.
     """
 
-    default_prefix = ""  # none is said, and none is missed
+    default_prefix = ""  # explicitly none, to avoid a warning
 
     def __init__(self, group: Group) -> None:
         super().__init__(ignore_index=VOID, iou_metrics=["mIoU"])
@@ -181,7 +185,7 @@ class AreaMetric(IoUMetric):  # type: ignore[misc]
         self.areas: Areas = np.empty((0, 3, 0))
 
     def evaluate(self, size: int) -> dict[str, float]:
-        """mIoU, mAcc and aAcc as MMSegmentation computes and rounds them; the same on every rank."""
+        """Compute mIoU, mAcc and aAcc, rounded as by MMSegmentation; the same on every rank."""
         num_classes = len(self.dataset_meta["classes"])
         areas = torch.zeros(size, 3, num_classes, dtype=torch.float64)
         for place, (both, _, predicted, label) in enumerate(self.results):
@@ -197,18 +201,20 @@ class AreaMetric(IoUMetric):  # type: ignore[misc]
 
 
 def build_model(
-    backbone: dict[str, Any], *, width: int, num_classes: int, plan: Plan, group: Group, pixels: bool
+    backbone: dict[str, Any], *, width: int, num_classes: int, config: ProbeConfig, group: Group, pixels: bool
 ) -> nn.Module:
-    """An `EncoderDecoder` of MMSegmentation around our backbone (or kept tokens) and head."""
+    """Build an MMSegmentation `EncoderDecoder` from our backbone (or cached tokens) and head."""
     if pixels:
-        # The backbone normalises by itself: only BGR bytes -> RGB in [0, 1] is left to do, and padding.
-        preprocessor = {"mean": [0.0] * 3, "std": [255.0] * 3, "bgr_to_rgb": True, "size": plan.crop}
-        if plan.slides:
-            preprocessor["test_cfg"] = {"size": plan.crop}
+        # The backbone normalises its input: only BGR bytes -> RGB in [0, 1] and padding remain.
+        preprocessor = {"mean": [0.0] * 3, "std": [255.0] * 3, "bgr_to_rgb": True, "size": config.crop}
+        if config.slides:
+            preprocessor["test_cfg"] = {"size": config.crop}
     else:
         preprocessor = {"size_divisor": 1}
     test = (
-        {"mode": "slide", "crop_size": plan.crop, "stride": plan.stride} if plan.slides else {"mode": "whole"}
+        {"mode": "slide", "crop_size": config.crop, "stride": config.stride}
+        if config.slides
+        else {"mode": "whole"}
     )
     model: nn.Module = MODELS.build(
         {

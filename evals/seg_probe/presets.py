@@ -1,4 +1,4 @@
-"""The protocols by name, and what one of them comes to for a backbone."""
+"""The protocols by name, and their adaptation to a backbone."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from radio.types import Backbone
 from .settings import PresetName, SegSettings
 
 LONG_SIDE = 2048
-"""Pixels; the keep-ratio resize never makes a picture longer (MMSegmentation's rule for ADE20K)."""
+"""Longest side after the keep-ratio resize, in pixels (MMSegmentation's rule for ADE20K)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preset:
-    """A protocol of the field."""
+    """A published or built-in protocol."""
 
     crop: int
-    stride: int | None  # None: one look at the whole picture
+    stride: int | None  # None: test on the whole image at once
     iterations: int
     warmup: int
     batch: int = 16
     lr: float = 1e-3
     weight_decay: float = 0.01
     augment: bool = True
-    stretch: bool = False  # the whole picture becomes one square, in training and testing
+    stretch: bool = False  # resize the whole image to a square, in training and testing
 
 
 PRESETS: dict[PresetName, Preset] = {
     # AM-RADIO's probe. Its weight decay and schedule are not stated: AdamW's default and DINOv2's schedule.
     "paper": Preset(crop=518, stride=518, iterations=160_000, warmup=1500),
-    # What was run with the released RADIO checkpoints.
+    # The protocol of the released RADIO checkpoints.
     "released": Preset(crop=518, stride=None, iterations=80_000, warmup=1500, weight_decay=0.0),
     # DINOv2's linear evaluation.
     "dinov2": Preset(crop=512, stride=341, iterations=40_000, warmup=1500, weight_decay=1e-4),
-    # Half a minute on two CPU cores: no augmentation, so that tokens are computed once.
+    # Half a minute on two CPU cores: no augmentation, so that tokens are computed only once.
     "scenes": Preset(
         crop=96,
         stride=None,
@@ -54,8 +54,8 @@ Size = tuple[int, int]  # (height, width)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """A preset with the settings' changes, for one backbone."""
+class ProbeConfig:
+    """A preset with the overrides of the settings, for one backbone."""
 
     preset: PresetName
     crop: Size
@@ -72,14 +72,14 @@ class Plan:
 
     @property
     def slides(self) -> bool:
-        """Whether testing looks at crops rather than at whole pictures."""
+        """Whether testing uses crops rather than whole images."""
         return self.stride is not None
 
     def describe(self) -> dict[str, Any]:
-        """What the report says of it."""
+        """Describe the config for the report."""
         test = "whole" if self.stride is None else f"slide {_side(self.crop)}, stride {_side(self.stride)}"
         if self.resize == "stretch":
-            shown = f"whole picture stretched to {_side(self.crop)}, no augmentation"
+            shown = f"whole image stretched to {_side(self.crop)}, no augmentation"
         else:
             shown = (
                 f"random resize 0.5-2 of ({self.long_side}, {self.short_side}), "
@@ -98,20 +98,20 @@ class Plan:
         }
 
 
-def resolve(settings: SegSettings, model: Backbone) -> tuple[Plan, tuple[str, ...]]:
-    """What will be run, and notes on what had to be changed for this backbone.
+def resolve(settings: SegSettings, model: Backbone) -> tuple[ProbeConfig, tuple[str, ...]]:
+    """Resolve the settings for a backbone; return the config and notes on changes that it required.
 
-    A preset's crop that the backbone does not take becomes the nearest one that it does; one that was asked
-    for must fit.
+    A preset's crop that the backbone does not take is replaced by the nearest one that it does; a crop in the
+    settings must fit.
 
     Raises:
-        SizeError: `crop` is none that the backbone takes, or a stride that leaves pixels out or does nothing.
+        SizeError: the backbone does not take `crop`, or a stride skips pixels or has no effect.
     """
     name = settings.preset or ("scenes" if settings.data is None else "paper")
     preset = PRESETS[name]
     crop, notes = _crop(settings, preset, model, name)
     iterations = settings.iterations or preset.iterations
-    plan = Plan(
+    config = ProbeConfig(
         preset=name,
         crop=crop,
         stride=_stride(settings, preset, crop),
@@ -125,12 +125,12 @@ def resolve(settings: SegSettings, model: Backbone) -> tuple[Plan, tuple[str, ..
         lr=settings.lr or preset.lr,
         weight_decay=preset.weight_decay if settings.weight_decay is None else settings.weight_decay,
     )
-    return plan, notes
+    return config, notes
 
 
 def _crop(settings: SegSettings, preset: Preset, model: Backbone, name: str) -> tuple[Size, tuple[str, ...]]:
     side = settings.crop or preset.crop
-    fitted = model.fit(side, side)
+    fitted = model.nearest_size(side, side)
     if fitted == (side, side):
         return fitted, ()
     if settings.crop is not None:
@@ -145,7 +145,7 @@ def _stride(settings: SegSettings, preset: Preset, crop: Size) -> Size | None:
     if preset.stretch or (preset.stride is None and settings.stride is None):
         if settings.stride is not None:
             raise SizeError(
-                f"a stride of {settings.stride} px was asked for, and this preset looks at whole pictures; "
+                f"a stride of {settings.stride} px was asked for, and this preset looks at whole images; "
                 f"leave --stride out or choose another --preset"
             )
         return None
@@ -157,7 +157,7 @@ def _stride(settings: SegSettings, preset: Preset, crop: Size) -> Size | None:
             )
         return settings.stride, settings.stride
     assert preset.stride is not None
-    # A crop other than the preset's keeps the share that neighbours overlap.
+    # With a crop other than the preset's, neighbours overlap by the same fraction.
     return round(preset.stride * crop[0] / preset.crop), round(preset.stride * crop[1] / preset.crop)
 
 

@@ -1,4 +1,4 @@
-"""Everything that is decided before the first iteration: data, protocol, sizes, kept tokens."""
+"""Preparation before the first iteration: data, protocol, sizes, cached tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 from evals.core.chunks import Damage, DamagedError
 from evals.core.dist import Group
-from evals.core.evaluator import Watch, place
+from evals.core.evaluator import ProgressFactory, place
 from evals.core.features import default_cache
 from evals.core.memory import check_memory
 from evals.core.provenance import choose_device, has_tf32
@@ -26,20 +26,20 @@ from radio.types import Backbone
 from .datasets import Dataset, Split, open_dataset
 from .maps import MapWriter
 from .pixels import Checked, check_split
-from .presets import Plan, resolve
+from .presets import ProbeConfig, resolve
 from .settings import SegSettings
 from .sizes import check_sizes
 
 if TYPE_CHECKING:
-    from .pictures import Pictures, TokenMaps
+    from .images import Images, TokenMaps
     from .training import Outcome
 
 _FORMAT = "seg-probe/1"
-_TEST_BATCH = 32  # kept tokens; pictures of several sizes go one by one
+_TEST_BATCH = 32  # cached tokens; images of several sizes are tested one by one
 
 
 class Source(NamedTuple):
-    """What is asked of a data set when it is compared with what the model was trained on."""
+    """A data set's identity, for comparison with the model's training data."""
 
     name: str
     location: str
@@ -49,17 +49,17 @@ class Source(NamedTuple):
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Probe:
-    """A probe that is ready to be trained."""
+    """A probe that is ready for training."""
 
     model: Backbone
-    fingerprint: str  # of the model, as it was loaded
+    fingerprint: str  # of the model as loaded
     settings: SegSettings
-    plan: Plan
+    config: ProbeConfig
     data: Dataset
     train: Checked
     val: Checked
-    train_samples: Pictures | TokenMaps
-    val_samples: Pictures | TokenMaps
+    train_samples: Images | TokenMaps
+    val_samples: Images | TokenMaps
     keeps_tokens: bool
     device: torch.device
     dtype: torch.dtype
@@ -71,11 +71,11 @@ class Probe:
 
     @property
     def numbers(self) -> str:
-        """What the backbone computes in: `torch.float32`, `torch.bfloat16`, or `TF32` on a GPU with it."""
+        """Precision of the backbone: `torch.float32`, `torch.bfloat16`, or `TF32` on a GPU with it."""
         return "TF32" if self.dtype == torch.float32 and has_tf32(self.device) else str(self.dtype)
 
-    def run(self, seed: int, label: str, watch: Watch, writer: MapWriter | None) -> Outcome:
-        """One head, trained and tested."""
+    def run(self, seed: int, label: str, watch: ProgressFactory, writer: MapWriter | None) -> Outcome:
+        """Train and test one head."""
         from .plugin import KeptTokens, RadioBackbone, build_model
         from .training import Job, run
 
@@ -88,13 +88,13 @@ class Probe:
                 backbone,
                 width=self.model.token_dim,
                 num_classes=len(self.data.labelling.classes),
-                plan=self.plan,
+                config=self.config,
                 group=self.group,
                 pixels=not self.keeps_tokens,
             ),
             train=self.train_samples,
             val=self.val_samples,
-            plan=self.plan,
+            config=self.config,
             seed=seed,
             state=self.cache / "seg-heads" / f"{key}.pt",
             key=key,
@@ -109,14 +109,14 @@ class Probe:
         return run(job, watch, writer)
 
     def key(self, seed: int) -> str:
-        """A hash of everything that decides the head."""
-        parts = [_FORMAT, self.fingerprint, self.train.fingerprint, to_plain(self.plan), self.numbers]
+        """Hash everything that determines the head."""
+        parts = [_FORMAT, self.fingerprint, self.train.fingerprint, to_plain(self.config), self.numbers]
         return hashlib.sha256(json.dumps([*parts, self.keeps_tokens, seed]).encode()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
-        """What the settings came to, for the report."""
+        """Describe the resolved settings for the report."""
         return {
-            **self.plan.describe(),
+            **self.config.describe(),
             "labels": self.data.labelling.describe(),
             "dtype": self.numbers.removeprefix("torch."),
             "tokens": "kept, float16" if self.keeps_tokens else "computed in every iteration",
@@ -125,51 +125,51 @@ class Probe:
         }
 
     def sources(self) -> tuple[Source, ...]:
-        """The two splits, for notes on what the model was trained on."""
+        """Return the two splits, for notes on overlap with the model's training data."""
         both = ((self.data.train, self.train), (self.data.val, self.val))
         return tuple(Source(split.name, split.location, found.fingerprint) for split, found in both)
 
 
-def make_probe(model: Backbone, settings: SegSettings, group: Group, watch: Watch) -> Probe:
-    """Open and check the data, fit the protocol to the backbone, and compute the tokens that are kept.
+def make_probe(model: Backbone, settings: SegSettings, group: Group, watch: ProgressFactory) -> Probe:
+    """Open and check the data, adapt the protocol to the backbone, and compute the cached tokens.
 
     Raises:
         DataError: see `open_dataset` and `check_split`.
-        ConfigError: an unknown device, or a batch that the ranks cannot share.
+        ConfigError: an unknown device, or a batch that does not divide among the ranks.
         SizeError: see `resolve` and `check_sizes`.
     """
-    from .pictures import Pictures
+    from .images import Images
     from .plugin import KNOWN_CLASSES
 
     cache = settings.cache or default_cache()
     device = choose_device(settings.device)
-    plan, notes = resolve(settings, model)
-    if plan.batch % group.world:
+    config, notes = resolve(settings, model)
+    if config.batch % group.world:
         raise ConfigError(
-            f"a batch of {plan.batch} does not divide among {group.world} ranks; choose another --batch"
+            f"a batch of {config.batch} does not divide among {group.world} ranks; choose another --batch"
         )
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    check_memory(model, plan.batch // group.world, plan.crop, device, dtype)
+    check_memory(model, config.batch // group.world, config.crop, device, dtype)
     damage = Damage()
     data = _open(settings, cache, group, KNOWN_CLASSES, damage)
     checked = [_check(split, data, cache, group, watch, damage) for split in (data.train, data.val)]
-    check_sizes([size for found in checked for size in found.sizes], plan, model)
+    check_sizes([size for found in checked for size in found.sizes], config, model)
 
     fingerprint = model.fingerprint
     model = place(model, device, dtype)
     samples: list[Any] = [
-        Pictures(split, data.labelling, plan, model, training=training)
+        Images(split, data.labelling, config, model, training=training)
         for split, training in ((data.train, True), (data.val, False))
     ]
     workers = settings.workers
     if workers is None:
         workers = 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
-    keeps, why = _keeps_tokens(model, settings, plan, data, device, dtype)
+    keeps, why = _keeps_tokens(model, settings, config, data, device, dtype)
     probe = Probe(
         model=model,
         fingerprint=fingerprint,
         settings=settings,
-        plan=plan,
+        config=config,
         data=data,
         train=checked[0],
         val=checked[1],
@@ -202,8 +202,10 @@ def _open(settings: SegSettings, cache: Path, group: Group, known: Any, damage: 
     return Dataset(labelling=found.labelling, train=train, val=val)
 
 
-def _check(split: Split, data: Dataset, cache: Path, group: Group, watch: Watch, damage: Damage) -> Checked:
-    """The leader reads the files; the others find its note, or read them where the folder is not shared."""
+def _check(
+    split: Split, data: Dataset, cache: Path, group: Group, watch: ProgressFactory, damage: Damage
+) -> Checked:
+    """Check a split on the leader; other ranks read its memo, or check again if the folder is not shared."""
     memo = cache / "fingerprints"
     if not group.leads:
         group.barrier()
@@ -216,7 +218,7 @@ def _check(split: Split, data: Dataset, cache: Path, group: Group, watch: Watch,
 
 def _orientation_notes(data: Dataset, checked: Sequence[Checked]) -> tuple[str, ...]:
     return tuple(
-        f"{found.rotated:,} of {len(split.pairs):,} pictures of {split.name} have an EXIF orientation, which "
+        f"{found.rotated:,} of {len(split.pairs):,} images of {split.name} have an EXIF orientation, which "
         f"is not applied: their annotations are taken to lie as the pixels are stored"
         for split, found in zip((data.train, data.val), checked, strict=True)
         if found.rotated
@@ -226,29 +228,29 @@ def _orientation_notes(data: Dataset, checked: Sequence[Checked]) -> tuple[str, 
 def _keeps_tokens(
     model: Backbone,
     settings: SegSettings,
-    plan: Plan,
+    config: ProbeConfig,
     data: Dataset,
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[bool, tuple[str, ...]]:
     from .tokens import size_in_gb
 
-    if plan.augment or not settings.keep_tokens:
+    if config.augment or not settings.keep_tokens:
         return False, ()
     count = len(data.train.pairs) + len(data.val.pairs)
-    size = size_in_gb(model, plan.crop, count, device, dtype)
-    if size > settings.keep_tokens_gb:
+    size = size_in_gb(model, config.crop, count, device, dtype)
+    if size > settings.token_cache_gb:
         note = (
-            f"the tokens of {count:,} pictures would take {size:.1f} GB, so they were not kept "
-            f"(--keep-tokens-gb {settings.keep_tokens_gb:g})"
+            f"the tokens of {count:,} images would take {size:.1f} GB, so they were not kept "
+            f"(--token-cache-gb {settings.token_cache_gb:g})"
         )
         return False, (note,)
     return True, ()
 
 
-def _with_tokens(probe: Probe, watch: Watch) -> Probe:
-    """The same probe on kept tokens."""
-    from .pictures import Pictures, TokenMaps
+def _with_tokens(probe: Probe, watch: ProgressFactory) -> Probe:
+    """Compute or load the tokens; return the probe with samples from them."""
+    from .images import Images, TokenMaps
     from .tokens import token_maps
 
     samples = []
@@ -256,8 +258,8 @@ def _with_tokens(probe: Probe, watch: Watch) -> Probe:
     for split, checked, training in sides:
         maps = token_maps(
             probe.model,
-            Pictures(split, data.labelling, probe.plan, probe.model, training=training),
-            key=json.dumps([probe.fingerprint, checked.fingerprint, probe.plan.crop, probe.numbers]),
+            Images(split, data.labelling, probe.config, probe.model, training=training),
+            key=json.dumps([probe.fingerprint, checked.fingerprint, probe.config.crop, probe.numbers]),
             cache=probe.cache,
             device=probe.device,
             dtype=probe.dtype,
@@ -268,5 +270,5 @@ def _with_tokens(probe: Probe, watch: Watch) -> Probe:
             damage=probe.damage,
             label=f"{probe.model.name} on {split.name}",
         )
-        samples.append(TokenMaps(maps, split, data.labelling, probe.plan, training=training))
+        samples.append(TokenMaps(maps, split, data.labelling, probe.config, training=training))
     return replace(probe, train_samples=samples[0], val_samples=samples[1])

@@ -1,4 +1,4 @@
-"""From areas per picture to mIoU, mAcc and aAcc, with intervals over pictures."""
+"""mIoU, mAcc and aAcc from areas per image, with intervals over images."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from evals.core.areas import area_ratios, mean_present, score
 from evals.core.bootstrap import interval, resamples
 from evals.core.report import Metric, Table
 
-# Letters: N pictures, C classes, R resamples.
+# Letters: N images, C classes, R resamples.
 
 Areas = NDArray[np.float64]
-"""[N, 3, C]: pixels of each picture and class in the intersection, in the prediction and in the label."""
+"""[N, 3, C]: pixels per image and class in the intersection, in the prediction and in the label."""
 
 
 def metrics(areas: Areas, seed: int = 0) -> dict[str, Metric]:
-    """miou, macc and aacc with 95 % intervals: percentile bootstrap over pictures."""
+    """Compute miou, macc and aacc with 95 % intervals: percentile bootstrap over images."""
     scores = score(areas)
     counts = resamples(len(areas), seed=seed)  # [R, N]
     totals = (counts @ areas.reshape(len(areas), -1)).reshape(len(counts), *areas.shape[1:])
@@ -34,9 +34,9 @@ def metrics(areas: Areas, seed: int = 0) -> dict[str, Metric]:
 
 
 def area_records(areas: Areas, keys: Sequence[str]) -> str:
-    """A line of JSON for each picture: its key, and [class, intersection, prediction, label] in pixels.
+    """Format a line of JSON per image: its key, and [class, intersection, prediction, label] in pixels.
 
-    Of the classes that are predicted or in the label; the sums over all lines give the scores.
+    Contains the classes that are predicted or in the label; the sums over all lines give the scores.
     """
     lines = []
     for key, of_classes in zip(keys, areas.astype(int), strict=True):
@@ -47,7 +47,7 @@ def area_records(areas: Areas, keys: Sequence[str]) -> str:
 
 
 def repeated(runs: Sequence[Areas]) -> dict[str, Metric]:
-    """The mean over several heads, with their standard deviation (n - 1)."""
+    """Compute the mean scores of several heads, with their standard deviation (n - 1)."""
     found = [score(areas) for areas in runs]
     values = {name: torch.tensor([getattr(one, name) for one in found]) for name in ("miou", "macc", "aacc")}
     return {
@@ -57,7 +57,7 @@ def repeated(runs: Sequence[Areas]) -> dict[str, Metric]:
 
 
 def class_table(runs: Sequence[Areas], classes: tuple[str, ...]) -> Table:
-    """Each class: IoU and accuracy in percent (means over heads), and its share of the labelled pixels."""
+    """Tabulate per class IoU and accuracy in percent (means over heads), and the share of labelled pixels."""
     found = [score(areas) for areas in runs]
     iou, acc = (np.mean([getattr(one, name) for one in found], axis=0) for name in ("iou", "acc"))
     pixels = runs[0].sum(axis=0)[2]

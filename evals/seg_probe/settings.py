@@ -1,4 +1,4 @@
-"""What can be chosen about a segmentation probe. Every field is a flag of `radio-eval seg`."""
+"""Settings of a segmentation probe. Every field is a flag of `radio-eval seg`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from annotated_types import Interval
 from evals.core.evaluator import Machine
 from radio.config import Count, CountOrZero, NotNegative, Pixels, Positive, Seed, Workers, check
 
-Batch = Annotated[int, Interval(ge=1, le=65_536)]  # a step's pictures are in memory at once
-Scenes = Annotated[int, Interval(ge=1, le=1_000_000)]  # each is written to disk
+Batch = Annotated[int, Interval(ge=1, le=65_536)]  # images of a step, in memory at once
+Scenes = Annotated[int, Interval(ge=1, le=1_000_000)]  # written to disk
 PresetName = Literal["paper", "released", "dinov2", "scenes"]
 
 
@@ -21,58 +21,58 @@ class SegSettings:
     """A linear map from frozen tokens to the class of every pixel."""
 
     data: Path | None = None
-    """A folder in the layout of ADE20K (its own 150 classes, or those of a classes.txt) or of VOC2012. The
-    generated world unless given."""
+    """A folder in the layout of ADE20K (its own 150 classes, or those of a classes.txt) or of VOC2012.
+    Default: the generated scenes."""
     voc_split: Literal["train", "trainaug"] = "train"
-    """What a VOC2012 head learns from: the 1,464 pictures of VOC, or the 10,582 with SBD's."""
+    """Training split of VOC2012: the 1,464 images of VOC, or the 10,582 with SBD's."""
     preset: PresetName | None = None
-    """The protocol. `paper` where data are given and `scenes` for the generated world, unless given."""
+    """The protocol. Default: `paper` with --data, `scenes` for the generated scenes."""
     crop: Pixels | None = None
-    """Side of the squares that the backbone is shown, in pixels. The preset's, or the nearest that the
-    backbone takes, unless given."""
+    """Side of the backbone's square input in pixels. Default: the preset's, or the nearest that the backbone
+    takes."""
     stride: Pixels | None = None
-    """Pixels from one square to the next when testing. The preset's unless given."""
+    """Pixels from one crop to the next when testing. Default: the preset's."""
     iterations: Count | None = None
-    """Steps of the head's training; the warm-up keeps its share. The preset's unless given."""
+    """Training steps of the head; the warm-up scales in proportion. Default: the preset's."""
     batch: Batch | None = None
-    """Pictures a step, over all ranks. The preset's unless given."""
+    """Images per step, over all ranks. Default: the preset's."""
     lr: Positive | None = None
-    """AdamW's peak learning rate. The preset's unless given."""
+    """AdamW's peak learning rate. Default: the preset's."""
     weight_decay: NotNegative | None = None
-    """AdamW's. The preset's unless given."""
+    """AdamW's weight decay. Default: the preset's."""
     seeds: Count = 1
-    """Train so many heads; the scores are their mean, with the standard deviation."""
+    """Number of heads to train; the scores are their mean, with the standard deviation."""
     seed: Seed = 0
-    """Which generated world, and of the first head its weights, order and crops; the next heads count up."""
+    """Seed of the generated scenes and of the first head's weights, order and crops; +1 per further head."""
     head_seed: Machine[Seed | None] = None
-    """Of the first head, where it is to be another than that of the world."""
+    """Seed of the first head. Default: --seed."""
     scenes: tuple[Scenes, Scenes] = (1000, 300)
-    """Training and validation pictures of the generated world, where no data are given."""
+    """Number of generated training and validation images, used without --data."""
     limit: Count | None = None
-    """Use so many pictures of training and validation each, spread evenly."""
+    """Maximum number of images in training and in validation, evenly spaced."""
     save_maps: Machine[CountOrZero] = 0
-    """Keep the label maps of so many validation pictures, and overlays beside the truth."""
+    """Number of validation images whose label maps and overlays are saved."""
     keep_tokens: Machine[bool] = True
-    """Run the backbone once over all pictures where the preset shows each of them in one way only."""
-    keep_tokens_gb: Machine[NotNegative] = 8.0
-    """Do not do so where the tokens would take more than this."""
+    """Compute the tokens once and cache them, if the preset has no augmentation."""
+    token_cache_gb: Machine[NotNegative] = 8.0
+    """Do not cache tokens that would take more than this, in GB."""
     save_every: Machine[Count] = 200
-    """Steps after which the training is written down, so that a killed run goes on from there."""
+    """Steps between saved states, from which an interrupted run resumes."""
     workers: Machine[Workers | None] = None
-    """Loader processes; none on a CPU and up to 8 beside a GPU unless given."""
+    """Loader processes. Default: 0 on a CPU and up to 8 with a GPU."""
     cache: Machine[Path | None] = None
-    """Where tokens, heads and generated pictures are kept. $XDG_CACHE_HOME/am-radio unless given."""
+    """Folder for tokens, heads and generated images. Default: $XDG_CACHE_HOME/am-radio."""
     device: Machine[str] = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """What the backbone computes in; the head is always trained in fp32. On a GPU fp32 takes the backbone's
-    products in TF32, unless NVIDIA_TF32_OVERRIDE=0 is set."""
+    """Precision of the backbone; the head is always trained in fp32. On a GPU, fp32 uses TF32 for the
+    backbone's matrix products, unless NVIDIA_TF32_OVERRIDE=0 is set."""
 
     @property
     def first_head(self) -> int:
-        """The first head's seed."""
+        """Seed of the first head."""
         return self.seed if self.head_seed is None else self.head_seed
 
     def __post_init__(self) -> None:
-        """Refuse what no data could make sense of."""
+        """Validate the settings; raise ConfigError for an invalid value."""
         check(self)

@@ -1,4 +1,4 @@
-"""A head's training on disk: written whole, read without unpickling, and only by its own run."""
+"""The training state of a head on disk: written atomically, read without unpickling and only by its run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FORMAT = "am-radio-seg-head/1"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadState:
-    """Where a training is; iteration 0 is one that has not begun."""
+    """The state of a training; iteration 0 means not started."""
 
     iteration: int = 0
     head: dict[str, Tensor] = field(default_factory=dict)
@@ -25,12 +25,12 @@ class HeadState:
 
 
 def write_state(path: Path, key: str, state: HeadState) -> None:
-    """Write a state, atomically."""
+    """Write a state atomically."""
     save_state(path, _FORMAT, key, state)
 
 
 def read_state(path: Path, key: str, group: Group | None = None) -> HeadState:
-    """The state in a file, or a fresh one where there is no file; the same on every rank.
+    """Read the state in a file, or return a fresh one if it does not exist; the same on every rank.
 
     Raises:
         CheckpointError: not a state, a damaged one, or one of a run with other settings, data or weights.

@@ -1,4 +1,4 @@
-"""Maps of tokens, computed once for pictures that are shown in one way only, kept by content."""
+"""Token maps of images without augmentation, computed once and cached by content."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from evals.core.chunks import (
     write_tensors,
 )
 from evals.core.dist import Group
-from evals.core.evaluator import Watch
+from evals.core.evaluator import ProgressFactory
 from evals.core.provenance import fast_products
 from radio.errors import RadioError
 from radio.io import check_writable
 from radio.types import Backbone
 
-from .pictures import Pictures, one_thread
+from .images import Images, one_thread
 from .presets import Size
 
-# Letters: N pictures, B batch, D token width, H W grid.
+# Letters: N images, B batch, D token width, H W grid.
 
-CHUNK = 128  # pictures a file: what a killed run loses at most
+CHUNK = 128  # images per file: the most that an interrupted run loses
 _FORMAT = f"token maps/1 float16 in chunks of {CHUNK}"
 
 
 def size_in_gb(model: Backbone, crop: Size, count: int, device: torch.device, dtype: torch.dtype) -> float:
-    """What the maps of `count` pictures take, found by one look at a grey picture."""
+    """Compute the size of the maps of `count` images in GB, from one forward pass of a grey image."""
     with torch.no_grad():
         tokens = model(torch.full((1, 3, *crop), 0.5, device=device, dtype=dtype)).tokens
     return tokens.numel() * 2 * count / 1e9
@@ -49,7 +49,7 @@ def size_in_gb(model: Backbone, crop: Size, count: int, device: torch.device, dt
 
 def token_maps(
     model: Backbone,
-    pictures: Pictures,
+    images: Images,
     *,
     key: str,
     cache: Path,
@@ -58,23 +58,23 @@ def token_maps(
     batch: int,
     workers: int,
     group: Group,
-    watch: Watch,
+    watch: ProgressFactory,
     damage: Damage,
     label: str,
 ) -> Tensor:
-    """[N, D, H, W] float16 on the CPU: the maps of stretched pictures, from the cache where it has them.
+    """Compute or load from the cache the maps of stretched images: [N, D, H, W] float16 on the CPU.
 
-    Rank r makes chunks r, r + world, ... into the same folder.
+    Rank r computes chunks r, r + world, ... into the same folder.
 
     Args:
-        damage: learns of damaged files of the cache, which are made again.
+        damage: records damaged files of the cache, which are then computed again.
 
     Raises:
         DataError: ranks do not share the cache folder.
         RadioError: tokens that are not finite in float16.
     """
     folder = cache / "token-maps" / hashlib.sha256(json.dumps([_FORMAT, key]).encode()).hexdigest()
-    chunks = [range(start, min(start + CHUNK, len(pictures))) for start in range(0, len(pictures), CHUNK)]
+    chunks = [range(start, min(start + CHUNK, len(images))) for start in range(0, len(images), CHUNK)]
     paths = [chunk_path(folder, number) for number in range(len(chunks))]
     mine = range(group.rank, len(chunks), group.world)
     places = find_missing([paths[number] for number in mine], partial(_read, chunks, model), damage)
@@ -85,7 +85,7 @@ def token_maps(
         for number, span in missing:
             batches = [list(span[start : start + batch]) for start in range(0, len(span), batch)]
             loader: DataLoader[Any] = DataLoader(
-                pictures,
+                images,
                 batch_sampler=batches,
                 num_workers=workers,
                 collate_fn=_stack,
@@ -93,9 +93,9 @@ def token_maps(
                 pin_memory=device.type == "cuda",
             )
             parts = []
-            for images in loader:
-                parts.append(_encode(model, images.to(device, non_blocking=True), dtype))
-                advance(len(images))
+            for pixels in loader:
+                parts.append(_encode(model, pixels.to(device, non_blocking=True), dtype))
+                advance(len(pixels))
             write_tensors(paths[number], {"maps": torch.cat(parts)})
     group.barrier()
     check_all_there(paths)
@@ -103,17 +103,17 @@ def token_maps(
 
 
 def _read(chunks: Sequence[range], model: Backbone, path: Path) -> Tensors:
-    """A chunk on disk.
+    """Read a chunk from the cache.
 
     Raises:
-        DamagedError: it is not what was written there.
+        DamagedError: the file differs from what was written.
     """
     count = len(chunks[int(path.stem)])
     return read_tensors(path, {"maps": TensorSpec(torch.float16, (count, model.token_dim, None, None))})
 
 
 def _encode(model: Backbone, images: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, D, H, W] of BGR bytes [B, 3, h, w]."""
+    """Encode BGR bytes [B, 3, h, w] as maps [B, D, H, W]."""
     with fast_products(images.device), torch.no_grad():
         maps = model((images[:, [2, 1, 0]].float() / 255).to(dtype)).map().half().cpu()
     if not bool(torch.isfinite(maps).all()):

@@ -1,4 +1,4 @@
-"""One head: mmengine's Runner trains and tests it, quietly, and takes up a run where it was left."""
+"""Training and test of one head by mmengine's Runner, without its output and with resuming."""
 
 from __future__ import annotations
 
@@ -28,54 +28,54 @@ from torch.utils.data import DataLoader
 
 from evals.core.chunks import Damage, DamagedError
 from evals.core.dist import Group
-from evals.core.evaluator import Watch
-from evals.core.progress import Telling
+from evals.core.evaluator import ProgressFactory
+from evals.core.progress import ProgressWithText
 from radio.errors import CheckpointError, RadioError
 
-from .pictures import Pictures, Positions, Sample, Share, Stream, TokenMaps, one_thread
+from .images import Images, Positions, Sample, Share, Stream, TokenMaps, one_thread
 from .plugin import AreaMetric
-from .presets import Plan
+from .presets import ProbeConfig
 from .scores import Areas
 from .states import HeadState, read_state, write_state
 
-# Letters: H W a picture's own height and width.
+# Letters: H W an image's own height and width.
 
 Keep = Callable[[int, NDArray[np.uint8]], None]
-"""Takes a validation picture's place and its predicted classes [H, W]."""
+"""Takes a validation image's index and its predicted classes [H, W]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """Everything that one head's training and test need."""
+    """The inputs of one head's training and test."""
 
     make_model: Callable[[], nn.Module]
-    train: Pictures | TokenMaps
-    val: Pictures | TokenMaps
-    plan: Plan
+    train: Images | TokenMaps
+    val: Images | TokenMaps
+    config: ProbeConfig
     seed: int
-    state: Path  # where the training is written down
-    key: str  # of all that decides the head
+    state: Path  # file of the training state
+    key: str  # hash of everything that determines the head
     save_every: int
     device: torch.device
     workers: int
     test_batch: int
     group: Group
-    label: str  # beside the bars
+    label: str  # of the progress bars
     damage: Damage  # of the cache
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """A trained head and its test."""
+    """A trained head and its test results."""
 
     areas: Areas
-    scores: dict[str, float]  # as MMSegmentation rounds them
+    scores: dict[str, float]  # rounded as by MMSegmentation
     head: dict[str, Tensor]
-    resumed: int  # the iteration that the training went on from, all of them for a finished one
+    resumed: int  # the iteration that the training resumed from; the last one if it was finished
 
 
-def run(job: Job, watch: Watch, keep: Keep | None = None) -> Outcome:
-    """Train the head, or what is left of its training, and test it.
+def run(job: Job, watch: ProgressFactory, keep: Keep | None = None) -> Outcome:
+    """Train the head, resuming an earlier run, and test it.
 
     Raises:
         RadioError: the loss is not finite.
@@ -85,7 +85,7 @@ def run(job: Job, watch: Watch, keep: Keep | None = None) -> Outcome:
     with TemporaryDirectory(prefix="am-radio-seg-") as folder, _own_randomness(job.device):
         metric = AreaMetric(job.group)
         runner = _make_runner(job, start, metric, folder)
-        with watch(f"training {job.label}", job.plan.iterations) as advance:
+        with watch(f"training {job.label}", job.config.iterations) as advance:
             if start.iteration:
                 advance(start.iteration)
             runner.register_hook(Progress(advance))
@@ -100,7 +100,7 @@ def run(job: Job, watch: Watch, keep: Keep | None = None) -> Outcome:
 
 
 def _start(job: Job) -> HeadState:
-    """Where an earlier run has come to; a state that is damaged is told, and the training begins anew."""
+    """Read the state of an earlier run; a damaged one is reported, and training starts from scratch."""
     try:
         return read_state(job.state, job.key, job.group)
     except CheckpointError as error:
@@ -112,7 +112,7 @@ def _start(job: Job) -> HeadState:
 
 
 def _make_runner(job: Job, start: HeadState, metric: AreaMetric, folder: str) -> ProbeRunner:
-    plan, group = job.plan, job.group
+    config, group = job.config, job.group
     loader: dict[str, Any] = {"num_workers": job.workers, "collate_fn": _collate}
     loader |= {"persistent_workers": job.workers > 0, "worker_init_fn": one_thread}
     return ProbeRunner(
@@ -122,16 +122,16 @@ def _make_runner(job: Job, start: HeadState, metric: AreaMetric, folder: str) ->
         work_dir=folder,
         train_dataloader=DataLoader(
             Stream(job.train, job.seed, job.train.metainfo),
-            batch_size=plan.batch // group.world,
-            sampler=Positions(len(job.train), plan.batch, group.rank, group.world),
+            batch_size=config.batch // group.world,
+            sampler=Positions(len(job.train), config.batch, group.rank, group.world),
             **loader,
         ),
-        train_cfg={"type": "IterBasedTrainLoop", "max_iters": plan.iterations},
+        train_cfg={"type": "IterBasedTrainLoop", "max_iters": config.iterations},
         optim_wrapper={
             "type": "OptimWrapper",
-            "optimizer": {"type": "AdamW", "lr": plan.lr, "weight_decay": plan.weight_decay},
+            "optimizer": {"type": "AdamW", "lr": config.lr, "weight_decay": config.weight_decay},
         },
-        param_scheduler=_schedules(plan),
+        param_scheduler=_schedules(config),
         test_dataloader=DataLoader(
             job.val,
             batch_size=job.test_batch,
@@ -143,49 +143,49 @@ def _make_runner(job: Job, start: HeadState, metric: AreaMetric, folder: str) ->
         default_hooks=dict.fromkeys(("runtime_info", "timer", "sampler_seed", "logger", "checkpoint")),
         custom_hooks=[SaveState(job.state, job.key, job.save_every, group)],
         launcher="none" if group.world == 1 else "pytorch",
-        randomness={"seed": job.seed % 2**32},  # NumPy takes no larger one
+        randomness={"seed": job.seed % 2**32},  # NumPy's limit
         default_scope="mmseg",
-        experiment_name=secrets.token_hex(8),  # mmengine keeps loggers by name
+        experiment_name=secrets.token_hex(8),  # mmengine caches loggers by name
     )
 
 
-def _schedules(plan: Plan) -> list[dict[str, Any]]:
-    """Linear warm-up (none for a single iteration), then linear to zero."""
-    rising = {"type": "LinearLR", "start_factor": 1e-6, "by_epoch": False, "begin": 0, "end": plan.warmup}
+def _schedules(config: ProbeConfig) -> list[dict[str, Any]]:
+    """Build the schedule: linear warm-up (none for a single iteration), then linear to zero."""
+    rising = {"type": "LinearLR", "start_factor": 1e-6, "by_epoch": False, "begin": 0, "end": config.warmup}
     falling = {"type": "PolyLR", "power": 1.0, "eta_min": 0.0, "by_epoch": False}
-    falling |= {"begin": plan.warmup, "end": plan.iterations}
-    return [rising, falling] if plan.warmup else [falling]
+    falling |= {"begin": config.warmup, "end": config.iterations}
+    return [rising, falling] if config.warmup else [falling]
 
 
 @final
 class ProbeRunner(Runner):  # type: ignore[misc]
-    """mmengine's Runner without its noise: no log files, no environment dump, no global settings."""
+    """mmengine's Runner without side effects: no log files, no environment dump, no global settings."""
 
     def __init__(self, *, start: HeadState, device: torch.device, **arguments: Any) -> None:
         self._start_state, self._device, self._resumed = start, device, False
         super().__init__(**arguments)
 
     def setup_env(self, env_cfg: dict[str, Any]) -> None:
-        """Ranks and a time stamp; the original changes how this process forks and how many threads it has."""
+        """Set ranks and a time stamp only; the original changes the start method and number of threads."""
         self._rank, self._world_size = get_dist_info()
         self._timestamp = time.strftime("%Y%m%d_%H%M%S")
 
     def build_logger(self, *arguments: Any, **settings: Any) -> Any:
-        """A logger that speaks of errors only, without a file."""
+        """Build a logger for errors only, without a file."""
         return MMLogger.get_instance(name=self._experiment_name, log_level="ERROR")
 
     def build_visualizer(self, visualizer: Any = None) -> Any:
-        """A visualizer that writes nothing; the loops hand it the class names."""
+        """Build a visualizer that writes nothing; the loops pass it the class names."""
         return Visualizer.get_instance(name=self._experiment_name)
 
     def dump_config(self) -> None:
-        """Nothing: our report holds the settings."""
+        """Do nothing: our report contains the settings."""
 
     def _log_env(self, env_cfg: dict[str, Any]) -> None:
-        """Nothing: the original starts compilers to ask for their versions."""
+        """Do nothing: the original runs compilers to get their versions."""
 
     def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
-        """The model on the device that was chosen; under DDP where there are several ranks, GPUs or not."""
+        """Move the model to the chosen device; wrap it in DDP with several ranks, on GPUs or CPUs."""
         model = model.to(self._device)
         if not self.distributed:
             return model
@@ -193,7 +193,7 @@ class ProbeRunner(Runner):  # type: ignore[misc]
         return wrapped
 
     def load_or_resume(self) -> None:
-        """Put the head, optimizer and schedules where the earlier run left them."""
+        """Restore head, optimizer and schedules from the earlier run's state."""
         state = self._start_state
         if not state.iteration or self._resumed:
             return
@@ -207,9 +207,9 @@ class ProbeRunner(Runner):  # type: ignore[misc]
 
 @final
 class SaveState(Hook):  # type: ignore[misc]
-    """Writes the training down every so many iterations, and at its end."""
+    """Saves the training state every `every` iterations and at the end."""
 
-    priority = "VERY_LOW"  # after the schedules have moved on
+    priority = "VERY_LOW"  # after the schedules' step
 
     def __init__(self, path: Path, key: str, every: int, group: Group) -> None:
         self._path, self._key, self._every, self._group = path, key, every, group
@@ -217,7 +217,11 @@ class SaveState(Hook):  # type: ignore[misc]
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
-        """`batch_idx` counts from 0 over the whole training."""
+        """Save the state if due; `batch_idx` counts from 0 over the whole training.
+
+        Raises:
+            RadioError: the loss is not finite.
+        """
         done = batch_idx + 1
         if done % self._every and done != runner.max_iters:
             return
@@ -239,7 +243,7 @@ class SaveState(Hook):  # type: ignore[misc]
 
 @final
 class Progress(Hook):  # type: ignore[misc]
-    """Moves the bar by one iteration, and shows the loss every so often."""
+    """Advances the progress bar, and shows the loss at intervals."""
 
     def __init__(self, advance: Any) -> None:
         self._advance, self._told = advance, 0.0
@@ -247,18 +251,18 @@ class Progress(Hook):  # type: ignore[misc]
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
-        """Reads the loss at most twice a second: each time waits for the device."""
+        """Advance by one iteration; read the loss at most twice a second, as it waits for the device."""
         self._advance(1)
-        if isinstance(self._advance, Telling) and time.monotonic() - self._told > 0.5:
+        if isinstance(self._advance, ProgressWithText) and time.monotonic() - self._told > 0.5:
             self._told = time.monotonic()
-            self._advance.tell(f"loss {float(outputs['loss'].detach()):.4f}")
+            self._advance.set_postfix(f"loss {float(outputs['loss'].detach()):.4f}")
 
 
 @final
 class TestProgress(Hook):  # type: ignore[misc]
-    """Moves the bar by the pictures that all ranks have tested."""
+    """Advances the progress bar by the images that all ranks have tested."""
 
-    __test__ = False  # no test of pytest's
+    __test__ = False  # not a pytest class
 
     def __init__(self, advance: Any, world: int) -> None:
         self._advance, self._world = advance, world
@@ -266,13 +270,13 @@ class TestProgress(Hook):  # type: ignore[misc]
     def after_test_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Sequence[Any] | None = None
     ) -> None:
-        """The other ranks are taken to be as far as this one."""
+        """Advance by this rank's images times the number of ranks, assumed to be equally far."""
         self._advance(len(outputs or ()) * self._world)
 
 
 @final
 class KeepMaps(Hook):  # type: ignore[misc]
-    """Hands every prediction over while it is there."""
+    """Passes every prediction on during the test."""
 
     def __init__(self, keep: Keep) -> None:
         self._keep = keep
@@ -280,7 +284,7 @@ class KeepMaps(Hook):  # type: ignore[misc]
     def after_test_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Sequence[Any] | None = None
     ) -> None:
-        """Predictions at the pictures' own sizes."""
+        """Pass on the predictions, at the original sizes of the images."""
         for sample in outputs or ():
             classes = sample.pred_sem_seg.data.squeeze(0).to(torch.uint8)
             self._keep(sample.metainfo["place"], classes.cpu().numpy())
@@ -293,17 +297,17 @@ def _bare(model: nn.Module) -> nn.Module:
 
 
 def _collate(samples: list[Sample]) -> dict[str, list[Any]]:
-    """Lists: pictures of several sizes are stacked after padding, by the data preprocessor."""
+    """Collate samples as lists: the data preprocessor pads and stacks images of several sizes."""
     return {name: [sample[name] for sample in samples] for name in samples[0]}
 
 
 @contextmanager
 def _own_randomness(device: torch.device) -> Iterator[None]:
-    """Global generators and logging as they were, whatever mmengine sets inside."""
+    """Restore global generators and the logging level afterwards, whatever mmengine sets inside."""
     state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002 (mmengine seeds all three)
     level = logging.root.level
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # all GPUs unless named
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # default: all GPUs
             yield
     finally:
         np.random.set_state(state)  # noqa: NPY002

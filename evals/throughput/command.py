@@ -1,4 +1,4 @@
-"""`radio-eval throughput`: several models side by side, and beside what the paper has."""
+"""`radio-eval throughput`: compare several models with each other and with the paper."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ from radio.students import StudentOptions, students
 from .evaluator import COLUMNS, Entry, measure_all, paper_name
 from .settings import ThroughputSettings
 
-Draw = Callable[[Path], Path | None]
-"""Draws quality against speed from a folder of reports, and gives the file, if there is anything to draw."""
+Plot = Callable[[Path], Path | None]
+"""Plots quality against speed from a folder of reports; returns the file, or None without data."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """Which models, against which, and where to."""
+    """Models, reference and output of the measurement."""
 
     models: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Architectures (untrained, which makes no difference here), checkpoint files, or teachers' specs."""
+    """Architectures (untrained, which does not affect speed), checkpoint files, or teachers' specs."""
     table6: bool = False
-    """Also every architecture of the paper's table 6."""
+    """Also measure every architecture of the paper's table 6."""
     reference: str | None = None
-    """The model that ratios are to: the first unless given."""
+    """The model that ratios refer to. Default: the first."""
     out: Path = Path("reports")
-    """Folder of the reports. With k-NN reports of the same models in it, quality is drawn against speed."""
+    """Folder of the reports. If it has k-NN reports of the same models, quality is plotted against speed."""
     plain: bool = False
-    """No bars, no colours, no drawn lines."""
+    """Print without progress bars, colours and box lines."""
 
 
-def run_throughput(arguments: Sequence[str], draw: Draw) -> int:
-    """0 when every report was written.
+def run_throughput(arguments: Sequence[str], plot: Plot) -> int:
+    """Run the command and return its exit code: 0 when every report was written.
 
     Raises:
-        RadioError: an unknown model, one named twice, or settings that cannot be measured.
+        RadioError: an unknown or repeated model, or settings that cannot be measured.
     """
     both = dataclasses.make_dataclass(
         "Arguments", [("which", Options), ("throughput", ThroughputSettings)], frozen=True, kw_only=True
@@ -69,17 +69,17 @@ def run_throughput(arguments: Sequence[str], draw: Draw) -> int:
     entries = [load_entry(spec, settings.resolution) for spec in _specs(options)]
     reports = measure_all(entries, settings, options.out, reference=options.reference, watch=watch)
     console.print(speed_table(reports, plain=options.plain))
-    picture = draw(options.out)
-    if picture is not None:
-        console.print(escape(str(picture)), soft_wrap=True)
+    image = plot(options.out)
+    if image is not None:
+        console.print(escape(str(image)), soft_wrap=True)
     return 0
 
 
 def load_entry(spec: str, resolution: int | None = None) -> Entry:
-    """The model that a spec names; an architecture is built with random weights.
+    """Load the model that a spec names; an architecture is built with random weights.
 
     Raises:
-        RadioError: a name or a file that is not there.
+        RadioError: an unknown name, or a file that does not exist.
     """
     arch = spec.removeprefix("arch:")
     if arch not in students:
@@ -91,7 +91,7 @@ def load_entry(spec: str, resolution: int | None = None) -> Entry:
 
 
 def speed_table(reports: Sequence[Report], *, plain: bool = False) -> Table:
-    """A row for each model, batch and variant, with the ratio to the reference and the paper's beside it."""
+    """Build a table with a row per model, batch and variant, with our and the paper's ratio."""
     resolved = reports[0].settings["resolved"]
     sizes = ["x".join(map(str, report.settings["resolved"]["size"])) for report in reports]
     same = len(set(sizes)) == 1

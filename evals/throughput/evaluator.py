@@ -1,4 +1,4 @@
-"""Images a second of one or of several models, in turns, each with a report of its own."""
+"""Images per second of one or several models, measured in alternation, with a report for each."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from evals.core.evaluator import Watch, card_of, silent
+from evals.core.evaluator import ProgressFactory, metadata_of, no_progress
 from evals.core.memory import check_memory
 from evals.core.paper import table_6_row
-from evals.core.progress import Telling
+from evals.core.progress import ProgressWithText
 from evals.core.provenance import choose_device, commit, describe_device, versions
 from evals.core.report import Metric, Report, Table, file_name, write
-from radio.benchmark import Adapted, Contender, Counts, Measurement, contend, count, measure, num_turns
+from radio.benchmark import Adapted, BenchmarkModel, Counts, Measurement, count, measure, num_turns, prepare
 from radio.config import to_plain
 from radio.errors import ConfigError, SizeError, did_you_mean
 from radio.model import RadioModel
@@ -32,22 +32,22 @@ COLUMNS = (
     *("variant", "batch", "images_per_second", "low", "high", "spread_percent", "calls_per_window"),
     *("ratio", "paper_ratio", "peak_memory_mib"),
 )
-"""Of the table in a report, a row for each variant and batch."""
+"""Columns of the table in a report, which has a row per variant and batch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """One model that is measured."""
+    """A model to measure."""
 
     name: str
     model: Backbone
-    paper_name: str = ""  # as `evals.core.paper.TABLE_6_MODELS` has it
+    paper_name: str = ""  # as in `evals.core.paper.TABLE_6_MODELS`
     untrained: bool = False
 
 
 @final
 class ThroughputEvaluator:
-    """Images a second of a backbone alone, and with its adaptors."""
+    """Measures images per second of a backbone alone, and with its adaptors."""
 
     name = "throughput"
     settings = ThroughputSettings
@@ -59,13 +59,13 @@ class ThroughputEvaluator:
         out: Path,
         *,
         name: str | None = None,
-        watch: Watch = silent,
+        watch: ProgressFactory = no_progress,
     ) -> Report:
-        """Measure `model`; writes `throughput-NAME.json` into `out`.
+        """Measure `model` and write `throughput-NAME.json` into `out`.
 
         Raises:
             ConfigError: an unknown device, or adaptors that the model does not have.
-            SizeError: a resolution that it does not take.
+            SizeError: a resolution that the model does not accept.
         """
         entry = Entry(name=name or model.name, model=model, paper_name=paper_name(model))
         return measure_all([entry], settings, out, watch=watch)[0]
@@ -77,20 +77,20 @@ def measure_all(
     out: Path,
     *,
     reference: str | None = None,
-    watch: Watch = silent,
+    watch: ProgressFactory = no_progress,
 ) -> list[Report]:
-    """A report of each model, all measured in turns in one run; writes `throughput-NAME.json` into `out`.
+    """Measure all models in alternation in one run and write `throughput-NAME.json` of each into `out`.
 
     Args:
-        entries: models under names of their own.
+        entries: models with unique names.
         settings: the protocol.
         out: the folder of the reports.
-        reference: the model that ratios are to; None = the first.
-        watch: shows how far it is.
+        reference: the model that ratios refer to (default: the first).
+        watch: shows the progress.
 
     Raises:
         ConfigError: no such reference, an unknown device, or adaptors that no model has.
-        SizeError: a resolution that a model does not take, or a batch larger than the memory.
+        SizeError: a resolution that a model does not accept, or a batch larger than the memory.
     """
     reference = _check_names([entry.name for entry in entries], reference)
     sizes = {entry.name: _size(entry.model, settings.resolution) for entry in entries}
@@ -122,7 +122,7 @@ def measure_all(
             task="throughput",
             model=entry.name,
             fingerprint=entry.model.fingerprint,
-            headline="images_per_second",
+            primary_metric="images_per_second",
             metrics=_metrics(mine, counts[entry.name]),
             settings={**to_plain(settings), "resolved": {**resolved, "size": list(sizes[entry.name])}},
             data=(),
@@ -131,7 +131,7 @@ def measure_all(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             versions=versions(),
             git=commit(),
-            card=card_of(entry.model),
+            metadata=metadata_of(entry.model),
             peak_memory=max((one.peak_memory for one in mine if one.peak_memory is not None), default=None),
             notes=("untrained weights: the speed is the architecture's",) if entry.untrained else (),
             tables={"speed": Table(columns=COLUMNS, rows=rows)},
@@ -142,11 +142,11 @@ def measure_all(
 
 
 def paper_name(model: Backbone) -> str:
-    """The name under which the paper's table 6 may have a model."""
+    """Return the name under which the paper's table 6 may list a model."""
     return model.config.student if isinstance(model, RadioModel) else model.name
 
 
-_VARIANT = " / "  # between a model's name and what is measured of it
+_VARIANT = " / "  # between a model's name and the measured variant
 _PLAIN = "alone"
 
 
@@ -156,7 +156,7 @@ def _variants(
     settings: ThroughputSettings,
     size: tuple[int, int],
     device: torch.device,
-) -> Iterator[Contender]:
+) -> Iterator[BenchmarkModel]:
     forms: list[tuple[str, str, Any]] = [(_PLAIN, "compiled", entry.model)]
     if settings.with_adaptors:
         if not any(isinstance(each.model, RadioModel) and each.model.adaptors for each in entries):
@@ -165,7 +165,7 @@ def _variants(
             forms.append(("with adaptors", "with adaptors, compiled", Adapted(entry.model)))
     for eager, compiled_form, module in forms:
         for compiled in (False, True) if settings.compile else (False,):
-            yield contend(
+            yield prepare(
                 f"{entry.name}{_VARIANT}{compiled_form if compiled else eager}",
                 module,
                 size,
@@ -177,7 +177,7 @@ def _variants(
 
 
 def _check_names(names: Sequence[str], reference: str | None) -> str:
-    """The reference's name."""
+    """Check that names are unique and include the reference; return the reference (default: the first)."""
     twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
     if twice is not None:
         raise ConfigError(f"two models are called {twice}; name one of them once, or move one's folder")
@@ -188,14 +188,17 @@ def _check_names(names: Sequence[str], reference: str | None) -> str:
 
 
 def _measured(
-    contenders: Sequence[Contender], settings: ThroughputSettings, device: torch.device, watch: Watch
+    contenders: Sequence[BenchmarkModel],
+    settings: ThroughputSettings,
+    device: torch.device,
+    watch: ProgressFactory,
 ) -> list[Measurement]:
     with watch("throughput", num_turns(settings.protocol, len(contenders))) as advance:
 
         def done(name: str) -> None:
             advance(1)
-            if isinstance(advance, Telling):
-                advance.tell(name)
+            if isinstance(advance, ProgressWithText):
+                advance.set_postfix(name)
 
         return measure(contenders, settings.protocol, device, done=done)
 
@@ -203,7 +206,7 @@ def _measured(
 def _size(model: Backbone, resolution: int | None) -> tuple[int, int]:
     if resolution is None:
         return model.native_size
-    nearest = model.fit(resolution, resolution)
+    nearest = model.nearest_size(resolution, resolution)
     if nearest != (resolution, resolution):
         raise SizeError(
             f"{model.name} cannot take {resolution}x{resolution} px; the nearest size that it can is "
@@ -213,7 +216,7 @@ def _size(model: Backbone, resolution: int | None) -> tuple[int, int]:
 
 
 def _count(model: Backbone, size: tuple[int, int]) -> Counts | None:
-    """Of the backbone alone; None where a model of somebody else's is no torch module."""
+    """Count parameters and multiply-adds of the backbone alone; None for a model that is no `nn.Module`."""
     alone: Any = model.student if isinstance(model, RadioModel) else model
     if not isinstance(alone, nn.Module):
         return None
@@ -260,7 +263,7 @@ def _rows(
 
 
 def _metrics(mine: Sequence[Measurement], counts: Counts | None) -> dict[str, Metric]:
-    """Rates and counts. Ratios stand in the table: they depend on what else was measured."""
+    """Build the metrics of rates and counts; ratios are only in the table, as they depend on other models."""
     variants = {one: one.name.split(_VARIANT)[1] for one in mine}
     plain = [one for one in mine if variants[one] == _PLAIN]
     metrics = {"images_per_second": _rate(max(plain, key=lambda one: one.images_per_second))}

@@ -1,4 +1,4 @@
-"""What can be chosen about a measurement of speed. Every field is a flag of `radio-eval throughput`."""
+"""Settings of a throughput measurement. Every field is a flag of `radio-eval throughput`."""
 
 from __future__ import annotations
 
@@ -23,40 +23,40 @@ Threads = Annotated[int, Interval(ge=1, le=1024)]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ThroughputSettings:
-    """Images a second on random input that lies on the device."""
+    """Measure images per second on random input that is already on the device."""
 
     batches: tuple[Batch, ...] | None = None
-    """Pictures in a call, one after the other: 1 and 8, or the preset's, unless given."""
+    """Batch sizes, measured one after the other. Default: 1 and 8, or the preset's."""
     resolution: Pixels | None = None
-    """Side of the pictures in pixels. Each model's own size unless given."""
+    """Side of the images in pixels. Default: each model's own size."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """What the models compute in. auto: fp32 on a CPU, bf16 on CUDA."""
+    """Precision of the models. auto: fp32 on a CPU, bf16 on CUDA."""
     compile: bool = False
-    """Measure every model compiled by torch.compile too."""
+    """Also measure every model compiled by torch.compile."""
     with_adaptors: bool = False
-    """Measure every model that has adaptors with all of them too."""
+    """Also measure every model that has adaptors with all of them."""
     layout: Literal["auto", "contiguous", "channels-last"] = "auto"
-    """Of pictures and weights in memory. auto: channels-last for models with convolutions beyond a stem."""
+    """Memory layout of images and weights. auto: channels-last for models with convolutions beyond a stem."""
     preset: Literal["timm", "paper"] | None = None
-    """timm: batch 256, 10 calls to warm up and 40 that count, as timm's benchmark. paper: batch 128."""
-    windows: Windows = 5
-    """Measured windows of each model and batch; their median counts."""
+    """timm: batch 256, 10 warm-up and 40 measured calls, as in timm's benchmark. paper: batch 128."""
+    repeats: Windows = 5
+    """Measured windows per model and batch; the median is reported."""
     window_seconds: Seconds = 1.0
-    """About how long a window is; one call at least."""
+    """Approximate length of a window; at least one call."""
     warmup_seconds: Seconds = 3.0
-    """Before the first window; one call at least."""
+    """Warm-up before the first window; at least one call."""
     threads: Threads | None = None
-    """Threads of the CPU. As many as torch takes unless given."""
+    """CPU threads. Default: torch's."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be measured."""
+        """Validate the settings; raise `ConfigError` when they cannot be measured."""
         check(self)
-        own = (self.windows, self.window_seconds, self.warmup_seconds)
+        own = (self.repeats, self.window_seconds, self.warmup_seconds)
         if self.preset is not None and own != (5, 1.0, 3.0):
             raise ConfigError(
-                f"the preset {self.preset} says how long to measure; leave --windows, --window-seconds and "
+                f"the preset {self.preset} says how long to measure; leave --repeats, --window-seconds and "
                 f"--warmup-seconds out, or the preset"
             )
         self.protocol  # noqa: B018 (checks itself)
@@ -72,7 +72,7 @@ class ThroughputSettings:
             PRESETS[self.preset]
             if self.preset is not None
             else Protocol(
-                windows=self.windows,
+                repeats=self.repeats,
                 window_seconds=self.window_seconds,
                 warmup_seconds=self.warmup_seconds,
             )
@@ -80,10 +80,10 @@ class ThroughputSettings:
         return whole if self.batches is None else replace(whole, batches=self.batches)
 
     def dtype_on(self, device: torch.device) -> torch.dtype:
-        """What is computed in on a device."""
+        """Return the precision of the models on a device."""
         return DTYPES[("fp32" if device.type == "cpu" else "bf16") if self.dtype == "auto" else self.dtype]
 
     @property
     def channels_last(self) -> bool | None:
-        """None where each model decides."""
+        """Whether to use channels-last; None leaves it to each model."""
         return None if self.layout == "auto" else self.layout == "channels-last"

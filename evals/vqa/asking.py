@@ -1,4 +1,4 @@
-"""A trained LLaVA before a benchmark: with the pictures, and blind."""
+"""Run a trained LLaVA on a benchmark: with the images, and blind."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from typing import Any
 
 from .course import Course
 from .exams import Answers
-from .generation import Speaker, answer_all, prepare
-from .pictures import Pictures
-from .samples import Shown
+from .generation import Generator, answer_all, prepare
+from .images import Images
+from .samples import VisionInputs
 from .tasks import TaskData
 
 _FORMAT = "am-radio-vqa-answers/2"
 
 
 def ask_all(course: Course, model: Any, key: str, data: TaskData) -> Answers:
-    """The answers to all questions of a benchmark, from the cache as far as they are there.
+    """Answer all questions of a benchmark, taking from the cache those that are already in it.
 
     Args:
         key: a hash of all that decided the model's weights.
 
     Raises:
-        DataError: a picture that cannot be read, or ranks that do not share the cache.
+        DataError: an image that cannot be read, or ranks that do not share the cache.
     """
     settings, preset = course.settings, course.preset
-    pictures = Pictures(data.check_images())
+    images = Images(data.check_images())
     names = {question.image for question in data.questions if question.image is not None}
     memo = course.encoder.cache / "fingerprints"
-    source = pictures.source(names, memo) if names else None
-    shown: Shown | None = course.encoder.show(source, preset.instruct.view) if source else None
-    speaker = Speaker(
+    source = images.source(names, memo) if names else None
+    shown: VisionInputs | None = course.encoder.show(source, preset.instruct.view) if source else None
+    speaker = Generator(
         model=model.to(course.device),
         language=course.language,
         shown=shown,

@@ -1,4 +1,4 @@
-"""The generated world as all four benchmarks, each in the files that it is really published in."""
+"""The generated world as all four benchmarks, each in the file format in which it is published."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from .worlds import make_world
 if TYPE_CHECKING:
     from evals.core.chunks import Damage
 
-_CARD, _FORMAT = "benchmarks.json", "am-radio-vqa-benchmarks/2"
+_METADATA, _FORMAT = "benchmarks.json", "am-radio-vqa-benchmarks/2"
 _JPEG_QUALITY = 95
-_STREAM = 0x5E9A  # draws of their own, apart from those of the scenes
+_STREAM = 0x5E9A  # a random stream separate from the scenes'
 _NUM_CHOICES = 4
 _NUM_PEOPLE = 10
-_MOST_OTHERS = 3  # people who say it another way; the rest is enough for a full mark
+_MOST_OTHERS = 3  # people who answer differently; the rest is enough for a full score
 _NUMBER_WORDS = ("zero", "one", "two", "three", "four")
 
-_GQA_TYPES = {  # structure and meaning, as GQA would class them
+_GQA_TYPES = {  # GQA's structural and semantic types
     "colour": ("query", "attr"),
     "shape": ("query", "cat"),
     "exists": ("verify", "obj"),
@@ -69,7 +69,7 @@ _FILES: dict[Task, TaskFiles] = {
 
 
 class _Asked(NamedTuple):
-    """One scene's number, its questions, and the draws that decide what is free."""
+    """A scene's index, its questions, and the generator of all random choices about them."""
 
     scene: int
     questions: tuple[Question, ...]
@@ -79,25 +79,25 @@ class _Asked(NamedTuple):
 def write_benchmarks(
     root: Path, count: int, seed: int, *, size: int = 96, damage: Damage | None = None
 ) -> dict[Task, TaskFiles]:
-    """The files of the four benchmarks about `count` generated pictures, written below `root`.
+    """Write the files of the four benchmarks about `count` generated images below `root`; return their paths.
 
-    All pictures are of the world's validation split. Answers come equally often, so that the words of a
-    question tell nothing. The folder appears when it is complete; one that is there already is left as it
-    is, unless it is damaged.
+    All images are of the world's validation split. Answers are equally frequent, so that a question's words
+    reveal nothing about its answer. The folder appears when it is complete; an existing one is left
+    unchanged unless it is damaged.
 
     Raises:
-        DataError: fewer than one picture, or a folder that holds something else.
+        DataError: fewer than one image, or a folder that holds something else.
         SceneError: a size or seed out of range.
     """
     if count < 1:
-        raise DataError(f"benchmarks of {count} pictures hold no questions; ask for 1 or more")
-    card = {"format": _FORMAT, "count": count, "seed": seed, "size": size}
-    make_world(root, _CARD, card, partial(_fill, count=count, seed=seed, size=size), damage)
+        raise DataError(f"benchmarks of {count} images hold no questions; ask for 1 or more")
+    metadata = {"format": _FORMAT, "count": count, "seed": seed, "size": size}
+    make_world(root, _METADATA, metadata, partial(_fill, count=count, seed=seed, size=size), damage)
     return files_below(root)
 
 
 def files_below(root: Path) -> dict[Task, TaskFiles]:
-    """Name the files that `write_benchmarks` writes."""
+    """Return the paths of the files that `write_benchmarks` writes."""
     return {task: _below(root, files) for task, files in _FILES.items()}
 
 
@@ -111,11 +111,11 @@ def _fill(root: Path, *, count: int, seed: int, size: int) -> None:
     _save_annotations(root, asked)
 
 
-def _save(root: Path, index: int, picture: Image.Image) -> None:
-    """One picture under the names that the four benchmarks have for it."""
+def _save(root: Path, index: int, image: Image.Image) -> None:
+    """Write an image under each name that the four benchmarks have for it."""
     photo, drawing = io.BytesIO(), io.BytesIO()
-    picture.save(photo, format="JPEG", quality=_JPEG_QUALITY, subsampling=0)
-    picture.save(drawing, format="PNG", compress_level=1)
+    image.save(photo, format="JPEG", quality=_JPEG_QUALITY, subsampling=0)
+    image.save(drawing, format="PNG", compress_level=1)
     for name, data in (
         (f"images/{_name(index)}.jpg", photo),
         (f"vqav2/val2014/COCO_val2014_{index + 1:012d}.jpg", photo),
@@ -148,7 +148,7 @@ def _name(index: int) -> str:
 
 
 def _gqa(asked: list[_Asked]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every question."""
+    """Yield every question as (id, GQA's record)."""
     for index, found, _ in asked:
         for number, question in enumerate(found):
             structural, semantic = _GQA_TYPES[question.kind]
@@ -165,7 +165,7 @@ def _gqa(asked: list[_Asked]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _vqav2(asked: list[_Asked]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Every question and its annotation; a few of the ten people may say it otherwise."""
+    """Yield every question and its annotation, where up to three of the ten people may answer differently."""
     for index, found, draws in asked:
         for number, question in enumerate(found):
             head = {"question_id": (index + 1) * 1000 + number, "image_id": index + 1}
@@ -187,7 +187,7 @@ def _vqav2(asked: list[_Asked]) -> Iterator[tuple[dict[str, Any], dict[str, Any]
 
 
 def _textvqa(asked: list[_Asked]) -> Iterator[dict[str, Any]]:
-    """Colours and shapes. The OCR tokens mean nothing: the world has no writing."""
+    """Yield the questions about colours and shapes, with random OCR tokens: the world has no writing."""
     for index, found, draws in asked:
         tokens = ["".join(draws.choice(list("KQXZ0379"), 4)) for _ in range(int(draws.integers(4)))]
         for number, question in enumerate(found):
@@ -203,7 +203,7 @@ def _textvqa(asked: list[_Asked]) -> Iterator[dict[str, Any]]:
 
 
 def _scienceqa(asked: list[_Asked]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """One question a picture, its colour or its shape in turn, among four choices."""
+    """Yield one question per image with four choices, alternating between colour and shape."""
     for index, found, draws in asked:
         kind = tuple(_SCHOOL)[index % len(_SCHOOL)]
         question = next(question for question in found if question.kind == kind)
@@ -233,9 +233,10 @@ def _scienceqa(asked: list[_Asked]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _people(question: Question, draws: np.random.Generator) -> list[str]:
-    """What ten people say: half of the time all the same, else up to three in other words.
+    """Draw the answers of ten people: half of the time all equal, otherwise one to three differ.
 
-    No other answer of the same kind is among them, so that a constant answer stays at chance.
+    None of these is another possible answer of the question's kind, so that a constant answer stays at
+    chance.
     """
     said = [question.answer] * _NUM_PEOPLE
     if draws.random() < 0.5:
@@ -256,7 +257,7 @@ _VARIANTS: dict[str, Callable[[str], tuple[str, ...]]] = {
 
 
 def _below(root: Path, files: TaskFiles) -> TaskFiles:
-    """The files with `root` before every path."""
+    """Prefix every path with `root`."""
     return TaskFiles(
         questions=root / files.questions,
         annotations=files.annotations and root / files.annotations,

@@ -1,9 +1,9 @@
-"""LLaVA's training conversations: read, checked before anything is trained, and turned into learned text.
+"""LLaVA's training conversations: read, checked before training starts, and split by what is learned.
 
-A record is `{"id", "image"?, "conversations": [{"from": "human" | "gpt", "value": str}, ...]}`; the mark
-`<image>` in the first question says where the picture stands. Text-only records have neither. Files come as
-one JSON list or as one record a line. As LLaVA's own loader does, an answer before the first question is left
-out; records that cannot be used are left out too, counted, and endured up to a share.
+A record is `{"id", "image"?, "conversations": [{"from": "human" | "gpt", "value": str}, ...]}`; `<image>` in
+the first question marks the image's position. Text-only records have neither. A file is one
+JSON list or has one record per line. As in LLaVA's own loader, an answer before the first question is
+dropped; unusable records are dropped too, counted, and accepted up to a share of the file.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Turn(NamedTuple):
 
 
 class Record(NamedTuple):
-    """One conversation, about a picture or about none; the mark is taken out of the questions."""
+    """A conversation, with or without an image; `<image>` is removed from the questions."""
 
     id: str
     image: str | None
@@ -42,14 +42,14 @@ class Record(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A part of the text that the language model sees, and whether it learns to say it."""
+    """A part of the text that the language model sees, and whether the loss covers it."""
 
     text: str
     learned: bool
 
 
 class Reading(NamedTuple):
-    """What a file of conversations holds."""
+    """The usable records of a file of conversations, and notes on the others."""
 
     records: list[Record]
     notes: tuple[str, ...]  # what was left out
@@ -59,7 +59,7 @@ _Said = TypedDict("_Said", {"from": str, "value": str})
 
 
 class _Row(TypedDict):
-    """A record as it stands in the file."""
+    """A record as in the file."""
 
     id: NotRequired[int | str | None]
     image: NotRequired[str | None]
@@ -72,17 +72,17 @@ _ROW = TypeAdapter(_Row)
 def read_records(
     path: Path, is_image: Callable[[str], bool], limit: int | None = None, max_error_fraction: float = 0.01
 ) -> Reading:
-    """Read the conversations in a file, each checked.
+    """Read and check the conversations in a file.
 
     Args:
-        path: one JSON list of records, or one record a line.
-        is_image: whether there is an image of that name.
-        limit: take so many, evenly spread.
-        max_error_fraction: leave out records that cannot be used, up to this share of them.
+        path: one JSON list of records, or one record per line.
+        is_image: whether an image of that name exists.
+        limit: use this many records, evenly spread.
+        max_error_fraction: drop unusable records, up to this share of them.
 
     Raises:
-        DataError: no such file, not such a list, or too many records that cannot be used; names the first,
-            and says how many more there are.
+        DataError: no such file, not such a list, or too many unusable records; names the first and
+            the number of the others.
     """
     rows = read_list(path)
     if not rows:
@@ -123,7 +123,7 @@ def _notes(path: Path, count: int, wrong: list[str], early: list[str]) -> Iterat
 
 
 def fingerprint(records: Iterable[Record]) -> str:
-    """A hash of all that is learned from, pictures by name."""
+    """Compute a hash of the training records, with images by name."""
     sha = hashlib.sha256()
     for record in records:
         sha.update(json.dumps(record, ensure_ascii=False).encode())
@@ -131,9 +131,9 @@ def fingerprint(records: Iterable[Record]) -> str:
 
 
 def pieces(record: Record, template: Template, end: str) -> list[Piece]:
-    """A record's text, cut where learning begins and ends; `end` is the language model's end of text.
+    """Split a record's text into learned and other pieces; `end` is the language model's end of text.
 
-    `plain` shows the picture and its caption alone; `v1` is Vicuna's chat.
+    `plain` is the image and its caption only; `v1` is Vicuna's chat.
     """
     has_image = record.image is not None
     if template == "plain":
@@ -142,18 +142,18 @@ def pieces(record: Record, template: Template, end: str) -> list[Piece]:
     found: list[Piece] = []
     for number, turn in enumerate(record.turns):
         asked = ask(VICUNA_V1, turn.question, has_image and number == 0)
-        if number:  # the system text stands once
+        if number:  # the system text comes once
             asked = asked.removeprefix(VICUNA_V1.system + VICUNA_V1.separators[0])
-        # the blank belongs to the answer: many tokenizers make it one token with the word behind it
+        # the space belongs to the answer: many tokenizers merge it with the following word
         found += [Piece(asked, False), Piece(f" {turn.answer}{end}", True)]
     return found
 
 
 def _record(row: Any, number: str, is_image: Callable[[str], bool]) -> tuple[Record, bool]:
-    """Check a record; it, and whether it begins with an answer, which is left out.
+    """Check a record; return it, and whether it begins with an answer, which is dropped.
 
     Raises:
-        DataError: it cannot be used; says why, not where.
+        DataError: it cannot be used; the message gives the reason, not the place.
     """
     if not isinstance(row, dict) or not isinstance(row.get("conversations"), list):
         raise DataError(f"wanted an object with a list 'conversations', got {_kind(row)}")
@@ -195,11 +195,11 @@ def _check_image(image: str | None, values: list[str], is_image: Callable[[str],
     marks = [value.count(IMAGE) for value in values]
     wanted = 0 if image is None else 1
     if sum(marks) != wanted:
-        raise DataError(f"holds {sum(marks)} marks {IMAGE} for {wanted} pictures; wanted {wanted}")
+        raise DataError(f"holds {sum(marks)} marks {IMAGE} for {wanted} images; wanted {wanted}")
     if image is not None and not marks[0]:
         raise DataError(f"the mark {IMAGE} is in turn {marks.index(1)}; wanted it in the first")
     if image is not None and not is_image(image):
-        raise DataError(f"there is no picture {image[:200]!r}")
+        raise DataError(f"there is no image {image[:200]!r}")
 
 
 def _kind(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The trainings one after another: the tiny model's words, the projector, the instruction tuning."""
+"""The training stages in order: the tiny model's words, the projector, the instruction tuning."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ from torch import Tensor
 from evals.core.chunks import Damage, DamagedError
 from evals.core.data import ImageSource
 from evals.core.dist import Group
-from evals.core.evaluator import Watch
+from evals.core.evaluator import ProgressFactory
 from evals.core.provenance import has_tf32
 from radio.errors import CheckpointError, ConfigError, DataError
 
 from .conversations import Piece, Record, fingerprint, read_records
 from .encoding import Encoder
+from .images import Images
 from .language import Language
 from .library import require_peft
 from .llava import PROJECTOR, learn, make_llava, restore
 from .memory import plan_memory
-from .pictures import Pictures
 from .presets import Preset, Stage, StagePlan, plan_stage
 from .prompts import VICUNA_V1, ask
-from .samples import Conversations, Shown, Swapped, tokenize
+from .samples import Conversations, ShuffledImages, VisionInputs, tokenize
 from .scenes_mix import IMAGES, INSTRUCT, PRETRAIN, Mix, write_mix
 from .settings import VqaSettings
 from .stages import Job, final_loss, train
 from .states import StageState, read_state
 
 _FORMAT = "am-radio-vqa/2"
-_LEAST_TEXT = 64  # tokens of a sample that the image leaves to question and answer
+_LEAST_TEXT = 64  # tokens of a sample that must remain for question and answer beside the image
 _PARTS = {"projector": (PROJECTOR,), "language": ("model.language_model.", "lm_head.")}
 
 
 class Material(NamedTuple):
-    """What a stage learns from."""
+    """The training data of a stage."""
 
     records: list[Record]
-    source: ImageSource | None  # of the pictures; None where no record has one
+    source: ImageSource | None  # of the images; None if no record has one
     name: str
     fingerprint: str
-    notes: tuple[str, ...] = ()  # what of it was left out
+    notes: tuple[str, ...] = ()  # on dropped records
 
 
 class Done(NamedTuple):
@@ -59,17 +59,17 @@ class Done(NamedTuple):
 
     @property
     def final_loss(self) -> float:
-        """In nats a token, over the last tenth of the steps."""
+        """Loss in nats per token, over the last tenth of the steps."""
         return final_loss(self.losses)
 
 
 def open_material(
     settings: VqaSettings, preset: Preset, cache: Path, group: Group, damage: Damage
 ) -> dict[str, Material]:
-    """The data of both stages, every record checked.
+    """Load the data of both stages and check every record.
 
     Args:
-        damage: learns of damaged files of the cache.
+        damage: collects damaged files of the cache.
 
     Raises:
         DataError: a file that is absent, or a record that cannot be used.
@@ -84,8 +84,8 @@ def open_material(
         blank = [record.id for record in found["pretrain"].records if record.image is None]
         if blank:
             raise DataError(
-                f"{settings.pretrain_data}: {len(blank)} records have no picture, the first has the id "
-                f"{blank[0]}; the projector learns from pictures only, remove them"
+                f"{settings.pretrain_data}: {len(blank)} records have no image, the first has the id "
+                f"{blank[0]}; the projector learns from images only, remove them"
             )
         return found
     mix = Mix(count=(settings.scenes or preset.scenes)[0], seed=settings.seed)
@@ -100,25 +100,25 @@ def open_material(
 
 
 def _material(
-    file: Path, images: Path | None, settings: VqaSettings, memo: Path, title: str | None
+    file: Path, folder: Path | None, settings: VqaSettings, memo: Path, title: str | None
 ) -> Material:
-    pictures = Pictures(images) if images is not None else None
+    images = Images(folder) if folder is not None else None
     records, notes = read_records(
         file,
-        lambda name: pictures is not None and name in pictures,
+        lambda name: images is not None and name in images,
         settings.limit,
         settings.max_error_fraction,
     )
     names = {record.image for record in records if record.image is not None}
-    source = pictures.source(names, memo, title) if pictures is not None and names else None
-    content = source.fingerprint if source is not None else "no pictures"
+    source = images.source(names, memo, title) if images is not None and names else None
+    content = source.fingerprint if source is not None else "no images"
     return Material(records, source, title or file.name, _hash(fingerprint(records), content), notes)
 
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Course:
-    """All that the trainings of one run share."""
+    """Trains the stages of one run, and holds what they share."""
 
     settings: VqaSettings
     preset: Preset
@@ -130,20 +130,20 @@ class Course:
     folder: Path  # of the states
     device: torch.device
     group: Group
-    watch: Watch
+    watch: ProgressFactory
 
     def stages(self) -> dict[str, Stage]:
-        """By name, in order; the tiny language model first learns the words of the captions."""
+        """Return the stages by name, in order; a tiny language model first learns the captions' words."""
         stages = {"pretrain": self.preset.pretrain, "instruct": self.preset.instruct}
         if self.language.name == "tiny" and self.preset.words is not None:
             return {"words": self.preset.words, **stages}
         return stages
 
     def run(self) -> tuple[dict[str, Done], dict[str, Tensor], str]:
-        """Train what is asked for, or find it; the stages, all learned weights, and a hash of what they are.
+        """Train the requested stages or load them; return the stages, all learned weights, and their hash.
 
         Raises:
-            ConfigError: a stage that was left out and has not been trained before.
+            ConfigError: a stage that is not requested and has not been trained before.
         """
         done: dict[str, Done] = {}
         weights: dict[str, Tensor] = {}
@@ -163,10 +163,10 @@ class Course:
         return done, weights, key
 
     def check_room(self) -> None:
-        """Refuse images of more tokens than a training sample holds beside its text.
+        """Check that an image's tokens fit into a training sample beside its text.
 
         Raises:
-            ConfigError: an image would be cut.
+            ConfigError: an image would be cut off.
         """
         lead, _ = tokenize([Piece(ask(VICUNA_V1, "", True), False)], self.language, self.num_tokens)
         longest = self.preset.longest
@@ -180,7 +180,7 @@ class Course:
 
     @property
     def numbers(self) -> str:
-        """What networks compute in: fp32, bf16, or TF32 for fp32 on a GPU that has it."""
+        """Precision that networks compute in: fp32, bf16, or TF32 for fp32 on a GPU that has it."""
         is_tf32 = self.settings.precision == "fp32" and has_tf32(self.device)
         return "TF32" if is_tf32 else self.settings.precision
 
@@ -189,14 +189,14 @@ class Course:
         return None if self.encoder.grid == self.encoder.own_grid else self.encoder.grid
 
     def build(self, weights: dict[str, Tensor]) -> Any:
-        """LLaVA with these learned weights, on the CPU."""
+        """Build LLaVA with these learned weights, on the CPU."""
         model = make_llava(
             self.encoder.model,
             self.language,
             self.encoder.size,
             self.num_tokens,
             layer_norm=self.layer_norm,
-            seed=self.settings.luck,
+            seed=self.settings.train_seed,
             token_grid=self._token_grid,
         )
         restore(model, weights, str(self.folder))
@@ -232,7 +232,7 @@ class Course:
             plan=plan,
             data=self._samples(material, plan),
             pad_token=self.language.pad_token,
-            seed=self.settings.luck,
+            seed=self.settings.train_seed,
             state=path,
             key=key,
             device=self.device,
@@ -246,7 +246,7 @@ class Course:
         return state if rank is None else self._merged(state, rank, weights)
 
     def _read(self, path: Path, key: str) -> StageState:
-        """The state of a stage; a fresh one where its file is damaged, which is thrown away."""
+        """Read the state of a stage; if its file is damaged, delete it and return a fresh state."""
         try:
             return read_state(path, key, self.group)
         except CheckpointError as error:
@@ -258,7 +258,7 @@ class Course:
         return StageState()
 
     def _merged(self, state: StageState, rank: int, weights: dict[str, Tensor]) -> StageState:
-        """The state with LoRA's additions added into the language model's own weights."""
+        """Merge LoRA's weights into the language model's own; return the state with the merged weights."""
         model = self.build(weights)
         add_lora(model, rank)
         restore(model, state.weights, str(self.folder))
@@ -270,15 +270,15 @@ class Course:
         shown = self._shown(material, plan)
         return Conversations(material.records, plan.template, self.language, shown, self.preset.longest)
 
-    def _shown(self, material: Material, plan: StagePlan) -> Shown | None:
+    def _shown(self, material: Material, plan: StagePlan) -> VisionInputs | None:
         if material.source is None:
             return None
         shown = self.encoder.show(material.source, plan.view)
         if not self.settings.shuffle_images:
             return shown
         names = material.source.keys
-        generator = np.random.default_rng([self.settings.luck, len(names)])
-        return Swapped(shown, dict(zip(names, generator.permutation(names).tolist(), strict=True)))
+        generator = np.random.default_rng([self.settings.train_seed, len(names)])
+        return ShuffledImages(shown, dict(zip(names, generator.permutation(names).tolist(), strict=True)))
 
     def _key(self, before: str, plan: StagePlan, material: Material) -> str:
         settings = self.settings
@@ -287,7 +287,7 @@ class Course:
             plan.describe(),
             material.fingerprint,
             self.encoder.size,
-            settings.luck,
+            settings.train_seed,
             self.numbers,
             settings.lora_rank,
             settings.shuffle_images,
@@ -297,7 +297,7 @@ class Course:
 
 
 def add_lora(model: Any, rank: int) -> None:
-    """Freeze the language model and let low-rank additions to its linear layers learn instead.
+    """Freeze the language model and add trainable LoRA layers to its linear layers.
 
     Raises:
         MissingExtraError: peft is not installed.
@@ -306,7 +306,7 @@ def add_lora(model: Any, rank: int) -> None:
     learn(model, (PROJECTOR,))
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules="all-linear")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing")  # peft asks by the name of old
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing")  # peft uses the old name
         model.model.language_model = peft.get_peft_model(model.model.language_model, config)
 
 

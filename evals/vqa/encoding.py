@@ -1,4 +1,4 @@
-"""What the language model sees of pictures: tokens that the frozen encoder gave once, or pixels."""
+"""The images as inputs of LLaVA: cached tokens of the frozen encoder, or pixels."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from torch import Tensor
 from evals.core.chunks import Damage
 from evals.core.data import ImageSource
 from evals.core.dist import Group
-from evals.core.evaluator import Watch
+from evals.core.evaluator import ProgressFactory
 from evals.core.features import Extraction, extract
 from evals.core.memory import check_memory
 from evals.core.views import View
 from radio.errors import DataError
 from radio.types import Backbone
 
-from .pictures import Padded
+from .images import Padded
 from .presets import Size
 from .presets import View as ViewName
-from .samples import Shown
+from .samples import VisionInputs
 from .token_grid import choose_grid, resample
 
-# Letters: N pictures, T tokens of a picture, D token width, h w input size.
+# Letters: N images, T tokens of an image, D token width, h w input size.
 
 _ENCODED_AT_ONCE = 64
 
@@ -35,45 +35,45 @@ _ENCODED_AT_ONCE = 64
 @final
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """A frozen backbone at one size, and where its tokens are kept."""
+    """A frozen backbone at one size, and where its tokens are cached."""
 
     model: Backbone
     size: Size
     device: torch.device
     dtype: torch.dtype
     cache: Path
-    keep_tokens_gb: float
+    token_cache_gb: float
     workers: int
     group: Group
-    watch: Watch
-    damage: Damage  # learns of damaged files of the cache
-    image_tokens: int | None = None  # T at most
+    watch: ProgressFactory
+    damage: Damage  # collects damaged files of the cache
+    image_tokens: int | None = None  # maximum of T
 
     @cached_property
     def own_grid(self) -> tuple[int, int]:
-        """(H, W) of the tokens that the backbone gives at this size."""
+        """(H, W) of the backbone's tokens at this size."""
         check_memory(self.model, 1, self.size, self.device, torch.float32)
-        model = self.model.to(self.device, torch.float32).eval()  # never rounded in place
+        model = self.model.to(self.device, torch.float32).eval()  # bf16 would round the weights in place
         with torch.inference_mode():
             return model(torch.zeros(1, 3, *self.size, device=self.device)).grid
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(H, W) of the tokens that the language model is shown."""
+        """(H, W) of the tokens that the language model receives."""
         return choose_grid(self.own_grid, self.image_tokens)
 
-    def show(self, source: ImageSource, view: ViewName) -> Shown:
-        """The source's pictures, each encoded once, unless all their tokens would take too much room.
+    def show(self, source: ImageSource, view: ViewName) -> VisionInputs:
+        """Encode each image of the source once; if all tokens exceed `token_cache_gb`, return pixels instead.
 
         Raises:
-            DataError: a picture that cannot be read; names the first.
+            DataError: an image that cannot be read; names the first.
             RadioError: tokens that are not finite.
         """
         seen: ImageSource = Padded(source, self.size) if view == "pad" else source
-        shape = View(kind="center", size=self.size, ratio=1.0, fit=self.model.fit)
+        shape = View(kind="center", size=self.size, ratio=1.0, nearest_size=self.model.nearest_size)
         height, width = self.grid
         count = len(source.keys) * height * width * self.model.token_dim
-        if 4 * count > self.keep_tokens_gb * 1e9:
+        if 4 * count > self.token_cache_gb * 1e9:
             return Pixels(seen, shape, height * width)
         how = Extraction(
             view=shape,
@@ -96,7 +96,7 @@ class Encoder:
         broken = stored.skipped()
         if broken:
             raise DataError(
-                f"{source.name}: {len(broken)} of {len(source.keys)} pictures cannot be read; the first is "
+                f"{source.name}: {len(broken)} of {len(source.keys)} images cannot be read; the first is "
                 f"{broken[0].key}: {broken[0].reason}"
             )
         return Tokens(source.keys, stored.load().features)
@@ -104,7 +104,7 @@ class Encoder:
 
 @final
 class Tokens:
-    """Tokens by the picture's name."""
+    """Tokens by image name."""
 
     def __init__(self, names: Iterable[str], tokens: Tensor) -> None:
         self._rows = {name: row for row, name in enumerate(names)}
@@ -112,7 +112,7 @@ class Tokens:
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """Number of tokens T of an image."""
         return self._tokens.shape[1]
 
     def __getitem__(self, name: str) -> Tensor:
@@ -121,7 +121,7 @@ class Tokens:
 
 @final
 class Pixels:
-    """Pixels by the picture's name, read when they are asked for; the tower then encodes them."""
+    """Pixels by image name, read on access; the vision tower then encodes them."""
 
     def __init__(self, source: ImageSource, view: View, num_tokens: int) -> None:
         self._source, self._view, self._num_tokens = source, view, num_tokens
@@ -129,7 +129,7 @@ class Pixels:
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """Number of tokens T of an image."""
         return self._num_tokens
 
     def __getitem__(self, name: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Visual question answering: LLaVA-1.5's recipe on any frozen backbone, asked four benchmarks."""
+"""Visual question answering: LLaVA-1.5's recipe on any frozen backbone, scored on four benchmarks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 from evals.core.chunks import Damage
 from evals.core.dist import Group, current
-from evals.core.evaluator import Watch, domain_notes, machine_settings, silent
+from evals.core.evaluator import ProgressFactory, domain_notes, machine_settings, no_progress
 from evals.core.features import default_cache
 from evals.core.provenance import choose_device, commit, describe_device, versions
 from evals.core.report import DataUsed, Metric, Report, Table, file_name, write
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 
 
 class _Outcome(NamedTuple):
-    """What was trained and what was answered."""
+    """The trained stages and the answers of a run."""
 
     course: Course
     done: dict[str, Done]
     marked: list[Marked]
-    unmarked: list[tuple[TaskData, Answers]]  # whose right answers are not public
+    unmarked: list[tuple[TaskData, Answers]]  # benchmarks whose right answers are not public
     seconds: dict[str, float]
     notes: tuple[str, ...]
 
@@ -51,9 +51,9 @@ class VqaEvaluator:
     name = "vqa"
     settings = VqaSettings
 
-    def repeat(self, settings: VqaSettings, number: int) -> VqaSettings:
-        """The same protocol with other fresh weights and another order of samples."""
-        return replace(settings, training_seed=settings.luck + number)
+    def with_seed(self, settings: VqaSettings, number: int) -> VqaSettings:
+        """Return the same protocol with other initial weights and another order of samples."""
+        return replace(settings, training_seed=settings.train_seed + number)
 
     def run(
         self,
@@ -62,27 +62,27 @@ class VqaEvaluator:
         out: Path,
         *,
         name: str | None = None,
-        watch: Watch = silent,
+        watch: ProgressFactory = no_progress,
         group: Group | None = None,
     ) -> Report:
         """Score `model`; writes `vqa-NAME.json` and `vqa-NAME-TASK.jsonl` for each benchmark into `out`.
 
-        Every rank of a torchrun job calls this and gets the same report; rank 0 writes. Running it again
-        after a kill goes on from the step that was saved last, or from the first question not answered.
+        Every rank of a torchrun job calls this and gets the same report; rank 0 writes. A killed run that is
+        started again resumes at the last saved step, or at the first chunk of questions without answers.
 
         Raises:
-            ConfigError: settings that do not go together, or a stage that is left out and was not trained.
-            DataError: data that are absent, or a record or picture that cannot be used.
+            ConfigError: settings that contradict each other, or a stage neither requested nor trained before.
+            DataError: data that are absent, or a record or image that cannot be used.
             CheckpointError: a language model that cannot be read, or a damaged state.
             MissingExtraError: transformers, accelerate or peft is not installed.
             MissingWeightsError: the package of `smollm2` is not installed.
             RadioError: values that are not finite.
         """
-        load_library()  # its absence shows before the long part
+        load_library()  # fail early if it is not installed
         if settings.lora_rank is not None:
             require_peft()
-        if settings.score is not None:
-            raise ConfigError("--score takes answers from a file; name no model")
+        if settings.predictions is not None:
+            raise ConfigError("--predictions takes answers from a file; name no model")
         group = group or current()
         started = time.monotonic()
         outcome = _run(model, settings, group, watch)
@@ -93,7 +93,7 @@ class VqaEvaluator:
             label,
             model.fingerprint,
             metrics=metrics(outcome.marked, settings.seed) | _losses(outcome.done),
-            headline="accuracy" if outcome.marked else f"{list(outcome.done)[-1]}_loss",
+            primary_metric="accuracy" if outcome.marked else f"{list(outcome.done)[-1]}_loss",
             resolved=_resolved(outcome, settings, group),
             data=_data(outcome),
             device=describe_device(outcome.course.device),
@@ -117,18 +117,18 @@ class VqaEvaluator:
         return report
 
     def run_without_model(self, settings: VqaSettings, out: Path) -> Report | None:
-        """The scores of `--score PREDICTIONS`; None where no predictions are given.
+        """Score the file of `--predictions`; return None without one.
 
         Raises:
             DataError: files that are absent or damaged, or predictions that do not fit the questions.
         """
-        if settings.score is None:
+        if settings.predictions is None:
             return None
         files, task = settings.files, settings.task
         assert files is not None and task is not None, "checked by the settings"
-        data = open_task(task, files, rule=settings.rule, limit=settings.limit)
-        marked = mark(data, Answers(read_predictions(settings.score)), settings.allow_missing)
-        label = settings.score.stem
+        data = open_task(task, files, rule=settings.answer_normalization, limit=settings.limit)
+        marked = mark(data, Answers(read_predictions(settings.predictions)), settings.allow_missing)
+        label = settings.predictions.stem
         base = file_name(self.name, label)
         found = metrics([marked], settings.seed)
         report = _report(
@@ -136,7 +136,7 @@ class VqaEvaluator:
             label,
             fingerprint="",
             metrics=found,
-            headline="accuracy",
+            primary_metric="accuracy",
             resolved={"split": data.split},
             data=(data_used(data),),
             device="none: a file of predictions was scored",
@@ -149,7 +149,7 @@ class VqaEvaluator:
         return report
 
 
-def _run(model: Backbone, settings: VqaSettings, group: Group, watch: Watch) -> _Outcome:
+def _run(model: Backbone, settings: VqaSettings, group: Group, watch: ProgressFactory) -> _Outcome:
     from .course import Course, open_material
     from .encoding import Encoder
     from .language import TinyShape, open_language
@@ -160,8 +160,8 @@ def _run(model: Backbone, settings: VqaSettings, group: Group, watch: Watch) -> 
     name, preset = choose(settings)
     size, notes = choose_size(model, settings, preset)
     wanted, shape = language_name(settings, name), TinyShape()
-    # one of other people's is opened before the data are written; the tiny one is made of their words
-    opened = None if wanted == "tiny" else open_language(wanted, (), shape, settings.luck)
+    # a pretrained one is opened before the data are written; the tiny one is made from their words
+    opened = None if wanted == "tiny" else open_language(wanted, (), shape, settings.train_seed)
     exams: list[TaskData] = []
     if "score" in settings.stages:
         exams = open_exams(settings, (settings.scenes or preset.scenes)[1], cache, group, damage)
@@ -173,7 +173,7 @@ def _run(model: Backbone, settings: VqaSettings, group: Group, watch: Watch) -> 
         device=device,
         dtype=torch.bfloat16 if settings.precision == "bf16" else torch.float32,
         cache=cache,
-        keep_tokens_gb=settings.keep_tokens_gb,
+        token_cache_gb=settings.token_cache_gb,
         workers=_workers(settings, device),
         group=group,
         watch=watch,
@@ -185,7 +185,7 @@ def _run(model: Backbone, settings: VqaSettings, group: Group, watch: Watch) -> 
         settings=settings,
         preset=preset,
         encoder=encoder,
-        language=opened or open_language(wanted, records, shape, settings.luck),
+        language=opened or open_language(wanted, records, shape, settings.train_seed),
         material=material,
         num_tokens=encoder.grid[0] * encoder.grid[1],
         layer_norm=preset.layer_norm if settings.layer_norm is None else settings.layer_norm,
@@ -209,7 +209,7 @@ def _run(model: Backbone, settings: VqaSettings, group: Group, watch: Watch) -> 
 def _examine(
     course: Course, weights: Any, key: str, exams: Sequence[TaskData]
 ) -> list[tuple[TaskData, Answers]]:
-    """Ask every question, and write the model where that is asked for."""
+    """Answer every question, and save the model if requested."""
     from .asking import ask_all
     from .llava import save_llava
 
@@ -283,7 +283,7 @@ def _missing(marked: Sequence[Marked]) -> tuple[str, ...]:
 
 
 def _blindness(marked: Sequence[Marked], material: dict[str, Material]) -> tuple[str, ...]:
-    """A note where a blind baseline means nothing."""
+    """Return a note if the blind baseline is meaningless."""
     instruct = material["instruct"].records
     if all(one.blind is None for one in marked) or any(record.image is None for record in instruct):
         return ()
@@ -300,7 +300,7 @@ def _report(
     fingerprint: str,
     *,
     metrics: dict[str, Metric],
-    headline: str,
+    primary_metric: str,
     resolved: dict[str, Any],
     data: tuple[DataUsed, ...],
     device: str,
@@ -314,7 +314,7 @@ def _report(
         task=VqaEvaluator.name,
         model=label,
         fingerprint=fingerprint,
-        headline=headline,
+        primary_metric=primary_metric,
         metrics=metrics,
         settings={**to_plain(settings), "resolved": resolved},
         data=data,

@@ -1,4 +1,4 @@
-"""The benchmarks of a run: opened and checked first, answered at the end, scored, written line by line."""
+"""The benchmarks of a run: opened and checked first, answered at the end, scored, written as JSONL."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .tasks import TASKS, Scores, Task, TaskData, open_task
 
 
 class Answers(NamedTuple):
-    """What was said to the questions of one benchmark."""
+    """The answers to the questions of one benchmark, by question id."""
 
     seen: Mapping[str, str]
-    blind: Mapping[str, str] | None = None  # without the pictures
+    blind: Mapping[str, str] | None = None  # without the images
 
 
 class Marked(NamedTuple):
-    """A benchmark with its answers and what they are worth."""
+    """A benchmark with its answers and their scores."""
 
     data: TaskData
     answers: Answers
@@ -37,20 +37,20 @@ class Marked(NamedTuple):
 def open_exams(
     settings: VqaSettings, scenes: int, cache: Path, group: Group, damage: Damage
 ) -> list[TaskData]:
-    """The benchmarks that the settings name: one in its own files, or the generated world's.
+    """Open the benchmarks that the settings name: one in its own files, or those of the generated world.
 
     Args:
-        scenes: how many images the generated world's have.
-        damage: learns of damaged files of the cache.
+        scenes: number of images of the generated world.
+        damage: collects damaged files of the cache.
 
     Raises:
-        ConfigError: a model that was trained on other data than the generated world, and no benchmark.
-        DataError: files that are absent or not the benchmark's, or pictures that are not there.
+        ConfigError: the model is trained on other data than the generated world, and no benchmark is named.
+        DataError: files that are absent or not the benchmark's, or absent images.
     """
     files = settings.files
     if files is not None:
         assert settings.task is not None, "checked by the settings"
-        data = open_task(settings.task, files, rule=settings.rule, limit=settings.limit)
+        data = open_task(settings.task, files, rule=settings.answer_normalization, limit=settings.limit)
         data.check()
         return [data]
     if settings.instruct_data is not None:
@@ -71,7 +71,7 @@ def open_exams(
 
 
 def mark(data: TaskData, answers: Answers, allow_missing: bool) -> Marked:
-    """What the answers are worth.
+    """Score the answers.
 
     Raises:
         DataError: questions without an answer, or answers to other questions.
@@ -81,9 +81,9 @@ def mark(data: TaskData, answers: Answers, allow_missing: bool) -> Marked:
 
 
 def metrics(marked: list[Marked], seed: int) -> dict[str, Metric]:
-    """The benchmarks' mean and each one's accuracy, the same without pictures, then kinds of questions.
+    """Compute the accuracies: the mean, each benchmark, both without images, then each kind of question.
 
-    The means are `accuracy` and `blind_accuracy`; intervals are bootstraps over pictures.
+    The means are `accuracy` and `blind_accuracy`; intervals are bootstraps over images.
     """
     seen = {one.data.task: one.scores for one in marked}
     blind = {one.data.task: one.blind for one in marked if one.blind is not None}
@@ -101,12 +101,12 @@ def metrics(marked: list[Marked], seed: int) -> dict[str, Metric]:
 
 
 def tables(marked: list[Marked]) -> dict[str, Table]:
-    """The accuracy of each kind of question."""
+    """Return tables with the accuracy of each kind of question."""
     return {f"{one.data.task}_{name}": table for one in marked for name, table in one.scores.tables().items()}
 
 
 def data_used(data: TaskData) -> DataUsed:
-    """A benchmark's row in the report."""
+    """Return a benchmark's row in the report."""
     return DataUsed(
         role="questions",
         name=f"{data.task} {data.split}",
@@ -117,7 +117,7 @@ def data_used(data: TaskData) -> DataUsed:
 
 
 def records_of(one: Marked) -> str:
-    """A line a question: what was said, what was right, what it is worth; it can be scored again."""
+    """Return one JSON line per question with answer, right answer and score, which can be scored again."""
     lines = []
     asked = dict(zip(one.scores.ids, one.scores.values, strict=True))
     for question, expected in zip(one.data.questions, one.data.expected, strict=True):

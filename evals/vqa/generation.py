@@ -1,4 +1,4 @@
-"""Answers: greedy, in batches of like length, each chunk of questions written down as it is done."""
+"""Greedy answers, in batches of similar length; each chunk of questions is saved when it is done."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from evals.core.chunks import (
     write_records,
 )
 from evals.core.dist import Group
-from evals.core.evaluator import Watch
+from evals.core.evaluator import ProgressFactory
 from evals.core.provenance import fast_products
 
 from .conversations import Piece
 from .language import Language
 from .library import fitting_threads
 from .prompts import VICUNA_V1, ask
-from .samples import Shown, pad_left, tokenize
+from .samples import VisionInputs, pad_left, tokenize
 from .tasks import Question
 
-# Letters: B batch, S tokens of a prompt, T tokens of a picture.
+# Letters: B batch, S tokens of a prompt, T tokens of an image.
 
-CHUNK = 128  # questions a file: what a killed run loses at most
+CHUNK = 128  # questions per file: a killed run loses no more than these
 
 
 class _Answer(TypedDict):
@@ -45,29 +45,29 @@ class _Answer(TypedDict):
 _ANSWER = TypeAdapter(_Answer)
 
 
-class Asked(NamedTuple):
+class Prompt(NamedTuple):
     """A question, ready for the language model."""
 
     id: str
-    prompt: str  # holds the mark of the picture, or does not
+    prompt: str  # with `<image>` where it has an image
     image: str | None
 
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Speaker:
-    """A trained LLaVA, and how it is asked."""
+class Generator:
+    """A trained LLaVA, and its settings of generation."""
 
     model: Any
     language: Language
-    shown: Shown | None  # None where no question has a picture
+    shown: VisionInputs | None  # None if no question has an image
     device: torch.device
     new_tokens: int
     batch: int
     bf16: bool = False
 
-    def answer(self, questions: Sequence[Asked]) -> list[str]:
-        """The answers, in order; batches are of like length, and of one modality."""
+    def answer(self, questions: Sequence[Prompt]) -> list[str]:
+        """Return the answers in order, generated in batches of similar length and one modality."""
         prompts = [self._ids(question) for question in questions]
         places = sorted(range(len(questions)), key=lambda p: (questions[p].image is None, len(prompts[p]), p))
         answers = [""] * len(questions)
@@ -83,7 +83,7 @@ class Speaker:
                         answers[place] = text
         return answers
 
-    def _ids(self, question: Asked) -> Tensor:
+    def _ids(self, question: Prompt) -> Tensor:
         ids, _ = tokenize(
             [Piece(question.prompt, False)], self.language, self.shown.num_tokens if self.shown else 0
         )
@@ -94,9 +94,9 @@ class Speaker:
             name: value.to(self.device) for name, value in pad_left(prompts, self.language.pad_token).items()
         }
         shown = self.shown
-        pictures = [shown[image] for image in images if image is not None and shown is not None]
-        if pictures:
-            batch["pixel_values"] = torch.stack(pictures).float().to(self.device)
+        pixels = [shown[image] for image in images if image is not None and shown is not None]
+        if pixels:
+            batch["pixel_values"] = torch.stack(pixels).float().to(self.device)
         with (
             torch.inference_mode(),
             fast_products(self.device),
@@ -116,21 +116,21 @@ class Speaker:
 
 
 def answer_all(
-    questions: Sequence[Asked],
-    speaker: Speaker,
+    questions: Sequence[Prompt],
+    speaker: Generator,
     folder: Path,
     *,
     title: str,
     group: Group,
-    watch: Watch,
+    watch: ProgressFactory,
     damage: Damage | None = None,
 ) -> dict[str, str]:
-    """Every question's answer by its id, from the folder as far as they are there; the same on every rank.
+    """Return every question's answer by its id, the same on every rank; chunks in the folder are reused.
 
     Rank r answers chunks r, r + world, ...
 
     Args:
-        damage: learns of damaged files in the folder, which are made again.
+        damage: collects damaged files in the folder, which are written again.
 
     Raises:
         DataError: ranks do not share the folder.
@@ -166,7 +166,7 @@ def answer_all(
     return {question: answer for path in paths for question, answer in read(path).items()}
 
 
-def prepare(question: Question, *, blind: bool = False) -> Asked:
-    """A benchmark's question as LLaVA-1.5 is asked; blind, without the picture."""
+def prepare(question: Question, *, blind: bool = False) -> Prompt:
+    """Format a benchmark's question as LLaVA-1.5's prompt; without its image if `blind`."""
     image = None if blind else question.image
-    return Asked(question.id, ask(VICUNA_V1, question.prompt, image is not None), image)
+    return Prompt(question.id, ask(VICUNA_V1, question.prompt, image is not None), image)

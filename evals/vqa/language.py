@@ -1,4 +1,4 @@
-"""Language models: a local Hugging Face folder, a GGUF file, or a tiny one made from the run's own words."""
+"""Language models: a local Hugging Face folder, a GGUF file, or a tiny one made from the training text."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ SMOLLM2 = Package(
 )
 _PAD, _BEGIN, _END, _UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
 _WORDS = r"\n|\w+|[^\w\s]"
-_PHRASE_SHARE = 0.05  # of the records: a sentence that so many hold is one token of the tiny tokenizer
+_PHRASE_SHARE = 0.05  # of the records: a sentence in at least so many is one token of the tiny tokenizer
 _PHRASE_WORDS = 4
-_MOST_GAPS = 1 << 20  # numbers that a tokenizer may leave out
+_MOST_GAPS = 1 << 20  # unused ids that a tokenizer may have
 
 
 class Language(Protocol):
-    """A language model that LLaVA speaks with."""
+    """A language model for LLaVA."""
 
     @property
     def name(self) -> str:
-        """As on the command line."""
+        """Name as on the command line."""
 
     @property
     def tokenizer(self) -> Any:
@@ -51,27 +51,27 @@ class Language(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of weights and tokenizer, or of all that decides them."""
+        """Hash of weights and tokenizer, or of everything that determines them."""
 
     @property
     def image_token(self) -> int:
-        """The id of `<image>`."""
+        """Id of `<image>`."""
 
     @property
     def pad_token(self) -> int:
-        """The id that fills a batch."""
+        """Id of the padding token."""
 
     @property
     def end(self) -> str:
-        """What ends an answer."""
+        """Text that ends an answer."""
 
     def load(self) -> Any:
-        """A fresh copy of the network, in float32 on the CPU."""
+        """Load a new copy of the network, in float32 on the CPU."""
 
 
 @final
-class Opened:
-    """A language model of other people's, in its own tokenizer and weights."""
+class LanguageModel:
+    """A pretrained language model with its own tokenizer and weights."""
 
     def __init__(self, name: str, folder: Path, gguf: str | None) -> None:
         self.name, self._folder, self._gguf = name, folder, gguf
@@ -91,11 +91,11 @@ class Opened:
             )
 
     def _prepare(self) -> None:
-        """Add the mark of the image, and a padding token where there is none."""
+        """Add the token `<image>`, and a padding token if none exists."""
         if not self.tokenizer.is_fast or not self.tokenizer.eos_token:
             raise CheckpointError(f"{self.name}: wanted a fast tokenizer with an end token")
         self.tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
-        if self.tokenizer.pad_token in (None, IMAGE):  # padding is no picture
+        if self.tokenizer.pad_token in (None, IMAGE):  # padding must not be the image token
             self.tokenizer.pad_token = self.tokenizer.unk_token or self.tokenizer.eos_token
         found = self.tokenizer("a text", add_special_tokens=False, return_offsets_mapping=True)
         if not found["input_ids"]:
@@ -103,13 +103,13 @@ class Opened:
 
     @property
     def fingerprint(self) -> str:
-        """Of the files, by name, size and time for folders (a hash of 14 GB takes a minute)."""
+        """Hash of the files' names, sizes and times (hashing 14 GB of weights would take a minute)."""
         files = [self._folder / self._gguf] if self._gguf else sorted(self._folder.iterdir())
         told = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
         return hashlib.sha256(repr(told).encode()).hexdigest()
 
     def load(self) -> Any:
-        """The network, its embedding widened by the tokens that are new.
+        """Load the network and extend its embedding by the new tokens.
 
         Raises:
             CheckpointError: the files cannot be read, lack weights, or hold quantised ones or NaN.
@@ -130,28 +130,28 @@ class Opened:
                 f"{self.name}: {len(missing)} of the model's weights are not in its files, the first is "
                 f"{missing[0]}; get the whole model"
             )
-        # Buffers too: angles that are no numbers come from a configuration, and no file holds them.
+        # Buffers too: NaN in rotary angles comes from the configuration; no file holds them.
         check_finite({**dict(network.named_buffers()), **network.state_dict()}, self.name)
         if network.get_input_embeddings().num_embeddings < self._rows:
             network.resize_token_embeddings(self._rows, mean_resizing=False)
         return network
 
     def _options(self) -> dict[str, Any]:
-        """What both readers of transformers are told: nothing from elsewhere, no code of the folder's."""
+        """Return the options for transformers' loaders: local files only, no code from the folder."""
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         return {**options, "gguf_file": self._gguf} if self._gguf else options
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TinyShape:
-    """The size of the language model that a run makes for itself."""
+    """The size of the tiny language model."""
 
     width: int = 128
     layers: int = 2
     heads: int = 4
     feed_forward: int = 256
     positions: int = 4096
-    deviation: float = 0.08  # of fresh weights: 1 / sqrt(width), where 0.02 is for widths in the thousands
+    deviation: float = 0.08  # of initial weights: 1 / sqrt(width), where 0.02 is for widths in the thousands
 
 
 @final
@@ -169,12 +169,12 @@ class Tiny:
 
     @property
     def fingerprint(self) -> str:
-        """Of vocabulary, shape and seed, which decide the weights."""
+        """Hash of vocabulary, shape and seed, which determine the weights."""
         words = self.tokenizer.backend_tokenizer.to_str()
         return hashlib.sha256(f"{words} {self._shape} {self._seed}".encode()).hexdigest()
 
     def load(self) -> Any:
-        """The network with weights drawn from the seed."""
+        """Build the network with weights drawn from the seed."""
         shape = self._shape
         config = LlamaConfig(
             vocab_size=len(self.tokenizer),
@@ -195,23 +195,23 @@ class Tiny:
 
 
 def open_language(name: str, records: Iterable[Record], shape: TinyShape, seed: int) -> Language:
-    """The language model of that name: `tiny`, `smollm2`, a GGUF file, or a Hugging Face folder.
+    """Open a language model by name: `tiny`, `smollm2`, a GGUF file, or a Hugging Face folder.
 
     Args:
-        records: what the tiny one takes its words from.
+        records: training records whose words the tiny model uses.
 
     Raises:
         ConfigError: no such file or folder.
         MissingWeightsError: the package of `smollm2` is not installed.
-        CheckpointError: a file that transformers does not read.
+        CheckpointError: a file that transformers cannot read.
     """
     if name == "tiny":
         return Tiny(texts_of(records), shape, seed)
     path = locate("smollm2", SMOLLM2) if name == "smollm2" else Path(name)
     if path.suffix == ".gguf" and path.is_file():
-        return Opened(name, path.parent, path.name)
+        return LanguageModel(name, path.parent, path.name)
     if path.is_dir():
-        return Opened(name, path, None)
+        return LanguageModel(name, path, None)
     raise ConfigError(
         f"language model {name!r}: no such folder or .gguf file; give tiny, smollm2, or a path such as "
         f"vicuna-7b-v1.5"
@@ -219,12 +219,12 @@ def open_language(name: str, records: Iterable[Record], shape: TinyShape, seed: 
 
 
 def texts_of(records: Iterable[Record]) -> list[str]:
-    """All that is said in conversations, one text a record."""
+    """Join the turns of each record into one text."""
     return ["\n".join(text for turn in record.turns for text in turn) for record in records]
 
 
 def word_tokenizer(texts: Iterable[str]) -> Any:
-    """A tokenizer whose tokens are the words of these texts, and the sentences that many of them hold."""
+    """Build a tokenizer whose tokens are the words of these texts, and sentences that many of them share."""
     words: Counter[str] = Counter()
     lines: Counter[str] = Counter()
     count = 0

@@ -1,8 +1,8 @@
-"""The border of language models' files: what is not a model that its own files can fill goes no further.
+"""Validation of language models' files: only a model whose own files hold all its weights is accepted.
 
-transformers and gguf take a folder at its word: a `config.json` may ask for terabytes, for code of its own,
-for a quantisation library or another folder; a GGUF header may count to 2**60. All of that is refused here,
-before either library reads a byte, and what they raise at the rest becomes one error that names the folder.
+transformers and gguf trust a folder: a `config.json` may request terabytes, code of its own, a quantisation
+library or another folder; a GGUF header may hold counts up to 2**60. All of that is refused here, before
+either library reads a byte, and any other error they raise becomes one error that names the folder.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from typing_extensions import TypedDict
 from radio.errors import CheckpointError, MissingExtraError, RadioError, require, shown
 from radio.io import parse_json, read_json, read_text, validate
 
-_MAX_JSON_BYTES = 512 << 20  # the largest tokenizer.json that is published has some 35 MB
+_MAX_JSON_BYTES = 512 << 20  # the largest published tokenizer.json has about 35 MB
 _MAX_NUMBER = 2**31
-_MAX_REPEATS = 4096  # layers, blocks, experts, labels: each is a Python object before it is a tensor
+_MAX_REPEATS = 4096  # layers, blocks, experts, labels: each becomes a Python object before any tensor
 _REPEATS = re.compile(r"layer|block_count|depth|expert|labels", re.IGNORECASE)
-_SHARES = re.compile(r"dropout|pdrop", re.IGNORECASE)  # of what is dropped, from 0 to below 1
-_WHOLE = ("F64", "F32", "F16", "BF16")  # smaller ones are a quantisation's, and mean nothing without it
-_ATTENTION = (None, "eager", "sdpa")  # other names fetch kernels
+_SHARES = re.compile(r"dropout|pdrop", re.IGNORECASE)  # dropout rates, in [0, 1)
+_WHOLE = ("F64", "F32", "F16", "BF16")  # smaller types are quantised, and meaningless without their scales
+_ATTENTION = (None, "eager", "sdpa")  # other names download kernels
 _JSON_FILES = (
     "config.json",
     "generation_config.json",
@@ -50,7 +50,7 @@ _JSON_FILES = (
 
 
 class _Index(TypedDict):
-    """Which file each weight is in."""
+    """The index of a sharded checkpoint: the file of each weight."""
 
     metadata: dict[str, Any]
     weight_map: dict[str, str]
@@ -61,10 +61,10 @@ _OBJECT = TypeAdapter(dict[str, Any])
 
 
 def check_folder(folder: Path) -> Any:
-    """Check a Hugging Face folder; gives back its configuration.
+    """Check a Hugging Face folder; return its configuration.
 
     Raises:
-        CheckpointError: it holds no model that its files can fill, or one that needs code of its own.
+        CheckpointError: its files do not hold all weights of a model, or the model needs code of its own.
     """
     for path in sorted(folder.iterdir()):
         if path.suffix in (".json", ".model", ".txt", ".jinja", ".safetensors", ".bin"):
@@ -88,10 +88,10 @@ def check_folder(folder: Path) -> Any:
 
 
 def check_weights(folder: Path) -> None:
-    """Check that a folder's weights are numbers of 16 bits or more, as they are without a quantisation.
+    """Check that a folder's weights are floats of 16 bits or more, that is, not quantised.
 
     Raises:
-        CheckpointError: others are among them; transformers would take their codes for values.
+        CheckpointError: some are not; transformers would read their codes as values.
     """
     for path in _weights(folder):
         with one_error(str(path), "holds no weights that transformers reads"):
@@ -105,7 +105,7 @@ def check_weights(folder: Path) -> None:
 
 
 def _kinds(path: Path) -> dict[str, str]:
-    """The types of a file's tensors, as safetensors spells them."""
+    """Read the types of a file's tensors, in safetensors' spelling."""
     if path.suffix == ".safetensors":
         with safetensors.safe_open(path, framework="pt") as file:
             return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
@@ -119,10 +119,10 @@ def _kinds(path: Path) -> dict[str, str]:
 
 
 def check_gguf(path: Path) -> Any:
-    """Check a GGUF file; gives back the configuration that it holds.
+    """Check a GGUF file; return the configuration in it.
 
     Raises:
-        CheckpointError: it is none, it is cut off, or its weights do not fill the model that it describes.
+        CheckpointError: not a GGUF file, truncated, or with fewer weights than its model has.
         MissingExtraError: gguf is not installed.
     """
     sizes: Any = require("gguf.constants", extra="vqa").GGML_QUANT_SIZES
@@ -139,11 +139,11 @@ def one_error(name: str, what: str) -> Iterator[None]:
     """Turn whatever transformers, tokenizers or gguf raise inside into one error that names the model.
 
     Raises:
-        CheckpointError: something was raised.
+        CheckpointError: any other exception.
         MissingExtraError: a library is not installed.
     """
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # the reader of GGUF files draws a bar, always
+        with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader always prints a progress bar
             yield
     except (RadioError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
@@ -151,12 +151,12 @@ def one_error(name: str, what: str) -> Iterator[None]:
         raise MissingExtraError(
             f'{name}: {_reason(error)}; get what is missing with: pip install "am-radio[vqa]"'
         ) from error
-    except BaseException as error:  # tokenizers' panics are no Exception
+    except BaseException as error:  # tokenizers' panics are not an Exception
         raise CheckpointError(f"{name}: {what} ({_reason(error)})") from error
 
 
 def _reason(error: BaseException) -> str:
-    """What was raised, on one line, the same in every run."""
+    """Format an exception on one line, without addresses that differ between runs."""
     said = re.sub(r"0x[0-9a-fA-F]{6,}", "0x…", " ".join(str(error).split()))
     return f"{type(error).__name__}: {shown(said[:300])}"
 
@@ -196,10 +196,10 @@ def _check_number(key: str, value: Any, path: Path) -> None:
 
 
 def _weights(folder: Path) -> list[Path]:
-    """The files with a folder's weights.
+    """Find the files with a folder's weights.
 
     Raises:
-        CheckpointError: there are none, or an index that names others.
+        CheckpointError: no weights, or an index that names absent files.
     """
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{single}.index.json"
@@ -221,7 +221,7 @@ def _read_index(path: Path) -> list[str]:
 
 
 def _check_size(folder: Path, gguf: str | None, most: int) -> Any:
-    """Build the model without memory, and compare it with what its files can hold; its configuration."""
+    """Check that the model, built on the meta device, has at most `most` weights; return its config."""
     name = str(folder / gguf) if gguf else str(folder)
     options = {"gguf_file": gguf} if gguf else {}
     with one_error(name, "is no language model that transformers reads"):
@@ -251,16 +251,16 @@ class _Cursor:
         self._data, self._path, self._length, self.at = data, path, len(data), 0
 
     def fail(self, problem: str) -> CheckpointError:
-        """The error about this file."""
+        """Return the error about this file and position."""
         return CheckpointError(f"{self._path}: {problem} (at byte {self.at} of {self._length})")
 
     def take(self, layout: str) -> Any:
-        """One number."""
+        """Read one number of this struct layout."""
         start = self.skip(struct.calcsize(layout))
         return struct.unpack_from(f"<{layout}", self._data, start)[0]
 
     def skip(self, size: int) -> int:
-        """Pass so many bytes over; where they begin."""
+        """Skip `size` bytes; return where they begin."""
         start = self.at
         if size > self._length - start:
             raise self.fail(f"ends early or is damaged: {size} bytes are due")
@@ -268,20 +268,20 @@ class _Cursor:
         return start
 
     def text(self) -> str:
-        """A text."""
+        """Read a string."""
         size = self.take("Q")
         start = self.skip(size)
         return bytes(self._data[start : start + size]).decode("utf-8", "replace")
 
     def count(self, least: int) -> int:
-        """How many things follow, each of at least so many bytes."""
+        """Read the number of entries that follow, each of at least `least` bytes."""
         found = int(self.take("Q"))
         if found * least > self._length - self.at:
             raise self.fail(f"is said to hold {found} entries, more than fit; it is cut off or damaged")
         return found
 
     def left(self) -> int:
-        """Bytes up to the end."""
+        """Return the number of bytes up to the end."""
         return self._length - self.at
 
 
@@ -313,7 +313,7 @@ def _check_header(cursor: _Cursor, sizes: dict[int, tuple[int, int]]) -> None:
 
 
 def _read_value(cursor: _Cursor, kind: int, depth: int = 0) -> Any:
-    """A number; of texts and arrays only the end is looked for."""
+    """Read a number, or skip a string or an array and return None."""
     if kind in _NUMBERS:
         return cursor.take(_NUMBERS[kind])
     if kind == _TEXT:
@@ -332,7 +332,7 @@ def _read_value(cursor: _Cursor, kind: int, depth: int = 0) -> Any:
 
 
 def _check_tensor(cursor: _Cursor, sizes: dict[int, tuple[int, int]]) -> int:
-    """Where a tensor ends, counted from where the weights begin."""
+    """Check a tensor's header; return the offset of its end from the start of the weights."""
     name = shown(cursor.text()[:80])
     dimensions = cursor.take("I")
     if dimensions > 4:

@@ -1,4 +1,4 @@
-"""The one door to transformers: imported when it is needed, without its noise."""
+"""Lazy imports of transformers and peft, with logging reduced to errors."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from radio.errors import require
 
 
 def load_library() -> ModuleType:
-    """The module `transformers`, quiet.
+    """Import the module `transformers`, and limit its logging to errors.
 
     Raises:
         MissingExtraError: the extra `vqa` is not installed.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and our loaders' forks do not mix
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads conflict with our loaders' forks
     transformers = require("transformers", extra="vqa")
     require("accelerate", extra="vqa")
     transformers.logging.set_verbosity_error()
@@ -28,7 +28,7 @@ def load_library() -> ModuleType:
 
 
 def require_peft() -> ModuleType:
-    """The module `peft`, for LoRA.
+    """Import the module `peft`, for LoRA.
 
     Raises:
         MissingExtraError: it is not installed.
@@ -41,10 +41,10 @@ _SMALL = 5_000_000  # weights
 
 @contextmanager
 def fitting_threads(model: Any, device: torch.device) -> Iterator[None]:
-    """One thread inside for a small language model on the CPU, as many as before for others.
+    """Use one thread inside for a small language model on the CPU; leave the number unchanged for others.
 
-    Its operations are so short that several threads wait for one another: where the cores are shared with
-    other programs a step took 2.9 s on two threads and 0.17 s on one.
+    Its operations are so short that several threads wait for each other: on cores shared with other programs
+    a step took 2.9 s on two threads and 0.17 s on one.
     """
     before = torch.get_num_threads()
     if device.type == "cpu" and sum(parameter.numel() for parameter in model.parameters()) < _SMALL:

@@ -1,7 +1,7 @@
 """LLaVA on any backbone: transformers' LlavaForConditionalGeneration with our encoder as its vision tower.
 
-The tower holds no trained weights: what the encoder gives is computed once and handed through, or computed
-when pictures come in. `save_llava` puts the encoder's own file into the folder, so that
+The tower has no trained weights: cached tokens of the encoder pass through it, and images are encoded on the
+fly. `save_llava` puts the encoder's own file into the folder, so that
 `LlavaForConditionalGeneration.from_pretrained` opens it wherever this module has been imported.
 """
 
@@ -43,7 +43,7 @@ _NORM_EPS = 1e-6
 
 
 class RadioTowerConfig(PreTrainedConfig):  # type: ignore[misc]
-    """What the tower is; all that is needed to open it again."""
+    """The configuration of the tower, with everything needed to open it again."""
 
     model_type = "am_radio_tower"
 
@@ -62,15 +62,15 @@ class RadioTowerConfig(PreTrainedConfig):  # type: ignore[misc]
         self.hidden_size = hidden_size  # D
         self.image_size = list(image_size)
         self.layer_norm = layer_norm
-        self.encoder = encoder  # a spec of radio.hub; empty where the encoder's file is in the weights
+        self.encoder = encoder  # a spec of radio.hub; empty if the encoder's file is in the weights
         self.fingerprint = fingerprint
         self.encoder_bytes = encoder_bytes
-        self.token_grid = None if token_grid is None else list(token_grid)  # what tokens are averaged over
+        self.token_grid = None if token_grid is None else list(token_grid)  # what tokens are averaged to
 
 
 @final
 class RadioTower(PreTrainedModel):  # type: ignore[misc]
-    """Tokens for LLaVA from a frozen backbone, or from tokens that it gave earlier."""
+    """The vision tower of LLaVA: a frozen backbone, or its cached tokens passed through."""
 
     config_class = RadioTowerConfig
     main_input_name = "pixel_values"
@@ -79,18 +79,18 @@ class RadioTower(PreTrainedModel):  # type: ignore[misc]
 
     def __init__(self, config: RadioTowerConfig) -> None:
         super().__init__(config)
-        self._backbone: list[Backbone] = []  # in a list: no submodule, so nothing of it trains or is saved
+        self._backbone: list[Backbone] = []  # in a list: not a submodule, so it is neither trained nor saved
         if config.encoder_bytes:
             self.register_buffer("encoder_file", torch.zeros(config.encoder_bytes, dtype=torch.uint8))
         self.post_init()
 
     def attach(self, backbone: Backbone) -> None:
-        """Encode pictures with this backbone."""
+        """Set the backbone that encodes images."""
         self._backbone = [backbone.eval()]
 
     @property
     def backbone(self) -> Backbone:
-        """The encoder, opened when it is first needed.
+        """The encoder, opened on first use.
 
         Raises:
             CheckpointError: it is not the one that was saved.
@@ -100,9 +100,9 @@ class RadioTower(PreTrainedModel):  # type: ignore[misc]
         return self._backbone[0]
 
     def forward(self, pixel_values: Tensor, return_dict: bool = True, **_: Any) -> Any:
-        """Tokens [B, T, D] of pictures [B, 3, h, w] in [0, 1]; tokens [B, T, D] pass through.
+        """Encode images [B, 3, h, w] in [0, 1] into tokens [B, T, D]; tokens [B, T, D] are not encoded again.
 
-        The optional layer norm has no weights: the projector's first layer would take them in.
+        The optional layer norm has no weights: the projector's first layer would absorb them.
         """
         tokens = pixel_values if pixel_values.ndim == 3 else self._encode(pixel_values)
         if self.config.layer_norm:
@@ -151,12 +151,12 @@ def make_llava(
     seed: int,
     token_grid: tuple[int, int] | None = None,
 ) -> Any:
-    """LLaVA-1.5 with a fresh projector (decided by `seed`), the language model's weights, and the backbone.
+    """Build LLaVA-1.5 from the backbone, a new projector drawn from `seed`, and the language model's weights.
 
     Args:
-        size: (height, width) that pictures are encoded at.
-        num_tokens: T that the language model is shown at that size.
-        token_grid: (H, W) that the backbone's tokens are averaged over; as they are unless given.
+        size: (height, width) that images are encoded at.
+        num_tokens: T that the language model receives at that size.
+        token_grid: (H, W) that the backbone's tokens are averaged over (default: not averaged).
     """
     tower = RadioTowerConfig(
         hidden_size=backbone.token_dim,
@@ -183,14 +183,14 @@ def make_llava(
     model.model.language_model = network.model
     model.lm_head = network.lm_head
     own = network.generation_config
-    model.generation_config = GenerationConfig(  # nothing else of it: penalties, limits, stop words
+    model.generation_config = GenerationConfig(  # without its penalties, limits and stop words
         bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=language.pad_token
     )
     return model.float().eval()
 
 
 def _fresh_projector(projector: Any, seed: int) -> Any:
-    """Linear, GELU, Linear with torch's initialisation, drawn from a generator of its own."""
+    """Initialise the projector (Linear, GELU, Linear) as torch does, from a separate generator."""
     projector = projector.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -202,18 +202,18 @@ def _fresh_projector(projector: Any, seed: int) -> Any:
 
 
 def learn(model: nn.Module, parts: tuple[str, ...]) -> None:
-    """Let the parts learn whose names begin so, and nothing else."""
+    """Make the parameters trainable whose names start with one of `parts`, and freeze all others."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(parts))
 
 
 def restore(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Put learned tensors back.
+    """Copy learned tensors into the model.
 
     Raises:
-        CheckpointError: they are not this model's.
+        CheckpointError: a name or shape that is not this model's.
     """
-    own = dict(model.named_parameters(remove_duplicate=False))  # a tied weight goes by two names
+    own = dict(model.named_parameters(remove_duplicate=False))  # a tied weight has two names
     wrong = [name for name in tensors if name not in own or own[name].shape != tensors[name].shape]
     if wrong:
         raise CheckpointError(f"{source}: {wrong[0]} is none of this model's weights; remove it, train anew")
@@ -225,10 +225,10 @@ def restore(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> Non
 def save_llava(model: Any, language: Language, folder: Path) -> None:
     """Write a folder that `LlavaForConditionalGeneration.from_pretrained` opens, whole or not at all.
 
-    A RadioModel goes into the weights; of another backbone only its name is kept, which must be a spec.
+    A RadioModel is saved in the weights; another backbone only by its name, which must be a spec.
 
     Raises:
-        ConfigError: the folder is there, or the backbone can be opened by no name.
+        ConfigError: the folder exists, or the backbone cannot be opened by its name.
     """
     if folder.exists():
         raise ConfigError(f"{folder}: is there already; remove it, or choose another folder to save to")
@@ -239,14 +239,14 @@ def save_llava(model: Any, language: Language, folder: Path) -> None:
 
     try:
         is_ours = make_folder(folder, fill)
-    except SafetensorError as error:  # its writer's word for a full disk
+    except SafetensorError as error:  # raised by its writer on a full disk
         raise RadioError(f"{folder}: the model could not be written ({error}); free some space") from error
     if not is_ours:
         raise ConfigError(f"{folder}: another process has just written it; choose another folder to save to")
 
 
 def _with_encoder(model: Any, folder: Path) -> Any:
-    """The model, its tower replaced by one that can be opened again."""
+    """Replace the model's tower by one that can be opened again; return the model."""
     backbone: Backbone = model.model.vision_tower.backbone
     old = model.model.vision_tower.config
     encoder, data = "", b""

@@ -1,4 +1,4 @@
-"""What a stage's training takes: which parts are sharded, recomputed or halved, and whether it fits."""
+"""Memory of a training stage: sharding, activation checkpointing, bf16 weights, and whether it fits."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from radio.errors import ConfigError
 
 from .settings import VqaSettings
 
-_LARGE = 1_000_000_000  # weights from which activations are computed again, and frozen weights are halved
-_SHARDED = 3_000_000_000  # learning weights that no GPU holds with gradients and Adam's two moments in fp32
+_LARGE = 1_000_000_000  # weights from which activations are recomputed, and frozen weights are bf16
+_SHARDED = 3_000_000_000  # trainable weights that fit no GPU with gradients and Adam's two moments in fp32
 _GB = 1e9
 
 
 class Needs(NamedTuple):
-    """How a stage is trained, and what every rank keeps for it."""
+    """How a stage is trained, and the memory that every rank needs for it."""
 
     is_sharded: bool
     is_checkpointed: bool
-    gigabytes: float  # weights, gradients and Adam's moments; activations come on top
+    gigabytes: float  # weights, gradients and Adam's moments, without activations
 
     @property
     def told(self) -> str:
-        """What the progress bar says of it; nothing of small ones."""
+        """Note for the progress bar; empty below 1 GB."""
         if self.gigabytes < 1:
             return ""
         parts = [f"{self.gigabytes:.0f} GB a rank before activations"]
@@ -33,14 +33,14 @@ class Needs(NamedTuple):
 
 
 def plan_memory(model: Any, settings: VqaSettings, device: torch.device, world: int) -> Needs:
-    """Decide how a stage of the model is trained, and halve the frozen weights of large ones under bf16.
+    """Decide how a stage of the model is trained; cast the frozen weights of large models to bf16 under bf16.
 
     Args:
-        model: what learns is marked.
-        world: ranks.
+        model: trainable parameters have `requires_grad`.
+        world: number of ranks.
 
     Raises:
-        ConfigError: weights, gradients and moments alone are more than the GPU has.
+        ConfigError: weights, gradients and moments alone exceed the GPU's memory.
     """
     parameters = list(model.parameters())
     count = sum(parameter.numel() for parameter in parameters)
@@ -49,7 +49,7 @@ def plan_memory(model: Any, settings: VqaSettings, device: torch.device, world: 
     if settings.precision == "bf16" and count >= _LARGE and not is_sharded:
         for parameter in parameters:
             if not parameter.requires_grad:
-                parameter.data = parameter.data.to(torch.bfloat16)  # as autocast takes it in every step
+                parameter.data = parameter.data.to(torch.bfloat16)  # as autocast casts it in every step
     held = sum(parameter.numel() * parameter.element_size() for parameter in parameters) + 12 * learning
     wanted = settings.activation_checkpointing
     needs = Needs(

@@ -1,4 +1,4 @@
-"""The order of training samples: a function of the seed, in batches of one modality and of like length."""
+"""The order of training samples: determined by the seed, in batches of one modality."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import final
 import numpy as np
 from torch.utils.data import Sampler
 
-# Letters: N samples, B samples a step.
+# Letters: N samples, B samples per step.
 
 
 def epoch_order(
     lengths: Sequence[int], modalities: Sequence[bool], batch: int, seed: int, epoch: int
 ) -> list[int]:
-    """Every place once: batches of one modality, sorted by length within; what is left over comes last.
+    """Order the indices of an epoch: batches of one modality, sorted by length within, incomplete ones last.
 
     Each modality is shuffled and cut into batches of B; the batches are shuffled. Sorting within a batch
-    does not change what a step learns from, but pieces of the batch need less padding.
+    does not change the samples of a step, but its micro-batches need less padding.
     """
     generator = np.random.default_rng([seed, epoch])
     batches: list[list[int]] = []
@@ -36,9 +36,9 @@ def epoch_order(
 def order(
     lengths: Sequence[int], modalities: Sequence[bool], batch: int, steps: int, seed: int
 ) -> Iterator[int]:
-    """The places of `steps` batches, through as many epochs as they take.
+    """Yield the sample indices of `steps` batches, over as many epochs as they need.
 
-    An epoch's last, incomplete batch is filled up from the next epoch.
+    An epoch's last, incomplete batch is filled from the next epoch.
     """
     left, epoch = steps * batch, 0
     while left:
@@ -50,7 +50,7 @@ def order(
 
 @final
 class Order(Sampler[int]):
-    """What is left of a run's order after the steps that are done."""
+    """The remaining sample indices of a run, after the finished steps."""
 
     def __init__(self, places: Sequence[int]) -> None:
         self._places = list(places)

@@ -1,4 +1,4 @@
-"""LLaVA over several ranks: sharded by FSDP2, and with a gradient for the projector in every batch."""
+"""LLaVA on several ranks: FSDP2 sharding, and a gradient for the projector in every batch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch.distributed.fsdp import fully_shard
 
 
 def shard(model: Any, device: torch.device, world: int) -> None:
-    """Spread every block's weights over the ranks, and what is outside the blocks once more (FSDP2).
+    """Shard each block's weights over the ranks, and those outside the blocks as one more unit (FSDP2).
 
-    Ours rather than accelerate's, which shards on GPUs only and would copy on CPUs without a word.
+    Replaces accelerate's, which shards on GPUs only and silently replicates on CPUs.
     """
     mesh = init_device_mesh(device.type, (world,))
     model.to(device)
@@ -30,9 +30,9 @@ def shard(model: Any, device: torch.device, world: int) -> None:
 
 @contextmanager
 def projector_in_every_batch(model: Any) -> Iterator[None]:
-    """Inside, a batch without pictures gives the projector a gradient of zero instead of none.
+    """Give the projector a zero gradient instead of none in batches without images.
 
-    DDP waits for every weight's gradient; its search for unused ones walks the graph at every step.
+    DDP waits for every weight's gradient; its search for unused ones traverses the graph at every step.
     """
     projector: nn.Module = model.model.multi_modal_projector
 

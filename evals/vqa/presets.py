@@ -1,4 +1,4 @@
-"""The protocols by name, and what one of them comes to for a backbone."""
+"""The protocols by name, and their resolved values for a backbone and a data set."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ from .settings import PresetName, VqaSettings
 Size = tuple[int, int]  # (height, width) in pixels
 View = Literal["crop", "pad"]
 
-_SMALL = 224  # a backbone made for less is shown pictures of its own size
-_LEAST_BATCHES = 8  # an epoch
-_NEAR = 1 / 8  # of the wanted side: a fit further away than this is not "where the encoder allows it"
+_SMALL = 224  # a backbone with a smaller native size gets images of that size
+_LEAST_BATCHES = 8  # per epoch
+_NEAR = 1 / 8  # of the preset's side: a size that deviates more does not fit the encoder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
-    """A training of a protocol."""
+    """A training stage of a protocol."""
 
     template: Template
-    view: View  # the short side to the size and the middle cut out, or padded with the mean colour
+    view: View  # short side resized and centre cropped, or padded with the mean colour
     learns: tuple[str, ...]  # "projector", "language"
     lr: float
     batch: int
     epochs: float = 1.0
     weight_decay: float = 0.0
     warmup: float = 0.03  # of the steps; then a cosine to zero
-    lr_of_opened: float | None = None  # where the language model is not made in the run; else `lr` too
-    batch_of_opened: int | None = None  # likewise
+    lr_of_opened: float | None = None  # for a pretrained language model; default: `lr`
+    batch_of_opened: int | None = None  # for a pretrained language model; default: `batch`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preset:
-    """A protocol of the field."""
+    """A protocol: stages, sizes and their defaults."""
 
     pretrain: Stage
     instruct: Stage
-    sizes: tuple[int, ...]  # sides in pixels, the first that fits the encoder
+    sizes: tuple[int, ...]  # sides in pixels; the first that fits the encoder is used
     micro_batch: int
     new_tokens: int
     answer_batch: int
     longest: int = 2048  # tokens of a training sample
     layer_norm: bool = False
     language_model: str | None = None
-    words: Stage | None = None  # how the tiny language model learns to speak, before it sees anything
-    scenes: tuple[int, int] = (2000, 250)  # training pictures, questions a benchmark
-    least_steps: int = 1  # of a stage, through more epochs where there are few records
+    words: Stage | None = None  # text-only training of the tiny language model, before it sees images
+    scenes: tuple[int, int] = (2000, 250)  # training images, and images of the benchmarks
+    least_steps: int = 1  # of a stage; few records take more epochs
     blind: bool = False
     lora_lr: float = 2e-4  # LLaVA's, for LoRA instead of the whole language model
 
@@ -66,7 +66,7 @@ PRESETS: dict[PresetName, Preset] = {
         new_tokens=128,
         answer_batch=16,
     ),
-    # Minutes on two CPU cores: a language model of the world's own words, and several questions a picture.
+    # Minutes on two CPU cores: a language model of the world's words, and several questions per image.
     "scenes": Preset(
         words=Stage(
             template="plain", view="pad", learns=("language",), lr=3e-3, batch=32, epochs=2.0, warmup=0.1
@@ -85,7 +85,7 @@ PRESETS: dict[PresetName, Preset] = {
             view="pad",
             learns=("projector", "language"),
             lr=2e-3,
-            batch=16,  # many small steps: where attention finds the object is found late, then quickly
+            batch=16,  # many small steps: attention learns to find the object late, then quickly
             warmup=0.1,
             lr_of_opened=1e-4,
             batch_of_opened=4,
@@ -104,7 +104,7 @@ PRESETS: dict[PresetName, Preset] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StagePlan:
-    """A stage with the settings' changes, for one data set."""
+    """A stage resolved with the settings, for one data set."""
 
     template: Template
     view: View
@@ -118,21 +118,21 @@ class StagePlan:
     save_every: int
 
     def describe(self) -> dict[str, Any]:
-        """What the report says of it, and what decides the outcome; not how often it is written down."""
+        """Return the values that determine the outcome, as in the report: all but `save_every`."""
         return {name: value for name, value in asdict(self).items() if name != "save_every"}
 
 
 def choose(settings: VqaSettings) -> tuple[PresetName, Preset]:
-    """The preset that the settings name or imply."""
+    """Return name and preset that the settings name or imply."""
     name: PresetName = settings.preset or ("scenes" if settings.instruct_data is None else "paper")
     return name, PRESETS[name]
 
 
 def language_name(settings: VqaSettings, name: PresetName) -> str:
-    """The language model.
+    """Return the name of the language model.
 
     Raises:
-        ConfigError: the preset has none of its own, and none was named.
+        ConfigError: neither the preset nor the settings name one.
     """
     found = settings.language_model or PRESETS[name].language_model
     if found is None:
@@ -146,10 +146,10 @@ def language_name(settings: VqaSettings, name: PresetName) -> str:
 def plan_stage(
     stage: Stage, preset: Preset, settings: VqaSettings, count: int, *, opened: bool = True
 ) -> StagePlan:
-    """What a stage comes to for `count` records; few of them are still cut into eight batches.
+    """Resolve a stage for `count` records; few records still give eight batches per epoch.
 
     Args:
-        opened: whether the language model comes from elsewhere instead of being made in the run.
+        opened: whether the language model is pretrained rather than made in the run.
 
     Raises:
         ConfigError: a batch that the micro-batch does not divide.
@@ -180,18 +180,18 @@ def plan_stage(
 
 
 def choose_size(model: Backbone, settings: VqaSettings, preset: Preset) -> tuple[Size, tuple[str, ...]]:
-    """(height, width) that pictures are encoded at, and notes on what the backbone did not take."""
+    """Choose the (height, width) that images are encoded at; also return notes where it deviates."""
     own = model.native_size
     if settings.size is not None:
-        size = model.fit(settings.size, settings.size)
+        size = model.nearest_size(settings.size, settings.size)
         return size, _note(settings.size, size, model.name)
     if max(own) < _SMALL:
         return own, ()
     for side in preset.sizes:
-        size = model.fit(side, side)
+        size = model.nearest_size(side, side)
         if max(abs(length - side) for length in size) <= side * _NEAR:
             return size, _note(side, size, model.name)
-    size = model.fit(preset.sizes[-1], preset.sizes[-1])
+    size = model.nearest_size(preset.sizes[-1], preset.sizes[-1])
     return size, _note(preset.sizes[-1], size, model.name)
 
 

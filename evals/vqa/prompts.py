@@ -1,4 +1,4 @@
-"""How a question is put to the language model: LLaVA's two conversations, and the protocols' prompts."""
+"""Prompts of the language model: LLaVA's two conversation templates, and the benchmarks' prompts."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ LETTER_ANSWER = "Answer with the option's letter from the given choices directly
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Template:
-    """A kind of conversation: `{system} {user}: {question} {assistant}: {answer}{end}{user}: …`."""
+    """A conversation template: `{system} {user}: {question} {assistant}: {answer}{end}{user}: …`."""
 
     name: str
     system: str
     user: str
     assistant: str
-    separators: tuple[str, str]  # behind the system text and each question, and behind each answer
+    separators: tuple[str, str]  # after the system text and each question, and after each answer
 
 
 PLAIN = Template(name="plain", system="", user="", assistant="", separators=("", "\n"))
-"""Stage 1: the picture, its caption, a line's end."""
+"""Stage 1: the image, its caption, a newline."""
 
 VICUNA_V1 = Template(
     name="v1",
@@ -43,7 +43,7 @@ _TEMPLATES = {"plain": PLAIN, "v1": VICUNA_V1, "vicuna_v1": VICUNA_V1}
 
 
 def template(name: str) -> Template:
-    """The conversation called `plain`, or `v1` (also `vicuna_v1`).
+    """Return the template `plain`, or `v1` (also `vicuna_v1`).
 
     Raises:
         DataError: an unknown name.
@@ -57,22 +57,22 @@ def template(name: str) -> Template:
 
 
 def ask(conversation: Template, question: str, image: bool) -> str:
-    """The text up to where the model answers; with a picture, `<image>` marks its place.
+    """Format the prompt up to the model's answer; with an image, `<image>` marks its position.
 
     Args:
         conversation: the template.
-        question: the user's whole text; empty for `plain`, which asks nothing.
-        image: whether there is a picture: without one, the text is that of a blind baseline.
+        question: the user's whole text; empty for `plain`, which has no question.
+        image: whether the prompt has an image; without one, it is that of a blind baseline.
 
     Raises:
-        DataError: a question in a `plain` conversation, or one that holds the mark itself.
+        DataError: a question in a `plain` conversation, or one that contains `<image>` itself.
     """
     if IMAGE in question:
         raise DataError(f"a question holds the mark {IMAGE} itself: {question[:80]!r}; take it out")
     if not conversation.user:
         if question:
             raise DataError(
-                f"a plain conversation holds a picture and its caption, no question, and got "
+                f"a plain conversation holds an image and its caption, no question, and got "
                 f"{question[:80]!r}; use v1"
             )
         return IMAGE if image else ""
@@ -82,22 +82,22 @@ def ask(conversation: Template, question: str, image: bool) -> str:
 
 
 def short(question: str) -> str:
-    """The prompt of GQA and VQAv2."""
+    """Format the prompt of GQA and VQAv2."""
     return f"{question}\n{SHORT_ANSWER}"
 
 
 def short_with_ocr(question: str, tokens: Sequence[str] | None) -> str:
-    """The prompt of TextVQA: the question with a capital, then the OCR tokens where there is a list of them.
+    """Format the prompt of TextVQA: the question with a capital, then the OCR tokens (None: no such line).
 
-    The data set writes questions in small letters; LLaVA asks them with a capital, and keeps the line of the
-    tokens where there are none.
+    The data set has questions in lower case; LLaVA capitalises them, and writes the line of the tokens even
+    if the list is empty.
     """
     read = "" if tokens is None else f"\nReference OCR token: {', '.join(tokens)}"
     return short(f"{question[:1].upper()}{question[1:]}{read}")
 
 
 def choose(question: str, choices: Sequence[str], context: str) -> str:
-    """The prompt of ScienceQA: context (where there is one), question, lettered choices."""
+    """Format the prompt of ScienceQA: context (if not empty), question, lettered choices."""
     before = f"Context: {context}\n" if context else ""
     lettered = "\n".join(
         f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False)

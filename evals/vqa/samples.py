@@ -1,4 +1,4 @@
-"""Records as tokens: what is seen, what is learned, and how samples become a batch."""
+"""Records as samples of tokens and labels, and their collation into batches."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from torch.utils.data import Dataset
 from .conversations import Piece, Record, Template, pieces
 from .language import Language
 
-# Letters: B batch, S tokens of a sample, T tokens of a picture, D token width, h w input size.
+# Letters: B batch, S tokens of a sample, T tokens of an image, D token width, h w input size.
 
 IGNORED = -100
-"""The label of what is not learned."""
+"""The label of tokens without a loss."""
 
 
-class Shown(Protocol):
-    """What the model gets to see of each picture."""
+class VisionInputs(Protocol):
+    """The model's input for each image, by name."""
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """Number of tokens T of an image."""
 
     def __getitem__(self, name: str) -> Tensor:
-        """Tokens [T, D], or pixels [3, h, w] in [0, 1]."""
+        """Return tokens [T, D], or pixels [3, h, w] in [0, 1]."""
 
 
 class Sample(NamedTuple):
-    """One conversation as the model sees it."""
+    """One conversation as input of the model."""
 
     ids: Tensor  # [S] int64
-    labels: Tensor  # [S] int64, IGNORED where nothing is learned
-    picture: Tensor | None
+    labels: Tensor  # [S] int64, IGNORED for tokens without a loss
+    image: Tensor | None
 
 
 def tokenize(parts: Sequence[Piece], language: Language, num_tokens: int) -> tuple[list[int], list[int]]:
-    """Ids and labels of a text: it is tokenized as a whole, and a token is learned if its text is.
+    """Tokenize a text as a whole into ids and labels; a token is learned if its text is.
 
-    Every mark of a picture becomes `num_tokens` placeholders. A begin token is put first where the
-    tokenizer has one.
+    Every `<image>` becomes `num_tokens` placeholders. The tokenizer's begin token, if it has one, comes
+    first.
     """
     tokenizer: Any = language.tokenizer
     text = "".join(part.text for part in parts)
@@ -74,8 +74,8 @@ class Conversations(Dataset[Sample]):
     """Records as samples.
 
     Args:
-        shown: the pictures; None where no record has any.
-        longest: tokens of a sample; the rest of a longer one is cut off.
+        shown: the images; None if no record has any.
+        longest: maximum tokens of a sample; longer ones are truncated.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Conversations(Dataset[Sample]):
         records: Sequence[Record],
         template: Template,
         language: Language,
-        shown: Shown | None,
+        shown: VisionInputs | None,
         longest: int,
     ) -> None:
         self._records, self._template, self._language = records, template, language
@@ -97,14 +97,14 @@ class Conversations(Dataset[Sample]):
         record = self._records[place]
         parts = pieces(record, self._template, self._language.end)
         ids, labels = tokenize(parts, self._language, self._num_tokens)
-        picture = None
+        image = None
         if record.image is not None:
             assert self._shown is not None
-            picture = self._shown[record.image]
-        return Sample(torch.tensor(ids[: self._longest]), torch.tensor(labels[: self._longest]), picture)
+            image = self._shown[record.image]
+        return Sample(torch.tensor(ids[: self._longest]), torch.tensor(labels[: self._longest]), image)
 
     def lengths(self) -> list[int]:
-        """About how long each sample is: its words, and the tokens of its picture."""
+        """Estimate the length of each sample: its words, and the tokens of its image."""
         return [
             sum(len(text.split()) for turn in record.turns for text in turn)
             + (self._num_tokens if record.image is not None else 0)
@@ -112,36 +112,36 @@ class Conversations(Dataset[Sample]):
         ]
 
     def modalities(self) -> list[bool]:
-        """Whether each sample has a picture."""
+        """Return for each sample whether it has an image."""
         return [record.image is not None for record in self._records]
 
 
 @final
 class Batch:
-    """Puts samples together, the shorter ones filled up on one side."""
+    """Collates samples into a batch, padded on the right."""
 
     def __init__(self, pad_token: int) -> None:
         self._pad_token = pad_token
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask` and `labels` [B, S]; `pixel_values` where there are pictures."""
+        """Collate into `input_ids`, `attention_mask`, `labels` [B, S]; `pixel_values` if there are images."""
         batch = {
             **pad_right([sample.ids for sample in samples], self._pad_token),
             "labels": _stack([sample.labels for sample in samples], IGNORED, left=False),
         }
-        pictures = [sample.picture for sample in samples if sample.picture is not None]
-        if pictures:
-            batch["pixel_values"] = torch.stack(pictures).float()
+        images = [sample.image for sample in samples if sample.image is not None]
+        if images:
+            batch["pixel_values"] = torch.stack(images).float()
         return batch
 
 
 def pad_right(ids: Sequence[Tensor], pad_token: int) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask` [B, S], for training."""
+    """Pad on the right, for training: `input_ids` and `attention_mask` [B, S]."""
     return _padded(ids, pad_token, left=False)
 
 
 def pad_left(ids: Sequence[Tensor], pad_token: int) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask` [B, S], for generation: every prompt ends in the last column."""
+    """Pad on the left, for generation: `input_ids` and `attention_mask` [B, S] end in the last column."""
     return _padded(ids, pad_token, left=True)
 
 
@@ -163,15 +163,15 @@ def _stack(rows: Sequence[Tensor], fill: int, *, left: bool) -> Tensor:
 
 
 @final
-class Swapped:
-    """Pictures under the names of other pictures: the control of a training that should need them."""
+class ShuffledImages:
+    """Images under the names of other images: the control of whether training uses the images."""
 
-    def __init__(self, shown: Shown, swaps: Mapping[str, str]) -> None:
+    def __init__(self, shown: VisionInputs, swaps: Mapping[str, str]) -> None:
         self._shown, self._swaps = shown, swaps
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """Number of tokens T of an image."""
         return self._shown.num_tokens
 
     def __getitem__(self, name: str) -> Tensor:

@@ -1,9 +1,9 @@
-"""The generated world as LLaVA's training data: captions, and conversations that look before they answer.
+"""The generated world as LLaVA's training data: captions, and conversations that need the image.
 
-The turns of one conversation never give an answer away: a question that names the main object (where it
-is) comes after the one that asks for its colour or shape, and no two of those stand together. Some
-conversations are without their picture, so that the language model learns what can be guessed: a blind
-baseline that had never met such questions would be below chance.
+The turns of one conversation never reveal an answer: a question that names the main object (about its
+position) comes after the one about its colour or shape, and those two are never in one conversation. Some
+conversations are without their image, so that the language model learns what can be guessed: a blind
+baseline that had never seen such questions would be below chance.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 _HINTS = ("", "", "Look at the big object.")
 _NUM_CHOICES = 4
 _BLIND_EVERY = 10
-_STREAM = 71  # of the choices' draws
-PRETRAIN, INSTRUCT, IMAGES, _CARD = "pretrain.json", "instruct.json", "images", "card.json"
+_STREAM = 71  # random stream of the choices
+PRETRAIN, INSTRUCT, IMAGES, _METADATA = "pretrain.json", "instruct.json", "images", "metadata.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mix:
-    """What decides the files."""
+    """The parameters that determine the files."""
 
     count: int
     seed: int = 0
@@ -47,8 +47,8 @@ class Mix:
 
 
 def write_mix(root: Path, mix: Mix, damage: Damage | None = None) -> None:
-    """Write pictures and both stages' JSON into a folder, once; a damaged one is written again."""
-    make_world(root, _CARD, asdict(mix), partial(_fill, mix=mix), damage)
+    """Write images and both stages' JSON into a folder, unless it exists; a damaged one is written again."""
+    make_world(root, _METADATA, asdict(mix), partial(_fill, mix=mix), damage)
 
 
 def _fill(root: Path, mix: Mix) -> None:
@@ -57,7 +57,7 @@ def _fill(root: Path, mix: Mix) -> None:
         scene = render(index, split="train", seed=mix.seed, size=mix.size)
         name = f"{index:08d}.png"
         _save(scene, root / IMAGES / name)
-        # The name alone: most words of longer captions are the template's, and would be learned first.
+        # Only the name: most words of longer captions belong to the template, and would be learned first.
         captions.append(_row(f"{index}", name, [("", f"a {CLASSES[scene.label]}")]))
         talks = conversations_about(scene, index, mix.seed)
         for number, turns in enumerate(talks):
@@ -68,10 +68,10 @@ def _fill(root: Path, mix: Mix) -> None:
 
 
 def conversations_about(scene: Scene, index: int, seed: int) -> list[list[tuple[str, str]]]:
-    """Conversations on one scene, as (question, answer) turns."""
+    """Build the conversations about one scene, as (question, answer) turns."""
     generator = np.random.default_rng([_STREAM, seed, index])
     asked = {question.kind: question for question in questions(scene, index, split="train", seed=seed)}
-    # another seed asks other things of the same scene
+    # another seed gives other questions about the same scene
     again = {question.kind: question for question in questions(scene, index, split="train", seed=seed + 1)}
     talks = [
         (asked["colour"], asked.get("position")),

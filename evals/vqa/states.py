@@ -1,4 +1,4 @@
-"""A stage's training on disk: what learns and nothing else, written whole, read without unpickling."""
+"""Training states on disk: only the trainable weights, written atomically, read without unpickling."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _FORMAT = "am-radio-vqa-stage/1"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageState:
-    """Where a stage is; step 0 is one that has not begun."""
+    """The training state of a stage; step 0 has not started."""
 
     step: int = 0
-    weights: dict[str, Tensor] = field(default_factory=dict)  # those that learn
+    weights: dict[str, Tensor] = field(default_factory=dict)  # the trainable ones
     optimizer: dict[str, Any] = field(default_factory=dict)  # empty once the stage is done
     losses: tuple[float, ...] = ()  # of every step
 
@@ -30,7 +30,7 @@ def write_state(path: Path, key: str, state: StageState) -> None:
 
 
 def read_state(path: Path, key: str, group: Group | None = None) -> StageState:
-    """The state in a file, or a fresh one where there is no file; the same on every rank.
+    """Read a state from a file, or return a new one without a file; the same on every rank.
 
     Raises:
         CheckpointError: not a state, a damaged one, or one of a run with other settings, data or weights.

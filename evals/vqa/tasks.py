@@ -1,4 +1,4 @@
-"""The benchmarks behind one door: questions in, scores out. Neither a model nor torch is needed."""
+"""One interface to all benchmarks: questions in, scores out. Needs neither a model nor torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = [
 
 Task = Literal["gqa", "vqav2", "textvqa", "scienceqa", "custom"]
 TASKS: tuple[Task, ...] = ("gqa", "vqav2", "textvqa", "scienceqa")
-"""The published benchmarks; `custom` are questions of one's own."""
+"""The published benchmarks; `custom` are the user's own questions."""
 
 _NEEDLESS: dict[Task, tuple[str, ...]] = {
     "gqa": ("annotations", "splits", "ocr", "ocr_file"),
@@ -44,17 +44,17 @@ _NEEDLESS: dict[Task, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskData:
-    """One benchmark's split: its questions, and what their answers are worth."""
+    """One benchmark's split: its questions, and how their answers are scored."""
 
     task: Task
     exam: Exam
     images: Path | None  # the folder below which each question's image is
-    fingerprint: str  # of what the files hold
-    num_questions: int  # of the split; fewer are asked where there is a limit
+    fingerprint: str  # of the files' contents
+    num_questions: int  # of the split; with a limit, `questions` has fewer
 
     @property
     def split(self) -> str:
-        """`val`, `testdev`, `test-dev`, …"""
+        """Name of the split: `val`, `testdev`, `test-dev`, …"""
         return self.exam.split
 
     @property
@@ -64,7 +64,7 @@ class TaskData:
 
     @property
     def expected(self) -> tuple[str, ...]:
-        """The right answer of each question, or that of most people; nothing where they are not public."""
+        """The right or most common answer of each question; empty if they are not public."""
         return self.exam.expected
 
     @property
@@ -73,9 +73,9 @@ class TaskData:
         return bool(self.exam.marks)
 
     def score(self, answers: Mapping[str, str], allow_missing: bool = False) -> Scores:
-        """What each answer is worth, by question id.
+        """Score the answers, given by question id.
 
-        ScienceQA counts a missing answer as wrong, by its protocol; elsewhere only with `allow_missing`.
+        ScienceQA's protocol counts a missing answer as wrong; other benchmarks only with `allow_missing`.
 
         Raises:
             DataError: answers that are not public, answers to other questions, or questions without one.
@@ -104,7 +104,7 @@ class TaskData:
                 mark(answers[question.id]) if question.id in answers else 0.0
                 for question, mark in zip(self.questions, self.exam.marks, strict=True)
             ),
-            pictures=tuple(question.image or f"question {question.id}" for question in self.questions),
+            images=tuple(question.image or f"question {question.id}" for question in self.questions),
             groups=self.exam.groups,
             missing=missing,
         )
@@ -113,17 +113,17 @@ class TaskData:
         """Write EvalAI's file of VQAv2; see `scoring.vqav2.write_submission`.
 
         Raises:
-            DataError: another benchmark, or not exactly the answers to all questions; nothing is written.
+            DataError: not VQAv2, or not exactly the answers to all questions; nothing is written.
         """
         self._check_submission()
         vqav2.write_submission(self.questions, answers, path, normalise=normalise)
 
     def check(self) -> None:
-        """Find whatever would stop a model's answers at the end, before it is trained for hours.
+        """Check before hours of training that a model's answers can be scored at the end.
 
         Raises:
-            DataError: images that are not there, questions that hold the image's mark, or neither right
-                answers nor a submission that could be written.
+            DataError: absent images, questions that contain `<image>`, or neither right answers nor a
+                submission that could be written.
         """
         self.check_images()
         marked = [question.id for question in self.questions if IMAGE in question.prompt]
@@ -148,21 +148,21 @@ class TaskData:
             )
 
     def check_images(self) -> Path:
-        """The folder or tar file of the pictures, once every question's picture was found in it.
+        """Check that every question's image exists; return the folder or tar file of the images.
 
         Raises:
-            DataError: no folder given, or pictures that are not there.
+            DataError: no folder given, or absent images.
         """
-        from .pictures import Pictures  # torch comes with it
+        from .images import Images  # imports torch
 
         if self.images is None:
-            raise DataError(f"{self.task}: no folder of pictures was given; a model needs to see them")
+            raise DataError(f"{self.task}: no folder of images was given; a model needs to see them")
         names = dict.fromkeys(question.image for question in self.questions if question.image)
-        there = Pictures(self.images)
+        there = Images(self.images)
         absent = [name for name in names if name not in there]
         if absent:
             raise DataError(
-                f"{self.images}: {len(absent)} of the {len(names)} pictures of {self.task} {self.split} are "
+                f"{self.images}: {len(absent)} of the {len(names)} images of {self.task} {self.split} are "
                 f"not there, the first is {absent[0]}"
             )
         return self.images
@@ -171,16 +171,16 @@ class TaskData:
 def open_task(
     task: Task, files: TaskFiles, *, rule: Rule | None = None, limit: int | None = None
 ) -> TaskData:
-    """A benchmark from its local files.
+    """Open a benchmark from its local files.
 
     Args:
         task: which benchmark the files are.
         files: see `TaskFiles`.
-        rule: how VQAv2 (`official` unless given) and TextVQA (`m4c`) compare answers.
-        limit: ask so many questions, evenly spread over the file.
+        rule: how VQAv2 (default: `official`) and TextVQA (default: `m4c`) compare answers.
+        limit: use this many questions, evenly spread over the file.
 
     Raises:
-        DataError: an unknown benchmark, a file that is absent, another benchmark's, or not read by this one.
+        DataError: an unknown benchmark; a file that is absent, another benchmark's, or not read by this one.
     """
     known = get_args(Task)
     if task not in known:

@@ -1,4 +1,4 @@
-"""Fewer tokens of an image: a grid of the same aspect, each token the mean of those that it stands for."""
+"""Reduction of an image's tokens: averaging over a coarser grid of the same aspect ratio."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Grid = tuple[int, int]
 
 
 def choose_grid(grid: Grid, most: int | None) -> Grid:
-    """Choose the largest grid of about the same aspect with `most` tokens or fewer; `grid` where it has."""
+    """Choose the largest grid of about the same aspect ratio and at most `most` tokens; `grid` if it fits."""
     height, width = grid
     if most is None or height * width <= most:
         return grid

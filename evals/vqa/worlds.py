@@ -1,4 +1,4 @@
-"""Folders of generated files in the cache: made whole and once, and made again where they were damaged."""
+"""Folders of generated files in the cache: written atomically and once, and again if damaged."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from radio.errors import DataError
 from radio.io import make_folder, read_json, write_text
 
 if TYPE_CHECKING:
-    from evals.core.chunks import Damage  # torch comes with it
+    from evals.core.chunks import Damage  # imports torch
 
-_CARD = TypeAdapter(dict[str, Any])
-_DIGEST = "digest"  # its key in a card: over all other files
+_METADATA = TypeAdapter(dict[str, Any])
+_DIGEST = "digest"  # key in the metadata: hash of all other files
 
 
 def make_world(
-    root: Path, card: str, wanted: Mapping[str, Any], fill: Callable[[Path], None], damage: Damage | None
+    root: Path, metadata: str, wanted: Mapping[str, Any], fill: Callable[[Path], None], damage: Damage | None
 ) -> None:
-    """Make a folder of generated files, unless it is there; a damaged one is thrown away first.
+    """Write a folder of generated files, unless it exists; a damaged one is deleted first.
 
     Args:
         root: the folder; it appears when it is complete.
-        card: the name of the file in it that says what it holds.
-        wanted: what it holds, as the card says it.
-        fill: writes the files, all but the card.
-        damage: learns of a damaged folder.
+        metadata: file name of the metadata in it.
+        wanted: contents of the metadata, without the digest.
+        fill: writes all files but the metadata.
+        damage: collects a damaged folder's error.
 
     Raises:
         DataError: a folder that holds something else.
@@ -40,22 +40,24 @@ def make_world(
 
     def fill_and_sign(folder: Path) -> None:
         fill(folder)
-        write_text(folder / card, json.dumps({**wanted, _DIGEST: _digest(folder, card)}) + "\n")
+        write_text(folder / metadata, json.dumps({**wanted, _DIGEST: _digest(folder, metadata)}) + "\n")
 
-    if _is_there(root, card, wanted, damage):
+    if _is_there(root, metadata, wanted, damage):
         return
     make_folder(root, fill_and_sign)
 
 
-def _is_there(root: Path, card: str, wanted: Mapping[str, Any], damage: Damage | None) -> bool:
+def _is_there(root: Path, metadata: str, wanted: Mapping[str, Any], damage: Damage | None) -> bool:
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
-    if not (root / card).exists():
-        raise DataError(f"{root}: holds something else than what is asked for, and no {card}; move it away")
+    if not (root / metadata).exists():
+        raise DataError(
+            f"{root}: holds something else than what is asked for, and no {metadata}; move it away"
+        )
     try:
-        found = read_json(root / card, _CARD)
+        found = read_json(root / metadata, _METADATA)
         digest = found.pop(_DIGEST, None)
-        if found == wanted and digest != _digest(root, card):
+        if found == wanted and digest != _digest(root, metadata):
             raise DataError(f"{root}: its files are not those that were written there")
     except DataError as error:
         _throw_away(root)
@@ -72,9 +74,9 @@ def _is_there(root: Path, card: str, wanted: Mapping[str, Any], damage: Damage |
     return True
 
 
-def _digest(root: Path, card: str) -> str:
+def _digest(root: Path, metadata: str) -> str:
     sha = hashlib.sha256()
-    for path in sorted(path for path in root.rglob("*") if path != root / card and path.is_file()):
+    for path in sorted(path for path in root.rglob("*") if path != root / metadata and path.is_file()):
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         sha.update(f"{path.relative_to(root).as_posix()} {content}\n".encode(errors="surrogateescape"))
@@ -83,5 +85,5 @@ def _digest(root: Path, card: str) -> str:
 
 def _throw_away(root: Path) -> None:
     doomed = root.with_name(f".{root.name}.damaged-{secrets.token_hex(4)}")
-    root.rename(doomed)  # at once: another run may look meanwhile
+    root.rename(doomed)  # rename first: another run may look in the meantime
     shutil.rmtree(doomed, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Pictures with captions: COCO's captions JSON and a folder, or the generated world."""
+"""Images with captions: COCO's captions JSON and a folder, or the generated world."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from radio.io import MAX_DATA_BYTES, parse_json, read_text, validate
 from radio.scenes import captions as scene_captions
 from radio.scenes import render
 
-# Letters: N pictures, M captions.
+# Letters: N images, M captions.
 
 _Id = int | str
 
 
 class _Image(TypedDict):
-    """A picture of a captions file; it may say more."""
+    """An image of a captions file; further fields are ignored."""
 
     id: _Id
     file_name: Annotated[str, Field(min_length=1)]
@@ -39,7 +39,7 @@ class _Annotation(TypedDict):
 
 
 class _File(TypedDict):
-    """What is read of a captions file."""
+    """The fields of a captions file that are read."""
 
     images: list[_Image]
     annotations: list[_Annotation]
@@ -49,25 +49,25 @@ _FILE = TypeAdapter(_File)
 
 
 class Captioned(NamedTuple):
-    """Pictures and what is said of them."""
+    """Images and their captions."""
 
     source: ImageSource
     texts: tuple[str, ...]
-    owners: Tensor  # [M] int64, the picture of each caption, ascending
+    owners: Tensor  # [M] int64, the image of each caption, ascending
 
 
 def open_captions(
     file: str, images: Path | None, *, limit: int | None, scenes: int, seed: int, memo: Path | None
 ) -> Captioned:
-    """The captioned pictures of a COCO captions JSON, or of the generated world (`scenes`).
+    """Open the captioned images of a COCO captions JSON, or of the generated world (`scenes`).
 
-    Pictures without captions are left out.
+    Images without captions are omitted.
 
     Raises:
-        DataError: no such file, not such a file, or pictures that are not in the folder.
+        DataError: an absent or invalid file, or images that are not in the folder.
     """
     if limit is not None and limit < 1:
-        raise DataError(f"a limit of {limit} leaves no pictures; give 1 or more, or leave it out")
+        raise DataError(f"a limit of {limit} leaves no images; give 1 or more, or leave it out")
     if file == "scenes":
         count = min(scenes, limit or scenes)
         source = SceneImages("val", count=count, seed=seed)
@@ -87,7 +87,7 @@ def _joined(source: ImageSource, said: Sequence[Sequence[str]]) -> Captioned:
 
 
 def _read(path: Path) -> tuple[list[str], list[list[str]]]:
-    """File names, and the captions of each, in the order of the file."""
+    """Read the file names, and the captions of each, in the order of the file."""
     if not path.exists():
         raise DataError(f"{shown(path)}: no such captions file")
     data = validate(
@@ -110,12 +110,12 @@ def _read(path: Path) -> tuple[list[str], list[list[str]]]:
         said[number].append(text)
     kept = [number for number in names if said[number]]
     if not kept:
-        raise DataError(f"{shown(path)}: no picture in it has a caption")
+        raise DataError(f"{shown(path)}: no image in it has a caption")
     return [names[number] for number in kept], [said[number] for number in kept]
 
 
 def _names(images: list[_Image], path: Path) -> dict[int | str, str]:
-    """The file name of each picture by its id; both are there once."""
+    """Map the id of each image to its file name; both have to be unique."""
     names: dict[int | str, str] = {}
     files: set[str] = set()
     for place, image in enumerate(images):
@@ -133,7 +133,7 @@ def _listing(file: Path, images: Path, names: list[str]) -> Listing:
     absent = [name for name, path in zip(names, paths, strict=True) if path is None]
     if absent:
         raise DataError(
-            f"{images}: {len(absent)} of the {len(names)} pictures of {file.name} are not there, "
+            f"{images}: {len(absent)} of the {len(names)} images of {file.name} are not there, "
             f"the first is {shown(absent[0][:200])}"
         )
     found = [(name, path) for name, path in zip(names, paths, strict=True) if path is not None]
@@ -142,11 +142,11 @@ def _listing(file: Path, images: Path, names: list[str]) -> Listing:
 
 
 def _find(images: Path, name: str) -> Path | None:
-    """The picture of that name, however its accents are written."""
+    """Find the image with that name, in any Unicode form of its accents; None if it does not exist."""
     for form in (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)):
         try:
             if (images / form).is_file():
                 return images / form
-        except (OSError, ValueError):  # no name that a file could have
+        except (OSError, ValueError):  # an invalid file name
             continue
     return None

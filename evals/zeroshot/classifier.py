@@ -1,4 +1,4 @@
-"""Texts to unit vectors; a class is the mean of its filled templates. Kept under a hash of what counts."""
+"""Unit vectors of texts and of classes (the mean over their filled templates), cached on disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from evals.core.chunks import Damage, TensorSpec, check_all_there, find_missing, read_tensors, write_tensors
 from evals.core.dist import Group
-from evals.core.evaluator import Advance, Watch, silent
+from evals.core.evaluator import Advance, ProgressFactory, no_progress
 from evals.core.features import to_unit
 from radio.errors import RadioError, require
 from radio.types import TextTower
@@ -28,20 +28,21 @@ _TEXTS_AT_ONCE = 512
 
 
 def _ignore(steps: int) -> None:
-    """Nothing to show."""
+    """Do nothing."""
 
 
 def class_vectors(
     tower: TextTower, names: Sequence[str], templates: Sequence[str], advance: Advance = _ignore
 ) -> Tensor:
-    """[E, K] float32, one unit column a class: every template encoded and normalised, mean, normalised again.
+    """Compute the class vectors [E, K] float32, one unit column per class.
 
-    Built by open_clip's `build_zero_shot_classifier`, whatever the tower. The number of classes that go
-    through the tower together does not change it (beyond the rounding of float32).
+    Each column is the normalised mean of the normalised vectors of the filled templates, as computed by
+    open_clip's `build_zero_shot_classifier` for any tower. The number of classes per batch does not change
+    it (beyond the rounding of float32).
 
     Raises:
         MissingExtraError: open_clip is not installed.
-        RadioError: a name that the tower cannot read.
+        RadioError: a name that the tower cannot encode.
     """
     made: Tensor = require("open_clip", extra="zeroshot").build_zero_shot_classifier(
         _Encoder(tower, advance),
@@ -56,19 +57,19 @@ def class_vectors(
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextCache:
-    """Where vectors of texts are kept, and how those that are not there are made."""
+    """Cache of the vectors of texts, and how missing ones are computed."""
 
     folder: Path
     device: torch.device = field(default_factory=partial(torch.device, "cpu"))
     group: Group = field(default_factory=Group)
-    watch: Watch = silent
+    watch: ProgressFactory = no_progress
     damage: Damage = field(default_factory=Damage)
 
 
 def classifier(
     tower: TextTower, names: Sequence[str], templates: Sequence[str], *, cache: TextCache
 ) -> Tensor:
-    """`class_vectors`, from the cache if they are there; one rank makes them. Raises as they do."""
+    """Return `class_vectors` from the cache, or compute them on one rank; raises the same errors."""
     key = _key("classifier", tower, names, templates)
     bar = partial(cache.watch, "class vectors", len(names) * len(templates))
     build = partial(class_vectors, tower, names, templates)
@@ -76,7 +77,7 @@ def classifier(
 
 
 def text_vectors(tower: TextTower, texts: Sequence[str], *, cache: TextCache) -> Tensor:
-    """[N, E] float32 unit vectors of sentences, from the cache if they are there; one rank makes them."""
+    """Return unit vectors of sentences, [N, E] float32, from the cache, or compute them on one rank."""
 
     def build(advance: Advance) -> Tensor:
         encode = _Encoder(tower, advance).encode_text
@@ -89,22 +90,22 @@ def text_vectors(tower: TextTower, texts: Sequence[str], *, cache: TextCache) ->
 
 @final
 class _Texts(list[str]):
-    """What open_clip takes for token ids: the texts themselves, which a tower tokenizes by itself."""
+    """The texts in place of open_clip's token ids, since a tower tokenizes them itself."""
 
     def to(self, device: Any) -> _Texts:
-        """The same texts: a tower knows its own device."""
+        """Return the same texts, since a tower handles its own device."""
         return self
 
 
 @final
 class _Encoder:
-    """What open_clip takes for its model."""
+    """Adapter of a text tower to the interface of an open_clip model."""
 
     def __init__(self, tower: TextTower, advance: Advance) -> None:
         self._tower, self._advance = tower, advance
 
     def encode_text(self, texts: Sequence[str], normalize: bool) -> Tensor:
-        """[N, E] float32 on the CPU."""
+        """Encode texts to [N, E] float32 on the CPU."""
         vectors = self._tower.encode(texts).float().cpu()
         self._advance(len(texts))
         return to_unit(vectors) if normalize else vectors
@@ -126,10 +127,10 @@ def _kept(
     bar: Callable[[], Any],
     shape: tuple[int | None, int | None],
 ) -> Tensor:
-    """The vectors in the cache; the leader makes them where they are not there or damaged.
+    """Load the vectors from the cache; the leader computes them first if they are absent or damaged.
 
     Raises:
-        RadioError: the text tower gives values that are not finite.
+        RadioError: the text tower returns values that are not finite.
     """
     path = cache.folder / "texts" / f"{key}.safetensors"
     specs = {"vectors": TensorSpec(torch.float32, shape)}
@@ -152,7 +153,7 @@ def _kept(
 
 @contextmanager
 def _on_device(tower: TextTower, device: torch.device) -> Iterator[None]:
-    """The tower on the device, and back on the CPU afterwards, where pictures' vectors are projected."""
+    """Move the tower to the device, and back to the CPU afterwards, where image vectors are projected."""
     if not isinstance(tower, nn.Module):
         yield
         return

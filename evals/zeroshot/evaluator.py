@@ -1,4 +1,4 @@
-"""Zero-shot: pictures against the words of a CLIP teacher's text tower, without training anything."""
+"""Zero-shot scoring of images against texts through a CLIP teacher's text tower, without training."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from evals.core.accuracy import class_table, confusion_table, mean_class, top_ac
 from evals.core.chunks import Damage
 from evals.core.data import ImageSource, open_source
 from evals.core.dist import Group, current
-from evals.core.evaluator import Watch, card_of, domain_notes, machine_settings, silent
+from evals.core.evaluator import ProgressFactory, domain_notes, machine_settings, metadata_of, no_progress
 from evals.core.features import Bank, Extraction, Stored, check_finite, default_cache, extract
-from evals.core.plan import carry, plan, resolved
+from evals.core.plan import make_extraction, resolved, to_teacher_space
 from evals.core.provenance import commit, describe_device, peak_memory, versions
 from evals.core.report import DataUsed, Metric, Report, Table, file_name, proportion, write
 from radio.config import to_plain
@@ -29,11 +29,11 @@ from radio.types import Backbone
 from .captions import Captioned, open_captions
 from .classifier import TextCache, classifier, text_vectors
 from .names import Named, name_classes, read_templates
-from .ranking import Ranking, picture_to_text, rank_classes, text_to_picture
+from .ranking import Ranking, image_to_text, rank_classes, text_to_image
 from .settings import ZeroshotSettings
-from .towers import Side, text_side
+from .towers import TextHead, find_text_tower
 
-# Letters: N pictures, C summary width, E text width, K classes.
+# Letters: N images, C summary width, E text width, K classes.
 
 _RECALLS = (1, 5, 10)
 
@@ -41,20 +41,20 @@ _RECALLS = (1, 5, 10)
 @final
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What both kinds of scoring need."""
+    """Inputs of both kinds of scoring."""
 
     model: Backbone
     settings: ZeroshotSettings
-    side: Side
+    side: TextHead
     how: Extraction
     cache: Path
     group: Group
-    watch: Watch
+    watch: ProgressFactory
     damage: Damage
 
     @property
     def texts(self) -> TextCache:
-        """Where vectors of texts are kept."""
+        """Cache of the vectors of texts."""
         return TextCache(
             folder=self.cache,
             device=self.how.device,
@@ -63,8 +63,8 @@ class _Job:
             damage=self.damage,
         )
 
-    def pictures(self, source: ImageSource) -> tuple[Stored, Bank]:
-        """The features of a source on disk, and all of them in the space of the texts."""
+    def images(self, source: ImageSource) -> tuple[Stored, Bank]:
+        """Extract the features of a source; return them as stored, and projected into the texts' space."""
         stored = extract(
             self.model,
             source,
@@ -75,7 +75,7 @@ class _Job:
             damage=self.damage,
         )
         features, indices = stored.load()
-        projected = self.side.tower.project(carry(self.model, self.side.head, features))
+        projected = self.side.tower.project(to_teacher_space(self.model, self.side.head, features))
         check_finite(projected, f"{self.model.name} in the space of {self.side.teacher}'s texts")
         return stored, Bank(projected, indices)
 
@@ -83,29 +83,29 @@ class _Job:
 @final
 @dataclass(frozen=True, slots=True)
 class _Scored:
-    """What a kind of scoring adds to the report."""
+    """The part of the report that depends on the kind of scoring."""
 
-    headline: str
+    primary_metric: str
     metrics: dict[str, Metric]
     tables: dict[str, Table]
     data: tuple[DataUsed, ...]
     source: ImageSource
-    found: dict[str, object]  # resolved settings of its own
+    found: dict[str, object]  # further resolved settings
     records: Iterable[str]
     notes: tuple[str, ...] = ()
 
 
 @final
 class ZeroshotEvaluator:
-    """Scores any backbone whose summary lies, or can be carried, into the space of a text tower."""
+    """Scores any backbone whose summary lies in, or can be mapped to, the space of a text tower."""
 
     name = "zeroshot"
     settings = ZeroshotSettings
 
-    def lacks(self, model: Backbone) -> str:
-        """What it lacks, in words, where there is no text tower to read it with."""
+    def missing_requirements(self, model: Backbone) -> str:
+        """Explain why the model has no text tower; empty if it has one."""
         try:
-            text_side(model)
+            find_text_tower(model)
         except ConfigError as error:
             return str(error)
         return ""
@@ -117,25 +117,25 @@ class ZeroshotEvaluator:
         out: Path,
         *,
         name: str | None = None,
-        watch: Watch = silent,
+        watch: ProgressFactory = no_progress,
         group: Group | None = None,
     ) -> Report:
-        """Score `model`; writes `zeroshot-NAME.json` and `zeroshot-NAME.jsonl` (a line a picture) into `out`.
+        """Score `model` and write `zeroshot-NAME.json` and `zeroshot-NAME.jsonl` into `out`.
 
-        Retrieval adds `-retrieval` to the name. Every rank of a torchrun job calls this and gets the same
-        report; rank 0 writes.
+        The second has a line per image, and in retrieval a line per caption, too. Retrieval adds `-retrieval`
+        to the name. Every rank of a torchrun job calls this and gets the same report; rank 0 writes.
 
         Raises:
             ConfigError: the model has no text tower, or an unknown device.
-            CheckpointError: the text tower's weights are not where the checkpoint says.
+            CheckpointError: the text tower's weights are not at the path in the checkpoint.
             DataError: data that are absent, damaged, or whose classes have no names.
-            RadioError: a name or caption that the text tower cannot read.
+            RadioError: a name or caption that the text tower cannot encode.
             MissingExtraError: open_clip is not installed.
         """
-        require("open_clip", extra="zeroshot")  # its absence shows before the long part
+        require("open_clip", extra="zeroshot")  # raises here rather than after the extraction
         started = time.monotonic()
-        side = text_side(model, settings.text)
-        how, notes = plan(model, settings, side.head)
+        side = find_text_tower(model, settings.text)
+        how, notes = make_extraction(model, settings, side.head)
         job = _Job(
             model=model,
             settings=settings,
@@ -153,7 +153,7 @@ class ZeroshotEvaluator:
             task=self.name,
             model=label,
             fingerprint=model.fingerprint,
-            headline=scored.headline,
+            primary_metric=scored.primary_metric,
             metrics=scored.metrics,
             settings={
                 **to_plain(settings),
@@ -171,7 +171,7 @@ class ZeroshotEvaluator:
             machine_settings=machine_settings(settings),
             versions=versions(),
             git=commit(),
-            card=card_of(model),
+            metadata=metadata_of(model),
             peak_memory=peak_memory(how.device),
             notes=(
                 *notes,
@@ -201,12 +201,12 @@ def _classification(job: _Job) -> _Scored:
     named = name_classes(source, settings.class_names)
     templates = read_templates(settings.templates, scenes=source.name.startswith("scenes:"))
     columns = classifier(job.side.tower, named.names, templates, cache=job.texts)
-    stored, pictures = job.pictures(source)
-    ranking = rank_classes(pictures.features, columns)
-    labels = torch.from_numpy(named.labels)[pictures.indices]
+    stored, images = job.images(source)
+    ranking = rank_classes(images.features, columns)
+    labels = torch.from_numpy(named.labels)[images.indices]
     metrics = top_accuracies(ranking.classes, labels, len(named.names))
     return _Scored(
-        headline="top1",
+        primary_metric="top1",
         metrics={**metrics, "mean_class": mean_class(ranking.classes, labels)},
         tables={
             "classes": class_table(ranking.classes, labels, named.names),
@@ -216,7 +216,7 @@ def _classification(job: _Job) -> _Scored:
         source=source,
         found={"templates": len(templates), "chance": 100 / len(named.names)},
         notes=named.notes,
-        records=_class_records(source, pictures.indices, named, ranking, labels),
+        records=_class_records(source, images.indices, named, ranking, labels),
     )
 
 
@@ -232,26 +232,26 @@ def _retrieval(job: _Job) -> _Scored:
         memo=job.cache / "fingerprints",
     )
     texts = text_vectors(job.side.tower, captioned.texts, cache=job.texts)
-    stored, pictures = job.pictures(captioned.source)
-    kept, owners = _readable(captioned, pictures.indices)
-    to_text = picture_to_text(pictures.features, texts[kept], owners)
-    to_picture = text_to_picture(pictures.features, texts[kept], owners)
+    stored, images = job.images(captioned.source)
+    kept, owners = _readable(captioned, images.indices)
+    to_text = image_to_text(images.features, texts[kept], owners)
+    to_image = text_to_image(images.features, texts[kept], owners)
     metrics = {f"image_to_text_r{k}": _recall(to_text, k) for k in _RECALLS}
-    metrics |= {f"text_to_image_r{k}": _recall(to_picture, k) for k in _RECALLS}
+    metrics |= {f"text_to_image_r{k}": _recall(to_image, k) for k in _RECALLS}
     said = [captioned.texts[place] for place in kept.tolist()]
     return _Scored(
-        headline="image_to_text_r1",
+        primary_metric="image_to_text_r1",
         metrics=metrics,
         tables={},
-        data=(_used("pictures", captioned.source, stored, 0),),
+        data=(_used("images", captioned.source, stored, 0),),
         source=captioned.source,
         found={"captions": len(said)},
-        records=_retrieval_records(captioned.source, pictures.indices, to_text, said, owners, to_picture),
+        records=_retrieval_records(captioned.source, images.indices, to_text, said, owners, to_image),
     )
 
 
 def _readable(captioned: Captioned, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """The captions of the pictures that could be read, and each one's row among those pictures."""
+    """Select the captions of the readable images; return their indices, and the rows of their images."""
     rows = torch.full((len(captioned.source.keys),), -1)
     rows[indices] = torch.arange(len(indices))
     owners = rows[captioned.owners]
@@ -277,7 +277,7 @@ def _used(role: str, source: ImageSource, stored: Stored, num_classes: int) -> D
 def _class_records(
     source: ImageSource, indices: Tensor, named: Named, ranking: Ranking, labels: Tensor
 ) -> Iterator[str]:
-    """One JSON line a picture: its class, the five best, and their logits, 100 times the cosine."""
+    """Yield one JSON line per image: its class, the five best, and their logits (100 times the cosine)."""
     for row, place in enumerate(indices.tolist()):
         classes = [label for label in ranking.classes[row].tolist() if label >= 0]
         record = {
@@ -296,12 +296,12 @@ def _retrieval_records(
     to_text: Tensor,
     texts: list[str],
     owners: Tensor,
-    to_picture: Tensor,
+    to_image: Tensor,
 ) -> Iterator[str]:
-    """One JSON line a picture, then one a caption, with the ranks from 1."""
+    """Yield one JSON line per image, then one per caption, with ranks from 1."""
     for place, before in zip(indices.tolist(), to_text.tolist(), strict=True):
         yield json.dumps({"key": source.keys[place], "rank": before + 1}, ensure_ascii=False) + "\n"
     keys = [source.keys[place] for place in indices.tolist()]
-    for text, owner, before in zip(texts, owners.tolist(), to_picture.tolist(), strict=True):
-        record = {"caption": text, "picture": keys[owner], "rank": before + 1}
+    for text, owner, before in zip(texts, owners.tolist(), to_image.tolist(), strict=True):
+        record = {"caption": text, "image": keys[owner], "rank": before + 1}
         yield json.dumps(record, ensure_ascii=False) + "\n"

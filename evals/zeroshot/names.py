@@ -1,4 +1,4 @@
-"""What the classes are called, and the sentences that the names are put into."""
+"""Names of the classes, and the templates that the names are inserted into."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from radio.errors import DataError, did_you_mean, require, shown
 from radio.io import brief, parse_json, read_text, validate
 from radio.scenes import TEMPLATES
 
-# Letters: N pictures.
+# Letters: N images.
 
 _MOST_BYTES = 4 << 20  # of names or templates: ImageNet-21k's take 0.6 MB
 
@@ -35,23 +35,23 @@ _NUMBERED = TypeAdapter(dict[str, str | list[str]])  # as imagenet_class_index.j
 
 
 class Named(NamedTuple):
-    """The classes that pictures are told apart by."""
+    """Names of the classes, and the images' labels."""
 
     names: tuple[str, ...]
-    labels: NDArray[np.int64]  # [N], places in the names
+    labels: NDArray[np.int64]  # [N], indices into the names
     notes: tuple[str, ...] = ()
 
 
 def name_classes(source: ImageSource, wanted: str | None = None) -> Named:
-    """The class names of a source, and its labels as places in them.
+    """Return the class names of a source, and its labels as indices into them.
 
-    Without `wanted` the names are those of the folders, `_` read as a space; folders that are called by
-    WordNet ids get ImageNet's names. `imagenet` takes all of its 1000 names. A file has one name a line, or
-    is a JSON list: names that the folders have too (or WordNet ids before the names) are matched, numbered
-    classes are places in it, else the names follow the folders, numbers in these by their value.
+    Without `wanted` the names are those of the folders, with `_` replaced by a space; WordNet ids get
+    ImageNet's names. `imagenet` uses all of its 1000 names. A file has one name per line, or is a JSON list:
+    names equal to those of the folders (or WordNet ids before the names) are matched, numbered classes are
+    indices into it, else the names are in the order of the folders, with numbers in these sorted by value.
 
     Raises:
-        DataError: classes without a name, two of one name, or a file that does not fit them.
+        DataError: classes without a name, two with the same name, or a file that does not match them.
     """
     classes = source.classes
     if wanted is None:
@@ -73,7 +73,7 @@ def name_classes(source: ImageSource, wanted: str | None = None) -> Named:
 
 
 def imagenet_names() -> tuple[str, ...]:
-    """open_clip's names of ImageNet's 1000 classes (998 distinct), in the usual order.
+    """Return open_clip's names of ImageNet's 1000 classes (998 distinct), in the usual order.
 
     Raises:
         MissingExtraError: open_clip is not installed.
@@ -82,11 +82,11 @@ def imagenet_names() -> tuple[str, ...]:
 
 
 def read_templates(wanted: str | None, *, scenes: bool) -> tuple[str, ...]:
-    """The templates of a set's name or a file, each with `{}` where the class name goes.
+    """Read the templates of a named set or a file, each with `{}` for the class name.
 
     Args:
-        wanted: `openai` (80), `simple` (7), `scenes` (8) or a file; None takes `scenes` for the generated
-            world and `openai` otherwise.
+        wanted: `openai` (80), `simple` (7), `scenes` (8) or a file (default: `scenes` for the generated
+            world, else `openai`).
 
     Raises:
         DataError: no such file, or a line without `{}`.
@@ -115,12 +115,12 @@ def _spoken(name: str) -> str:
 
 
 def _matched(name: str) -> str:
-    """What two names have in common that are one."""
+    """Normalise a name for exact matching."""
     return composed(_spoken(name))
 
 
 def _matched_loosely(name: str) -> str:
-    """The same, should no name fit with its capitals."""
+    """Normalise a name for matching without case, if no exact match exists."""
     return _matched(name).lower()
 
 
@@ -143,7 +143,7 @@ def _synset_places(source: ImageSource) -> list[int]:
 
 
 def _places(source: ImageSource, names: tuple[str, ...], wanted: str) -> tuple[list[int], tuple[str, ...]]:
-    """For each class of the source its place in the names, and notes on how they were found."""
+    """Return the index of each class's name in `names`, and notes on the matching."""
     classes = source.classes
     if wanted == "imagenet" and are_wordnet_ids(classes):
         return _synset_places(source), ()
@@ -173,7 +173,7 @@ def _places(source: ImageSource, names: tuple[str, ...], wanted: str) -> tuple[l
 
 
 def _in_order(classes: Sequence[str], wanted: str) -> tuple[list[int], tuple[str, ...]]:
-    """Places of names that follow the folders. Sorted as texts, class_10 would come before class_2."""
+    """Assign names to the folders in numeric order; sorted as texts, class_10 would precede class_2."""
     order = order_by_number(classes)
     if order == list(range(len(classes))):
         return order, ()
@@ -205,7 +205,7 @@ def _check_different(where: str, matched: Sequence[object], classes: Sequence[st
 
 
 def _without_ids(names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """WordNet ids and names, where each line has both (`n01440764 tench`); else no ids and the names."""
+    """Split lines such as `n01440764 tench` into WordNet ids and names; no ids unless each line has one."""
     pairs = [_WITH_ID.fullmatch(name) for name in names]
     if not all(pairs):
         return (), names
@@ -213,7 +213,7 @@ def _without_ids(names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ..
 
 
 def _read_texts(file: str, what: str) -> tuple[str, ...]:
-    """One text a line, or a JSON list of them."""
+    """Read a file with one text per line, or a JSON list of texts."""
     if Path(file).suffix.lower() != ".json":
         return _read_lines(file, what)
     texts = validate(
@@ -237,10 +237,10 @@ def _read_names(file: str) -> tuple[str, ...]:
 
 
 def _without_numbers(lines: tuple[str, ...], file: str) -> tuple[str, ...]:
-    """The names of a numbered list (`0 tench` or `1: tench`, as label maps are written), else the lines.
+    """Remove the numbers of a numbered list (`0 tench` or `1: tench`, as in label maps), if it is one.
 
     Raises:
-        DataError: every line has a number, and they do not count up from 0 or 1.
+        DataError: every line has a number, but they do not count up from 0 or 1.
     """
     pairs = numbered(lines)
     numbers = [number for number, _ in pairs]

@@ -1,4 +1,4 @@
-"""What can be chosen about a zero-shot evaluation. Every field is a flag of `radio-eval zeroshot`."""
+"""Settings of a zero-shot evaluation. Every field is a flag of `radio-eval zeroshot`."""
 
 from __future__ import annotations
 
@@ -14,25 +14,24 @@ class ZeroshotSettings(ExtractionSettings):
     """Classification by class names, or retrieval by captions, with a CLIP teacher's text tower."""
 
     query: str | None = None
-    """Labelled pictures: a folder with one folder a class, or tar shards. The generated world
-    unless given."""
+    """Labelled images: a folder with one folder per class, or tar shards. Default: the generated world."""
     scenes: Scenes = 1500
-    """Pictures of the generated world, where no data are given."""
+    """Number of images of the generated world."""
     class_names: str | None = None
-    """`imagenet`, or a file with one name a line. What the folders are called unless given."""
+    """`imagenet`, or a file with one name per line. Default: the names of the folders."""
     templates: str | None = None
-    """`openai` (80), `simple` (7), `scenes` (8), or a file with one template a line, `{}` for the name.
-    Those of the generated world there, else openai's, unless given."""
+    """`openai` (80), `simple` (7), `scenes` (8), or a file with one template per line, `{}` for the name.
+    Default: `scenes` for the generated world, else `openai`."""
     text: str | None = None
-    """The teacher whose text tower reads the names, as on the checkpoint's card (`clip`), or as a spec where
-    its file has moved. The first that has one unless given."""
+    """The teacher whose text tower encodes the names, as in the checkpoint's metadata (`clip`), or as a spec
+    if its file has moved. Default: the first that has one."""
     captions: str | None = None
     """Score image-text retrieval instead: a captions JSON in COCO's format, or `scenes`."""
     images: Path | None = None
-    """The folder of the captions' pictures."""
+    """The folder of the captions' images."""
 
     def __post_init__(self) -> None:
-        """Refuse what no data could make sense of."""
+        """Validate the settings; raise `ConfigError` when they are invalid or contradictory."""
         ExtractionSettings.__post_init__(self)  # super() does not work in a class with slots
         named = self.class_names or self.templates or self.query
         if self.captions is not None and named:

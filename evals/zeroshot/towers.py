@@ -1,11 +1,11 @@
-"""From a model to the text tower it can be read with, and the space in which both meet."""
+"""The text tower that matches a model, and the adaptor into its space."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from evals.core.evaluator import Carded
+from evals.core.evaluator import HasMetadata
 from evals.core.plan import Adapting
 from radio.errors import CheckpointError, ConfigError, RadioError, did_you_mean
 from radio.hub import load_teacher
@@ -17,8 +17,8 @@ _HAVE_ONE = (
 )
 
 
-class Side(NamedTuple):
-    """The text side of a model."""
+class TextHead(NamedTuple):
+    """Text tower of a model, and the adaptor that leads to it."""
 
     teacher: str  # a spec, for reports
     tower: TextTower
@@ -27,30 +27,30 @@ class Side(NamedTuple):
 
 @runtime_checkable
 class Speaking(Protocol):
-    """A model that may have a text tower of its own."""
+    """A model that may have its own text tower."""
 
     @property
     def text(self) -> TextTower | None:
-        """The text tower; None where there is none."""
+        """The text tower, or None."""
 
 
-def text_side(model: Backbone, wanted: str | None = None) -> Side:
-    """The text tower of a teacher, or of the teacher that a student's card names, with the adaptor to it.
+def find_text_tower(model: Backbone, wanted: str | None = None) -> TextHead:
+    """Find the text tower of a teacher, or of one of a student's teachers with the adaptor to it.
 
     Args:
-        wanted: the teacher on the card to take, by its name there or as a spec (`openclip:NAME@FILE`, where
-            the file has moved); the first with a text tower unless given.
+        wanted: a teacher in the student's metadata, by its name there or as a spec (`openclip:NAME@FILE`, if
+            the file has moved); default: the first with a text tower.
 
     Raises:
-        ConfigError: the model has no text tower, or the one wanted is not the one it learned from.
-        CheckpointError: the teacher's weights are not where the card says.
+        ConfigError: the model has no text tower, or was not trained on the requested teacher.
+        CheckpointError: the teacher's weights are not at the path in the metadata.
     """
     if isinstance(model, Speaking):
         if model.text is None:
             raise ConfigError(f"{model.name} has no text tower; zero-shot needs {_HAVE_ONE}")
         if wanted is not None:
             raise ConfigError(f"{model.name} brings its own text tower; leave --text {wanted} out")
-        return Side(model.name, model.text, None)
+        return TextHead(model.name, model.text, None)
     entries = _teachers_on(model)
     if not entries or not isinstance(model, Adapting):
         raise ConfigError(
@@ -64,7 +64,7 @@ def text_side(model: Backbone, wanted: str | None = None) -> Side:
         teacher = _load(model, entry)
         if teacher.text is not None:
             _check(model, entry, teacher)
-            return Side(entry["model"], teacher.text, entry["name"])
+            return TextHead(entry["model"], teacher.text, entry["name"])
     raise ConfigError(
         f"{model.name} learned from {', '.join(entry['model'] for entry in entries)}: none of them has a "
         f"text tower; zero-shot needs {_HAVE_ONE}"
@@ -72,7 +72,7 @@ def text_side(model: Backbone, wanted: str | None = None) -> Side:
 
 
 def _teachers_on(model: Backbone) -> list[Mapping[str, Any]]:
-    return teachers_on(model.card, model.name) if isinstance(model, Carded) else []
+    return teachers_on(model.metadata, model.name) if isinstance(model, HasMetadata) else []
 
 
 def _no_such(model: Backbone, entries: list[Mapping[str, Any]], wanted: str) -> list[Mapping[str, Any]]:
@@ -99,13 +99,13 @@ def _check(model: Backbone, entry: Mapping[str, Any], teacher: Teacher) -> None:
         )
 
 
-def _matching(model: Backbone, entries: list[Mapping[str, Any]], teacher: Teacher, wanted: str) -> Side:
-    """The side of a teacher that was named by hand, if it is on the card."""
+def _matching(model: Backbone, entries: list[Mapping[str, Any]], teacher: Teacher, wanted: str) -> TextHead:
+    """Return the text head of an explicitly named teacher after checking that the metadata has it."""
     if teacher.text is None:
         raise ConfigError(f"{wanted} has no text tower; zero-shot needs {_HAVE_ONE}")
     for entry in entries:
         if entry["fingerprint"] == teacher.fingerprint:
-            return Side(wanted, teacher.text, entry["name"])
+            return TextHead(wanted, teacher.text, entry["name"])
     raise ConfigError(
         f"{model.name} did not learn from {wanted} (none of its teachers has these weights and settings)"
     )

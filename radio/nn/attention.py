@@ -14,7 +14,7 @@ class Attention(nn.Module):
     Args:
         width: D, the token width.
         heads: attention heads; they divide the width.
-        bias: whether the linear maps have biases.
+        bias: whether the linear layers have biases.
     """
 
     def __init__(self, width: int, heads: int, *, bias: bool = True) -> None:
@@ -24,7 +24,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width, bias=bias)
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        """[B, T, D] -> [B, T, D]; `positions` [1, h, T, T] is added to the logits."""
+        """Apply self-attention to [B, T, D]; `positions` [1, h, T, T] is added to the logits."""
         b, t, d = x.shape
         q, k, v = self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         added = None if positions is None else positions.to(q.dtype)

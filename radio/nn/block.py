@@ -1,4 +1,4 @@
-"""The pre-norm transformer block that every student of the ViT family is made of."""
+"""The pre-norm transformer block of the ViT students."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, width if out is None else out, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., width] -> [..., out]."""
+        """Map [..., width] to [..., out]."""
         out: Tensor = self.fc2(F.gelu(self.fc1(x)))
         return out
 
@@ -35,7 +35,7 @@ class LayerScale(nn.Module):
         self.gamma = nn.Parameter(torch.full((width,), start))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
+        """Scale each channel of [..., D]."""
         return x * self.gamma
 
 
@@ -46,7 +46,7 @@ class Block(nn.Module):
         width: D, the token width.
         heads: attention heads; they divide the width.
         hidden: the hidden width of the MLP.
-        layer_scale: where LayerScale starts; None leaves it out.
+        layer_scale: initial value of LayerScale; None leaves it out.
     """
 
     def __init__(self, width: int, heads: int, hidden: int, layer_scale: float | None = None) -> None:
@@ -59,7 +59,7 @@ class Block(nn.Module):
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
+        """Apply the block to tokens [B, T, D]."""
         x = x + self.ls1(self.attn(self.norm1(x)))
         out: Tensor = x + self.ls2(self.mlp(self.norm2(x)))
         return out

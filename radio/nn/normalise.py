@@ -1,4 +1,4 @@
-"""Input normalisation, kept inside the encoder so that nobody normalises twice."""
+"""Input normalisation, done inside the encoder so that no caller normalises twice."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ class Normalise(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, h, w] in [0, 1] -> the same, normalised, in this module's dtype."""
+        """Normalise [B, 3, h, w] in [0, 1]; the result has this module's dtype."""
         return (images.to(self.mean.dtype) - self.mean) / self.std

@@ -1,4 +1,4 @@
-"""Pixels to patch tokens: the plain linear embedding, and a stem of small convolutions."""
+"""Patch embeddings: the plain linear one, and a stem of small convolutions."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ class LinearStem(nn.Module):
         self.proj = nn.Conv2d(3, width, patch, stride=patch)
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H*p, W*p] -> [B, T, D]."""
+        """Embed images [B, 3, H*p, W*p] as patch tokens [B, T, D]."""
         out: Tensor = self.proj(images)
         return out.flatten(2).transpose(1, 2)
 
 
 class ConvStem(nn.Module):
-    """Convolutions whose strides multiply to the patch size, then a 1x1 to the width.
+    """Convolutions whose strides multiply to the patch size, then a 1x1 convolution to the width.
 
-    Small students need it: with a plain linear embedding they do not learn shapes in tens of
-    thousands of samples. Normalised by groups and not by batch, so that no result depends on
-    which images share a batch or a rank.
+    Small students need it: with a plain linear embedding they do not learn shapes within tens of thousands
+    of samples. It uses group norm instead of batch norm, so that no result depends on which images share a
+    batch or a rank.
     """
 
     def __init__(self, width: int, patch: int) -> None:
@@ -35,29 +35,31 @@ class ConvStem(nn.Module):
         strides = _factor(patch)
         widths = [max(width >> (len(strides) - 1 - i), 32) for i in range(len(strides))]
         layers: list[nn.Module] = []
-        before = 3
-        for stride, after in zip(strides, widths, strict=True):
+        in_channels = 3
+        for stride, out_channels in zip(strides, widths, strict=True):
             kernel = stride + 1 + stride % 2  # odd, and one wider than the stride, so that patches overlap
             layers += [
-                nn.Conv2d(before, after, kernel, stride=stride, padding=(kernel - 1) // 2, bias=False),
-                nn.GroupNorm(8, after),
+                nn.Conv2d(
+                    in_channels, out_channels, kernel, stride=stride, padding=(kernel - 1) // 2, bias=False
+                ),
+                nn.GroupNorm(8, out_channels),
                 nn.GELU(),
             ]
-            before = after
+            in_channels = out_channels
         self.layers = nn.Sequential(*layers)
-        self.proj = nn.Conv2d(before, width, 1)
+        self.proj = nn.Conv2d(in_channels, width, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H*p, W*p] -> [B, T, D]."""
+        """Embed images [B, 3, H*p, W*p] as patch tokens [B, T, D]."""
         out: Tensor = self.proj(self.layers(images))
         return out.flatten(2).transpose(1, 2)
 
 
 def _factor(patch: int) -> list[int]:
-    """The prime factors of a patch size, ascending: 12 -> 2, 2, 3.
+    """Factor a patch size into primes, ascending: 12 -> 2, 2, 3.
 
     Raises:
-        ConfigError: a factor above 7; a convolution of that stride would skip pixels wholesale.
+        ConfigError: a factor above 7, or a patch of 1; such a stride would reduce too much in one layer.
     """
     factors, rest = [], patch
     for prime in (2, 3, 5, 7):

@@ -1,4 +1,4 @@
-"""Cropped position embeddings (CPE): one square table for any image size (paper §4)."""
+"""Cropped position embeddings (CPE): one square table for all image sizes (paper §4)."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ MIN_SCALE = math.sqrt(0.1)
 ASPECT = (3 / 4, 4 / 3)
 DROP = 0.1
 
-_BILINEAR, _ZEROS = 0, 0  # of `grid_sampler_2d`: interpolation, and what lies outside
+_BILINEAR, _ZEROS = 0, 0  # arguments of `grid_sampler_2d`: interpolation mode, padding mode
 
 
 class CroppedPositions(nn.Module):
-    """A learned G x G table of positions, cropped while training, resized when evaluating.
+    """A learned G x G table of positions, cropped in training and resized in evaluation.
 
     Args:
         width: D, the token width.
-        side: G; the paper takes 128 for patch 16 and 75 for patch 14.
+        side: G; the paper uses 128 for patch 16 and 75 for patch 14.
     """
 
     def __init__(self, width: int, side: int) -> None:
@@ -32,18 +32,18 @@ class CroppedPositions(nn.Module):
         nn.init.trunc_normal_(self.table, std=0.02)
 
     def forward(self, grid: tuple[int, int], crops: Tensor | None = None) -> Tensor:
-        """Positions for a grid: [1, T, D] when evaluating, [B, T, D] with crops from `draw_crops`."""
+        """Compute positions for a grid: [1, T, D] without crops, [B, T, D] with crops from `draw_crops`."""
         plane = self.table.float().unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)
         placed = _resized(plane, grid) if crops is None else _cropped(plane, grid, crops)
         return placed.flatten(2).transpose(1, 2).to(self.table.dtype)
 
 
 def draw_crops(batch: int, generator: torch.Generator) -> Tensor:
-    """Random crops of the table, one per image: [B, 5] of x0, y0, width, height in [0, 1], and keep (0 or 1).
+    """Draw a random crop of the table per image: [B, 5] of x0, y0, width, height in [0, 1], keep (0 or 1).
 
-    Scale s ~ U(sqrt 0.1, 1), aspect a = exp U(ln 3/4, ln 4/3), sides s*a and s/a clamped to 1, the
-    corner uniform in what is left; with probability 0.1 an image has no positions at all (CPE, as the
-    paper's §4 uses it; the numbers are those of the released models).
+    Scale s ~ U(sqrt 0.1, 1), aspect a = exp U(ln 3/4, ln 4/3), sides s*a and s/a clamped to 1, the corner
+    uniform in the remaining range; with probability 0.1 an image gets no positions (CPE, as the paper's §4
+    uses it; the numbers are those of the released models).
     """
     u = torch.rand(5, batch, generator=generator, device=generator.device)
     scale = MIN_SCALE + (1 - MIN_SCALE) * u[0]
@@ -55,11 +55,11 @@ def draw_crops(batch: int, generator: torch.Generator) -> Tensor:
 
 
 def _cropped(plane: Tensor, grid: tuple[int, int], crops: Tensor) -> Tensor:
-    """[1, D, G, G] sampled inside each crop: [B, D, H, W].
+    """Sample the table [1, D, G, G] inside each crop: [B, D, H, W].
 
-    The crops of a batch are stacked into one tall grid, so that neither the table nor its gradient
-    is ever held once per image. The operator is named directly: `grid_sample` goes to cuDNN for tables of up
-    to 1024 channels and to torch's own kernel beyond, and every width shall take the same way.
+    The crops of a batch are stacked into one tall grid, so that neither the table nor its gradient is copied
+    per image. The operator is called directly: `grid_sample` uses cuDNN for tables of up to 1024 channels
+    and torch's own kernel above, and every width must use the same kernel.
     """
     x0, y0, width, height, keep = crops.to(plane).unbind(1)
     xs = x0[:, None] + width[:, None] * torch.linspace(0, 1, grid[1], device=plane.device)
@@ -72,7 +72,7 @@ def _cropped(plane: Tensor, grid: tuple[int, int], crops: Tensor) -> Tensor:
 
 
 def _resized(plane: Tensor, grid: tuple[int, int]) -> Tensor:
-    """[1, D, G, G] resized to a square that covers the grid, cut to it: [1, D, H, W]."""
+    """Resize the table [1, D, G, G] to a square that covers the grid and crop it: [1, D, H, W]."""
     h, w = grid
     if plane.shape[-1] != max(h, w):
         plane = F.interpolate(plane, size=(max(h, w),) * 2, mode="bilinear", align_corners=False)

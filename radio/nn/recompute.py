@@ -1,4 +1,4 @@
-"""Activation checkpointing of blocks that may hold batch norms."""
+"""Activation checkpointing of blocks that may contain batch norms."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recomputed(block: nn.Module, *inputs: Any) -> Tensor:
-    """The block's output; what lies between is computed again in the backward pass.
+    """Compute the block's output; recompute its activations in the backward pass.
 
-    Running statistics move once, in the first pass. torch.compile sees to that by itself: its second pass is
-    made of the first one's operations without their side effects.
+    Running statistics are updated once, in the first pass. torch.compile ensures that itself: its second pass
+    consists of the first one's operations without their side effects.
     """
     if torch.compiler.is_compiling():
         compiled: Tensor = checkpoint(block, *inputs, use_reentrant=False)
@@ -32,7 +32,7 @@ def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractC
 
 @contextmanager
 def _still(block: nn.Module) -> Iterator[None]:
-    """Holds the statistics; they stay in use, as without them autograd would save other tensors."""
+    """Freeze the running statistics; they stay tracked, as autograd would otherwise save other tensors."""
     norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:

@@ -1,4 +1,4 @@
-"""Attention inside windows whose side may change from call to call, at one or half the resolution."""
+"""Attention inside windows whose side may change between calls, at full or half resolution."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from .block import MLP, NORM_EPS
 
 # Letters: B batch, D width, H W grid, s window side, M windows of all images, h heads.
 
-_HIDDEN = 512  # of the position MLP
-_UNIT = 8.0  # tokens that the logarithm carries to 1
+_HIDDEN = 512  # hidden width of the position MLP
+_UNIT = 8.0  # distance in tokens that the logarithm maps to about 1
 
 
 class PositionBias(nn.Module):
-    """A bias for every head and pair of tokens, from an MLP over how far they lie apart.
+    """A bias for every head and pair of tokens, from an MLP over their distance.
 
-    Distances are in tokens, spaced logarithmically (Swin V2, eq. 4), so that a larger window than those of
-    the training asks for little extrapolation.
+    Distances are in tokens, spaced logarithmically (Swin V2, eq. 4), so that windows larger than those of
+    training need little extrapolation.
     """
 
     def __init__(self, heads: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(2, _HIDDEN)
         self.fc2 = nn.Linear(_HIDDEN, heads, bias=False)
-        self._kept: tuple[tuple[object, ...], Tensor] | None = None  # what the last bias was made of, and it
+        self._kept: tuple[tuple[object, ...], Tensor] | None = None  # cached bias: its key, its value
 
     def forward(self, side: int) -> Tensor:
-        """[1, h, s*s, s*s] for a window of that side; the first token asks, the second is asked.
+        """Compute the bias [1, h, s*s, s*s] (query token, key token) for a window of side s.
 
-        Outside of training it is made once: it depends on the side and the weights alone.
+        Outside of training it is cached: it depends only on the side and the weights.
         """
         kind = self.fc1.weight.device.type
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or kind == "meta":
@@ -44,18 +44,18 @@ class PositionBias(nn.Module):
         made_of = (side, cast, *(_state(weight) for weight in self.parameters()))
         if self._kept is None or self._kept[0] != made_of:
             bias = self._make(side)
-            if type(bias) is not Tensor:  # a tracer's, without values
+            if type(bias) is not Tensor:  # a tracer's tensor, without values
                 return bias
             self._kept = made_of, bias
         return self._kept[1]
 
     def train(self, mode: bool = True) -> Self:
-        """Switch the mode, and forget the bias that was kept."""
+        """Switch the mode and drop the cached bias."""
         self._kept = None
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles hold: all but the bias that was kept."""
+        """Return the state for copies and pickles, without the cached bias."""
         return {**self.__dict__, "_kept": None}
 
     def _make(self, side: int) -> Tensor:
@@ -68,17 +68,17 @@ class PositionBias(nn.Module):
         lag = line[:, None] - line[None, :] + side - 1  # [s, s]
         which = lag[:, None, :, None] * reach + lag[None, :, None, :]
         bias: Tensor = table[which.reshape(side * side, -1)].permute(2, 0, 1)
-        return bias.contiguous()[None]  # fused kernels want rows
+        return bias.contiguous()[None]  # fused kernels expect contiguous rows
 
 
 def _state(weight: Tensor) -> tuple[object, ...]:
-    """What changes when a weight's values, place or type do."""
+    """Return a key that changes when a weight's values, device or dtype change."""
     version = 0 if weight.is_inference() else weight._version
     return id(weight), version, weight.device, weight.dtype
 
 
 class WindowBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), without biases in the linear layers.
+    """A pre-norm transformer block inside windows, without biases in the linear layers.
 
     Args:
         width: D.
@@ -94,7 +94,7 @@ class WindowBlock(nn.Module):
         self.mlp = MLP(width, 4 * width, bias=False)
 
     def forward(self, x: Tensor, side: int) -> Tensor:
-        """Windows [M, s*s, D] -> [M, s*s, D]."""
+        """Apply the block to windows [M, s*s, D] of side s."""
         x = x + self.attn(self.norm1(x), self.positions(side))
         out: Tensor = x + self.mlp(self.norm2(x))
         return out
@@ -103,14 +103,14 @@ class WindowBlock(nn.Module):
 class MultiResolutionBlock(nn.Module):
     """Windowed attention on a map, at its own resolution (ratio 1) or at half of it (ratio 2, appendix B).
 
-    At ratio 2 a strided convolution halves the map, and a deconvolution carries the block's output back:
+    At ratio 2 a strided convolution halves the map, and a transposed convolution up-samples the output:
     `mix * (x + up(block(down(x))))`.
 
     Args:
         width: D.
         heads: attention heads.
         ratio: 1 or 2.
-        mix: what the sum at ratio 2 is multiplied with.
+        mix: factor on the sum at ratio 2.
     """
 
     def __init__(self, width: int, heads: int, ratio: int, mix: float = 1.0) -> None:
@@ -122,7 +122,7 @@ class MultiResolutionBlock(nn.Module):
         self.up = nn.ConvTranspose2d(width, width, 2, stride=2) if self.halved else nn.Identity()
 
     def forward(self, x: Tensor, side: int) -> Tensor:
-        """[B, D, H, W] -> [B, D, H, W]; the side divides H and W, at ratio 2 their halves."""
+        """Apply the block to a map [B, D, H, W]; the side divides H and W (at ratio 2 their halves)."""
         low = self.down(x)
         grid = low.shape[-2], low.shape[-1]
         found: Tensor = self.up(map_of(self.block(windows_of(low, side), side), grid, side))
@@ -130,7 +130,7 @@ class MultiResolutionBlock(nn.Module):
 
 
 def windows_of(x: Tensor, side: int) -> Tensor:
-    """A map [B, D, H, W] as windows [M, s*s, D]; no copy of a channels-last map that is one window.
+    """Split a map [B, D, H, W] into windows [M, s*s, D]; no copy if it is channels-last and one window.
 
     Raises:
         SizeError: the side does not divide H and W.
@@ -141,7 +141,7 @@ def windows_of(x: Tensor, side: int) -> Tensor:
 
 
 def map_of(x: Tensor, grid: tuple[int, int], side: int) -> Tensor:
-    """The inverse of `windows_of`, channels-last: [M, s*s, D] -> [B, D, H, W]."""
+    """Invert `windows_of`: [M, s*s, D] -> a channels-last map [B, D, H, W]."""
     (h, w), d = grid, x.shape[-1]
     plane: Tensor = from_windows(x.reshape(-1, h * w, d), grid, side).unflatten(1, grid)
     return plane.permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""The generated world: seeded pictures with classes, captions, masks and questions, and their writers."""
+"""The generated world: seeded images with classes, captions, masks and questions, and their writers."""
 
 from .language import KINDS, TEMPLATES, VOCABULARY, Question, caption, captions, questions
 from .layouts import LAYOUTS, write

@@ -1,4 +1,4 @@
-"""`radio-scenes OUT`: write the generated world to a folder."""
+"""Command line `radio-scenes OUT`: write the generated world to a folder."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from .layouts import ScenesSettings, write
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arguments:
-    """Write the generated world: pictures with class, captions, masks and questions."""
+    """Write the generated world: images with class, captions, masks and questions."""
 
     out: tyro.conf.Positional[Path]
-    """The folder to write; it must not hold anything else."""
+    """Folder to write; it must be absent, empty, or hold exactly these scenes."""
     layout: Annotated[str, tyro.conf.arg(aliases=["-l"])] = "image-folder"
-    """image-folder, webdataset, ade20k, coco or llava."""
+    """Layout: image-folder, webdataset, ade20k, coco or llava."""
     count: Annotated[int, Le(100_000_000)] = 2000
-    """Training scenes; a multiple of 60 holds every class equally often."""
+    """Number of training scenes; a multiple of 60 holds every class equally often."""
     val_count: Annotated[int, Le(100_000_000)] | None = None
-    """Validation scenes; a tenth of the count unless given, 0 for none."""
+    """Number of validation scenes, 0 for none. Default: a tenth of the count."""
     size: int = 96
-    """The pictures' side in pixels, 32 to 1024."""
+    """Side of the images in pixels, 32 to 1024."""
     seed: int = 0
-    """Another seed is another world; training and validation never share scenes."""
+    """Random seed; training and validation never share scenes."""
     workers: Workers = 1
-    """Processes; the bytes written do not depend on it."""
+    """Number of processes; does not change the output."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0 when the folder holds the scenes asked for, 2 after one line about what is wrong."""
+    """Return the exit code of `radio-scenes`: 0 if the folder holds the scenes, 2 after a one-line error."""
     arguments = parse_options(Arguments, sys.argv[1:] if argv is None else argv, prog="radio-scenes")
     console = Console(stderr=True, soft_wrap=True)
     settings = ScenesSettings(

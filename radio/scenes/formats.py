@@ -1,4 +1,4 @@
-"""The five layouts: which files hold a scene's picture, and which its labels."""
+"""The five layouts: the files of a scene's image and of its labels."""
 
 import io
 import json
@@ -24,45 +24,45 @@ _SHORT_ANSWER = "Answer the question using a single word or phrase."
 
 
 class Job(NamedTuple):
-    """A run of scenes of one split that one process writes below `root`."""
+    """A range of scenes of one split that one process writes below `root`."""
 
     layout: str
     root: Path
     split: Split
-    number: int  # of this job among those of its split
+    number: int  # index of this job among those of its split
     start: int
     stop: int
     seed: int
     size: int
 
     def scenes(self) -> Iterator[tuple[int, Scene]]:
-        """Each index with its scene."""
+        """Yield each index with its scene."""
         for index in range(self.start, self.stop):
             yield index, render(index, split=self.split, seed=self.seed, size=self.size)
 
 
 class Layout(Protocol):
-    """How one data set lies on disk. Jobs run in any order and process; the rest runs in the parent."""
+    """The files of one data set. Jobs run in any order and process; the rest runs in the parent process."""
 
     def prepare(self, job: Job) -> None:
-        """Make the folders that the job writes to."""
+        """Make the folders into which the job writes."""
 
     def write(self, job: Job) -> list[Any]:
-        """Write the job's pictures; records that belong into a file of the whole split come back."""
+        """Write the job's images; return records for the files of the whole split."""
 
     def finish(self, root: Path, split: Split, records: list[Any]) -> None:
-        """Write the files of a whole split; records in the order of the scenes."""
+        """Write the files of a whole split; `records` are in the order of the scenes."""
 
 
 LAYOUTS: Registry[Layout] = Registry("layout")
 
 
-def _picture(scene: Scene) -> Image.Image:
+def _image(scene: Scene) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(scene.image.transpose(1, 2, 0)))
 
 
 def _save_jpeg(scene: Scene, target: Path | io.BytesIO) -> None:
-    _picture(scene).save(target, format="JPEG", quality=_JPEG_QUALITY, subsampling=0)
+    _image(scene).save(target, format="JPEG", quality=_JPEG_QUALITY, subsampling=0)
 
 
 def _write_json(path: Path, data: Any) -> None:
@@ -70,7 +70,7 @@ def _write_json(path: Path, data: Any) -> None:
 
 
 class ImageFolder:
-    """`train/red_circle/000000.png`: one folder a class. PNG: a reader gets the world's own pixels."""
+    """`train/red_circle/000000.png`: one folder per class; PNG, to preserve the exact pixels."""
 
     def prepare(self, job: Job) -> None:
         for name in CLASSES:
@@ -79,11 +79,11 @@ class ImageFolder:
     def write(self, job: Job) -> list[Any]:
         for index, scene in job.scenes():
             path = job.root / job.split / _folder(CLASSES[scene.label]) / f"{index:06d}.png"
-            _picture(scene).save(path, compress_level=1)
+            _image(scene).save(path, compress_level=1)
         return []
 
     def finish(self, root: Path, split: Split, records: list[Any]) -> None:
-        """Remove the folders of classes that the split is too small to hold: readers refuse empty ones."""
+        """Remove the folders of classes absent from a small split: readers refuse empty folders."""
         for folder in sorted((root / split).iterdir()):
             if not any(folder.iterdir()):
                 folder.rmdir()
@@ -106,21 +106,21 @@ class WebDataset:
         path = job.root / f"{job.split}-{job.number:06d}.tar"
         with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
             for index, scene in job.scenes():
-                picture = io.BytesIO()
-                _save_jpeg(scene, picture)
+                image = io.BytesIO()
+                _save_jpeg(scene, image)
                 said = caption(scene, index, split=job.split, seed=job.seed)
-                _add(tar, f"{job.split}{index:08d}.jpg", picture.getvalue())
+                _add(tar, f"{job.split}{index:08d}.jpg", image.getvalue())
                 _add(tar, f"{job.split}{index:08d}.cls", str(scene.label).encode())
                 _add(tar, f"{job.split}{index:08d}.txt", said.encode())
                 _add(tar, f"{job.split}{index:08d}.json", json.dumps(_facts(scene)).encode())
         return []
 
     def finish(self, root: Path, split: Split, records: list[Any]) -> None:
-        """Nothing is left: each shard is complete."""
+        """Do nothing: each shard is complete."""
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    """A member without owner and with the time 0, so that bytes depend on the contents alone."""
+    """Add a member without owner and with time 0, so that the bytes depend only on the content."""
     member = tarfile.TarInfo(name)
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
@@ -137,8 +137,8 @@ def _facts(scene: Scene) -> dict[str, Any]:
 class Ade20k:
     """`images/training/ADE_train_00000001.jpg` and `annotations/training/ADE_train_00000001.png`.
 
-    As in ADE20K, an annotation's 0 would be void, which no pixel is, and label i is line i of `classes.txt`:
-    the background, then the ten shapes. Where objects end therefore counts.
+    As in ADE20K, an annotation's 0 is void, which no pixel has here, and label i is line i of `classes.txt`:
+    the background, then the ten shapes. The background and so the objects' borders therefore count.
     """
 
     def prepare(self, job: Job) -> None:
@@ -161,7 +161,7 @@ class Coco:
     """`train/000000000001.jpg`, `annotations/instances_train.json` and its captions; likewise `val`.
 
     Categories are the ten shapes (1 to 10); segmentations are compressed run lengths, since rings have holes
-    and objects are cut by others; every caption template is one caption.
+    and objects occlude each other; each caption template gives one caption.
     """
 
     def prepare(self, job: Job) -> None:
@@ -220,8 +220,8 @@ def _segmentation(mask: NDArray[np.bool_]) -> dict[str, Any]:
 class Llava:
     """`train/00000000.jpg`, and for LLaVA's two stages `pretrain_train.json` and `instruct_train.json`.
 
-    The first holds a caption a picture, the second questions with one-word answers; the placeholder
-    `<image>` stands before the first question.
+    The first holds one caption per image, the second questions with one-word answers; the placeholder
+    `<image>` precedes the first question.
     """
 
     def prepare(self, job: Job) -> None:

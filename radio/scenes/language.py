@@ -1,4 +1,4 @@
-"""Words about a scene: captions from templates, and questions whose answers are balanced over the world."""
+"""Text about a scene: captions from templates, and questions whose answers are balanced over the world."""
 
 from typing import Literal, NamedTuple, get_args
 
@@ -18,7 +18,7 @@ TEMPLATES: tuple[str, ...] = (
     "one big {}",
     "the big thing is a {}",
 )
-"""What is said of the main object; filled with a class name, they are the prompts of zero-shot too."""
+"""Caption templates of the main object; filled with a class name, also the zero-shot prompts."""
 
 _SUFFIXES: tuple[str, ...] = ("and a small {}", "with a small {}", "plus a small {}")
 
@@ -32,13 +32,13 @@ VOCABULARY: tuple[str, ...] = tuple(
         }
     )
 )
-"""Every word a caption can hold; a caption has at most 12 of them."""
+"""Every word that captions use; a caption has at most 12 of them."""
 
 Kind = Literal["colour", "shape", "count", "position", "exists"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-# The share of scenes with 1, 2, 3 and 4 objects, counted over 120,000 of them: a number is asked for in
-# inverse proportion to how often it is the answer, so that every number is the answer equally often.
+# Shares of scenes with 1, 2, 3 and 4 objects, counted over 120,000 scenes: the question is asked in inverse
+# proportion to the share of its answer, so that every number is the answer equally often.
 _COUNT_SHARES = (0.2529, 0.2554, 0.2605, 0.2312)
 _SIDE_MARGIN = 0.04  # of the side: an object closer to the middle line is on neither side
 
@@ -54,7 +54,7 @@ class Question(NamedTuple):
 
 
 def caption(scene: Scene, index: int, *, split: Split = "train", seed: int = 0) -> str:
-    """One caption, chosen by (index, split, seed): it names the main object and perhaps one small object."""
+    """Make the caption chosen by (index, split, seed): it names the main and at most one small object."""
     draws = generator(index, split=split, seed=seed, stream=_CAPTION_STREAM).random(3)
     template = TEMPLATES[int(draws[0] * len(TEMPLATES))]
     suffix = _SUFFIXES[int(draws[1] * len(_SUFFIXES))]
@@ -62,7 +62,7 @@ def caption(scene: Scene, index: int, *, split: Split = "train", seed: int = 0) 
 
 
 def captions(scene: Scene) -> tuple[str, ...]:
-    """One caption a template: in turn with no other object and with each small one."""
+    """Make one caption per template, cycling through no other object and each small one."""
     return tuple(
         _say(scene, template, _SUFFIXES[i % len(_SUFFIXES)], i % len(scene.objects))
         for i, template in enumerate(TEMPLATES)
@@ -70,14 +70,15 @@ def captions(scene: Scene) -> tuple[str, ...]:
 
 
 def questions(scene: Scene, index: int, *, split: Split = "train", seed: int = 0) -> tuple[Question, ...]:
-    """Three to five questions about one scene, chosen by (index, split, seed).
+    """Make three to five questions about one scene, chosen by (index, split, seed).
 
-    Over the world, each kind's answers come equally often, so that the words of a question tell nothing:
+    Over the world, each kind's answers are equally frequent, so that a question's words do not reveal its
+    answer:
 
     - colour and shape: of the main object, whose classes are drawn in equal numbers;
-    - exists: a coin decides between yes and no; both then name uniformly drawn pairs of colour and shape;
-    - position: of the main object, which stands anywhere with equal chance; skipped close to the middle;
-    - count: asked in inverse proportion to how common the answer is.
+    - exists: yes or no with equal chance; both then name uniformly drawn pairs of colour and shape;
+    - position: of the main object, whose place is uniform; skipped close to the middle;
+    - count: asked in inverse proportion to the frequency of the answer.
     """
     source = generator(index, split=split, seed=seed, stream=_QUESTION_STREAM)
     found = [
@@ -95,7 +96,7 @@ def _name(item: SceneObject) -> str:
 
 
 def _say(scene: Scene, template: str, suffix: str, other: int) -> str:
-    """The template about the main object, and the suffix about objects[other] unless that is the main one."""
+    """Fill the template with the main object, and the suffix with objects[other] unless `other` is 0."""
     said = template.format(CLASSES[scene.label])
     return f"{said} {suffix.format(_name(scene.objects[other]))}" if other else said
 

@@ -1,4 +1,4 @@
-"""Writes the world to a folder in the layout of a known data set, whole or not at all."""
+"""Write the world atomically to a folder in the layout of a known data set."""
 
 import hashlib
 import json
@@ -19,18 +19,18 @@ from radio.io import make_folder, read_json, read_text, write_text
 from .formats import LAYOUTS, Job
 from .world import CLASSES, COLOURS, MAX_SIZE, MIN_SIZE, SHAPES, SceneError, Split
 
-__all__ = ["CARD", "CARD_VERSION", "LAYOUTS", "ScenesSettings", "write", "write_cached"]
+__all__ = ["CARD_VERSION", "LAYOUTS", "METADATA_FILE", "ScenesSettings", "write", "write_cached"]
 
-CARD = "scenes.json"
+METADATA_FILE = "scenes.json"
 CARD_VERSION = 2
 _CARDS = TypeAdapter(dict[str, Any])
 _MOST, _MOST_WORKERS = 10_000_000, 1024
-_CHUNK = 500  # scenes a job, whatever the number of workers; also the scenes of a WebDataset shard
+_CHUNK = 500  # scenes per job, for any number of workers; also per WebDataset shard
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScenesSettings:
-    """Everything that decides the bytes of a written world."""
+    """All settings that determine the bytes of a written world."""
 
     layout: str
     count: int = 2000
@@ -42,34 +42,34 @@ class ScenesSettings:
 def write(
     out: Path, settings: ScenesSettings, *, workers: int = 1, progress: Callable[[int], None] | None = None
 ) -> bool:
-    """Write the training and validation scenes to the folder `out`, with a card `scenes.json`.
+    """Write the training and validation scenes to the folder `out`, with metadata `scenes.json`.
 
-    The bytes depend on the settings alone. The folder appears when it is complete. `progress` is called with
-    the number of scenes done since its last call.
+    The bytes depend only on the settings. The folder appears once it is complete. `progress` is called with
+    the number of scenes finished since its last call.
 
     Returns:
-        True when the folder was written; False when it holds exactly these scenes already.
+        True if the folder was written; False if it already holds exactly these scenes.
 
     Raises:
         ConfigError: an unknown layout.
-        SceneError: a setting out of range, or an `out` that is a file or holds something else.
+        SceneError: a setting out of range, or an `out` that is a file or has other content.
     """
     _check(settings, workers)
-    card = _card(settings)
+    metadata = _metadata(settings)
 
     def fill(folder: Path) -> None:
         _fill(folder, settings, workers, progress or (lambda _: None))
-        write_text(folder / CARD, json.dumps(card, indent=2) + "\n")
+        write_text(folder / METADATA_FILE, json.dumps(metadata, indent=2) + "\n")
 
-    # Where another process was faster, what it has made must be these scenes too.
-    return _free(out, card) and (make_folder(out, fill) or _free(out, card))
+    # If another process was faster, its folder must hold these scenes too.
+    return _free(out, metadata) and (make_folder(out, fill) or _free(out, metadata))
 
 
 def write_cached(out: Path, settings: ScenesSettings, damaged: Callable[[str], None]) -> None:
-    """Write the scenes to a folder that is ours alone, unless they are there and whole.
+    """Write the scenes to a cache folder, unless it already holds them undamaged.
 
-    A file beside the folder keeps a hash of its content. What does not fit is made again, after a word to
-    `damaged`; a folder without such a file, as other versions wrote, is taken as it is.
+    A file beside the folder holds a hash of its content. A folder that does not match is written again, after
+    a call of `damaged` with the reason; one without such a file, from other versions, is accepted unchecked.
     """
     _check(settings, 1)
     note = out.with_name(f"{out.name}.sha256")
@@ -79,7 +79,7 @@ def write_cached(out: Path, settings: ScenesSettings, damaged: Callable[[str], N
     except RadioError as error:
         damaged(str(error))
         doomed = out.with_name(f".{out.name}.damaged-{secrets.token_hex(4)}")
-        out.rename(doomed)  # at once: another process may look meanwhile
+        out.rename(doomed)  # renamed at once: another process may read it meanwhile
         _remove(doomed)
         if note.is_dir():
             _remove(note)
@@ -123,25 +123,27 @@ def _check(settings: ScenesSettings, workers: int) -> None:
         raise SceneError(f"--workers {workers}: choose from 1 to {_MOST_WORKERS}")
 
 
-def _card(settings: ScenesSettings) -> dict[str, Any]:
+def _metadata(settings: ScenesSettings) -> dict[str, Any]:
     names = {"classes": list(CLASSES), "colours": list(COLOURS), "shapes": list(SHAPES)}
     return {"format": "radio-scenes", "version": CARD_VERSION, **asdict(settings), **names}
 
 
-def _free(out: Path, card: dict[str, Any]) -> bool:
-    """Whether `out` can be written; False when it holds what the card says."""
+def _free(out: Path, metadata: dict[str, Any]) -> bool:
+    """Check whether `out` must be written; False if it holds the scenes of this metadata already."""
     if out.exists() and not out.is_dir():
         raise SceneError(f"{out} is a file; give the name of a folder")
     if not out.exists() or not any(out.iterdir()):
         return True
-    path = out / CARD
+    path = out / METADATA_FILE
     if not path.is_file():
         raise SceneError(f"{out} is not empty and was not written by radio-scenes; choose another folder")
     try:
         found = read_json(path, _CARDS)
     except DataError as error:
-        raise SceneError(f"{path} is not a card of radio-scenes ({error}); choose another folder") from error
-    if found != card:
+        raise SceneError(
+            f"{path} is not metadata of radio-scenes ({error}); choose another folder"
+        ) from error
+    if found != metadata:
         raise SceneError(
             f"{out} holds scenes of other settings (see {path}); remove it or choose another folder"
         )
@@ -181,7 +183,7 @@ def _jobs(root: Path, settings: ScenesSettings, split: Split, count: int) -> lis
 
 
 def _run(jobs: list[Job], workers: int) -> Iterator[tuple[Job, list[Any]]]:
-    """The records of each job, in any order."""
+    """Yield each job with its records, in any order."""
     if workers == 1:
         yield from ((job, run_job(job)) for job in jobs)
         return
@@ -198,5 +200,5 @@ def _run(jobs: list[Job], workers: int) -> Iterator[tuple[Job, list[Any]]]:
 
 
 def run_job(job: Job) -> list[Any]:
-    """Write the pictures of one job; what is left to write at the end comes back."""
+    """Write the images of one job; return the records for the split's files."""
     return LAYOUTS[job.layout].write(job)

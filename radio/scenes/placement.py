@@ -1,4 +1,4 @@
-"""What stands where in one scene: every random draw of a picture, in units of its side, before any pixel."""
+"""The layout of a scene: all random draws of an image, in units of its side, before rendering."""
 
 import colorsys
 import math
@@ -18,16 +18,16 @@ CLASSES: tuple[str, ...] = tuple(f"{colour} {shape}" for colour in COLOURS for s
 
 RGB = tuple[float, float, float]  # each in [0, 255]
 
-_HUES = (354.0, 57.0, 122.0, 183.0, 226.0, 288.0)  # degrees, one a colour
+_HUES = (354.0, 57.0, 122.0, 183.0, 226.0, 288.0)  # degrees, one per colour
 _HUE_JITTER = 8.0
-_DARKEST = (0.62, 0.80, 0.55, 0.68, 0.68, 0.62)  # value below which a person would name the hue otherwise
+_DARKEST = (0.62, 0.80, 0.55, 0.68, 0.68, 0.62)  # value below which a person would name the hue differently
 _MAX_TURN = math.radians(42)
-_CANDIDATES = 4  # places tried for each small object before an overlap is taken
+_CANDIDATES = 4  # places tried for each small object before an overlap is accepted
 _NUM_DRAWS = 192  # enough for four objects
 
 
 class Texture(NamedTuple):
-    """Which texture of the bank, and where its crop starts (u, v in [0, 1))."""
+    """A texture of the bank, and the start of its crop (u, v in [0, 1))."""
 
     number: int
     u: float
@@ -35,7 +35,7 @@ class Texture(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """One object before drawing; x, y and radius in units of the picture's side."""
+    """One object before drawing; x, y and radius in units of the image's side."""
 
     shape: int
     colour: int
@@ -58,30 +58,30 @@ class Backdrop(NamedTuple):
 
 
 class Camera(NamedTuple):
-    """What happens to the whole picture: a lighting field, a tint, blur (0: none) and noise."""
+    """Effects on the whole image: a lighting field, a tint, blur (0: none) and noise."""
 
     slope: tuple[float, float]
     bow: tuple[float, float]
     tint: RGB  # factors around 1
-    blur: float  # sd in pixels of a 96 px picture
+    blur: float  # sd in pixels of a 96 px image
     noise: float  # sd in grey levels
-    grain: tuple[float, float, float]  # where each channel's noise starts in the bank
+    grain: tuple[float, float, float]  # start of each channel's noise in the bank
 
 
 class Plan(NamedTuple):
-    """A whole scene, independent of the size it is drawn at."""
+    """A whole scene, independent of its size in pixels."""
 
     main: Figure
-    above: tuple[Figure, ...]  # small ones meant to stand before the main object, topmost first
+    above: tuple[Figure, ...]  # small ones meant to be in front of the main object, topmost first
     below: tuple[Figure, ...]  # and behind it, topmost first
     backdrop: Backdrop
     camera: Camera
 
 
 def generator(index: int, *, split: Split, seed: int, stream: int) -> np.random.Generator:
-    """The random numbers of one image: a Philox counter keyed by (seed, split), so streams never meet.
+    """Make one image's random generator: a Philox counter keyed by (seed, split), so streams never overlap.
 
-    Streams: 0 the picture, 1 the order of classes, 2 and up the language.
+    Streams: 0 the image, 1 the order of classes, 2 and up the language.
     """
     counter = np.array([0, stream, index, 0], dtype=np.uint64)
     key = np.array([seed, SPLITS.index(split)], dtype=np.uint64)
@@ -94,7 +94,7 @@ def _class_order(block: int, split: Split, seed: int) -> tuple[int, ...]:
 
 
 def label_of(index: int, *, split: Split, seed: int) -> int:
-    """The class of one image: each run of 60 indices holds every class once, in an order of its own."""
+    """Return the class of one image: each block of 60 indices holds every class once, in its own order."""
     block, place = divmod(index, len(CLASSES))
     return _class_order(block, split, seed)[place]
 
@@ -115,8 +115,8 @@ class _Draws:
         return int(next(self._values) * count)
 
 
-def plan(index: int, *, split: Split, seed: int) -> Plan:
-    """Everything random about one scene, in a fixed order of draws."""
+def layout_scene(index: int, *, split: Split, seed: int) -> Plan:
+    """Draw everything random about one scene, in a fixed order."""
     draws = _Draws(generator(index, split=split, seed=seed, stream=0))
     label = label_of(index, split=split, seed=seed)
     backdrop = _backdrop(draws)
@@ -135,7 +135,7 @@ def plan(index: int, *, split: Split, seed: int) -> Plan:
 
 
 def _small(draws: _Draws, label: int, placed: list[Figure]) -> Figure:
-    """A small object of another class than the main one's, overlapping little if such a place is found."""
+    """Draw a small object of another class than the main one's, with little overlap if possible."""
     other = (label + 1 + draws.below(len(CLASSES) - 1)) % len(CLASSES)
     radius = draws.between(0.09, 0.16)
     places = [
@@ -172,7 +172,7 @@ def _figure(draws: _Draws, label: int, place: tuple[float, float], radius: float
 
 
 def _backdrop(draws: _Draws) -> Backdrop:
-    """Two muted colours of any hue, so that the picture's mean colour says nothing about the class."""
+    """Draw two muted colours of any hue, so that the image's mean colour is independent of the class."""
     first, second = (
         _rgb(draws.between(0, 360), draws.between(0.05, 0.45), draws.between(0.15, 0.85)) for _ in range(2)
     )

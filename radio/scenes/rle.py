@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 
 def run_lengths(mask: NDArray[np.bool_]) -> list[int]:
-    """The lengths of the runs of a [H, W] mask read down its columns; the first is background, maybe 0."""
+    """Compute the run lengths of a [H, W] mask in column order; the first is background, maybe 0."""
     flat = np.concatenate([[False], mask.ravel(order="F")])
     changes = np.flatnonzero(flat[1:] != flat[:-1])
     edges = np.concatenate([[0], changes, [mask.size]])
@@ -16,10 +16,10 @@ def run_lengths(mask: NDArray[np.bool_]) -> list[int]:
 
 
 def compress(lengths: Sequence[int]) -> str:
-    """COCO's text form of run lengths.
+    """Encode run lengths in COCO's text form.
 
-    From the fourth run on, a run is written as its difference to the one two before; numbers are cut into
-    groups of five bits, lowest first, each a character from 48 on, whose sixth bit says that another follows.
+    From the fourth run on, a run is written as its difference to the one two before; numbers are split into
+    groups of five bits, lowest first, each a character from 48 on, whose sixth bit is set if another follows.
     """
     letters = []
     for place, length in enumerate(lengths):
@@ -36,7 +36,7 @@ def decompress(text: str) -> list[int]:
     """Read run lengths in COCO's text form, the inverse of `compress`.
 
     Raises:
-        ValueError: no such text: other characters, one that is cut, or numbers of more than 30 bits.
+        ValueError: an invalid text: other characters, a truncated number, or numbers of more than 30 bits.
     """
     groups = np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64) - 48
     if groups.size and (groups.min() < 0 or groups.max() > 63):

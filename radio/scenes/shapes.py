@@ -1,4 +1,4 @@
-"""The ten outlines of the world, as polygons inside the unit circle (x right, y down), and their fill."""
+"""The world's ten outlines as polygons inside the unit circle (x right, y down), and their rasterisation."""
 
 import math
 from functools import lru_cache
@@ -23,7 +23,7 @@ SHAPES: tuple[str, ...] = (
     "hourglass",
 )
 
-_OVERSAMPLE = 4  # sub-pixels a side: 17 levels of coverage, and the sub-pixel shift of an outline
+_OVERSAMPLE = 4  # sub-pixels per pixel side: 17 levels of coverage, and outlines placed between pixels
 
 
 class Outline(NamedTuple):
@@ -34,7 +34,7 @@ class Outline(NamedTuple):
 
 
 class Coverage(NamedTuple):
-    """How much of each pixel a shape covers, inside the half-open box that holds it."""
+    """The share of each pixel that a shape covers, inside the shape's half-open box."""
 
     alpha: NDArray[np.float32]  # [h, w] in [0, 1]
     x0: int
@@ -42,7 +42,7 @@ class Coverage(NamedTuple):
 
     @property
     def window(self) -> tuple[slice, slice]:
-        """The rows and columns of the picture that `alpha` lies on."""
+        """Rows and columns of the image that `alpha` covers."""
         height, width = self.alpha.shape
         return slice(self.y0, self.y0 + height), slice(self.x0, self.x0 + width)
 
@@ -66,7 +66,7 @@ def _heart() -> Points:
 
 
 def _moon() -> Points:
-    """The unit disc without a smaller disc shifted to the right: a crescent open to the right."""
+    """Build a crescent open to the right: the unit disc without a smaller disc shifted to the right."""
     cut, shift = 0.78, 0.48
     x = (1 - cut**2 + shift**2) / (2 * shift)  # where the two circles meet
     outer = math.degrees(math.acos(x))
@@ -82,14 +82,14 @@ def _polygon(*corners: tuple[float, float]) -> Points:
 
 def _cross() -> Points:
     a, b = 0.95, 0.3
-    arm = ((-b, -a), (b, -a), (b, -b))  # the upper one; the others are its quarter turns
+    arm = ((-b, -a), (b, -a), (b, -b))  # the upper arm; the others are its quarter turns
     right = tuple((-y, x) for x, y in arm)
     return _polygon(*arm, *right, *((-x, -y) for x, y in arm), *((-x, -y) for x, y in right))
 
 
 @lru_cache(maxsize=1)
 def outlines() -> tuple[Outline, ...]:
-    """One outline a shape, in the order of `SHAPES`."""
+    """Build one outline per shape, in the order of `SHAPES`."""
     circle = _arc(1.0, 0, 360 - 360 / 64, 64)
     side = 0.78
     rims: dict[str, Points] = {
@@ -112,7 +112,7 @@ def outlines() -> tuple[Outline, ...]:
 def cover(
     shape: int, *, centre: tuple[float, float], radius: float, angle: float, stretch: float, size: int
 ) -> Coverage:
-    """The anti-aliased coverage of one shape on a size x size picture; empty when it lies outside.
+    """Compute the anti-aliased coverage of one shape on a size x size image; empty if it is outside.
 
     Args:
         shape: index into `SHAPES`.
@@ -120,7 +120,7 @@ def cover(
         radius: of the unit circle, in pixels.
         angle: radians, applied after the stretch.
         stretch: width factor; the height is divided by it.
-        size: side of the picture in pixels.
+        size: side of the image in pixels.
     """
     outline = outlines()[shape]
     cos, sin = radius * math.cos(angle), radius * math.sin(angle)
@@ -131,20 +131,20 @@ def cover(
     x1, y1 = min(size, math.ceil(right)), min(size, math.ceil(bottom))
     if x1 <= x0 or y1 <= y0:
         return Coverage(np.zeros((0, 0), np.float32), 0, 0)
-    picture = Image.new("L", ((x1 - x0) * _OVERSAMPLE, (y1 - y0) * _OVERSAMPLE))
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("L", ((x1 - x0) * _OVERSAMPLE, (y1 - y0) * _OVERSAMPLE))
+    draw = ImageDraw.Draw(image)
     draw.polygon(_subpixels(rim, x0, y0), fill=255)
     if outline.hole is not None:
         draw.polygon(_subpixels(outline.hole @ turn + centre, x0, y0), fill=0)
-    alpha = np.asarray(picture.reduce(_OVERSAMPLE), dtype=np.float32)
+    alpha = np.asarray(image.reduce(_OVERSAMPLE), dtype=np.float32)
     return Coverage(alpha * np.float32(1 / 255), x0, y0)
 
 
 def _subpixels(points: Points, x0: int, y0: int) -> list[float]:
-    """The corners as x, y, x, y … in sub-pixels.
+    """Convert corners to a flat list x, y, x, y … in sub-pixels.
 
-    PIL cuts them to whole numbers and fills both ends, so every shape and its mask lie half a sub-pixel up
-    and to the left.
+    PIL truncates them to whole numbers and fills both ends, so every shape and its mask are shifted half a
+    sub-pixel up and to the left.
     """
     flat: list[float] = ((points - (x0, y0)) * _OVERSAMPLE - 0.5).ravel().tolist()
     return flat

@@ -1,4 +1,4 @@
-"""Textures and noise: banks made once a process from a fixed seed, of which every picture takes crops."""
+"""Textures and noise: banks made once per process from a fixed seed; every image uses crops of them."""
 
 from functools import lru_cache
 
@@ -8,15 +8,15 @@ from PIL import Image
 
 Plane = NDArray[np.float32]
 
-BASE_SIZE = 96  # the side the bank is drawn for; other sizes resize a crop, so that a scene keeps its look
+BASE_SIZE = 96  # side that the bank is made for; other sizes resize a crop, so that a scene looks the same
 NUM_TEXTURES = 40
-_TILE = 224  # side of a tile: a crop starts anywhere in the first _TILE - BASE_SIZE rows and columns
+_TILE = 224  # side of a tile: a crop starts in the first _TILE - BASE_SIZE rows and columns
 _BANK_SEED = 20240229
 _NOISE_LENGTH = 1 << 21  # normals; a 1024 px plane is half of it
 
 
 def crop(texture: int, u: float, v: float, size: int) -> Plane:
-    """A [size, size] crop of one texture, values in [0, 1]; u and v in [0, 1) choose where it starts."""
+    """Crop one texture to [size, size], values in [0, 1]; u and v in [0, 1) choose where the crop starts."""
     room = _TILE - BASE_SIZE
     top, left = int(v * room), int(u * room)
     plane = _bank()[texture, top : top + BASE_SIZE, left : left + BASE_SIZE]
@@ -26,7 +26,7 @@ def crop(texture: int, u: float, v: float, size: int) -> Plane:
 
 
 def noise(u: float, size: int) -> Plane:
-    """A [size, size] plane of standard normal noise; u in [0, 1) chooses where in the bank it starts."""
+    """Take a [size, size] plane of standard normal noise; u in [0, 1) chooses its start in the bank."""
     start = int(u * (_NOISE_LENGTH - size * size))
     return _normals()[start : start + size * size].reshape(size, size)
 
@@ -41,7 +41,7 @@ def _normals() -> Plane:
 
 @lru_cache(maxsize=1)
 def _bank() -> NDArray[np.float32]:
-    """[NUM_TEXTURES, _TILE, _TILE] in [0, 1]: clouds of five grains, stripes, checks and spots."""
+    """Make the bank [NUM_TEXTURES, _TILE, _TILE] in [0, 1]: clouds (2/5), stripes, checks and spots."""
     generator = np.random.Generator(np.random.Philox(_BANK_SEED + 1))
     makers = (_clouds, _clouds, _stripes, _checks, _spots)
     planes = [makers[i % len(makers)](generator) for i in range(NUM_TEXTURES)]
@@ -57,7 +57,7 @@ def _spread(plane: NDArray[np.float64]) -> Plane:
 
 
 def _clouds(generator: np.random.Generator) -> NDArray[np.float64]:
-    """Gaussian noise with a 1/f^p spectrum: from fine grain (p = 0.6) to large clouds (p = 2.2)."""
+    """Draw Gaussian noise with a 1/f^p spectrum: from fine grain (p = 0.6) to large clouds (p = 2.2)."""
     power = generator.uniform(0.6, 2.2)
     frequency = np.hypot(np.fft.fftfreq(_TILE)[:, None], np.fft.rfftfreq(_TILE)[None, :])
     frequency[0, 0] = 1.0
@@ -67,7 +67,7 @@ def _clouds(generator: np.random.Generator) -> NDArray[np.float64]:
 
 
 def _axes(generator: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Two turned, slightly bent coordinates in pixels, [_TILE, _TILE] each."""
+    """Draw two rotated, slightly bent coordinates in pixels, [_TILE, _TILE] each."""
     angle = generator.uniform(0, np.pi)
     y, x = np.mgrid[0:_TILE, 0:_TILE].astype(np.float64)
     bend = generator.uniform(0, 4) * np.sin(y / generator.uniform(12, 40) + generator.uniform(0, 6))

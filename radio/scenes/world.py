@@ -1,7 +1,7 @@
-"""The generated world: `render` draws scene number `index`, a pure function of its arguments.
+"""The generated world: `render` draws scene number `index` as a pure function of its arguments.
 
 A scene holds one main object, whose colour and shape are its class, and up to three small ones, on a textured
-background under uneven light and noise. Letters: N images, H W the picture's side twice.
+background under uneven light and noise. Letters: N images, H = W the image's side.
 """
 
 import math
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from radio.errors import RadioError
 
-from .placement import CLASSES, COLOURS, SPLITS, Camera, Figure, Plan, Split, label_of, plan
+from .placement import CLASSES, COLOURS, SPLITS, Camera, Figure, Plan, Split, label_of, layout_scene
 from .shapes import SHAPES, Coverage, cover
 from .textures import BASE_SIZE, crop, noise
 
@@ -36,18 +36,18 @@ __all__ = [
 ]
 
 MIN_SIZE, MAX_SIZE = 32, 1024
-_MAIN_VISIBLE = 0.76  # share of the main object kept at 96 px: at least 0.70 at every other size
+_MAIN_VISIBLE = 0.76  # minimum visible share of the main object at 96 px; at least 0.70 at other sizes
 _OTHER_VISIBLE = 0.5  # a small object that shows less of itself than this is left out
 
 Canvas = NDArray[np.float32]  # [3, H, W]
 
 
 class SceneError(RadioError):
-    """A scene that cannot be drawn or written as asked."""
+    """A scene that cannot be drawn or written as requested."""
 
 
 class SceneObject(NamedTuple):
-    """One visible object: indices into `SHAPES` and `COLOURS`, and what is seen of it."""
+    """One visible object: indices into `SHAPES` and `COLOURS`, and its visible part."""
 
     shape: int
     colour: int
@@ -57,7 +57,7 @@ class SceneObject(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """A picture with everything that is known about it."""
+    """An image with all its labels."""
 
     image: NDArray[np.uint8]  # [3, H, W] RGB
     label: int  # index into CLASSES
@@ -66,22 +66,22 @@ class Scene(NamedTuple):
 
 
 def semantic(scene: Scene) -> NDArray[np.uint8]:
-    """The [H, W] map of shapes: 0 background, 1 to 10 the shape's index in `SHAPES` plus one."""
+    """Compute the [H, W] map of shapes: 0 background, 1 to 10 the shape's index in `SHAPES` plus one."""
     shapes = np.array([0, *(item.shape + 1 for item in scene.objects)], dtype=np.uint8)
     return shapes[scene.instances]
 
 
 def render(index: int, *, split: Split = "train", seed: int = 0, size: int = 96) -> Scene:
-    """Scene number `index` of a split, drawn at size x size pixels.
+    """Draw scene number `index` of a split at size x size pixels.
 
     The same (index, split, seed) gives the same objects in the same places at every size; splits and seeds
-    never share random numbers. Each run of 60 indices holds every class once.
+    never share random numbers. Each block of 60 consecutive indices holds every class once.
 
     Raises:
         SceneError: a negative index or seed, an unknown split, a size outside 32 to 1024.
     """
     _check(index, split, seed, size)
-    scene_plan = plan(index, split=split, seed=seed)
+    scene_plan = layout_scene(index, split=split, seed=seed)
     order = _visible(scene_plan, size)
     canvas = _background(scene_plan, size)
     instances = np.zeros((size, size), dtype=np.uint8)
@@ -97,7 +97,7 @@ def render(index: int, *, split: Split = "train", seed: int = 0, size: int = 96)
 def render_images(
     indices: Sequence[int] | NDArray[np.int64], *, split: Split = "train", seed: int = 0, size: int = 96
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """The pictures [N, 3, size, size] and labels [N] of some indices, as `render` gives them one by one.
+    """Draw the scenes of several indices as `render` does: images [N, 3, size, size] and labels [N].
 
     Raises:
         SceneError: as `render`.
@@ -131,10 +131,10 @@ def _cover(figure: Figure, size: int) -> Coverage:
 
 
 def _visible(scene_plan: Plan, size: int) -> list[tuple[int, Figure, Coverage]]:
-    """The objects to draw, back to front, each with its number (1: the main object).
+    """List the objects to draw, back to front, each with its number (1: the main object).
 
-    Who stays is decided at 96 px whatever the size, so that every size shows the same objects: a small one
-    that would hide too much of the main object goes behind it; one that is itself mostly hidden is left out.
+    The choice is made at 96 px whatever the size, so that every size shows the same objects: a small object
+    that would hide too much of the main one goes behind it; one that is mostly hidden itself is left out.
     """
     main = _cover(scene_plan.main, BASE_SIZE)
     main_area = np.count_nonzero(main.alpha >= 0.5)
@@ -165,7 +165,7 @@ def _visible(scene_plan: Plan, size: int) -> list[tuple[int, Figure, Coverage]]:
 
 
 def _claim(taken: NDArray[np.bool_], coverage: Coverage) -> bool:
-    """Whether enough of an object shows beside those `taken` before; if so its pixels are taken too."""
+    """Check whether enough of an object is visible outside `taken`; if so, add its pixels to `taken`."""
     mask = coverage.alpha >= 0.5
     free = np.count_nonzero(mask & ~taken[coverage.window])
     if free == 0 or free < _OTHER_VISIBLE * np.count_nonzero(mask):
@@ -198,7 +198,7 @@ def _paint(canvas: Canvas, figure: Figure, coverage: Coverage, size: int) -> Non
 
 
 def _photograph(canvas: Canvas, camera: Camera, size: int) -> NDArray[np.uint8]:
-    """Light, blur and noise, then whole grey levels: [3, H, W]."""
+    """Apply light, blur and noise, and round to whole grey levels: [3, H, W]."""
     ramp = _ramp(size)
     across = camera.slope[0] * ramp + camera.bow[0] * ramp * ramp
     down = camera.slope[1] * ramp + camera.bow[1] * ramp * ramp
@@ -217,12 +217,12 @@ def _photograph(canvas: Canvas, camera: Camera, size: int) -> NDArray[np.uint8]:
 
 @lru_cache(maxsize=8)
 def _ramp(size: int) -> NDArray[np.float32]:
-    """Pixel centres from -1 to 1: [size]."""
+    """Compute pixel centres from -1 to 1: [size]."""
     return ((np.arange(size) + 0.5) * (2 / size) - 1).astype(np.float32)
 
 
 def _blur(canvas: Canvas, sd: float) -> Canvas:
-    """A Gaussian blur, one axis after the other, with mirrored borders."""
+    """Apply a Gaussian blur, one axis after the other, with mirrored borders."""
     reach = max(1, math.ceil(2.5 * sd))
     taps = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sd) ** 2)
     taps = (taps / taps.sum()).astype(np.float32)
@@ -242,7 +242,7 @@ def _blur(canvas: Canvas, sd: float) -> Canvas:
 def _take_stock(
     figures: Sequence[Figure], instances: NDArray[np.uint8]
 ) -> tuple[tuple[SceneObject, ...], NDArray[np.uint8]]:
-    """What is seen of each figure; one without a visible pixel is dropped and those after it move up."""
+    """Compute the visible part of each figure; drop those without visible pixels and renumber the rest."""
     objects: list[SceneObject] = []
     renumbered = instances.copy()
     for number, figure in enumerate(figures, start=1):

@@ -25,13 +25,13 @@ from .shape import Shape, Shaped
 # Letters: B batch, T tokens, D width, H W grid.
 
 LEAST_WINDOW = 4
-"""Tokens; no smaller side is chosen unless it is asked for."""
+"""In tokens; smaller sides are used only if requested."""
 
 MOST_WINDOW = 16
-"""Tokens; larger sides are chosen only where none from 4 to 16 divides the map."""
+"""In tokens; larger sides are chosen only if none from 4 to 16 divides the map."""
 
-_OPTIONS = ("class_tokens", "window", "recompute")
-_BRANCH = 0.3  # how much half-resolution blocks add at the start; at 1 every one doubles the variance
+_OPTIONS = ("class_tokens", "window", "activation_checkpointing")
+_BRANCH = 0.3  # initial scale of half-resolution branches; at 1 every one doubles the variance
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,17 +43,17 @@ class ERadioConfig(Shape):
     strides: tuple[int, int] = (2, 2)  # of the stem's two convolutions
     inner: int = 64  # channels between them
     heads: tuple[int, int] = (8, 16)  # in stages 3 and 4
-    ratios: tuple[int, ...] = (2, 1)  # the blocks that make one layer of stage 3
-    mix: float = 1.0  # what x + f(x) of a block at ratio 2 is multiplied with; the released model takes 0.5
-    neck: NeckKind | None = "lateral"  # None = without up-sampling
+    ratios: tuple[int, ...] = (2, 1)  # ratios of the blocks in one layer of stage 3
+    mix: float = 1.0  # factor on x + f(x) of a block at ratio 2; the released model uses 0.5
+    neck: NeckKind | None = "lateral"  # None = no up-sampling
 
 
 class ERadio(Shaped):
     """A hybrid of C2f stages and windowed transformer stages, with batch norms, and maps in channels-last.
 
-    One window side serves a whole forward: that of stage 4's map, which is also that of the half-resolution
-    blocks of stage 3; it therefore divides the map of the other blocks, twice as long. It is 4 or more, and
-    chosen by the input's size (224 px: 7, 256: 8, 384: 12, 512: 16) unless `with_window` sets it.
+    A forward uses one window side: it divides stage 4's map, which has the size of stage 3's half-resolution
+    maps, and therefore also the other maps of stage 3, twice as large. It is 4 or more, and chosen by the
+    input's size (224 px: 7, 256: 8, 384: 12, 512: 16) unless `with_window` sets it.
     """
 
     config: ERadioConfig
@@ -78,12 +78,12 @@ class ERadio(Shaped):
 
     @property
     def summary_dim(self) -> int:
-        """C, stage 4's channels."""
+        """Width C: the channels of stage 4."""
         return 8 * self.config.width
 
     @property
     def token_dim(self) -> int:
-        """D, the channels of the map that the tokens come from."""
+        """Width D: the channels of the map that provides the tokens."""
         return (4 if self.config.neck == "stage-3" else 8) * self.config.width
 
     @property
@@ -92,8 +92,8 @@ class ERadio(Shaped):
         first, second = self.config.strides
         return 8 * first * second
 
-    def fit(self, height: int, width: int) -> tuple[int, int]:
-        """The (height, width) nearest to the one asked for that a window divides."""
+    def nearest_size(self, height: int, width: int) -> tuple[int, int]:
+        """Compute the (height, width) nearest to the requested one that a window divides."""
         side = self.config.window
         longest = max(height, width) // self.cell + 1
         sides = range(LEAST_WINDOW, max(LEAST_WINDOW, longest) + 1) if side is None else (side,)
@@ -103,7 +103,7 @@ class ERadio(Shaped):
         return min(sizes, key=lambda size: (size[0] - height) ** 2 + (size[1] - width) ** 2)
 
     def with_window(self, side: int | None) -> Self:
-        """This student with a window side of one's own (None: chosen by the size), sharing the weights.
+        """Return this student with another window side (None: chosen by the size), sharing the weights.
 
         Raises:
             SizeError: a side below 1.
@@ -114,12 +114,12 @@ class ERadio(Shaped):
         twin.config = replace(self.config, window=side)
         return twin
 
-    def draw(self, batch: int, generator: torch.Generator) -> Tensor | None:
-        """None: a training forward draws nothing at random."""
+    def sample_crops(self, batch: int, generator: torch.Generator) -> Tensor | None:
+        """Return None: a training forward draws nothing at random."""
         return None
 
     def fuse(self) -> Self:
-        """A copy for inference, every batch norm folded into its convolution or into an affine map."""
+        """Return a copy for inference with every batch norm folded into its convolution or an affine map."""
         twin = copy.deepcopy(self).eval()
         for module in twin.modules():
             if isinstance(module, ConvNorm):
@@ -128,18 +128,18 @@ class ERadio(Shaped):
             twin.norm = ChannelAffine(twin.norm)
         return twin
 
-    def forward(self, images: Tensor, drawn: Tensor | None = None) -> Features:
+    def forward(self, images: Tensor, crops: Tensor | None = None) -> Features:
         """Encode [B, 3, h, w] RGB in [0, 1].
 
         Args:
-            images: pixels, of a size that a window divides, see `fit`.
-            drawn: nothing; a student's common argument.
+            images: pixels, of a size that a window divides, see `nearest_size`.
+            crops: ignored; part of the interface of students.
 
         Raises:
             SizeError: a size that does not fit; names the nearest that does.
         """
         side = self._window(images)
-        # The input alone: convolutions follow it, and FSDP does not take weights in channels-last.
+        # Only the input: convolutions follow its layout, and FSDP does not support channels-last weights.
         x = self.normalise(images).contiguous(memory_format=torch.channels_last)
         x = self.down1(self._call(self.stage1, self.stem(x)))
         x = self.down2(self._call(self.stage2, x))
@@ -158,7 +158,7 @@ class ERadio(Shaped):
         return map_of(windows, grid, side)
 
     def _call(self, block: nn.Module, *inputs: Any) -> Tensor:
-        if self.config.recompute and self.training:
+        if self.config.activation_checkpointing and self.training:
             return recomputed(block, *inputs)
         out: Tensor = block(*inputs)
         return out
@@ -174,7 +174,7 @@ class ERadio(Shaped):
             chosen = choose_side(grid, LEAST_WINDOW, MOST_WINDOW)
             if chosen is not None:
                 return chosen
-        h, w = self.fit(height, width)
+        h, w = self.nearest_size(height, width)
         wanted = f"{LEAST_WINDOW} or more" if side is None else f"{side}"
         raise SizeError(
             f"{self.name} cannot take {height}x{width} px: a token of its last stage is {cell}x{cell} "
@@ -188,7 +188,7 @@ def _initialise(module: nn.Module) -> None:
     elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         _keep_variance(module)
     elif isinstance(module, Neck):
-        module.repeat()
+        module.init_identity()
     elif isinstance(module, MultiResolutionBlock) and isinstance(module.up, nn.ConvTranspose2d):
         module.up.weight.data *= _BRANCH
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)) and module.bias is not None:
@@ -196,7 +196,7 @@ def _initialise(module: nn.Module) -> None:
 
 
 def _keep_variance(conv: nn.Conv2d | nn.ConvTranspose2d) -> None:
-    """Weights under which the output varies as much as the input, whatever the overlap of the kernel."""
+    """Initialise a convolution to preserve the variance of its input, whatever the kernels' overlap."""
     taps = conv.kernel_size[0] * conv.kernel_size[1]
     if isinstance(conv, nn.ConvTranspose2d):
         taps //= conv.stride[0] * conv.stride[1]
@@ -204,10 +204,10 @@ def _keep_variance(conv: nn.Conv2d | nn.ConvTranspose2d) -> None:
 
 
 def _build(config: ERadioConfig, options: StudentOptions) -> ERadio:
-    """An E-RADIO of this shape with a recipe's options.
+    """Build an E-RADIO of this shape with a recipe's options.
 
     Raises:
-        ConfigError: an option that it does not have, or a window that cannot be.
+        ConfigError: an option that it does not have, or a window below 1.
     """
     given = [option.name for option in fields(options) if getattr(options, option.name) != option.default]
     for name in given:
@@ -220,17 +220,19 @@ def _build(config: ERadioConfig, options: StudentOptions) -> ERadio:
         )
     if options.window is not None and options.window < 1:
         raise ConfigError(f"{config.name}: window is {options.window}, and 1 is the least it can be")
-    return ERadio(replace(config, window=options.window, recompute=options.recompute))
+    return ERadio(
+        replace(config, window=options.window, activation_checkpointing=options.activation_checkpointing)
+    )
 
 
-# Widths and depths by the parameter counts of the paper's table 6.
+# Widths and depths chosen to match the parameter counts of the paper's table 6.
 _FAMILY = (
     ERadioConfig(name="e-radio-xt", width=64, depths=(1, 3, 4, 5)),
     ERadioConfig(name="e-radio-t", width=80, depths=(1, 3, 4, 5)),
     ERadioConfig(name="e-radio-s", width=96, depths=(3, 3, 5, 5)),
     ERadioConfig(name="e-radio-b", width=128, depths=(3, 3, 5, 5)),
     ERadioConfig(name="e-radio-l", width=192, depths=(3, 3, 5, 5)),
-    # For pictures of 96 px: a stem of stride 3 makes tokens of 12 px (24 without up-sampling), and windows of
+    # For images of 96 px: a stem of stride 3 gives tokens of 12 px (24 without up-sampling), and windows of
     # 4 at 96 px and 7 at 168 px. A stride of 2 learns more, in twice the time.
     ERadioConfig(
         name="e-radio-tiny",

@@ -1,4 +1,4 @@
-"""What the students of this package share: a written-down shape, and what follows from it."""
+"""The common base of this package's students: their configuration, and properties derived from it."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from ..config import to_plain
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """What every family's config has."""
+    """Settings common to the configs of all families."""
 
     name: str
-    native: int = 224  # the image side in pixels that it was made for
+    native: int = 224  # native image side in pixels
     window: int | None = None  # side of an attention window in tokens
-    recompute: bool = False  # activation checkpointing; changes no output
+    activation_checkpointing: bool = False  # does not change the output
 
 
 class Shaped(nn.Module):
-    """A student that its `config` describes, but for the weights."""
+    """A student that its `config` describes completely, except for the weights."""
 
     config: Shape
 
     @property
     def name(self) -> str:
-        """The architecture's name."""
+        """Name of the architecture."""
         return self.config.name
 
     @property
     def fingerprint(self) -> str:
         """Hash of the weights and of everything in the config that changes the output."""
-        shape = to_plain(replace(self.config, recompute=False))
+        shape = to_plain(replace(self.config, activation_checkpointing=False))
         return digest(self.state_dict(), json.dumps(shape, sort_keys=True))
 
     @property
     def native_size(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
-        return self.fit(self.config.native, self.config.native)
+        """Native (height, width) in pixels."""
+        return self.nearest_size(self.config.native, self.config.native)
 
-    def fit(self, height: int, width: int) -> tuple[int, int]:
-        """The nearest (height, width) in pixels that it takes."""
+    def nearest_size(self, height: int, width: int) -> tuple[int, int]:
+        """Compute the nearest accepted (height, width) in pixels."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Students from timm: any of its models, the last map as the tokens, the pooled vector as the summary."""
+"""Students from timm: any of its models, with the last map as tokens and the pooled vector as summary."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..nn.normalise import Normalise
 from ..types import Features
 from ..windows import nearest_multiple
 from . import StudentOptions, students
-from .timm_networks import check_name, make_network, mean_and_std, recompute
+from .timm_networks import check_name, checkpoint_blocks, make_network, mean_and_std
 
 # Letters: B batch, C summary width, T tokens, D token width, H W grid.
 
@@ -31,19 +31,19 @@ TABLE_6: tuple[str, ...] = (
     "poolformerv2_m36",
     "mvitv2_base",
 )
-"""timm's names of the paper's efficient models, in the order of its table 6."""
+"""timm's names of the paper's efficient models, in the order of table 6."""
 
 _TABLE_SIDE = 224  # pixels: the paper compares them all at this size
 
 
 @final
 class TimmTrunk(nn.Module):
-    """One timm network without its classifier: normalised pictures -> `Features`.
+    """A timm network without its classifier that maps normalised images to `Features`.
 
     Args:
         name: timm's name of it.
-        network: as `make_network` gives it.
-        upsample: with a neck that adds the last map, at twice its resolution, to the map of the stage before.
+        network: a network from `make_network`.
+        upsample: add a neck that sums the last map, at twice its resolution, and the map of the stage before.
 
     Raises:
         ConfigError: up-sampling for a network whose stages do not halve the map one after the other.
@@ -59,7 +59,7 @@ class TimmTrunk(nn.Module):
         self.neck = Neck(_width_before(name, network), self.token_dim, "lateral") if upsample else None
 
     def forward(self, images: Tensor) -> Features:
-        """Normalised [B, 3, h, w] -> tokens [B, T, D] of the last map, and its pooled vector [B, C]."""
+        """Map normalised [B, 3, h, w] to the last map's tokens [B, T, D] and its pooled vector [B, C]."""
         grid = images.shape[2] // self.stride, images.shape[3] // self.stride
         if self.neck is None:
             last = self.network.forward_features(images)
@@ -86,7 +86,7 @@ class TimmTrunk(nn.Module):
 
 
 def _as_tokens(network: Any, last: Tensor) -> Tensor:
-    """[B, D, H, W], [B, H, W, D] or [B, prefix + T, D] -> [B, T, D]."""
+    """Convert [B, D, H, W], [B, H, W, D] or [B, prefix + T, D] to tokens [B, T, D]."""
     if last.ndim == 3:
         return last[:, getattr(network, "num_prefix_tokens", 0) :]
     rows_last = getattr(network, "output_fmt", "NCHW") == "NCHW"
@@ -100,7 +100,7 @@ class TimmStudent(nn.Module):
     Args:
         trunk: the network.
         native: the image side in pixels that it is built for.
-        fixed: whether it takes that size alone.
+        fixed: whether it accepts only that size.
     """
 
     def __init__(self, trunk: TimmTrunk, native: int, *, fixed: bool) -> None:
@@ -111,52 +111,52 @@ class TimmStudent(nn.Module):
 
     @property
     def name(self) -> str:
-        """`timm:` and timm's name."""
+        """Name of the student: `timm:` and timm's name."""
         return f"timm:{self.trunk.name}"
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the weights, the name, the normalisation and the size that it is built for."""
+        """Hash of the weights, the name, the normalisation and, if fixed, the image size."""
         built = self.native if self.fixed else "any"
         return digest(self.state_dict(), f"{self.name} {built} {self.mean_std}")
 
     @property
     def native_size(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
+        """Native (height, width) in pixels."""
         return self.native, self.native
 
     @property
     def summary_dim(self) -> int:
-        """C."""
+        """Width C of the summary."""
         return self.trunk.summary_dim
 
     @property
     def token_dim(self) -> int:
-        """D."""
+        """Width D of the tokens."""
         return self.trunk.token_dim
 
-    def fit(self, height: int, width: int) -> tuple[int, int]:
-        """The nearest (height, width) that its stride divides, or the one size that it was built for."""
+    def nearest_size(self, height: int, width: int) -> tuple[int, int]:
+        """Compute the nearest (height, width) that its stride divides, or the only size that it accepts."""
         if self.fixed:
             return self.native_size
         return nearest_multiple(height, self.trunk.stride), nearest_multiple(width, self.trunk.stride)
 
-    def draw(self, batch: int, generator: torch.Generator) -> Tensor | None:
-        """None: a training forward draws nothing at random, dropout and stochastic depth are off."""
+    def sample_crops(self, batch: int, generator: torch.Generator) -> Tensor | None:
+        """Return None: a training forward draws nothing at random; dropout and stochastic depth are off."""
         return None
 
-    def forward(self, images: Tensor, drawn: Tensor | None = None) -> Features:
+    def forward(self, images: Tensor, crops: Tensor | None = None) -> Features:
         """Encode [B, 3, h, w] RGB in [0, 1].
 
         Args:
-            images: pixels, of a size that it takes, see `fit`.
-            drawn: nothing; a student's common argument.
+            images: pixels, of an accepted size, see `nearest_size`.
+            crops: ignored; part of the interface of students.
 
         Raises:
-            SizeError: another size; names the nearest that it takes.
+            SizeError: another size; names the nearest accepted one.
         """
         height, width = images.shape[-2:]
-        h, w = self.fit(height, width)
+        h, w = self.nearest_size(height, width)
         if (h, w) != (height, width):
             why = (
                 f"it was built for {h}x{w} px alone; build it for another size with --options.image-size"
@@ -169,7 +169,11 @@ class TimmStudent(nn.Module):
 
 
 def _width_before(name: str, network: Any) -> int:
-    """Channels of the map at twice the resolution of the last."""
+    """Return the channels of the map at twice the resolution of the last.
+
+    Raises:
+        ConfigError: the network has no such map.
+    """
     stages = [(stage["reduction"], stage["num_chs"]) for stage in network.feature_info]
     if len(stages) < 2 or stages[-2][0] * 2 != stages[-1][0]:
         raise ConfigError(
@@ -180,7 +184,7 @@ def _width_before(name: str, network: Any) -> int:
 
 
 def _build(name: str, side: int | None, options: StudentOptions) -> TimmStudent:
-    """A timm student with a recipe's options; `side` is that of the name.
+    """Build a timm student with a recipe's options; `side` is the registered name's default.
 
     Raises:
         ConfigError: an option that it does not have, or as `make_network`.
@@ -196,13 +200,13 @@ def _build(name: str, side: int | None, options: StudentOptions) -> TimmStudent:
     if foreign:
         raise ConfigError(f"timm:{name} has no {' and no '.join(foreign)}; leave them out")
     network, native, fixed = make_network(name, options.image_size or side)
-    if options.recompute:
-        recompute(name, network)
+    if options.activation_checkpointing:
+        checkpoint_blocks(name, network)
     return TimmStudent(TimmTrunk(name, network, upsample=bool(options.upsample)), native, fixed=fixed)
 
 
 def _find(name: str) -> functools.partial[TimmStudent]:
-    """The factory of any timm name.
+    """Return the factory of any timm name.
 
     Raises:
         ConfigError: timm has none of that name.

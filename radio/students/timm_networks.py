@@ -1,4 +1,4 @@
-"""timm's networks for students and teachers: no classifier, no dropout, a size, weights from a file."""
+"""Build timm networks for students and teachers: without classifier and dropout, weights from a file."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from ..windows import nearest_multiple
 
 
 def make_network(name: str, side: int | None = None, file: Path | None = None) -> tuple[Any, int, bool]:
-    """A timm network without classifier, dropout and stochastic depth.
+    """Build a timm network without classifier, dropout and stochastic depth.
 
     Args:
-        name: timm's.
-        side: the image side in pixels that it is built for; None = its own.
+        name: timm's name.
+        side: the image side in pixels to build it for; None = its own.
         file: weights in timm's layout for its own side, read without running code; None = random.
 
     Returns:
-        the network, its side in pixels, and whether it takes that size alone.
+        The network, its side in pixels, and whether it accepts only that size.
 
     Raises:
-        ConfigError: no such model, or one that gives no map, or cannot be built for another size.
+        ConfigError: no such model, or one that outputs no map, or cannot be built for another size.
         CheckpointError: a file that is absent or another model's.
         SizeError: a side that its stride does not divide.
     """
@@ -59,16 +59,16 @@ def make_network(name: str, side: int | None = None, file: Path | None = None) -
 
 
 def mean_and_std(network: Any) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """What the network's pictures are normalised with."""
+    """Return the mean and std for the normalisation of the network's images."""
     mean, std = network.pretrained_cfg["mean"], network.pretrained_cfg["std"]
     return tuple(mean), tuple(std)
 
 
 def check_name(name: str) -> None:
-    """Nothing, when timm has a model of that name.
+    """Check that timm has a model of that name.
 
     Raises:
-        ConfigError: it has none; offers the nearest.
+        ConfigError: it has none; suggests the nearest.
     """
     if not timm.is_model(name):
         known = timm.list_models()
@@ -82,9 +82,9 @@ def _stride(network: Any) -> int:
 
 
 def _with_weights(name: str, file: Path) -> Any:
-    """The network with every weight from the file.
+    """Build the network with every weight from the file.
 
-    Its classifier is loaded too and then cut off: timm is strict only where the classes agree.
+    Its classifier is loaded too and then removed: timm is strict only if the number of classes agrees.
     """
     wanted = _outline(name)
     tensors = load_tensors(file, wanted)
@@ -102,7 +102,7 @@ def _with_weights(name: str, file: Path) -> Any:
         network: Any = timm.create_model(
             name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=classes
         )
-    except Exception as error:  # whatever its own conversions of layouts meet in other weights
+    except Exception as error:  # timm's conversions of layouts may raise anything on other weights
         said = shown(" ".join(str(error).split())[:300])
         raise CheckpointError(
             f"{shown(file)}: these are not the weights of timm:{name}: {said}; the file's names begin with "
@@ -114,7 +114,7 @@ def _with_weights(name: str, file: Path) -> Any:
 
 
 def _outline(name: str) -> dict[str, Tensor]:
-    """The names and shapes of a timm model's weights; none where it cannot be built without memory."""
+    """List the names and shapes of a timm model's weights; empty if it cannot be built on the meta device."""
     try:
         with torch.device("meta"):
             network: Any = timm.create_model(name)
@@ -125,8 +125,8 @@ def _outline(name: str) -> dict[str, Tensor]:
 
 
 def _resized(name: str, network: Any, side: int) -> Any:
-    """The network, built for another side."""
-    if isinstance(network, SwinTransformerV2):  # scales its windows with the map, where img_size pads the map
+    """Build the network for another side."""
+    if isinstance(network, SwinTransformerV2):  # scales its windows with the map; img_size would pad the map
         network.set_input_size(img_size=(side, side))
         return network
     try:
@@ -139,7 +139,7 @@ def _resized(name: str, network: Any, side: int) -> Any:
 
 
 def _silence_drops(network: nn.Module) -> None:
-    """No dropout and no stochastic depth: they would draw from torch's global generator."""
+    """Disable dropout and stochastic depth: they would draw from torch's global generator."""
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -149,15 +149,15 @@ def _silence_drops(network: nn.Module) -> None:
             module.drop_rate = 0.0  # type: ignore[assignment]
 
 
-def recompute(name: str, network: Any) -> None:
-    """Switch timm's activation checkpointing on; batch norms in its blocks then count every batch twice.
+def checkpoint_blocks(name: str, network: Any) -> None:
+    """Enable timm's activation checkpointing; batch norms in its blocks then count every batch twice.
 
     Raises:
-        ConfigError: the model has none.
+        ConfigError: the model does not support it.
     """
     try:
         network.set_grad_checkpointing(True)
-    except AssertionError as error:  # timm's way to say so
+    except AssertionError as error:  # raised by timm if unsupported
         raise ConfigError(
-            f"timm:{name} cannot recompute its activations; leave --options.recompute out"
+            f"timm:{name} cannot recompute its activations; leave --options.activation-checkpointing out"
         ) from error

@@ -1,4 +1,4 @@
-"""The ViT students: any image size through CPE, optionally windowed as in ViTDet (paper §4, appendix C)."""
+"""The ViT students: any image size with CPE, optionally windowed as in ViTDet (paper §4, appendix C)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ViTConfig(Shape):
 
 
 class ViT(Shaped):
-    """A vision transformer that takes any image whose sides its patch (and window) divide."""
+    """A vision transformer for any image whose sides are multiples of the patch (times the window)."""
 
     config: ViTConfig
 
@@ -56,7 +56,7 @@ class ViT(Shaped):
         self.stem = stem(config.width, config.patch)
         self.positions = CroppedPositions(config.width, config.positions)
         prefix = torch.empty(1, config.class_tokens + config.registers, config.width)
-        # Empty it is no parameter, which FSDP could not shard; checkpoints hold it all the same.
+        # If empty it is a buffer, as FSDP cannot shard an empty parameter; checkpoints hold it either way.
         self.prefix: Tensor = nn.Parameter(prefix) if len(prefix[0]) else nn.Buffer(prefix)
         hidden = round(config.width * config.mlp_ratio)
         self.blocks = nn.ModuleList(
@@ -68,21 +68,21 @@ class ViT(Shaped):
 
     @property
     def summary_dim(self) -> int:
-        """C: the class tokens side by side, or the token width when pooling."""
+        """Width C: the concatenated class tokens, or the token width when pooling."""
         return self.config.width * max(self.config.class_tokens, 1)
 
     @property
     def token_dim(self) -> int:
-        """D."""
+        """Width D of the tokens."""
         return self.config.width
 
-    def fit(self, height: int, width: int) -> tuple[int, int]:
-        """The nearest (height, width) that patch and window divide."""
+    def nearest_size(self, height: int, width: int) -> tuple[int, int]:
+        """Compute the nearest (height, width) that patch and window divide."""
         step = self.config.patch * (self.config.window or 1)
         return nearest_multiple(height, step), nearest_multiple(width, step)
 
     def with_window(self, side: int | None) -> Self:
-        """This ViT with another window side (None: global attention), sharing the weights.
+        """Return this ViT with another window side (None: global attention), sharing the weights.
 
         Raises:
             SizeError: a side below 1.
@@ -95,30 +95,30 @@ class ViT(Shaped):
         twin.config = replace(self.config, window=side)
         return twin
 
-    def draw(self, batch: int, generator: torch.Generator) -> Tensor:
-        """The position crops of one training forward: [B, 5]."""
+    def sample_crops(self, batch: int, generator: torch.Generator) -> Tensor:
+        """Draw the position crops of one training forward: [B, 5]."""
         return draw_crops(batch, generator)
 
-    def forward(self, images: Tensor, drawn: Tensor | None = None) -> Features:
+    def forward(self, images: Tensor, crops: Tensor | None = None) -> Features:
         """Encode [B, 3, h, w] RGB in [0, 1].
 
         Args:
             images: pixels; both sides multiples of the patch (times the window).
-            drawn: position crops from `draw`; None when evaluating.
+            crops: position crops from `sample_crops`; None in evaluation.
 
         Raises:
             SizeError: a size that does not fit; names the nearest that does.
         """
-        return self.intermediate(images, [self.config.depth - 1], drawn)[0]
+        return self.intermediate(images, [self.config.depth - 1], crops)[0]
 
     def intermediate(
-        self, images: Tensor, blocks: Sequence[int], drawn: Tensor | None = None
+        self, images: Tensor, blocks: Sequence[int], crops: Tensor | None = None
     ) -> list[Features]:
-        """Features after each of the named blocks (counted from 0), all through the final norm.
+        """Compute the features after each of the given blocks (counted from 0), all through the final norm.
 
         Raises:
             SizeError: a size that does not fit.
-            ConfigError: a block that is not there.
+            ConfigError: a block that does not exist.
         """
         depth = self.config.depth
         for index in blocks:
@@ -126,7 +126,7 @@ class ViT(Shaped):
                 raise ConfigError(f"block {index} is not one of the {depth} of {self.name}; count from 0")
         grid = self._grid(images)
         patches = self.stem(self.normalise(images))
-        patches = patches + self.positions(grid, drawn)
+        patches = patches + self.positions(grid, crops)
         prefix = self.prefix.expand(images.shape[0], -1, -1)
         return self._encode(prefix, patches, grid, blocks)
 
@@ -160,7 +160,7 @@ class ViT(Shaped):
         return Features(summary, tokens, grid)
 
     def _call(self, block: nn.Module, x: Tensor) -> Tensor:
-        if self.config.recompute and self.training:
+        if self.config.activation_checkpointing and self.training:
             out: Tensor = checkpoint(block, x, use_reentrant=False)
             return out
         plain: Tensor = block(x)
@@ -173,7 +173,7 @@ class ViT(Shaped):
         height, width = images.shape[-2:]
         patch, window = self.config.patch, self.config.window
         if height % patch or width % patch:
-            h, w = self.fit(height, width)
+            h, w = self.nearest_size(height, width)
             raise SizeError(
                 f"{self.name} cannot take {height}x{width} px: its patch of {patch} does not divide that; "
                 f"the nearest size is {h}x{w}"
@@ -191,10 +191,10 @@ def _initialise(module: nn.Module) -> None:
 
 
 def _build(config: ViTConfig, options: StudentOptions) -> ViT:
-    """A ViT of this shape with a recipe's options.
+    """Build a ViT of this shape with a recipe's options.
 
     Raises:
-        ConfigError: an option that it does not have, or a count that cannot be.
+        ConfigError: an option that it does not have, or a count out of range.
     """
     chosen = {
         key: value
@@ -209,14 +209,14 @@ def _build(config: ViTConfig, options: StudentOptions) -> ViT:
     for key, least in (("class_tokens", 0), ("registers", 0), ("window", 1)):
         if chosen.get(key, least) < least:
             raise ConfigError(f"{config.name}: {key} is {chosen[key]}, and {least} is the least it can be")
-    whole = replace(config, recompute=options.recompute, **chosen)
+    whole = replace(config, activation_checkpointing=options.activation_checkpointing, **chosen)
     if whole.window is not None:
-        global_blocks(whole.depth, whole.schedule)  # one that cannot be is told before the work
+        global_blocks(whole.depth, whole.schedule)  # raises early for an impossible schedule
     return ViT(whole)
 
 
 # The paper's table 6 and §4: patch 14 has 75 x 75 positions (1050 px), patch 16 has 128 x 128 (2048 px). Each
-# has a windowed twin; the last column is the twin's window side: it divides the native grid.
+# has a windowed twin; the last column is the twin's window side, which divides the native grid.
 _TINY = ViTConfig(
     name="vit-tiny12",
     width=128,

@@ -1,4 +1,4 @@
-"""Which blocks of a ViTDet student attend globally."""
+"""The schedule of global attention blocks in a ViTDet student."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from ..errors import ConfigError
 
 NumGlobal = Annotated[int, Interval(ge=1, le=1024)]
 Schedule = Literal["quarters", "runs-of-5"] | NumGlobal
-"""By name, or by the number of parts of the depth that each end in a global block."""
+"""A name, or the number of parts of the depth that each end in a global block."""
 
 
 def global_blocks(depth: int, schedule: Schedule = "quarters") -> tuple[int, ...]:
-    """Indices of the global blocks; the others are windowed, and the last is always global.
+    """Compute the indices of the global blocks; the others are windowed, and the last is always global.
 
     `quarters`, or 4: one at the end of every quarter of the depth (ViTDet: 7, 15, 23, 31 of 32).
-    Another number: as many parts. Of a depth that they do not divide, each has the quotient rounded down,
-    and the blocks that are left end in a global one of their own (5, 11, 17, 23, 26 of 27; AM-RADIO's rule).
+    Another number: as many parts. If they do not divide the depth, each has the quotient rounded down, and
+    the remaining blocks end in an additional global one (5, 11, 17, 23, 26 of 27; AM-RADIO's rule).
     `runs-of-5`: one after every five windowed blocks (5, 11, 17, 23, 29, 31 of 32).
 
     Raises:
-        ConfigError: parts of one block, all of them global, or no parts.
+        ConfigError: parts of a single block, all of them global, or no parts.
     """
     parts = 4 if schedule == "quarters" else schedule
     period = 6 if isinstance(parts, str) else depth // max(parts, 1)

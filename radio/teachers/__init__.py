@@ -1,4 +1,4 @@
-"""Frozen teachers: families of them by name, each built from a member's name and a weights file."""
+"""Registry of families of frozen teachers, built from a member's name and a weights file."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from ..registry import Registry
 from ..types import Teacher
 
 # A family builds its member `name` with the weights in `file`: "dinov2:vitg14@FILE" is
-# families["dinov2"]("vitg14", FILE). Where a family brings its weights itself (scenes, pip), a file is an
-# error; where it does not, None is one.
+# families["dinov2"]("vitg14", FILE). For a family that includes its weights (scenes, pip), a file is an
+# error; for the others, None is.
 TeacherFamily = Callable[[str, Path | None], Teacher]
 
 families: Registry[TeacherFamily] = Registry("teacher")
 
-# The same members with weights on the meta device, so that what they cost is counted without their files.
+# The same members with weights on the meta device, so that their cost is computed without their files.
 TeacherOutline = Callable[[str], Teacher]
 
 outlines: Registry[TeacherOutline] = Registry("teacher_outline")
 
-from . import dinov2 as _dinov2  # noqa: E402, F401  (each enters its family)
+from . import dinov2 as _dinov2  # noqa: E402, F401  (each registers its family)
 from . import openclip as _openclip  # noqa: E402, F401
 from . import pip_weights as _pip_weights  # noqa: E402, F401
 from . import sam as _sam  # noqa: E402, F401

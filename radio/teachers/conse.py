@@ -1,6 +1,6 @@
 """ConSE (M. Norouzi et al. 2014): zero-shot from an ordinary classifier and a sentence encoder.
 
-A picture's vector is the mean of the text vectors of its T likeliest ImageNet classes, weighted with their
+An image's vector is the mean of the text vectors of its T likeliest ImageNet classes, weighted by their
 probabilities, so that it can be compared with the text vector of any name.
 """
 
@@ -22,12 +22,12 @@ from ..errors import DataError, require
 
 LIKELIEST = 10  # T of the paper's best model on ImageNet, ConSE(10)
 _TEXTS_AT_ONCE = 256
-_LONGEST = 256  # tokens, as the encoder was tuned
+_LONGEST = 256  # tokens, as in the encoder's fine-tuning
 
 
 @final
 class SentenceEncoder(nn.Module):
-    """A BERT whose mean token vector stands for a sentence, read from a folder of a Hugging Face model.
+    """A BERT whose mean token vector represents a sentence, read from a folder of a Hugging Face model.
 
     Raises:
         MissingExtraError: transformers is not installed.
@@ -54,7 +54,7 @@ class SentenceEncoder(nn.Module):
         self.eval()
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """[N, E] mean token vectors, not normalised.
+        """Encode texts as mean token vectors [N, E], not normalised.
 
         Raises:
             DataError: no texts.
@@ -77,14 +77,14 @@ class SentenceEncoder(nn.Module):
 
 @final
 class ConseText:
-    """The text tower of a classifier: nothing is read from disk before the first text or picture.
+    """The text tower of a classifier; the sentence encoder is read from disk at the first text or image.
 
     Args:
         classifier: Linear, from the summary [B, C] to the logits of K classes.
         names: the K classes in words, in the order of the logits.
-        folder: where the sentence encoder lies; called when it is needed.
-        identity: stands for the encoder's files in the fingerprint.
-        likeliest: T, how many classes make up a picture's vector.
+        folder: returns the folder of the sentence encoder; called at first use.
+        identity: represents the encoder's files in the fingerprint.
+        likeliest: T, the number of classes in an image's vector.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class ConseText:
 
     @cached_property
     def encoder(self) -> SentenceEncoder:
-        """The sentence encoder, read when it is first asked for.
+        """Sentence encoder, read at first use.
 
         Raises:
             MissingWeightsError: its package is not installed.
@@ -118,16 +118,16 @@ class ConseText:
 
     @cached_property
     def _named(self) -> Tensor:
-        """[K, E], unit vectors of the classifier's own classes."""
+        """Unit vectors [K, E] of the classifier's classes."""
         return F.normalize(self.encode(self._names), dim=1)
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """[N, E] text vectors, not normalised, where the classifier lies."""
+        """Encode texts as vectors [N, E], not normalised, on the classifier's device."""
         return self.encoder.to(self.classifier.weight.device).encode(texts)
 
     def project(self, summaries: Tensor) -> Tensor:
-        """[B, C] summaries -> [B, E]: p(class) s(class) over the T likeliest by their p, summed."""
-        device = summaries.device  # those of a cache lie on the CPU, the classifier may not
+        """Project summaries [B, C] to [B, E]: the mean vector of the T likeliest classes by probability."""
+        device = summaries.device  # cached summaries are on the CPU, the classifier may not be
         weight, bias = self.classifier.weight.to(device), self.classifier.bias.to(device)
         with torch.no_grad():
             likely = F.linear(summaries, weight, bias).softmax(1).topk(self._likeliest, dim=1)

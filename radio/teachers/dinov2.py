@@ -21,14 +21,14 @@ from .weights_file import read_weights
 # Letters: B batch, T tokens, P class and register tokens, D width, H W grid, h w pixels.
 
 PATCH = 14
-TABLE = 37  # positions are stored for 518 pixels: 37 patches a side
+TABLE = 37  # positions are stored for 518 pixels: 37 patches per side
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Member:
-    """The architecture of one member of the family; heads are 64 wide."""
+    """The architecture of one member of the family; attention heads are 64 wide."""
 
     width: int
     depth: int
@@ -51,11 +51,11 @@ MEMBERS = {
 
 @families.register("dinov2")
 def dinov2(name: str, file: Path | None) -> Teacher:
-    """The member `name` with the weights in `file`, in the official layout, timm's or transformers'.
+    """Load the member `name` with the weights in `file`, in the official layout, timm's or transformers'.
 
-    Its summary is the class token and its tokens are the patch tokens, both after the last norm. It
-    takes any size that is a multiple of 14 and is run at 224; positions are resampled as the code
-    that the weights came from does it.
+    Its summary is the class token and its tokens are the patch tokens, both after the last norm. It accepts
+    any size that is a multiple of 14, and its native size is 224; positions are resampled as in the code that
+    the weights come from.
 
     Raises:
         ConfigError: no such member.
@@ -67,7 +67,7 @@ def dinov2(name: str, file: Path | None) -> Teacher:
 
 @outlines.register("dinov2")
 def outline(name: str) -> Teacher:
-    """The member `name` on the meta device.
+    """Build the member `name` on the meta device.
 
     Raises:
         ConfigError: no such member.
@@ -83,7 +83,7 @@ def _member(name: str) -> Member:
 
 
 def load_dinov2(name: str, member: Member, tensors: dict[str, Tensor], source: str) -> Frozen:
-    """A frozen teacher of DINOv2's architecture with weights in any of the three layouts.
+    """Build a frozen teacher of DINOv2's architecture with weights in any of the three layouts.
 
     Raises:
         CheckpointError: not the weights of this architecture; `source` names them.
@@ -96,7 +96,7 @@ def load_dinov2(name: str, member: Member, tensors: dict[str, Tensor], source: s
 
 
 def outline_dinov2(name: str, member: Member) -> Frozen:
-    """A teacher of DINOv2's architecture on the meta device."""
+    """Build a teacher of DINOv2's architecture on the meta device."""
     with torch.device("meta"):
         trunk = DinoTrunk(member, Resampling())
     return _freeze(trunk, name, member)
@@ -118,7 +118,7 @@ def _freeze(trunk: DinoTrunk, name: str, member: Member) -> Frozen:
 
 @final
 class DinoTrunk(nn.Module):
-    """DINOv2's transformer: normalised [B, 3, h, w] -> `Features`; parameters under the official names."""
+    """DINOv2's transformer: normalised [B, 3, h, w] -> `Features`; parameters have the official names."""
 
     def __init__(self, member: Member, resampling: Resampling) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class DinoTrunk(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, images: Tensor) -> Features:
-        """The features of normalised pictures whose sides are multiples of 14."""
+        """Compute the features of normalised images whose sides are multiples of 14."""
         batch = len(images)
         patches = self.patch_embed(images)  # [B, D, H, W]
         grid = (patches.shape[2], patches.shape[3])
@@ -147,7 +147,7 @@ class DinoTrunk(nn.Module):
         return Features(x[:, 0], x[:, -grid[0] * grid[1] :], grid)
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
-        """The patches' positions on a grid: [1, T, D], resampled in float32 where the grid is another one."""
+        """Compute the positions of a grid's patches [1, T, D], resampled in float32 for other grids."""
         table = self.pos_embed[:, 1:]
         if grid == (TABLE, TABLE):
             return table
@@ -163,7 +163,7 @@ class DinoTrunk(nn.Module):
 
 
 class _PatchEmbed(nn.Module):
-    """Pictures [B, 3, h, w] -> patches [B, D, H, W]; a module of its own for the official names."""
+    """Images [B, 3, h, w] -> patches [B, D, H, W]; a separate module for the official names."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ class _Mlp(nn.Module):
 
 
 class _SwiGlu(nn.Module):
-    """The giant's MLP: the gate and the value come from one layer, two thirds of four times as wide."""
+    """The giant's MLP: gate and value come from one layer, each two thirds of 4 * width, rounded up to 8."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The three key layouts that DINOv2 weights come in, brought to the official one."""
+"""Convert the three key layouts of DINOv2 weights to the official one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 
-# transformers' names and the official ones; query, key and value are joined afterwards.
+# transformers' names and the official ones; query, key and value are concatenated afterwards.
 _TRANSFORMERS = (
     (r"^dinov2(_with_registers)?\.", ""),
     (r"^embeddings\.position_embeddings$", "pos_embed"),
@@ -28,28 +28,28 @@ _TRANSFORMERS = (
 _PARTS = ("query", "key", "value")
 
 ANCHORS = ("cls_token", "embeddings.cls_token")
-"""Names that weights of every layout have one of: the official and timm's, transformers'."""
+"""Weights of every layout have one of these names: the official and timm's, or transformers'."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resampling:
-    """How positions are brought to another grid: bicubic, and what the sources do differently."""
+    """How positions are resampled to another grid: bicubic, with the options in which the sources differ."""
 
-    offset: float = 0.0  # patches added to the grid's sides when the scale is computed
+    offset: float = 0.0  # patches added to the grid's sides in the scale's computation
     antialias: bool = False
 
 
 class Layout(NamedTuple):
-    """Weights under the official names, and the resampling of the code that they were made for."""
+    """Weights under the official names, and the resampling of their original code."""
 
     tensors: dict[str, Tensor]
     resampling: Resampling
 
 
 def to_official(tensors: dict[str, Tensor], source: str) -> Layout:
-    """DINOv2 weights in the official layout, timm's or transformers', under the official names.
+    """Rename DINOv2 weights in the official layout, timm's or transformers' to the official names.
 
-    The official code resamples positions with offset 0.1 and no antialiasing, but its models with
+    The official code resamples positions with offset 0.1 and no antialiasing, but those of its models with
     registers without offset and antialiased; timm always antialiases; transformers only with registers.
 
     Raises:
@@ -57,7 +57,7 @@ def to_official(tensors: dict[str, Tensor], source: str) -> Layout:
     """
     try:
         return _to_official(tensors, source)
-    except (IndexError, TypeError, RuntimeError) as error:  # of dimensions that are not there
+    except (IndexError, TypeError, RuntimeError) as error:  # missing dimensions
         raise CheckpointError(f"{source}: not DINOv2 weights: tensors of odd shapes ({error})") from error
 
 
@@ -100,7 +100,7 @@ def _from_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             for name, tensor in official.items()
         }
     if "reg_token" in official:
-        # Here the class token's position is part of the class token itself.
+        # In timm the class token includes its own position.
         official["register_tokens"] = official.pop("reg_token")
         positions = official["pos_embed"]
         official["pos_embed"] = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
@@ -108,7 +108,7 @@ def _from_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _has_packed_swiglu(tensors: dict[str, Tensor]) -> bool:
-    """Whether fc1 gives gate and value at once, and so twice what fc2 takes, as in the giant."""
+    """Check whether fc1 outputs gate and value together, twice the input of fc2, as in the giant."""
     first, second = tensors.get("blocks.0.mlp.fc1.weight"), tensors.get("blocks.0.mlp.fc2.weight")
     return first is not None and second is not None and len(first) == 2 * second.shape[1]
 

@@ -1,4 +1,4 @@
-"""One frozen encoder made a teacher: it normalises, refuses sizes it cannot take, and never learns."""
+"""Wrap a frozen encoder as a teacher: normalise, refuse sizes it does not accept, and never train."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from ..windows import nearest_multiple
 
 
 class Trunk(Protocol):
-    """An `nn.Module` that maps normalised pictures [B, 3, h, w] to features."""
+    """An `nn.Module` that maps normalised images [B, 3, h, w] to features."""
 
     def __call__(self, images: Tensor) -> Features:
-        """The features of normalised pictures."""
+        """Compute the features of normalised images."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Every weight, as `nn.Module` gives them."""
+        """Iterate over all weights, as `nn.Module` does."""
 
     def state_dict(self) -> Mapping[str, Tensor]:
-        """Every weight by name, as `nn.Module` gives them."""
+        """Return all weights by name, as `nn.Module` does."""
 
 
 @final
 class Frozen(nn.Module):
     """A trunk behind the `Teacher` protocol: [B, 3, h, w] RGB in [0, 1] -> `Features`, without gradients.
 
-    `multiple_of` is what both sides in pixels must be a multiple of; None takes the native size only.
-    `variant` says in words what else decides the features (a resampling rule, a choice of layer), so
-    that the fingerprint covers it. `text` is the text tower that shares the summary's space, `file` the
-    weights file that it was read from.
+    Both sides in pixels must be multiples of `multiple_of`; None accepts only the native size. `variant`
+    describes what else determines the features (a resampling rule, a choice of layer), so that the
+    fingerprint covers it. `text` is the text tower that shares the summary's space, `file` the weights file
+    that it was read from.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Frozen(nn.Module):
         super().__init__()
         assert isinstance(trunk, nn.Module), "a trunk is an nn.Module"
         self.trunk: Trunk = trunk
-        self._text = text  # a module too, as a rule: it moves along
+        self._text = text  # usually a module too: it moves along with this one
         self.file = file
         self.name = name
         self.native_size = native_size
@@ -71,42 +71,45 @@ class Frozen(nn.Module):
         for key, value in (("mean", mean), ("std", std)):
             buffer = torch.tensor(value, device=like.device, dtype=like.dtype).view(3, 1, 1)
             self.register_buffer(key, buffer, persistent=False)
-        assert self.fit(*native_size) == native_size, f"{name}: its native size is none that it takes"
+        assert self.nearest_size(*native_size) == native_size, (
+            f"{name}: its native size is none that it takes"
+        )
         self.requires_grad_(False)
         self.train(False)
 
     @property
     def text(self) -> TextTower | None:
-        """The text tower that shares the summary's space; None where there is none."""
+        """Text tower that shares the summary's space, or None."""
         return self._text
 
     def drop_text(self) -> None:
-        """Forget the text tower, which nothing but texts needs."""
+        """Drop the text tower, which is needed only for texts."""
         self._text = None
 
     @property
     def fingerprint(self) -> str:
-        """Hex hash of name, settings and the trunk's weights in their present type; computed once a type."""
+        """Hex hash of name, settings and the trunk's weights in their current dtype; cached per dtype."""
         dtype = self.get_buffer("mean").dtype
         if dtype not in self._fingerprints:
             self._fingerprints[dtype] = digest(self.trunk.state_dict(), self._settings)
         return self._fingerprints[dtype]
 
-    def fit(self, height: int, width: int) -> tuple[int, int]:
-        """The accepted (height, width) in pixels nearest to the one asked for."""
+    def nearest_size(self, height: int, width: int) -> tuple[int, int]:
+        """Compute the accepted (height, width) in pixels nearest to the requested one."""
         if self.multiple_of is None:
             return self.native_size
         return nearest_multiple(height, self.multiple_of), nearest_multiple(width, self.multiple_of)
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode: a parent's `train()` must not wake dropout or batch norm."""
+        """Stay in evaluation mode: a parent's `train()` must not enable dropout or batch norm."""
         return super().train(False)
 
     def forward(self, images: Tensor) -> Features:
-        """The features of [B, 3, h, w] RGB in [0, 1], in the trunk's type; they carry no gradient.
+        """Compute the features of [B, 3, h, w] RGB in [0, 1], in the trunk's dtype, without gradients.
 
         Raises:
-            SizeError: no such batch, or a size that the encoder cannot take; names the nearest that it can.
+            SizeError: no such batch, or a size that the encoder does not accept; names the nearest
+                accepted one.
         """
         self._check(images)
         mean, std = self.get_buffer("mean"), self.get_buffer("std")
@@ -118,11 +121,11 @@ class Frozen(nn.Module):
 
     def _check(self, images: Tensor) -> None:
         if images.ndim != 4 or images.shape[1] != 3:
-            raise SizeError(f"{self.name}: wanted pictures [B, 3, h, w], got {list(images.shape)}")
+            raise SizeError(f"{self.name}: wanted images [B, 3, h, w], got {list(images.shape)}")
         height, width = images.shape[-2:]
-        fitting = self.fit(height, width)
+        fitting = self.nearest_size(height, width)
         if fitting != (height, width):
             raise SizeError(
                 f"{self.name} cannot take {height}x{width} pixels (height x width); the nearest size "
-                f"that it can is {fitting[0]}x{fitting[1]}: resize the pictures"
+                f"that it can is {fitting[0]}x{fitting[1]}: resize the images"
             )

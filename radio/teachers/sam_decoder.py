@@ -1,4 +1,4 @@
-"""SAM behind its image encoder: neck, prompt encoder, mask decoder; many prompts on many pictures at once."""
+"""SAM after its image encoder: neck, prompt encoder, mask decoder; many prompts on many images at once."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .sam import ANCHORS, MEAN, MEMBERS, STD
 from .scenes import scenes_sam
 from .weights_file import read_weights
 
-# Letters: B pictures, C neck width, D width before it, h w embedding grid, P prompts, K clicks a prompt.
+# Letters: B images, C neck width, D width before it, h w embedding grid, P prompts, K clicks per prompt.
 
-_NECK = 256  # of the released ones
+_NECK = 256  # neck width of the released SAMs
 _PARTS = ("image_encoder.neck.", "prompt_encoder.", "mask_decoder.")
 
 
 class Decoded(NamedTuple):
-    """Three masks a prompt, and how good the decoder thinks they are."""
+    """Three masks per prompt, and the decoder's estimate of their quality."""
 
     logits: Tensor  # [P, 3, 4 * h, 4 * w]
     quality: Tensor  # [P, 3], predicted intersection over union
@@ -29,11 +29,11 @@ class Decoded(NamedTuple):
 
 @final
 class SamHead(nn.Module):
-    """What a SAM needs beside an image encoder.
+    """The parts of a SAM other than its image encoder's trunk.
 
     Args:
-        sam: a `segment_anything.modeling.Sam`; its encoder's blocks are not kept.
-        name: for reports.
+        sam: a `segment_anything.modeling.Sam`; its encoder's blocks are dropped.
+        name: name for reports.
     """
 
     def __init__(self, sam: Any, name: str) -> None:
@@ -42,7 +42,9 @@ class SamHead(nn.Module):
         self.neck: nn.Module = sam.image_encoder.neck
         self.prompt_encoder: Any = sam.prompt_encoder
         self.mask_decoder: Any = sam.mask_decoder
-        self.side = int(sam.image_encoder.img_size)  # of the square frame that prompts live in, in pixels
+        self.side = int(
+            sam.image_encoder.img_size
+        )  # side in pixels of the square frame of the prompts' coordinates
         self.grid: tuple[int, int] = tuple(sam.prompt_encoder.image_embedding_size)
         self.token_dim = int(sam.image_encoder.neck[0].in_channels)  # D
         self.mean = tuple((sam.pixel_mean.flatten() / 255).tolist())  # of RGB in [0, 1]
@@ -52,20 +54,20 @@ class SamHead(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Hex hash of all weights, and of the frame."""
+        """Hex hash of all weights, the frame's side, the grid and the mask threshold."""
         return digest(self.state_dict(), f"{self.side} {self.grid} {self.threshold}")
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Tokens before the neck as a picture, [B, D, h, w], through the neck: [B, C, h, w]."""
+        """Apply the neck to the tokens before it as a map: [B, D, h, w] -> [B, C, h, w]."""
         embeddings: Tensor = self.neck(tokens)
         return embeddings
 
 
 def load_sam_head(spec: str, file: Path | None = None) -> SamHead:
-    """The head of a released SAM's file, whose shapes tell which it is, or without one that of `scenes:sam`.
+    """Load the head of a released SAM, recognised by its shapes; for `scenes:sam` without a file, its own.
 
     Raises:
-        CheckpointError: no file, none of a SAM, or one of another architecture.
+        CheckpointError: no file, not a SAM's, or one of another architecture.
         MissingExtraError: segment-anything is not installed.
     """
     if spec == "scenes:sam" and file is None:
@@ -85,7 +87,7 @@ def load_sam_head(spec: str, file: Path | None = None) -> SamHead:
 
 
 def new_released_sam(width: int) -> Any:
-    """An untrained `Sam` of the released shape whose image encoder, `width` wide, has no blocks.
+    """Build an untrained `Sam` of the released shape whose image encoder, `width` wide, has no blocks.
 
     Raises:
         MissingExtraError: segment-anything is not installed.
@@ -114,18 +116,18 @@ def decode(
     points: Tensor | None = None,
     labels: Tensor | None = None,
 ) -> Decoded:
-    """Masks for prompts on many pictures, in one pass.
+    """Decode masks for prompts on many images in one pass.
 
-    `MaskDecoder.forward` takes one picture and repeats it for each of its prompts; here `which` says whose
-    prompt each one is, so a batch needs no loop. Boxes come first where both kinds are given.
+    `MaskDecoder.forward` takes one image and repeats it for each of its prompts; here `which` gives the image
+    of each prompt, so a batch needs no loop. If both kinds are given, boxes come first.
 
     Args:
         sam: a `SamHead` or a whole `Sam`.
         embeddings: after the neck: [B, C, h, w].
-        which: the picture of each prompt: [P] int64.
+        which: the image of each prompt: [P] int64.
         boxes: [P1, 4] as x0 y0 x1 y1 in pixels of the encoder's input.
         points: [P2, K, 2] as x y, the K clicks of each prompt; P1 + P2 = P.
-        labels: [P2, K], 1 on the object and 0 beside it; all on it unless given.
+        labels: [P2, K], 1 on the object and 0 beside it (default: all 1).
     """
     sparse = torch.cat(
         ([sam.prompt_encoder(None, boxes, None)[0]] if boxes is not None else [])
@@ -140,7 +142,7 @@ def decode(
     upscaled = decoder.output_upscaling(source.transpose(1, 2).unflatten(2, embeddings.shape[-2:]))
     masks = [
         network(seen[:, 1 + i]) for i, network in enumerate(decoder.output_hypernetworks_mlps) if i > 0
-    ]  # the first is for many prompts on one object
+    ]  # the first mask token is for several prompts on one object
     logits = torch.einsum("pmc,pchw->pmhw", torch.stack(masks, dim=1), upscaled)
     return Decoded(logits, decoder.iou_prediction_head(seen[:, 0])[:, 1:])
 
@@ -154,7 +156,7 @@ def _embed_points(sam: Any, points: Tensor, labels: Tensor | None) -> Tensor:
 
 @final
 class _Parts(nn.Module):
-    """The modules of a `Sam` that the head keeps, under the names that they have in a released file."""
+    """The modules of a `Sam` that the head uses, under their names in a released file."""
 
     def __init__(self, sam: Any) -> None:
         super().__init__()

@@ -1,11 +1,11 @@
-"""The three tiny teachers that come with the package, trained on the generated scenes.
+"""The three tiny teachers included in the package, trained on the generated scenes.
 
 - `scenes:clip`: a ViT (96 px, patch 12) and a text transformer; summary = class token in their common space.
-- `scenes:dense`: a ViT (108 px, patch 12) supervised on what its class token and every patch show. It plays
-  the part of a self-supervised encoder, and is none.
+- `scenes:dense`: a ViT (108 px, patch 12) with supervision of its class token and every patch. It
+  replaces a self-supervised encoder, but is not one.
 - `scenes:sam`: segment_anything's image encoder (112 px, patch 8); tokens before the neck, summary = mean.
 
-How they were made stands in each file's card; the trainer's scenes-teachers recipe makes them again.
+Each file's metadata records how it was made; the trainer's scenes-teachers recipe reproduces them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NAMES: tuple[Name, ...] = get_args(Name)
 WEIGHTS = Path(__file__).parent.parent / "weights"
 
 SUMMARY = 128  # the width of CLIP's common space
-_NOTHING = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # the ViT normalises by itself
+_NOTHING = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # the ViT normalises its input itself
 
 
 def _vit(name: str, native: int) -> ViT:
@@ -43,13 +43,13 @@ def _vit(name: str, native: int) -> ViT:
 
 
 def new_dense() -> ViT:
-    """The untrained `scenes:dense`: 9 x 9 tokens of 128."""
+    """Build the untrained `scenes:dense`: 9 x 9 tokens of width 128."""
     return _vit("scenes-dense", 108)
 
 
 @final
 class ClipImage(nn.Module):
-    """The image tower of `scenes:clip`: 8 x 8 tokens of 128; the class token goes to the common space."""
+    """The image tower of `scenes:clip`: 8 x 8 tokens of width 128, class token projected to CLIP's space."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,14 +57,14 @@ class ClipImage(nn.Module):
         self.projection = nn.Linear(self.vit.summary_dim, SUMMARY, bias=False)
 
     def forward(self, images: Tensor) -> Features:
-        """[B, 3, h, w] RGB in [0, 1] -> `Features`."""
+        """Encode [B, 3, h, w] RGB in [0, 1]."""
         features: Features = self.vit(images)
         return features._replace(summary=self.projection(features.summary))
 
 
 @final
 class Clip(nn.Module):
-    """Both towers of `scenes:clip`."""
+    """The image and text towers of `scenes:clip`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,15 +73,15 @@ class Clip(nn.Module):
 
 
 def weights_file(name: Name, folder: Path = WEIGHTS) -> Path:
-    """Where the weights of a scenes teacher lie in a folder."""
+    """Return the path of a scenes teacher's weights in a folder."""
     return folder / f"scenes_{name}.safetensors"
 
 
 def scenes_teacher(name: str, folder: Path = WEIGHTS) -> Frozen:
-    """The frozen scenes teacher `name`, in float32 on the CPU.
+    """Load the frozen scenes teacher `name`, in float32 on the CPU.
 
     Raises:
-        ConfigError: no teacher of that name; the nearest is offered.
+        ConfigError: no teacher of that name; suggests the nearest.
         CheckpointError: its file in `folder` is absent or damaged.
     """
     for known in NAMES:
@@ -92,9 +92,9 @@ def scenes_teacher(name: str, folder: Path = WEIGHTS) -> Frozen:
 
 
 def scenes_sam(folder: Path = WEIGHTS) -> Any:
-    """The whole `segment_anything.modeling.Sam` of `scenes:sam`, frozen: encoder, neck, prompts, decoder.
+    """Load the whole frozen `segment_anything.modeling.Sam` of `scenes:sam`: encoder, neck, prompts, decoder.
 
-    It takes pictures of 112 px: pixels in [0, 255] through `Sam`'s own interface.
+    It accepts images of 112 px, with pixels in [0, 255] through `Sam`'s own interface.
 
     Raises:
         CheckpointError: its file in `folder` is absent or damaged.
@@ -104,9 +104,9 @@ def scenes_sam(folder: Path = WEIGHTS) -> Any:
 
 
 def _filled(module: nn.Module, checkpoint: Checkpoint) -> Any:
-    """The module with a file's weights, which are kept in half precision, in float32."""
+    """Load a file's weights, stored in half precision, into the module in float32."""
     tensors = {key: tensor.float() for key, tensor in checkpoint.tensors.items()}
-    load_state(module, tensors, str(checkpoint.card.get("name", "scenes")))
+    load_state(module, tensors, str(checkpoint.metadata.get("name", "scenes")))
     return module
 
 
@@ -127,17 +127,17 @@ def _frozen_vit(name: str, trunk: nn.Module, native: int, text: SceneText | None
 
 
 def frozen_clip(clip: Clip) -> Frozen:
-    """The towers as a teacher."""
+    """Wrap both towers as a teacher."""
     return _frozen_vit("scenes:clip", clip.image, 96, clip.text)
 
 
 def frozen_dense(vit: ViT) -> Frozen:
-    """The trunk as a teacher."""
+    """Wrap the ViT as a teacher."""
     return _frozen_vit("scenes:dense", vit, 108, None)
 
 
 def frozen_sam(sam: Any) -> Frozen:
-    """A `Sam`'s image encoder as a teacher, up to its neck."""
+    """Wrap a `Sam`'s image encoder without its neck as a teacher."""
     return freeze_sam(SamTrunk(sam.image_encoder), name="scenes:sam", mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
@@ -156,9 +156,9 @@ def _family(name: str, file: Path | None) -> Frozen:
 
 @outlines.register("scenes")
 def outline(name: str) -> Frozen:
-    """The scenes teacher `name` on the meta device.
+    """Load the scenes teacher `name` and move it to the meta device.
 
     Raises:
-        ConfigError: no teacher of that name; the nearest is offered.
+        ConfigError: no teacher of that name; suggests the nearest.
     """
     return scenes_teacher(name).to("meta")

@@ -1,4 +1,4 @@
-"""segment_anything's own modules at the size of the scenes."""
+"""segment_anything's own modules at the size for the scenes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _GRID = SIDE // PATCH
 
 
 def new_sam() -> Any:
-    """An untrained `segment_anything.modeling.Sam`: 112 px, patch 8, width 96, neck and decoder of width 64.
+    """Build an untrained `segment_anything.modeling.Sam`: 112 px, patch 8, width 96, neck and decoder 64.
 
     Raises:
         MissingExtraError: segment_anything is not installed.

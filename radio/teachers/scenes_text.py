@@ -1,4 +1,4 @@
-"""The text tower of the tiny scenes CLIP: open_clip's text transformer over the words of the scenes."""
+"""The text tower of the tiny scenes CLIP: open_clip's text transformer over the scenes' vocabulary."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from ..scenes.language import VOCABULARY
 CONTEXT = 16
 _PAD, _START = 0, 1
 _FIRST_WORD = 2
-_END = _FIRST_WORD + len(VOCABULARY)  # the highest number: open_clip's transformer is read out there
+_END = _FIRST_WORD + len(VOCABULARY)  # the highest id: open_clip's transformer pools at it
 _NUMBERS = {word: _FIRST_WORD + i for i, word in enumerate(VOCABULARY)}
 
 
 class TextError(RadioError):
-    """A text that the tower has no words for."""
+    """A text with words outside the vocabulary, or too many words."""
 
 
 def tokenize(texts: Sequence[str]) -> Tensor:
-    """Texts as word numbers between a start and an end mark, padded with 0: [N, L] int64.
+    """Convert texts to word ids between a start and an end token, padded with 0: [N, L] int64.
 
-    Case and punctuation do not count.
+    Case and punctuation are ignored.
 
     Raises:
-        TextError: a word that no scene's caption holds, or more words than fit.
+        TextError: a word outside the captions' vocabulary, or more words than fit.
     """
     numbers = torch.full((len(texts), CONTEXT), _PAD, dtype=torch.int64)
     for row, text in enumerate(texts):
@@ -50,14 +50,16 @@ def tokenize(texts: Sequence[str]) -> Tensor:
 def _number(word: str, text: str) -> int:
     if word not in _NUMBERS:
         words = f"; it reads: {' '.join(VOCABULARY)} (its templates are --templates scenes)"
-        near = did_you_mean(word, (known for known in VOCABULARY if len(known) > 3))  # no hint of "a" or "of"
+        near = did_you_mean(
+            word, (known for known in VOCABULARY if len(known) > 3)
+        )  # no suggestion of "a" or "of"
         raise TextError(f"the scenes text tower does not know {brief(word)} in {brief(text)}{near or words}")
     return _NUMBERS[word]
 
 
 @final
 class SceneText(nn.Module):
-    """Word numbers [N, L] -> text vectors [N, C]; as a `TextTower` it takes the texts themselves."""
+    """A text encoder from word ids [N, L] to vectors [N, C], and a `TextTower`, which encodes texts."""
 
     def __init__(self, *, width: int, layers: int, heads: int, out: int) -> None:
         super().__init__()
@@ -78,12 +80,12 @@ class SceneText(nn.Module):
         return digest(self.state_dict(), " ".join(VOCABULARY))
 
     def forward(self, numbers: Tensor) -> Tensor:
-        """[N, L] from `tokenize` -> [N, C], not normalised."""
+        """Map word ids [N, L] from `tokenize` to text vectors [N, C], not normalised."""
         out: Tensor = self.transformer(numbers)
         return out
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """Text vectors [N, C] in the space of the image tower's summary, not normalised, without gradients.
+        """Encode texts as [N, C] in the image summary's space, not normalised, without gradients.
 
         Raises:
             TextError: as `tokenize`.
@@ -93,5 +95,5 @@ class SceneText(nn.Module):
             return self.forward(tokenize(texts).to(device))
 
     def project(self, summaries: Tensor) -> Tensor:
-        """The summaries [B, C] themselves: the image tower's projection has been applied."""
+        """Return the summaries [B, C] unchanged: the image tower's projection has already been applied."""
         return summaries

@@ -1,4 +1,4 @@
-"""timm's models with weights from a local file, frozen: `timm:NAME@FILE`."""
+"""Frozen timm models with weights from a local file: `timm:NAME@FILE`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .frozen import Frozen
 
 @families.register("timm")
 def timm(name: str, file: Path | None) -> Teacher:
-    """The timm model `name` at its own size, with the weights in `file` (safetensors or a torch file).
+    """Load the timm model `name` at its own size, with the weights in `file` (safetensors or a torch file).
 
     Raises:
-        ConfigError: timm has no such model, or it gives no map.
-        CheckpointError: no file was named, or it is absent or another model's.
+        ConfigError: timm has no such model, or it outputs no map.
+        CheckpointError: no file was given, or it is absent or another model's.
     """
     check_name(name)
     if file is None:

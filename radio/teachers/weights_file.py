@@ -1,4 +1,4 @@
-"""The tensors in the file that a teacher's spec names."""
+"""Read the weights file that a teacher's spec names."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..errors import CheckpointError
 
 
 def read_weights(spec: str, file: Path | None, anchors: Collection[str] = ()) -> dict[str, Tensor]:
-    """The state dict in a teacher's weights file: floats as float32, trainers' wrappings taken off.
+    """Read the state dict in a teacher's weights file: floats as float32, trainers' wrappings removed.
 
-    `spec` is the teacher's name with its family, as in `dinov2:vitb14`; `anchors` are names that its network
-    has, by which a prefix is known.
+    `spec` is the teacher's name with its family, as in `dinov2:vitb14`; `anchors` are weight names of its
+    network, by which a prefix is recognised.
 
     Raises:
-        CheckpointError: no file was named, there is none there, or it is no weights file.
+        CheckpointError: no file was given, it does not exist, or it is no weights file.
     """
     if file is None:
         raise CheckpointError(f"{spec} needs a weights file; name it as in {spec}@FILE")
@@ -30,10 +30,10 @@ def read_weights(spec: str, file: Path | None, anchors: Collection[str] = ()) ->
 
 
 def refuse_file(spec: str, file: Path | None) -> None:
-    """Nothing, when no file was named for a teacher that brings its own weights.
+    """Check that no file was given for a teacher that includes its own weights.
 
     Raises:
-        CheckpointError: one was.
+        CheckpointError: one was given.
     """
     if file is not None:
         raise CheckpointError(f"{spec} brings its own weights; leave out @{file}")

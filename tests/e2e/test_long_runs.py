@@ -12,7 +12,7 @@ from evals.core.report import Report, read
 from radio import entry
 
 pytestmark = pytest.mark.slow
-REAL_PICTURES = os.environ.get("AM_RADIO_DATA")  # photos-*.tar and the unpacked cifar10_subset/
+REAL_IMAGES = os.environ.get("AM_RADIO_DATA")  # photos-*.tar and the unpacked cifar10_subset/
 
 
 @pytest.fixture(autouse=True)
@@ -39,12 +39,12 @@ def test_the_long_run_brings_the_student_up_to_its_best_teacher(tmp_path: Path) 
     assert top1["student"] >= max(value for name, value in top1.items() if name.startswith("scenes:")) - 3
 
 
-@pytest.mark.skipif(REAL_PICTURES is None, reason="AM_RADIO_DATA names no folder of real pictures")
-def test_real_teachers_teach_a_student_something_of_real_pictures(
+@pytest.mark.skipif(REAL_IMAGES is None, reason="AM_RADIO_DATA names no folder of real images")
+def test_real_teachers_teach_a_student_something_of_real_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    data = Path(REAL_PICTURES or "")
+    data = Path(REAL_IMAGES or "")
     cifar = data / "cifar10_subset"
     shards = f"{data}/photos-{{000000..000003}}.tar"
     assert entry.train(["real-small", "--data.shards", shards, "--data.images", str(cifar / "train")]) == 0

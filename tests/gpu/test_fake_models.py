@@ -52,8 +52,8 @@ def test_students(name: str, training: bool) -> None:
         model = on_gpu(lambda: RadioModel(ModelConfig(student=name, adaptors=adaptors))).train(training)
         student: Student = model.student
         images = torch.rand(2, 3, *student.native_size, device=GPU)
-        drawn = student.draw(2, torch.Generator()) if training else None
-        found = model(images, None if drawn is None else drawn.to(GPU))
+        crops = student.sample_crops(2, torch.Generator()) if training else None
+        found = model(images, None if crops is None else crops.to(GPU))
         assert there(found)
         for adaptor in adaptors:
             assert there(model.adapt(adaptor.name, found, (3, 5)))
@@ -68,7 +68,7 @@ def test_options_of_a_student(options: dict[str, object]) -> None:
     with pretend():
         student = on_gpu(lambda: students["vit-tiny12"](StudentOptions(**options)))  # type: ignore[arg-type]
         assert there(
-            student(torch.rand(2, 3, 96, 96, device=GPU), student.draw(2, torch.Generator()).to(GPU))
+            student(torch.rand(2, 3, 96, 96, device=GPU), student.sample_crops(2, torch.Generator()).to(GPU))
         )
 
 

@@ -19,10 +19,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from evals.core.dist import Group
 from radio.model import RadioModel
 from train.assembly import TeacherFacts, model_config
-from train.parallel import Engine, find_peers, synchronise_norms
+from train.parallel import DistributedStudent, find_peers, synchronise_norms
 from train.partition import Partition, make_partition
 from train.recipes import recipes
-from train.step import Distiller
+from train.step import DistillationLoss
 
 WORLD = 64
 PAPER = recipes["paper-h14"]()
@@ -61,7 +61,7 @@ def test_peers_and_norms_of_the_papers_ranks(partition: Partition, rank: int) ->
 
 
 def test_in_turns_all_ranks_are_peers() -> None:
-    turns = make_partition(replace(PAPER, partition="turns", batch_size=1024), WORLD)
+    turns = make_partition(replace(PAPER, teacher_placement="shared", batch_size=1024), WORLD)
     with one_of(WORLD, 40):
         peers = find_peers(turns, 40)
     assert (len(peers.ranks), peers.process_group, peers.leaders) == (WORLD, None, (0,))
@@ -73,7 +73,7 @@ def test_a_rank_holds_its_share_of_the_student(engine: str, rank: int) -> None:
     config = replace(
         PAPER,
         student="vit-tiny12",
-        engine="fsdp" if engine == "fsdp" else "ddp",
+        parallel="fsdp" if engine == "fsdp" else "ddp",
         device="cpu",
         resolution=96,
         teachers=tuple(replace(t, student_resolution=None) for t in PAPER.teachers),
@@ -85,7 +85,9 @@ def test_a_rank_holds_its_share_of_the_student(engine: str, rank: int) -> None:
         model = RadioModel(model_config(config, facts)).train()
         whole = {name: weight.numel() for name, weight in model.named_parameters()}
         peers = find_peers(partition, rank)
-        run = Engine(Distiller(model, config.teachers, config.loss), group, peers, cpu, config)
+        run = DistributedStudent(
+            DistillationLoss(model, config.teachers, config.loss), group, peers, cpu, config
+        )
         assert run.scale == WORLD / len(peers.ranks)
         for name, weight in model.named_parameters():
             sharded = engine == "fsdp" and name.startswith("student.")
@@ -93,6 +95,6 @@ def test_a_rank_holds_its_share_of_the_student(engine: str, rank: int) -> None:
             assert weight.numel() == whole[name]
             if isinstance(weight, DTensor):
                 assert weight.to_local().numel() <= -(-weight.shape[0] // WORLD) * weight[0].numel()
-        drawn = model.draw(2, torch.Generator())
-        features = run.encode(torch.rand(2, 3, 96, 96), drawn, None)
+        crops = model.sample_crops(2, torch.Generator())
+        features = run.encode(torch.rand(2, 3, 96, 96), crops, None)
         assert features.tokens.shape == (2, 64, 128)

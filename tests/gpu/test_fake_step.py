@@ -21,9 +21,9 @@ from radio.types import Features
 from train import stopwatch
 from train.assembly import TeacherFacts, model_config
 from train.balancing import Balancer, make_balancer
-from train.batches import Batch, Lesson
+from train.batches import Batch, GroupBatch
 from train.config import BalanceConfig, LossConfig, OptimConfig, TeacherConfig, TrainConfig
-from train.guards import Guard
+from train.guards import NonFiniteMonitor
 from train.learner import Learner
 from train.metrics import Meters
 from train.partition import make_partition
@@ -113,19 +113,19 @@ def batch_of(learner: Learner) -> Batch:
             torch.rand(group.share, 5, device=GPU), torch.rand(group.share, 35, 7, device=GPU), (5, 7)
         )
         images = torch.rand(group.share, 3, group.side, group.side, device=GPU)
-        lessons.append(Lesson(group, images, dict.fromkeys(group.teachers, known)))
+        lessons.append(GroupBatch(group, images, dict.fromkeys(group.teachers, known)))
     return Batch(tuple(lessons), (), 0.0)
 
 
 WAYS: dict[str, dict[str, Any]] = {
-    "plain": {"accumulate": 2},
+    "plain": {"grad_accum_steps": 2},
     "uncertainty": {"balance": BalanceConfig(kind="uncertainty")},
     "adaloss": {"balance": BalanceConfig(kind="adaloss")},
     "amtml": {"balance": BalanceConfig(kind="amtml"), "teachers": TEACHERS[:2]},
     "per-teacher": {"summary": "per-teacher"},
-    "mean": {"summary": "mean", "loss": LossConfig(cosine=0.5, knee=0.1)},
+    "mean": {"summary": "mean", "loss": LossConfig(cosine=0.5, smooth_l1_beta=0.1)},
     "no clipping": {"optim": OptimConfig(clip=0.0), "ema": 0.0},
-    "e-radio": {"student": "e-radio-tiny", "options": StudentOptions(recompute=True)},
+    "e-radio": {"student": "e-radio-tiny", "options": StudentOptions(activation_checkpointing=True)},
     "timm": {"student": "timm:efficientvit_l1", "teachers": TEACHERS[:2]},
 }
 
@@ -138,10 +138,10 @@ def test_a_step_meets_one_device_and_waits_for_nothing(way: str, learners: list[
     with pretend():
         learner = learner_of(config)
         learners.append(learner)
-        meters, guard = Meters(), Guard(GPU)
+        meters, guard = Meters(), NonFiniteMonitor(GPU)
         for step in range(config.steps):
             learned, fine = learner.advance(batch_of(learner), step)
-            guard.see(fine, [losses.parts for losses in learned.losses])
+            guard.update(fine, [losses.parts for losses in learned.losses])
             meters.add({"loss": learned.total, "grad_norm": learned.norm}, fine)
             for losses in learned.losses:
                 meters.add(losses.parts, fine)

@@ -25,11 +25,11 @@ from radio import checkpoint
 from radio.config import write_yaml
 from radio.hub import load_teacher
 from radio.nn.positions import CroppedPositions, draw_crops
-from train.ahead import ahead
+from train.ahead import prefetch
 from train.config import DataConfig, OptimConfig, TeacherConfig, TrainConfig
 from train.stopwatch import Stopwatch
 from train.teacher_weights import halve
-from train.trainer import Run
+from train.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
 CPU = torch.device("cpu")
@@ -55,20 +55,20 @@ def config(tmp_path: Path) -> TrainConfig:
     )
 
 
-def begin(config: TrainConfig, device: torch.device, **changes: Any) -> Run:
+def begin(config: TrainConfig, device: torch.device, **changes: Any) -> Trainer:
     """Set a run up on a device."""
     named = replace(config, device=device.type, **changes)
-    return Run(named, Group(), device, Console(file=io.StringIO()))
+    return Trainer(named, Group(), device, Console(file=io.StringIO()))
 
 
-def gradients(run: Run) -> tuple[dict[str, Tensor], float]:
+def gradients(run: Trainer) -> tuple[dict[str, Tensor], float]:
     """The gradients and the loss of a run's first step, on the CPU."""
     learned = run.learner.learn(next(run.batches()), 0)
     found = {n: p.grad.cpu() for n, p in run.model.named_parameters() if p.grad is not None}
     return found, float(learned.total)
 
 
-def losses(run: Run) -> list[float]:
+def losses(run: Trainer) -> list[float]:
     """Train, and read the loss of each step."""
     run.train()
     lines = (run.config.out / "metrics.jsonl").read_text().splitlines()
@@ -113,7 +113,7 @@ def test_a_run_goes_on_where_it_was_stopped(config: TrainConfig, gpu: torch.devi
     begin(config, gpu).train()
     stopped = replace(config, out=tmp_path / "stopped")
     run = begin(stopped, gpu)
-    for batch in ahead(run.batches(), gpu):
+    for batch in prefetch(run.batches(), gpu):
         run.advance(batch)
         run.step += 1
         if run.step == 2:
@@ -129,7 +129,7 @@ def test_teachers_ahead_change_nothing(
     config: TrainConfig, gpu: torch.device, tmp_path: Path, teachers_ahead: bool
 ) -> None:
     begin(config, gpu).train()
-    begin(config, gpu, teachers_ahead=teachers_ahead, out=tmp_path / "other").train()
+    begin(config, gpu, prefetch_teachers=teachers_ahead, out=tmp_path / "other").train()
     close(weights(tmp_path / "other"), weights(config.out), 1e-3)
 
 
@@ -145,7 +145,7 @@ def test_the_prefetch_thread_has_its_device_and_stream(gpu: torch.device) -> Non
             big = torch.full((2048, 2048), float(number), device=gpu)
             yield big @ big
 
-    for number, item in enumerate(ahead(items(), gpu)):
+    for number, item in enumerate(prefetch(items(), gpu)):
         assert float(item[0, 0]) == 2048 * number**2
 
 
@@ -254,7 +254,7 @@ def test_ranks_on_gpus_learn_what_one_does(
     if count > torch.cuda.device_count():
         pytest.skip(f"{count} GPUs are wanted, and there are {torch.cuda.device_count()}")
     begin(config, gpu).train()
-    shared = replace(config, engine=engine, device="cuda", out=tmp_path / "shared")
+    shared = replace(config, parallel=engine, device="cuda", out=tmp_path / "shared")
     write_yaml(shared, tmp_path / "settings.yaml")
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     done = subprocess.run(

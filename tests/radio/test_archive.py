@@ -34,10 +34,10 @@ STATE = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.arange(2.0)}
 
 
 def write(path: Path, text: str, tensors: dict[str, torch.Tensor]) -> Path:
-    """A checkpoint whose card is any text, with the hash that belongs to it."""
+    """A checkpoint whose metadata is any text, with the hash that belongs to it."""
     plain = {name: tensor for name, tensor in tensors.items() if checkpoint_can_hash(tensor)}
     sha = checkpoint.digest(plain, text) if len(plain) == len(tensors) else "0" * 64
-    torch.save({"card": text, "sha256": sha, "tensors": tensors}, path)
+    torch.save({"metadata": text, "sha256": sha, "tensors": tensors}, path)
     return path
 
 
@@ -50,7 +50,7 @@ def weights() -> dict[str, torch.Tensor]:
     return build(CONFIG, 0).state_dict()
 
 
-def card(**changes: Any) -> str:
+def metadata(**changes: Any) -> str:
     return json.dumps({"format": checkpoint.FORMAT, "model": to_plain(CONFIG), **changes})
 
 
@@ -69,27 +69,33 @@ def with_adaptor(**values: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{not JSON", "its card: is not JSON"),
-        ("[1]", "its card is a list; wanted an object"),
-        ("3", "its card is a int"),
-        ("null", "its card is a NoneType"),
-        ("[" * 100_000, "its card: is nested too deeply"),
-        ('{"format": ' + "1" * 5000 + "}", "its card: is not JSON"),
-        (card(resolution=1_000_000), r"resolution: input should be less than or equal to 16384, got 1000000"),
-        (card(resolution=float("inf")), "Infinity, which JSON does not have"),
-        (card(note=1).replace('"note": 1', '"note": 1e999'), "its card cannot be written again"),
-        (card(resolution="x"), "resolution: input should be a valid integer, got 'x'"),
-        (card(teachers="x"), "teachers: input should be a valid list, got 'x'"),
-        (card(teachers={}), "teachers: input should be a valid list"),
-        (card(teachers=[1]), r"teachers\[0\]: input should be a valid dictionary, got 1"),
-        (card(teachers=[{}]), r"teachers\[0\]\.name: field required"),
-        (card(teachers=[{"name": 1, "model": 2, "fingerprint": 3}]), r"teachers\[0\]\.name: .*string, got 1"),
-        (card(data="x"), "data: input should be a valid dictionary, got 'x'"),
-        (card(data=5), "data: .*dictionary, got 5"),
-        (card(data=[1]), "data: .*dictionary"),
-        (card(data={"sources": "x"}), r"data\.sources: input should be a valid list"),
-        (card(data={"sources": [1]}), r"data\.sources\[0\]: .*dictionary, got 1"),
-        (card(data={"sources": [{"path": "a\0b"}]}), r"data\.sources\[0\]\.path: .* holds a NUL"),
+        ("{not JSON", "its metadata: is not JSON"),
+        ("[1]", "its metadata is a list; wanted an object"),
+        ("3", "its metadata is a int"),
+        ("null", "its metadata is a NoneType"),
+        ("[" * 100_000, "its metadata: is nested too deeply"),
+        ('{"format": ' + "1" * 5000 + "}", "its metadata: is not JSON"),
+        (
+            metadata(resolution=1_000_000),
+            r"resolution: input should be less than or equal to 16384, got 1000000",
+        ),
+        (metadata(resolution=float("inf")), "Infinity, which JSON does not have"),
+        (metadata(note=1).replace('"note": 1', '"note": 1e999'), "its metadata cannot be written again"),
+        (metadata(resolution="x"), "resolution: input should be a valid integer, got 'x'"),
+        (metadata(teachers="x"), "teachers: input should be a valid list, got 'x'"),
+        (metadata(teachers={}), "teachers: input should be a valid list"),
+        (metadata(teachers=[1]), r"teachers\[0\]: input should be a valid dictionary, got 1"),
+        (metadata(teachers=[{}]), r"teachers\[0\]\.name: field required"),
+        (
+            metadata(teachers=[{"name": 1, "model": 2, "fingerprint": 3}]),
+            r"teachers\[0\]\.name: .*string, got 1",
+        ),
+        (metadata(data="x"), "data: input should be a valid dictionary, got 'x'"),
+        (metadata(data=5), "data: .*dictionary, got 5"),
+        (metadata(data=[1]), "data: .*dictionary"),
+        (metadata(data={"sources": "x"}), r"data\.sources: input should be a valid list"),
+        (metadata(data={"sources": [1]}), r"data\.sources\[0\]: .*dictionary, got 1"),
+        (metadata(data={"sources": [{"path": "a\0b"}]}), r"data\.sources\[0\]\.path: .* holds a NUL"),
     ],
 )
 def test_a_card_of_another_shape_is_one_error_that_names_the_place(tmp_path, weights, text, message):
@@ -118,7 +124,7 @@ def test_a_card_of_another_shape_is_one_error_that_names_the_place(tmp_path, wei
     ],
 )
 def test_a_model_that_its_file_does_not_hold_is_never_built(tmp_path, weights, monkeypatch, model, message):
-    path = write(tmp_path / "ckpt.pt", card(model=model), weights)
+    path = write(tmp_path / "ckpt.pt", metadata(model=model), weights)
     monkeypatch.setattr(models, "build", lambda *_: pytest.fail("it was built"))
     with pytest.raises((CheckpointError, ConfigError), match=rf"ckpt\.pt: .*{message}"):
         models.load(path)
@@ -130,7 +136,7 @@ def test_teachers_that_are_not_whole_are_refused_where_they_are_needed():
     assert teachers_on({}, "m") == teachers_on({"teachers": None}, "m") == []
     for key in ("model", "fingerprint"):
         less = {name: value for name, value in whole.items() if name != key}
-        with pytest.raises(CheckpointError, match=rf"^m: the card's teacher 1 \(clip\) has no '{key}'"):
+        with pytest.raises(CheckpointError, match=rf"^m: the metadata's teacher 1 \(clip\) has no '{key}'"):
             teachers_on({"teachers": [whole, less]}, "m")
     with pytest.raises(CheckpointError, match="input should be a valid list"):
         teachers_on({"teachers": "x"}, "m")
@@ -152,7 +158,7 @@ def test_tensors_without_their_values_are_refused(tmp_path, odd, message, load):
     path = tmp_path / "ckpt.pt"
     if isinstance(odd, str):
         odd = torch.eye(3).to_sparse_csr()
-    whole = {"w": odd} if load is load_tensors else {"card": "{}", "sha256": "", "tensors": {"w": odd}}
+    whole = {"w": odd} if load is load_tensors else {"metadata": "{}", "sha256": "", "tensors": {"w": odd}}
     torch.save(whole, path)
     with pytest.raises(CheckpointError, match=rf"ckpt\.pt: .*{message}"):
         load(path)
@@ -160,7 +166,9 @@ def test_tensors_without_their_values_are_refused(tmp_path, odd, message, load):
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.int8, torch.bool])
 def test_weights_of_another_kind_are_refused_and_not_cast(tmp_path, weights, dtype):
-    path = write(tmp_path / "ckpt.pt", card(), {**weights, "student.norm.bias": torch.ones(128, dtype=dtype)})
+    path = write(
+        tmp_path / "ckpt.pt", metadata(), {**weights, "student.norm.bias": torch.ones(128, dtype=dtype)}
+    )
     said = str(dtype).removeprefix("torch.")
     with pytest.raises(
         CheckpointError, match=rf"of another kind: student\.norm\.bias {said} instead of float32"
@@ -171,7 +179,7 @@ def test_weights_of_another_kind_are_refused_and_not_cast(tmp_path, weights, dty
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_model_of_nan_is_told_when_it_is_loaded(tmp_path, weights, value):
     broken = {**weights, "student.norm.bias": torch.full((128,), value)}
-    path = write(tmp_path / "ckpt.pt", card(), broken)
+    path = write(tmp_path / "ckpt.pt", metadata(), broken)
     with pytest.raises(
         CheckpointError, match=r"1 of its \d+ tensors hold NaN or infinities, the first is student"
     ):
@@ -338,7 +346,7 @@ def test_what_trainers_wrap_around_a_state_dict_is_taken_off(tmp_path, data):
         ({"discriminator": STATE, "generator": STATE}, "got the keys discriminator, generator"),
         ({**under("one."), **under("two.")}, "holds these weights more than once, under 'one.' and 'two.'"),
         ({**STATE, **under("module.")}, r"two tensors are both a\.weight without wrappings"),
-        ({"card": "{}", "sha256": "", "tensors": STATE}, "a checkpoint of am-radio; give the file alone"),
+        ({"metadata": "{}", "sha256": "", "tensors": STATE}, "a checkpoint of am-radio; give the file alone"),
     ],
 )
 def test_what_cannot_be_taken_off_is_named(tmp_path, data, message):
@@ -363,7 +371,16 @@ JSON = st.recursive(
     max_leaves=6,
 )
 KEYS = ("format", "model", "resolution", "teachers", "data", "name")
-FIELDS = ("class_tokens", "registers", "stem", "window", "schedule", "recompute", "upsample", "image_size")
+FIELDS = (
+    "class_tokens",
+    "registers",
+    "stem",
+    "window",
+    "schedule",
+    "activation_checkpointing",
+    "upsample",
+    "image_size",
+)
 
 
 @settings(
@@ -371,8 +388,8 @@ FIELDS = ("class_tokens", "registers", "stem", "window", "schedule", "recompute"
 )
 @given(key=st.sampled_from(KEYS), value=JSON, field=st.sampled_from(FIELDS), drop=st.booleans())
 def test_any_card_is_a_model_or_one_error(tmp_path_factory, weights, key, value, field, drop):
-    path = tmp_path_factory.mktemp("cards") / "ckpt.pt"
-    text = card(**{key: value}) if drop else card(model=changed(**{field: value}))
+    path = tmp_path_factory.mktemp("metadata") / "ckpt.pt"
+    text = metadata(**{key: value}) if drop else metadata(model=changed(**{field: value}))
     try:
         loaded = models.load(write(path, text, weights))
     except RadioError:

@@ -17,26 +17,26 @@ from radio.benchmark import (
     MIB,
     PRESETS,
     Adapted,
-    Contender,
+    BenchmarkModel,
     Measurement,
     Protocol,
-    contend,
     count,
     is_convolutional,
     measure,
     num_turns,
     peak_memory,
+    prepare,
 )
 from radio.errors import ConfigError
 from radio.model import ModelConfig, build
 from radio.students import StudentOptions, students
 
 CPU = torch.device("cpu")
-PROTOCOL = Protocol(batches=(1, 4), warmup_seconds=3, windows=5, window_seconds=1)
+PROTOCOL = Protocol(batches=(1, 4), warmup_seconds=3, repeats=5, window_seconds=1)
 
 
 class World:
-    """Models that take a given time for a picture, on a clock that only they move."""
+    """Models that take a given time for an image, on a clock that only they move."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -45,7 +45,7 @@ class World:
     def clock(self) -> float:
         return self.now
 
-    def model(self, name: str, *seconds: float) -> Contender:
+    def model(self, name: str, *seconds: float) -> BenchmarkModel:
         """Takes the first time for the first call, the second for the second, and the last from then on."""
         left = list(seconds)
 
@@ -54,7 +54,7 @@ class World:
             self.now += (left.pop(0) if len(left) > 1 else left[0]) * len(images)
             self.log.append(name)
 
-        return Contender(name=name, call=call, images=lambda batch: torch.zeros(batch, 3, 2, 2))
+        return BenchmarkModel(name=name, call=call, images=lambda batch: torch.zeros(batch, 3, 2, 2))
 
 
 def test_the_median_over_windows_and_the_slowest_and_fastest():
@@ -63,7 +63,7 @@ def test_the_median_over_windows_and_the_slowest_and_fastest():
     assert one.spread == pytest.approx(50 * 80 / 21)
 
 
-def test_rates_are_pictures_by_seconds_at_every_batch():
+def test_rates_are_images_by_seconds_at_every_batch():
     world = World()
     models = [world.model("a", 0.25), world.model("b", 0.5)]
     found = measure(models, PROTOCOL, CPU, clock=world.clock)
@@ -76,7 +76,7 @@ def test_models_take_turns_window_by_window():
     world = World()
     turns: list[str] = []
     models = [world.model("a", 0.5), world.model("b", 1.0)]
-    protocol = replace(PROTOCOL, batches=(1,), warmup_seconds=0, windows=3)
+    protocol = replace(PROTOCOL, batches=(1,), warmup_seconds=0, repeats=3)
     measure(models, protocol, CPU, clock=world.clock, done=turns.append)
     assert "".join(world.log) == "ab" + "aab" * 3
     assert "".join(turns) == "ab" + "ab" * 3
@@ -86,7 +86,7 @@ def test_models_take_turns_window_by_window():
 def test_the_warm_up_lasts_its_seconds_and_its_calls_and_does_not_count():
     world = World()
     slow_first = world.model("a", 60.0, 0.5)
-    protocol = replace(PROTOCOL, batches=(1,), warmup_calls=3, windows=1)
+    protocol = replace(PROTOCOL, batches=(1,), warmup_calls=3, repeats=1)
     (found,) = measure([slow_first], protocol, CPU, clock=world.clock)
     assert found.rates == (2.0,)
     assert len(world.log) == 3 + 2  # 60.0 + 0.5 + 0.5 to warm up, two calls a window by the fastest call
@@ -106,11 +106,11 @@ def test_a_disturbance_moves_the_spread_but_not_the_median():
 def test_a_compiled_models_first_call_is_before_the_warm_up():
     world = World()
     model = replace(world.model("a", 100.0, 0.5), compiled=True)
-    measure([model], replace(PROTOCOL, batches=(1,), windows=1), CPU, clock=world.clock)
+    measure([model], replace(PROTOCOL, batches=(1,), repeats=1), CPU, clock=world.clock)
     assert len(world.log) == 1 + 6 + 2
 
 
-def test_timms_preset_is_ten_calls_and_forty_of_256_pictures():
+def test_timms_preset_is_ten_calls_and_forty_of_256_images():
     world = World()
     measure([world.model("a", 0.001)], PRESETS["timm"], CPU, clock=world.clock)
     assert len(world.log) == 10 + 40
@@ -119,7 +119,7 @@ def test_timms_preset_is_ten_calls_and_forty_of_256_pictures():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"batches": ()}, {"batches": (0,)}, {"windows": 0}, {"warmup_seconds": -1.0}, {"window_calls": 0}],
+    [{"batches": ()}, {"batches": (0,)}, {"repeats": 0}, {"warmup_seconds": -1.0}, {"window_calls": 0}],
 )
 def test_a_protocol_that_cannot_be_is_an_error(changes):
     with pytest.raises(ConfigError, match="cannot be measured: give at least one batch"):
@@ -179,13 +179,13 @@ def test_convolutional_models_are_called_in_channels_last(name, last):
             assert not self.training
             return self.student(images)
 
-    contender = contend("x", Spy().train(), (96, 96), CPU, torch.bfloat16)
+    contender = prepare("x", Spy().train(), (96, 96), CPU, torch.bfloat16)
     contender.call(contender.images(2))
     assert is_convolutional(student) is last
     assert seen[0].is_contiguous(memory_format=torch.channels_last) is last
     assert seen[0].shape == (2, 3, 96, 96) and seen[0].dtype == torch.bfloat16
     assert contender.weight_bytes == 2 * sum(p.numel() for p in student.parameters())
-    assert torch.equal(seen[0], contend("x", student, (96, 96), CPU, torch.bfloat16).images(2))
+    assert torch.equal(seen[0], prepare("x", student, (96, 96), CPU, torch.bfloat16).images(2))
 
 
 def test_peak_memory_sees_what_was_freed_again():
@@ -200,7 +200,7 @@ def test_peak_memory_sees_what_was_freed_again():
 
 def test_a_real_model_is_measured():
     model: Callable[[Tensor], object] = students["vit-tiny12"](StudentOptions()).eval()
-    short = Protocol(batches=(1,), warmup_seconds=0, windows=2, window_seconds=0)
-    (found,) = measure([contend("tiny", model, (48, 48), CPU, torch.float32)], short, CPU)
+    short = Protocol(batches=(1,), warmup_seconds=0, repeats=2, window_seconds=0)
+    (found,) = measure([prepare("tiny", model, (48, 48), CPU, torch.float32)], short, CPU)
     assert found.calls == 1 and len(found.rates) == 2 and found.low > 0
     assert found.peak_memory is not None and found.peak_memory > 4  # its weights alone are 4.1 MiB

@@ -18,7 +18,7 @@ from radio import checkpoint
 from radio.errors import CheckpointError
 
 ENDINGS = [".pt", ".safetensors"]
-CARD = {"model": {"student": "vit-tiny12"}, "note": "ünï", "steps": 3}
+METADATA_FILE = {"model": {"student": "vit-tiny12"}, "note": "ünï", "steps": 3}
 
 
 @pytest.fixture
@@ -44,9 +44,9 @@ def _bits(tensor: torch.Tensor) -> bytes:
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path, tensors, ending):
     path = tmp_path / "new" / f"ckpt{ending}"
-    sha = checkpoint.save(path, tensors, CARD)
+    sha = checkpoint.save(path, tensors, METADATA_FILE)
     found = checkpoint.load(path)
-    assert found.card == CARD and found.sha256 == sha and len(sha) == 64
+    assert found.metadata == METADATA_FILE and found.sha256 == sha and len(sha) == 64
     assert found.tensors.keys() == tensors.keys()
     for name, tensor in tensors.items():
         again = found.tensors[name]
@@ -58,39 +58,42 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path, tensors, ending):
 def test_equal_content_makes_equal_bytes(tmp_path, tensors, ending):
     paths = [tmp_path / f"{i}{ending}" for i in range(8)]
     for path in paths:
-        checkpoint.save(path, {name: t.clone() for name, t in tensors.items()}, dict(reversed(CARD.items())))
+        checkpoint.save(
+            path, {name: t.clone() for name, t in tensors.items()}, dict(reversed(METADATA_FILE.items()))
+        )
     assert len({path.read_bytes() for path in paths}) == 1
 
 
 def test_both_endings_have_the_same_hash_and_any_change_another(tmp_path, tensors):
-    shas = {checkpoint.save(tmp_path / f"ckpt{ending}", tensors, CARD) for ending in ENDINGS}
+    shas = {checkpoint.save(tmp_path / f"ckpt{ending}", tensors, METADATA_FILE) for ending in ENDINGS}
     assert len(shas) == 1
     changed = [
-        ({**tensors, "odd": tensors["odd"].abs()}, CARD),  # only the sign of a zero
-        ({**tensors, "half": tensors["half"].view(torch.int16)}, CARD),
-        ({**tensors, "a.weight": tensors["a.weight"].reshape(6, 4)}, CARD),
-        ({("b" if k == "half" else k): v for k, v in tensors.items()}, CARD),
-        (tensors, {**CARD, "steps": 4}),
+        ({**tensors, "odd": tensors["odd"].abs()}, METADATA_FILE),  # only the sign of a zero
+        ({**tensors, "half": tensors["half"].view(torch.int16)}, METADATA_FILE),
+        ({**tensors, "a.weight": tensors["a.weight"].reshape(6, 4)}, METADATA_FILE),
+        ({("b" if k == "half" else k): v for k, v in tensors.items()}, METADATA_FILE),
+        (tensors, {**METADATA_FILE, "steps": 4}),
     ]
     shas |= {checkpoint.save(tmp_path / "other.pt", *content) for content in changed}
     assert len(shas) == 1 + len(changed)
 
 
-@pytest.mark.parametrize("what", ["tensor", "card"])
+@pytest.mark.parametrize("what", ["tensor", "metadata"])
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_altered_content_is_refused(tmp_path, tensors, ending, what):
     path = tmp_path / f"ckpt{ending}"
-    sha = checkpoint.save(path, tensors, CARD)
+    sha = checkpoint.save(path, tensors, METADATA_FILE)
     text = json.dumps(
-        {"format": checkpoint.FORMAT, **CARD, **({"steps": 4} if what == "card" else {})}, sort_keys=True
+        {"format": checkpoint.FORMAT, **METADATA_FILE, **({"steps": 4} if what == "metadata" else {})},
+        sort_keys=True,
     )
     kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
     if what == "tensor":
         kept["a.weight"].view(-1)[5] += 1e-6
     if ending == ".pt":
-        torch.save({"card": text, "sha256": sha, "tensors": kept}, path)
+        torch.save({"metadata": text, "sha256": sha, "tensors": kept}, path)
     else:
-        path.write_bytes(safetensors.torch.save(kept, metadata={"card": text, "sha256": sha}))
+        path.write_bytes(safetensors.torch.save(kept, metadata={"metadata": text, "sha256": sha}))
     with pytest.raises(CheckpointError, match=r"does not match its sha256; it was altered"):
         checkpoint.load(path)
 
@@ -98,7 +101,7 @@ def test_altered_content_is_refused(tmp_path, tensors, ending, what):
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_truncated_files_are_refused_wherever_they_end(tmp_path, tensors, ending):
     path = tmp_path / f"ckpt{ending}"
-    checkpoint.save(path, tensors, CARD)
+    checkpoint.save(path, tensors, METADATA_FILE)
     whole = path.read_bytes()
     for size in range(0, len(whole), max(len(whole) // 60, 1)):
         path.write_bytes(whole[:size])
@@ -110,7 +113,7 @@ def test_truncated_files_are_refused_wherever_they_end(tmp_path, tensors, ending
 def test_no_byte_can_be_changed_unnoticed(tmp_path, ending):
     path = tmp_path / f"ckpt{ending}"
     tensors = {"w": torch.randn(6, generator=torch.Generator().manual_seed(0))}
-    checkpoint.save(path, tensors, CARD)
+    checkpoint.save(path, tensors, METADATA_FILE)
     whole = path.read_bytes()
     for at in range(0, len(whole), 5):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x41]) + whole[at + 1 :])
@@ -118,7 +121,9 @@ def test_no_byte_can_be_changed_unnoticed(tmp_path, ending):
             found = checkpoint.load(path)
         except CheckpointError:
             continue
-        assert found.card == CARD and torch.equal(found.tensors["w"], tensors["w"])  # e.g. a time stamp
+        assert found.metadata == METADATA_FILE and torch.equal(
+            found.tensors["w"], tensors["w"]
+        )  # e.g. a time stamp
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -144,9 +149,9 @@ def test_files_that_are_no_torch_files_are_refused(tmp_path, ending):
         {"a": torch.zeros(2)},
         3,
         [torch.zeros(1)],
-        {"card": 1, "sha256": 2, "tensors": 3},
-        {"card": "{}", "sha256": "", "tensors": {"a": 3}},
-        {"card": "{}", "sha256": "", "tensors": {3: torch.zeros(1)}},
+        {"metadata": 1, "sha256": 2, "tensors": 3},
+        {"metadata": "{}", "sha256": "", "tensors": {"a": 3}},
+        {"metadata": "{}", "sha256": "", "tensors": {3: torch.zeros(1)}},
     ],
 )
 def test_a_foreign_torch_file_is_refused_with_a_way_out(tmp_path, content):
@@ -161,11 +166,11 @@ def test_a_foreign_torch_file_is_refused_with_a_way_out(tmp_path, content):
 def test_safetensors_of_others_and_of_other_formats_are_refused(tmp_path):
     path = tmp_path / "theirs.safetensors"
     path.write_bytes(safetensors.torch.save({"a": torch.zeros(2)}))
-    with pytest.raises(CheckpointError, match="holds tensors but no am-radio card"):
+    with pytest.raises(CheckpointError, match="holds tensors but no am-radio metadata"):
         checkpoint.load(path)
     text = json.dumps({"format": "am-radio/99"})
     sha = checkpoint.digest({}, text)
-    path.write_bytes(safetensors.torch.save({}, metadata={"card": text, "sha256": sha}))
+    path.write_bytes(safetensors.torch.save({}, metadata={"metadata": text, "sha256": sha}))
     with pytest.raises(CheckpointError, match="not of the format am-radio/1"):
         checkpoint.load(path)
 
@@ -179,9 +184,9 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path, style):
             return os.mkdir, (str(trace),)
 
     if style == "pickle":
-        path.write_bytes(pickle.dumps({"card": Bomb(), "sha256": "", "tensors": {}}, protocol=2))
+        path.write_bytes(pickle.dumps({"metadata": Bomb(), "sha256": "", "tensors": {}}, protocol=2))
     elif style == "archive":
-        torch.save({"card": "{}", "sha256": "", "tensors": {"a": Bomb()}}, path)
+        torch.save({"metadata": "{}", "sha256": "", "tensors": {"a": Bomb()}}, path)
     else:
         torch.save(nn.Linear(2, 2), path)
     for load in (checkpoint.load, checkpoint.load_tensors):
@@ -207,7 +212,7 @@ def test_absent_files_folders_and_wrong_endings(tmp_path):
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, tensors, monkeypatch, ending):
     path = tmp_path / f"ckpt{ending}"
-    checkpoint.save(path, tensors, CARD)
+    checkpoint.save(path, tensors, METADATA_FILE)
 
     def fail(*_: object) -> None:
         raise OSError("no space left on device")
@@ -215,7 +220,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, tensors, monkeypa
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="no space"):
         checkpoint.save(path, {}, {})
-    assert checkpoint.load(path).card == CARD
+    assert checkpoint.load(path).metadata == METADATA_FILE
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -266,10 +271,10 @@ def test_the_digest_is_of_names_types_shapes_and_bytes_in_any_order():
 
 def test_text_that_is_no_text_is_an_error(tmp_path, tensors):
     path = tmp_path / "ckpt.pt"
-    checkpoint.save(path, tensors, CARD)
+    checkpoint.save(path, tensors, METADATA_FILE)
     whole = torch.load(path)
-    torch.save({**whole, "card": '{"a": "\ud800"}'}, path)
-    with pytest.raises(CheckpointError, match="its card holds half a character"):
+    torch.save({**whole, "metadata": '{"a": "\ud800"}'}, path)
+    with pytest.raises(CheckpointError, match="its metadata holds half a character"):
         checkpoint.load(path)
     torch.save({**whole, "tensors": {**whole["tensors"], "x\udfff": torch.zeros(1)}}, path)
     with pytest.raises(CheckpointError, match=r"the name x\\udfff holds half a character"):
@@ -282,7 +287,7 @@ def test_what_hangs_on_a_parameter_stands_before_none_of_its_methods(tmp_path, m
     sha = checkpoint.digest({"weight": weight}, "{}")
     weight.__dict__[method] = 5
     torch.save({"weight": weight}, tmp_path / "foreign.pt")
-    torch.save({"card": "{}", "sha256": sha, "tensors": {"weight": weight}}, tmp_path / "ckpt.pt")
+    torch.save({"metadata": "{}", "sha256": sha, "tensors": {"weight": weight}}, tmp_path / "ckpt.pt")
     found = checkpoint.load_tensors(tmp_path / "foreign.pt")
     linear = nn.Linear(2, 2, bias=False)
     checkpoint.load_state(linear, found, "foreign")

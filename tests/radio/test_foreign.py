@@ -41,10 +41,10 @@ class Odd(nn.Module):
     def fingerprint(self):
         return hashlib.sha256(repr(self.state_dict()).encode()).hexdigest()
 
-    def fit(self, height, width):
+    def nearest_size(self, height, width):
         return nearest_multiple(height, 16), nearest_multiple(width, 16)
 
-    def draw(self, batch, generator):
+    def sample_crops(self, batch, generator):
         return None
 
     def to(self, *args):
@@ -68,8 +68,8 @@ class Scorer:
     from dataclasses import make_dataclass
     name, settings = "odd-task", make_dataclass("Settings", [*[{field}], ("device", str, "cpu")], frozen=True)
 
-    def lacks(self, model):
-        {lacks}
+    def missing_requirements(self, model):
+        {missing_requirements}
 
     def run(self, model, settings, out, *, name, watch):
         {run}
@@ -104,7 +104,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
             "body": "pass",
             "teacher": "pass",
             "field": "",
-            "lacks": "return ''",
+            "missing_requirements": "return ''",
             "run": "1 / 0",
         } | changes
         code = STUDENT
@@ -122,23 +122,23 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Three classes of four noisy pictures each, for k-NN and for a run."""
+def images(tmp_path: Path) -> Path:
+    """Three classes of four noisy images each, for k-NN and for a run."""
     random = np.random.default_rng(0)
     for number in range(12):
-        path = tmp_path / "pictures" / f"class-{number % 3}" / f"{number}.png"
+        path = tmp_path / "images" / f"class-{number % 3}" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(random.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(path)
-    return tmp_path / "pictures"
+    return tmp_path / "images"
 
 
-def evaluate(task: str, model: str, pictures: Path, *options: str) -> int:
-    data = ["--bank", str(pictures), "--query", str(pictures), "--k", "2"] if task == "knn" else []
-    out = ["--out", str(pictures.parent / "reports")]
+def evaluate(task: str, model: str, images: Path, *options: str) -> int:
+    data = ["--bank", str(images), "--query", str(images), "--k", "2"] if task == "knn" else []
+    out = ["--out", str(images.parent / "reports")]
     return entry.evaluate([task, model, *data, *out, "--device", "cpu", *options])
 
 
-def train(pictures: Path, **changes: object) -> int:
+def train(images: Path, **changes: object) -> int:
     config = TrainConfig(
         recipe="test",
         student="odd",
@@ -146,12 +146,12 @@ def train(pictures: Path, **changes: object) -> int:
         resolution=32,
         steps=1,
         batch_size=4,
-        out=pictures.parent / "run",
-        data=DataConfig(images=(pictures,), workers=0),
+        out=images.parent / "run",
+        data=DataConfig(images=(images,), workers=0),
         device="cpu",
     )
-    write_yaml(replace(config, **changes), pictures.parent / "settings.yaml")  # type: ignore[arg-type]
-    return entry.train([str(pictures.parent / "settings.yaml")])
+    write_yaml(replace(config, **changes), images.parent / "settings.yaml")  # type: ignore[arg-type]
+    return entry.train([str(images.parent / "settings.yaml")])
 
 
 def told(capsys: pytest.CaptureFixture[str]) -> str:
@@ -208,22 +208,26 @@ BAD: dict[str, tuple[str, str]] = {
         FORWARD + "return found._replace(summary=found.summary.detach().numpy())",
         GAVE + "summary that are a ndarray, wanted a tensor",
     ),
-    "fit fails": (
-        "def fit(self, height, width): return 1 // 0, 1",
-        "failed in fit (odd_things.py:36): ZeroDivision",
+    "nearest_size fails": (
+        "def nearest_size(self, height, width): return 1 // 0, 1",
+        "failed in nearest_size (odd_things.py:36): ZeroDivision",
     ),
-    "fit of floats": (
-        "def fit(self, height, width): return 32.0, 32.0",
-        SIZES + "fit(1, 1) is (32.0, 32.0); wanted",
+    "nearest_size of floats": (
+        "def nearest_size(self, height, width): return 32.0, 32.0",
+        SIZES + "nearest_size(1, 1) is (32.0, 32.0); wanted",
     ),
-    "fit of three": (
-        "def fit(self, height, width): return 3, 32, 32",
-        SIZES + "fit(1, 1) is (3, 32, 32); wanted",
+    "nearest_size of three": (
+        "def nearest_size(self, height, width): return 3, 32, 32",
+        SIZES + "nearest_size(1, 1) is (3, 32, 32); wanted",
     ),
-    "fit of nothing": ("def fit(self, height, width): return 0, 0", SIZES + "fit(1, 1) is (0, 0); wanted"),
-    "fit moves on": (
-        "def fit(self, height, width): return height + 1, width",
-        SIZES + "fit(1, 1) is (2, 1), and fit(2, 1) is (3, 1); a size that it takes is the nearest to itself",
+    "nearest_size of nothing": (
+        "def nearest_size(self, height, width): return 0, 0",
+        SIZES + "nearest_size(1, 1) is (0, 0); wanted",
+    ),
+    "nearest_size moves on": (
+        "def nearest_size(self, height, width): return height + 1, width",
+        SIZES + "nearest_size(1, 1) is (2, 1), and nearest_size(2, 1) is (3, 1); a size that it takes is the "
+        "nearest to itself",
     ),
     "width of text": ("summary_dim = 'x'", SIZES + "summary_dim is 'x'; wanted a whole number above 0"),
     "width 0": ("token_dim = 0", SIZES + "token_dim is 0; wanted"),
@@ -233,24 +237,25 @@ BAD: dict[str, tuple[str, str]] = {
 
 @pytest.mark.parametrize("kind", BAD)
 def test_a_student_that_is_wrong_is_one_line_from_both_commands(
-    kind: str, install: Callable[..., None], pictures: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, install: Callable[..., None], images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     body, said = BAD[kind]
     install(body=body)
-    assert evaluate("knn", "arch:odd", pictures, "--batch", "4") == 2
+    assert evaluate("knn", "arch:odd", images, "--batch", "4") == 2
     assert said in told(capsys)
-    assert train(pictures) == 2
+    assert train(images) == 2
     assert said in told(capsys)
-    assert not (pictures.parent / "run" / "state").exists()
+    assert not (images.parent / "run" / "state").exists()
 
 
 def test_what_a_student_draws_is_checked(
-    install: Callable[..., None], pictures: Path, capsys: pytest.CaptureFixture[str]
+    install: Callable[..., None], images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    install(body="def draw(self, batch, generator): return torch.rand(batch - 1)")
-    assert train(pictures) == 2
-    assert "student 'odd': its draw gave a Tensor; wanted None, or a tensor with a row for each of 4" in told(
-        capsys
+    install(body="def sample_crops(self, batch, generator): return torch.rand(batch - 1)")
+    assert train(images) == 2
+    assert (
+        "student 'odd': its sample_crops gave a Tensor; wanted None, or a tensor with a row for each of 4"
+        in told(capsys)
     )
 
 
@@ -266,30 +271,30 @@ def test_what_a_student_draws_is_checked(
             "teacher 'odds' (package odd-things): 'odds:x': its forward at size 32x32 gave a tuple",
         ),
         (
-            "def fit(self, height, width): return 1.5",
-            "teacher 'odds' (package odd-things): 'odds:x': its fit(1, 1) is 1.5",
+            "def nearest_size(self, height, width): return 1.5",
+            "teacher 'odds' (package odd-things): 'odds:x': its nearest_size(1, 1) is 1.5",
         ),
         ("def __new__(cls): return [1]", "'odds:x' is no torch module with name, fingerprint"),
     ],
 )
 def test_a_teacher_that_is_wrong_is_one_line_from_both_commands(
-    teacher: str, said: str, install: Callable[..., None], pictures: Path, capsys: pytest.CaptureFixture[str]
+    teacher: str, said: str, install: Callable[..., None], images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     install(teacher=teacher)
     if "__new__" in teacher:
-        path = pictures.parent / "site" / "odd_things.py"
+        path = images.parent / "site" / "odd_things.py"
         path.write_text(path.read_text().replace("return Teacher().eval()", "return [1]"))
-    assert evaluate("knn", "odds:x", pictures, "--batch", "4") == 2
+    assert evaluate("knn", "odds:x", images, "--batch", "4") == 2
     assert said in told(capsys)
-    assert train(pictures, student="vit-tiny16", teachers=(TeacherConfig(name="t", model="odds:x"),)) == 2
+    assert train(images, student="vit-tiny16", teachers=(TeacherConfig(name="t", model="odds:x"),)) == 2
     assert said in told(capsys)
 
 
-def test_good_ones_are_distilled_and_scored(install: Callable[..., None], pictures: Path) -> None:
+def test_good_ones_are_distilled_and_scored(install: Callable[..., None], images: Path) -> None:
     install()
-    assert train(pictures, teachers=(TeacherConfig(name="t", model="odds:x"),)) == 0
-    for model in ("arch:odd", "odds:x", str(pictures.parent / "run" / "ckpt.pt")):
-        assert evaluate("knn", model, pictures) == 0
+    assert train(images, teachers=(TeacherConfig(name="t", model="odds:x"),)) == 0
+    for model in ("arch:odd", "odds:x", str(images.parent / "run" / "ckpt.pt")):
+        assert evaluate("knn", model, images) == 0
 
 
 @pytest.mark.parametrize(
@@ -302,42 +307,45 @@ def test_good_ones_are_distilled_and_scored(install: Callable[..., None], pictur
         ({"run": "raise type('Strange', (Exception,), {})('x')"}, "(odd_things.py:51): Strange: x; mend or"),
         ({"run": "torch.zeros(2) @ torch.zeros(3)"}, "failed in run (odd_things.py:51): "),
         ({"run": "return None"}, "odd-task: its run gave a NoneType, wanted a Report"),
-        ({"lacks": "return 1 / 0"}, "failed in lacks (odd_things.py:48): ZeroDivisionError: "),
+        (
+            {"missing_requirements": "return 1 / 0"},
+            "failed in missing_requirements (odd_things.py:48): ZeroDivisionError: ",
+        ),
     ],
 )
 def test_an_evaluator_that_is_wrong_is_one_line_alone_and_among_others(
     parts: dict[str, str],
     said: str,
     install: Callable[..., None],
-    pictures: Path,
+    images: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     install(**parts)
-    if "lacks" not in parts:
-        assert evaluate("odd-task", "scenes:dense", pictures) == 2
+    if "missing_requirements" not in parts:
+        assert evaluate("odd-task", "scenes:dense", images) == 2
         assert said in told(capsys)
-    out = ["--out", str(pictures.parent / "reports")]
+    out = ["--out", str(images.parent / "reports")]
     assert entry.evaluate(["all", "scenes:dense", *out, "--tasks", "odd-task"]) == 1
-    assert said in capsys.readouterr().out
+    assert said in capsys.readouterr().out.replace("\n", " ")
 
 
 @pytest.mark.parametrize("field", ["", "('needed', int)"])
 def test_a_run_ends_with_a_strangers_evaluator_or_says_before_it_begins_why_not(
-    field: str, install: Callable[..., None], pictures: Path, capsys: pytest.CaptureFixture[str]
+    field: str, install: Callable[..., None], images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     install(
         field=field,
         run="from evals.core.report import Report, Metric\n        return Report(task='odd-task', "
-        "model=name, fingerprint='', headline='h', metrics={'h': Metric(value=41.5)}, settings={}, "
+        "model=name, fingerprint='', primary_metric='h', metrics={'h': Metric(value=41.5)}, settings={}, "
         "data=(), seconds={}, device=settings.device, created='', versions={})",
     )
-    assert train(pictures, score=("odd-task",)) == (2 if field else 0)
+    assert train(images, score=("odd-task",)) == (2 if field else 0)
     said = capsys.readouterr()
     if field:
         assert said.err == (
             "error: odd-task cannot be scored by a run: it needs needed; leave it out, and give the "
             "checkpoint to radio-eval odd-task afterwards\n"
         )
-        assert not (pictures.parent / "run").exists()
+        assert not (images.parent / "run").exists()
     else:
         assert "| student      |     41.5 |" in said.out

@@ -87,7 +87,7 @@ def test_the_built_in_families_are_there_and_want_their_files(tmp_path):
 def test_a_window_is_chosen_per_use(saved):
     usual, wide = hub.load_backbone(str(saved)), hub.load_backbone(str(saved), window=8)
     assert not torch.equal(usual(IMAGES).tokens, wide(IMAGES).tokens)
-    assert wide.fit(200, 100) == (192, 96)
+    assert wide.nearest_size(200, 100) == (192, 96)
     with pytest.raises(SizeError, match=r"plain:small has no attention windows to choose; use a vitdet"):
         hub.load_backbone("plain:small", window=8)
 

@@ -30,11 +30,11 @@ from radio.images import (
     sample_crop,
 )
 
-PICTURE = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+IMAGE = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
 
 
 def smooth(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """A picture without fine detail, so that JPEG keeps it nearly as it is."""
+    """An image without fine detail, so that JPEG keeps it nearly as it is."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR))
 
@@ -52,7 +52,7 @@ def chw(pixels: np.ndarray) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP", "PPM"])
 def test_lossless_formats_give_the_stored_pixels(kind: str) -> None:
     options = {"lossless": True} if kind == "WEBP" else {}
-    assert torch.equal(decode(encoded(Image.fromarray(PICTURE), kind, **options)), chw(PICTURE))
+    assert torch.equal(decode(encoded(Image.fromarray(IMAGE), kind, **options)), chw(IMAGE))
 
 
 @pytest.mark.parametrize("subsampling", [0, 2])
@@ -85,18 +85,18 @@ def test_sixteen_bit_grey_keeps_its_upper_byte() -> None:
 
 def test_alpha_is_dropped() -> None:
     alpha = np.random.default_rng(1).integers(0, 256, (24, 32, 1), dtype=np.uint8)
-    data = encoded(Image.fromarray(np.concatenate([PICTURE, alpha], 2)), "PNG")
-    assert torch.equal(decode(data), chw(PICTURE))
+    data = encoded(Image.fromarray(np.concatenate([IMAGE, alpha], 2)), "PNG")
+    assert torch.equal(decode(data), chw(IMAGE))
 
 
 def test_a_palette_with_transparency_gives_its_colours() -> None:
-    coarse = Image.fromarray(PICTURE // 64 * 64).quantize(16)
+    coarse = Image.fromarray(IMAGE // 64 * 64).quantize(16)
     data = encoded(coarse, "PNG", transparency=bytes([0] * 8))
     assert torch.equal(decode(data), chw(np.array(coarse.convert("RGB"))))
 
 
 def test_black_and_white_spans_the_range() -> None:
-    data = encoded(Image.fromarray(PICTURE).convert("1"), "PNG")
+    data = encoded(Image.fromarray(IMAGE).convert("1"), "PNG")
     assert set(decode(data).unique().tolist()) == {0, 255}
 
 
@@ -109,7 +109,7 @@ def test_exif_orientation_is_not_applied() -> None:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("share", [0.3, 0.7])
 def test_a_truncated_file_is_a_data_error(kind: str, share: float) -> None:
-    data = encoded(Image.fromarray(PICTURE), kind)
+    data = encoded(Image.fromarray(IMAGE), kind)
     with pytest.raises(DataError, match="damaged"):
         decode(data[: int(len(data) * share)])
 
@@ -125,15 +125,15 @@ def with_chunk(data: bytes, kind: bytes, content: bytes) -> bytes:
     ("kind", "head"), [(b"zTXt", b"Comment\0\0"), (b"iCCP", b"icc\0\0"), (b"iTXt", b"Comment\0\1\0\0\0")]
 )
 def test_a_png_with_texts_longer_than_pil_takes_is_whole(kind: bytes, head: bytes) -> None:
-    data = with_chunk(encoded(Image.fromarray(PICTURE), "PNG"), kind, head + zlib.compress(bytes(2 << 20)))
+    data = with_chunk(encoded(Image.fromarray(IMAGE), "PNG"), kind, head + zlib.compress(bytes(2 << 20)))
     with pytest.raises(ValueError, match="too large"):
         Image.open(io.BytesIO(data)).load()
-    assert torch.equal(decode(data), chw(PICTURE))
+    assert torch.equal(decode(data), chw(IMAGE))
 
 
 def wide_header(kind: str, side: int = 13_500) -> bytes:
     """An image file whose header promises side x side pixels, which are not there."""
-    data = bytearray(encoded(Image.fromarray(PICTURE), kind))
+    data = bytearray(encoded(Image.fromarray(IMAGE), kind))
     if kind == "PNG":
         data[16:24] = struct.pack(">II", side, side)
         data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
@@ -156,14 +156,14 @@ def test_the_header_of_a_jpeg_is_found_behind_other_segments() -> None:
     exif = Image.Exif()
     exif[0x010E] = "\xff\xc0 in a text"
     for options in ({"exif": exif}, {"progressive": True}, {"comment": b"\xff\xc0" * 9}, {"quality": 50}):
-        data = encoded(Image.fromarray(PICTURE), "JPEG", **options)
+        data = encoded(Image.fromarray(IMAGE), "JPEG", **options)
         assert _jpeg_frame(data)[1:] == (24, 32)
         assert _jpeg_frame(data[:2] + b"\xff\xff\xff" + data[3:])[1:] == (24, 32)  # fill bytes
     assert _jpeg_frame(b"\xff\xd8\xff") == (0, 0, 0)
 
 
 def test_a_jpeg_of_thousands_of_scans_is_refused() -> None:
-    data = encoded(Image.fromarray(PICTURE), "JPEG", progressive=True)
+    data = encoded(Image.fromarray(IMAGE), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     many = data[:last] + data[last:-2] * 2000 + data[-2:]
     with pytest.raises(DataError, match=r"a JPEG of 2,00\d scans, the limit is 1,000"):
@@ -177,19 +177,19 @@ def test_a_format_that_starts_programs_is_not_opened(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("subprocess.Popen", never)
     monkeypatch.setattr("subprocess.check_call", never)
-    eps = encoded(Image.fromarray(PICTURE), "EPS")
-    with pytest.raises(DataError, match=r"^not a picture, or a damaged one \(opens as none of JPEG, "):
+    eps = encoded(Image.fromarray(IMAGE), "EPS")
+    with pytest.raises(DataError, match=r"^not an image, or a damaged one \(opens as none of JPEG, "):
         decode(eps)
 
 
 @pytest.mark.parametrize("kind", ["DDS", "ICO", "TGA", "PCX"])
 def test_formats_of_other_trades_are_not_opened(kind: str) -> None:
     with pytest.raises(DataError, match="opens as none of"):
-        decode(encoded(Image.fromarray(PICTURE), kind))
+        decode(encoded(Image.fromarray(IMAGE), kind))
 
 
 def test_reasons_hold_no_addresses() -> None:
-    for data in (b"", b"just text", bytes(100), encoded(Image.fromarray(PICTURE), "PNG")[:60]):
+    for data in (b"", b"just text", bytes(100), encoded(Image.fromarray(IMAGE), "PNG")[:60]):
         with pytest.raises(DataError) as caught:
             decode(data)
         assert "0x" not in str(caught.value)
@@ -199,10 +199,10 @@ def test_orientations_are_told() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     for kind in ("JPEG", "PNG", "WEBP"):
-        assert orientation(encoded(Image.fromarray(PICTURE), kind, exif=exif)) == 6
-        assert orientation(encoded(Image.fromarray(PICTURE), kind)) == 1
+        assert orientation(encoded(Image.fromarray(IMAGE), kind, exif=exif)) == 6
+        assert orientation(encoded(Image.fromarray(IMAGE), kind)) == 1
     exif[0x0112] = 99
-    assert orientation(encoded(Image.fromarray(PICTURE), "JPEG", exif=exif)) == 1
+    assert orientation(encoded(Image.fromarray(IMAGE), "JPEG", exif=exif)) == 1
     assert orientation(b"no image") == 1
 
 
@@ -217,7 +217,7 @@ KINDS = {
     "GIF": {},
     "JPEG2000": {},
 }
-FILES = {kind: encoded(Image.fromarray(PICTURE), kind, **options) for kind, options in KINDS.items()}
+FILES = {kind: encoded(Image.fromarray(IMAGE), kind, **options) for kind, options in KINDS.items()}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PIL's, of damaged EXIF
@@ -263,9 +263,9 @@ def test_the_short_side_is_resized_as_torchvision_does(height: int, width: int, 
 
 
 def test_resize_is_within_a_level_and_a_half_of_pil() -> None:
-    picture = smooth(48, 64)
-    wanted = Image.fromarray(picture).resize((20, 15), Image.Resampling.BICUBIC)
-    assert (resize(chw(picture), (15, 20)) * 255 - chw(np.array(wanted))).abs().max() < 1.5
+    image = smooth(48, 64)
+    wanted = Image.fromarray(image).resize((20, 15), Image.Resampling.BICUBIC)
+    assert (resize(chw(image), (15, 20)) * 255 - chw(np.array(wanted))).abs().max() < 1.5
 
 
 def test_pil_stands_in_for_the_jpeg_operator_with_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,20 +319,20 @@ def test_random_crops_equal_torchvision_draw_for_draw(height: int, width: int) -
 
 
 def test_crop_and_resize_equals_torchvision() -> None:
-    image = chw(PICTURE)
+    image = chw(IMAGE)
     wanted = TF.resized_crop(
         TF.to_dtype(image, scale=True), 3, 5, 12, 20, [7, 9], TF.InterpolationMode.BICUBIC, antialias=True
     )
     assert torch.allclose(crop_and_resize(image, Box(3, 5, 12, 20), (7, 9)), wanted.clamp(0, 1), atol=1e-6)
 
 
-def test_the_whole_picture_as_crop_stays_as_it_is() -> None:
-    assert torch.equal(crop_and_resize(chw(PICTURE), Box(0, 0, 24, 32), (24, 32)), chw(PICTURE) / 255)
+def test_the_whole_image_as_crop_stays_as_it_is() -> None:
+    assert torch.equal(crop_and_resize(chw(IMAGE), Box(0, 0, 24, 32), (24, 32)), chw(IMAGE) / 255)
 
 
 def test_sizes_that_cannot_be_are_errors() -> None:
-    image = chw(PICTURE)
-    with pytest.raises(SizeError, match="resize the picture first"):
+    image = chw(IMAGE)
+    with pytest.raises(SizeError, match="resize the image first"):
         center_crop(image, (25, 10))
     with pytest.raises(SizeError, match="1 or more"):
         evaluation_view(image, (8, 8), ratio=0.9)
@@ -345,7 +345,7 @@ def test_sizes_that_cannot_be_are_errors() -> None:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_damaged_exif_is_no_matter_of_the_pixels(kind: str) -> None:
     exif = b"Exif\0\0II*\0\x08\0\0\0\xff\0\x12\x01"  # 255 entries are told, and none is there
-    data = encoded(Image.fromarray(PICTURE).convert("L"), kind, exif=exif)
+    data = encoded(Image.fromarray(IMAGE).convert("L"), kind, exif=exif)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(UserWarning, match="Corrupt EXIF data"):

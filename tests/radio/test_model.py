@@ -41,13 +41,13 @@ def foreign(monkeypatch) -> str:
     class Pooled(nn.Module):
         name, fingerprint, native_size, summary_dim, token_dim = "pooled", "0", (32, 32), 3, 3
 
-        def fit(self, height: int, width: int) -> tuple[int, int]:
+        def nearest_size(self, height: int, width: int) -> tuple[int, int]:
             return height, width
 
-        def draw(self, batch: int, generator: torch.Generator) -> None:
+        def sample_crops(self, batch: int, generator: torch.Generator) -> None:
             return None
 
-        def forward(self, images: torch.Tensor, drawn: None = None) -> Features:
+        def forward(self, images: torch.Tensor, crops: None = None) -> Features:
             return Features(images.mean((2, 3)), images.flatten(2).transpose(1, 2), tuple(images.shape[-2:]))
 
     monkeypatch.setitem(students._entries, "pooled", lambda options: Pooled())
@@ -72,7 +72,7 @@ def test_it_is_a_backbone_whatever_the_student(foreign):
         assert isinstance(model, Backbone) and isinstance(model, Student) and isinstance(model, Windowed)
     model = build(CONFIG, 0)
     assert (model.summary_dim, model.token_dim, model.native_size) == (256, 128, (96, 96))
-    assert model.fit(100, 50) == (96, 48) and model.name == "vitdet-tiny12"
+    assert model.nearest_size(100, 50) == (96, 48) and model.name == "vitdet-tiny12"
 
 
 def test_features_and_what_the_adaptors_make_of_them():
@@ -83,9 +83,9 @@ def test_features_and_what_the_adaptors_make_of_them():
     clip, sam = model.adapt("clip", features), model.adapt("sam", features, (3, 5))
     assert clip.summary.shape == (2, 5) and clip.tokens.shape == (2, 16, 7) and clip.grid == (4, 4)
     assert sam.summary.shape == (2, 6) and sam.tokens.shape == (2, 15, 6) and sam.grid == (3, 5)
-    drawn = model.draw(2, torch.Generator().manual_seed(0))
-    _equal(model(images, drawn), model.student(images, drawn))
-    assert not torch.equal(model(images, drawn).tokens, features.tokens)
+    crops = model.sample_crops(2, torch.Generator().manual_seed(0))
+    _equal(model(images, crops), model.student(images, crops))
+    assert not torch.equal(model(images, crops).tokens, features.tokens)
 
 
 def test_an_adaptor_that_is_not_there_is_an_error():
@@ -158,7 +158,10 @@ def test_a_saved_model_comes_back_bit_for_bit(tmp_path, ending):
     again = load(path)
     assert checkpoint.load(path).sha256 == sha
     assert again.config == CONFIG and not again.training and again.name == "demo"
-    assert again.card["teachers"] == [{"name": "clip"}] and again.native_size == (72, 72) == model.native_size
+    assert (
+        again.metadata["teachers"] == [{"name": "clip"}]
+        and again.native_size == (72, 72) == model.native_size
+    )
     assert again.fingerprint == model.fingerprint
     found, wanted = again(_images()), model(_images())
     _equal(found, wanted)
@@ -182,7 +185,7 @@ def test_the_untrained_self_has_the_shape_and_other_weights(tmp_path):
 def test_checkpoints_that_hold_no_model_of_ours_are_errors(tmp_path):
     path = tmp_path / "ckpt.pt"
     checkpoint.save(path, {"a": torch.zeros(1)}, {"kind": "features"})
-    with pytest.raises(CheckpointError, match="its card describes no model"):
+    with pytest.raises(CheckpointError, match="its metadata describes no model"):
         load(path)
     plain = to_plain(CONFIG)
     model = build(CONFIG, 0)
@@ -212,12 +215,14 @@ def test_a_student_that_lacks_a_part_is_told_which(monkeypatch):
     class Partial(nn.Linear):
         name, fingerprint, summary_dim, token_dim = "partial", "0", 2, 2
 
-        def fit(self, height, width):
+        def nearest_size(self, height, width):
             return height, width
 
     monkeypatch.setitem(students._entries, "partial", lambda options: Partial(2, 2))
-    with pytest.raises(ConfigError, match="student 'partial' has no native_size, no draw; make it a whole"):
+    with pytest.raises(
+        ConfigError, match="student 'partial' has no native_size, no sample_crops; make it a whole"
+    ):
         RadioModel(ModelConfig(student="partial"))
-    Partial.draw, Partial.native_size = None, "8x8"
+    Partial.sample_crops, Partial.native_size = None, "8x8"
     with pytest.raises(ConfigError, match="'partial': its native_size is '8x8'; wanted"):
         RadioModel(ModelConfig(student="partial"))

@@ -1,4 +1,4 @@
-"""Resampling of tokens and pictures, against a loop over pixels."""
+"""Resampling of tokens and images, against a loop over pixels."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def test_features_as_a_map_are_row_major():
     assert torch.equal(plane[0, :, 1, 2], tokens[0, 5])
 
 
-def test_pictures_enlarged_bilinearly_equal_the_loop(bilinear_by_loop):
+def test_images_enlarged_bilinearly_equal_the_loop(bilinear_by_loop):
     images = torch.rand(1, 3, 4, 5, generator=torch.Generator().manual_seed(0))
     wanted = bilinear_by_loop(images[0].permute(1, 2, 0), (8, 10)).permute(2, 0, 1)[None]
     torch.testing.assert_close(resize_images(images, (8, 10), "bilinear"), wanted, rtol=0, atol=1e-6)
 
 
-def test_pictures_stay_in_range_and_shrink_antialiased():
+def test_images_stay_in_range_and_shrink_antialiased():
     stripes = torch.zeros(1, 3, 16, 16)
     stripes[..., ::2] = 1.0
     shrunk = resize_images(stripes, (4, 4))
@@ -59,6 +59,6 @@ def test_pictures_stay_in_range_and_shrink_antialiased():
     assert enlarged.min() == 0.0 and enlarged.max() == 1.0
 
 
-def test_pictures_of_the_right_size_are_left_alone():
+def test_images_of_the_right_size_are_left_alone():
     images = torch.rand(1, 3, 4, 4)
     assert resize_images(images, (4, 4)) is images

@@ -1,4 +1,4 @@
-"""Pictures and settings for runs that take a fraction of a second."""
+"""Images and settings for runs that take a fraction of a second."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from evals.core.dist import Group
 from radio import checkpoint
 from train.config import DataConfig, OptimConfig, TeacherConfig, TrainConfig
-from train.trainer import Run
+from train.trainer import Trainer
 
 from .tiny_teachers import register
 
@@ -32,10 +32,10 @@ TEACHERS = (
 )
 
 CPU = torch.device("cpu")
-Start = Callable[..., Run]
+Start = Callable[..., Trainer]
 
 
-def picture_bytes(seed: int, kind: str = "PNG", size: tuple[int, int] = (40, 52)) -> bytes:
+def image_bytes(seed: int, kind: str = "PNG", size: tuple[int, int] = (40, 52)) -> bytes:
     """A file of smooth noise, `size` as (height, width)."""
     coarse = np.random.default_rng(seed).integers(0, 255, (5, 6, 3), dtype=np.uint8)
     buffer = io.BytesIO()
@@ -44,21 +44,21 @@ def picture_bytes(seed: int, kind: str = "PNG", size: tuple[int, int] = (40, 52)
 
 
 def fill_folder(folder: Path, whole: int, broken: int = 0) -> Path:
-    """A folder of so many good pictures, then so many truncated ones."""
+    """A folder of so many good images, then so many truncated ones."""
     folder.mkdir(parents=True)
     for index in range(whole):
-        (folder / f"{index:03d}.png").write_bytes(picture_bytes(index))
+        (folder / f"{index:03d}.png").write_bytes(image_bytes(index))
     for index in range(broken):
-        (folder / f"z{index:03d}.jpg").write_bytes(picture_bytes(index, "JPEG", (200, 200))[:300])
+        (folder / f"z{index:03d}.jpg").write_bytes(image_bytes(index, "JPEG", (200, 200))[:300])
     return folder
 
 
 def fill_shard(path: Path, first: int, count: int) -> Path:
-    """A tar file of so many pictures without labels."""
+    """A tar file of so many images without labels."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for index in range(first, first + count):
-            data = picture_bytes(index, "JPEG")
+            data = image_bytes(index, "JPEG")
             member = tarfile.TarInfo(f"{index:06d}.jpg")
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
@@ -66,14 +66,14 @@ def fill_shard(path: Path, first: int, count: int) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 24 small pictures."""
-    return fill_folder(tmp_path_factory.mktemp("data") / "pictures", 24)
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 24 small images."""
+    return fill_folder(tmp_path_factory.mktemp("data") / "images", 24)
 
 
 @pytest.fixture
-def config(tmp_path: Path, pictures: Path) -> TrainConfig:
-    """Twelve steps of four pictures, three teachers, everything in this process."""
+def config(tmp_path: Path, images: Path) -> TrainConfig:
+    """Twelve steps of four images, three teachers, everything in this process."""
     return TrainConfig(
         recipe="test",
         student="vit-tiny12",
@@ -82,7 +82,7 @@ def config(tmp_path: Path, pictures: Path) -> TrainConfig:
         steps=12,
         batch_size=4,
         out=tmp_path / "run",
-        data=DataConfig(images=(pictures,), workers=0),
+        data=DataConfig(images=(images,), workers=0),
         optim=OptimConfig(lr=1e-3, warmup=0.25),
         device="cpu",
         log_every=1,
@@ -94,10 +94,10 @@ def config(tmp_path: Path, pictures: Path) -> TrainConfig:
 def start() -> Start:
     """A function that sets a run up: `start(config, steps=3, ...)`."""
 
-    def begin(config: TrainConfig, *, restart: bool = False, **changes: object) -> Run:
+    def begin(config: TrainConfig, *, restart: bool = False, **changes: object) -> Trainer:
         changed = replace(config, **changes)  # type: ignore[arg-type]
         console = Console(file=io.StringIO(), width=200)
-        return Run(changed, Group(), CPU, console, restart=restart)
+        return Trainer(changed, Group(), CPU, console, restart=restart)
 
     return begin
 
@@ -123,7 +123,7 @@ def losses_of(out: Path) -> list[float]:
 
 def untimed(out: Path) -> list[dict[str, float]]:
     """The records of a run folder without what a clock measured."""
-    timed = ("images_per_second", "data_wait", "seconds", "time/", "idle", "mfu")
+    timed = ("images_per_second", "data_wait", "seconds", "time/", "perf/", "mfu")
     return [{k: v for k, v in record.items() if not k.startswith(timed)} for record in read_records(out)]
 
 

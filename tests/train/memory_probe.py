@@ -15,7 +15,7 @@ from evals.core.dist import Group
 from radio.config import read_yaml
 from tests.train.tiny_teachers import register
 from train.config import TrainConfig
-from train.trainer import Run
+from train.trainer import Trainer
 
 
 def status(key: str) -> int:
@@ -35,7 +35,7 @@ def main() -> None:
     torch.set_num_threads(1)
     wake(torch.ones(1, 1, 8, 8, requires_grad=True))
     before = status("VmRSS")
-    run = Run(
+    run = Trainer(
         read_yaml(TrainConfig, Path(sys.argv[1])), Group(), torch.device("cpu"), Console(file=io.StringIO())
     )
     run.save = lambda: None  # type: ignore[method-assign]  # copies of the weights, which are no part of a step

@@ -9,14 +9,14 @@ import pytest
 
 from train import learner
 from train import trainer as module
-from train.trainer import Run
+from train.trainer import Trainer
 
 
 class StoppedError(Exception):
     """What a kill is here."""
 
 
-def run_until(run: Run, name: str, call: int) -> None:
+def run_until(run: Trainer, name: str, call: int) -> None:
     """Train until the trainer calls its function of this name for the n-th time."""
     owner = module if hasattr(module, name) else learner
     genuine: Callable[..., Any] = getattr(owner, name)

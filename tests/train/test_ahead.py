@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from train.ahead import ahead, half_the_threads
+from train.ahead import limit_threads, prefetch
 
 
 def test_items_come_in_order_and_each_is_made_while_the_one_before_is_used() -> None:
@@ -24,7 +24,7 @@ def test_items_come_in_order_and_each_is_made_while_the_one_before_is_used() -> 
             yield number
 
     used = []
-    for number in ahead(items()):
+    for number in prefetch(items()):
         if number == 0:
             assert second.wait(10), "the second item is made while the first is used"
         used.append(number)
@@ -32,7 +32,7 @@ def test_items_come_in_order_and_each_is_made_while_the_one_before_is_used() -> 
 
 
 def test_an_empty_iterator_gives_nothing() -> None:
-    assert list(ahead(iter(()))) == []
+    assert list(prefetch(iter(()))) == []
 
 
 def test_an_error_comes_where_its_item_would_have() -> None:
@@ -40,14 +40,14 @@ def test_an_error_comes_where_its_item_would_have() -> None:
         yield 1
         raise ValueError("broken")
 
-    stream = ahead(items())
+    stream = prefetch(items())
     assert next(stream) == 1
     with pytest.raises(ValueError, match="broken"):
         next(stream)
 
 
 def test_an_item_that_is_false_or_none_does_not_end_the_stream() -> None:
-    assert list(ahead(iter([None, 0, ""]))) == [None, 0, ""]
+    assert list(prefetch(iter([None, 0, ""]))) == [None, 0, ""]
 
 
 class FakeStream:
@@ -92,7 +92,7 @@ def test_on_a_gpu_the_thread_has_its_device_and_a_stream_of_its_own(monkeypatch:
             assert current.stream is side
             yield number
 
-    stream = ahead(items(), torch.device("cuda:1"))
+    stream = prefetch(items(), torch.device("cuda:1"))
     assert next(stream) == 0
     assert told[:2] == ["side waits for main", "side is ready"]
     assert "main waits for an event of side" in told  # before the caller has the item
@@ -105,9 +105,9 @@ def test_half_the_threads_also_holds_in_the_other_thread_and_is_undone() -> None
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
-        with half_the_threads():
+        with limit_threads():
             assert torch.get_num_threads() == 2
-            (elsewhere,) = ahead(torch.get_num_threads() for _ in range(1))
+            (elsewhere,) = prefetch(torch.get_num_threads() for _ in range(1))
             assert elsewhere == 2
         assert torch.get_num_threads() == 4
     finally:

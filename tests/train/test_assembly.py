@@ -14,18 +14,18 @@ from radio.students import StudentOptions
 from train.assembly import (
     check_settings,
     check_student,
-    fitted,
     gather_facts,
     load_teachers,
-    make_card,
+    make_metadata,
     model_config,
+    round_resolutions,
     run_name,
     student_resolutions,
     teacher_sizes,
     window_candidates,
 )
 from train.config import CacheConfig, TeacherConfig, TrainConfig
-from train.pictures import open_pictures
+from train.images import open_images
 
 from .conftest import CPU, TEACHERS
 
@@ -38,13 +38,13 @@ from .conftest import CPU, TEACHERS
         ({"log_every": 0}, "--log-every: 0 is out of bounds"),
         ({"save_every": 0}, "--save-every: 0 is out of bounds"),
         ({"cache": CacheConfig(crops=0)}, r"--cache\.crops: 0 is out of bounds"),
-        ({"cache": CacheConfig(pictures=0)}, r"--cache\.pictures: 0 is out of bounds"),
+        ({"cache": CacheConfig(images=0)}, r"--cache\.images: 0 is out of bounds"),
         ({"student": "vit-tiny21"}, "unknown student 'vit-tiny21'; did you mean .*vit-tiny12"),
         ({"batch_size": 5}, "a batch of 5 cannot be shared evenly by 2 ranks"),
-        ({"accumulate": 0}, "--accumulate: 0 is out of bounds"),
+        ({"grad_accum_steps": 0}, "--grad-accum-steps: 0 is out of bounds"),
         (
-            {"accumulate": 4},
-            "--accumulate 4 does not divide the 2 pictures of a step that a rank takes for clip",
+            {"grad_accum_steps": 4},
+            "--grad-accum-steps 4 does not divide the 2 images of a step that a rank takes for clip",
         ),
         (
             {"teachers": (TeacherConfig(name="sam", model="tiny:sam", batch_size=0),)},
@@ -189,7 +189,7 @@ def test_the_size_beside_a_teacher_is_the_nearest(
 ) -> None:
     teachers = (*TEACHERS[:2], replace(TEACHERS[2], student_resolution=168))
     asked = replace(config, student=student, teachers=teachers, options=options)
-    found, changes = fitted(asked)
+    found, changes = round_resolutions(asked)
     assert student_resolutions(found) == {"clip": 48, "dense": 48, "sam": side}
     assert replace(found, teachers=teachers) == asked
     line = f"{student} cannot see 168 px beside sam; it sees {side}, the nearest that it takes"
@@ -206,20 +206,20 @@ def test_a_resolution_that_the_student_cannot_take(config: TrainConfig) -> None:
 
 def test_the_card_names_teachers_and_data(config: TrainConfig) -> None:
     teachers = load_teachers(config, CPU)
-    pictures = open_pictures(config.data)
-    card = make_card(config, gather_facts(config, teachers, Group()), pictures)
-    assert card["name"] == "run"
-    assert card["resolution"] == 48
-    assert card["teachers"][2] == {
+    images = open_images(config.data)
+    metadata = make_metadata(config, gather_facts(config, teachers, Group()), images)
+    assert metadata["name"] == "run"
+    assert metadata["resolution"] == 48
+    assert metadata["teachers"][2] == {
         "name": "sam",
         "model": "tiny:sam",
         "resolution": [108, 108],
         "student_resolution": 48,
         "fingerprint": teachers["sam"].fingerprint,
     }
-    assert card["data"]["count"] == 24
-    assert card["data"]["fingerprint"] == pictures.fingerprint
-    assert card["settings"]["optim"]["lr"] == config.optim.lr
+    assert metadata["data"]["count"] == 24
+    assert metadata["data"]["fingerprint"] == images.fingerprint
+    assert metadata["settings"]["optim"]["lr"] == config.optim.lr
 
 
 def test_a_run_is_called_by_its_folder_however_that_is_given(

@@ -15,7 +15,7 @@ from evals.core.dist import Group
 from radio import checkpoint
 from radio.errors import ConfigError
 from train.config import BalanceConfig, TrainConfig
-from train.trainer import Run
+from train.trainer import Trainer
 
 from .conftest import CPU, TEACHERS, Start, read_records, same_weights, untimed
 from .ranks import on_ranks
@@ -57,7 +57,7 @@ def test_the_declared_weights_alone_are_not_logged(config: TrainConfig, start: S
     assert not [name for name in read_records(config.out)[0] if name.endswith("_weight")]
 
 
-def stop_at(step: int, run: Run) -> None:
+def stop_at(step: int, run: Trainer) -> None:
     """Train, and break off before the step after this one is done."""
     genuine = run.advance
 
@@ -98,15 +98,15 @@ def test_another_balancer_needs_another_folder(config: TrainConfig, start: Start
         start(config, steps=1, balance=balanced("adaloss"))
 
 
-def test_amtml_refuses_teachers_that_see_other_pictures(config: TrainConfig, start: Start) -> None:
+def test_amtml_refuses_teachers_that_see_other_images(config: TrainConfig, start: Start) -> None:
     apart = (*TEACHERS[:2], replace(TEACHERS[2], student_resolution=72, batch_size=4))
-    with pytest.raises(ConfigError, match=r"clip\+dense and sam see other pictures or sizes"):
+    with pytest.raises(ConfigError, match=r"clip\+dense and sam see other images or sizes"):
         start(config, teachers=apart, balance=balanced("amtml"))
 
 
 def second_step(config: TrainConfig, group: Group) -> dict[str, Tensor]:
     """Gradients and averages that this rank has in the second of two steps without an update between."""
-    run = Run(config, group, CPU, Console(quiet=True))
+    run = Trainer(config, group, CPU, Console(quiet=True))
     for name, parameter in run.learner.distiller.balancer.named_parameters():
         seed = sum(map(ord, name))
         parameter.data.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
@@ -126,11 +126,14 @@ def test_ranks_do_what_one_process_does(config: TrainConfig, tmp_path: Path) -> 
         still, teachers=(*TEACHERS[:2], replace(TEACHERS[2], student_resolution=72, batch_size=3))
     )
     ways = [
-        *(replace(grouped, balance=balanced(kind), split=(2, 1)) for kind in ("uncertainty", "adaloss")),
+        *(
+            replace(grouped, balance=balanced(kind), ranks_per_group=(2, 1))
+            for kind in ("uncertainty", "adaloss")
+        ),
         *(replace(still, batch_size=9, balance=balanced(kind)) for kind in KINDS),
-        replace(grouped, batch_size=9, balance=balanced("adaloss"), partition="turns"),
+        replace(grouped, batch_size=9, balance=balanced("adaloss"), teacher_placement="shared"),
     ]
-    alone = [second_step(replace(way, split=()), Group()) for way in ways]
+    alone = [second_step(replace(way, ranks_per_group=()), Group()) for way in ways]
     found = on_ranks(3, tmp_path / "ranks", lambda group: [second_step(way, group) for way in ways])
     for wanted, *shared in zip(alone, *found, strict=True):
         assert set().union(*shared) == set(wanted)
@@ -147,9 +150,11 @@ def test_what_groups_on_ranks_have_measured_goes_on_in_one_process(
     apart = (*TEACHERS[:2], replace(TEACHERS[2], student_resolution=72, batch_size=3))
     chosen = replace(config, teachers=apart, batch_size=8, balance=balanced("adaloss"), steps=6, save_every=3)
     start(chosen, out=tmp_path / "whole").train()
-    shared = replace(chosen, out=tmp_path / "shared", split=(2, 1))
-    on_ranks(3, tmp_path / "ranks", lambda group: stop_at(4, Run(shared, group, CPU, Console(quiet=True))))
-    resumed = start(shared, split=())
+    shared = replace(chosen, out=tmp_path / "shared", ranks_per_group=(2, 1))
+    on_ranks(
+        3, tmp_path / "ranks", lambda group: stop_at(4, Trainer(shared, group, CPU, Console(quiet=True)))
+    )
+    resumed = start(shared, ranks_per_group=())
     assert resumed.step == 3
     resumed.train()
     for one, other in zip(read_records(tmp_path / "whole"), read_records(tmp_path / "shared"), strict=True):

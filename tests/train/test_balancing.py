@@ -53,7 +53,7 @@ def made(kind: str, seed: int | None = None, **settings: float) -> Balancer:
 
 
 def drawn(seed: int, batch: int = BATCH) -> tuple[Features, dict[str, TeacherLosses]]:
-    """A student's features, and losses of three teachers, of so many pictures."""
+    """A student's features, and losses of three teachers, of so many images."""
     generator = torch.Generator().manual_seed(seed)
     summary = torch.randn(batch, WIDTH, generator=generator, dtype=torch.float64)
     values = torch.rand(len(TEACHERS), 2, batch, generator=generator, dtype=torch.float64) + 0.1
@@ -64,14 +64,14 @@ def drawn(seed: int, batch: int = BATCH) -> tuple[Features, dict[str, TeacherLos
 def part(
     features: Features, losses: Mapping[str, TeacherLosses], rows: slice
 ) -> tuple[Features, dict[str, TeacherLosses]]:
-    """The same of some of the pictures."""
+    """The same of some of the images."""
     some = {name: TeacherLosses(*(values[rows] for values in pair)) for name, pair in losses.items()}
     return Features(features.summary[rows], features.tokens[rows], (1, 1)), some
 
 
-def score(features: Features, factor: Tensor, picture: int) -> float:
+def score(features: Features, factor: Tensor, image: int) -> float:
     """An inner product over the root of the width."""
-    pairs = zip(features.summary[picture].tolist(), factor.tolist(), strict=True)
+    pairs = zip(features.summary[image].tolist(), factor.tolist(), strict=True)
     return sum(a * b for a, b in pairs) / math.sqrt(WIDTH)
 
 
@@ -97,10 +97,10 @@ def test_uncertainty_is_eq_6(scale: float) -> None:
     for name, pair in losses.items():
         for place, kind in enumerate(("summary", "spatial")):
             found = []
-            for picture in range(BATCH):
+            for image in range(BATCH):
                 offset = balancer.offsets[name][place].item()
-                b = score(features, balancer.slopes[name][place], picture) + offset
-                loss = float(pair[place][picture])
+                b = score(features, balancer.slopes[name][place], image) + offset
+                loss = float(pair[place][image])
                 wanted += (
                     DECLARED[name][place] * (math.exp(-b) * loss + scale * math.log1p(math.exp(b))) / BATCH
                 )
@@ -158,7 +158,7 @@ def test_adaloss_is_eq_7() -> None:
                 wanted += weight * float(pair[place].mean())
                 past.append(float(pair[place].mean()))
         assert total.item() == pytest.approx(wanted, rel=1e-6)
-        balancer.settle(lambda means: means)
+        balancer.update(lambda means: means)
 
 
 def test_adaloss_has_the_papers_momentum() -> None:
@@ -167,7 +167,7 @@ def test_adaloss_has_the_papers_momentum() -> None:
     for value in (1.0, 3.0):
         two = torch.full((2,), value, dtype=torch.float64)
         balancer(drawn(0, 2)[0], {"dense": TeacherLosses(two, 2 * two)})
-        balancer.settle(lambda means: means)
+        balancer.update(lambda means: means)
     expected = (0.99 * 1.0 + 3.0) / 1.99
     assert balancer.means["dense"]().tolist() == pytest.approx([expected, 2 * expected])
     assert balancer.means["clip"]().tolist() == [1.0, 1.0]  # not seen
@@ -179,7 +179,7 @@ def test_adaloss_leaves_a_loss_out_that_is_not_finite() -> None:
     features, losses = drawn(3)
     for poison in (1.0, math.nan, math.inf):
         balancer(features, {n: TeacherLosses(p.summary * poison, p.spatial) for n, p in losses.items()})
-        balancer.settle(lambda means: means)
+        balancer.update(lambda means: means)
     wanted = [float(values.mean()) for values in losses["clip"]]
     assert balancer.means["clip"]().tolist() == pytest.approx(wanted)
 
@@ -189,13 +189,13 @@ def test_adaloss_goes_on_exactly_from_its_state() -> None:
     assert isinstance(one, AdaLoss) and isinstance(other, AdaLoss)
     for step in range(3):
         one(*drawn(step))
-        one.settle(lambda means: means)
+        one.update(lambda means: means)
     other.load_state_dict(one.state_dict())
     assert torch.equal(one(*drawn(9)).total, other(*drawn(9)).total)
     assert len(one.state_dict()) == 2 * len(TEACHERS)
 
 
-def test_amtml_is_a_softmax_over_the_teachers_of_each_picture() -> None:
+def test_amtml_is_a_softmax_over_the_teachers_of_each_image() -> None:
     features, losses = drawn(4)
     balancer = made("amtml", seed=5)
     assert isinstance(balancer, Amtml)
@@ -203,11 +203,11 @@ def test_amtml_is_a_softmax_over_the_teachers_of_each_picture() -> None:
     wanted = 0.0
     for place, names in enumerate((("clip", "dense"), ("clip", "dense", "sam"))):  # SAM's lambda is 0
         shares: dict[str, list[float]] = {name: [] for name in names}
-        for picture in range(BATCH):
-            raised = {n: math.exp(score(features, balancer.factors[n][place], picture)) for n in names}
+        for image in range(BATCH):
+            raised = {n: math.exp(score(features, balancer.factors[n][place], image)) for n in names}
             for name in names:
                 shares[name].append(raised[name] / sum(raised.values()))
-                loss = float(losses[name][place][picture])
+                loss = float(losses[name][place][image])
                 wanted += DECLARED[name][place] * shares[name][-1] * loss / BATCH
         for name in names:
             shown = DECLARED[name][place] * sum(shares[name]) / BATCH
@@ -245,7 +245,7 @@ def test_gradients_are_those_of_finite_differences(kind: str) -> None:
     balancer = made(kind, seed=8)
     if isinstance(balancer, AdaLoss):
         balancer(features, losses)
-        balancer.settle(lambda means: 1.5 * means)
+        balancer.update(lambda means: 1.5 * means)
     names = list(losses)
 
     def total(summary: Tensor, values: Tensor, *parameters: Tensor) -> Tensor:
@@ -260,14 +260,14 @@ def test_gradients_are_those_of_finite_differences(kind: str) -> None:
     assert torch.autograd.gradcheck(total, [each.clone().requires_grad_() for each in inputs])
 
 
-def gradients(balancer: Balancer, pictures: Iterable[slice], step: int) -> tuple[Tensor, ...]:
-    """Of the mean over parts of one step's pictures: in every loss [3, 2, B] and in what is learned."""
+def gradients(balancer: Balancer, images: Iterable[slice], step: int) -> tuple[Tensor, ...]:
+    """Of the mean over parts of one step's images: in every loss [3, 2, B] and in what is learned."""
     features, losses = drawn(step)
     values = torch.stack([torch.stack(list(pair)) for pair in losses.values()]).requires_grad_()
     leaves = (values, *balancer.parameters())
     given = {name: TeacherLosses(*pair) for name, pair in zip(losses, values, strict=True)}
     total = torch.zeros((), dtype=torch.float64)
-    for rows in pictures:
+    for rows in images:
         share = len(range(BATCH)[rows]) / BATCH
         total = total + share * balancer(*part(features, given, rows)).total
     return torch.autograd.grad(total, leaves)
@@ -275,7 +275,7 @@ def gradients(balancer: Balancer, pictures: Iterable[slice], step: int) -> tuple
 
 @pytest.mark.parametrize("kind", ["naive", *KINDS])
 def test_passes_and_ranks_add_up_to_the_whole_step(kind: str) -> None:
-    """The same gradients and averages, step after step, however the pictures are shared."""
+    """The same gradients and averages, step after step, however the images are shared."""
     halves = [slice(0, 3), slice(3, 6)]
     whole, passes, *ranks = (made(kind, seed=10) for _ in range(4))
     for step in range(3):
@@ -285,9 +285,9 @@ def test_passes_and_ranks_add_up_to_the_whole_step(kind: str) -> None:
         for place, gradient in enumerate(wanted):
             assert torch.allclose(in_turn[place], gradient, rtol=1e-12)
             assert torch.allclose(shared[0][place] + shared[1][place], gradient, rtol=1e-12)
-        settle([whole])
-        settle([passes])
-        settle(ranks)
+        update([whole])
+        update([passes])
+        update(ranks)
         for other in (passes, *ranks):
             assert all(
                 torch.allclose(a, b, rtol=1e-12)
@@ -295,7 +295,7 @@ def test_passes_and_ranks_add_up_to_the_whole_step(kind: str) -> None:
             )
 
 
-def settle(ranks: Sequence[Balancer]) -> None:
+def update(ranks: Sequence[Balancer]) -> None:
     """End the step of AdaLoss on ranks that tell one another what they have seen."""
     sent: list[Tensor] = []
     all_here = Barrier(len(ranks))
@@ -306,7 +306,7 @@ def settle(ranks: Sequence[Balancer]) -> None:
         return torch.stack(sent).mean(0)
 
     with ThreadPoolExecutor(len(ranks)) as pool:
-        for ended in [pool.submit(rank.settle, mean) for rank in ranks if isinstance(rank, AdaLoss)]:
+        for ended in [pool.submit(rank.update, mean) for rank in ranks if isinstance(rank, AdaLoss)]:
             ended.result()
 
 
@@ -365,9 +365,9 @@ def test_the_setting_names_the_balancer(kind: str, wanted: type[Balancer]) -> No
         (config_of("amtml", (CLIP,)), "amtml weighs teachers against one another; give two or more"),
         (
             config_of("amtml", (CLIP, DENSE, replace(SAM, student_resolution=72))),
-            r"clip\+dense and sam see other pictures or sizes; give all teachers one batch size",
+            r"clip\+dense and sam see other images or sizes; give all teachers one batch size",
         ),
-        (config_of("amtml", (CLIP, replace(DENSE, batch_size=2))), "clip and dense see other pictures"),
+        (config_of("amtml", (CLIP, replace(DENSE, batch_size=2))), "clip and dense see other images"),
     ],
 )
 def test_a_balancer_that_cannot_be(config: TrainConfig, message: str) -> None:

@@ -25,14 +25,14 @@ from radio.model import ModelConfig, build
 from train import cache as module
 from train import trainer
 from train.assembly import load_teachers, teacher_sizes
-from train.batches import Batch, Lesson
+from train.batches import Batch, GroupBatch
 from train.cache import CacheJob, FeatureCache, GroupedCaches, agree, open_caches, write_files
 from train.config import CacheConfig, DataConfig, TeacherConfig, TrainConfig
 from train.crops import FixedCrops
-from train.learner import may_go_abreast
+from train.images import open_images
+from train.learner import can_run_in_parallel
 from train.partition import TeacherGroup, make_partition
-from train.pictures import open_pictures
-from train.sampling import picture_at
+from train.sampling import image_at
 from train.step import teacher_features
 
 from .conftest import CPU, TEACHERS, Start, fill_folder, losses_of, read_records, same_weights, untimed
@@ -42,7 +42,7 @@ SIDE = 108
 
 def make(root: Path, config: TrainConfig, *, count: int = 10, crops: int = 2, seed: int = 0) -> CacheJob:
     teachers = load_teachers(config, CPU)
-    fixed = FixedCrops(open_pictures(config.data), config.data, SIDE, seed, count, crops)
+    fixed = FixedCrops(open_images(config.data), config.data, SIDE, seed, count, crops)
     return CacheJob(root, teachers, teacher_sizes(config, teachers), fixed, CPU)
 
 
@@ -87,7 +87,7 @@ def test_rows_are_the_teachers_features_of_the_crops(config: TrainConfig, tmp_pa
     assert len(list(job.folder.glob("*.safetensors"))) == 3  # of 8, 8 and 4
     for position in (0, 7, 19, 20, 41):
         row = cache[position]
-        crop = job.crops[picture_at(position, 20, 3)].pixels
+        crop = job.crops[image_at(position, 20, 3)].pixels
         assert torch.equal(row.pixels, crop)
         direct = teacher_features(job.teachers, job.sizes, crop[None].float() / 255)
         targets = caches.targets(
@@ -247,7 +247,7 @@ def test_a_damaged_file_is_made_again(
     assert contents(job.folder) == whole
     (line,) = told
     assert line.startswith(f"1 damaged file of the cache was made again; the first: {path}")
-    assert {each.name for each in job.folder.iterdir()} == {"card.json", *whole}
+    assert {each.name for each in job.folder.iterdir()} == {"metadata.json", *whole}
 
 
 @effort(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -285,13 +285,13 @@ def test_a_file_that_is_damaged_in_a_run_is_one_error(config: TrainConfig, tmp_p
 def test_a_card_that_is_none_is_written_again(config: TrainConfig, tmp_path: Path) -> None:
     job = make(tmp_path, config)
     write(job, config)
-    card = job.folder / "card.json"
-    right = card.read_bytes()
+    metadata = job.folder / "metadata.json"
+    right = metadata.read_bytes()
     for wrong in (b"", b"[]", b"{", b"[" * 100_000, b"9" * 5000, b"\xff\xfe{", b'{"seed": 7}'):
-        card.write_bytes(wrong)
+        metadata.write_bytes(wrong)
         asked: list[int] = []
         write(make(tmp_path, config), config, confirm=asked.append)
-        assert card.read_bytes() == right
+        assert metadata.read_bytes() == right
         assert len(asked) == 1
 
 
@@ -322,7 +322,7 @@ def test_a_disk_that_is_full_while_writing_leaves_nothing(
     with pytest.raises(OSError, match="No space left on device") as caught:
         write(job, config)
     assert caught.value.filename == str(job.files[0])
-    assert [path.name for path in job.folder.iterdir()] == ["card.json"]
+    assert [path.name for path in job.folder.iterdir()] == ["metadata.json"]
 
 
 def test_a_rank_waits_for_what_others_write(
@@ -430,7 +430,7 @@ def test_a_full_disk_is_told_before_writing(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(RadioError, match=r"GB does not fit, 0\.0 GB are free; take fewer pictures or crops"):
+    with pytest.raises(RadioError, match=r"GB does not fit, 0\.0 GB are free; take fewer images or crops"):
         write(make(tmp_path / "caches", config), config)
     assert not (tmp_path / "caches").exists()
 
@@ -441,10 +441,10 @@ def test_features_beyond_half_precision_are_refused(config: TrainConfig, tmp_pat
         write_files(make(tmp_path, huge), 0, 1, 0, quiet)
 
 
-def test_too_many_broken_pictures_stop_the_writing(config: TrainConfig, tmp_path: Path) -> None:
+def test_too_many_broken_images_stop_the_writing(config: TrainConfig, tmp_path: Path) -> None:
     folder = fill_folder(tmp_path / "mixed", 4, broken=12)
     mixed = replace(config, data=DataConfig(images=(folder,), workers=0))
-    with pytest.raises(DataError, match="pictures cannot be read; mend the data"):
+    with pytest.raises(DataError, match="images cannot be read; mend the data"):
         write(make(tmp_path / "caches", mixed, count=16), mixed)
 
 
@@ -452,7 +452,7 @@ def test_training_from_the_cache_is_training_online_on_the_same_crops(
     config: TrainConfig, tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = TeacherConfig(name="sam", model="tiny:sam", summary_weight=0.0, batch_size=2)
-    options = CacheConfig(folder=tmp_path / "caches", pictures=10, crops=2)
+    options = CacheConfig(folder=tmp_path / "caches", images=10, crops=2)
     config = replace(config, teachers=(*TEACHERS[:2], few), cache=options)
     start(config, out=tmp_path / "cached").train()
     assert read_records(tmp_path / "cached")[-1]["broken"] == 0
@@ -462,9 +462,11 @@ def test_training_from_the_cache_is_training_online_on_the_same_crops(
     def online(rows: Iterator[list[Any]], groups: Sequence[TeacherGroup], *_: object) -> Iterator[Batch]:
         for step in rows:
             pairs = [(group, row.pixels.float() / 255) for group, row in zip(groups, step, strict=True)]
-            yield Batch(tuple(Lesson(group, seen, run._teach(group, seen)) for group, seen in pairs), (), 0.0)
+            yield Batch(
+                tuple(GroupBatch(group, seen, run._teach(group, seen)) for group, seen in pairs), (), 0.0
+            )
 
-    monkeypatch.setattr(trainer, "remembered", online)
+    monkeypatch.setattr(trainer, "cached_batches", online)
     run.train()
     cached, direct = losses_of(tmp_path / "cached"), losses_of(tmp_path / "online")
     assert cached == pytest.approx(direct, rel=1e-3)  # half precision
@@ -473,7 +475,7 @@ def test_training_from_the_cache_is_training_online_on_the_same_crops(
 
 
 def test_a_cached_run_repeats_bit_for_bit(config: TrainConfig, tmp_path: Path, start: Start) -> None:
-    options = replace(config.cache, folder=tmp_path / "caches", pictures=10, crops=2)
+    options = replace(config.cache, folder=tmp_path / "caches", images=10, crops=2)
     for name, workers in (("a", 0), ("b", 2)):
         data = replace(config.data, workers=workers)
         start(config, cache=options, out=tmp_path / name, data=data, steps=6).train()
@@ -481,18 +483,20 @@ def test_a_cached_run_repeats_bit_for_bit(config: TrainConfig, tmp_path: Path, s
     assert len(list((tmp_path / "caches").iterdir())) == 1
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("grad_accum_steps", [1, 2])
 def test_groups_that_go_abreast_learn_what_they_learn_in_turn(
-    config: TrainConfig, tmp_path: Path, start: Start, two_threads: None, accumulate: int
+    config: TrainConfig, tmp_path: Path, start: Start, two_threads: None, grad_accum_steps: int
 ) -> None:
     few = TeacherConfig(name="sam", model="tiny:sam", student_resolution=72, batch_size=2)
-    options = CacheConfig(folder=tmp_path / "caches", pictures=10, crops=2)
-    config = replace(config, teachers=(*TEACHERS[:2], few), cache=options, accumulate=accumulate, steps=6)
+    options = CacheConfig(folder=tmp_path / "caches", images=10, crops=2)
+    config = replace(
+        config, teachers=(*TEACHERS[:2], few), cache=options, grad_accum_steps=grad_accum_steps, steps=6
+    )
     threads: dict[str, set[str]] = {}
     for name in ("abreast", "in turn"):
         run = start(config, out=tmp_path / name)
-        assert run.learner.abreast
-        run.learner.abreast = name == "abreast"
+        assert run.learner.parallel_groups
+        run.learner.parallel_groups = name == "abreast"
         seen = threads.setdefault(name, set())
         run.learner.distiller.register_forward_pre_hook(
             lambda *_, seen=seen: seen.add(threading.current_thread().name)
@@ -530,9 +534,9 @@ def test_which_runs_go_abreast(
     config = replace(config, teachers=named, cache=options)
     partition = make_partition(config, 1)
     model = build(ModelConfig(student=student), 0)
-    assert may_go_abreast(model, config, partition, Group(), torch.device(device)) == wanted
+    assert can_run_in_parallel(model, config, partition, Group(), torch.device(device)) == wanted
     torch.set_num_threads(1)
-    assert not may_go_abreast(model, config, partition, Group(), torch.device(device))
+    assert not can_run_in_parallel(model, config, partition, Group(), torch.device(device))
 
 
 def test_a_large_cache_needs_consent(

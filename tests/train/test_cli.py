@@ -37,7 +37,17 @@ TINY = [
 
 def test_a_recipe_with_options_over_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
-    options = ["--optim.lr", "0.0003", "--data.crop-scale", "0.5", "1", "--loss.knee", "2", "--out", str(out)]
+    options = [
+        "--optim.lr",
+        "0.0003",
+        "--data.crop-scale",
+        "0.5",
+        "1",
+        "--loss.smooth-l1-beta",
+        "2",
+        "--out",
+        str(out),
+    ]
     more = [
         "--summary",
         "mean",
@@ -67,7 +77,7 @@ def test_a_recipe_with_options_over_it(tmp_path: Path, capsys: pytest.CaptureFix
         summary="mean",
         windows=(7, 8),
         data=replace(recipe.data, scenes=50, workers=0, crop_scale=(0.5, 1.0)),
-        loss=replace(recipe.loss, knee=2.0),
+        loss=replace(recipe.loss, smooth_l1_beta=2.0),
         adaptor=replace(recipe.adaptor, resample="after"),
         optim=replace(recipe.optim, lr=3e-4, betas=(0.8, 0.9)),
     )
@@ -131,7 +141,7 @@ def test_what_cannot_be_is_one_line_and_exit_code_2(
     assert not (tmp_path / "runs").exists()
 
 
-def test_broken_pictures_alone_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_broken_images_alone_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = fill_folder(tmp_path / "broken", 0, broken=3)
     words = [
         "smoke",
@@ -143,7 +153,7 @@ def test_broken_pictures_alone_are_one_line(tmp_path: Path, capsys: pytest.Captu
         "--out",
         str(tmp_path / "run"),
     ]
-    assert "20 pictures in a row cannot be read" in refused(words, capsys)
+    assert "20 images in a row cannot be read" in refused(words, capsys)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +213,7 @@ def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_large_cache_is_agreed_to_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CacheJob, "size", 2 * 10**9)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**10))
-    folders = ["--cache.folder", str(tmp_path / "caches"), "--cache.pictures", "3"]
+    folders = ["--cache.folder", str(tmp_path / "caches"), "--cache.images", "3"]
     words = ["smoke", *TINY, *folders, "--out", str(tmp_path / "run")]
     with pytest.raises(RadioError, match=r"a teacher cache of 4\.0 GB would be written; agree with --yes"):
         main(words)

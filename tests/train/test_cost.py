@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from radio.students import StudentOptions
 from train.config import CacheConfig, TeacherConfig, TrainConfig
-from train.cost import Cost, Tally, bytes_of, count, outline
+from train.cost import Cost, CostCounter, bytes_of, count, outline
 from train.partition import make_partition
 
 CLIP = TeacherConfig(name="clip", model="tiny:clip")
@@ -25,7 +25,7 @@ def cost_of(config: TrainConfig, *, half: bool = False, standing: bool = False) 
 
 def test_bytes_that_are_held() -> None:
     weight = torch.zeros(1000, requires_grad=True)
-    with Tally() as tally:
+    with CostCounter() as tally:
         doubled = weight * 2
         view = doubled.view(10, 100)[1:]
         assert tally.now == 4000  # a view is no storage of its own
@@ -36,7 +36,7 @@ def test_bytes_that_are_held() -> None:
         del view
         assert tally.now == 4
         assert float(whole.detach()) == 900
-    with Tally() as tally:
+    with CostCounter() as tally:
         (weight.exp() * 3).sum().backward()
         assert tally.now == 4000  # the gradient
         weight.grad = None
@@ -46,7 +46,7 @@ def test_bytes_that_are_held() -> None:
 def test_recomputed_graphs_are_let_go() -> None:
     layers = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)) for _ in range(4))
     x = torch.zeros(100, 64, requires_grad=True)
-    with Tally() as tally:
+    with CostCounter() as tally:
         y = x
         for layer in layers:
             y = torch.utils.checkpoint.checkpoint(layer, y, use_reentrant=False)
@@ -60,7 +60,7 @@ def test_recomputed_graphs_are_let_go() -> None:
 def test_operations_are_those_of_torchs_counter() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.Flatten(2), nn.Linear(16, 16), nn.GELU())
     x = torch.randn(2, 3, 16, 16)
-    with Tally() as ours:
+    with CostCounter() as ours:
         model(x).sum().backward()
     with FlopCounterMode(display=False) as theirs:
         model(x).sum().backward()
@@ -69,7 +69,7 @@ def test_operations_are_those_of_torchs_counter() -> None:
 
 def test_attention_by_the_fused_kernel() -> None:
     q = torch.zeros(2, 4, 10, 16, requires_grad=True)
-    with Tally() as tally:
+    with CostCounter() as tally:
         out = F.scaled_dot_product_attention(q, q, q).sum()
         assert tally.flops == 2 * (2 * 2 * 4 * 10 * 10 * 16)  # q k and its product with v
         out.backward()
@@ -85,14 +85,14 @@ def test_the_operations_of_a_step_by_hand(config: TrainConfig) -> None:
     found = cost_of(chosen)
     assert found.forward_flops == 3 * (12 * block + stem + heads)
     assert found.teacher_flops == 3 * 2 * (25 * 24 * 3 * 10 * 10 + 24 * 12)
-    # Twice the forward, but no gradient of the pictures, and attention's q k once more.
+    # Twice the forward, but no gradient of the images, and attention's q k once more.
     assert found.backward_flops == 3 * (12 * (2 * block + 2 * t * t * d) + stem + 2 * heads)
     assert found.flops == found.teacher_flops + found.forward_flops + found.backward_flops
-    # Pictures of 64 px for both, and the features of a 5 x 5 grid.
+    # Images of 64 px for both, and the features of a 5 x 5 grid.
     assert found.inputs == 3 * 4 * (3 * 64 * 64 + 25 * 24 + 12)
 
 
-def test_memory_grows_with_the_pictures_and_gradients_with_the_weights(config: TrainConfig) -> None:
+def test_memory_grows_with_the_images_and_gradients_with_the_weights(config: TrainConfig) -> None:
     few, many = (
         cost_of(replace(config, teachers=(CLIP,), batch_size=size), standing=True) for size in (8, 16)
     )
@@ -108,10 +108,10 @@ def test_memory_grows_with_the_pictures_and_gradients_with_the_weights(config: T
 def test_what_makes_it_cheaper(config: TrainConfig) -> None:
     config = replace(config, teachers=(CLIP,), batch_size=16)
     plain = cost_of(config)
-    parts = cost_of(replace(config, accumulate=4))
+    parts = cost_of(replace(config, grad_accum_steps=4))
     assert (parts.flops, parts.inputs) == (plain.flops, plain.inputs)
     assert parts.activations == pytest.approx(plain.activations / 4, rel=0.05)
-    saving = cost_of(replace(config, options=StudentOptions(recompute=True)))
+    saving = cost_of(replace(config, options=StudentOptions(activation_checkpointing=True)))
     assert saving.activations < 0.8 * plain.activations
     assert saving.backward_flops > 1.2 * plain.backward_flops
     half = cost_of(config, half=True)

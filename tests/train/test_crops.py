@@ -1,4 +1,4 @@
-"""Crops are a function of seed and number; broken pictures are stood in for, and not endured for ever."""
+"""Crops are a function of seed and number; broken images are stood in for, and not endured for ever."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from train.sampling import generator
 
 
 class Drawn:
-    """Pictures of numbers, some of them broken."""
+    """Images of numbers, some of them broken."""
 
     fingerprint = "drawn"
 
@@ -29,7 +29,7 @@ class Drawn:
 
     def read(self, index: int) -> Tensor:
         if index in self.broken:
-            raise DataError(f"picture {index} is damaged")
+            raise DataError(f"image {index} is damaged")
         pixels = torch.randint(0, 256, (3, 40, 60), generator=torch.Generator().manual_seed(index))
         return pixels.to(torch.uint8)
 
@@ -67,16 +67,16 @@ def test_flips_mirror_the_same_crop() -> None:
     assert 70 < flipped < 130  # four standard deviations
 
 
-def test_fixed_crops_take_the_pictures_in_turn() -> None:
-    pictures, config = Drawn(9), DataConfig(flip=0.0)
-    fixed = FixedCrops(pictures, config, 16, 2, 4, 3)
+def test_fixed_crops_take_the_images_in_turn() -> None:
+    images, config = Drawn(9), DataConfig(flip=0.0)
+    fixed = FixedCrops(images, config, 16, 2, 4, 3)
     assert len(fixed) == 12
     for entry in range(12):
-        assert torch.equal(fixed[entry].pixels, random_view(pictures.read(entry % 4), config, 16, 2, entry))
-    assert not torch.equal(fixed[0].pixels, fixed[4].pixels)  # two crops of one picture
+        assert torch.equal(fixed[entry].pixels, random_view(images.read(entry % 4), config, 16, 2, entry))
+    assert not torch.equal(fixed[0].pixels, fixed[4].pixels)  # two crops of one image
 
 
-def test_the_next_picture_stands_in_for_a_broken_one() -> None:
+def test_the_next_image_stands_in_for_a_broken_one() -> None:
     config = DataConfig(flip=0.0)
     crops = FixedCrops(Drawn(6, frozenset({1, 2, 5})), config, 16, 0, 6, 1)
     assert [crops[index].broken for index in range(6)] == [0, 2, 1, 0, 0, 1]
@@ -84,9 +84,7 @@ def test_the_next_picture_stands_in_for_a_broken_one() -> None:
     assert torch.equal(crops[5].pixels, random_view(Drawn(6).read(0), config, 16, 0, 5))
 
 
-def test_broken_pictures_alone_are_one_clear_error() -> None:
+def test_broken_images_alone_are_one_clear_error() -> None:
     crops = FixedCrops(Drawn(3, frozenset(range(3))), DataConfig(), 16, 0, 3, 1)
-    with pytest.raises(
-        DataError, match=r"^20 pictures in a row cannot be read, the last: .*; check the data$"
-    ):
+    with pytest.raises(DataError, match=r"^20 images in a row cannot be read, the last: .*; check the data$"):
         _ = crops[0]

@@ -20,17 +20,19 @@ from safetensors.torch import save_file
 
 from evals.core.dist import Group
 from radio.errors import CheckpointError, RadioError
-from train.guards import Guard, Plain, first_bad
+from train.guards import NonFiniteMonitor, Plain, first_bad
 from train.metrics import Meters, Row
-from train.state import States
+from train.state import CheckpointManager
 from train.trainer import _NOTES
 
 CPU = torch.device("cpu")
 
 
-def open_states(out: Path, said: list[str] | None = None) -> States:
+def open_states(out: Path, said: list[str] | None = None) -> CheckpointManager:
     tell = print if said is None else said.append
-    return States(out / "state", Group(), {"steps": 9}, keep_last=2, keep_every=0, tell=tell, schema=_NOTES)
+    return CheckpointManager(
+        out / "state", Group(), {"steps": 9}, keep_last=2, keep_every=0, log=tell, schema=_NOTES
+    )
 
 
 def tensors(value: float) -> dict[str, torch.Tensor]:
@@ -38,8 +40,8 @@ def tensors(value: float) -> dict[str, torch.Tensor]:
 
 
 def notes() -> dict[str, Any]:
-    guard, meters = Guard(CPU), Meters()
-    guard.see(torch.tensor(False), [{"clip/spatial": torch.tensor(float("nan"))}])
+    guard, meters = NonFiniteMonitor(CPU), Meters()
+    guard.update(torch.tensor(False), [{"clip/spatial": torch.tensor(float("nan"))}])
     meters.add({"loss": torch.tensor(1.0)})
     return {
         "ranks": [{"meters": meters.state(), "guard": guard.state()}],
@@ -47,7 +49,7 @@ def notes() -> dict[str, Any]:
     }
 
 
-def write(states: States, step: int, value: float | None = None) -> None:
+def write(states: CheckpointManager, step: int, value: float | None = None) -> None:
     states.write(step, tensors(step if value is None else value), notes(), lambda: None)
     states.wait(last=True)
 
@@ -192,7 +194,7 @@ def test_a_damaged_state_is_left_aside_and_written_again(tmp_path: Path, kind: s
     states, into = open_states(tmp_path, said), tensors(0)
     found = states.resume(into)
     assert found is not None
-    assert found.step == states.stands == 4
+    assert found.step == states.last_step == 4
     assert all(torch.equal(into[name], tensor) for name, tensor in tensors(4).items())
     (line,) = said
     assert line.startswith(f"{newest}: damaged, and left aside (")
@@ -318,4 +320,4 @@ def test_anything_anywhere_in_the_notes_is_taken_or_told(tmp_path: Path, place: 
         rank = TypeAdapter(list[dict[str, Any]]).validate_python(found.notes["ranks"])[0]
         Meters().restore(rank["meters"], CPU)
         guard: Plain = rank["guard"]
-        Guard(CPU).restore(guard)
+        NonFiniteMonitor(CPU).restore(guard)

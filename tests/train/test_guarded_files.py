@@ -24,7 +24,7 @@ from train.batches import Batch
 from train.config import TrainConfig
 from train.guards import first_bad
 from train.learner import Learned, Learner
-from train.trainer import Run
+from train.trainer import Trainer
 
 from .conftest import TEACHERS, Start, read_records, same_weights, untimed
 from .test_damaged_states import resealed
@@ -38,7 +38,7 @@ def config(config: TrainConfig) -> TrainConfig:
     return replace(config, teachers=TEACHERS[:1])
 
 
-def poison_weight(run: Run, step: int, name: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def poison_weight(run: Trainer, step: int, name: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a weight become something else in a step whose losses and gradients are finite."""
     genuine = run.advance
 
@@ -69,7 +69,7 @@ def test_weights_that_are_not_finite_never_replace_good_ones(
         run.train()
     for file in ("ckpt.pt", *(["ckpt-ema.pt"] if ema else [])):
         found = checkpoint.load(config.out / file)
-        assert found.card["provenance"]["step"] == 5
+        assert found.metadata["provenance"]["step"] == 5
         assert first_bad(found.tensors) == ""
     assert sorted(path.name for path in (config.out / "state").iterdir()) == ["step-000005"]
     start(config, ema=ema).train()  # it was this once
@@ -209,7 +209,7 @@ def test_checkpoints_that_are_gone_or_damaged_after_the_end_are_written_again(
     assert told == f"written again from the state of step 3: {names[-1]}\n"
     for name in names:
         after = checkpoint.load(config.out / name)
-        assert after.card == before[name].card
+        assert after.metadata == before[name].metadata
         assert all(torch.equal(after.tensors[key], tensor) for key, tensor in before[name].tensors.items())
 
 

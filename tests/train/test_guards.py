@@ -8,22 +8,22 @@ from torch import Tensor
 
 from evals.core.dist import Group
 from radio.errors import RadioError
-from train.guards import Guard, Skipped
+from train.guards import NonFiniteMonitor, Skipped
 
 CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")
 
 
-def see(guard: Guard, fine: bool, clip: float = 1.0, sam: float = 1.0) -> None:
+def see(guard: NonFiniteMonitor, fine: bool, clip: float = 1.0, sam: float = 1.0) -> None:
     parts: list[dict[str, Tensor]] = [
         {"clip/spatial": torch.tensor(clip)},
         {"sam/spatial": torch.tensor(sam)},
     ]
-    guard.see(torch.tensor(fine), parts)
+    guard.update(torch.tensor(fine), parts)
 
 
 def test_steps_and_names_since_the_last_reading() -> None:
-    guard = Guard(CPU)
+    guard = NonFiniteMonitor(CPU)
     see(guard, True)
     see(guard, False, clip=NAN)
     see(guard, False)
@@ -43,7 +43,7 @@ def test_steps_and_names_since_the_last_reading() -> None:
 @pytest.mark.parametrize("readings", [(), (2,), (1, 2)])
 def test_so_many_in_a_row_are_too_many(readings: tuple[int, ...]) -> None:
     """Whether or not some of them were read of before."""
-    guard = Guard(CPU)
+    guard = NonFiniteMonitor(CPU)
     see(guard, False)
     see(guard, True)
     for step in range(1, 4):
@@ -58,7 +58,7 @@ def test_so_many_in_a_row_are_too_many(readings: tuple[int, ...]) -> None:
 
 
 def test_those_before_a_good_step_do_not_count() -> None:
-    guard = Guard(CPU)
+    guard = NonFiniteMonitor(CPU)
     for fine in (False, False, True, False, False):
         see(guard, fine)
     guard.check(5, 3)
@@ -67,13 +67,13 @@ def test_those_before_a_good_step_do_not_count() -> None:
 
 def test_other_ranks_name_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Group, "gather_objects", lambda self, mine: [["dino/summary"], mine])
-    guard = Guard(CPU)
+    guard = NonFiniteMonitor(CPU)
     see(guard, False, sam=NAN)
     assert guard.read(Group(1, 2), 1, 9).names == ("dino/summary", "sam/spatial")
 
 
 def test_what_was_kept_goes_on() -> None:
-    first, second = Guard(CPU), Guard(CPU)
+    first, second = NonFiniteMonitor(CPU), NonFiniteMonitor(CPU)
     see(first, False, clip=NAN)
     see(first, False)
     second.restore(first.state())

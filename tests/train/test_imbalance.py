@@ -25,7 +25,7 @@ def test_idle_shares() -> None:
 
 
 def test_in_turns_nobody_waits() -> None:
-    partition = make_partition(settings(((24, 48), (24, 96)), partition="turns"), 4)
+    partition = make_partition(settings(((24, 48), (24, 96)), teacher_placement="shared"), 4)
     seconds = {"t0": 1.0, "t1": 4.0}
     assert idle_share(partition, seconds) == 0
     assert propose(partition, seconds) is None
@@ -35,7 +35,7 @@ def test_in_turns_nobody_waits() -> None:
 def test_a_better_split() -> None:
     partition = make_partition(TWO, 12, (1.0, 1.0))
     assert [len(group.ranks) for group in partition.groups] == [6, 6]
-    # A picture costs 1/4 s and 1 s: four ranks take 1.5 s for their six, and eight take 3 s for their three.
+    # An image costs 1/4 s and 1 s: four ranks take 1.5 s for their six, and eight take 3 s for their three.
     assert propose(partition, {"t0": 1.0, "t1": 4.0}) == Proposal((4, 8), 4.0, 3.0)
     assert propose(partition, {"t0": 1.0, "t1": 1.1}) is None
 
@@ -46,10 +46,28 @@ def write(path: Path, *records: dict[str, float]) -> Path:
 
 
 def test_measured_times_are_for_this_partitions_shares(tmp_path: Path) -> None:
-    first = {"step": 1, "seconds/t0": 90.0, "share/t0": 12, "seconds/t1": 90.0, "share/t1": 12}
-    second = {"step": 2, "seconds/t0": 1.0, "share/t0": 12, "seconds/t1": 3.0, "share/t1": 12}
-    third = {"step": 3, "seconds/t0": 2.0, "share/t0": 12, "seconds/t1": 3.0, "share/t1": 12}
-    partition = make_partition(TWO, 12, (1.0, 1.0))  # four pictures a rank for each
+    first = {
+        "step": 1,
+        "perf/step_time/t0": 90.0,
+        "perf/images_per_rank/t0": 12,
+        "perf/step_time/t1": 90.0,
+        "perf/images_per_rank/t1": 12,
+    }
+    second = {
+        "step": 2,
+        "perf/step_time/t0": 1.0,
+        "perf/images_per_rank/t0": 12,
+        "perf/step_time/t1": 3.0,
+        "perf/images_per_rank/t1": 12,
+    }
+    third = {
+        "step": 3,
+        "perf/step_time/t0": 2.0,
+        "perf/images_per_rank/t0": 12,
+        "perf/step_time/t1": 3.0,
+        "perf/images_per_rank/t1": 12,
+    }
+    partition = make_partition(TWO, 12, (1.0, 1.0))  # four images a rank for each
     found = measured(write(tmp_path / "m.jsonl", first, second, third), partition)
     assert found == {"t0": pytest.approx(0.5), "t1": pytest.approx(1.0)}
     assert measured(write(tmp_path / "m.jsonl", second), partition)["t1"] == pytest.approx(1.0)
@@ -61,7 +79,7 @@ def test_files_that_tell_nothing(tmp_path: Path) -> None:
         measured(tmp_path / "none.jsonl", partition)
     with pytest.raises(DataError, match="no record times the groups"):
         measured(write(tmp_path / "m.jsonl", {"step": 1}), partition)
-    other = write(tmp_path / "m.jsonl", {"step": 1, "seconds/sam": 1.0, "share/sam": 4})
+    other = write(tmp_path / "m.jsonl", {"step": 1, "perf/step_time/sam": 1.0, "perf/images_per_rank/sam": 4})
     with pytest.raises(ConfigError, match="times the groups sam, and this run has t0"):
         measured(other, partition)
 
@@ -69,12 +87,18 @@ def test_files_that_tell_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"step": 1, "seconds/a": "x", "share/a": 2}', "wanted numbers for seconds/GROUP and share/GROUP"),
-        ('{"step": 1, "seconds/a": null, "share/a": 2}', "wanted numbers"),
-        ('{"step": 1, "seconds/a": 1, "share/a": 0}', "a group that takes 1 s for 0 pictures"),
-        ('{"step": 1, "seconds/a": -1, "share/a": 2}', "a group that takes -1 s"),
-        ('{"step": 1, "seconds/a": 1e300, "share/a": 2}', "a group that takes 1e"),
-        ('{"step": 1, "seconds/a": NaN, "share/a": 2}', "no record times the groups"),
+        (
+            '{"step": 1, "perf/step_time/a": "x", "perf/images_per_rank/a": 2}',
+            "wanted numbers for perf/step_time/GROUP and perf/images_per_rank/GROUP",
+        ),
+        ('{"step": 1, "perf/step_time/a": null, "perf/images_per_rank/a": 2}', "wanted numbers"),
+        (
+            '{"step": 1, "perf/step_time/a": 1, "perf/images_per_rank/a": 0}',
+            "a group that takes 1 s for 0 images",
+        ),
+        ('{"step": 1, "perf/step_time/a": -1, "perf/images_per_rank/a": 2}', "a group that takes -1 s"),
+        ('{"step": 1, "perf/step_time/a": 1e300, "perf/images_per_rank/a": 2}', "a group that takes 1e"),
+        ('{"step": 1, "perf/step_time/a": NaN, "perf/images_per_rank/a": 2}', "no record times the groups"),
         ("[" * 100_000, "no record times the groups"),
         ("", "no record times the groups"),
     ],

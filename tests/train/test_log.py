@@ -24,7 +24,7 @@ def test_every_sink_gets_every_record(config: TrainConfig) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = open_log(replace(config, sinks=("tensorboard",)), 0, print)
+    log = open_log(replace(config, loggers=("tensorboard",)), 0, print)
     for record in RECORDS:
         log.write(record)
     log.close()
@@ -42,7 +42,7 @@ def test_every_sink_gets_every_record(config: TrainConfig) -> None:
 def test_wandb_offline(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    chosen = replace(config, sinks=("wandb",))
+    chosen = replace(config, loggers=("wandb",))
     for step in (0, 5):  # begun, and taken up
         log = open_log(chosen, step, print)
         log.write(RECORDS[bool(step)])
@@ -60,7 +60,7 @@ def test_a_missing_library_names_its_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingExtraError, match=rf"am-radio\[{name}\]"):
-        open_log(replace(config, sinks=(name,)), 0, print)  # type: ignore[arg-type]
+        open_log(replace(config, loggers=(name,)), 0, print)  # type: ignore[arg-type]
     assert not Path(config.out / "metrics.jsonl").exists()
 
 
@@ -76,7 +76,7 @@ def test_a_service_that_takes_no_run_is_one_error(
     with pytest.raises(
         ConfigError, match=r"takes no run \(No API key configured\); log in with `wandb login`"
     ):
-        open_log(replace(config, sinks=("wandb",)), 0, print)
+        open_log(replace(config, loggers=("wandb",)), 0, print)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def test_cosine_distance(a: list[float], b: list[float], wanted: float) -> None:
     assert cosine_distance(torch.tensor(a), torch.tensor(b)).item() == pytest.approx(wanted, abs=1e-6)
 
 
-def test_every_picture_has_a_summary_losses() -> None:
+def test_every_image_has_a_summary_losses() -> None:
     student = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
     teacher = torch.tensor([[2.0, 0.0], [0.0, 7.0], [1.0, 1.0]])
     assert summary_losses(student, teacher).tolist() == pytest.approx([0, 1, 1 - ROOT])
@@ -49,26 +49,32 @@ def by_hand(student: Tensor, teacher: Tensor, alpha: float, beta: float, knee: f
     return total / (student.shape[0] * student.shape[1])
 
 
-@pytest.mark.parametrize("settings", [LossConfig(), LossConfig(cosine=0.2, smooth_l1=3.0, knee=2.0)])
+@pytest.mark.parametrize(
+    "settings", [LossConfig(), LossConfig(cosine=0.2, smooth_l1=3.0, smooth_l1_beta=2.0)]
+)
 def test_spatial_loss_is_eq_3(settings: LossConfig) -> None:
     generator = torch.Generator().manual_seed(0)
     student = 2 * torch.randn(2, 3, 5, generator=generator)
     teacher = 2 * torch.randn(2, 3, 5, generator=generator)
-    wanted = by_hand(student, teacher, settings.cosine, settings.smooth_l1, settings.knee)
+    wanted = by_hand(student, teacher, settings.cosine, settings.smooth_l1, settings.smooth_l1_beta)
     losses = spatial_losses(student, teacher, settings)
     assert losses.mean().item() == pytest.approx(wanted, rel=1e-5)
-    for picture, loss in enumerate(losses.tolist()):
+    for image, loss in enumerate(losses.tolist()):
         alone = by_hand(
-            student[picture, None], teacher[picture, None], settings.cosine, settings.smooth_l1, settings.knee
+            student[image, None],
+            teacher[image, None],
+            settings.cosine,
+            settings.smooth_l1,
+            settings.smooth_l1_beta,
         )
         assert loss == pytest.approx(alone, rel=1e-5)
 
 
-def test_the_mean_over_pictures_is_the_mean_over_all_tokens() -> None:
-    """Eq. 3 averages over tokens, and every picture has as many."""
+def test_the_mean_over_images_is_the_mean_over_all_tokens() -> None:
+    """Eq. 3 averages over tokens, and every image has as many."""
     generator = torch.Generator().manual_seed(3)
     student, teacher = (torch.randn(4, 9, 6, generator=generator, dtype=torch.float64) for _ in range(2))
-    settings = LossConfig(knee=0.5)
+    settings = LossConfig(smooth_l1_beta=0.5)
     cosine = cosine_distance(student, teacher).double().mean()
     sized = torch.nn.functional.smooth_l1_loss(student.float(), teacher.float(), beta=0.5)
     wanted = 0.9 * cosine.item() + 0.1 * sized.item()
@@ -84,8 +90,8 @@ def test_spatial_loss_has_the_papers_alpha_and_beta() -> None:
 def test_the_knee_parts_square_from_line() -> None:
     gap = torch.tensor([[[1.5]]]), torch.tensor([[[0.0]]])
     only = {"cosine": 0.0, "smooth_l1": 1.0}
-    assert spatial_losses(*gap, LossConfig(**only, knee=1.0)).item() == pytest.approx(1.0)
-    assert spatial_losses(*gap, LossConfig(**only, knee=2.0)).item() == pytest.approx(1.5**2 / 4)
+    assert spatial_losses(*gap, LossConfig(**only, smooth_l1_beta=1.0)).item() == pytest.approx(1.0)
+    assert spatial_losses(*gap, LossConfig(**only, smooth_l1_beta=2.0)).item() == pytest.approx(1.5**2 / 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

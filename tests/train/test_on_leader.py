@@ -11,7 +11,7 @@ import pytest
 from evals.core.dist import Group
 from radio.errors import ConfigError, RadioError
 from radio.lock import NAME
-from train.state import States
+from train.state import CheckpointManager
 from train.tables import _alone
 
 from .ranks import on_ranks
@@ -48,13 +48,13 @@ def test_all_ranks_hold_one_folder_and_leave_a_damaged_state_aside(tmp_path: Pat
             held = (out / NAME).is_file()
             into = tensors(0)
             states = open_states(out)
-            mine = States(
+            mine = CheckpointManager(
                 out / "state",
                 group,
                 states.settings,
                 keep_last=2,
                 keep_every=0,
-                tell=print,
+                log=print,
                 schema=states.schema,
             )
             found = mine.resume(into)

@@ -29,11 +29,11 @@ from train.assembly import check_settings, load_teachers, model_config, teacher_
 from train.batches import Batch
 from train.config import TrainConfig
 from train.crops import random_view
+from train.images import open_images
 from train.losses import teacher_losses
 from train.parallel import Peers, join, synchronise_norms
-from train.pictures import open_pictures
-from train.sampling import generator, picture_at, seed_of
-from train.trainer import Run
+from train.sampling import generator, image_at, seed_of
+from train.trainer import Trainer
 
 from .conftest import CPU, TEACHERS, Start, fill_folder, read_records, untimed
 from .ranks import on_ranks
@@ -119,13 +119,13 @@ def test_norms_take_their_statistics_over_the_group_and_no_further() -> None:
 def test_what_fsdp_cannot_shard_is_refused_before_anything_is_loaded(
     config: TrainConfig, start: Start
 ) -> None:
-    scalars = replace(config, student="timm:dm_nfnet_f0", resolution=32, engine="fsdp")
-    with pytest.raises(ConfigError, match=r"its weight \S+gain is a single number; take --engine ddp"):
+    scalars = replace(config, student="timm:dm_nfnet_f0", resolution=32, parallel="fsdp")
+    with pytest.raises(ConfigError, match=r"its weight \S+gain is a single number; take --parallel ddp"):
         check_settings(scalars, 2)
-    check_settings(replace(config, engine="fsdp"), 2)
-    check_settings(replace(scalars, engine="ddp"), 2)
+    check_settings(replace(config, parallel="fsdp"), 2)
+    check_settings(replace(scalars, parallel="ddp"), 2)
     with pytest.raises(ConfigError, match="this process was started alone; start it with torchrun"):
-        start(config, engine="fsdp")
+        start(config, parallel="fsdp")
 
 
 PARTITIONED = (
@@ -135,11 +135,11 @@ PARTITIONED = (
 )
 
 
-def begin(config: TrainConfig, group: Group, **changes: Any) -> Run:
-    return Run(replace(config, **changes), group, CPU, Console(quiet=True))
+def begin(config: TrainConfig, group: Group, **changes: Any) -> Trainer:
+    return Trainer(replace(config, **changes), group, CPU, Console(quiet=True))
 
 
-def gradients(run: Run) -> tuple[dict[str, Tensor], float]:
+def gradients(run: Trainer) -> tuple[dict[str, Tensor], float]:
     """Every gradient of the first step that this rank has, whole, and their norm."""
     norm = run.learner.learn(next(run.batches()), 0).norm
     found = {}
@@ -156,25 +156,25 @@ def order_of(config: TrainConfig, names: Sequence[str]) -> int:
 
 
 def gradients_by_hand(config: TrainConfig) -> dict[str, Tensor]:
-    """Those of the declared weighted sum, over each group's pictures in one forward."""
+    """Those of the declared weighted sum, over each group's images in one forward."""
     teachers = load_teachers(config, CPU)
     sizes = teacher_sizes(config, teachers)
     model = build(model_config(config, teachers), config.seed)
-    drawn = model.draw(24, generator(config.seed, "positions", 0))
-    assert drawn is not None
-    loss, pictures = torch.zeros(()), open_pictures(config.data)
+    position_crops = model.sample_crops(24, generator(config.seed, "positions", 0))
+    assert position_crops is not None
+    loss, dataset = torch.zeros(()), open_images(config.data)
     for names, rows, side, crop in (
         (("clip", "dense"), range(16), 48, 64),
         (("sam",), range(16, 24), 72, 108),
     ):
         order = order_of(config, names)
-        stored = [pictures.read(picture_at(lane, len(pictures), order)) for lane in range(len(rows))]
+        stored = [dataset.read(image_at(lane, len(dataset), order)) for lane in range(len(rows))]
         crops = [
             random_view(image, config.data, crop, config.seed, row)
             for image, row in zip(stored, rows, strict=True)
         ]
         images = torch.stack(crops).float() / 255
-        view = model(resize_images(images, (side, side)), drawn[list(rows)])
+        view = model(resize_images(images, (side, side)), position_crops[list(rows)])
         for name in names:
             target = teachers[name](resize_images(images, sizes[name]))
             parts = teacher_losses(model.adapt(name, view, target.grid), target, config.loss)
@@ -198,11 +198,11 @@ def test_the_gradients_of_groups_on_ranks_are_those_of_the_weighted_sum(
     shared = replace(config, teachers=PARTITIONED, batch_size=16)
     wanted = gradients_by_hand(shared)
     ways: list[dict[str, Any]] = [
-        {"split": (2, 2)},
-        {"split": (2, 2), "accumulate": 2},
-        {"split": (2, 2), "engine": "fsdp"},
-        {"partition": "turns"},
-        {"partition": "turns", "engine": "fsdp"},
+        {"ranks_per_group": (2, 2)},
+        {"ranks_per_group": (2, 2), "grad_accum_steps": 2},
+        {"ranks_per_group": (2, 2), "parallel": "fsdp"},
+        {"teacher_placement": "shared"},
+        {"teacher_placement": "shared", "parallel": "fsdp"},
     ]
     found = on_ranks(
         4, tmp_path / "ranks", lambda group: [gradients(begin(shared, group, **way)) for way in ways]
@@ -215,7 +215,7 @@ def test_the_gradients_of_groups_on_ranks_are_those_of_the_weighted_sum(
         for way in rank:
             check_gradients(way, wanted)
     check_gradients(gradients(begin(shared, Group())), wanted)
-    check_gradients(gradients(begin(shared, Group(), accumulate=4)), wanted)
+    check_gradients(gradients(begin(shared, Group(), grad_accum_steps=4)), wanted)
 
 
 def trained(config: TrainConfig, group: Group, out: Path, **changes: Any) -> None:
@@ -230,7 +230,9 @@ def check_alike(one: Path, other: Path, *, atol: float = 1e-5) -> None:
         assert wanted.keys() == found.keys()
         for name, value in wanted.items():
             if name in ("loss", "grad_norm", "samples") or (
-                "/" in name and not name.startswith("share/") and not name.endswith("centred_cosine")
+                "/" in name
+                and not name.startswith("perf/images_per_rank/")
+                and not name.endswith("centred_cosine")
             ):
                 rel = 1e-5 if name == "grad_norm" else 0
                 assert found[name] == pytest.approx(value, rel=rel, abs=atol), name
@@ -242,10 +244,14 @@ def check_alike(one: Path, other: Path, *, atol: float = 1e-5) -> None:
 
 
 WAYS: dict[str, dict[str, Any]] = {
-    "ddp": {"split": (2, 2)},
-    "fsdp": {"split": (2, 2), "engine": "fsdp"},
-    "turns": {"partition": "turns", "accumulate": 2},
-    "recomputed": {"split": (2, 2), "engine": "fsdp", "options": StudentOptions(recompute=True)},
+    "ddp": {"ranks_per_group": (2, 2)},
+    "fsdp": {"ranks_per_group": (2, 2), "parallel": "fsdp"},
+    "turns": {"teacher_placement": "shared", "grad_accum_steps": 2},
+    "recomputed": {
+        "ranks_per_group": (2, 2),
+        "parallel": "fsdp",
+        "options": StudentOptions(activation_checkpointing=True),
+    },
 }
 
 
@@ -284,7 +290,9 @@ def test_weights_are_sharded_and_rounded_only_for_forward_and_backward(
     trained(five, Group(), tmp_path / "one")
 
     def work(group: Group) -> list[tuple[int, int, torch.dtype]]:
-        run = begin(five, group, engine="fsdp", partition="turns", precision="bf16", out=tmp_path / "two")
+        run = begin(
+            five, group, parallel="fsdp", teacher_placement="shared", precision="bf16", out=tmp_path / "two"
+        )
         run.train()
         weights = [weight for weight in run.model.student.parameters() if isinstance(weight, DTensor)]  # type: ignore[attr-defined]
         return [(weight.to_local().numel(), weight.numel(), weight.dtype) for weight in weights]
@@ -318,8 +326,8 @@ def test_another_world_and_engine_goes_on(five: TrainConfig, tmp_path: Path) -> 
         run.train()
         assert (run.step, run.stopped) == (step, True)
 
-    on_ranks(4, tmp_path / "four", lambda group: until(group, 2, split=(2, 2)))
-    on_ranks(2, tmp_path / "two", lambda group: until(group, 4, engine="fsdp", partition="turns"))
+    on_ranks(4, tmp_path / "four", lambda group: until(group, 2, ranks_per_group=(2, 2)))
+    on_ranks(2, tmp_path / "two", lambda group: until(group, 4, parallel="fsdp", teacher_placement="shared"))
     trained(five, Group(), out)
     check_alike(tmp_path / "one", out)
 

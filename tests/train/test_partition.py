@@ -15,7 +15,7 @@ from train.config import TeacherConfig, TrainConfig
 from train.partition import Partition, TeacherGroup, best_split, make_partition, teacher_groups
 from train.recipes import recipes
 
-Sizes = tuple[tuple[int, int], ...]  # (pictures a step, student's side) of each teacher
+Sizes = tuple[tuple[int, int], ...]  # (images a step, student's side) of each teacher
 
 
 def settings(sizes: Sizes, **changes: object) -> TrainConfig:
@@ -35,7 +35,7 @@ def settings(sizes: Sizes, **changes: object) -> TrainConfig:
 
 
 def check_rows(partition: Partition) -> None:
-    """Whether the ranks' pictures are the step's, each once for the group that it belongs to."""
+    """Whether the ranks' images are the step's, each once for the group that it belongs to."""
     dealt = []
     for group in partition.groups:
         rows = [row for rank in group.ranks for row in partition.rows(group, rank)]
@@ -56,15 +56,15 @@ MANY: tuple[Sizes, ...] = (
 
 
 @pytest.mark.parametrize("sizes", MANY)
-@pytest.mark.parametrize("kind", ["ranks", "turns"])
+@pytest.mark.parametrize("kind", ["dedicated", "shared"])
 def test_every_world_is_dealt_out_or_refused(sizes: Sizes, kind: str) -> None:
-    config = settings(sizes, partition=kind)
+    config = settings(sizes, teacher_placement=kind)
     groups = teacher_groups(config)
     assert {(g.batch_size, g.side) for g in groups} == set(sizes)
     assert sorted(name for g in groups for name in g.teachers) == [t.name for t in config.teachers]
     batches = [g.batch_size for g in groups]
     for world in WORLDS:
-        turns = kind == "turns" or world == 1
+        turns = kind == "shared" or world == 1
         wanted = [world * len(groups)] if turns else [world]
         counts = [[world]] * len(groups) if turns else [range(1, world + 1)] * len(groups)
         possible = [
@@ -74,7 +74,8 @@ def test_every_world_is_dealt_out_or_refused(sizes: Sizes, kind: str) -> None:
         ]
         if not possible:
             with pytest.raises(
-                ConfigError, match=rf"{world} ranks cannot be|cannot be .* {world} ranks|--part"
+                ConfigError,
+                match=rf"{world} ranks cannot be|cannot be .* {world} ranks|--(ranks-per|teacher-pl)",
             ):
                 make_partition(config, world)
             continue
@@ -115,7 +116,7 @@ def test_one_process_takes_turns() -> None:
     assert partition.rows(partition.groups[1], 0) == range(16, 20)
 
 
-def test_dear_pictures_get_more_ranks() -> None:
+def test_dear_images_get_more_ranks() -> None:
     groups = teacher_groups(settings(((24, 48), (24, 96))))
     assert best_split(groups, 12, (1.0, 1.0)) == (6, 6)
     assert best_split(groups, 12, (1.0, 2.0)) == (4, 8)
@@ -126,7 +127,7 @@ def test_dear_pictures_get_more_ranks() -> None:
 
 
 def test_a_split_that_is_asked_for() -> None:
-    partition = make_partition(settings(((24, 48), (24, 96)), split=(8, 4)), 12)
+    partition = make_partition(settings(((24, 48), (24, 96)), ranks_per_group=(8, 4)), 12)
     assert [g.ranks for g in partition.groups] == [tuple(range(8)), tuple(range(8, 12))]
     check_rows(partition)
 
@@ -134,13 +135,25 @@ def test_a_split_that_is_asked_for() -> None:
 @pytest.mark.parametrize(
     ("changes", "world", "message"),
     [
-        ({"split": (8, 4, 2)}, 14, r"--split 8 4 2 is for 3 groups; this run has 2: t0, t1"),
-        ({"split": (8, 4)}, 10, r"--split 8 4 is for 12 ranks, and there are 10"),
-        ({"split": (8, 4)}, 1, r"--split 8 4 is for 12 ranks, and there are 1"),
-        ({"split": (7, 5)}, 12, r"--split 7 5: a batch of 24 cannot be shared evenly by 7 ranks \(t0\)"),
-        ({"split": (12, 0)}, 12, r"cannot be shared evenly by 0 ranks \(t1\)"),
-        ({"split": (8, 4), "partition": "turns"}, 12, r"--split 8 4 deals ranks to groups, and in turns"),
-        ({"partition": "turns"}, 5, r"a batch of 24 cannot be shared evenly by 5 ranks \(t0\)"),
+        (
+            {"ranks_per_group": (8, 4, 2)},
+            14,
+            r"--ranks-per-group 8 4 2 is for 3 groups; this run has 2: t0, t1",
+        ),
+        ({"ranks_per_group": (8, 4)}, 10, r"--ranks-per-group 8 4 is for 12 ranks, and there are 10"),
+        ({"ranks_per_group": (8, 4)}, 1, r"--ranks-per-group 8 4 is for 12 ranks, and there are 1"),
+        (
+            {"ranks_per_group": (7, 5)},
+            12,
+            r"--ranks-per-group 7 5: a batch of 24 cannot be shared evenly by 7 ranks \(t0\)",
+        ),
+        ({"ranks_per_group": (12, 0)}, 12, r"cannot be shared evenly by 0 ranks \(t1\)"),
+        (
+            {"ranks_per_group": (8, 4), "teacher_placement": "shared"},
+            12,
+            r"--ranks-per-group 8 4 deals ranks to groups, and in turns",
+        ),
+        ({"teacher_placement": "shared"}, 5, r"a batch of 24 cannot be shared evenly by 5 ranks \(t0\)"),
     ],
 )
 def test_splits_that_cannot_be(changes: dict[str, object], world: int, message: str) -> None:
@@ -155,13 +168,15 @@ def test_the_reason_why_ranks_cannot_be_shared() -> None:
     )
     with pytest.raises(ConfigError, match=reason):
         make_partition(paper, 7)
-    with pytest.raises(ConfigError, match=r"3 groups of teachers \(t0, t1, t2\) .* --partition turns"):
+    with pytest.raises(
+        ConfigError, match=r"3 groups of teachers \(t0, t1, t2\) .* --teacher-placement shared"
+    ):
         make_partition(settings(((8, 48), (8, 96), (4, 48))), 2)
     with pytest.raises(
         ConfigError, match=r"a batch of 1024 cannot be shared evenly by 3 ranks \(clip\+dino\)"
     ):
         make_partition(recipes["paper-b14"](), 3)
-    with pytest.raises(ConfigError, match="teacher t0 cannot see 0 pictures a step; give 1 or more"):
+    with pytest.raises(ConfigError, match="teacher t0 cannot see 0 images a step; give 1 or more"):
         teacher_groups(settings(((0, 48),)))
 
 

@@ -25,13 +25,13 @@ SAM = TeacherConfig(name="sam", model="tiny:sam", batch_size=2, student_resoluti
 
 @pytest.fixture
 def two(config: TrainConfig) -> TrainConfig:
-    """Two groups: four pictures at 48 px, two at 96."""
+    """Two groups: four images at 48 px, two at 96."""
     return replace(config, teachers=(CLIP, SAM), peak_tflops=2.0)
 
 
 def test_the_papers_plan() -> None:
     config = replace(recipes["paper-h14"](), peak_tflops=100.0)
-    plan = make_plan(config, PlanOptions(utilisation=0.5, pictures=691_200_000))
+    plan = make_plan(config, PlanOptions(utilisation=0.5, images=691_200_000))
     rows = [(g.name, len(g.ranks), g.share, g.side) for g in plan.partition.groups]
     assert rows == [("clip+dino", 32, 32, 224), ("sam", 32, 4, 1008)]
     assert (plan.partition.world, plan.partition.batch_size) == (64, 1152)
@@ -71,7 +71,7 @@ def test_turns_add_up(two: TrainConfig) -> None:
 def test_sharded_weights(two: TrainConfig) -> None:
     two = replace(two, student="vit-b16")
     copies = make_plan(two, PlanOptions(world=6)).kinds[0].memory
-    shards = make_plan(replace(two, engine="fsdp"), PlanOptions(world=6)).kinds[0].memory
+    shards = make_plan(replace(two, parallel="fsdp"), PlanOptions(world=6)).kinds[0].memory
     assert copies.weights / 6 < shards.weights < copies.weights / 5  # the adaptor is whole on every rank
     assert shards.optimiser == 2 * shards.weights
     assert shards.exchange < copies.exchange
@@ -87,7 +87,15 @@ def test_measured_times_and_the_split_they_ask_for(two: TrainConfig, tmp_path: P
     teachers = (replace(CLIP, batch_size=8), replace(SAM, batch_size=8))
     log = tmp_path / "metrics.jsonl"
     log.write_text(
-        json.dumps({"step": 1, "seconds/clip": 8.0, "share/clip": 8, "seconds/sam": 1.0, "share/sam": 8})
+        json.dumps(
+            {
+                "step": 1,
+                "perf/step_time/clip": 8.0,
+                "perf/images_per_rank/clip": 8,
+                "perf/step_time/sam": 1.0,
+                "perf/images_per_rank/sam": 8,
+            }
+        )
     )
     plan = make_plan(replace(two, teachers=teachers), PlanOptions(world=6, measured=log))
     assert [len(group.ranks) for group in plan.partition.groups] == [2, 4]  # by pixels
@@ -102,7 +110,7 @@ def test_measured_times_and_the_split_they_ask_for(two: TrainConfig, tmp_path: P
         (PlanOptions(world=0), "--world: 0 is out of bounds"),
         (PlanOptions(world=7), "7 ranks cannot be shared"),
         (PlanOptions(utilisation=1.5), "--utilisation: 1.5 is out of bounds"),
-        (PlanOptions(pictures=0), "--pictures: 0 is out of bounds"),
+        (PlanOptions(images=0), "--images: 0 is out of bounds"),
     ],
 )
 def test_plans_that_cannot_be(two: TrainConfig, options: PlanOptions, message: str) -> None:
@@ -124,9 +132,9 @@ def grown(config: TrainConfig, path: Path) -> int:
 MEASURED = {
     "weights": {"student": "vit-b16", "resolution": 64, "batch_size": 2, "steps": 2},
     "activations": {"batch_size": 32},
-    "recomputed": {"batch_size": 96, "options": StudentOptions(recompute=True)},
+    "recomputed": {"batch_size": 96, "options": StudentOptions(activation_checkpointing=True)},
     "groups": {"batch_size": 32, "teachers": (CLIP, replace(SAM, batch_size=16, student_resolution=240))},
-    "parts": {"batch_size": 128, "accumulate": 4},
+    "parts": {"batch_size": 128, "grad_accum_steps": 4},
 }
 SLOW = ("weights", "recomputed", "groups", "parts")
 

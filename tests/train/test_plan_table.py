@@ -27,15 +27,15 @@ def test_every_group_has_a_column(config: TrainConfig) -> None:
         TeacherConfig(name="sam", model="tiny:sam", student_resolution=96, batch_size=2),
     )
     chosen = replace(config, teachers=teachers, batch_size=16, steps=100_000, peak_tflops=0.01, device="cpu")
-    lines = printed(chosen, PlanOptions(world=3, utilisation=0.5, pictures=1_000_000))
+    lines = printed(chosen, PlanOptions(world=3, utilisation=0.5, images=1_000_000))
     assert lines[0] == "test: vit-tiny12 on 3 ranks, ddp"
     assert "teachers clip+dense sam all" in lines
     assert "their pixels 50 96 108" in lines
     assert "ranks 2 1 3" in lines or "ranks 1 2 3" in lines
-    assert "pictures a step 16 2 18" in lines
+    assert "images a step 16 2 18" in lines
     assert any(line.startswith("MB on a rank, activations") for line in lines)
     assert not any("average" in line for line in lines)  # there is none
-    assert "data: 1800000 pictures, 1.8 passes" in lines
+    assert "data: 1800000 images, 1.8 passes" in lines
     text = " ".join(lines)
     assert "at 50% of 0.01 TFLOP/s (--peak-tflops)" in text
     assert "products in float32" in text
@@ -51,5 +51,5 @@ def test_a_process_alone_takes_turns(config: TrainConfig) -> None:
     assert lines[0] == "test: vit-tiny12 on 1 rank, the groups in turn, ddp"
     assert "idle 0% 0% 0%" in lines
     assert any(line.startswith("MB on a rank, average") for line in lines)
-    assert any(line.startswith("data: 72 pictures; give --pictures") for line in lines)
+    assert any(line.startswith("data: 72 images; give --images") for line in lines)
     assert "an A100's; give --peak-tflops" in " ".join(lines)

@@ -8,25 +8,25 @@ from itertools import chain, pairwise
 import pytest
 import torch
 
-from train.sampling import StepSampler, draw_window, generator, picture_at, seed_of
+from train.sampling import StepSampler, draw_window, generator, image_at, seed_of
 
 
 @pytest.mark.parametrize("count", [1, 7, 100])
 def test_every_epoch_is_a_permutation(count: int) -> None:
-    epochs = [[picture_at(epoch * count + place, count, 3) for place in range(count)] for epoch in range(3)]
+    epochs = [[image_at(epoch * count + place, count, 3) for place in range(count)] for epoch in range(3)]
     assert all(sorted(order) == list(range(count)) for order in epochs)
     if count == 100:
         assert all(one != other for one, other in pairwise(epochs))
 
 
 def test_order_depends_on_the_seed() -> None:
-    orders = [[picture_at(place, 50, seed) for place in range(50)] for seed in (0, 1, 0)]
+    orders = [[image_at(place, 50, seed) for place in range(50)] for seed in (0, 1, 0)]
     assert orders[0] == orders[2] != orders[1]
 
 
 def test_order_can_be_asked_for_anywhere() -> None:
-    forward = [picture_at(position, 10, 5) for position in range(60)]
-    backward = [picture_at(position, 10, 5) for position in reversed(range(60))]
+    forward = [image_at(position, 10, 5) for position in range(60)]
+    backward = [image_at(position, 10, 5) for position in reversed(range(60))]
     assert forward == backward[::-1]
 
 

@@ -106,7 +106,7 @@ def test_each_loss_falls_when_one_batch_is_repeated(kind, lesson):
     assert totals[-1] < totals[0]
 
 
-def test_another_picture_of_the_same_class_is_no_negative(lesson):
+def test_another_image_of_the_same_class_is_no_negative(lesson):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = ClipLesson(Clip())

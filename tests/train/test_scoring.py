@@ -24,7 +24,7 @@ class Fake:
     """A report with one metric."""
 
     def __init__(self, value: float) -> None:
-        self.headline = "top1"
+        self.primary_metric = "top1"
         self.metrics = {"top1": Metric(value=value)}
 
 

@@ -20,14 +20,14 @@ from evals.core.dist import Group
 from radio.errors import CheckpointError, RadioError
 from train.config import OptimConfig
 from train.optim import GuardedAdamW, make_optimizer, moments
-from train.state import States
+from train.state import CheckpointManager
 
 from .ranks import on_ranks
 
 SETTINGS = {"steps": 9, "optim": {"lr": 0.1}}
 
 
-def states(folder: Path, group: Group | None = None, **changes: Any) -> States:
+def states(folder: Path, group: Group | None = None, **changes: Any) -> CheckpointManager:
     """Those of a run folder; `said.txt` in it keeps what they tell."""
 
     def tell(line: str) -> None:
@@ -36,7 +36,7 @@ def states(folder: Path, group: Group | None = None, **changes: Any) -> States:
 
     folder.mkdir(exist_ok=True)
     chosen = {"settings": SETTINGS, "keep_last": 2, "keep_every": 0, **changes}
-    return States(folder / "state", group or Group(), tell=tell, **chosen)
+    return CheckpointManager(folder / "state", group or Group(), log=tell, **chosen)
 
 
 def said(folder: Path) -> str:
@@ -53,7 +53,9 @@ def tensors(value: float) -> dict[str, Tensor]:
     }
 
 
-def write(kept: States, step: int, publish: Callable[[], None] = lambda: None, **notes: Any) -> None:
+def write(
+    kept: CheckpointManager, step: int, publish: Callable[[], None] = lambda: None, **notes: Any
+) -> None:
     kept.write(step, tensors(step), notes, publish)
     kept.wait()
 

@@ -12,11 +12,11 @@ from radio.adaptors import AdaptorConfig
 from radio.model import ModelConfig, RadioModel, build
 from radio.resample import resize_images
 from radio.types import Features, Teacher
-from train.batches import Lesson
+from train.batches import GroupBatch
 from train.config import LossConfig, TeacherConfig
 from train.losses import teacher_losses
 from train.partition import TeacherGroup
-from train.step import Distiller, Losses, Part, StudentPass, in_parts, teacher_features
+from train.step import DistillationLoss, Losses, Part, StudentPass, in_parts, teacher_features
 
 from .conftest import TEACHERS
 from .tiny_teachers import tiny
@@ -43,21 +43,21 @@ def images() -> Tensor:
     return torch.rand(4, 3, 108, 108, generator=torch.Generator().manual_seed(0))
 
 
-def lesson_of(teachers: dict[str, Teacher], images: Tensor, side: int = 48) -> Lesson:
-    """What these teachers say of these pictures, for a student that sees them at this side."""
+def lesson_of(teachers: dict[str, Teacher], images: Tensor, side: int = 48) -> GroupBatch:
+    """What these teachers say of these images, for a student that sees them at this side."""
     group = TeacherGroup(teachers=tuple(teachers), side=side, batch_size=len(images), first=0, ranks=(0,))
-    return Lesson(group, images, teacher_features(teachers, SIZES, images))
+    return GroupBatch(group, images, teacher_features(teachers, SIZES, images))
 
 
 def losses_of(
-    distiller: Distiller,
-    lesson: Lesson,
-    drawn: Tensor | None = None,
+    distiller: DistillationLoss,
+    lesson: GroupBatch,
+    crops: Tensor | None = None,
     window: int | None = None,
     *,
     detail: bool = False,
 ) -> Losses:
-    found: Losses = distiller(StudentPass(distiller.model.student), Part(lesson, drawn), window, detail)
+    found: Losses = distiller(StudentPass(distiller.model.student), Part(lesson, crops), window, detail)
     return found
 
 
@@ -80,7 +80,7 @@ def test_the_loss_is_the_weighted_sum(
 ) -> None:
     chosen = (replace(TEACHERS[0], summary_weight=0.5, spatial_weight=2.0), *TEACHERS[1:])
     lesson = lesson_of(teachers, images, side)
-    losses = losses_of(Distiller(model, chosen, LossConfig()), lesson)
+    losses = losses_of(DistillationLoss(model, chosen, LossConfig()), lesson)
     weights = {"clip": (0.5, 2.0), "dense": (1.0, 1.0), "sam": (0.0, 1.0)}
     total = 0.0
     for name, (summary_weight, spatial_weight) in weights.items():
@@ -98,16 +98,16 @@ def test_only_the_lessons_own_teachers_are_asked(
 ) -> None:
     del model.adaptors["sam"]
     two = {name: teachers[name] for name in ("clip", "dense")}
-    losses = losses_of(Distiller(model, TEACHERS, LossConfig()), lesson_of(two, images))
+    losses = losses_of(DistillationLoss(model, TEACHERS, LossConfig()), lesson_of(two, images))
     assert {name.partition("/")[0] for name in losses.parts} == {"clip", "dense"}
 
 
 def test_gradients_are_finite_everywhere_and_sams_summary_head_gets_none(
     model: RadioModel, teachers: dict[str, Teacher], images: Tensor
 ) -> None:
-    distiller = Distiller(model, TEACHERS, LossConfig())
-    drawn = model.draw(4, torch.Generator().manual_seed(1))
-    losses_of(distiller, lesson_of(teachers, images), drawn, detail=True).total.backward()
+    distiller = DistillationLoss(model, TEACHERS, LossConfig())
+    crops = model.sample_crops(4, torch.Generator().manual_seed(1))
+    losses_of(distiller, lesson_of(teachers, images), crops, detail=True).total.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
@@ -117,7 +117,7 @@ def test_gradients_are_finite_everywhere_and_sams_summary_head_gets_none(
 def test_details_are_computed_only_when_asked_for(
     model: RadioModel, teachers: dict[str, Teacher], images: Tensor
 ) -> None:
-    distiller, lesson = Distiller(model, TEACHERS, LossConfig()), lesson_of(teachers, images)
+    distiller, lesson = DistillationLoss(model, TEACHERS, LossConfig()), lesson_of(teachers, images)
     plain, detailed = losses_of(distiller, lesson), losses_of(distiller, lesson, detail=True)
     assert torch.equal(plain.total, detailed.total)
     assert plain.details == {}
@@ -128,12 +128,12 @@ def test_details_are_computed_only_when_asked_for(
 def test_the_gradients_of_the_parts_of_a_lesson_are_those_of_the_whole(
     model: RadioModel, teachers: dict[str, Teacher], images: Tensor
 ) -> None:
-    distiller, lesson = Distiller(model, TEACHERS, LossConfig()), lesson_of(teachers, images)
-    drawn = model.draw(4, torch.Generator().manual_seed(1))
-    losses_of(distiller, lesson, drawn).total.backward()
+    distiller, lesson = DistillationLoss(model, TEACHERS, LossConfig()), lesson_of(teachers, images)
+    crops = model.sample_crops(4, torch.Generator().manual_seed(1))
+    losses_of(distiller, lesson, crops).total.backward()
     whole = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
     model.zero_grad()
-    parts = in_parts(lesson, drawn, 2)
+    parts = in_parts(lesson, crops, 2)
     assert [len(part.lesson.images) for part in parts] == [2, 2]
     for lesson, share in parts:
         (losses_of(distiller, lesson, share).total / 2).backward()
@@ -145,7 +145,7 @@ def test_the_gradients_of_the_parts_of_a_lesson_are_those_of_the_whole(
 def test_the_window_of_the_step(teachers: dict[str, Teacher], images: Tensor) -> None:
     adaptors = (AdaptorConfig(name="clip", summary_dim=12, token_dim=24),)
     model = build(ModelConfig(student="vitdet-tiny12", adaptors=adaptors), 0)
-    distiller = Distiller(model, (TeacherConfig(name="clip", model="tiny:clip"),), LossConfig())
+    distiller = DistillationLoss(model, (TeacherConfig(name="clip", model="tiny:clip"),), LossConfig())
     lesson = lesson_of({"clip": teachers["clip"]}, images, 96)
     spatial = {
         window: losses_of(distiller, lesson, None, window).parts["clip/spatial"].item()

@@ -22,7 +22,7 @@ from radio import config as settings_files
 from radio import model as radio_model
 from train import learner, state, step, trainer
 from train.config import TrainConfig
-from train.trainer import Run
+from train.trainer import Trainer
 
 from .conftest import CPU, same_weights, untimed
 
@@ -50,7 +50,7 @@ def run_in_a_process(config: TrainConfig, stop: tuple[ModuleType, str, int, int]
 
     def work() -> None:
         torch.set_num_threads(1)
-        run = Run(config, Group(), CPU, Console(file=io.StringIO()))
+        run = Trainer(config, Group(), CPU, Console(file=io.StringIO()))
         if stop is not None:
             module, name, call, number = stop
             setattr(module, name, _stopping(getattr(module, name), call, number))

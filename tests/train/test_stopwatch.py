@@ -56,7 +56,7 @@ def test_phases_and_groups(hand: Hand) -> None:
     assert times.groups == {"sam": 3.0, "clip": 12.0}
     assert watch.read(1) == Times(dict.fromkeys(PHASES, 0.0), {})
     assert times.record()["time/data"] == 0.5
-    assert times.record()["seconds/clip"] == 12.0
+    assert times.record()["perf/step_time/clip"] == 12.0
 
 
 def test_no_moment_counts_twice_for_the_groups(hand: Hand) -> None:

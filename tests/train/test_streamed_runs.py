@@ -12,8 +12,9 @@ import pytest
 
 from radio.errors import CheckpointError, DataError
 from train.config import DataConfig, TeacherConfig, TrainConfig
-from train.sampling import picture_at, seed_of
-from train.trainer import Run
+from train.data.faults import LOG_KEYS
+from train.sampling import image_at, seed_of
+from train.trainer import Trainer
 
 from .conftest import TEACHERS, Start, fill_shard, read_records, same_weights, untimed
 from .data.test_sources import damaged
@@ -22,7 +23,7 @@ from .data.test_sources import damaged
 def streamed(config: TrainConfig, pattern: str, **changes: object) -> TrainConfig:
     """The run over shards, with a second group."""
     few = TeacherConfig(name="sam", model="tiny:sam", summary_weight=0.0, batch_size=2)
-    data = replace(DataConfig(shards=(pattern,), workers=0, max_broken=0.7), **changes)  # type: ignore[arg-type]
+    data = replace(DataConfig(shards=(pattern,), workers=0, max_error_fraction=0.7), **changes)  # type: ignore[arg-type]
     return replace(config, teachers=(*TEACHERS[:2], few), data=data)
 
 
@@ -30,21 +31,21 @@ CONTENT = {  # what reading a shard of `damaged` to its end gives
     0: ["good"] * 4,
     1: ["good"] * 4,
     2: ["good"] * 3 + ["truncated"],
-    3: ["good", "picture", "good"],
+    3: ["good", "image", "good"],
     4: ["empty"],
     5: ["missing"],
 }
 
 
-def met(pictures: int, seed: int) -> Counter[str]:
-    """The faults on one lane's way to so many pictures."""
+def met(images: int, seed: int) -> Counter[str]:
+    """The faults on one lane's way to so many images."""
     order = seed_of(seed_of(seed, "group", 0), "source", 0)
     faults: Counter[str] = Counter()
     for place in count():
-        for event in CONTENT[picture_at(place, 6, order)]:
+        for event in CONTENT[image_at(place, 6, order)]:
             if event != "good":
                 faults[event] += 1
-            elif (pictures := pictures - 1) == 0:
+            elif (images := images - 1) == 0:
                 return faults
     raise AssertionError("the shards never end")
 
@@ -52,22 +53,24 @@ def met(pictures: int, seed: int) -> Counter[str]:
 def test_damaged_shards_are_passed_over_and_counted(
     config: TrainConfig, start: Start, tmp_path: Path
 ) -> None:
-    data = DataConfig(shards=(damaged(tmp_path / "shards"),), workers=1, lanes=1, max_broken=0.7)
+    data = DataConfig(
+        shards=(damaged(tmp_path / "shards"),), workers=1, num_streams=1, max_error_fraction=0.7
+    )
     run = start(config, data=data)
     run.train()
     records = read_records(config.out)
     for record in records:
         wanted = met(4 * int(record["step"]), config.seed)
         assert record["broken"] == sum(wanted.values())
-        assert {name: n for name, n in record.items() if name.startswith("broken/")} == {
-            f"broken/{cause}": n for cause, n in wanted.items()
+        assert {name: n for name, n in record.items() if name.startswith("data/")} == {
+            LOG_KEYS[cause]: n for cause, n in wanted.items()
         }
     assert len(wanted) == 4
     listed = [json.loads(line) for line in (config.out / "broken.jsonl").read_text().splitlines()]
     assert sorted((entry["cause"], Path(entry["where"]).name) for entry in listed) == [
         ("empty", "4.tar"),
+        ("image", "00031.jpg"),
         ("missing", "5.tar"),
-        ("picture", "00031.jpg"),
         ("truncated", "2.tar"),
     ]
     text = run.console.file.getvalue()  # type: ignore[attr-defined]
@@ -78,14 +81,14 @@ def test_damaged_shards_are_passed_over_and_counted(
 def test_too_many_damaged_shards_stop_a_run(config: TrainConfig, start: Start, tmp_path: Path) -> None:
     fill_shard(tmp_path / "0.tar", 0, 3)
     with pytest.raises(DataError, match=r"of \d+ shards cannot be read; mend the data or raise --data"):
-        start(streamed(config, f"{tmp_path}/{{0..30}}.tar", max_broken=0.5)).train()
+        start(streamed(config, f"{tmp_path}/{{0..30}}.tar", max_error_fraction=0.5)).train()
 
 
 class StoppedError(Exception):
     """What a kill is here."""
 
 
-def stopped(run: Run, step: int) -> None:
+def stopped(run: Trainer, step: int) -> None:
     """Train up to a step and no further."""
     genuine = run.advance
 

@@ -19,7 +19,7 @@ from radio.students.timm import TABLE_6
 from train.config import DataConfig, TrainConfig
 from train.recipes.table6 import STUDENTS
 from train.tables import rows_of, tables
-from train.trainer import Run
+from train.trainer import Trainer
 
 
 def rows(name: str = "table6", **changes: Any) -> dict[str, TrainConfig]:
@@ -65,7 +65,7 @@ def test_five_steps_give_every_parameter_a_finite_gradient_and_a_checkpoint_that
     data = DataConfig(scenes=20, workers=0)
     small = rows(student=student, steps=5, batch_size=2, resolution=64, data=data, device="cpu")
     (config,) = small.values()
-    run = Run(config, Group(), torch.device("cpu"), Console(quiet=True))
+    run = Trainer(config, Group(), torch.device("cpu"), Console(quiet=True))
     before = {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
     path = run.train()
     for name, parameter in run.model.named_parameters():
@@ -74,7 +74,7 @@ def test_five_steps_give_every_parameter_a_finite_gradient_and_a_checkpoint_that
     scored = ["knn", str(path), "--scenes", "12", "8", "--k", "3", "--out", "reports", "--plain"]
     assert entry.evaluate(scored) == 0
     report = read(Path("reports") / f"knn-{config.out.name}.json")
-    assert report.card["model"]["student"] == student
+    assert report.metadata["model"]["student"] == student
     assert 0 <= report.metrics["top1"].value <= 100
     del run, before, name, parameter
     gc.collect()  # gigabytes, and the next student is as large
@@ -83,7 +83,7 @@ def test_five_steps_give_every_parameter_a_finite_gradient_and_a_checkpoint_that
 def test_a_size_that_its_stride_does_not_divide_is_an_error(tmp_path: Path) -> None:
     (config,) = rows(student="timm:regnety_064", resolution=100).values()
     with pytest.raises(SizeError, match=r"cannot be built for 100 px: its stride of 32 .* nearest is 96"):
-        Run(replace(config, out=tmp_path), Group(), torch.device("cpu"), Console(quiet=True))
+        Trainer(replace(config, out=tmp_path), Group(), torch.device("cpu"), Console(quiet=True))
 
 
 def test_the_command_trains_a_row_and_puts_it_beside_the_papers(

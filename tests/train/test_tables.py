@@ -22,7 +22,7 @@ from train.config import TrainConfig
 from train.preempt import REQUEUE, Preemption
 from train.recipes import recipes
 from train.tables import rows_of, tables
-from train.trainer import Run
+from train.trainer import Trainer
 
 from .conftest import read_records
 
@@ -104,15 +104,15 @@ def test_a_row_is_forgotten_before_the_next_one_is_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two large students and their optimisers need not fit into the memory at once."""
-    built: list[weakref.ref[Run]] = []
+    built: list[weakref.ref[Trainer]] = []
 
-    def build(*arguments: Any, **options: Any) -> Run:
+    def build(*arguments: Any, **options: Any) -> Trainer:
         assert [earlier() for earlier in built] == [None] * len(built)
-        run = Run(*arguments, **options)
+        run = Trainer(*arguments, **options)
         built.append(weakref.ref(run))
         return run
 
-    monkeypatch.setattr("train.tables.Run", build)
+    monkeypatch.setattr("train.tables.Trainer", build)
     assert main(["table3", *TINY, "--score", "--out", str(tmp_path)]) == 0
     assert len(built) == len(ROWS)
 
@@ -141,7 +141,7 @@ def test_a_signal_stops_the_table_and_the_same_command_goes_on(
         (["--rows", "adalos"], "the table has no row 'adalos'; did you mean adaloss"),
         (["--balance.kind", "adaloss"], "the rows of table 3 are the balancers; leave --balance out"),
         (["--batch-size", "0"], "--batch-size: 0 is out of bounds"),
-        (["--teachers.1.batch-size", "1"], "clip and dense see other pictures or sizes"),
+        (["--teachers.1.batch-size", "1"], "clip and dense see other images or sizes"),
     ],
 )
 def test_what_cannot_be_is_said_before_the_first_row(

@@ -1,4 +1,4 @@
-"""How the scenes teachers are made: the same twice, and the shipped files reach what their cards say."""
+"""How the scenes teachers are made: the same twice, and the shipped files reach what their metadata say."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def test_the_same_settings_give_the_same_weights_and_leave_the_global_generator_
     for one, other in zip(first, second, strict=True):
         assert one.tensors.keys() == other.tensors.keys()
         assert all(torch.equal(tensor, other.tensors[key]) for key, tensor in one.tensors.items())
-        assert one.card["samples"] == 16
-        assert one.card["scores"] == other.card["scores"]
+        assert one.metadata["samples"] == 16
+        assert one.metadata["scores"] == other.metadata["scores"]
     assert torch.equal(torch.get_rng_state(), state)
     assert "scenes:sam" in quiet.file.getvalue()
 
@@ -48,9 +48,9 @@ def test_the_same_settings_give_the_same_weights_and_leave_the_global_generator_
 @pytest.mark.usefixtures("glimpse")
 def test_what_is_written_is_what_was_scored(tmp_path):
     main(_settings(tmp_path, "dense"), Console(file=io.StringIO()))
-    card = load(weights_file("dense", tmp_path)).card
+    metadata = load(weights_file("dense", tmp_path)).metadata
     assert score(scenes_teacher("dense", tmp_path), _GLIMPSE)["knn"] == pytest.approx(
-        card["scores"]["full"]["knn"], abs=0.01
+        metadata["scores"]["full"]["knn"], abs=0.01
     )
 
 
@@ -78,13 +78,17 @@ def _measured(name, protocol):
 # Half a point: other processors round otherwise, and a score is a count of some hundred scenes.
 @pytest.mark.parametrize("name", NAMES)
 def test_the_shipped_files_reach_the_quick_scores_of_their_cards(name):
-    assert _measured(name, QUICK) == pytest.approx(load(weights_file(name)).card["scores"]["quick"], abs=0.51)
+    assert _measured(name, QUICK) == pytest.approx(
+        load(weights_file(name)).metadata["scores"]["quick"], abs=0.51
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_shipped_files_reach_the_full_scores_of_their_cards(name):
-    assert _measured(name, FULL) == pytest.approx(load(weights_file(name)).card["scores"]["full"], abs=0.51)
+    assert _measured(name, FULL) == pytest.approx(
+        load(weights_file(name)).metadata["scores"]["full"], abs=0.51
+    )
 
 
 def test_a_list_without_teachers_is_refused(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from train import trainer as module
 from train.config import DataConfig, TrainConfig
 from train.optim import learning_rate
 from train.sampling import draw_window
-from train.trainer import Run
+from train.trainer import Trainer
 
 from .conftest import TEACHERS, Start, fill_folder, losses_of, read_records, same_weights, untimed
 from .stopping import run_until
@@ -63,9 +63,9 @@ def test_the_checkpoint_is_a_backbone(config: TrainConfig, start: Start) -> None
     model = radio.load_backbone(str(run.train()))
     assert isinstance(model, RadioModel)
     assert (model.name, model.native_size, model.summary_dim) == ("run", (48, 48), 128)
-    assert model.card["provenance"]["step"] == 2
-    assert model.card["provenance"]["samples"] == 8
-    assert [teacher["name"] for teacher in model.card["teachers"]] == ["clip", "dense", "sam"]
+    assert model.metadata["provenance"]["step"] == 2
+    assert model.metadata["provenance"]["samples"] == 8
+    assert [teacher["name"] for teacher in model.metadata["teachers"]] == ["clip", "dense", "sam"]
     features = model(torch.rand(2, 3, 48, 48))
     assert model.adapt("clip", features).summary.shape == (2, 12)
     assert model.adapt("sam", features, (6, 6)).tokens.shape == (2, 36, 20)
@@ -146,16 +146,16 @@ def test_the_average_of_the_weights(config: TrainConfig, start: Start) -> None:
     assert model.summary_dim == 128
 
 
-def test_a_few_broken_pictures_are_counted(config: TrainConfig, start: Start, tmp_path: Path) -> None:
+def test_a_few_broken_images_are_counted(config: TrainConfig, start: Start, tmp_path: Path) -> None:
     folder = fill_folder(tmp_path / "mixed", 10, broken=2)
     start(config, data=DataConfig(images=(folder,), workers=0), batch_size=6, steps=4).train()
     counts = [record["broken"] for record in read_records(config.out)]
-    assert counts[1] >= 2  # an epoch is two steps, and each broken picture is met once in it
+    assert counts[1] >= 2  # an epoch is two steps, and each broken image is met once in it
     assert counts[-1] >= 4
     assert counts == sorted(counts)
 
 
-def test_the_count_of_broken_pictures_survives_a_stop(
+def test_the_count_of_broken_images_survives_a_stop(
     config: TrainConfig, start: Start, tmp_path: Path
 ) -> None:
     folder = fill_folder(tmp_path / "mixed", 10, broken=1)
@@ -166,10 +166,10 @@ def test_the_count_of_broken_pictures_survives_a_stop(
     assert untimed(config.out) == untimed(config.out / "whole")
 
 
-def test_too_many_broken_pictures_stop_the_run(config: TrainConfig, start: Start, tmp_path: Path) -> None:
+def test_too_many_broken_images_stop_the_run(config: TrainConfig, start: Start, tmp_path: Path) -> None:
     folder = fill_folder(tmp_path / "mixed", 3, broken=9)
     with pytest.raises(
-        DataError, match=r"\d+ of \d+ pictures cannot be read; mend the data or raise --data\.max"
+        DataError, match=r"\d+ of \d+ images cannot be read; mend the data or raise --data\.max"
     ):
         start(config, data=DataConfig(images=(folder,), workers=0)).train()
 
@@ -178,7 +178,7 @@ def test_shards_and_scenes_are_data_too(config: TrainConfig, start: Start, tmp_p
     data = DataConfig(scenes=40, workers=0)
     run = start(config, data=data, steps=2)
     run.train()
-    assert run.model.card["data"]["sources"][0]["path"] == "scenes:train?seed=2"
+    assert run.model.metadata["data"]["sources"][0]["path"] == "scenes:train?seed=2"
 
 
 @pytest.mark.parametrize("summary", ["per-teacher", "mean"])
@@ -227,7 +227,7 @@ def test_the_student_may_see_another_resolution_beside_one_teacher(config: Train
     run.model.student.register_forward_pre_hook(lambda module, inputs: sides.append(tuple(inputs[0].shape)))
     run.train()
     assert sides == [(4, 3, 48, 48), (2, 3, 96, 96)] * 2
-    assert run.model.card["teachers"][2]["student_resolution"] == 96
+    assert run.model.metadata["teachers"][2]["student_resolution"] == 96
 
 
 def test_bf16_on_a_cpu(config: TrainConfig, start: Start) -> None:
@@ -242,7 +242,7 @@ def test_bf16_on_a_cpu(config: TrainConfig, start: Start) -> None:
 
 def test_recomputed_activations_change_nothing(config: TrainConfig, start: Start) -> None:
     for recompute in (False, True):
-        options = StudentOptions(recompute=recompute)
+        options = StudentOptions(activation_checkpointing=recompute)
         start(config, options=options, out=config.out / str(recompute), steps=3).train()
     assert losses_of(config.out / "True") == pytest.approx(losses_of(config.out / "False"), rel=1e-6)
 
@@ -274,7 +274,7 @@ def test_the_settings_file_is_plain(config: TrainConfig, start: Start) -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile
 def test_a_compiled_student_trains_alike(config: TrainConfig, start: Start) -> None:
     for compiled in (False, True):
-        run: Run = start(config, compile=compiled, out=config.out / str(compiled), steps=3)
+        run: Trainer = start(config, compile=compiled, out=config.out / str(compiled), steps=3)
         run.train()
     assert losses_of(config.out / "True") == pytest.approx(losses_of(config.out / "False"), rel=1e-4)
     assert "ckpt.pt" in {path.name for path in (config.out / "True").iterdir()}

@@ -26,7 +26,7 @@ from radio.teachers import families
 from radio.types import Features
 from train import trainer as module
 from train.config import DataConfig, TrainConfig
-from train.trainer import Run
+from train.trainer import Trainer
 
 from .conftest import TEACHERS, Start, fill_folder, read_records, same_weights, untimed
 from .stopping import run_until
@@ -93,7 +93,7 @@ def test_other_settings_need_another_folder(
         start(config, **{"steps": 1, "save_every": 1, **changes})
 
 
-def test_other_pictures_need_another_folder(config: TrainConfig, start: Start, tmp_path: Path) -> None:
+def test_other_images_need_another_folder(config: TrainConfig, start: Start, tmp_path: Path) -> None:
     folder = fill_folder(tmp_path / "mine", 5)
     data = DataConfig(images=(folder,), workers=0)
     start(config, steps=1, data=data).train()
@@ -104,14 +104,14 @@ def test_other_pictures_need_another_folder(config: TrainConfig, start: Start, t
 
 def test_settings_that_do_not_decide_the_weights_may_change(config: TrainConfig, start: Start) -> None:
     run_until(start(config), "teacher_features", 8)
-    data = replace(config.data, workers=1, max_broken=0.5)
+    data = replace(config.data, workers=1, max_error_fraction=0.5)
     cache = replace(config.cache, confirm=False)
     run = start(
         config,
         log_every=3,
         save_every=2,
         keep_last=1,
-        max_skipped=2,
+        max_nonfinite_steps=2,
         data=data,
         cache=cache,
         recipe="other",
@@ -208,14 +208,14 @@ def test_too_many_steps_in_a_row_stop_the_run_and_the_last_save_stands(
     saved: int,
 ) -> None:
     poison(monkeypatch, range(7, 100), ("clip",))
-    settings: dict[str, Any] = {"log_every": log_every, "save_every": save_every, "max_skipped": 3}
+    settings: dict[str, Any] = {"log_every": log_every, "save_every": save_every, "max_nonfinite_steps": 3}
     with pytest.raises(
         RadioError,
         match=r"[34] steps in a row were left out, not finite: clip/spatial; what was saved last stands",
     ):
         start(config, **settings).train()
     found = checkpoint.load(config.out / "ckpt.pt")
-    assert found.card["provenance"]["step"] == saved
+    assert found.metadata["provenance"]["step"] == saved
     assert all(torch.isfinite(tensor).all() for tensor in found.tensors.values())
     assert start(config, **settings).step == saved
 
@@ -237,7 +237,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_ends_like_an_undisturbed_one(
         run = start(config, log_every=4)
         genuine = run.advance
 
-        def asked(batch: module.Batch, run: Run = run, genuine: Any = genuine, name: Any = name) -> None:
+        def asked(batch: module.Batch, run: Trainer = run, genuine: Any = genuine, name: Any = name) -> None:
             genuine(batch)
             if run.step + 1 == step:  # noqa: B023 (called in this turn)
                 os.kill(os.getpid(), name)
@@ -259,10 +259,10 @@ def watch_evaluations(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
     calls: list[tuple[int, str]] = []
 
     def run_all(model: RadioModel, jobs: Any, out: Path, **_: Any) -> list[Outcome]:
-        step = model.card["provenance"]["step"]
+        step = model.metadata["provenance"]["step"]
         calls.append((step, out.name))
         report: Any = SimpleNamespace(
-            task="knn", headline="top1", metrics={"top1": Metric(value=float(step))}
+            task="knn", primary_metric="top1", metrics={"top1": Metric(value=float(step))}
         )
         return [
             Outcome(task="knn", state="done", report=report),
@@ -337,8 +337,8 @@ def test_a_full_disk_at_the_end_is_an_error_and_the_run_can_go_on(
         patch.setattr(
             checkpoint,
             "save",
-            lambda path, tensors, card: (
-                full() if out.joinpath("ckpt.pt").exists() else genuine(path, tensors, card)
+            lambda path, tensors, metadata: (
+                full() if out.joinpath("ckpt.pt").exists() else genuine(path, tensors, metadata)
             ),
         )
         with pytest.raises(

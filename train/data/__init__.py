@@ -1,1 +1,1 @@
-"""The pictures of a run: sources, the lanes that go through them, and the stream of crops they give."""
+"""The images of a run: sources, lanes (cursors through the sources), and the stream of crops."""

@@ -1,4 +1,4 @@
-"""What cannot be read in a run's data: told apart by cause, counted, listed once, endured up to a share."""
+"""Unreadable data of a run: counted by cause, each listed once, and tolerated up to a share."""
 
 from __future__ import annotations
 
@@ -15,25 +15,29 @@ from typing_extensions import TypedDict
 from radio.errors import DataError, shown
 from radio.io import decode_text, lines_of, parse_json, read_bytes, validate, write_bytes
 
-Cause = Literal["picture", "missing", "unreadable", "truncated", "empty", "left out"]
+Cause = Literal["image", "missing", "unreadable", "truncated", "empty", "left out"]
 ALL_CAUSES: tuple[Cause, ...] = get_args(Cause)
-CAUSES: tuple[Cause, ...] = ALL_CAUSES[:-1]  # of what counts as broken
+CAUSES: tuple[Cause, ...] = ALL_CAUSES[:-1]  # those that count as broken
 SHARD_CAUSES: tuple[Cause, ...] = CAUSES[1:]
 
+LOG_KEYS: dict[Cause, str] = {
+    "image": "data/decode_errors",
+    **{cause: f"data/{cause}_shards" for cause in SHARD_CAUSES},
+}
 _WORDS: dict[Cause, str] = {
-    "picture": "pictures that cannot be decoded",
+    "image": "images that cannot be decoded",
     "missing": "missing shards",
     "unreadable": "unreadable shards",
     "truncated": "truncated shards",
-    "empty": "shards without pictures",
+    "empty": "shards without images",
 }
-_FREE = 10  # so many are always let through
-_LISTED = 100_000  # lines of the list; beyond them faults are only counted
+_FREE = 10  # always tolerated
+_LISTED = 100_000  # lines of the list; further faults are only counted
 _MAX_BYTES = 1 << 30  # of the list
 
 
-class Fault(NamedTuple):
-    """One thing that cannot be read, or that a shard holds beside its samples ("left out")."""
+class ReadError(NamedTuple):
+    """One unreadable image or shard, or a shard with files that belong to no sample ("left out")."""
 
     cause: Cause
     where: str
@@ -41,7 +45,7 @@ class Fault(NamedTuple):
 
 
 class _Entry(TypedDict):
-    """A line of the list."""
+    """One line of the list."""
 
     cause: Cause
     where: str
@@ -52,15 +56,15 @@ _ENTRY = TypeAdapter(_Entry)
 
 
 @dataclass(slots=True)
-class Tally:
-    """What lanes put down while they take pictures."""
+class ReadStats:
+    """Statistics that lanes collect while they read images."""
 
-    shards: int = 0  # begun
-    faults: list[Fault] = field(default_factory=list)
+    shards: int = 0  # started
+    faults: list[ReadError] = field(default_factory=list)
 
 
 class ShardError(DataError):
-    """A shard that cannot be read on, and why."""
+    """A shard that cannot be read any further, with the cause."""
 
     def __init__(self, cause: Cause, why: str) -> None:
         super().__init__(why)
@@ -68,26 +72,26 @@ class ShardError(DataError):
 
 
 class FaultList:
-    """The file that names each broken thing once, however often a run or its resumption meets it.
+    """The file that lists each broken image or shard once, however often a run or its resumption meets it.
 
     Args:
-        path: the file; what it holds already is kept, as far as it is records of ours.
-        tell: called with a line for the user.
+        path: the file; its existing valid records are kept.
+        tell: called with a message for the user.
 
     Raises:
-        DataError: something else than a file is there.
+        DataError: the path is not a file.
     """
 
     def __init__(self, path: Path, tell: Callable[[str], None]) -> None:
         self._path, self._tell = path, tell
         self._known: set[tuple[str, str]] = set()
-        self._waiting: list[Fault] = []  # could not be written yet
+        self._waiting: list[ReadError] = []  # not written yet
         if path.exists():
             self._read()
 
-    def add(self, faults: Iterable[Fault]) -> None:
-        """Write those that the file does not name yet. What a full disk refuses is written the next time."""
-        clean = (Fault(fault.cause, shown(fault.where), shown(fault.why)) for fault in faults)
+    def add(self, faults: Iterable[ReadError]) -> None:
+        """Write the faults that the file does not list yet; retry next time if the disk is full."""
+        clean = (ReadError(fault.cause, shown(fault.where), shown(fault.why)) for fault in faults)
         met = {(fault.cause, fault.where): fault for fault in (*self._waiting, *clean)}
         new = [fault for name, fault in met.items() if name not in self._known]
         new = new[: max(_LISTED - len(self._known), 0)]
@@ -109,12 +113,12 @@ class FaultList:
         self._known.update((fault.cause, fault.where) for fault in new)
 
     def check_names(self, count: int) -> None:
-        """Tell the user where the file names none of the broken things that a run has met before."""
+        """Tell the user if the file lists none of the `count` faults that the run met before."""
         if count and not self._known:
             self._tell(f"{self._path}: names none of the {count} broken data met before, and begins anew")
 
     def _append(self, data: bytes) -> None:
-        """Write at the end of the file, all of it or nothing."""
+        """Append to the file, all of the data or nothing."""
         with self._path.open("ab") as file:
             end = file.tell()
             try:
@@ -126,12 +130,12 @@ class FaultList:
                 raise
 
     def _read(self) -> None:
-        """Take up the records of the file; one with other lines is kept aside, and the user is told."""
+        """Read the file's records; if it has other lines, keep a copy of it and tell the user."""
         data = read_bytes(self._path, limit=_MAX_BYTES)
         try:
             text = decode_text(data, self._path)
         except DataError:
-            text = data.decode("utf-8", "replace")  # ours is ASCII: only lines of others change
+            text = data.decode("utf-8", "replace")  # our records are ASCII: only foreign lines change
         kept, foreign = [], []
         for number, line in enumerate(lines_of(text), 1):
             where = f"line {number}"
@@ -155,18 +159,18 @@ class FaultList:
         write_bytes(self._path, mended)
 
 
-def check_share(broken: int, seen: int, largest: float, things: str = "pictures") -> None:
-    """None, while few enough of the pictures or shards seen were broken.
+def check_share(broken: int, seen: int, largest: float, things: str = "images") -> None:
+    """Check that few enough of the images or shards seen were broken.
 
     Raises:
-        DataError: their share is beyond the largest (ten are always let through).
+        DataError: their share exceeds `largest` (ten are always tolerated).
     """
     if broken > max(_FREE, largest * seen):
         raise DataError(
-            f"{broken} of {seen} {things} cannot be read; mend the data or raise --data.max-broken"
+            f"{broken} of {seen} {things} cannot be read; mend the data or raise --data.max-error-fraction"
         )
 
 
 def in_words(counts: Mapping[Cause, int]) -> str:
-    """Such as `1 missing shards, 12 pictures that cannot be decoded`; empty without any."""
+    """Format counts as `1 missing shards, 12 images that cannot be decoded`; empty without any."""
     return ", ".join(f"{counts[cause]} {_WORDS[cause]}" for cause in CAUSES if counts.get(cause))

@@ -1,4 +1,4 @@
-"""How far a run has gone through its data: where every lane stands, and what could not be read."""
+"""Progress of a run through its data: the cursor of every lane, and what could not be read."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from radio.errors import CheckpointError
 from radio.io import validate
 
 from ..config import TrainConfig
+from ..images import DatasetInfo
 from ..partition import Partition
-from ..pictures import Described
-from .faults import CAUSES, SHARD_CAUSES, Cause, Fault, FaultList, check_share, in_words
-from .lanes import Deal, beginning, deal_lanes, gathered, lanes_of
+from .faults import CAUSES, SHARD_CAUSES, Cause, FaultList, ReadError, check_share, in_words
+from .lanes import LaneAssignment, assign_lanes, beginning, gathered, lanes_of
 from .sources import Sources
 from .stream import Mark, Share
 
@@ -29,13 +29,13 @@ from .stream import Mark, Share
 LISTING = "broken.jsonl"  # in the run folder
 
 
-_Number = Annotated[int, Interval(ge=0, lt=2**48)]  # bytes, pictures, shards: more are no run's
+_Number = Annotated[int, Interval(ge=0, lt=2**48)]  # bytes, images, shards: no run has more
 
 
 class DataState(TypedDict):
-    """What `Progress.state` gives."""
+    """The state that `Progress.state` returns."""
 
-    cursors: list[list[list[list[_Number]]]]  # of every group: [L, S, 4]
+    cursors: list[list[list[list[_Number]]]]  # for every group: [L, S, 4]
     counts: list[_Number]
 
 
@@ -43,62 +43,69 @@ _STATE = TypeAdapter(DataState)
 
 
 def start_progress(
-    config: TrainConfig, partition: Partition, group: Group, data: Described, tell: Callable[[str], None]
+    config: TrainConfig, partition: Partition, group: Group, data: DatasetInfo, tell: Callable[[str], None]
 ) -> Progress:
-    """The progress of a run before its first step; every rank calls it.
+    """Create the progress of a run before its first step; every rank calls it.
 
     Raises:
-        ConfigError: ranks that cannot share the lanes of their group.
-        DataError: something else than a file is where broken data are to be named.
+        ConfigError: ranks cannot share the lanes of their group.
+        DataError: the path of the list of broken data is not a file.
     """
     listing = FaultList(config.out / LISTING, tell) if group.leads else None
-    if group.leads:  # hashes folders of pictures; the others then find the hash
+    if group.leads:  # hashes folders of images; other ranks then read the stored hash
         _ = data.fingerprint
     group.barrier()
     sources = len(data) if isinstance(data, Sources) else 0
-    deals = deal_lanes(config, partition) if sources else ()
-    return Progress(deals, partition, group, sources, listing)
+    assignments = assign_lanes(config, partition) if sources else ()
+    return Progress(assignments, partition, group, sources, listing)
 
 
 @final
 class Progress:
-    """One rank's part of it, as of the last pictures that were learned from.
+    """One rank's progress, as of the last images trained on.
 
     Args:
-        deals: the lanes of every group; none where the data are no stream.
+        assignments: the lanes of every group; empty if the data are not a stream.
         partition: the run's groups and ranks.
         group: the ranks.
-        sources: how many sources the data have.
-        listing: names what could not be read; on the first rank.
+        sources: number of sources.
+        listing: the list of broken data; on the first rank only.
     """
 
     def __init__(
         self,
-        deals: Sequence[Deal],
+        assignments: Sequence[LaneAssignment],
         partition: Partition,
         group: Group,
         sources: int,
         listing: FaultList | None,
     ) -> None:
-        self._deals, self._partition, self._group = deals, partition, group
-        self._own = [deal for deal in deals if group.rank in partition.groups[deal.group].ranks]
+        self._assignments, self._partition, self._group = assignments, partition, group
+        self._own = [
+            assignment for assignment in assignments if group.rank in partition.groups[assignment.group].ranks
+        ]
         self._sources, self._listing = sources, listing
-        self._new: list[Fault] = []
-        self._left_out = 0  # times that shards were said to hold more than their samples
-        self._counts = torch.zeros(len(CAUSES) + 1, dtype=torch.int64)  # the last: shards begun
+        self._new: list[ReadError] = []
+        self._left_out = 0  # reports of shards with files of no sample
+        self._counts = torch.zeros(len(CAUSES) + 1, dtype=torch.int64)  # the last: shards started
         self._told: dict[Cause, int] = {}
-        self._listed = [0] * (len(CAUSES) + 1)  # the counts when the list was written last
+        self._listed = [0] * (len(CAUSES) + 1)  # counts when the list was last written
         self._cursors = [self._part(deal, beginning(deal, sources)) for deal in self._own]
 
     def shares(self, sides: Sequence[int]) -> list[Share]:
-        """What this rank's lanes are to go on with, given the sides of every group's crops."""
+        """Return where this rank's lanes continue; `sides` are the crop sides of every group in pixels."""
         return [
-            Share(deal, lanes_of(deal, self._partition, self._group.rank), sides[deal.group], cursors)
-            for deal, cursors in zip(self._own, self._cursors, strict=True)
+            Share(
+                assignment,
+                lanes_of(assignment, self._partition, self._group.rank),
+                sides[assignment.group],
+                cursors,
+            )
+            for assignment, cursors in zip(self._own, self._cursors, strict=True)
         ]
 
     def add(self, marks: Sequence[Mark]) -> None:
-        """Take down a step's marks, one for each of this rank's groups."""
+        """Record a step's marks, one for each of this rank's groups."""
         self._cursors = [mark.cursors for mark in marks]
         for mark in marks:
             self._counts[-1] += mark.shards
@@ -110,14 +117,14 @@ class Progress:
             self._new += mark.faults
 
     def broken(self, seen: int, largest: float) -> dict[Cause, int]:
-        """How much could not be read so far, by cause; what is new goes into the list. Every rank calls it.
+        """Count what could not be read so far, by cause, and list new faults. Every rank calls it.
 
         Args:
-            seen: pictures learned from.
-            largest: the share of pictures, and of shards, that may be broken.
+            seen: images trained on.
+            largest: largest tolerated share of broken images, and of broken shards.
 
         Raises:
-            DataError: more of them are.
+            DataError: the share is exceeded.
         """
         *totals, shards, left_out = self._group.sum(
             torch.tensor([*self._counts.tolist(), self._left_out])
@@ -126,32 +133,32 @@ class Progress:
             self._list_new()
         self._listed = [*totals, left_out]
         self._told = counts = dict(zip(CAUSES, totals, strict=True))
-        check_share(counts["picture"], seen + counts["picture"], largest)
+        check_share(counts["image"], seen + counts["image"], largest)
         check_share(sum(counts[cause] for cause in SHARD_CAUSES), shards, largest, "shards")
         return counts
 
     def in_words(self) -> str:
-        """What `broken` said last, such as `1 missing shards`; empty without any."""
+        """Format the last result of `broken`, such as `1 missing shards`; empty without any."""
         return in_words(self._told)
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs, whatever its ranks and workers, as plain data; every rank calls it."""
+        """Return the state as plain data, independent of ranks and workers; every rank calls it."""
         own = {deal.group: cursors for deal, cursors in zip(self._own, self._cursors, strict=True)}
-        parts = [own.get(deal.group) for deal in self._deals]
-        whole = gathered(parts, self._deals, self._partition, self._group, self._sources)
+        parts = [own.get(assignment.group) for assignment in self._assignments]
+        whole = gathered(parts, self._assignments, self._partition, self._group, self._sources)
         return {
             "cursors": [cursors.tolist() for cursors in whole],
             "counts": self._group.sum(self._counts).tolist(),
         }
 
     def restore(self, state: Any) -> None:
-        """Go on from what `state` gave.
+        """Restore what `state` returned.
 
         Raises:
-            CheckpointError: it is of other groups, lanes or sources, or no such state.
+            CheckpointError: it has other groups, lanes or sources, or is not such a state.
         """
         known = validate(_STATE, state, "the state's place in the data", error=CheckpointError)
-        wanted = [tuple(beginning(deal, self._sources).shape) for deal in self._deals]
+        wanted = [tuple(beginning(assignment, self._sources).shape) for assignment in self._assignments]
         found = [_shape(cursors) for cursors in known["cursors"]]
         if len(known["counts"]) != len(self._counts):
             raise CheckpointError(
@@ -166,15 +173,17 @@ class Progress:
             )
         whole = [torch.tensor(cursors, dtype=torch.int64) for cursors in known["cursors"]]
         self._cursors = [
-            self._part(deal, whole[place]) for place, deal in enumerate(self._deals) if deal in self._own
+            self._part(deal, whole[place])
+            for place, deal in enumerate(self._assignments)
+            if deal in self._own
         ]
-        if self._group.leads:  # the sum over ranks is to be what it was
+        if self._group.leads:  # so that the sum over ranks is unchanged
             self._counts = torch.tensor(known["counts"], dtype=torch.int64)
         if self._listing is not None:
             self._listing.check_names(sum(known["counts"][:-1]))
 
-    def _part(self, deal: Deal, whole: Tensor) -> Tensor:
-        lanes = lanes_of(deal, self._partition, self._group.rank)
+    def _part(self, assignment: LaneAssignment, whole: Tensor) -> Tensor:
+        lanes = lanes_of(assignment, self._partition, self._group.rank)
         return whole[lanes.start : lanes.stop]
 
     def _list_new(self) -> None:
@@ -185,7 +194,7 @@ class Progress:
 
 
 def _shape(cursors: Any) -> tuple[int, ...] | None:
-    """The shape [L, S, 4] of nested lists; None where they are uneven."""
+    """Return the shape [L, S, 4] of nested lists; None where they are uneven."""
     sizes: list[int] = []
     level = [cursors]
     for _ in range(3):

@@ -1,7 +1,7 @@
-"""Shards that are not files of this machine: on web servers, or what a program gives.
+"""Shards that are not local files: read from web servers or from a program's output.
 
-No URL ever reaches a shell: it has to be of plain characters, and is one argument of a fixed program. Only
-`pipe:COMMAND` is a shell's, as the user typed it.
+No URL ever reaches a shell: it must have plain characters only, and is one argument of a fixed program. Only
+`pipe:COMMAND` runs in a shell, as the user typed it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from radio.errors import ConfigError, shown
 
 T = TypeVar("T")
 
-_WAITS = (1.0, 5.0, 30.0)  # seconds before another attempt at a server
+_WAITS = (1.0, 5.0, 30.0)  # seconds before each retry of a request
 _PATIENCE = 60.0  # seconds without an answer
-_SILENCE = 300.0  # seconds in which a program that reads a URL may give nothing: it tries again itself
-_SILENCE_OF_COMMANDS = 3600.0  # the same of the user's own
+_SILENCE = 300.0  # seconds without output of a program that reads a URL: it retries itself
+_SILENCE_OF_COMMANDS = 3600.0  # the same for pipe:COMMAND
 _PARTIAL, _NO_SUCH_RANGE, _GONE = 206, 416, (401, 403, 404, 410)
-_SIGPIPE = 128 + signal.SIGPIPE  # a shell's word for a command that was not read to its end
+_SIGPIPE = 128 + signal.SIGPIPE  # a shell's exit status for a command whose output was not read to the end
 _READ_AHEAD = 1 << 18
 _SKIPPED_AT_ONCE = 1 << 20
 
@@ -56,16 +56,16 @@ _HF = re.compile(
 
 
 def scheme_of(name: str) -> str:
-    """What stands before the first colon of a shard's name, in small letters; empty for a file's path."""
+    """Return the scheme of a shard's name, before the first colon, in lower case; empty for a path."""
     match = _SCHEME.match(name)
     return match[1].lower() if match else ""
 
 
 def check_url(name: str, pattern: str) -> None:
-    """Check that a shard of a scheme can be asked for, as its name was spelled out from a pattern.
+    """Check the URL of a shard, whose name was expanded from a pattern.
 
     Raises:
-        ConfigError: an unknown scheme, or characters that no plain URL has.
+        ConfigError: the scheme is unknown, or the URL has characters that are not plain.
     """
     scheme = scheme_of(name)
     if scheme == "s3":
@@ -85,7 +85,7 @@ def check_url(name: str, pattern: str) -> None:
 
 
 def check_installed(scheme: str) -> None:
-    """Check that the program which reads the URLs of a scheme is there.
+    """Check that the program which reads the URLs of a scheme is installed.
 
     Raises:
         ConfigError: it is not.
@@ -99,8 +99,8 @@ def open_remote(name: str, position: int) -> IO[bytes]:
     """Open a shard of a scheme other than `file` from a byte position on.
 
     Raises:
-        FileNotFoundError: a server does not have it.
-        EOFError: a program ends before the position.
+        FileNotFoundError: the server does not have it.
+        EOFError: the program's output ends before the position.
         OSError: it cannot be opened.
     """
     scheme = scheme_of(name)
@@ -117,7 +117,7 @@ def _buffered(raw: io.RawIOBase) -> IO[bytes]:
 
 
 def _ahead(piped: Piped, position: int) -> IO[bytes]:
-    """What a program gives, from a position on."""
+    """Skip a program's output up to a position and return the stream."""
     stream = _buffered(piped)
     try:
         while position:
@@ -132,7 +132,7 @@ def _ahead(piped: Piped, position: int) -> IO[bytes]:
 
 
 def _on_the_hub(name: str) -> tuple[str, dict[str, str]]:
-    """The address of a file on the Hugging Face hub, and the header that a private one asks for."""
+    """Return the URL of a file on the Hugging Face hub and the headers with the user's token."""
     from huggingface_hub import get_token, hf_hub_url
 
     match = _HF.fullmatch(name)
@@ -144,11 +144,11 @@ def _on_the_hub(name: str) -> tuple[str, dict[str, str]]:
 
 
 class Piped(io.RawIOBase):
-    """What a command gives; that it may be stopped early is no fault of its.
+    """The output of a command; stopping it early is not an error.
 
     Args:
-        command: a shell's line, or a program and its arguments, which no shell sees.
-        silence: seconds in which it may give nothing.
+        command: a shell command line, or a program and its arguments to run without a shell.
+        silence: longest time without output in seconds.
     """
 
     def __init__(self, command: str | Sequence[str], silence: float) -> None:
@@ -161,7 +161,7 @@ class Piped(io.RawIOBase):
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 bufsize=0,
-                process_group=0,  # so that what a shell starts can be stopped too
+                process_group=0,  # so that processes started by the shell can be stopped too
             )
         except (OSError, ValueError) as error:
             raise OSError(f"the command cannot be started ({error})") from error
@@ -173,10 +173,10 @@ class Piped(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """How many bytes were put into a buffer; 0 at the end of what the command gives.
+        """Read into a buffer; return the number of bytes, 0 at the end of the output.
 
         Raises:
-            OSError: the command has failed, once everything that it gave is read; or it gives nothing more.
+            OSError: the command failed (raised after all its output is read), or is silent for too long.
         """
         if not _wait_for(self._output, self._silence):
             raise OSError(f"the command has given nothing for {self._silence:.0f} s")
@@ -190,7 +190,7 @@ class Piped(io.RawIOBase):
         if not self.closed:
             self._output.close()
             with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)  # a loader's signals are blocked, so are its
+                os.killpg(self._process.pid, signal.SIGKILL)  # SIGTERM is blocked in a loader's children
             self._process.wait()
         super().close()
 
@@ -204,14 +204,14 @@ class Piped(io.RawIOBase):
 
 
 def _wait_for(file: IO[bytes], seconds: float) -> bool:
-    """Whether a file can be read within some time. By poll: select cannot tell files beyond the 1024th."""
+    """Wait until a file is readable; False after `seconds`. By poll: select fails beyond 1024 files."""
     poll = select.poll()
     poll.register(file, select.POLLIN)
     return bool(poll.poll(1000 * seconds))
 
 
 class Served(io.RawIOBase):
-    """A file on a web server from a position on, asked for again where the connection breaks."""
+    """A file on a web server from a position on, requested again where the connection breaks."""
 
     def __init__(self, url: str, position: int, headers: dict[str, str]) -> None:
         super().__init__()
@@ -225,7 +225,7 @@ class Served(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """How many bytes were put into a buffer; 0 at the end of the file.
+        """Read into a buffer; return the number of bytes, 0 at the end of the file.
 
         Raises:
             OSError: the server does not answer, or no longer has the file.
@@ -233,7 +233,7 @@ class Served(io.RawIOBase):
         return _patiently(lambda: self._read(buffer))
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self._hang_up()
         super().close()
 
@@ -256,7 +256,7 @@ class Served(io.RawIOBase):
         self._answer = None
 
     def _ask(self) -> None:
-        """Ask the server for what comes from the position on."""
+        """Request the file from the position on."""
         try:
             answer = self._request()
         except urllib.error.HTTPError as error:
@@ -265,7 +265,7 @@ class Served(io.RawIOBase):
                 self._end = self._position
                 return
             raise (FileNotFoundError if error.code in _GONE else OSError)(str(error)) from error
-        except (HTTPException, ValueError) as error:  # an address or an answer that is none
+        except (HTTPException, ValueError) as error:  # an invalid address or answer
             raise OSError(str(error)) from error
         begins = self._begin_of(answer)
         length = _number(answer.headers.get("Content-Length"))
@@ -280,13 +280,13 @@ class Served(io.RawIOBase):
     def _request(self) -> HTTPResponse:
         request = urllib.request.Request(self._url)
         for name, value in self._headers.items():
-            request.add_unredirected_header(name, value)  # not for whom the server names
+            request.add_unredirected_header(name, value)  # not sent to redirect targets
         if self._position:
             request.add_header("Range", f"bytes={self._position}-")
         return cast(HTTPResponse, urllib.request.urlopen(request, timeout=_PATIENCE))
 
     def _begin_of(self, answer: HTTPResponse) -> int:
-        """The byte that an answer begins with."""
+        """Return the byte position at which an answer starts."""
         if answer.status != _PARTIAL:
             return 0
         said = re.match(r"bytes (\d{1,18})-", answer.headers.get("Content-Range") or "")
@@ -301,7 +301,7 @@ def _number(text: str | None) -> int | None:
 
 
 def _patiently(action: Callable[[], T]) -> T:
-    """What an action gives, tried again after a while where the network fails it."""
+    """Run an action and return its result; retry after a wait on network errors."""
     for wait in _WAITS:
         try:
             return action()

@@ -1,4 +1,4 @@
-"""WebDataset shards by name: patterns spelled out, and a shard opened at a byte position wherever it lies."""
+"""WebDataset shards by name: expand patterns, and open a local or remote shard at a byte position."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _READ_AHEAD = 1 << 18
 
 
 def expand(patterns: Iterable[str]) -> tuple[str, ...]:
-    """The names of the shards that patterns, folders, pipes and URLs stand for, in order.
+    """Expand patterns, folders, pipes and URLs to the names of shards, in order.
 
     Raises:
-        ConfigError: braces that do not match, too many names, a folder without tar files, an unknown scheme,
-            a URL that is not plain, or no name at all.
+        ConfigError: braces do not match, there are too many names, a folder has no tar files, a scheme is
+            unknown, a URL is not plain, or a name is empty.
     """
     names: list[str] = []
     letters = 0
@@ -44,15 +44,15 @@ def expand(patterns: Iterable[str]) -> tuple[str, ...]:
         if len(names) > MAX_NAMES or letters > MAX_NAMES_LETTERS:
             raise ConfigError(
                 f"more than {MAX_NAMES:,} shards, or {MAX_NAMES_LETTERS:,} letters in their names; pack more "
-                f"pictures into each"
+                f"images into each"
             )
     return tuple(names)
 
 
 def runs_program(pattern: str) -> str | None:
-    """Give the command that a pattern of shards would have a shell run; None when there is none.
+    """Return the command that a pattern of shards would run in a shell; None when there is none.
 
-    The other schemes start a fixed program at most, without a shell, that sees the URL as one argument.
+    The other schemes start at most a fixed program, without a shell, with the URL as one argument.
 
     Raises:
         ConfigError: as `expand`.
@@ -67,7 +67,7 @@ def _names(pattern: str) -> list[str]:
             raise ConfigError(
                 f"{shown(pattern)}: a folder without tar files; name a folder of shards, or FILES.tar"
             )
-        # What lies in a folder is a file, even one that is called pipe:COMMAND.tar.
+        # Entries of a folder are files, even one named pipe:COMMAND.tar.
         return [f"./{name}" if scheme_of(name) else name for name in found]
     names = expand_braces(pattern, error=ConfigError)
     if any(not name or "\0" in name for name in names):
@@ -85,63 +85,63 @@ def _is_folder(pattern: str) -> bool:
 
 
 def short_name(name: str) -> str:
-    """What identifies a shard wherever the set of shards is kept: its last part."""
+    """Return the last part of a shard's name, which identifies it wherever the shards are stored."""
     return name.rstrip(" -").rpartition("/")[2]
 
 
 class Outline(NamedTuple):
-    """Where the pictures of a shard are."""
+    """Positions of the images of a shard."""
 
-    pictures: tuple[int, ...]  # the byte of each one's header
-    end: int  # the byte where the archive ends, or is damaged
-    note: str  # on what was left out, as `note_on` has it
+    images: tuple[int, ...]  # byte position of each image's header
+    end: int  # byte position where the archive ends, or is damaged
+    note: str  # about left-out files, see `note_on`
 
 
 @lru_cache(maxsize=256)
 def outline(name: str) -> Outline:
-    """Where the pictures of a shard on this machine are; only headers are read.
+    """Locate the images of a local shard; only headers are read.
 
     Raises:
         ShardError: it is missing.
         OSError: it cannot be read.
     """
-    tar, pictures, left_out = open_shard(name), [], LeftOut()
-    with suppress(ShardError):  # who comes to the end meets it again
+    tar, images, left_out = open_shard(name), [], LeftOut()
+    with suppress(ShardError):  # raised again for a reader that comes to the end
         at = tar.position
         while (member := tar.next()) is not None:
             if left_out.see(member.name):
-                pictures.append(at)
+                images.append(at)
             at = tar.position
     end = tar.position
     tar.close()
-    return Outline(tuple(pictures), end, note_on(left_out, tar))
+    return Outline(tuple(images), end, note_on(left_out, tar))
 
 
-def is_picture(name: str) -> bool:
-    """Whether a member of a shard is a picture, by its ending from the first dot on."""
+def is_image(name: str) -> bool:
+    """Check whether a member of a shard is an image, by its extension from the first dot on."""
     prefix, ending = base_plus_ext(name)
     return prefix is not None and f".{ending.lower()}" in IMAGE_ENDINGS
 
 
 class LeftOut:
-    """The members of a shard that end as images do and are no samples', by their names.
+    """The members of a shard with an image's extension that belong to no sample.
 
-    WebDataset's ending begins at the first dot: `a.v1.jpg` is part `v1.jpg` of the sample `a`. Beside `a.jpg`
-    that is a mask or a smaller copy; where the sample has no image of its own, somebody has lost an image.
+    WebDataset's extension begins at the first dot: `a.v1.jpg` is part `v1.jpg` of the sample `a`. Beside
+    `a.jpg` that is a mask or a smaller copy; where the sample has no other image, an image was lost.
 
     Args:
-        whole: whether the shard is seen from its beginning; of the first sample the image may lie before.
+        whole: whether the shard is read from its start; else the first sample's image may come before.
     """
 
     def __init__(self, *, whole: bool = True) -> None:
         self.count, self.first = 0, ""
         self._sample: str | None = None
         self._has_image = not whole
-        self._named: list[str] = []  # of this sample: the first, as far as it is wanted
+        self._named: list[str] = []  # the first such member of this sample
         self._number = 0
 
     def see(self, name: str) -> bool:
-        """Whether the next member is a picture."""
+        """Record the next member; return whether it is a sample's image."""
         prefix, ending = base_plus_ext(name)
         if prefix is None:
             return False
@@ -159,7 +159,7 @@ class LeftOut:
         return False
 
     def end(self) -> None:
-        """Judge the sample that has ended."""
+        """Finish the current sample: count its members if it has no image."""
         if self._named and not self._has_image:
             self.count += self._number
             self.first = self.first or self._named[0]
@@ -167,7 +167,7 @@ class LeftOut:
 
 
 def note_on(left_out: LeftOut, tar: TarStream) -> str:
-    """What a shard that was seen to its end holds beside its samples; empty where that is nothing."""
+    """Describe what a fully read shard holds besides its samples; empty if nothing."""
     left_out.end()
     notes = []
     if left_out.first:
@@ -181,12 +181,12 @@ def note_on(left_out: LeftOut, tar: TarStream) -> str:
 
 
 def open_shard(name: str, position: int = 0) -> TarStream:
-    """The archive of this name from a byte position on.
+    """Open a shard by name from a byte position on.
 
-    A local file is sought, a server is asked for the rest; what comes through a pipe is passed over.
+    A local file is read from there, a server sends only the rest; of a pipe the bytes before are skipped.
 
     Raises:
-        ShardError: it is missing, cannot be opened, or ends before.
+        ShardError: it is missing, cannot be opened, or ends before the position.
     """
     try:
         stream = _file(name, position) if scheme_of(name) in ("", "file") else open_remote(name, position)
@@ -201,7 +201,7 @@ def open_shard(name: str, position: int = 0) -> TarStream:
 
 def _file(name: str, position: int) -> IO[bytes]:
     path = Path(name[len("file:") :].removeprefix("//") if scheme_of(name) else name)
-    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
+    if not stat.S_ISREG(path.stat().st_mode):  # opening a named pipe would block
         raise ShardError("unreadable", "is no regular file")
     file = path.open("rb", buffering=_READ_AHEAD)
     file.seek(position)

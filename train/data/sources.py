@@ -1,4 +1,4 @@
-"""The sources of a run and one lane's track through each: shards read in order, pictures by number."""
+"""The sources of a run and a lane's reader of each: shards are read in order, images by number."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from radio.errors import ConfigError, DataError, shown
 from radio.images import MAX_IMAGE_BYTES, decode
 
 from ..config import DataConfig
-from ..pictures import NO_DATA, Joined, Pictures, folder_part, scenes_part
-from ..sampling import picture_at, seed_of
-from .faults import Fault, ShardError, Tally
-from .lanes import Deal, Lane, Sample, Track
+from ..images import NO_DATA, ConcatImages, Images, folder_part, scenes_part
+from ..sampling import image_at, seed_of
+from .faults import ReadError, ReadStats, ShardError
+from .lanes import LaneAssignment, Sample, ShardStream, SourceReader
 from .shards import LeftOut, expand, note_on, open_shard, outline, short_name
 from .tar import Member, TarStream
 
-_BARREN = 100  # shards of a lane in a row without a picture
-_FEW, _LONG = 3, 600.0  # or fewer, when they take so many seconds: a network that is gone
-_TRIES = 20  # pictures in a row that cannot be read, where they are read by number
+_BARREN = 100  # shards in a row without an image, for one lane
+_FEW, _LONG = 3, 600.0  # or fewer, after so many seconds: the network is down
+_TRIES = 20  # unreadable images in a row, where they are read by number
 
 
 class Source(Protocol):
-    """One part of the data that lanes go through."""
+    """One part of the data, read by lanes."""
 
     @property
     def fingerprint(self) -> str:
-        """A hash of what it holds."""
+        """A hash of its content."""
 
     @property
     def parts(self) -> list[dict[str, Any]]:
-        """What a checkpoint's card says of it."""
+        """Its entries in a checkpoint's metadata."""
 
-    def track(self, lane: int, lanes: int, place: Sequence[int], seed: int) -> Track:
-        """A lane's way through it, from a place on."""
+    def track(self, lane: int, lanes: int, place: Sequence[int], seed: int) -> SourceReader:
+        """Open a lane's reader of the source at a position."""
 
 
 @final
 class Shards:
-    """WebDataset shards; every file with a picture's ending is a sample.
+    """WebDataset shards; every file with an image's extension is a sample.
 
-    The shards of every epoch are shuffled and dealt to the lanes in turn, epoch after epoch. Where there are
-    fewer shards than lanes, each is dealt in as many parts as are needed, of every n-th picture.
+    The shards are shuffled in every epoch and dealt to the lanes round-robin. If there are fewer shards than
+    lanes, each is split into as many parts as needed, of every n-th image.
     """
 
     def __init__(self, pattern: str, names: Sequence[str]) -> None:
@@ -55,46 +55,46 @@ class Shards:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the shards' names, not of where they are kept, so that a run can move with its data."""
+        """A hash of the shards' names without their folders, so that the data can move."""
         text = "\n".join(map(short_name, self.names))
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
     @property
     def parts(self) -> list[dict[str, Any]]:
-        """What a checkpoint's card says of them."""
+        """Their entries in a checkpoint's metadata."""
         known = {"path": self.pattern, "fingerprint": self.fingerprint, "shards": len(self.names)}
         return [{**known, "labels_used": False}]
 
-    def track(self, lane: int, lanes: int, place: Sequence[int], seed: int) -> Track:
-        """A lane's way through them, from a place on."""
+    def track(self, lane: int, lanes: int, place: Sequence[int], seed: int) -> SourceReader:
+        """Open a lane's reader of them at a position."""
         return ShardTrack(self.names, lane, lanes, place, seed)
 
 
 @final
 class Numbered:
-    """Pictures that are read by number: folders and the generated world."""
+    """Images that are read by number: folders and the generated world."""
 
-    def __init__(self, pictures: Pictures) -> None:
-        self.pictures = pictures
+    def __init__(self, images: Images) -> None:
+        self.images = images
 
     @property
     def fingerprint(self) -> str:
         """A hash of their content."""
-        return self.pictures.fingerprint
+        return self.images.fingerprint
 
     @property
     def parts(self) -> list[dict[str, Any]]:
-        """What a checkpoint's card says of them."""
-        return self.pictures.sources
+        """Their entries in a checkpoint's metadata."""
+        return self.images.sources
 
-    def track(self, lane: int, lanes: int, place: Sequence[int], seed: int) -> Track:
-        """A lane's way through them, from a place on."""
-        return NumberTrack(self.pictures, lane, lanes, place, seed)
+    def track(self, lane: int, lanes: int, place: Sequence[int], seed: int) -> SourceReader:
+        """Open a lane's reader of them at a position."""
+        return NumberTrack(self.images, lane, lanes, place, seed)
 
 
 @final
 class ShardTrack:
-    """One lane's way through shards: at a byte of one of them, after so many of its pictures."""
+    """One lane's reader of shards; its position is a shard's part, a byte and a number of images."""
 
     def __init__(self, names: Sequence[str], lane: int, lanes: int, place: Sequence[int], seed: int) -> None:
         self._names, self._lane, self._lanes, self._seed = names, lane, lanes, seed
@@ -103,31 +103,29 @@ class ShardTrack:
         self._unit, self._offset, self._seen = (int(number) for number in place)
         self._tar: TarStream | None = None
         self._left_out = LeftOut()
-        self._why = ""  # the last part ended before a picture
+        self._why = ""  # why the last part gave no further image
 
     @property
     def place(self) -> tuple[int, int, int]:
-        """Parts of shards done, the byte of the next header, and the pictures before it."""
+        """Finished parts of shards, the byte of the next header, and the images before it."""
         return self._unit, self._offset, self._seen
 
     def close(self) -> None:
-        """Let go of the shard."""
+        """Close the shard."""
         if self._tar is not None:
             self._tar.close()
         self._tar = None
 
-    def take(self, tally: Tally) -> Sample:
-        """The next picture that can be read.
+    def take(self, tally: ReadStats) -> Sample:
+        """Read the next readable image.
 
         Raises:
-            DataError: too many shards in a row gave none, or they took too long.
+            DataError: too many shards in a row had none, or they took too long.
         """
         begun = time.monotonic()
         failed: set[str] = set()
         for tried in range(1, _BARREN + 1):
-            unit = picture_at(
-                self._lane + self._unit * self._lanes, len(self._names) * self._parts, self._seed
-            )
+            unit = image_at(self._lane + self._unit * self._lanes, len(self._names) * self._parts, self._seed)
             shard, part = divmod(unit, self._parts)
             name = self._names[shard]
             sample = self._from_shard(name, part, tally, failed)
@@ -137,13 +135,13 @@ class ShardTrack:
             if late or len(failed) == self._distinct:
                 break
         raise DataError(
-            f"no picture in {tried} shards in a row, the last {shown(name)} ({self._why}); check the data"
+            f"no image in {tried} shards in a row, the last {shown(name)} ({self._why}); check the data"
         )
 
-    def _from_shard(self, name: str, part: int, tally: Tally, failed: set[str]) -> Sample | None:
-        """The next picture of a shard's part; None where it ends or is damaged, and the next one is due.
+    def _from_shard(self, name: str, part: int, tally: ReadStats, failed: set[str]) -> Sample | None:
+        """Read the next image of a shard's part; None, with the next part due, where it ends or is damaged.
 
-        Its name goes into `failed` where it gave no picture at all.
+        The shard's name is added to `failed` if it had no image at all.
         """
         try:
             tar = self._tar or self._open(name, part, tally)
@@ -154,50 +152,50 @@ class ShardTrack:
                         return sample
             note = outline(name).note if self._jumps(tar) else note_on(self._left_out, tar)
             if not self._seen:
-                raise ShardError("empty", f"holds no pictures{note and f': {note}'}")
+                raise ShardError("empty", f"holds no images{note and f': {note}'}")
             if note and part == 0:
-                tally.faults.append(Fault("left out", name, note))
+                tally.faults.append(ReadError("left out", name, note))
         except (ShardError, OSError) as error:
             cause = error.cause if isinstance(error, ShardError) else "unreadable"
             self._why = str(error)
             if not self._seen:
                 failed.add(name)
-            if part == 0:  # every lane that has a part of it meets the damage; one answers for it
-                tally.faults.append(Fault(cause, name, str(error)))
+            if part == 0:  # each part's lane meets the damage; only one reports it
+                tally.faults.append(ReadError(cause, name, str(error)))
         self.close()
         self._unit, self._offset, self._seen = self._unit + 1, 0, 0
         return None
 
-    def _open(self, name: str, part: int, tally: Tally) -> TarStream:
-        """Begin with a shard, or go on within it."""
+    def _open(self, name: str, part: int, tally: ReadStats) -> TarStream:
+        """Open a shard at its start, or continue within it."""
         begins = self._offset == 0
         tally.shards += begins and part == 0
         self._tar = open_shard(name, self._offset)
         self._left_out, self._why = LeftOut(whole=begins), "a lane's part of it holds none"
         if begins and part == 0 and self._jumps(self._tar) and (note := outline(name).note):
-            tally.faults.append(Fault("left out", name, note))  # known beforehand
+            tally.faults.append(ReadError("left out", name, note))  # known beforehand
         return self._tar
 
     def _jumps(self, tar: TarStream) -> bool:
         return self._parts > 1 and tar.seeks
 
     def _member(self, tar: TarStream, name: str, part: int) -> Member | None:
-        """The next file of the shard, or at once the next picture of this part where that can be sought."""
+        """Read the next file of the shard, or seek to this part's next image where that is possible."""
         if not self._jumps(tar):
             return tar.next()
-        pictures, end, _ = outline(name)
-        self._seen = min(self._seen + (part - self._seen) % self._parts, len(pictures))
-        ends = self._seen == len(pictures)
-        tar.jump(end if ends else pictures[self._seen])
+        images, end, _ = outline(name)
+        self._seen = min(self._seen + (part - self._seen) % self._parts, len(images))
+        ends = self._seen == len(images)
+        tar.jump(end if ends else images[self._seen])
         member = tar.next()
         if ends and member is not None:
             raise ShardError("unreadable", "has been changed while it was read")
         return member
 
     def _from_member(
-        self, tar: TarStream, member: Member, shard: str, part: int, tally: Tally
+        self, tar: TarStream, member: Member, shard: str, part: int, tally: ReadStats
     ) -> Sample | None:
-        """A picture of the shard; None where it is another lane's or cannot be decoded."""
+        """Decode an image of the shard; None where it is another lane's or cannot be decoded."""
         mine = self._seen % self._parts == part
         small = member.size <= MAX_IMAGE_BYTES
         data = tar.read(member) if mine and small else b""
@@ -209,47 +207,47 @@ class ShardTrack:
                 raise DataError(f"has {member.size} bytes, and the limit is {MAX_IMAGE_BYTES}")
             return Sample(decode(data), f"{short_name(shard)}/{member.name}")
         except DataError as error:
-            tally.faults.append(Fault("picture", f"{shard}/{member.name}", str(error)))
-            self._why = f"its pictures cannot be decoded: {error}"
+            tally.faults.append(ReadError("image", f"{shard}/{member.name}", str(error)))
+            self._why = f"its images cannot be decoded: {error}"
             return None
 
 
 @final
 class NumberTrack:
-    """One lane's way through pictures by number: every epoch shuffled, and dealt to the lanes in turn."""
+    """One lane's reader of images by number: shuffled in every epoch, dealt to the lanes round-robin."""
 
-    def __init__(self, pictures: Pictures, lane: int, lanes: int, place: Sequence[int], seed: int) -> None:
-        self._pictures, self._lane, self._lanes, self._seed = pictures, lane, lanes, seed
+    def __init__(self, images: Images, lane: int, lanes: int, place: Sequence[int], seed: int) -> None:
+        self._images, self._lane, self._lanes, self._seed = images, lane, lanes, seed
         self._done = int(place[0])
 
     @property
     def place(self) -> tuple[int, int, int]:
-        """Pictures tried."""
+        """Images tried, and two zeros."""
         return self._done, 0, 0
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no file is open."""
 
-    def take(self, tally: Tally) -> Sample:
-        """The next picture that can be read.
+    def take(self, tally: ReadStats) -> Sample:
+        """Read the next readable image.
 
         Raises:
-            DataError: too many in a row cannot.
+            DataError: too many in a row are unreadable.
         """
         for _ in range(_TRIES):
-            number = picture_at(self._lane + self._done * self._lanes, len(self._pictures), self._seed)
+            number = image_at(self._lane + self._done * self._lanes, len(self._images), self._seed)
             self._done += 1
             try:
-                return Sample(self._pictures.read(number), str(number))
+                return Sample(self._images.read(number), str(number))
             except DataError as error:
-                tally.faults.append(Fault("picture", self._pictures.where(number), str(error)))
+                tally.faults.append(ReadError("image", self._images.where(number), str(error)))
                 last = error
-        raise DataError(f"{_TRIES} pictures in a row cannot be read, the last: {last}; check the data")
+        raise DataError(f"{_TRIES} images in a row cannot be read, the last: {last}; check the data")
 
 
 @final
 class Sources:
-    """What a run's settings name, and how much of a batch each takes."""
+    """The sources that a run's settings name, and the share of a batch of each."""
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float]) -> None:
         self._sources, self._weights = sources, weights
@@ -259,57 +257,57 @@ class Sources:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the sources', in order."""
+        """A hash of the sources' fingerprints, in order."""
         text = " ".join(source.fingerprint for source in self._sources)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def sources(self) -> list[dict[str, Any]]:
-        """What a checkpoint's card says of them."""
+        """Their entries in a checkpoint's metadata."""
         return [part for source in self._sources for part in source.parts]
 
     @property
     def count(self) -> int | None:
-        """Pictures in all; None with shards, which are not counted beforehand."""
+        """Number of images; None with shards, which are not counted beforehand."""
         if not all("count" in part for part in self.sources):
             return None
         return sum(int(part["count"]) for part in self.sources)
 
-    def lane(self, deal: Deal, lane: int, cursor: Tensor, seed: int) -> Lane:
-        """A lane of a group from a cursor [S, 4] on, in a run with this seed."""
-        own = deal.seed(seed)
+    def lane(self, assignment: LaneAssignment, lane: int, cursor: Tensor, seed: int) -> ShardStream:
+        """Open a lane of a group at a cursor [S, 4], in a run with this seed."""
+        own = assignment.seed(seed)
         tracks = [
-            source.track(lane, deal.lanes, place[:-1], seed_of(own, "source", number))
+            source.track(lane, assignment.lanes, place[:-1], seed_of(own, "source", number))
             for number, (source, place) in enumerate(zip(self._sources, cursor.tolist(), strict=True))
         ]
-        return Lane(tracks, self._weights, cursor[:, -1].tolist(), seed_of(own, "lane", lane))
+        return ShardStream(tracks, self._weights, cursor[:, -1].tolist(), seed_of(own, "lane", lane))
 
 
 def open_sources(config: DataConfig) -> Sources:
-    """The sources of a run: each pattern, folder and the generated world, or all of a kind together.
+    """Open a run's sources: one per pattern, folder and scenes with weights, else one for all.
 
     Raises:
-        ConfigError: no data, weights that are not one above zero for each source, or none where sources of
-            both kinds are mixed.
-        DataError: a folder that is absent or empty.
+        ConfigError: there are no data, the weights are not one positive number per source, or there are
+            none although shards are mixed with other sources.
+        DataError: a folder is missing or empty.
     """
     parts = [*map(folder_part, config.images), *([scenes_part(config)] if config.scenes else [])]
     named = [Shards(pattern, expand([pattern])) for pattern in config.shards]
     if not parts and not named:
         raise ConfigError(NO_DATA)
     if config.weights:
-        return _weighted(named, [Joined([part]) for part in parts], config.weights)
+        return _weighted(named, [ConcatImages([part]) for part in parts], config.weights)
     if parts and named:
         raise ConfigError(
-            "how many pictures shards hold is not known beforehand; beside folders or scenes give "
+            "how many images shards hold is not known beforehand; beside folders or scenes give "
             "--data.weights, a number for each source: the shards' patterns, the folders, then scenes"
         )
     if named:
         return Sources([Shards(" ".join(config.shards), expand(config.shards))], [1.0])
-    return Sources([Numbered(Joined(parts))], [1.0])
+    return Sources([Numbered(ConcatImages(parts))], [1.0])
 
 
-def _weighted(shards: list[Shards], folders: list[Joined], weights: Sequence[float]) -> Sources:
+def _weighted(shards: list[Shards], folders: list[ConcatImages], weights: Sequence[float]) -> Sources:
     sources: list[Source] = [*shards, *map(Numbered, folders)]
     if len(weights) != len(sources) or not min(weights) > 0 or not math.isfinite(sum(weights)):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The crops of a rank, step after step: its lanes shared by loader processes, read ahead of the trainer."""
+"""The stream of a rank's crops, step by step: loader processes share its lanes and prefetch."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from radio.errors import DataError, RadioError
 from ..config import DataConfig
 from ..crops import random_view
 from ..preempt import outlast_signals
-from .faults import Fault, Tally
-from .lanes import Deal, Lane, sharing
+from .faults import ReadError, ReadStats
+from .lanes import LaneAssignment, ShardStream, sharing
 from .sources import Sources
 
-# Letters: B pictures of this rank, L its lanes, S sources.
+# Letters: B images of this rank, L its lanes, S sources.
 
 T = TypeVar("T")
 
-_OTHER_FILES = 512  # of a process: libraries, and what it shares with others
-_READ_AHEAD = 4  # steps of each loader process
-_TENSORS = 2  # of a group's rows; each is a file between processes
+_OTHER_FILES = 512  # other open files of a process: libraries and shared memory
+_READ_AHEAD = 4  # steps per loader process
+_TENSORS = 2  # per group's rows; each needs an open file between processes
 
 
 class Mark(NamedTuple):
-    """Where lanes stand after some pictures, and what happened on the way to them."""
+    """The lanes' cursors after some images, and statistics of reading these."""
 
     cursors: Tensor  # int64 [L, S, 4]
-    shards: int  # begun
-    faults: tuple[Fault, ...]  # what could not be read
+    shards: int  # started
+    faults: tuple[ReadError, ...]  # what could not be read
 
 
 class Rows(NamedTuple):
-    """A rank's pictures of one group in one step."""
+    """A rank's images of one group in one step."""
 
     pixels: Tensor  # uint8 [B, 3, side, side]
     keys: tuple[str, ...]  # the samples' names
@@ -47,16 +47,16 @@ class Rows(NamedTuple):
 
 
 class Share(NamedTuple):
-    """What a rank does for one group."""
+    """A rank's part of one group's images."""
 
-    deal: Deal
+    assignment: LaneAssignment
     lanes: range
     side: int  # pixels of the square crops
     cursors: Tensor  # int64 [L, S, 4]
 
 
 class LaneStream(IterableDataset[tuple[Rows, ...]]):
-    """The crops of a rank for some steps, group by group; in a loader process only those of its lanes."""
+    """The crops of a rank for some steps, per group; a loader process yields those of its lanes only."""
 
     def __init__(
         self, sources: Sources, shares: Sequence[Share], config: DataConfig, seed: int, steps: range
@@ -77,21 +77,21 @@ class LaneStream(IterableDataset[tuple[Rows, ...]]):
             for lane in chain.from_iterable(lanes.values() for lanes in own):
                 lane.close()
 
-    def _open(self, share: Share, worker: int, workers: int) -> dict[int, Lane]:
+    def _open(self, share: Share, worker: int, workers: int) -> dict[int, ShardStream]:
         count = len(share.lanes) // workers
         places = range(worker * count, (worker + 1) * count)
         return {
-            share.lanes[n]: self.sources.lane(share.deal, share.lanes[n], share.cursors[n], self.seed)
+            share.lanes[n]: self.sources.lane(share.assignment, share.lanes[n], share.cursors[n], self.seed)
             for n in places
         }
 
-    def _rows(self, share: Share, lanes: dict[int, Lane], step: int) -> Rows:
-        tally = Tally()
+    def _rows(self, share: Share, lanes: dict[int, ShardStream], step: int) -> Rows:
+        tally = ReadStats()
         pixels, keys = [], []
         for number, lane in lanes.items():
-            for place in range(share.deal.each):
+            for place in range(share.assignment.each):
                 sample = lane.take(tally)
-                position = share.deal.position(step, number, place)
+                position = share.assignment.position(step, number, place)
                 pixels.append(random_view(sample.image, self.config, share.side, self.seed, position))
                 keys.append(sample.key)
         cursors = torch.stack([lane.cursor for lane in lanes.values()])
@@ -101,18 +101,18 @@ class LaneStream(IterableDataset[tuple[Rows, ...]]):
 def open_stream(
     sources: Sources, shares: Sequence[Share], config: DataConfig, seed: int, steps: range, *, pin: bool
 ) -> Iterator[tuple[Rows, ...]]:
-    """Each step's rows of a rank, for every group that it works for, in order.
+    """Open the stream of a rank's rows: for each step one item, with rows for every group of the rank.
 
-    The loader's processes start in the calling thread, at once. There are fewer than asked for where they
-    could not share the lanes evenly.
+    The loader's processes start immediately, in the calling thread. There are fewer than configured if
+    they could not share the lanes evenly.
 
     Args:
         sources: the data.
         shares: the rank's lanes in each of its groups.
         config: crops and workers.
-        seed: decides order and crops.
-        steps: the steps to give.
-        pin: put the pictures into page-locked memory, for a GPU.
+        seed: decides the order and the crops.
+        steps: the steps to yield.
+        pin: put the images into pinned memory, for a GPU.
     """
     workers = sharing(config.workers, [len(share.lanes) for share in shares])
     make_room_for_files(workers * _READ_AHEAD * _TENSORS * len(shares))
@@ -128,7 +128,7 @@ def open_stream(
 
 
 def make_room_for_files(count: int) -> None:
-    """Let this process hold so many more files open at once, as far as the system allows."""
+    """Raise this process's limit of open files by `count`, as far as the system allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + _OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -137,7 +137,7 @@ def make_room_for_files(count: int) -> None:
 
 
 def fewer_workers(wanted: int, shares: Sequence[Share]) -> str:
-    """A line on why a rank has fewer loader processes than wanted; empty where it has as many."""
+    """Explain why a rank has fewer loader processes than configured; empty if it has not."""
     lanes = [len(share.lanes) for share in shares]
     workers = sharing(wanted, lanes)
     if workers == wanted:
@@ -147,16 +147,16 @@ def fewer_workers(wanted: int, shares: Sequence[Share]) -> str:
 
 
 def rows_of(loader: Iterable[T]) -> Iterator[T]:
-    """What a loader gives; an error of one of its processes comes as it was there, without a traceback in it.
+    """Yield a loader's rows; re-raise an error of a worker process as the original, without its traceback.
 
     Raises:
-        RadioError: a process met it, or has ended.
-        OSError, MemoryError: a process met it.
+        RadioError: a worker raised it, or was killed.
+        OSError, MemoryError: a worker raised it.
     """
     try:
         yield from loader
     except (RadioError, OSError, MemoryError) as error:
-        traceback.clear_frames(error.__traceback__)  # they hold each other, and with them the processes
+        traceback.clear_frames(error.__traceback__)  # frames keep each other, and so the processes, alive
         text = str(error)
         if not text.startswith("Caught "):
             raise
@@ -176,7 +176,7 @@ def _as_it_is(rows: Any) -> Any:
 
 
 def _steps(parts: Iterator[tuple[Rows, ...]], workers: int, pin: bool) -> Iterator[tuple[Rows, ...]]:
-    """The rows of whole steps: the loader gives its processes' parts in turn."""
+    """Join the parts of whole steps: the loader yields its processes' parts alternately."""
     while shares := tuple(islice(parts, workers)):
         yield tuple(_joined(group, pin) for group in zip(*shares, strict=True))
 
@@ -195,10 +195,10 @@ def _joined(parts: Sequence[Rows], pin: bool) -> Rows:
 
 
 def _joined_pixels(parts: Sequence[Tensor], pin: bool) -> Tensor:
-    """Parts [b, 3, side, side] as one [B, 3, side, side].
+    """Join parts [b, 3, side, side] to one tensor [B, 3, side, side].
 
-    Joined into page-locked memory: a copy of page-locked parts would lie in ordinary memory again, from where
-    a copy to the GPU makes the step wait.
+    With `pin`, into pinned memory: concatenating pinned parts would give ordinary memory again, and a copy
+    from there to the GPU blocks the step.
     """
     if not pin:
         return parts[0] if len(parts) == 1 else torch.cat(list(parts))

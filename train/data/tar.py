@@ -1,7 +1,7 @@
-"""The members of a tar stream, one after another, from any of their beginnings on.
+"""A tar reader that goes from member to member, starting at any header.
 
-The standard library's reader hides where damage begins: a broken header in the middle is the end of the
-archive to it. Here every member says where it and its successor lie, and damage has a cause.
+The standard library's reader hides where damage begins: it takes a broken header in the middle for the end
+of the archive. Here every member has its own and its successor's position, and damage has a cause.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from radio.errors import shown
 from .faults import ShardError
 
 _BLOCK = 512
-_SKIPPED_AT_ONCE = 1 << 20  # bytes of a stream that cannot seek
-_LARGEST = 1 << 40  # bytes of a member: nobody packs more into one, and they may have to be passed over
-_LARGEST_HEADER = 1 << 20  # bytes of an extended header, as with libarchive; it is read at once
+_SKIPPED_AT_ONCE = 1 << 20  # bytes, in a stream that cannot seek
+_LARGEST = 1 << 40  # bytes of a member, an upper bound: they may have to be skipped
+_LARGEST_HEADER = 1 << 20  # bytes of an extended header, as in libarchive; it is read into memory
 _LONGEST_NAME = 1 << 12  # bytes, of a path
 _FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
-_BARE = (  # headers that no bytes follow, whatever size they name
+_BARE = (  # headers without data, whatever size they name
     *_LINKS,
     tarfile.DIRTYPE,
     tarfile.FIFOTYPE,
@@ -41,53 +41,53 @@ class Member(NamedTuple):
 
     name: str
     size: int
-    start: int  # where its bytes begin
-    end: int  # where the next header begins
+    start: int  # position of its data
+    end: int  # position of the next header
 
 
 class _Extended(NamedTuple):
-    """What headers before a member's own say of it."""
+    """Name and size that extended headers give for the next member."""
 
     name: str | None = None
     size: int | None = None
 
 
 class TarStream:
-    """A tar archive read forwards.
+    """A tar archive, read forwards.
 
     Args:
-        stream: the archive, standing at `position`.
+        stream: the archive, already at `position`.
         position: byte position of a header, or 0.
     """
 
     def __init__(self, stream: IO[bytes], position: int = 0) -> None:
         self._stream, self._position, self._next = stream, position, position
         self.seeks = stream.seekable()  # whether `jump` is possible
-        self.num_links, self.first_link = 0, ""  # members without bytes of their own, passed over so far
+        self.num_links, self.first_link = 0, ""  # links skipped so far: they have no data
         self._length: int | None = None
         if self.seeks:
             self._length = stream.seek(0, io.SEEK_END)
             stream.seek(position)
 
     def close(self) -> None:
-        """Let go of the stream."""
+        """Close the stream."""
         self._stream.close()
 
     @property
     def position(self) -> int:
-        """Where the next header begins."""
+        """Position of the next header."""
         return self._next
 
     def jump(self, position: int) -> None:
-        """Go on from another header."""
+        """Continue at another header."""
         assert self.seeks, "what comes through a pipe is read forwards"
         self._next = position
 
     def next(self) -> Member | None:
-        """The next file; None at the end of the archive.
+        """Read the next file's header; None at the end of the archive.
 
         Raises:
-            ShardError: no tar archive, a damaged header, or the archive ends early; `position` stays.
+            ShardError: not a tar archive, a damaged header, or an early end; `position` is unchanged.
             OSError: the stream fails.
         """
         begin = self._next
@@ -115,7 +115,7 @@ class TarStream:
             known = self._extend(known, info, at)
 
     def read(self, member: Member) -> bytes:
-        """The bytes of the member that `next` gave last.
+        """Read the data of the member that `next` returned last.
 
         Raises:
             ShardError: the archive ends within them.
@@ -125,7 +125,7 @@ class TarStream:
         return self._exactly(member.size)
 
     def _extend(self, known: _Extended, info: tarfile.TarInfo, at: int) -> _Extended:
-        """What is known of the next file after a header that is not a file's."""
+        """Update what is known of the next file after a header that is not a file's."""
         if info.type == tarfile.GNUTYPE_LONGNAME:
             return known._replace(name=_name(self._extension(info, at).rstrip(b"\0"), at))
         if info.type in _PAX:
@@ -186,7 +186,7 @@ class TarStream:
 
 
 def _from_pax(known: _Extended, records: bytes, at: int) -> _Extended:
-    """What an extended header adds, whose records are `LENGTH KEY=VALUE` lines."""
+    """Parse an extended header of `LENGTH KEY=VALUE` lines and return the updated attributes."""
     place = 0
     while place < len(records) and records[place]:
         match = _PAX_RECORD.match(records, place)

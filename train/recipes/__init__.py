@@ -1,4 +1,4 @@
-"""Recipes: functions that return the settings of one run. A name on the command line is a function here."""
+"""Recipes: functions that return the settings of one run. The command line names one of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The paper's own runs; their teachers' weights are files that the user brings."""
+"""The paper's runs; the user provides the files with the teachers' weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SAM = TeacherConfig(
     model="sam:vit_h@weights/sam_vit_h_4b8939.pth",
     resolution=1024,
     student_resolution=1008,
-    batch_size=128,  # 32 ranks x 4, beside 32 ranks x 32 for the other two
+    batch_size=128,  # 32 ranks x 4 images; the other two have 32 ranks x 32
     summary_weight=0.0,
 )
 SHARDS = ("data/datacomp/{00000000..00012895}.tar",)
@@ -22,7 +22,7 @@ SHARDS = ("data/datacomp/{00000000..00012895}.tar",)
 
 @recipes.register("paper-h14")
 def paper_h14() -> TrainConfig:
-    """The best student: ViT-H/14 with ViTDet windows from MetaCLIP H, DINOv2 g and SAM H (paper §4)."""
+    """Train the best student: ViT-H/14 with ViTDet windows from MetaCLIP H, DINOv2 g and SAM H (paper §4)."""
     return TrainConfig(
         recipe="paper-h14",
         out=Path("runs/paper-h14"),
@@ -39,7 +39,7 @@ def paper_h14() -> TrainConfig:
 
 @recipes.register("paper-b14")
 def paper_b14() -> TrainConfig:
-    """Table 3's student: ViT-B/14 from CLIP and DINOv2 at 224 px with naive balancing."""
+    """Train table 3's student: ViT-B/14 from CLIP and DINOv2 at 224 px with naive balancing."""
     return TrainConfig(
         recipe="paper-b14",
         out=Path("runs/paper-b14"),

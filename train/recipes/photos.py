@@ -1,4 +1,4 @@
-"""Runs on real photographs with real teachers that pip brings, on two CPU cores."""
+"""Runs on real photographs with real teachers installed by pip, on two CPU cores."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from . import recipes
 
 @recipes.register("real-small")
 def real_small() -> TrainConfig:
-    """A small ViT from EfficientNet-Lite0 and a DINOv2-architecture ViT-S/14, both from `make weights`.
+    """Train a small ViT from EfficientNet-Lite0 and a DINOv2-architecture ViT-S/14 (`make weights`).
 
-    The teachers are most of the cost on a CPU, so their features of fixed crops are computed once.
+    The teachers dominate the cost on a CPU, so their features of fixed crops are computed once.
     """
     return TrainConfig(
         recipe="real-small",

@@ -27,12 +27,12 @@ _BALANCERS = {
 
 @tables.register("table3")
 def table3() -> PaperTable:
-    """The four balancers on the scenes: k-NN, zero-shot and probe in one table, weights over time."""
+    """Compare the four balancers on the scenes: k-NN, zero-shot and probe in one table, weights over time."""
     base = replace(
         demo(),
         recipe="table3",
         out=Path("runs/table3"),
-        teachers=TEACHERS[:2],  # the parts of CLIP and DINOv2, as in the paper's table
+        teachers=TEACHERS[:2],  # the counterparts of CLIP and DINOv2, as in the paper's table
         steps=1200,
         log_every=20,
         score=("zeroshot", "knn", "seg"),
@@ -42,7 +42,7 @@ def table3() -> PaperTable:
 
 @tables.register("table3-paper")
 def table3_paper() -> PaperTable:
-    """Table 3 at its own size: `paper-b14` with each balancer."""
+    """Reproduce table 3 at the paper's size: `paper-b14` with each balancer."""
     base = replace(paper_b14(), recipe="table3-paper", out=Path("runs/table3-paper"))
     return PaperTable(base=base, rows=_balanced, finish=_finish)
 
@@ -60,10 +60,10 @@ def _balanced(base: TrainConfig) -> Rows:
 
 
 def _finish(rows: Rows, checkpoints: Mapping[str, Path], out: Path, console: Console) -> None:
-    """All students with their teachers above the paper's rows, and the weights over time."""
+    """Print scores of all students and teachers above the paper's rows, and the weights over time."""
     first = next(iter(rows.values()))
     if first.score:
-        from ..scoring import score  # only now: with all evaluators behind it
+        from ..scoring import score  # imported late: it imports all evaluators
 
         score(first, checkpoints, out / "reports", console, TABLE_3)
     show_weights({name: path.parent for name, path in checkpoints.items()}, out, console)

@@ -1,4 +1,4 @@
-"""The paper's table 6, efficient backbones under one recipe: in small, and as the paper has it."""
+"""The paper's table 6, efficient backbones under one recipe: a small version, and the paper's."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .paper import DINO
 from .scenes import TEACHERS
 
 ALL = "all"
-"""The student that stands for every one of `STUDENTS`."""
+"""Name that stands for all of `STUDENTS`."""
 
 STUDENTS: tuple[str, ...] = tuple(
     name
     for name in TABLE_6_MODELS
     if not name.startswith(("dinov2:", "openclip:")) and name not in ("vit-l14", "vit-h14")
 )
-"""The paper's table 6 without its two large ViTs, which take hours on a CPU even in small."""
+"""The paper's table 6 without its two large ViTs, which take hours on a CPU even in the small version."""
 
 OPENCLIP = TeacherConfig(
     name="clip", model="openclip:ViT-H-14@weights/open_clip_vit_h14_laion2b_s32b_b79k.bin", resolution=224
@@ -34,12 +34,12 @@ OPENCLIP = TeacherConfig(
 
 @tables.register("table6")
 def table6() -> PaperTable:
-    """Table 6 in small on the generated world: --student NAME, or all of them one after the other."""
+    """Reproduce a small table 6 on the generated world, for --student NAME or all students."""
     base = TrainConfig(
         recipe="table6",
         out=Path("runs/table6"),
         student=ALL,
-        teachers=TEACHERS[:2],  # a CLIP and a DINOv2 in small; the paper takes no SAM here
+        teachers=TEACHERS[:2],  # small counterparts of CLIP and DINOv2; the paper uses no SAM here
         resolution=96,
         steps=400,
         batch_size=16,
@@ -54,7 +54,7 @@ def table6() -> PaperTable:
 
 @tables.register("table6-paper")
 def table6_paper() -> PaperTable:
-    """Table 6 as the paper has it: OpenCLIP H/14 and DINOv2 g/14, ImageNet-21k, batch 4096 (§5.1)."""
+    """Reproduce the paper's table 6: OpenCLIP H/14 and DINOv2 g/14, ImageNet-21k, batch 4096 (§5.1)."""
     base = TrainConfig(
         recipe="table6-paper",
         out=Path("runs/table6-paper"),
@@ -71,7 +71,7 @@ def table6_paper() -> PaperTable:
 
 
 def _students(base: TrainConfig) -> Rows:
-    """One student or all, each at the size nearest to the resolution that it takes."""
+    """Return one run per student, each at the valid size nearest to the resolution."""
     names = STUDENTS if base.student == ALL else (base.student,)
     return {name: replace(base, student=name, resolution=_side(name, base)) for name in names}
 
@@ -81,13 +81,13 @@ def _side(name: str, base: TrainConfig) -> int:
     if name.startswith("timm:"):  # built for the resolution
         return base.resolution
     with torch.device("meta"):
-        return factory(base.options).fit(base.resolution, base.resolution)[0]
+        return factory(base.options).nearest_size(base.resolution, base.resolution)[0]
 
 
 def _finish(rows: Rows, checkpoints: Mapping[str, Path], out: Path, console: Console) -> None:
-    """Scores and speed of every student beside the paper's, where scores are asked for."""
+    """Print every student's scores and speed beside the paper's, if the run has tasks to score."""
     first = next(iter(rows.values()))
     if first.score:
-        from ..table6_scores import compare  # only now: with all evaluators behind it
+        from ..table6_scores import compare  # imported late: it imports all evaluators
 
         compare(first, checkpoints, out / "reports", console)

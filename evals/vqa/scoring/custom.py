@@ -1,4 +1,4 @@
-"""Questions of your own: one JSON object a line, about images of any kind, with one or more right answers."""
+"""The user's own questions: one JSON object per line, about any images, with one or more right answers."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class _Row(TypedDict):
     """One question."""
 
     question: str
-    image: NotRequired[str | None]  # a file below the folder of the images, of any ending
-    id: NotRequired[int | str]  # the line's number unless given
+    image: NotRequired[str | None]  # a file below the images folder, with its extension
+    id: NotRequired[int | str]  # default: the number of the question
     answer: NotRequired[str]
     answers: NotRequired[list[str]]
     choices: NotRequired[list[str]]  # the answer is one of them
@@ -41,7 +41,7 @@ def read(files: TaskFiles) -> Exam:
     """Read the questions of a JSONL file, or of one JSON list.
 
     Raises:
-        DataError: no such file, nothing in it, a question that does not fit the schema or is not answered,
+        DataError: no such file, an empty file, a question that does not fit the schema or is not answered,
             or two of one id.
     """
     path = files.questions
@@ -70,17 +70,17 @@ def read(files: TaskFiles) -> Exam:
 
 
 def exact_or_soft(answer: str, truths: Sequence[str]) -> float:
-    """What an answer is worth once all are normalised as VQAv2's evaluation does it.
+    """Score an answer after normalising all answers as in VQAv2's evaluation.
 
-    Against ten or more people's answers it is VQA's accuracy (0.3, 0.6, 0.9 or 1 for 1, 2, 3 or more of ten
-    who agree); against fewer it is 1 where one of them is the same, else 0.
+    With ten or more people's answers it is VQA's accuracy (0.3, 0.6, 0.9 or 1 for 1, 2, 3 or more of ten who
+    agree); with fewer it is 1 if one of them is equal, else 0.
     """
     same = [_normalised(truth) for truth in truths].count(_normalised(answer))
     return leave_one_out(same, len(truths)) if len(truths) >= NUM_ANSWERS else float(same > 0)
 
 
 def _normalised(answer: str) -> str:
-    """As VQAv2's evaluation does it; what that leaves nothing of (`the`, `?`) in small letters, as it is."""
+    """Normalise as VQAv2's evaluation does; only strip and lower where that leaves nothing (`the`, `?`)."""
     return official(answer) or answer.strip().lower()
 
 
@@ -92,7 +92,7 @@ def _question(row: _Row, number: int) -> Question:
 
 
 def _mark(row: _Row, where: str) -> tuple[Mark, str]:
-    """How a question is marked, and the right or the commonest answer."""
+    """Return the scoring function of a question, and the right or most common answer."""
     answers = [*([row["answer"]] if "answer" in row else []), *row.get("answers", [])]
     if not answers or not all(answer.strip() for answer in answers) or not row["question"].strip():
         raise DataError(f"{where}: wanted a question with one or more answers, none of them empty")

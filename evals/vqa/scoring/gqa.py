@@ -12,14 +12,14 @@ from .exam import Exam, Grouping, Question, TaskFiles
 from .records import Records, Row
 
 _LAYOUT = "{id: {question, imageId, isBalanced, answer}}"
-_SPLITS = ("testdev", "val", "train", "challenge", "test")  # in this order: testdev holds test
+_SPLITS = ("testdev", "val", "train", "challenge", "test")  # in this order: `testdev` contains `test`
 
 
 def read(files: TaskFiles) -> Exam:
-    """The balanced questions of a GQA file; others are known, not scored.
+    """Read the balanced questions of a GQA file; other ids are accepted in predictions, not scored.
 
     Raises:
-        DataError: no such file, not such a file, or one whose split is unknown.
+        DataError: no such file, not a GQA file, or an unknown split.
     """
     records = Records(files.questions, "GQA's questions", _LAYOUT)
     rows = records.keyed()
@@ -40,7 +40,7 @@ def read(files: TaskFiles) -> Exam:
 
 
 def tidy(answer: str) -> str:
-    """An answer as it is compared: no full stops at its end, small letters."""
+    """Normalise an answer for comparison: no full stops at its end, lower case."""
     return answer.rstrip(".").lower()
 
 
@@ -55,14 +55,14 @@ def _question(records: Records, row: Row) -> Question:
 
 
 def _answers(records: Records, rows: list[Row]) -> tuple[str, ...]:
-    """The answer of each question, or nothing where no question has one."""
+    """Read the answer of each question; empty if no question has one."""
     if not any("answer" in row.data for row in rows):
         return ()
     return tuple(records.get(row, "answer", str) for row in rows)
 
 
 def _groups(rows: list[Row]) -> dict[str, Grouping]:
-    """By structure and meaning of the questions, where the file says it of every one."""
+    """Group the questions by structural and semantic type, if every question has it."""
     types = [row.data.get("types") for row in rows]
     found = {}
     for name in ("structural", "semantic"):
@@ -76,7 +76,7 @@ def _groups(rows: list[Row]) -> dict[str, Grouping]:
 
 
 def _split(files: TaskFiles) -> str:
-    """The split that the file's name says, which scores are labelled with: val and testdev differ."""
+    """Return the split, from the file's name or `files`; it labels the scores, as val and testdev differ."""
     words = re.split(r"[^a-z]+", files.questions.name.lower())
     named = next((split for split in _SPLITS if split in words), None)
     if named is None and files.split is None:

@@ -1,7 +1,7 @@
-"""Answers brought to one form, so that `The  two dogs.` and `2 dogs` are the same.
+"""Normalisation of answers, so that `The  two dogs.` and `2 dogs` are equal.
 
 Two conventions are in use. `official` is that of the VQA evaluation (S. Antol et al. 2015; visualqa.org).
-TextVQA's scorers (`m4c`) lower first, drop every comma and question mark, set a possessive apart, and then do
+TextVQA's scorers (`m4c`) lower first, drop every comma and question mark, separate a possessive, and then do
 the same.
 """
 
@@ -15,10 +15,10 @@ _NUMBERS = {word: str(number) for number, word in enumerate(_WORDS.split())} | {
 _ARTICLES = frozenset(("a", "an", "the"))
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
-_MOST_PERIODS = 32  # both scorers hand re.UNICODE, which is 32, over as the count
-_PERIOD = re.compile(r"\.(?!\d)")  # one that no digit follows: decimals keep theirs
+_MOST_PERIODS = 32  # both scorers pass re.UNICODE, which is 32, as the count
+_PERIOD = re.compile(r"\.(?!\d)")  # not followed by a digit: decimals keep theirs
 
-# For every ending, the words that the table completes with it: `hed` is there, `shed` and `wed` are words.
+# For each ending, the words that the table combines with it: `hed` is in it; `shed` and `wed` are words.
 _NOT = "ai are ca could did does do had has have is might must need ought sha should was were wo would"
 _NOT_HAVE = "could had might should would"
 _HAVE = "could might must not should they we what where who would you"
@@ -34,7 +34,7 @@ _ALONE = {
     "ow's'at": "'ow's'at",
     "'ows'at": "'ow's'at",
     "'ow'sat": "'ow's'at",
-    "somebody'd": "somebodyd",  # the wrong way round, and so in every scorer
+    "somebody'd": "somebodyd",  # reversed by mistake, as in every scorer
     "yall": "y'all",
     "yall'll": "y'all'll",
     "y'allll": "y'all'll",
@@ -64,30 +64,33 @@ def _contractions() -> dict[str, str]:
 
 
 CONTRACTIONS: dict[str, str] = _contractions()
-"""Contractions without their apostrophes, and how they are written. The public table's capital entries (`Im`)
-are left out: words are lowered before they are looked up, so those never apply."""
+"""Contractions without apostrophes, and their correct spelling. The public table's capital entries (`Im`) are
+omitted: words are lowered before the look-up, so those never apply."""
 
 
 def clean(answer: str) -> str:
-    """An answer on one line without blanks around it: all that is done to unanimous answers."""
+    """Put an answer on one line and strip it: the only normalisation of unanimous answers."""
     return answer.replace("\n", " ").replace("\t", " ").strip()
 
 
-@lru_cache(maxsize=1 << 16)  # most of millions of answers are the same few
+@lru_cache(maxsize=1 << 16)  # most of millions of answers repeat
 def official(answer: str) -> str:
-    """An answer as the official VQA evaluation compares it, where people did not all say the same."""
+    """Normalise an answer as the official VQA evaluation does where people disagree."""
     return _words(_punctuation(clean(answer)))
 
 
 @lru_cache(maxsize=1 << 16)
 def m4c(answer: str) -> str:
-    """An answer as TextVQA's scorers compare it."""
+    """Normalise an answer as TextVQA's scorers do."""
     lowered = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     return _words(_punctuation(clean(lowered)))
 
 
 def _punctuation(text: str) -> str:
-    """A mark beside a blank goes, one between letters becomes a blank; with `1,000` in the text, all go."""
+    """Remove each punctuation mark that is next to a space, or all of them in a text with `1,000`.
+
+    Other marks become a space; the first 32 full stops that are not before a digit are removed.
+    """
     numbers = _COMMA_IN_NUMBER.search(text) is not None
     found = text
     for mark in _PUNCTUATION:

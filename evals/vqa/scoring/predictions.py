@@ -1,4 +1,4 @@
-"""Predictions in a file: one JSON object a line, or one JSON array as EvalAI and GQA take it."""
+"""Files of predictions: one JSON object per line, or one JSON array as for EvalAI and GQA."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _IDS, _ANSWERS = ("question_id", "questionId"), ("answer", "prediction", "text")
 
 
 def read_predictions(path: Path) -> dict[str, str]:
-    """The answer to each question id, in the order of the file.
+    """Read the answer to each question id, in the order of the file.
 
     A record is {"question_id": …, "answer": …}; GQA's {"questionId", "prediction"} and LLaVA's
     {"question_id", "text"} are read too.
 
     Raises:
-        DataError: no such file, nothing in it, a record that is none, or questions that are answered twice.
+        DataError: no such file, an empty file, an invalid record, or questions that are answered twice.
     """
     found: dict[str, str] = {}
     twice: list[str] = []

@@ -1,4 +1,4 @@
-"""Benchmark files, read record by record: what is not as wanted is one error that names file and record."""
+"""Reading of benchmark files, record by record, with errors that name file and record."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ T = TypeVar("T")
 
 
 def read_json(path: Path) -> Any:
-    """Read a benchmark's JSON file, whose objects hold each key once.
+    """Read a benchmark's JSON file, whose objects have each key once.
 
     Raises:
-        DataError: no such file, not JSON, or a key twice.
+        DataError: no such file, not JSON, or a duplicate key.
     """
     return parse_json(read_text(path, limit=MAX_DATA_BYTES), path)
 
 
 def read_list(path: Path) -> list[tuple[str, Any]]:
-    """Read one JSON array, or one JSON value a line (JSONL); each value with its place in the file.
+    """Read one JSON array, or one JSON value per line (JSONL); return each with its place in the file.
 
     Raises:
         DataError: no such file, or neither.
@@ -40,7 +40,7 @@ def read_list(path: Path) -> list[tuple[str, Any]]:
 
 
 class Row(NamedTuple):
-    """One record, its key or place, and what to call it in an error."""
+    """One record, its key or index, and its name in errors."""
 
     key: str
     name: str
@@ -49,17 +49,17 @@ class Row(NamedTuple):
 
 @final
 class Records:
-    """A benchmark's file, and what it ought to hold: `what` in words, `layout` as a sketch."""
+    """A benchmark's file, and its expected contents for errors: `what` in words, `layout` as a sketch."""
 
     def __init__(self, path: Path, what: str, layout: str) -> None:
         self.path, self._what, self._layout = path, what, layout
         self._data = read_json(path)
 
     def listed(self, key: str) -> list[Row]:
-        """The records of the list under `key`.
+        """Return the records of the list under `key`.
 
         Raises:
-            DataError: no such list, nothing in it, or something else than objects.
+            DataError: no such list, an empty one, or one of anything but objects.
         """
         found = self._data.get(key) if isinstance(self._data, dict) else None
         if not isinstance(found, list):
@@ -69,22 +69,22 @@ class Records:
         )
 
     def keyed(self) -> list[Row]:
-        """The records of an object, each with its key as its name.
+        """Return the records of a JSON object, each with its key.
 
         Raises:
-            DataError: not an object, nothing in it, or something else than objects.
+            DataError: not an object, an empty one, or one of anything but objects.
         """
         if not isinstance(self._data, dict):
             raise self.refuse(_first(self._data), f"the file holds a {type(self._data).__name__}")
         return self._rows([(key, f"record {key[:80]}", data) for key, data in self._data.items()])
 
     def top(self, key: str) -> str | None:
-        """A text beside the records, where there is one."""
+        """Return a top-level string of the file, or None without one."""
         found = self._data.get(key) if isinstance(self._data, dict) else None
         return found if isinstance(found, str) else None
 
     def get(self, row: Row, key: str, kind: type[T]) -> T:
-        """A record's field of one type.
+        """Return a record's field, checked to be of type `kind`.
 
         Raises:
             DataError: no such field, or one of another type.
@@ -93,12 +93,12 @@ class Records:
             raise self.refuse(row.name, f"has no {key!r}")
         found = row.data[key]
         if not isinstance(found, kind) or (isinstance(found, bool) and kind is not bool):
-            said = reprlib.repr(found)  # foreign values may be huge, or nested deeply
+            said = reprlib.repr(found)  # values may be huge or deeply nested
             raise self.refuse(row.name, f"its {key!r} is {said}, not a {kind.__name__}")
         return found
 
     def identity(self, row: Row, key: str) -> str:
-        """A record's id, which files hold as a number or as a text.
+        """Return a record's id, which may be an integer or a string in the file.
 
         Raises:
             DataError: neither.
@@ -108,10 +108,10 @@ class Records:
         return str(self.get(row, key, int))
 
     def texts(self, row: Row, key: str) -> tuple[str, ...]:
-        """A record's list of texts.
+        """Return a record's list of strings.
 
         Raises:
-            DataError: no such list, or something else in it.
+            DataError: no such list, or one of other values.
         """
         found = self.get(row, key, list)
         if not all(isinstance(text, str) for text in found):
@@ -119,7 +119,7 @@ class Records:
         return tuple(found)
 
     def refuse(self, record: str, problem: str) -> DataError:
-        """The error about one record."""
+        """Return the error about one record."""
         seen = _guess(self._data)
         hint = f"; the file looks like {seen}" if seen and seen != self._what else ""
         return DataError(
@@ -128,10 +128,10 @@ class Records:
         )
 
     def unique(self, ids: list[str]) -> frozenset[str]:
-        """The ids as a set.
+        """Return the ids as a set.
 
         Raises:
-            DataError: one twice.
+            DataError: a duplicate id.
         """
         known = frozenset(ids)
         if len(known) < len(ids):
@@ -154,12 +154,12 @@ class Records:
 
 
 def _first(data: Any) -> str:
-    """What to call the first record of a file that is built otherwise."""
+    """Return the name of the first record of a file of another layout, for the error."""
     return f"record {next(iter(data))[:80]}" if isinstance(data, dict) and data else "record 0"
 
 
 def _guess(data: Any) -> str:
-    """What a file seems to be, in the words that the readers use, or nothing."""
+    """Guess the kind of a file, in the readers' words; empty if unknown."""
     if isinstance(data, dict):
         for key, what in (("questions", "VQAv2's questions"), ("annotations", "VQAv2's annotations")):
             if isinstance(data.get(key), list):

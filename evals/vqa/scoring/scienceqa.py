@@ -1,4 +1,4 @@
-"""ScienceQA-IMG (P. Lu et al. 2022): multiple-choice questions of school that come with a picture."""
+"""ScienceQA-IMG (P. Lu et al. 2022): multiple-choice school questions with an image."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ LETTERS = "ABCDE"
 _SPLITS = TypeAdapter(dict[str, list[int | str]])
 _SPLITS_LAYOUT = "ScienceQA's splits, {test: [ids], …}"
 _LAYOUT = "{id: {question, choices, answer, hint, image}}"
-_SAYS = re.compile(r"The answer is ([A-Z]).")  # any sign behind the letter: so LLaVA's evaluation has it
+_SAYS = re.compile(r"The answer is ([A-Z]).")  # any character after the letter, as in LLaVA's evaluation
 _YOUNG = frozenset(f"grade{number}" for number in range(1, 7))
 
 
 def read(files: TaskFiles) -> Exam:
-    """The questions with a picture of one split; those without are known, not scored.
+    """Read the questions with an image of one split; other ids are accepted in predictions, not scored.
 
     Raises:
-        DataError: no such file, not such a file, no such split, or a split without pictures.
+        DataError: no such file, not a ScienceQA file, no such split, or a split without images.
     """
     if files.splits is None:
         raise DataError("ScienceQA's problems need their splits; give pid_splits.json too")
@@ -44,7 +44,7 @@ def read(files: TaskFiles) -> Exam:
         )
     shown = [problems[pid] for pid in ids if records.get(problems[pid], "image", object)]
     if not shown:
-        raise DataError(f"{files.questions}: no problem of {split} has a picture; nothing is scored")
+        raise DataError(f"{files.questions}: no problem of {split} has an image; nothing is scored")
     answers = [_answer(records, row) for row in shown]
     return Exam(
         split=split,
@@ -58,10 +58,10 @@ def read(files: TaskFiles) -> Exam:
 
 
 def letter(answer: str) -> str | None:
-    """Find the letter that an answer chooses, by LLaVA's rule on the text as it is; None where it does not.
+    """Return the letter that an answer chooses, by LLaVA's rule on the unchanged text; None without one.
 
-    It is the whole text, or its first letter before a full stop and a blank, or what follows "The answer is "
-    where one capital does, any sign behind it.
+    It is the whole text, or its first letter before a full stop and a space, or the capital after
+    "The answer is " (with any one character after it), if that occurs once.
     """
     if answer in tuple(LETTERS):
         return answer
@@ -92,13 +92,13 @@ def _question(records: Records, row: Row, split: str, files: TaskFiles) -> Quest
     prompt = choose(text, records.texts(row, "choices"), records.get(row, "hint", str).strip())
     folder = str(row.data.get("split") or split.removeprefix("mini"))
     if files.images is not None and not os.path.isdir(files.images / folder):  # noqa: PTH112 (never raises)
-        folder = ""  # the split's own folder was given
+        folder = ""  # `images` is the split's own folder
     image = "/".join(part for part in (folder, row.key, records.get(row, "image", str)) if part)
     return Question(row.key, image, text, prompt)
 
 
 def _answer(records: Records, row: Row) -> tuple[int, int]:
-    """The place of the right choice, and how many there are."""
+    """Read the index of the right choice, and the number of choices."""
     choices, answer = records.texts(row, "choices"), records.get(row, "answer", int)
     if not 0 <= answer < len(choices) or len(choices) > len(LETTERS):
         raise records.refuse(
@@ -108,7 +108,7 @@ def _answer(records: Records, row: Row) -> tuple[int, int]:
 
 
 def _groups(rows: list[Row]) -> dict[str, Grouping]:
-    """By subject, grade and topic, where the file says it of every problem."""
+    """Group the problems by subject, grade and topic, if every problem has it."""
     found = {}
     for name in ("subject", "grade", "topic"):
         labels = [row.data.get(name) for row in rows]

@@ -1,4 +1,4 @@
-"""The score of every question, and the numbers and tables that are made of them."""
+"""The score of every question, and metrics and tables computed from them."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from evals.core.report import Metric, Table
 
 from .exam import Grouping
 
-# Letters: Q questions, P pictures, K groups, R resamples.
+# Letters: Q questions, P images, K groups, R resamples.
 
-_CELLS = 16_000_000  # of the resamples held at once: 128 MB; VQAv2 has forty thousand pictures
+_CELLS = 16_000_000  # of the resamples in memory at a time: 128 MB; VQAv2 has forty thousand images
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scores:
-    """What each answer was worth, in the order of the questions."""
+    """The score of each answer, in the order of the questions."""
 
     ids: tuple[str, ...]
     values: tuple[float, ...]  # 0 to 1; a question without a prediction has 0
-    pictures: tuple[str, ...]  # what each question is about: questions about one picture are drawn together
+    images: tuple[str, ...]  # of each question: questions about one image are resampled together
     groups: Mapping[str, Grouping]
     missing: tuple[str, ...]  # ids of the questions without a prediction
 
     def metrics(self, seed: int = 0) -> dict[str, Metric]:
-        """`accuracy` in percent, that of each group (`answer_type_yes_no`), and `unanswered` where there are.
+        """Compute `accuracy` in percent, overall and per group (`answer_type_yes_no`), and any `unanswered`.
 
-        Intervals are 95 % bootstraps over pictures.
+        Intervals are 95 % bootstraps over images.
         """
         masks = {"accuracy": np.ones(len(self.ids), dtype=bool)}
         for name, group in self.groups.items():
@@ -40,7 +40,7 @@ class Scores:
                 labels = np.array(group.labels)
                 for label in sorted(set(group.labels)):
                     key = f"{name}_{_slug(label)}"
-                    while key in masks:  # another label is spelled alike in small letters
+                    while key in masks:  # another label has the same slug
                         key += "_"
                     masks[key] = labels == label
         metrics = self._means(masks, seed)
@@ -50,7 +50,7 @@ class Scores:
         return metrics
 
     def tables(self) -> dict[str, Table]:
-        """For each respect the questions are grouped in: group, how many questions, accuracy in percent."""
+        """Build a table for each grouping: group, number of questions, accuracy in percent."""
         values = np.array(self.values)
         tables = {}
         for name, group in self.groups.items():
@@ -64,14 +64,14 @@ class Scores:
 
     def _means(self, masks: dict[str, NDArray[np.bool_]], seed: int) -> dict[str, Metric]:
         values = np.array(self.values)
-        _, pictures = np.unique(self.pictures, return_inverse=True)
-        number = int(pictures.max()) + 1 if len(values) else 0
+        _, images = np.unique(self.images, return_inverse=True)
+        number = int(images.max()) + 1 if len(values) else 0
         columns = list(masks.values())
         sums: NDArray[np.float64] = np.stack(
-            [np.bincount(pictures, values * mask, number) for mask in columns], axis=1
+            [np.bincount(images, values * mask, number) for mask in columns], axis=1
         )
         counts: NDArray[np.float64] = np.stack(
-            [np.bincount(pictures, mask, number) for mask in columns], axis=1
+            [np.bincount(images, mask, number) for mask in columns], axis=1
         )
         drawn = _ratios(sums, counts, seed)
         found = {}
@@ -83,10 +83,10 @@ class Scores:
 
 
 def mean_accuracy(benchmarks: Sequence[Scores], seed: int = 0) -> Metric:
-    """The mean of the benchmarks' accuracies in percent; a picture of several is drawn for all of them."""
-    _, pictures = np.unique([name for one in benchmarks for name in one.pictures], return_inverse=True)
-    ends = np.cumsum([len(one.pictures) for one in benchmarks])
-    number, drawn = int(pictures.max()) + 1, np.split(pictures, ends[:-1])
+    """Compute the mean of the benchmarks' accuracies in percent; shared images are resampled together."""
+    _, images = np.unique([name for one in benchmarks for name in one.images], return_inverse=True)
+    ends = np.cumsum([len(one.images) for one in benchmarks])
+    number, drawn = int(images.max()) + 1, np.split(images, ends[:-1])
     pairs = list(zip(drawn, benchmarks, strict=True))
     sums: NDArray[np.float64] = np.stack([np.bincount(of, one.values, number) for of, one in pairs], axis=1)
     counts = np.stack([np.bincount(of, minlength=number) for of, _ in pairs], axis=1).astype(np.float64)
@@ -96,13 +96,13 @@ def mean_accuracy(benchmarks: Sequence[Scores], seed: int = 0) -> Metric:
 
 
 def _ratios(sums: NDArray[np.float64], counts: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
-    """The means [R, K] over resampled pictures of sums [P, K] over counts [P, K]."""
+    """Compute bootstrap means [R, K]: sums [P, K] over counts [P, K], both summed over resampled images."""
     step = max(1, min(RESAMPLES, _CELLS // max(1, len(sums))))
     parts = []
     for start in range(0, RESAMPLES, step):
         draws = min(step, RESAMPLES - start)
         weights = resamples(len(sums), seed=seed + (start << 32), draws=draws)
-        with np.errstate(invalid="ignore"):  # a resample without a question of a group: left out
+        with np.errstate(invalid="ignore"):  # NaN of a resample without a question of a group: ignored
             parts.append((weights @ sums) / (weights @ counts))
     return np.concatenate(parts)
 

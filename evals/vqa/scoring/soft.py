@@ -1,4 +1,4 @@
-"""VQA accuracy: an answer counts in full when at least three of the other people gave it."""
+"""VQA accuracy: an answer scores 1 if at least three of the other people gave it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from .normalise import clean, m4c, official
 Rule = Literal["official", "m4c", "llava"]
 """How answers are compared.
 
-- official: normalised only where the ten answers are not all the same, as VQAv2's evaluation does it;
-- m4c: always normalised, as TextVQA's scorers do it;
-- llava: `official` on a prediction that was normalised before, as LLaVA submits them: `Yes.` is then right
-  where ten people said `yes`.
+- official: normalised only if the ten answers are not all equal, as in VQAv2's evaluation;
+- m4c: always normalised, as in TextVQA's scorers;
+- llava: `official` on a prediction normalised beforehand, as LLaVA submits them: `Yes.` is then right where
+  ten people answered `yes`.
 """
 
 NUM_ANSWERS = 10
-_ENOUGH = 3  # people who must agree for a full mark
+_ENOUGH = 3  # people who must agree for a score of 1
 
 
 def leave_one_out(matches: int, count: int = NUM_ANSWERS) -> float:
-    """The mean over the sets of all answers but one of min(1, matches in the set / 3).
+    """Compute the mean of min(1, matches in the set / 3) over the sets of all answers but one.
 
     Of ten answers, 1, 2, 3 and 4 or more matches give 0.3, 0.6, 0.9 and 1.
     """
@@ -31,7 +31,7 @@ def leave_one_out(matches: int, count: int = NUM_ANSWERS) -> float:
 
 
 def vqa_accuracy(answer: str, truths: Sequence[str], rule: Rule) -> float:
-    """What an answer is worth against those that people gave, 0 to 1."""
+    """Score an answer against people's answers, from 0 to 1."""
     if rule == "m4c":
         said = m4c(answer)
         return leave_one_out(sum(m4c(truth) == said for truth in truths), len(truths))

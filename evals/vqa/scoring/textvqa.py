@@ -1,4 +1,4 @@
-"""TextVQA (A. Singh et al. 2019): questions about the text in a picture, ten people's answers each."""
+"""TextVQA (A. Singh et al. 2019): questions about the text in an image, each with ten people's answers."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _OCR_LAYOUT = "{data: [{image_id, ocr_tokens}]}"
 
 
 def read(files: TaskFiles, rule: Rule = "m4c") -> Exam:
-    """The questions of a TextVQA file, with OCR tokens in their prompts where the files ask for them.
+    """Read the questions of a TextVQA file, with OCR tokens in their prompts if `files.ocr`.
 
     Raises:
-        DataError: no such file, not such a file, or pictures without OCR tokens.
+        DataError: no such file, not a TextVQA file, or images without OCR tokens.
     """
     records = Records(files.questions, "TextVQA's questions", _LAYOUT)
     rows = records.listed("data")
@@ -46,7 +46,7 @@ def _question(records: Records, row: Row, image: str, tokens: Sequence[str] | No
 
 
 def _answers(records: Records, rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """The ten answers of each question, or nothing where no question has any."""
+    """Read the ten answers of each question; empty if no question has any."""
     if not any("answers" in row.data for row in rows):
         return []
     found = [records.texts(row, "answers") for row in rows]
@@ -68,7 +68,7 @@ def _tokens(
         absent = [image for image in images if image not in found]
         if absent:
             raise DataError(
-                f"{files.ocr_file}: has no tokens for {len(set(absent))} pictures of {files.questions.name}, "
+                f"{files.ocr_file}: has no tokens for {len(set(absent))} images of {files.questions.name}, "
                 f"the first is {absent[0]}"
             )
         return [found[image] for image in images]

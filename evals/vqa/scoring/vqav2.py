@@ -1,4 +1,4 @@
-"""VQAv2 (Y. Goyal et al. 2017): open questions about COCO's pictures, ten people's answers each."""
+"""VQAv2 (Y. Goyal et al. 2017): open questions about COCO's images, each with ten people's answers."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _ANNOTATIONS = "{data_subtype, annotations: [{question_id, answer_type, answers:
 
 
 def read(files: TaskFiles, rule: Rule = "official") -> Exam:
-    """The questions of a VQAv2 file, and their answers where there is a file of annotations.
+    """Read the questions of a VQAv2 file, and their answers if a file of annotations is given.
 
     Raises:
-        DataError: no such file, not such a file, or questions without annotations.
+        DataError: no such file, not a VQAv2 file, or questions without annotations.
     """
     records = Records(files.questions, "VQAv2's questions", _QUESTIONS)
     rows = records.listed("questions")
     subtype = records.top("data_subtype")
     if subtype is None:
-        raise records.refuse("the file", "has no 'data_subtype', which names the pictures")
+        raise records.refuse("the file", "has no 'data_subtype', which names the images")
     questions = tuple(_question(records, row, subtype) for row in rows)
     known = records.unique([question.id for question in questions])
     split = re.sub(r"\d+$", "", subtype)
@@ -54,13 +54,13 @@ def read(files: TaskFiles, rule: Rule = "official") -> Exam:
 def write_submission(
     questions: Sequence[Question], answers: Mapping[str, str], path: Path, *, normalise: bool = True
 ) -> None:
-    """Write the predictions as EvalAI wants them: one JSON array [{question_id, answer}] of every question.
+    """Write the predictions in EvalAI's format: one JSON array [{question_id, answer}] of every question.
 
-    The server leaves answers as they are where all ten people agree, so that `Yes` is wrong against `yes`:
-    they are therefore normalised here, as LLaVA does, unless told otherwise.
+    The server does not normalise answers where all ten people agree, so that `Yes` is wrong against `yes`;
+    therefore they are normalised here, as LLaVA does, unless `normalise` is False.
 
     Raises:
-        DataError: a question without an answer, an answer without a question, or an id that is no number;
+        DataError: a question without an answer, an answer without a question, or an id that is not a number;
             nothing is written.
     """
     absent = [question.id for question in questions if question.id not in answers]
@@ -91,12 +91,12 @@ def _question(records: Records, row: Row, subtype: str) -> Question:
 
 
 def _image(records: Records, row: Row, subtype: str) -> str:
-    folder = subtype.replace("-dev", "")  # test-dev asks about some of the test pictures
+    folder = subtype.replace("-dev", "")  # test-dev uses some of the test images
     return f"COCO_{folder}_{records.get(row, 'image_id', int):012d}.jpg"
 
 
 def _answers(path: Path, questions: Sequence[Question], subtype: str) -> list[tuple[str, tuple[str, ...]]]:
-    """The type of the answer and the ten answers of each question."""
+    """Read the answer type and the ten answers of each question."""
     records = Records(path, "VQAv2's annotations", _ANNOTATIONS)
     rows = records.listed("annotations")
     said = records.top("data_subtype")

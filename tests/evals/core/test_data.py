@@ -16,16 +16,16 @@ from radio.errors import DataError
 from radio.images import decode
 from radio.scenes import CLASSES, render
 from train.config import DataConfig
-from train.pictures import open_pictures
+from train.images import open_images
 
 Folder = Callable[..., Path]
 Shard = Callable[..., Path]
 Png = Callable[[int, int], bytes]
 
 
-def test_a_folder_gives_its_pictures_sorted_with_their_classes(tmp_path: Path, make_folder: Folder) -> None:
+def test_a_folder_gives_its_images_sorted_with_their_classes(tmp_path: Path, make_folder: Folder) -> None:
     root = make_folder(tmp_path / "d", classes=2, count=3)
-    (root / "c0" / "notes.txt").write_text("not a picture")
+    (root / "c0" / "notes.txt").write_text("not an image")
     (root / "c0" / ".hidden.png").write_bytes(b"")
     (root / "c1" / "deeper").mkdir()
     (root / "c1" / "000.png").rename(root / "c1" / "deeper" / "000.png")
@@ -133,7 +133,7 @@ def test_a_damaged_memo_is_made_again_and_said(
     assert sum("damaged, made again" in message for message in caplog.messages) == 5
 
 
-def test_links_in_a_circle_give_each_picture_once(tmp_path: Path, make_folder: Folder) -> None:
+def test_links_in_a_circle_give_each_image_once(tmp_path: Path, make_folder: Folder) -> None:
     root = make_folder(tmp_path / "d", classes=2, count=3)
     keys = open_source(str(root)).keys
     (tmp_path / "more" / "deep").mkdir(parents=True)
@@ -143,7 +143,7 @@ def test_links_in_a_circle_give_each_picture_once(tmp_path: Path, make_folder: F
         (root / "c0" / name).symlink_to(target)
     assert open_source(str(root)).keys == (*keys[:3], "c0/more/x.png", *keys[3:])
     (root / "alias").symlink_to("c0")
-    with pytest.raises(DataError, match=r"alias: is a link to .*c0, whose pictures are there already"):
+    with pytest.raises(DataError, match=r"alias: is a link to .*c0, whose images are there already"):
         open_source(str(root))
 
 
@@ -249,9 +249,9 @@ def test_what_is_no_sample_of_a_shard_is_told(tmp_path: Path, make_shard: Shard,
     )
     some = open_source(str(make_shard(tmp_path / "some.tar", dotted + plain)))
     assert (some.keys, some.notes) == (("some/0",), (f"some.tar: {note}",))
-    with pytest.raises(DataError, match=re.escape(f"all.tar: no pictures; all.tar: {note}")):
+    with pytest.raises(DataError, match=re.escape(f"all.tar: no images; all.tar: {note}")):
         open_source(str(make_shard(tmp_path / "all.tar", dotted)))
-    with pytest.raises(DataError, match=re.escape(f"all.tar: holds no pictures; all.tar: {note}")):
+    with pytest.raises(DataError, match=re.escape(f"all.tar: holds no images; all.tar: {note}")):
         list_unlabelled(str(tmp_path / "all.tar"))
 
 
@@ -291,11 +291,11 @@ def test_folders_in_other_layouts_are_errors(tmp_path: Path, make_folder: Folder
         open_source(str(tmp_path / "empty"))
     (tmp_path / "loose").mkdir()
     (tmp_path / "loose" / "a.png").write_bytes(png(0, 0))
-    with pytest.raises(DataError, match="pictures but no class folders"):
+    with pytest.raises(DataError, match="images but no class folders"):
         open_source(str(tmp_path / "loose"))
     make_folder(tmp_path / "d", classes=2)
     (tmp_path / "d" / "c9").mkdir()
-    with pytest.raises(DataError, match="c9: a class folder without pictures"):
+    with pytest.raises(DataError, match="c9: a class folder without images"):
         open_source(str(tmp_path / "d"))
     for split in ("train", "val"):
         make_folder(tmp_path / "root" / split, classes=2)
@@ -314,7 +314,7 @@ def test_bad_shards_are_errors(tmp_path: Path, make_shard: Shard, png: Png) -> N
     unlabelled = make_shard(tmp_path / "u.tar", [("0.png", png(0, 0)), ("0.txt", b"caption")])
     with pytest.raises(DataError, match=r"0 has no \.cls \(1 of 1"):
         open_source(str(unlabelled))
-    with pytest.raises(DataError, match="no pictures"):
+    with pytest.raises(DataError, match="no images"):
         open_source(str(make_shard(tmp_path / "e.tar", [("0.txt", b"caption")])))
 
 
@@ -339,7 +339,7 @@ def test_a_file_that_is_no_tar_is_not_called_absent(tmp_path: Path, name: str, s
 def test_a_teacher_cache_tells_what_is_no_sample(tmp_path: Path, make_shard: Shard, png: Png) -> None:
     path = make_shard(tmp_path / "s.tar", [("0.png", png(0, 0)), ("img.v1.png", png(0, 1))])
     told: list[str] = []
-    open_pictures(DataConfig(shards=(str(path),)), told.append)
+    open_images(DataConfig(shards=(str(path),)), told.append)
     assert len(told) == 1 and told[0].startswith(
         "s.tar: 1 members end in an image's ending and are not samples"
     )

@@ -12,10 +12,10 @@ from radio.types import Backbone
 
 
 class Trained:
-    """A backbone with a card (only what the notes look at)."""
+    """A backbone with metadata (only what the notes look at)."""
 
     def __init__(self, *sources: dict[str, Any]) -> None:
-        self.card = {"data": {"sources": list(sources)}}
+        self.metadata = {"data": {"sources": list(sources)}}
 
 
 def notes(model: Any, *texts: str) -> tuple[str, ...]:
@@ -44,11 +44,11 @@ def test_notes_on_folders(tmp_path: Path, make_folder: Callable[..., Path], trai
     assert all("without labels" in note for note in found)
 
 
-def test_the_same_pictures_elsewhere_are_in_domain(tmp_path: Path, make_folder: Callable[..., Path]) -> None:
+def test_the_same_images_elsewhere_are_in_domain(tmp_path: Path, make_folder: Callable[..., Path]) -> None:
     one, two = make_folder(tmp_path / "one"), make_folder(tmp_path / "two")
     entry = {"path": str(two), "fingerprint": open_source(str(two)).fingerprint, "labels_used": True}
     (note,) = notes(Trained(entry), str(one))
-    assert "holds the same pictures as" in note
+    assert "holds the same images as" in note
     assert "with labels" in note
 
 
@@ -59,6 +59,6 @@ def test_the_generated_world_is_one_domain() -> None:
 
 def test_a_model_without_a_card_or_data_has_no_notes() -> None:
     model = Trained()
-    model.card = {}
+    model.metadata = {}
     assert notes(object(), "scenes:val") == ()
     assert notes(model, "scenes:val") == ()

@@ -29,7 +29,7 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, make_folder: Callable[..., Path]) -> Path:
-    """18 pictures: four chunks, the last of three."""
+    """18 images: four chunks, the last of three."""
     return make_folder(tmp_path / "d", classes=3, count=6)
 
 
@@ -59,7 +59,7 @@ def test_features_equal_one_by_one_at_any_batch_and_workers(
     assert torch.allclose(bank.features, slowly(model, folder), atol=1e-6)
 
 
-def test_whole_pictures_of_many_sizes_go_through_in_groups(
+def test_whole_images_of_many_sizes_go_through_in_groups(
     tmp_path: Path, folder: Path, backbone: Callable
 ) -> None:
     model, source = backbone(), open_source(str(folder))
@@ -100,7 +100,7 @@ def test_whatever_changes_the_numbers_changes_the_key(
     extract(other, open_source(str(folder)), how(other, **settings), cache=cache)
     assert len(list(cache.glob("features/*"))) == 2
     if change != "dtype":  # in another type a copy of the model computes
-        assert other.pictures == 18
+        assert other.images == 18
 
 
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path, folder: Path, backbone: Callable) -> None:
@@ -108,10 +108,10 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path, folder: Path, bac
     model.fail_after = 12
     with pytest.raises(KeyboardInterrupt):
         extract(model, open_source(str(folder)), how(model), cache=cache)
-    assert model.pictures == 10 or model.pictures == 12
+    assert model.images == 10 or model.images == 12
     fresh = backbone()
     stored = extract(fresh, open_source(str(folder)), how(fresh), cache=cache)
-    assert fresh.pictures == 8  # two chunks of five were there
+    assert fresh.images == 8  # two chunks of five were there
     assert torch.allclose(stored.load().features, slowly(backbone(), folder), atol=1e-6)
 
 
@@ -122,7 +122,7 @@ def test_a_damaged_chunk_is_made_again(tmp_path: Path, folder: Path, backbone: C
     chunk.write_bytes(chunk.read_bytes()[:-7])
     fresh = backbone()
     stored = extract(fresh, open_source(str(folder)), how(fresh), cache=cache)
-    assert fresh.pictures == 5
+    assert fresh.images == 5
     assert torch.allclose(stored.load().features, slowly(backbone(), folder), atol=1e-6)
 
 
@@ -153,7 +153,7 @@ def test_a_chunk_of_another_shape_is_made_again_though_its_checksum_fits(
     write_tensors(chunk, tensors, {"skipped": skipped})
     fresh, damage = backbone(), Damage()
     stored = extract(fresh, open_source(str(folder)), how(fresh), cache=cache, damage=damage)
-    assert fresh.pictures == 5 and str(chunk) in damage.notes()[0]
+    assert fresh.images == 5 and str(chunk) in damage.notes()[0]
     assert torch.allclose(stored.load().features, slowly(backbone(), folder), atol=1e-6)
 
 
@@ -167,13 +167,13 @@ def test_ranks_share_the_work_without_counting_twice(
         with pytest.raises(DataError, match="a folder that all share"):
             extract(model, source, how(model), cache=cache, group=Group(rank, world))
     stored = extract(model, source, how(model), cache=cache, group=Group(0, world))
-    assert model.pictures == 18
+    assert model.images == 18
     assert torch.allclose(stored.load().features, slowly(backbone(), folder), atol=1e-6)
     shards = [stored.load(rank, world) for rank in range(world)]
     assert sorted(i for shard in shards for i in shard.indices.tolist()) == list(range(18))
 
 
-def test_unreadable_pictures_are_skipped_and_listed(tmp_path: Path, folder: Path, backbone: Callable) -> None:
+def test_unreadable_images_are_skipped_and_listed(tmp_path: Path, folder: Path, backbone: Callable) -> None:
     whole = (folder / "c1" / "002.png").read_bytes()
     (folder / "c1" / "002.png").write_bytes(whole[: len(whole) // 2])
     for number in range(5):
@@ -188,11 +188,11 @@ def test_unreadable_pictures_are_skipped_and_listed(tmp_path: Path, folder: Path
     assert len(stored.load(0, 4).indices) == 0  # rank 0's only chunk
 
 
-def test_no_readable_picture_at_all_is_an_error(tmp_path: Path, folder: Path, backbone: Callable) -> None:
+def test_no_readable_image_at_all_is_an_error(tmp_path: Path, folder: Path, backbone: Callable) -> None:
     for path in folder.rglob("*.png"):
         path.write_bytes(b"text")
     model = backbone()
-    with pytest.raises(DataError, match=r"none of 18 pictures can be read; c0/000\.png"):
+    with pytest.raises(DataError, match=r"none of 18 images can be read; c0/000\.png"):
         extract(model, open_source(str(folder)), how(model), cache=tmp_path / "cache")
 
 
@@ -203,7 +203,7 @@ def test_values_that_are_not_finite_are_an_error(tmp_path: Path, folder: Path, b
         extract(model, open_source(str(folder)), how(model), cache=tmp_path / "cache")
 
 
-def test_progress_counts_every_picture(tmp_path: Path, folder: Path, backbone: Callable) -> None:
+def test_progress_counts_every_image(tmp_path: Path, folder: Path, backbone: Callable) -> None:
     seen: list[int] = []
 
     @contextmanager

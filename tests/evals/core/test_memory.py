@@ -22,7 +22,7 @@ def test_what_is_counted_is_there_at_the_end_of_a_forward(
     monkeypatch: pytest.MonkeyPatch, spec: str, dtype: torch.dtype
 ) -> None:
     model = load_backbone(spec, random_init=spec in students).to(CPU, dtype)
-    size = model.fit(100, 130)
+    size = model.nearest_size(100, 130)
     images = torch.zeros(2, 3, *size, dtype=dtype)
     with torch.inference_mode():
         tokens = model(images).tokens

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evals.core.evaluator import silent
+from evals.core.evaluator import no_progress
 from evals.core.noise import measure_noise, read_noise, write_noise
 from evals.core.report import Metric, Report
 from radio.errors import ConfigError, DataError
@@ -37,7 +37,7 @@ class Lucky:
 
     name, settings = "lucky", Settings
 
-    def repeat(self, settings: Settings, number: int) -> Settings:
+    def with_seed(self, settings: Settings, number: int) -> Settings:
         return replace(settings, luck=number)
 
     def run(self, model: Any, settings: Settings, out: Path, *, name: str, watch: Any) -> Any:
@@ -45,7 +45,7 @@ class Lucky:
             task="lucky",
             model=name,
             fingerprint="f",
-            headline="miou",
+            primary_metric="miou",
             metrics={"miou": Metric(value=LUCK[settings.luck]), "same": Metric(value=1.0)},
             settings={},
             data=(),
@@ -58,7 +58,7 @@ class Lucky:
 
 def measured(model: Any, repeats: int) -> dict[str, dict[str, float]]:
     jobs: Any = {"exact": (Exact(), Settings()), "lucky": (Lucky(), Settings())}
-    return measure_noise(model, jobs, repeats=repeats, name="m", watch=silent, tell=lambda line: None)
+    return measure_noise(model, jobs, repeats=repeats, name="m", watch=no_progress, tell=lambda line: None)
 
 
 def test_noise_is_what_two_runs_differ_by(backbone: Callable[..., Any]) -> None:

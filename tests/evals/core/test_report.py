@@ -28,7 +28,7 @@ REPORT = Report(
     task="knn",
     model="student",
     fingerprint="ab" * 32,
-    headline="top1",
+    primary_metric="top1",
     metrics={"top1": Metric(value=61.5, low=60.0, high=63.0), "few": Metric(value=40.0, std=1.25)},
     settings={"k": [10, 20], "bank": None, "resolved": {"size": [96, 96]}},
     data=(
@@ -94,8 +94,8 @@ def test_a_number_that_is_none_is_not_written(tmp_path: Path) -> None:
     bad = replace(REPORT, metrics={"top1": Metric(value=math.nan)})
     with pytest.raises(DataError, match="top1 is nan; nothing is written"):
         write(bad, tmp_path / "knn.json")
-    with pytest.raises(DataError, match="headline 'top9' is not among"):
-        write(replace(REPORT, headline="top9"), tmp_path / "knn.json")
+    with pytest.raises(DataError, match="primary metric 'top9' is not among"):
+        write(replace(REPORT, primary_metric="top9"), tmp_path / "knn.json")
     assert not (tmp_path / "knn.json").exists()
 
 

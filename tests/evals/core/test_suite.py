@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from evals.core.dist import Group
-from evals.core.evaluator import silent
+from evals.core.evaluator import no_progress
 from evals.core.report import Metric, Report, file_name, read, write
 from evals.core.suite import Outcome, run_all
 from radio.config import to_plain
@@ -33,7 +33,7 @@ class Task:
         self.name, self.lack, self.runs = name, lack, 0
         self.error: BaseException | None = None
 
-    def lacks(self, model: Any) -> str:
+    def missing_requirements(self, model: Any) -> str:
         return self.lack
 
     def run(self, model: Any, settings: Settings, out: Path, *, name: str, watch: Any) -> Report:
@@ -45,7 +45,7 @@ class Task:
             task=self.name,
             model=name,
             fingerprint=model.fingerprint,
-            headline="runs",
+            primary_metric="runs",
             metrics={"runs": Metric(value=self.runs)},
             settings=to_plain(settings),
             data=(),
@@ -79,7 +79,7 @@ def everything(
             jobs,
             tmp_path / "out",
             name="m",
-            watch=silent,
+            watch=no_progress,
             group=Group(),
             tell=said.append,
         )
@@ -169,7 +169,7 @@ def test_what_a_task_needs_and_cannot_be_read_stops_no_other(everything: Any, ta
     def lacks(model: Any) -> str:
         raise CheckpointError("clip.pt: no such file")
 
-    tasks["a"].lacks = lacks  # type: ignore[method-assign]
+    tasks["a"].missing_requirements = lacks  # type: ignore[method-assign]
     outcomes = everything()
     assert states(outcomes) == ["failed", "done", "left out"]
     assert outcomes[0].reason == "clip.pt: no such file"
@@ -194,7 +194,9 @@ def test_with_several_ranks_a_failure_of_one_ends_all(
     tasks["a"].error = RuntimeError("only here")
     jobs = {"a": (tasks["a"], Settings())}
     with pytest.raises(RadioError, match="a: failed on rank 1 of 2: RuntimeError: only here"):
-        run_all(backbone(), jobs, tmp_path, name="m", watch=silent, group=Group(1, 2), tell=lambda line: None)
+        run_all(
+            backbone(), jobs, tmp_path, name="m", watch=no_progress, group=Group(1, 2), tell=lambda line: None
+        )
 
 
 def test_settings_that_name_links_to_nowhere_and_endless_names(everything: Any, tmp_path: Path) -> None:

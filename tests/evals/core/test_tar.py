@@ -47,7 +47,7 @@ END = bytes(1024)
 
 def test_keys_end_at_the_first_dot(tmp_path, make_shard: Shard):
     members = [
-        ("0001.jpg", b"a"), ("0001.cls", b"7"), ("0001.seg.png", b"mask"),  # the mask is no picture
+        ("0001.jpg", b"a"), ("0001.cls", b"7"), ("0001.seg.png", b"mask"),  # the mask is no image
         ("0001.seg.cls", b"8"), ("0.in.jpg", b"a"), ("0.cls", b"1"),
         ("img.v1.0002.jpg", b"b"), ("img.v1.0002.cls", b"8\n"),
         ("img.v1.0003.JPG", b"c"), ("img.v1.0003.cls", "\ufeff9".encode()),
@@ -66,7 +66,7 @@ def test_keys_end_at_the_first_dot(tmp_path, make_shard: Shard):
 @pytest.mark.parametrize(
     ("members", "said"),
     [
-        ([("0.jpg", b"a"), ("0.png", b"b"), ("0.cls", b"1")], "0.jpg and 0.png are two pictures of one key"),
+        ([("0.jpg", b"a"), ("0.png", b"b"), ("0.cls", b"1")], "0.jpg and 0.png are two images of one key"),
         ([("0.jpg", b"a"), ("0.cls", b"1"), ("0.jpg", b"b")], "holds 0.jpg twice"),
         ([("0.jpg", b"a"), ("0.cls", b"1"), ("./0.jpg", b"b")], "holds 0.jpg twice"),
         ([("0.jpg", b"a"), ("0.cls", b"1"), ("0.CLS", b"2")], r"0.CLS: a second class for 0"),

@@ -21,7 +21,7 @@ def test_the_centre_view_is_the_evaluation_view(backbone: Callable) -> None:
     assert torch.equal(view(IMAGE), evaluation_view(IMAGE, (16, 16), 1.0))
 
 
-def test_the_short_side_view_keeps_the_whole_picture(backbone: Callable) -> None:
+def test_the_short_side_view_keeps_the_whole_image(backbone: Callable) -> None:
     view, _ = make_view(backbone(), "short-side", 24)
     assert torch.equal(view(IMAGE), resize(IMAGE, (24, 40)))
     assert torch.equal(view(IMAGE.transpose(1, 2)), resize(IMAGE.transpose(1, 2), (40, 24)))
@@ -46,7 +46,7 @@ def test_a_size_that_does_not_fit_is_noted_and_a_bad_one_refused(backbone: Calla
     view, notes = make_view(backbone(), "center", 30)
     assert view.size == (32, 32)
     assert notes == ("30 px was asked for; pooled takes 32x32, which was used",)
-    with pytest.raises(SizeError, match="holds no picture"):
+    with pytest.raises(SizeError, match="holds no image"):
         make_view(backbone(), "center", 0)
     with pytest.raises(SizeError, match="16000x16000 px are cut out of 18286x18286; the limit is 179 mill"):
         make_view(backbone(), "center", 16_000)

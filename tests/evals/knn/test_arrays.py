@@ -66,7 +66,7 @@ def test_it_gives_the_evaluators_own_numbers(
 ) -> None:
     bank = make_folder(tmp_path / "train", classes=5, count=6)
     query = make_folder(tmp_path / "val", classes=5, count=4, first=100)
-    asked = KnnSettings(bank=str(bank), query=str(query), k=(3, 7), headline_k=7, cache=tmp_path / "cache")
+    asked = KnnSettings(bank=str(bank), query=str(query), k=(3, 7), primary_k=7, cache=tmp_path / "cache")
     model = backbone()
     report = KnnEvaluator().run(model, asked, tmp_path / "out")
     how = Extraction(view=make_view(model, "center", None)[0], device=torch.device("cpu"))

@@ -16,7 +16,7 @@ from PIL import Image
 
 from evals.core.data import open_source
 from evals.core.dist import Group, joined
-from evals.core.evaluator import silent
+from evals.core.evaluator import no_progress
 from evals.core.report import read
 from evals.core.suite import run_all
 from evals.knn.evaluator import KnnEvaluator
@@ -31,10 +31,10 @@ run = KnnEvaluator().run
 
 @pytest.fixture
 def settings(tmp_path: Path, make_folder: Callable[..., Path]) -> KnnSettings:
-    """Five classes, 30 pictures in the bank and 20 to classify."""
+    """Five classes, 30 images in the bank and 20 to classify."""
     bank = make_folder(tmp_path / "d" / "train", classes=5, count=6)
     query = make_folder(tmp_path / "d" / "val", classes=5, count=4, first=100)
-    return KnnSettings(bank=str(bank), query=str(query), k=(3, 7), headline_k=7, cache=tmp_path / "cache")
+    return KnnSettings(bank=str(bank), query=str(query), k=(3, 7), primary_k=7, cache=tmp_path / "cache")
 
 
 def slow_predictions(model: Any, settings: KnnSettings, k: int) -> list[int]:
@@ -123,20 +123,20 @@ def test_altered_features_in_the_cache_change_no_score_and_are_told(
 def test_leave_one_out_classifies_the_bank_without_itself(
     tmp_path: Path, settings: KnnSettings, backbone: Callable
 ) -> None:
-    alone = replace(settings, query=None, leave_one_out=True, k=(3, 29, 30), headline_k=3)
+    alone = replace(settings, query=None, leave_one_out=True, k=(3, 29, 30), primary_k=3)
     report = run(backbone(), alone, tmp_path / "out")
     records = [json.loads(line) for line in (tmp_path / "out" / "knn-pooled.jsonl").read_text().splitlines()]
     assert len(records) == 30
     assert all(record["key"] not in record["neighbours"] for record in records)
     assert [used.role for used in report.data] == ["bank"]
-    assert report.notes == ("k = 30 is more than the 29 pictures of the bank; all of them voted",)
+    assert report.notes == ("k = 30 is more than the 29 images of the bank; all of them voted",)
 
 
-def test_more_neighbours_than_pictures_are_clamped_with_a_note(
+def test_more_neighbours_than_images_are_clamped_with_a_note(
     tmp_path: Path, settings: KnnSettings, backbone: Callable
 ) -> None:
     report = run(backbone(), replace(settings, k=(7, 30, 500)), tmp_path / "out")
-    assert report.notes == ("k = 500 is more than the 30 pictures of the bank; all of them voted",)
+    assert report.notes == ("k = 500 is more than the 30 images of the bank; all of them voted",)
     assert report.metrics["top1_k500"] == report.metrics["top1_k30"]
 
 
@@ -179,7 +179,9 @@ def test_half_precision_in_one_task_leaves_the_next_as_it_was(tmp_path: Path, se
             precision: (KnnEvaluator(), replace(settings, precision=precision, cache=place / "cache"))
             for precision in precisions
         }
-        outcomes = run_all(model, jobs, place, name="m", watch=silent, group=Group(), tell=lambda line: None)
+        outcomes = run_all(
+            model, jobs, place, name="m", watch=no_progress, group=Group(), tell=lambda line: None
+        )
         return [outcome.report for outcome in outcomes]
 
     half, full = score("bf16", "fp32")
@@ -198,7 +200,7 @@ def test_top5_is_absent_below_five_classes(
     assert "top5" not in report.metrics
 
 
-def test_unreadable_pictures_are_left_out_and_reported(
+def test_unreadable_images_are_left_out_and_reported(
     tmp_path: Path, settings: KnnSettings, backbone: Callable
 ) -> None:
     broken = Path(str(settings.query)) / "c1" / "101.png"
@@ -213,7 +215,7 @@ def test_unreadable_pictures_are_left_out_and_reported(
     assert read(tmp_path / "out" / "knn-pooled.json") == report
 
 
-def test_grey_and_other_modes_are_just_pictures(
+def test_grey_and_other_modes_are_just_images(
     tmp_path: Path, make_folder: Callable[..., Path], backbone: Callable
 ) -> None:
     root = make_folder(tmp_path / "d", classes=2, count=4)
@@ -262,7 +264,7 @@ class _Bare:
     name = "bare"
     native_size = (32, 32)
 
-    def fit(self, height: int, width: int) -> tuple[int, int]:
+    def nearest_size(self, height: int, width: int) -> tuple[int, int]:
         return height, width
 
 
@@ -271,7 +273,7 @@ class _Bare:
     [
         ({"k": ()}, "one or more numbers"),
         ({"k": (0, 20)}, "each 1 or more"),
-        ({"headline_k": 5}, "headline_k = 5 is not among"),
+        ({"primary_k": 5}, "primary_k = 5 is not among"),
         ({"few_shot": (0,)}, "numbers of 1 or more"),
         ({"few_shot": (1,), "tries": 0}, "numbers of 1 or more"),
         ({"batch": 0}, "batch = 0"),
@@ -310,7 +312,7 @@ def _rank(rank: int, world: int, port: int, model: Backbone, settings: KnnSettin
 
 
 def test_two_ranks_write_the_report_of_one(tmp_path: Path, backbone: Callable, free_port: int) -> None:
-    # More pictures than one chunk holds, so that both ranks extract and both hold a share.
+    # More images than one chunk holds, so that both ranks extract and both hold a share.
     settings = KnnSettings(scenes=(540, 60), few_shot=(3,), tries=2, cache=tmp_path / "one")
     alone = run(backbone(), settings, tmp_path / "out-one")
     out = tmp_path / "out-two"
@@ -331,9 +333,9 @@ def test_two_ranks_write_the_report_of_one(tmp_path: Path, backbone: Callable, f
 
 
 def test_the_headline_is_twenty_or_the_first() -> None:
-    assert KnnSettings().headline == 20
-    assert KnnSettings(k=(10, 50)).headline == 10
-    assert KnnSettings(k=(10, 50), headline_k=50).headline == 50
+    assert KnnSettings().primary_metric == 20
+    assert KnnSettings(k=(10, 50)).primary_metric == 10
+    assert KnnSettings(k=(10, 50), primary_k=50).primary_metric == 50
 
 
 def test_a_full_disk_leaves_records_and_report_as_they_were(
@@ -350,5 +352,5 @@ def test_a_full_disk_leaves_records_and_report_as_they_were(
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        run(backbone(), replace(settings, k=(3,), headline_k=None), tmp_path / "out")
+        run(backbone(), replace(settings, k=(3,), primary_k=None), tmp_path / "out")
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before

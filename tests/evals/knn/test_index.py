@@ -52,7 +52,7 @@ def test_length_does_not_matter() -> None:
     assert torch.equal(whole(stretched).search(7 * queries, 5).ids, whole(bank).search(queries, 5).ids)
 
 
-def test_equal_pictures_come_in_the_order_of_their_ids() -> None:
+def test_equal_images_come_in_the_order_of_their_ids() -> None:
     bank = vectors(40).repeat(25, 1)  # every vector 25 times: more ties than are fetched beyond k
     queries = vectors(30, seed=1)
     for k in (1, 10, 60):

@@ -20,7 +20,7 @@ LABELS = torch.tensor([0, 0, 3, 3])
 
 
 def test_accuracies_by_hand() -> None:
-    metrics = accuracies({10: RANKING.flip(0), 20: RANKING}, LABELS, num_classes=5, headline=20)
+    metrics = accuracies({10: RANKING.flip(0), 20: RANKING}, LABELS, num_classes=5, primary_metric=20)
     assert list(metrics) == ["top1", "top5", "top1_k10", "top5_k10", "mean_class"]
     assert metrics["top1"].value == 25.0
     assert metrics["top5"].value == 75.0
@@ -30,13 +30,13 @@ def test_accuracies_by_hand() -> None:
 
 
 def test_top5_is_absent_below_five_classes() -> None:
-    assert "top5" not in accuracies({20: RANKING}, LABELS, num_classes=4, headline=20)
+    assert "top5" not in accuracies({20: RANKING}, LABELS, num_classes=4, primary_metric=20)
 
 
 def test_the_mean_over_classes_weighs_small_classes_alike() -> None:
     labels = torch.tensor([0] * 9 + [1])
     ranking = torch.zeros(10, 5, dtype=torch.int64)
-    metrics = accuracies({20: ranking}, labels, num_classes=2, headline=20)
+    metrics = accuracies({20: ranking}, labels, num_classes=2, primary_metric=20)
     assert metrics["top1"].value == 90.0
     assert metrics["mean_class"].value == 50.0
 
@@ -149,7 +149,7 @@ def test_numbers_in_names_that_are_sorted_as_text_may_mean_either(tmp_path: Path
     assert padded == [frozenset([number]) for number in range(12)]
 
 
-def test_two_pictures_do_not_share_an_entry(tmp_path: Path) -> None:
+def test_two_images_do_not_share_an_entry(tmp_path: Path) -> None:
     path = tmp_path / "real.json"
     path.write_text("[[0], [1]]")
     with pytest.raises(DataError, match=r"c0/1\.png and c1/1\.png would both have its entry 1"):

@@ -1,4 +1,4 @@
-"""Small reports with records and pictures, written by hand."""
+"""Small reports with records and images, written by hand."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Folder:
     def add(self, task: str, model: str, **changes: Any) -> Report:
         values: dict[str, Any] = {
             "fingerprint": f"print of {model}",
-            "headline": "top1",
+            "primary_metric": "top1",
             "metrics": {"top1": proportion(30, QUERIES)},
             "settings": {"seed": 0, "resolved": {"ranks": 1}},
             "data": (DataUsed(role="query", name="d", fingerprint="a" * 64, count=QUERIES, num_classes=4),),
@@ -48,7 +48,7 @@ class Folder:
         (self.path / name).write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
         return name
 
-    def picture(self, name: str, size: tuple[int, int] = (60, 40)) -> str:
+    def image(self, name: str, size: tuple[int, int] = (60, 40)) -> str:
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         noise = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)

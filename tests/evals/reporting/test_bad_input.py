@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from evals.core.report import DataUsed, Metric, Report, read, write
 from evals.reporting.compare import Change, compare, read_reports
 from evals.reporting.html import task_sections
+from evals.reporting.images import ImageBudget
 from evals.reporting.overview import gather, overview, sorted_tasks
 from evals.reporting.pairing import paired_interval
-from evals.reporting.pictures import Album
 from evals.reporting.records import Entry, answered, classified, drawn, read_records
 from evals.reporting.rendering import junit, markdown
 from radio import entry
@@ -41,7 +41,7 @@ def make(task: str = "knn", **changes: Any) -> Report:
     values: dict[str, Any] = {
         "model": "a",
         "fingerprint": "f",
-        "headline": "top1",
+        "primary_metric": "top1",
         "metrics": {
             "top1": Metric(value=50.0),
             "top1_k5": Metric(value=40.0),
@@ -116,7 +116,7 @@ def test_a_report_of_any_shape_is_shown_or_refused(tmp_path: Path, data: st.Data
         assert math.isfinite(each.value)
     entries = [Entry(report, path)]
     overview(gather([report]), sorted_tasks([report]))
-    task_sections(entries, gather([report]), [report.task], Album())
+    task_sections(entries, gather([report]), [report.task], ImageBudget())
     both = {(report.task, report.model): entries[0]}
     changes = compare(both, both, tolerance=0.0)
     Xml.fromstring(junit(changes))

@@ -16,7 +16,7 @@ SCORE = ["--scenes", "120", "60", "--k", "5", "--plain"]
 
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """k-NN of a teacher, and of an untrained student, on the same pictures."""
+    """k-NN of a teacher, and of an untrained student, on the same images."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "160")

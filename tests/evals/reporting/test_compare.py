@@ -23,7 +23,7 @@ QUERIES = 200
 def make_report(task: str = "knn", model: str = "demo", **changes: Any) -> Report:
     values: dict[str, Any] = {
         "fingerprint": "f",
-        "headline": "top1",
+        "primary_metric": "top1",
         "metrics": {"top1": proportion(120, QUERIES), "mean_class": Metric(value=60.0)},
         "settings": {"k": [20], "batch": 64, "resolved": {"ranks": 1}},
         "data": (DataUsed(role="query", name="d", fingerprint="a" * 64, count=QUERIES, num_classes=2),),
@@ -163,7 +163,7 @@ def test_which_settings_are_the_machines_is_said_by_the_task(save: Callable[...,
     of_tasks = {task: set(machine_settings(evaluators[task]().settings())) for task in evaluators}
     assert {task for task, names in of_tasks.items() if "batch" in names} == {"knn", "zeroshot", "sam"}
     assert {"save_maps", "head_seed", "workers"} <= of_tasks["seg"] and "lr" not in of_tasks["seg"]
-    assert {"save_every", "fsdp", "score"} <= of_tasks["vqa"] and "micro_batch" not in of_tasks["vqa"]
+    assert {"save_every", "fsdp", "predictions"} <= of_tasks["vqa"] and "micro_batch" not in of_tasks["vqa"]
 
     def seg(batch: int, save_maps: int) -> Report:
         settings = {"batch": batch, "save_maps": save_maps, "lr": 1e-3}

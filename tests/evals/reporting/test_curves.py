@@ -41,12 +41,12 @@ def test_teachers_share_a_panel_for_each_part_and_keep_their_colour(tmp_path: Pa
     assert titles == ["loss, all teachers", "summary loss", "spatial loss", "extra thing"]
     loss, summary, spatial, _ = curves.panels
     assert loss.series[0].x == (50.0, 100.0) and loss.series[0].y == (3.0, 2.0)
-    assert loss.series[0].slot == NUM_SLOTS - 1  # no teacher's
-    assert [(one.name, one.slot, one.y) for one in summary.series] == [
+    assert loss.series[0].color == NUM_SLOTS - 1  # no teacher's
+    assert [(one.name, one.color, one.y) for one in summary.series] == [
         ("a", 0, (0.9, 0.5)),
         ("b", 1, (0.8, 0.4)),
     ]
-    assert [(one.name, one.slot, one.x) for one in spatial.series] == [
+    assert [(one.name, one.color, one.x) for one in spatial.series] == [
         ("b", 1, (50.0,)),
         ("x/y", 2, (100.0,)),
     ]
@@ -56,7 +56,7 @@ def test_other_names_in_two_parts_share_a_panel_of_the_first(tmp_path: Path) -> 
     record = {"step": 1, "a/spatial": 1.0, "time/data": 0.25, "time/backward": 0.5, "knn/top1": 40.0}
     curves = read_curves(write_run(tmp_path / "run", json.dumps(record)))
     assert curves.teachers == ("a",)
-    panels = {panel.title: [(one.name, one.slot, one.y) for one in panel.series] for panel in curves.panels}
+    panels = {panel.title: [(one.name, one.color, one.y) for one in panel.series] for panel in curves.panels}
     assert panels == {
         "spatial loss": [("a", 0, (1.0,))],
         "time": [("data", 0, (0.25,)), ("backward", 1, (0.5,))],

@@ -22,7 +22,7 @@ def texts(svg: str) -> list[str]:
 def curve(name: str = "a", slot: int = 0) -> Series:
     return Series(
         name=name,
-        slot=slot,
+        color=slot,
         x=(10.0, 20.0, 200.0),
         y=(1.0, None, 3.0),
         low=(0.5, None, None),
@@ -48,7 +48,7 @@ def test_the_colours_are_the_pages_variables() -> None:
 
 
 def test_names_stay_text() -> None:
-    svg = bars([NASTY[:20], "b\nc\x00d"], [Series(name="m", slot=0, y=(1.0, None))], name="p", x_label=NASTY)
+    svg = bars([NASTY[:20], "b\nc\x00d"], [Series(name="m", color=0, y=(1.0, None))], name="p", x_label=NASTY)
     assert "<script" not in svg
     assert NASTY[:20] in texts(svg) and NASTY in texts(svg) and "b c d" in texts(svg)
 
@@ -56,13 +56,13 @@ def test_names_stay_text() -> None:
 @pytest.mark.parametrize(("letter", "kept"), [("x", 23), ("W", 14), ("漢", 11), ("😀", 11), ("mi", 9)])
 def test_long_names_leave_room_for_the_bars(letter: str, kept: int) -> None:
     """Were there none, matplotlib would warn, which is an error here."""
-    svg = bars([letter * 50], [Series(name="m", slot=0, y=(1.0,))], name="p", x_label="%")
+    svg = bars([letter * 50], [Series(name="m", color=0, y=(1.0,))], name="p", x_label="%")
     (shown,) = [text for text in texts(svg) if "…" in text]
     assert shown.startswith(letter * (kept // len(letter))) and kept <= len(shown) <= kept + 9
 
 
 def test_a_bar_is_as_long_as_its_value() -> None:
-    series = [Series(name="m", slot=0, y=(10.0, 20.0)), Series(name="n", slot=1, y=(None, 40.0))]
+    series = [Series(name="m", color=0, y=(10.0, 20.0)), Series(name="n", color=1, y=(None, 40.0))]
     svg = bars(["a", "b"], series, name="p", x_label="%")
     widths = []
     for path in Xml.fromstring(svg).iter("path"):

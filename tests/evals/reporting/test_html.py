@@ -13,8 +13,8 @@ import pytest
 
 from evals.core.report import DataUsed, Metric, Table, proportion
 from evals.reporting.html import write_page
+from evals.reporting.images import ImageBudget
 from evals.reporting.overview import gather, kind_of, overview, sorted_tasks
-from evals.reporting.pictures import Album
 from radio import entry
 from radio.errors import ConfigError, DataError, MissingExtraError
 
@@ -71,7 +71,7 @@ class Reader(HTMLParser):
 
 def read_page(folder: Folder, **options: object) -> Reader:
     path = folder.path.parent / "page.html"
-    size = write_page(folder.path, path, pictures=False, **options)  # type: ignore[arg-type]
+    size = write_page(folder.path, path, images=False, **options)  # type: ignore[arg-type]
     assert size == path.stat().st_size
     return Reader(path.read_text(encoding="utf-8"))
 
@@ -86,8 +86,8 @@ def test_the_overview_has_a_row_a_model_a_column_a_task_and_the_paper_apart(fold
     folder.add("knn", "demo", metrics={"top1": metric(85.0)}, fingerprint="same")
     folder.add("knn", "demo-untrained", metrics={"top1": metric(10.0)})
     folder.add(
-        "sam", "student", headline="miou", metrics={"miou": metric(80.0), "filled_box_miou": metric(53.7)},
-        fingerprint="same",
+        "sam", "student", primary_metric="miou",
+        metrics={"miou": metric(80.0), "filled_box_miou": metric(53.7)}, fingerprint="same",
     )  # fmt: skip
     page = read_page(folder)
     head, *rows = page.table("Every model on every task")
@@ -148,7 +148,7 @@ def test_knn_shows_the_curve_over_k_and_the_confusions_of_all(folder: Folder) ->
 
     settings = {
         "k": [10, 20],
-        "headline_k": None,
+        "primary_k": None,
         "bank": "nowhere",
         "query": "gone",
         "scenes": [6, 4],
@@ -167,7 +167,7 @@ def test_knn_shows_the_curve_over_k_and_the_confusions_of_all(folder: Folder) ->
     ]
     assert "top-1 (%) over k" in page.text
     assert [tag for tag, _ in page.tags].count("svg") == 1
-    assert "pictures are not shown: gone: no such folder" in page.text
+    assert "images are not shown: gone: no such folder" in page.text
 
 
 def test_wrong_neighbours_are_drawn_again_from_the_world(folder: Folder) -> None:
@@ -200,31 +200,31 @@ def test_wrong_neighbours_are_drawn_again_from_the_world(folder: Folder) -> None
 def test_masks_and_overlays_are_embedded_and_what_is_missing_is_told(folder: Folder) -> None:
     files = (
         folder.records("sam-a.jsonl", {"annotation_id": 7, "iou": 0.5}),
-        folder.picture("sam-a/00-best-3-7.png"),
+        folder.image("sam-a/00-best-3-7.png"),
         "sam-a/gone.png",
         "../outside.png",
     )
-    folder.picture("../outside.png")
-    (folder.path / "sam-a" / "text.png").write_text("no picture")
+    folder.image("../outside.png")
+    (folder.path / "sam-a" / "text.png").write_text("no image")
     metrics = {
         "miou": metric(50.0),
         "miou_small": metric(40.0),
         "encoder_rate": Metric(value=9.0, unit="images/s"),
     }
-    folder.add("sam", "a", headline="miou", metrics=metrics, files=(*files, "sam-a/text.png"))
+    folder.add("sam", "a", primary_metric="miou", metrics=metrics, files=(*files, "sam-a/text.png"))
     table = Table(
         columns=("class", "iou", "acc"), rows=(("tree", 80.0, 1.0), ("road", 20.0, 2.0), ("sky", None, None))
     )
     folder.add(
-        "seg", "a", headline="miou", metrics={"miou": metric(50.0)}, tables={"classes": table},
-        files=(folder.picture("m/x-overlay.png"), folder.picture("m/x.png")),
+        "seg", "a", primary_metric="miou", metrics={"miou": metric(50.0)}, tables={"classes": table},
+        files=(folder.image("m/x-overlay.png"), folder.image("m/x.png")),
     )  # fmt: skip
     page = read_page(folder)
     shown = [
         (attributes["alt"], (attributes["src"] or "")[:16]) for tag, attributes in page.tags if tag == "img"
     ]
-    assert shown == [("a, x", "data:image/webp;"), ("a, best: IoU 50.0, picture 3", "data:image/webp;")]
-    for said in ("gone.png is not there", "outside.png is not inside the folder", "text.png: not a picture"):
+    assert shown == [("a, x", "data:image/webp;"), ("a, best: IoU 50.0, image 3", "data:image/webp;")]
+    for said in ("gone.png is not there", "outside.png is not inside the folder", "text.png: not an image"):
         assert said in page.text
     assert page.table("IoU of each class")[1:] == [["road", "20"], ["tree", "80"]]
 
@@ -234,10 +234,10 @@ def test_answers_right_and_wrong(folder: Folder) -> None:
         {"image": "p.jpg", "question": "Which?", "answer": "red", "expected": ["red", "pink"], "score": 1.0},
         {"image": "q.jpg", "question": "How many?", "answer": "", "expected": "2", "score": 0.0},
     ]
-    folder.picture("pictures/p.jpg")
+    folder.image("images/p.jpg")
     folder.add(
-        "vqa", "a", headline="accuracy", metrics={"accuracy": metric(50.0), "gqa": metric(50.0)},
-        settings={"images": str(folder.path / "pictures")},
+        "vqa", "a", primary_metric="accuracy", metrics={"accuracy": metric(50.0), "gqa": metric(50.0)},
+        settings={"images": str(folder.path / "images")},
         files=(folder.records("vqa-a-gqa.jsonl", *lines),),
     )  # fmt: skip
     page = read_page(folder)
@@ -259,7 +259,7 @@ def test_records_that_are_gone_or_foreign_are_told_of(folder: Folder, task: str)
 
 def test_what_comes_from_data_is_text(folder: Folder) -> None:
     folder.add(
-        "seg", NASTY, headline="miou", metrics={"miou": metric(1.0)},
+        "seg", NASTY, primary_metric="miou", metrics={"miou": metric(1.0)},
         tables={"classes": Table(columns=("class", "iou"), rows=((NASTY, 1.0),)), NASTY: classes_of(NASTY)},
         notes=(NASTY,), settings={NASTY: NASTY}, device=NASTY, files=(f"{NASTY}-overlay.png",),
         data=(DataUsed(role=NASTY, name=NASTY, fingerprint="a", count=1, num_classes=2),),
@@ -286,19 +286,19 @@ def test_the_page_asks_for_nothing_and_allows_only_its_own_script(folder: Folder
 def test_the_same_reports_give_the_same_page(folder: Folder) -> None:
     folder.add("knn", "a", metrics={"top1": metric(50.0), "top1_k10": metric(40.0)}, settings={"k": [10, 20]})
     first, second = folder.path.parent / "1.html", folder.path.parent / "2.html"
-    write_page(folder.path, first, pictures=False)
-    write_page(folder.path, second, pictures=False)
+    write_page(folder.path, first, images=False)
+    write_page(folder.path, second, images=False)
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_pictures_stop_where_the_page_is_full() -> None:
-    album = Album(most_bytes=3000)
+def test_images_stop_where_the_page_is_full() -> None:
+    image_budget = ImageBudget(most_bytes=3000)
     noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
-    found = [album.add(noise, "noise", side=32) for _ in range(20)]
-    kept = [picture for picture in found if picture is not None]
-    assert 0 < len(kept) < 20 and album.left_out == 20 - len(kept)
-    assert sum(len(picture.src) for picture in kept) <= 3000
-    big = Album().add(np.zeros((100, 400, 3), np.uint8), "wide", side=200, exact=True)
+    found = [image_budget.add(noise, "noise", side=32) for _ in range(20)]
+    kept = [image for image in found if image is not None]
+    assert 0 < len(kept) < 20 and image_budget.left_out == 20 - len(kept)
+    assert sum(len(image.src) for image in kept) <= 3000
+    big = ImageBudget().add(np.zeros((100, 400, 3), np.uint8), "wide", side=200, exact=True)
     assert big is not None and (big.width, big.height) == (200, 50) and big.src.startswith("data:image/png;")
 
 
@@ -313,7 +313,7 @@ def test_curves_come_with_a_run_and_maps_with_models(folder: Folder) -> None:
     read = Reader(page.read_text(encoding="utf-8"))
     assert "training: run, 1 steps" in read.text and "summary loss" in read.text
     assert "96 x 96 px, 8 x 8 tokens" in read.text and "112 x 112 px, 14 x 14 tokens" in read.text
-    assert [tag for tag, _ in read.tags].count("img") == 18  # six pictures and two models' maps
+    assert [tag for tag, _ in read.tags].count("img") == 18  # six images and two models' maps
     assert "pip:gone is not shown: " in read.text and "run holds no ckpt.pt" in read.text
 
 
@@ -359,7 +359,7 @@ def test_many_metrics_stand_below_one_another(folder: Folder) -> None:
     many = {"accuracy": metric(50.0), **{f"part_{place}": metric(float(place)) for place in range(20)}}
     data = tuple(DataUsed(role="questions", name=n, fingerprint=n, count=5, num_classes=0) for n in "abcd")
     for model in ("x", "y"):
-        folder.add("vqa", model, headline="accuracy", metrics=many, data=data)
+        folder.add("vqa", model, primary_metric="accuracy", metrics=many, data=data)
     page = read_page(folder)
     rows = page.table("All metrics")
     assert rows[0] == ["metric", "x", "y"] and rows[1] == ["accuracy (%)", "50.0 ±2.0", "50.0 ±2.0"]

@@ -13,7 +13,7 @@ from evals.core.report import DataUsed, Metric, Report
 from evals.reporting.pairing import paired_interval
 from evals.reporting.records import Entry
 
-PICTURES, CLASSES = 12, 5
+IMAGES, CLASSES = 12, 5
 
 Lines = Sequence[dict[str, Any]]
 
@@ -28,12 +28,12 @@ def save(tmp_path: Path) -> Callable[..., Entry]:
         names = {f"{task}-{side}{ending.replace('_', '-')}.jsonl": lines for ending, lines in records.items()}
         for name, lines in names.items():
             (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-        used = DataUsed(role="val", name="d", fingerprint="a", count=PICTURES, num_classes=CLASSES)
+        used = DataUsed(role="val", name="d", fingerprint="a", count=IMAGES, num_classes=CLASSES)
         report = Report(
             task=task,
             model=side,
             fingerprint="f",
-            headline="h",
+            primary_metric="h",
             metrics={"h": Metric(value=value)},
             settings={},
             data=(used,),
@@ -49,13 +49,13 @@ def save(tmp_path: Path) -> Callable[..., Entry]:
 
 
 def answers(seed: int) -> tuple[dict[str, Lines], float]:
-    """Two benchmarks that share pictures and count their questions alike; their accuracies' mean."""
+    """Two benchmarks that share images and count their questions alike; their accuracies' mean."""
     generator = np.random.default_rng(seed)
     found = {
         ending: [
             {
                 "question_id": str(n),
-                "image": f"{n % PICTURES}.jpg",
+                "image": f"{n % IMAGES}.jpg",
                 "score": float(generator.random() < right),
             }
             for n in range(count)
@@ -67,7 +67,7 @@ def answers(seed: int) -> tuple[dict[str, Lines], float]:
 
 def areas(seed: int) -> np.ndarray:
     """[N, 3, C] of one truth; the last class is never there, the one before only predicted."""
-    truth = np.random.default_rng(0).integers(0, CLASSES - 2, (PICTURES, 30))
+    truth = np.random.default_rng(0).integers(0, CLASSES - 2, (IMAGES, 30))
     generator = np.random.default_rng(seed)
     said = np.where(
         generator.random(truth.shape) < 0.6, truth, generator.integers(0, CLASSES - 1, truth.shape)
@@ -92,12 +92,12 @@ def iou(found: np.ndarray) -> float:
 
 
 def drawn() -> np.ndarray:
-    """[R, N]: the resamples' weights of picture 0, 1, ...; pairing sorts the pictures by their names."""
-    names = sorted(f"{n}.jpg" for n in range(PICTURES))
-    return resamples(PICTURES)[:, [names.index(f"{n}.jpg") for n in range(PICTURES)]]
+    """[R, N]: the resamples' weights of image 0, 1, ...; pairing sorts the images by their names."""
+    names = sorted(f"{n}.jpg" for n in range(IMAGES))
+    return resamples(IMAGES)[:, [names.index(f"{n}.jpg") for n in range(IMAGES)]]
 
 
-def test_answers_are_drawn_by_picture_and_averaged_by_benchmark(save: Callable[..., Entry]) -> None:
+def test_answers_are_drawn_by_image_and_averaged_by_benchmark(save: Callable[..., Entry]) -> None:
     (new, after), (old, before) = answers(1), answers(2)
 
     def mean(side: dict[str, Lines], weights: np.ndarray) -> float:
@@ -105,7 +105,7 @@ def test_answers_are_drawn_by_picture_and_averaged_by_benchmark(save: Callable[.
             np.mean(
                 [
                     np.average(
-                        [x["score"] for x in of], weights=[weights[n % PICTURES] for n in range(len(of))]
+                        [x["score"] for x in of], weights=[weights[n % IMAGES] for n in range(len(of))]
                     )
                     for of in side.values()
                 ]

@@ -22,9 +22,9 @@ def tokens(count: int = 200, width: int = 12) -> torch.Tensor:
     return torch.randn(count, width, generator=generator) * scale + 5
 
 
-def pictures(count: int = 2) -> list[torch.Tensor]:
+def images(count: int = 2) -> list[torch.Tensor]:
     drawn, _ = render_images(range(count), split="val")
-    return [torch.from_numpy(picture) for picture in drawn]
+    return [torch.from_numpy(image) for image in drawn]
 
 
 def test_components_equal_numpys_svd_and_scikit_learns() -> None:
@@ -69,28 +69,28 @@ def test_values_that_are_not_finite_are_refused() -> None:
 
 def test_a_map_has_a_pixel_a_token_and_is_the_same_each_time() -> None:
     model = load_backbone("scenes:clip")
-    once, again = own_map(model, pictures()), own_map(model, pictures())
+    once, again = own_map(model, images()), own_map(model, images())
     assert once.model == "scenes:clip" and once.note.startswith("96 x 96 px, 8 x 8 tokens, ")
-    assert [picture.shape for picture in once.pictures] == [(8, 8, 3)] * 2
-    assert all(np.array_equal(a, b) for a, b in zip(once.pictures, again.pictures, strict=True))
+    assert [image.shape for image in once.images] == [(8, 8, 3)] * 2
+    assert all(np.array_equal(a, b) for a, b in zip(once.images, again.images, strict=True))
 
 
 def checkpoint(path: Path, spec: str) -> Path:
-    """An untrained student with an adaptor for a teacher that its card names."""
+    """An untrained student with an adaptor for a teacher that its metadata names."""
     from radio.adaptors import AdaptorConfig
     from radio.model import ModelConfig, build
 
     adaptor = AdaptorConfig(name="clip", summary_dim=128, token_dim=128)
-    card = {"resolution": 96, "teachers": [{"name": "clip", "model": spec, "student_resolution": 108}]}
-    build(ModelConfig(student="vit-tiny12", adaptors=(adaptor,)), 0, card, "small").save(path)
+    metadata = {"resolution": 96, "teachers": [{"name": "clip", "model": spec, "student_resolution": 108}]}
+    build(ModelConfig(student="vit-tiny12", adaptors=(adaptor,)), 0, metadata, "small").save(path)
     return path
 
 
 def test_a_student_stands_beside_its_teacher_along_the_teachers_axes(tmp_path: Path) -> None:
     path = checkpoint(tmp_path / "small.pt", "scenes:clip")
-    maps, notes = draw_maps([str(path), "scenes:clip"], pictures())
+    maps, notes = draw_maps([str(path), "scenes:clip"], images())
     assert [one.model for one in maps] == ["small", "scenes:clip", "small as clip"] and notes == []
-    assert [one.pictures[0].shape for one in maps] == [(8, 8, 3), (8, 8, 3), (9, 9, 3)]
+    assert [one.images[0].shape for one in maps] == [(8, 8, 3), (8, 8, 3), (9, 9, 3)]
     assert "along scenes:clip's axes" in maps[2].note
 
 
@@ -99,21 +99,21 @@ def test_a_perfect_student_has_its_teachers_colours(tmp_path: Path) -> None:
     student = load_backbone(str(checkpoint(tmp_path / "small.pt", "scenes:clip")))
     teacher = load_backbone("scenes:clip")
     assert isinstance(student, RadioModel)
-    shown = pictures()
+    shown = images()
     student.adapt = lambda name, features: teacher(  # type: ignore[method-assign, assignment]
-        torch.stack([picture / 255 for picture in shown])
+        torch.stack([image / 255 for image in shown])
     )
     (taught,) = teachers_of(student)
     assert taught == Taught("clip", "scenes:clip", (108, 108))
     theirs, ours = teacher_maps(student, taught, teacher, shown)
-    differences = [abs(a.astype(int) - b) for a, b in zip(theirs.pictures, ours.pictures, strict=True)]
+    differences = [abs(a.astype(int) - b) for a, b in zip(theirs.images, ours.images, strict=True)]
     assert np.max(differences) <= 1
 
 
 def test_a_teacher_that_is_gone_is_noted_and_a_wrong_spec_raises(tmp_path: Path) -> None:
     path = checkpoint(tmp_path / "small.pt", f"dinov2:vitb14@{tmp_path / 'gone.pth'}")
-    maps, notes = draw_maps([str(path)], pictures(1))
+    maps, notes = draw_maps([str(path)], images(1))
     assert [one.model for one in maps] == ["small"]
     assert len(notes) == 1 and "gone.pth" in notes[0] and notes[0].startswith("small's teacher dinov2:vitb14")
     with pytest.raises(CheckpointError, match="no such"):
-        draw_maps([str(tmp_path / "nowhere.pt")], pictures(1))
+        draw_maps([str(tmp_path / "nowhere.pt")], images(1))

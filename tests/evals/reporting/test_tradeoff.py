@@ -11,13 +11,13 @@ from evals.reporting.tradeoff import FILE, draw_tradeoff
 
 
 def report(task: str, model: str, value: float, fingerprint: str, **changes: Any) -> Report:
-    headline = "top1" if task == "knn" else "images_per_second"
+    primary_metric = "top1" if task == "knn" else "images_per_second"
     return Report(
         task=task,
         model=model,
         fingerprint=fingerprint,
-        headline=headline,
-        metrics={headline: Metric(value=value, low=value - 5, high=value + 5)},
+        primary_metric=primary_metric,
+        metrics={primary_metric: Metric(value=value, low=value - 5, high=value + 5)},
         settings={},
         data=(),
         device="cpu",
@@ -39,7 +39,7 @@ def test_reports_are_paired_by_weights_or_by_architecture(tmp_path: Path) -> Non
         tmp_path,
         report("knn", "trained", 60.0, "one"),
         report("throughput", "any-name", 100.0, "one"),
-        report("knn", "student", 70.0, "two", card={"model": {"student": "e-radio-b"}}),
+        report("knn", "student", 70.0, "two", metadata={"model": {"student": "e-radio-b"}}),
         report("throughput", "e-radio-b", 400.0, "untrained"),
         report("knn", "slow", 50.0, "three"),
         report("throughput", "fast", 900.0, "four"),

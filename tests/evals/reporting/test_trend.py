@@ -19,7 +19,7 @@ def night(root: Path, day: int, values: dict[str, float], **changes: Any) -> Non
                 "task": "knn",
                 "model": model,
                 "fingerprint": "f",
-                "headline": "top1",
+                "primary_metric": "top1",
                 "metrics": {"top1": Metric(value=value, low=value - 2, high=value + 2)},
                 "settings": {"k": [20]},
                 "data": (),

@@ -50,13 +50,13 @@ def blob(size: tuple[int, int], generator: np.random.Generator) -> np.ndarray[An
 
 @pytest.fixture
 def world(tmp_path: Path) -> tuple[Path, Path]:
-    """An instances JSON of five pictures (the last without annotations), and their folder.
+    """An instances JSON of five images (the last without annotations), and their folder.
 
-    Picture 1: three ellipses. 2: a polygon, and a crowd with uncompressed run lengths. 3: a zero-area mask
-    and a box that reaches beyond the picture. 4: two ellipses.
+    Image 1: three ellipses. 2: a polygon, and a crowd with uncompressed run lengths. 3: a zero-area mask
+    and a box that reaches beyond the image. 4: two ellipses.
     """
     generator = np.random.default_rng(0)
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     images, annotations = [], []
     for number, size in enumerate(SIZES, start=1):

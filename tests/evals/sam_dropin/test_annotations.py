@@ -173,7 +173,7 @@ def test_a_number_without_a_fraction_is_whole(world: tuple[Path, Path], change: 
 
 def test_an_absent_flag_is_no_crowd(world: tuple[Path, Path], change: Change) -> None:
     change(lambda data: [annotation.pop("iscrowd") for annotation in data["annotations"]])
-    assert not any(i.crowd for picture in opened(world).pictures for i in picture.instances)
+    assert not any(i.crowd for image in opened(world).images for i in image.instances)
 
 
 def test_empty_runs_between_others_change_no_overlap(world: tuple[Path, Path], change: Change) -> None:
@@ -186,9 +186,9 @@ def test_empty_runs_between_others_change_no_overlap(world: tuple[Path, Path], c
         lengths = {"size": [90, 50], "counts": counts}
         change(set_one("annotations", 4, segmentation=lengths))
         data = opened(world)
-        picture = data.pictures[1]
-        assert np.array_equal(data.masks(picture)[1].numpy(), mask)
-        found.append(run_lengths(picture.instances[1], picture.size)["counts"])
+        image = data.images[1]
+        assert np.array_equal(data.masks(image)[1].numpy(), mask)
+        found.append(run_lengths(image.instances[1], image.size)["counts"])
     encoded = library.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"]
     assert [c if isinstance(c, bytes) else c.encode() for c in found] == [encoded] * 3
 
@@ -272,8 +272,8 @@ def test_names_match_whatever_the_form_of_their_accents(world: tuple[Path, Path]
         name = unicodedata.normalize(named, f"été{number}/é.png")
         change(set_one("images", number - 1, file_name=name))
     data = opened(world)
-    assert [tuple(data.read(picture).shape[1:]) for picture in data.pictures] == [
-        picture.size for picture in data.pictures
+    assert [tuple(data.read(image).shape[1:]) for image in data.images] == [
+        image.size for image in data.images
     ]
 
 
@@ -281,14 +281,14 @@ def test_two_files_that_read_alike_are_not_chosen_from(world: tuple[Path, Path],
     for form in ("NFC", "NFKD"):  # neither is the name itself: its accent comes before the cedilla
         (world[1] / unicodedata.normalize(form, "ḉ.png")).write_bytes((world[1] / "1.png").read_bytes())
     change(set_one("images", 0, file_name="ć\u0327.png"))
-    with pytest.raises(DataError, match=r"1 of the 4 pictures of .* are not there"):
+    with pytest.raises(DataError, match=r"1 of the 4 images of .* are not there"):
         opened(world)
 
 
 def test_a_name_that_no_system_takes(world: tuple[Path, Path], change: Change) -> None:
     for name in ("x" * 4000, "a\0b", "1.png/2.png"):
         change(set_one("images", 0, file_name=name))
-        with pytest.raises(DataError, match=r"1 of the 4 pictures of .* are not there"):
+        with pytest.raises(DataError, match=r"1 of the 4 images of .* are not there"):
             opened(world)
 
 
@@ -317,7 +317,7 @@ def test_an_orientation_that_is_not_applied_is_said(
 def test_damaged_images_are_told_before_the_work(world: tuple[Path, Path]) -> None:
     (world[1] / "3.png").write_bytes(b"nothing")
     (world[1] / "4.png").write_bytes((world[1] / "1.png").read_bytes())
-    with pytest.raises(DataError, match=r"3\.png: not a picture.*\(2 of 4 images are bad\)"):
+    with pytest.raises(DataError, match=r"3\.png: not an image.*\(2 of 4 images are bad\)"):
         opened(world)
 
 
@@ -329,10 +329,10 @@ EFFORT = settings(
 
 
 def check_masks(data: Instances) -> None:
-    for picture in data.pictures:
-        masks = data.masks(picture)
-        assert masks.shape == (len(picture.instances), *picture.size)
-        assert masks.equal(data.masks(picture))
+    for image in data.images:
+        masks = data.masks(image)
+        assert masks.shape == (len(image.instances), *image.size)
+        assert masks.equal(data.masks(image))
 
 
 ODD = (
@@ -420,7 +420,7 @@ def test_masks_without_a_pixel_are_said(world: tuple[Path, Path], change: Change
     masks = opened(world)
     assert masks.notes[-1].startswith("2 of 9 annotations have no pixel inside their image and score 0")
     assert masks.notes[-1].endswith("the first is annotation 3")
-    planes = [plane for picture in masks.pictures for plane in masks.masks(picture)]
+    planes = [plane for image in masks.images for plane in masks.masks(image)]
     assert sum(not plane.any() for plane in planes) == 2
 
 

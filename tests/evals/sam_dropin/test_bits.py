@@ -26,7 +26,7 @@ def test_bits_are_numpys_and_are_counted(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("reach", [1, 2, 3, 4, 7, 11, 16])
 @pytest.mark.parametrize("size", [(13, 9), (40, 33), (64, 50)])
 def test_erosion_is_scipys(size: tuple[int, int], reach: int) -> None:
-    """Down to nothing, where the square is larger than the picture."""
+    """Down to nothing, where the square is larger than the image."""
     masks = some_masks(*size, 0.97)
     masks[0] = True
     theirs = [

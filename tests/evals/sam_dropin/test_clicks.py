@@ -14,9 +14,9 @@ def masks(count: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
     return both[:count], both[count:]
 
 
-def slow_click(truth: np.ndarray, drawn: np.ndarray) -> tuple[tuple[int, int], int]:
-    """One object at a time, the picture padded with outside."""
-    missed, surplus = truth & ~drawn, drawn & ~truth
+def slow_click(truth: np.ndarray, predictions: np.ndarray) -> tuple[tuple[int, int], int]:
+    """One object at a time, the image padded with outside."""
+    missed, surplus = truth & ~predictions, predictions & ~truth
     label = int(missed.sum() >= surplus.sum())
     region = missed if label else surplus
     if not region.any():
@@ -27,10 +27,10 @@ def slow_click(truth: np.ndarray, drawn: np.ndarray) -> tuple[tuple[int, int], i
 
 
 def test_clicks_equal_one_object_at_a_time() -> None:
-    truth, drawn = masks()
-    points, labels = next_clicks(truth, drawn)
+    truth, predictions = masks()
+    points, labels = next_clicks(truth, predictions)
     for row in range(len(truth)):
-        (x, y), label = slow_click(truth[row].numpy(), drawn[row].numpy())
+        (x, y), label = slow_click(truth[row].numpy(), predictions[row].numpy())
         assert points[row].tolist() == [x, y]
         assert labels[row] == label
     assert set(labels.tolist()) == {0, 1}

@@ -19,13 +19,13 @@ def opened(world: tuple[Path, Path], **changes: Any) -> Instances:
     return open_instances(*world, **{**settings, **changes})
 
 
-def test_every_annotation_is_there_in_the_order_of_the_pictures(world: tuple[Path, Path]) -> None:
+def test_every_annotation_is_there_in_the_order_of_the_images(world: tuple[Path, Path]) -> None:
     data = opened(world)
-    assert [picture.number for picture in data.pictures] == [1, 2, 3, 4]  # the fifth has none
+    assert [image.number for image in data.images] == [1, 2, 3, 4]  # the fifth has none
     assert data.count == 9
-    assert [i.number for picture in data.pictures for i in picture.instances] == list(range(1, 10))
-    assert data.pictures[1].instances[0].box == (5.0, 5.0, 40.0, 70.0)
-    assert data.pictures[2].instances[1].box == (-20.0, 30.0, 180.0, 90.0)
+    assert [i.number for image in data.images for i in image.instances] == list(range(1, 10))
+    assert data.images[1].instances[0].box == (5.0, 5.0, 40.0, 70.0)
+    assert data.images[2].instances[1].box == (-20.0, 30.0, 180.0, 90.0)
     assert data.categories == {1: "even", 2: "odd", 3: "unused"}
 
 
@@ -33,15 +33,15 @@ def test_masks_are_pycocotools(world: tuple[Path, Path], capsys: pytest.CaptureF
     data = opened(world)
     assert capsys.readouterr().out == ""
     theirs = COCO(str(world[0]))
-    for picture in data.pictures:
-        for mask, instance in zip(data.masks(picture), picture.instances, strict=True):
+    for image in data.images:
+        for mask, instance in zip(data.masks(image), image.instances, strict=True):
             np.testing.assert_array_equal(mask.numpy(), theirs.annToMask(theirs.anns[instance.number]))
 
 
 def test_crowds_and_small_ones_can_be_left_out(world: tuple[Path, Path]) -> None:
     assert opened(world, crowds=False).count == 8
     assert opened(world, smallest_area=1.0).count == 8
-    assert [p.number for p in opened(world, limit=2).pictures] == [1, 3]
+    assert [p.number for p in opened(world, limit=2).images] == [1, 3]
     assert len({opened(world, **c).fingerprint for c in ({}, {"crowds": False}, {"limit": 2})}) == 3
     assert opened(world).fingerprint == opened(world).fingerprint
 
@@ -65,10 +65,10 @@ def test_crowds_and_small_ones_can_be_left_out(world: tuple[Path, Path]) -> None
             lambda d: d["annotations"][2].update(bbox=[1, 2, 3]),
             r"not COCO instances: annotations\[2\]\.bbox: list",
         ),
-        (lambda d: d["annotations"].clear(), "none of its 5 pictures has an annotation to score"),
+        (lambda d: d["annotations"].clear(), "none of its 5 images has an annotation to score"),
         (
             lambda d: [image.update(file_name=f"gone{image['id']}.png") for image in d["images"][1:]],
-            "3 of the 4 pictures of instances.json are not there: gone2.png",
+            "3 of the 4 images of instances.json are not there: gone2.png",
         ),
     ],
 )
@@ -121,10 +121,10 @@ def test_bad_segmentations_are_named_before_any_work(
         opened(world)
 
 
-def test_pictures_are_read_and_checked(world: tuple[Path, Path]) -> None:
+def test_images_are_read_and_checked(world: tuple[Path, Path]) -> None:
     data = opened(world)
     pixels = np.asarray(Image.open(world[1] / "2.png")).transpose(2, 0, 1)
-    assert torch.equal(data.read(data.pictures[1]), torch.from_numpy(pixels.copy()))
+    assert torch.equal(data.read(data.images[1]), torch.from_numpy(pixels.copy()))
     # Replaced since they were checked, by files of the same length.
     lengths = [(world[1] / name).stat().st_size for name in ("1.png", "2.png")]
     Image.new("RGB", (7, 7)).save(world[1] / "2.png")
@@ -133,6 +133,6 @@ def test_pictures_are_read_and_checked(world: tuple[Path, Path]) -> None:
     with pytest.raises(
         DataError, match=r"2.png is \[7, 7\] \(height, width\), and instances says \[90, 50\]"
     ):
-        data.read(data.pictures[1])
-    with pytest.raises(DataError, match=r"1\.png: not a picture"):
-        data.read(data.pictures[0])
+        data.read(data.images[1])
+    with pytest.raises(DataError, match=r"1\.png: not an image"):
+        data.read(data.images[0])

@@ -19,7 +19,7 @@ from radio.teachers.scenes import scenes_sam
 
 
 def student(arch: str = "vit-tiny12", width: int = 96, **entry: Any) -> RadioModel:
-    """A model whose card says that it learned from a SAM."""
+    """A model whose metadata says that it learned from a SAM."""
     adaptors = (AdaptorConfig(name="sam", summary_dim=width, token_dim=width),)
     teachers = [{"name": "sam", "model": "scenes:sam", "fingerprint": "", **entry}]
     return build(ModelConfig(student=arch, adaptors=adaptors), 0, {"teachers": teachers}).eval()
@@ -163,7 +163,7 @@ class Stranger:
             self.sam = sam
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("sam", "file", "card", "adapt"):
+        if name in ("sam", "file", "metadata", "adapt"):
             raise AttributeError(name)
         return getattr(self._encoder, name)
 
@@ -206,16 +206,18 @@ def test_the_teacher_can_be_named() -> None:
     model = build(ModelConfig(student="vit-tiny12", adaptors=adaptors), 0, {"teachers": teachers})
     assert make_drop_in(model, None, None, 0).adaptor == "a"
     assert make_drop_in(model, None, None, 0, "b").adaptor == "b"
-    with pytest.raises(ConfigError, match="has no teacher 'c' on its card; it has a, b"):
+    with pytest.raises(ConfigError, match="has no teacher 'c' in its metadata; it has a, b"):
         make_drop_in(model, None, None, 0, "c")
-    with pytest.raises(ConfigError, match="scenes:sam has no teachers on its card; leave --teacher out"):
+    with pytest.raises(ConfigError, match="scenes:sam has no teachers in its metadata; leave --teacher out"):
         make_drop_in(load_backbone("scenes:sam"), None, None, 0, "a")
 
 
 @pytest.mark.parametrize("teachers", ["x", [1], [{}], [{"name": "clip"}], [{"name": "sam", "model": 5}]])
 def test_a_cards_teachers_of_another_shape(teachers: Any) -> None:
     model = build(ModelConfig(student="vit-tiny12"), 0, {"teachers": teachers})
-    with pytest.raises(CheckpointError, match=r"vit-tiny12: the (teachers on its card|card's teacher 0)"):
+    with pytest.raises(
+        CheckpointError, match=r"vit-tiny12: the (teachers in its metadata|metadata's teacher 0)"
+    ):
         make_drop_in(model, None, None, 0)
 
 

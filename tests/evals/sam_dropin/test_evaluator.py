@@ -51,13 +51,13 @@ def slow_ious(settings: SamSettings) -> dict[int, float]:
     assert settings.data is not None and settings.images is not None
     predictor, found, theirs = SamPredictor(scenes_sam()), {}, COCO(str(settings.data))
     data = open_instances(settings.data, settings.images, limit=None, crowds=True, smallest_area=0, memo=None)
-    for picture in data.pictures:
-        predictor.set_image(np.array(Image.open(settings.images / picture.name).convert("RGB")))
-        for instance in picture.instances:
+    for image in data.images:
+        predictor.set_image(np.array(Image.open(settings.images / image.name).convert("RGB")))
+        for instance in image.instances:
             masks, quality, _ = predictor.predict(box=np.array(instance.box))
-            drawn = library.encode(np.asfortranarray(masks[quality.argmax()].astype(np.uint8)))
+            predictions = library.encode(np.asfortranarray(masks[quality.argmax()].astype(np.uint8)))
             truth = theirs.annToRLE(theirs.anns[instance.number])
-            found[instance.number] = float(library.iou([drawn], [truth], [0])[0, 0])
+            found[instance.number] = float(library.iou([predictions], [truth], [0])[0, 0])
     return found
 
 
@@ -70,10 +70,10 @@ def test_the_report_equals_the_predictor_box_by_box(settings: SamSettings, tmp_p
         assert record["iou"] == pytest.approx(expected[record["annotation_id"]], abs=2e-3)
     assert report.metrics["miou"].value == pytest.approx(100 * np.mean(list(expected.values())), abs=0.1)
     assert read(tmp_path / "out" / "sam-scenes-sam.json") == report
-    assert report.headline == "miou"
+    assert report.primary_metric == "miou"
     assert {*TIMED, "filled_box_miou", "boundary_miou", "miou_small"} < set(report.metrics)
     assert "miou_large" not in report.metrics
-    assert "9 annotations on 4 pictures, 1 of them crowds" in report.notes
+    assert "9 annotations on 4 images, 1 of them crowds" in report.notes
     assert any("the prompt taken as the mask has an mIoU of" in note for note in report.notes)
     assert records[0]["image"] == "1.png"
 
@@ -262,13 +262,13 @@ def test_panels_of_best_median_and_worst(settings: SamSettings, tmp_path: Path) 
     numbers = [int(Path(panel).stem.split("-")[-1]) for panel in panels]
     assert records[numbers[0]] == max(records.values()) and records[numbers[2]] == min(records.values())
     for panel in panels:
-        with Image.open(tmp_path / "out" / panel) as picture:
-            assert picture.width > 900 and picture.height > 150
+        with Image.open(tmp_path / "out" / panel) as image:
+            assert image.width > 900 and image.height > 150
 
 
 @pytest.fixture
 def detections(settings: SamSettings, tmp_path: Path) -> SamSettings:
-    """The ground truth's boxes as a detector's, with scores; one on the picture without annotations."""
+    """The ground truth's boxes as a detector's, with scores; one on the image without annotations."""
     assert settings.data is not None
     data = json.loads(settings.data.read_text())
     found = [
@@ -279,15 +279,15 @@ def detections(settings: SamSettings, tmp_path: Path) -> SamSettings:
     found.append({"image_id": 5, "category_id": 1, "bbox": [3, 3, 20, 20], "score": 0.99})
     path = tmp_path / "found.json"
     path.write_text(json.dumps(found))
-    return replace(settings, boxes_from=path)
+    return replace(settings, detections=path)
 
 
 def test_a_detectors_boxes_are_scored_as_average_precision(detections: SamSettings, tmp_path: Path) -> None:
     """pycocotools on the predictor's masks, one box at a time."""
     report = run(load_backbone("scenes:sam"), detections, tmp_path / "out")
-    assert detections.boxes_from is not None and detections.images is not None
+    assert detections.detections is not None and detections.images is not None
     truth, predictor, results = COCO(str(detections.data)), SamPredictor(scenes_sam()), []
-    for entry in json.loads(detections.boxes_from.read_text()):
+    for entry in json.loads(detections.detections.read_text()):
         image = Image.open(detections.images / f"{entry['image_id']}.png")
         predictor.set_image(np.array(image.convert("RGB")))
         x, y, w, h = entry["bbox"]
@@ -304,7 +304,7 @@ def test_a_detectors_boxes_are_scored_as_average_precision(detections: SamSettin
     for name, value in zip(("ap", "ap50", "ap75", "ap_small"), judge.stats[:4], strict=True):
         assert report.metrics[name].value == pytest.approx(100 * value, abs=0.5), name
     assert "ap_large" not in report.metrics  # no ground truth of that size
-    assert report.notes[0] == "9 detections on 5 of 5 pictures"
+    assert report.notes[0] == "9 detections on 5 of 5 images"
     assert len(lines(tmp_path / "out" / "sam-scenes-sam-detections.jsonl")) == 9
 
 
@@ -358,7 +358,7 @@ def test_thin_and_turned_images_are_scored(tmp_path: Path) -> None:
         ),
         ({"annotations": []}, "not COCO results"),
         ([], "holds no detections"),
-        ([{"image_id": 77, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 1}], "entry 0 is of picture 77"),
+        ([{"image_id": 77, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 1}], "entry 0 is of image 77"),
         (
             [{"image_id": 1, "category_id": 9, "bbox": [1, 2, 3, 4], "score": 1}],
             "category 9, and .* not have",
@@ -366,8 +366,8 @@ def test_thin_and_turned_images_are_scored(tmp_path: Path) -> None:
     ],
 )
 def test_bad_detections(detections: SamSettings, tmp_path: Path, entries: Any, said: str) -> None:
-    assert detections.boxes_from is not None
-    detections.boxes_from.write_text(json.dumps(entries))
+    assert detections.detections is not None
+    detections.detections.write_text(json.dumps(entries))
     with pytest.raises(DataError, match=said):
         run(load_backbone("scenes:sam"), detections, tmp_path / "out")
 
@@ -385,7 +385,7 @@ def test_bad_detections(detections: SamSettings, tmp_path: Path, entries: Any, s
         ({"scenes": 10**15}, "scenes: 1000000000000000 is out of bounds"),
         ({"clicks": 3}, "clicks = 3 goes with --prompts points"),
         ({"save_masks": -1}, "save_masks: -1 is out of bounds"),
-        ({"boxes_from": Path("d.json")}, "--boxes-from takes a detector's boxes on --data"),
+        ({"detections": Path("d.json")}, "--detections takes a detector's boxes on --data"),
     ],
 )
 def test_settings_that_make_no_sense(changes: dict[str, Any], said: str) -> None:
@@ -393,10 +393,10 @@ def test_settings_that_make_no_sense(changes: dict[str, Any], said: str) -> None
         SamSettings(**changes)
 
 
-def test_an_unreadable_picture_stops_the_run(settings: SamSettings, tmp_path: Path) -> None:
+def test_an_unreadable_image_stops_the_run(settings: SamSettings, tmp_path: Path) -> None:
     assert settings.images is not None
     (settings.images / "3.png").write_bytes(b"nothing")
-    with pytest.raises(DataError, match=r"3\.png: not a picture"):
+    with pytest.raises(DataError, match=r"3\.png: not an image"):
         run(load_backbone("scenes:sam"), settings, tmp_path / "out")
 
 

@@ -14,7 +14,7 @@ SIZES = [(480, 640), (640, 427), (100, 100), (33, 1500), (1024, 7)]
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_pictures_are_resized_and_padded_as_the_predictor_does(size: tuple[int, int]) -> None:
+def test_images_are_resized_and_padded_as_the_predictor_does(size: tuple[int, int]) -> None:
     image = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
     resized = ResizeLongestSide(128).apply_image(image)
     sam = new_released_sam(768)

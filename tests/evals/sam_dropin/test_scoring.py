@@ -97,8 +97,8 @@ def test_an_empty_size_is_left_out_and_buckets_are_cocos() -> None:
         assert found[f"miou_{name}"].value == pytest.approx(100 * sum(inside) / len(inside))
 
 
-def test_intervals_draw_pictures_not_instances() -> None:
-    """Twenty equal instances on each of two pictures say no more than one each."""
+def test_intervals_draw_images_not_instances() -> None:
+    """Twenty equal instances on each of two images say no more than one each."""
     few = metrics([record(1, 1, 10, 0.0), record(2, 2, 10, 1.0)], 0)["miou"]
     many = metrics([record(1 + n % 2, n, 10, float(n % 2)) for n in range(40)], 0)["miou"]
     assert (many.low, many.high) == (few.low, few.high) == (0.0, 100.0)

@@ -26,14 +26,14 @@ class Patches:
         self.patch, self.only = patch, only
         self.native_size = only or (4 * patch, 4 * patch)
         self.name = f"patches{patch}"
-        self.sizes: list[tuple[int, int]] = []  # of the pictures it was shown
+        self.sizes: list[tuple[int, int]] = []  # of the images it was shown
         self.fail_after: int | None = None  # calls; stands for a kill
 
     @property
     def fingerprint(self) -> str:
         return hashlib.sha256(self.name.encode()).hexdigest()
 
-    def fit(self, height: int, width: int) -> tuple[int, int]:
+    def nearest_size(self, height: int, width: int) -> tuple[int, int]:
         if self.only:
             return self.only
         return tuple(max(self.patch, round(side / self.patch) * self.patch) for side in (height, width))
@@ -46,7 +46,7 @@ class Patches:
 
     def __call__(self, images: Tensor) -> Features:
         size = tuple(images.shape[-2:])
-        assert self.fit(*size) == size, f"shown {size}"
+        assert self.nearest_size(*size) == size, f"shown {size}"
         assert not torch.is_inference(images)
         self.sizes += [size] * len(images)
         if self.fail_after is not None and len(self.sizes) > self.fail_after:
@@ -60,19 +60,19 @@ COLOURS = np.array([[230, 40, 40], [40, 220, 60], [50, 60, 230], [240, 230, 40]]
 
 
 def scene(number: int, size: tuple[int, int], classes: int = 3) -> tuple[np.ndarray, np.ndarray]:
-    """A noisy picture [H, W, 3] of upright stripes in the colours of their classes, and labels 1, 2, ..."""
+    """A noisy image [H, W, 3] of upright stripes in the colours of their classes, and labels 1, 2, ..."""
     generator = np.random.default_rng(number)
     height, width = size
     stripes = generator.integers(0, classes, 4)
     labels = np.tile(stripes[np.arange(width) * 4 // width], (height, 1)) + 1
     labels[: height // 8] = 0  # void
-    picture = COLOURS[labels - 1] + generator.normal(0, 25, (height, width, 3))
-    return picture.clip(0, 255).astype(np.uint8), labels.astype(np.uint8)
+    image = COLOURS[labels - 1] + generator.normal(0, 25, (height, width, 3))
+    return image.clip(0, 255).astype(np.uint8), labels.astype(np.uint8)
 
 
 def write_pair(root: Path, split: str, number: int, size: tuple[int, int], classes: int = 3) -> None:
-    picture, labels = scene(number, size, classes)
-    for kind, image, ending in (("images", picture, "png"), ("annotations", labels, "png")):
+    pixels, labels = scene(number, size, classes)
+    for kind, image, ending in (("images", pixels, "png"), ("annotations", labels, "png")):
         folder = root / kind / split
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / f"{number:04d}.{ending}")
@@ -114,8 +114,8 @@ def make_voc() -> Callable[..., Path]:
         for name, keys in lists.items():
             (root / "ImageSets/Segmentation" / f"{name}.txt").write_text("".join(f"{k}\n" for k in keys))
             for number, key in enumerate(keys):
-                picture, labels = scene(number, (42, 56))
-                Image.fromarray(picture).save(root / "JPEGImages" / f"{key}.jpg", quality=95)
+                pixels, labels = scene(number, (42, 56))
+                Image.fromarray(pixels).save(root / "JPEGImages" / f"{key}.jpg", quality=95)
                 image = Image.fromarray(np.where(labels == 0, 255, labels - 1).astype(np.uint8))
                 image.putpalette([(7 * place) % 256 for place in range(768)])
                 folder = "SegmentationClassAug" if key in augmented else "SegmentationClass"

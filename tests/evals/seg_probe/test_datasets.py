@@ -35,8 +35,8 @@ def test_ade20k_itself(tmp_path: Path, make_ade: Callable, mark: str | None) -> 
     data = opened(tmp_path if mark is None else root)
     assert data.labelling.classes == tuple(KNOWN["ADE20K"])
     assert data.labelling.zero_is_void
-    assert data.notes[0].endswith("training has 8 pictures; ADE20K has 20,210")
-    assert data.notes[1].endswith("validation has 4 pictures; ADE20K has 2,000")
+    assert data.notes[0].endswith("training has 8 images; ADE20K has 20,210")
+    assert data.notes[1].endswith("validation has 4 images; ADE20K has 2,000")
 
 
 def test_voc_and_its_augmented_split(tmp_path: Path, make_voc: Callable) -> None:
@@ -46,7 +46,7 @@ def test_voc_and_its_augmented_split(tmp_path: Path, make_voc: Callable) -> None
     assert data.labelling == Labelling(classes=tuple(KNOWN["VOC2012"]), zero_is_void=False)
     assert [pair.key for pair in data.train.pairs] == ["a", "b"]
     assert data.train.name == "VOC2012/train"
-    assert data.notes[0] == "VOC2012/train has 2 pictures; VOC2012 has 1,464"
+    assert data.notes[0] == "VOC2012/train has 2 images; VOC2012 has 1,464"
     more = opened(tmp_path / "VOCdevkit", voc_split="trainaug")
     assert [pair.key for pair in more.train.pairs] == ["a", "b", "d"]
     assert [pair.labels.parent.name for pair in more.train.pairs] == [
@@ -83,13 +83,13 @@ def test_a_limit_is_spread_over_both_splits(tmp_path: Path, make_ade: Callable) 
         ),
         (
             lambda root: (root / "images/validation/0009.png").unlink(),
-            r"0009.png: has no picture of its name",
+            r"0009.png: has no image of its name",
         ),
         (lambda root: (root / "classes.txt").unlink(), "has no classes.txt, and none of objectInfo150.txt"),
         (lambda root: (root / "classes.txt").write_text("one\n"), "lists 1 classes; wanted 2 to 254"),
         (lambda root: (root / "classes.txt").write_text("a\nb\na\n"), "lists 'a' twice"),
         (lambda root: (root / "images/validation").rename(root / "images/val"), "images/validation: no such"),
-        (lambda root: (root / "images").rename(root / "pictures"), "neither ADE20K .* nor VOC2012"),
+        (lambda root: (root / "images").rename(root / "photos"), "neither ADE20K .* nor VOC2012"),
     ],
 )
 def test_layouts_that_are_not_whole(tmp_path: Path, make_ade: Callable, spoil: Callable, said: str) -> None:
@@ -105,17 +105,17 @@ def test_more_layouts_that_are_not_whole(tmp_path: Path, make_ade: Callable, mak
     root = make_ade(tmp_path / "mine")
     for path in (root / "images/training").iterdir():
         path.unlink()
-    with pytest.raises(DataError, match="images/training: holds no pictures"):
+    with pytest.raises(DataError, match="images/training: holds no images"):
         opened(root)
     voc = make_voc(tmp_path / "voc", {"train": ["a"], "val": ["b"]})
     (voc / "SegmentationClass/b.png").unlink()
     with pytest.raises(DataError, match=r"b.jpg: has no annotation, neither"):
         opened(voc)
     (voc / "JPEGImages/b.jpg").unlink()
-    with pytest.raises(DataError, match=r"b.jpg: no such picture"):
+    with pytest.raises(DataError, match=r"b.jpg: no such image"):
         opened(voc)
     (voc / "ImageSets/Segmentation/val.txt").write_text("\n")
-    with pytest.raises(DataError, match=r"val.txt: lists no pictures"):
+    with pytest.raises(DataError, match=r"val.txt: lists no images"):
         opened(voc)
     (voc / "ImageSets/Segmentation/val.txt").unlink()
     with pytest.raises(DataError, match=r"val.txt: no such list"):
@@ -174,7 +174,7 @@ def test_whatever_lists_hold_they_are_read_or_refused(tmp_path, make_ade, make_v
         else:
             said = str(folder)
             assert 2 <= len(data.labelling.classes) <= 254
-            assert {pair.picture.parent.parent for pair in data.train.pairs} <= {voc, root / "images"}
+            assert {pair.image.parent.parent for pair in data.train.pairs} <= {voc, root / "images"}
         assert said.startswith(str(folder))
 
 
@@ -215,6 +215,6 @@ def test_numbered_classes_are_those_of_the_labels(tmp_path: Path, make_ade: Call
         opened(root)
 
 
-def test_pictures_that_are_learned_and_scored_are_said(tmp_path: Path, make_voc: Callable) -> None:
+def test_images_that_are_learned_and_scored_are_said(tmp_path: Path, make_voc: Callable) -> None:
     make_voc(tmp_path, {"train": ["a", "b"], "val": ["b", "c"]})
-    assert opened(tmp_path).notes[-1] == "1 of the 2 pictures of val are also trained on"
+    assert opened(tmp_path).notes[-1] == "1 of the 2 images of val are also trained on"

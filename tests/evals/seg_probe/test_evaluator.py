@@ -61,7 +61,7 @@ def test_a_report_says_everything(tmp_path: Path, settings: SegSettings, backbon
     report = run(backbone(), replace(settings, iterations=60, save_maps=2), out)
     assert capfd.readouterr() == ("", "")
     assert read(out / "seg-patches14.json") == report
-    assert (report.task, report.headline) == ("seg", "miou")
+    assert (report.task, report.primary_metric) == ("seg", "miou")
     assert list(report.metrics) == ["miou", "macc", "aacc"]
     assert report.metrics["miou"].value > 60  # stripes of pure colours
     for metric in report.metrics.values():
@@ -94,7 +94,7 @@ def test_the_backbone_sees_crops_that_it_takes_and_stays_frozen(
     model = backbone()
     run(model, settings, tmp_path / "out")
     assert set(model.sizes) == {(28, 28)}
-    assert len(model.sizes) == 12 * 4 + 4 * 2  # each test picture is 28 x 39 or 37 x 28: two crops
+    assert len(model.sizes) == 12 * 4 + 4 * 2  # each test image is 28 x 39 or 37 x 28: two crops
     model = backbone()
     run(model, replace(settings, preset="released"), tmp_path / "whole")
     assert set(model.sizes[48:]) == {(28, 42), (42, 28)}
@@ -105,7 +105,7 @@ def test_a_killed_run_goes_on_at_the_exact_iteration(
 ) -> None:
     whole = run(backbone(), replace(settings, cache=tmp_path / "other"), tmp_path / "whole")
     model = backbone()
-    model.fail_after = 4 * 7  # pictures of seven iterations; five are saved
+    model.fail_after = 4 * 7  # images of seven iterations; five are saved
     with pytest.raises(KeyboardInterrupt):
         run(model, settings, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -153,13 +153,11 @@ def test_several_seeds_give_mean_and_spread(
     assert [row[:2] for row in report.tables["seeds"].rows] == [(3, alone[0]), (4, alone[1])]
 
 
-def test_kept_tokens_score_what_pictures_do(
-    tmp_path: Path, settings: SegSettings, backbone: Callable
-) -> None:
+def test_kept_tokens_score_what_images_do(tmp_path: Path, settings: SegSettings, backbone: Callable) -> None:
     kept = replace(settings, preset="scenes", crop=None)
     first, again = backbone(), backbone()
     report = run(first, kept, tmp_path / "kept")
-    assert len(first.sizes) == 1 + 8 + 4  # one look for the size, then each picture once
+    assert len(first.sizes) == 1 + 8 + 4  # one look for the size, then each image once
     assert set(first.sizes) == {(98, 98)}
     run(again, replace(kept, seed=1), tmp_path / "again")
     assert len(again.sizes) == 1
@@ -173,9 +171,9 @@ def test_kept_tokens_score_what_pictures_do(
 def test_tokens_that_take_too_much_are_not_kept(
     tmp_path: Path, settings: SegSettings, backbone: Callable
 ) -> None:
-    small = replace(settings, preset="scenes", crop=None, keep_tokens_gb=1e-9)
+    small = replace(settings, preset="scenes", crop=None, token_cache_gb=1e-9)
     report = run(backbone(), small, tmp_path / "out")
-    assert any("12 pictures would take 0.0 GB, so they were not kept" in note for note in report.notes)
+    assert any("12 images would take 0.0 GB, so they were not kept" in note for note in report.notes)
 
 
 def test_the_generated_world_is_the_default(tmp_path: Path, backbone: Callable) -> None:
@@ -215,7 +213,7 @@ def test_voc_is_read_in_its_genuine_layout(tmp_path: Path, make_voc: Callable, b
     assert [(used.name, used.count) for used in report.data] == [("VOC2012/train", 3), ("VOC2012/val", 2)]
     assert report.settings["resolved"]["labels"] == "0 to 20 for the 21 classes, 255 for void"
     assert len(report.tables["classes"].rows) == 21
-    assert "VOC2012/val has 2 pictures; VOC2012 has 1,449" in report.notes
+    assert "VOC2012/val has 2 images; VOC2012 has 1,449" in report.notes
 
 
 def test_one_iteration_is_a_training(tmp_path: Path, settings: SegSettings, backbone: Callable) -> None:
@@ -244,7 +242,7 @@ def test_the_learning_rate_rises_and_falls(plugin: Any, backbone: Callable) -> N
     assert rates[3999] == pytest.approx(1e-3 * (160_000 - 3999) / (160_000 - 1500), rel=1e-4)
 
 
-def test_tiny_and_long_pictures_are_taken(tmp_path: Path, make_ade: Callable, backbone: Callable) -> None:
+def test_tiny_and_long_images_are_taken(tmp_path: Path, make_ade: Callable, backbone: Callable) -> None:
     root = make_ade(tmp_path / "odd", sizes=((3, 3), (3, 500), (40, 40)))
     settings = SegSettings(data=root, crop=28, iterations=3, batch=4, cache=tmp_path / "c", device="cpu")
     model = backbone()
@@ -285,7 +283,7 @@ class _Broken:
         self._model = model
         self.name, self.fingerprint = "patches14", "broken"
         self.native_size, self.token_dim, self.summary_dim = model.native_size, 6, 6
-        self.fit = model.fit
+        self.nearest_size = model.nearest_size
 
     def to(self, device, dtype):
         return self
@@ -324,7 +322,7 @@ class _Bar:
     def __call__(self, steps: int) -> None:
         self._watch.bars[self._label][0] += steps
 
-    def tell(self, text: str) -> None:
+    def set_postfix(self, text: str) -> None:
         self._watch.texts.append(text)
 
 
@@ -353,7 +351,7 @@ def test_an_orientation_and_damage_in_the_cache_are_in_the_notes(
     Image.open(path).copy().save(path, exif=exif)
     report = run(backbone(), settings, tmp_path / "out")
     assert report.notes[-1].startswith(
-        "1 of 4 pictures of mine/validation have an EXIF orientation, which is not applied"
+        "1 of 4 images of mine/validation have an EXIF orientation, which is not applied"
     )
     for note in settings.cache.rglob("seg-*.jsonl"):
         note.write_text("damaged")
@@ -445,7 +443,7 @@ def _rank(rank: int, world: int, port: int, model: Any, settings: SegSettings, o
 def test_two_ranks_score_as_one_and_in_memory_as_reloaded(
     tmp_path: Path, settings: SegSettings, backbone: Callable, free_port: int
 ) -> None:
-    """Void pixels are not spread evenly and the pictures are odd in number: the traps of several ranks."""
+    """Void pixels are not spread evenly and the images are odd in number: the traps of several ranks."""
     settings = replace(settings, limit=3, iterations=30)
     alone = run(backbone(), replace(settings, cache=tmp_path / "one"), tmp_path / "alone")
     out = tmp_path / "ranks"

@@ -50,10 +50,10 @@ def test_colours_differ(count: int) -> None:
 
 
 def test_void_is_clear_in_the_truth_and_faint_in_the_prediction() -> None:
-    picture = np.full((2, 3, 3), 100, dtype=np.uint8)
+    image = np.full((2, 3, 3), 100, dtype=np.uint8)
     truth = np.array([[0, 1, 255], [0, 1, 255]], dtype=np.uint8)
     colours = np.array([[200, 0, 0], [0, 200, 0]], dtype=np.uint8)
-    shown = side_by_side(picture, truth, np.zeros((2, 3), np.uint8), colours)
+    shown = side_by_side(image, truth, np.zeros((2, 3), np.uint8), colours)
     assert shown.shape == (2, 3 * 3 + 8, 3)
     assert shown[0, :3].tolist() == [[100] * 3] * 3
     assert shown[0, 7:10].tolist() == [[160, 40, 40], [40, 160, 40], [100, 100, 100]]

@@ -62,8 +62,8 @@ def test_annotations_that_are_none(tmp_path: Path, values, labelling, said) -> N
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(DataError, match=r"text.png: not a picture"):
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(DataError, match=r"text.png: not an image"):
         read_labels(tmp_path / "text.png", FEW)
     with pytest.raises(DataError, match=r"gone.png: no such file"):
         read_labels(tmp_path / "gone.png", FEW)
@@ -176,10 +176,10 @@ def test_one_error_names_the_first_bad_file_and_counts_the_rest(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda pair: pair.picture.write_bytes(pair.picture.read_bytes()[:300]), "0001.png: not a picture"),
-        (lambda pair: saved(pair.labels, np.ones((4, 4), np.uint8)), "0001.png: 4x4 .* its picture is 56x42"),
+        (lambda pair: pair.image.write_bytes(pair.image.read_bytes()[:300]), "0001.png: not an image"),
+        (lambda pair: saved(pair.labels, np.ones((4, 4), np.uint8)), "0001.png: 4x4 .* its image is 56x42"),
         (
-            lambda pair: [saved(path, np.ones((2, 600), np.uint8)) for path in (pair.picture, pair.labels)],
+            lambda pair: [saved(path, np.ones((2, 600), np.uint8)) for path in (pair.image, pair.labels)],
             "2x600 is over 256 times as long as wide",
         ),
     ],
@@ -211,7 +211,7 @@ def test_an_orientation_that_is_not_applied_is_told(tmp_path: Path, make_ade: Ca
     exif = Image.Exif()
     exif[0x0112] = 6
     for pair in data.train.pairs[:2]:
-        Image.open(io.BytesIO(pair.picture.read_bytes())).save(pair.picture, exif=exif)
+        Image.open(io.BytesIO(pair.image.read_bytes())).save(pair.image, exif=exif)
     assert check_split(data.train, data.labelling, memo=tmp_path).rotated == 2
     pair = data.train.pairs[0]
     saved(pair.labels, np.ones((56, 40), np.uint8))

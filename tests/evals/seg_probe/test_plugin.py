@@ -102,19 +102,19 @@ def test_the_backbone_is_frozen_unseen_and_not_in_the_checkpoint(plugin: Any, ba
     assert list(holder.parameters()) == []
     plan, _ = resolve(replace(SegSettings(data=Path("x")), crop=56), backbone())
     kind = {"type": plugin.RadioBackbone, "model": backbone(), "dtype": torch.float32}
-    segmentor = plugin.build_model(kind, width=6, num_classes=3, plan=plan, group=Group(), pixels=True)
+    segmentor = plugin.build_model(kind, width=6, num_classes=3, config=plan, group=Group(), pixels=True)
     names = ["bn.weight", "bn.bias", "bn.running_mean", "bn.running_var", "conv_seg.weight", "conv_seg.bias"]
     assert sorted(segmentor.state_dict()) == sorted(f"decode_head.{name}" for name in names)
     assert segmentor.decode_head.conv_seg.weight.shape == (3, 6, 1, 1)
 
 
-def test_pictures_arrive_as_padded_rgb_between_0_and_1(plugin: Any, backbone: Callable) -> None:
+def test_images_arrive_as_padded_rgb_between_0_and_1(plugin: Any, backbone: Callable) -> None:
     from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample
 
     plan, _ = resolve(replace(SegSettings(data=Path("x")), crop=28), backbone())
     kind = {"type": plugin.RadioBackbone, "model": backbone(), "dtype": torch.float32}
-    segmentor = plugin.build_model(kind, width=6, num_classes=3, plan=plan, group=Group(), pixels=True)
+    segmentor = plugin.build_model(kind, width=6, num_classes=3, config=plan, group=Group(), pixels=True)
     bgr = torch.tensor([255, 51, 0], dtype=torch.uint8).view(3, 1, 1).expand(3, 20, 28)
     sample = SegDataSample()
     sample.gt_sem_seg = PixelData(data=torch.ones(1, 20, 28, dtype=torch.int64))
@@ -161,6 +161,6 @@ def test_importing_is_silent(capfd, plugin: Any) -> None:
     assert (done.stdout, done.stderr) == ("", "")
 
 
-def test_whole_pictures_are_resized_to_what_the_backbone_takes(plugin: Any, backbone: Callable) -> None:
+def test_whole_images_are_resized_to_what_the_backbone_takes(plugin: Any, backbone: Callable) -> None:
     resized = plugin.FitResize(backbone(), 2048, 56).transform({"img": np.zeros((50, 90, 3), np.uint8)})
     assert resized["img_shape"] == resized["img"].shape[:2] == (56, 98)

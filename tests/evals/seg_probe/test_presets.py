@@ -64,7 +64,7 @@ def test_what_is_asked_for_replaces_the_preset(backbone: Callable) -> None:
 def test_strides_that_make_no_sense(backbone: Callable) -> None:
     with pytest.raises(SizeError, match="leaves pixels between crops of 518x518 unseen; give 518 or less"):
         resolve(replace(DATA, stride=519), backbone())
-    with pytest.raises(SizeError, match="this preset looks at whole pictures"):
+    with pytest.raises(SizeError, match="this preset looks at whole images"):
         resolve(SegSettings(stride=4), backbone())
 
 
@@ -93,7 +93,7 @@ def test_every_preset_says_what_it_does(name, backbone: Callable) -> None:
         ({"lr": float("nan")}, "^lr: nan "),
         ({"lr": float("inf")}, "^lr: inf "),
         ({"weight_decay": -0.1}, "^weight_decay: -0.1 is out"),
-        ({"keep_tokens_gb": float("nan")}, "^keep_tokens_gb: nan "),
+        ({"token_cache_gb": float("nan")}, "^token_cache_gb: nan "),
         ({"scenes": (10, 0)}, r"^scenes\[1\]: 0 is out"),
         ({"scenes": (10**9, 1)}, r"^scenes\[0\]: 1000000000 is out"),
     ],

@@ -103,14 +103,14 @@ def test_sums_do_not_lose_pixels_beyond_two_to_the_24() -> None:
     assert areas.sum(axis=0)[2, 0] == 2**24 + 2
 
 
-def test_intervals_are_a_bootstrap_over_pictures() -> None:
+def test_intervals_are_a_bootstrap_over_images() -> None:
     generator = np.random.default_rng(0)
     labels, said = random_maps(30, 4)
     areas = areas_by_loop(labels, said)
     found = metrics(areas)
     for metric in found.values():
         assert metric.low < metric.value < metric.high
-    # the slow way: draw pictures, sum, score
+    # the slow way: draw images, sum, score
     drawn = [score(areas[generator.integers(0, 30, 30)]).miou for _ in range(2000)]
     low, high = np.percentile(drawn, [2.5, 97.5])
     assert found["miou"].low == pytest.approx(low, abs=0.25)
@@ -118,7 +118,7 @@ def test_intervals_are_a_bootstrap_over_pictures() -> None:
     assert metrics(areas) == found
 
 
-def test_a_picture_of_void_alone_does_not_break_the_interval() -> None:
+def test_a_image_of_void_alone_does_not_break_the_interval() -> None:
     areas = np.zeros((2, 3, 2))
     areas[0] = [[3, 1], [4, 2], [4, 2]]
     found = metrics(areas)
@@ -134,7 +134,7 @@ def test_several_heads_give_mean_and_spread() -> None:
     assert (found.low, found.high) == (None, None)
 
 
-def test_a_line_a_picture_holds_the_areas_of_what_is_there() -> None:
+def test_a_line_a_image_holds_the_areas_of_what_is_there() -> None:
     areas = np.zeros((2, 3, 4))
     areas[0, :, 1], areas[0, 1, 3] = (5, 6, 9), 2**40  # more pixels than a float32 counts
     lines = area_records(areas, ["a", "ü"]).splitlines()

@@ -49,14 +49,14 @@ def test_slide_crops_cover_every_pixel_and_are_all_of_the_crops_size() -> None:
         assert seen.all()
 
 
-def test_a_long_picture_is_padded_up_to_the_crop(backbone: Callable) -> None:
+def test_a_long_image_is_padded_up_to_the_crop(backbone: Callable) -> None:
     plan, _ = resolve(DATA, backbone())
     assert keep_ratio((100, 1000), 2048, 518) == (205, 2048)
     assert shown_sizes([(100, 1000), (683, 518), (3, 3)], plan, backbone()) == {(518, 518)}
     check_sizes([(100, 1000), (683, 518), (3, 3)], plan, backbone())
 
 
-def test_whole_pictures_are_fitted(backbone: Callable) -> None:
+def test_whole_images_are_fitted(backbone: Callable) -> None:
     plan, _ = resolve(replace(DATA, preset="released"), backbone())
     assert shown_sizes([(512, 683)], plan, backbone()) == {(518, 518), (518, 686)}
     plan, _ = resolve(SegSettings(), backbone())
@@ -77,7 +77,9 @@ def test_slide_over_683_by_518_shows_the_backbone_accepted_sizes_only(plugin, ba
     model = backbone()
     plan, _ = resolve(DATA, model)
     kind = {"type": plugin.RadioBackbone, "model": model, "dtype": torch.float32}
-    segmentor = plugin.build_model(kind, width=6, num_classes=3, plan=plan, group=Group(), pixels=True).eval()
+    segmentor = plugin.build_model(
+        kind, width=6, num_classes=3, config=plan, group=Group(), pixels=True
+    ).eval()
     for height, width in ((518, 683), (683, 518), (205, 2048)):
         model.sizes.clear()
         data = segmentor.data_preprocessor(

@@ -10,7 +10,7 @@ import torch
 
 from evals.core.chunks import Damage
 from evals.core.dist import Group
-from evals.core.evaluator import silent
+from evals.core.evaluator import no_progress
 from evals.seg_probe.datasets import open_dataset
 from evals.seg_probe.presets import resolve
 from evals.seg_probe.settings import SegSettings
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def maps_of(tmp_path: Path, make_ade: Callable, monkeypatch) -> Callable[..., torch.Tensor]:
     from evals.seg_probe import tokens
-    from evals.seg_probe.pictures import Pictures
+    from evals.seg_probe.images import Images
 
     monkeypatch.setattr(tokens, "CHUNK", 3)
     root = make_ade(tmp_path / "mine")
@@ -34,10 +34,10 @@ def maps_of(tmp_path: Path, make_ade: Callable, monkeypatch) -> Callable[..., to
         model: Any, group: Group | None = None, key: str = "key", damage: Damage | None = None
     ) -> torch.Tensor:
         plan, _ = resolve(SegSettings(data=root, preset="scenes"), model)
-        pictures = Pictures(data.train, data.labelling, plan, model, training=True)
+        images = Images(data.train, data.labelling, plan, model, training=True)
         return tokens.token_maps(
-            model, pictures, key=key, cache=tmp_path / "cache", device=CPU, dtype=torch.float32,
-            batch=2, workers=0, group=group or Group(), watch=silent,
+            model, images, key=key, cache=tmp_path / "cache", device=CPU, dtype=torch.float32,
+            batch=2, workers=0, group=group or Group(), watch=no_progress,
             damage=damage or Damage(), label="tokens",
         )  # fmt: skip
 

@@ -115,6 +115,6 @@ def test_all_leaves_it_out_unless_it_is_named(checkpoint: Path, capsys: pytest.C
         "0",
     ]
     assert main(["list"]) == 0
-    assert "throughput   Images a second" in capsys.readouterr().out
+    assert "throughput   Images per second" in capsys.readouterr().out
     assert main(["all", str(checkpoint), "--tasks", "throughput", "--out", "o", *speed]) == 0
     assert (Path("o") / "throughput-first.json").is_file()

@@ -18,7 +18,7 @@ from radio.errors import ConfigError, RadioError, SizeError
 from radio.hub import load_teacher
 from radio.model import ModelConfig, RadioModel, build
 
-SHORT = ThroughputSettings(batches=(1, 2), windows=5, window_seconds=0, warmup_seconds=0, device="cpu")
+SHORT = ThroughputSettings(batches=(1, 2), repeats=5, window_seconds=0, warmup_seconds=0, device="cpu")
 
 
 def tiny(**adaptors: int) -> RadioModel:
@@ -37,8 +37,8 @@ def test_one_model_gives_a_report_with_its_counts(tmp_path: Path) -> None:
     assert metrics["parameters"].value == pytest.approx(1.067296)
     assert metrics["gmacs"].value == pytest.approx(0.082, abs=1e-3)
     best = max(metrics[f"images_per_second_batch_{batch}"].value for batch in (1, 2))
-    assert metrics[report.headline].value == best
-    assert metrics[report.headline].low <= best <= metrics[report.headline].high  # type: ignore[operator]
+    assert metrics[report.primary_metric].value == best
+    assert metrics[report.primary_metric].low <= best <= metrics[report.primary_metric].high  # type: ignore[operator]
     assert report.settings["resolved"]["protocol"]["batches"] == [1, 2]
     assert report.settings["resolved"]["size"] == [96, 96]
     assert report.peak_memory is not None and report.peak_memory > 4
@@ -117,14 +117,14 @@ def test_unknown_references_and_double_names_are_errors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"preset": "timm", "windows": 3}, "preset timm says how long to measure; leave --windows"),
+        ({"preset": "timm", "repeats": 3}, "preset timm says how long to measure; leave --repeats"),
         ({"threads": 0}, "threads: 0 is out of bounds"),
         ({"batches": (0,)}, r"batches\[0\]: 0 is out of bounds"),
         ({"window_seconds": -1.0}, "window_seconds: -1.0 is out of bounds"),
         ({"batches": (1, 10**9)}, r"batches\[1\]: 1000000000 is out of bounds"),
         ({"resolution": 10**6}, "resolution: 1000000 is out of bounds"),
         ({"threads": 10**9}, "threads: 1000000000 is out of bounds"),
-        ({"windows": 10**12}, "windows: 1000000000000 is out of bounds"),
+        ({"repeats": 10**12}, "repeats: 1000000000000 is out of bounds"),
         ({"window_seconds": float("nan")}, "window_seconds: nan"),
         ({"warmup_seconds": float("inf")}, "warmup_seconds: inf"),
     ],

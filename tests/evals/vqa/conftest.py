@@ -1,4 +1,4 @@
-"""Small training conversations with pictures, and a language model made of their words."""
+"""Small training conversations with images, and a language model made of their words."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def row(name: str, image: str | None, *turns: str) -> dict[str, Any]:
 
 @pytest.fixture
 def records() -> list[Record]:
-    """A record a colour, and one without a picture."""
+    """A record a colour, and one without an image."""
     seen = [Record(c, f"{c}.png", (Turn("What colour is it?", c),)) for c in COLOURS]
     return [*seen, Record("text", None, (Turn("What is the sky?", "blue"), Turn("And grass?", "green")))]
 
@@ -45,7 +45,7 @@ def tiny(records: list[Record]) -> Tiny:
 
 
 class Shades:
-    """Tokens [4, 3] of one colour by a picture's name."""
+    """Tokens [4, 3] of one colour by an image's name."""
 
     num_tokens = 4
 
@@ -56,7 +56,7 @@ class Shades:
 
 @pytest.fixture
 def shown() -> Shades:
-    """The pictures of `records`."""
+    """The images of `records`."""
     return Shades()
 
 

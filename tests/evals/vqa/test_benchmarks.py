@@ -71,14 +71,14 @@ def test_people_disagree_and_no_rule_minds(files: dict[Task, TaskFiles]) -> None
     assert constant(task, "Yes.") == pytest.approx(constant(task, "yes"))
 
 
-def test_the_pictures_are_the_worlds(files: dict[Task, TaskFiles]) -> None:
+def test_the_images_are_the_worlds(files: dict[Task, TaskFiles]) -> None:
     for name in TASKS:
         task = open_task(name, files[name])
         assert task.images is not None
         question = task.questions[0]
         assert question.image is not None
-        with Image.open(task.images / question.image) as picture:
-            assert (picture.size, picture.mode) == ((32, 32), "RGB")
+        with Image.open(task.images / question.image) as image:
+            assert (image.size, image.mode) == ((32, 32), "RGB")
     assert open_task("scienceqa", files["scienceqa"], limit=1).questions[0].image == "test/1/image.png"
 
 
@@ -105,7 +105,7 @@ def test_the_seed_decides_and_what_is_there_stays(tmp_path: Path) -> None:
 
 
 def test_folders_that_hold_something_else(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="benchmarks of 0 pictures hold no questions"):
+    with pytest.raises(DataError, match="benchmarks of 0 images hold no questions"):
         write_benchmarks(tmp_path / "a", 0, 1)
     write_benchmarks(tmp_path / "a", 1, 1, size=32)
     with pytest.raises(DataError, match="holds something else than what is asked for"):

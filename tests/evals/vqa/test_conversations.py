@@ -24,7 +24,7 @@ def there(name: str) -> bool:
     return name == "a.png"
 
 
-def test_records_are_read_with_and_without_a_picture(make_row: Row, write_json: Save) -> None:
+def test_records_are_read_with_and_without_a_image(make_row: Row, write_json: Save) -> None:
     path = write_json(
         [
             make_row("1", "a.png", "<image>\nWhat?", "A cat.", "Where?", " Here. "),
@@ -43,13 +43,13 @@ def test_records_are_read_with_and_without_a_picture(make_row: Row, write_json: 
 @pytest.mark.parametrize(
     ("turns", "image", "message"),
     [
-        (("<image>\nWhat?", "A cat."), "b.png", r"there is no picture 'b.png'"),
+        (("<image>\nWhat?", "A cat."), "b.png", r"there is no image 'b.png'"),
         (("<image>\nWhat?",), "a.png", r"a conversation without an answer; wanted a 'gpt' turn"),
         ((), "a.png", r"a conversation without an answer"),
         (("<image>\nWhat?", "A", "And?"), "a.png", r"without an answer to its last question"),
-        (("What?", "A cat."), "a.png", r"holds 0 marks <image> for 1 pictures; wanted 1"),
-        (("<image><image>\nWhat?", "A"), "a.png", r"holds 2 marks <image> for 1 pictures"),
-        (("<image>\nWhat?", "A"), None, r"holds 1 marks <image> for 0 pictures; wanted 0"),
+        (("What?", "A cat."), "a.png", r"holds 0 marks <image> for 1 images; wanted 1"),
+        (("<image><image>\nWhat?", "A"), "a.png", r"holds 2 marks <image> for 1 images"),
+        (("<image>\nWhat?", "A"), None, r"holds 1 marks <image> for 0 images; wanted 0"),
         (("What?", "A", "<image>?", "B"), "a.png", r"the mark <image> is in turn 2; wanted it in the first"),
         (("<image>\nWhat?", " "), "a.png", r"the answer in turn 1 is empty"),
     ],

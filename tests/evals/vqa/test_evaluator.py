@@ -34,9 +34,9 @@ def test_a_run_reports_everything_and_a_second_one_finds_it(
 ) -> None:
     model = backbone()
     report = EVALUATOR.run(model, SMALL, tmp_path, name="it")
-    encoded = model.pictures
+    encoded = model.images
     assert read(tmp_path / "vqa-it.json") == report
-    assert report.headline == "accuracy"
+    assert report.primary_metric == "accuracy"
     tasks = ("gqa", "vqav2", "textvqa", "scienceqa")
     for prefix in ("", "blind_"):
         mean = sum(report.metrics[f"{prefix}{task}"].value for task in tasks) / 4
@@ -58,14 +58,14 @@ def test_a_run_reports_everything_and_a_second_one_finds_it(
     monkeypatch.setattr(stages, "StageTrainer", None)  # nothing is left to train
     again = EVALUATOR.run(model, replace(SMALL, stages=("score",)), tmp_path / "again", name="it")
     assert again.metrics == report.metrics
-    assert model.pictures - encoded <= 3  # the grid is asked for; no picture is encoded again
+    assert model.images - encoded <= 3  # the grid is asked for; no image is encoded again
 
 
 def test_stages_can_be_taken_one_by_one(backbone: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the stage pretrain with these settings has not been trained"):
         EVALUATOR.run(backbone(), replace(SMALL, stages=("instruct",)), tmp_path)
     first = EVALUATOR.run(backbone(), replace(SMALL, stages=("pretrain",)), tmp_path, name="one")
-    assert first.headline == "pretrain_loss" and set(first.metrics) == {"words_loss", "pretrain_loss"}
+    assert first.primary_metric == "pretrain_loss" and set(first.metrics) == {"words_loss", "pretrain_loss"}
     assert [used.role for used in first.data] == ["pretrain"]
     with pytest.raises(ConfigError, match="the stage instruct with these settings has not been trained"):
         EVALUATOR.run(backbone(), replace(SMALL, stages=("score",)), tmp_path)
@@ -74,11 +74,11 @@ def test_stages_can_be_taken_one_by_one(backbone: Callable[..., Any], tmp_path: 
     assert second.metrics == whole.metrics
 
 
-def test_pictures_that_are_encoded_each_time_give_the_same(
+def test_images_that_are_encoded_each_time_give_the_same(
     backbone: Callable[..., Any], tmp_path: Path
 ) -> None:
     kept = EVALUATOR.run(backbone(), SMALL, tmp_path, name="kept")
-    settings = replace(SMALL, keep_tokens_gb=0.0, cache=tmp_path / "other")
+    settings = replace(SMALL, token_cache_gb=0.0, cache=tmp_path / "other")
     shown = EVALUATOR.run(backbone(), settings, tmp_path, name="shown")
     assert shown.metrics["instruct_loss"].value == pytest.approx(
         kept.metrics["instruct_loss"].value, abs=1e-4
@@ -90,10 +90,10 @@ def test_pictures_that_are_encoded_each_time_give_the_same(
 def test_own_data_with_a_tiny_language_model(
     backbone: Callable[..., Any], tmp_path: Path, make_row: Callable[..., Any]
 ) -> None:
-    """Pictures of any aspect; a text-only record; a benchmark's own files."""
-    (tmp_path / "pictures").mkdir()
+    """Images of any aspect; a text-only record; a benchmark's own files."""
+    (tmp_path / "images").mkdir()
     for name, colour, size in (("a", "red", (30, 20)), ("b", "blue", (16, 40))):
-        Image.new("RGB", size, colour).save(tmp_path / "pictures" / f"{name}.png")
+        Image.new("RGB", size, colour).save(tmp_path / "images" / f"{name}.png")
     talks = [
         make_row("a", "a.png", "<image>\nWhat colour?", "red"),
         make_row("b", "b.png", "<image>\nWhat colour?", "blue"),
@@ -109,16 +109,16 @@ def test_own_data_with_a_tiny_language_model(
         "types": {"structural": "query", "semantic": "attr", "detailed": "colour"},
     }
     (tmp_path / "val_balanced_questions.json").write_text(json.dumps({"1": question}))
-    Image.new("RGB", (20, 20), "red").save(tmp_path / "pictures" / "a.jpg")
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "images" / "a.jpg")
     settings = VqaSettings(
         pretrain_data=tmp_path / "captions.json",
-        pretrain_images=tmp_path / "pictures",
+        pretrain_images=tmp_path / "images",
         instruct_data=tmp_path / "data.json",
-        instruct_images=tmp_path / "pictures",
+        instruct_images=tmp_path / "images",
         language_model="tiny",
         task="gqa",
         questions=tmp_path / "val_balanced_questions.json",
-        images=tmp_path / "pictures",
+        images=tmp_path / "images",
         max_steps=2,
         lr=1e-3,
     )
@@ -129,13 +129,13 @@ def test_own_data_with_a_tiny_language_model(
     with pytest.raises(ConfigError, match="has score and no benchmark was named; give --task"):
         EVALUATOR.run(backbone(), replace(settings, task=None, questions=None, images=None), tmp_path)
     blank = replace(settings, pretrain_data=tmp_path / "data.json")
-    with pytest.raises(DataError, match=r"1 records have no picture, the first has the id t; the projector"):
+    with pytest.raises(DataError, match=r"1 records have no image, the first has the id t; the projector"):
         EVALUATOR.run(backbone(), blank, tmp_path)
-    (tmp_path / "pictures" / "b.png").write_bytes(b"broken")
-    with pytest.raises(DataError, match=r"pictures: 1 of 2 pictures cannot be read; the first is b.png"):
+    (tmp_path / "images" / "b.png").write_bytes(b"broken")
+    with pytest.raises(DataError, match=r"images: 1 of 2 images cannot be read; the first is b.png"):
         EVALUATOR.run(backbone(), replace(settings, cache=tmp_path / "c"), tmp_path)
-    (tmp_path / "pictures" / "b.png").unlink()
-    with pytest.raises(DataError, match=r"captions.json: record 1 \(id b\): there is no picture 'b.png'"):
+    (tmp_path / "images" / "b.png").unlink()
+    with pytest.raises(DataError, match=r"captions.json: record 1 \(id b\): there is no image 'b.png'"):
         EVALUATOR.run(backbone(), settings, tmp_path)
 
 
@@ -173,7 +173,7 @@ def test_more_tokens_than_a_sample_holds(
     coarse = replace(settings, image_tokens=4)
     kept = EVALUATOR.run(backbone(), coarse, tmp_path, name="kept")
     assert kept.settings["resolved"]["grid"] == [2, 2]
-    coarse = replace(coarse, keep_tokens_gb=0.0, cache=tmp_path / "other")
+    coarse = replace(coarse, token_cache_gb=0.0, cache=tmp_path / "other")
     shown = EVALUATOR.run(backbone(), coarse, tmp_path, name="shown")
     assert shown.metrics["gqa"] == kept.metrics["gqa"]
 
@@ -199,7 +199,7 @@ def test_a_full_disk_is_one_line_and_what_stood_before_stands(
 ) -> None:
     (tmp_path / "own.jsonl").write_text('{"question": "Red?", "answer": "yes"}\n')
     (tmp_path / "said.jsonl").write_text('{"question_id": 1, "answer": "yes"}\n')
-    words = ["vqa", "--score", str(tmp_path / "said.jsonl"), "--task", "custom", "--plain"]
+    words = ["vqa", "--predictions", str(tmp_path / "said.jsonl"), "--task", "custom", "--plain"]
     words += ["--questions", str(tmp_path / "own.jsonl"), "--out", str(tmp_path / "out")]
     assert evaluate(words) == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
@@ -221,7 +221,7 @@ def test_bf16_leaves_the_callers_weights_as_they_are(backbone: Callable[..., Any
     before, fingerprint = model.weight.clone(), model.fingerprint
     settings = replace(SMALL, stages=("pretrain",), precision="bf16")
     for keep in (8.0, 0.0):
-        report = EVALUATOR.run(model, replace(settings, keep_tokens_gb=keep), tmp_path)
+        report = EVALUATOR.run(model, replace(settings, token_cache_gb=keep), tmp_path)
         assert report.fingerprint == fingerprint
         assert torch.equal(model.weight, before)
 
@@ -261,11 +261,11 @@ def test_questions_of_ones_own_about_images_of_any_kind(
     assert [line["expected"] for line in lines] == ["red", "blue", "B"]
     assert any("the blind answers mean nothing" in note for note in report.notes)
     (tmp_path / "own.jsonl").write_text('{"image": "../data.json", "question": "?", "answer": "x"}\n')
-    with pytest.raises(DataError, match=r"1 of the 1 pictures of custom own are not there"):
+    with pytest.raises(DataError, match=r"1 of the 1 images of custom own are not there"):
         EVALUATOR.run(backbone(), settings, tmp_path, name="own")
 
 
-def test_shuffled_pictures_are_another_training(backbone: Callable[..., Any], tmp_path: Path) -> None:
+def test_shuffled_images_are_another_training(backbone: Callable[..., Any], tmp_path: Path) -> None:
     settings = replace(SMALL, stages=("pretrain",))
     losses = [
         EVALUATOR.run(backbone(), replace(settings, shuffle_images=is_on), tmp_path).metrics["pretrain_loss"]
@@ -279,7 +279,7 @@ def test_predictions_are_scored_without_a_model(backbone: Callable[..., Any], tm
     assert [name for name in report.metrics if name in ("gqa", "vqav2")] == ["vqav2"]
     (root,) = (tmp_path / "cache").glob("am-radio/scenes/vqa-benchmarks-*")
     settings = VqaSettings(
-        score=tmp_path / "vqa-it-vqav2.jsonl",
+        predictions=tmp_path / "vqa-it-vqav2.jsonl",
         task="vqav2",
         questions=root / "vqav2/v2_OpenEnded_mscoco_val2014_questions.json",
         annotations=root / "vqav2/v2_mscoco_val2014_annotations.json",
@@ -292,13 +292,13 @@ def test_predictions_are_scored_without_a_model(backbone: Callable[..., Any], tm
     lines = (tmp_path / "vqa-it-vqav2.jsonl").read_text().splitlines()
     (tmp_path / "part.jsonl").write_text("\n".join(lines[1:]))
     with pytest.raises(DataError, match=r"1 of the .* questions of vqav2 val have no prediction"):
-        EVALUATOR.run_without_model(replace(settings, score=tmp_path / "part.jsonl"), tmp_path)
+        EVALUATOR.run_without_model(replace(settings, predictions=tmp_path / "part.jsonl"), tmp_path)
     part = EVALUATOR.run_without_model(
-        replace(settings, score=tmp_path / "part.jsonl", allow_missing=True), tmp_path
+        replace(settings, predictions=tmp_path / "part.jsonl", allow_missing=True), tmp_path
     )
     assert part is not None and part.metrics["vqav2_unanswered"].value > 0
     assert f"1 of {len(lines)} questions of vqav2 have no prediction and count as wrong" in part.notes
-    with pytest.raises(ConfigError, match="--score takes answers from a file; name no model"):
+    with pytest.raises(ConfigError, match="--predictions takes answers from a file; name no model"):
         EVALUATOR.run(backbone(), settings, tmp_path)
 
 
@@ -311,11 +311,11 @@ def test_answers_that_are_not_public_become_a_submission(
     test = tmp_path / "v2_OpenEnded_mscoco_test-dev2015_questions.json"
     test.write_text(json.dumps({**asked, "data_subtype": "test-dev2015"}))
     (tmp_path / "test2015").mkdir()
-    for picture in (root / "val2014").iterdir():
-        shutil.copy(picture, tmp_path / "test2015" / picture.name.replace("val2014", "test2015"))
+    for image in (root / "val2014").iterdir():
+        shutil.copy(image, tmp_path / "test2015" / image.name.replace("val2014", "test2015"))
     settings = replace(SMALL, task="vqav2", questions=test, images=tmp_path / "test2015", blind=False)
     report = EVALUATOR.run(backbone(), settings, tmp_path, name="test")
-    assert report.headline == "instruct_loss" and report.files == ("vqa-test-vqav2-submission.json",)
+    assert report.primary_metric == "instruct_loss" and report.files == ("vqa-test-vqav2-submission.json",)
     rows = json.loads((tmp_path / report.files[0]).read_text())
     assert [row["question_id"] for row in rows] == [row["question_id"] for row in asked["questions"]]
 

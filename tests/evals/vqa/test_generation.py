@@ -11,9 +11,9 @@ import torch
 
 from evals.core.chunks import Damage, write_records
 from evals.core.dist import Group
-from evals.core.evaluator import silent
+from evals.core.evaluator import no_progress
 from evals.vqa import generation
-from evals.vqa.generation import Asked, Speaker, answer_all, prepare
+from evals.vqa.generation import Generator, Prompt, answer_all, prepare
 from evals.vqa.language import Tiny
 from evals.vqa.llava import make_llava
 from evals.vqa.tasks import Question
@@ -22,14 +22,14 @@ COLOURS = ("red", "green", "blue", "white")
 
 
 @pytest.fixture
-def make_speaker(backbone: Callable[..., Any], tiny: Tiny, shown: Any) -> Callable[[int], Speaker]:
+def make_speaker(backbone: Callable[..., Any], tiny: Tiny, shown: Any) -> Callable[[int], Generator]:
     model = make_llava(backbone(), tiny, (32, 32), 4, layer_norm=False, seed=0)
     generator = torch.Generator().manual_seed(0)
     head = torch.randn(model.lm_head.weight.shape, generator=generator)
     model.lm_head.weight = torch.nn.Parameter(head)  # a head of its own: tied, it would repeat itself
 
-    def make(batch: int) -> Speaker:
-        return Speaker(
+    def make(batch: int) -> Generator:
+        return Generator(
             model=model,
             language=tiny,
             shown=shown,
@@ -42,8 +42,8 @@ def make_speaker(backbone: Callable[..., Any], tiny: Tiny, shown: Any) -> Callab
 
 
 @pytest.fixture
-def asked() -> list[Asked]:
-    """Prompts of many lengths, some of them without a picture."""
+def asked() -> list[Prompt]:
+    """Prompts of many lengths, some of them without an image."""
     found = []
     for number in range(20):
         text = " ".join(["What is it?", *["And grass?"] * (number % 5)])
@@ -52,23 +52,25 @@ def asked() -> list[Asked]:
     return found
 
 
-def test_a_batch_answers_like_one_by_one(make_speaker: Callable[[int], Speaker], asked: list[Asked]) -> None:
+def test_a_batch_answers_like_one_by_one(
+    make_speaker: Callable[[int], Generator], asked: list[Prompt]
+) -> None:
     alone = make_speaker(1).answer(asked)
     assert make_speaker(8).answer(asked) == alone
     assert make_speaker(64).answer(asked) == alone
     assert len(set(alone)) > 5
 
 
-def test_the_prompt_is_vicunas_and_blind_drops_the_picture() -> None:
+def test_the_prompt_is_vicunas_and_blind_drops_the_image() -> None:
     question = Question("7", "a.png", "Q?", "Q?\nAnswer.")
     seen, blind = prepare(question), prepare(question, blind=True)
     assert seen.prompt.endswith("user's questions. USER: <image>\nQ?\nAnswer. ASSISTANT:")
-    assert blind == Asked("7", seen.prompt.replace("<image>\n", ""), None)
+    assert blind == Prompt("7", seen.prompt.replace("<image>\n", ""), None)
 
 
 def test_answers_are_written_as_they_come_and_taken_up(
-    make_speaker: Callable[[int], Speaker],
-    asked: list[Asked],
+    make_speaker: Callable[[int], Generator],
+    asked: list[Prompt],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -76,7 +78,9 @@ def test_answers_are_written_as_they_come_and_taken_up(
     speaker = make_speaker(4)
 
     def run() -> dict[str, str]:
-        return answer_all(asked, speaker, tmp_path, title="gqa", group=Group(), watch=silent, damage=Damage())
+        return answer_all(
+            asked, speaker, tmp_path, title="gqa", group=Group(), watch=no_progress, damage=Damage()
+        )
 
     whole = run()
     assert list(whole) == [str(number) for number in range(20)]
@@ -103,7 +107,7 @@ class Parrot:
     def __init__(self) -> None:
         self.asked = 0
 
-    def answer(self, questions: list[Asked]) -> list[str]:
+    def answer(self, questions: list[Prompt]) -> list[str]:
         self.asked += len(questions)
         return [
             ["left\u2028right", "a\x85b", "half \ud83d", ""][int(question.id) % 4] for question in questions
@@ -125,7 +129,7 @@ class Parrot:
 def test_damaged_answers_are_asked_for_again_and_told(
     damage: Callable[[bytes], bytes] | None, tmp_path: Path
 ) -> None:
-    questions = [Asked(str(number), "what?", None) for number in range(4)]
+    questions = [Prompt(str(number), "what?", None) for number in range(4)]
     parrot, seen = Parrot(), Damage()
 
     def run() -> dict[str, str]:
@@ -135,7 +139,7 @@ def test_damaged_answers_are_asked_for_again_and_told(
             tmp_path,
             title="",
             group=Group(),
-            watch=silent,
+            watch=no_progress,
             damage=seen,
         )
 

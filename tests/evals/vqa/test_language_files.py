@@ -19,7 +19,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from evals.vqa.language import Opened, Tiny, TinyShape, open_language
+from evals.vqa.language import LanguageModel, Tiny, TinyShape, open_language
 from radio.errors import CheckpointError, RadioError
 
 SMALL = TinyShape(width=16, layers=1, heads=2, feed_forward=32)
@@ -256,7 +256,7 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_gguf_file_is_opened(gguf_file: Path) -> None:
     opened = open_language(str(gguf_file), [], SMALL, 0)
-    assert isinstance(opened, Opened)
+    assert isinstance(opened, LanguageModel)
     network = opened.load()
     assert network.model.embed_tokens.weight.shape == (len(opened.tokenizer), 16)
 
@@ -372,7 +372,7 @@ def test_what_a_model_gives_back_is_not_the_folders_to_choose(folder: Path) -> N
     assert found.logits.equal(plain) and found.hidden_states is None
 
 
-def test_a_tokenizer_ends_answers_reads_text_and_pads_with_no_picture(folder: Path) -> None:
+def test_a_tokenizer_ends_answers_reads_text_and_pads_with_no_image(folder: Path) -> None:
     alter(folder / "tokenizer_config.json", pad_token="<image>")
     language = open_language(str(folder), [], SMALL, 0)
     assert language.pad_token != language.image_token

@@ -23,13 +23,13 @@ def make(model: Backbone, tiny: Tiny, num_tokens: int, size: int = 32, layer_nor
     return make_llava(model, tiny, (size, size), num_tokens, layer_norm=layer_norm, seed=0)
 
 
-def say(model: Any, tiny: Tiny, pictures: torch.Tensor, num_tokens: int) -> list[list[int]]:
-    ids = torch.tensor([[1, *[tiny.image_token] * num_tokens, 6, 7]]).repeat(len(pictures), 1)
+def say(model: Any, tiny: Tiny, images: torch.Tensor, num_tokens: int) -> list[list[int]]:
+    ids = torch.tensor([[1, *[tiny.image_token] * num_tokens, 6, 7]]).repeat(len(images), 1)
     with torch.inference_mode():
         found = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            pixel_values=pictures,
+            pixel_values=images,
             do_sample=False,
             max_new_tokens=8,
             eos_token_id=None,
@@ -40,14 +40,12 @@ def say(model: Any, tiny: Tiny, pictures: torch.Tensor, num_tokens: int) -> list
 
 
 @pytest.mark.parametrize("layer_norm", [False, True])
-def test_tokens_and_pictures_give_the_same(
-    backbone: Callable[..., Any], tiny: Tiny, layer_norm: bool
-) -> None:
+def test_tokens_and_images_give_the_same(backbone: Callable[..., Any], tiny: Tiny, layer_norm: bool) -> None:
     encoder = backbone()
     tower = make(encoder, tiny, 16, layer_norm=layer_norm).model.vision_tower
-    pictures = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    tokens = encoder(pictures).tokens
-    seen = tower(pictures).hidden_states[-1]
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    tokens = encoder(images).tokens
+    seen = tower(images).hidden_states[-1]
     assert torch.equal(seen, tower(tokens).hidden_states[-1])
     if layer_norm:
         mean, spread = tokens.mean(-1, keepdim=True), tokens.var(-1, unbiased=False, keepdim=True)
@@ -92,16 +90,16 @@ def test_a_saved_llava_opens_in_transformers_and_says_the_same(tiny: Tiny, tmp_p
     """The encoder goes along: the folder is moved, and opened without the backbone."""
     student = build(ModelConfig(student="vit-tiny12"), 3).eval()
     side = student.native_size[0]
-    pictures = torch.rand(3, 3, side, side, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(3, 3, side, side, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        num_tokens = student(pictures).tokens.shape[1]
+        num_tokens = student(images).tokens.shape[1]
     model = make(student, tiny, num_tokens, side, layer_norm=True)
-    before = say(model, tiny, pictures, num_tokens)
+    before = say(model, tiny, images, num_tokens)
     assert len({tuple(row) for row in before}) > 1  # it does look
     save_llava(model, tiny, tmp_path / "saved")
     (tmp_path / "saved").rename(tmp_path / "moved")
     again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "moved", local_files_only=True).eval()
-    assert say(again, tiny, pictures, num_tokens) == before
+    assert say(again, tiny, images, num_tokens) == before
     tower = again.model.vision_tower
     assert tower.backbone is not student and tower.backbone.fingerprint == student.fingerprint
     assert again.config.image_seq_length == num_tokens
@@ -114,14 +112,14 @@ def test_a_saved_llava_opens_in_transformers_and_says_the_same(tiny: Tiny, tmp_p
 def test_a_teacher_is_kept_by_its_name(tiny: Tiny, tmp_path: Path) -> None:
     teacher = load_backbone("scenes:clip")
     side = teacher.native_size[0]
-    pictures = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
-    num_tokens = teacher(pictures).tokens.shape[1]
+    images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    num_tokens = teacher(images).tokens.shape[1]
     model = make(teacher, tiny, num_tokens, side)
-    before = say(model, tiny, pictures, num_tokens)
+    before = say(model, tiny, images, num_tokens)
     save_llava(model, tiny, tmp_path / "saved")
     again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "saved", local_files_only=True).eval()
     assert again.model.vision_tower.config.encoder == "scenes:clip"
-    assert say(again, tiny, pictures, num_tokens) == before
+    assert say(again, tiny, images, num_tokens) == before
     again.model.vision_tower._backbone = []
     again.model.vision_tower.config.fingerprint = "0" * 64
     with pytest.raises(CheckpointError, match=r"scenes:clip: has the fingerprint .* instead of 000000000000"):
@@ -139,19 +137,19 @@ def test_a_backbone_without_a_spec_cannot_be_saved(
 def test_a_coarser_grid_goes_along_with_the_folder(tiny: Tiny, tmp_path: Path) -> None:
     student = build(ModelConfig(student="vit-tiny12"), 3).eval()
     side = student.native_size[0]
-    pictures = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        tokens, (height, width) = student(pictures).tokens, student(pictures).grid
+        tokens, (height, width) = student(images).tokens, student(images).grid
     model = make_llava(student, tiny, (side, side), 4, layer_norm=False, seed=0, token_grid=(2, 2))
-    seen = model.model.vision_tower(pictures).last_hidden_state
+    seen = model.model.vision_tower(images).last_hidden_state
     assert height == width and height % 2 == 0
     half = height // 2
     first = tokens.unflatten(1, (height, width))[:, :half, :half].mean((1, 2))
     assert torch.allclose(seen[:, 0], first, atol=1e-6) and seen.shape[1] == 4
-    before = say(model, tiny, pictures, 4)
+    before = say(model, tiny, images, 4)
     save_llava(model, tiny, tmp_path / "saved")
     again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "saved", local_files_only=True).eval()
-    assert say(again, tiny, pictures, 4) == before
+    assert say(again, tiny, images, 4) == before
 
 
 def test_an_encoder_of_nan_is_asked_nothing(backbone: Callable[..., Any], tiny: Tiny) -> None:

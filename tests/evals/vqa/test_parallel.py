@@ -1,4 +1,4 @@
-"""A batch without pictures under DDP; the ranks themselves are in tests/e2e/test_vqa.py."""
+"""A batch without images under DDP; the ranks themselves are in tests/e2e/test_vqa.py."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def test_the_preset_follows_the_data_and_paper_wants_a_language_model(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("native", "fit", "size", "noted"),
+    ("native", "nearest_size", "size", "noted"),
     [
         (378, lambda h, w: (round(h / 14) * 14, round(w / 14) * 14), (336, 336), False),
         (256, lambda h, w: (round(h / 32) * 32, round(w / 32) * 32), (320, 320), True),
@@ -66,12 +66,12 @@ def test_the_preset_follows_the_data_and_paper_wants_a_language_model(tmp_path: 
 def test_336_then_224_or_the_encoders_own(
     backbone: Callable[..., Any],
     native: int,
-    fit: Callable[[int, int], tuple[int, int]],
+    nearest_size: Callable[[int, int], tuple[int, int]],
     size: tuple[int, int],
     noted: bool,
 ) -> None:
     model = backbone()
-    model.native_size, model.fit = (native, native), fit
+    model.native_size, model.nearest_size = (native, native), nearest_size
     found, notes = choose_size(model, VqaSettings(), PAPER)
     assert found == size
     assert bool(notes) == noted
@@ -96,7 +96,7 @@ def test_a_size_that_was_asked_for(backbone: Callable[..., Any]) -> None:
         ({"lr": 0.0}, "lr: 0.0 is out of bounds; give a number above 0"),
         ({"scenes": (0, 1)}, r"scenes\[0\]: 0 is out of bounds"),
         ({"lr": float("nan")}, "lr: nan"),
-        ({"keep_tokens_gb": float("inf")}, "keep_tokens_gb: inf"),
+        ({"token_cache_gb": float("inf")}, "token_cache_gb: inf"),
         ({"seed": -1}, "seed: -1 is out of bounds"),
         ({"training_seed": 2**70}, "training_seed: .* out of"),
         ({"lora_rank": 10**8}, "lora_rank: 100000000 is out of bounds"),
@@ -107,7 +107,7 @@ def test_a_size_that_was_asked_for(backbone: Callable[..., Any]) -> None:
         ({"pretrain_data": Path("x")}, "--pretrain-data and --instruct-data belong together"),
         ({"task": "custom"}, r"--task custom asks questions of your own; give --questions FILE\.jsonl too"),
         ({"questions": Path("x")}, "files of a benchmark without its name; give --task too"),
-        ({"score": Path("x"), "task": "gqa"}, "--score needs --task and the benchmark's files"),
+        ({"predictions": Path("x"), "task": "gqa"}, "--predictions needs --task and the benchmark's files"),
     ],
 )
 def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Tokens and labels, by hand; batches; swapped pictures."""
+"""Tokens and labels, by hand; batches; swapped images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from evals.vqa.conversations import Piece, Record, Turn, pieces
 from evals.vqa.language import Tiny
-from evals.vqa.samples import IGNORED, Batch, Conversations, Sample, Swapped, pad_left, tokenize
+from evals.vqa.samples import IGNORED, Batch, Conversations, Sample, ShuffledImages, pad_left, tokenize
 
 
 def spoken(tiny: Tiny, ids: list[int]) -> list[str]:
@@ -43,20 +43,20 @@ def test_a_token_across_the_border_is_not_learned(tiny: Tiny) -> None:
     assert tokenize(parts, tiny, 0)[1] == [IGNORED, IGNORED]
 
 
-def test_samples_carry_their_picture_and_are_cut(tiny: Tiny, records: list[Record], shown: object) -> None:
+def test_samples_carry_their_image_and_are_cut(tiny: Tiny, records: list[Record], shown: object) -> None:
     data = Conversations(records, "v1", tiny, shown, longest=9)  # type: ignore[arg-type]
     assert len(data) == 5
     assert data.modalities() == [True] * 4 + [False]
-    assert data.lengths() == [9, 9, 9, 9, 8]  # words, and four tokens of a picture
-    assert data[0].picture is not None and data[0].picture.shape == (4, 3)
-    assert data[4].picture is None
+    assert data.lengths() == [9, 9, 9, 9, 8]  # words, and four tokens of an image
+    assert data[0].image is not None and data[0].image.shape == (4, 3)
+    assert data[4].image is None
     assert [len(data[place].ids) for place in (0, 4)] == [9, 9]
     assert torch.equal(data[4].ids, Conversations(records, "v1", tiny, None, 99)[4].ids[:9])
 
 
 def test_batches_are_filled_up(tiny: Tiny) -> None:
-    picture = torch.ones(4, 3)
-    short = Sample(torch.tensor([5, 6]), torch.tensor([IGNORED, 6]), picture)
+    image = torch.ones(4, 3)
+    short = Sample(torch.tensor([5, 6]), torch.tensor([IGNORED, 6]), image)
     long = Sample(torch.tensor([7, 8, 9]), torch.tensor([IGNORED, 8, 9]), None)
     batch = Batch(0)([short, long])
     assert batch["input_ids"].tolist() == [[5, 6, 0], [7, 8, 9]]
@@ -69,8 +69,8 @@ def test_batches_are_filled_up(tiny: Tiny) -> None:
     assert left["attention_mask"].tolist() == [[0, 1, 1], [1, 1, 1]]
 
 
-def test_swapped_pictures(shown: object) -> None:
-    swapped = Swapped(shown, {"red.png": "blue.png"})  # type: ignore[arg-type]
+def test_swapped_images(shown: object) -> None:
+    swapped = ShuffledImages(shown, {"red.png": "blue.png"})  # type: ignore[arg-type]
     assert swapped.num_tokens == 4
     assert torch.equal(swapped["red.png"], shown["blue.png"])  # type: ignore[index]
     with pytest.raises(KeyError):

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from evals.vqa.conversations import read_records
-from evals.vqa.pictures import Pictures
+from evals.vqa.images import Images
 from evals.vqa.scenes_mix import IMAGES, INSTRUCT, PRETRAIN, Mix, conversations_about, write_mix
 from radio.scenes import COLOURS, SHAPES, render
 
@@ -34,15 +34,15 @@ def test_answers_are_true_and_not_told_before() -> None:
 
 def test_the_files_are_llavas_and_are_written_once(tmp_path: Path) -> None:
     write_mix(tmp_path, Mix(count=3))
-    pictures = Pictures(tmp_path / IMAGES)
-    captions = read_records(tmp_path / PRETRAIN, pictures.__contains__).records
-    talks = read_records(tmp_path / INSTRUCT, pictures.__contains__).records
+    images = Images(tmp_path / IMAGES)
+    captions = read_records(tmp_path / PRETRAIN, images.__contains__).records
+    talks = read_records(tmp_path / INSTRUCT, images.__contains__).records
     assert len(captions) == 3 and len(talks) > 15
     assert {record.image for record in talks} - {None} == {record.image for record in captions}
     assert 0 < sum(record.image is None for record in talks) <= len(talks) / 8
     before = (tmp_path / INSTRUCT).stat().st_mtime_ns
     write_mix(tmp_path, Mix(count=3))
     assert (tmp_path / INSTRUCT).stat().st_mtime_ns == before
-    card = json.loads((tmp_path / "card.json").read_text())
-    assert len(card.pop("digest")) == 64
-    assert card == {"count": 3, "seed": 0, "size": 96, "version": 5}
+    metadata = json.loads((tmp_path / "metadata.json").read_text())
+    assert len(metadata.pop("digest")) == 64
+    assert metadata == {"count": 3, "seed": 0, "size": 96, "version": 5}

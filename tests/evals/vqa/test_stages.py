@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from evals.core.dist import Group
-from evals.core.evaluator import silent
+from evals.core.evaluator import no_progress
 from evals.vqa import stages
 from evals.vqa.conversations import Record
 from evals.vqa.language import Tiny
@@ -98,7 +98,7 @@ def by_hand(model: Any, job: Job) -> list[float]:
 def test_training_is_the_plain_loop(make_job: Callable[..., Job], make_model: Callable[..., Any]) -> None:
     expected = by_hand(make_model(), make_job())
     before = (torch.random.get_rng_state(), np.random.get_state()[1], random.getstate())  # noqa: NPY002
-    state = train(make_model(), make_job(), silent)
+    state = train(make_model(), make_job(), no_progress)
     assert torch.equal(torch.random.get_rng_state(), before[0])  # nothing is seeded globally
     assert (np.random.get_state()[1] == before[1]).all() and random.getstate() == before[2]  # noqa: NPY002
     assert state.losses == pytest.approx(expected, abs=2e-4)
@@ -111,8 +111,8 @@ def test_accumulation_does_not_change_the_training(
     make_job: Callable[..., Job], make_model: Callable[..., Any], micro_batch: int
 ) -> None:
     """Answers are of different lengths: the mean is over all tokens of a batch, not over its parts."""
-    whole = train(make_model(), make_job("whole"), silent)
-    parts = train(make_model(), make_job("parts", plan=replace(PLAN, micro_batch=micro_batch)), silent)
+    whole = train(make_model(), make_job("whole"), no_progress)
+    parts = train(make_model(), make_job("parts", plan=replace(PLAN, micro_batch=micro_batch)), no_progress)
     assert parts.losses == pytest.approx(whole.losses, abs=2e-4)
 
 
@@ -140,11 +140,11 @@ class Kill:
 def test_a_killed_training_ends_like_an_undisturbed_one(
     make_job: Callable[..., Job], make_model: Callable[..., Any]
 ) -> None:
-    whole = train(make_model(), make_job("whole"), silent)
+    whole = train(make_model(), make_job("whole"), no_progress)
     with pytest.raises(KeyboardInterrupt):
         train(make_model(), make_job("killed"), Kill(5))
     assert read_state(make_job("killed").state, "key").step == 4
-    again = train(make_model(), make_job("killed"), silent)
+    again = train(make_model(), make_job("killed"), no_progress)
     assert again.losses == whole.losses
     assert again.weights.keys() == whole.weights.keys()
     assert all(torch.equal(again.weights[name], whole.weights[name]) for name in whole.weights)
@@ -152,7 +152,7 @@ def test_a_killed_training_ends_like_an_undisturbed_one(
     watch = Kill(0)
     assert train(model, make_job("killed"), watch).losses == whole.losses  # found, not trained
     with pytest.raises(CheckpointError, match="is the training of another backbone, data set or protocol"):
-        train(model, make_job("killed", key="other"), silent)
+        train(model, make_job("killed", key="other"), no_progress)
 
 
 def test_only_what_learns_is_written_down(
@@ -160,7 +160,7 @@ def test_only_what_learns_is_written_down(
 ) -> None:
     model = make_model((PROJECTOR,))
     frozen = model.lm_head.weight.detach().clone()
-    state = train(model, make_job(plan=replace(PLAN, template="plain", steps=2)), silent)
+    state = train(model, make_job(plan=replace(PLAN, template="plain", steps=2)), no_progress)
     assert set(state.weights) == {
         f"{PROJECTOR}linear_{n}.{part}" for n in (1, 2) for part in ("weight", "bias")
     }
@@ -171,14 +171,14 @@ def test_a_loss_that_is_not_finite_stops(
     make_job: Callable[..., Job], make_model: Callable[..., Any]
 ) -> None:
     with pytest.raises(RadioError, match=r"instruct: the loss of step \d is nan; lower the learning rate"):
-        train(make_model(), make_job(plan=replace(PLAN, lr=math.inf)), silent)
+        train(make_model(), make_job(plan=replace(PLAN, lr=math.inf)), no_progress)
 
 
 def test_a_batch_that_ranks_cannot_share(
     make_job: Callable[..., Job], make_model: Callable[..., Any]
 ) -> None:
     with pytest.raises(ConfigError, match="a batch of 4 does not divide into 1 ranks of 3"):
-        train(make_model(), make_job(plan=replace(PLAN, micro_batch=3)), silent)
+        train(make_model(), make_job(plan=replace(PLAN, micro_batch=3)), no_progress)
 
 
 def test_the_schedule_by_hand() -> None:
@@ -193,8 +193,8 @@ def test_the_schedule_by_hand() -> None:
 def test_computing_activations_again_changes_nothing(
     make_job: Callable[..., Job], make_model: Callable[..., Any]
 ) -> None:
-    plain = train(make_model(), make_job("plain"), silent)
-    again = train(make_model(), replace(make_job("again"), is_checkpointed=True), silent)
+    plain = train(make_model(), make_job("plain"), no_progress)
+    again = train(make_model(), replace(make_job("again"), is_checkpointed=True), no_progress)
     assert again.losses == plain.losses
     for name, tensor in plain.weights.items():
         assert torch.equal(again.weights[name], tensor), name
@@ -215,7 +215,7 @@ def test_weights_that_are_not_finite_are_never_written(
     with pytest.raises(
         RadioError, match=r"instruct: model\..*linear_2\.bias is not finite after step 4, which"
     ):
-        train(make_model(), make_job(), silent)
+        train(make_model(), make_job(), no_progress)
     assert read_state(make_job().state, "key").step == 2  # what stood before stands
 
 
@@ -223,4 +223,4 @@ def test_a_seed_may_be_larger_than_numpys(
     make_job: Callable[..., Job], make_model: Callable[..., Any]
 ) -> None:
     job = replace(make_job(), seed=2**53 + 1)
-    assert all(math.isfinite(loss) for loss in train(make_model(), job, silent).losses)
+    assert all(math.isfinite(loss) for loss in train(make_model(), job, no_progress).losses)

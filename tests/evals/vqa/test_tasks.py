@@ -29,7 +29,7 @@ def test_questions_are_scored_in_their_order(tmp_path: Path) -> None:
     scores = task.score({"3": "Cat.", "0": "dog", "1": "cow", "2": "dogs"})
     assert scores.ids == ("0", "1", "2", "3")
     assert scores.values == (1.0, 0.0, 0.0, 1.0)
-    assert scores.pictures == ("0.jpg", "0.jpg", "1.jpg", "1.jpg")
+    assert scores.images == ("0.jpg", "0.jpg", "1.jpg", "1.jpg")
     assert scores.metrics(seed=0)["accuracy"].value == 50.0
 
 
@@ -61,15 +61,15 @@ def test_the_fingerprint_is_of_the_contents(tmp_path: Path) -> None:
     assert open_task("gqa", gqa(tmp_path, question="!")).fingerprint != first
 
 
-def test_pictures_are_looked_for(tmp_path: Path) -> None:
+def test_images_are_looked_for(tmp_path: Path) -> None:
     files = gqa(tmp_path)
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "0.jpg").touch()
-    with pytest.raises(DataError, match=r"1 of the 2 pictures of gqa val are not there, the first is 1\.jpg"):
+    with pytest.raises(DataError, match=r"1 of the 2 images of gqa val are not there, the first is 1\.jpg"):
         open_task("gqa", files).check_images()
     (tmp_path / "images" / "1.jpg").touch()
     assert open_task("gqa", files).check_images() == tmp_path / "images"
-    with pytest.raises(DataError, match="no folder of pictures was given"):
+    with pytest.raises(DataError, match="no folder of images was given"):
         open_task("gqa", TaskFiles(questions=files.questions)).check_images()
 
 

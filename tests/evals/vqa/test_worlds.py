@@ -35,21 +35,21 @@ def test_a_damaged_folder_is_made_again(make: Make, tmp_path: Path) -> None:
     root = tmp_path / "world"
     make(root, Damage())
     whole = contents(root)
-    card = next(name for name in whole if name in ("card.json", "benchmarks.json"))
+    metadata = next(name for name in whole if name in ("metadata.json", "benchmarks.json"))
     for name in whole:
         for content in (whole[name][:-5], b"[" * 100_000, None):
             if content is None:
                 (root / name).unlink()
             else:
                 (root / name).write_bytes(content)
-            if name == card and content is None:
-                continue  # a folder without a card may be somebody else's
+            if name == metadata and content is None:
+                continue  # a folder without metadata may be somebody else's
             damage = Damage()
             make(root, damage)
             assert contents(root) == whole
             assert "1 damaged file of the cache was made again" in damage.notes()[0]
-        if name == card:
-            (root / card).write_bytes(whole[card])
+        if name == metadata:
+            (root / metadata).write_bytes(whole[metadata])
     assert [path.name for path in tmp_path.iterdir()] == ["world"]  # nothing half-made stays
 
 

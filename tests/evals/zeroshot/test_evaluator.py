@@ -35,7 +35,7 @@ def model(backbone: Callable[..., Any], words: Any) -> Any:
 
 @pytest.fixture
 def settings(tmp_path: Path, make_folder: Callable[..., Path]) -> ZeroshotSettings:
-    """Six classes of five pictures, two templates."""
+    """Six classes of five images, two templates."""
     (tmp_path / "templates.txt").write_text("\n".join(SAID))
     query = make_folder(tmp_path / "d" / "val", classes=6, count=5)
     return ZeroshotSettings(
@@ -49,7 +49,7 @@ def records(path: Path) -> list[dict[str, Any]]:
 
 
 def slow_cosines(model: Any, settings: ZeroshotSettings) -> tuple[torch.Tensor, list[int]]:
-    """The protocol picture by picture and prompt by prompt: cosines [N, K], and labels."""
+    """The protocol image by image and prompt by prompt: cosines [N, K], and labels."""
     source = open_source(str(settings.query))
     columns = []
     for name in source.classes:
@@ -137,8 +137,8 @@ def test_below_five_classes_there_is_no_top5(
 
 @pytest.fixture
 def captions(tmp_path: Path, png: Callable[[int, int], bytes]) -> ZeroshotSettings:
-    """Eight pictures, one without captions, two captions each."""
-    folder = tmp_path / "pictures"
+    """Eight images, one without captions, two captions each."""
+    folder = tmp_path / "images"
     folder.mkdir()
     images = [{"id": 10 * n, "file_name": f"{n}.png"} for n in range(8)]
     said = []
@@ -154,11 +154,11 @@ def captions(tmp_path: Path, png: Callable[[int, int], bytes]) -> ZeroshotSettin
 def test_retrieval_equals_sorting_everything(tmp_path: Path, captions: ZeroshotSettings, model: Any) -> None:
     report = run(model, captions, tmp_path / "out")
     kept = [n for n in range(8) if n != 5]
-    views = [evaluation_view(open_picture(captions, n), model.native_size)[None] for n in kept]
-    pictures = F.normalize(torch.cat([model(view).summary for view in views]), dim=1)
+    views = [evaluation_view(open_image(captions, n), model.native_size)[None] for n in kept]
+    images = F.normalize(torch.cat([model(view).summary for view in views]), dim=1)
     texts = [(n, f"{k} words {n}") for n in kept for k in (1, 0)]
     vectors = F.normalize(torch.cat([model.text.encode([text]) for _, text in texts]), dim=1)
-    cosines = pictures @ vectors.T
+    cosines = images @ vectors.T
     for k in (1, 5):
         hits = sum(
             any(texts[place][0] == n for place in cosines[row].argsort(descending=True)[:k].tolist())
@@ -174,21 +174,21 @@ def test_retrieval_equals_sorting_everything(tmp_path: Path, captions: ZeroshotS
     assert report.model == "pooled-retrieval" and report.settings["resolved"]["captions"] == 14
     lines = records(tmp_path / "out" / "zeroshot-pooled-retrieval.jsonl")
     assert [line.get("key") for line in lines[:7]] == [f"{n}.png" for n in kept]
-    assert {line["picture"] for line in lines[7:]} == {f"{n}.png" for n in kept}
+    assert {line["image"] for line in lines[7:]} == {f"{n}.png" for n in kept}
 
 
-def open_picture(captions: ZeroshotSettings, number: int) -> torch.Tensor:
+def open_image(captions: ZeroshotSettings, number: int) -> torch.Tensor:
     from radio.images import decode
 
     assert captions.images is not None
     return decode((captions.images / f"{number}.png").read_bytes())
 
 
-def test_captions_of_unreadable_pictures_are_left_out(
+def test_captions_of_unreadable_images_are_left_out(
     tmp_path: Path, captions: ZeroshotSettings, model: Any
 ) -> None:
     assert captions.images is not None
-    (captions.images / "2.png").write_bytes(b"no picture")
+    (captions.images / "2.png").write_bytes(b"no image")
     report = run(model, captions, tmp_path / "out")
     assert [skipped.key for skipped in report.data[0].skipped] == ["2.png"]
     assert report.data[0].count == 6 and report.settings["resolved"]["captions"] == 12
@@ -216,9 +216,9 @@ def test_captions_of_unreadable_pictures_are_left_out(
         ),
         (lambda d: d["images"][1].update(id=True), r"images\[1\].id"),
         (lambda d: d["images"][0].update(file_name="a\x00b"), r"first is a\\x00b"),
-        (lambda d: d["images"][0].update(file_name="x" * 5000), "1 of the 7 pictures"),
-        (lambda d: d.update(annotations=[]), "no picture in it has a caption"),
-        (lambda d: d["images"][0].update(file_name="gone.png"), "1 of the 7 pictures .* first is gone.png"),
+        (lambda d: d["images"][0].update(file_name="x" * 5000), "1 of the 7 images"),
+        (lambda d: d.update(annotations=[]), "no image in it has a caption"),
+        (lambda d: d["images"][0].update(file_name="gone.png"), "1 of the 7 images .* first is gone.png"),
     ],
 )
 def test_bad_captions(
@@ -253,7 +253,7 @@ def test_the_shipped_clip_reads_and_finds_the_scenes(tmp_path: Path) -> None:
     assert run(clip, settings, tmp_path).metrics["top1"].value > 75
     found = run(clip, replace(settings, captions="scenes"), tmp_path)
     assert found.metrics["image_to_text_r10"].value > 80
-    with pytest.raises(DataError, match="leaves no pictures"):
+    with pytest.raises(DataError, match="leaves no images"):
         run(clip, replace(settings, captions="scenes", limit=0), tmp_path)
 
 

@@ -17,7 +17,7 @@ from radio.errors import DataError
 class Source:
     """What naming looks at."""
 
-    name = "pictures"
+    name = "images"
 
     def __init__(self, *classes: str) -> None:
         self.classes = classes
@@ -25,7 +25,7 @@ class Source:
 
 
 def names_of(source: Any, wanted: str | None = None) -> list[str]:
-    """What the two pictures are called."""
+    """What the two images are called."""
     named = name_classes(source, wanted)
     return [named.names[label] for label in named.labels]
 
@@ -74,7 +74,7 @@ def test_a_file_is_matched_by_name_or_by_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        (("ant", "bee", "cat"), "has 3 names for the 2 classes of pictures, and none is 'fire_engine'"),
+        (("ant", "bee", "cat"), "has 3 names for the 2 classes of images, and none is 'fire_engine'"),
         (("owl", "fire engines"), "none is 'fire_engine'; did you mean fire engines"),
         ((), "holds no class names"),
     ],

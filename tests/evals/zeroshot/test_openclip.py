@@ -44,8 +44,8 @@ def test_scores_equal_the_librarys_own_way(tmp_path: Path, make_folder: Callable
         model, open_clip.get_tokenizer(NAME), source.classes, open_clip.SIMPLE_IMAGENET_TEMPLATES
     )
     with torch.no_grad():
-        pictures = model.encode_image((torch.stack(views) - mean) / std, normalize=True)
-    logits = 100 * pictures @ weights
+        images = model.encode_image((torch.stack(views) - mean) / std, normalize=True)
+    logits = 100 * images @ weights
     right = (logits.argmax(1) == torch.from_numpy(source.labels)).float()
     assert report.metrics["top1"].value == pytest.approx(100 * float(right.mean()))
     lines = (tmp_path / "out" / f"zeroshot-openclip-{NAME}.jsonl").read_text().splitlines()

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evals.zeroshot import ranking as module
-from evals.zeroshot.ranking import picture_to_text, rank_classes, text_to_picture
+from evals.zeroshot.ranking import image_to_text, rank_classes, text_to_image
 
 
 @pytest.fixture(params=[1, 40, 1 << 23])
@@ -17,53 +17,53 @@ def _block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.fixture
 def vectors() -> tuple[Tensor, Tensor, Tensor]:
-    """17 pictures of any length, 40 unit captions of which some are equal, and whose they are."""
+    """17 images of any length, 40 unit captions of which some are equal, and whose they are."""
     generator = torch.Generator().manual_seed(0)
-    pictures = torch.randn(17, 6, generator=generator) * 30
+    images = torch.randn(17, 6, generator=generator) * 30
     owners = torch.cat([torch.arange(17), torch.randint(0, 17, (23,), generator=generator)]).sort().values
-    texts = F.normalize(pictures[owners] / 30 + torch.randn(40, 6, generator=generator), dim=1)
+    texts = F.normalize(images[owners] / 30 + torch.randn(40, 6, generator=generator), dim=1)
     texts[7] = texts[31] = texts[20]
-    return pictures, texts, owners
+    return images, texts, owners
 
 
 @pytest.mark.usefixtures("_block")
 def test_classes_are_ranked_as_by_argsort(vectors: tuple[Tensor, Tensor, Tensor]) -> None:
-    pictures, texts, _ = vectors
-    found = rank_classes(pictures, texts[:9].T)
-    cosines = F.normalize(pictures, dim=1) @ texts[:9].T
+    images, texts, _ = vectors
+    found = rank_classes(images, texts[:9].T)
+    cosines = F.normalize(images, dim=1) @ texts[:9].T
     assert torch.equal(found.classes, cosines.argsort(dim=1, descending=True)[:, :5])
     torch.testing.assert_close(found.cosines.float(), cosines.sort(dim=1, descending=True).values[:, :5])
 
 
 @pytest.mark.usefixtures("_block")
 def test_equal_classes_come_in_their_order(vectors: tuple[Tensor, Tensor, Tensor]) -> None:
-    pictures, texts, _ = vectors
+    images, texts, _ = vectors
     same = texts[:1].T.expand(-1, 7)
-    assert rank_classes(pictures, same).classes.tolist() == [[0, 1, 2, 3, 4]] * 17
+    assert rank_classes(images, same).classes.tolist() == [[0, 1, 2, 3, 4]] * 17
 
 
 def test_fewer_than_five_classes_leave_places_empty(vectors: tuple[Tensor, Tensor, Tensor]) -> None:
-    pictures, texts, _ = vectors
-    found = rank_classes(pictures, texts[:3].T)
+    images, texts, _ = vectors
+    found = rank_classes(images, texts[:3].T)
     assert found.classes[:, 3:].unique().tolist() == [-1]
     assert found.classes[:, :3].sort(dim=1).values.tolist() == [[0, 1, 2]] * 17
 
 
 @pytest.mark.usefixtures("_block")
 def test_captions_before_the_best_own_one_are_counted(vectors: tuple[Tensor, Tensor, Tensor]) -> None:
-    pictures, texts, owners = vectors
-    cosines = (F.normalize(pictures.double(), dim=1) @ texts.double().T).round(decimals=10)
+    images, texts, owners = vectors
+    cosines = (F.normalize(images.double(), dim=1) @ texts.double().T).round(decimals=10)
     expected = []
     for row in range(17):
         order = cosines[row].argsort(descending=True, stable=True).tolist()
         expected.append(next(place for place, text in enumerate(order) if owners[text] == row))
-    assert picture_to_text(pictures, texts, owners).tolist() == expected
+    assert image_to_text(images, texts, owners).tolist() == expected
 
 
 @pytest.mark.usefixtures("_block")
-def test_pictures_before_a_captions_own_are_counted(vectors: tuple[Tensor, Tensor, Tensor]) -> None:
-    pictures, texts, owners = vectors
-    cosines = (texts.double() @ F.normalize(pictures.double(), dim=1).T).round(decimals=10)
+def test_images_before_a_captions_own_are_counted(vectors: tuple[Tensor, Tensor, Tensor]) -> None:
+    images, texts, owners = vectors
+    cosines = (texts.double() @ F.normalize(images.double(), dim=1).T).round(decimals=10)
     orders = cosines.argsort(dim=1, descending=True, stable=True).tolist()
     expected = [order.index(int(owner)) for order, owner in zip(orders, owners, strict=True)]
-    assert text_to_picture(pictures, texts, owners).tolist() == expected
+    assert text_to_image(images, texts, owners).tolist() == expected

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from evals.zeroshot.towers import text_side
+from evals.zeroshot.towers import find_text_tower
 from radio.adaptors import AdaptorConfig
 from radio.errors import CheckpointError, ConfigError
 from radio.hub import load_backbone, load_teacher
@@ -29,7 +29,7 @@ def student(tmp_path: Path, **changes: Any) -> Path:
 
 def test_a_teachers_own_tower() -> None:
     clip = load_teacher("scenes:clip")
-    side = text_side(clip)
+    side = find_text_tower(clip)
     assert (side.teacher, side.head) == ("scenes:clip", None)
     assert side.tower is clip.text
 
@@ -37,7 +37,7 @@ def test_a_teachers_own_tower() -> None:
 @pytest.mark.parametrize("random_init", [False, True])
 @pytest.mark.parametrize("wanted", [None, "clip", "scenes:clip"])
 def test_a_student_is_read_with_its_teachers(tmp_path: Path, random_init: bool, wanted: str | None) -> None:
-    side = text_side(load_backbone(str(student(tmp_path)), random_init=random_init), wanted)
+    side = find_text_tower(load_backbone(str(student(tmp_path)), random_init=random_init), wanted)
     clip = load_teacher("scenes:clip").text
     assert (side.teacher, side.head) == ("scenes:clip", "clip")
     assert clip is not None and side.tower.fingerprint == clip.fingerprint
@@ -46,7 +46,7 @@ def test_a_student_is_read_with_its_teachers(tmp_path: Path, random_init: bool, 
 def test_models_without_a_text_tower_are_told_who_has_one() -> None:
     for model in (load_teacher("scenes:sam"), load_backbone("arch:vit-tiny12")):
         with pytest.raises(ConfigError, match="zero-shot needs scenes:clip, openclip:NAME@FILE, pip:eff"):
-            text_side(model)
+            find_text_tower(model)
 
 
 @pytest.mark.parametrize(
@@ -59,15 +59,15 @@ def test_models_without_a_text_tower_are_told_who_has_one() -> None:
 )
 def test_a_tower_that_is_not_there(tmp_path: Path, wanted: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        text_side(load_backbone(str(student(tmp_path))), wanted)
+        find_text_tower(load_backbone(str(student(tmp_path))), wanted)
 
 
 def test_a_teacher_that_is_another_one_is_refused(tmp_path: Path) -> None:
     model = load_backbone(str(student(tmp_path, fingerprint="0" * 64)))
     with pytest.raises(ConfigError, match=r"is not the one that .* learned from"):
-        text_side(model)
+        find_text_tower(model)
     with pytest.raises(ConfigError, match="did not learn from scenes:clip"):
-        text_side(model, "scenes:clip")
+        find_text_tower(model, "scenes:clip")
 
 
 def test_a_file_that_has_moved_can_be_named(tmp_path: Path) -> None:
@@ -75,10 +75,10 @@ def test_a_file_that_has_moved_can_be_named(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"gone\.pt: no such weights file; if its file has moved, .*--text"
     ):
-        text_side(model, "clip")
-    assert text_side(model, "scenes:clip").head == "clip"
+        find_text_tower(model, "clip")
+    assert find_text_tower(model, "scenes:clip").head == "clip"
 
 
 def test_a_teacher_takes_no_other_tower() -> None:
     with pytest.raises(ConfigError, match="brings its own text tower"):
-        text_side(load_teacher("scenes:clip"), "clip")
+        find_text_tower(load_teacher("scenes:clip"), "clip")

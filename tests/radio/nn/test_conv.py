@@ -46,12 +46,12 @@ def _normed(x: Tensor, block: ConvNorm) -> Tensor:
 def test_c2f_is_a_chain_on_one_half_and_keeps_every_link(seen):
     block = seen(C2f(12, 2))
     x = _maps(2, 12, 5, 6)
-    first, second = F.silu(_normed(x, block.enter)).split(6, dim=1)
+    first, second = F.silu(_normed(x, block.cv1)).split(6, dim=1)
     pieces = [first, second]
     for bottleneck in block.bottlenecks:
         inner = F.silu(_normed(pieces[-1], bottleneck.layers[0]))
         pieces.append(pieces[-1] + F.silu(_normed(inner, bottleneck.layers[1])))
-    wanted = F.silu(_normed(torch.cat(pieces, dim=1), block.leave))
+    wanted = F.silu(_normed(torch.cat(pieces, dim=1), block.cv2))
     assert len(pieces) == 4
     torch.testing.assert_close(block(x), wanted, rtol=0, atol=1e-5)
 

@@ -11,8 +11,8 @@ def test_writes_the_world_and_says_so_once(tmp_path: Path, capsys: pytest.Captur
     arguments = [str(out), "--count", "4", "--layout", "coco", "--size", "32", "--seed", "1"]
     assert main(arguments) == 0
     assert "wrote 4 + 1 scenes, layout coco" in capsys.readouterr().err
-    card = json.loads((out / "scenes.json").read_text())
-    assert (card["count"], card["val_count"], card["size"], card["seed"]) == (4, 1, 32, 1)
+    metadata = json.loads((out / "scenes.json").read_text())
+    assert (metadata["count"], metadata["val_count"], metadata["size"], metadata["seed"]) == (4, 1, 32, 1)
     assert main(arguments) == 0
     assert "already there" in capsys.readouterr().err
 

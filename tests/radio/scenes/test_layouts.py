@@ -14,7 +14,7 @@ from PIL import Image
 import radio.scenes.layouts as writer
 from radio.errors import ConfigError
 from radio.scenes import CLASSES, SHAPES, SceneError, caption, captions, questions, render, semantic, write
-from radio.scenes.layouts import CARD, LAYOUTS, ScenesSettings, write_cached
+from radio.scenes.layouts import LAYOUTS, METADATA_FILE, ScenesSettings, write_cached
 
 NAMES = ("ade20k", "coco", "image-folder", "llava", "webdataset")
 
@@ -37,9 +37,9 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
-def assert_close(picture: Image.Image, image: np.ndarray) -> None:
+def assert_close(stored: Image.Image, image: np.ndarray) -> None:
     """A JPEG of the scene: the same size, within its losses."""
-    array = np.asarray(picture.convert("RGB"), dtype=float).transpose(2, 0, 1)
+    array = np.asarray(stored.convert("RGB"), dtype=float).transpose(2, 0, 1)
     assert array.shape == image.shape
     assert np.abs(array - image).mean() < 4
 
@@ -80,8 +80,8 @@ def test_image_folder(tmp_path: Path) -> None:
         for index, path in enumerate(paths):
             scene = render(index, split=split, seed=4, size=48)
             assert path.parent.name == CLASSES[scene.label].replace(" ", "_")
-            with Image.open(path) as picture:
-                assert np.array_equal(np.asarray(picture).transpose(2, 0, 1), scene.image)
+            with Image.open(path) as image:
+                assert np.array_equal(np.asarray(image).transpose(2, 0, 1), scene.image)
         assert all(any(folder.iterdir()) for folder in (tmp_path / "out" / split).iterdir())
 
 
@@ -115,8 +115,8 @@ def test_ade20k(tmp_path: Path) -> None:
         assert len(images) == count
         for index, (image, mask) in enumerate(zip(images, masks, strict=True)):
             scene = render(index, split=split, seed=4, size=48)
-            with Image.open(image) as picture, Image.open(mask) as labels:
-                assert_close(picture, scene.image)
+            with Image.open(image) as stored, Image.open(mask) as labels:
+                assert_close(stored, scene.image)
                 assert labels.mode == "L"
                 assert np.array_equal(np.asarray(labels), semantic(scene) + 1)
 
@@ -134,8 +134,8 @@ def test_coco_reads_back_through_pycocotools(tmp_path: Path, capsys: pytest.Capt
         for index, image_id in enumerate(coco.getImgIds()):
             scene = render(index, split=split, seed=4, size=48)
             (info,) = coco.loadImgs(image_id)
-            with Image.open(tmp_path / "out" / split / info["file_name"]) as picture:
-                assert_close(picture, scene.image)
+            with Image.open(tmp_path / "out" / split / info["file_name"]) as image:
+                assert_close(image, scene.image)
             found = coco.loadAnns(coco.getAnnIds(imgIds=image_id))
             assert len(found) == len(scene.objects)
             for number, (annotation, item) in enumerate(zip(found, scene.objects, strict=True), start=1):
@@ -157,8 +157,8 @@ def test_llava(tmp_path: Path) -> None:
     for index, (first, second) in enumerate(zip(pretrain, instruct, strict=True)):
         scene = render(index, split="val", seed=4, size=48)
         assert first["image"] == second["image"]
-        with Image.open(tmp_path / "out" / first["image"]) as picture:
-            assert_close(picture, scene.image)
+        with Image.open(tmp_path / "out" / first["image"]) as image:
+            assert_close(image, scene.image)
         assert [turn["value"] for turn in first["conversations"]] == [
             "<image>",
             caption(scene, index, split="val", seed=4),
@@ -175,15 +175,21 @@ def test_llava(tmp_path: Path) -> None:
 def test_the_card_holds_the_settings_and_the_same_command_again_writes_nothing(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
     assert write(out, settings("coco", val_count=0))
-    card = json.loads((out / CARD).read_text())
-    assert (card["layout"], card["count"], card["val_count"], card["seed"], card["size"]) == (
+    metadata = json.loads((out / METADATA_FILE).read_text())
+    assert (
+        metadata["layout"],
+        metadata["count"],
+        metadata["val_count"],
+        metadata["seed"],
+        metadata["size"],
+    ) == (
         "coco",
         12,
         0,
         4,
         48,
     )
-    assert card["classes"] == list(CLASSES)
+    assert metadata["classes"] == list(CLASSES)
     assert not (out / "annotations" / "instances_val.json").exists()
     before = contents(out)
     assert not write(out, settings("coco", val_count=0))
@@ -199,8 +205,8 @@ def test_an_empty_folder_may_be_filled_and_a_foreign_one_may_not(tmp_path: Path)
     (tmp_path / "foreign" / "thesis.txt").write_text("mine")
     with pytest.raises(SceneError, match="is not empty and was not written by radio-scenes"):
         write(tmp_path / "foreign", settings("image-folder"))
-    (tmp_path / "foreign" / CARD).write_text("no json")
-    with pytest.raises(SceneError, match="is not a card"):
+    (tmp_path / "foreign" / METADATA_FILE).write_text("no json")
+    with pytest.raises(SceneError, match="is not metadata"):
         write(tmp_path / "foreign", settings("image-folder"))
     with pytest.raises(SceneError, match="is a file"):
         write(tmp_path / "foreign" / "thesis.txt", settings("image-folder"))
@@ -212,8 +218,8 @@ def test_an_empty_folder_may_be_filled_and_a_foreign_one_may_not(tmp_path: Path)
 )
 def test_a_card_that_is_none(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / CARD).write_bytes(content)
-    with pytest.raises(SceneError, match=r"is not a card of radio-scenes \(.*\); choose another folder"):
+    (tmp_path / "out" / METADATA_FILE).write_bytes(content)
+    with pytest.raises(SceneError, match=r"is not metadata of radio-scenes \(.*\); choose another folder"):
         write(tmp_path / "out", settings("coco"))
 
 
@@ -233,15 +239,15 @@ def test_who_comes_second_takes_what_stands(tmp_path: Path, seed: int) -> None:
     else:
         with pytest.raises(SceneError, match="holds scenes of other settings"):
             write(out, settings("coco"), progress=meanwhile)
-    assert (out / CARD).is_file()
+    assert (out / METADATA_FILE).is_file()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda out: (out / CARD).write_bytes(b"[" * 100_000),
-        lambda out: (out / CARD).unlink(),
+        lambda out: (out / METADATA_FILE).write_bytes(b"[" * 100_000),
+        lambda out: (out / METADATA_FILE).unlink(),
         lambda out: (out / "val" / "000000000001.jpg").write_bytes(b"other"),
         lambda out: (out / "val" / "000000000001.jpg").unlink(),
         lambda out: (out / "annotations" / "instances_val.json").write_bytes(b'{"images": ['),

@@ -18,7 +18,7 @@ from radio.scenes import (
     render_images,
     semantic,
 )
-from radio.scenes.placement import plan
+from radio.scenes.placement import layout_scene
 from radio.scenes.world import _cover
 
 
@@ -87,7 +87,7 @@ def test_render_images_equals_one_by_one() -> None:
         assert labels[row] == scene.label
 
 
-def test_splits_and_seeds_share_no_picture() -> None:
+def test_splits_and_seeds_share_no_image() -> None:
     seen = {
         scene.image.tobytes()
         for split in ("train", "val")
@@ -123,7 +123,7 @@ def test_one_to_four_objects_all_common() -> None:
 @pytest.mark.parametrize("size", [32, 96, 144])
 def test_at_least_seven_tenths_of_the_main_object_are_visible(size: int) -> None:
     for index in range(250):
-        whole = np.count_nonzero(_cover(plan(index, split="val", seed=1).main, size).alpha >= 0.5)
+        whole = np.count_nonzero(_cover(layout_scene(index, split="val", seed=1).main, size).alpha >= 0.5)
         assert render(index, split="val", seed=1, size=size).objects[0].area >= 0.7 * whole
 
 
@@ -162,7 +162,7 @@ def test_another_size_shows_the_same_scene(size: int) -> None:
             assert np.allclose(np.array(b.box) / size, np.array(a.box) / 96, atol=4 / min(size, 96))
 
 
-def test_a_large_picture_shrunk_is_the_small_one_but_for_noise() -> None:
+def test_a_large_image_shrunk_is_the_small_one_but_for_noise() -> None:
     for index in range(5):
         small, large = render(index).image.astype(float), render(index, size=192).image.astype(float)
         shrunk = large.reshape(3, 96, 2, 96, 2).mean(axis=(2, 4))
@@ -181,8 +181,8 @@ def test_objects_look_like_their_colour() -> None:
     assert right >= 0.97 * 240
 
 
-def test_the_mean_colour_of_a_picture_does_not_tell_the_class() -> None:
-    """The nearest class mean of the pictures' mean colour: far from 1 on fresh scenes."""
+def test_the_mean_colour_of_a_image_does_not_tell_the_class() -> None:
+    """The nearest class mean of the images' mean colour: far from 1 on fresh scenes."""
     images, labels = render_images(range(1200), size=32)
     colours = labels // len(SHAPES)
     means = images.reshape(1200, 3, -1).mean(axis=2)

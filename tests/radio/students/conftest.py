@@ -38,7 +38,7 @@ def small_vit() -> Callable[..., ViT]:
 def forward_by_loop() -> Callable[..., Features]:
     """A function that runs a ViT image by image, and its windowed blocks window by window."""
 
-    def run(vit: ViT, images: Tensor, drawn: Tensor | None = None) -> Features:
+    def run(vit: ViT, images: Tensor, crops: Tensor | None = None) -> Features:
         config = vit.config
         grid = images.shape[-2] // config.patch, images.shape[-1] // config.patch
         everywhere = range(config.depth)
@@ -46,7 +46,7 @@ def forward_by_loop() -> Callable[..., Features]:
             everywhere = global_blocks(config.depth, config.schedule)
         prefixes, planes = [], []
         for i, image in enumerate(images):
-            positions = vit.positions(grid, None if drawn is None else drawn[i : i + 1])
+            positions = vit.positions(grid, None if crops is None else crops[i : i + 1])
             tokens = vit.stem(vit.normalise(image[None])) + positions
             plane, prefix = tokens[0].unflatten(0, grid), vit.prefix[0]
             for index, block in enumerate(vit.blocks):

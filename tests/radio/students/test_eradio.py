@@ -117,7 +117,7 @@ def test_the_window_follows_the_size(size, window):
         block.register_forward_pre_hook(lambda _, inputs: seen.add(inputs[1]))
     grid = size[0] // 16, size[1] // 16
     found = student(torch.empty(2, 3, *size, device="meta"))
-    assert seen == {window} and student.fit(*size) == size
+    assert seen == {window} and student.nearest_size(*size) == size
     assert found.grid == grid
     assert found.tokens.shape == (2, grid[0] * grid[1], 512) and found.summary.shape == (2, 512)
     without = _on_meta("e-radio-xt-noup")(torch.empty(2, 3, *size, device="meta"))
@@ -133,14 +133,14 @@ def test_a_size_that_no_window_divides_names_the_nearest(size, nearest):
     message = rf"cannot take {size[0]}x{size[1]} px.* window of 4 or more .* {nearest[0]}x{nearest[1]}$"
     with pytest.raises(SizeError, match=message):
         student(torch.empty(1, 3, *size, device="meta"))
-    assert student.fit(*size) == nearest
+    assert student.nearest_size(*size) == nearest
 
 
 def test_fit_is_the_nearest_of_all_sizes_that_it_takes():
     student = _on_meta("e-radio-xt")
     taken = [(32 * a, 32 * b) for a in range(1, 30) for b in range(1, 30) if math.gcd(a, b) >= 4]
     for asked in ((225, 225), (32, 700), (500, 333), (130, 610), (777, 401), (1, 1), (544, 620)):
-        fitted = student.fit(*asked)
+        fitted = student.nearest_size(*asked)
         assert fitted in taken
         assert math.dist(fitted, asked) == min(math.dist(size, asked) for size in taken)
 
@@ -149,14 +149,14 @@ def test_a_window_of_ones_own():
     student = _on_meta("e-radio-xt")
     chosen = student.with_window(8)
     assert isinstance(student, Windowed) and student.config.window is None
-    assert chosen.fit(500, 300) == (512, 256)
+    assert chosen.nearest_size(500, 300) == (512, 256)
     chosen(torch.empty(1, 3, 512, 256, device="meta"))
     with pytest.raises(SizeError, match=r"a 7x7 grid does not divide into 8x8 windows; .*: 1 and 7;"):
         chosen(torch.empty(1, 3, 224, 224, device="meta"))
     with pytest.raises(SizeError, match=r"225x225 px.* a window of 8 of them .* 256x256$"):
         chosen(torch.empty(1, 3, 225, 225, device="meta"))
     student.with_window(2)(torch.empty(1, 3, 64, 64, device="meta"))  # below 4, but not silently
-    assert chosen.with_window(None).fit(225, 225) == (224, 224)
+    assert chosen.with_window(None).nearest_size(225, 225) == (224, 224)
     with pytest.raises(SizeError, match="a window of 0 tokens cannot be"):
         student.with_window(0)
 
@@ -284,9 +284,9 @@ class _Saved:
 
 def test_recomputing_gives_the_same_gradients_and_statistics():
     images, found = _images(2, 64, 64), []
-    for recompute in (False, True):
+    for activation_checkpointing in (False, True):
         torch.manual_seed(3)
-        student = ERadio(replace(SMALL, recompute=recompute))
+        student = ERadio(replace(SMALL, activation_checkpointing=activation_checkpointing))
         saved = _Saved()
         with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
             loss = student.train()(images).tokens.square().mean()
@@ -303,7 +303,7 @@ def test_recomputing_gives_the_same_gradients_and_statistics():
 def test_recomputing_in_a_compiled_graph():
     images, found = _images(2, 64, 64), []
     torch.manual_seed(3)
-    student = ERadio(replace(SMALL, depths=(1, 1, 1, 1), recompute=True)).train()
+    student = ERadio(replace(SMALL, depths=(1, 1, 1, 1), activation_checkpointing=True)).train()
     for model in (torch.compile(copy.deepcopy(student), fullgraph=True, backend="aot_eager"), student):
         model(images).tokens.square().mean().backward()
         found.append([[p.grad for p in model.parameters()], list(model.buffers())])
@@ -311,11 +311,11 @@ def test_recomputing_in_a_compiled_graph():
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
 
 
-def test_every_parameter_learns_and_one_picture_is_enough_for_the_norms():
+def test_every_parameter_learns_and_one_image_is_enough_for_the_norms():
     torch.manual_seed(0)
     student = students["e-radio-tiny"](StudentOptions())
     assert isinstance(student, ERadio) and isinstance(student, Student)
-    assert student.draw(4, torch.Generator()) is None
+    assert student.sample_crops(4, torch.Generator()) is None
     found = student.train()(_images(1, 96, 96))
     (found.summary.square().mean() + found.tokens.square().mean()).backward()
     without = [n for n, p in student.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
@@ -335,9 +335,9 @@ def test_the_tiny_member_on_scenes():
     for name, stride in (("e-radio-tiny", 12), ("e-radio-tiny-noup", 24)):
         student = students[name](StudentOptions())
         assert student.native_size == (96, 96)
-        assert student.fit(160, 160) == (168, 168)
+        assert student.nearest_size(160, 160) == (168, 168)
         for side in (96, 168, 192):
-            assert student.fit(side, side) == (side, side)
+            assert student.nearest_size(side, side) == (side, side)
             assert student.eval()(_images(1, side, side)).grid == (side // stride, side // stride)
 
 
@@ -370,15 +370,17 @@ def test_options_that_it_does_not_have_are_errors(options, message):
 
 def test_options_that_it_has():
     with torch.device("meta"):
-        student = students["e-radio-b"](StudentOptions(window=8, recompute=True, class_tokens=0))
+        student = students["e-radio-b"](
+            StudentOptions(window=8, activation_checkpointing=True, class_tokens=0)
+        )
     assert isinstance(student, ERadio)
-    assert student.config.window == 8 and student.config.recompute
+    assert student.config.window == 8 and student.config.activation_checkpointing
 
 
 def test_the_fingerprint_counts_weights_and_window_but_not_recomputing(trained):
     student = trained()
     assert student.with_window(4).fingerprint != student.fingerprint
-    again = ERadio(replace(student.config, recompute=True))
+    again = ERadio(replace(student.config, activation_checkpointing=True))
     again.load_state_dict(student.state_dict())
     assert again.fingerprint == student.fingerprint
     assert again.to(memory_format=torch.contiguous_format).fingerprint == student.fingerprint

@@ -40,14 +40,14 @@ def test_an_exported_student_gives_the_same_features(name):
 def test_a_student_is_one_graph_for_inference_and_for_training(name):
     student = build(ModelConfig(student=name), 0)
     images = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
-    drawn = student.draw(2, torch.Generator().manual_seed(1))
+    crops = student.sample_crops(2, torch.Generator().manual_seed(1))
     compiled = torch.compile(student, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         _close(compiled(images), student(images))
     gradients = []
     for model in (compiled, student):
         student.zero_grad()
-        model(images, drawn).tokens.square().mean().backward()
+        model(images, crops).tokens.square().mean().backward()
         gradients.append([p.grad.clone() for p in student.student.parameters() if p.grad is not None])
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-7)
 

@@ -35,9 +35,11 @@ def test_features_are_timms_own(name):
     assert made.native_size == (160, 160)
     found = made(images(160))
     mean, std = (torch.tensor(cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
-    pictures = (images(160) - mean) / std
-    torch.testing.assert_close(found.summary, network(pictures))  # without classes timm's forward gives this
-    maps = network.forward_intermediates(pictures, indices=1, norm=True, intermediates_only=True)[-1]
+    normalised = (images(160) - mean) / std
+    torch.testing.assert_close(
+        found.summary, network(normalised)
+    )  # without classes timm's forward gives this
+    maps = network.forward_intermediates(normalised, indices=1, norm=True, intermediates_only=True)[-1]
     if maps.shape[1] == made.token_dim:  # all but EfficientNet, whose last convolution comes after the stages
         torch.testing.assert_close(found.map(), maps)
     assert found.summary.shape == (2, made.summary_dim)
@@ -90,7 +92,7 @@ def test_models_of_one_size_are_built_for_the_size_wanted_and_refuse_others(name
     with torch.device("meta"):
         made = student(name, image_size=96).eval()
         assert made(torch.empty(1, 3, 96, 96)).grid == (96 // made.trunk.stride,) * 2
-        assert made.native_size == made.fit(224, 160) == (96, 96)
+        assert made.native_size == made.nearest_size(224, 160) == (96, 96)
         with pytest.raises(SizeError, match=r"224x224 px: it was built for 96x96 px alone; .*--opt"):
             made(torch.empty(1, 3, 224, 224))
 
@@ -103,7 +105,7 @@ def test_swin_v2_scales_its_windows_with_the_map():
 
 def test_convolutional_models_take_multiples_of_their_stride():
     made = student("test_resnet").eval()
-    assert made.fit(100, 250) == (96, 256)
+    assert made.nearest_size(100, 250) == (96, 256)
     assert made(torch.rand(1, 3, 64, 96)).grid == (2, 3)
     with pytest.raises(SizeError, match=r"100x100 px: its stride of 32 .*nearest size is 96x96"):
         made(images(100))
@@ -116,15 +118,15 @@ def test_a_forward_in_training_draws_nothing():
     assert timm.create_model("swinv2_tiny_window8_256").layers[3].blocks[1].drop_path1.drop_prob > 0.05
     with torch.no_grad():
         first, again = made(images(64)), made(images(64))
-    assert made.draw(2, torch.Generator()) is None
+    assert made.sample_crops(2, torch.Generator()) is None
     assert torch.equal(first.tokens, again.tokens)
 
 
 def test_recomputed_activations_give_the_same_gradients():
     gradients = []
-    for recompute in (False, True):
-        made = student("test_convnext", recompute=recompute).train()
-        assert made.trunk.network.stages[0].grad_checkpointing is recompute
+    for activation_checkpointing in (False, True):
+        made = student("test_convnext", activation_checkpointing=activation_checkpointing).train()
+        assert made.trunk.network.stages[0].grad_checkpointing is activation_checkpointing
         made(images(64)).tokens.square().mean().backward()
         gradients.append([parameter.grad for parameter in made.trunk.network.stages.parameters()])
     for one, other in zip(*gradients, strict=True):

@@ -34,9 +34,9 @@ def test_features_equal_a_loop_over_images_and_windows(
 ):
     vit = small_vit(class_tokens=class_tokens, registers=registers, window=window)
     images = _images(2, 32, 48)
-    drawn = vit.draw(2, torch.Generator().manual_seed(2))
+    crops = vit.sample_crops(2, torch.Generator().manual_seed(2))
     _close(vit(images), forward_by_loop(vit, images))
-    _close(vit(images, drawn), forward_by_loop(vit, images, drawn))
+    _close(vit(images, crops), forward_by_loop(vit, images, crops))
     assert vit(images).summary.shape == (2, vit.summary_dim)
 
 
@@ -100,11 +100,11 @@ def test_fit_is_the_nearest_size_that_it_takes(small_vit, window):
     step = 4 * (window or 1)
     accepted = range(step, 420, step)
     for height, width in ((1, 399), (17, 30), (96, 97), (200, 215), (6, 18)):
-        fitting = vit.fit(height, width)
+        fitting = vit.nearest_size(height, width)
         for asked, got in zip((height, width), fitting, strict=True):
             assert got in accepted
             assert abs(got - asked) == min(abs(size - asked) for size in accepted)
-        vit(torch.zeros(1, 3, *vit.fit(6, 18)))
+        vit(torch.zeros(1, 3, *vit.nearest_size(6, 18)))
 
 
 @torch.inference_mode()
@@ -128,10 +128,10 @@ def test_intermediate_features_are_those_of_a_shorter_vit(small_vit):
 def test_gradients_are_finite_and_the_same_with_recomputation(small_vit, changes, class_tokens, registers):
     shape = {"class_tokens": class_tokens, "registers": registers, "width": 64, **changes}
     images, gradients, outputs = _images(3, 32, 32), [], []
-    for recompute in (False, True):
-        vit = small_vit(recompute=recompute, **shape).train()
-        drawn = vit.draw(3, torch.Generator().manual_seed(0))
-        features = vit(images, drawn)
+    for activation_checkpointing in (False, True):
+        vit = small_vit(activation_checkpointing=activation_checkpointing, **shape).train()
+        crops = vit.sample_crops(3, torch.Generator().manual_seed(0))
+        features = vit(images, crops)
         (features.summary.square().sum() + features.tokens.square().sum().mul(0.1)).backward()
         gradients.append({name: p.grad for name, p in vit.named_parameters()})
         outputs.append(features)
@@ -196,10 +196,10 @@ def test_a_schedule_that_cannot_be_is_told_when_the_student_is_made():
 
 
 def test_options_reach_the_student_and_impossible_ones_are_errors():
-    options = StudentOptions(class_tokens=2, registers=3, stem="linear", recompute=True)
+    options = StudentOptions(class_tokens=2, registers=3, stem="linear", activation_checkpointing=True)
     vit = students["vit-tiny12"](options)
     assert isinstance(vit, ViT) and vit.summary_dim == 256 and vit.prefix.shape == (1, 5, 128)
-    assert vit.config.stem == "linear" and vit.config.recompute and vit.native_size == (96, 96)
+    assert vit.config.stem == "linear" and vit.config.activation_checkpointing and vit.native_size == (96, 96)
     windowed = students["vitdet-b16"](StudentOptions(window=2, schedule="runs-of-5"))
     assert isinstance(windowed, ViT) and windowed.config.window == 2
     assert windowed.config.schedule == "runs-of-5"
@@ -220,13 +220,13 @@ def test_every_windowed_student_has_windowed_blocks_and_takes_its_native_size():
             vit = students[name](StudentOptions())
         assert isinstance(vit, ViT) and vit.config.window is not None
         assert len(global_blocks(vit.config.depth, vit.config.schedule)) < vit.config.depth
-        assert vit.native_size == vit.fit(*vit.native_size)
+        assert vit.native_size == vit.nearest_size(*vit.native_size)
         assert abs(vit.native_size[0] - vit.config.native) <= vit.config.patch * vit.config.window // 2
 
 
 def test_the_fingerprint_is_of_weights_and_shape_but_not_of_recomputation(small_vit):
     vit = small_vit(window=4)
-    same = {small_vit(window=4).fingerprint, small_vit(window=4, recompute=True).fingerprint}
+    same = {small_vit(window=4).fingerprint, small_vit(window=4, activation_checkpointing=True).fingerprint}
     assert same == {vit.fingerprint}
     assert vit.with_window(2).fingerprint != vit.fingerprint
     nn.init.zeros_(vit.norm.bias[:1].data).add_(1)

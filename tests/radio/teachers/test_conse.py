@@ -67,7 +67,7 @@ def test_a_sentence_is_the_mean_of_its_tokens_whatever_stands_beside_it(folder: 
 
 
 @pytest.mark.parametrize("likeliest", [1, 3])
-def test_pictures_are_the_mean_of_their_likeliest_classes(folder: Path, likeliest: int) -> None:
+def test_images_are_the_mean_of_their_likeliest_classes(folder: Path, likeliest: int) -> None:
     tower = conse(folder, likeliest)
     summaries = torch.randn(5, 6, generator=torch.Generator().manual_seed(2))
     found = tower.project(summaries)

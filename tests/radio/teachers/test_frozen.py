@@ -85,12 +85,12 @@ def test_features_can_stand_in_a_loss():
     ("asked", "fitting"), [((16, 8), (16, 8)), ((17, 1), (16, 4)), ((18, 9), (20, 8)), ((0, 30), (4, 32))]
 )
 def test_fit_is_the_nearest_multiple(asked, fitting):
-    assert frozen().fit(*asked) == fitting
+    assert frozen().nearest_size(*asked) == fitting
 
 
 def test_without_a_multiple_only_the_native_size_fits():
     teacher = frozen(multiple_of=None)
-    assert teacher.fit(999, 1) == (16, 8)
+    assert teacher.nearest_size(999, 1) == (16, 8)
     with pytest.raises(SizeError, match=r"tiny cannot take 16x16 pixels.*nearest size that it can is 16x8"):
         teacher(torch.rand(1, 3, 16, 16))
 
@@ -101,8 +101,8 @@ def test_a_size_that_does_not_fit_names_the_one_that_does():
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 8), (1, 1, 16, 8)])
-def test_what_is_no_batch_of_rgb_pictures_is_refused(shape):
-    with pytest.raises(SizeError, match=r"wanted pictures \[B, 3, h, w\]"):
+def test_what_is_no_batch_of_rgb_images_is_refused(shape):
+    with pytest.raises(SizeError, match=r"wanted images \[B, 3, h, w\]"):
         frozen()(torch.rand(shape))
 
 

@@ -99,16 +99,16 @@ def test_efficientnet_lite0_is_timms_network_with_the_packages_weights():
 @needs(EFFICIENTNET_LITE0)
 def test_efficientnet_lite0_knows_a_traffic_light():
     """A drawn picture of an ImageNet class: random or misplaced weights would not find 1 class of 1000."""
-    picture = torch.full((3, 224, 224), 0.75)
-    picture[:, 30:194, 82:142] = 0.05
+    image = torch.full((3, 224, 224), 0.75)
+    image[:, 30:194, 82:142] = 0.05
     rows, columns = torch.meshgrid(torch.arange(224), torch.arange(224), indexing="ij")
     lamps = ((60, (1.0, 0.1, 0.05)), (112, (1.0, 0.75, 0.1)), (164, (0.1, 0.9, 0.4)))
     for row, colour in lamps:
         inside = (rows - row) ** 2 + (columns - 112) ** 2 < 20**2
-        picture[:, inside] = torch.tensor(colour)[:, None]
+        image[:, inside] = torch.tensor(colour)[:, None]
     teacher = families["pip"]("efficientnet-lite0", None)
     with torch.no_grad():
-        logits = teacher.trunk.network.classifier(teacher(picture[None]).summary)
+        logits = teacher.trunk.network.classifier(teacher(image[None]).summary)
     assert 920 in logits[0].topk(3).indices
 
 

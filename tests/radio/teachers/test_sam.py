@@ -43,7 +43,7 @@ def whole_sam(name: str, member: Member):
 def test_the_necks_answer_to_our_tokens_is_the_encoders(randomised):
     encoder = randomised(tiny_encoder())
     teacher = freeze_sam(SamTrunk(encoder), name="tiny", mean=(0.0,) * 3, std=(1.0,) * 3)
-    assert teacher.native_size == (96, 96) and teacher.fit(50, 200) == (96, 96)
+    assert teacher.native_size == (96, 96) and teacher.nearest_size(50, 200) == (96, 96)
     images = torch.rand(2, 3, 96, 96)
     features = teacher(images)
     assert features.grid == (12, 12) and features.tokens.shape == (2, 144, 32)

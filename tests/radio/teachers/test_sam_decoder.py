@@ -30,7 +30,7 @@ def sam():
 def predictor_on(
     sam, embeddings: torch.Tensor, size: tuple[int, int], inside: tuple[int, int]
 ) -> SamPredictor:
-    """The library's predictor with an embedding instead of a picture."""
+    """The library's predictor with an embedding instead of an image."""
     predictor = SamPredictor(sam)
     predictor.features, predictor.is_image_set = embeddings, True
     predictor.original_size, predictor.input_size = size, inside
@@ -38,7 +38,7 @@ def predictor_on(
 
 
 def test_batched_masks_equal_the_predictor_box_by_box(sam) -> None:
-    """At full size, on two pictures of their own shapes, up to the logits at the stored size."""
+    """At full size, on two images of their own shapes, up to the logits at the stored size."""
     from evals.sam_dropin.frame import make_frame
 
     generator = torch.Generator().manual_seed(1)
@@ -54,12 +54,12 @@ def test_batched_masks_equal_the_predictor_box_by_box(sam) -> None:
     )
     with torch.no_grad():
         found = decode(SamHead(sam, "random"), embeddings, which, boxes=placed)
-    for row, picture in enumerate(which.tolist()):
-        predictor = predictor_on(sam, embeddings[picture][None], sizes[picture], frames[picture].inside)
+    for row, image in enumerate(which.tolist()):
+        predictor = predictor_on(sam, embeddings[image][None], sizes[image], frames[image].inside)
         masks, quality, low = predictor.predict(box=boxes[row], return_logits=True)
         np.testing.assert_allclose(found.logits[row], low, atol=1e-4, rtol=1e-4)
         np.testing.assert_allclose(found.quality[row], quality, atol=1e-4, rtol=1e-4)
-        np.testing.assert_allclose(frames[picture].masks(found.logits[row]), masks, atol=1e-4, rtol=1e-4)
+        np.testing.assert_allclose(frames[image].masks(found.logits[row]), masks, atol=1e-4, rtol=1e-4)
 
 
 def test_clicks_on_and_beside_an_object_equal_the_predictors(sam) -> None:

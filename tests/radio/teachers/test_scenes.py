@@ -1,4 +1,4 @@
-"""The shipped scenes teachers: what they give, and that their files are what the cards say."""
+"""The shipped scenes teachers: what they give, and that their files are what the metadata say."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def test_the_files_are_small_and_loading_twice_gives_the_same_teacher():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_card_says_how_the_teacher_was_made_and_what_it_reaches(name):
-    card = load(weights_file(name)).card
-    assert card["name"] == f"scenes:{name}"
-    assert card["command"].startswith("radio-train scenes-teachers")
-    assert card["samples"] > 10_000
-    assert {"settings", "scenes", "minutes", "versions", "protocols", "curve"} <= card.keys()
+    metadata = load(weights_file(name)).metadata
+    assert metadata["name"] == f"scenes:{name}"
+    assert metadata["command"].startswith("radio-train scenes-teachers")
+    assert metadata["samples"] > 10_000
+    assert {"settings", "scenes", "minutes", "versions", "protocols", "curve"} <= metadata.keys()
     aims = {"clip": {"zero_shot": 75, "knn": 75}, "dense": {"knn": 60}, "sam": {"box_miou": 75}}[name]
-    scores = card["scores"]["full"]
+    scores = metadata["scores"]["full"]
     assert all(aim <= scores[key] <= 95 for key, aim in aims.items()), scores
 
 
@@ -111,7 +111,7 @@ def test_text_vectors_do_not_depend_on_their_neighbours_and_name_the_class():
     assert text.fingerprint == scenes_teacher("clip").text.fingerprint
 
 
-def test_decoding_many_pictures_at_once_equals_the_library_one_by_one():
+def test_decoding_many_images_at_once_equals_the_library_one_by_one():
     sam = scenes_sam()
     generator = torch.Generator().manual_seed(0)
     embeddings = torch.randn(3, NECK, 14, 14, generator=generator)
@@ -119,12 +119,12 @@ def test_decoding_many_pictures_at_once_equals_the_library_one_by_one():
     boxes = torch.tensor([[10.0, 20.0, 60.0, 70.0], [0.0, 0.0, 30.0, 30.0]])
     points = torch.tensor([[50.0, 40.0], [90.0, 7.0]])
     found = decode(sam, embeddings, which, boxes=boxes, points=points[:, None])
-    for row, picture in enumerate(which.tolist()):
+    for row, image in enumerate(which.tolist()):
         box = boxes[row][None] if row < 2 else None
         point = (points[row - 2].view(1, 1, 2), torch.ones(1, 1)) if row >= 2 else None
         sparse, dense = sam.prompt_encoder(point, box, None)
         logits, quality = sam.mask_decoder(
-            image_embeddings=embeddings[picture][None],
+            image_embeddings=embeddings[image][None],
             image_pe=sam.prompt_encoder.get_dense_pe(),
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense,

@@ -23,7 +23,7 @@ def test_weights_from_a_file_give_timms_own_features(ending, tmp_path):
         safetensors.torch.save_file(network.state_dict(), path)
     teacher = load_teacher(f"timm:test_resnet@{path}")
     assert isinstance(teacher, Teacher) and teacher.text is None
-    assert (teacher.name, teacher.native_size, teacher.fit(100, 70)) == (
+    assert (teacher.name, teacher.native_size, teacher.nearest_size(100, 70)) == (
         "timm:test_resnet",
         (160, 160),
         (96, 64),
@@ -51,7 +51,7 @@ def test_weights_without_a_classifier_and_of_another_number_of_classes(tmp_path)
 def test_a_model_of_one_size_keeps_it(tmp_path):
     path = tmp_path / "vit.pth"
     torch.save(timm.create_model("test_vit").state_dict(), path)
-    assert load_teacher(f"timm:test_vit@{path}").fit(96, 96) == (160, 160)
+    assert load_teacher(f"timm:test_vit@{path}").nearest_size(96, 96) == (160, 160)
 
 
 def test_other_weights_none_and_unsafe_ones_are_errors(tmp_path):

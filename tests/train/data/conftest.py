@@ -12,12 +12,12 @@ import pytest
 from torch import Tensor
 
 from train.config import DataConfig, TeacherConfig, TrainConfig
-from train.data.lanes import beginning, deal_lanes, lanes_of
+from train.data.lanes import assign_lanes, beginning, lanes_of
 from train.data.sources import open_sources
 from train.data.stream import Rows, Share, open_stream
 from train.partition import Partition, make_partition
 
-from ..conftest import picture_bytes
+from ..conftest import image_bytes
 
 SIDE = 16
 
@@ -33,12 +33,12 @@ def pack(path: Path, files: Sequence[tuple[str, bytes]], **options: object) -> P
     return path
 
 
-def pack_pictures(path: Path, first: int, count: int) -> Path:
-    """A shard of small pictures with a caption each, numbered through from `first`."""
+def pack_images(path: Path, first: int, count: int) -> Path:
+    """A shard of small images with a caption each, numbered through from `first`."""
     files = []
     for index in range(first, first + count):
         files += [
-            (f"{index:05d}.jpg", picture_bytes(index, "JPEG", (20, 24))),
+            (f"{index:05d}.jpg", image_bytes(index, "JPEG", (20, 24))),
             (f"{index:05d}.txt", b"a caption"),
         ]
     return pack(path, files)
@@ -46,11 +46,11 @@ def pack_pictures(path: Path, first: int, count: int) -> Path:
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Seven shards of 5, 6, 7, ... pictures: the pattern that names them."""
+    """Seven shards of 5, 6, 7, ... images: the pattern that names them."""
     folder = tmp_path_factory.mktemp("shards")
     first = 0
     for number in range(7):
-        pack_pictures(folder / f"{number:03d}.tar", first, 5 + number)
+        pack_images(folder / f"{number:03d}.tar", first, 5 + number)
         first += 5 + number
     return f"{folder}/{{000..006}}.tar"
 
@@ -89,7 +89,7 @@ def follow(
     partition = partition or make_partition(config, 1)
     sources = open_sources(config.data)
     shares = []
-    for number, each in enumerate(deal_lanes(config, partition)):
+    for number, each in enumerate(assign_lanes(config, partition)):
         if rank in partition.groups[each.group].ranks:
             start = beginning(each, len(sources)) if cursors is None else cursors[number]
             lanes = lanes_of(each, partition, rank)

@@ -12,9 +12,9 @@ from hypothesis import settings as effort
 
 from radio.errors import DataError
 from train.data import faults as module
-from train.data.faults import Fault, FaultList, check_share, in_words
+from train.data.faults import FaultList, ReadError, check_share, in_words
 
-ONE, TWO = Fault("missing", "a.tar", "no such shard"), Fault("picture", "b.tar/0.jpg", "not a picture")
+ONE, TWO = ReadError("missing", "a.tar", "no such shard"), ReadError("image", "b.tar/0.jpg", "not an image")
 
 
 def test_each_thing_is_listed_once_even_by_a_resumed_run(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_the_list_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(module, "_LISTED", 3)
     listing = FaultList(tmp_path / "broken.jsonl", print)
     for number in range(4):
-        listing.add([Fault("picture", f"{number}{k}", "") for k in range(2)])
+        listing.add([ReadError("image", f"{number}{k}", "") for k in range(2)])
     assert len((tmp_path / "broken.jsonl").read_text().splitlines()) == 3
 
 
@@ -77,7 +77,7 @@ def test_records_among_other_lines_are_kept(tmp_path: Path, bad: bytes, place: i
     before = b"\n".join(lines) + b"\n"
     path.write_bytes(before)
     told: list[str] = []
-    FaultList(path, told.append).add([ONE, TWO, Fault("empty", "c.tar", "holds no pictures")])
+    FaultList(path, told.append).add([ONE, TWO, ReadError("empty", "c.tar", "holds no images")])
     wheres = [json.loads(line)["where"] for line in path.read_text().splitlines()]
     assert wheres == ["a.tar", "b.tar/0.jpg", "c.tar"]
     assert len(told) == 1
@@ -110,11 +110,11 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
 
 def test_names_that_are_not_utf_8_are_listed_once(tmp_path: Path) -> None:
     path = tmp_path / "broken.jsonl"
-    fault = Fault("picture", "a.tar/caf\udce9\n.jpg", "\x1b[2J")
+    fault = ReadError("image", "a.tar/caf\udce9\n.jpg", "\x1b[2J")
     for _ in range(2):
         FaultList(path, lambda line: pytest.fail(line)).add([fault])
     assert [json.loads(line) for line in path.read_bytes().splitlines()] == [
-        {"cause": "picture", "where": "a.tar/caf\\udce9\\n.jpg", "why": "\\x1b[2J"}
+        {"cause": "image", "where": "a.tar/caf\\udce9\\n.jpg", "why": "\\x1b[2J"}
     ]
 
 
@@ -127,7 +127,7 @@ def test_a_full_disk_delays_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert full.exists(), "the test needs Linux"
     monkeypatch.setattr(listing, "_path", full)
     listing.add([TWO])
-    listing.add([Fault("empty", "c.tar", "")])
+    listing.add([ReadError("empty", "c.tar", "")])
     assert told == ["/dev/full: No space left on device; its new lines wait for the next time"]
     monkeypatch.setattr(listing, "_path", path)
     listing.add([])
@@ -142,7 +142,7 @@ def test_what_is_left_out_is_told_once(tmp_path: Path) -> None:
     told: list[str] = []
     listing = FaultList(tmp_path / "broken.jsonl", told.append)
     for name in "ab":
-        listing.add([Fault("left out", f"{name}.tar", "1 members are links")])
+        listing.add([ReadError("left out", f"{name}.tar", "1 members are links")])
     assert told == ["a.tar: 1 members are links; broken.jsonl names all such shards"]
 
 
@@ -182,7 +182,7 @@ def test_a_share_is_let_through(broken: int, seen: int, fine: bool) -> None:
 
 
 def test_counts_in_words() -> None:
-    assert in_words({"missing": 1, "picture": 12}) == "12 pictures that cannot be decoded, 1 missing shards"
+    assert in_words({"missing": 1, "image": 12}) == "12 images that cannot be decoded, 1 missing shards"
     assert in_words({"missing": 0}) == ""
 
 

@@ -17,7 +17,7 @@ from hypothesis import settings as effort
 from evals.core.dist import Group
 from radio.errors import CheckpointError, DataError
 from train.config import DataConfig
-from train.data.faults import Fault
+from train.data.faults import ReadError
 from train.data.lanes import PLACE
 from train.data.progress import LISTING, Progress, start_progress
 from train.data.sources import open_sources
@@ -32,7 +32,7 @@ def begin(data: DataConfig, folder: Path, world: int = 1, rank: int = 0, **optio
     return start_progress(config, make_partition(config, world), Group(rank), open_sources(data), print)
 
 
-def marks(cursor: int, *faults: Fault, shards: int = 0) -> list[Mark]:
+def marks(cursor: int, *faults: ReadError, shards: int = 0) -> list[Mark]:
     return [Mark(torch.full((8, 1, PLACE), cursor), shards, faults)]
 
 
@@ -58,7 +58,7 @@ def test_ranks_take_their_parts_of_a_state(shards: str, tmp_path: Path) -> None:
     data = DataConfig(shards=(shards,))
     progress = begin(data, tmp_path)
     cursors = torch.arange(8 * PLACE).reshape(8, 1, PLACE)
-    progress.add([Mark(cursors, 7, (Fault("missing", "a", ""),))])
+    progress.add([Mark(cursors, 7, (ReadError("missing", "a", ""),))])
     state = progress.state()
     parts = [begin(data, tmp_path, world=2, rank=rank) for rank in range(2)]
     for part in parts:
@@ -72,7 +72,7 @@ def test_ranks_take_their_parts_of_a_state(shards: str, tmp_path: Path) -> None:
 
 def test_a_state_of_other_lanes_is_refused(shards: str, tmp_path: Path) -> None:
     state = begin(DataConfig(shards=(shards,)), tmp_path).state()
-    other = begin(DataConfig(shards=(shards,), lanes=4), tmp_path)
+    other = begin(DataConfig(shards=(shards,), num_streams=4), tmp_path)
     with pytest.raises(CheckpointError, match=r"cursors of \[\[8, 1, 4\]\] and this run of \[\[4, 1, 4\]\]"):
         other.restore(state)
 
@@ -118,7 +118,7 @@ NUMBERS = strategies.one_of(
 @effort(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=strategies.data())
 def test_any_state_is_taken_or_refused(shards: str, tmp_path: Path, data: strategies.DataObject) -> None:
-    progress = begin(DataConfig(shards=(shards,), lanes=2), tmp_path)
+    progress = begin(DataConfig(shards=(shards,), num_streams=2), tmp_path)
     lists = strategies.recursive(NUMBERS, lambda inner: strategies.lists(inner, max_size=4), max_leaves=20)
     shaped = strategies.just([[[[0] * 4], [[0] * 4]]])
     state = data.draw(
@@ -144,7 +144,7 @@ def test_what_is_left_out_is_told_and_is_not_broken(
     shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     progress = begin(DataConfig(shards=(shards,)), tmp_path)
-    progress.add(marks(1, Fault("left out", "a.tar", "1 members are links"), shards=1))
+    progress.add(marks(1, ReadError("left out", "a.tar", "1 members are links"), shards=1))
     assert set(progress.broken(8, 0.0).values()) == {0}
     assert progress.in_words() == ""
     assert "a.tar: 1 members are links" in capsys.readouterr().out
@@ -154,26 +154,24 @@ def test_what_is_left_out_is_told_and_is_not_broken(
 def test_what_is_broken_is_counted_and_listed(shards: str, tmp_path: Path) -> None:
     progress = begin(DataConfig(shards=(shards,)), tmp_path)
     assert progress.broken(8, 0.01) == dict.fromkeys(
-        ("picture", "missing", "unreadable", "truncated", "empty"), 0
+        ("image", "missing", "unreadable", "truncated", "empty"), 0
     )
     assert not (tmp_path / LISTING).exists()
     assert progress.in_words() == ""
-    faults = [Fault("picture", "a.tar/0.jpg", "no"), Fault("missing", "b.tar", "no such shard")]
+    faults = [ReadError("image", "a.tar/0.jpg", "no"), ReadError("missing", "b.tar", "no such shard")]
     for _ in range(3):
         progress.add(marks(1, *faults, shards=2))
     counts = progress.broken(24, 0.01)
-    assert counts == {"picture": 3, "missing": 3, "unreadable": 0, "truncated": 0, "empty": 0}
-    assert progress.in_words() == "3 pictures that cannot be decoded, 3 missing shards"
+    assert counts == {"image": 3, "missing": 3, "unreadable": 0, "truncated": 0, "empty": 0}
+    assert progress.in_words() == "3 images that cannot be decoded, 3 missing shards"
     lines = [json.loads(line) for line in (tmp_path / LISTING).read_text().splitlines()]
     assert lines == [fault._asdict() for fault in faults]
 
 
-@pytest.mark.parametrize(
-    ("cause", "things"), [("picture", "11 of 811 pictures"), ("empty", "11 of 800 shards")]
-)
+@pytest.mark.parametrize(("cause", "things"), [("image", "11 of 811 images"), ("empty", "11 of 800 shards")])
 def test_too_much_that_is_broken_stops(shards: str, tmp_path: Path, cause: str, things: str) -> None:
     progress = begin(DataConfig(shards=(shards,)), tmp_path)
-    progress.add(marks(1, *[Fault(cause, f"{n}", "") for n in range(11)], shards=800))  # type: ignore[arg-type]
+    progress.add(marks(1, *[ReadError(cause, f"{n}", "") for n in range(11)], shards=800))  # type: ignore[arg-type]
     progress.broken(800, 0.02)
     with pytest.raises(DataError, match=f"{things} cannot be read"):
         progress.broken(800, 0.01)
@@ -182,12 +180,12 @@ def test_too_much_that_is_broken_stops(shards: str, tmp_path: Path, cause: str, 
 
 def test_data_that_are_no_stream_have_no_progress(tmp_path: Path) -> None:
     config = replace(settings(DataConfig()), out=tmp_path)
-    pictures = open_sources(DataConfig(scenes=3))
+    images = open_sources(DataConfig(scenes=3))
     progress = Progress((), make_partition(config, 1), Group(), 0, None)
     progress.add([])
     assert progress.state()["cursors"] == []
     progress.restore(progress.state())
-    assert len(pictures) == 1
+    assert len(images) == 1
 
 
 def test_workers_that_cannot_share_the_lanes_are_fewer(shards: str, tmp_path: Path) -> None:

@@ -21,9 +21,9 @@ from train.config import DataConfig
 from train.data import remote as module
 from train.data.faults import ShardError
 from train.data.remote import scheme_of
-from train.data.shards import LeftOut, expand, is_picture, open_shard, outline, runs_program
+from train.data.shards import LeftOut, expand, is_image, open_shard, outline, runs_program
 
-from .conftest import follow, pack, pack_pictures, settings
+from .conftest import follow, pack, pack_images, settings
 
 FILES = [(f"{n}.jpg", bytes([n]) * 3000) for n in range(40)]
 
@@ -194,9 +194,9 @@ def test_a_command_that_is_not_needed_any_more_is_stopped(tmp_path: Path) -> Non
 
 def test_a_run_may_read_through_pipes(tmp_path: Path) -> None:
     for number in range(3):
-        pack_pictures(tmp_path / f"{number}.tar", 10 * number, 5)
-    local = settings(DataConfig(shards=(f"{tmp_path}/{{0..2}}.tar",), lanes=4))
-    piped = settings(DataConfig(shards=(f"pipe:cat {tmp_path}/{{0..2}}.tar",), lanes=4))
+        pack_images(tmp_path / f"{number}.tar", 10 * number, 5)
+    local = settings(DataConfig(shards=(f"{tmp_path}/{{0..2}}.tar",), num_streams=4))
+    piped = settings(DataConfig(shards=(f"pipe:cat {tmp_path}/{{0..2}}.tar",), num_streams=4))
     wanted = [step[0].keys for step in follow(local, range(6))]
     first = list(follow(piped, range(3)))
     assert [step[0].keys for step in first] == wanted[:3]
@@ -376,9 +376,9 @@ def test_any_pattern_is_names_or_an_error(pattern: str) -> None:
         assert any(scheme_of(name) == "pipe" for name in names) == (command is not None)
 
 
-def test_pictures_are_known_by_their_ending() -> None:
-    assert all(map(is_picture, ("0.jpg", "a/0.JPEG", "a.b/0.png", "0.webp")))
-    assert not any(map(is_picture, ("0.txt", "0.seg.png", "._0.jpg", "a/._0.jpg", "jpg", "0")))
+def test_images_are_known_by_their_ending() -> None:
+    assert all(map(is_image, ("0.jpg", "a/0.JPEG", "a.b/0.png", "0.webp")))
+    assert not any(map(is_image, ("0.txt", "0.seg.png", "._0.jpg", "a/._0.jpg", "jpg", "0")))
 
 
 @pytest.mark.parametrize(
@@ -407,7 +407,7 @@ def test_an_image_may_lie_before_the_place_to_go_on_from() -> None:
     assert (seen.count, seen.first) == (1, "1.seg.png")
 
 
-def test_an_outline_leads_to_every_picture(tmp_path: Path) -> None:
+def test_an_outline_leads_to_every_image(tmp_path: Path) -> None:
     files = [
         (f"{'long-' * 30 if n == 3 else ''}{n}.{ending}", b"x" * n)
         for n in range(9)
@@ -416,7 +416,7 @@ def test_an_outline_leads_to_every_picture(tmp_path: Path) -> None:
     path = pack(tmp_path / "a.tar", files)
     found = outline(str(path))
     tar = open_shard(str(path))
-    for (name, data), at in zip(files[::2], found.pictures, strict=True):
+    for (name, data), at in zip(files[::2], found.images, strict=True):
         tar.jump(at)
         member = tar.next()
         assert member is not None
@@ -424,8 +424,8 @@ def test_an_outline_leads_to_every_picture(tmp_path: Path) -> None:
     tar.jump(found.end)
     assert tar.next() is None
     cut = tmp_path / "cut.tar"
-    cut.write_bytes(path.read_bytes()[: found.pictures[5] + 100])
-    assert outline(str(cut)) == (found.pictures[:5], found.pictures[5], "")
+    cut.write_bytes(path.read_bytes()[: found.images[5] + 100])
+    assert outline(str(cut)) == (found.images[:5], found.images[5], "")
     with pytest.raises(ShardError, match="no such shard"):
         outline(str(tmp_path / "b.tar"))
     tar.close()

@@ -16,29 +16,29 @@ import pytest
 
 from radio.errors import ConfigError, DataError
 from train.config import DataConfig
-from train.data.faults import Fault, FaultList, ShardError
+from train.data.faults import FaultList, ReadError, ShardError
 from train.data.sources import Shards, open_sources
 from train.data.tar import TarStream
 
-from ..conftest import fill_folder, picture_bytes
-from .conftest import follow, pack, pack_pictures, settings
+from ..conftest import fill_folder, image_bytes
+from .conftest import follow, pack, pack_images, settings
 from .test_tar import DAMAGED, END
 
 
 def damaged(folder: Path) -> str:
     """Six shards: two whole, one cut in the middle, one with text named .jpg, one empty, one missing."""
-    pack_pictures(folder / "0.tar", 0, 4)
-    pack_pictures(folder / "1.tar", 10, 4)
-    pack_pictures(folder / "2.tar", 20, 6)
+    pack_images(folder / "0.tar", 0, 4)
+    pack_images(folder / "1.tar", 10, 4)
+    pack_images(folder / "2.tar", 20, 6)
     data = (folder / "2.tar").read_bytes()
     (folder / "2.tar").write_bytes(data[: data.index(b"00023.jpg") + 700])  # three whole ones before
-    good = picture_bytes(30, "JPEG")
+    good = image_bytes(30, "JPEG")
     pack(folder / "3.tar", [("00030.jpg", good), ("00031.jpg", b"this is text"), ("00032.jpg", good)])
     (folder / "4.tar").touch()
     return f"{folder}/{{0..5}}.tar"
 
 
-def named(faults: Iterable[Fault]) -> list[tuple[str, str]]:
+def named(faults: Iterable[ReadError]) -> list[tuple[str, str]]:
     return [(fault.cause, fault.where) for fault in faults]
 
 
@@ -46,17 +46,17 @@ def named(faults: Iterable[Fault]) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_cannot_be_read_is_counted_exactly(tmp_path: Path, lanes: int, workers: int) -> None:
     pattern = damaged(tmp_path)
-    config = settings(DataConfig(shards=(pattern,), lanes=lanes))
+    config = settings(DataConfig(shards=(pattern,), num_streams=lanes))
     faults: Counter[tuple[str, str]] = Counter()
     seen: Counter[str] = Counter()
     begun = 0
-    for step in follow(config, range(13), workers=workers):  # 104 pictures: 8 epochs of 13
+    for step in follow(config, range(13), workers=workers):  # 104 images: 8 epochs of 13
         faults.update(named(step[0].mark.faults))
         seen.update(step[0].keys)
         begun += step[0].mark.shards
     assert set(faults) == {
         ("truncated", f"{tmp_path}/2.tar"),
-        ("picture", f"{tmp_path}/3.tar/00031.jpg"),
+        ("image", f"{tmp_path}/3.tar/00031.jpg"),
         ("empty", f"{tmp_path}/4.tar"),
         ("missing", f"{tmp_path}/5.tar"),
     }
@@ -64,14 +64,14 @@ def test_what_cannot_be_read_is_counted_exactly(tmp_path: Path, lanes: int, work
         f"{index // 10}.tar/{index:05d}.jpg" for index in (*range(4), *range(10, 14), 20, 21, 22, 30, 32)
     }
     assert set(seen) == whole
-    if lanes == 1:  # whole epochs, but for the faults after the last picture
+    if lanes == 1:  # whole epochs, but for the faults after the last image
         assert set(seen.values()) == {8}
         assert all(count in (7, 8) for count in faults.values())
         assert begun in range(8 * 6 - 3, 8 * 6 + 1)
 
 
 def test_counts_go_on_after_a_stop(tmp_path: Path) -> None:
-    config = settings(DataConfig(shards=(damaged(tmp_path),), lanes=4))
+    config = settings(DataConfig(shards=(damaged(tmp_path),), num_streams=4))
     whole = list(follow(config, range(12)))
     counted = [len(step[0].mark.faults) for step in whole]
     assert sum(counted) > 10
@@ -83,38 +83,38 @@ def test_counts_go_on_after_a_stop(tmp_path: Path) -> None:
         assert [step[0].mark.shards for step in rest] == [step[0].mark.shards for step in whole[stop:]]
 
 
-def test_a_broken_picture_is_followed_by_the_lanes_next(tmp_path: Path) -> None:
-    files = [(f"{n}.jpg", picture_bytes(n, "JPEG") if n != 2 else b"text") for n in range(6)]
+def test_a_broken_image_is_followed_by_the_lanes_next(tmp_path: Path) -> None:
+    files = [(f"{n}.jpg", image_bytes(n, "JPEG") if n != 2 else b"text") for n in range(6)]
     pack(tmp_path / "a.tar", files)
-    config = settings(DataConfig(shards=(str(tmp_path / "a.tar"),), lanes=1), batch_size=5)
+    config = settings(DataConfig(shards=(str(tmp_path / "a.tar"),), num_streams=1), batch_size=5)
     (rows,), *_ = follow(config, range(1))
     assert rows.keys == tuple(f"a.tar/{n}.jpg" for n in (0, 1, 3, 4, 5))
 
 
-def test_broken_pictures_of_a_folder_are_passed_over(tmp_path: Path) -> None:
+def test_broken_images_of_a_folder_are_passed_over(tmp_path: Path) -> None:
     folder = fill_folder(tmp_path / "mixed", 9, broken=3)
     config = settings(DataConfig(images=(folder,)), batch_size=3)
     rows = [step[0] for step in follow(config, range(12))]
     faults = Counter(chain.from_iterable(each.mark.faults for each in rows))
     assert {fault.where for fault in faults} == {f"{folder}/z{n:03d}.jpg" for n in range(3)}
-    assert {fault.cause for fault in faults} == {"picture"}
+    assert {fault.cause for fault in faults} == {"image"}
     assert Counter(chain.from_iterable(each.keys for each in rows)).keys() == set(map(str, range(9)))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_data_without_a_picture_is_one_clear_error(tmp_path: Path, workers: int) -> None:
+def test_data_without_a_image_is_one_clear_error(tmp_path: Path, workers: int) -> None:
     shards = settings(DataConfig(shards=(f"{tmp_path}/{{0..3}}.tar",)))
-    with pytest.raises(DataError, match=r"^no picture in \d+ shards in a row, the last .*; check the data$"):
+    with pytest.raises(DataError, match=r"^no image in \d+ shards in a row, the last .*; check the data$"):
         list(follow(shards, range(1), workers=workers))
     folder = settings(DataConfig(images=(fill_folder(tmp_path / "broken", 0, broken=3),)))
-    with pytest.raises(DataError, match=r"^20 pictures in a row cannot be read, the last: .*check the data$"):
+    with pytest.raises(DataError, match=r"^20 images in a row cannot be read, the last: .*check the data$"):
         list(follow(folder, range(1), workers=workers))
 
 
 def dotted(folder: Path, dotted: int, plain: int) -> str:
     """A shard of images some of whose names have more dots than one."""
     names = [f"img.v1.{n:04d}.jpg" for n in range(dotted)] + [f"img_{n:04d}.jpg" for n in range(plain)]
-    return str(pack(folder / "a.tar", [(name, picture_bytes(n, "JPEG")) for n, name in enumerate(names)]))
+    return str(pack(folder / "a.tar", [(name, image_bytes(n, "JPEG")) for n, name in enumerate(names)]))
 
 
 @pytest.mark.parametrize("lanes", [1, 4])
@@ -122,11 +122,11 @@ def dotted(folder: Path, dotted: int, plain: int) -> str:
 def test_images_that_are_not_samples_are_told(tmp_path: Path, lanes: int, piped: bool) -> None:
     path = dotted(tmp_path, 4, 4)
     pattern = f"pipe:cat {path}" if piped else path
-    config = settings(DataConfig(shards=(pattern,), lanes=lanes), batch_size=4)
+    config = settings(DataConfig(shards=(pattern,), num_streams=lanes), batch_size=4)
     rows = [step[0] for step in follow(config, range(6))]
     assert len(set(chain.from_iterable(each.keys for each in rows))) == 4
     assert {fault for each in rows for fault in each.mark.faults} == {
-        Fault(
+        ReadError(
             "left out",
             pattern,
             "4 members end in an image's ending and are not samples, the first is img.v1.0000.jpg (its "
@@ -137,32 +137,32 @@ def test_images_that_are_not_samples_are_told(tmp_path: Path, lanes: int, piped:
 
 def test_a_shard_of_no_samples_says_why(tmp_path: Path) -> None:
     config = settings(DataConfig(shards=(dotted(tmp_path, 8, 0),)))
-    with pytest.raises(DataError, match=r"holds no pictures: 8 members end in .* img\.v1\.0000\.jpg"):
+    with pytest.raises(DataError, match=r"holds no images: 8 members end in .* img\.v1\.0000\.jpg"):
         list(follow(config, range(1)))
 
 
-def test_a_picture_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_image_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.data.sources.MAX_IMAGE_BYTES", 2000)
-    good = picture_bytes(0, "JPEG", (20, 24))
+    good = image_bytes(0, "JPEG", (20, 24))
     assert len(good) < 2000
     path = pack(tmp_path / "a.tar", [("0.jpg", good), ("1.jpg", b"x" * 2001), ("2.jpg", good)])
-    config = settings(DataConfig(shards=(str(path),), lanes=1), batch_size=2)
+    config = settings(DataConfig(shards=(str(path),), num_streams=1), batch_size=2)
     (rows,), *_ = follow(config, range(1))
     assert rows.keys == ("a.tar/0.jpg", "a.tar/2.jpg")
-    assert rows.mark.faults == (Fault("picture", f"{path}/1.jpg", "has 2001 bytes, and the limit is 2000"),)
+    assert rows.mark.faults == (ReadError("image", f"{path}/1.jpg", "has 2001 bytes, and the limit is 2000"),)
 
 
 @pytest.mark.parametrize("lanes", [1, 4])
 @pytest.mark.parametrize("case", DAMAGED, ids=lambda case: case[0])
 def test_a_damaged_header_ends_a_shard(tmp_path: Path, case: tuple[str, bytes, str], lanes: int) -> None:
-    """Also where lanes jump from picture to picture."""
-    images = [(f"{n}.jpg", picture_bytes(n, "JPEG")) for n in range(3)]
+    """Also where lanes jump from image to image."""
+    images = [(f"{n}.jpg", image_bytes(n, "JPEG")) for n in range(3)]
     path = pack(tmp_path / "a.tar", images)
     with tarfile.open(path) as tar:
         end = max(member.offset_data + -(-member.size // 512) * 512 for member in tar)
     after = path.read_bytes()[:end]  # more of them, which must not be taken for their own
     path.write_bytes(after + case[1].replace(END, b"") + after + END)
-    config = settings(DataConfig(shards=(str(path),), lanes=lanes), batch_size=4)
+    config = settings(DataConfig(shards=(str(path),), num_streams=lanes), batch_size=4)
     rows = [step[0] for step in follow(config, range(6))]
     assert set(chain.from_iterable(each.keys for each in rows)) == {f"a.tar/{n}.jpg" for n in range(3)}
     faults = {fault for each in rows for fault in each.mark.faults}
@@ -171,11 +171,11 @@ def test_a_damaged_header_ends_a_shard(tmp_path: Path, case: tuple[str, bytes, s
 
 
 def test_a_shard_that_changes_while_it_is_read_is_told(tmp_path: Path) -> None:
-    path = pack_pictures(tmp_path / "a.tar", 0, 3)
-    config = settings(DataConfig(shards=(str(path),), lanes=4), batch_size=4)
+    path = pack_images(tmp_path / "a.tar", 0, 3)
+    config = settings(DataConfig(shards=(str(path),), num_streams=4), batch_size=4)
     steps = follow(config, range(20))
     next(steps)
-    pack_pictures(path, 0, 9)
+    pack_images(path, 0, 9)
     faults = [fault for step in steps for fault in step[0].mark.faults]
     assert faults
     assert {fault.cause for fault in faults} == {"unreadable"}
@@ -194,8 +194,8 @@ def test_no_shard_is_asked_for_again_when_all_have_failed(
     for count, most in ((1, 1), (4, 100)):
         asked.clear()
         names = tuple(f"https://host/{n}.tar" for n in range(count))
-        config = settings(DataConfig(shards=names, lanes=4))
-        with pytest.raises(DataError, match=r"no picture in \d+ shards in a row, the last .*\(no network\)"):
+        config = settings(DataConfig(shards=names, num_streams=4))
+        with pytest.raises(DataError, match=r"no image in \d+ shards in a row, the last .*\(no network\)"):
             list(follow(config, range(1)))
         assert len(asked) == count
         assert asked.total() <= most
@@ -205,7 +205,7 @@ def test_no_shard_is_asked_for_again_when_all_have_failed(
 @pytest.mark.parametrize(
     "damaged",
     [
-        picture_bytes(0, "AVIF")[:-40],
+        image_bytes(0, "AVIF")[:-40],
         b"DDS " + b"\x7c\0\0\0" + b"\xff" * 200,
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) run\n",
         b"\x89PNG\r\n\x1a\n" + b"\0" * 60,
@@ -217,26 +217,26 @@ def test_no_shard_is_asked_for_again_when_all_have_failed(
     ids=["avif", "dds", "eps", "png", "jpeg", "webp", "tiff", "empty"],
 )
 def test_an_image_damaged_in_any_way_is_counted(tmp_path: Path, damaged: bytes) -> None:
-    good = picture_bytes(0, "JPEG", (20, 24))
+    good = image_bytes(0, "JPEG", (20, 24))
     path = pack(tmp_path / "a.tar", [("0.jpg", good), ("1.png", damaged), ("2.jpg", good)])
-    config = settings(DataConfig(shards=(str(path),), lanes=1), batch_size=2)
+    config = settings(DataConfig(shards=(str(path),), num_streams=1), batch_size=2)
     (rows,), *_ = follow(config, range(1))
     assert rows.keys == ("a.tar/0.jpg", "a.tar/2.jpg")
-    assert [(fault.cause, fault.where) for fault in rows.mark.faults] == [("picture", f"{path}/1.png")]
+    assert [(fault.cause, fault.where) for fault in rows.mark.faults] == [("image", f"{path}/1.png")]
 
 
 def test_shards_that_take_too_long_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.data.sources._LONG", -1.0)
     config = settings(DataConfig(shards=(f"{tmp_path}/{{0..9}}.tar",)))
-    with pytest.raises(DataError, match=r"no picture in 3 shards in a row, the last .* \(no such shard\)"):
+    with pytest.raises(DataError, match=r"no image in 3 shards in a row, the last .* \(no such shard\)"):
         list(follow(config, range(1)))
 
 
 def test_names_that_are_not_utf_8_are_read(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9")
-    files = [(f"{name}{n}.jpg", picture_bytes(n, "JPEG")) for n in range(3)] + [(f"{name}9.jpg", b"text")]
+    files = [(f"{name}{n}.jpg", image_bytes(n, "JPEG")) for n in range(3)] + [(f"{name}9.jpg", b"text")]
     path = pack(tmp_path / f"{name}.tar", files)
-    config = settings(DataConfig(shards=(str(path),), lanes=1), batch_size=3)
+    config = settings(DataConfig(shards=(str(path),), num_streams=1), batch_size=3)
     for workers in (0, 1):
         (rows,), *_ = follow(config, range(1), workers=workers)
         assert rows.keys == tuple(f"{name}.tar/{name}{n}.jpg" for n in range(3))

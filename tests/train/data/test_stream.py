@@ -1,4 +1,4 @@
-"""The same pictures in the same order for any number of ranks and workers, and from any step on."""
+"""The same images in the same order for any number of ranks and workers, and from any step on."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from radio.errors import ConfigError, DataError, SizeError
 from radio.images import decode
 from train.config import DataConfig
 from train.crops import random_view
-from train.data.lanes import deal_lanes, gathered, lanes_of
+from train.data.lanes import assign_lanes, gathered, lanes_of
 from train.data.sources import open_sources
 from train.data.stream import Rows, make_room_for_files, rows_of
 from train.partition import make_partition
 
-from ..conftest import picture_bytes
+from ..conftest import image_bytes
 from .conftest import SIDE, follow, settings
 
 
@@ -32,9 +32,11 @@ def keys(rows: list[tuple[Rows, ...]]) -> list[tuple[str, ...]]:
     return [tuple(chain.from_iterable(group.keys for group in step)) for step in rows]
 
 
-def test_every_epoch_gives_every_picture_once(shards: str) -> None:
+def test_every_epoch_gives_every_image_once(shards: str) -> None:
     seen = Counter(
-        chain.from_iterable(keys(list(follow(settings(DataConfig(shards=(shards,), lanes=1)), range(21)))))
+        chain.from_iterable(
+            keys(list(follow(settings(DataConfig(shards=(shards,), num_streams=1)), range(21))))
+        )
     )
     assert sum(range(5, 12)) == 56
     assert len(seen) == 56
@@ -46,13 +48,13 @@ def test_every_epoch_gives_every_picture_once(shards: str) -> None:
 def test_few_shards_are_dealt_in_parts(shards: str, lanes: int, count: int) -> None:
     few = shards.replace("000..006", f"000..{count - 1:03d}")
     size = sum(range(5, 5 + count))
-    rows = list(follow(settings(DataConfig(shards=(few,), lanes=lanes)), range(size * 5)))
+    rows = list(follow(settings(DataConfig(shards=(few,), num_streams=lanes)), range(size * 5)))
     seen = Counter(chain.from_iterable(keys(rows)))
     assert len(seen) == size
     assert max(seen.values()) - min(seen.values()) <= (0 if lanes == 1 else 20)  # of 40 times each
     if lanes > size:
         return
-    assert len(set(keys(rows)[0])) >= min(size, 5)  # not eight times the same picture
+    assert len(set(keys(rows)[0])) >= min(size, 5)  # not eight times the same image
 
 
 def test_crops_are_functions_of_the_position(shards: str) -> None:
@@ -62,7 +64,7 @@ def test_crops_are_functions_of_the_position(shards: str) -> None:
         for rows in groups:
             for pixels, key in zip(rows.pixels, rows.keys, strict=True):
                 number = int(key.split("/")[1].removesuffix(".jpg"))
-                image = decode(picture_bytes(number, "JPEG", (20, 24)))
+                image = decode(image_bytes(number, "JPEG", (20, 24)))
                 assert torch.equal(pixels, random_view(image, config.data, SIDE, config.seed, position))
                 position += 1
 
@@ -78,13 +80,13 @@ def test_groups_go_through_the_data_in_orders_of_their_own(shards: str) -> None:
 
 @pytest.mark.parametrize("kind", ["shards", "weighted"])
 @pytest.mark.parametrize(
-    ("world", "partition"), [(1, "turns"), (2, "turns"), (4, "turns"), (2, "ranks"), (3, "ranks")]
+    ("world", "placement"), [(1, "shared"), (2, "shared"), (4, "shared"), (2, "dedicated"), (3, "dedicated")]
 )
-def test_ranks_and_workers_change_nothing(shards: str, kind: str, world: int, partition: str) -> None:
+def test_ranks_and_workers_change_nothing(shards: str, kind: str, world: int, placement: str) -> None:
     data = DataConfig(shards=(shards,))
     if kind == "weighted":
         data = DataConfig(shards=(shards.replace("006", "004"),), scenes=50, weights=(2, 1))
-    config = replace(settings(data, batch_size=8, others=4), partition=partition)
+    config = replace(settings(data, batch_size=8, others=4), teacher_placement=placement)
     alone = list(follow(config, range(9)))
     shared = make_partition(config, world)
     for workers in (0,) if world in (3, 4) else (0, 1, 2):
@@ -107,7 +109,7 @@ def test_a_stream_goes_on_from_anywhere(shards: str, data: strategies.DataObject
     lanes = data.draw(strategies.sampled_from([1, 2, 4, 8]))
     stop = data.draw(strategies.integers(1, 11))
     workers = data.draw(strategies.sampled_from([0, 0, 0, 1]))
-    config = settings(DataConfig(shards=(shards,), scenes=20, weights=(3, 1), lanes=lanes), 8, others=4)
+    config = settings(DataConfig(shards=(shards,), scenes=20, weights=(3, 1), num_streams=lanes), 8, others=4)
     whole = list(follow(config, range(12)))
     cursors = [rows.mark.cursors for rows in whole[stop - 1]]
     rest = list(follow(config, range(stop, 12), cursors=cursors, workers=workers))
@@ -130,7 +132,7 @@ def test_what_was_read_is_not_read_again(shards: str, monkeypatch: pytest.Monkey
         return tar
 
     monkeypatch.setattr(module, "open_shard", watched)
-    config = settings(DataConfig(shards=(shards,), lanes=2))
+    config = settings(DataConfig(shards=(shards,), num_streams=2))
     whole = list(follow(config, range(7)))  # one epoch
     once = list(read)
     assert len(once) == len(set(once)) == 56
@@ -183,8 +185,8 @@ class Failing(torch.utils.data.Dataset[int]):
 @pytest.mark.parametrize(
     "error",
     [
-        DataError("no picture: DataError of a name"),
-        SizeError("cannot crop a 1x2 picture"),
+        DataError("no image: DataError of a name"),
+        SizeError("cannot crop a 1x2 image"),
         MemoryError("no room"),
         FileNotFoundError("none of that name"),
     ],
@@ -229,7 +231,7 @@ def test_cursors_of_all_ranks_come_together(shards: str) -> None:
     config = settings(DataConfig(shards=(shards,)), batch_size=8, others=4)
     whole = list(follow(config, range(3)))[-1]
     shared = make_partition(config, 3)
-    deals = deal_lanes(config, shared)
+    deals = assign_lanes(config, shared)
     total = None
     for rank in range(3):
         own = list(follow(config, range(3), partition=shared, rank=rank))[-1]
@@ -246,11 +248,13 @@ def test_cursors_of_all_ranks_come_together(shards: str) -> None:
 
 
 def test_lanes_that_ranks_cannot_share_are_refused(shards: str) -> None:
-    config = settings(DataConfig(shards=(shards,), lanes=4), batch_size=12)
-    with pytest.raises(ConfigError, match=r"the 4 lanes of a cannot be shared .* 3 ranks.*--data\.lanes 12"):
-        deal_lanes(config, make_partition(config, 3))
-    with pytest.raises(ConfigError, match=r"--data\.lanes 0 cannot be"):
-        deal_lanes(replace(config, data=replace(config.data, lanes=0)), make_partition(config, 1))
+    config = settings(DataConfig(shards=(shards,), num_streams=4), batch_size=12)
+    with pytest.raises(
+        ConfigError, match=r"the 4 lanes of a cannot be shared .* 3 ranks.*--data\.num-streams 12"
+    ):
+        assign_lanes(config, make_partition(config, 3))
+    with pytest.raises(ConfigError, match=r"--data\.num-streams 0 cannot be"):
+        assign_lanes(replace(config, data=replace(config.data, num_streams=0)), make_partition(config, 1))
 
 
 def test_sources_have_to_be_named_and_weighted(shards: str) -> None:

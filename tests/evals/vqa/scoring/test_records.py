@@ -13,25 +13,25 @@ from radio.errors import DataError
 def opened(tmp_path: Path, data: Any) -> Records:
     path = tmp_path / "file.json"
     path.write_text(json.dumps(data))
-    return Records(path, "cards", "{cards: [{id, name}]}")
+    return Records(path, "metadata", "{metadata: [{id, name}]}")
 
 
 def test_records_of_a_list_and_of_an_object(tmp_path: Path) -> None:
-    listed = opened(tmp_path, {"cards": [{"id": 7}], "set": "red"})
-    assert listed.listed("cards") == [Row("0", "record 0 of 'cards'", {"id": 7})]
-    assert (listed.top("set"), listed.top("none"), listed.top("cards")) == ("red", None, None)
+    listed = opened(tmp_path, {"metadata": [{"id": 7}], "set": "red"})
+    assert listed.listed("metadata") == [Row("0", "record 0 of 'metadata'", {"id": 7})]
+    assert (listed.top("set"), listed.top("none"), listed.top("metadata")) == ("red", None, None)
     assert opened(tmp_path, {"x": {"id": 7}}).keyed() == [Row("x", "record x", {"id": 7})]
 
 
-@pytest.mark.parametrize("data", [{"cards": []}, {"cards": [3]}, {"cards": "red"}, [], 5, {}])
+@pytest.mark.parametrize("data", [{"metadata": []}, {"metadata": [3]}, {"metadata": "red"}, [], 5, {}])
 def test_lists_that_are_none(tmp_path: Path, data: Any) -> None:
-    with pytest.raises(DataError, match=r"file\.json: .*wanted cards, which are \{cards:"):
-        opened(tmp_path, data).listed("cards")
+    with pytest.raises(DataError, match=r"file\.json: .*wanted metadata, which are \{metadata:"):
+        opened(tmp_path, data).listed("metadata")
 
 
 @pytest.mark.parametrize("data", [{}, {"x": 3}, [{"id": 7}]])
 def test_objects_that_are_none(tmp_path: Path, data: Any) -> None:
-    with pytest.raises(DataError, match=r"wanted cards"):
+    with pytest.raises(DataError, match=r"wanted metadata"):
         opened(tmp_path, data).keyed()
 
 
@@ -70,12 +70,12 @@ def test_fields_have_their_types(tmp_path: Path) -> None:
 )
 def test_an_error_says_what_the_file_looks_like(tmp_path: Path, data: Any, seen: str) -> None:
     with pytest.raises(DataError, match=f"the file looks like {seen}"):
-        opened(tmp_path, data).listed("cards")
+        opened(tmp_path, data).listed("metadata")
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         read_json(tmp_path / "absent.json")
-    (tmp_path / "part.json").write_text('{"cards": [')
+    (tmp_path / "part.json").write_text('{"metadata": [')
     with pytest.raises(DataError, match="is not JSON"):
         read_json(tmp_path / "part.json")

@@ -70,7 +70,7 @@ def test_three_forms_of_an_answer(answer: str, chosen: str | None) -> None:
     assert letter(answer) == chosen
 
 
-def test_prompts_and_pictures(tmp_path: Path) -> None:
+def test_prompts_and_images(tmp_path: Path) -> None:
     exam = opened(tmp_path, {"5": problem(), "7": problem(hint=" Look. ", choices=["x", "y"])})
     end = "Answer with the option's letter from the given choices directly."
     assert exam.questions[0].prompt == f"Which is it?\nA. red\nB. blue\nC. green\n{end}"
@@ -79,7 +79,7 @@ def test_prompts_and_pictures(tmp_path: Path) -> None:
     assert exam.expected == ("B", "B")
 
 
-def test_the_pictures_of_one_split_alone(tmp_path: Path) -> None:
+def test_the_images_of_one_split_alone(tmp_path: Path) -> None:
     (tmp_path / "images" / "test").mkdir(parents=True)
     for folder, image in (("images", "test/5/image.png"), ("images/test", "5/image.png")):
         exam = opened(tmp_path, {"5": problem()}, images=tmp_path / folder)
@@ -96,7 +96,7 @@ def test_marks(tmp_path: Path, answer: str, worth: float) -> None:
     assert exam.missing_is_wrong
 
 
-def test_only_problems_with_a_picture_of_the_split(tmp_path: Path) -> None:
+def test_only_problems_with_a_image_of_the_split(tmp_path: Path) -> None:
     problems = {"1": problem(), "2": problem(image=None), "3": problem(), "4": problem(split="val")}
     splits = {"test": ["3", "2", "1"], "minitest": ["1"], "val": ["4"]}
     exam = opened(tmp_path, problems, splits)
@@ -120,7 +120,7 @@ def test_groups(tmp_path: Path) -> None:
         ({"1": problem(answer=3)}, None, {}, "record 1: its 'answer' is 3, and it has 3 choices"),
         ({"1": problem(choices=list("abcdef"))}, None, {}, "has 6 choices"),
         ({"1": problem(choices="abc")}, None, {}, "record 1: its 'choices' is 'abc', not a list"),
-        ({"1": problem(image=None)}, None, {}, "no problem of test has a picture"),
+        ({"1": problem(image=None)}, None, {}, "no problem of test has an image"),
         (
             {"1": problem()},
             {"test": ["1", "9"]},

@@ -9,9 +9,9 @@ from evals.vqa.scoring.exam import Grouping
 from evals.vqa.scoring.scores import Scores, mean_accuracy
 
 
-def made(values: list[float], pictures: list[str], **groups: Grouping) -> Scores:
+def made(values: list[float], images: list[str], **groups: Grouping) -> Scores:
     ids = tuple(str(place) for place in range(len(values)))
-    return Scores(ids=ids, values=tuple(values), pictures=tuple(pictures), groups=groups, missing=())
+    return Scores(ids=ids, values=tuple(values), images=tuple(images), groups=groups, missing=())
 
 
 FOUR = made(
@@ -38,18 +38,18 @@ def test_tables() -> None:
     assert tables["topic"].rows == (("x", 2, 50.0), ("y", 2, pytest.approx(65.0)))
 
 
-def test_questions_about_one_picture_are_drawn_together() -> None:
+def test_questions_about_one_image_are_drawn_together() -> None:
     source = np.random.default_rng(1)
-    pictures = source.integers(0, 40, 300)
-    values = (source.random(300) < 0.2 + 0.6 * (pictures % 2)).astype(float)
-    metric = made(values.tolist(), [f"p{number:02d}" for number in pictures]).metrics(seed=5)["accuracy"]
+    images = source.integers(0, 40, 300)
+    values = (source.random(300) < 0.2 + 0.6 * (images % 2)).astype(float)
+    metric = made(values.tolist(), [f"p{number:02d}" for number in images]).metrics(seed=5)["accuracy"]
     drawn = []
-    names = np.unique(pictures)
+    names = np.unique(images)
     for counts in resamples(len(names), seed=5):  # the oracle: every resample's questions, one by one
         chosen = [
             value
             for name, times in zip(names, counts, strict=True)
-            for value in np.repeat(values[pictures == name], int(times))
+            for value in np.repeat(values[images == name], int(times))
         ]
         drawn.append(np.mean(chosen))
     low, high = interval(np.array(drawn))
@@ -60,7 +60,7 @@ def test_questions_about_one_picture_are_drawn_together() -> None:
     assert metric.high - metric.low > alone.high - alone.low  # what goes together is worth less
 
 
-def test_many_pictures_are_resampled_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_images_are_resampled_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     source = np.random.default_rng(2)
     values = source.random(50).tolist()
     whole = made(values, [str(place) for place in range(50)]).metrics()["accuracy"]
@@ -72,19 +72,19 @@ def test_many_pictures_are_resampled_in_parts(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_unanswered_questions_are_told() -> None:
-    told = Scores(ids=("1", "2"), values=(0.0, 1.0), pictures=("a", "b"), groups={}, missing=("1",))
+    told = Scores(ids=("1", "2"), values=(0.0, 1.0), images=("a", "b"), groups={}, missing=("1",))
     metric = told.metrics()["unanswered"]
     assert (metric.value, metric.higher_is_better) == (50.0, False)
 
 
-def test_the_mean_of_benchmarks_draws_a_picture_for_all_of_them() -> None:
+def test_the_mean_of_benchmarks_draws_a_image_for_all_of_them() -> None:
     source = np.random.default_rng(3)
-    pictures = [np.arange(60) % 20, np.arange(30) % 30]  # the last ten are of the second alone
-    values = [source.integers(0, 2, len(of)).astype(float) for of in pictures]
-    benchmarks = [made(v.tolist(), [f"p{n:02d}" for n in of]) for v, of in zip(values, pictures, strict=True)]
+    images = [np.arange(60) % 20, np.arange(30) % 30]  # the last ten are of the second alone
+    values = [source.integers(0, 2, len(of)).astype(float) for of in images]
+    benchmarks = [made(v.tolist(), [f"p{n:02d}" for n in of]) for v, of in zip(values, images, strict=True)]
     metric = mean_accuracy(benchmarks, seed=5)
     drawn = [
-        np.mean([np.average(v, weights=counts[of]) for v, of in zip(values, pictures, strict=True)])
+        np.mean([np.average(v, weights=counts[of]) for v, of in zip(values, images, strict=True)])
         for counts in resamples(30, seed=5)
     ]
     low, high = interval(np.array(drawn))
@@ -97,7 +97,7 @@ def test_labels_that_are_spelled_alike_are_scores_of_their_own() -> None:
     scores = Scores(
         ids=("1", "2", "3"),
         values=(1.0, 0.0, 0.5),
-        pictures=("a", "b", "c"),
+        images=("a", "b", "c"),
         groups={"kind": Grouping(("Yes/No", "yes no", "?"))},
         missing=(),
     )

@@ -73,7 +73,7 @@ def test_ocr_tokens_from_the_record_or_from_a_file(tmp_path: Path) -> None:
         (
             [record()],
             {"tokens": [{"image_id": "x", "ocr_tokens": []}], "ocr": True},
-            "has no tokens for 1 pictures .* the first is 003a8ae2ef43b901",
+            "has no tokens for 1 images .* the first is 003a8ae2ef43b901",
         ),
         ([record(answers=["a"] * 9)], {}, "record 0 of 'data': its 'answers' hold 9 answers, not 10"),
         ([record(), record()], {}, "question 34602 is there twice"),

@@ -71,7 +71,7 @@ def test_unanimous_answers_are_left_alone_by_the_official_rule(tmp_path: Path) -
         ("train2014", "train", "COCO_train2014_000000000042.jpg"),
     ],
 )
-def test_the_file_names_its_pictures(tmp_path: Path, subtype: str, split: str, image: str) -> None:
+def test_the_file_names_its_images(tmp_path: Path, subtype: str, split: str, image: str) -> None:
     exam = opened(tmp_path, None, subtype=subtype)
     assert (exam.split, exam.questions[0].image, exam.marks) == (split, image, ())
 

@@ -1,4 +1,4 @@
-"""What the loaders give to MMSegmentation: pictures or kept tokens with labels, in a seeded order."""
+"""Data for MMSegmentation: images or cached tokens with labels, in a seeded order."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from torch.utils.data import Dataset, Sampler
 from radio.types import Backbone
 
 from .datasets import VOID, Labelling, Split
-from .pixels import read_labels, read_picture
+from .pixels import read_image, read_labels
 from .plugin import FitResize
-from .presets import Plan
+from .presets import ProbeConfig
 
-# Letters: N pictures, D token width, H W grid.
+# Letters: N images, D token width, H W grid.
 
 Sample = dict[str, Any]  # MMSegmentation's {"inputs": Tensor, "data_samples": SegDataSample}
 
@@ -31,28 +31,28 @@ _META = ("img_path", "ori_shape", "img_shape", "place")
 
 
 class Samples(Protocol):
-    """N samples, by place."""
+    """N samples, by index."""
 
     def __len__(self) -> int:
-        """N."""
+        """Return N."""
 
     def __getitem__(self, place: int) -> Sample:
-        """One sample."""
+        """Return the sample at an index."""
 
 
 @final
-class Pictures(Dataset[Sample]):
-    """Pictures of a split, through MMSegmentation's transforms.
+class Images(Dataset[Sample]):
+    """Images of a split, with MMSegmentation's transforms.
 
     Args:
-        training: resize and crop labels along with the picture; else they keep their own size.
+        training: resize and crop labels along with the image; else they keep their original size.
     """
 
     def __init__(
-        self, split: Split, labelling: Labelling, plan: Plan, model: Backbone, *, training: bool
+        self, split: Split, labelling: Labelling, config: ProbeConfig, model: Backbone, *, training: bool
     ) -> None:
         self._split, self._labelling, self._training = split, labelling, training
-        self._transforms = Compose(_transforms(plan, model, training))
+        self._transforms = Compose(_transforms(config, model, training))
         self._pack = PackSegInputs(_META)
         self.metainfo = {"classes": labelling.classes}
 
@@ -61,10 +61,10 @@ class Pictures(Dataset[Sample]):
 
     def __getitem__(self, place: int) -> Sample:
         pair = self._split.pairs[place]
-        image = read_picture(pair).numpy().transpose(1, 2, 0)
+        image = read_image(pair).numpy().transpose(1, 2, 0)
         results = {
-            "img": np.ascontiguousarray(image[..., ::-1]),  # BGR, as the photometric distortion wants it
-            "img_path": str(pair.picture),
+            "img": np.ascontiguousarray(image[..., ::-1]),  # BGR, as the photometric distortion expects
+            "img_path": str(pair.image),
             "img_shape": image.shape[:2],
             "ori_shape": image.shape[:2],
             "place": place,
@@ -74,20 +74,22 @@ class Pictures(Dataset[Sample]):
         if self._training:
             results["gt_seg_map"] = labels
         results = self._transforms(results)
-        results.setdefault("gt_seg_map", labels)  # only now when testing: the resize would change it
+        results.setdefault(
+            "gt_seg_map", labels
+        )  # when testing, after the transforms: the resize would change it
         sample: Sample = self._pack(results)
         return sample
 
 
 @final
 class TokenMaps(Dataset[Sample]):
-    """Maps that the backbone gave for stretched pictures, with the labels that belong to them."""
+    """The backbone's token maps of stretched images, with their labels."""
 
     def __init__(
-        self, maps: Tensor, split: Split, labelling: Labelling, plan: Plan, *, training: bool
+        self, maps: Tensor, split: Split, labelling: Labelling, config: ProbeConfig, *, training: bool
     ) -> None:
         self._maps, self._split, self._labelling = maps, split, labelling  # [N, D, H, W]
-        self._crop, self._training = plan.crop, training
+        self._crop, self._training = config.crop, training
         self._pack = PackSegInputs(_META)
         self._labels: dict[int, NDArray[np.uint8]] = {}
         self.metainfo = {"classes": labelling.classes}
@@ -98,7 +100,7 @@ class TokenMaps(Dataset[Sample]):
     def __getitem__(self, place: int) -> Sample:
         labels = self._read(place)
         results = {
-            "img_path": str(self._split.pairs[place].picture),
+            "img_path": str(self._split.pairs[place].image),
             "img_shape": self._crop,
             "ori_shape": labels.shape,
             "place": place,
@@ -113,16 +115,17 @@ class TokenMaps(Dataset[Sample]):
         if self._training and labels.shape != self._crop:
             height, width = self._crop
             labels = mmcv.imresize(labels, (width, height), interpolation="nearest")
-        self._labels[place] = labels  # a byte a pixel, beside a token map of many
+        self._labels[place] = labels  # small beside the token map: a byte per pixel
         return labels
 
 
 @final
 class Stream(Dataset[Sample]):
-    """An endless row of samples: what stands at a position is decided by the seed and the position alone.
+    """An endless stream of samples: the sample at a position depends on the seed and the position only.
 
-    Each run of N positions holds every picture once. The transforms draw from numpy's and Python's global
-    generators, which are set for each sample and put back: workers, ranks and a restart change nothing.
+    Every N positions contain each image once. The transforms draw from numpy's and Python's global
+    generators, which are seeded for each sample and then restored: workers, ranks and a restart change
+    nothing.
     """
 
     def __init__(self, samples: Samples, seed: int, metainfo: dict[str, Any]) -> None:
@@ -133,7 +136,7 @@ class Stream(Dataset[Sample]):
         return len(self._samples)
 
     def place(self, position: int) -> int:
-        """The place in the data set of what stands at a position."""
+        """Return the index in the data set of the sample at a position."""
         epoch, within = divmod(position, len(self._samples))
         if epoch != self._epoch:
             self._epoch = epoch
@@ -147,14 +150,14 @@ class Stream(Dataset[Sample]):
 
 @final
 class Positions(Sampler[int]):
-    """The positions in the stream that one rank takes: its share of every batch, in order."""
+    """The positions in the stream of one rank: its share of every batch, in order."""
 
     def __init__(self, count: int, batch: int, rank: int, world: int) -> None:
         self._batch, self._share, self._rank, self._start = batch, batch // world, rank, 0
         self._length = -(-count // world)
 
     def __len__(self) -> int:
-        """This rank's share of the data set, once; mmengine asks for the length of an epoch."""
+        """Return the size of this rank's share of the data set: the length of an epoch for mmengine."""
         return self._length
 
     def __iter__(self) -> Iterator[int]:
@@ -165,13 +168,13 @@ class Positions(Sampler[int]):
             step += 1
 
     def skip(self, num_samples: int) -> None:
-        """Begin after so many of this rank's positions; mmengine's loop calls it when it resumes."""
+        """Skip this number of the rank's positions; mmengine's loop calls it to resume."""
         self._start = num_samples // self._share
 
 
 @final
 class Share(Sampler[int]):
-    """Places rank, rank + world, ...: each picture is tested once."""
+    """Indices rank, rank + world, ...: each image is tested once."""
 
     def __init__(self, count: int, rank: int, world: int) -> None:
         self._places = range(rank, count, world)
@@ -184,13 +187,13 @@ class Share(Sampler[int]):
 
 
 def one_thread(worker: int) -> None:
-    """For a loader's worker: OpenCV's threads would fight with other workers', or hang after a fork."""
+    """Disable OpenCV's threads in a loader's worker: they compete with other workers or hang after a fork."""
     cv2.setNumThreads(0)
 
 
 @contextmanager
 def seeded(*entropy: int) -> Iterator[None]:
-    """numpy's and Python's global generators, set by the entropy inside and as before outside."""
+    """Seed numpy's and Python's global generators with the entropy inside; restore them afterwards."""
     before, before_python = np.random.get_state(), random.getstate()  # noqa: NPY002 (what mmcv draws from)
     state = np.random.SeedSequence(entropy).generate_state(4)
     np.random.seed(state)  # noqa: NPY002
@@ -202,16 +205,16 @@ def seeded(*entropy: int) -> Iterator[None]:
         random.setstate(before_python)
 
 
-def _transforms(plan: Plan, model: Backbone, training: bool) -> list[Any]:
-    scale = (plan.long_side, plan.short_side)
-    if plan.resize == "stretch":
-        height, width = plan.crop
+def _transforms(config: ProbeConfig, model: Backbone, training: bool) -> list[Any]:
+    scale = (config.long_side, config.short_side)
+    if config.resize == "stretch":
+        height, width = config.crop
         return [Resize((width, height), keep_ratio=False)]
     if training:
         return [
             RandomResize(scale, ratio_range=(0.5, 2.0), keep_ratio=True),
-            RandomCrop(plan.crop, cat_max_ratio=0.75, ignore_index=VOID),
+            RandomCrop(config.crop, cat_max_ratio=0.75, ignore_index=VOID),
             RandomFlip(prob=0.5),
             PhotoMetricDistortion(),
         ]
-    return [Resize(scale, keep_ratio=True) if plan.slides else FitResize(model, *scale)]
+    return [Resize(scale, keep_ratio=True) if config.slides else FitResize(model, *scale)]

@@ -1,4 +1,4 @@
-"""Pictures inside the page: small, WebP or PNG, and never more of them than the page can carry."""
+"""Images embedded in the page: small, WebP or PNG, up to a total size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from radio.errors import DataError, shown
 from radio.images import decode
 from radio.io import read_bytes
 
-from .blocks import Picture
+from .blocks import Thumbnail
 from .records import file_inside
 
 # Letters: H W pixels.
@@ -26,8 +26,8 @@ _MAX_BYTES = 256 << 20
 
 
 @final
-class Album:
-    """Encodes pictures as long as their bytes stay within what the page may hold."""
+class ImageBudget:
+    """Encodes images as long as their bytes stay within the page's budget."""
 
     def __init__(self, most_bytes: int = 2_000_000) -> None:
         self._left = most_bytes
@@ -39,18 +39,18 @@ class Album:
         alt: str,
         *,
         side: int,
-        words: str = "",
+        label: str = "",
         good: bool | None = None,
         shown: int | None = None,
         exact: bool = False,
-    ) -> Picture | None:
-        """A picture for the page, uint8 [H, W, 3] or a tensor [3, H, W]; None once the page is full.
+    ) -> Thumbnail | None:
+        """Encode an image, uint8 [H, W, 3] or a tensor [3, H, W]; None where it exceeds the budget.
 
         Args:
-            alt: what a reader who does not see it is told.
-            side: the longer side is reduced to so many pixels if it is longer.
-            words: beside the picture.
-            good: whether it shows something right, where that can be said.
+            alt: the alternative text.
+            side: the longer side in pixels, at most; larger images are reduced.
+            label: text beside the image.
+            good: whether it shows something right, where that applies.
             shown: the longer side on the page, if it is enlarged there.
             exact: keep every pixel (PNG).
         """
@@ -71,22 +71,22 @@ class Album:
             return None
         self._left -= len(source)
         scale = 1.0 if shown is None else shown / max(image.size)
-        return Picture(
+        return Thumbnail(
             src=source,
             alt=alt,
             width=round(image.width * scale),
             height=round(image.height * scale),
-            words=words,
+            label=label,
             good=good,
             crisp=shown is not None and shown > max(image.size),
         )
 
 
-def read_picture(folder: Path, name: str) -> Tensor:
-    """The picture, uint8 [3, H, W], that a report names among its files.
+def read_image(folder: Path, name: str) -> Tensor:
+    """Read an image that a report names among its files: uint8 [3, H, W].
 
     Raises:
-        DataError: not there, outside the report's folder, or no picture.
+        DataError: the file does not exist, lies outside the report's folder, or is no image.
     """
     path = file_inside(folder.resolve(), name)
     if path is None and ".." in name.split("/"):

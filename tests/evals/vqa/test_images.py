@@ -1,4 +1,4 @@
-"""Pictures by name from folders and tar files, and padding to an aspect."""
+"""Images by name from folders and tar files, and padding to an aspect."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from typing import Any
 import pytest
 import torch
 
-from evals.vqa.pictures import PADDING, Padded, Pictures, pad
+from evals.vqa.images import PADDING, Images, Padded, pad
 from radio.errors import DataError
 
 
 @pytest.fixture
 def folder(tmp_path: Path, png: Callable[[int, int], bytes]) -> Path:
-    (tmp_path / "pictures" / "deep").mkdir(parents=True)
-    (tmp_path / "pictures" / "a.png").write_bytes(png(0, 0))
-    (tmp_path / "pictures" / "deep" / "b.png").write_bytes(png(2, 1))
-    return tmp_path / "pictures"
+    (tmp_path / "images" / "deep").mkdir(parents=True)
+    (tmp_path / "images" / "a.png").write_bytes(png(0, 0))
+    (tmp_path / "images" / "deep" / "b.png").write_bytes(png(2, 1))
+    return tmp_path / "images"
 
 
 def test_a_folder_and_a_tar_file_hold_the_same(
     folder: Path, make_shard: Callable[..., Path], tmp_path: Path
 ) -> None:
     members = [(f"./{n}", (folder / n).read_bytes()) for n in ("deep/b.png", "a.png")]
-    shard = make_shard(tmp_path / "pictures.tar", members)
-    loose, packed = Pictures(folder), Pictures(shard)
-    for pictures in (loose, packed):
-        assert "deep/b.png" in pictures and "c.png" not in pictures and 3 not in pictures
+    shard = make_shard(tmp_path / "images.tar", members)
+    loose, packed = Images(folder), Images(shard)
+    for images in (loose, packed):
+        assert "deep/b.png" in images and "c.png" not in images and 3 not in images
     names = ["deep/b.png", "a.png", "a.png"]
     ours, theirs = loose.source(names), packed.source(names, title="tar")
     assert ours.keys == theirs.keys == ("a.png", "deep/b.png")
@@ -40,14 +40,14 @@ def test_a_folder_and_a_tar_file_hold_the_same(
 
 
 def test_what_is_not_there(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such folder or tar file of pictures"):
-        Pictures(tmp_path / "absent")
-    with pytest.raises(DataError, match=r"there is no picture 'c.png'"):
-        Pictures(folder).source(["c.png"])
-    assert "../pictures/a.png" not in Pictures(folder)
+    with pytest.raises(DataError, match="no such folder or tar file of images"):
+        Images(tmp_path / "absent")
+    with pytest.raises(DataError, match=r"there is no image 'c.png'"):
+        Images(folder).source(["c.png"])
+    assert "../images/a.png" not in Images(folder)
     (tmp_path / "x.tar").write_bytes(b"nothing of the kind" * 100)
     with pytest.raises(DataError, match="not a tar file without compression"):
-        _ = "a" in Pictures(tmp_path / "x.tar")
+        _ = "a" in Images(tmp_path / "x.tar")
 
 
 @pytest.mark.parametrize(
@@ -62,13 +62,11 @@ def test_what_is_not_there(folder: Path, tmp_path: Path) -> None:
 def test_padding_to_the_aspect_of_the_size(
     image: tuple[int, int], size: tuple[int, int], padded: tuple[int, int]
 ) -> None:
-    picture = torch.randint(
-        0, 256, (3, *image), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
-    found = pad(picture, size)
+    pixels = torch.randint(0, 256, (3, *image), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found = pad(pixels, size)
     assert found.shape == (3, *padded)
     top, left = (padded[0] - image[0]) // 2, (padded[1] - image[1]) // 2
-    assert torch.equal(found[:, top : top + image[0], left : left + image[1]], picture)
+    assert torch.equal(found[:, top : top + image[0], left : left + image[1]], pixels)
     outside = torch.ones(padded, dtype=torch.bool)
     outside[top : top + image[0], left : left + image[1]] = False
     colour = torch.tensor([int(255 * part) for part in PADDING], dtype=torch.uint8)
@@ -76,7 +74,7 @@ def test_padding_to_the_aspect_of_the_size(
 
 
 def test_a_padded_source_is_another_source(folder: Path) -> None:
-    source = Pictures(folder).source(["deep/b.png"])
+    source = Images(folder).source(["deep/b.png"])
     padded = Padded(source, (32, 32))
     assert source.read(0).shape == (3, 20, 22)
     assert padded.read(0).shape == (3, 22, 22)
@@ -87,7 +85,7 @@ def test_a_padded_source_is_another_source(folder: Path) -> None:
 def test_no_name_leads_out_of_the_folder(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes((folder / "a.png").read_bytes())
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
-    pictures = Pictures(folder)
+    images = Images(folder)
     for name in (
         "../secret.png",
         str(tmp_path / "secret.png"),
@@ -95,8 +93,8 @@ def test_no_name_leads_out_of_the_folder(folder: Path, tmp_path: Path) -> None:
         "a\0.png",
         "x" * 5000,
     ):
-        assert name not in pictures
-    assert "link.png" in pictures and "./a.png" in pictures and "deep" not in pictures
+        assert name not in images
+    assert "link.png" in images and "./a.png" in images and "deep" not in images
 
 
 @pytest.mark.parametrize("stored", ["NFC", "NFD"])
@@ -109,8 +107,8 @@ def test_accents_in_either_form(
     shard = make_shard(tmp_path / "images.tar", [(name, png(0, 0))])
     for form in ("NFC", "NFD"):
         asked = unicodedata.normalize(form, "é.png")
-        assert asked in Pictures(tmp_path / "images") and asked in Pictures(shard)
-        assert Pictures(tmp_path / "images").source([asked]).read(0).shape[0] == 3
+        assert asked in Images(tmp_path / "images") and asked in Images(shard)
+        assert Images(tmp_path / "images").source([asked]).read(0).shape[0] == 3
 
 
 def test_tar_files_that_are_damaged(tmp_path: Path, png: Callable[[int, int], bytes]) -> None:
@@ -130,4 +128,4 @@ def test_tar_files_that_are_damaged(tmp_path: Path, png: Callable[[int, int], by
         ((10, 10, 10), r"holds 0\.png twice"),
     ):
         with pytest.raises(DataError, match=message):
-            _ = "0.png" in Pictures(headers(*sizes))
+            _ = "0.png" in Images(headers(*sizes))

@@ -1,4 +1,4 @@
-"""Pictures by name, from a folder or a tar file, as an image source that the encoder runs over once."""
+"""Images by name, from a folder or a tar file, as an image source for the encoder."""
 
 from __future__ import annotations
 
@@ -19,47 +19,47 @@ from evals.core.data import ImageSource
 from evals.core.stored import Entry, Listing, StoredImages
 from radio.errors import DataError, shown
 
-# Letters: N pictures, H W pixels.
+# Letters: N images, H W pixels.
 
 PADDING = (0.48145466, 0.4578275, 0.40821073)
-"""The mean colour of CLIP's training pictures, which LLaVA pads with."""
+"""The mean colour of CLIP's training images, which LLaVA pads with."""
 
 
 @final
-class Pictures:
+class Images:
     """The files of a folder or the members of one tar file, by name.
 
     Raises:
-        DataError: neither is there.
+        DataError: no such folder or file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_dir() and not path.is_file():
-            raise DataError(f"{path}: no such folder or tar file of pictures")
+            raise DataError(f"{path}: no such folder or tar file of images")
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self._find(name) is not None
 
     def source(self, names: Iterable[str], memo: Path | None = None, title: str | None = None) -> ImageSource:
-        """The named pictures, each once, in the order of their names.
+        """Return a source of the named images, each once, sorted by name.
 
         Raises:
-            DataError: one is not there.
+            DataError: an image is absent.
         """
         entries = []
         for name in sorted(set(names)):
             place = self._find(name)
             if place is None:
-                raise DataError(f"{self.path}: there is no picture {name!r}")
+                raise DataError(f"{self.path}: there is no image {name!r}")
             entries.append(Entry(name, "", *place))
         listing = Listing(title or self.path.name, str(self.path.resolve()), ("",), tuple(entries))
         return StoredImages(listing, memo)
 
     def _find(self, name: str) -> tuple[Path, int, int] | None:
-        """File, offset and size of an image's bytes; None where none of that name is inside.
+        """Find an image; return file, offset and size of its bytes, or None without one of that name.
 
-        Accents may be written in another form (NFC, NFD) than in the folder or tar file.
+        Accents may be in another Unicode form (NFC, NFD) than in the folder or tar file.
         """
         plain = PurePosixPath(name)
         if plain.is_absolute() or ".." in plain.parts:
@@ -105,7 +105,7 @@ class Pictures:
 
 @final
 class Padded:
-    """A source whose pictures are padded in the middle of the mean colour to the aspect of `size`."""
+    """A source whose images are centred and padded with the mean colour to the aspect ratio of `size`."""
 
     def __init__(self, source: ImageSource, size: tuple[int, int]) -> None:
         self._source, self._size = source, size
@@ -113,36 +113,36 @@ class Padded:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The source's."""
+        """Classes of the source."""
         return self._source.classes
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The source's."""
+        """Keys of the source."""
         return self._source.keys
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """The source's."""
+        """Labels of the source."""
         return self._source.labels
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """As the source's."""
+        """Notes of the source."""
         return self._source.notes
 
     @property
     def fingerprint(self) -> str:
-        """The source's, and the aspect."""
+        """Fingerprint of the source and of the aspect ratio."""
         return f"{self._source.fingerprint} padded to {self._size[0]}:{self._size[1]}"
 
     def read(self, index: int) -> Tensor:
-        """The padded picture, uint8 [3, H, W]."""
+        """Read an image and pad it: uint8 [3, H, W]."""
         return pad(self._source.read(index), self._size)
 
 
 def pad(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """A picture uint8 [3, H, W] in the middle of the smallest one that has the aspect of `size`."""
+    """Pad an image uint8 [3, H, W] on both sides to the smallest one of the aspect ratio of `size`."""
     height, width = image.shape[-2:]
     tall = max(height, -(-width * size[0] // size[1]))
     wide = max(width, -(-height * size[1] // size[0]))

@@ -23,15 +23,15 @@ def data(tmp_path: Path, make_ade: Callable) -> Dataset:
     return open_dataset(make_ade(tmp_path / "mine"), voc_split="train", known={"ADE20K": [], "VOC2012": []})
 
 
-def pictures(data: Dataset, model, training: bool, **changes):
-    from evals.seg_probe.pictures import Pictures
+def images(data: Dataset, model, training: bool, **changes):
+    from evals.seg_probe.images import Images
 
     plan, _ = resolve(replace(SegSettings(data=Path("x"), crop=56), **changes), model)
-    return Pictures(data.train, data.labelling, plan, model, training=training)
+    return Images(data.train, data.labelling, plan, model, training=training)
 
 
 def row(samples, first: int, count: int, workers: int = 0) -> list[torch.Tensor]:
-    from evals.seg_probe.pictures import Stream
+    from evals.seg_probe.images import Stream
 
     stream = Stream(samples, 7, {})
     loader = DataLoader(stream, sampler=range(first, first + count), num_workers=workers, collate_fn=list)
@@ -39,7 +39,7 @@ def row(samples, first: int, count: int, workers: int = 0) -> list[torch.Tensor]
 
 
 def test_a_position_decides_its_sample_whatever_came_before(data: Dataset, backbone: Callable) -> None:
-    samples = pictures(data, backbone(), training=True)
+    samples = images(data, backbone(), training=True)
     whole = row(samples, 0, 12)
     for one, other in zip(whole[5:], row(samples, 5, 7), strict=True):
         assert torch.equal(one, other)
@@ -47,13 +47,13 @@ def test_a_position_decides_its_sample_whatever_came_before(data: Dataset, backb
 
 
 def test_workers_change_nothing(data: Dataset, backbone: Callable) -> None:
-    samples = pictures(data, backbone(), training=True)
+    samples = images(data, backbone(), training=True)
     for one, other in zip(row(samples, 0, 6), row(samples, 0, 6, workers=2), strict=True):
         assert torch.equal(one, other)
 
 
-def test_every_epoch_holds_every_picture_once_in_another_order() -> None:
-    from evals.seg_probe.pictures import Stream
+def test_every_epoch_holds_every_image_once_in_another_order() -> None:
+    from evals.seg_probe.images import Stream
 
     stream = Stream(range(10), 3, {})
     epochs = [[stream.place(10 * epoch + n) for n in range(10)] for epoch in range(3)]
@@ -64,7 +64,7 @@ def test_every_epoch_holds_every_picture_once_in_another_order() -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_ranks_share_the_batches_of_one(world: int) -> None:
-    from evals.seg_probe.pictures import Positions
+    from evals.seg_probe.images import Positions
 
     shares = [list(islice(Positions(20, 6, rank, world), 30 // world)) for rank in range(world)]
     size = 6 // world
@@ -73,7 +73,7 @@ def test_ranks_share_the_batches_of_one(world: int) -> None:
 
 
 def test_skipping_goes_on_at_the_exact_position() -> None:
-    from evals.seg_probe.pictures import Positions
+    from evals.seg_probe.images import Positions
 
     positions = Positions(20, 6, 1, 2)
     whole = list(islice(positions, 30))
@@ -82,8 +82,8 @@ def test_skipping_goes_on_at_the_exact_position() -> None:
     assert len(positions) == 10
 
 
-def test_test_shares_hold_each_picture_once() -> None:
-    from evals.seg_probe.pictures import Share
+def test_test_shares_hold_each_image_once() -> None:
+    from evals.seg_probe.images import Share
 
     shares = [Share(7, rank, 3) for rank in range(3)]
     assert sorted(place for share in shares for place in share) == list(range(7))
@@ -91,7 +91,7 @@ def test_test_shares_hold_each_picture_once() -> None:
 
 
 def test_global_generators_are_left_as_they_were() -> None:
-    from evals.seg_probe.pictures import seeded
+    from evals.seg_probe.images import seeded
 
     def draw() -> tuple[float, float]:
         return np.random.rand(), random.random()  # noqa: NPY002 (mmcv's transforms draw from these)
@@ -109,17 +109,17 @@ def test_global_generators_are_left_as_they_were() -> None:
         assert (draw(), draw()) == (first, second)
 
 
-def test_tested_pictures_keep_their_labels_size(data: Dataset, backbone: Callable) -> None:
-    sample = pictures(data, backbone(), training=False)[0]
+def test_tested_images_keep_their_labels_size(data: Dataset, backbone: Callable) -> None:
+    sample = images(data, backbone(), training=False)[0]
     meta = sample["data_samples"].metainfo
     assert sample["inputs"].shape == (3, 56, 78)
     assert (meta["ori_shape"], meta["img_shape"], meta["place"]) == ((40, 56), (56, 78), 0)
     assert sample["data_samples"].gt_sem_seg.data.shape == (1, 40, 56)
 
 
-def test_labels_and_picture_are_transformed_together(data: Dataset, backbone: Callable) -> None:
+def test_labels_and_image_are_transformed_together(data: Dataset, backbone: Callable) -> None:
     """The stripes' colours tell the label of a pixel, wherever resize, crop and flip put it."""
-    samples = pictures(data, backbone(), training=True)
+    samples = images(data, backbone(), training=True)
     hits = []
     for sample in (samples[place] for place in range(8)):
         labels = sample["data_samples"].gt_sem_seg.data[0]
@@ -130,21 +130,21 @@ def test_labels_and_picture_are_transformed_together(data: Dataset, backbone: Ca
     assert np.mean(hits) > 0.8  # the photometric distortion turns some hues
 
 
-def test_stretched_pictures_are_squares_in_training_and_testing(data: Dataset, backbone: Callable) -> None:
+def test_stretched_images_are_squares_in_training_and_testing(data: Dataset, backbone: Callable) -> None:
     for training, labels in ((True, (1, 56, 56)), (False, (1, 40, 56))):
-        sample = pictures(data, backbone(), training=training, preset="scenes")[0]
+        sample = images(data, backbone(), training=training, preset="scenes")[0]
         assert sample["inputs"].shape == (3, 56, 56)
         assert sample["data_samples"].gt_sem_seg.data.shape == labels
 
 
-def test_kept_tokens_come_with_the_labels_of_pictures(data: Dataset, backbone: Callable) -> None:
-    from evals.seg_probe.pictures import TokenMaps
+def test_kept_tokens_come_with_the_labels_of_images(data: Dataset, backbone: Callable) -> None:
+    from evals.seg_probe.images import TokenMaps
 
     plan, _ = resolve(SegSettings(data=Path("x"), crop=56, preset="scenes"), backbone())
     maps = torch.randn(8, 6, 4, 4).half()
     for training in (True, False):
         kept = TokenMaps(maps, data.train, data.labelling, plan, training=training)
-        seen = pictures(data, backbone(), training=training, preset="scenes")
+        seen = images(data, backbone(), training=training, preset="scenes")
         assert len(kept) == len(seen) == 8
         for place in (0, 1, 0):
             assert torch.equal(kept[place]["inputs"], maps[place].float())

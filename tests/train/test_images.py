@@ -1,4 +1,4 @@
-"""Folders, shards and scenes counted through as one set of pictures."""
+"""Folders, shards and scenes counted through as one set of images."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from radio.errors import ConfigError, DataError
 from radio.images import decode
 from radio.scenes import render_images
 from train.config import DataConfig
-from train.pictures import open_pictures
+from train.images import open_images
 
-from .conftest import fill_folder, fill_shard, picture_bytes
+from .conftest import fill_folder, fill_shard, image_bytes
 
 
 def test_parts_follow_one_another(tmp_path: Path) -> None:
@@ -21,20 +21,20 @@ def test_parts_follow_one_another(tmp_path: Path) -> None:
     fill_shard(tmp_path / "p-1.tar", 20, 3)
     folder = fill_folder(tmp_path / "folder", 4)
     data = DataConfig(shards=(str(tmp_path / "p-{0..1}.tar"),), images=(folder,), scenes=5, scenes_seed=7)
-    pictures = open_pictures(data)
-    assert len(pictures) == 2 + 3 + 4 + 5
-    shard_pictures = [decode(picture_bytes(seed, "JPEG")) for seed in (10, 11, 20, 21, 22)]
-    folder_pictures = [decode(picture_bytes(seed)) for seed in range(4)]
+    images = open_images(data)
+    assert len(images) == 2 + 3 + 4 + 5
+    shard_images = [decode(image_bytes(seed, "JPEG")) for seed in (10, 11, 20, 21, 22)]
+    folder_images = [decode(image_bytes(seed)) for seed in range(4)]
     scenes = list(torch.from_numpy(render_images(list(range(5)), split="train", seed=7, size=96)[0]))
-    for index, wanted in enumerate([*shard_pictures, *folder_pictures, *scenes]):
-        assert torch.equal(pictures.read(index), wanted)
+    for index, wanted in enumerate([*shard_images, *folder_images, *scenes]):
+        assert torch.equal(images.read(index), wanted)
     with pytest.raises(IndexError):
-        pictures.read(14)
+        images.read(14)
 
 
 def test_the_card_names_every_part_and_that_labels_were_left_alone(tmp_path: Path) -> None:
     folder = fill_folder(tmp_path / "folder", 3)
-    sources = open_pictures(DataConfig(images=(folder,), scenes=2)).sources
+    sources = open_images(DataConfig(images=(folder,), scenes=2)).sources
     assert [(source["path"], source["count"]) for source in sources] == [
         (str(folder), 3),
         ("scenes:train?seed=2", 2),
@@ -45,25 +45,25 @@ def test_the_card_names_every_part_and_that_labels_were_left_alone(tmp_path: Pat
 def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:
     folder = fill_folder(tmp_path / "a", 3)
     same = fill_folder(tmp_path / "b", 3)
-    prints = [open_pictures(DataConfig(images=(path,))).fingerprint for path in (folder, same)]
+    prints = [open_images(DataConfig(images=(path,))).fingerprint for path in (folder, same)]
     assert prints[0] == prints[1]
-    (same / "001.png").write_bytes(picture_bytes(99))
-    assert open_pictures(DataConfig(images=(same,))).fingerprint != prints[0]
-    assert open_pictures(DataConfig(images=(folder,), scenes=1)).fingerprint != prints[0]
+    (same / "001.png").write_bytes(image_bytes(99))
+    assert open_images(DataConfig(images=(same,))).fingerprint != prints[0]
+    assert open_images(DataConfig(images=(folder,), scenes=1)).fingerprint != prints[0]
 
 
 def test_bad_sources_are_clear_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no data: give --data\.shards .*--data\.images FOLDER"):
-        open_pictures(DataConfig())
+        open_images(DataConfig())
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="empty: holds no pictures"):
-        open_pictures(DataConfig(images=(tmp_path / "empty",)))
+    with pytest.raises(DataError, match="empty: holds no images"):
+        open_images(DataConfig(images=(tmp_path / "empty",)))
     with pytest.raises(DataError, match="no such folder"):
-        open_pictures(DataConfig(images=(tmp_path / "absent",)))
+        open_images(DataConfig(images=(tmp_path / "absent",)))
     with pytest.raises(DataError, match=r"absent\.tar: no such shard"):
-        open_pictures(DataConfig(shards=(str(tmp_path / "absent.tar"),)))
+        open_images(DataConfig(shards=(str(tmp_path / "absent.tar"),)))
     (tmp_path / "bad.tar").write_text("this is no tar file")
     with pytest.raises(DataError, match="not a plain tar file, or a damaged one"):
-        open_pictures(DataConfig(shards=(str(tmp_path / "bad.tar"),)))
+        open_images(DataConfig(shards=(str(tmp_path / "bad.tar"),)))
     with pytest.raises(DataError, match="give a count of 1 to"):
-        open_pictures(DataConfig(scenes=-1))
+        open_images(DataConfig(scenes=-1))

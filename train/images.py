@@ -1,4 +1,4 @@
-"""The pictures of a run: folders, shards and the generated world, one after another."""
+"""The images of a run by number: folders, local shards and the generated world, concatenated."""
 
 from __future__ import annotations
 
@@ -19,68 +19,68 @@ from .config import DataConfig
 NO_DATA = "no data: give --data.shards 'FILES.tar', --data.images FOLDER or --data.scenes COUNT"
 
 
-class Described(Protocol):
-    """What a checkpoint's card says of the data."""
+class DatasetInfo(Protocol):
+    """Description of the data for a checkpoint's metadata."""
 
     @property
     def fingerprint(self) -> str:
-        """Hex hash of what the pictures are."""
+        """Hex hash of the images."""
 
     @property
     def sources(self) -> list[dict[str, Any]]:
-        """Their parts: path, fingerprint, how many."""
+        """The parts of the data: path, fingerprint, count."""
 
     @property
     def count(self) -> int | None:
-        """Pictures in all; None where that is not known before they are read."""
+        """Number of images; None if it is not known before they are read."""
 
 
-class Pictures(Described, Protocol):
-    """Pictures by number."""
+class Images(DatasetInfo, Protocol):
+    """Images by number."""
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Return the number of images."""
 
     def read(self, index: int) -> Tensor:
-        """Picture `index` as uint8 [3, H, W]; DataError when it cannot be read."""
+        """Read image `index` as uint8 [3, H, W]; raise DataError when it cannot be read."""
 
     def where(self, index: int) -> str:
-        """Where picture `index` lies."""
+        """Return the location of image `index`."""
 
 
-class Stored(Protocol):
-    """One part of the data, as the evaluators' readers give it."""
+class ImageFiles(Protocol):
+    """One part of the data, as the evaluators' readers return it."""
 
     @property
     def location(self) -> str:
-        """Where it lies."""
+        """Its path."""
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The pictures' names."""
+        """The images' names."""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was left out of it, and why."""
+        """Notes about skipped files, with the reasons."""
 
     @property
     def fingerprint(self) -> str:
         """A hash of its content."""
 
     def read(self, index: int) -> Tensor:
-        """The picture, uint8 [3, H, W]; DataError when it cannot be decoded."""
+        """Read image `index` as uint8 [3, H, W]; raise DataError when it cannot be decoded."""
 
 
 class Part(NamedTuple):
-    """A part of the data and how many pictures it holds."""
+    """A part of the data and its number of images."""
 
-    stored: Stored
-    pictures: int
+    stored: ImageFiles
+    images: int
 
 
 @final
-class Joined:
-    """Several sources counted through; the labels that some of them have are never read."""
+class ConcatImages:
+    """Several parts concatenated; labels are never read."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self._parts = parts
@@ -96,7 +96,7 @@ class Joined:
 
     @property
     def sources(self) -> list[dict[str, Any]]:
-        """What a checkpoint's card says of each part."""
+        """Each part's entry in a checkpoint's metadata."""
         return [
             {"path": source.location, "fingerprint": source.fingerprint, "count": count, "labels_used": False}
             for source, count in self._parts
@@ -104,24 +104,24 @@ class Joined:
 
     @property
     def count(self) -> int:
-        """Pictures in all."""
+        """Number of images."""
         return len(self)
 
     def __len__(self) -> int:
-        """Pictures in all."""
+        """Return the number of images."""
         return sum(count for _, count in self._parts)
 
     def read(self, index: int) -> Tensor:
-        """Picture `index` as uint8 [3, H, W]; DataError when it cannot be decoded."""
+        """Read image `index` as uint8 [3, H, W]; raise DataError when it cannot be decoded."""
         stored, number = self._find(index)
         return stored.read(number)
 
     def where(self, index: int) -> str:
-        """The part's place and the picture's name there."""
+        """Return the part's path and the image's name in it."""
         stored, number = self._find(index)
         return f"{stored.location}/{stored.keys[number]}"
 
-    def _find(self, index: int) -> tuple[Stored, int]:
+    def _find(self, index: int) -> tuple[ImageFiles, int]:
         for stored, count in self._parts:
             if index < count:
                 return stored, index
@@ -130,18 +130,18 @@ class Joined:
 
 
 def _ignore(line: str) -> None:
-    """Tell nobody."""
+    """Ignore the line."""
 
 
-def open_pictures(config: DataConfig, tell: Callable[[str], None] = _ignore) -> Joined:
-    """The pictures that a run's settings name, each to be read by number; shards have to be files.
+def open_images(config: DataConfig, tell: Callable[[str], None] = _ignore) -> ConcatImages:
+    """Open the images that a run's settings name, to be read by number; shards must be local files.
 
     Raises:
-        ConfigError: they name none, or weights, which pictures by number do not know.
-        DataError: a folder or shard that is absent, empty or damaged.
+        ConfigError: the settings name no images, or weights, which are not supported here.
+        DataError: a folder or shard is missing, empty or damaged.
     """
     if config.weights:
-        raise ConfigError("a teacher cache takes every picture alike; leave --data.weights out")
+        raise ConfigError("a teacher cache takes every image alike; leave --data.weights out")
     parts = [*map(folder_part, config.shards), *map(folder_part, config.images)]
     parts += [scenes_part(config)] if config.scenes else []
     if not parts:
@@ -149,19 +149,19 @@ def open_pictures(config: DataConfig, tell: Callable[[str], None] = _ignore) -> 
     for part in parts:
         for note in part.stored.notes:
             tell(note)
-    return Joined(parts)
+    return ConcatImages(parts)
 
 
 def folder_part(text: str | Path) -> Part:
-    """The pictures of a folder, or of tar files on this machine; their hash is kept until a file changes.
+    """Open the images of a folder or of local tar files; their hash is cached until a file changes.
 
     Raises:
-        DataError: absent, empty or damaged.
+        DataError: it is missing, empty or damaged.
     """
     listing = list_unlabelled(str(text))
     return Part(StoredImages(listing, default_cache() / "fingerprints"), len(listing.entries))
 
 
 def scenes_part(config: DataConfig) -> Part:
-    """Pictures of the generated world."""
+    """Open the images of the generated world."""
     return Part(SceneImages("train", count=config.scenes, seed=config.scenes_seed), config.scenes)
