@@ -1,4 +1,4 @@
-"""Every teacher has ranks, every picture of a step one place, and what cannot be shared is refused."""
+"""Every teacher has ranks, every image of a step one place, and what cannot be shared is refused."""
 
 from __future__ import annotations
 

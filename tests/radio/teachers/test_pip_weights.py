@@ -98,7 +98,7 @@ def test_efficientnet_lite0_is_timms_network_with_the_packages_weights():
 
 @needs(EFFICIENTNET_LITE0)
 def test_efficientnet_lite0_knows_a_traffic_light():
-    """A drawn picture of an ImageNet class: random or misplaced weights would not find 1 class of 1000."""
+    """A drawn image of an ImageNet class: random or misplaced weights would not find 1 class of 1000."""
     image = torch.full((3, 224, 224), 0.75)
     image[:, 30:194, 82:142] = 0.05
     rows, columns = torch.meshgrid(torch.arange(224), torch.arange(224), indexing="ij")
