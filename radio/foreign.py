@@ -17,6 +17,7 @@ from .types import Features
 # Letters: B batch, C summary width, T tokens, D token width, H W grid, h w pixels.
 
 _OWN = ("radio", "evals", "train")
+_PARTS = ("name", "fingerprint", "native_size", "summary_dim", "token_dim", "nearest_size")  # of any encoder
 
 
 def blame(error: BaseException) -> str | None:
@@ -58,36 +59,46 @@ def _size(frame: FrameType) -> str:
     return "" if images is None else f" at size {images.shape[2]}x{images.shape[3]}"
 
 
-def check_sizes(what: str, encoder: Any) -> None:
-    """Check that an encoder's widths are positive integers and the sizes that it reports are valid.
+def check_encoder(what: str, encoder: object, *, kind: str, part: str) -> None:
+    """Check that an object is a torch module with every part of an encoder, and valid widths and sizes.
+
+    Args:
+        kind: the class in `radio.types` that it implements: Student or Teacher.
+        part: what that class has beside the parts of every encoder.
 
     Raises:
-        ConfigError: they are not.
+        ConfigError: it is not; names what is missing or invalid.
     """
-    for part in ("summary_dim", "token_dim"):
-        if not _is_count(width := getattr(encoder, part)):
-            raise ConfigError(f"{what}: its {part} is {width!r:.80}; wanted a whole number above 0")
-    size = encoder.native_size
+    if not isinstance(encoder, nn.Module):
+        raise ConfigError(f"{what} is not a torch module; make its factory return one")
+    # The class first: isinstance would compute every property, and a fingerprint hashes all weights.
+    lacking = [n for n in (*_PARTS, part) if not hasattr(type(encoder), n) and not hasattr(encoder, n)]
+    if lacking:
+        raise ConfigError(f"{what} has no {', no '.join(lacking)}; make it a whole radio.types.{kind}")
+    for dim in ("summary_dim", "token_dim"):
+        if not _is_count(width := getattr(encoder, dim)):
+            raise ConfigError(f"{what}: its {dim} is {width!r:.80}; wanted a whole number above 0")
+    made: Any = encoder
+    size = made.native_size
     if not _is_size(size):
         raise ConfigError(f"{what}: its native_size is {size!r:.80}; wanted (height, width) in pixels")
     for asked in ((1, 1), size):
-        found = encoder.nearest_size(*asked)
+        found = made.nearest_size(*asked)
         if not _is_size(found):
             raise ConfigError(
                 f"{what}: its nearest_size{asked} is {found!r:.80}; wanted the nearest (height, width) in "
                 f"pixels"
             )
-        if (again := encoder.nearest_size(*found)) != found:
+        if (again := made.nearest_size(*found)) != found:
             raise ConfigError(
                 f"{what}: its nearest_size{asked} is {found}, and nearest_size{found} is {again!r:.80}; "
                 f"a size that it takes is the nearest to itself"
             )
 
 
-def watch_features(what: str, encoder: Any) -> None:
+def watch_features(what: str, encoder: nn.Module) -> None:
     """Register a hook that checks the features of every forward of an encoder; it raises ConfigError."""
-    if isinstance(encoder, nn.Module):
-        encoder.register_forward_hook(partial(_check_features, what))
+    encoder.register_forward_hook(partial(_check_features, what))
 
 
 def _check_features(what: str, encoder: nn.Module, args: tuple[Any, ...], found: Any) -> None:

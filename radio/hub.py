@@ -8,28 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
 
 from .errors import CheckpointError, ConfigError, SizeError, did_you_mean
-from .foreign import check_sizes, watch_features
+from .foreign import check_encoder, watch_features
 from .model import ModelConfig, build, load, load_untrained
 from .students import students
 from .teachers import families, outlines
 from .types import Backbone, Teacher, Windowed
 
 _MAX_CHARS = 200  # characters of a spec in messages
-_TEACHER = (
-    "name",
-    "fingerprint",
-    "native_size",
-    "summary_dim",
-    "token_dim",
-    "nearest_size",
-    "text",
-)  # the attributes and methods that a teacher must have
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,25 +56,12 @@ def load_teacher(text: str) -> Teacher:
         CheckpointError: the weights file is absent or another model's.
     """
     spec = _parse_teacher(text)
-    teacher = families[spec.family](spec.name, spec.file)
+    teacher: Any = families[spec.family](spec.name, spec.file)  # another package's may be any object
     if plugin := families.plugin(spec.family):
-        _check_teacher(f"{plugin}: {text!r:.80}", teacher)
-    return teacher
-
-
-def _check_teacher(what: str, teacher: Any) -> None:
-    """Check that another package's object is a teacher, and have the features of its forwards checked too.
-
-    Raises:
-        ConfigError: it is no torch module, or lacks a part of `radio.types.Teacher`.
-    """
-    lacking = [part for part in _TEACHER if not hasattr(type(teacher), part) and not hasattr(teacher, part)]
-    if lacking or not isinstance(teacher, nn.Module):
-        raise ConfigError(
-            f"{what} is no torch module with {', '.join(_TEACHER)}; make it a whole radio.types.Teacher"
-        )
-    check_sizes(what, teacher)
-    watch_features(what, teacher)
+        what = f"{plugin}: {text!r:.80}"
+        check_encoder(what, teacher, kind="Teacher", part="text")
+        watch_features(what, teacher)
+    return cast(Teacher, teacher)
 
 
 def outline_teacher(text: str) -> Teacher:

@@ -148,11 +148,7 @@ def make_folder(target: Path, fill: Callable[[Path], None]) -> bool:
         Whether `target` is the folder made here.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{target.name[:200]}.partial-"
-    _remove_stray(target.parent, prefix)
-    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=prefix))
-    lock = _lock(partial)  # held until this process ends, however it ends
-    try:
+    with _partial(target.parent, target.name) as partial:
         _fill(partial, target, fill)
         partial.chmod(0o777 & ~_umask())  # mkdtemp's folders are private
         try:
@@ -161,11 +157,22 @@ def make_folder(target: Path, fill: Callable[[Path], None]) -> bool:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
             return False
+    return True
+
+
+@contextlib.contextmanager
+def _partial(place: Path, name: str) -> Iterator[Path]:
+    """Yield a folder in `place` for content of `name`; remove stray ones first, and it at the end."""
+    prefix = f".{name[:200]}.partial-"
+    _remove_stray(place, prefix)
+    partial = Path(tempfile.mkdtemp(dir=place, prefix=prefix))
+    lock = _lock(partial)  # held until this process ends, however it ends
+    try:
+        yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if lock is not None:
             os.close(lock)
-    return True
 
 
 @contextlib.contextmanager
@@ -175,26 +182,19 @@ def staged(folder: Path) -> Iterator[Path]:
     Other files in `folder` are unchanged; those of the same names are replaced.
     """
     place = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.is_dir())
-    prefix = f".{folder.name[:200]}.partial-"
-    _remove_stray(place, prefix)
-    partial = Path(tempfile.mkdtemp(dir=place, prefix=prefix))
-    lock = _lock(partial)
-    try:
-        yield partial
-        files = [path.relative_to(partial) for path in sorted(partial.rglob("*")) if path.is_file()]
-        for file in files:
-            _check_replaceable(folder / file)
-        for file in files:
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            (partial / file).replace(folder / file)
-    except OSError as problem:
-        if problem.filename is not None:
-            problem.filename = str(problem.filename).replace(str(partial), str(folder))
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+    with _partial(place, folder.name) as partial:
+        try:
+            yield partial
+            files = [path.relative_to(partial) for path in sorted(partial.rglob("*")) if path.is_file()]
+            for file in files:
+                _check_replaceable(folder / file)
+            for file in files:
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                (partial / file).replace(folder / file)
+        except OSError as problem:
+            if problem.filename is not None:
+                problem.filename = str(problem.filename).replace(str(partial), str(folder))
+            raise
 
 
 def check_writable(folder: Path, option: str, *, utf8: bool = False) -> None:

@@ -17,21 +17,11 @@ from . import checkpoint
 from .adaptors import AdaptorConfig, MLPAdaptor
 from .config import from_plain, to_plain
 from .errors import CheckpointError, ConfigError, RadioError, SizeError, did_you_mean, shown
-from .foreign import check_sizes, watch_features
+from .foreign import check_encoder, watch_features
 from .students import StudentOptions, students
 from .types import Adaptor, Features, Student, Windowed
 
 # Letters: B batch.
-
-_STUDENT = (
-    "name",
-    "fingerprint",
-    "native_size",
-    "summary_dim",
-    "token_dim",
-    "nearest_size",
-    "sample_crops",
-)  # the attributes and methods that a student must have
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,16 +162,8 @@ def as_student(name: str, student: Any) -> Student:
     Raises:
         ConfigError: it is no torch module, or lacks a part of `radio.types.Student`.
     """
-    if not isinstance(student, nn.Module):
-        raise ConfigError(f"student {name!r} is not a torch module; make its factory return one")
-    # The class first: isinstance would compute every property, and a fingerprint hashes all weights.
-    lacking = [part for part in _STUDENT if not hasattr(type(student), part) and not hasattr(student, part)]
-    if lacking:
-        raise ConfigError(
-            f"student {name!r} has no {', no '.join(lacking)}; make it a whole radio.types.Student"
-        )
     plugin = students.plugin(name)
-    check_sizes(str(plugin or f"student {name!r}"), student)
+    check_encoder(str(plugin or f"student {name!r}"), student, kind="Student", part="sample_crops")
     if plugin is not None:
         watch_features(str(plugin), student)
     return cast(Student, student)

@@ -96,7 +96,7 @@ def _lines(plan: RunPlan) -> Iterator[str]:
         split = " ".join(map(str, better.split))
         yield f"faster: --ranks-per-group {split}, {better.after:.3g} s a step instead of {better.before:.3g}"
     elif len(plan.kinds) > 1:
-        yield "no split of these ranks is faster"
+        yield "no other --ranks-per-group is faster"
 
 
 def _time(days: float) -> str:

@@ -124,12 +124,12 @@ def test_a_run_goes_on_where_it_was_stopped(config: TrainConfig, gpu: torch.devi
     close(weights(stopped.out), weights(config.out), 1e-3)
 
 
-@pytest.mark.parametrize("teachers_ahead", [False, True])
+@pytest.mark.parametrize("prefetch_teachers", [False, True])
 def test_teachers_ahead_change_nothing(
-    config: TrainConfig, gpu: torch.device, tmp_path: Path, teachers_ahead: bool
+    config: TrainConfig, gpu: torch.device, tmp_path: Path, prefetch_teachers: bool
 ) -> None:
     begin(config, gpu).train()
-    begin(config, gpu, prefetch_teachers=teachers_ahead, out=tmp_path / "other").train()
+    begin(config, gpu, prefetch_teachers=prefetch_teachers, out=tmp_path / "other").train()
     close(weights(tmp_path / "other"), weights(config.out), 1e-3)
 
 

@@ -274,7 +274,7 @@ def test_what_a_student_draws_is_checked(
             "def nearest_size(self, height, width): return 1.5",
             "teacher 'odds' (package odd-things): 'odds:x': its nearest_size(1, 1) is 1.5",
         ),
-        ("def __new__(cls): return [1]", "'odds:x' is no torch module with name, fingerprint"),
+        ("def __new__(cls): return [1]", "'odds:x' is not a torch module; make its factory return one"),
     ],
 )
 def test_a_teacher_that_is_wrong_is_one_line_from_both_commands(

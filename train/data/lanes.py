@@ -189,7 +189,7 @@ def largest_divisor(number: int, limit: int) -> int:
 def _unshared(group: TeacherGroup, lanes: int) -> str:
     ranks = len(group.ranks)
     return (
-        f"the {lanes} lanes of {group.name} cannot be shared evenly by {ranks} ranks; they are fixed for a "
+        f"the {lanes} streams of {group.name} cannot be shared evenly by {ranks} ranks; they are fixed for a "
         f"run, so start as many ranks as divide {lanes}, or begin anew with "
         f"--data.num-streams {group.batch_size}"
     )

@@ -143,7 +143,7 @@ def fewer_workers(wanted: int, shares: Sequence[Share]) -> str:
     if workers == wanted:
         return ""
     counts = " and ".join(map(str, lanes))
-    return f"{workers} loader processes instead of {wanted}: they share the {counts} lanes of a rank evenly"
+    return f"{workers} loader processes instead of {wanted}: they share the {counts} streams of a rank evenly"
 
 
 def rows_of(loader: Iterable[T]) -> Iterator[T]:

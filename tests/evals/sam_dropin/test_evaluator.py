@@ -179,6 +179,19 @@ def test_a_model_that_is_not_finite_gets_no_score(
     assert not (tmp_path / "out").exists()
 
 
+def fill_disk(monkeypatch: pytest.MonkeyPatch, write: int) -> None:
+    """Let the disk be full at the given file, counted from 1."""
+    genuine, calls = os.fsync, []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == write:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        genuine(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+
+
 @pytest.mark.parametrize("fails", [1, 2])
 def test_a_full_disk_leaves_what_stood(
     settings: SamSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: int
@@ -188,15 +201,7 @@ def test_a_full_disk_leaves_what_stood(
     run(model, settings, tmp_path / "out")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     run(model, replace(settings, crowds=False), tmp_path / "other")  # its cache is there now
-    genuine, calls = os.fsync, []
-
-    def full(descriptor: int) -> None:
-        calls.append(descriptor)
-        if len(calls) == fails:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        genuine(descriptor)
-
-    monkeypatch.setattr(os, "fsync", full)
+    fill_disk(monkeypatch, fails)
     with pytest.raises(OSError, match=r"No space left on device: '.*out/sam-scenes-sam\.json"):
         run(model, replace(settings, crowds=False), tmp_path / "out")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
@@ -209,15 +214,7 @@ def test_a_full_disk_leaves_no_panels(
     model = load_backbone("scenes:sam")
     run(model, settings, tmp_path / "out")  # its cache is there now
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    genuine, calls = os.fsync, []
-
-    def full(descriptor: int) -> None:
-        calls.append(descriptor)
-        if len(calls) == fails:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        genuine(descriptor)
-
-    monkeypatch.setattr(os, "fsync", full)
+    fill_disk(monkeypatch, fails)
     with pytest.raises(OSError, match=r"No space left on device: '.*/out/sam-scenes-sam[./]"):
         run(model, replace(settings, save_masks=1), tmp_path / "out")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before

@@ -250,7 +250,7 @@ def test_cursors_of_all_ranks_come_together(shards: str) -> None:
 def test_lanes_that_ranks_cannot_share_are_refused(shards: str) -> None:
     config = settings(DataConfig(shards=(shards,), num_streams=4), batch_size=12)
     with pytest.raises(
-        ConfigError, match=r"the 4 lanes of a cannot be shared .* 3 ranks.*--data\.num-streams 12"
+        ConfigError, match=r"the 4 streams of a cannot be shared .* 3 ranks.*--data\.num-streams 12"
     ):
         assign_lanes(config, make_partition(config, 3))
     with pytest.raises(ConfigError, match=r"--data\.num-streams 0 cannot be"):
