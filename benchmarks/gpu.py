@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from evals.core.dist import Group
+from radio.dist import Group
 from radio.errors import ConfigError, RadioError
 from radio.hub import outline_teacher
 from radio.model import RadioModel

@@ -30,9 +30,6 @@ from segment_anything import SamPredictor
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor, nn
 
-from evals.core.chunks import Damage
-from evals.core.dist import Group
-from evals.core.evaluator import no_progress
 from evals.sam_dropin.coco import CocoImage, Instances, open_instances, run_lengths
 from evals.sam_dropin.decoding import (
     Prepared,
@@ -46,7 +43,10 @@ from evals.sam_dropin.encoder import DropIn, make_drop_in
 from evals.sam_dropin.frame import make_frame
 from evals.sam_dropin.settings import SamSettings
 from evals.sam_dropin.work import Work
+from radio.chunks import Damage
+from radio.dist import Group
 from radio.hub import load_backbone
+from radio.progress import no_progress
 from radio.teachers.sam_decoder import SamHead, new_released_sam
 from radio.teachers.scenes import scenes_sam
 

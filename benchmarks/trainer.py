@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from evals.core.dist import Group
+from radio.dist import Group
 from train import step, trainer
 from train.batches import Batch
 from train.config import TrainConfig

@@ -23,18 +23,24 @@ from rich.markup import escape
 
 from radio.checkpoint import load as load_checkpoint
 from radio.config import Pixels, Seed, check
+from radio.dist import Group, joined
 from radio.errors import CheckpointError, ConfigError, did_you_mean
 from radio.hub import load_backbone
 from radio.io import check_writable
 from radio.options import parse_options
+from radio.progress import ProgressFactory, watch_on
+from radio.provenance import choose_device
 from radio.students import students
 from radio.types import Backbone
 
-from .core.dist import Group, joined
-from .core.evaluator import Evaluator, ProgressFactory, ScoringFiles, evaluators, make_evaluator, run_one
+from .core.evaluator import (
+    Evaluator,
+    ScoringFiles,
+    evaluators,
+    make_evaluator,
+    run_one,
+)
 from .core.noise import NOISE_FILE, measure_noise, write_noise
-from .core.progress import watch_on
-from .core.provenance import choose_device
 from .core.report import Report
 from .core.suite import run_all
 from .core.tables import comparison, summary

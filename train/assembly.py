@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from evals.core.dist import Group
-from evals.core.provenance import commit, versions
 from radio.adaptors import AdaptorConfig
 from radio.config import check_options, to_plain
+from radio.dist import Group
 from radio.errors import CheckpointError, ConfigError, SizeError, shown
 from radio.hub import load_teacher
 from radio.model import ModelConfig, RadioModel
+from radio.provenance import commit, versions
 from radio.students import students
 from radio.types import Student, Teacher, Windowed
 

@@ -23,7 +23,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from evals.core.chunks import (
+from radio.chunks import (
     Damage,
     DamagedError,
     TensorSpec,
@@ -31,8 +31,8 @@ from evals.core.chunks import (
     read_tensors,
     write_tensors,
 )
-from evals.core.dist import Group
 from radio.config import to_plain
+from radio.dist import Group
 from radio.errors import RadioError
 from radio.io import read_json, write_text
 from radio.types import Features, Teacher

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from rich.console import Console
 
-from evals.core.dist import Group
+from radio.dist import Group
 from radio.errors import RadioError
 from radio.types import Teacher
 

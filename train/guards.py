@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from evals.core.dist import Group
+from radio.dist import Group
 from radio.errors import RadioError
 
 

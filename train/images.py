@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, Protocol, final
 
 from torch import Tensor
 
-from evals.core.data import SceneImages
-from evals.core.features import default_cache
-from evals.core.stored import StoredImages, list_unlabelled
+from radio.chunks import default_cache
+from radio.data import SceneImages
 from radio.errors import ConfigError
+from radio.image_files import StoredImages, list_unlabelled
 
 from .config import DataConfig
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
-from evals.core.dist import Group
+from radio.dist import Group
 from radio.model import RadioModel
 from radio.students.vit import ViT
 

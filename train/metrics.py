@@ -11,7 +11,7 @@ import torch
 from pydantic import AfterValidator
 from torch import Tensor
 
-from evals.core.dist import Group
+from radio.dist import Group
 
 from .guards import FromList
 

@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import nn
 
-from evals.core.dist import Group
+from radio.dist import Group
 
 from .config import TrainConfig
 from .cost import count, outline

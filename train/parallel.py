@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from evals.core.dist import Group, joined
+from radio.dist import Group, joined
 from radio.errors import ConfigError
 from radio.types import Features, Student
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
-from evals.core.dist import Group
+from radio.dist import Group
 
 REQUEUE = 85  # exit code of a run that was stopped by a signal and has saved: start it again
 

@@ -14,14 +14,14 @@ from rich.table import Table
 from rich.text import Text
 
 import evals.cli  # noqa: F401 (enters the evaluators)
-from evals.core.dist import Group
 from evals.core.evaluator import Evaluator, make_evaluator
 from evals.core.paper import DATA, TASKS, PaperRow
-from evals.core.progress import watch_on
 from evals.core.suite import Outcome, run_all
 from evals.core.tables import cell
+from radio.dist import Group
 from radio.errors import ConfigError, shown
 from radio.hub import load_backbone
+from radio.progress import watch_on
 from radio.types import Backbone
 
 from .config import TrainConfig

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from typing_extensions import TypedDict
 
-from evals.core.dist import Group
+from radio.dist import Group
 from radio.errors import CheckpointError, RadioError
 from radio.io import read_json, validate, write_text
 

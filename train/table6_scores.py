@@ -12,17 +12,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from evals.core.dist import Group
 from evals.core.paper import PaperRow, table_6_row
-from evals.core.progress import watch_on
 from evals.core.report import Report
 from evals.core.suite import run_all
 from evals.core.tables import cell
 from evals.reporting.tradeoff import draw_tradeoff
 from evals.throughput.evaluator import Entry, measure_all
 from evals.throughput.settings import ThroughputSettings
+from radio.dist import Group
 from radio.errors import MissingExtraError, shown
 from radio.hub import load_backbone
+from radio.progress import watch_on
 
 from .config import TrainConfig
 from .scoring import make_job, tell

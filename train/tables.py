@@ -10,11 +10,11 @@ from typing import NamedTuple, TypeAlias
 
 from rich.console import Console
 
-from evals.core.dist import Group
-from evals.core.provenance import choose_device
+from radio.dist import Group
 from radio.errors import ConfigError, did_you_mean
 from radio.lock import locked
 from radio.memory import collect
+from radio.provenance import choose_device
 from radio.registry import Registry
 
 from .assembly import check_settings, round_resolutions

@@ -15,9 +15,9 @@ from rich.console import Console
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from evals.core.dist import Group
 from radio.checkpoint import load as load_checkpoint
 from radio.config import write_yaml
+from radio.dist import Group
 from radio.errors import CheckpointError, RadioError
 from radio.io import check_writable
 from radio.memory import memory_of

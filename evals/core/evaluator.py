@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar, get_type_hints, runtime_checkable
@@ -12,6 +11,7 @@ from typing import Annotated, Any, Protocol, TypeVar, get_type_hints, runtime_ch
 import torch
 
 from radio.errors import ConfigError
+from radio.progress import ProgressFactory
 from radio.registry import Registry
 from radio.types import Backbone
 
@@ -20,9 +20,6 @@ from .report import Report
 S = TypeVar("S")
 V = TypeVar("V")
 T = TypeVar("T", contravariant=True)
-
-Advance = Callable[[int], None]
-"""Advances a progress bar by a number of images."""
 
 
 Machine = Annotated[V, "machine"]
@@ -34,18 +31,6 @@ def machine_settings(settings: Any) -> tuple[str, ...]:
     """Return the names of a task's settings that are no part of its protocol, for its report."""
     hints = get_type_hints(type(settings), include_extras=True)
     return tuple(name for name, hint in hints.items() if "machine" in getattr(hint, "__metadata__", ()))
-
-
-class ProgressFactory(Protocol):
-    """Shows the progress of a long job; the command line passes one that draws a bar."""
-
-    def __call__(self, label: str, total: int) -> AbstractContextManager[Advance]:
-        """Open a context in which the progress over `total` steps is reported."""
-
-
-def no_progress(label: str, total: int) -> AbstractContextManager[Advance]:
-    """Open a progress context that shows nothing."""
-    return nullcontext(_ignore)
 
 
 class Evaluator(Protocol[S]):
@@ -202,7 +187,3 @@ def _relation(source: Placed, entry: Mapping[str, Any]) -> str:
     if ours.suffix == theirs.suffix == ".tar" and ours.parent == theirs.parent:
         return "lies beside"
     return ""
-
-
-def _ignore(steps: int) -> None:
-    """Do nothing."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -24,11 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from radio.errors import DataError, RadioError
-from radio.io import check_writable
-from radio.types import Backbone, Features
-
-from .chunks import (
+from radio.chunks import (
     Damage,
     DamagedError,
     Tensors,
@@ -40,11 +35,16 @@ from .chunks import (
     read_tensors,
     write_tensors,
 )
-from .data import ImageSource
-from .dist import Group
-from .evaluator import Advance, ProgressFactory, no_progress, place
-from .memory import check_memory
-from .provenance import fast_products, has_tf32
+from radio.data import ImageSource
+from radio.dist import Group
+from radio.errors import DataError, RadioError
+from radio.io import check_writable
+from radio.memory import check_memory
+from radio.progress import Advance, ProgressFactory, no_progress
+from radio.provenance import fast_products, has_tf32
+from radio.types import Backbone, Features
+
+from .evaluator import place
 from .report import Skipped
 from .views import View
 
@@ -146,12 +146,6 @@ def to_unit(vectors: Tensor) -> Tensor:
     if len(odd):
         unit[odd] = F.normalize(vectors[odd].double(), dim=1, eps=1e-300).float()
     return unit
-
-
-def default_cache() -> Path:
-    """Return the default cache folder of features: `$XDG_CACHE_HOME/am-radio`, or under `~/.cache`."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "am-radio"
 
 
 def extract(

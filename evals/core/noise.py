@@ -14,9 +14,10 @@ from typing_extensions import TypedDict
 
 from radio.errors import ConfigError, DataError
 from radio.io import read_json, write_text
+from radio.progress import ProgressFactory
 from radio.types import Backbone
 
-from .evaluator import Evaluator, ProgressFactory, run_one
+from .evaluator import Evaluator, run_one
 
 FORMAT = "am-radio-noise/1"
 NOISE_FILE = "noise.json"

@@ -14,11 +14,11 @@ from torch import Tensor
 from radio.config import CountOrZero, Pixels, Seed, Workers, check
 from radio.errors import ConfigError
 from radio.images import EVALUATION_RATIO
+from radio.provenance import choose_device
 from radio.types import Backbone
 
 from .evaluator import Machine
 from .features import Extraction, check_finite
-from .provenance import choose_device
 from .views import make_view
 
 # Letters: B batch, C summary width.

@@ -14,10 +14,9 @@ import torch
 from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor
 
+from radio.dist import Group
 from radio.errors import CheckpointError, DataError, shown
 from radio.io import validate, write_bytes
-
-from .dist import Group
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -16,14 +16,15 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from radio.config import to_plain
+from radio.dist import Group
 from radio.errors import RadioError
 from radio.foreign import blame
 from radio.io import read_json, write_text
 from radio.memory import collect
+from radio.progress import ProgressFactory
 from radio.types import Backbone
 
-from .dist import Group
-from .evaluator import Evaluator, ProgressFactory, run_one
+from .evaluator import Evaluator, run_one
 from .report import Report, file_name, read
 
 _STATE = "all.json"

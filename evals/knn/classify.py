@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evals.core.data import ImageSource, aligned_labels
-from evals.core.dist import Group
 from evals.core.features import Bank, Stored
 from evals.core.report import Metric
+from radio.data import ImageSource, aligned_labels
+from radio.dist import Group
 
 from .index import Index, Neighbours
 from .scoring import repeated

@@ -13,16 +13,17 @@ import numpy as np
 from torch import Tensor
 
 from evals.core.accuracy import class_table
-from evals.core.chunks import Damage
-from evals.core.data import aligned_labels, open_source
-from evals.core.dist import Group, current
-from evals.core.evaluator import ProgressFactory, domain_notes, machine_settings, metadata_of, no_progress
-from evals.core.features import Extraction, Stored, default_cache, extract
+from evals.core.evaluator import domain_notes, machine_settings, metadata_of
+from evals.core.features import Extraction, Stored, extract
 from evals.core.plan import make_extraction, resolved, to_teacher_space
-from evals.core.provenance import commit, describe_device, peak_memory, versions
 from evals.core.report import DataUsed, Metric, Report, file_name, write
+from radio.chunks import Damage, default_cache
 from radio.config import to_plain
+from radio.data import aligned_labels, open_source
+from radio.dist import Group, current
 from radio.errors import DataError
+from radio.progress import ProgressFactory, no_progress
+from radio.provenance import commit, describe_device, peak_memory, versions
 from radio.types import Backbone
 
 from .classify import Classifier, Sets, make_classifier

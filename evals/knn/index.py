@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from evals.core.dist import Group
 from evals.core.features import to_unit
+from radio.dist import Group
 from radio.errors import DataError, require
 
 # Letters: N bank, Q queries, C feature width, k neighbours, M merged candidates.

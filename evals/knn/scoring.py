@@ -12,8 +12,14 @@ from pydantic import Field, TypeAdapter
 from torch import Tensor
 
 from evals.core.accuracy import mean_class, top_accuracies
-from evals.core.classes import are_wordnet_ids, composed, imagenet_numbers, order_by_number, shown_order
 from evals.core.report import Metric, proportion
+from radio.data import (
+    are_wordnet_ids,
+    composed,
+    imagenet_numbers,
+    order_by_number,
+    shown_order,
+)
 from radio.errors import DataError, shown
 from radio.io import MAX_DATA_BYTES, parse_json, read_text, validate
 

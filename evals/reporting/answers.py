@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from evals.core.features import default_cache
 from evals.core.report import Report
+from radio.chunks import default_cache
 from radio.errors import DataError
 
 from .blocks import Block, Collapsible, Example, Examples, Panel, Plots, Thumbnail, notes

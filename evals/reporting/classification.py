@@ -11,8 +11,8 @@ from pydantic import TypeAdapter
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from evals.core.data import ImageSource, open_source
 from evals.core.report import Report
+from radio.data import ImageSource, open_source
 from radio.errors import DataError, RadioError
 from radio.io import validate
 

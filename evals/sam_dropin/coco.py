@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evals.core.stored import Entry, Listing, StoredImages
 from radio.errors import DataError, require, shown
+from radio.image_files import Entry, Listing, StoredImages
 from radio.images import MAX_IMAGE_BYTES, open_image
 
 from .annotations import CocoFile, CocoImage, Instance, check_apart, note_boxes, note_empty, read_instances

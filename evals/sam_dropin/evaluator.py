@@ -10,15 +10,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
-from evals.core.chunks import Damage, DamagedError
-from evals.core.dist import Group, current
-from evals.core.evaluator import ProgressFactory, domain_notes, machine_settings, metadata_of, no_progress
-from evals.core.features import default_cache
-from evals.core.provenance import choose_device, commit, describe_device, peak_memory, versions
+from evals.core.evaluator import domain_notes, machine_settings, metadata_of
 from evals.core.report import DataUsed, Metric, Report, Table, file_name, write
+from radio.chunks import Damage, DamagedError, default_cache
 from radio.config import to_plain
+from radio.dist import Group, current
 from radio.errors import ConfigError, require
 from radio.io import staged
+from radio.progress import ProgressFactory, no_progress
+from radio.provenance import (
+    choose_device,
+    commit,
+    describe_device,
+    peak_memory,
+    versions,
+)
 from radio.scenes.layouts import CARD_VERSION, ScenesSettings, write_cached
 from radio.types import Backbone
 

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from evals.core.evaluator import ProgressFactory
 from radio.images import write_png
+from radio.progress import ProgressFactory
 
 from .annotations import CocoImage
 from .coco import Instances

@@ -20,7 +20,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from evals.core.chunks import (
+from radio.chunks import (
     Damage,
     DamagedError,
     TensorSpec,
@@ -32,12 +32,12 @@ from evals.core.chunks import (
     write_records,
     write_tensors,
 )
-from evals.core.dist import Group
-from evals.core.evaluator import ProgressFactory
-from evals.core.memory import check_memory
-from evals.core.provenance import fast_products, has_tf32
+from radio.dist import Group
 from radio.errors import RadioError
 from radio.io import check_writable
+from radio.memory import check_memory
+from radio.progress import ProgressFactory
+from radio.provenance import fast_products, has_tf32
 
 from .annotations import CocoImage
 from .clicks import next_clicks

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from evals.core.classes import composed, numbered
-from evals.core.stored import as_text
+from radio.data import composed, numbered
 from radio.errors import DataError, shown
+from radio.image_files import as_text
 from radio.images import IMAGE_ENDINGS
 from radio.io import lines_of, read_text
 

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, final
 import safetensors.torch
 
 from evals.core.areas import score
-from evals.core.dist import Group, current
-from evals.core.evaluator import ProgressFactory, domain_notes, machine_settings, metadata_of, no_progress
-from evals.core.provenance import commit, describe_device, peak_memory, versions
+from evals.core.evaluator import domain_notes, machine_settings, metadata_of
 from evals.core.report import DataUsed, Metric, Report, Table, file_name, write
 from radio.config import to_plain
+from radio.dist import Group, current
 from radio.io import staged, write_bytes
+from radio.progress import ProgressFactory, no_progress
+from radio.provenance import commit, describe_device, peak_memory, versions
 from radio.types import Backbone
 
 from .library import load_plugin

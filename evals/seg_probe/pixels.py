@@ -18,11 +18,11 @@ from pydantic import TypeAdapter
 from torch import Tensor
 from typing_extensions import TypedDict  # pydantic requires this one below Python 3.12
 
-from evals.core.chunks import Damage, DamagedError, read_records, write_records
-from evals.core.evaluator import ProgressFactory, no_progress
+from radio.chunks import Damage, DamagedError, read_records, write_records
 from radio.errors import DataError, shown
 from radio.images import MAX_IMAGE_BYTES, decode, open_image, orientation
 from radio.io import read_bytes
+from radio.progress import ProgressFactory, no_progress
 
 from .datasets import VOID, Labelling, Pair, Split
 from .presets import Size

@@ -18,9 +18,9 @@ from mmseg.models.utils import resize
 from mmseg.registry import MODELS, TRANSFORMS
 from torch import Tensor, nn
 
-from evals.core.dist import Group
-from evals.core.provenance import fast_products
+from radio.dist import Group
 from radio.errors import RadioError
+from radio.provenance import fast_products
 from radio.types import Backbone
 
 from .datasets import VOID

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
 
-from evals.core.chunks import Damage, DamagedError
-from evals.core.dist import Group
-from evals.core.evaluator import ProgressFactory, place
-from evals.core.features import default_cache
-from evals.core.memory import check_memory
-from evals.core.provenance import choose_device, has_tf32
+from evals.core.evaluator import place
+from radio.chunks import Damage, DamagedError, default_cache
 from radio.config import to_plain
+from radio.dist import Group
 from radio.errors import ConfigError
+from radio.memory import check_memory
+from radio.progress import ProgressFactory
+from radio.provenance import choose_device, has_tf32
 from radio.scenes.layouts import CARD_VERSION, ScenesSettings, write_cached
 from radio.types import Backbone
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from evals.core.dist import Group
 from evals.core.states import load_state, save_state
+from radio.dist import Group
 
 _FORMAT = "am-radio-seg-head/1"
 

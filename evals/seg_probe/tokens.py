@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from evals.core.chunks import (
+from radio.chunks import (
     Damage,
     Tensors,
     TensorSpec,
@@ -24,11 +24,11 @@ from evals.core.chunks import (
     read_tensors,
     write_tensors,
 )
-from evals.core.dist import Group
-from evals.core.evaluator import ProgressFactory
-from evals.core.provenance import fast_products
+from radio.dist import Group
 from radio.errors import RadioError
 from radio.io import check_writable
+from radio.progress import ProgressFactory
+from radio.provenance import fast_products
 from radio.types import Backbone
 
 from .images import Images, one_thread

@@ -26,11 +26,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from evals.core.chunks import Damage, DamagedError
-from evals.core.dist import Group
-from evals.core.evaluator import ProgressFactory
-from evals.core.progress import ProgressWithText
+from radio.chunks import Damage, DamagedError
+from radio.dist import Group
 from radio.errors import CheckpointError, RadioError
+from radio.progress import ProgressFactory, ProgressWithText
 
 from .images import Images, Positions, Sample, Share, Stream, TokenMaps, one_thread
 from .plugin import AreaMetric

@@ -15,13 +15,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from evals.core.paper import TABLE_6_MODELS
-from evals.core.progress import watch_on
 from evals.core.report import Report
 from radio.config import check
 from radio.errors import ConfigError
 from radio.hub import load_backbone
 from radio.model import ModelConfig, build
 from radio.options import parse_options
+from radio.progress import watch_on
 from radio.students import StudentOptions, students
 
 from .evaluator import COLUMNS, Entry, measure_all, paper_name

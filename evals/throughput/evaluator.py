@@ -13,16 +13,16 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from evals.core.evaluator import ProgressFactory, metadata_of, no_progress
-from evals.core.memory import check_memory
+from evals.core.evaluator import metadata_of
 from evals.core.paper import table_6_row
-from evals.core.progress import ProgressWithText
-from evals.core.provenance import choose_device, commit, describe_device, versions
 from evals.core.report import Metric, Report, Table, file_name, write
 from radio.benchmark import Adapted, BenchmarkModel, Counts, Measurement, count, measure, num_turns, prepare
 from radio.config import to_plain
 from radio.errors import ConfigError, SizeError, did_you_mean
+from radio.memory import check_memory
 from radio.model import RadioModel
+from radio.progress import ProgressFactory, ProgressWithText, no_progress
+from radio.provenance import choose_device, commit, describe_device, versions
 from radio.teachers.frozen import Frozen
 from radio.types import Backbone
 

@@ -22,7 +22,7 @@ from .tasks import Task
 from .worlds import make_world
 
 if TYPE_CHECKING:
-    from evals.core.chunks import Damage
+    from radio.chunks import Damage
 
 _METADATA, _FORMAT = "benchmarks.json", "am-radio-vqa-benchmarks/2"
 _JPEG_QUALITY = 95

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evals.core.chunks import Damage, DamagedError
-from evals.core.data import ImageSource
-from evals.core.dist import Group
-from evals.core.evaluator import ProgressFactory
-from evals.core.provenance import has_tf32
+from radio.chunks import Damage, DamagedError
+from radio.data import ImageSource
+from radio.dist import Group
 from radio.errors import CheckpointError, ConfigError, DataError
+from radio.progress import ProgressFactory
+from radio.provenance import has_tf32
 
 from .conversations import Piece, Record, fingerprint, read_records
 from .encoding import Encoder

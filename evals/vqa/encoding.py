@@ -11,14 +11,14 @@ from typing import final
 import torch
 from torch import Tensor
 
-from evals.core.chunks import Damage
-from evals.core.data import ImageSource
-from evals.core.dist import Group
-from evals.core.evaluator import ProgressFactory
 from evals.core.features import Extraction, extract
-from evals.core.memory import check_memory
 from evals.core.views import View
+from radio.chunks import Damage
+from radio.data import ImageSource
+from radio.dist import Group
 from radio.errors import DataError
+from radio.memory import check_memory
+from radio.progress import ProgressFactory
 from radio.types import Backbone
 
 from .images import Padded

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
 
-from evals.core.chunks import Damage
-from evals.core.dist import Group, current
-from evals.core.evaluator import ProgressFactory, domain_notes, machine_settings, no_progress
-from evals.core.features import default_cache
-from evals.core.provenance import choose_device, commit, describe_device, versions
+from evals.core.evaluator import domain_notes, machine_settings
 from evals.core.report import DataUsed, Metric, Report, Table, file_name, write
+from radio.chunks import Damage, default_cache
 from radio.config import check, to_plain
+from radio.dist import Group, current
 from radio.errors import ConfigError
+from radio.progress import ProgressFactory, no_progress
+from radio.provenance import choose_device, commit, describe_device, versions
 from radio.types import Backbone
 
 from .exams import Answers, Marked, data_used, mark, metrics, open_exams, records_of, tables

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from evals.core.chunks import Damage
-from evals.core.dist import Group
 from evals.core.report import DataUsed, Metric, Table
+from radio.chunks import Damage
+from radio.dist import Group
 from radio.errors import ConfigError
 
 from .benchmarks import files_below, write_benchmarks

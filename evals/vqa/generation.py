@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from evals.core.chunks import (
+from radio.chunks import (
     Damage,
     DamagedError,
     check_all_there,
@@ -21,9 +21,9 @@ from evals.core.chunks import (
     read_records,
     write_records,
 )
-from evals.core.dist import Group
-from evals.core.evaluator import ProgressFactory
-from evals.core.provenance import fast_products
+from radio.dist import Group
+from radio.progress import ProgressFactory
+from radio.provenance import fast_products
 
 from .conversations import Piece
 from .language import Language

@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from evals.core.data import ImageSource
-from evals.core.stored import Entry, Listing, StoredImages
+from radio.data import ImageSource
 from radio.errors import DataError, shown
+from radio.image_files import Entry, Listing, StoredImages
 
 # Letters: N images, H W pixels.
 

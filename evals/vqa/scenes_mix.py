@@ -27,7 +27,7 @@ from .prompts import IMAGE, choose, short
 from .worlds import make_world
 
 if TYPE_CHECKING:
-    from evals.core.chunks import Damage
+    from radio.chunks import Damage
 
 _HINTS = ("", "", "Look at the big object.")
 _NUM_CHOICES = 4

@@ -25,11 +25,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from evals.core.dist import Group
-from evals.core.evaluator import ProgressFactory
-from evals.core.progress import ProgressWithText
-from evals.core.provenance import fast_products
+from radio.dist import Group
 from radio.errors import ConfigError, RadioError
+from radio.progress import ProgressFactory, ProgressWithText
+from radio.provenance import fast_products
 
 from .library import fitting_threads
 from .order import Order, order

@@ -16,7 +16,7 @@ from radio.errors import DataError
 from radio.io import make_folder, read_json, write_text
 
 if TYPE_CHECKING:
-    from evals.core.chunks import Damage  # imports torch
+    from radio.chunks import Damage
 
 _METADATA = TypeAdapter(dict[str, Any])
 _DIGEST = "digest"  # key in the metadata: hash of all other files
@@ -62,7 +62,7 @@ def _is_there(root: Path, metadata: str, wanted: Mapping[str, Any], damage: Dama
     except DataError as error:
         _throw_away(root)
         if damage is not None:
-            from evals.core.chunks import DamagedError
+            from radio.chunks import DamagedError
 
             damage.add(DamagedError(str(error)))
         return False

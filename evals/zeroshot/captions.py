@@ -12,9 +12,9 @@ from pydantic import Field, TypeAdapter
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from evals.core.data import ImageSource, SceneImages
-from evals.core.stored import Entry, Listing, StoredImages
+from radio.data import ImageSource, SceneImages
 from radio.errors import DataError, shown
+from radio.image_files import Entry, Listing, StoredImages
 from radio.io import MAX_DATA_BYTES, parse_json, read_text, validate
 from radio.scenes import captions as scene_captions
 from radio.scenes import render

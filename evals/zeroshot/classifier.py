@@ -14,11 +14,18 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from evals.core.chunks import Damage, TensorSpec, check_all_there, find_missing, read_tensors, write_tensors
-from evals.core.dist import Group
-from evals.core.evaluator import Advance, ProgressFactory, no_progress
 from evals.core.features import to_unit
+from radio.chunks import (
+    Damage,
+    TensorSpec,
+    check_all_there,
+    find_missing,
+    read_tensors,
+    write_tensors,
+)
+from radio.dist import Group
 from radio.errors import RadioError, require
+from radio.progress import Advance, ProgressFactory, no_progress
 from radio.types import TextTower
 
 # Letters: K classes, N texts, E text width.

@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from evals.core.accuracy import class_table, confusion_table, mean_class, top_accuracies
-from evals.core.chunks import Damage
-from evals.core.data import ImageSource, open_source
-from evals.core.dist import Group, current
-from evals.core.evaluator import ProgressFactory, domain_notes, machine_settings, metadata_of, no_progress
-from evals.core.features import Bank, Extraction, Stored, check_finite, default_cache, extract
+from evals.core.evaluator import domain_notes, machine_settings, metadata_of
+from evals.core.features import Bank, Extraction, Stored, check_finite, extract
 from evals.core.plan import make_extraction, resolved, to_teacher_space
-from evals.core.provenance import commit, describe_device, peak_memory, versions
 from evals.core.report import DataUsed, Metric, Report, Table, file_name, proportion, write
+from radio.chunks import Damage, default_cache
 from radio.config import to_plain
+from radio.data import ImageSource, open_source
+from radio.dist import Group, current
 from radio.errors import ConfigError, require
+from radio.progress import ProgressFactory, no_progress
+from radio.provenance import commit, describe_device, peak_memory, versions
 from radio.types import Backbone
 
 from .captions import Captioned, open_captions

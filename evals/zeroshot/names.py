@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from evals.core.classes import (
+from radio.data import (
+    ImageSource,
     are_wordnet_ids,
     composed,
     imagenet_numbers,
@@ -19,7 +20,6 @@ from evals.core.classes import (
     order_by_number,
     shown_order,
 )
-from evals.core.data import ImageSource
 from radio.errors import DataError, did_you_mean, require, shown
 from radio.io import brief, parse_json, read_text, validate
 from radio.scenes import TEMPLATES

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evals.core.data import open_source
 from evals.core.report import DataUsed, Metric, Report, Table, file_name, write
 from evals.reporting.html import write_page
+from radio.data import open_source
 
 NASTY = (
     """<img src=x onerror="document.title='caught'"> <script>document.title='caught'</script> & '😀' $a_b$"""

@@ -16,11 +16,11 @@ from rich.console import Console
 from evals import cli
 from evals.cli import main
 from evals.core.noise import read_noise
-from evals.core.progress import watch_on
 from evals.core.report import read
 from radio.entry import evaluate
 from radio.errors import RadioError
 from radio.model import ModelConfig, build
+from radio.progress import watch_on
 from radio.students import students
 
 SMALL = ["--scenes", "60", "60", "--k", "5", "--plain"]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from evals.core.dist import Group
 from radio.adaptors import AdaptorConfig
+from radio.dist import Group
 from radio.model import ModelConfig, RadioModel
 
 from .fake import GPU, on_gpu, pretend

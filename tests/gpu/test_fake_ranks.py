@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from evals.core.dist import Group
+from radio.dist import Group
 from radio.model import RadioModel
 from train.assembly import TeacherFacts, model_config
 from train.parallel import DistributedStudent, find_peers, synchronise_norms

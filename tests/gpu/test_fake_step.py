@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from evals.core.dist import Group
+from radio.dist import Group
 from radio.model import RadioModel
 from radio.students import StudentOptions
 from radio.types import Features

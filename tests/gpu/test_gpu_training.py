@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from evals.core.dist import Group
 from radio import checkpoint
 from radio.config import write_yaml
+from radio.dist import Group
 from radio.hub import load_teacher
 from radio.nn.positions import CroppedPositions, draw_crops
 from train.ahead import prefetch

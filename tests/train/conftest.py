@@ -16,8 +16,8 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
-from evals.core.dist import Group
 from radio import checkpoint
+from radio.dist import Group
 from train.config import DataConfig, OptimConfig, TeacherConfig, TrainConfig
 from train.trainer import Trainer
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from evals.core.dist import Group
 from radio.config import read_yaml
+from radio.dist import Group
 from tests.train.tiny_teachers import register
 from train.config import TrainConfig
 from train.trainer import Trainer

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as distributed
 
-from evals.core.dist import Group, current
+from radio.dist import Group, current
 
 
 def on_ranks(world: int, folder: Path, work: Callable[[Group], Any]) -> list[Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from evals.core.dist import Group
+from radio.dist import Group
 from radio.errors import CheckpointError, ConfigError, SizeError
 from radio.model import RadioModel, build
 from radio.students import StudentOptions

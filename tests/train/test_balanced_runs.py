@@ -11,8 +11,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from evals.core.dist import Group
 from radio import checkpoint
+from radio.dist import Group
 from radio.errors import ConfigError
 from train.config import BalanceConfig, TrainConfig
 from train.trainer import Trainer

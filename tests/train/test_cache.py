@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, strategies
 from hypothesis import settings as effort
 from safetensors.torch import load_file, save_file
 
-from evals.core.chunks import DamagedError, write_tensors
-from evals.core.dist import Group
+from radio.chunks import DamagedError, write_tensors
+from radio.dist import Group
 from radio.errors import DataError, RadioError
 from radio.model import ModelConfig, build
 from train import cache as module

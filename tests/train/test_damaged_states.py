@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 from safetensors.torch import save_file
 
-from evals.core.dist import Group
+from radio.dist import Group
 from radio.errors import CheckpointError, RadioError
 from train.guards import NonFiniteMonitor, Plain, first_bad
 from train.metrics import Meters, Row

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from evals.core.dist import Group
+from radio.dist import Group
 from radio.errors import RadioError
 from train.guards import NonFiniteMonitor, Skipped
 

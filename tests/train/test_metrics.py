@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from evals.core.dist import Group
+from radio.dist import Group
 from train.metrics import Clock, Meters
 
 

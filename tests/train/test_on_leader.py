@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from evals.core.dist import Group
+from radio.dist import Group
 from radio.errors import ConfigError, RadioError
 from radio.lock import NAME
 from train.state import CheckpointManager

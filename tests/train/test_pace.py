@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from evals.core.dist import Group
+from radio.dist import Group
 from train.config import TeacherConfig, TrainConfig
 from train.pace import PerformanceMonitor, step_flops
 from train.partition import make_partition

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from evals.core.dist import Group
 from radio import checkpoint
 from radio.config import write_yaml
+from radio.dist import Group
 from radio.errors import ConfigError
 from radio.model import build
 from radio.resample import resize_images

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from evals.core.dist import Group
 from radio.config import write_yaml
+from radio.dist import Group
 from train.batches import Batch
 from train.cli import main
 from train.config import TrainConfig

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from evals.core.dist import Group
 from evals.core.paper import TABLE_3
 from evals.core.report import Metric
 from evals.core.suite import Outcome
+from radio.dist import Group
 from train import scoring as module
 from train.config import TrainConfig
 from train.scoring import score

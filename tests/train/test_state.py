@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from evals.core.dist import Group
+from radio.dist import Group
 from radio.errors import CheckpointError, RadioError
 from train.config import OptimConfig
 from train.optim import GuardedAdamW, make_optimizer, moments

@@ -17,9 +17,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from evals.core.dist import Group
 from radio import config as settings_files
 from radio import model as radio_model
+from radio.dist import Group
 from train import learner, state, step, trainer
 from train.config import TrainConfig
 from train.trainer import Trainer

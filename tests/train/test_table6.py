@@ -11,9 +11,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from evals.core.dist import Group
 from evals.core.report import read
 from radio import entry
+from radio.dist import Group
 from radio.errors import ConfigError, SizeError
 from radio.students.timm import TABLE_6
 from train.config import DataConfig, TrainConfig

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evals.core.dist import Group
+from radio.dist import Group
 from radio.errors import ConfigError
 
 from ..config import TrainConfig

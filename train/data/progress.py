@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from evals.core.dist import Group
+from radio.dist import Group
 from radio.errors import CheckpointError
 from radio.io import validate
 

@@ -11,10 +11,10 @@ from typing import IO, NamedTuple
 
 from webdataset.tariterators import base_plus_ext
 
-from evals.core.tar import dots_note
 from radio.errors import ConfigError, shown
 from radio.images import IMAGE_ENDINGS
 from radio.io import MAX_NAMES, MAX_NAMES_LETTERS, expand_braces
+from radio.tar import dots_note
 
 from .faults import ShardError
 from .remote import check_installed, check_url, open_remote, scheme_of

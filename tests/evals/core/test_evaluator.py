@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from evals.core.data import open_source
 from evals.core.evaluator import domain_notes
+from radio.data import open_source
 from radio.types import Backbone
 
 

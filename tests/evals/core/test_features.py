@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from evals.core import features as module
-from evals.core.chunks import Damage, write_tensors
-from evals.core.data import open_source
-from evals.core.dist import Group
-from evals.core.features import Extraction, default_cache, extract, to_unit
-from evals.core.provenance import fast_products
+from evals.core.features import Extraction, extract, to_unit
 from evals.core.views import make_view
+from radio.chunks import Damage, default_cache, write_tensors
+from radio.data import open_source
+from radio.dist import Group
 from radio.errors import DataError, RadioError
 from radio.images import evaluation_view
+from radio.provenance import fast_products
 
 CPU = torch.device("cpu")
 

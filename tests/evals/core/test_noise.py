@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evals.core.evaluator import no_progress
 from evals.core.noise import measure_noise, read_noise, write_noise
 from evals.core.report import Metric, Report
 from radio.errors import ConfigError, DataError
+from radio.progress import no_progress
 
 LUCK = (50.0, 52.0, 51.0, 53.0)
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from evals.core.dist import Group
-from evals.core.evaluator import no_progress
 from evals.core.report import Metric, Report, file_name, read, write
 from evals.core.suite import Outcome, run_all
 from radio.config import to_plain
+from radio.dist import Group
 from radio.errors import CheckpointError, DataError, RadioError
+from radio.progress import no_progress
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evals.core.data import open_source
 from evals.core.features import Extraction, extract
 from evals.core.views import make_view
 from evals.knn import knn
 from evals.knn.evaluator import KnnEvaluator
 from evals.knn.settings import KnnSettings
+from radio.data import open_source
 from radio.errors import DataError, RadioError
 
 RNG = np.random.default_rng(0)

@@ -14,16 +14,16 @@ import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
 from PIL import Image
 
-from evals.core.data import open_source
-from evals.core.dist import Group, joined
-from evals.core.evaluator import no_progress
 from evals.core.report import read
 from evals.core.suite import run_all
 from evals.knn.evaluator import KnnEvaluator
 from evals.knn.settings import KnnSettings
+from radio.data import open_source
+from radio.dist import Group, joined
 from radio.errors import ConfigError, DataError, RadioError
 from radio.images import evaluation_view
 from radio.model import ModelConfig, build
+from radio.progress import no_progress
 from radio.types import Backbone
 
 run = KnnEvaluator().run

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evals.core.dist import Group
 from evals.knn import index as module
 from evals.knn.index import Index, Neighbours, load_faiss
+from radio.dist import Group
 from radio.errors import DataError, MissingExtraError
 
 

@@ -171,7 +171,7 @@ def test_knn_shows_the_curve_over_k_and_the_confusions_of_all(folder: Folder) ->
 
 
 def test_wrong_neighbours_are_drawn_again_from_the_world(folder: Folder) -> None:
-    from evals.core.data import open_source
+    from radio.data import open_source
 
     bank, asked = (open_source(f"scenes:{split}", scenes=6, seed=3) for split in ("train", "val"))
     label = asked.classes[int(asked.labels[2])]

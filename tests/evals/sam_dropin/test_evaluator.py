@@ -17,12 +17,12 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from segment_anything import SamPredictor
 
-from evals.core.dist import joined
 from evals.core.report import Report, read
 from evals.sam_dropin import work as module
 from evals.sam_dropin.coco import open_instances
 from evals.sam_dropin.evaluator import SamEvaluator
 from evals.sam_dropin.settings import SamSettings
+from radio.dist import joined
 from radio.errors import ConfigError, DataError, RadioError
 from radio.hub import load_backbone
 from radio.teachers.scenes import scenes_sam

@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 from torch import multiprocessing
 
-from evals.core.chunks import Damage
-from evals.core.dist import Group, joined
 from evals.core.report import Report, read
 from evals.seg_probe.evaluator import SegEvaluator
 from evals.seg_probe.probe import _open as open_data
 from evals.seg_probe.settings import SegSettings
+from radio.chunks import Damage
+from radio.dist import Group, joined
 from radio.errors import ConfigError, DataError, RadioError
 
 run = SegEvaluator().run
@@ -464,7 +464,7 @@ def test_two_ranks_score_as_one_and_in_memory_as_reloaded(
 def test_a_batch_that_ranks_cannot_share_is_an_error(
     tmp_path: Path, settings: SegSettings, backbone: Callable
 ) -> None:
-    from evals.core.dist import Group
+    from radio.dist import Group
 
     with pytest.raises(ConfigError, match="a batch of 4 does not divide among 3 ranks"):
         run(backbone(), settings, tmp_path / "out", group=Group(0, 3))

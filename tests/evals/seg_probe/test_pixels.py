@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from evals.core.chunks import Damage
 from evals.seg_probe.datasets import Dataset, Labelling, open_dataset
 from evals.seg_probe.pixels import _map_labels, check_split, read_labels
+from radio.chunks import Damage
 from radio.errors import DataError
 
 ADE = Labelling(classes=tuple(f"thing {n}" for n in range(150)), zero_is_void=True)

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evals.core.dist import Group
 from evals.seg_probe import library
 from evals.seg_probe.presets import resolve
 from evals.seg_probe.settings import SegSettings
+from radio.dist import Group
 from radio.errors import MissingExtraError
 
 

@@ -9,8 +9,8 @@ from sklearn.metrics import accuracy_score, jaccard_score, recall_score
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from evals.core.areas import score
-from evals.core.dist import Group
 from evals.seg_probe.scores import area_records, class_table, metrics, repeated
+from radio.dist import Group
 from radio.errors import DataError
 
 CLASSES = 7  # the last two are absent, of them one is predicted

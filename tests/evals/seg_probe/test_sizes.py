@@ -72,7 +72,7 @@ def test_a_backbone_that_contradicts_itself_is_found_out(backbone: Callable) -> 
 def test_slide_over_683_by_518_shows_the_backbone_accepted_sizes_only(plugin, backbone: Callable) -> None:
     import torch
 
-    from evals.core.dist import Group
+    from radio.dist import Group
 
     model = backbone()
     plan, _ = resolve(DATA, model)

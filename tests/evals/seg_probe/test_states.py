@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from evals.core.dist import Group
 from evals.seg_probe.states import HeadState, read_state, write_state
+from radio.dist import Group
 from radio.errors import CheckpointError, DataError
 
 STATE = HeadState(

@@ -8,13 +8,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from evals.core.chunks import Damage
-from evals.core.dist import Group
-from evals.core.evaluator import no_progress
 from evals.seg_probe.datasets import open_dataset
 from evals.seg_probe.presets import resolve
 from evals.seg_probe.settings import SegSettings
+from radio.chunks import Damage
+from radio.dist import Group
 from radio.errors import DataError, RadioError
+from radio.progress import no_progress
 
 pytestmark = pytest.mark.usefixtures("plugin")
 

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from evals.core.chunks import Damage, write_records
-from evals.core.dist import Group
-from evals.core.evaluator import no_progress
 from evals.vqa import generation
 from evals.vqa.generation import Generator, Prompt, answer_all, prepare
 from evals.vqa.language import Tiny
 from evals.vqa.llava import make_llava
 from evals.vqa.tasks import Question
+from radio.chunks import Damage, write_records
+from radio.dist import Group
+from radio.progress import no_progress
 
 COLOURS = ("red", "green", "blue", "white")
 

@@ -14,8 +14,6 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from evals.core.dist import Group
-from evals.core.evaluator import no_progress
 from evals.vqa import stages
 from evals.vqa.conversations import Record
 from evals.vqa.language import Tiny
@@ -25,7 +23,9 @@ from evals.vqa.presets import StagePlan
 from evals.vqa.samples import Batch, Conversations
 from evals.vqa.stages import Job, factor, final_loss, train
 from evals.vqa.states import read_state
+from radio.dist import Group
 from radio.errors import CheckpointError, ConfigError, RadioError
+from radio.progress import no_progress
 
 ALL = (PROJECTOR, "model.language_model.", "lm_head.")
 PLAN = StagePlan(

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from evals.core.chunks import Damage
 from evals.vqa.benchmarks import write_benchmarks
 from evals.vqa.scenes_mix import Mix, write_mix
+from radio.chunks import Damage
 
 Make = Callable[[Path, Damage], object]
 

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evals.core.dist import Group
 from evals.zeroshot import classifier as module
 from evals.zeroshot.classifier import TextCache, class_vectors, classifier, text_vectors
 from evals.zeroshot.names import read_templates
+from radio.dist import Group
 from radio.errors import DataError
 from radio.hub import load_teacher
 from radio.scenes import CLASSES, TEMPLATES

@@ -12,11 +12,11 @@ import torch
 import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
 
-from evals.core.data import open_source
-from evals.core.dist import joined
 from evals.core.report import read
 from evals.zeroshot.evaluator import ZeroshotEvaluator
 from evals.zeroshot.settings import ZeroshotSettings
+from radio.data import open_source
+from radio.dist import joined
 from radio.errors import ConfigError, DataError, RadioError
 from radio.hub import load_backbone
 from radio.images import evaluation_view

@@ -10,9 +10,9 @@ import open_clip
 import pytest
 import torch
 
-from evals.core.data import open_source
 from evals.zeroshot.evaluator import ZeroshotEvaluator
 from evals.zeroshot.settings import ZeroshotSettings
+from radio.data import open_source
 from radio.hub import load_backbone
 from radio.images import evaluation_view
 from radio.teachers.openclip import OPENAI_MEAN, OPENAI_STD

@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, strategies
 from hypothesis import settings as effort
 
-from evals.core.dist import Group
+from radio.dist import Group
 from radio.errors import CheckpointError, DataError
 from train.config import DataConfig
 from train.data.faults import ReadError

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, strategies
 from hypothesis import settings as effort
 from torch.utils.data import DataLoader
 
-from evals.core.dist import Group
+from radio.dist import Group
 from radio.errors import ConfigError, DataError, SizeError
 from radio.images import decode
 from train.config import DataConfig

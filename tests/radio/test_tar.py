@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from evals.core.tar import UNREADABLE, index_shard
 from radio.errors import DataError
+from radio.tar import UNREADABLE, index_shard
 from train.data.shards import LeftOut
 
 Shard = Callable[..., Path]

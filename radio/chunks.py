@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import stat
@@ -23,10 +24,16 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from radio.errors import DataError, RadioError, shown
-from radio.io import MAX_DATA_BYTES, lines_of, read_text, validate, write_bytes, write_text
-
 from .dist import Group
+from .errors import DataError, RadioError, shown
+from .io import (
+    MAX_DATA_BYTES,
+    lines_of,
+    read_text,
+    validate,
+    write_bytes,
+    write_text,
+)
 
 T = TypeVar("T")
 
@@ -226,3 +233,9 @@ def _checksum(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
 
 def _text_checksum(path: Path, body: str) -> str:
     return hashlib.sha256(json.dumps([*path.parts[-2:], body]).encode()).hexdigest()
+
+
+def default_cache() -> Path:
+    """Return the default cache folder of features: `$XDG_CACHE_HOME/am-radio`, or under `~/.cache`."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "am-radio"

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import torch
 
-import radio
-from radio.errors import ConfigError
+from .errors import ConfigError
 
 _PACKAGES = (
     *("am-radio", "torch", "torchvision", "timm", "numpy", "pillow", "faiss-cpu", "faiss-gpu"),
@@ -39,7 +38,7 @@ def versions() -> dict[str, str]:
 @lru_cache
 def commit() -> str | None:
     """Return the git commit of our source tree, `-dirty` if uncommitted changes exist; None without git."""
-    root = Path(radio.__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():  # an installed wheel may lie inside somebody else's checkout
         return None
     head = _git(root, "rev-parse", "HEAD")

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from evals.core.chunks import (
+from radio.chunks import (
     Damage,
     DamagedError,
     TensorSpec,

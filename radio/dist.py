@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from radio.errors import RadioError
+from .errors import RadioError
 
 T = TypeVar("T")
 

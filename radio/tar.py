@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple, final
 
-from radio.errors import DataError, shown
-from radio.images import IMAGE_ENDINGS
-from radio.io import decode_text
+from .errors import DataError, shown
+from .images import IMAGE_ENDINGS
+from .io import decode_text
 
 UNREADABLE = -1
 """The size of an image whose bytes do not exist."""

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from evals.core import dist
-from evals.core.dist import Group, agree, current, joined
+from radio import dist
+from radio.dist import Group, agree, current, joined
 from radio.errors import RadioError
 
 

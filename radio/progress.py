@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol, final, runtime_checkable
 
@@ -21,7 +21,24 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from .evaluator import Advance, ProgressFactory, no_progress
+Advance = Callable[[int], None]
+"""Advances a progress bar by a number of images."""
+
+
+class ProgressFactory(Protocol):
+    """Shows the progress of a long job; the command line passes one that draws a bar."""
+
+    def __call__(self, label: str, total: int) -> AbstractContextManager[Advance]:
+        """Open a context in which the progress over `total` steps is reported."""
+
+
+def no_progress(label: str, total: int) -> AbstractContextManager[Advance]:
+    """Open a progress context that shows nothing."""
+    return nullcontext(_ignore)
+
+
+def _ignore(steps: int) -> None:
+    """Do nothing."""
 
 
 @runtime_checkable

@@ -16,12 +16,11 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from radio.errors import DataError, shown
-from radio.images import IMAGE_ENDINGS, MAX_IMAGE_BYTES, decode
-from radio.io import expand_braces
-
 from .chunks import DamagedError, read_records, write_records
-from .evaluator import ProgressFactory, no_progress
+from .errors import DataError, shown
+from .images import IMAGE_ENDINGS, MAX_IMAGE_BYTES, decode
+from .io import expand_braces
+from .progress import ProgressFactory, no_progress
 from .tar import UNREADABLE, dots_note, index_shard
 
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from evals.core.data import aligned_labels, open_source
-from evals.core.stored import list_unlabelled
+from radio.data import aligned_labels, open_source
 from radio.errors import DataError
+from radio.image_files import list_unlabelled
 from radio.images import decode
 from radio.scenes import CLASSES, render
 from train.config import DataConfig
@@ -91,7 +91,7 @@ def test_the_memo_saves_reading_and_notices_a_change(
     root, memo = make_folder(tmp_path / "d"), tmp_path / "memo"
     fingerprint = open_source(str(root), memo=memo).fingerprint
     with monkeypatch.context() as patch:
-        patch.setattr("evals.core.stored._bytes", lambda entry: pytest.fail("read again"))
+        patch.setattr("radio.image_files._bytes", lambda entry: pytest.fail("read again"))
         assert open_source(str(root), memo=memo).fingerprint == fingerprint
     (root / "c0" / "000.png").write_bytes((root / "c1" / "000.png").read_bytes())
     assert open_source(str(root), memo=memo).fingerprint != fingerprint
