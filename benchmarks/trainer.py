@@ -36,9 +36,9 @@ from train.batches import Batch
 from train.config import TrainConfig
 from train.data.sources import Sources
 from train.data.stream import open_stream
+from train.loggers import JsonLines, ProgressConsole
 from train.parallel import DistributedStudent
 from train.recipes import recipes
-from train.sinks import JsonLines, ProgressConsole
 from train.trainer import Trainer
 
 OUTSIDE, LOADING, CACHED = 0.05, 3.0, 1.5  # at most, at least, at least

@@ -21,7 +21,7 @@ from radio.students import students
 from radio.types import Student, Teacher, Windowed
 
 from .balancing import check_balance
-from .config import TeacherConfig, TrainConfig
+from .config import TeacherConfig, TrainConfig, run_name
 from .data.progress import LISTING
 from .images import DatasetInfo
 from .parallel import check_shardable, is_half
@@ -323,11 +323,6 @@ def window_candidates(
         side: tuple(w for w in config.windows if (side // patch) % w == 0 and w < side // patch)
         for side in sides
     }
-
-
-def run_name(config: TrainConfig) -> str:
-    """Return the run's name: that of its folder, also when given as `.` or `..`."""
-    return config.out.resolve().name if config.out.name in ("", "..") else config.out.name
 
 
 def make_metadata(

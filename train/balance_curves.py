@@ -16,8 +16,7 @@ from rich.text import Text
 from radio.errors import require, shown
 from radio.io import write_bytes, write_text
 
-from .records import LOG, read_records
-from .sinks import say
+from .loggers import LOG, read_records, say
 
 _SUFFIX = "_weight"
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's palette

@@ -16,8 +16,8 @@ from .cache import CacheJob, GroupedCaches, open_caches
 from .config import TrainConfig
 from .crops import FixedCrops
 from .images import ConcatImages
+from .loggers import ProgressConsole, say
 from .partition import Partition
-from .sinks import ProgressConsole, say
 
 _LARGE = 1e9  # bytes; above this the user has to confirm
 

@@ -18,11 +18,10 @@ from radio.options import parse_options
 from .assembly import round_resolutions
 from .config import TrainConfig
 from .data.shards import runs_program
-from .plan import PlanOptions, make_plan
-from .plan_table import print_plan
+from .loggers import say
+from .plan import PlanOptions, make_plan, print_plan
 from .preempt import REQUEUE
 from .recipes import recipes
-from .sinks import say
 from .tables import check_tasks, rows_of, tables, train_all
 from .teachers_from_scenes import TeachersConfig
 from .teachers_from_scenes import main as train_teachers

@@ -162,3 +162,8 @@ class TrainConfig:
     eval_tasks: tuple[str, ...] = ("knn", "zeroshot")  # evaluators to run
     max_nonfinite_steps: Count = 10  # stop after so many skipped steps in a row (non-finite gradients)
     score: tuple[str, ...] = ()  # tasks at the end, for student, untrained student, teachers
+
+
+def run_name(config: TrainConfig) -> str:
+    """Return the run's name: that of its folder, also when given as `.` or `..`."""
+    return config.out.resolve().name if config.out.name in ("", "..") else config.out.name

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from radio.errors import ConfigError, DataError
 
+from .loggers import read_records
 from .partition import Partition, best_split
-from .records import read_records
 
 _SHORTEST = 1e-12  # seconds per step, and images: no run is below, or above the inverse
 

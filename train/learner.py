@@ -18,8 +18,8 @@ from .balancing import make_balancer
 from .batches import Batch
 from .config import TrainConfig
 from .ema import Average
+from .monitor import PerformanceMonitor
 from .optim import learning_rate, make_optimizer, moments
-from .pace import PerformanceMonitor
 from .parallel import DistributedStudent, blocks_of, find_peers, gather_weights, is_half
 from .partition import Partition, TeacherGroup
 from .sampling import draw_window, generator

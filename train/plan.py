@@ -1,28 +1,275 @@
-"""Plan of a run at a given number of ranks: each rank's work and memory, and the run's duration.
-
-Nothing is loaded or run: operations and bytes are counted on models without weights.
-"""
+"""Plan of a run at a given number of ranks: each rank's operations and memory, and the run's duration."""
 
 from __future__ import annotations
 
+import copy
 import math
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
-from torch import nn
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from radio.config import Count, check_options
-from radio.errors import ConfigError
+from radio.errors import ConfigError, shown
+from radio.hub import outline_teacher
 from radio.model import RadioModel
+from radio.types import Teacher
 
-from .assembly import check_settings, partition_ranks
+from .assembly import (
+    TeacherFacts,
+    check_settings,
+    check_student,
+    model_config,
+    partition_ranks,
+    student_resolutions,
+    teacher_sizes,
+    window_candidates,
+)
+from .balancing import make_balancer
+from .batches import GroupBatch
 from .config import PositiveShare, Ranks, TrainConfig
-from .cost import Cost, Outline, bytes_of, count, outline
 from .imbalance import Proposal, idle_share, idle_shares, measured, propose
+from .loggers import say
 from .parallel import blocks_of
 from .partition import Partition, TeacherGroup
+from .step import (
+    DistillationLoss,
+    Part,
+    StudentPass,
+    in_parts,
+    teacher_features,
+)
+from .teacher_weights import make_lean
+
+_ATEN = torch.ops.aten
+_GPUS_NAMES = {  # torch has formulas for the GPU attention kernels, which take the same arguments
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _ATEN._scaled_dot_product_flash_attention,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: (
+        _ATEN._scaled_dot_product_flash_attention_backward
+    ),
+}
+
+
+class Cost(NamedTuple):
+    """Cost of one rank's images of a group in one step."""
+
+    teacher_flops: int  # 0 with a teacher cache
+    forward_flops: int  # student, adaptors and losses
+    backward_flops: int
+    inputs: int  # bytes of the images and of the teachers' features
+    teacher_working: int  # bytes beyond weights and features at the peak of the teachers' forward
+    activations: int  # bytes beyond weights and inputs at the peak of the student's forward
+    peak: int  # over forward and backward, gradients included unless allocated before
+    copies: int  # bytes in both peaks: weights in half precision
+
+    @property
+    def flops(self) -> int:
+        """All operations."""
+        return self.teacher_flops + self.forward_flops + self.backward_flops
+
+
+class Outline(NamedTuple):
+    """Student, adaptors and teachers of a run on the meta device."""
+
+    model: RadioModel
+    teachers: dict[str, Teacher]
+    facts: dict[str, TeacherFacts]
+    windows: dict[int, tuple[int, ...]]  # to sample from, per side of the student's input
+    mode: FakeTensorMode  # mode in which they can be called
+
+    def of(self, *groups: TeacherGroup) -> RadioModel:
+        """Copy the model with the adaptors of these groups only, as their ranks hold it."""
+        held = copy.copy(self.model)
+        names = [name for group in groups for name in group.teachers]
+        adaptors = nn.ModuleDict({name: self.model.adaptors[name] for name in names})
+        held._modules = {**self.model._modules, "adaptors": adaptors}
+        return held
+
+
+def outline(config: TrainConfig, *, half: bool = False) -> Outline:
+    """Build a run's models without weights; no file is read where the teacher's family permits it.
+
+    Args:
+        config: the run's settings.
+        half: forwards run in bfloat16, so frozen matrices are stored in it.
+
+    Raises:
+        ConfigError: the student or a teacher is unknown, or settings contradict each other.
+        SizeError: a teacher or the student cannot take its resolution.
+    """
+    teachers = {t.name: outline_teacher(t.model) for t in config.teachers}
+    for teacher in teachers.values():
+        make_lean(teacher, config, half=half)
+    sizes = teacher_sizes(config, teachers)
+    facts = {
+        name: TeacherFacts("", sizes[name], teacher.summary_dim, teacher.token_dim)
+        for name, teacher in teachers.items()
+    }
+    with torch.device("meta"):
+        model = RadioModel(model_config(config, facts)).train()
+    beside = student_resolutions(config)
+    windows = window_candidates(model, config, beside)
+    check_student(model.student, beside, windows)
+    # If a process's first backward is on fake tensors, processes forked from it cannot run a backward.
+    torch.ones((), requires_grad=True).exp().backward()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        for module in (model, *teachers.values()):
+            assert isinstance(module, nn.Module)
+            module.to_empty(device="cpu")  # allocates nothing: the mode keeps only shapes
+    return Outline(model, teachers, facts, windows, mode)
+
+
+def count(config: TrainConfig, models: Outline, group: TeacherGroup, *, half: bool, standing: bool) -> Cost:
+    """Count the cost of one rank's images of a group, with the largest window that a step may draw.
+
+    Args:
+        config: the run's settings.
+        models: from `outline`.
+        group: gives the teachers and the number of images.
+        half: run matrix products in bfloat16, as autocast does on a GPU.
+        standing: gradients are already allocated, by another group or part of the same step.
+    """
+    teachers = {name: models.teachers[name] for name in group.teachers}
+    sizes = {name: models.facts[name].size for name in teachers}
+    online = config.cache.folder is None
+    side = max(group.side, *(max(size) for size in sizes.values()))
+    with models.mode, _without_fast_paths():
+        images = torch.empty(group.share, 3, side, side)
+        with CostCounter() as taught, _autocast(half):
+            targets = teacher_features(teachers, sizes, images)
+        features = sum(_size(known.summary) + _size(known.tokens) for known in targets.values())
+        lesson = GroupBatch(group, images, targets)
+        first = in_parts(lesson, None, config.grad_accum_steps)[0]
+        passed = _learn(config, models, first.lesson, half=half, standing=standing)
+    return Cost(
+        teacher_flops=taught.flops if online else 0,
+        forward_flops=passed.forward * config.grad_accum_steps,
+        backward_flops=passed.backward * config.grad_accum_steps,
+        inputs=_size(images) + features,
+        teacher_working=taught.peak - features if online else 0,
+        activations=passed.activations,
+        peak=passed.peak,
+        copies=_half_copies(models.of(group)) if half else 0,
+    )
+
+
+def bytes_of(module: Any) -> int:
+    """Return the bytes of a module's parameters and buffers."""
+    assert isinstance(module, nn.Module)
+    return sum(_size(tensor) for tensor in (*module.parameters(), *module.buffers()))
+
+
+class CostCounter(TorchDispatchMode):
+    """Counts operations, and the bytes that they allocated: currently referenced, and at the peak.
+
+    Tensors from before, such as weights and inputs, are not counted. Torch's `FlopCounterMode` counts the
+    same operations, but keeps the graphs of checkpointed blocks alive.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = self.now = self.peak = 0
+        self._held: dict[int, Any] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operator; add its operations and track its new storages."""
+        named = kwargs or {}
+        self._enter((args, named), counted=False)
+        out = func(*args, **named)
+        self._enter(out, counted=True)
+        packet = func.overloadpacket
+        if (formula := flop_registry.get(_GPUS_NAMES.get(packet, packet))) is not None:
+            self.flops += int(formula(*args, **named, out_val=out))
+        return out
+
+    def _enter(self, tensors: Any, *, counted: bool) -> None:
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, Tensor):
+                self._hold(tensor.untyped_storage(), counted=counted)
+
+    def _hold(self, storage: torch.UntypedStorage, *, counted: bool) -> None:
+        key, size = storage._cdata, storage.nbytes() if counted else 0
+        if key in self._held:
+            return
+
+        def leave(_: Any) -> None:
+            del self._held[key]
+            self.now -= size
+
+        self._held[key] = weakref.ref(storage, leave)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+class _Passed(NamedTuple):
+    forward: int  # operations
+    backward: int
+    activations: int  # bytes at the forward's peak
+    peak: int
+
+
+def _learn(
+    config: TrainConfig, models: Outline, lesson: GroupBatch, *, half: bool, standing: bool
+) -> _Passed:
+    model = models.of(lesson.group)
+    assert isinstance(model.student, nn.Module)
+    asked = [teacher for teacher in config.teachers if teacher.name in lesson.group.teachers]
+    balancer = make_balancer(config.balance, asked, model.summary_dim)
+    distiller = DistillationLoss(model, asked, config.loss, balancer)
+    crops = model.sample_crops(len(lesson.images), torch.Generator())
+    window = max(models.windows[lesson.group.side], default=None)
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter) if standing else None
+    with CostCounter() as tally:
+        with _autocast(half):
+            losses = distiller(StudentPass(model.student), Part(lesson, crops), window, False)
+        forward, activations = tally.flops, tally.peak
+        losses.total.backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+    return _Passed(forward, tally.flops - forward, activations, tally.peak)
+
+
+@contextmanager
+def _without_fast_paths() -> Iterator[None]:
+    """Disable torch's fused attention kernels for inference, which the counter has no formulas for."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _autocast(half: bool) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=half)
+
+
+def _half_copies(model: nn.Module) -> int:
+    """Return the bytes of the half-precision weights that autocast caches until the backward ends."""
+    return sum(2 * parameter.numel() for parameter in model.parameters() if parameter.ndim > 1)
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
 
 PAPERS_RANKS = 64  # paper §4
 A100 = 312.0  # TFLOP/s in bfloat16 without sparsity
@@ -222,3 +469,101 @@ def _world(config: TrainConfig) -> int:
 
 def _only_scenes(config: TrainConfig) -> bool:
     return not config.data.shards and not config.data.images
+
+
+_SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"))
+
+
+def print_plan(plan: RunPlan, console: Console) -> None:
+    """Print a table with a column per group, and a line for every figure of the whole run."""
+    world = plan.partition.world
+    ranks = f"{world} ranks" if world > 1 else "1 rank"
+    turns = ", the groups in turn" if len(plan.kinds) < len(plan.partition.groups) else ""
+    table = Table(
+        title=Text(
+            shown(f"{plan.config.recipe}: {plan.config.student} on {ranks}{turns}, {plan.config.parallel}")
+        ),
+        box=box.ROUNDED if console.is_terminal else box.ASCII,
+    )
+    table.add_column("teachers")
+    for name in (*(group.name for group in plan.partition.groups), "all"):
+        table.add_column(Text(shown(name)), justify="right")
+    _add_work(table, plan)
+    table.add_section()
+    _add_memory(table, plan)
+    console.print(table)
+    for line in _lines(plan):
+        say(console, line)
+
+
+def _add_work(table: Table, plan: RunPlan) -> None:
+    groups, costs = plan.partition.groups, [plan.costs[group.name] for group in plan.partition.groups]
+    size, letter = _scale(max(cost.flops for cost in costs))
+
+    def row(name: str, values: list[object], whole: object = "") -> None:
+        table.add_row(name, *map(str, values), str(whole))
+
+    row("their pixels", [" ".join(str(plan.sizes[t][0]) for t in group.teachers) for group in groups])
+    row("the student's pixels", [group.side for group in groups])
+    row("ranks", [len(group.ranks) for group in groups], plan.partition.world)
+    row("images a rank and step", [group.share for group in groups])
+    row("images a step", [group.batch_size for group in groups], plan.partition.batch_size)
+    for part in ("teacher", "forward", "backward"):
+        counts = [getattr(cost, f"{part}_flops") for cost in costs]
+        row(f"{letter}FLOP a rank and step, {part}", [f"{count / size:.3g}" for count in counts])
+    row("seconds a step", [f"{plan.seconds[g.name]:.3g}" for g in groups], f"{plan.step_seconds:.3g}")
+    row("idle", [f"{plan.idle_shares[group.name]:.0%}" for group in groups], f"{plan.idle:.0%}")
+
+
+def _add_memory(table: Table, plan: RunPlan) -> None:
+    size, letter = _scale(max(kind.memory.peak for kind in plan.kinds))
+    alike = len(plan.kinds) == 1
+    for part in Memory._fields:
+        amounts = [getattr(kind.memory, part) for kind in plan.kinds]
+        if any(amounts):
+            shown = [f"{amount / size:.3g}" for amount in amounts]
+            blanks = [""] * (len(table.columns) - 1 - len(shown))
+            cells = [*blanks, *shown] if alike else [*shown, *blanks]
+            table.add_row(f"{letter}B on a rank, {part}", *cells)
+
+
+def _scale(largest: float) -> tuple[float, str]:
+    """Return the divisor for a number and its unit prefix."""
+    return next(((size, letter) for size, letter in _SCALES if largest >= size), _SCALES[-1])
+
+
+def _lines(plan: RunPlan) -> Iterator[str]:
+    config = plan.config
+    size, letter = _scale(plan.flops)
+    products = "bfloat16" if plan.half else "float32"
+    yield f"operations: {plan.flops / size:.4g} {letter}FLOP a step, matrix products in {products}"
+    if plan.options.measured is not None:
+        pace = f"as {plan.options.measured} measured"
+    else:
+        known = "--peak-tflops" if config.peak_tflops else "an A100's; give --peak-tflops"
+        pace = f"at {plan.options.utilisation:.0%} of {plan.peak_tflops:g} TFLOP/s ({known})"
+    hours = plan.days * 24 * plan.partition.world
+    yield f"time: {config.steps} steps in {_time(plan.days)} {pace}; {hours:.4g} hours of one device"
+    samples = config.steps * plan.partition.batch_size
+    if plan.passes is None:
+        yield f"data: {samples} images; give --images, how many there are, for the number of passes"
+    else:
+        yield f"data: {samples} images, {plan.passes:.3g} passes"
+    if (better := plan.proposal) is not None:
+        split = " ".join(map(str, better.split))
+        yield f"faster: --ranks-per-group {split}, {better.after:.3g} s a step instead of {better.before:.3g}"
+    elif len(plan.kinds) > 1:
+        yield "no other --ranks-per-group is faster"
+
+
+def _time(days: float) -> str:
+    units = ((1.0, "days"), (1 / 24, "hours"), (1 / 1440, "minutes"))
+    size, unit = next((pair for pair in units if days >= pair[0]), (1 / 86400, "seconds"))
+    return f"{days / size:.1f} {unit}"
+
+
+def step_flops(config: TrainConfig, partition: Partition) -> int:
+    """Count the operations of a step over all ranks; takes a few seconds for small students."""
+    models = outline(config)
+    costs = {group: count(config, models, group, half=False, standing=True) for group in partition.groups}
+    return sum(len(group.ranks) * cost.flops for group, cost in costs.items())

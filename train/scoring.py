@@ -25,8 +25,7 @@ from radio.progress import watch_on
 from radio.types import Backbone
 
 from .config import TrainConfig
-from .records import LOG, Record, read_records
-from .sinks import say
+from .loggers import LOG, Record, read_records, say
 
 _STUDENTS_ONLY = "vqa"  # it trains a language model: minutes per model
 

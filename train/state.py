@@ -35,7 +35,7 @@ from radio.dist import Group
 from radio.errors import CheckpointError, RadioError
 from radio.io import read_json, validate, write_text
 
-from .guards import first_bad
+from .monitor import first_bad
 
 _NOTES = "run.json"
 _ALONE = "torch.distributed is disabled"  # torch's warning to a single process

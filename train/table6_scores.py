@@ -25,8 +25,8 @@ from radio.hub import load_backbone
 from radio.progress import watch_on
 
 from .config import TrainConfig
+from .loggers import say
 from .scoring import make_job, tell
-from .sinks import say
 
 FEW: Mapping[str, Mapping[str, Any]] = {"knn": {"scenes": (1200, 300)}, "zeroshot": {"scenes": 300}}
 """Settings of the tasks: the slowest student sees as many images as the fastest."""

@@ -19,8 +19,8 @@ from radio.registry import Registry
 
 from .assembly import check_settings, round_resolutions
 from .config import TrainConfig
+from .loggers import say
 from .parallel import join
-from .sinks import say
 from .trainer import Trainer
 
 Rows: TypeAlias = Mapping[str, TrainConfig]

@@ -22,11 +22,11 @@ from radio.teachers.scenes import NAMES, Clip, Name, frozen_clip, frozen_dense, 
 from radio.teachers.scenes_sam import new_sam
 
 from .config import BatchSize, OptimConfig, Rate
-from .guards import first_bad
+from .loggers import say
+from .monitor import first_bad
 from .optim import learning_rate, make_optimizer
 from .scenes_lessons import ClipLesson, DenseLesson, Loss, SamLesson, SceneBatch, lessons
 from .scenes_scores import FULL, QUICK, Protocol, Scores, box_miou, score
-from .sinks import say
 
 COMMAND: Final = "radio-train scenes-teachers"
 _ORDER: tuple[Name, ...] = ("dense", "clip", "sam")  # CLIP's trunk starts from the dense one's

@@ -37,29 +37,25 @@ from .assembly import (
     partition_ranks,
     provenance,
     resume_signature,
-    run_name,
     student_resolutions,
     window_candidates,
 )
 from .batches import Batch, cached_batches, crop_sides, load, online_batches
 from .cache import GroupedCaches
 from .caching import cache_jobs, fill_caches
-from .config import TrainConfig
+from .config import TrainConfig, run_name
 from .data.faults import LOG_KEYS
 from .data.progress import LISTING, DataState, start_progress
 from .data.sources import Sources, open_sources
 from .data.stream import fewer_workers, open_stream
-from .guards import NonFiniteMonitor, Plain, first_bad
 from .images import ConcatImages, open_images
 from .learner import Learner
-from .log import Log, open_log
-from .metrics import Meters, Row
+from .loggers import Log, ProgressConsole, Record, open_log, say, summarise
+from .monitor import Meters, MetersState, NonFiniteMonitor, NonFiniteState, first_bad
 from .optim import odd_count
 from .parallel import check_started
 from .partition import TeacherGroup
 from .preempt import Preemption
-from .records import Record
-from .sinks import ProgressConsole, say, summarise
 from .state import CheckpointManager, Found
 from .step import teacher_features
 
@@ -199,7 +195,7 @@ class Trainer:
         config = self.config
         if self.step and self._evaluates():  # the run was stopped before this evaluation
             self.evaluate(log)
-        self.pace.clock.read()
+        self.pace.start()
         with ProgressConsole(self.console, config.recipe, config.steps, self.step) as bar:
             for batch in prefetch(self.batches(), self.device) if self.overlaps else self.batches():
                 self.advance(batch)
@@ -296,7 +292,7 @@ class Trainer:
             self._tell(f"no state of step {self.step} is written before the log is ({unwritten})")
             return
         on_saved = self._on_saved()
-        mine = {"meters": self.meters.state(), "guard": self.guard.state()}
+        mine = {"meters": self.meters.state_dict(), "guard": self.guard.state_dict()}
         notes = {"ranks": self.group.gather_objects(mine), "data": self.progress.state()}
         self.states.write(self.step, tensors, notes, lambda: on_saved(None))
 
@@ -324,7 +320,7 @@ class Trainer:
         found = self.follower.evaluate(self.step)
         if log is not None:
             log.write(found)
-        self.pace.clock.skip(time.perf_counter() - start)
+        self.pace.skip(time.perf_counter() - start)
 
     def _evaluates(self) -> bool:
         return self.follower is not None and self.step % self.config.eval_every == 0
@@ -341,25 +337,28 @@ class Trainer:
         ranks = found.notes["ranks"]
         if len(ranks) == self.group.world:
             mine = ranks[self.group.rank]
-            self.meters.restore(mine["meters"], self.device)
-            self.guard.restore(mine["guard"])
+            self.meters.load_state_dict(mine["meters"])
+            self.guard.load_state_dict(mine["guard"])
         else:
             if self.group.leads:
-                self.meters.restore([row for rank in ranks for row in rank["meters"]], self.device)
-            self.guard.restore(ranks[0]["guard"])
+                self.meters.load_state_dict(
+                    {"rows": [row for rank in ranks for row in rank["meters"]["rows"]]}
+                )
+            self.guard.load_state_dict(ranks[0]["guard"])
         self.progress.restore(found.notes["data"])
         return found.step
 
     def _misfit(self, found: Found) -> str:
         """Describe optimizer counts that contradict the loaded state's step; empty if none."""
-        left_out = found.notes["ranks"][0]["guard"][0][0]
+        left_out = found.notes["ranks"][0]["guard"]["total"]
         partly = "model.student." if students.plugin(self.config.student) else "-"  # may skip blocks
         odd = odd_count(self.learner.optimizer, self.learner.distiller, found.step - left_out, partly=partly)
         return odd and f"optimizer.{odd} in it, after {found.step} steps of which {left_out} were left out"
 
     def _doubt(self) -> str:
         """Warn if the final weights are doubtful, else return an empty string. Every rank calls it."""
-        left_out, _, in_a_row, _ = self.guard.state()[0]
+        guard = self.guard.state_dict()
+        left_out, in_a_row = guard["total"], guard["in_a_row"]
         first = 0.0 if self.first is None else float(self.group.sum(self.first.cpu())) / self.group.world
         doubts = []
         if in_a_row or left_out > _DOUBTFUL_SHARE * self.step:
@@ -392,8 +391,8 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 class _RankNotes(TypedDict):
-    meters: list[Row]
-    guard: Plain
+    meters: MetersState
+    guard: NonFiniteState
 
 
 class _Notes(TypedDict):

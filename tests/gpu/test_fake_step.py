@@ -18,14 +18,13 @@ from radio.dist import Group
 from radio.model import RadioModel
 from radio.students import StudentOptions
 from radio.types import Features
-from train import stopwatch
+from train import monitor as stopwatch
 from train.assembly import TeacherFacts, model_config
 from train.balancing import Balancer, make_balancer
 from train.batches import Batch, GroupBatch
 from train.config import BalanceConfig, LossConfig, OptimConfig, TeacherConfig, TrainConfig
-from train.guards import NonFiniteMonitor
 from train.learner import Learner
-from train.metrics import Meters
+from train.monitor import Meters, NonFiniteMonitor
 from train.partition import make_partition
 
 from .fake import GPU, on_gpu, pretend

@@ -27,7 +27,7 @@ from radio.hub import load_teacher
 from radio.nn.positions import CroppedPositions, draw_crops
 from train.ahead import prefetch
 from train.config import DataConfig, OptimConfig, TeacherConfig, TrainConfig
-from train.stopwatch import Stopwatch
+from train.monitor import Stopwatch
 from train.teacher_weights import halve
 from train.trainer import Trainer
 

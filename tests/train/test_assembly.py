@@ -19,12 +19,11 @@ from train.assembly import (
     make_metadata,
     model_config,
     round_resolutions,
-    run_name,
     student_resolutions,
     teacher_sizes,
     window_candidates,
 )
-from train.config import CacheConfig, TeacherConfig, TrainConfig
+from train.config import CacheConfig, TeacherConfig, TrainConfig, run_name
 from train.images import open_images
 
 from .conftest import CPU, TEACHERS

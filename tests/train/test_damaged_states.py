@@ -20,8 +20,7 @@ from safetensors.torch import save_file
 
 from radio.dist import Group
 from radio.errors import CheckpointError, RadioError
-from train.guards import NonFiniteMonitor, Plain, first_bad
-from train.metrics import Meters, Row
+from train.monitor import Meters, MetersState, NonFiniteMonitor, first_bad
 from train.state import CheckpointManager
 from train.trainer import _NOTES
 
@@ -44,7 +43,7 @@ def notes() -> dict[str, Any]:
     guard.update(torch.tensor(False), [{"clip/spatial": torch.tensor(float("nan"))}])
     meters.add({"loss": torch.tensor(1.0)})
     return {
-        "ranks": [{"meters": meters.state(), "guard": guard.state()}],
+        "ranks": [{"meters": meters.state_dict(), "guard": guard.state_dict()}],
         "data": {"cursors": [], "counts": [0]},
     }
 
@@ -151,12 +150,12 @@ HARM: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "guard 3": (changed(lambda kept: kept["notes"]["ranks"][0].update(guard=3)), "ranks[0].guard"),
     "guard of 2**70": (
-        changed(lambda kept: kept["notes"]["ranks"][0].update(guard=[[2**70] * 4, []])),
+        changed(lambda kept: kept["notes"]["ranks"][0]["guard"].update(total=2**70)),
         "ranks[0].guard",
     ),
     "meters 3": (changed(lambda kept: kept["notes"]["ranks"][0].update(meters=[3])), "ranks[0].meters"),
     "meters of another length": (
-        changed(lambda kept: kept["notes"]["ranks"][0].update(meters=[[["loss"], [1.0, 2.0, 3.0]]])),
+        changed(lambda kept: kept["notes"]["ranks"][0]["meters"].update(rows=[[["loss"], [1.0, 2.0, 3.0]]])),
         "wanted a sum for each name",
     ),
     "no files": (changed(lambda kept: kept.update(files={})), "run.json: files: "),
@@ -281,8 +280,10 @@ def test_the_first_tensor_that_is_not_finite_is_named() -> None:
 def test_meters_that_are_not_finite_come_back() -> None:
     first, second = Meters(), Meters()
     first.add({"loss": torch.tensor(torch.nan), "norm": torch.tensor(2.0)})
-    plain = TypeAdapter(list[Row]).validate_python(json.loads(json.dumps(first.state(), allow_nan=False)))
-    second.restore(plain, CPU)
+    plain = TypeAdapter(MetersState).validate_python(
+        json.loads(json.dumps(first.state_dict(), allow_nan=False))
+    )
+    second.load_state_dict(plain)
     assert str(second.read(Group())) == str(first.read(Group())) == "{'loss': nan, 'norm': 2.0}"
 
 
@@ -318,6 +319,5 @@ def test_anything_anywhere_in_the_notes_is_taken_or_told(tmp_path: Path, place: 
     assert found is not None
     if found.step == 6:
         rank = TypeAdapter(list[dict[str, Any]]).validate_python(found.notes["ranks"])[0]
-        Meters().restore(rank["meters"], CPU)
-        guard: Plain = rank["guard"]
-        NonFiniteMonitor(CPU).restore(guard)
+        Meters().load_state_dict(rank["meters"])
+        NonFiniteMonitor(CPU).load_state_dict(rank["guard"])

@@ -19,11 +19,11 @@ from radio import checkpoint, entry
 from radio.config import write_yaml
 from radio.errors import RadioError
 from radio.students import StudentOptions, students
-from train import sinks
+from train import loggers as sinks
 from train.batches import Batch
 from train.config import TrainConfig
-from train.guards import first_bad
 from train.learner import Learned, Learner
+from train.monitor import first_bad
 from train.trainer import Trainer
 
 from .conftest import TEACHERS, Start, read_records, same_weights, untimed

@@ -1,7 +1,8 @@
-"""The paper's split, costs and days, and memory as the process itself shows it."""
+"""Plans of runs: costs, memory and time against published counts, hand values and real processes."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -10,13 +11,132 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from radio.config import write_yaml
 from radio.errors import ConfigError
 from radio.students import StudentOptions
-from train.config import DataConfig, TeacherConfig, TrainConfig
-from train.plan import PlanOptions, make_plan
+from train.config import CacheConfig, DataConfig, TeacherConfig, TrainConfig
+from train.partition import make_partition
+from train.plan import Cost, CostCounter, PlanOptions, bytes_of, count, make_plan, outline, print_plan
 from train.recipes import recipes
+
+CLIP = TeacherConfig(name="clip", model="tiny:clip")
+
+
+def cost_of(config: TrainConfig, *, half: bool = False, standing: bool = False) -> Cost:
+    group = make_partition(config, 1).groups[0]
+    return count(config, outline(config), group, half=half, standing=standing)
+
+
+def test_bytes_that_are_held() -> None:
+    weight = torch.zeros(1000, requires_grad=True)
+    with CostCounter() as tally:
+        doubled = weight * 2
+        view = doubled.view(10, 100)[1:]
+        assert tally.now == 4000  # a view is no storage of its own
+        whole = (view + 1).sum()
+        assert (tally.now, tally.peak) == (4004, 4000 + 3600 + 4)
+        del doubled
+        assert tally.now == 4004  # the view still holds it
+        del view
+        assert tally.now == 4
+        assert float(whole.detach()) == 900
+    with CostCounter() as tally:
+        (weight.exp() * 3).sum().backward()
+        assert tally.now == 4000  # the gradient
+        weight.grad = None
+        assert tally.now == 0
+
+
+def test_recomputed_graphs_are_let_go() -> None:
+    layers = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)) for _ in range(4))
+    x = torch.zeros(100, 64, requires_grad=True)
+    with CostCounter() as tally:
+        y = x
+        for layer in layers:
+            y = torch.utils.checkpoint.checkpoint(layer, y, use_reentrant=False)
+        y.sum().backward()
+        del y
+        x.grad = None
+        layers.zero_grad(set_to_none=True)
+        assert tally.now == 0
+
+
+def test_operations_are_those_of_torchs_counter() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.Flatten(2), nn.Linear(16, 16), nn.GELU())
+    x = torch.randn(2, 3, 16, 16)
+    with CostCounter() as ours:
+        model(x).sum().backward()
+    with FlopCounterMode(display=False) as theirs:
+        model(x).sum().backward()
+    assert ours.flops == theirs.get_total_flops() > 0
+
+
+def test_attention_by_the_fused_kernel() -> None:
+    q = torch.zeros(2, 4, 10, 16, requires_grad=True)
+    with CostCounter() as tally:
+        out = F.scaled_dot_product_attention(q, q, q).sum()
+        assert tally.flops == 2 * (2 * 2 * 4 * 10 * 10 * 16)  # q k and its product with v
+        out.backward()
+        assert tally.flops == (2 + 5) * (2 * 2 * 4 * 10 * 10 * 16)  # the backward makes q k anew
+
+
+def test_the_operations_of_a_step_by_hand(config: TrainConfig) -> None:
+    chosen = replace(config, student="vit-b16", resolution=64, teachers=(CLIP,), batch_size=3)
+    d, t, teacher = 768, 16 + 1, 25
+    block = 2 * t * (3 * d * d + d * d + 2 * 4 * d * d) + 2 * 2 * t * t * d
+    stem = 2 * 16 * d * 3 * 16 * 16
+    heads = 2 * (d * d + 12 * d) + 2 * teacher * (d * d + 24 * d)  # the spatial one on the teacher's grid
+    found = cost_of(chosen)
+    assert found.forward_flops == 3 * (12 * block + stem + heads)
+    assert found.teacher_flops == 3 * 2 * (25 * 24 * 3 * 10 * 10 + 24 * 12)
+    # Twice the forward, but no gradient of the images, and attention's q k once more.
+    assert found.backward_flops == 3 * (12 * (2 * block + 2 * t * t * d) + stem + 2 * heads)
+    assert found.flops == found.teacher_flops + found.forward_flops + found.backward_flops
+    # Images of 64 px for both, and the features of a 5 x 5 grid.
+    assert found.inputs == 3 * 4 * (3 * 64 * 64 + 25 * 24 + 12)
+
+
+def test_memory_grows_with_the_images_and_gradients_with_the_weights(config: TrainConfig) -> None:
+    few, many = (
+        cost_of(replace(config, teachers=(CLIP,), batch_size=size), standing=True) for size in (8, 16)
+    )
+    assert many.activations == pytest.approx(2 * few.activations, rel=0.02)
+    assert many.peak >= many.activations
+    weights = bytes_of(outline(replace(config, teachers=(CLIP,))).model)
+    small = replace(config, teachers=(CLIP,), batch_size=1)
+    alone, standing = cost_of(small), cost_of(small, standing=True)
+    assert alone.activations == standing.activations
+    assert weights < alone.peak < weights + standing.peak
+
+
+def test_what_makes_it_cheaper(config: TrainConfig) -> None:
+    config = replace(config, teachers=(CLIP,), batch_size=16)
+    plain = cost_of(config)
+    parts = cost_of(replace(config, grad_accum_steps=4))
+    assert (parts.flops, parts.inputs) == (plain.flops, plain.inputs)
+    assert parts.activations == pytest.approx(plain.activations / 4, rel=0.05)
+    saving = cost_of(replace(config, options=StudentOptions(activation_checkpointing=True)))
+    assert saving.activations < 0.8 * plain.activations
+    assert saving.backward_flops > 1.2 * plain.backward_flops
+    half = cost_of(config, half=True)
+    assert half.flops == plain.flops
+    assert 0.5 * plain.activations < half.activations < 0.8 * plain.activations
+    cached = cost_of(replace(config, cache=CacheConfig(folder=config.out)))
+    assert (cached.teacher_flops, cached.teacher_working) == (0, 0)
+    assert cached.forward_flops == plain.forward_flops
+
+
+@pytest.mark.parametrize("kind", ["uncertainty", "adaloss"])
+def test_balancers_can_be_counted(config: TrainConfig, kind: str) -> None:
+    balanced = replace(config, balance=replace(config.balance, kind=kind))
+    assert cost_of(balanced).forward_flops >= cost_of(config).forward_flops
+
 
 ROOT = Path(__file__).parents[2]
 CLIP = TeacherConfig(name="clip", model="tiny:clip")
@@ -147,3 +267,46 @@ def test_memory_is_what_the_process_takes(config: TrainConfig, tmp_path: Path, n
     chosen = replace(base, **MEASURED[name])  # type: ignore[arg-type]
     planned = make_plan(chosen, PlanOptions(world=1)).kinds[0].memory.peak
     assert planned == pytest.approx(grown(chosen, tmp_path / "config.yaml"), rel=0.15)
+
+
+def printed(config: TrainConfig, options: PlanOptions) -> list[str]:
+    out = io.StringIO()
+    print_plan(make_plan(config, options), Console(file=out, width=80))
+    lines = out.getvalue().splitlines()
+    assert all(len(line) <= 80 for line in lines if line.startswith("|"))
+    return [" ".join(line.replace("|", " ").split()) for line in lines]
+
+
+def test_every_group_has_a_column(config: TrainConfig) -> None:
+    teachers = (
+        TeacherConfig(name="clip", model="tiny:clip"),
+        TeacherConfig(name="dense", model="tiny:dense", resolution=96),
+        TeacherConfig(name="sam", model="tiny:sam", student_resolution=96, batch_size=2),
+    )
+    chosen = replace(config, teachers=teachers, batch_size=16, steps=100_000, peak_tflops=0.01, device="cpu")
+    lines = printed(chosen, PlanOptions(world=3, utilisation=0.5, images=1_000_000))
+    assert lines[0] == "test: vit-tiny12 on 3 ranks, ddp"
+    assert "teachers clip+dense sam all" in lines
+    assert "their pixels 50 96 108" in lines
+    assert "ranks 2 1 3" in lines or "ranks 1 2 3" in lines
+    assert "images a step 16 2 18" in lines
+    assert any(line.startswith("MB on a rank, activations") for line in lines)
+    assert not any("average" in line for line in lines)  # there is none
+    assert "data: 1800000 images, 1.8 passes" in lines
+    text = " ".join(lines)
+    assert "at 50% of 0.01 TFLOP/s (--peak-tflops)" in text
+    assert "products in float32" in text
+    assert "100000 steps in" in text
+
+
+def test_a_process_alone_takes_turns(config: TrainConfig) -> None:
+    teachers = (
+        TeacherConfig(name="clip", model="tiny:clip"),
+        TeacherConfig(name="sam", model="tiny:sam", batch_size=2),
+    )
+    lines = printed(replace(config, teachers=teachers, ema=0.9), PlanOptions(world=1))
+    assert lines[0] == "test: vit-tiny12 on 1 rank, the groups in turn, ddp"
+    assert "idle 0% 0% 0%" in lines
+    assert any(line.startswith("MB on a rank, average") for line in lines)
+    assert any(line.startswith("data: 72 images; give --images") for line in lines)
+    assert "an A100's; give --peak-tflops" in " ".join(lines)
