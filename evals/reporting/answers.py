@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from evals.core.report import Report
-from radio.chunks import default_cache
-from radio.errors import DataError
+from radio.errors import RadioError
+from radio.scenes import render
 
 from .blocks import Block, Collapsible, Example, Examples, Panel, Plots, Thumbnail, notes
 from .figures import bars
@@ -16,7 +19,8 @@ from .records import Answered, answered, read_records
 from .sections import Scored
 
 _TASKS = ("gqa", "vqav2", "textvqa", "scienceqa", "custom")
-_BELOW = ("images", "vqav2/val2014", "scienceqa/images")  # image folders of the generated benchmarks
+# Images of the generated benchmarks; the numbers of the first kind count from 0, of the others from 1.
+_GENERATED = re.compile(r"scene(\d{7})\.jpg|(?:COCO_val2014_|test/)(\d{1,12})(?:\.jpg|/image\.png)")
 _EACH = 3  # right answers, and wrong ones, that are shown of a benchmark
 _LONGEST = 240  # letters of a question
 
@@ -44,7 +48,6 @@ def vqa_blocks(scored: Scored) -> tuple[list[Block], frozenset[str]]:
     shown: list[Examples] = []
     for entry in scored.entries:
         found, remarks = read_records(entry, answered)
-        folders = image_folders(entry.report)
         warnings += remarks
         for file, records in found.items():
             task = next((task for task in _TASKS if file.endswith(f"-{task}.jsonl")), "questions")
@@ -52,7 +55,7 @@ def vqa_blocks(scored: Scored) -> tuple[list[Block], frozenset[str]]:
                 Examples(
                     caption=f"{entry.report.model}, {task}: answers right and wrong.",
                     examples=tuple(
-                        _example(record, _image(record, folders, scored.image_budget))
+                        _example(record, _image(record, entry.report, scored.image_budget))
                         for record in choose(records)
                     ),
                 )
@@ -73,29 +76,23 @@ def _spread(records: Sequence[Answered]) -> list[Answered]:
     return [records[place * len(records) // count] for place in range(count)]
 
 
-def image_folders(report: Report) -> list[Path]:
-    """List the folders that may hold the images of the questions: as the settings say, or in the cache."""
-    named = report.settings.get("images")
-    if isinstance(named, str):
-        return [Path(named)]
-    if report.settings.get("questions") is not None:
-        return []
-    seed, named = report.settings.get("seed", 0), report.settings.get("cache")
-    if not isinstance(seed, int) or not (named is None or isinstance(named, str)):
-        return []
-    roots = sorted((Path(named or default_cache()) / "scenes").glob(f"vqa-benchmarks-*-seed{seed}"))
-    return [root / below for root in roots for below in _BELOW]
-
-
-def _image(record: Answered, folders: Sequence[Path], image_budget: ImageBudget) -> Thumbnail | None:
+def _image(record: Answered, report: Report, image_budget: ImageBudget) -> Thumbnail | None:
     """Return the image of a question; None where it cannot be found."""
-    for folder in folders if record.image else ():
-        try:
-            pixels = read_image(folder, record.image)
-        except DataError:
-            continue
-        return image_budget.add(pixels, record.image, side=192, shown=96)
-    return None
+    settings = report.settings
+    folder, seed = settings.get("images"), settings.get("seed", 0)
+    generated = _GENERATED.fullmatch(record.image)
+    try:
+        if isinstance(folder, str):
+            pixels = read_image(Path(folder), record.image)
+        elif settings.get("questions") is None and generated and isinstance(seed, int):
+            first, other = generated.groups()
+            index = int(first) if first else int(other) - 1
+            pixels = torch.from_numpy(render(index, split="val", seed=seed).image)
+        else:
+            return None
+    except RadioError:
+        return None
+    return image_budget.add(pixels, record.image, side=192, shown=96)
 
 
 def _example(record: Answered, image: Thumbnail | None) -> Example:

@@ -1,266 +1,687 @@
-"""The generated world as all four benchmarks, each in the file format in which it is published."""
+"""Benchmarks from published files, the user's own questions, and files of predictions. Needs no torch."""
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Callable, Iterator
+import hashlib
+import os
+import re
+import reprlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from string import ascii_uppercase
+from typing import Any, NamedTuple, NotRequired, TypeVar, final, get_args
 
-import numpy as np
-from PIL import Image
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
-from radio.errors import DataError
-from radio.io import write_text
-from radio.scenes import COLOURS, SHAPES, Question, questions, render
+from radio.errors import DataError, did_you_mean, shown
+from radio.io import MAX_DATA_BYTES, lines_of, parse_json, read_text, validate
 
-from .scoring.exam import TaskFiles
-from .scoring.scienceqa import LETTERS
-from .tasks import Task
-from .worlds import make_world
+from .scoring import (
+    LETTERS,
+    NUM_ANSWERS,
+    Benchmark,
+    Grouping,
+    Question,
+    Rule,
+    ScoreFn,
+    Task,
+    commonest,
+    exact_or_soft,
+    score_exact,
+    score_letter,
+    vqa_accuracy,
+)
 
-if TYPE_CHECKING:
-    from radio.chunks import Damage
+T = TypeVar("T")
 
-_METADATA, _FORMAT = "benchmarks.json", "am-radio-vqa-benchmarks/2"
-_JPEG_QUALITY = 95
-_STREAM = 0x5E9A  # a random stream separate from the scenes'
-_NUM_CHOICES = 4
-_NUM_PEOPLE = 10
-_MOST_OTHERS = 3  # people who answer differently; the rest is enough for a full score
-_NUMBER_WORDS = ("zero", "one", "two", "three", "four")
+SHORT_ANSWER = "Answer the question using a single word or phrase."
+LETTER_ANSWER = "Answer with the option's letter from the given choices directly."
 
-_GQA_TYPES = {  # GQA's structural and semantic types
-    "colour": ("query", "attr"),
-    "shape": ("query", "cat"),
-    "exists": ("verify", "obj"),
-    "position": ("choose", "rel"),
-    "count": ("query", "global"),
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskFiles:
+    """The local files of one benchmark. Files that a benchmark does not read must be left out.
+
+    - gqa: `questions` is `val_balanced_questions.json`, `testdev_balanced_questions.json` or the like; the
+      answers are in it.
+    - vqav2: `questions` is `v2_OpenEnded_mscoco_*_questions.json`, `annotations` is
+      `v2_mscoco_*_annotations.json`; without it, no scores but a submission.
+    - textvqa: `questions` is `TextVQA_0.5.1_val.json`; `ocr` puts OCR tokens into the prompts, those of
+      `ocr_file` (`TextVQA_Rosetta_OCR_v0.2_val.json`) or else of each question's own `ocr_tokens`.
+    - scienceqa: `questions` is `problems.json`, `splits` is `pid_splits.json`.
+    """
+
+    questions: Path
+    annotations: Path | None = None
+    splits: Path | None = None
+    split: str | None = None
+    """ScienceQA: the list of `pid_splits.json` (default: test). Others name it in their files; give it if
+    they do not."""
+    ocr: bool = False
+    ocr_file: Path | None = None
+    images: Path | None = None
+    """The folder of the images; not needed to score predictions."""
+
+
+_NEEDLESS: dict[Task, tuple[str, ...]] = {
+    "gqa": ("annotations", "splits", "ocr", "ocr_file"),
+    "vqav2": ("splits", "ocr", "ocr_file"),
+    "textvqa": ("annotations", "splits"),
+    "scienceqa": ("annotations", "ocr", "ocr_file"),
+    "custom": ("annotations", "splits", "ocr", "ocr_file"),
 }
-_VQA_TYPES = {
-    "colour": ("other", "what color is the"),
-    "shape": ("other", "what"),
-    "exists": ("yes/no", "is there a"),
-    "position": ("other", "is the"),
-    "count": ("number", "how many"),
-}
-_SCHOOL = {  # subject, topic, and what to choose from
-    "colour": ("natural science", "physics", COLOURS),
-    "shape": ("language science", "vocabulary", SHAPES),
-}
-_HINTS = ("", "Look at the big object.")
-
-_FILES: dict[Task, TaskFiles] = {
-    "gqa": TaskFiles(questions=Path("gqa/val_balanced_questions.json"), images=Path("images")),
-    "vqav2": TaskFiles(
-        questions=Path("vqav2/v2_OpenEnded_mscoco_val2014_questions.json"),
-        annotations=Path("vqav2/v2_mscoco_val2014_annotations.json"),
-        images=Path("vqav2/val2014"),
-    ),
-    "textvqa": TaskFiles(questions=Path("textvqa/TextVQA_0.5.1_val.json"), images=Path("images")),
-    "scienceqa": TaskFiles(
-        questions=Path("scienceqa/problems.json"),
-        splits=Path("scienceqa/pid_splits.json"),
-        images=Path("scienceqa/images"),
-    ),
-}
 
 
-class _Asked(NamedTuple):
-    """A scene's index, its questions, and the generator of all random choices about them."""
+def open_benchmark(
+    task: Task, files: TaskFiles, *, rule: Rule | None = None, limit: int | None = None
+) -> Benchmark:
+    """Open a benchmark from its local files.
 
-    scene: int
-    questions: tuple[Question, ...]
-    draws: np.random.Generator
-
-
-def write_benchmarks(
-    root: Path, count: int, seed: int, *, size: int = 96, damage: Damage | None = None
-) -> dict[Task, TaskFiles]:
-    """Write the files of the four benchmarks about `count` generated images below `root`; return their paths.
-
-    All images are of the world's validation split. Answers are equally frequent, so that a question's words
-    reveal nothing about its answer. The folder appears when it is complete; an existing one is left
-    unchanged unless it is damaged.
+    Args:
+        task: which benchmark the files are.
+        files: see `TaskFiles`.
+        rule: how VQAv2 (default: `official`) and TextVQA (default: `m4c`) compare answers.
+        limit: use this many questions, evenly spread over the file.
 
     Raises:
-        DataError: fewer than one image, or a folder that holds something else.
-        SceneError: a size or seed out of range.
+        DataError: an unknown benchmark; a file that is absent, another benchmark's, or not read by this one.
     """
-    if count < 1:
-        raise DataError(f"benchmarks of {count} images hold no questions; ask for 1 or more")
-    metadata = {"format": _FORMAT, "count": count, "seed": seed, "size": size}
-    make_world(root, _METADATA, metadata, partial(_fill, count=count, seed=seed, size=size), damage)
-    return files_below(root)
+    known = get_args(Task)
+    if task not in known:
+        raise DataError(f"no benchmark {task!r}; there are {', '.join(known)}{did_you_mean(task, known)}")
+    needless = [name for name in _NEEDLESS[task] if getattr(files, name)]
+    if needless:
+        raise DataError(f"{task} does not read {' and '.join(needless)}; leave that out")
+    if task in ("gqa", "scienceqa", "custom") and rule is not None:
+        raise DataError(f"{task} has one rule, and got {rule!r}; leave that out")
+    if rule is not None and rule not in get_args(Rule):
+        raise DataError(f"no rule {rule!r}; there are {', '.join(get_args(Rule))}")
+    if task == "vqav2":
+        benchmark = read_vqav2(files, rule or "official")
+    elif task == "textvqa":
+        benchmark = read_textvqa(files, rule or "m4c")
+    else:
+        benchmark = {"gqa": read_gqa, "scienceqa": read_scienceqa, "custom": read_custom}[task](files)
+    digest = hashlib.sha256(benchmark.split.encode())
+    for path in (files.questions, files.annotations, files.splits, files.ocr_file):
+        if path is not None:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return replace(benchmark, images=files.images, fingerprint=digest.hexdigest()).limited(limit)
 
 
-def files_below(root: Path) -> dict[Task, TaskFiles]:
-    """Return the paths of the files that `write_benchmarks` writes."""
-    return {task: _below(root, files) for task, files in _FILES.items()}
+def short(question: str) -> str:
+    """Format the prompt of GQA and VQAv2."""
+    return f"{question}\n{SHORT_ANSWER}"
 
 
-def _fill(root: Path, *, count: int, seed: int, size: int) -> None:
-    asked = []
-    for index in range(count):
-        scene = render(index, split="val", seed=seed, size=size)
-        _save(root, index, Image.fromarray(np.ascontiguousarray(scene.image.transpose(1, 2, 0))))
-        draws = np.random.default_rng([_STREAM, seed, index])
-        asked.append(_Asked(index, questions(scene, index, split="val", seed=seed), draws))
-    _save_annotations(root, asked)
+def short_with_ocr(question: str, tokens: Sequence[str] | None) -> str:
+    """Format the prompt of TextVQA: the question with a capital, then the OCR tokens (None: no such line).
+
+    The data set has questions in lower case; LLaVA capitalises them, and writes the line of the tokens even
+    if the list is empty.
+    """
+    read = "" if tokens is None else f"\nReference OCR token: {', '.join(tokens)}"
+    return short(f"{question[:1].upper()}{question[1:]}{read}")
 
 
-def _save(root: Path, index: int, image: Image.Image) -> None:
-    """Write an image under each name that the four benchmarks have for it."""
-    photo, drawing = io.BytesIO(), io.BytesIO()
-    image.save(photo, format="JPEG", quality=_JPEG_QUALITY, subsampling=0)
-    image.save(drawing, format="PNG", compress_level=1)
-    for name, data in (
-        (f"images/{_name(index)}.jpg", photo),
-        (f"vqav2/val2014/COCO_val2014_{index + 1:012d}.jpg", photo),
-        (f"scienceqa/images/test/{index + 1}/image.png", drawing),
-    ):
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(data.getvalue())
+def choose(question: str, choices: Sequence[str], context: str) -> str:
+    """Format the prompt of ScienceQA: context (if not empty), question, lettered choices."""
+    before = f"Context: {context}\n" if context else ""
+    lettered = "\n".join(
+        f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False)
+    )
+    return f"{before}{question}\n{lettered}\n{LETTER_ANSWER}"
 
 
-def _save_annotations(root: Path, asked: list[_Asked]) -> None:
-    def save(path: Path | None, data: Any) -> None:
-        assert path is not None
-        write_text(root / path, json.dumps(data) + "\n")
+def read_list(path: Path) -> list[tuple[str, Any]]:
+    """Read one JSON array, or one JSON value per line (JSONL); return each with its place in the file.
 
-    save(_FILES["gqa"].questions, dict(_gqa(asked)))
-    head = {"data_type": "mscoco", "data_subtype": "val2014", "info": {"description": "generated scenes"}}
-    pairs = list(_vqav2(asked))
-    asks = {**head, "task_type": "Open-Ended", "questions": [question for question, _ in pairs]}
-    save(_FILES["vqav2"].questions, asks)
-    save(_FILES["vqav2"].annotations, {**head, "annotations": [annotation for _, annotation in pairs]})
-    text = {"dataset_type": "val", "dataset_name": "textvqa", "dataset_version": "0.5.1"}
-    save(_FILES["textvqa"].questions, {**text, "data": list(_textvqa(asked))})
-    problems = dict(_scienceqa(asked))
-    save(_FILES["scienceqa"].questions, problems)
-    save(_FILES["scienceqa"].splits, {"test": list(problems), "minitest": list(problems)[::4]})
+    Raises:
+        DataError: no such file, or neither.
+    """
+    text = read_text(path, limit=MAX_DATA_BYTES)
+    if re.match(r"\s*\[", text):
+        return [(f"record {number}", value) for number, value in enumerate(parse_json(text, path))]
+    return [
+        (f"line {number}", parse_json(line, f"{shown(path)}: line {number}"))
+        for number, line in enumerate(lines_of(text), start=1)
+        if line.strip()
+    ]
 
 
-def _name(index: int) -> str:
-    return f"scene{index:07d}"
+class Row(NamedTuple):
+    """One record, its key or index, and its name in errors."""
+
+    key: str
+    name: str
+    data: dict[str, Any]
 
 
-def _gqa(asked: list[_Asked]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield every question as (id, GQA's record)."""
-    for index, found, _ in asked:
-        for number, question in enumerate(found):
-            structural, semantic = _GQA_TYPES[question.kind]
-            yield (
-                f"{index:07d}{number}",
-                {
-                    "question": question.text,
-                    "imageId": _name(index),
-                    "answer": question.answer,
-                    "isBalanced": True,
-                    "types": {"structural": structural, "semantic": semantic, "detailed": question.kind},
-                },
-            )
+@final
+class Records:
+    """A benchmark's file, read record by record; errors name the file, the record and what is expected.
 
+    Args:
+        what: what the file should be, in words.
+        layout: a sketch of its contents.
+    """
 
-def _vqav2(asked: list[_Asked]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Yield every question and its annotation, where up to three of the ten people may answer differently."""
-    for index, found, draws in asked:
-        for number, question in enumerate(found):
-            head = {"question_id": (index + 1) * 1000 + number, "image_id": index + 1}
-            answer_type, question_type = _VQA_TYPES[question.kind]
-            given = [
-                {"answer": answer, "answer_confidence": "yes", "answer_id": person}
-                for person, answer in enumerate(_people(question, draws), start=1)
-            ]
-            yield (
-                {**head, "question": question.text},
-                {
-                    **head,
-                    "answer_type": answer_type,
-                    "question_type": question_type,
-                    "multiple_choice_answer": question.answer,
-                    "answers": given,
-                },
-            )
+    def __init__(self, path: Path, what: str, layout: str) -> None:
+        self.path, self._what, self._layout = path, what, layout
+        self.data = parse_json(read_text(path, limit=MAX_DATA_BYTES), path)
 
+    def listed(self, key: str) -> list[Row]:
+        """Return the records of the list under `key`.
 
-def _textvqa(asked: list[_Asked]) -> Iterator[dict[str, Any]]:
-    """Yield the questions about colours and shapes, with random OCR tokens: the world has no writing."""
-    for index, found, draws in asked:
-        tokens = ["".join(draws.choice(list("KQXZ0379"), 4)) for _ in range(int(draws.integers(4)))]
-        for number, question in enumerate(found):
-            if question.kind in _SCHOOL:
-                yield {
-                    "question_id": 10 * index + number,
-                    "image_id": _name(index),
-                    "question": question.text[:1].lower() + question.text[1:],
-                    "answers": _people(question, draws),
-                    "ocr_tokens": tokens,
-                    "set_name": "val",
-                }
-
-
-def _scienceqa(asked: list[_Asked]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield one question per image with four choices, alternating between colour and shape."""
-    for index, found, draws in asked:
-        kind = tuple(_SCHOOL)[index % len(_SCHOOL)]
-        question = next(question for question in found if question.kind == kind)
-        subject, topic, words = _SCHOOL[kind]
-        others = draws.permutation([word for word in words if word != question.answer]).tolist()
-        place = index // len(_SCHOOL) % _NUM_CHOICES  # each letter is right equally often
-        choices = [*others[:place], question.answer, *others[place : _NUM_CHOICES - 1]]
-        yield (
-            str(index + 1),
-            {
-                "question": question.text,
-                "choices": choices,
-                "answer": place,
-                "hint": _HINTS[index % 3 == 0],
-                "image": "image.png",
-                "task": "closed choice",
-                "grade": f"grade{1 + index % 12}",
-                "subject": subject,
-                "topic": topic,
-                "category": topic,
-                "skill": f"Name the {kind}",
-                "lecture": "",
-                "solution": f"The answer is {LETTERS[place]}.",
-                "split": "test",
-            },
+        Raises:
+            DataError: no such list, an empty one, or one of anything but objects.
+        """
+        records = self.data.get(key) if isinstance(self.data, dict) else None
+        if not isinstance(records, list):
+            name = next(iter(self.data), "0") if isinstance(self.data, dict) else "0"
+            raise self.refuse(f"record {name[:80]}", f"there is no list {key!r} in the file")
+        return self._rows(
+            [(str(index), f"record {index} of {key!r}", row) for index, row in enumerate(records)]
         )
 
+    def keyed(self) -> list[Row]:
+        """Return the records of a JSON object, each with its key.
 
-def _people(question: Question, draws: np.random.Generator) -> list[str]:
-    """Draw the answers of ten people: half of the time all equal, otherwise one to three differ.
+        Raises:
+            DataError: not an object, an empty one, or one of anything but objects.
+        """
+        if not isinstance(self.data, dict):
+            raise self.refuse("record 0", f"the file holds a {type(self.data).__name__}")
+        return self._rows([(key, f"record {key[:80]}", row) for key, row in self.data.items()])
 
-    None of these is another possible answer of the question's kind, so that a constant answer stays at
-    chance.
+    def _rows(self, rows: list[tuple[str, str, Any]]) -> list[Row]:
+        if not rows:
+            raise DataError(
+                f"{shown(self.path)}: holds no records; wanted {self._what}, which are {self._layout}"
+            )
+        for _, name, data in rows:
+            if not isinstance(data, dict):
+                raise self.refuse(name, f"is a {type(data).__name__}")
+        return [Row(*row) for row in rows]
+
+    def top(self, key: str) -> str | None:
+        """Return a top-level string of the file, or None without one."""
+        value = self.data.get(key) if isinstance(self.data, dict) else None
+        return value if isinstance(value, str) else None
+
+    def get(self, row: Row, key: str, type_: type[T]) -> T:
+        """Return a record's field, checked to be of a type.
+
+        Raises:
+            DataError: no such field, or one of another type.
+        """
+        if key not in row.data:
+            raise self.refuse(row.name, f"has no {key!r}")
+        value = row.data[key]
+        if not isinstance(value, type_) or (isinstance(value, bool) and type_ is not bool):
+            # values may be huge or deeply nested
+            raise self.refuse(row.name, f"its {key!r} is {reprlib.repr(value)}, not a {type_.__name__}")
+        return value
+
+    def identity(self, row: Row, key: str) -> str:
+        """Return a record's id, which may be an integer or a string in the file.
+
+        Raises:
+            DataError: neither.
+        """
+        return str(self.get(row, key, str if isinstance(row.data.get(key), str) else int))
+
+    def texts(self, row: Row, key: str) -> tuple[str, ...]:
+        """Return a record's list of strings.
+
+        Raises:
+            DataError: no such list, or one of other values.
+        """
+        values = self.get(row, key, list)
+        if not all(isinstance(text, str) for text in values):
+            raise self.refuse(row.name, f"its {key!r} holds something else than texts")
+        return tuple(values)
+
+    def refuse(self, record: str, problem: str) -> DataError:
+        """Return the error about one record, with a hint if the file looks like another one."""
+        kind = _guess(self.data)
+        hint = f"; the file looks like {kind}" if kind and kind != self._what else ""
+        return DataError(
+            f"{shown(self.path)}: {shown(record)}: {problem}; wanted {self._what}, which are "
+            f"{self._layout}{hint}"
+        )
+
+    def unique(self, ids: list[str]) -> frozenset[str]:
+        """Return the ids as a set.
+
+        Raises:
+            DataError: a duplicate id.
+        """
+        known = frozenset(ids)
+        if len(known) < len(ids):
+            twice = next(id for id, count in Counter(ids).items() if count > 1)
+            raise DataError(
+                f"{shown(self.path)}: question {shown(twice)} is there twice; an id may stand for one "
+                f"question only"
+            )
+        return known
+
+
+_SIGNS = (  # a key of the first record, and what the file then is
+    ("imageId", "GQA's questions"),
+    ("choices", "ScienceQA's problems"),
+    ("conversations", "LLaVA's conversations"),
+    ("question", "TextVQA's questions"),
+    ("ocr_tokens", "OCR tokens"),
+    ("question_id", "predictions"),
+)
+
+
+def _guess(data: Any) -> str:
+    """Guess what a file is from the keys of the file and of its first record; empty if unknown."""
+    rows = data
+    if isinstance(data, dict):
+        for key in ("questions", "annotations"):
+            if isinstance(data.get(key), list):
+                return f"VQAv2's {key}"
+        rows = data["data"] if isinstance(data.get("data"), list) else list(data.values())
+    first = rows[0] if isinstance(rows, list) and rows else None
+    if isinstance(first, list):
+        return "ScienceQA's splits"
+    return next((what for key, what in _SIGNS if isinstance(first, dict) and key in first), "")
+
+
+_GQA_SPLITS = ("testdev", "val", "train", "challenge", "test")  # in this order: `testdev` contains `test`
+
+
+def read_gqa(files: TaskFiles) -> Benchmark:
+    """Read GQA (D. A. Hudson and C. D. Manning 2019): one right answer each, exact match.
+
+    Only balanced questions are scored; the ids of others are accepted in predictions.
+
+    Raises:
+        DataError: no such file, not a GQA file, or an unknown split.
     """
-    said = [question.answer] * _NUM_PEOPLE
-    if draws.random() < 0.5:
-        return said
-    variants = _VARIANTS[question.kind](question.answer)
-    for person in draws.permutation(_NUM_PEOPLE)[: int(draws.integers(1, _MOST_OTHERS + 1))]:
-        said[int(person)] = variants[int(draws.integers(len(variants)))]
-    return said
-
-
-_VARIANTS: dict[str, Callable[[str], tuple[str, ...]]] = {
-    "colour": lambda answer: (f"dark {answer}", f"light {answer}", answer.capitalize(), "not sure"),
-    "shape": lambda answer: (f"a {answer}", f"big {answer}", f"{answer}.", "not sure"),
-    "exists": lambda answer: (answer.capitalize(), f"{answer}.", "maybe", "not sure"),
-    "position": lambda answer: (f"the {answer}", f"on the {answer}", "near the middle", "not sure"),
-    "count": lambda answer: (_NUMBER_WORDS[int(answer)], f"{answer} objects", "some", "not sure"),
-}
-
-
-def _below(root: Path, files: TaskFiles) -> TaskFiles:
-    """Prefix every path with `root`."""
-    return TaskFiles(
-        questions=root / files.questions,
-        annotations=files.annotations and root / files.annotations,
-        splits=files.splits and root / files.splits,
-        images=files.images and root / files.images,
+    records = Records(files.questions, "GQA's questions", "{id: {question, imageId, isBalanced, answer}}")
+    rows = records.keyed()
+    balanced = [row for row in rows if records.get(row, "isBalanced", bool)]
+    if not balanced:
+        raise DataError(
+            f"{files.questions}: none of its {len(rows)} questions is balanced; nothing is scored"
+        )
+    questions = []
+    for row in balanced:
+        text, image = records.get(row, "question", str), records.identity(row, "imageId")
+        questions.append(Question(row.key, f"{image}.jpg", text, short(text)))
+    has_answers = any("answer" in row.data for row in balanced)
+    answers = tuple(records.get(row, "answer", str) for row in balanced) if has_answers else ()
+    # The split labels the scores, as val and testdev differ.
+    words = re.split(r"[^a-z]+", files.questions.name.lower())
+    named = next((split for split in _GQA_SPLITS if split in words), None)
+    if named is None and files.split is None:
+        raise DataError(
+            f"{files.questions}: the name does not say the split; give it, such as val or testdev"
+        )
+    if named and files.split not in (None, named):
+        raise DataError(f"{files.questions}: is called {named}, and the split asked for is {files.split}")
+    types = [row.data.get("types") for row in balanced]
+    return Benchmark(
+        task="gqa",
+        split=files.split or str(named),
+        questions=tuple(questions),
+        score_fns=tuple(partial(score_exact, truth=answer) for answer in answers),
+        expected=answers,
+        known=frozenset(row.key for row in rows),
+        groups=gqa_groups([entry if isinstance(entry, dict) else {} for entry in types]),
     )
+
+
+def gqa_groups(types: Sequence[Mapping[str, Any]]) -> dict[str, Grouping]:
+    """Group questions by structural and semantic type, and into open and binary ones, where all have one."""
+    groups = {}
+    for name in ("structural", "semantic"):
+        labels = tuple(str(entry[name]) for entry in types if entry.get(name))
+        if len(labels) == len(types):
+            groups[name] = Grouping(labels)
+    if "structural" in groups:
+        structural = groups["structural"].labels
+        groups["form"] = Grouping(tuple("open" if label == "query" else "binary" for label in structural))
+    return groups
+
+
+def read_vqav2(files: TaskFiles, rule: Rule = "official") -> Benchmark:
+    """Read VQAv2 (Y. Goyal et al. 2017): questions about COCO's images, each with ten people's answers.
+
+    Without a file of annotations the answers cannot be scored, only submitted.
+
+    Raises:
+        DataError: no such file, not a VQAv2 file, or questions without annotations.
+    """
+    layout = "{data_subtype, questions: [{question_id, image_id, question}]}"
+    records = Records(files.questions, "VQAv2's questions", layout)
+    rows = records.listed("questions")
+    subtype = records.top("data_subtype")
+    if subtype is None:
+        raise records.refuse("the file", "has no 'data_subtype', which names the images")
+    questions = []
+    for row in rows:
+        text, image = records.get(row, "question", str), _coco_name(records, row, subtype)
+        questions.append(Question(str(records.get(row, "question_id", int)), image, text, short(text)))
+    known = records.unique([question.id for question in questions])
+    split = re.sub(r"\d+$", "", subtype)
+    if files.split not in (None, split):
+        raise DataError(f"{files.questions}: is {subtype}, and the split asked for is {files.split}")
+    annotations = [] if files.annotations is None else _annotations(files.annotations, questions, subtype)
+    return Benchmark(
+        task="vqav2",
+        split=split,
+        questions=tuple(questions),
+        score_fns=tuple(partial(vqa_accuracy, truths=answers, rule=rule) for _, answers in annotations),
+        expected=tuple(commonest(answers) for _, answers in annotations),
+        known=known,
+        groups={"answer_type": Grouping(tuple(type_ for type_, _ in annotations))} if annotations else {},
+    )
+
+
+def _coco_name(records: Records, row: Row, subtype: str) -> str:
+    folder = subtype.replace("-dev", "")  # test-dev uses some of the test images
+    return f"COCO_{folder}_{records.get(row, 'image_id', int):012d}.jpg"
+
+
+def _annotations(
+    path: Path, questions: Sequence[Question], subtype: str
+) -> list[tuple[str, tuple[str, ...]]]:
+    """Read the answer type and the ten answers of each question."""
+    layout = "{data_subtype, annotations: [{question_id, answer_type, answers: [ten of {answer}]}]}"
+    records = Records(path, "VQAv2's annotations", layout)
+    rows = records.listed("annotations")
+    annotated = records.top("data_subtype")
+    if annotated not in (None, subtype):
+        raise DataError(
+            f"{path}: holds the annotations of {annotated}, and the questions are those of {subtype}"
+        )
+    ids = [str(records.get(row, "question_id", int)) for row in rows]
+    records.unique(ids)
+    by_id = dict(zip(ids, rows, strict=True))
+    absent = [question.id for question in questions if question.id not in by_id]
+    if absent:
+        raise DataError(
+            f"{path}: {len(absent)} of the {len(questions)} questions have no annotation, the first is "
+            f"{absent[0]}; give the annotations of these questions"
+        )
+    annotations = []
+    for question in questions:
+        row = by_id[question.id]
+        if "image_id" in row.data and _coco_name(records, row, subtype) != question.image:
+            raise DataError(
+                f"{path}: the annotation of question {question.id} is of image {row.data['image_id']}, and "
+                f"the question is about {question.image}; give the annotations of these questions"
+            )
+        given = records.get(row, "answers", list)
+        answers = [entry.get("answer") for entry in given if isinstance(entry, dict)]
+        texts = tuple(answer for answer in answers if isinstance(answer, str))
+        if len(texts) != NUM_ANSWERS or len(given) != NUM_ANSWERS:
+            raise records.refuse(row.name, f"its 'answers' hold {len(texts)} answers, not {NUM_ANSWERS}")
+        annotations.append((records.get(row, "answer_type", str), texts))
+    return annotations
+
+
+def read_textvqa(files: TaskFiles, rule: Rule = "m4c") -> Benchmark:
+    """Read TextVQA (A. Singh et al. 2019): questions about text in an image, with ten people's answers.
+
+    With `files.ocr` the prompts have OCR tokens.
+
+    Raises:
+        DataError: no such file, not a TextVQA file, or images without OCR tokens.
+    """
+    layout = "{data: [{question_id, image_id, question, answers: [ten texts]}]}"
+    records = Records(files.questions, "TextVQA's questions", layout)
+    rows = records.listed("data")
+    images = [records.get(row, "image_id", str) for row in rows]
+    questions = []
+    for row, image, tokens in zip(rows, images, _ocr_tokens(files, records, rows, images), strict=True):
+        text = records.get(row, "question", str)
+        prompt = short_with_ocr(text, tokens)
+        questions.append(Question(records.identity(row, "question_id"), f"{image}.jpg", text, prompt))
+    has_answers = any("answers" in row.data for row in rows)
+    answers = [records.texts(row, "answers") for row in rows] if has_answers else []
+    for row, ten in zip(rows, answers, strict=False):
+        if len(ten) != NUM_ANSWERS:
+            raise records.refuse(row.name, f"its 'answers' hold {len(ten)} answers, not {NUM_ANSWERS}")
+    split = records.top("dataset_type") or rows[0].data.get("set_name")
+    split = split if isinstance(split, str) else files.split
+    if split is None:
+        raise DataError(f"{files.questions}: does not say which split it is; give it, such as val")
+    if files.split not in (None, split):
+        raise DataError(f"{files.questions}: is {split}, and the split asked for is {files.split}")
+    return Benchmark(
+        task="textvqa",
+        split=split,
+        questions=tuple(questions),
+        score_fns=tuple(partial(vqa_accuracy, truths=ten, rule=rule) for ten in answers),
+        expected=tuple(commonest(ten) for ten in answers),
+        known=records.unique([question.id for question in questions]),
+    )
+
+
+def _ocr_tokens(
+    files: TaskFiles, records: Records, rows: Sequence[Row], images: Sequence[str]
+) -> Sequence[Sequence[str] | None]:
+    if not files.ocr:
+        if files.ocr_file is not None:
+            raise DataError(f"{files.ocr_file}: OCR tokens are given and not asked for; turn OCR on as well")
+        return [None] * len(rows)
+    if files.ocr_file is None:
+        if not all("ocr_tokens" in row.data for row in rows):
+            raise DataError(
+                f"{files.questions}: the questions hold no 'ocr_tokens'; give the file of OCR tokens, or "
+                f"turn OCR off"
+            )
+        return [records.texts(row, "ocr_tokens") for row in rows]
+    ocr = Records(files.ocr_file, "OCR tokens", "{data: [{image_id, ocr_tokens}]}")
+    by_image: dict[str, tuple[str, ...]] = {}
+    for row in ocr.listed("data"):
+        image, tokens = ocr.get(row, "image_id", str), ocr.texts(row, "ocr_tokens")
+        if by_image.setdefault(image, tokens) != tokens:
+            raise ocr.refuse(row.name, f"gives {image} other tokens than an earlier record")
+    absent = [image for image in images if image not in by_image]
+    if absent:
+        raise DataError(
+            f"{files.ocr_file}: has no tokens for {len(set(absent))} images of {files.questions.name}, "
+            f"the first is {absent[0]}"
+        )
+    return [by_image[image] for image in images]
+
+
+_SPLITS = TypeAdapter(dict[str, list[int | str]])
+_YOUNG = frozenset(f"grade{number}" for number in range(1, 7))
+
+
+def read_scienceqa(files: TaskFiles) -> Benchmark:
+    """Read ScienceQA-IMG (P. Lu et al. 2022): multiple-choice school questions with an image.
+
+    The ids of questions without an image are accepted in predictions, and not scored.
+
+    Raises:
+        DataError: no such file, not a ScienceQA file, no such split, or a split without images.
+    """
+    if files.splits is None:
+        raise DataError("ScienceQA's problems need their splits; give pid_splits.json too")
+    split = files.split or "test"
+    layout = "{id: {question, choices, answer, hint, image}}"
+    records = Records(files.questions, "ScienceQA's problems", layout)
+    problems = {row.key: row for row in records.keyed()}
+    ids = _split_ids(files.splits, split)
+    absent = [id for id in ids if id not in problems]
+    if absent:
+        raise DataError(
+            f"{files.questions}: has no problem {absent[0]}, which {files.splits.name} lists under {split}, "
+            f"nor {len(absent) - 1} others"
+        )
+    rows = [problems[id] for id in ids if records.get(problems[id], "image", object)]
+    if not rows:
+        raise DataError(f"{files.questions}: no problem of {split} has an image; nothing is scored")
+    questions, letters = [], []
+    for row in rows:
+        choices, answer = records.texts(row, "choices"), records.get(row, "answer", int)
+        if not 0 <= answer < len(choices) or len(choices) > len(LETTERS):
+            problem = f"its 'answer' is {reprlib.repr(answer)}, and it has {len(choices)} choices"
+            raise records.refuse(row.name, problem)
+        letters.append(LETTERS[answer])
+        text = records.get(row, "question", str)
+        prompt = choose(text, choices, records.get(row, "hint", str).strip())
+        folder = str(row.data.get("split") or split.removeprefix("mini"))
+        if files.images is not None and not os.path.isdir(files.images / folder):  # noqa: PTH112 (never raises)
+            folder = ""  # `images` is the split's own folder
+        image = "/".join(part for part in (folder, row.key, records.get(row, "image", str)) if part)
+        questions.append(Question(row.key, image, text, prompt))
+    return Benchmark(
+        task="scienceqa",
+        split=split,
+        questions=tuple(questions),
+        score_fns=tuple(partial(score_letter, right=letter) for letter in letters),
+        expected=tuple(letters),
+        known=frozenset(ids),
+        groups=scienceqa_groups([row.data for row in rows]),
+        missing_is_wrong=True,
+    )
+
+
+def scienceqa_groups(problems: Sequence[Mapping[str, Any]]) -> dict[str, Grouping]:
+    """Group problems by subject, grade and topic, where all have these."""
+    groups = {}
+    for name in ("subject", "grade", "topic"):
+        labels = [problem.get(name) for problem in problems]
+        if all(isinstance(label, str) and label for label in labels):
+            groups[name] = Grouping(tuple(map(str, labels)), as_metrics=name != "topic")
+    if "grade" in groups:
+        grades = groups["grade"].labels
+        groups["grade"] = Grouping(tuple("1-6" if grade in _YOUNG else "7-12" for grade in grades))
+    return groups
+
+
+def _split_ids(path: Path, split: str) -> list[str]:
+    data = parse_json(read_text(path, limit=MAX_DATA_BYTES), path)
+    splits = validate(_SPLITS, data, f"{shown(path)} (wanted ScienceQA's splits, {{test: [ids], …}})")
+    if split not in splits:
+        raise DataError(
+            f"{shown(path)}: has no split {split!r}; there are "
+            f"{', '.join(map(shown, list(splits)[:20]))}{did_you_mean(split, splits)}"
+        )
+    return list(dict.fromkeys(str(id) for id in splits[split]))
+
+
+class _Custom(TypedDict):
+    """One question of the user's own."""
+
+    question: str
+    image: NotRequired[str | None]  # a file below the images folder, with its extension
+    id: NotRequired[int | str]  # default: the number of the question
+    answer: NotRequired[str]
+    answers: NotRequired[list[str]]
+    choices: NotRequired[list[str]]  # the answer is one of them
+    category: NotRequired[str]
+
+
+_CUSTOM = TypeAdapter(_Custom)
+_MAX_CATEGORIES = 200
+
+
+def read_custom(files: TaskFiles) -> Benchmark:
+    """Read the user's own questions: one JSON object per line or a JSON list, with right answers.
+
+    Raises:
+        DataError: no such file, an empty file, a question that does not fit the schema or is not answered,
+            or two of one id.
+    """
+    path = files.questions
+    rows = [(f"{shown(path)}: {where}", row) for where, row in read_list(path)]
+    if not rows:
+        raise DataError(f'{shown(path)}: holds no questions; wanted {{"image", "question", "answer"}} a line')
+    questions, score_fns, expected, categories = [], [], [], []
+    known: set[str] = set()
+    for number, (where, data) in enumerate(rows, start=1):
+        row = validate(_CUSTOM, data, where)
+        text, choices, id = row["question"], row.get("choices"), str(row.get("id", number))
+        score_fn, answer = _custom_score(row, where)
+        if id in known:
+            raise DataError(f"{shown(path)}: two questions have the id {shown(id[:80])}; each has its own")
+        known.add(id)
+        prompt = short(text) if choices is None else choose(text, choices, "")
+        questions.append(Question(id, row.get("image"), text, prompt))
+        score_fns.append(score_fn)
+        expected.append(answer)
+        categories.append(row.get("category", ""))
+    if len(set(categories)) > _MAX_CATEGORIES:
+        raise DataError(
+            f"{shown(path)}: has {len(set(categories))} categories; wanted {_MAX_CATEGORIES} at most, each "
+            f"is a score of its own"
+        )
+    return Benchmark(
+        task="custom",
+        split=files.split or path.stem,
+        questions=tuple(questions),
+        score_fns=tuple(score_fns),
+        expected=tuple(expected),
+        known=frozenset(known),
+        groups={"category": Grouping(tuple(categories))} if all(categories) else {},
+    )
+
+
+def _custom_score(row: _Custom, where: str) -> tuple[ScoreFn, str]:
+    """Return the scoring function of a question, and the right or most common answer."""
+    answers = [*([row["answer"]] if "answer" in row else []), *row.get("answers", [])]
+    if not answers or not all(answer.strip() for answer in answers) or not row["question"].strip():
+        raise DataError(f"{where}: wanted a question with one or more answers, none of them empty")
+    choices = row.get("choices")
+    if choices is None:
+        return partial(exact_or_soft, truths=answers), commonest(answers)
+    if not 2 <= len(choices) <= len(LETTERS) or len(answers) != 1 or choices.count(answers[0]) != 1:
+        raise DataError(
+            f"{where}: wanted 2 to {len(LETTERS)} choices, and one answer that is one of them; got "
+            f"{len(choices)} choices and {len(answers)} answers"
+        )
+    right = LETTERS[choices.index(answers[0])]
+    return partial(score_letter, right=right), right
+
+
+# Ours and EvalAI's; GQA's; LLaVA's.
+_ID_KEYS, _ANSWER_KEYS = ("question_id", "questionId"), ("answer", "prediction", "text")
+
+
+def read_predictions(path: Path) -> dict[str, str]:
+    """Read the answer to each question id, in the order of the file: one JSON object a line, or one array.
+
+    A record is {"question_id": …, "answer": …}; GQA's {"questionId", "prediction"} and LLaVA's
+    {"question_id", "text"} are read too.
+
+    Raises:
+        DataError: no such file, an empty file, an invalid record, or questions that are answered twice.
+    """
+    answers: dict[str, str] = {}
+    twice: list[str] = []
+    for where, record in read_list(path):
+        data = record if isinstance(record, dict) else {}
+        id = next((data[key] for key in _ID_KEYS if key in data), None)
+        answer = next((data[key] for key in _ANSWER_KEYS if key in data), None)
+        if not isinstance(id, int | str) or isinstance(id, bool) or not isinstance(answer, str):
+            raise DataError(
+                f'{shown(path)}: {where}: wanted {{"question_id": a number or a text, "answer": a text}}, '
+                f"got {reprlib.repr(record)}"
+            )
+        if str(id) in answers:
+            twice.append(str(id))
+        answers[str(id)] = answer
+    if twice:
+        raise DataError(
+            f"{shown(path)}: {len(twice)} predictions are for a question that is answered before, the first "
+            f"is for {shown(twice[0])}; keep one prediction a question"
+        )
+    if not answers:
+        raise DataError(f"{shown(path)}: holds no predictions")
+    return answers

@@ -1,4 +1,4 @@
-"""Greedy answers, in batches of similar length; each chunk of questions is saved when it is done."""
+"""Greedy answers of a trained LLaVA, in batches of similar length; finished chunks are cached."""
 
 from __future__ import annotations
 
@@ -25,12 +25,10 @@ from radio.dist import Group
 from radio.progress import ProgressFactory
 from radio.provenance import fast_products
 
-from .conversations import Piece
-from .language import Language
-from .library import fitting_threads
-from .prompts import VICUNA_V1, ask
-from .samples import VisionInputs, pad_left, tokenize
-from .tasks import Question
+from .data import Piece, VisionInputs, format_prompt, pad, tokenize
+from .language import LanguageModel
+from .llava import limit_threads
+from .scoring import Question
 
 # Letters: B batch, S tokens of a prompt, T tokens of an image.
 
@@ -53,48 +51,50 @@ class Prompt(NamedTuple):
     image: str | None
 
 
+def make_prompt(question: Question, *, blind: bool = False) -> Prompt:
+    """Format a benchmark's question as LLaVA-1.5's prompt; without its image if `blind`."""
+    image = None if blind else question.image
+    return Prompt(question.id, format_prompt(question.prompt, has_image=image is not None), image)
+
+
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Generator:
     """A trained LLaVA, and its settings of generation."""
 
     model: Any
-    language: Language
-    shown: VisionInputs | None  # None if no question has an image
+    language: LanguageModel
+    inputs: VisionInputs | None  # None if no question has an image
     device: torch.device
     new_tokens: int
     batch: int
     bf16: bool = False
 
-    def answer(self, questions: Sequence[Prompt]) -> list[str]:
+    def answer(self, prompts: Sequence[Prompt]) -> list[str]:
         """Return the answers in order, generated in batches of similar length and one modality."""
-        prompts = [self._ids(question) for question in questions]
-        places = sorted(range(len(questions)), key=lambda p: (questions[p].image is None, len(prompts[p]), p))
-        answers = [""] * len(questions)
-        for start in range(0, len(places), self.batch):
-            chosen = places[start : start + self.batch]
-            for group in (
-                [place for place in chosen if questions[place].image is not None],
-                [place for place in chosen if questions[place].image is None],
-            ):
-                if group:
-                    said = self._speak([prompts[p] for p in group], [questions[p].image for p in group])
-                    for place, text in zip(group, said, strict=True):
-                        answers[place] = text
+        num_tokens = self.inputs.num_tokens if self.inputs else 0
+        ids = [
+            torch.tensor(tokenize([Piece(prompt.prompt, False)], self.language.tokenizer, num_tokens)[0])
+            for prompt in prompts
+        ]
+        order = sorted(range(len(prompts)), key=lambda i: (prompts[i].image is None, len(ids[i]), i))
+        answers = [""] * len(prompts)
+        for start in range(0, len(order), self.batch):
+            for is_blind in (False, True):
+                rows = [
+                    i for i in order[start : start + self.batch] if (prompts[i].image is None) == is_blind
+                ]
+                if rows:
+                    texts = self._generate([ids[i] for i in rows], [prompts[i].image for i in rows])
+                    for row, text in zip(rows, texts, strict=True):
+                        answers[row] = text
         return answers
 
-    def _ids(self, question: Prompt) -> Tensor:
-        ids, _ = tokenize(
-            [Piece(question.prompt, False)], self.language, self.shown.num_tokens if self.shown else 0
-        )
-        return torch.tensor(ids)
-
-    def _speak(self, prompts: Sequence[Tensor], images: Sequence[str | None]) -> list[str]:
-        batch = {
-            name: value.to(self.device) for name, value in pad_left(prompts, self.language.pad_token).items()
-        }
-        shown = self.shown
-        pixels = [shown[image] for image in images if image is not None and shown is not None]
+    def _generate(self, ids: Sequence[Tensor], images: Sequence[str | None]) -> list[str]:
+        """Continue prompts of one modality."""
+        padded = pad(ids, self.language.pad_token, left=True)
+        batch = {name: value.to(self.device) for name, value in padded.items()}
+        pixels = [self.inputs[image] for image in images if image is not None and self.inputs is not None]
         if pixels:
             batch["pixel_values"] = torch.stack(pixels).float().to(self.device)
         with (
@@ -102,7 +102,7 @@ class Generator:
             fast_products(self.device),
             torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16),
         ):
-            spoken = self.model.generate(
+            output = self.model.generate(
                 **batch,
                 do_sample=False,
                 num_beams=1,
@@ -111,19 +111,19 @@ class Generator:
                 eos_token_id=self.language.tokenizer.eos_token_id,
                 pad_token_id=self.language.pad_token,
             )
-        new = spoken[:, batch["input_ids"].shape[1] :]
+        new = output[:, batch["input_ids"].shape[1] :]
         return [text.strip() for text in self.language.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
 def answer_all(
-    questions: Sequence[Prompt],
-    speaker: Generator,
+    prompts: Sequence[Prompt],
+    generator: Generator,
     folder: Path,
     *,
     title: str,
     group: Group,
-    watch: ProgressFactory,
-    damage: Damage | None = None,
+    progress: ProgressFactory,
+    damage: Damage,
 ) -> dict[str, str]:
     """Return every question's answer by its id, the same on every rank; chunks in the folder are reused.
 
@@ -133,40 +133,28 @@ def answer_all(
         damage: collects damaged files in the folder, which are written again.
 
     Raises:
-        DataError: ranks do not share the folder.
+        DataError: an image that cannot be read, or ranks that do not share the folder.
     """
-    chunks = [questions[start : start + CHUNK] for start in range(0, len(questions), CHUNK)]
+    chunks = [prompts[start : start + CHUNK] for start in range(0, len(prompts), CHUNK)]
     paths = [chunk_path(folder, number, "jsonl") for number in range(len(chunks))]
 
     def read(path: Path) -> dict[str, str]:
         answers = {row["question_id"]: row["answer"] for row in read_records(path, _ANSWER)}
-        if list(answers) != [question.id for question in chunks[int(path.stem)]]:
+        if list(answers) != [prompt.id for prompt in chunks[int(path.stem)]]:
             raise DamagedError(f"{path}: holds answers to other questions")
         return answers
 
-    mine = range(group.rank, len(chunks), group.world)
-    missing = [
-        mine[place] for place in find_missing([paths[number] for number in mine], read, damage or Damage())
-    ]
+    local = range(group.rank, len(chunks), group.world)
+    missing = [local[position] for position in find_missing([paths[n] for n in local], read, damage)]
     if missing:
-        with watch(title, sum(len(chunks[number]) for number in missing)) as advance:
+        with progress(title, sum(len(chunks[number]) for number in missing)) as advance:
             for number in missing:
-                with fitting_threads(speaker.model, speaker.device):
-                    said = speaker.answer(chunks[number])
-                write_records(
-                    paths[number],
-                    (
-                        {"question_id": question.id, "answer": text}
-                        for question, text in zip(chunks[number], said, strict=True)
-                    ),
-                )
-                advance(len(said))
+                with limit_threads(generator.model, generator.device):
+                    answers = generator.answer(chunks[number])
+                pairs = zip(chunks[number], answers, strict=True)
+                rows = [{"question_id": prompt.id, "answer": text} for prompt, text in pairs]
+                write_records(paths[number], rows)
+                advance(len(answers))
     group.barrier()
     check_all_there(paths)
-    return {question: answer for path in paths for question, answer in read(path).items()}
-
-
-def prepare(question: Question, *, blind: bool = False) -> Prompt:
-    """Format a benchmark's question as LLaVA-1.5's prompt; without its image if `blind`."""
-    image = None if blind else question.image
-    return Prompt(question.id, ask(VICUNA_V1, question.prompt, image is not None), image)
+    return {id: answer for path in paths for id, answer in read(path).items()}

@@ -7,8 +7,12 @@ fly. `save_llava` puts the encoder's own file into the folder, so that
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast, final
 
@@ -27,19 +31,31 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from radio.errors import CheckpointError, ConfigError, RadioError
+from evals.core.features import Extraction, extract
+from evals.core.views import View
+from radio.chunks import Damage
+from radio.data import ImageSource
+from radio.dist import Group
+from radio.errors import CheckpointError, ConfigError, DataError, RadioError
 from radio.hub import load_backbone
 from radio.io import make_folder
+from radio.memory import check_memory
 from radio.model import RadioModel
+from radio.progress import ProgressFactory
 from radio.types import Backbone
 
-from .language import Language
-from .token_grid import resample
+from .data import PaddedImages, VisionInputs
+from .language import LanguageModel
+from .settings import Size
+from .settings import View as ViewName
 
-# Letters: B batch, T tokens, D token width, h w input size.
+# Letters: B batch, N images, T tokens of an image, D token width, H W grid, h w input size.
 
 PROJECTOR = "model.multi_modal_projector."
 _NORM_EPS = 1e-6
+_ENCODED_AT_ONCE = 64  # images
+
+Grid = tuple[int, int]
 
 
 class RadioTowerConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -113,8 +129,8 @@ class RadioTower(PreTrainedModel):  # type: ignore[misc]
         backbone = self.backbone.to(images.device, images.dtype)
         with torch.no_grad():
             features = backbone(images)
-            wanted = self.config.token_grid or features.grid
-            tokens = resample(features.tokens, features.grid, (wanted[0], wanted[1]))
+            height, width = self.config.token_grid or features.grid
+            tokens = resample(features.tokens, features.grid, (height, width))
         if not self.training and not bool(torch.isfinite(tokens).all()):
             raise RadioError(f"{backbone.name} gives values that are not finite; nothing can be asked")
         return tokens
@@ -143,7 +159,7 @@ class RadioTower(PreTrainedModel):  # type: ignore[misc]
 
 def make_llava(
     backbone: Backbone,
-    language: Language,
+    language: LanguageModel,
     size: tuple[int, int],
     num_tokens: int,
     *,
@@ -201,6 +217,25 @@ def _fresh_projector(projector: Any, seed: int) -> Any:
     return projector
 
 
+_FEW_WEIGHTS = 5_000_000
+
+
+@contextmanager
+def limit_threads(model: Any, device: torch.device) -> Iterator[None]:
+    """Use one thread for a small language model on the CPU; leave the number unchanged for others.
+
+    Its operations are so short that several threads wait for each other: on cores shared with other programs
+    a step took 2.9 s on two threads and 0.17 s on one.
+    """
+    before = torch.get_num_threads()
+    if device.type == "cpu" and sum(parameter.numel() for parameter in model.parameters()) < _FEW_WEIGHTS:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def learn(model: nn.Module, parts: tuple[str, ...]) -> None:
     """Make the parameters trainable whose names start with one of `parts`, and freeze all others."""
     for name, parameter in model.named_parameters():
@@ -222,7 +257,7 @@ def restore(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> Non
             own[name].copy_(tensor)
 
 
-def save_llava(model: Any, language: Language, folder: Path) -> None:
+def save_llava(model: Any, language: LanguageModel, folder: Path) -> None:
     """Write a folder that `LlavaForConditionalGeneration.from_pretrained` opens, whole or not at all.
 
     A RadioModel is saved in the weights; another backbone only by its name, which must be a spec.
@@ -295,3 +330,149 @@ def _spec_of(backbone: Backbone) -> str:
 
 AutoConfig.register(RadioTowerConfig.model_type, RadioTowerConfig)
 AutoModel.register(RadioTowerConfig, RadioTower)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """A frozen backbone at one size, and where its tokens are cached."""
+
+    model: Backbone
+    size: Size
+    device: torch.device
+    dtype: torch.dtype
+    cache: Path
+    token_cache_gb: float
+    workers: int
+    group: Group
+    watch: ProgressFactory
+    damage: Damage  # collects damaged files of the cache
+    image_tokens: int | None = None  # maximum of T
+
+    @cached_property
+    def own_grid(self) -> Grid:
+        """(H, W) of the backbone's tokens at this size."""
+        check_memory(self.model, 1, self.size, self.device, torch.float32)
+        model = self.model.to(self.device, torch.float32).eval()  # bf16 would round the weights in place
+        with torch.inference_mode():
+            return model(torch.zeros(1, 3, *self.size, device=self.device)).grid
+
+    @property
+    def grid(self) -> Grid:
+        """(H, W) of the tokens that the language model receives."""
+        return choose_grid(self.own_grid, self.image_tokens)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens T of an image that the language model receives."""
+        return self.grid[0] * self.grid[1]
+
+    def encode(self, source: ImageSource, view: ViewName) -> VisionInputs:
+        """Encode each image of the source once; if all tokens exceed `token_cache_gb`, return pixels instead.
+
+        Raises:
+            DataError: an image that cannot be read; names the first.
+            RadioError: tokens that are not finite.
+        """
+        images: ImageSource = PaddedImages(source, self.size) if view == "pad" else source
+        crop = View(kind="center", size=self.size, ratio=1.0, nearest_size=self.model.nearest_size)
+        height, width = self.grid
+        count = len(source.keys) * height * width * self.model.token_dim
+        if 4 * count > self.token_cache_gb * 1e9:
+            return Pixels(images, crop, height * width)
+        how = Extraction(
+            view=crop,
+            device=self.device,
+            dtype=self.dtype,
+            head="tokens" if self.grid == self.own_grid else f"tokens averaged to {height}x{width}",
+            project=lambda features: resample(features.tokens, features.grid, (height, width)),
+            batch=_ENCODED_AT_ONCE,
+            workers=self.workers,
+        )
+        stored = extract(
+            self.model,
+            images,
+            how,
+            cache=self.cache,
+            group=self.group,
+            watch=self.watch,
+            damage=self.damage,
+        )
+        broken = stored.skipped()
+        if broken:
+            raise DataError(
+                f"{source.name}: {len(broken)} of {len(source.keys)} images cannot be read; the first is "
+                f"{broken[0].key}: {broken[0].reason}"
+            )
+        return Tokens(source.keys, stored.load().features)
+
+
+@final
+class Tokens:
+    """Tokens by image name."""
+
+    def __init__(self, names: Iterable[str], tokens: Tensor) -> None:
+        self._rows = {name: row for row, name in enumerate(names)}
+        self._tokens = tokens  # [N, T, D]
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens T of an image."""
+        return self._tokens.shape[1]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tokens[self._rows[name]]
+
+
+@final
+class Pixels:
+    """Pixels by image name, read on access; the vision tower then encodes them."""
+
+    def __init__(self, source: ImageSource, view: View, num_tokens: int) -> None:
+        self._source, self._view, self._num_tokens = source, view, num_tokens
+        self._rows = {name: row for row, name in enumerate(source.keys)}
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens T of an image."""
+        return self._num_tokens
+
+    def __getitem__(self, name: str) -> Tensor:
+        try:
+            return self._view(self._source.read(self._rows[name]))
+        except DataError as error:
+            raise DataError(f"{self._source.name}: {name}: {error}") from error
+
+
+@final
+class ShuffledImages:
+    """Images under the names of other images: the control of whether training uses the images."""
+
+    def __init__(self, inputs: VisionInputs, names: Mapping[str, str]) -> None:
+        self._inputs, self._names = inputs, names
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens T of an image."""
+        return self._inputs.num_tokens
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._inputs[self._names[name]]
+
+
+def choose_grid(grid: Grid, most: int | None) -> Grid:
+    """Choose the largest grid of about the same aspect ratio and at most `most` tokens; `grid` if it fits."""
+    height, width = grid
+    if most is None or height * width <= most:
+        return grid
+    scale = math.sqrt(most / (height * width))
+    rows = max(1, min(int(height * scale + 1e-6), most))
+    return rows, max(1, min(int(width * scale + 1e-6), most // rows))
+
+
+def resample(tokens: Tensor, grid: Grid, coarse: Grid) -> Tensor:
+    """Average tokens [B, H*W, D] over a coarser grid: [B, h*w, D]."""
+    if grid == coarse:
+        return tokens
+    spatial = tokens.transpose(1, 2).unflatten(2, grid)
+    return F.adaptive_avg_pool2d(spatial, coarse).flatten(2).transpose(1, 2).contiguous()

@@ -73,13 +73,12 @@ def test_the_probes_head(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_llava() -> None:
     pytest.importorskip("transformers")
-    from evals.vqa.library import load_library
+    from evals.vqa.language import TinyShape, load_library, make_tiny
 
     load_library()
-    from evals.vqa.language import Tiny, TinyShape
     from evals.vqa.llava import make_llava
 
-    tiny = Tiny(["what colour is it red"], TinyShape(width=32, heads=2, feed_forward=64), 0)
+    tiny = make_tiny(["what colour is it red"], TinyShape(width=32, heads=2, feed_forward=64), 0)
     backbone = RadioModel(ModelConfig(student="vit-tiny12")).eval()
     llava = make_llava(backbone, tiny, (96, 96), 64, layer_norm=True, seed=0)
     ids = torch.tensor([[1, *[tiny.image_token] * 64, 5, 6]])

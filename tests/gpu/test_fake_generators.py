@@ -32,12 +32,11 @@ def touched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_a_tiny_language_model(touched: list[Any]) -> None:
     pytest.importorskip("transformers")
-    from evals.vqa.library import load_library
+    from evals.vqa.language import TinyShape, load_library, make_tiny
 
     load_library()
-    from evals.vqa.language import Tiny, TinyShape
 
-    Tiny(["what colour is it red"], TinyShape(width=32, heads=2, feed_forward=64), 0).load()
+    make_tiny(["what colour is it red"], TinyShape(width=32, heads=2, feed_forward=64), 0).load()
     assert touched == []
 
 
@@ -66,10 +65,10 @@ def test_a_scenes_teacher(touched: list[Any], monkeypatch: pytest.MonkeyPatch, t
 @pytest.mark.parametrize(("device", "wanted"), [(CPU, set()), (OWN, {OWN})])
 def test_llavas_training(touched: list[Any], device: torch.device, wanted: set[Any]) -> None:
     pytest.importorskip("transformers")
-    from evals.vqa.library import load_library
+    from evals.vqa.language import load_library
 
     load_library()
-    from evals.vqa.stages import _own_randomness
+    from evals.vqa.training import _own_randomness
 
     with _own_randomness(device):
         assert set(touched) == wanted

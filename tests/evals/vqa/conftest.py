@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from evals.vqa.conversations import Record, Turn
-from evals.vqa.language import Tiny, TinyShape
-from evals.vqa.library import load_library
+from evals.vqa.data import Record, Turn
+from evals.vqa.language import LanguageModel, TinyShape, load_library, open_language
 
 load_library()
 
@@ -35,13 +34,9 @@ def records() -> list[Record]:
 
 
 @pytest.fixture
-def tiny(records: list[Record]) -> Tiny:
+def tiny(records: list[Record]) -> LanguageModel:
     """A language model of 32 wide layers."""
-    from evals.vqa.language import open_language
-
-    found = open_language("tiny", records, SHAPE, 0)
-    assert isinstance(found, Tiny)
-    return found
+    return open_language("tiny", records, SHAPE, 0)
 
 
 class Shades:

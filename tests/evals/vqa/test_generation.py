@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from evals.vqa import generation
-from evals.vqa.generation import Generator, Prompt, answer_all, prepare
-from evals.vqa.language import Tiny
+from evals.vqa.generation import Generator, Prompt, answer_all, make_prompt
+from evals.vqa.language import LanguageModel
 from evals.vqa.llava import make_llava
-from evals.vqa.tasks import Question
+from evals.vqa.scoring import Question
 from radio.chunks import Damage, write_records
 from radio.dist import Group
 from radio.progress import no_progress
@@ -22,7 +22,7 @@ COLOURS = ("red", "green", "blue", "white")
 
 
 @pytest.fixture
-def make_speaker(backbone: Callable[..., Any], tiny: Tiny, shown: Any) -> Callable[[int], Generator]:
+def make_speaker(backbone: Callable[..., Any], tiny: LanguageModel, shown: Any) -> Callable[[int], Generator]:
     model = make_llava(backbone(), tiny, (32, 32), 4, layer_norm=False, seed=0)
     generator = torch.Generator().manual_seed(0)
     head = torch.randn(model.lm_head.weight.shape, generator=generator)
@@ -32,7 +32,7 @@ def make_speaker(backbone: Callable[..., Any], tiny: Tiny, shown: Any) -> Callab
         return Generator(
             model=model,
             language=tiny,
-            shown=shown,
+            inputs=shown,
             device=torch.device("cpu"),
             new_tokens=6,
             batch=batch,
@@ -48,7 +48,7 @@ def asked() -> list[Prompt]:
     for number in range(20):
         text = " ".join(["What is it?", *["And grass?"] * (number % 5)])
         image = f"{COLOURS[number % 4]}.png" if number % 3 else None
-        found.append(prepare(Question(str(number), image, text, text)))
+        found.append(make_prompt(Question(str(number), image, text, text)))
     return found
 
 
@@ -63,7 +63,7 @@ def test_a_batch_answers_like_one_by_one(
 
 def test_the_prompt_is_vicunas_and_blind_drops_the_image() -> None:
     question = Question("7", "a.png", "Q?", "Q?\nAnswer.")
-    seen, blind = prepare(question), prepare(question, blind=True)
+    seen, blind = make_prompt(question), make_prompt(question, blind=True)
     assert seen.prompt.endswith("user's questions. USER: <image>\nQ?\nAnswer. ASSISTANT:")
     assert blind == Prompt("7", seen.prompt.replace("<image>\n", ""), None)
 
@@ -79,7 +79,7 @@ def test_answers_are_written_as_they_come_and_taken_up(
 
     def run() -> dict[str, str]:
         return answer_all(
-            asked, speaker, tmp_path, title="gqa", group=Group(), watch=no_progress, damage=Damage()
+            asked, speaker, tmp_path, title="gqa", group=Group(), progress=no_progress, damage=Damage()
         )
 
     whole = run()
@@ -139,7 +139,7 @@ def test_damaged_answers_are_asked_for_again_and_told(
             tmp_path,
             title="",
             group=Group(),
-            watch=no_progress,
+            progress=no_progress,
             damage=seen,
         )
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from evals.vqa.images import PADDING, Images, Padded, pad
+from evals.vqa.data import PADDING, NamedImages, PaddedImages, pad_image
 from radio.errors import DataError
 
 
@@ -28,26 +28,26 @@ def test_a_folder_and_a_tar_file_hold_the_same(
 ) -> None:
     members = [(f"./{n}", (folder / n).read_bytes()) for n in ("deep/b.png", "a.png")]
     shard = make_shard(tmp_path / "images.tar", members)
-    loose, packed = Images(folder), Images(shard)
+    loose, packed = NamedImages(folder), NamedImages(shard)
     for images in (loose, packed):
         assert "deep/b.png" in images and "c.png" not in images and 3 not in images
     names = ["deep/b.png", "a.png", "a.png"]
-    ours, theirs = loose.source(names), packed.source(names, title="tar")
+    ours, theirs = loose.source(names), packed.source(names)
     assert ours.keys == theirs.keys == ("a.png", "deep/b.png")
     assert ours.fingerprint == theirs.fingerprint
-    assert theirs.name == "tar"
+    assert (ours.name, theirs.name) == ("images", "images.tar")
     assert torch.equal(ours.read(1), theirs.read(1))
 
 
 def test_what_is_not_there(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder or tar file of images"):
-        Images(tmp_path / "absent")
+        NamedImages(tmp_path / "absent")
     with pytest.raises(DataError, match=r"there is no image 'c.png'"):
-        Images(folder).source(["c.png"])
-    assert "../images/a.png" not in Images(folder)
+        NamedImages(folder).source(["c.png"])
+    assert "../images/a.png" not in NamedImages(folder)
     (tmp_path / "x.tar").write_bytes(b"nothing of the kind" * 100)
     with pytest.raises(DataError, match="not a tar file without compression"):
-        _ = "a" in Images(tmp_path / "x.tar")
+        _ = "a" in NamedImages(tmp_path / "x.tar")
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_padding_to_the_aspect_of_the_size(
     image: tuple[int, int], size: tuple[int, int], padded: tuple[int, int]
 ) -> None:
     pixels = torch.randint(0, 256, (3, *image), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    found = pad(pixels, size)
+    found = pad_image(pixels, size)
     assert found.shape == (3, *padded)
     top, left = (padded[0] - image[0]) // 2, (padded[1] - image[1]) // 2
     assert torch.equal(found[:, top : top + image[0], left : left + image[1]], pixels)
@@ -74,8 +74,8 @@ def test_padding_to_the_aspect_of_the_size(
 
 
 def test_a_padded_source_is_another_source(folder: Path) -> None:
-    source = Images(folder).source(["deep/b.png"])
-    padded = Padded(source, (32, 32))
+    source = NamedImages(folder).source(["deep/b.png"])
+    padded = PaddedImages(source, (32, 32))
     assert source.read(0).shape == (3, 20, 22)
     assert padded.read(0).shape == (3, 22, 22)
     assert padded.keys == source.keys and padded.labels.tolist() == [0] and padded.classes == ("",)
@@ -85,7 +85,7 @@ def test_a_padded_source_is_another_source(folder: Path) -> None:
 def test_no_name_leads_out_of_the_folder(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes((folder / "a.png").read_bytes())
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
-    images = Images(folder)
+    images = NamedImages(folder)
     for name in (
         "../secret.png",
         str(tmp_path / "secret.png"),
@@ -107,8 +107,8 @@ def test_accents_in_either_form(
     shard = make_shard(tmp_path / "images.tar", [(name, png(0, 0))])
     for form in ("NFC", "NFD"):
         asked = unicodedata.normalize(form, "é.png")
-        assert asked in Images(tmp_path / "images") and asked in Images(shard)
-        assert Images(tmp_path / "images").source([asked]).read(0).shape[0] == 3
+        assert asked in NamedImages(tmp_path / "images") and asked in NamedImages(shard)
+        assert NamedImages(tmp_path / "images").source([asked]).read(0).shape[0] == 3
 
 
 def test_tar_files_that_are_damaged(tmp_path: Path, png: Callable[[int, int], bytes]) -> None:
@@ -128,4 +128,4 @@ def test_tar_files_that_are_damaged(tmp_path: Path, png: Callable[[int, int], by
         ((10, 10, 10), r"holds 0\.png twice"),
     ):
         with pytest.raises(DataError, match=message):
-            _ = "0.png" in Images(headers(*sizes))
+            _ = "0.png" in NamedImages(headers(*sizes))

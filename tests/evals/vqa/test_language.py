@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from evals.vqa.conversations import Record
-from evals.vqa.language import SMOLLM2, Tiny, TinyShape, open_language, word_tokenizer
+from evals.vqa.data import Record
+from evals.vqa.language import SMOLLM2, LanguageModel, TinyShape, open_language, word_tokenizer
 from radio.errors import CheckpointError, ConfigError
 
 SMALL = TinyShape(width=16, layers=1, heads=2, feed_forward=32)
@@ -32,15 +32,19 @@ def test_the_seed_decides_the_tiny_weights(records: list[Record]) -> None:
     weights = [one.load().model.embed_tokens.weight for one in (first, again, other)]
     assert torch.equal(before, torch.random.get_rng_state())  # nothing is seeded globally
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
-    assert isinstance(first, Tiny) and first.tokenizer.convert_ids_to_tokens(first.image_token) == "<image>"
+    assert first.tokenizer.convert_ids_to_tokens(first.image_token) == "<image>"
 
 
-def test_a_folder_is_opened_with_its_own_weights(tmp_path: Path, tiny: Tiny) -> None:
+def test_a_folder_is_opened_with_its_own_weights(tmp_path: Path, tiny: LanguageModel) -> None:
     network = tiny.load()
     network.save_pretrained(tmp_path / "lm")
     tiny.tokenizer.save_pretrained(tmp_path / "lm")
     opened = open_language(str(tmp_path / "lm"), [], SMALL, 0)
-    assert (opened.image_token, opened.pad_token, opened.end) == (tiny.image_token, tiny.pad_token, tiny.end)
+    assert (opened.image_token, opened.pad_token, opened.tokenizer.eos_token) == (
+        tiny.image_token,
+        tiny.pad_token,
+        tiny.tokenizer.eos_token,
+    )
     assert torch.equal(opened.load().model.embed_tokens.weight, network.model.embed_tokens.weight)
     assert opened.fingerprint != tiny.fingerprint
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
-from evals.vqa.language import Tiny
+from evals.vqa.language import LanguageModel
 from evals.vqa.llava import PROJECTOR, learn, make_llava, restore, save_llava
 from radio.errors import CheckpointError, ConfigError, RadioError
 from radio.hub import load_backbone
@@ -19,11 +19,13 @@ from radio.model import ModelConfig, build
 from radio.types import Backbone
 
 
-def make(model: Backbone, tiny: Tiny, num_tokens: int, size: int = 32, layer_norm: bool = False) -> Any:
+def make(
+    model: Backbone, tiny: LanguageModel, num_tokens: int, size: int = 32, layer_norm: bool = False
+) -> Any:
     return make_llava(model, tiny, (size, size), num_tokens, layer_norm=layer_norm, seed=0)
 
 
-def say(model: Any, tiny: Tiny, images: torch.Tensor, num_tokens: int) -> list[list[int]]:
+def say(model: Any, tiny: LanguageModel, images: torch.Tensor, num_tokens: int) -> list[list[int]]:
     ids = torch.tensor([[1, *[tiny.image_token] * num_tokens, 6, 7]]).repeat(len(images), 1)
     with torch.inference_mode():
         found = model.generate(
@@ -40,7 +42,9 @@ def say(model: Any, tiny: Tiny, images: torch.Tensor, num_tokens: int) -> list[l
 
 
 @pytest.mark.parametrize("layer_norm", [False, True])
-def test_tokens_and_images_give_the_same(backbone: Callable[..., Any], tiny: Tiny, layer_norm: bool) -> None:
+def test_tokens_and_images_give_the_same(
+    backbone: Callable[..., Any], tiny: LanguageModel, layer_norm: bool
+) -> None:
     encoder = backbone()
     tower = make(encoder, tiny, 16, layer_norm=layer_norm).model.vision_tower
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -54,7 +58,9 @@ def test_tokens_and_images_give_the_same(backbone: Callable[..., Any], tiny: Tin
         assert torch.equal(seen, tokens)
 
 
-def test_the_projector_is_two_layers_drawn_from_the_seed(backbone: Callable[..., Any], tiny: Tiny) -> None:
+def test_the_projector_is_two_layers_drawn_from_the_seed(
+    backbone: Callable[..., Any], tiny: LanguageModel
+) -> None:
     model = make(backbone(), tiny, 16)
     projector = model.model.multi_modal_projector
     x = torch.rand(5, 3, generator=torch.Generator().manual_seed(1))
@@ -70,7 +76,9 @@ def test_the_projector_is_two_layers_drawn_from_the_seed(backbone: Callable[...,
     assert not torch.equal(projector.linear_1.weight, other.model.multi_modal_projector.linear_1.weight)
 
 
-def test_only_the_named_parts_learn_and_none_of_the_encoder(backbone: Callable[..., Any], tiny: Tiny) -> None:
+def test_only_the_named_parts_learn_and_none_of_the_encoder(
+    backbone: Callable[..., Any], tiny: LanguageModel
+) -> None:
     model = make(backbone(), tiny, 16)
     assert not list(model.model.vision_tower.parameters())
     learn(model, (PROJECTOR,))
@@ -78,7 +86,7 @@ def test_only_the_named_parts_learn_and_none_of_the_encoder(backbone: Callable[.
     assert learning == {f"{PROJECTOR}linear_{n}.{part}" for n in (1, 2) for part in ("weight", "bias")}
 
 
-def test_weights_of_another_model_are_refused(backbone: Callable[..., Any], tiny: Tiny) -> None:
+def test_weights_of_another_model_are_refused(backbone: Callable[..., Any], tiny: LanguageModel) -> None:
     model = make(backbone(), tiny, 16)
     restore(model, {f"{PROJECTOR}linear_2.bias": torch.ones(32)}, "here")
     assert (model.model.multi_modal_projector.linear_2.bias == 1).all()
@@ -86,7 +94,7 @@ def test_weights_of_another_model_are_refused(backbone: Callable[..., Any], tiny
         restore(model, {"model.other": torch.ones(1)}, "here")
 
 
-def test_a_saved_llava_opens_in_transformers_and_says_the_same(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_saved_llava_opens_in_transformers_and_says_the_same(tiny: LanguageModel, tmp_path: Path) -> None:
     """The encoder goes along: the folder is moved, and opened without the backbone."""
     student = build(ModelConfig(student="vit-tiny12"), 3).eval()
     side = student.native_size[0]
@@ -109,7 +117,7 @@ def test_a_saved_llava_opens_in_transformers_and_says_the_same(tiny: Tiny, tmp_p
         save_llava(model, tiny, tmp_path / "moved")
 
 
-def test_a_teacher_is_kept_by_its_name(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_teacher_is_kept_by_its_name(tiny: LanguageModel, tmp_path: Path) -> None:
     teacher = load_backbone("scenes:clip")
     side = teacher.native_size[0]
     images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
@@ -127,14 +135,14 @@ def test_a_teacher_is_kept_by_its_name(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_a_backbone_without_a_spec_cannot_be_saved(
-    backbone: Callable[..., Any], tiny: Tiny, tmp_path: Path
+    backbone: Callable[..., Any], tiny: LanguageModel, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match="pooled cannot be opened by its name alone"):
         save_llava(make(backbone(), tiny, 16), tiny, tmp_path / "saved")
     assert not list(tmp_path.glob("*saved*"))
 
 
-def test_a_coarser_grid_goes_along_with_the_folder(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_coarser_grid_goes_along_with_the_folder(tiny: LanguageModel, tmp_path: Path) -> None:
     student = build(ModelConfig(student="vit-tiny12"), 3).eval()
     side = student.native_size[0]
     images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
@@ -152,7 +160,7 @@ def test_a_coarser_grid_goes_along_with_the_folder(tiny: Tiny, tmp_path: Path) -
     assert say(again, tiny, images, 4) == before
 
 
-def test_an_encoder_of_nan_is_asked_nothing(backbone: Callable[..., Any], tiny: Tiny) -> None:
+def test_an_encoder_of_nan_is_asked_nothing(backbone: Callable[..., Any], tiny: LanguageModel) -> None:
     encoder = backbone()
     tower = make(encoder, tiny, 16).model.vision_tower
     with pytest.raises(RadioError, match="pooled gives values that are not finite; nothing can be asked"):
@@ -160,7 +168,7 @@ def test_an_encoder_of_nan_is_asked_nothing(backbone: Callable[..., Any], tiny: 
 
 
 def test_a_full_disk_leaves_no_half_of_a_folder(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher = load_backbone("scenes:clip")
     model = make(teacher, tiny, 4, teacher.native_size[0])

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from evals.vqa.memory import plan_memory
 from evals.vqa.settings import VqaSettings
+from evals.vqa.training import plan_memory
 from radio.errors import ConfigError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
@@ -35,7 +35,7 @@ def test_a_7b_model_is_sharded_on_gpus_and_its_activations_are_computed_again() 
     needs = plan_memory(network(6_740_000_000), VqaSettings(), GPU, 8)
     assert needs.is_sharded and needs.is_checkpointed
     assert needs.gigabytes == pytest.approx(16 * 6.74 / 8)
-    assert needs.told == " (13 GB a rank before activations, sharded, activations recomputed)"
+    assert needs.describe() == " (13 GB a rank before activations, sharded, activations recomputed)"
 
 
 def test_what_no_gpu_holds_is_refused_before_the_run() -> None:
@@ -49,13 +49,16 @@ def test_frozen_weights_of_large_models_are_halved_under_bf16() -> None:
     assert (model.frozen.dtype, model.learned.dtype) == (torch.bfloat16, torch.float32)
     assert not needs.is_sharded and needs.gigabytes == pytest.approx(2 * 6.74 + 16 * 0.02)
     small = network(10, 1000)
-    assert plan_memory(small, BF16, GPU, 1).told == "" and small.frozen.dtype == torch.float32
+    assert plan_memory(small, BF16, GPU, 1).describe() == "" and small.frozen.dtype == torch.float32
     whole = network(10, 2_000_000_000)
     assert plan_memory(whole, VqaSettings(), CPU, 1).gigabytes == pytest.approx(8.0)
 
 
 def test_settings_decide() -> None:
-    asked = plan_memory(network(1000), VqaSettings(fsdp=True, activation_checkpointing=True), CPU, 2)
+    asked = plan_memory(network(1000), VqaSettings(fsdp=True, activation_checkpointing=True), GPU, 2)
     assert (asked.is_sharded, asked.is_checkpointed) == (True, True)
     refused = plan_memory(network(2_000_000_000), VqaSettings(activation_checkpointing=False), CPU, 2)
     assert (refused.is_sharded, refused.is_checkpointed) == (False, False)
+    assert not plan_memory(network(1000), VqaSettings(fsdp=True), CPU, 1).is_sharded
+    with pytest.raises(ConfigError, match="--fsdp shards over GPUs, and the device is cpu; leave it out"):
+        plan_memory(network(1000), VqaSettings(fsdp=True), CPU, 2)

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from evals.vqa.language import Tiny
+from evals.vqa.language import LanguageModel
 from evals.vqa.llava import make_llava
-from evals.vqa.parallel import projector_in_every_batch
+from evals.vqa.training import projector_in_every_batch
 
 
-def test_the_projector_gets_a_gradient_of_zero(backbone: Callable[..., Any], tiny: Tiny) -> None:
+def test_the_projector_gets_a_gradient_of_zero(backbone: Callable[..., Any], tiny: LanguageModel) -> None:
     model = make_llava(backbone(), tiny, (32, 32), 4, layer_norm=False, seed=0)
     ids = torch.tensor([[1, 5, 6, 7]])
     weights = list(model.model.multi_modal_projector.parameters())

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from evals.vqa.prompts import PLAIN, VICUNA_V1, ask, choose, short, short_with_ocr, template
+from evals.vqa.benchmarks import choose, short, short_with_ocr
+from evals.vqa.data import format_prompt
 from radio.errors import DataError
 
 SYSTEM = (
@@ -12,28 +13,13 @@ SYSTEM = (
 
 
 def test_vicunas_conversation_to_the_letter() -> None:
-    assert ask(VICUNA_V1, "What is it?", True) == f"{SYSTEM} USER: <image>\nWhat is it? ASSISTANT:"
-    assert ask(VICUNA_V1, "What is it?", False) == f"{SYSTEM} USER: What is it? ASSISTANT:"
-    assert VICUNA_V1.separators == (" ", "</s>")
-
-
-def test_the_plain_one_asks_nothing() -> None:
-    assert ask(PLAIN, "", True) == "<image>"
-    assert ask(PLAIN, "", False) == ""
-    assert PLAIN.separators[1] == "\n"
-    with pytest.raises(DataError, match="no question, and got 'What"):
-        ask(PLAIN, "What is it?", True)
+    assert format_prompt("What is it?", has_image=True) == f"{SYSTEM} USER: <image>\nWhat is it? ASSISTANT:"
+    assert format_prompt("What is it?", has_image=False) == f"{SYSTEM} USER: What is it? ASSISTANT:"
 
 
 def test_the_mark_is_no_part_of_a_question() -> None:
     with pytest.raises(DataError, match="holds the mark <image> itself"):
-        ask(VICUNA_V1, "What is <image>?", True)
-
-
-def test_templates_by_name() -> None:
-    assert (template("plain"), template("v1"), template("vicuna_v1")) == (PLAIN, VICUNA_V1, VICUNA_V1)
-    with pytest.raises(DataError, match=r"no conversation is called 'vicuna'; .*did you mean vicuna_v1"):
-        template("vicuna")
+        format_prompt("What is <image>?", has_image=True)
 
 
 def test_the_benchmarks_prompts() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from evals.vqa.tasks import TaskData, TaskFiles, open_task, read_predictions
+from evals.vqa.benchmarks import TaskFiles, open_benchmark, read_predictions
+from evals.vqa.scoring import Benchmark
 from radio.errors import DataError
 
 
@@ -24,7 +25,7 @@ def gqa(tmp_path: Path, number: int = 4, **changes: Any) -> TaskFiles:
 
 
 def test_questions_are_scored_in_their_order(tmp_path: Path) -> None:
-    task = open_task("gqa", gqa(tmp_path))
+    task = open_benchmark("gqa", gqa(tmp_path))
     assert (task.task, task.split, task.has_answers) == ("gqa", "val", True)
     scores = task.score({"3": "Cat.", "0": "dog", "1": "cow", "2": "dogs"})
     assert scores.ids == ("0", "1", "2", "3")
@@ -34,7 +35,7 @@ def test_questions_are_scored_in_their_order(tmp_path: Path) -> None:
 
 
 def test_missing_and_unknown_predictions(tmp_path: Path) -> None:
-    task = open_task("gqa", gqa(tmp_path))
+    task = open_benchmark("gqa", gqa(tmp_path))
     with pytest.raises(DataError, match="2 of the 4 questions of gqa val have no prediction, the first is 1"):
         task.score({"0": "dog", "2": "dog"})
     allowed = task.score({"0": "dog", "2": "dog"}, allow_missing=True)
@@ -44,21 +45,21 @@ def test_missing_and_unknown_predictions(tmp_path: Path) -> None:
 
 
 def test_a_limit_is_spread_and_keeps_groups_and_answers(tmp_path: Path) -> None:
-    task = open_task("gqa", gqa(tmp_path, 10), limit=3)
+    task = open_benchmark("gqa", gqa(tmp_path, 10), limit=3)
     assert [question.id for question in task.questions] == ["0", "3", "6"]
     assert (task.expected, task.num_questions) == (("dog", "cat", "dog"), 10)
     scores = task.score({str(n): "dog" for n in range(10)})  # the others are known, and not scored
     assert scores.values == (1.0, 0.0, 1.0)
     assert scores.groups["structural"].labels == ("query",) * 3
-    assert len(open_task("gqa", gqa(tmp_path, 10), limit=20).questions) == 10
+    assert len(open_benchmark("gqa", gqa(tmp_path, 10), limit=20).questions) == 10
     with pytest.raises(DataError, match="a limit of 0 leaves no questions"):
-        open_task("gqa", gqa(tmp_path), limit=0)
+        open_benchmark("gqa", gqa(tmp_path), limit=0)
 
 
 def test_the_fingerprint_is_of_the_contents(tmp_path: Path) -> None:
-    first = open_task("gqa", gqa(tmp_path)).fingerprint
-    assert open_task("gqa", gqa(tmp_path)).fingerprint == first
-    assert open_task("gqa", gqa(tmp_path, question="!")).fingerprint != first
+    first = open_benchmark("gqa", gqa(tmp_path)).fingerprint
+    assert open_benchmark("gqa", gqa(tmp_path)).fingerprint == first
+    assert open_benchmark("gqa", gqa(tmp_path, question="!")).fingerprint != first
 
 
 def test_images_are_looked_for(tmp_path: Path) -> None:
@@ -66,11 +67,11 @@ def test_images_are_looked_for(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "0.jpg").touch()
     with pytest.raises(DataError, match=r"1 of the 2 images of gqa val are not there, the first is 1\.jpg"):
-        open_task("gqa", files).check_images()
+        open_benchmark("gqa", files).check_images()
     (tmp_path / "images" / "1.jpg").touch()
-    assert open_task("gqa", files).check_images() == tmp_path / "images"
+    open_benchmark("gqa", files).check_images()
     with pytest.raises(DataError, match="no folder of images was given"):
-        open_task("gqa", TaskFiles(questions=files.questions)).check_images()
+        open_benchmark("gqa", TaskFiles(questions=files.questions)).check_images()
 
 
 def vqav2(tmp_path: Path) -> TaskFiles:
@@ -81,7 +82,7 @@ def vqav2(tmp_path: Path) -> TaskFiles:
 
 
 def test_a_split_without_answers_is_submitted(tmp_path: Path) -> None:
-    task = open_task("vqav2", vqav2(tmp_path))
+    task = open_benchmark("vqav2", vqav2(tmp_path))
     assert (task.split, task.has_answers, task.expected) == ("test-dev", False, ())
     with pytest.raises(DataError, match=r"no right answers to vqav2 test-dev .* or write a submission"):
         task.score({"5": "a", "6": "b"})
@@ -91,9 +92,9 @@ def test_a_split_without_answers_is_submitted(tmp_path: Path) -> None:
 
 def test_a_submission_is_of_all_questions_of_vqav2(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="answers all 2 questions, and the limit left 1"):
-        open_task("vqav2", vqav2(tmp_path), limit=1).write_submission({"5": "a"}, tmp_path / "out.json")
+        open_benchmark("vqav2", vqav2(tmp_path), limit=1).write_submission({"5": "a"}, tmp_path / "out.json")
     with pytest.raises(DataError, match="gqa takes no EvalAI submission"):
-        open_task("gqa", gqa(tmp_path)).write_submission({}, tmp_path / "out.json")
+        open_benchmark("gqa", gqa(tmp_path)).write_submission({}, tmp_path / "out.json")
     assert not (tmp_path / "out.json").exists()
 
 
@@ -105,11 +106,11 @@ def test_another_benchmarks_file(tmp_path: Path, task: Any) -> None:
         files = TaskFiles(questions=files.questions, splits=tmp_path / "pid_splits.json")
     wanted = r"val_balanced_questions\.json: record 0: .*wanted .*the file looks like GQA's questions"
     with pytest.raises(DataError, match=wanted):
-        open_task(task, files)
+        open_benchmark(task, files)
 
 
-def opened(task: Any, files: TaskFiles, **options: Any) -> TaskData:
-    return open_task(task, files, **options)
+def opened(task: Any, files: TaskFiles, **options: Any) -> Benchmark:
+    return open_benchmark(task, files, **options)
 
 
 def test_what_a_benchmark_does_not_read_is_refused(tmp_path: Path) -> None:
@@ -138,12 +139,12 @@ def test_scienceqa_counts_what_is_missing_as_wrong(tmp_path: Path) -> None:
     (tmp_path / "problems.json").write_text(json.dumps({"1": problem, "2": problem}))
     (tmp_path / "splits.json").write_text('{"test": ["1", "2"]}')
     files = TaskFiles(questions=tmp_path / "problems.json", splits=tmp_path / "splits.json")
-    scores = open_task("scienceqa", files).score({"2": "A"})
+    scores = open_benchmark("scienceqa", files).score({"2": "A"})
     assert (scores.values, scores.missing) == ((0.0, 1.0), ("1",))
 
 
 def test_torch_is_not_needed() -> None:
-    code = "import sys, evals.vqa.tasks, evals.vqa.benchmarks; sys.exit('torch' in sys.modules)"
+    code = "import sys, evals.vqa.benchmarks, evals.vqa.scoring; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -151,13 +152,13 @@ def test_what_would_stop_the_answers_at_the_end_is_found_first(tmp_path: Path) -
     (tmp_path / "images").mkdir()
     for name in ("0.jpg", "1.jpg", "COCO_test2015_000000000009.jpg"):
         (tmp_path / "images" / name).touch()
-    open_task("gqa", gqa(tmp_path)).check()
+    open_benchmark("gqa", gqa(tmp_path)).check()
     with pytest.raises(DataError, match="4 questions of gqa val hold the mark <image> themselves, the first"):
-        open_task("gqa", gqa(tmp_path, question="Is <image> a tag?")).check()
+        open_benchmark("gqa", gqa(tmp_path, question="Is <image> a tag?")).check()
     data = json.loads(gqa(tmp_path).questions.read_text())
     for record in data.values():
         del record["answer"]
     files = gqa(tmp_path)
     files.questions.write_text(json.dumps(data))
     with pytest.raises(DataError, match=r"gqa takes no EvalAI submission here; .* files that hold the right"):
-        open_task("gqa", files).check()
+        open_benchmark("gqa", files).check()

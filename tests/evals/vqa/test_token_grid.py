@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evals.vqa.token_grid import choose_grid, resample
+from evals.vqa.llava import choose_grid, resample
 
 
 @pytest.mark.parametrize(

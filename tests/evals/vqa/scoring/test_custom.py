@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 
-from evals.vqa.scoring.custom import exact_or_soft, read
-from evals.vqa.scoring.exam import Exam, TaskFiles
+from evals.vqa.benchmarks import TaskFiles, read_custom
+from evals.vqa.scoring import Benchmark, exact_or_soft
 from radio.errors import DataError
 
 SHORT = "Answer the question using a single word or phrase."
 
 
-def opened(tmp_path: Path, *rows: Any, text: str | None = None) -> Exam:
+def opened(tmp_path: Path, *rows: Any, text: str | None = None) -> Benchmark:
     path = tmp_path / "own.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) if text is None else text)
-    return read(TaskFiles(questions=path))
+    return read_custom(TaskFiles(questions=path))
 
 
 def test_a_line_a_question(tmp_path: Path) -> None:
@@ -38,9 +38,9 @@ def test_a_line_a_question(tmp_path: Path) -> None:
         ),
     ]
     assert (exam.split, exam.expected) == ("own", ("A red  cat.", "there", "B"))
-    assert [mark("red cat") for mark in exam.marks[:2]] == [1.0, 0.0]
-    assert [exam.marks[1](answer) for answer in ("Here!", "the there", "nowhere")] == [1.0, 1.0, 0.0]
-    assert [exam.marks[2](answer) for answer in ("B", "B. blue", "A", "blue")] == [1.0, 1.0, 0.0, 0.0]
+    assert [score("red cat") for score in exam.score_fns[:2]] == [1.0, 0.0]
+    assert [exam.score_fns[1](answer) for answer in ("Here!", "the there", "nowhere")] == [1.0, 1.0, 0.0]
+    assert [exam.score_fns[2](answer) for answer in ("B", "B. blue", "A", "blue")] == [1.0, 1.0, 0.0, 0.0]
     assert dict(exam.groups) == {}
     array = json.dumps([{"question": "?", "answer": "a", "category": "c"}], indent=1)
     assert opened(tmp_path, text=f"\ufeff{array}").groups["category"].labels == ("c",)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from evals.vqa.scoring.exam import Exam, Question, TaskFiles
-from evals.vqa.scoring.gqa import read, tidy
+from evals.vqa.benchmarks import TaskFiles, read_gqa
+from evals.vqa.scoring import Benchmark, Question, score_exact
 from radio.errors import DataError
 
 
@@ -23,10 +23,10 @@ def record(answer: str | None, structural: str = "query", **changes: Any) -> dic
 
 def opened(
     tmp_path: Path, data: Any, name: str = "val_balanced_questions.json", split: str | None = None
-) -> Exam:
+) -> Benchmark:
     path = tmp_path / name
     path.write_text(json.dumps(data))
-    return read(TaskFiles(questions=path, split=split))
+    return read_gqa(TaskFiles(questions=path, split=split))
 
 
 def test_questions_and_their_groups(tmp_path: Path) -> None:
@@ -56,11 +56,11 @@ def test_questions_and_their_groups(tmp_path: Path) -> None:
     ],
 )
 def test_exact_match_without_the_full_stop(tmp_path: Path, answer: str, worth: float) -> None:
-    assert opened(tmp_path, {"1": record("cat")}).marks[0](answer) == worth
+    assert opened(tmp_path, {"1": record("cat")}).score_fns[0](answer) == worth
 
 
-def test_tidy_is_the_protocols_one() -> None:
-    assert tidy("The U.S.A. ..") == "the u.s.a. "
+def test_full_stops_at_the_end_are_dropped() -> None:
+    assert score_exact("The U.S.A. ..", "the u.s.a. ") == 1
 
 
 def test_only_balanced_questions_are_scored(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_split_has_to_be_known(tmp_path: Path) -> None:
 
 def test_answers_and_types_may_be_absent(tmp_path: Path) -> None:
     exam = opened(tmp_path, {"1": record(None, types=None), "2": record(None, types={})})
-    assert (exam.marks, exam.expected, dict(exam.groups)) == ((), (), {})
+    assert (exam.score_fns, exam.expected, dict(exam.groups)) == ((), (), {})
     with pytest.raises(DataError, match="record 2: has no 'answer'"):
         opened(tmp_path, {"1": record("cat"), "2": record(None)})
 

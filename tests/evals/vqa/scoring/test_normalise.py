@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from evals.vqa.scoring.normalise import CONTRACTIONS, clean, m4c, official
+from evals.vqa.scoring import CONTRACTIONS, clean, m4c, official
 
 BOTH = [
     ("Yes", "yes"),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from evals.vqa.scoring.predictions import read_predictions
+from evals.vqa.benchmarks import read_predictions
 from radio.errors import DataError
 
 

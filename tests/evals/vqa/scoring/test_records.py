@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from evals.vqa.scoring.records import Records, Row, read_json
+from evals.vqa.benchmarks import Records, Row
 from radio.errors import DataError
 
 
@@ -75,7 +75,7 @@ def test_an_error_says_what_the_file_looks_like(tmp_path: Path, data: Any, seen:
 
 def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
-        read_json(tmp_path / "absent.json")
+        Records(tmp_path / "absent.json", "metadata", "")
     (tmp_path / "part.json").write_text('{"metadata": [')
     with pytest.raises(DataError, match="is not JSON"):
-        read_json(tmp_path / "part.json")
+        Records(tmp_path / "part.json", "metadata", "")

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from evals.vqa.scoring.exam import Exam, TaskFiles
-from evals.vqa.scoring.scienceqa import letter, read
+from evals.vqa.benchmarks import TaskFiles, read_scienceqa
+from evals.vqa.scoring import Benchmark, letter
 from radio.errors import DataError
 
 
@@ -26,10 +26,12 @@ def problem(**changes: Any) -> dict[str, Any]:
     }
 
 
-def opened(tmp_path: Path, problems: Any, splits: Any = None, **files: Any) -> Exam:
+def opened(tmp_path: Path, problems: Any, splits: Any = None, **files: Any) -> Benchmark:
     (tmp_path / "problems.json").write_text(json.dumps(problems))
     (tmp_path / "pid_splits.json").write_text(json.dumps(splits or {"test": list(problems)}))
-    return read(TaskFiles(questions=tmp_path / "problems.json", splits=tmp_path / "pid_splits.json", **files))
+    return read_scienceqa(
+        TaskFiles(questions=tmp_path / "problems.json", splits=tmp_path / "pid_splits.json", **files)
+    )
 
 
 @pytest.mark.parametrize(
@@ -90,9 +92,9 @@ def test_the_images_of_one_split_alone(tmp_path: Path) -> None:
     ("answer", "worth"),
     [("B", 1), ("B. anything", 1), ("A", 0), ("D", 0), ("The answer is Z.", 0), ("blue", 0)],
 )
-def test_marks(tmp_path: Path, answer: str, worth: float) -> None:
+def test_scores_of_answers(tmp_path: Path, answer: str, worth: float) -> None:
     exam = opened(tmp_path, {"5": problem()})
-    assert exam.marks[0](answer) == worth
+    assert exam.score_fns[0](answer) == worth
     assert exam.missing_is_wrong
 
 
@@ -141,4 +143,4 @@ def test_files_that_do_not_fit(
 
 def test_splits_are_needed(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"give pid_splits\.json too"):
-        read(TaskFiles(questions=tmp_path / "problems.json"))
+        read_scienceqa(TaskFiles(questions=tmp_path / "problems.json"))

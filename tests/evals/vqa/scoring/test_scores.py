@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from evals.core.bootstrap import interval, resamples
-from evals.vqa.scoring import scores as module
-from evals.vqa.scoring.exam import Grouping
-from evals.vqa.scoring.scores import Scores, mean_accuracy
+from evals.vqa import scoring
+from evals.vqa.scoring import Grouping, Scores, mean_accuracy
 
 
 def made(values: list[float], images: list[str], **groups: Grouping) -> Scores:
@@ -64,7 +63,7 @@ def test_many_images_are_resampled_in_parts(monkeypatch: pytest.MonkeyPatch) -> 
     source = np.random.default_rng(2)
     values = source.random(50).tolist()
     whole = made(values, [str(place) for place in range(50)]).metrics()["accuracy"]
-    monkeypatch.setattr(module, "_CELLS", 50 * 130)
+    monkeypatch.setattr(scoring, "_CELLS", 50 * 130)
     parts = made(values, [str(place) for place in range(50)]).metrics()["accuracy"]
     assert parts.value == whole.value
     assert parts.low == pytest.approx(whole.low, abs=1.5) and parts.low != whole.low

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from evals.vqa.scoring.soft import Rule, leave_one_out, vqa_accuracy
+from evals.vqa.scoring import Rule, leave_one_out, vqa_accuracy
 
 
 def by_loop(answer: str, truths: list[str]) -> float:

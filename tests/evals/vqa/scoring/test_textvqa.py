@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from evals.vqa.scoring.exam import Exam, TaskFiles
-from evals.vqa.scoring.textvqa import read
+from evals.vqa.benchmarks import TaskFiles, read_textvqa
+from evals.vqa.scoring import Benchmark
 from radio.errors import DataError
 
 
@@ -22,16 +22,16 @@ def record(**changes: Any) -> dict[str, Any]:
     return {key: value for key, value in {**found, **changes}.items() if value is not None}
 
 
-def opened(tmp_path: Path, *records: dict[str, Any], tokens: Any = None, **files: Any) -> Exam:
+def opened(tmp_path: Path, *records: dict[str, Any], tokens: Any = None, **files: Any) -> Benchmark:
     path = tmp_path / "TextVQA_0.5.1_val.json"
     path.write_text(json.dumps({"data": records}))
     if tokens is not None:
         files["ocr_file"] = tmp_path / "TextVQA_Rosetta_OCR_v0.2_val.json"
         files["ocr_file"].write_text(json.dumps({"data": tokens}))
-    return read(TaskFiles(questions=path, **files))
+    return read_textvqa(TaskFiles(questions=path, **files))
 
 
-def test_a_question_and_its_marks(tmp_path: Path) -> None:
+def test_a_question_and_its_scores(tmp_path: Path) -> None:
     exam = opened(tmp_path, record())
     (question,) = exam.questions
     assert (question.id, question.image) == ("34602", "003a8ae2ef43b901.jpg")
@@ -40,13 +40,13 @@ def test_a_question_and_its_marks(tmp_path: Path) -> None:
         "What is the brand of this camera?\nAnswer the question using a single word or phrase."
     )
     assert (exam.split, exam.expected) == ("val", ("dakota",))
-    assert exam.marks[0]("Dakota.") == 1.0
-    assert exam.marks[0]("the Dakota, digital") == pytest.approx(0.3)
+    assert exam.score_fns[0]("Dakota.") == 1.0
+    assert exam.score_fns[0]("the Dakota, digital") == pytest.approx(0.3)
 
 
 def test_unanimous_answers_are_normalised_too(tmp_path: Path) -> None:
     exam = opened(tmp_path, record(answers=["Joe's Bar"] * 10))
-    assert exam.marks[0]("the joe's bar!") == 1.0
+    assert exam.score_fns[0]("the joe's bar!") == 1.0
 
 
 CAMERA = (
@@ -92,4 +92,4 @@ def test_files_that_do_not_fit(
 
 def test_a_test_set_has_no_answers(tmp_path: Path) -> None:
     exam = opened(tmp_path, record(answers=None, set_name=None), split="test")
-    assert (exam.split, exam.marks, exam.expected) == ("test", (), ())
+    assert (exam.split, exam.score_fns, exam.expected) == ("test", (), ())

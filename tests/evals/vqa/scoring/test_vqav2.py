@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from evals.vqa.scoring.exam import Exam, Question, TaskFiles
-from evals.vqa.scoring.soft import Rule
-from evals.vqa.scoring.vqav2 import read, write_submission
+from evals.vqa.benchmarks import TaskFiles, read_vqav2
+from evals.vqa.scoring import Benchmark, Question, Rule
 from radio.errors import DataError
 
 ASKED = [{"question_id": 42000, "image_id": 42, "question": "Is it?"}]
@@ -30,17 +29,17 @@ def opened(
     annotated: str = "val2014",
     rule: Rule = "official",
     split: str | None = None,
-) -> Exam:
+) -> Benchmark:
     questions = tmp_path / "questions.json"
     questions.write_text(json.dumps({"data_subtype": subtype, "questions": asked}))
     if annotations is None:
-        return read(TaskFiles(questions=questions, split=split), rule)
+        return read_vqav2(TaskFiles(questions=questions, split=split), rule)
     path = tmp_path / "annotations.json"
     path.write_text(json.dumps({"data_subtype": annotated, "annotations": annotations}))
-    return read(TaskFiles(questions=questions, annotations=path, split=split), rule)
+    return read_vqav2(TaskFiles(questions=questions, annotations=path, split=split), rule)
 
 
-def test_questions_and_their_marks(tmp_path: Path) -> None:
+def test_questions_and_their_scores(tmp_path: Path) -> None:
     exam = opened(tmp_path, [annotation(*["yes"] * 9, "maybe")])
     assert exam.questions == (
         Question(
@@ -52,15 +51,15 @@ def test_questions_and_their_marks(tmp_path: Path) -> None:
     )
     assert (exam.split, exam.expected) == ("val", ("yes",))
     assert exam.groups["answer_type"].labels == ("yes/no",)
-    assert exam.marks[0]("Yes.") == 1.0
-    assert exam.marks[0]("maybe") == pytest.approx(0.3)
+    assert exam.score_fns[0]("Yes.") == 1.0
+    assert exam.score_fns[0]("maybe") == pytest.approx(0.3)
 
 
 def test_unanimous_answers_are_left_alone_by_the_official_rule(tmp_path: Path) -> None:
     said = [annotation(*["yes"] * 10)]
-    assert opened(tmp_path, said).marks[0]("Yes") == 0.0
-    assert opened(tmp_path, said, rule="llava").marks[0]("Yes") == 1.0
-    assert opened(tmp_path, said, rule="m4c").marks[0]("Yes") == 1.0
+    assert opened(tmp_path, said).score_fns[0]("Yes") == 0.0
+    assert opened(tmp_path, said, rule="llava").score_fns[0]("Yes") == 1.0
+    assert opened(tmp_path, said, rule="m4c").score_fns[0]("Yes") == 1.0
 
 
 @pytest.mark.parametrize(
@@ -73,7 +72,7 @@ def test_unanimous_answers_are_left_alone_by_the_official_rule(tmp_path: Path) -
 )
 def test_the_file_names_its_images(tmp_path: Path, subtype: str, split: str, image: str) -> None:
     exam = opened(tmp_path, None, subtype=subtype)
-    assert (exam.split, exam.questions[0].image, exam.marks) == (split, image, ())
+    assert (exam.split, exam.questions[0].image, exam.score_fns) == (split, image, ())
 
 
 def test_annotations_go_by_id_and_may_be_more(tmp_path: Path) -> None:
@@ -115,22 +114,28 @@ def test_annotations_in_the_place_of_questions(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"data_subtype": "val2014", "annotations": []}))
     with pytest.raises(DataError, match="looks like VQAv2's annotations"):
-        read(TaskFiles(questions=path))
+        read_vqav2(TaskFiles(questions=path))
 
 
-def questions(*ids: str) -> list[Question]:
-    return [Question(one, None, "?", "?") for one in ids]
+def unanswered(*ids: str) -> Benchmark:
+    questions = tuple(Question(id, None, "?", "?") for id in ids)
+    return Benchmark(
+        task="vqav2",
+        split="test",
+        questions=questions,
+        score_fns=(),
+        expected=(),
+        known=frozenset(ids),
+    )
 
 
 def test_a_submission_holds_every_question_in_order(tmp_path: Path) -> None:
     path = tmp_path / "out" / "submission.json"
-    write_submission(questions("3", "1"), {"1": "Two.", "3": "Yes"}, path)
+    unanswered("3", "1").write_submission({"1": "Two.", "3": "Yes"}, path)
     assert json.loads(path.read_text()) == [
         {"question_id": 3, "answer": "yes"},
         {"question_id": 1, "answer": "2"},
     ]
-    write_submission(questions("3"), {"3": "Yes"}, path, normalise=False)
-    assert json.loads(path.read_text()) == [{"question_id": 3, "answer": "Yes"}]
 
 
 @pytest.mark.parametrize(
@@ -147,7 +152,7 @@ def test_an_incomplete_submission_is_not_written(
     path = tmp_path / "submission.json"
     path.write_text("before")
     with pytest.raises(DataError, match=said):
-        write_submission(questions(*ids), answers, path)
+        unanswered(*ids).write_submission(answers, path)
     assert path.read_text() == "before"
 
 

@@ -8,8 +8,14 @@ from typing import Any
 
 import pytest
 
-from evals.vqa.presets import PRESETS, choose, choose_size, language_name, plan_stage
-from evals.vqa.settings import VqaSettings
+from evals.vqa.settings import (
+    PRESETS,
+    VqaSettings,
+    choose_preset,
+    choose_size,
+    language_name,
+    plan_stage,
+)
 from radio.errors import ConfigError
 
 PAPER = PRESETS["paper"]
@@ -44,8 +50,8 @@ def test_settings_change_a_plan() -> None:
 
 def test_the_preset_follows_the_data_and_paper_wants_a_language_model(tmp_path: Path) -> None:
     given = VqaSettings(pretrain_data=tmp_path, instruct_data=tmp_path)
-    assert choose(VqaSettings())[0] == "scenes"
-    assert choose(given)[0] == "paper"
+    assert choose_preset(VqaSettings())[0] == "scenes"
+    assert choose_preset(given)[0] == "paper"
     assert language_name(VqaSettings(), "scenes") == "tiny"
     assert language_name(VqaSettings(language_model="smollm2"), "paper") == "smollm2"
     with pytest.raises(ConfigError, match="the preset paper needs a language model; give --language-model"):

@@ -14,17 +14,13 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from evals.vqa import stages
-from evals.vqa.conversations import Record
-from evals.vqa.language import Tiny
+from evals.vqa.data import Conversations, Record, collate, sample_order
+from evals.vqa.language import LanguageModel
 from evals.vqa.llava import PROJECTOR, learn, make_llava
-from evals.vqa.order import order
-from evals.vqa.presets import StagePlan
-from evals.vqa.samples import Batch, Conversations
-from evals.vqa.stages import Job, factor, final_loss, train
-from evals.vqa.states import read_state
-from radio.dist import Group
-from radio.errors import CheckpointError, ConfigError, RadioError
+from evals.vqa.settings import StagePlan
+from evals.vqa.training import Finished, Job, Needs, StageTrainer, add_lora, factor, train
+from radio.chunks import Damage
+from radio.errors import ConfigError, RadioError
 from radio.progress import no_progress
 
 ALL = (PROJECTOR, "model.language_model.", "lm_head.")
@@ -43,28 +39,24 @@ PLAN = StagePlan(
 
 
 @pytest.fixture
-def make_job(tiny: Tiny, records: list[Record], shown: Any, tmp_path: Path) -> Callable[..., Job]:
-    def make(name: str = "state", key: str = "key", plan: StagePlan = PLAN, chosen: Any = None) -> Job:
+def make_job(tiny: LanguageModel, records: list[Record], shown: Any, tmp_path: Path) -> Callable[..., Job]:
+    def make(name: str = "stage", plan: StagePlan = PLAN, damage: Damage | None = None) -> Job:
         return Job(
             title="instruct",
             plan=plan,
-            data=Conversations(records if chosen is None else chosen, plan.template, tiny, shown, 99),
+            data=Conversations(records, plan.template, tiny.tokenizer, shown, 99),
             pad_token=tiny.pad_token,
             seed=5,
-            state=tmp_path / f"{name}.pt",
-            key=key,
+            folder=tmp_path / name,
             device=torch.device("cpu"),
-            bf16=False,
-            shard=False,
-            workers=0,
-            group=Group(),
+            damage=damage or Damage(),
         )
 
     return make
 
 
 @pytest.fixture
-def make_model(backbone: Callable[..., Any], tiny: Tiny) -> Callable[..., Any]:
+def make_model(backbone: Callable[..., Any], tiny: LanguageModel) -> Callable[..., Any]:
     def make(learns: tuple[str, ...] = ALL) -> Any:
         model = make_llava(backbone(), tiny, (32, 32), 4, layer_norm=False, seed=0)
         learn(model, learns)
@@ -76,14 +68,15 @@ def make_model(backbone: Callable[..., Any], tiny: Tiny) -> Callable[..., Any]:
 def by_hand(model: Any, job: Job) -> list[float]:
     """A plain loop over the same batches: AdamW, clipped gradients, warm-up and cosine."""
     data, plan = job.data, job.plan
-    places = list(order(data.lengths(), data.modalities(), plan.batch, plan.steps, job.seed))
+    order = sample_order(data.lengths(), data.modalities(), plan.batch, plan.steps, job.seed)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=plan.lr, weight_decay=0.0)
     losses = []
     for step in range(plan.steps):
         for group in optimizer.param_groups:
             group["lr"] = plan.lr * factor(step, plan.steps, plan.warmup)
-        batch = Batch(job.pad_token)([data[p] for p in places[step * plan.batch : (step + 1) * plan.batch]])
+        chosen = order[step * plan.batch : (step + 1) * plan.batch]
+        batch = collate([data[index] for index in chosen], job.pad_token)
         labels = batch.pop("labels")
         logits = model(**batch).logits
         loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
@@ -98,12 +91,11 @@ def by_hand(model: Any, job: Job) -> list[float]:
 def test_training_is_the_plain_loop(make_job: Callable[..., Job], make_model: Callable[..., Any]) -> None:
     expected = by_hand(make_model(), make_job())
     before = (torch.random.get_rng_state(), np.random.get_state()[1], random.getstate())  # noqa: NPY002
-    state = train(make_model(), make_job(), no_progress)
+    losses = train(make_model(), make_job(), no_progress).losses
     assert torch.equal(torch.random.get_rng_state(), before[0])  # nothing is seeded globally
     assert (np.random.get_state()[1] == before[1]).all() and random.getstate() == before[2]  # noqa: NPY002
-    assert state.losses == pytest.approx(expected, abs=2e-4)
+    assert losses == pytest.approx(expected, abs=2e-4)
     assert expected[-1] < expected[0]
-    assert (state.step, state.optimizer) == (6, {})
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2])
@@ -137,22 +129,70 @@ class Kill:
         return None
 
 
+def checkpoints(tmp_path: Path, name: str) -> list[str]:
+    return sorted(path.name for path in (tmp_path / name).glob("*/*"))
+
+
 def test_a_killed_training_ends_like_an_undisturbed_one(
-    make_job: Callable[..., Job], make_model: Callable[..., Any]
+    make_job: Callable[..., Job], make_model: Callable[..., Any], tmp_path: Path
 ) -> None:
     whole = train(make_model(), make_job("whole"), no_progress)
     with pytest.raises(KeyboardInterrupt):
         train(make_model(), make_job("killed"), Kill(5))
-    assert read_state(make_job("killed").state, "key").step == 4
-    again = train(make_model(), make_job("killed"), no_progress)
+    assert checkpoints(tmp_path, "killed") == ["checkpoint-4"]
+    watch = Kill(99)
+    again = train(make_model(), make_job("killed"), watch)
+    assert watch.steps == 6  # four of them before
     assert again.losses == whole.losses
     assert again.weights.keys() == whole.weights.keys()
     assert all(torch.equal(again.weights[name], whole.weights[name]) for name in whole.weights)
-    model = make_model()
-    watch = Kill(0)
-    assert train(model, make_job("killed"), watch).losses == whole.losses  # found, not trained
-    with pytest.raises(CheckpointError, match="is the training of another backbone, data set or protocol"):
-        train(model, make_job("killed", key="other"), no_progress)
+
+
+def test_a_checkpoint_that_is_not_whole_is_deleted(
+    make_job: Callable[..., Job], make_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    """A run killed while it wrote has no signature, and nothing to tell; damage is told."""
+    whole = train(make_model(), make_job("whole"), no_progress)
+    for number, (how, told) in enumerate(
+        [("unsigned", 0), ("cut", 1), ("other", 1), ("absent", 1), ("folder", 0), ("both", 0)]
+    ):
+        damage, name = Damage(), f"killed{number}"
+        with pytest.raises(KeyboardInterrupt):
+            train(make_model(), make_job(name), Kill(5))
+        (folder,) = (tmp_path / name).glob("*/checkpoint-4")
+        optimizer, signature = folder / "optimizer.pt", folder / "signature"
+        if how == "unsigned":
+            signature.unlink()
+        elif how == "cut":
+            optimizer.write_bytes(optimizer.read_bytes()[:-9])
+        elif how == "other":
+            signature.write_bytes(b"\xff")
+        elif how == "absent":
+            optimizer.unlink()
+        elif how == "folder":
+            signature.unlink()
+            signature.mkdir()
+        else:  # a later one was being written
+            (folder.parent / "checkpoint-5").mkdir()
+            (folder.parent / "checkpoint-5" / "model.safetensors").write_bytes(b"half")
+        watch = Kill(99)
+        again = train(make_model(), make_job(name, damage=damage), watch)
+        assert again.losses == whole.losses and watch.steps == 6
+        assert all(torch.equal(again.weights[weight], whole.weights[weight]) for weight in whole.weights)
+        assert len(damage.notes()) == told, how
+
+
+def test_a_full_disk_is_one_line(
+    make_job: Callable[..., Job], make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0\nmore")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(
+        RadioError, match=r"checkpoint-2: the state of the training cannot be written \(.*free"
+    ):
+        train(make_model(), make_job(), no_progress)
 
 
 def test_only_what_learns_is_written_down(
@@ -186,37 +226,51 @@ def test_the_schedule_by_hand() -> None:
         [0, 0.5, 1, 0.5 + 0.25 * 2**0.5, 0.5, 0.5 - 0.25 * 2**0.5, 0]
     )
     assert factor(0, 4, 0) == 1
-    assert final_loss([9.0] * 90 + [1.0] * 10) == 1
-    assert final_loss([3.0, 1.0]) == 2
+    assert Finished(PLAN, [9.0] * 90 + [1.0] * 10).final_loss == 1
+    assert Finished(PLAN, [3.0, 1.0]).final_loss == 2
 
 
 def test_computing_activations_again_changes_nothing(
     make_job: Callable[..., Job], make_model: Callable[..., Any]
 ) -> None:
     plain = train(make_model(), make_job("plain"), no_progress)
-    again = train(make_model(), replace(make_job("again"), is_checkpointed=True), no_progress)
+    again = train(make_model(), replace(make_job("again"), needs=Needs(is_checkpointed=True)), no_progress)
     assert again.losses == plain.losses
     for name, tensor in plain.weights.items():
         assert torch.equal(again.weights[name], tensor), name
 
 
 def test_weights_that_are_not_finite_are_never_written(
-    make_job: Callable[..., Job], make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    make_job: Callable[..., Job],
+    make_model: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    learned = stages.Keeper._learned
+    check = StageTrainer.check_finite
 
-    def poisoned(self: Any, weights: Any) -> dict[str, torch.Tensor]:
-        found = learned(self, weights)
-        if len(self._losses) > 2:  # the step's loss was still finite
-            found[f"{PROJECTOR}linear_2.bias"] = torch.full((32,), float("inf"))
-        return found
+    def poisoned(self: Any) -> None:
+        if self.state.global_step > 2:  # the step's loss was still finite
+            with torch.no_grad():
+                self.model.model.multi_modal_projector.linear_2.bias.fill_(math.inf)
+        check(self)
 
-    monkeypatch.setattr(stages.Keeper, "_learned", poisoned)
+    monkeypatch.setattr(StageTrainer, "check_finite", poisoned)
     with pytest.raises(
         RadioError, match=r"instruct: model\..*linear_2\.bias is not finite after step 4, which"
     ):
         train(make_model(), make_job(), no_progress)
-    assert read_state(make_job().state, "key").step == 2  # what stood before stands
+    assert checkpoints(tmp_path, "stage") == ["checkpoint-2"]  # what stood before stands
+
+
+def test_the_model_is_left_as_it_was(make_job: Callable[..., Job], make_model: Callable[..., Any]) -> None:
+    """But for its weights: the next stage and the answers use it."""
+    model = make_model()
+    before, config = set(vars(model)), model.config.to_dict()
+    job = replace(make_job(), bf16=True, needs=Needs(is_checkpointed=True))
+    train(model, job, no_progress)
+    assert set(vars(model)) - before <= {"_require_grads_hooks"} and model.config.to_dict() == config
+    assert not model.training and not model.is_activation_checkpointing
+    assert all(weight.grad is None for weight in model.parameters())
 
 
 def test_a_seed_may_be_larger_than_numpys(
@@ -224,3 +278,14 @@ def test_a_seed_may_be_larger_than_numpys(
 ) -> None:
     job = replace(make_job(), seed=2**53 + 1)
     assert all(math.isfinite(loss) for loss in train(make_model(), job, no_progress).losses)
+
+
+def test_the_seed_decides_loras_weights(make_model: Callable[..., Any]) -> None:
+    models = [make_model() for _ in range(3)]
+    for model, seed in zip(models, (0, 0, 1), strict=True):
+        add_lora(model, 2, seed)
+    first, again, other = (
+        torch.cat([w.flatten() for name, w in model.named_parameters() if "lora_A" in name])
+        for model in models
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)

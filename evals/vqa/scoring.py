@@ -1,0 +1,506 @@
+"""Score answers by the rules of GQA, VQAv2, TextVQA and ScienceQA; needs no torch.
+
+Answers of people are compared after one of two normalisations, so that `The  two dogs.` and `2 dogs` are
+equal. `official` is that of the VQA evaluation (S. Antol et al. 2015; visualqa.org). TextVQA's scorers
+(`m4c`) lower first, drop every comma and question mark, separate a possessive, and then do the same.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evals.core.bootstrap import RESAMPLES, interval, resamples
+from evals.core.report import DataUsed, Metric, Table
+from radio.errors import DataError
+from radio.io import write_text
+
+if TYPE_CHECKING:
+    from radio.data import ImageSource
+
+# Letters: Q questions, P images, K groups, R resamples.
+
+Task = Literal["gqa", "vqav2", "textvqa", "scienceqa", "custom"]
+TASKS: tuple[Task, ...] = ("gqa", "vqav2", "textvqa", "scienceqa")
+"""The published benchmarks; `custom` are the user's own questions."""
+
+IMAGE = "<image>"
+LETTERS = "ABCDE"
+
+_WORDS = "zero one two three four five six seven eight nine ten"
+_NUMBERS = {word: str(number) for number, word in enumerate(_WORDS.split())} | {"none": "0"}
+_ARTICLES = frozenset(("a", "an", "the"))
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_COMMA_IN_NUMBER = re.compile(r"\d,\d")
+_MOST_PERIODS = 32  # both scorers pass re.UNICODE, which is 32, as the count
+_PERIOD = re.compile(r"\.(?!\d)")  # not followed by a digit: decimals keep theirs
+_LETTER = re.compile(r"The answer is ([A-Z]).")  # any character after the letter, as in LLaVA's evaluation
+
+# For each ending, the words that the table combines with it: `hed` is in it; `shed` and `wed` are words.
+_NOT = "ai are ca could did does do had has have is might must need ought sha should was were wo would"
+_NOT_HAVE = "could had might should would"
+_HAVE = "could might must not should they we what where who would you"
+_WOULD = "he how it someone something there they where who you"
+_WOULD_HAVE = "he it she somebody someone something there they we who you"
+_WILL = "how it somebody someone something they what who why you"
+_IS = "he how somebody someone that there what when where who why"
+_ARE = "there they what why you"
+_ALONE = {
+    "maam": "ma'am",
+    "oclock": "o'clock",
+    "twas": "'twas",
+    "ow's'at": "'ow's'at",
+    "'ows'at": "'ow's'at",
+    "'ow'sat": "'ow's'at",
+    "somebody'd": "somebodyd",  # reversed by mistake, as in every scorer
+    "yall": "y'all",
+    "yall'll": "y'all'll",
+    "y'allll": "y'all'll",
+    "yall'd've": "y'all'd've",
+    "y'alld've": "y'all'd've",
+    "y'all'dve": "y'all'd've",
+}
+
+
+def _contractions() -> dict[str, str]:
+    found = dict(_ALONE)
+    for stems, bare, right in (
+        (_NOT, "nt", "n't"),
+        (_HAVE, "ve", "'ve"),
+        (_WOULD, "d", "'d"),
+        (_WILL, "ll", "'ll"),
+        (_IS, "s", "'s"),
+        (_ARE, "re", "'re"),
+    ):
+        found |= {stem + bare: stem + right for stem in stems.split()}
+    for stems, halves, right in (
+        (_NOT_HAVE, ("nt've", "n'tve"), "n't've"),
+        (_WOULD_HAVE, ("d've", "'dve"), "'d've"),
+    ):
+        found |= {stem + half: stem + right for stem in stems.split() for half in halves}
+    return found
+
+
+CONTRACTIONS: dict[str, str] = _contractions()
+"""Contractions without apostrophes, and their correct spelling. The public table's capital entries (`Im`) are
+omitted: words are lowered before the look-up, so those never apply."""
+
+
+def clean(answer: str) -> str:
+    """Put an answer on one line and strip it: the only normalisation of unanimous answers."""
+    return answer.replace("\n", " ").replace("\t", " ").strip()
+
+
+@lru_cache(maxsize=1 << 16)  # most of millions of answers repeat
+def official(answer: str) -> str:
+    """Normalise an answer as the official VQA evaluation does where people disagree."""
+    return _words(_punctuation(clean(answer)))
+
+
+@lru_cache(maxsize=1 << 16)
+def m4c(answer: str) -> str:
+    """Normalise an answer as TextVQA's scorers do."""
+    lowered = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's")
+    return _words(_punctuation(clean(lowered)))
+
+
+def _punctuation(text: str) -> str:
+    """Remove each punctuation mark that is next to a space, or all of them in a text with `1,000`.
+
+    Other marks become a space; the first 32 full stops that are not before a digit are removed.
+    """
+    numbers = _COMMA_IN_NUMBER.search(text) is not None
+    found = text
+    for mark in _PUNCTUATION:
+        goes = numbers or f"{mark} " in text or f" {mark}" in text
+        found = found.replace(mark, "" if goes else " ")
+    return _PERIOD.sub("", found, count=_MOST_PERIODS)
+
+
+def _words(text: str) -> str:
+    words = (_NUMBERS.get(word, word) for word in text.lower().split())
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+Rule = Literal["official", "m4c", "llava"]
+"""How answers are compared.
+
+- official: normalised only if the ten answers are not all equal, as in VQAv2's evaluation;
+- m4c: always normalised, as in TextVQA's scorers;
+- llava: `official` on a prediction normalised beforehand, as LLaVA submits them: `Yes.` is then right where
+  ten people answered `yes`.
+"""
+
+NUM_ANSWERS = 10
+_ENOUGH = 3  # people who must agree for a score of 1
+
+
+def leave_one_out(matches: int, count: int = NUM_ANSWERS) -> float:
+    """Compute the mean of min(1, matches in the set / 3) over the sets of all answers but one.
+
+    Of ten answers, 1, 2, 3 and 4 or more matches give 0.3, 0.6, 0.9 and 1.
+    """
+    assert 0 <= matches <= count
+    without = matches * min(_ENOUGH, max(0, matches - 1)) + (count - matches) * min(_ENOUGH, matches)
+    return without / (_ENOUGH * count)
+
+
+def vqa_accuracy(answer: str, truths: Sequence[str], rule: Rule) -> float:
+    """Score an answer against people's answers, from 0 to 1."""
+    if rule == "m4c":
+        said = m4c(answer)
+        return leave_one_out(sum(m4c(truth) == said for truth in truths), len(truths))
+    said = clean(m4c(answer) if rule == "llava" else answer)
+    given = [clean(truth) for truth in truths]
+    if len(set(given)) > 1:
+        said, given = official(said), [official(truth) for truth in given]
+    return leave_one_out(given.count(said), len(given))
+
+
+def score_exact(answer: str, truth: str) -> float:
+    """Score an answer by GQA's rule: equal, but for case and full stops at its end."""
+    return float(answer.rstrip(".").lower() == truth)
+
+
+def score_letter(answer: str, right: str) -> float:
+    """Score an answer by the letter that it chooses."""
+    return float(letter(answer) == right)
+
+
+def letter(answer: str) -> str | None:
+    """Return the letter that an answer chooses, by LLaVA's rule on the unchanged text; None without one.
+
+    It is the whole text, or its first letter before a full stop and a space, or the capital after
+    "The answer is " (with any one character after it), if that occurs once.
+    """
+    if answer in tuple(LETTERS):
+        return answer
+    if answer[:1] in tuple(LETTERS) and answer[1:3] == ". ":
+        return answer[0]
+    letters = _LETTER.findall(answer)
+    return str(letters[0]) if len(letters) == 1 else None
+
+
+def exact_or_soft(answer: str, truths: Sequence[str]) -> float:
+    """Score an answer after normalising all answers as in VQAv2's evaluation.
+
+    With ten or more people's answers it is VQA's accuracy (0.3, 0.6, 0.9 or 1 for 1, 2, 3 or more of ten who
+    agree); with fewer it is 1 if one of them is equal, else 0.
+    """
+    same = [_normalised(truth) for truth in truths].count(_normalised(answer))
+    return leave_one_out(same, len(truths)) if len(truths) >= NUM_ANSWERS else float(same > 0)
+
+
+def _normalised(answer: str) -> str:
+    """Normalise as VQAv2's evaluation does; only strip and lower where that leaves nothing (`the`, `?`)."""
+    return official(answer) or answer.strip().lower()
+
+
+ScoreFn = Callable[[str], float]
+"""Scores an answer from 0 to 1."""
+
+
+class Question(NamedTuple):
+    """One question of a benchmark."""
+
+    id: str
+    image: str | None  # name of the image in the benchmark's folder
+    text: str  # as in the benchmark
+    prompt: str  # the user's whole text in the protocol
+
+
+class Grouping(NamedTuple):
+    """The group of each question in one respect, such as the type of its answer."""
+
+    labels: tuple[str, ...]
+    as_metrics: bool = True  # False: too many groups for metrics, so only in the table
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Benchmark:
+    """The questions of a benchmark's split in the order of its file, and how their answers are scored."""
+
+    task: Task
+    split: str  # `val`, `testdev`, `test-dev`, ...
+    questions: tuple[Question, ...]
+    score_fns: tuple[ScoreFn, ...]  # one a question; empty if the right answers are not public
+    expected: tuple[str, ...]  # the right or most common answer of each question; empty if `score_fns` is
+    known: frozenset[str]  # ids allowed in predictions, including questions that are not scored
+    groups: Mapping[str, Grouping] = field(default_factory=dict)
+    missing_is_wrong: bool = False  # a question without a prediction is a wrong answer, not an error
+    images: Path | ImageSource | None = None  # a folder or tar file; needed only if a model answers
+    fingerprint: str = ""  # hash of the contents
+    num_left_out: int = 0  # questions of the split that the limit leaves out
+
+    @property
+    def name(self) -> str:
+        """Benchmark and split."""
+        return f"{self.task} {self.split}"
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether answers can be scored here."""
+        return bool(self.score_fns)
+
+    @property
+    def num_questions(self) -> int:
+        """Number of questions of the split; with a limit, `questions` has fewer."""
+        return len(self.questions) + self.num_left_out
+
+    def score(self, answers: Mapping[str, str], allow_missing: bool = False) -> Scores:
+        """Score the answers, given by question id.
+
+        ScienceQA's protocol counts a missing answer as wrong; other benchmarks only with `allow_missing`.
+
+        Raises:
+            DataError: answers that are not public, answers to other questions, or questions without one.
+        """
+        if not self.has_answers:
+            raise DataError(
+                f"there are no right answers to {self.name} in the files, so nothing can be scored; give "
+                f"files that hold them" + (", or write a submission" if self.task == "vqav2" else "")
+            )
+        unknown = [id for id in answers if id not in self.known]
+        if unknown:
+            raise DataError(
+                f"{len(unknown)} of the {len(answers)} predictions are for questions that {self.name} does "
+                f"not ask, the first is for {unknown[0]}; give the predictions of this split"
+            )
+        missing = tuple(question.id for question in self.questions if question.id not in answers)
+        if missing and not (allow_missing or self.missing_is_wrong):
+            raise DataError(
+                f"{len(missing)} of the {len(self.questions)} questions of {self.name} have no prediction, "
+                f"the first is {missing[0]}; answer them too, or allow missing ones, which count as wrong"
+            )
+        return Scores(
+            ids=tuple(question.id for question in self.questions),
+            values=tuple(
+                score(answers[question.id]) if question.id in answers else 0.0
+                for question, score in zip(self.questions, self.score_fns, strict=True)
+            ),
+            images=tuple(question.image or f"question {question.id}" for question in self.questions),
+            groups=self.groups,
+            missing=missing,
+        )
+
+    def limited(self, limit: int | None) -> Benchmark:
+        """Keep `limit` questions, evenly spread over the file; None keeps all.
+
+        Raises:
+            DataError: a limit below 1.
+        """
+        if limit is not None and limit < 1:
+            raise DataError(f"a limit of {limit} leaves no questions; give 1 or more, or leave it out")
+        count = len(self.questions)
+        if limit is None or limit >= count:
+            return self
+        chosen = [index * count // limit for index in range(limit)]
+        groups = {
+            name: group._replace(labels=tuple(group.labels[index] for index in chosen))
+            for name, group in self.groups.items()
+        }
+        return replace(
+            self,
+            questions=tuple(self.questions[index] for index in chosen),
+            score_fns=tuple(self.score_fns[index] for index in chosen) if self.score_fns else (),
+            expected=tuple(self.expected[index] for index in chosen) if self.expected else (),
+            groups=groups,
+            num_left_out=count - limit,
+        )
+
+    def check(self) -> None:
+        """Check before hours of training that a model's answers can be scored at the end.
+
+        Raises:
+            DataError: absent images, questions that contain `<image>`, or neither right answers nor a
+                submission that could be written.
+        """
+        self.check_images()
+        marked = [question.id for question in self.questions if IMAGE in question.prompt]
+        if marked:
+            raise DataError(
+                f"{len(marked)} questions of {self.name} hold the mark {IMAGE} themselves, the first is "
+                f"{marked[0]}; take it out"
+            )
+        if not self.has_answers:
+            self._check_submission()
+
+    def check_images(self) -> None:
+        """Check that every question's image exists.
+
+        Raises:
+            DataError: no folder given, or absent images.
+        """
+        if self.images is None:
+            raise DataError(f"{self.task}: no folder of images was given; a model needs to see them")
+        if not isinstance(self.images, Path):
+            return
+        from .data import NamedImages  # imports torch
+
+        images = NamedImages(self.images)
+        names = dict.fromkeys(question.image for question in self.questions if question.image)
+        absent = [name for name in names if name not in images]
+        if absent:
+            raise DataError(
+                f"{self.images}: {len(absent)} of the {len(names)} images of {self.name} are not there, the "
+                f"first is {absent[0]}"
+            )
+
+    def write_submission(self, answers: Mapping[str, str], path: Path) -> None:
+        """Write the predictions in EvalAI's format: one JSON array [{question_id, answer}] of every question.
+
+        The server does not normalise answers where all ten people agree, so that `Yes` is wrong against
+        `yes`; therefore they are normalised here, as LLaVA does.
+
+        Raises:
+            DataError: not VQAv2, a question without an answer, an answer without a question, or an id that is
+                not a number; nothing is written.
+        """
+        self._check_submission()
+        absent = [question.id for question in self.questions if question.id not in answers]
+        if absent:
+            raise DataError(
+                f"{len(absent)} of the {len(self.questions)} questions have no answer, the first is "
+                f"{absent[0]}; a submission answers all of them, so nothing is written"
+            )
+        foreign = answers.keys() - {question.id for question in self.questions}
+        if foreign:
+            raise DataError(
+                f"{len(foreign)} answers are for other questions, such as {min(foreign)}; nothing is written"
+            )
+        wrong = next((question.id for question in self.questions if not question.id.isdecimal()), None)
+        if wrong is not None:
+            raise DataError(f"question id {wrong!r} is no number; these are not VQAv2's questions")
+        rows = [{"question_id": int(one.id), "answer": m4c(answers[one.id])} for one in self.questions]
+        write_text(path, json.dumps(rows) + "\n")
+
+    def _check_submission(self) -> None:
+        if self.task != "vqav2":
+            raise DataError(
+                f"{self.task} takes no EvalAI submission here; only vqav2 does, and {self.name} needs files "
+                f"that hold the right answers"
+            )
+        if self.num_left_out:
+            raise DataError(
+                f"a submission answers all {self.num_questions} questions, and the limit left "
+                f"{len(self.questions)}; leave the limit out"
+            )
+
+    def data_used(self) -> DataUsed:
+        """Return the benchmark's row in the report."""
+        return DataUsed(
+            role="questions",
+            name=self.name,
+            fingerprint=self.fingerprint,
+            count=len(self.questions),
+            num_classes=0,
+        )
+
+
+def commonest(answers: Iterable[str]) -> str:
+    """Return the most common answer, the first of equally common ones."""
+    return Counter(answers).most_common(1)[0][0]
+
+
+_CELLS = 16_000_000  # of the resamples in memory at a time: 128 MB; VQAv2 has forty thousand images
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scores:
+    """The score of each answer, in the order of the questions."""
+
+    ids: tuple[str, ...]
+    values: tuple[float, ...]  # 0 to 1; a question without a prediction has 0
+    images: tuple[str, ...]  # of each question: questions about one image are resampled together
+    groups: Mapping[str, Grouping]
+    missing: tuple[str, ...]  # ids of the questions without a prediction
+
+    def metrics(self, seed: int = 0) -> dict[str, Metric]:
+        """Compute `accuracy` in percent, overall and per group (`answer_type_yes_no`), and any `unanswered`.
+
+        Intervals are 95 % bootstraps over images.
+        """
+        masks = {"accuracy": np.ones(len(self.ids), dtype=bool)}
+        for name, group in self.groups.items():
+            if group.as_metrics:
+                labels = np.array(group.labels)
+                for label in sorted(set(group.labels)):
+                    key = f"{name}_{_slug(label)}"
+                    while key in masks:  # another label has the same slug
+                        key += "_"
+                    masks[key] = labels == label
+        metrics = self._means(masks, seed)
+        if self.missing:
+            share = 100 * len(self.missing) / len(self.ids)
+            metrics["unanswered"] = Metric(value=share, higher_is_better=False)
+        return metrics
+
+    def tables(self) -> dict[str, Table]:
+        """Build a table for each grouping: group, number of questions, accuracy in percent."""
+        values = np.array(self.values)
+        tables = {}
+        for name, group in self.groups.items():
+            labels = np.array(group.labels)
+            rows = tuple(
+                (label, int((labels == label).sum()), 100 * float(values[labels == label].mean()))
+                for label in sorted(set(group.labels))
+            )
+            tables[name] = Table(columns=(name.replace("_", " "), "questions", "accuracy"), rows=rows)
+        return tables
+
+    def _means(self, masks: dict[str, NDArray[np.bool_]], seed: int) -> dict[str, Metric]:
+        values = np.array(self.values)
+        _, images = np.unique(self.images, return_inverse=True)
+        number = int(images.max()) + 1 if len(values) else 0
+        columns = list(masks.values())
+        sums: NDArray[np.float64] = np.stack(
+            [np.bincount(images, values * mask, number) for mask in columns], axis=1
+        )
+        counts: NDArray[np.float64] = np.stack(
+            [np.bincount(images, mask, number) for mask in columns], axis=1
+        )
+        drawn = _ratios(sums, counts, seed)
+        found = {}
+        for place, (name, mask) in enumerate(masks.items()):
+            low, high = interval(drawn[:, place])
+            mean = float(values[mask].mean())
+            found[name] = Metric(value=100 * mean, low=100 * low, high=100 * high)
+        return found
+
+
+def mean_accuracy(benchmarks: Sequence[Scores], seed: int = 0) -> Metric:
+    """Compute the mean of the benchmarks' accuracies in percent; shared images are resampled together."""
+    _, images = np.unique([name for one in benchmarks for name in one.images], return_inverse=True)
+    ends = np.cumsum([len(one.images) for one in benchmarks])
+    number, drawn = int(images.max()) + 1, np.split(images, ends[:-1])
+    pairs = list(zip(drawn, benchmarks, strict=True))
+    sums: NDArray[np.float64] = np.stack([np.bincount(of, one.values, number) for of, one in pairs], axis=1)
+    counts = np.stack([np.bincount(of, minlength=number) for of, _ in pairs], axis=1).astype(np.float64)
+    low, high = interval(_ratios(sums, counts, seed).mean(axis=1))
+    mean = np.mean([np.mean(one.values) for one in benchmarks])
+    return Metric(value=100 * float(mean), low=100 * low, high=100 * high)
+
+
+def _ratios(sums: NDArray[np.float64], counts: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+    """Compute bootstrap means [R, K]: sums [P, K] over counts [P, K], both summed over resampled images."""
+    step = max(1, min(RESAMPLES, _CELLS // max(1, len(sums))))
+    parts = []
+    for start in range(0, RESAMPLES, step):
+        draws = min(step, RESAMPLES - start)
+        weights = resamples(len(sums), seed=seed + (start << 32), draws=draws)
+        with np.errstate(invalid="ignore"):  # NaN of a resample without a question of a group: ignored
+            parts.append((weights @ sums) / (weights @ counts))
+    return np.concatenate(parts)
+
+
+def _slug(label: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_")
