@@ -22,7 +22,7 @@ from .loggers import say
 from .plan import PlanOptions, make_plan, print_plan
 from .preempt import REQUEUE
 from .recipes import recipes
-from .tables import check_tasks, rows_of, tables, train_all
+from .tables import check_tasks, rows_of, sweep, tables, train_all
 from .teachers_from_scenes import TeachersConfig
 from .teachers_from_scenes import main as train_teachers
 
@@ -153,12 +153,8 @@ def _make_table(name: str, options: Sequence[str], console: Console) -> int:
     table = tables[name]()
     asked = _parse(TableCommand, TableCommand(config=table.base), options, name)
     rows = rows_of(table, check_options(asked.config), asked.rows)
-    trained = train_all(rows, console, restart=asked.restart)
-    if trained.stopped:
-        return REQUEUE
-    if trained.leads:
-        table.finish(rows, trained.checkpoints, asked.config.out, console)
-    return 0
+    trained = sweep(table, rows, asked.config.out, console, restart=asked.restart)
+    return REQUEUE if trained.stopped else 0
 
 
 def _settings(name: str) -> TrainConfig:
