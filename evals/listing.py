@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from radio.benchmark import count
-from radio.model import as_student
+from radio.model import make_student
 from radio.options import parse_options
 from radio.students import StudentOptions, students
 from radio.students.vit import ViT
@@ -52,7 +52,7 @@ def _outline(name: str) -> Student | Exception:
     """Build an architecture on the meta device, or return the error that prevented it."""
     try:
         with torch.device("meta"):
-            return as_student(name, students[name](StudentOptions()))
+            return make_student(name, StudentOptions())
     except Exception as error:  # noqa: BLE001 (a plug-in's student must not prevent listing the others)
         return error
 

@@ -8,10 +8,10 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 from torch import Tensor, nn
 
-from .errors import ConfigError
+from .errors import ConfigError, did_you_mean
 from .nn.block import NORM_EPS
 from .resample import resize_features
-from .types import Features
+from .types import Adaptor, Backbone, Features
 
 # Letters: B batch, C summary width, T tokens, D token width, H W grid.
 
@@ -89,3 +89,15 @@ class MLPAdaptor(nn.Module):
             summaries = summaries[:, start : start + self.slot_width]
         carried: Tensor = self.summary(summaries)
         return carried
+
+
+def find_adaptor(model: Backbone, name: str) -> Adaptor:
+    """Return a model's adaptor into the space of teacher `name`.
+
+    Raises:
+        ConfigError: it has none of that name; lists the existing ones.
+    """
+    if name not in model.adaptors:
+        hint = did_you_mean(name, model.adaptors) or f"; it has {', '.join(model.adaptors) or 'none'}"
+        raise ConfigError(f"{model.name} has no adaptor {name!r}{hint}")
+    return model.adaptors[name]

@@ -62,6 +62,8 @@ def _size(frame: FrameType) -> str:
 def check_encoder(what: str, encoder: object, *, kind: str, part: str) -> None:
     """Check that an object is a torch module with every part of an encoder, and valid widths and sizes.
 
+    What only some encoders have is filled in as empty where it is missing.
+
     Args:
         kind: the class in `radio.types` that it implements: Student or Teacher.
         part: what that class has beside the parts of every encoder.
@@ -75,10 +77,10 @@ def check_encoder(what: str, encoder: object, *, kind: str, part: str) -> None:
     lacking = [n for n in (*_PARTS, part) if not hasattr(type(encoder), n) and not hasattr(encoder, n)]
     if lacking:
         raise ConfigError(f"{what} has no {', no '.join(lacking)}; make it a whole radio.types.{kind}")
+    made: Any = encoder
     for dim in ("summary_dim", "token_dim"):
         if not _is_count(width := getattr(encoder, dim)):
             raise ConfigError(f"{what}: its {dim} is {width!r:.80}; wanted a whole number above 0")
-    made: Any = encoder
     size = made.native_size
     if not _is_size(size):
         raise ConfigError(f"{what}: its native_size is {size!r:.80}; wanted (height, width) in pixels")
@@ -94,6 +96,27 @@ def check_encoder(what: str, encoder: object, *, kind: str, part: str) -> None:
                 f"{what}: its nearest_size{asked} is {found}, and nearest_size{found} is {again!r:.80}; "
                 f"a size that it takes is the nearest to itself"
             )
+    _fill_in(what, made)
+
+
+def _fill_in(what: str, encoder: Any) -> None:
+    """Set the attributes that an encoder need not have to what their absence means."""
+    if getattr(encoder, "with_window", None) and not (
+        hasattr(encoder, "window") and hasattr(encoder, "patch_size")
+    ):
+        raise ConfigError(
+            f"{what} has with_window; give it the attributes window (the side in tokens, or None) and "
+            f"patch_size (in pixels) too"
+        )
+    defaults = {"patch_size": encoder.nearest_size(1, 1)[0], "metadata": {}, "adaptors": {}}
+    none = ("with_window", "window", "text", "weights_file", "sam")
+    for part, default in {**defaults, **dict.fromkeys(none), "fixed_size": False}.items():
+        if not hasattr(type(encoder), part) and not hasattr(encoder, part):
+            setattr(encoder, part, default)
+    if not _is_count(encoder.patch_size):
+        raise ConfigError(
+            f"{what}: its patch_size is {encoder.patch_size!r:.80}; wanted a whole number above 0"
+        )
 
 
 def watch_features(what: str, encoder: nn.Module) -> None:

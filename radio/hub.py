@@ -17,7 +17,7 @@ from .foreign import check_encoder, watch_features
 from .model import ModelConfig, build, load, load_untrained
 from .students import students
 from .teachers import families, outlines
-from .types import Backbone, Teacher, Windowed
+from .types import Backbone, Teacher
 
 _MAX_CHARS = 200  # characters of a spec in messages
 
@@ -109,10 +109,9 @@ def load_backbone(
     model = _load(text, random_init, seed)
     if window is None:
         return model
-    if not isinstance(model, Windowed):
+    if model.with_window is None:
         raise SizeError(f"{text} has no attention windows to choose; use a vitdet student")
-    windowed: Backbone = model.with_window(window)
-    return windowed
+    return model.with_window(window)
 
 
 def _load(text: str, random_init: bool, seed: int) -> Backbone:

@@ -68,8 +68,8 @@ def check_memory(
         SizeError: they do not; the message has the sizes.
     """
     height, width = size
-    patch_height, patch_width = (max(side, _LEAST_PATCH) for side in model.nearest_size(1, 1))
-    rows, columns = max(height // patch_height, 1), max(width // patch_width, 1)
+    patch = max(model.patch_size, _LEAST_PATCH)
+    rows, columns = max(height // patch, 1), max(width // patch, 1)
     need = batch * dtype.itemsize * (3 * height * width + rows * columns * model.token_dim)
     there = memory_of(device)
     if need > there:

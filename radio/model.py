@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint
-from .adaptors import AdaptorConfig, MLPAdaptor
+from .adaptors import AdaptorConfig, MLPAdaptor, find_adaptor
 from .config import from_plain, to_plain
-from .errors import CheckpointError, ConfigError, RadioError, SizeError, did_you_mean, shown
+from .errors import CheckpointError, ConfigError, RadioError, SizeError, shown
 from .foreign import check_encoder, watch_features
 from .students import StudentOptions, students
-from .types import Adaptor, Features, Student, Windowed
+from .types import Adaptor, Features, Student
 
 # Letters: B batch.
 
@@ -43,6 +43,9 @@ class RadioModel(nn.Module):
         ConfigError: an unknown student, or two adaptors that cannot be combined.
     """
 
+    adaptors: Mapping[str, Adaptor]
+    text = weights_file = sam = None
+
     def __init__(
         self, config: ModelConfig, metadata: Mapping[str, Any] | None = None, name: str | None = None
     ) -> None:
@@ -50,10 +53,8 @@ class RadioModel(nn.Module):
         self.config = config
         self.metadata = dict(metadata or {})
         self.label = name or config.student
-        factory: Any = students[config.student]  # another package's factory may be any object
-        student = factory(config.options) if callable(factory) else factory
-        self.student = as_student(config.student, student)
-        self.adaptors = _heads(config.adaptors, self.student)
+        self.student = make_student(config.student, config.options)
+        self.adaptors = cast("Mapping[str, Adaptor]", _heads(config.adaptors, self.student))
 
     @property
     def name(self) -> str:
@@ -64,13 +65,30 @@ class RadioModel(nn.Module):
     def fingerprint(self) -> str:
         """Hash of all weights, the student's fingerprint (which covers its window) and adaptors' shapes."""
         shape = json.dumps(to_plain(self.config.adaptors), sort_keys=True)
-        return checkpoint.digest(self.adaptors.state_dict(), self.student.fingerprint + shape)
+        return checkpoint.digest(
+            self.get_submodule("adaptors").state_dict(), self.student.fingerprint + shape
+        )
 
     @property
     def native_size(self) -> tuple[int, int]:
         """(height, width) in pixels: the training resolution, else the architecture's native size."""
         trained = self.metadata.get("resolution")
         return self.nearest_size(trained, trained) if isinstance(trained, int) else self.student.native_size
+
+    @property
+    def fixed_size(self) -> bool:
+        """Whether the student accepts only its native size."""
+        return self.student.fixed_size
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels along one side of a token."""
+        return self.student.patch_size
+
+    @property
+    def window(self) -> int | None:
+        """Side in tokens of the student's attention windows."""
+        return self.student.window
 
     @property
     def summary_dim(self) -> int:
@@ -92,7 +110,7 @@ class RadioModel(nn.Module):
         Raises:
             SizeError: a window for a student without windows.
         """
-        if not isinstance(self.student, Windowed):
+        if self.student.with_window is None:
             if side is None:
                 return self
             raise SizeError(f"{self.name} has no attention windows to choose; use a vitdet student")
@@ -128,7 +146,7 @@ class RadioModel(nn.Module):
         Raises:
             ConfigError: no adaptor of that name exists; lists the existing ones.
         """
-        return self._adaptor(name)(features, grid)
+        return find_adaptor(self, name)(features, grid)
 
     def adapt_summary(self, name: str, summaries: Tensor) -> Tensor:
         """Map only the student's summaries [B, C] into teacher `name`'s space, for cached summaries.
@@ -136,15 +154,7 @@ class RadioModel(nn.Module):
         Raises:
             ConfigError: as `adapt`.
         """
-        return self._adaptor(name).adapt_summary(summaries)
-
-    def _adaptor(self, name: str) -> Adaptor:
-        if name not in self.adaptors:
-            hint = did_you_mean(name, self.adaptors) or f"; it has {', '.join(self.adaptors) or 'none'}"
-            raise ConfigError(f"{self.name} has no adaptor {name!r}{hint}")
-        adaptor = self.adaptors[name]
-        assert isinstance(adaptor, MLPAdaptor)  # as _heads makes them
-        return adaptor
+        return find_adaptor(self, name).adapt_summary(summaries)
 
     def save(self, path: Path, tensors: Mapping[str, Tensor] | None = None) -> str:
         """Write weights and metadata as `.pt` or `.safetensors`, atomically; return the file's sha256.
@@ -156,12 +166,15 @@ class RadioModel(nn.Module):
         return checkpoint.save(path, weights, {**self.metadata, "model": to_plain(self.config)})
 
 
-def as_student(name: str, student: Any) -> Student:
-    """Check that an object has every part of a student, and return it.
+def make_student(name: str, options: StudentOptions) -> Student:
+    """Build the student that is registered under a name, and check that it has every part of one.
 
     Raises:
-        ConfigError: it is no torch module, or lacks a part of `radio.types.Student`.
+        ConfigError: an unknown name, options that it does not have, or another package's object that is no
+            torch module, or lacks a part of `radio.types.Student`.
     """
+    factory: Any = students[name]  # another package's factory may be any object
+    student = factory(options) if callable(factory) else factory
     plugin = students.plugin(name)
     check_encoder(str(plugin or f"student {name!r}"), student, kind="Student", part="sample_crops")
     if plugin is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol, Self, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,8 +26,8 @@ class Features(NamedTuple):
 
 
 @runtime_checkable
-class Backbone(Protocol):
-    """A student, a teacher or a timm model: evaluators treat them alike."""
+class Encoder(Protocol):
+    """A network that computes features of images: students' architectures, and every `Backbone`."""
 
     @property
     def name(self) -> str:
@@ -41,12 +42,30 @@ class Backbone(Protocol):
         """(height, width) in pixels that the encoder was designed for."""
 
     @property
+    def fixed_size(self) -> bool:
+        """Whether the native size is the only one that it accepts."""
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels along one side of a token."""
+
+    @property
     def summary_dim(self) -> int:
         """C, the width of the summary."""
 
     @property
     def token_dim(self) -> int:
         """D, the width of a spatial token."""
+
+    @property
+    def window(self) -> int | None:
+        """Side in tokens of the attention windows; None: global, or chosen by the size of the input."""
+
+    @property
+    def with_window(self) -> Callable[[int | None], Self] | None:
+        """Method that returns the same encoder with windows of another side (None: as `window`'s None),
+        sharing the weights. None for an encoder without windows.
+        """
 
     def nearest_size(self, height: int, width: int) -> tuple[int, int]:
         """Compute the accepted (height, width) in pixels nearest to the requested one."""
@@ -59,6 +78,34 @@ class Backbone(Protocol):
 
     def __call__(self, images: Tensor) -> Features:
         """Encode [B, 3, h, w] RGB in [0, 1]; the encoder normalises them itself."""
+
+
+@runtime_checkable
+class Backbone(Encoder, Protocol):
+    """A trained student, a teacher or a timm model: evaluators treat them alike.
+
+    What only some of them have is empty or None in the others.
+    """
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """What the checkpoint says about its teachers, data and settings; see `radio.metadata.Metadata`."""
+
+    @property
+    def adaptors(self) -> Mapping[str, Adaptor]:
+        """The adaptors into teachers' spaces, by the teachers' names."""
+
+    @property
+    def text(self) -> TextTower | None:
+        """Text tower that shares the summary's space."""
+
+    @property
+    def weights_file(self) -> Path | None:
+        """The file that the weights were read from; None for those that are shipped with the package."""
+
+    @property
+    def sam(self) -> Any:
+        """The whole `segment_anything.modeling.Sam` of another package's SAM encoder that brings it."""
 
 
 class TextTower(Protocol):
@@ -75,34 +122,6 @@ class TextTower(Protocol):
         """Project the teacher's summaries [B, C] to the texts' space [B, E]; CLIP's are unchanged."""
 
 
-@runtime_checkable
-class Teacher(Backbone, Protocol):
-    """A frozen backbone that a student learns from."""
-
-    @property
-    def text(self) -> TextTower | None:
-        """Text tower that shares the summary's space, or None."""
-
-
-@runtime_checkable
-class Student(Backbone, Protocol):
-    """A backbone that is trained; its random values are passed in from outside."""
-
-    def sample_crops(self, batch: int, generator: torch.Generator) -> Tensor | None:
-        """Draw the random values of one training forward (CPE crops); None if it draws nothing."""
-
-    def __call__(self, images: Tensor, crops: Tensor | None = None) -> Features:
-        """Encode [B, 3, h, w] RGB in [0, 1]; `crops` come from `sample_crops`, None in evaluation."""
-
-
-@runtime_checkable
-class Windowed(Protocol):
-    """A backbone whose attention window can be chosen per use."""
-
-    def with_window(self, side: int | None) -> Self:
-        """Return the same backbone with windows of side x side tokens, sharing the weights."""
-
-
 class Adaptor(Protocol):
     """A module that maps student features into one teacher's space."""
 
@@ -111,3 +130,19 @@ class Adaptor(Protocol):
 
     def adapt_summary(self, summaries: Tensor) -> Tensor:
         """Map only the student's summaries [B, C] to the teacher's width."""
+
+
+@runtime_checkable
+class Teacher(Backbone, Protocol):
+    """A frozen backbone that a student learns from."""
+
+
+@runtime_checkable
+class Student(Encoder, Protocol):
+    """An encoder that is trained; its random values are passed in from outside."""
+
+    def sample_crops(self, batch: int, generator: torch.Generator) -> Tensor | None:
+        """Draw the random values of one training forward (CPE crops); None if it draws nothing."""
+
+    def __call__(self, images: Tensor, crops: Tensor | None = None) -> Features:
+        """Encode [B, 3, h, w] RGB in [0, 1]; `crops` come from `sample_crops`, None in evaluation."""

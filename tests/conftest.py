@@ -10,6 +10,7 @@ import socket
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -39,12 +40,22 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+class Pair:
+    """An adaptor, as if a teacher's space held the summary's first two numbers."""
+
+    def adapt_summary(self, summaries: Tensor) -> Tensor:
+        return summaries[:, :2]
+
+
 class Pooled:
     """A fixed random linear map of the image pooled to 4 x 4; takes sides that are multiples of 8."""
 
     native_size = (32, 32)
     token_dim = 3
     name = "pooled"
+    patch_size, fixed_size = 8, False
+    metadata = MappingProxyType({})
+    text = weights_file = window = with_window = sam = None
 
     def __init__(self, width: int = 24, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -53,6 +64,7 @@ class Pooled:
         self.calls = 0
         self.images = 0
         self.fail_after: int | None = None  # images; stands for a kill
+        self.adaptors = {"pair": Pair()}
 
     @property
     def fingerprint(self) -> str:
@@ -80,11 +92,6 @@ class Pooled:
         pooled = F.adaptive_avg_pool2d(images, 4)
         tokens = pooled.flatten(2).transpose(1, 2)
         return Features((pooled.flatten(1) - 0.5) @ self.weight, tokens, (4, 4))
-
-    def adapt_summary(self, name: str, summaries: Tensor) -> Tensor:
-        """As if a teacher's space held the summary's first two numbers."""
-        assert name == "pair"
-        return summaries[:, :2]
 
 
 def image(label: int, number: int, side: int = 20) -> Image.Image:

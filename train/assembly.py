@@ -15,10 +15,10 @@ from radio.config import check_options, to_plain
 from radio.dist import Group
 from radio.errors import CheckpointError, ConfigError, SizeError, shown
 from radio.hub import load_teacher
-from radio.model import ModelConfig, RadioModel
+from radio.model import ModelConfig, RadioModel, make_student
 from radio.provenance import commit, versions
 from radio.students import students
-from radio.types import Student, Teacher, Windowed
+from radio.types import Student, Teacher
 
 from .balancing import check_balance
 from .config import TeacherConfig, TrainConfig, run_name
@@ -243,8 +243,8 @@ def round_resolutions(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
     if config.student.startswith("timm:"):
         return config, []
     with torch.device("meta"):
-        student = students[config.student](config.options)
-    if isinstance(student, Windowed) and config.options.window is None:
+        student = make_student(config.student, config.options)
+    if student.with_window is not None and config.options.window is None:
         student = student.with_window(None)
     teachers, changes = [], []
     for teacher in config.teachers:
@@ -269,7 +269,7 @@ def check_student(
     for side in dict.fromkeys(resolutions.values()):
         taken = (
             student.with_window(windows[side][0])
-            if windows[side] and isinstance(student, Windowed)
+            if windows[side] and student.with_window is not None
             else student
         )
         _check(f"student {student.name}", (side, side), taken.nearest_size(side, side))
@@ -314,11 +314,9 @@ def window_candidates(
     """
     sides = dict.fromkeys(resolutions.values())
     student = model.student
-    if not isinstance(student, Windowed) or model.config.options.window is not None:
+    if student.window is None or model.config.options.window is not None:
         return dict.fromkeys(sides, ())
-    patch = student.with_window(None).nearest_size(1, 1)[0]
-    if student.nearest_size(1, 1)[0] == patch:  # no windows, or the input's size decides
-        return dict.fromkeys(sides, ())
+    patch = student.patch_size
     return {
         side: tuple(w for w in config.windows if (side // patch) % w == 0 and w < side // patch)
         for side in sides

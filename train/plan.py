@@ -95,7 +95,7 @@ class Outline(NamedTuple):
         """Copy the model with the adaptors of these groups only, as their ranks hold it."""
         held = copy.copy(self.model)
         names = [name for group in groups for name in group.teachers]
-        adaptors = nn.ModuleDict({name: self.model.adaptors[name] for name in names})
+        adaptors = nn.ModuleDict({name: self.model.get_submodule(f"adaptors.{name}") for name in names})
         held._modules = {**self.model._modules, "adaptors": adaptors}
         return held
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from radio.model import RadioModel
 from radio.resample import resize_images
-from radio.types import Features, Student, Teacher, Windowed
+from radio.types import Features, Student, Teacher
 
 from .balancing import AdaLoss, Balanced, Balancer, Naive
 from .batches import GroupBatch
@@ -48,7 +48,7 @@ class StudentPass(nn.Module):
         """Compute features of [B, 3, h, w] RGB in [0, 1]; None keeps the student's own window."""
         student: Student = self.student
         if window is not None:
-            assert isinstance(student, Windowed)  # as window_candidates makes sure
+            assert student.with_window is not None  # as window_candidates makes sure
             student = student.with_window(window)
         return student(images, crops)
 

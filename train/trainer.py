@@ -105,7 +105,7 @@ class Trainer:
         check_memory(config, described, self.partition, group.rank, memory_of(device))
         self.model = build(described, config.seed, metadata, run_name(config))
         for name in set(every) - set(mine):
-            del self.model.adaptors[name]
+            delattr(self.model.get_submodule("adaptors"), name)
         self.model.to(device).train()
         beside = student_resolutions(config)
         self.windows = window_candidates(self.model, config, beside)

@@ -103,20 +103,6 @@ def run_one(
     return report
 
 
-@runtime_checkable
-class HasMetadata(Protocol):
-    """A model with metadata about its training data."""
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        """The metadata; `metadata["data"]["sources"]` is a list of {"path", "fingerprint", "labels_used"}."""
-
-
-def metadata_of(model: Backbone) -> dict[str, Any]:
-    """Return the metadata of a model's checkpoint; empty for a model without metadata."""
-    return dict(model.metadata) if isinstance(model, HasMetadata) else {}
-
-
 def place(model: Backbone, device: torch.device, dtype: torch.dtype) -> Backbone:
     """Move the model to a device and type, in evaluation mode.
 
@@ -146,8 +132,6 @@ class Placed(Protocol):
 
 def domain_notes(model: Backbone, sources: Iterable[Placed]) -> tuple[str, ...]:
     """Return notes for a report on evaluation data that was, or lies beside, the model's training data."""
-    if not isinstance(model, HasMetadata):
-        return ()
     trained_on = (model.metadata.get("data") or {}).get("sources") or ()
     notes = []
     for source in sources:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Interval
 from torch import Tensor
 
+from radio.adaptors import find_adaptor
 from radio.config import CountOrZero, Pixels, Seed, Workers, check
 from radio.errors import ConfigError
 from radio.images import EVALUATION_RATIO
@@ -28,14 +29,6 @@ _CARRIED = 16_384  # summaries per call of an adaptor
 
 Scenes = Annotated[int, Interval(ge=1, le=10_000_000)]
 """Number of images of the generated world."""
-
-
-@runtime_checkable
-class Adapting(Protocol):
-    """A model that maps its summaries into a teacher's space."""
-
-    def adapt_summary(self, name: str, summaries: Tensor) -> Tensor:
-        """Map summaries [B, C] into the space of teacher `name`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,10 +96,9 @@ def to_teacher_space(model: Backbone, head: str | None, summaries: Tensor) -> Te
     """
     if head is None:
         return summaries
-    assert isinstance(model, Adapting), "plan has looked"
-    on_cpu = model.to(torch.device("cpu"), torch.float32)
+    adaptor = find_adaptor(model.to(torch.device("cpu"), torch.float32), head)
     with torch.inference_mode():
-        carried = torch.cat([on_cpu.adapt_summary(head, part) for part in summaries.split(_CARRIED)])
+        carried = torch.cat([adaptor.adapt_summary(part) for part in summaries.split(_CARRIED)])
     check_finite(carried, f"{model.name} in the space of {head}")
     return carried
 
@@ -125,6 +117,6 @@ def resolved(how: Extraction, head: str | None) -> dict[str, Any]:
 def _check_head(model: Backbone, head: str | None) -> None:
     if head is None:
         return
-    if not isinstance(model, Adapting):
+    if not model.adaptors:
         raise ConfigError(f"{model.name} has no adaptors, so no head {head!r}; leave --head out")
     to_teacher_space(model, head, torch.empty(0, model.summary_dim))  # an unknown name raises here

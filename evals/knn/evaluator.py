@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from evals.core.accuracy import class_table
-from evals.core.evaluator import domain_notes, machine_settings, metadata_of
+from evals.core.evaluator import domain_notes, machine_settings
 from evals.core.features import Extraction, Stored, extract
 from evals.core.plan import make_extraction, resolved, to_teacher_space
 from evals.core.report import DataUsed, Metric, Report, file_name, write
@@ -108,7 +108,7 @@ class KnnEvaluator:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             versions=versions(),
             git=commit(),
-            metadata=metadata_of(model),
+            metadata=dict(model.metadata),
             machine_settings=machine_settings(settings),
             peak_memory=peak_memory(how.device),
             notes=(*notes, *_clamped(classifier), *damage.notes(group), *told, *domain_notes(model, sources)),

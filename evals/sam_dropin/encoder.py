@@ -6,23 +6,23 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, final, runtime_checkable
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from evals.core.evaluator import HasMetadata, place
-from radio.adaptors import AdaptorConfig, MLPAdaptor
+from evals.core.evaluator import place
+from radio.adaptors import AdaptorConfig, MLPAdaptor, find_adaptor
 from radio.checkpoint import digest
 from radio.errors import CheckpointError, ConfigError, RadioError, SizeError, did_you_mean, shown
 from radio.hub import load_teacher, parse
 from radio.metadata import teachers_on
-from radio.model import seeded
+from radio.model import RadioModel, seeded
 from radio.resample import resize_features
 from radio.teachers import families
 from radio.teachers.sam import MEMBERS
 from radio.teachers.sam_decoder import SamHead, load_sam_head, new_released_sam
-from radio.types import Backbone, Features, Windowed
+from radio.types import Backbone, Features
 
 # Letters: B images, C neck width, h w embedding grid.
 
@@ -30,32 +30,6 @@ _TOKENS = (
     8  # a student's default grid is a multiple of this: 72 x 72 for a patch of 14, divisible by 8, 9 and 18
 )
 _UNTRAINED = "vit_h"  # the head for an architecture that was not distilled from a SAM
-
-
-@runtime_checkable
-class Adapting(Protocol):
-    """A model that maps its features into a teacher's space."""
-
-    def adapt(self, name: str, features: Features, grid: tuple[int, int] | None = None) -> Features:
-        """Map features into the space of teacher `name`, on `grid`."""
-
-
-@runtime_checkable
-class Filed(Protocol):
-    """A model that knows the weights file it was read from."""
-
-    @property
-    def file(self) -> Path | None:
-        """The file; None for weights that are shipped with the package."""
-
-
-@runtime_checkable
-class Segmenting(Protocol):
-    """A teacher from another package that is a SAM's encoder and provides the whole SAM."""
-
-    @property
-    def sam(self) -> Any:
-        """The whole `segment_anything.modeling.Sam`."""
 
 
 @final
@@ -96,8 +70,7 @@ class DropIn:
         if isinstance(self.adaptor, MLPAdaptor):
             features = self.adaptor(features, self.head.grid)
         elif self.adaptor is not None:
-            assert isinstance(self.model, Adapting), "make_drop_in has looked"
-            features = self.model.adapt(self.adaptor, features, self.head.grid)
+            features = find_adaptor(self.model, self.adaptor)(features, self.head.grid)
         placed = resize_features(features._replace(tokens=features.tokens.float()), self.head.grid)
         return self.head.embed(placed.map())
 
@@ -119,7 +92,7 @@ def make_drop_in(
         SizeError: a size or window that does not fit; names the nearest that does.
         MissingExtraError: segment-anything is not installed.
     """
-    entries = _cards_teachers(model)
+    entries = teachers_on(model.metadata, model.name)
     if teacher is not None and not entries:
         raise ConfigError(f"{model.name} has no teachers in its metadata; leave --teacher out")
     if entries:
@@ -133,7 +106,7 @@ def make_drop_in(
                 f"{head.name} takes {head.token_dim}; name the SAM it learned from with --sam-checkpoint"
             )
         return DropIn(model, head, side, entry["name"])
-    if isinstance(model, Adapting):
+    if isinstance(model, RadioModel):
         return _untrained(model, checkpoint, size, seed)
     if _is_sam(model.name) or _is_foreign(model.name):
         return _sam_itself(model, checkpoint, size)
@@ -171,7 +144,7 @@ def _choose(
 def _sam_itself(model: Backbone, checkpoint: Path | None, size: int | None) -> DropIn:
     if model.name == "scenes:sam" and checkpoint is not None:
         raise ConfigError("scenes:sam brings its own decoder; leave --sam-checkpoint out")
-    file = checkpoint or (model.file if isinstance(model, Filed) else None)
+    file = checkpoint or model.weights_file
     head = _head(model.name, file, lambda: model)
     if head.token_dim != model.token_dim:
         raise ConfigError(
@@ -189,10 +162,10 @@ def _head(spec: str, file: Path | None, find: Callable[[], Backbone]) -> SamHead
     if _is_sam(spec) or file is not None:
         return load_sam_head(spec, file)
     encoder = find()
-    if isinstance(encoder, Segmenting):
+    if encoder.sam is not None:
         return SamHead(encoder.sam, encoder.name)
-    if isinstance(encoder, Filed) and encoder.file is not None:
-        return load_sam_head(spec, encoder.file)
+    if encoder.weights_file is not None:
+        return load_sam_head(spec, encoder.weights_file)
     raise ConfigError(
         f"{shown(spec)} brings no mask decoder; if it is a SAM, name its released file with --sam-checkpoint"
     )
@@ -209,10 +182,6 @@ def _untrained(model: Backbone, checkpoint: Path | None, size: int | None, seed:
     drawn = "encoder, adaptor and decoder" if checkpoint is None else "encoder and adaptor"
     note = f"untrained: {drawn} have random weights, so only images/s mean anything beyond the floor"
     return DropIn(model, head, _side(model, head.side, size), adaptor, (note,))
-
-
-def _cards_teachers(model: Backbone) -> list[Mapping[str, Any]]:
-    return teachers_on(model.metadata, model.name) if isinstance(model, HasMetadata) else []
 
 
 def _trained_side(entry: Mapping[str, Any]) -> int | None:
@@ -250,28 +219,24 @@ def _taught_head(entry: Mapping[str, Any], checkpoint: Path | None) -> SamHead:
 
 
 def _adaptor_width(model: Backbone, name: str) -> int:
-    assert isinstance(model, Adapting), "metadata belongs to a student"
     with torch.no_grad():
         probe = Features(torch.zeros(1, model.summary_dim), torch.zeros(1, 1, model.token_dim), (1, 1))
-        return model.adapt(name, probe).tokens.shape[-1]
+        return find_adaptor(model, name)(probe).tokens.shape[-1]
 
 
 def _side(model: Backbone, frame: int, wanted: int | None) -> int:
     """Return the side of the model's input; raise SizeError if the model does not take it."""
-    patch = (model.with_window(None) if isinstance(model, Windowed) else model).nearest_size(1, 1)[0]
+    patch, window = model.patch_size, model.window
     side = wanted or max(frame // patch // _TOKENS * _TOKENS, 1) * patch
     nearest = model.nearest_size(side, side)[0]
-    if nearest == side:
-        return side
+    if nearest == side or (wanted is None and window is None):
+        return nearest
     message = (
         f"{model.name} cannot take {side}x{side} px; the nearest size that it can is {nearest}x{nearest}"
     )
-    step = model.nearest_size(1, 1)[0]
-    token = (
-        model.with_window(1).nearest_size(1, 1)[0] if step != patch and isinstance(model, Windowed) else step
-    )
-    if step > token and side > token and side % token == 0:
-        grid, window = side // token, step // token
+    token = model.nearest_size(1, 1)[0] // window if window else side
+    if window and side > token and side % token == 0:
+        grid = side // token
         fitting = sorted((w for w in range(1, grid + 1) if grid % w == 0), key=lambda w: (abs(w - window), w))
         message = (
             f"{model.name} cannot take {side}x{side} px with windows of {window}: they do not divide "

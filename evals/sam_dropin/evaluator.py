@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
-from evals.core.evaluator import domain_notes, machine_settings, metadata_of
+from evals.core.evaluator import domain_notes, machine_settings
 from evals.core.report import DataUsed, Metric, Report, Table, file_name, write
 from radio.chunks import Damage, DamagedError, default_cache
 from radio.config import to_plain
@@ -126,7 +126,7 @@ class SamEvaluator:
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 versions=versions(),
                 git=commit(),
-                metadata=metadata_of(model),
+                metadata=dict(model.metadata),
                 machine_settings=machine_settings(settings),
                 peak_memory=peak_memory(device),
                 notes=(

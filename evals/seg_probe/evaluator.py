@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, final
 import safetensors.torch
 
 from evals.core.areas import score
-from evals.core.evaluator import domain_notes, machine_settings, metadata_of
+from evals.core.evaluator import domain_notes, machine_settings
 from evals.core.report import DataUsed, Metric, Report, Table, file_name, write
 from radio.config import to_plain
 from radio.dist import Group, current
@@ -106,7 +106,7 @@ class SegEvaluator:
                 machine_settings=machine_settings(settings),
                 versions={**versions(), **_library_versions()},
                 git=commit(),
-                metadata=metadata_of(model),
+                metadata=dict(model.metadata),
                 peak_memory=peak_memory(probe.device),
                 notes=(*probe.notes, *probe.damage.notes(group), *domain_notes(model, probe.sources())),
                 tables=_tables(outcomes, probe, settings),

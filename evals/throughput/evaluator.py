@@ -13,7 +13,6 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from evals.core.evaluator import metadata_of
 from evals.core.paper import table_6_row
 from evals.core.report import Metric, Report, Table, file_name, write
 from radio.benchmark import Adapted, BenchmarkModel, Counts, Measurement, count, measure, num_turns, prepare
@@ -131,7 +130,7 @@ def measure_all(
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             versions=versions(),
             git=commit(),
-            metadata=metadata_of(entry.model),
+            metadata=dict(entry.model.metadata),
             peak_memory=max((one.peak_memory for one in mine if one.peak_memory is not None), default=None),
             notes=("untrained weights: the speed is the architecture's",) if entry.untrained else (),
             tables={"speed": Table(columns=COLUMNS, rows=rows)},

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from evals.core.accuracy import class_table, confusion_table, mean_class, top_accuracies
-from evals.core.evaluator import domain_notes, machine_settings, metadata_of
+from evals.core.evaluator import domain_notes, machine_settings
 from evals.core.features import Bank, Extraction, Stored, check_finite, extract
 from evals.core.plan import make_extraction, resolved, to_teacher_space
 from evals.core.report import DataUsed, Metric, Report, Table, file_name, proportion, write
@@ -172,7 +172,7 @@ class ZeroshotEvaluator:
             machine_settings=machine_settings(settings),
             versions=versions(),
             git=commit(),
-            metadata=metadata_of(model),
+            metadata=dict(model.metadata),
             peak_memory=peak_memory(how.device),
             notes=(
                 *notes,

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
-from evals.core.evaluator import HasMetadata
-from evals.core.plan import Adapting
 from radio.errors import CheckpointError, ConfigError, RadioError, did_you_mean
 from radio.hub import load_teacher
 from radio.metadata import teachers_on
@@ -25,15 +23,6 @@ class TextHead(NamedTuple):
     head: str | None  # the adaptor that leads into the teacher's space; None for the teacher itself
 
 
-@runtime_checkable
-class Speaking(Protocol):
-    """A model that may have its own text tower."""
-
-    @property
-    def text(self) -> TextTower | None:
-        """The text tower, or None."""
-
-
 def find_text_tower(model: Backbone, wanted: str | None = None) -> TextHead:
     """Find the text tower of a teacher, or of one of a student's teachers with the adaptor to it.
 
@@ -45,16 +34,14 @@ def find_text_tower(model: Backbone, wanted: str | None = None) -> TextHead:
         ConfigError: the model has no text tower, or was not trained on the requested teacher.
         CheckpointError: the teacher's weights are not at the path in the metadata.
     """
-    if isinstance(model, Speaking):
-        if model.text is None:
-            raise ConfigError(f"{model.name} has no text tower; zero-shot needs {_HAVE_ONE}")
+    if model.text is not None:
         if wanted is not None:
             raise ConfigError(f"{model.name} brings its own text tower; leave --text {wanted} out")
         return TextHead(model.name, model.text, None)
-    entries = _teachers_on(model)
-    if not entries or not isinstance(model, Adapting):
+    entries = teachers_on(model.metadata, model.name)
+    if not entries:
         raise ConfigError(
-            f"{model.name} learned from no teacher, so it has no text tower; zero-shot needs {_HAVE_ONE}"
+            f"{model.name} has no text tower and learned from no teacher; zero-shot needs {_HAVE_ONE}"
         )
     if wanted is not None and ":" in wanted:
         return _matching(model, entries, load_teacher(wanted), wanted)
@@ -69,10 +56,6 @@ def find_text_tower(model: Backbone, wanted: str | None = None) -> TextHead:
         f"{model.name} learned from {', '.join(entry['model'] for entry in entries)}: none of them has a "
         f"text tower; zero-shot needs {_HAVE_ONE}"
     )
-
-
-def _teachers_on(model: Backbone) -> list[Mapping[str, Any]]:
-    return teachers_on(model.metadata, model.name) if isinstance(model, HasMetadata) else []
 
 
 def _no_such(model: Backbone, entries: list[Mapping[str, Any]], wanted: str) -> list[Mapping[str, Any]]:

@@ -87,6 +87,11 @@ class ERadio(Shaped):
         return (4 if self.config.neck == "stage-3" else 8) * self.config.width
 
     @property
+    def patch_size(self) -> int:
+        """Pixels along one side of a token: of stage 4, or half of that where the neck doubles its map."""
+        return self.cell if self.config.neck is None else self.cell // 2
+
+    @property
     def cell(self) -> int:
         """Pixels along one side of a token of stage 4."""
         first, second = self.config.strides

@@ -25,6 +25,7 @@ class Shaped(nn.Module):
     """A student that its `config` describes completely, except for the weights."""
 
     config: Shape
+    fixed_size = False
 
     @property
     def name(self) -> str:
@@ -41,6 +42,11 @@ class Shaped(nn.Module):
     def native_size(self) -> tuple[int, int]:
         """Native (height, width) in pixels."""
         return self.nearest_size(self.config.native, self.config.native)
+
+    @property
+    def window(self) -> int | None:
+        """Side of the attention windows in tokens."""
+        return self.config.window
 
     def nearest_size(self, height: int, width: int) -> tuple[int, int]:
         """Compute the nearest accepted (height, width) in pixels."""

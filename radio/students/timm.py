@@ -100,12 +100,14 @@ class TimmStudent(nn.Module):
     Args:
         trunk: the network.
         native: the image side in pixels that it is built for.
-        fixed: whether it accepts only that size.
+        fixed_size: whether it accepts only that size.
     """
 
-    def __init__(self, trunk: TimmTrunk, native: int, *, fixed: bool) -> None:
+    window = with_window = None
+
+    def __init__(self, trunk: TimmTrunk, native: int, *, fixed_size: bool) -> None:
         super().__init__()
-        self.trunk, self.native, self.fixed = trunk, native, fixed
+        self.trunk, self.native, self.fixed_size = trunk, native, fixed_size
         self.mean_std = mean_and_std(trunk.network)
         self.normalise = Normalise(*self.mean_std)
 
@@ -117,13 +119,18 @@ class TimmStudent(nn.Module):
     @property
     def fingerprint(self) -> str:
         """Hash of the weights, the name, the normalisation and, if fixed, the image size."""
-        built = self.native if self.fixed else "any"
+        built = self.native if self.fixed_size else "any"
         return digest(self.state_dict(), f"{self.name} {built} {self.mean_std}")
 
     @property
     def native_size(self) -> tuple[int, int]:
         """Native (height, width) in pixels."""
         return self.native, self.native
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels along one side of a token."""
+        return self.trunk.stride // (1 if self.trunk.neck is None else 2)
 
     @property
     def summary_dim(self) -> int:
@@ -137,7 +144,7 @@ class TimmStudent(nn.Module):
 
     def nearest_size(self, height: int, width: int) -> tuple[int, int]:
         """Compute the nearest (height, width) that its stride divides, or the only size that it accepts."""
-        if self.fixed:
+        if self.fixed_size:
             return self.native_size
         return nearest_multiple(height, self.trunk.stride), nearest_multiple(width, self.trunk.stride)
 
@@ -160,7 +167,7 @@ class TimmStudent(nn.Module):
         if (h, w) != (height, width):
             why = (
                 f"it was built for {h}x{w} px alone; build it for another size with --options.image-size"
-                if self.fixed
+                if self.fixed_size
                 else f"its stride of {self.trunk.stride} does not divide that; the nearest size is {h}x{w}"
             )
             raise SizeError(f"{self.name} cannot take {height}x{width} px: {why}")
@@ -202,7 +209,7 @@ def _build(name: str, side: int | None, options: StudentOptions) -> TimmStudent:
     network, native, fixed = make_network(name, options.image_size or side)
     if options.activation_checkpointing:
         checkpoint_blocks(name, network)
-    return TimmStudent(TimmTrunk(name, network, upsample=bool(options.upsample)), native, fixed=fixed)
+    return TimmStudent(TimmTrunk(name, network, upsample=bool(options.upsample)), native, fixed_size=fixed)
 
 
 def _find(name: str) -> functools.partial[TimmStudent]:

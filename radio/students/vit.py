@@ -67,6 +67,11 @@ class ViT(Shaped):
         self.blocks.apply(_initialise)
 
     @property
+    def patch_size(self) -> int:
+        """Pixels along one side of a token."""
+        return self.config.patch
+
+    @property
     def summary_dim(self) -> int:
         """Width C: the concatenated class tokens, or the token width when pooling."""
         return self.config.width * max(self.config.class_tokens, 1)

@@ -109,7 +109,7 @@ def _freeze(trunk: DinoTrunk, name: str, member: Member) -> Frozen:
         mean=MEAN,
         std=STD,
         native_size=(16 * PATCH, 16 * PATCH),
-        multiple_of=PATCH,
+        patch_size=PATCH,
         summary_dim=member.width,
         token_dim=member.width,
         variant=str(trunk.resampling),

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol, Self, final
+from types import MappingProxyType
+from typing import Any, Protocol, Self, final
 
 import torch
 from torch import Tensor, nn
 
 from ..checkpoint import digest
 from ..errors import SizeError
-from ..types import Features, TextTower
+from ..types import Adaptor, Features, TextTower
 from ..windows import nearest_multiple
 
 # Letters: B batch, C summary width, T tokens, D token width, h w pixels.
@@ -34,11 +35,14 @@ class Trunk(Protocol):
 class Frozen(nn.Module):
     """A trunk behind the `Teacher` protocol: [B, 3, h, w] RGB in [0, 1] -> `Features`, without gradients.
 
-    Both sides in pixels must be multiples of `multiple_of`; None accepts only the native size. `variant`
-    describes what else determines the features (a resampling rule, a choice of layer), so that the
-    fingerprint covers it. `text` is the text tower that shares the summary's space, `file` the weights file
-    that it was read from.
+    Both sides in pixels must be multiples of `patch_size`, or the native size where `fixed_size` says so.
+    `variant` describes what else determines the features (a resampling rule, a choice of layer), so that the
+    fingerprint covers it. `text` is the text tower that shares the summary's space.
     """
+
+    metadata: Mapping[str, Any] = MappingProxyType({})
+    adaptors: Mapping[str, Adaptor] = MappingProxyType({})
+    window = with_window = sam = None
 
     def __init__(
         self,
@@ -48,21 +52,23 @@ class Frozen(nn.Module):
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
         native_size: tuple[int, int],
-        multiple_of: int | None,
+        patch_size: int,
+        fixed_size: bool = False,
         summary_dim: int,
         token_dim: int,
         text: TextTower | None = None,
         variant: str = "",
-        file: Path | None = None,
+        weights_file: Path | None = None,
     ) -> None:
         super().__init__()
         assert isinstance(trunk, nn.Module), "a trunk is an nn.Module"
         self.trunk: Trunk = trunk
         self._text = text  # usually a module too: it moves along with this one
-        self.file = file
+        self.weights_file = weights_file
         self.name = name
         self.native_size = native_size
-        self.multiple_of = multiple_of
+        self.patch_size = patch_size
+        self.fixed_size = fixed_size
         self.summary_dim = summary_dim
         self.token_dim = token_dim
         self._settings = f"{name} mean={mean} std={std} {variant}"
@@ -96,9 +102,9 @@ class Frozen(nn.Module):
 
     def nearest_size(self, height: int, width: int) -> tuple[int, int]:
         """Compute the accepted (height, width) in pixels nearest to the requested one."""
-        if self.multiple_of is None:
+        if self.fixed_size:
             return self.native_size
-        return nearest_multiple(height, self.multiple_of), nearest_multiple(width, self.multiple_of)
+        return nearest_multiple(height, self.patch_size), nearest_multiple(width, self.patch_size)
 
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode: a parent's `train()` must not enable dropout or batch norm."""

@@ -151,7 +151,7 @@ def _freeze_lite0(network: Any, spec: str) -> Frozen:
         mean=(127 / 255, 127 / 255, 127 / 255),
         std=(128 / 255, 128 / 255, 128 / 255),
         native_size=(224, 224),
-        multiple_of=32,
+        patch_size=32,
         summary_dim=1280,
         token_dim=1280,
         text=ConseText(

@@ -69,7 +69,7 @@ def sam(name: str, file: Path | None) -> Teacher:
     with torch.device("meta"):
         encoder = build_encoder(member)
     load_state(encoder, tensors, source)
-    return freeze_sam(SamTrunk(encoder), name=spec, mean=MEAN, std=STD, file=file)
+    return freeze_sam(SamTrunk(encoder), name=spec, mean=MEAN, std=STD, weights_file=file)
 
 
 @outlines.register("sam")
@@ -154,7 +154,7 @@ def freeze_sam(
     name: str,
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
-    file: Path | None = None,
+    weights_file: Path | None = None,
 ) -> Frozen:
     """Wrap a SAM trunk as a teacher that accepts only the trunk's own size."""
     return Frozen(
@@ -163,10 +163,11 @@ def freeze_sam(
         mean=mean,
         std=std,
         native_size=(trunk.size, trunk.size),
-        multiple_of=None,
+        patch_size=int(trunk.encoder.patch_embed.proj.stride[0]),
+        fixed_size=True,
         summary_dim=trunk.token_dim,
         token_dim=trunk.token_dim,
-        file=file,
+        weights_file=weights_file,
     )
 
 

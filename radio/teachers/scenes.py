@@ -118,7 +118,7 @@ def _frozen_vit(name: str, trunk: nn.Module, native: int, text: SceneText | None
         mean=mean,
         std=std,
         native_size=(native, native),
-        multiple_of=12,
+        patch_size=12,
         summary_dim=128,
         token_dim=128,
         text=text,

@@ -35,8 +35,9 @@ def timm(name: str, file: Path | None) -> Teacher:
         mean=mean,
         std=std,
         native_size=(native, native),
-        multiple_of=None if fixed else trunk.stride,
+        patch_size=trunk.stride,
+        fixed_size=fixed,
         summary_dim=trunk.summary_dim,
         token_dim=trunk.token_dim,
-        file=file,
+        weights_file=file,
     )

@@ -11,7 +11,7 @@ from radio.adaptors import AdaptorConfig
 from radio.hub import outline_teacher
 from radio.model import ModelConfig, RadioModel
 from radio.students import StudentOptions, students
-from radio.types import Features, Student, Teacher, TextTower, Windowed
+from radio.types import Features, Student, Teacher, TextTower
 
 from .fake import GPU, on_gpu, pretend
 
@@ -57,7 +57,7 @@ def test_students(name: str, training: bool) -> None:
         assert there(found)
         for adaptor in adaptors:
             assert there(model.adapt(adaptor.name, found, (3, 5)))
-        if isinstance(student, Windowed):
+        if student.with_window is not None:
             assert there(student.with_window(window_of(name))(images))
 
 

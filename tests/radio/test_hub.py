@@ -24,7 +24,7 @@ class Plain:
 
     def __init__(self, name: str, file: Path | None) -> None:
         self.name, self.file = name, file
-        self.text = None
+        self.text = self.with_window = None
 
     def __call__(self, images: torch.Tensor) -> Features:
         return Features(images.mean((2, 3)), images.flatten(2).transpose(1, 2), tuple(images.shape[-2:]))

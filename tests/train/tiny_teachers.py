@@ -72,7 +72,8 @@ def tiny(name: str, file: Path | None) -> Frozen:
         mean=(0.5, 0.4, 0.3),
         std=(0.2, 0.3, 0.25),
         native_size=(shape.native, shape.native),
-        multiple_of=shape.multiple,
+        patch_size=shape.multiple or shape.native,
+        fixed_size=shape.multiple is None,
         summary_dim=shape.summary_dim,
         token_dim=shape.token_dim,
     )

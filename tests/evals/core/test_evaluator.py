@@ -60,5 +60,4 @@ def test_the_generated_world_is_one_domain() -> None:
 def test_a_model_without_a_card_or_data_has_no_notes() -> None:
     model = Trained()
     model.metadata = {}
-    assert notes(object(), "scenes:val") == ()
     assert notes(model, "scenes:val") == ()

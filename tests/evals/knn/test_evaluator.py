@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -164,7 +165,7 @@ def test_a_head_of_nan_gets_no_score(
     tmp_path: Path, settings: KnnSettings, backbone: Callable, value: float
 ) -> None:
     model = backbone()
-    model.adapt_summary = lambda name, summaries: summaries * value
+    model.adaptors["pair"].adapt_summary = lambda summaries: summaries * value
     with pytest.raises(RadioError, match="pooled in the space of pair gives values that are not finite"):
         run(model, replace(settings, head="pair"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -259,8 +260,9 @@ def test_other_bad_input_is_an_error(tmp_path: Path, settings: KnnSettings, back
 
 
 class _Bare:
-    """A backbone without `adapt` (the run ends before anything else is asked of it)."""
+    """A backbone without adaptors (the run ends before anything else is asked of it)."""
 
+    adaptors = MappingProxyType({})
     name = "bare"
     native_size = (32, 32)
 

@@ -159,12 +159,9 @@ class Stranger:
     def __init__(self, sam: Any) -> None:
         self._encoder = load_teacher("scenes:sam")
         self.name = "strange:one"
-        if sam is not None:
-            self.sam = sam
+        self.sam = sam
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("sam", "file", "metadata", "adapt"):
-            raise AttributeError(name)
         return getattr(self._encoder, name)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
@@ -21,10 +22,13 @@ class Patches:
     """Tokens are the colours of each patch and their squares; takes sides that are multiples of the patch."""
 
     token_dim = summary_dim = 6
+    metadata = adaptors = MappingProxyType({})
+    text = weights_file = window = with_window = sam = None
 
     def __init__(self, patch: int = 14, only: tuple[int, int] | None = None) -> None:
         self.patch, self.only = patch, only
         self.native_size = only or (4 * patch, 4 * patch)
+        self.patch_size, self.fixed_size = patch, only is not None
         self.name = f"patches{patch}"
         self.sizes: list[tuple[int, int]] = []  # of the images it was shown
         self.fail_after: int | None = None  # calls; stands for a kill

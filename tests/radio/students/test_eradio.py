@@ -17,7 +17,7 @@ from radio.errors import ConfigError, SizeError
 from radio.nn.windowed_block import MultiResolutionBlock
 from radio.students import StudentOptions, students
 from radio.students.eradio import ERadio, ERadioConfig
-from radio.types import Features, Student, Windowed
+from radio.types import Features, Student
 
 # Parameters without a head, without and with up-sampling, and GMACs at 224 px (AM-RADIO's table 6).
 PUBLISHED = {
@@ -148,7 +148,7 @@ def test_fit_is_the_nearest_of_all_sizes_that_it_takes():
 def test_a_window_of_ones_own():
     student = _on_meta("e-radio-xt")
     chosen = student.with_window(8)
-    assert isinstance(student, Windowed) and student.config.window is None
+    assert student.with_window is not None and student.window is None
     assert chosen.nearest_size(500, 300) == (512, 256)
     chosen(torch.empty(1, 3, 512, 256, device="meta"))
     with pytest.raises(SizeError, match=r"a 7x7 grid does not divide into 8x8 windows; .*: 1 and 7;"):

@@ -27,7 +27,7 @@ class Tiny(nn.Module):
         return Features(tokens.mean(1), tokens, (pixels.shape[2], pixels.shape[3]))
 
 
-def frozen(trunk: nn.Module | None = None, *, multiple_of: int | None = 4, name: str = "tiny") -> Frozen:
+def frozen(trunk: nn.Module | None = None, *, fixed_size: bool = False, name: str = "tiny") -> Frozen:
     if trunk is None:
         torch.manual_seed(0)
         trunk = Tiny()
@@ -37,7 +37,8 @@ def frozen(trunk: nn.Module | None = None, *, multiple_of: int | None = 4, name:
         mean=(0.5, 0.25, 0.0),
         std=(0.5, 0.25, 2.0),
         native_size=(16, 8),
-        multiple_of=multiple_of,
+        patch_size=4,
+        fixed_size=fixed_size,
         summary_dim=5,
         token_dim=5,
     )
@@ -89,7 +90,7 @@ def test_fit_is_the_nearest_multiple(asked, fitting):
 
 
 def test_without_a_multiple_only_the_native_size_fits():
-    teacher = frozen(multiple_of=None)
+    teacher = frozen(fixed_size=True)
     assert teacher.nearest_size(999, 1) == (16, 8)
     with pytest.raises(SizeError, match=r"tiny cannot take 16x16 pixels.*nearest size that it can is 16x8"):
         teacher(torch.rand(1, 3, 16, 16))
