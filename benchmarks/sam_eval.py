@@ -30,23 +30,13 @@ from segment_anything import SamPredictor
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor, nn
 
-from evals.sam_dropin.coco import CocoImage, Instances, open_instances, run_lengths
-from evals.sam_dropin.decoding import (
-    Prepared,
-    Prompts,
-    masks_by_image,
-    predict_masks,
-    prompts_together,
-    score,
-)
+from evals.core.evaluator import EvalRun, RunSettings
+from evals.sam_dropin.annotations import CocoImage
+from evals.sam_dropin.data import Instances, open_instances, run_lengths
 from evals.sam_dropin.encoder import DropIn, make_drop_in
-from evals.sam_dropin.frame import make_frame
-from evals.sam_dropin.settings import SamSettings
-from evals.sam_dropin.work import Work
-from radio.chunks import Damage
-from radio.dist import Group
+from evals.sam_dropin.masks import Prompts, default_prompt_batch, make_frame, predict_masks
+from evals.sam_dropin.prediction import MaskScore, Predictor
 from radio.hub import load_backbone
-from radio.progress import no_progress
 from radio.teachers.sam_decoder import SamHead, new_released_sam
 from radio.teachers.scenes import scenes_sam
 
@@ -113,17 +103,11 @@ def plainly(drop_in: DropIn, data: Instances, images: Path) -> list[float]:
 
 
 def ours(drop_in: DropIn, data: Instances) -> list[float]:
-    """Compute the IoU of every annotation with the evaluator's `Work`, starting from an empty cache."""
-    with tempfile.TemporaryDirectory() as cache:
-        device = torch.device("cpu")
-        together = prompts_together(drop_in.head, device)
-        judge = partial(_judge, drop_in, together)
-        work = Work(data, judge, drop_in, SamSettings(), device, Path(cache), together, Damage())
-        return [record[6] for chunk in work.run(Group(), no_progress) for record in chunk.records]
-
-
-def _judge(drop_in: DropIn, box_batch: int, loaded: Any, predictions: Any) -> Any:
-    return score(drop_in.head, loaded, predictions, box_batch, 0.0)
+    """Compute the IoU of every annotation with the evaluator's `Predictor`, starting from an empty cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = EvalRun(RunSettings(cache=Path(folder), device="cpu"), base="sam", folder=Path(folder))
+        chunks = Predictor(drop_in, data, run).score_all(data.images, data.fingerprint, data.name)
+        return [each.iou for chunk in chunks for each in chunk.records if isinstance(each, MaskScore)]
 
 
 def full_size_plainly(sam: Any, embeddings: Tensor, image: CocoImage) -> list[NDArray[np.bool_]]:
@@ -144,12 +128,11 @@ def full_size_ours(head: SamHead, embeddings: Tensor, image: CocoImage) -> list[
     frame = make_frame(*image.size, head.side)
     boxes = torch.tensor([instance.box for instance in image.instances])
     prompts = Prompts(boxes=frame.points(boxes.view(-1, 2, 2)).reshape(-1, 4))
-    which = torch.zeros(len(boxes), dtype=torch.int64)
-    box_batch = prompts_together(head, torch.device("cpu"))
-    one = Prepared(image, frame, None, torch.empty(0))
+    image_index = torch.zeros(len(boxes), dtype=torch.int64)
+    prompt_batch = default_prompt_batch(head, torch.device("cpu"))
     with torch.inference_mode():
-        predictions = predict_masks(head, embeddings, which, prompts, box_batch)
-        return [masks for _, _, masks in masks_by_image(head, [one], predictions.logits, box_batch)]
+        logits = predict_masks(head, embeddings, image_index, prompts, prompt_batch).logits
+        return [frame.masks(part) > head.threshold for part in logits.split(prompt_batch)]
 
 
 def in_turns(plain: Callable[[], object], batched: Callable[[], object], rounds: int) -> float:

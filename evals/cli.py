@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,14 +36,14 @@ from radio.types import Backbone
 
 from .core.evaluator import (
     Evaluator,
-    ScoringFiles,
+    RunSettings,
     evaluators,
     make_evaluator,
-    run_one,
+    run_evaluator,
+    run_predictions,
 )
-from .core.noise import NOISE_FILE, measure_noise, write_noise
-from .core.report import Report
-from .core.suite import run_all
+from .core.report import Kind
+from .core.suite import NOISE_FILE, Jobs, measure_noise, run_all, write_noise
 from .core.tables import comparison, summary
 
 OK = 0
@@ -51,29 +52,37 @@ OK = 0
 @evaluators.register("knn")
 def _knn() -> Evaluator[Any]:
     """Weighted k-nearest-neighbour classification of frozen summaries."""
-    from .knn.evaluator import KnnEvaluator
+    from .knn.evaluator import KNN
 
-    return KnnEvaluator()
+    return KNN
+
+
+@evaluators.register("maps")
+def _maps() -> Evaluator[Any]:
+    """The first three principal components of the tokens as colors, beside those of a student's teachers."""
+    from .maps.evaluator import MAPS
+
+    return MAPS
 
 
 @evaluators.register("sam")
 def _sam() -> Evaluator[Any]:
     """Masks of SAM's own decoder on the model's features, scored on COCO instances."""
-    from .sam_dropin.evaluator import SamEvaluator
+    from .sam_dropin.evaluator import SAM
 
-    return SamEvaluator()
+    return SAM
 
 
 @evaluators.register("seg")
 def _seg() -> Evaluator[Any]:
     """Segmentation by a linear head on frozen tokens, with MMSegmentation."""
-    from .seg_probe.evaluator import SegEvaluator
+    from .seg_probe.evaluator import SEG
 
-    return SegEvaluator()
+    return SEG
 
 
 @evaluators.register("throughput")
-def _speed() -> Evaluator[Any]:
+def _speed() -> Any:
     """Images per second, multiply-adds and memory of several models, measured in alternation."""
     from .throughput.evaluator import ThroughputEvaluator
 
@@ -81,7 +90,7 @@ def _speed() -> Evaluator[Any]:
 
 
 @evaluators.register("vqa")
-def _vqa() -> Evaluator[Any]:
+def _vqa() -> Any:
     """Visual question answering by a LLaVA-1.5 on the model: GQA, VQAv2, TextVQA, ScienceQA."""
     from .vqa.evaluator import VqaEvaluator
 
@@ -91,9 +100,9 @@ def _vqa() -> Evaluator[Any]:
 @evaluators.register("zeroshot")
 def _zeroshot() -> Evaluator[Any]:
     """Classification by class names, and retrieval by captions, through a CLIP teacher's text tower."""
-    from .zeroshot.evaluator import ZeroshotEvaluator
+    from .zeroshot.evaluator import ZEROSHOT
 
-    return ZeroshotEvaluator()
+    return ZEROSHOT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,9 +143,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = did_you_mean(task, known) or f"; it has {', '.join(known)}"
         raise ConfigError(f"radio-eval has no command {task!r}{hint}")
     evaluator = make_evaluator(task)
-    options, settings = _parse(task, evaluator, rest)
-    with _joined(settings) as group:
-        _evaluate(evaluator, options, settings, group)
+    options, run, settings = _parse(task, evaluator, rest)
+    with _joined(run, settings) as group:
+        _evaluate(evaluator, options, run, settings, group)
     return OK
 
 
@@ -145,7 +154,7 @@ def _joined(*settings: Any) -> AbstractContextManager[Group]:
 
     Each rank selects its GPU first: FSDP, NCCL and accelerate would otherwise all use the first one.
     """
-    names = {getattr(one, "device", "auto") for one in settings} - {"cpu"}
+    names = {each.device for each in settings if hasattr(each, "device")} - {"cpu"}
     if "WORLD_SIZE" in os.environ and names:
         device = choose_device(min(names))
         if device.type == "cuda":
@@ -154,12 +163,15 @@ def _joined(*settings: Any) -> AbstractContextManager[Group]:
     return joined()
 
 
-def _parse(task: str, evaluator: Evaluator[Any], arguments: Sequence[str]) -> tuple[Options, Any]:
+def _parse(
+    task: str, evaluator: Evaluator[Any], arguments: Sequence[str]
+) -> tuple[Options, RunSettings, Any]:
     """Parse the common options and the task's own settings; tyro exits with 2 on unknown arguments."""
     own = task.replace("-", "_")  # tyro prints the fields' names above their flags
-    both = dataclasses.make_dataclass(
-        "Arguments", [("model", Options), (own, evaluator.settings)], frozen=True, kw_only=True
-    )
+    groups: list[Any] = [("model", Options), ("run", RunSettings), (own, evaluator.settings)]
+    if evaluator.writes_itself is not None:
+        del groups[1]
+    both = dataclasses.make_dataclass("Arguments", groups, frozen=True, kw_only=True)
     parsed: Any = parse_options(
         both,
         arguments,
@@ -167,16 +179,32 @@ def _parse(task: str, evaluator: Evaluator[Any], arguments: Sequence[str]) -> tu
         description=_summary(task),
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    return check(parsed.model), check(getattr(parsed, own))
+    return check(parsed.model), getattr(parsed, "run", RunSettings()), check(getattr(parsed, own))
 
 
-def _evaluate(evaluator: Evaluator[Any], options: Options, settings: Any, group: Group) -> None:
-    console, watch = _screen(options, group)
+def _evaluate(
+    evaluator: Evaluator[Any], options: Options, run: RunSettings, settings: Any, group: Group
+) -> None:
+    console, progress = _screen(options, group)
     _check_out(options)
-    reports = _without_model(evaluator, options, settings)
+    reports = []
+    if not options.models and options.arch is None:
+        report = run_predictions(evaluator, settings, options.out or Path("reports"), run=run)
+        reports += [] if report is None else [report]
     for spec, model, name in () if reports else _models(options):
-        out = options.out or _default_out(spec)
-        reports.append(run_one(evaluator, model, settings, out, name=name, watch=watch))
+        out, kind = options.out or _default_out(spec), _kind(options, spec)
+        report = run_evaluator(
+            evaluator,
+            model,
+            settings,
+            out,
+            run=run,
+            name=name,
+            kind=kind,
+            ranks=group,
+            progress=progress,
+        )
+        reports.append(report)
     console.print(comparison(reports, plain=options.plain))
     for report in reports:
         for note in report.notes:
@@ -197,7 +225,7 @@ class AllOptions:
     """Run every task whose requirements a model meets."""
 
     tasks: tuple[str, ...] = ()
-    """Only these tasks. Default: all except throughput."""
+    """Only these tasks. Default: all scores (throughput is measured only when it is named)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -208,10 +236,9 @@ class NoiseOptions(AllOptions):
     """Number of runs of each task that trains something."""
 
 
-Jobs = dict[str, tuple[Evaluator[Any], Any]]
-
-
-def _parse_suite(command: str, kind: type[AllOptions], arguments: Sequence[str]) -> tuple[Options, Any, Jobs]:
+def _parse_suite(
+    command: str, kind: type[AllOptions], arguments: Sequence[str]
+) -> tuple[Options, Any, RunSettings, Jobs]:
     """Parse the common options, the command's own, and the settings of each task (`--TASK.option`)."""
     made = {name: make_evaluator(name) for name in evaluators}
     own = {name: name.replace("-", "_") for name in made}
@@ -220,6 +247,7 @@ def _parse_suite(command: str, kind: type[AllOptions], arguments: Sequence[str])
         [
             ("model", Annotated[Options, tyro.conf.arg(name="")]),
             ("own", Annotated[kind, tyro.conf.arg(name="")]),
+            ("run", Annotated[RunSettings, tyro.conf.arg(name="")]),
             *((own[name], evaluator.settings) for name, evaluator in made.items()),
         ],
         frozen=True,
@@ -229,30 +257,31 @@ def _parse_suite(command: str, kind: type[AllOptions], arguments: Sequence[str])
     unknown = [task for task in parsed.own.tasks if task not in made]
     if unknown:
         raise ConfigError(f"no task {unknown[0]!r}{did_you_mean(unknown[0], made)}; tasks: {', '.join(made)}")
-    # Throughput is no score: it is measured only when requested, on an otherwise idle machine.
-    chosen = parsed.own.tasks or [name for name in made if name != "throughput"]
+    chosen = parsed.own.tasks or [name for name in made if not made[name].on_request]
     jobs = {name: (made[name], check(getattr(parsed, own[name]))) for name in chosen}
-    return check(parsed.model), check(parsed.own), jobs
+    return check(parsed.model), check(parsed.own), parsed.run, jobs
 
 
 def _all(arguments: Sequence[str]) -> int:
     """Run all tasks and return the exit code: 1 when a task failed, else 0."""
-    options, _, jobs = _parse_suite("all", AllOptions, arguments)
-    with _joined(*(settings for _, settings in jobs.values())) as group:
-        return _run_all(options, jobs, group)
+    options, _, run, jobs = _parse_suite("all", AllOptions, arguments)
+    with _joined(run, *(settings for _, settings in jobs.values())) as group:
+        return _run_all(options, run, jobs, group)
 
 
 def _noise(arguments: Sequence[str]) -> int:
-    options, own, jobs = _parse_suite("noise", NoiseOptions, arguments)
-    console, watch = _screen(options, Group())
+    options, own, run, jobs = _parse_suite("noise", NoiseOptions, arguments)
+    console, progress = _screen(options, Group())
     _check_out(options)
     for spec, model, name in _models(options):
-        tell = _teller(console, name)
-        noise = measure_noise(model, jobs, repeats=own.repeats, name=name, watch=watch, tell=tell)
+        log = _logger(console, name)
+        noise = measure_noise(
+            model, jobs, run=run, repeats=own.repeats, name=name, progress=progress, log=log
+        )
         path = (options.out or _default_out(spec)) / NOISE_FILE
         write_noise(path, noise, fingerprint=model.fingerprint, repeats=own.repeats)
         for task, metrics in noise.items():
-            tell(f"{task}: " + ", ".join(f"{metric} {value:.2f}" for metric, value in metrics.items()))
+            log(f"{task}: " + ", ".join(f"{metric} {value:.2f}" for metric, value in metrics.items()))
         console.print(str(path), soft_wrap=True)
     return OK
 
@@ -264,28 +293,34 @@ def _screen(options: Options, group: Group) -> tuple[Console, ProgressFactory]:
     return console, watch_on(progress, shown=group.leads and progress.is_terminal and not options.plain)
 
 
-def _teller(console: Console, name: str) -> Callable[[str], None]:
+def _logger(console: Console, name: str) -> Callable[[str], None]:
     return lambda line: console.print(escape(f"{name}: {line}"), soft_wrap=True)
 
 
-def _run_all(options: Options, jobs: Jobs, group: Group) -> int:
-    console, watch = _screen(options, group)
+def _run_all(options: Options, run: RunSettings, jobs: Jobs, group: Group) -> int:
+    console, progress = _screen(options, group)
     failed = False
     _check_out(options)
     for spec, model, name in _models(options):
-        out, tell = options.out or _default_out(spec), _teller(console, name)
-        outcomes = run_all(model, jobs, out, name=name, watch=watch, group=group, tell=tell)
+        outcomes = run_all(
+            model,
+            jobs,
+            options.out or _default_out(spec),
+            run=run,
+            name=name,
+            kind=_kind(options, spec),
+            progress=progress,
+            ranks=group,
+            log=_logger(console, name),
+        )
         console.print(summary(name, outcomes, plain=options.plain))
         failed = failed or any(outcome.state == "failed" for outcome in outcomes)
     return int(failed)
 
 
-def _without_model(evaluator: Evaluator[Any], options: Options, settings: Any) -> list[Report]:
-    """Return the report of a task that runs without a model, if none was named; else an empty list."""
-    if options.models or options.arch is not None or not isinstance(evaluator, ScoringFiles):
-        return []
-    report = evaluator.run_without_model(settings, options.out or Path("reports"))
-    return [] if report is None else [report]
+def _kind(options: Options, spec: str) -> Kind | None:
+    """Return `untrained` for a model of random weights; None where the model itself says what it is."""
+    return "untrained" if options.random_init or spec.startswith("arch:") else None
 
 
 def _models(options: Options) -> Iterator[tuple[str, Backbone, str]]:
@@ -309,7 +344,7 @@ def _models(options: Options) -> Iterator[tuple[str, Backbone, str]]:
 
 
 def _new_name(name: str, spec: str, options: Options, window: int | None, taken: set[str]) -> str:
-    if (options.random_init or spec.startswith("arch:")) and not name.endswith("-untrained"):
+    if _kind(options, spec) == "untrained" and not name.endswith("-untrained"):
         name = f"{name}-untrained"
     if window is not None:
         name = f"{name}-window{window}"
@@ -357,16 +392,16 @@ def _compare(arguments: Sequence[str]) -> int:
 
 
 def _report(arguments: Sequence[str]) -> int:
-    from .reporting.report_command import run_report
+    from .reporting.command import run_report
 
     return run_report(arguments)
 
 
 def _throughput(arguments: Sequence[str]) -> int:
-    from .reporting.tradeoff import draw_tradeoff
+    from .reporting.figures import draw_tradeoff
     from .throughput.command import run_throughput
 
-    return run_throughput(arguments, draw_tradeoff)
+    return run_throughput(arguments, partial(draw_tradeoff, task="knn"))
 
 
 def _trend(arguments: Sequence[str]) -> int:

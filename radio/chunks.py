@@ -28,6 +28,7 @@ from .dist import Group
 from .errors import DataError, RadioError, shown
 from .io import (
     MAX_DATA_BYTES,
+    check_writable,
     lines_of,
     read_text,
     validate,
@@ -111,6 +112,46 @@ def find_missing(paths: Sequence[Path], read: Callable[[Path], object], damage: 
             if path.is_dir():  # a file cannot replace it
                 shutil.rmtree(path)
     return missing
+
+
+def cached_chunks(
+    folder: Path,
+    count: int,
+    *,
+    read: Callable[[Path], object],
+    make: Callable[[list[int]], None],
+    ranks: Group | None = None,
+    damage: Damage | None = None,
+    ending: str = "safetensors",
+) -> list[Path]:
+    """Compute the missing ones of `count` chunks, and return the paths of all.
+
+    Rank r computes chunks r, r + world, ...; a killed run resumes with the first missing one. So the content
+    depends on neither ranks nor interruptions.
+
+    Args:
+        read: returns a chunk's content, or raises DamagedError; a damaged chunk is computed again.
+        make: computes the chunks of these numbers and writes each to its `chunk_path`.
+        damage: collects the damaged ones.
+
+    Raises:
+        RadioError: of `make`, on every rank.
+        DataError: ranks do not share the folder.
+    """
+    ranks = ranks or Group()
+    paths = [chunk_path(folder, number, ending) for number in range(count)]
+    local = range(ranks.rank, count, ranks.world)
+    missing = [local[i] for i in find_missing([paths[n] for n in local], read, damage or Damage())]
+    problem = None
+    try:
+        if missing:
+            check_writable(folder, "--cache", utf8=True)
+            make(missing)
+    except RadioError as error:
+        problem = error
+    ranks.agree(problem)
+    check_all_there(paths)
+    return paths
 
 
 def remove_stray(folder: Path) -> None:

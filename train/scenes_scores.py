@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evals.knn.index import Index
-from evals.knn.vote import vote
-from evals.zeroshot.classifier import class_vectors
-from evals.zeroshot.ranking import rank_classes
+from evals.knn.index import Index, vote
+from evals.zeroshot.evaluator import rank_classes
+from evals.zeroshot.texts import class_vectors
 from radio.resample import resize_images
 from radio.scenes.language import TEMPLATES
 from radio.scenes.world import CLASSES, Scene, Split, render, render_images

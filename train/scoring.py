@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 import evals.cli  # noqa: F401 (enters the evaluators)
-from evals.core.evaluator import Evaluator, make_evaluator
+from evals.core.evaluator import RunSettings, make_evaluator
 from evals.core.paper import DATA, TASKS, PaperRow
-from evals.core.suite import Outcome, run_all
+from evals.core.suite import Jobs, Outcome, run_all
 from evals.core.tables import cell
 from radio.dist import Group
 from radio.errors import ConfigError, shown
@@ -26,12 +26,6 @@ from radio.types import Backbone
 
 from .config import TrainConfig
 from .loggers import LOG, Record, read_records, say
-
-_STUDENTS_ONLY = "vqa"  # it trains a language model: minutes per model
-
-_IMAGES = {"seg": {"save_maps": 3}, "sam": {"save_masks": 3}}  # for the run's report page
-
-Jobs = Mapping[str, tuple[Evaluator[Any], Any]]
 
 
 def score(
@@ -52,13 +46,23 @@ def score(
         console: where to print the table.
         paper: the paper's rows to print below.
     """
-    jobs = {task: make_job(task, config.device, _IMAGES.get(task, {})) for task in config.score}
+    jobs = {task: make_job(task, config.device, {}) for task in config.score}
     watch = watch_on(console, shown=console.is_terminal)
     found = {}
     for name, model, its_own in _contestants(config, students):
-        chosen: Jobs = {task: job for task, job in jobs.items() if its_own or task != _STUDENTS_ONLY}
+        chosen: Jobs = {task: job for task, job in jobs.items() if its_own or not job[0].expensive}
         told = partial(tell, console, name)
-        found[name] = run_all(model, chosen, out, name=name, watch=watch, group=Group(), tell=told)
+        found[name] = run_all(
+            model,
+            chosen,
+            out,
+            run=RunSettings(device=config.device),
+            name=name,
+            kind="untrained" if name == "untrained" else None,
+            progress=watch,
+            ranks=Group(),
+            log=told,
+        )
     console.print(_table(found, config.score, paper, plain=not console.is_terminal))
     for line in _measured_on(config.score, paper):
         say(console, line)
@@ -88,10 +92,11 @@ class Follower:
             model,
             self.jobs,
             self.config.out / "reports" / f"step-{step:06d}",
+            run=RunSettings(device=self.config.device),
             name="student",
-            watch=watch_on(self.console, shown=False),
-            group=self.group,
-            tell=partial(tell, self.console, f"step {step}"),
+            progress=watch_on(self.console, shown=False),
+            ranks=self.group,
+            log=partial(tell, self.console, f"step {step}"),
         )
         reports = [outcome.report for outcome in outcomes if outcome.report is not None]
         found: Record = {"step": step}
@@ -111,7 +116,7 @@ class Follower:
         return any(key.partition("/")[0] in self.jobs for record in found for key in record)
 
 
-def make_job(task: str, device: str, settings: Mapping[str, Any]) -> tuple[Evaluator[Any], Any]:
+def make_job(task: str, device: str, settings: Mapping[str, Any]) -> tuple[Any, Any]:
     """Make an evaluator and its settings: its defaults, overridden by `settings` and the device.
 
     Raises:

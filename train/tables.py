@@ -378,9 +378,11 @@ def _compare_students(rows: Rows, checkpoints: Mapping[str, Path], out: Path, co
     config = next(iter(rows.values()))
     if not config.score:
         return
+    from evals.reporting.tradeoff import draw_tradeoff
+
+    from evals.core.evaluator import RunSettings
     from evals.core.suite import run_all  # imported late: these import all evaluators
     from evals.core.tables import cell
-    from evals.reporting.tradeoff import draw_tradeoff
     from evals.throughput.evaluator import Entry, measure_all
     from evals.throughput.settings import ThroughputSettings
     from radio.hub import load_backbone
@@ -388,20 +390,29 @@ def _compare_students(rows: Rows, checkpoints: Mapping[str, Path], out: Path, co
 
     from .scoring import make_job, tell
 
-    watch, reports = watch_on(console, shown=console.is_terminal), out / "reports"
+    progress, reports = watch_on(console, shown=console.is_terminal), out / "reports"
     models = {name: load_backbone(str(path)) for name, path in checkpoints.items()}
     jobs = {task: make_job(task, config.device, FEW.get(task, {})) for task in config.score}
     scores: dict[str, list[str]] = {}
     for name, model in models.items():
         log = partial(tell, console, name)
-        outcomes = run_all(model, jobs, reports, name=name, watch=watch, group=Group(), tell=log)
+        outcomes = run_all(
+            model,
+            jobs,
+            reports,
+            run=RunSettings(device=config.device),
+            name=name,
+            progress=progress,
+            ranks=Group(),
+            log=log,
+        )
         scores[name] = [
             cell(outcome.report.metrics[outcome.report.primary_metric]) if outcome.report else "failed"
             for outcome in outcomes
         ]
     entries = [Entry(name=name, model=model, paper_name=name) for name, model in models.items()]
     settings = ThroughputSettings(**SPEED, device=config.device)
-    speeds = measure_all(entries, settings, reports, watch=watch)
+    speeds = measure_all(entries, settings, reports, watch=progress)
     columns = (*config.score, "images/s")
     table = _table(console, "student", (*columns, *(f"paper: {column}" for column in columns)))
     for name, speed in zip(models, speeds, strict=True):

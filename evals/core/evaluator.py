@@ -1,117 +1,247 @@
-"""The interface of evaluators, their registry, and helpers that all of them share."""
+"""The frame of every evaluator: what it states about its task, what it is given, and what it returns.
+
+An evaluator is an `Evaluator` with a function `evaluate(model, settings, run) -> Result`. All else is common:
+the settings of the machine, features that are extracted once, ranks, the report and its files.
+"""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import is_dataclass
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar, get_type_hints, runtime_checkable
+from typing import (
+    Annotated,
+    Any,
+    Generic,
+    Literal,
+    Protocol,
+    TypeVar,
+    final,
+    get_type_hints,
+)
 
 import torch
+from annotated_types import Interval
+from torch import Tensor
 
+from radio.chunks import Damage, default_cache
+from radio.config import CountOrZero, Seed, Workers, check, to_plain
+from radio.data import ImageSource, open_source
+from radio.dist import Group, current
 from radio.errors import ConfigError
-from radio.progress import ProgressFactory
+from radio.io import staged, write_bytes
+from radio.progress import ProgressFactory, no_progress
+from radio.provenance import choose_device, commit, describe_device, has_tf32, peak_memory, versions
 from radio.registry import Registry
 from radio.types import Backbone
 
-from .report import Report
+from .blocks import Block, Image, encode_image
+from .features import Extraction, StoredFeatures, ViewSettings, default_workers, extract, make_view
+from .report import DatasetInfo, Kind, Metric, Pairing, Record, Report, file_name, record_lines, write
 
 S = TypeVar("S")
 V = TypeVar("V")
-T = TypeVar("T", contravariant=True)
-
 
 Machine = Annotated[V, "machine"]
 """The type of a setting that may differ between compared reports: `workers: Machine[int] = 2`.
 It concerns how the work is done (or its seed), and is no part of the protocol."""
 
 
-def machine_settings(settings: Any) -> tuple[str, ...]:
-    """Return the names of a task's settings that are no part of its protocol, for its report."""
-    hints = get_type_hints(type(settings), include_extras=True)
-    return tuple(name for name, hint in hints.items() if "machine" in getattr(hint, "__metadata__", ()))
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSettings:
+    """Settings that every evaluator has."""
+
+    limit: CountOrZero | None = None
+    """Maximum number of images of each set, spread evenly. Default: all."""
+    seed: Seed = 0
+    """Seed of the generated world, of the bootstrap, and of what the evaluator trains."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the model. On a GPU fp32 computes matrix products in TF32, unless NVIDIA_TF32_OVERRIDE=0
+    is set."""
+    batch_size: Machine[Annotated[int, Interval(ge=1, le=65_536)] | None] = None
+    """Images per forward pass of the model; does not change the scores. Default: the task's."""
+    workers: Machine[Workers | None] = None
+    """Loader processes. Default: none on a CPU, up to 8 with a GPU."""
+    cache: Machine[Path | None] = None
+    """Folder of features, generated images and states. Default: $XDG_CACHE_HOME/am-radio, or
+    ~/.cache/am-radio."""
+    device: Machine[str] = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        """Validate the settings; raise `ConfigError` on a value out of range."""
+        check(self)
 
 
-class Evaluator(Protocol[S]):
-    """Scores any backbone on one task."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """What an evaluator returns."""
+
+    metrics: Mapping[str, Metric]  # the first is the primary metric
+    data: Sequence[DatasetInfo] = ()
+    records: Iterable[Record] = ()  # one per sample; only the leading rank reads them
+    pairing: Pairing = "mean"  # how the primary metric follows from the records
+    blocks: Sequence[Block] = ()  # what the page shows
+    baselines: Mapping[str, float] = field(default_factory=dict)  # such as {"chance": 1.0}
+    notes: Sequence[str] = ()
+    resolved: Mapping[str, Any] = field(default_factory=dict)  # the values that default settings came to
+    seconds: Mapping[str, float] = field(default_factory=dict)  # of the parts of the work
+    files: Sequence[str] = ()  # that were written into `run.folder`
+
+
+def _nothing_missing(model: Backbone) -> str:
+    return ""
+
+
+def _no_suffix(settings: Any) -> str:
+    return ""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Evaluator(Generic[S]):
+    """One task: its settings, and the function that scores a backbone on it."""
+
+    name: str  # on the command line, such as `knn`
+    settings: type[S]  # a frozen dataclass with a default for every field; becomes options
+    evaluate: Callable[[Backbone, S, EvalRun], Result]
+    title: str = ""  # for people (default: the name)
+    expensive: bool = False  # minutes per model: a training run scores only its student
+    on_request: bool = False  # left out of `radio-eval all` unless named
+    missing_requirements: Callable[[Backbone], str] = _nothing_missing
+    """Describes the requirements that a model does not meet; empty when it meets all."""
+    suffix: Callable[[S], str] = _no_suffix
+    """What these settings add to the model's name in the report, such as `-3-clicks`."""
+    with_seed: Callable[[S, RunSettings, int], S] | None = None
+    """For an evaluator that trains something: the settings of its repetition of that number."""
+    score_predictions: Callable[[S, EvalRun], Result] | None = None
+    """Scores stored predictions without a model, where `predictions_of` names a file."""
+    predictions_of: Callable[[S], Path | None] = lambda settings: None
+    writes_itself: Any = None
+
+
+@final
+class EvalRun:
+    """One evaluation of one model: device, cache, ranks, progress, and the files of its report."""
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        *,
+        base: str,
+        folder: Path,
+        ranks: Group | None = None,
+        progress: ProgressFactory = no_progress,
+    ) -> None:
+        self.settings, self.base, self.folder = settings, base, folder
+        self.ranks, self.progress = ranks or current(), progress
+        self.device = choose_device(settings.device)
+        self.dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+        self.cache = settings.cache or default_cache()
+        self.workers = default_workers(self.device) if settings.workers is None else settings.workers
+        self.damage = Damage()  # of the cache
+        self.notes: list[str] = []
+        self.files: list[str] = []
+        self.resolved: dict[str, Any] = {"dtype": self.precision, "workers": self.workers}
+        self.seconds: dict[str, float] = {}
+        self.sources: dict[str, Placed] = {}  # by fingerprint; compared with the model's training data
 
     @property
-    def name(self) -> str:
-        """Name of the task on the command line, such as `knn`."""
+    def precision(self) -> str:
+        """Precision of the model: `float32`, `bfloat16`, or `TF32` on a GPU that has it."""
+        has = self.dtype == torch.float32 and has_tf32(self.device)
+        return "TF32" if has else str(self.dtype).removeprefix("torch.")
 
     @property
-    def settings(self) -> type[S]:
-        """Frozen dataclass with a default for every field; it becomes flags and is written to the report."""
+    def fingerprints(self) -> Path:
+        """Folder that caches the content hashes of unchanged files."""
+        return self.cache / "fingerprints"
 
-    def run(self, model: Backbone, settings: S, out: Path, *, name: str, watch: ProgressFactory) -> Report:
-        """Score `model`, write the report and its files into the folder `out`, and return it.
+    def batch_size(self, default: int) -> int:
+        """Return the images per forward pass: as set, or the task's default."""
+        return self.settings.batch_size or default
+
+    def open_images(self, text: str, *, scenes: int = 1500) -> ImageSource:
+        """Open labelled images, `scenes` of them where they are generated; see `open_source`.
+
+        Raises:
+            DataError: nothing exists at the path, it is empty, or its layout is unknown.
+        """
+        return open_source(
+            text,
+            limit=self.settings.limit,
+            scenes=scenes,
+            seed=self.settings.seed,
+            memo=self.fingerprints,
+            watch=self.progress,
+        )
+
+    def features(
+        self, model: Backbone, source: ImageSource, view: ViewSettings | None = None
+    ) -> StoredFeatures:
+        """Extract the summaries of all images, or read them from the cache.
+
+        Raises:
+            DataError: no image can be read, or ranks do not share the cache folder.
+            SizeError: a view below one pixel or of too many, or a batch larger than the memory.
+            RadioError: the model returns values that are not finite.
+        """
+        started = time.monotonic()
+        made, notes = make_view(model, view or ViewSettings())
+        how = Extraction(
+            view=made,
+            device=self.device,
+            dtype=self.dtype,
+            batch=self.batch_size(64),
+            workers=self.workers,
+        )
+        self.note_source(source)
+        stored = extract(
+            model,
+            source,
+            how,
+            cache=self.cache,
+            group=self.ranks,
+            watch=self.progress,
+            damage=self.damage,
+        )
+        self.notes += [note for note in (*notes, *source.notes) if note not in self.notes]
+        self.resolved |= {"view": made.describe(), "size": list(made.size)}
+        self.seconds["features"] = self.seconds.get("features", 0.0) + time.monotonic() - started
+        return stored
+
+    def note_source(self, source: Placed) -> None:
+        """Compare a data set with the model's training data, for a note in the report."""
+        self.sources.setdefault(source.fingerprint, source)
+
+    def save_image(
+        self,
+        pixels: Tensor,
+        alt: str,
+        *,
+        side: int = 96,
+        shown: int | None = None,
+        label: str = "",
+        good: bool | None = None,
+        exact: bool = False,
+    ) -> Image:
+        """Write an image for the page, uint8 [3, H, W], beside the report.
 
         Args:
-            name: the model's name in the report and its files.
+            alt: the alternative text.
+            side: the longer side of the file in pixels, at most.
+            shown: the longer side on the page in pixels (default: `side`).
+            label: text beside it.
+            good: whether it shows something right, where that applies.
+            exact: keep every pixel (PNG instead of WebP).
         """
-
-
-@runtime_checkable
-class ScoringFiles(Protocol[T]):
-    """An evaluator that can score a model's stored answers without the model."""
-
-    def run_without_model(self, settings: T, out: Path) -> Report | None:
-        """Write the report into the folder `out` and return it; None when the settings require a model."""
-
-
-EvaluatorFactory = Callable[[], Evaluator[Any]]
-
-evaluators: Registry[EvaluatorFactory] = Registry("evaluator")
-"""Factories, so that a listing imports no optional library. Plug-ins use the entry-point group
-`am_radio.evaluators`; the first line of a factory's docstring is what `radio-eval list` prints."""
-
-
-def make_evaluator(task: str) -> Evaluator[Any]:
-    """Create the evaluator of a task and validate its interface.
-
-    Raises:
-        ConfigError: the task is unknown, or the object that another package registered is no evaluator.
-    """
-    made: Any = evaluators[task]()
-    settings = getattr(made, "settings", None)
-    parts = [getattr(made, part, None) for part in ("name", "run")]
-    if not (isinstance(settings, type) and is_dataclass(settings) and all(parts)):
-        raise ConfigError(
-            f"{evaluators.plugin(task) or task}: its settings are no dataclass, or it has no name or run; "
-            f"mend or uninstall the package that brings it"
-        )
-    evaluator: Evaluator[Any] = made
-    return evaluator
-
-
-def run_one(
-    evaluator: Evaluator[S], model: Backbone, settings: S, out: Path, *, name: str, watch: ProgressFactory
-) -> Report:
-    """Run the evaluator on a model and validate its report.
-
-    Raises:
-        ConfigError: the result is no report, or lacks its primary metric.
-    """
-    report: Any = evaluator.run(model, settings, out, name=name, watch=watch)
-    if not isinstance(report, Report):
-        raise ConfigError(f"{evaluator.name}: its run gave a {type(report).__name__}, wanted a Report")
-    if report.primary_metric not in report.metrics:
-        raise ConfigError(
-            f"{evaluator.name}: its report has no metric {report.primary_metric!r}, its primary metric"
-        )
-    return report
-
-
-def place(model: Backbone, device: torch.device, dtype: torch.dtype) -> Backbone:
-    """Move the model to a device and type, in evaluation mode.
-
-    For types other than float32 this is a copy: weights rounded in place would stay so for later tasks and
-    for the fingerprint.
-    """
-    if dtype != torch.float32:
-        model = copy.deepcopy(model)
-    return model.to(device, dtype).eval()
+        name = f"{self.base}-images/{len(self.files):03d}.{'png' if exact else 'webp'}"
+        self.files.append(name)
+        if self.ranks.leads:
+            write_bytes(self.folder / name, encode_image(pixels, side=side, exact=exact))
+        return Image(file=name, alt=alt, label=label, good=good, side=shown or side)
 
 
 class Placed(Protocol):
@@ -128,6 +258,173 @@ class Placed(Protocol):
     @property
     def fingerprint(self) -> str:
         """Hash of the content."""
+
+
+EvaluatorFactory = Callable[[], Evaluator[Any]]
+
+evaluators: Registry[EvaluatorFactory] = Registry("evaluator")
+"""Factories, so that a listing imports no optional library. Plug-ins use the entry-point group
+`am_radio.evaluators`; the first line of a factory's docstring is what `radio-eval list` prints."""
+
+
+def make_evaluator(task: str) -> Evaluator[Any]:
+    """Create the evaluator of a task and validate its settings.
+
+    Raises:
+        ConfigError: the task is unknown, or the object that another package registered is no evaluator.
+    """
+    made: Any = evaluators[task]()
+    if hasattr(made, "run"):
+        return _from_class(made)
+    if not isinstance(made, Evaluator):
+        raise ConfigError(
+            f"{evaluators.plugin(task) or task}: its factory gave a {type(made).__name__}, wanted an "
+            f"evals.core.evaluator.Evaluator; mend or uninstall the package that brings it"
+        )
+    if not is_dataclass(made.settings):
+        raise ConfigError(
+            f"{evaluators.plugin(task) or task}: its settings are no dataclass; mend or uninstall the "
+            f"package that brings it"
+        )
+    evaluator: Evaluator[Any] = made
+    return evaluator
+
+
+def _from_class(made: Any) -> Evaluator[Any]:
+    """Wrap an evaluator that still writes its own report."""
+    repeated = getattr(made, "with_seed", None)
+    return Evaluator(
+        name=made.name,
+        settings=made.settings,
+        evaluate=lambda model, settings, run: Result(metrics={}),
+        missing_requirements=getattr(made, "missing_requirements", _nothing_missing),
+        with_seed=None if repeated is None else lambda settings, run, number: repeated(settings, number),
+        writes_itself=made,
+        expensive=getattr(made, "expensive", False),
+        on_request=getattr(made, "on_request", False),
+    )
+
+
+def run_evaluator(
+    evaluator: Evaluator[S],
+    model: Backbone,
+    settings: S | None = None,
+    out: Path = Path("reports"),
+    *,
+    run: RunSettings | None = None,
+    name: str | None = None,
+    kind: Kind | None = None,
+    ranks: Group | None = None,
+    progress: ProgressFactory = no_progress,
+) -> Report:
+    """Score a model, and write `TASK-NAME.json` and the files that belong to it into the folder `out`.
+
+    Every rank of a torchrun job calls this and gets the same report; rank 0 writes. Nothing is written if an
+    error occurs.
+
+    Args:
+        settings: the task's (default: its defaults).
+        run: the settings of the machine and of the data's size.
+        name: the model's name in the report (default: its own).
+        kind: of the model (default: a student if a checkpoint's metadata say so, else a teacher).
+
+    Raises:
+        ConfigError: the evaluator's result is none.
+        RadioError: as the evaluator says.
+    """
+    if evaluator.writes_itself is not None:
+        report: Report = evaluator.writes_itself.run(model, settings, out, name=name, watch=progress)
+        return report
+    chosen, shared = evaluator.settings() if settings is None else settings, run or RunSettings()
+    label = (name or model.name) + evaluator.suffix(chosen)
+    fingerprint = model.fingerprint  # of the weights before anything rounds them
+    with staged(out) as folder:
+        context = EvalRun(
+            shared, base=file_name(evaluator.name, label), folder=folder, ranks=ranks, progress=progress
+        )
+        started = time.monotonic()
+        result = evaluator.evaluate(model, chosen, context)
+        report = _assemble(evaluator, chosen, context, result, label)
+        report = replace(
+            report,
+            fingerprint=fingerprint,
+            kind=kind or ("student" if model.metadata else "teacher"),
+            metadata=dict(model.metadata),
+            notes=(*report.notes, *domain_notes(model, context.sources.values())),
+            device=describe_device(context.device),
+            seconds={**report.seconds, "total": time.monotonic() - started},
+            peak_memory=peak_memory(context.device),
+        )
+        _write(report, context, result)
+    return report
+
+
+def run_predictions(evaluator: Evaluator[S], settings: S, out: Path, *, run: RunSettings) -> Report | None:
+    """Score stored predictions without a model, and write the report; None if the settings name none.
+
+    Raises:
+        RadioError: as the evaluator says.
+    """
+    if evaluator.writes_itself is not None and hasattr(evaluator.writes_itself, "run_without_model"):
+        scored: Report | None = evaluator.writes_itself.run_without_model(settings, out)
+        return scored
+    path = evaluator.predictions_of(settings)
+    if path is None or evaluator.score_predictions is None:
+        return None
+    with staged(out) as folder:
+        context = EvalRun(run, base=file_name(evaluator.name, path.stem), folder=folder)
+        result = evaluator.score_predictions(settings, context)
+        report = _assemble(evaluator, settings, context, result, path.stem)
+        report = replace(report, device="none: a file of predictions was scored")
+        _write(report, context, result)
+    return report
+
+
+def _assemble(evaluator: Evaluator[S], settings: S, run: EvalRun, returned: Any, label: str) -> Report:
+    """Fill in all of a report that does not concern the model."""
+    if not isinstance(returned, Result) or not returned.metrics:
+        given = "a Result without metrics" if isinstance(returned, Result) else type(returned).__name__
+        raise ConfigError(f"{evaluator.name}: its evaluate gave {given}, wanted a Result with metrics")
+    result = returned
+    records = f"{run.base}.jsonl"
+    return Report(
+        task=evaluator.name,
+        title=evaluator.title,
+        model=label,
+        fingerprint="",
+        primary_metric=next(iter(result.metrics)),
+        metrics=dict(result.metrics),
+        settings={
+            **to_plain(run.settings),
+            **to_plain(settings),
+            "resolved": {**run.resolved, "ranks": run.ranks.world, **result.resolved},
+        },
+        machine_settings=(*machine_settings(run.settings), *machine_settings(settings)),
+        data=tuple(result.data),
+        baselines=dict(result.baselines),
+        blocks=tuple(result.blocks),
+        pairing=result.pairing,
+        records=records,
+        files=(records, *run.files, *result.files),
+        notes=tuple(dict.fromkeys((*result.notes, *run.notes, *run.damage.notes(run.ranks)))),
+        device="",
+        seconds={**run.seconds, **result.seconds},
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=versions(),
+        git=commit(),
+    )
+
+
+def _write(report: Report, run: EvalRun, result: Result) -> None:
+    if run.ranks.leads:
+        records = {run.folder / report.records: record_lines(result.records)}
+        write(report, run.folder / f"{run.base}.json", records)
+
+
+def machine_settings(settings: Any) -> tuple[str, ...]:
+    """Return the names of the settings that are no part of the protocol, for a report."""
+    hints = get_type_hints(type(settings), include_extras=True)
+    return tuple(name for name, hint in hints.items() if "machine" in getattr(hint, "__metadata__", ()))
 
 
 def domain_notes(model: Backbone, sources: Iterable[Placed]) -> tuple[str, ...]:

@@ -8,45 +8,53 @@ encoder's own matrix products).
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple, final
+from typing import Annotated, Literal, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from radio.adaptors import find_adaptor
 from radio.chunks import (
     Damage,
     DamagedError,
     Tensors,
     TensorSpec,
-    check_all_there,
+    cached_chunks,
     chunk_path,
-    find_missing,
     load_tensors,
     read_tensors,
     write_tensors,
 )
+from radio.config import Pixels, check
 from radio.data import ImageSource
 from radio.dist import Group
-from radio.errors import DataError, RadioError
-from radio.io import check_writable
+from radio.errors import ConfigError, DataError, RadioError, SizeError
+from radio.images import (
+    EVALUATION_RATIO,
+    MAX_PIXELS,
+    cover,
+    evaluation_view,
+    resize,
+)
 from radio.memory import check_memory
 from radio.progress import Advance, ProgressFactory, no_progress
 from radio.provenance import fast_products, has_tf32
 from radio.types import Backbone, Features
 
-from .evaluator import place
-from .report import Skipped
-from .views import View
+from .report import DatasetInfo, Skipped
 
 # Letters: N images, C summary width, B batch, h w input size.
 
@@ -88,11 +96,12 @@ class Extraction:
 
 
 @final
-class Stored:
+class StoredFeatures:
     """The complete features of a source, on disk."""
 
-    def __init__(self, folder: Path, count: int) -> None:
-        self._folder, self._count = folder, count
+    def __init__(self, folder: Path, source: ImageSource) -> None:
+        self.source = source
+        self._folder, self._count = folder, len(source.keys)
 
     def load(self, rank: int = 0, world: int = 1) -> Bank:
         """Load the features of chunks rank, rank + world, ... (default: all of them)."""
@@ -103,6 +112,39 @@ class Stored:
             return Bank(torch.empty(0, 0), torch.empty(0, dtype=torch.int64))
         features = torch.cat([part["features"] for part in parts])
         return Bank(features, torch.cat([part["indices"] for part in parts]))
+
+    @cached_property
+    def features(self) -> Tensor:
+        """Features of all images that could be read, [N, C] float32."""
+        return self.load().features
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """Classes of all images that could be read, [N] int64."""
+        return torch.from_numpy(self.source.labels)[self.indices()]
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """Names of all images that could be read, [N]."""
+        return [self.source.keys[index] for index in self.indices().tolist()]
+
+    def info(self, role: str, *, scored: bool = True, num_classes: int | None = None) -> DatasetInfo:
+        """Describe the data set for a report.
+
+        Args:
+            role: such as `query`.
+            scored: False for data that the evaluator learns from.
+            num_classes: (default: the source's).
+        """
+        return DatasetInfo(
+            role=role,
+            name=self.source.name,
+            fingerprint=self.source.fingerprint,
+            count=len(self.indices()),
+            num_classes=len(self.source.classes) if num_classes is None else num_classes,
+            skipped=self.skipped(),
+            scored=scored,
+        )
 
     def indices(self) -> Tensor:
         """Return the indices into the source, [N] int64, of all images that could be read."""
@@ -121,6 +163,17 @@ class Stored:
             indices.append(chunk.tensors["indices"])
             skipped += [Skipped(key=key, reason=reason) for key, reason in _skipped(chunk, path)]
         return torch.cat(indices), tuple(skipped)
+
+
+def place(model: Backbone, device: torch.device, dtype: torch.dtype) -> Backbone:
+    """Move the model to a device and type, in evaluation mode.
+
+    For types other than float32 this is a copy: weights rounded in place would stay so for later tasks and
+    for the fingerprint.
+    """
+    if dtype != torch.float32:
+        model = copy.deepcopy(model)
+    return model.to(device, dtype).eval()
 
 
 def check_finite(vectors: Tensor, whose: str) -> None:
@@ -157,7 +210,7 @@ def extract(
     group: Group | None = None,
     watch: ProgressFactory = no_progress,
     damage: Damage | None = None,
-) -> Stored:
+) -> StoredFeatures:
     """Extract the features of a source, reusing the undamaged ones in the cache.
 
     Args:
@@ -173,22 +226,16 @@ def extract(
     check_memory(model, min(how.batch, CHUNK, count), how.view.size, how.device, how.dtype)
     group.on_leader(lambda: source.fingerprint)  # hashes the content; the other ranks then read the memo
     folder = cache / "features" / _key(model, source, how)
-    numbers = range(group.rank, _num_chunks(count), group.world)
-    paths = [chunk_path(folder, number) for number in numbers]
-    positions = find_missing(paths, partial(_check_chunk, source), damage or Damage())
-    missing = [numbers[position] for position in positions]
-    error = None
-    try:
-        if missing:
-            check_writable(folder, "--cache", utf8=True)
-            total = sum(len(_span(number, count)) for number in missing)
-            with watch(f"{model.name} on {source.name}", total) as advance:
-                _fill(model, source, how, folder, missing, advance)
-    except RadioError as problem:
-        error = problem
-    group.agree(error)
-    check_all_there(chunk_path(folder, number) for number in range(_num_chunks(count)))
-    stored = Stored(folder, count)
+
+    def make(missing: list[int]) -> None:
+        total = sum(len(_span(number, count)) for number in missing)
+        with watch(f"{model.name} on {source.name}", total) as advance:
+            _fill(model, source, how, folder, missing, advance)
+
+    cached_chunks(
+        folder, _num_chunks(count), read=partial(_check_chunk, source), make=make, ranks=group, damage=damage
+    )
+    stored = StoredFeatures(folder, source)
     if len(stored.indices()) == 0:
         first = stored.skipped()[0]
         raise DataError(f"{source.name}: none of {count} images can be read; {first.key}: {first.reason}")
@@ -337,3 +384,122 @@ def _num_chunks(count: int) -> int:
 
 def _span(number: int, count: int) -> range:
     return range(number * CHUNK, min((number + 1) * CHUNK, count))
+
+
+MAX_ASPECT = 32
+"""Largest aspect ratio of a whole image; a longer strip would take gigabytes."""
+
+ViewKind = Literal["center", "short-side"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewSettings:
+    """How an image becomes the model's input; evaluators of summaries inherit it."""
+
+    view: ViewKind = "center"
+    """A centre crop, or the whole image with its aspect ratio preserved."""
+    size: Pixels | None = None
+    """Side of the crop, or the short side, in pixels. Default: the model's own size."""
+    ratio: Annotated[float, Interval(ge=1, le=16)] = EVALUATION_RATIO
+    """Factor on the size that the image is resized to before the centre crop."""
+
+    def __post_init__(self) -> None:
+        """Validate the settings; raise `ConfigError` on a value out of range."""
+        check(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class View:
+    """Preprocessing of an image into an encoder's input."""
+
+    kind: ViewKind
+    size: tuple[int, int]  # (height, width) of the crop; of the square to cover for short-side
+    ratio: float  # resize to ratio * size before the crop; unused for short-side
+    nearest_size: Callable[[int, int], tuple[int, int]]  # the backbone's own
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Convert a uint8 image [3, H, W] to the input, float [3, h, w] in [0, 1].
+
+        Raises:
+            DataError: its aspect ratio is above `MAX_ASPECT`.
+        """
+        if self.kind == "center":
+            return evaluation_view(image, self.size, self.ratio)
+        height, width = image.shape[-2:]
+        if max(height, width) > MAX_ASPECT * min(height, width):
+            raise DataError(
+                f"{height}x{width} (height x width) is over {MAX_ASPECT} times as long as wide; "
+                f"crop it, or take --view center"
+            )
+        height, width = cover(height, width, self.size)
+        return resize(image, self.nearest_size(height, width))
+
+    def describe(self) -> str:
+        """Describe everything that determines the input, for cache keys and reports."""
+        size = f"{self.size[0]}x{self.size[1]}"
+        if self.kind == "center":
+            return f"resize to cover {self.ratio:.6g} x {size} bicubic antialiased, centre crop {size}"
+        return f"short side to cover {size} bicubic antialiased, whole image, sides fitted to the backbone"
+
+
+def default_workers(device: torch.device) -> int:
+    """Return the default number of loader processes: none on a CPU, up to 8 with a GPU."""
+    return 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
+
+
+def make_view(model: Backbone, settings: ViewSettings) -> tuple[View, tuple[str, ...]]:
+    """Create the view for a model, with notes.
+
+    The size is rounded to the nearest that the model accepts.
+
+    Raises:
+        SizeError: a view of more than `MAX_PIXELS`.
+    """
+    kind, size, ratio = settings.view, settings.size, settings.ratio
+    fitted = model.native_size if size is None else model.nearest_size(size, size)
+    resized = [side if kind == "short-side" else round(ratio * side) for side in fitted]
+    if math.prod(resized) > MAX_PIXELS:
+        raise SizeError(
+            f"images of {fitted[0]}x{fitted[1]} px are cut out of {resized[0]}x{resized[1]}; the limit is "
+            f"{MAX_PIXELS / 1e6:.0f} million pixels; give a smaller --size or --ratio"
+        )
+    view = View(kind=kind, size=fitted, ratio=ratio, nearest_size=model.nearest_size)
+    if size is None or fitted == (size, size):
+        return view, ()
+    return view, (f"{size} px was asked for; {model.name} takes {fitted[0]}x{fitted[1]}, which was used",)
+
+
+# Letters: B batch, C summary width.
+
+
+_CARRIED = 16_384  # summaries per call of an adaptor
+
+Scenes = Annotated[int, Interval(ge=1, le=10_000_000)]
+"""Number of images of the generated world."""
+
+
+def to_teacher_space(model: Backbone, head: str | None, summaries: Tensor) -> Tensor:
+    """Map extracted summaries [B, C] into the space of teacher `head`; None leaves them unchanged.
+
+    One extraction serves every head. Computed on the CPU in float32, as it is a small part of the work.
+    """
+    if head is None:
+        return summaries
+    adaptor = find_adaptor(model.to(torch.device("cpu"), torch.float32), head)
+    with torch.inference_mode():
+        carried = torch.cat([adaptor.adapt_summary(part) for part in summaries.split(_CARRIED)])
+    check_finite(carried, f"{model.name} in the space of {head}")
+    return carried
+
+
+def check_head(model: Backbone, head: str | None) -> None:
+    """Check that a model has an adaptor for teacher `head`, if one is named.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if head is None:
+        return
+    if not model.adaptors:
+        raise ConfigError(f"{model.name} has no adaptors, so no head {head!r}; leave --head out")
+    to_teacher_space(model, head, torch.empty(0, model.summary_dim))  # an unknown name raises here

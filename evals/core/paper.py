@@ -37,6 +37,14 @@ TASKS: Mapping[str, tuple[str, ...]] = {
 }
 """The columns that belong to each of our tasks; the first is its primary metric."""
 
+PRIMARY: Mapping[str, tuple[str, str]] = {
+    "zeroshot": ("top1", "zeroshot"),
+    "knn": ("top1", "knn"),
+    "seg": ("miou", "ade20k"),
+    "sam": ("miou", "coco"),
+}
+"""For our tasks, the primary metric that the paper has too, and its column; it has no mean over VQA's."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PaperRow:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,11 +20,23 @@ from radio.config import to_plain
 from radio.errors import DataError, shown
 from radio.io import explain, parse_json, read_text, without_surrogates, write_texts
 
-FORMAT = "am-radio-report/2"
+from .blocks import Block, Table
+
+FORMAT = "am-radio-report/3"
 _MAX_BYTES = 256 << 20  # a report that lists a million images which could not be read
 
 Number = Annotated[int, Field(ge=0, le=2**53)]
 Value = Annotated[float, Field(ge=-1e100, le=1e100)]  # the range that figures can show
+
+Kind = Literal["student", "teacher", "untrained"]
+Pairing = Literal["mean", "mean_iou"]
+"""How the primary metric follows from the records: the mean of `score` (over the parts, where there are
+several), or the mean over the classes of intersection over union, from `areas`."""
+
+Record = Mapping[str, Any]
+"""One sample of a report. Its `id` is unique in its `part` (default: one part). Two models' reports are
+paired by `score` (0 to 1) or `areas` (a list of [class, intersection, prediction, label] in pixels), and
+resampled by `unit` (default: the id), such as the image of several questions. All else is the evaluator's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +47,7 @@ class Metric:
     low: Value | None = None
     high: Value | None = None
     std: Value | None = None  # over repetitions (few-shot tries)
-    higher_is_better: bool = True
+    higher_is_better: bool | None = True  # None: neither is
     unit: str = "%"
 
 
@@ -48,7 +60,7 @@ class Skipped:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DataUsed:
+class DatasetInfo:
     """One data set, as it was used."""
 
     role: str  # "bank", "query"
@@ -57,22 +69,7 @@ class DataUsed:
     count: Number  # images used; skipped ones are not counted
     num_classes: Number
     skipped: tuple[Skipped, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Table:
-    """Rows under named columns, such as the accuracy of each class."""
-
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str | int | float | None, ...], ...]
-
-    def __post_init__(self) -> None:
-        """Check that every row has as many cells as the table has columns."""
-        wrong = next((place for place, row in enumerate(self.rows) if len(row) != len(self.columns)), None)
-        if wrong is not None:
-            raise DataError(
-                f"row {wrong} of a table has {len(self.rows[wrong])} cells under {len(self.columns)} columns"
-            )
+    scored: bool = True  # False for data that the evaluator learns from, such as a bank
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +82,7 @@ class Report:
     primary_metric: str  # the metric that a table shows first
     metrics: Annotated[dict[str, Metric], Field(min_length=1)]
     settings: dict[str, Any]  # as given; `resolved` holds the resolved values
-    data: tuple[DataUsed, ...]
+    data: tuple[DatasetInfo, ...]
     device: str
     seconds: dict[str, Annotated[float, Field(ge=0)]]
     created: str  # UTC, ISO 8601
@@ -94,12 +91,17 @@ class Report:
     notes: tuple[str, ...] = ()
     tables: dict[str, Table] = field(default_factory=dict)
     files: tuple[str, ...] = ()  # written beside the report
-    metadata: dict[str, Any] = field(
-        default_factory=dict
-    )  # the checkpoint's: teachers, data, settings, provenance
+    records: str = ""  # the file among them with a JSON line per sample; see `Record`
+    pairing: Pairing = "mean"
+    title: str = ""  # the task's name for people
+    kind: Kind = "student"
+    baselines: dict[str, Value] = field(default_factory=dict)  # the primary metric without the model
+    blocks: tuple[Block, ...] = ()  # what the page shows
+    # The checkpoint's metadata: teachers, data, settings, provenance.
+    metadata: dict[str, Any] = field(default_factory=dict)
     machine_settings: tuple[str, ...] = ()  # names of settings that may differ where reports are compared
     peak_memory: float | None = None  # MiB, of the process or of the GPU
-    format: Literal["am-radio-report/2"] = "am-radio-report/2"
+    format: Literal["am-radio-report/3"] = "am-radio-report/3"
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, title=FORMAT)
 
@@ -164,38 +166,14 @@ def read(path: Path) -> Report:
     return report
 
 
+def record_lines(records: Iterable[Record]) -> str:
+    """Format records as JSON lines."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
 def file_name(task: str, model: str) -> str:
     """Return the name of a report's file without its extension, such as `knn-pip-efficientnet-lite0`."""
     return f"{task}-{re.sub(r'[^A-Za-z0-9._]+', '-', model).strip('-.') or 'model'}"
-
-
-def wilson(successes: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Compute Wilson's score interval of a proportion (E. B. Wilson 1927), by default at 95 %.
-
-    Unlike the normal approximation it stays inside [0, 1] and holds for small counts and for 0 and 100 %.
-
-    Raises:
-        DataError: no trials.
-    """
-    if count < 1 or not 0 <= successes <= count:
-        raise DataError(
-            f"{successes} successes in {count} trials have no interval; at least one trial is needed"
-        )
-    share = successes / count
-    middle = share + z * z / (2 * count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    scale = 1 + z * z / count
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
-
-
-def proportion(successes: float, count: int) -> Metric:
-    """Compute a percentage with Wilson's interval.
-
-    Raises:
-        DataError: no trials.
-    """
-    low, high = wilson(successes, count)
-    return Metric(value=100 * successes / count, low=100 * low, high=100 * high)
 
 
 def _digest(data: Mapping[str, Any]) -> str:

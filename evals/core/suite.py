@@ -1,4 +1,4 @@
-"""Run every evaluator whose requirements a model meets, one after the other, skipping finished ones."""
+"""Run several evaluators on a model: all of them once, or the same ones with several seeds."""
 
 from __future__ import annotations
 
@@ -9,23 +9,25 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from radio.config import to_plain
 from radio.dist import Group
-from radio.errors import RadioError
+from radio.errors import ConfigError, DataError, RadioError
 from radio.foreign import blame
 from radio.io import read_json, write_text
 from radio.memory import collect
 from radio.progress import ProgressFactory
 from radio.types import Backbone
 
-from .evaluator import Evaluator, run_one
-from .report import Report, file_name, read
+from .evaluator import Evaluator, RunSettings, run_evaluator
+from .report import Kind, Report, file_name, read
 
 _STATE = "all.json"
 _FORMAT: Literal["am-radio-all/1"] = "am-radio-all/1"
@@ -48,12 +50,8 @@ class _File(TypedDict):
 _FILE = TypeAdapter(_File)
 
 
-@runtime_checkable
-class Particular(Protocol):
-    """An evaluator that not every model is suitable for."""
-
-    def missing_requirements(self, model: Backbone) -> str:
-        """Describe the requirements that the model does not meet; empty when it meets all."""
+Jobs = Mapping[str, tuple[Evaluator[Any], Any]]
+"""The evaluator and the settings of each task."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,13 +66,15 @@ class Outcome:
 
 def run_all(
     model: Backbone,
-    jobs: Mapping[str, tuple[Evaluator[Any], Any]],
+    jobs: Jobs,
     out: Path,
     *,
+    run: RunSettings,
     name: str,
-    watch: ProgressFactory,
-    group: Group,
-    tell: Callable[[str], None],
+    progress: ProgressFactory,
+    ranks: Group,
+    log: Callable[[str], None],
+    kind: Kind | None = None,
 ) -> list[Outcome]:
     """Run every task in the order of `jobs` and return the outcomes; each report is written at once.
 
@@ -85,36 +85,48 @@ def run_all(
         jobs: each task's evaluator and settings.
         out: the folder of the reports.
         name: the model's name in the reports.
-        tell: prints a line about the progress.
+        run: settings that all tasks share.
+        log: prints a line about the progress.
+        kind: of the model; see `run_evaluator`.
     """
     fingerprint, outcomes = model.fingerprint, []
     for task, (evaluator, settings) in jobs.items():
         try:
-            lack = evaluator.missing_requirements(model) if isinstance(evaluator, Particular) else ""
+            lack = evaluator.missing_requirements(model)
         except Exception as error:  # noqa: BLE001 (a named requirement is missing or broken)
             outcomes.append(Outcome(task=task, state="failed", reason=_reason(error)))
-            tell(f"{task}: failed: {outcomes[-1].reason}")
+            log(f"{task}: failed: {outcomes[-1].reason}")
             continue
         if lack:
             outcomes.append(Outcome(task=task, state="left out", reason=lack))
-            tell(f"{task}: left out: {lack}")
+            log(f"{task}: left out: {lack}")
             continue
-        key = task_key(task, fingerprint, settings)
+        key = task_key(task, fingerprint, [settings, run])
         base = file_name(task, name)
         kept = _kept(out, base, key, fingerprint)
         if kept is not None:
             outcomes.append(Outcome(task=task, state="kept", report=kept))
-            tell(f"{task}: unchanged, kept")
+            log(f"{task}: unchanged, kept")
             continue
-        tell(f"{task}: running")
-        outcome = _attempt(
-            task, partial(run_one, evaluator, model, settings, out, name=name, watch=watch), group
+        log(f"{task}: running")
+        score = partial(
+            run_evaluator,
+            evaluator,
+            model,
+            settings,
+            out,
+            run=run,
+            name=name,
+            kind=kind,
+            ranks=ranks,
+            progress=progress,
         )
+        outcome = _attempt(task, score, ranks)
         outcomes.append(outcome)
         if outcome.report is None:
-            tell(f"{task}: failed: {outcome.reason}")
+            log(f"{task}: failed: {outcome.reason}")
             _free_memory()
-        elif group.leads:
+        elif ranks.leads:
             _note(out, base, key, outcome.report)
     return outcomes
 
@@ -210,7 +222,9 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, torch.cuda.OutOfMemoryError):
         # Only its first sentence: the rest is advice on PyTorch's allocator.
         said = str(error).split(". ")[0]
-        return f"the GPU's memory is full ({said}); it is freed for the next task; take a smaller --batch"
+        return (
+            f"the GPU's memory is full ({said}); it is freed for the next task; take a smaller --batch-size"
+        )
     return blame(error) or f"{type(error).__name__}: {error}"
 
 
@@ -218,3 +232,78 @@ def _free_memory() -> None:
     collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+FORMAT = "am-radio-noise/1"
+NOISE_FILE = "noise.json"
+
+_APART = 1.959964 * 2**0.5  # in standard deviations: 5 % of pairs of runs differ by more
+
+Noise = dict[str, dict[str, float]]
+"""By task and metric: the difference that 95 % of pairs of runs do not exceed."""
+
+
+class _NoiseFile(TypedDict):
+    """Content of a noise file."""
+
+    format: Literal["am-radio-noise/1"]
+    tasks: dict[str, dict[str, Annotated[float, Field(ge=0, le=1e100)]]]
+
+
+_NOISE = TypeAdapter(_NoiseFile)
+
+
+def measure_noise(
+    model: Backbone,
+    jobs: Jobs,
+    *,
+    run: RunSettings,
+    repeats: int,
+    name: str,
+    progress: ProgressFactory,
+    log: Callable[[str], None],
+) -> Noise:
+    """Measure the noise of every metric of the repeatable tasks; deterministic ones have no entry.
+
+    Raises:
+        ConfigError: fewer than two repeats.
+    """
+    if repeats < 2:
+        raise ConfigError(f"--repeats {repeats}: a spread needs two or more")
+    found: Noise = {}
+    for task, (evaluator, settings) in jobs.items():
+        if evaluator.with_seed is None:
+            log(f"{task}: exact")
+            continue
+        values: dict[str, list[float]] = {}
+        with TemporaryDirectory(prefix="am-radio-noise-") as folder:
+            for number in range(repeats):
+                log(f"{task}: run {number + 1} of {repeats}")
+                again = evaluator.with_seed(settings, run, number)
+                report = run_evaluator(
+                    evaluator, model, again, Path(folder), run=run, name=name, progress=progress
+                )
+                for metric, value in report.metrics.items():
+                    values.setdefault(metric, []).append(value.value)
+        found[task] = {
+            metric: float(_APART * np.std(seen, ddof=1)) for metric, seen in values.items() if len(seen) > 1
+        }
+    return found
+
+
+def write_noise(path: Path, noise: Noise, *, fingerprint: str, repeats: int) -> None:
+    """Write the noise as JSON, atomically."""
+    data = {"format": FORMAT, "fingerprint": fingerprint, "repeats": repeats, "tasks": noise}
+    write_text(path, json.dumps(data, indent=2) + "\n")
+
+
+def read_noise(path: Path) -> Noise:
+    """Read the noise in a file.
+
+    Raises:
+        DataError: the file does not exist, or was not written by `radio-eval noise`.
+    """
+    try:
+        return read_json(path, _NOISE)["tasks"]
+    except DataError as error:
+        raise DataError(f"no file of noise; radio-eval noise MODEL writes one ({error})") from error

@@ -74,7 +74,7 @@ def _plain(text: str) -> str:
     return escape(shown(text))
 
 
-def _best(metrics: Sequence[Metric | None]) -> float:
+def _best(metrics: Sequence[Metric | None]) -> float | None:
     values = [metric.value for metric in metrics if metric]
     higher = next(metric.higher_is_better for metric in metrics if metric)
-    return max(values) if higher else min(values)
+    return None if higher is None else (max if higher else min)(values)

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from radio.errors import DataError
 
-from .classify import count_votes
-from .index import Index
+from .index import Index, count_votes
 
 # Letters: N bank, Q queries, C feature width.
 

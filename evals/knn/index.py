@@ -1,15 +1,10 @@
-"""Exact cosine neighbours with FAISS, independent of the number of ranks.
-
-The last bits of float32 products depend on the shape of the matrices, and equal images have equal
-similarities. Neighbours whose similarities differ by less than that noise are therefore compared again in
-float64, and equal ones are ordered by id, so the order depends on the features alone.
-"""
+"""Exact cosine neighbours with FAISS, independent of the number of ranks."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NamedTuple, final
@@ -236,3 +231,60 @@ def _sort(similarities: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     ids, order = ids.sort(dim=1, stable=True)
     similarities, order = similarities.gather(1, order).sort(dim=1, descending=True, stable=True)
     return similarities, ids.gather(1, order)
+
+
+# Letters: B queries, C classes, k neighbours.
+
+
+def vote(
+    similarities: Tensor,
+    labels: Tensor,
+    ks: Sequence[int],
+    *,
+    num_classes: int,
+    temperature: float,
+    places: int = 5,
+) -> dict[int, Tensor]:
+    """Return for each k the classes with most votes, [B, places] int64, padded by -1.
+
+    A neighbour of similarity s votes exp(s / temperature) for its class. The sums are computed in float64
+    relative to the nearest neighbour's vote, which does not change the order; ties go to the lower class.
+
+    Args:
+        similarities: [B, k] cosines, the nearest first.
+        labels: [B, k] classes, -1 for a missing neighbour.
+        ks: each uses the first k columns, or all of them if there are fewer.
+
+    Raises:
+        DataError: a temperature that is not above zero.
+    """
+    if not 0 < temperature < float("inf"):
+        raise DataError(f"a temperature of {temperature} gives no weights; give one above 0, such as 0.07")
+    scaled = (similarities.double() - similarities[:, :1].double()) / temperature
+    weights = scaled.exp().masked_fill(labels < 0, 0.0)
+    totals = torch.zeros(len(labels), num_classes, dtype=torch.float64)  # O(B C), never O(B k C)
+    rankings, done = {}, 0
+    for k in sorted(set(ks)):
+        totals.scatter_add_(1, labels[:, done:k].clamp(min=0), weights[:, done:k])
+        done = min(k, labels.shape[1])
+        rankings[k] = _rank(totals, places)
+    return rankings
+
+
+def _rank(totals: Tensor, places: int) -> Tensor:
+    values, classes = totals.sort(dim=1, descending=True, stable=True)
+    ranked = classes.masked_fill(values <= 0, -1)[:, :places]
+    return F.pad(ranked, (0, places - ranked.shape[1]), value=-1)
+
+
+_VOTES = 4096  # queries whose votes are counted at once
+
+
+def count_votes(
+    found: Neighbours, bank_labels: Tensor, ks: Sequence[int], *, num_classes: int, temperature: float
+) -> dict[int, Tensor]:
+    """Return for each k the five classes with most votes [Q, 5]; the neighbours' ids index the labels."""
+    labels = bank_labels[found.ids.clamp(min=0)].masked_fill(found.ids < 0, -1)
+    blocks = zip(found.similarities.split(_VOTES), labels.split(_VOTES), strict=True)
+    parts = [vote(*block, ks, num_classes=num_classes, temperature=temperature) for block in blocks]
+    return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}

@@ -1,23 +1,62 @@
-"""`radio-eval compare` and `radio-eval trend`: a gate for one night, and a page of many nights."""
+"""`radio-eval report`, `compare` and `trend`: one page, a gate for one night, and a page of many nights."""
 
 from __future__ import annotations
 
+import re
+import xml.etree.ElementTree as Xml
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from rich import box
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
-from evals.core.noise import NOISE_FILE, read_noise
+from evals.core.suite import NOISE_FILE, read_noise
 from radio.config import NotNegative, check
 from radio.errors import shown
 from radio.io import check_file, write_text
 from radio.options import parse_options
 
-from .compare import compare, read_reports, regressions
-from .rendering import junit, markdown, terminal_table
+from .compare import Change, compare, read_reports, regressions
+from .page import write_page
 from .trend import write_trend
+
+_MARKS = {"better": "▲", "worse": "▼", "missing": "✗", "new": "+"}
+_STYLES = {"better": "green", "worse": "bold red", "missing": "bold red"}
+_NOT_IN_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_COLUMNS = ("task", "model", "metric", "new", "baseline", "difference", "95 %", "verdict")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportOptions:
+    """Write a folder of reports as one HTML page: tables, plots and images in one file."""
+
+    reports: tyro.conf.Positional[Path]
+    """The folder of the reports."""
+    html: Path = Path("report.html")
+    """The page to write."""
+    run: Path | None = None
+    """A folder that radio-train wrote: adds its training curves."""
+
+
+def run_report(arguments: Sequence[str]) -> int:
+    """Run `radio-eval report`; return the exit code 0 when the page was written.
+
+    Raises:
+        DataError: a folder without reports, a damaged report, or a run folder without metrics.
+        ConfigError: a page that is a folder.
+        MissingExtraError: jinja2 or matplotlib is not installed.
+    """
+    options = check(parse_options(ReportOptions, arguments, prog="radio-eval report"))
+    check_file(options.html, "--html")
+    size = write_page(options.reports, options.html, run=options.run)
+    Console(highlight=False).print(
+        f"{shown(options.html)}: {size / 1e6:.2f} MB", markup=False, soft_wrap=True
+    )
+    return 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +80,36 @@ class CompareOptions:
     """Also write JUnit XML."""
     plain: bool = False
     """No colours and no box-drawing characters."""
+
+
+def run_compare(arguments: Sequence[str]) -> int:
+    """Run `radio-eval compare`; return the exit code: 1 for a regression with --fail-on-regression, else 0.
+
+    Raises:
+        DataError: a folder without reports, or reports that differ in settings or data.
+        ConfigError: a tolerance below 0.
+    """
+    options = check(parse_options(CompareOptions, arguments, prog="radio-eval compare"))
+    for option, path in (("--markdown", options.markdown), ("--junit", options.junit)):
+        if path is not None:
+            check_file(path, option)
+    noise = options.noise or options.baseline / NOISE_FILE
+    changes = compare(
+        read_reports(options.reports),
+        read_reports(options.baseline),
+        tolerance=options.tolerance,
+        noise=read_noise(noise) if options.noise is not None or noise.is_file() else {},
+    )
+    console = Console(no_color=options.plain, highlight=False)
+    console.print(terminal_table(changes, plain=options.plain or not console.is_terminal))
+    if options.markdown is not None:
+        write_text(options.markdown, markdown(changes))
+    if options.junit is not None:
+        write_text(options.junit, junit(changes))
+    bad = regressions(changes)
+    names = shown(", ".join(f"{change.task} {change.metric}" for change in bad)) or "none"
+    console.print(f"regressions beyond {options.tolerance:g} points and the noise: {names}", markup=False)
+    return int(bool(bad) and options.fail_on_regression)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,31 +142,79 @@ def run_trend(arguments: Sequence[str]) -> int:
     return 0
 
 
-def run_compare(arguments: Sequence[str]) -> int:
-    """Run `radio-eval compare`; return the exit code: 1 for a regression with --fail-on-regression, else 0.
+def terminal_table(changes: Sequence[Change], *, plain: bool) -> Table:
+    """Render the changes as a terminal table, one row for each metric."""
+    table = Table(box=box.ASCII if plain else box.ROUNDED)
+    for name in _COLUMNS:
+        table.add_column(name, justify="right" if name in _COLUMNS[3:7] else "left")
+    for change in changes:
+        style = None if plain else _STYLES.get(change.verdict)
+        table.add_row(*(escape(shown(cell)) for cell in _cells(change)), style=style)
+    return table
 
-    Raises:
-        DataError: a folder without reports, or reports that differ in settings or data.
-        ConfigError: a tolerance below 0.
-    """
-    options = check(parse_options(CompareOptions, arguments, prog="radio-eval compare"))
-    for option, path in (("--markdown", options.markdown), ("--junit", options.junit)):
-        if path is not None:
-            check_file(path, option)
-    noise = options.noise or options.baseline / NOISE_FILE
-    changes = compare(
-        read_reports(options.reports),
-        read_reports(options.baseline),
-        tolerance=options.tolerance,
-        noise=read_noise(noise) if options.noise is not None or noise.is_file() else {},
-    )
-    console = Console(no_color=options.plain, highlight=False)
-    console.print(terminal_table(changes, plain=options.plain or not console.is_terminal))
-    if options.markdown is not None:
-        write_text(options.markdown, markdown(changes))
-    if options.junit is not None:
-        write_text(options.junit, junit(changes))
-    bad = regressions(changes)
-    said = shown(", ".join(f"{change.task} {change.metric}" for change in bad)) or "none"
-    console.print(f"regressions beyond {options.tolerance:g} points and the noise: {said}", markup=False)
-    return int(bool(bad) and options.fail_on_regression)
+
+def markdown(changes: Sequence[Change]) -> str:
+    """Render the changes as a markdown table, for a step summary."""
+    bad = len(regressions(changes))
+    lines = [
+        f"**{bad} regression{'s' if bad != 1 else ''}** in {len(changes)} metrics",
+        "",
+        f"| {' | '.join(_COLUMNS)} |",
+        f"|{'---|' * len(_COLUMNS)}",
+    ]
+    lines += [f"| {' | '.join(_escaped(cell) for cell in _cells(change))} |" for change in changes]
+    return "\n".join(lines) + "\n"
+
+
+def junit(changes: Sequence[Change]) -> str:
+    """Render the changes as JUnit XML: a suite a task, a case a metric; a regression is a failure."""
+    root = Xml.Element("testsuites", name="radio-eval compare")
+    for task in dict.fromkeys(change.task for change in changes):
+        of_task = [change for change in changes if change.task == task]
+        failed = len(regressions(of_task))
+        suite = Xml.SubElement(
+            root, "testsuite", name=_for_xml(task), tests=str(len(of_task)), failures=str(failed), errors="0"
+        )
+        for change in of_task:
+            where = _for_xml(f"{task}.{change.model}")
+            case = Xml.SubElement(suite, "testcase", classname=where, name=_for_xml(change.metric))
+            if change.verdict in ("worse", "missing"):
+                message = ", ".join(
+                    f"{name} {cell}"
+                    for name, cell in zip(_COLUMNS[3:], _cells(change)[3:], strict=True)
+                    if cell
+                )
+                Xml.SubElement(case, "failure", message=_for_xml(message))
+    Xml.indent(root)
+    return Xml.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _for_xml(text: str) -> str:
+    """Replace characters that XML 1.0 cannot hold, escaped or not, by U+FFFD."""
+    return _NOT_IN_XML.sub("\ufffd", text)
+
+
+def _cells(change: Change) -> list[str]:
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.2f}"
+
+    between = ""
+    if change.low is not None and change.high is not None:
+        between = f"{change.low:+.2f} to {change.high:+.2f}{' paired' if change.paired else ''}"
+    difference = "" if change.difference is None else f"{change.difference:+.2f}"
+    metric = f"{change.metric} ({change.unit})" if change.unit else change.metric
+    verdict = f"{_MARKS.get(change.verdict, '')} {change.verdict}".strip()
+    return [
+        change.task,
+        change.model,
+        metric,
+        number(change.value),
+        number(change.baseline),
+        difference,
+        between,
+        verdict,
+    ]
+
+
+def _escaped(cell: str) -> str:
+    return shown(cell).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

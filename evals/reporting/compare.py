@@ -4,20 +4,37 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired
 
-from evals.core.report import Metric, Report, read
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from evals.core.report import Metric, Number, Report, read
+from evals.core.stats import Values, area_ratios, interval, mean_present, resamples
 from radio.errors import DataError, shown
 from radio.io import parse_json, read_text
 
-from .pairing import paired_interval
-from .records import Entry
-from .sections import machine_settings
+from .elements import file_inside
 
-Verdict = Literal["better", "worse", "same", "missing", "new", "timing"]
+# Letters: N samples, U units, R resamples, P parts, C classes.
+
+_ALWAYS_FREE = frozenset({"resolved"})  # follows from the machine where the settings do not say more
+_MAX_LINE = 16 << 20  # bytes of a record
+_MAX_CLASSES = 10_000  # areas of each class are held for each unit
+
+Verdict = Literal["better", "worse", "same", "changed", "missing", "new", "timing"]
+
+
+class Entry(NamedTuple):
+    """A report and the path of its file."""
+
+    report: Report
+    path: Path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,20 +69,20 @@ def read_reports(folder: Path) -> dict[tuple[str, str], Entry]:
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder of reports")
-    found: dict[tuple[str, str], Entry] = {}
+    entries: dict[tuple[str, str], Entry] = {}
     for path in sorted(folder.glob("*.json")):
         if not is_report(path):
             continue
         report = read(path)
-        first = found.setdefault((report.task, report.model), Entry(report, path))
+        first = entries.setdefault((report.task, report.model), Entry(report, path))
         if first.path != path:
             raise DataError(
                 f"{shown(folder)}: {shown(first.path.name)} and {shown(path.name)} are both of "
                 f"{shown(report.task)} and {shown(report.model)}; keep one of them"
             )
-    if not found:
+    if not entries:
         raise DataError(f"{folder}: holds no reports; radio-eval TASK MODEL --out {folder} writes them")
-    return found
+    return entries
 
 
 def compare(
@@ -133,10 +150,10 @@ def _pair(
 
 
 def _by_task(entries: Mapping[tuple[str, str], Entry]) -> dict[str, dict[str, Entry]]:
-    found: dict[str, dict[str, Entry]] = {}
+    by_task: dict[str, dict[str, Entry]] = {}
     for (task, model), entry in entries.items():
-        found.setdefault(task, {})[model] = entry
-    return found
+        by_task.setdefault(task, {})[model] = entry
+    return by_task
 
 
 def _one_sided(report: Report, verdict: Verdict) -> Change:
@@ -155,8 +172,7 @@ def _one_sided(report: Report, verdict: Verdict) -> Change:
 
 def _check_alike(new: Entry, old: Entry) -> None:
     """Refuse to compare reports that differ in settings or data."""
-    free = machine_settings([new.report, old.report])
-    ours, theirs = (protocol(entry.report, free) for entry in (new, old))
+    ours, theirs = protocols([new.report, old.report])
     for name in dict.fromkeys([*theirs, *ours]):
         if ours.get(name) != theirs.get(name):
             raise DataError(
@@ -165,13 +181,36 @@ def _check_alike(new: Entry, old: Entry) -> None:
             )
 
 
-def protocol(report: Report, free: frozenset[str]) -> dict[str, Any]:
-    """Return what must be equal for reports to be comparable: settings (except the `free` ones) and data."""
-    settings = {key: value for key, value in report.settings.items() if key not in free}
-    data = {
-        f"{used.role} data": f"{used.name} ({used.count}, {used.fingerprint[:12]})" for used in report.data
-    }
-    return settings | data
+def protocols(reports: Sequence[Report]) -> list[dict[str, Any]]:
+    """Return what must be equal for reports of one task to be comparable: data, and settings.
+
+    Settings of the machine, as any of the reports declares them, may differ.
+    """
+    free = _ALWAYS_FREE.union(*(report.machine_settings for report in reports))
+    return [
+        {
+            **{name: value for name, value in report.settings.items() if name not in free},
+            **{
+                f"{used.role} data": f"{used.name} ({used.count}, {used.fingerprint[:12]})"
+                for used in report.data
+            },
+        }
+        for report in reports
+    ]
+
+
+def differences(reports: Sequence[Report]) -> list[str]:
+    """List what makes the reports of one task incomparable: settings and data that differ."""
+    remarks, every = [], protocols(reports)
+    for name in dict.fromkeys(name for protocol in every for name in protocol):
+        values = dict.fromkeys(_text(protocol.get(name)) for protocol in every)
+        if len(values) > 1:
+            remarks.append(f"not made alike: {name} is {' or '.join(values)}")
+    return remarks
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _short(value: Any) -> str:
@@ -180,7 +219,7 @@ def _short(value: Any) -> str:
 
 
 def _changes(new: Entry, old: Entry, tolerance: float, noise: Mapping[str, float]) -> list[Change]:
-    found = []
+    changes = []
     for name, before in old.report.metrics.items():
         after = new.report.metrics.get(name)
         if after is None:
@@ -191,7 +230,7 @@ def _changes(new: Entry, old: Entry, tolerance: float, noise: Mapping[str, float
             paired = paired_interval(new, old)
             low, high = paired or (low, high)
         allowed = max(tolerance, noise.get(name, 0.0))
-        found.append(
+        changes.append(
             Change(
                 task=new.report.task,
                 model=new.report.model,
@@ -206,12 +245,14 @@ def _changes(new: Entry, old: Entry, tolerance: float, noise: Mapping[str, float
                 verdict=_judge(after, before, allowed),
             )
         )
-    return found
+    return changes
 
 
 def _judge(after: Metric, before: Metric, allowed: float) -> Verdict:
     if before.unit.endswith("/s"):
         return "timing"
+    if before.higher_is_better is None:
+        return "same" if after.value == before.value else "changed"
     gain = after.value - before.value if before.higher_is_better else before.value - after.value
     if gain < -allowed:
         return "worse"
@@ -229,3 +270,122 @@ def _unpaired(after: Metric, before: Metric) -> tuple[float | None, float | None
         return None, None
     half, difference = math.hypot(*halves), after.value - before.value
     return difference - half, difference + half
+
+
+class _Record(TypedDict):
+    """The part of a record that pairing reads."""
+
+    id: str | int
+    part: NotRequired[str]
+    unit: NotRequired[str | int | None]
+    score: NotRequired[FiniteFloat]
+    areas: NotRequired[list[Annotated[list[Number], Field(min_length=4, max_length=4)]]]
+
+
+_RECORD = TypeAdapter(_Record)
+_KEY = tuple[str, str]  # part, id
+
+
+@dataclass(frozen=True, slots=True)
+class _Samples:
+    """The records of a report as arrays; the rows of `values` belong to the samples of `rows`."""
+
+    keys: list[_KEY]  # [N]
+    units: list[str]  # [N]
+    rows: NDArray[np.int64]
+    values: Values  # scores [N], or areas [rows, 4]: class, intersection, prediction and label in pixels
+
+
+def paired_interval(new: Entry, old: Entry) -> tuple[float, float] | None:
+    """Compute the 95 % interval of the difference of two primary metrics, in percent.
+
+    It is a paired bootstrap over shared units, such as images. None where a report has no records, or where
+    they are not of the same samples or do not give the reports' own values (a primary metric that is a mean
+    over heads, or a rank).
+    """
+    if new.report.pairing != old.report.pairing:
+        return None
+    ours, theirs = _read_samples(new), _read_samples(old)
+    if ours is None or theirs is None or sorted(ours.keys) != sorted(theirs.keys):
+        return None
+    unit_of = dict(zip(theirs.keys, theirs.units, strict=True))
+    units = {unit: place for place, unit in enumerate(sorted(set(theirs.units)))}
+    parts = {part: place for place, part in enumerate(sorted({part for part, _ in theirs.keys}))}
+    by_area = old.report.pairing == "mean_iou"
+    primary_metric = _mean_iou if by_area else _mean_of_parts
+    num_columns = len(parts)
+    if by_area:
+        num_columns = 1 + max(int(samples.values[:, 0].max(initial=0)) for samples in (ours, theirs))
+    weights = resamples(len(units))
+    resampled = []
+    for entry, samples in ((new, ours), (old, theirs)):
+        row = np.array([units[unit_of[key]] for key in samples.keys])[samples.rows]
+        if by_area:
+            column, amounts = samples.values[:, 0].astype(np.int64), samples.values[:, 1:].T
+        else:
+            column = np.array([parts[part] for part, _ in samples.keys])
+            amounts = np.stack([samples.values, np.ones_like(samples.values)])
+        size = len(units) * num_columns
+        sums = np.stack(
+            [np.bincount(row * num_columns + column, weights=of, minlength=size) for of in amounts]
+        )
+        sums = sums.reshape(-1, len(units), num_columns).transpose(1, 0, 2)  # [U, amounts, P or C]
+        reported = entry.report.metrics[entry.report.primary_metric].value
+        if not abs(primary_metric(sums.sum(axis=0)[None])[0] - reported) <= 0.01:
+            return None
+        resampled.append(primary_metric(np.tensordot(weights, sums, axes=1)))
+    return interval(resampled[0] - resampled[1])
+
+
+def _mean_of_parts(sums: Values) -> Values:
+    """Average the mean scores of the parts, in percent: scores and counts [R, 2, P] -> [R]."""
+    with np.errstate(invalid="ignore"):
+        means: Values = (sums[:, 0] / sums[:, 1]).mean(axis=-1)
+    return 100 * means
+
+
+def _mean_iou(areas: Values) -> Values:
+    """Compute the mIoU in percent over the classes that occur: [R, 3, C] -> [R]."""
+    return mean_present(area_ratios(areas)[0])
+
+
+def _read_samples(entry: Entry) -> _Samples | None:
+    """Read a report's records; None where it names none, or where one cannot be read or stands twice."""
+    report = entry.report
+    path = file_inside(entry.path.parent.resolve(), report.records) if report.records else None
+    num_classes = max((used.num_classes for used in report.data), default=0)
+    if path is None or num_classes > _MAX_CLASSES:
+        return None
+    keys: list[_KEY] = []
+    units: list[str] = []
+    rows: list[int] = []
+    values: list[Any] = []
+    try:
+        for line in _lines(path):
+            record = _RECORD.validate_json(line, strict=True)
+            if report.pairing == "mean_iou":
+                areas = record["areas"]
+                values += areas
+                rows += [len(keys)] * len(areas)
+                if any(area[0] >= num_classes for area in areas):
+                    return None
+            else:
+                values.append(record["score"])
+                rows.append(len(keys))
+            keys.append((record.get("part", ""), str(record["id"])))
+            units.append(str(record["id"] if record.get("unit") is None else record["unit"]))
+    except (ValidationError, KeyError):  # damaged, or without what the pairing needs
+        return None
+    if not keys or len(set(keys)) < len(keys):
+        return None
+    width = (4,) if report.pairing == "mean_iou" else ()
+    return _Samples(
+        keys, units, np.array(rows, dtype=np.int64), np.array(values, dtype=np.float64).reshape(-1, *width)
+    )
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file; a line that is longer than any record comes in parts."""
+    with path.open("rb") as file:
+        while line := file.readline(_MAX_LINE):
+            yield line

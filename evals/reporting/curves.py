@@ -1,4 +1,4 @@
-"""A run's `metrics.jsonl` as series: each loss of each teacher over the steps."""
+"""Training curves from a run's `metrics.jsonl`: each loss of each teacher over the steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from radio.config import load_yaml
 from radio.errors import ConfigError, DataError
 from radio.io import MAX_DATA_BYTES, decode_text, parse_json, read_bytes
 
-from .figures import NUM_SLOTS, Series
+from .elements import LegendEntry, Panel, Plots, Section, notes
+from .figures import NUM_SLOTS, Series, lines
 
 _TITLES = {
     "loss": "loss, all teachers",
@@ -24,6 +25,7 @@ _TITLES = {
     "data_wait": "share of the time spent waiting for data",
 }
 _MOST = 1e100  # larger numbers are not drawn
+_MOST_PANELS = 12
 _NOT_DRAWN = frozenset({"step", "samples", "seconds", "broken"})
 
 
@@ -43,6 +45,24 @@ class Curves:
     last_step: int
     teachers: tuple[str, ...]
     notes: tuple[str, ...] = ()
+
+
+def curves_section(run: Path) -> Section:
+    """Build the section of a run's training curves.
+
+    Raises:
+        DataError: as `read_curves`.
+    """
+    curves = read_curves(run)
+    panels = tuple(
+        Panel(title=curve.title, svg=lines(curve.series, name=f"run-{place}", x_label="step"))
+        for place, curve in enumerate(curves.panels[:_MOST_PANELS])
+    )
+    legend = tuple(LegendEntry(name=name, color=color) for color, name in enumerate(curves.teachers))
+    caption = "Means between two log steps. A dashed line is measured, and weighs nothing in the loss."
+    plots = Plots(caption=caption, panels=panels, legend=legend)
+    title = f"training: {run.resolve().name}, {curves.last_step} steps"
+    return Section(anchor="training", title=title, elements=(*notes(curves.notes), plots))
 
 
 def read_curves(run: Path) -> Curves:
@@ -107,10 +127,10 @@ def _read(path: Path) -> tuple[list[dict[str, float]], int]:
     records, broken = [], 0
     for line in read_bytes(path, limit=MAX_DATA_BYTES).splitlines():  # of bytes: at line feeds alone
         try:
-            found = parse_json(decode_text(line, path), path, constants=True)
+            record = parse_json(decode_text(line, path), path, constants=True)
         except DataError:
-            found = None
-        numbers = _numbers(found) if isinstance(found, dict) else {}
+            record = None
+        numbers = _numbers(record) if isinstance(record, dict) else {}
         if "step" in numbers:
             records.append(numbers)
         else:
@@ -118,10 +138,10 @@ def _read(path: Path) -> tuple[list[dict[str, float]], int]:
     return records, broken
 
 
-def _numbers(found: Mapping[str, Any]) -> dict[str, float]:
+def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
     return {
         name: float(value)
-        for name, value in found.items()
+        for name, value in record.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _MOST
     }
 

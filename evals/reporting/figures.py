@@ -11,13 +11,20 @@ import re
 import unicodedata
 import warnings
 import xml.etree.ElementTree as Xml
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
+from evals.core.report import Metric, Report
 from radio.errors import require
+from radio.io import write_text
+
+from .compare import read_reports
+
+TRADEOFF_FILE = "quality-against-speed.svg"
 
 NUM_SLOTS = 8
 """Number of colours; further series use them again, with another marker and line style."""
@@ -70,6 +77,20 @@ class Series:
     high: tuple[float | None, ...] = ()
     dashed: bool = False
 
+    @classmethod
+    def of_metrics(
+        cls, name: str, color: int, metrics: Sequence[Metric | None], x: Sequence[float] = ()
+    ) -> Self:
+        """Make a series of metrics with their intervals; None where one is missing."""
+        return cls(
+            name=name,
+            color=color,
+            x=tuple(x),
+            y=tuple(metric.value if metric else None for metric in metrics),
+            low=tuple(metric.low if metric else None for metric in metrics),
+            high=tuple(metric.high if metric else None for metric in metrics),
+        )
+
 
 def lines(
     series: Sequence[Series], *, name: str, x_label: str, y_label: str = "", log_x: bool = False
@@ -111,9 +132,7 @@ def lines(
     return svg[0]
 
 
-def bars(
-    names: Sequence[str], series: Sequence[Series], *, name: str, x_label: str, from_zero: bool = True
-) -> str:
+def bars(names: Sequence[str], series: Sequence[Series], *, name: str, x_label: str) -> str:
     """Plot horizontal bars as an SVG: a group for each of `names` (the first on top), a bar for each series.
 
     Raises:
@@ -137,7 +156,7 @@ def bars(
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.grid(visible=False, axis="y")
         axes.tick_params(axis="y", length=0)
-        if from_zero:
+        if all((value or 0) >= 0 for one in series for value in one.y):
             axes.set_xlim(left=0)
         axes.set_xlabel(x_label)
     return svg[0]
@@ -168,7 +187,49 @@ def scatter(points: Sequence[Series], *, name: str, x_label: str, y_label: str) 
     return svg[0]
 
 
-def standing_alone(svg: str) -> str:
+def draw_tradeoff(folder: Path, task: str) -> Path | None:
+    """Plot a task's primary metric over images a second as an SVG in `folder`; None where no reports match.
+
+    A report of the task matches a report of speed (whose primary metric is a rate) with the same weights, or
+    of the same architecture untrained.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    reports = [entry.report for entry in read_reports(folder).values()]
+    speeds = [report for report in reports if report.metrics[report.primary_metric].unit.endswith("/s")]
+    pairs = [
+        (quality, speed)
+        for quality in reports
+        if quality.task == task and (speed := _speed_of(quality, speeds)) is not None
+    ]
+    if not pairs:
+        return None
+    points = [
+        Series.of_metrics(
+            quality.model,
+            place,
+            [quality.metrics[quality.primary_metric]],
+            [speed.metrics[speed.primary_metric].value],
+        )
+        for place, (quality, speed) in enumerate(pairs)
+    ]
+    first = pairs[0][0]
+    label = f"{first.title or task} {first.primary_metric} ({first.metrics[first.primary_metric].unit})"
+    svg = scatter(points, name="tradeoff", x_label="images a second", y_label=label)
+    write_text(folder / TRADEOFF_FILE, _standalone(svg))
+    return folder / TRADEOFF_FILE
+
+
+def _speed_of(quality: Report, speeds: Sequence[Report]) -> Report | None:
+    described = quality.metadata.get("model")
+    student = described.get("student") if isinstance(described, Mapping) else None
+    same = [report for report in speeds if report.fingerprint == quality.fingerprint]
+    alike = [report for report in speeds if student is not None and report.model == student]
+    return next(iter([*same, *alike]), None)
+
+
+def _standalone(svg: str) -> str:
     """Turn a plot into a separate file that sets the colours for light and dark mode itself."""
     light, dark = (
         "".join(f"--s{place}:{colour};" for place, colour in enumerate(colours))

@@ -4,27 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
-from evals.core.paper import DATA, HEADLINE, TASKS
-from evals.core.report import Metric, Report
-from radio.teachers import families
+from evals.core.paper import DATA, HEADLINE, PRIMARY, TASKS
+from evals.core.report import Kind, Metric, Report
 
-from .blocks import Cell, Column, Grid, best_of, metric_cell
+from .elements import Cell, Grid, Row, grid, metric_cells
 
-Kind = Literal["student", "teacher", "untrained"]
-
-TITLES: Mapping[str, str] = {
-    "knn": "k-NN",
-    "zeroshot": "zero-shot",
-    "seg": "segmentation probe",
-    "sam": "SAM drop-in",
-    "vqa": "visual question answering",
-    "throughput": "throughput",
-}
-_LEARNED_FROM = frozenset({"bank", "train", "pretrain", "instruct"})  # roles of data
 _FEW = 2  # data sets that a column's head can name
-_TASK_ORDER = list(TITLES)
 _KIND_ORDER: tuple[Kind, ...] = ("student", "teacher", "untrained")
 
 
@@ -38,23 +24,16 @@ class Model:
     reports: tuple[Report, ...]
 
 
-def title_of(task: str) -> str:
-    """Return a task's name for people."""
-    return TITLES.get(task, task)
+def title_of(task: str, reports: Sequence[Report]) -> str:
+    """Return a task's name for people, as its reports say."""
+    return next((report.title for report in reports if report.task == task and report.title), task)
 
 
 def sorted_tasks(reports: Sequence[Report]) -> list[str]:
-    """Return the tasks of the reports: ours in a fixed order, then others by name."""
-    there = {report.task for report in reports}
-    return sorted(there, key=lambda task: (_TASK_ORDER.index(task) if task in TITLES else len(TITLES), task))
-
-
-def kind_of(label: str) -> Kind:
-    """Infer the kind of a model from its name in a report."""
-    if "untrained" in label:
-        return "untrained"
-    family, colon, _ = label.partition(":")
-    return "teacher" if colon and family in families else "student"
+    """Return the tasks of the reports: the paper's in its order, then others by name."""
+    order = list(TASKS)
+    tasks = {report.task for report in reports}
+    return sorted(tasks, key=lambda task: (order.index(task) if task in order else len(order), task))
 
 
 def gather(reports: Sequence[Report]) -> list[Model]:
@@ -69,32 +48,32 @@ def gather(reports: Sequence[Report]) -> list[Model]:
         by_name.setdefault(report.model, []).append(report)
     groups: list[list[str]] = []
     for name in sorted(by_name):
-        home = next((group for group in groups if _same(name, group, by_name)), None)
-        if home is None:
+        same = next((group for group in groups if _same(name, group, by_name)), None)
+        if same is None:
             groups.append([name])
         else:
-            home.append(name)
+            same.append(name)
     models = [_model(group, by_name) for group in groups]
     return sorted(models, key=lambda model: (_KIND_ORDER.index(model.kind), model.name))
 
 
 def _same(name: str, group: Sequence[str], by_name: Mapping[str, Sequence[Report]]) -> bool:
-    mine = by_name[name]
+    ours = by_name[name]
     theirs = [report for other in group for report in by_name[other]]
-    prints = {report.fingerprint for report in (*mine, *theirs)}
+    fingerprints = {report.fingerprint for report in (*ours, *theirs)}
     endings = any(name.startswith(f"{other}-") for other in group)
-    tasks = {report.task for report in mine} & {report.task for report in theirs}
-    return len(prints) == 1 and "" not in prints and not endings and not tasks
+    tasks = {report.task for report in ours} & {report.task for report in theirs}
+    return len(fingerprints) == 1 and "" not in fingerprints and not endings and not tasks
 
 
 def _model(names: Sequence[str], by_name: Mapping[str, Sequence[Report]]) -> Model:
     name = max(names, key=lambda each: (len(by_name[each]), each))  # the one with most reports
-    kinds = {kind_of(each) for each in names}
+    reports = tuple(report for each in names for report in by_name[each])
     return Model(
         name=name,
         also=tuple(each for each in names if each != name),
-        kind=next(kind for kind in reversed(_KIND_ORDER) if kind in kinds),
-        reports=tuple(report for each in names for report in by_name[each]),
+        kind=max((report.kind for report in reports), key=_KIND_ORDER.index),
+        reports=reports,
     )
 
 
@@ -107,11 +86,25 @@ class _Column:
     unit: str
     data: str
 
+    @classmethod
+    def of(cls, report: Report) -> _Column:
+        scored = [data for data in report.data if data.scored] or report.data[-1:]
+        text = "; ".join(f"{data.name}, {data.count}" for data in scored)
+        if len(scored) > _FEW:
+            text = f"{len(scored)} data sets, {sum(data.count for data in scored)}"
+        return cls(report.task, report.primary_metric, report.metrics[report.primary_metric].unit, text)
+
     def find(self, model: Model) -> Metric | None:
         for report in model.reports:
-            if _column(report) == self:
+            if _Column.of(report) == self:
                 return report.metrics[report.primary_metric]
         return None
+
+    @property
+    def paper(self) -> str:
+        """The paper's column of this metric; empty where it has none."""
+        metric, column = PRIMARY.get(self.task, ("", ""))
+        return column if metric == self.primary_metric else ""
 
 
 def overview(models: Sequence[Model], tasks: Sequence[str]) -> Grid:
@@ -119,79 +112,49 @@ def overview(models: Sequence[Model], tasks: Sequence[str]) -> Grid:
     reports = [
         report for task in tasks for model in models for report in model.reports if report.task == task
     ]
-    contests = list(dict.fromkeys(_column(report) for report in reports))
-    found = [[contest.find(model) for contest in contests] for model in models]
-    best = [best_of(column) for column in zip(*found, strict=True)]
+    columns = list(dict.fromkeys(_Column.of(report) for report in reports))
+    cells = [metric_cells([column.find(model) for model in models]) for column in columns]
     rows = [
         (
             Cell(text=model.name, small=f"also {', '.join(model.also)}" if model.also else ""),
-            Cell(text=model.kind),
-            *(metric_cell(metric, best=top) for metric, top in zip(metrics, best, strict=True)),
+            model.kind,
+            *(column[place] for column in cells),
         )
-        for model, metrics in zip(models, found, strict=True)
+        for place, model in enumerate(models)
     ]
     heads = [
-        Column(name=f"{title_of(each.task)}: {each.primary_metric} ({each.unit})", small=each.data)
-        for each in contests
+        (f"{title_of(each.task, reports)}: {each.primary_metric} ({each.unit})", each.data)
+        for each in columns
     ]
-    return Grid(
-        caption="Every model on every task. ± is half of a 95 % interval; the best of a column is bold.",
-        columns=(Column(name="model", numeric=False), Column(name="kind", numeric=False), *heads),
-        rows=tuple(rows),
-        fixed=(*_baseline(contests, reports), *_paper(contests)),
+    return grid(
+        "Every model on every task. ± is half of a 95 % interval; the best of a column is bold.",
+        ("model", "kind", *heads),
+        rows,
+        fixed=(*_baseline(columns, reports), *_paper(columns)),
     )
 
 
-def _column(report: Report) -> _Column:
-    used = [data for data in report.data if data.role not in _LEARNED_FROM] or report.data[-1:]
-    words = "; ".join(f"{data.name}, {data.count}" for data in used)
-    if len(used) > _FEW:
-        words = f"{len(used)} data sets, {sum(data.count for data in used)}"
-    return _Column(report.task, report.primary_metric, report.metrics[report.primary_metric].unit, words)
-
-
-def _baseline(contests: Sequence[_Column], reports: Sequence[Report]) -> list[tuple[Cell, ...]]:
-    """Build the row of scores without a model."""
+def _baseline(columns: Sequence[_Column], reports: Sequence[Report]) -> list[Row]:
+    """Build the row of scores without a model, with how they are reached: a report's first baseline."""
     cells = []
-    for contest in contests:
-        first = next(report for report in reports if _column(report) == contest)
-        value, words = baseline_of(first)
-        cells.append(Cell() if value is None else Cell(text=f"{value:.1f}", order=value, small=words))
+    for column in columns:
+        same = [report for report in reports if _Column.of(report) == column and report.baselines]
+        name, value = next(iter(same[0].baselines.items())) if same else ("", None)
+        text = "" if value is None else f"{value:.1f}"
+        cells.append(Cell(text=text, order=value, small=name.replace("_", " ")))
     if not any(cell.text for cell in cells):
         return []
-    return [(Cell(text="baseline", small="without the model"), Cell(text="baseline"), *cells)]
+    return [(Cell(text="baseline", small="without the model"), "baseline", *cells)]
 
 
-def baseline_of(report: Report) -> tuple[float | None, str]:
-    """Return a task's score without the model, and how it is reached; None where it is unknown."""
-    if report.task == "knn" and report.primary_metric == "top1":
-        classes = max((data.num_classes for data in report.data), default=0)
-        return (100 / classes, "chance") if classes else (None, "")
-    if report.task == "zeroshot" and report.primary_metric == "top1":
-        resolved = report.settings.get("resolved")
-        chance: Any = resolved.get("chance") if isinstance(resolved, Mapping) else None
-        return (float(chance), "chance") if isinstance(chance, (int, float)) else (None, "")
-    other = {"sam": ("filled_box_miou", "filled box"), "vqa": ("blind_accuracy", "without the image")}
-    name, words = other.get(report.task, ("", ""))
-    metric = report.metrics.get(name)
-    return (metric.value, words) if metric and report.primary_metric in ("miou", "accuracy") else (None, "")
-
-
-def _paper(contests: Sequence[_Column]) -> list[tuple[Cell, ...]]:
-    rows = []
+def _paper(columns: Sequence[_Column]) -> list[Row]:
+    rows: list[Row] = []
     for row in HEADLINE:
-        cells = []
-        for contest in contests:
-            column = _paper_column(contest)
-            value = row.values.get(column)
-            cells.append(
-                Cell() if value is None else Cell(text=f"{value:.2f}", order=value, small=DATA[column])
-            )
+        values = [(row.values.get(column.paper), column.paper) for column in columns]
+        cells = [
+            Cell() if value is None else Cell(text=f"{value:.2f}", order=value, small=DATA[name])
+            for value, name in values
+        ]
         if any(cell.text for cell in cells):
-            rows.append((Cell(text=row.model, small=row.source), Cell(text="paper"), *cells))
+            rows.append((Cell(text=row.model, small=row.source), "paper", *cells))
     return rows
-
-
-def _paper_column(contest: _Column) -> str:
-    wanted = {"zeroshot": "top1", "knn": "top1", "seg": "miou", "sam": "miou"}.get(contest.task)
-    return TASKS[contest.task][0] if wanted is not None and wanted == contest.primary_metric else ""

@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evals.core.report import Metric, Report
-from evals.core.tables import cell as words
+from evals.core.tables import cell as metric_text
 from radio.errors import DataError, require
 from radio.io import write_text
 
-from .blocks import Block, Cell, Column, Grid, LegendEntry, Panel, Plots, Section
-from .compare import is_report, protocol, read_reports
+from .compare import Entry, is_report, protocols, read_reports
+from .elements import Cell, Grid, LegendEntry, Page, Panel, Plots, Row, Section, grid
 from .figures import Series, lines
-from .html import Page, render
-from .records import Entry
-from .sections import machine_settings
+from .page import render
 
 Line = tuple[str, str]  # task, model
 
@@ -66,33 +64,34 @@ def find_jumps(nights: Sequence[Snapshot], tolerance: float) -> list[Jump]:
 
     Nights whose settings or data differ are not compared: a new protocol is not a jump.
     """
-    found, last = [], dict[Line, tuple[Snapshot, Report]]()
+    jumps, last = [], dict[Line, tuple[Snapshot, Report]]()
     for night in nights:
         for line, entry in night.entries.items():
             report = entry.report
-            known = last.get(line)
+            previous = last.get(line)
             last[line] = (night, report)
-            if known is None or not _alike(known[1], report):
+            if previous is None or not _alike(previous[1], report):
                 continue
-            before, after = known[1].metrics.get(report.primary_metric), report.metrics[report.primary_metric]
+            before = previous[1].metrics.get(report.primary_metric)
+            after = report.metrics[report.primary_metric]
             if before is not None and abs(after.value - before.value) > tolerance:
-                found.append(
+                jumps.append(
                     Jump(
                         task=line[0],
                         model=line[1],
                         metric=report.primary_metric,
                         before=before,
                         after=after,
-                        nights=(known[0].name, night.name),
-                        commits=(known[0].commit, night.commit),
+                        nights=(previous[0].name, night.name),
+                        commits=(previous[0].commit, night.commit),
                     )
                 )
-    return found
+    return jumps
 
 
 def _alike(before: Report, after: Report) -> bool:
-    free = machine_settings([before, after])
-    return protocol(before, free) == protocol(after, free)
+    first, second = protocols([before, after])
+    return first == second
 
 
 def write_trend(root: Path, path: Path, tolerance: float) -> tuple[int, list[Jump]]:
@@ -126,49 +125,43 @@ def _night(root: Path, folder: Path) -> Snapshot:
 def _page(root: Path, nights: Sequence[Snapshot], jumps: Sequence[Jump], tolerance: float) -> Page:
     tasks = list(dict.fromkeys(task for night in nights for task, _ in night.entries))
     first, last = nights[0].created[:10], nights[-1].created[:10]
-    overview = Section(anchor="jumps", title="jumps", blocks=(_jump_grid(jumps, tolerance),))
-    sections = [Section(anchor=task, title=task, blocks=(_plot(nights, task),)) for task in tasks]
+    plots = [
+        Section(anchor=f"task-{number}", title=task, elements=(_plot(nights, task, f"trend-{number}"),))
+        for number, task in enumerate(tasks)
+    ]
     return Page(
         title=f"{root.resolve().name}: trend",
         subtitle=f"{len(nights)} nights, {first} to {last}",
-        overview=overview,
-        sections=(*sections, Section(anchor="nights", title="nights", blocks=(_night_grid(nights),))),
+        sections=(
+            Section(anchor="jumps", title="jumps", elements=(_jump_grid(jumps, tolerance),)),
+            *plots,
+            Section(anchor="nights", title="nights", elements=(_night_grid(nights),)),
+        ),
     )
 
 
 def _jump_grid(jumps: Sequence[Jump], tolerance: float) -> Grid:
-    rows = tuple(
-        (
-            Cell(text=jump.nights[1]),
-            Cell(text=jump.task),
-            Cell(text=jump.model),
-            Cell(text=jump.metric),
-            Cell(text=words(jump.before), order=jump.before.value),
-            Cell(text=words(jump.after), order=jump.after.value),
-            Cell(
-                text=f"{jump.after.value - jump.before.value:+.1f}",
-                order=jump.after.value - jump.before.value,
-            ),
-            Cell(text=f"{jump.commits[0] or '?'} → {jump.commits[1] or '?'}"),
+    rows: list[Row] = []
+    for jump in reversed(jumps):
+        difference = jump.after.value - jump.before.value
+        rows.append(
+            (
+                *(jump.nights[1], jump.task, jump.model, jump.metric),
+                *(Cell(text=metric_text(m), order=m.value) for m in (jump.before, jump.after)),
+                Cell(text=f"{difference:+.1f}", order=difference),
+                f"{jump.commits[0] or '?'} → {jump.commits[1] or '?'}",
+            )
         )
-        for jump in reversed(jumps)
-    )
-    names = ("task", "model", "metric")
     moved = f"moved by more than {tolerance:g} from one night to the next"
-    return Grid(
-        caption=f"Primary metrics that {moved}, the newest first." if rows else f"No primary metric {moved}.",
-        columns=(
-            Column(name="night", numeric=False),
-            *(Column(name=name, numeric=False) for name in names),
-            *(Column(name=name) for name in ("before", "after", "difference")),
-            Column(name="commits", numeric=False),
-        ),
-        rows=rows,
+    return grid(
+        f"Primary metrics that {moved}, the newest first." if rows else f"No primary metric {moved}.",
+        ("night", "task", "model", "metric", "before", "after", "difference", "commits"),
+        rows,
     )
 
 
-def _plot(nights: Sequence[Snapshot], task: str) -> Block:
-    models = list(dict.fromkeys(model for night in nights for name, model in night.entries if name == task))
+def _plot(nights: Sequence[Snapshot], task: str, name: str) -> Plots:
+    models = list(dict.fromkeys(model for night in nights for other, model in night.entries if other == task))
     series, primary_metric = [], ""
     for color, model in enumerate(models):
         metrics: list[Metric | None] = []
@@ -176,40 +169,21 @@ def _plot(nights: Sequence[Snapshot], task: str) -> Block:
             entry = night.entries.get((task, model))
             primary_metric = entry.report.primary_metric if entry else primary_metric
             metrics.append(entry.report.metrics[entry.report.primary_metric] if entry else None)
-        series.append(
-            Series(
-                name=model,
-                color=color,
-                x=tuple(float(number) for number in range(1, len(nights) + 1)),
-                y=tuple(metric.value if metric else None for metric in metrics),
-                low=tuple(metric.low if metric else None for metric in metrics),
-                high=tuple(metric.high if metric else None for metric in metrics),
-            )
-        )
-    svg = lines(series, name=f"trend-{task}", x_label="night", y_label=primary_metric)
+        series.append(Series.of_metrics(model, color, metrics, range(1, len(nights) + 1)))
+    svg = lines(series, name=name, x_label="night", y_label=primary_metric)
     return Plots(
         caption=f"{primary_metric}, night by night, with 95 % intervals.",
         panels=(Panel(title=primary_metric, svg=svg),),
-        legend=tuple(LegendEntry(name=model, color=slot) for slot, model in enumerate(models)),
+        legend=tuple(LegendEntry(name=model, color=color) for color, model in enumerate(models)),
     )
 
 
 def _night_grid(nights: Sequence[Snapshot]) -> Grid:
-    return Grid(
-        caption="The nights, with the commits of their reports.",
-        columns=(
-            Column(name="number"),
-            *(Column(name=name, numeric=False) for name in ("night", "made", "commit")),
-            Column(name="reports"),
-        ),
-        rows=tuple(
-            (
-                Cell(text=str(number), order=number),
-                Cell(text=night.name),
-                Cell(text=night.created),
-                Cell(text=night.commit),
-                Cell(text=str(len(night.entries)), order=len(night.entries)),
-            )
+    return grid(
+        "The nights, with the commits of their reports.",
+        ("number", "night", "made", "commit", "reports"),
+        [
+            (number, night.name, night.created, night.commit, len(night.entries))
             for number, night in enumerate(nights, start=1)
-        ),
+        ],
     )

@@ -19,10 +19,10 @@ from pydantic import AllowInfNan, BeforeValidator, TypeAdapter
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
-from radio.errors import DataError, shown
+from radio.errors import DataError, require, shown
 from radio.images import MAX_PIXELS
 from radio.io import MAX_DATA_BYTES, brief, decode_text, parse_json, read_bytes, validate
-from radio.scenes.rle import compress, decompress, run_lengths
+from radio.scenes.rle import decompress
 
 # Letters: N instances of an image, H W pixels, P points of a polygon.
 
@@ -37,7 +37,7 @@ _MAX_MASKS = 16 << 30  # bytes of an image's masks, one per pixel
 class Instance(NamedTuple):
     """An annotation or a detection."""
 
-    number: int  # its id; a detection's index in its file
+    id: int  # a detection's index in its file
     category: int  # id
     box: tuple[float, float, float, float]  # x0 y0 x1 y1 in pixels, half-open
     area: float
@@ -48,7 +48,7 @@ class Instance(NamedTuple):
 class CocoImage(NamedTuple):
     """An image and its annotations."""
 
-    number: int  # its id
+    id: int
     name: str
     size: tuple[int, int]  # (H, W)
     instances: tuple[Instance, ...]
@@ -65,7 +65,7 @@ class CocoFile(NamedTuple):
 class Detection(NamedTuple):
     """An entry of a results file."""
 
-    image: int  # id
+    image_id: int
     score: float
     instance: Instance
 
@@ -147,24 +147,41 @@ def read_instances(file: Path) -> CocoFile:
     raw = read_bytes(file, limit=MAX_DATA_BYTES)
     where = f"{shown(file)}: not COCO instances"
     data = validate(_INSTANCES, parse_json(decode_text(raw, file), file), where)
-    for kind in ("image", "annotation"):
-        _check_unique(file, kind, [record["id"] for record in data[f"{kind}s"]])  # type: ignore[literal-required]
-    _check_unique(file, "category", [record["id"] for record in data["categories"]])
+    _check_unique(file, "image", "images", [image["id"] for image in data["images"]])
+    _check_unique(file, "annotation", "annotations", [each["id"] for each in data["annotations"]])
+    _check_unique(file, "category", "categories", [category["id"] for category in data["categories"]])
     check_apart(file, [(image["id"], str(PurePosixPath(image["file_name"]))) for image in data["images"]])
     sizes = {image["id"]: (image["height"], image["width"]) for image in data["images"]}
+    faults = [
+        f"image {id} has {height}x{width} = {height * width} px, and the limit is {MAX_PIXELS}; cut it"
+        for id, (height, width) in sizes.items()
+        if height * width > MAX_PIXELS
+    ]
+    _refuse(file, "images", len(sizes), faults)
     categories = {category["id"]: str(category["name"]) for category in data["categories"]}
-    _refuse(file, "images", len(sizes), _size_faults(sizes))
-    found, faults = _collect(data["annotations"], sizes, categories)
+    instances: dict[int, list[Instance]] = {id: [] for id in sizes}
+    for annotation in data["annotations"]:
+        try:
+            instance = _make_instance(annotation, sizes, categories)
+            instances[annotation["image_id"]].append(instance)
+        except ValueError as error:
+            faults.append(f"annotation {annotation['id']} {error}")
     _refuse(file, "annotations", len(data["annotations"]), faults)
-    _refuse(file, "images", len(sizes), _count_faults(sizes, found))
+    faults = [
+        f"the masks of the {len(instances[id])} annotations of image {id}, {height}x{width} px, take "
+        f"{len(instances[id]) * height * width >> 30} GiB, and the limit is {_MAX_MASKS >> 30}; cut the image"
+        for id, (height, width) in sizes.items()
+        if len(instances[id]) * height * width > _MAX_MASKS
+    ]
+    _refuse(file, "images", len(sizes), faults)
     images = tuple(
-        CocoImage(image["id"], image["file_name"], sizes[image["id"]], tuple(found[image["id"]]))
+        CocoImage(image["id"], image["file_name"], sizes[image["id"]], tuple(instances[image["id"]]))
         for image in data["images"]
     )
     return CocoFile(images, categories, hashlib.sha256(raw).hexdigest())
 
 
-def read_detections(file: Path) -> tuple[list[Detection], str]:
+def read_results(file: Path) -> tuple[list[Detection], str]:
     """Read a detector's boxes (COCO results): all entries in order, and a hash of the file's bytes.
 
     Raises:
@@ -173,18 +190,18 @@ def read_detections(file: Path) -> tuple[list[Detection], str]:
     raw = read_bytes(file, limit=MAX_DATA_BYTES)
     where = f"{shown(file)}: not COCO results, a list of objects with image_id, category_id, bbox and score"
     entries = validate(_RESULTS, parse_json(decode_text(raw, file), file), where)
-    rows, faults = [], []
-    for number, entry in enumerate(entries):
+    detections, faults = [], []
+    for index, entry in enumerate(entries):
         try:
             box = _corners(entry["bbox"])
         except ValueError as error:
-            faults.append(f"entry {number} {error}")
+            faults.append(f"entry {index} {error}")
             continue
-        width, height = entry["bbox"][2:]
-        instance = Instance(number, entry["category_id"], box, width * height, False)
-        rows.append(Detection(entry["image_id"], entry["score"], instance))
+        area = entry["bbox"][2] * entry["bbox"][3]
+        instance = Instance(index, entry["category_id"], box, area, False)
+        detections.append(Detection(entry["image_id"], entry["score"], instance))
     _refuse(file, "entries", len(entries), faults)
-    return rows, hashlib.sha256(raw).hexdigest()
+    return detections, hashlib.sha256(raw).hexdigest()
 
 
 def note_boxes(images: Sequence[CocoImage], what: str) -> tuple[str, ...]:
@@ -193,35 +210,35 @@ def note_boxes(images: Sequence[CocoImage], what: str) -> tuple[str, ...]:
     Args:
         what: name of the boxes in the note.
     """
-    owned = [(instance.box, image.size) for image in images for instance in image.instances]
-    beyond = sum(x1 > size[1] + _SLACK or y1 > size[0] + _SLACK for (_, _, x1, y1), size in owned)
+    boxes = [(instance.box, image.size) for image in images for instance in image.instances]
+    beyond = sum(x1 > size[1] + _SLACK or y1 > size[0] + _SLACK for (_, _, x1, y1), size in boxes)
     notes = []
     if beyond:
         notes.append(
-            f"{beyond} of {len(owned)} {what} reach more than {_SLACK} px beyond their image; COCO's are x, "
+            f"{beyond} of {len(boxes)} {what} reach more than {_SLACK} px beyond their image; COCO's are x, "
             f"y, width and height, not two corners"
         )
-    flat = sum(x0 == x1 or y0 == y1 for (x0, y0, x1, y1), _ in owned)
+    flat = sum(x0 == x1 or y0 == y1 for (x0, y0, x1, y1), _ in boxes)
     if flat:
-        notes.append(f"{flat} of {len(owned)} {what} have no width or no height")
-    outside = sum(x0 >= w or y0 >= h or x1 < 0 or y1 < 0 for (x0, y0, x1, y1), (h, w) in owned)
+        notes.append(f"{flat} of {len(boxes)} {what} have no width or no height")
+    outside = sum(x0 >= w or y0 >= h or x1 < 0 or y1 < 0 for (x0, y0, x1, y1), (h, w) in boxes)
     if outside:
-        notes.append(f"{outside} of {len(owned)} {what} lie wholly outside their image")
-    if any(max(box) > 0 for box, _ in owned) and all(max(box) <= 1 for box, _ in owned):
+        notes.append(f"{outside} of {len(boxes)} {what} lie wholly outside their image")
+    if any(max(box) > 0 for box, _ in boxes) and all(max(box) <= 1 for box, _ in boxes):
         notes.append(
-            f"all {len(owned)} {what} lie within the first pixel; COCO's are in pixels, not shares of a side"
+            f"all {len(boxes)} {what} lie within the first pixel; COCO's are in pixels, not shares of a side"
         )
     return tuple(notes)
 
 
 def note_empty(images: Sequence[CocoImage]) -> tuple[str, ...]:
     """Note how many masks have no pixel inside their image: each of them scores 0 for any prediction."""
-    owned = [(instance, image) for image in images for instance in image.instances]
-    empty = [instance.number for instance, image in owned if _is_empty(instance.segmentation, image.size)]
+    instances = [(instance, image) for image in images for instance in image.instances]
+    empty = [instance.id for instance, image in instances if _is_empty(instance.segmentation, image.size)]
     if not empty:
         return ()
-    said = f"{len(empty)} of {len(owned)} annotations have no pixel inside their image"
-    return (f"{said} and score 0 whatever is drawn; the first is annotation {empty[0]}",)
+    count = f"{len(empty)} of {len(instances)} annotations have no pixel inside their image"
+    return (f"{count} and score 0 whatever is drawn; the first is annotation {empty[0]}",)
 
 
 def _is_empty(segmentation: Any, size: tuple[int, int]) -> bool:
@@ -244,77 +261,44 @@ def check_apart(file: Path, names: Iterable[tuple[int, str]]) -> None:
         DataError: two ids share a name; names both.
     """
     first: dict[str, int] = {}
-    for number, name in names:
-        if first.setdefault(name, number) != number:
+    for id, name in names:
+        if first.setdefault(name, id) != id:
             raise DataError(
-                f"{shown(file)}: images {first[name]} and {number} are one file, {shown(name[:200])}; list "
+                f"{shown(file)}: images {first[name]} and {id} are one file, {shown(name[:200])}; list "
                 f"it once, with the annotations of both"
             )
 
 
-def _check_unique(file: Path, kind: str, numbers: Sequence[int]) -> None:
-    counts = Counter(numbers)
-    if len(counts) == len(numbers):
-        return
-    first, times = next((number, times) for number, times in counts.items() if times > 1)
-    repeated = sum(times for times in counts.values() if times > 1)
-    plural = "categories" if kind == "category" else f"{kind}s"
-    raise DataError(
-        f"{shown(file)}: {kind} id {first} stands {times} times ({repeated} of {len(numbers)} {plural} share "
-        f"an id); give each its own"
-    )
+def _check_unique(file: Path, kind: str, plural: str, ids: Sequence[int]) -> None:
+    repeated = {id: times for id, times in Counter(ids).items() if times > 1}
+    if repeated:
+        first, times = next(iter(repeated.items()))
+        raise DataError(
+            f"{shown(file)}: {kind} id {first} stands {times} times ({sum(repeated.values())} of {len(ids)} "
+            f"{plural} share an id); give each its own"
+        )
 
 
-def _refuse(file: Path, kind: str, total: int, faults: Sequence[str]) -> None:
+def _refuse(file: Path, plural: str, total: int, faults: Sequence[str]) -> None:
     if faults:
-        raise DataError(f"{shown(file)}: {faults[0]} ({len(faults)} of {total} {kind})")
+        raise DataError(f"{shown(file)}: {faults[0]} ({len(faults)} of {total} {plural})")
 
 
-def _collect(
-    annotations: Sequence[_Annotation], sizes: Mapping[int, tuple[int, int]], categories: Mapping[int, str]
-) -> tuple[dict[int, list[Instance]], list[str]]:
-    """Collect the instances of each image, and a message for each invalid annotation."""
-    found: dict[int, list[Instance]] = {number: [] for number in sizes}
-    faults = []
-    for annotation in annotations:
-        number, image, category = annotation["id"], annotation["image_id"], annotation["category_id"]
-        if image not in sizes:
-            faults.append(f"annotation {number} is of image {image}, which the file does not list")
-        elif category not in categories:
-            faults.append(f"annotation {number} is of category {category}, which the file does not list")
-        else:
-            try:
-                found[image].append(_instance(annotation, sizes[image]))
-            except ValueError as error:
-                faults.append(f"annotation {number} {error}")
-    return found, faults
-
-
-def _size_faults(sizes: Mapping[int, tuple[int, int]]) -> list[str]:
-    return [
-        f"image {number} has {height}x{width} = {height * width} px, and the limit is {MAX_PIXELS}; cut it"
-        for number, (height, width) in sizes.items()
-        if height * width > MAX_PIXELS
-    ]
-
-
-def _count_faults(sizes: Mapping[int, tuple[int, int]], found: Mapping[int, Sequence[Instance]]) -> list[str]:
-    return [
-        f"the masks of the {len(found[number])} annotations of image {number}, {height}x{width} px, take "
-        f"{len(found[number]) * height * width >> 30} GiB, and the limit is {_MAX_MASKS >> 30}; cut the image"
-        for number, (height, width) in sizes.items()
-        if len(found[number]) * height * width > _MAX_MASKS
-    ]
-
-
-def _instance(annotation: _Annotation, size: tuple[int, int]) -> Instance:
+def _make_instance(
+    annotation: _Annotation, sizes: Mapping[int, tuple[int, int]], categories: Mapping[int, str]
+) -> Instance:
+    """Convert an annotation; raise ValueError if it is invalid."""
+    if annotation["image_id"] not in sizes:
+        raise ValueError(f"is of image {annotation['image_id']}, which the file does not list")
+    if annotation["category_id"] not in categories:
+        raise ValueError(f"is of category {annotation['category_id']}, which the file does not list")
     return Instance(
-        number=annotation["id"],
+        id=annotation["id"],
         category=annotation["category_id"],
         box=_corners(annotation["bbox"]),
         area=annotation["area"],
         crowd=bool(annotation.get("iscrowd", 0)),
-        segmentation=_segmentation(annotation["segmentation"], size),
+        segmentation=_segmentation(annotation["segmentation"], sizes[annotation["image_id"]]),
     )
 
 
@@ -374,8 +358,9 @@ def _counts(counts: str | list[Any], size: tuple[int, int]) -> str | list[Any]:
         raise ValueError(f"has run lengths of {sum(lengths)} pixels, and its image has {size[0] * size[1]}")
     if 0 not in lengths[1:]:
         return counts
-    mask = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(size, order="F")
-    return compress(run_lengths(mask))
+    mask = np.repeat(np.arange(len(lengths), dtype=np.uint8) % 2, lengths).reshape(size, order="F")
+    merged: str = require("pycocotools.mask", extra="sam").encode(mask)["counts"].decode("ascii")
+    return merged
 
 
 def _are_numbers(values: Sequence[Any], kinds: tuple[type, ...]) -> bool:

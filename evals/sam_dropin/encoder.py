@@ -11,7 +11,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from evals.core.evaluator import place
+from evals.core.features import place
 from radio.adaptors import AdaptorConfig, MLPAdaptor, find_adaptor
 from radio.checkpoint import digest
 from radio.errors import CheckpointError, ConfigError, RadioError, SizeError, did_you_mean, shown

@@ -2,164 +2,205 @@
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Sequence
-from datetime import UTC, datetime
-from functools import partial
+import contextlib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import Annotated, Any, Literal
 
-from evals.core.evaluator import domain_notes, machine_settings
-from evals.core.report import DataUsed, Metric, Report, Table, file_name, write
-from radio.chunks import Damage, DamagedError, default_cache
-from radio.config import to_plain
-from radio.dist import Group, current
+import numpy as np
+import torch
+from annotated_types import Interval
+from numpy.typing import NDArray
+from PIL import Image as PillowImage
+from PIL import ImageDraw
+
+from evals.core.blocks import Bars, Block, Image, ImageGrid, ImageRow, Table
+from evals.core.evaluator import EvalRun, Evaluator, Machine, Result
+from evals.core.report import DatasetInfo, Metric, Record
+from evals.core.stats import interval, resamples
+from radio.chunks import DamagedError
+from radio.config import Count, CountOrZero, Pixels, check
 from radio.errors import ConfigError, require
-from radio.io import staged
-from radio.progress import ProgressFactory, no_progress
-from radio.provenance import (
-    choose_device,
-    commit,
-    describe_device,
-    peak_memory,
-    versions,
-)
+from radio.images import write_png
 from radio.scenes.layouts import CARD_VERSION, ScenesSettings, write_cached
 from radio.types import Backbone
 
-from .coco import Instances, open_instances
-from .decoding import prompts_together, score
-from .detections import Detections, average_precision, encode
-from .encoder import DropIn, make_drop_in
-from .panels import write_panels
-from .scoring import Record, category_table, metrics
-from .settings import SamSettings
-from .work import Done, Work
+from .annotations import CocoImage
+from .data import Detections, Instances, open_detections, open_instances, run_lengths
+from .encoder import make_drop_in
+from .prediction import Chunk, EncodedMask, MaskScore, Predictor
+
+# Letters: N instances, H W pixels, R resamples.
+
+Protocol = Literal["paper", "efficientvit-2025"]
+
+_SMALL, _LARGE = 32**2, 96**2  # pixels; an area equal to a limit belongs to both sizes, as in COCOeval
+_BARS = {
+    "miou": "all",
+    "miou_small": "small",
+    "miou_medium": "medium",
+    "miou_large": "large",
+    "boundary_miou": "boundaries",
+    "filled_box_miou": "filled box",
+}
+_PANELS = 3  # of the best, the median and the worst instances
+_STATS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")  # the first of COCOeval, in its order
 
 
-class _Scored(NamedTuple):
-    """The part of the report that depends on the kind of scoring."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamSettings:
+    """Masks that SAM's own decoder predicts from the model's features, scored on COCO instances."""
 
-    primary_metric: str
-    metrics: dict[str, Metric]
-    tables: dict[str, Table]
-    notes: tuple[str, ...]
-    records: list[dict[str, Any]]
-    panels: tuple[str, ...] = ()
+    data: Path | None = None
+    """An instances JSON in COCO format. Default: the generated scenes."""
+    images: Path | None = None
+    """The folder of the images."""
+    scenes: Annotated[int, Interval(ge=1, le=1_000_000)] = 500
+    """Number of generated scenes, used without --data."""
+    sam_checkpoint: Path | None = None
+    """A released SAM file (vit_b, vit_l or vit_h) whose neck, prompt encoder and mask decoder are used.
+    Default: the one in the checkpoint's metadata."""
+    teacher: str | None = None
+    """The name of the teacher that is the SAM in the checkpoint's metadata. Default: the first scenes:sam or
+    sam:…, else the only one of another package."""
+    size: Pixels | None = None
+    """Side of the model's input in pixels. Default: its resolution in training with SAM, else 1008 for a
+    patch of 14 and 1024 for 16."""
+    prompts: Literal["boxes", "points"] = "boxes"
+    """How an object is prompted: with its ground-truth box, or with clicks."""
+    clicks: Annotated[int, Interval(ge=1, le=100)] = 1
+    """Points per object: the first inside it, each next one in the larger error region."""
+    detections: Path | None = None
+    """Use a detector's boxes (COCO results JSON) as prompts and score the masks as COCO AP."""
+    protocol: Protocol = "paper"
+    """paper: all annotations, plain union. efficientvit-2025: those of area 1 or more, union + 1e-7."""
+    crowds: bool = True
+    """Score crowd annotations too."""
+    box_batch: Machine[Count | None] = None
+    """Prompts per decoder batch. Default: what fits a CPU's caches; 64 on a GPU."""
+    keep_embeddings: Machine[bool] = False
+    """Cache the embeddings of all images, for later runs with other prompts."""
+    save_masks: Machine[CountOrZero | None] = None
+    """Number of panels to draw for each of the best, the median and the worst instances. Default: 3, and none
+    with --detections."""
 
-
-@final
-class SamEvaluator:
-    """Scores the masks of SAM's decoder on any student of a SAM, or on a SAM's own encoder."""
-
-    name = "sam"
-    settings = SamSettings
-
-    def missing_requirements(self, model: Backbone) -> str:
-        """Describe what the model lacks if it is neither a SAM nor distilled from one; empty if nothing."""
-        try:
-            drop_in = make_drop_in(model, None, None, 0)
-        except ConfigError as error:
-            return str(error)
-        return drop_in.notes[0] if drop_in.is_untrained else ""
-
-    def run(
-        self,
-        model: Backbone,
-        settings: SamSettings,
-        out: Path,
-        *,
-        name: str | None = None,
-        watch: ProgressFactory = no_progress,
-        group: Group | None = None,
-    ) -> Report:
-        """Score `model`; write `sam-NAME.json` and `sam-NAME.jsonl` (one line per instance) into `out`.
-
-        Prompts other than boxes add a suffix to the name. Every rank of a torchrun job calls this and gets
-        the same report; rank 0 writes.
-
-        Raises:
-            ConfigError: a model that was not distilled from a SAM, or an unknown device.
-            CheckpointError: SAM's weights are not at the path in the checkpoint.
-            SizeError: a size or window that does not fit; names the nearest that does.
-            DataError: data that are missing, damaged, or contain nothing to score.
-            MissingExtraError: segment-anything, pycocotools or scipy is not installed.
-        """
-        for module in ("segment_anything", "pycocotools", "scipy"):  # fail early
-            require(module, extra="sam")
-        started = time.monotonic()
-        group, cache = group or current(), settings.cache or default_cache()
-        device = choose_device(settings.device)
-        drop_in = make_drop_in(model, settings.sam_checkpoint, settings.size, settings.seed, settings.teacher)
-        prompt_batch = settings.box_batch or prompts_together(drop_in.head, device)
-        damage = Damage()
-        data = _open(settings, cache, group, damage)
-        label = (name or model.name) + _suffix(settings)
-        base = file_name(self.name, label)
-        with staged(out) as fresh:
-            if settings.detections is not None:
-                found = Detections(settings.detections, data)
-                encoding = partial(_judge_detections, drop_in, prompt_batch)
-                work = Work(found, encoding, drop_in, settings, device, cache, prompt_batch, damage)
-                done = work.run(group, watch)
-                scored = _precision(found, done)
-            else:
-                judge = partial(_judge, drop_in, prompt_batch, settings.union_bias)
-                work = Work(data, judge, drop_in, settings, device, cache, prompt_batch, damage)
-                done = work.run(group, watch)
-                scored = _overlaps(data, done, settings)
-                if settings.save_masks and group.leads:
-                    records = [Record(*record) for chunk in done for record in chunk.records]
-                    panels = write_panels(work, data, records, fresh / base, watch)
-                    scored = scored._replace(panels=tuple(f"{base}/{panel}" for panel in panels))
-            report = Report(
-                task=self.name,
-                model=label,
-                fingerprint=model.fingerprint,
-                primary_metric=scored.primary_metric,
-                metrics={**scored.metrics, **_rates(done)},
-                settings={**to_plain(settings), "resolved": _resolved(work, data, group)},
-                data=(_used(data),),
-                device=describe_device(device),
-                seconds={"total": time.monotonic() - started},
-                created=datetime.now(UTC).isoformat(timespec="seconds"),
-                versions=versions(),
-                git=commit(),
-                metadata=dict(model.metadata),
-                machine_settings=machine_settings(settings),
-                peak_memory=peak_memory(device),
-                notes=(
-                    *drop_in.notes,
-                    *scored.notes,
-                    *data.notes,
-                    *damage.notes(group),
-                    *domain_notes(model, [data.files]),
-                ),
-                tables=scored.tables,
-                files=(f"{base}.jsonl", *scored.panels),
-            )
-            if group.leads:
-                lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in scored.records)
-                write(report, fresh / f"{base}.json", {fresh / f"{base}.jsonl": "".join(lines)})
-        return report
+    def __post_init__(self) -> None:
+        """Validate the settings; raise ConfigError for combinations that no data could satisfy."""
+        check(self)
+        if (self.data is None) != (self.images is None):
+            raise ConfigError("--data JSON and --images FOLDER belong together; give both or neither")
+        if self.clicks > 1 and self.prompts != "points":
+            raise ConfigError(f"clicks = {self.clicks} goes with --prompts points; give that too")
+        if self.detections is not None and (self.prompts == "points" or self.data is None):
+            raise ConfigError("--detections takes a detector's boxes on --data; leave --prompts points out")
+        if self.detections is not None and self.save_masks:
+            raise ConfigError("--save-masks compares with ground truth, which --detections does not look at")
 
 
-def _open(settings: SamSettings, cache: Path, group: Group, damage: Damage) -> Instances:
+def missing_requirements(model: Backbone) -> str:
+    """Describe what the model lacks if it is neither a SAM nor distilled from one; empty if nothing."""
+    try:
+        drop_in = make_drop_in(model, None, None, 0)
+    except ConfigError as error:
+        return str(error)
+    return drop_in.notes[0] if drop_in.is_untrained else ""
+
+
+def evaluate(model: Backbone, settings: SamSettings, run: EvalRun) -> Result:
+    """Score the masks of SAM's decoder on a student of a SAM, or on a SAM's own encoder.
+
+    Raises:
+        ConfigError: a model that was not distilled from a SAM.
+        CheckpointError: SAM's weights are not at the path in the checkpoint.
+        SizeError: a size or window that does not fit; names the nearest that does.
+        DataError: data that are missing, damaged, or contain nothing to score.
+        MissingExtraError: segment-anything, pycocotools or scipy is not installed.
+    """
+    for module in ("segment_anything", "pycocotools", "scipy"):  # fail early
+        require(module, extra="sam")
+    drop_in = make_drop_in(model, settings.sam_checkpoint, settings.size, run.settings.seed, settings.teacher)
+    data = _open(settings, run)
+    run.note_source(data.files)
+    run.ranks.on_leader(lambda: data.fingerprint)  # hashes the content; other ranks read the memo
+    predictor = Predictor(
+        drop_in,
+        data,
+        run,
+        clicks=settings.clicks if settings.prompts == "points" else 0,
+        union_bias=1e-7 if settings.protocol == "efficientvit-2025" else 0.0,
+        prompt_batch=settings.box_batch,
+        keep_embeddings=settings.keep_embeddings,
+        has_truth=settings.detections is None,
+    )
+    used = DatasetInfo(
+        role="images",
+        name=data.name,
+        fingerprint=data.fingerprint,
+        count=len(data.images),
+        num_classes=len(data.categories),
+    )
+    resolved = {
+        "size": drop_in.side,
+        "decoder": drop_in.head.name,
+        "frame": drop_in.head.side,
+        "box_batch": predictor.prompt_batch,
+        "annotations": data.count,
+    }
+    if settings.detections is not None:
+        detections = open_detections(settings.detections, data)
+        chunks = predictor.score_all(detections.images, detections.fingerprint, detections.name)
+        masks = [each for chunk in chunks for each in chunk.records if isinstance(each, EncodedMask)]
+        count = f"{len(masks)} detections on {len(detections.images)} of {len(data.images)} images"
+        return Result(
+            metrics={**average_precision(detections, masks), **_rates(chunks)},
+            data=[used],
+            records=_mask_records(masks),
+            notes=[*drop_in.notes, count, *detections.notes, *data.notes],
+            resolved=resolved,
+        )
+    chunks = predictor.score_all(data.images, data.fingerprint, data.name)
+    scores = [each for chunk in chunks for each in chunk.records if isinstance(each, MaskScore)]
+    metrics = mask_metrics(scores, run.settings.seed)
+    num_panels = _PANELS if settings.save_masks is None else settings.save_masks
+    panels = _write_panels(predictor, scores, num_panels) if num_panels else []
+    crowds = sum(score.crowd for score in scores)
+    notes = [f"{len(scores)} annotations on {len(data.images)} images, {crowds} of them crowds"]
+    if settings.prompts == "boxes":
+        notes.append(
+            f"a box alone goes a long way: the prompt taken as the mask has an mIoU of "
+            f"{metrics['filled_box_miou'].value:.1f}"
+        )
+    return Result(
+        metrics={**metrics, **_rates(chunks)},
+        baselines={"filled box": metrics["filled_box_miou"].value},
+        data=[used],
+        records=_score_records(scores, data),
+        blocks=[_bars(metrics), category_table(scores, data.categories), *_grid(panels)],
+        notes=[*drop_in.notes, *notes, *data.notes],
+        resolved=resolved,
+        files=[image.file for row in panels for image in row.images],
+    )
+
+
+def _open(settings: SamSettings, run: EvalRun) -> Instances:
     file, images, name, location = settings.data, settings.images, None, None
     if file is None or images is None:
-        root = cache / "scenes" / f"coco-v{CARD_VERSION}-{settings.scenes}-seed{settings.seed}"
-        world = ScenesSettings(layout="coco", count=1, val_count=settings.scenes, seed=settings.seed)
-        group.on_leader(lambda: write_cached(root, world, lambda reason: damage.add(DamagedError(reason))))
+        seed = run.settings.seed
+        root = run.cache / "scenes" / f"coco-v{CARD_VERSION}-{settings.scenes}-seed{seed}"
+        world = ScenesSettings(layout="coco", count=1, val_count=settings.scenes, seed=seed)
+        damaged = lambda reason: run.damage.add(DamagedError(reason))  # noqa: E731
+        run.ranks.on_leader(lambda: write_cached(root, world, damaged))
         file, images = root / "annotations" / "instances_val.json", root / "val"
-        name, location = "scenes:val", f"scenes:val?seed={settings.seed}"
+        name, location = "scenes:val", f"scenes:val?seed={seed}"
     return open_instances(
         file,
         images,
-        limit=settings.limit,
+        limit=run.settings.limit,
         crowds=settings.crowds,
-        smallest_area=settings.smallest_area,
-        memo=cache / "fingerprints",
+        smallest_area=1.0 if settings.protocol == "efficientvit-2025" else 0.0,
+        memo=run.fingerprints,
         empty=settings.detections is not None,
         name=name,
         location=location,
@@ -172,77 +213,270 @@ def _suffix(settings: SamSettings) -> str:
     return f"-{settings.clicks}-clicks" if settings.prompts == "points" else ""
 
 
-def _judge(drop_in: DropIn, prompt_batch: int, bias: float, loaded: Any, predictions: Any) -> list[Record]:
-    return score(drop_in.head, loaded, predictions, prompt_batch, bias)
+def mask_metrics(scores: Sequence[MaskScore], seed: int) -> dict[str, Metric]:
+    """Compute mIoU in percent over all instances and by size, boundary mIoU, and mIoU of the filled boxes.
 
-
-def _judge_detections(
-    drop_in: DropIn, prompt_batch: int, loaded: Any, predictions: Any
-) -> list[tuple[Any, ...]]:
-    return list(encode(drop_in.head, loaded, predictions, prompt_batch))
-
-
-def _overlaps(data: Instances, done: Sequence[Done], settings: SamSettings) -> _Scored:
-    records = [Record(*record) for chunk in done for record in chunk.records]
-    found = metrics(records, settings.seed)
-    crowds = sum(record.crowd for record in records)
-    notes = [f"{len(records)} annotations on {len(data.images)} images, {crowds} of them crowds"]
-    if settings.prompts == "boxes":
-        notes.append(
-            f"a box alone goes a long way: the prompt taken as the mask has an mIoU of "
-            f"{found['filled_box_miou'].value:.1f}"
-        )
-    lines = [{**record._asdict(), "image": name} for record, name in zip(records, _names(data), strict=True)]
-    return _Scored(
-        "miou", found, {"categories": category_table(records, data.categories)}, tuple(notes), lines
-    )
-
-
-def _names(data: Instances) -> list[str]:
-    """List the image name of each annotation, in the order of the records."""
-    return [image.name for image in data.images for _ in image.instances]
-
-
-def _precision(found: Detections, done: Sequence[Done]) -> _Scored:
-    records = [record for chunk in done for record in chunk.records]
-    lines = [
-        {"image_id": image, "entry": entry, "quality": quality, "size": list(size), "counts": counts}
-        for image, entry, counts, size, quality in records
-    ]
-    note = f"{len(records)} detections on {len(found.images)} of {len(found.truth.images)} images"
-    return _Scored("ap", average_precision(found, records), {}, (note, *found.notes), lines)
-
-
-def _rates(done: Sequence[Done]) -> dict[str, Metric]:
-    """Compute the images/s of encoder and decoder, without the first chunk (warm-up) if there are more."""
-    rates = {}
-    for part in ("encoder", "decoder"):
-        laps = [(chunk.images, seconds) for chunk in done if (seconds := getattr(chunk, part)) is not None]
-        kept = laps[1:] or laps
-        if kept:
-            rate = sum(images for images, _ in kept) / sum(seconds for _, seconds in kept)
-            rates[f"{part}_rate"] = Metric(value=rate, unit="images/s")
-    return rates
-
-
-def _resolved(work: Work, data: Instances, group: Group) -> dict[str, Any]:
-    head = work.drop_in.head
+    Sizes are defined by the annotation's area; a size without instances is omitted. Intervals are bootstraps
+    over images.
+    """
+    images = np.unique([score.image_id for score in scores], return_inverse=True)[1]
+    weights = resamples(int(images.max()) + 1, seed=seed)
+    areas = np.array([score.area for score in scores])
+    ious = np.array([score.iou for score in scores])
+    everywhere = np.ones(len(scores), dtype=bool)
+    chosen: dict[str, tuple[NDArray[np.float64], NDArray[np.bool_]]] = {
+        "miou": (ious, everywhere),
+        "miou_small": (ious, areas <= _SMALL),
+        "miou_medium": (ious, (areas >= _SMALL) & (areas <= _LARGE)),
+        "miou_large": (ious, areas >= _LARGE),
+        "boundary_miou": (np.array([score.boundary_iou for score in scores]), everywhere),
+        "filled_box_miou": (np.array([score.box_iou for score in scores]), everywhere),
+    }
     return {
-        "size": work.drop_in.side,
-        "dtype": work.numbers.removeprefix("torch."),
-        "decoder": head.name,
-        "frame": head.side,
-        "box_batch": work.box_batch,
-        "annotations": data.count,
-        "ranks": group.world,
+        name: _mean(values[kept], images[kept], weights)
+        for name, (values, kept) in chosen.items()
+        if kept.any()
     }
 
 
-def _used(data: Instances) -> DataUsed:
-    return DataUsed(
-        role="images",
-        name=data.name,
-        fingerprint=data.fingerprint,
-        count=len(data.images),
-        num_classes=len(data.categories),
+def _mean(values: NDArray[np.float64], images: NDArray[np.int64], weights: NDArray[np.float64]) -> Metric:
+    """Compute the mean over instances and its bootstrap interval over images; `weights` is [R, images]."""
+    count = weights.shape[1]
+    sums = np.bincount(images, weights=values, minlength=count)
+    counts = np.bincount(images, minlength=count).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # resamples without an instance of this size are omitted
+        low, high = interval((weights @ sums) / (weights @ counts))
+    return Metric(value=100 * float(values.mean()), low=100 * low, high=100 * high)
+
+
+def category_table(scores: Sequence[MaskScore], categories: Mapping[int, str]) -> Table:
+    """Tabulate the categories among the instances: name, number of instances, and mIoU in percent."""
+    ious: dict[int, list[float]] = {id: [] for id in categories}
+    for score in scores:
+        ious[score.category_id].append(score.iou)
+    rows = tuple(
+        (categories[id], len(values), 100 * sum(values) / len(values))
+        for id, values in ious.items()
+        if values
     )
+    return Table(
+        title="mIoU of each category",
+        columns=("category", "instances", "miou"),
+        rows=rows,
+        compared="miou",
+        shared="instances",
+    )
+
+
+def _bars(metrics: Mapping[str, Metric]) -> Block:
+    shown = [name for name in _BARS if name in metrics]
+    return Bars(
+        title="mIoU over all, by size, of boundaries, and of the box alone",
+        x_label="mIoU (%)",
+        names=tuple(_BARS[name] for name in shown),
+        values=tuple(metrics[name].value for name in shown),
+        low=tuple(metrics[name].low for name in shown),
+        high=tuple(metrics[name].high for name in shown),
+        caption="Mean IoU over instances, with 95 % intervals over images.",
+    )
+
+
+def _score_records(scores: Sequence[MaskScore], data: Instances) -> Iterator[Record]:
+    names = (image.name for image in data.images for _ in image.instances)
+    for score, name in zip(scores, names, strict=True):
+        yield {
+            "id": score.annotation_id,
+            "unit": score.image_id,
+            "score": score.iou,
+            "image": name,
+            "category_id": score.category_id,
+            "area": score.area,
+            "crowd": score.crowd,
+            "quality": score.quality,
+            "boundary_iou": score.boundary_iou,
+            "box_iou": score.box_iou,
+        }
+
+
+def _mask_records(masks: Sequence[EncodedMask]) -> Iterator[Record]:
+    for mask in masks:
+        yield {
+            "id": mask.entry,
+            "unit": mask.image_id,
+            "quality": mask.quality,
+            "size": list(mask.size),
+            "counts": mask.counts,
+        }
+
+
+def _rates(chunks: Sequence[Chunk]) -> dict[str, Metric]:
+    """Compute the images/s of encoder and decoder, without the first chunk (warm-up) if there are more."""
+    rates = {}
+    for name, seconds in (
+        ("encoder_rate", [chunk.encoder_seconds for chunk in chunks]),
+        ("decoder_rate", [chunk.decoder_seconds for chunk in chunks]),
+    ):
+        laps = [(chunk.images, lap) for chunk, lap in zip(chunks, seconds, strict=True) if lap is not None]
+        kept = laps[1:] or laps
+        if kept:
+            rate = sum(images for images, _ in kept) / sum(lap for _, lap in kept)
+            rates[name] = Metric(value=rate, unit="images/s")
+    return rates
+
+
+def average_precision(detections: Detections, masks: Sequence[EncodedMask]) -> dict[str, Metric]:
+    """Compute COCO's mask AP in percent: mean over IoU 0.50 to 0.95, at 0.50, at 0.75, and by size.
+
+    The detector's scores rank the masks. A size without ground truth is omitted.
+    """
+    categories = {each.id: each.category for image in detections.images for each in image.instances}
+    results = [
+        {
+            "image_id": mask.image_id,
+            "category_id": categories[mask.entry],
+            "score": detections.scores[mask.entry],
+            "segmentation": {"size": list(mask.size), "counts": mask.counts},
+        }
+        for mask in masks
+    ]
+    library = require("pycocotools.cocoeval", extra="sam")
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its tables
+        truth = _index_truth(detections.truth)
+        scorer = library.COCOeval(truth, truth.loadRes(results), "segm")
+        scorer.params.imgIds = [image.id for image in detections.truth.images]
+        scorer.evaluate()
+        scorer.accumulate()
+        scorer.summarize()
+    return {
+        name: Metric(value=100 * float(value))
+        for name, value in zip(_STATS, scorer.stats[: len(_STATS)], strict=True)
+        if value >= 0
+    }
+
+
+def _index_truth(truth: Instances) -> Any:
+    """Index the ground truth for pycocotools: all annotations of the images, scored or not.
+
+    They get new ids that start at 1: COCOeval treats an id of 0 as no match.
+    """
+    images = [truth.annotated[image.id] for image in truth.images]
+    instances = [(image, instance) for image in images for instance in image.instances]
+    coco = require("pycocotools.coco", extra="sam").COCO()
+    coco.dataset = {
+        "images": [{"id": image.id, "height": image.size[0], "width": image.size[1]} for image in images],
+        "categories": [{"id": id, "name": name} for id, name in truth.categories.items()],
+        "annotations": [
+            {
+                "id": id,
+                "image_id": image.id,
+                "category_id": instance.category,
+                "area": instance.area,
+                "iscrowd": int(instance.crowd),
+                "segmentation": run_lengths(instance, image.size),
+            }
+            for id, (image, instance) in enumerate(instances, start=1)
+        ],
+    }
+    coco.createIndex()
+    return coco
+
+
+_MIN_SIDE = 320  # pixels of a panel's images: small ones are enlarged by an integer factor
+_CAPTION = 18  # pixels for the caption under each image
+_TRUTH, _PREDICTED, _PROMPT = (60, 200, 90), (240, 90, 60), (255, 220, 0)
+
+
+def choose(scores: Sequence[MaskScore], count: int) -> dict[str, list[MaskScore]]:
+    """Choose the best, the median and the worst `count` instances, none twice.
+
+    Ties are ordered by annotation id.
+    """
+    order = sorted(scores, key=lambda score: (-score.iou, score.annotation_id))
+    middle = max((len(order) - count) // 2, 0)
+    parts = {"best": order[:count], "median": order[middle : middle + count], "worst": order[-count:]}
+    chosen: dict[int, tuple[str, MaskScore]] = {}
+    for kind, part in parts.items():
+        for score in part:
+            chosen.setdefault(score.annotation_id, (kind, score))
+    return {kind: [score for label, score in chosen.values() if label == kind] for kind in parts}
+
+
+def _write_panels(predictor: Predictor, scores: Sequence[MaskScore], count: int) -> list[ImageRow]:
+    """Draw `count` panels of each kind beside the report.
+
+    Each shows the image with the prompt's box, the ground truth, the predicted mask, and its IoU.
+    """
+    run, data, number = predictor.run, predictor.data, 0
+    rows: list[ImageRow] = []
+    chosen = choose(scores, count)
+    by_id = {image.id: image for image in data.images}
+    with run.progress("panels", sum(map(len, chosen.values()))) as advance:
+        for kind, part in chosen.items():
+            panels = []
+            for score in part:
+                name = f"{run.base}/{number:02d}-{kind}-{score.image_id}-{score.annotation_id}.png"
+                if run.ranks.leads:
+                    panel = _panel(predictor, by_id[score.image_id], score)
+                    write_png(PillowImage.fromarray(panel), run.folder / name)
+                label = f"IoU {100 * score.iou:.1f}, image {score.image_id}"
+                alt = f"{kind}: {label}, {data.categories[score.category_id]}"
+                panels.append(Image(file=name, alt=alt, label=label, side=480))
+                number += 1
+                advance(1)
+            rows += [ImageRow(images=tuple(panels), name=kind)] if panels else []
+    return rows
+
+
+def _grid(rows: Sequence[ImageRow]) -> list[Block]:
+    return [ImageGrid(title="prompt, ground truth and predicted mask", rows=tuple(rows))] if rows else []
+
+
+def _panel(predictor: Predictor, image: CocoImage, score: MaskScore) -> NDArray[np.uint8]:
+    instance = next(each for each in image.instances if each.id == score.annotation_id)
+    loaded = predictor.load((image._replace(instances=(instance,)),))
+    with torch.inference_mode():
+        predictions = predictor.predict(loaded, predictor.embed(loaded))
+        ((_, _, masks),) = predictor.masks_by_image(loaded, predictions.logits)
+    data = predictor.data
+    pixels = data.read(image).permute(1, 2, 0).numpy()
+    views = (
+        (pixels, f"{data.categories[score.category_id]}, area {score.area:.0f}"),
+        (_tint(pixels, loaded[0].truth[0].numpy(), _TRUTH), "ground truth"),
+        (_tint(pixels, masks[0].cpu().numpy(), _PREDICTED), f"drawn, IoU {100 * score.iou:.1f}"),
+    )
+    return np.concatenate([_view(view, instance.box, caption) for view, caption in views], axis=1)
+
+
+def _tint(
+    pixels: NDArray[np.uint8], mask: NDArray[np.bool_], colour: tuple[int, int, int]
+) -> NDArray[np.uint8]:
+    tinted = pixels.astype(np.float32)
+    tinted[mask] = 0.45 * tinted[mask] + 0.55 * np.array(colour, dtype=np.float32)
+    return tinted.astype(np.uint8)
+
+
+def _view(
+    pixels: NDArray[np.uint8], box: tuple[float, float, float, float], caption: str
+) -> NDArray[np.uint8]:
+    """Draw the box on an image and a caption under it."""
+    height, width = pixels.shape[:2]
+    zoom = max(1, -(-_MIN_SIDE // max(height, width)))
+    image = PillowImage.fromarray(pixels).resize(
+        (width * zoom, height * zoom), PillowImage.Resampling.NEAREST
+    )
+    sheet = PillowImage.new("RGB", (width * zoom + 4, height * zoom + _CAPTION), (255, 255, 255))
+    sheet.paste(image, (0, 0))
+    pen = ImageDraw.Draw(sheet)
+    pen.rectangle([value * zoom for value in box], outline=_PROMPT, width=2)
+    pen.text((2, height * zoom + 3), caption, fill=(0, 0, 0))
+    return np.asarray(sheet)
+
+
+SAM = Evaluator(
+    name="sam",
+    settings=SamSettings,
+    evaluate=evaluate,
+    title="SAM drop-in",
+    missing_requirements=missing_requirements,
+    suffix=_suffix,
+)

@@ -1,161 +1,319 @@
-"""The evaluator of the segmentation probe: a linear map from frozen tokens to every pixel's class."""
+"""The segmentation probe: a linear map from frozen tokens to every pixel's class."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
-from typing import TYPE_CHECKING, final
+from functools import partial
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import safetensors.torch
+import torch
 
-from evals.core.areas import score
-from evals.core.evaluator import domain_notes, machine_settings
-from evals.core.report import DataUsed, Metric, Report, Table, file_name, write
+from evals.core.blocks import Block, Image, ImageGrid, ImageRow, Table
+from evals.core.evaluator import EvalRun, Evaluator, Result, RunSettings
+from evals.core.features import place
+from evals.core.report import DatasetInfo, Metric, Record
+from evals.core.stats import area_ratios, interval, mean_present, resamples, score
+from radio.chunks import DamagedError
 from radio.config import to_plain
-from radio.dist import Group, current
-from radio.io import staged, write_bytes
-from radio.progress import ProgressFactory, no_progress
-from radio.provenance import commit, describe_device, peak_memory, versions
+from radio.errors import ConfigError, MissingExtraError, require
+from radio.io import write_bytes
+from radio.memory import check_memory
+from radio.scenes.layouts import CARD_VERSION, ScenesSettings, write_cached
 from radio.types import Backbone
 
-from .library import load_plugin
-from .maps import MapWriter, spread_places
-from .probe import Probe, make_probe
-from .scores import area_records, class_table, metrics, repeated
-from .settings import SegSettings
+from .data import Checked, Dataset, Split, check_split, open_dataset
+from .maps import MapWriter, spread_indices
+from .protocol import SegSettings, check_sizes, resolve
 
 if TYPE_CHECKING:
-    from .training import Outcome
+    from .plugin import Areas
+
+# Letters: N images, C classes, R resamples.
 
 
-@final
-class SegEvaluator:
-    """Scores any backbone with a linear head on its tokens, trained and tested by MMSegmentation."""
+def load_plugin() -> ModuleType:
+    """Import the module `plugin`, which registers our parts in MMSegmentation, without warnings and output.
 
-    name = "seg"
-    settings = SegSettings
+    Raises:
+        MissingExtraError: the extra `seg` is not installed, or a system library that OpenCV needs.
+    """
+    # The import warns of compiled operators that are not used here, and prints 'Could not import OneDL'.
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        _require_opencv()
+        for module in ("mmengine", "mmcv", "mmseg"):
+            require(module, extra="seg")
+        from . import plugin
+    return plugin
 
-    def with_seed(self, settings: SegSettings, number: int) -> SegSettings:
-        """Return the settings of the `number`-th repetition, with other seeds of the heads."""
-        return replace(settings, head_seed=settings.first_head + number * settings.seeds)
 
-    def run(
-        self,
-        model: Backbone,
-        settings: SegSettings,
-        out: Path,
-        *,
-        name: str | None = None,
-        watch: ProgressFactory = no_progress,
-        group: Group | None = None,
-    ) -> Report:
-        """Score `model`; write `seg-NAME.json`, `seg-NAME.jsonl` and the first head's maps into `out`.
+def _require_opencv() -> None:
+    try:
+        require("cv2", extra="seg")
+    except ModuleNotFoundError:
+        raise
+    except ImportError as error:  # a shared library that the wheel does not contain
+        name = str(error).split(":")[0]
+        package = "libgl1" if "libGL" in name else "libglib2.0-0"
+        raise MissingExtraError(
+            f"OpenCV cannot be loaded, {error}; on Debian and Ubuntu install {package}: "
+            f"apt-get install {package}"
+        ) from error
 
-        The records have one line per image with its areas for the first head, which is saved too.
 
-        Every rank of a torchrun job calls this and gets the same report; rank 0 writes. An interrupted run
-        resumes from the last saved iteration; a finished head is only tested.
+def evaluate(model: Backbone, settings: SegSettings, run: EvalRun) -> Result:
+    """Score a backbone with a linear head on its tokens, trained and tested by MMSegmentation.
 
-        Raises:
-            DataError: data in an unknown layout, or with an invalid file; names the first.
-            ConfigError: an unknown device, or a batch that does not divide among the ranks.
-            SizeError: a crop or stride that does not fit the backbone.
-            MissingExtraError: MMSegmentation, or a system library that OpenCV needs, is not installed.
-            RadioError: values that are not finite.
-        """
-        load_plugin()  # fail early
-        started = time.monotonic()
-        group = group or current()
-        probe = make_probe(model, settings, group, watch)
-        prepared = time.monotonic()
+    The records have one line per image with its areas for the first head, which is saved too. An interrupted
+    run resumes from the last saved iteration; a finished head is only tested.
 
-        label = name or model.name
-        base = file_name(self.name, label)
-        with staged(out) as fresh:
-            writer = MapWriter(
-                folder=fresh / f"{base}-maps",
-                split=probe.data.val,
-                labelling=probe.data.labelling,
-                places=spread_places(len(probe.data.val.pairs), settings.save_maps),
+    Raises:
+        DataError: data in an unknown layout, or with an invalid file; names the first.
+        ConfigError: a batch that does not divide among the ranks.
+        SizeError: a crop or stride that does not fit the backbone.
+        MissingExtraError: MMSegmentation, or a system library that OpenCV needs, is not installed.
+        RadioError: values that are not finite.
+    """
+    plugin = load_plugin()  # fail early
+    from .samples import Images, TokenMaps, map_size, token_maps
+    from .training import Probe, train_head
+
+    started = time.monotonic()
+    config, notes = resolve(settings, model)
+    if config.train_batch_size % run.ranks.world:
+        raise ConfigError(
+            f"a batch of {config.train_batch_size} does not divide among {run.ranks.world} ranks; choose "
+            f"another --train-batch-size"
+        )
+    check_memory(model, config.train_batch_size // run.ranks.world, config.crop, run.device, run.dtype)
+    data, checked = _open_and_check(settings, run, plugin.KNOWN_CLASSES)
+    check_sizes([size for split in checked for size in split.sizes], config, model)
+    key = [model.fingerprint, run.precision]
+    placed = place(model, run.device, run.dtype)
+    splits = ((data.train, True), (data.val, False))
+    samples: list[Any] = [
+        Images(split, data.labelling, config, placed, training=training) for split, training in splits
+    ]
+    if not config.augment and settings.keep_tokens:
+        count = sum(map(len, samples))
+        size = map_size(placed, config.crop, run) * count / 1e9
+        if size <= settings.token_cache_gb:
+            for index, (split, training) in enumerate(splits):
+                maps = token_maps(
+                    placed,
+                    samples[index],
+                    run,
+                    key=[*key, split.fingerprint, config.crop],
+                    label=f"{model.name} on {split.name}",
+                )
+                samples[index] = TokenMaps(maps, split, data.labelling, config, training=training)
+        else:
+            note = (
+                f"the tokens of {count:,} images would take {size:.1f} GB, so they were not kept "
+                f"(--token-cache-gb {settings.token_cache_gb:g})"
             )
-            outcomes = [
-                probe.run(settings.first_head + number, label, watch, writer if number == 0 else None)
-                for number in range(settings.seeds)
-            ]
-            finished = time.monotonic()
+            notes = (*notes, note)
+    probe = Probe(
+        model=placed,
+        config=config,
+        num_classes=len(data.labelling.classes),
+        train=samples[0],
+        val=samples[1],
+        key=[*key, data.train.fingerprint, to_plain(config)],
+        save_every=settings.save_every,
+    )
+    prepared = time.monotonic()
 
-            report = Report(
-                task=self.name,
-                model=label,
-                fingerprint=probe.fingerprint,
-                primary_metric="miou",
-                metrics=_metrics(outcomes),
-                settings={**to_plain(settings), "resolved": probe.describe()},
-                data=_data_used(probe),
-                device=describe_device(probe.device),
-                seconds={
-                    "preparation": prepared - started,
-                    "heads": finished - prepared,
-                    "total": finished - started,
-                },
-                created=datetime.now(UTC).isoformat(timespec="seconds"),
-                machine_settings=machine_settings(settings),
-                versions={**versions(), **_library_versions()},
-                git=commit(),
-                metadata=dict(model.metadata),
-                peak_memory=peak_memory(probe.device),
-                notes=(*probe.notes, *probe.damage.notes(group), *domain_notes(model, probe.sources())),
-                tables=_tables(outcomes, probe, settings),
-                files=(f"{base}.jsonl", f"{base}.safetensors", *writer.files()),
-            )
-            if group.leads:
-                keys = [pair.key for pair in probe.data.val.pairs]
-                records = area_records(outcomes[0].areas, keys)
-                head = {key: tensor.contiguous() for key, tensor in outcomes[0].head.items()}
-                write_bytes(fresh / f"{base}.safetensors", safetensors.torch.save(head))
-                write(report, fresh / f"{base}.json", {fresh / f"{base}.jsonl": records})
-        return report
-
-
-def _metrics(outcomes: Sequence[Outcome]) -> dict[str, Metric]:
-    areas = [outcome.areas for outcome in outcomes]
-    return metrics(areas[0]) if len(areas) == 1 else repeated(areas)
-
-
-def _tables(outcomes: Sequence[Outcome], probe: Probe, settings: SegSettings) -> dict[str, Table]:
-    tables = {"classes": class_table([outcome.areas for outcome in outcomes], probe.data.labelling.classes)}
-    if len(outcomes) > 1:
-        found = [score(outcome.areas) for outcome in outcomes]
-        tables["seeds"] = Table(
-            columns=("seed", "miou", "macc", "aacc"),
-            rows=tuple(
-                (settings.first_head + number, one.miou, one.macc, one.aacc)
-                for number, one in enumerate(found)
-            ),
+    writer = MapWriter(
+        folder=run.folder / f"{run.base}-maps",
+        split=data.val,
+        labelling=data.labelling,
+        indices=spread_indices(len(data.val.pairs), settings.save_maps),
+    )
+    first = run.settings.seed if settings.head_seed is None else settings.head_seed
+    seeds = range(first, first + settings.seeds)
+    heads = [
+        train_head(
+            probe,
+            seed,
+            run,
+            model.name if len(seeds) == 1 else f"{model.name}, seed {seed}",
+            writer if seed == first else None,
         )
-    return tables
-
-
-def _data_used(probe: Probe) -> tuple[DataUsed, ...]:
-    return tuple(
-        DataUsed(
-            role=role,
-            name=split.name,
-            fingerprint=checked.fingerprint,
-            count=len(split.pairs),
-            num_classes=len(probe.data.labelling.classes),
-        )
-        for role, split, checked in (
-            ("train", probe.data.train, probe.train),
-            ("val", probe.data.val, probe.val),
-        )
+        for seed in seeds
+    ]
+    weights = f"{run.base}.safetensors"
+    if run.ranks.leads:
+        tensors = {name: tensor.contiguous() for name, tensor in heads[0].weights.items()}
+        write_bytes(run.folder / weights, safetensors.torch.save(tensors))
+    areas = [head.areas for head in heads]
+    return Result(
+        metrics=bootstrapped(areas[0]) if len(areas) == 1 else repeated(areas),
+        pairing="mean_iou",
+        data=[_used(role, split, data) for role, split in (("train", data.train), ("val", data.val))],
+        records=area_records(areas[0], [pair.key for pair in data.val.pairs]),
+        blocks=[
+            class_table(areas, data.labelling.classes),
+            *([_seed_table(areas, seeds)] if len(seeds) > 1 else []),
+            *_overlays(writer),
+        ],
+        resolved={
+            **config.describe(),
+            "labels": data.labelling.describe(),
+            "tokens": "kept, float16" if probe.keeps_tokens else "computed in every iteration",
+        },
+        seconds={"preparation": prepared - started, "heads": time.monotonic() - prepared},
+        files=[weights, *writer.files()],
+        notes=[*notes, *data.notes, *_orientation_notes(data, checked)],
     )
 
 
-def _library_versions() -> dict[str, str]:
-    names = ("onedl-mmsegmentation", "onedl-mmengine", "onedl-mmcv", "opencv-python")
-    return {name: version(name) for name in names}
+def _open_and_check(
+    settings: SegSettings, run: EvalRun, known: Mapping[str, Sequence[str]]
+) -> tuple[Dataset, list[Checked]]:
+    """Open the data, and validate every file; see `open_dataset` and `check_split`."""
+    data = _open(settings, run, known)
+    both = (data.train, data.val)
+    check = partial(
+        check_split, labelling=data.labelling, memo=run.fingerprints, progress=run.progress, damage=run.damage
+    )
+    checked = [run.ranks.on_leader(partial(check, split)) for split in both]
+    train, val = (
+        replace(split, fingerprint=result.fingerprint) for split, result in zip(both, checked, strict=True)
+    )
+    for split in (train, val):
+        run.note_source(split)
+    return replace(data, train=train, val=val), checked
+
+
+def _open(settings: SegSettings, run: EvalRun, known: Mapping[str, Sequence[str]]) -> Dataset:
+    limit = run.settings.limit
+    if settings.data is not None:
+        return open_dataset(settings.data, voc_split=settings.voc_split, known=known, limit=limit)
+    (count, val_count), seed = settings.scenes, run.settings.seed
+    world = ScenesSettings(layout="ade20k", count=count, val_count=val_count, seed=seed)
+    root = run.cache / "scenes" / f"ade20k-v{CARD_VERSION}-{count}-{val_count}-seed{seed}"
+    damaged = lambda reason: run.damage.add(DamagedError(reason))  # noqa: E731
+    run.ranks.on_leader(lambda: write_cached(root, world, damaged))
+    data = open_dataset(root, voc_split=settings.voc_split, known=known, limit=limit)
+    train, val = (
+        replace(split, name=f"scenes:{name}", location=f"scenes:{name}?seed={seed}")
+        for name, split in (("train", data.train), ("val", data.val))
+    )
+    return Dataset(labelling=data.labelling, train=train, val=val)
+
+
+def _orientation_notes(data: Dataset, checked: Sequence[Checked]) -> list[str]:
+    return [
+        f"{result.rotated:,} of {len(split.pairs):,} images of {split.name} have an EXIF orientation, which "
+        f"is not applied: their annotations are taken to lie as the pixels are stored"
+        for split, result in zip((data.train, data.val), checked, strict=True)
+        if result.rotated
+    ]
+
+
+def _used(role: str, split: Split, data: Dataset) -> DatasetInfo:
+    return DatasetInfo(
+        role=role,
+        name=split.name,
+        fingerprint=split.fingerprint,
+        count=len(split.pairs),
+        num_classes=len(data.labelling.classes),
+    )
+
+
+def bootstrapped(areas: Areas, seed: int = 0) -> dict[str, Metric]:
+    """Compute miou, macc and aacc with 95 % intervals: percentile bootstrap over images."""
+    scores = score(areas)
+    counts = resamples(len(areas), seed=seed)  # [R, N]
+    totals = (counts @ areas.reshape(len(areas), -1)).reshape(len(counts), *areas.shape[1:])
+    iou, acc, overall = area_ratios(totals)
+    metrics = {}
+    for name, values in (("miou", mean_present(iou)), ("macc", mean_present(acc)), ("aacc", overall)):
+        low, high = interval(values)
+        metrics[name] = Metric(value=getattr(scores, name), low=low, high=high)
+    return metrics
+
+
+def repeated(heads: Sequence[Areas]) -> dict[str, Metric]:
+    """Compute the mean scores of several heads, with their standard deviation (n - 1)."""
+    scores = [score(areas) for areas in heads]
+    metrics = {}
+    for name in ("miou", "macc", "aacc"):
+        values = torch.tensor([getattr(each, name) for each in scores]).double()
+        metrics[name] = Metric(value=float(values.mean()), std=float(values.std()))
+    return metrics
+
+
+def area_records(areas: Areas, keys: Sequence[str]) -> Iterator[Record]:
+    """Yield a record per image: [class, intersection, prediction, label] in pixels.
+
+    It holds the classes that are predicted or in the label; the sums over all records give the scores.
+    """
+    for key, of_classes in zip(keys, areas.astype(int), strict=True):
+        present = np.flatnonzero(of_classes[1] + of_classes[2])
+        yield {"id": key, "areas": np.column_stack([present, of_classes[:, present].T]).tolist()}
+
+
+def class_table(heads: Sequence[Areas], classes: tuple[str, ...]) -> Table:
+    """Tabulate per class IoU and accuracy in percent (means over heads), and the share of labelled pixels."""
+    scores = [score(areas) for areas in heads]
+    iou = np.mean([each.iou for each in scores], axis=0)
+    acc = np.mean([each.acc for each in scores], axis=0)
+    pixels = heads[0].sum(axis=0)[2]
+    share = 100 * pixels / pixels.sum()
+    rows = tuple(
+        (name, _or_none(iou[index]), _or_none(acc[index]), float(share[index]))
+        for index, name in enumerate(classes)
+    )
+    return Table(
+        title="IoU of each class",
+        columns=("class", "iou", "acc", "share"),
+        rows=rows,
+        compared="iou",
+        shared="share",
+    )
+
+
+def _or_none(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _seed_table(heads: Sequence[Areas], seeds: Sequence[int]) -> Table:
+    scores = [score(areas) for areas in heads]
+    rows = tuple((seed, each.miou, each.macc, each.aacc) for seed, each in zip(seeds, scores, strict=True))
+    return Table(title="scores of each head", columns=("seed", "miou", "macc", "aacc"), rows=rows)
+
+
+def _overlays(writer: MapWriter) -> list[Block]:
+    images = []
+    for index in sorted(writer.indices):
+        key = writer.split.pairs[index].key
+        file = f"{writer.folder.name}/{writer.names(index)[1]}"
+        alt = f"{key}: image, ground truth and prediction"
+        images.append(Image(file=file, alt=alt, label=key, side=340))
+    title = "image, ground truth and prediction (void is clear in the truth and faint in the prediction)"
+    return [ImageGrid(title=title, rows=(ImageRow(images=tuple(images)),))] if images else []
+
+
+def with_seed(settings: SegSettings, run: RunSettings, number: int) -> SegSettings:
+    """Return the settings of the `number`-th repetition, with other seeds of the heads."""
+    first = run.seed if settings.head_seed is None else settings.head_seed
+    return replace(settings, head_seed=first + number * settings.seeds)
+
+
+SEG = Evaluator(
+    name="seg",
+    settings=SegSettings,
+    evaluate=evaluate,
+    title="segmentation probe",
+    with_seed=with_seed,
+)

@@ -16,8 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from radio.images import write_png
 
-from .datasets import VOID, Labelling, Split
-from .pixels import read_image, read_labels
+from .data import VOID, Labelling, Split, read_image, read_labels
 
 # Letters: H W an image's own height and width, C classes.
 
@@ -38,30 +37,30 @@ class MapWriter:
     folder: Path
     split: Split
     labelling: Labelling
-    places: frozenset[int]  # of the images to write
+    indices: frozenset[int]  # of the images to write
 
-    def __call__(self, place: int, classes: Bytes) -> None:
-        """Write the prediction [H, W] of an image, if it is among `places`."""
-        if place not in self.places:
+    def __call__(self, index: int, classes: Bytes) -> None:
+        """Write the prediction [H, W] of an image, if it is among `indices`."""
+        if index not in self.indices:
             return
-        pair = self.split.pairs[place]
+        pair = self.split.pairs[index]
         colours = palette(len(self.labelling.classes))
         offset = int(self.labelling.zero_is_void)
         numbers = np.concatenate([np.zeros((offset, 3), np.uint8), colours])
         image = Image.fromarray(classes + np.uint8(offset))
         image.putpalette(numbers.tobytes())
-        write_png(image, self.folder / self.names(place)[0])
+        write_png(image, self.folder / self.names(index)[0])
         pixels = read_image(pair).numpy().transpose(1, 2, 0)
         truth = read_labels(pair.labels, self.labelling)
         shown = side_by_side(pixels, truth, classes, colours)
         seen = np.union1d(truth[truth != VOID], classes)
         key = legend([(self.labelling.classes[n], colours[n]) for n in seen], shown.shape[1])
         shown = np.concatenate([shown, key])
-        write_png(Image.fromarray(shown), self.folder / self.names(place)[1])
+        write_png(Image.fromarray(shown), self.folder / self.names(index)[1])
 
-    def names(self, place: int) -> tuple[str, str]:
+    def names(self, index: int) -> tuple[str, str]:
         """Return the two file names of an image in the folder."""
-        stem = self.split.pairs[place].key
+        stem = self.split.pairs[index].key
         if len(stem.encode()) > _LONGEST:
             stem = f"{stem[:40]}-{hashlib.sha256(stem.encode()).hexdigest()[:16]}"
         return f"{stem}.png", f"{stem}-overlay.png"
@@ -69,7 +68,7 @@ class MapWriter:
     def files(self) -> tuple[str, ...]:
         """List all files, relative to the folder's parent."""
         return tuple(
-            f"{self.folder.name}/{name}" for place in sorted(self.places) for name in self.names(place)
+            f"{self.folder.name}/{name}" for index in sorted(self.indices) for name in self.names(index)
         )
 
 
@@ -113,10 +112,10 @@ def legend(entries: Sequence[tuple[str, Bytes]], width: int) -> Bytes:
     return np.array(image)
 
 
-def spread_places(count: int, wanted: int) -> frozenset[int]:
-    """Choose at most `wanted` indices, evenly spaced over `count`."""
-    wanted = min(count, wanted)
-    return frozenset(number * count // wanted for number in range(wanted))
+def spread_indices(count: int, most: int) -> frozenset[int]:
+    """Choose at most `most` indices, evenly spaced over `count`."""
+    most = min(count, most)
+    return frozenset(number * count // most for number in range(most))
 
 
 def _over(image: Bytes, classes: Bytes, colours: Bytes, opacity: NDArray[np.float64]) -> Bytes:

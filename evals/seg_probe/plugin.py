@@ -1,4 +1,4 @@
-"""Our parts for MMSegmentation's registries: backbone, head, resize, metric. Import through `library`."""
+"""Our parts for MMSegmentation's registries: backbone, head, resize, metric. Import through `load_plugin`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from mmseg.models import CrossEntropyLoss, EncoderDecoder, SegDataPreProcessor
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.models.utils import resize
 from mmseg.registry import MODELS, TRANSFORMS
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from radio.dist import Group
@@ -23,12 +24,13 @@ from radio.errors import RadioError
 from radio.provenance import fast_products
 from radio.types import Backbone
 
-from .datasets import VOID
-from .presets import ProbeConfig
-from .scores import Areas
-from .sizes import keep_ratio
+from .data import VOID
+from .protocol import ProbeConfig, keep_ratio
 
 # Letters: B batch, D token width, H W grid, h w pixels, C classes, N images.
+
+Areas = NDArray[np.float64]
+"""[N, 3, C]: pixels per image and class in the intersection, in the prediction and in the label."""
 
 KNOWN_CLASSES: Mapping[str, Sequence[str]] = {
     "ADE20K": ADE20KDataset.METAINFO["classes"],
@@ -195,7 +197,7 @@ class AreaMetric(IoUMetric):  # type: ignore[misc]
         self.results.clear()
         areas = self._group.sum(areas)
         self.areas = areas.numpy()
-        rows = [(both, said + label - both, said, label) for both, said, label in areas]
+        rows = [(both, predicted + label - both, predicted, label) for both, predicted, label in areas]
         scores: dict[str, float] = self.compute_metrics(rows)
         return scores
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import random
 import secrets
@@ -9,10 +11,10 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
@@ -26,103 +28,136 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from radio.chunks import Damage, DamagedError
+from evals.core.evaluator import EvalRun
+from evals.core.states import load_state, save_state
+from radio.chunks import DamagedError
 from radio.dist import Group
 from radio.errors import CheckpointError, RadioError
-from radio.progress import ProgressFactory, ProgressWithText
+from radio.progress import ProgressWithText
+from radio.types import Backbone
 
-from .images import Images, Positions, Sample, Share, Stream, TokenMaps, one_thread
-from .plugin import AreaMetric
-from .presets import ProbeConfig
-from .scores import Areas
-from .states import HeadState, read_state, write_state
+from .plugin import AreaMetric, Areas, KeptTokens, RadioBackbone, build_model
+from .protocol import ProbeConfig
+from .samples import Images, Positions, Sample, Stream, TokenMaps, one_thread
 
 # Letters: H W an image's own height and width.
+
+_FORMAT = "am-radio-seg-head/1"
+_TEST_BATCH = 32  # cached tokens
 
 Keep = Callable[[int, NDArray[np.uint8]], None]
 """Takes a validation image's index and its predicted classes [H, W]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """The inputs of one head's training and test."""
+class HeadState:
+    """The state of a training; iteration 0 means not started."""
 
-    make_model: Callable[[], nn.Module]
-    train: Images | TokenMaps
-    val: Images | TokenMaps
-    config: ProbeConfig
-    seed: int
-    state: Path  # file of the training state
-    key: str  # hash of everything that determines the head
-    save_every: int
-    device: torch.device
-    workers: int
-    test_batch: int
-    group: Group
-    label: str  # of the progress bars
-    damage: Damage  # of the cache
+    iteration: int = 0
+    head: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    schedulers: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
+class Probe:
+    """What the trainings of all heads have in common."""
+
+    model: Backbone  # on its device
+    config: ProbeConfig
+    num_classes: int
+    train: Images | TokenMaps
+    val: Images | TokenMaps
+    key: Sequence[object]  # everything that determines a head, except its seed
+    save_every: int  # iterations
+
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether the backbone's tokens are cached."""
+        return isinstance(self.train, TokenMaps)
+
+
+class Head(NamedTuple):
     """A trained head and its test results."""
 
     areas: Areas
-    scores: dict[str, float]  # rounded as by MMSegmentation
-    head: dict[str, Tensor]
-    resumed: int  # the iteration that the training resumed from; the last one if it was finished
+    weights: dict[str, Tensor]
 
 
-def run(job: Job, watch: ProgressFactory, keep: Keep | None = None) -> Outcome:
-    """Train the head, resuming an earlier run, and test it.
+def train_head(probe: Probe, seed: int, run: EvalRun, label: str, keep: Keep | None = None) -> Head:
+    """Train a head, resuming an earlier run, and test it.
+
+    Args:
+        label: of the progress bars.
+        keep: takes every prediction on a validation image.
 
     Raises:
         RadioError: the loss is not finite.
         DataError: ranks do not share the folder of the states.
     """
-    start = _start(job)
-    with TemporaryDirectory(prefix="am-radio-seg-") as folder, _own_randomness(job.device):
-        metric = AreaMetric(job.group)
-        runner = _make_runner(job, start, metric, folder)
-        with watch(f"training {job.label}", job.config.iterations) as advance:
+    key = hashlib.sha256(json.dumps([_FORMAT, *probe.key, probe.keeps_tokens, seed]).encode()).hexdigest()
+    path = run.cache / "seg-heads" / f"{key}.pt"
+    start = _load_start(path, key, run)
+    with TemporaryDirectory(prefix="am-radio-seg-") as folder, _own_randomness(run.device):
+        metric = AreaMetric(run.ranks)
+        save = SaveState(path, key, probe.save_every, run.ranks)
+        runner = _make_runner(probe, seed, run, start, metric, save, folder)
+        with run.progress(f"training {label}", probe.config.iterations) as advance:
             if start.iteration:
                 advance(start.iteration)
             runner.register_hook(Progress(advance))
             runner.train()
-        with watch(f"testing {job.label}", len(job.val)) as advance:
-            runner.register_hook(TestProgress(advance, job.group.world))
+        with run.progress(f"testing {label}", len(probe.val)) as advance:
+            runner.register_hook(TestProgress(advance, run.ranks.world))
             if keep is not None:
                 runner.register_hook(KeepMaps(keep))
-            scores = runner.test()
-    head = {name: tensor.cpu() for name, tensor in _bare(runner.model).state_dict().items()}
-    return Outcome(areas=metric.areas, scores=scores, head=head, resumed=start.iteration)
+            runner.test()
+    weights = {name: tensor.cpu() for name, tensor in _bare(runner.model).state_dict().items()}
+    return Head(metric.areas, weights)
 
 
-def _start(job: Job) -> HeadState:
+def _load_start(path: Path, key: str, run: EvalRun) -> HeadState:
     """Read the state of an earlier run; a damaged one is reported, and training starts from scratch."""
     try:
-        return read_state(job.state, job.key, job.group)
+        return load_state(path, _FORMAT, key, HeadState(), run.ranks)
     except CheckpointError as error:
-        if job.group.leads:
-            job.damage.add(DamagedError(str(error).partition(";")[0]))
-            if job.state.is_dir():  # a file cannot replace it
-                shutil.rmtree(job.state)
+        if run.ranks.leads:
+            run.damage.add(DamagedError(str(error).partition(";")[0]))
+            if path.is_dir():  # a file cannot replace it
+                shutil.rmtree(path)
         return HeadState()
 
 
-def _make_runner(job: Job, start: HeadState, metric: AreaMetric, folder: str) -> ProbeRunner:
-    config, group = job.config, job.group
-    loader: dict[str, Any] = {"num_workers": job.workers, "collate_fn": _collate}
-    loader |= {"persistent_workers": job.workers > 0, "worker_init_fn": one_thread}
+def _make_runner(
+    probe: Probe,
+    seed: int,
+    run: EvalRun,
+    start: HeadState,
+    metric: AreaMetric,
+    save: SaveState,
+    folder: str,
+) -> ProbeRunner:
+    config, ranks = probe.config, run.ranks
+    backbone: dict[str, Any] = {"type": RadioBackbone, "model": probe.model, "dtype": run.dtype}
+    workers = 0 if probe.keeps_tokens else run.workers
+    loader: dict[str, Any] = {"num_workers": workers, "collate_fn": _collate}
+    loader |= {"persistent_workers": workers > 0, "worker_init_fn": one_thread}
     return ProbeRunner(
         start=start,
-        device=job.device,
-        model=job.make_model(),
+        device=run.device,
+        model=build_model(
+            {"type": KeptTokens} if probe.keeps_tokens else backbone,
+            width=probe.model.token_dim,
+            num_classes=probe.num_classes,
+            config=config,
+            group=ranks,
+            pixels=not probe.keeps_tokens,
+        ),
         work_dir=folder,
         train_dataloader=DataLoader(
-            Stream(job.train, job.seed, job.train.metainfo),
-            batch_size=config.batch // group.world,
-            sampler=Positions(len(job.train), config.batch, group.rank, group.world),
+            Stream(probe.train, seed, probe.train.metainfo),
+            batch_size=config.train_batch_size // ranks.world,
+            sampler=Positions(len(probe.train), config.train_batch_size, ranks.rank, ranks.world),
             **loader,
         ),
         train_cfg={"type": "IterBasedTrainLoop", "max_iters": config.iterations},
@@ -132,17 +167,17 @@ def _make_runner(job: Job, start: HeadState, metric: AreaMetric, folder: str) ->
         },
         param_scheduler=_schedules(config),
         test_dataloader=DataLoader(
-            job.val,
-            batch_size=job.test_batch,
-            sampler=Share(len(job.val), group.rank, group.world),
+            probe.val,
+            batch_size=_TEST_BATCH if probe.keeps_tokens else 1,  # images differ in size
+            sampler=range(ranks.rank, len(probe.val), ranks.world),
             **loader,
         ),
         test_cfg={"type": "TestLoop"},
         test_evaluator=[metric],
         default_hooks=dict.fromkeys(("runtime_info", "timer", "sampler_seed", "logger", "checkpoint")),
-        custom_hooks=[SaveState(job.state, job.key, job.save_every, group)],
-        launcher="none" if group.world == 1 else "pytorch",
-        randomness={"seed": job.seed % 2**32},  # NumPy's limit
+        custom_hooks=[save],
+        launcher="none" if ranks.world == 1 else "pytorch",
+        randomness={"seed": seed % 2**32},  # NumPy's limit
         default_scope="mmseg",
         experiment_name=secrets.token_hex(8),  # mmengine caches loggers by name
     )
@@ -237,7 +272,7 @@ class SaveState(Hook):  # type: ignore[misc]
                 optimizer=runner.optim_wrapper.optimizer.state_dict(),
                 schedulers=[scheduler.state_dict() for scheduler in runner.param_schedulers],
             )
-            write_state(self._path, self._key, state)
+            save_state(self._path, _FORMAT, self._key, state)
 
 
 @final
@@ -245,15 +280,15 @@ class Progress(Hook):  # type: ignore[misc]
     """Advances the progress bar, and shows the loss at intervals."""
 
     def __init__(self, advance: Any) -> None:
-        self._advance, self._told = advance, 0.0
+        self._advance, self._shown = advance, 0.0
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
         """Advance by one iteration; read the loss at most twice a second, as it waits for the device."""
         self._advance(1)
-        if isinstance(self._advance, ProgressWithText) and time.monotonic() - self._told > 0.5:
-            self._told = time.monotonic()
+        if isinstance(self._advance, ProgressWithText) and time.monotonic() - self._shown > 0.5:
+            self._shown = time.monotonic()
             self._advance.set_postfix(f"loss {float(outputs['loss'].detach()):.4f}")
 
 

@@ -13,8 +13,9 @@ from typing import Any, final
 import torch
 from torch import nn
 
+from evals.core.blocks import Table
 from evals.core.paper import table_6_row
-from evals.core.report import Metric, Report, Table, file_name, write
+from evals.core.report import Metric, Report, file_name, write
 from radio.benchmark import Adapted, BenchmarkModel, Counts, Measurement, count, measure, num_turns, prepare
 from radio.config import to_plain
 from radio.errors import ConfigError, SizeError, did_you_mean
@@ -49,6 +50,7 @@ class ThroughputEvaluator:
     """Measures images per second of a backbone alone, and with its adaptors."""
 
     name = "throughput"
+    on_request = True  # no score: it wants an otherwise idle machine
     settings = ThroughputSettings
 
     def run(

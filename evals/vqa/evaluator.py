@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
 
+from evals.core.blocks import Table
 from evals.core.evaluator import domain_notes, machine_settings
-from evals.core.report import DataUsed, Metric, Report, Table, file_name, write
+from evals.core.report import DatasetInfo, Metric, Report, file_name, write
 from radio.chunks import Damage, default_cache
 from radio.config import check, to_plain
 from radio.data import ImageSource
@@ -58,7 +59,7 @@ class Outcome:
     answered: list[Answered]
     losses: dict[str, float] = field(default_factory=dict)  # final loss of each stage
     resolved: dict[str, Any] = field(default_factory=dict)
-    data: Sequence[DataUsed] = ()  # of the training
+    data: Sequence[DatasetInfo] = ()  # of the training
     notes: Sequence[str] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     device: str = "none: a file of predictions was scored"
@@ -70,6 +71,7 @@ class VqaEvaluator:
     """Score any backbone by a LLaVA-1.5 that is trained on its patch tokens."""
 
     name = "vqa"
+    expensive = True  # it trains a language model
     settings = VqaSettings
 
     def with_seed(self, settings: VqaSettings, number: int) -> VqaSettings:
@@ -198,7 +200,7 @@ def evaluate(model: Backbone, settings: VqaSettings, group: Group, progress: Pro
             "ranks": group.world,
         },
         data=[
-            DataUsed(
+            DatasetInfo(
                 role=role,
                 name=stage.name,
                 fingerprint=stage.fingerprint,

@@ -31,8 +31,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from evals.core.features import Extraction, extract
-from evals.core.views import View
+from evals.core.features import Extraction, View, extract
 from radio.chunks import Damage
 from radio.data import ImageSource
 from radio.dist import Group

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from evals.core.bootstrap import RESAMPLES, interval, resamples
-from evals.core.report import DataUsed, Metric, Table
+from evals.core.blocks import Table
+from evals.core.report import DatasetInfo, Metric
+from evals.core.stats import RESAMPLES, interval, resamples
 from radio.errors import DataError
 from radio.io import write_text
 
@@ -395,9 +396,9 @@ class Benchmark:
                 f"{len(self.questions)}; leave the limit out"
             )
 
-    def data_used(self) -> DataUsed:
+    def data_used(self) -> DatasetInfo:
         """Return the benchmark's row in the report."""
-        return DataUsed(
+        return DatasetInfo(
             role="questions",
             name=self.name,
             fingerprint=self.fingerprint,

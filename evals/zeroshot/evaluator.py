@@ -2,253 +2,191 @@
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import final
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from evals.core.accuracy import class_table, confusion_table, mean_class, top_accuracies
-from evals.core.evaluator import domain_notes, machine_settings
-from evals.core.features import Bank, Extraction, Stored, check_finite, extract
-from evals.core.plan import make_extraction, resolved, to_teacher_space
-from evals.core.report import DataUsed, Metric, Report, Table, file_name, proportion, write
-from radio.chunks import Damage, default_cache
-from radio.config import to_plain
-from radio.data import ImageSource, open_source
-from radio.dist import Group, current
+from evals.core.classification import (
+    class_table,
+    confusions,
+    mean_class,
+    top_accuracies,
+    wrong_examples,
+)
+from evals.core.evaluator import EvalRun, Evaluator, Result
+from evals.core.features import (
+    Scenes,
+    StoredFeatures,
+    ViewSettings,
+    check_finite,
+    to_teacher_space,
+)
+from evals.core.report import Metric
+from evals.core.stats import proportion
+from radio.data import ImageSource
 from radio.errors import ConfigError, require
-from radio.progress import ProgressFactory, no_progress
-from radio.provenance import commit, describe_device, peak_memory, versions
 from radio.types import Backbone
 
 from .captions import Captioned, open_captions
-from .classifier import TextCache, classifier, text_vectors
 from .names import Named, name_classes, read_templates
-from .ranking import Ranking, image_to_text, rank_classes, text_to_image
-from .settings import ZeroshotSettings
-from .towers import TextHead, find_text_tower
+from .texts import TextCache, TextHead, classifier, find_text_tower, text_vectors
 
 # Letters: N images, C summary width, E text width, K classes.
 
 _RECALLS = (1, 5, 10)
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """Inputs of both kinds of scoring."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ZeroshotSettings(ViewSettings):
+    """Classification by class names, or retrieval by captions, with a CLIP teacher's text tower."""
 
-    model: Backbone
-    settings: ZeroshotSettings
-    side: TextHead
-    how: Extraction
-    cache: Path
-    group: Group
-    watch: ProgressFactory
-    damage: Damage
+    query: str | None = None
+    """Labelled images: a folder with one folder per class, or tar shards. Default: the generated world."""
+    scenes: Scenes = 1500
+    """Number of images of the generated world."""
+    class_names: str | None = None
+    """`imagenet`, or a file with one name per line. Default: the names of the folders."""
+    templates: str | None = None
+    """`openai` (80), `simple` (7), `scenes` (8), or a file with one template per line, `{}` for the name.
+    Default: `scenes` for the generated world, else `openai`."""
+    text: str | None = None
+    """The teacher whose text tower encodes the names, as in the checkpoint's metadata (`clip`), or as a spec
+    if its file has moved. Default: the first that has one."""
+    captions: str | None = None
+    """Score image-text retrieval instead: a captions JSON in COCO's format, or `scenes`."""
+    images: Path | None = None
+    """The folder of the captions' images."""
 
-    @property
-    def texts(self) -> TextCache:
-        """Cache of the vectors of texts."""
-        return TextCache(
-            folder=self.cache,
-            device=self.how.device,
-            group=self.group,
-            watch=self.watch,
-            damage=self.damage,
-        )
-
-    def images(self, source: ImageSource) -> tuple[Stored, Bank]:
-        """Extract the features of a source; return them as stored, and projected into the texts' space."""
-        stored = extract(
-            self.model,
-            source,
-            self.how,
-            cache=self.cache,
-            group=self.group,
-            watch=self.watch,
-            damage=self.damage,
-        )
-        features, indices = stored.load()
-        projected = self.side.tower.project(to_teacher_space(self.model, self.side.head, features))
-        check_finite(projected, f"{self.model.name} in the space of {self.side.teacher}'s texts")
-        return stored, Bank(projected, indices)
+    def __post_init__(self) -> None:
+        """Validate the settings; raise `ConfigError` when they are invalid or contradictory."""
+        ViewSettings.__post_init__(self)  # super() does not work in a class with slots
+        named = self.class_names or self.templates or self.query
+        if self.captions is not None and named:
+            raise ConfigError(f"retrieval reads captions, not {named}; leave that or --captions out")
+        if (self.images is None) != (self.captions in (None, "scenes")):
+            raise ConfigError("--captions FILE and --images FOLDER belong together; give both")
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class _Scored:
-    """The part of the report that depends on the kind of scoring."""
-
-    primary_metric: str
-    metrics: dict[str, Metric]
-    tables: dict[str, Table]
-    data: tuple[DataUsed, ...]
-    source: ImageSource
-    found: dict[str, object]  # further resolved settings
-    records: Iterable[str]
-    notes: tuple[str, ...] = ()
+def missing_requirements(model: Backbone) -> str:
+    """Explain why the model has no text tower; empty if it has one."""
+    try:
+        find_text_tower(model)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
-@final
-class ZeroshotEvaluator:
-    """Scores any backbone whose summary lies in, or can be mapped to, the space of a text tower."""
+def evaluate(model: Backbone, settings: ZeroshotSettings, run: EvalRun) -> Result:
+    """Score a model whose summary lies in, or can be mapped to, the space of a text tower.
 
-    name = "zeroshot"
-    settings = ZeroshotSettings
-
-    def missing_requirements(self, model: Backbone) -> str:
-        """Explain why the model has no text tower; empty if it has one."""
-        try:
-            find_text_tower(model)
-        except ConfigError as error:
-            return str(error)
-        return ""
-
-    def run(
-        self,
-        model: Backbone,
-        settings: ZeroshotSettings,
-        out: Path,
-        *,
-        name: str | None = None,
-        watch: ProgressFactory = no_progress,
-        group: Group | None = None,
-    ) -> Report:
-        """Score `model` and write `zeroshot-NAME.json` and `zeroshot-NAME.jsonl` into `out`.
-
-        The second has a line per image, and in retrieval a line per caption, too. Retrieval adds `-retrieval`
-        to the name. Every rank of a torchrun job calls this and gets the same report; rank 0 writes.
-
-        Raises:
-            ConfigError: the model has no text tower, or an unknown device.
-            CheckpointError: the text tower's weights are not at the path in the checkpoint.
-            DataError: data that are absent, damaged, or whose classes have no names.
-            RadioError: a name or caption that the text tower cannot encode.
-            MissingExtraError: open_clip is not installed.
-        """
-        require("open_clip", extra="zeroshot")  # raises here rather than after the extraction
-        started = time.monotonic()
-        side = find_text_tower(model, settings.text)
-        how, notes = make_extraction(model, settings, side.head)
-        job = _Job(
-            model=model,
-            settings=settings,
-            side=side,
-            how=how,
-            cache=settings.cache or default_cache(),
-            group=group or current(),
-            watch=watch,
-            damage=Damage(),
-        )
-        scored = _classification(job) if settings.captions is None else _retrieval(job)
-        label = (name or model.name) + ("" if settings.captions is None else "-retrieval")
-        base = file_name(self.name, label)
-        report = Report(
-            task=self.name,
-            model=label,
-            fingerprint=model.fingerprint,
-            primary_metric=scored.primary_metric,
-            metrics=scored.metrics,
-            settings={
-                **to_plain(settings),
-                "resolved": {
-                    **resolved(how, side.head),
-                    "text": side.teacher,
-                    "ranks": job.group.world,
-                    **scored.found,
-                },
-            },
-            data=scored.data,
-            device=describe_device(how.device),
-            seconds={"total": time.monotonic() - started},
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            machine_settings=machine_settings(settings),
-            versions=versions(),
-            git=commit(),
-            metadata=dict(model.metadata),
-            peak_memory=peak_memory(how.device),
-            notes=(
-                *notes,
-                *scored.notes,
-                *scored.source.notes,
-                *job.damage.notes(job.group),
-                *domain_notes(model, [scored.source]),
-            ),
-            tables=scored.tables,
-            files=(f"{base}.jsonl",),
-        )
-        if job.group.leads:
-            write(report, out / f"{base}.json", {out / f"{base}.jsonl": "".join(scored.records)})
-        return report
+    Raises:
+        ConfigError: the model has no text tower, or an unknown device.
+        CheckpointError: the text tower's weights are not at the path in the checkpoint.
+        DataError: data that are absent, damaged, or whose classes have no names.
+        RadioError: a name or caption that the text tower cannot encode.
+        MissingExtraError: open_clip is not installed.
+    """
+    require("open_clip", extra="zeroshot")  # raises here rather than after the extraction
+    head = find_text_tower(model, settings.text)
+    score = _classify if settings.captions is None else _retrieve
+    return score(model, settings, run, head)
 
 
-def _classification(job: _Job) -> _Scored:
-    settings = job.settings
-    source = open_source(
-        settings.query or "scenes:val",
-        limit=settings.limit,
-        scenes=settings.scenes,
-        seed=settings.seed,
-        memo=job.cache / "fingerprints",
-        watch=job.watch,
-    )
+def _classify(model: Backbone, settings: ZeroshotSettings, run: EvalRun, head: TextHead) -> Result:
+    source = run.open_images(settings.query or "scenes:val", scenes=settings.scenes)
     named = name_classes(source, settings.class_names)
-    templates = read_templates(settings.templates, scenes=source.name.startswith("scenes:"))
-    columns = classifier(job.side.tower, named.names, templates, cache=job.texts)
-    stored, images = job.images(source)
-    ranking = rank_classes(images.features, columns)
-    labels = torch.from_numpy(named.labels)[images.indices]
-    metrics = top_accuracies(ranking.classes, labels, len(named.names))
-    return _Scored(
-        primary_metric="top1",
-        metrics={**metrics, "mean_class": mean_class(ranking.classes, labels)},
-        tables={
-            "classes": class_table(ranking.classes, labels, named.names),
-            "confusions": confusion_table(ranking.classes, labels, named.names),
+    templates = read_templates(settings.templates, scenes=source.location.startswith("scenes:"))
+    columns = classifier(head.tower, named.names, templates, cache=_text_cache(run))
+    stored, images = _project(model, settings, run, head, source)
+    ranking = rank_classes(images, columns)
+    labels = torch.from_numpy(named.labels)[stored.indices()]
+    chance = 100 / len(named.names)
+
+    def logits(row: int) -> tuple[str, ...]:
+        best = zip(ranking.classes[row].tolist(), ranking.cosines[row].tolist(), strict=True)
+        return (
+            ", ".join(f"{named.names[label]} {100 * cosine:.1f}" for label, cosine in best if label >= 0),
+        )
+
+    return Result(
+        metrics={
+            **top_accuracies(ranking.classes, labels, len(named.names)),
+            "mean_class": mean_class(ranking.classes, labels),
         },
-        data=(_used("query", source, stored, len(named.names)),),
-        source=source,
-        found={"templates": len(templates), "chance": 100 / len(named.names)},
+        baselines={"chance": chance},
+        data=[stored.info("query", num_classes=len(named.names))],
+        records=_class_records(stored, named, ranking, labels),
+        blocks=[
+            confusions(ranking.classes, labels, named.names),
+            *wrong_examples(
+                run,
+                source,
+                stored.indices(),
+                ranking.classes,
+                labels,
+                ranking.cosines[:, 0],
+                named.names,
+                title="wrong and sure of it, one image for each pair of classes, with 100 times the cosines",
+                details=logits,
+            ),
+            class_table(ranking.classes, labels, named.names),
+        ],
+        resolved={**_resolved(head), "templates": len(templates), "chance": chance},
         notes=named.notes,
-        records=_class_records(source, images.indices, named, ranking, labels),
     )
 
 
-def _retrieval(job: _Job) -> _Scored:
-    settings = job.settings
+def _retrieve(model: Backbone, settings: ZeroshotSettings, run: EvalRun, head: TextHead) -> Result:
     assert settings.captions is not None, "the caller has looked"
     captioned = open_captions(
         settings.captions,
         settings.images,
-        limit=settings.limit,
+        limit=run.settings.limit,
         scenes=settings.scenes,
-        seed=settings.seed,
-        memo=job.cache / "fingerprints",
+        seed=run.settings.seed,
+        memo=run.fingerprints,
     )
-    texts = text_vectors(job.side.tower, captioned.texts, cache=job.texts)
-    stored, images = job.images(captioned.source)
-    kept, owners = _readable(captioned, images.indices)
-    to_text = image_to_text(images.features, texts[kept], owners)
-    to_image = text_to_image(images.features, texts[kept], owners)
-    metrics = {f"image_to_text_r{k}": _recall(to_text, k) for k in _RECALLS}
-    metrics |= {f"text_to_image_r{k}": _recall(to_image, k) for k in _RECALLS}
-    said = [captioned.texts[place] for place in kept.tolist()]
-    return _Scored(
-        primary_metric="image_to_text_r1",
-        metrics=metrics,
-        tables={},
-        data=(_used("images", captioned.source, stored, 0),),
-        source=captioned.source,
-        found={"captions": len(said)},
-        records=_retrieval_records(captioned.source, images.indices, to_text, said, owners, to_image),
+    vectors = text_vectors(head.tower, captioned.texts, cache=_text_cache(run))
+    stored, images = _project(model, settings, run, head, captioned.source)
+    readable, owners = _readable(captioned, stored.indices())
+    to_text = image_to_text(images, vectors[readable], owners)
+    to_image = text_to_image(images, vectors[readable], owners)
+    texts = [captioned.texts[index] for index in readable.tolist()]
+    return Result(
+        metrics={
+            **{f"image_to_text_r{k}": _recall(to_text, k) for k in _RECALLS},
+            **{f"text_to_image_r{k}": _recall(to_image, k) for k in _RECALLS},
+        },
+        data=[stored.info("images", num_classes=0)],
+        records=_retrieval_records(stored.keys, to_text, texts, owners, to_image),
+        resolved={**_resolved(head), "captions": len(texts)},
     )
+
+
+def _project(
+    model: Backbone, settings: ZeroshotSettings, run: EvalRun, head: TextHead, source: ImageSource
+) -> tuple[StoredFeatures, Tensor]:
+    """Extract the summaries of a source; return them as stored, and [N, E] in the texts' space."""
+    stored = run.features(model, source, settings)
+    projected = head.tower.project(to_teacher_space(model, head.head, stored.features))
+    check_finite(projected, f"{model.name} in the space of {head.teacher}'s texts")
+    return stored, projected
+
+
+def _text_cache(run: EvalRun) -> TextCache:
+    return TextCache(
+        folder=run.cache, device=run.device, group=run.ranks, watch=run.progress, damage=run.damage
+    )
+
+
+def _resolved(head: TextHead) -> dict[str, Any]:
+    features = "summary" if head.head is None else f"adaptor {head.head}"
+    return {"features": features, "text": head.teacher}
 
 
 def _readable(captioned: Captioned, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,53 +194,128 @@ def _readable(captioned: Captioned, indices: Tensor) -> tuple[Tensor, Tensor]:
     rows = torch.full((len(captioned.source.keys),), -1)
     rows[indices] = torch.arange(len(indices))
     owners = rows[captioned.owners]
-    kept = (owners >= 0).nonzero().flatten()
-    return kept, owners[kept]
+    readable = (owners >= 0).nonzero().flatten()
+    return readable, owners[readable]
 
 
 def _recall(before: Tensor, k: int) -> Metric:
     return proportion(int((before < k).sum()), len(before))
 
 
-def _used(role: str, source: ImageSource, stored: Stored, num_classes: int) -> DataUsed:
-    return DataUsed(
-        role=role,
-        name=source.name,
-        fingerprint=source.fingerprint,
-        count=len(stored.indices()),
-        num_classes=num_classes,
-        skipped=stored.skipped(),
-    )
-
-
 def _class_records(
-    source: ImageSource, indices: Tensor, named: Named, ranking: Ranking, labels: Tensor
-) -> Iterator[str]:
-    """Yield one JSON line per image: its class, the five best, and their logits (100 times the cosine)."""
-    for row, place in enumerate(indices.tolist()):
+    stored: StoredFeatures, named: Named, ranking: Ranking, labels: Tensor
+) -> Iterator[dict[str, Any]]:
+    """Yield a record per image: its class, the five best, and their logits (100 times the cosine)."""
+    for row, key in enumerate(stored.keys):
         classes = [label for label in ranking.classes[row].tolist() if label >= 0]
-        record = {
-            "key": source.keys[place],
+        yield {
+            "id": key,
+            "score": int(classes[0] == int(labels[row])),
             "label": named.names[int(labels[row])],
             "predictions": [named.names[label] for label in classes],
             "logits": [round(100 * value, 4) for value in ranking.cosines[row, : len(classes)].tolist()],
-            "correct": classes[0] == int(labels[row]),
         }
-        yield json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def _retrieval_records(
-    source: ImageSource,
-    indices: Tensor,
-    to_text: Tensor,
-    texts: list[str],
-    owners: Tensor,
-    to_image: Tensor,
-) -> Iterator[str]:
-    """Yield one JSON line per image, then one per caption, with ranks from 1."""
-    for place, before in zip(indices.tolist(), to_text.tolist(), strict=True):
-        yield json.dumps({"key": source.keys[place], "rank": before + 1}, ensure_ascii=False) + "\n"
-    keys = [source.keys[place] for place in indices.tolist()]
-    for text, owner, before in zip(texts, owners.tolist(), to_image.tolist(), strict=True):
-        record = {"caption": text, "image": keys[owner], "rank": before + 1}
-        yield json.dumps(record, ensure_ascii=False) + "\n"
+    keys: list[str], to_text: Tensor, texts: list[str], owners: Tensor, to_image: Tensor
+) -> Iterator[dict[str, Any]]:
+    """Yield a record per image, then one per caption, with ranks from 1."""
+    for key, before in zip(keys, to_text.tolist(), strict=True):
+        yield {"id": key, "part": "images", "rank": before + 1}
+    for index, (text, owner, before) in enumerate(
+        zip(texts, owners.tolist(), to_image.tolist(), strict=True)
+    ):
+        yield {"id": index, "part": "captions", "caption": text, "image": keys[owner], "rank": before + 1}
+
+
+def _suffix(settings: ZeroshotSettings) -> str:
+    return "" if settings.captions is None else "-retrieval"
+
+
+# Letters: N images, K classes, M captions, E width, b rows of a block.
+
+# Ranks come from products in float64 that are rounded far below the noise of float32 features: equal vectors
+# then tie exactly, ties go to the lower index, and no rank depends on the size of a block.
+_DECIMALS = 10
+_TINY = 1e-300  # below the length of every vector of float32 that is not zero
+_CELLS = 1 << 23  # float64 products at once
+
+
+class Ranking(NamedTuple):
+    """The five best classes of each image, padded by -1 and -inf."""
+
+    classes: Tensor  # [N, 5] int64
+    cosines: Tensor  # [N, 5] float64
+
+
+def rank_classes(images: Tensor, classifier: Tensor, places: int = 5) -> Ranking:
+    """Rank the classes nearest to each image.
+
+    Args:
+        images: [N, E], of any length; normalised here.
+        classifier: [E, K] unit columns.
+    """
+    columns = classifier.double()
+    kept = min(places, columns.shape[1])
+    parts = []
+    for block in F.normalize(images.double(), dim=1, eps=_TINY).split(_rows(columns.shape[1])):
+        values, classes = _round(block @ columns).sort(dim=1, descending=True, stable=True)
+        parts.append((values[:, :kept], classes[:, :kept]))
+    missing = (0, places - kept)
+    values, classes = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Ranking(F.pad(classes, missing, value=-1), F.pad(values, missing, value=-torch.inf))
+
+
+def image_to_text(images: Tensor, texts: Tensor, owners: Tensor) -> Tensor:
+    """Count the captions ranked before the best of each image's own, [N] int64.
+
+    Args:
+        images: [N, E], of any length.
+        texts: [M, E] unit vectors.
+        owners: [M], each caption's image; every image has one or more.
+    """
+    rows = F.normalize(images.double(), dim=1, eps=_TINY)
+    columns = texts.double().T
+    found = []
+    for numbers in torch.arange(len(rows)).split(_rows(len(texts))):
+        cosines = _round(rows[numbers] @ columns)  # [b, M]
+        own = cosines.masked_fill(owners != numbers.unsqueeze(1), -torch.inf)
+        best, place = own.max(dim=1, keepdim=True)
+        found.append(_before(cosines, best, place))
+    return torch.cat(found)
+
+
+def text_to_image(images: Tensor, texts: Tensor, owners: Tensor) -> Tensor:
+    """Count the images ranked before each caption's own, [M] int64; arguments as in `image_to_text`."""
+    columns = F.normalize(images.double(), dim=1, eps=_TINY).T
+    found = []
+    for numbers in torch.arange(len(texts)).split(_rows(len(images))):
+        cosines = _round(texts[numbers].double() @ columns)  # [b, N]
+        place = owners[numbers].unsqueeze(1)
+        found.append(_before(cosines, cosines.gather(1, place), place))
+    return torch.cat(found)
+
+
+def _before(cosines: Tensor, value: Tensor, place: Tensor) -> Tensor:
+    """Count the entries of each row above `value` [b, 1], and equal ones left of `place` [b, 1]: [b]."""
+    columns = torch.arange(cosines.shape[1])
+    return ((cosines > value) | ((cosines == value) & (columns < place))).sum(dim=1)
+
+
+def _round(products: Tensor) -> Tensor:
+    return products.round(decimals=_DECIMALS)
+
+
+def _rows(width: int) -> int:
+    return max(1, _CELLS // width)
+
+
+ZEROSHOT = Evaluator(
+    name="zeroshot",
+    settings=ZeroshotSettings,
+    evaluate=evaluate,
+    title="zero-shot",
+    missing_requirements=missing_requirements,
+    suffix=_suffix,
+)

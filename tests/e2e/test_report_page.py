@@ -13,9 +13,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evals.core.report import DataUsed, Metric, Report, Table, file_name, write
-from evals.reporting.html import write_page
-from radio.data import open_source
+from evals.core.blocks import (
+    Bars,
+    Block,
+    Confusions,
+    Example,
+    Examples,
+    ImageGrid,
+    ImageRow,
+    Lines,
+    Table,
+)
+from evals.core.blocks import Image as ImageFile
+from evals.core.report import Kind, Metric, Report, file_name, write
+from evals.reporting.page import write_page
 
 NASTY = (
     """<img src=x onerror="document.title='caught'"> <script>document.title='caught'</script> & '😀' $a_b$"""
@@ -52,69 +63,71 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (run / "metrics.jsonl").write_text(
         "".join(json.dumps({"step": s, "loss": 1 / s, f"{NASTY}/summary": 1 / s}) + "\n" for s in (1, 2, 3))
     )
+    kinds: dict[str, Kind] = {"scenes:clip": "teacher", "demo-untrained": "untrained"}
     for value, model in ((70.0, "demo"), (90.0, "scenes:clip"), (10.0, "demo-untrained"), (50.0, NASTY)):
-        write_knn(folder, model, value)
-        write_dense(folder, model, value)
+        for task, metric in (("knn", "top1"), (NASTY, "miou")):
+            save(folder, task, model, value, metric, kinds.get(model, "student"))
     path = root / "page.html"
-    size = write_page(folder, path, run=run, models=["scenes:clip"])
+    size = write_page(folder, path, run=run)
     assert size <= 3_000_000
     return path
 
 
-def save(folder: Path, task: str, model: str, value: float, primary_metric: str, **changes: Any) -> None:
+def save(folder: Path, task: str, model: str, value: float, primary_metric: str, kind: Kind) -> None:
+    """Write a report with a block of every kind."""
     metric = Metric(value=value, low=value - 1, high=value + 1)
-    values: dict[str, Any] = {
-        "fingerprint": model,
-        "primary_metric": primary_metric,
-        "metrics": {
+    name = f"{len(task)}-{int(value)}-{NASTY.replace('/', '')}"
+    report = Report(
+        task=task,
+        model=model,
+        fingerprint=model,
+        primary_metric=primary_metric,
+        metrics={
             primary_metric: metric,
             "top1_k10": metric,
             "encoder_rate": Metric(value=value, unit="images/s"),
         },
-        "settings": {NASTY: NASTY},
-        "data": (),
-        "device": NASTY,
-        "seconds": {"total": 1.0},
-        "created": "2026-01-02T00:00:00+00:00",
-        "versions": {NASTY: NASTY},
-        "notes": (NASTY,),
-    }
-    report = Report(task=task, model=model, **{**values, **changes})
+        settings={NASTY: NASTY},
+        data=(),
+        device=NASTY,
+        seconds={"total": 1.0},
+        created="2026-01-02T00:00:00+00:00",
+        versions={NASTY: NASTY},
+        notes=(NASTY,),
+        kind=kind,
+        baselines={NASTY: 5.0},
+        blocks=blocks(folder, name, value),
+    )
     write(report, folder / f"{file_name(task, model)}-{int(value)}.json")
 
 
-def write_knn(folder: Path, model: str, value: float) -> None:
-    sources = {
-        role: open_source(f"scenes:{split}", scenes=8)
-        for role, split in (("bank", "train"), ("query", "val"))
-    }
-    records = [
-        {
-            "key": f"val/{index:06d}",
-            "label": NASTY,
-            "predictions": [f"{index} {NASTY}"],
-            "neighbours": [f"train/{near:06d}" for near in range(5)],
-            "similarities": [0.9] * 5,
-        }
-        for index in range(8)
-    ]
-    name = f"knn-{int(value)}-{NASTY.replace('/', '')}.jsonl"
-    (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    settings = {"k": [10, 20], "bank": None, "query": None, "scenes": [8, 8], "seed": 0, NASTY: NASTY}
-    data = tuple(
-        DataUsed(role=role, name=source.name, fingerprint=source.fingerprint, count=8, num_classes=60)
-        for role, source in sources.items()
+def blocks(folder: Path, name: str, value: float) -> tuple[Block, ...]:
+    overlay = draw_image(folder, f"{name}-overlay.png", (296, 96), 340)
+    thumbs = [draw_image(folder, f"{name}-{number}.png", (96, 96), 56) for number in range(6)]
+    maps = [draw_image(folder, f"{name}-map-{number}.png", (8, 8), 112) for number in range(6)]
+    examples = tuple(
+        Example(image=image, lines=(f"{NASTY}, taken for {NASTY}", NASTY), others=tuple(thumbs), good=False)
+        for image in (thumbs[0], None, thumbs[1])
     )
-    save(folder, "knn", model, value, "top1", settings=settings, data=data, files=(name,))
+    rows = tuple((f"{place} {NASTY}", 10 * place, 10.0 * place) for place in range(6))
+    return (
+        Lines(title=NASTY, x_label="k", y_label=NASTY, x=(5, 20), y=(value, 50.0), log_x=True),
+        Bars(title=NASTY, x_label="%", names=(NASTY, "all"), values=(value, 10.0)),
+        Table(title="classes", columns=("class", "share", "iou"), rows=rows, compared="iou", shared="share"),
+        Table(title=NASTY, columns=(NASTY, "n", "m"), rows=rows),
+        Confusions(title=NASTY, rows=((NASTY, f"1 {NASTY}", 3), (NASTY, f"2 {NASTY}", 1))),
+        Examples(title=NASTY, examples=examples),
+        ImageGrid(
+            title="overlays and maps",
+            rows=(ImageRow(images=(overlay,)), ImageRow(images=tuple(maps), name=NASTY, note=NASTY)),
+        ),
+    )
 
 
-def write_dense(folder: Path, model: str, value: float) -> None:
-    name = f"{int(value)}-{NASTY.replace('/', '')}-overlay.png"
-    noise = np.random.default_rng(0).integers(0, 255, (96, 296, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(folder / name)
-    rows = tuple((f"{place} {NASTY}", 10.0 * place, 1.0) for place in range(6))
-    table = Table(columns=("class", "iou", "share"), rows=rows)
-    save(folder, "seg", model, value, "miou", tables={"classes": table, NASTY: table}, files=(name,))
+def draw_image(folder: Path, name: str, size: tuple[int, int], side: int) -> ImageFile:
+    noise = np.random.default_rng(0).integers(0, 255, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize(size, Image.Resampling.NEAREST).save(folder / name)
+    return ImageFile(file=name, alt=name, label=NASTY, good=side > 100, side=side)
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from rich.console import Console
 
 from evals import cli
 from evals.cli import main
-from evals.core.noise import read_noise
 from evals.core.report import read
+from evals.core.suite import read_noise
 from radio.entry import evaluate
 from radio.errors import RadioError
 from radio.model import ModelConfig, build
@@ -238,7 +238,7 @@ def test_a_terminal_gets_a_bar() -> None:
 def test_the_report_file_is_plain_json(checkpoint: Path) -> None:
     main(["knn", str(checkpoint), *SMALL])
     data = json.loads((checkpoint.parent / "reports" / "knn-first.json").read_text())
-    assert data["format"] == "am-radio-report/2"
+    assert data["format"] == "am-radio-report/3"
     assert data["task"] == "knn"
 
 

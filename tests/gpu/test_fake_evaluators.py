@@ -23,11 +23,8 @@ def small_model(**adaptor: Any) -> RadioModel:
 
 def test_sams_neck_and_decoder() -> None:
     pytest.importorskip("segment_anything")
-    from evals.sam_dropin.bits import pack
-    from evals.sam_dropin.decoding import Prompts, predict_masks
     from evals.sam_dropin.encoder import DropIn
-    from evals.sam_dropin.frame import make_frame
-    from evals.sam_dropin.scoring import boundaries, fill, overlap
+    from evals.sam_dropin.masks import Prompts, boundaries, fill, make_frame, overlap, pack, predict_masks
     from radio.teachers.sam_decoder import SamHead, new_released_sam
 
     width = 48
@@ -52,7 +49,7 @@ def test_the_probes_head(monkeypatch: pytest.MonkeyPatch) -> None:
     from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample
 
-    from evals.seg_probe.library import load_plugin
+    from evals.seg_probe.evaluator import load_plugin
 
     plugin = load_plugin()
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")  # nobody asks the GPU what it can
@@ -121,7 +118,7 @@ def test_a_text_towers_vectors_join_on_its_device() -> None:
 def test_summaries_of_batches_with_images_that_could_not_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing goes to the GPU but the loader's page-locked images, which the host does not wait for."""
     from evals.core import features
-    from evals.core.views import make_view
+    from evals.core.features import ViewSettings, make_view
 
     moved, sent = Tensor.to, []
 
@@ -133,7 +130,7 @@ def test_summaries_of_batches_with_images_that_could_not_be_read(monkeypatch: py
 
     with pretend():
         model = small_model()
-        how = features.Extraction(view=make_view(model, "center", None)[0], device=GPU)
+        how = features.Extraction(view=make_view(model, ViewSettings())[0], device=GPU)
         sizes = [(96, 96), (48, 96), None, (96, 96)]
         items = [
             features._Item(place, None if size is None else torch.rand(3, *size), "" if size else "damaged")

@@ -78,7 +78,7 @@ def test_llavas_training(touched: list[Any], device: torch.device, wanted: set[A
 @pytest.mark.parametrize(("device", "wanted"), [(CPU, set()), (OWN, {OWN})])
 def test_the_probes_training(touched: list[Any], device: torch.device, wanted: set[Any]) -> None:
     pytest.importorskip("mmseg")
-    from evals.seg_probe.library import load_plugin
+    from evals.seg_probe.evaluator import load_plugin
 
     load_plugin()
     from evals.seg_probe.training import _own_randomness

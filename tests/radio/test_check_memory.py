@@ -38,7 +38,7 @@ def test_what_is_counted_is_there_at_the_end_of_a_forward(
     ("command", "images"),
     [
         (["knn", "--size", "6000", "--bank", "scenes:val", "--leave-one-out", "--scenes", "60", "60"], 60),
-        (["knn", "--batch", "65536", "--size", "3000", "--scenes", "600", "600"], 512),
+        (["knn", "--batch-size", "65536", "--size", "3000", "--scenes", "600", "600"], 512),
         (["throughput", "--resolution", "6000", "--batches", "1", "64"], 64),
         (["sam", "--size", "112", "--scenes", "8"], 4),
         (["seg", "--preset", "paper", "--crop", "6000", "--scenes", "4", "4"], 16),

@@ -24,8 +24,11 @@ REGISTRIES: tuple[Registry, ...] = (students, families, evaluators)
 
 STUDENT = """
 import hashlib
+from dataclasses import make_dataclass
 import torch
 from torch import nn
+from evals.core.evaluator import Evaluator, Result
+from evals.core.report import Metric
 from radio.types import Features
 from radio.windows import nearest_multiple
 
@@ -64,15 +67,15 @@ class Teacher(Odd):
     {teacher}
 
 
-class Scorer:
-    from dataclasses import make_dataclass
-    name, settings = "odd-task", make_dataclass("Settings", [*[{field}], ("device", str, "cpu")], frozen=True)
+Settings = make_dataclass("Settings", [*[{field}], ("depth", int, 1)], frozen=True)
 
-    def missing_requirements(self, model):
-        {missing_requirements}
 
-    def run(self, model, settings, out, *, name, watch):
-        {run}
+def missing_requirements(model):
+    {missing_requirements}
+
+
+def score(model, settings, run):
+    {score}
 
 
 def student(options):
@@ -84,7 +87,9 @@ def teacher(name, file):
 
 
 def scorer():
-    return Scorer()
+    return Evaluator(
+        name="odd-task", settings=Settings, evaluate=score, missing_requirements=missing_requirements
+    )
 """
 
 
@@ -105,7 +110,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
             "teacher": "pass",
             "field": "",
             "missing_requirements": "return ''",
-            "run": "1 / 0",
+            "score": "1 / 0",
         } | changes
         code = STUDENT
         for name, text in parts.items():
@@ -162,7 +167,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> str:
 
 FORWARD = "def forward(self, images, drawn=None):\n        found = super().forward(images)\n        "
 GAVE = "student 'odd' (package odd-things): its forward at size 32x32 gave "
-FAILED = "student 'odd' (package odd-things) failed in forward at size 32x32 (odd_things.py:38): "
+FAILED = "student 'odd' (package odd-things) failed in forward at size 32x32 (odd_things.py:41): "
 SIZES = "student 'odd' (package odd-things): its "
 BAD: dict[str, tuple[str, str]] = {
     "raises": (
@@ -175,11 +180,11 @@ BAD: dict[str, tuple[str, str]] = {
     ),
     "imports": (
         FORWARD + "import nowhere_lib",
-        "odd_things.py:38): ModuleNotFoundError: No module named 'nowhere_lib'; mend or uninstall odd-things",
+        "odd_things.py:41): ModuleNotFoundError: No module named 'nowhere_lib'; mend or uninstall odd-things",
     ),
     "own exception": (
         FORWARD + "raise type('Strange', (Exception,), {})('a\\nb')",
-        "(odd_things.py:38): Strange: a\\nb; mend",
+        "(odd_things.py:41): Strange: a\\nb; mend",
     ),
     "nothing": (FORWARD + "return None", GAVE + "a NoneType, wanted radio.types.Features"),
     "a tuple": (FORWARD + "return tuple(found)", GAVE + "a tuple, wanted radio.types.Features"),
@@ -210,7 +215,7 @@ BAD: dict[str, tuple[str, str]] = {
     ),
     "nearest_size fails": (
         "def nearest_size(self, height, width): return 1 // 0, 1",
-        "failed in nearest_size (odd_things.py:36): ZeroDivision",
+        "failed in nearest_size (odd_things.py:39): ZeroDivision",
     ),
     "nearest_size of floats": (
         "def nearest_size(self, height, width): return 32.0, 32.0",
@@ -241,7 +246,7 @@ def test_a_student_that_is_wrong_is_one_line_from_both_commands(
 ) -> None:
     body, said = BAD[kind]
     install(body=body)
-    assert evaluate("knn", "arch:odd", images, "--batch", "4") == 2
+    assert evaluate("knn", "arch:odd", images, "--batch-size", "4") == 2
     assert said in told(capsys)
     assert train(images) == 2
     assert said in told(capsys)
@@ -264,7 +269,7 @@ def test_what_a_student_draws_is_checked(
     [
         (
             FORWARD + "return 1 / 0",
-            "teacher 'odds' (package odd-things) failed in forward at size 32x32 (odd_things.py:42)",
+            "teacher 'odds' (package odd-things) failed in forward at size 32x32 (odd_things.py:45)",
         ),
         (
             FORWARD + "return tuple(found)",
@@ -284,7 +289,7 @@ def test_a_teacher_that_is_wrong_is_one_line_from_both_commands(
     if "__new__" in teacher:
         path = images.parent / "site" / "odd_things.py"
         path.write_text(path.read_text().replace("return Teacher().eval()", "return [1]"))
-    assert evaluate("knn", "odds:x", images, "--batch", "4") == 2
+    assert evaluate("knn", "odds:x", images, "--batch-size", "4") == 2
     assert said in told(capsys)
     assert train(images, student="vit-tiny16", teachers=(TeacherConfig(name="t", model="odds:x"),)) == 2
     assert said in told(capsys)
@@ -302,14 +307,17 @@ def test_good_ones_are_distilled_and_scored(install: Callable[..., None], images
     [
         (
             {},
-            "evaluator 'odd-task' (package odd-things) failed in run (odd_things.py:51): ZeroDivisionError: ",
+            "'odd-task' (package odd-things) failed in score (odd_things.py:54): ZeroDivisionError: ",
         ),
-        ({"run": "raise type('Strange', (Exception,), {})('x')"}, "(odd_things.py:51): Strange: x; mend or"),
-        ({"run": "torch.zeros(2) @ torch.zeros(3)"}, "failed in run (odd_things.py:51): "),
-        ({"run": "return None"}, "odd-task: its run gave a NoneType, wanted a Report"),
+        (
+            {"score": "raise type('Strange', (Exception,), {})('x')"},
+            "(odd_things.py:54): Strange: x; mend or",
+        ),
+        ({"score": "torch.zeros(2) @ torch.zeros(3)"}, "failed in score (odd_things.py:54): "),
+        ({"score": "return None"}, "odd-task: its evaluate gave NoneType, wanted a Result with metrics"),
         (
             {"missing_requirements": "return 1 / 0"},
-            "failed in missing_requirements (odd_things.py:48): ZeroDivisionError: ",
+            "failed in missing_requirements (odd_things.py:50): ZeroDivisionError: ",
         ),
     ],
 )
@@ -335,9 +343,7 @@ def test_a_run_ends_with_a_strangers_evaluator_or_says_before_it_begins_why_not(
 ) -> None:
     install(
         field=field,
-        run="from evals.core.report import Report, Metric\n        return Report(task='odd-task', "
-        "model=name, fingerprint='', primary_metric='h', metrics={'h': Metric(value=41.5)}, settings={}, "
-        "data=(), seconds={}, device=settings.device, created='', versions={})",
+        score="return Result(metrics={'h': Metric(value=41.5)})",
     )
     assert train(images, score=("odd-task",)) == (2 if field else 0)
     said = capsys.readouterr()

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evals.core.areas import areas, score
+from evals.core.stats import areas, score
 from radio.errors import DataError
 
 

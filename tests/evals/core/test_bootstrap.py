@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from evals.core.bootstrap import interval, resamples
+from evals.core.stats import interval, resamples
 from radio.errors import DataError
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from evals.core.evaluator import domain_notes
+from evals.core.evaluator import RunSettings, domain_notes
 from radio.data import open_source
+from radio.errors import ConfigError
 from radio.types import Backbone
 
 
@@ -55,6 +56,22 @@ def test_the_same_images_elsewhere_are_in_domain(tmp_path: Path, make_folder: Ca
 def test_the_generated_world_is_one_domain() -> None:
     entry = {"path": "scenes:train?seed=2", "fingerprint": "?", "labels_used": False}
     assert len(notes(Trained(entry), "scenes:train", "scenes:val")) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size: 0"),
+        ({"batch_size": 10**9}, "batch_size: "),
+        ({"seed": -1}, "seed: -1"),
+        ({"seed": 10**26}, "seed: "),
+        ({"workers": -1}, "workers: -1"),
+        ({"limit": -3}, "limit: -3"),
+    ],
+)
+def test_run_settings_out_of_range_are_errors(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RunSettings(**changes)
 
 
 def test_a_model_without_a_card_or_data_has_no_notes() -> None:

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from evals.core import features as module
-from evals.core.features import Extraction, extract, to_unit
-from evals.core.views import make_view
+from evals.core.features import Extraction, ViewSettings, extract, make_view, to_unit
 from radio.chunks import Damage, default_cache, write_tensors
 from radio.data import open_source
 from radio.dist import Group
@@ -34,7 +33,9 @@ def folder(tmp_path: Path, make_folder: Callable[..., Path]) -> Path:
 
 
 def how(model: Any, **changes: Any) -> Extraction:
-    view, _ = make_view(model, changes.pop("kind", "center"), changes.pop("size", None))
+    view, _ = make_view(
+        model, ViewSettings(view=changes.pop("kind", "center"), size=changes.pop("size", None))
+    )
     return Extraction(view=view, device=CPU, **{"batch": 4, **changes})
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evals.core.noise import measure_noise, read_noise, write_noise
-from evals.core.report import Metric, Report
+from evals.core.evaluator import EvalRun, Evaluator, Result, RunSettings
+from evals.core.report import Metric
+from evals.core.suite import measure_noise, read_noise, write_noise
 from radio.errors import ConfigError, DataError
 from radio.progress import no_progress
 
@@ -23,51 +24,43 @@ class Settings:
     luck: int = 7
 
 
-class Exact:
-    """A task that gives the same every time."""
-
-    name, settings = "exact", Settings
-
-    def run(self, model: Any, settings: Settings, out: Path, *, name: str, watch: Any) -> Any:
-        raise AssertionError("nobody needs to run it")
+def never(model: Any, settings: Settings, run: EvalRun) -> Result:
+    raise AssertionError("nobody needs to run it")
 
 
-class Lucky:
-    """A task that trains something."""
+def train(model: Any, settings: Settings, run: EvalRun) -> Result:
+    return Result(metrics={"miou": Metric(value=LUCK[settings.luck]), "same": Metric(value=1.0)})
 
-    name, settings = "lucky", Settings
 
-    def with_seed(self, settings: Settings, number: int) -> Settings:
-        return replace(settings, luck=number)
-
-    def run(self, model: Any, settings: Settings, out: Path, *, name: str, watch: Any) -> Any:
-        return Report(
-            task="lucky",
-            model=name,
-            fingerprint="f",
-            primary_metric="miou",
-            metrics={"miou": Metric(value=LUCK[settings.luck]), "same": Metric(value=1.0)},
-            settings={},
-            data=(),
-            device="cpu",
-            seconds={},
-            created="",
-            versions={},
-        )
+EXACT = Evaluator(name="exact", settings=Settings, evaluate=never)
+TRAINED = Evaluator(
+    name="trained",
+    settings=Settings,
+    evaluate=train,
+    with_seed=lambda settings, run, number: replace(settings, luck=number),
+)
 
 
 def measured(model: Any, repeats: int) -> dict[str, dict[str, float]]:
-    jobs: Any = {"exact": (Exact(), Settings()), "lucky": (Lucky(), Settings())}
-    return measure_noise(model, jobs, repeats=repeats, name="m", watch=no_progress, tell=lambda line: None)
+    jobs: Any = {"exact": (EXACT, Settings()), "trained": (TRAINED, Settings())}
+    return measure_noise(
+        model,
+        jobs,
+        run=RunSettings(),
+        repeats=repeats,
+        name="m",
+        progress=no_progress,
+        log=lambda line: None,
+    )
 
 
 def test_noise_is_what_two_runs_differ_by(backbone: Callable[..., Any]) -> None:
     """Checked by drawing pairs: 95 % of the differences of two normal numbers of that spread are smaller."""
     found = measured(backbone(), 4)
-    assert list(found) == ["lucky"] and found["lucky"]["same"] == 0
+    assert list(found) == ["trained"] and found["trained"]["same"] == 0
     spread = np.std(LUCK, ddof=1)
     pairs = np.random.default_rng(0).normal(0, spread, (200_000, 2))
-    inside = np.mean(np.abs(pairs[:, 0] - pairs[:, 1]) < found["lucky"]["miou"])
+    inside = np.mean(np.abs(pairs[:, 0] - pairs[:, 1]) < found["trained"]["miou"])
     assert inside == pytest.approx(0.95, abs=0.003)
 
 

@@ -8,19 +8,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from evals.core.report import (
-    DataUsed,
-    Metric,
-    Report,
-    Skipped,
-    Table,
-    file_name,
-    proportion,
-    read,
-    schema,
-    wilson,
-    write,
-)
+from evals.core.blocks import Table
+from evals.core.report import DatasetInfo, Metric, Report, Skipped, file_name, read, schema, write
+from evals.core.stats import proportion, wilson
 from evals.core.tables import comparison
 from radio.errors import DataError
 
@@ -32,7 +22,7 @@ REPORT = Report(
     metrics={"top1": Metric(value=61.5, low=60.0, high=63.0), "few": Metric(value=40.0, std=1.25)},
     settings={"k": [10, 20], "bank": None, "resolved": {"size": [96, 96]}},
     data=(
-        DataUsed(
+        DatasetInfo(
             role="bank",
             name="scenes:train",
             fingerprint="cd" * 32,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from evals.core.states import load_state, save_state
-from radio.errors import CheckpointError
+from radio.dist import Group
+from radio.errors import CheckpointError, DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,3 +118,42 @@ def test_what_is_no_such_state_is_one_error(path: Path, content: Any) -> None:
     torch.save(content, path)
     with pytest.raises(CheckpointError, match="to begin anew"):
         read(path)
+
+
+def test_a_missing_state_is_the_fresh_one(tmp_path: Path) -> None:
+    assert read(tmp_path / "none.pt") == State()
+
+
+def test_another_trainings_state_is_refused(path: Path) -> None:
+    with pytest.raises(CheckpointError, match="of another backbone, data set or protocol; remove it"):
+        load_state(path, "kind/1", "other", State())
+
+
+class _Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("ran"),))
+
+
+def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"format": "kind/1", "key": "key", "weights": _Evil()}, "evil.pt")
+    Path("raw.pt").write_bytes(pickle.dumps(_Evil()))
+    for name in ("evil.pt", "raw.pt"):
+        with pytest.raises(CheckpointError, match=f"{name}: not a training, or a damaged one"):
+            read(Path(name))
+    assert not Path("ran").exists()
+
+
+class _Apart(Group):
+    """Two ranks, of which the other sees nothing."""
+
+    def barrier(self) -> None:
+        pass
+
+    def gather(self, array: Tensor) -> Tensor:
+        return torch.stack([array, torch.zeros_like(array)])
+
+
+def test_ranks_that_do_not_share_a_folder_are_an_error(path: Path) -> None:
+    with pytest.raises(DataError, match="ranks see different states; give --cache a folder that all share"):
+        load_state(path, "kind/1", "key", State(), _Apart(0, 2))

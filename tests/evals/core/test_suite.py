@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from evals.core.report import Metric, Report, file_name, read, write
+from evals.core.evaluator import EvalRun, Evaluator, Result, RunSettings
+from evals.core.report import Metric, read
 from evals.core.suite import Outcome, run_all
-from radio.config import to_plain
 from radio.dist import Group
 from radio.errors import CheckpointError, DataError, RadioError
 from radio.progress import no_progress
@@ -36,29 +36,19 @@ class Task:
     def missing_requirements(self, model: Any) -> str:
         return self.lack
 
-    def run(self, model: Any, settings: Settings, out: Path, *, name: str, watch: Any) -> Report:
+    def evaluator(self) -> Evaluator[Settings]:
+        return Evaluator(
+            name=self.name,
+            settings=Settings,
+            evaluate=self.evaluate,
+            missing_requirements=lambda model: self.missing_requirements(model),
+        )
+
+    def evaluate(self, model: Any, settings: Settings, run: EvalRun) -> Result:
         self.runs += 1
         if self.error is not None:
             raise self.error
-        base = file_name(self.name, name)
-        report = Report(
-            task=self.name,
-            model=name,
-            fingerprint=model.fingerprint,
-            primary_metric="runs",
-            metrics={"runs": Metric(value=self.runs)},
-            settings=to_plain(settings),
-            data=(),
-            device="cpu",
-            seconds={},
-            created="",
-            versions={},
-            files=(f"{base}.jsonl",),
-        )
-        out.mkdir(exist_ok=True)
-        (out / f"{base}.jsonl").write_text("")
-        write(report, out / f"{base}.json")
-        return report
+        return Result(metrics={"runs": Metric(value=self.runs)})
 
 
 @pytest.fixture
@@ -73,15 +63,16 @@ def everything(
     said: list[str] = []
 
     def run(model: Any = None, **settings: Settings) -> list[Outcome]:
-        jobs = {name: (task, settings.get(name, Settings())) for name, task in tasks.items()}
+        jobs = {name: (task.evaluator(), settings.get(name, Settings())) for name, task in tasks.items()}
         return run_all(
             model or backbone(),
             jobs,
             tmp_path / "out",
+            run=RunSettings(),
             name="m",
-            watch=no_progress,
-            group=Group(),
-            tell=said.append,
+            progress=no_progress,
+            ranks=Group(),
+            log=said.append,
         )
 
     return run
@@ -184,7 +175,7 @@ def test_a_full_gpu_is_said_and_emptied_for_the_next(
     tasks["a"].error = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. See docs")
     first, second, _ = everything()
     assert first.reason.startswith("the GPU's memory is full (CUDA out of memory)")
-    assert "smaller --batch" in first.reason
+    assert "smaller --batch-size" in first.reason
     assert second.state == "done" and emptied == ["now"]
 
 
@@ -192,10 +183,17 @@ def test_with_several_ranks_a_failure_of_one_ends_all(
     tasks: dict[str, Task], tmp_path: Path, backbone: Any
 ) -> None:
     tasks["a"].error = RuntimeError("only here")
-    jobs = {"a": (tasks["a"], Settings())}
+    jobs = {"a": (tasks["a"].evaluator(), Settings())}
     with pytest.raises(RadioError, match="a: failed on rank 1 of 2: RuntimeError: only here"):
         run_all(
-            backbone(), jobs, tmp_path, name="m", watch=no_progress, group=Group(1, 2), tell=lambda line: None
+            backbone(),
+            jobs,
+            tmp_path,
+            run=RunSettings(),
+            name="m",
+            progress=no_progress,
+            ranks=Group(1, 2),
+            log=lambda line: None,
         )
 
 

@@ -1,13 +1,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from evals.core.views import make_view
-from radio.errors import DataError, SizeError
-from radio.images import evaluation_view, resize
+from evals.core.features import View, ViewSettings
+from evals.core.features import make_view as view_of
+from radio.errors import ConfigError, DataError, SizeError
+from radio.images import EVALUATION_RATIO, evaluation_view, resize
+
+
+def make_view(
+    model: Any, kind: Any, size: int | None, ratio: float = EVALUATION_RATIO
+) -> tuple[View, tuple[str, ...]]:
+    return view_of(model, ViewSettings(view=kind, size=size, ratio=ratio))
+
 
 IMAGE = torch.randint(0, 256, (3, 30, 50), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
@@ -46,7 +55,7 @@ def test_a_size_that_does_not_fit_is_noted_and_a_bad_one_refused(backbone: Calla
     view, notes = make_view(backbone(), "center", 30)
     assert view.size == (32, 32)
     assert notes == ("30 px was asked for; pooled takes 32x32, which was used",)
-    with pytest.raises(SizeError, match="holds no image"):
+    with pytest.raises(ConfigError, match="size: 0 is out of bounds"):
         make_view(backbone(), "center", 0)
     with pytest.raises(SizeError, match="16000x16000 px are cut out of 18286x18286; the limit is 179 mill"):
         make_view(backbone(), "center", 16_000)

@@ -10,11 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evals.core.features import Extraction, extract
-from evals.core.views import make_view
+from evals.core.evaluator import RunSettings, run_evaluator
+from evals.core.features import Extraction, ViewSettings, extract, make_view
 from evals.knn import knn
-from evals.knn.evaluator import KnnEvaluator
-from evals.knn.settings import KnnSettings
+from evals.knn.evaluator import KNN, KnnSettings
 from radio.data import open_source
 from radio.errors import DataError, RadioError
 
@@ -66,10 +65,10 @@ def test_it_gives_the_evaluators_own_numbers(
 ) -> None:
     bank = make_folder(tmp_path / "train", classes=5, count=6)
     query = make_folder(tmp_path / "val", classes=5, count=4, first=100)
-    asked = KnnSettings(bank=str(bank), query=str(query), k=(3, 7), primary_k=7, cache=tmp_path / "cache")
+    asked = KnnSettings(bank=str(bank), query=str(query), k=(3, 7), primary_k=7)
     model = backbone()
-    report = KnnEvaluator().run(model, asked, tmp_path / "out")
-    how = Extraction(view=make_view(model, "center", None)[0], device=torch.device("cpu"))
+    report = run_evaluator(KNN, model, asked, tmp_path / "out", run=RunSettings(cache=tmp_path / "cache"))
+    how = Extraction(view=make_view(model, ViewSettings())[0], device=torch.device("cpu"))
     sources = [open_source(str(folder)) for folder in (bank, query)]
     sides = [extract(model, source, how, cache=tmp_path / "cache").load().features for source in sources]
     found = knn(sides[0], sources[0].labels, sides[1], sources[1].labels, k=(3, 7))

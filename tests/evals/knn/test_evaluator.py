@@ -15,19 +15,21 @@ import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
 from PIL import Image
 
-from evals.core.report import read
-from evals.core.suite import run_all
-from evals.knn.evaluator import KnnEvaluator
-from evals.knn.settings import KnnSettings
+from evals.core.evaluator import RunSettings, run_evaluator
+from evals.core.report import Report, read
+from evals.knn.evaluator import KNN, KnnSettings
 from radio.data import open_source
-from radio.dist import Group, joined
+from radio.dist import joined
 from radio.errors import ConfigError, DataError, RadioError
 from radio.images import evaluation_view
 from radio.model import ModelConfig, build
-from radio.progress import no_progress
 from radio.types import Backbone
 
-run = KnnEvaluator().run
+
+def run(model: Any, settings: KnnSettings, out: Path, **changes: Any) -> Report:
+    """Evaluate with a cache folder beside the reports."""
+    shared = RunSettings(**{"cache": out.parent / "cache", **changes})
+    return run_evaluator(KNN, model, settings, out, run=shared)
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def settings(tmp_path: Path, make_folder: Callable[..., Path]) -> KnnSettings:
     """Five classes, 30 images in the bank and 20 to classify."""
     bank = make_folder(tmp_path / "d" / "train", classes=5, count=6)
     query = make_folder(tmp_path / "d" / "val", classes=5, count=4, first=100)
-    return KnnSettings(bank=str(bank), query=str(query), k=(3, 7), primary_k=7, cache=tmp_path / "cache")
+    return KnnSettings(bank=str(bank), query=str(query), k=(3, 7), primary_k=7)
 
 
 def slow_predictions(model: Any, settings: KnnSettings, k: int) -> list[int]:
@@ -84,12 +86,12 @@ def test_records_name_neighbours_and_predictions(
     run(model, settings, tmp_path / "out")
     lines = (tmp_path / "out" / "knn-pooled.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    assert [record["key"] for record in records] == list(open_source(str(settings.query)).keys)
+    assert [record["id"] for record in records] == list(open_source(str(settings.query)).keys)
     predicted = [int(record["predictions"][0][1:]) for record in records]
     assert predicted == slow_predictions(model, settings, 7)
     bank_keys = open_source(str(settings.bank)).keys
     for record in records:
-        assert record["key"].startswith(record["label"])
+        assert record["id"].startswith(record["label"])
         assert len(record["neighbours"]) == 7
         assert record["neighbours"] == [bank_keys[place] for place in record["neighbour_ids"]]
         assert record["similarities"] == sorted(record["similarities"], reverse=True)
@@ -102,8 +104,8 @@ def test_the_batch_size_and_a_second_run_change_nothing(
     model = backbone()
     assert run(model, settings, tmp_path / "two").metrics == first.metrics
     assert model.calls == 0  # all from the cache
-    fresh = replace(settings, batch=3, cache=tmp_path / "other", workers=2)
-    assert run(backbone(), fresh, tmp_path / "three").metrics == first.metrics
+    fresh = run(backbone(), settings, tmp_path / "three", batch_size=3, cache=tmp_path / "other", workers=2)
+    assert fresh.metrics == first.metrics
 
 
 def test_altered_features_in_the_cache_change_no_score_and_are_told(
@@ -128,7 +130,7 @@ def test_leave_one_out_classifies_the_bank_without_itself(
     report = run(backbone(), alone, tmp_path / "out")
     records = [json.loads(line) for line in (tmp_path / "out" / "knn-pooled.jsonl").read_text().splitlines()]
     assert len(records) == 30
-    assert all(record["key"] not in record["neighbours"] for record in records)
+    assert all(record["id"] not in record["neighbours"] for record in records)
     assert [used.role for used in report.data] == ["bank"]
     assert report.notes == ("k = 30 is more than the 29 images of the bank; all of them voted",)
 
@@ -175,19 +177,12 @@ def test_half_precision_in_one_task_leaves_the_next_as_it_was(tmp_path: Path, se
     def score(*precisions: str) -> list[Any]:
         """The reports of one loaded model, task after task."""
         model = build(ModelConfig(student="vit-tiny12"), seed=1)
-        place = tmp_path / "-".join(precisions)
-        jobs: Any = {
-            precision: (KnnEvaluator(), replace(settings, precision=precision, cache=place / "cache"))
-            for precision in precisions
-        }
-        outcomes = run_all(
-            model, jobs, place, name="m", watch=no_progress, group=Group(), tell=lambda line: None
-        )
-        return [outcome.report for outcome in outcomes]
+        out = tmp_path / "-".join(precisions) / "out"
+        return [run(model, settings, out, precision=precision) for precision in precisions]
 
     half, full = score("bf16", "fp32")
     (alone,) = score("fp32")
-    records = [(tmp_path / place / "knn-m.jsonl").read_text() for place in ("bf16-fp32", "fp32")]
+    records = [(tmp_path / name / "out/knn-vit-tiny12.jsonl").read_text() for name in ("bf16-fp32", "fp32")]
     assert records[0] == records[1] and full.metrics == alone.metrics
     assert half.fingerprint == full.fingerprint == alone.fingerprint
     assert half.settings["resolved"]["dtype"] == "bfloat16"
@@ -253,7 +248,7 @@ def test_other_bad_input_is_an_error(tmp_path: Path, settings: KnnSettings, back
     with pytest.raises(DataError, match="no such folder"):
         run(backbone(), replace(settings, query=str(tmp_path / "no")), tmp_path / "out")
     with pytest.raises(ConfigError, match="unknown device"):
-        run(backbone(), replace(settings, device="tpu"), tmp_path / "out")
+        run(backbone(), settings, tmp_path / "out", device="tpu")
     headless: Any = _Bare()
     with pytest.raises(ConfigError, match="has no adaptors"):
         run(headless, replace(settings, head="clip"), tmp_path / "out")
@@ -264,6 +259,7 @@ class _Bare:
 
     adaptors = MappingProxyType({})
     name = "bare"
+    fingerprint = "0"
     native_size = (32, 32)
 
     def nearest_size(self, height: int, width: int) -> tuple[int, int]:
@@ -278,22 +274,16 @@ class _Bare:
         ({"primary_k": 5}, "primary_k = 5 is not among"),
         ({"few_shot": (0,)}, "numbers of 1 or more"),
         ({"few_shot": (1,), "tries": 0}, "numbers of 1 or more"),
-        ({"batch": 0}, "batch = 0"),
         ({"bank": "x"}, "give --query, or --leave-one-out"),
         ({"k": (99_999_999,)}, r"k\[0\]: 99999999 is out of bounds; .* at most 16384"),
         ({"temperature": float("nan")}, "temperature: nan"),
         ({"temperature": float("inf")}, "temperature: inf"),
         ({"temperature": -1.0}, "temperature: -1.0 is out of bounds; give a number above 0"),
-        ({"seed": -1}, "seed: -1"),
-        ({"seed": 10**26}, "seed: "),
         ({"ratio": 1e9}, "ratio: "),
         ({"ratio": float("nan")}, "ratio: nan"),
-        ({"workers": -1}, "workers: -1"),
         ({"size": 10**6}, "size: 1000000"),
-        ({"limit": -3}, "limit: -3"),
         ({"scenes": (10**12, 5)}, r"scenes\[0\]: "),
         ({"few_shot": (1,), "tries": 10**9}, "tries: "),
-        ({"batch": 10**9}, "batch: "),
         ({"query": "x"}, "give --bank too"),
         ({"bank": "x", "query": "y", "leave_one_out": True}, "leave the query out"),
     ],
@@ -315,36 +305,35 @@ def _rank(rank: int, world: int, port: int, model: Backbone, settings: KnnSettin
 
 def test_two_ranks_write_the_report_of_one(tmp_path: Path, backbone: Callable, free_port: int) -> None:
     # More images than one chunk holds, so that both ranks extract and both hold a share.
-    settings = KnnSettings(scenes=(540, 60), few_shot=(3,), tries=2, cache=tmp_path / "one")
-    alone = run(backbone(), settings, tmp_path / "out-one")
-    out = tmp_path / "out-two"
-    out.mkdir()
-    shared = replace(settings, cache=tmp_path / "two")
-    multiprocessing.spawn(_rank, (2, free_port, backbone(), shared, out), nprocs=2, join=True)
+    settings = KnnSettings(scenes=(540, 60), few_shot=(3,), tries=2)
+    alone = run(backbone(), settings, tmp_path / "one" / "out")
+    out = tmp_path / "two" / "out"
+    out.mkdir(parents=True)
+    multiprocessing.spawn(_rank, (2, free_port, backbone(), settings, out), nprocs=2, join=True)
     both = read(out / "knn-pooled.json")
     assert both.metrics == alone.metrics
     assert both.settings["resolved"]["ranks"] == 2
     wanted = [metric.value for metric in alone.metrics.values()]
     for rank in range(2):
         assert json.loads((out / f"metrics-{rank}.json").read_text()) == wanted
-    one, two = (tmp_path / "out-one" / "knn-pooled.jsonl"), (out / "knn-pooled.jsonl")
-    keep = ("key", "predictions", "neighbour_ids")
+    one, two = (tmp_path / "one/out/knn-pooled.jsonl"), (out / "knn-pooled.jsonl")
+    keep = ("id", "predictions", "neighbour_ids")
     assert [[json.loads(line)[k] for k in keep] for line in one.read_text().splitlines()] == [
         [json.loads(line)[k] for k in keep] for line in two.read_text().splitlines()
     ]
 
 
 def test_the_headline_is_twenty_or_the_first() -> None:
-    assert KnnSettings().primary_metric == 20
-    assert KnnSettings(k=(10, 50)).primary_metric == 10
-    assert KnnSettings(k=(10, 50), primary_k=50).primary_metric == 50
+    assert KnnSettings().main_k == 20
+    assert KnnSettings(k=(10, 50)).main_k == 10
+    assert KnnSettings(k=(10, 50), primary_k=50).main_k == 50
 
 
 def test_a_full_disk_leaves_records_and_report_as_they_were(
     tmp_path: Path, settings: KnnSettings, backbone: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(backbone(), settings, tmp_path / "out")
-    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
     done: list[int] = []
 
     def full(descriptor: int) -> None:
@@ -355,4 +344,4 @@ def test_a_full_disk_leaves_records_and_report_as_they_were(
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         run(backbone(), replace(settings, k=(3,), primary_k=None), tmp_path / "out")
-    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()} == before

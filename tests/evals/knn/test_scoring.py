@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evals.core.report import Metric, wilson
-from evals.knn.classify import choose
-from evals.knn.scoring import accuracies, read_accepted, repeated
-from evals.knn.scoring import real_accuracy as accuracy_of
+from evals.core.report import Metric
+from evals.core.stats import wilson
+from evals.knn.evaluator import accuracies, choose, mean_of_tries
+from evals.knn.real_labels import read_accepted
+from evals.knn.real_labels import real_accuracy as accuracy_of
 from radio.errors import DataError
 
 RANKING = torch.tensor([[0, 1, 2, 3, 4], [1, 0, -1, -1, -1], [2, 1, 0, 4, 3], [-1, -1, -1, -1, -1]])
@@ -20,7 +21,7 @@ LABELS = torch.tensor([0, 0, 3, 3])
 
 
 def test_accuracies_by_hand() -> None:
-    metrics = accuracies({10: RANKING.flip(0), 20: RANKING}, LABELS, num_classes=5, primary_metric=20)
+    metrics = accuracies({10: RANKING.flip(0), 20: RANKING}, LABELS, num_classes=5, main_k=20)
     assert list(metrics) == ["top1", "top5", "top1_k10", "top5_k10", "mean_class"]
     assert metrics["top1"].value == 25.0
     assert metrics["top5"].value == 75.0
@@ -30,21 +31,21 @@ def test_accuracies_by_hand() -> None:
 
 
 def test_top5_is_absent_below_five_classes() -> None:
-    assert "top5" not in accuracies({20: RANKING}, LABELS, num_classes=4, primary_metric=20)
+    assert "top5" not in accuracies({20: RANKING}, LABELS, num_classes=4, main_k=20)
 
 
 def test_the_mean_over_classes_weighs_small_classes_alike() -> None:
     labels = torch.tensor([0] * 9 + [1])
     ranking = torch.zeros(10, 5, dtype=torch.int64)
-    metrics = accuracies({20: ranking}, labels, num_classes=2, primary_metric=20)
+    metrics = accuracies({20: ranking}, labels, num_classes=2, main_k=20)
     assert metrics["top1"].value == 90.0
     assert metrics["mean_class"].value == 50.0
 
 
 def test_tries_have_a_mean_and_a_spread() -> None:
-    assert repeated([10.0, 20.0, 30.0]).value == 20.0
-    assert repeated([10.0, 20.0, 30.0]).std == pytest.approx(10.0)
-    assert repeated([10.0]).std is None
+    assert mean_of_tries([10.0, 20.0, 30.0]).value == 20.0
+    assert mean_of_tries([10.0, 20.0, 30.0]).std == pytest.approx(10.0)
+    assert mean_of_tries([10.0]).std is None
 
 
 def real_accuracy(

@@ -8,8 +8,7 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-from evals.knn.index import Index
-from evals.knn.vote import vote
+from evals.knn.index import Index, vote
 from radio.errors import DataError
 
 TEMPERATURE = 0.07

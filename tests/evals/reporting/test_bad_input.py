@@ -15,25 +15,22 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from evals.core.report import DataUsed, Metric, Report, read, write
-from evals.reporting.compare import Change, compare, read_reports
-from evals.reporting.html import task_sections
-from evals.reporting.images import ImageBudget
-from evals.reporting.overview import gather, overview, sorted_tasks
-from evals.reporting.pairing import paired_interval
-from evals.reporting.records import Entry, answered, classified, drawn, read_records
-from evals.reporting.rendering import junit, markdown
+from evals.core.report import DatasetInfo, Metric, Report, read, write
+from evals.reporting.command import junit, markdown
+from evals.reporting.compare import Change, Entry, compare, paired_interval, read_reports
+from evals.reporting.page import make_page, render
 from radio import entry
 from radio.config import to_plain
 from radio.errors import DataError
 
-TASKS = ("knn", "zeroshot", "seg", "sam", "vqa", "throughput", "a stranger's")
+from .conftest import Folder
+
+TASKS = ("knn", "seg", "throughput", "a stranger's")
 LINES: tuple[dict[str, Any], ...] = (
-    {"key": "a.png", "label": "a", "predictions": ["b"], "similarities": [0.5], "neighbours": ["c.png"]},
-    {"key": "a.png", "label": "a", "predictions": ["b"], "logits": [9.5], "correct": False},
-    {"image": "a.png", "areas": [[0, 1, 2, 3]]},
-    {"annotation_id": 7, "image_id": 3, "iou": 0.5},
-    {"question_id": "1", "image": None, "question": "?", "answer": "a", "expected": ["b"], "score": 0.5},
+    {"id": "a.png", "score": 1, "label": "a", "predictions": ["b"], "neighbours": ["c.png"]},
+    {"id": 7, "part": "gqa", "unit": "a.png", "score": 0.5},
+    {"id": "a.png", "areas": [[0, 1, 2, 3]]},
+    {"id": "a.png", "part": "images", "rank": 3},
 )
 
 
@@ -48,12 +45,13 @@ def make(task: str = "knn", **changes: Any) -> Report:
             "top1_few_shot_1": Metric(value=9),
         },
         "settings": {"k": [5, 20], "seed": 0, "bank": None, "resolved": {"chance": 5.0}},
-        "data": (DataUsed(role="query", name="d", fingerprint="a", count=9, num_classes=2),),
+        "data": (DatasetInfo(role="query", name="d", fingerprint="a", count=9, num_classes=2),),
         "device": "cpu",
         "seconds": {},
         "created": "2026-01-01",
         "versions": {},
         "files": ("x.jsonl", "x.png"),
+        "records": "x.jsonl",
     }
     return Report(task=task, **{**values, **changes})
 
@@ -100,24 +98,28 @@ def changed(draw: st.DrawFn, plain: Any) -> Any:
 _FUZZ = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@_FUZZ
+@settings(_FUZZ, max_examples=40)
 @given(data=st.data())
-def test_a_report_of_any_shape_is_shown_or_refused(tmp_path: Path, data: st.DataObject) -> None:
+def test_a_report_of_any_shape_is_shown_or_refused(folder: Folder, data: st.DataObject) -> None:
     task = data.draw(st.sampled_from(TASKS))
-    path = tmp_path / "x.json"
-    path.write_text(seal(data.draw(changed(to_plain(make(task))))), encoding="utf-8")
+    whole = to_plain(make(task, blocks=folder.blocks("a", 50.0)))
+    block = data.draw(st.sampled_from(range(len(whole["blocks"]))))
+    if data.draw(st.booleans()):
+        whole["blocks"][block] = data.draw(changed(whole["blocks"][block]))
+    else:
+        whole = data.draw(changed(whole))
+    path = folder.path / "x.json"
+    path.write_text(seal(whole), encoding="utf-8")
     line = data.draw(changed(data.draw(st.sampled_from(LINES))))
-    (tmp_path / "x.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(LINES[0]), encoding="utf-8")
+    folder.records("x.jsonl", line, LINES[0])
     try:
         report = read(path)
     except DataError:
         return
     for each in report.metrics.values():
         assert math.isfinite(each.value)
-    entries = [Entry(report, path)]
-    overview(gather([report]), sorted_tasks([report]))
-    task_sections(entries, gather([report]), [report.task], ImageBudget())
-    both = {(report.task, report.model): entries[0]}
+    render(make_page(folder.path))
+    both = {(report.task, report.model): Entry(report, path)}
     changes = compare(both, both, tolerance=0.0)
     Xml.fromstring(junit(changes))
     assert markdown(changes).count("\n| ") == len(changes) + 1
@@ -126,44 +128,24 @@ def test_a_report_of_any_shape_is_shown_or_refused(tmp_path: Path, data: st.Data
 @_FUZZ
 @given(line=st.sampled_from(LINES).flatmap(changed) | _VALUES, raw=st.binary(max_size=9))
 def test_a_record_of_any_shape_is_read_or_left_out(tmp_path: Path, line: Any, raw: bytes) -> None:
-    path = tmp_path / "x.jsonl"
-    path.write_bytes(json.dumps(line).encode() + b"\n" + raw)
-    for reader in (classified, drawn, answered):
-        found, _ = read_records(Entry(make(), tmp_path / "x.json"), reader)
-        for record in (one for lines in found.values() for one in lines):
-            numbers = [value for value in record if isinstance(value, float)]
-            assert all(map(math.isfinite, numbers))
-    for task in ("knn", "zeroshot", "seg", "sam", "vqa"):
-        one = Entry(make(task, files=("x.jsonl",)), tmp_path / "x.json")
-        assert paired_interval(one, one) is None or paired_interval(one, one) == (0.0, 0.0)
-
-
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        ({"image": "a", "areas": [[-1, 1, 1, 1]]}, "a class below 0 is no class from behind"),
-        ({"image": "a", "areas": [[0, 1, 1, True]]}, "true is no number"),
-        ({"image": "a", "areas": [[0, 1, 1]]}, "an area is missing"),
-        ({"image": 3, "areas": []}, "a number is no name"),
-    ],
-)
-def test_areas_out_of_range_are_not_paired(tmp_path: Path, line: dict[str, Any], reason: str) -> None:
-    (tmp_path / "x.jsonl").write_text(json.dumps(line))
-    one = Entry(make("seg", files=("x.jsonl",)), tmp_path / "x.json")
-    assert paired_interval(one, one) is None, reason
+    (tmp_path / "x.jsonl").write_bytes(json.dumps(line).encode() + b"\n" + raw)
+    for pairing, value in (("mean", 100.0), ("mean_iou", 25.0)):
+        report = make(pairing=pairing, metrics={"top1": Metric(value=value)})
+        entry = Entry(report, tmp_path / "x.json")
+        assert paired_interval(entry, entry) in (None, (0.0, 0.0))
 
 
 def test_lines_end_at_line_feeds_alone(tmp_path: Path) -> None:
-    lines = [{**LINES[4], "question_id": str(n), "answer": "left\u2028\x85right"} for n in range(3)]
+    lines = [{"id": str(n), "score": 1.0, "answer": "left\u2028\x85right"} for n in range(3)]
     (tmp_path / "x.jsonl").write_text(
         "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
     )
-    found, remarks = read_records(Entry(make("vqa", files=("x.jsonl",)), tmp_path / "x.json"), answered)
-    assert [record.answer for record in found["x.jsonl"]] == ["left\u2028\x85right"] * 3 and not remarks
+    entry = Entry(make(metrics={"top1": Metric(value=100.0)}), tmp_path / "x.json")
+    assert paired_interval(entry, entry) == (0.0, 0.0)
 
 
 def test_names_that_are_no_utf8_are_written_and_read(tmp_path: Path) -> None:
-    used = DataUsed(role="query", name="caf\udce9", fingerprint="a", count=1, num_classes=1)
+    used = DatasetInfo(role="query", name="caf\udce9", fingerprint="a", count=1, num_classes=1)
     write(make(data=(used,)), tmp_path / "x.json")
     assert read(tmp_path / "x.json").data[0].name == "caf\ufffd"
 
@@ -228,7 +210,7 @@ def test_a_full_disk_leaves_the_old_page_and_one_error(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    command = ["report", str(tmp_path), "--html", str(page), "--no-maps"]
+    command = ["report", str(tmp_path), "--html", str(page)]
     assert entry.evaluate(command) == 2
     assert "page.html: No space left on device; free some space" in capsys.readouterr().err
     assert page.read_text() == "old" and {path.name for path in tmp_path.iterdir()} == {"a.json", "page.html"}
@@ -251,7 +233,7 @@ def test_pages_and_tables_go_into_files_alone(
     Path("folder").mkdir()
     write(make("throughput"), tmp_path / "reports" / "a.json")
     commands = [
-        ["report", "reports", "--no-maps", "--html", place],
+        ["report", "reports", "--html", place],
         ["trend", "reports", "--html", place],
         ["compare", "reports", "--baseline", "reports", "--markdown", place],
         ["compare", "reports", "--baseline", "reports", "--junit", place],

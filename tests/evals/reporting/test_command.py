@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from evals.core.noise import write_noise
 from evals.core.report import read, write
+from evals.core.suite import write_noise
 from radio import entry
 
 SCORE = ["--scenes", "120", "60", "--k", "5", "--plain"]
@@ -50,12 +50,11 @@ def test_edited_records_move_the_gate_at_the_tolerance(folders: tuple[Path, Path
     good, _ = folders
     (path,) = good.glob("*.json")
     report = read(path)
-    lines = [json.loads(line) for line in (good / report.files[0]).read_text().splitlines()]
-    right = next(line for line in lines if line["predictions"][0] == line["label"])
-    right["predictions"][0] = "nothing"
+    lines = [json.loads(line) for line in (good / report.records).read_text().splitlines()]
+    next(line for line in lines if line["score"] == 1)["score"] = 0
     worse = tmp_path / "worse"
     worse.mkdir()
-    (worse / report.files[0]).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (worse / report.records).write_text("".join(json.dumps(line) + "\n" for line in lines))
     top = report.metrics["top1"]
     report.metrics["top1"] = type(top)(value=top.value - 100 / 60)
     write(report, worse / path.name)

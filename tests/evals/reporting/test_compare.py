@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 import evals.cli  # noqa: F401 (enters the evaluators)
-from evals.core.evaluator import evaluators, machine_settings
-from evals.core.report import DataUsed, Metric, Report, proportion, write
+from evals.core.evaluator import RunSettings, evaluators, machine_settings
+from evals.core.report import DatasetInfo, Metric, Report, write
+from evals.core.stats import proportion
+from evals.reporting.command import junit, markdown, terminal_table
 from evals.reporting.compare import Change, compare, read_reports, regressions
-from evals.reporting.rendering import junit, markdown, terminal_table
 from radio.errors import DataError
 
 QUERIES = 200
@@ -26,12 +27,13 @@ def make_report(task: str = "knn", model: str = "demo", **changes: Any) -> Repor
         "primary_metric": "top1",
         "metrics": {"top1": proportion(120, QUERIES), "mean_class": Metric(value=60.0)},
         "settings": {"k": [20], "batch": 64, "resolved": {"ranks": 1}},
-        "data": (DataUsed(role="query", name="d", fingerprint="a" * 64, count=QUERIES, num_classes=2),),
+        "data": (DatasetInfo(role="query", name="d", fingerprint="a" * 64, count=QUERIES, num_classes=2),),
         "device": "cpu",
         "seconds": {"total": 1.0},
         "created": "2026-01-01T00:00:00+00:00",
         "versions": {},
         "files": (f"{task}-{model}.jsonl",),
+        "records": f"{task}-{model}.jsonl",
         "machine_settings": ("batch",),
     }
     return Report(task=task, model=model, **{**values, **changes})
@@ -39,15 +41,12 @@ def make_report(task: str = "knn", model: str = "demo", **changes: Any) -> Repor
 
 @pytest.fixture
 def save(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a report, with k-NN records of which so many are right, the same ones first."""
+    """Writes a report, with records of which so many are right, the same ones first."""
 
     def save(folder: str, report: Report, right: int | None = None) -> Path:
         if right is not None:
             report = replace(report, metrics={**report.metrics, "top1": proportion(right, QUERIES)})
-            lines = [
-                {"key": f"{number}.png", "label": "a", "predictions": ["a" if number < right else "b"]}
-                for number in range(QUERIES)
-            ]
+            lines = [{"id": f"{number}.png", "score": int(number < right)} for number in range(QUERIES)]
             path = tmp_path / folder / report.files[0]
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -94,8 +93,8 @@ def test_the_paired_interval_is_that_of_the_differences(save: Callable[..., Path
 
 
 def test_without_records_the_intervals_are_added(save: Callable[..., Path]) -> None:
-    new = save("new", make_report(files=(), metrics={"top1": Metric(value=50, low=47, high=53)}))
-    old = save("old", make_report(files=(), metrics={"top1": Metric(value=60, low=56, high=64)}))
+    new = save("new", make_report(files=(), records="", metrics={"top1": Metric(value=50, low=47, high=53)}))
+    old = save("old", make_report(files=(), records="", metrics={"top1": Metric(value=60, low=56, high=64)}))
     change = compare(read_reports(new), read_reports(old), tolerance=0.5)[0]
     assert (change.low, change.high, change.paired) == (-15.0, -5.0, False)
 
@@ -114,6 +113,17 @@ def test_lower_can_be_better_and_rates_are_not_judged(save: Callable[..., Path])
     new, old = save("new", make_report(metrics=slower)), save("old", make_report(metrics=metrics))
     changes = compare(read_reports(new), read_reports(old), tolerance=0.5)
     assert verdicts(changes) == {"knn top1": "same", "knn loss": "worse", "knn encoder_rate": "timing"}
+
+
+def test_a_metric_of_which_neither_is_better_is_not_judged(save: Callable[..., Path]) -> None:
+    def maps(value: float) -> Report:
+        metric = Metric(value=value, higher_is_better=None)
+        return make_report("maps", primary_metric="explained", metrics={"explained": metric}, records="")
+
+    new, old = save("new", maps(50.0)), save("old", maps(90.0))
+    changes = compare(read_reports(new), read_reports(old), tolerance=0.5)
+    assert verdicts(changes) == {"maps explained": "changed"} and not regressions(changes)
+    assert verdicts(compare(read_reports(old), read_reports(old), tolerance=0)) == {"maps explained": "same"}
 
 
 def test_pairs_by_task_alone_where_that_is_clear(save: Callable[..., Path]) -> None:
@@ -139,7 +149,7 @@ def test_pairs_by_task_alone_where_that_is_clear(save: Callable[..., Path]) -> N
     [
         ({"settings": {"k": [10], "batch": 64}}, r"k is \[10\] in the one and \[20\] in the other"),
         (
-            {"data": (DataUsed(role="query", name="e", fingerprint="b" * 64, count=5, num_classes=2),)},
+            {"data": (DatasetInfo(role="query", name="e", fingerprint="b" * 64, count=5, num_classes=2),)},
             r'query data is "e \(5, bbbbbbbbbbbb\)" in the one and "d \(200, aaaaaaaaaaaa\)"',
         ),
     ],
@@ -153,17 +163,19 @@ def test_what_was_measured_differently_is_refused(
 
 
 def test_the_machines_settings_do_not_matter(save: Callable[..., Path]) -> None:
-    other = make_report(settings={"k": [20], "batch": 1, "workers": 3, "resolved": {"ranks": 8}})
+    settings = {"k": [20], "batch": 1, "workers": 3, "resolved": {"ranks": 8}}
+    other = make_report(settings=settings, machine_settings=("batch", "workers"))
     new, old = save("new", other), save("old", make_report())
     assert not regressions(compare(read_reports(new), read_reports(old), tolerance=0.0))
 
 
-def test_which_settings_are_the_machines_is_said_by_the_task(save: Callable[..., Path]) -> None:
-    """The batch of seg and vqa is what they train with; the batch of the others changes nothing."""
+def test_settings_of_the_machine_are_those_that_the_task_declares(save: Callable[..., Path]) -> None:
+    """The batch of seg and vqa is what they train with; the batch of a forward pass changes nothing."""
     of_tasks = {task: set(machine_settings(evaluators[task]().settings())) for task in evaluators}
-    assert {task for task, names in of_tasks.items() if "batch" in names} == {"knn", "zeroshot", "sam"}
-    assert {"save_maps", "head_seed", "workers"} <= of_tasks["seg"] and "lr" not in of_tasks["seg"]
-    assert {"save_every", "fsdp", "predictions"} <= of_tasks["vqa"] and "micro_batch" not in of_tasks["vqa"]
+    assert set(machine_settings(RunSettings())) == {"batch_size", "workers", "cache", "device"}
+    assert {"save_maps", "head_seed"} <= of_tasks["seg"] and not {"lr", "batch"} & of_tasks["seg"]
+    assert {"save_every", "fsdp", "predictions"} <= of_tasks["vqa"]
+    assert not {"micro_batch", "batch"} & of_tasks["vqa"]
 
     def seg(batch: int, save_maps: int) -> Report:
         settings = {"batch": batch, "save_maps": save_maps, "lr": 1e-3}

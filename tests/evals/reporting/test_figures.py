@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 import sys
 import xml.etree.ElementTree as Xml
+from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pytest
 
-from evals.reporting.figures import Series, bars, lines
+from evals.core.report import Metric, Report, write
+from evals.reporting.figures import TRADEOFF_FILE, Series, bars, draw_tradeoff, lines
 from radio.errors import MissingExtraError
 
 NASTY = '<script>alert("1")</script> & \'q\' $x_1$ 😀 id="z" url(#q)'
@@ -84,3 +87,51 @@ def test_settings_that_lie_in_the_folder_change_no_figure() -> None:
         patch.setitem(matplotlib.rcParams, "text.usetex", True)  # runs LaTeX, and what the text tells it to
         patch.setitem(matplotlib.rcParams, "lines.linewidth", 17.0)
         assert lines([curve()], name="one", x_label="k") == plain
+
+
+def make_report(task: str, model: str, value: float, fingerprint: str, **changes: Any) -> Report:
+    primary_metric, unit = ("top1", "%") if task == "knn" else ("images_per_second", "images/s")
+    return Report(
+        task=task,
+        model=model,
+        fingerprint=fingerprint,
+        primary_metric=primary_metric,
+        metrics={primary_metric: Metric(value=value, low=value - 5, high=value + 5, unit=unit)},
+        settings={},
+        data=(),
+        device="cpu",
+        seconds={},
+        created="2024-01-01",
+        versions={},
+        **changes,
+    )
+
+
+def fill(folder: Path, *reports: Report) -> Path:
+    for one in reports:
+        write(one, folder / f"{one.task}-{one.model}.json")
+    return folder
+
+
+def test_reports_are_paired_by_weights_or_by_architecture(tmp_path: Path) -> None:
+    folder = fill(
+        tmp_path,
+        make_report("knn", "trained", 60.0, "one"),
+        make_report("throughput", "any-name", 100.0, "one"),
+        make_report("knn", "student", 70.0, "two", metadata={"model": {"student": "e-radio-b"}}),
+        make_report("throughput", "e-radio-b", 400.0, "untrained"),
+        make_report("knn", "slow", 50.0, "three"),
+        make_report("throughput", "fast", 900.0, "four"),
+    )
+    assert draw_tradeoff(folder, "knn") == folder / TRADEOFF_FILE
+    svg = (folder / TRADEOFF_FILE).read_text()
+    assert "trained" in svg and "student" in svg and "slow" not in svg
+    assert {">100<", ">400<"} <= set(re.findall(">[0-9]+<", svg))
+    assert ">900<" not in svg
+    assert svg.startswith("<svg ") and "--s0:#1668b0" in svg  # colours of its own, without a page around it
+
+
+def test_nothing_is_drawn_without_a_pair(tmp_path: Path) -> None:
+    fill(tmp_path, make_report("knn", "a", 60.0, "one"), make_report("throughput", "b", 100.0, "two"))
+    assert draw_tradeoff(tmp_path, "knn") is None
+    assert not (tmp_path / TRADEOFF_FILE).exists()

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evals.core.bootstrap import resamples
-from evals.core.report import DataUsed, Metric, Report
-from evals.reporting.pairing import paired_interval
-from evals.reporting.records import Entry
+from evals.core.report import DatasetInfo, Metric, Report
+from evals.core.stats import resamples
+from evals.reporting.compare import Entry, paired_interval
 
 IMAGES, CLASSES = 12, 5
 
@@ -20,66 +19,70 @@ Lines = Sequence[dict[str, Any]]
 
 @pytest.fixture
 def save(tmp_path: Path) -> Callable[..., Entry]:
-    """Writes the records of a task, in files of these endings, beside a report of this value."""
+    """Writes records beside a report of this value."""
 
-    def save(task: str, side: str, value: float, **records: Lines) -> Entry:
+    def save(side: str, value: float, lines: Lines, **changes: Any) -> Entry:
         folder = tmp_path / side
         folder.mkdir(exist_ok=True)
-        names = {f"{task}-{side}{ending.replace('_', '-')}.jsonl": lines for ending, lines in records.items()}
-        for name, lines in names.items():
-            (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-        used = DataUsed(role="val", name="d", fingerprint="a", count=IMAGES, num_classes=CLASSES)
-        report = Report(
-            task=task,
-            model=side,
-            fingerprint="f",
-            primary_metric="h",
-            metrics={"h": Metric(value=value)},
-            settings={},
-            data=(used,),
-            device="cpu",
-            seconds={},
-            created="",
-            versions={},
-            files=tuple(names),
-        )
-        return Entry(report, folder / f"{task}-{side}.json")
+        name = f"ridge-{side}.jsonl"
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        used = DatasetInfo(role="val", name="d", fingerprint="a", count=IMAGES, num_classes=CLASSES)
+        values: dict[str, Any] = {
+            "task": "ridge",
+            "model": side,
+            "fingerprint": "f",
+            "primary_metric": "h",
+            "metrics": {"h": Metric(value=value)},
+            "settings": {},
+            "data": (used,),
+            "device": "cpu",
+            "seconds": {},
+            "created": "",
+            "versions": {},
+            "files": (name,),
+            "records": name,
+        }
+        return Entry(Report(**{**values, **changes}), folder / f"ridge-{side}.json")
 
     return save
 
 
-def answers(seed: int) -> tuple[dict[str, Lines], float]:
+def answers(seed: int) -> tuple[Lines, float]:
     """Two benchmarks that share images and count their questions alike; their accuracies' mean."""
     generator = np.random.default_rng(seed)
-    found = {
-        ending: [
-            {
-                "question_id": str(n),
-                "image": f"{n % IMAGES}.jpg",
-                "score": float(generator.random() < right),
-            }
-            for n in range(count)
-        ]
-        for ending, count, right in (("_gqa", 40, 0.7), ("_vqav2", 25, 0.4))
-    }
-    return found, 100 * float(np.mean([np.mean([one["score"] for one in of]) for of in found.values()]))
+    records = [
+        {"id": n, "part": part, "unit": f"{n % IMAGES}.jpg", "score": float(generator.random() < right)}
+        for part, count, right in (("gqa", 40, 0.7), ("vqav2", 25, 0.4))
+        for n in range(count)
+    ]
+    return records, mean(records, np.ones(IMAGES))
+
+
+def mean(records: Lines, weights: np.ndarray) -> float:
+    """The mean over the parts of the weighted mean of their scores, in percent."""
+    means = []
+    for part in ("gqa", "vqav2"):
+        of_part = [record for record in records if record["part"] == part]
+        each = [weights[record["id"] % IMAGES] for record in of_part]
+        means.append(np.average([record["score"] for record in of_part], weights=each))
+    return 100 * float(np.mean(means))
 
 
 def areas(seed: int) -> np.ndarray:
     """[N, 3, C] of one truth; the last class is never there, the one before only predicted."""
     truth = np.random.default_rng(0).integers(0, CLASSES - 2, (IMAGES, 30))
     generator = np.random.default_rng(seed)
-    said = np.where(
+    predicted = np.where(
         generator.random(truth.shape) < 0.6, truth, generator.integers(0, CLASSES - 1, truth.shape)
     )
     each = np.arange(CLASSES)[:, None, None]
-    counts = [((truth == each) & (said == each)), said == each, truth == each]
+    counts = [((truth == each) & (predicted == each)), predicted == each, truth == each]
     return np.stack(counts).sum(axis=-1).transpose(2, 0, 1)
 
 
 def area_lines(found: np.ndarray) -> Lines:
     return [
-        {"image": f"{n}.jpg", "areas": [[c, *one[:, c].tolist()] for c in range(CLASSES) if one[1:, c].any()]}
+        {"id": f"{n}.jpg", "areas": [[c, *one[:, c].tolist()] for c in range(CLASSES) if one[1:, c].any()]}
         for n, one in enumerate(found)
     ]
 
@@ -91,60 +94,71 @@ def iou(found: np.ndarray) -> float:
     return 100 * float(np.mean(values))
 
 
-def drawn() -> np.ndarray:
+def weights_by_image() -> np.ndarray:
     """[R, N]: the resamples' weights of image 0, 1, ...; pairing sorts the images by their names."""
     names = sorted(f"{n}.jpg" for n in range(IMAGES))
     return resamples(IMAGES)[:, [names.index(f"{n}.jpg") for n in range(IMAGES)]]
 
 
-def test_answers_are_drawn_by_image_and_averaged_by_benchmark(save: Callable[..., Entry]) -> None:
+def test_scores_are_resampled_by_unit_and_averaged_by_part(save: Callable[..., Entry]) -> None:
     (new, after), (old, before) = answers(1), answers(2)
-
-    def mean(side: dict[str, Lines], weights: np.ndarray) -> float:
-        return 100 * float(
-            np.mean(
-                [
-                    np.average(
-                        [x["score"] for x in of], weights=[weights[n % IMAGES] for n in range(len(of))]
-                    )
-                    for of in side.values()
-                ]
-            )
-        )
-
-    wanted = np.percentile([mean(new, w) - mean(old, w) for w in drawn()], [2.5, 97.5])
-    turned = dict(reversed([(ending, of[::-1]) for ending, of in new.items()]))
-    found = paired_interval(save("vqa", "new", after, **turned), save("vqa", "old", before, **old))
-    assert found == pytest.approx(tuple(wanted), abs=1e-9)
-    assert found[0] < after - before < found[1]
+    differences = [mean(new, w) - mean(old, w) for w in weights_by_image()]
+    expected = np.percentile(differences, [2.5, 97.5])
+    interval = paired_interval(save("new", after, new[::-1]), save("old", before, old))  # in any order
+    assert interval == pytest.approx(tuple(expected), abs=1e-9)
+    assert interval[0] < after - before < interval[1]
 
 
 def test_areas_are_summed_before_they_are_divided(save: Callable[..., Entry]) -> None:
     new, old = areas(1), areas(2)
-    differences = [iou(w[:, None, None] * new) - iou(w[:, None, None] * old) for w in drawn()]
+    differences = [iou(w[:, None, None] * new) - iou(w[:, None, None] * old) for w in weights_by_image()]
     entries = [
-        save("seg", side, iou(found), **{"": area_lines(found)})
-        for side, found in (("new", new), ("old", old))
+        save(side, iou(values), area_lines(values), pairing="mean_iou")
+        for side, values in (("new", new), ("old", old))
     ]
-    wanted = np.percentile(differences, [2.5, 97.5])
-    assert paired_interval(*entries) == pytest.approx(tuple(wanted), abs=1e-9)
+    expected = np.percentile(differences, [2.5, 97.5])
+    assert paired_interval(*entries) == pytest.approx(tuple(expected), abs=1e-9)
     assert paired_interval(entries[0], entries[0]) == (0.0, 0.0)
 
 
 def test_what_cannot_be_paired_is_not(save: Callable[..., Entry]) -> None:
-    found, value = answers(1)
-    old = save("vqa", "old", value, **found)
-    assert paired_interval(save("vqa", "new", value, **found), old) is not None
-    fewer = {ending: of[1:] for ending, of in found.items()}
-    twice = {ending: [*of, of[0]] for ending, of in found.items()}
-    unreadable = {ending: [*of, {"question_id": "x"}] for ending, of in found.items()}
-    for records in (fewer, twice, unreadable, {"_gqa": found["_gqa"]}, {}):
-        assert paired_interval(save("vqa", "new", value, **records), old) is None
-    assert paired_interval(save("vqa", "new", value + 0.1, **found), old) is None
-    new = save("vqa", "new", value, **found)
-    (new.path.parent / new.report.files[0]).unlink()
+    records, value = answers(1)
+    old = save("old", value, records)
+    assert paired_interval(save("new", value, records), old) is not None
+    one_part = [record for record in records if record["part"] == "gqa"]
+    without_score = [{key: field for key, field in record.items() if key != "score"} for record in records]
+    odd: list[Any] = [{"score": 1.0}, {"id": True, "score": 1.0}, {"id": 1, "score": float("nan")}, [], 7]
+    for other in (
+        records[1:],
+        [*records, records[0]],
+        one_part,
+        [],
+        without_score,
+        *([*records[1:], record] for record in odd),
+    ):
+        assert paired_interval(save("new", value, other), old) is None
+    assert paired_interval(save("new", value + 0.1, records), old) is None
+    assert paired_interval(save("new", value, records, pairing="mean_iou"), old) is None
+    assert paired_interval(save("new", value, records, records=""), old) is None
+    assert paired_interval(save("new", value, records, records="../old/ridge-old.jsonl"), old) is None
+    new = save("new", value, records)
+    (new.path.parent / new.report.records).unlink()
     assert paired_interval(new, old) is None
-    assert paired_interval(save("noise", "new", value, **found), save("noise", "old", value, **found)) is None
-    line = {"image": "1", "areas": [[CLASSES, 1, 1, 1]]}  # of a class that there is not
-    entries = [save("seg", side, 100.0, **{"": [line]}) for side in ("new", "old")]
-    assert paired_interval(*entries) is None
+
+
+@pytest.mark.parametrize(
+    ("areas", "reason"),
+    [
+        ([[CLASSES, 1, 1, 1]], "a class that does not exist"),
+        ([[-1, 1, 1, 1]], "a class below 0 is no class from behind"),
+        ([[0, 1, 1, True]], "true is no number"),
+        ([[0, 1, 1]], "an area is missing"),
+        ([[0, 1, 1, 10**400]], "more pixels than any image has"),
+        (None, "no areas"),
+    ],
+)
+def test_areas_out_of_range_are_not_paired(save: Callable[..., Entry], areas: Any, reason: str) -> None:
+    entries = [
+        save(side, 100.0, [{"id": "a", "areas": areas}], pairing="mean_iou") for side in ("new", "old")
+    ]
+    assert paired_interval(*entries) is None, reason

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings, strategies
 from PIL import Image
 from pycocotools import mask as library
 
-from evals.sam_dropin.annotations import read_detections, read_instances
-from evals.sam_dropin.coco import Instances, open_instances, run_lengths
+from evals.sam_dropin.annotations import read_instances, read_results
+from evals.sam_dropin.data import Instances, open_instances, run_lengths
 from radio.errors import DataError
 from radio.scenes.rle import compress
 
@@ -220,7 +220,7 @@ def test_content_that_is_none(tmp_path: Path, content: bytes, said: str) -> None
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
-    for read in (read_instances, read_detections):
+    for read in (read_instances, read_results):
         with pytest.raises(DataError, match="is a folder"):
             read(tmp_path)
 
@@ -241,7 +241,7 @@ def test_bad_entries_are_named(tmp_path: Path, entry: dict[str, Any], said: str)
     path = tmp_path / "found.json"
     path.write_text(json.dumps([good, {**good, **entry}]))
     with pytest.raises(DataError, match=said):
-        read_detections(path)
+        read_results(path)
 
 
 def test_boxes_of_other_conventions_are_said(world: tuple[Path, Path], change: Change) -> None:
@@ -385,7 +385,7 @@ def test_any_change_is_the_right_mask_or_one_error(
 def test_any_bytes_are_one_error(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "some.json"
     path.write_bytes(content)
-    for read in (read_instances, read_detections):
+    for read in (read_instances, read_results):
         try:
             read(path)
         except DataError:
@@ -400,7 +400,7 @@ def test_any_entry_is_a_box_or_one_error(tmp_path: Path, key: str, value: Any) -
     path = tmp_path / "found.json"
     path.write_text(json.dumps([good, {**good, key: value}]))
     try:
-        rows, _ = read_detections(path)
+        rows, _ = read_results(path)
     except DataError as error:
         said = str(error)
     else:

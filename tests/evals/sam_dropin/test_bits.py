@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from evals.sam_dropin.bits import count, erode, pack
+from evals.sam_dropin.masks import count, erode, pack
 
 
 def some_masks(height: int, width: int, share: float) -> torch.Tensor:

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from scipy.ndimage import distance_transform_edt
 
-from evals.sam_dropin.clicks import next_clicks
+from evals.sam_dropin.masks import next_clicks
 
 
 def masks(count: int = 6) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from evals.sam_dropin.encoder import make_drop_in
-from evals.sam_dropin.frame import place
+from evals.sam_dropin.masks import resize_and_pad
 from radio.adaptors import AdaptorConfig
 from radio.errors import CheckpointError, ConfigError, SizeError
 from radio.hub import load_backbone, load_teacher
@@ -55,7 +55,7 @@ def test_a_sam_itself_gives_what_its_whole_encoder_gives() -> None:
     predictor = SamPredictor(sam)
     predictor.set_image(image.permute(1, 2, 0).numpy())
     with torch.no_grad():
-        ours = drop_in.embed(place(image, drop_in.side, drop_in.head.mean)[None])
+        ours = drop_in.embed(resize_and_pad(image, drop_in.side, drop_in.head.mean)[None])
     torch.testing.assert_close(ours, predictor.features, atol=1e-4, rtol=1e-4)
 
 

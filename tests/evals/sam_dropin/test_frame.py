@@ -7,7 +7,7 @@ import pytest
 import torch
 from segment_anything.utils.transforms import ResizeLongestSide
 
-from evals.sam_dropin.frame import fitted, make_frame, place
+from evals.sam_dropin.masks import fitted_size, make_frame, resize_and_pad
 from radio.teachers.sam_decoder import new_released_sam
 
 SIZES = [(480, 640), (640, 427), (100, 100), (33, 1500), (1024, 7)]
@@ -21,9 +21,9 @@ def test_images_are_resized_and_padded_as_the_predictor_does(size: tuple[int, in
     sam.image_encoder.img_size = 128
     theirs = sam.preprocess(torch.from_numpy(resized).permute(2, 0, 1)[None].float())[0]
     mean, std = sam.pixel_mean / 255, sam.pixel_std / 255
-    square = place(torch.from_numpy(image).permute(2, 0, 1), 128, tuple(mean.flatten().tolist()))
+    square = resize_and_pad(torch.from_numpy(image).permute(2, 0, 1), 128, tuple(mean.flatten().tolist()))
     torch.testing.assert_close((square - mean) / std, theirs, atol=1e-5, rtol=0)
-    assert fitted(*size, 128) == resized.shape[:2]
+    assert fitted_size(*size, 128) == resized.shape[:2]
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_images_are_resized_and_padded_as_the_predictor_does(size: tuple[int, in
 def test_the_thinnest_images_keep_a_pixel(size: tuple[int, int], inside: tuple[int, int]) -> None:
     frame = make_frame(*size, 112)
     assert frame.inside == inside
-    square = place(torch.full((3, *size), 255, dtype=torch.uint8), 112, (0.0, 0.0, 0.0))
+    square = resize_and_pad(torch.full((3, *size), 255, dtype=torch.uint8), 112, (0.0, 0.0, 0.0))
     assert square.sum() == 3 * inside[0] * inside[1]
     assert frame.masks(torch.ones(2, 28, 28)).shape == (2, *size)
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from pycocotools import mask as library
 
-from evals.sam_dropin.bits import pack
-from evals.sam_dropin.scoring import Record, boundaries, category_table, fill, metrics, overlap
+from evals.sam_dropin.evaluator import category_table, mask_metrics
+from evals.sam_dropin.masks import boundaries, fill, overlap, pack
+from evals.sam_dropin.prediction import MaskScore
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -62,12 +63,22 @@ def test_filled_boxes_by_hand() -> None:
     assert filled[0, :2, 1:3].all() and filled[1, 1:].all() and filled[2, 0, 0]
 
 
-def record(image: int, number: int, area: float, iou: float, category: int = 1) -> Record:
-    return Record(image, number, category, area, False, 0.9, iou, iou / 2, 0.25)
+def record(image: int, number: int, area: float, iou: float, category: int = 1) -> MaskScore:
+    return MaskScore(
+        image_id=image,
+        annotation_id=number,
+        category_id=category,
+        area=area,
+        crowd=False,
+        quality=0.9,
+        iou=iou,
+        boundary_iou=iou / 2,
+        box_iou=0.25,
+    )
 
 
 def test_sizes_by_hand() -> None:
-    found = metrics(
+    found = mask_metrics(
         [record(1, 1, 1024, 0.2), record(1, 2, 1024.5, 0.4), record(2, 3, 9216, 0.9), record(2, 4, 0, 0.0)], 0
     )
     values = {name: metric.value for name, metric in found.items()}
@@ -88,9 +99,9 @@ def test_an_empty_size_is_left_out_and_buckets_are_cocos() -> None:
     from pycocotools.cocoeval import Params
 
     ranges = dict(zip(Params("segm").areaRngLbl, Params("segm").areaRng, strict=True))
-    assert "miou_large" not in metrics([record(1, 1, 9215.5, 0.5)], 0)
+    assert "miou_large" not in mask_metrics([record(1, 1, 9215.5, 0.5)], 0)
     areas = [0.0, 10.0, 1023.5, 1024.0, 1024.5, 5000.0, 9215.5, 9216.0, 9216.5, 20000.0]
-    found = metrics([record(i, i, area, i / 10) for i, area in enumerate(areas)], 0)
+    found = mask_metrics([record(i, i, area, i / 10) for i, area in enumerate(areas)], 0)
     for name in ("small", "medium", "large"):
         low, high = ranges[name]
         inside = [i / 10 for i, area in enumerate(areas) if low <= area <= high]
@@ -99,8 +110,8 @@ def test_an_empty_size_is_left_out_and_buckets_are_cocos() -> None:
 
 def test_intervals_draw_images_not_instances() -> None:
     """Twenty equal instances on each of two images say no more than one each."""
-    few = metrics([record(1, 1, 10, 0.0), record(2, 2, 10, 1.0)], 0)["miou"]
-    many = metrics([record(1 + n % 2, n, 10, float(n % 2)) for n in range(40)], 0)["miou"]
+    few = mask_metrics([record(1, 1, 10, 0.0), record(2, 2, 10, 1.0)], 0)["miou"]
+    many = mask_metrics([record(1 + n % 2, n, 10, float(n % 2)) for n in range(40)], 0)["miou"]
     assert (many.low, many.high) == (few.low, few.high) == (0.0, 100.0)
 
 

@@ -132,6 +132,6 @@ def make_voc() -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def plugin() -> Any:
     """Our parts in MMSegmentation, imported as the evaluator imports them."""
-    from evals.seg_probe.library import load_plugin
+    from evals.seg_probe.evaluator import load_plugin
 
     return load_plugin()

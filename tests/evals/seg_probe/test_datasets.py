@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from evals.seg_probe.datasets import Labelling, open_dataset
+from evals.seg_probe.data import Labelling, open_dataset
 from radio.errors import DataError
 
 KNOWN = {"ADE20K": [f"thing {n}" for n in range(150)], "VOC2012": [f"object {n}" for n in range(21)]}
@@ -65,6 +65,11 @@ def test_vocs_augmented_split_as_mmsegmentations_converter_leaves_it(
     (tmp_path / "ImageSets/Segmentation/aug.txt").unlink()
     with pytest.raises(DataError, match=r"nor aug.txt; --voc-split trainaug needs SBD's annotations"):
         opened(tmp_path, "trainaug")
+
+
+def test_a_limit_of_none_is_an_error(tmp_path: Path, make_ade: Callable) -> None:
+    with pytest.raises(DataError, match="a limit of 0 leaves no images; give 1 or more, or leave it out"):
+        opened(make_ade(tmp_path), limit=0)
 
 
 def test_a_limit_is_spread_over_both_splits(tmp_path: Path, make_ade: Callable) -> None:

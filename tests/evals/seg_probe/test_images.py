@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from evals.seg_probe.datasets import Dataset, open_dataset
-from evals.seg_probe.presets import resolve
-from evals.seg_probe.settings import SegSettings
+from evals.seg_probe.data import Dataset, open_dataset
+from evals.seg_probe.protocol import SegSettings, resolve
 
 pytestmark = pytest.mark.usefixtures("plugin")
 
@@ -24,14 +23,14 @@ def data(tmp_path: Path, make_ade: Callable) -> Dataset:
 
 
 def images(data: Dataset, model, training: bool, **changes):
-    from evals.seg_probe.images import Images
+    from evals.seg_probe.samples import Images
 
     plan, _ = resolve(replace(SegSettings(data=Path("x"), crop=56), **changes), model)
     return Images(data.train, data.labelling, plan, model, training=training)
 
 
 def row(samples, first: int, count: int, workers: int = 0) -> list[torch.Tensor]:
-    from evals.seg_probe.images import Stream
+    from evals.seg_probe.samples import Stream
 
     stream = Stream(samples, 7, {})
     loader = DataLoader(stream, sampler=range(first, first + count), num_workers=workers, collate_fn=list)
@@ -53,7 +52,7 @@ def test_workers_change_nothing(data: Dataset, backbone: Callable) -> None:
 
 
 def test_every_epoch_holds_every_image_once_in_another_order() -> None:
-    from evals.seg_probe.images import Stream
+    from evals.seg_probe.samples import Stream
 
     stream = Stream(range(10), 3, {})
     epochs = [[stream.place(10 * epoch + n) for n in range(10)] for epoch in range(3)]
@@ -64,7 +63,7 @@ def test_every_epoch_holds_every_image_once_in_another_order() -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_ranks_share_the_batches_of_one(world: int) -> None:
-    from evals.seg_probe.images import Positions
+    from evals.seg_probe.samples import Positions
 
     shares = [list(islice(Positions(20, 6, rank, world), 30 // world)) for rank in range(world)]
     size = 6 // world
@@ -73,7 +72,7 @@ def test_ranks_share_the_batches_of_one(world: int) -> None:
 
 
 def test_skipping_goes_on_at_the_exact_position() -> None:
-    from evals.seg_probe.images import Positions
+    from evals.seg_probe.samples import Positions
 
     positions = Positions(20, 6, 1, 2)
     whole = list(islice(positions, 30))
@@ -82,16 +81,8 @@ def test_skipping_goes_on_at_the_exact_position() -> None:
     assert len(positions) == 10
 
 
-def test_test_shares_hold_each_image_once() -> None:
-    from evals.seg_probe.images import Share
-
-    shares = [Share(7, rank, 3) for rank in range(3)]
-    assert sorted(place for share in shares for place in share) == list(range(7))
-    assert [len(share) for share in shares] == [3, 2, 2]
-
-
 def test_global_generators_are_left_as_they_were() -> None:
-    from evals.seg_probe.images import seeded
+    from evals.seg_probe.samples import seeded
 
     def draw() -> tuple[float, float]:
         return np.random.rand(), random.random()  # noqa: NPY002 (mmcv's transforms draw from these)
@@ -138,7 +129,7 @@ def test_stretched_images_are_squares_in_training_and_testing(data: Dataset, bac
 
 
 def test_kept_tokens_come_with_the_labels_of_images(data: Dataset, backbone: Callable) -> None:
-    from evals.seg_probe.images import TokenMaps
+    from evals.seg_probe.samples import TokenMaps
 
     plan, _ = resolve(SegSettings(data=Path("x"), crop=56, preset="scenes"), backbone())
     maps = torch.randn(8, 6, 4, 4).half()

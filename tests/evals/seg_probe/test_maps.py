@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evals.seg_probe.datasets import open_dataset
-from evals.seg_probe.maps import MapWriter, legend, palette, side_by_side, spread_places
-from evals.seg_probe.pixels import read_labels
+from evals.seg_probe.data import open_dataset, read_labels
+from evals.seg_probe.maps import MapWriter, legend, palette, side_by_side, spread_indices
 
 
 def test_a_written_map_is_an_annotation_again(tmp_path: Path, make_ade: Callable) -> None:
@@ -71,7 +70,7 @@ def test_the_legend_shows_each_colour_and_wraps() -> None:
     assert (one == 0).all(axis=2).any()  # letters
 
 
-def test_places_are_spread() -> None:
-    assert spread_places(10, 3) == {0, 3, 6}
-    assert spread_places(2, 5) == {0, 1}
-    assert spread_places(5, 0) == frozenset()
+def test_indices_are_spread() -> None:
+    assert spread_indices(10, 3) == {0, 3, 6}
+    assert spread_indices(2, 5) == {0, 1}
+    assert spread_indices(5, 0) == frozenset()

@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from evals.seg_probe.datasets import Dataset, Labelling, open_dataset
-from evals.seg_probe.pixels import _map_labels, check_split, read_labels
+from evals.seg_probe.data import Dataset, Labelling, _map_labels, check_split, open_dataset, read_labels
 from radio.chunks import Damage
 from radio.errors import DataError
 
@@ -146,7 +145,7 @@ def test_a_good_split_is_read_once(tmp_path: Path, make_ade: Callable, monkeypat
     first = check_split(data.train, data.labelling, memo=tmp_path / "memo")
     assert first.sizes == ((40, 56), (56, 42))
     assert len(first.fingerprint) == 64
-    monkeypatch.setattr("evals.seg_probe.pixels._inspect", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr("evals.seg_probe.data._inspect", lambda *_: pytest.fail("read again"))
     assert check_split(data.train, data.labelling, memo=tmp_path / "memo") == first
 
 

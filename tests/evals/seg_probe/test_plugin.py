@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evals.seg_probe import library
-from evals.seg_probe.presets import resolve
-from evals.seg_probe.settings import SegSettings
+from evals.seg_probe import evaluator
+from evals.seg_probe.protocol import SegSettings, resolve
 from radio.dist import Group
 from radio.errors import MissingExtraError
 
@@ -137,9 +136,9 @@ def test_a_system_library_that_opencv_lacks_is_named(monkeypatch, missing: str, 
     def fail(module: str, *, extra: str) -> None:
         raise ImportError(missing)
 
-    monkeypatch.setattr(library, "require", fail)
+    monkeypatch.setattr(evaluator, "require", fail)
     with pytest.raises(MissingExtraError, match=said):
-        library.load_plugin()
+        evaluator.load_plugin()
 
 
 def test_without_mmsegmentation_the_error_names_the_extra(monkeypatch) -> None:
@@ -147,14 +146,14 @@ def test_without_mmsegmentation_the_error_names_the_extra(monkeypatch) -> None:
 
     monkeypatch.setitem(sys.modules, "mmseg", None)
     with pytest.raises(MissingExtraError, match=r"mmseg is not installed.*am-radio\[seg\]"):
-        library.load_plugin()
+        evaluator.load_plugin()
 
 
 def test_importing_is_silent(capfd, plugin: Any) -> None:
     import subprocess
     import sys
 
-    code = "from evals.seg_probe.library import load_plugin; load_plugin()"
+    code = "from evals.seg_probe.evaluator import load_plugin; load_plugin()"
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True
     )

@@ -1,15 +1,13 @@
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, jaccard_score, recall_score
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from evals.core.areas import score
-from evals.seg_probe.scores import area_records, class_table, metrics, repeated
+from evals.core.stats import score
+from evals.seg_probe.evaluator import area_records, bootstrapped, class_table, repeated
 from radio.dist import Group
 from radio.errors import DataError
 
@@ -107,7 +105,7 @@ def test_intervals_are_a_bootstrap_over_images() -> None:
     generator = np.random.default_rng(0)
     labels, said = random_maps(30, 4)
     areas = areas_by_loop(labels, said)
-    found = metrics(areas)
+    found = bootstrapped(areas)
     for metric in found.values():
         assert metric.low < metric.value < metric.high
     # the slow way: draw images, sum, score
@@ -115,13 +113,13 @@ def test_intervals_are_a_bootstrap_over_images() -> None:
     low, high = np.percentile(drawn, [2.5, 97.5])
     assert found["miou"].low == pytest.approx(low, abs=0.25)
     assert found["miou"].high == pytest.approx(high, abs=0.25)
-    assert metrics(areas) == found
+    assert bootstrapped(areas) == found
 
 
 def test_a_image_of_void_alone_does_not_break_the_interval() -> None:
     areas = np.zeros((2, 3, 2))
     areas[0] = [[3, 1], [4, 2], [4, 2]]
-    found = metrics(areas)
+    found = bootstrapped(areas)
     assert found["miou"].low == found["miou"].high == pytest.approx(found["miou"].value)
 
 
@@ -137,8 +135,7 @@ def test_several_heads_give_mean_and_spread() -> None:
 def test_a_line_a_image_holds_the_areas_of_what_is_there() -> None:
     areas = np.zeros((2, 3, 4))
     areas[0, :, 1], areas[0, 1, 3] = (5, 6, 9), 2**40  # more pixels than a float32 counts
-    lines = area_records(areas, ["a", "ü"]).splitlines()
-    assert [json.loads(line) for line in lines] == [
-        {"image": "a", "areas": [[1, 5, 6, 9], [3, 0, 2**40, 0]]},
-        {"image": "ü", "areas": []},
+    assert list(area_records(areas, ["a", "ü"])) == [
+        {"id": "a", "areas": [[1, 5, 6, 9], [3, 0, 2**40, 0]]},
+        {"id": "ü", "areas": []},
     ]

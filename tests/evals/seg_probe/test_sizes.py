@@ -7,9 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evals.seg_probe.presets import resolve
-from evals.seg_probe.settings import SegSettings
-from evals.seg_probe.sizes import check_sizes, keep_ratio, padded, shown_sizes, slide_crops
+from evals.seg_probe.protocol import (
+    SegSettings,
+    check_sizes,
+    keep_ratio,
+    padded,
+    resolve,
+    shown_sizes,
+    slide_crops,
+)
 from radio.errors import SizeError
 
 DATA = SegSettings(data=Path("somewhere"))

@@ -8,25 +8,22 @@ import pytest
 import safetensors.torch
 import torch
 
-from evals.seg_probe.datasets import open_dataset
-from evals.seg_probe.presets import resolve
-from evals.seg_probe.settings import SegSettings
+from evals.core.evaluator import EvalRun, RunSettings
+from evals.seg_probe.data import open_dataset
+from evals.seg_probe.protocol import SegSettings, resolve
 from radio.chunks import Damage
 from radio.dist import Group
 from radio.errors import DataError, RadioError
-from radio.progress import no_progress
 
 pytestmark = pytest.mark.usefixtures("plugin")
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def maps_of(tmp_path: Path, make_ade: Callable, monkeypatch) -> Callable[..., torch.Tensor]:
-    from evals.seg_probe import tokens
-    from evals.seg_probe.images import Images
+    from evals.seg_probe import samples
+    from evals.seg_probe.samples import Images
 
-    monkeypatch.setattr(tokens, "CHUNK", 3)
+    monkeypatch.setattr(samples, "CHUNK", 3)
     root = make_ade(tmp_path / "mine")
     data = open_dataset(root, voc_split="train", known={"ADE20K": [], "VOC2012": []})
 
@@ -35,11 +32,10 @@ def maps_of(tmp_path: Path, make_ade: Callable, monkeypatch) -> Callable[..., to
     ) -> torch.Tensor:
         plan, _ = resolve(SegSettings(data=root, preset="scenes"), model)
         images = Images(data.train, data.labelling, plan, model, training=True)
-        return tokens.token_maps(
-            model, images, key=key, cache=tmp_path / "cache", device=CPU, dtype=torch.float32,
-            batch=2, workers=0, group=group or Group(), watch=no_progress,
-            damage=damage or Damage(), label="tokens",
-        )  # fmt: skip
+        shared = RunSettings(cache=tmp_path / "cache", device="cpu", batch_size=2, workers=0)
+        run = EvalRun(shared, base="seg", folder=tmp_path / "out", ranks=group)
+        run.damage = damage or run.damage
+        return samples.token_maps(model, images, run, key=[key], label="tokens")
 
     return make
 
@@ -96,8 +92,8 @@ def test_a_damaged_chunk_is_made_again_and_said(
 class _Alone(Group):
     """The first of two ranks, whose other never writes."""
 
-    def barrier(self) -> None:
-        pass
+    def gather_objects(self, value: Any) -> list[Any]:
+        return [value]
 
 
 def test_ranks_take_turns_and_notice_a_folder_that_is_not_shared(

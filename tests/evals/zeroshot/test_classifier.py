@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evals.zeroshot import classifier as module
-from evals.zeroshot.classifier import TextCache, class_vectors, classifier, text_vectors
+from evals.zeroshot import texts as module
 from evals.zeroshot.names import read_templates
+from evals.zeroshot.texts import TextCache, class_vectors, classifier, text_vectors
 from radio.dist import Group
 from radio.errors import DataError
 from radio.hub import load_teacher

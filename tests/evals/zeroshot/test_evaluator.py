@@ -12,16 +12,23 @@ import torch
 import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
 
-from evals.core.report import read
-from evals.zeroshot.evaluator import ZeroshotEvaluator
-from evals.zeroshot.settings import ZeroshotSettings
+from evals.core.blocks import Confusions
+from evals.core.evaluator import RunSettings, run_evaluator
+from evals.core.report import Report, read
+from evals.zeroshot.evaluator import ZEROSHOT, ZeroshotSettings
 from radio.data import open_source
 from radio.dist import joined
 from radio.errors import ConfigError, DataError, RadioError
 from radio.hub import load_backbone
 from radio.images import evaluation_view
 
-run = ZeroshotEvaluator().run
+
+def run(model: Any, settings: ZeroshotSettings, out: Path, **changes: Any) -> Report:
+    """Evaluate with a cache folder beside the reports, seven images at a time."""
+    shared = RunSettings(**{"cache": out.parent / "cache", "batch_size": 7, **changes})
+    return run_evaluator(ZEROSHOT, model, settings, out, run=shared)
+
+
 SAID = ("a {}", "there is {}")
 
 
@@ -38,9 +45,7 @@ def settings(tmp_path: Path, make_folder: Callable[..., Path]) -> ZeroshotSettin
     """Six classes of five images, two templates."""
     (tmp_path / "templates.txt").write_text("\n".join(SAID))
     query = make_folder(tmp_path / "d" / "val", classes=6, count=5)
-    return ZeroshotSettings(
-        query=str(query), templates=str(tmp_path / "templates.txt"), cache=tmp_path / "cache", batch=7
-    )
+    return ZeroshotSettings(query=str(query), templates=str(tmp_path / "templates.txt"))
 
 
 def records(path: Path) -> list[dict[str, Any]]:
@@ -79,13 +84,15 @@ def test_the_report_equals_the_protocol_as_a_loop(
     assert [line["predictions"] for line in lines] == [[f"c{int(k)}" for k in row[:5]] for row in order]
     assert [line["label"] for line in lines] == [f"c{label}" for label in labels]
     assert lines[0]["logits"][0] == pytest.approx(100 * float(cosines[0].max()), abs=1e-3)
-    assert sum(line["correct"] for line in lines) == right
-    assert sum(int(str(row[2])) for row in report.tables["confusions"].rows) == 30 - right
+    assert sum(line["score"] for line in lines) == right
+    assert sum(
+        count for block in report.blocks if isinstance(block, Confusions) for _, _, count in block.rows
+    ) == (30 - right)
 
 
 def test_batches_do_not_change_it(tmp_path: Path, settings: ZeroshotSettings, model: Any) -> None:
-    one = run(model, replace(settings, batch=1, cache=tmp_path / "one"), tmp_path / "a")
-    many = run(model, replace(settings, batch=30, cache=tmp_path / "many"), tmp_path / "b")
+    one = run(model, settings, tmp_path / "a", batch_size=1, cache=tmp_path / "one")
+    many = run(model, settings, tmp_path / "b", batch_size=30, cache=tmp_path / "many")
     assert one.metrics == many.metrics
 
 
@@ -111,7 +118,7 @@ def test_vectors_of_any_length_are_scored_alike(
     project, encode = model.text.project, model.text.encode
     model.text.project = lambda summaries: project(summaries) * scale
     model.text.encode = lambda texts: encode(texts) * scale
-    again = run(model, replace(settings, cache=tmp_path / "other"), tmp_path / "b")
+    again = run(model, settings, tmp_path / "b", cache=tmp_path / "other")
     assert again.metrics == first.metrics
 
 
@@ -148,7 +155,7 @@ def captions(tmp_path: Path, png: Callable[[int, int], bytes]) -> ZeroshotSettin
             said += [{"id": 2 * n + k, "image_id": 10 * n, "caption": f"{k} words {n}"} for k in range(2)]
     path = tmp_path / "captions.json"
     path.write_text(json.dumps({"images": images, "annotations": said[::-1]}))
-    return ZeroshotSettings(captions=str(path), images=folder, cache=tmp_path / "cache")
+    return ZeroshotSettings(captions=str(path), images=folder)
 
 
 def test_retrieval_equals_sorting_everything(tmp_path: Path, captions: ZeroshotSettings, model: Any) -> None:
@@ -173,7 +180,7 @@ def test_retrieval_equals_sorting_everything(tmp_path: Path, captions: ZeroshotS
     assert report.metrics["text_to_image_r10"].value == 100
     assert report.model == "pooled-retrieval" and report.settings["resolved"]["captions"] == 14
     lines = records(tmp_path / "out" / "zeroshot-pooled-retrieval.jsonl")
-    assert [line.get("key") for line in lines[:7]] == [f"{n}.png" for n in kept]
+    assert [line["id"] for line in lines[:7]] == [f"{n}.png" for n in kept]
     assert {line["image"] for line in lines[7:]} == {f"{n}.png" for n in kept}
 
 
@@ -239,7 +246,6 @@ def test_bad_captions(
         ({"captions": "c.json"}, "--captions FILE and --images FOLDER belong together"),
         ({"images": Path("d")}, "--captions FILE and --images FOLDER belong together"),
         ({"captions": "scenes", "query": "d"}, "retrieval reads captions, not d"),
-        ({"batch": 0}, "batch = 0: give 1 or more"),
     ],
 )
 def test_settings_that_make_no_sense(changes: dict[str, Any], said: str) -> None:
@@ -249,12 +255,12 @@ def test_settings_that_make_no_sense(changes: dict[str, Any], said: str) -> None
 
 def test_the_shipped_clip_reads_and_finds_the_scenes(tmp_path: Path) -> None:
     clip = load_backbone("scenes:clip")
-    settings = ZeroshotSettings(scenes=120, cache=tmp_path / "cache")
-    assert run(clip, settings, tmp_path).metrics["top1"].value > 75
-    found = run(clip, replace(settings, captions="scenes"), tmp_path)
+    settings, out = ZeroshotSettings(scenes=120), tmp_path / "out"
+    assert run(clip, settings, out).metrics["top1"].value > 75
+    found = run(clip, replace(settings, captions="scenes"), out)
     assert found.metrics["image_to_text_r10"].value > 80
     with pytest.raises(DataError, match="leaves no images"):
-        run(clip, replace(settings, captions="scenes", limit=0), tmp_path)
+        run(clip, replace(settings, captions="scenes"), out, limit=0)
 
 
 def _rank(rank: int, port: int, tmp_path: Path, settings: ZeroshotSettings) -> None:
@@ -267,11 +273,11 @@ def _rank(rank: int, port: int, tmp_path: Path, settings: ZeroshotSettings) -> N
 
 
 def test_two_ranks_give_the_same_report(tmp_path: Path, free_port: int) -> None:
-    settings = ZeroshotSettings(scenes=700, cache=tmp_path / "cache")
+    settings = ZeroshotSettings(scenes=700)
     multiprocessing.spawn(_rank, args=(free_port, tmp_path, settings), nprocs=2)
     two = read(tmp_path / "two" / "zeroshot-scenes-clip.json")
-    one = run(load_backbone("scenes:clip"), replace(settings, cache=tmp_path / "other"), tmp_path / "one")
-    assert (two.metrics, two.tables, two.data) == (one.metrics, one.tables, one.data)
+    one = run(load_backbone("scenes:clip"), settings, tmp_path / "one", cache=tmp_path / "other")
+    assert (two.metrics, two.blocks, two.data) == (one.metrics, one.blocks, one.data)
     assert two.settings["resolved"]["ranks"] == 2
 
 
@@ -309,7 +315,7 @@ def test_numbered_folders_get_the_names_by_their_numbers(
     asked = replace(settings, query=str(root), class_names=str(tmp_path / "names.txt"))
     report = run(model, asked, tmp_path / "out")
     found = {
-        line["key"].split("/")[0]: line["label"]
+        line["id"].split("/")[0]: line["label"]
         for line in records(tmp_path / "out" / "zeroshot-pooled.jsonl")
     }
     assert found == {f"c{number}": name for number, name in enumerate(names)}

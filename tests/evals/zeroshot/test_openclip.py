@@ -10,8 +10,8 @@ import open_clip
 import pytest
 import torch
 
-from evals.zeroshot.evaluator import ZeroshotEvaluator
-from evals.zeroshot.settings import ZeroshotSettings
+from evals.core.evaluator import run_evaluator
+from evals.zeroshot.evaluator import ZEROSHOT, ZeroshotSettings
 from radio.data import open_source
 from radio.hub import load_backbone
 from radio.images import evaluation_view
@@ -33,9 +33,9 @@ def test_scores_equal_the_librarys_own_way(tmp_path: Path, make_folder: Callable
         model = open_clip.create_model(NAME, pretrained=None).eval()
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     query = make_folder(tmp_path / "val", classes=6, count=4)
-    settings = ZeroshotSettings(query=str(query), templates="simple", cache=tmp_path / "cache")
+    settings = ZeroshotSettings(query=str(query), templates="simple")
     teacher = load_backbone(f"openclip:{NAME}@{tmp_path / 'weights.pt'}")
-    report = ZeroshotEvaluator().run(teacher, settings, tmp_path / "out")
+    report = run_evaluator(ZEROSHOT, teacher, settings, tmp_path / "out")
 
     source = open_source(str(query))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (OPENAI_MEAN, OPENAI_STD))

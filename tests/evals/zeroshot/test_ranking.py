@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evals.zeroshot import ranking as module
-from evals.zeroshot.ranking import image_to_text, rank_classes, text_to_image
+from evals.zeroshot import evaluator as module
+from evals.zeroshot.evaluator import image_to_text, rank_classes, text_to_image
 
 
 @pytest.fixture(params=[1, 40, 1 << 23])

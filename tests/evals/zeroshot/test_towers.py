@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from evals.zeroshot.towers import find_text_tower
+from evals.zeroshot.texts import find_text_tower
 from radio.adaptors import AdaptorConfig
 from radio.errors import CheckpointError, ConfigError
 from radio.hub import load_backbone, load_teacher

@@ -39,7 +39,7 @@ def predictor_on(
 
 def test_batched_masks_equal_the_predictor_box_by_box(sam) -> None:
     """At full size, on two images of their own shapes, up to the logits at the stored size."""
-    from evals.sam_dropin.frame import make_frame
+    from evals.sam_dropin.masks import make_frame
 
     generator = torch.Generator().manual_seed(1)
     embeddings = torch.randn(2, 256, 64, 64, generator=generator)

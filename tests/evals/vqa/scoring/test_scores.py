@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from evals.core.bootstrap import interval, resamples
+from evals.core.stats import interval, resamples
 from evals.vqa import scoring
 from evals.vqa.scoring import Grouping, Scores, mean_accuracy
 

@@ -1,0 +1,1 @@
+"""Feature maps: the principal components of spatial features as colors."""

@@ -1,0 +1,494 @@
+"""Images with a class for every pixel, in the layouts of ADE20K and VOC2012: listed, checked and read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from radio.chunks import Damage, DamagedError, read_records, write_records
+from radio.data import composed, numbered
+from radio.errors import DataError, shown
+from radio.image_files import as_text
+from radio.images import IMAGE_ENDINGS, MAX_IMAGE_BYTES, decode, open_image, orientation
+from radio.io import lines_of, read_bytes, read_text
+from radio.progress import ProgressFactory, no_progress
+
+from .protocol import Size
+
+VOID = 255
+"""Class of pixels that are ignored in training and scoring, after labels are mapped."""
+
+_LONGEST = 240  # bytes of a name; file systems take 255, with the ending
+_ADE_MARKS = ("objectInfo150.txt", "sceneCategories.txt")
+_VOC_FOLDERS = ("JPEGImages", "ImageSets/Segmentation")
+_ADE_COUNTS, _VOC_COUNTS = (20_210, 2_000), {"train": 1_464, "trainaug": 10_582, "val": 1_449}
+
+
+class Pair(NamedTuple):
+    """An image and its labels."""
+
+    key: str
+    image: Path
+    labels: Path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Split:
+    """The images of a training or validation split, in order."""
+
+    name: str
+    location: str
+    pairs: tuple[Pair, ...]
+    fingerprint: str = ""  # hash of the content, once it is checked
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Labelling:
+    """The meaning of the numbers in annotation files."""
+
+    classes: tuple[str, ...]
+    zero_is_void: bool  # ADE20K: 0 is void and class i is written i + 1; else class i is written i
+
+    @property
+    def highest(self) -> int:
+        """The largest label of a class."""
+        return len(self.classes) - (not self.zero_is_void)
+
+    def table(self) -> NDArray[np.uint8]:
+        """Build the lookup table [256] from a label to the index of its class, or `VOID`."""
+        table = np.full(256, VOID, dtype=np.uint8)
+        first = int(self.zero_is_void)
+        table[first : first + len(self.classes)] = np.arange(len(self.classes), dtype=np.uint8)
+        return table
+
+    def describe(self) -> str:
+        """Describe the valid labels in words."""
+        void = "0 and 255 for void" if self.zero_is_void else "255 for void"
+        return f"{int(self.zero_is_void)} to {self.highest} for the {len(self.classes)} classes, {void}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dataset:
+    """Training and validation images under one labelling."""
+
+    labelling: Labelling
+    train: Split
+    val: Split
+    notes: tuple[str, ...] = ()
+
+
+def open_dataset(
+    root: Path, *, voc_split: str, known: Mapping[str, Sequence[str]], limit: int | None = None
+) -> Dataset:
+    """Open the data set in a folder; the content of its files is not read yet.
+
+    Args:
+        root: ADE20K's or VOC2012's folder or its parent; or one in ADE20K's layout with `classes.txt`.
+        voc_split: the training split of VOC2012.
+        known: the class names of "ADE20K" and "VOC2012".
+        limit: maximum number of images per split, evenly spaced.
+
+    Raises:
+        DataError: neither layout, an empty split, an image without annotation, or the reverse.
+    """
+    if limit is not None and limit < 1:
+        raise DataError(f"a limit of {limit} leaves no images; give 1 or more, or leave it out")
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder")
+    for folder in (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"):
+        if all((folder / part).is_dir() for part in _VOC_FOLDERS):
+            return _voc(folder, voc_split, tuple(known["VOC2012"]), limit)
+    for folder in (root, root / "ADEChallengeData2016"):
+        if (folder / "images").is_dir() and (folder / "annotations").is_dir():
+            return _ade(folder, tuple(known["ADE20K"]), limit)
+    raise DataError(
+        f"{root}: neither ADE20K (images/training, annotations/training, ...) nor VOC2012 (JPEGImages, "
+        f"SegmentationClass, ImageSets/Segmentation); bring your own data into the layout of ADE20K"
+    )
+
+
+def _ade(root: Path, classes: tuple[str, ...], limit: int | None) -> Dataset:
+    listed = root / "classes.txt"
+    genuine = not listed.is_file()
+    if listed.is_file():
+        classes = _read_classes(listed)
+    elif root.name != "ADEChallengeData2016" and not any((root / mark).is_file() for mark in _ADE_MARKS):
+        raise DataError(
+            f"{root}: has no classes.txt, and none of {', '.join(_ADE_MARKS)} that tell ADE20K; write one "
+            f"class a line into classes.txt (label 1 is the first line, label 0 is void)"
+        )
+    splits = [_ade_split(root, name) for name in ("training", "validation")]
+    notes = _count_notes("ADE20K", zip(splits, _ADE_COUNTS, strict=True)) if genuine else ()
+    train, val = (_limited(split, limit) for split in splits)
+    return Dataset(labelling=Labelling(classes=classes, zero_is_void=True), train=train, val=val, notes=notes)
+
+
+def _ade_split(root: Path, name: str) -> Split:
+    images, labels = root / "images" / name, root / "annotations" / name
+    for folder in (images, labels):
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder; wanted images in {images} and masks in {labels}")
+    found = _by_stem(images, IMAGE_ENDINGS, "would share the mask {}.png")
+    masks = _by_stem(labels, (".png",), "would both be the mask of {}")
+    if not found:
+        raise DataError(f"{images}: holds no images")
+    _check_matching(found, masks, labels)
+    pairs = sorted(
+        Pair(key=as_text(path.stem), image=path, labels=masks[stem]) for stem, path in found.items()
+    )
+    return Split(
+        name=f"{as_text(root.resolve().name)}/{name}",
+        location=as_text(images.resolve()),
+        pairs=tuple(pairs),
+    )
+
+
+def _by_stem(folder: Path, endings: tuple[str, ...], clash: str) -> dict[str, Path]:
+    """Index the files of a folder by their stem in NFC, which images and masks share."""
+    found: dict[str, Path] = {}
+    for path in _files(folder, endings):
+        stem = composed(path.stem)
+        if stem in found:
+            raise DataError(
+                f"{shown(folder)}: {shown(found[stem].name)} and {shown(path.name)} "
+                f"{clash.format(shown(path.stem))}; give each a name of its own"
+            )
+        found[stem] = path
+    return found
+
+
+def _check_matching(found: Mapping[str, Path], masks: Mapping[str, Path], labels: Path) -> None:
+    missing = sorted(found.keys() - masks.keys())
+    if missing:
+        raise DataError(
+            f"{shown(found[missing[0]])}: has no annotation {shown(labels / missing[0])}.png "
+            f"({len(missing)} of {len(found)} images lack theirs)"
+        )
+    spare = sorted(masks.keys() - found.keys())
+    if spare:
+        raise DataError(f"{shown(masks[spare[0]])}: has no image of its name ({len(spare)} such annotations)")
+
+
+def _voc(root: Path, voc_split: str, classes: tuple[str, ...], limit: int | None) -> Dataset:
+    named = [("train", _voc_train(root, voc_split)), ("val", _voc_ids(root, "val"))]
+    splits = [
+        Split(
+            name=f"VOC2012/{voc_split if role == 'train' else role}",
+            location=str(root.resolve()),
+            pairs=tuple(_voc_pair(root, key) for key in ids),
+        )
+        for role, ids in named
+    ]
+    counts = (_VOC_COUNTS[voc_split], _VOC_COUNTS["val"])
+    train, val = (_limited(split, limit) for split in splits)
+    return Dataset(
+        labelling=Labelling(classes=classes, zero_is_void=False),
+        train=train,
+        val=val,
+        notes=(*_count_notes("VOC2012", zip(splits, counts, strict=True)), *_overlap_notes(splits)),
+    )
+
+
+def _voc_train(root: Path, voc_split: str) -> list[str]:
+    """Read the training names; `trainaug` is one list, or `train` and `aug` (MMSegmentation's converter)."""
+    lists = root / "ImageSets" / "Segmentation"
+    if voc_split == "trainaug" and not (lists / "trainaug.txt").is_file():
+        if not (lists / "aug.txt").is_file():
+            raise DataError(
+                f"{lists / 'trainaug.txt'}: no such list, nor aug.txt; --voc-split trainaug needs SBD's "
+                f"annotations in SegmentationClassAug, or use --voc-split train"
+            )
+        return list(dict.fromkeys([*_voc_ids(root, "train"), *_voc_ids(root, "aug")]))
+    return _voc_ids(root, voc_split)
+
+
+def _voc_ids(root: Path, name: str) -> list[str]:
+    path = root / "ImageSets" / "Segmentation" / f"{name}.txt"
+    if not path.is_file():
+        raise DataError(f"{path}: no such list of images")
+    # Some copies of trainaug.txt have both paths on a line; the image's name is the first one's stem.
+    ids = [_name_of(line.split()[0]) for line in lines_of(read_text(path)) if line.strip()]
+    if not ids:
+        raise DataError(f"{path}: lists no images")
+    impossible = [key for key in ids if not 0 < len(key.encode()) <= _LONGEST or "\0" in key]
+    if impossible:
+        raise DataError(f"{path}: {shown(impossible[0][:60])!r} is no name of an image; wanted one a line")
+    twice = [key for key, count in Counter(ids).items() if count > 1]
+    if twice:
+        raise DataError(
+            f"{path}: lists {twice[0]!r} more than once ({len(twice)} of {len(set(ids))} names are "
+            f"repeated); list each image once"
+        )
+    return ids
+
+
+def _name_of(path: str) -> str:
+    """Return the name that image and mask share: the last path component without an image extension."""
+    name = path.replace("\\", "/").rpartition("/")[2]
+    stem, dot, ending = name.rpartition(".")
+    return stem if f"{dot}{ending}".lower() in IMAGE_ENDINGS and stem else name
+
+
+def _voc_pair(root: Path, key: str) -> Pair:
+    """Pair an image with VOC's own annotation if it exists, else with SBD's."""
+    image = _existing(root / "JPEGImages" / f"{key}.jpg")
+    if image is None:
+        raise DataError(
+            f"{shown(root / 'JPEGImages' / key)}.jpg: no such image, and ImageSets/Segmentation lists it"
+        )
+    candidates = [root / folder / f"{key}.png" for folder in ("SegmentationClass", "SegmentationClassAug")]
+    for candidate in candidates:
+        labels = _existing(candidate)
+        if labels is not None:
+            return Pair(key, image, labels)
+    raise DataError(
+        f"{shown(image)}: has no annotation, neither {shown(candidates[0])} nor {shown(candidates[1])}"
+    )
+
+
+def _existing(path: Path) -> Path | None:
+    """Find the file of this name, with its accents composed or decomposed."""
+    names = (path.name, composed(path.name), unicodedata.normalize("NFD", path.name))
+    return next((found for name in names if (found := path.with_name(name)).is_file()), None)
+
+
+def _read_classes(path: Path) -> tuple[str, ...]:
+    names = [line.strip() for line in lines_of(read_text(path)) if line.strip()]
+    if not 2 <= len(names) <= VOID - 1:
+        raise DataError(f"{path}: lists {len(names)} classes; wanted 2 to {VOID - 1}, one a line")
+    pairs = numbered(names)
+    if pairs and [number for number, _ in pairs] != list(range(1, len(pairs) + 1)):
+        raise DataError(
+            f"{path}: numbers its classes from {pairs[0][0]}, and label 1 is the first line; list them in "
+            f"the order of their labels, from 1 on, without numbers, and leave the void out"
+        )
+    names = [composed(name) for _, name in pairs] or [composed(name) for name in names]
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{path}: lists {twice!r} twice")
+    return tuple(names)
+
+
+def _files(folder: Path, endings: tuple[str, ...]) -> list[Path]:
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in endings and not path.name.startswith(".")
+    ]
+
+
+def _limited(split: Split, limit: int | None) -> Split:
+    count = len(split.pairs)
+    if limit is None or limit >= count:
+        return split
+    pairs = tuple(split.pairs[place * count // limit] for place in range(limit))
+    return replace(split, pairs=pairs)
+
+
+def _overlap_notes(splits: Sequence[Split]) -> tuple[str, ...]:
+    """Note images that are both in training and validation: the original SBD lists overlap VOC's val."""
+    train, val = ({pair.key for pair in split.pairs} for split in splits)
+    both = len(train & val)
+    return (f"{both} of the {len(val)} images of val are also trained on",) if both else ()
+
+
+def _count_notes(name: str, splits: Iterable[tuple[Split, int]]) -> tuple[str, ...]:
+    return tuple(
+        f"{split.name} has {len(split.pairs):,} images; {name} has {count:,}"
+        for split, count in splits
+        if len(split.pairs) != count
+    )
+
+
+# Letters: H W stored height and width.
+
+MAX_ASPECT = 256
+"""An image longer than this times its width would be resized to less than a pixel."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checked:
+    """The result of reading all files of a split."""
+
+    fingerprint: str  # of names, classes and content
+    sizes: tuple[Size, ...]  # all distinct ones
+    rotated: int = 0  # images with an EXIF orientation, which is not applied
+
+
+class _Inspected(NamedTuple):
+    line: str  # for the fingerprint
+    size: Size
+    labelled: bool  # whether any pixel has a class
+    rotated: bool
+
+
+_CHECKED = TypeAdapter(Checked)
+_IHDR, _DEPTH, _KIND, _GREY = slice(12, 16), 24, 25, 0  # positions in a PNG; and its colour type of grey
+
+
+def read_image(pair: Pair) -> Tensor:
+    """Read an image, uint8 [3, H, W] RGB.
+
+    Raises:
+        DataError: it is missing or cannot be decoded.
+    """
+    return _decode_image(pair.image, _bytes(pair.image))
+
+
+def read_labels(path: Path, labelling: Labelling) -> NDArray[np.uint8]:
+    """Read labels [H, W]: the class of every pixel as an index into `labelling.classes`, or `VOID`.
+
+    The stored numbers are the labels: the values of a grey PNG, the indices of a palette PNG (VOC), whatever
+    their colours; 16 bits are accepted where all values are labels.
+
+    Raises:
+        DataError: colours instead of numbers, a label without a class, or a file that cannot be read.
+    """
+    return _map_labels(path, _bytes(path), labelling)
+
+
+def check_split(
+    split: Split,
+    labelling: Labelling,
+    *,
+    memo: Path,
+    progress: ProgressFactory = no_progress,
+    damage: Damage | None = None,
+) -> Checked:
+    """Validate every file of a split: images decode, annotations have their size and only known labels.
+
+    The result is cached in `memo` until a file's size or modification time changes.
+
+    Args:
+        damage: records a damaged memo, which is then rebuilt.
+
+    Raises:
+        DataError: a pair is invalid (names the first and their number), or every pixel is void.
+    """
+    note = memo / f"seg-{_signature(split, labelling)}.jsonl"
+    if note.exists():
+        try:
+            return read_records(note, _CHECKED)[0]
+        except DamagedError as error:
+            (damage or Damage()).add(error)
+    good, faults = [], []
+    with (
+        progress(f"checking {split.name}", len(split.pairs)) as advance,
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads,
+    ):
+        for inspected in threads.map(lambda pair: _inspect(pair, labelling), split.pairs):
+            advance(1)
+            if isinstance(inspected, str):
+                faults.append(inspected)
+            else:
+                good.append(inspected)
+    if faults:
+        more = f" ({len(faults)} of {len(split.pairs)} pairs are bad)" if len(faults) > 1 else ""
+        raise DataError(f"{faults[0]}{more}")
+    if not any(pair.labelled for pair in good):
+        raise DataError(f"{split.name}: every pixel is void, so there is nothing to learn or to score")
+    checked = Checked(
+        fingerprint=_digest(labelling, [pair.line for pair in good]),
+        sizes=tuple(sorted({pair.size for pair in good})),
+        rotated=sum(pair.rotated for pair in good),
+    )
+    write_records(note, [asdict(checked)])
+    return checked
+
+
+def _inspect(pair: Pair, labelling: Labelling) -> _Inspected | str:
+    """Inspect a pair; return its properties, or a message if it is invalid."""
+    try:
+        data, mask = _bytes(pair.image), _bytes(pair.labels)
+        height, width = _decode_image(pair.image, data).shape[1:]
+        labels = _map_labels(pair.labels, mask, labelling)
+    except DataError as error:
+        return str(error)
+    turned = orientation(data)
+    if labels.shape != (height, width):
+        exif = f" (its EXIF orientation, {turned}, is not applied)" if turned > 1 else ""
+        return (
+            f"{shown(pair.labels)}: {labels.shape[0]}x{labels.shape[1]} (height x width), and its image is "
+            f"{height}x{width}{exif}; an annotation has a label for every pixel"
+        )
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        return (
+            f"{shown(pair.image)}: {height}x{width} is over {MAX_ASPECT} times as long as wide; "
+            f"crop or drop it"
+        )
+    hashes = (hashlib.sha256(content).hexdigest() for content in (data, mask))
+    line = f"{pair.key} {' '.join(hashes)}"
+    return _Inspected(line, (height, width), bool((labels != VOID).any()), turned > 1)
+
+
+def _map_labels(path: Path, data: bytes, labelling: Labelling) -> NDArray[np.uint8]:
+    try:
+        with open_image(data, ("PNG",)) as file:
+            mode, values = file.mode, _stored_values(file, data)
+    except DataError as error:
+        raise DataError(f"{shown(path)}: {error}") from error
+    if values.ndim != 2 or mode == "F":
+        raise DataError(
+            f"{shown(path)}: stores colours (mode {mode}); wanted the number of a class for each pixel, as a "
+            f"grey or palette PNG"
+        )
+    table = labelling.table()
+    used = np.unique(values)
+    foreign = [int(v) for v in used if v != VOID and not 0 <= v <= labelling.highest]
+    if foreign:
+        raise DataError(f"{shown(path)}: holds the label {foreign[0]}; wanted {labelling.describe()}")
+    mapped: NDArray[np.uint8] = table[values.astype(np.uint8)]
+    return mapped
+
+
+def _stored_values(file: Image.Image, data: bytes) -> NDArray[np.generic]:
+    """Return a PNG's pixels as stored; grey ones of 2 and 4 bits, which PIL scales to 8, are scaled back."""
+    if data[_IHDR] != b"IHDR":
+        raise DataError("a damaged PNG (it does not begin with IHDR)")
+    values = np.asarray(file)
+    if data[_KIND] == _GREY and data[_DEPTH] in (2, 4):
+        values = values // (255 // (2 ** data[_DEPTH] - 1))
+    return values
+
+
+def _decode_image(path: Path, data: bytes) -> Tensor:
+    try:
+        return decode(data)
+    except DataError as error:
+        raise DataError(f"{shown(path)}: {error}") from error
+
+
+def _bytes(path: Path) -> bytes:
+    return read_bytes(path, limit=MAX_IMAGE_BYTES)
+
+
+def _signature(split: Split, labelling: Labelling) -> str:
+    sha = hashlib.sha256(json.dumps([labelling.classes, labelling.zero_is_void]).encode())
+    for pair in split.pairs:
+        for path in (pair.image, pair.labels):
+            try:
+                stat = path.stat()
+            except OSError as error:
+                raise DataError(f"{shown(path)}: cannot be read ({error.strerror})") from error
+            line = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}\n"
+            sha.update(line.encode("utf-8", "surrogateescape"))
+    return sha.hexdigest()
+
+
+def _digest(labelling: Labelling, lines: Sequence[str]) -> str:
+    head = json.dumps([labelling.classes, labelling.zero_is_void])
+    return hashlib.sha256("\n".join([head, *lines]).encode()).hexdigest()

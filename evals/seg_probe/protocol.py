@@ -1,0 +1,288 @@
+"""Settings, published protocols, and the input sizes that they give a backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from annotated_types import Interval
+
+from evals.core.evaluator import Machine
+from radio.config import (
+    Count,
+    CountOrZero,
+    NotNegative,
+    Pixels,
+    Positive,
+    Seed,
+    check,
+)
+from radio.errors import SizeError
+from radio.types import Backbone
+
+Batch = Annotated[int, Interval(ge=1, le=65_536)]  # images of a step, in memory at once
+Scenes = Annotated[int, Interval(ge=1, le=1_000_000)]  # written to disk
+PresetName = Literal["paper", "released", "dinov2", "scenes"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SegSettings:
+    """A linear map from frozen tokens to the class of every pixel."""
+
+    data: Path | None = None
+    """A folder in the layout of ADE20K (its own 150 classes, or those of a classes.txt) or of VOC2012.
+    Default: the generated scenes."""
+    voc_split: Literal["train", "trainaug"] = "train"
+    """Training split of VOC2012: the 1,464 images of VOC, or the 10,582 with SBD's."""
+    preset: PresetName | None = None
+    """The protocol. Default: `paper` with --data, `scenes` for the generated scenes."""
+    crop: Pixels | None = None
+    """Side of the backbone's square input in pixels. Default: the preset's, or the nearest that the backbone
+    takes."""
+    stride: Pixels | None = None
+    """Pixels from one crop to the next when testing. Default: the preset's."""
+    iterations: Count | None = None
+    """Training steps of the head; the warm-up scales in proportion. Default: the preset's."""
+    train_batch_size: Batch | None = None
+    """Images per training step, over all ranks. Default: the preset's."""
+    lr: Positive | None = None
+    """AdamW's peak learning rate. Default: the preset's."""
+    weight_decay: NotNegative | None = None
+    """AdamW's weight decay. Default: the preset's."""
+    seeds: Count = 1
+    """Number of heads to train; the scores are their mean, with the standard deviation."""
+    head_seed: Machine[Seed | None] = None
+    """Seed of the first head's weights, order and crops; +1 per further head. Default: --seed."""
+    scenes: tuple[Scenes, Scenes] = (1000, 300)
+    """Number of generated training and validation images, used without --data."""
+    save_maps: Machine[CountOrZero] = 3
+    """Number of validation images whose label maps and overlays are saved."""
+    keep_tokens: Machine[bool] = True
+    """Compute the tokens once and cache them, if the preset has no augmentation."""
+    token_cache_gb: Machine[NotNegative] = 8.0
+    """Do not cache tokens that would take more than this, in GB."""
+    save_every: Machine[Count] = 200
+    """Steps between saved states, from which an interrupted run resumes."""
+
+    def __post_init__(self) -> None:
+        """Validate the settings; raise ConfigError for an invalid value."""
+        check(self)
+
+
+LONG_SIDE = 2048
+"""Longest side after the keep-ratio resize, in pixels (MMSegmentation's rule for ADE20K)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preset:
+    """A published or built-in protocol."""
+
+    crop: int
+    stride: int | None  # None: test on the whole image at once
+    iterations: int
+    warmup: int
+    train_batch_size: int = 16
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    augment: bool = True
+    stretch: bool = False  # resize the whole image to a square, in training and testing
+
+
+PRESETS: dict[PresetName, Preset] = {
+    # AM-RADIO's probe. Its weight decay and schedule are not stated: AdamW's default and DINOv2's schedule.
+    "paper": Preset(crop=518, stride=518, iterations=160_000, warmup=1500),
+    # The protocol of the released RADIO checkpoints.
+    "released": Preset(crop=518, stride=None, iterations=80_000, warmup=1500, weight_decay=0.0),
+    # DINOv2's linear evaluation.
+    "dinov2": Preset(crop=512, stride=341, iterations=40_000, warmup=1500, weight_decay=1e-4),
+    # Half a minute on two CPU cores: no augmentation, so that tokens are computed only once.
+    "scenes": Preset(
+        crop=96,
+        stride=None,
+        iterations=300,
+        warmup=15,
+        train_batch_size=32,
+        lr=3e-3,
+        weight_decay=1e-4,
+        augment=False,
+        stretch=True,
+    ),
+}
+
+Size = tuple[int, int]  # (height, width)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProbeConfig:
+    """A preset with the overrides of the settings, for one backbone."""
+
+    preset: PresetName
+    crop: Size
+    stride: Size | None
+    resize: Literal["keep-ratio", "stretch"]
+    long_side: int
+    short_side: int
+    augment: bool
+    iterations: int
+    warmup: int
+    train_batch_size: int
+    lr: float
+    weight_decay: float
+
+    @property
+    def slides(self) -> bool:
+        """Whether testing uses crops rather than whole images."""
+        return self.stride is not None
+
+    def describe(self) -> dict[str, Any]:
+        """Describe the config for the report."""
+        test = "whole" if self.stride is None else f"slide {_side(self.crop)}, stride {_side(self.stride)}"
+        if self.resize == "stretch":
+            shown = f"whole image stretched to {_side(self.crop)}, no augmentation"
+        else:
+            shown = (
+                f"random resize 0.5-2 of ({self.long_side}, {self.short_side}), "
+                f"random crop {_side(self.crop)} (largest class below 0.75), flip 0.5, photometric distortion"
+            )
+        return {
+            "preset": self.preset,
+            "crop": list(self.crop),
+            "stride": list(self.stride) if self.stride else None,
+            "train": shown,
+            "test": f"{self.resize} resize, {test}, scored at the label's own size",
+            "optimizer": f"AdamW lr {self.lr:g}, weight decay {self.weight_decay:g}",
+            "schedule": f"{self.iterations} iterations, {self.warmup} of linear warm-up, then linear to 0",
+            "train_batch_size": self.train_batch_size,
+            "head": "batch norm, 1x1 convolution",
+        }
+
+
+def resolve(settings: SegSettings, model: Backbone) -> tuple[ProbeConfig, tuple[str, ...]]:
+    """Resolve the settings for a backbone; return the config and notes on changes that it required.
+
+    A preset's crop that the backbone does not take is replaced by the nearest one that it does; a crop in the
+    settings must fit.
+
+    Raises:
+        SizeError: the backbone does not take `crop`, or a stride skips pixels or has no effect.
+    """
+    name = settings.preset or ("scenes" if settings.data is None else "paper")
+    preset = PRESETS[name]
+    crop, notes = _crop(settings, preset, model, name)
+    iterations = settings.iterations or preset.iterations
+    config = ProbeConfig(
+        preset=name,
+        crop=crop,
+        stride=_stride(settings, preset, crop),
+        resize="stretch" if preset.stretch else "keep-ratio",
+        long_side=LONG_SIDE,
+        short_side=max(crop),
+        augment=preset.augment,
+        iterations=iterations,
+        warmup=min(max(1, round(preset.warmup * iterations / preset.iterations)), iterations - 1),
+        train_batch_size=settings.train_batch_size or preset.train_batch_size,
+        lr=settings.lr or preset.lr,
+        weight_decay=preset.weight_decay if settings.weight_decay is None else settings.weight_decay,
+    )
+    return config, notes
+
+
+def _crop(settings: SegSettings, preset: Preset, model: Backbone, name: str) -> tuple[Size, tuple[str, ...]]:
+    side = settings.crop or preset.crop
+    fitted = model.nearest_size(side, side)
+    if fitted == (side, side):
+        return fitted, ()
+    if settings.crop is not None:
+        raise SizeError(
+            f"{model.name} does not take crops of {side}x{side} px; the nearest that it takes is "
+            f"{_side(fitted)}" + (f": use --crop {fitted[0]}" if fitted[0] == fitted[1] else "")
+        )
+    return fitted, (f"the preset {name} crops {side} px; {model.name} takes {_side(fitted)}, which was used",)
+
+
+def _stride(settings: SegSettings, preset: Preset, crop: Size) -> Size | None:
+    if preset.stretch or (preset.stride is None and settings.stride is None):
+        if settings.stride is not None:
+            raise SizeError(
+                f"a stride of {settings.stride} px was asked for, and this preset looks at whole images; "
+                f"leave --stride out or choose another --preset"
+            )
+        return None
+    if settings.stride is not None:
+        if settings.stride > min(crop):
+            raise SizeError(
+                f"a stride of {settings.stride} px leaves pixels between crops of {_side(crop)} unseen; "
+                f"give {min(crop)} or less"
+            )
+        return settings.stride, settings.stride
+    assert preset.stride is not None
+    # With a crop other than the preset's, neighbours overlap by the same fraction.
+    return round(preset.stride * crop[0] / preset.crop), round(preset.stride * crop[1] / preset.crop)
+
+
+def _side(size: Size) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def keep_ratio(size: Size, long_side: int, short_side: int) -> Size:
+    """Compute the size after MMSegmentation's keep-ratio resize: the largest in both limits, halves up."""
+    height, width = size
+    scale = min(long_side / max(size), short_side / min(size))
+    return int(height * scale + 0.5), int(width * scale + 0.5)
+
+
+def padded(size: Size, crop: Size) -> Size:
+    """Pad a size to at least the crop: the padding is black, below and to the right, and is not scored.
+
+    Only images more than `long_side / crop` times as long as wide need it.
+    """
+    return max(size[0], crop[0]), max(size[1], crop[1])
+
+
+def slide_crops(size: Size, crop: Size, stride: Size) -> tuple[tuple[int, int, int, int], ...]:
+    """List (top, left, bottom, right) of every crop of MMSegmentation's slide mode, in its order.
+
+    The last crop of a row or column is moved back into the image. A side shorter than the crop gives a
+    shorter crop, which is why images are padded first.
+    """
+    rows, columns = (_ends(size[side], crop[side], stride[side]) for side in (0, 1))
+    return tuple((top, left, bottom, right) for top, bottom in rows for left, right in columns)
+
+
+def shown_sizes(sizes: Iterable[Size], config: ProbeConfig, model: Backbone) -> set[Size]:
+    """Collect all input sizes of the backbone: in testing on images of these sizes, and in training."""
+    shown = {config.crop}
+    if config.resize == "stretch":
+        return shown
+    for size in set(sizes):
+        resized = keep_ratio(size, config.long_side, config.short_side)
+        if config.stride is None:
+            shown.add(model.nearest_size(*resized))
+            continue
+        crops = slide_crops(padded(resized, config.crop), config.crop, config.stride)
+        shown.update((bottom - top, right - left) for top, left, bottom, right in crops)
+    return shown
+
+
+def check_sizes(sizes: Iterable[Size], config: ProbeConfig, model: Backbone) -> None:
+    """Check that the backbone takes all its input sizes.
+
+    Raises:
+        SizeError: it does not take one; names that size and the nearest one that it takes.
+    """
+    for size in sorted(shown_sizes(sizes, config, model)):
+        fitted = model.nearest_size(*size)
+        if fitted != size:
+            raise SizeError(
+                f"testing would show {model.name} {size[0]}x{size[1]} px, which it does not take "
+                f"(the nearest is {fitted[0]}x{fitted[1]}); choose --crop {min(fitted)}"
+            )
+
+
+def _ends(side: int, crop: int, stride: int) -> list[tuple[int, int]]:
+    """List (start, end) of the crops along one side."""
+    steps = max(side - crop + stride - 1, 0) // stride + 1
+    ends = [min(step * stride + crop, side) for step in range(steps)]
+    return [(max(end - crop, 0), end) for end in ends]
