@@ -138,68 +138,68 @@ def _ade(root: Path, classes: tuple[str, ...], limit: int | None) -> Dataset:
 
 
 def _ade_split(root: Path, name: str) -> Split:
-    images, labels = root / "images" / name, root / "annotations" / name
-    for folder in (images, labels):
+    folders = root / "images" / name, root / "annotations" / name
+    for folder in folders:
         if not folder.is_dir():
-            raise DataError(f"{folder}: no such folder; wanted images in {images} and masks in {labels}")
-    found = _by_stem(images, IMAGE_ENDINGS, "would share the mask {}.png")
-    masks = _by_stem(labels, (".png",), "would both be the mask of {}")
-    if not found:
-        raise DataError(f"{images}: holds no images")
-    _check_matching(found, masks, labels)
-    pairs = sorted(
-        Pair(key=as_text(path.stem), image=path, labels=masks[stem]) for stem, path in found.items()
-    )
+            raise DataError(
+                f"{folder}: no such folder; wanted images in {folders[0]} and masks in {folders[1]}"
+            )
+    images = _by_stem(folders[0], IMAGE_ENDINGS, "would share the mask {}.png")
+    masks = _by_stem(folders[1], (".png",), "would both be the mask of {}")
+    if not images:
+        raise DataError(f"{folders[0]}: holds no images")
+    missing = sorted(images.keys() - masks.keys())
+    if missing:
+        raise DataError(
+            f"{shown(images[missing[0]])}: has no annotation {shown(folders[1] / missing[0])}.png "
+            f"({len(missing)} of {len(images)} images lack theirs)"
+        )
+    spare = sorted(masks.keys() - images.keys())
+    if spare:
+        raise DataError(f"{shown(masks[spare[0]])}: has no image of its name ({len(spare)} such annotations)")
+    pairs = sorted(Pair(as_text(path.stem), path, masks[stem]) for stem, path in images.items())
     return Split(
         name=f"{as_text(root.resolve().name)}/{name}",
-        location=as_text(images.resolve()),
+        location=as_text(folders[0].resolve()),
         pairs=tuple(pairs),
     )
 
 
 def _by_stem(folder: Path, endings: tuple[str, ...], clash: str) -> dict[str, Path]:
     """Index the files of a folder by their stem in NFC, which images and masks share."""
-    found: dict[str, Path] = {}
-    for path in _files(folder, endings):
+    files: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() not in endings or path.name.startswith("."):
+            continue
         stem = composed(path.stem)
-        if stem in found:
+        if stem in files:
             raise DataError(
-                f"{shown(folder)}: {shown(found[stem].name)} and {shown(path.name)} "
+                f"{shown(folder)}: {shown(files[stem].name)} and {shown(path.name)} "
                 f"{clash.format(shown(path.stem))}; give each a name of its own"
             )
-        found[stem] = path
-    return found
-
-
-def _check_matching(found: Mapping[str, Path], masks: Mapping[str, Path], labels: Path) -> None:
-    missing = sorted(found.keys() - masks.keys())
-    if missing:
-        raise DataError(
-            f"{shown(found[missing[0]])}: has no annotation {shown(labels / missing[0])}.png "
-            f"({len(missing)} of {len(found)} images lack theirs)"
-        )
-    spare = sorted(masks.keys() - found.keys())
-    if spare:
-        raise DataError(f"{shown(masks[spare[0]])}: has no image of its name ({len(spare)} such annotations)")
+        files[stem] = path
+    return files
 
 
 def _voc(root: Path, voc_split: str, classes: tuple[str, ...], limit: int | None) -> Dataset:
-    named = [("train", _voc_train(root, voc_split)), ("val", _voc_ids(root, "val"))]
+    ids = {voc_split: _voc_train(root, voc_split), "val": _voc_ids(root, "val")}
     splits = [
         Split(
-            name=f"VOC2012/{voc_split if role == 'train' else role}",
+            name=f"VOC2012/{name}",
             location=str(root.resolve()),
-            pairs=tuple(_voc_pair(root, key) for key in ids),
+            pairs=tuple(_voc_pair(root, key) for key in keys),
         )
-        for role, ids in named
+        for name, keys in ids.items()
     ]
     counts = (_VOC_COUNTS[voc_split], _VOC_COUNTS["val"])
     train, val = (_limited(split, limit) for split in splits)
+    both = len(set(ids[voc_split]) & set(ids["val"]))  # the original SBD lists overlap VOC's val
+    overlap = (f"{both} of the {len(ids['val'])} images of val are also trained on",) if both else ()
     return Dataset(
         labelling=Labelling(classes=classes, zero_is_void=False),
         train=train,
         val=val,
-        notes=(*_count_notes("VOC2012", zip(splits, counts, strict=True)), *_overlap_notes(splits)),
+        notes=(*_count_notes("VOC2012", zip(splits, counts, strict=True)), *overlap),
     )
 
 
@@ -263,7 +263,8 @@ def _voc_pair(root: Path, key: str) -> Pair:
 def _existing(path: Path) -> Path | None:
     """Find the file of this name, with its accents composed or decomposed."""
     names = (path.name, composed(path.name), unicodedata.normalize("NFD", path.name))
-    return next((found for name in names if (found := path.with_name(name)).is_file()), None)
+    paths = (path.with_name(name) for name in names)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def _read_classes(path: Path) -> tuple[str, ...]:
@@ -283,27 +284,12 @@ def _read_classes(path: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _files(folder: Path, endings: tuple[str, ...]) -> list[Path]:
-    return [
-        path
-        for path in sorted(folder.iterdir())
-        if path.suffix.lower() in endings and not path.name.startswith(".")
-    ]
-
-
 def _limited(split: Split, limit: int | None) -> Split:
     count = len(split.pairs)
     if limit is None or limit >= count:
         return split
-    pairs = tuple(split.pairs[place * count // limit] for place in range(limit))
+    pairs = tuple(split.pairs[index * count // limit] for index in range(limit))
     return replace(split, pairs=pairs)
-
-
-def _overlap_notes(splits: Sequence[Split]) -> tuple[str, ...]:
-    """Note images that are both in training and validation: the original SBD lists overlap VOC's val."""
-    train, val = ({pair.key for pair in split.pairs} for split in splits)
-    both = len(train & val)
-    return (f"{both} of the {len(val)} images of val are also trained on",) if both else ()
 
 
 def _count_notes(name: str, splits: Iterable[tuple[Split, int]]) -> tuple[str, ...]:

@@ -76,9 +76,9 @@ def palette(count: int) -> Bytes:
     """Choose distinct colours [C, 3]; neighbours in hue differ in brightness too."""
     golden = (5**0.5 - 1) / 2
     few = count <= _FEW
-    hues = [place / count if few else place * golden % 1 for place in range(count)]
+    hues = [index / count if few else index * golden % 1 for index in range(count)]
     levels = ((0.9, 1.0), (0.9, 0.55)) if few else ((0.9, 1.0), (0.9, 0.55), (0.5, 0.9))
-    rows = [colorsys.hsv_to_rgb(hue, *levels[place % len(levels)]) for place, hue in enumerate(hues)]
+    rows = [colorsys.hsv_to_rgb(hue, *levels[index % len(levels)]) for index, hue in enumerate(hues)]
     return np.round(255 * np.array(rows)).astype(np.uint8)
 
 

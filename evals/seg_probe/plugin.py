@@ -190,8 +190,8 @@ class AreaMetric(IoUMetric):  # type: ignore[misc]
         """Compute mIoU, mAcc and aAcc, rounded as by MMSegmentation; the same on every rank."""
         num_classes = len(self.dataset_meta["classes"])
         areas = torch.zeros(size, 3, num_classes, dtype=torch.float64)
-        for place, (both, _, predicted, label) in enumerate(self.results):
-            areas[self._group.rank + place * self._group.world] = torch.stack(
+        for index, (both, _, predicted, label) in enumerate(self.results):
+            areas[self._group.rank + index * self._group.world] = torch.stack(
                 [both, predicted, label]
             ).double()
         self.results.clear()

@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, final
+from typing import Any, final
 
 import cv2
 import mmcv
@@ -42,17 +42,7 @@ from .protocol import ProbeConfig, Size
 
 Sample = dict[str, Any]  # MMSegmentation's {"inputs": Tensor, "data_samples": SegDataSample}
 
-_META = ("img_path", "ori_shape", "img_shape", "place")
-
-
-class Samples(Protocol):
-    """N samples, by index."""
-
-    def __len__(self) -> int:
-        """Return N."""
-
-    def __getitem__(self, place: int) -> Sample:
-        """Return the sample at an index."""
+_META = ("img_path", "ori_shape", "img_shape", "index")
 
 
 @final
@@ -74,15 +64,15 @@ class Images(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self._split.pairs)
 
-    def __getitem__(self, place: int) -> Sample:
-        pair = self._split.pairs[place]
+    def __getitem__(self, index: int) -> Sample:
+        pair = self._split.pairs[index]
         image = read_image(pair).numpy().transpose(1, 2, 0)
         results = {
             "img": np.ascontiguousarray(image[..., ::-1]),  # BGR, as the photometric distortion expects
             "img_path": str(pair.image),
             "img_shape": image.shape[:2],
             "ori_shape": image.shape[:2],
-            "place": place,
+            "index": index,
             "seg_fields": ["gt_seg_map"],
         }
         labels = read_labels(pair.labels, self._labelling)
@@ -112,25 +102,25 @@ class TokenMaps(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self._maps)
 
-    def __getitem__(self, place: int) -> Sample:
-        labels = self._read(place)
+    def __getitem__(self, index: int) -> Sample:
+        labels = self._read(index)
         results = {
-            "img_path": str(self._split.pairs[place].image),
+            "img_path": str(self._split.pairs[index].image),
             "img_shape": self._crop,
             "ori_shape": labels.shape,
-            "place": place,
+            "index": index,
             "gt_seg_map": labels,
         }
-        return {**self._pack(results), "inputs": self._maps[place].float()}
+        return {**self._pack(results), "inputs": self._maps[index].float()}
 
-    def _read(self, place: int) -> NDArray[np.uint8]:
-        if place in self._labels:
-            return self._labels[place]
-        labels = read_labels(self._split.pairs[place].labels, self._labelling)
+    def _read(self, index: int) -> NDArray[np.uint8]:
+        if index in self._labels:
+            return self._labels[index]
+        labels = read_labels(self._split.pairs[index].labels, self._labelling)
         if self._training and labels.shape != self._crop:
             height, width = self._crop
             labels = mmcv.imresize(labels, (width, height), interpolation="nearest")
-        self._labels[place] = labels  # small beside the token map: a byte per pixel
+        self._labels[index] = labels  # small beside the token map: a byte per pixel
         return labels
 
 
@@ -143,14 +133,14 @@ class Stream(Dataset[Sample]):
     nothing.
     """
 
-    def __init__(self, samples: Samples, seed: int, metainfo: dict[str, Any]) -> None:
+    def __init__(self, samples: Images | TokenMaps, seed: int, metainfo: dict[str, Any]) -> None:
         self._samples, self._seed, self.metainfo = samples, seed, metainfo
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._samples)
 
-    def place(self, position: int) -> int:
+    def index_at(self, position: int) -> int:
         """Return the index in the data set of the sample at a position."""
         epoch, within = divmod(position, len(self._samples))
         if epoch != self._epoch:
@@ -160,7 +150,7 @@ class Stream(Dataset[Sample]):
 
     def __getitem__(self, position: int) -> Sample:
         with seeded(self._seed, position):
-            return self._samples[self.place(position)]
+            return self._samples[self.index_at(position)]
 
 
 @final

@@ -33,7 +33,7 @@ from evals.core.states import load_state, save_state
 from radio.chunks import DamagedError
 from radio.dist import Group
 from radio.errors import CheckpointError, RadioError
-from radio.progress import ProgressWithText
+from radio.progress import Advance, ProgressWithText
 from radio.types import Backbone
 
 from .plugin import AreaMetric, Areas, KeptTokens, RadioBackbone, build_model
@@ -99,18 +99,14 @@ def train_head(probe: Probe, seed: int, run: EvalRun, label: str, keep: Keep | N
     path = run.cache / "seg-heads" / f"{key}.pt"
     start = _load_start(path, key, run)
     with TemporaryDirectory(prefix="am-radio-seg-") as folder, _own_randomness(run.device):
-        metric = AreaMetric(run.ranks)
-        save = SaveState(path, key, probe.save_every, run.ranks)
-        runner = _make_runner(probe, seed, run, start, metric, save, folder)
-        with run.progress(f"training {label}", probe.config.iterations) as advance:
+        metric, observer = AreaMetric(run.ranks), Observer(run.ranks.world, keep)
+        hooks = [SaveState(path, key, probe.save_every, run.ranks), observer]
+        runner = _make_runner(probe, seed, run, start, metric, hooks, folder)
+        with run.progress(f"training {label}", probe.config.iterations) as observer.advance:
             if start.iteration:
-                advance(start.iteration)
-            runner.register_hook(Progress(advance))
+                observer.advance(start.iteration)
             runner.train()
-        with run.progress(f"testing {label}", len(probe.val)) as advance:
-            runner.register_hook(TestProgress(advance, run.ranks.world))
-            if keep is not None:
-                runner.register_hook(KeepMaps(keep))
+        with run.progress(f"testing {label}", len(probe.val)) as observer.advance:
             runner.test()
     weights = {name: tensor.cpu() for name, tensor in _bare(runner.model).state_dict().items()}
     return Head(metric.areas, weights)
@@ -134,7 +130,7 @@ def _make_runner(
     run: EvalRun,
     start: HeadState,
     metric: AreaMetric,
-    save: SaveState,
+    hooks: list[Hook],
     folder: str,
 ) -> ProbeRunner:
     config, ranks = probe.config, run.ranks
@@ -175,7 +171,7 @@ def _make_runner(
         test_cfg={"type": "TestLoop"},
         test_evaluator=[metric],
         default_hooks=dict.fromkeys(("runtime_info", "timer", "sampler_seed", "logger", "checkpoint")),
-        custom_hooks=[save],
+        custom_hooks=hooks,
         launcher="none" if ranks.world == 1 else "pytorch",
         randomness={"seed": seed % 2**32},  # NumPy's limit
         default_scope="mmseg",
@@ -276,52 +272,31 @@ class SaveState(Hook):  # type: ignore[misc]
 
 
 @final
-class Progress(Hook):  # type: ignore[misc]
-    """Advances the progress bar, and shows the loss at intervals."""
+class Observer(Hook):  # type: ignore[misc]
+    """Advances the progress bars, shows the loss at intervals, and passes predictions on."""
 
-    def __init__(self, advance: Any) -> None:
-        self._advance, self._shown = advance, 0.0
+    def __init__(self, world: int, keep: Keep | None) -> None:
+        self.advance: Advance = lambda steps: None  # of the present bar
+        self._world, self._keep, self._shown = world, keep, 0.0
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
         """Advance by one iteration; read the loss at most twice a second, as it waits for the device."""
-        self._advance(1)
-        if isinstance(self._advance, ProgressWithText) and time.monotonic() - self._shown > 0.5:
+        self.advance(1)
+        if isinstance(self.advance, ProgressWithText) and time.monotonic() - self._shown > 0.5:
             self._shown = time.monotonic()
-            self._advance.set_postfix(f"loss {float(outputs['loss'].detach()):.4f}")
-
-
-@final
-class TestProgress(Hook):  # type: ignore[misc]
-    """Advances the progress bar by the images that all ranks have tested."""
-
-    __test__ = False  # not a pytest class
-
-    def __init__(self, advance: Any, world: int) -> None:
-        self._advance, self._world = advance, world
+            self.advance.set_postfix(f"loss {float(outputs['loss'].detach()):.4f}")
 
     def after_test_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Sequence[Any] | None = None
     ) -> None:
         """Advance by this rank's images times the number of ranks, assumed to be equally far."""
-        self._advance(len(outputs or ()) * self._world)
-
-
-@final
-class KeepMaps(Hook):  # type: ignore[misc]
-    """Passes every prediction on during the test."""
-
-    def __init__(self, keep: Keep) -> None:
-        self._keep = keep
-
-    def after_test_iter(
-        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Sequence[Any] | None = None
-    ) -> None:
-        """Pass on the predictions, at the original sizes of the images."""
-        for sample in outputs or ():
-            classes = sample.pred_sem_seg.data.squeeze(0).to(torch.uint8)
-            self._keep(sample.metainfo["place"], classes.cpu().numpy())
+        self.advance(len(outputs or ()) * self._world)
+        if self._keep is not None:
+            for sample in outputs or ():
+                classes = sample.pred_sem_seg.data.squeeze(0).to(torch.uint8)  # of the image's original size
+                self._keep(sample.metainfo["index"], classes.cpu().numpy())
 
 
 def _bare(model: nn.Module) -> nn.Module:

@@ -55,10 +55,10 @@ def test_every_epoch_holds_every_image_once_in_another_order() -> None:
     from evals.seg_probe.samples import Stream
 
     stream = Stream(range(10), 3, {})
-    epochs = [[stream.place(10 * epoch + n) for n in range(10)] for epoch in range(3)]
+    epochs = [[stream.index_at(10 * epoch + n) for n in range(10)] for epoch in range(3)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    assert [Stream(range(10), 4, {}).place(n) for n in range(10)] != epochs[0]
+    assert [Stream(range(10), 4, {}).index_at(n) for n in range(10)] != epochs[0]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -104,7 +104,7 @@ def test_tested_images_keep_their_labels_size(data: Dataset, backbone: Callable)
     sample = images(data, backbone(), training=False)[0]
     meta = sample["data_samples"].metainfo
     assert sample["inputs"].shape == (3, 56, 78)
-    assert (meta["ori_shape"], meta["img_shape"], meta["place"]) == ((40, 56), (56, 78), 0)
+    assert (meta["ori_shape"], meta["img_shape"], meta["index"]) == ((40, 56), (56, 78), 0)
     assert sample["data_samples"].gt_sem_seg.data.shape == (1, 40, 56)
 
 
