@@ -6,10 +6,10 @@ import hashlib
 import logging
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, final
+from typing import NamedTuple, TypeVar, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,8 @@ from .images import IMAGE_ENDINGS, MAX_IMAGE_BYTES, decode
 from .io import expand_braces
 from .progress import ProgressFactory, no_progress
 from .tar import UNREADABLE, dots_note, index_shard
+
+T = TypeVar("T")
 
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
 _HASHING_THREADS = 4  # hashlib releases the GIL; more threads only compete for the disk
@@ -138,11 +140,17 @@ class StoredImages:
         return sha.hexdigest()
 
 
-def spread(entries: tuple[Entry, ...], limit: int | None) -> tuple[Entry, ...]:
-    """Select at most `limit` entries, evenly spaced, so that a sorted folder still yields every class."""
-    if limit is None or limit >= len(entries):
-        return entries
-    return tuple(entries[place * len(entries) // limit] for place in range(limit))
+def spread(items: Sequence[T], limit: int | None) -> tuple[T, ...]:
+    """Select at most `limit` items, evenly spaced, so that a sorted folder still yields every class.
+
+    Raises:
+        DataError: a limit below 1.
+    """
+    if limit is None or limit >= len(items):
+        return tuple(items)
+    if limit < 1:
+        raise DataError(f"a limit of {limit} leaves no images; give 1 or more, or leave it out")
+    return tuple(items[index * len(items) // limit] for index in range(limit))
 
 
 def list_folder(root: Path) -> Listing:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from radio.errors import DataError, require, shown
-from radio.image_files import Entry, Listing, StoredImages
+from radio.image_files import Entry, Listing, StoredImages, spread
 from radio.images import MAX_IMAGE_BYTES, open_image
 
 from .annotations import (
@@ -187,8 +187,6 @@ def open_instances(
             another size, or nothing to score.
         MissingExtraError: pycocotools is not installed.
     """
-    if limit is not None and limit < 1:
-        raise DataError(f"a limit of {limit} leaves no images; give 1 or more, or leave it out")
     data = read_instances(file)
     images = [
         image._replace(
@@ -198,11 +196,10 @@ def open_instances(
         )
         for image in data.images
     ]
-    kept = [image for image in images if image.instances or empty]
+    kept: Sequence[CocoImage] = [image for image in images if image.instances or empty]
     if not any(image.instances for image in kept):
         raise DataError(f"{shown(file)}: none of its {len(images)} images has an annotation to score")
-    if limit is not None and limit < len(kept):
-        kept = [kept[index * len(kept) // limit] for index in range(limit)]
+    kept = spread(kept, limit)
     paths = _find_all(kept, folder, file)
     notes = _check_images(kept, paths, name or file.stem)
     entries = [

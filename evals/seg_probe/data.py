@@ -22,7 +22,7 @@ from torch import Tensor
 from radio.chunks import Damage, DamagedError, read_records, write_records
 from radio.data import composed, numbered
 from radio.errors import DataError, shown
-from radio.image_files import as_text
+from radio.image_files import as_text, spread
 from radio.images import IMAGE_ENDINGS, MAX_IMAGE_BYTES, decode, open_image, orientation
 from radio.io import lines_of, read_bytes, read_text
 from radio.progress import ProgressFactory, no_progress
@@ -105,8 +105,6 @@ def open_dataset(
     Raises:
         DataError: neither layout, an empty split, an image without annotation, or the reverse.
     """
-    if limit is not None and limit < 1:
-        raise DataError(f"a limit of {limit} leaves no images; give 1 or more, or leave it out")
     if not root.is_dir():
         raise DataError(f"{root}: no such folder")
     for folder in (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"):
@@ -133,7 +131,7 @@ def _ade(root: Path, classes: tuple[str, ...], limit: int | None) -> Dataset:
         )
     splits = [_ade_split(root, name) for name in ("training", "validation")]
     notes = _count_notes("ADE20K", zip(splits, _ADE_COUNTS, strict=True)) if genuine else ()
-    train, val = (_limited(split, limit) for split in splits)
+    train, val = (replace(split, pairs=spread(split.pairs, limit)) for split in splits)
     return Dataset(labelling=Labelling(classes=classes, zero_is_void=True), train=train, val=val, notes=notes)
 
 
@@ -192,7 +190,7 @@ def _voc(root: Path, voc_split: str, classes: tuple[str, ...], limit: int | None
         for name, keys in ids.items()
     ]
     counts = (_VOC_COUNTS[voc_split], _VOC_COUNTS["val"])
-    train, val = (_limited(split, limit) for split in splits)
+    train, val = (replace(split, pairs=spread(split.pairs, limit)) for split in splits)
     both = len(set(ids[voc_split]) & set(ids["val"]))  # the original SBD lists overlap VOC's val
     overlap = (f"{both} of the {len(ids['val'])} images of val are also trained on",) if both else ()
     return Dataset(
@@ -282,14 +280,6 @@ def _read_classes(path: Path) -> tuple[str, ...]:
         twice = next(name for name in names if names.count(name) > 1)
         raise DataError(f"{path}: lists {twice!r} twice")
     return tuple(names)
-
-
-def _limited(split: Split, limit: int | None) -> Split:
-    count = len(split.pairs)
-    if limit is None or limit >= count:
-        return split
-    pairs = tuple(split.pairs[index * count // limit] for index in range(limit))
-    return replace(split, pairs=pairs)
 
 
 def _count_notes(name: str, splits: Iterable[tuple[Split, int]]) -> tuple[str, ...]:

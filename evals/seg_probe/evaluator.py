@@ -24,13 +24,14 @@ from evals.core.stats import area_ratios, interval, mean_present, resamples, sco
 from radio.chunks import DamagedError
 from radio.config import to_plain
 from radio.errors import ConfigError, MissingExtraError, require
+from radio.image_files import spread
 from radio.io import write_bytes
 from radio.memory import check_memory
 from radio.scenes.layouts import CARD_VERSION, ScenesSettings, write_cached
 from radio.types import Backbone
 
 from .data import Checked, Dataset, Split, check_split, open_dataset
-from .maps import MapWriter, spread_indices
+from .maps import MapWriter
 from .protocol import SegSettings, check_sizes, resolve
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def evaluate(model: Backbone, settings: SegSettings, run: EvalRun) -> Result:
         folder=run.folder / f"{run.base}-maps",
         split=data.val,
         labelling=data.labelling,
-        indices=spread_indices(len(data.val.pairs), settings.save_maps),
+        indices=spread(range(len(data.val.pairs)), settings.save_maps) if settings.save_maps else (),
     )
     first = run.settings.seed if settings.head_seed is None else settings.head_seed
     seeds = range(first, first + settings.seeds)
@@ -295,7 +296,7 @@ def _seed_table(heads: Sequence[Areas], seeds: Sequence[int]) -> Table:
 
 def _overlays(writer: MapWriter) -> list[Block]:
     images = []
-    for index in sorted(writer.indices):
+    for index in writer.indices:
         key = writer.split.pairs[index].key
         file = f"{writer.folder.name}/{writer.names(index)[1]}"
         alt = f"{key}: image, ground truth and prediction"

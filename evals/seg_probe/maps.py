@@ -37,7 +37,7 @@ class MapWriter:
     folder: Path
     split: Split
     labelling: Labelling
-    indices: frozenset[int]  # of the images to write
+    indices: tuple[int, ...]  # of the images to write
 
     def __call__(self, index: int, classes: Bytes) -> None:
         """Write the prediction [H, W] of an image, if it is among `indices`."""
@@ -67,9 +67,7 @@ class MapWriter:
 
     def files(self) -> tuple[str, ...]:
         """List all files, relative to the folder's parent."""
-        return tuple(
-            f"{self.folder.name}/{name}" for index in sorted(self.indices) for name in self.names(index)
-        )
+        return tuple(f"{self.folder.name}/{name}" for index in self.indices for name in self.names(index))
 
 
 def palette(count: int) -> Bytes:
@@ -110,12 +108,6 @@ def legend(entries: Sequence[tuple[str, Bytes]], width: int) -> Bytes:
         pen.rectangle((left, top, left + _TEXT, top + _TEXT), fill=tuple(colour.tolist()))
         pen.text((left + 5 * _TEXT // 4, top + _TEXT / 2), name, fill="black", font=font, anchor="lm")
     return np.array(image)
-
-
-def spread_indices(count: int, most: int) -> frozenset[int]:
-    """Choose at most `most` indices, evenly spaced over `count`."""
-    most = min(count, most)
-    return frozenset(number * count // most for number in range(most))
 
 
 def _over(image: Bytes, classes: Bytes, colours: Bytes, opacity: NDArray[np.float64]) -> Bytes:

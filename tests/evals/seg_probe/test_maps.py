@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 
 from evals.seg_probe.data import open_dataset, read_labels
-from evals.seg_probe.maps import MapWriter, legend, palette, side_by_side, spread_indices
+from evals.seg_probe.maps import MapWriter, legend, palette, side_by_side
 
 
 def test_a_written_map_is_an_annotation_again(tmp_path: Path, make_ade: Callable) -> None:
     data = open_dataset(make_ade(tmp_path / "mine"), voc_split="train", known={"ADE20K": [], "VOC2012": []})
-    writer = MapWriter(tmp_path / "maps", data.val, data.labelling, frozenset({1, 2}))
+    writer = MapWriter(tmp_path / "maps", data.val, data.labelling, (1, 2))
     said = np.random.default_rng(0).integers(0, 3, (56, 42)).astype(np.uint8)
     for place in range(4):
         writer(place, said if place != 2 else np.zeros((40, 56), np.uint8))
@@ -35,7 +35,7 @@ def test_names_that_leave_no_room_are_shortened(tmp_path: Path, make_ade: Callab
             folder = root / kind / "validation"
             (folder / f"{number}.png").rename(folder / f"{long}{last}.png")
     data = open_dataset(root, voc_split="train", known={"ADE20K": [], "VOC2012": []})
-    writer = MapWriter(tmp_path / "maps", data.val, data.labelling, frozenset({2, 3}))
+    writer = MapWriter(tmp_path / "maps", data.val, data.labelling, (2, 3))
     writer(2, np.zeros((40, 56), np.uint8))
     assert len(set(writer.files())) == 4
     assert all((tmp_path / name).is_file() for name in writer.files()[:2])
@@ -68,9 +68,3 @@ def test_the_legend_shows_each_colour_and_wraps() -> None:
         for _, colour in entries:
             assert (shown == colour).all(axis=2).sum() == 13 * 13  # a square with both its edges
     assert (one == 0).all(axis=2).any()  # letters
-
-
-def test_indices_are_spread() -> None:
-    assert spread_indices(10, 3) == {0, 3, 6}
-    assert spread_indices(2, 5) == {0, 1}
-    assert spread_indices(5, 0) == frozenset()
