@@ -28,12 +28,14 @@ help:
 
 demo: .venv/.stamp-demo
 	$(BIN)/radio-train demo $(ARGS)
+	$(BIN)/radio-eval maps runs/demo/ckpt.pt
 	$(BIN)/radio-eval report runs/demo/reports --run runs/demo --html runs/demo/report.html
 
 # BASELINE is a folder of an earlier night's reports; other processors round otherwise, hence the tolerance. Zero-shot
 # can still differ by more between them (docs/numbers.md): a red night after a change of processor is to be looked at.
 nightly: .venv/.stamp-demo
 	$(BIN)/radio-train demo --restart $(ARGS)
+	$(BIN)/radio-eval maps runs/demo/ckpt.pt
 	$(BIN)/radio-eval report runs/demo/reports --run runs/demo --html runs/demo/report.html
 	@if [ -d '$(BASELINE)' ]; then $(BIN)/radio-eval compare runs/demo/reports --baseline '$(BASELINE)' --tolerance 3 \
 	  --fail-on-regression --markdown runs/demo/compare.md --junit runs/demo/compare.xml; \

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,12 +77,16 @@ def make_page(folder: Path, *, run: Path | None = None) -> Page:
         Section(anchor="overview", title="every model on every task", elements=(overview(models, tasks),))
     ]
     for number, task in enumerate(tasks):
+        plain = re.fullmatch("[a-z0-9_-]+", task)
         of_task = sorted(
             (entry for entry in entries if entry.report.task == task),
             key=lambda entry: order.index(entry.report.model),
         )
         scored = TaskReports(
-            anchor=f"task-{number}", entries=tuple(of_task), colors=colors, image_budget=image_budget
+            anchor=f"task-{task if plain else number}",
+            entries=tuple(of_task),
+            colors=colors,
+            image_budget=image_budget,
         )
         sections.append(section_of(task, scored))
     sections += training
