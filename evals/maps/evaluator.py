@@ -78,7 +78,7 @@ def evaluate(model: Backbone, settings: MapsSettings, run: EvalRun) -> Result:
     size = model.nearest_size(*model.native_size)
     features = _encode(model, shown, size, run)
     basis = _fit(model.name, features)
-    share = 100 * basis.explained(features.tokens)
+    share = 100 * basis.explained(features.tokens.cpu())
     images = [
         run.save_image(pixels, key, side=2 * _SIDE, shown=_SIDE)
         for key, pixels in zip(shown.keys, shown.pixels, strict=True)

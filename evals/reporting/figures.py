@@ -290,17 +290,17 @@ def _for_a_page(svg: bytes, name: str) -> str:
 
 
 def _references(root: Xml.Element) -> frozenset[str]:
-    found: set[str] = set()
+    targets: set[str] = set()
     for element in root.iter():
         if _XLINK in element.attrib:
-            found.add(element.attrib[_XLINK].removeprefix("#"))
-        found.update(re.findall(r"url\(#([^)]+)\)", element.get("clip-path", "")))
-    return frozenset(found)
+            targets.add(element.attrib[_XLINK].removeprefix("#"))
+        targets.update(re.findall(r"url\(#([^)]+)\)", element.get("clip-path", "")))
+    return frozenset(targets)
 
 
 def _colours(style: str) -> str:
     style = re.sub(r"font-family: [^;]+;?|(?<=px) '[^;]+", "", style)
-    return re.sub(r"#[0-9a-f]{6}", lambda found: _VARIABLES.get(found[0], found[0]), style)
+    return re.sub(r"#[0-9a-f]{6}", lambda match: _VARIABLES.get(match[0], match[0]), style)
 
 
 def _short(name: str) -> str:

@@ -54,7 +54,7 @@ def read_nights(root: Path) -> list[Snapshot]:
     nights = [_night(root, folder) for folder in folders]
     if len(nights) < 2:
         raise DataError(
-            f"{root}: holds {len(nights)} nights, and a trend needs two; wanted one folder of reports a night"
+            f"{root}: holds {len(nights)} nights, and a trend needs two; give one folder of reports a night"
         )
     return sorted(nights, key=lambda night: (night.created, night.name))
 

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.gpu
 SMALL = {
     "knn": (("faiss",), ["--scenes", "400", "200"], 2.0),
     "zeroshot": (("open_clip",), ["--scenes", "200"], 2.0),
+    "maps": ((), ["--num-images", "4"], 2.0),
     "sam": (("segment_anything", "pycocotools"), ["--scenes", "20"], 2.0),
     "seg": (("mmseg", "mmcv", "cv2"), ["--scenes", "60", "20", "--iterations", "20"], 5.0),
     "vqa": (("transformers", "accelerate"), ["--scenes", "40", "20", "--max-steps", "6"], 10.0),
