@@ -187,29 +187,28 @@ def protocols(reports: Sequence[Report]) -> list[dict[str, Any]]:
     Settings of the machine, as any of the reports declares them, may differ.
     """
     free = _ALWAYS_FREE.union(*(report.machine_settings for report in reports))
-    return [
-        {
-            **{name: value for name, value in report.settings.items() if name not in free},
-            **{
-                f"{used.role} data": f"{used.name} ({used.count}, {used.fingerprint[:12]})"
-                for used in report.data
-            },
-        }
-        for report in reports
-    ]
+    every = []
+    for report in reports:
+        protocol = {name: value for name, value in report.settings.items() if name not in free}
+        for role in dict.fromkeys(used.role for used in report.data):
+            sets = [used for used in report.data if used.role == role]
+            protocol[f"{role} data"] = "; ".join(f"{d.name} ({d.count}, {d.fingerprint[:12]})" for d in sets)
+        every.append(protocol)
+    return every
 
 
 def differences(reports: Sequence[Report]) -> list[str]:
     """List what makes the reports of one task incomparable: settings and data that differ."""
     remarks, every = [], protocols(reports)
     for name in dict.fromkeys(name for protocol in every for name in protocol):
-        values = dict.fromkeys(_text(protocol.get(name)) for protocol in every)
+        values = dict.fromkeys(setting_text(protocol.get(name)) for protocol in every)
         if len(values) > 1:
             remarks.append(f"not made alike: {name} is {' or '.join(values)}")
     return remarks
 
 
-def _text(value: Any) -> str:
+def setting_text(value: Any) -> str:
+    """Format a setting's value for a reader."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

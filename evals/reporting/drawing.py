@@ -220,7 +220,7 @@ def _draw_examples(
     for number, (entry, block) in enumerate(members):
         examples = tuple(_example(task, entry, example) for example in block.examples[:_MOST_SHOWN])
         if examples:
-            caption = f"{entry.report.model}: {title}"
+            caption = f"{entry.report.model}: {title}{_part(examples, block.examples)}"
             yield _open_first(number, caption, ExampleList(caption=caption, examples=examples))
 
 
@@ -244,13 +244,18 @@ def _draw_images(
         ]
         shown = tuple(strip for strip in strips if strip.images)
         if shown:
-            caption = f"{entry.report.model}: {title}"
+            caption = f"{entry.report.model}: {title}{_part(strips, block.rows)}"
             yield _open_first(number, caption, Strips(caption=caption, strips=shown))
 
 
 def _images(task: TaskReports, entry: Entry, images: Sequence[Image]) -> tuple[Thumbnail, ...]:
     embedded = [task.image(entry, image) for image in images[:_MOST_SHOWN]]
     return tuple(image for image in embedded if image is not None)
+
+
+def _part(shown: Sequence[object], every: Sequence[object]) -> str:
+    """Say how much is shown, unless it is everything."""
+    return f" (the first {len(shown)} of {len(every)})" if len(shown) < len(every) else ""
 
 
 def _open_first(number: int, summary: str, element: Element) -> Element:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from evals.core.report import Report
 from radio.errors import ConfigError, require
 from radio.io import write_text
 
-from .compare import differences, read_reports
+from .compare import differences, read_reports, setting_text
 from .curves import curves_section
 from .drawing import TaskReports
 from .elements import (
@@ -83,7 +82,7 @@ def make_page(folder: Path, *, run: Path | None = None) -> Page:
             key=lambda entry: order.index(entry.report.model),
         )
         scored = TaskReports(
-            anchor=f"task-{task if plain else number}",
+            anchor=f"task-{task}" if plain else f"other-{number}",
             entries=tuple(of_task),
             colors=colors,
             image_budget=image_budget,
@@ -197,7 +196,7 @@ def _details(task: str, report: Report) -> Grid:
         ("device", report.device),
         ("commit", report.git or "unknown"),
         ("seconds", ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items())),
-        *((f"setting {name}", _plain(value)) for name, value in _flat(report.settings)),
+        *((f"setting {name}", setting_text(value)) for name, value in _flat(report.settings)),
         *((f"version of {name}", value) for name, value in report.versions.items()),
     ]
     for used in report.data:
@@ -218,10 +217,6 @@ def _flat(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
     if isinstance(resolved, Mapping):
         listed += [(f"{name} (resolved)", value) for name, value in resolved.items()]
     return listed
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def render(page: Page) -> str:

@@ -162,6 +162,16 @@ def test_what_was_measured_differently_is_refused(
         compare(read_reports(new), read_reports(old), tolerance=0.5)
 
 
+def test_each_of_several_data_sets_of_one_role_counts(save: Callable[..., Path]) -> None:
+    def questions(*names: str) -> Report:
+        sets = (DatasetInfo(role="q", name=n, fingerprint=n, count=1, num_classes=0) for n in names)
+        return make_report(data=tuple(sets))
+
+    new, old = save("new", questions("other", "vqav2")), save("old", questions("gqa", "vqav2"))
+    with pytest.raises(DataError, match=r'q data is "other \(1, other\); vqav2 \(1, vqav2\)" in the one'):
+        compare(read_reports(new), read_reports(old), tolerance=0.5)
+
+
 def test_the_machines_settings_do_not_matter(save: Callable[..., Path]) -> None:
     settings = {"k": [20], "batch": 1, "workers": 3, "resolved": {"ranks": 8}}
     other = make_report(settings=settings, machine_settings=("batch", "workers"))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from evals.core.blocks import Bars, Confusions, ImageGrid, ImageRow, Table
+from evals.core.blocks import Bars, Confusions, Example, Examples, ImageGrid, ImageRow, Table
 from evals.core.blocks import Image as ImageFile
 from evals.core.report import DatasetInfo, Metric
 from evals.reporting.elements import ImageBudget
@@ -271,6 +271,19 @@ def test_links_do_not_lead_out_of_the_folder(folder: Folder) -> None:
     folder.add("ridge", "a", blocks=(ImageGrid(title="maps", rows=(row,)),))
     page = read_page(folder)
     assert "link.png is not there" in page.text and not [tag for tag, _ in page.tags if tag == "img"]
+
+
+def test_of_many_examples_and_images_the_first_are_shown(folder: Folder) -> None:
+    image = folder.image("noise.png")
+    examples = Examples(
+        title="wrong", examples=(Example(image=image, lines=("x",), others=(image,) * 40),) * 30
+    )
+    maps = ImageGrid(title="maps", rows=(ImageRow(images=(image,) * 40),) * 30)
+    folder.add("ridge", "a", blocks=(examples,))
+    folder.add("ridge", "b", blocks=(maps,))
+    page = read_page(folder)
+    assert "a: wrong (the first 24 of 30)" in page.text and "b: maps (the first 24 of 30)" in page.text
+    assert "images are left out: the page would be too large with them" in page.text
 
 
 def test_rates_are_bars_of_speed(folder: Folder) -> None:
