@@ -378,11 +378,10 @@ def _compare_students(rows: Rows, checkpoints: Mapping[str, Path], out: Path, co
     config = next(iter(rows.values()))
     if not config.score:
         return
-    from evals.reporting.tradeoff import draw_tradeoff
-
     from evals.core.evaluator import RunSettings
     from evals.core.suite import run_all  # imported late: these import all evaluators
     from evals.core.tables import cell
+    from evals.reporting.figures import draw_tradeoff
     from evals.throughput.evaluator import Entry, measure_all
     from evals.throughput.settings import ThroughputSettings
     from radio.hub import load_backbone
@@ -423,7 +422,7 @@ def _compare_students(rows: Rows, checkpoints: Mapping[str, Path], out: Path, co
         table.add_row(Text(shown(name)), *scores[name], f"{rate:.4g}", *cells)
     console.print(table)
     try:
-        draw_tradeoff(reports)
+        draw_tradeoff(reports, "knn")
     except MissingExtraError as error:
         say(console, f"no plot: {error}")
 
