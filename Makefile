@@ -58,7 +58,7 @@ test-gpu: $(if $(NOINSTALL),,.venv/.stamp-test)
 lint: .venv/.stamp-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict radio evals train
+	$(BIN)/mypy --strict radio evals train tools
 	$(BIN)/lint-imports
 
 format: .venv/.stamp-lint

@@ -23,8 +23,6 @@ from .plan import PlanOptions, make_plan, print_plan
 from .preempt import REQUEUE
 from .recipes import recipes
 from .tables import check_tasks, rows_of, sweep, tables, train_all
-from .teachers_from_scenes import TeachersConfig
-from .teachers_from_scenes import main as train_teachers
 
 USAGE = """usage: radio-train RECIPE [--section.option value ...] [--restart]
        radio-train RECIPE --plan [--world RANKS] [--peak-tflops NUMBER] ...
@@ -34,7 +32,6 @@ One run of distillation. Repeat the command to go on where it was stopped. --pla
 which ranks do what, the memory they need, and what the run costs.
 `radio-train RECIPE --help` lists every option with the recipe's value. Recipes:
 """
-TEACHERS = "scenes-teachers"
 PLAN = "--plan"
 
 S = TypeVar("S")
@@ -91,9 +88,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(USAGE + _listing(), markup=False, highlight=False, soft_wrap=True)
         return 0 if arguments else 2
     name, options = arguments[0], arguments[1:]
-    if name == TEACHERS:
-        train_teachers(_parse(TeachersConfig, TeachersConfig(), options, name))
-        return 0
     if PLAN in options:
         return _plan(name, [option for option in options if option != PLAN], console)
     if name in tables:
@@ -165,7 +159,7 @@ def _settings(name: str) -> TrainConfig:
             f"the first word is a recipe or a config.yaml, got {name!r}; recipes: {', '.join(recipes)}"
         )
     if name not in recipes:
-        known = [*recipes, *tables, TEACHERS]
+        known = [*recipes, *tables]
         hint = did_you_mean(name, known) or f"; known: {', '.join(known)}"
         raise ConfigError(f"unknown recipe {name!r}{hint}")
     return recipes[name]()
@@ -177,6 +171,5 @@ def _parse(kind: type[S], default: S, options: Sequence[str], name: str) -> S:
 
 def _listing() -> str:
     described = {name: recipes[name].__doc__ for name in recipes}
-    described[TEACHERS] = "The shipped tiny teachers, made again from the generated world."
     described |= {name: tables[name].__doc__ for name in tables}
     return "\n".join(f"  {name:<16}{(text or '').splitlines()[0]}" for name, text in described.items())

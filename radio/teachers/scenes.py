@@ -5,7 +5,7 @@
   replaces a self-supervised encoder, but is not one.
 - `scenes:sam`: segment_anything's image encoder (112 px, patch 8); tokens before the neck, summary = mean.
 
-Each file's metadata records how it was made; the trainer's scenes-teachers recipe reproduces them.
+Each file's metadata records how it was made; tools/scene_teachers makes them again.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from radio.model import ModelConfig, build
@@ -51,14 +52,14 @@ def test_an_untrained_drop_in(touched: list[Any]) -> None:
 def test_a_scenes_teacher(touched: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("open_clip")
     pytest.importorskip("segment_anything")
-    from train import teachers_from_scenes
+    from tools.scene_teachers import train as scene_teachers
 
     def stop(*_: Any) -> None:
         raise InterruptedError
 
-    monkeypatch.setattr(teachers_from_scenes, "_teach", stop)
+    monkeypatch.setattr(scene_teachers, "_train", stop)
     with pytest.raises(InterruptedError):
-        teachers_from_scenes.main(teachers_from_scenes.TeachersConfig(out=tmp_path))
+        scene_teachers.train_teachers(scene_teachers.TeachersConfig(out=tmp_path), Console(quiet=True))
     assert touched == []
 
 

@@ -351,12 +351,10 @@ def test_the_command_trains_a_row_and_puts_it_beside_the_papers(
     arguments = ["table6", "--steps", "2", "--batch-size", "2", "--resolution", "64", "--device", "cpu"]
     assert entry.train([*arguments, "--data.scenes", "20", "--data.workers", "0"]) == 0
     out = capsys.readouterr().out
-    rows_of_table6 = {
-        line.split("|")[1].strip(): line.split("|") for line in out.splitlines() if line.count("|") > 6
-    }
+    lines = {line.split("|")[1].strip(): line.split("|") for line in out.splitlines() if line.count("|") > 6}
     report = read(Path("runs/table6/reports/knn-timm-test_resnet.json"))
-    assert f"{report.metrics['top1'].value:.1f}" in rows_of_table6["timm:test_resnet"][2]
-    assert float(rows_of_table6["timm:test_vit"][4]) > 0
+    assert f"{report.metrics['top1'].value:.1f}" in lines["timm:test_resnet"][2]
+    assert float(lines["timm:test_vit"][4]) > 0
     assert Path("runs/table6/reports/quality-against-speed.svg").is_file()
     assert {path.name for path in Path("runs/table6").iterdir()} == {
         "timm-test_resnet",

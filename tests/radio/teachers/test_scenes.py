@@ -51,7 +51,7 @@ def test_the_files_are_small_and_loading_twice_gives_the_same_teacher():
 def test_each_card_says_how_the_teacher_was_made_and_what_it_reaches(name):
     metadata = load(weights_file(name)).metadata
     assert metadata["name"] == f"scenes:{name}"
-    assert metadata["command"].startswith("radio-train scenes-teachers")
+    assert metadata["command"].startswith("radio-train scenes-teachers")  # now tools/scene_teachers
     assert metadata["samples"] > 10_000
     assert {"settings", "scenes", "minutes", "versions", "protocols", "curve"} <= metadata.keys()
     aims = {"clip": {"zero_shot": 75, "knn": 75}, "dense": {"knn": 60}, "sam": {"box_miou": 75}}[name]

@@ -1,8 +1,8 @@
-"""Scores of the tiny scenes teachers by short protocols; the teachers' metadata contain them."""
+"""Scores of the scenes teachers by short protocols; the teachers' metadata contain them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +15,17 @@ from evals.zeroshot.evaluator import rank_classes
 from evals.zeroshot.texts import class_vectors
 from radio.resample import resize_images
 from radio.scenes.language import TEMPLATES
-from radio.scenes.world import CLASSES, Scene, Split, render, render_images
+from radio.scenes.world import CLASSES, Split, render, render_images
 from radio.teachers.frozen import Frozen
 from radio.teachers.sam_decoder import decode
 from radio.teachers.scenes_sam import SIDE
 from radio.types import Backbone
 
-# Letters: N images, C width, K classes, P prompts, R reference images.
+from .losses import SIZE
 
-SIZE = 96
-_CHUNK = 100
+# Letters: N images, C width, P prompts, R reference images.
+
+_CHUNK = 100  # scenes at a time
 _SMALL = 25 * 25  # pixels of 96 x 96: no main object is smaller, few small ones are larger
 
 
@@ -47,43 +48,44 @@ def score(teacher: Frozen, protocol: Protocol) -> Scores:
     """Measure k-NN and, with a text tower, zero-shot accuracy, in percent."""
     bank, bank_labels = summaries(teacher, protocol.bank, "train")
     queries, labels = summaries(teacher, protocol.queries, "val")
-    scores = {"knn": _percent(knn(bank, bank_labels, queries), labels)}
+    predictions = {"knn": knn(bank, bank_labels, queries)}
     if teacher.text is not None:
-        predicted = rank_classes(queries, class_vectors(teacher.text, CLASSES, TEMPLATES)).classes[:, 0]
-        scores |= {"zero_shot": _percent(predicted, labels)}
-    return scores
+        vectors = class_vectors(teacher.text, CLASSES, TEMPLATES)
+        predictions["zero_shot"] = rank_classes(queries, vectors).classes[:, 0]
+    return {
+        name: 100 * float((predicted == labels).float().mean()) for name, predicted in predictions.items()
+    }
 
 
-def summaries(backbone: Backbone, count: int, split: Split, seed: int = 0) -> tuple[Tensor, Tensor]:
+def summaries(backbone: Backbone, count: int, split: Split) -> tuple[Tensor, Tensor]:
     """Compute summaries [N, C] and labels [N] of the first `count` scenes of a split."""
-    found: list[Tensor] = []
-    known: list[Tensor] = []
+    chunks: list[Tensor] = []
+    labels: list[Tensor] = []
     for start in range(0, count, _CHUNK):
-        images, labels = render_images(
-            range(start, min(start + _CHUNK, count)), split=split, seed=seed, size=SIZE
-        )
+        indices = range(start, min(start + _CHUNK, count))
+        images, chunk_labels = render_images(indices, split=split, seed=0, size=SIZE)
         pixels = resize_images(torch.from_numpy(images).float() / 255, backbone.native_size)
         with torch.no_grad():
-            found.append(backbone(pixels).summary)
-        known.append(torch.from_numpy(labels))
-    return torch.cat(found), torch.cat(known)
+            chunks.append(backbone(pixels).summary)
+        labels.append(torch.from_numpy(chunk_labels))
+    return torch.cat(chunks), torch.cat(labels)
 
 
 def knn(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
     """Classify [N] by votes of the k nearest in bank [R, C], with weights exp(cosine / temperature)."""
-    found = Index(bank, torch.arange(len(bank))).search(queries, k)
-    labels = bank_labels[found.ids]
+    nearest = Index(bank, torch.arange(len(bank))).search(queries, k)
+    labels = bank_labels[nearest.ids]
     num_classes = int(bank_labels.max()) + 1
-    return vote(found.similarities, labels, (k,), num_classes=num_classes, temperature=temperature)[k][:, 0]
+    return vote(nearest.similarities, labels, (k,), num_classes=num_classes, temperature=temperature)[k][:, 0]
 
 
-def box_miou(sam: Any, count: int, seed: int = 0) -> Scores:
+def box_miou(sam: Any, count: int) -> Scores:
     """Measure mean IoU in percent over all objects of the first `count` val scenes, prompted by true boxes.
 
     The mask with the highest predicted IoU is used, at 96 px. `filled_box` is the score of filled boxes as
     masks; `small` and `large` split the objects at 25 x 25 visible pixels.
     """
-    ious, fills, areas = (torch.cat(parts) for parts in zip(*_box_ious(sam, count, seed), strict=True))
+    ious, fills, areas = (torch.cat(parts) for parts in zip(*_box_ious(sam, count), strict=True))
     small = areas < _SMALL
     return {
         "box_miou": 100 * float(ious.mean()),
@@ -93,34 +95,35 @@ def box_miou(sam: Any, count: int, seed: int = 0) -> Scores:
     }
 
 
-def _box_ious(sam: Any, count: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _box_ious(sam: Any, count: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield the IoU of each object's mask and filled box, and its area, some scenes at a time: [P] each."""
     for start in range(0, count, _CHUNK):
-        scenes = [
-            render(i, split="val", seed=seed, size=SIZE) for i in range(start, min(start + _CHUNK, count))
-        ]
-        which = torch.tensor([row for row, scene in enumerate(scenes) for _ in scene.objects])
+        indices = range(start, min(start + _CHUNK, count))
+        scenes = [render(index, split="val", seed=0, size=SIZE) for index in indices]
+        image_ids = torch.tensor([row for row, scene in enumerate(scenes) for _ in scene.objects])
         boxes = torch.tensor([item.box for scene in scenes for item in scene.objects]).float()
-        wanted = torch.stack([mask for scene in scenes for mask in _masks(scene)])
+        masks = torch.stack(
+            [
+                torch.from_numpy(scene.instances == number)
+                for scene in scenes
+                for number in range(1, len(scene.objects) + 1)
+            ]
+        )
+        pixels = torch.stack([torch.from_numpy(scene.image) for scene in scenes]).float() / 255
         with torch.no_grad():
-            drawn = _draw(sam, scenes, which, boxes)
-        yield _iou(drawn, wanted), _iou(_filled(boxes), wanted), wanted.sum(dim=(1, 2))
+            predicted = _predict_masks(sam, pixels, image_ids, boxes)
+        yield iou(predicted, masks), iou(filled(boxes), masks), masks.sum(dim=(1, 2))
 
 
-def _masks(scene: Scene) -> Iterator[Tensor]:
-    for number in range(1, len(scene.objects) + 1):
-        yield torch.from_numpy(scene.instances == number)
-
-
-def _draw(sam: Any, scenes: Sequence[Scene], which: Tensor, boxes: Tensor) -> Tensor:
-    pixels = torch.stack([torch.from_numpy(scene.image) for scene in scenes]).float() / 255
-    pixels = 255 * resize_images(pixels, (SIDE, SIDE))
+def _predict_masks(sam: Any, images: Tensor, image_ids: Tensor, boxes: Tensor) -> Tensor:
+    pixels = 255 * resize_images(images, (SIDE, SIDE))
     embeddings = sam.image_encoder((pixels - sam.pixel_mean) / sam.pixel_std)
-    logits, quality = decode(sam, embeddings, which, boxes=boxes * (SIDE / SIZE))
+    logits, quality = decode(sam, embeddings, image_ids, boxes=boxes * (SIDE / SIZE))
     best = logits[torch.arange(len(logits)), quality.argmax(dim=1)][:, None]
     return F.interpolate(best, size=(SIZE, SIZE), mode="bilinear", align_corners=False)[:, 0] > 0
 
 
-def _filled(boxes: Tensor) -> Tensor:
+def filled(boxes: Tensor) -> Tensor:
     """Convert half-open boxes [P, 4] to filled masks [P, 96, 96]."""
     x0, y0, x1, y1 = boxes[:, :, None].unbind(1)
     line = torch.arange(SIZE)
@@ -128,9 +131,6 @@ def _filled(boxes: Tensor) -> Tensor:
     return down[:, :, None] & across[:, None, :]
 
 
-def _iou(one: Tensor, other: Tensor) -> Tensor:
+def iou(one: Tensor, other: Tensor) -> Tensor:
+    """Compute the IoU of each pair of masks [P, H, W]: [P]."""
     return (one & other).sum(dim=(1, 2)) / (one | other).sum(dim=(1, 2)).clamp(min=1)
-
-
-def _percent(predicted: Tensor, labels: Tensor) -> float:
-    return 100 * float((predicted == labels).float().mean())

@@ -1,0 +1,1 @@
+"""How the three scenes teachers that the package contains were made."""
