@@ -369,12 +369,12 @@ def _default_out(spec: str) -> Path:
 
 def _newest_checkpoint(arch: str, root: Path = Path("runs")) -> Path:
     students[arch]  # an unknown name raises here, with the nearest ones
-    found = sorted(root.glob("**/ckpt.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in found:
+    checkpoints = sorted(root.glob("**/ckpt.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in checkpoints:
         if load_checkpoint(path).metadata.get("model", {}).get("student") == arch:
             return path
     raise CheckpointError(
-        f"none of the {len(found)} checkpoints under {root.absolute()} is a {arch}; train one, "
+        f"none of the {len(checkpoints)} checkpoints under {root.absolute()} is a {arch}; train one, "
         f"name a file, or score it untrained with --random-init"
     )
 

@@ -361,8 +361,8 @@ def _check_chunk(source: ImageSource, path: Path) -> None:
     keys = source.keys
     kept = chunk.tensors["indices"].tolist()
     left_out = {key for key, _ in _skipped(chunk, path)}
-    wanted = [index for index in span if keys[index] not in left_out]
-    if kept != wanted or len(kept) != len(chunk.tensors["features"]):
+    expected = [index for index in span if keys[index] not in left_out]
+    if kept != expected or len(kept) != len(chunk.tensors["features"]):
         raise DamagedError(f"{path}: holds {len(kept)} of the images {span.start} to {span.stop - 1}")
 
 

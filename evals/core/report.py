@@ -111,11 +111,11 @@ _SCHEMA = TypeAdapter(Report)
 
 def schema() -> dict[str, Any]:
     """Derive the JSON schema of a report's file."""
-    found: dict[str, Any] = _SCHEMA.json_schema()
+    derived: dict[str, Any] = _SCHEMA.json_schema()
     sha256 = {"type": "string", "pattern": "^[0-9a-f]{64}$", "description": "Of all else, with sorted keys."}
-    found["properties"]["sha256"] = sha256
-    found["required"].append("sha256")
-    return found
+    derived["properties"]["sha256"] = sha256
+    derived["required"].append("sha256")
+    return derived
 
 
 def write(report: Report, path: Path, beside: Mapping[Path, str] | None = None) -> None:

@@ -60,8 +60,8 @@ def load_state(path: Path, kind: str, key: str, fresh: S, group: Group | None = 
     """
     group = group or Group()
     group.barrier()  # nobody reads while the leader still writes
-    found = _read(path, kind, key, fresh)
-    state = replace(fresh, **found) if found else fresh
+    stored = _read(path, kind, key, fresh)
+    state = replace(fresh, **stored) if stored else fresh
     steps = group.gather(torch.tensor(getattr(state, fields(fresh)[0].name)))
     if int(steps.min()) != int(steps.max()):
         raise DataError(f"{path}: ranks see different states; give --cache a folder that all share")
@@ -74,19 +74,19 @@ def _read(path: Path, kind: str, key: str, fresh: DataclassInstance) -> dict[str
         return {}
     damaged = f"{shown(path)}: not a training, or a damaged one; remove it to begin anew"
     try:
-        found = _load(path)
+        stored = _load(path)
     except _UNREADABLE as error:
         raise CheckpointError(damaged) from error
-    if not isinstance(found, dict) or found.get("format") != kind:
+    if not isinstance(stored, dict) or stored.get("format") != kind:
         raise CheckpointError(f"{shown(path)}: not of the format {kind}; remove it to begin anew")
-    if found.get("key") != key:
+    if stored.get("key") != key:
         raise CheckpointError(
             f"{shown(path)}: is the training of another backbone, data set or protocol; "
             f"remove it to begin anew"
         )
-    contents = {field.name: found.get(field.name) for field in fields(fresh)}
+    contents = {field.name: stored.get(field.name) for field in fields(fresh)}
     try:
-        fits = found.get("checksum") == _checksum(contents)
+        fits = stored.get("checksum") == _checksum(contents)
     except _UNREADABLE as error:  # tensors without content, such as those on the device `meta`
         raise CheckpointError(damaged) from error
     if not fits:

@@ -206,14 +206,14 @@ def _signature(path: Path) -> list[Any]:
     if root.is_file():
         stat = root.stat()
         return [[str(root.resolve()), stat.st_size, stat.st_mtime_ns]]
-    found = []
+    signatures = []
     for folder, folders, files in os.walk(root):
         folders.sort()
         for name in sorted(files):
             file = Path(folder, name)
             stat = file.stat() if _exists(file) else file.lstat()  # a link may be broken
-            found.append([str(file), stat.st_size, stat.st_mtime_ns])
-    return found
+            signatures.append([str(file), stat.st_size, stat.st_mtime_ns])
+    return signatures
 
 
 def _reason(error: BaseException) -> str:
@@ -221,9 +221,9 @@ def _reason(error: BaseException) -> str:
         return str(error)
     if isinstance(error, torch.cuda.OutOfMemoryError):
         # Only its first sentence: the rest is advice on PyTorch's allocator.
-        said = str(error).split(". ")[0]
+        reason = str(error).split(". ")[0]
         return (
-            f"the GPU's memory is full ({said}); it is freed for the next task; take a smaller --batch-size"
+            f"the GPU's memory is full ({reason}); it is freed for the next task; take a smaller --batch-size"
         )
     return blame(error) or f"{type(error).__name__}: {error}"
 
@@ -270,7 +270,7 @@ def measure_noise(
     """
     if repeats < 2:
         raise ConfigError(f"--repeats {repeats}: a spread needs two or more")
-    found: Noise = {}
+    noise: Noise = {}
     for task, (evaluator, settings) in jobs.items():
         if evaluator.with_seed is None:
             log(f"{task}: exact")
@@ -285,10 +285,10 @@ def measure_noise(
                 )
                 for metric, value in report.metrics.items():
                     values.setdefault(metric, []).append(value.value)
-        found[task] = {
+        noise[task] = {
             metric: float(_APART * np.std(seen, ddof=1)) for metric, seen in values.items() if len(seen) > 1
         }
-    return found
+    return noise
 
 
 def write_noise(path: Path, noise: Noise, *, fingerprint: str, repeats: int) -> None:

@@ -52,22 +52,22 @@ def knn(
     bank_labels = _labels(labels, len(bank), "labels")
     if (queries is None) != (query_labels is None):
         raise DataError("queries and query_labels belong together; give both, or neither for leave-one-out")
-    asked, asked_labels = bank, bank_labels
+    vectors, truth = bank, bank_labels
     exclude: Tensor | None = torch.arange(len(bank))
     if queries is not None and query_labels is not None:
-        asked = _features(queries, "queries")
-        asked_labels, exclude = _labels(query_labels, len(asked), "query_labels"), None
-    if asked.shape[1] != bank.shape[1]:
-        raise DataError(f"queries of width {asked.shape[1]} do not fit features of width {bank.shape[1]}")
+        vectors = _features(queries, "queries")
+        truth, exclude = _labels(query_labels, len(vectors), "query_labels"), None
+    if vectors.shape[1] != bank.shape[1]:
+        raise DataError(f"queries of width {vectors.shape[1]} do not fit features of width {bank.shape[1]}")
     ks = _sizes(k, len(bank) - (exclude is not None))
     classes, numbers = np.unique(bank_labels, return_inverse=True)
-    _check_known(asked_labels, classes)
-    found = Index(bank, torch.arange(len(bank))).search(asked, max(ks), exclude=exclude)
+    _check_known(truth, classes)
+    neighbours = Index(bank, torch.arange(len(bank))).search(vectors, max(ks), exclude=exclude)
     rankings = count_votes(
-        found, torch.from_numpy(numbers), ks, num_classes=len(classes), temperature=temperature
+        neighbours, torch.from_numpy(numbers), ks, num_classes=len(classes), temperature=temperature
     )
     predictions = {size: classes[rankings[size][:, 0].numpy()] for size in ks}
-    accuracies = {size: 100 * float((predictions[size] == asked_labels).mean()) for size in ks}
+    accuracies = {size: 100 * float((predictions[size] == truth).mean()) for size in ks}
     return KnnResult(accuracies, predictions)
 
 

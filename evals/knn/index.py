@@ -85,7 +85,7 @@ class Index:
                 f"queries of width {queries.shape[1]} do not fit a bank of {self._vectors.shape[1]}"
             )
         group = group or Group()
-        found = [
+        parts = [
             self._search(to_unit(block), k, banned, group)
             for block, banned in zip(
                 queries.split(_QUERIES),
@@ -93,7 +93,7 @@ class Index:
                 strict=True,
             )
         ]
-        return Neighbours(torch.cat([n.similarities for n in found]), torch.cat([n.ids for n in found]))
+        return Neighbours(torch.cat([n.similarities for n in parts]), torch.cat([n.ids for n in parts]))
 
     def _search(self, queries: Tensor, k: int, exclude: Tensor, group: Group) -> Neighbours:
         width = k + 1 + _SPARE
@@ -281,10 +281,10 @@ _VOTES = 4096  # queries whose votes are counted at once
 
 
 def count_votes(
-    found: Neighbours, bank_labels: Tensor, ks: Sequence[int], *, num_classes: int, temperature: float
+    neighbours: Neighbours, bank_labels: Tensor, ks: Sequence[int], *, num_classes: int, temperature: float
 ) -> dict[int, Tensor]:
     """Return for each k the five classes with most votes [Q, 5]; the neighbours' ids index the labels."""
-    labels = bank_labels[found.ids.clamp(min=0)].masked_fill(found.ids < 0, -1)
-    blocks = zip(found.similarities.split(_VOTES), labels.split(_VOTES), strict=True)
+    labels = bank_labels[neighbours.ids.clamp(min=0)].masked_fill(neighbours.ids < 0, -1)
+    blocks = zip(neighbours.similarities.split(_VOTES), labels.split(_VOTES), strict=True)
     parts = [vote(*block, ks, num_classes=num_classes, temperature=temperature) for block in blocks]
     return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}

@@ -74,16 +74,16 @@ def open_captions(
         scenes_said = [scene_captions(render(index, split="val", seed=seed)) for index in range(count)]
         return _joined(source, scenes_said)
     assert images is not None, "the settings ask for both"
-    names, said = _read(Path(file))
+    names, texts_of = _read(Path(file))
     if limit is not None and limit < len(names):
         chosen = [place * len(names) // limit for place in range(limit)]
-        names, said = [names[i] for i in chosen], [said[i] for i in chosen]
-    return _joined(StoredImages(_listing(Path(file), images, names), memo), said)
+        names, texts_of = [names[i] for i in chosen], [texts_of[i] for i in chosen]
+    return _joined(StoredImages(_listing(Path(file), images, names), memo), texts_of)
 
 
-def _joined(source: ImageSource, said: Sequence[Sequence[str]]) -> Captioned:
-    owners = torch.tensor([place for place, texts in enumerate(said) for _ in texts])
-    return Captioned(source, tuple(text for texts in said for text in texts), owners)
+def _joined(source: ImageSource, texts_of: Sequence[Sequence[str]]) -> Captioned:
+    owners = torch.tensor([place for place, texts in enumerate(texts_of) for _ in texts])
+    return Captioned(source, tuple(text for texts in texts_of for text in texts), owners)
 
 
 def _read(path: Path) -> tuple[list[str], list[list[str]]]:
@@ -97,21 +97,21 @@ def _read(path: Path) -> tuple[list[str], list[list[str]]]:
         f"caption)",
     )
     names = _names(data["images"], path)
-    said: dict[int | str, list[str]] = {number: [] for number in names}
+    texts_of: dict[int | str, list[str]] = {number: [] for number in names}
     for place, annotation in enumerate(data["annotations"]):
         text, number = annotation["caption"].strip(), annotation["image_id"]
-        if number not in said:
+        if number not in texts_of:
             raise DataError(
                 f"{shown(path)}: not COCO captions: annotation {place} is of the image {number!r}, which the "
                 f"file does not list"
             )
         if not text:
             raise DataError(f"{shown(path)}: annotation {place} has an empty caption; take it out")
-        said[number].append(text)
-    kept = [number for number in names if said[number]]
+        texts_of[number].append(text)
+    kept = [number for number in names if texts_of[number]]
     if not kept:
         raise DataError(f"{shown(path)}: no image in it has a caption")
-    return [names[number] for number in kept], [said[number] for number in kept]
+    return [names[number] for number in kept], [texts_of[number] for number in kept]
 
 
 def _names(images: list[_Image], path: Path) -> dict[int | str, str]:
@@ -136,8 +136,8 @@ def _listing(file: Path, images: Path, names: list[str]) -> Listing:
             f"{images}: {len(absent)} of the {len(names)} images of {file.name} are not there, "
             f"the first is {shown(absent[0][:200])}"
         )
-    found = [(name, path) for name, path in zip(names, paths, strict=True) if path is not None]
-    entries = [Entry(name, "", path, 0, path.stat().st_size) for name, path in found]
+    present = [(name, path) for name, path in zip(names, paths, strict=True) if path is not None]
+    entries = [Entry(name, "", path, 0, path.stat().st_size) for name, path in present]
     return Listing(file.stem, str(images.resolve()), ("",), tuple(entries))
 
 

@@ -277,24 +277,24 @@ def image_to_text(images: Tensor, texts: Tensor, owners: Tensor) -> Tensor:
     """
     rows = F.normalize(images.double(), dim=1, eps=_TINY)
     columns = texts.double().T
-    found = []
+    counts = []
     for numbers in torch.arange(len(rows)).split(_rows(len(texts))):
         cosines = _round(rows[numbers] @ columns)  # [b, M]
         own = cosines.masked_fill(owners != numbers.unsqueeze(1), -torch.inf)
         best, place = own.max(dim=1, keepdim=True)
-        found.append(_before(cosines, best, place))
-    return torch.cat(found)
+        counts.append(_before(cosines, best, place))
+    return torch.cat(counts)
 
 
 def text_to_image(images: Tensor, texts: Tensor, owners: Tensor) -> Tensor:
     """Count the images ranked before each caption's own, [M] int64; arguments as in `image_to_text`."""
     columns = F.normalize(images.double(), dim=1, eps=_TINY).T
-    found = []
+    counts = []
     for numbers in torch.arange(len(texts)).split(_rows(len(images))):
         cosines = _round(texts[numbers].double() @ columns)  # [b, N]
         place = owners[numbers].unsqueeze(1)
-        found.append(_before(cosines, cosines.gather(1, place), place))
-    return torch.cat(found)
+        counts.append(_before(cosines, cosines.gather(1, place), place))
+    return torch.cat(counts)
 
 
 def _before(cosines: Tensor, value: Tensor, place: Tensor) -> Tensor:

@@ -42,10 +42,10 @@ class Named(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def name_classes(source: ImageSource, wanted: str | None = None) -> Named:
+def name_classes(source: ImageSource, file: str | None = None) -> Named:
     """Return the class names of a source, and its labels as indices into them.
 
-    Without `wanted` the names are those of the folders, with `_` replaced by a space; WordNet ids get
+    Without `file` the names are those of the folders, with `_` replaced by a space; WordNet ids get
     ImageNet's names. `imagenet` uses all of its 1000 names. A file has one name per line, or is a JSON list:
     names equal to those of the folders (or WordNet ids before the names) are matched, numbered classes are
     indices into it, else the names are in the order of the folders, with numbers in these sorted by value.
@@ -54,7 +54,7 @@ def name_classes(source: ImageSource, wanted: str | None = None) -> Named:
         DataError: classes without a name, two with the same name, or a file that does not match them.
     """
     classes = source.classes
-    if wanted is None:
+    if file is None:
         if are_wordnet_ids(classes):
             every, places = imagenet_names(), _synset_places(source)
             return Named(tuple(every[place] for place in places), source.labels)
@@ -65,8 +65,8 @@ def name_classes(source: ImageSource, wanted: str | None = None) -> Named:
             )
         _check_different(source.name, [_matched(name) for name in classes], classes)
         return Named(tuple(composed(_spoken(name)) for name in classes), source.labels)
-    names = imagenet_names() if wanted == "imagenet" else _read_names(wanted)
-    places, notes = _places(source, names, wanted)
+    names = imagenet_names() if file == "imagenet" else _read_names(file)
+    places, notes = _places(source, names, file)
     _check_different(source.name, places, classes)
     _, spoken = _without_ids(names)
     return Named(spoken, np.array(places, dtype=np.int64)[source.labels], notes)
@@ -81,18 +81,18 @@ def imagenet_names() -> tuple[str, ...]:
     return tuple(require("open_clip", extra="zeroshot").IMAGENET_CLASSNAMES)
 
 
-def read_templates(wanted: str | None, *, scenes: bool) -> tuple[str, ...]:
+def read_templates(file: str | None, *, scenes: bool) -> tuple[str, ...]:
     """Read the templates of a named set or a file, each with `{}` for the class name.
 
     Args:
-        wanted: `openai` (80), `simple` (7), `scenes` (8) or a file (default: `scenes` for the generated
+        file: `openai` (80), `simple` (7), `scenes` (8) or a file (default: `scenes` for the generated
             world, else `openai`).
 
     Raises:
         DataError: no such file, or a line without `{}`.
         MissingExtraError: open_clip is not installed.
     """
-    name = wanted or ("scenes" if scenes else "openai")
+    name = file or ("scenes" if scenes else "openai")
     if name == "scenes":
         return TEMPLATES
     if name in ("openai", "simple"):
@@ -142,37 +142,37 @@ def _synset_places(source: ImageSource) -> list[int]:
     return [order[name] for name in source.classes]
 
 
-def _places(source: ImageSource, names: tuple[str, ...], wanted: str) -> tuple[list[int], tuple[str, ...]]:
+def _places(source: ImageSource, names: tuple[str, ...], file: str) -> tuple[list[int], tuple[str, ...]]:
     """Return the index of each class's name in `names`, and notes on the matching."""
     classes = source.classes
-    if wanted == "imagenet" and are_wordnet_ids(classes):
+    if file == "imagenet" and are_wordnet_ids(classes):
         return _synset_places(source), ()
     if all(name.isdecimal() for name in classes):
         high = max(int(name) for name in classes)
         if high >= len(names):
             raise DataError(
-                f"{source.name} has a class {high}, and {wanted} names classes 0 to {len(names) - 1}"
+                f"{source.name} has a class {high}, and {file} names classes 0 to {len(names) - 1}"
             )
         return [int(name) for name in classes], ()
     ids, spoken = _without_ids(names)
     by_id = bool(ids) and are_wordnet_ids(classes)
     exact, alike = _by_name(ids if by_id else spoken, _matched), _by_name(spoken, _matched_loosely)
-    found = [exact.get(_matched(name)) or alike.get(_matched_loosely(name), []) for name in classes]
-    _check_single(wanted, classes, found)
-    places = [place for known in found for place in known]
+    matches = [exact.get(_matched(name)) or alike.get(_matched_loosely(name), []) for name in classes]
+    _check_single(file, classes, matches)
+    places = [place for known in matches for place in known]
     if len(places) == len(classes):
         return places, ()
     if places or by_id or len(names) != len(classes):
-        missing = classes[found.index([])]
+        missing = classes[matches.index([])]
         hint = "" if missing.isdecimal() else did_you_mean(_matched_loosely(missing), alike)
         raise DataError(
-            f"{wanted} has {len(names)} names for the {len(classes)} classes of {source.name}, and none is "
+            f"{file} has {len(names)} names for the {len(classes)} classes of {source.name}, and none is "
             f"{missing!r}{hint}; give one line for each folder, in their order, or the folders' own names"
         )
-    return _in_order(classes, wanted)
+    return _in_order(classes, file)
 
 
-def _in_order(classes: Sequence[str], wanted: str) -> tuple[list[int], tuple[str, ...]]:
+def _in_order(classes: Sequence[str], file: str) -> tuple[list[int], tuple[str, ...]]:
     """Assign names to the folders in numeric order; sorted as texts, class_10 would precede class_2."""
     order = order_by_number(classes)
     if order == list(range(len(classes))):
@@ -180,15 +180,17 @@ def _in_order(classes: Sequence[str], wanted: str) -> tuple[list[int], tuple[str
     places = [0] * len(classes)
     for place, number in enumerate(order):
         places[number] = place
-    said = shown_order(classes, order)
-    return places, (f"the names of {wanted} were given to the folders in the order of their numbers: {said}",)
+    order_shown = shown_order(classes, order)
+    return places, (
+        f"the names of {file} were given to the folders in the order of their numbers: {order_shown}",
+    )
 
 
-def _check_single(wanted: str, classes: Sequence[str], found: Sequence[list[int]]) -> None:
-    for name, known in zip(classes, found, strict=True):
+def _check_single(file: str, classes: Sequence[str], matches: Sequence[list[int]]) -> None:
+    for name, known in zip(classes, matches, strict=True):
         if len(known) > 1:
             raise DataError(
-                f"{wanted} has the name {name!r} {len(known)} times (as {known[0] + 1} and {known[1] + 1}), "
+                f"{file} has the name {name!r} {len(known)} times (as {known[0] + 1} and {known[1] + 1}), "
                 f"so it does not say which class the folder {name} is; call them differently"
             )
 

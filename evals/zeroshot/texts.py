@@ -43,11 +43,11 @@ class TextHead(NamedTuple):
     head: str | None  # the adaptor that leads into the teacher's space; None for the teacher itself
 
 
-def find_text_tower(model: Backbone, wanted: str | None = None) -> TextHead:
+def find_text_tower(model: Backbone, spec: str | None = None) -> TextHead:
     """Find the text tower of a teacher, or of one of a student's teachers with the adaptor to it.
 
     Args:
-        wanted: a teacher in the student's metadata, by its name there or as a spec (`openclip:NAME@FILE`, if
+        spec: a teacher in the student's metadata, by its name there or as a spec (`openclip:NAME@FILE`, if
             the file has moved); default: the first with a text tower.
 
     Raises:
@@ -55,18 +55,18 @@ def find_text_tower(model: Backbone, wanted: str | None = None) -> TextHead:
         CheckpointError: the teacher's weights are not at the path in the metadata.
     """
     if model.text is not None:
-        if wanted is not None:
-            raise ConfigError(f"{model.name} brings its own text tower; leave --text {wanted} out")
+        if spec is not None:
+            raise ConfigError(f"{model.name} brings its own text tower; leave --text {spec} out")
         return TextHead(model.name, model.text, None)
     entries = teachers_on(model.metadata, model.name)
     if not entries:
         raise ConfigError(
             f"{model.name} has no text tower and learned from no teacher; zero-shot needs {_HAVE_ONE}"
         )
-    if wanted is not None and ":" in wanted:
-        return _matching(model, entries, load_teacher(wanted), wanted)
-    if wanted is not None:
-        entries = [entry for entry in entries if entry["name"] == wanted] or _no_such(model, entries, wanted)
+    if spec is not None and ":" in spec:
+        return _matching(model, entries, load_teacher(spec), spec)
+    if spec is not None:
+        entries = [entry for entry in entries if entry["name"] == spec] or _no_such(model, entries, spec)
     for entry in entries:
         teacher = _load(model, entry)
         if teacher.text is not None:
@@ -78,10 +78,10 @@ def find_text_tower(model: Backbone, wanted: str | None = None) -> TextHead:
     )
 
 
-def _no_such(model: Backbone, entries: list[Mapping[str, Any]], wanted: str) -> list[Mapping[str, Any]]:
+def _no_such(model: Backbone, entries: list[Mapping[str, Any]], spec: str) -> list[Mapping[str, Any]]:
     names = [entry["name"] for entry in entries]
-    hint = did_you_mean(wanted, names) or f"; it has {', '.join(names)}"
-    raise ConfigError(f"{model.name} has no teacher {wanted!r}{hint}")
+    hint = did_you_mean(spec, names) or f"; it has {', '.join(names)}"
+    raise ConfigError(f"{model.name} has no teacher {spec!r}{hint}")
 
 
 def _load(model: Backbone, entry: Mapping[str, Any]) -> Teacher:
@@ -102,15 +102,15 @@ def _check(model: Backbone, entry: Mapping[str, Any], teacher: Teacher) -> None:
         )
 
 
-def _matching(model: Backbone, entries: list[Mapping[str, Any]], teacher: Teacher, wanted: str) -> TextHead:
+def _matching(model: Backbone, entries: list[Mapping[str, Any]], teacher: Teacher, spec: str) -> TextHead:
     """Return the text head of an explicitly named teacher after checking that the metadata has it."""
     if teacher.text is None:
-        raise ConfigError(f"{wanted} has no text tower; zero-shot needs {_HAVE_ONE}")
+        raise ConfigError(f"{spec} has no text tower; zero-shot needs {_HAVE_ONE}")
     for entry in entries:
         if entry["fingerprint"] == teacher.fingerprint:
-            return TextHead(wanted, teacher.text, entry["name"])
+            return TextHead(spec, teacher.text, entry["name"])
     raise ConfigError(
-        f"{model.name} did not learn from {wanted} (none of its teachers has these weights and settings)"
+        f"{model.name} did not learn from {spec} (none of its teachers has these weights and settings)"
     )
 
 
