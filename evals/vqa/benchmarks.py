@@ -24,7 +24,6 @@ from .scoring import (
     LETTERS,
     NUM_ANSWERS,
     Benchmark,
-    Grouping,
     Question,
     Rule,
     ScoreFn,
@@ -314,12 +313,15 @@ def read_gqa(files: TaskFiles) -> Benchmark:
         raise DataError(
             f"{files.questions}: none of its {len(rows)} questions is balanced; nothing is scored"
         )
+    has_answers = any("answer" in row.data for row in balanced)
     questions = []
     for row in balanced:
-        text, image = records.get(row, "question", str), records.identity(row, "imageId")
-        questions.append(Question(row.key, f"{image}.jpg", text, short(text)))
-    has_answers = any("answer" in row.data for row in balanced)
-    answers = tuple(records.get(row, "answer", str) for row in balanced) if has_answers else ()
+        text, image = records.get(row, "question", str), f"{records.identity(row, 'imageId')}.jpg"
+        answer = records.get(row, "answer", str) if has_answers else ""
+        score = partial(score_exact, truth=answer) if has_answers else None
+        types = row.data.get("types")
+        groups = gqa_groups(types if isinstance(types, dict) else {})
+        questions.append(Question(row.key, image, text, short(text), score, answer, groups))
     # The split labels the scores, as val and testdev differ.
     words = re.split(r"[^a-z]+", files.questions.name.lower())
     named = next((split for split in _GQA_SPLITS if split in words), None)
@@ -329,28 +331,19 @@ def read_gqa(files: TaskFiles) -> Benchmark:
         )
     if named and files.split not in (None, named):
         raise DataError(f"{files.questions}: is called {named}, and the split asked for is {files.split}")
-    types = [row.data.get("types") for row in balanced]
     return Benchmark(
         task="gqa",
         split=files.split or str(named),
         questions=tuple(questions),
-        score_fns=tuple(partial(score_exact, truth=answer) for answer in answers),
-        expected=answers,
         known=frozenset(row.key for row in rows),
-        groups=gqa_groups([entry if isinstance(entry, dict) else {} for entry in types]),
     )
 
 
-def gqa_groups(types: Sequence[Mapping[str, Any]]) -> dict[str, Grouping]:
-    """Group questions by structural and semantic type, and into open and binary ones, where all have one."""
-    groups = {}
-    for name in ("structural", "semantic"):
-        labels = tuple(str(entry[name]) for entry in types if entry.get(name))
-        if len(labels) == len(types):
-            groups[name] = Grouping(labels)
+def gqa_groups(types: Mapping[str, Any]) -> dict[str, str]:
+    """Return a question's structural and semantic type, and whether it is open or binary."""
+    groups = {name: str(types[name]) for name in ("structural", "semantic") if types.get(name)}
     if "structural" in groups:
-        structural = groups["structural"].labels
-        groups["form"] = Grouping(tuple("open" if label == "query" else "binary" for label in structural))
+        groups["form"] = "open" if groups["structural"] == "query" else "binary"
     return groups
 
 
@@ -376,16 +369,9 @@ def read_vqav2(files: TaskFiles, rule: Rule = "official") -> Benchmark:
     split = re.sub(r"\d+$", "", subtype)
     if files.split not in (None, split):
         raise DataError(f"{files.questions}: is {subtype}, and the split asked for is {files.split}")
-    annotations = [] if files.annotations is None else _annotations(files.annotations, questions, subtype)
-    return Benchmark(
-        task="vqav2",
-        split=split,
-        questions=tuple(questions),
-        score_fns=tuple(partial(vqa_accuracy, truths=answers, rule=rule) for _, answers in annotations),
-        expected=tuple(commonest(answers) for _, answers in annotations),
-        known=known,
-        groups={"answer_type": Grouping(tuple(type_ for type_, _ in annotations))} if annotations else {},
-    )
+    if files.annotations is not None:
+        questions = _annotated(files.annotations, questions, subtype, rule)
+    return Benchmark(task="vqav2", split=split, questions=tuple(questions), known=known)
 
 
 def _coco_name(records: Records, row: Row, subtype: str) -> str:
@@ -393,10 +379,8 @@ def _coco_name(records: Records, row: Row, subtype: str) -> str:
     return f"COCO_{folder}_{records.get(row, 'image_id', int):012d}.jpg"
 
 
-def _annotations(
-    path: Path, questions: Sequence[Question], subtype: str
-) -> list[tuple[str, tuple[str, ...]]]:
-    """Read the answer type and the ten answers of each question."""
+def _annotated(path: Path, questions: Sequence[Question], subtype: str, rule: Rule) -> list[Question]:
+    """Add the answer type and the ten answers to each question."""
     layout = "{data_subtype, annotations: [{question_id, answer_type, answers: [ten of {answer}]}]}"
     records = Records(path, "VQAv2's annotations", layout)
     rows = records.listed("annotations")
@@ -414,7 +398,7 @@ def _annotations(
             f"{path}: {len(absent)} of the {len(questions)} questions have no annotation, the first is "
             f"{absent[0]}; give the annotations of these questions"
         )
-    annotations = []
+    annotated_questions = []
     for question in questions:
         row = by_id[question.id]
         if "image_id" in row.data and _coco_name(records, row, subtype) != question.image:
@@ -427,8 +411,10 @@ def _annotations(
         texts = tuple(answer for answer in answers if isinstance(answer, str))
         if len(texts) != NUM_ANSWERS or len(given) != NUM_ANSWERS:
             raise records.refuse(row.name, f"its 'answers' hold {len(texts)} answers, not {NUM_ANSWERS}")
-        annotations.append((records.get(row, "answer_type", str), texts))
-    return annotations
+        score = partial(vqa_accuracy, truths=texts, rule=rule)
+        groups = {"answer_type": records.get(row, "answer_type", str)}
+        annotated_questions.append(replace(question, score=score, expected=commonest(texts), groups=groups))
+    return annotated_questions
 
 
 def read_textvqa(files: TaskFiles, rule: Rule = "m4c") -> Benchmark:
@@ -443,16 +429,18 @@ def read_textvqa(files: TaskFiles, rule: Rule = "m4c") -> Benchmark:
     records = Records(files.questions, "TextVQA's questions", layout)
     rows = records.listed("data")
     images = [records.get(row, "image_id", str) for row in rows]
+    has_answers = any("answers" in row.data for row in rows)
     questions = []
     for row, image, tokens in zip(rows, images, _ocr_tokens(files, records, rows, images), strict=True):
-        text = records.get(row, "question", str)
-        prompt = short_with_ocr(text, tokens)
-        questions.append(Question(records.identity(row, "question_id"), f"{image}.jpg", text, prompt))
-    has_answers = any("answers" in row.data for row in rows)
-    answers = [records.texts(row, "answers") for row in rows] if has_answers else []
-    for row, ten in zip(rows, answers, strict=False):
-        if len(ten) != NUM_ANSWERS:
-            raise records.refuse(row.name, f"its 'answers' hold {len(ten)} answers, not {NUM_ANSWERS}")
+        id, text = records.identity(row, "question_id"), records.get(row, "question", str)
+        question = Question(id, f"{image}.jpg", text, short_with_ocr(text, tokens))
+        if has_answers:
+            ten = records.texts(row, "answers")
+            if len(ten) != NUM_ANSWERS:
+                raise records.refuse(row.name, f"its 'answers' hold {len(ten)} answers, not {NUM_ANSWERS}")
+            score = partial(vqa_accuracy, truths=ten, rule=rule)
+            question = replace(question, score=score, expected=commonest(ten))
+        questions.append(question)
     split = records.top("dataset_type") or rows[0].data.get("set_name")
     split = split if isinstance(split, str) else files.split
     if split is None:
@@ -463,8 +451,6 @@ def read_textvqa(files: TaskFiles, rule: Rule = "m4c") -> Benchmark:
         task="textvqa",
         split=split,
         questions=tuple(questions),
-        score_fns=tuple(partial(vqa_accuracy, truths=ten, rule=rule) for ten in answers),
-        expected=tuple(commonest(ten) for ten in answers),
         known=records.unique([question.id for question in questions]),
     )
 
@@ -526,42 +512,37 @@ def read_scienceqa(files: TaskFiles) -> Benchmark:
     rows = [problems[id] for id in ids if records.get(problems[id], "image", object)]
     if not rows:
         raise DataError(f"{files.questions}: no problem of {split} has an image; nothing is scored")
-    questions, letters = [], []
+    questions = []
     for row in rows:
         choices, answer = records.texts(row, "choices"), records.get(row, "answer", int)
         if not 0 <= answer < len(choices) or len(choices) > len(LETTERS):
             problem = f"its 'answer' is {reprlib.repr(answer)}, and it has {len(choices)} choices"
             raise records.refuse(row.name, problem)
-        letters.append(LETTERS[answer])
         text = records.get(row, "question", str)
         prompt = choose(text, choices, records.get(row, "hint", str).strip())
         folder = str(row.data.get("split") or split.removeprefix("mini"))
         if files.images is not None and not os.path.isdir(files.images / folder):  # noqa: PTH112 (never raises)
             folder = ""  # `images` is the split's own folder
         image = "/".join(part for part in (folder, row.key, records.get(row, "image", str)) if part)
-        questions.append(Question(row.key, image, text, prompt))
+        right, groups = LETTERS[answer], scienceqa_groups(row.data)
+        score = partial(score_letter, right=right)
+        questions.append(Question(row.key, image, text, prompt, score, right, groups))
     return Benchmark(
         task="scienceqa",
         split=split,
         questions=tuple(questions),
-        score_fns=tuple(partial(score_letter, right=letter) for letter in letters),
-        expected=tuple(letters),
         known=frozenset(ids),
-        groups=scienceqa_groups([row.data for row in rows]),
         missing_is_wrong=True,
     )
 
 
-def scienceqa_groups(problems: Sequence[Mapping[str, Any]]) -> dict[str, Grouping]:
-    """Group problems by subject, grade and topic, where all have these."""
-    groups = {}
-    for name in ("subject", "grade", "topic"):
-        labels = [problem.get(name) for problem in problems]
-        if all(isinstance(label, str) and label for label in labels):
-            groups[name] = Grouping(tuple(map(str, labels)), as_metrics=name != "topic")
+def scienceqa_groups(problem: Mapping[str, Any]) -> dict[str, str]:
+    """Return a problem's subject, grade and topic."""
+    names = ("subject", "grade", "topic")
+    groups = {name: str(problem[name]) for name in names if isinstance(problem.get(name), str)}
+    groups = {name: label for name, label in groups.items() if label}
     if "grade" in groups:
-        grades = groups["grade"].labels
-        groups["grade"] = Grouping(tuple("1-6" if grade in _YOUNG else "7-12" for grade in grades))
+        groups["grade"] = "1-6" if groups["grade"] in _YOUNG else "7-12"
     return groups
 
 
@@ -603,34 +584,26 @@ def read_custom(files: TaskFiles) -> Benchmark:
     rows = [(f"{shown(path)}: {where}", row) for where, row in read_list(path)]
     if not rows:
         raise DataError(f'{shown(path)}: holds no questions; wanted {{"image", "question", "answer"}} a line')
-    questions, score_fns, expected, categories = [], [], [], []
+    questions = []
     known: set[str] = set()
     for number, (where, data) in enumerate(rows, start=1):
         row = validate(_CUSTOM, data, where)
         text, choices, id = row["question"], row.get("choices"), str(row.get("id", number))
-        score_fn, answer = _custom_score(row, where)
+        score, answer = _custom_score(row, where)
         if id in known:
             raise DataError(f"{shown(path)}: two questions have the id {shown(id[:80])}; each has its own")
         known.add(id)
         prompt = short(text) if choices is None else choose(text, choices, "")
-        questions.append(Question(id, row.get("image"), text, prompt))
-        score_fns.append(score_fn)
-        expected.append(answer)
-        categories.append(row.get("category", ""))
-    if len(set(categories)) > _MAX_CATEGORIES:
+        groups = {"category": row["category"]} if row.get("category") else {}
+        questions.append(Question(id, row.get("image"), text, prompt, score, answer, groups))
+    categories = {question.groups.get("category", "") for question in questions}
+    if len(categories) > _MAX_CATEGORIES:
         raise DataError(
-            f"{shown(path)}: has {len(set(categories))} categories; wanted {_MAX_CATEGORIES} at most, each "
-            f"is a score of its own"
+            f"{shown(path)}: has {len(categories)} categories; wanted {_MAX_CATEGORIES} at most, each is a "
+            f"score of its own"
         )
-    return Benchmark(
-        task="custom",
-        split=files.split or path.stem,
-        questions=tuple(questions),
-        score_fns=tuple(score_fns),
-        expected=tuple(expected),
-        known=frozenset(known),
-        groups={"category": Grouping(tuple(categories))} if all(categories) else {},
-    )
+    split = files.split or path.stem
+    return Benchmark(task="custom", split=split, questions=tuple(questions), known=frozenset(known))
 
 
 def _custom_score(row: _Custom, where: str) -> tuple[ScoreFn, str]:

@@ -32,7 +32,7 @@ from radio.image_files import Entry, Listing, StoredImages
 from radio.io import validate
 
 from .benchmarks import read_list
-from .scoring import IMAGE
+from .scoring import IMAGE, spread
 
 # Letters: B batch, S tokens of a sample, T tokens of an image, D token width, N images, H W pixels, h w input
 # size.
@@ -78,7 +78,7 @@ class Reading(NamedTuple):
     notes: tuple[str, ...]  # what was left out
 
 
-_Said = TypedDict("_Said", {"from": str, "value": str})
+_Turn = TypedDict("_Turn", {"from": str, "value": str})
 
 
 class _Row(TypedDict):
@@ -86,17 +86,10 @@ class _Row(TypedDict):
 
     id: NotRequired[int | str | None]
     image: NotRequired[str | None]
-    conversations: list[_Said]
+    conversations: list[_Turn]
 
 
 _ROW = TypeAdapter(_Row)
-
-
-def spread(items: Sequence[Any], limit: int | None) -> list[Any]:
-    """Select `limit` items, evenly spread; None selects all."""
-    if limit is None or limit >= len(items):
-        return list(items)
-    return [items[index * len(items) // limit] for index in range(limit)]
 
 
 def read_records(
@@ -175,9 +168,11 @@ def _record(row: Any, number: str, is_image: Callable[[str], bool]) -> tuple[Rec
         raise DataError(f"the mark {IMAGE} is in turn {marks.index(1)}; wanted it in the first")
     if image is not None and not is_image(image):
         raise DataError(f"there is no image {image[:200]!r}")
-    pairs = zip(values[::2], values[1::2], strict=True)
-    said = tuple(Turn(question.replace(IMAGE, "").strip(), answer.strip()) for question, answer in pairs)
-    return Record(number if id is None else str(id), image, said), begins_early
+    pairs = tuple(
+        Turn(question.replace(IMAGE, "").strip(), answer.strip())
+        for question, answer in zip(values[::2], values[1::2], strict=True)
+    )
+    return Record(number if id is None else str(id), image, pairs), begins_early
 
 
 def _check_roles(roles: list[str]) -> None:

@@ -28,11 +28,11 @@ from radio.provenance import choose_device, commit, describe_device, versions
 from radio.types import Backbone
 
 from .benchmarks import open_benchmark, read_predictions
-from .data import NamedImages, fingerprint, read_records, spread
+from .data import NamedImages, fingerprint, read_records
 from .language import LanguageModel, TinyShape, load_library, open_language
 from .scenes import benchmarks, describe_questions, describe_training, load_scenes, training_images
 from .scenes import training_records as generated_records
-from .scoring import TASKS, Benchmark, Scores, mean_accuracy
+from .scoring import TASKS, Benchmark, Scores, mean_accuracy, spread
 from .settings import Preset, VqaSettings, choose_preset, choose_size, language_name
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def evaluate(model: Backbone, settings: VqaSettings, group: Group, progress: Pro
     language: LanguageModel | None = None
     if language_choice != "tiny":
         language = open_language(language_choice, (), shape, settings.train_seed)
-    asked = _open_benchmarks(settings, preset, cache, group, damage) if "score" in settings.stages else []
+    opened = _open_benchmarks(settings, preset, cache, group, damage) if "score" in settings.stages else []
     data = _open_data(settings, preset, cache, group, damage)
     workers = 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
     encoder = Encoder(
@@ -175,7 +175,7 @@ def evaluate(model: Backbone, settings: VqaSettings, group: Group, progress: Pro
     trained = training.run()
     finished = time.monotonic()
     answered = [
-        _answer(benchmark, trained, training.language, encoder, settings, preset) for benchmark in asked
+        _answer(benchmark, trained, training.language, encoder, settings, preset) for benchmark in opened
     ]
     if settings.save is not None and group.leads:
         save_llava(trained.model, training.language, settings.save)
@@ -384,7 +384,7 @@ def metrics(answered: Iterable[Answered], seed: int) -> dict[str, Metric]:
         ("", {one.benchmark.task: one.scores for one in answered}),
         ("blind_", {one.benchmark.task: one.blind_scores for one in answered}),
     ):
-        scores = {task: found for task, found in all_scores.items() if found is not None}
+        scores = {task: one for task, one in all_scores.items() if one is not None}
         if scores:
             accuracies[f"{prefix}accuracy"] = mean_accuracy(list(scores.values()), seed)
         for task, of_task in scores.items():
@@ -399,14 +399,13 @@ def records_of(one: Answered) -> str:
     """Return one JSON line per question with answer, right answer and score, which can be scored again."""
     assert one.scores is not None
     lines = []
-    rows = zip(one.benchmark.questions, one.benchmark.expected, one.scores.values, strict=True)
-    for question, expected, value in rows:
+    for question, value in zip(one.benchmark.questions, one.scores.values, strict=True):
         record = {
             "question_id": question.id,
             "image": question.image,
             "question": question.text,
             "answer": one.answers.get(question.id, ""),
-            "expected": expected,
+            "expected": question.expected,
             "score": value,
         }
         if one.blind is not None:

@@ -399,8 +399,8 @@ def one_error(name: str, what: str) -> Iterator[None]:
 
 def _reason(error: BaseException) -> str:
     """Format an exception on one line, without addresses that differ between runs."""
-    said = re.sub(r"0x[0-9a-fA-F]{6,}", "0x…", " ".join(str(error).split()))
-    return f"{type(error).__name__}: {shown(said[:300])}"
+    message = re.sub(r"0x[0-9a-fA-F]{6,}", "0x…", " ".join(str(error).split()))
+    return f"{type(error).__name__}: {shown(message[:300])}"
 
 
 def _check_regular(path: Path) -> None:
@@ -433,8 +433,10 @@ def _check_number(key: str, value: Any, path: Path) -> None:
     if not math.isfinite(value) or (_SHARES.search(key) and not 0 <= value < 1):
         raise CheckpointError(f"{path}: {shown(key[:80])} is {value}, which cannot be; get the file again")
     if isinstance(value, int) and abs(value) > most:
-        told = str(value) if value.bit_length() < 200 else f"a number of {value.bit_length()} bits"
-        raise CheckpointError(f"{path}: {shown(key[:80])} is {told}; no language model has more than {most}")
+        digits = str(value) if value.bit_length() < 200 else f"a number of {value.bit_length()} bits"
+        raise CheckpointError(
+            f"{path}: {shown(key[:80])} is {digits}; no language model has more than {most}"
+        )
 
 
 def _weights(folder: Path) -> list[Path]:
@@ -518,10 +520,10 @@ class _Cursor:
 
     def count(self, least: int) -> int:
         """Read the number of entries that follow, each of at least `least` bytes."""
-        found = int(self.take("Q"))
-        if found * least > self._length - self.at:
-            raise self.fail(f"is said to hold {found} entries, more than fit; it is cut off or damaged")
-        return found
+        count = int(self.take("Q"))
+        if count * least > self._length - self.at:
+            raise self.fail(f"is said to hold {count} entries, more than fit; it is cut off or damaged")
+        return count
 
     def left(self) -> int:
         """Return the number of bytes up to the end."""

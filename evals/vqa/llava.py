@@ -316,13 +316,13 @@ def _with_encoder(model: Any, folder: Path) -> Any:
 
 def _spec_of(backbone: Backbone) -> str:
     try:
-        found = load_backbone(backbone.name)
+        opened = load_backbone(backbone.name)
     except ValueError as error:
         raise ConfigError(
             f"{backbone.name} cannot be opened by its name alone, so a folder could not hold it; save a "
             f"checkpoint of ours, or leave --save out"
         ) from error
-    if found.fingerprint != backbone.fingerprint:
+    if opened.fingerprint != backbone.fingerprint:
         raise ConfigError(f"{backbone.name}: its name opens other weights; leave --save out")
     return backbone.name
 

@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from string import ascii_uppercase
@@ -43,7 +43,6 @@ from .data import Record, Turn
 from .scoring import (
     LETTERS,
     Benchmark,
-    Grouping,
     Rule,
     Task,
     commonest,
@@ -242,17 +241,6 @@ def describe_questions(scene: Scene, index: int, *, seed: int) -> Any:
     return questions(scene, index, split="val", seed=seed)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Entry:
-    """One question of a benchmark."""
-
-    scene: int
-    question: scoring.Question
-    score_fn: scoring.ScoreFn
-    expected: str
-    group: Mapping[str, Any]  # GQA's types, VQAv2's answer type, or ScienceQA's subject, topic and grade
-
-
 def benchmarks(
     scenes: Scenes, tasks: Sequence[Task], *, rule: Rule | None = None, limit: int | None = None
 ) -> list[Benchmark]:
@@ -264,125 +252,76 @@ def benchmarks(
         rule: how VQAv2 (default: `official`) and TextVQA (default: `m4c`) compare answers.
         limit: use this many questions of each, evenly spread.
     """
-    entries: dict[Task, list[_Entry]] = {task: [] for task in scoring.TASKS}
+    collected: dict[Task, list[scoring.Question]] = {task: [] for task in scoring.TASKS}
+    rows: dict[str | None, int] = {}
     for index, facts in enumerate(scenes.facts):
-        asked = [Question(*fact) for fact in facts]
         draws = np.random.default_rng([_BENCHMARK_STREAM, scenes.seed, index])
-        # All draws about a scene come from one generator, in this order.
-        entries["gqa"] += _gqa(index, asked)
-        entries["vqav2"] += _vqav2(index, asked, draws, rule or "official")
-        entries["textvqa"] += _textvqa(index, asked, draws, rule or "m4c")
-        entries["scienceqa"].append(_scienceqa(index, asked, draws))
-    groups: dict[Task, Callable[[list[Mapping[str, Any]]], dict[str, Grouping]]] = {
-        "gqa": gqa_groups,
-        "vqav2": lambda types: {"answer_type": Grouping(tuple(type_["answer_type"] for type_ in types))},
-        "textvqa": lambda _: {},
-        "scienceqa": scienceqa_groups,
-    }
-    return [_benchmark(task, entries[task], groups[task], scenes, limit) for task in tasks]
+        about = _ask(index, [Question(*fact) for fact in facts], draws, rule)
+        for task in scoring.TASKS:
+            collected[task] += about[task]
+            rows |= {question.image: index for question in about[task]}
+    opened = []
+    for task in tasks:
+        content = [(question.id, question.prompt, question.expected) for question in collected[task]]
+        benchmark = Benchmark(
+            task=task,
+            split="test" if task == "scienceqa" else "val",
+            questions=tuple(collected[task]),
+            known=frozenset(question.id for question in collected[task]),
+            missing_is_wrong=task == "scienceqa",
+            fingerprint=hashlib.sha256(json.dumps([task, content]).encode()).hexdigest(),
+        ).limited(limit)
+        names = {str(question.image): rows[question.image] for question in benchmark.questions}
+        images = SceneFrames(scenes, names, jpeg=task != "scienceqa")
+        opened.append(replace(benchmark, images=images))
+    return opened
 
 
-def _benchmark(
-    task: Task,
-    entries: list[_Entry],
-    groups: Callable[[list[Mapping[str, Any]]], dict[str, Grouping]],
-    scenes: Scenes,
-    limit: int | None,
-) -> Benchmark:
-    asked = [entry.question for entry in entries]
-    expected = tuple(entry.expected for entry in entries)
-    whole = Benchmark(
-        task=task,
-        split="test" if task == "scienceqa" else "val",
-        questions=tuple(asked),
-        score_fns=tuple(entry.score_fn for entry in entries),
-        expected=expected,
-        known=frozenset(question.id for question in asked),
-        groups=groups([entry.group for entry in entries]),
-        missing_is_wrong=task == "scienceqa",
-        fingerprint=hashlib.sha256(json.dumps([task, asked, expected]).encode()).hexdigest(),
-    )
-    limited = whole.limited(limit)
-    rows = {str(entry.question.image): entry.scene for entry in entries}
-    rows = {str(question.image): rows[str(question.image)] for question in limited.questions}
-    return replace(limited, images=SceneFrames(scenes, rows, jpeg=task != "scienceqa"))
+def _ask(
+    index: int, about: Sequence[Question], draws: np.random.Generator, rule: Rule | None
+) -> dict[Task, list[scoring.Question]]:
+    """Ask the questions about one scene in the manner of each benchmark.
 
-
-def _gqa(index: int, asked: Sequence[Question]) -> list[_Entry]:
-    entries = []
-    for number, question in enumerate(asked):
-        structural, semantic = _GQA_TYPES[question.kind]
-        id, image = f"{index:07d}{number}", f"scene{index:07d}.jpg"
-        entries.append(
-            _Entry(
-                scene=index,
-                question=scoring.Question(id, image, question.text, short(question.text)),
-                score_fn=partial(score_exact, truth=question.answer),
-                expected=question.answer,
-                group={"structural": structural, "semantic": semantic},
-            )
-        )
-    return entries
-
-
-def _vqav2(index: int, asked: Sequence[Question], draws: np.random.Generator, rule: Rule) -> list[_Entry]:
-    entries = []
-    for number, question in enumerate(asked):
-        people = _people(question, draws)
-        id, image = str((index + 1) * 1000 + number), f"COCO_val2014_{index + 1:012d}.jpg"
-        entries.append(
-            _Entry(
-                scene=index,
-                question=scoring.Question(id, image, question.text, short(question.text)),
-                score_fn=partial(vqa_accuracy, truths=people, rule=rule),
-                expected=commonest(people),
-                group={"answer_type": _ANSWER_TYPES.get(question.kind, "other")},
-            )
-        )
-    return entries
-
-
-def _textvqa(index: int, asked: Sequence[Question], draws: np.random.Generator, rule: Rule) -> list[_Entry]:
-    """Ask about colours and shapes, as the world has no writing."""
+    Args:
+        draws: the generator of all draws about the scene, which come in the order of the benchmarks.
+    """
+    make, name = scoring.Question, f"scene{index:07d}.jpg"
+    gqa, vqav2, textvqa = [], [], []
+    for number, (kind, text, answer) in enumerate(about):
+        structural, semantic = _GQA_TYPES[kind]
+        groups = gqa_groups({"structural": structural, "semantic": semantic})
+        exact = partial(score_exact, truth=answer)
+        gqa.append(make(f"{index:07d}{number}", name, text, short(text), exact, answer, groups))
+    photo = f"COCO_val2014_{index + 1:012d}.jpg"
+    for number, question in enumerate(about):
+        people, id = _people(question, draws), str((index + 1) * 1000 + number)
+        score = partial(vqa_accuracy, truths=people, rule=rule or "official")
+        groups = {"answer_type": _ANSWER_TYPES.get(question.kind, "other")}
+        prompt = short(question.text)
+        vqav2.append(make(id, photo, question.text, prompt, score, commonest(people), groups))
     for _ in range(int(draws.integers(4))):  # OCR tokens, of which no prompt makes use
         draws.choice(8, 4)
-    entries = []
-    for number, question in enumerate(asked):
-        if question.kind not in _SCHOOL:
-            continue
-        people = _people(question, draws)
-        text = question.text[:1].lower() + question.text[1:]
-        id, image = str(10 * index + number), f"scene{index:07d}.jpg"
-        entries.append(
-            _Entry(
-                scene=index,
-                question=scoring.Question(id, image, text, short_with_ocr(text, None)),
-                score_fn=partial(vqa_accuracy, truths=people, rule=rule),
-                expected=commonest(people),
-                group={},
-            )
-        )
-    return entries
-
-
-def _scienceqa(index: int, asked: Sequence[Question], draws: np.random.Generator) -> _Entry:
-    """Ask one question with four choices, alternately about colour and shape."""
-    kind = tuple(_SCHOOL)[index % len(_SCHOOL)]
-    question = next(question for question in asked if question.kind == kind)
-    subject, topic, words = _SCHOOL[kind]
-    others = draws.permutation([word for word in words if word != question.answer]).tolist()
-    place = index // len(_SCHOOL) % _NUM_CHOICES  # each letter is right equally often
-    choices = [*others[:place], question.answer, *others[place : _NUM_CHOICES - 1]]
-    hint = "Look at the big object." if index % 3 == 0 else ""
-    return _Entry(
-        scene=index,
-        question=scoring.Question(
-            str(index + 1), f"test/{index + 1}/image.png", question.text, choose(question.text, choices, hint)
-        ),
-        score_fn=partial(score_letter, right=LETTERS[place]),
-        expected=LETTERS[place],
-        group={"subject": subject, "topic": topic, "grade": f"grade{1 + index % 12}"},
+    for number, question in enumerate(about):
+        if question.kind in _SCHOOL:  # the world has no writing
+            people, id = _people(question, draws), str(10 * index + number)
+            score = partial(vqa_accuracy, truths=people, rule=rule or "m4c")
+            text = question.text[:1].lower() + question.text[1:]
+            textvqa.append(make(id, name, text, short_with_ocr(text, None), score, commonest(people)))
+    subject_kind = tuple(_SCHOOL)[index % len(_SCHOOL)]
+    text, answer = next(
+        (question.text, question.answer) for question in about if question.kind == subject_kind
     )
+    subject, topic, words = _SCHOOL[subject_kind]
+    others = draws.permutation([word for word in words if word != answer]).tolist()
+    place = index // len(_SCHOOL) % _NUM_CHOICES  # each letter is right equally often
+    choices = [*others[:place], answer, *others[place : _NUM_CHOICES - 1]]
+    prompt = choose(text, choices, "Look at the big object." if index % 3 == 0 else "")
+    right = LETTERS[place]
+    groups = scienceqa_groups({"subject": subject, "topic": topic, "grade": f"grade{1 + index % 12}"})
+    drawing = f"test/{index + 1}/image.png"
+    letter = partial(score_letter, right=right)
+    scienceqa = [make(str(index + 1), drawing, text, prompt, letter, right, groups)]
+    return {"gqa": gqa, "vqav2": vqav2, "textvqa": textvqa, "scienceqa": scienceqa}
 
 
 def _people(question: Question, draws: np.random.Generator) -> list[str]:

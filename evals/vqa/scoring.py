@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from radio.data import ImageSource
 
 # Letters: Q questions, P images, K groups, R resamples.
+
+T = TypeVar("T")
 
 Task = Literal["gqa", "vqav2", "textvqa", "scienceqa", "custom"]
 TASKS: tuple[Task, ...] = ("gqa", "vqav2", "textvqa", "scienceqa")
@@ -73,7 +75,7 @@ _ALONE = {
 
 
 def _contractions() -> dict[str, str]:
-    found = dict(_ALONE)
+    table = dict(_ALONE)
     for stems, bare, right in (
         (_NOT, "nt", "n't"),
         (_HAVE, "ve", "'ve"),
@@ -82,13 +84,13 @@ def _contractions() -> dict[str, str]:
         (_IS, "s", "'s"),
         (_ARE, "re", "'re"),
     ):
-        found |= {stem + bare: stem + right for stem in stems.split()}
+        table |= {stem + bare: stem + right for stem in stems.split()}
     for stems, halves, right in (
         (_NOT_HAVE, ("nt've", "n'tve"), "n't've"),
         (_WOULD_HAVE, ("d've", "'dve"), "'d've"),
     ):
-        found |= {stem + half: stem + right for stem in stems.split() for half in halves}
-    return found
+        table |= {stem + half: stem + right for stem in stems.split() for half in halves}
+    return table
 
 
 CONTRACTIONS: dict[str, str] = _contractions()
@@ -120,11 +122,11 @@ def _punctuation(text: str) -> str:
     Other marks become a space; the first 32 full stops that are not before a digit are removed.
     """
     numbers = _COMMA_IN_NUMBER.search(text) is not None
-    found = text
+    cleaned = text
     for mark in _PUNCTUATION:
         goes = numbers or f"{mark} " in text or f" {mark}" in text
-        found = found.replace(mark, "" if goes else " ")
-    return _PERIOD.sub("", found, count=_MOST_PERIODS)
+        cleaned = cleaned.replace(mark, "" if goes else " ")
+    return _PERIOD.sub("", cleaned, count=_MOST_PERIODS)
 
 
 def _words(text: str) -> str:
@@ -158,13 +160,13 @@ def leave_one_out(matches: int, count: int = NUM_ANSWERS) -> float:
 def vqa_accuracy(answer: str, truths: Sequence[str], rule: Rule) -> float:
     """Score an answer against people's answers, from 0 to 1."""
     if rule == "m4c":
-        said = m4c(answer)
-        return leave_one_out(sum(m4c(truth) == said for truth in truths), len(truths))
-    said = clean(m4c(answer) if rule == "llava" else answer)
-    given = [clean(truth) for truth in truths]
-    if len(set(given)) > 1:
-        said, given = official(said), [official(truth) for truth in given]
-    return leave_one_out(given.count(said), len(given))
+        given = m4c(answer)
+        return leave_one_out(sum(m4c(truth) == given for truth in truths), len(truths))
+    given = clean(m4c(answer) if rule == "llava" else answer)
+    expected = [clean(truth) for truth in truths]
+    if len(set(expected)) > 1:
+        given, expected = official(given), [official(truth) for truth in expected]
+    return leave_one_out(expected.count(given), len(expected))
 
 
 def score_exact(answer: str, truth: str) -> float:
@@ -209,14 +211,27 @@ def _normalised(answer: str) -> str:
 ScoreFn = Callable[[str], float]
 """Scores an answer from 0 to 1."""
 
+_TABLE_ONLY = ("topic",)  # of ScienceQA: too many for metrics
 
-class Question(NamedTuple):
-    """One question of a benchmark."""
+
+def spread(items: Sequence[T], limit: int | None) -> list[T]:
+    """Select `limit` items, evenly spread; None selects all."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    return [items[index * len(items) // limit] for index in range(limit)]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question of a benchmark, and how its answer is scored."""
 
     id: str
     image: str | None  # name of the image in the benchmark's folder
     text: str  # as in the benchmark
     prompt: str  # the user's whole text in the protocol
+    score: ScoreFn | None = None  # None if the right answer is not public
+    expected: str = ""  # the right or most common answer
+    groups: Mapping[str, str] = field(default_factory=dict)  # its kinds, such as {"answer_type": "yes/no"}
 
 
 class Grouping(NamedTuple):
@@ -228,15 +243,12 @@ class Grouping(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Benchmark:
-    """The questions of a benchmark's split in the order of its file, and how their answers are scored."""
+    """The questions of a benchmark's split, in the order of its file."""
 
     task: Task
     split: str  # `val`, `testdev`, `test-dev`, ...
     questions: tuple[Question, ...]
-    score_fns: tuple[ScoreFn, ...]  # one a question; empty if the right answers are not public
-    expected: tuple[str, ...]  # the right or most common answer of each question; empty if `score_fns` is
     known: frozenset[str]  # ids allowed in predictions, including questions that are not scored
-    groups: Mapping[str, Grouping] = field(default_factory=dict)
     missing_is_wrong: bool = False  # a question without a prediction is a wrong answer, not an error
     images: Path | ImageSource | None = None  # a folder or tar file; needed only if a model answers
     fingerprint: str = ""  # hash of the contents
@@ -250,7 +262,7 @@ class Benchmark:
     @property
     def has_answers(self) -> bool:
         """Whether answers can be scored here."""
-        return bool(self.score_fns)
+        return all(question.score is not None for question in self.questions)
 
     @property
     def num_questions(self) -> int:
@@ -285,13 +297,23 @@ class Benchmark:
         return Scores(
             ids=tuple(question.id for question in self.questions),
             values=tuple(
-                score(answers[question.id]) if question.id in answers else 0.0
-                for question, score in zip(self.questions, self.score_fns, strict=True)
+                question.score(answers[question.id]) if question.score and question.id in answers else 0.0
+                for question in self.questions
             ),
             images=tuple(question.image or f"question {question.id}" for question in self.questions),
             groups=self.groups,
             missing=missing,
         )
+
+    @property
+    def groups(self) -> dict[str, Grouping]:
+        """Group the questions in each respect that all of them have."""
+        first, groups = self.questions[0], {}
+        for name in first.groups:
+            labels = tuple(question.groups[name] for question in self.questions if name in question.groups)
+            if len(labels) == len(self.questions):
+                groups[name] = Grouping(labels, as_metrics=name not in _TABLE_ONLY)
+        return groups
 
     def limited(self, limit: int | None) -> Benchmark:
         """Keep `limit` questions, evenly spread over the file; None keeps all.
@@ -301,22 +323,8 @@ class Benchmark:
         """
         if limit is not None and limit < 1:
             raise DataError(f"a limit of {limit} leaves no questions; give 1 or more, or leave it out")
-        count = len(self.questions)
-        if limit is None or limit >= count:
-            return self
-        chosen = [index * count // limit for index in range(limit)]
-        groups = {
-            name: group._replace(labels=tuple(group.labels[index] for index in chosen))
-            for name, group in self.groups.items()
-        }
-        return replace(
-            self,
-            questions=tuple(self.questions[index] for index in chosen),
-            score_fns=tuple(self.score_fns[index] for index in chosen) if self.score_fns else (),
-            expected=tuple(self.expected[index] for index in chosen) if self.expected else (),
-            groups=groups,
-            num_left_out=count - limit,
-        )
+        kept = tuple(spread(self.questions, limit))
+        return replace(self, questions=kept, num_left_out=self.num_questions - len(kept))
 
     def check(self) -> None:
         """Check before hours of training that a model's answers can be scored at the end.
@@ -470,12 +478,12 @@ class Scores:
             [np.bincount(images, mask, number) for mask in columns], axis=1
         )
         drawn = _ratios(sums, counts, seed)
-        found = {}
+        metrics = {}
         for place, (name, mask) in enumerate(masks.items()):
             low, high = interval(drawn[:, place])
             mean = float(values[mask].mean())
-            found[name] = Metric(value=100 * mean, low=100 * low, high=100 * high)
-        return found
+            metrics[name] = Metric(value=100 * mean, low=100 * low, high=100 * high)
+        return metrics
 
 
 def mean_accuracy(benchmarks: Sequence[Scores], seed: int = 0) -> Metric:

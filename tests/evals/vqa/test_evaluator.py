@@ -285,13 +285,11 @@ def vqav2_files(folder: Path, seed: int = 0) -> tuple[Path, Path]:
     scenes = load_scenes("val", 4, seed, describe, cache=folder, group=Group(), damage=Damage())
     (benchmark,) = benchmarks(scenes, ["vqav2"])
     asked, annotated = [], []
-    for question, score, kind in zip(
-        benchmark.questions, benchmark.score_fns, benchmark.groups["answer_type"].labels, strict=True
-    ):
+    for question in benchmark.questions:
         head = {"question_id": int(question.id), "image_id": int(str(question.image)[-16:-4])}
         asked.append({**head, "question": question.text})
-        given = [{"answer": answer} for answer in score.keywords["truths"]]  # type: ignore[attr-defined]
-        annotated.append({**head, "answer_type": kind, "answers": given})
+        given = [{"answer": answer} for answer in question.score.keywords["truths"]]  # type: ignore[union-attr]
+        annotated.append({**head, **question.groups, "answers": given})
     questions, annotations = folder / "questions.json", folder / "annotations.json"
     questions.write_text(json.dumps({"data_subtype": "val2014", "questions": asked}))
     annotations.write_text(json.dumps({"data_subtype": "val2014", "annotations": annotated}))

@@ -37,10 +37,22 @@ def test_a_line_a_question(tmp_path: Path) -> None:
             "Which?\nA. red\nB. blue\nAnswer with the option's letter from the given choices directly.",
         ),
     ]
-    assert (exam.split, exam.expected) == ("own", ("A red  cat.", "there", "B"))
-    assert [score("red cat") for score in exam.score_fns[:2]] == [1.0, 0.0]
-    assert [exam.score_fns[1](answer) for answer in ("Here!", "the there", "nowhere")] == [1.0, 1.0, 0.0]
-    assert [exam.score_fns[2](answer) for answer in ("B", "B. blue", "A", "blue")] == [1.0, 1.0, 0.0, 0.0]
+    assert (exam.split, tuple(question.expected for question in exam.questions)) == (
+        "own",
+        ("A red  cat.", "there", "B"),
+    )
+    assert [one.score("red cat") for one in exam.questions[:2]] == [1.0, 0.0]
+    assert [exam.questions[1].score(answer) for answer in ("Here!", "the there", "nowhere")] == [
+        1.0,
+        1.0,
+        0.0,
+    ]
+    assert [exam.questions[2].score(answer) for answer in ("B", "B. blue", "A", "blue")] == [
+        1.0,
+        1.0,
+        0.0,
+        0.0,
+    ]
     assert dict(exam.groups) == {}
     array = json.dumps([{"question": "?", "answer": "a", "category": "c"}], indent=1)
     assert opened(tmp_path, text=f"\ufeff{array}").groups["category"].labels == ("c",)

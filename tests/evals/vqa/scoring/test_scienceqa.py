@@ -78,7 +78,7 @@ def test_prompts_and_images(tmp_path: Path) -> None:
     assert exam.questions[0].prompt == f"Which is it?\nA. red\nB. blue\nC. green\n{end}"
     assert exam.questions[1].prompt == f"Context: Look.\nWhich is it?\nA. x\nB. y\n{end}"
     assert [question.image for question in exam.questions] == ["test/5/image.png", "test/7/image.png"]
-    assert exam.expected == ("B", "B")
+    assert tuple(question.expected for question in exam.questions) == ("B", "B")
 
 
 def test_the_images_of_one_split_alone(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_the_images_of_one_split_alone(tmp_path: Path) -> None:
 )
 def test_scores_of_answers(tmp_path: Path, answer: str, worth: float) -> None:
     exam = opened(tmp_path, {"5": problem()})
-    assert exam.score_fns[0](answer) == worth
+    assert exam.questions[0].score(answer) == worth
     assert exam.missing_is_wrong
 
 

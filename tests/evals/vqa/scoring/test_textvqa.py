@@ -39,14 +39,14 @@ def test_a_question_and_its_scores(tmp_path: Path) -> None:
     assert question.prompt == (
         "What is the brand of this camera?\nAnswer the question using a single word or phrase."
     )
-    assert (exam.split, exam.expected) == ("val", ("dakota",))
-    assert exam.score_fns[0]("Dakota.") == 1.0
-    assert exam.score_fns[0]("the Dakota, digital") == pytest.approx(0.3)
+    assert (exam.split, tuple(question.expected for question in exam.questions)) == ("val", ("dakota",))
+    assert exam.questions[0].score("Dakota.") == 1.0
+    assert exam.questions[0].score("the Dakota, digital") == pytest.approx(0.3)
 
 
 def test_unanimous_answers_are_normalised_too(tmp_path: Path) -> None:
     exam = opened(tmp_path, record(answers=["Joe's Bar"] * 10))
-    assert exam.score_fns[0]("the joe's bar!") == 1.0
+    assert exam.questions[0].score("the joe's bar!") == 1.0
 
 
 CAMERA = (
@@ -92,4 +92,4 @@ def test_files_that_do_not_fit(
 
 def test_a_test_set_has_no_answers(tmp_path: Path) -> None:
     exam = opened(tmp_path, record(answers=None, set_name=None), split="test")
-    assert (exam.split, exam.score_fns, exam.expected) == ("test", (), ())
+    assert (exam.split, exam.has_answers) == ("test", False)

@@ -41,25 +41,24 @@ def opened(
 
 def test_questions_and_their_scores(tmp_path: Path) -> None:
     exam = opened(tmp_path, [annotation(*["yes"] * 9, "maybe")])
-    assert exam.questions == (
-        Question(
-            "42000",
-            "COCO_val2014_000000000042.jpg",
-            "Is it?",
-            "Is it?\nAnswer the question using a single word or phrase.",
-        ),
+    (question,) = exam.questions
+    assert (question.id, question.image, question.text, question.prompt) == (
+        "42000",
+        "COCO_val2014_000000000042.jpg",
+        "Is it?",
+        "Is it?\nAnswer the question using a single word or phrase.",
     )
-    assert (exam.split, exam.expected) == ("val", ("yes",))
+    assert (exam.split, tuple(question.expected for question in exam.questions)) == ("val", ("yes",))
     assert exam.groups["answer_type"].labels == ("yes/no",)
-    assert exam.score_fns[0]("Yes.") == 1.0
-    assert exam.score_fns[0]("maybe") == pytest.approx(0.3)
+    assert exam.questions[0].score("Yes.") == 1.0
+    assert exam.questions[0].score("maybe") == pytest.approx(0.3)
 
 
 def test_unanimous_answers_are_left_alone_by_the_official_rule(tmp_path: Path) -> None:
     said = [annotation(*["yes"] * 10)]
-    assert opened(tmp_path, said).score_fns[0]("Yes") == 0.0
-    assert opened(tmp_path, said, rule="llava").score_fns[0]("Yes") == 1.0
-    assert opened(tmp_path, said, rule="m4c").score_fns[0]("Yes") == 1.0
+    assert opened(tmp_path, said).questions[0].score("Yes") == 0.0
+    assert opened(tmp_path, said, rule="llava").questions[0].score("Yes") == 1.0
+    assert opened(tmp_path, said, rule="m4c").questions[0].score("Yes") == 1.0
 
 
 @pytest.mark.parametrize(
@@ -72,13 +71,13 @@ def test_unanimous_answers_are_left_alone_by_the_official_rule(tmp_path: Path) -
 )
 def test_the_file_names_its_images(tmp_path: Path, subtype: str, split: str, image: str) -> None:
     exam = opened(tmp_path, None, subtype=subtype)
-    assert (exam.split, exam.questions[0].image, exam.score_fns) == (split, image, ())
+    assert (exam.split, exam.questions[0].image, exam.has_answers) == (split, image, False)
 
 
 def test_annotations_go_by_id_and_may_be_more(tmp_path: Path) -> None:
     asked = [{**ASKED[0], "question_id": number} for number in (2, 1)]
     said = [annotation(*[str(number)] * 10, number=number, kind="number") for number in (1, 2, 3)]
-    assert opened(tmp_path, said, asked).expected == ("2", "1")
+    assert [one.expected for one in opened(tmp_path, said, asked).questions] == ["2", "1"]
 
 
 @pytest.mark.parametrize(
@@ -119,14 +118,7 @@ def test_annotations_in_the_place_of_questions(tmp_path: Path) -> None:
 
 def unanswered(*ids: str) -> Benchmark:
     questions = tuple(Question(id, None, "?", "?") for id in ids)
-    return Benchmark(
-        task="vqav2",
-        split="test",
-        questions=questions,
-        score_fns=(),
-        expected=(),
-        known=frozenset(ids),
-    )
+    return Benchmark(task="vqav2", split="test", questions=questions, known=frozenset(ids))
 
 
 def test_a_submission_holds_every_question_in_order(tmp_path: Path) -> None:
