@@ -1,4 +1,4 @@
-"""A stage's training: against a plain loop, with any accumulation, killed and taken up again."""
+"""A stage's training: against a plain loop, with any accumulation, killed and continued; its memory."""
 
 from __future__ import annotations
 
@@ -7,18 +7,30 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from evals.vqa.data import Conversations, Record, collate, sample_order
 from evals.vqa.language import LanguageModel
 from evals.vqa.llava import PROJECTOR, learn, make_llava
-from evals.vqa.settings import StagePlan
-from evals.vqa.training import Finished, Job, Needs, StageTrainer, add_lora, factor, train
+from evals.vqa.settings import StagePlan, VqaSettings
+from evals.vqa.training import (
+    Finished,
+    Job,
+    Needs,
+    StageTrainer,
+    add_lora,
+    factor,
+    plan_memory,
+    projector_in_every_batch,
+    train,
+)
 from radio.chunks import Damage
 from radio.errors import ConfigError, RadioError
 from radio.progress import no_progress
@@ -289,3 +301,70 @@ def test_the_seed_decides_loras_weights(make_model: Callable[..., Any]) -> None:
         for model in models
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
+BF16 = VqaSettings(precision="bf16")
+
+
+def network(learning: int, frozen: int = 0) -> nn.Module:
+    """Weights without memory."""
+    model = nn.Module()
+    model.learned = nn.Parameter(torch.empty(learning, device="meta"))
+    model.frozen = nn.Parameter(torch.empty(frozen, device="meta"), requires_grad=False)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def large_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of 80 GB that nobody has."""
+    properties = SimpleNamespace(total_memory=80_000_000_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+
+def test_a_7b_model_is_sharded_on_gpus_and_its_activations_are_computed_again() -> None:
+    needs = plan_memory(network(6_740_000_000), VqaSettings(), GPU, 8)
+    assert needs.is_sharded and needs.is_checkpointed
+    assert needs.gigabytes == pytest.approx(16 * 6.74 / 8)
+    assert needs.describe() == " (13 GB a rank before activations, sharded, activations recomputed)"
+
+
+def test_what_no_gpu_holds_is_refused_before_the_run() -> None:
+    with pytest.raises(ConfigError, match=r"keeps 108 GB on every GPU .* has 80; shard it over more GPUs"):
+        plan_memory(network(6_740_000_000), VqaSettings(), GPU, 1)
+
+
+def test_frozen_weights_of_large_models_are_halved_under_bf16() -> None:
+    model = network(20_000_000, 6_740_000_000)
+    needs = plan_memory(model, BF16, GPU, 8)
+    assert (model.frozen.dtype, model.learned.dtype) == (torch.bfloat16, torch.float32)
+    assert not needs.is_sharded and needs.gigabytes == pytest.approx(2 * 6.74 + 16 * 0.02)
+    small = network(10, 1000)
+    assert plan_memory(small, BF16, GPU, 1).describe() == "" and small.frozen.dtype == torch.float32
+    whole = network(10, 2_000_000_000)
+    assert plan_memory(whole, VqaSettings(), CPU, 1).gigabytes == pytest.approx(8.0)
+
+
+def test_settings_decide() -> None:
+    asked = plan_memory(network(1000), VqaSettings(fsdp=True, activation_checkpointing=True), GPU, 2)
+    assert (asked.is_sharded, asked.is_checkpointed) == (True, True)
+    refused = plan_memory(network(2_000_000_000), VqaSettings(activation_checkpointing=False), CPU, 2)
+    assert (refused.is_sharded, refused.is_checkpointed) == (False, False)
+    assert not plan_memory(network(1000), VqaSettings(fsdp=True), CPU, 1).is_sharded
+    with pytest.raises(ConfigError, match="--fsdp shards over GPUs, and the device is cpu; leave it out"):
+        plan_memory(network(1000), VqaSettings(fsdp=True), CPU, 2)
+
+
+def test_the_projector_gets_a_gradient_of_zero(backbone: Callable[..., Any], tiny: LanguageModel) -> None:
+    model = make_llava(backbone(), tiny, (32, 32), 4, layer_norm=False, seed=0)
+    ids = torch.tensor([[1, 5, 6, 7]])
+    weights = list(model.model.multi_modal_projector.parameters())
+    plain = model(input_ids=ids, labels=ids).loss
+    plain.backward()
+    assert all(weight.grad is None for weight in weights)
+    with projector_in_every_batch(model):
+        loss = model(input_ids=ids, labels=ids).loss
+    assert torch.equal(loss, plain)
+    loss.backward()
+    assert all(weight.grad is not None and (weight.grad == 0).all() for weight in weights)
+    assert torch.equal(model(input_ids=ids, labels=ids).loss, plain)  # the hook is gone
