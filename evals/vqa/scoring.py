@@ -286,13 +286,14 @@ class Benchmark:
         if unknown:
             raise DataError(
                 f"{len(unknown)} of the {len(answers)} predictions are for questions that {self.name} does "
-                f"not ask, the first is for {unknown[0]}; give the predictions of this split"
+                f"not ask, the first is for {unknown[0][:80]}; give the predictions of this split"
             )
         missing = tuple(question.id for question in self.questions if question.id not in answers)
         if missing and not (allow_missing or self.missing_is_wrong):
             raise DataError(
                 f"{len(missing)} of the {len(self.questions)} questions of {self.name} have no prediction, "
-                f"the first is {missing[0]}; answer them too, or allow missing ones, which count as wrong"
+                f"the first is {missing[0][:80]}; answer them too, or allow missing ones, which then count "
+                f"as wrong"
             )
         return Scores(
             ids=tuple(question.id for question in self.questions),
@@ -338,7 +339,7 @@ class Benchmark:
         if marked:
             raise DataError(
                 f"{len(marked)} questions of {self.name} hold the mark {IMAGE} themselves, the first is "
-                f"{marked[0]}; take it out"
+                f"{marked[0][:80]}; take it out"
             )
         if not self.has_answers:
             self._check_submission()
@@ -361,7 +362,7 @@ class Benchmark:
         if absent:
             raise DataError(
                 f"{self.images}: {len(absent)} of the {len(names)} images of {self.name} are not there, the "
-                f"first is {absent[0]}"
+                f"first is {absent[0][:80]}"
             )
 
     def write_submission(self, answers: Mapping[str, str], path: Path) -> None:
