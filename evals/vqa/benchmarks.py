@@ -506,8 +506,8 @@ def read_scienceqa(files: TaskFiles) -> Benchmark:
     absent = [id for id in ids if id not in problems]
     if absent:
         raise DataError(
-            f"{files.questions}: has no problem {shown(absent[0][:80])}, which {files.splits.name} lists under "
-            f"{split}, nor {len(absent) - 1} others"
+            f"{files.questions}: has no problem {shown(absent[0][:80])}, which {files.splits.name} lists "
+            f"under {split}, nor {len(absent) - 1} others"
         )
     rows = [problems[id] for id in ids if records.get(problems[id], "image", object)]
     if not rows:

@@ -28,11 +28,11 @@ from typing_extensions import TypedDict
 
 from radio.data import ImageSource
 from radio.errors import DataError, shown
-from radio.image_files import Entry, Listing, StoredImages
+from radio.image_files import Entry, Listing, StoredImages, spread
 from radio.io import validate
 
 from .benchmarks import read_list
-from .scoring import IMAGE, spread
+from .scoring import IMAGE
 
 # Letters: B batch, S tokens of a sample, T tokens of an image, D token width, N images, H W pixels, h w input
 # size.

@@ -23,6 +23,7 @@ from radio.config import check, to_plain
 from radio.data import ImageSource
 from radio.dist import Group, current
 from radio.errors import ConfigError, DataError
+from radio.image_files import spread
 from radio.progress import ProgressFactory, no_progress
 from radio.provenance import choose_device, commit, describe_device, versions
 from radio.types import Backbone
@@ -32,7 +33,7 @@ from .data import NamedImages, fingerprint, read_records
 from .language import LanguageModel, TinyShape, load_library, open_language
 from .scenes import benchmarks, describe_questions, describe_training, load_scenes, training_images
 from .scenes import training_records as generated_records
-from .scoring import TASKS, Benchmark, Scores, mean_accuracy, spread
+from .scoring import TASKS, Benchmark, Scores, mean_accuracy
 from .settings import Preset, VqaSettings, choose_preset, choose_size, language_name
 
 if TYPE_CHECKING:
@@ -284,7 +285,7 @@ def _open_data(
         describe = partial(describe_training, seed=seed)
         scenes = load_scenes("train", count, seed, describe, cache=cache, group=group, damage=damage)
         for stage, all_records in generated_records(scenes).items():
-            records = spread(all_records, settings.limit)
+            records = list(spread(all_records, settings.limit))
             data[stage] = pack(records, training_images(scenes, records), f"scenes:{scenes.split}", ())
         return data
     for stage, file, folder in (

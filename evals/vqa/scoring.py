@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from radio.data import ImageSource
 
 # Letters: Q questions, P images, K groups, R resamples.
-
-T = TypeVar("T")
 
 Task = Literal["gqa", "vqav2", "textvqa", "scienceqa", "custom"]
 TASKS: tuple[Task, ...] = ("gqa", "vqav2", "textvqa", "scienceqa")
@@ -214,13 +212,6 @@ ScoreFn = Callable[[str], float]
 _TABLE_ONLY = ("topic",)  # of ScienceQA: too many for metrics
 
 
-def spread(items: Sequence[T], limit: int | None) -> list[T]:
-    """Select `limit` items, evenly spread; None selects all."""
-    if limit is None or limit >= len(items):
-        return list(items)
-    return [items[index * len(items) // limit] for index in range(limit)]
-
-
 @dataclass(frozen=True, slots=True)
 class Question:
     """One question of a benchmark, and how its answer is scored."""
@@ -324,8 +315,11 @@ class Benchmark:
         """
         if limit is not None and limit < 1:
             raise DataError(f"a limit of {limit} leaves no questions; give 1 or more, or leave it out")
-        kept = tuple(spread(self.questions, limit))
-        return replace(self, questions=kept, num_left_out=self.num_questions - len(kept))
+        count = len(self.questions)
+        if limit is None or limit >= count:
+            return self
+        kept = tuple(self.questions[index * count // limit] for index in range(limit))
+        return replace(self, questions=kept, num_left_out=self.num_questions - limit)
 
     def check(self) -> None:
         """Check before hours of training that a model's answers can be scored at the end.
