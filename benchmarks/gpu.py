@@ -12,37 +12,29 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from rich.console import Console
+from torch import nn
 
 from radio.dist import Group
 from radio.errors import ConfigError, RadioError
 from radio.hub import outline_teacher
-from radio.model import RadioModel
-from radio.types import Features, Teacher
-from train.ahead import prefetch
-from train.assembly import (
-    TeacherFacts,
-    model_config,
-    student_resolutions,
-    teacher_sizes,
-    window_candidates,
-)
-from train.batches import crop_sides, online_batches
-from train.config import TrainConfig
-from train.data.stream import Mark, Rows
-from train.learner import Learner
-from train.parallel import is_half
-from train.partition import Partition, TeacherGroup, make_partition
+from radio.types import Teacher
+from train.config import DataConfig, TrainConfig
+from train.data.loader import Batch, GroupBatch, for_student, prefetch, to_images
+from train.distributed import is_half
+from train.groups import TeacherGroup, make_partition
 from train.plan import PAPERS_RANKS, PlanOptions, make_plan
 from train.recipes import recipes
-from train.step import teacher_features
-from train.teacher_weights import make_lean
+from train.setup import make_lean
+from train.trainer import Trainer
 
 PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}  # TFLOP/s in bfloat16, dense, from the vendor
 COLUMNS = ("recipe", "teachers", "images", "px", "s/step", "images/s", "TFLOP/s", "MFU", "GB", "GB planned")
@@ -92,12 +84,15 @@ def measure(config: TrainConfig, device: torch.device, steps: int) -> Measured:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     teachers = {t.name: random_teacher(t.model, config, device) for t in config.teachers}
-    learner = make_learner(config, partition, teachers, device)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = replace(config, out=Path(folder) / "run", data=DataConfig(scenes=1))
+        run = Trainer(settings, Group(), device, Console(quiet=True), teachers=teachers)
     start = time.perf_counter()
-    for step, batch in enumerate(prefetch(_batches(config, learner, teachers, WARMUP + steps), device)):
+    for step, batch in enumerate(prefetch(_batches(run, WARMUP + steps), device)):
         if step == WARMUP:
             start = _now(device)
-        learner.advance(batch, step)
+        run.train_step(batch)
+        run.step += 1
     seconds = (_now(device) - start) / steps
     peak = float(torch.cuda.max_memory_allocated(device)) if on_gpu else None
     return Measured(partition.batch_size, seconds, plan.flops, peak, plan.kinds[0].memory.peak)
@@ -116,37 +111,16 @@ def random_teacher(spec: str, config: TrainConfig, device: torch.device) -> Teac
     return teacher
 
 
-def make_learner(
-    config: TrainConfig, partition: Partition, teachers: dict[str, Teacher], device: torch.device
-) -> Learner:
-    """Build the student, adaptors and optimiser as a run does."""
-    sizes = teacher_sizes(config, teachers)
-    facts = {
-        name: TeacherFacts("", sizes[name], teacher.summary_dim, teacher.token_dim)
-        for name, teacher in teachers.items()
-    }
-    with torch.device(device):
-        model = RadioModel(model_config(config, facts)).train()
-    windows = window_candidates(model, config, student_resolutions(config))
-    return Learner(model, windows, config, partition, Group(), device)
-
-
-def _batches(
-    config: TrainConfig, learner: Learner, teachers: dict[str, Teacher], steps: int
-) -> Iterator[object]:
-    (group,) = learner.partition.groups
-    sizes = teacher_sizes(config, teachers)
-    (side,) = crop_sides(learner.partition, sizes)
+def _batches(run: Trainer, steps: int) -> Iterator[Batch]:
+    """Yield the same random images with the teachers' features, as the loader does."""
+    (group,), (side,) = run.groups, run.sides
     pixels = torch.randint(256, (group.share, 3, side, side), dtype=torch.uint8)
-    if learner.device.type == "cuda":
+    if run.device.type == "cuda":
         pixels = pixels.pin_memory()
-    rows = (Rows(pixels, (), Mark(torch.empty(0), 0, ())),)
-
-    def teach(_: TeacherGroup, images: Tensor) -> dict[str, Features]:
-        with learner.autocast():
-            return teacher_features(teachers, sizes, images)
-
-    return online_batches(iter([rows] * steps), (group,), learner.device, teach)
+    for _ in range(steps):
+        images = to_images(pixels, run.device)
+        batch = GroupBatch(group, for_student(images, group), run.run_teachers(group, images))
+        yield Batch((batch,), 0.0)
 
 
 def _now(device: torch.device) -> float:

@@ -31,13 +31,12 @@ from rich.table import Table
 from torch import nn
 
 from radio.dist import Group
-from train import step, trainer
-from train.batches import Batch
+from train import losses, setup
 from train.config import TrainConfig
-from train.data.sources import Sources
-from train.data.stream import open_stream
+from train.data import loader
+from train.data.loader import Batch
+from train.distributed import DistributedStudent
 from train.loggers import JsonLines, ProgressConsole
-from train.parallel import DistributedStudent
 from train.recipes import recipes
 from train.trainer import Trainer
 
@@ -176,14 +175,15 @@ def watch_run(run: Trainer, watch: Watch, warmup: int, stack: ExitStack) -> None
     assert isinstance(run.model.student, nn.Module)
     for module in (run.model.student, *run.model.adaptors.values()):
         watch.hook(module, STUDENT)
-    optimizer = run.learner.optimizer
+    optimizer = run.optimizer
     optimizer.register_step_pre_hook(lambda *_: watch.lane.enter(OPTIMISER))
     optimizer.register_step_post_hook(lambda *_: watch.lane.leave())
     for owner, name, part in (
         (torch.Tensor, "backward", BACKWARD),
-        (step, "resize_images", RESIZE),
-        (step, "teacher_losses", LOSSES),
-        (step, "centred_cosine", LOSSES),
+        (loader, "resize_images", RESIZE),
+        (setup, "resize_images", RESIZE),
+        (losses, "teacher_losses", LOSSES),
+        (losses, "centred_cosine", LOSSES),
         (DistributedStudent, "reduce_gradients", CLIPPING),
         (Trainer, "record", LOGGING),
         (JsonLines, "write", LOGGING),
@@ -191,16 +191,16 @@ def watch_run(run: Trainer, watch: Watch, warmup: int, stack: ExitStack) -> None
         (Trainer, "save", SAVING),
     ):
         stack.enter_context(patch.object(owner, name, watch.around(getattr(owner, name), part)))
-    for name, part in (("open_stream", DATA), ("ahead", _BEHIND)):
-        stack.enter_context(patch.object(trainer, name, watch.pulled(getattr(trainer, name), part)))
-    genuine = run.advance
+    for name, part in (("open_stream", DATA), ("prefetch", _BEHIND)):
+        stack.enter_context(patch.object(loader, name, watch.pulled(getattr(loader, name), part)))
+    genuine = run.train_step
 
     def advance(batch: Batch) -> None:
         genuine(batch)
         if run.step + 1 == warmup:
             watch.start = time.perf_counter()
 
-    stack.enter_context(patch.object(run, "advance", advance))
+    stack.enter_context(patch.object(run, "train_step", advance))
 
 
 def measure(config: TrainConfig, warmup: int) -> dict[str, float]:
@@ -219,13 +219,13 @@ def rate(config: TrainConfig, warmup: int) -> float:
     """Measure the images/s of a run after the warm-up."""
     run = Trainer(config, Group(), torch.device("cpu"), Console(quiet=True))
     moments: list[float] = []
-    genuine = run.advance
+    genuine = run.train_step
 
     def advance(batch: Batch) -> None:
         genuine(batch)
         moments.append(time.perf_counter())
 
-    with patch.object(run, "advance", advance), patch.object(run, "save"):
+    with patch.object(run, "train_step", advance), patch.object(run, "save"):
         run.train()
     return (len(moments) - warmup) * run.partition.batch_size / (moments[-1] - moments[warmup - 1])
 
@@ -233,10 +233,8 @@ def rate(config: TrainConfig, warmup: int) -> float:
 def loading_rate(config: TrainConfig, warmup: int) -> float:
     """Measure the images/s of the loader alone after the warm-up."""
     run = Trainer(config, Group(), torch.device("cpu"), Console(quiet=True))
-    shares = run.progress.shares(run.sides)
-    assert isinstance(run.data, Sources)
     moments = []
-    for _ in open_stream(run.data, shares, config.data, config.seed, range(config.steps), pin=False):
+    for _ in run.loader.rows(range(config.steps)):
         moments.append(time.perf_counter())
     return (len(moments) - warmup) * run.partition.batch_size / (moments[-1] - moments[warmup - 1])
 

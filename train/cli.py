@@ -15,13 +15,13 @@ from radio.config import check_options, read_yaml
 from radio.errors import ConfigError, did_you_mean
 from radio.options import parse_options
 
-from .assembly import round_resolutions
 from .config import TrainConfig
 from .data.shards import runs_program
 from .loggers import say
 from .plan import PlanOptions, make_plan, print_plan
-from .preempt import REQUEUE
 from .recipes import recipes
+from .setup import round_resolutions
+from .signals import REQUEUE
 from .tables import check_tasks, rows_of, sweep, tables, train_all
 
 USAGE = """usage: radio-train RECIPE [--section.option value ...] [--restart]
@@ -44,12 +44,6 @@ class Command:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     restart: bool = False  # start over and ignore the state in the run folder
     yes: bool = False  # write a teacher cache of any size without confirmation
-
-    @property
-    def agreed(self) -> TrainConfig:
-        """The settings, with the cache's confirmation off if `yes`."""
-        config = self.config
-        return replace(config, cache=replace(config.cache, confirm=False)) if self.yes else config
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name in tables:
         return _make_table(name, options, console)
     command = _command(name, options)
-    config = command.agreed
+    config = command.config
+    if command.yes:
+        config = replace(config, cache=replace(config.cache, confirm=False))
     trained = train_all({name: config}, console, restart=command.restart)
     if trained.stopped:
         return REQUEUE
@@ -130,24 +126,25 @@ def _is_file(name: str) -> bool:
 def _plan(name: str, options: Sequence[str], console: Console) -> int:
     table = tables[name]() if name in tables else None
     config = table.base if table else _settings(name)
-    asked = _parse(PlanCommand, PlanCommand(config=config, options=PlanOptions()), options, f"{name} {PLAN}")
-    check_options(asked.config)
-    runs = table.rows(asked.config) if table else {name: asked.config}
-    for each in runs.values():
-        check_tasks(each)
-        config, changes = round_resolutions(each)
+    default = PlanCommand(config=config, options=PlanOptions())
+    command = _parse(PlanCommand, default, options, f"{name} {PLAN}")
+    check_options(command.config)
+    runs = table.rows(command.config) if table else {name: command.config}
+    for run in runs.values():
+        check_tasks(run)
+        config, changes = round_resolutions(run)
         for line in changes:
             say(console, line)
-        print_plan(make_plan(config, asked.options), console)
+        print_plan(make_plan(config, command.options), console)
     return 0
 
 
 def _make_table(name: str, options: Sequence[str], console: Console) -> int:
     """Train the rows of a table with command-line overrides and return the exit code."""
     table = tables[name]()
-    asked = _parse(TableCommand, TableCommand(config=table.base), options, name)
-    rows = rows_of(table, check_options(asked.config), asked.rows)
-    trained = sweep(table, rows, asked.config.out, console, restart=asked.restart)
+    command = _parse(TableCommand, TableCommand(config=table.base), options, name)
+    rows = rows_of(table, check_options(command.config), command.rows)
+    trained = sweep(table, rows, command.config.out, console, restart=command.restart)
     return REQUEUE if trained.stopped else 0
 
 
@@ -165,8 +162,8 @@ def _settings(name: str) -> TrainConfig:
     return recipes[name]()
 
 
-def _parse(kind: type[S], default: S, options: Sequence[str], name: str) -> S:
-    return parse_options(kind, options, default=default, prog=f"radio-train {name}")
+def _parse(type_: type[S], default: S, options: Sequence[str], name: str) -> S:
+    return parse_options(type_, options, default=default, prog=f"radio-train {name}")
 
 
 def _listing() -> str:

@@ -22,8 +22,7 @@ from radio.dist import Group
 from radio.errors import RadioError
 
 from .config import TrainConfig
-from .imbalance import idle_share, propose
-from .partition import Partition
+from .groups import Partition, idle_share, propose
 
 Count = Annotated[int, Interval(ge=0, lt=2**63)]
 

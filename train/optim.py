@@ -1,4 +1,4 @@
-"""AdamW with parameter groups and a guard against non-finite gradients, and the learning rate schedule."""
+"""AdamW with a guard against non-finite gradients, the learning rate schedule, and the weights' average."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> GuardedAdamW:
 
 def exempt_from_decay(model: nn.Module) -> set[str]:
     """Collect the weights that networks exempt by timm's `no_weight_decay`, such as relative positions."""
-    found = set()
+    names = set()
     for prefix, module in model.named_modules():
         exempt = getattr(module, "no_weight_decay", None)
         if callable(exempt):
-            found |= {f"{prefix}.{name}" if prefix else name for name in exempt()}
-    return found
+            names |= {f"{prefix}.{name}" if prefix else name for name in exempt()}
+    return names
 
 
 def moments(optimizer: GuardedAdamW, model: nn.Module) -> dict[str, Tensor]:
@@ -100,3 +100,31 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
     progress = (step - warmup) / max(steps - warmup, 1)
     shape = 0.5 * (1 + math.cos(math.pi * progress))
     return config.lr * (config.final_lr + (1 - config.final_lr) * shape)
+
+
+@final
+class Average:
+    """An exponential moving average of the weights on this rank.
+
+    Args:
+        model: its weights are averaged and are the start.
+        decay: factor of the old average in every step.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self._weights = dict(model.named_parameters())
+        self.tensors = {name: weight.detach().clone() for name, weight in self._weights.items()}
+
+    @torch.no_grad()
+    def update(self, fine: Tensor) -> None:
+        """Move the average towards the current weights, unless `fine` ([] bool) is False: a skipped step."""
+        averages = [to_local(tensor) for tensor in self.tensors.values()]
+        weights = [to_local(weight.detach()) for weight in self._weights.values()]
+        share = (1 - self.decay) * fine
+        torch._foreach_lerp_(averages, weights, [share] * len(averages))
+
+
+def to_local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

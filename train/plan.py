@@ -29,31 +29,30 @@ from radio.hub import outline_teacher
 from radio.model import RadioModel
 from radio.types import Teacher
 
-from .assembly import (
+from .config import PositiveShare, Ranks, TrainConfig
+from .data.loader import GroupBatch, for_student
+from .distributed import StudentPass, blocks_of
+from .groups import (
+    Partition,
+    Proposal,
+    TeacherGroup,
+    idle_share,
+    idle_shares,
+    make_partition,
+    measured,
+    propose,
+)
+from .loggers import say
+from .losses import DistillationLoss, make_balancer
+from .setup import (
     TeacherFacts,
     check_settings,
-    check_student,
+    choose_windows,
+    make_lean,
     model_config,
-    partition_ranks,
-    student_resolutions,
-    teacher_sizes,
-    window_candidates,
-)
-from .balancing import make_balancer
-from .batches import GroupBatch
-from .config import PositiveShare, Ranks, TrainConfig
-from .imbalance import Proposal, idle_share, idle_shares, measured, propose
-from .loggers import say
-from .parallel import blocks_of
-from .partition import Partition, TeacherGroup
-from .step import (
-    DistillationLoss,
-    Part,
-    StudentPass,
-    in_parts,
     teacher_features,
+    teacher_sizes,
 )
-from .teacher_weights import make_lean
 
 _ATEN = torch.ops.aten
 _GPUS_NAMES = {  # torch has formulas for the GPU attention kernels, which take the same arguments
@@ -121,9 +120,7 @@ def outline(config: TrainConfig, *, half: bool = False) -> Outline:
     }
     with torch.device("meta"):
         model = RadioModel(model_config(config, facts)).train()
-    beside = student_resolutions(config)
-    windows = window_candidates(model, config, beside)
-    check_student(model.student, beside, windows)
+    windows = choose_windows(model.student, config)
     # If a process's first backward is on fake tensors, processes forked from it cannot run a backward.
     torch.ones((), requires_grad=True).exp().backward()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -153,9 +150,8 @@ def count(config: TrainConfig, models: Outline, group: TeacherGroup, *, half: bo
         with CostCounter() as taught, _autocast(half):
             targets = teacher_features(teachers, sizes, images)
         features = sum(_size(known.summary) + _size(known.tokens) for known in targets.values())
-        lesson = GroupBatch(group, images, targets)
-        first = in_parts(lesson, None, config.grad_accum_steps)[0]
-        passed = _learn(config, models, first.lesson, half=half, standing=standing)
+        first, *_ = GroupBatch(group, images, targets).split(config.grad_accum_steps)
+        passed = _learn(config, models, first, half=half, standing=standing)
     return Cost(
         teacher_flops=taught.flops if online else 0,
         forward_flops=passed.forward * config.grad_accum_steps,
@@ -225,26 +221,26 @@ class _Passed(NamedTuple):
     peak: int
 
 
-def _learn(
-    config: TrainConfig, models: Outline, lesson: GroupBatch, *, half: bool, standing: bool
-) -> _Passed:
-    model = models.of(lesson.group)
+def _learn(config: TrainConfig, models: Outline, batch: GroupBatch, *, half: bool, standing: bool) -> _Passed:
+    model = models.of(batch.group)
     assert isinstance(model.student, nn.Module)
-    asked = [teacher for teacher in config.teachers if teacher.name in lesson.group.teachers]
-    balancer = make_balancer(config.balance, asked, model.summary_dim)
-    distiller = DistillationLoss(model, asked, config.loss, balancer)
-    crops = model.sample_crops(len(lesson.images), torch.Generator())
-    window = max(models.windows[lesson.group.side], default=None)
+    teachers = [teacher for teacher in config.teachers if teacher.name in batch.group.teachers]
+    balancer = make_balancer(config.balance, teachers, model.summary_dim)
+    loss = DistillationLoss(model, teachers, config.loss, balancer)
+    crops = model.sample_crops(len(batch.images), torch.Generator())
+    window = max(models.windows[batch.group.side], default=None)
     for parameter in model.parameters():
         parameter.grad = torch.empty_like(parameter) if standing else None
-    with CostCounter() as tally:
+    with CostCounter() as counter:
         with _autocast(half):
-            losses = distiller(StudentPass(model.student), Part(lesson, crops), window, False)
-        forward, activations = tally.flops, tally.peak
+            images = for_student(batch.images, batch.group)
+            resized = batch._replace(images=images, crops=crops)
+            losses = loss(StudentPass(model.student), resized, window, False)
+        forward, activations = counter.flops, counter.peak
         losses.total.backward()
     for parameter in model.parameters():
         parameter.grad = None
-    return _Passed(forward, tally.flops - forward, activations, tally.peak)
+    return _Passed(forward, counter.flops - forward, activations, counter.peak)
 
 
 @contextmanager
@@ -380,8 +376,7 @@ def make_plan(config: TrainConfig, options: PlanOptions) -> RunPlan:
     """
     check_options(options)
     world = _world(config) if options.world is None else options.world
-    check_settings(config, world)
-    partition = partition_ranks(config, world)
+    partition = check_settings(config, world)
     half = config.precision == "bf16" or (config.precision == "auto" and config.device != "cpu")
     models = outline(config, half=half and config.device != "cpu")
     dealt = list(dict.fromkeys(group.ranks for group in partition.groups))
@@ -461,7 +456,7 @@ def _gathered(model: RadioModel, *, half: bool) -> int:
 
 def _world(config: TrainConfig) -> int:
     try:
-        partition_ranks(config, PAPERS_RANKS)
+        make_partition(config, PAPERS_RANKS)
     except ConfigError:
         return 1
     return PAPERS_RANKS

@@ -31,11 +31,11 @@ from radio.provenance import choose_device
 from radio.registry import Registry
 from radio.students import students
 
-from .assembly import check_settings, round_resolutions
 from .config import BalanceConfig, DataConfig, OptimConfig, TeacherConfig, TrainConfig
+from .distributed import join
 from .loggers import LOG, read_records, say
-from .parallel import join
 from .recipes import DINO, SCENES_TEACHERS, demo, paper_b14
+from .setup import check_settings, round_resolutions
 from .trainer import Trainer
 
 Rows: TypeAlias = Mapping[str, TrainConfig]

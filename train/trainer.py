@@ -1,12 +1,13 @@
-"""The training loop: build a run, resume it where it was stopped, and train to its last step."""
+"""The trainer: set up a run, resume it where it was stopped, and train to its last step."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from annotated_types import MinLen
@@ -23,47 +24,59 @@ from radio.io import check_writable
 from radio.memory import memory_of
 from radio.model import build
 from radio.students import students
-from radio.types import Features
+from radio.types import Features, Teacher
 
-from .ahead import limit_threads, prefetch
-from .assembly import (
+from .checkpoints import CheckpointManager, SavedState, make_metadata, provenance, resume_signature
+from .config import TrainConfig, run_name
+from .data.crops import draw_window, generator
+from .data.errors import ERROR_LIST, LOG_KEYS
+from .data.loader import Batch, GroupBatch, Loader, LoaderState, limit_threads
+from .data.streams import ConcatImages, open_images, open_sources
+from .distributed import (
+    DistributedStudent,
+    can_run_in_parallel,
+    check_started,
+    find_peers,
+    first_weights,
+    is_half,
+)
+from .groups import TeacherGroup
+from .loggers import Log, ProgressConsole, Record, open_log, say, summarise
+from .losses import DistillationLoss, Losses, make_balancer
+from .monitor import Meters, MetersState, NonFiniteMonitor, NonFiniteState, PerformanceMonitor, first_bad
+from .optim import Average, learning_rate, make_optimizer, moments, odd_count
+from .setup import (
     check_memory,
     check_settings,
-    check_student,
+    choose_windows,
     gather_facts,
     load_teachers,
-    make_metadata,
     model_config,
-    partition_ranks,
-    provenance,
-    resume_signature,
-    student_resolutions,
-    window_candidates,
+    teacher_features,
 )
-from .batches import Batch, cached_batches, crop_sides, load, online_batches
-from .cache import GroupedCaches
-from .caching import cache_jobs, fill_caches
-from .config import TrainConfig, run_name
-from .data.faults import LOG_KEYS
-from .data.progress import LISTING, DataState, start_progress
-from .data.sources import Sources, open_sources
-from .data.stream import fewer_workers, open_stream
-from .images import ConcatImages, open_images
-from .learner import Learner
-from .loggers import Log, ProgressConsole, Record, open_log, say, summarise
-from .monitor import Meters, MetersState, NonFiniteMonitor, NonFiniteState, first_bad
-from .optim import odd_count
-from .parallel import check_started
-from .partition import TeacherGroup
-from .preempt import Preemption
-from .state import CheckpointManager, Found
-from .step import teacher_features
+from .signals import Preemption
+from .teacher_cache import GroupedCaches, fill_caches
 
 if TYPE_CHECKING:
     from .scoring import Follower
 
-# Final weights are doubtful if this share of steps was skipped, or the loss rose by this factor.
-_DOUBTFUL_SHARE, _DOUBTFUL_RISE = 0.1, 3.0
+# Final weights are doubtful if this fraction of steps was skipped, or the loss rose by this factor.
+_DOUBTFUL_FRACTION, _DOUBTFUL_RISE = 0.1, 3.0
+
+
+class _RankNotes(TypedDict):
+    meters: MetersState
+    guard: NonFiniteState
+
+
+class _Notes(TypedDict):
+    """What a training state holds besides tensors."""
+
+    ranks: Annotated[list[_RankNotes], MinLen(1)]
+    data: LoaderState
+
+
+_NOTES: TypeAdapter[Any] = TypeAdapter(_Notes)
 
 
 class Trainer:
@@ -71,68 +84,89 @@ class Trainer:
 
     Args:
         config: its settings.
-        group: all ranks of the run.
+        ranks: all ranks of the run.
         device: this rank's device.
         console: where to report.
         restart: start over instead of resuming from the run folder's state.
+        teachers: this rank's teachers on the device, by name (default: loaded as configured).
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        group: Group,
+        ranks: Group,
         device: torch.device,
         console: Console,
         *,
         restart: bool = False,
+        teachers: Mapping[str, Teacher] | None = None,
     ) -> None:
-        check_settings(config, group.world)
+        self.config, self.ranks, self.device, self.console = config, ranks, device, console
+        self.partition = check_settings(config, ranks.world)
         check_started(config)
-        self.config, self.group, self.device, self.console = config, group, device, console
-        self.partition = partition_ranks(config, group.world)
-        self.mine = self.partition.of(group.rank)
-        mine = [name for teachers in self.mine for name in teachers.teachers]
-        every = [t.name for t in config.teachers]
-        self.teachers = load_teachers(config, device, mine)
-        facts = gather_facts(config, self.teachers, group)
+        self.groups = self.partition.of(ranks.rank)
+
+        # Teachers of this rank's groups, and what every rank has to know about all teachers.
+        names = [name for group in self.groups for name in group.teachers]
+        self.teachers = load_teachers(config, device, names) if teachers is None else dict(teachers)
+        facts = gather_facts(config, self.teachers, ranks)
         self.sizes = {name: fact.size for name, fact in facts.items()}
-        online = config.cache.folder is None
-        self.data = open_sources(config.data) if online else open_images(config.data, self._tell)
-        self.progress = start_progress(config, self.partition, group, self.data, self._tell)
-        self.sides = crop_sides(self.partition, self.sizes)
-        metadata = make_metadata(config, facts, self.data)
+
+        # Data: streams, or images by number for a teacher cache.
+        self.cache: GroupedCaches | None = None
+        self.data = (
+            open_sources(config.data) if config.cache.folder is None else open_images(config.data, self._say)
+        )
+        self.sides = self.partition.crop_sides(self.sizes)
+        self.loader = Loader(config, self.partition, ranks, self.data, self.sides, device, self._say)
+
+        # The student with the adaptors of this rank's teachers.
         described = model_config(config, facts)
-        check_memory(config, described, self.partition, group.rank, memory_of(device))
+        check_memory(config, described, self.partition, ranks.rank, memory_of(device))
+        metadata = make_metadata(config, facts, self.data)
         self.model = build(described, config.seed, metadata, run_name(config))
-        for name in set(every) - set(mine):
+        for name in facts.keys() - set(names):
             delattr(self.model.get_submodule("adaptors"), name)
         self.model.to(device).train()
-        beside = student_resolutions(config)
-        self.windows = window_candidates(self.model, config, beside)
-        check_student(self.model.student, beside, self.windows)
-        self.learner = Learner(self.model, self.windows, config, self.partition, group, device)
-        self.meters, self.guard, self.pace = Meters(), NonFiniteMonitor(device), self.learner.pace
-        self.stop, self.stopped = Preemption(group), False
+        self.windows = choose_windows(self.model.student, config)
+
+        # Losses, gradients over the ranks, optimizer.
+        local = [teacher for teacher in config.teachers if teacher.name in self.model.adaptors]
+        balancer = make_balancer(config.balance, local, self.model.summary_dim).to(device)
+        self.loss = DistillationLoss(self.model, local, config.loss, balancer)
+        self.student = DistributedStudent(
+            self.loss, ranks, find_peers(self.partition, ranks.rank), device, config
+        )
+        self.optimizer = make_optimizer(self.loss, config.optim)
+        self.average = Average(self.model, config.ema) if config.ema else None
+        self.parallel_groups = can_run_in_parallel(self.model, config, self.partition, ranks, device)
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="group")
+        self._two_operators = device.type == "cpu" and (self.prefetches or self.parallel_groups)
+
+        # Measurements, the log, evaluations, and a stop by a signal.
+        self.meters, self.guard = Meters(), NonFiniteMonitor(device)
+        self.pace = PerformanceMonitor(config, self.partition, ranks, device, first_weights(self.model))
         self.first: Tensor | None = None  # [] the first step's loss; its mean over ranks is the step's
         self.last = 0.0  # loss of the last record
         self.log: Log | None = None
-        self.follower = _follower(config, group, console) if config.eval_every else None
+        self.follower = _follower(config, ranks, console) if config.eval_every else None
+        self.stop, self.stopped = Preemption(ranks), False
+
+        # The state to resume from; then the teacher cache, unless no step is left.
         self.states = CheckpointManager(
             config.out / "state",
-            group,
+            ranks,
             resume_signature(config, facts, self.data),
             keep_last=config.keep_last,
             keep_every=config.keep_every,
-            log=self._tell,
+            log=self._say,
             schema=_NOTES,
         )
-        self.step = 0 if restart else self._resume()
-        self.cache: GroupedCaches | None = None
+        self.step = 0 if restart else self.resume()
         if isinstance(self.data, ConcatImages) and self.step < config.steps:
-            jobs = cache_jobs(config, self.partition, group, self.data, self.teachers, self.sizes, device)
-            self.cache = fill_caches(config, jobs, self.partition, group, console)
-        self.overlaps = config.prefetch_teachers and self.cache is None
-        self.pairs = device.type == "cpu" and (self.overlaps or self.learner.parallel_groups)  # of operators
+            self.cache = fill_caches(
+                config, self.partition, ranks, self.data, self.teachers, self.sizes, device, console
+            )
 
     def train(self) -> Path:
         """Train to the last step, or until a signal stops it (`stopped`); return the path of `ckpt.pt`.
@@ -146,128 +180,199 @@ class Trainer:
             return config.out / "ckpt.pt"
         if not self.step:  # the states of an earlier run must not outlive its log
             self.states.clear()
-        self.group.on_leader(self._open)
-        log = self.log
+        self.ranks.on_leader(self._open_log)
         try:
-            with self.stop, limit_threads() if self.pairs else nullcontext():
-                self._loop(log)
+            with self.stop, limit_threads() if self._two_operators else nullcontext():
+                self._loop()
             self.states.wait(last=True)
             if not self.stopped and (doubt := self._doubt()):
-                self._tell(doubt)
+                self._say(doubt)
             if uneven := self.pace.in_words():
-                self._tell(uneven)
-            if broken := self.progress.in_words():
-                self._tell(f"passed over: {broken}; {config.out / LISTING} names them")
+                self._say(uneven)
+            if broken := self.loader.errors.describe():
+                self._say(f"passed over: {broken}; {config.out / ERROR_LIST} names them")
         finally:
-            if log is not None:
-                log.close()
+            if self.log is not None:
+                self.log.close()
             self.states.wait()
         return config.out / "ckpt.pt"
 
-    def _open(self) -> None:
-        check_writable(self.config.out / "state", "--out")  # else it would fail at the first save
-        self.log = open_log(self.config, self.step, self._tell)
-        write_yaml(self.config, self.config.out / "config.yaml")
-
-    def _publish_again(self) -> None:
-        """Rewrite a finished run's checkpoints if missing or damaged; every rank calls it."""
-        names = ["ckpt.pt", *(["ckpt-ema.pt"] if self.learner.average is not None else [])]
-        out = self.config.out
-        gone = self.group.on_leader(lambda: [name for name in names if not _is_whole(out / name)])
-        if gone:
-            on_saved = self._on_saved()
-            self.group.on_leader(lambda: on_saved(gone))
-            self._tell(f"written again from the state of step {self.step}: {', '.join(gone)}")
-
-    def _on_saved(self) -> Callable[[Collection[str] | None], None]:
-        """Copy this step's weights; return a function that writes the named checkpoints (None: all)."""
-        files = self.learner.checkpoints()
-        self.model.metadata["provenance"] = provenance(self.step, self.step * self.partition.batch_size)
-
-        def on_saved(names: Collection[str] | None) -> None:
-            for name, tensors in files.items():
-                if names is None or name in names:
-                    self.model.save(self.config.out / name, tensors)
-
-        return on_saved
-
-    def _loop(self, log: Log | None) -> None:
+    def _loop(self) -> None:
         config = self.config
         if self.step and self._evaluates():  # the run was stopped before this evaluation
-            self.evaluate(log)
+            self.evaluate()
         self.pace.start()
         with ProgressConsole(self.console, config.recipe, config.steps, self.step) as bar:
-            for batch in prefetch(self.batches(), self.device) if self.overlaps else self.batches():
-                self.advance(batch)
+            for batch in self.batches():
+                self.train_step(batch)
                 self.step += 1
-                if self._due(config.log_every):
+                figures = ""
+                if self._is_due(config.log_every):
                     record = self.record()
-                    bar.advance(self.step, summarise(record, config))
-                    if log is not None:
-                        log.write(record)
-                else:
-                    bar.advance(self.step)
+                    figures = summarise(record, config)
+                    if self.log is not None:
+                        self.log.write(record)
+                bar.advance(self.step, figures)
                 self.stopped = self.stop.agreed() and self.step < config.steps
-                if self.stopped or self._due(config.save_every) or self._evaluates():
+                if self.stopped or self._is_due(config.save_every) or self._evaluates():
                     self.save()
                 if self.stopped:
                     return
                 if self._evaluates():
-                    self.evaluate(log)
+                    self.evaluate()
+
+    @property
+    def prefetches(self) -> bool:
+        """Whether the teachers work on the next batch during a step."""
+        return self.config.prefetch_teachers and self.config.cache.folder is None
 
     def batches(self) -> Iterator[Batch]:
         """Return the batches of the remaining steps, with the teachers' features."""
-        config = self.config
         if self.cache is not None:
-            known = load(self.cache, config, self.partition, self.group.rank, self.step, self.device)
-            return cached_batches(known, self.mine, self.device, self.cache.targets)
-        assert isinstance(self.data, Sources)
-        shares, pin = self.progress.shares(self.sides), self.device.type == "cuda"
-        if fewer := fewer_workers(config.data.workers, shares):
-            self._tell(fewer)
-        steps = range(self.step, config.steps)
-        rows = open_stream(self.data, shares, config.data, config.seed, steps, pin=pin)
-        return online_batches(rows, self.mine, self.device, self._teach)
+            return self.cache.batches(self.config, self.ranks.rank, self.step, self.device)
+        return self.loader.batches(self.step, self.run_teachers, ahead=self.prefetches)
 
-    def advance(self, batch: Batch) -> None:
-        """Do one step and update the meters, without a host sync."""
-        learned, fine = self.learner.advance(batch, self.step)
+    def run_teachers(self, group: TeacherGroup, images: Tensor) -> dict[str, Features]:
+        """Compute the features of a group's images by its teachers."""
+        teachers = {name: self.teachers[name] for name in group.teachers}
+        with self.pace.watch.time("teachers", group.name), self._autocast():
+            return teacher_features(teachers, self.sizes, images)
+
+    def train_step(self, batch: Batch) -> Tensor:
+        """Do one step; return whether it was applied: [] bool. Never waits for the device."""
+        config = self.config
+        losses, total, norm = self.compute_gradients(batch)
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = learning_rate(self.step, config.steps, config.optim)
+        with self.pace.watch.time("optimiser"):
+            fine = self.optimizer.guard(norm, config.optim.clip)
+            self.optimizer.step()
+        with self.pace.watch.time("communication"):
+            self.loss.update(self.student.peer_mean)
+        if self.average is not None:
+            self.average.update(fine)
         if self.first is None:
-            self.first = learned.total.detach()
-        self.guard.update(fine, [losses.parts for losses in learned.losses])
-        self.meters.add({"loss": learned.total, "grad_norm": learned.norm}, fine)
-        for losses in learned.losses:
-            self.meters.add(losses.parts, fine)
-            if losses.details:
-                self.meters.add(losses.details, fine)
+            self.first = total.detach()
+        self.guard.update(fine, [each.parts for each in losses])
+        self.meters.add({"loss": total, "grad_norm": norm}, fine)
+        for each in losses:
+            self.meters.add(each.parts, fine)
+            if each.details:
+                self.meters.add(each.details, fine)
         self.pace.step(batch.waited)
-        self.progress.add(batch.marks)
+        return fine
+
+    def compute_gradients(self, batch: Batch) -> tuple[list[Losses], Tensor, Tensor]:
+        """Compute the gradients of a step, the same as of all its images in one process.
+
+        Returns the losses of each forward, the loss [] (its mean over ranks is the step's), and the norm []
+        of the whole gradient, the same on every rank.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = [
+            part
+            for group_batch in batch.groups
+            for part in self._with_crops(group_batch).split(self.config.grad_accum_steps)
+        ]
+        losses = self._backward_in_parallel(parts) if self.parallel_groups else self._backward(parts)
+        total = torch.zeros((), device=self.device)
+        for each in losses:
+            total += each.total.detach() * self._scale
+        with self.pace.watch.time("communication"):
+            norm = self.student.reduce_gradients(total)
+        return losses, total, norm
+
+    def _forward(self, part: GroupBatch) -> Losses:
+        step, config = self.step, self.config
+        detail = (step + 1) % config.log_every == 0 or step + 1 == config.steps
+        window = draw_window(self.windows[part.group.side], config.seed, step)
+        with self.pace.watch.time("forward", part.group.name), self._autocast():
+            losses: Losses = self.loss(self.student.encode, part, window, detail)
+        return losses
+
+    def _backward(self, parts: Sequence[GroupBatch]) -> list[Losses]:
+        """Run forward and backward of the parts one after another; gradients add up in the weights."""
+        done = []
+        for index, part in enumerate(parts, start=1):
+            with self.student.turn(last=index == len(parts)):
+                losses = self._forward(part)
+                with self.pace.watch.time("backward", part.group.name):
+                    (losses.total * self._scale).backward()
+            done.append(losses._replace(total=losses.total.detach()))
+        return done
+
+    def _backward_in_parallel(self, parts: Sequence[GroupBatch]) -> list[Losses]:
+        """Run two parts at a time, in threads; gradients are added in the parts' order, as in `_backward`."""
+        weights = [weight for weight in self.loss.parameters() if weight.requires_grad]
+
+        def work(part: GroupBatch) -> tuple[Losses, tuple[Tensor | None, ...]]:
+            losses = self._forward(part)
+            with self.pace.watch.time("backward", part.group.name):
+                grads = torch.autograd.grad(losses.total * self._scale, weights, allow_unused=True)
+            return losses._replace(total=losses.total.detach()), grads
+
+        done = []
+        for losses, grads in self._threads.map(work, parts):
+            pairs = [(w, grad) for w, grad in zip(weights, grads, strict=True) if grad is not None]
+            torch.autograd.backward([w for w, _ in pairs], [grad for _, grad in pairs])
+            done.append(losses)
+        return done
+
+    @property
+    def _scale(self) -> float:
+        """What a part's loss counts in the mean over ranks."""
+        return self.student.scale / self.config.grad_accum_steps
+
+    def _with_crops(self, batch: GroupBatch) -> GroupBatch:
+        """Add this rank's part of the position crops that are sampled for the whole step."""
+        seeded = generator(self.config.seed, "positions", self.step)
+        crops = self.model.sample_crops(self.partition.batch_size, seeded)
+        if crops is None:
+            return batch
+        rows = self.partition.rows(batch.group, self.ranks.rank)
+        local = crops[rows.start : rows.stop]
+        if self.device.type == "cuda":  # a copy from pinned memory is asynchronous
+            local = local.pin_memory()
+        return batch._replace(crops=local.to(self.device, non_blocking=True))
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """Return the autocast context: bfloat16 where the settings or the device require it."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=is_half(self.config, self.device))
 
     def record(self) -> Record:
-        """Make the record of a log step: means since the last one.
+        """Make the record of a log step: means since the last one. The only wait for the device.
 
         Raises:
             RadioError: too many steps in a row were not finite, or too many images were broken.
         """
         config = self.config
-        skipped = self.guard.read(self.group, self.step, config.max_nonfinite_steps)
+        skipped = self.guard.read(self.ranks, self.step, config.max_nonfinite_steps)
         if skipped.recent:
-            self._tell(f"step {self.step}: {skipped.describe()}")
+            self._say(f"step {self.step}: {skipped.describe()}")
         pace = self.pace.read()
-        means = self.meters.read(self.group)
+        means = self.meters.read(self.ranks)
         self.last = means["loss"]
-        seen = self.step * self.partition.batch_size
-        broken = self.progress.broken(seen, config.data.max_error_fraction)
+        samples = self.step * self.partition.batch_size
+        broken = self.loader.errors.check(samples, config.data.max_error_fraction)
         return {
             "step": self.step,
-            "samples": seen,
+            "samples": samples,
             **means,
-            "lr": self.learner.optimizer.param_groups[0]["lr"],
+            "lr": self.optimizer.param_groups[0]["lr"],
             **pace,
             "broken": sum(broken.values()),
             **{LOG_KEYS[cause]: count for cause, count in broken.items() if count},
             "skipped": skipped.total,
             **({"not_finite": ", ".join(skipped.names)} if skipped.recent else {}),
+        }
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Collect the tensors of this rank that a state needs, whole or sharded."""
+        averages = {} if self.average is None else self.average.tensors
+        return {
+            **{f"weights.{name}": tensor for name, tensor in self.loss.state_dict().items()},
+            **{f"optimizer.{name}": tensor for name, tensor in moments(self.optimizer, self.loss).items()},
+            **{f"average.{name}": tensor for name, tensor in averages.items()},
         }
 
     def save(self) -> None:
@@ -283,103 +388,120 @@ class Trainer:
         if self.step == self.config.steps:
             self.guard.check_any(self.step)
         self.states.wait()  # the previous save may still be writing the metadata changed below
-        tensors = self.learner.tensors()
-        found = self.group.gather_objects((first_bad(tensors), self.log.flush() if self.log else ""))
-        bad, unwritten = (next(filter(None, each), "") for each in zip(*found, strict=True))
+        tensors = self.state_tensors()
+        problems = self.ranks.gather_objects((first_bad(tensors), self.log.flush() if self.log else ""))
+        bad, unwritten = (next(filter(None, each), "") for each in zip(*problems, strict=True))
         if bad:
-            self._refuse(bad)
+            last = self.states.last_step
+            stands = f"what was saved at step {last} stands" if last else "nothing is saved"
+            raise RadioError(
+                f"step {self.step}: {bad} is not finite any more, though losses and gradients were; "
+                f"{stands}. Begin anew with --restart and a lower --optim.lr, or with --optim.clip 1"
+            )
         if unwritten:
-            self._tell(f"no state of step {self.step} is written before the log is ({unwritten})")
+            self._say(f"no state of step {self.step} is written before the log is ({unwritten})")
             return
-        on_saved = self._on_saved()
-        mine = {"meters": self.meters.state_dict(), "guard": self.guard.state_dict()}
-        notes = {"ranks": self.group.gather_objects(mine), "data": self.progress.state()}
-        self.states.write(self.step, tensors, notes, lambda: on_saved(None))
+        publish = self._publisher()
+        local = {"meters": self.meters.state_dict(), "guard": self.guard.state_dict()}
+        notes = {"ranks": self.ranks.gather_objects(local), "data": self.loader.state_dict()}
+        self.states.write(self.step, tensors, notes, lambda: publish(None))
 
-    def _refuse(self, name: str) -> NoReturn:
-        stands = (
-            f"what was saved at step {self.states.last_step} stands"
-            if self.states.last_step
-            else "nothing is saved"
-        )
-        raise RadioError(
-            f"step {self.step}: {name} is not finite any more, though losses and gradients were; {stands}. "
-            f"Begin anew with --restart and a lower --optim.lr, or with --optim.clip 1"
-        )
+    def resume(self) -> int:
+        """Load the newest whole state of the run folder; return the number of steps done."""
+        state = self.states.resume(self.state_tensors(), self._misfit)
+        if state is None:
+            return 0
+        if state.step > self.config.steps:
+            raise CheckpointError(
+                f"{state.path}: is beyond the run's last step, {self.config.steps}, and so not this run's; "
+                f"move it away, or begin anew with --restart"
+            )
+        ranks = state.notes["ranks"]
+        if len(ranks) == self.ranks.world:
+            local = ranks[self.ranks.rank]
+            self.meters.load_state_dict(local["meters"])
+            self.guard.load_state_dict(local["guard"])
+        else:  # the first rank takes the sums of all
+            if self.ranks.leads:
+                rows = [row for rank in ranks for row in rank["meters"]["rows"]]
+                self.meters.load_state_dict({"rows": rows})
+            self.guard.load_state_dict(ranks[0]["guard"])
+        self.loader.load_state_dict(state.notes["data"])
+        return state.step
 
-    def evaluate(self, log: Log | None) -> None:
+    def _misfit(self, state: SavedState) -> str:
+        """Describe optimizer counts that contradict the loaded state's step; empty if none."""
+        skipped = state.notes["ranks"][0]["guard"]["total"]
+        partly = "model.student." if students.plugin(self.config.student) else "-"  # may skip blocks
+        odd = odd_count(self.optimizer, self.loss, state.step - skipped, partly=partly)
+        return odd and f"optimizer.{odd} in it, after {state.step} steps of which {skipped} were left out"
+
+    def _publisher(self) -> Callable[[Collection[str] | None], None]:
+        """Copy this step's weights; return a function that writes the named checkpoints (None: all)."""
+        weights = self.model.state_dict()
+        files = {"ckpt.pt": self.student.gather(weights)}
+        if self.average is not None:
+            files["ckpt-ema.pt"] = self.student.gather({**weights, **self.average.tensors})
+        self.model.metadata["provenance"] = provenance(self.step, self.step * self.partition.batch_size)
+
+        def publish(names: Collection[str] | None) -> None:
+            for name, tensors in files.items():
+                if names is None or name in names:
+                    self.model.save(self.config.out / name, tensors)
+
+        return publish
+
+    def _publish_again(self) -> None:
+        """Rewrite a finished run's checkpoints if missing or damaged; every rank calls it."""
+        out = self.config.out
+        names = ["ckpt.pt", *(["ckpt-ema.pt"] if self.average is not None else [])]
+        gone = self.ranks.on_leader(lambda: [name for name in names if not _is_whole(out / name)])
+        if gone:
+            publish = self._publisher()
+            self.ranks.on_leader(lambda: publish(gone))
+            self._say(f"written again from the state of step {self.step}: {', '.join(gone)}")
+
+    def evaluate(self) -> None:
         """Evaluate the student saved at this step, unless already done; every rank calls it."""
         assert self.follower is not None
         self.states.wait()
         saved = self.states.last_step == self.step
-        done = log is None or self.follower.has_done(self.step)
-        (saved, done), *_ = self.group.gather_objects((saved, done))
+        done = self.log is None or self.follower.has_done(self.step)
+        (saved, done), *_ = self.ranks.gather_objects((saved, done))
         if done or not saved:
             return
         start = time.perf_counter()
-        found = self.follower.evaluate(self.step)
-        if log is not None:
-            log.write(found)
+        record = self.follower.evaluate(self.step)
+        if self.log is not None:
+            self.log.write(record)
         self.pace.skip(time.perf_counter() - start)
 
     def _evaluates(self) -> bool:
         return self.follower is not None and self.step % self.config.eval_every == 0
 
-    def _resume(self) -> int:
-        found = self.states.resume(self.learner.tensors(), self._misfit)
-        if found is None:
-            return 0
-        if found.step > self.config.steps:
-            raise CheckpointError(
-                f"{found.path}: is beyond the run's last step, {self.config.steps}, and so not this run's; "
-                f"move it away, or begin anew with --restart"
-            )
-        ranks = found.notes["ranks"]
-        if len(ranks) == self.group.world:
-            mine = ranks[self.group.rank]
-            self.meters.load_state_dict(mine["meters"])
-            self.guard.load_state_dict(mine["guard"])
-        else:
-            if self.group.leads:
-                self.meters.load_state_dict(
-                    {"rows": [row for rank in ranks for row in rank["meters"]["rows"]]}
-                )
-            self.guard.load_state_dict(ranks[0]["guard"])
-        self.progress.restore(found.notes["data"])
-        return found.step
-
-    def _misfit(self, found: Found) -> str:
-        """Describe optimizer counts that contradict the loaded state's step; empty if none."""
-        left_out = found.notes["ranks"][0]["guard"]["total"]
-        partly = "model.student." if students.plugin(self.config.student) else "-"  # may skip blocks
-        odd = odd_count(self.learner.optimizer, self.learner.distiller, found.step - left_out, partly=partly)
-        return odd and f"optimizer.{odd} in it, after {found.step} steps of which {left_out} were left out"
+    def _is_due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.config.steps
 
     def _doubt(self) -> str:
         """Warn if the final weights are doubtful, else return an empty string. Every rank calls it."""
         guard = self.guard.state_dict()
-        left_out, in_a_row = guard["total"], guard["in_a_row"]
-        first = 0.0 if self.first is None else float(self.group.sum(self.first.cpu())) / self.group.world
+        skipped, in_a_row = guard["total"], guard["in_a_row"]
+        first = 0.0 if self.first is None else float(self.ranks.sum(self.first.cpu())) / self.ranks.world
         doubts = []
-        if in_a_row or left_out > _DOUBTFUL_SHARE * self.step:
-            doubts.append(f"{left_out} of the {self.step} steps were left out, not finite")
+        if in_a_row or skipped > _DOUBTFUL_FRACTION * self.step:
+            doubts.append(f"{skipped} of the {self.step} steps were left out, not finite")
         if self.last > _DOUBTFUL_RISE * first > 0:
             doubts.append(f"the loss rose from {first:.3g} to {self.last:.3g}")
         remedy = "the weights may be useless; begin anew with --restart and a lower --optim.lr"
         return f"warning: {', '.join(doubts)}: {remedy}" if doubts else ""
 
-    def _tell(self, line: str) -> None:
+    def _open_log(self) -> None:
+        check_writable(self.config.out / "state", "--out")  # else it would fail at the first save
+        self.log = open_log(self.config, self.step, self._say)
+        write_yaml(self.config, self.config.out / "config.yaml")
+
+    def _say(self, line: str) -> None:
         say(self.console, line)
-
-    def _due(self, every: int) -> bool:
-        return self.step % every == 0 or self.step == self.config.steps
-
-    def _teach(self, group: TeacherGroup, images: Tensor) -> dict[str, Features]:
-        """Compute the features of a group's images by its teachers."""
-        with self.pace.watch.time("teachers", group.name), self.learner.autocast():
-            return teacher_features(
-                {name: self.teachers[name] for name in group.teachers}, self.sizes, images
-            )
 
 
 def _is_whole(checkpoint: Path) -> bool:
@@ -390,20 +512,7 @@ def _is_whole(checkpoint: Path) -> bool:
     return True
 
 
-class _RankNotes(TypedDict):
-    meters: MetersState
-    guard: NonFiniteState
-
-
-class _Notes(TypedDict):
-    ranks: Annotated[list[_RankNotes], MinLen(1)]
-    data: DataState
-
-
-_NOTES: TypeAdapter[Any] = TypeAdapter(_Notes)
-
-
-def _follower(config: TrainConfig, group: Group, console: Console) -> Follower:
+def _follower(config: TrainConfig, ranks: Group, console: Console) -> Follower:
     from .scoring import Follower  # the evaluators are many modules
 
-    return Follower(config, group, console)
+    return Follower(config, ranks, console)

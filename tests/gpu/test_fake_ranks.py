@@ -18,11 +18,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from radio.dist import Group
 from radio.model import RadioModel
-from train.assembly import TeacherFacts, model_config
-from train.parallel import DistributedStudent, find_peers, synchronise_norms
-from train.partition import Partition, make_partition
+from train.distributed import DistributedStudent, find_peers, synchronise_norms
+from train.groups import Partition, make_partition
+from train.losses import DistillationLoss
 from train.recipes import recipes
-from train.step import DistillationLoss
+from train.setup import TeacherFacts, model_config
 
 WORLD = 64
 PAPER = recipes["paper-h14"]()

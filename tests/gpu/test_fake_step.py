@@ -11,21 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from radio.dist import Group
-from radio.model import RadioModel
+from radio.model import ModelConfig, RadioModel
 from radio.students import StudentOptions
 from radio.types import Features
-from train import monitor as stopwatch
-from train.assembly import TeacherFacts, model_config
-from train.balancing import Balancer, make_balancer
-from train.batches import Batch, GroupBatch
-from train.config import BalanceConfig, LossConfig, OptimConfig, TeacherConfig, TrainConfig
-from train.learner import Learner
-from train.monitor import Meters, NonFiniteMonitor
-from train.partition import make_partition
+from train import trainer as module
+from train.config import BalanceConfig, DataConfig, LossConfig, OptimConfig, TeacherConfig, TrainConfig
+from train.data.loader import Batch, GroupBatch
+from train.losses import Balancer, make_balancer
+from train.setup import TeacherFacts
+from train.trainer import Trainer
 
 from .fake import GPU, on_gpu, pretend
 
@@ -43,6 +42,7 @@ CONFIG = TrainConfig(
     steps=1,
     batch_size=8,
     out=Path("nowhere"),
+    data=DataConfig(scenes=8),
     precision="fp32",  # autocast for CUDA asks whether there is a GPU
     ema=0.9,
     log_every=1,
@@ -60,10 +60,10 @@ class Event:
 
 
 @pytest.fixture
-def learners(monkeypatch: pytest.MonkeyPatch) -> list[Learner]:
-    """Make a step of the learner that is put into the list possible without a GPU, and watch its copies."""
+def trainers(monkeypatch: pytest.MonkeyPatch) -> list[Trainer]:
+    """Make a step of the trainer that is put into the list possible without a GPU, and watch its copies."""
     pinned: list[Tensor] = []
-    learners: list[Learner] = []
+    trainers: list[Trainer] = []
 
     def pin(tensor: Tensor) -> Tensor:
         pinned.append(tensor)
@@ -71,7 +71,7 @@ def learners(monkeypatch: pytest.MonkeyPatch) -> list[Learner]:
 
     def to(tensor: Tensor, *arguments: Any, **named: Any) -> Tensor:
         aims = (*arguments, *named.values())
-        if learners and tensor.device.type == "cpu" and GPU in aims:
+        if trainers and tensor.device.type == "cpu" and GPU in aims:
             assert named.get("non_blocking"), "a copy that the host waits for"
             assert any(tensor is each for each in pinned), "a copy from pageable memory waits for the stream"
         return moved(tensor, *arguments, **named)
@@ -79,24 +79,35 @@ def learners(monkeypatch: pytest.MonkeyPatch) -> list[Learner]:
     def backward(tensor: Tensor, *_: Any, **__: Any) -> None:
         assert tensor.device == GPU
         assert tensor.ndim == 0
-        for parameter in learners[-1].distiller.parameters():
+        for parameter in trainers[-1].loss.parameters():
             parameter.grad = torch.empty_like(parameter)
 
     moved = Tensor.to
     monkeypatch.setattr(Tensor, "pin_memory", pin)
     monkeypatch.setattr(Tensor, "to", to)
     monkeypatch.setattr(Tensor, "backward", backward)
-    monkeypatch.setattr(stopwatch.torch.cuda, "Event", Event)
-    return learners
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(module, "make_balancer", real_balancer)
+    monkeypatch.setattr(module, "build", built)
+    monkeypatch.setattr(module, "gather_facts", facts_of)
+    monkeypatch.setattr(module, "memory_of", lambda device: 10**12)
+    return trainers
 
 
-def learner_of(config: TrainConfig) -> Learner:
-    partition = make_partition(config, 1)
-    model = on_gpu(lambda: RadioModel(model_config(config, FACTS))).train()
-    sides = {group.side: () for group in partition.groups}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.learner.make_balancer", real_balancer)
-        return Learner(model, sides, config, partition, Group(), GPU)
+def facts_of(config: TrainConfig, *_: Any) -> dict[str, TeacherFacts]:
+    """The facts of the run's teachers, which there are none of."""
+    return {teacher.name: FACTS[teacher.name] for teacher in config.teachers}
+
+
+def built(described: ModelConfig, *_: Any) -> RadioModel:
+    """Make the model on the fake GPU."""
+    model = on_gpu(lambda: RadioModel(described))
+    model.to = lambda *_: model  # type: ignore[method-assign]  # fake weights cannot be moved
+    return model
+
+
+def trainer_of(config: TrainConfig) -> Trainer:
+    return Trainer(config, Group(), GPU, Console(quiet=True), teachers={})
 
 
 def real_balancer(*arguments: Any) -> Balancer:
@@ -105,15 +116,15 @@ def real_balancer(*arguments: Any) -> Balancer:
         return make_balancer(*arguments)
 
 
-def batch_of(learner: Learner) -> Batch:
-    lessons = []
-    for group in learner.partition.groups:
+def batch_of(trainer: Trainer) -> Batch:
+    batches = []
+    for group in trainer.groups:
         known = Features(
             torch.rand(group.share, 5, device=GPU), torch.rand(group.share, 35, 7, device=GPU), (5, 7)
         )
         images = torch.rand(group.share, 3, group.side, group.side, device=GPU)
-        lessons.append(GroupBatch(group, images, dict.fromkeys(group.teachers, known)))
-    return Batch(tuple(lessons), (), 0.0)
+        batches.append(GroupBatch(group, images, dict.fromkeys(group.teachers, known)))
+    return Batch(tuple(batches), 0.0)
 
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -132,18 +143,16 @@ WAYS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     "way", [*list(WAYS)[:4], *(pytest.param(way, marks=pytest.mark.slow) for way in list(WAYS)[4:])]
 )
-def test_a_step_meets_one_device_and_waits_for_nothing(way: str, learners: list[Learner]) -> None:
-    config = replace(CONFIG, **WAYS[way])
+def test_a_step_meets_one_device_and_waits_for_nothing(
+    way: str, trainers: list[Trainer], tmp_path: Path
+) -> None:
+    config = replace(CONFIG, out=tmp_path / "run", **WAYS[way])
     with pretend():
-        learner = learner_of(config)
-        learners.append(learner)
-        meters, guard = Meters(), NonFiniteMonitor(GPU)
-        for step in range(config.steps):
-            learned, fine = learner.advance(batch_of(learner), step)
-            guard.update(fine, [losses.parts for losses in learned.losses])
-            meters.add({"loss": learned.total, "grad_norm": learned.norm}, fine)
-            for losses in learned.losses:
-                meters.add(losses.parts, fine)
-                meters.add(losses.details, fine)
-            assert learned.total.device == learned.norm.device == fine.device == GPU
-        assert all(tensor.device == GPU for name, tensor in learner.tensors().items())
+        trainer = trainer_of(config)
+        trainers.append(trainer)
+        for _ in range(config.steps):
+            fine = trainer.train_step(batch_of(trainer))
+            losses, total, norm = trainer.compute_gradients(batch_of(trainer))
+            assert total.device == norm.device == fine.device == GPU
+            assert all(each.total.device == GPU for each in losses)
+        assert all(tensor.device == GPU for name, tensor in trainer.state_tensors().items())

@@ -25,10 +25,10 @@ from radio.config import write_yaml
 from radio.dist import Group
 from radio.hub import load_teacher
 from radio.nn.positions import CroppedPositions, draw_crops
-from train.ahead import prefetch
 from train.config import DataConfig, OptimConfig, TeacherConfig, TrainConfig
+from train.data.loader import prefetch
 from train.monitor import Stopwatch
-from train.teacher_weights import halve
+from train.setup import halve
 from train.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
@@ -63,9 +63,9 @@ def begin(config: TrainConfig, device: torch.device, **changes: Any) -> Trainer:
 
 def gradients(run: Trainer) -> tuple[dict[str, Tensor], float]:
     """The gradients and the loss of a run's first step, on the CPU."""
-    learned = run.learner.learn(next(run.batches()), 0)
+    _, total, _ = run.compute_gradients(next(run.batches()))
     found = {n: p.grad.cpu() for n, p in run.model.named_parameters() if p.grad is not None}
-    return found, float(learned.total)
+    return found, float(total)
 
 
 def losses(run: Trainer) -> list[float]:
@@ -113,8 +113,8 @@ def test_a_run_goes_on_where_it_was_stopped(config: TrainConfig, gpu: torch.devi
     begin(config, gpu).train()
     stopped = replace(config, out=tmp_path / "stopped")
     run = begin(stopped, gpu)
-    for batch in prefetch(run.batches(), gpu):
-        run.advance(batch)
+    for batch in run.batches():
+        run.train_step(batch)
         run.step += 1
         if run.step == 2:
             break
@@ -178,17 +178,17 @@ def test_halved_teachers_say_the_same(gpu: torch.device) -> None:
 
 
 def test_batches_come_from_pinned_memory(config: TrainConfig, gpu: torch.device) -> None:
-    from train import batches
+    from train.data import loader
 
     seen: list[bool] = []
-    scaled = batches._scaled
+    to_images = loader.to_images
 
     def look(pixels: Tensor, device: torch.device) -> Tensor:
         seen.append(pixels.is_pinned())
-        return scaled(pixels, device)
+        return to_images(pixels, device)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batches, "_scaled", look)
+        patch.setattr(loader, "to_images", look)
         workers = replace(config, data=replace(config.data, workers=1))
         next(begin(workers, gpu).batches())
     assert seen and all(seen)
@@ -215,12 +215,12 @@ def test_position_crops_are_the_cpus(gpu: torch.device, width: int) -> None:
 def test_a_step_waits_for_nothing(config: TrainConfig, gpu: torch.device) -> None:
     run = begin(config, gpu, data=replace(config.data, workers=1))
     batches = run.batches()
-    run.advance(next(batches))
+    run.train_step(next(batches))
     batch = next(batches)
     torch.cuda.synchronize(gpu)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run.learner.advance(batch, 1)
+        run.train_step(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -271,7 +271,7 @@ def test_ranks_on_gpus_learn_what_one_does(
 
 def test_the_norms_of_ranks_meet(gpu: torch.device) -> None:
     """One rank's synchronised norm is the plain one; NCCL runs the collective."""
-    from train.parallel import Peers, synchronise_norms
+    from train.distributed import Peers, synchronise_norms
 
     x = torch.rand(4, 3, 8, 8, device=gpu)
     plain = torch.nn.BatchNorm2d(3).to(gpu)

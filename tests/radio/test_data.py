@@ -16,7 +16,7 @@ from radio.image_files import list_unlabelled
 from radio.images import decode
 from radio.scenes import CLASSES, render
 from train.config import DataConfig
-from train.images import open_images
+from train.data.streams import open_images
 
 Folder = Callable[..., Path]
 Shard = Callable[..., Path]

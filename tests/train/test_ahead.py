@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from train.ahead import limit_threads, prefetch
+from train.data.loader import limit_threads, prefetch
 
 
 def test_items_come_in_order_and_each_is_made_while_the_one_before_is_used() -> None:

@@ -11,20 +11,19 @@ from radio.dist import Group
 from radio.errors import CheckpointError, ConfigError, SizeError
 from radio.model import RadioModel, build
 from radio.students import StudentOptions
-from train.assembly import (
+from train.checkpoints import make_metadata
+from train.config import CacheConfig, TeacherConfig, TrainConfig, run_name
+from train.data.streams import open_images
+from train.setup import (
     check_settings,
-    check_student,
+    choose_windows,
     gather_facts,
     load_teachers,
-    make_metadata,
     model_config,
     round_resolutions,
     student_resolutions,
     teacher_sizes,
-    window_candidates,
 )
-from train.config import CacheConfig, TeacherConfig, TrainConfig, run_name
-from train.images import open_images
 
 from .conftest import CPU, TEACHERS
 
@@ -76,7 +75,7 @@ def test_only_the_weights_with_the_fingerprint_asked_for_are_taken(config: Train
         teacher = TeacherConfig(name="clip", model=model, fingerprint=known)
         chosen = replace(config, teachers=(teacher,))
         if refused:
-            message = f"teacher clip: tiny:clip2 has other weights than asked for: .*, not {known}; bring the"
+            message = f"teacher clip: tiny:clip2 has other weights than configured: .*, not {known}; bring"
             with pytest.raises(CheckpointError, match=message):
                 load_teachers(chosen, CPU)
         else:
@@ -119,6 +118,12 @@ def build_model(config: TrainConfig) -> RadioModel:
     return build(model_config(config, load_teachers(config, CPU)), 0)
 
 
+def at_sizes(config: TrainConfig, *sides: int) -> TrainConfig:
+    """With a teacher for each input side of the student."""
+    teachers = [replace(t, student_resolution=side) for t, side in zip(TEACHERS, sides, strict=False)]
+    return replace(config, teachers=tuple(teachers))
+
+
 @pytest.mark.parametrize(
     ("summary", "summary_dim", "slots"),
     [("shared", 128, [None] * 3), ("per-teacher", 384, [0, 1, 2]), ("mean", 128, [None] * 3)],
@@ -147,10 +152,9 @@ def test_class_tokens_are_set_once(config: TrainConfig) -> None:
 
 
 def test_windows_that_divide_each_grid(config: TrainConfig) -> None:
-    windowed = replace(config, student="vitdet-tiny12", windows=(2, 3, 4, 6, 8, 9))
-    model = build_model(windowed)
+    windowed = replace(at_sizes(config, 96, 144, 216), student="vitdet-tiny12", windows=(2, 3, 4, 6, 8, 9))
     # Grids of 8, 12 and 18 tokens a side; a window that covers the whole grid is left out.
-    assert window_candidates(model, windowed, {"a": 96, "b": 144, "c": 216, "d": 96}) == {
+    assert choose_windows(build_model(windowed).student, windowed) == {
         96: (2, 4),
         144: (2, 3, 4, 6),
         216: (2, 3, 6, 9),
@@ -159,15 +163,14 @@ def test_windows_that_divide_each_grid(config: TrainConfig) -> None:
 
 def test_students_that_keep_their_window(config: TrainConfig) -> None:
     fixed = replace(config, student="vitdet-tiny12", options=StudentOptions(window=2), windows=(2, 4))
-    assert window_candidates(build_model(fixed), fixed, {"a": 96}) == {96: ()}
+    assert choose_windows(build_model(fixed).student, at_sizes(fixed, 96)) == {96: ()}
     plain = replace(config, windows=(2, 4))
-    assert window_candidates(build_model(plain), plain, {"a": 96}) == {96: ()}
+    assert choose_windows(build_model(plain).student, at_sizes(plain, 96)) == {96: ()}
     by_size = replace(config, student="e-radio-tiny", windows=(2, 4, 7))
-    hybrid = build_model(by_size)
-    assert window_candidates(hybrid, by_size, {"a": 96, "b": 168}) == {96: (), 168: ()}
-    check_student(hybrid.student, {"clip": 96, "sam": 168}, {96: (), 168: ()})
+    hybrid = build_model(by_size).student
+    assert choose_windows(hybrid, at_sizes(by_size, 96, 168)) == {96: (), 168: ()}
     with pytest.raises(SizeError, match=r"cannot take 130x130 px; .* is 120x120"):
-        check_student(hybrid.student, {"clip": 130}, {130: ()})
+        choose_windows(hybrid, at_sizes(by_size, 130))
 
 
 @pytest.mark.parametrize(
@@ -197,10 +200,10 @@ def test_the_size_beside_a_teacher_is_the_nearest(
 
 def test_a_resolution_that_the_student_cannot_take(config: TrainConfig) -> None:
     student = build_model(config).student
-    check_student(student, {"clip": 48, "sam": 96}, {48: (), 96: ()})
+    assert choose_windows(student, at_sizes(config, 48, 96)) == {48: (), 96: ()}
     message = "student vit-tiny12 cannot take 50x50 px; the nearest size that it can is 48x48"
     with pytest.raises(SizeError, match=message):
-        check_student(student, {"clip": 50}, {50: ()})
+        choose_windows(student, at_sizes(config, 50))
 
 
 def test_the_card_names_teachers_and_data(config: TrainConfig) -> None:

@@ -59,14 +59,14 @@ def test_the_declared_weights_alone_are_not_logged(config: TrainConfig, start: S
 
 def stop_at(step: int, run: Trainer) -> None:
     """Train, and break off before the step after this one is done."""
-    genuine = run.advance
+    genuine = run.train_step
 
     def advance(batch: Any) -> None:
         if run.step == step:
             raise KeyboardInterrupt
         genuine(batch)
 
-    run.advance = advance  # type: ignore[method-assign]
+    run.train_step = advance  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         run.train()
 
@@ -107,17 +107,15 @@ def test_amtml_refuses_teachers_that_see_other_images(config: TrainConfig, start
 def second_step(config: TrainConfig, group: Group) -> dict[str, Tensor]:
     """Gradients and averages that this rank has in the second of two steps without an update between."""
     run = Trainer(config, group, CPU, Console(quiet=True))
-    for name, parameter in run.learner.distiller.balancer.named_parameters():
+    for name, parameter in run.loss.balancer.named_parameters():
         seed = sum(map(ord, name))
         parameter.data.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
     batches = run.batches()
-    run.advance(next(batches))
+    run.train_step(next(batches))
     run.step += 1
-    run.learner.learn(next(batches), run.step)
-    found = {
-        name: p.grad.clone() for name, p in run.learner.distiller.named_parameters() if p.grad is not None
-    }
-    return found | {name: buffer.clone() for name, buffer in run.learner.distiller.balancer.named_buffers()}
+    run.compute_gradients(next(batches))
+    found = {name: p.grad.clone() for name, p in run.loss.named_parameters() if p.grad is not None}
+    return found | {name: buffer.clone() for name, buffer in run.loss.balancer.named_buffers()}
 
 
 def test_ranks_do_what_one_process_does(config: TrainConfig, tmp_path: Path) -> None:

@@ -15,9 +15,17 @@ from torch import Tensor
 
 from radio.errors import ConfigError
 from radio.types import Features
-from train.balancing import AdaLoss, Amtml, Balancer, Naive, Uncertainty, check_balance, make_balancer
 from train.config import BalanceConfig, TeacherConfig, TrainConfig
-from train.losses import TeacherLosses
+from train.losses import (
+    AdaLoss,
+    Amtml,
+    Balancer,
+    Naive,
+    TeacherLosses,
+    Uncertainty,
+    check_balance,
+    make_balancer,
+)
 
 CLIP = TeacherConfig(name="clip", model="tiny:clip", summary_weight=0.5, spatial_weight=2.0)
 DENSE = TeacherConfig(name="dense", model="tiny:dense")
@@ -131,7 +139,7 @@ def test_uncertainty_learns_to_trust_what_is_small() -> None:
     descent = torch.optim.SGD(balancer.parameters(), lr=0.5)
     for _ in range(500):
         descent.zero_grad()
-        balancer(flat, losses).total.backward()
+        balancer(flat, losses)[0].backward()
         descent.step()
     b = balancer.offsets["clip"]
     assert torch.allclose(torch.exp(-b) * torch.tensor([0.1, 2.0]), torch.sigmoid(b), atol=1e-6)
@@ -191,7 +199,7 @@ def test_adaloss_goes_on_exactly_from_its_state() -> None:
         one(*drawn(step))
         one.update(lambda means: means)
     other.load_state_dict(one.state_dict())
-    assert torch.equal(one(*drawn(9)).total, other(*drawn(9)).total)
+    assert torch.equal(one(*drawn(9))[0], other(*drawn(9))[0])
     assert len(one.state_dict()) == 2 * len(TEACHERS)
 
 
@@ -233,9 +241,9 @@ def test_amtml_collapses_onto_the_teacher_whose_loss_is_least() -> None:
     descent = torch.optim.AdamW(balancer.parameters(), lr=0.1)
     for _ in range(200):
         descent.zero_grad()
-        balancer(features, easy).total.backward()
+        balancer(features, easy)[0].backward()
         descent.step()
-    assert balancer(features, easy).weights["sam/spatial_weight"].item() > 0.98
+    assert balancer(features, easy)[1]["sam/spatial_weight"].item() > 0.98
 
 
 @pytest.mark.parametrize("kind", ["naive", *KINDS])
@@ -252,7 +260,7 @@ def test_gradients_are_those_of_finite_differences(kind: str) -> None:
         given = {name: TeacherLosses(*pair) for name, pair in zip(names, values, strict=True)}
         held = dict(zip(dict(balancer.named_parameters()), parameters, strict=True))
         found = torch.func.functional_call(balancer, held, (features._replace(summary=summary), given))
-        value: Tensor = found.total
+        value: Tensor = found[0]
         return value
 
     values = torch.stack([torch.stack(list(pair)) for pair in losses.values()])
@@ -269,7 +277,7 @@ def gradients(balancer: Balancer, images: Iterable[slice], step: int) -> tuple[T
     total = torch.zeros((), dtype=torch.float64)
     for rows in images:
         share = len(range(BATCH)[rows]) / BATCH
-        total = total + share * balancer(*part(features, given, rows)).total
+        total = total + share * balancer(*part(features, given, rows))[0]
     return torch.autograd.grad(total, leaves)
 
 
@@ -316,11 +324,11 @@ def test_a_term_without_weight_is_left_out_and_its_gradient_is_zero(kind: str) -
     leaf = losses["sam"].summary.clone().requires_grad_()
     given = {**losses, "sam": TeacherLosses(leaf, losses["sam"].spatial)}
     balancer = made(kind, seed=12)
-    total = balancer(features, given).total
+    total = balancer(features, given)[0]
     total.backward()
     assert leaf.grad is not None and bool((leaf.grad == 0).all())
     larger = {**losses, "sam": TeacherLosses(losses["sam"].summary + 5, losses["sam"].spatial)}
-    assert balancer(features, larger).total.item() == pytest.approx(total.item(), rel=1e-12)
+    assert balancer(features, larger)[0].item() == pytest.approx(total.item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["naive", *KINDS])
@@ -332,8 +340,8 @@ def test_half_precision_features_are_weighed_in_float32(kind: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         given = balancer(low, single)
     wanted = balancer(low._replace(summary=low.summary.float()), single)
-    assert given.total.dtype == torch.float32
-    assert torch.equal(given.total, wanted.total)
+    assert given[0].dtype == torch.float32
+    assert torch.equal(given[0], wanted[0])
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -22,18 +22,23 @@ from radio.chunks import DamagedError, write_tensors
 from radio.dist import Group
 from radio.errors import DataError, RadioError
 from radio.model import ModelConfig, build
-from train import cache as module
-from train import trainer
-from train.assembly import load_teachers, teacher_sizes
-from train.batches import Batch, GroupBatch
-from train.cache import CacheJob, FeatureCache, GroupedCaches, agree, open_caches, write_files
+from train import teacher_cache as module
 from train.config import CacheConfig, DataConfig, TeacherConfig, TrainConfig
-from train.crops import FixedCrops
-from train.images import open_images
-from train.learner import can_run_in_parallel
-from train.partition import TeacherGroup, make_partition
-from train.sampling import image_at
-from train.step import teacher_features
+from train.data.crops import image_at
+from train.data.loader import Batch, GroupBatch, for_student
+from train.data.streams import open_images
+from train.distributed import can_run_in_parallel
+from train.groups import make_partition
+from train.setup import load_teachers, teacher_features, teacher_sizes
+from train.teacher_cache import (
+    CacheJob,
+    FeatureCache,
+    FixedCrops,
+    GroupedCaches,
+    agree,
+    open_caches,
+    write_files,
+)
 
 from .conftest import CPU, TEACHERS, Start, fill_folder, losses_of, read_records, same_weights, untimed
 
@@ -53,14 +58,12 @@ def write(
     workers: int = 0,
     confirm: Callable[[int], None] = lambda size: None,
     progress: Callable[[int], None] = lambda done: None,
-    tell: Callable[[str], None] = pytest.fail,
+    log: Callable[[str], None] = pytest.fail,
 ) -> GroupedCaches:
     """The cache of a run with one group, written by a process alone."""
     partition = make_partition(config, 1)
     jobs = {partition.groups[0].name: job}
-    return open_caches(
-        jobs, partition, Group(), workers=workers, confirm=confirm, progress=progress, tell=tell
-    )
+    return open_caches(jobs, partition, Group(), workers=workers, confirm=confirm, progress=progress, log=log)
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +132,7 @@ def test_groups_have_caches_and_orders_of_their_own(config: TrainConfig, tmp_pat
         workers=0,
         confirm=lambda size: None,
         progress=lambda done: None,
-        tell=pytest.fail,
+        log=pytest.fail,
     )
     first, second = (job.folder for job in jobs.values())
     assert {row.name for row in first.iterdir()} == {row.name for row in second.iterdir()}
@@ -243,7 +246,7 @@ def test_a_damaged_file_is_made_again(
     path = job.folder / "000001.safetensors"
     damage(path)
     told: list[str] = []
-    write(job, config, tell=told.append)
+    write(job, config, log=told.append)
     assert contents(job.folder) == whole
     (line,) = told
     assert line.startswith(f"1 damaged file of the cache was made again; the first: {path}")
@@ -256,7 +259,7 @@ def test_any_changed_bytes_are_found(
     config: TrainConfig, tmp_path: Path, data: strategies.DataObject
 ) -> None:
     job = make(tmp_path, config, count=3, crops=1)
-    write(job, config, tell=lambda line: None)
+    write(job, config, log=lambda line: None)
     path = job.files[0]
     whole = path.read_bytes()
     changed = bytearray(whole)
@@ -279,7 +282,7 @@ def test_a_file_that_is_damaged_in_a_run_is_one_error(config: TrainConfig, tmp_p
             damage(path)
         with pytest.raises(RadioError, match="was whole when the run began and is damaged now"):
             caches[0]
-        write(job, config, tell=lambda line: None)
+        write(job, config, log=lambda line: None)
 
 
 def test_a_card_that_is_none_is_written_again(config: TrainConfig, tmp_path: Path) -> None:
@@ -339,7 +342,7 @@ def test_a_rank_waits_for_what_others_write(
     other.start()
     seen: list[int] = []
     open_caches(
-        jobs, partition, Group(), workers=0, confirm=lambda size: None, progress=seen.append, tell=pytest.fail
+        jobs, partition, Group(), workers=0, confirm=lambda size: None, progress=seen.append, log=pytest.fail
     )
     other.join()
     assert seen[-1] == 20
@@ -356,7 +359,7 @@ def test_a_rank_waits_for_what_others_write(
             workers=0,
             confirm=lambda size: None,
             progress=seen.append,
-            tell=pytest.fail,
+            log=pytest.fail,
         )
 
 
@@ -459,14 +462,15 @@ def test_training_from_the_cache_is_training_online_on_the_same_crops(
 
     run = start(config, out=tmp_path / "online")
 
-    def online(rows: Iterator[list[Any]], groups: Sequence[TeacherGroup], *_: object) -> Iterator[Batch]:
-        for step in rows:
-            pairs = [(group, row.pixels.float() / 255) for group, row in zip(groups, step, strict=True)]
-            yield Batch(
-                tuple(GroupBatch(group, seen, run._teach(group, seen)) for group, seen in pairs), (), 0.0
-            )
+    def online(self: GroupedCaches, *place: Any) -> Iterator[Batch]:
+        for step in self.rows(*place):
+            batches = []
+            for group, row in zip(run.groups, step, strict=True):
+                images = row.pixels.float() / 255
+                batches.append(GroupBatch(group, for_student(images, group), run.run_teachers(group, images)))
+            yield Batch(tuple(batches), 0.0)
 
-    monkeypatch.setattr(trainer, "cached_batches", online)
+    monkeypatch.setattr(GroupedCaches, "batches", online)
     run.train()
     cached, direct = losses_of(tmp_path / "cached"), losses_of(tmp_path / "online")
     assert cached == pytest.approx(direct, rel=1e-3)  # half precision
@@ -495,12 +499,10 @@ def test_groups_that_go_abreast_learn_what_they_learn_in_turn(
     threads: dict[str, set[str]] = {}
     for name in ("abreast", "in turn"):
         run = start(config, out=tmp_path / name)
-        assert run.learner.parallel_groups
-        run.learner.parallel_groups = name == "abreast"
+        assert run.parallel_groups
+        run.parallel_groups = name == "abreast"
         seen = threads.setdefault(name, set())
-        run.learner.distiller.register_forward_pre_hook(
-            lambda *_, seen=seen: seen.add(threading.current_thread().name)
-        )
+        run.loss.register_forward_pre_hook(lambda *_, seen=seen: seen.add(threading.current_thread().name))
         run.train()
     assert threads["in turn"] == {threading.current_thread().name}
     assert len(threads["abreast"]) == 2

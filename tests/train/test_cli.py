@@ -12,10 +12,10 @@ import pytest
 from radio import entry
 from radio.config import read_yaml, write_yaml
 from radio.errors import RadioError
-from train.cache import CacheJob
 from train.cli import main
 from train.config import TrainConfig
 from train.recipes import recipes
+from train.teacher_cache import CacheJob
 
 from .conftest import fill_folder, losses_of, read_records
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from radio.errors import DataError
 from radio.images import crop_and_resize, sample_crop
 from train.config import DataConfig
-from train.crops import FixedCrops, random_view
-from train.sampling import generator
+from train.data.crops import generator, random_view
+from train.teacher_cache import FixedCrops
 
 
 class Drawn:

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 
 from radio.dist import Group
 from radio.errors import CheckpointError, RadioError
+from train.checkpoints import CheckpointManager
 from train.monitor import Meters, MetersState, NonFiniteMonitor, first_bad
-from train.state import CheckpointManager
 from train.trainer import _NOTES
 
 CPU = torch.device("cpu")

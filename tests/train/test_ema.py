@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from train.ema import Average
+from train.optim import Average
 
 
 def test_the_average_is_the_weighted_sum_of_all_weights_so_far() -> None:

@@ -10,19 +10,21 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from radio import checkpoint, entry
 from radio.config import write_yaml
 from radio.errors import RadioError
 from radio.students import StudentOptions, students
-from train import loggers as sinks
-from train.batches import Batch
 from train.config import TrainConfig
-from train.learner import Learned, Learner
+from train.data.loader import Batch
+from train.loggers import JsonLines
+from train.losses import Losses
 from train.monitor import first_bad
 from train.trainer import Trainer
 
@@ -40,7 +42,7 @@ def config(config: TrainConfig) -> TrainConfig:
 
 def poison_weight(run: Trainer, step: int, name: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a weight become something else in a step whose losses and gradients are finite."""
-    genuine = run.advance
+    genuine = run.train_step
 
     def advance(batch: Batch) -> None:
         genuine(batch)
@@ -48,7 +50,7 @@ def poison_weight(run: Trainer, step: int, name: str, value: float, monkeypatch:
             with torch.no_grad():
                 dict(run.model.named_parameters())[name].view(-1)[0] = value
 
-    monkeypatch.setattr(run, "advance", advance)
+    monkeypatch.setattr(run, "train_step", advance)
 
 
 @pytest.mark.parametrize(
@@ -132,10 +134,10 @@ def test_a_state_whose_optimizer_is_of_another_step_is_not_gone_on_from(
 def test_steps_that_were_left_out_do_not_count_for_the_optimizer(
     config: TrainConfig, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Learner, "learn", unfit_learning({2}))
+    monkeypatch.setattr(Trainer, "compute_gradients", unfit_learning({2}))
     run = start(config, steps=5, log_every=5)
     run.train()
-    assert {float(t) for name, t in run.learner.tensors().items() if "optimizer.step" in name} == {4.0}
+    assert {float(t) for name, t in run.state_tensors().items() if "optimizer.step" in name} == {4.0}
     assert start(config, steps=5).step == 5
 
 
@@ -161,7 +163,7 @@ def test_a_run_that_ends_with_doubtful_weights_says_so_in_one_line(
     rise: float,
     said: str,
 ) -> None:
-    monkeypatch.setattr(Learner, "learn", unfit_learning(unfit, rise))
+    monkeypatch.setattr(Trainer, "compute_gradients", unfit_learning(unfit, rise))
     run = start(config, steps=3, log_every=3)
     run.train()
     told = run.console.file.getvalue().splitlines()  # type: ignore[attr-defined]
@@ -170,17 +172,17 @@ def test_a_run_that_ends_with_doubtful_weights_says_so_in_one_line(
     assert said in "".join(lines)
 
 
-def unfit_learning(unfit: set[int], rise: float = 1.0) -> Callable[[Learner, Batch, int], Learned]:
-    """`Learner.learn` with gradients not finite in some steps, and a loss that rises after the first."""
-    genuine = Learner.learn
+def unfit_learning(unfit: set[int], rise: float = 1.0) -> Callable[..., Any]:
+    """`compute_gradients` with gradients not finite in some steps, and a loss that rises after the first."""
+    genuine = Trainer.compute_gradients
 
-    def learn(learner: Learner, batch: Batch, step: int) -> Learned:
-        learned = genuine(learner, batch, step)
-        if step:
-            learned = learned._replace(total=learned.total * rise)
-        return learned._replace(norm=learned.norm * torch.inf) if step in unfit else learned
+    def compute(trainer: Trainer, batch: Batch) -> tuple[list[Losses], Tensor, Tensor]:
+        losses, total, norm = genuine(trainer, batch)
+        if trainer.step:
+            total = total * rise
+        return losses, total, norm * torch.inf if trainer.step in unfit else norm
 
-    return learn
+    return compute
 
 
 def remove(path: Path) -> None:
@@ -220,12 +222,12 @@ def test_no_state_outlives_the_records_of_its_steps(
     start(config, out=config.out / "whole").train()
     out = config.out / "full"
     run = start(config, out=out)
-    genuine = sinks.JsonLines.flush
+    genuine = JsonLines.flush
 
-    def flush(log: sinks.JsonLines) -> str:
+    def flush(log: JsonLines) -> str:
         return "No space left on device" if 3 <= run.step <= 5 else genuine(log)
 
-    monkeypatch.setattr(sinks.JsonLines, "flush", flush)
+    monkeypatch.setattr(JsonLines, "flush", flush)
     run.train()
     told = run.console.file.getvalue()  # type: ignore[attr-defined]
     assert "metrics.jsonl could not be written (No space left on device); its records are kept until" in told

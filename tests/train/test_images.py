@@ -11,7 +11,7 @@ from radio.errors import ConfigError, DataError
 from radio.images import decode
 from radio.scenes import render_images
 from train.config import DataConfig
-from train.images import open_images
+from train.data.streams import open_images
 
 from .conftest import fill_folder, fill_shard, image_bytes
 

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from radio.errors import ConfigError, DataError
-from train.imbalance import Proposal, idle_share, idle_shares, measured, propose
-from train.partition import Partition, TeacherGroup, make_partition
+from train.groups import (
+    Partition,
+    Proposal,
+    TeacherGroup,
+    idle_share,
+    idle_shares,
+    make_partition,
+    measured,
+    propose,
+)
 
 from .test_partition import settings
 
@@ -17,7 +26,7 @@ TWO = settings(((24, 48), (24, 96)))
 
 
 def test_idle_shares() -> None:
-    partition = make_partition(TWO, 12, (1.0, 2.0))
+    partition = make_partition(replace(TWO, ranks_per_group=(4, 8)), 12)
     assert [len(group.ranks) for group in partition.groups] == [4, 8]
     seconds = {"t0": 1.0, "t1": 4.0}
     assert idle_shares(partition, seconds) == {"t0": 0.75, "t1": 0.0}
@@ -33,7 +42,7 @@ def test_in_turns_nobody_waits() -> None:
 
 
 def test_a_better_split() -> None:
-    partition = make_partition(TWO, 12, (1.0, 1.0))
+    partition = make_partition(replace(TWO, ranks_per_group=(6, 6)), 12)
     assert [len(group.ranks) for group in partition.groups] == [6, 6]
     # An image costs 1/4 s and 1 s: four ranks take 1.5 s for their six, and eight take 3 s for their three.
     assert propose(partition, {"t0": 1.0, "t1": 4.0}) == Proposal((4, 8), 4.0, 3.0)
@@ -67,7 +76,7 @@ def test_measured_times_are_for_this_partitions_shares(tmp_path: Path) -> None:
         "perf/step_time/t1": 3.0,
         "perf/images_per_rank/t1": 12,
     }
-    partition = make_partition(TWO, 12, (1.0, 1.0))  # four images a rank for each
+    partition = make_partition(replace(TWO, ranks_per_group=(6, 6)), 12)  # four images a rank for each
     found = measured(write(tmp_path / "m.jsonl", first, second, third), partition)
     assert found == {"t0": pytest.approx(0.5), "t1": pytest.approx(1.0)}
     assert measured(write(tmp_path / "m.jsonl", second), partition)["t1"] == pytest.approx(1.0)

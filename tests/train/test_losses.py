@@ -10,7 +10,7 @@ from torch import Tensor
 
 from radio.types import Features
 from train.config import LossConfig
-from train.losses import centred_cosine, cosine_distance, spatial_losses, summary_losses, teacher_losses
+from train.losses import centred_cosine, cosine_distance, spatial_losses, teacher_losses
 
 ROOT = math.sqrt(0.5)
 
@@ -31,10 +31,10 @@ def test_cosine_distance(a: list[float], b: list[float], wanted: float) -> None:
     assert cosine_distance(torch.tensor(a), torch.tensor(b)).item() == pytest.approx(wanted, abs=1e-6)
 
 
-def test_every_image_has_a_summary_losses() -> None:
+def test_every_image_has_a_summary_loss() -> None:
     student = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
     teacher = torch.tensor([[2.0, 0.0], [0.0, 7.0], [1.0, 1.0]])
-    assert summary_losses(student, teacher).tolist() == pytest.approx([0, 1, 1 - ROOT])
+    assert cosine_distance(student, teacher).tolist() == pytest.approx([0, 1, 1 - ROOT])
 
 
 def by_hand(student: Tensor, teacher: Tensor, alpha: float, beta: float, knee: float) -> float:
@@ -111,7 +111,7 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
 def test_gradients_are_finite(student: Tensor) -> None:
     tokens = student.clone().requires_grad_()
     teacher = torch.tensor([[[1.0, -1.0, 0.5], [0.0, 0.0, 0.0]]])
-    loss = spatial_losses(tokens, teacher, LossConfig()) + summary_losses(tokens[:, 0], teacher[:, 0])
+    loss = spatial_losses(tokens, teacher, LossConfig()) + cosine_distance(tokens[:, 0], teacher[:, 0])
     loss.sum().backward()
     assert tokens.grad is not None
     assert torch.isfinite(tokens.grad).all()
@@ -122,5 +122,5 @@ def test_centred_cosine_sees_past_the_mean_token() -> None:
     teacher = 10 + torch.randn(3, 5, 16, generator=generator)
     constant = teacher.mean(dim=(0, 1)).expand_as(teacher)
     assert centred_cosine(teacher, teacher).item() == pytest.approx(1.0, abs=1e-5)
-    assert summary_losses(constant, teacher).mean().item() < 0.01  # the plain cosine is content with the mean
+    assert cosine_distance(constant, teacher).mean().item() < 0.01  # the plain one is content with the mean
     assert abs(centred_cosine(constant + 1e-3, teacher).item()) < 0.5

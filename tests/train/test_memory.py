@@ -11,8 +11,8 @@ import torch
 from radio import entry, memory
 from radio.config import write_yaml
 from radio.model import build
-from train.assembly import TeacherFacts, check_memory, model_config, partition_ranks
 from train.config import AdaptorOptions, TrainConfig
+from train.setup import TeacherFacts, check_memory, make_partition, model_config
 
 FACTS = {name: TeacherFacts("", (48, 48), 12, 24) for name in ("clip", "dense", "sam")}
 
@@ -26,7 +26,7 @@ def test_weights_gradients_moments_and_images_are_counted(config: TrainConfig, e
     held = [*parameters, *parameters, *parameters, *parameters, *(parameters if ema else [])]
     images = torch.zeros(chosen.batch_size, 3, chosen.resolution, chosen.resolution)
     need = sum(tensor.nbytes for tensor in (*held, images))
-    partition = partition_ranks(chosen, 1)
+    partition = make_partition(chosen, 1)
     check_memory(chosen, described, partition, 0, need)
     with pytest.raises(
         ValueError, match=r"a rank needs .* GB for the student's weights, gradients and moments"
@@ -41,7 +41,7 @@ def test_weights_gradients_moments_and_images_are_counted(config: TrainConfig, e
 def test_every_family_of_students_can_be_counted(config: TrainConfig, student: str) -> None:
     chosen = replace(config, student=student, resolution=224)
     with pytest.raises(ValueError, match="a rank needs"):
-        check_memory(chosen, model_config(chosen, FACTS), partition_ranks(chosen, 1), 0, 0)
+        check_memory(chosen, model_config(chosen, FACTS), make_partition(chosen, 1), 0, 0)
 
 
 @pytest.mark.parametrize(

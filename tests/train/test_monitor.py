@@ -15,6 +15,7 @@ from radio.dist import Group
 from radio.errors import RadioError
 from tests.train.conftest import CPU, TEACHERS, Start, read_records
 from train.config import TeacherConfig, TrainConfig
+from train.groups import make_partition
 from train.monitor import (
     PHASES,
     Meters,
@@ -25,7 +26,6 @@ from train.monitor import (
     Times,
     mean_times,
 )
-from train.partition import make_partition
 from train.plan import step_flops
 
 

@@ -11,7 +11,7 @@ import pytest
 from radio.dist import Group
 from radio.errors import ConfigError, RadioError
 from radio.lock import NAME
-from train.state import CheckpointManager
+from train.checkpoints import CheckpointManager
 from train.tables import _alone
 
 from .ranks import on_ranks

@@ -25,14 +25,13 @@ from radio.model import build
 from radio.resample import resize_images
 from radio.students import StudentOptions, students
 from radio.students.timm import TABLE_6
-from train.assembly import check_settings, load_teachers, model_config, teacher_sizes
-from train.batches import Batch
 from train.config import TrainConfig
-from train.crops import random_view
-from train.images import open_images
+from train.data.crops import generator, image_at, random_view, seed_of
+from train.data.loader import Batch
+from train.data.streams import open_images
+from train.distributed import Peers, join, synchronise_norms
 from train.losses import teacher_losses
-from train.parallel import Peers, join, synchronise_norms
-from train.sampling import generator, image_at, seed_of
+from train.setup import check_settings, load_teachers, model_config, teacher_sizes
 from train.trainer import Trainer
 
 from .conftest import CPU, TEACHERS, Start, fill_folder, read_records, untimed
@@ -141,7 +140,7 @@ def begin(config: TrainConfig, group: Group, **changes: Any) -> Trainer:
 
 def gradients(run: Trainer) -> tuple[dict[str, Tensor], float]:
     """Every gradient of the first step that this rank has, whole, and their norm."""
-    norm = run.learner.learn(next(run.batches()), 0).norm
+    _, _, norm = run.compute_gradients(next(run.batches()))
     found = {}
     for name, parameter in run.model.named_parameters():
         assert parameter.grad is not None, name
@@ -316,13 +315,13 @@ def test_another_world_and_engine_goes_on(five: TrainConfig, tmp_path: Path) -> 
 
     def until(group: Group, step: int, **changes: Any) -> None:
         run = begin(five, group, out=out, **changes)
-        genuine = run.advance
+        genuine = run.train_step
 
         def stopping(batch: Batch) -> None:
             genuine(batch)
-            run.stop._asked = run.step + 2 == step or group.world == 1
+            run.stop._requested = run.step + 2 == step or group.world == 1
 
-        run.advance = stopping  # type: ignore[method-assign]
+        run.train_step = stopping  # type: ignore[method-assign]
         run.train()
         assert (run.step, run.stopped) == (step, True)
 

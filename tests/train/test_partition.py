@@ -12,7 +12,13 @@ from hypothesis import settings as effort
 
 from radio.errors import ConfigError
 from train.config import TeacherConfig, TrainConfig
-from train.partition import Partition, TeacherGroup, best_split, make_partition, teacher_groups
+from train.groups import (
+    Partition,
+    TeacherGroup,
+    best_split,
+    make_partition,
+    teacher_groups,
+)
 from train.recipes import recipes
 
 Sizes = tuple[tuple[int, int], ...]  # (images a step, student's side) of each teacher

@@ -21,7 +21,7 @@ from radio.config import write_yaml
 from radio.errors import ConfigError
 from radio.students import StudentOptions
 from train.config import CacheConfig, DataConfig, TeacherConfig, TrainConfig
-from train.partition import make_partition
+from train.groups import make_partition
 from train.plan import Cost, CostCounter, PlanOptions, bytes_of, count, make_plan, outline, print_plan
 from train.recipes import recipes
 

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from radio.config import write_yaml
 from radio.dist import Group
-from train.batches import Batch
 from train.cli import main
 from train.config import TrainConfig
-from train.learner import Learned, Learner
-from train.preempt import REQUEUE, Preemption, outlast_signals
+from train.data.loader import Batch
+from train.signals import REQUEUE, Preemption, outlast_signals
+from train.trainer import Trainer
 
 from .conftest import read_records
 from .ranks import on_ranks
@@ -93,14 +93,14 @@ def test_the_command_ends_with_the_code_and_goes_on_from_there(
 ) -> None:
     write_yaml(config, config.out.with_suffix(".yaml"))
     words = [str(config.out.with_suffix(".yaml")), "--steps", "3"]
-    genuine = Learner.advance
+    genuine = Trainer.train_step
 
-    def asked(self: Learner, batch: Batch, step: int) -> tuple[Learned, Tensor]:
+    def signalled(self: Trainer, batch: Batch) -> Tensor:
         os.kill(os.getpid(), signal.SIGTERM)
-        return genuine(self, batch, step)
+        return genuine(self, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Learner, "advance", asked)
+        patch.setattr(Trainer, "train_step", signalled)
         codes = [main(words) for _ in range(2)]
     assert codes == [REQUEUE, REQUEUE]
     assert (

@@ -11,9 +11,9 @@ from radio.config import read_yaml, write_yaml
 from radio.errors import ConfigError, RadioError
 from radio.students import students
 from radio.teachers import families
-from train.assembly import check_settings, load_teachers
 from train.config import TrainConfig
 from train.recipes import recipes
+from train.setup import check_settings, load_teachers
 
 
 @pytest.mark.parametrize("name", list(recipes))

@@ -17,11 +17,11 @@ from evals.core.evaluator import evaluators
 from radio import entry
 from radio.config import from_plain, read_yaml, to_plain
 from radio.errors import ConfigError, RadioError
-from train.assembly import check_settings
 from train.config import DataConfig, TeacherConfig, TrainConfig
 from train.loggers import ProgressConsole, say
 from train.recipes import recipes
 from train.scoring import make_job
+from train.setup import check_settings
 
 from .conftest import TEACHERS, Start, fill_shard
 

@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from radio.dist import Group
 from radio.errors import CheckpointError, RadioError
+from train.checkpoints import CheckpointManager
 from train.config import OptimConfig
 from train.optim import GuardedAdamW, make_optimizer, moments
-from train.state import CheckpointManager
 
 from .ranks import on_ranks
 

@@ -1,4 +1,4 @@
-"""One lesson: every teacher's losses on its own grid, weighted and summed, with gradients everywhere."""
+"""One batch: every teacher's losses on its own grid, weighted and summed, with gradients everywhere."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from radio.adaptors import AdaptorConfig
 from radio.model import ModelConfig, RadioModel, build
 from radio.resample import resize_images
 from radio.types import Features, Teacher
-from train.batches import GroupBatch
 from train.config import LossConfig, TeacherConfig
-from train.losses import teacher_losses
-from train.partition import TeacherGroup
-from train.step import DistillationLoss, Losses, Part, StudentPass, in_parts, teacher_features
+from train.data.loader import GroupBatch, for_student
+from train.distributed import StudentPass
+from train.groups import TeacherGroup
+from train.losses import DistillationLoss, Losses, teacher_losses
+from train.setup import teacher_features
 
 from .conftest import TEACHERS
 from .tiny_teachers import tiny
@@ -43,21 +44,22 @@ def images() -> Tensor:
     return torch.rand(4, 3, 108, 108, generator=torch.Generator().manual_seed(0))
 
 
-def lesson_of(teachers: dict[str, Teacher], images: Tensor, side: int = 48) -> GroupBatch:
+def batch_of(teachers: dict[str, Teacher], images: Tensor, side: int = 48) -> GroupBatch:
     """What these teachers say of these images, for a student that sees them at this side."""
     group = TeacherGroup(teachers=tuple(teachers), side=side, batch_size=len(images), first=0, ranks=(0,))
-    return GroupBatch(group, images, teacher_features(teachers, SIZES, images))
+    return GroupBatch(group, for_student(images, group), teacher_features(teachers, SIZES, images))
 
 
 def losses_of(
-    distiller: DistillationLoss,
-    lesson: GroupBatch,
+    loss: DistillationLoss,
+    batch: GroupBatch,
     crops: Tensor | None = None,
     window: int | None = None,
     *,
     detail: bool = False,
 ) -> Losses:
-    found: Losses = distiller(StudentPass(distiller.model.student), Part(lesson, crops), window, detail)
+    batch = batch._replace(crops=crops)
+    found: Losses = loss(StudentPass(loss.model.student), batch, window, detail)
     return found
 
 
@@ -79,12 +81,12 @@ def test_the_loss_is_the_weighted_sum(
     model: RadioModel, teachers: dict[str, Teacher], images: Tensor, side: int
 ) -> None:
     chosen = (replace(TEACHERS[0], summary_weight=0.5, spatial_weight=2.0), *TEACHERS[1:])
-    lesson = lesson_of(teachers, images, side)
-    losses = losses_of(DistillationLoss(model, chosen, LossConfig()), lesson)
+    batch = batch_of(teachers, images, side)
+    losses = losses_of(DistillationLoss(model, chosen, LossConfig()), batch)
     weights = {"clip": (0.5, 2.0), "dense": (1.0, 1.0), "sam": (0.0, 1.0)}
     total = 0.0
     for name, (summary_weight, spatial_weight) in weights.items():
-        view, target = model(resize_images(images, (side, side))), lesson.targets[name]
+        view, target = model(resize_images(images, (side, side))), batch.targets[name]
         parts = teacher_losses(model.adapt(name, view, target.grid), target, LossConfig())
         assert losses.parts[f"{name}/summary"] == pytest.approx(parts.summary.mean().item(), rel=1e-6)
         assert losses.parts[f"{name}/spatial"] == pytest.approx(parts.spatial.mean().item(), rel=1e-6)
@@ -93,21 +95,21 @@ def test_the_loss_is_the_weighted_sum(
     assert set(losses.parts) == {f"{name}/{kind}" for name in weights for kind in ("summary", "spatial")}
 
 
-def test_only_the_lessons_own_teachers_are_asked(
+def test_only_the_batchs_own_teachers_are_asked(
     model: RadioModel, teachers: dict[str, Teacher], images: Tensor
 ) -> None:
     del model.adaptors["sam"]
     two = {name: teachers[name] for name in ("clip", "dense")}
-    losses = losses_of(DistillationLoss(model, TEACHERS, LossConfig()), lesson_of(two, images))
+    losses = losses_of(DistillationLoss(model, TEACHERS, LossConfig()), batch_of(two, images))
     assert {name.partition("/")[0] for name in losses.parts} == {"clip", "dense"}
 
 
 def test_gradients_are_finite_everywhere_and_sams_summary_head_gets_none(
     model: RadioModel, teachers: dict[str, Teacher], images: Tensor
 ) -> None:
-    distiller = DistillationLoss(model, TEACHERS, LossConfig())
+    loss = DistillationLoss(model, TEACHERS, LossConfig())
     crops = model.sample_crops(4, torch.Generator().manual_seed(1))
-    losses_of(distiller, lesson_of(teachers, images), crops, detail=True).total.backward()
+    losses_of(loss, batch_of(teachers, images), crops, detail=True).total.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
@@ -117,26 +119,26 @@ def test_gradients_are_finite_everywhere_and_sams_summary_head_gets_none(
 def test_details_are_computed_only_when_asked_for(
     model: RadioModel, teachers: dict[str, Teacher], images: Tensor
 ) -> None:
-    distiller, lesson = DistillationLoss(model, TEACHERS, LossConfig()), lesson_of(teachers, images)
-    plain, detailed = losses_of(distiller, lesson), losses_of(distiller, lesson, detail=True)
+    loss, batch = DistillationLoss(model, TEACHERS, LossConfig()), batch_of(teachers, images)
+    plain, detailed = losses_of(loss, batch), losses_of(loss, batch, detail=True)
     assert torch.equal(plain.total, detailed.total)
     assert plain.details == {}
     assert set(detailed.details) == {f"{name}/centred_cosine" for name in SIZES}
     assert all(not part.requires_grad for part in (*detailed.parts.values(), *detailed.details.values()))
 
 
-def test_the_gradients_of_the_parts_of_a_lesson_are_those_of_the_whole(
+def test_the_gradients_of_the_parts_of_a_batch_are_those_of_the_whole(
     model: RadioModel, teachers: dict[str, Teacher], images: Tensor
 ) -> None:
-    distiller, lesson = DistillationLoss(model, TEACHERS, LossConfig()), lesson_of(teachers, images)
+    loss, batch = DistillationLoss(model, TEACHERS, LossConfig()), batch_of(teachers, images)
     crops = model.sample_crops(4, torch.Generator().manual_seed(1))
-    losses_of(distiller, lesson, crops).total.backward()
+    losses_of(loss, batch, crops).total.backward()
     whole = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
     model.zero_grad()
-    parts = in_parts(lesson, crops, 2)
-    assert [len(part.lesson.images) for part in parts] == [2, 2]
-    for lesson, share in parts:
-        (losses_of(distiller, lesson, share).total / 2).backward()
+    parts = batch._replace(crops=crops).split(2)
+    assert [len(part.images) for part in parts] == [2, 2]
+    for part in parts:
+        (losses_of(loss, part, part.crops).total / 2).backward()
     for wanted, parameter in zip(whole, model.parameters(), strict=True):
         assert parameter.grad is not None
         assert torch.allclose(parameter.grad, wanted, rtol=1e-4, atol=1e-6)
@@ -145,14 +147,13 @@ def test_the_gradients_of_the_parts_of_a_lesson_are_those_of_the_whole(
 def test_the_window_of_the_step(teachers: dict[str, Teacher], images: Tensor) -> None:
     adaptors = (AdaptorConfig(name="clip", summary_dim=12, token_dim=24),)
     model = build(ModelConfig(student="vitdet-tiny12", adaptors=adaptors), 0)
-    distiller = DistillationLoss(model, (TeacherConfig(name="clip", model="tiny:clip"),), LossConfig())
-    lesson = lesson_of({"clip": teachers["clip"]}, images, 96)
+    loss = DistillationLoss(model, (TeacherConfig(name="clip", model="tiny:clip"),), LossConfig())
+    batch = batch_of({"clip": teachers["clip"]}, images, 96)
     spatial = {
-        window: losses_of(distiller, lesson, None, window).parts["clip/spatial"].item()
-        for window in (2, 4, None)
+        window: losses_of(loss, batch, None, window).parts["clip/spatial"].item() for window in (2, 4, None)
     }
     view: Features = model.with_window(2)(resize_images(images, (96, 96)))
-    target = lesson.targets["clip"]
+    target = batch.targets["clip"]
     by_hand = teacher_losses(model.adapt("clip", view, (5, 5)), target, LossConfig())
     assert spatial[2] == pytest.approx(by_hand.spatial.mean().item(), rel=1e-6)
     assert spatial[None] == spatial[4] != spatial[2]  # the student's own window is 4

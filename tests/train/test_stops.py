@@ -20,8 +20,10 @@ from rich.console import Console
 from radio import config as settings_files
 from radio import model as radio_model
 from radio.dist import Group
-from train import learner, state, step, trainer
+from train import checkpoints as state
+from train import losses, trainer
 from train.config import TrainConfig
+from train.distributed import DistributedStudent
 from train.trainer import Trainer
 
 from .conftest import CPU, same_weights, untimed
@@ -29,23 +31,23 @@ from .conftest import CPU, same_weights, untimed
 pytestmark = pytest.mark.slow
 
 # Where a run may be stopped: in a step, while a state is gathered, written, hashed, named and pruned.
-PLACES: tuple[tuple[ModuleType, str], ...] = (
+PLACES: tuple[tuple[ModuleType | type, str], ...] = (
     (trainer, "teacher_features"),
-    (learner, "learning_rate"),
-    (step, "teacher_losses"),
-    (learner, "moments"),
-    (learner, "gather_weights"),
+    (trainer, "learning_rate"),
+    (losses, "teacher_losses"),
+    (trainer, "moments"),
+    (DistributedStudent, "gather"),
     (state, "async_save"),
     (radio_model.checkpoint, "write_bytes"),
     (state, "_sha256"),
     (state, "write_text"),
     (settings_files, "write_bytes"),
     (state, "_sync"),
-    (state, "_states"),
+    (state, "_list_states"),
 )
 
 
-def run_in_a_process(config: TrainConfig, stop: tuple[ModuleType, str, int, int] | None) -> int | None:
+def run_in_a_process(config: TrainConfig, stop: tuple[ModuleType | type, str, int, int] | None) -> int | None:
     """The exit code of a run of its own, stopped at the n-th call of a function by a signal."""
 
     def work() -> None:

@@ -12,8 +12,8 @@ import pytest
 
 from radio.errors import CheckpointError, DataError
 from train.config import DataConfig, TeacherConfig, TrainConfig
-from train.data.faults import LOG_KEYS
-from train.sampling import image_at, seed_of
+from train.data.crops import image_at, seed_of
+from train.data.errors import LOG_KEYS
 from train.trainer import Trainer
 
 from .conftest import TEACHERS, Start, fill_shard, read_records, same_weights, untimed
@@ -90,14 +90,14 @@ class StoppedError(Exception):
 
 def stopped(run: Trainer, step: int) -> None:
     """Train up to a step and no further."""
-    genuine = run.advance
+    genuine = run.train_step
 
     def advance(batch: object) -> None:
         if run.step == step:
             raise StoppedError
         genuine(batch)  # type: ignore[arg-type]
 
-    run.advance = advance  # type: ignore[method-assign]
+    run.train_step = advance  # type: ignore[method-assign]
     with pytest.raises(StoppedError):
         run.train()
 

@@ -12,10 +12,9 @@ from torch import nn
 
 from radio.hub import load_teacher, outline_teacher
 from radio.types import Teacher
-from train.assembly import load_teachers
 from train.config import CacheConfig, TeacherConfig, TrainConfig
 from train.plan import _without_fast_paths, bytes_of
-from train.teacher_weights import halve, make_lean
+from train.setup import halve, load_teachers, make_lean
 
 CPU = torch.device("cpu")
 

@@ -20,8 +20,8 @@ from radio.students import StudentOptions
 from radio.students.vit import ViT
 from train import trainer as module
 from train.config import DataConfig, TrainConfig
+from train.data.crops import draw_window
 from train.optim import learning_rate
-from train.sampling import draw_window
 from train.trainer import Trainer
 
 from .conftest import TEACHERS, Start, fill_folder, losses_of, read_records, same_weights, untimed
@@ -101,13 +101,13 @@ def test_loader_processes_end_well(
     """One that is forked by the thread in which the teachers work fails as it ends, and torch may notice."""
     workers: set[Any] = set()
     run = start(config, data=replace(config.data, workers=2), steps=16)  # a worker at its end is gone
-    genuine = run.advance
+    genuine = run.train_step
 
     def watched(batch: module.Batch) -> None:
         workers.update(multiprocessing.active_children())
         genuine(batch)
 
-    monkeypatch.setattr(run, "advance", watched)
+    monkeypatch.setattr(run, "train_step", watched)
     run.train()
     assert [worker.exitcode for worker in workers] == [0, 0]
 
@@ -122,14 +122,14 @@ def test_the_runs_own_settings_file_runs_it_again(config: TrainConfig, start: St
 def test_the_average_of_the_weights(config: TrainConfig, start: Start) -> None:
     run = start(config, ema=0.75, save_every=4, steps=7)
     wanted = {name: weight.detach().clone() for name, weight in run.model.named_parameters()}
-    genuine = run.advance
+    genuine = run.train_step
 
     def watched(batch: module.Batch) -> None:
         genuine(batch)
         for name, weight in run.model.named_parameters():
             wanted[name] = 0.75 * wanted[name] + 0.25 * weight.detach()
 
-    run.advance = watched  # type: ignore[method-assign]
+    run.train_step = watched  # type: ignore[method-assign]
     run.train()
     found = checkpoint.load(config.out / "ckpt-ema.pt").tensors
     assert all(torch.allclose(found[name], tensor, atol=1e-6) for name, tensor in wanted.items())

@@ -37,7 +37,7 @@ from .tiny_teachers import tiny
     ("name", "call", "log_every", "step"),
     [
         ("teacher_features", 9, 4, 5),
-        ("gather_weights", 2, 1, 5),  # in the save of step 10
+        ("gather", 2, 1, 5),  # in the save of step 10
         ("learning_rate", 22, 4, 10),  # asked for both groups of parameters
     ],
 )
@@ -162,13 +162,13 @@ def test_steps_that_are_not_finite_are_left_out_and_named(
     poison(monkeypatch, (3, 4, 8), ("dense", "sam"))
     run = start(config, log_every=4, ema=0.5)
     weights: list[Tensor] = []
-    genuine = run.advance
+    genuine = run.train_step
 
     def watched(batch: module.Batch) -> None:
         genuine(batch)
         weights.append(next(run.model.parameters()).detach().clone())
 
-    monkeypatch.setattr(run, "advance", watched)
+    monkeypatch.setattr(run, "train_step", watched)
     run.train()
     moved = [not torch.equal(a, b) for a, b in pairwise(weights)]
     assert moved == [step not in (3, 4, 8) for step in range(2, 13)]
@@ -235,14 +235,14 @@ def test_a_run_that_is_asked_to_stop_saves_and_ends_like_an_undisturbed_one(
     start(config, log_every=4, out=config.out / "whole").train()
     for name, step in ((signal.SIGTERM, 6), (signal.SIGUSR1, 7)):
         run = start(config, log_every=4)
-        genuine = run.advance
+        genuine = run.train_step
 
         def asked(batch: module.Batch, run: Trainer = run, genuine: Any = genuine, name: Any = name) -> None:
             genuine(batch)
             if run.step + 1 == step:  # noqa: B023 (called in this turn)
                 os.kill(os.getpid(), name)
 
-        monkeypatch.setattr(run, "advance", asked)
+        monkeypatch.setattr(run, "train_step", asked)
         run.train()
         assert (run.step, run.stopped) == (step, True)
     run = start(config, log_every=4)

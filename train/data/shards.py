@@ -1,26 +1,32 @@
-"""WebDataset shards by name: expand patterns, and open a local or remote shard at a byte position."""
+"""WebDataset shards: expand patterns to names, open a shard at a byte position, and read a lane's images."""
 
 from __future__ import annotations
 
+import hashlib
 import stat
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple, final
 
+from torch import Tensor
 from webdataset.tariterators import base_plus_ext
 
-from radio.errors import ConfigError, shown
-from radio.images import IMAGE_ENDINGS
+from radio.errors import ConfigError, DataError, shown
+from radio.images import IMAGE_ENDINGS, MAX_IMAGE_BYTES, decode
 from radio.io import MAX_NAMES, MAX_NAMES_LETTERS, expand_braces
 from radio.tar import dots_note
 
-from .faults import ShardError
+from .crops import image_at
+from .errors import ReadError, ReadStats, ShardError
 from .remote import check_installed, check_url, open_remote, scheme_of
-from .tar import TarStream
+from .tar import Member, TarStream
 
 _READ_AHEAD = 1 << 18
+_MAX_BARREN = 100  # shards in a row without an image, for one lane
+_FEW, _LONG = 3, 600.0  # or fewer, after so many seconds: the network is down
 
 
 def expand(patterns: Iterable[str]) -> tuple[str, ...]:
@@ -33,14 +39,14 @@ def expand(patterns: Iterable[str]) -> tuple[str, ...]:
     names: list[str] = []
     letters = 0
     for pattern in patterns:
-        found = _names(pattern)
-        for name in found:
+        new = _names(pattern)
+        for name in new:
             if scheme_of(name):
                 check_url(name, pattern)
-        for scheme in sorted({*map(scheme_of, found)}):
+        for scheme in sorted({*map(scheme_of, new)}):
             check_installed(scheme)
-        names += found
-        letters += sum(map(len, found))
+        names += new
+        letters += sum(map(len, new))
         if len(names) > MAX_NAMES or letters > MAX_NAMES_LETTERS:
             raise ConfigError(
                 f"more than {MAX_NAMES:,} shards, or {MAX_NAMES_LETTERS:,} letters in their names; pack more "
@@ -206,3 +212,159 @@ def _file(name: str, position: int) -> IO[bytes]:
     file = path.open("rb", buffering=_READ_AHEAD)
     file.seek(position)
     return file
+
+
+class Sample(NamedTuple):
+    """One decoded image, before cropping."""
+
+    image: Tensor  # uint8 [3, H, W]
+    key: str  # shard and name, or number
+
+
+@final
+class Shards:
+    """WebDataset shards; every file with an image's extension is a sample.
+
+    The shards are shuffled in every epoch and dealt to the lanes round-robin. If there are fewer shards than
+    lanes, each is split into as many parts as needed, of every n-th image.
+    """
+
+    count = None
+
+    def __init__(self, pattern: str, names: Sequence[str]) -> None:
+        self.pattern, self.names = pattern, names
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the shards' names without their folders, so that the data can move."""
+        text = "\n".join(map(short_name, self.names))
+        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+    @property
+    def sources(self) -> list[dict[str, Any]]:
+        """Their entries in a checkpoint's metadata."""
+        known = {"path": self.pattern, "fingerprint": self.fingerprint, "shards": len(self.names)}
+        return [{**known, "labels_used": False}]
+
+    def open(self, lane: int, lanes: int, place: Sequence[int], seed: int) -> ShardReader:
+        """Open a lane's reader of them at a position."""
+        return ShardReader(self.names, lane, lanes, place, seed)
+
+
+@final
+class ShardReader:
+    """One lane's reader of shards; its position is a shard's part, a byte and a number of images."""
+
+    def __init__(self, names: Sequence[str], lane: int, lanes: int, place: Sequence[int], seed: int) -> None:
+        self._names, self._lane, self._lanes, self._seed = names, lane, lanes, seed
+        self._parts = -(-lanes // len(names))
+        self._num_distinct = len(set(names))
+        self._unit, self._offset, self._seen = (int(number) for number in place)
+        self._tar: TarStream | None = None
+        self._left_out = LeftOut()
+        self._why = ""  # why the last part gave no further image
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """Finished parts of shards, the byte of the next header, and the images before it."""
+        return self._unit, self._offset, self._seen
+
+    def close(self) -> None:
+        """Close the shard."""
+        if self._tar is not None:
+            self._tar.close()
+        self._tar = None
+
+    def take(self, stats: ReadStats) -> Sample:
+        """Read the next readable image.
+
+        Raises:
+            DataError: too many shards in a row had none, or they took too long.
+        """
+        start = time.monotonic()
+        failed: set[str] = set()  # shards without any image
+        for tried in range(1, _MAX_BARREN + 1):
+            unit = image_at(self._lane + self._unit * self._lanes, len(self._names) * self._parts, self._seed)
+            name, part = self._names[unit // self._parts], unit % self._parts
+            try:
+                if (sample := self._read_shard(name, part, stats)) is not None:
+                    return sample
+            except (ShardError, OSError) as error:
+                self._why = str(error)
+                if not self._seen:
+                    failed.add(name)
+                if part == 0:  # each part's lane meets the damage; only one reports it
+                    cause = error.cause if isinstance(error, ShardError) else "unreadable"
+                    stats.errors.append(ReadError(cause, name, str(error)))
+            self.close()
+            self._unit, self._offset, self._seen = self._unit + 1, 0, 0
+            late = tried >= _FEW and time.monotonic() - start > _LONG
+            if late or len(failed) == self._num_distinct:
+                break
+        raise DataError(
+            f"no image in {tried} shards in a row, the last {shown(name)} ({self._why}); check the data"
+        )
+
+    def _read_shard(self, name: str, part: int, stats: ReadStats) -> Sample | None:
+        """Read the next image of a shard's part; None at its end.
+
+        Raises:
+            ShardError, OSError: the shard is damaged, or holds no images.
+        """
+        tar = self._tar or self._open(name, part, stats)
+        while (member := self._next_member(tar, name, part)) is not None:
+            if self._left_out.see(member.name):
+                sample = self._decode(tar, member, name, part, stats)
+                if sample is not None:
+                    return sample
+        note = outline(name).note if self._jumps(tar) else note_on(self._left_out, tar)
+        if not self._seen:
+            raise ShardError("empty", f"holds no images{note and f': {note}'}")
+        if note and part == 0:
+            stats.errors.append(ReadError("left out", name, note))
+        return None
+
+    def _open(self, name: str, part: int, stats: ReadStats) -> TarStream:
+        """Open a shard at its start, or continue within it."""
+        at_start = self._offset == 0
+        stats.shards += at_start and part == 0
+        self._tar = open_shard(name, self._offset)
+        self._left_out, self._why = LeftOut(whole=at_start), "a lane's part of it holds none"
+        if at_start and part == 0 and self._jumps(self._tar) and (note := outline(name).note):
+            stats.errors.append(ReadError("left out", name, note))  # known beforehand
+        return self._tar
+
+    def _jumps(self, tar: TarStream) -> bool:
+        return self._parts > 1 and tar.seeks
+
+    def _next_member(self, tar: TarStream, name: str, part: int) -> Member | None:
+        """Read the next file of the shard, or seek to this part's next image where that is possible."""
+        if not self._jumps(tar):
+            return tar.next()
+        images, end, _ = outline(name)
+        self._seen = min(self._seen + (part - self._seen) % self._parts, len(images))
+        at_end = self._seen == len(images)
+        tar.jump(end if at_end else images[self._seen])
+        member = tar.next()
+        if at_end and member is not None:
+            raise ShardError("unreadable", "has been changed while it was read")
+        return member
+
+    def _decode(
+        self, tar: TarStream, member: Member, shard: str, part: int, stats: ReadStats
+    ) -> Sample | None:
+        """Decode an image of the shard; None where it is another lane's or cannot be decoded."""
+        local = self._seen % self._parts == part
+        small = member.size <= MAX_IMAGE_BYTES
+        data = tar.read(member) if local and small else b""
+        self._seen, self._offset = self._seen + 1, member.end
+        if not local:
+            return None
+        try:
+            if not small:
+                raise DataError(f"has {member.size} bytes, and the limit is {MAX_IMAGE_BYTES}")
+            return Sample(decode(data), f"{short_name(shard)}/{member.name}")
+        except DataError as error:
+            stats.errors.append(ReadError("image", f"{shard}/{member.name}", str(error)))
+            self._why = f"its images cannot be decoded: {error}"
+            return None

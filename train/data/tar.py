@@ -13,7 +13,7 @@ from typing import IO, NamedTuple
 
 from radio.errors import shown
 
-from .faults import ShardError
+from .errors import ShardError
 
 _BLOCK = 512
 _SKIPPED_AT_ONCE = 1 << 20  # bytes, in a stream that cannot seek

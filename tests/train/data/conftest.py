@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
+from radio.dist import Group
 from train.config import DataConfig, TeacherConfig, TrainConfig
-from train.data.lanes import assign_lanes, beginning, lanes_of
-from train.data.sources import open_sources
-from train.data.stream import Rows, Share, open_stream
-from train.partition import Partition, make_partition
+from train.data.loader import Loader, Rows, Share, open_stream, share_evenly
+from train.data.streams import assign_lanes, open_sources
+from train.groups import Partition, make_partition
 
-from ..conftest import image_bytes
+from ..conftest import CPU, image_bytes
 
 SIDE = 16
 
@@ -72,6 +72,13 @@ def settings(data: DataConfig, batch_size: int = 8, others: int | None = None) -
     )
 
 
+def loader_of(config: TrainConfig, partition: Partition, rank: int, out: Path) -> Loader:
+    """The loader of one of a run's ranks, as if it were alone."""
+    config = replace(config, out=out)
+    sides = [SIDE] * len(partition.groups)
+    return Loader(config, partition, Group(rank), open_sources(config.data), sides, CPU, print)
+
+
 Follow = Callable[..., Iterator[tuple[Rows, ...]]]
 
 
@@ -90,8 +97,8 @@ def follow(
     sources = open_sources(config.data)
     shares = []
     for number, each in enumerate(assign_lanes(config, partition)):
-        if rank in partition.groups[each.group].ranks:
-            start = beginning(each, len(sources)) if cursors is None else cursors[number]
-            lanes = lanes_of(each, partition, rank)
+        if lanes := each.local(partition, rank):
+            start = each.zeros(len(sources)) if cursors is None else cursors[number]
             shares.append(Share(each, lanes, SIDE, start[lanes.start : lanes.stop]))
-    return open_stream(sources, shares, replace(config.data, workers=workers), config.seed, steps, pin=pin)
+    workers = share_evenly(workers, [len(share.lanes) for share in shares])
+    return open_stream(sources, shares, config.data, config.seed, steps, workers, pin=pin)

@@ -19,7 +19,7 @@ from hypothesis import settings as effort
 from radio.errors import ConfigError
 from train.config import DataConfig
 from train.data import remote as module
-from train.data.faults import ShardError
+from train.data.errors import ShardError
 from train.data.remote import scheme_of
 from train.data.shards import LeftOut, expand, is_image, open_shard, outline, runs_program
 
@@ -200,7 +200,7 @@ def test_a_run_may_read_through_pipes(tmp_path: Path) -> None:
     wanted = [step[0].keys for step in follow(local, range(6))]
     first = list(follow(piped, range(3)))
     assert [step[0].keys for step in first] == wanted[:3]
-    rest = follow(piped, range(3, 6), cursors=[first[-1][0].mark.cursors], workers=1)
+    rest = follow(piped, range(3, 6), cursors=[first[-1][0].place.cursors], workers=1)
     assert [step[0].keys for step in rest] == wanted[3:]
 
 

@@ -16,8 +16,9 @@ import pytest
 
 from radio.errors import ConfigError, DataError
 from train.config import DataConfig
-from train.data.faults import FaultList, ReadError, ShardError
-from train.data.sources import Shards, open_sources
+from train.data.errors import ErrorList, ReadError, ShardError
+from train.data.shards import Shards
+from train.data.streams import open_sources
 from train.data.tar import TarStream
 
 from ..conftest import fill_folder, image_bytes
@@ -51,9 +52,9 @@ def test_what_cannot_be_read_is_counted_exactly(tmp_path: Path, lanes: int, work
     seen: Counter[str] = Counter()
     begun = 0
     for step in follow(config, range(13), workers=workers):  # 104 images: 8 epochs of 13
-        faults.update(named(step[0].mark.faults))
+        faults.update(named(step[0].place.errors))
         seen.update(step[0].keys)
-        begun += step[0].mark.shards
+        begun += step[0].place.shards
     assert set(faults) == {
         ("truncated", f"{tmp_path}/2.tar"),
         ("image", f"{tmp_path}/3.tar/00031.jpg"),
@@ -73,14 +74,14 @@ def test_what_cannot_be_read_is_counted_exactly(tmp_path: Path, lanes: int, work
 def test_counts_go_on_after_a_stop(tmp_path: Path) -> None:
     config = settings(DataConfig(shards=(damaged(tmp_path),), num_streams=4))
     whole = list(follow(config, range(12)))
-    counted = [len(step[0].mark.faults) for step in whole]
+    counted = [len(step[0].place.errors) for step in whole]
     assert sum(counted) > 10
     for stop in range(1, 12):
-        rest = list(follow(config, range(stop, 12), cursors=[whole[stop - 1][0].mark.cursors]))
-        assert [named(step[0].mark.faults) for step in rest] == [
-            named(step[0].mark.faults) for step in whole[stop:]
+        rest = list(follow(config, range(stop, 12), cursors=[whole[stop - 1][0].place.cursors]))
+        assert [named(step[0].place.errors) for step in rest] == [
+            named(step[0].place.errors) for step in whole[stop:]
         ]
-        assert [step[0].mark.shards for step in rest] == [step[0].mark.shards for step in whole[stop:]]
+        assert [step[0].place.shards for step in rest] == [step[0].place.shards for step in whole[stop:]]
 
 
 def test_a_broken_image_is_followed_by_the_lanes_next(tmp_path: Path) -> None:
@@ -95,7 +96,7 @@ def test_broken_images_of_a_folder_are_passed_over(tmp_path: Path) -> None:
     folder = fill_folder(tmp_path / "mixed", 9, broken=3)
     config = settings(DataConfig(images=(folder,)), batch_size=3)
     rows = [step[0] for step in follow(config, range(12))]
-    faults = Counter(chain.from_iterable(each.mark.faults for each in rows))
+    faults = Counter(chain.from_iterable(each.place.errors for each in rows))
     assert {fault.where for fault in faults} == {f"{folder}/z{n:03d}.jpg" for n in range(3)}
     assert {fault.cause for fault in faults} == {"image"}
     assert Counter(chain.from_iterable(each.keys for each in rows)).keys() == set(map(str, range(9)))
@@ -125,7 +126,7 @@ def test_images_that_are_not_samples_are_told(tmp_path: Path, lanes: int, piped:
     config = settings(DataConfig(shards=(pattern,), num_streams=lanes), batch_size=4)
     rows = [step[0] for step in follow(config, range(6))]
     assert len(set(chain.from_iterable(each.keys for each in rows))) == 4
-    assert {fault for each in rows for fault in each.mark.faults} == {
+    assert {fault for each in rows for fault in each.place.errors} == {
         ReadError(
             "left out",
             pattern,
@@ -142,14 +143,16 @@ def test_a_shard_of_no_samples_says_why(tmp_path: Path) -> None:
 
 
 def test_a_image_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.data.sources.MAX_IMAGE_BYTES", 2000)
+    monkeypatch.setattr("train.data.shards.MAX_IMAGE_BYTES", 2000)
     good = image_bytes(0, "JPEG", (20, 24))
     assert len(good) < 2000
     path = pack(tmp_path / "a.tar", [("0.jpg", good), ("1.jpg", b"x" * 2001), ("2.jpg", good)])
     config = settings(DataConfig(shards=(str(path),), num_streams=1), batch_size=2)
     (rows,), *_ = follow(config, range(1))
     assert rows.keys == ("a.tar/0.jpg", "a.tar/2.jpg")
-    assert rows.mark.faults == (ReadError("image", f"{path}/1.jpg", "has 2001 bytes, and the limit is 2000"),)
+    assert rows.place.errors == (
+        ReadError("image", f"{path}/1.jpg", "has 2001 bytes, and the limit is 2000"),
+    )
 
 
 @pytest.mark.parametrize("lanes", [1, 4])
@@ -165,7 +168,7 @@ def test_a_damaged_header_ends_a_shard(tmp_path: Path, case: tuple[str, bytes, s
     config = settings(DataConfig(shards=(str(path),), num_streams=lanes), batch_size=4)
     rows = [step[0] for step in follow(config, range(6))]
     assert set(chain.from_iterable(each.keys for each in rows)) == {f"a.tar/{n}.jpg" for n in range(3)}
-    faults = {fault for each in rows for fault in each.mark.faults}
+    faults = {fault for each in rows for fault in each.place.errors}
     assert {(fault.cause, fault.where) for fault in faults} == {("unreadable", str(path))}
     assert all(re.search(case[2], fault.why) for fault in faults)
 
@@ -176,7 +179,7 @@ def test_a_shard_that_changes_while_it_is_read_is_told(tmp_path: Path) -> None:
     steps = follow(config, range(20))
     next(steps)
     pack_images(path, 0, 9)
-    faults = [fault for step in steps for fault in step[0].mark.faults]
+    faults = [fault for step in steps for fault in step[0].place.errors]
     assert faults
     assert {fault.cause for fault in faults} == {"unreadable"}
 
@@ -190,7 +193,7 @@ def test_no_shard_is_asked_for_again_when_all_have_failed(
         asked[name] += 1
         raise ShardError("unreadable", "no network")
 
-    monkeypatch.setattr("train.data.sources.open_shard", refuse)
+    monkeypatch.setattr("train.data.shards.open_shard", refuse)
     for count, most in ((1, 1), (4, 100)):
         asked.clear()
         names = tuple(f"https://host/{n}.tar" for n in range(count))
@@ -222,11 +225,11 @@ def test_an_image_damaged_in_any_way_is_counted(tmp_path: Path, damaged: bytes) 
     config = settings(DataConfig(shards=(str(path),), num_streams=1), batch_size=2)
     (rows,), *_ = follow(config, range(1))
     assert rows.keys == ("a.tar/0.jpg", "a.tar/2.jpg")
-    assert [(fault.cause, fault.where) for fault in rows.mark.faults] == [("image", f"{path}/1.png")]
+    assert [(fault.cause, fault.where) for fault in rows.place.errors] == [("image", f"{path}/1.png")]
 
 
 def test_shards_that_take_too_long_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.data.sources._LONG", -1.0)
+    monkeypatch.setattr("train.data.shards._LONG", -1.0)
     config = settings(DataConfig(shards=(f"{tmp_path}/{{0..9}}.tar",)))
     with pytest.raises(DataError, match=r"no image in 3 shards in a row, the last .* \(no such shard\)"):
         list(follow(config, range(1)))
@@ -242,8 +245,8 @@ def test_names_that_are_not_utf_8_are_read(tmp_path: Path) -> None:
         assert rows.keys == tuple(f"{name}.tar/{name}{n}.jpg" for n in range(3))
     assert len(open_sources(config.data).fingerprint) == 64
     told: list[str] = []
-    FaultList(tmp_path / "broken.jsonl", told.append).add(
-        fault for (rows,) in follow(config, range(2)) for fault in rows.mark.faults
+    ErrorList(tmp_path / "broken.jsonl", told.append).add(
+        fault for (rows,) in follow(config, range(2)) for fault in rows.place.errors
     )
     assert json.loads((tmp_path / "broken.jsonl").read_text())["where"].endswith("/caf\\udce99.jpg")
 

@@ -7,6 +7,7 @@ import resource
 from collections import Counter
 from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,18 +15,16 @@ from hypothesis import HealthCheck, given, strategies
 from hypothesis import settings as effort
 from torch.utils.data import DataLoader
 
-from radio.dist import Group
 from radio.errors import ConfigError, DataError, SizeError
 from radio.images import decode
 from train.config import DataConfig
-from train.crops import random_view
-from train.data.lanes import assign_lanes, gathered, lanes_of
-from train.data.sources import open_sources
-from train.data.stream import Rows, make_room_for_files, rows_of
-from train.partition import make_partition
+from train.data.crops import random_view
+from train.data.loader import Rows, make_room_for_files, rows_of
+from train.data.streams import assign_lanes, open_sources
+from train.groups import make_partition
 
 from ..conftest import image_bytes
-from .conftest import SIDE, follow, settings
+from .conftest import SIDE, follow, loader_of, settings
 
 
 def keys(rows: list[tuple[Rows, ...]]) -> list[tuple[str, ...]]:
@@ -99,7 +98,7 @@ def test_ranks_and_workers_change_nothing(shards: str, kind: str, world: int, pl
                 assert tuple(chain.from_iterable(part.keys for part in parts)) == wanted[number].keys
                 assert torch.equal(torch.cat([part.pixels for part in parts]), wanted[number].pixels)
                 assert torch.equal(
-                    torch.cat([part.mark.cursors for part in parts]), wanted[number].mark.cursors
+                    torch.cat([part.place.cursors for part in parts]), wanted[number].place.cursors
                 )
 
 
@@ -111,17 +110,17 @@ def test_a_stream_goes_on_from_anywhere(shards: str, data: strategies.DataObject
     workers = data.draw(strategies.sampled_from([0, 0, 0, 1]))
     config = settings(DataConfig(shards=(shards,), scenes=20, weights=(3, 1), num_streams=lanes), 8, others=4)
     whole = list(follow(config, range(12)))
-    cursors = [rows.mark.cursors for rows in whole[stop - 1]]
+    cursors = [rows.place.cursors for rows in whole[stop - 1]]
     rest = list(follow(config, range(stop, 12), cursors=cursors, workers=workers))
     assert keys(rest) == keys(whole[stop:])
     for one, other in zip(chain(*rest), chain(*whole[stop:]), strict=True):
         assert torch.equal(one.pixels, other.pixels)
-        assert torch.equal(one.mark.cursors, other.mark.cursors)
+        assert torch.equal(one.place.cursors, other.place.cursors)
 
 
 def test_what_was_read_is_not_read_again(shards: str, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[tuple[str, int]] = []
-    from train.data import sources as module
+    from train.data import shards as module
 
     genuine = module.open_shard
 
@@ -138,9 +137,9 @@ def test_what_was_read_is_not_read_again(shards: str, monkeypatch: pytest.Monkey
     assert len(once) == len(set(once)) == 56
     read.clear()
     before = list(follow(config, range(4)))
-    list(follow(config, range(4, 7), cursors=[before[-1][0].mark.cursors]))
+    list(follow(config, range(4, 7), cursors=[before[-1][0].place.cursors]))
     assert sorted(read) == sorted(once)
-    assert torch.equal(before[-1][0].mark.cursors, whole[3][0].mark.cursors)
+    assert torch.equal(before[-1][0].place.cursors, whole[3][0].place.cursors)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -154,7 +153,7 @@ def test_a_batch_is_joined_into_page_locked_memory(
         buffers.append(torch.empty(shape, dtype=torch.uint8))
         return buffers[-1]
 
-    monkeypatch.setattr("train.data.stream._page_locked", page_locked)
+    monkeypatch.setattr("train.data.loader._page_locked", page_locked)
     config = settings(DataConfig(shards=(shards,)), batch_size=8, others=4)
     steps = list(follow(config, range(3), workers=workers, pin=True))
     rows = list(chain.from_iterable(steps))
@@ -163,7 +162,7 @@ def test_a_batch_is_joined_into_page_locked_memory(
     for row, wanted in zip(rows, chain.from_iterable(follow(config, range(3))), strict=True):
         assert torch.equal(row.pixels, wanted.pixels)
         assert row.keys == wanted.keys
-        assert torch.equal(row.mark.cursors, wanted.mark.cursors)
+        assert torch.equal(row.place.cursors, wanted.place.cursors)
 
 
 class Failing(torch.utils.data.Dataset[int]):
@@ -206,7 +205,7 @@ def test_a_loader_process_that_has_ended_is_one_error() -> None:
 
 def test_there_is_room_for_what_is_read_ahead(shards: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr("train.data.stream.make_room_for_files", asked.append)
+    monkeypatch.setattr("train.data.loader.make_room_for_files", asked.append)
     next(iter(follow(settings(DataConfig(shards=(shards,)), 8, others=4), range(1), workers=2)))
     assert asked == [2 * 4 * 2 * 2]  # processes, steps, tensors, groups
 
@@ -227,21 +226,19 @@ def test_weights_are_shares_of_every_stretch(shards: str) -> None:
     assert seen["scenes"] == pytest.approx(240, abs=32)
 
 
-def test_cursors_of_all_ranks_come_together(shards: str) -> None:
+def test_cursors_of_all_ranks_come_together(shards: str, tmp_path: Path) -> None:
     config = settings(DataConfig(shards=(shards,)), batch_size=8, others=4)
     whole = list(follow(config, range(3)))[-1]
     shared = make_partition(config, 3)
-    deals = assign_lanes(config, shared)
-    total = None
+    assignments = assign_lanes(config, shared)
+    total = [each.zeros(1) for each in assignments]
     for rank in range(3):
-        own = list(follow(config, range(3), partition=shared, rank=rank))[-1]
-        mine = shared.of(rank)
-        parts = [own[mine.index(g)].mark.cursors if g in mine else None for g in shared.groups]
-        part = gathered(parts, deals, shared, Group(rank), 1)
-        total = part if total is None else [a + b for a, b in zip(total, part, strict=True)]
-    assert total is not None
-    assert all(torch.equal(a, b.mark.cursors) for a, b in zip(total, whole, strict=True))
-    assert [len(lanes_of(each, shared, shared.groups[each.group].ranks[0])) for each in deals] == [
+        loader = loader_of(config, shared, rank, tmp_path)
+        for _ in loader.batches(97, lambda group, images: {}, ahead=rank == 1):  # three steps
+            pass
+        total = [a + torch.tensor(b) for a, b in zip(total, loader.state_dict()["cursors"], strict=True)]
+    assert all(torch.equal(a, b.place.cursors) for a, b in zip(total, whole, strict=True))
+    assert [len(each.local(shared, shared.groups[each.group].ranks[0])) for each in assignments] == [
         8 // len(shared.groups[0].ranks),
         4 // len(shared.groups[1].ranks),
     ]

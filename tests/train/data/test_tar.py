@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, strategies
 from hypothesis import settings as effort
 
-from train.data.faults import ShardError
+from train.data.errors import ShardError
 from train.data.tar import TarStream
 
 from .conftest import pack

@@ -18,11 +18,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from radio.dist import Group, joined
 from radio.errors import ConfigError
+from radio.model import RadioModel
+from radio.students.vit import ViT
 from radio.types import Features, Student
 
 from .config import TrainConfig
-from .partition import Partition
-from .step import DistillationLoss, StudentPass
+from .groups import Partition
+from .losses import DistillationLoss
+from .optim import to_local
 
 # Letters: B batch, h w pixels.
 
@@ -49,16 +52,33 @@ def join(device: torch.device) -> AbstractContextManager[Group]:
 def find_peers(partition: Partition, rank: int) -> Peers:
     """Return this rank's peers. Every rank calls it, since each process group is created by all ranks."""
     everyone = tuple(range(partition.world))
-    mine = partition.of(rank)[0].ranks
-    found = None
+    local = partition.of(rank)[0].ranks
+    process_group = None
     for ranks in dict.fromkeys(group.ranks for group in partition.groups):
         if ranks != everyone and len(ranks) > 1:
             made = distributed.new_group(list(ranks))
-            if ranks == mine:
+            if ranks == local:
                 assert isinstance(made, distributed.ProcessGroup)  # this rank is in it
-                found = made
+                process_group = made
     leaders = dict.fromkeys(group.ranks[0] for group in partition.groups)
-    return Peers(mine, found, tuple(leaders))
+    return Peers(local, process_group, tuple(leaders))
+
+
+class StudentPass(nn.Module):
+    """The student with the attention window of a step: the module that DDP or FSDP2 wraps."""
+
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        assert isinstance(student, nn.Module)  # as RadioModel makes sure
+        self.student = student
+
+    def forward(self, images: Tensor, crops: Tensor | None, window: int | None) -> Features:
+        """Compute features of [B, 3, h, w] RGB in [0, 1]; None keeps the student's own window."""
+        student: Student = self.student
+        if window is not None:
+            assert student.with_window is not None  # as choose_windows makes sure
+            student = student.with_window(window)
+        return student(images, crops)
 
 
 @final
@@ -70,8 +90,8 @@ class DistributedStudent:
     adaptors' gradients are summed over their own ranks and divided by world, to the same effect.
 
     Args:
-        distiller: student and adaptors, on the device.
-        group: all ranks.
+        loss: student, adaptors and balancer, on the device.
+        ranks: all ranks.
         peers: the ranks that share this rank's adaptors.
         device: this rank's device.
         config: DDP or FSDP2, precision, compilation.
@@ -79,14 +99,14 @@ class DistributedStudent:
 
     def __init__(
         self,
-        distiller: DistillationLoss,
-        group: Group,
+        loss: DistillationLoss,
+        ranks: Group,
         peers: Peers,
         device: torch.device,
         config: TrainConfig,
     ) -> None:
-        self.group, self.peers, self.scale = group, peers, group.world / len(peers.ranks)
-        student = distiller.model.student
+        self.ranks, self.peers, self.scale = ranks, peers, ranks.world / len(peers.ranks)
+        student = loss.model.student
         assert isinstance(student, nn.Module)  # as RadioModel makes sure
         if device.type == "cuda":  # no such kernel on a CPU: statistics of each rank's batch
             synchronise_norms(student, peers)
@@ -95,14 +115,14 @@ class DistributedStudent:
                 module.forward = torch.compile(module.forward)
         self._pass: Any = StudentPass(student)
         if config.parallel == "fsdp":
-            _shard(self._pass, device, group.world, half=is_half(config, device))
-        elif group.world > 1:
+            _shard(self._pass, device, ranks.world, half=is_half(config, device))
+        elif ranks.world > 1:
             devices = [device.index] if device.type == "cuda" else None
             self._pass = DistributedDataParallel(self._pass, device_ids=devices)
             self._pass.broadcast_buffers = False  # after construction; torch renamed the argument
         ids = {id(parameter) for parameter in student.parameters()}
         self._shared = list(student.parameters())
-        self._local = [parameter for parameter in distiller.parameters() if id(parameter) not in ids]
+        self._local = [parameter for parameter in loss.parameters() if id(parameter) not in ids]
 
     def encode(self, images: Tensor, crops: Tensor | None, window: int | None) -> Features:
         """Compute the student's features of this rank's images [B, 3, h, w]."""
@@ -130,11 +150,11 @@ class DistributedStudent:
         self._average()
         square = 0 * loss.detach().float()
         sharded = isinstance(self._pass, FSDPModule)
-        if sharded or self.group.leads:
+        if sharded or self.ranks.leads:
             square = square + _square(self._shared, square)
-        if self.peers.lead(self.group.rank):
+        if self.peers.lead(self.ranks.rank):
             square = square + _square(self._local, square)
-        if self.group.world > 1:
+        if self.ranks.world > 1:
             distributed.all_reduce(square)
         return square.sqrt()
 
@@ -146,12 +166,33 @@ class DistributedStudent:
         distributed.all_reduce(total, group=self.peers.process_group)
         return total / len(self.peers.ranks)
 
+    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copy all weights of a model, including every rank's adaptors, to the first rank's CPU.
+
+        Every rank calls it with its part of the model's state dict; ranks but the first get an empty dict.
+        """
+        local: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if self.peers.lead(self.ranks.rank):
+                local[name] = whole.detach().to("cpu", copy=True)
+        if self.ranks.leads:
+            for source in self.peers.leaders[1:]:
+                received: list[Any] = [None]
+                distributed.recv_object_list(received, source, group=self.ranks.process_group)
+                local.update(received[0])
+            return local
+        if self.peers.lead(self.ranks.rank):
+            adaptors = {name: local[name] for name in local if name.startswith("adaptors.")}
+            distributed.send_object_list([adaptors], 0, group=self.ranks.process_group)
+        return {}
+
     def _average(self) -> None:
         """Sum the adaptors' gradients over the peers and divide by the world size, like the student's."""
-        if self.group.world == 1:
+        if self.ranks.world == 1:
             return
         grads = [parameter.grad for parameter in self._local if parameter.grad is not None]
-        flat = torch.cat([grad.flatten() for grad in grads]).div_(self.group.world)
+        flat = torch.cat([grad.flatten() for grad in grads]).div_(self.ranks.world)
         if len(self.peers.ranks) > 1:
             distributed.all_reduce(flat, group=self.peers.process_group)
         parts = flat.split([grad.numel() for grad in grads])
@@ -202,32 +243,30 @@ def is_half(config: TrainConfig, device: torch.device) -> bool:
 
 def blocks_of(student: nn.Module) -> list[nn.Module]:
     """Return the student's blocks: the entries of its outermost `ModuleList`s."""
-    found: list[nn.Module] = []
+    blocks: list[nn.Module] = []
     for child in student.children():
-        found += list(child) if isinstance(child, nn.ModuleList) else blocks_of(child)
-    return found
+        blocks += list(child) if isinstance(child, nn.ModuleList) else blocks_of(child)
+    return blocks
 
 
-def gather_weights(tensors: Mapping[str, Tensor], group: Group, peers: Peers) -> dict[str, Tensor]:
-    """Copy all weights of a model, including every rank's adaptors, to the first rank's CPU.
+def can_run_in_parallel(
+    model: RadioModel, config: TrainConfig, partition: Partition, ranks: Group, device: torch.device
+) -> bool:
+    """Check whether groups can use the student in parallel: on a CPU, with a teacher cache.
 
-    Every rank calls it with its part of the model's state dict; ranks but the first get an empty dict.
+    Only with our ViT, whose forward is deterministic and stateless, unlike one with batch norms.
     """
-    found: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if peers.lead(group.rank):
-            found[name] = whole.detach().to("cpu", copy=True)
-    if group.leads:
-        for source in peers.leaders[1:]:
-            parcel: list[Any] = [None]
-            distributed.recv_object_list(parcel, source, group=group.process_group)
-            found.update(parcel[0])
-        return found
-    if peers.lead(group.rank):
-        adaptors = {name: found[name] for name in found if name.startswith("adaptors.")}
-        distributed.send_object_list([adaptors], 0, group=group.process_group)
-    return {}
+    idle = config.cache.folder is not None and device.type == "cpu" and torch.get_num_threads() > 1
+    alone = ranks.world == 1 and len(partition.groups) > 1 and not config.compile
+    return idle and alone and isinstance(model.student, ViT)
+
+
+def first_weights(model: RadioModel) -> list[nn.Parameter]:
+    """Return the student's weights outside its blocks; those that images meet first get gradients last."""
+    student = model.student
+    assert isinstance(student, nn.Module)  # as RadioModel makes sure
+    inside = {id(weight) for block in blocks_of(student) for weight in block.parameters()}
+    return [weight for weight in student.parameters() if id(weight) not in inside]
 
 
 def _shard(module: StudentPass, device: torch.device, world: int, *, half: bool) -> None:
@@ -247,12 +286,7 @@ def _shard(module: StudentPass, device: torch.device, world: int, *, half: bool)
 
 def _square(parameters: list[nn.Parameter], like: Tensor) -> Tensor:
     """Compute the squared norm of the gradients on this rank: []."""
-    grads = [_own(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    grads = [to_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     if not grads:
         return torch.zeros_like(like)
     return torch.stack(torch._foreach_norm(grads)).square().sum()
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor that may be sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,60 +1,32 @@
-"""Set up a run: its teachers, the student's configuration, windows, and the checkpoint's metadata."""
+"""Set up a run: check its settings, load its teachers, configure its student."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from radio.adaptors import AdaptorConfig
-from radio.config import check_options, to_plain
+from radio.config import check_options
 from radio.dist import Group
 from radio.errors import CheckpointError, ConfigError, SizeError, shown
 from radio.hub import load_teacher
 from radio.model import ModelConfig, RadioModel, make_student
-from radio.provenance import commit, versions
+from radio.resample import resize_images
 from radio.students import students
-from radio.types import Student, Teacher
+from radio.teachers.frozen import Frozen
+from radio.types import Features, Student, Teacher
 
-from .balancing import check_balance
-from .config import TeacherConfig, TrainConfig, run_name
-from .data.progress import LISTING
-from .images import DatasetInfo
-from .parallel import check_shardable, is_half
-from .partition import Partition, make_partition
-from .teacher_weights import make_lean
-
-# Settings that a resumed run may change: logging, saving, and how the work is distributed.
-RESUME_IGNORED = (
-    *(
-        "recipe",
-        "out",
-        "device",
-        "log_every",
-        "save_every",
-        "keep_last",
-        "keep_every",
-        "max_nonfinite_steps",
-        "eval_every",
-        "eval_tasks",
-        "score",
-    ),
-    *(
-        "teacher_placement",
-        "ranks_per_group",
-        "parallel",
-        "grad_accum_steps",
-        "compile",
-        "prefetch_teachers",
-        "peak_tflops",
-        "loggers",
-    ),
-)
-
+from .config import TeacherConfig, TrainConfig
+from .data.errors import ERROR_LIST
+from .distributed import check_shardable, is_half
+from .groups import Partition, make_partition
+from .losses import check_balance
 
 FOLDERS = ("state", "reports", "tensorboard")  # in a run folder
 FILES = ("metrics.jsonl", "config.yaml", "ckpt.pt", "ckpt-ema.pt")
@@ -69,12 +41,12 @@ class TeacherFacts(NamedTuple):
     token_dim: int
 
 
-def check_settings(config: TrainConfig, world: int) -> None:
-    """Check that the settings are consistent, before anything is loaded.
+def check_settings(config: TrainConfig, world: int) -> Partition:
+    """Check that the settings are consistent, before anything is loaded; return the ranks of the groups.
 
     Raises:
         ConfigError: a setting is out of bounds, the run folder is unusable, the student is unknown, no loss
-            has a weight, or `partition_ranks` fails.
+            has a weight, or the ranks cannot share the batches.
     """
     check_options(config)
     for name, (low, high) in {
@@ -95,7 +67,7 @@ def check_settings(config: TrainConfig, world: int) -> None:
         described = model_config(config, facts)
         with torch.device("meta"):
             check_shardable(RadioModel(described).student)
-    partition_ranks(config, world)
+    return make_partition(config, world)
 
 
 def _check_weights(config: TrainConfig) -> None:
@@ -116,25 +88,9 @@ def _check_folder(out: Path) -> None:
     for name in FOLDERS:
         if (out / name).exists() and not (out / name).is_dir():
             raise ConfigError(f"{out / name}: is no folder, and the run needs one of that name; move it")
-    for name in (*FILES, LISTING):
+    for name in (*FILES, ERROR_LIST):
         if (out / name).is_dir():
             raise ConfigError(f"{out / name}: is a folder, and the run writes a file of that name; move it")
-
-
-def partition_ranks(config: TrainConfig, world: int) -> Partition:
-    """Assign ranks to the run's groups of teachers.
-
-    Raises:
-        ConfigError: the ranks cannot share the batches, or `grad_accum_steps` does not divide a rank's share.
-    """
-    partition = make_partition(config, world)
-    for group in partition.groups:
-        if group.share % config.grad_accum_steps:
-            raise ConfigError(
-                f"--grad-accum-steps {config.grad_accum_steps} does not divide the {group.share} images of a "
-                f"step that a rank takes for {group.name}; give a number that does"
-            )
-    return partition
 
 
 def check_memory(
@@ -188,14 +144,14 @@ def _load_teacher(config: TeacherConfig) -> Teacher:
     teacher = load_teacher(config.model).to(torch.device("cpu"), torch.float32)
     if config.fingerprint not in (None, teacher.fingerprint):
         raise CheckpointError(
-            f"teacher {config.name}: {config.model} has other weights than asked for: their fingerprint is "
+            f"teacher {config.name}: {config.model} has other weights than configured: their fingerprint is "
             f"{teacher.fingerprint}, not {config.fingerprint}; bring the right file, or mend the setting"
         )
     return teacher
 
 
 def gather_facts(
-    config: TrainConfig, teachers: Mapping[str, Teacher], group: Group
+    config: TrainConfig, teachers: Mapping[str, Teacher], ranks: Group
 ) -> dict[str, TeacherFacts]:
     """Gather the facts of every teacher of the run from all ranks, in the config's order.
 
@@ -203,12 +159,12 @@ def gather_facts(
         SizeError: a teacher cannot take its resolution; the message names the nearest valid one.
     """
     sizes = teacher_sizes(config, teachers)
-    mine = {
+    local = {
         name: TeacherFacts(teacher.fingerprint, sizes[name], teacher.summary_dim, teacher.token_dim)
         for name, teacher in teachers.items()
     }
     known: dict[str, TeacherFacts] = {}
-    for facts in group.gather_objects(mine):
+    for facts in ranks.gather_objects(local):
         known.update(facts)
     return {t.name: known[t.name] for t in config.teachers}
 
@@ -224,9 +180,16 @@ def teacher_sizes(config: TrainConfig, teachers: Mapping[str, Teacher]) -> dict[
         if t.name in teachers:
             teacher = teachers[t.name]
             size = teacher.native_size if t.resolution is None else (t.resolution, t.resolution)
-            _check(f"teacher {t.name}", size, teacher.nearest_size(*size))
+            _check_size(f"teacher {t.name}", size, teacher.nearest_size(*size))
             sizes[t.name] = size
     return sizes
+
+
+def teacher_features(
+    teachers: Mapping[str, Teacher], sizes: Mapping[str, tuple[int, int]], images: Tensor
+) -> dict[str, Features]:
+    """Compute each teacher's features at its own resolution."""
+    return {name: teacher(resize_images(images, sizes[name])) for name, teacher in teachers.items()}
 
 
 def student_resolutions(config: TrainConfig) -> dict[str, int]:
@@ -248,31 +211,15 @@ def round_resolutions(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
         student = student.with_window(None)
     teachers, changes = [], []
     for teacher in config.teachers:
-        if (asked := teacher.student_resolution) and (side := student.nearest_size(asked, asked)[0]) != asked:
+        side = teacher.student_resolution
+        if side and (nearest := student.nearest_size(side, side)[0]) != side:
             changes.append(
-                f"{config.student} cannot see {asked} px beside {teacher.name}; it sees {side}, the nearest "
-                f"that it takes"
+                f"{config.student} cannot see {side} px beside {teacher.name}; it sees {nearest}, the "
+                f"nearest that it takes"
             )
-            teacher = replace(teacher, student_resolution=side)
+            teacher = replace(teacher, student_resolution=nearest)
         teachers.append(teacher)
     return replace(config, teachers=tuple(teachers)), changes
-
-
-def check_student(
-    student: Student, resolutions: Mapping[str, int], windows: Mapping[int, tuple[int, ...]]
-) -> None:
-    """Check that the student takes every resolution of the run.
-
-    Raises:
-        SizeError: it does not; the message names the nearest valid one.
-    """
-    for side in dict.fromkeys(resolutions.values()):
-        taken = (
-            student.with_window(windows[side][0])
-            if windows[side] and student.with_window is not None
-            else student
-        )
-        _check(f"student {student.name}", (side, side), taken.nearest_size(side, side))
 
 
 def model_config(config: TrainConfig, teachers: Mapping[str, TeacherFacts | Teacher]) -> ModelConfig:
@@ -304,73 +251,60 @@ def model_config(config: TrainConfig, teachers: Mapping[str, TeacherFacts | Teac
     return ModelConfig(student=config.student, options=options, adaptors=adaptors)
 
 
-def window_candidates(
-    model: RadioModel, config: TrainConfig, resolutions: Mapping[str, int]
-) -> dict[int, tuple[int, ...]]:
+def choose_windows(student: Student, config: TrainConfig) -> dict[int, tuple[int, ...]]:
     """Return the window sides to sample from at each resolution: those of the config that divide its grid.
 
     Empty where none fits or the student decides itself: it has no windows, its window follows the input's
     size, or the options fix it.
+
+    Raises:
+        SizeError: the student does not take a resolution of the run; the message names the nearest valid one.
     """
-    sides = dict.fromkeys(resolutions.values())
-    student = model.student
-    if student.window is None or model.config.options.window is not None:
-        return dict.fromkeys(sides, ())
-    patch = student.patch_size
-    return {
-        side: tuple(w for w in config.windows if (side // patch) % w == 0 and w < side // patch)
-        for side in sides
-    }
+    windows: dict[int, tuple[int, ...]] = dict.fromkeys(student_resolutions(config).values(), ())
+    if student.window is not None and config.options.window is None:
+        for side in windows:
+            grid = side // student.patch_size
+            windows[side] = tuple(w for w in config.windows if grid % w == 0 and w < grid)
+    for side, candidates in windows.items():
+        used = student
+        if student.with_window is not None and candidates:
+            used = student.with_window(candidates[0])
+        _check_size(f"student {student.name}", (side, side), used.nearest_size(side, side))
+    return windows
 
 
-def make_metadata(
-    config: TrainConfig, teachers: Mapping[str, TeacherFacts], data: DatasetInfo
-) -> dict[str, Any]:
-    """Build the checkpoint's metadata: teachers, data and settings."""
-    beside = student_resolutions(config)
-    return {
-        "name": run_name(config),
-        "resolution": config.resolution,
-        "teachers": [
-            {
-                "name": t.name,
-                "model": t.model,
-                "resolution": list(teachers[t.name].size),
-                "student_resolution": beside[t.name],
-                "fingerprint": teachers[t.name].fingerprint,
-            }
-            for t in config.teachers
-        ],
-        "data": {"fingerprint": data.fingerprint, "count": data.count, "sources": data.sources},
-        "settings": to_plain(config),
-    }
-
-
-def resume_signature(
-    config: TrainConfig, teachers: Mapping[str, TeacherFacts], data: DatasetInfo
-) -> dict[str, Any]:
-    """Collect all that affects the weights, by name; only a run with an equal signature may resume."""
-    plain: dict[str, Any] = to_plain(config)
-    for name in RESUME_IGNORED:
-        plain.pop(name)
-    for name in ("workers", "max_error_fraction", "shards", "images"):  # the data may move to other paths
-        plain["data"].pop(name)
-    plain["cache"].pop("confirm")
-    for teacher in plain["teachers"]:
-        teacher.pop("fingerprint")  # the actual one is added below
-    for name, facts in teachers.items():
-        plain[f"teacher {name}'s weights"] = facts.fingerprint
-    return {**plain, "images": data.fingerprint}
-
-
-def provenance(step: int, samples: int) -> dict[str, Any]:
-    """Build a checkpoint's provenance: versions, commit, steps and images seen."""
-    return {"versions": versions(), "commit": commit(), "step": step, "samples": samples}
-
-
-def _check(who: str, wanted: tuple[int, int], nearest: tuple[int, int]) -> None:
-    if wanted != nearest:
+def _check_size(model: str, size: tuple[int, int], nearest: tuple[int, int]) -> None:
+    if size != nearest:
         raise SizeError(
-            f"{who} cannot take {wanted[0]}x{wanted[1]} px; "
+            f"{model} cannot take {size[0]}x{size[1]} px; "
             f"the nearest size that it can is {nearest[0]}x{nearest[1]}"
         )
+
+
+# Exactly these, no subclasses: autocast casts the weights that they pass to the kernel, and a subclass may
+# compute with them first (as convolutions with standardised weights do).
+_CAST = (nn.Linear, NonDynamicallyQuantizableLinear, nn.Conv2d, nn.ConvTranspose2d, nn.MultiheadAttention)
+
+
+def make_lean(teacher: Teacher, config: TrainConfig, *, half: bool) -> None:
+    """Drop weights and precision that the run's forwards do not use; features stay bit-identical.
+
+    Call it after computing the fingerprint. A teacher cache is made in float32, so its teachers stay in it.
+
+    Args:
+        teacher: loaded, or without weights (an outline).
+        config: the run's settings.
+        half: whether forwards run in bfloat16, under autocast.
+    """
+    if isinstance(teacher, Frozen):
+        teacher.drop_text()
+    if half and config.cache.folder is None and isinstance(teacher, nn.Module):
+        halve(teacher)
+
+
+def halve(module: nn.Module) -> None:
+    """Store in bfloat16, in place, the weights that autocast would cast in each forward."""
+    for part in module.modules():
+        if type(part) in _CAST:
+            for weight in part.parameters(recurse=False):
+                weight.data = weight.data.to(torch.bfloat16)

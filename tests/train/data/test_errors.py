@@ -10,9 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, strategies
 from hypothesis import settings as effort
 
+from radio.dist import Group
 from radio.errors import DataError
-from train.data import faults as module
-from train.data.faults import FaultList, ReadError, check_share, in_words
+from train.data import errors as module
+from train.data.errors import ErrorList, ErrorMonitor, ReadError, check_fraction
 
 ONE, TWO = ReadError("missing", "a.tar", "no such shard"), ReadError("image", "b.tar/0.jpg", "not an image")
 
@@ -20,14 +21,14 @@ ONE, TWO = ReadError("missing", "a.tar", "no such shard"), ReadError("image", "b
 def test_each_thing_is_listed_once_even_by_a_resumed_run(tmp_path: Path) -> None:
     path = tmp_path / "broken.jsonl"
     told: list[str] = []
-    listing = FaultList(path, told.append)
+    listing = ErrorList(path, told.append)
     listing.add([])
     assert not path.exists()
     listing.add([ONE, ONE])
     listing.add([ONE])
     with path.open("a") as file:
         file.write('{"cause": "miss')  # a line that was being written
-    again = FaultList(path, told.append)
+    again = ErrorList(path, told.append)
     again.add([ONE, TWO])
     lines = path.read_text().splitlines()
     assert [json.loads(line) for line in lines] == [ONE._asdict(), TWO._asdict()]
@@ -37,8 +38,8 @@ def test_each_thing_is_listed_once_even_by_a_resumed_run(tmp_path: Path) -> None
 
 
 def test_the_list_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_LISTED", 3)
-    listing = FaultList(tmp_path / "broken.jsonl", print)
+    monkeypatch.setattr(module, "_MAX_LINES", 3)
+    listing = ErrorList(tmp_path / "broken.jsonl", print)
     for number in range(4):
         listing.add([ReadError("image", f"{number}{k}", "") for k in range(2)])
     assert len((tmp_path / "broken.jsonl").read_text().splitlines()) == 3
@@ -77,7 +78,7 @@ def test_records_among_other_lines_are_kept(tmp_path: Path, bad: bytes, place: i
     before = b"\n".join(lines) + b"\n"
     path.write_bytes(before)
     told: list[str] = []
-    FaultList(path, told.append).add([ONE, TWO, ReadError("empty", "c.tar", "holds no images")])
+    ErrorList(path, told.append).add([ONE, TWO, ReadError("empty", "c.tar", "holds no images")])
     wheres = [json.loads(line)["where"] for line in path.read_text().splitlines()]
     assert wheres == ["a.tar", "b.tar/0.jpg", "c.tar"]
     assert len(told) == 1
@@ -89,14 +90,14 @@ def test_records_among_other_lines_are_kept(tmp_path: Path, bad: bytes, place: i
 def test_a_list_that_an_editor_has_saved_is_read(tmp_path: Path, encoding: str) -> None:
     path = tmp_path / "broken.jsonl"
     path.write_bytes(f"{GOOD.decode()}\r\n".encode(encoding))
-    FaultList(path, lambda line: pytest.fail(line)).add([ONE])
+    ErrorList(path, lambda line: pytest.fail(line)).add([ONE])
     assert path.read_bytes() == GOOD + b"\n"
 
 
 def test_a_last_line_without_an_end_is_a_line(tmp_path: Path) -> None:
     path = tmp_path / "broken.jsonl"
     path.write_bytes(GOOD)
-    FaultList(path, lambda line: pytest.fail(line)).add([ONE, TWO])
+    ErrorList(path, lambda line: pytest.fail(line)).add([ONE, TWO])
     assert len(path.read_text().splitlines()) == 2
 
 
@@ -105,14 +106,14 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for name, kind in (("folder", "a folder"), ("pipe", "no regular file")):
         with pytest.raises(DataError, match=f"{name}: is {kind}; give a file"):
-            FaultList(tmp_path / name, print)
+            ErrorList(tmp_path / name, print)
 
 
 def test_names_that_are_not_utf_8_are_listed_once(tmp_path: Path) -> None:
     path = tmp_path / "broken.jsonl"
     fault = ReadError("image", "a.tar/caf\udce9\n.jpg", "\x1b[2J")
     for _ in range(2):
-        FaultList(path, lambda line: pytest.fail(line)).add([fault])
+        ErrorList(path, lambda line: pytest.fail(line)).add([fault])
     assert [json.loads(line) for line in path.read_bytes().splitlines()] == [
         {"cause": "image", "where": "a.tar/caf\\udce9\\n.jpg", "why": "\\x1b[2J"}
     ]
@@ -121,7 +122,7 @@ def test_names_that_are_not_utf_8_are_listed_once(tmp_path: Path) -> None:
 def test_a_full_disk_delays_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "broken.jsonl"
     told: list[str] = []
-    listing = FaultList(path, told.append)
+    listing = ErrorList(path, told.append)
     listing.add([ONE])
     full = Path("/dev/full")
     assert full.exists(), "the test needs Linux"
@@ -140,7 +141,7 @@ def test_a_full_disk_delays_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_what_is_left_out_is_told_once(tmp_path: Path) -> None:
     told: list[str] = []
-    listing = FaultList(tmp_path / "broken.jsonl", told.append)
+    listing = ErrorList(tmp_path / "broken.jsonl", told.append)
     for name in "ab":
         listing.add([ReadError("left out", f"{name}.tar", "1 members are links")])
     assert told == ["a.tar: 1 members are links; broken.jsonl names all such shards"]
@@ -165,7 +166,7 @@ def test_any_list_is_taken_up_or_told(tmp_path: Path, lines: list[bytes]) -> Non
     path = tmp_path / "broken.jsonl"
     path.write_bytes(b"\n".join(lines))
     told: list[str] = []
-    FaultList(path, told.append).add([TWO])
+    ErrorList(path, told.append).add([TWO])
     kept = [json.loads(line) for line in path.read_text().splitlines()]
     assert kept[-1] == TWO._asdict()
     assert all(entry.keys() == TWO._asdict().keys() for entry in kept)
@@ -175,21 +176,24 @@ def test_any_list_is_taken_up_or_told(tmp_path: Path, lines: list[bytes]) -> Non
 @pytest.mark.parametrize(("broken", "seen", "fine"), [(10, 10, True), (11, 12, False), (11, 1100, True)])
 def test_a_share_is_let_through(broken: int, seen: int, fine: bool) -> None:
     if fine:
-        check_share(broken, seen, 0.01)
+        check_fraction(broken, seen, 0.01)
         return
     with pytest.raises(DataError, match=f"{broken} of {seen} shards cannot be read; mend the data"):
-        check_share(broken, seen, 0.01, "shards")
+        check_fraction(broken, seen, 0.01, "shards")
 
 
-def test_counts_in_words() -> None:
-    assert in_words({"missing": 1, "image": 12}) == "12 images that cannot be decoded, 1 missing shards"
-    assert in_words({"missing": 0}) == ""
+def test_counts_in_words(tmp_path: Path) -> None:
+    monitor = ErrorMonitor(tmp_path, Group(), print)
+    assert monitor.describe() == ""
+    monitor.add(1, [ONE, *[TWO] * 12])
+    monitor.check(1000, 0.1)
+    assert monitor.describe() == "12 images that cannot be decoded, 1 missing shards"
 
 
 def test_a_list_that_is_gone_when_a_run_goes_on_is_told(tmp_path: Path) -> None:
     path, told = tmp_path / "broken.jsonl", list[str]()
     for count in (0, 3):
-        FaultList(path, told.append).check_names(count)
-    FaultList(path, told.append).add([ONE])
-    FaultList(path, told.append).check_names(3)
+        ErrorList(path, told.append).check_names(count)
+    ErrorList(path, told.append).add([ONE])
+    ErrorList(path, told.append).check_names(3)
     assert told == [f"{path}: names none of the 3 broken data met before, and begins anew"]

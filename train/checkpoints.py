@@ -1,8 +1,9 @@
-"""States for an exact resume: weights, optimiser and meters, in one folder per save.
+"""States for an exact resume, in one folder per save, and the metadata of checkpoints.
 
-`state/step-000200/` holds safetensors files, one per rank (by torch.distributed.checkpoint),
-and `run.json`: numbers, settings, and a sha256 of every file. Nothing in it is pickled, so reading it runs no
-code. A folder gets its final name when it is complete; until then its name ends in `.tmp`.
+`state/step-000200/` holds weights, optimizer and averages in safetensors files, one per rank (by
+torch.distributed.checkpoint), and `run.json`: numbers, settings, and a sha256 of every file. Nothing in it is
+pickled, so reading it runs no code. A folder gets its final name when it is complete; until then its name
+ends in `.tmp`.
 """
 
 from __future__ import annotations
@@ -31,28 +32,55 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from typing_extensions import TypedDict
 
+from radio.config import to_plain
 from radio.dist import Group
 from radio.errors import CheckpointError, RadioError
 from radio.io import read_json, validate, write_text
+from radio.provenance import commit, versions
 
+from .config import TrainConfig, run_name
+from .data.streams import Source
 from .monitor import first_bad
+from .setup import TeacherFacts, student_resolutions
 
-_NOTES = "run.json"
+_METADATA = "run.json"
 _ALONE = "torch.distributed is disabled"  # torch's warning to a single process
 _NAME = re.compile(r"step-([0-9]{1,12})")
+# Settings that a resumed run may change: logging, saving, and how the work is distributed.
+RESUME_IGNORED = (
+    "recipe",
+    "out",
+    "device",
+    "log_every",
+    "save_every",
+    "keep_last",
+    "keep_every",
+    "max_nonfinite_steps",
+    "eval_every",
+    "eval_tasks",
+    "score",
+    "teacher_placement",
+    "ranks_per_group",
+    "parallel",
+    "grad_accum_steps",
+    "compile",
+    "prefetch_teachers",
+    "peak_tflops",
+    "loggers",
+)
 _Sha = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
-class _Kept(TypedDict):
+class _Metadata(TypedDict):
     step: Annotated[int, Ge(1)]
     settings: dict[str, Any]
     notes: dict[str, Any]
     files: Annotated[dict[str, _Sha], MinLen(1)]  # all safetensors files in the folder, by name
 
 
-_KEPT = TypeAdapter(_Kept)
+_METADATA_SCHEMA = TypeAdapter(_Metadata)
 # What torch and safetensors raise for a file that is damaged or of another origin.
-_UNREADABLE = (
+_READ_ERRORS = (
     OSError,
     ValueError,
     LookupError,
@@ -67,7 +95,7 @@ _UNREADABLE = (
 _ANYTHING = TypeAdapter(dict[str, Any])
 
 
-class Found(NamedTuple):
+class SavedState(NamedTuple):
     """A state to resume from."""
 
     path: Path
@@ -75,8 +103,47 @@ class Found(NamedTuple):
     notes: dict[str, Any]  # the notes saved with it
 
 
-def _nothing(found: Found) -> str:
-    return ""
+def make_metadata(config: TrainConfig, teachers: Mapping[str, TeacherFacts], data: Source) -> dict[str, Any]:
+    """Build the checkpoint's metadata: teachers, data and settings."""
+    resolutions = student_resolutions(config)
+    return {
+        "name": run_name(config),
+        "resolution": config.resolution,
+        "teachers": [
+            {
+                "name": t.name,
+                "model": t.model,
+                "resolution": list(teachers[t.name].size),
+                "student_resolution": resolutions[t.name],
+                "fingerprint": teachers[t.name].fingerprint,
+            }
+            for t in config.teachers
+        ],
+        "data": {"fingerprint": data.fingerprint, "count": data.count, "sources": data.sources},
+        "settings": to_plain(config),
+    }
+
+
+def resume_signature(
+    config: TrainConfig, teachers: Mapping[str, TeacherFacts], data: Source
+) -> dict[str, Any]:
+    """Collect all that affects the weights, by name; only a run with an equal signature may resume."""
+    plain: dict[str, Any] = to_plain(config)
+    for name in RESUME_IGNORED:
+        plain.pop(name)
+    for name in ("workers", "max_error_fraction", "shards", "images"):  # the data may move to other paths
+        plain["data"].pop(name)
+    plain["cache"].pop("confirm")
+    for teacher in plain["teachers"]:
+        teacher.pop("fingerprint")  # the actual one is added below
+    for name, facts in teachers.items():
+        plain[f"teacher {name}'s weights"] = facts.fingerprint
+    return {**plain, "images": data.fingerprint}
+
+
+def provenance(step: int, samples: int) -> dict[str, Any]:
+    """Build a checkpoint's provenance: versions, commit, steps and images seen."""
+    return {"versions": versions(), "commit": commit(), "step": step, "samples": samples}
 
 
 @final
@@ -85,7 +152,7 @@ class CheckpointManager:
 
     Args:
         folder: `state` in the run folder, which all ranks share.
-        group: the ranks.
+        ranks: all ranks of the run.
         settings: everything that affects the weights, by name.
         keep_last: number of newest states to keep.
         keep_every: also keep the states of steps that this divides; 0 = none.
@@ -96,7 +163,7 @@ class CheckpointManager:
     def __init__(
         self,
         folder: Path,
-        group: Group,
+        ranks: Group,
         settings: Mapping[str, Any],
         *,
         keep_last: int,
@@ -106,25 +173,27 @@ class CheckpointManager:
     ) -> None:
         self.schema = schema
         self._aside: dict[Path, str] = {}  # damaged states, with the reasons
-        self.folder, self.group, self.settings, self.log = folder, group, dict(settings), log
+        self.folder, self.ranks, self.settings, self.log = folder, ranks, dict(settings), log
         self.keep_last, self.keep_every = keep_last, keep_every
-        self._channel = group.channel()
+        self._channel = ranks.channel()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="state")
         self._pending: Future[None] | None = None
         self._pending_step, self.last_step = 0, 0  # the last: step of the newest complete state
         warnings.filterwarnings("ignore", _ALONE)
 
-    def newest(self) -> Found | None:
+    def newest(self) -> SavedState | None:
         """Find the newest complete state; None where there is none yet.
 
         Raises:
             CheckpointError: states exist but none is complete, or they are of a run with other settings.
         """
-        found = self.group.on_leader(self._search)
-        self.last_step = 0 if found is None else found.step
-        return found
+        state = self.ranks.on_leader(self._search)
+        self.last_step = 0 if state is None else state.step
+        return state
 
-    def resume(self, tensors: Mapping[str, Tensor], check: Callable[[Found], str] = _nothing) -> Found | None:
+    def resume(
+        self, tensors: Mapping[str, Tensor], check: Callable[[SavedState], str] = lambda state: ""
+    ) -> SavedState | None:
         """Load tensors from the newest complete state and return it; None where there is none yet.
 
         `check` returns what is wrong with the loaded tensors, or an empty string; every rank calls it.
@@ -132,37 +201,37 @@ class CheckpointManager:
         Raises:
             CheckpointError: as `newest`.
         """
-        while (found := self.newest()) is not None:
-            reason = self.read(found, tensors) or self._agreed(check(found))
+        while (state := self.newest()) is not None:
+            reason = self.read(state, tensors) or self._first_reason(check(state))
             if not reason:
-                return found
-            self._leave(found.path, reason)
+                return state
+            self._set_aside(state.path, reason)
         return None
 
     def clear(self) -> None:
         """Remove every state, including incomplete ones."""
-        self.group.on_leader(self._clear)
+        self.ranks.on_leader(self._clear)
 
-    def read(self, found: Found, tensors: Mapping[str, Tensor]) -> str:
+    def read(self, state: SavedState, tensors: Mapping[str, Tensor]) -> str:
         """Load tensors by name, whole or sharded, from a state; return what is wrong with it.
 
         An empty string is success, on all ranks or on none.
         """
-        if reason := self._agreed(_misfit(found.path, tensors)):
+        if reason := self._first_reason(_misfit(state.path, tensors)):
             return reason
         try:
             load(
                 dict(tensors),
-                storage_reader=HuggingFaceStorageReader(str(found.path)),
+                storage_reader=HuggingFaceStorageReader(str(state.path)),
                 process_group=self._channel,
-                no_dist=self.group.world == 1,
+                no_dist=self.ranks.world == 1,
             )
-        except (*_UNREADABLE, CheckpointException) as error:
+        except (*_READ_ERRORS, CheckpointException) as error:
             if isinstance(error, CheckpointException) and _interrupted(error):
                 raise KeyboardInterrupt from error
             return f"it cannot be read: {_reason(error)}"
         bad = first_bad(tensors)
-        return self._agreed(f"{bad} is not finite in it" if bad else "")
+        return self._first_reason(f"{bad} is not finite in it" if bad else "")
 
     def write(
         self,
@@ -181,17 +250,17 @@ class CheckpointManager:
         """
         self.wait()
         self._pending_step = step
-        half = self.folder / f"step-{step:06d}.tmp"
-        writer = HuggingFaceStorageWriter(str(half), save_distributed=True)
+        partial = self.folder / f"step-{step:06d}.tmp"
+        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
         written = async_save(
             dict(tensors),
             storage_writer=writer,
             process_group=self._channel,
-            no_dist=self.group.world == 1,
+            no_dist=self.ranks.world == 1,
         )
         assert isinstance(written, Future)  # another type only with a custom stager
-        kept = {"step": step, "settings": self.settings, "notes": dict(notes)}
-        self._pending = self._writer.submit(self._finish, half, written, kept, on_saved)
+        metadata = {"step": step, "settings": self.settings, "notes": dict(notes)}
+        self._pending = self._writer.submit(self._finish, partial, written, metadata, on_saved)
 
     def wait(self, *, last: bool = False) -> None:
         """Wait for the pending write; log a failure, after which the previous state stays the newest.
@@ -201,9 +270,9 @@ class CheckpointManager:
         """
         if self._pending is None:
             return
-        coming, self._pending = self._pending, None
+        pending, self._pending = self._pending, None
         try:
-            coming.result()
+            pending.result()
         except (OSError, CheckpointException) as error:
             stands = f"that of step {self.last_step} stands" if self.last_step else "there is none before it"
             line = f"the state of step {self._pending_step} could not be written ({_reason(error)}); {stands}"
@@ -214,33 +283,33 @@ class CheckpointManager:
             self.last_step = self._pending_step
 
     def _finish(
-        self, half: Path, written: Future[Any], kept: dict[str, Any], on_saved: Callable[[], None]
+        self, partial: Path, written: Future[Any], metadata: dict[str, Any], on_saved: Callable[[], None]
     ) -> None:
         try:
             written.result()
-            if self.group.leads:
+            if self.ranks.leads:
                 on_saved()
-                files = {path.name: _sha256(path) for path in sorted(half.glob("*.safetensors"))}
-                write_text(half / _NOTES, json.dumps({**kept, "files": files}))
-                self._name(half)
+                files = {path.name: _sha256(path) for path in sorted(partial.glob("*.safetensors"))}
+                write_text(partial / _METADATA, json.dumps({**metadata, "files": files}))
+                self._name(partial)
                 _sync(self.folder)
                 self._prune()
         except BaseException:
-            if self.group.leads:
-                shutil.rmtree(half, ignore_errors=True)
+            if self.ranks.leads:
+                shutil.rmtree(partial, ignore_errors=True)
             raise
 
-    def _name(self, half: Path) -> None:
+    def _name(self, partial: Path) -> None:
         """Rename a complete state to its final name, which a damaged one may have."""
-        path, old = half.with_suffix(""), half.with_suffix(".old.tmp")
+        path, old = partial.with_suffix(""), partial.with_suffix(".old.tmp")
         if os.path.lexists(path):
             path.rename(old)
-        half.rename(path)
+        partial.rename(path)
         _remove(old)
         self._aside.pop(path, None)
 
     def _prune(self) -> None:
-        states = _states(self.folder)
+        states = _list_states(self.folder)
         newest = next(_step(path) for path in states if path not in self._aside)
         whole = [path for path in states if path not in self._aside]
         useless = [path for path in states if path in self._aside and _step(path) < newest]
@@ -250,31 +319,31 @@ class CheckpointManager:
                 _remove(path.rename(path.with_suffix(".tmp")))
 
     def _clear(self) -> None:
-        for path in (*_states(self.folder), *_halves(self.folder)):
+        for path in (*_list_states(self.folder), *_list_partial(self.folder)):
             _remove(path)
         self._aside = {}
         if self.folder.is_dir() and not self.folder.is_symlink() and not any(self.folder.iterdir()):
             self.folder.rmdir()
 
-    def _search(self) -> Found | None:
+    def _search(self) -> SavedState | None:
         if self.folder.exists() and not self.folder.is_dir():
             raise CheckpointError(f"{self.folder}: is no folder, and states go there; move it away")
-        for half in _halves(self.folder):
-            _remove(half)
-        for path in _states(self.folder):
+        for partial in _list_partial(self.folder):
+            _remove(partial)
+        for path in _list_states(self.folder):
             if path in self._aside:
                 continue
             try:
-                kept = self._read_notes(path)
+                metadata = self._read_notes(path)
             except (OSError, RadioError) as error:
-                self._leave(path, _reason(error))
+                self._set_aside(path, _reason(error))
                 continue
-            if changed := _difference(kept["settings"], self.settings):
+            if changed := _difference(metadata["settings"], self.settings):
                 raise CheckpointError(
                     f"{self.folder.parent}: holds a run with other settings ({changed}); give another --out, "
                     f"or --restart to begin anew"
                 )
-            return Found(path, kept["step"], kept["notes"])
+            return SavedState(path, metadata["step"], metadata["notes"])
         if self._aside:
             reasons = "; ".join(f"{path.name}: {reason}" for path, reason in self._aside.items())
             raise CheckpointError(
@@ -282,43 +351,43 @@ class CheckpointManager:
             )
         return None
 
-    def _read_notes(self, path: Path) -> _Kept:
+    def _read_notes(self, path: Path) -> _Metadata:
         """Read and verify a state's `run.json`.
 
         Raises:
             OSError, RadioError: it is damaged, or a file differs from it.
         """
-        kept = read_json(path / _NOTES, _KEPT, error=CheckpointError)
-        if kept["step"] != _step(path):
-            raise CheckpointError(f"{_NOTES} is of step {kept['step']}")
-        validate(self.schema, kept["notes"], f"{_NOTES}: notes", error=CheckpointError)
+        metadata = read_json(path / _METADATA, _METADATA_SCHEMA, error=CheckpointError)
+        if metadata["step"] != _step(path):
+            raise CheckpointError(f"{_METADATA} is of step {metadata['step']}")
+        validate(self.schema, metadata["notes"], f"{_METADATA}: notes", error=CheckpointError)
         there = {file.name for file in path.iterdir() if file.name.endswith(".safetensors")}
-        if there != kept["files"].keys():
-            missing = [*(kept["files"].keys() - there), *(there - kept["files"].keys())]
-            raise CheckpointError(f"{sorted(missing)[0]} is there or in {_NOTES}, and not in both")
-        for name, sha in kept["files"].items():
+        if there != metadata["files"].keys():
+            missing = [*(metadata["files"].keys() - there), *(there - metadata["files"].keys())]
+            raise CheckpointError(f"{sorted(missing)[0]} is there or in {_METADATA}, and not in both")
+        for name, sha in metadata["files"].items():
             if not stat.S_ISREG((path / name).stat().st_mode):
                 raise CheckpointError(f"{name} is no regular file")
             if _sha256(path / name) != sha:
                 raise CheckpointError(f"{name} was altered")
-        return kept
+        return metadata
 
-    def _leave(self, path: Path, reason: str) -> None:
+    def _set_aside(self, path: Path, reason: str) -> None:
         self._aside[path] = reason
-        if self.group.leads:
+        if self.ranks.leads:
             self.log(f"{path}: damaged, and left aside ({reason})")
 
-    def _agreed(self, reason: str) -> str:
+    def _first_reason(self, reason: str) -> str:
         """Return the first non-empty reason of any rank, on all ranks."""
-        return next(filter(None, self.group.gather_objects(reason)), "")
+        return next(filter(None, self.ranks.gather_objects(reason)), "")
 
 
-def _states(folder: Path) -> list[Path]:
+def _list_states(folder: Path) -> list[Path]:
     """List the folders with a state's name, newest first."""
     return sorted((p for p in folder.glob("step-*") if _NAME.fullmatch(p.name)), key=_step, reverse=True)
 
 
-def _halves(folder: Path) -> list[Path]:
+def _list_partial(folder: Path) -> list[Path]:
     """List the states that were incomplete when a run ended."""
     return list(folder.glob("*.tmp"))
 
@@ -341,7 +410,7 @@ def _misfit(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Return why these tensors cannot be loaded from a state's files; empty if they can."""
     try:
         held = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
-    except _UNREADABLE as error:
+    except _READ_ERRORS as error:
         return f"its files cannot be read: {_reason(error)}"
     for name, tensor in tensors.items():
         entry = held.get(name)
@@ -360,8 +429,8 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "")
     for name in dict.fromkeys((*old, *new)):
         before, now = old.get(name), new.get(name)
         if isinstance(before, dict) and isinstance(now, dict):
-            if found := _difference(before, now, f"{where}{name}."):
-                return found
+            if inner := _difference(before, now, f"{where}{name}."):
+                return inner
         elif before != now:
             return f"{where}{name} was {_short(before)} and is {_short(now)}"
     return ""

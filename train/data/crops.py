@@ -1,17 +1,19 @@
-"""Randomness of a run: each draw depends only on the seed and the position in the run.
+"""Random draws of a run, each a function of the seed and a position only, and the crops drawn by them.
 
-It does not depend on batch size, workers or ranks, and a resumed run draws the same as an uninterrupted one.
-"""
+No draw depends on batch size, workers or ranks, and a resumed run draws the same as an uninterrupted one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Literal, get_args
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
+from torch import Tensor
+
+from radio.images import crop_and_resize, sample_crop
+
+from ..config import DataConfig
 
 Purpose = Literal["order", "crop", "positions", "window", "group", "source", "lane"]
 _STREAMS: dict[Purpose, int] = {name: number for number, name in enumerate(get_args(Purpose))}
@@ -47,16 +49,13 @@ def draw_window(candidates: tuple[int, ...], seed: int, step: int) -> int | None
     return candidates[int(pick)]
 
 
-class StepSampler(Sampler[list[int]]):
-    """Yields a rank's stream positions of each step, out of the step's `batch_size`, from `start` on."""
+def random_view(image: Tensor, config: DataConfig, side: int, seed: int, number: int) -> Tensor:
+    """Crop view `number` of a run with this seed: uint8 [3, H, W] -> uint8 [3, side, side].
 
-    def __init__(self, start: int, steps: int, batch_size: int, rows: Sequence[int]) -> None:
-        self.start, self.steps = start, steps
-        self.batch_size, self.rows = batch_size, tuple(rows)
-
-    def __len__(self) -> int:
-        return self.steps - self.start
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.start, self.steps):
-            yield [step * self.batch_size + row for row in self.rows]
+    A RandomResizedCrop and a flip, drawn from seed and number only; every model sees the same view.
+    """
+    source = generator(seed, "crop", number)
+    box = sample_crop(image.shape[1], image.shape[2], config.crop_scale, config.crop_aspect, source)
+    pixels = crop_and_resize(image, box, (side, side)).mul(255).round_().to(torch.uint8)
+    flipped = float(torch.rand((), generator=source)) < config.flip
+    return pixels.flip(-1) if flipped else pixels

@@ -43,17 +43,17 @@ class Preemption:
     one step after the first of them got the signal.
     """
 
-    def __init__(self, group: Group) -> None:
-        self._group = group
-        self._channel = group.channel()
-        self._asked = False
+    def __init__(self, ranks: Group) -> None:
+        self._ranks = ranks
+        self._channel = ranks.channel()
+        self._requested = False
         self._flag: Tensor | None = None
-        self._crossing: Any = None
+        self._reduction: Any = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {name: signal.signal(name, self._ask) for name in _SIGNALS}
+            self._before = {name: signal.signal(name, self._request) for name in _SIGNALS}
         return self
 
     def __exit__(
@@ -62,25 +62,25 @@ class Preemption:
         for name, handler in self._before.items():
             signal.signal(name, handler)
         if kind is None:
-            self._answer()
+            self._read_flag()
 
     def agreed(self) -> bool:
         """Check whether all ranks stop now; every rank calls it after every step."""
-        if self._group.world == 1:
-            return self._asked
-        stop = self._answer()
-        self._flag = torch.tensor(int(self._asked))
-        self._crossing = distributed.all_reduce(
+        if self._ranks.world == 1:
+            return self._requested
+        stop = self._read_flag()
+        self._flag = torch.tensor(int(self._requested))
+        self._reduction = distributed.all_reduce(
             self._flag, distributed.ReduceOp.MAX, group=self._channel, async_op=True
         )
         return stop
 
-    def _answer(self) -> bool:
-        if self._crossing is None or self._flag is None:
+    def _read_flag(self) -> bool:
+        if self._reduction is None or self._flag is None:
             return False
-        self._crossing.wait()
-        self._crossing = None
+        self._reduction.wait()
+        self._reduction = None
         return bool(self._flag)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self._requested = True

@@ -1,0 +1,371 @@
+"""Streams: independent cursors through the data of a run, which suffice to resume it exactly.
+
+A step's images are split over a fixed number of lanes per group of teachers, a contiguous block per lane.
+Each lane has a stream over all sources: shards are read in order, other images by number. A rank takes
+contiguous images and hence contiguous lanes, and its loader processes share those. So which images come, and
+in which order, depends on the lanes only, not on ranks or workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from radio.chunks import default_cache
+from radio.data import ImageSource, SceneImages
+from radio.errors import ConfigError, DataError
+from radio.image_files import StoredImages, list_unlabelled
+
+from ..config import DataConfig, TrainConfig
+from ..groups import Partition
+from .crops import image_at, seed_of
+from .errors import ReadError, ReadStats
+from .shards import Sample, Shards, expand
+
+# Letters: L lanes, S sources.
+
+CURSOR = 4  # numbers per source in a lane's cursor: unit, offset, seen, taken
+_MAX_UNREADABLE = 20  # images in a row, where they are read by number
+
+
+class SourceReader(Protocol):
+    """One lane's reader of one source."""
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """The reader's position, from which it can resume."""
+
+    def take(self, stats: ReadStats) -> Sample:
+        """Read the next readable image and record errors; raise DataError when none is left."""
+
+    def close(self) -> None:
+        """Close open files."""
+
+
+class Source(Protocol):
+    """A part of the data, or all of it."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex hash of its content, or of the names of its shards."""
+
+    @property
+    def sources(self) -> list[dict[str, Any]]:
+        """Its entries in a checkpoint's metadata: path, fingerprint, count."""
+
+    @property
+    def count(self) -> int | None:
+        """Number of images; None if it is not known before they are read."""
+
+
+class ReadableSource(Source, Protocol):
+    """A part of the data that lanes can read."""
+
+    def open(self, lane: int, lanes: int, place: Sequence[int], seed: int) -> SourceReader:
+        """Open a lane's reader of the source at a position."""
+
+
+class Part(NamedTuple):
+    """Images of one folder, pattern of local shards, or generated world."""
+
+    images: ImageSource
+    num_images: int
+
+
+@final
+class ConcatImages:
+    """Several parts concatenated and read by number; labels are never read."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = parts
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the parts' content, in order."""
+        text = " ".join(f"{images.fingerprint} {count}" for images, count in self._parts)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def sources(self) -> list[dict[str, Any]]:
+        """Each part's entry in a checkpoint's metadata."""
+        return [
+            {"path": images.location, "fingerprint": images.fingerprint, "count": count, "labels_used": False}
+            for images, count in self._parts
+        ]
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return len(self)
+
+    def __len__(self) -> int:
+        return sum(count for _, count in self._parts)
+
+    def read(self, index: int) -> Tensor:
+        """Read image `index` as uint8 [3, H, W]; raise DataError when it cannot be decoded."""
+        images, index = self._find(index)
+        return images.read(index)
+
+    def where(self, index: int) -> str:
+        """Return the part's path and the image's name in it."""
+        images, index = self._find(index)
+        return f"{images.location}/{images.keys[index]}"
+
+    def open(self, lane: int, lanes: int, place: Sequence[int], seed: int) -> SourceReader:
+        """Open a lane's reader of them at a position."""
+        return ImageReader(self, lane, lanes, place, seed)
+
+    def _find(self, index: int) -> tuple[ImageSource, int]:
+        for images, count in self._parts:
+            if index < count:
+                return images, index
+            index -= count
+        raise IndexError(index)
+
+
+@final
+class ImageReader:
+    """One lane's reader of images by number: shuffled in every epoch, dealt to the lanes round-robin."""
+
+    def __init__(self, images: ConcatImages, lane: int, lanes: int, place: Sequence[int], seed: int) -> None:
+        self._images, self._lane, self._lanes, self._seed = images, lane, lanes, seed
+        self._count, self._tried = images.count, int(place[0])
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """Images tried, and two zeros."""
+        return self._tried, 0, 0
+
+    def close(self) -> None:
+        """Do nothing: no file is open."""
+
+    def take(self, stats: ReadStats) -> Sample:
+        """Read the next readable image.
+
+        Raises:
+            DataError: too many in a row are unreadable.
+        """
+        for _ in range(_MAX_UNREADABLE):
+            index = image_at(self._lane + self._tried * self._lanes, self._count, self._seed)
+            self._tried += 1
+            try:
+                return Sample(self._images.read(index), str(index))
+            except DataError as error:
+                stats.errors.append(ReadError("image", self._images.where(index), str(error)))
+                last = error
+        raise DataError(f"{_MAX_UNREADABLE} images in a row cannot be read, the last: {last}; check the data")
+
+
+class ShardStream:
+    """One lane's stream over all sources, mixed by their weights.
+
+    The source that is furthest behind its weight comes next, so no count is ever more than two images away
+    from its share; lanes start with different credits, so that they do not all take the same source.
+
+    Args:
+        readers: the lane's reader of each source.
+        weights: the sources' weights, of any sum.
+        taken: images taken from each source so far.
+        seed: decides the credits.
+    """
+
+    def __init__(
+        self, readers: Sequence[SourceReader], weights: Sequence[float], taken: Sequence[int], seed: int
+    ) -> None:
+        self._readers, self._taken = readers, np.array(taken, np.int64)
+        self._weights = np.array(weights) / sum(weights)
+        self._credits = np.random.Generator(np.random.Philox(seed)).random(len(readers))
+
+    def take(self, stats: ReadStats) -> Sample:
+        """Read the next image.
+
+        Raises:
+            DataError: the source that is due has no readable image left.
+        """
+        due = self._weights * (self._taken.sum() + 1) + self._credits - self._taken
+        source = int(due.argmax())
+        sample = self._readers[source].take(stats)
+        self._taken[source] += 1
+        return sample
+
+    def close(self) -> None:
+        """Close open files."""
+        for reader in self._readers:
+            reader.close()
+
+    @property
+    def cursor(self) -> Tensor:
+        """The lane's cursor: int64 [S, 4]."""
+        places = [(*reader.place, int(n)) for reader, n in zip(self._readers, self._taken, strict=True)]
+        return torch.tensor(places, dtype=torch.int64)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LaneAssignment:
+    """How the images of one group's batch are split over lanes."""
+
+    group: int  # index of the group in the run
+    first: int  # offset of its images in a step's batch
+    step: int  # images per step over all groups
+    lanes: int
+    each: int  # images per step of one lane
+
+    def position(self, step: int, lane: int, index: int) -> int:
+        """Return the position in the run of image `index` of a lane in a step."""
+        return step * self.step + self.first + lane * self.each + index
+
+    def zeros(self, sources: int) -> Tensor:
+        """Return the cursors of all lanes before the first image: int64 [L, S, 4]."""
+        return torch.zeros(self.lanes, sources, CURSOR, dtype=torch.int64)
+
+    def local(self, partition: Partition, rank: int) -> range:
+        """Return the lanes of one of the group's ranks; none for another rank."""
+        group = partition.groups[self.group]
+        if rank not in group.ranks:
+            return range(0)
+        rows = partition.rows(group, rank)
+        return range((rows.start - group.first) // self.each, (rows.stop - group.first) // self.each)
+
+
+def assign_lanes(config: TrainConfig, partition: Partition) -> tuple[LaneAssignment, ...]:
+    """Assign lanes to every group: the largest divisor of its batch up to `num_streams`.
+
+    Raises:
+        ConfigError: `num_streams` is below 1, or ranks cannot share the lanes of their group evenly.
+    """
+    limit = config.data.num_streams
+    if limit < 1:
+        raise ConfigError(f"--data.num-streams {limit} cannot be; give 1 or more")
+    assignments = []
+    for index, group in enumerate(partition.groups):
+        size, ranks = group.batch_size, len(group.ranks)
+        lanes = next(n for n in range(min(size, limit), 0, -1) if size % n == 0)
+        if lanes % ranks:
+            raise ConfigError(
+                f"the {lanes} streams of {group.name} cannot be shared evenly by {ranks} ranks; they are "
+                f"fixed for a run, so start as many ranks as divide {lanes}, or begin anew with "
+                f"--data.num-streams {size}"
+            )
+        assignments.append(
+            LaneAssignment(
+                group=index, first=group.first, step=partition.batch_size, lanes=lanes, each=size // lanes
+            )
+        )
+    return tuple(assignments)
+
+
+@final
+class Sources:
+    """The sources that a run's settings name, and the share of a batch of each."""
+
+    def __init__(self, sources: Sequence[ReadableSource], weights: Sequence[float]) -> None:
+        self._sources, self._weights = sources, weights
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the sources' fingerprints, in order."""
+        text = " ".join(source.fingerprint for source in self._sources)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def sources(self) -> list[dict[str, Any]]:
+        """Their entries in a checkpoint's metadata."""
+        return [part for source in self._sources for part in source.sources]
+
+    @property
+    def count(self) -> int | None:
+        """Number of images; None with shards, which are not counted beforehand."""
+        counts = [source.count for source in self._sources]
+        return None if None in counts else sum(count or 0 for count in counts)
+
+    def open(self, assignment: LaneAssignment, lane: int, cursor: Tensor, seed: int) -> ShardStream:
+        """Open the stream of a group's lane at a cursor [S, 4], in a run with this seed."""
+        group_seed = seed_of(seed, "group", assignment.group)
+        readers = [
+            source.open(lane, assignment.lanes, place[:-1], seed_of(group_seed, "source", index))
+            for index, (source, place) in enumerate(zip(self._sources, cursor.tolist(), strict=True))
+        ]
+        taken = cursor[:, -1].tolist()
+        return ShardStream(readers, self._weights, taken, seed_of(group_seed, "lane", lane))
+
+
+_NO_DATA = "no data: give --data.shards 'FILES.tar', --data.images FOLDER or --data.scenes COUNT"
+
+
+def open_sources(config: DataConfig) -> Sources:
+    """Open a run's sources: one per pattern, folder and scenes with weights, else one for all.
+
+    Raises:
+        ConfigError: there are no data, the weights are not one positive number per source, or there are
+            none although shards are mixed with other sources.
+        DataError: a folder is missing or empty.
+    """
+    parts = [*map(_open_folder, config.images), *_open_scenes(config)]
+    shards = [Shards(pattern, expand([pattern])) for pattern in config.shards]
+    if not parts and not shards:
+        raise ConfigError(_NO_DATA)
+    if weights := config.weights:
+        sources: list[ReadableSource] = [*shards, *(ConcatImages([part]) for part in parts)]
+        if len(weights) != len(sources) or not min(weights) > 0 or not math.isfinite(sum(weights)):
+            raise ConfigError(
+                f"--data.weights {' '.join(map(str, weights))}: wanted a number above zero for each of the "
+                f"{len(sources)} sources: the shards' patterns, the folders, then scenes"
+            )
+        return Sources(sources, weights)
+    if parts and shards:
+        raise ConfigError(
+            "how many images shards hold is not known beforehand; beside folders or scenes give "
+            "--data.weights, a number for each source: the shards' patterns, the folders, then scenes"
+        )
+    if shards:
+        return Sources([Shards(" ".join(config.shards), expand(config.shards))], [1.0])
+    return Sources([ConcatImages(parts)], [1.0])
+
+
+def open_images(config: DataConfig, log: Callable[[str], None] = lambda line: None) -> ConcatImages:
+    """Open the images that a run's settings name, to be read by number; shards must be local files.
+
+    Raises:
+        ConfigError: the settings name no images, or weights, which are not supported here.
+        DataError: a folder or shard is missing, empty or damaged.
+    """
+    if config.weights:
+        raise ConfigError("a teacher cache takes every image alike; leave --data.weights out")
+    parts = [
+        *map(_open_folder, config.shards),
+        *map(_open_folder, config.images),
+        *_open_scenes(config),
+    ]
+    if not parts:
+        raise ConfigError(_NO_DATA)
+    for part in parts:
+        for note in part.images.notes:
+            log(note)
+    return ConcatImages(parts)
+
+
+def _open_folder(text: str | Path) -> Part:
+    """Open the images of a folder or of local tar files; their hash is cached until a file changes.
+
+    Raises:
+        DataError: it is missing, empty or damaged.
+    """
+    listing = list_unlabelled(str(text))
+    return Part(StoredImages(listing, default_cache() / "fingerprints"), len(listing.entries))
+
+
+def _open_scenes(config: DataConfig) -> list[Part]:
+    count = config.scenes
+    return [Part(SceneImages("train", count=count, seed=config.scenes_seed), count)] if count else []

@@ -1,0 +1,332 @@
+"""Groups of teachers: which ranks run which teachers on which images, and how evenly that splits the work.
+
+Teachers with the same batch size and student resolution form a group: they see the same images and share the
+student's forward (paper §4: CLIP and DINOv2 at 224 px, SAM at 1024 px). A step's images are the groups'
+batches concatenated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, reduce
+from operator import or_
+from pathlib import Path
+from typing import NamedTuple
+
+from radio.errors import ConfigError, DataError
+
+from .config import TeacherConfig, TrainConfig
+from .loggers import read_records
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherGroup:
+    """Teachers that see the same images, and the group's ranks."""
+
+    teachers: tuple[str, ...]
+    side: int  # the student's input side in pixels
+    batch_size: int  # images per step over the group's ranks
+    first: int  # offset of its images in a step's batch
+    ranks: tuple[int, ...]  # with shared placement: all ranks, for every group
+
+    @property
+    def name(self) -> str:
+        """Name of the group from its teachers, such as `clip+dino`."""
+        return "+".join(self.teachers)
+
+    @property
+    def share(self) -> int:
+        """Images per step of one of its ranks."""
+        return self.batch_size // len(self.ranks)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Partition:
+    """The groups of a run with their ranks."""
+
+    groups: tuple[TeacherGroup, ...]
+    world: int
+
+    @property
+    def batch_size(self) -> int:
+        """Images per step over all groups."""
+        return sum(group.batch_size for group in self.groups)
+
+    def crop_sides(self, sizes: Mapping[str, tuple[int, int]]) -> tuple[int, ...]:
+        """Return the side of each group's crops in pixels: the largest input of its student and teachers.
+
+        `sizes` are the teachers' inputs (height, width) in pixels, by name.
+        """
+        return tuple(max(group.side, *(max(sizes[name]) for name in group.teachers)) for group in self.groups)
+
+    def of(self, rank: int) -> tuple[TeacherGroup, ...]:
+        """Return the groups of a rank, in order."""
+        return tuple(group for group in self.groups if rank in group.ranks)
+
+    def rows(self, group: TeacherGroup, rank: int) -> range:
+        """Return the positions in a step's batch of the images of one of the group's ranks."""
+        assert rank in group.ranks, "only the group's own ranks take its images"
+        first = group.first + group.ranks.index(rank) * group.share
+        return range(first, first + group.share)
+
+
+def teacher_groups(config: TrainConfig) -> tuple[TeacherGroup, ...]:
+    """Group the teachers, in the order of each group's first; all groups have rank 0 only, as in one process.
+
+    Raises:
+        ConfigError: a teacher has a batch of less than one image.
+    """
+    members: dict[tuple[int, int], list[str]] = {}
+    for teacher in config.teachers:
+        members.setdefault(_seen(teacher, config), []).append(teacher.name)
+    groups, first = [], 0
+    for (size, side), names in members.items():
+        groups.append(
+            TeacherGroup(teachers=tuple(names), side=side, batch_size=size, first=first, ranks=(0,))
+        )
+        first += size
+    return tuple(groups)
+
+
+def make_partition(config: TrainConfig, world: int) -> Partition:
+    """Assign ranks to the groups: all ranks to each, or a number each that divides the group's batch.
+
+    The numbers are `ranks_per_group`, or by default those whose slowest group is fastest if an
+    image costs its pixels.
+
+    Args:
+        config: teachers, batch sizes, `teacher_placement` and `ranks_per_group`.
+        world: number of ranks; a single one always has all groups.
+
+    Raises:
+        ConfigError: the ranks cannot share a batch evenly, there are fewer ranks than groups,
+            `ranks_per_group` does not fit groups, batches or ranks, or `grad_accum_steps` does not divide a
+            rank's images.
+    """
+    groups = teacher_groups(config)
+    everyone = tuple(range(world))
+    if not config.ranks_per_group and (world == 1 or config.teacher_placement == "shared"):
+        for group in groups:
+            if group.batch_size % world:
+                raise ConfigError(_uneven(group, world))
+        assigned = [replace(group, ranks=everyone) for group in groups]
+    else:
+        if config.ranks_per_group:
+            split = _check_split(config, groups, world)
+        else:
+            split = best_split(groups, world, [float(group.side**2) for group in groups])
+        assigned, first = [], 0
+        for group, count in zip(groups, split, strict=True):
+            assigned.append(replace(group, ranks=everyone[first : first + count]))
+            first += count
+    for group in assigned:
+        if group.share % config.grad_accum_steps:
+            raise ConfigError(
+                f"--grad-accum-steps {config.grad_accum_steps} does not divide the {group.share} images of a "
+                f"step that a rank takes for {group.name}; give a number that does"
+            )
+    return Partition(groups=tuple(assigned), world=world)
+
+
+def _uneven(group: TeacherGroup, world: int) -> str:
+    return (
+        f"a batch of {group.batch_size} cannot be shared evenly by {world} ranks "
+        f"({group.name}); give a batch size that they divide"
+    )
+
+
+def best_split(groups: Sequence[TeacherGroup], world: int, costs: Sequence[float]) -> tuple[int, ...]:
+    """Find each group's number of ranks that makes the slowest group fastest, then the second, and so on.
+
+    `costs` are a rank's costs of one image of each group.
+
+    Raises:
+        ConfigError: no divisors of the groups' batches add up to `world`.
+    """
+    sizes = [group.batch_size for group in groups]
+    if (best := _best(tuple(sizes), tuple(costs), world)) is None:
+        raise ConfigError(_impossible(groups, world))
+    return best.split
+
+
+def _seen(teacher: TeacherConfig, config: TrainConfig) -> tuple[int, int]:
+    """Return a teacher's images per step and the student's input side for it."""
+    size = config.batch_size if teacher.batch_size is None else teacher.batch_size
+    if size < 1:
+        raise ConfigError(f"teacher {teacher.name} cannot see {size} images a step; give 1 or more")
+    return size, teacher.student_resolution or config.resolution
+
+
+class _Split(NamedTuple):
+    """Ranks of some groups, and each group's cost per rank, in descending order."""
+
+    loads: tuple[float, ...]
+    split: tuple[int, ...]
+
+
+def _best(sizes: tuple[int, ...], costs: tuple[float, ...], world: int) -> _Split | None:
+    """Find the best split of `world` ranks that divides every batch evenly; None where there is none.
+
+    By dynamic programming: the best split contains the best one of every suffix of the groups.
+    """
+    counts = [_divisors(size, world) for size in sizes]
+
+    @cache
+    def best_of(index: int, ranks: int) -> _Split | None:
+        size, cost = sizes[index], costs[index]
+        if index == len(sizes) - 1:
+            return None if ranks < 1 or size % ranks else _Split((size / ranks * cost,), (ranks,))
+        best: _Split | None = None
+        for count in counts[index]:
+            if count > ranks - (len(sizes) - 1 - index):
+                break
+            if (rest := best_of(index + 1, ranks - count)) is not None:
+                loads = tuple(sorted((size / count * cost, *rest.loads), reverse=True))
+                if best is None or loads < best.loads:
+                    best = _Split(loads, (count, *rest.split))
+        return best
+
+    return best_of(0, world)
+
+
+def _divisors(size: int, most: int) -> list[int]:
+    """Return the divisors of a batch up to `most`, in order."""
+    return [count for count in range(1, min(size, most) + 1) if size % count == 0]
+
+
+def _check_split(config: TrainConfig, groups: Sequence[TeacherGroup], world: int) -> tuple[int, ...]:
+    split = config.ranks_per_group
+    option = f"--ranks-per-group {' '.join(map(str, split))}"
+    if config.teacher_placement == "shared":
+        raise ConfigError(f"{option} deals ranks to groups, and in turns all work for all; leave one of both")
+    if len(split) != len(groups):
+        names = ", ".join(group.name for group in groups)
+        raise ConfigError(f"{option} is for {len(split)} groups; this run has {len(groups)}: {names}")
+    if sum(split) != world:
+        raise ConfigError(
+            f"{option} is for {sum(split)} ranks, and there are {world}; leave it out or mend it"
+        )
+    for group, count in zip(groups, split, strict=True):
+        if count < 1 or group.batch_size % count:
+            raise ConfigError(
+                f"{option}: a batch of {group.batch_size} cannot be shared evenly "
+                f"by {count} ranks ({group.name})"
+            )
+    return split
+
+
+def _impossible(groups: Sequence[TeacherGroup], world: int) -> str:
+    """Explain why no split fits."""
+    if len(groups) == 1:
+        return _uneven(groups[0], world)
+    if world < len(groups):
+        names = ", ".join(group.name for group in groups)
+        return (
+            f"{len(groups)} groups of teachers ({names}) need a rank each, and there are {world}; "
+            f"let all ranks work for all groups with --teacher-placement shared, or start more"
+        )
+    sizes = [group.batch_size for group in groups]
+    batches = " and ".join(f"{group.batch_size} ({group.name})" for group in groups)
+    return (
+        f"{world} ranks cannot be shared: no numbers of ranks that divide the batches of {batches} "
+        f"add up to {world}; start {_possible(sizes, world)} ranks, or change a batch size"
+    )
+
+
+def _possible(sizes: Sequence[int], world: int) -> str:
+    """Format the nearest possible numbers of ranks, below and above."""
+    sums = 1  # bit n: n ranks can be shared by the batches so far
+    for size in sizes:
+        sums = reduce(or_, (sums << count for count in _divisors(size, size)))
+    below, above = sums & ((1 << world) - 1), sums >> (world + 1)
+    nearest = [below.bit_length() - 1] if below else []
+    nearest += [world + (above & -above).bit_length()] if above else []
+    return " or ".join(map(str, nearest))
+
+
+_SHORTEST = 1e-12  # seconds per step, and images: no run is below, or above the inverse
+
+
+class Proposal(NamedTuple):
+    """Another split of the ranks, and the time of a step with the current and the new one."""
+
+    split: tuple[int, ...]  # ranks of each group
+    before: float  # seconds per step of the slowest group
+    after: float
+
+
+def idle_shares(partition: Partition, seconds: Mapping[str, float]) -> dict[str, float]:
+    """Compute each group's share of a step spent waiting for the slowest: in [0, 1), by the group's name.
+
+    `seconds` are the times of a step on one rank of each group. With shared placement no rank waits.
+    """
+    groups = partition.groups
+    if all(group.ranks == groups[0].ranks for group in groups):
+        return {group.name: 0.0 for group in groups}
+    slowest = max(seconds[group.name] for group in groups)
+    return {group.name: 1 - seconds[group.name] / slowest for group in groups}
+
+
+def idle_share(partition: Partition, seconds: Mapping[str, float]) -> float:
+    """Compute the share of all ranks' time spent waiting for the slowest group."""
+    idle = idle_shares(partition, seconds)
+    weights = {group.name: len(group.ranks) for group in partition.groups}
+    return sum(idle[name] * count for name, count in weights.items()) / sum(weights.values())
+
+
+def propose(partition: Partition, seconds: Mapping[str, float]) -> Proposal | None:
+    """Propose the split whose slowest group is fastest, if it is faster than the partition's.
+
+    `seconds` are the times of a step on one rank of each group, by the group's name; a group's time is taken
+    to be proportional to its images per rank. None with shared placement, and where no split is faster.
+    """
+    groups = partition.groups
+    if len(groups) == 1 or all(group.ranks == groups[0].ranks for group in groups):
+        return None
+    prices = [seconds[group.name] / group.share for group in groups]
+    split = best_split(groups, partition.world, prices)
+    before = max(seconds[group.name] for group in groups)
+    after = max(
+        price * group.batch_size / count for price, group, count in zip(prices, groups, split, strict=True)
+    )
+    return Proposal(split, before, after) if after < before else None
+
+
+def measured(path: Path, partition: Partition) -> dict[str, float]:
+    """Read each group's seconds per step on one rank from `metrics.jsonl`, scaled to this partition.
+
+    The mean over all records but the first, which includes the choice of kernels.
+
+    Raises:
+        DataError: there is no such file, or no record has the groups' times.
+        ConfigError: the run had other groups of teachers.
+    """
+    if not path.exists():
+        raise DataError(f"{path}: no such file; give the metrics.jsonl of a run of the same teachers")
+    records = read_records(path)
+    timed = [record for record in records if any(key.startswith("perf/step_time/") for key in record)]
+    if not timed:
+        raise DataError(f"{path}: no record times the groups of teachers (perf/step_time/GROUP)")
+    seconds = {}
+    for group in partition.groups:
+        keys = (f"perf/step_time/{group.name}", f"perf/images_per_rank/{group.name}")
+        if any(key not in record for key in keys for record in timed):
+            known = sorted(
+                key.removeprefix("perf/step_time/") for key in timed[0] if key.startswith("perf/step_time/")
+            )
+            raise ConfigError(f"{path}: times the groups {', '.join(known)}, and this run has {group.name}")
+        prices = [_price(record[keys[0]], record[keys[1]], path) for record in timed[1:] or timed]
+        seconds[group.name] = group.share * sum(prices) / len(prices)
+    return seconds
+
+
+def _price(seconds: object, share: object, path: Path) -> float:
+    """Compute a rank's seconds per image."""
+    if not isinstance(seconds, (int, float)) or not isinstance(share, (int, float)):
+        raise DataError(
+            f"{path}: wanted numbers for perf/step_time/GROUP and perf/images_per_rank/GROUP; is it a "
+            f"run's log?"
+        )
+    if not (_SHORTEST < seconds < 1 / _SHORTEST and _SHORTEST < share < 1 / _SHORTEST):
+        raise DataError(f"{path}: a group that takes {seconds} s for {share} images; is it a run's log?")
+    return seconds / share
