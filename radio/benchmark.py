@@ -1,4 +1,4 @@
-"""Measure images per second, multiply-adds and memory of several models by one protocol in one run.
+"""Measure images per second and memory of several models by one protocol in one run, and count operations.
 
 Random input on the device; evaluation mode; inference mode; a warm-up; then windows of several calls each,
 alternating between the models (A B A B ...), so that a disturbance of the machine affects all of them and
@@ -12,6 +12,7 @@ import ctypes
 import math
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,10 +22,11 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from .errors import ConfigError
-from .model import RadioModel
 from .types import Features
 
 # Letters: B batch, h w pixels.
@@ -66,22 +68,86 @@ PRESETS: Mapping[str, Protocol] = {
 """Protocols of other projects."""
 
 
+@final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchmarkModel:
-    """One model, on its device, ready to be called."""
+    """One variant of a model, on its device, ready to be called."""
 
     name: str
+    variant: str = "alone"  # or "compiled", "with adaptors", "with adaptors, compiled"
     call: Callable[[Tensor], object]
     images: Callable[[int], Tensor]  # B -> [B, 3, h, w] in [0, 1], on the device
     compiled: bool = False
     weight_bytes: int = 0
 
 
+def prepare(
+    name: str,
+    model: Any,
+    size: tuple[int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    channels_last: bool | None = None,
+    compiled: bool = False,
+    adaptors: bool = False,
+) -> BenchmarkModel:
+    """Move a backbone or a module to the device, ready to be measured; copy it if its dtype changes.
+
+    Args:
+        name: its name in the measurements.
+        model: the backbone, or any other callable module.
+        size: (height, width) of its images.
+        device: where it computes.
+        dtype: of its weights and images.
+        channels_last: memory layout; None = chosen by `is_convolutional`.
+        compiled: compile it.
+        adaptors: of a RadioModel: also compute the features in each teacher's space, on the student's grid.
+    """
+    if isinstance(model, nn.Module) and any(weight.dtype != dtype for weight in model.parameters()):
+        model = copy.deepcopy(model)  # its own weights keep their precision
+    moved = model.to(device, dtype).eval()
+    last = is_convolutional(moved) if channels_last is None else channels_last
+    layout = torch.channels_last if last else torch.contiguous_format
+    if isinstance(moved, nn.Module):
+        moved.to(memory_format=layout)
+
+    def images(batch: int) -> Tensor:
+        generator = torch.Generator(device=device).manual_seed(0)
+        random_images = torch.rand(batch, 3, *size, generator=generator, device=device, dtype=dtype)
+        return random_images.contiguous(memory_format=layout)
+
+    def adapted(images: Tensor) -> list[Features]:
+        features = moved(images)
+        return [features, *(moved.adapt(teacher, features) for teacher in moved.adaptors)]
+
+    call = adapted if adaptors else moved
+    variants = [*(["with adaptors"] if adaptors else []), *(["compiled"] if compiled else [])]
+    return BenchmarkModel(
+        name=name,
+        variant=", ".join(variants) or "alone",
+        call=torch.compile(call, dynamic=False) if compiled else call,
+        images=images,
+        compiled=compiled,
+        weight_bytes=sum(weight.nbytes for weight in moved.parameters())
+        if isinstance(moved, nn.Module)
+        else 0,
+    )
+
+
+def is_convolutional(model: Any) -> bool:
+    """Check whether a model has more than four convolutions, so more than a stem."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return sum(isinstance(module, nn.Conv2d) for module in modules) > 4
+
+
+@final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
     """The speed of one model at one batch."""
 
     name: str
+    variant: str
     batch: int
     rates: tuple[float, ...]  # images per second in each window
     calls: int  # in each window
@@ -109,50 +175,64 @@ class Measurement:
 
 
 Clock = Callable[[], float]
-Told = Callable[[str], None]
 
 
 @torch.inference_mode()
 def measure(
-    contenders: Sequence[BenchmarkModel],
+    models: Sequence[BenchmarkModel],
     protocol: Protocol,
     device: torch.device,
     *,
     clock: Clock | None = None,
-    done: Told = lambda name: None,
+    done: Callable[[str], None] = lambda name: None,
 ) -> list[Measurement]:
-    """Measure the speed of every contender at every batch size, alternating between contenders.
+    """Measure the speed of every model at every batch size, alternating between models.
 
     Args:
-        contenders: models on `device`.
+        models: models on `device`.
         protocol: batches, warm-up and windows.
         device: where they compute.
         clock: returns the time in seconds once the device is idle; replaced in tests.
-        done: called with a contender's name after its warm-up and after each of its windows.
+        done: called with a model's name after its warm-up and after each of its windows.
     """
     clock = clock or device_clock(device)
-    found = []
+    measurements = []
     for batch in protocol.batches:
-        prepared = []
-        for contender in contenders:
-            images = contender.images(batch)
-            prepared.append((contender, images, *_warm_up(contender, images, protocol, device, clock)))
-            done(contender.name)
-        rates: list[list[float]] = [[] for _ in contenders]
+        inputs, calls, peaks = [], [], []
+        for model in models:
+            inputs.append(model.images(batch))
+            if model.compiled:
+                model.call(inputs[-1])  # the compiler's own time and memory are not the model's
+            times: list[float] = []
+            with peak_memory(device) as peak:
+                while len(times) < protocol.warmup_calls or sum(times) < protocol.warmup_seconds:
+                    times.append(_window(model, inputs[-1], 1, clock))
+            calls.append(protocol.window_calls or max(1, math.ceil(protocol.window_seconds / min(times))))
+            peaks.append(None if peak[0] is None else (model.weight_bytes + peak[0]) / MIB)
+            done(model.name)
+        rates: list[list[float]] = [[] for _ in models]
         for _ in range(protocol.repeats):
-            for (contender, images, calls, _), mine in zip(prepared, rates, strict=True):
-                mine.append(batch * calls / _window(contender, images, calls, clock))
-                done(contender.name)
-        found += [
-            Measurement(name=c.name, batch=batch, rates=tuple(mine), calls=calls, peak_memory=peak)
-            for (c, _, calls, peak), mine in zip(prepared, rates, strict=True)
+            for index, model in enumerate(models):
+                seconds = _window(model, inputs[index], calls[index], clock)
+                rates[index].append(batch * calls[index] / seconds)
+                done(model.name)
+        measurements += [
+            Measurement(
+                name=model.name,
+                variant=model.variant,
+                batch=batch,
+                rates=tuple(rates[index]),
+                calls=calls[index],
+                peak_memory=peaks[index],
+            )
+            for index, model in enumerate(models)
         ]
-    return found
+    return measurements
 
 
-def num_turns(protocol: Protocol, contenders: int) -> int:
+def num_turns(protocol: Protocol, num_models: int) -> int:
     """Return how often `measure` calls `done`."""
-    return len(protocol.batches) * contenders * (1 + protocol.repeats)
+    return len(protocol.batches) * num_models * (1 + protocol.repeats)
 
 
 def device_clock(device: torch.device) -> Clock:
@@ -167,26 +247,11 @@ def device_clock(device: torch.device) -> Clock:
     return read
 
 
-def _warm_up(
-    contender: BenchmarkModel, images: Tensor, protocol: Protocol, device: torch.device, clock: Clock
-) -> tuple[int, float | None]:
-    """Warm a contender up; return the number of calls per window and the peak memory in MiB."""
-    if contender.compiled:
-        contender.call(images)  # the compiler's own time and memory are not the model's
-    taken: list[float] = []
-    with peak_memory(device) as peak:
-        while len(taken) < protocol.warmup_calls or sum(taken) < protocol.warmup_seconds:
-            taken.append(_window(contender, images, 1, clock))
-    calls = protocol.window_calls or max(1, math.ceil(protocol.window_seconds / min(taken)))
-    rise = peak[0]
-    return calls, None if rise is None else (contender.weight_bytes + rise) / MIB
-
-
-def _window(contender: BenchmarkModel, images: Tensor, calls: int, clock: Clock) -> float:
+def _window(model: BenchmarkModel, images: Tensor, calls: int, clock: Clock) -> float:
     """Measure the seconds that `calls` calls take."""
     start = clock()
     for _ in range(calls):
-        contender.call(images)
+        model.call(images)
     return clock() - start
 
 
@@ -238,72 +303,63 @@ def count(module: nn.Module, size: tuple[int, int]) -> Counts:
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     dtype = next((tensor.dtype for tensor in module.parameters()), torch.float32)
     image = torch.empty(1, 3, *size, device="meta", dtype=dtype)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), CostCounter() as counter:
         functional_call(module, shapes, (image,))
     parameters = sum(parameter.numel() for parameter in module.parameters())
-    return Counts(parameters, counter.get_total_flops() / 2e9)
+    return Counts(parameters, counter.flops / 2e9)
 
 
-@final
-class Adapted(nn.Module):
-    """A model with all its adaptors, on the student's own grid.
+_ATEN = torch.ops.aten
+_GPU_KERNELS = {  # torch has formulas for the GPU attention kernels, which take the same arguments
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _ATEN._scaled_dot_product_flash_attention,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: (
+        _ATEN._scaled_dot_product_flash_attention_backward
+    ),
+}
 
-    Raises:
-        ConfigError: the model has no adaptors.
+
+class CostCounter(TorchDispatchMode):
+    """Count operations (two per multiply-add), and the bytes that they allocated: now, and at the peak.
+
+    Works on real, fake and meta tensors, in forward and backward. Operations are counted by torch's formulas;
+    every storage is tracked from its allocation until nothing references it any more. Tensors from before,
+    such as weights and inputs, are not counted. Torch's `FlopCounterMode` counts the same operations, but
+    keeps the graphs of checkpointed blocks alive, which are a part of the peak; its `MemTracker` counts the
+    weights too, and looks at every module after every operator.
     """
 
-    def __init__(self, model: RadioModel) -> None:
-        super().__init__()
-        if not model.adaptors:
-            raise ConfigError(f"{model.name} has no adaptors to measure; leave --with-adaptors out")
-        self.model = model
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = self.now = self.peak = 0
+        self._held: dict[int, Any] = {}
 
-    def forward(self, images: Tensor) -> tuple[Features, list[Features]]:
-        """Map [B, 3, h, w] to the student's own features and those in each teacher's space."""
-        features = self.model(images)
-        return features, [self.model.adapt(name, features) for name in self.model.adaptors]
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operator; add its operations and track its new storages."""
+        named = kwargs or {}
+        self._track((args, named), counted=False)
+        out = func(*args, **named)
+        self._track(out, counted=True)
+        packet = func.overloadpacket
+        if (formula := flop_registry.get(_GPU_KERNELS.get(packet, packet))) is not None:
+            self.flops += int(formula(*args, **named, out_val=out))
+        return out
 
+    def _track(self, tensors: Any, *, counted: bool) -> None:
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._held:
+                    self._hold(storage, storage.nbytes() if counted else 0)
 
-def prepare(
-    name: str,
-    model: Any,
-    size: tuple[int, int],
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    channels_last: bool | None = None,
-    compiled: bool = False,
-) -> BenchmarkModel:
-    """Make a contender of a backbone or a module on the device; copy it if its dtype changes.
+    def _hold(self, storage: torch.UntypedStorage, size: int) -> None:
+        key = storage._cdata
 
-    Args:
-        size: (height, width) of its images.
-        channels_last: None = chosen by `is_convolutional`.
-    """
-    if isinstance(model, nn.Module) and any(weight.dtype != dtype for weight in model.parameters()):
-        model = copy.deepcopy(model)  # its own weights keep their precision
-    moved = model.to(device, dtype).eval()
-    last = is_convolutional(moved) if channels_last is None else channels_last
-    layout = torch.channels_last if last else torch.contiguous_format
-    if isinstance(moved, nn.Module):
-        moved.to(memory_format=layout)
+        def release(_: Any) -> None:
+            del self._held[key]
+            self.now -= size
 
-    def images(batch: int) -> Tensor:
-        generator = torch.Generator(device=device).manual_seed(0)
-        random_images = torch.rand(batch, 3, *size, generator=generator, device=device, dtype=dtype)
-        return random_images.contiguous(memory_format=layout)
-
-    weights = moved.parameters() if isinstance(moved, nn.Module) else ()
-    return BenchmarkModel(
-        name=name,
-        call=torch.compile(moved, dynamic=False) if compiled else moved,
-        images=images,
-        compiled=compiled,
-        weight_bytes=sum(weight.nbytes for weight in weights),
-    )
-
-
-def is_convolutional(model: Any) -> bool:
-    """Check whether a model has more than four convolutions, so more than a stem."""
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    return sum(isinstance(module, nn.Conv2d) for module in modules) > 4
+        self._held[key] = weakref.ref(storage, release)
+        self.now += size
+        self.peak = max(self.peak, self.now)

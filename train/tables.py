@@ -382,8 +382,7 @@ def _compare_students(rows: Rows, checkpoints: Mapping[str, Path], out: Path, co
     from evals.core.suite import run_all  # imported late: these import all evaluators
     from evals.core.tables import cell
     from evals.reporting.figures import draw_tradeoff
-    from evals.throughput.evaluator import Entry, measure_all
-    from evals.throughput.settings import ThroughputSettings
+    from evals.throughput.evaluator import Entry, ThroughputSettings, measure_all
     from radio.hub import load_backbone
     from radio.progress import watch_on
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from rich import box
@@ -24,11 +23,7 @@ from radio.options import parse_options
 from radio.progress import watch_on
 from radio.students import StudentOptions, students
 
-from .evaluator import COLUMNS, Entry, measure_all, paper_name
-from .settings import ThroughputSettings
-
-Plot = Callable[[Path], Path | None]
-"""Plots quality against speed from a folder of reports; returns the file, or None without data."""
+from .evaluator import COLUMNS, Entry, ThroughputSettings, measure_all, paper_name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,32 +40,39 @@ class Options:
     """Folder of the reports. If it has k-NN reports of the same models, quality is plotted against speed."""
     plain: bool = False
     """Print without progress bars, colours and box lines."""
+    settings: Annotated[ThroughputSettings, tyro.conf.arg(name="")] = field(
+        default_factory=ThroughputSettings
+    )
 
 
-def run_throughput(arguments: Sequence[str], plot: Plot) -> int:
+def run_throughput(arguments: Sequence[str], plot: Callable[[Path], Path | None]) -> int:
     """Run the command and return its exit code: 0 when every report was written.
+
+    Args:
+        arguments: the command line.
+        plot: plots quality against speed from a folder of reports; returns the file, or None without data.
 
     Raises:
         RadioError: an unknown or repeated model, or settings that cannot be measured.
     """
-    both = dataclasses.make_dataclass(
-        "Arguments", [("which", Options), ("throughput", ThroughputSettings)], frozen=True, kw_only=True
+    options = check(
+        parse_options(
+            Options,
+            arguments,
+            prog="radio-eval throughput",
+            description="Images a second, multiply-adds and memory of several models, measured in turns.",
+        )
     )
-    parsed: Any = parse_options(
-        both,
-        arguments,
-        prog="radio-eval throughput",
-        description="Images a second, multiply-adds and memory of several models, measured in turns.",
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
-    options, settings = check(parsed.which), parsed.throughput
     console, progress = Console(no_color=options.plain, highlight=False), Console(stderr=True)
-    watch = watch_on(progress, shown=progress.is_terminal and not options.plain)
-    entries = [load_entry(spec, settings.resolution) for spec in _specs(options)]
-    reports = measure_all(entries, settings, options.out, reference=options.reference, watch=watch)
+    reports = measure_all(
+        [load_entry(spec, options.settings.resolution) for spec in _specs(options)],
+        options.settings,
+        options.out,
+        reference=options.reference,
+        watch=watch_on(progress, shown=progress.is_terminal and not options.plain),
+    )
     console.print(speed_table(reports, plain=options.plain))
-    image = plot(options.out)
-    if image is not None:
+    if (image := plot(options.out)) is not None:
         console.print(escape(str(image)), soft_wrap=True)
     return 0
 
@@ -104,14 +106,15 @@ def speed_table(reports: Sequence[Report], *, plain: bool = False) -> Table:
     for title in ("M", "GMACs", "batch", "images/s", "±", "ratio", "paper", "MiB"):
         table.add_column(title, justify="right", no_wrap=True)
     for report, size in zip(reports, sizes, strict=True):
+        figures = {name: metric.value for name, metric in report.metrics.items()}
         for values in report.tables["speed"].rows:
             row: dict[str, Any] = dict(zip(COLUMNS, values, strict=True))
             remarks = [] if row["variant"] == "alone" else [row["variant"]]
             remarks += [] if same else [f"{size} px"]
             table.add_row(
                 escape(" ".join([report.model, *remarks])),
-                _metric(report, "parameters", ".1f"),
-                _metric(report, "gmacs", ".2f"),
+                _number(figures.get("parameters"), ".1f"),
+                _number(figures.get("gmacs"), ".2f"),
                 str(row["batch"]),
                 f"{row['images_per_second']:.4g}",
                 f"{row['spread_percent']:.0f} %",
@@ -127,14 +130,10 @@ def _specs(options: Options) -> list[str]:
     specs = [*options.models, *(name for name in of_paper if name not in options.models)]
     if not specs:
         raise ConfigError("no model was named; give an architecture, a checkpoint, a spec, or --table6")
-    twice = next((spec for place, spec in enumerate(specs) if spec in specs[:place]), None)
+    twice = next((spec for index, spec in enumerate(specs) if spec in specs[:index]), None)
     if twice is not None:
         raise ConfigError(f"{twice} was named twice; once is enough")
     return specs
-
-
-def _metric(report: Report, name: str, form: str) -> str:
-    return format(report.metrics[name].value, form) if name in report.metrics else ""
 
 
 def _number(value: float | None, form: str) -> str:

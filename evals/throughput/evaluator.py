@@ -5,19 +5,30 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, final
+from typing import Annotated, Any, Literal, final
 
 import torch
+from annotated_types import Interval
 from torch import nn
 
 from evals.core.blocks import Table
 from evals.core.paper import table_6_row
 from evals.core.report import Metric, Report, file_name, write
-from radio.benchmark import Adapted, BenchmarkModel, Counts, Measurement, count, measure, num_turns, prepare
-from radio.config import to_plain
+from radio.benchmark import (
+    PRESETS,
+    BenchmarkModel,
+    Counts,
+    Measurement,
+    Protocol,
+    count,
+    measure,
+    num_turns,
+    prepare,
+)
+from radio.config import Pixels, check, to_plain
 from radio.errors import ConfigError, SizeError, did_you_mean
 from radio.memory import check_memory
 from radio.model import RadioModel
@@ -26,13 +37,75 @@ from radio.provenance import choose_device, commit, describe_device, versions
 from radio.teachers.frozen import Frozen
 from radio.types import Backbone
 
-from .settings import ThroughputSettings
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 COLUMNS = (
     *("variant", "batch", "images_per_second", "low", "high", "spread_percent", "calls_per_window"),
     *("ratio", "paper_ratio", "peak_memory_mib"),
 )
 """Columns of the table in a report, which has a row per variant and batch."""
+
+Seconds = Annotated[float, Interval(ge=0, le=86_400)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ThroughputSettings:
+    """Measure images per second on random input that is already on the device."""
+
+    batches: tuple[Annotated[int, Interval(ge=1, le=65_536)], ...] | None = None
+    """Batch sizes, measured one after the other. Default: 1 and 8, or the preset's."""
+    resolution: Pixels | None = None
+    """Side of the images in pixels. Default: each model's own size."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the models. auto: fp32 on a CPU, bf16 on CUDA."""
+    compile: bool = False
+    """Also measure every model compiled by torch.compile."""
+    with_adaptors: bool = False
+    """Also measure every model that has adaptors with all of them."""
+    layout: Literal["auto", "contiguous", "channels-last"] = "auto"
+    """Memory layout of images and weights. auto: channels-last for models with convolutions beyond a stem."""
+    preset: Literal["timm", "paper"] | None = None
+    """timm: batch 256, 10 warm-up and 40 measured calls, as in timm's benchmark. paper: batch 128."""
+    repeats: Annotated[int, Interval(ge=1, le=100_000)] = 5
+    """Measured windows per model and batch; the median is reported."""
+    window_seconds: Seconds = 1.0
+    """Approximate length of a window; at least one call."""
+    warmup_seconds: Seconds = 3.0
+    """Warm-up before the first window; at least one call."""
+    threads: Annotated[int, Interval(ge=1, le=1024)] | None = None
+    """CPU threads. Default: torch's."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        """Validate the settings; raise `ConfigError` when they cannot be measured."""
+        check(self)
+        own = (self.repeats, self.window_seconds, self.warmup_seconds)
+        if self.preset is not None and own != (5, 1.0, 3.0):
+            raise ConfigError(
+                f"the preset {self.preset} says how long to measure; leave --repeats, --window-seconds and "
+                f"--warmup-seconds out, or the preset"
+            )
+        if self.batches == ():
+            raise ConfigError("--batches names no batch size; give one, or leave it out")
+
+    @property
+    def protocol(self) -> Protocol:
+        """Batches, warm-up and windows."""
+        protocol = (
+            PRESETS[self.preset]
+            if self.preset is not None
+            else Protocol(
+                repeats=self.repeats,
+                window_seconds=self.window_seconds,
+                warmup_seconds=self.warmup_seconds,
+            )
+        )
+        return protocol if self.batches is None else replace(protocol, batches=self.batches)
+
+    def dtype_on(self, device: torch.device) -> torch.dtype:
+        """Return the precision of the models on a device."""
+        return DTYPES[("fp32" if device.type == "cpu" else "bf16") if self.dtype == "auto" else self.dtype]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +145,11 @@ class ThroughputEvaluator:
         return measure_all([entry], settings, out, watch=watch)[0]
 
 
+def paper_name(model: Backbone) -> str:
+    """Return the name under which the paper's table 6 may list a model."""
+    return model.config.student if isinstance(model, RadioModel) else model.name
+
+
 def measure_all(
     entries: Sequence[Entry],
     settings: ThroughputSettings,
@@ -96,90 +174,72 @@ def measure_all(
     reference = _check_names([entry.name for entry in entries], reference)
     sizes = {entry.name: _size(entry.model, settings.resolution) for entry in entries}
     device, started = choose_device(settings.device), time.monotonic()
-    most = max(settings.protocol.batches)
+    dtype, protocol = settings.dtype_on(device), settings.protocol
     for entry in entries:
-        check_memory(entry.model, most, sizes[entry.name], device, settings.dtype_on(device))
+        check_memory(entry.model, max(protocol.batches), sizes[entry.name], device, dtype)
     counts = {entry.name: _count(entry.model, sizes[entry.name]) for entry in entries}
+    if settings.with_adaptors and not any(_has_adaptors(entry.model) for entry in entries):
+        raise ConfigError("none of the models has adaptors; leave --with-adaptors out")
     with _threads(settings.threads):
-        contenders = [
-            contender
-            for entry in entries
-            for contender in _variants(entry, entries, settings, sizes[entry.name], device)
+        models = [
+            variant for entry in entries for variant in _variants(entry, settings, sizes[entry.name], device)
         ]
-        found = _measured(contenders, settings, device, watch)
-        described = describe_device(device)
-    papers = {entry.name: _paper_rate(entry.paper_name) for entry in entries}
+        with watch("throughput", num_turns(protocol, len(models))) as advance:
+
+            def done(name: str) -> None:
+                advance(1)
+                if isinstance(advance, ProgressWithText):
+                    advance.set_postfix(name)
+
+            measurements = measure(models, protocol, device, done=done)
+        device_name = describe_device(device)
+    rates = {(one.name, one.variant, one.batch): one.images_per_second for one in measurements}
+    paper_rates = {entry.name: _paper_rate(entry.paper_name) for entry in entries}
     resolved = {
-        "protocol": to_plain(settings.protocol),
-        "dtype": str(settings.dtype_on(device)).removeprefix("torch."),
+        "protocol": to_plain(protocol),
+        "dtype": str(dtype).removeprefix("torch."),
         "measured_together": [entry.name for entry in entries],
         "reference": reference,
     }
     reports = []
     for entry in entries:
-        mine = [one for one in found if one.name.split(_VARIANT)[0] == entry.name]
-        rows = _rows(mine, found, reference, _ratio(papers[entry.name], papers[reference]))
+        own = [one for one in measurements if one.name == entry.name]
+        rate, of_reference = paper_rates[entry.name], paper_rates[reference]
+        paper_ratio = None if rate is None or of_reference is None else rate / of_reference
+        rows = [
+            (
+                *(one.variant, one.batch, one.images_per_second, one.low, one.high, one.spread, one.calls),
+                one.images_per_second / rates[reference, "alone", one.batch],
+                *(paper_ratio, one.peak_memory),
+            )
+            for one in own
+        ]
         report = Report(
             task="throughput",
             model=entry.name,
             fingerprint=entry.model.fingerprint,
             primary_metric="images_per_second",
-            metrics=_metrics(mine, counts[entry.name]),
+            metrics=_metrics(own, counts[entry.name]),
             settings={**to_plain(settings), "resolved": {**resolved, "size": list(sizes[entry.name])}},
             data=(),
-            device=described,
+            device=device_name,
             seconds={"total": time.monotonic() - started},
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             versions=versions(),
             git=commit(),
             metadata=dict(entry.model.metadata),
-            peak_memory=max((one.peak_memory for one in mine if one.peak_memory is not None), default=None),
+            peak_memory=max((one.peak_memory for one in own if one.peak_memory is not None), default=None),
             notes=("untrained weights: the speed is the architecture's",) if entry.untrained else (),
-            tables={"speed": Table(columns=COLUMNS, rows=rows)},
+            tables={"speed": Table(columns=COLUMNS, rows=tuple(rows))},
         )
         write(report, out / f"{file_name('throughput', entry.name)}.json")
         reports.append(report)
     return reports
 
 
-def paper_name(model: Backbone) -> str:
-    """Return the name under which the paper's table 6 may list a model."""
-    return model.config.student if isinstance(model, RadioModel) else model.name
-
-
-_VARIANT = " / "  # between a model's name and the measured variant
-_PLAIN = "alone"
-
-
-def _variants(
-    entry: Entry,
-    entries: Sequence[Entry],
-    settings: ThroughputSettings,
-    size: tuple[int, int],
-    device: torch.device,
-) -> Iterator[BenchmarkModel]:
-    forms: list[tuple[str, str, Any]] = [(_PLAIN, "compiled", entry.model)]
-    if settings.with_adaptors:
-        if not any(isinstance(each.model, RadioModel) and each.model.adaptors for each in entries):
-            raise ConfigError("none of the models has adaptors; leave --with-adaptors out")
-        if isinstance(entry.model, RadioModel) and entry.model.adaptors:
-            forms.append(("with adaptors", "with adaptors, compiled", Adapted(entry.model)))
-    for eager, compiled_form, module in forms:
-        for compiled in (False, True) if settings.compile else (False,):
-            yield prepare(
-                f"{entry.name}{_VARIANT}{compiled_form if compiled else eager}",
-                module,
-                size,
-                device,
-                settings.dtype_on(device),
-                channels_last=settings.channels_last,
-                compiled=compiled,
-            )
-
-
 def _check_names(names: Sequence[str], reference: str | None) -> str:
     """Check that names are unique and include the reference; return the reference (default: the first)."""
-    twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
+    twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
     if twice is not None:
         raise ConfigError(f"two models are called {twice}; name one of them once, or move one's folder")
     if reference is not None and reference not in names:
@@ -188,20 +248,26 @@ def _check_names(names: Sequence[str], reference: str | None) -> str:
     return reference or names[0]
 
 
-def _measured(
-    contenders: Sequence[BenchmarkModel],
-    settings: ThroughputSettings,
-    device: torch.device,
-    watch: ProgressFactory,
-) -> list[Measurement]:
-    with watch("throughput", num_turns(settings.protocol, len(contenders))) as advance:
+def _has_adaptors(model: Backbone) -> bool:
+    return isinstance(model, RadioModel) and len(model.adaptors) > 0
 
-        def done(name: str) -> None:
-            advance(1)
-            if isinstance(advance, ProgressWithText):
-                advance.set_postfix(name)
 
-        return measure(contenders, settings.protocol, device, done=done)
+def _variants(
+    entry: Entry, settings: ThroughputSettings, size: tuple[int, int], device: torch.device
+) -> Iterator[BenchmarkModel]:
+    layouts = {"auto": None, "contiguous": False, "channels-last": True}
+    for adaptors in (False, True) if settings.with_adaptors and _has_adaptors(entry.model) else (False,):
+        for compiled in (False, True) if settings.compile else (False,):
+            yield prepare(
+                entry.name,
+                entry.model,
+                size,
+                device,
+                settings.dtype_on(device),
+                channels_last=layouts[settings.layout],
+                compiled=compiled,
+                adaptors=adaptors,
+            )
 
 
 def _size(model: Backbone, resolution: int | None) -> tuple[int, int]:
@@ -221,11 +287,11 @@ def _count(model: Backbone, size: tuple[int, int]) -> Counts | None:
     alone: Any = model.student if isinstance(model, RadioModel) else model
     if not isinstance(alone, nn.Module):
         return None
-    whole = count(alone, size)
+    counts = count(alone, size)
     if isinstance(alone, Frozen):  # without its text tower
         trunk: Any = alone.trunk
-        return whole._replace(parameters=sum(parameter.numel() for parameter in trunk.parameters()))
-    return whole
+        return counts._replace(parameters=sum(parameter.numel() for parameter in trunk.parameters()))
+    return counts
 
 
 @contextmanager
@@ -244,32 +310,12 @@ def _paper_rate(name: str) -> float | None:
     return None if row is None else row.values["images_per_second"]
 
 
-def _ratio(one: float | None, other: float | None) -> float | None:
-    return None if one is None or other is None else one / other
-
-
-def _rows(
-    mine: Sequence[Measurement], found: Sequence[Measurement], reference: str, paper_ratio: float | None
-) -> tuple[tuple[str | int | float | None, ...], ...]:
-    rates = {(one.name, one.batch): one.images_per_second for one in found}
-    return tuple(
-        (
-            *(one.name.split(_VARIANT)[1], one.batch, one.images_per_second, one.low, one.high, one.spread),
-            one.calls,
-            one.images_per_second / rates[f"{reference}{_VARIANT}{_PLAIN}", one.batch],
-            *(paper_ratio, one.peak_memory),
-        )
-        for one in mine
-    )
-
-
-def _metrics(mine: Sequence[Measurement], counts: Counts | None) -> dict[str, Metric]:
+def _metrics(measurements: Sequence[Measurement], counts: Counts | None) -> dict[str, Metric]:
     """Build the metrics of rates and counts; ratios are only in the table, as they depend on other models."""
-    variants = {one: one.name.split(_VARIANT)[1] for one in mine}
-    plain = [one for one in mine if variants[one] == _PLAIN]
-    metrics = {"images_per_second": _rate(max(plain, key=lambda one: one.images_per_second))}
-    for one, variant in variants.items():
-        suffix = "" if variant == _PLAIN else "_" + variant.replace(", ", "_").replace(" ", "_")
+    alone = [one for one in measurements if one.variant == "alone"]
+    metrics = {"images_per_second": _rate(max(alone, key=lambda one: one.images_per_second))}
+    for one in measurements:
+        suffix = "" if one.variant == "alone" else "_" + one.variant.replace(", ", "_").replace(" ", "_")
         metrics[f"images_per_second_batch_{one.batch}{suffix}"] = _rate(one)
     if counts is not None:
         millions = counts.parameters / 1e6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import timm
@@ -16,8 +17,8 @@ from radio.adaptors import AdaptorConfig
 from radio.benchmark import (
     MIB,
     PRESETS,
-    Adapted,
     BenchmarkModel,
+    CostCounter,
     Measurement,
     Protocol,
     count,
@@ -58,7 +59,9 @@ class World:
 
 
 def test_the_median_over_windows_and_the_slowest_and_fastest():
-    one = Measurement(name="a", batch=4, rates=(10.0, 30.0, 20.0, 90.0, 21.0), calls=3, peak_memory=None)
+    one = Measurement(
+        name="a", variant="alone", batch=4, rates=(10.0, 30.0, 20.0, 90.0, 21.0), calls=3, peak_memory=None
+    )
     assert (one.images_per_second, one.low, one.high) == (21.0, 10.0, 90.0)
     assert one.spread == pytest.approx(50 * 80 / 21)
 
@@ -156,12 +159,19 @@ def test_with_adaptors_costs_the_adaptors_on_top():
     model = build(ModelConfig(student="vit-tiny12", adaptors=heads), 0).eval()
     width, tokens = 128, 64
     adaptor = (1 + tokens) * width * 11 + 11 * 5 + tokens * 11 * 7
-    alone, adapted = count(model.student, (96, 96)), count(Adapted(model), (96, 96))
-    assert adapted.gmacs - alone.gmacs == pytest.approx(adaptor / 1e9)
-    features, carried = Adapted(model)(torch.rand(1, 3, 96, 96))
-    torch.testing.assert_close(carried[0].summary, model.adapt("clip", features).summary)
-    with pytest.raises(ConfigError, match="vit-tiny12 has no adaptors"):
-        Adapted(build(ModelConfig(student="vit-tiny12"), 0))
+    alone, adapted = (
+        prepare("x", model, (96, 96), CPU, torch.float32, adaptors=with_) for with_ in (False, True)
+    )
+    assert (alone.variant, adapted.variant) == ("alone", "with adaptors")
+    images = alone.images(1)
+    with torch.no_grad():
+        with CostCounter() as counter:
+            features = model(images)
+        with CostCounter() as more:
+            outputs: Any = adapted.call(images)
+    assert more.flops - counter.flops == 2 * adaptor
+    torch.testing.assert_close(outputs[0].tokens, features.tokens)
+    torch.testing.assert_close(outputs[1].summary, model.adapt("clip", features).summary)
 
 
 @pytest.mark.parametrize(("name", "last"), [("vit-tiny12", False), ("timm:test_resnet", True)])

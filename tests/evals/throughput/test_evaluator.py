@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from evals.core.report import read
-from evals.throughput.evaluator import COLUMNS, Entry, ThroughputEvaluator, measure_all
-from evals.throughput.settings import ThroughputSettings
+from evals.throughput.evaluator import COLUMNS, Entry, ThroughputEvaluator, ThroughputSettings, measure_all
 from radio.adaptors import AdaptorConfig
 from radio.errors import ConfigError, RadioError, SizeError
 from radio.hub import load_teacher
@@ -119,6 +118,7 @@ def test_unknown_references_and_double_names_are_errors(tmp_path: Path) -> None:
     [
         ({"preset": "timm", "repeats": 3}, "preset timm says how long to measure; leave --repeats"),
         ({"threads": 0}, "threads: 0 is out of bounds"),
+        ({"batches": ()}, "--batches names no batch size"),
         ({"batches": (0,)}, r"batches\[0\]: 0 is out of bounds"),
         ({"window_seconds": -1.0}, "window_seconds: -1.0 is out of bounds"),
         ({"batches": (1, 10**9)}, r"batches\[1\]: 1000000000 is out of bounds"),
