@@ -6,9 +6,9 @@ colors are equal features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from annotated_types import Interval
@@ -23,7 +23,7 @@ from radio.data import ImageSource
 from radio.errors import DataError, RadioError
 from radio.hub import load_backbone
 from radio.images import resize
-from radio.model import RadioModel
+from radio.metadata import TeacherEntry
 from radio.types import Backbone, Features
 
 # Letters: N images, T tokens, D token width, H W grid.
@@ -48,14 +48,6 @@ class MapsSettings:
     def __post_init__(self) -> None:
         """Validate the settings; raise `ConfigError` on a value out of range."""
         check(self)
-
-
-class _Taught(NamedTuple):
-    """A teacher as the student's metadata names it."""
-
-    name: str  # of the adaptor
-    spec: str
-    size: tuple[int, int] | None  # of the student's input when it learns from this teacher
 
 
 class _Shown(NamedTuple):
@@ -88,13 +80,16 @@ def evaluate(model: Backbone, settings: MapsSettings, run: EvalRun) -> Result:
         _draw(model.name, features, basis, _size_text(size), shown, run),
     ]
     notes = []
-    for taught in _teachers_of(model):
-        try:
-            teacher = load_backbone(taught.spec)
-        except RadioError as error:
-            notes.append(f"{model.name}'s teacher {taught.spec} is not shown: {error}")
+    teachers: list[TeacherEntry] = model.metadata.get("teachers") or []  # checked when it was read
+    for entry in teachers:
+        if "model" not in entry:
             continue
-        rows += _beside_teacher(model, taught, teacher, shown, run)
+        try:
+            teacher = load_backbone(entry["model"])
+        except RadioError as error:
+            notes.append(f"{model.name}'s teacher {entry['model']} is not shown: {error}")
+            continue
+        rows += _beside_teacher(model, entry, teacher, shown, run)
     return Result(
         metrics={"explained": Metric(value=share, higher_is_better=None)},
         data=[data],
@@ -131,20 +126,23 @@ def _read_images(source: ImageSource, count: int) -> tuple[_Shown, DatasetInfo]:
 
 
 def _beside_teacher(
-    student: Backbone, taught: _Taught, teacher: Backbone, shown: _Shown, run: EvalRun
+    student: Backbone, entry: TeacherEntry, teacher: Backbone, shown: _Shown, run: EvalRun
 ) -> Iterator[ImageRow]:
     """Draw a teacher, and the student through its adaptor for that teacher, both along the teacher's axes."""
     size = teacher.nearest_size(*teacher.native_size)
     features = _encode(teacher, shown, size, run)
     basis = _fit(teacher.name, features)
     yield _draw(teacher.name, features, basis, _size_text(size), shown, run)
-    if isinstance(student, RadioModel) and taught.name in student.adaptors:
-        size = student.nearest_size(*(taught.size or student.native_size))
+    name = entry["name"]
+    if name in student.adaptors:
+        sides = entry.get("student_resolution") or student.native_size
+        height, width = (sides, sides) if isinstance(sides, int) else (sides[0], sides[-1])
+        size = student.nearest_size(height, width)
         own = _encode(student, shown, size, run)
         with torch.inference_mode():
-            adapted = student.adapt(taught.name, own)
+            adapted = student.adaptors[name](own)
         note = f"{_size_text(size)}, along {teacher.name}'s axes"
-        yield _draw(f"{student.name} as {taught.name}", adapted, basis, note, shown, run)
+        yield _draw(f"{student.name} as {name}", adapted, basis, note, shown, run)
 
 
 def _encode(model: Backbone, shown: _Shown, size: tuple[int, int], run: EvalRun) -> Features:
@@ -187,20 +185,6 @@ def _draw(
 
 def _size_text(size: tuple[int, int]) -> str:
     return f"{size[1]} x {size[0]} px"
-
-
-def _teachers_of(model: Backbone) -> Sequence[_Taught]:
-    """Return the teachers that a student's metadata names; empty for other backbones."""
-    entries: Any = model.metadata.get("teachers") if isinstance(model, RadioModel) else None
-    taught = []
-    for entry in entries if isinstance(entries, list) else ():
-        if "model" not in entry:
-            continue
-        size = entry.get("student_resolution")
-        if isinstance(size, int):
-            size = [size, size]
-        taught.append(_Taught(entry["name"], entry["model"], tuple(size) if size else None))
-    return taught
 
 
 MAPS = Evaluator(name="maps", settings=MapsSettings, evaluate=evaluate, title="spatial features")

@@ -125,7 +125,7 @@ def test_a_perfect_student_has_its_teachers_colors(
     student = make_student("scenes:clip")
     student.metadata["teachers"][0]["student_resolution"] = 96
     monkeypatch.setattr(student.student, "forward", lambda images, crops: encode(images))
-    monkeypatch.setattr(student, "adapt", lambda name, features: teacher(torch.cat(shown[-2:])))
+    monkeypatch.setattr(student.adaptors["clip"], "forward", lambda *_: teacher(torch.cat(shown[-2:])))
     _, rows = draw(student)
     theirs, ours = (pixels(tmp_path, row) for row in rows[2:])
     differences = [abs(a.astype(int) - b) for a, b in zip(theirs, ours, strict=True)]
