@@ -228,6 +228,7 @@ def _used(role: str, split: Split, data: Dataset) -> DatasetInfo:
         fingerprint=split.fingerprint,
         count=len(split.pairs),
         num_classes=len(data.labelling.classes),
+        scored=role == "val",
     )
 
 
