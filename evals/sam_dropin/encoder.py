@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,9 +27,7 @@ from radio.types import Backbone, Features
 
 # Letters: B images, C neck width, h w embedding grid.
 
-_TOKENS = (
-    8  # a student's default grid is a multiple of this: 72 x 72 for a patch of 14, divisible by 8, 9 and 18
-)
+_TOKENS = 8  # a default grid is a multiple of this: 72 x 72 for a patch of 14, divisible by 8, 9 and 18
 _UNTRAINED = "vit_h"  # the head for an architecture that was not distilled from a SAM
 
 
@@ -97,7 +96,7 @@ def make_drop_in(
         raise ConfigError(f"{model.name} has no teachers in its metadata; leave --teacher out")
     if entries:
         entry = _choose(model, entries, checkpoint, teacher)
-        head = _taught_head(entry, checkpoint)
+        head = _teachers_head(entry, checkpoint)
         side = _side(model, head.side, size or _trained_side(entry))
         width = _adaptor_width(model, entry["name"])
         if width != head.token_dim:
@@ -108,7 +107,7 @@ def make_drop_in(
         return DropIn(model, head, side, entry["name"])
     if isinstance(model, RadioModel):
         return _untrained(model, checkpoint, size, seed)
-    if _is_sam(model.name) or _is_foreign(model.name):
+    if model.sam is not None or _is_shipped(model.name) or _is_foreign(model.name):
         return _sam_itself(model, checkpoint, size)
     raise ConfigError(
         f"{model.name} learned from no teacher; the drop-in needs a student of a SAM, or a SAM itself "
@@ -119,7 +118,10 @@ def make_drop_in(
 def _choose(
     model: Backbone, entries: Sequence[Mapping[str, Any]], checkpoint: Path | None, teacher: str | None
 ) -> Mapping[str, Any]:
-    """Choose the metadata entry of the SAM among a student's teachers."""
+    """Choose the metadata entry of the SAM among a student's teachers.
+
+    Another package's SAM is recognised by its attribute `sam`, or by being the only one of another package.
+    """
     if teacher is not None:
         named = [entry for entry in entries if entry["name"] == teacher]
         if not named:
@@ -127,17 +129,19 @@ def _choose(
             hint = did_you_mean(teacher, names) or f"; it has {', '.join(names)}"
             raise ConfigError(f"{model.name} has no teacher {teacher!r} in its metadata{hint}")
         return named[0]
-    sams = [entry for entry in entries if _is_sam(entry["model"])]
+    shipped = [entry for entry in entries if _is_shipped(entry["model"])]
     foreign = [entry for entry in entries if _is_foreign(entry["model"])]
-    if not sams and len(foreign) == 1:
-        return foreign[0]
-    if sams:
-        return sams[0]
+    if shipped or len(foreign) == 1:
+        return (shipped or foreign)[0]
+    for entry in foreign:
+        with contextlib.suppress(RadioError):  # such as a file that has moved
+            if load_teacher(entry["model"]).sam is not None:
+                return entry
     learned = ", ".join(shown(entry["model"]) for entry in entries)
-    which = "; say which teacher is the SAM with --teacher NAME" if foreign else ""
+    hint = "; name the teacher that is the SAM with --teacher NAME" if foreign else ""
     raise ConfigError(
         f"{model.name} learned from {learned}; the drop-in needs a student of a SAM, or a SAM itself "
-        f"(scenes:sam, sam:vit_b@FILE){which}"
+        f"(scenes:sam, sam:vit_b@FILE){hint}"
     )
 
 
@@ -159,7 +163,7 @@ def _head(spec: str, file: Path | None, find: Callable[[], Backbone]) -> SamHead
     Args:
         find: returns the encoder.
     """
-    if _is_sam(spec) or file is not None:
+    if _is_shipped(spec) or file is not None:
         return load_sam_head(spec, file)
     encoder = find()
     if encoder.sam is not None:
@@ -179,8 +183,8 @@ def _untrained(model: Backbone, checkpoint: Path | None, size: int | None, seed:
             head = load_sam_head("the drop-in's decoder", checkpoint)
         config = AdaptorConfig(name="sam", summary_dim=head.token_dim, token_dim=head.token_dim)
         adaptor = MLPAdaptor(config, model.summary_dim, model.token_dim).eval()
-    drawn = "encoder, adaptor and decoder" if checkpoint is None else "encoder and adaptor"
-    note = f"untrained: {drawn} have random weights, so only images/s mean anything beyond the floor"
+    parts = "encoder, adaptor and decoder" if checkpoint is None else "encoder and adaptor"
+    note = f"untrained: {parts} have random weights, so only images/s mean anything beyond the floor"
     return DropIn(model, head, _side(model, head.side, size), adaptor, (note,))
 
 
@@ -192,7 +196,8 @@ def _trained_side(entry: Mapping[str, Any]) -> int | None:
     return sides
 
 
-def _is_sam(spec: str) -> bool:
+def _is_shipped(spec: str) -> bool:
+    """Check whether a teacher is a SAM of this package's families."""
     return spec == "scenes:sam" or spec.startswith("sam:")
 
 
@@ -204,15 +209,15 @@ def _is_foreign(spec: str) -> bool:
     return not getattr(families[family], "__module__", "").startswith("radio.")
 
 
-def _taught_head(entry: Mapping[str, Any], checkpoint: Path | None) -> SamHead:
+def _teachers_head(entry: Mapping[str, Any], checkpoint: Path | None) -> SamHead:
     spec = entry["model"]
     if checkpoint is not None:
         return load_sam_head(spec, checkpoint)
     try:
         return _head(spec, parse(spec).file, lambda: load_teacher(spec))
     except RadioError as error:
-        kind = CheckpointError if _is_sam(spec) else ConfigError
-        raise kind(
+        error_type = CheckpointError if _is_shipped(spec) else ConfigError
+        raise error_type(
             f"the student learned from {shown(spec)}, whose decoder cannot be loaded: {error}; if the file "
             f"has moved, name it with --sam-checkpoint"
         ) from error
@@ -224,12 +229,12 @@ def _adaptor_width(model: Backbone, name: str) -> int:
         return find_adaptor(model, name)(probe).tokens.shape[-1]
 
 
-def _side(model: Backbone, frame: int, wanted: int | None) -> int:
+def _side(model: Backbone, frame: int, size: int | None) -> int:
     """Return the side of the model's input; raise SizeError if the model does not take it."""
     patch, window = model.patch_size, model.window
-    side = wanted or max(frame // patch // _TOKENS * _TOKENS, 1) * patch
+    side = size or max(frame // patch // _TOKENS * _TOKENS, 1) * patch
     nearest = model.nearest_size(side, side)[0]
-    if nearest == side or (wanted is None and window is None):
+    if nearest == side or (size is None and window is None):
         return nearest
     message = (
         f"{model.name} cannot take {side}x{side} px; the nearest size that it can is {nearest}x{nearest}"

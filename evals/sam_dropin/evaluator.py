@@ -64,7 +64,7 @@ class SamSettings:
     Default: the one in the checkpoint's metadata."""
     teacher: str | None = None
     """The name of the teacher that is the SAM in the checkpoint's metadata. Default: the first scenes:sam or
-    sam:…, else the only one of another package."""
+    sam:…, else another package's that brings a SAM, or its only one."""
     size: Pixels | None = None
     """Side of the model's input in pixels. Default: its resolution in training with SAM, else 1008 for a
     patch of 14 and 1024 for 16."""

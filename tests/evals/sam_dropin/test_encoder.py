@@ -169,7 +169,7 @@ class Stranger:
 def strange(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A family of teachers; what its members offer as their SAM."""
     offers: dict[str, Any] = {}
-    family = lambda name, file: Stranger(offers.get("sam"))  # noqa: E731
+    family = lambda name, file: Stranger(offers.get("sam" if name == "one" else name))  # noqa: E731
     monkeypatch.setattr(families, "_entries", {**families._entries, "strange": family})
     return offers
 
@@ -188,6 +188,25 @@ def test_a_student_of_another_packages_sam(strange: dict[str, Any], tmp_path: Pa
     assert offered.head.fingerprint == make_drop_in(student(), None, None, 0).head.fingerprint
     named = make_drop_in(student(width=768, model="strange:one"), released(tmp_path / "sam.pth"), None, 0)
     assert named.head.name == "sam:vit_b"
+
+
+def test_another_packages_sam_is_the_one_that_brings_it(strange: dict[str, Any]) -> None:
+    """Of two teachers of other packages, the attribute says which is the SAM."""
+    adaptors = tuple(AdaptorConfig(name=name, summary_dim=96, token_dim=96) for name in ("a", "b"))
+    teachers = [{"name": name, "model": f"strange:{name}", "fingerprint": ""} for name in ("a", "b")]
+    model = build(ModelConfig(student="vit-tiny12", adaptors=adaptors), 0, {"teachers": teachers})
+    with pytest.raises(ConfigError, match="name the teacher that is the SAM with --teacher NAME"):
+        make_drop_in(model, None, None, 0)
+    strange["b"] = scenes_sam()
+    assert make_drop_in(model, None, None, 0).adaptor == "b"
+
+
+def test_a_sam_of_any_name_is_recognised_by_what_it_brings(strange: dict[str, Any]) -> None:
+    strange["sam"] = scenes_sam()
+    model: Any = load_teacher("strange:one")
+    model.name = "plain"
+    drop_in = make_drop_in(model, None, None, 0)
+    assert (drop_in.head.name, drop_in.adaptor) == ("plain", None)
 
 
 def test_another_packages_sam_itself(strange: dict[str, Any]) -> None:
