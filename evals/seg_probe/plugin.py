@@ -203,26 +203,30 @@ class AreaMetric(IoUMetric):  # type: ignore[misc]
 
 
 def build_model(
-    backbone: dict[str, Any], *, width: int, num_classes: int, config: ProbeConfig, group: Group, pixels: bool
+    model: Backbone, dtype: torch.dtype, config: ProbeConfig, num_classes: int, group: Group, *, cached: bool
 ) -> nn.Module:
-    """Build an MMSegmentation `EncoderDecoder` from our backbone (or cached tokens) and head."""
-    if pixels:
+    """Build an MMSegmentation `EncoderDecoder` from a backbone and our head.
+
+    Args:
+        cached: whether the loader gives the backbone's maps instead of images.
+    """
+    backbone: dict[str, Any] = {"type": KeptTokens}
+    preprocessor: dict[str, Any] = {"size_divisor": 1}
+    if not cached:
+        backbone = {"type": RadioBackbone, "model": model, "dtype": dtype}
         # The backbone normalises its input: only BGR bytes -> RGB in [0, 1] and padding remain.
         preprocessor = {"mean": [0.0] * 3, "std": [255.0] * 3, "bgr_to_rgb": True, "size": config.crop}
         if config.slides:
             preprocessor["test_cfg"] = {"size": config.crop}
-    else:
-        preprocessor = {"size_divisor": 1}
-    test = (
-        {"mode": "slide", "crop_size": config.crop, "stride": config.stride}
-        if config.slides
-        else {"mode": "whole"}
-    )
-    model: nn.Module = MODELS.build(
+    test: dict[str, Any] = {"mode": "whole"}
+    if config.slides:
+        test = {"mode": "slide", "crop_size": config.crop, "stride": config.stride}
+    head = {"type": LinearHead, "width": model.token_dim, "num_classes": num_classes, "group": group}
+    built: nn.Module = MODELS.build(
         {
             "type": EncoderDecoder,
             "backbone": backbone,
-            "decode_head": {"type": LinearHead, "width": width, "num_classes": num_classes, "group": group},
+            "decode_head": head,
             "data_preprocessor": {
                 "type": SegDataPreProcessor,
                 "pad_val": 0,
@@ -232,4 +236,4 @@ def build_model(
             "test_cfg": ConfigDict(test),
         }
     )
-    return model
+    return built

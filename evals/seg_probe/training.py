@@ -36,7 +36,7 @@ from radio.errors import CheckpointError, RadioError
 from radio.progress import Advance, ProgressWithText
 from radio.types import Backbone
 
-from .plugin import AreaMetric, Areas, KeptTokens, RadioBackbone, build_model
+from .plugin import AreaMetric, Areas, build_model
 from .protocol import ProbeConfig
 from .samples import Images, Positions, Sample, Stream, TokenMaps, one_thread
 
@@ -134,7 +134,6 @@ def _make_runner(
     folder: str,
 ) -> ProbeRunner:
     config, ranks = probe.config, run.ranks
-    backbone: dict[str, Any] = {"type": RadioBackbone, "model": probe.model, "dtype": run.dtype}
     workers = 0 if probe.keeps_tokens else run.workers
     loader: dict[str, Any] = {"num_workers": workers, "collate_fn": _collate}
     loader |= {"persistent_workers": workers > 0, "worker_init_fn": one_thread}
@@ -142,12 +141,7 @@ def _make_runner(
         start=start,
         device=run.device,
         model=build_model(
-            {"type": KeptTokens} if probe.keeps_tokens else backbone,
-            width=probe.model.token_dim,
-            num_classes=probe.num_classes,
-            config=config,
-            group=ranks,
-            pixels=not probe.keeps_tokens,
+            probe.model, run.dtype, config, probe.num_classes, ranks, cached=probe.keeps_tokens
         ),
         work_dir=folder,
         train_dataloader=DataLoader(

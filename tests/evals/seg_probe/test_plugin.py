@@ -100,8 +100,7 @@ def test_the_backbone_is_frozen_unseen_and_not_in_the_checkpoint(plugin: Any, ba
     assert not model.training
     assert list(holder.parameters()) == []
     plan, _ = resolve(replace(SegSettings(data=Path("x")), crop=56), backbone())
-    kind = {"type": plugin.RadioBackbone, "model": backbone(), "dtype": torch.float32}
-    segmentor = plugin.build_model(kind, width=6, num_classes=3, config=plan, group=Group(), pixels=True)
+    segmentor = plugin.build_model(backbone(), torch.float32, plan, 3, Group(), cached=False)
     names = ["bn.weight", "bn.bias", "bn.running_mean", "bn.running_var", "conv_seg.weight", "conv_seg.bias"]
     assert sorted(segmentor.state_dict()) == sorted(f"decode_head.{name}" for name in names)
     assert segmentor.decode_head.conv_seg.weight.shape == (3, 6, 1, 1)
@@ -112,8 +111,7 @@ def test_images_arrive_as_padded_rgb_between_0_and_1(plugin: Any, backbone: Call
     from mmseg.structures import SegDataSample
 
     plan, _ = resolve(replace(SegSettings(data=Path("x")), crop=28), backbone())
-    kind = {"type": plugin.RadioBackbone, "model": backbone(), "dtype": torch.float32}
-    segmentor = plugin.build_model(kind, width=6, num_classes=3, config=plan, group=Group(), pixels=True)
+    segmentor = plugin.build_model(backbone(), torch.float32, plan, 3, Group(), cached=False)
     bgr = torch.tensor([255, 51, 0], dtype=torch.uint8).view(3, 1, 1).expand(3, 20, 28)
     sample = SegDataSample()
     sample.gt_sem_seg = PixelData(data=torch.ones(1, 20, 28, dtype=torch.int64))
