@@ -382,7 +382,7 @@ def _compare_students(rows: Rows, checkpoints: Mapping[str, Path], out: Path, co
     from evals.core.suite import run_all  # imported late: these import all evaluators
     from evals.core.tables import cell
     from evals.reporting.figures import draw_tradeoff
-    from evals.throughput.evaluator import Entry, ThroughputSettings, measure_all
+    from evals.throughput.evaluator import Entry, ThroughputSettings, report_all
     from radio.hub import load_backbone
     from radio.progress import watch_on
 
@@ -409,8 +409,8 @@ def _compare_students(rows: Rows, checkpoints: Mapping[str, Path], out: Path, co
             for outcome in outcomes
         ]
     entries = [Entry(name=name, model=model, paper_name=name) for name, model in models.items()]
-    settings = ThroughputSettings(**SPEED, device=config.device)
-    speeds = measure_all(entries, settings, reports, watch=progress)
+    settings = ThroughputSettings(**SPEED)
+    speeds = report_all(entries, settings, reports, device=config.device, progress=progress)
     columns = (*config.score, "images/s")
     table = _table(console, "student", (*columns, *(f"paper: {column}" for column in columns)))
     for name, speed in zip(models, speeds, strict=True):

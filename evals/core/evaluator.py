@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import (
     Annotated,
@@ -89,6 +90,7 @@ class Result:
     resolved: Mapping[str, Any] = field(default_factory=dict)  # the values that default settings came to
     seconds: Mapping[str, float] = field(default_factory=dict)  # of the parts of the work
     files: Sequence[str] = ()  # that were written into `run.folder`
+    device: str = ""  # description, if it was not used as the run has it
 
 
 def _nothing_missing(model: Backbone) -> str:
@@ -335,24 +337,61 @@ def run_evaluator(
     if evaluator.writes_itself is not None:
         report: Report = evaluator.writes_itself.run(model, settings, out, name=name, watch=progress)
         return report
-    chosen, shared = evaluator.settings() if settings is None else settings, run or RunSettings()
+    chosen = evaluator.settings() if settings is None else settings
     label = (name or model.name) + evaluator.suffix(chosen)
+    evaluate = partial(evaluator.evaluate, model, chosen)
+    return report_result(
+        evaluator,
+        model,
+        chosen,
+        out,
+        evaluate,
+        run=run,
+        label=label,
+        kind=kind,
+        ranks=ranks,
+        progress=progress,
+    )
+
+
+def report_result(
+    evaluator: Evaluator[S],
+    model: Backbone,
+    settings: S,
+    out: Path,
+    evaluate: Callable[[EvalRun], Result],
+    *,
+    label: str,
+    run: RunSettings | None = None,
+    kind: Kind | None = None,
+    ranks: Group | None = None,
+    progress: ProgressFactory = no_progress,
+) -> Report:
+    """Write the report of what `evaluate` returns for a model; see `run_evaluator`.
+
+    Args:
+        label: the model's name in the report, with its suffix.
+    """
     fingerprint = model.fingerprint  # of the weights before anything rounds them
     with staged(out) as folder:
         context = EvalRun(
-            shared, base=file_name(evaluator.name, label), folder=folder, ranks=ranks, progress=progress
+            run or RunSettings(),
+            base=file_name(evaluator.name, label),
+            folder=folder,
+            ranks=ranks,
+            progress=progress,
         )
         started = time.monotonic()
-        result = evaluator.evaluate(model, chosen, context)
-        report = _assemble(evaluator, chosen, context, result, label)
+        result = evaluate(context)
+        report = _assemble(evaluator, settings, context, result, label)
         report = replace(
             report,
             fingerprint=fingerprint,
             kind=kind or ("student" if model.metadata else "teacher"),
             metadata=dict(model.metadata),
             notes=(*report.notes, *domain_notes(model, context.sources.values())),
-            device=describe_device(context.device),
-            seconds={**report.seconds, "total": time.monotonic() - started},
+            device=result.device or describe_device(context.device),
+            seconds={"total": time.monotonic() - started, **report.seconds},
             peak_memory=peak_memory(context.device),
         )
         _write(report, context, result)
@@ -386,7 +425,7 @@ def _assemble(evaluator: Evaluator[S], settings: S, run: EvalRun, returned: Any,
         given = "a Result without metrics" if isinstance(returned, Result) else type(returned).__name__
         raise ConfigError(f"{evaluator.name}: its evaluate gave {given}, wanted a Result with metrics")
     result = returned
-    records = f"{run.base}.jsonl"
+    records = "" if result.records == () else f"{run.base}.jsonl"
     return Report(
         task=evaluator.name,
         title=evaluator.title,
@@ -405,7 +444,7 @@ def _assemble(evaluator: Evaluator[S], settings: S, run: EvalRun, returned: Any,
         blocks=tuple(result.blocks),
         pairing=result.pairing,
         records=records,
-        files=(records, *run.files, *result.files),
+        files=(*([records] if records else ()), *run.files, *result.files),
         notes=tuple(dict.fromkeys((*result.notes, *run.notes, *run.damage.notes(run.ranks)))),
         device="",
         seconds={**run.seconds, **result.seconds},
@@ -417,7 +456,7 @@ def _assemble(evaluator: Evaluator[S], settings: S, run: EvalRun, returned: Any,
 
 def _write(report: Report, run: EvalRun, result: Result) -> None:
     if run.ranks.leads:
-        records = {run.folder / report.records: record_lines(result.records)}
+        records = {run.folder / report.records: record_lines(result.records)} if report.records else {}
         write(report, run.folder / f"{run.base}.json", records)
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from evals.core.blocks import Table as SpeedTable
 from evals.core.paper import TABLE_6_MODELS
 from evals.core.report import Report
 from radio.config import check
@@ -23,7 +24,7 @@ from radio.options import parse_options
 from radio.progress import watch_on
 from radio.students import StudentOptions, students
 
-from .evaluator import COLUMNS, Entry, ThroughputSettings, measure_all, paper_name
+from .evaluator import COLUMNS, SPEED_TABLE, Entry, ThroughputSettings, paper_name, report_all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +39,8 @@ class Options:
     """The model that ratios refer to. Default: the first."""
     out: Path = Path("reports")
     """Folder of the reports. If it has k-NN reports of the same models, quality is plotted against speed."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
     plain: bool = False
     """Print without progress bars, colours and box lines."""
     settings: Annotated[ThroughputSettings, tyro.conf.arg(name="")] = field(
@@ -64,12 +67,13 @@ def run_throughput(arguments: Sequence[str], plot: Callable[[Path], Path | None]
         )
     )
     console, progress = Console(no_color=options.plain, highlight=False), Console(stderr=True)
-    reports = measure_all(
+    reports = report_all(
         [load_entry(spec, options.settings.resolution) for spec in _specs(options)],
         options.settings,
         options.out,
+        device=options.device,
         reference=options.reference,
-        watch=watch_on(progress, shown=progress.is_terminal and not options.plain),
+        progress=watch_on(progress, shown=progress.is_terminal and not options.plain),
     )
     console.print(speed_table(reports, plain=options.plain))
     if (image := plot(options.out)) is not None:
@@ -107,7 +111,7 @@ def speed_table(reports: Sequence[Report], *, plain: bool = False) -> Table:
         table.add_column(title, justify="right", no_wrap=True)
     for report, size in zip(reports, sizes, strict=True):
         figures = {name: metric.value for name, metric in report.metrics.items()}
-        for values in report.tables["speed"].rows:
+        for values in speed_rows(report):
             row: dict[str, Any] = dict(zip(COLUMNS, values, strict=True))
             remarks = [] if row["variant"] == "alone" else [row["variant"]]
             remarks += [] if same else [f"{size} px"]
@@ -123,6 +127,13 @@ def speed_table(reports: Sequence[Report], *, plain: bool = False) -> Table:
                 _number(row["peak_memory_mib"], ".0f"),
             )
     return table
+
+
+def speed_rows(report: Report) -> Sequence[Sequence[str | int | float | None]]:
+    """Return the rows of a report's table of rates, under `COLUMNS`."""
+    return next(
+        block.rows for block in report.blocks if isinstance(block, SpeedTable) and block.title == SPEED_TABLE
+    )
 
 
 def _specs(options: Options) -> list[str]:

@@ -6,17 +6,17 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, final
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Interval
 from torch import nn
 
 from evals.core.blocks import Table
+from evals.core.evaluator import EvalRun, Evaluator, Result, RunSettings, report_result
 from evals.core.paper import table_6_row
-from evals.core.report import Metric, Report, file_name, write
+from evals.core.report import Metric, Report
 from radio.benchmark import (
     PRESETS,
     BenchmarkModel,
@@ -33,7 +33,7 @@ from radio.errors import ConfigError, SizeError, did_you_mean
 from radio.memory import check_memory
 from radio.model import RadioModel
 from radio.progress import ProgressFactory, ProgressWithText, no_progress
-from radio.provenance import choose_device, commit, describe_device, versions
+from radio.provenance import choose_device, describe_device
 from radio.teachers.frozen import Frozen
 from radio.types import Backbone
 
@@ -44,6 +44,8 @@ COLUMNS = (
     *("ratio", "paper_ratio", "peak_memory_mib"),
 )
 """Columns of the table in a report, which has a row per variant and batch."""
+
+SPEED_TABLE = "speed"
 
 Seconds = Annotated[float, Interval(ge=0, le=86_400)]
 
@@ -74,8 +76,6 @@ class ThroughputSettings:
     """Warm-up before the first window; at least one call."""
     threads: Annotated[int, Interval(ge=1, le=1024)] | None = None
     """CPU threads. Default: torch's."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
         """Validate the settings; raise `ConfigError` when they cannot be measured."""
@@ -118,31 +118,15 @@ class Entry:
     untrained: bool = False
 
 
-@final
-class ThroughputEvaluator:
-    """Measures images per second of a backbone alone, and with its adaptors."""
+def evaluate(model: Backbone, settings: ThroughputSettings, run: EvalRun) -> Result:
+    """Measure one model alone.
 
-    name = "throughput"
-    on_request = True  # no score: it wants an otherwise idle machine
-    settings = ThroughputSettings
-
-    def run(
-        self,
-        model: Backbone,
-        settings: ThroughputSettings,
-        out: Path,
-        *,
-        name: str | None = None,
-        watch: ProgressFactory = no_progress,
-    ) -> Report:
-        """Measure `model` and write `throughput-NAME.json` into `out`.
-
-        Raises:
-            ConfigError: an unknown device, or adaptors that the model does not have.
-            SizeError: a resolution that the model does not accept.
-        """
-        entry = Entry(name=name or model.name, model=model, paper_name=paper_name(model))
-        return measure_all([entry], settings, out, watch=watch)[0]
+    Raises:
+        ConfigError: adaptors that the model does not have.
+        SizeError: a resolution that the model does not accept.
+    """
+    entry = Entry(name=model.name, model=model, paper_name=paper_name(model))
+    return measure_all([entry], settings, run.device, progress=run.progress)[0]
 
 
 def paper_name(model: Backbone) -> str:
@@ -153,27 +137,27 @@ def paper_name(model: Backbone) -> str:
 def measure_all(
     entries: Sequence[Entry],
     settings: ThroughputSettings,
-    out: Path,
+    device: torch.device,
     *,
     reference: str | None = None,
-    watch: ProgressFactory = no_progress,
-) -> list[Report]:
-    """Measure all models in alternation in one run and write `throughput-NAME.json` of each into `out`.
+    progress: ProgressFactory = no_progress,
+) -> list[Result]:
+    """Measure all models in alternation in one run; return the result of each.
 
     Args:
         entries: models with unique names.
         settings: the protocol.
-        out: the folder of the reports.
+        device: where to measure.
         reference: the model that ratios refer to (default: the first).
-        watch: shows the progress.
+        progress: shows the progress.
 
     Raises:
-        ConfigError: no such reference, an unknown device, or adaptors that no model has.
+        ConfigError: no such reference, or adaptors that no model has.
         SizeError: a resolution that a model does not accept, or a batch larger than the memory.
     """
     reference = _check_names([entry.name for entry in entries], reference)
     sizes = {entry.name: _size(entry.model, settings.resolution) for entry in entries}
-    device, started = choose_device(settings.device), time.monotonic()
+    started = time.monotonic()
     dtype, protocol = settings.dtype_on(device), settings.protocol
     for entry in entries:
         check_memory(entry.model, max(protocol.batches), sizes[entry.name], device, dtype)
@@ -184,7 +168,7 @@ def measure_all(
         models = [
             variant for entry in entries for variant in _variants(entry, settings, sizes[entry.name], device)
         ]
-        with watch("throughput", num_turns(protocol, len(models))) as advance:
+        with progress("throughput", num_turns(protocol, len(models))) as advance:
 
             def done(name: str) -> None:
                 advance(1)
@@ -192,7 +176,7 @@ def measure_all(
                     advance.set_postfix(name)
 
             measurements = measure(models, protocol, device, done=done)
-        device_name = describe_device(device)
+        description = describe_device(device)
     rates = {(one.name, one.variant, one.batch): one.images_per_second for one in measurements}
     paper_rates = {entry.name: _paper_rate(entry.paper_name) for entry in entries}
     resolved = {
@@ -201,7 +185,7 @@ def measure_all(
         "measured_together": [entry.name for entry in entries],
         "reference": reference,
     }
-    reports = []
+    results = []
     for entry in entries:
         own = [one for one in measurements if one.name == entry.name]
         rate, of_reference = paper_rates[entry.name], paper_rates[reference]
@@ -214,27 +198,43 @@ def measure_all(
             )
             for one in own
         ]
-        report = Report(
-            task="throughput",
-            model=entry.name,
-            fingerprint=entry.model.fingerprint,
-            primary_metric="images_per_second",
+        result = Result(
             metrics=_metrics(own, counts[entry.name]),
-            settings={**to_plain(settings), "resolved": {**resolved, "size": list(sizes[entry.name])}},
-            data=(),
-            device=device_name,
+            blocks=[Table(title=SPEED_TABLE, columns=COLUMNS, rows=tuple(rows))],
+            resolved={**resolved, "size": list(sizes[entry.name])},
             seconds={"total": time.monotonic() - started},
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            versions=versions(),
-            git=commit(),
-            metadata=dict(entry.model.metadata),
-            peak_memory=max((one.peak_memory for one in own if one.peak_memory is not None), default=None),
+            device=description,
             notes=("untrained weights: the speed is the architecture's",) if entry.untrained else (),
-            tables={"speed": Table(columns=COLUMNS, rows=tuple(rows))},
         )
-        write(report, out / f"{file_name('throughput', entry.name)}.json")
-        reports.append(report)
-    return reports
+        results.append(result)
+    return results
+
+
+def report_all(
+    entries: Sequence[Entry],
+    settings: ThroughputSettings,
+    out: Path,
+    *,
+    device: str = "auto",
+    reference: str | None = None,
+    progress: ProgressFactory = no_progress,
+) -> list[Report]:
+    """Measure all models as `measure_all` does, and write `throughput-NAME.json` of each into `out`."""
+    run = RunSettings(device=device)
+    results = measure_all(entries, settings, choose_device(device), reference=reference, progress=progress)
+    return [
+        report_result(
+            THROUGHPUT,
+            entry.model,
+            settings,
+            out,
+            lambda _, result=result: result,  # type: ignore[misc]
+            run=run,
+            label=entry.name,
+            kind="untrained" if entry.untrained else None,
+        )
+        for entry, result in zip(entries, results, strict=True)
+    ]
 
 
 def _check_names(names: Sequence[str], reference: str | None) -> str:
@@ -326,3 +326,12 @@ def _metrics(measurements: Sequence[Measurement], counts: Counts | None) -> dict
 
 def _rate(one: Measurement) -> Metric:
     return Metric(value=one.images_per_second, low=one.low, high=one.high, unit="images/s")
+
+
+THROUGHPUT = Evaluator(
+    name="throughput",
+    settings=ThroughputSettings,
+    evaluate=evaluate,
+    title="throughput",
+    on_request=True,  # no score: it wants an otherwise idle machine
+)

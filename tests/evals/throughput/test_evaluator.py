@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 import torch
 
+from evals.core.evaluator import run_evaluator
 from evals.core.report import read
-from evals.throughput.evaluator import COLUMNS, Entry, ThroughputEvaluator, ThroughputSettings, measure_all
+from evals.throughput.command import speed_rows
+from evals.throughput.evaluator import COLUMNS, THROUGHPUT, Entry, ThroughputSettings, report_all
 from radio.adaptors import AdaptorConfig
 from radio.errors import ConfigError, RadioError, SizeError
 from radio.hub import load_teacher
 from radio.model import ModelConfig, RadioModel, build
 
-SHORT = ThroughputSettings(batches=(1, 2), repeats=5, window_seconds=0, warmup_seconds=0, device="cpu")
+SHORT = ThroughputSettings(batches=(1, 2), repeats=5, window_seconds=0, warmup_seconds=0)
 
 
 def tiny(**adaptors: int) -> RadioModel:
@@ -26,11 +28,11 @@ def tiny(**adaptors: int) -> RadioModel:
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    return [dict(zip(COLUMNS, row, strict=True)) for row in read(path).tables["speed"].rows]
+    return [dict(zip(COLUMNS, row, strict=True)) for row in speed_rows(read(path))]
 
 
 def test_one_model_gives_a_report_with_its_counts(tmp_path: Path) -> None:
-    report = ThroughputEvaluator().run(tiny(), SHORT, tmp_path, name="mine")
+    report = run_evaluator(THROUGHPUT, tiny(), SHORT, tmp_path, name="mine")
     assert read(tmp_path / "throughput-mine.json") == report
     metrics = report.metrics
     assert metrics["parameters"].value == pytest.approx(1.067296)
@@ -49,7 +51,7 @@ def test_ratios_are_to_the_reference_and_the_papers_stand_beside(tmp_path: Path)
         Entry(name="h", model=tiny(), paper_name="vit-h14"),
         Entry(name="own", model=tiny()),
     ]
-    reports = measure_all(entries, SHORT, tmp_path, reference="h")
+    reports = report_all(entries, SHORT, tmp_path, reference="h")
     assert [report.model for report in reports] == ["l", "h", "own"]
     mine, reference = rows(tmp_path / "throughput-l.json"), rows(tmp_path / "throughput-h.json")
     for one, other in zip(mine, reference, strict=True):
@@ -62,18 +64,18 @@ def test_ratios_are_to_the_reference_and_the_papers_stand_beside(tmp_path: Path)
 def test_adaptors_are_measured_on_top_of_the_backbone(tmp_path: Path) -> None:
     settings = replace(SHORT, with_adaptors=True)
     entries = [Entry(name="a", model=tiny(clip=64)), Entry(name="b", model=tiny())]
-    report, bare = measure_all(entries, settings, tmp_path)
+    report, bare = report_all(entries, settings, tmp_path)
     variants = [(row["variant"], row["batch"]) for row in rows(tmp_path / "throughput-a.json")]
     assert variants == [("alone", 1), ("with adaptors", 1), ("alone", 2), ("with adaptors", 2)]
     assert "images_per_second_batch_2_with_adaptors" in report.metrics
     assert report.metrics["gmacs"] == bare.metrics["gmacs"]  # the backbone's
     with pytest.raises(ConfigError, match="none of the models has adaptors"):
-        measure_all(entries[1:], settings, tmp_path)
+        report_all(entries[1:], settings, tmp_path)
 
 
 def test_a_teacher_is_counted_without_its_text_tower(tmp_path: Path) -> None:
     teacher = load_teacher("scenes:clip")
-    report = ThroughputEvaluator().run(teacher, replace(SHORT, batches=(1,)), tmp_path)
+    report = run_evaluator(THROUGHPUT, teacher, replace(SHORT, batches=(1,)), tmp_path)
     trunk: Any = getattr(teacher, "trunk")  # noqa: B009 (not of the protocol)
     wanted = sum(parameter.numel() for parameter in trunk.parameters())
     assert report.metrics["parameters"].value == pytest.approx(wanted / 1e6)
@@ -82,13 +84,13 @@ def test_a_teacher_is_counted_without_its_text_tower(tmp_path: Path) -> None:
 def test_a_backbone_that_is_no_module_is_measured_without_counts(
     tmp_path: Path, backbone: Callable[..., Any]
 ) -> None:
-    report = ThroughputEvaluator().run(backbone(), SHORT, tmp_path)
+    report = run_evaluator(THROUGHPUT, backbone(), SHORT, tmp_path)
     assert "gmacs" not in report.metrics and report.metrics["images_per_second"].value > 0
 
 
 def test_threads_are_set_for_the_measurement_alone(tmp_path: Path) -> None:
     before = torch.get_num_threads()
-    report = ThroughputEvaluator().run(tiny(), replace(SHORT, threads=before + 1, batches=(1,)), tmp_path)
+    report = run_evaluator(THROUGHPUT, tiny(), replace(SHORT, threads=before + 1, batches=(1,)), tmp_path)
     assert report.device.endswith(f"{before + 1} threads")
     assert torch.get_num_threads() == before
 
@@ -96,20 +98,20 @@ def test_threads_are_set_for_the_measurement_alone(tmp_path: Path) -> None:
 def test_a_resolution_and_half_precision(tmp_path: Path) -> None:
     settings = replace(SHORT, resolution=48, dtype="bf16", batches=(1,))
     model = tiny()
-    report = ThroughputEvaluator().run(model, settings, tmp_path)
+    report = run_evaluator(THROUGHPUT, model, settings, tmp_path)
     assert report.fingerprint == model.fingerprint == tiny().fingerprint  # its weights were not rounded
     assert report.settings["resolved"]["size"] == [48, 48]
     assert report.settings["resolved"]["dtype"] == "bfloat16"
     with pytest.raises(SizeError, match="cannot take 50x50 px; the nearest size that it can is 48x48"):
-        ThroughputEvaluator().run(tiny(), replace(settings, resolution=50), tmp_path)
+        run_evaluator(THROUGHPUT, tiny(), replace(settings, resolution=50), tmp_path)
 
 
 def test_unknown_references_and_double_names_are_errors(tmp_path: Path) -> None:
     entries = [Entry(name="first", model=tiny()), Entry(name="second", model=tiny())]
     with pytest.raises(ConfigError, match=r"reference 'frist' is none of the models .*did you mean first"):
-        measure_all(entries, SHORT, tmp_path, reference="frist")
+        report_all(entries, SHORT, tmp_path, reference="frist")
     with pytest.raises(ConfigError, match="two models are called first"):
-        measure_all([entries[0], entries[0]], SHORT, tmp_path)
+        report_all([entries[0], entries[0]], SHORT, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
