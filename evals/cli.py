@@ -90,11 +90,11 @@ def _speed() -> Any:
 
 
 @evaluators.register("vqa")
-def _vqa() -> Any:
+def _vqa() -> Evaluator[Any]:
     """Visual question answering by a LLaVA-1.5 on the model: GQA, VQAv2, TextVQA, ScienceQA."""
-    from .vqa.evaluator import VqaEvaluator
+    from .vqa.evaluator import VQA
 
-    return VqaEvaluator()
+    return VQA
 
 
 @evaluators.register("zeroshot")

@@ -19,7 +19,7 @@ from .errors import ConfigError
 
 _PACKAGES = (
     *("am-radio", "torch", "torchvision", "timm", "numpy", "pillow", "faiss-cpu", "faiss-gpu"),
-    *("open_clip_torch", "segment-anything", "pycocotools", "transformers"),
+    *("open_clip_torch", "segment-anything", "pycocotools", "transformers", "accelerate", "tokenizers"),
     *("onedl-mmsegmentation", "onedl-mmengine", "onedl-mmcv", "opencv-python"),
 )
 

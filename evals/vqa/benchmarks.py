@@ -623,15 +623,18 @@ def _custom_score(row: _Custom, where: str) -> tuple[ScoreFn, str]:
     return partial(score_letter, right=right), right
 
 
-# Ours and EvalAI's; GQA's; LLaVA's.
-_ID_KEYS, _ANSWER_KEYS = ("question_id", "questionId"), ("answer", "prediction", "text")
+# EvalAI's; GQA's; our records'. EvalAI's and our records'; GQA's; LLaVA's.
+_ID_KEYS, _ANSWER_KEYS = ("question_id", "questionId", "id"), ("answer", "prediction", "text")
 
 
-def read_predictions(path: Path) -> dict[str, str]:
+def read_predictions(path: Path, task: Task | None = None) -> dict[str, str]:
     """Read the answer to each question id, in the order of the file: one JSON object a line, or one array.
 
     A record is {"question_id": …, "answer": …}; GQA's {"questionId", "prediction"} and LLaVA's
-    {"question_id", "text"} are read too.
+    {"question_id", "text"} are read too, and so are the records of a report.
+
+    Args:
+        task: leave out records of other benchmarks, which name theirs as `part`.
 
     Raises:
         DataError: no such file, an empty file, an invalid record, or questions that are answered twice.
@@ -640,6 +643,8 @@ def read_predictions(path: Path) -> dict[str, str]:
     twice: list[str] = []
     for where, record in read_list(path):
         data = record if isinstance(record, dict) else {}
+        if task is not None and data.get("part", task) != task:
+            continue
         id = next((data[key] for key in _ID_KEYS if key in data), None)
         answer = next((data[key] for key in _ANSWER_KEYS if key in data), None)
         if not isinstance(id, int | str) or isinstance(id, bool) or not isinstance(answer, str):

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
-from functools import partial
-from importlib.metadata import version
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, final
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
-from evals.core.blocks import Table
-from evals.core.evaluator import domain_notes, machine_settings
-from evals.core.report import DatasetInfo, Metric, Report, file_name, write
-from radio.chunks import Damage, default_cache
-from radio.config import check, to_plain
+from evals.core.blocks import Bars, Block, Example, Examples, Image
+from evals.core.evaluator import EvalRun, Evaluator, Result, RunSettings
+from evals.core.report import Metric, Record
+from radio.config import to_plain
 from radio.data import ImageSource
-from radio.dist import Group, current
 from radio.errors import ConfigError, DataError
 from radio.image_files import spread
-from radio.progress import ProgressFactory, no_progress
-from radio.provenance import choose_device, commit, describe_device, versions
 from radio.types import Backbone
 
 from .benchmarks import open_benchmark, read_predictions
@@ -33,14 +22,15 @@ from .data import NamedImages, fingerprint, read_records
 from .language import LanguageModel, TinyShape, load_library, open_language
 from .scenes import benchmarks, describe_questions, describe_training, load_scenes, training_images
 from .scenes import training_records as generated_records
-from .scoring import TASKS, Benchmark, Scores, mean_accuracy
+from .scoring import TASKS, Benchmark, Question, Scores, mean_accuracy
 from .settings import Preset, VqaSettings, choose_preset, choose_size, language_name
 
 if TYPE_CHECKING:
-    from .llava import Encoder
-    from .training import Trained, TrainingData
+    from .training import LlavaTraining, Trained, TrainingData
 
 _ANSWERS_FORMAT = "am-radio-vqa-answers/2"
+_NUM_EXAMPLES = 3  # right answers, and wrong ones, that the page shows of a benchmark
+_MAX_LETTERS = 240  # of a question on the page
 
 
 class Answered(NamedTuple):
@@ -48,114 +38,47 @@ class Answered(NamedTuple):
 
     benchmark: Benchmark
     answers: Mapping[str, str]
-    blind: Mapping[str, str] | None  # answers without the images
-    scores: Scores | None
-    blind_scores: Scores | None
+    blind: Mapping[str, str] | None = None  # answers without the images
+    scores: Scores | None = None
+    blind_scores: Scores | None = None
+    source: ImageSource | None = None  # of the images
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What the report says about a run."""
+def evaluate(model: Backbone, settings: VqaSettings, run: EvalRun) -> Result:
+    """Train LLaVA on the model's tokens, and answer and score the benchmarks' questions.
 
-    answered: list[Answered]
-    losses: dict[str, float] = field(default_factory=dict)  # final loss of each stage
-    resolved: dict[str, Any] = field(default_factory=dict)
-    data: Sequence[DatasetInfo] = ()  # of the training
-    notes: Sequence[str] = ()
-    seconds: dict[str, float] = field(default_factory=dict)
-    device: str = "none: a file of predictions was scored"
-    fingerprint: str = ""  # of the model
+    A killed run that is started again continues from the last checkpoint, or with the first questions without
+    answers.
 
-
-@final
-class VqaEvaluator:
-    """Score any backbone by a LLaVA-1.5 that is trained on its patch tokens."""
-
-    name = "vqa"
-    expensive = True  # it trains a language model
-    settings = VqaSettings
-
-    def with_seed(self, settings: VqaSettings, number: int) -> VqaSettings:
-        """Return the same protocol with other initial weights and another order of samples."""
-        return replace(settings, training_seed=settings.train_seed + number)
-
-    def run(
-        self,
-        model: Backbone,
-        settings: VqaSettings,
-        out: Path,
-        *,
-        name: str | None = None,
-        watch: ProgressFactory = no_progress,
-        group: Group | None = None,
-    ) -> Report:
-        """Score `model`; writes `vqa-NAME.json` and `vqa-NAME-TASK.jsonl` for each benchmark into `out`.
-
-        Every rank of a torchrun job calls this and gets the same report; rank 0 writes. A killed run that is
-        started again continues from the last checkpoint, or with the first questions without answers.
-
-        Raises:
-            ConfigError: settings that contradict each other, or a stage neither requested nor trained before.
-            DataError: data that are absent, or a record or image that cannot be used.
-            CheckpointError: a language model that cannot be read.
-            MissingExtraError: transformers, accelerate or peft is not installed.
-            MissingWeightsError: the package of `smollm2` is not installed.
-            RadioError: values that are not finite.
-        """
-        load_library(with_peft=settings.lora_rank is not None)  # fail early if it is not installed
-        if settings.predictions is not None:
-            raise ConfigError("--predictions takes answers from a file; name no model")
-        group = group or current()
-        outcome = evaluate(model, settings, group, watch)
-        return write_report(outcome, settings, name or model.name, out, group)
-
-    def run_without_model(self, settings: VqaSettings, out: Path) -> Report | None:
-        """Score the file of `--predictions`; return None without one.
-
-        Raises:
-            DataError: files that are absent or damaged, or predictions that do not fit the questions.
-        """
-        if settings.predictions is None:
-            return None
-        (benchmark,) = _named_benchmarks(settings)
-        answered = score(benchmark, read_predictions(settings.predictions), None, settings.allow_missing)
-        assert answered.scores is not None, "or `score` has raised"
-        outcome = Outcome(
-            answered=[answered], resolved={"split": benchmark.split}, notes=_missing([answered])
-        )
-        return write_report(outcome, settings, settings.predictions.stem, out, Group())
-
-
-def evaluate(model: Backbone, settings: VqaSettings, group: Group, progress: ProgressFactory) -> Outcome:
-    """Train LLaVA on the model's tokens, and answer and score the benchmarks' questions."""
+    Raises:
+        ConfigError: settings that contradict each other, or a stage neither requested nor trained before.
+        DataError: data that are absent, or a record or image that cannot be used.
+        CheckpointError: a language model that cannot be read.
+        MissingExtraError: transformers, accelerate or peft is not installed.
+        MissingWeightsError: the package of `smollm2` is not installed.
+        RadioError: values that are not finite.
+    """
+    load_library(with_peft=settings.lora_rank is not None)  # fail early if it is not installed
+    if settings.predictions is not None:
+        raise ConfigError("--predictions takes answers from a file; name no model")
     from .llava import Encoder, save_llava
     from .training import LlavaTraining
 
-    check(settings)
-    started = time.monotonic()
-    cache, device = settings.cache or default_cache(), choose_device(settings.device)
-    damage = Damage()
     preset_name, preset = choose_preset(settings)
     size, size_notes = choose_size(model, settings, preset)
+    seed = run.settings.seed if settings.training_seed is None else settings.training_seed
     language_choice, shape = language_name(settings, preset_name), TinyShape()
     # A pretrained one is opened before the data are made; the tiny one is made from their words.
     language: LanguageModel | None = None
     if language_choice != "tiny":
-        language = open_language(language_choice, (), shape, settings.train_seed)
-    opened = _open_benchmarks(settings, preset, cache, group, damage) if "score" in settings.stages else []
-    data = _open_data(settings, preset, cache, group, damage)
-    workers = 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
+        language = open_language(language_choice, (), shape, seed)
+    opened = _open_benchmarks(settings, preset, run) if "score" in settings.stages else []
+    data = _open_data(settings, preset, run)
     encoder = Encoder(
         model=model,
         size=size,
-        device=device,
-        dtype=torch.bfloat16 if settings.precision == "bf16" else torch.float32,
-        cache=cache,
+        run=run,
         token_cache_gb=settings.token_cache_gb,
-        workers=workers if settings.workers is None else settings.workers,
-        group=group,
-        watch=progress,
-        damage=damage,
         image_tokens=settings.image_tokens,
     )
     records = [record for stage in data.values() for record in stage.records]
@@ -163,29 +86,38 @@ def evaluate(model: Backbone, settings: VqaSettings, group: Group, progress: Pro
         settings=settings,
         preset=preset,
         encoder=encoder,
-        language=language or open_language(language_choice, records, shape, settings.train_seed),
+        language=language or open_language(language_choice, records, shape, seed),
         data=data,
         layer_norm=preset.layer_norm if settings.layer_norm is None else settings.layer_norm,
-        folder=cache / "vqa" / "stages",
-        group=group,
-        progress=progress,
-        damage=damage,
+        seed=seed,
+        run=run,
     )
     training.check_room()
-    prepared = time.monotonic()
-    trained = training.run()
+    started = time.monotonic()
+    trained = training.train()
     finished = time.monotonic()
-    answered = [
-        _answer(benchmark, trained, training.language, encoder, settings, preset) for benchmark in opened
-    ]
-    if settings.save is not None and group.leads:
+    answered = [_answer(benchmark, trained, training, settings) for benchmark in opened]
+    if settings.save is not None and run.ranks.leads:
         save_llava(trained.model, training.language, settings.save)
     used = {name: stage for name, stage in data.items() if name in trained.stages}
-    scored = [one for one in answered if one.scores is not None]
-    sources = {stage.source.location: stage.source for stage in data.values() if stage.source is not None}
-    return Outcome(
-        answered=answered,
-        losses={name: stage.final_loss for name, stage in trained.stages.items()},
+    for stage in data.values():
+        if stage.source is not None:
+            run.note_source(stage.source)
+    losses = {
+        f"{name}_loss": Metric(value=stage.final_loss, higher_is_better=False, unit="nats")
+        for name, stage in reversed(trained.stages.items())
+    }
+    result = _result(answered, run)
+    return replace(
+        result,
+        metrics={**result.metrics, **losses},
+        data=[*(stage.info(role) for role, stage in used.items()), *result.data],
+        notes=[
+            *size_notes,
+            *(note for stage in used.values() for note in stage.notes),
+            *result.notes,
+            *_meaningless_blind(answered, data),
+        ],
         resolved={
             "preset": preset_name,
             "size": list(encoder.size),
@@ -197,75 +129,58 @@ def evaluate(model: Backbone, settings: VqaSettings, group: Group, progress: Pro
             "new_tokens": preset.new_tokens,
             "template": "vicuna_v1",
             "decoding": "greedy",
-            "precision": training.precision,
-            "ranks": group.world,
         },
-        data=[
-            DatasetInfo(
-                role=role,
-                name=stage.name,
-                fingerprint=stage.fingerprint,
-                count=len(stage.records),
-                num_classes=0,
-            )
-            for role, stage in used.items()
-        ],
-        notes=(
-            *size_notes,
-            *(note for stage in used.values() for note in stage.notes),
-            *_missing(scored),
-            *_meaningless_blind(scored, data),
-            *damage.notes(group),
-            *domain_notes(model, sources.values()),
-        ),
-        seconds={
-            "training": finished - prepared,
-            "answers": time.monotonic() - finished,
-            "total": time.monotonic() - started,
-        },
-        device=describe_device(device),
-        fingerprint=model.fingerprint,
+        seconds={"training": finished - started, "answers": time.monotonic() - finished},
     )
 
 
-def _named_benchmarks(settings: VqaSettings) -> list[Benchmark]:
+def score_predictions(settings: VqaSettings, run: EvalRun) -> Result:
+    """Score the file of `--predictions`.
+
+    Raises:
+        DataError: files that are absent or damaged, or predictions that do not fit the questions.
+    """
+    assert settings.predictions is not None
+    (benchmark,) = _named_benchmarks(settings, run)
+    answers = read_predictions(settings.predictions, benchmark.task)
+    scores = benchmark.score(answers, settings.allow_missing)
+    result = _result([Answered(benchmark, answers, scores=scores)], run)
+    return replace(result, resolved={"split": benchmark.split})
+
+
+def _named_benchmarks(settings: VqaSettings, run: EvalRun) -> list[Benchmark]:
     """Open the benchmark whose files the settings name, if they name any."""
     if settings.files is None:
         return []
     assert settings.task is not None, "checked by the settings"
-    rule, limit = settings.answer_normalization, settings.limit
+    rule, limit = settings.answer_normalization, run.settings.limit
     return [open_benchmark(settings.task, settings.files, rule=rule, limit=limit)]
 
 
-def _open_benchmarks(
-    settings: VqaSettings, preset: Preset, cache: Path, group: Group, damage: Damage
-) -> list[Benchmark]:
+def _open_benchmarks(settings: VqaSettings, preset: Preset, run: EvalRun) -> list[Benchmark]:
     """Open the benchmarks that the settings name: one in its own files, or those of the generated world.
 
     Raises:
         ConfigError: the model is trained on other data than the generated world, and no benchmark is named.
         DataError: files that are absent or not the benchmark's, or absent images.
     """
-    opened = _named_benchmarks(settings)
+    opened = _named_benchmarks(settings, run)
     if not opened:
         if settings.instruct_data is not None:
             raise ConfigError(
                 "--stages has score and no benchmark was named; give --task with --questions and --images, "
                 "or leave score out"
             )
-        count, seed = (settings.scenes or preset.scenes)[1], settings.seed
-        describe = partial(describe_questions, seed=seed)
-        scenes = load_scenes("val", count, seed, describe, cache=cache, group=group, damage=damage)
+        scenes = load_scenes(run, "val", (settings.scenes or preset.scenes)[1], describe_questions)
         tasks = TASKS if settings.task is None else (settings.task,)
-        opened = benchmarks(scenes, tasks, rule=settings.answer_normalization, limit=settings.limit)
+        rule, limit = settings.answer_normalization, run.settings.limit
+        opened = benchmarks(scenes, tasks, rule=rule, limit=limit)
     for benchmark in opened:
         benchmark.check()
     return opened
 
 
-def _open_data(
-    settings: VqaSettings, preset: Preset, cache: Path, group: Group, damage: Damage
-) -> dict[str, TrainingData]:
+def _open_data(settings: VqaSettings, preset: Preset, run: EvalRun) -> dict[str, TrainingData]:
     """Load the data of both stages and check every record.
 
     Raises:
@@ -273,20 +188,16 @@ def _open_data(
     """
     from .training import TrainingData, digest
 
-    def pack(
-        records: list[Any], source: ImageSource | None, name: str, notes: tuple[str, ...]
-    ) -> TrainingData:
+    def pack(records: list[Any], source: ImageSource | None, name: str, notes: tuple[str, ...]) -> Any:
         content = "no images" if source is None else source.fingerprint
         return TrainingData(records, source, name, digest(fingerprint(records), content), notes)
 
     data = {}
     if settings.pretrain_data is None or settings.instruct_data is None:
-        count, seed = (settings.scenes or preset.scenes)[0], settings.seed
-        describe = partial(describe_training, seed=seed)
-        scenes = load_scenes("train", count, seed, describe, cache=cache, group=group, damage=damage)
+        scenes = load_scenes(run, "train", (settings.scenes or preset.scenes)[0], describe_training)
         for stage, all_records in generated_records(scenes).items():
-            records = list(spread(all_records, settings.limit))
-            data[stage] = pack(records, training_images(scenes, records), f"scenes:{scenes.split}", ())
+            records = list(spread(all_records, run.settings.limit))
+            data[stage] = pack(records, training_images(scenes, records), "scenes:train", ())
         return data
     for stage, file, folder in (
         ("pretrain", settings.pretrain_data, settings.pretrain_images),
@@ -294,9 +205,9 @@ def _open_data(
     ):
         images = NamedImages(folder) if folder is not None else None
         is_image = images.__contains__ if images is not None else lambda _: False
-        records, notes = read_records(file, is_image, settings.limit, settings.max_error_fraction)
+        records, notes = read_records(file, is_image, run.settings.limit, settings.max_error_fraction)
         names = {record.image for record in records if record.image is not None}
-        source = images.source(names, cache / "fingerprints") if images is not None and names else None
+        source = images.source(names, run.fingerprints) if images is not None and names else None
         data[stage] = pack(records, source, file.name, notes)
     blank = [record.id for record in data["pretrain"].records if record.image is None]
     if blank:
@@ -308,12 +219,7 @@ def _open_data(
 
 
 def _answer(
-    benchmark: Benchmark,
-    trained: Trained,
-    language: LanguageModel,
-    encoder: Encoder,
-    settings: VqaSettings,
-    preset: Preset,
+    benchmark: Benchmark, trained: Trained, training: LlavaTraining, settings: VqaSettings
 ) -> Answered:
     """Answer all questions of a benchmark, with the images and blind; score them where that is possible.
 
@@ -323,21 +229,21 @@ def _answer(
     from .generation import Generator, answer_all, make_prompt
     from .training import digest
 
+    encoder, preset, run = training.encoder, training.preset, training.run
     source: ImageSource | None = None
     names = {question.image for question in benchmark.questions if question.image is not None}
     if names:
         images = benchmark.images
         assert images is not None, "checked when it was opened"
-        memo = encoder.cache / "fingerprints"
-        source = NamedImages(images).source(names, memo) if isinstance(images, Path) else images
+        source = NamedImages(images).source(names, run.fingerprints) if isinstance(images, Path) else images
     generator = Generator(
-        model=trained.model.to(encoder.device),
-        language=language,
+        model=trained.model.to(run.device),
+        language=training.language,
         inputs=encoder.encode(source, preset.instruct.view) if source is not None else None,
-        device=encoder.device,
+        device=run.device,
         new_tokens=preset.new_tokens,
         batch=settings.answer_batch or preset.answer_batch,
-        bf16=settings.precision == "bf16",
+        bf16=run.settings.precision == "bf16",
     )
     is_blind_too = preset.blind if settings.blind is None else settings.blind
     answers = []
@@ -345,83 +251,123 @@ def _answer(
         prompts = [make_prompt(question, blind=blind) for question in benchmark.questions]
         content = source.fingerprint if source is not None else ""
         key = digest(_ANSWERS_FORMAT, trained.key, content, preset.new_tokens, blind, prompts)
+        title = f"{benchmark.task}{' blind' if blind else ''} {encoder.model.name}"
         answers.append(
-            answer_all(
-                prompts,
-                generator,
-                encoder.cache / "vqa" / "answers" / key,
-                title=f"{benchmark.task}{' blind' if blind else ''} {encoder.model.name}",
-                group=encoder.group,
-                progress=encoder.watch,
-                damage=encoder.damage,
-            )
+            answer_all(prompts, generator, run.cache / "vqa" / "answers" / key, title=title, run=run)
         )
     if not benchmark.has_answers:
-        return Answered(benchmark, answers[0], None, None, None)
-    return score(benchmark, answers[0], answers[1] if is_blind_too else None, settings.allow_missing)
+        return Answered(benchmark, answers[0])
+    scores = [benchmark.score(of_mode, settings.allow_missing) for of_mode in answers]
+    return Answered(
+        benchmark,
+        answers[0],
+        blind=answers[1] if is_blind_too else None,
+        scores=scores[0],
+        blind_scores=scores[1] if is_blind_too else None,
+        source=source,
+    )
 
 
-def score(
-    benchmark: Benchmark, answers: Mapping[str, str], blind: Mapping[str, str] | None, allow_missing: bool
-) -> Answered:
-    """Score the answers, and those without the images if there are any.
-
-    Raises:
-        DataError: questions without an answer, or answers to other questions.
-    """
-    blind_scores = None if blind is None else benchmark.score(blind, allow_missing)
-    return Answered(benchmark, answers, blind, benchmark.score(answers, allow_missing), blind_scores)
-
-
-def metrics(answered: Iterable[Answered], seed: int) -> dict[str, Metric]:
-    """Compute the accuracies: the mean, each benchmark, both without images, then each kind of question.
-
-    The means are `accuracy` and `blind_accuracy`; intervals are bootstraps over images.
-    """
-    answered = list(answered)
-    accuracies: dict[str, Metric] = {}
+def _result(answered: Sequence[Answered], run: EvalRun) -> Result:
+    """Collect what answers say: accuracies, records, examples; write submissions where none are public."""
+    scores = {one.benchmark.task: one.scores for one in answered if one.scores is not None}
+    blind = {one.benchmark.task: one.blind_scores for one in answered if one.blind_scores is not None}
+    seed = run.settings.seed
+    metrics: dict[str, Metric] = {}
     kinds: dict[str, Metric] = {}
-    for prefix, all_scores in (
-        ("", {one.benchmark.task: one.scores for one in answered}),
-        ("blind_", {one.benchmark.task: one.blind_scores for one in answered}),
-    ):
-        scores = {task: one for task, one in all_scores.items() if one is not None}
-        if scores:
-            accuracies[f"{prefix}accuracy"] = mean_accuracy(list(scores.values()), seed)
-        for task, of_task in scores.items():
+    for prefix, by_task in (("", scores), ("blind_", blind)):
+        if by_task:
+            metrics[f"{prefix}accuracy"] = mean_accuracy(list(by_task.values()), seed)
+        for task, of_task in by_task.items():
             values = of_task.metrics(seed)
-            accuracies[f"{prefix}{task}"] = values.pop("accuracy")
+            metrics[f"{prefix}{task}"] = values.pop("accuracy")
             if not prefix:
                 kinds |= {f"{task}_{name}": metric for name, metric in values.items()}
-    return accuracies | kinds
-
-
-def records_of(one: Answered) -> str:
-    """Return one JSON line per question with answer, right answer and score, which can be scored again."""
-    assert one.scores is not None
-    lines = []
-    for question, value in zip(one.benchmark.questions, one.scores.values, strict=True):
-        record = {
-            "question_id": question.id,
-            "image": question.image,
-            "question": question.text,
-            "answer": one.answers.get(question.id, ""),
-            "expected": question.expected,
-            "score": value,
-        }
-        if one.blind is not None:
-            record["blind"] = one.blind.get(question.id, "")
-        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    return "".join(lines)
-
-
-def _missing(answered: Sequence[Answered]) -> list[str]:
-    return [
-        f"{len(one.scores.missing)} of {len(one.scores.ids)} questions of {one.benchmark.task} have no "
-        f"prediction and count as wrong"
-        for one in answered
-        if one.scores is not None and one.scores.missing
+    files = []
+    for one in answered:
+        if one.scores is None:
+            files.append(f"{run.base}-{one.benchmark.task}-submission.json")
+            if run.ranks.leads:
+                one.benchmark.write_submission(one.answers, run.folder / files[-1])
+    missing = [
+        f"{len(of_task.missing)} of {len(of_task.ids)} questions of {task} have no prediction and count as "
+        f"wrong"
+        for task, of_task in scores.items()
+        if of_task.missing
     ]
+    baselines = {"without the image": metrics["blind_accuracy"].value} if blind else {}
+    blocks: list[Block] = [*_bars(metrics, scores), *(_examples(one, run) for one in answered if one.scores)]
+    return Result(
+        metrics=metrics | kinds,
+        data=[one.benchmark.info() for one in answered],
+        records=_records(answered),
+        blocks=[*blocks, *(table for task, of_task in scores.items() for table in of_task.tables(task))],
+        baselines=baselines,
+        notes=missing,
+        files=files,
+    )
+
+
+def _records(answered: Sequence[Answered]) -> Iterator[Record]:
+    """Yield each question with its answer, right answer and score; an image's questions are one unit."""
+    for one in answered:
+        if one.scores is None:
+            continue
+        rows = zip(one.benchmark.questions, one.scores.values, one.scores.images, strict=True)
+        for question, value, unit in rows:
+            record: dict[str, Any] = {
+                "id": question.id,
+                "part": one.benchmark.task,
+                "score": value,
+                "unit": unit,
+                "image": question.image,
+                "question": question.text,
+                "answer": one.answers.get(question.id, ""),
+                "expected": question.expected,
+            }
+            if one.blind is not None:
+                record["blind"] = one.blind.get(question.id, "")
+            yield record
+
+
+def _bars(metrics: Mapping[str, Metric], scores: Iterable[str]) -> Iterator[Block]:
+    names = [name for task in scores for name in (task, f"blind_{task}") if name in metrics]
+    if names:
+        values = [metrics[name] for name in names]
+        yield Bars(
+            title="accuracy by benchmark",
+            x_label="accuracy (%)",
+            names=tuple(
+                f"{name.removeprefix('blind_')}, blind" if "blind_" in name else name for name in names
+            ),
+            values=tuple(metric.value for metric in values),
+            low=tuple(metric.low for metric in values),
+            high=tuple(metric.high for metric in values),
+            caption="Accuracy on each benchmark; blind: the same questions without the image.",
+        )
+
+
+def _examples(one: Answered, run: EvalRun) -> Examples:
+    """Show some right and some wrong answers, evenly spread over the questions."""
+    assert one.scores is not None
+    pairs = list(zip(one.benchmark.questions, one.scores.values, strict=True))
+    right = [pair for pair in pairs if pair[1] >= 0.5]
+    wrong = [pair for pair in pairs if pair[1] < 0.5]
+    chosen = [*spread(right, _NUM_EXAMPLES), *spread(wrong, _NUM_EXAMPLES)]
+    examples = tuple(_example(one, question, value, run) for question, value in chosen)
+    return Examples(title=f"{one.benchmark.task}: answers right and wrong", examples=examples)
+
+
+def _example(one: Answered, question: Question, value: float, run: EvalRun) -> Example:
+    image: Image | None = None
+    if one.source is not None and question.image is not None:
+        pixels = one.source.read(one.source.keys.index(question.image))
+        image = run.save_image(pixels, question.image, side=192, shown=96)
+    text = question.text if len(question.text) <= _MAX_LETTERS else f"{question.text[:_MAX_LETTERS]}…"
+    answer = one.answers.get(question.id) or "(nothing)"
+    expected = f"expected: {question.expected}, worth {value:g}"
+    lines = (text, f"answered: {answer}", expected, question.image or "")
+    return Example(image=image, lines=lines, good=value >= 0.5)
 
 
 def _meaningless_blind(answered: Sequence[Answered], data: Mapping[str, TrainingData]) -> list[str]:
@@ -436,42 +382,19 @@ def _meaningless_blind(answered: Sequence[Answered], data: Mapping[str, Training
     return [note]
 
 
-def write_report(outcome: Outcome, settings: VqaSettings, label: str, out: Path, group: Group) -> Report:
-    """Assemble the report; on the leader, write it, the records and any submission into `out`."""
-    base = file_name(VqaEvaluator.name, label)
-    scored = [one for one in outcome.answered if one.scores is not None]
-    unscored = [one for one in outcome.answered if one.scores is None]
-    losses = {
-        f"{name}_loss": Metric(value=loss, higher_is_better=False, unit="nats")
-        for name, loss in outcome.losses.items()
-    }
-    tables: dict[str, Table] = {}
-    for one in scored:
-        assert one.scores is not None
-        tables |= {f"{one.benchmark.task}_{name}": table for name, table in one.scores.tables().items()}
-    libraries = ("transformers", "accelerate", "tokenizers") if outcome.fingerprint else ()
-    records = {out / f"{base}-{one.benchmark.task}.jsonl": one for one in scored}
-    submissions = {out / f"{base}-{one.benchmark.task}-submission.json": one for one in unscored}
-    report = Report(
-        task=VqaEvaluator.name,
-        model=label,
-        fingerprint=outcome.fingerprint,
-        primary_metric="accuracy" if scored else list(losses)[-1],
-        metrics=metrics(scored, settings.seed) | losses,
-        settings={**to_plain(settings), "resolved": outcome.resolved},
-        data=(*outcome.data, *(one.benchmark.data_used() for one in (*scored, *unscored))),
-        device=outcome.device,
-        seconds=outcome.seconds or {"total": 0.0},
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        machine_settings=machine_settings(settings),
-        versions={**versions(), **{name: version(name) for name in libraries}},
-        git=commit(),
-        notes=tuple(outcome.notes),
-        tables=tables,
-        files=tuple(path.name for path in (*records, *submissions)),
-    )
-    if group.leads:
-        for path, one in submissions.items():
-            one.benchmark.write_submission(one.answers, path)
-        write(report, out / f"{base}.json", {path: records_of(one) for path, one in records.items()})
-    return report
+def with_seed(settings: VqaSettings, run: RunSettings, number: int) -> VqaSettings:
+    """Return the same protocol with other initial weights and another order of samples."""
+    seed = run.seed if settings.training_seed is None else settings.training_seed
+    return replace(settings, training_seed=seed + number)
+
+
+VQA = Evaluator(
+    name="vqa",
+    settings=VqaSettings,
+    evaluate=evaluate,
+    title="visual question answering",
+    expensive=True,  # it trains a language model
+    with_seed=with_seed,
+    score_predictions=score_predictions,
+    predictions_of=lambda settings: settings.predictions,
+)

@@ -12,8 +12,8 @@ from pydantic import TypeAdapter
 from torch import Tensor
 from typing_extensions import TypedDict
 
+from evals.core.evaluator import EvalRun
 from radio.chunks import (
-    Damage,
     DamagedError,
     check_all_there,
     chunk_path,
@@ -21,8 +21,6 @@ from radio.chunks import (
     read_records,
     write_records,
 )
-from radio.dist import Group
-from radio.progress import ProgressFactory
 from radio.provenance import fast_products
 
 from .data import Piece, VisionInputs, format_prompt, pad, tokenize
@@ -121,16 +119,11 @@ def answer_all(
     folder: Path,
     *,
     title: str,
-    group: Group,
-    progress: ProgressFactory,
-    damage: Damage,
+    run: EvalRun,
 ) -> dict[str, str]:
     """Return every question's answer by its id, the same on every rank; chunks in the folder are reused.
 
     Rank r answers chunks r, r + world, ...
-
-    Args:
-        damage: collects damaged files in the folder, which are written again.
 
     Raises:
         DataError: an image that cannot be read, or ranks that do not share the folder.
@@ -144,10 +137,10 @@ def answer_all(
             raise DamagedError(f"{path}: holds answers to other questions")
         return answers
 
-    local = range(group.rank, len(chunks), group.world)
-    missing = [local[position] for position in find_missing([paths[n] for n in local], read, damage)]
+    local = range(run.ranks.rank, len(chunks), run.ranks.world)
+    missing = [local[position] for position in find_missing([paths[n] for n in local], read, run.damage)]
     if missing:
-        with progress(title, sum(len(chunks[number]) for number in missing)) as advance:
+        with run.progress(title, sum(len(chunks[number]) for number in missing)) as advance:
             for number in missing:
                 with limit_threads(generator.model, generator.device):
                     answers = generator.answer(chunks[number])
@@ -155,6 +148,6 @@ def answer_all(
                 rows = [{"question_id": prompt.id, "answer": text} for prompt, text in pairs]
                 write_records(paths[number], rows)
                 advance(len(answers))
-    group.barrier()
+    run.ranks.barrier()
     check_all_there(paths)
     return {id: answer for path in paths for id, answer in read(path).items()}

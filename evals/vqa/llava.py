@@ -31,16 +31,14 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from evals.core.evaluator import EvalRun
 from evals.core.features import Extraction, View, extract
-from radio.chunks import Damage
 from radio.data import ImageSource
-from radio.dist import Group
 from radio.errors import CheckpointError, ConfigError, DataError, RadioError
 from radio.hub import load_backbone
 from radio.io import make_folder
 from radio.memory import check_memory
 from radio.model import RadioModel
-from radio.progress import ProgressFactory
 from radio.types import Backbone
 
 from .data import PaddedImages, VisionInputs
@@ -52,7 +50,6 @@ from .settings import View as ViewName
 
 PROJECTOR = "model.multi_modal_projector."
 _NORM_EPS = 1e-6
-_ENCODED_AT_ONCE = 64  # images
 
 Grid = tuple[int, int]
 
@@ -334,27 +331,21 @@ AutoModel.register(RadioTowerConfig, RadioTower)
 @final
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """A frozen backbone at one size, and where its tokens are cached."""
+    """A frozen backbone at one size, whose tokens are cached."""
 
     model: Backbone
     size: Size
-    device: torch.device
-    dtype: torch.dtype
-    cache: Path
+    run: EvalRun
     token_cache_gb: float
-    workers: int
-    group: Group
-    watch: ProgressFactory
-    damage: Damage  # collects damaged files of the cache
     image_tokens: int | None = None  # maximum of T
 
     @cached_property
     def own_grid(self) -> Grid:
         """(H, W) of the backbone's tokens at this size."""
-        check_memory(self.model, 1, self.size, self.device, torch.float32)
-        model = self.model.to(self.device, torch.float32).eval()  # bf16 would round the weights in place
+        check_memory(self.model, 1, self.size, self.run.device, torch.float32)
+        model = self.model.to(self.run.device, torch.float32).eval()  # bf16 would round the weights in place
         with torch.inference_mode():
-            return model(torch.zeros(1, 3, *self.size, device=self.device)).grid
+            return model(torch.zeros(1, 3, *self.size, device=self.run.device)).grid
 
     @property
     def grid(self) -> Grid:
@@ -381,21 +372,21 @@ class Encoder:
             return Pixels(images, crop, height * width)
         how = Extraction(
             view=crop,
-            device=self.device,
-            dtype=self.dtype,
+            device=self.run.device,
+            dtype=self.run.dtype,
             head="tokens" if self.grid == self.own_grid else f"tokens averaged to {height}x{width}",
             project=lambda features: resample(features.tokens, features.grid, (height, width)),
-            batch=_ENCODED_AT_ONCE,
-            workers=self.workers,
+            batch=self.run.batch_size(64),
+            workers=self.run.workers,
         )
         stored = extract(
             self.model,
             images,
             how,
-            cache=self.cache,
-            group=self.group,
-            watch=self.watch,
-            damage=self.damage,
+            cache=self.run.cache,
+            group=self.run.ranks,
+            watch=self.run.progress,
+            damage=self.run.damage,
         )
         broken = stored.skipped()
         if broken:

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from evals.core.evaluator import EvalRun
 from radio.chunks import (
-    Damage,
     TensorSpec,
     check_all_there,
     chunk_path,
@@ -33,7 +33,6 @@ from radio.chunks import (
     read_tensors,
     write_tensors,
 )
-from radio.dist import Group
 from radio.images import decode
 from radio.scenes import CLASSES, COLOURS, SHAPES, Question, Scene, Split, questions, render
 
@@ -68,29 +67,20 @@ class Scenes(NamedTuple):
     facts: list[Any]
 
 
-def load_scenes(
-    split: Split,
-    count: int,
-    seed: int,
-    describe: Callable[[Scene, int], Any],
-    *,
-    cache: Path,
-    group: Group,
-    damage: Damage,
-) -> Scenes:
+def load_scenes(run: EvalRun, split: Split, count: int, describe: Callable[[Scene, int, int], Any]) -> Scenes:
     """Render scenes, or load those in the cache; rank r renders chunks r, r + world, ...
 
     Args:
-        describe: returns what is said about a scene of some index, in the types of JSON.
-        damage: collects damaged files of the cache, which are written again.
+        describe: returns the facts about a scene of some index and seed, in the types of JSON.
 
     Raises:
         DataError: ranks do not share the cache.
     """
+    seed = run.settings.seed
     first = render(0, split=split, seed=seed, size=_SIZE)
     sample = hashlib.sha256(first.image.tobytes()).hexdigest()  # differs if the generator changes
-    key = json.dumps([_FORMAT, split, count, seed, sample, describe(first, 0)])
-    folder = cache / "vqa" / "scenes" / hashlib.sha256(key.encode()).hexdigest()
+    key = json.dumps([_FORMAT, split, count, seed, sample, describe(first, 0, seed)])
+    folder = run.cache / "vqa" / "scenes" / hashlib.sha256(key.encode()).hexdigest()
     spans = [range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
     paths = [chunk_path(folder, number) for number in range(len(spans))]
 
@@ -99,14 +89,14 @@ def load_scenes(
         chunk = read_tensors(path, {"frames": TensorSpec(torch.uint8, shape)})
         return chunk.tensors["frames"].numpy(), json.loads(chunk.metadata["facts"])
 
-    local = range(group.rank, len(spans), group.world)
-    for position in find_missing([paths[number] for number in local], read, damage):
+    local = range(run.ranks.rank, len(spans), run.ranks.world)
+    for position in find_missing([paths[number] for number in local], read, run.damage):
         number = local[position]
         scenes = [render(index, split=split, seed=seed, size=_SIZE) for index in spans[number]]
-        facts = [describe(scene, index) for scene, index in zip(scenes, spans[number], strict=True)]
+        facts = [describe(scene, index, seed) for scene, index in zip(scenes, spans[number], strict=True)]
         frames = torch.from_numpy(np.stack([scene.image for scene in scenes]))
         write_tensors(paths[number], {"frames": frames}, {"facts": json.dumps(facts)})
-    group.barrier()
+    run.ranks.barrier()
     check_all_there(paths)
     chunks = [read(path) for path in paths]
     return Scenes(
@@ -158,7 +148,7 @@ _BLIND_EVERY = 10
 _STREAM = 71  # random stream of the choices
 
 
-def describe_training(scene: Scene, index: int, *, seed: int) -> Any:
+def describe_training(scene: Scene, index: int, seed: int) -> Any:
     """Return the caption of a scene and the conversations about it."""
     # Only the name: most words of longer captions belong to the template, and would be learned first.
     return {"caption": f"a {CLASSES[scene.label]}", "talks": conversations_about(scene, index, seed)}
@@ -236,7 +226,7 @@ _VARIANTS: dict[str, Callable[[str], tuple[str, ...]]] = {
 }
 
 
-def describe_questions(scene: Scene, index: int, *, seed: int) -> Any:
+def describe_questions(scene: Scene, index: int, seed: int) -> Any:
     """Return the questions about a scene."""
     return questions(scene, index, split="val", seed=seed)
 

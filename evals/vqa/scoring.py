@@ -399,7 +399,7 @@ class Benchmark:
                 f"{len(self.questions)}; leave the limit out"
             )
 
-    def data_used(self) -> DatasetInfo:
+    def info(self) -> DatasetInfo:
         """Return the benchmark's row in the report."""
         return DatasetInfo(
             role="questions",
@@ -448,17 +448,26 @@ class Scores:
             metrics["unanswered"] = Metric(value=share, higher_is_better=False)
         return metrics
 
-    def tables(self) -> dict[str, Table]:
+    def tables(self, task: str) -> list[Table]:
         """Build a table for each grouping: group, number of questions, accuracy in percent."""
         values = np.array(self.values)
-        tables = {}
+        tables = []
         for name, group in self.groups.items():
             labels = np.array(group.labels)
             rows = tuple(
                 (label, int((labels == label).sum()), 100 * float(values[labels == label].mean()))
                 for label in sorted(set(group.labels))
             )
-            tables[name] = Table(columns=(name.replace("_", " "), "questions", "accuracy"), rows=rows)
+            column = name.replace("_", " ")
+            tables.append(
+                Table(
+                    title=f"{task} by {column}",
+                    columns=(column, "questions", "accuracy"),
+                    rows=rows,
+                    compared="accuracy",
+                    shared="questions",
+                )
+            )
         return tables
 
     def _means(self, masks: dict[str, NDArray[np.bool_]], seed: int) -> dict[str, Metric]:

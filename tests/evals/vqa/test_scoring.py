@@ -193,10 +193,10 @@ def test_means_and_groups_by_hand() -> None:
 
 
 def test_tables() -> None:
-    tables = FOUR.tables()
-    assert tables["answer_type"].columns == ("answer type", "questions", "accuracy")
-    assert tables["answer_type"].rows == (("number", 2, pytest.approx(15.0)), ("yes/no", 2, 100.0))
-    assert tables["topic"].rows == (("x", 2, 50.0), ("y", 2, pytest.approx(65.0)))
+    tables = {table.title: table for table in FOUR.tables("vqav2")}
+    assert tables["vqav2 by answer type"].columns == ("answer type", "questions", "accuracy")
+    assert tables["vqav2 by answer type"].rows == (("number", 2, pytest.approx(15.0)), ("yes/no", 2, 100.0))
+    assert tables["vqav2 by topic"].rows == (("x", 2, 50.0), ("y", 2, pytest.approx(65.0)))
 
 
 def test_questions_about_one_image_are_drawn_together() -> None:

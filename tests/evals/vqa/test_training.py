@@ -304,7 +304,17 @@ def test_the_seed_decides_loras_weights(make_model: Callable[..., Any]) -> None:
 
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
-BF16 = VqaSettings(precision="bf16")
+
+
+def plan_for(
+    model: nn.Module,
+    settings: VqaSettings,
+    device: torch.device,
+    world: int,
+    dtype: torch.dtype = torch.float32,
+) -> Needs:
+    run: Any = SimpleNamespace(device=device, dtype=dtype, ranks=SimpleNamespace(world=world))
+    return plan_memory(model, settings, run)
 
 
 def network(learning: int, frozen: int = 0) -> nn.Module:
@@ -323,7 +333,7 @@ def large_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_7b_model_is_sharded_on_gpus_and_its_activations_are_computed_again() -> None:
-    needs = plan_memory(network(6_740_000_000), VqaSettings(), GPU, 8)
+    needs = plan_for(network(6_740_000_000), VqaSettings(), GPU, 8)
     assert needs.is_sharded and needs.is_checkpointed
     assert needs.gigabytes == pytest.approx(16 * 6.74 / 8)
     assert needs.describe() == " (13 GB a rank before activations, sharded, activations recomputed)"
@@ -331,28 +341,31 @@ def test_a_7b_model_is_sharded_on_gpus_and_its_activations_are_computed_again() 
 
 def test_what_no_gpu_holds_is_refused_before_the_run() -> None:
     with pytest.raises(ConfigError, match=r"keeps 108 GB on every GPU .* has 80; shard it over more GPUs"):
-        plan_memory(network(6_740_000_000), VqaSettings(), GPU, 1)
+        plan_for(network(6_740_000_000), VqaSettings(), GPU, 1)
 
 
 def test_frozen_weights_of_large_models_are_halved_under_bf16() -> None:
     model = network(20_000_000, 6_740_000_000)
-    needs = plan_memory(model, BF16, GPU, 8)
+    needs = plan_for(model, VqaSettings(), GPU, 8, torch.bfloat16)
     assert (model.frozen.dtype, model.learned.dtype) == (torch.bfloat16, torch.float32)
     assert not needs.is_sharded and needs.gigabytes == pytest.approx(2 * 6.74 + 16 * 0.02)
     small = network(10, 1000)
-    assert plan_memory(small, BF16, GPU, 1).describe() == "" and small.frozen.dtype == torch.float32
+    assert (
+        plan_for(small, VqaSettings(), GPU, 1, torch.bfloat16).describe() == ""
+        and small.frozen.dtype == torch.float32
+    )
     whole = network(10, 2_000_000_000)
-    assert plan_memory(whole, VqaSettings(), CPU, 1).gigabytes == pytest.approx(8.0)
+    assert plan_for(whole, VqaSettings(), CPU, 1).gigabytes == pytest.approx(8.0)
 
 
 def test_settings_decide() -> None:
-    asked = plan_memory(network(1000), VqaSettings(fsdp=True, activation_checkpointing=True), GPU, 2)
+    asked = plan_for(network(1000), VqaSettings(fsdp=True, activation_checkpointing=True), GPU, 2)
     assert (asked.is_sharded, asked.is_checkpointed) == (True, True)
-    refused = plan_memory(network(2_000_000_000), VqaSettings(activation_checkpointing=False), CPU, 2)
+    refused = plan_for(network(2_000_000_000), VqaSettings(activation_checkpointing=False), CPU, 2)
     assert (refused.is_sharded, refused.is_checkpointed) == (False, False)
-    assert not plan_memory(network(1000), VqaSettings(fsdp=True), CPU, 1).is_sharded
+    assert not plan_for(network(1000), VqaSettings(fsdp=True), CPU, 1).is_sharded
     with pytest.raises(ConfigError, match="--fsdp shards over GPUs, and the device is cpu; leave it out"):
-        plan_memory(network(1000), VqaSettings(fsdp=True), CPU, 2)
+        plan_for(network(1000), VqaSettings(fsdp=True), CPU, 2)
 
 
 def test_the_projector_gets_a_gradient_of_zero(backbone: Callable[..., Any], tiny: LanguageModel) -> None:
