@@ -48,7 +48,7 @@ class Task:
         self.runs += 1
         if self.error is not None:
             raise self.error
-        return Result(metrics={"runs": Metric(value=self.runs)})
+        return Result(metrics={"runs": Metric(value=self.runs)}, records=[{"id": 0, "score": 1}])
 
 
 @pytest.fixture
