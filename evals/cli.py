@@ -82,7 +82,7 @@ def _seg() -> Evaluator[Any]:
 
 
 @evaluators.register("throughput")
-def _speed() -> Any:
+def _speed() -> Evaluator[Any]:
     """Images per second, multiply-adds and memory of several models, measured in alternation."""
     from .throughput.evaluator import THROUGHPUT
 
@@ -169,8 +169,6 @@ def _parse(
     """Parse the common options and the task's own settings; tyro exits with 2 on unknown arguments."""
     own = task.replace("-", "_")  # tyro prints the fields' names above their flags
     groups: list[Any] = [("model", Options), ("run", RunSettings), (own, evaluator.settings)]
-    if evaluator.writes_itself is not None:
-        del groups[1]
     both = dataclasses.make_dataclass("Arguments", groups, frozen=True, kw_only=True)
     parsed: Any = parse_options(
         both,

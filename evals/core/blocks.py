@@ -81,8 +81,8 @@ class Table:
     compared values side by side, the lowest of the first model on top.
     """
 
+    title: str
     columns: tuple[str, ...]
-    title: str = ""
     rows: tuple[tuple[str | int | float | None, ...], ...]
     compared: str = ""
     shared: str = ""  # a column with the same values for all models, such as a count of instances

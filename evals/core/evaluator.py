@@ -121,7 +121,6 @@ class Evaluator(Generic[S]):
     score_predictions: Callable[[S, EvalRun], Result] | None = None
     """Scores stored predictions without a model, where `predictions_of` names a file."""
     predictions_of: Callable[[S], Path | None] = lambda settings: None
-    writes_itself: Any = None
 
 
 @final
@@ -276,8 +275,6 @@ def make_evaluator(task: str) -> Evaluator[Any]:
         ConfigError: the task is unknown, or the object that another package registered is no evaluator.
     """
     made: Any = evaluators[task]()
-    if hasattr(made, "run"):
-        return _from_class(made)
     if not isinstance(made, Evaluator):
         raise ConfigError(
             f"{evaluators.plugin(task) or task}: its factory gave a {type(made).__name__}, wanted an "
@@ -290,21 +287,6 @@ def make_evaluator(task: str) -> Evaluator[Any]:
         )
     evaluator: Evaluator[Any] = made
     return evaluator
-
-
-def _from_class(made: Any) -> Evaluator[Any]:
-    """Wrap an evaluator that still writes its own report."""
-    repeated = getattr(made, "with_seed", None)
-    return Evaluator(
-        name=made.name,
-        settings=made.settings,
-        evaluate=lambda model, settings, run: Result(metrics={}),
-        missing_requirements=getattr(made, "missing_requirements", _nothing_missing),
-        with_seed=None if repeated is None else lambda settings, run, number: repeated(settings, number),
-        writes_itself=made,
-        expensive=getattr(made, "expensive", False),
-        on_request=getattr(made, "on_request", False),
-    )
 
 
 def run_evaluator(
@@ -334,9 +316,6 @@ def run_evaluator(
         ConfigError: the evaluator's result is none.
         RadioError: as the evaluator says.
     """
-    if evaluator.writes_itself is not None:
-        report: Report = evaluator.writes_itself.run(model, settings, out, name=name, watch=progress)
-        return report
     chosen = evaluator.settings() if settings is None else settings
     label = (name or model.name) + evaluator.suffix(chosen)
     evaluate = partial(evaluator.evaluate, model, chosen)
@@ -404,9 +383,6 @@ def run_predictions(evaluator: Evaluator[S], settings: S, out: Path, *, run: Run
     Raises:
         RadioError: as the evaluator says.
     """
-    if evaluator.writes_itself is not None and hasattr(evaluator.writes_itself, "run_without_model"):
-        scored: Report | None = evaluator.writes_itself.run_without_model(settings, out)
-        return scored
     path = evaluator.predictions_of(settings)
     if path is None or evaluator.score_predictions is None:
         return None

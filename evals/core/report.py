@@ -20,7 +20,7 @@ from radio.config import to_plain
 from radio.errors import DataError, shown
 from radio.io import explain, parse_json, read_text, without_surrogates, write_texts
 
-from .blocks import Block, Table
+from .blocks import Block
 
 FORMAT = "am-radio-report/3"
 _MAX_BYTES = 256 << 20  # a report that lists a million images which could not be read
@@ -89,7 +89,6 @@ class Report:
     versions: dict[str, str]
     git: str | None = None
     notes: tuple[str, ...] = ()
-    tables: dict[str, Table] = field(default_factory=dict)
     files: tuple[str, ...] = ()  # written beside the report
     records: str = ""  # the file among them with a JSON line per sample; see `Record`
     pairing: Pairing = "mean"

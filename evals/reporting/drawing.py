@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from evals.core.blocks import Bars, Block, Confusions, Example, Examples, Image, ImageGrid, Lines, Table
+from evals.core.blocks import Bars, Confusions, Example, Examples, Image, ImageGrid, Lines, Table
 from evals.core.report import Report
 from radio.errors import DataError
 
@@ -55,7 +55,7 @@ class TaskReports:
         """Draw the blocks of all reports, in the order of their first appearance."""
         groups: dict[tuple[type, str], list[tuple[Entry, Any]]] = {}
         for entry in self.entries:
-            for block in _blocks(entry.report):
+            for block in entry.report.blocks:
                 groups.setdefault((type(block), block.title), []).append((entry, block))
         drawn: list[Element] = []
         for number, ((kind, title), members) in enumerate(groups.items()):
@@ -81,12 +81,6 @@ class TaskReports:
         except DataError as error:
             self.warnings.append(f"{entry.report.model}: {error}")
             return None
-
-
-def _blocks(report: Report) -> Iterator[Block]:
-    yield from report.blocks
-    for name, table in report.tables.items():
-        yield replace(table, title=table.title or name.replace("_", " "))
 
 
 def _draw_lines(

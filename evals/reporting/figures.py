@@ -118,7 +118,9 @@ def lines(
                 linewidth=1.4,
                 linestyle="--" if one.dashed else _STYLES[one.color // NUM_SLOTS % len(_STYLES)],
             )
-            spans = [(one.x[p], one.low[p], one.high[p]) for p in points if p < len(one.low)]
+            spans = [
+                (one.x[p], one.low[p], one.high[p]) for p in points if p < min(len(one.low), len(one.high))
+            ]
             for x, low, high in spans:
                 if low is not None and high is not None:
                     axes.plot([x, x], [low, high], color=_SLOTS[one.color % NUM_SLOTS], linewidth=0.8)

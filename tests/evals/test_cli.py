@@ -143,7 +143,10 @@ def test_listing_needs_no_optional_library(
         ),
         (["knn", "vit-tiny12", "--random-init", "--bank", "nosuch"], "give --query, or --leave-one-out"),
         (["knn", "vit-tiny12", "--random-init", "--device", "tpu"], "unknown device 'tpu'"),
-        (["knn", "vit-tiny12", "--random-init", "--head", "clip", *SMALL], "no adaptor 'clip'"),
+        (
+            ["knn", "vit-tiny12", "--random-init", "--head", "clip", *SMALL],
+            "so no head 'clip'",
+        ),
         (["knn", "vit-tiny12", "--random-init", "--bnak", "x"], "--bank"),
         (["knn", "vit-tiny12", "--random-init", "--k", "many"], "many"),
         (["knn", "vit-tiny12", "--random-init", "--temperature", "nan"], "temperature: nan"),
@@ -245,7 +248,7 @@ def test_the_report_file_is_plain_json(checkpoint: Path) -> None:
 def test_noise_asks_only_what_has_luck(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The probe's heads differ by their seeds; k-NN is exact."""
     small = ["--tasks", "knn", "seg", "--seg.scenes", "24", "12", "--seg.iterations", "4", "--repeats", "2"]
-    cache = ["--seg.cache", str(tmp_path / "cache")]
+    cache = ["--cache", str(tmp_path / "cache")]
     assert main(["noise", "arch:vit-tiny12", "--out", "o", "--plain", *small, *cache]) == 0
     noise = read_noise(tmp_path / "o" / "noise.json")
     assert list(noise) == ["seg"]

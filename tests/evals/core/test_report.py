@@ -36,7 +36,7 @@ REPORT = Report(
     created="2026-01-01T00:00:00+00:00",
     versions={"torch": "2"},
     notes=("in-domain",),
-    tables={"classes": Table(columns=("class", "top1"), rows=(("red ring", 50.0), ("absent", None)))},
+    blocks=(Table(title="classes", columns=("class", "top1"), rows=(("red ring", 50.0), ("absent", None))),),
 )
 
 

@@ -218,7 +218,7 @@ def test_a_full_disk_leaves_the_old_page_and_one_error(
 
 def test_rows_longer_than_their_table_are_refused(tmp_path: Path) -> None:
     plain = to_plain(make())
-    plain["tables"] = {"odd": {"columns": ["a"], "rows": [[1], [1, 2]]}}
+    plain["blocks"] = [{"kind": "table", "title": "odd", "columns": ["a"], "rows": [[1], [1, 2]]}]
     (tmp_path / "a.json").write_text(seal(plain))
     with pytest.raises(DataError, match="row 1 of a table has 2 cells under 1 columns"):
         read(tmp_path / "a.json")
