@@ -8,9 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
+
 from evals.core.blocks import Bars, Block, Example, Examples, Image
 from evals.core.evaluator import EvalRun, Evaluator, Result, RunSettings
 from evals.core.report import Metric, Record
+from radio.chunks import DamagedError, cached_chunks, chunk_path, write_records
+from radio.chunks import read_records as read_chunk
 from radio.config import to_plain
 from radio.data import ImageSource
 from radio.errors import ConfigError, DataError
@@ -26,9 +31,11 @@ from .scoring import TASKS, Benchmark, Question, Scores, mean_accuracy
 from .settings import Preset, VqaSettings, choose_preset, choose_size, language_name
 
 if TYPE_CHECKING:
+    from .llava import Generator, Prompt
     from .training import LlavaTraining, Trained, TrainingData
 
 _ANSWERS_FORMAT = "am-radio-vqa-answers/2"
+CHUNK = 128  # questions per file of answers: a killed run loses no more than these
 _NUM_EXAMPLES = 3  # right answers, and wrong ones, that the page shows of a benchmark
 _MAX_LETTERS = 240  # of a question on the page
 
@@ -226,7 +233,7 @@ def _answer(
     Raises:
         DataError: an image that cannot be read, or ranks that do not share the cache.
     """
-    from .generation import Generator, answer_all, make_prompt
+    from .llava import Generator, make_prompt
     from .training import digest
 
     encoder, preset, run = training.encoder, training.preset, training.run
@@ -266,6 +273,48 @@ def _answer(
         blind_scores=scores[1] if is_blind_too else None,
         source=source,
     )
+
+
+class _Answer(TypedDict):
+    question_id: str
+    answer: str
+
+
+_ANSWER = TypeAdapter(_Answer)
+
+
+def answer_all(
+    prompts: Sequence[Prompt], generator: Generator, folder: Path, *, title: str, run: EvalRun
+) -> dict[str, str]:
+    """Return every question's answer by its id, the same on every rank; chunks in the folder are reused.
+
+    Raises:
+        DataError: an image that cannot be read, or ranks that do not share the folder.
+    """
+    from .llava import limit_threads
+
+    chunks = [prompts[start : start + CHUNK] for start in range(0, len(prompts), CHUNK)]
+
+    def read(path: Path) -> dict[str, str]:
+        answers = {row["question_id"]: row["answer"] for row in read_chunk(path, _ANSWER)}
+        if list(answers) != [prompt.id for prompt in chunks[int(path.stem)]]:
+            raise DamagedError(f"{path}: holds answers to other questions")
+        return answers
+
+    def make(numbers: list[int]) -> None:
+        with run.progress(title, sum(len(chunks[number]) for number in numbers)) as advance:
+            for number in numbers:
+                with limit_threads(generator.model, generator.device):
+                    answers = generator.answer(chunks[number])
+                pairs = zip(chunks[number], answers, strict=True)
+                rows = [{"question_id": prompt.id, "answer": text} for prompt, text in pairs]
+                write_records(chunk_path(folder, number, "jsonl"), rows)
+                advance(len(answers))
+
+    paths = cached_chunks(
+        folder, len(chunks), read=read, make=make, ranks=run.ranks, damage=run.damage, ending="jsonl"
+    )
+    return {id: answer for path in paths for id, answer in read(path).items()}
 
 
 def _result(answered: Sequence[Answered], run: EvalRun) -> Result:

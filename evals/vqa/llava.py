@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast, final
+from typing import Any, NamedTuple, cast, final
 
 import torch
 import torch.nn.functional as F
@@ -39,14 +39,17 @@ from radio.hub import load_backbone
 from radio.io import make_folder
 from radio.memory import check_memory
 from radio.model import RadioModel
+from radio.provenance import fast_products
 from radio.types import Backbone
 
-from .data import PaddedImages, VisionInputs
+from .data import PaddedImages, Piece, VisionInputs, format_prompt, pad, tokenize
 from .language import LanguageModel
+from .scoring import Question
 from .settings import Size
 from .settings import View as ViewName
 
-# Letters: B batch, N images, T tokens of an image, D token width, H W grid, h w input size.
+# Letters: B batch, N images, S tokens of a prompt, T tokens of an image, D token width, H W grid, h w input
+# size.
 
 PROJECTOR = "model.multi_modal_projector."
 _NORM_EPS = 1e-6
@@ -466,3 +469,75 @@ def resample(tokens: Tensor, grid: Grid, coarse: Grid) -> Tensor:
         return tokens
     spatial = tokens.transpose(1, 2).unflatten(2, grid)
     return F.adaptive_avg_pool2d(spatial, coarse).flatten(2).transpose(1, 2).contiguous()
+
+
+class Prompt(NamedTuple):
+    """A question, ready for the language model."""
+
+    id: str
+    prompt: str  # with `<image>` where it has an image
+    image: str | None
+
+
+def make_prompt(question: Question, *, blind: bool = False) -> Prompt:
+    """Format a benchmark's question as LLaVA-1.5's prompt; without its image if `blind`."""
+    image = None if blind else question.image
+    return Prompt(question.id, format_prompt(question.prompt, has_image=image is not None), image)
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generator:
+    """A trained LLaVA, and its settings of generation."""
+
+    model: Any
+    language: LanguageModel
+    inputs: VisionInputs | None  # None if no question has an image
+    device: torch.device
+    new_tokens: int
+    batch: int
+    bf16: bool = False
+
+    def answer(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Return the answers in order, generated in batches of similar length and one modality."""
+        num_tokens = self.inputs.num_tokens if self.inputs else 0
+        ids = [
+            torch.tensor(tokenize([Piece(prompt.prompt, False)], self.language.tokenizer, num_tokens)[0])
+            for prompt in prompts
+        ]
+        order = sorted(range(len(prompts)), key=lambda i: (prompts[i].image is None, len(ids[i]), i))
+        answers = [""] * len(prompts)
+        for start in range(0, len(order), self.batch):
+            for is_blind in (False, True):
+                rows = [
+                    i for i in order[start : start + self.batch] if (prompts[i].image is None) == is_blind
+                ]
+                if rows:
+                    texts = self._generate([ids[i] for i in rows], [prompts[i].image for i in rows])
+                    for row, text in zip(rows, texts, strict=True):
+                        answers[row] = text
+        return answers
+
+    def _generate(self, ids: Sequence[Tensor], images: Sequence[str | None]) -> list[str]:
+        """Continue prompts of one modality."""
+        padded = pad(ids, self.language.pad_token, left=True)
+        batch = {name: value.to(self.device) for name, value in padded.items()}
+        pixels = [self.inputs[image] for image in images if image is not None and self.inputs is not None]
+        if pixels:
+            batch["pixel_values"] = torch.stack(pixels).float().to(self.device)
+        with (
+            torch.inference_mode(),
+            fast_products(self.device),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16),
+        ):
+            output = self.model.generate(
+                **batch,
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=self.new_tokens,
+                use_cache=True,
+                eos_token_id=self.language.tokenizer.eos_token_id,
+                pad_token_id=self.language.pad_token,
+            )
+        new = output[:, batch["input_ids"].shape[1] :]
+        return [text.strip() for text in self.language.tokenizer.batch_decode(new, skip_special_tokens=True)]

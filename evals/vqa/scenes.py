@@ -27,9 +27,8 @@ from torch import Tensor
 from evals.core.evaluator import EvalRun
 from radio.chunks import (
     TensorSpec,
-    check_all_there,
+    cached_chunks,
     chunk_path,
-    find_missing,
     read_tensors,
     write_tensors,
 )
@@ -82,22 +81,20 @@ def load_scenes(run: EvalRun, split: Split, count: int, describe: Callable[[Scen
     key = json.dumps([_FORMAT, split, count, seed, sample, describe(first, 0, seed)])
     folder = run.cache / "vqa" / "scenes" / hashlib.sha256(key.encode()).hexdigest()
     spans = [range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
-    paths = [chunk_path(folder, number) for number in range(len(spans))]
 
     def read(path: Path) -> tuple[NDArray[np.uint8], list[Any]]:
         shape = (len(spans[int(path.stem)]), 3, _SIZE, _SIZE)
         chunk = read_tensors(path, {"frames": TensorSpec(torch.uint8, shape)})
         return chunk.tensors["frames"].numpy(), json.loads(chunk.metadata["facts"])
 
-    local = range(run.ranks.rank, len(spans), run.ranks.world)
-    for position in find_missing([paths[number] for number in local], read, run.damage):
-        number = local[position]
-        scenes = [render(index, split=split, seed=seed, size=_SIZE) for index in spans[number]]
-        facts = [describe(scene, index, seed) for scene, index in zip(scenes, spans[number], strict=True)]
-        frames = torch.from_numpy(np.stack([scene.image for scene in scenes]))
-        write_tensors(paths[number], {"frames": frames}, {"facts": json.dumps(facts)})
-    run.ranks.barrier()
-    check_all_there(paths)
+    def make(numbers: list[int]) -> None:
+        for number in numbers:
+            scenes = [render(index, split=split, seed=seed, size=_SIZE) for index in spans[number]]
+            facts = [describe(scene, index, seed) for scene, index in zip(scenes, spans[number], strict=True)]
+            frames = torch.from_numpy(np.stack([scene.image for scene in scenes]))
+            write_tensors(chunk_path(folder, number), {"frames": frames}, {"facts": json.dumps(facts)})
+
+    paths = cached_chunks(folder, len(spans), read=read, make=make, ranks=run.ranks, damage=run.damage)
     chunks = [read(path) for path in paths]
     return Scenes(
         split,

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from evals.core.evaluator import EvalRun, RunSettings
-from evals.vqa import generation
-from evals.vqa.generation import Generator, Prompt, answer_all, make_prompt
+from evals.vqa import evaluator
+from evals.vqa.evaluator import answer_all
 from evals.vqa.language import LanguageModel
-from evals.vqa.llava import make_llava
+from evals.vqa.llava import Generator, Prompt, make_llava, make_prompt
 from evals.vqa.scoring import Question
 from radio.chunks import write_records
 
@@ -73,7 +73,7 @@ def test_answers_are_written_as_they_come_and_taken_up(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(generation, "CHUNK", 6)
+    monkeypatch.setattr(evaluator, "CHUNK", 6)
     speaker = make_speaker(4)
     context = EvalRun(RunSettings(), base="", folder=tmp_path)
 
