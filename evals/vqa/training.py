@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, final
@@ -33,14 +33,13 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from evals.core.evaluator import EvalRun
 from evals.core.report import DatasetInfo
-from radio.chunks import Damage, DamagedError, TensorSpec, check_all_there, read_tensors, write_tensors
+from radio.chunks import DamagedError, TensorSpec, check_all_there, read_tensors, write_tensors
 from radio.data import ImageSource
-from radio.dist import Group
 from radio.errors import ConfigError, DataError, RadioError, require
 from radio.io import write_text
 from radio.memory import collect
 from radio.model import seeded
-from radio.progress import ProgressFactory, ProgressWithText
+from radio.progress import ProgressWithText
 from radio.provenance import fast_products
 
 from .data import Conversations, Piece, Record, VisionInputs, collate, format_prompt, sample_order, tokenize
@@ -167,6 +166,8 @@ class LlavaTraining:
                     )
                 learn(model, parts)
                 model, losses = self._train(name, model, plan, data, entries, path, names)
+            if self.run.ranks.leads:  # also of a run that was killed just here
+                shutil.rmtree(path.with_suffix(""), ignore_errors=True)  # the checkpoints
             entries[path] = names
             finished[name] = Finished(plan, losses)
         return Trained(model, finished, key)
@@ -256,14 +257,10 @@ class LlavaTraining:
             pad_token=language.pad_token,
             seed=self.seed,
             folder=path.with_suffix(""),
-            device=self.run.device,
-            bf16=self.run.dtype == torch.bfloat16,
             needs=needs,
-            workers=self.run.workers,
-            group=self.run.ranks,
-            damage=self.run.damage,
+            run=self.run,
         )
-        weights, losses = train(model, job, self.run.progress)
+        weights, losses = train(model, job)
         if needs.changes_model:  # sharded, or frozen weights rounded: only the learned ones are of use
             del model
             collect()
@@ -280,7 +277,6 @@ class LlavaTraining:
                 name: weight.detach().cpu() for name, weight in model.named_parameters() if name in names
             }
             write_tensors(path, merged, {"losses": json.dumps(losses)})
-            shutil.rmtree(path.with_suffix(""), ignore_errors=True)  # the checkpoints
         self.run.ranks.barrier()
         check_all_there([path])
         if needs.changes_model and not self.run.ranks.leads:
@@ -393,12 +389,8 @@ class Job:
     pad_token: int
     seed: int
     folder: Path  # of the checkpoints
-    device: torch.device
-    bf16: bool = False
-    needs: Needs = field(default_factory=Needs)
-    workers: int = 0
-    group: Group = field(default_factory=Group)
-    damage: Damage
+    needs: Needs
+    run: EvalRun
 
 
 class Learned(NamedTuple):
@@ -408,25 +400,25 @@ class Learned(NamedTuple):
     losses: list[float]  # in nats per token, of every step
 
 
-def train(model: Any, job: Job, progress: ProgressFactory) -> Learned:
+def train(model: Any, job: Job) -> Learned:
     """Train the parameters of `model` that require gradients, continuing from the last whole checkpoint.
 
     Raises:
         ConfigError: a batch that cannot be divided among the ranks.
         RadioError: the loss or a weight is not finite, or a checkpoint cannot be written.
     """
-    plan = job.plan
+    plan, device = job.plan, job.run.device
     use_cache = vars(model.config).get("use_cache")
     lacks_images = "projector" in plan.learns and not all(job.data.modalities())
     with (
-        _own_randomness(job.device),
-        limit_threads(model, job.device),
-        fast_products(job.device),
+        _own_randomness(device),
+        limit_threads(model, device),
+        fast_products(device),
         projector_in_every_batch(model) if lacks_images else nullcontext(),
-        progress(job.title, plan.steps) as advance,
+        job.run.progress(job.title, plan.steps) as advance,
     ):
         trainer = StageTrainer(model, job, advance)
-        checkpoint = job.group.on_leader(trainer.last_checkpoint)
+        checkpoint = job.run.ranks.on_leader(trainer.last_checkpoint)
         if checkpoint is not None:
             advance(int(checkpoint.rpartition("-")[2]))
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -462,7 +454,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         self._job, self._advance = job, advance
         self._shown = 0.0  # when the loss was last shown
         way = "fsdp" if job.needs.is_sharded else "ddp"
-        self._folder = job.folder / f"{way}-{job.group.world}-transformers-{transformers.__version__}"
+        self._folder = job.folder / f"{way}-{job.run.ranks.world}-transformers-{transformers.__version__}"
         super().__init__(
             model=model,
             args=_arguments(job, self._folder, model),
@@ -509,7 +501,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         if not self.is_fsdp_enabled:
             return {name: weight.detach() for name, weight in self._learning()}
         whole = self.accelerator.get_state_dict(self.model)  # every rank takes part
-        names = [name for name, _ in self._learning()] if self._job.group.leads else []
+        names = [name for name, _ in self._learning()] if self._job.run.ranks.leads else []
         return {name: whole[name] for name in names}
 
     def check_finite(self) -> None:
@@ -523,7 +515,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
             for name, weight in self._learning()
         ]
         wrong = [name for name, weight in local if not bool(weight.isfinite().all())]
-        names = [name for rank in self._job.group.gather_objects(wrong) for name in rank]
+        names = [name for rank in self._job.run.ranks.gather_objects(wrong) for name in rank]
         if names:
             raise RadioError(
                 f"{self._job.title}: {names[0]} is not finite after step {self.state.global_step}, which is "
@@ -544,7 +536,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         Raises:
             RadioError: a weight is not finite, or the disk is full.
         """
-        step, group = self.state.global_step, self._job.group
+        step, group = self.state.global_step, self._job.run.ranks
         if step == self._job.plan.steps:
             return
         self.check_finite()
@@ -575,7 +567,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
                 if signature.read_bytes() == _sign(path).encode():
                     checkpoints[int(number)] = path
                     continue
-                self._job.damage.add(DamagedError(f"{path}: its signature does not fit its content"))
+                self._job.run.damage.add(DamagedError(f"{path}: its signature does not fit its content"))
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -601,7 +593,7 @@ def factor(step: int, steps: int, warmup: int) -> float:
 
 
 def _arguments(job: Job, folder: Path, model: Any) -> TrainingArguments:
-    plan, world, needs = job.plan, job.group.world, job.needs
+    plan, world, needs = job.plan, job.run.ranks.world, job.needs
     share = plan.micro_batch * world
     if plan.batch % share:
         raise ConfigError(
@@ -622,13 +614,13 @@ def _arguments(job: Job, folder: Path, model: Any) -> TrainingArguments:
         weight_decay=plan.weight_decay,
         max_grad_norm=1.0,
         optim="adamw_torch",
-        bf16=job.bf16,
+        bf16=job.run.dtype == torch.bfloat16,
         activation_checkpointing=needs.is_checkpointed and not needs.is_sharded,
-        use_cpu=job.device.type == "cpu",
-        ddp_backend="gloo" if world > 1 and job.device.type == "cpu" else None,
+        use_cpu=job.run.device.type == "cpu",
+        ddp_backend="gloo" if world > 1 and job.run.device.type == "cpu" else None,
         ddp_find_unused_parameters=False,
-        dataloader_num_workers=job.workers,
-        dataloader_pin_memory=job.device.type == "cuda",
+        dataloader_num_workers=job.run.workers,
+        dataloader_pin_memory=job.run.device.type == "cuda",
         remove_unused_columns=False,
         logging_steps=1,
         logging_nan_inf_filter=False,

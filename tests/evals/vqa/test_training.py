@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from evals.core.evaluator import EvalRun, RunSettings
 from evals.vqa.data import Conversations, Record, collate, sample_order
 from evals.vqa.language import LanguageModel
 from evals.vqa.llava import PROJECTOR, learn, make_llava
@@ -31,9 +32,8 @@ from evals.vqa.training import (
     projector_in_every_batch,
     train,
 )
-from radio.chunks import Damage
 from radio.errors import ConfigError, RadioError
-from radio.progress import no_progress
+from radio.progress import ProgressFactory, no_progress
 
 ALL = (PROJECTOR, "model.language_model.", "lm_head.")
 PLAN = StagePlan(
@@ -52,7 +52,13 @@ PLAN = StagePlan(
 
 @pytest.fixture
 def make_job(tiny: LanguageModel, records: list[Record], shown: Any, tmp_path: Path) -> Callable[..., Job]:
-    def make(name: str = "stage", plan: StagePlan = PLAN, damage: Damage | None = None) -> Job:
+    def make(
+        name: str = "stage",
+        plan: StagePlan = PLAN,
+        progress: ProgressFactory = no_progress,
+        needs: Needs = Needs(),  # noqa: B008 (frozen)
+        **shared: Any,
+    ) -> Job:
         return Job(
             title="instruct",
             plan=plan,
@@ -60,8 +66,8 @@ def make_job(tiny: LanguageModel, records: list[Record], shown: Any, tmp_path: P
             pad_token=tiny.pad_token,
             seed=5,
             folder=tmp_path / name,
-            device=torch.device("cpu"),
-            damage=damage or Damage(),
+            needs=needs,
+            run=EvalRun(RunSettings(**shared), base="", folder=tmp_path, progress=progress),
         )
 
     return make
@@ -103,7 +109,7 @@ def by_hand(model: Any, job: Job) -> list[float]:
 def test_training_is_the_plain_loop(make_job: Callable[..., Job], make_model: Callable[..., Any]) -> None:
     expected = by_hand(make_model(), make_job())
     before = (torch.random.get_rng_state(), np.random.get_state()[1], random.getstate())  # noqa: NPY002
-    losses = train(make_model(), make_job(), no_progress).losses
+    losses = train(make_model(), make_job()).losses
     assert torch.equal(torch.random.get_rng_state(), before[0])  # nothing is seeded globally
     assert (np.random.get_state()[1] == before[1]).all() and random.getstate() == before[2]  # noqa: NPY002
     assert losses == pytest.approx(expected, abs=2e-4)
@@ -115,8 +121,8 @@ def test_accumulation_does_not_change_the_training(
     make_job: Callable[..., Job], make_model: Callable[..., Any], micro_batch: int
 ) -> None:
     """Answers are of different lengths: the mean is over all tokens of a batch, not over its parts."""
-    whole = train(make_model(), make_job("whole"), no_progress)
-    parts = train(make_model(), make_job("parts", plan=replace(PLAN, micro_batch=micro_batch)), no_progress)
+    whole = train(make_model(), make_job("whole"))
+    parts = train(make_model(), make_job("parts", plan=replace(PLAN, micro_batch=micro_batch)))
     assert parts.losses == pytest.approx(whole.losses, abs=2e-4)
 
 
@@ -148,12 +154,12 @@ def checkpoints(tmp_path: Path, name: str) -> list[str]:
 def test_a_killed_training_ends_like_an_undisturbed_one(
     make_job: Callable[..., Job], make_model: Callable[..., Any], tmp_path: Path
 ) -> None:
-    whole = train(make_model(), make_job("whole"), no_progress)
+    whole = train(make_model(), make_job("whole"))
     with pytest.raises(KeyboardInterrupt):
-        train(make_model(), make_job("killed"), Kill(5))
+        train(make_model(), make_job("killed", progress=Kill(5)))
     assert checkpoints(tmp_path, "killed") == ["checkpoint-4"]
     watch = Kill(99)
-    again = train(make_model(), make_job("killed"), watch)
+    again = train(make_model(), make_job("killed", progress=watch))
     assert watch.steps == 6  # four of them before
     assert again.losses == whole.losses
     assert again.weights.keys() == whole.weights.keys()
@@ -164,13 +170,13 @@ def test_a_checkpoint_that_is_not_whole_is_deleted(
     make_job: Callable[..., Job], make_model: Callable[..., Any], tmp_path: Path
 ) -> None:
     """A run killed while it wrote has no signature, and nothing to tell; damage is told."""
-    whole = train(make_model(), make_job("whole"), no_progress)
+    whole = train(make_model(), make_job("whole"))
     for number, (how, told) in enumerate(
         [("unsigned", 0), ("cut", 1), ("other", 1), ("absent", 1), ("folder", 0), ("both", 0)]
     ):
-        damage, name = Damage(), f"killed{number}"
+        name = f"killed{number}"
         with pytest.raises(KeyboardInterrupt):
-            train(make_model(), make_job(name), Kill(5))
+            train(make_model(), make_job(name, progress=Kill(5)))
         (folder,) = (tmp_path / name).glob("*/checkpoint-4")
         optimizer, signature = folder / "optimizer.pt", folder / "signature"
         if how == "unsigned":
@@ -188,10 +194,11 @@ def test_a_checkpoint_that_is_not_whole_is_deleted(
             (folder.parent / "checkpoint-5").mkdir()
             (folder.parent / "checkpoint-5" / "model.safetensors").write_bytes(b"half")
         watch = Kill(99)
-        again = train(make_model(), make_job(name, damage=damage), watch)
+        job = make_job(name, progress=watch)
+        again = train(make_model(), job)
         assert again.losses == whole.losses and watch.steps == 6
         assert all(torch.equal(again.weights[weight], whole.weights[weight]) for weight in whole.weights)
-        assert len(damage.notes()) == told, how
+        assert len(job.run.damage.notes()) == told, how
 
 
 def test_a_full_disk_is_one_line(
@@ -204,7 +211,7 @@ def test_a_full_disk_is_one_line(
     with pytest.raises(
         RadioError, match=r"checkpoint-2: the state of the training cannot be written \(.*free"
     ):
-        train(make_model(), make_job(), no_progress)
+        train(make_model(), make_job())
 
 
 def test_only_what_learns_is_written_down(
@@ -212,7 +219,7 @@ def test_only_what_learns_is_written_down(
 ) -> None:
     model = make_model((PROJECTOR,))
     frozen = model.lm_head.weight.detach().clone()
-    state = train(model, make_job(plan=replace(PLAN, template="plain", steps=2)), no_progress)
+    state = train(model, make_job(plan=replace(PLAN, template="plain", steps=2)))
     assert set(state.weights) == {
         f"{PROJECTOR}linear_{n}.{part}" for n in (1, 2) for part in ("weight", "bias")
     }
@@ -223,14 +230,14 @@ def test_a_loss_that_is_not_finite_stops(
     make_job: Callable[..., Job], make_model: Callable[..., Any]
 ) -> None:
     with pytest.raises(RadioError, match=r"instruct: the loss of step \d is nan; lower the learning rate"):
-        train(make_model(), make_job(plan=replace(PLAN, lr=math.inf)), no_progress)
+        train(make_model(), make_job(plan=replace(PLAN, lr=math.inf)))
 
 
 def test_a_batch_that_ranks_cannot_share(
     make_job: Callable[..., Job], make_model: Callable[..., Any]
 ) -> None:
     with pytest.raises(ConfigError, match="a batch of 4 does not divide into 1 ranks of 3"):
-        train(make_model(), make_job(plan=replace(PLAN, micro_batch=3)), no_progress)
+        train(make_model(), make_job(plan=replace(PLAN, micro_batch=3)))
 
 
 def test_the_schedule_by_hand() -> None:
@@ -245,8 +252,8 @@ def test_the_schedule_by_hand() -> None:
 def test_computing_activations_again_changes_nothing(
     make_job: Callable[..., Job], make_model: Callable[..., Any]
 ) -> None:
-    plain = train(make_model(), make_job("plain"), no_progress)
-    again = train(make_model(), replace(make_job("again"), needs=Needs(is_checkpointed=True)), no_progress)
+    plain = train(make_model(), make_job("plain"))
+    again = train(make_model(), make_job("again", needs=Needs(is_checkpointed=True)))
     assert again.losses == plain.losses
     for name, tensor in plain.weights.items():
         assert torch.equal(again.weights[name], tensor), name
@@ -270,7 +277,7 @@ def test_weights_that_are_not_finite_are_never_written(
     with pytest.raises(
         RadioError, match=r"instruct: model\..*linear_2\.bias is not finite after step 4, which"
     ):
-        train(make_model(), make_job(), no_progress)
+        train(make_model(), make_job())
     assert checkpoints(tmp_path, "stage") == ["checkpoint-2"]  # what stood before stands
 
 
@@ -278,8 +285,8 @@ def test_the_model_is_left_as_it_was(make_job: Callable[..., Job], make_model: C
     """But for its weights: the next stage and the answers use it."""
     model = make_model()
     before, config = set(vars(model)), model.config.to_dict()
-    job = replace(make_job(), bf16=True, needs=Needs(is_checkpointed=True))
-    train(model, job, no_progress)
+    job = make_job(needs=Needs(is_checkpointed=True), precision="bf16")
+    train(model, job)
     assert set(vars(model)) - before <= {"_require_grads_hooks"} and model.config.to_dict() == config
     assert not model.training and not model.is_activation_checkpointing
     assert all(weight.grad is None for weight in model.parameters())
@@ -289,7 +296,7 @@ def test_a_seed_may_be_larger_than_numpys(
     make_job: Callable[..., Job], make_model: Callable[..., Any]
 ) -> None:
     job = replace(make_job(), seed=2**53 + 1)
-    assert all(math.isfinite(loss) for loss in train(make_model(), job, no_progress).losses)
+    assert all(math.isfinite(loss) for loss in train(make_model(), job).losses)
 
 
 def test_the_seed_decides_loras_weights(make_model: Callable[..., Any]) -> None:
