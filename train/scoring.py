@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 import evals.cli  # noqa: F401 (enters the evaluators)
-from evals.core.evaluator import RunSettings, make_evaluator
+from evals.core.evaluator import Evaluator, RunSettings, make_evaluator
 from evals.core.paper import DATA, TASKS, PaperRow
 from evals.core.suite import Jobs, Outcome, run_all
 from evals.core.tables import cell
@@ -46,13 +46,13 @@ def score(
         console: where to print the table.
         paper: the paper's rows to print below.
     """
-    jobs = {task: make_job(task, config.device, {}) for task in config.score}
+    jobs = {task: make_job(task) for task in config.score}
     watch = watch_on(console, shown=console.is_terminal)
-    found = {}
+    outcomes_of = {}
     for name, model, its_own in _contestants(config, students):
         chosen: Jobs = {task: job for task, job in jobs.items() if its_own or not job[0].expensive}
-        told = partial(tell, console, name)
-        found[name] = run_all(
+        log = partial(tell, console, name)
+        outcomes_of[name] = run_all(
             model,
             chosen,
             out,
@@ -61,12 +61,12 @@ def score(
             kind="untrained" if name == "untrained" else None,
             progress=watch,
             ranks=Group(),
-            log=told,
+            log=log,
         )
-    console.print(_table(found, config.score, paper, plain=not console.is_terminal))
+    console.print(_table(outcomes_of, config.score, paper, plain=not console.is_terminal))
     for line in _measured_on(config.score, paper):
         say(console, line)
-    return found
+    return outcomes_of
 
 
 class Follower:
@@ -83,7 +83,7 @@ class Follower:
 
     def __init__(self, config: TrainConfig, group: Group, console: Console) -> None:
         self.config, self.group, self.console = config, group, console
-        self.jobs = {task: make_job(task, config.device, {}) for task in config.eval_tasks}
+        self.jobs = {task: make_job(task) for task in config.eval_tasks}
 
     def evaluate(self, step: int) -> Record:
         """Evaluate `ckpt.pt`; return primary metrics (`knn/top1`), write reports to `reports/step-000200`."""
@@ -99,36 +99,35 @@ class Follower:
             log=partial(tell, self.console, f"step {step}"),
         )
         reports = [outcome.report for outcome in outcomes if outcome.report is not None]
-        found: Record = {"step": step}
+        record: Record = {"step": step}
         for report in reports:
-            found[f"{report.task}/{report.primary_metric}"] = report.metrics[report.primary_metric].value
+            record[f"{report.task}/{report.primary_metric}"] = report.metrics[report.primary_metric].value
         figures = ", ".join(
-            f"{name} {value:.1f}" for name, value in found.items() if isinstance(value, float)
+            f"{name} {value:.1f}" for name, value in record.items() if isinstance(value, float)
         )
         tell(self.console, f"step {step}", figures or "no task could be evaluated")
-        return found
+        return record
 
     def has_done(self, step: int) -> bool:
         """Check whether the run's log has the evaluation of a step."""
         records = [record for record in read_records(self.config.out / LOG) if record["step"] == step]
         # Training records have a loss; their keys may start with a teacher named like a task.
-        found = [record for record in records if "loss" not in record]
-        return any(key.partition("/")[0] in self.jobs for record in found for key in record)
+        evaluations = [record for record in records if "loss" not in record]
+        return any(key.partition("/")[0] in self.jobs for record in evaluations for key in record)
 
 
-def make_job(task: str, device: str, settings: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Make an evaluator and its settings: its defaults, overridden by `settings` and the device.
+def make_job(task: str, settings: Mapping[str, Any] | None = None) -> tuple[Evaluator[Any], Any]:
+    """Make an evaluator and its settings: its defaults, overridden by those of `settings` that it has.
 
     Raises:
         ConfigError: the task is unknown, or requires settings that a run does not have.
     """
-    evaluator = make_evaluator(task)
-    given = {"device": device, **settings}
+    evaluator, given = make_evaluator(task), settings or {}
     known = {field.name: field for field in fields(evaluator.settings) if field.init}
-    wanted = [name for name, field in known.items() if name not in given and _is_required(field)]
-    if wanted:
+    missing = [name for name, field in known.items() if name not in given and _is_required(field)]
+    if missing:
         raise ConfigError(
-            f"{task} cannot be scored by a run: it needs {', '.join(wanted)}; leave it out, and give the "
+            f"{task} cannot be scored by a run: it needs {', '.join(missing)}; leave it out, and give the "
             f"checkpoint to radio-eval {task} afterwards"
         )
     return evaluator, evaluator.settings(**{name: given[name] for name in known if name in given})
@@ -154,19 +153,23 @@ def _contestants(config: TrainConfig, students: Mapping[str, Path]) -> Iterator[
 
 
 def _table(
-    found: Mapping[str, Sequence[Outcome]], tasks: Sequence[str], paper: Sequence[PaperRow], *, plain: bool
+    outcomes_of: Mapping[str, Sequence[Outcome]],
+    tasks: Sequence[str],
+    paper: Sequence[PaperRow],
+    *,
+    plain: bool,
 ) -> Table:
     """Build a table with a row per model and a column per task; the paper's rows are a separate section."""
     headlines = {
         outcome.task: outcome.report.primary_metric
-        for outcomes in found.values()
+        for outcomes in outcomes_of.values()
         for outcome in outcomes
         if outcome.report is not None
     }
     table = Table("model", box=box.ASCII if plain else box.ROUNDED)
     for task in tasks:
         table.add_column(Text(f"{shown(task)}\n{shown(headlines.get(task, ''))} (%)"), justify="right")
-    for name, outcomes in found.items():
+    for name, outcomes in outcomes_of.items():
         cells = {
             outcome.task: cell(outcome.report.metrics[outcome.report.primary_metric])
             if outcome.report

@@ -90,7 +90,7 @@ def check_tasks(config: TrainConfig) -> None:
         from .scoring import make_job  # imported late: it imports all evaluators
 
         for task in tasks:
-            make_job(task, config.device, {})
+            make_job(task)
 
 
 @contextmanager
@@ -390,7 +390,7 @@ def _compare_students(rows: Rows, checkpoints: Mapping[str, Path], out: Path, co
 
     progress, reports = watch_on(console, shown=console.is_terminal), out / "reports"
     models = {name: load_backbone(str(path)) for name, path in checkpoints.items()}
-    jobs = {task: make_job(task, config.device, FEW.get(task, {})) for task in config.score}
+    jobs = {task: make_job(task, FEW.get(task)) for task in config.score}
     scores: dict[str, list[str]] = {}
     for name, model in models.items():
         log = partial(tell, console, name)

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from evals.core.evaluator import evaluators
+from evals.core.evaluator import Evaluator, evaluators
 from radio import entry
 from radio.config import from_plain, read_yaml, to_plain
 from radio.errors import ConfigError, RadioError
@@ -239,16 +239,9 @@ def test_a_bar_and_a_line_show_what_they_are_given() -> None:
     assert "[/b] :smile: \\x1b[2J\n" in told
 
 
-class Norm:
-    """A stranger's evaluator, whose settings have nothing of ours."""
-
-    name = "norm"
-
-    def __init__(self, kind: type[Any]) -> None:
-        self.settings = kind
-
-    def run(self, *_: Any, **__: Any) -> None:
-        raise AssertionError("nobody runs it")
+def norm(settings: Any) -> Evaluator[Any]:
+    """Make an evaluator of those settings that nobody runs."""
+    return Evaluator(name="norm", settings=settings, evaluate=lambda *_: 1 / 0)
 
 
 def test_an_evaluator_gets_the_settings_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,17 +254,17 @@ def test_an_evaluator_gets_the_settings_that_it_has(monkeypatch: pytest.MonkeyPa
         bank: Path
         device: str = "auto"
 
-    monkeypatch.setitem(evaluators._entries, "norm", lambda: Norm(Plain))
-    assert make_job("norm", "cpu", {"save_maps": 3})[1] == Plain()
-    monkeypatch.setitem(evaluators._entries, "norm", lambda: Norm(dict))
+    monkeypatch.setitem(evaluators._entries, "norm", lambda: norm(Plain))
+    assert make_job("norm", {"save_maps": 3})[1] == Plain()
+    monkeypatch.setitem(evaluators._entries, "norm", lambda: norm(dict))
     with pytest.raises(ConfigError, match="norm: its settings are no dataclass"):
-        make_job("norm", "cpu", {})
-    monkeypatch.setitem(evaluators._entries, "norm", lambda: Norm(Needing))
+        make_job("norm")
+    monkeypatch.setitem(evaluators._entries, "norm", lambda: norm(Needing))
     wanted = (
         "norm cannot be scored by a run: it needs bank; leave it out, and give the checkpoint to radio-eval"
     )
     with pytest.raises(ConfigError, match=wanted):
-        make_job("norm", "cpu", {})
+        make_job("norm")
 
 
 @pytest.mark.parametrize(
