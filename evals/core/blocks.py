@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PillowImage
 from pydantic import Field
-from torch import Tensor
 
 from radio.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Letters: H W pixels.
 
@@ -157,7 +159,7 @@ def encode_image(pixels: Tensor | NDArray[np.uint8], *, side: int, exact: bool =
         side: the longer side in pixels, at most; larger images are reduced.
         exact: keep every pixel.
     """
-    array = pixels.permute(1, 2, 0).numpy() if isinstance(pixels, Tensor) else pixels
+    array = pixels if isinstance(pixels, np.ndarray) else pixels.permute(1, 2, 0).numpy()
     image = PillowImage.fromarray(np.ascontiguousarray(array))
     if max(image.size) > side:
         image.thumbnail((side, side), PillowImage.Resampling.LANCZOS)

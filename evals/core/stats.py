@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
 
 from radio.errors import DataError
 
 from .report import Metric
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Letters: Q queries.
 
@@ -163,6 +165,8 @@ def mean_present(values: Values) -> Values:
 
 
 def _label_map(values: ArrayLike | Tensor, what: str) -> NDArray[Any]:
+    from torch import Tensor  # seconds, which scorers of texts do not need
+
     try:
         array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as error:
