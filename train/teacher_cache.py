@@ -27,12 +27,12 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from radio.chunks import Damage, DamagedError, TensorSpec, chunk_path, read_tensors, write_tensors
 from radio.config import to_plain
 from radio.dist import Group
-from radio.errors import DataError, RadioError
+from radio.errors import RadioError
 from radio.io import read_json, write_text
 from radio.types import Features, Teacher
 
-from .config import DataConfig, TrainConfig
-from .data.crops import image_at, random_view, seed_of
+from .config import TrainConfig
+from .data.crops import FixedCrops, image_at, seed_of
 from .data.errors import check_fraction
 from .data.loader import (
     READ_AHEAD,
@@ -45,7 +45,7 @@ from .data.loader import (
     to_images,
 )
 from .data.streams import ConcatImages
-from .groups import Partition
+from .groups import Partition, TeacherGroup
 from .loggers import ProgressConsole, say
 from .setup import teacher_features
 from .signals import outlast_signals
@@ -58,56 +58,7 @@ _OPEN = 256  # open files per process
 _POLL = 1.0  # seconds between two checks of what other ranks have written
 _PATIENCE = 3600.0  # seconds without a new file
 _LARGE = 1e9  # bytes; above this the user has to confirm
-_MAX_UNREADABLE = 20  # images in a row before a crop fails
 _METADATA = TypeAdapter(dict[str, Any])  # for people; only compared with the settings
-
-
-class Crop(NamedTuple):
-    """One training view."""
-
-    pixels: Tensor  # uint8 [3, side, side]
-    broken: int  # unreadable images skipped before this one
-
-
-class FixedCrops(Dataset[Crop]):
-    """A finite set of crops: `crops` of each of the first `count` images.
-
-    Args:
-        images: source of the crops.
-        config: crop and flip settings.
-        side: pixels of the square crop.
-        seed: decides the crops.
-        count: number of images, from the first on.
-        crops: number of crops per image.
-    """
-
-    def __init__(
-        self, images: ConcatImages, config: DataConfig, side: int, seed: int, count: int, crops: int
-    ) -> None:
-        self.images, self.config, self.side, self.seed = images, config, side, seed
-        self.count, self.crops = count, crops
-
-    def __len__(self) -> int:
-        return self.count * self.crops
-
-    def __getitem__(self, entry: int) -> Crop:
-        """Return crop `entry`: each image is cropped once before any is cropped a second time.
-
-        A broken image is replaced by the next readable one.
-
-        Raises:
-            DataError: too many images in a row are broken.
-        """
-        for broken in range(_MAX_UNREADABLE):
-            try:
-                image = self.images.read((entry % self.count + broken) % len(self.images))
-            except DataError as error:
-                last = error
-                continue
-            return Crop(random_view(image, self.config, self.side, self.seed, entry), broken)
-        raise DataError(
-            f"{_MAX_UNREADABLE} images in a row cannot be read, the last: {last}; check the data"
-        ) from last
 
 
 class Computed(NamedTuple):
@@ -280,85 +231,56 @@ def _opened(path: Path) -> Any:
 
 
 @final
-class GroupedCaches(Dataset[Cached]):
-    """The caches of a rank's groups, by position in the run: a step holds its groups' images in order."""
+class GroupedCaches(Dataset[list[Cached]]):
+    """The caches of a rank's groups, by step: the collated crops of each group."""
 
-    def __init__(self, caches: Mapping[str, FeatureCache], partition: Partition) -> None:
-        self._caches, self._partition = caches, partition
+    def __init__(self, caches: Mapping[str, FeatureCache], partition: Partition, rank: int) -> None:
+        self._caches, self._partition, self._rank = caches, partition, rank
 
-    def __getitem__(self, position: int) -> Cached:
-        """Read the crop at a position of the run; this rank must have the cache of its group."""
-        step, row = divmod(position, self._partition.batch_size)
-        group = next(g for g in reversed(self._partition.groups) if g.first <= row)
-        return self._caches[group.name][step * group.batch_size + row - group.first]
+    def __getitem__(self, step: int) -> list[Cached]:
+        """Read this rank's crops of a step."""
+        rows = []
+        for group in self._partition.of(self._rank):
+            first = self._partition.rows(group, self._rank).start - group.first + step * group.batch_size
+            cache = self._caches[group.name]
+            rows.append(default_collate([cache[position] for position in range(first, first + group.share)]))
+        return rows
 
-    def targets(
-        self, summaries: Mapping[str, Tensor], tokens: Mapping[str, Tensor], device: torch.device
-    ) -> dict[str, Features]:
-        """Convert a collated batch of rows to features by teacher name, in float32 on the device."""
-        grids = {name: grid for cache in self._caches.values() for name, grid in cache.grids.items()}
-        return {
-            name: Features(
-                summaries[name].to(device, non_blocking=True).float(),
-                tokens[name].to(device, non_blocking=True).float(),
-                grids[name],
-            )
-            for name in summaries
-        }
-
-    def rows(self, config: TrainConfig, rank: int, start: int, device: torch.device) -> Iterator[list[Any]]:
-        """Yield the collated rows of a rank for the steps from `start` on, a list with one per group."""
-        groups, step = self._partition.of(rank), self._partition.batch_size
-        tensors = sum(1 + 2 * len(group.teachers) for group in groups)  # each needs an open file
-        make_room_for_files(config.data.workers * READ_AHEAD * tensors)
-        rows = [row for group in groups for row in self._partition.rows(group, rank)]
+    def rows(self, config: TrainConfig, start: int, device: torch.device) -> Iterator[list[Cached]]:
+        """Yield the crops of the steps from `start` on, read by worker processes."""
+        workers = config.data.workers
+        tensors = sum(1 + 2 * len(cache.grids) for cache in self._caches.values())  # each needs an open file
+        make_room_for_files(workers * READ_AHEAD * tensors)
         loader = DataLoader(
             self,
-            batch_sampler=StepSampler(range(start, config.steps), step, rows),
-            num_workers=config.data.workers,
-            collate_fn=_Collate([group.share for group in groups]),
+            batch_size=None,
+            sampler=range(start, config.steps),
+            num_workers=workers,
             pin_memory=device.type == "cuda",
             worker_init_fn=outlast_signals,
-            prefetch_factor=READ_AHEAD if config.data.workers else None,
+            prefetch_factor=READ_AHEAD if workers else None,
         )
         return rows_of(iter(loader))
 
-    def batches(self, config: TrainConfig, rank: int, start: int, device: torch.device) -> Iterator[Batch]:
-        """Yield the batches of a rank for the steps from `start` on."""
-        groups = self._partition.of(rank)
-        for step, waited in timed(self.rows(config, rank, start, device)):
+    def batches(self, config: TrainConfig, start: int, device: torch.device) -> Iterator[Batch]:
+        """Yield the batches of the steps from `start` on, with the teachers' features in float32."""
+        for step, waited in timed(self.rows(config, start, device)):
             batches = []
-            for group, row in zip(groups, step, strict=True):
-                known = self.targets(row.summaries, row.tokens, device)
-                targets = {name: known[name] for name in group.teachers}
+            for group, row in zip(self._partition.of(self._rank), step, strict=True):
                 images = for_student(to_images(row.pixels, device), group)
-                batches.append(GroupBatch(group, images, targets))
+                batches.append(GroupBatch(group, images, self.targets(row, group, device)))
             yield Batch(tuple(batches), waited)
 
-
-class StepSampler:
-    """Yields a rank's positions in the run at each step, out of the step's `batch_size`."""
-
-    def __init__(self, steps: range, batch_size: int, rows: Sequence[int]) -> None:
-        self.steps, self.batch_size, self.rows = steps, batch_size, tuple(rows)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in self.steps:
-            yield [step * self.batch_size + row for row in self.rows]
-
-
-class _Collate:
-    """Collate consecutive runs of samples into one row per group; a class, so that it can be pickled."""
-
-    def __init__(self, counts: Sequence[int]) -> None:
-        self.counts = tuple(counts)
-
-    def __call__(self, samples: list[Any]) -> list[Any]:
-        rows, first = [], 0
-        for count in self.counts:
-            rows.append(default_collate(samples[first : first + count]))
-            first += count
-        return rows
+    def targets(self, row: Cached, group: TeacherGroup, device: torch.device) -> dict[str, Features]:
+        """Return the features of a group's collated crops by teacher, in float32 on the device."""
+        return {
+            name: Features(
+                row.summaries[name].to(device, non_blocking=True).float(),
+                row.tokens[name].to(device, non_blocking=True).float(),
+                grid,
+            )
+            for name, grid in self._caches[group.name].grids.items()
+        }
 
 
 def fill_caches(
@@ -457,7 +379,7 @@ def open_caches(
             job = jobs[group.name]
             order = seed_of(job.crops.seed, "group", index)
             caches[group.name] = FeatureCache(job.folder, len(job.crops), order, job.grids)
-    return GroupedCaches(caches, partition)
+    return GroupedCaches(caches, partition, ranks.rank)
 
 
 def agree(jobs: Sequence[CacheJob], ranks: Group, confirm: Callable[[int], None]) -> None:

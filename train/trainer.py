@@ -145,11 +145,17 @@ class Trainer:
 
         # Measurements, the log, evaluations, and a stop by a signal.
         self.meters, self.guard = Meters(), NonFiniteMonitor(device)
-        self.pace = PerformanceMonitor(config, self.partition, ranks, device, first_weights(self.model))
+        self.performance = PerformanceMonitor(
+            config, self.partition, ranks, device, first_weights(self.model)
+        )
         self.first: Tensor | None = None  # [] the first step's loss; its mean over ranks is the step's
         self.last = 0.0  # loss of the last record
         self.log: Log | None = None
-        self.follower = _follower(config, ranks, console) if config.eval_every else None
+        self.follower: Follower | None = None
+        if config.eval_every:
+            from .scoring import Follower  # the evaluators are many modules
+
+            self.follower = Follower(config, ranks, console)
         self.stop, self.stopped = Preemption(ranks), False
 
         # The state to resume from; then the teacher cache, unless no step is left.
@@ -187,7 +193,7 @@ class Trainer:
             self.states.wait(last=True)
             if not self.stopped and (doubt := self._doubt()):
                 self._say(doubt)
-            if uneven := self.pace.in_words():
+            if uneven := self.performance.in_words():
                 self._say(uneven)
             if broken := self.loader.errors.describe():
                 self._say(f"passed over: {broken}; {config.out / ERROR_LIST} names them")
@@ -201,7 +207,7 @@ class Trainer:
         config = self.config
         if self.step and self._evaluates():  # the run was stopped before this evaluation
             self.evaluate()
-        self.pace.start()
+        self.performance.start()
         with ProgressConsole(self.console, config.recipe, config.steps, self.step) as bar:
             for batch in self.batches():
                 self.train_step(batch)
@@ -229,13 +235,13 @@ class Trainer:
     def batches(self) -> Iterator[Batch]:
         """Return the batches of the remaining steps, with the teachers' features."""
         if self.cache is not None:
-            return self.cache.batches(self.config, self.ranks.rank, self.step, self.device)
+            return self.cache.batches(self.config, self.step, self.device)
         return self.loader.batches(self.step, self.run_teachers, ahead=self.prefetches)
 
     def run_teachers(self, group: TeacherGroup, images: Tensor) -> dict[str, Features]:
         """Compute the features of a group's images by its teachers."""
         teachers = {name: self.teachers[name] for name in group.teachers}
-        with self.pace.watch.time("teachers", group.name), self._autocast():
+        with self.performance.watch.time("teachers", group.name), self._autocast():
             return teacher_features(teachers, self.sizes, images)
 
     def train_step(self, batch: Batch) -> Tensor:
@@ -244,10 +250,10 @@ class Trainer:
         losses, total, norm = self.compute_gradients(batch)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = learning_rate(self.step, config.steps, config.optim)
-        with self.pace.watch.time("optimiser"):
+        with self.performance.watch.time("optimiser"):
             fine = self.optimizer.guard(norm, config.optim.clip)
             self.optimizer.step()
-        with self.pace.watch.time("communication"):
+        with self.performance.watch.time("communication"):
             self.loss.update(self.student.peer_mean)
         if self.average is not None:
             self.average.update(fine)
@@ -259,7 +265,7 @@ class Trainer:
             self.meters.add(each.parts, fine)
             if each.details:
                 self.meters.add(each.details, fine)
-        self.pace.step(batch.waited)
+        self.performance.step(batch.waited)
         return fine
 
     def compute_gradients(self, batch: Batch) -> tuple[list[Losses], Tensor, Tensor]:
@@ -278,7 +284,7 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for each in losses:
             total += each.total.detach() * self._scale
-        with self.pace.watch.time("communication"):
+        with self.performance.watch.time("communication"):
             norm = self.student.reduce_gradients(total)
         return losses, total, norm
 
@@ -286,7 +292,7 @@ class Trainer:
         step, config = self.step, self.config
         detail = (step + 1) % config.log_every == 0 or step + 1 == config.steps
         window = draw_window(self.windows[part.group.side], config.seed, step)
-        with self.pace.watch.time("forward", part.group.name), self._autocast():
+        with self.performance.watch.time("forward", part.group.name), self._autocast():
             losses: Losses = self.loss(self.student.encode, part, window, detail)
         return losses
 
@@ -296,7 +302,7 @@ class Trainer:
         for index, part in enumerate(parts, start=1):
             with self.student.turn(last=index == len(parts)):
                 losses = self._forward(part)
-                with self.pace.watch.time("backward", part.group.name):
+                with self.performance.watch.time("backward", part.group.name):
                     (losses.total * self._scale).backward()
             done.append(losses._replace(total=losses.total.detach()))
         return done
@@ -307,7 +313,7 @@ class Trainer:
 
         def work(part: GroupBatch) -> tuple[Losses, tuple[Tensor | None, ...]]:
             losses = self._forward(part)
-            with self.pace.watch.time("backward", part.group.name):
+            with self.performance.watch.time("backward", part.group.name):
                 grads = torch.autograd.grad(losses.total * self._scale, weights, allow_unused=True)
             return losses._replace(total=losses.total.detach()), grads
 
@@ -349,7 +355,7 @@ class Trainer:
         skipped = self.guard.read(self.ranks, self.step, config.max_nonfinite_steps)
         if skipped.recent:
             self._say(f"step {self.step}: {skipped.describe()}")
-        pace = self.pace.read()
+        figures = self.performance.read()
         means = self.meters.read(self.ranks)
         self.last = means["loss"]
         samples = self.step * self.partition.batch_size
@@ -359,7 +365,7 @@ class Trainer:
             "samples": samples,
             **means,
             "lr": self.optimizer.param_groups[0]["lr"],
-            **pace,
+            **figures,
             "broken": sum(broken.values()),
             **{LOG_KEYS[cause]: count for cause, count in broken.items() if count},
             "skipped": skipped.total,
@@ -474,7 +480,7 @@ class Trainer:
         record = self.follower.evaluate(self.step)
         if self.log is not None:
             self.log.write(record)
-        self.pace.skip(time.perf_counter() - start)
+        self.performance.skip(time.perf_counter() - start)
 
     def _evaluates(self) -> bool:
         return self.follower is not None and self.step % self.config.eval_every == 0
@@ -510,9 +516,3 @@ def _is_whole(checkpoint: Path) -> bool:
     except CheckpointError:
         return False
     return True
-
-
-def _follower(config: TrainConfig, ranks: Group, console: Console) -> Follower:
-    from .scoring import Follower  # the evaluators are many modules
-
-    return Follower(config, ranks, console)

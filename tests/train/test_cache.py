@@ -17,6 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, strategies
 from hypothesis import settings as effort
 from safetensors.torch import load_file, save_file
+from torch.utils.data import default_collate
 
 from radio.chunks import DamagedError, write_tensors
 from radio.dist import Group
@@ -93,11 +94,8 @@ def test_rows_are_the_teachers_features_of_the_crops(config: TrainConfig, tmp_pa
         crop = job.crops[image_at(position, 20, 3)].pixels
         assert torch.equal(row.pixels, crop)
         direct = teacher_features(job.teachers, job.sizes, crop[None].float() / 255)
-        targets = caches.targets(
-            {name: value[None] for name, value in row.summaries.items()},
-            {name: value[None] for name, value in row.tokens.items()},
-            CPU,
-        )
+        (group,) = make_partition(config, 1).groups
+        targets = caches.targets(default_collate([row]), group, CPU)
         for name, wanted in direct.items():
             assert targets[name].grid == wanted.grid
             assert targets[name].tokens.dtype == torch.float32
@@ -136,13 +134,32 @@ def test_groups_have_caches_and_orders_of_their_own(config: TrainConfig, tmp_pat
     )
     first, second = (job.folder for job in jobs.values())
     assert {row.name for row in first.iterdir()} == {row.name for row in second.iterdir()}
-    rows = [caches[position] for position in range(60)]  # ten steps of 4 + 2
-    assert [set(row.tokens) for row in rows[:6]] == [{"clip", "dense"}] * 4 + [{"sam"}] * 2
+    steps = [caches[step] for step in range(10)]  # of 4 + 2
+    assert all([set(row.tokens) for row in step] == [{"clip", "dense"}, {"sam"}] for step in steps)
     crops = [job.crops[entry].pixels.numpy().tobytes() for job in jobs.values() for entry in range(20)]
-    seen = [row.pixels.numpy().tobytes() for step in range(5) for row in rows[6 * step : 6 * step + 4]]
-    assert sorted(seen) == sorted(crops[:20])  # the larger group's first epoch
-    seen = [row.pixels.numpy().tobytes() for step in range(10) for row in rows[6 * step + 4 : 6 * step + 6]]
-    assert sorted(seen) == sorted(crops[20:])
+    large, small = (
+        [image.numpy().tobytes() for step in steps for image in step[index].pixels] for index in (0, 1)
+    )
+    assert sorted(large[:20]) == sorted(crops[:20])  # the larger group's first epoch
+    assert sorted(small) == sorted(crops[20:])
+
+
+def test_ranks_share_every_step(config: TrainConfig, tmp_path: Path) -> None:
+    job = make(tmp_path, config)
+    write(job, config)
+    caches = {make_partition(config, 1).groups[0].name: FeatureCache(job.folder, 20, 0, job.grids)}
+    (alone,), *parts = (
+        [GroupedCaches(caches, make_partition(config, world), rank) for rank in range(world)]
+        for world in (1, 2, 4)
+    )
+    for step in range(7):
+        (whole,) = alone[step]
+        assert len(whole.pixels) == config.batch_size
+        for ranks in parts:
+            assert torch.equal(torch.cat([rank[step][0].pixels for rank in ranks]), whole.pixels)
+    smaller = GroupedCaches(caches, make_partition(replace(config, batch_size=2), 1), 0)
+    halves = [smaller[step][0].pixels for step in range(14)]
+    assert torch.equal(torch.cat(halves), torch.cat([alone[step][0].pixels for step in range(7)]))
 
 
 class StoppedError(Exception):
@@ -373,7 +390,7 @@ def test_a_whole_cache_is_only_opened(config: TrainConfig, tmp_path: Path) -> No
 
     again = write(make(tmp_path, config), config, confirm=never)
     assert {path: path.stat().st_mtime_ns for path in job.folder.iterdir()} == before
-    assert torch.equal(again[3].pixels, first[3].pixels)
+    assert torch.equal(again[3][0].pixels, first[3][0].pixels)
 
 
 def test_the_key_follows_weights_transform_and_data(config: TrainConfig, tmp_path: Path) -> None:

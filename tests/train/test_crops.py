@@ -11,8 +11,7 @@ from torch import Tensor
 from radio.errors import DataError
 from radio.images import crop_and_resize, sample_crop
 from train.config import DataConfig
-from train.data.crops import generator, random_view
-from train.teacher_cache import FixedCrops
+from train.data.crops import FixedCrops, generator, random_view
 
 
 class Drawn:

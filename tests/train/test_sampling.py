@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import chain, pairwise
+from itertools import pairwise
 
 import pytest
 import torch
 
 from train.data.crops import draw_window, generator, image_at, seed_of
-from train.teacher_cache import StepSampler
 
 
 @pytest.mark.parametrize("count", [1, 7, 100])
@@ -47,26 +46,6 @@ def test_generators_repeat_and_leave_torchs_own_alone() -> None:
     draws = [torch.rand(3, generator=generator(1, "crop", 9)) for _ in range(2)]
     assert torch.equal(draws[0], draws[1])
     assert torch.equal(before, torch.random.get_rng_state())
-
-
-@pytest.mark.parametrize("start", [0, 5])
-def test_ranks_share_every_step(start: int) -> None:
-    whole = list(StepSampler(range(start, 8), 12, range(12)))
-    assert whole[0] == list(range(start * 12, start * 12 + 12))
-    for world in (2, 3, 4):
-        ranks = [
-            list(StepSampler(range(start, 8), 12, range(12)[rank * 12 // world :][: 12 // world]))
-            for rank in range(world)
-        ]
-        joined = [list(chain.from_iterable(shares)) for shares in zip(*ranks, strict=True)]
-        assert joined == whole
-    assert len(whole) == 8 - start
-
-
-def test_the_stream_does_not_depend_on_the_batch_size() -> None:
-    small = [place for batch in StepSampler(range(12), 4, range(4)) for place in batch]
-    large = [place for batch in StepSampler(range(4), 12, range(12)) for place in batch]
-    assert small == large == list(range(48))
 
 
 def test_windows_are_drawn_evenly() -> None:

@@ -5,15 +5,22 @@ No draw depends on batch size, workers or ranks, and a resumed run draws the sam
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
+from radio.errors import DataError
 from radio.images import crop_and_resize, sample_crop
 
 from ..config import DataConfig
+
+if TYPE_CHECKING:
+    from .streams import ConcatImages
+
+_MAX_UNREADABLE = 20  # images in a row before a crop fails
 
 Purpose = Literal["order", "crop", "positions", "window", "group", "source", "lane"]
 _STREAMS: dict[Purpose, int] = {name: number for number, name in enumerate(get_args(Purpose))}
@@ -59,3 +66,51 @@ def random_view(image: Tensor, config: DataConfig, side: int, seed: int, number:
     pixels = crop_and_resize(image, box, (side, side)).mul(255).round_().to(torch.uint8)
     flipped = float(torch.rand((), generator=source)) < config.flip
     return pixels.flip(-1) if flipped else pixels
+
+
+class Crop(NamedTuple):
+    """One training view."""
+
+    pixels: Tensor  # uint8 [3, side, side]
+    broken: int  # unreadable images skipped before this one
+
+
+class FixedCrops(Dataset[Crop]):
+    """A finite set of crops: `crops` of each of the first `count` images.
+
+    Args:
+        images: source of the crops.
+        config: crop and flip settings.
+        side: pixels of the square crop.
+        seed: decides the crops.
+        count: number of images, from the first on.
+        crops: number of crops per image.
+    """
+
+    def __init__(
+        self, images: ConcatImages, config: DataConfig, side: int, seed: int, count: int, crops: int
+    ) -> None:
+        self.images, self.config, self.side, self.seed = images, config, side, seed
+        self.count, self.crops = count, crops
+
+    def __len__(self) -> int:
+        return self.count * self.crops
+
+    def __getitem__(self, entry: int) -> Crop:
+        """Return crop `entry`: each image is cropped once before any is cropped a second time.
+
+        A broken image is replaced by the next readable one.
+
+        Raises:
+            DataError: too many images in a row are broken.
+        """
+        for broken in range(_MAX_UNREADABLE):
+            try:
+                image = self.images.read((entry % self.count + broken) % len(self.images))
+            except DataError as error:
+                last = error
+                continue
+            return Crop(random_view(image, self.config, self.side, self.seed, entry), broken)
+        raise DataError(
+            f"{_MAX_UNREADABLE} images in a row cannot be read, the last: {last}; check the data"
+        ) from last

@@ -26,9 +26,9 @@ from radio.errors import ConfigError, shown
 T = TypeVar("T")
 
 _WAITS = (1.0, 5.0, 30.0)  # seconds before each retry of a request
-_PATIENCE = 60.0  # seconds without an answer
+_TIMEOUT = 60.0  # seconds without an answer
 _SILENCE = 300.0  # seconds without output of a program that reads a URL: it retries itself
-_SILENCE_OF_COMMANDS = 3600.0  # the same for pipe:COMMAND
+_COMMAND_SILENCE = 3600.0  # the same for pipe:COMMAND
 _PARTIAL, _NO_SUCH_RANGE, _GONE = 206, 416, (401, 403, 404, 410)
 _SIGPIPE = 128 + signal.SIGPIPE  # a shell's exit status for a command whose output was not read to the end
 _READ_AHEAD = 1 << 18
@@ -80,8 +80,8 @@ def check_url(name: str, pattern: str) -> None:
         return
     plain = {"hf": _HF, "http": _WEB, "https": _WEB}.get(scheme, _PLAIN)
     if not plain.fullmatch(name):
-        wanted = {"hf": "hf://datasets/OWNER/NAME@REVISION/FILE.tar"}.get(scheme, f"{scheme}://HOST/FILE.tar")
-        raise ConfigError(f"{shown(name)}: is no plain URL; wanted {wanted}, other characters written as %20")
+        form = {"hf": "hf://datasets/OWNER/NAME@REVISION/FILE.tar"}.get(scheme, f"{scheme}://HOST/FILE.tar")
+        raise ConfigError(f"{shown(name)}: is no plain URL; wanted {form}, other characters written as %20")
 
 
 def check_installed(scheme: str) -> None:
@@ -105,9 +105,9 @@ def open_remote(name: str, position: int) -> IO[bytes]:
     """
     scheme = scheme_of(name)
     if scheme == "pipe":
-        return _ahead(Piped(name[len("pipe:") :], _SILENCE_OF_COMMANDS), position)
+        return _skip_to(Piped(name[len("pipe:") :], _COMMAND_SILENCE), position)
     if scheme in _PROGRAMS:
-        return _ahead(Piped((*_PROGRAMS[scheme], name, *_AFTER.get(scheme, ())), _SILENCE), position)
+        return _skip_to(Piped((*_PROGRAMS[scheme], name, *_AFTER.get(scheme, ())), _SILENCE), position)
     url, headers = _on_the_hub(name) if scheme == "hf" else (name, {})
     return _buffered(Served(url, position, headers))
 
@@ -116,7 +116,7 @@ def _buffered(raw: io.RawIOBase) -> IO[bytes]:
     return io.BufferedReader(raw, _READ_AHEAD)
 
 
-def _ahead(piped: Piped, position: int) -> IO[bytes]:
+def _skip_to(piped: Piped, position: int) -> IO[bytes]:
     """Skip a program's output up to a position and return the stream."""
     stream = _buffered(piped)
     try:
@@ -196,9 +196,9 @@ class Piped(io.RawIOBase):
 
     def _check_status(self) -> None:
         try:
-            status = self._process.wait(_PATIENCE)
+            status = self._process.wait(_TIMEOUT)
         except subprocess.TimeoutExpired as error:
-            raise OSError(f"the command has not ended {_PATIENCE:.0f} s after its output") from error
+            raise OSError(f"the command has not ended {_TIMEOUT:.0f} s after its output") from error
         if status not in (0, _SIGPIPE, -signal.SIGPIPE):
             raise OSError(f"the command failed: exit {status}")
 
@@ -217,8 +217,8 @@ class Served(io.RawIOBase):
         super().__init__()
         self._url, self._position, self._headers = url, position, headers
         self._end: int | None = None
-        self._answer: HTTPResponse | None = None
-        _patiently(self._ask)
+        self._response: HTTPResponse | None = None
+        _retry(self._connect)
 
     def readable(self) -> bool:
         """Always."""
@@ -230,35 +230,40 @@ class Served(io.RawIOBase):
         Raises:
             OSError: the server does not answer, or no longer has the file.
         """
-        return _patiently(lambda: self._read(buffer))
+        return _retry(lambda: self._read(buffer))
 
     def close(self) -> None:
         """Close the connection."""
-        self._hang_up()
+        self._disconnect()
         super().close()
 
     def _read(self, buffer: Any) -> int:
-        if self._answer is None and self._position != self._end:
-            self._ask()
+        if self._response is None and self._position != self._end:
+            self._connect()
         try:
-            count = self._answer.readinto(buffer) if self._answer is not None else 0
+            count = self._response.readinto(buffer) if self._response is not None else 0
             if not count and self._end is not None and self._position < self._end:
                 raise OSError(f"the connection ended at byte {self._position} of {self._end}")
         except (OSError, HTTPException) as error:
-            self._hang_up()
+            self._disconnect()
             raise OSError(str(error)) from error
         self._position += count
         return count
 
-    def _hang_up(self) -> None:
-        if self._answer is not None:
-            self._answer.close()
-        self._answer = None
+    def _disconnect(self) -> None:
+        if self._response is not None:
+            self._response.close()
+        self._response = None
 
-    def _ask(self) -> None:
+    def _connect(self) -> None:
         """Request the file from the position on."""
         try:
-            answer = self._request()
+            request = urllib.request.Request(self._url)
+            for name, value in self._headers.items():
+                request.add_unredirected_header(name, value)  # not sent to redirect targets
+            if self._position:
+                request.add_header("Range", f"bytes={self._position}-")
+            response = cast(HTTPResponse, urllib.request.urlopen(request, timeout=_TIMEOUT))
         except urllib.error.HTTPError as error:
             error.close()
             if error.code == _NO_SUCH_RANGE:
@@ -267,32 +272,24 @@ class Served(io.RawIOBase):
             raise (FileNotFoundError if error.code in _GONE else OSError)(str(error)) from error
         except (HTTPException, ValueError) as error:  # an invalid address or answer
             raise OSError(str(error)) from error
-        begins = self._begin_of(answer)
-        length = _number(answer.headers.get("Content-Length"))
-        self._answer, self._end = answer, None if length is None else begins + length
-        if begins != self._position:  # the server sends the whole file
+        first = self._first_byte(response)
+        length = _number(response.headers.get("Content-Length"))
+        self._response, self._end = response, None if length is None else first + length
+        if first != self._position:  # the server sends the whole file
             try:
-                _pass_over(answer, self._position)
+                _skip(response, self._position)
             except HTTPException as error:
-                self._hang_up()
+                self._disconnect()
                 raise OSError(str(error)) from error
 
-    def _request(self) -> HTTPResponse:
-        request = urllib.request.Request(self._url)
-        for name, value in self._headers.items():
-            request.add_unredirected_header(name, value)  # not sent to redirect targets
-        if self._position:
-            request.add_header("Range", f"bytes={self._position}-")
-        return cast(HTTPResponse, urllib.request.urlopen(request, timeout=_PATIENCE))
-
-    def _begin_of(self, answer: HTTPResponse) -> int:
-        """Return the byte position at which an answer starts."""
-        if answer.status != _PARTIAL:
+    def _first_byte(self, response: HTTPResponse) -> int:
+        """Return the byte position at which a response starts."""
+        if response.status != _PARTIAL:
             return 0
-        said = re.match(r"bytes (\d{1,18})-", answer.headers.get("Content-Range") or "")
-        if said and int(said[1]) != self._position:
-            answer.close()
-            raise OSError(f"the server was asked for byte {self._position} and gave {said[1]}")
+        content_range = re.match(r"bytes (\d{1,18})-", response.headers.get("Content-Range") or "")
+        if content_range and int(content_range[1]) != self._position:
+            response.close()
+            raise OSError(f"the server was to send from byte {self._position} and gave {content_range[1]}")
         return self._position
 
 
@@ -300,7 +297,7 @@ def _number(text: str | None) -> int | None:
     return int(text) if text and re.fullmatch(r"\d{1,18}", text, re.ASCII) else None
 
 
-def _patiently(action: Callable[[], T]) -> T:
+def _retry(action: Callable[[], T]) -> T:
     """Run an action and return its result; retry after a wait on network errors."""
     for wait in _WAITS:
         try:
@@ -312,6 +309,6 @@ def _patiently(action: Callable[[], T]) -> T:
     return action()
 
 
-def _pass_over(answer: HTTPResponse, left: int) -> None:
-    while left and (passed := len(answer.read(min(left, _SKIPPED_AT_ONCE)))):
+def _skip(response: HTTPResponse, left: int) -> None:
+    while left and (passed := len(response.read(min(left, _SKIPPED_AT_ONCE)))):
         left -= passed

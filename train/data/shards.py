@@ -68,13 +68,13 @@ def runs_program(pattern: str) -> str | None:
 
 def _names(pattern: str) -> list[str]:
     if _is_folder(pattern):
-        found = sorted(map(str, Path(pattern).glob("*.tar")))
-        if not found:
+        names = sorted(map(str, Path(pattern).glob("*.tar")))
+        if not names:
             raise ConfigError(
                 f"{shown(pattern)}: a folder without tar files; name a folder of shards, or FILES.tar"
             )
         # Entries of a folder are files, even one named pipe:COMMAND.tar.
-        return [f"./{name}" if scheme_of(name) else name for name in found]
+        return [f"./{name}" if scheme_of(name) else name for name in names]
     names = expand_braces(pattern, error=ConfigError)
     if any(not name or "\0" in name for name in names):
         raise ConfigError(f"{shown(pattern)!r}: names a shard without a name; give FILES.tar")

@@ -270,7 +270,7 @@ def test_a_url_is_one_argument_of_a_program(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_command_that_gives_nothing_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_SILENCE_OF_COMMANDS", 0.05)
+    monkeypatch.setattr(module, "_COMMAND_SILENCE", 0.05)
     path = pack(tmp_path / "a.tar", FILES)
     tar = open_shard(f"pipe:head -c 512 {path}; sleep 98764; true")
     member = tar.next()
@@ -286,7 +286,7 @@ def test_a_server_that_gives_another_place_is_found_out(tmp_path: Path) -> None:
     path = pack(tmp_path / "a.tar", FILES)
     middle = half_way(str(path))
     with serving(tmp_path, said={"Content-Range": f"bytes 512-{middle}/{2 * middle}"}) as (address, _):
-        with pytest.raises(ShardError, match=f"was asked for byte {middle} and gave 512") as caught:
+        with pytest.raises(ShardError, match=f"was to send from byte {middle} and gave 512") as caught:
             open_shard(f"{address}/a.tar", middle)
         assert caught.value.cause == "unreadable"
     with serving(tmp_path, said={"Content-Length": "9" * 5000}) as (address, _):
