@@ -1,11 +1,14 @@
-"""Plan of a run at a given number of ranks: each rank's operations and memory, and the run's duration."""
+"""Plan of a run at a given number of ranks: each rank's operations and memory, and the run's duration.
+
+Nothing is loaded or run: every operator of teachers, student, adaptors and losses runs on fake tensors, which
+have shapes but no values. They pass as CPU tensors, so that autocast and fused attention are those of a real
+step.
+"""
 
 from __future__ import annotations
 
-import copy
 import math
-import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,10 +22,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
+from radio.benchmark import CostCounter
 from radio.config import Count, check_options
 from radio.errors import ConfigError, shown
 from radio.hub import outline_teacher
@@ -54,13 +55,18 @@ from .setup import (
     teacher_sizes,
 )
 
-_ATEN = torch.ops.aten
-_GPUS_NAMES = {  # torch has formulas for the GPU attention kernels, which take the same arguments
-    _ATEN._scaled_dot_product_flash_attention_for_cpu: _ATEN._scaled_dot_product_flash_attention,
-    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: (
-        _ATEN._scaled_dot_product_flash_attention_backward
-    ),
-}
+PAPERS_RANKS = 64  # paper §4
+A100 = 312.0  # TFLOP/s in bfloat16 without sparsity
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanOptions:
+    """Assumptions of a plan."""
+
+    world: Ranks | None = None  # number of ranks; None = the paper's 64 if they can share the batches, else 1
+    utilisation: PositiveShare = 0.4  # share of --peak-tflops (default: an A100's 312) that a rank reaches
+    images: Count | None = None  # images in the data, for the number of passes; None = unknown, except scenes
+    measured: Path | None = None  # metrics.jsonl of a run with these teachers, to use its times
 
 
 class Cost(NamedTuple):
@@ -79,206 +85,6 @@ class Cost(NamedTuple):
     def flops(self) -> int:
         """All operations."""
         return self.teacher_flops + self.forward_flops + self.backward_flops
-
-
-class Outline(NamedTuple):
-    """Student, adaptors and teachers of a run on the meta device."""
-
-    model: RadioModel
-    teachers: dict[str, Teacher]
-    facts: dict[str, TeacherFacts]
-    windows: dict[int, tuple[int, ...]]  # to sample from, per side of the student's input
-    mode: FakeTensorMode  # mode in which they can be called
-
-    def of(self, *groups: TeacherGroup) -> RadioModel:
-        """Copy the model with the adaptors of these groups only, as their ranks hold it."""
-        held = copy.copy(self.model)
-        names = [name for group in groups for name in group.teachers]
-        adaptors = nn.ModuleDict({name: self.model.get_submodule(f"adaptors.{name}") for name in names})
-        held._modules = {**self.model._modules, "adaptors": adaptors}
-        return held
-
-
-def outline(config: TrainConfig, *, half: bool = False) -> Outline:
-    """Build a run's models without weights; no file is read where the teacher's family permits it.
-
-    Args:
-        config: the run's settings.
-        half: forwards run in bfloat16, so frozen matrices are stored in it.
-
-    Raises:
-        ConfigError: the student or a teacher is unknown, or settings contradict each other.
-        SizeError: a teacher or the student cannot take its resolution.
-    """
-    teachers = {t.name: outline_teacher(t.model) for t in config.teachers}
-    for teacher in teachers.values():
-        make_lean(teacher, config, half=half)
-    sizes = teacher_sizes(config, teachers)
-    facts = {
-        name: TeacherFacts("", sizes[name], teacher.summary_dim, teacher.token_dim)
-        for name, teacher in teachers.items()
-    }
-    with torch.device("meta"):
-        model = RadioModel(model_config(config, facts)).train()
-    windows = choose_windows(model.student, config)
-    # If a process's first backward is on fake tensors, processes forked from it cannot run a backward.
-    torch.ones((), requires_grad=True).exp().backward()
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode:
-        for module in (model, *teachers.values()):
-            assert isinstance(module, nn.Module)
-            module.to_empty(device="cpu")  # allocates nothing: the mode keeps only shapes
-    return Outline(model, teachers, facts, windows, mode)
-
-
-def count(config: TrainConfig, models: Outline, group: TeacherGroup, *, half: bool, standing: bool) -> Cost:
-    """Count the cost of one rank's images of a group, with the largest window that a step may draw.
-
-    Args:
-        config: the run's settings.
-        models: from `outline`.
-        group: gives the teachers and the number of images.
-        half: run matrix products in bfloat16, as autocast does on a GPU.
-        standing: gradients are already allocated, by another group or part of the same step.
-    """
-    teachers = {name: models.teachers[name] for name in group.teachers}
-    sizes = {name: models.facts[name].size for name in teachers}
-    online = config.cache.folder is None
-    side = max(group.side, *(max(size) for size in sizes.values()))
-    with models.mode, _without_fast_paths():
-        images = torch.empty(group.share, 3, side, side)
-        with CostCounter() as taught, _autocast(half):
-            targets = teacher_features(teachers, sizes, images)
-        features = sum(_size(known.summary) + _size(known.tokens) for known in targets.values())
-        first, *_ = GroupBatch(group, images, targets).split(config.grad_accum_steps)
-        passed = _learn(config, models, first, half=half, standing=standing)
-    return Cost(
-        teacher_flops=taught.flops if online else 0,
-        forward_flops=passed.forward * config.grad_accum_steps,
-        backward_flops=passed.backward * config.grad_accum_steps,
-        inputs=_size(images) + features,
-        teacher_working=taught.peak - features if online else 0,
-        activations=passed.activations,
-        peak=passed.peak,
-        copies=_half_copies(models.of(group)) if half else 0,
-    )
-
-
-def bytes_of(module: Any) -> int:
-    """Return the bytes of a module's parameters and buffers."""
-    assert isinstance(module, nn.Module)
-    return sum(_size(tensor) for tensor in (*module.parameters(), *module.buffers()))
-
-
-class CostCounter(TorchDispatchMode):
-    """Counts operations, and the bytes that they allocated: currently referenced, and at the peak.
-
-    Tensors from before, such as weights and inputs, are not counted. Torch's `FlopCounterMode` counts the
-    same operations, but keeps the graphs of checkpointed blocks alive.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.flops = self.now = self.peak = 0
-        self._held: dict[int, Any] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run an operator; add its operations and track its new storages."""
-        named = kwargs or {}
-        self._enter((args, named), counted=False)
-        out = func(*args, **named)
-        self._enter(out, counted=True)
-        packet = func.overloadpacket
-        if (formula := flop_registry.get(_GPUS_NAMES.get(packet, packet))) is not None:
-            self.flops += int(formula(*args, **named, out_val=out))
-        return out
-
-    def _enter(self, tensors: Any, *, counted: bool) -> None:
-        for tensor in tree_leaves(tensors):
-            if isinstance(tensor, Tensor):
-                self._hold(tensor.untyped_storage(), counted=counted)
-
-    def _hold(self, storage: torch.UntypedStorage, *, counted: bool) -> None:
-        key, size = storage._cdata, storage.nbytes() if counted else 0
-        if key in self._held:
-            return
-
-        def leave(_: Any) -> None:
-            del self._held[key]
-            self.now -= size
-
-        self._held[key] = weakref.ref(storage, leave)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-
-class _Passed(NamedTuple):
-    forward: int  # operations
-    backward: int
-    activations: int  # bytes at the forward's peak
-    peak: int
-
-
-def _learn(config: TrainConfig, models: Outline, batch: GroupBatch, *, half: bool, standing: bool) -> _Passed:
-    model = models.of(batch.group)
-    assert isinstance(model.student, nn.Module)
-    teachers = [teacher for teacher in config.teachers if teacher.name in batch.group.teachers]
-    balancer = make_balancer(config.balance, teachers, model.summary_dim)
-    loss = DistillationLoss(model, teachers, config.loss, balancer)
-    crops = model.sample_crops(len(batch.images), torch.Generator())
-    window = max(models.windows[batch.group.side], default=None)
-    for parameter in model.parameters():
-        parameter.grad = torch.empty_like(parameter) if standing else None
-    with CostCounter() as counter:
-        with _autocast(half):
-            images = for_student(batch.images, batch.group)
-            resized = batch._replace(images=images, crops=crops)
-            losses = loss(StudentPass(model.student), resized, window, False)
-        forward, activations = counter.flops, counter.peak
-        losses.total.backward()
-    for parameter in model.parameters():
-        parameter.grad = None
-    return _Passed(forward, counter.flops - forward, activations, counter.peak)
-
-
-@contextmanager
-def _without_fast_paths() -> Iterator[None]:
-    """Disable torch's fused attention kernels for inference, which the counter has no formulas for."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-def _autocast(half: bool) -> torch.autocast:
-    return torch.autocast("cpu", torch.bfloat16, enabled=half)
-
-
-def _half_copies(model: nn.Module) -> int:
-    """Return the bytes of the half-precision weights that autocast caches until the backward ends."""
-    return sum(2 * parameter.numel() for parameter in model.parameters() if parameter.ndim > 1)
-
-
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-PAPERS_RANKS = 64  # paper §4
-A100 = 312.0  # TFLOP/s in bfloat16 without sparsity
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PlanOptions:
-    """Assumptions of a plan."""
-
-    world: Ranks | None = None  # number of ranks; None = the paper's 64 if they can share the batches, else 1
-    utilisation: PositiveShare = 0.4  # share of --peak-tflops (default: an A100's 312) that a rank reaches
-    images: Count | None = None  # images in the data, for the number of passes; None = unknown, except scenes
-    measured: Path | None = None  # metrics.jsonl of a run with these teachers, to use its times
 
 
 class Memory(NamedTuple):
@@ -348,7 +154,8 @@ class RunPlan:
     @property
     def passes(self) -> float | None:
         """Number of passes over the data; None where the number of images is unknown."""
-        images = self.options.images or (self.config.data.scenes if _only_scenes(self.config) else 0)
+        data = self.config.data
+        images = self.options.images or (0 if data.shards or data.images else data.scenes)
         return self.config.steps * self.partition.batch_size / images if images else None
 
     @property
@@ -375,21 +182,19 @@ def make_plan(config: TrainConfig, options: PlanOptions) -> RunPlan:
         SizeError: a teacher or the student cannot take its resolution.
     """
     check_options(options)
-    world = _world(config) if options.world is None else options.world
-    partition = check_settings(config, world)
+    partition = check_settings(config, options.world or _default_world(config))
     half = config.precision == "bf16" or (config.precision == "auto" and config.device != "cpu")
     models = outline(config, half=half and config.device != "cpu")
-    dealt = list(dict.fromkeys(group.ranks for group in partition.groups))
-    sets = [tuple(group for group in partition.groups if group.ranks == ranks) for ranks in dealt]
-    costs = {
-        group.name: count(config, models, group, half=half, standing=_standing(config, groups))
-        for groups in sets
-        for group in groups
-    }
-    kinds = [
-        Kind(groups, len(groups[0].ranks), _memory(config, models, groups, costs, world, half=half))
-        for groups in sets
-    ]
+    costs: dict[str, Cost] = {}
+    kinds = []
+    for ranks in dict.fromkeys(group.ranks for group in partition.groups):
+        groups = tuple(group for group in partition.groups if group.ranks == ranks)
+        # Gradients are allocated in a rank's costliest forward if there are several per step, or shards.
+        standing = len(groups) > 1 or config.grad_accum_steps > 1 or config.parallel == "fsdp"
+        for group in groups:
+            costs[group.name] = count(config, models, group, half=half, standing=standing)
+        memory = _memory(config, models, groups, costs, partition.world, half=half, standing=standing)
+        kinds.append(Kind(groups, len(ranks), memory))
     return RunPlan(
         config=config,
         options=options,
@@ -401,9 +206,130 @@ def make_plan(config: TrainConfig, options: PlanOptions) -> RunPlan:
     )
 
 
-def _standing(config: TrainConfig, groups: tuple[TeacherGroup, ...]) -> bool:
-    """Check whether gradients are allocated in a rank's costliest forward: several per step, or sharded."""
-    return len(groups) > 1 or config.grad_accum_steps > 1 or config.parallel == "fsdp"
+def step_flops(config: TrainConfig, partition: Partition) -> int:
+    """Count the operations of a step over all ranks; takes a few seconds for small students."""
+    models = outline(config)
+    costs = {group: count(config, models, group, half=False, standing=True) for group in partition.groups}
+    return sum(len(group.ranks) * cost.flops for group, cost in costs.items())
+
+
+def _default_world(config: TrainConfig) -> int:
+    try:
+        make_partition(config, PAPERS_RANKS)
+    except ConfigError:
+        return 1
+    return PAPERS_RANKS
+
+
+class Outline(NamedTuple):
+    """Student, adaptors and teachers of a run without weights."""
+
+    model: RadioModel
+    teachers: dict[str, Teacher]
+    facts: dict[str, TeacherFacts]
+    windows: dict[int, tuple[int, ...]]  # to sample from, per side of the student's input
+    mode: FakeTensorMode  # mode in which they can be called
+
+    def adaptors(self, groups: Sequence[TeacherGroup]) -> list[nn.Module]:
+        """Return the adaptors that ranks of these groups hold."""
+        names = [name for group in groups for name in group.teachers]
+        return [self.model.get_submodule(f"adaptors.{name}") for name in names]
+
+
+def outline(config: TrainConfig, *, half: bool = False) -> Outline:
+    """Build a run's models without weights; no file is read where the teacher's family permits it.
+
+    Args:
+        config: the run's settings.
+        half: forwards run in bfloat16, so frozen matrices are stored in it.
+
+    Raises:
+        ConfigError: the student or a teacher is unknown, or settings contradict each other.
+        SizeError: a teacher or the student cannot take its resolution.
+    """
+    teachers = {t.name: outline_teacher(t.model) for t in config.teachers}
+    for teacher in teachers.values():
+        make_lean(teacher, config, half=half)
+    sizes = teacher_sizes(config, teachers)
+    facts = {
+        name: TeacherFacts("", sizes[name], teacher.summary_dim, teacher.token_dim)
+        for name, teacher in teachers.items()
+    }
+    with torch.device("meta"):
+        model = RadioModel(model_config(config, facts)).train()
+    windows = choose_windows(model.student, config)
+    # If a process's first backward is on fake tensors, processes forked from it cannot run a backward.
+    torch.ones((), requires_grad=True).exp().backward()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        for module in (model, *teachers.values()):
+            assert isinstance(module, nn.Module)
+            module.to_empty(device="cpu")  # allocates nothing: the mode keeps only shapes
+    return Outline(model, teachers, facts, windows, mode)
+
+
+def count(config: TrainConfig, models: Outline, group: TeacherGroup, *, half: bool, standing: bool) -> Cost:
+    """Count the cost of one rank's images of a group, with the largest window that a step may draw.
+
+    Args:
+        config: the run's settings.
+        models: from `outline`.
+        group: gives the teachers and the number of images.
+        half: run matrix products in bfloat16, as autocast does on a GPU.
+        standing: gradients are already allocated, by another group or part of the same step.
+    """
+    model = models.model
+    student: Any = model.student
+    teachers = {name: models.teachers[name] for name in group.teachers}
+    sizes = {name: models.facts[name].size for name in teachers}
+    side = max(group.side, *(max(size) for size in sizes.values()))
+    window = max(models.windows[group.side], default=None)
+    online = config.cache.folder is None
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=half)
+    selected = [teacher for teacher in config.teachers if teacher.name in group.teachers]
+    with models.mode, without_fast_paths():
+        images = torch.empty(group.share, 3, side, side)
+        with CostCounter() as of_teachers, autocast:
+            targets = teacher_features(teachers, sizes, images)
+        features = sum(_size(target.summary) + _size(target.tokens) for target in targets.values())
+        part, *_ = GroupBatch(group, images, targets).split(config.grad_accum_steps)
+        crops = model.sample_crops(len(part.images), torch.Generator())
+        balancer = make_balancer(config.balance, selected, model.summary_dim)
+        loss = DistillationLoss(model, selected, config.loss, balancer)
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter) if standing else None
+        with CostCounter() as counter:
+            with autocast:
+                resized = part._replace(images=for_student(part.images, group), crops=crops)
+                losses = loss(StudentPass(student), resized, window, False)
+            forward_flops, activations = counter.flops, counter.peak
+            losses.total.backward()
+        for parameter in model.parameters():
+            parameter.grad = None
+    parts = config.grad_accum_steps
+    matrices = [p for m in (student, *models.adaptors([group])) for p in m.parameters() if p.ndim > 1]
+    return Cost(
+        teacher_flops=of_teachers.flops if online else 0,
+        forward_flops=parts * forward_flops,
+        backward_flops=parts * (counter.flops - forward_flops),
+        inputs=_size(images) + features,
+        teacher_working=of_teachers.peak - features if online else 0,
+        activations=activations,
+        peak=counter.peak,
+        # Autocast caches the half-precision weights until the backward ends.
+        copies=sum(2 * parameter.numel() for parameter in matrices) if half else 0,
+    )
+
+
+@contextmanager
+def without_fast_paths() -> Iterator[None]:
+    """Disable torch's fused attention kernels for inference, which the counter has no formulas for."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _memory(
@@ -414,59 +340,48 @@ def _memory(
     world: int,
     *,
     half: bool,
+    standing: bool,
 ) -> Memory:
-    mine = [costs[group.name] for group in groups]
-    held = models.of(*groups)
-    student, adaptors = bytes_of(held.student), bytes_of(held.adaptors)
+    own = [costs[group.name] for group in groups]
+    student: Any = models.model.student
+    whole = bytes_of(student)
     sharded = config.parallel == "fsdp"
-    kept = (math.ceil(student / world) if sharded else student) + adaptors
-    average = kept if config.ema else 0
-    buckets = student if world > 1 else 0
-    exchange = _gathered(held, half=half) if sharded else buckets
-    online = config.cache.folder is None
+    weights = math.ceil(whole / world) if sharded else whole
+    weights += sum(bytes_of(adaptor) for adaptor in models.adaptors(groups))
+    exchange = whole if world > 1 else 0  # DDP's buckets
+    if sharded:  # FSDP2 gathers whole weights, and a block's gradient in exchange
+        blocks = [bytes_of(block) for block in blocks_of(student)]
+        largest, outside = max(blocks, default=0), whole - sum(blocks)
+        exchange = (2 * largest + outside) // (2 if half else 1) + 2 * largest
+    average = weights if config.ema else 0
     teachers = sum(bytes_of(models.teachers[name]) for group in groups for name in group.teachers)
-    working = max(cost.teacher_working for cost in mine)
-    ahead = online and config.prefetch_teachers
-    inputs = sum(cost.inputs for cost in mine) * (2 if ahead else 1)
-    passing = max(cost.peak - (cost.copies if sharded else 0) for cost in mine)
-    passing += kept if _standing(config, groups) else 0
-    busy = passing + working if ahead else max(passing, working)
+    working = max(cost.teacher_working for cost in own)
+    prefetches = config.cache.folder is None and config.prefetch_teachers
+    inputs = sum(cost.inputs for cost in own) * (2 if prefetches else 1)
+    passes = max(cost.peak - (cost.copies if sharded else 0) for cost in own) + (weights if standing else 0)
+    busy = passes + working if prefetches else max(passes, working)
     return Memory(
-        weights=kept,
+        weights=weights,
         teachers=teachers,
-        optimiser=2 * kept,
+        optimiser=2 * weights,
         average=average,
-        gradients=kept,
+        gradients=weights,
         exchange=exchange,
         inputs=inputs,
-        activations=max(cost.activations - (cost.copies if sharded else 0) for cost in mine),
+        activations=max(cost.activations - (cost.copies if sharded else 0) for cost in own),
         working=working,
-        peak=3 * kept + average + teachers + exchange + inputs + busy,
+        peak=3 * weights + average + teachers + exchange + inputs + busy,
     )
 
 
-def _gathered(model: RadioModel, *, half: bool) -> int:
-    """Return the bytes that FSDP2 gathers at a time: whole weights, and a block's gradient in exchange."""
-    student = model.student
-    assert isinstance(student, nn.Module)
-    blocks = [bytes_of(block) for block in blocks_of(student)]
-    largest, outside = max(blocks, default=0), bytes_of(student) - sum(blocks)
-    return (2 * largest + outside) // (2 if half else 1) + 2 * largest
+def bytes_of(module: Any) -> int:
+    """Return the bytes of a module's parameters and buffers."""
+    assert isinstance(module, nn.Module)
+    return sum(_size(tensor) for tensor in (*module.parameters(), *module.buffers()))
 
 
-def _world(config: TrainConfig) -> int:
-    try:
-        make_partition(config, PAPERS_RANKS)
-    except ConfigError:
-        return 1
-    return PAPERS_RANKS
-
-
-def _only_scenes(config: TrainConfig) -> bool:
-    return not config.data.shards and not config.data.images
-
-
-_SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"))
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def print_plan(plan: RunPlan, console: Console) -> None:
@@ -474,12 +389,8 @@ def print_plan(plan: RunPlan, console: Console) -> None:
     world = plan.partition.world
     ranks = f"{world} ranks" if world > 1 else "1 rank"
     turns = ", the groups in turn" if len(plan.kinds) < len(plan.partition.groups) else ""
-    table = Table(
-        title=Text(
-            shown(f"{plan.config.recipe}: {plan.config.student} on {ranks}{turns}, {plan.config.parallel}")
-        ),
-        box=box.ROUNDED if console.is_terminal else box.ASCII,
-    )
+    title = f"{plan.config.recipe}: {plan.config.student} on {ranks}{turns}, {plan.config.parallel}"
+    table = Table(title=Text(shown(title)), box=box.ROUNDED if console.is_terminal else box.ASCII)
     table.add_column("teachers")
     for name in (*(group.name for group in plan.partition.groups), "all"):
         table.add_column(Text(shown(name)), justify="right")
@@ -512,19 +423,20 @@ def _add_work(table: Table, plan: RunPlan) -> None:
 
 def _add_memory(table: Table, plan: RunPlan) -> None:
     size, letter = _scale(max(kind.memory.peak for kind in plan.kinds))
-    alike = len(plan.kinds) == 1
     for part in Memory._fields:
         amounts = [getattr(kind.memory, part) for kind in plan.kinds]
         if any(amounts):
-            shown = [f"{amount / size:.3g}" for amount in amounts]
-            blanks = [""] * (len(table.columns) - 1 - len(shown))
-            cells = [*blanks, *shown] if alike else [*shown, *blanks]
+            cells = [f"{amount / size:.3g}" for amount in amounts]
+            blanks = [""] * (len(table.columns) - 1 - len(cells))
+            # Where all ranks are alike, the only figure stands in the last column.
+            cells = [*blanks, *cells] if len(plan.kinds) == 1 else [*cells, *blanks]
             table.add_row(f"{letter}B on a rank, {part}", *cells)
 
 
 def _scale(largest: float) -> tuple[float, str]:
     """Return the divisor for a number and its unit prefix."""
-    return next(((size, letter) for size, letter in _SCALES if largest >= size), _SCALES[-1])
+    scales = ((1e12, "T"), (1e9, "G"), (1e6, "M"))
+    return next(((size, letter) for size, letter in scales if largest >= size), scales[-1])
 
 
 def _lines(plan: RunPlan) -> Iterator[str]:
@@ -535,10 +447,13 @@ def _lines(plan: RunPlan) -> Iterator[str]:
     if plan.options.measured is not None:
         pace = f"as {plan.options.measured} measured"
     else:
-        known = "--peak-tflops" if config.peak_tflops else "an A100's; give --peak-tflops"
-        pace = f"at {plan.options.utilisation:.0%} of {plan.peak_tflops:g} TFLOP/s ({known})"
+        peak = "--peak-tflops" if config.peak_tflops else "an A100's; give --peak-tflops"
+        pace = f"at {plan.options.utilisation:.0%} of {plan.peak_tflops:g} TFLOP/s ({peak})"
+    units = ((1.0, "days"), (1 / 24, "hours"), (1 / 1440, "minutes"), (1 / 86400, "seconds"))
+    days, unit = next((pair for pair in units if plan.days >= pair[0]), units[-1])
     hours = plan.days * 24 * plan.partition.world
-    yield f"time: {config.steps} steps in {_time(plan.days)} {pace}; {hours:.4g} hours of one device"
+    time = f"{plan.days / days:.1f} {unit}"
+    yield f"time: {config.steps} steps in {time} {pace}; {hours:.4g} hours of one device"
     samples = config.steps * plan.partition.batch_size
     if plan.passes is None:
         yield f"data: {samples} images; give --images, how many there are, for the number of passes"
@@ -549,16 +464,3 @@ def _lines(plan: RunPlan) -> Iterator[str]:
         yield f"faster: --ranks-per-group {split}, {better.after:.3g} s a step instead of {better.before:.3g}"
     elif len(plan.kinds) > 1:
         yield "no other --ranks-per-group is faster"
-
-
-def _time(days: float) -> str:
-    units = ((1.0, "days"), (1 / 24, "hours"), (1 / 1440, "minutes"))
-    size, unit = next((pair for pair in units if days >= pair[0]), (1 / 86400, "seconds"))
-    return f"{days / size:.1f} {unit}"
-
-
-def step_flops(config: TrainConfig, partition: Partition) -> int:
-    """Count the operations of a step over all ranks; takes a few seconds for small students."""
-    models = outline(config)
-    costs = {group: count(config, models, group, half=False, standing=True) for group in partition.groups}
-    return sum(len(group.ranks) * cost.flops for group, cost in costs.items())

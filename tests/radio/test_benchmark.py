@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -214,3 +215,56 @@ def test_a_real_model_is_measured():
     (found,) = measure([prepare("tiny", model, (48, 48), CPU, torch.float32)], short, CPU)
     assert found.calls == 1 and len(found.rates) == 2 and found.low > 0
     assert found.peak_memory is not None and found.peak_memory > 4  # its weights alone are 4.1 MiB
+
+
+def test_bytes_that_are_held() -> None:
+    weight = torch.zeros(1000, requires_grad=True)
+    with CostCounter() as counter:
+        doubled = weight * 2
+        view = doubled.view(10, 100)[1:]
+        assert counter.now == 4000  # a view is no storage of its own
+        whole = (view + 1).sum()
+        assert (counter.now, counter.peak) == (4004, 4000 + 3600 + 4)
+        del doubled
+        assert counter.now == 4004  # the view still holds it
+        del view
+        assert counter.now == 4
+        assert float(whole.detach()) == 900
+    with CostCounter() as counter:
+        (weight.exp() * 3).sum().backward()
+        assert counter.now == 4000  # the gradient
+        weight.grad = None
+        assert counter.now == 0
+
+
+def test_recomputed_graphs_are_let_go() -> None:
+    layers = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)) for _ in range(4))
+    x = torch.zeros(100, 64, requires_grad=True)
+    with CostCounter() as counter:
+        y = x
+        for layer in layers:
+            y = torch.utils.checkpoint.checkpoint(layer, y, use_reentrant=False)
+        y.sum().backward()
+        del y
+        x.grad = None
+        layers.zero_grad(set_to_none=True)
+        assert counter.now == 0
+
+
+def test_operations_are_those_of_torchs_counter() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.Flatten(2), nn.Linear(16, 16), nn.GELU())
+    x = torch.randn(2, 3, 16, 16)
+    with CostCounter() as ours:
+        model(x).sum().backward()
+    with FlopCounterMode(display=False) as theirs:
+        model(x).sum().backward()
+    assert ours.flops == theirs.get_total_flops() > 0
+
+
+def test_attention_by_the_fused_kernel() -> None:
+    q = torch.zeros(2, 4, 10, 16, requires_grad=True)
+    with CostCounter() as counter:
+        out = F.scaled_dot_product_attention(q, q, q).sum()
+        assert counter.flops == 2 * (2 * 2 * 4 * 10 * 10 * 16)  # q k and its product with v
+        out.backward()
+        assert counter.flops == (2 + 5) * (2 * 2 * 4 * 10 * 10 * 16)  # the backward makes q k anew

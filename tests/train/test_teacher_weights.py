@@ -13,7 +13,7 @@ from torch import nn
 from radio.hub import load_teacher, outline_teacher
 from radio.types import Teacher
 from train.config import CacheConfig, TeacherConfig, TrainConfig
-from train.plan import _without_fast_paths, bytes_of
+from train.plan import bytes_of, without_fast_paths
 from train.setup import halve, load_teachers, make_lean
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def random_teacher(name: str) -> Teacher:
 
 def features(teacher: Teacher, side: int) -> tuple[torch.Tensor, torch.Tensor]:
     images = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(1))
-    with torch.autocast("cpu", torch.bfloat16), _without_fast_paths():  # as on a GPU under autocast
+    with torch.autocast("cpu", torch.bfloat16), without_fast_paths():  # as on a GPU under autocast
         summary, tokens, _ = teacher(images)
     return summary, tokens
 
