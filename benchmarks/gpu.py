@@ -25,7 +25,7 @@ from torch import nn
 
 from radio.dist import Group
 from radio.errors import ConfigError, RadioError
-from radio.hub import outline_teacher
+from radio.hub import load_teacher
 from radio.types import Teacher
 from train.config import DataConfig, TrainConfig
 from train.data.loader import Batch, GroupBatch, for_student, prefetch, to_images
@@ -100,7 +100,7 @@ def measure(config: TrainConfig, device: torch.device, steps: int) -> Measured:
 
 def random_teacher(spec: str, config: TrainConfig, device: torch.device) -> Teacher:
     """Build a teacher with small random weights on the device, in the precision that a run uses."""
-    teacher = outline_teacher(spec)
+    teacher = load_teacher(spec, meta=True)
     make_lean(teacher, config, half=is_half(config, device) and device.type == "cuda")
     assert isinstance(teacher, nn.Module)
     teacher.to_empty(device=device)

@@ -37,7 +37,7 @@ from evals.sam_dropin.encoder import DropIn, make_drop_in
 from evals.sam_dropin.masks import Prompts, default_prompt_batch, make_frame, predict_masks
 from evals.sam_dropin.prediction import MaskScore, Predictor
 from radio.hub import load_backbone
-from radio.teachers.sam_decoder import SamHead, new_released_sam
+from radio.teachers.sam import SamHead, new_released_sam
 from radio.teachers.scenes import scenes_sam
 
 WANTED = 1.3  # required speed-up, end to end

@@ -24,9 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from radio.errors import require
-from radio.nn.attention import Attention
-from radio.nn.block import NORM_EPS, Block
-from radio.windows import from_windows, to_windows
+from radio.nn.vit import NORM_EPS, Attention, Block
+from radio.ops import from_windows, to_windows
 
 # Letters: B batch, T tokens, D width, H W grid, s window side.
 

@@ -23,12 +23,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from radio.checkpoint import load as load_checkpoint
-from radio.config import Pixels, Seed, check
+from radio.config import Pixels, Seed, check, parse_options
 from radio.dist import Group, joined
 from radio.errors import CheckpointError, ConfigError, did_you_mean
 from radio.hub import load_backbone
 from radio.io import check_writable
-from radio.options import parse_options
 from radio.progress import ProgressFactory, watch_on
 from radio.provenance import choose_device
 from radio.students import students

@@ -11,11 +11,10 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from radio.benchmark import count
+from radio.config import parse_options
 from radio.model import make_student
-from radio.options import parse_options
 from radio.students import StudentOptions, students
-from radio.students.vit import ViT
-from radio.students.windowed import global_blocks
+from radio.students.vit import ViT, global_blocks
 from radio.types import Student
 
 

@@ -9,8 +9,8 @@ from annotated_types import Interval
 from torch import Tensor, nn
 
 from .errors import ConfigError, did_you_mean
-from .nn.block import NORM_EPS
-from .resample import resize_features
+from .nn.vit import NORM_EPS
+from .ops import resize_features
 from .types import Adaptor, Backbone, Features
 
 # Letters: B batch, C summary width, T tokens, D token width, H W grid.

@@ -6,13 +6,25 @@ them, and that every float is finite, for settings from any source.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import math
 import re
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import yaml
 from annotated_types import Ge, Gt, Interval, Le, Lt
@@ -34,6 +46,17 @@ NotNegative = Annotated[float, Ge(0)]
 _MAX_TEXT = 4096  # characters: the operating system's limit for a path
 _MAX_YAML_BYTES = 1 << 20  # PyYAML takes seconds to parse as much
 _MAX_YAML_DEPTH = 50
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReadWith:
+    """Annotation of a field whose type depends on other fields.
+
+    Args:
+        read: builds the value from the field's data, the data of all fields, and its place for errors.
+    """
+
+    read: Callable[[Any, Mapping[str, Any], str], Any]
 
 
 def to_plain(settings: Any) -> Any:
@@ -61,7 +84,11 @@ def from_plain(kind: type[T], data: Any, where: str = "") -> T:
         if key not in fields:
             name = key if isinstance(key, str) and len(key) <= 80 else brief(key)
             raise ConfigError(f"unknown setting {_join(where, name)!r}{did_you_mean(name, fields)}")
-    values = {key: _read(hints[key], value, _join(where, key)) for key, value in data.items()}
+    values = {}
+    for key, value in data.items():
+        readers = [part for part in getattr(hints[key], "__metadata__", ()) if isinstance(part, ReadWith)]
+        place = _join(where, key)
+        values[key] = readers[0].read(value, data, place) if readers else _read(hints[key], value, place)
     required = [
         name
         for name, field in fields.items()
@@ -85,8 +112,12 @@ def check(settings: T, where: str = "") -> T:
     return settings
 
 
-def check_options(settings: T) -> T:
+def check_options(settings: T, renamed: Mapping[str, str] | None = None) -> T:
     """Run `check` on settings from a command line; errors name the option instead of the field.
+
+    Args:
+        settings: the settings.
+        renamed: fields whose options have another name.
 
     Raises:
         ConfigError: as `check`.
@@ -96,6 +127,8 @@ def check_options(settings: T) -> T:
     except ConfigError as error:
         place, _, rest = str(error).partition(": ")
         option = re.sub(r"\[(\d+)\](?=\.)", r".\1", place).partition("[")[0]
+        first, dot, others = option.partition(".")
+        option = f"{(renamed or {}).get(first, first)}{dot}{others}"
         raise ConfigError(f"--{option.replace('_', '-')}: {rest}") from None
 
 
@@ -322,3 +355,23 @@ def _read_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any
         raise ConfigError(f"{where}: wanted {len(kinds)} values, got {len(value)}")
     pairs = zip(kinds, value, strict=True)
     return tuple(_read(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(pairs))
+
+
+def parse_options(kind: type[T], arguments: Sequence[str], **how: Any) -> T:
+    """Parse a command line into settings of type `kind`; `how` holds arguments of tyro.cli.
+
+    Raises:
+        ConfigError: the settings refuse a value. tyro reports unknown options itself, and exits with 2.
+    """
+    import tyro  # only for command lines: the settings alone need not wait for it
+
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # tyro draws a box before it exits
+            return cast(T, tyro.cli(kind, args=list(arguments), console_outputs=False, **how))
+    except SystemExit as stop:
+        error = stop.__context__
+        while error is not None and not isinstance(error, ConfigError):
+            error = error.__context__
+        if error is not None:
+            raise error from None
+    return cast(T, tyro.cli(kind, args=list(arguments), **how))  # again, with tyro's own output

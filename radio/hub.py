@@ -6,6 +6,7 @@ with `random_init`, an untrained student. `timm:name` is an architecture, `timm:
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +17,7 @@ from .errors import CheckpointError, ConfigError, SizeError, did_you_mean
 from .foreign import check_encoder, watch_features
 from .model import ModelConfig, build, load, load_untrained
 from .students import students
-from .teachers import families, outlines
+from .teachers import families
 from .types import Backbone, Teacher
 
 _MAX_CHARS = 200  # characters of a spec in messages
@@ -48,34 +49,28 @@ def parse(text: str) -> Spec:
     return Spec(family=family, name=name, file=Path(file) if file else None)
 
 
-def load_teacher(text: str) -> Teacher:
+def load_teacher(text: str, *, meta: bool = False) -> Teacher:
     """Load the frozen teacher that a spec such as `scenes:clip` or `dinov2:vitb14@FILE` names.
+
+    Args:
+        text: the spec.
+        meta: build it on the meta device: same cost as the real one, without its file. A teacher of a family
+            that cannot do this (another package's) is loaded and moved there.
 
     Raises:
         ConfigError: an unknown family or member.
         CheckpointError: the weights file is absent or another model's.
     """
     spec = _parse_teacher(text)
-    teacher: Any = families[spec.family](spec.name, spec.file)  # another package's may be any object
+    family = families[spec.family]
+    if meta and "meta" in inspect.signature(family).parameters:
+        return family(spec.name, spec.file, meta=True)
+    teacher: Any = family(spec.name, spec.file)  # another package's may be any object
     if plugin := families.plugin(spec.family):
         what = f"{plugin}: {text!r:.80}"
         check_encoder(what, teacher, kind="Teacher", part="text")
         watch_features(what, teacher)
-    return cast(Teacher, teacher)
-
-
-def outline_teacher(text: str) -> Teacher:
-    """Build the teacher that a spec names on the meta device: same cost as the real one, without its file.
-
-    A teacher of a family without outlines (another package's) is loaded and moved there.
-
-    Raises:
-        ConfigError: an unknown family or member.
-    """
-    spec = _parse_teacher(text)
-    if spec.family in outlines:
-        return outlines[spec.family](spec.name)
-    return families[spec.family](spec.name, spec.file).to(torch.device("meta"), torch.float32)
+    return cast(Teacher, teacher.to(torch.device("meta"), torch.float32) if meta else teacher)
 
 
 def _parse_teacher(text: str) -> Spec:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .errors import DataError, RadioError, SizeError
 from .io import write_bytes
-from .resample import resize_images
+from .ops import resize_images
 
 # Letters: H W stored height and width, h w the requested ones.
 

@@ -6,7 +6,7 @@ import copy
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -18,7 +18,7 @@ from .adaptors import AdaptorConfig, MLPAdaptor, find_adaptor
 from .config import from_plain, to_plain
 from .errors import CheckpointError, ConfigError, RadioError, SizeError, shown
 from .foreign import check_encoder, watch_features
-from .students import StudentOptions, students
+from .students import OptionsField, StudentOptions, resolve_options, students
 from .types import Adaptor, Features, Student
 
 # Letters: B batch.
@@ -29,7 +29,7 @@ class ModelConfig:
     """Everything needed to build a RadioModel, except its weights."""
 
     student: str
-    options: StudentOptions = field(default_factory=StudentOptions)
+    options: OptionsField = field(default_factory=StudentOptions)
     adaptors: tuple[AdaptorConfig, ...] = ()
 
 
@@ -50,10 +50,10 @@ class RadioModel(nn.Module):
         self, config: ModelConfig, metadata: Mapping[str, Any] | None = None, name: str | None = None
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config = replace(config, options=resolve_options(config.student, config.options))
         self.metadata = dict(metadata or {})
         self.label = name or config.student
-        self.student = make_student(config.student, config.options)
+        self.student = make_student(config.student, self.config.options)
         self.adaptors = cast("Mapping[str, Adaptor]", _heads(config.adaptors, self.student))
 
     @property
@@ -170,11 +170,11 @@ def make_student(name: str, options: StudentOptions) -> Student:
     """Build the student that is registered under a name, and check that it has every part of one.
 
     Raises:
-        ConfigError: an unknown name, options that it does not have, or another package's object that is no
+        ConfigError: an unknown name, options of another family, or another package's object that is no
             torch module, or lacks a part of `radio.types.Student`.
     """
     factory: Any = students[name]  # another package's factory may be any object
-    student = factory(options) if callable(factory) else factory
+    student = factory(resolve_options(name, options)) if callable(factory) else factory
     plugin = students.plugin(name)
     check_encoder(str(plugin or f"student {name!r}"), student, kind="Student", part="sample_crops")
     if plugin is not None:

@@ -89,7 +89,7 @@ class Backbone(Encoder, Protocol):
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """What the checkpoint says about its teachers, data and settings; see `radio.metadata.Metadata`."""
+        """What the checkpoint says about its teachers, data and settings; see `radio.checkpoint.Metadata`."""
 
     @property
     def adaptors(self) -> Mapping[str, Adaptor]:

@@ -11,11 +11,11 @@ from typing import Annotated, TypeVar
 import tyro
 from rich.console import Console
 
-from radio.config import check_options, read_yaml
+from radio.config import check_options, parse_options, read_yaml
 from radio.errors import ConfigError, did_you_mean
-from radio.options import parse_options
+from radio.students import options_type, students
 
-from .config import TrainConfig
+from .config import RENAMED, TrainConfig
 from .data.shards import runs_program
 from .loggers import say
 from .plan import PlanOptions, make_plan, print_plan
@@ -107,8 +107,8 @@ def _command(name: str, options: Sequence[str]) -> Command:
         ConfigError: the settings file's shards would run a command without --allow-pipes.
     """
     if not _is_file(name):
-        return _parse(Command, Command(config=_settings(name)), options, name)
-    command = _parse(FileCommand, FileCommand(config=_settings(name)), options, name)
+        return _parse(Command, Command(config=_with_student(_settings(name), options)), options, name)
+    command = _parse(FileCommand, FileCommand(config=_with_student(_settings(name), options)), options, name)
     typed = any(option.partition("=")[0] == "--data.shards" for option in options)
     for pattern in () if typed or command.allow_pipes else command.config.data.shards:
         if (program := runs_program(pattern)) is not None:
@@ -125,10 +125,10 @@ def _is_file(name: str) -> bool:
 
 def _plan(name: str, options: Sequence[str], console: Console) -> int:
     table = tables[name]() if name in tables else None
-    config = table.base if table else _settings(name)
+    config = _with_student(table.base if table else _settings(name), options)
     default = PlanCommand(config=config, options=PlanOptions())
     command = _parse(PlanCommand, default, options, f"{name} {PLAN}")
-    check_options(command.config)
+    check_options(command.config, RENAMED)
     runs = table.rows(command.config) if table else {name: command.config}
     for run in runs.values():
         check_tasks(run)
@@ -142,8 +142,8 @@ def _plan(name: str, options: Sequence[str], console: Console) -> int:
 def _make_table(name: str, options: Sequence[str], console: Console) -> int:
     """Train the rows of a table with command-line overrides and return the exit code."""
     table = tables[name]()
-    command = _parse(TableCommand, TableCommand(config=table.base), options, name)
-    rows = rows_of(table, check_options(command.config), command.rows)
+    command = _parse(TableCommand, TableCommand(config=_with_student(table.base, options)), options, name)
+    rows = rows_of(table, check_options(command.config, RENAMED), command.rows)
     trained = sweep(table, rows, command.config.out, console, restart=command.restart)
     return REQUEUE if trained.stopped else 0
 
@@ -160,6 +160,23 @@ def _settings(name: str) -> TrainConfig:
         hint = did_you_mean(name, known) or f"; known: {', '.join(known)}"
         raise ConfigError(f"unknown recipe {name!r}{hint}")
     return recipes[name]()
+
+
+def _with_student(config: TrainConfig, options: Sequence[str]) -> TrainConfig:
+    """Give the settings the student named among command-line options, and its family's options."""
+    name = config.student
+    for i, option in enumerate(options):
+        if option == "--student" and i + 1 < len(options):
+            name = options[i + 1]
+        elif option.startswith("--student="):
+            name = option.partition("=")[2]
+    if name not in students:  # an unknown name is reported later
+        return config
+    kind = options_type(name)
+    given = config.options
+    if type(given) is not kind:
+        given = kind(activation_checkpointing=given.activation_checkpointing)
+    return replace(config, student=name, options=given)
 
 
 def _parse(type_: type[S], default: S, options: Sequence[str], name: str) -> S:

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
+import tyro
 from annotated_types import Interval
 
 from radio.config import Count, CountOrZero, NotNegative, Pixels, Positive, Seed, Share, Workers
-from radio.students import StudentOptions
+from radio.students import OptionsField, StudentOptions
 
 BatchSize: TypeAlias = Annotated[int, Interval(ge=1, le=1 << 20)]  # 32,768 is the largest published one
 Decay: TypeAlias = Annotated[float, Interval(ge=0, lt=1)]
@@ -120,7 +121,7 @@ class TrainConfig:
     steps: Count
     batch_size: BatchSize  # images per step over all ranks, for teachers without their own
     out: Path
-    options: StudentOptions = field(default_factory=StudentOptions)
+    options: Annotated[OptionsField, tyro.conf.arg(name="student")] = field(default_factory=StudentOptions)
     summary: Literal["shared", "per-teacher", "mean"] = (
         "shared"  # one class token, one per teacher, or average pooling
     )
@@ -162,6 +163,9 @@ class TrainConfig:
     eval_tasks: tuple[str, ...] = ("knn", "zeroshot")  # evaluators to run
     max_nonfinite_steps: Count = 10  # stop after so many skipped steps in a row (non-finite gradients)
     score: tuple[str, ...] = ()  # tasks at the end, for student, untrained student, teachers
+
+
+RENAMED = {"options": "student"}  # fields whose command-line options have another name
 
 
 def run_name(config: TrainConfig) -> str:

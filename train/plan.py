@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from radio.benchmark import CostCounter
 from radio.config import Count, check_options
 from radio.errors import ConfigError, shown
-from radio.hub import outline_teacher
+from radio.hub import load_teacher
 from radio.model import RadioModel
 from radio.types import Teacher
 
@@ -247,7 +247,7 @@ def outline(config: TrainConfig, *, half: bool = False) -> Outline:
         ConfigError: the student or a teacher is unknown, or settings contradict each other.
         SizeError: a teacher or the student cannot take its resolution.
     """
-    teachers = {t.name: outline_teacher(t.model) for t in config.teachers}
+    teachers = {t.name: load_teacher(t.model, meta=True) for t in config.teachers}
     for teacher in teachers.values():
         make_lean(teacher, config, half=half)
     sizes = teacher_sizes(config, teachers)

@@ -17,12 +17,12 @@ from radio.dist import Group
 from radio.errors import CheckpointError, ConfigError, SizeError, shown
 from radio.hub import load_teacher
 from radio.model import ModelConfig, RadioModel, make_student
-from radio.resample import resize_images
-from radio.students import students
-from radio.teachers.frozen import Frozen
+from radio.ops import resize_images
+from radio.students import resolve_options, students
+from radio.teachers.base import Frozen
 from radio.types import Features, Student, Teacher
 
-from .config import TeacherConfig, TrainConfig
+from .config import RENAMED, TeacherConfig, TrainConfig
 from .data.errors import ERROR_LIST
 from .distributed import check_shardable, is_half
 from .groups import Partition, make_partition
@@ -48,7 +48,7 @@ def check_settings(config: TrainConfig, world: int) -> Partition:
         ConfigError: a setting is out of bounds, the run folder is unusable, the student is unknown, no loss
             has a weight, or the ranks cannot share the batches.
     """
-    check_options(config)
+    check_options(config, RENAMED)
     for name, (low, high) in {
         "--data.crop-scale": config.data.crop_scale,
         "--data.crop-aspect": config.data.crop_aspect,
@@ -200,14 +200,15 @@ def student_resolutions(config: TrainConfig) -> dict[str, int]:
 def round_resolutions(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
     """Round the student's resolution for each teacher to the nearest one that the student takes.
 
-    Returns the config and one line per change. The run's own resolution is not changed, nor that of a timm
-    student, which is built for one size.
+    Returns the config and one line per change. The run's own resolution is not changed, nor those of a
+    student that is built for one size.
     """
-    if config.student.startswith("timm:"):
+    options = resolve_options(config.student, config.options)
+    if options.has("image_size"):
         return config, []
     with torch.device("meta"):
-        student = make_student(config.student, config.options)
-    if student.with_window is not None and config.options.window is None:
+        student = make_student(config.student, options)
+    if student.with_window is not None and options.get("window") is None:
         student = student.with_window(None)
     teachers, changes = [], []
     for teacher in config.teachers:
@@ -226,17 +227,21 @@ def model_config(config: TrainConfig, teachers: Mapping[str, TeacherFacts | Teac
     """Build the model's config: the student and one adaptor per teacher.
 
     Raises:
-        ConfigError: class tokens are set twice, by `summary` and by `options.class_tokens`.
+        ConfigError: class tokens are set twice, by `summary` and by the options.
     """
-    options = config.options
-    if config.summary != "shared":
-        if options.class_tokens is not None:
+    options = resolve_options(config.student, config.options)
+    if config.summary == "per-teacher" and not options.has("class_tokens"):
+        raise ConfigError(
+            f"{config.student} has no class tokens, its summary is a mean; take --summary shared or mean"
+        )
+    if config.summary != "shared" and options.has("class_tokens"):
+        if options.get("class_tokens") is not None:
             raise ConfigError(
-                f"--summary {config.summary} decides the class tokens; leave --options.class-tokens out"
+                f"--summary {config.summary} decides the class tokens; leave --student.class-tokens out"
             )
-        options = replace(options, class_tokens=len(teachers) if config.summary == "per-teacher" else 0)
-    if options.image_size is None and config.student.startswith("timm:"):  # some take one size only
-        options = replace(options, image_size=config.resolution)
+        options = options.change(class_tokens=len(teachers) if config.summary == "per-teacher" else 0)
+    if options.has("image_size") and options.get("image_size") is None:  # some take one size only
+        options = options.change(image_size=config.resolution)
     adaptors = tuple(
         AdaptorConfig(
             name=name,
@@ -261,7 +266,7 @@ def choose_windows(student: Student, config: TrainConfig) -> dict[int, tuple[int
         SizeError: the student does not take a resolution of the run; the message names the nearest valid one.
     """
     windows: dict[int, tuple[int, ...]] = dict.fromkeys(student_resolutions(config).values(), ())
-    if student.window is not None and config.options.window is None:
+    if student.window is not None and config.options.get("window") is None:
         for side in windows:
             grid = side // student.patch_size
             windows[side] = tuple(w for w in config.windows if grid % w == 0 and w < grid)

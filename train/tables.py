@@ -25,11 +25,11 @@ from evals.core.paper import TABLE_3, TABLE_6_MODELS, table_6_row
 from radio.dist import Group
 from radio.errors import ConfigError, MissingExtraError, did_you_mean, require, shown
 from radio.io import write_bytes, write_text
-from radio.lock import locked
-from radio.memory import collect
+from radio.model import make_student
 from radio.provenance import choose_device
 from radio.registry import Registry
-from radio.students import students
+from radio.resources import collect, locked
+from radio.students import resolve_options
 
 from .config import BalanceConfig, DataConfig, OptimConfig, TeacherConfig, TrainConfig
 from .distributed import join
@@ -363,11 +363,11 @@ def _row_per_student(base: TrainConfig) -> Rows:
 
 
 def _nearest_side(name: str, base: TrainConfig) -> int:
-    factory = students[name]
-    if name.startswith("timm:"):  # built for the resolution
+    options = resolve_options(name, base.options)
+    if options.has("image_size"):  # built for the resolution
         return base.resolution
     with torch.device("meta"):
-        return factory(base.options).nearest_size(base.resolution, base.resolution)[0]
+        return make_student(name, options).nearest_size(base.resolution, base.resolution)[0]
 
 
 def _compare_students(rows: Rows, checkpoints: Mapping[str, Path], out: Path, console: Console) -> None:

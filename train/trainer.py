@@ -21,8 +21,8 @@ from radio.config import write_yaml
 from radio.dist import Group
 from radio.errors import CheckpointError, RadioError
 from radio.io import check_writable
-from radio.memory import memory_of
 from radio.model import build
+from radio.resources import memory_of
 from radio.students import students
 from radio.types import Features, Teacher
 

@@ -49,9 +49,9 @@ from radio.images import (
     evaluation_view,
     resize,
 )
-from radio.memory import check_memory
 from radio.progress import Advance, ProgressFactory, no_progress
 from radio.provenance import fast_products, has_tf32
+from radio.resources import check_memory
 from radio.types import Backbone, Features
 
 from .report import DatasetInfo, Skipped

@@ -22,8 +22,8 @@ from radio.dist import Group
 from radio.errors import ConfigError, DataError, RadioError
 from radio.foreign import blame
 from radio.io import read_json, write_text
-from radio.memory import collect
 from radio.progress import ProgressFactory
+from radio.resources import collect
 from radio.types import Backbone
 
 from .evaluator import Evaluator, RunSettings, run_evaluator

@@ -18,12 +18,12 @@ from evals.core.blocks import ImageGrid, ImageRow
 from evals.core.evaluator import EvalRun, Evaluator, Result
 from evals.core.pca import Components
 from evals.core.report import DatasetInfo, Metric, Skipped
+from radio.checkpoint import TeacherEntry
 from radio.config import check
 from radio.data import ImageSource
 from radio.errors import DataError, RadioError
 from radio.hub import load_backbone
 from radio.images import resize
-from radio.metadata import TeacherEntry
 from radio.types import Backbone, Features
 
 # Letters: N images, T tokens, D token width, H W grid.

@@ -15,10 +15,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from evals.core.suite import NOISE_FILE, read_noise
-from radio.config import NotNegative, check
+from radio.config import NotNegative, check, parse_options
 from radio.errors import shown
 from radio.io import check_file, write_text
-from radio.options import parse_options
 
 from .compare import Change, compare, read_reports, regressions
 from .page import write_page

@@ -14,15 +14,13 @@ from torch import Tensor
 
 from evals.core.features import place
 from radio.adaptors import AdaptorConfig, MLPAdaptor, find_adaptor
-from radio.checkpoint import digest
+from radio.checkpoint import digest, teachers_on
 from radio.errors import CheckpointError, ConfigError, RadioError, SizeError, did_you_mean, shown
 from radio.hub import load_teacher, parse
-from radio.metadata import teachers_on
 from radio.model import RadioModel, seeded
-from radio.resample import resize_features
+from radio.ops import resize_features
 from radio.teachers import families
-from radio.teachers.sam import MEMBERS
-from radio.teachers.sam_decoder import SamHead, load_sam_head, new_released_sam
+from radio.teachers.sam import MEMBERS, SamHead, load_sam_head, new_released_sam
 from radio.types import Backbone, Features
 
 # Letters: B images, C neck width, h w embedding grid.
@@ -163,11 +161,11 @@ def _head(spec: str, file: Path | None, find: Callable[[], Backbone]) -> SamHead
     Args:
         find: returns the encoder.
     """
-    if _is_shipped(spec) or file is not None:
+    if file is not None:
         return load_sam_head(spec, file)
     encoder = find()
-    if encoder.sam is not None:
-        return SamHead(encoder.sam, encoder.name)
+    if (sam := encoder.sam) is not None:
+        return SamHead(sam, encoder.name)
     if encoder.weights_file is not None:
         return load_sam_head(spec, encoder.weights_file)
     raise ConfigError(

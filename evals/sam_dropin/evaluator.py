@@ -24,7 +24,7 @@ from radio.chunks import DamagedError
 from radio.config import Count, CountOrZero, Pixels, check
 from radio.errors import ConfigError, require
 from radio.images import write_png
-from radio.scenes.layouts import CARD_VERSION, ScenesSettings, write_cached
+from radio.scenes.export import CARD_VERSION, ScenesSettings, write_cached
 from radio.types import Backbone
 
 from .annotations import CocoImage

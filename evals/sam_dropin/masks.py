@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from radio.errors import require
-from radio.teachers.sam_decoder import SamHead, decode
+from radio.teachers.sam import SamHead, decode
 
 # Letters: H W stored image, h w decoder's mask, S side of the frame, P prompts, K clicks, N masks,
 # R bytes per column = ceil(H / 8).

@@ -34,8 +34,8 @@ from radio.chunks import (
     write_tensors,
 )
 from radio.errors import RadioError, require
-from radio.memory import check_memory
 from radio.provenance import fast_products
+from radio.resources import check_memory
 
 from .annotations import CocoImage
 from .data import Instances

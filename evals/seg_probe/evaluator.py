@@ -26,8 +26,8 @@ from radio.config import to_plain
 from radio.errors import ConfigError, MissingExtraError, require
 from radio.image_files import spread
 from radio.io import write_bytes
-from radio.memory import check_memory
-from radio.scenes.layouts import CARD_VERSION, ScenesSettings, write_cached
+from radio.resources import check_memory
+from radio.scenes.export import CARD_VERSION, ScenesSettings, write_cached
 from radio.types import Backbone
 
 from .data import Checked, Dataset, Split, check_split, open_dataset

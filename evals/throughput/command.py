@@ -16,13 +16,12 @@ from rich.table import Table
 from evals.core.blocks import Table as SpeedTable
 from evals.core.paper import TABLE_6_MODELS
 from evals.core.report import Report
-from radio.config import check
+from radio.config import check, parse_options
 from radio.errors import ConfigError
 from radio.hub import load_backbone
 from radio.model import ModelConfig, build
-from radio.options import parse_options
 from radio.progress import watch_on
-from radio.students import StudentOptions, students
+from radio.students import options_type, students
 
 from .evaluator import COLUMNS, SPEED_TABLE, Entry, ThroughputSettings, paper_name, report_all
 
@@ -91,8 +90,10 @@ def load_entry(spec: str, resolution: int | None = None) -> Entry:
     if arch not in students:
         model = load_backbone(spec)
         return Entry(name=model.name, model=model, paper_name=paper_name(model))
-    sized = StudentOptions(image_size=resolution) if arch.startswith("timm:") else StudentOptions()
-    untrained = build(ModelConfig(student=arch, options=sized), 0).eval()
+    options = options_type(arch)()
+    if options.has("image_size"):
+        options = options.change(image_size=resolution)
+    untrained = build(ModelConfig(student=arch, options=options), 0).eval()
     return Entry(name=arch, model=untrained, paper_name=arch, untrained=True)
 
 

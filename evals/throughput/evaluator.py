@@ -30,11 +30,11 @@ from radio.benchmark import (
 )
 from radio.config import Pixels, check, to_plain
 from radio.errors import ConfigError, SizeError, did_you_mean
-from radio.memory import check_memory
 from radio.model import RadioModel
 from radio.progress import ProgressFactory, ProgressWithText, no_progress
 from radio.provenance import choose_device, describe_device
-from radio.teachers.frozen import Frozen
+from radio.resources import check_memory
+from radio.teachers.base import Frozen
 from radio.types import Backbone
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

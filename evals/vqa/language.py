@@ -36,7 +36,7 @@ from radio.checkpoint import check_finite
 from radio.errors import CheckpointError, ConfigError, MissingExtraError, RadioError, require, shown
 from radio.io import parse_json, read_json, read_text, validate
 from radio.model import seeded
-from radio.teachers.pip_weights import Package, locate
+from radio.teachers.pip import Package, locate
 
 from .data import SYSTEM, Record
 from .scoring import IMAGE

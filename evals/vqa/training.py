@@ -37,10 +37,10 @@ from radio.chunks import DamagedError, TensorSpec, check_all_there, read_tensors
 from radio.data import ImageSource
 from radio.errors import ConfigError, DataError, RadioError, require
 from radio.io import write_text
-from radio.memory import collect
 from radio.model import seeded
 from radio.progress import ProgressWithText
 from radio.provenance import fast_products
+from radio.resources import collect
 
 from .data import Conversations, Piece, Record, VisionInputs, collate, format_prompt, sample_order, tokenize
 from .language import LanguageModel

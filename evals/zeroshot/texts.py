@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from evals.core.features import to_unit
+from radio.checkpoint import teachers_on
 from radio.chunks import (
     Damage,
     TensorSpec,
@@ -26,7 +27,6 @@ from radio.chunks import (
 from radio.dist import Group
 from radio.errors import CheckpointError, ConfigError, RadioError, did_you_mean, require
 from radio.hub import load_teacher
-from radio.metadata import teachers_on
 from radio.progress import Advance, ProgressFactory, no_progress
 from radio.types import Backbone, Teacher, TextTower
 

@@ -1,7 +1,7 @@
 """The generated world: seeded images with classes, captions, masks and questions, and their writers."""
 
+from .export import LAYOUTS, write
 from .language import KINDS, TEMPLATES, VOCABULARY, Question, caption, captions, questions
-from .layouts import LAYOUTS, write
 from .world import (
     CLASSES,
     COLOURS,

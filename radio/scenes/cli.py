@@ -13,11 +13,10 @@ from annotated_types import Le
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from radio.config import Workers, check
+from radio.config import Workers, check, parse_options
 from radio.errors import RadioError, one_line, shown
-from radio.options import parse_options
 
-from .layouts import ScenesSettings, write
+from .export import ScenesSettings, write
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,9 +4,8 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from .placement import CLASSES, COLOURS, Split, generator
 from .shapes import SHAPES
-from .world import Scene, SceneObject
+from .world import CLASSES, COLOURS, Scene, SceneObject, Split, generator
 
 TEMPLATES: tuple[str, ...] = (
     "a {}",

@@ -1,41 +1,101 @@
-"""Registry of students; a factory receives the options that recipes may set and returns a new model."""
+"""Registry of students; a factory receives the options of its family and returns a new model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, Literal
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any, Self
 
 from annotated_types import Interval
 
-from ..config import Pixels
+from ..config import ReadWith, from_plain
+from ..errors import ConfigError
 from ..registry import Registry
 from ..types import Student
-from .windowed import Schedule
 
-Tokens = Annotated[int, Interval(ge=0, le=1024)]  # besides the patches
 Window = Annotated[int, Interval(ge=1, le=1024)]  # a side in tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudentOptions:
-    """Options of students in recipes; a family raises an error for options that it lacks."""
+    """Options that every student has in recipes; each family adds its own in a subclass.
 
-    class_tokens: Tokens | None = (
-        None  # 1, or one per teacher; 0 = pooling (table 5); None = the architecture's
-    )
-    registers: Tokens | None = None  # register tokens; None = the architecture's
-    stem: Literal["linear", "conv"] | None = None  # None = the architecture's
-    window: Window | None = None  # window side of a vitdet student; None = the architecture's
-    schedule: Schedule | None = None  # a vitdet student's global blocks: a name, or their number
-    activation_checkpointing: bool = False  # activation checkpointing of every block
-    upsample: bool | None = None  # add a neck of twice the resolution to a timm student; None = no
-    image_size: Pixels | None = None  # side in pixels that a timm student is built for; None = its own
+    Instances of this class itself are accepted by every family. Its factories annotate their parameter with
+    the subclass, which gives the options their names and bounds on the command line and in files.
+    """
+
+    activation_checkpointing: bool = False  # recompute every block's activations in the backward pass
+
+    def has(self, name: str) -> bool:
+        """Check whether the family has an option of this name."""
+        return name in {option.name for option in fields(self)}
+
+    def get(self, name: str) -> Any:
+        """Return the value of an option; None if it is unset or the family does not have it."""
+        return getattr(self, name) if self.has(name) else None
+
+    def change(self, **options: Any) -> Self:
+        """Return a copy with other values of these options, which the family has."""
+        return replace(self, **options)
 
 
-StudentFactory = Callable[[StudentOptions], Student]
+StudentFactory = Callable[[Any], Student]
 
 students: Registry[StudentFactory] = Registry("student")
+
+
+def options_type(name: str) -> type[StudentOptions]:
+    """Return the options of a student's family: the annotation of its factory's first parameter.
+
+    Raises:
+        ConfigError: an unknown student, or another package's options of another kind.
+    """
+    factory: Any = students[name]
+    if not callable(factory):  # another package's finished student
+        return StudentOptions
+    parameters = inspect.signature(factory, eval_str=True).parameters.values()
+    kind = next((parameter.annotation for parameter in parameters), inspect.Parameter.empty)
+    if kind is inspect.Parameter.empty:
+        return StudentOptions
+    if not (isinstance(kind, type) and issubclass(kind, StudentOptions)):
+        raise ConfigError(
+            f"{students.plugin(name) or f'student {name!r}'}: its factory takes a {kind!r:.80}; wanted a "
+            f"subclass of radio.students.StudentOptions"
+        )
+    return kind
+
+
+def resolve_options(name: str, options: StudentOptions) -> StudentOptions:
+    """Convert options that are common to all families to those of a student's own family.
+
+    Raises:
+        ConfigError: options of another family.
+    """
+    kind = options_type(name)
+    if type(options) is kind:
+        return options
+    if type(options) is StudentOptions:
+        return kind(activation_checkpointing=options.activation_checkpointing)
+    raise ConfigError(f"student {name!r} has {kind.__name__}, got {type(options).__name__}; give it its own")
+
+
+def read_options(data: Any, settings: Mapping[str, Any], where: str) -> StudentOptions:
+    """Read the options of the student that `settings` name; options of other families must be unset.
+
+    Raises:
+        ConfigError: an unknown student, or as `from_plain`.
+    """
+    name = settings.get("student")
+    kind = options_type(name) if isinstance(name, str) else StudentOptions
+    if isinstance(data, Mapping):  # before 0.2 the options of all families stood in every file
+        own = {field.name for field in fields(kind)}
+        data = {key: value for key, value in data.items() if key in own or value is not None}
+    return from_plain(kind, data, where)
+
+
+OptionsField = Annotated[StudentOptions, ReadWith(read_options)]
+"""The type of a field `options` beside a field `student`."""
 
 from . import eradio as _eradio  # noqa: E402, F401  (registers the E-RADIO family)
 from . import timm as _timm  # noqa: E402, F401  (registers timm's models)

@@ -5,22 +5,22 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import ConfigError, SizeError
+from ..config import check, to_plain
+from ..errors import SizeError
 from ..nn.conv import C2f, ChannelAffine, ConvNorm, Downsample, Neck, NeckKind, StridedStem
-from ..nn.normalise import Normalise
-from ..nn.recompute import recomputed
-from ..nn.windowed_block import MultiResolutionBlock, WindowBlock, map_of, windows_of
+from ..nn.vit import Normalise
+from ..nn.windows import MultiResolutionBlock, WindowBlock, map_of, windows_of
+from ..ops import check_window, choose_side, nearest_multiple
 from ..types import Features
-from ..windows import check_window, choose_side, nearest_multiple
-from . import StudentOptions, students
-from .shape import Shape, Shaped
+from . import StudentOptions, Window, students
+from .vit import ShapedStudent, StudentShape
 
 # Letters: B batch, T tokens, D width, H W grid.
 
@@ -30,12 +30,11 @@ LEAST_WINDOW = 4
 MOST_WINDOW = 16
 """In tokens; larger sides are chosen only if none from 4 to 16 divides the map."""
 
-_OPTIONS = ("class_tokens", "window", "activation_checkpointing")
 _BRANCH = 0.3  # initial scale of half-resolution branches; at 1 every one doubles the variance
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ERadioConfig(Shape):
+class ERadioConfig(StudentShape):
     """The shape of one E-RADIO: four stages of widths d, 2d, 4d, 8d, each at half the resolution before."""
 
     width: int  # d
@@ -48,7 +47,7 @@ class ERadioConfig(Shape):
     neck: NeckKind | None = "lateral"  # None = no up-sampling
 
 
-class ERadio(Shaped):
+class ERadio(ShapedStudent):
     """A hybrid of C2f stages and windowed transformer stages, with batch norms, and maps in channels-last.
 
     A forward uses one window side: it divides stage 4's map, which has the size of stage 3's half-resolution
@@ -146,10 +145,10 @@ class ERadio(Shaped):
         side = self._window(images)
         # Only the input: convolutions follow its layout, and FSDP does not support channels-last weights.
         x = self.normalise(images).contiguous(memory_format=torch.channels_last)
-        x = self.down1(self._call(self.stage1, self.stem(x)))
-        x = self.down2(self._call(self.stage2, x))
+        x = self.down1(self.apply_block(self.stage1, self.stem(x)))
+        x = self.down2(self.apply_block(self.stage2, x))
         for block in self.stage3:
-            x = self._call(block, x, side)
+            x = self.apply_block(block, x, side)
         last = self.norm(self._last_stage(self.down3(x), side))
         plane = last if self.neck is None else self.neck(x, last)
         tokens = plane.permute(0, 2, 3, 1).flatten(1, 2)
@@ -159,14 +158,8 @@ class ERadio(Shaped):
         grid = x.shape[2], x.shape[3]
         windows = windows_of(x, side)
         for block in self.stage4:
-            windows = self._call(block, windows, side)
+            windows = self.apply_block(block, windows, side)
         return map_of(windows, grid, side)
-
-    def _call(self, block: nn.Module, *inputs: Any) -> Tensor:
-        if self.config.activation_checkpointing and self.training:
-            return recomputed(block, *inputs)
-        out: Tensor = block(*inputs)
-        return out
 
     def _window(self, images: Tensor) -> int:
         height, width = images.shape[-2:]
@@ -208,26 +201,15 @@ def _keep_variance(conv: nn.Conv2d | nn.ConvTranspose2d) -> None:
     nn.init.trunc_normal_(conv.weight, std=(conv.in_channels * max(taps, 1)) ** -0.5)
 
 
-def _build(config: ERadioConfig, options: StudentOptions) -> ERadio:
-    """Build an E-RADIO of this shape with a recipe's options.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ERadioOptions(StudentOptions):
+    """Options of the E-RADIO students."""
 
-    Raises:
-        ConfigError: an option that it does not have, or a window below 1.
-    """
-    given = [option.name for option in fields(options) if getattr(options, option.name) != option.default]
-    for name in given:
-        if name not in _OPTIONS:
-            raise ConfigError(f"{config.name} has no {name.replace('_', '-')}; leave it out")
-    if options.class_tokens:
-        raise ConfigError(
-            f"{config.name} has no class tokens, its summary is the mean of its last stage; "
-            f"take --summary shared or mean"
-        )
-    if options.window is not None and options.window < 1:
-        raise ConfigError(f"{config.name}: window is {options.window}, and 1 is the least it can be")
-    return ERadio(
-        replace(config, window=options.window, activation_checkpointing=options.activation_checkpointing)
-    )
+    window: Window | None = None  # window side in tokens of stage 4; None = chosen by the input's size
+
+
+def _build(config: ERadioConfig, options: ERadioOptions) -> ERadio:
+    return ERadio(replace(config, **to_plain(check(options, config.name))))
 
 
 # Widths and depths chosen to match the parameter counts of the paper's table 6.

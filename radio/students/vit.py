@@ -4,30 +4,114 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from ..checkpoint import digest
+from ..config import check, to_plain
 from ..errors import ConfigError, SizeError
-from ..nn.block import NORM_EPS, Block
-from ..nn.normalise import Normalise
-from ..nn.patch_embed import ConvStem, LinearStem
-from ..nn.positions import CroppedPositions, draw_crops
+from ..nn.vit import (
+    NORM_EPS,
+    Block,
+    ConvStem,
+    CroppedPositions,
+    LinearStem,
+    Normalise,
+    draw_crops,
+    recomputed,
+)
+from ..ops import check_window, from_windows, nearest_multiple, to_windows
 from ..types import Features
-from ..windows import check_window, from_windows, nearest_multiple, to_windows
-from . import StudentOptions, students
-from .shape import Shape, Shaped
-from .windowed import Schedule, global_blocks
+from . import StudentOptions, Window, students
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudentShape:
+    """Settings common to the configs of the ViT and E-RADIO families."""
+
+    name: str
+    native: int = 224  # native image side in pixels
+    window: int | None = None  # side of an attention window in tokens
+    activation_checkpointing: bool = False  # does not change the output
+
+
+class ShapedStudent(nn.Module):
+    """A student that its `config` describes completely, except for the weights."""
+
+    config: StudentShape
+    fixed_size = False
+
+    @property
+    def name(self) -> str:
+        """Name of the architecture."""
+        return self.config.name
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the weights and of everything in the config that changes the output."""
+        shape = to_plain(replace(self.config, activation_checkpointing=False))
+        return digest(self.state_dict(), json.dumps(shape, sort_keys=True))
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """Native (height, width) in pixels."""
+        return self.nearest_size(self.config.native, self.config.native)
+
+    @property
+    def window(self) -> int | None:
+        """Side of the attention windows in tokens."""
+        return self.config.window
+
+    def nearest_size(self, height: int, width: int) -> tuple[int, int]:
+        """Compute the nearest accepted (height, width) in pixels."""
+        raise NotImplementedError
+
+    def apply_block(self, block: nn.Module, *inputs: Any) -> Tensor:
+        """Apply a block; in training recompute its activations in the backward pass if the config says so."""
+        if self.config.activation_checkpointing and self.training:
+            return recomputed(block, *inputs)
+        out: Tensor = block(*inputs)
+        return out
+
+
+NumTokens = Annotated[int, Interval(ge=0, le=1024)]  # besides the patches
+NumGlobal = Annotated[int, Interval(ge=1, le=1024)]
+Schedule = Literal["quarters", "runs-of-5"] | NumGlobal
+"""A name, or the number of parts of the depth that each end in a global block."""
+
+
+def global_blocks(depth: int, schedule: Schedule = "quarters") -> tuple[int, ...]:
+    """Compute the indices of the global blocks; the others are windowed, and the last is always global.
+
+    `quarters`, or 4: one at the end of every quarter of the depth (ViTDet: 7, 15, 23, 31 of 32).
+    Another number: as many parts. If they do not divide the depth, each has the quotient rounded down, and
+    the remaining blocks end in an additional global one (5, 11, 17, 23, 26 of 27; AM-RADIO's rule).
+    `runs-of-5`: one after every five windowed blocks (5, 11, 17, 23, 29, 31 of 32).
+
+    Raises:
+        ConfigError: parts of a single block, all of them global, or no parts.
+    """
+    parts = 4 if schedule == "quarters" else schedule
+    period = 6 if isinstance(parts, str) else depth // max(parts, 1)
+    if period < 2 or (isinstance(parts, int) and parts < 1):
+        raise ConfigError(
+            f"a depth of {depth} does not have {parts} parts of two or more blocks, some windowed; "
+            f"take a schedule of 1 to {max(depth // 2, 1)} global blocks, or runs-of-5"
+        )
+    return tuple(sorted({*range(period - 1, depth, period), depth - 1}))
+
 
 # Letters: B batch, T tokens, D width, K class tokens, H W grid.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ViTConfig(Shape):
+class ViTConfig(StudentShape):
     """The shape of one ViT; a window of None is global attention everywhere."""
 
     width: int
@@ -43,7 +127,7 @@ class ViTConfig(Shape):
     schedule: Schedule = "quarters"
 
 
-class ViT(Shaped):
+class ViT(ShapedStudent):
     """A vision transformer for any image whose sides are multiples of the patch (times the window)."""
 
     config: ViTConfig
@@ -147,10 +231,10 @@ class ViT(Shaped):
             if index > max(wanted):
                 break
             if side is None or index in everywhere:
-                joined = self._call(block, torch.cat((prefix, patches), dim=1))
+                joined = self.apply_block(block, torch.cat((prefix, patches), dim=1))
                 prefix, patches = joined[:, :p], joined[:, p:]
             else:
-                windows = self._call(block, patches.reshape(-1, side * side, patches.shape[-1]))
+                windows = self.apply_block(block, patches.reshape(-1, side * side, patches.shape[-1]))
                 patches = windows.reshape(patches.shape)
             if index in wanted:
                 found[index] = self._features(prefix, patches, grid)
@@ -163,13 +247,6 @@ class ViT(Shaped):
         k = self.config.class_tokens
         summary = self.norm(prefix[:, :k]).flatten(1) if k else tokens.mean(dim=1)
         return Features(summary, tokens, grid)
-
-    def _call(self, block: nn.Module, x: Tensor) -> Tensor:
-        if self.config.activation_checkpointing and self.training:
-            out: Tensor = checkpoint(block, x, use_reentrant=False)
-            return out
-        plain: Tensor = block(x)
-        return plain
 
     def _global_blocks(self) -> tuple[int, ...]:
         return () if self.config.window is None else global_blocks(self.config.depth, self.config.schedule)
@@ -195,29 +272,39 @@ def _initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def _build(config: ViTConfig, options: StudentOptions) -> ViT:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViTOptions(StudentOptions):
+    """Options of the ViT students; None = the architecture's own."""
+
+    class_tokens: NumTokens | None = None  # 1, or one per teacher; 0 = pooling (table 5)
+    registers: NumTokens | None = None  # register tokens
+    stem: Literal["linear", "conv"] | None = None  # patch embedding
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViTDetOptions(ViTOptions):
+    """Options of the windowed ViT students; None = the architecture's own."""
+
+    window: Window | None = None  # window side in tokens
+    schedule: Schedule | None = None  # global blocks: a name, or their number
+
+
+def _build(config: ViTConfig, options: ViTOptions) -> ViT:
     """Build a ViT of this shape with a recipe's options.
 
     Raises:
-        ConfigError: an option that it does not have, or a count out of range.
+        ConfigError: an option out of range.
     """
-    chosen = {
-        key: value
-        for key in ("class_tokens", "registers", "stem", "window", "schedule")
-        if (value := getattr(options, key)) is not None
-    }
-    foreign = [name for name in ("upsample", "image_size") if getattr(options, name) is not None]
-    if foreign:
-        raise ConfigError(f"{config.name} has no {foreign[0].replace('_', '-')}; that is for timm students")
-    if config.window is None and ({"window", "schedule"} & chosen.keys()):
-        raise ConfigError(f"{config.name} has no windows; use vitdet-{config.name.removeprefix('vit-')}")
-    for key, least in (("class_tokens", 0), ("registers", 0), ("window", 1)):
-        if chosen.get(key, least) < least:
-            raise ConfigError(f"{config.name}: {key} is {chosen[key]}, and {least} is the least it can be")
-    whole = replace(config, activation_checkpointing=options.activation_checkpointing, **chosen)
+    options = check(options, config.name)
+    given = {key: value for key, value in to_plain(options).items() if value is not None}
+    whole = replace(config, **given)
     if whole.window is not None:
         global_blocks(whole.depth, whole.schedule)  # raises early for an impossible schedule
     return ViT(whole)
+
+
+def _build_windowed(config: ViTConfig, options: ViTDetOptions) -> ViT:
+    return _build(config, options)
 
 
 # The paper's table 6 and §4: patch 14 has 75 x 75 positions (1050 px), patch 16 has 128 x 128 (2048 px). Each
@@ -253,4 +340,4 @@ _FAMILY = (
 
 for _config, _twin, _side in _FAMILY:
     students.add(_config.name, functools.partial(_build, _config))
-    students.add(_twin, functools.partial(_build, replace(_config, name=_twin, window=_side)))
+    students.add(_twin, functools.partial(_build_windowed, replace(_config, name=_twin, window=_side)))

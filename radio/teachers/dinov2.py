@@ -2,28 +2,132 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoint import load_state
-from ..errors import ConfigError, did_you_mean
+from ..errors import CheckpointError, ConfigError, did_you_mean
+from ..nn.vit import IMAGENET_MEAN, IMAGENET_STD, NORM_EPS, Block, LinearStem
 from ..types import Features, Teacher
-from . import families, outlines
-from .dinov2_layouts import ANCHORS, Resampling, to_official
-from .frozen import Frozen
-from .weights_file import read_weights
+from . import families
+from .base import Frozen, read_weights
+
+# transformers' names and the official ones; query, key and value are concatenated afterwards.
+_TRANSFORMERS = (
+    (r"^dinov2(_with_registers)?\.", ""),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^embeddings\.", ""),
+    (r"^layernorm\.", "norm."),
+    (r"^encoder\.layer\.", "blocks."),
+    (r"\.attention\.attention\.", ".attn."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+    (r"\.mlp\.weights_in\.", ".mlp.w12."),
+    (r"\.mlp\.weights_out\.", ".mlp.w3."),
+)
+_PARTS = ("query", "key", "value")
+
+ANCHORS = ("cls_token", "embeddings.cls_token")
+"""Weights of every layout have one of these names: the official and timm's, or transformers'."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resampling:
+    """How positions are resampled to another grid: bicubic, with the options in which the sources differ."""
+
+    offset: float = 0.0  # patches added to the grid's sides in the scale's computation
+    antialias: bool = False
+
+
+class Layout(NamedTuple):
+    """Weights under the official names, and the resampling of their original code."""
+
+    tensors: dict[str, Tensor]
+    resampling: Resampling
+
+
+def to_official(tensors: dict[str, Tensor], source: str) -> Layout:
+    """Rename DINOv2 weights in the official layout, timm's or transformers' to the official names.
+
+    The official code resamples positions with offset 0.1 and no antialiasing, but those of its models with
+    registers without offset and antialiased; timm always antialiases; transformers only with registers.
+
+    Raises:
+        CheckpointError: none of the three layouts; `source` names the file.
+    """
+    try:
+        return _to_official(tensors, source)
+    except (IndexError, TypeError, RuntimeError) as error:  # missing dimensions
+        raise CheckpointError(f"{source}: not DINOv2 weights: tensors of odd shapes ({error})") from error
+
+
+def _to_official(tensors: dict[str, Tensor], source: str) -> Layout:
+    if any(name.endswith("embeddings.cls_token") for name in tensors):
+        return _from_transformers(tensors)
+    if "cls_token" not in tensors or "pos_embed" not in tensors:
+        raise CheckpointError(
+            f"{source}: not DINOv2 weights: wanted the keys of the official release, of timm or of "
+            f"transformers, got {', '.join(list(tensors)[:3])} …"
+        )
+    if "mask_token" not in tensors:  # timm drops it, the official files always have it
+        return Layout(_from_timm(tensors), Resampling(antialias=True))
+    has_registers = "register_tokens" in tensors
+    resampling = Resampling(antialias=True) if has_registers else Resampling(offset=0.1)
+    return Layout(_without_mask_token(tensors), resampling)
+
+
+def _from_transformers(tensors: dict[str, Tensor]) -> Layout:
+    renamed = {_rename(name): tensor for name, tensor in tensors.items()}
+    for name in [name for name in renamed if ".attn.query." in name]:
+        parts = [name.replace("query", part) for part in _PARTS]
+        if all(part in renamed for part in parts):
+            renamed[name.replace("query", "qkv")] = torch.cat([renamed.pop(part) for part in parts])
+    antialias = "register_tokens" in renamed
+    return Layout(_without_mask_token(renamed), Resampling(antialias=antialias))
+
+
+def _rename(name: str) -> str:
+    for pattern, replacement in _TRANSFORMERS:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _from_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    official = dict(tensors)
+    if _has_packed_swiglu(official):
+        official = {
+            name.replace(".mlp.fc1.", ".mlp.w12.").replace(".mlp.fc2.", ".mlp.w3."): tensor
+            for name, tensor in official.items()
+        }
+    if "reg_token" in official:
+        # In timm the class token includes its own position.
+        official["register_tokens"] = official.pop("reg_token")
+        positions = official["pos_embed"]
+        official["pos_embed"] = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
+    return official
+
+
+def _has_packed_swiglu(tensors: dict[str, Tensor]) -> bool:
+    """Check whether fc1 outputs gate and value together, twice the input of fc2, as in the giant."""
+    first, second = tensors.get("blocks.0.mlp.fc1.weight"), tensors.get("blocks.0.mlp.fc2.weight")
+    return first is not None and second is not None and len(first) == 2 * second.shape[1]
+
+
+def _without_mask_token(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name != "mask_token"}
+
 
 # Letters: B batch, T tokens, P class and register tokens, D width, H W grid, h w pixels.
 
 PATCH = 14
 TABLE = 37  # positions are stored for 518 pixels: 37 patches per side
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +154,7 @@ MEMBERS = {
 
 
 @families.register("dinov2")
-def dinov2(name: str, file: Path | None) -> Teacher:
+def dinov2(name: str, file: Path | None, *, meta: bool = False) -> Teacher:
     """Load the member `name` with the weights in `file`, in the official layout, timm's or transformers'.
 
     Its summary is the class token and its tokens are the patch tokens, both after the last norm. It accepts
@@ -62,17 +166,9 @@ def dinov2(name: str, file: Path | None) -> Teacher:
         CheckpointError: no file, or not the weights of this member.
     """
     spec = f"dinov2:{name}"
-    return load_dinov2(spec, _member(name), read_weights(spec, file, ANCHORS), f"{spec}@{file}")
-
-
-@outlines.register("dinov2")
-def outline(name: str) -> Teacher:
-    """Build the member `name` on the meta device.
-
-    Raises:
-        ConfigError: no such member.
-    """
-    return outline_dinov2(f"dinov2:{name}", _member(name))
+    member = _member(name)
+    tensors = None if meta else read_weights(spec, file, ANCHORS)
+    return load_dinov2(spec, member, tensors, f"{spec}@{file}", weights_file=file)
 
 
 def _member(name: str) -> Member:
@@ -82,37 +178,36 @@ def _member(name: str) -> Member:
     return MEMBERS[name]
 
 
-def load_dinov2(name: str, member: Member, tensors: dict[str, Tensor], source: str) -> Frozen:
+def load_dinov2(
+    name: str,
+    member: Member,
+    tensors: dict[str, Tensor] | None,
+    source: str,
+    weights_file: Path | None = None,
+) -> Frozen:
     """Build a frozen teacher of DINOv2's architecture with weights in any of the three layouts.
+
+    Without tensors it stays on the meta device.
 
     Raises:
         CheckpointError: not the weights of this architecture; `source` names them.
     """
-    official, resampling = to_official(tensors, source)
+    layout = None if tensors is None else to_official(tensors, source)
     with torch.device("meta"):
-        trunk = DinoTrunk(member, resampling)
-    load_state(trunk, official, source)
-    return _freeze(trunk, name, member)
-
-
-def outline_dinov2(name: str, member: Member) -> Frozen:
-    """Build a teacher of DINOv2's architecture on the meta device."""
-    with torch.device("meta"):
-        trunk = DinoTrunk(member, Resampling())
-    return _freeze(trunk, name, member)
-
-
-def _freeze(trunk: DinoTrunk, name: str, member: Member) -> Frozen:
+        trunk = DinoTrunk(member, Resampling() if layout is None else layout.resampling)
+    if layout is not None:
+        load_state(trunk, layout.tensors, source)
     return Frozen(
         trunk=trunk,
         name=name,
-        mean=MEAN,
-        std=STD,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
         native_size=(16 * PATCH, 16 * PATCH),
         patch_size=PATCH,
         summary_dim=member.width,
         token_dim=member.width,
         variant=str(trunk.resampling),
+        weights_file=weights_file,
     )
 
 
@@ -127,16 +222,20 @@ class DinoTrunk(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + TABLE * TABLE, width))
         self.register_tokens = nn.Parameter(torch.zeros(1, num_registers, width)) if num_registers else None
-        self.patch_embed = _PatchEmbed(width)
-        self.blocks = nn.ModuleList(_Block(width, member.swiglu) for _ in range(member.depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.patch_embed = LinearStem(width, PATCH)
+        self.blocks = nn.ModuleList(
+            Block(width, width // 64, 4 * width, layer_scale=1.0) for _ in range(member.depth)
+        )
+        if member.swiglu:
+            for block in self.blocks:
+                block.mlp = _SwiGlu(width)
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
 
     def forward(self, images: Tensor) -> Features:
         """Compute the features of normalised images whose sides are multiples of 14."""
         batch = len(images)
-        patches = self.patch_embed(images)  # [B, D, H, W]
-        grid = (patches.shape[2], patches.shape[3])
-        patches = patches.flatten(2).transpose(1, 2) + self._positions(grid)
+        grid = (images.shape[2] // PATCH, images.shape[3] // PATCH)
+        patches = self.patch_embed(images) + self._positions(grid)
         prefix = [(self.cls_token + self.pos_embed[:, :1]).expand(batch, -1, -1)]
         if self.register_tokens is not None:
             prefix.append(self.register_tokens.expand(batch, -1, -1))
@@ -160,71 +259,6 @@ class DinoTrunk(nn.Module):
             plane = F.interpolate(plane, size=grid, mode="bicubic", antialias=antialias)
         assert plane.shape[2:] == grid
         return plane.flatten(2).transpose(1, 2).to(table.dtype)
-
-
-class _PatchEmbed(nn.Module):
-    """Images [B, 3, h, w] -> patches [B, D, H, W]; a separate module for the official names."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(3, width, kernel_size=PATCH, stride=PATCH)
-
-    def forward(self, images: Tensor) -> Tensor:
-        patches: Tensor = self.proj(images)
-        return patches
-
-
-class _Block(nn.Module):
-    """Attention and MLP, each normalised before and scaled per channel after: [B, P + T, D]."""
-
-    def __init__(self, width: int, swiglu: bool) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = _Attention(width)
-        self.ls1 = _LayerScale(width)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = _SwiGlu(width) if swiglu else _Mlp(width)
-        self.ls2 = _LayerScale(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        y: Tensor = x + self.ls2(self.mlp(self.norm2(x)))
-        return y
-
-
-class _Attention(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.num_heads = width // 64
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
-        y: Tensor = self.proj(x.transpose(1, 2).reshape(batch, length, width))
-        return y
-
-
-class _LayerScale(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
-
-
-class _Mlp(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.fc2(F.gelu(self.fc1(x)))
-        return y
 
 
 class _SwiGlu(nn.Module):

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from ..checkpoint import digest, load_state
 from ..errors import CheckpointError, ConfigError, DataError, did_you_mean, require
 from ..types import Features, Teacher
-from . import families, outlines
-from .frozen import Frozen
-from .weights_file import read_weights
+from . import families
+from .base import Frozen, read_weights
 
 # Letters: B batch, C summary width, T tokens, D token width, H W grid, N texts, L text length.
 
@@ -33,7 +32,7 @@ Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]  #
 
 
 @families.register("openclip")
-def openclip(name: str, file: Path | None, *, after_norm: bool = True) -> Teacher:
+def openclip(name: str, file: Path | None, *, after_norm: bool = True, meta: bool = False) -> Teacher:
     """Load the open_clip architecture `name` with the weights in `file`, open_clip's state dict or OpenAI's.
 
     Its summary is the class token after CLIP's projection, in the same space as `text`; its tokens are the
@@ -54,6 +53,14 @@ def openclip(name: str, file: Path | None, *, after_norm: bool = True) -> Teache
     library = require("open_clip", extra="zeroshot")
     config = _read_config(library, name.partition("/")[0])
     normalisation = _normalisation(library, name, config)  # checks the tag before the file
+    model = build_clip(library, config)
+    if not meta:
+        load_state(model, _read_tensors(name, file, config), f"openclip:{name}@{file}")
+    return _freeze(library, name, config, model, normalisation, after_norm=after_norm, weights_file=file)
+
+
+def _read_tensors(name: str, file: Path | None, config: dict[str, Any]) -> dict[str, Tensor]:
+    """Read open_clip's or OpenAI's state dict."""
     spec = f"openclip:{name}"
     tensors = read_weights(spec, file, _ANCHORS)
     if not tensors.keys().isdisjoint(_OPENAI_SIZES) and not config.get("quick_gelu"):
@@ -66,23 +73,7 @@ def openclip(name: str, file: Path | None, *, after_norm: bool = True) -> Teache
     scale = tensors.get("logit_scale")
     if scale is not None and scale.numel() == 1:
         tensors["logit_scale"] = scale.reshape(())  # some releases store it as [1]
-    model = build_clip(library, config)
-    load_state(model, tensors, f"{spec}@{file}")
-    return _freeze(library, name, config, model, normalisation, after_norm=after_norm)
-
-
-@outlines.register("openclip")
-def outline(name: str) -> Teacher:
-    """Build the open_clip architecture `name`, with its text tower, on the meta device.
-
-    Raises:
-        ConfigError: no such architecture or tag, one without a vision transformer, or the wrong GELU.
-        MissingExtraError: open_clip is not installed.
-    """
-    library = require("open_clip", extra="zeroshot")
-    config = _read_config(library, name.partition("/")[0])
-    normalisation = _normalisation(library, name, config)
-    return _freeze(library, name, config, build_clip(library, config), normalisation, after_norm=True)
+    return tensors
 
 
 def _freeze(
@@ -93,6 +84,7 @@ def _freeze(
     normalisation: Normalisation,
     *,
     after_norm: bool,
+    weights_file: Path | None,
 ) -> Frozen:
     mean, std = normalisation
     trunk = ClipTrunk(model.visual, after_norm=after_norm)
@@ -108,6 +100,7 @@ def _freeze(
         token_dim=config["vision_cfg"]["width"],
         text=_text_tower(library, name.partition("/")[0], config, model),
         variant=f"after_norm={after_norm}",
+        weights_file=weights_file,
     )
 
 

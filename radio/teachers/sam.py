@@ -1,22 +1,77 @@
-"""SAM's image encoder (Kirillov et al. 2023) as a teacher: ViT-B/L/H at 1024 pixels."""
+"""SAM (Kirillov et al. 2023): its image encoder as a teacher, and its neck, prompt encoder and mask decoder.
+
+The encoders are ViT-B/L/H at 1024 pixels; the head decodes many prompts on many images at once.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import load_state
+from ..checkpoint import digest, load_state
 from ..errors import CheckpointError, ConfigError, did_you_mean, require
+from ..teachers import families
 from ..types import Features, Teacher
-from . import families, outlines
-from .frozen import Frozen
-from .sam_attention import with_own_indices
-from .weights_file import read_weights
+from .base import Frozen, read_weights
+
+# Letters: B windows or images, H W grid, D width, h heads, C width of a head, Q query and K key coordinates.
+
+
+@final
+class SamAttention(nn.Module):
+    """segment-anything's `Attention` with the same weight names and bit-identical results.
+
+    The library makes the indices of its relative positions on the CPU in every forward: on a GPU two blocking
+    copies per block. Here they are non-persistent buffers, which move with the weights.
+
+    Args:
+        attention: the library's module, whose weights are reused.
+    """
+
+    rows: Tensor  # [Q, K]
+    columns: Tensor  # [Q, K]
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        self.num_heads: int = attention.num_heads
+        self.scale: float = attention.scale
+        self.qkv: nn.Linear = attention.qkv
+        self.proj: nn.Linear = attention.proj
+        self.rel_pos_h: nn.Parameter = attention.rel_pos_h
+        self.rel_pos_w: nn.Parameter = attention.rel_pos_w
+        for name, table in (("rows", self.rel_pos_h), ("columns", self.rel_pos_w)):
+            line = torch.arange((len(table) + 1) // 2, device=table.device)
+            self.register_buffer(name, line[:, None] - line[None, :] + len(line) - 1, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply attention to [B, H, W, D]; H and W are those that the tables were made for."""
+        b, height, width, _ = x.shape
+        qkv = self.qkv(x).reshape(b, height * width, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.reshape(3, b * self.num_heads, height * width, -1).unbind(0)
+        scores = (q * self.scale) @ k.transpose(-2, -1)
+        query = q.reshape(b * self.num_heads, height, width, -1)
+        by_row = torch.einsum("bhwc,hkc->bhwk", query, self.rel_pos_h[self.rows])
+        by_column = torch.einsum("bhwc,wkc->bhwk", query, self.rel_pos_w[self.columns])
+        scores = scores.view(-1, height, width, height, width) + by_row[..., None] + by_column[:, :, :, None]
+        weights = scores.view(-1, height * width, height * width).softmax(dim=-1)
+        mixed = (weights @ v).view(b, self.num_heads, height, width, -1).permute(0, 2, 3, 1, 4)
+        out: Tensor = self.proj(mixed.reshape(b, height, width, -1))
+        return out
+
+
+def with_own_indices(encoder: Any) -> Any:
+    """Replace the attention of every block of an `ImageEncoderViT` that has relative positions, in place."""
+    for block in encoder.blocks:
+        if not isinstance(block.attn, SamAttention) and block.attn.use_rel_pos:
+            block.attn = SamAttention(block.attn)
+    return encoder
+
 
 # Letters: B batch, T tokens, D width, H W grid, h w pixels.
 
@@ -46,7 +101,7 @@ MEMBERS = {
 
 
 @families.register("sam")
-def sam(name: str, file: Path | None) -> Teacher:
+def sam(name: str, file: Path | None, *, meta: bool = False) -> Teacher:
     """Load the image encoder of the member `name` from an official checkpoint of the whole SAM.
 
     Its tokens are the last block's output, before the neck, and its summary is their mean. It accepts only
@@ -59,30 +114,12 @@ def sam(name: str, file: Path | None) -> Teacher:
     """
     member = _member(name)
     spec = f"sam:{name}"
-    source = f"{spec}@{file}"
-    tensors = {
-        key.removeprefix(_PREFIX): tensor
-        for key, tensor in read_weights(spec, file, ANCHORS).items()
-        if key.startswith(_PREFIX)
-    }
-    _check_member(name, tensors, source)
+    tensors = {} if meta else _read_encoder(name, file)
     with torch.device("meta"):
         encoder = build_encoder(member)
-    load_state(encoder, tensors, source)
+    if not meta:
+        load_state(encoder, tensors, f"{spec}@{file}")
     return freeze_sam(SamTrunk(encoder), name=spec, mean=MEAN, std=STD, weights_file=file)
-
-
-@outlines.register("sam")
-def outline(name: str) -> Teacher:
-    """Build the image encoder of the member `name` on the meta device.
-
-    Raises:
-        ConfigError: no such member.
-        MissingExtraError: segment-anything is not installed.
-    """
-    with torch.device("meta"):
-        encoder = build_encoder(_member(name))
-    return freeze_sam(SamTrunk(encoder), name=f"sam:{name}", mean=MEAN, std=STD)
 
 
 def _member(name: str) -> Member:
@@ -155,6 +192,7 @@ def freeze_sam(
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
     weights_file: Path | None = None,
+    sam: Callable[[], Any] | None = None,
 ) -> Frozen:
     """Wrap a SAM trunk as a teacher that accepts only the trunk's own size."""
     return Frozen(
@@ -168,11 +206,15 @@ def freeze_sam(
         summary_dim=trunk.token_dim,
         token_dim=trunk.token_dim,
         weights_file=weights_file,
+        sam=sam,
     )
 
 
-def _check_member(name: str, tensors: dict[str, Tensor], source: str) -> None:
-    """Check that a file's weights are an image encoder, and not another member's; raise CheckpointError."""
+def _read_encoder(name: str, file: Path | None) -> dict[str, Tensor]:
+    """Read the image encoder's weights in a checkpoint of the whole SAM; refuse those of another member."""
+    source = f"sam:{name}@{file}"
+    weights = read_weights(f"sam:{name}", file, ANCHORS)
+    tensors = {key.removeprefix(_PREFIX): value for key, value in weights.items() if key.startswith(_PREFIX)}
     if not tensors:
         raise CheckpointError(
             f"{source}: no key starts with {_PREFIX!r}; wanted a checkpoint of the whole SAM, as released"
@@ -181,3 +223,154 @@ def _check_member(name: str, tensors: dict[str, Tensor], source: str) -> None:
     for other, member in MEMBERS.items():
         if bias is not None and other != name and bias.shape == (member.width,):
             raise CheckpointError(f"{source}: these are the weights of {other}; name it sam:{other}@FILE")
+    return tensors
+
+
+# Letters: B images, C neck width, D width before it, h w embedding grid, P prompts, K clicks per prompt.
+
+_NECK_WIDTH = 256  # neck width of the released SAMs
+_HEAD_PARTS = ("image_encoder.neck.", "prompt_encoder.", "mask_decoder.")
+
+
+class Decoded(NamedTuple):
+    """Three masks per prompt, and the decoder's estimate of their quality."""
+
+    logits: Tensor  # [P, 3, 4 * h, 4 * w]
+    quality: Tensor  # [P, 3], predicted intersection over union
+
+
+@final
+class SamHead(nn.Module):
+    """The parts of a SAM other than its image encoder's trunk.
+
+    Args:
+        sam: a `segment_anything.modeling.Sam`; its encoder's blocks are dropped.
+        name: name for reports.
+    """
+
+    def __init__(self, sam: Any, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.neck: nn.Module = sam.image_encoder.neck
+        self.prompt_encoder: Any = sam.prompt_encoder
+        self.mask_decoder: Any = sam.mask_decoder
+        self.side = int(
+            sam.image_encoder.img_size
+        )  # side in pixels of the square frame of the prompts' coordinates
+        self.grid: tuple[int, int] = tuple(sam.prompt_encoder.image_embedding_size)
+        self.token_dim = int(sam.image_encoder.neck[0].in_channels)  # D
+        self.mean = tuple((sam.pixel_mean.flatten() / 255).tolist())  # of RGB in [0, 1]
+        self.threshold = float(sam.mask_threshold)
+        self.requires_grad_(False)
+        self.eval()
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex hash of all weights, the frame's side, the grid and the mask threshold."""
+        return digest(self.state_dict(), f"{self.side} {self.grid} {self.threshold}")
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Apply the neck to the tokens before it as a map: [B, D, h, w] -> [B, C, h, w]."""
+        embeddings: Tensor = self.neck(tokens)
+        return embeddings
+
+
+def load_sam_head(spec: str, file: Path | None) -> SamHead:
+    """Load the head of a released SAM, recognised by its shapes.
+
+    Raises:
+        CheckpointError: no file, not a SAM's, or one of another architecture.
+        MissingExtraError: segment-anything is not installed.
+    """
+    weights = read_weights(spec, file, ANCHORS)
+    tensors = {key: value for key, value in weights.items() if key.startswith(_HEAD_PARTS)}
+    first = tensors.get("image_encoder.neck.0.weight")
+    widths = {member.width: name for name, member in MEMBERS.items()}
+    if first is None or first.ndim != 4 or first.shape[1] not in widths:
+        raise CheckpointError(
+            f"{file}: not a SAM checkpoint: wanted image_encoder.neck.0.weight of width "
+            f"{', '.join(f'{width} ({name})' for width, name in widths.items())}, as released"
+        )
+    sam = new_released_sam(first.shape[1])
+    load_state(_HeadParts(sam), tensors, str(file))
+    return SamHead(sam, f"sam:{widths[first.shape[1]]}")
+
+
+def new_released_sam(width: int) -> Any:
+    """Build an untrained `Sam` of the released shape whose image encoder, `width` wide, has no blocks.
+
+    Raises:
+        MissingExtraError: segment-anything is not installed.
+    """
+    library = require("segment_anything.modeling", extra="sam")
+    encoder = library.ImageEncoderViT(
+        img_size=1024, patch_size=16, embed_dim=width, depth=0, out_chans=_NECK_WIDTH, use_abs_pos=False
+    )
+    prompts = library.PromptEncoder(
+        embed_dim=_NECK_WIDTH, image_embedding_size=(64, 64), input_image_size=(1024, 1024), mask_in_chans=16
+    )
+    decoder = library.MaskDecoder(
+        transformer_dim=_NECK_WIDTH,
+        transformer=library.TwoWayTransformer(depth=2, embedding_dim=_NECK_WIDTH, num_heads=8, mlp_dim=2048),
+    )
+    mean, std = ([255 * value for value in values] for values in (MEAN, STD))
+    return library.Sam(encoder, prompts, decoder, pixel_mean=mean, pixel_std=std)
+
+
+def decode(
+    sam: Any,
+    embeddings: Tensor,
+    which: Tensor,
+    *,
+    boxes: Tensor | None = None,
+    points: Tensor | None = None,
+    labels: Tensor | None = None,
+) -> Decoded:
+    """Decode masks for prompts on many images in one pass.
+
+    `MaskDecoder.forward` takes one image and repeats it for each of its prompts; here `which` gives the image
+    of each prompt, so a batch needs no loop. If both kinds are given, boxes come first.
+
+    Args:
+        sam: a `SamHead` or a whole `Sam`.
+        embeddings: after the neck: [B, C, h, w].
+        which: the image of each prompt: [P] int64.
+        boxes: [P1, 4] as x0 y0 x1 y1 in pixels of the encoder's input.
+        points: [P2, K, 2] as x y, the K clicks of each prompt; P1 + P2 = P.
+        labels: [P2, K], 1 on the object and 0 beside it (default: all 1).
+    """
+    sparse = torch.cat(
+        ([sam.prompt_encoder(None, boxes, None)[0]] if boxes is not None else [])
+        + ([_embed_points(sam, points, labels)] if points is not None else [])
+    )
+    decoder = sam.mask_decoder
+    own = torch.cat((decoder.iou_token.weight, decoder.mask_tokens.weight))
+    tokens = torch.cat((own.expand(len(sparse), -1, -1), sparse), dim=1)
+    source = embeddings[which] + sam.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1)
+    places = sam.prompt_encoder.get_dense_pe().expand(len(sparse), -1, -1, -1)
+    seen, source = decoder.transformer(source, places, tokens)
+    upscaled = decoder.output_upscaling(source.transpose(1, 2).unflatten(2, embeddings.shape[-2:]))
+    masks = [
+        network(seen[:, 1 + i]) for i, network in enumerate(decoder.output_hypernetworks_mlps) if i > 0
+    ]  # the first mask token is for several prompts on one object
+    logits = torch.einsum("pmc,pchw->pmhw", torch.stack(masks, dim=1), upscaled)
+    return Decoded(logits, decoder.iou_prediction_head(seen[:, 0])[:, 1:])
+
+
+def _embed_points(sam: Any, points: Tensor, labels: Tensor | None) -> Tensor:
+    if labels is None:
+        labels = torch.ones(points.shape[:2], device=points.device)
+    sparse: Tensor = sam.prompt_encoder((points, labels), None, None)[0]
+    return sparse
+
+
+@final
+class _HeadParts(nn.Module):
+    """The modules of a `Sam` that the head uses, under their names in a released file."""
+
+    def __init__(self, sam: Any) -> None:
+        super().__init__()
+        self.image_encoder = nn.Module()
+        self.image_encoder.neck = sam.image_encoder.neck
+        self.prompt_encoder = sam.prompt_encoder
+        self.mask_decoder = sam.mask_decoder

@@ -10,23 +10,147 @@ Each file's metadata records how it was made; tools/scene_teachers makes them ag
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, final, get_args
 
+import torch
 from torch import Tensor, nn
 
-from ..checkpoint import Checkpoint, load, load_state
-from ..errors import ConfigError, did_you_mean
-from ..nn.normalise import IMAGENET_MEAN, IMAGENET_STD
+from ..checkpoint import Checkpoint, digest, load, load_state
+from ..errors import ConfigError, RadioError, did_you_mean, require
+from ..io import brief
+from ..nn.vit import IMAGENET_MEAN, IMAGENET_STD
+from ..scenes.language import VOCABULARY
 from ..students.vit import ViT, ViTConfig
 from ..types import Features
-from . import families, outlines
-from .frozen import Frozen
+from . import families
+from .base import Frozen, refuse_file
 from .sam import SamTrunk, freeze_sam
-from .scenes_sam import new_sam
-from .scenes_text import SceneText
-from .weights_file import refuse_file
+
+# Letters: B batch, N texts, L context length, C summary width.
+
+CONTEXT = 16
+_PAD, _START = 0, 1
+_FIRST_WORD = 2
+_END = _FIRST_WORD + len(VOCABULARY)  # the highest id: open_clip's transformer pools at it
+_NUMBERS = {word: _FIRST_WORD + i for i, word in enumerate(VOCABULARY)}
+
+
+class TextError(RadioError):
+    """A text with words outside the vocabulary, or too many words."""
+
+
+def tokenize(texts: Sequence[str]) -> Tensor:
+    """Convert texts to word ids between a start and an end token, padded with 0: [N, L] int64.
+
+    Case and punctuation are ignored.
+
+    Raises:
+        TextError: a word outside the captions' vocabulary, or more words than fit.
+    """
+    numbers = torch.full((len(texts), CONTEXT), _PAD, dtype=torch.int64)
+    for row, text in enumerate(texts):
+        words = re.findall(r"[a-z0-9']+", text.lower())
+        if len(words) > CONTEXT - 2:
+            raise TextError(
+                f"{text!r} has {len(words)} words; the scenes text tower reads {CONTEXT - 2} at most"
+            )
+        line = [_START, *(_number(word, text) for word in words), _END]
+        numbers[row, : len(line)] = torch.tensor(line)
+    return numbers
+
+
+def _number(word: str, text: str) -> int:
+    if word not in _NUMBERS:
+        words = f"; it reads: {' '.join(VOCABULARY)} (its templates are --templates scenes)"
+        near = did_you_mean(
+            word, (known for known in VOCABULARY if len(known) > 3)
+        )  # no suggestion of "a" or "of"
+        raise TextError(f"the scenes text tower does not know {brief(word)} in {brief(text)}{near or words}")
+    return _NUMBERS[word]
+
+
+@final
+class SceneText(nn.Module):
+    """A text encoder from word ids [N, L] to vectors [N, C], and a `TextTower`, which encodes texts."""
+
+    def __init__(self, *, width: int, layers: int, heads: int, out: int) -> None:
+        super().__init__()
+        library = require("open_clip.transformer", extra="zeroshot")
+        self.transformer: Any = library.TextTransformer(
+            context_length=CONTEXT,
+            vocab_size=_END + 1,
+            width=width,
+            heads=heads,
+            layers=layers,
+            output_dim=out,
+            pad_id=_PAD,
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex hash of the weights and of the words in their order."""
+        return digest(self.state_dict(), " ".join(VOCABULARY))
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        """Map word ids [N, L] from `tokenize` to text vectors [N, C], not normalised."""
+        out: Tensor = self.transformer(numbers)
+        return out
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Encode texts as [N, C] in the image summary's space, not normalised, without gradients.
+
+        Raises:
+            TextError: as `tokenize`.
+        """
+        device = next(self.parameters()).device
+        with torch.no_grad():
+            return self.forward(tokenize(texts).to(device))
+
+    def project(self, summaries: Tensor) -> Tensor:
+        """Return the summaries [B, C] unchanged: the image tower's projection has already been applied."""
+        return summaries
+
+
+SIDE, PATCH = 112, 8
+WIDTH, NECK = 96, 64
+_GRID = SIDE // PATCH
+
+
+def new_sam() -> Any:
+    """Build an untrained `segment_anything.modeling.Sam`: 112 px, patch 8, width 96, neck and decoder 64.
+
+    Raises:
+        MissingExtraError: segment_anything is not installed.
+    """
+    library = require("segment_anything.modeling", extra="sam")
+    encoder = library.ImageEncoderViT(
+        img_size=SIDE,
+        patch_size=PATCH,
+        embed_dim=WIDTH,
+        depth=4,
+        num_heads=4,
+        out_chans=NECK,
+        use_rel_pos=True,
+        window_size=7,
+        global_attn_indexes=(1, 3),
+    )
+    prompts = library.PromptEncoder(
+        embed_dim=NECK,
+        image_embedding_size=(_GRID, _GRID),
+        input_image_size=(SIDE, SIDE),
+        mask_in_chans=16,
+    )
+    decoder = library.MaskDecoder(
+        transformer_dim=NECK,
+        transformer=library.TwoWayTransformer(depth=2, embedding_dim=NECK, num_heads=4, mlp_dim=256),
+        iou_head_hidden_dim=NECK,
+    )
+    mean, std = ([255 * value for value in values] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return library.Sam(encoder, prompts, decoder, pixel_mean=mean, pixel_std=std)
+
 
 Name = Literal["clip", "dense", "sam"]
 NAMES: tuple[Name, ...] = get_args(Name)
@@ -138,7 +262,9 @@ def frozen_dense(vit: ViT) -> Frozen:
 
 def frozen_sam(sam: Any) -> Frozen:
     """Wrap a `Sam`'s image encoder without its neck as a teacher."""
-    return freeze_sam(SamTrunk(sam.image_encoder), name="scenes:sam", mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    return freeze_sam(
+        SamTrunk(sam.image_encoder), name="scenes:sam", mean=IMAGENET_MEAN, std=IMAGENET_STD, sam=scenes_sam
+    )
 
 
 _BUILDERS: dict[Name, Callable[[Checkpoint], Frozen]] = {
@@ -152,13 +278,3 @@ _BUILDERS: dict[Name, Callable[[Checkpoint], Frozen]] = {
 def _family(name: str, file: Path | None) -> Frozen:
     refuse_file(f"scenes:{name}", file)
     return scenes_teacher(name)
-
-
-@outlines.register("scenes")
-def outline(name: str) -> Frozen:
-    """Load the scenes teacher `name` and move it to the meta device.
-
-    Raises:
-        ConfigError: no teacher of that name; suggests the nearest.
-    """
-    return scenes_teacher(name).to("meta")

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import CheckpointError
-from ..students.timm import TimmTrunk
-from ..students.timm_networks import check_name, make_network, mean_and_std
+from ..students.timm import TimmTrunk, check_name, make_network, mean_and_std
 from ..types import Teacher
 from . import families
-from .frozen import Frozen
+from .base import Frozen
 
 
 @families.register("timm")

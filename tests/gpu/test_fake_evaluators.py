@@ -25,7 +25,7 @@ def test_sams_neck_and_decoder() -> None:
     pytest.importorskip("segment_anything")
     from evals.sam_dropin.encoder import DropIn
     from evals.sam_dropin.masks import Prompts, boundaries, fill, make_frame, overlap, pack, predict_masks
-    from radio.teachers.sam_decoder import SamHead, new_released_sam
+    from radio.teachers.sam import SamHead, new_released_sam
 
     width = 48
     sam = new_released_sam(width)

@@ -8,9 +8,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from radio.adaptors import AdaptorConfig
-from radio.hub import outline_teacher
+from radio.hub import load_teacher
 from radio.model import ModelConfig, RadioModel
-from radio.students import StudentOptions, students
+from radio.students import students
+from radio.students.vit import ViTOptions
 from radio.types import Features, Student, Teacher, TextTower
 
 from .fake import GPU, on_gpu, pretend
@@ -66,7 +67,7 @@ def test_students(name: str, training: bool) -> None:
 )
 def test_options_of_a_student(options: dict[str, object]) -> None:
     with pretend():
-        student = on_gpu(lambda: students["vit-tiny12"](StudentOptions(**options)))  # type: ignore[arg-type]
+        student = on_gpu(lambda: students["vit-tiny12"](ViTOptions(**options)))  # type: ignore[arg-type]
         assert there(
             student(torch.rand(2, 3, 96, 96, device=GPU), student.sample_crops(2, torch.Generator()).to(GPU))
         )
@@ -75,7 +76,7 @@ def test_options_of_a_student(options: dict[str, object]) -> None:
 @pytest.mark.parametrize("name", sized(TEACHERS, LARGE))
 def test_teachers_and_their_texts(name: str) -> None:
     with pretend():
-        teacher: Teacher = on_gpu(lambda: outline_teacher(name))
+        teacher: Teacher = on_gpu(lambda: load_teacher(name, meta=True))
         assert there(teacher(torch.rand(2, 3, *teacher.native_size, device=GPU)))
         tower: TextTower | None = teacher.text
         if tower is not None and not name.startswith("pip:"):  # that one needs files of its package

@@ -24,7 +24,7 @@ from radio import checkpoint
 from radio.config import write_yaml
 from radio.dist import Group
 from radio.hub import load_teacher
-from radio.nn.positions import CroppedPositions, draw_crops
+from radio.nn.vit import CroppedPositions, draw_crops
 from train.config import DataConfig, OptimConfig, TeacherConfig, TrainConfig
 from train.data.loader import prefetch
 from train.monitor import Stopwatch

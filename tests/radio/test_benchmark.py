@@ -30,7 +30,7 @@ from radio.benchmark import (
     prepare,
 )
 from radio.errors import ConfigError
-from radio.model import ModelConfig, build
+from radio.model import ModelConfig, build, make_student
 from radio.students import StudentOptions, students
 
 CPU = torch.device("cpu")
@@ -132,7 +132,7 @@ def test_a_protocol_that_cannot_be_is_an_error(changes):
 
 @pytest.mark.parametrize("name", ["vit-tiny12", "timm:test_resnet", "timm:test_vit"])
 def test_counts_without_computing_are_those_of_a_real_forward(name):
-    student = students[name](StudentOptions()).eval()
+    student = make_student(name, StudentOptions()).eval()
     assert isinstance(student, nn.Module)
     math_only = sdpa_kernel(SDPBackend.MATH)  # the counter does not see into the CPU's fused attention
     with torch.no_grad(), math_only, FlopCounterMode(display=False) as counter:
@@ -177,7 +177,7 @@ def test_with_adaptors_costs_the_adaptors_on_top():
 
 @pytest.mark.parametrize(("name", "last"), [("vit-tiny12", False), ("timm:test_resnet", True)])
 def test_convolutional_models_are_called_in_channels_last(name, last):
-    student = students[name](StudentOptions())
+    student = make_student(name, StudentOptions())
     seen: list[Tensor] = []
 
     class Spy(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from radio import entry
 from radio.errors import SizeError
 from radio.hub import load_backbone
-from radio.memory import check_memory
+from radio.resources import check_memory
 from radio.students import students
 
 CPU = torch.device("cpu")
@@ -26,9 +26,9 @@ def test_what_is_counted_is_there_at_the_end_of_a_forward(
     images = torch.zeros(2, 3, *size, dtype=dtype)
     with torch.inference_mode():
         tokens = model(images).tokens
-    monkeypatch.setattr("radio.memory.memory_of", lambda device: images.nbytes + tokens.nbytes)
+    monkeypatch.setattr("radio.resources.memory_of", lambda device: images.nbytes + tokens.nbytes)
     check_memory(model, 2, size, CPU, dtype)
-    monkeypatch.setattr("radio.memory.memory_of", lambda device: images.nbytes)
+    monkeypatch.setattr("radio.resources.memory_of", lambda device: images.nbytes)
     said = f"^2 images of {size[0]}x{size[1]} px and their tokens take .* GB, and cpu"
     with pytest.raises(SizeError, match=said):
         check_memory(model, 2, size, CPU, dtype)
@@ -51,7 +51,7 @@ def test_a_size_that_no_machine_has_room_for_is_told_at_once(
     command: list[str],
     images: int,
 ) -> None:
-    monkeypatch.setattr("radio.memory.memory_of", lambda device: 10**5 if command[0] == "sam" else 10**9)
+    monkeypatch.setattr("radio.resources.memory_of", lambda device: 10**5 if command[0] == "sam" else 10**9)
     model = ["scenes:sam"] if command[0] == "sam" else ["vit-tiny12"]
     model += ["--random-init"] if command[0] in ("knn", "seg") else []
     cached = ["--cache", str(tmp_path)] if command[0] != "throughput" else []

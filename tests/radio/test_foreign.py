@@ -30,7 +30,7 @@ from torch import nn
 from evals.core.evaluator import Evaluator, Result
 from evals.core.report import Metric
 from radio.types import Features
-from radio.windows import nearest_multiple
+from radio.ops import nearest_multiple
 
 
 class Odd(nn.Module):

@@ -12,7 +12,7 @@ from radio import hub
 from radio.adaptors import AdaptorConfig
 from radio.errors import CheckpointError, ConfigError, RadioError, SizeError
 from radio.model import ModelConfig, RadioModel, build
-from radio.students import StudentOptions
+from radio.students.vit import ViTDetOptions
 from radio.teachers import families
 from radio.types import Features
 
@@ -39,7 +39,7 @@ def _family(monkeypatch):
 def saved(tmp_path) -> Path:
     path = tmp_path / "demo" / "ckpt.pt"
     heads = (AdaptorConfig(name="clip", summary_dim=5, token_dim=7),)
-    options = StudentOptions(window=2)
+    options = ViTDetOptions(window=2)
     build(ModelConfig(student="vitdet-tiny12", options=options, adaptors=heads), 3).save(path)
     return path
 
@@ -152,7 +152,7 @@ def test_the_package_offers_its_names_lazily():
     ],
 )
 def test_a_teachers_outline_needs_no_file(text: str, count: int):
-    teacher = hub.outline_teacher(text)
+    teacher = hub.load_teacher(text, meta=True)
     weights = list(teacher.parameters())
     assert sum(weight.numel() for weight in weights) == count
     assert {weight.device.type for weight in weights} == {"meta"}
@@ -164,7 +164,7 @@ def test_a_teachers_outline_needs_no_file(text: str, count: int):
 
 @pytest.mark.parametrize("name", ["clip", "dense", "sam"])
 def test_the_outline_of_a_scenes_teacher_is_that_teacher(name: str):
-    outline, real = hub.outline_teacher(f"scenes:{name}"), hub.load_teacher(f"scenes:{name}")
+    outline, real = hub.load_teacher(f"scenes:{name}", meta=True), hub.load_teacher(f"scenes:{name}")
     assert outline.native_size == real.native_size
     shapes = [[(n, p.shape) for n, p in teacher.named_parameters()] for teacher in (outline, real)]
     assert shapes[0] == shapes[1]
@@ -174,7 +174,7 @@ def test_the_outline_of_a_scenes_teacher_is_that_teacher(name: str):
 def test_a_family_without_outlines_is_loaded(tmp_path, monkeypatch):
     moved = []
     monkeypatch.setattr(Plain, "to", lambda self, device, dtype: moved.append(device) or self, raising=False)
-    assert hub.outline_teacher(f"plain:x@{tmp_path}").file == tmp_path
+    assert hub.load_teacher(f"plain:x@{tmp_path}", meta=True).file == tmp_path
     assert moved == [torch.device("meta")]
 
 
@@ -183,4 +183,4 @@ def test_a_family_without_outlines_is_loaded(tmp_path, monkeypatch):
 )
 def test_outlines_of_unknown_members(text: str):
     with pytest.raises(ConfigError, match="unknown"):
-        hub.outline_teacher(text)
+        hub.load_teacher(text, meta=True)

@@ -17,14 +17,14 @@ from pathlib import Path
 import pytest
 
 from radio.errors import RadioError, one_line
-from radio.lock import NAME, locked
+from radio.resources import NAME, locked
 
 HERE = socket.gethostname()
 
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from radio.lock import locked
+from radio.resources import locked
 with locked(Path(sys.argv[1]), "trained"):
     if sys.argv[2] == "fork" and os.fork() == 0:
         time.sleep(60)
@@ -122,7 +122,7 @@ RACE = """
 import os, sys, time
 from pathlib import Path
 from radio.errors import RadioError, one_line
-from radio.lock import locked
+from radio.resources import locked
 folder, mark = Path(sys.argv[1]), Path(sys.argv[2])
 print("ready", flush=True)
 sys.stdin.readline()

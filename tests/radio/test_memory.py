@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from radio.memory import collect
+from radio.resources import collect
 
 
 class Circle:

@@ -13,14 +13,15 @@ from radio.adaptors import AdaptorConfig
 from radio.config import to_plain
 from radio.errors import CheckpointError, ConfigError, SizeError
 from radio.model import ModelConfig, RadioModel, build, load, load_untrained
-from radio.students import StudentOptions, students
+from radio.students import students
+from radio.students.vit import ViTDetOptions
 from radio.types import Backbone, Features, Student
 
 CLIP = AdaptorConfig(name="clip", summary_dim=5, token_dim=7, slot=0)
 SAM = AdaptorConfig(name="sam", summary_dim=6, token_dim=6, slot=1, resample="after")
 CONFIG = ModelConfig(
     student="vitdet-tiny12",
-    options=StudentOptions(class_tokens=2, registers=1, window=2),
+    options=ViTDetOptions(class_tokens=2, registers=1, window=2),
     adaptors=(CLIP, SAM),
 )
 
@@ -180,6 +181,19 @@ def test_the_untrained_self_has_the_shape_and_other_weights(tmp_path):
     )
     assert untrained.name == "demo-untrained"
     assert untrained.fingerprint == build(CONFIG, 9).fingerprint != model.fingerprint
+
+
+def test_a_checkpoint_with_the_options_of_all_families_is_read(tmp_path):
+    """As they were written when the families shared one class of options."""
+    model = build(CONFIG, 0)
+    options = {**to_plain(CONFIG.options), "upsample": None, "image_size": None}
+    metadata = {"model": {**to_plain(CONFIG), "options": options}}
+    checkpoint.save(tmp_path / "ckpt.pt", model.state_dict(), metadata)
+    assert load(tmp_path / "ckpt.pt").config == CONFIG
+    options["image_size"] = 96
+    checkpoint.save(tmp_path / "ckpt.pt", model.state_dict(), metadata)
+    with pytest.raises(ConfigError, match=r"unknown setting '.*ckpt.pt: model\.options\.image_size'"):
+        load(tmp_path / "ckpt.pt")
 
 
 def test_checkpoints_that_hold_no_model_of_ours_are_errors(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from radio.resample import resize_features, resize_images, resize_tokens
+from radio.ops import resize_features, resize_images, resize_tokens
 from radio.types import Features
 
 

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from radio.errors import SizeError
-from radio.windows import check_window, choose_side, common_sides, from_windows, nearest_multiple, to_windows
+from radio.ops import (
+    check_window,
+    choose_side,
+    common_sides,
+    from_windows,
+    nearest_multiple,
+    to_windows,
+)
 
 GRIDS = [
     ((72, 72), 8),

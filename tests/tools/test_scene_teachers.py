@@ -14,8 +14,7 @@ from radio.checkpoint import load
 from radio.errors import CheckpointError, ConfigError
 from radio.scenes.language import caption
 from radio.scenes.world import CLASSES, SHAPES, render
-from radio.teachers.scenes import NAMES, Clip, new_dense, scenes_sam, scenes_teacher, weights_file
-from radio.teachers.scenes_sam import new_sam
+from radio.teachers.scenes import NAMES, Clip, new_dense, new_sam, scenes_sam, scenes_teacher, weights_file
 from tools.scene_teachers.losses import (
     ClipLoss,
     DenseLoss,

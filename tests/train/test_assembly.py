@@ -11,6 +11,8 @@ from radio.dist import Group
 from radio.errors import CheckpointError, ConfigError, SizeError
 from radio.model import RadioModel, build
 from radio.students import StudentOptions
+from radio.students.eradio import ERadioOptions
+from radio.students.vit import ViTDetOptions, ViTOptions
 from train.checkpoints import make_metadata
 from train.config import CacheConfig, TeacherConfig, TrainConfig, run_name
 from train.data.streams import open_images
@@ -146,8 +148,8 @@ def test_summaries_of_a_student_without_class_tokens(config: TrainConfig) -> Non
 
 
 def test_class_tokens_are_set_once(config: TrainConfig) -> None:
-    twice = replace(config, summary="mean", options=StudentOptions(class_tokens=1))
-    with pytest.raises(ConfigError, match=r"--summary mean decides the class tokens; leave --options\.class"):
+    twice = replace(config, summary="mean", options=ViTOptions(class_tokens=1))
+    with pytest.raises(ConfigError, match=r"--summary mean decides the class tokens; leave --student\.class"):
         build_model(twice)
 
 
@@ -162,7 +164,7 @@ def test_windows_that_divide_each_grid(config: TrainConfig) -> None:
 
 
 def test_students_that_keep_their_window(config: TrainConfig) -> None:
-    fixed = replace(config, student="vitdet-tiny12", options=StudentOptions(window=2), windows=(2, 4))
+    fixed = replace(config, student="vitdet-tiny12", options=ViTDetOptions(window=2), windows=(2, 4))
     assert choose_windows(build_model(fixed).student, at_sizes(fixed, 96)) == {96: ()}
     plain = replace(config, windows=(2, 4))
     assert choose_windows(build_model(plain).student, at_sizes(plain, 96)) == {96: ()}
@@ -178,11 +180,11 @@ def test_students_that_keep_their_window(config: TrainConfig) -> None:
     [
         ("e-radio-tiny", 168, StudentOptions()),  # one window of 7 tokens of 24 px
         ("e-radio-b", 160, StudentOptions()),  # one window of 5 tokens of 32 px
-        ("e-radio-tiny", 144, StudentOptions(window=6)),
+        ("e-radio-tiny", 144, ERadioOptions(window=6)),
         ("vit-tiny12", 168, StudentOptions()),
         ("vit-tiny16", 176, StudentOptions()),
         ("vitdet-tiny12", 168, StudentOptions()),  # 7 of the windows to draw from divides 14 tokens
-        ("vitdet-tiny12", 192, StudentOptions(window=4)),
+        ("vitdet-tiny12", 192, ViTDetOptions(window=4)),
         ("timm:resnet18", 168, StudentOptions()),
     ],
 )

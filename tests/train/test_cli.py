@@ -12,6 +12,7 @@ import pytest
 from radio import entry
 from radio.config import read_yaml, write_yaml
 from radio.errors import RadioError
+from radio.students.vit import ViTOptions
 from train.cli import main
 from train.config import TrainConfig
 from train.recipes import recipes
@@ -65,6 +66,7 @@ def test_a_recipe_with_options_over_it(tmp_path: Path, capsys: pytest.CaptureFix
     recipe = recipes["smoke"]()
     wanted = replace(
         recipe,
+        options=ViTOptions(),  # of the family of the recipe's student
         teachers=tuple(
             replace(t, model=f"tiny:{n}", batch_size=2 if n == "sam" else None)
             for t, n in zip(recipe.teachers, ("clip", "dense", "sam"), strict=True)
@@ -125,7 +127,7 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["smoke", *TINY, "--data.scenes", "0"], "no data: give --data.shards"),
         (["smoke", *TINY, "--data.images", "absent"], "absent: no such folder"),
         (["smoke", *TINY, "--log-every", "0"], "--log-every: 0 is out of bounds"),
-        (["smoke", *TINY, "--options.window", "3"], "vit-tiny12 has no windows"),
+        (["smoke", *TINY, "--student.registers", "-1"], "--student.registers: -1 is out of bounds"),
         (["paper-h14"], "weights/metaclip_h14.pt: no such"),
     ],
 )

@@ -20,6 +20,7 @@ from torch import Tensor
 from radio import checkpoint, entry
 from radio.config import write_yaml
 from radio.errors import RadioError
+from radio.model import make_student
 from radio.students import StudentOptions, students
 from train.config import TrainConfig
 from train.data.loader import Batch
@@ -240,7 +241,7 @@ def test_no_state_outlives_the_records_of_its_steps(
 HOLD = """
 import sys
 from pathlib import Path
-from radio.lock import locked
+from radio.resources import locked
 with locked(Path(sys.argv[1]), "trained"):
     print("held", flush=True)
     sys.stdin.read()
@@ -287,7 +288,7 @@ def test_a_run_that_never_began_leaves_no_settings(
 def test_fresh_students_pass_the_guard(name: str) -> None:
     if name not in students:
         pytest.skip(f"there is no {name}")
-    student = students[name](StudentOptions())
+    student = make_student(name, StudentOptions())
     assert isinstance(student, torch.nn.Module)
     assert first_bad(student.state_dict()) == ""
 

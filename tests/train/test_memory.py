@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from radio import entry, memory
+from radio import entry, resources
 from radio.config import write_yaml
 from radio.model import build
 from train.config import AdaptorOptions, TrainConfig
@@ -51,14 +51,14 @@ def test_every_family_of_students_can_be_counted(config: TrainConfig, student: s
 def test_a_container_and_other_ranks_leave_less(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, ranks: str, part: int | None
 ) -> None:
-    monkeypatch.setattr(memory, "_CONTROL_GROUP", tmp_path / "absent")
+    monkeypatch.setattr(resources, "_CONTROL_GROUP", tmp_path / "absent")
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    whole = memory.memory_of(torch.device("cpu"))
+    whole = resources.memory_of(torch.device("cpu"))
     limit = tmp_path / "memory.max"
     limit.write_text(text)
-    monkeypatch.setattr(memory, "_CONTROL_GROUP", limit)
+    monkeypatch.setattr(resources, "_CONTROL_GROUP", limit)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
-    assert memory.memory_of(torch.device("cpu")) == (whole // part if part else 4096)
+    assert resources.memory_of(torch.device("cpu")) == (whole // part if part else 4096)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_container_and_other_ranks_leave_less(
 def test_a_run_that_cannot_fit_is_refused_before_it_begins(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(memory, "_allowed", lambda whole: 100 * 10**6)
+    monkeypatch.setattr(resources, "_allowed", lambda whole: 100 * 10**6)
     write_yaml(replace(config, **changes), tmp_path / "a.yaml")  # type: ignore[arg-type]
     assert entry.train([str(tmp_path / "a.yaml")]) == 2
     assert not config.out.exists()

@@ -10,7 +10,7 @@ import pytest
 
 from radio.dist import Group
 from radio.errors import ConfigError, RadioError
-from radio.lock import NAME
+from radio.resources import NAME
 from train.checkpoints import CheckpointManager
 from train.tables import _alone
 

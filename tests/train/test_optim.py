@@ -10,7 +10,7 @@ from torch import nn
 
 from radio.adaptors import AdaptorConfig
 from radio.model import ModelConfig, RadioModel, build
-from radio.students import StudentOptions
+from radio.students.vit import ViTOptions
 from train.config import OptimConfig
 from train.optim import exempt_from_decay, learning_rate, make_optimizer
 
@@ -25,7 +25,7 @@ def names_by_decay(model: nn.Module, config: OptimConfig) -> tuple[set[str], set
 
 @pytest.mark.parametrize("stem", ["linear", "conv"])
 def test_norms_biases_tokens_and_positions_do_not_decay(stem: str) -> None:
-    options = StudentOptions(stem="linear" if stem == "linear" else "conv", registers=2)
+    options = ViTOptions(stem="linear" if stem == "linear" else "conv", registers=2)
     adaptor = AdaptorConfig(name="clip", summary_dim=8, token_dim=8)
     model = build(ModelConfig(student="vit-tiny12", options=options, adaptors=(adaptor,)), 0)
     decayed, free = names_by_decay(model, OptimConfig(weight_decay=0.3))

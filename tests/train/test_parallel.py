@@ -22,9 +22,9 @@ from radio.config import write_yaml
 from radio.dist import Group
 from radio.errors import ConfigError
 from radio.model import build
-from radio.resample import resize_images
+from radio.ops import resize_images
 from radio.students import StudentOptions, students
-from radio.students.timm import TABLE_6
+from radio.students.timm import TABLE_6, TimmOptions
 from train.config import TrainConfig
 from train.data.crops import generator, image_at, random_view, seed_of
 from train.data.loader import Batch
@@ -78,7 +78,7 @@ NORMED = ("efficientnetv2_s", "resnetv2_101", "regnety_064", "efficientvit_l1", 
 @pytest.mark.parametrize("name", [name for name in TABLE_6 if name not in NORMED])
 def test_the_other_networks_of_the_table_have_no_norms_to_synchronise(name: str) -> None:
     with torch.device("meta"):
-        student = students[f"timm:{name}"](StudentOptions())
+        student = students[f"timm:{name}"](TimmOptions())
     assert isinstance(student, torch.nn.Module)
     assert not any(isinstance(module, _BatchNorm) for module in student.modules())
 
@@ -86,7 +86,7 @@ def test_the_other_networks_of_the_table_have_no_norms_to_synchronise(name: str)
 @pytest.mark.parametrize("name", [*NORMED[:-1], pytest.param(NORMED[-1], marks=pytest.mark.slow)])
 def test_synchronised_norms_are_the_same_network(name: str) -> None:
     torch.manual_seed(0)
-    student = students[f"timm:{name}"](StudentOptions(image_size=64 if name.startswith("maxvit") else None))
+    student = students[f"timm:{name}"](TimmOptions(image_size=64 if name.startswith("maxvit") else None))
     assert isinstance(student, torch.nn.Module)
     for norm in (module for module in student.modules() if isinstance(module, _BatchNorm)):
         torch.nn.init.uniform_(norm.bias, -0.5, 0.5)  # so that an activation makes a difference

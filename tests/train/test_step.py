@@ -10,7 +10,7 @@ from torch import Tensor
 
 from radio.adaptors import AdaptorConfig
 from radio.model import ModelConfig, RadioModel, build
-from radio.resample import resize_images
+from radio.ops import resize_images
 from radio.types import Features, Teacher
 from train.config import LossConfig, TeacherConfig
 from train.data.loader import GroupBatch, for_student

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from radio.hub import load_teacher, outline_teacher
+from radio.hub import load_teacher
 from radio.types import Teacher
 from train.config import CacheConfig, TeacherConfig, TrainConfig
 from train.plan import bytes_of, without_fast_paths
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 def random_teacher(name: str) -> Teacher:
     """An architecture with random weights."""
-    teacher = outline_teacher(name)
+    teacher = load_teacher(name, meta=True)
     assert isinstance(teacher, nn.Module)
     teacher.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)

@@ -17,7 +17,7 @@ from radio.config import read_yaml
 from radio.errors import ConfigError, DataError
 from radio.model import RadioModel
 from radio.students import StudentOptions
-from radio.students.vit import ViT
+from radio.students.vit import ViT, ViTDetOptions
 from train import trainer as module
 from train.config import DataConfig, TrainConfig
 from train.data.crops import draw_window
@@ -213,7 +213,7 @@ def test_sampled_windows_reach_the_student(
 
 
 def test_a_window_fixed_by_the_options(config: TrainConfig, start: Start) -> None:
-    options = StudentOptions(window=2)
+    options = ViTDetOptions(window=2)
     model = radio.load_backbone(str(start(config, student="vitdet-tiny12", options=options, steps=1).train()))
     assert isinstance(model, RadioModel)
     assert model.config.options.window == 2

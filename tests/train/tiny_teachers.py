@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from radio.entry import train
 from radio.teachers import families
-from radio.teachers.frozen import Frozen
+from radio.teachers.base import Frozen
 from radio.types import Features
 
 # Letters: B batch, D token width, C summary width.

@@ -11,14 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from radio.errors import require
-from radio.resample import resize_images
+from radio.ops import resize_images
 from radio.scenes.language import TEMPLATES, caption
 from radio.scenes.world import CLASSES, COLOURS, SHAPES, Scene, render
 from radio.students.vit import ViT
-from radio.teachers.sam_decoder import decode
-from radio.teachers.scenes import Clip
-from radio.teachers.scenes_sam import SIDE
-from radio.teachers.scenes_text import tokenize
+from radio.teachers.sam import decode
+from radio.teachers.scenes import SIDE, Clip, tokenize
 
 # Letters: B scenes, O objects (4 per scene, absent ones included), R present objects, P prompts,
 # C summary width, g grid side.

@@ -13,12 +13,12 @@ from torch import Tensor
 from evals.knn.index import Index, vote
 from evals.zeroshot.evaluator import rank_classes
 from evals.zeroshot.texts import class_vectors
-from radio.resample import resize_images
+from radio.ops import resize_images
 from radio.scenes.language import TEMPLATES
 from radio.scenes.world import CLASSES, Split, render, render_images
-from radio.teachers.frozen import Frozen
-from radio.teachers.sam_decoder import decode
-from radio.teachers.scenes_sam import SIDE
+from radio.teachers.base import Frozen
+from radio.teachers.sam import decode
+from radio.teachers.scenes import SIDE
 from radio.types import Backbone
 
 from .losses import SIZE

@@ -19,12 +19,19 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from radio.checkpoint import load, load_state, save
-from radio.config import Count, Seed, check_options, to_plain
+from radio.config import Count, Seed, check_options, parse_options, to_plain
 from radio.errors import ConfigError, RadioError, did_you_mean
 from radio.model import seeded
-from radio.options import parse_options
-from radio.teachers.scenes import NAMES, Clip, Name, frozen_clip, frozen_dense, new_dense, weights_file
-from radio.teachers.scenes_sam import new_sam
+from radio.teachers.scenes import (
+    NAMES,
+    Clip,
+    Name,
+    frozen_clip,
+    frozen_dense,
+    new_dense,
+    new_sam,
+    weights_file,
+)
 from train.config import BatchSize, OptimConfig, Rate
 from train.loggers import say
 from train.monitor import first_bad

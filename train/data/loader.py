@@ -28,7 +28,7 @@ from typing_extensions import TypedDict
 from radio.dist import Group
 from radio.errors import CheckpointError, DataError, RadioError
 from radio.io import validate
-from radio.resample import resize_images
+from radio.ops import resize_images
 from radio.types import Features
 
 from ..config import DataConfig, TrainConfig

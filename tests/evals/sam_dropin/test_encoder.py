@@ -12,9 +12,9 @@ from radio.adaptors import AdaptorConfig
 from radio.errors import CheckpointError, ConfigError, SizeError
 from radio.hub import load_backbone, load_teacher
 from radio.model import ModelConfig, RadioModel, build
-from radio.resample import resize_tokens
+from radio.ops import resize_tokens
 from radio.teachers import families
-from radio.teachers.sam_decoder import new_released_sam
+from radio.teachers.sam import new_released_sam
 from radio.teachers.scenes import scenes_sam
 
 

@@ -10,7 +10,7 @@ from scipy.ndimage import distance_transform_edt
 from segment_anything.utils.transforms import ResizeLongestSide
 
 from evals.sam_dropin.masks import count, erode, fitted_size, make_frame, next_clicks, pack, resize_and_pad
-from radio.teachers.sam_decoder import new_released_sam
+from radio.teachers.sam import new_released_sam
 
 SIZES = [(480, 640), (640, 427), (100, 100), (33, 1500), (1024, 7)]
 

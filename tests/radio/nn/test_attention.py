@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from radio.nn.attention import Attention
-from radio.nn.block import MLP, Block, LayerScale
-from radio.windows import from_windows, to_windows
+from radio.nn.vit import MLP, Attention, Block, LayerScale
+from radio.ops import from_windows, to_windows
 
 
 def _attention_by_loop(layer: Attention, x: Tensor) -> Tensor:

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from radio.errors import ConfigError
-from radio.nn.normalise import IMAGENET_MEAN, IMAGENET_STD, Normalise
-from radio.nn.patch_embed import ConvStem, LinearStem
+from radio.nn.vit import IMAGENET_MEAN, IMAGENET_STD, ConvStem, LinearStem, Normalise
 
 
 def test_the_linear_stem_is_one_matrix_for_every_patch():

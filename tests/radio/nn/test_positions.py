@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from radio.nn.positions import CroppedPositions, draw_crops
+from radio.nn.vit import CroppedPositions, draw_crops
 
 
 @pytest.fixture

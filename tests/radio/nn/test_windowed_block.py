@@ -11,7 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from radio.errors import SizeError
-from radio.nn.windowed_block import MultiResolutionBlock, PositionBias, WindowBlock, map_of, windows_of
+from radio.nn.windows import (
+    MultiResolutionBlock,
+    PositionBias,
+    WindowBlock,
+    map_of,
+    windows_of,
+)
 
 
 def _maps(*shape: int) -> Tensor:

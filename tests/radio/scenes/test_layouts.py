@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import radio.scenes.layouts as writer
+import radio.scenes.export as writer
 from radio.errors import ConfigError
 from radio.scenes import CLASSES, SHAPES, SceneError, caption, captions, questions, render, semantic, write
-from radio.scenes.layouts import LAYOUTS, METADATA_FILE, ScenesSettings, write_cached
+from radio.scenes.export import LAYOUTS, METADATA_FILE, ScenesSettings, write_cached
 
 NAMES = ("ade20k", "coco", "image-folder", "llava", "webdataset")
 

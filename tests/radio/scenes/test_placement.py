@@ -1,6 +1,6 @@
 import math
 
-from radio.scenes.placement import Figure, layout_scene
+from radio.scenes.world import Figure, layout_scene
 
 
 def figures(count: int) -> list[tuple[Figure, tuple[Figure, ...]]]:

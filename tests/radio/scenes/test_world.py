@@ -18,8 +18,7 @@ from radio.scenes import (
     render_images,
     semantic,
 )
-from radio.scenes.placement import layout_scene
-from radio.scenes.world import _cover
+from radio.scenes.world import _cover, layout_scene
 
 
 def scenes(count: int, **settings: object) -> list[Scene]:

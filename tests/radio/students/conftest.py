@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from radio.students.vit import ViT, ViTConfig
-from radio.students.windowed import global_blocks
+from radio.students.vit import ViT, ViTConfig, global_blocks
 from radio.types import Features
 
 

@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from radio.errors import ConfigError, SizeError
-from radio.nn.windowed_block import MultiResolutionBlock
+from radio.model import make_student
+from radio.nn.windows import MultiResolutionBlock
 from radio.students import StudentOptions, students
-from radio.students.eradio import ERadio, ERadioConfig
+from radio.students.eradio import ERadio, ERadioConfig, ERadioOptions
+from radio.students.timm import TimmOptions
+from radio.students.vit import ViTOptions
 from radio.types import Features, Student
 
 # Parameters without a head, without and with up-sampling, and GMACs at 224 px (AM-RADIO's table 6).
@@ -356,23 +359,19 @@ def test_at_the_start_the_neck_repeats_the_last_map():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (StudentOptions(registers=4), "e-radio-b has no registers; leave it out"),
-        (StudentOptions(stem="conv"), "e-radio-b has no stem"),
-        (StudentOptions(schedule="quarters"), "e-radio-b has no schedule"),
-        (StudentOptions(class_tokens=3), "e-radio-b has no class tokens, its summary is the mean"),
-        (StudentOptions(window=0), "e-radio-b: window is 0, and 1 is the least it can be"),
+        (ViTOptions(registers=4), "student 'e-radio-b' has ERadioOptions, got ViTOptions; give it its own"),
+        (TimmOptions(upsample=True), "has ERadioOptions, got TimmOptions"),
+        (ERadioOptions(window=0), "e-radio-b.window: 0 is out of bounds; give a number of at least 1"),
     ],
 )
 def test_options_that_it_does_not_have_are_errors(options, message):
     with torch.device("meta"), pytest.raises(ConfigError, match=message):
-        students["e-radio-b"](options)
+        make_student("e-radio-b", options)
 
 
 def test_options_that_it_has():
     with torch.device("meta"):
-        student = students["e-radio-b"](
-            StudentOptions(window=8, activation_checkpointing=True, class_tokens=0)
-        )
+        student = students["e-radio-b"](ERadioOptions(window=8, activation_checkpointing=True))
     assert isinstance(student, ERadio)
     assert student.config.window == 8 and student.config.activation_checkpointing
 

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from radio.errors import ConfigError, SizeError
-from radio.students import StudentOptions, students
-from radio.students.vit import ViT
-from radio.students.windowed import global_blocks
+from radio.students import StudentOptions, options_type, resolve_options, students
+from radio.students.vit import ViT, ViTDetOptions, ViTOptions, global_blocks
 
 TOKENS = [(1, 0), (3, 4), (1, 4), (0, 2), (0, 0)]  # class tokens, registers
 
@@ -166,7 +165,7 @@ def _parameters(width, depth, hidden, patch, side, prefix) -> int:
 def test_parameter_counts(name, shape, millions):
     with torch.device("meta"):
         built = {prefix: students[prefix + name[3:]](StudentOptions()) for prefix in ("vit", "vitdet")}
-        more = students[name](StudentOptions(class_tokens=3, registers=4))
+        more = students[name](ViTOptions(class_tokens=3, registers=4))
     counts = {key: sum(p.numel() for p in vit.parameters()) for key, vit in built.items()}
     assert counts["vit"] == counts["vitdet"] == _parameters(*shape, 1)
     assert sum(p.numel() for p in more.parameters()) == _parameters(*shape, 7)
@@ -189,27 +188,33 @@ def test_without_prefix_tokens_there_is_no_empty_parameter_and_the_files_stay(sm
 
 def test_a_schedule_that_cannot_be_is_told_when_the_student_is_made():
     with torch.device("meta"):
-        by_number = students["vitdet-so400m14"](StudentOptions(schedule=3))
+        by_number = students["vitdet-so400m14"](ViTDetOptions(schedule=3))
     assert isinstance(by_number, ViT) and by_number._global_blocks() == (8, 17, 26)
     with pytest.raises(ConfigError, match="a depth of 4 does not have 4 parts"):
-        students["vitdet-tiny12"](StudentOptions(schedule="quarters"))
+        students["vitdet-tiny12"](ViTDetOptions(schedule="quarters"))
 
 
 def test_options_reach_the_student_and_impossible_ones_are_errors():
-    options = StudentOptions(class_tokens=2, registers=3, stem="linear", activation_checkpointing=True)
+    options = ViTOptions(class_tokens=2, registers=3, stem="linear", activation_checkpointing=True)
     vit = students["vit-tiny12"](options)
     assert isinstance(vit, ViT) and vit.summary_dim == 256 and vit.prefix.shape == (1, 5, 128)
     assert vit.config.stem == "linear" and vit.config.activation_checkpointing and vit.native_size == (96, 96)
-    windowed = students["vitdet-b16"](StudentOptions(window=2, schedule="runs-of-5"))
+    windowed = students["vitdet-b16"](ViTDetOptions(window=2, schedule="runs-of-5"))
     assert isinstance(windowed, ViT) and windowed.config.window == 2
     assert windowed.config.schedule == "runs-of-5"
-    for bad in (StudentOptions(window=4), StudentOptions(schedule="quarters")):
-        with pytest.raises(ConfigError, match="vit-tiny12 has no windows; use vitdet-tiny12"):
-            students["vit-tiny12"](bad)
-    with pytest.raises(ConfigError, match="vitdet-tiny12: window is 0, and 1 is the least"):
-        students["vitdet-tiny12"](StudentOptions(window=0))
-    with pytest.raises(ConfigError, match="vit-tiny12: class_tokens is -1, and 0 is the least"):
-        students["vit-tiny12"](StudentOptions(class_tokens=-1))
+    with pytest.raises(ConfigError, match=r"vitdet-tiny12.window: 0 is out of bounds; .* at least 1"):
+        students["vitdet-tiny12"](ViTDetOptions(window=0))
+    with pytest.raises(ConfigError, match=r"vit-tiny12.class_tokens: -1 is out of bounds; .* at least 0"):
+        students["vit-tiny12"](ViTOptions(class_tokens=-1))
+
+
+def test_a_student_has_the_options_of_its_family():
+    assert [options_type(name) for name in ("vit-b16", "vitdet-b16")] == [ViTOptions, ViTDetOptions]
+    assert resolve_options("vitdet-b16", StudentOptions(activation_checkpointing=True)) == ViTDetOptions(
+        activation_checkpointing=True
+    )
+    with pytest.raises(ConfigError, match="student 'vit-b16' has ViTOptions, got ViTDetOptions; give it its"):
+        resolve_options("vit-b16", ViTDetOptions(window=4))
 
 
 def test_every_windowed_student_has_windowed_blocks_and_takes_its_native_size():

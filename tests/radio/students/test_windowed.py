@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from radio.errors import ConfigError
-from radio.students.windowed import global_blocks
+from radio.students.vit import global_blocks
 
 
 @pytest.mark.parametrize(

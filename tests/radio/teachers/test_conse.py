@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from radio.errors import CheckpointError, DataError, MissingWeightsError
-from radio.teachers import families, pip_weights
-from radio.teachers.conse import ConseText, SentenceEncoder
-from radio.teachers.pip_weights import MINILM, locate
+from radio.teachers import families
+from radio.teachers import pip as pip_weights
+from radio.teachers.pip import MINILM, ConseText, SentenceEncoder, locate
 
 NAMES = ("cat", "dog", "red car", "a cat")
 

@@ -13,8 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from radio.checkpoint import load_tensors
 from radio.errors import CheckpointError, ConfigError
 from radio.teachers import families
-from radio.teachers.dinov2 import MEMBERS, TABLE, DinoTrunk, Member, load_dinov2
-from radio.teachers.dinov2_layouts import Resampling, to_official
+from radio.teachers.dinov2 import MEMBERS, TABLE, DinoTrunk, Member, Resampling, load_dinov2, to_official
 
 TIMM = {"vits14": "vit_small_patch14_dinov2", "vitb14": "vit_base_patch14_dinov2"}
 TIMM |= {"vitl14": "vit_large_patch14_dinov2", "vitg14": "vit_giant_patch14_dinov2"}

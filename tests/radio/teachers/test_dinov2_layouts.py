@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from radio.errors import CheckpointError
-from radio.teachers.dinov2_layouts import Resampling, to_official
+from radio.teachers.dinov2 import Resampling, to_official
 
 OFFICIAL = Resampling(offset=0.1)
 ANTIALIASED = Resampling(antialias=True)

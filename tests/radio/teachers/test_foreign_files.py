@@ -20,8 +20,8 @@ from torch import Tensor
 from radio.errors import CheckpointError, RadioError
 from radio.hub import load_teacher
 from radio.teachers import dinov2, sam
-from radio.teachers.dinov2_layouts import Resampling
-from radio.teachers.sam_decoder import load_sam_head, new_released_sam
+from radio.teachers.dinov2 import Resampling
+from radio.teachers.sam import load_sam_head, new_released_sam
 
 State = dict[str, Tensor]
 

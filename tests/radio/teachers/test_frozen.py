@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from radio.errors import SizeError
-from radio.teachers.frozen import Frozen
+from radio.teachers.base import Frozen
 from radio.types import Features, Teacher
 
 

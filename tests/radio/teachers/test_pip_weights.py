@@ -13,8 +13,9 @@ import torch
 from torch.nn import functional as F
 
 from radio.errors import CheckpointError, ConfigError, MissingWeightsError
-from radio.teachers import families, pip_weights
-from radio.teachers.pip_weights import EFFICIENTNET_LITE0, VIT_S_FOCUS, Package, locate
+from radio.teachers import families
+from radio.teachers import pip as pip_weights
+from radio.teachers.pip import EFFICIENTNET_LITE0, VIT_S_FOCUS, Package, locate
 
 SMALL = Package(
     distribution="small-weights",

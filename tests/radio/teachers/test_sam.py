@@ -10,8 +10,16 @@ import torch
 from radio.errors import CheckpointError, ConfigError
 from radio.teachers import families
 from radio.teachers import sam as sam_module
-from radio.teachers.sam import MEAN, MEMBERS, STD, Member, SamTrunk, build_encoder, freeze_sam
-from radio.teachers.sam_attention import SamAttention
+from radio.teachers.sam import (
+    MEAN,
+    MEMBERS,
+    STD,
+    Member,
+    SamAttention,
+    SamTrunk,
+    build_encoder,
+    freeze_sam,
+)
 
 pytest.importorskip("segment_anything")
 

@@ -11,8 +11,8 @@ from segment_anything import SamPredictor
 from segment_anything.build_sam import _build_sam
 
 from radio.errors import CheckpointError
-from radio.teachers.sam import MEMBERS
-from radio.teachers.sam_decoder import SamHead, decode, load_sam_head, new_released_sam
+from radio.hub import load_teacher
+from radio.teachers.sam import MEMBERS, SamHead, decode, load_sam_head, new_released_sam
 
 
 @pytest.fixture(scope="module")
@@ -91,14 +91,14 @@ def test_a_released_file_is_known_by_its_shapes(tmp_path: Path) -> None:
 
 
 def test_the_scenes_head_belongs_to_the_shipped_sam() -> None:
-    head = load_sam_head("scenes:sam")
+    head = SamHead(load_teacher("scenes:sam").sam, "scenes:sam")
     assert (head.side, head.grid, head.token_dim) == (112, (14, 14), 96)
     assert all(not parameter.requires_grad for parameter in head.parameters())
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="needs a weights file"):
-        load_sam_head("sam:vit_b")
+        load_sam_head("sam:vit_b", None)
     torch.save({"image_encoder.neck.0.weight": torch.zeros(256, 99, 1, 1)}, tmp_path / "odd.pth")
     with pytest.raises(CheckpointError, match=r"not a SAM checkpoint: wanted .* of width 768 \(vit_b\)"):
         load_sam_head("sam:vit_b", tmp_path / "odd.pth")

@@ -12,10 +12,18 @@ from radio.errors import CheckpointError, ConfigError
 from radio.scenes.language import TEMPLATES, VOCABULARY, captions
 from radio.scenes.world import CLASSES, render
 from radio.teachers import families
-from radio.teachers.sam_decoder import decode
-from radio.teachers.scenes import NAMES, WEIGHTS, scenes_sam, scenes_teacher, weights_file
-from radio.teachers.scenes_sam import NECK
-from radio.teachers.scenes_text import CONTEXT, TextError, tokenize
+from radio.teachers.sam import decode
+from radio.teachers.scenes import (
+    CONTEXT,
+    NAMES,
+    NECK,
+    WEIGHTS,
+    TextError,
+    scenes_sam,
+    scenes_teacher,
+    tokenize,
+    weights_file,
+)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from radio.errors import CheckpointError
-from radio.teachers.weights_file import read_weights, refuse_file
+from radio.teachers.base import read_weights, refuse_file
 
 
 def test_floats_become_float32_and_wrappings_are_taken_off(tmp_path):

@@ -1,8 +1,8 @@
-"""Wrap a frozen encoder as a teacher: normalise, refuse sizes it does not accept, and never train."""
+"""The common part of all teachers: read a weights file, normalise, check sizes, and never train."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol, Self, final
@@ -10,10 +10,38 @@ from typing import Any, Protocol, Self, final
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import digest
-from ..errors import SizeError
+from ..checkpoint import digest, load_tensors
+from ..errors import CheckpointError, SizeError
+from ..ops import nearest_multiple
 from ..types import Adaptor, Features, TextTower
-from ..windows import nearest_multiple
+
+
+def read_weights(spec: str, file: Path | None, anchors: Collection[str] = ()) -> dict[str, Tensor]:
+    """Read the state dict in a teacher's weights file: floats as float32, trainers' wrappings removed.
+
+    `spec` is the teacher's name with its family, as in `dinov2:vitb14`; `anchors` are weight names of its
+    network, by which a prefix is recognised.
+
+    Raises:
+        CheckpointError: no file was given, it does not exist, or it is no weights file.
+    """
+    if file is None:
+        raise CheckpointError(f"{spec} needs a weights file; name it as in {spec}@FILE")
+    return {
+        name: tensor.float() if torch.is_floating_point(tensor) else tensor
+        for name, tensor in load_tensors(file, anchors).items()
+    }
+
+
+def refuse_file(spec: str, file: Path | None) -> None:
+    """Check that no file was given for a teacher that includes its own weights.
+
+    Raises:
+        CheckpointError: one was given.
+    """
+    if file is not None:
+        raise CheckpointError(f"{spec} brings its own weights; leave out @{file}")
+
 
 # Letters: B batch, C summary width, T tokens, D token width, h w pixels.
 
@@ -37,12 +65,13 @@ class Frozen(nn.Module):
 
     Both sides in pixels must be multiples of `patch_size`, or the native size where `fixed_size` says so.
     `variant` describes what else determines the features (a resampling rule, a choice of layer), so that the
-    fingerprint covers it. `text` is the text tower that shares the summary's space.
+    fingerprint covers it. `text` is the text tower that shares the summary's space, `sam` loads the whole SAM
+    of an encoder that is shipped with it.
     """
 
     metadata: Mapping[str, Any] = MappingProxyType({})
     adaptors: Mapping[str, Adaptor] = MappingProxyType({})
-    window = with_window = sam = None
+    window = with_window = None
 
     def __init__(
         self,
@@ -57,12 +86,14 @@ class Frozen(nn.Module):
         summary_dim: int,
         token_dim: int,
         text: TextTower | None = None,
+        sam: Callable[[], Any] | None = None,
         variant: str = "",
         weights_file: Path | None = None,
     ) -> None:
         super().__init__()
         assert isinstance(trunk, nn.Module), "a trunk is an nn.Module"
         self.trunk: Trunk = trunk
+        self._load_sam = sam
         self._text = text  # usually a module too: it moves along with this one
         self.weights_file = weights_file
         self.name = name
@@ -87,6 +118,11 @@ class Frozen(nn.Module):
     def text(self) -> TextTower | None:
         """Text tower that shares the summary's space, or None."""
         return self._text
+
+    @property
+    def sam(self) -> Any:
+        """The whole `segment_anything.modeling.Sam`, loaded at each call; None if none is shipped."""
+        return None if self._load_sam is None else self._load_sam()
 
     def drop_text(self) -> None:
         """Drop the text tower, which is needed only for texts."""

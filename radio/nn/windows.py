@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..windows import from_windows, to_windows
-from .attention import Attention
-from .block import MLP, NORM_EPS
+from ..ops import from_windows, to_windows
+from .vit import MLP, NORM_EPS, Attention
 
 # Letters: B batch, D width, H W grid, s window side, M windows of all images, h heads.
 

@@ -1,10 +1,14 @@
-"""Reorder tokens into attention windows and back, as pure reshapes (paper appendix C)."""
+"""Tensor operations: attention windows (paper appendix C), and all interpolation of images and tokens."""
 
 from __future__ import annotations
 
+from typing import Literal
+
+import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import SizeError
+from .types import Features
 
 # Letters: B batch, T tokens, D width, H W grid, s window side, N windows per image.
 
@@ -67,3 +71,30 @@ def choose_side(grid: tuple[int, int], least: int, most: int) -> int | None:
 def nearest_multiple(pixels: int, step: int) -> int:
     """Round pixels to the nearest multiple of `step`, at least one step; ties round up."""
     return max(1, (2 * pixels + step) // (2 * step)) * step
+
+
+# Letters: B batch, T tokens, D width, H W grid.
+
+
+def resize_images(
+    images: Tensor, size: tuple[int, int], mode: Literal["bicubic", "bilinear"] = "bicubic"
+) -> Tensor:
+    """Resize images [B, 3, h, w] in [0, 1] to another (height, width), antialiased, clamped to [0, 1]."""
+    if tuple(images.shape[-2:]) == size:
+        return images
+    resized = F.interpolate(images, size=size, mode=mode, antialias=True, align_corners=False)
+    return resized.clamp_(0.0, 1.0)
+
+
+def resize_tokens(tokens: Tensor, grid: tuple[int, int], to: tuple[int, int]) -> Tensor:
+    """Resample tokens [B, T, D] bilinearly from one grid to another (paper §4), in float32."""
+    if grid == to:
+        return tokens
+    plane = tokens.transpose(1, 2).unflatten(2, grid).float()
+    plane = F.interpolate(plane, size=to, mode="bilinear", align_corners=False)
+    return plane.flatten(2).transpose(1, 2).to(tokens.dtype)
+
+
+def resize_features(features: Features, to: tuple[int, int]) -> Features:
+    """Resample the tokens of features to another grid; the summary is unchanged."""
+    return Features(features.summary, resize_tokens(features.tokens, features.grid, to), to)
