@@ -58,7 +58,7 @@ _STEPPED = TypeAdapter(_Stepped)
 _RECORD = TypeAdapter(dict[str, int | Annotated[float, AllowInfNan(False)] | str | None])
 
 
-class Lines(NamedTuple):
+class ConsoleLog(NamedTuple):
     """The lines of a log."""
 
     records: list[tuple[str, Record]]  # each line as written, and its record
@@ -74,14 +74,14 @@ def read_records(path: Path) -> list[Record]:
     return [record for _, record in read_lines(path).records]
 
 
-def read_lines(path: Path) -> Lines:
+def read_lines(path: Path) -> ConsoleLog:
     """Read the lines of a run's log, in order, also of a damaged one; nothing where there is no such file.
 
     Raises:
         DataError: it is not a regular file, or cannot be opened.
     """
     if not path.exists():
-        return Lines([], 0)
+        return ConsoleLog([], 0)
     data = read_bytes(path, limit=MAX_DATA_BYTES)
     try:
         text = decode_text(data, path)
@@ -95,7 +95,7 @@ def read_lines(path: Path) -> Lines:
             records.append((line, record))
         elif line.strip() and (number < len(lines) or text.endswith("\n")):
             num_others += 1
-    return Lines(records, num_others)
+    return ConsoleLog(records, num_others)
 
 
 def _parse(line: str, path: Path) -> Record | None:

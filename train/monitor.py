@@ -106,8 +106,8 @@ class Meters:
             self._rows[key] = self._rows[key] + row if key in self._rows else row
 
 
-class Skipped(NamedTuple):
-    """Skipped steps."""
+class SkippedSteps(NamedTuple):
+    """SkippedSteps steps."""
 
     total: int  # of the whole run
     recent: int  # since the last reading
@@ -167,7 +167,7 @@ class NonFiniteMonitor:
                 f"names them); nothing was learned. Begin anew with --restart and a lower --optim.lr"
             )
 
-    def read(self, group: Group, step: int, most: int) -> Skipped:
+    def read(self, group: Group, step: int, most: int) -> SkippedSteps:
         """Return the steps skipped since the last reading, and reset.
 
         Raises:
@@ -178,7 +178,7 @@ class NonFiniteMonitor:
         names = dict.fromkeys(name for local in group.gather_objects(self._names()) for name in local)
         self._counts = torch.tensor([total, 0, in_a_row, in_a_row], device=self._device)
         self._losses = {}
-        return Skipped(total, recent, tuple(names))
+        return SkippedSteps(total, recent, tuple(names))
 
     def state_dict(self) -> NonFiniteState:
         """Return the counts as plain numbers, for an exact resume."""

@@ -221,7 +221,7 @@ def _default_world(config: TrainConfig) -> int:
     return PAPERS_RANKS
 
 
-class Outline(NamedTuple):
+class MetaModels(NamedTuple):
     """Student, adaptors and teachers of a run without weights."""
 
     model: RadioModel
@@ -236,7 +236,7 @@ class Outline(NamedTuple):
         return [self.model.get_submodule(f"adaptors.{name}") for name in names]
 
 
-def outline(config: TrainConfig, *, half: bool = False) -> Outline:
+def outline(config: TrainConfig, *, half: bool = False) -> MetaModels:
     """Build a run's models without weights; no file is read where the teacher's family permits it.
 
     Args:
@@ -265,10 +265,12 @@ def outline(config: TrainConfig, *, half: bool = False) -> Outline:
         for module in (model, *teachers.values()):
             assert isinstance(module, nn.Module)
             module.to_empty(device="cpu")  # allocates nothing: the mode keeps only shapes
-    return Outline(model, teachers, facts, windows, mode)
+    return MetaModels(model, teachers, facts, windows, mode)
 
 
-def count(config: TrainConfig, models: Outline, group: TeacherGroup, *, half: bool, standing: bool) -> Cost:
+def count(
+    config: TrainConfig, models: MetaModels, group: TeacherGroup, *, half: bool, standing: bool
+) -> Cost:
     """Count the cost of one rank's images of a group, with the largest window that a step may draw.
 
     Args:
@@ -334,7 +336,7 @@ def without_fast_paths() -> Iterator[None]:
 
 def _memory(
     config: TrainConfig,
-    models: Outline,
+    models: MetaModels,
     groups: tuple[TeacherGroup, ...],
     costs: dict[str, Cost],
     world: int,

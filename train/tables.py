@@ -42,7 +42,7 @@ Rows: TypeAlias = Mapping[str, TrainConfig]
 """Runs by name."""
 
 
-class Trained(NamedTuple):
+class TrainedRows(NamedTuple):
     """Result of some runs."""
 
     checkpoints: dict[str, Path]
@@ -50,7 +50,7 @@ class Trained(NamedTuple):
     leads: bool  # whether this is the first rank, which does the rest
 
 
-def train_all(runs: Rows, console: Console, *, restart: bool = False) -> Trained:
+def train_all(runs: Rows, console: Console, *, restart: bool = False) -> TrainedRows:
     """Train runs of one device one after another; each resumes where it was stopped.
 
     Args:
@@ -77,11 +77,11 @@ def train_all(runs: Rows, console: Console, *, restart: bool = False) -> Trained
             if run.stopped:
                 line = f"stopped after step {run.step} of {config.out}; the same command goes on from there"
                 say(screen, line)
-                return Trained(checkpoints, stopped=True, leads=group.leads)
+                return TrainedRows(checkpoints, stopped=True, leads=group.leads)
             say(screen, f"checkpoint: {checkpoints[name]}")
             del run
             collect()  # frees reference cycles of the run, for the next model's memory
-    return Trained(checkpoints, stopped=False, leads=group.leads)
+    return TrainedRows(checkpoints, stopped=False, leads=group.leads)
 
 
 def check_tasks(config: TrainConfig) -> None:
@@ -117,7 +117,9 @@ class PaperTable:
 tables: Registry[Callable[[], PaperTable]] = Registry("table")
 
 
-def sweep(table: PaperTable, runs: Rows, out: Path, console: Console, *, restart: bool = False) -> Trained:
+def sweep(
+    table: PaperTable, runs: Rows, out: Path, console: Console, *, restart: bool = False
+) -> TrainedRows:
     """Train rows of a table, from `rows_of`; once all are finished, compare their checkpoints.
 
     Raises:
@@ -199,7 +201,7 @@ def _compare_balancers(rows: Rows, checkpoints: Mapping[str, Path], out: Path, c
     show_weights({name: path.parent for name, path in checkpoints.items()}, out, console)
 
 
-class Curve(NamedTuple):
+class WeightCurve(NamedTuple):
     """The weight of one loss of one teacher in one run."""
 
     run: str
@@ -236,7 +238,7 @@ def show_weights(runs: Mapping[str, Path], out: Path, console: Console) -> None:
     say(console, f"weights over time: {out / 'weights.svg'}, {out / 'weights.csv'}")
 
 
-def read_weights(name: str, folder: Path) -> list[Curve]:
+def read_weights(name: str, folder: Path) -> list[WeightCurve]:
     """Read the curves from a run folder's log; empty when its balancer has fixed weights."""
     points: dict[str, list[tuple[int, float]]] = {}
     for record in read_records(folder / LOG):
@@ -247,11 +249,11 @@ def read_weights(name: str, folder: Path) -> list[Curve]:
     for key, pairs in points.items():
         teacher, kind = key.removesuffix("_weight").rsplit("/", 1)
         steps, weights = zip(*pairs, strict=True)
-        curves.append(Curve(name, teacher, kind, steps, weights))
+        curves.append(WeightCurve(name, teacher, kind, steps, weights))
     return curves
 
 
-def as_csv(curves: Sequence[Curve]) -> str:
+def as_csv(curves: Sequence[WeightCurve]) -> str:
     """Format the curves as CSV with one line per run, teacher, loss and step."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -267,7 +269,7 @@ _LINES = {"summary": "-", "spatial": "--"}
 _STYLE = {"svg.fonttype": "none", "svg.hashsalt": "weights", "font.size": 9, "legend.frameon": False}
 
 
-def as_svg(curves: Sequence[Curve]) -> bytes:
+def as_svg(curves: Sequence[WeightCurve]) -> bytes:
     """Plot a panel per run: a colour per teacher, solid lines for summaries, dashed lines for tokens.
 
     The output is deterministic: the same curves give the same bytes. The report page's plots have neither
@@ -382,7 +384,7 @@ def _compare_students(rows: Rows, checkpoints: Mapping[str, Path], out: Path, co
     from evals.core.suite import run_all  # imported late: these import all evaluators
     from evals.core.tables import cell
     from evals.reporting.figures import draw_tradeoff
-    from evals.throughput.evaluator import Entry, ThroughputSettings, report_all
+    from evals.throughput.evaluator import MeasuredModel, ThroughputSettings, report_all
     from radio.hub import load_backbone
     from radio.progress import watch_on
 
@@ -408,7 +410,7 @@ def _compare_students(rows: Rows, checkpoints: Mapping[str, Path], out: Path, co
             cell(outcome.report.metrics[outcome.report.primary_metric]) if outcome.report else "failed"
             for outcome in outcomes
         ]
-    entries = [Entry(name=name, model=model, paper_name=name) for name, model in models.items()]
+    entries = [MeasuredModel(name=name, model=model, paper_name=name) for name, model in models.items()]
     settings = ThroughputSettings(**SPEED)
     speeds = report_all(entries, settings, reports, device=config.device, progress=progress)
     columns = (*config.score, "images/s")

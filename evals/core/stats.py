@@ -56,7 +56,7 @@ _MAX_CLASSES = 65_536
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Scores:
+class AreaScores:
     """Segmentation scores in percent; NaN for an absent class."""
 
     miou: float
@@ -73,7 +73,7 @@ def areas(
     *,
     num_classes: int | None = None,
     ignore: int | None = 255,
-) -> Scores:
+) -> AreaScores:
     """Compare two label maps as `radio-eval seg` does: mIoU, mean and overall accuracy, IoU of each class.
 
     Args:
@@ -118,7 +118,7 @@ def areas(
     return score(total[None].astype(np.float64))
 
 
-def score(areas: Values) -> Scores:
+def score(areas: Values) -> AreaScores:
     """Compute the scores over all images from the areas [N, 3, C] of each.
 
     A class that is neither labelled nor predicted is excluded from the means; one that is only predicted has
@@ -132,7 +132,7 @@ def score(areas: Values) -> Scores:
     if not total[2].any():
         raise DataError("no validation pixel has a class, so there is nothing to score")
     iou, acc, overall = area_ratios(total)
-    return Scores(
+    return AreaScores(
         miou=float(np.nanmean(iou)),
         macc=float(np.nanmean(acc)),
         aacc=float(overall),

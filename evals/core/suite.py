@@ -33,21 +33,21 @@ _STATE = "all.json"
 _FORMAT: Literal["am-radio-all/1"] = "am-radio-all/1"
 
 
-class _Entry(TypedDict):
+class _FinishedTask(TypedDict):
     """A finished task."""
 
     key: str
     report: str  # its file
 
 
-class _File(TypedDict):
+class _FinishedTasks(TypedDict):
     """Content of `all.json`."""
 
     format: Literal["am-radio-all/1"]
-    tasks: dict[str, _Entry]  # by the report's name
+    tasks: dict[str, _FinishedTask]  # by the report's name
 
 
-_FILE = TypeAdapter(_File)
+_FILE = TypeAdapter(_FinishedTasks)
 
 
 Jobs = Mapping[str, tuple[Evaluator[Any], Any]]
@@ -166,12 +166,12 @@ def _kept(out: Path, base: str, key: str, fingerprint: str) -> Report | None:
 
 
 def _note(out: Path, base: str, key: str, report: Report) -> None:
-    entry: _Entry = {"key": key, "report": f"{file_name(report.task, report.model)}.json"}
+    entry: _FinishedTask = {"key": key, "report": f"{file_name(report.task, report.model)}.json"}
     tasks = {**_state(out), base: entry}
     write_text(out / _STATE, json.dumps({"format": _FORMAT, "tasks": tasks}, indent=2) + "\n")
 
 
-def _state(out: Path) -> dict[str, _Entry]:
+def _state(out: Path) -> dict[str, _FinishedTask]:
     try:
         return read_json(out / _STATE, _FILE)["tasks"]
     except RadioError:  # absent or damaged: everything is recomputed

@@ -30,7 +30,7 @@ _MAX_CLASSES = 10_000  # areas of each class are held for each unit
 Verdict = Literal["better", "worse", "same", "changed", "missing", "new", "timing"]
 
 
-class Entry(NamedTuple):
+class StoredReport(NamedTuple):
     """A report and the path of its file."""
 
     report: Report
@@ -61,7 +61,7 @@ class Change:
         return self.value - self.baseline
 
 
-def read_reports(folder: Path) -> dict[tuple[str, str], Entry]:
+def read_reports(folder: Path) -> dict[tuple[str, str], StoredReport]:
     """Read the reports of a folder by task and model.
 
     Raises:
@@ -69,12 +69,12 @@ def read_reports(folder: Path) -> dict[tuple[str, str], Entry]:
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder of reports")
-    entries: dict[tuple[str, str], Entry] = {}
+    entries: dict[tuple[str, str], StoredReport] = {}
     for path in sorted(folder.glob("*.json")):
         if not is_report(path):
             continue
         report = read(path)
-        first = entries.setdefault((report.task, report.model), Entry(report, path))
+        first = entries.setdefault((report.task, report.model), StoredReport(report, path))
         if first.path != path:
             raise DataError(
                 f"{shown(folder)}: {shown(first.path.name)} and {shown(path.name)} are both of "
@@ -86,8 +86,8 @@ def read_reports(folder: Path) -> dict[tuple[str, str], Entry]:
 
 
 def compare(
-    reports: Mapping[tuple[str, str], Entry],
-    baseline: Mapping[tuple[str, str], Entry],
+    reports: Mapping[tuple[str, str], StoredReport],
+    baseline: Mapping[tuple[str, str], StoredReport],
     *,
     tolerance: float,
     noise: Mapping[str, Mapping[str, float]] | None = None,
@@ -136,10 +136,10 @@ def is_report(path: Path) -> bool:
 
 
 def _pair(
-    reports: Mapping[tuple[str, str], Entry], baseline: Mapping[tuple[str, str], Entry]
-) -> list[tuple[Entry | None, Entry | None]]:
+    reports: Mapping[tuple[str, str], StoredReport], baseline: Mapping[tuple[str, str], StoredReport]
+) -> list[tuple[StoredReport | None, StoredReport | None]]:
     new_by_task, old_by_task = _by_task(reports), _by_task(baseline)
-    pairs: list[tuple[Entry | None, Entry | None]] = []
+    pairs: list[tuple[StoredReport | None, StoredReport | None]] = []
     for task in dict.fromkeys([*old_by_task, *new_by_task]):
         new, old = new_by_task.get(task, {}), old_by_task.get(task, {})
         if len(new) == len(old) == 1:
@@ -149,8 +149,8 @@ def _pair(
     return pairs
 
 
-def _by_task(entries: Mapping[tuple[str, str], Entry]) -> dict[str, dict[str, Entry]]:
-    by_task: dict[str, dict[str, Entry]] = {}
+def _by_task(entries: Mapping[tuple[str, str], StoredReport]) -> dict[str, dict[str, StoredReport]]:
+    by_task: dict[str, dict[str, StoredReport]] = {}
     for (task, model), entry in entries.items():
         by_task.setdefault(task, {})[model] = entry
     return by_task
@@ -170,7 +170,7 @@ def _one_sided(report: Report, verdict: Verdict) -> Change:
     )
 
 
-def _check_alike(new: Entry, old: Entry) -> None:
+def _check_alike(new: StoredReport, old: StoredReport) -> None:
     """Refuse to compare reports that differ in settings or data."""
     ours, theirs = protocols([new.report, old.report])
     for name in dict.fromkeys([*theirs, *ours]):
@@ -217,7 +217,9 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _changes(new: Entry, old: Entry, tolerance: float, noise: Mapping[str, float]) -> list[Change]:
+def _changes(
+    new: StoredReport, old: StoredReport, tolerance: float, noise: Mapping[str, float]
+) -> list[Change]:
     changes = []
     for name, before in old.report.metrics.items():
         after = new.report.metrics.get(name)
@@ -295,7 +297,7 @@ class _Samples:
     values: Values  # scores [N], or areas [rows, 4]: class, intersection, prediction and label in pixels
 
 
-def paired_interval(new: Entry, old: Entry) -> tuple[float, float] | None:
+def paired_interval(new: StoredReport, old: StoredReport) -> tuple[float, float] | None:
     """Compute the 95 % interval of the difference of two primary metrics, in percent.
 
     It is a paired bootstrap over shared units, such as images. None where a report has no records, or where
@@ -348,7 +350,7 @@ def _mean_iou(areas: Values) -> Values:
     return mean_present(area_ratios(areas)[0])
 
 
-def _read_samples(entry: Entry) -> _Samples | None:
+def _read_samples(entry: StoredReport) -> _Samples | None:
     """Read a report's records; None where it names none, or where one cannot be read or stands twice."""
     report = entry.report
     path = file_inside(entry.path.parent.resolve(), report.records) if report.records else None

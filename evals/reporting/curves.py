@@ -30,7 +30,7 @@ _NOT_DRAWN = frozenset({"step", "samples", "seconds", "broken"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Curve:
+class TrainingCurve:
     """One panel: a quantity, with a line for each teacher, or one line for the whole run."""
 
     title: str
@@ -41,7 +41,7 @@ class Curve:
 class Curves:
     """All curves of a run."""
 
-    panels: tuple[Curve, ...]
+    panels: tuple[TrainingCurve, ...]
     last_step: int
     teachers: tuple[str, ...]
     notes: tuple[str, ...] = ()
@@ -109,7 +109,7 @@ def read_curves(run: Path) -> Curves:
         panels.setdefault(part, []).append(series)
     return Curves(
         panels=tuple(
-            Curve(title=_TITLES.get(part, part.replace("_", " ")), series=tuple(series))
+            TrainingCurve(title=_TITLES.get(part, part.replace("_", " ")), series=tuple(series))
             for part, series in sorted(panels.items(), key=lambda item: _rank(item[0]))
         ),
         last_step=int(records[-1]["step"]),

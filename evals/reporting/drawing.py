@@ -10,7 +10,7 @@ from evals.core.blocks import Bars, Confusions, Example, Examples, Image, ImageG
 from evals.core.report import Report
 from radio.errors import DataError
 
-from .compare import Entry
+from .compare import StoredReport
 from .elements import (
     Collapsible,
     Element,
@@ -41,7 +41,7 @@ class TaskReports:
     """The reports of one task, in the order of the models, and what is needed to draw them."""
 
     anchor: str  # unique in the page
-    entries: tuple[Entry, ...]
+    entries: tuple[StoredReport, ...]
     colors: Mapping[str, int]  # index of each model's color
     image_budget: ImageBudget
     warnings: list[str] = field(default_factory=list)  # filled while drawing
@@ -53,7 +53,7 @@ class TaskReports:
 
     def draw(self) -> list[Element]:
         """Draw the blocks of all reports, in the order of their first appearance."""
-        groups: dict[tuple[type, str], list[tuple[Entry, Any]]] = {}
+        groups: dict[tuple[type, str], list[tuple[StoredReport, Any]]] = {}
         for entry in self.entries:
             for block in entry.report.blocks:
                 groups.setdefault((type(block), block.title), []).append((entry, block))
@@ -72,7 +72,7 @@ class TaskReports:
         legend = tuple(LegendEntry(name=r.model, color=self.colors[r.model]) for r in self.reports)
         return Plots(caption=caption, panels=(Panel(title=title, svg=svg),), legend=legend)
 
-    def image(self, entry: Entry, image: Image | None) -> Thumbnail | None:
+    def image(self, entry: StoredReport, image: Image | None) -> Thumbnail | None:
         """Embed an image of a report; None, with a warning where it cannot be read, or the page is full."""
         if image is None:
             return None
@@ -84,7 +84,7 @@ class TaskReports:
 
 
 def _draw_lines(
-    task: TaskReports, name: str, title: str, members: Sequence[tuple[Entry, Lines]]
+    task: TaskReports, name: str, title: str, members: Sequence[tuple[StoredReport, Lines]]
 ) -> Iterator[Element]:
     first = members[0][1]
     series = [
@@ -106,7 +106,7 @@ def _draw_lines(
 
 
 def _draw_bars(
-    task: TaskReports, name: str, title: str, members: Sequence[tuple[Entry, Bars]]
+    task: TaskReports, name: str, title: str, members: Sequence[tuple[StoredReport, Bars]]
 ) -> Iterator[Element]:
     first = members[0][1]
     names = list(dict.fromkeys(name for _, block in members for name in block.names))[:_MOST_BARS]
@@ -130,7 +130,7 @@ def _draw_bars(
 
 
 def _draw_tables(
-    task: TaskReports, name: str, title: str, members: Sequence[tuple[Entry, Table]]
+    task: TaskReports, name: str, title: str, members: Sequence[tuple[StoredReport, Table]]
 ) -> Iterator[Element]:
     compared = [(entry, block) for entry, block in members if block.compared]
     columns = {entry.report.model: _column(block, block.compared) for entry, block in compared}
@@ -192,7 +192,7 @@ def _plain_table(table: Table, caption: str) -> Grid:
 
 
 def _draw_confusions(
-    task: TaskReports, name: str, title: str, members: Sequence[tuple[Entry, Confusions]]
+    task: TaskReports, name: str, title: str, members: Sequence[tuple[StoredReport, Confusions]]
 ) -> Iterator[Element]:
     counts = {
         entry.report.model: {(label, prediction): count for label, prediction, count in block.rows}
@@ -209,7 +209,7 @@ def _draw_confusions(
 
 
 def _draw_examples(
-    task: TaskReports, name: str, title: str, members: Sequence[tuple[Entry, Examples]]
+    task: TaskReports, name: str, title: str, members: Sequence[tuple[StoredReport, Examples]]
 ) -> Iterator[Element]:
     for number, (entry, block) in enumerate(members):
         examples = tuple(_example(task, entry, example) for example in block.examples[:_MOST_SHOWN])
@@ -218,7 +218,7 @@ def _draw_examples(
             yield _open_first(number, caption, ExampleList(caption=caption, examples=examples))
 
 
-def _example(task: TaskReports, entry: Entry, example: Example) -> ShownExample:
+def _example(task: TaskReports, entry: StoredReport, example: Example) -> ShownExample:
     image = task.image(entry, example.image)
     return ShownExample(
         image=image,
@@ -229,7 +229,7 @@ def _example(task: TaskReports, entry: Entry, example: Example) -> ShownExample:
 
 
 def _draw_images(
-    task: TaskReports, name: str, title: str, members: Sequence[tuple[Entry, ImageGrid]]
+    task: TaskReports, name: str, title: str, members: Sequence[tuple[StoredReport, ImageGrid]]
 ) -> Iterator[Element]:
     for number, (entry, block) in enumerate(members):
         strips = [
@@ -242,7 +242,7 @@ def _draw_images(
             yield _open_first(number, caption, Strips(caption=caption, strips=shown))
 
 
-def _images(task: TaskReports, entry: Entry, images: Sequence[Image]) -> tuple[Thumbnail, ...]:
+def _images(task: TaskReports, entry: StoredReport, images: Sequence[Image]) -> tuple[Thumbnail, ...]:
     embedded = [task.image(entry, image) for image in images[:_MOST_SHOWN]]
     return tuple(image for image in embedded if image is not None)
 

@@ -11,7 +11,7 @@ from evals.core.tables import cell as metric_text
 from radio.errors import DataError, require
 from radio.io import write_text
 
-from .compare import Entry, is_report, protocols, read_reports
+from .compare import StoredReport, is_report, protocols, read_reports
 from .elements import Cell, Grid, LegendEntry, Page, Panel, Plots, Row, Section, grid
 from .figures import Series, lines
 from .page import render
@@ -26,7 +26,7 @@ class Snapshot:
     name: str
     created: str
     commit: str
-    entries: Mapping[Line, Entry]
+    entries: Mapping[Line, StoredReport]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

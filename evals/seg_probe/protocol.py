@@ -76,7 +76,7 @@ LONG_SIDE = 2048
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Preset:
+class ProbePreset:
     """A published or built-in protocol."""
 
     crop: int
@@ -90,15 +90,15 @@ class Preset:
     stretch: bool = False  # resize the whole image to a square, in training and testing
 
 
-PRESETS: dict[PresetName, Preset] = {
+PRESETS: dict[PresetName, ProbePreset] = {
     # AM-RADIO's probe. Its weight decay and schedule are not stated: AdamW's default and DINOv2's schedule.
-    "paper": Preset(crop=518, stride=518, iterations=160_000, warmup=1500),
+    "paper": ProbePreset(crop=518, stride=518, iterations=160_000, warmup=1500),
     # The protocol of the released RADIO checkpoints.
-    "released": Preset(crop=518, stride=None, iterations=80_000, warmup=1500, weight_decay=0.0),
+    "released": ProbePreset(crop=518, stride=None, iterations=80_000, warmup=1500, weight_decay=0.0),
     # DINOv2's linear evaluation.
-    "dinov2": Preset(crop=512, stride=341, iterations=40_000, warmup=1500, weight_decay=1e-4),
+    "dinov2": ProbePreset(crop=512, stride=341, iterations=40_000, warmup=1500, weight_decay=1e-4),
     # Half a minute on two CPU cores: no augmentation, so that tokens are computed only once.
-    "scenes": Preset(
+    "scenes": ProbePreset(
         crop=96,
         stride=None,
         iterations=300,
@@ -189,7 +189,9 @@ def resolve(settings: SegSettings, model: Backbone) -> tuple[ProbeConfig, tuple[
     return config, notes
 
 
-def _crop(settings: SegSettings, preset: Preset, model: Backbone, name: str) -> tuple[Size, tuple[str, ...]]:
+def _crop(
+    settings: SegSettings, preset: ProbePreset, model: Backbone, name: str
+) -> tuple[Size, tuple[str, ...]]:
     side = settings.crop or preset.crop
     fitted = model.nearest_size(side, side)
     if fitted == (side, side):
@@ -202,7 +204,7 @@ def _crop(settings: SegSettings, preset: Preset, model: Backbone, name: str) -> 
     return fitted, (f"the preset {name} crops {side} px; {model.name} takes {_side(fitted)}, which was used",)
 
 
-def _stride(settings: SegSettings, preset: Preset, crop: Size) -> Size | None:
+def _stride(settings: SegSettings, preset: ProbePreset, crop: Size) -> Size | None:
     if preset.stretch or (preset.stride is None and settings.stride is None):
         if settings.stride is not None:
             raise SizeError(

@@ -77,14 +77,14 @@ class Probe:
         return isinstance(self.train, TokenMaps)
 
 
-class Head(NamedTuple):
+class TrainedHead(NamedTuple):
     """A trained head and its test results."""
 
     areas: Areas
     weights: dict[str, Tensor]
 
 
-def train_head(probe: Probe, seed: int, run: EvalRun, label: str, keep: Keep | None = None) -> Head:
+def train_head(probe: Probe, seed: int, run: EvalRun, label: str, keep: Keep | None = None) -> TrainedHead:
     """Train a head, resuming an earlier run, and test it.
 
     Args:
@@ -109,7 +109,7 @@ def train_head(probe: Probe, seed: int, run: EvalRun, label: str, keep: Keep | N
         with run.progress(f"testing {label}", len(probe.val)) as observer.advance:
             runner.test()
     weights = {name: tensor.cpu() for name, tensor in _bare(runner.model).state_dict().items()}
-    return Head(metric.areas, weights)
+    return TrainedHead(metric.areas, weights)
 
 
 def _load_start(path: Path, key: str, run: EvalRun) -> HeadState:

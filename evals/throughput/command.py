@@ -23,11 +23,11 @@ from radio.model import ModelConfig, build
 from radio.progress import watch_on
 from radio.students import options_type, students
 
-from .evaluator import COLUMNS, SPEED_TABLE, Entry, ThroughputSettings, paper_name, report_all
+from .evaluator import COLUMNS, SPEED_TABLE, MeasuredModel, ThroughputSettings, paper_name, report_all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Options:
+class ThroughputOptions:
     """Models, reference and output of the measurement."""
 
     models: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -59,7 +59,7 @@ def run_throughput(arguments: Sequence[str], plot: Callable[[Path], Path | None]
     """
     options = check(
         parse_options(
-            Options,
+            ThroughputOptions,
             arguments,
             prog="radio-eval throughput",
             description="Images a second, multiply-adds and memory of several models, measured in turns.",
@@ -80,7 +80,7 @@ def run_throughput(arguments: Sequence[str], plot: Callable[[Path], Path | None]
     return 0
 
 
-def load_entry(spec: str, resolution: int | None = None) -> Entry:
+def load_entry(spec: str, resolution: int | None = None) -> MeasuredModel:
     """Load the model that a spec names; an architecture is built with random weights.
 
     Raises:
@@ -89,12 +89,12 @@ def load_entry(spec: str, resolution: int | None = None) -> Entry:
     arch = spec.removeprefix("arch:")
     if arch not in students:
         model = load_backbone(spec)
-        return Entry(name=model.name, model=model, paper_name=paper_name(model))
+        return MeasuredModel(name=model.name, model=model, paper_name=paper_name(model))
     options = options_type(arch)()
     if options.has("image_size"):
         options = options.change(image_size=resolution)
     untrained = build(ModelConfig(student=arch, options=options), 0).eval()
-    return Entry(name=arch, model=untrained, paper_name=arch, untrained=True)
+    return MeasuredModel(name=arch, model=untrained, paper_name=arch, untrained=True)
 
 
 def speed_table(reports: Sequence[Report], *, plain: bool = False) -> Table:
@@ -137,7 +137,7 @@ def speed_rows(report: Report) -> Sequence[Sequence[str | int | float | None]]:
     )
 
 
-def _specs(options: Options) -> list[str]:
+def _specs(options: ThroughputOptions) -> list[str]:
     of_paper = [name for name in TABLE_6_MODELS if name in students] if options.table6 else []
     specs = [*options.models, *(name for name in of_paper if name not in options.models)]
     if not specs:

@@ -109,7 +109,7 @@ class ThroughputSettings:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
+class MeasuredModel:
     """A model to measure."""
 
     name: str
@@ -125,7 +125,7 @@ def evaluate(model: Backbone, settings: ThroughputSettings, run: EvalRun) -> Res
         ConfigError: adaptors that the model does not have.
         SizeError: a resolution that the model does not accept.
     """
-    entry = Entry(name=model.name, model=model, paper_name=paper_name(model))
+    entry = MeasuredModel(name=model.name, model=model, paper_name=paper_name(model))
     return measure_all([entry], settings, run.device, progress=run.progress)[0]
 
 
@@ -135,7 +135,7 @@ def paper_name(model: Backbone) -> str:
 
 
 def measure_all(
-    entries: Sequence[Entry],
+    entries: Sequence[MeasuredModel],
     settings: ThroughputSettings,
     device: torch.device,
     *,
@@ -211,7 +211,7 @@ def measure_all(
 
 
 def report_all(
-    entries: Sequence[Entry],
+    entries: Sequence[MeasuredModel],
     settings: ThroughputSettings,
     out: Path,
     *,
@@ -253,7 +253,7 @@ def _has_adaptors(model: Backbone) -> bool:
 
 
 def _variants(
-    entry: Entry, settings: ThroughputSettings, size: tuple[int, int], device: torch.device
+    entry: MeasuredModel, settings: ThroughputSettings, size: tuple[int, int], device: torch.device
 ) -> Iterator[BenchmarkModel]:
     layouts = {"auto": None, "contiguous": False, "channels-last": True}
     for adaptors in (False, True) if settings.with_adaptors and _has_adaptors(entry.model) else (False,):

@@ -24,7 +24,7 @@ from .scoring import (
     LETTERS,
     NUM_ANSWERS,
     Benchmark,
-    Question,
+    BenchmarkQuestion,
     Rule,
     ScoreFn,
     Task,
@@ -321,7 +321,7 @@ def read_gqa(files: TaskFiles) -> Benchmark:
         score = partial(score_exact, truth=answer) if has_answers else None
         types = row.data.get("types")
         groups = gqa_groups(types if isinstance(types, dict) else {})
-        questions.append(Question(row.key, image, text, short(text), score, answer, groups))
+        questions.append(BenchmarkQuestion(row.key, image, text, short(text), score, answer, groups))
     # The split labels the scores, as val and testdev differ.
     words = re.split(r"[^a-z]+", files.questions.name.lower())
     named = next((split for split in _GQA_SPLITS if split in words), None)
@@ -364,7 +364,9 @@ def read_vqav2(files: TaskFiles, rule: Rule = "official") -> Benchmark:
     questions = []
     for row in rows:
         text, image = records.get(row, "question", str), _coco_name(records, row, subtype)
-        questions.append(Question(str(records.get(row, "question_id", int)), image, text, short(text)))
+        questions.append(
+            BenchmarkQuestion(str(records.get(row, "question_id", int)), image, text, short(text))
+        )
     known = records.unique([question.id for question in questions])
     split = re.sub(r"\d+$", "", subtype)
     if files.split not in (None, split):
@@ -379,7 +381,9 @@ def _coco_name(records: Records, row: Row, subtype: str) -> str:
     return f"COCO_{folder}_{records.get(row, 'image_id', int):012d}.jpg"
 
 
-def _annotated(path: Path, questions: Sequence[Question], subtype: str, rule: Rule) -> list[Question]:
+def _annotated(
+    path: Path, questions: Sequence[BenchmarkQuestion], subtype: str, rule: Rule
+) -> list[BenchmarkQuestion]:
     """Add the answer type and the ten answers to each question."""
     layout = "{data_subtype, annotations: [{question_id, answer_type, answers: [ten of {answer}]}]}"
     records = Records(path, "VQAv2's annotations", layout)
@@ -433,7 +437,7 @@ def read_textvqa(files: TaskFiles, rule: Rule = "m4c") -> Benchmark:
     questions = []
     for row, image, tokens in zip(rows, images, _ocr_tokens(files, records, rows, images), strict=True):
         id, text = records.identity(row, "question_id"), records.get(row, "question", str)
-        question = Question(id, f"{image}.jpg", text, short_with_ocr(text, tokens))
+        question = BenchmarkQuestion(id, f"{image}.jpg", text, short_with_ocr(text, tokens))
         if has_answers:
             ten = records.texts(row, "answers")
             if len(ten) != NUM_ANSWERS:
@@ -526,7 +530,7 @@ def read_scienceqa(files: TaskFiles) -> Benchmark:
         image = "/".join(part for part in (folder, row.key, records.get(row, "image", str)) if part)
         right, groups = LETTERS[answer], scienceqa_groups(row.data)
         score = partial(score_letter, right=right)
-        questions.append(Question(row.key, image, text, prompt, score, right, groups))
+        questions.append(BenchmarkQuestion(row.key, image, text, prompt, score, right, groups))
     return Benchmark(
         task="scienceqa",
         split=split,
@@ -595,7 +599,7 @@ def read_custom(files: TaskFiles) -> Benchmark:
         known.add(id)
         prompt = short(text) if choices is None else choose(text, choices, "")
         groups = {"category": row["category"]} if row.get("category") else {}
-        questions.append(Question(id, row.get("image"), text, prompt, score, answer, groups))
+        questions.append(BenchmarkQuestion(id, row.get("image"), text, prompt, score, answer, groups))
     categories = {question.groups.get("category", "") for question in questions}
     if len(categories) > _MAX_CATEGORIES:
         raise DataError(

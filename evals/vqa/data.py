@@ -240,7 +240,7 @@ class VisionInputs(Protocol):
         """Return tokens [T, D], or pixels [3, h, w] in [0, 1]."""
 
 
-class Sample(NamedTuple):
+class TrainingSample(NamedTuple):
     """One conversation as input of the model."""
 
     ids: Tensor  # [S] int64
@@ -275,7 +275,7 @@ def tokenize(parts: Sequence[Piece], tokenizer: Any, num_tokens: int) -> tuple[l
 
 
 @final
-class Conversations(Dataset[Sample]):
+class Conversations(Dataset[TrainingSample]):
     """Records as samples.
 
     Args:
@@ -298,7 +298,7 @@ class Conversations(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> TrainingSample:
         record = self.records[index]
         parts = pieces(record, self._template, self._tokenizer.eos_token)
         ids, labels = tokenize(parts, self._tokenizer, self._num_tokens)
@@ -306,7 +306,9 @@ class Conversations(Dataset[Sample]):
         if record.image is not None:
             assert self._inputs is not None
             image = self._inputs[record.image]
-        return Sample(torch.tensor(ids[: self._longest]), torch.tensor(labels[: self._longest]), image)
+        return TrainingSample(
+            torch.tensor(ids[: self._longest]), torch.tensor(labels[: self._longest]), image
+        )
 
     def lengths(self) -> list[int]:
         """Estimate the length of each sample: its words, and the tokens of its image."""
@@ -321,7 +323,7 @@ class Conversations(Dataset[Sample]):
         return [record.image is not None for record in self.records]
 
 
-def collate(samples: Sequence[Sample], pad_token: int) -> dict[str, Tensor]:
+def collate(samples: Sequence[TrainingSample], pad_token: int) -> dict[str, Tensor]:
     """Pad samples on the right: `input_ids`, `attention_mask`, `labels` [B, S]; `pixel_values` of images."""
     batch = pad([sample.ids for sample in samples], pad_token, left=False)
     batch["labels"] = _stack([sample.labels for sample in samples], IGNORED, left=False)

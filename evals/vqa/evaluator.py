@@ -27,7 +27,7 @@ from .data import NamedImages, fingerprint, read_records
 from .language import LanguageModel, TinyShape, load_library, open_language
 from .scenes import benchmarks, describe_questions, describe_training, load_scenes, training_images
 from .scenes import training_records as generated_records
-from .scoring import TASKS, Benchmark, Question, Scores, mean_accuracy
+from .scoring import TASKS, Benchmark, BenchmarkQuestion, Scores, mean_accuracy
 from .settings import Preset, VqaSettings, choose_preset, choose_size, language_name
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def evaluate(model: Backbone, settings: VqaSettings, run: EvalRun) -> Result:
     load_library(with_peft=settings.lora_rank is not None)  # fail early if it is not installed
     if settings.predictions is not None:
         raise ConfigError("--predictions takes answers from a file; name no model")
-    from .llava import Encoder, save_llava
+    from .llava import TokenEncoder, save_llava
     from .training import LlavaTraining
 
     preset_name, preset = choose_preset(settings)
@@ -81,7 +81,7 @@ def evaluate(model: Backbone, settings: VqaSettings, run: EvalRun) -> Result:
         language = open_language(language_choice, (), shape, seed)
     opened = _open_benchmarks(settings, preset, run) if "score" in settings.stages else []
     data = _open_data(settings, preset, run)
-    encoder = Encoder(
+    encoder = TokenEncoder(
         model=model,
         size=size,
         run=run,
@@ -407,7 +407,7 @@ def _examples(one: Answered, run: EvalRun) -> Examples:
     return Examples(title=f"{one.benchmark.task}: answers right and wrong", examples=examples)
 
 
-def _example(one: Answered, question: Question, value: float, run: EvalRun) -> Example:
+def _example(one: Answered, question: BenchmarkQuestion, value: float, run: EvalRun) -> Example:
     image: Image | None = None
     if one.source is not None and question.image is not None:
         pixels = one.source.read(one.source.keys.index(question.image))

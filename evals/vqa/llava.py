@@ -44,7 +44,7 @@ from radio.types import Backbone
 
 from .data import PaddedImages, Piece, VisionInputs, format_prompt, pad, tokenize
 from .language import LanguageModel
-from .scoring import Question
+from .scoring import BenchmarkQuestion
 from .settings import Size
 from .settings import View as ViewName
 
@@ -333,7 +333,7 @@ AutoModel.register(RadioTowerConfig, RadioTower)
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Encoder:
+class TokenEncoder:
     """A frozen backbone at one size, whose tokens are cached."""
 
     model: Backbone
@@ -479,7 +479,7 @@ class Prompt(NamedTuple):
     image: str | None
 
 
-def make_prompt(question: Question, *, blind: bool = False) -> Prompt:
+def make_prompt(question: BenchmarkQuestion, *, blind: bool = False) -> Prompt:
     """Format a benchmark's question as LLaVA-1.5's prompt; without its image if `blind`."""
     image = None if blind else question.image
     return Prompt(question.id, format_prompt(question.prompt, has_image=image is not None), image)

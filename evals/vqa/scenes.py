@@ -239,7 +239,7 @@ def benchmarks(
         rule: how VQAv2 (default: `official`) and TextVQA (default: `m4c`) compare answers.
         limit: use this many questions of each, evenly spread.
     """
-    collected: dict[Task, list[scoring.Question]] = {task: [] for task in scoring.TASKS}
+    collected: dict[Task, list[scoring.BenchmarkQuestion]] = {task: [] for task in scoring.TASKS}
     rows: dict[str | None, int] = {}
     for index, facts in enumerate(scenes.facts):
         draws = np.random.default_rng([_BENCHMARK_STREAM, scenes.seed, index])
@@ -266,13 +266,13 @@ def benchmarks(
 
 def _ask(
     index: int, about: Sequence[Question], draws: np.random.Generator, rule: Rule | None
-) -> dict[Task, list[scoring.Question]]:
+) -> dict[Task, list[scoring.BenchmarkQuestion]]:
     """Ask the questions about one scene in the manner of each benchmark.
 
     Args:
         draws: the generator of all draws about the scene, which come in the order of the benchmarks.
     """
-    make, name = scoring.Question, f"scene{index:07d}.jpg"
+    make, name = scoring.BenchmarkQuestion, f"scene{index:07d}.jpg"
     gqa, vqav2, textvqa = [], [], []
     for number, (kind, text, answer) in enumerate(about):
         structural, semantic = _GQA_TYPES[kind]

@@ -213,7 +213,7 @@ _TABLE_ONLY = ("topic",)  # of ScienceQA: too many for metrics
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class BenchmarkQuestion:
     """One question of a benchmark, and how its answer is scored."""
 
     id: str
@@ -238,7 +238,7 @@ class Benchmark:
 
     task: Task
     split: str  # `val`, `testdev`, `test-dev`, ...
-    questions: tuple[Question, ...]
+    questions: tuple[BenchmarkQuestion, ...]
     known: frozenset[str]  # ids allowed in predictions, including questions that are not scored
     missing_is_wrong: bool = False  # a question without a prediction is a wrong answer, not an error
     images: Path | ImageSource | None = None  # a folder or tar file; needed only if a model answers

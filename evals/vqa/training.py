@@ -44,7 +44,7 @@ from radio.resources import collect
 
 from .data import Conversations, Piece, Record, VisionInputs, collate, format_prompt, sample_order, tokenize
 from .language import LanguageModel
-from .llava import PROJECTOR, Encoder, ShuffledImages, learn, limit_threads, make_llava, restore
+from .llava import PROJECTOR, ShuffledImages, TokenEncoder, learn, limit_threads, make_llava, restore
 from .settings import Preset, Stage, StagePlan, VqaSettings, plan_stage
 
 # Letters: B batch, S tokens of a sample, E width of the language model, D token width.
@@ -104,7 +104,7 @@ class LlavaTraining:
 
     settings: VqaSettings
     preset: Preset
-    encoder: Encoder
+    encoder: TokenEncoder
     language: LanguageModel
     data: Mapping[str, TrainingData]  # of the stages `pretrain` and `instruct`
     layer_norm: bool
@@ -250,7 +250,7 @@ class LlavaTraining:
         needs = plan_memory(model, self.settings, self.run)
         language = self.language
         inputs = self._inputs(data, plan)
-        job = Job(
+        job = StageJob(
             title=f"{name} {self.encoder.model.name}{needs.describe()}",
             plan=plan,
             data=Conversations(data.records, plan.template, language.tokenizer, inputs, self.preset.longest),
@@ -380,7 +380,7 @@ def plan_memory(model: Any, settings: VqaSettings, run: EvalRun) -> Needs:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
+class StageJob:
     """The inputs of one stage's training."""
 
     title: str  # for errors and the progress bar
@@ -400,7 +400,7 @@ class Learned(NamedTuple):
     losses: list[float]  # in nats per token, of every step
 
 
-def train(model: Any, job: Job) -> Learned:
+def train(model: Any, job: StageJob) -> Learned:
     """Train the parameters of `model` that require gradients, continuing from the last whole checkpoint.
 
     Raises:
@@ -450,7 +450,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
     damaged one.
     """
 
-    def __init__(self, model: Any, job: Job, advance: Any) -> None:
+    def __init__(self, model: Any, job: StageJob, advance: Any) -> None:
         self._job, self._advance = job, advance
         self._shown = 0.0  # when the loss was last shown
         way = "fsdp" if job.needs.is_sharded else "ddp"
@@ -592,7 +592,7 @@ def factor(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def _arguments(job: Job, folder: Path, model: Any) -> TrainingArguments:
+def _arguments(job: StageJob, folder: Path, model: Any) -> TrainingArguments:
     plan, world, needs = job.plan, job.run.ranks.world, job.needs
     share = plan.micro_batch * world
     if plan.batch % share:

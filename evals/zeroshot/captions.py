@@ -24,28 +24,28 @@ from radio.scenes import render
 _Id = int | str
 
 
-class _Image(TypedDict):
+class _CaptionedImage(TypedDict):
     """An image of a captions file; further fields are ignored."""
 
     id: _Id
     file_name: Annotated[str, Field(min_length=1)]
 
 
-class _Annotation(TypedDict):
+class _Caption(TypedDict):
     """A caption."""
 
     image_id: _Id
     caption: str
 
 
-class _File(TypedDict):
+class _CaptionsFile(TypedDict):
     """The fields of a captions file that are read."""
 
-    images: list[_Image]
-    annotations: list[_Annotation]
+    images: list[_CaptionedImage]
+    annotations: list[_Caption]
 
 
-_FILE = TypeAdapter(_File)
+_FILE = TypeAdapter(_CaptionsFile)
 
 
 class Captioned(NamedTuple):
@@ -114,7 +114,7 @@ def _read(path: Path) -> tuple[list[str], list[list[str]]]:
     return [names[number] for number in kept], [texts_of[number] for number in kept]
 
 
-def _names(images: list[_Image], path: Path) -> dict[int | str, str]:
+def _names(images: list[_CaptionedImage], path: Path) -> dict[int | str, str]:
     """Map the id of each image to its file name; both have to be unique."""
     names: dict[int | str, str] = {}
     files: set[str] = set()

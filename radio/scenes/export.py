@@ -36,7 +36,7 @@ _ADE_FOLDERS: dict[Split, str] = {"train": "training", "val": "validation"}
 _SHORT_ANSWER = "Answer the question using a single word or phrase."
 
 
-class Job(NamedTuple):
+class ExportJob(NamedTuple):
     """A range of scenes of one split that one process writes below `root`."""
 
     layout: str
@@ -54,14 +54,14 @@ class Job(NamedTuple):
             yield index, render(index, split=self.split, seed=self.seed, size=self.size)
 
 
-class Layout(NamedTuple):
+class ExportLayout(NamedTuple):
     """The files of one data set.
 
     `write` writes the images of a job, in any order and process, and returns records for the files of the
     whole split; `finish` writes these in the parent process, the records in the order of the scenes.
     """
 
-    write: Callable[[Job], list[Any]]
+    write: Callable[[ExportJob], list[Any]]
     finish: Callable[[Path, Split, list[Any]], None] | None = None
 
 
@@ -83,7 +83,7 @@ def _write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data) + "\n")
 
 
-def _write_image_folder(job: Job) -> list[Any]:
+def _write_image_folder(job: ExportJob) -> list[Any]:
     """Write `train/red_circle/000000.png`: one folder per class; PNG, to preserve the exact pixels."""
     for index, scene in job.scenes():
         folder = _made(job.root / job.split / CLASSES[scene.label].replace(" ", "_"))
@@ -91,7 +91,7 @@ def _write_image_folder(job: Job) -> list[Any]:
     return []
 
 
-def _write_webdataset(job: Job) -> list[Any]:
+def _write_webdataset(job: ExportJob) -> list[Any]:
     """Write `train-000000.tar`, 500 scenes each.
 
     Members: .jpg, .cls (class index), .txt (a caption) and .json (class and objects).
@@ -124,7 +124,7 @@ def _facts(scene: Scene) -> dict[str, Any]:
     return {"label": scene.label, "class": CLASSES[scene.label], "objects": objects}
 
 
-def _write_ade20k(job: Job) -> list[Any]:
+def _write_ade20k(job: ExportJob) -> list[Any]:
     """Write `images/training/ADE_train_00000001.jpg` and `annotations/training/ADE_train_00000001.png`.
 
     As in ADE20K, an annotation's 0 is void, which no pixel has here, and label i is line i of `classes.txt`:
@@ -143,7 +143,7 @@ def _finish_ade20k(root: Path, split: Split, records: list[Any]) -> None:
     write_text(root / "classes.txt", "".join(f"{name}\n" for name in ("background", *SHAPES)))
 
 
-def _write_coco(job: Job) -> list[Any]:
+def _write_coco(job: ExportJob) -> list[Any]:
     """Write `train/000000000001.jpg`, `annotations/instances_train.json` and its captions; likewise `val`.
 
     Categories are the ten shapes (1 to 10); segmentations are compressed run lengths, since rings have holes
@@ -198,7 +198,7 @@ def _segmentation(mask: NDArray[np.bool_]) -> dict[str, Any]:
     return {"size": list(mask.shape), "counts": compress(run_lengths(mask))}
 
 
-def _write_llava(job: Job) -> list[Any]:
+def _write_llava(job: ExportJob) -> list[Any]:
     """Write `train/00000000.jpg`, and for LLaVA's two stages `pretrain_train.json` and `instruct_train.json`.
 
     The first holds one caption per image, the second questions with one-word answers; the placeholder
@@ -227,12 +227,12 @@ def _turns(human: str, answer: str) -> list[dict[str, str]]:
     return [{"from": "human", "value": human}, {"from": "gpt", "value": answer}]
 
 
-LAYOUTS: Registry[Layout] = Registry("layout")
-LAYOUTS.add("image-folder", Layout(_write_image_folder))
-LAYOUTS.add("webdataset", Layout(_write_webdataset))
-LAYOUTS.add("ade20k", Layout(_write_ade20k, _finish_ade20k))
-LAYOUTS.add("coco", Layout(_write_coco, _finish_coco))
-LAYOUTS.add("llava", Layout(_write_llava, _finish_llava))
+LAYOUTS: Registry[ExportLayout] = Registry("layout")
+LAYOUTS.add("image-folder", ExportLayout(_write_image_folder))
+LAYOUTS.add("webdataset", ExportLayout(_write_webdataset))
+LAYOUTS.add("ade20k", ExportLayout(_write_ade20k, _finish_ade20k))
+LAYOUTS.add("coco", ExportLayout(_write_coco, _finish_coco))
+LAYOUTS.add("llava", ExportLayout(_write_llava, _finish_llava))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -361,7 +361,7 @@ def _fill(root: Path, settings: ScenesSettings, workers: int, progress: Callable
     layout = LAYOUTS[settings.layout]
     counts: tuple[tuple[Split, int], ...] = (("train", settings.count), ("val", settings.val_count))
     jobs = [job for split, count in counts for job in _jobs(root, settings, split, count)]
-    results: dict[Job, list[Any]] = {}
+    results: dict[ExportJob, list[Any]] = {}
     for job, records in _run(jobs, workers):
         results[job] = records
         progress(job.stop - job.start)
@@ -371,9 +371,9 @@ def _fill(root: Path, settings: ScenesSettings, workers: int, progress: Callable
             layout.finish(root, split, records)
 
 
-def _jobs(root: Path, settings: ScenesSettings, split: Split, count: int) -> list[Job]:
+def _jobs(root: Path, settings: ScenesSettings, split: Split, count: int) -> list[ExportJob]:
     return [
-        Job(
+        ExportJob(
             layout=settings.layout,
             root=root,
             split=split,
@@ -387,7 +387,7 @@ def _jobs(root: Path, settings: ScenesSettings, split: Split, count: int) -> lis
     ]
 
 
-def _run(jobs: list[Job], workers: int) -> Iterator[tuple[Job, list[Any]]]:
+def _run(jobs: list[ExportJob], workers: int) -> Iterator[tuple[ExportJob, list[Any]]]:
     """Yield each job with its records, in any order."""
     if workers == 1:
         yield from ((job, run_job(job)) for job in jobs)
@@ -404,6 +404,6 @@ def _run(jobs: list[Job], workers: int) -> Iterator[tuple[Job, list[Any]]]:
             raise
 
 
-def run_job(job: Job) -> list[Any]:
+def run_job(job: ExportJob) -> list[Any]:
     """Write the images of one job; return the records for the split's files."""
     return LAYOUTS[job.layout].write(job)

@@ -131,7 +131,7 @@ TABLE = 37  # positions are stored for 518 pixels: 37 patches per side
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Member:
+class DinoArchitecture:
     """The architecture of one member of the family; attention heads are 64 wide."""
 
     width: int
@@ -147,7 +147,7 @@ _SIZES = {
     "vitg14": (1536, 40, True),
 }
 MEMBERS = {
-    f"{name}{suffix}": Member(width=width, depth=depth, swiglu=swiglu, num_registers=num_registers)
+    f"{name}{suffix}": DinoArchitecture(width=width, depth=depth, swiglu=swiglu, num_registers=num_registers)
     for name, (width, depth, swiglu) in _SIZES.items()
     for suffix, num_registers in (("", 0), ("_reg", 4))
 }
@@ -171,7 +171,7 @@ def dinov2(name: str, file: Path | None, *, meta: bool = False) -> Teacher:
     return load_dinov2(spec, member, tensors, f"{spec}@{file}", weights_file=file)
 
 
-def _member(name: str) -> Member:
+def _member(name: str) -> DinoArchitecture:
     if name not in MEMBERS:
         hint = did_you_mean(name, MEMBERS) or f"; known: {', '.join(MEMBERS)}"
         raise ConfigError(f"unknown DINOv2 member {name!r}{hint}")
@@ -180,7 +180,7 @@ def _member(name: str) -> Member:
 
 def load_dinov2(
     name: str,
-    member: Member,
+    member: DinoArchitecture,
     tensors: dict[str, Tensor] | None,
     source: str,
     weights_file: Path | None = None,
@@ -215,7 +215,7 @@ def load_dinov2(
 class DinoTrunk(nn.Module):
     """DINOv2's transformer: normalised [B, 3, h, w] -> `Features`; parameters have the official names."""
 
-    def __init__(self, member: Member, resampling: Resampling) -> None:
+    def __init__(self, member: DinoArchitecture, resampling: Resampling) -> None:
         super().__init__()
         width, num_registers = member.width, member.num_registers
         self.resampling = resampling

@@ -84,7 +84,7 @@ ANCHORS = ("image_encoder.patch_embed.proj.bias", "image_encoder.neck.0.weight")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Member:
+class SamArchitecture:
     """The architecture of one released image encoder."""
 
     width: int
@@ -94,9 +94,9 @@ class Member:
 
 
 MEMBERS = {
-    "vit_b": Member(width=768, depth=12, num_heads=12, global_blocks=(2, 5, 8, 11)),
-    "vit_l": Member(width=1024, depth=24, num_heads=16, global_blocks=(5, 11, 17, 23)),
-    "vit_h": Member(width=1280, depth=32, num_heads=16, global_blocks=(7, 15, 23, 31)),
+    "vit_b": SamArchitecture(width=768, depth=12, num_heads=12, global_blocks=(2, 5, 8, 11)),
+    "vit_l": SamArchitecture(width=1024, depth=24, num_heads=16, global_blocks=(5, 11, 17, 23)),
+    "vit_h": SamArchitecture(width=1280, depth=32, num_heads=16, global_blocks=(7, 15, 23, 31)),
 }
 
 
@@ -122,14 +122,14 @@ def sam(name: str, file: Path | None, *, meta: bool = False) -> Teacher:
     return freeze_sam(SamTrunk(encoder), name=spec, mean=MEAN, std=STD, weights_file=file)
 
 
-def _member(name: str) -> Member:
+def _member(name: str) -> SamArchitecture:
     if name not in MEMBERS:
         hint = did_you_mean(name, MEMBERS) or f"; known: {', '.join(MEMBERS)}"
         raise ConfigError(f"unknown SAM member {name!r}{hint}")
     return MEMBERS[name]
 
 
-def build_encoder(member: Member) -> nn.Module:
+def build_encoder(member: SamArchitecture) -> nn.Module:
     """Build segment-anything's own image encoder of a released member, untrained.
 
     Raises:

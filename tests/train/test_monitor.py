@@ -21,7 +21,7 @@ from train.monitor import (
     Meters,
     NonFiniteMonitor,
     PerformanceMonitor,
-    Skipped,
+    SkippedSteps,
     Stopwatch,
     Times,
     mean_times,
@@ -120,11 +120,11 @@ def test_steps_and_names_since_the_last_reading() -> None:
     update(guard, False, clip=NAN)
     update(guard, False)
     update(guard, True)
-    assert guard.read(Group(), 4, 3) == Skipped(2, 2, ("clip/spatial",))
-    assert guard.read(Group(), 4, 3) == Skipped(2, 0, ())
+    assert guard.read(Group(), 4, 3) == SkippedSteps(2, 2, ("clip/spatial",))
+    assert guard.read(Group(), 4, 3) == SkippedSteps(2, 0, ())
     update(guard, False, clip=INF, sam=-INF)
     found = guard.read(Group(), 5, 3)
-    assert found == Skipped(3, 1, ("clip/spatial", "sam/spatial"))
+    assert found == SkippedSteps(3, 1, ("clip/spatial", "sam/spatial"))
     assert found.describe() == "1 step was left out, not finite: clip/spatial, sam/spatial"
     update(guard, False)
     assert guard.read(Group(), 6, 3).describe() == (
@@ -172,7 +172,7 @@ def test_what_was_kept_goes_on() -> None:
     update(second, False)
     with pytest.raises(RadioError, match="3 steps in a row were left out, not finite: clip/spatial"):
         second.read(Group(), 3, 3)
-    assert second.read(Group(), 3, 4) == Skipped(3, 3, ("clip/spatial",))
+    assert second.read(Group(), 3, 4) == SkippedSteps(3, 3, ("clip/spatial",))
 
 
 class Hand:

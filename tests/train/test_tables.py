@@ -33,7 +33,7 @@ from train.config import DataConfig, TrainConfig
 from train.recipes import recipes
 from train.setup import check_settings
 from train.signals import REQUEUE, Preemption
-from train.tables import STUDENTS, Curve, as_csv, as_svg, read_weights, rows_of, show_weights, tables
+from train.tables import STUDENTS, WeightCurve, as_csv, as_svg, read_weights, rows_of, show_weights, tables
 from train.trainer import Trainer
 
 TINY = [
@@ -215,8 +215,8 @@ def test_a_teacher_may_come_late(tmp_path: Path) -> None:
         tmp_path / "run", {"step": 1, "a/spatial_weight": 1.0}, {"step": 2, "b/c/spatial_weight": 2.0}
     )
     assert read_weights("run", folder) == [
-        Curve("run", "a", "spatial", (1,), (1.0,)),
-        Curve("run", "b/c", "spatial", (2,), (2.0,)),
+        WeightCurve("run", "a", "spatial", (1,), (1.0,)),
+        WeightCurve("run", "b/c", "spatial", (2,), (2.0,)),
     ]
 
 

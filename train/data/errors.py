@@ -153,7 +153,7 @@ class ErrorMonitor:
             self._list.check_names(sum(counts[:-1]))
 
 
-class _Entry(TypedDict):
+class _ListedError(TypedDict):
     """One line of the list."""
 
     cause: Cause
@@ -161,7 +161,7 @@ class _Entry(TypedDict):
     why: str
 
 
-_ENTRY = TypeAdapter(_Entry)
+_ENTRY = TypeAdapter(_ListedError)
 
 
 class ErrorList:

@@ -22,7 +22,7 @@ from radio.tar import dots_note
 from .crops import image_at
 from .errors import ReadError, ReadStats, ShardError
 from .remote import check_installed, check_url, open_remote, scheme_of
-from .tar import Member, TarStream
+from .tar import TarMember, TarStream
 
 _READ_AHEAD = 1 << 18
 _MAX_BARREN = 100  # shards in a row without an image, for one lane
@@ -95,7 +95,7 @@ def short_name(name: str) -> str:
     return name.rstrip(" -").rpartition("/")[2]
 
 
-class Outline(NamedTuple):
+class ShardIndex(NamedTuple):
     """Positions of the images of a shard."""
 
     images: tuple[int, ...]  # byte position of each image's header
@@ -104,7 +104,7 @@ class Outline(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def outline(name: str) -> Outline:
+def outline(name: str) -> ShardIndex:
     """Locate the images of a local shard; only headers are read.
 
     Raises:
@@ -120,7 +120,7 @@ def outline(name: str) -> Outline:
             at = tar.position
     end = tar.position
     tar.close()
-    return Outline(tuple(images), end, note_on(left_out, tar))
+    return ShardIndex(tuple(images), end, note_on(left_out, tar))
 
 
 def is_image(name: str) -> bool:
@@ -214,7 +214,7 @@ def _file(name: str, position: int) -> IO[bytes]:
     return file
 
 
-class Sample(NamedTuple):
+class ShardSample(NamedTuple):
     """One decoded image, before cropping."""
 
     image: Tensor  # uint8 [3, H, W]
@@ -275,7 +275,7 @@ class ShardReader:
             self._tar.close()
         self._tar = None
 
-    def take(self, stats: ReadStats) -> Sample:
+    def take(self, stats: ReadStats) -> ShardSample:
         """Read the next readable image.
 
         Raises:
@@ -305,7 +305,7 @@ class ShardReader:
             f"no image in {tried} shards in a row, the last {shown(name)} ({self._why}); check the data"
         )
 
-    def _read_shard(self, name: str, part: int, stats: ReadStats) -> Sample | None:
+    def _read_shard(self, name: str, part: int, stats: ReadStats) -> ShardSample | None:
         """Read the next image of a shard's part; None at its end.
 
         Raises:
@@ -337,7 +337,7 @@ class ShardReader:
     def _jumps(self, tar: TarStream) -> bool:
         return self._parts > 1 and tar.seeks
 
-    def _next_member(self, tar: TarStream, name: str, part: int) -> Member | None:
+    def _next_member(self, tar: TarStream, name: str, part: int) -> TarMember | None:
         """Read the next file of the shard, or seek to this part's next image where that is possible."""
         if not self._jumps(tar):
             return tar.next()
@@ -351,8 +351,8 @@ class ShardReader:
         return member
 
     def _decode(
-        self, tar: TarStream, member: Member, shard: str, part: int, stats: ReadStats
-    ) -> Sample | None:
+        self, tar: TarStream, member: TarMember, shard: str, part: int, stats: ReadStats
+    ) -> ShardSample | None:
         """Decode an image of the shard; None where it is another lane's or cannot be decoded."""
         local = self._seen % self._parts == part
         small = member.size <= MAX_IMAGE_BYTES
@@ -363,7 +363,7 @@ class ShardReader:
         try:
             if not small:
                 raise DataError(f"has {member.size} bytes, and the limit is {MAX_IMAGE_BYTES}")
-            return Sample(decode(data), f"{short_name(shard)}/{member.name}")
+            return ShardSample(decode(data), f"{short_name(shard)}/{member.name}")
         except DataError as error:
             stats.errors.append(ReadError("image", f"{shard}/{member.name}", str(error)))
             self._why = f"its images cannot be decoded: {error}"

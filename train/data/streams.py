@@ -29,7 +29,7 @@ from ..config import DataConfig, TrainConfig
 from ..groups import Partition
 from .crops import image_at, seed_of
 from .errors import ReadError, ReadStats
-from .shards import Sample, Shards, expand
+from .shards import Shards, ShardSample, expand
 
 # Letters: L lanes, S sources.
 
@@ -44,7 +44,7 @@ class SourceReader(Protocol):
     def place(self) -> tuple[int, int, int]:
         """The reader's position, from which it can resume."""
 
-    def take(self, stats: ReadStats) -> Sample:
+    def take(self, stats: ReadStats) -> ShardSample:
         """Read the next readable image and record errors; raise DataError when none is left."""
 
     def close(self) -> None:
@@ -148,7 +148,7 @@ class ImageReader:
     def close(self) -> None:
         """Do nothing: no file is open."""
 
-    def take(self, stats: ReadStats) -> Sample:
+    def take(self, stats: ReadStats) -> ShardSample:
         """Read the next readable image.
 
         Raises:
@@ -158,7 +158,7 @@ class ImageReader:
             index = image_at(self._lane + self._tried * self._lanes, self._count, self._seed)
             self._tried += 1
             try:
-                return Sample(self._images.read(index), str(index))
+                return ShardSample(self._images.read(index), str(index))
             except DataError as error:
                 stats.errors.append(ReadError("image", self._images.where(index), str(error)))
                 last = error
@@ -185,7 +185,7 @@ class ShardStream:
         self._weights = np.array(weights) / sum(weights)
         self._credits = np.random.Generator(np.random.Philox(seed)).random(len(readers))
 
-    def take(self, stats: ReadStats) -> Sample:
+    def take(self, stats: ReadStats) -> ShardSample:
         """Read the next image.
 
         Raises:

@@ -36,7 +36,7 @@ _PAX_SIZE = re.compile(rb"\d{1,18}")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
-class Member(NamedTuple):
+class TarMember(NamedTuple):
     """One file of an archive."""
 
     name: str
@@ -83,7 +83,7 @@ class TarStream:
         assert self.seeks, "what comes through a pipe is read forwards"
         self._next = position
 
-    def next(self) -> Member | None:
+    def next(self) -> TarMember | None:
         """Read the next file's header; None at the end of the archive.
 
         Raises:
@@ -97,7 +97,7 @@ class TarStream:
             self._next = begin
             raise
 
-    def _next_file(self) -> Member | None:
+    def _next_file(self) -> TarMember | None:
         known = _Extended()
         while True:
             self._skip_to(self._next)
@@ -111,10 +111,10 @@ class TarStream:
             start = self._position
             self._next = start if info.type in _BARE else start + -(-size // _BLOCK) * _BLOCK
             if info.type in _FILES:
-                return Member(known.name or info.name, size, start, self._next)
+                return TarMember(known.name or info.name, size, start, self._next)
             known = self._extend(known, info, at)
 
-    def read(self, member: Member) -> bytes:
+    def read(self, member: TarMember) -> bytes:
         """Read the data of the member that `next` returned last.
 
         Raises:

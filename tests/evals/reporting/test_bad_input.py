@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from evals.core.report import DatasetInfo, Metric, Report, read, write
 from evals.reporting.command import junit, markdown
-from evals.reporting.compare import Change, Entry, compare, paired_interval, read_reports
+from evals.reporting.compare import Change, StoredReport, compare, paired_interval, read_reports
 from evals.reporting.page import make_page, render
 from radio import entry
 from radio.config import to_plain
@@ -119,7 +119,7 @@ def test_a_report_of_any_shape_is_shown_or_refused(folder: Folder, data: st.Data
     for each in report.metrics.values():
         assert math.isfinite(each.value)
     render(make_page(folder.path))
-    both = {(report.task, report.model): Entry(report, path)}
+    both = {(report.task, report.model): StoredReport(report, path)}
     changes = compare(both, both, tolerance=0.0)
     Xml.fromstring(junit(changes))
     assert markdown(changes).count("\n| ") == len(changes) + 1
@@ -131,7 +131,7 @@ def test_a_record_of_any_shape_is_read_or_left_out(tmp_path: Path, line: Any, ra
     (tmp_path / "x.jsonl").write_bytes(json.dumps(line).encode() + b"\n" + raw)
     for pairing, value in (("mean", 100.0), ("mean_iou", 25.0)):
         report = make(pairing=pairing, metrics={"top1": Metric(value=value)})
-        entry = Entry(report, tmp_path / "x.json")
+        entry = StoredReport(report, tmp_path / "x.json")
         assert paired_interval(entry, entry) in (None, (0.0, 0.0))
 
 
@@ -140,7 +140,7 @@ def test_lines_end_at_line_feeds_alone(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text(
         "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
     )
-    entry = Entry(make(metrics={"top1": Metric(value=100.0)}), tmp_path / "x.json")
+    entry = StoredReport(make(metrics={"top1": Metric(value=100.0)}), tmp_path / "x.json")
     assert paired_interval(entry, entry) == (0.0, 0.0)
 
 

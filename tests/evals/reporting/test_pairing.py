@@ -10,7 +10,7 @@ import pytest
 
 from evals.core.report import DatasetInfo, Metric, Report
 from evals.core.stats import resamples
-from evals.reporting.compare import Entry, paired_interval
+from evals.reporting.compare import StoredReport, paired_interval
 
 IMAGES, CLASSES = 12, 5
 
@@ -18,10 +18,10 @@ Lines = Sequence[dict[str, Any]]
 
 
 @pytest.fixture
-def save(tmp_path: Path) -> Callable[..., Entry]:
+def save(tmp_path: Path) -> Callable[..., StoredReport]:
     """Writes records beside a report of this value."""
 
-    def save(side: str, value: float, lines: Lines, **changes: Any) -> Entry:
+    def save(side: str, value: float, lines: Lines, **changes: Any) -> StoredReport:
         folder = tmp_path / side
         folder.mkdir(exist_ok=True)
         name = f"ridge-{side}.jsonl"
@@ -42,7 +42,7 @@ def save(tmp_path: Path) -> Callable[..., Entry]:
             "files": (name,),
             "records": name,
         }
-        return Entry(Report(**{**values, **changes}), folder / f"ridge-{side}.json")
+        return StoredReport(Report(**{**values, **changes}), folder / f"ridge-{side}.json")
 
     return save
 
@@ -100,7 +100,7 @@ def weights_by_image() -> np.ndarray:
     return resamples(IMAGES)[:, [names.index(f"{n}.jpg") for n in range(IMAGES)]]
 
 
-def test_scores_are_resampled_by_unit_and_averaged_by_part(save: Callable[..., Entry]) -> None:
+def test_scores_are_resampled_by_unit_and_averaged_by_part(save: Callable[..., StoredReport]) -> None:
     (new, after), (old, before) = answers(1), answers(2)
     differences = [mean(new, w) - mean(old, w) for w in weights_by_image()]
     expected = np.percentile(differences, [2.5, 97.5])
@@ -109,7 +109,7 @@ def test_scores_are_resampled_by_unit_and_averaged_by_part(save: Callable[..., E
     assert interval[0] < after - before < interval[1]
 
 
-def test_areas_are_summed_before_they_are_divided(save: Callable[..., Entry]) -> None:
+def test_areas_are_summed_before_they_are_divided(save: Callable[..., StoredReport]) -> None:
     new, old = areas(1), areas(2)
     differences = [iou(w[:, None, None] * new) - iou(w[:, None, None] * old) for w in weights_by_image()]
     entries = [
@@ -121,7 +121,7 @@ def test_areas_are_summed_before_they_are_divided(save: Callable[..., Entry]) ->
     assert paired_interval(entries[0], entries[0]) == (0.0, 0.0)
 
 
-def test_what_cannot_be_paired_is_not(save: Callable[..., Entry]) -> None:
+def test_what_cannot_be_paired_is_not(save: Callable[..., StoredReport]) -> None:
     records, value = answers(1)
     old = save("old", value, records)
     assert paired_interval(save("new", value, records), old) is not None
@@ -157,7 +157,9 @@ def test_what_cannot_be_paired_is_not(save: Callable[..., Entry]) -> None:
         (None, "no areas"),
     ],
 )
-def test_areas_out_of_range_are_not_paired(save: Callable[..., Entry], areas: Any, reason: str) -> None:
+def test_areas_out_of_range_are_not_paired(
+    save: Callable[..., StoredReport], areas: Any, reason: str
+) -> None:
     entries = [
         save(side, 100.0, [{"id": "a", "areas": areas}], pairing="mean_iou") for side in ("new", "old")
     ]

@@ -13,7 +13,7 @@ import torch
 from evals.core.evaluator import run_evaluator
 from evals.core.report import read
 from evals.throughput.command import speed_rows
-from evals.throughput.evaluator import COLUMNS, THROUGHPUT, Entry, ThroughputSettings, report_all
+from evals.throughput.evaluator import COLUMNS, THROUGHPUT, MeasuredModel, ThroughputSettings, report_all
 from radio.adaptors import AdaptorConfig
 from radio.errors import ConfigError, RadioError, SizeError
 from radio.hub import load_teacher
@@ -47,9 +47,9 @@ def test_one_model_gives_a_report_with_its_counts(tmp_path: Path) -> None:
 
 def test_ratios_are_to_the_reference_and_the_papers_stand_beside(tmp_path: Path) -> None:
     entries = [
-        Entry(name="l", model=tiny(), paper_name="e-radio-l"),
-        Entry(name="h", model=tiny(), paper_name="vit-h14"),
-        Entry(name="own", model=tiny()),
+        MeasuredModel(name="l", model=tiny(), paper_name="e-radio-l"),
+        MeasuredModel(name="h", model=tiny(), paper_name="vit-h14"),
+        MeasuredModel(name="own", model=tiny()),
     ]
     reports = report_all(entries, SHORT, tmp_path, reference="h")
     assert [report.model for report in reports] == ["l", "h", "own"]
@@ -63,7 +63,7 @@ def test_ratios_are_to_the_reference_and_the_papers_stand_beside(tmp_path: Path)
 
 def test_adaptors_are_measured_on_top_of_the_backbone(tmp_path: Path) -> None:
     settings = replace(SHORT, with_adaptors=True)
-    entries = [Entry(name="a", model=tiny(clip=64)), Entry(name="b", model=tiny())]
+    entries = [MeasuredModel(name="a", model=tiny(clip=64)), MeasuredModel(name="b", model=tiny())]
     report, bare = report_all(entries, settings, tmp_path)
     variants = [(row["variant"], row["batch"]) for row in rows(tmp_path / "throughput-a.json")]
     assert variants == [("alone", 1), ("with adaptors", 1), ("alone", 2), ("with adaptors", 2)]
@@ -107,7 +107,7 @@ def test_a_resolution_and_half_precision(tmp_path: Path) -> None:
 
 
 def test_unknown_references_and_double_names_are_errors(tmp_path: Path) -> None:
-    entries = [Entry(name="first", model=tiny()), Entry(name="second", model=tiny())]
+    entries = [MeasuredModel(name="first", model=tiny()), MeasuredModel(name="second", model=tiny())]
     with pytest.raises(ConfigError, match=r"reference 'frist' is none of the models .*did you mean first"):
         report_all(entries, SHORT, tmp_path, reference="frist")
     with pytest.raises(ConfigError, match="two models are called first"):

@@ -19,7 +19,7 @@ from evals.vqa.benchmarks import (
     read_textvqa,
     read_vqav2,
 )
-from evals.vqa.scoring import Benchmark, Question, Rule, exact_or_soft, letter, score_exact
+from evals.vqa.scoring import Benchmark, BenchmarkQuestion, Rule, exact_or_soft, letter, score_exact
 from radio.errors import DataError
 
 
@@ -304,7 +304,7 @@ def test_annotations_in_the_place_of_questions(tmp_path: Path) -> None:
 
 
 def unanswered(*ids: str) -> Benchmark:
-    questions = tuple(Question(id, None, "?", "?") for id in ids)
+    questions = tuple(BenchmarkQuestion(id, None, "?", "?") for id in ids)
     return Benchmark(task="vqav2", split="test", questions=questions, known=frozenset(ids))
 
 

@@ -21,7 +21,7 @@ from evals.vqa.data import (
     PaddedImages,
     Piece,
     Record,
-    Sample,
+    TrainingSample,
     Turn,
     collate,
     epoch_order,
@@ -252,8 +252,8 @@ def test_samples_carry_their_image_and_are_cut(
 
 def test_batches_are_filled_up(tiny: LanguageModel) -> None:
     image = torch.ones(4, 3)
-    short = Sample(torch.tensor([5, 6]), torch.tensor([IGNORED, 6]), image)
-    long = Sample(torch.tensor([7, 8, 9]), torch.tensor([IGNORED, 8, 9]), None)
+    short = TrainingSample(torch.tensor([5, 6]), torch.tensor([IGNORED, 6]), image)
+    long = TrainingSample(torch.tensor([7, 8, 9]), torch.tensor([IGNORED, 8, 9]), None)
     batch = collate([short, long], 0)
     assert batch["input_ids"].tolist() == [[5, 6, 0], [7, 8, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]

@@ -14,7 +14,7 @@ from evals.vqa import evaluator
 from evals.vqa.evaluator import answer_all
 from evals.vqa.language import LanguageModel
 from evals.vqa.llava import Generator, Prompt, make_llava, make_prompt
-from evals.vqa.scoring import Question
+from evals.vqa.scoring import BenchmarkQuestion
 from radio.chunks import write_records
 
 COLOURS = ("red", "green", "blue", "white")
@@ -47,7 +47,7 @@ def asked() -> list[Prompt]:
     for number in range(20):
         text = " ".join(["What is it?", *["And grass?"] * (number % 5)])
         image = f"{COLOURS[number % 4]}.png" if number % 3 else None
-        found.append(make_prompt(Question(str(number), image, text, text)))
+        found.append(make_prompt(BenchmarkQuestion(str(number), image, text, text)))
     return found
 
 
@@ -61,7 +61,7 @@ def test_a_batch_answers_like_one_by_one(
 
 
 def test_the_prompt_is_vicunas_and_blind_drops_the_image() -> None:
-    question = Question("7", "a.png", "Q?", "Q?\nAnswer.")
+    question = BenchmarkQuestion("7", "a.png", "Q?", "Q?\nAnswer.")
     seen, blind = make_prompt(question), make_prompt(question, blind=True)
     assert seen.prompt.endswith("user's questions. USER: <image>\nQ?\nAnswer. ASSISTANT:")
     assert blind == Prompt("7", seen.prompt.replace("<image>\n", ""), None)

@@ -23,8 +23,8 @@ from evals.vqa.llava import PROJECTOR, learn, make_llava
 from evals.vqa.settings import StagePlan, VqaSettings
 from evals.vqa.training import (
     Finished,
-    Job,
     Needs,
+    StageJob,
     StageTrainer,
     add_lora,
     factor,
@@ -51,15 +51,17 @@ PLAN = StagePlan(
 
 
 @pytest.fixture
-def make_job(tiny: LanguageModel, records: list[Record], shown: Any, tmp_path: Path) -> Callable[..., Job]:
+def make_job(
+    tiny: LanguageModel, records: list[Record], shown: Any, tmp_path: Path
+) -> Callable[..., StageJob]:
     def make(
         name: str = "stage",
         plan: StagePlan = PLAN,
         progress: ProgressFactory = no_progress,
         needs: Needs = Needs(),  # noqa: B008 (frozen)
         **shared: Any,
-    ) -> Job:
-        return Job(
+    ) -> StageJob:
+        return StageJob(
             title="instruct",
             plan=plan,
             data=Conversations(records, plan.template, tiny.tokenizer, shown, 99),
@@ -83,7 +85,7 @@ def make_model(backbone: Callable[..., Any], tiny: LanguageModel) -> Callable[..
     return make
 
 
-def by_hand(model: Any, job: Job) -> list[float]:
+def by_hand(model: Any, job: StageJob) -> list[float]:
     """A plain loop over the same batches: AdamW, clipped gradients, warm-up and cosine."""
     data, plan = job.data, job.plan
     order = sample_order(data.lengths(), data.modalities(), plan.batch, plan.steps, job.seed)
@@ -106,7 +108,9 @@ def by_hand(model: Any, job: Job) -> list[float]:
     return losses
 
 
-def test_training_is_the_plain_loop(make_job: Callable[..., Job], make_model: Callable[..., Any]) -> None:
+def test_training_is_the_plain_loop(
+    make_job: Callable[..., StageJob], make_model: Callable[..., Any]
+) -> None:
     expected = by_hand(make_model(), make_job())
     before = (torch.random.get_rng_state(), np.random.get_state()[1], random.getstate())  # noqa: NPY002
     losses = train(make_model(), make_job()).losses
@@ -118,7 +122,7 @@ def test_training_is_the_plain_loop(make_job: Callable[..., Job], make_model: Ca
 
 @pytest.mark.parametrize("micro_batch", [1, 2])
 def test_accumulation_does_not_change_the_training(
-    make_job: Callable[..., Job], make_model: Callable[..., Any], micro_batch: int
+    make_job: Callable[..., StageJob], make_model: Callable[..., Any], micro_batch: int
 ) -> None:
     """Answers are of different lengths: the mean is over all tokens of a batch, not over its parts."""
     whole = train(make_model(), make_job("whole"))
@@ -152,7 +156,7 @@ def checkpoints(tmp_path: Path, name: str) -> list[str]:
 
 
 def test_a_killed_training_ends_like_an_undisturbed_one(
-    make_job: Callable[..., Job], make_model: Callable[..., Any], tmp_path: Path
+    make_job: Callable[..., StageJob], make_model: Callable[..., Any], tmp_path: Path
 ) -> None:
     whole = train(make_model(), make_job("whole"))
     with pytest.raises(KeyboardInterrupt):
@@ -167,7 +171,7 @@ def test_a_killed_training_ends_like_an_undisturbed_one(
 
 
 def test_a_checkpoint_that_is_not_whole_is_deleted(
-    make_job: Callable[..., Job], make_model: Callable[..., Any], tmp_path: Path
+    make_job: Callable[..., StageJob], make_model: Callable[..., Any], tmp_path: Path
 ) -> None:
     """A run killed while it wrote has no signature, and nothing to tell; damage is told."""
     whole = train(make_model(), make_job("whole"))
@@ -202,7 +206,7 @@ def test_a_checkpoint_that_is_not_whole_is_deleted(
 
 
 def test_a_full_disk_is_one_line(
-    make_job: Callable[..., Job], make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    make_job: Callable[..., StageJob], make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0\nmore")
@@ -215,7 +219,7 @@ def test_a_full_disk_is_one_line(
 
 
 def test_only_what_learns_is_written_down(
-    make_job: Callable[..., Job], make_model: Callable[..., Any]
+    make_job: Callable[..., StageJob], make_model: Callable[..., Any]
 ) -> None:
     model = make_model((PROJECTOR,))
     frozen = model.lm_head.weight.detach().clone()
@@ -227,14 +231,14 @@ def test_only_what_learns_is_written_down(
 
 
 def test_a_loss_that_is_not_finite_stops(
-    make_job: Callable[..., Job], make_model: Callable[..., Any]
+    make_job: Callable[..., StageJob], make_model: Callable[..., Any]
 ) -> None:
     with pytest.raises(RadioError, match=r"instruct: the loss of step \d is nan; lower the learning rate"):
         train(make_model(), make_job(plan=replace(PLAN, lr=math.inf)))
 
 
 def test_a_batch_that_ranks_cannot_share(
-    make_job: Callable[..., Job], make_model: Callable[..., Any]
+    make_job: Callable[..., StageJob], make_model: Callable[..., Any]
 ) -> None:
     with pytest.raises(ConfigError, match="a batch of 4 does not divide into 1 ranks of 3"):
         train(make_model(), make_job(plan=replace(PLAN, micro_batch=3)))
@@ -250,7 +254,7 @@ def test_the_schedule_by_hand() -> None:
 
 
 def test_computing_activations_again_changes_nothing(
-    make_job: Callable[..., Job], make_model: Callable[..., Any]
+    make_job: Callable[..., StageJob], make_model: Callable[..., Any]
 ) -> None:
     plain = train(make_model(), make_job("plain"))
     again = train(make_model(), make_job("again", needs=Needs(is_checkpointed=True)))
@@ -260,7 +264,7 @@ def test_computing_activations_again_changes_nothing(
 
 
 def test_weights_that_are_not_finite_are_never_written(
-    make_job: Callable[..., Job],
+    make_job: Callable[..., StageJob],
     make_model: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -281,7 +285,9 @@ def test_weights_that_are_not_finite_are_never_written(
     assert checkpoints(tmp_path, "stage") == ["checkpoint-2"]  # what stood before stands
 
 
-def test_the_model_is_left_as_it_was(make_job: Callable[..., Job], make_model: Callable[..., Any]) -> None:
+def test_the_model_is_left_as_it_was(
+    make_job: Callable[..., StageJob], make_model: Callable[..., Any]
+) -> None:
     """But for its weights: the next stage and the answers use it."""
     model = make_model()
     before, config = set(vars(model)), model.config.to_dict()
@@ -293,7 +299,7 @@ def test_the_model_is_left_as_it_was(make_job: Callable[..., Job], make_model: C
 
 
 def test_a_seed_may_be_larger_than_numpys(
-    make_job: Callable[..., Job], make_model: Callable[..., Any]
+    make_job: Callable[..., StageJob], make_model: Callable[..., Any]
 ) -> None:
     job = replace(make_job(), seed=2**53 + 1)
     assert all(math.isfinite(loss) for loss in train(make_model(), job).losses)

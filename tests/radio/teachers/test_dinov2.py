@@ -13,12 +13,20 @@ from timm.models.vision_transformer import VisionTransformer
 from radio.checkpoint import load_tensors
 from radio.errors import CheckpointError, ConfigError
 from radio.teachers import families
-from radio.teachers.dinov2 import MEMBERS, TABLE, DinoTrunk, Member, Resampling, load_dinov2, to_official
+from radio.teachers.dinov2 import (
+    MEMBERS,
+    TABLE,
+    DinoArchitecture,
+    DinoTrunk,
+    Resampling,
+    load_dinov2,
+    to_official,
+)
 
 TIMM = {"vits14": "vit_small_patch14_dinov2", "vitb14": "vit_base_patch14_dinov2"}
 TIMM |= {"vitl14": "vit_large_patch14_dinov2", "vitg14": "vit_giant_patch14_dinov2"}
 TIMM |= {f"{ours}_reg": theirs.replace("14_", "14_reg4_") for ours, theirs in TIMM.items()}
-SMALL = Member(width=192, depth=2, swiglu=True)
+SMALL = DinoArchitecture(width=192, depth=2, swiglu=True)
 
 
 def timm_model(name: str) -> VisionTransformer:
@@ -83,7 +91,7 @@ def test_the_giants_swiglu_is_timms(registers, randomised):
         no_embed_class=bool(registers),
         dynamic_img_size=True,
     )
-    member = Member(width=192, depth=2, swiglu=True, num_registers=registers)
+    member = DinoArchitecture(width=192, depth=2, swiglu=True, num_registers=registers)
     model = randomised(model)
     check_against_timm(model, load_dinov2("small", member, dict(model.state_dict()), "file"), (56, 84))
 
@@ -105,7 +113,7 @@ def test_transformers_file_gives_transformers_features(registers, swiglu, random
     )
     model = randomised(getattr(transformers, f"{kind}Model")(config))
     model.save_pretrained(tmp_path)
-    member = Member(width=192, depth=2, swiglu=swiglu, num_registers=registers)
+    member = DinoArchitecture(width=192, depth=2, swiglu=swiglu, num_registers=registers)
     teacher = load_dinov2("small", member, load_tensors(tmp_path / "model.safetensors"), "file")
     images = torch.rand(2, 3, 56, 84, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -159,7 +167,7 @@ def bicubic_by_loop(table: torch.Tensor, side: int, offset: float) -> list[float
 
 @pytest.mark.parametrize("offset", [0.1, 0.0])
 def test_positions_are_resampled_as_the_official_code_does(offset):
-    trunk = DinoTrunk(Member(width=64, depth=1), Resampling(offset=offset))
+    trunk = DinoTrunk(DinoArchitecture(width=64, depth=1), Resampling(offset=offset))
     column = torch.rand(TABLE, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         trunk.pos_embed[0, 1:] = column.repeat_interleave(TABLE)[:, None]  # differs from row to row only

@@ -14,7 +14,7 @@ from radio.teachers.sam import (
     MEAN,
     MEMBERS,
     STD,
-    Member,
+    SamArchitecture,
     SamAttention,
     SamTrunk,
     build_encoder,
@@ -23,7 +23,7 @@ from radio.teachers.sam import (
 
 pytest.importorskip("segment_anything")
 
-NARROW = Member(width=32, depth=2, num_heads=2, global_blocks=())
+NARROW = SamArchitecture(width=32, depth=2, num_heads=2, global_blocks=())
 
 
 def tiny_encoder():
@@ -42,7 +42,7 @@ def tiny_encoder():
     )
 
 
-def whole_sam(name: str, member: Member):
+def whole_sam(name: str, member: SamArchitecture):
     from segment_anything.build_sam import _build_sam
 
     return _build_sam(member.width, member.depth, member.num_heads, list(member.global_blocks))
@@ -81,7 +81,7 @@ def test_a_forward_makes_no_index_off_the_weights_device(randomised, monkeypatch
     trunk(torch.rand(1, 3, 96, 96))
 
 
-def check_file(name: str, member: Member, randomised, tmp_path) -> None:
+def check_file(name: str, member: SamArchitecture, randomised, tmp_path) -> None:
     sam = randomised(whole_sam(name, member))
     torch.save(sam.state_dict(), tmp_path / "sam.pth")
     teacher = families["sam"](name, tmp_path / "sam.pth")
