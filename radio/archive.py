@@ -103,8 +103,8 @@ def read_safetensors(path: Path) -> SafeFile:
             metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except Exception as error:  # its own error, or torch's about dtypes that it lacks
-        said = _cut(" ".join(str(error).split()), 200)
-        raise CheckpointError(f"{shown(path)}: not a whole safetensors file ({said})") from error
+        reason = _cut(" ".join(str(error).split()), 200)
+        raise CheckpointError(f"{shown(path)}: not a whole safetensors file ({reason})") from error
     return SafeFile(metadata, tensors)
 
 
@@ -231,10 +231,10 @@ def _is_torchscript(path: Path, size: int) -> bool:
 
 def _explain(message: str) -> str:
     """Turn the message of torch's unpickler into advice."""
-    found = re.search(r"(?:GLOBAL|Trying to (?:load|call|instantiate)\S*(?: \S+)*?) `?([\w.]+)`? ", message)
-    if found is None and "weights_only" not in message and "Unsupported" not in message:
+    match = re.search(r"(?:GLOBAL|Trying to (?:load|call|instantiate)\S*(?: \S+)*?) `?([\w.]+)`? ", message)
+    if match is None and "weights_only" not in message and "Unsupported" not in message:
         return "not a torch file, or a damaged one"
-    named = f" (it names {found[1]})" if found else ""
+    named = f" (it names {match[1]})" if match else ""
     return (
         f"reading it could run code that it carries{named}, or it is no torch file; nothing was run. "
         "Wanted its weights alone, as safetensors: ask who made it for them; in the environment that wrote "
@@ -348,7 +348,7 @@ _first_value: Callable[..., Any] = lambda value, *_: value  # noqa: E731
 
 
 def _state_dict(root: Any) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     pending = [("", root, 0)]
     nodes = 0
     while pending:
@@ -356,12 +356,12 @@ def _state_dict(root: Any) -> dict[str, Tensor]:
         for name, value in module.attributes.items() if isinstance(module, _Module) else ():
             nodes += 1
             if isinstance(value, Tensor):
-                found[f"{prefix}{name}"] = value
+                tensors[f"{prefix}{name}"] = value
             elif isinstance(value, _Module):
                 pending.append((f"{prefix}{name}.", value, depth + 1))
         if nodes > _MAX_NODES or depth > _MAX_MODULE_DEPTH:
             raise ValueError("its modules have no end")
-    return dict(sorted(found.items()))
+    return dict(sorted(tensors.items()))
 
 
 # Keys under which trainers store the weights, in the order of the search: of two copies the trained one comes
@@ -444,16 +444,18 @@ def without_prefix(tensors: dict[str, Tensor], anchors: Collection[str], where: 
     if not hits:
         return tensors
     most = max(hits.values())
-    found = [prefix for prefix, count in hits.items() if count == most]
-    found = [one for one in found if not any(one != other and one.startswith(other) for other in found)]
-    if len(found) > 1:  # a student and its averaged copy
-        found = [one for one in found if "teacher" in one or "ema" in one] or found
-    if len(found) > 1:
+    prefixes = [prefix for prefix, count in hits.items() if count == most]
+    prefixes = [
+        one for one in prefixes if not any(one != other and one.startswith(other) for other in prefixes)
+    ]
+    if len(prefixes) > 1:  # a student and its averaged copy
+        prefixes = [one for one in prefixes if "teacher" in one or "ema" in one] or prefixes
+    if len(prefixes) > 1:
         raise CheckpointError(
             f"{shown(where)}: holds these weights more than once, under "
-            f"{' and '.join(repr(shown(one[:80])) for one in found[:3])}; write a file with one of them"
+            f"{' and '.join(repr(shown(one[:80])) for one in prefixes[:3])}; write a file with one of them"
         )
-    prefix = found[0]
+    prefix = prefixes[0]
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
@@ -476,19 +478,19 @@ def _has_tensors(data: Mapping[Any, Any]) -> bool:
 
 
 def _unmarked(tensors: Mapping[str, Tensor], where: object) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     for name, value in tensors.items():
         plain = name
         for mark in _MARKS:
             plain = plain.replace(mark, "")
         while plain.startswith(_PARALLEL):
             plain = plain.removeprefix(_PARALLEL)
-        if plain in found:
+        if plain in renamed:
             raise CheckpointError(
                 f"{shown(where)}: two tensors are both {shown(plain[:200])} without wrappings"
             )
-        found[plain] = value
-    return found
+        renamed[plain] = value
+    return renamed
 
 
 def _describe(data: Any) -> str:

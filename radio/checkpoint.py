@@ -122,10 +122,10 @@ def teachers_on(metadata: Mapping[str, Any], where: object) -> list[Mapping[str,
         CheckpointError: an entry is of another type, or lacks one of these keys; `where` names the model.
     """
     entries = metadata.get("teachers") or []
-    found = validate(
+    entries = validate(
         _TEACHERS, entries, f"{shown(where)}: the teachers in its metadata", error=CheckpointError
     )
-    for place, entry in enumerate(found):
+    for place, entry in enumerate(entries):
         for key in ("model", "fingerprint"):
             if key not in entry:
                 raise CheckpointError(
@@ -183,8 +183,8 @@ def load(path: Path) -> Checkpoint:
         CheckpointError: no such file, a foreign or truncated one, or one whose content was altered.
     """
     find_file(path, "checkpoint file")
-    text, sha, found = _read_safetensors(path) if is_safetensors(path) else _read_archive(path)
-    tensors = plain_tensors(path, found)
+    text, sha, stored = _read_safetensors(path) if is_safetensors(path) else _read_archive(path)
+    tensors = plain_tensors(path, stored)
     if has_surrogates(text):
         raise CheckpointError(f"{shown(path)}: its metadata holds half a character; it is damaged")
     if digest(tensors, text) != sha:
@@ -204,8 +204,8 @@ def load_tensors(path: Path, anchors: Collection[str] = ()) -> dict[str, Tensor]
         CheckpointError: no such file, not a weights file, or one that would run code when read.
     """
     find_file(path, "weights file")
-    found = find_state(read_safetensors(path).tensors if is_safetensors(path) else read_torch(path), path)
-    return plain_tensors(path, without_prefix(found, anchors, path))
+    state = find_state(read_safetensors(path).tensors if is_safetensors(path) else read_torch(path), path)
+    return plain_tensors(path, without_prefix(state, anchors, path))
 
 
 def load_state(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -218,9 +218,9 @@ def load_state(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: s
     check_finite(tensors, source)
     meta = _is_meta(module)
     if meta:  # assigns the tensors themselves, whatever their dtype
-        wanted = module.state_dict()
+        expected = module.state_dict()
         tensors = {
-            name: tensor if tensor.is_floating_point() else tensor.to(wanted[name].dtype)
+            name: tensor if tensor.is_floating_point() else tensor.to(expected[name].dtype)
             for name, tensor in tensors.items()
         }
     module.load_state_dict(dict(tensors), strict=True, assign=meta)
@@ -233,30 +233,30 @@ def check_state(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: 
         CheckpointError: keys, shapes or dtype kinds differ; lists the first missing, unexpected and
             mismatched ones.
     """
-    wanted = module.state_dict()
+    expected = module.state_dict()
     problems = [
-        _first("missing", [name for name in wanted if name not in tensors]),
-        _first("unexpected", [name for name in tensors if name not in wanted]),
+        _first("missing", [name for name in expected if name not in tensors]),
+        _first("unexpected", [name for name in tensors if name not in expected]),
         _first(
             "misshapen",
             [
-                f"{_cut(name)} {tuple(tensor.shape)} instead of {tuple(wanted[name].shape)}"
+                f"{_cut(name)} {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
                 for name, tensor in tensors.items()
-                if name in wanted and tensor.shape != wanted[name].shape
+                if name in expected and tensor.shape != expected[name].shape
             ],
         ),
         _first(
             "of another kind",
             [
-                f"{_cut(name)} {_kind(tensor)} instead of {_kind(wanted[name])}"
+                f"{_cut(name)} {_kind(tensor)} instead of {_kind(expected[name])}"
                 for name, tensor in tensors.items()
-                if name in wanted and not _converts(tensor, wanted[name])
+                if name in expected and not _converts(tensor, expected[name])
             ],
         ),
     ]
-    found = "; ".join(problem for problem in problems if problem)
-    if found:
-        raise CheckpointError(f"{source}: these are not the weights of this architecture: {found}")
+    summary = "; ".join(problem for problem in problems if problem)
+    if summary:
+        raise CheckpointError(f"{source}: these are not the weights of this architecture: {summary}")
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
@@ -273,11 +273,11 @@ def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
         )
 
 
-def _converts(tensor: Tensor, wanted: Tensor) -> bool:
+def _converts(tensor: Tensor, expected: Tensor) -> bool:
     """Check whether values keep their meaning: packed integers are no weights, counters may be floats."""
-    if tensor.is_complex() or wanted.is_complex():
-        return tensor.dtype == wanted.dtype
-    return tensor.is_floating_point() or not wanted.is_floating_point()
+    if tensor.is_complex() or expected.is_complex():
+        return tensor.dtype == expected.dtype
+    return tensor.is_floating_point() or not expected.is_floating_point()
 
 
 def _kind(tensor: Tensor) -> str:

@@ -275,9 +275,9 @@ def _check_bounds(bounds: tuple[Any, ...], value: Any, where: str) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         return  # refused by _check_scalar, whatever the bounds
     flat = [part for bound in bounds for part in (bound if isinstance(bound, Interval) else (bound,))]
-    said = [_bound(part) for part in flat]
-    limits = [text for text, _ in filter(None, said)]
-    for text_and_test in filter(None, said):
+    checks = [_bound(part) for part in flat]
+    limits = [text for text, _ in filter(None, checks)]
+    for text_and_test in filter(None, checks):
         if not text_and_test[1](value):
             raise ConfigError(
                 f"{where}: {brief(value)} is out of bounds; give a number {' and '.join(limits)}"

@@ -158,12 +158,12 @@ def open_source(
         return SceneImages(text.removeprefix("scenes:"), count=count, seed=seed)
     path = Path(text)
     if path.suffix == ".tar" or "{" in text:
-        found = list_shards(text)
+        listing = list_shards(text)
     elif path.is_dir():
-        found = list_shards(str(path)) if any(path.glob("*.tar")) else list_folder(path)
+        listing = list_shards(str(path)) if any(path.glob("*.tar")) else list_folder(path)
     else:
         raise DataError(f"{shown(text)}: {_why_none(path)}")
-    return StoredImages(found._replace(entries=spread(found.entries, limit)), memo, watch)
+    return StoredImages(listing._replace(entries=spread(listing.entries, limit)), memo, watch)
 
 
 def aligned_labels(source: ImageSource, reference: ImageSource) -> NDArray[np.int64]:
@@ -180,20 +180,20 @@ def aligned_labels(source: ImageSource, reference: ImageSource) -> NDArray[np.in
     alike: dict[str, list[int]] = {}
     for name, place in places.items():
         alike.setdefault(one_form(name), []).append(place)
-    found = [[places[name]] if name in places else alike.get(one_form(name), []) for name in source.classes]
-    foreign = [name for name, known in zip(source.classes, found, strict=True) if not known]
+    matches = [[places[name]] if name in places else alike.get(one_form(name), []) for name in source.classes]
+    foreign = [name for name, known in zip(source.classes, matches, strict=True) if not known]
     if foreign:
         raise DataError(
             f"{source.name} has {len(foreign)} classes that {reference.name} lacks, "
             f"the first is {foreign[0]!r}{_near(foreign[0], reference.classes)}"
         )
-    for name, known in zip(source.classes, found, strict=True):
+    for name, known in zip(source.classes, matches, strict=True):
         if len(known) > 1:
             raise DataError(
                 f"{reference.name} has {len(known)} classes that are called {name!r} but for how accents "
                 f"or numbers are written; make them one"
             )
-    return np.array([place for (place,) in found], dtype=np.int64)[source.labels]
+    return np.array([place for (place,) in matches], dtype=np.int64)[source.labels]
 
 
 def _near(name: str, classes: Sequence[str]) -> str:
@@ -254,8 +254,8 @@ def one_form(name: str) -> str:
 def numbered(lines: Sequence[str]) -> list[tuple[int, str]]:
     """Split lines such as `0 tench` or `1: tench` into number and name; empty unless every line has both."""
     pairs = [_NUMBERED.fullmatch(line) for line in lines]
-    found = [(int(pair[1]), pair[2]) for pair in pairs if pair]
-    return found if len(found) == len(lines) > 1 else []
+    numbered = [(int(pair[1]), pair[2]) for pair in pairs if pair]
+    return numbered if len(numbered) == len(lines) > 1 else []
 
 
 def order_by_number(names: Sequence[str]) -> list[int]:

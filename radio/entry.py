@@ -52,15 +52,15 @@ def check_not_shadowed(names: Sequence[str] = _GUARDED) -> None:
     """
     root = Path(__file__).resolve().parent.parent
     for name in names:
-        wanted = root / name
-        found = _location(name)
-        if found is None:
+        expected = root / name
+        actual = _location(name)
+        if actual is None:
             raise ShadowedPackageError(
-                f"the package {name!r} is not installed; it belongs at {wanted}: install am-radio again"
+                f"the package {name!r} is not installed; it belongs at {expected}: install am-radio again"
             )
-        if found != wanted:
+        if actual != expected:
             raise ShadowedPackageError(
-                f"{found} comes before {wanted} on the import path and hides the package {name!r}; "
+                f"{actual} comes before {expected} on the import path and hides the package {name!r}; "
                 f"rename it, start the command in another folder, or take its folder out of PYTHONPATH"
             )
 

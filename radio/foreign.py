@@ -84,17 +84,17 @@ def check_encoder(what: str, encoder: object, *, kind: str, part: str) -> None:
     size = made.native_size
     if not _is_size(size):
         raise ConfigError(f"{what}: its native_size is {size!r:.80}; wanted (height, width) in pixels")
-    for asked in ((1, 1), size):
-        found = made.nearest_size(*asked)
-        if not _is_size(found):
+    for size_in in ((1, 1), size):
+        size_out = made.nearest_size(*size_in)
+        if not _is_size(size_out):
             raise ConfigError(
-                f"{what}: its nearest_size{asked} is {found!r:.80}; wanted the nearest (height, width) in "
-                f"pixels"
+                f"{what}: its nearest_size{size_in} is {size_out!r:.80}; wanted the nearest "
+                f"(height, width) in pixels"
             )
-        if (again := made.nearest_size(*found)) != found:
+        if (again := made.nearest_size(*size_out)) != size_out:
             raise ConfigError(
-                f"{what}: its nearest_size{asked} is {found}, and nearest_size{found} is {again!r:.80}; "
-                f"a size that it takes is the nearest to itself"
+                f"{what}: its nearest_size{size_in} is {size_out}, and nearest_size{size_out} is "
+                f"{again!r:.80}; a size that it takes is the nearest to itself"
             )
     _fill_in(what, made)
 
@@ -124,26 +124,26 @@ def watch_features(what: str, encoder: nn.Module) -> None:
     encoder.register_forward_hook(partial(_check_features, what))
 
 
-def _check_features(what: str, encoder: nn.Module, args: tuple[Any, ...], found: Any) -> None:
+def _check_features(what: str, encoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     images: Tensor = args[0]
     batch, _, height, width = images.shape
-    if wrong := _wrong(encoder, batch, images.device, found):
+    if wrong := _wrong(encoder, batch, images.device, output):
         raise ConfigError(f"{what}: its forward at size {height}x{width} gave {wrong}")
 
 
-def _wrong(encoder: Any, batch: int, device: torch.device, found: Any) -> str:
+def _wrong(encoder: Any, batch: int, device: torch.device, output: Any) -> str:
     """Describe what is wrong with features and what was expected; empty if they are valid."""
-    if not isinstance(found, Features):
-        return f"a {type(found).__name__}, wanted radio.types.Features"
-    grid = found.grid
+    if not isinstance(output, Features):
+        return f"a {type(output).__name__}, wanted radio.types.Features"
+    grid = output.grid
     if not _is_size(grid):
         return f"the grid {grid!r:.80}, wanted (height, width) in tokens"
-    wanted = {
+    expected = {
         "summary": (batch, encoder.summary_dim),
         "tokens": (batch, grid[0] * grid[1], encoder.token_dim),
     }
-    for part, shape in wanted.items():
-        tensor = getattr(found, part)
+    for part, shape in expected.items():
+        tensor = getattr(output, part)
         if not isinstance(tensor, Tensor):
             return f"{part} that are a {type(tensor).__name__}, wanted a tensor"
         if tensor.shape != shape:

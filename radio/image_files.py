@@ -178,10 +178,10 @@ def list_folder(root: Path) -> Listing:
                 f"{shown(folder)}: is a link to {shown(folder.resolve())}, whose images are there already; "
                 f"remove it"
             )
-        found = _images_under(root, folder)
-        if not found:
+        images = _images_under(root, folder)
+        if not images:
             raise DataError(f"{shown(folder)}: a class folder without images; remove it or fill it")
-        entries.extend(found)
+        entries.extend(images)
     classes = tuple(as_text(name) for name in names)
     return Listing(_short_name(root), as_text(root.resolve()), classes, _distinct(entries))
 

@@ -435,8 +435,8 @@ def expand_braces(pattern: str, *, limit: int = MAX_NAMES, error: type[RadioErro
             raise ValueError(f"has {len(pattern)} letters, and the limit is {_MAX_PATTERN}")
         count = _count_names(pattern)
         if count > limit:
-            told = f"{count:,}" if count < 10**24 else f"10^{len(str(count)) - 1} or more"
-            raise ValueError(f"stands for {told} names, and the limit is {limit:,}")
+            amount = f"{count:,}" if count < 10**24 else f"10^{len(str(count)) - 1} or more"
+            raise ValueError(f"stands for {amount} names, and the limit is {limit:,}")
         if count * len(pattern) > MAX_NAMES_LETTERS:  # no name is longer than its pattern
             raise ValueError(
                 f"stands for {count:,} names of up to {len(pattern)} letters, and the limit is "
@@ -476,10 +476,10 @@ def _count_names(pattern: str) -> int:
 
 def _count_range(text: str) -> int | None:
     """Count the numbers or letters of a range such as `0..9`, `a..z` or `0..9..3`; None if it is no range."""
-    found = _RANGE.fullmatch(text)
-    if found is None:
+    match = _RANGE.fullmatch(text)
+    if match is None:
         return None
-    low, high, first, last, step = found.groups()
+    low, high, first, last, step = match.groups()
     place = braceexpand.alphabet.index
     distance = int(high) - int(low) if low else place(last) - place(first)
     return abs(distance) // (int(step or 1) or 1) + 1
@@ -533,11 +533,11 @@ def _refuse_constant(word: str) -> Any:
 
 
 def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    members = dict(pairs)
+    if len(members) < len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"it holds the key {twice[:80]!r} twice in one object")
-    return found
+    return members
 
 
 def _cut(text: str, most: int) -> str:

@@ -227,10 +227,10 @@ def load(path: Path) -> RadioModel:
         CheckpointError: no such file, or one that is foreign, truncated, altered, not a model, or has
             weights that are not finite.
     """
-    found = checkpoint.load(path)
-    config = _read_config(found, path)
-    loaded = build(config, 0, found.metadata, _label(path))
-    checkpoint.load_state(loaded, found.tensors, str(path))
+    stored = checkpoint.load(path)
+    config = _read_config(stored, path)
+    loaded = build(config, 0, stored.metadata, _label(path))
+    checkpoint.load_state(loaded, stored.tensors, str(path))
     return loaded.eval()
 
 
@@ -240,24 +240,24 @@ def load_untrained(path: Path, seed: int) -> RadioModel:
     Its metadata keeps the teachers, so that it is evaluated with the same decoders and text towers as the
     trained model.
     """
-    found = checkpoint.load(path)
-    config = _read_config(found, path)
+    stored = checkpoint.load(path)
+    config = _read_config(stored, path)
     metadata: dict[str, Any] = {
-        key: found.metadata[key] for key in ("resolution", "teachers") if key in found.metadata
+        key: stored.metadata[key] for key in ("resolution", "teachers") if key in stored.metadata
     }
     return build(config, seed, metadata, f"{_label(path)}-untrained").eval()
 
 
-def _read_config(found: checkpoint.Checkpoint, path: Path) -> ModelConfig:
+def _read_config(stored: checkpoint.Checkpoint, path: Path) -> ModelConfig:
     """Read the model's configuration; check that the file's weights fit it before anything is built."""
     where = shown(path)
-    if "model" not in found.metadata:
+    if "model" not in stored.metadata:
         raise CheckpointError(f"{where}: its metadata describes no model; it holds something else")
-    config = from_plain(ModelConfig, found.metadata["model"], f"{where}: model")
-    if len(config.adaptors) > len(found.tensors):
+    config = from_plain(ModelConfig, stored.metadata["model"], f"{where}: model")
+    if len(config.adaptors) > len(stored.tensors):
         raise CheckpointError(
             f"{where}: its metadata names {len(config.adaptors)} adaptors, and the file has "
-            f"{len(found.tensors)} tensors; it was altered"
+            f"{len(stored.tensors)} tensors; it was altered"
         )
     try:
         shape = outline(config)
@@ -265,7 +265,7 @@ def _read_config(found: checkpoint.Checkpoint, path: Path) -> ModelConfig:
         raise
     except Exception:  # noqa: BLE001 (another package's student that cannot be built on the meta device)
         return config  # its weights are then compared after it is built
-    checkpoint.check_state(shape, found.tensors, where)
+    checkpoint.check_state(shape, stored.tensors, where)
     return config
 
 

@@ -27,13 +27,13 @@ _PACKAGES = (
 @lru_cache
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the installed packages that affect results."""
-    found = {"python": platform.python_version()}
+    packages = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            packages[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return packages
 
 
 @lru_cache

@@ -40,10 +40,10 @@ _made: dict[type, Plugin] = {}  # by the type of the factories' products, the ne
 def words_of(error: BaseException) -> str:
     """Format the error that another package's code raised as one short line."""
     try:
-        said = str(error)
+        reason = str(error)
     except Exception:  # noqa: BLE001 (even str() of their error may fail)
-        said = ""
-    return f"{type(error).__name__}: {shown(said[:_MAX_CHARS])}"
+        reason = ""
+    return f"{type(error).__name__}: {shown(reason[:_MAX_CHARS])}"
 
 
 def plugin_of(module: str, maker: object) -> Plugin | None:

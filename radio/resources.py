@@ -150,10 +150,10 @@ def _may_live(holder: _Holder | None) -> bool:
 
 
 def _refusal(path: Path, doing: str) -> str:
-    found = _holder(path)
+    holder = _holder(path)
     who = "another process"
-    if found is not None:
-        who = f"process {found['pid']} on {shown(found['host'])}, since {shown(found['since'])}"
+    if holder is not None:
+        who = f"process {holder['pid']} on {shown(holder['host'])}, since {shown(holder['since'])}"
     return f"{path.parent}: is being {doing} already, by {who}; wait for it, stop it, or give another --out"
 
 

@@ -56,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (RadioError, OSError, MemoryError) as error:
         console.print(f"error: {one_line(error)}", markup=False, highlight=False)
         return 2
-    said = "wrote" if written else "already there:"
-    summary = f"{said} {settings.count} + {settings.val_count} scenes, layout {settings.layout}: "
+    action = "wrote" if written else "already there:"
+    summary = f"{action} {settings.count} + {settings.val_count} scenes, layout {settings.layout}: "
     console.print(summary + shown(arguments.out), markup=False, highlight=False)
     return 0
 

@@ -101,10 +101,10 @@ def _write_webdataset(job: ExportJob) -> list[Any]:
         for index, scene in job.scenes():
             image = io.BytesIO()
             _save_jpeg(scene, image)
-            said = caption(scene, index, split=job.split, seed=job.seed)
+            text = caption(scene, index, split=job.split, seed=job.seed)
             _add(tar, f"{job.split}{index:08d}.jpg", image.getvalue())
             _add(tar, f"{job.split}{index:08d}.cls", str(scene.label).encode())
-            _add(tar, f"{job.split}{index:08d}.txt", said.encode())
+            _add(tar, f"{job.split}{index:08d}.txt", text.encode())
             _add(tar, f"{job.split}{index:08d}.json", json.dumps(_facts(scene)).encode())
     return []
 
@@ -161,16 +161,18 @@ def _write_coco(job: ExportJob) -> list[Any]:
 
 def _finish_coco(root: Path, split: Split, records: list[Any]) -> None:
     images = [image for image, _, _ in records]
-    found = [{"image_id": image["id"], **item} for image, items, _ in records for item in items]
-    said = [{"image_id": image["id"], "caption": text} for image, _, texts in records for text in texts]
+    instances = [{"image_id": image["id"], **item} for image, items, _ in records for item in items]
+    annotations = [
+        {"image_id": image["id"], "caption": text} for image, _, texts in records for text in texts
+    ]
     categories = [{"id": i, "name": name, "supercategory": "shape"} for i, name in enumerate(SHAPES, start=1)]
     head = {"info": {"description": f"generated scenes, {split}"}, "licenses": [], "images": images}
     folder = root / "annotations"
     _write_json(
         folder / f"instances_{split}.json",
-        {**head, "annotations": _numbered(found), "categories": categories},
+        {**head, "annotations": _numbered(instances), "categories": categories},
     )
-    _write_json(folder / f"captions_{split}.json", {**head, "annotations": _numbered(said)})
+    _write_json(folder / f"captions_{split}.json", {**head, "annotations": _numbered(annotations)})
 
 
 def _numbered(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -178,10 +180,10 @@ def _numbered(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _instances(scene: Scene) -> list[dict[str, Any]]:
-    found = []
+    images = []
     for number, item in enumerate(scene.objects, start=1):
         x0, y0, x1, y1 = item.box
-        found.append(
+        images.append(
             {
                 "category_id": item.shape + 1,
                 "bbox": [x0, y0, x1 - x0, y1 - y0],
@@ -191,7 +193,7 @@ def _instances(scene: Scene) -> list[dict[str, Any]]:
                 "colour": COLOURS[item.colour],
             }
         )
-    return found
+    return images
 
 
 def _segmentation(mask: NDArray[np.bool_]) -> dict[str, Any]:
@@ -209,12 +211,14 @@ def _write_llava(job: ExportJob) -> list[Any]:
     for index, scene in job.scenes():
         name = f"{job.split}/{index:08d}.jpg"
         _save_jpeg(scene, _made(job.root / job.split) / f"{index:08d}.jpg")
-        said = caption(scene, index, split=job.split, seed=job.seed)
-        asked = questions(scene, index, split=job.split, seed=job.seed)
+        description = caption(scene, index, split=job.split, seed=job.seed)
+        all_questions = questions(scene, index, split=job.split, seed=job.seed)
         head = {"id": f"{job.split}{index:08d}", "image": name}
-        turns = [turn for q in asked for turn in _turns(f"{q.text}\n{_SHORT_ANSWER}", q.answer)]
+        turns = [turn for q in all_questions for turn in _turns(f"{q.text}\n{_SHORT_ANSWER}", q.answer)]
         turns[0]["value"] = f"<image>\n{turns[0]['value']}"
-        records.append(({**head, "conversations": _turns("<image>", said)}, {**head, "conversations": turns}))
+        records.append(
+            ({**head, "conversations": _turns("<image>", description)}, {**head, "conversations": turns})
+        )
     return records
 
 
@@ -345,12 +349,12 @@ def _free(out: Path, metadata: dict[str, Any]) -> bool:
     if not path.is_file():
         raise SceneError(f"{out} is not empty and was not written by radio-scenes; choose another folder")
     try:
-        found = read_json(path, _CARDS)
+        stored = read_json(path, _CARDS)
     except DataError as error:
         raise SceneError(
             f"{path} is not metadata of radio-scenes ({error}); choose another folder"
         ) from error
-    if found != metadata:
+    if stored != metadata:
         raise SceneError(
             f"{out} holds scenes of other settings (see {path}); remove it or choose another folder"
         )

@@ -96,8 +96,8 @@ def _name(item: SceneObject) -> str:
 
 def _say(scene: Scene, template: str, suffix: str, other: int) -> str:
     """Fill the template with the main object, and the suffix with objects[other] unless `other` is 0."""
-    said = template.format(CLASSES[scene.label])
-    return f"{said} {suffix.format(_name(scene.objects[other]))}" if other else said
+    sentence = template.format(CLASSES[scene.label])
+    return f"{sentence} {suffix.format(_name(scene.objects[other]))}" if other else sentence
 
 
 def _colour(scene: Scene) -> Question:

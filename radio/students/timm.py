@@ -116,9 +116,9 @@ def _with_weights(name: str, file: Path) -> Any:
             name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=classes
         )
     except Exception as error:  # timm's conversions of layouts may raise anything on other weights
-        said = shown(" ".join(str(error).split())[:300])
+        reason = shown(" ".join(str(error).split())[:300])
         raise CheckpointError(
-            f"{shown(file)}: these are not the weights of timm:{name}: {said}; the file's names begin with "
+            f"{shown(file)}: these are not the weights of timm:{name}: {reason}; the file's names begin with "
             f"{', '.join(shown(key[:80]) for key in list(tensors)[:3])}"
         ) from error
     check_finite(tensors, f"{shown(file)}")

@@ -226,7 +226,7 @@ class ViT(ShapedStudent):
         if side is not None:
             patches = to_windows(patches, grid, side)
         everywhere = self._global_blocks()
-        p, found = prefix.shape[1], {}
+        p, outputs = prefix.shape[1], {}
         for index, block in enumerate(self.blocks):
             if index > max(wanted):
                 break
@@ -237,8 +237,8 @@ class ViT(ShapedStudent):
                 windows = self.apply_block(block, patches.reshape(-1, side * side, patches.shape[-1]))
                 patches = windows.reshape(patches.shape)
             if index in wanted:
-                found[index] = self._features(prefix, patches, grid)
-        return [found[index] for index in wanted]
+                outputs[index] = self._features(prefix, patches, grid)
+        return [outputs[index] for index in wanted]
 
     def _features(self, prefix: Tensor, patches: Tensor, grid: tuple[int, int]) -> Features:
         if self.config.window is not None:

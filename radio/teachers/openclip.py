@@ -131,11 +131,11 @@ class ClipTrunk(nn.Module):
 
     def forward(self, images: Tensor) -> Features:
         """Map normalised [B, 3, h, w] of its native size to summary [B, C] and tokens [B, T, D]."""
-        found = self.visual.forward_intermediates(
+        outputs = self.visual.forward_intermediates(
             images, indices=1, normalize_intermediates=self.after_norm, output_fmt="NLC"
         )
         height, width = self.visual.grid_size
-        return Features(found["image_features"], found["image_intermediates"][0], (height, width))
+        return Features(outputs["image_features"], outputs["image_intermediates"][0], (height, width))
 
 
 @final
@@ -252,11 +252,11 @@ def _read_normalisation(library: Any, architecture: str, tag: str, quick_gelu: b
     if tag and tag not in tags:
         hint = did_you_mean(tag, tags) or f"; known: {', '.join(tags) or 'none'}"
         raise ConfigError(f"open_clip knows no weights {tag!r} of {architecture}{hint}")
-    found = [library.get_pretrained_cfg(architecture, each) for each in ([tag] if tag else tags)]
-    if tag and found[0].get("quick_gelu", False) != quick_gelu:
+    configs = [library.get_pretrained_cfg(architecture, each) for each in ([tag] if tag else tags)]
+    if tag and configs[0].get("quick_gelu", False) != quick_gelu:
         other = architecture.removesuffix("-quickgelu") if quick_gelu else f"{architecture}-quickgelu"
         raise ConfigError(
             f"the weights {tag!r} were not trained with the GELU of {architecture}; name it {other}/{tag}"
         )
-    pairs = {(tuple(each["mean"]), tuple(each["std"])) for each in found}
+    pairs = {(tuple(each["mean"]), tuple(each["std"])) for each in configs}
     return pairs.pop() if len(pairs) == 1 else (OPENAI_MEAN, OPENAI_STD)
