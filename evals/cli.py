@@ -396,7 +396,7 @@ def _report(arguments: Sequence[str]) -> int:
 
 def _throughput(arguments: Sequence[str]) -> int:
     from .reporting.figures import draw_tradeoff
-    from .throughput.command import run_throughput
+    from .throughput.evaluator import run_throughput
 
     return run_throughput(arguments, partial(draw_tradeoff, task="knn"))
 

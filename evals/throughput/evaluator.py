@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 from annotated_types import Interval
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as ConsoleTable
 from torch import nn
 
 from evals.core.blocks import Table
 from evals.core.evaluator import EvalRun, Evaluator, Result, RunSettings, report_result
-from evals.core.paper import table_6_row
+from evals.core.paper import TABLE_6_MODELS, table_6_row
 from evals.core.report import Metric, Report
 from radio.benchmark import (
     PRESETS,
@@ -28,12 +33,14 @@ from radio.benchmark import (
     num_turns,
     prepare,
 )
-from radio.config import Pixels, check, to_plain
+from radio.config import Pixels, check, parse_options, to_plain
 from radio.errors import ConfigError, SizeError, did_you_mean
-from radio.model import RadioModel
-from radio.progress import ProgressFactory, ProgressWithText, no_progress
+from radio.hub import load_backbone
+from radio.model import ModelConfig, RadioModel, build
+from radio.progress import ProgressFactory, ProgressWithText, no_progress, watch_on
 from radio.provenance import choose_device, describe_device
 from radio.resources import check_memory
+from radio.students import options_type, students
 from radio.teachers.base import Frozen
 from radio.types import Backbone
 
@@ -326,6 +333,132 @@ def _metrics(measurements: Sequence[Measurement], counts: Counts | None) -> dict
 
 def _rate(one: Measurement) -> Metric:
     return Metric(value=one.images_per_second, low=one.low, high=one.high, unit="images/s")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ThroughputOptions:
+    """Models, reference and output of the measurement."""
+
+    models: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Architectures (untrained, which does not affect speed), checkpoint files, or teachers' specs."""
+    table6: bool = False
+    """Also measure every architecture of the paper's table 6."""
+    reference: str | None = None
+    """The model that ratios refer to. Default: the first."""
+    out: Path = Path("reports")
+    """Folder of the reports. If it has k-NN reports of the same models, quality is plotted against speed."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    plain: bool = False
+    """Print without progress bars, colours and box lines."""
+    settings: Annotated[ThroughputSettings, tyro.conf.arg(name="")] = field(
+        default_factory=ThroughputSettings
+    )
+
+
+def run_throughput(arguments: Sequence[str], plot: Callable[[Path], Path | None]) -> int:
+    """Run the command and return its exit code: 0 when every report was written.
+
+    Args:
+        arguments: the command line.
+        plot: plots quality against speed from a folder of reports; returns the file, or None without data.
+
+    Raises:
+        RadioError: an unknown or repeated model, or settings that cannot be measured.
+    """
+    options = check(
+        parse_options(
+            ThroughputOptions,
+            arguments,
+            prog="radio-eval throughput",
+            description="Images a second, multiply-adds and memory of several models, measured in turns.",
+        )
+    )
+    console, progress = Console(no_color=options.plain, highlight=False), Console(stderr=True)
+    reports = report_all(
+        [load_entry(spec, options.settings.resolution) for spec in _specs(options)],
+        options.settings,
+        options.out,
+        device=options.device,
+        reference=options.reference,
+        progress=watch_on(progress, shown=progress.is_terminal and not options.plain),
+    )
+    console.print(speed_table(reports, plain=options.plain))
+    if (image := plot(options.out)) is not None:
+        console.print(escape(str(image)), soft_wrap=True)
+    return 0
+
+
+def load_entry(spec: str, resolution: int | None = None) -> MeasuredModel:
+    """Load the model that a spec names; an architecture is built with random weights.
+
+    Raises:
+        RadioError: an unknown name, or a file that does not exist.
+    """
+    arch = spec.removeprefix("arch:")
+    if arch not in students:
+        model = load_backbone(spec)
+        return MeasuredModel(name=model.name, model=model, paper_name=paper_name(model))
+    options = options_type(arch)()
+    if options.has("image_size"):
+        options = options.change(image_size=resolution)
+    untrained = build(ModelConfig(student=arch, options=options), 0).eval()
+    return MeasuredModel(name=arch, model=untrained, paper_name=arch, untrained=True)
+
+
+def speed_table(reports: Sequence[Report], *, plain: bool = False) -> ConsoleTable:
+    """Build a table with a row per model, batch and variant, with our and the paper's ratio."""
+    resolved = reports[0].settings["resolved"]
+    sizes = ["x".join(map(str, report.settings["resolved"]["size"])) for report in reports]
+    same = len(set(sizes)) == 1
+    table = ConsoleTable(
+        box=box.ASCII if plain else box.ROUNDED,
+        title=f"{resolved['dtype']} on {reports[0].device}{f', {sizes[0]} px' if same else ''}",
+        caption=f"ratio: to {resolved['reference']}; paper: the same ratio in its table 6",
+    )
+    table.add_column("model", overflow="fold")
+    for title in ("M", "GMACs", "batch", "images/s", "±", "ratio", "paper", "MiB"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for report, size in zip(reports, sizes, strict=True):
+        figures = {name: metric.value for name, metric in report.metrics.items()}
+        for values in speed_rows(report):
+            row: dict[str, Any] = dict(zip(COLUMNS, values, strict=True))
+            remarks = [] if row["variant"] == "alone" else [row["variant"]]
+            remarks += [] if same else [f"{size} px"]
+            table.add_row(
+                escape(" ".join([report.model, *remarks])),
+                _number(figures.get("parameters"), ".1f"),
+                _number(figures.get("gmacs"), ".2f"),
+                str(row["batch"]),
+                f"{row['images_per_second']:.4g}",
+                f"{row['spread_percent']:.0f} %",
+                f"{row['ratio']:.2f}",
+                _number(row["paper_ratio"], ".2f"),
+                _number(row["peak_memory_mib"], ".0f"),
+            )
+    return table
+
+
+def speed_rows(report: Report) -> Sequence[Sequence[str | int | float | None]]:
+    """Return the rows of a report's table of rates, under `COLUMNS`."""
+    return next(
+        block.rows for block in report.blocks if isinstance(block, Table) and block.title == SPEED_TABLE
+    )
+
+
+def _specs(options: ThroughputOptions) -> list[str]:
+    of_paper = [name for name in TABLE_6_MODELS if name in students] if options.table6 else []
+    specs = [*options.models, *(name for name in of_paper if name not in options.models)]
+    if not specs:
+        raise ConfigError("no model was named; give an architecture, a checkpoint, a spec, or --table6")
+    twice = next((spec for index, spec in enumerate(specs) if spec in specs[:index]), None)
+    if twice is not None:
+        raise ConfigError(f"{twice} was named twice; once is enough")
+    return specs
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 THROUGHPUT = Evaluator(

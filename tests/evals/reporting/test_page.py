@@ -15,8 +15,7 @@ from evals.core.blocks import Bars, Confusions, Example, Examples, ImageGrid, Im
 from evals.core.blocks import Image as ImageFile
 from evals.core.report import DatasetInfo, Metric
 from evals.reporting.elements import ImageBudget
-from evals.reporting.overview import gather, overview, sorted_tasks
-from evals.reporting.page import write_page
+from evals.reporting.page import gather, overview, sorted_tasks, write_page
 from radio import entry
 from radio.errors import ConfigError, DataError, MissingExtraError
 from radio.images import decode

@@ -12,8 +12,14 @@ import torch
 
 from evals.core.evaluator import run_evaluator
 from evals.core.report import read
-from evals.throughput.command import speed_rows
-from evals.throughput.evaluator import COLUMNS, THROUGHPUT, MeasuredModel, ThroughputSettings, report_all
+from evals.throughput.evaluator import (
+    COLUMNS,
+    THROUGHPUT,
+    MeasuredModel,
+    ThroughputSettings,
+    report_all,
+    speed_rows,
+)
 from radio.adaptors import AdaptorConfig
 from radio.errors import ConfigError, RadioError, SizeError
 from radio.hub import load_teacher
