@@ -16,6 +16,7 @@ from rich.text import Text
 import evals.cli  # noqa: F401 (enters the evaluators)
 from evals.core.evaluator import Evaluator, RunSettings, make_evaluator
 from evals.core.paper import DATA, TASKS, PaperRow
+from evals.core.report import Kind
 from evals.core.suite import Jobs, Outcome, run_all
 from evals.core.tables import cell
 from radio.dist import Group
@@ -47,26 +48,39 @@ def score(
         paper: the paper's rows to print below.
     """
     jobs = {task: make_job(task) for task in config.score}
-    watch = watch_on(console, shown=console.is_terminal)
     outcomes_of = {}
     for name, model, its_own in _contestants(config, students):
         chosen: Jobs = {task: job for task, job in jobs.items() if its_own or not job[0].expensive}
-        log = partial(tell, console, name)
-        outcomes_of[name] = run_all(
-            model,
-            chosen,
-            out,
-            run=RunSettings(device=config.device),
-            name=name,
-            kind="untrained" if name == "untrained" else None,
-            progress=watch,
-            ranks=Group(),
-            log=log,
-        )
+        kind: Kind | None = "untrained" if name == "untrained" else None
+        outcomes_of[name] = run_jobs(config, model, chosen, out, console, name=name, kind=kind)
     console.print(_table(outcomes_of, config.score, paper, plain=not console.is_terminal))
     for line in _measured_on(config.score, paper):
         say(console, line)
     return outcomes_of
+
+
+def run_jobs(
+    config: TrainConfig,
+    model: Backbone,
+    jobs: Jobs,
+    out: Path,
+    console: Console,
+    *,
+    name: str,
+    kind: Kind | None = None,
+) -> list[Outcome]:
+    """Run the evaluators of `make_job` on one model, on the run's device; reports go to `out`."""
+    return run_all(
+        model,
+        jobs,
+        out,
+        run=RunSettings(device=config.device),
+        name=name,
+        kind=kind,
+        progress=watch_on(console, shown=console.is_terminal),
+        ranks=Group(),
+        log=partial(tell, console, name),
+    )
 
 
 class Follower:

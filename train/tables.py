@@ -11,7 +11,6 @@ import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -380,32 +379,20 @@ def _compare_students(rows: Rows, checkpoints: Mapping[str, Path], out: Path, co
     config = next(iter(rows.values()))
     if not config.score:
         return
-    from evals.core.evaluator import RunSettings
-    from evals.core.suite import run_all  # imported late: these import all evaluators
-    from evals.core.tables import cell
+    from evals.core.tables import cell  # imported late: these import all evaluators
     from evals.reporting.figures import draw_tradeoff
     from evals.throughput.evaluator import MeasuredModel, ThroughputSettings, report_all
     from radio.hub import load_backbone
     from radio.progress import watch_on
 
-    from .scoring import make_job, tell
+    from .scoring import make_job, run_jobs
 
     progress, reports = watch_on(console, shown=console.is_terminal), out / "reports"
     models = {name: load_backbone(str(path)) for name, path in checkpoints.items()}
     jobs = {task: make_job(task, FEW.get(task)) for task in config.score}
     scores: dict[str, list[str]] = {}
     for name, model in models.items():
-        log = partial(tell, console, name)
-        outcomes = run_all(
-            model,
-            jobs,
-            reports,
-            run=RunSettings(device=config.device),
-            name=name,
-            progress=progress,
-            ranks=Group(),
-            log=log,
-        )
+        outcomes = run_jobs(config, model, jobs, reports, console, name=name)
         scores[name] = [
             cell(outcome.report.metrics[outcome.report.primary_metric]) if outcome.report else "failed"
             for outcome in outcomes
