@@ -16,7 +16,6 @@ from rich.text import Text
 import evals.cli  # noqa: F401 (enters the evaluators)
 from evals.core.evaluator import Evaluator, RunSettings, make_evaluator
 from evals.core.paper import DATA, TASKS, PaperRow
-from evals.core.report import Kind
 from evals.core.suite import Jobs, Outcome, run_all
 from evals.core.tables import cell
 from radio.dist import Group
@@ -51,8 +50,10 @@ def score(
     outcomes_of = {}
     for name, model, its_own in _contestants(config, students):
         chosen: Jobs = {task: job for task, job in jobs.items() if its_own or not job[0].expensive}
-        kind: Kind | None = "untrained" if name == "untrained" else None
-        outcomes_of[name] = run_jobs(config, model, chosen, out, console, name=name, kind=kind)
+        is_untrained = name == "untrained"
+        outcomes_of[name] = run_jobs(
+            config, model, chosen, out, console, name=name, is_untrained=is_untrained
+        )
     console.print(_table(outcomes_of, config.score, paper, plain=not console.is_terminal))
     for line in _measured_on(config.score, paper):
         say(console, line)
@@ -67,7 +68,7 @@ def run_jobs(
     console: Console,
     *,
     name: str,
-    kind: Kind | None = None,
+    is_untrained: bool = False,
 ) -> list[Outcome]:
     """Run the evaluators of `make_job` on one model, on the run's device; reports go to `out`."""
     return run_all(
@@ -76,7 +77,7 @@ def run_jobs(
         out,
         run=RunSettings(device=config.device),
         name=name,
-        kind=kind,
+        kind="untrained" if is_untrained else None,
         progress=watch_on(console, shown=console.is_terminal),
         ranks=Group(),
         log=partial(tell, console, name),
