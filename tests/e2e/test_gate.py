@@ -23,7 +23,7 @@ def test_two_seeds_pass_within_the_measured_noise_and_random_weights_do_not(
         ("lost", "arch:vit-tiny12", "0"),
     ):
         assert entry.evaluate(["seg", model, "--out", folder, "--head-seed", seed, *SMALL, *cache]) == 0
-    probe = ["--seg.scenes", "60", "40", "--seg.iterations", "40", "--seg.cache", "cache"]
+    probe = ["--seg.scenes", "60", "40", "--seg.iterations", "40", "--cache", "cache"]
     command = [
         "noise",
         "scenes:dense",
