@@ -1,4 +1,4 @@
-"""The ranks of one evaluation, started by torchrun, or a single process without a process group."""
+"""The ranks of a run or an evaluation, started by torchrun, or a single process without a process group."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _MEETING = timedelta(minutes=10)  # until all ranks have started: imports from a
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The participating ranks. They exchange only small arrays on the CPU, so the backend is gloo."""
+    """The participating ranks. They exchange objects and small arrays over gloo, also beside NCCL."""
 
     rank: int = 0
     world: int = 1

@@ -73,9 +73,6 @@ def nearest_multiple(pixels: int, step: int) -> int:
     return max(1, (2 * pixels + step) // (2 * step)) * step
 
 
-# Letters: B batch, T tokens, D width, H W grid.
-
-
 def resize_images(
     images: Tensor, size: tuple[int, int], mode: Literal["bicubic", "bilinear"] = "bicubic"
 ) -> Tensor:

@@ -52,6 +52,7 @@ def join(device: torch.device) -> AbstractContextManager[Group]:
 def find_peers(partition: Partition, rank: int) -> Peers:
     """Return this rank's peers. Every rank calls it, since each process group is created by all ranks."""
     everyone = tuple(range(partition.world))
+    # A dedicated rank has one group; groups on shared ranks all have the same ranks.
     local = partition.of(rank)[0].ranks
     process_group = None
     for ranks in dict.fromkeys(group.ranks for group in partition.groups):

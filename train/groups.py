@@ -71,7 +71,9 @@ class Partition:
 
 
 def teacher_groups(config: TrainConfig) -> tuple[TeacherGroup, ...]:
-    """Group the teachers, in the order of each group's first; all groups have rank 0 only, as in one process.
+    """Group the teachers of one batch size and resolution, ordered by their first in the settings.
+
+    The groups have rank 0 only; `make_partition` deals out the ranks.
 
     Raises:
         ConfigError: a teacher has a batch of less than one image.

@@ -1,6 +1,7 @@
 """Measurements of a run: means of scalars, steps skipped as not finite, time by phase and group, and speed.
 
-All of them are kept on the device and read on log steps only: a step never waits for one.
+All of them are kept on the device and read on log steps only: a step never waits for one (saves and
+evaluations wait for the device, too).
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class NonFiniteState(TypedDict):
 
 @final
 class Meters:
-    """Means of scalar tensors between two log steps; reading them is the only host sync."""
+    """Means of scalar tensors between two log steps; only reading them waits for the device."""
 
     def __init__(self) -> None:
         self._rows: dict[tuple[str, ...], Tensor] = {}  # [n + 1]: sums of n scalars, number of additions
@@ -107,7 +108,7 @@ class Meters:
 
 
 class SkippedSteps(NamedTuple):
-    """SkippedSteps steps."""
+    """How many optimizer steps were skipped, and which losses were not finite."""
 
     total: int  # of the whole run
     recent: int  # since the last reading
@@ -122,7 +123,7 @@ class SkippedSteps(NamedTuple):
 
 @final
 class NonFiniteMonitor:
-    """Count optimizer steps skipped because of NaN or Inf; reading the counts is the only host sync."""
+    """Count optimizer steps skipped because of NaN or Inf; only reading the counts waits for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -1,4 +1,4 @@
-"""Tables of the paper made again: one run per row, one after another, then a comparison of all.
+"""Start runs: a single one, or a table of the paper made again, one run per row, then a comparison of all.
 
 Table 3 compares the balancers of the losses, table 6 efficient students under one recipe. Each has a version
 on the generated world, which takes minutes or hours on two cores, and the paper's own.

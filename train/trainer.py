@@ -118,6 +118,7 @@ class Trainer:
             open_sources(config.data) if config.cache.folder is None else open_images(config.data, self._say)
         )
         self.sides = self.partition.crop_sides(self.sizes)
+        # With a teacher cache, the loader only counts errors.
         self.loader = Loader(config, self.partition, ranks, self.data, self.sides, device, self._say)
 
         # The student with the adaptors of this rank's teachers.
@@ -144,7 +145,7 @@ class Trainer:
         self._two_operators = device.type == "cpu" and (self.prefetches or self.parallel_groups)
 
         # Measurements, the log, evaluations, and a stop by a signal.
-        self.meters, self.guard = Meters(), NonFiniteMonitor(device)
+        self.meters, self.nonfinite = Meters(), NonFiniteMonitor(device)
         self.performance = PerformanceMonitor(
             config, self.partition, ranks, device, first_weights(self.model)
         )
@@ -251,22 +252,22 @@ class Trainer:
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = learning_rate(self.step, config.steps, config.optim)
         with self.performance.watch.time("optimiser"):
-            fine = self.optimizer.guard(norm, config.optim.clip)
+            applied = self.optimizer.guard(norm, config.optim.clip)
             self.optimizer.step()
         with self.performance.watch.time("communication"):
             self.loss.update(self.student.peer_mean)
         if self.average is not None:
-            self.average.update(fine)
+            self.average.update(applied)
         if self.first is None:
             self.first = total.detach()
-        self.guard.update(fine, [each.parts for each in losses])
-        self.meters.add({"loss": total, "grad_norm": norm}, fine)
+        self.nonfinite.update(applied, [each.parts for each in losses])
+        self.meters.add({"loss": total, "grad_norm": norm}, applied)
         for each in losses:
-            self.meters.add(each.parts, fine)
+            self.meters.add(each.parts, applied)
             if each.details:
-                self.meters.add(each.details, fine)
+                self.meters.add(each.details, applied)
         self.performance.step(batch.waited)
-        return fine
+        return applied
 
     def compute_gradients(self, batch: Batch) -> tuple[list[Losses], Tensor, Tensor]:
         """Compute the gradients of a step, the same as of all its images in one process.
@@ -293,6 +294,7 @@ class Trainer:
         detail = (step + 1) % config.log_every == 0 or step + 1 == config.steps
         window = draw_window(self.windows[part.group.side], config.seed, step)
         with self.performance.watch.time("forward", part.group.name), self._autocast():
+            # `loss` owns student and adaptors; the student is called through its DDP or FSDP wrapper.
             losses: Losses = self.loss(self.student.encode, part, window, detail)
         return losses
 
@@ -326,7 +328,7 @@ class Trainer:
 
     @property
     def _scale(self) -> float:
-        """What a part's loss counts in the mean over ranks."""
+        """Factor on a part's loss, for the mean over the ranks of its group and the accumulated steps."""
         return self.student.scale / self.config.grad_accum_steps
 
     def _with_crops(self, batch: GroupBatch) -> GroupBatch:
@@ -346,13 +348,13 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=is_half(self.config, self.device))
 
     def record(self) -> Record:
-        """Make the record of a log step: means since the last one. The only wait for the device.
+        """Make the record of a log step: means since the last one. It waits for the device; steps do not.
 
         Raises:
             RadioError: too many steps in a row were not finite, or too many images were broken.
         """
         config = self.config
-        skipped = self.guard.read(self.ranks, self.step, config.max_nonfinite_steps)
+        skipped = self.nonfinite.read(self.ranks, self.step, config.max_nonfinite_steps)
         if skipped.recent:
             self._say(f"step {self.step}: {skipped.describe()}")
         figures = self.performance.read()
@@ -390,9 +392,9 @@ class Trainer:
         Raises:
             RadioError: too many steps in a row were not finite, or a weight is not finite.
         """
-        self.guard.check(self.step, self.config.max_nonfinite_steps)
+        self.nonfinite.check(self.step, self.config.max_nonfinite_steps)
         if self.step == self.config.steps:
-            self.guard.check_any(self.step)
+            self.nonfinite.check_any(self.step)
         self.states.wait()  # the previous save may still be writing the metadata changed below
         tensors = self.state_tensors()
         problems = self.ranks.gather_objects((first_bad(tensors), self.log.flush() if self.log else ""))
@@ -408,7 +410,7 @@ class Trainer:
             self._say(f"no state of step {self.step} is written before the log is ({unwritten})")
             return
         publish = self._publisher()
-        local = {"meters": self.meters.state_dict(), "guard": self.guard.state_dict()}
+        local = {"meters": self.meters.state_dict(), "guard": self.nonfinite.state_dict()}
         notes = {"ranks": self.ranks.gather_objects(local), "data": self.loader.state_dict()}
         self.states.write(self.step, tensors, notes, lambda: publish(None))
 
@@ -426,12 +428,12 @@ class Trainer:
         if len(ranks) == self.ranks.world:
             local = ranks[self.ranks.rank]
             self.meters.load_state_dict(local["meters"])
-            self.guard.load_state_dict(local["guard"])
+            self.nonfinite.load_state_dict(local["guard"])
         else:  # the first rank takes the sums of all
             if self.ranks.leads:
                 rows = [row for rank in ranks for row in rank["meters"]["rows"]]
                 self.meters.load_state_dict({"rows": rows})
-            self.guard.load_state_dict(ranks[0]["guard"])
+            self.nonfinite.load_state_dict(ranks[0]["guard"])
         self.loader.load_state_dict(state.notes["data"])
         return state.step
 
@@ -490,7 +492,7 @@ class Trainer:
 
     def _doubt(self) -> str:
         """Warn if the final weights are doubtful, else return an empty string. Every rank calls it."""
-        guard = self.guard.state_dict()
+        guard = self.nonfinite.state_dict()
         skipped, in_a_row = guard["total"], guard["in_a_row"]
         first = 0.0 if self.first is None else float(self.ranks.sum(self.first.cpu())) / self.ranks.world
         doubts = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from radio.data import ImageSource, open_source
 from radio.dist import Group, current
 from radio.errors import ConfigError
 from radio.io import staged, write_bytes
+from radio.model import RadioModel
 from radio.progress import ProgressFactory, no_progress
 from radio.provenance import choose_device, commit, describe_device, has_tf32, peak_memory, versions
 from radio.registry import Registry
@@ -40,7 +41,18 @@ from radio.types import Backbone
 
 from .blocks import Block, Image, encode_image
 from .features import Extraction, StoredFeatures, ViewSettings, default_workers, extract, make_view
-from .report import DatasetInfo, Kind, Metric, Pairing, Record, Report, file_name, record_lines, write
+from .report import (
+    DatasetInfo,
+    Kind,
+    Metric,
+    Pairing,
+    Record,
+    Report,
+    file_name,
+    problem_of,
+    record_lines,
+    write,
+)
 
 S = TypeVar("S")
 V = TypeVar("V")
@@ -274,19 +286,23 @@ def make_evaluator(task: str) -> Evaluator[Any]:
     Raises:
         ConfigError: the task is unknown, or the object that another package registered is no evaluator.
     """
-    made: Any = evaluators[task]()
-    if not isinstance(made, Evaluator):
-        raise ConfigError(
-            f"{evaluators.plugin(task) or task}: its factory gave a {type(made).__name__}, wanted an "
-            f"evals.core.evaluator.Evaluator; mend or uninstall the package that brings it"
-        )
-    if not is_dataclass(made.settings):
-        raise ConfigError(
-            f"{evaluators.plugin(task) or task}: its settings are no dataclass; mend or uninstall the "
-            f"package that brings it"
-        )
-    evaluator: Evaluator[Any] = made
-    return evaluator
+    factory: Any = evaluators[task]
+    made: Any = factory() if callable(factory) else factory
+    if not callable(factory):
+        problem = f"its entry point is a {type(factory).__name__}, wanted a function that makes an Evaluator"
+    elif not isinstance(made, Evaluator):
+        problem = f"its factory gave a {type(made).__name__}, wanted an evals.core.evaluator.Evaluator"
+    elif made.name != task:
+        problem = f"it calls itself {made.name!r}; give the evaluator the name of its entry point"
+    elif not is_dataclass(made.settings):
+        problem = "its settings are no dataclass"
+    elif taken := {f.name for f in fields(made.settings)} & {f.name for f in fields(RunSettings)}:
+        problem = f"its setting {min(taken)} is one that every evaluator has; use `run`, or call it otherwise"
+    else:
+        evaluator: Evaluator[Any] = made
+        return evaluator
+    who = evaluators.plugin(task) or task
+    raise ConfigError(f"{who}: {problem}; mend or uninstall the package that brings it")
 
 
 def run_evaluator(
@@ -310,7 +326,7 @@ def run_evaluator(
         settings: the task's (default: its defaults).
         run: the settings of the machine and of the data's size.
         name: the model's name in the report (default: its own).
-        kind: of the model (default: a student if a checkpoint's metadata say so, else a teacher).
+        kind: of the model (default: a student if it has metadata, else untrained or a teacher).
 
     Raises:
         ConfigError: the evaluator's result is none.
@@ -366,7 +382,7 @@ def report_result(
         report = replace(
             report,
             fingerprint=fingerprint,
-            kind=kind or ("student" if model.metadata else "teacher"),
+            kind=kind or _kind(model),
             metadata=dict(model.metadata),
             notes=(*report.notes, *domain_notes(model, context.sources.values())),
             device=result.device or describe_device(context.device),
@@ -375,6 +391,13 @@ def report_result(
         )
         _write(report, context, result)
     return report
+
+
+def _kind(model: Backbone) -> Kind:
+    """Tell a student from a teacher by its metadata, which an untrained student does not have."""
+    if model.metadata:
+        return "student"
+    return "untrained" if isinstance(model, RadioModel) else "teacher"
 
 
 def run_predictions(evaluator: Evaluator[S], settings: S, out: Path, *, run: RunSettings) -> Report | None:
@@ -432,6 +455,10 @@ def _assemble(evaluator: Evaluator[S], settings: S, run: EvalRun, returned: Any,
 
 def _write(report: Report, run: EvalRun, result: Result) -> None:
     if run.ranks.leads:
+        problem = problem_of(report)
+        if problem:
+            who = evaluators.plugin(report.task) or report.task
+            raise ConfigError(f"{who}: its evaluate gave a Result that no report can hold: {problem}")
         records = {run.folder / report.records: record_lines(result.records)} if report.records else {}
         write(report, run.folder / f"{run.base}.json", records)
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from radio.config import to_plain
-from radio.errors import DataError, shown
+from radio.errors import ConfigError, DataError, shown
 from radio.io import explain, parse_json, read_text, without_surrogates, write_texts
 
 from .blocks import Block
@@ -165,9 +165,44 @@ def read(path: Path) -> Report:
     return report
 
 
+def problem_of(report: Report) -> str:
+    """Describe what the schema does not allow in a report; empty if all is well."""
+    metrics: Mapping[str, object] = report.metrics
+    odd = [name for name, metric in metrics.items() if not isinstance(metric, Metric)]
+    if odd:
+        return f"metrics[{odd[0]!r}] is a {type(metrics[odd[0]]).__name__}, wanted a Metric"
+    try:
+        _parse(without_surrogates(to_plain(report)))
+    except (DataError, TypeError, ValueError, AttributeError) as error:
+        return str(error)
+    return ""
+
+
 def record_lines(records: Iterable[Record]) -> str:
-    """Format records as JSON lines."""
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    """Format records as JSON lines.
+
+    Raises:
+        ConfigError: a record without an id, two of one id and part, a score outside 0 to 1, or no JSON.
+    """
+    lines: list[str] = []
+    seen: set[tuple[str, str]] = set()
+    for index, record in enumerate(records):
+        key = (str(record.get("part", "")), str(record.get("id", "")))
+        score = record.get("score", 0)
+        if "id" not in record or key in seen:
+            raise ConfigError(
+                f"record {index} has {'the id of another' if key in seen else 'no id'}: {key[1]!r}"
+            )
+        if not isinstance(score, (int, float)) or not 0 <= score <= 1:
+            raise ConfigError(
+                f"record {index} ({key[1]}) has the score {score!r}; wanted a number from 0 to 1"
+            )
+        seen.add(key)
+        try:
+            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"record {index} ({key[1]}) is no JSON: {error}") from error
+    return "".join(lines)
 
 
 def file_name(task: str, model: str) -> str:
@@ -181,11 +216,18 @@ def _digest(data: Mapping[str, Any]) -> str:
 
 
 def _build(data: Mapping[str, Any], path: Path) -> Report:
-    """Build a report from plain data and validate its types."""
+    """Build a report from the plain data of a file and validate its types."""
+    try:
+        return _parse(data)
+    except DataError as error:
+        raise DataError(f"{shown(path)}: not a report of the format {FORMAT}: {error}") from error
+
+
+def _parse(data: Mapping[str, Any]) -> Report:
     try:
         return _SCHEMA.validate_json(json.dumps(data))
     except ValidationError as error:
         problem = explain(error)
     except ValueError as error:  # a number that JSON does not have, a key that is no text
         problem = str(error)
-    raise DataError(f"{shown(path)}: not a report of the format {FORMAT}: {problem}")
+    raise DataError(problem)

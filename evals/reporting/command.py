@@ -93,11 +93,12 @@ def run_compare(arguments: Sequence[str]) -> int:
         if path is not None:
             check_file(path, option)
     noise = options.noise or options.baseline / NOISE_FILE
+    has_noise = options.noise is not None or noise.is_file()
     changes = compare(
         read_reports(options.reports),
         read_reports(options.baseline),
         tolerance=options.tolerance,
-        noise=read_noise(noise) if options.noise is not None or noise.is_file() else {},
+        noise=read_noise(noise) if has_noise else {},
     )
     console = Console(no_color=options.plain, highlight=False)
     console.print(terminal_table(changes, plain=options.plain or not console.is_terminal))
@@ -107,7 +108,8 @@ def run_compare(arguments: Sequence[str]) -> int:
         write_text(options.junit, junit(changes))
     bad = regressions(changes)
     names = shown(", ".join(f"{change.task} {change.metric}" for change in bad)) or "none"
-    console.print(f"regressions beyond {options.tolerance:g} points and the noise: {names}", markup=False)
+    beyond = " and the noise" if has_noise else ""
+    console.print(f"regressions beyond {options.tolerance:g} points{beyond}: {names}", markup=False)
     return int(bool(bad) and options.fail_on_regression)
 
 

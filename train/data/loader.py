@@ -314,7 +314,7 @@ class LaneStream(IterableDataset[tuple[Rows, ...]]):
     def _read(self, share: Share, lanes: dict[int, ShardStream], step: int) -> Rows:
         stats, pixels, keys = ReadStats(), [], []
         for lane, stream in lanes.items():
-            for index in range(share.assignment.each):
+            for index in range(share.assignment.images_per_lane):
                 sample = stream.take(stats)
                 position = share.assignment.position(step, lane, index)
                 pixels.append(random_view(sample.image, self.config, share.side, self.seed, position))

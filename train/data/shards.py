@@ -287,7 +287,7 @@ class ShardReader:
             unit = image_at(self._lane + self._unit * self._lanes, len(self._names) * self._parts, self._seed)
             name, part = self._names[unit // self._parts], unit % self._parts
             try:
-                if (sample := self._read_shard(name, part, stats)) is not None:
+                if (sample := self._next_image(name, part, stats)) is not None:
                     return sample
             except (ShardError, OSError) as error:
                 self._why = str(error)
@@ -305,7 +305,7 @@ class ShardReader:
             f"no image in {tried} shards in a row, the last {shown(name)} ({self._why}); check the data"
         )
 
-    def _read_shard(self, name: str, part: int, stats: ReadStats) -> ShardSample | None:
+    def _next_image(self, name: str, part: int, stats: ReadStats) -> ShardSample | None:
         """Read the next image of a shard's part; None at its end.
 
         Raises:

@@ -1,9 +1,9 @@
 """Streams: independent cursors through the data of a run, which suffice to resume it exactly.
 
-A step's images are split over a fixed number of lanes per group of teachers, a contiguous block per lane.
-Each lane has a stream over all sources: shards are read in order, other images by number. A rank takes
-contiguous images and hence contiguous lanes, and its loader processes share those. So which images come, and
-in which order, depends on the lanes only, not on ranks or workers.
+A step's images are split over a fixed number of lanes per group of teachers (`--data.num-streams`), a
+contiguous block per lane. Each lane has a stream over all sources: shards are read in order, other images by
+number. A rank takes contiguous images and hence contiguous lanes, and its loader processes share those. So
+which images come, and in which order, depends on the lanes only, not on ranks or workers.
 """
 
 from __future__ import annotations
@@ -214,14 +214,15 @@ class LaneAssignment:
     """How the images of one group's batch are split over lanes."""
 
     group: int  # index of the group in the run
-    first: int  # offset of its images in a step's batch
-    step: int  # images per step over all groups
+    offset: int  # of its images in a step's batch
+    images_per_step: int  # over all groups
     lanes: int
-    each: int  # images per step of one lane
+    images_per_lane: int  # in a step
 
     def position(self, step: int, lane: int, index: int) -> int:
         """Return the position in the run of image `index` of a lane in a step."""
-        return step * self.step + self.first + lane * self.each + index
+        first = step * self.images_per_step + self.offset
+        return first + lane * self.images_per_lane + index
 
     def zeros(self, sources: int) -> Tensor:
         """Return the cursors of all lanes before the first image: int64 [L, S, 4]."""
@@ -233,7 +234,8 @@ class LaneAssignment:
         if rank not in group.ranks:
             return range(0)
         rows = partition.rows(group, rank)
-        return range((rows.start - group.first) // self.each, (rows.stop - group.first) // self.each)
+        start, stop = (row - group.first for row in (rows.start, rows.stop))
+        return range(start // self.images_per_lane, stop // self.images_per_lane)
 
 
 def assign_lanes(config: TrainConfig, partition: Partition) -> tuple[LaneAssignment, ...]:
@@ -257,7 +259,11 @@ def assign_lanes(config: TrainConfig, partition: Partition) -> tuple[LaneAssignm
             )
         assignments.append(
             LaneAssignment(
-                group=index, first=group.first, step=partition.batch_size, lanes=lanes, each=size // lanes
+                group=index,
+                offset=group.first,
+                images_per_step=partition.batch_size,
+                lanes=lanes,
+                images_per_lane=size // lanes,
             )
         )
     return tuple(assignments)

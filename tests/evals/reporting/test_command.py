@@ -34,13 +34,13 @@ def test_the_gate_lets_equals_pass_and_stops_a_fall(
 ) -> None:
     good, poor = folders
     assert gate(good, good, "--fail-on-regression") == 0
-    assert "regressions beyond 0.5 points and the noise: none" in capsys.readouterr().out
+    assert "regressions beyond 0.5 points: none" in capsys.readouterr().out
     assert gate(poor, good) == 0  # told, not asked to fail
     summary, results = tmp_path / "s.md", tmp_path / "j.xml"
     more = ("--fail-on-regression", "--markdown", str(summary), "--junit", str(results))
     assert gate(poor, good, *more) == 1
     out = capsys.readouterr().out
-    assert "regressions beyond 0.5 points and the noise: knn top1" in out
+    assert "regressions beyond 0.5 points: knn top1" in out
     assert "▼ worse" in summary.read_text() and "<failure" in results.read_text()
     assert gate(good, poor, "--fail-on-regression") == 0
 
