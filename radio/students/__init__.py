@@ -84,10 +84,11 @@ def read_options(data: Any, settings: Mapping[str, Any], where: str) -> StudentO
     """Read the options of the student that `settings` name; options of other families must be unset.
 
     Raises:
-        ConfigError: an unknown student, or as `from_plain`.
+        ConfigError: as `from_plain`.
     """
     name = settings.get("student")
-    kind = options_type(name) if isinstance(name, str) else StudentOptions
+    # An unknown student is refused where the whole settings are checked.
+    kind = options_type(name) if isinstance(name, str) and name in students else StudentOptions
     if isinstance(data, Mapping):  # before 0.2 the options of all families stood in every file
         own = {field.name for field in fields(kind)}
         data = {key: value for key, value in data.items() if key in own or value is not None}

@@ -280,7 +280,7 @@ def test_a_run_that_never_began_leaves_no_settings(
 ) -> None:
     write_yaml(replace(config, teachers=(replace(config.teachers[0], fingerprint="x"),)), tmp_path / "a.yaml")
     assert entry.train([str(tmp_path / "a.yaml")]) == 2
-    assert "other weights than asked for" in capsys.readouterr().err
+    assert "other weights than configured" in capsys.readouterr().err
     assert not config.out.exists()
 
 

@@ -90,7 +90,7 @@ def test_synchronised_norms_are_the_same_network(name: str) -> None:
     assert isinstance(student, torch.nn.Module)
     for norm in (module for module in student.modules() if isinstance(module, _BatchNorm)):
         torch.nn.init.uniform_(norm.bias, -0.5, 0.5)  # so that an activation makes a difference
-    side = student.native_size[0] if student.fixed else 64
+    side = student.native_size[0] if student.fixed_size else 64
     images = torch.rand(1, 3, side, side)
     plain = sum(isinstance(module, _BatchNorm) for module in student.modules())
     with torch.inference_mode():

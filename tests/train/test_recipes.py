@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from radio.config import read_yaml, write_yaml
 from radio.errors import ConfigError, RadioError
-from radio.students import students
+from radio.students import resolve_options, students
 from radio.teachers import families
 from train.config import TrainConfig
 from train.recipes import recipes
@@ -25,7 +26,8 @@ def test_every_recipe(name: str, tmp_path: Path) -> None:
     assert config.student in students
     assert all(teacher.model.split(":")[0] in families for teacher in config.teachers)
     write_yaml(config, tmp_path / "config.yaml")
-    assert read_yaml(TrainConfig, tmp_path / "config.yaml") == config
+    own = replace(config, options=resolve_options(config.student, config.options))
+    assert read_yaml(TrainConfig, tmp_path / "config.yaml") == own
 
 
 def test_the_papers_student_has_the_papers_settings() -> None:

@@ -252,7 +252,7 @@ def test_an_evaluator_gets_the_settings_that_it_has(monkeypatch: pytest.MonkeyPa
     @dataclass(frozen=True)
     class Needing:
         bank: Path
-        device: str = "auto"
+        order: int = 2
 
     monkeypatch.setitem(evaluators._entries, "norm", lambda: norm(Plain))
     assert make_job("norm", {"save_maps": 3})[1] == Plain()

@@ -1,12 +1,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from evals.core.evaluator import RunSettings, domain_notes
+from evals.core.evaluator import (
+    Evaluator,
+    Result,
+    RunSettings,
+    domain_notes,
+    evaluators,
+    make_evaluator,
+    run_evaluator,
+)
+from evals.core.report import Metric
 from radio.data import open_source
 from radio.errors import ConfigError
 from radio.types import Backbone
@@ -72,6 +83,70 @@ def test_the_generated_world_is_one_domain() -> None:
 def test_run_settings_out_of_range_are_errors(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RunSettings(**changes)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Settings of an evaluator of another package."""
+
+    order: int = 2
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Settings with a name that every evaluator has."""
+
+    seed: int = 2
+
+
+GOOD = Result(metrics={"h": Metric(value=1.0)})
+
+
+def evaluator(returned: Any, **changes: Any) -> Evaluator[Any]:
+    return Evaluator(**{"name": "odd", "settings": Plain, "evaluate": lambda *_: returned, **changes})
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (evaluator(GOOD), "its entry point is a Evaluator, wanted a function that makes an Evaluator"),
+        (lambda: 5, "its factory gave a int, wanted an evals.core.evaluator.Evaluator"),
+        (
+            lambda: evaluator(GOOD, name="knn"),
+            "it calls itself 'knn'; give the evaluator the name of its entry",
+        ),
+        (lambda: evaluator(GOOD, settings=dict), "its settings are no dataclass"),
+        (lambda: evaluator(GOOD, settings=Taken), "its setting seed is one that every evaluator has"),
+    ],
+)
+def test_an_entry_point_that_is_no_evaluator_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, entry: Any, message: str
+) -> None:
+    monkeypatch.setitem(evaluators._entries, "odd", entry)
+    with pytest.raises(ConfigError, match=message):
+        make_evaluator("odd")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metrics": {}}, "a Result without metrics"),
+        ({"metrics": {"h": 1.0}}, r"metrics\['h'\] is a float, wanted a Metric"),
+        ({"metrics": {"h": Metric(value=float("nan"))}}, "odd: its evaluate gave a Result .*value"),
+        ({"baselines": {"chance": torch.ones(1)}}, "odd: its evaluate gave a Result that no report can hold"),
+        ({"blocks": [Plain()]}, "odd: its evaluate gave a Result that no report can hold: blocks"),
+        ({"records": [{"score": 1}]}, "record 0 has no id"),
+        ({"records": [{"id": 1}, {"id": 1}]}, "record 1 has the id of another"),
+        ({"records": [{"id": 1, "score": 7}]}, r"record 0 \(1\): score is 7; wanted a number from 0 to 1"),
+        ({"records": [{"id": 1, "x": torch.ones(1)}]}, r"record 0 \(1\) is no JSON: .*Tensor"),
+    ],
+)
+def test_a_result_that_no_report_can_hold_is_one_line_and_leaves_nothing(
+    tmp_path: Path, backbone: Callable[..., Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run_evaluator(evaluator(replace(GOOD, **changes)), backbone(), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_without_a_card_or_data_has_no_notes() -> None:

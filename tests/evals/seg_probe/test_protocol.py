@@ -172,10 +172,7 @@ def test_slide_over_683_by_518_shows_the_backbone_accepted_sizes_only(plugin, ba
 
     model = backbone()
     plan, _ = resolve(DATA, model)
-    kind = {"type": plugin.RadioBackbone, "model": model, "dtype": torch.float32}
-    segmentor = plugin.build_model(
-        kind, width=6, num_classes=3, config=plan, group=Group(), pixels=True
-    ).eval()
+    segmentor = plugin.build_model(model, torch.float32, plan, 3, Group(), cached=False).eval()
     for height, width in ((518, 683), (683, 518), (205, 2048)):
         model.sizes.clear()
         data = segmentor.data_preprocessor(

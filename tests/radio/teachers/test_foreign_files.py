@@ -43,7 +43,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """DINOv2 and SAM of one or two narrow blocks."""
     member = replace(dinov2.MEMBERS["vits14"], width=64, depth=1)
     monkeypatch.setitem(dinov2.MEMBERS, "vits14", member)
-    narrow = sam.Member(width=32, depth=1, num_heads=2, global_blocks=(0,))
+    narrow = sam.SamArchitecture(width=32, depth=1, num_heads=2, global_blocks=(0,))
     monkeypatch.setitem(sam.MEMBERS, "vit_b", narrow)
 
 
