@@ -137,7 +137,10 @@ def test_an_entry_point_that_is_no_evaluator_is_one_line(
         ({"blocks": [Plain()]}, "odd: its evaluate gave a Result that no report can hold: blocks"),
         ({"records": [{"score": 1}]}, "record 0 has no id"),
         ({"records": [{"id": 1}, {"id": 1}]}, "record 1 has the id of another"),
-        ({"records": [{"id": 1, "score": 7}]}, r"record 0 \(1\): score is 7; wanted a number from 0 to 1"),
+        (
+            {"records": [{"id": 1, "score": 7}]},
+            r"record 0 \(1\) has the score 7; wanted a number from 0 to 1",
+        ),
         ({"records": [{"id": 1, "x": torch.ones(1)}]}, r"record 0 \(1\) is no JSON: .*Tensor"),
     ],
 )
