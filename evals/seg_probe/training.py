@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
-import pickle
 import random
 import secrets
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, final, get_type_hints
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
@@ -28,24 +25,20 @@ from mmengine.model import MMDistributedDataParallel
 from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
 from numpy.typing import NDArray
-from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from evals.core.evaluator import EvalRun
 from radio.chunks import DamagedError
 from radio.dist import Group
-from radio.errors import CheckpointError, DataError, RadioError, shown
-from radio.io import validate, write_bytes
+from radio.errors import CheckpointError, RadioError
 from radio.progress import Advance, ProgressWithText
 from radio.types import Backbone
 
 from .plugin import AreaMetric, Areas, build_model
 from .protocol import ProbeConfig
 from .samples import Images, Positions, Sample, Stream, TokenMaps, one_thread
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+from .states import load_state, save_state
 
 # Letters: H W an image's own height and width.
 
@@ -323,113 +316,3 @@ def _own_randomness(device: torch.device) -> Iterator[None]:
         np.random.set_state(state)  # noqa: NPY002
         random.setstate(python_state)
         logging.root.setLevel(level)
-
-
-S = TypeVar("S", bound="DataclassInstance")
-
-_ZIP = b"PK\x03\x04"
-# Errors that torch.load and tensors raise on damaged or foreign bytes.
-_UNREADABLE = (
-    *(RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError),
-    *(OSError, EOFError, MemoryError, pickle.UnpicklingError),
-)
-
-
-def save_state(path: Path, kind: str, key: str, state: DataclassInstance) -> None:
-    """Write a state with a checksum, atomically.
-
-    Args:
-        kind: the format, with its version.
-        key: a hash of everything that determines the training.
-        state: tensors, numbers and plain containers.
-    """
-    contents = {field.name: getattr(state, field.name) for field in fields(state)}
-    buffer = io.BytesIO()
-    torch.save({"format": kind, "key": key, "checksum": _checksum(contents), **contents}, buffer)
-    write_bytes(path, buffer.getbuffer())
-
-
-def load_state(path: Path, kind: str, key: str, fresh: S, group: Group | None = None) -> S:
-    """Load the state in a file to the CPU, or return `fresh` if no file exists; the same on every rank.
-
-    Args:
-        kind: the format, with its version.
-        key: a hash of everything that determines the training.
-        fresh: the state before the training; its first field counts the progress.
-        group: the ranks that read.
-
-    Raises:
-        CheckpointError: not such a file, a damaged one, or one of a run with other settings, data or weights.
-        DataError: ranks do not share the folder.
-    """
-    group = group or Group()
-    group.barrier()  # nobody reads while the leader still writes
-    stored = _read(path, kind, key, fresh)
-    state = replace(fresh, **stored) if stored else fresh
-    steps = group.gather(torch.tensor(getattr(state, fields(fresh)[0].name)))
-    if int(steps.min()) != int(steps.max()):
-        raise DataError(f"{path}: ranks see different states; give --cache a folder that all share")
-    return state
-
-
-def _read(path: Path, kind: str, key: str, fresh: DataclassInstance) -> dict[str, Any]:
-    """Read the fields of a state; empty if no file exists."""
-    if not path.exists():
-        return {}
-    damaged = f"{shown(path)}: not a training, or a damaged one; remove it to begin anew"
-    try:
-        stored = _load(path)
-    except _UNREADABLE as error:
-        raise CheckpointError(damaged) from error
-    if not isinstance(stored, dict) or stored.get("format") != kind:
-        raise CheckpointError(f"{shown(path)}: not of the format {kind}; remove it to begin anew")
-    if stored.get("key") != key:
-        raise CheckpointError(
-            f"{shown(path)}: is the training of another backbone, data set or protocol; "
-            f"remove it to begin anew"
-        )
-    contents = {field.name: stored.get(field.name) for field in fields(fresh)}
-    try:
-        fits = stored.get("checksum") == _checksum(contents)
-    except _UNREADABLE as error:  # tensors without content, such as those on the device `meta`
-        raise CheckpointError(damaged) from error
-    if not fits:
-        raise CheckpointError(f"{damaged} (its checksum does not fit its content)")
-    hints = get_type_hints(type(fresh))
-    for name, value in contents.items():
-        schema = TypeAdapter(hints[name], config=ConfigDict(arbitrary_types_allowed=True))
-        validate(schema, value, f"{damaged} ({name})", error=CheckpointError)
-    return contents
-
-
-def _load(path: Path) -> Any:
-    if not path.is_file():
-        raise EOFError
-    with path.open("rb") as file:
-        if file.read(len(_ZIP)) != _ZIP:  # otherwise torch would try to read a bare pickle
-            raise EOFError
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about sparse tensors, which no state of ours has
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _checksum(contents: Any) -> str:
-    """Hash plain containers, numbers, texts and the bytes of tensors, in their order."""
-    sha = hashlib.sha256()
-
-    def add(value: Any) -> None:
-        if isinstance(value, Tensor):
-            flat = value.detach().cpu().contiguous().reshape(-1)
-            sha.update(f"{value.dtype} {list(value.shape)};".encode())
-            sha.update(flat.view(torch.uint8).numpy().data)
-        elif isinstance(value, dict):
-            add([part for pair in value.items() for part in pair])
-        elif isinstance(value, list | tuple):
-            sha.update(f"{len(value)} values;".encode())
-            for part in value:
-                add(part)
-        else:
-            sha.update(f"{value!r};".encode())
-
-    add(contents)
-    return sha.hexdigest()

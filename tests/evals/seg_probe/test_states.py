@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from evals.seg_probe.training import load_state, save_state
+from evals.seg_probe.states import load_state, save_state
 from radio.dist import Group
 from radio.errors import CheckpointError, DataError
 
