@@ -87,8 +87,9 @@ def read_options(data: Any, settings: Mapping[str, Any], where: str) -> StudentO
         ConfigError: as `from_plain`.
     """
     name = settings.get("student")
-    # An unknown student is refused where the whole settings are checked.
-    kind = options_type(name) if isinstance(name, str) and name in students else StudentOptions
+    if not isinstance(name, str) or name not in students:
+        return StudentOptions()  # an unknown student is refused where the whole settings are checked
+    kind = options_type(name)
     if isinstance(data, Mapping):  # before 0.2 the options of all families stood in every file
         own = {field.name for field in fields(kind)}
         data = {key: value for key, value in data.items() if key in own or value is not None}
