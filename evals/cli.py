@@ -143,19 +143,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"radio-eval has no command {task!r}{hint}")
     evaluator = make_evaluator(task)
     options, run, settings = _parse(task, evaluator, rest)
-    with _joined(run, settings) as group:
+    with _joined(run) as group:
         _evaluate(evaluator, options, run, settings, group)
     return OK
 
 
-def _joined(*settings: Any) -> AbstractContextManager[Group]:
+def _joined(run: RunSettings) -> AbstractContextManager[Group]:
     """Join the ranks: small arrays are sent over gloo, and what a task shards over GPUs over NCCL.
 
     Each rank selects its GPU first: FSDP, NCCL and accelerate would otherwise all use the first one.
     """
-    names = {each.device for each in settings if hasattr(each, "device")} - {"cpu"}
-    if "WORLD_SIZE" in os.environ and names:
-        device = choose_device(min(names))
+    if "WORLD_SIZE" in os.environ and run.device != "cpu":
+        device = choose_device(run.device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
             return joined("cpu:gloo,cuda:nccl")
@@ -176,7 +175,7 @@ def _parse(
         description=_summary(task),
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    return check(parsed.model), getattr(parsed, "run", RunSettings()), check(getattr(parsed, own))
+    return check(parsed.model), parsed.run, check(getattr(parsed, own))
 
 
 def _evaluate(
@@ -262,7 +261,7 @@ def _parse_suite(
 def _all(arguments: Sequence[str]) -> int:
     """Run all tasks and return the exit code: 1 when a task failed, else 0."""
     options, _, run, jobs = _parse_suite("all", AllOptions, arguments)
-    with _joined(run, *(settings for _, settings in jobs.values())) as group:
+    with _joined(run) as group:
         return _run_all(options, run, jobs, group)
 
 

@@ -237,15 +237,6 @@ def read_records(path: Path, schema: TypeAdapter[T]) -> list[T]:
     return [validate(schema, record, path, error=DamagedError, strict=False) for record in records]
 
 
-def is_whole(path: Path) -> bool:
-    """Check whether a safetensors file exists and its header matches its length."""
-    try:
-        _load(path, ())
-    except DamagedError:
-        return False
-    return True
-
-
 def _load(path: Path, names: Iterable[str] | None = None) -> Tensors:
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever

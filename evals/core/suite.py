@@ -26,7 +26,7 @@ from radio.progress import ProgressFactory
 from radio.resources import collect
 from radio.types import Backbone
 
-from .evaluator import Evaluator, RunSettings, run_evaluator
+from .evaluator import Evaluator, RunSettings, machine_settings, run_evaluator
 from .report import Kind, Report, file_name, read
 
 _STATE = "all.json"
@@ -101,7 +101,7 @@ def run_all(
             outcomes.append(Outcome(task=task, state="left out", reason=lack))
             log(f"{task}: left out: {lack}")
             continue
-        key = task_key(task, fingerprint, [settings, run])
+        key = task_key(task, fingerprint, settings, run)
         base = file_name(task, name)
         kept = _kept(out, base, key, fingerprint)
         if kept is not None:
@@ -144,9 +144,14 @@ def _attempt(task: str, run: Callable[[], Report], group: Group) -> Outcome:
     return Outcome(task=task, state="failed", reason=reason)
 
 
-def task_key(task: str, fingerprint: str, settings: Any) -> str:
-    """Hash the model, the settings, and the files that the settings name (by sizes and times)."""
-    plain = to_plain(settings)
+def task_key(task: str, fingerprint: str, settings: Any, run: RunSettings) -> str:
+    """Hash the model, the settings, and the files that the settings name (by sizes and times).
+
+    The machine's part of `run` changes no score: its cache folder above all changes with every task.
+    """
+    machine = machine_settings(run)
+    shared = {name: value for name, value in to_plain(run).items() if name not in machine}
+    plain = [to_plain(settings), shared]
     files = [_signature(Path(value)) for value in _texts(plain) if _is_path(value)]
     parts = [_FORMAT, task, fingerprint, plain, files]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

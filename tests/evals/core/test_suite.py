@@ -62,13 +62,13 @@ def everything(
 ) -> Callable[..., list[Outcome]]:
     said: list[str] = []
 
-    def run(model: Any = None, **settings: Settings) -> list[Outcome]:
+    def run(model: Any = None, shared: RunSettings | None = None, **settings: Settings) -> list[Outcome]:
         jobs = {name: (task.evaluator(), settings.get(name, Settings())) for name, task in tasks.items()}
         return run_all(
             model or backbone(),
             jobs,
             tmp_path / "out",
-            run=RunSettings(),
+            run=shared or RunSettings(),
             name="m",
             progress=no_progress,
             ranks=Group(),
@@ -104,6 +104,15 @@ def test_other_weights_settings_or_data_are_scored_again(
     assert states(everything(**first))[:2] == ["done", "kept"]
     assert states(everything(a=replace(first["a"], k=2)))[:2] == ["done", "kept"]
     assert states(everything(backbone(seed=1), a=replace(first["a"], k=2)))[:2] == ["done", "done"]
+
+
+def test_only_the_protocols_part_of_the_common_settings_counts(everything: Any, tmp_path: Path) -> None:
+    cache = tmp_path / "own"
+    cache.mkdir()
+    everything(shared=RunSettings(cache=cache))
+    (cache / "features").write_bytes(b"what a task leaves there")
+    assert states(everything(shared=RunSettings(cache=cache, workers=1, batch_size=2)))[:2] == ["kept"] * 2
+    assert states(everything(shared=RunSettings(cache=cache, limit=5)))[:2] == ["done"] * 2
 
 
 @pytest.mark.parametrize("harm", ["report", "records", "state"])
