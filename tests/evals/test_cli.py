@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from rich.console import Console
 
 from evals import cli
 from evals.cli import main
+from evals.core.evaluator import RunSettings
 from evals.core.report import read
 from evals.core.suite import read_noise
 from radio.entry import evaluate
@@ -289,16 +289,16 @@ def test_all_keeps_what_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize(
-    ("devices", "ranks", "chosen", "backend"),
+    ("device", "ranks", "chosen", "backend"),
     [
-        (["auto"], True, "cuda:1", "cpu:gloo,cuda:nccl"),
-        (["cpu", "cuda"], True, "cuda:1", "cpu:gloo,cuda:nccl"),
-        (["cpu"], True, None, "gloo"),
-        (["auto"], False, None, "gloo"),
+        ("auto", True, "cuda:1", "cpu:gloo,cuda:nccl"),
+        ("cuda", True, "cuda:1", "cpu:gloo,cuda:nccl"),
+        ("cpu", True, None, "gloo"),
+        ("auto", False, None, "gloo"),
     ],
 )
 def test_each_rank_takes_its_gpu_and_shards_cross_over_nccl(
-    monkeypatch: pytest.MonkeyPatch, devices: list[str], ranks: bool, chosen: str | None, backend: str
+    monkeypatch: pytest.MonkeyPatch, device: str, ranks: bool, chosen: str | None, backend: str
 ) -> None:
     """On the default group of gloo alone FSDP's gathers would go through the host."""
     taken: list[torch.device] = []
@@ -312,6 +312,6 @@ def test_each_rank_takes_its_gpu_and_shards_cross_over_nccl(
         monkeypatch.setenv("WORLD_SIZE", "2")
     else:
         monkeypatch.delenv("WORLD_SIZE", raising=False)
-    cli._joined(*(SimpleNamespace(device=device) for device in devices))
+    cli._joined(RunSettings(device=device))
     assert taken == ([] if chosen is None else [torch.device(chosen)])
     assert backends == [backend]
