@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Annotated, Any
 
 import torch
@@ -43,65 +44,49 @@ from .core.evaluator import (
 )
 from .core.report import Kind
 from .core.suite import NOISE_FILE, Jobs, measure_noise, run_all, write_noise
-from .core.tables import comparison, summary
+from .tables import comparison, print_architectures, summary
 
-OK = 0
-
-
-@evaluators.register("knn")
-def _knn() -> Evaluator[Any]:
-    """Weighted k-nearest-neighbour classification of frozen summaries."""
-    from .knn.evaluator import KNN
-
-    return KNN
-
-
-@evaluators.register("maps")
-def _maps() -> Evaluator[Any]:
-    """The first three principal components of the tokens as colors, beside those of a student's teachers."""
-    from .maps.evaluator import MAPS
-
-    return MAPS
-
-
-@evaluators.register("sam")
-def _sam() -> Evaluator[Any]:
-    """Masks of SAM's own decoder on the model's features, scored on COCO instances."""
-    from .sam_dropin.evaluator import SAM
-
-    return SAM
-
-
-@evaluators.register("seg")
-def _seg() -> Evaluator[Any]:
-    """Segmentation by a linear head on frozen tokens, with MMSegmentation."""
-    from .seg_probe.evaluator import SEG
-
-    return SEG
+_OURS = {
+    "knn": ("evals.knn.evaluator:KNN", "Weighted k-nearest-neighbour classification of frozen summaries."),
+    "maps": (
+        "evals.maps:MAPS",
+        "The first three principal components of the tokens as colors, beside those of a student's teachers.",
+    ),
+    "sam": (
+        "evals.sam_dropin.evaluator:SAM",
+        "Masks of SAM's own decoder on the model's features, scored on COCO instances.",
+    ),
+    "seg": (
+        "evals.seg_probe.evaluator:SEG",
+        "Segmentation by a linear head on frozen tokens, with MMSegmentation.",
+    ),
+    "throughput": (
+        "evals.throughput:THROUGHPUT",
+        "Images per second, multiply-adds and memory of several models, measured in alternation.",
+    ),
+    "vqa": (
+        "evals.vqa.evaluator:VQA",
+        "Visual question answering by a LLaVA-1.5 on the model: GQA, VQAv2, TextVQA, ScienceQA.",
+    ),
+    "zeroshot": (
+        "evals.zeroshot.evaluator:ZEROSHOT",
+        "Classification by class names, and retrieval by captions, through a CLIP teacher's text tower.",
+    ),
+}
+"""Where each evaluator is, imported when it is used, and its line in listings."""
 
 
-@evaluators.register("throughput")
-def _speed() -> Evaluator[Any]:
-    """Images per second, multiply-adds and memory of several models, measured in alternation."""
-    from .throughput.evaluator import THROUGHPUT
+def _register(name: str, place: str, line: str) -> None:
+    def make() -> Evaluator[Any]:
+        evaluator: Evaluator[Any] = resolve_name(place)
+        return evaluator
 
-    return THROUGHPUT
-
-
-@evaluators.register("vqa")
-def _vqa() -> Evaluator[Any]:
-    """Visual question answering by a LLaVA-1.5 on the model: GQA, VQAv2, TextVQA, ScienceQA."""
-    from .vqa.evaluator import VQA
-
-    return VQA
+    make.__doc__ = line
+    evaluators.add(name, make)
 
 
-@evaluators.register("zeroshot")
-def _zeroshot() -> Evaluator[Any]:
-    """Classification by class names, and retrieval by captions, through a CLIP teacher's text tower."""
-    from .zeroshot.evaluator import ZEROSHOT
-
-    return ZEROSHOT
+for _name, (_place, _line) in _OURS.items():
+    _register(_name, _place, _line)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,19 +118,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         _print_usage(Console())
-        return OK
-    task, rest = arguments[0], arguments[1:]
+        return 0
+    task, *rest = arguments
     if task in _COMMANDS:
         return _COMMANDS[task](rest)
     if task not in evaluators:
         known = list(dict.fromkeys([*evaluators, *_COMMANDS]))
         hint = did_you_mean(task, known) or f"; it has {', '.join(known)}"
         raise ConfigError(f"radio-eval has no command {task!r}{hint}")
-    evaluator = make_evaluator(task)
-    options, run, settings = _parse(task, evaluator, rest)
-    with _joined(run) as group:
-        _evaluate(evaluator, options, run, settings, group)
-    return OK
+    _evaluate(task, rest)
+    return 0
 
 
 def _joined(run: RunSettings) -> AbstractContextManager[Group]:
@@ -161,59 +143,48 @@ def _joined(run: RunSettings) -> AbstractContextManager[Group]:
     return joined()
 
 
-def _parse(
-    task: str, evaluator: Evaluator[Any], arguments: Sequence[str]
-) -> tuple[Options, RunSettings, Any]:
-    """Parse the common options and the task's own settings; tyro exits with 2 on unknown arguments."""
+def _evaluate(task: str, arguments: Sequence[str]) -> None:
+    evaluator = make_evaluator(task)
     own = task.replace("-", "_")  # tyro prints the fields' names above their flags
     groups: list[Any] = [("model", Options), ("run", RunSettings), (own, evaluator.settings)]
-    both = dataclasses.make_dataclass("Arguments", groups, frozen=True, kw_only=True)
     parsed: Any = parse_options(
-        both,
+        dataclasses.make_dataclass("Arguments", groups, frozen=True, kw_only=True),
         arguments,
         prog=f"radio-eval {task}",
         description=_summary(task),
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    return check(parsed.model), parsed.run, check(getattr(parsed, own))
-
-
-def _evaluate(
-    evaluator: Evaluator[Any], options: Options, run: RunSettings, settings: Any, group: Group
-) -> None:
-    console, progress = _screen(options, group)
-    _check_out(options)
-    reports = []
-    if not options.models and options.arch is None:
-        report = run_predictions(evaluator, settings, options.out or Path("reports"), run=run)
-        reports += [] if report is None else [report]
-    for spec, model, name in () if reports else _models(options):
-        out, kind = options.out or _default_out(spec), _kind(options, spec)
-        report = run_evaluator(
-            evaluator,
-            model,
-            settings,
-            out,
-            run=run,
-            name=name,
-            kind=kind,
-            ranks=group,
-            progress=progress,
-        )
-        reports.append(report)
-    console.print(comparison(reports, plain=options.plain))
-    for report in reports:
-        for note in report.notes:
-            console.print(escape(f"{report.model}: {note}"))
-        for used in report.data:
-            if used.skipped:
-                first = used.skipped[0]
-                console.print(
-                    escape(
-                        f"{report.model}: {len(used.skipped)} images of {used.name} could not be read "
-                        f"and were left out; the first: {first.key}: {first.reason}"
-                    )
-                )
+    options, run, settings = check(parsed.model), parsed.run, check(getattr(parsed, own))
+    with _joined(run) as group:
+        console, progress = _screen(options, group)
+        _check_out(options)
+        reports = []
+        if not options.models and options.arch is None:
+            report = run_predictions(evaluator, settings, options.out or Path("reports"), run=run)
+            reports += [] if report is None else [report]
+        for spec, model, name in () if reports else _models(options):
+            report = run_evaluator(
+                evaluator,
+                model,
+                settings,
+                options.out or _default_out(spec),
+                run=run,
+                name=name,
+                kind=_kind(options, spec),
+                ranks=group,
+                progress=progress,
+            )
+            reports.append(report)
+        console.print(comparison(reports, plain=options.plain))
+        for report in reports:
+            skipped = [
+                f"{len(used.skipped)} images of {used.name} could not be read and were left out; the first: "
+                f"{used.skipped[0].key}: {used.skipped[0].reason}"
+                for used in report.data
+                if used.skipped
+            ]
+            for note in (*report.notes, *skipped):
+                console.print(escape(f"{report.model}: {note}"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -235,34 +206,57 @@ class NoiseOptions(AllOptions):
 def _parse_suite(
     command: str, kind: type[AllOptions], arguments: Sequence[str]
 ) -> tuple[Options, Any, RunSettings, Jobs]:
-    """Parse the common options, the command's own, and the settings of each task (`--TASK.option`)."""
-    made = {name: make_evaluator(name) for name in evaluators}
-    own = {name: name.replace("-", "_") for name in made}
-    both = dataclasses.make_dataclass(
-        "Suite",
-        [
-            ("model", Annotated[Options, tyro.conf.arg(name="")]),
-            ("own", Annotated[kind, tyro.conf.arg(name="")]),
-            ("run", Annotated[RunSettings, tyro.conf.arg(name="")]),
-            *((own[name], evaluator.settings) for name, evaluator in made.items()),
-        ],
-        frozen=True,
-        kw_only=True,
-    )
+    """Parse the common options, the command's own, and the settings of each task (`--TASK.option`).
+
+    A task of another package that cannot be made is left out with a warning, unless it is named.
+    """
+    made: dict[str, Evaluator[Any]] = {}
+    failed: dict[str, ConfigError] = {}
+    for name in evaluators:
+        try:
+            made[name] = make_evaluator(name)
+        except ConfigError as error:
+            failed[name] = error
+    groups: list[Any] = [("model", Options), ("own", kind), ("run", RunSettings)]
+    fields: list[Any] = [(name, Annotated[group, tyro.conf.arg(name="")]) for name, group in groups]
+    fields += [(name.replace("-", "_"), evaluator.settings) for name, evaluator in made.items()]
+    both = dataclasses.make_dataclass("Suite", fields, frozen=True, kw_only=True)
     parsed: Any = parse_options(both, arguments, prog=f"radio-eval {command}", description=kind.__doc__)
-    unknown = [task for task in parsed.own.tasks if task not in made]
-    if unknown:
-        raise ConfigError(f"no task {unknown[0]!r}{did_you_mean(unknown[0], made)}; tasks: {', '.join(made)}")
+    for task in parsed.own.tasks:
+        if task in failed:
+            raise failed[task]
+        if task not in made:
+            raise ConfigError(f"no task {task!r}{did_you_mean(task, made)}; tasks: {', '.join(made)}")
+    if not parsed.own.tasks:
+        for problem in failed.values():
+            Console(stderr=True).print(escape(f"left out: {problem}"), soft_wrap=True, highlight=False)
     chosen = parsed.own.tasks or [name for name in made if not made[name].on_request]
-    jobs = {name: (made[name], check(getattr(parsed, own[name]))) for name in chosen}
+    jobs = {name: (made[name], check(getattr(parsed, name.replace("-", "_")))) for name in chosen}
     return check(parsed.model), check(parsed.own), parsed.run, jobs
 
 
 def _all(arguments: Sequence[str]) -> int:
     """Run all tasks and return the exit code: 1 when a task failed, else 0."""
     options, _, run, jobs = _parse_suite("all", AllOptions, arguments)
+    failed = False
     with _joined(run) as group:
-        return _run_all(options, run, jobs, group)
+        console, progress = _screen(options, group)
+        _check_out(options)
+        for spec, model, name in _models(options):
+            outcomes = run_all(
+                model,
+                jobs,
+                options.out or _default_out(spec),
+                run=run,
+                name=name,
+                kind=_kind(options, spec),
+                progress=progress,
+                ranks=group,
+                log=_logger(console, name),
+            )
+            console.print(summary(name, outcomes, plain=options.plain))
+            failed = failed or any(outcome.state == "failed" for outcome in outcomes)
+    return int(failed)
 
 
 def _noise(arguments: Sequence[str]) -> int:
@@ -279,7 +273,7 @@ def _noise(arguments: Sequence[str]) -> int:
         for task, metrics in noise.items():
             log(f"{task}: " + ", ".join(f"{metric} {value:.2f}" for metric, value in metrics.items()))
         console.print(str(path), soft_wrap=True)
-    return OK
+    return 0
 
 
 def _screen(options: Options, group: Group) -> tuple[Console, ProgressFactory]:
@@ -291,27 +285,6 @@ def _screen(options: Options, group: Group) -> tuple[Console, ProgressFactory]:
 
 def _logger(console: Console, name: str) -> Callable[[str], None]:
     return lambda line: console.print(escape(f"{name}: {line}"), soft_wrap=True)
-
-
-def _run_all(options: Options, run: RunSettings, jobs: Jobs, group: Group) -> int:
-    console, progress = _screen(options, group)
-    failed = False
-    _check_out(options)
-    for spec, model, name in _models(options):
-        outcomes = run_all(
-            model,
-            jobs,
-            options.out or _default_out(spec),
-            run=run,
-            name=name,
-            kind=_kind(options, spec),
-            progress=progress,
-            ranks=group,
-            log=_logger(console, name),
-        )
-        console.print(summary(name, outcomes, plain=options.plain))
-        failed = failed or any(outcome.state == "failed" for outcome in outcomes)
-    return int(failed)
 
 
 def _kind(options: Options, spec: str) -> Kind | None:
@@ -375,60 +348,65 @@ def _newest_checkpoint(arch: str, root: Path = Path("runs")) -> Path:
     )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ListOptions:
+    """List the tasks that models are scored on."""
+
+    archs: bool = False
+    """List the architectures instead, with their parameters and multiply-adds."""
+
+
 def _list(arguments: Sequence[str]) -> int:
-    from .listing import run_list
-
-    return run_list(arguments, {name: _summary(name) for name in evaluators})
-
-
-def _compare(arguments: Sequence[str]) -> int:
-    from .reporting.command import run_compare
-
-    return run_compare(arguments)
-
-
-def _report(arguments: Sequence[str]) -> int:
-    from .reporting.command import run_report
-
-    return run_report(arguments)
+    console = Console(highlight=False)
+    if parse_options(ListOptions, arguments, prog="radio-eval list").archs:
+        print_architectures(console)
+    else:
+        _print_tasks(console)
+    return 0
 
 
 def _throughput(arguments: Sequence[str]) -> int:
     from .reporting.figures import draw_tradeoff
-    from .throughput.evaluator import run_throughput
+    from .throughput import run_throughput
 
     return run_throughput(arguments, partial(draw_tradeoff, task="knn"))
 
 
-def _trend(arguments: Sequence[str]) -> int:
-    from .reporting.command import run_trend
+def _reporting(command: str, arguments: Sequence[str]) -> int:
+    from .reporting.command import run_compare, run_report, run_trend
 
-    return run_trend(arguments)
+    return {"compare": run_compare, "report": run_report, "trend": run_trend}[command](arguments)
 
 
 _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "all": _all,
     "noise": _noise,
     "list": _list,
-    "compare": _compare,
-    "report": _report,
     "throughput": _throughput,
-    "trend": _trend,
+    **{name: partial(_reporting, name) for name in ("compare", "report", "trend")},
 }
+
+_USAGE = """\
+usage: radio-eval TASK MODEL... [options]
+       radio-eval all MODEL... [--tasks ...] [--TASK.option ...]
+       radio-eval noise MODEL [--repeats N] [--tasks ...]
+       radio-eval throughput MODEL... [--reference MODEL]
+       radio-eval list [--archs]
+       radio-eval report REPORTS --html PAGE [--run runs/NAME]
+       radio-eval compare REPORTS --baseline REPORTS [options]
+       radio-eval trend NIGHTS --html PAGE
+"""
 
 
 def _print_usage(console: Console) -> None:
-    console.print(escape("usage: radio-eval TASK MODEL... [options]"), highlight=False)
-    console.print(escape("       radio-eval all MODEL... [--tasks ...] [--TASK.option ...]"), highlight=False)
-    console.print(escape("       radio-eval noise MODEL [--repeats N] [--tasks ...]"), highlight=False)
-    console.print(escape("       radio-eval throughput MODEL... [--reference MODEL]"), highlight=False)
-    console.print(escape("       radio-eval list [--archs]"), highlight=False)
-    console.print(escape("       radio-eval report REPORTS --html PAGE [--run runs/NAME]"), highlight=False)
-    console.print(escape("       radio-eval compare REPORTS --baseline REPORTS [options]"), highlight=False)
-    console.print(escape("       radio-eval trend NIGHTS --html PAGE\n"), highlight=False)
-    for name in evaluators:
-        console.print(f"  {name:12} {escape(_summary(name))}", highlight=False)
+    console.print(_USAGE, markup=False, highlight=False)
+    _print_tasks(console)
     console.print("\nradio-eval TASK --help prints a task's options.", highlight=False)
+
+
+def _print_tasks(console: Console) -> None:
+    for name in evaluators:
+        console.print(f"{name:12} {_summary(name)}", markup=False, highlight=False)
 
 
 def _summary(name: str) -> str:

@@ -58,10 +58,15 @@ class Registry(Generic[T]):
 
     Another package adds to a registry through an entry point of the group `am_radio.<kind>s`, for example
     `am_radio.students`. A family covers all names with its prefix.
+
+    Args:
+        kind: what its entries are, such as `student`.
+        lazy: a plugin that cannot be loaded is an error where it is made, not where the registry is read; a
+            registry of factories only.
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, *, lazy: bool = False) -> None:
+        self.kind, self._lazy = kind, lazy
         self._entries: dict[str, T] = {}
         self._families: dict[str, Callable[[str], T]] = {}
         self._plugins_read = False
@@ -155,7 +160,10 @@ class Registry(Generic[T]):
             except (ConfigError, KeyboardInterrupt):
                 raise
             except BaseException as error:  # their code may raise anything while it is imported
-                raise self._blame(point, "loaded", error) from error
+                blame = self._blame(point, "loaded", error)
+                if not self._lazy:
+                    raise blame from error
+                value = _failing(blame)
             self.add(point.name, self._guarded(point, value))
             self._plugins[point.name] = Plugin(self.kind, point)
 
@@ -184,6 +192,16 @@ class Registry(Generic[T]):
             f"the {self.kind} {point.name!r} of another package ({point.value}) cannot be {done}: "
             f"{words_of(error)}; mend or uninstall {plugin.package}"
         )
+
+
+def _failing(error: ConfigError) -> Any:
+    """Make a factory that raises an error, with the error as its line in listings."""
+
+    def make() -> Any:
+        raise error
+
+    make.__doc__ = str(error)
+    return make
 
 
 def _inner(value: Any) -> Any:

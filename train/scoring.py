@@ -16,8 +16,8 @@ from rich.text import Text
 import evals.cli  # noqa: F401 (enters the evaluators)
 from evals.core.evaluator import Evaluator, RunSettings, make_evaluator
 from evals.core.paper import DATA, TASKS, PaperRow
+from evals.core.report import metric_text
 from evals.core.suite import Jobs, Outcome, run_all
-from evals.core.tables import cell
 from radio.dist import Group
 from radio.errors import ConfigError, shown
 from radio.hub import load_backbone
@@ -186,7 +186,7 @@ def _table(
         table.add_column(Text(f"{shown(task)}\n{shown(headlines.get(task, ''))} (%)"), justify="right")
     for name, outcomes in outcomes_of.items():
         cells = {
-            outcome.task: cell(outcome.report.metrics[outcome.report.primary_metric])
+            outcome.task: metric_text(outcome.report.metrics[outcome.report.primary_metric])
             if outcome.report
             else "failed"
             for outcome in outcomes

@@ -379,9 +379,9 @@ def _compare_students(rows: Rows, checkpoints: Mapping[str, Path], out: Path, co
     config = next(iter(rows.values()))
     if not config.score:
         return
-    from evals.core.tables import cell  # imported late: these import all evaluators
+    from evals.core.report import metric_text  # imported late: these import all evaluators
     from evals.reporting.figures import draw_tradeoff
-    from evals.throughput.evaluator import MeasuredModel, ThroughputSettings, report_all
+    from evals.throughput import MeasuredModel, ThroughputSettings, report_all
     from radio.hub import load_backbone
     from radio.progress import watch_on
 
@@ -394,7 +394,7 @@ def _compare_students(rows: Rows, checkpoints: Mapping[str, Path], out: Path, co
     for name, model in models.items():
         outcomes = run_jobs(config, model, jobs, reports, console, name=name)
         scores[name] = [
-            cell(outcome.report.metrics[outcome.report.primary_metric]) if outcome.report else "failed"
+            metric_text(outcome.report.metrics[outcome.report.primary_metric]) if outcome.report else "failed"
             for outcome in outcomes
         ]
     entries = [MeasuredModel(name=name, model=model, paper_name=name) for name, model in models.items()]

@@ -31,8 +31,8 @@ from radio.chunks import Damage, default_cache
 from radio.config import CountOrZero, Seed, Workers, check, to_plain
 from radio.data import ImageSource, open_source
 from radio.dist import Group, current
-from radio.errors import ConfigError
-from radio.io import staged, write_bytes
+from radio.errors import ConfigError, DataError
+from radio.io import staged, write_bytes, write_texts
 from radio.model import RadioModel
 from radio.progress import ProgressFactory, no_progress
 from radio.provenance import choose_device, commit, describe_device, has_tf32, peak_memory, versions
@@ -49,9 +49,8 @@ from .report import (
     Record,
     Report,
     file_name,
-    problem_of,
     record_lines,
-    write,
+    to_json,
 )
 
 S = TypeVar("S")
@@ -105,14 +104,6 @@ class Result:
     device: str = ""  # description, if it was not used as the run has it
 
 
-def _nothing_missing(model: Backbone) -> str:
-    return ""
-
-
-def _no_suffix(settings: Any) -> str:
-    return ""
-
-
 @final
 @dataclass(frozen=True, kw_only=True)
 class Evaluator(Generic[S]):
@@ -124,9 +115,9 @@ class Evaluator(Generic[S]):
     title: str = ""  # for people (default: the name)
     expensive: bool = False  # minutes per model: a training run scores only its student
     on_request: bool = False  # left out of `radio-eval all` unless named
-    missing_requirements: Callable[[Backbone], str] = _nothing_missing
+    missing_requirements: Callable[[Backbone], str] = lambda model: ""
     """Describes the requirements that a model does not meet; empty when it meets all."""
-    suffix: Callable[[S], str] = _no_suffix
+    suffix: Callable[[S], str] = lambda settings: ""
     """What these settings add to the model's name in the report, such as `-3-clicks`."""
     with_seed: Callable[[S, RunSettings, int], S] | None = None
     """For an evaluator that trains something: the settings of its repetition of that number."""
@@ -275,7 +266,7 @@ class Placed(Protocol):
 
 EvaluatorFactory = Callable[[], Evaluator[Any]]
 
-evaluators: Registry[EvaluatorFactory] = Registry("evaluator")
+evaluators: Registry[EvaluatorFactory] = Registry("evaluator", lazy=True)
 """Factories, so that a listing imports no optional library. Plug-ins use the entry-point group
 `am_radio.evaluators`; the first line of a factory's docstring is what `radio-eval list` prints."""
 
@@ -299,8 +290,7 @@ def make_evaluator(task: str) -> Evaluator[Any]:
     elif taken := {f.name for f in fields(made.settings)} & {f.name for f in fields(RunSettings)}:
         problem = f"its setting {min(taken)} is one that every evaluator has; use `run`, or call it otherwise"
     else:
-        evaluator: Evaluator[Any] = made
-        return evaluator
+        return made
     who = evaluators.plugin(task) or task
     raise ConfigError(f"{who}: {problem}; mend or uninstall the package that brings it")
 
@@ -333,71 +323,18 @@ def run_evaluator(
         RadioError: as the evaluator says.
     """
     chosen = evaluator.settings() if settings is None else settings
-    label = (name or model.name) + evaluator.suffix(chosen)
-    evaluate = partial(evaluator.evaluate, model, chosen)
     return report_result(
         evaluator,
         model,
         chosen,
         out,
-        evaluate,
+        partial(evaluator.evaluate, model, chosen),
         run=run,
-        label=label,
+        label=(name or model.name) + evaluator.suffix(chosen),
         kind=kind,
         ranks=ranks,
         progress=progress,
     )
-
-
-def report_result(
-    evaluator: Evaluator[S],
-    model: Backbone,
-    settings: S,
-    out: Path,
-    evaluate: Callable[[EvalRun], Result],
-    *,
-    label: str,
-    run: RunSettings | None = None,
-    kind: Kind | None = None,
-    ranks: Group | None = None,
-    progress: ProgressFactory = no_progress,
-) -> Report:
-    """Write the report of what `evaluate` returns for a model; see `run_evaluator`.
-
-    Args:
-        label: the model's name in the report, with its suffix.
-    """
-    fingerprint = model.fingerprint  # of the weights before anything rounds them
-    with staged(out) as folder:
-        context = EvalRun(
-            run or RunSettings(),
-            base=file_name(evaluator.name, label),
-            folder=folder,
-            ranks=ranks,
-            progress=progress,
-        )
-        started = time.monotonic()
-        result = evaluate(context)
-        report = _assemble(evaluator, settings, context, result, label)
-        report = replace(
-            report,
-            fingerprint=fingerprint,
-            kind=kind or _kind(model),
-            metadata=dict(model.metadata),
-            notes=(*report.notes, *domain_notes(model, context.sources.values())),
-            device=result.device or describe_device(context.device),
-            seconds={"total": time.monotonic() - started, **report.seconds},
-            peak_memory=peak_memory(context.device),
-        )
-        _write(report, context, result)
-    return report
-
-
-def _kind(model: Backbone) -> Kind:
-    """Tell a student from a teacher by its metadata, which an untrained student does not have."""
-    if model.metadata:
-        return "student"
-    return "untrained" if isinstance(model, RadioModel) else "teacher"
 
 
 def run_predictions(evaluator: Evaluator[S], settings: S, out: Path, *, run: RunSettings) -> Report | None:
@@ -409,58 +346,94 @@ def run_predictions(evaluator: Evaluator[S], settings: S, out: Path, *, run: Run
     path = evaluator.predictions_of(settings)
     if path is None or evaluator.score_predictions is None:
         return None
+    evaluate = partial(evaluator.score_predictions, settings)
+    return report_result(evaluator, None, settings, out, evaluate, run=run, label=path.stem)
+
+
+def report_result(
+    evaluator: Evaluator[S],
+    model: Backbone | None,
+    settings: S,
+    out: Path,
+    evaluate: Callable[[EvalRun], Result],
+    *,
+    label: str,
+    run: RunSettings | None = None,
+    kind: Kind | None = None,
+    ranks: Group | None = None,
+    progress: ProgressFactory = no_progress,
+) -> Report:
+    """Write the report of what `evaluate` returns for a model, or for no model; see `run_evaluator`.
+
+    Args:
+        label: the model's name in the report, with its suffix.
+    """
+    fingerprint = "" if model is None else model.fingerprint  # of the weights before anything rounds them
+    who = evaluators.plugin(evaluator.name) or evaluator.name
     with staged(out) as folder:
-        context = EvalRun(run, base=file_name(evaluator.name, path.stem), folder=folder)
-        result = evaluator.score_predictions(settings, context)
-        report = _assemble(evaluator, settings, context, result, path.stem)
-        report = replace(report, device="none: a file of predictions was scored")
-        _write(report, context, result)
+        base = file_name(evaluator.name, label)
+        context = EvalRun(run or RunSettings(), base=base, folder=folder, ranks=ranks, progress=progress)
+        started = time.monotonic()
+        returned: Any = evaluate(context)
+        if not isinstance(returned, Result) or not returned.metrics:
+            given = "a Result without metrics" if isinstance(returned, Result) else type(returned).__name__
+            raise ConfigError(f"{who}: its evaluate gave {given}, wanted a Result with metrics")
+        result = returned
+        records = "" if result.records == () else f"{base}.jsonl"
+        report = Report(
+            task=evaluator.name,
+            title=evaluator.title,
+            model=label,
+            fingerprint=fingerprint,
+            primary_metric=next(iter(result.metrics)),
+            metrics=dict(result.metrics),
+            settings={
+                **to_plain(context.settings),
+                **to_plain(settings),
+                "resolved": {**context.resolved, "ranks": context.ranks.world, **result.resolved},
+            },
+            machine_settings=(*machine_settings(context.settings), *machine_settings(settings)),
+            data=tuple(result.data),
+            baselines=dict(result.baselines),
+            blocks=tuple(result.blocks),
+            pairing=result.pairing,
+            records=records,
+            files=(*([records] if records else ()), *context.files, *result.files),
+            notes=tuple(dict.fromkeys((*result.notes, *context.notes, *context.damage.notes(context.ranks)))),
+            device="none: a file of predictions was scored",
+            seconds={**context.seconds, **result.seconds},
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            versions=versions(),
+            git=commit(),
+        )
+        if model is not None:
+            report = replace(
+                report,
+                kind=kind or _kind(model),
+                metadata=dict(model.metadata),
+                notes=(*report.notes, *domain_notes(model, context.sources.values())),
+                device=result.device or describe_device(context.device),
+                seconds={"total": time.monotonic() - started, **report.seconds},
+                peak_memory=peak_memory(context.device),
+            )
+        if context.ranks.leads:
+            try:
+                texts = {folder / f"{base}.json": to_json(report)}
+            except DataError as error:
+                raise ConfigError(
+                    f"{who}: its evaluate gave a Result that no report can hold: {error}"
+                ) from error
+            if records:
+                texts[folder / records] = record_lines(result.records)
+            write_texts(texts)
     return report
 
 
-def _assemble(evaluator: Evaluator[S], settings: S, run: EvalRun, returned: Any, label: str) -> Report:
-    """Fill in all of a report that does not concern the model."""
-    if not isinstance(returned, Result) or not returned.metrics:
-        given = "a Result without metrics" if isinstance(returned, Result) else type(returned).__name__
-        raise ConfigError(f"{evaluator.name}: its evaluate gave {given}, wanted a Result with metrics")
-    result = returned
-    records = "" if result.records == () else f"{run.base}.jsonl"
-    return Report(
-        task=evaluator.name,
-        title=evaluator.title,
-        model=label,
-        fingerprint="",
-        primary_metric=next(iter(result.metrics)),
-        metrics=dict(result.metrics),
-        settings={
-            **to_plain(run.settings),
-            **to_plain(settings),
-            "resolved": {**run.resolved, "ranks": run.ranks.world, **result.resolved},
-        },
-        machine_settings=(*machine_settings(run.settings), *machine_settings(settings)),
-        data=tuple(result.data),
-        baselines=dict(result.baselines),
-        blocks=tuple(result.blocks),
-        pairing=result.pairing,
-        records=records,
-        files=(*([records] if records else ()), *run.files, *result.files),
-        notes=tuple(dict.fromkeys((*result.notes, *run.notes, *run.damage.notes(run.ranks)))),
-        device="",
-        seconds={**run.seconds, **result.seconds},
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions=versions(),
-        git=commit(),
-    )
-
-
-def _write(report: Report, run: EvalRun, result: Result) -> None:
-    if run.ranks.leads:
-        problem = problem_of(report)
-        if problem:
-            who = evaluators.plugin(report.task) or report.task
-            raise ConfigError(f"{who}: its evaluate gave a Result that no report can hold: {problem}")
-        records = {run.folder / report.records: record_lines(result.records)} if report.records else {}
-        write(report, run.folder / f"{run.base}.json", records)
+def _kind(model: Backbone) -> Kind:
+    """Tell a student from a teacher by its metadata, which an untrained student does not have."""
+    if model.metadata:
+        return "student"
+    return "untrained" if isinstance(model, RadioModel) else "teacher"
 
 
 def machine_settings(settings: Any) -> tuple[str, ...]:

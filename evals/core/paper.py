@@ -62,72 +62,56 @@ class PaperRow:
         return f"{PAPER}, {self.table}"
 
 
-_HEADLINE = ("zeroshot", "knn", "ade20k", "voc", "gqa", "sqa", "textvqa", "vqav2")
-
-
-def _table7(model: str, kind: Kind, rate: float, *scores: float | None, remark: str = "") -> PaperRow:
-    values = {name: score for name, score in zip(_HEADLINE, scores, strict=True) if score is not None}
-    return PaperRow(
-        model=model,
-        kind=kind,
-        table="table 7",
-        values={**values, "images_per_second": rate},
-        remark=remark,
+def _table(
+    number: int,
+    columns: str,
+    *rows: tuple[str, Kind, *tuple[float | None, ...]],
+    remarks: Mapping[str, str] | None = None,
+) -> tuple[PaperRow, ...]:
+    """Build a table's rows of model, kind and values; None where it has none, as zero-shot without text."""
+    return tuple(
+        PaperRow(
+            model=model,
+            kind=kind,
+            table=f"table {number}",
+            values={
+                name: value for name, value in zip(columns.split(), values, strict=True) if value is not None
+            },
+            remark=(remarks or {}).get(model, ""),
+        )
+        for model, kind, *values in rows
     )
 
 
-def _table6(
-    model: str, zeroshot: float | None, knn: float, ade20k: float, rate: float, kind: Kind = "student"
-) -> PaperRow:
-    scores = {} if zeroshot is None else {"zeroshot": zeroshot}
-    return PaperRow(
-        model=model,
-        kind=kind,
-        table="table 6",
-        values={**scores, "knn": knn, "ade20k": ade20k, "images_per_second": rate},
-    )
-
-
-def _table3(method: str, zeroshot: float, knn: float, ade20k: float) -> PaperRow:
-    return PaperRow(
-        model=f"RADIO ViT-B/14, {method} balancing",
-        kind="student",
-        table="table 3",
-        values={"zeroshot": zeroshot, "knn": knn, "ade20k": ade20k},
-    )
-
-
-def _table8(model: str, kind: Kind, miou: float, rate: float) -> PaperRow:
-    return PaperRow(model=model, kind=kind, table="table 8", values={"coco": miou, "images_per_second": rate})
-
-
-_NO_TEXT = None  # a model without a text tower has no zero-shot
-
-TABLE_3 = (
-    _table3("naive", 70.63, 79.50, 44.71),
-    _table3("uncertainty", 70.92, 79.37, 44.57),
-    _table3("AdaLoss", 71.31, 79.77, 44.36),
+TABLE_3 = _table(
+    3,
+    "zeroshot knn ade20k",
+    ("RADIO ViT-B/14, naive balancing", "student", 70.63, 79.5, 44.71),
+    ("RADIO ViT-B/14, uncertainty balancing", "student", 70.92, 79.37, 44.57),
+    ("RADIO ViT-B/14, AdaLoss balancing", "student", 71.31, 79.77, 44.36),
 )
-TABLE_6 = (
-    _table6("DINOv2 G/14", _NO_TEXT, 83.41, 47.53, 313, "teacher"),
-    _table6("OpenCLIP H/14", 77.19, 81.10, 40.04, 556, "teacher"),
-    _table6("RADIO ViT-B/32", 70.39, 75.64, 36.15, 17152),
-    _table6("RADIO ViT-B/14", 73.84, 80.73, 44.71, 3699),
-    _table6("RADIO ViT-L/14", 77.25, 84.03, 48.7, 1126),
-    _table6("RADIO ViT-H/14", 78.62, 84.17, 49.01, 556),
-    _table6("EfficientNetV2-S", 65.37, 70.72, 27.75, 9017),
-    _table6("ResNetv2-101", 69.58, 75.32, 29.61, 7283),
-    _table6("RegNetY-064", 69.84, 74.59, 28.9, 6573),
-    _table6("EfficientViT-L1", 71.73, 79.90, 33.12, 6048),
-    _table6("ConvNext-B", 75.43, 81.73, 38.95, 1805),
-    _table6("NFNet-F3", 76.93, 80.50, 38.31, 1777),
-    _table6("SwinV2-S", 74.70, 81.12, 35.57, 1497),
-    _table6("MaxViT-B", 77.49, 79.34, 38.46, 1486),
-    _table6("PoolformerV2-M36", 74.46, 80.49, 35.05, 1194),
-    _table6("MViTV2-B", 75.92, 81.39, 41.39, 975),
-    _table6("E-RADIO-B", 75.19, 82.21, 44.03, 6422),
-    _table6("E-RADIO-B without upsampling", 75.45, 82.05, 41.26, 7040),
-    _table6("E-RADIO-L", 77.87, 83.73, 45.5, 3472),
+TABLE_6 = _table(
+    6,
+    "zeroshot knn ade20k images_per_second",
+    ("DINOv2 G/14", "teacher", None, 83.41, 47.53, 313),
+    ("OpenCLIP H/14", "teacher", 77.19, 81.1, 40.04, 556),
+    ("RADIO ViT-B/32", "student", 70.39, 75.64, 36.15, 17152),
+    ("RADIO ViT-B/14", "student", 73.84, 80.73, 44.71, 3699),
+    ("RADIO ViT-L/14", "student", 77.25, 84.03, 48.7, 1126),
+    ("RADIO ViT-H/14", "student", 78.62, 84.17, 49.01, 556),
+    ("EfficientNetV2-S", "student", 65.37, 70.72, 27.75, 9017),
+    ("ResNetv2-101", "student", 69.58, 75.32, 29.61, 7283),
+    ("RegNetY-064", "student", 69.84, 74.59, 28.9, 6573),
+    ("EfficientViT-L1", "student", 71.73, 79.9, 33.12, 6048),
+    ("ConvNext-B", "student", 75.43, 81.73, 38.95, 1805),
+    ("NFNet-F3", "student", 76.93, 80.5, 38.31, 1777),
+    ("SwinV2-S", "student", 74.7, 81.12, 35.57, 1497),
+    ("MaxViT-B", "student", 77.49, 79.34, 38.46, 1486),
+    ("PoolformerV2-M36", "student", 74.46, 80.49, 35.05, 1194),
+    ("MViTV2-B", "student", 75.92, 81.39, 41.39, 975),
+    ("E-RADIO-B", "student", 75.19, 82.21, 44.03, 6422),
+    ("E-RADIO-B without upsampling", "student", 75.45, 82.05, 41.26, 7040),
+    ("E-RADIO-L", "student", 77.87, 83.73, 45.5, 3472),
 )
 TABLE_6_MODELS: Mapping[str, str] = {
     "dinov2:vitg14": "DINOv2 G/14",
@@ -152,74 +136,41 @@ TABLE_6_MODELS: Mapping[str, str] = {
 }
 """Our names of the models of table 6, in its order. FasterViT, which its text names, is not in it."""
 
-TABLE_7 = (
-    _table7("OpenCLIP ViT-H/14", "teacher", 556, 77.19, 81.10, 40.04, 68.03, 57.86, 67.53, 48.11, 67.31),
-    _table7("MetaCLIP ViT-H/14", "teacher", 556, 80.51, 82.12, 35.39, 62.62, 67.85, 68.77, 52.02, 75.46),
-    _table7("OpenAI CLIP ViT-L/14", "teacher", 1126, 75.54, 79.80, 36.51, 67.04, 68.80, 67.03, 53.25, 76.47),
-    _table7("DINOv2 ViT-L/14", "teacher", 1126, _NO_TEXT, 83.44, 46.55, 82.07, 70.16, 63.76, 45.49, 75.37),
-    _table7("DINOv2 ViT-g/14", "teacher", 344, _NO_TEXT, 83.41, 47.53, 82.95, 69.29, 64.60, 45.25, 74.56),
-    _table7(
-        "SAM ViTDet-L/16",
-        "teacher",
-        14,
-        _NO_TEXT,
-        20.41,
-        26.56,
-        34.34,
-        61.52,
-        63.36,
-        43.29,
-        64.91,
-        remark="table 10 has 59.87/67.08/43.90/62.46 for the four of VQA, and 26 images/s",
-    ),
-    _table7("E-RADIO-L", "student", 3697, 77.87, 83.73, 45.50, 79.95, 66.22, 65.54, 43.51, 70.74),
-    _table7(
-        "RADIO ViT-H/14",
-        "student",
-        556,
-        82.73,
-        85.29,
-        50.32,
-        85.17,
-        69.17,
-        67.08,
-        54.92,
-        77.88,
-        remark="the weights released after publication, with DFN CLIP among the teachers",
-    ),
+TABLE_7 = _table(
+    7,
+    "zeroshot knn ade20k voc gqa sqa textvqa vqav2 images_per_second",
+    ("OpenCLIP ViT-H/14", "teacher", 77.19, 81.1, 40.04, 68.03, 57.86, 67.53, 48.11, 67.31, 556),
+    ("MetaCLIP ViT-H/14", "teacher", 80.51, 82.12, 35.39, 62.62, 67.85, 68.77, 52.02, 75.46, 556),
+    ("OpenAI CLIP ViT-L/14", "teacher", 75.54, 79.8, 36.51, 67.04, 68.8, 67.03, 53.25, 76.47, 1126),
+    ("DINOv2 ViT-L/14", "teacher", None, 83.44, 46.55, 82.07, 70.16, 63.76, 45.49, 75.37, 1126),
+    ("DINOv2 ViT-g/14", "teacher", None, 83.41, 47.53, 82.95, 69.29, 64.6, 45.25, 74.56, 344),
+    ("SAM ViTDet-L/16", "teacher", None, 20.41, 26.56, 34.34, 61.52, 63.36, 43.29, 64.91, 14),
+    ("E-RADIO-L", "student", 77.87, 83.73, 45.5, 79.95, 66.22, 65.54, 43.51, 70.74, 3697),
+    ("RADIO ViT-H/14", "student", 82.73, 85.29, 50.32, 85.17, 69.17, 67.08, 54.92, 77.88, 556),
+    remarks={
+        "SAM ViTDet-L/16": "table 10 has 59.87/67.08/43.90/62.46 for the four of VQA, and 26 images/s",
+        "RADIO ViT-H/14": "the weights released after publication, with DFN CLIP among the teachers",
+    },
 )
-TABLE_8 = (
-    _table8("SAM Base", "teacher", 75.78, 29.18),
-    _table8("SAM Large", "teacher", 77.01, 13.52),
-    _table8("SAM Huge", "teacher", 77.18, 8.56),
-    _table8("RADIO ViTDet-H/14, window 8", "student", 75.17, 8.20),
-    _table8("RADIO ViTDet-H/14, window 9", "student", 75.31, 8.04),
-    _table8("RADIO ViTDet-H/14, window 18", "student", 75.42, 7.45),
+TABLE_8 = _table(
+    8,
+    "coco images_per_second",
+    ("SAM Base", "teacher", 75.78, 29.18),
+    ("SAM Large", "teacher", 77.01, 13.52),
+    ("SAM Huge", "teacher", 77.18, 8.56),
+    ("RADIO ViTDet-H/14, window 8", "student", 75.17, 8.2),
+    ("RADIO ViTDet-H/14, window 9", "student", 75.31, 8.04),
+    ("RADIO ViTDet-H/14, window 18", "student", 75.42, 7.45),
 )
-TABLE_10 = (
-    PaperRow(
-        model="SAM ViTDet-H/16",
-        kind="teacher",
-        table="table 10",
-        values={
-            "knn": 22.39,
-            "ade20k": 28.17,
-            "voc": 32.16,
-            "gqa": 57.62,
-            "sqa": 63.26,
-            "textvqa": 43.34,
-            "vqav2": 60.00,
-            "images_per_second": 16,
-        },
-    ),
+TABLE_10 = _table(
+    10,
+    "knn ade20k voc gqa sqa textvqa vqav2 images_per_second",
+    ("SAM ViTDet-H/16", "teacher", 22.39, 28.17, 32.16, 57.62, 63.26, 43.34, 60.0, 16),
 )
 
 ROWS: tuple[PaperRow, ...] = (*TABLE_3, *TABLE_6, *TABLE_7, *TABLE_8, *TABLE_10)
 
-HEADLINE: tuple[PaperRow, ...] = (
-    TABLE_7[-1],
-    TABLE_8[-1],
-)
+HEADLINE = (TABLE_7[-1], TABLE_8[-1])
 """The paper's best student in each of its two settings: the rows for a table over all tasks."""
 
 

@@ -18,7 +18,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from radio.config import to_plain
 from radio.errors import ConfigError, DataError, shown
-from radio.io import explain, parse_json, read_text, without_surrogates, write_texts
+from radio.io import explain, parse_json, read_text, without_surrogates, write_text
 
 from .blocks import Block
 
@@ -117,28 +117,34 @@ def schema() -> dict[str, Any]:
     return derived
 
 
-def write(report: Report, path: Path, beside: Mapping[Path, str] | None = None) -> None:
-    """Write a report as JSON, atomically, with a sha256 of its content.
+def write(report: Report, path: Path) -> None:
+    """Write a report as JSON, atomically, with a sha256 of its content; raises as `to_json`."""
+    write_text(path, to_json(report))
 
-    Args:
-        beside: texts of files that belong to it, such as its records; all are written, or none.
+
+def to_json(report: Report) -> str:
+    """Return the content of a report's file.
 
     Raises:
         DataError: a metric that is not finite, a primary metric that is missing, or values that the schema
             does not allow.
     """
-    for name, metric in report.metrics.items():
+    metrics: Mapping[str, object] = report.metrics
+    for name, metric in metrics.items():
+        if not isinstance(metric, Metric):
+            raise DataError(f"metrics[{name!r}] is a {type(metric).__name__}, wanted a Metric")
         if not math.isfinite(metric.value):
-            raise DataError(f"metric {name} is {metric.value}; nothing is written")
-    if report.primary_metric not in report.metrics:
+            raise DataError(f"the value of {name} is {metric.value}; nothing is written")
+    if report.primary_metric not in metrics:
         raise DataError(
-            f"the primary metric {report.primary_metric!r} is not among the metrics: "
-            f"{', '.join(report.metrics)}"
+            f"the primary metric {report.primary_metric!r} is not among the metrics: {', '.join(metrics)}"
         )
-    data = without_surrogates(to_plain(report))  # of names that are not UTF-8
-    _build(data, path)
-    whole = {**data, "sha256": _digest(data)}
-    write_texts({**(beside or {}), path: json.dumps(whole, indent=2, ensure_ascii=False) + "\n"})
+    try:
+        data = without_surrogates(to_plain(report))  # of names that are not UTF-8
+        _parse(data)
+    except (TypeError, AttributeError) as error:  # values that are no plain data
+        raise DataError(str(error)) from error
+    return json.dumps({**data, "sha256": _digest(data)}, indent=2, ensure_ascii=False) + "\n"
 
 
 def read(path: Path) -> Report:
@@ -153,7 +159,10 @@ def read(path: Path) -> Report:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise DataError(f"{shown(path)}: not a report of the format {FORMAT}")
     sha256 = data.pop("sha256", None)
-    report = _build(data, path)
+    try:
+        report = _parse(data)
+    except DataError as error:
+        raise DataError(f"{shown(path)}: not a report of the format {FORMAT}: {error}") from error
     if sha256 != _digest(data):
         raise DataError(
             f"{shown(path)}: its content does not match its sha256; it was altered, make it again"
@@ -163,19 +172,6 @@ def read(path: Path) -> Report:
             f"{shown(path)}: its primary metric {report.primary_metric!r} is not among its metrics"
         )
     return report
-
-
-def problem_of(report: Report) -> str:
-    """Describe what the schema does not allow in a report; empty if all is well."""
-    metrics: Mapping[str, object] = report.metrics
-    odd = [name for name, metric in metrics.items() if not isinstance(metric, Metric)]
-    if odd:
-        return f"metrics[{odd[0]!r}] is a {type(metrics[odd[0]]).__name__}, wanted a Metric"
-    try:
-        _parse(without_surrogates(to_plain(report)))
-    except (DataError, TypeError, ValueError, AttributeError) as error:
-        return str(error)
-    return ""
 
 
 def record_lines(records: Iterable[Record]) -> str:
@@ -205,6 +201,15 @@ def record_lines(records: Iterable[Record]) -> str:
     return "".join(lines)
 
 
+def metric_text(metric: Metric | None) -> str:
+    """Format a value with half of its interval, or its standard deviation in brackets; empty for None."""
+    if metric is None:
+        return ""
+    if metric.low is not None and metric.high is not None:
+        return f"{metric.value:.1f} ±{(metric.high - metric.low) / 2:.1f}"
+    return f"{metric.value:.1f} ({metric.std:.1f})" if metric.std is not None else f"{metric.value:.1f}"
+
+
 def file_name(task: str, model: str) -> str:
     """Return the name of a report's file without its extension, such as `knn-pip-efficientnet-lite0`."""
     return f"{task}-{re.sub(r'[^A-Za-z0-9._]+', '-', model).strip('-.') or 'model'}"
@@ -213,14 +218,6 @@ def file_name(task: str, model: str) -> str:
 def _digest(data: Mapping[str, Any]) -> str:
     canonical = json.dumps(data, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _build(data: Mapping[str, Any], path: Path) -> Report:
-    """Build a report from the plain data of a file and validate its types."""
-    try:
-        return _parse(data)
-    except DataError as error:
-        raise DataError(f"{shown(path)}: not a report of the format {FORMAT}: {error}") from error
 
 
 def _parse(data: Mapping[str, Any]) -> Report:

@@ -91,44 +91,34 @@ def run_all(
     """
     fingerprint, outcomes = model.fingerprint, []
     for task, (evaluator, settings) in jobs.items():
-        try:
-            lack = evaluator.missing_requirements(model)
-        except Exception as error:  # noqa: BLE001 (a named requirement is missing or broken)
-            outcomes.append(Outcome(task=task, state="failed", reason=_reason(error)))
-            log(f"{task}: failed: {outcomes[-1].reason}")
-            continue
-        if lack:
-            outcomes.append(Outcome(task=task, state="left out", reason=lack))
-            log(f"{task}: left out: {lack}")
-            continue
-        key = task_key(task, fingerprint, settings, run)
-        base = file_name(task, name)
-        kept = _kept(out, base, key, fingerprint)
-        if kept is not None:
-            outcomes.append(Outcome(task=task, state="kept", report=kept))
-            log(f"{task}: unchanged, kept")
-            continue
-        log(f"{task}: running")
-        score = partial(
-            run_evaluator,
-            evaluator,
-            model,
-            settings,
-            out,
-            run=run,
-            name=name,
-            kind=kind,
-            ranks=ranks,
-            progress=progress,
-        )
-        outcome = _attempt(task, score, ranks)
+        outcome = _missing(task, evaluator, model)
+        key, base = "", file_name(task, name)
+        if outcome is None:
+            key = task_key(task, fingerprint, settings, run)
+            outcome = _kept(out, task, base, key, fingerprint)
+        if outcome is None:
+            log(f"{task}: running")
+            score = partial(run_evaluator, evaluator, model, settings, out, run=run, name=name, kind=kind)
+            outcome = _attempt(task, partial(score, ranks=ranks, progress=progress), ranks)
+            if outcome.report is None:
+                _free_memory()
+            elif ranks.leads:
+                _note(out, base, key, outcome.report)
         outcomes.append(outcome)
-        if outcome.report is None:
-            log(f"{task}: failed: {outcome.reason}")
-            _free_memory()
-        elif ranks.leads:
-            _note(out, base, key, outcome.report)
+        if outcome.state == "kept":
+            log(f"{task}: unchanged, kept")
+        elif outcome.state != "done":
+            log(f"{task}: {outcome.state}: {outcome.reason}")
     return outcomes
+
+
+def _missing(task: str, evaluator: Evaluator[Any], model: Backbone) -> Outcome | None:
+    """Return the outcome of a task whose requirements the model does not meet; None when it meets all."""
+    try:
+        lack = evaluator.missing_requirements(model)
+    except Exception as error:  # noqa: BLE001 (a named requirement is missing or broken)
+        return Outcome(task=task, state="failed", reason=_reason(error))
+    return Outcome(task=task, state="left out", reason=lack) if lack else None
 
 
 def _attempt(task: str, run: Callable[[], Report], group: Group) -> Outcome:
@@ -157,8 +147,8 @@ def task_key(task: str, fingerprint: str, settings: Any, run: RunSettings) -> st
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _kept(out: Path, base: str, key: str, fingerprint: str) -> Report | None:
-    """Return the report of a finished task of one model if it is still valid, else None."""
+def _kept(out: Path, task: str, base: str, key: str, fingerprint: str) -> Outcome | None:
+    """Return the outcome of a finished task of one model if its report is still valid, else None."""
     entry = _state(out).get(base)
     if entry is None or entry["key"] != key:
         return None
@@ -166,8 +156,9 @@ def _kept(out: Path, base: str, key: str, fingerprint: str) -> Report | None:
         report = read(out / entry["report"])
     except RadioError:  # deleted or altered: recomputed
         return None
-    whole = all((out / name).is_file() for name in report.files)
-    return report if whole and report.fingerprint == fingerprint else None
+    if report.fingerprint != fingerprint or not all((out / name).is_file() for name in report.files):
+        return None
+    return Outcome(task=task, state="kept", report=report)
 
 
 def _note(out: Path, base: str, key: str, report: Report) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from annotated_types import Interval
+from pydantic import Field, TypeAdapter
 from torch import Tensor
 
 from evals.core.blocks import Block, Lines
@@ -24,13 +26,22 @@ from evals.core.classification import (
 from evals.core.evaluator import EvalRun, Evaluator, Result
 from evals.core.features import Scenes, StoredFeatures, ViewSettings, check_head, to_teacher_space
 from evals.core.report import Metric
+from evals.core.stats import proportion
 from radio.config import Count, Positive
-from radio.data import ImageSource, aligned_labels
-from radio.errors import ConfigError, DataError
+from radio.data import (
+    ImageSource,
+    aligned_labels,
+    are_wordnet_ids,
+    composed,
+    imagenet_numbers,
+    order_by_number,
+    shown_order,
+)
+from radio.errors import ConfigError, DataError, shown
+from radio.io import MAX_DATA_BYTES, parse_json, read_text, validate
 from radio.types import Backbone
 
 from .index import Index, Neighbours, count_votes, load_faiss
-from .real_labels import read_accepted, real_accuracy
 
 # Letters: N bank, Q queries, C summary width, k neighbours.
 
@@ -95,15 +106,6 @@ class KnnSettings(ViewSettings):
         return 20 if 20 in self.k else self.k[0]
 
 
-class _Bank(NamedTuple):
-    """The labelled neighbours: this rank's share of the summaries, and all labels."""
-
-    features: Tensor  # [n, C] of this rank
-    ids: Tensor  # [n], indices into the bank's source
-    all_ids: Tensor  # [N] of the readable images of all ranks
-    labels: Tensor  # by index into the source, unreadable images included
-
-
 def evaluate(model: Backbone, settings: KnnSettings, run: EvalRun) -> Result:
     """Score a model by the votes of the nearest neighbours of each query.
 
@@ -123,29 +125,25 @@ def evaluate(model: Backbone, settings: KnnSettings, run: EvalRun) -> Result:
     stored = run.features(model, bank_source, settings)
     stored_queries = stored if settings.leave_one_out else run.features(model, query_source, settings)
 
-    shard = stored.load(run.ranks.rank, run.ranks.world)
-    bank = _Bank(
-        to_teacher_space(model, settings.head, shard.features),
-        shard.indices,
-        stored.indices(),
-        torch.from_numpy(bank_source.labels),
-    )
+    shard = stored.load(run.ranks.rank, run.ranks.world)  # of the bank
+    features = to_teacher_space(model, settings.head, shard.features)
+    all_ids, bank_labels = stored.indices(), torch.from_numpy(bank_source.labels)
     queries = to_teacher_space(model, settings.head, stored_queries.features)
     query_ids = stored_queries.indices()
     labels = torch.from_numpy(aligned_labels(query_source, bank_source))[query_ids]
     exclude = query_ids if settings.leave_one_out else None
 
-    def search(features: Tensor, ids: Tensor, k: int) -> Neighbours:
-        most = min(k, max(len(bank.all_ids), 1))  # more do not exist and would take memory
-        return Index(features, ids, run.device).search(queries, most, exclude=exclude, group=run.ranks)
+    def search(bank: Tensor, ids: Tensor, k: int) -> Neighbours:
+        most = min(k, max(len(all_ids), 1))  # more do not exist and would take memory
+        return Index(bank, ids, run.device).search(queries, most, exclude=exclude, group=run.ranks)
 
     def classify(neighbours: Neighbours, ks: Sequence[int]) -> dict[int, Tensor]:
         return count_votes(
-            neighbours, bank.labels, ks, num_classes=len(classes), temperature=settings.temperature
+            neighbours, bank_labels, ks, num_classes=len(classes), temperature=settings.temperature
         )
 
     k = settings.main_k
-    neighbours = search(bank.features, bank.ids, max(settings.k))
+    neighbours = search(features, shard.indices, max(settings.k))
     rankings = classify(neighbours, settings.k)
     neighbours = Neighbours(neighbours.similarities[:, :k], neighbours.ids[:, :k])
     ranking = rankings[k]
@@ -153,15 +151,15 @@ def evaluate(model: Backbone, settings: KnnSettings, run: EvalRun) -> Result:
     for per_class in settings.few_shot:
         tops = []
         for seed in range(settings.tries):
-            chosen = choose(bank.all_ids, bank.labels[bank.all_ids], per_class, seed)
-            local = torch.isin(bank.ids, chosen)
-            tops.append(classify(search(bank.features[local], bank.ids[local], k), (k,))[k][:, 0])
+            chosen = choose(all_ids, bank_labels[all_ids], per_class, seed)
+            local = torch.isin(shard.indices, chosen)
+            tops.append(classify(search(features[local], shard.indices[local], k), (k,))[k][:, 0])
         shares = [100 * float((top == labels).double().mean()) for top in tops]
         metrics[f"top1_few_shot_{per_class}"] = mean_of_tries(shares)
     if accepted is not None:
         metrics["top1_real"] = real_accuracy(ranking, [accepted[i] for i in query_ids.tolist()])
 
-    available = len(bank.all_ids) - settings.leave_one_out
+    available = len(all_ids) - settings.leave_one_out
     data = [stored.info("bank", scored=settings.leave_one_out)]
     return Result(
         metrics=metrics,
@@ -248,35 +246,33 @@ def _records(
 
 def _curves(metrics: Mapping[str, Metric], settings: KnnSettings) -> Iterator[Block]:
     """Yield accuracy over k, and over the images per class."""
-    ks = sorted(set(settings.k))
-    for name, label in (("top1", "top-1 (%)"), ("top5", "top-5 (%)")):
+    ks, counts = sorted(set(settings.k)), sorted(set(settings.few_shot))
+    for name in ("top1", "top5"):
         if name in metrics and len(ks) > 1:
-            points = [metrics[name if k == settings.main_k else f"{name}_k{k}"] for k in ks]
-            yield Lines(
-                title=f"{label} over k",
-                x_label="k",
-                y_label=label,
-                x=tuple(map(float, ks)),
-                y=tuple(metric.value for metric in points),
-                low=tuple(metric.low for metric in points),
-                high=tuple(metric.high for metric in points),
-                log_x=True,
-                caption="Accuracy over the number of neighbours that vote, with 95 % intervals.",
-            )
-    counts = sorted(set(settings.few_shot))
+            y_label = f"top-{name[3:]} (%)"
+            points = {k: metrics[name if k == settings.main_k else f"{name}_k{k}"] for k in ks}
+            caption = "Accuracy over the number of neighbours that vote, with 95 % intervals."
+            yield _line(f"{y_label} over k", "k", y_label, points, caption)
     if len(counts) > 1:
-        points = [metrics[f"top1_few_shot_{count}"] for count in counts]
-        yield Lines(
-            title="top-1 over the images a class",
-            x_label="images a class",
-            y_label="top-1 (%)",
-            x=tuple(map(float, counts)),
-            y=tuple(metric.value for metric in points),
-            low=tuple(metric.value - (metric.std or 0) for metric in points),
-            high=tuple(metric.value + (metric.std or 0) for metric in points),
-            log_x=True,
-            caption="Accuracy with few labelled images, ± one standard deviation over tries.",
-        )
+        points = {count: metrics[f"top1_few_shot_{count}"] for count in counts}
+        caption = "Accuracy with few labelled images, ± one standard deviation over tries."
+        yield _line("top-1 over the images a class", "images a class", "top-1 (%)", points, caption)
+
+
+def _line(title: str, x_label: str, y_label: str, points: Mapping[int, Metric], caption: str) -> Lines:
+    """Draw metrics with their intervals, or with their standard deviations where they have none."""
+    values = points.values()
+    return Lines(
+        title=title,
+        x_label=x_label,
+        y_label=y_label,
+        x=tuple(map(float, points)),
+        y=tuple(m.value for m in values),
+        low=tuple(m.value - (m.std or 0) if m.low is None else m.low for m in values),
+        high=tuple(m.value + (m.std or 0) if m.high is None else m.high for m in values),
+        log_x=True,
+        caption=caption,
+    )
 
 
 def _wrong_images(
@@ -312,6 +308,125 @@ def _wrong_images(
         "their cosine",
         others=nearest,
     )
+
+
+# Top-1 against several accepted labels per image (L. Beyer et al. 2020, ImageNet-ReaL).
+
+_NUMBER_AT_END = re.compile(r"(?<![0-9])0*([0-9]{1,9})$")
+
+_Labels = list[Annotated[int, Field(ge=0, lt=2**31)]]
+_Accepted = list[_Labels] | dict[str, _Labels]
+_BY_NUMBER = TypeAdapter(list[_Labels])
+_BY_NAME = TypeAdapter(dict[str, _Labels])
+_ABSENT = -2  # a class that the bank does not have; -1 is no prediction
+
+
+def real_accuracy(ranking: Tensor, accepted: Sequence[frozenset[int]]) -> Metric:
+    """Compute top-1 against several accepted labels (L. Beyer et al. 2020), without images that have none.
+
+    Args:
+        ranking: [Q, 5] predictions.
+        accepted: [Q], as `read_accepted` returns them.
+
+    Raises:
+        DataError: no image has a label.
+    """
+    judged = [(int(top), allowed) for top, allowed in zip(ranking[:, 0], accepted, strict=True) if allowed]
+    if not judged:
+        raise DataError("the file of accepted labels accepts none for any of the images")
+    return proportion(sum(top in allowed for top, allowed in judged), len(judged))
+
+
+def read_accepted(path: Path, keys: Sequence[str], classes: Sequence[str]) -> list[frozenset[int]]:
+    """Read the accepted classes of each image, as indices into `classes`; -2 for classes outside them.
+
+    Args:
+        keys: [Q] names. If the file is a list, the number at the end of a name (`..._00000001.JPEG`) is the
+            index from 1; if it is an object, the name without folders, with or without its extension, is the
+            key.
+        classes: of the bank. WordNet ids and numbers map to their class numbers in the file, other names to
+            their indices.
+
+    Raises:
+        DataError: not such a file, an image without an entry or with the entry of another, classes whose
+            numbers are ambiguous or unknown, or no label for any image.
+    """
+    accepted = _read(path)
+    places = _places_by_number(classes, accepted, path)
+    entries = [_entry(accepted, key, path) for key in keys]
+    _check_own_entries(entries, keys, path)
+    if not any(numbers for _, numbers in entries):
+        raise DataError(f"{shown(path)}: accepts no label for any of the images")
+    return [frozenset(places.get(number, _ABSENT) for number in numbers) for _, numbers in entries]
+
+
+def _read(path: Path) -> _Accepted:
+    if not path.exists():
+        raise DataError(f"{shown(path)}: no such file of accepted labels")
+    data = parse_json(read_text(path, limit=MAX_DATA_BYTES), path)
+    where = f"{shown(path)}: wanted a list (or an object) of lists of class numbers"
+    if not isinstance(data, dict):
+        return validate(_BY_NUMBER, data, where)
+    by_name = {composed(key): numbers for key, numbers in validate(_BY_NAME, data, where).items()}
+    if len(by_name) < len(data):
+        raise DataError(f"{shown(path)}: has names that differ only in how their accents are written")
+    return by_name
+
+
+def _places_by_number(classes: Sequence[str], accepted: _Accepted, path: Path) -> dict[int, int]:
+    """Map the class numbers of the file to indices into `classes`."""
+    if are_wordnet_ids(classes) and all(name in imagenet_numbers() for name in classes):
+        return {imagenet_numbers()[name]: place for place, name in enumerate(classes)}
+    if all(name.isdecimal() for name in classes):
+        by_number = {int(name): place for place, name in enumerate(classes)}
+        if len(by_number) < len(classes):
+            raise DataError("the bank has several classes of one number, such as 1 and 01; make them one")
+        return by_number
+    entries = accepted.values() if isinstance(accepted, dict) else accepted
+    most = max((number for numbers in entries for number in numbers), default=0)
+    if most >= len(classes):
+        raise DataError(
+            f"the bank has {len(classes)} classes and {shown(path)} accepts {most}; class numbers need all "
+            f"{most + 1} folders, or folders that are called by WordNet ids or numbers"
+        )
+    order = order_by_number(classes)
+    if order != list(range(len(classes))):
+        raise DataError(
+            f"the bank's classes are {shown_order(classes, range(len(classes)))} by their letters and "
+            f"{shown_order(classes, order)} by their numbers, so the class numbers of {shown(path)} may mean "
+            f"either; call the folders by the numbers alone"
+        )
+    return {place: place for place in range(len(classes))}
+
+
+def _entry(accepted: _Accepted, key: str, path: Path) -> tuple[str | int, list[int]]:
+    """Return the key or number of an image's entry in the file, and the entry."""
+    name = PurePosixPath(composed(key))
+    if isinstance(accepted, dict):
+        for candidate in (composed(key), name.name, name.stem):
+            if candidate in accepted:
+                return candidate, accepted[candidate]
+        raise DataError(f"{path}: has no entry for {key}")
+    number = _NUMBER_AT_END.search(name.stem)
+    place = int(number.group(1)) if number else 0
+    if not 1 <= place <= len(accepted):
+        raise DataError(
+            f"{path}: has {len(accepted)} entries, and {key} does not end in a number from 1 to that"
+        )
+    return place, accepted[place - 1]
+
+
+def _check_own_entries(
+    entries: Sequence[tuple[str | int, list[int]]], keys: Sequence[str], path: Path
+) -> None:
+    owners: dict[str | int, str] = {}
+    for (entry, _), key in zip(entries, keys, strict=True):
+        other = owners.setdefault(entry, key)
+        if other != key:
+            raise DataError(
+                f"{path}: {other} and {key} would both have its entry {entry}; give each image a name or "
+                f"number of its own"
+            )
 
 
 KNN = Evaluator(

@@ -196,22 +196,17 @@ def _for_xml(text: str) -> str:
 
 
 def _cells(change: Change) -> list[str]:
-    def number(value: float | None) -> str:
-        return "" if value is None else f"{value:.2f}"
-
     between = ""
     if change.low is not None and change.high is not None:
         between = f"{change.low:+.2f} to {change.high:+.2f}{' paired' if change.paired else ''}"
-    difference = "" if change.difference is None else f"{change.difference:+.2f}"
     metric = f"{change.metric} ({change.unit})" if change.unit else change.metric
     verdict = f"{_MARKS.get(change.verdict, '')} {change.verdict}".strip()
     return [
         change.task,
         change.model,
         metric,
-        number(change.value),
-        number(change.baseline),
-        difference,
+        *("" if value is None else f"{value:.2f}" for value in (change.value, change.baseline)),
+        "" if change.difference is None else f"{change.difference:+.2f}",
         between,
         verdict,
     ]

@@ -105,9 +105,8 @@ def compare(
     Raises:
         DataError: two reports differ in settings or data; the message names the difference.
     """
-    pairs = _pair(reports, baseline)
     changes: list[Change] = []
-    for new, old in pairs:
+    for new, old in _pair(reports, baseline):
         if new is None or old is None:
             present = new or old
             assert present is not None, "a pair has two sides, or one"
@@ -138,22 +137,17 @@ def is_report(path: Path) -> bool:
 def _pair(
     reports: Mapping[tuple[str, str], StoredReport], baseline: Mapping[tuple[str, str], StoredReport]
 ) -> list[tuple[StoredReport | None, StoredReport | None]]:
-    new_by_task, old_by_task = _by_task(reports), _by_task(baseline)
     pairs: list[tuple[StoredReport | None, StoredReport | None]] = []
-    for task in dict.fromkeys([*old_by_task, *new_by_task]):
-        new, old = new_by_task.get(task, {}), old_by_task.get(task, {})
+    for task in dict.fromkeys(task for task, _ in (*baseline, *reports)):
+        new, old = (
+            {model: entry for (other, model), entry in entries.items() if other == task}
+            for entries in (reports, baseline)
+        )
         if len(new) == len(old) == 1:
             pairs.append((next(iter(new.values())), next(iter(old.values()))))
             continue
         pairs.extend((new.get(model), old.get(model)) for model in dict.fromkeys([*old, *new]))
     return pairs
-
-
-def _by_task(entries: Mapping[tuple[str, str], StoredReport]) -> dict[str, dict[str, StoredReport]]:
-    by_task: dict[str, dict[str, StoredReport]] = {}
-    for (task, model), entry in entries.items():
-        by_task.setdefault(task, {})[model] = entry
-    return by_task
 
 
 def _one_sided(report: Report, verdict: Verdict) -> Change:

@@ -11,7 +11,7 @@ from radio.config import load_yaml
 from radio.errors import ConfigError, DataError
 from radio.io import MAX_DATA_BYTES, decode_text, parse_json, read_bytes
 
-from .elements import LegendEntry, Panel, Plots, Section, notes
+from .elements import Plots, Section, notes
 from .figures import NUM_SLOTS, Series, lines
 
 _TITLES = {
@@ -55,10 +55,10 @@ def curves_section(run: Path) -> Section:
     """
     curves = read_curves(run)
     panels = tuple(
-        Panel(title=curve.title, svg=lines(curve.series, name=f"run-{place}", x_label="step"))
+        (curve.title, lines(curve.series, name=f"run-{place}", x_label="step"))
         for place, curve in enumerate(curves.panels[:_MOST_PANELS])
     )
-    legend = tuple(LegendEntry(name=name, color=color) for color, name in enumerate(curves.teachers))
+    legend = tuple((name, color) for color, name in enumerate(curves.teachers))
     caption = "Means between two log steps. A dashed line is measured, and weighs nothing in the loss."
     plots = Plots(caption=caption, panels=panels, legend=legend)
     title = f"training: {run.resolve().name}, {curves.last_step} steps"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
-from evals.core.blocks import Bars, Confusions, Example, Examples, Image, ImageGrid, Lines, Table
+from evals.core.blocks import Bars, Confusions, Examples, Image, ImageGrid, Lines, Table
 from evals.core.report import Report
 from radio.errors import DataError
 
@@ -15,18 +15,17 @@ from .elements import (
     Collapsible,
     Element,
     ExampleList,
-    Grid,
     ImageBudget,
-    LegendEntry,
-    Panel,
     Plots,
-    ShownExample,
-    Strip,
     Strips,
     Thumbnail,
     grid,
 )
 from .figures import Series, bars, lines
+
+B = TypeVar("B")
+Members = Sequence[tuple[StoredReport, B]]
+"""The blocks of one title, and their reports."""
 
 _MOST_ROWS = 100  # of a table
 _MOST_BARS = 30
@@ -69,8 +68,8 @@ class TaskReports:
 
     def plot(self, title: str, svg: str, caption: str) -> Plots:
         """Show a plot with a legend of all models."""
-        legend = tuple(LegendEntry(name=r.model, color=self.colors[r.model]) for r in self.reports)
-        return Plots(caption=caption, panels=(Panel(title=title, svg=svg),), legend=legend)
+        legend = tuple((report.model, self.colors[report.model]) for report in self.reports)
+        return Plots(caption=caption, panels=((title, svg),), legend=legend)
 
     def image(self, entry: StoredReport, image: Image | None) -> Thumbnail | None:
         """Embed an image of a report; None, with a warning where it cannot be read, or the page is full."""
@@ -82,10 +81,13 @@ class TaskReports:
             self.warnings.append(f"{entry.report.model}: {error}")
             return None
 
+    def images(self, entry: StoredReport, images: Sequence[Image]) -> tuple[Thumbnail, ...]:
+        """Embed the images of a row; those that `image` does not embed are left out."""
+        embedded = [self.image(entry, image) for image in images[:_MOST_SHOWN]]
+        return tuple(image for image in embedded if image is not None)
 
-def _draw_lines(
-    task: TaskReports, name: str, title: str, members: Sequence[tuple[StoredReport, Lines]]
-) -> Iterator[Element]:
+
+def _draw_lines(task: TaskReports, name: str, title: str, members: Members[Lines]) -> Iterator[Element]:
     first = members[0][1]
     series = [
         Series(
@@ -105,9 +107,7 @@ def _draw_lines(
         yield task.plot(title, svg, first.caption or "Thin lines, where there are any, are 95 % intervals.")
 
 
-def _draw_bars(
-    task: TaskReports, name: str, title: str, members: Sequence[tuple[StoredReport, Bars]]
-) -> Iterator[Element]:
+def _draw_bars(task: TaskReports, name: str, title: str, members: Members[Bars]) -> Iterator[Element]:
     first = members[0][1]
     names = list(dict.fromkeys(name for _, block in members for name in block.names))[:_MOST_BARS]
     series = []
@@ -129,9 +129,7 @@ def _draw_bars(
         yield task.plot(title, svg, first.caption or _BARS_CAPTION)
 
 
-def _draw_tables(
-    task: TaskReports, name: str, title: str, members: Sequence[tuple[StoredReport, Table]]
-) -> Iterator[Element]:
+def _draw_tables(task: TaskReports, name: str, title: str, members: Members[Table]) -> Iterator[Element]:
     compared = [(entry, block) for entry, block in members if block.compared]
     columns = {entry.report.model: _column(block, block.compared) for entry, block in compared}
     columns = {model: column for model, column in columns.items() if column}
@@ -140,7 +138,11 @@ def _draw_tables(
     for entry, table in members:
         if not table.compared:
             summary = f"{entry.report.model}: {title}" if title else entry.report.model
-            yield Collapsible(summary=summary, elements=(_plain_table(table, summary),))
+            caption = summary
+            if len(table.rows) > _MOST_ROWS:
+                caption += f": the first {_MOST_ROWS} of {len(table.rows)} rows"
+            elements = (grid(caption, table.columns, table.rows[:_MOST_ROWS]),)
+            yield Collapsible(summary=summary, elements=elements)
 
 
 def _draw_compared(
@@ -185,14 +187,8 @@ def _column(table: Table, name: str) -> dict[str, float]:
     }
 
 
-def _plain_table(table: Table, caption: str) -> Grid:
-    if len(table.rows) > _MOST_ROWS:
-        caption += f": the first {_MOST_ROWS} of {len(table.rows)} rows"
-    return grid(caption, table.columns, table.rows[:_MOST_ROWS])
-
-
 def _draw_confusions(
-    task: TaskReports, name: str, title: str, members: Sequence[tuple[StoredReport, Confusions]]
+    task: TaskReports, name: str, title: str, members: Members[Confusions]
 ) -> Iterator[Element]:
     counts = {
         entry.report.model: {(label, prediction): count for label, prediction, count in block.rows}
@@ -208,43 +204,28 @@ def _draw_confusions(
         )
 
 
-def _draw_examples(
-    task: TaskReports, name: str, title: str, members: Sequence[tuple[StoredReport, Examples]]
-) -> Iterator[Element]:
+def _draw_examples(task: TaskReports, name: str, title: str, members: Members[Examples]) -> Iterator[Element]:
     for number, (entry, block) in enumerate(members):
-        examples = tuple(_example(task, entry, example) for example in block.examples[:_MOST_SHOWN])
+        examples = tuple(
+            replace(
+                example,
+                image=task.image(entry, example.image),
+                others=task.images(entry, example.others),
+            )
+            for example in block.examples[:_MOST_SHOWN]
+        )
         if examples:
             caption = f"{entry.report.model}: {title}{_part(examples, block.examples)}"
             yield _open_first(number, caption, ExampleList(caption=caption, examples=examples))
 
 
-def _example(task: TaskReports, entry: StoredReport, example: Example) -> ShownExample:
-    image = task.image(entry, example.image)
-    return ShownExample(
-        image=image,
-        lines=example.lines,
-        others=_images(task, entry, example.others),
-        good=example.good,
-    )
-
-
-def _draw_images(
-    task: TaskReports, name: str, title: str, members: Sequence[tuple[StoredReport, ImageGrid]]
-) -> Iterator[Element]:
+def _draw_images(task: TaskReports, name: str, title: str, members: Members[ImageGrid]) -> Iterator[Element]:
     for number, (entry, block) in enumerate(members):
-        strips = [
-            Strip(name=row.name, note=row.note, images=_images(task, entry, row.images))
-            for row in block.rows[:_MOST_SHOWN]
-        ]
+        strips = [replace(row, images=task.images(entry, row.images)) for row in block.rows[:_MOST_SHOWN]]
         shown = tuple(strip for strip in strips if strip.images)
         if shown:
             caption = f"{entry.report.model}: {title}{_part(strips, block.rows)}"
             yield _open_first(number, caption, Strips(caption=caption, strips=shown))
-
-
-def _images(task: TaskReports, entry: StoredReport, images: Sequence[Image]) -> tuple[Thumbnail, ...]:
-    embedded = [task.image(entry, image) for image in images[:_MOST_SHOWN]]
-    return tuple(image for image in embedded if image is not None)
 
 
 def _part(shown: Sequence[object], every: Sequence[object]) -> str:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, final
 
-from evals.core.blocks import Image, encode_image
-from evals.core.report import Metric
-from evals.core.tables import cell as metric_text
+from evals.core.blocks import Example, Image, ImageRow, encode_image
+from evals.core.report import Metric, metric_text
 from radio.errors import DataError, shown
 from radio.images import decode
 from radio.io import read_bytes
@@ -51,82 +50,44 @@ class Grid:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LegendEntry:
-    """An entry of a legend."""
-
-    name: str
-    color: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Panel:
-    """One SVG, made by `figures`."""
-
-    title: str
-    svg: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Plots:
-    """Panels with one legend."""
+    """Plots with one legend."""
 
     kind: ClassVar[str] = "plots"
 
     caption: str
-    panels: tuple[Panel, ...]
-    legend: tuple[LegendEntry, ...] = ()
+    panels: tuple[tuple[str, str], ...]  # titles, and SVGs made by `figures`
+    legend: tuple[tuple[str, int], ...] = ()  # names and colors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Thumbnail:
+class Thumbnail(Image):
     """An image inside the page."""
 
     src: str
-    alt: str
     width: int
     height: int
-    label: str = ""
-    good: bool | None = None
-    crisp: bool = False  # enlarged pixel by pixel
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShownExample:
-    """One sample: its image (or none), lines of text about it, and other images beside it."""
-
-    image: Thumbnail | None
-    lines: tuple[str, ...]
-    others: tuple[Thumbnail, ...] = ()
-    good: bool | None = None
+    crisp: bool  # enlarged pixel by pixel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExampleList:
-    """A model's predictions for single samples."""
+    """A model's predictions for single samples; their images are thumbnails."""
 
     kind: ClassVar[str] = "examples"
 
     caption: str
-    examples: tuple[ShownExample, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Strip:
-    """A row of images; with a name it stays one row that scrolls, without one it wraps."""
-
-    images: tuple[Thumbnail, ...]
-    name: str = ""
-    note: str = ""
+    examples: tuple[Example, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Strips:
-    """Rows of images below one another."""
+    """Rows of thumbnails below one another; one with a name scrolls, one without wraps."""
 
     kind: ClassVar[str] = "strips"
 
     caption: str
-    strips: tuple[Strip, ...]
+    strips: tuple[ImageRow, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -268,12 +229,10 @@ class ImageBudget:
         self._left -= len(source)
         height, width = (max(1, round(side * image.side / longest)) for side in pixels.shape[1:])
         return Thumbnail(
+            **{name: getattr(image, name) for name in ("file", "alt", "label", "good", "side")},
             src=source,
-            alt=image.alt,
             width=width,
             height=height,
-            label=image.label,
-            good=image.good,
             crisp=image.side > longest,
         )
 

@@ -14,7 +14,7 @@ import xml.etree.ElementTree as Xml
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any, Self
 
@@ -118,11 +118,8 @@ def lines(
                 linewidth=1.4,
                 linestyle="--" if one.dashed else _STYLES[one.color // NUM_SLOTS % len(_STYLES)],
             )
-            spans = [
-                (one.x[p], one.low[p], one.high[p]) for p in points if p < min(len(one.low), len(one.high))
-            ]
-            for x, low, high in spans:
-                if low is not None and high is not None:
+            for x, y, low, high in zip(one.x, one.y, one.low, one.high, strict=False):
+                if None not in (y, low, high):
                     axes.plot([x, x], [low, high], color=_SLOTS[one.color % NUM_SLOTS], linewidth=0.8)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
@@ -145,13 +142,11 @@ def bars(names: Sequence[str], series: Sequence[Series], *, name: str, x_label: 
     with _drawing(name, 3.3, height) as (figure, svg):
         axes = figure.add_subplot()
         for row, one in enumerate(series):
-            for place, value in enumerate(one.y):
+            for place, (value, low, high) in enumerate(zip_longest(one.y, one.low, one.high)):
                 if value is None:
                     continue
                 at = place + (row - (len(series) - 1) / 2) * thick
                 axes.barh(at, value, height=thick * 0.92, color=_SLOTS[one.color % NUM_SLOTS], linewidth=0)
-                low = one.low[place] if place < len(one.low) else None
-                high = one.high[place] if place < len(one.high) else None
                 if low is not None and high is not None:
                     axes.plot([low, high], [at, at], color=_INK, linewidth=0.8)
         axes.set_yticks(range(len(names)), [_short(each) for each in names])

@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from evals.core.report import Metric, Report
-from evals.core.tables import cell as metric_text
+from evals.core.report import Metric, Report, metric_text
 from radio.errors import DataError, require
 from radio.io import write_text
 
 from .compare import StoredReport, is_report, protocols, read_reports
-from .elements import Cell, Grid, LegendEntry, Page, Panel, Plots, Row, Section, grid
+from .elements import Cell, Grid, Page, Plots, Row, Section, grid
 from .figures import Series, lines
 from .page import render
 
@@ -70,11 +69,16 @@ def find_jumps(nights: Sequence[Snapshot], tolerance: float) -> list[Jump]:
             report = entry.report
             previous = last.get(line)
             last[line] = (night, report)
-            if previous is None or not _alike(previous[1], report):
+            if previous is None:
                 continue
+            protocol_before, protocol = protocols([previous[1], report])
             before = previous[1].metrics.get(report.primary_metric)
             after = report.metrics[report.primary_metric]
-            if before is not None and abs(after.value - before.value) > tolerance:
+            if (
+                protocol == protocol_before
+                and before is not None
+                and abs(after.value - before.value) > tolerance
+            ):
                 jumps.append(
                     Jump(
                         task=line[0],
@@ -87,11 +91,6 @@ def find_jumps(nights: Sequence[Snapshot], tolerance: float) -> list[Jump]:
                     )
                 )
     return jumps
-
-
-def _alike(before: Report, after: Report) -> bool:
-    first, second = protocols([before, after])
-    return first == second
 
 
 def write_trend(root: Path, path: Path, tolerance: float) -> tuple[int, list[Jump]]:
@@ -173,8 +172,8 @@ def _plot(nights: Sequence[Snapshot], task: str, name: str) -> Plots:
     svg = lines(series, name=name, x_label="night", y_label=primary_metric)
     return Plots(
         caption=f"{primary_metric}, night by night, with 95 % intervals.",
-        panels=(Panel(title=primary_metric, svg=svg),),
-        legend=tuple(LegendEntry(name=model, color=color) for color, model in enumerate(models)),
+        panels=((primary_metric, svg),),
+        legend=tuple((model, color) for color, model in enumerate(models)),
     )
 
 

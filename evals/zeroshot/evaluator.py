@@ -32,9 +32,8 @@ from radio.data import ImageSource
 from radio.errors import ConfigError, require
 from radio.types import Backbone
 
-from .captions import Captioned, open_captions
-from .names import Named, name_classes, read_templates
-from .texts import TextCache, TextHead, classifier, find_text_tower, text_vectors
+from .data import Captioned, Named, name_classes, open_captions, read_templates
+from .texts import TextHead, classifier, find_text_tower, text_vectors
 
 # Letters: N images, C summary width, E text width, K classes.
 
@@ -101,7 +100,7 @@ def _classify(model: Backbone, settings: ZeroshotSettings, run: EvalRun, head: T
     source = run.open_images(settings.query or "scenes:val", scenes=settings.scenes)
     named = name_classes(source, settings.class_names)
     templates = read_templates(settings.templates, scenes=source.location.startswith("scenes:"))
-    columns = classifier(head.tower, named.names, templates, cache=_text_cache(run))
+    columns = classifier(head.tower, named.names, templates, run)
     stored, images = _project(model, settings, run, head, source)
     ranking = rank_classes(images, columns)
     labels = torch.from_numpy(named.labels)[stored.indices()]
@@ -109,9 +108,8 @@ def _classify(model: Backbone, settings: ZeroshotSettings, run: EvalRun, head: T
 
     def logits(row: int) -> tuple[str, ...]:
         best = zip(ranking.classes[row].tolist(), ranking.cosines[row].tolist(), strict=True)
-        return (
-            ", ".join(f"{named.names[label]} {100 * cosine:.1f}" for label, cosine in best if label >= 0),
-        )
+        texts = [f"{named.names[label]} {100 * cosine:.1f}" for label, cosine in best if label >= 0]
+        return (", ".join(texts),)
 
     return Result(
         metrics={
@@ -151,7 +149,7 @@ def _retrieve(model: Backbone, settings: ZeroshotSettings, run: EvalRun, head: T
         seed=run.settings.seed,
         memo=run.fingerprints,
     )
-    vectors = text_vectors(head.tower, captioned.texts, cache=_text_cache(run))
+    vectors = text_vectors(head.tower, captioned.texts, run)
     stored, images = _project(model, settings, run, head, captioned.source)
     readable, owners = _readable(captioned, stored.indices())
     to_text = image_to_text(images, vectors[readable], owners)
@@ -176,12 +174,6 @@ def _project(
     projected = head.tower.project(to_teacher_space(model, head.head, stored.features))
     check_finite(projected, f"{model.name} in the space of {head.teacher}'s texts")
     return stored, projected
-
-
-def _text_cache(run: EvalRun) -> TextCache:
-    return TextCache(
-        folder=run.cache, device=run.device, group=run.ranks, watch=run.progress, damage=run.damage
-    )
 
 
 def _resolved(head: TextHead) -> dict[str, Any]:
@@ -229,10 +221,6 @@ def _retrieval_records(
         yield {"id": index, "part": "captions", "caption": text, "image": keys[owner], "rank": before + 1}
 
 
-def _suffix(settings: ZeroshotSettings) -> str:
-    return "" if settings.captions is None else "-retrieval"
-
-
 # Letters: N images, K classes, M captions, E width, b rows of a block.
 
 # Ranks come from products in float64 that are rounded far below the noise of float32 features: equal vectors
@@ -260,7 +248,9 @@ def rank_classes(images: Tensor, classifier: Tensor, places: int = 5) -> Ranking
     kept = min(places, columns.shape[1])
     parts = []
     for block in F.normalize(images.double(), dim=1, eps=_TINY).split(_rows(columns.shape[1])):
-        values, classes = _round(block @ columns).sort(dim=1, descending=True, stable=True)
+        values, classes = (
+            (block @ columns).round(decimals=_DECIMALS).sort(dim=1, descending=True, stable=True)
+        )
         parts.append((values[:, :kept], classes[:, :kept]))
     missing = (0, places - kept)
     values, classes = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -279,7 +269,7 @@ def image_to_text(images: Tensor, texts: Tensor, owners: Tensor) -> Tensor:
     columns = texts.double().T
     counts = []
     for numbers in torch.arange(len(rows)).split(_rows(len(texts))):
-        cosines = _round(rows[numbers] @ columns)  # [b, M]
+        cosines = (rows[numbers] @ columns).round(decimals=_DECIMALS)  # [b, M]
         own = cosines.masked_fill(owners != numbers.unsqueeze(1), -torch.inf)
         best, place = own.max(dim=1, keepdim=True)
         counts.append(_before(cosines, best, place))
@@ -291,7 +281,7 @@ def text_to_image(images: Tensor, texts: Tensor, owners: Tensor) -> Tensor:
     columns = F.normalize(images.double(), dim=1, eps=_TINY).T
     counts = []
     for numbers in torch.arange(len(texts)).split(_rows(len(images))):
-        cosines = _round(texts[numbers].double() @ columns)  # [b, N]
+        cosines = (texts[numbers].double() @ columns).round(decimals=_DECIMALS)  # [b, N]
         place = owners[numbers].unsqueeze(1)
         counts.append(_before(cosines, cosines.gather(1, place), place))
     return torch.cat(counts)
@@ -301,10 +291,6 @@ def _before(cosines: Tensor, value: Tensor, place: Tensor) -> Tensor:
     """Count the entries of each row above `value` [b, 1], and equal ones left of `place` [b, 1]: [b]."""
     columns = torch.arange(cosines.shape[1])
     return ((cosines > value) | ((cosines == value) & (columns < place))).sum(dim=1)
-
-
-def _round(products: Tensor) -> Tensor:
-    return products.round(decimals=_DECIMALS)
 
 
 def _rows(width: int) -> int:
@@ -317,5 +303,5 @@ ZEROSHOT = Evaluator(
     evaluate=evaluate,
     title="zero-shot",
     missing_requirements=missing_requirements,
-    suffix=_suffix,
+    suffix=lambda settings: "" if settings.captions is None else "-retrieval",
 )

@@ -6,28 +6,25 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from evals.core.evaluator import EvalRun
 from evals.core.features import to_unit
 from radio.checkpoint import teachers_on
 from radio.chunks import (
-    Damage,
     TensorSpec,
     check_all_there,
     find_missing,
     read_tensors,
     write_tensors,
 )
-from radio.dist import Group
-from radio.errors import CheckpointError, ConfigError, RadioError, did_you_mean, require
+from radio.errors import CheckpointError, ConfigError, RadioError, did_you_mean
 from radio.hub import load_teacher
-from radio.progress import Advance, ProgressFactory, no_progress
+from radio.progress import Advance
 from radio.types import Backbone, Teacher, TextTower
 
 _HAVE_ONE = (
@@ -64,24 +61,40 @@ def find_text_tower(model: Backbone, spec: str | None = None) -> TextHead:
             f"{model.name} has no text tower and learned from no teacher; zero-shot needs {_HAVE_ONE}"
         )
     if spec is not None and ":" in spec:
-        return _matching(model, entries, load_teacher(spec), spec)
+        return _named_tower(model, entries, spec)
     if spec is not None:
-        entries = [entry for entry in entries if entry["name"] == spec] or _no_such(model, entries, spec)
+        names = [entry["name"] for entry in entries]
+        if spec not in names:
+            hint = did_you_mean(spec, names) or f"; it has {', '.join(names)}"
+            raise ConfigError(f"{model.name} has no teacher {spec!r}{hint}")
+        entries = [entry for entry in entries if entry["name"] == spec]
     for entry in entries:
         teacher = _load(model, entry)
-        if teacher.text is not None:
-            _check(model, entry, teacher)
-            return TextHead(entry["model"], teacher.text, entry["name"])
+        if teacher.text is None:
+            continue
+        if teacher.fingerprint != entry["fingerprint"]:
+            raise ConfigError(
+                f"{entry['model']} is not the one that {model.name} learned from: its weights or settings "
+                f"have changed; name the right one with --text FAMILY:NAME@FILE"
+            )
+        return TextHead(entry["model"], teacher.text, entry["name"])
     raise ConfigError(
         f"{model.name} learned from {', '.join(entry['model'] for entry in entries)}: none of them has a "
         f"text tower; zero-shot needs {_HAVE_ONE}"
     )
 
 
-def _no_such(model: Backbone, entries: list[Mapping[str, Any]], spec: str) -> list[Mapping[str, Any]]:
-    names = [entry["name"] for entry in entries]
-    hint = did_you_mean(spec, names) or f"; it has {', '.join(names)}"
-    raise ConfigError(f"{model.name} has no teacher {spec!r}{hint}")
+def _named_tower(model: Backbone, entries: list[Mapping[str, Any]], spec: str) -> TextHead:
+    """Return the text head of a teacher's spec after checking that the metadata has the teacher."""
+    named = load_teacher(spec)
+    if named.text is None:
+        raise ConfigError(f"{spec} has no text tower; zero-shot needs {_HAVE_ONE}")
+    for entry in entries:
+        if entry["fingerprint"] == named.fingerprint:
+            return TextHead(spec, named.text, entry["name"])
+    raise ConfigError(
+        f"{model.name} did not learn from {spec} (none of its teachers has these weights and settings)"
+    )
 
 
 def _load(model: Backbone, entry: Mapping[str, Any]) -> Teacher:
@@ -92,26 +105,6 @@ def _load(model: Backbone, entry: Mapping[str, Any]) -> Teacher:
             f"{model.name} needs the text tower of {entry['model']}, which cannot be loaded: {error}; "
             f"if its file has moved, name it with --text FAMILY:NAME@FILE"
         ) from error
-
-
-def _check(model: Backbone, entry: Mapping[str, Any], teacher: Teacher) -> None:
-    if teacher.fingerprint != entry["fingerprint"]:
-        raise ConfigError(
-            f"{entry['model']} is not the one that {model.name} learned from: its weights or settings have "
-            f"changed; name the right one with --text FAMILY:NAME@FILE"
-        )
-
-
-def _matching(model: Backbone, entries: list[Mapping[str, Any]], teacher: Teacher, spec: str) -> TextHead:
-    """Return the text head of an explicitly named teacher after checking that the metadata has it."""
-    if teacher.text is None:
-        raise ConfigError(f"{spec} has no text tower; zero-shot needs {_HAVE_ONE}")
-    for entry in entries:
-        if entry["fingerprint"] == teacher.fingerprint:
-            return TextHead(spec, teacher.text, entry["name"])
-    raise ConfigError(
-        f"{model.name} did not learn from {spec} (none of its teachers has these weights and settings)"
-    )
 
 
 # Letters: K classes, N texts, E text width.
@@ -129,83 +122,49 @@ def class_vectors(
 ) -> Tensor:
     """Compute the class vectors [E, K] float32, one unit column per class.
 
-    Each column is the normalised mean of the normalised vectors of the filled templates, as computed by
-    open_clip's `build_zero_shot_classifier` for any tower. The number of classes per batch does not change
-    it (beyond the rounding of float32).
+    Each column is the normalised mean of the normalised vectors of the filled templates, with the operations
+    of open_clip's `build_zero_shot_classifier`. The number of classes per batch does not change it (beyond
+    the rounding of float32).
 
     Raises:
-        MissingExtraError: open_clip is not installed.
         RadioError: a name that the tower cannot encode.
     """
-    made: Tensor = require("open_clip", extra="zeroshot").build_zero_shot_classifier(
-        _Encoder(tower, advance),
-        _Texts,
-        names,
-        [partial(_fill, template) for template in templates],
-        num_classes_per_batch=_CLASSES_AT_ONCE,
-    )
-    return made
+    columns = []
+    with torch.no_grad():
+        for start in range(0, len(names), _CLASSES_AT_ONCE):
+            batch = names[start : start + _CLASSES_AT_ONCE]
+            texts = [template.replace("{}", name) for name in batch for template in templates]
+            means = _encode(tower, texts).reshape(len(batch), len(templates), -1).mean(dim=1)
+            columns.append((means / means.norm(dim=1, keepdim=True)).T)
+            advance(len(texts))
+    return torch.cat(columns, dim=1)
 
 
-@final
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TextCache:
-    """Cache of the vectors of texts, and how missing ones are computed."""
-
-    folder: Path
-    device: torch.device = field(default_factory=partial(torch.device, "cpu"))
-    group: Group = field(default_factory=Group)
-    watch: ProgressFactory = no_progress
-    damage: Damage = field(default_factory=Damage)
+def _encode(tower: TextTower, texts: Sequence[str]) -> Tensor:
+    """Encode texts to unit vectors [N, E] float32 on the CPU."""
+    return to_unit(tower.encode(texts).float().cpu())
 
 
-def classifier(
-    tower: TextTower, names: Sequence[str], templates: Sequence[str], *, cache: TextCache
-) -> Tensor:
+def classifier(tower: TextTower, names: Sequence[str], templates: Sequence[str], run: EvalRun) -> Tensor:
     """Return `class_vectors` from the cache, or compute them on one rank; raises the same errors."""
     key = _key("classifier", tower, names, templates)
-    bar = partial(cache.watch, "class vectors", len(names) * len(templates))
+    bar = partial(run.progress, "class vectors", len(names) * len(templates))
     build = partial(class_vectors, tower, names, templates)
-    return _kept(cache, key, tower, build, bar, (None, len(names)))
+    return _kept(run, key, tower, build, bar, (None, len(names)))
 
 
-def text_vectors(tower: TextTower, texts: Sequence[str], *, cache: TextCache) -> Tensor:
+def text_vectors(tower: TextTower, texts: Sequence[str], run: EvalRun) -> Tensor:
     """Return unit vectors of sentences, [N, E] float32, from the cache, or compute them on one rank."""
 
     def build(advance: Advance) -> Tensor:
-        encode = _Encoder(tower, advance).encode_text
-        batches = [list(texts[i : i + _TEXTS_AT_ONCE]) for i in range(0, len(texts), _TEXTS_AT_ONCE)]
-        return torch.cat([encode(_Texts(batch), normalize=True) for batch in batches])
+        vectors = []
+        for start in range(0, len(texts), _TEXTS_AT_ONCE):
+            vectors.append(_encode(tower, texts[start : start + _TEXTS_AT_ONCE]))
+            advance(len(vectors[-1]))
+        return torch.cat(vectors)
 
-    bar = partial(cache.watch, "caption vectors", len(texts))
-    return _kept(cache, _key("texts", tower, texts), tower, build, bar, (len(texts), None))
-
-
-@final
-class _Texts(list[str]):
-    """The texts in place of open_clip's token ids, since a tower tokenizes them itself."""
-
-    def to(self, device: Any) -> _Texts:
-        """Return the same texts, since a tower handles its own device."""
-        return self
-
-
-@final
-class _Encoder:
-    """Adapter of a text tower to the interface of an open_clip model."""
-
-    def __init__(self, tower: TextTower, advance: Advance) -> None:
-        self._tower, self._advance = tower, advance
-
-    def encode_text(self, texts: Sequence[str], normalize: bool) -> Tensor:
-        """Encode texts to [N, E] float32 on the CPU."""
-        vectors = self._tower.encode(texts).float().cpu()
-        self._advance(len(texts))
-        return to_unit(vectors) if normalize else vectors
-
-
-def _fill(template: str, name: str) -> str:
-    return template.replace("{}", name)
+    bar = partial(run.progress, "caption vectors", len(texts))
+    return _kept(run, _key("texts", tower, texts), tower, build, bar, (len(texts), None))
 
 
 def _key(kind: str, tower: TextTower, *texts: Sequence[str]) -> str:
@@ -213,7 +172,7 @@ def _key(kind: str, tower: TextTower, *texts: Sequence[str]) -> str:
 
 
 def _kept(
-    cache: TextCache,
+    run: EvalRun,
     key: str,
     tower: TextTower,
     build: Callable[[Advance], Tensor],
@@ -225,13 +184,13 @@ def _kept(
     Raises:
         RadioError: the text tower returns values that are not finite.
     """
-    path = cache.folder / "texts" / f"{key}.safetensors"
+    path = run.cache / "texts" / f"{key}.safetensors"
     specs = {"vectors": TensorSpec(torch.float32, shape)}
 
     def make() -> None:
-        if not find_missing([path], partial(read_tensors, specs=specs), cache.damage):
+        if not find_missing([path], partial(read_tensors, specs=specs), run.damage):
             return
-        with bar() as advance, torch.no_grad(), _on_device(tower, cache.device):
+        with bar() as advance, torch.no_grad(), _on_device(tower, run.device):
             vectors = build(advance)
         if not bool(torch.isfinite(vectors).all()):
             raise RadioError(
@@ -239,7 +198,7 @@ def _kept(
             )
         write_tensors(path, {"vectors": vectors})
 
-    cache.group.on_leader(make)
+    run.ranks.on_leader(make)
     check_all_there([path])
     return read_tensors(path, specs).tensors["vectors"]
 

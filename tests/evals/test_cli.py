@@ -14,7 +14,7 @@ from rich.console import Console
 
 from evals import cli
 from evals.cli import main
-from evals.core.evaluator import RunSettings
+from evals.core.evaluator import RunSettings, evaluators
 from evals.core.report import read
 from evals.core.suite import read_noise
 from radio.entry import evaluate
@@ -243,6 +243,33 @@ def test_the_report_file_is_plain_json(checkpoint: Path) -> None:
     data = json.loads((checkpoint.parent / "reports" / "knn-first.json").read_text())
     assert data["format"] == "am-radio-report/3"
     assert data["task"] == "knn"
+
+
+def test_a_foreign_evaluator_that_cannot_be_imported_stops_only_its_own_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    info = tmp_path / "site" / "broken_evals-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-evals\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[am_radio.evaluators]\nbroken = broken_evals:make\n")
+    (tmp_path / "site" / "broken_evals.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    for part in ("_entries", "_plugins"):
+        monkeypatch.setattr(evaluators, part, dict(getattr(evaluators, part)))
+    monkeypatch.setattr(evaluators, "_plugins_read", False)
+    said = "cannot be loaded: ZeroDivisionError: division by zero; mend or uninstall broken-evals"
+    assert evaluate(["knn", "arch:vit-tiny12", *SMALL]) == 0
+    assert "broken" not in "".join(capsys.readouterr())
+    assert evaluate(["list"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("broken")]
+    assert said in line
+    for arguments in (["broken", "arch:vit-tiny12"], ["all", "arch:vit-tiny12", "--tasks", "broken"]):
+        assert evaluate(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and said in error and error.count("\n") == 1
+    assert evaluate(["all", "nosuch.pt"]) == 2
+    left_out, error = capsys.readouterr().err.splitlines()
+    assert left_out.startswith("left out: ") and said in left_out and "nosuch.pt" in error
 
 
 def test_noise_asks_only_what_has_luck(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from evals.core.blocks import Table
 from evals.core.report import DatasetInfo, Metric, Report, Skipped, file_name, read, schema, write
 from evals.core.stats import proportion, wilson
-from evals.core.tables import comparison
+from evals.tables import comparison
 from radio.errors import DataError
 
 REPORT = Report(
@@ -138,6 +138,6 @@ def test_the_schema_in_the_docs_is_the_one_that_reports_are_checked_with() -> No
 
 def test_values_that_the_schema_does_not_know_are_not_written(tmp_path: Path) -> None:
     report = replace(REPORT, notes=(7,))  # type: ignore[arg-type]
-    with pytest.raises(DataError, match=r"not a report of the format .*: notes\[0\]: .*valid string, got 7"):
+    with pytest.raises(DataError, match=r"^notes\[0\]: .*valid string, got 7"):
         write(report, tmp_path / "r.json")
     assert not (tmp_path / "r.json").exists()

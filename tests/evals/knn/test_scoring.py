@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from evals.core.report import Metric
 from evals.core.stats import wilson
-from evals.knn.evaluator import accuracies, choose, mean_of_tries
-from evals.knn.real_labels import read_accepted
-from evals.knn.real_labels import real_accuracy as accuracy_of
+from evals.knn.evaluator import accuracies, choose, mean_of_tries, read_accepted
+from evals.knn.evaluator import real_accuracy as accuracy_of
 from radio.errors import DataError
 
 RANKING = torch.tensor([[0, 1, 2, 3, 4], [1, 0, -1, -1, -1], [2, 1, 0, 4, 3], [-1, -1, -1, -1, -1]])

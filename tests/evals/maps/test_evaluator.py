@@ -14,7 +14,7 @@ from PIL import Image
 from evals.core.blocks import ImageGrid, ImageRow
 from evals.core.evaluator import run_evaluator
 from evals.core.report import Report, read
-from evals.maps.evaluator import MAPS, MapsSettings
+from evals.maps import MAPS, MapsSettings
 from radio.adaptors import AdaptorConfig
 from radio.errors import ConfigError, DataError
 from radio.hub import load_backbone

@@ -12,7 +12,7 @@ import torch
 
 from evals.core.evaluator import run_evaluator
 from evals.core.report import read
-from evals.throughput.evaluator import (
+from evals.throughput import (
     COLUMNS,
     THROUGHPUT,
     MeasuredModel,

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from evals.core.evaluator import EvalRun, RunSettings
 from evals.zeroshot import texts as module
-from evals.zeroshot.names import read_templates
-from evals.zeroshot.texts import TextCache, class_vectors, classifier, text_vectors
+from evals.zeroshot.data import read_templates
+from evals.zeroshot.texts import class_vectors, classifier, text_vectors
 from radio.dist import Group
 from radio.errors import DataError
 from radio.hub import load_teacher
@@ -19,6 +20,12 @@ from radio.types import TextTower
 
 NAMES = tuple(f"red thing {number}" for number in range(23))
 SAID = ("a {}", "a photo of a {} here", "{}, it is")
+
+
+def at(cache: Path, *, device: str = "cpu", group: Group | None = None) -> EvalRun:
+    run = EvalRun(RunSettings(cache=cache, device="cpu"), base="", folder=cache, ranks=group)
+    run.device = torch.device(device)
+    return run
 
 
 def slowly(tower: TextTower, names: tuple[str, ...], templates: tuple[str, ...]) -> torch.Tensor:
@@ -76,16 +83,16 @@ def test_an_open_clip_models_own_classifier_is_ours() -> None:
 
 
 def test_it_is_made_once_and_again_for_other_words(words: Any, tmp_path: Path) -> None:
-    first = classifier(words, NAMES, SAID, cache=TextCache(folder=tmp_path))
+    first = classifier(words, NAMES, SAID, at(tmp_path))
     assert words.texts == 23 * 3 and words.largest <= 30
-    assert torch.equal(classifier(words, NAMES, SAID, cache=TextCache(folder=tmp_path)), first)
+    assert torch.equal(classifier(words, NAMES, SAID, at(tmp_path)), first)
     assert words.texts == 23 * 3
-    classifier(words, NAMES[:5], SAID, cache=TextCache(folder=tmp_path))
-    classifier(words, NAMES, SAID[:1], cache=TextCache(folder=tmp_path))
+    classifier(words, NAMES[:5], SAID, at(tmp_path))
+    classifier(words, NAMES, SAID[:1], at(tmp_path))
     assert words.texts == 23 * 3 + 15 + 23
     (file, *_) = sorted((tmp_path / "texts").iterdir(), key=lambda path: path.stat().st_mtime)
     file.write_bytes(b"damaged")
-    assert torch.equal(classifier(words, NAMES, SAID, cache=TextCache(folder=tmp_path)), first)
+    assert torch.equal(classifier(words, NAMES, SAID, at(tmp_path)), first)
 
 
 def test_a_tower_of_weights_goes_to_the_device_and_comes_back(tmp_path: Path) -> None:
@@ -111,8 +118,7 @@ def test_a_tower_of_weights_goes_to_the_device_and_comes_back(tmp_path: Path) ->
             return summaries
 
     tower = Tower()
-    cache = TextCache(folder=tmp_path, device=torch.device("cuda:1"))
-    text_vectors(tower, ["a", "b"], cache=cache)
+    text_vectors(tower, ["a", "b"], at(tmp_path, device="cuda:1"))
     assert tower.moves == ["cuda:1", "cpu"]
 
 
@@ -120,12 +126,12 @@ def test_one_rank_encodes_and_the_others_read(
     words: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Group, "gather_objects", lambda self, value: [value])  # one after the other here
-    first = classifier(words, NAMES, SAID, cache=TextCache(folder=tmp_path, group=Group(0, 2)))
+    first = classifier(words, NAMES, SAID, at(tmp_path, group=Group(0, 2)))
     assert words.texts == 23 * 3
-    second = classifier(words, NAMES, SAID, cache=TextCache(folder=tmp_path, group=Group(1, 2)))
+    second = classifier(words, NAMES, SAID, at(tmp_path, group=Group(1, 2)))
     assert words.texts == 23 * 3 and torch.equal(first, second)
     with pytest.raises(DataError, match="a folder that all share"):
-        classifier(words, NAMES, SAID, cache=TextCache(folder=tmp_path / "own", group=Group(1, 2)))
+        classifier(words, NAMES, SAID, at(tmp_path / "own", group=Group(1, 2)))
     assert words.texts == 23 * 3
 
 
@@ -143,7 +149,7 @@ def test_a_tower_that_fails_goes_back_to_the_cpu(tmp_path: Path) -> None:
     moved: list[torch.device | str] = []
     tower.to = lambda device: moved.append(device)  # type: ignore[assignment,method-assign]
     with pytest.raises(RuntimeError, match="on cpu"):
-        text_vectors(tower, ["a"], cache=TextCache(folder=tmp_path, device=torch.device("meta")))
+        text_vectors(tower, ["a"], at(tmp_path, device="meta"))
     assert moved == [torch.device("meta"), "cpu"]
 
 
@@ -152,7 +158,7 @@ def test_captions_are_unit_vectors_in_their_order(
 ) -> None:
     monkeypatch.setattr(module, "_TEXTS_AT_ONCE", 4)
     texts = [f"a caption of {number} words" for number in range(11)]
-    found = text_vectors(words, texts, cache=TextCache(folder=tmp_path))
+    found = text_vectors(words, texts, at(tmp_path))
     expected = torch.cat([F.normalize(words.encode([text]), dim=1) for text in texts])
     torch.testing.assert_close(found, expected)
 

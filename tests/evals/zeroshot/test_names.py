@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evals.zeroshot.names import imagenet_names, name_classes, read_templates
+from evals.zeroshot.data import imagenet_names, name_classes, read_templates
 from radio.errors import DataError
 
 

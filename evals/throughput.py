@@ -99,15 +99,9 @@ class ThroughputSettings:
     @property
     def protocol(self) -> Protocol:
         """Batches, warm-up and windows."""
-        protocol = (
-            PRESETS[self.preset]
-            if self.preset is not None
-            else Protocol(
-                repeats=self.repeats,
-                window_seconds=self.window_seconds,
-                warmup_seconds=self.warmup_seconds,
-            )
-        )
+        repeats, window, warmup = self.repeats, self.window_seconds, self.warmup_seconds
+        own = Protocol(repeats=repeats, window_seconds=window, warmup_seconds=warmup)
+        protocol = own if self.preset is None else PRESETS[self.preset]
         return protocol if self.batches is None else replace(protocol, batches=self.batches)
 
     def dtype_on(self, device: torch.device) -> torch.dtype:
@@ -153,10 +147,7 @@ def measure_all(
 
     Args:
         entries: models with unique names.
-        settings: the protocol.
-        device: where to measure.
         reference: the model that ratios refer to (default: the first).
-        progress: shows the progress.
 
     Raises:
         ConfigError: no such reference, or adaptors that no model has.
@@ -185,7 +176,8 @@ def measure_all(
             measurements = measure(models, protocol, device, done=done)
         description = describe_device(device)
     rates = {(one.name, one.variant, one.batch): one.images_per_second for one in measurements}
-    paper_rates = {entry.name: _paper_rate(entry.paper_name) for entry in entries}
+    rows_of_paper = {entry.name: table_6_row(entry.paper_name) for entry in entries}
+    of_reference = rows_of_paper[reference]
     resolved = {
         "protocol": to_plain(protocol),
         "dtype": str(dtype).removeprefix("torch."),
@@ -195,8 +187,9 @@ def measure_all(
     results = []
     for entry in entries:
         own = [one for one in measurements if one.name == entry.name]
-        rate, of_reference = paper_rates[entry.name], paper_rates[reference]
-        paper_ratio = None if rate is None or of_reference is None else rate / of_reference
+        paper_ratio, of_paper = None, rows_of_paper[entry.name]
+        if of_paper is not None and of_reference is not None:
+            paper_ratio = of_paper.values["images_per_second"] / of_reference.values["images_per_second"]
         rows = [
             (
                 *(one.variant, one.batch, one.images_per_second, one.low, one.high, one.spread, one.calls),
@@ -304,35 +297,31 @@ def _count(model: Backbone, size: tuple[int, int]) -> Counts | None:
 @contextmanager
 def _threads(number: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
-    if number is not None:
-        torch.set_num_threads(number)
+    torch.set_num_threads(number or before)
     try:
         yield
     finally:
         torch.set_num_threads(before)
 
 
-def _paper_rate(name: str) -> float | None:
-    row = table_6_row(name)
-    return None if row is None else row.values["images_per_second"]
-
-
 def _metrics(measurements: Sequence[Measurement], counts: Counts | None) -> dict[str, Metric]:
     """Build the metrics of rates and counts; ratios are only in the table, as they depend on other models."""
-    alone = [one for one in measurements if one.variant == "alone"]
-    metrics = {"images_per_second": _rate(max(alone, key=lambda one: one.images_per_second))}
+    fastest = max(
+        (one for one in measurements if one.variant == "alone"), key=lambda one: one.images_per_second
+    )
+    named = [("images_per_second", fastest)]
     for one in measurements:
         suffix = "" if one.variant == "alone" else "_" + one.variant.replace(", ", "_").replace(" ", "_")
-        metrics[f"images_per_second_batch_{one.batch}{suffix}"] = _rate(one)
+        named.append((f"images_per_second_batch_{one.batch}{suffix}", one))
+    metrics = {
+        name: Metric(value=one.images_per_second, low=one.low, high=one.high, unit="images/s")
+        for name, one in named
+    }
     if counts is not None:
         millions = counts.parameters / 1e6
         metrics["parameters"] = Metric(value=millions, higher_is_better=False, unit="M")
         metrics["gmacs"] = Metric(value=counts.gmacs, higher_is_better=False, unit="G")
     return metrics
-
-
-def _rate(one: Measurement) -> Metric:
-    return Metric(value=one.images_per_second, low=one.low, high=one.high, unit="images/s")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -360,7 +349,6 @@ def run_throughput(arguments: Sequence[str], plot: Callable[[Path], Path | None]
     """Run the command and return its exit code: 0 when every report was written.
 
     Args:
-        arguments: the command line.
         plot: plots quality against speed from a folder of reports; returns the file, or None without data.
 
     Raises:
@@ -374,9 +362,16 @@ def run_throughput(arguments: Sequence[str], plot: Callable[[Path], Path | None]
             description="Images a second, multiply-adds and memory of several models, measured in turns.",
         )
     )
+    of_paper = [name for name in TABLE_6_MODELS if name in students] if options.table6 else []
+    specs = [*options.models, *(name for name in of_paper if name not in options.models)]
+    if not specs:
+        raise ConfigError("no model was named; give an architecture, a checkpoint, a spec, or --table6")
+    twice = next((spec for index, spec in enumerate(specs) if spec in specs[:index]), None)
+    if twice is not None:
+        raise ConfigError(f"{twice} was named twice; once is enough")
     console, progress = Console(no_color=options.plain, highlight=False), Console(stderr=True)
     reports = report_all(
-        [load_entry(spec, options.settings.resolution) for spec in _specs(options)],
+        [load_entry(spec, options.settings.resolution) for spec in specs],
         options.settings,
         options.out,
         device=options.device,
@@ -444,17 +439,6 @@ def speed_rows(report: Report) -> Sequence[Sequence[str | int | float | None]]:
     return next(
         block.rows for block in report.blocks if isinstance(block, Table) and block.title == SPEED_TABLE
     )
-
-
-def _specs(options: ThroughputOptions) -> list[str]:
-    of_paper = [name for name in TABLE_6_MODELS if name in students] if options.table6 else []
-    specs = [*options.models, *(name for name in of_paper if name not in options.models)]
-    if not specs:
-        raise ConfigError("no model was named; give an architecture, a checkpoint, a spec, or --table6")
-    twice = next((spec for index, spec in enumerate(specs) if spec in specs[:index]), None)
-    if twice is not None:
-        raise ConfigError(f"{twice} was named twice; once is enough")
-    return specs
 
 
 def _number(value: float | None, form: str) -> str:

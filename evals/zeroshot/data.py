@@ -1,18 +1,23 @@
-"""Names of the classes, and the templates that the names are inserted into."""
+"""Texts for images: names of classes, the templates that the names are inserted into, and captions."""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
+from torch import Tensor
+from typing_extensions import TypedDict
 
 from radio.data import (
     ImageSource,
+    SceneImages,
     are_wordnet_ids,
     composed,
     imagenet_numbers,
@@ -21,8 +26,10 @@ from radio.data import (
     shown_order,
 )
 from radio.errors import DataError, did_you_mean, require, shown
-from radio.io import brief, parse_json, read_text, validate
-from radio.scenes import TEMPLATES
+from radio.image_files import Entry, Listing, StoredImages
+from radio.io import MAX_DATA_BYTES, brief, parse_json, read_text, validate
+from radio.scenes import TEMPLATES, render
+from radio.scenes import captions as scene_captions
 
 # Letters: N images.
 
@@ -63,8 +70,8 @@ def name_classes(source: ImageSource, file: str | None = None) -> Named:
                 f"{source.name}: its classes are numbers, not names; give --class-names imagenet, or a "
                 f"file with one name a line"
             )
-        _check_different(source.name, [_matched(name) for name in classes], classes)
-        return Named(tuple(composed(_spoken(name)) for name in classes), source.labels)
+        _check_different(source.name, [_spoken(name) for name in classes], classes)
+        return Named(tuple(map(_spoken, classes)), source.labels)
     names = imagenet_names() if file == "imagenet" else _read_names(file)
     places, notes = _places(source, names, file)
     _check_different(source.name, places, classes)
@@ -111,17 +118,13 @@ def read_templates(file: str | None, *, scenes: bool) -> tuple[str, ...]:
 
 
 def _spoken(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def _matched(name: str) -> str:
-    """Normalise a name for exact matching."""
-    return composed(_spoken(name))
+    """Write a folder's name as a class name, in the Unicode form in which names are compared."""
+    return composed(name.replace("_", " "))
 
 
 def _matched_loosely(name: str) -> str:
     """Normalise a name for matching without case, if no exact match exists."""
-    return _matched(name).lower()
+    return _spoken(name).lower()
 
 
 def _by_name(names: Sequence[str], matched: Callable[[str], str]) -> dict[str, list[int]]:
@@ -156,8 +159,8 @@ def _places(source: ImageSource, names: tuple[str, ...], file: str) -> tuple[lis
         return [int(name) for name in classes], ()
     ids, spoken = _without_ids(names)
     by_id = bool(ids) and are_wordnet_ids(classes)
-    exact, alike = _by_name(ids if by_id else spoken, _matched), _by_name(spoken, _matched_loosely)
-    matches = [exact.get(_matched(name)) or alike.get(_matched_loosely(name), []) for name in classes]
+    exact, alike = _by_name(ids if by_id else spoken, _spoken), _by_name(spoken, _matched_loosely)
+    matches = [exact.get(_spoken(name)) or alike.get(_matched_loosely(name), []) for name in classes]
     _check_single(file, classes, matches)
     places = [place for known in matches for place in known]
     if len(places) == len(classes):
@@ -234,7 +237,7 @@ def _read_names(file: str) -> tuple[str, ...]:
         if sorted(numbered) != sorted(map(str, range(len(numbered)))):
             raise DataError(f"{where}, or an object with the keys 0 to {max(len(numbered) - 1, 0)}")
         entries = [numbered[str(number)] for number in range(len(numbered))]
-        data = [entry if isinstance(entry, str) else _spoken(" ".join(entry)) for entry in entries]
+        data = [entry if isinstance(entry, str) else " ".join(entry).replace("_", " ") for entry in entries]
     return _kept([" ".join(name.split()) for name in validate(_LIST, data, where)], file, "class names")
 
 
@@ -279,3 +282,135 @@ def _kept(lines: list[str], file: str, what: str) -> tuple[str, ...]:
     if not lines or not all(lines):
         raise DataError(f"{file}: holds no {what}{', or an empty one' if lines else ''}; wanted one a line")
     return tuple(composed(line) for line in lines)
+
+
+# Letters: N images, M captions.
+
+_Id = int | str
+
+
+class _CaptionedImage(TypedDict):
+    """An image of a captions file; further fields are ignored."""
+
+    id: _Id
+    file_name: Annotated[str, Field(min_length=1)]
+
+
+class _Caption(TypedDict):
+    """A caption."""
+
+    image_id: _Id
+    caption: str
+
+
+class _CaptionsFile(TypedDict):
+    """The fields of a captions file that are read."""
+
+    images: list[_CaptionedImage]
+    annotations: list[_Caption]
+
+
+_FILE = TypeAdapter(_CaptionsFile)
+
+
+class Captioned(NamedTuple):
+    """Images and their captions."""
+
+    source: ImageSource
+    texts: tuple[str, ...]
+    owners: Tensor  # [M] int64, the image of each caption, ascending
+
+
+def open_captions(
+    file: str, images: Path | None, *, limit: int | None, scenes: int, seed: int, memo: Path | None
+) -> Captioned:
+    """Open the captioned images of a COCO captions JSON, or of the generated world (`scenes`).
+
+    Images without captions are omitted.
+
+    Raises:
+        DataError: an absent or invalid file, or images that are not in the folder.
+    """
+    if limit is not None and limit < 1:
+        raise DataError(f"a limit of {limit} leaves no images; give 1 or more, or leave it out")
+    if file == "scenes":
+        count = min(scenes, limit or scenes)
+        source = SceneImages("val", count=count, seed=seed)
+        scenes_said = [scene_captions(render(index, split="val", seed=seed)) for index in range(count)]
+        return _joined(source, scenes_said)
+    assert images is not None, "the settings ask for both"
+    names, texts_of = _read_captions(Path(file))
+    if limit is not None and limit < len(names):
+        chosen = [place * len(names) // limit for place in range(limit)]
+        names, texts_of = [names[i] for i in chosen], [texts_of[i] for i in chosen]
+    return _joined(StoredImages(_listing(Path(file), images, names), memo), texts_of)
+
+
+def _joined(source: ImageSource, texts_of: Sequence[Sequence[str]]) -> Captioned:
+    owners = torch.tensor([place for place, texts in enumerate(texts_of) for _ in texts])
+    return Captioned(source, tuple(text for texts in texts_of for text in texts), owners)
+
+
+def _read_captions(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Read the file names, and the captions of each, in the order of the file."""
+    if not path.exists():
+        raise DataError(f"{shown(path)}: no such captions file")
+    data = validate(
+        _FILE,
+        parse_json(read_text(path, limit=MAX_DATA_BYTES), path),
+        f"{shown(path)}: not COCO captions (images with id and file_name, annotations with image_id and "
+        f"caption)",
+    )
+    names = _names(data["images"], path)
+    texts_of: dict[int | str, list[str]] = {number: [] for number in names}
+    for place, annotation in enumerate(data["annotations"]):
+        text, number = annotation["caption"].strip(), annotation["image_id"]
+        if number not in texts_of:
+            raise DataError(
+                f"{shown(path)}: not COCO captions: annotation {place} is of the image {number!r}, which the "
+                f"file does not list"
+            )
+        if not text:
+            raise DataError(f"{shown(path)}: annotation {place} has an empty caption; take it out")
+        texts_of[number].append(text)
+    kept = [number for number in names if texts_of[number]]
+    if not kept:
+        raise DataError(f"{shown(path)}: no image in it has a caption")
+    return [names[number] for number in kept], [texts_of[number] for number in kept]
+
+
+def _names(images: list[_CaptionedImage], path: Path) -> dict[int | str, str]:
+    """Map the id of each image to its file name; both have to be unique."""
+    names: dict[int | str, str] = {}
+    files: set[str] = set()
+    for place, image in enumerate(images):
+        name = image["file_name"]
+        if image["id"] in names or name in files:
+            what = f"id {image['id']!r}" if image["id"] in names else f"file {shown(name)}"
+            raise DataError(f"{shown(path)}: image {place} has the {what} of another; each needs its own")
+        names[image["id"]] = name
+        files.add(name)
+    return names
+
+
+def _listing(file: Path, images: Path, names: list[str]) -> Listing:
+    paths = {name: _find(images, name) for name in names}
+    absent = [name for name, path in paths.items() if path is None]
+    if absent:
+        raise DataError(
+            f"{images}: {len(absent)} of the {len(names)} images of {file.name} are not there, "
+            f"the first is {shown(absent[0][:200])}"
+        )
+    entries = [Entry(name, "", path, 0, path.stat().st_size) for name, path in paths.items() if path]
+    return Listing(file.stem, str(images.resolve()), ("",), tuple(entries))
+
+
+def _find(images: Path, name: str) -> Path | None:
+    """Find the image with that name, in any Unicode form of its accents; None if it does not exist."""
+    for form in (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)):
+        try:
+            if (images / form).is_file():
+                return images / form
+        except (OSError, ValueError):  # an invalid file name
+            continue
+    return None

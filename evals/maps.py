@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple, Self, final
+from typing import Annotated, Self, final
 
 import torch
 from annotated_types import Interval
@@ -45,11 +45,7 @@ class MapsSettings:
         check(self)
 
 
-class _Shown(NamedTuple):
-    """The images that are shown."""
-
-    keys: list[str]
-    pixels: list[Tensor]  # uint8 [3, h, w] each
+_Shown = dict[str, Tensor]  # the images that are shown by their keys, uint8 [3, h, w] each
 
 
 def evaluate(model: Backbone, settings: MapsSettings, run: EvalRun) -> Result:
@@ -66,10 +62,7 @@ def evaluate(model: Backbone, settings: MapsSettings, run: EvalRun) -> Result:
     features = _encode(model, shown, size, run)
     basis = _fit(model.name, features)
     share = 100 * basis.explained(features.tokens.cpu())
-    images = [
-        run.save_image(pixels, key, side=2 * _SIDE, shown=_SIDE)
-        for key, pixels in zip(shown.keys, shown.pixels, strict=True)
-    ]
+    images = [run.save_image(pixels, key, side=2 * _SIDE, shown=_SIDE) for key, pixels in shown.items()]
     rows = [
         ImageRow(name="images", note=source.name, images=tuple(images)),
         _draw(model.name, features, basis, _size_text(size), shown, run),
@@ -97,15 +90,15 @@ def evaluate(model: Backbone, settings: MapsSettings, run: EvalRun) -> Result:
 def _read_images(source: ImageSource, count: int) -> tuple[_Shown, DatasetInfo]:
     """Read images that are evenly spread over a source; those that cannot be read are skipped."""
     count = min(count, len(source.keys))
-    shown, skipped = _Shown([], []), []
+    shown: _Shown = {}
+    skipped = []
     for index in (number * len(source.keys) // count for number in range(count)):
         key = source.keys[index]
         try:
-            shown.pixels.append(source.read(index))
-            shown.keys.append(key)
+            shown[key] = source.read(index)
         except DataError as error:
             skipped.append(Skipped(key=key, reason=str(error)))
-    if not shown.keys:
+    if not shown:
         raise DataError(
             f"{source.name}: none of the {count} images could be read, the first because: {skipped[0].reason}"
         )
@@ -113,7 +106,7 @@ def _read_images(source: ImageSource, count: int) -> tuple[_Shown, DatasetInfo]:
         role="query",
         name=source.name,
         fingerprint=source.fingerprint,
-        count=len(shown.keys),
+        count=len(shown),
         num_classes=len(source.classes),
         skipped=tuple(skipped),
     )
@@ -145,7 +138,7 @@ def _encode(model: Backbone, shown: _Shown, size: tuple[int, int], run: EvalRun)
     model = model.to(run.device, run.dtype).eval()
     with torch.inference_mode():
         outputs = [
-            model(resize(image, size).unsqueeze(0).to(run.device, run.dtype)) for image in shown.pixels
+            model(resize(image, size).unsqueeze(0).to(run.device, run.dtype)) for image in shown.values()
         ]
     return Features(
         torch.cat([output.summary for output in outputs]),
@@ -172,7 +165,7 @@ def _draw(
     share = 100 * basis.explained(tokens)
     images = [
         run.save_image(image, f"{name}: {key}", side=2 * _SIDE, shown=_SIDE, exact=True)
-        for key, image in zip(shown.keys, pixels, strict=True)
+        for key, image in zip(shown, pixels, strict=True)
     ]
     note = f"{note}, {width} x {height} tokens, {share:.0f} % of the variance"
     return ImageRow(name=name, note=note, images=tuple(images))

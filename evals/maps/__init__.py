@@ -1,1 +1,0 @@
-"""Feature maps: the principal components of spatial features as colors."""
