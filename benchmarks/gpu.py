@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.errors import ConfigError, RadioError
 from radio.hub import load_teacher
 from radio.types import Teacher
@@ -86,7 +86,7 @@ def measure(config: TrainConfig, device: torch.device, steps: int) -> Measured:
     teachers = {t.name: random_teacher(t.model, config, device) for t in config.teachers}
     with tempfile.TemporaryDirectory() as folder:
         settings = replace(config, out=Path(folder) / "run", data=DataConfig(scenes=1))
-        run = Trainer(settings, Group(), device, Console(quiet=True), teachers=teachers)
+        run = Trainer(settings, Ranks(), device, Console(quiet=True), teachers=teachers)
     start = time.perf_counter()
     for step, batch in enumerate(prefetch(_batches(run, WARMUP + steps), device)):
         if step == WARMUP:

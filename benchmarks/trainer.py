@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from radio.dist import Group
+from radio.dist import Ranks
 from train import losses, setup
 from train.config import TrainConfig
 from train.data import loader
@@ -206,7 +206,7 @@ def watch_run(run: Trainer, watch: Watch, warmup: int, stack: ExitStack) -> None
 def measure(config: TrainConfig, warmup: int) -> dict[str, float]:
     """Measure seconds by part over the steps after the warm-up."""
     watch = Watch()
-    run = Trainer(config, Group(), torch.device("cpu"), Console(quiet=True))
+    run = Trainer(config, Ranks(), torch.device("cpu"), Console(quiet=True))
     with ExitStack() as stack:
         watch_run(run, watch, warmup, stack)
         with watch.inside(GLUE):
@@ -217,7 +217,7 @@ def measure(config: TrainConfig, warmup: int) -> dict[str, float]:
 
 def rate(config: TrainConfig, warmup: int) -> float:
     """Measure the images/s of a run after the warm-up."""
-    run = Trainer(config, Group(), torch.device("cpu"), Console(quiet=True))
+    run = Trainer(config, Ranks(), torch.device("cpu"), Console(quiet=True))
     moments: list[float] = []
     genuine = run.train_step
 
@@ -232,7 +232,7 @@ def rate(config: TrainConfig, warmup: int) -> float:
 
 def loading_rate(config: TrainConfig, warmup: int) -> float:
     """Measure the images/s of the loader alone after the warm-up."""
-    run = Trainer(config, Group(), torch.device("cpu"), Console(quiet=True))
+    run = Trainer(config, Ranks(), torch.device("cpu"), Console(quiet=True))
     moments = []
     for _ in run.loader.rows(range(config.steps)):
         moments.append(time.perf_counter())

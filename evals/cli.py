@@ -25,7 +25,7 @@ from rich.markup import escape
 
 from radio.checkpoint import load as load_checkpoint
 from radio.config import Pixels, Seed, check, parse_options
-from radio.dist import Group, joined
+from radio.dist import Ranks, joined
 from radio.errors import CheckpointError, ConfigError, did_you_mean
 from radio.hub import load_backbone
 from radio.io import check_writable
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _joined(run: RunSettings) -> AbstractContextManager[Group]:
+def _joined(run: RunSettings) -> AbstractContextManager[Ranks]:
     """Join the ranks: small arrays are sent over gloo, and what a task shards over GPUs over NCCL.
 
     Each rank selects its GPU first: FSDP, NCCL and accelerate would otherwise all use the first one.
@@ -261,7 +261,7 @@ def _all(arguments: Sequence[str]) -> int:
 
 def _noise(arguments: Sequence[str]) -> int:
     options, own, run, jobs = _parse_suite("noise", NoiseOptions, arguments)
-    console, progress = _screen(options, Group())
+    console, progress = _screen(options, Ranks())
     _check_out(options)
     for spec, model, name in _models(options):
         log = _logger(console, name)
@@ -276,7 +276,7 @@ def _noise(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _screen(options: Options, group: Group) -> tuple[Console, ProgressFactory]:
+def _screen(options: Options, group: Ranks) -> tuple[Console, ProgressFactory]:
     """Return the console for results and the factory of progress bars."""
     console = Console(no_color=options.plain, highlight=False, quiet=not group.leads)
     progress = Console(stderr=True)

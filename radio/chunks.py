@@ -24,7 +24,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from .dist import Group
+from .dist import Ranks
 from .errors import DataError, RadioError, shown
 from .io import (
     MAX_DATA_BYTES,
@@ -72,12 +72,12 @@ class Damage:
         """Record a damaged entry."""
         self._reasons.append(str(error))
 
-    def notes(self, group: Group | None = None) -> tuple[str, ...]:
+    def notes(self, group: Ranks | None = None) -> tuple[str, ...]:
         """Return a note on the damaged entries of all ranks; empty when there are none.
 
         Every rank has to call this, and gets the same note.
         """
-        reasons = [reason for rank in (group or Group()).gather_objects(self._reasons) for reason in rank]
+        reasons = [reason for rank in (group or Ranks()).gather_objects(self._reasons) for reason in rank]
         if not reasons:
             return ()
         files = "file of the cache was" if len(reasons) == 1 else "files of the cache were"
@@ -120,7 +120,7 @@ def cached_chunks(
     *,
     read: Callable[[Path], object],
     make: Callable[[list[int]], None],
-    ranks: Group | None = None,
+    ranks: Ranks | None = None,
     damage: Damage | None = None,
     ending: str = "safetensors",
 ) -> list[Path]:
@@ -138,7 +138,7 @@ def cached_chunks(
         RadioError: of `make`, on every rank.
         DataError: ranks do not share the folder.
     """
-    ranks = ranks or Group()
+    ranks = ranks or Ranks()
     paths = [chunk_path(folder, number, ending) for number in range(count)]
     local = range(ranks.rank, count, ranks.world)
     missing = [local[i] for i in find_missing([paths[n] for n in local], read, damage or Damage())]

@@ -30,7 +30,7 @@ _MEETING = timedelta(minutes=10)  # until all ranks have started: imports from a
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class Ranks:
     """The participating ranks. They exchange objects and small arrays over gloo, also beside NCCL."""
 
     rank: int = 0
@@ -111,12 +111,12 @@ class Group:
         return total
 
 
-def current() -> Group:
+def current() -> Ranks:
     """Return the group of all ranks of torch.distributed, or a group of this process alone."""
     if not (distributed.is_available() and distributed.is_initialized()):
-        return Group()
+        return Ranks()
     rank, world = distributed.get_rank(), distributed.get_world_size()
-    return Group(rank, world, _on_cpu(distributed.group.WORLD))
+    return Ranks(rank, world, _on_cpu(distributed.group.WORLD))
 
 
 @lru_cache(maxsize=1)
@@ -178,7 +178,7 @@ def _meet() -> tuple[Store, int, int]:
 
 
 @contextmanager
-def joined(backend: str = "gloo") -> Iterator[Group]:
+def joined(backend: str = "gloo") -> Iterator[Ranks]:
     """Join the group that torchrun's environment describes until the end; a single process without it."""
     if "WORLD_SIZE" not in os.environ or "MASTER_ADDR" not in os.environ or distributed.is_initialized():
         yield current()

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from typing_extensions import TypedDict
 
 from radio.config import to_plain
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.errors import CheckpointError, RadioError
 from radio.io import read_json, validate, write_text
 from radio.provenance import commit, versions
@@ -163,7 +163,7 @@ class CheckpointManager:
     def __init__(
         self,
         folder: Path,
-        ranks: Group,
+        ranks: Ranks,
         settings: Mapping[str, Any],
         *,
         keep_last: int,

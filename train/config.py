@@ -18,7 +18,7 @@ PositiveShare: TypeAlias = Annotated[float, Interval(gt=0, le=1)]
 Aspect: TypeAlias = Annotated[float, Interval(ge=0.01, le=100)]
 Side: TypeAlias = Annotated[int, Interval(ge=1, le=1024)]  # in tokens
 Width: TypeAlias = Annotated[int, Interval(ge=1, le=1 << 16)]  # of a hidden layer
-Ranks: TypeAlias = Annotated[int, Interval(ge=1, le=1 << 16)]
+NumRanks: TypeAlias = Annotated[int, Interval(ge=1, le=1 << 16)]
 Weight: TypeAlias = Annotated[float, Interval(gt=0, le=1e12)]
 LossWeight: TypeAlias = Annotated[float, Interval(ge=0, le=1e6)]
 Rate: TypeAlias = Annotated[float, Interval(ge=0, le=1e3)]
@@ -144,7 +144,7 @@ class TrainConfig:
     teacher_placement: Literal["dedicated", "shared"] = (
         "dedicated"  # separate ranks per group of teachers, or all ranks for each group
     )
-    ranks_per_group: tuple[Ranks, ...] = ()  # ranks per group; () = chosen by cost
+    ranks_per_group: tuple[NumRanks, ...] = ()  # ranks per group; () = chosen by cost
     parallel: Literal["ddp", "fsdp"] = "ddp"  # replicate or shard the student
     grad_accum_steps: Count = 1  # gradient accumulation: parts of a rank's batch
     ema: Decay = 0.0  # decay of the weights' moving average, in ckpt-ema.pt; 0 = none

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from radio.dist import Group, joined
+from radio.dist import Ranks, joined
 from radio.errors import ConfigError
 from radio.model import RadioModel
 from radio.students.vit import ViT
@@ -42,7 +42,7 @@ class Peers(NamedTuple):
         return rank == self.ranks[0]
 
 
-def join(device: torch.device) -> AbstractContextManager[Group]:
+def join(device: torch.device) -> AbstractContextManager[Ranks]:
     """Join torchrun's process group, by NCCL on GPUs and gloo on CPUs; a group of one without torchrun."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -101,7 +101,7 @@ class DistributedStudent:
     def __init__(
         self,
         loss: DistillationLoss,
-        ranks: Group,
+        ranks: Ranks,
         peers: Peers,
         device: torch.device,
         config: TrainConfig,
@@ -251,7 +251,7 @@ def blocks_of(student: nn.Module) -> list[nn.Module]:
 
 
 def can_run_in_parallel(
-    model: RadioModel, config: TrainConfig, partition: Partition, ranks: Group, device: torch.device
+    model: RadioModel, config: TrainConfig, partition: Partition, ranks: Ranks, device: torch.device
 ) -> bool:
     """Check whether groups can use the student in parallel: on a CPU, with a teacher cache.
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from typing_extensions import TypedDict
 
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.errors import RadioError
 
 from .config import TrainConfig
@@ -76,7 +76,7 @@ class Meters:
             row = self._rows[names].to(row.device) + row  # loaded ones lie on the CPU
         self._rows[names] = row
 
-    def read(self, group: Group) -> dict[str, float]:
+    def read(self, group: Ranks) -> dict[str, float]:
         """Return the means since the last reading over steps and the ranks that have them, and reset."""
         sums: dict[str, float] = {}
         counts: dict[str, float] = {}
@@ -168,7 +168,7 @@ class NonFiniteMonitor:
                 f"names them); nothing was learned. Begin anew with --restart and a lower --optim.lr"
             )
 
-    def read(self, group: Group, step: int, most: int) -> SkippedSteps:
+    def read(self, group: Ranks, step: int, most: int) -> SkippedSteps:
         """Return the steps skipped since the last reading, and reset.
 
         Raises:
@@ -352,7 +352,7 @@ class PerformanceMonitor:
         self,
         config: TrainConfig,
         partition: Partition,
-        group: Group,
+        group: Ranks,
         device: torch.device,
         last: Iterable[nn.Parameter],
     ) -> None:

@@ -30,7 +30,7 @@ from radio.hub import load_teacher
 from radio.model import RadioModel
 from radio.types import Teacher
 
-from .config import PositiveShare, Ranks, TrainConfig
+from .config import NumRanks, PositiveShare, TrainConfig
 from .data.loader import GroupBatch, for_student
 from .distributed import StudentPass, blocks_of
 from .groups import (
@@ -63,7 +63,9 @@ A100 = 312.0  # TFLOP/s in bfloat16 without sparsity
 class PlanOptions:
     """Assumptions of a plan."""
 
-    world: Ranks | None = None  # number of ranks; None = the paper's 64 if they can share the batches, else 1
+    world: NumRanks | None = (
+        None  # number of ranks; None = the paper's 64 if they can share the batches, else 1
+    )
     utilisation: PositiveShare = 0.4  # share of --peak-tflops (default: an A100's 312) that a rank reaches
     images: Count | None = None  # images in the data, for the number of passes; None = unknown, except scenes
     measured: Path | None = None  # metrics.jsonl of a run with these teachers, to use its times

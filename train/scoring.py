@@ -18,7 +18,7 @@ from evals.core.evaluator import Evaluator, RunSettings, make_evaluator
 from evals.core.paper import DATA, TASKS, PaperRow
 from evals.core.report import metric_text
 from evals.core.suite import Jobs, Outcome, run_all
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.errors import ConfigError, shown
 from radio.hub import load_backbone
 from radio.progress import watch_on
@@ -79,7 +79,7 @@ def run_jobs(
         name=name,
         kind="untrained" if is_untrained else None,
         progress=watch_on(console, shown=console.is_terminal),
-        ranks=Group(),
+        ranks=Ranks(),
         log=partial(tell, console, name),
     )
 
@@ -96,7 +96,7 @@ class Follower:
         ConfigError: a task is unknown.
     """
 
-    def __init__(self, config: TrainConfig, group: Group, console: Console) -> None:
+    def __init__(self, config: TrainConfig, group: Ranks, console: Console) -> None:
         self.config, self.group, self.console = config, group, console
         self.jobs = {task: make_job(task) for task in config.eval_tasks}
 

@@ -13,7 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from radio.adaptors import AdaptorConfig
 from radio.config import check_options
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.errors import CheckpointError, ConfigError, SizeError, shown
 from radio.hub import load_teacher
 from radio.model import ModelConfig, RadioModel, make_student
@@ -151,7 +151,7 @@ def _load_teacher(config: TeacherConfig) -> Teacher:
 
 
 def gather_facts(
-    config: TrainConfig, teachers: Mapping[str, Teacher], ranks: Group
+    config: TrainConfig, teachers: Mapping[str, Teacher], ranks: Ranks
 ) -> dict[str, TeacherFacts]:
     """Gather the facts of every teacher of the run from all ranks, in the config's order.
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
-from radio.dist import Group
+from radio.dist import Ranks
 
 REQUEUE = 85  # exit code of a run that was stopped by a signal and has saved: start it again
 
@@ -43,7 +43,7 @@ class Preemption:
     one step after the first of them got the signal.
     """
 
-    def __init__(self, ranks: Group) -> None:
+    def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._channel = ranks.channel()
         self._requested = False

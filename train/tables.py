@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from evals.core.paper import TABLE_3, TABLE_6_MODELS, table_6_row
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.errors import ConfigError, MissingExtraError, did_you_mean, require, shown
 from radio.io import write_bytes, write_text
 from radio.model import make_student
@@ -93,7 +93,7 @@ def check_tasks(config: TrainConfig) -> None:
 
 
 @contextmanager
-def _alone(folder: Path, group: Group) -> Iterator[None]:
+def _alone(folder: Path, group: Ranks) -> Iterator[None]:
     """Lock a run folder against other trainers; the first rank does it, and all get the result.
 
     Raises:

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from radio.chunks import Damage, DamagedError, TensorSpec, chunk_path, read_tensors, write_tensors
 from radio.config import to_plain
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.errors import RadioError
 from radio.io import read_json, write_text
 from radio.types import Features, Teacher
@@ -286,7 +286,7 @@ class GroupedCaches(Dataset[list[Cached]]):
 def fill_caches(
     config: TrainConfig,
     partition: Partition,
-    ranks: Group,
+    ranks: Ranks,
     data: ConcatImages,
     teachers: Mapping[str, Teacher],
     sizes: Mapping[str, tuple[int, int]],
@@ -334,7 +334,7 @@ def fill_caches(
 def open_caches(
     jobs: Mapping[str, CacheJob],
     partition: Partition,
-    ranks: Group,
+    ranks: Ranks,
     *,
     workers: int,
     confirm: Callable[[int], None],
@@ -382,7 +382,7 @@ def open_caches(
     return GroupedCaches(caches, partition, ranks.rank)
 
 
-def agree(jobs: Sequence[CacheJob], ranks: Group, confirm: Callable[[int], None]) -> None:
+def agree(jobs: Sequence[CacheJob], ranks: Ranks, confirm: Callable[[int], None]) -> None:
     """Start the caches that are not started yet, once the first rank confirms their total size.
 
     Args:

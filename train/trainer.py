@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 
 from radio.checkpoint import load as load_checkpoint
 from radio.config import write_yaml
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.errors import CheckpointError, RadioError
 from radio.io import check_writable
 from radio.model import build
@@ -94,7 +94,7 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        ranks: Group,
+        ranks: Ranks,
         device: torch.device,
         console: Console,
         *,

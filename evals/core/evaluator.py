@@ -30,7 +30,7 @@ from torch import Tensor
 from radio.chunks import Damage, default_cache
 from radio.config import CountOrZero, Seed, Workers, check, to_plain
 from radio.data import ImageSource, open_source
-from radio.dist import Group, current
+from radio.dist import Ranks, current
 from radio.errors import ConfigError, DataError
 from radio.io import staged, write_bytes, write_texts
 from radio.model import RadioModel
@@ -136,7 +136,7 @@ class EvalRun:
         *,
         base: str,
         folder: Path,
-        ranks: Group | None = None,
+        ranks: Ranks | None = None,
         progress: ProgressFactory = no_progress,
     ) -> None:
         self.settings, self.base, self.folder = settings, base, folder
@@ -304,7 +304,7 @@ def run_evaluator(
     run: RunSettings | None = None,
     name: str | None = None,
     kind: Kind | None = None,
-    ranks: Group | None = None,
+    ranks: Ranks | None = None,
     progress: ProgressFactory = no_progress,
 ) -> Report:
     """Score a model, and write `TASK-NAME.json` and the files that belong to it into the folder `out`.
@@ -360,7 +360,7 @@ def report_result(
     label: str,
     run: RunSettings | None = None,
     kind: Kind | None = None,
-    ranks: Group | None = None,
+    ranks: Ranks | None = None,
     progress: ProgressFactory = no_progress,
 ) -> Report:
     """Write the report of what `evaluate` returns for a model, or for no model; see `run_evaluator`.

@@ -40,7 +40,7 @@ from radio.chunks import (
 )
 from radio.config import Pixels, check
 from radio.data import ImageSource
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.errors import ConfigError, DataError, RadioError, SizeError
 from radio.images import (
     EVALUATION_RATIO,
@@ -207,7 +207,7 @@ def extract(
     how: Extraction,
     *,
     cache: Path,
-    group: Group | None = None,
+    group: Ranks | None = None,
     watch: ProgressFactory = no_progress,
     damage: Damage | None = None,
 ) -> StoredFeatures:
@@ -221,7 +221,7 @@ def extract(
         SizeError: a batch of images is larger than the memory.
         RadioError: the model returns values that are not finite.
     """
-    group = group or Group()
+    group = group or Ranks()
     count = len(source.keys)
     check_memory(model, min(how.batch, CHUNK, count), how.view.size, how.device, how.dtype)
     group.on_leader(lambda: source.fingerprint)  # hashes the content; the other ranks then read the memo

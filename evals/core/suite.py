@@ -18,7 +18,7 @@ from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from radio.config import to_plain
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.errors import ConfigError, DataError, RadioError
 from radio.foreign import blame
 from radio.io import read_json, write_text
@@ -72,7 +72,7 @@ def run_all(
     run: RunSettings,
     name: str,
     progress: ProgressFactory,
-    ranks: Group,
+    ranks: Ranks,
     log: Callable[[str], None],
     kind: Kind | None = None,
 ) -> list[Outcome]:
@@ -121,7 +121,7 @@ def _missing(task: str, evaluator: Evaluator[Any], model: Backbone) -> Outcome |
     return Outcome(task=task, state="left out", reason=lack) if lack else None
 
 
-def _attempt(task: str, run: Callable[[], Report], group: Group) -> Outcome:
+def _attempt(task: str, run: Callable[[], Report], group: Ranks) -> Outcome:
     try:
         return Outcome(task=task, state="done", report=run())
     except MemoryError:

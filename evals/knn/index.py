@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from evals.core.features import to_unit
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.errors import DataError, require
 
 # Letters: N bank, Q queries, C feature width, k neighbours, M merged candidates.
@@ -66,7 +66,7 @@ class Index:
         self._on_gpu = _copy_to_gpu(faiss, self._faiss, device)
 
     def search(
-        self, queries: Tensor, k: int, *, exclude: Tensor | None = None, group: Group | None = None
+        self, queries: Tensor, k: int, *, exclude: Tensor | None = None, group: Ranks | None = None
     ) -> Neighbours:
         """Find the k nearest vectors of all ranks to each query; every rank passes the same arguments.
 
@@ -83,7 +83,7 @@ class Index:
             raise DataError(
                 f"queries of width {queries.shape[1]} do not fit a bank of {self._vectors.shape[1]}"
             )
-        group = group or Group()
+        group = group or Ranks()
         parts = [
             self._search(to_unit(block), k, banned, group)
             for block, banned in zip(
@@ -94,7 +94,7 @@ class Index:
         ]
         return Neighbours(torch.cat([n.similarities for n in parts]), torch.cat([n.ids for n in parts]))
 
-    def _search(self, queries: Tensor, k: int, exclude: Tensor, group: Group) -> Neighbours:
+    def _search(self, queries: Tensor, k: int, exclude: Tensor, group: Ranks) -> Neighbours:
         width = k + 1 + _SPARE
         similarities, ids, border = self._candidates(queries, width, exclude)
         similarities, ids = _merge(group.gather(similarities), group.gather(ids))
@@ -132,7 +132,7 @@ class Index:
         return similarities.masked_fill_(banned, -torch.inf), ids.masked_fill_(banned, -1), border
 
     def _settle_ties(
-        self, queries: Tensor, similarities: Tensor, ids: Tensor, group: Group
+        self, queries: Tensor, similarities: Tensor, ids: Tensor, group: Ranks
     ) -> tuple[Tensor, Tensor]:
         """Reorder the candidates [Q, M], comparing those within the noise of each other in float64."""
         near = (similarities[:, :-1] - similarities[:, 1:] < _NOISE) & similarities[:, 1:].isfinite()
@@ -157,7 +157,7 @@ class Index:
         return exact
 
     def _search_exactly(
-        self, queries: Tensor, k: int, exclude: Tensor, group: Group
+        self, queries: Tensor, k: int, exclude: Tensor, group: Ranks
     ) -> tuple[Tensor, Tensor]:
         """Search [R, k] in float64 throughout, for queries with more ties at the border than were fetched."""
         similarities = torch.full((len(queries), k), -torch.inf, dtype=torch.float64)

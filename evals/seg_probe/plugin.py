@@ -19,7 +19,7 @@ from mmseg.registry import MODELS, TRANSFORMS
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.errors import RadioError
 from radio.provenance import fast_products
 from radio.types import Backbone
@@ -90,7 +90,7 @@ class SharedBatchNorm(nn.Module):
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, width: int, group: Group, eps: float = 1e-5, momentum: float = 0.1) -> None:
+    def __init__(self, width: int, group: Ranks, eps: float = 1e-5, momentum: float = 0.1) -> None:
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
         self.register_buffer("running_mean", torch.zeros(width))
@@ -120,7 +120,7 @@ class SharedBatchNorm(nn.Module):
 class LinearHead(BaseDecodeHead):  # type: ignore[misc]
     """Batch norm and a 1x1 convolution (the base class's `conv_seg`)."""
 
-    def __init__(self, width: int, num_classes: int, group: Group) -> None:
+    def __init__(self, width: int, num_classes: int, group: Ranks) -> None:
         super().__init__(
             in_channels=width,
             channels=width,
@@ -181,7 +181,7 @@ class AreaMetric(IoUMetric):  # type: ignore[misc]
 
     default_prefix = ""  # explicitly none, to avoid a warning
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Ranks) -> None:
         super().__init__(ignore_index=VOID, iou_metrics=["mIoU"])
         self._group = group
         self.areas: Areas = np.empty((0, 3, 0))
@@ -203,7 +203,7 @@ class AreaMetric(IoUMetric):  # type: ignore[misc]
 
 
 def build_model(
-    model: Backbone, dtype: torch.dtype, config: ProbeConfig, num_classes: int, group: Group, *, cached: bool
+    model: Backbone, dtype: torch.dtype, config: ProbeConfig, num_classes: int, group: Ranks, *, cached: bool
 ) -> nn.Module:
     """Build an MMSegmentation `EncoderDecoder` from a backbone and our head.
 

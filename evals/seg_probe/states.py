@@ -14,7 +14,7 @@ import torch
 from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor
 
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.errors import CheckpointError, DataError, shown
 from radio.io import validate, write_bytes
 
@@ -45,7 +45,7 @@ def save_state(path: Path, kind: str, key: str, state: DataclassInstance) -> Non
     write_bytes(path, buffer.getbuffer())
 
 
-def load_state(path: Path, kind: str, key: str, fresh: S, group: Group | None = None) -> S:
+def load_state(path: Path, kind: str, key: str, fresh: S, group: Ranks | None = None) -> S:
     """Load the state in a file to the CPU, or return `fresh` if no file exists; the same on every rank.
 
     Args:
@@ -58,7 +58,7 @@ def load_state(path: Path, kind: str, key: str, fresh: S, group: Group | None = 
         CheckpointError: not such a file, a damaged one, or one of a run with other settings, data or weights.
         DataError: ranks do not share the folder.
     """
-    group = group or Group()
+    group = group or Ranks()
     group.barrier()  # nobody reads while the leader still writes
     stored = _read(path, kind, key, fresh)
     state = replace(fresh, **stored) if stored else fresh

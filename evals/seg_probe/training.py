@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 
 from evals.core.evaluator import EvalRun
 from radio.chunks import DamagedError
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.errors import CheckpointError, RadioError
 from radio.progress import Advance, ProgressWithText
 from radio.types import Backbone
@@ -235,7 +235,7 @@ class SaveState(Hook):  # type: ignore[misc]
 
     priority = "VERY_LOW"  # after the schedules' step
 
-    def __init__(self, path: Path, key: str, every: int, group: Group) -> None:
+    def __init__(self, path: Path, key: str, every: int, group: Ranks) -> None:
         self._path, self._key, self._every, self._group = path, key, every, group
 
     def after_train_iter(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from radio.adaptors import AdaptorConfig
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.model import ModelConfig, RadioModel
 
 from .fake import GPU, on_gpu, pretend
@@ -55,7 +55,7 @@ def test_the_probes_head(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")  # nobody asks the GPU what it can
     with pretend():
         backbone = plugin.RadioBackbone(small_model(), torch.float32)
-        head = on_gpu(lambda: plugin.LinearHead(128, 5, Group())).train()
+        head = on_gpu(lambda: plugin.LinearHead(128, 5, Ranks())).train()
         logits = head(backbone(torch.rand(2, 3, 96, 96, device=GPU)))
         samples = []
         for _ in range(2):

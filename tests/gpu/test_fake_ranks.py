@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.model import RadioModel
 from train.distributed import DistributedStudent, find_peers, synchronise_norms
 from train.groups import Partition, make_partition
@@ -29,11 +29,11 @@ PAPER = recipes["paper-h14"]()
 
 
 @contextmanager
-def one_of(world: int, rank: int) -> Iterator[Group]:
+def one_of(world: int, rank: int) -> Iterator[Ranks]:
     """One rank of many, the others of which do nothing."""
     distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
-        yield Group(rank, world)
+        yield Ranks(rank, world)
     finally:
         distributed.destroy_process_group()
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.model import ModelConfig, RadioModel
 from radio.students import StudentOptions
 from radio.types import Features
@@ -107,7 +107,7 @@ def built(described: ModelConfig, *_: Any) -> RadioModel:
 
 
 def trainer_of(config: TrainConfig) -> Trainer:
-    return Trainer(config, Group(), GPU, Console(quiet=True), teachers={})
+    return Trainer(config, Ranks(), GPU, Console(quiet=True), teachers={})
 
 
 def real_balancer(*arguments: Any) -> Balancer:

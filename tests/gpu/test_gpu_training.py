@@ -22,7 +22,7 @@ from torch import Tensor
 
 from radio import checkpoint
 from radio.config import write_yaml
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.hub import load_teacher
 from radio.nn.vit import CroppedPositions, draw_crops
 from train.config import DataConfig, OptimConfig, TeacherConfig, TrainConfig
@@ -58,7 +58,7 @@ def config(tmp_path: Path) -> TrainConfig:
 def begin(config: TrainConfig, device: torch.device, **changes: Any) -> Trainer:
     """Set a run up on a device."""
     named = replace(config, device=device.type, **changes)
-    return Trainer(named, Group(), device, Console(file=io.StringIO()))
+    return Trainer(named, Ranks(), device, Console(file=io.StringIO()))
 
 
 def gradients(run: Trainer) -> tuple[dict[str, Tensor], float]:

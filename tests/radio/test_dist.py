@@ -10,18 +10,18 @@ import torch.distributed as distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from radio import dist
-from radio.dist import Group, agree, current, joined
+from radio.dist import Ranks, agree, current, joined
 from radio.errors import RadioError
 
 
 def test_alone_everything_is_the_identity() -> None:
-    group = Group()
+    group = Ranks()
     array = torch.arange(3)
     group.barrier()
     assert group.leads
     assert torch.equal(group.gather(array), array[None])
     assert torch.equal(group.sum(array), array)
-    assert current() == Group()
+    assert current() == Ranks()
 
 
 def test_torchruns_environment_makes_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +31,7 @@ def test_torchruns_environment_makes_a_group(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setenv(name, value)
     with joined() as group:
         assert distributed.is_initialized()
-        assert group == Group(0, 1)
+        assert group == Ranks(0, 1)
         with joined() as inner:  # already in a group
             assert inner == group
     assert not distributed.is_initialized()
@@ -40,7 +40,7 @@ def test_torchruns_environment_makes_a_group(monkeypatch: pytest.MonkeyPatch) ->
 def test_without_torchrun_there_is_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with joined() as group:
-        assert group == Group()
+        assert group == Ranks()
         assert not distributed.is_initialized()
 
 
@@ -64,14 +64,14 @@ def test_behind_nccl_there_is_one_group_for_the_cpu(monkeypatch: pytest.MonkeyPa
     distributed.init_process_group("fake", store=FakeStore(), rank=5, world_size=64)
     fake = distributed.group.WORLD
     try:
-        assert current() == current() == current() == Group(5, 64, fake)
+        assert current() == current() == current() == Ranks(5, 64, fake)
         assert made == ["gloo"]
     finally:
         distributed.destroy_process_group()
 
 
 def test_the_leader_works_alone_and_its_error_is_everybodys() -> None:
-    class Two(Group):
+    class Two(Ranks):
         """What the leader said is what a rank hears."""
 
         def gather_objects(self, value: Any) -> list[Any]:

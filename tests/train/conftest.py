@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from radio import checkpoint
-from radio.dist import Group
+from radio.dist import Ranks
 from train.config import DataConfig, OptimConfig, TeacherConfig, TrainConfig
 from train.trainer import Trainer
 
@@ -97,7 +97,7 @@ def start() -> Start:
     def begin(config: TrainConfig, *, restart: bool = False, **changes: object) -> Trainer:
         changed = replace(config, **changes)  # type: ignore[arg-type]
         console = Console(file=io.StringIO(), width=200)
-        return Trainer(changed, Group(), CPU, console, restart=restart)
+        return Trainer(changed, Ranks(), CPU, console, restart=restart)
 
     return begin
 

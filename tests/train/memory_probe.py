@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from radio.config import read_yaml
-from radio.dist import Group
+from radio.dist import Ranks
 from tests.train.tiny_teachers import register
 from train.config import TrainConfig
 from train.trainer import Trainer
@@ -36,7 +36,7 @@ def main() -> None:
     wake(torch.ones(1, 1, 8, 8, requires_grad=True))
     before = status("VmRSS")
     run = Trainer(
-        read_yaml(TrainConfig, Path(sys.argv[1])), Group(), torch.device("cpu"), Console(file=io.StringIO())
+        read_yaml(TrainConfig, Path(sys.argv[1])), Ranks(), torch.device("cpu"), Console(file=io.StringIO())
     )
     run.save = lambda: None  # type: ignore[method-assign]  # copies of the weights, which are no part of a step
     run.train()

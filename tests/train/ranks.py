@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as distributed
 
-from radio.dist import Group, current
+from radio.dist import Ranks, current
 
 
-def on_ranks(world: int, folder: Path, work: Callable[[Group], Any]) -> list[Any]:
+def on_ranks(world: int, folder: Path, work: Callable[[Ranks], Any]) -> list[Any]:
     """What `work` returns on each of `world` gloo ranks, in order of rank; they meet in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     forked = multiprocessing.get_context("fork")
@@ -31,7 +31,7 @@ def on_ranks(world: int, folder: Path, work: Callable[[Group], Any]) -> list[Any
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
-def _rank(rank: int, world: int, folder: Path, work: Callable[[Group], Any]) -> None:
+def _rank(rank: int, world: int, folder: Path, work: Callable[[Ranks], Any]) -> None:
     torch.set_num_threads(1)
     try:
         store = distributed.FileStore(str(folder / "store"), world)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.errors import CheckpointError, ConfigError, SizeError
 from radio.model import RadioModel, build
 from radio.students import StudentOptions
@@ -108,11 +108,11 @@ def test_student_resolutions(config: TrainConfig) -> None:
 def test_facts_come_from_the_ranks_where_the_teachers_live(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = gather_facts(config, load_teachers(config, CPU), Group())
+    whole = gather_facts(config, load_teachers(config, CPU), Ranks())
     assert (whole["clip"].size, whole["clip"].summary_dim, whole["clip"].token_dim) == ((50, 50), 12, 24)
     elsewhere = {"clip": whole["clip"], "dense": whole["dense"]}
-    monkeypatch.setattr(Group, "gather_objects", lambda self, mine: [elsewhere, mine])
-    shared = gather_facts(config, load_teachers(config, CPU, ("sam",)), Group(1, 2))
+    monkeypatch.setattr(Ranks, "gather_objects", lambda self, mine: [elsewhere, mine])
+    shared = gather_facts(config, load_teachers(config, CPU, ("sam",)), Ranks(1, 2))
     assert list(shared.items()) == list(whole.items())
 
 
@@ -211,7 +211,7 @@ def test_a_resolution_that_the_student_cannot_take(config: TrainConfig) -> None:
 def test_the_card_names_teachers_and_data(config: TrainConfig) -> None:
     teachers = load_teachers(config, CPU)
     images = open_images(config.data)
-    metadata = make_metadata(config, gather_facts(config, teachers, Group()), images)
+    metadata = make_metadata(config, gather_facts(config, teachers, Ranks()), images)
     assert metadata["name"] == "run"
     assert metadata["resolution"] == 48
     assert metadata["teachers"][2] == {

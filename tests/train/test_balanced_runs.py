@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from radio import checkpoint
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.errors import ConfigError
 from train.config import BalanceConfig, TrainConfig
 from train.trainer import Trainer
@@ -104,7 +104,7 @@ def test_amtml_refuses_teachers_that_see_other_images(config: TrainConfig, start
         start(config, teachers=apart, balance=balanced("amtml"))
 
 
-def second_step(config: TrainConfig, group: Group) -> dict[str, Tensor]:
+def second_step(config: TrainConfig, group: Ranks) -> dict[str, Tensor]:
     """Gradients and averages that this rank has in the second of two steps without an update between."""
     run = Trainer(config, group, CPU, Console(quiet=True))
     for name, parameter in run.loss.balancer.named_parameters():
@@ -131,7 +131,7 @@ def test_ranks_do_what_one_process_does(config: TrainConfig, tmp_path: Path) -> 
         *(replace(still, batch_size=9, balance=balanced(kind)) for kind in KINDS),
         replace(grouped, batch_size=9, balance=balanced("adaloss"), teacher_placement="shared"),
     ]
-    alone = [second_step(replace(way, ranks_per_group=()), Group()) for way in ways]
+    alone = [second_step(replace(way, ranks_per_group=()), Ranks()) for way in ways]
     found = on_ranks(3, tmp_path / "ranks", lambda group: [second_step(way, group) for way in ways])
     for wanted, *shared in zip(alone, *found, strict=True):
         assert set().union(*shared) == set(wanted)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import default_collate
 
 from radio.chunks import DamagedError, write_tensors
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.errors import DataError, RadioError
 from radio.model import ModelConfig, build
 from train import teacher_cache as module
@@ -64,7 +64,7 @@ def write(
     """The cache of a run with one group, written by a process alone."""
     partition = make_partition(config, 1)
     jobs = {partition.groups[0].name: job}
-    return open_caches(jobs, partition, Group(), workers=workers, confirm=confirm, progress=progress, log=log)
+    return open_caches(jobs, partition, Ranks(), workers=workers, confirm=confirm, progress=progress, log=log)
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +126,7 @@ def test_groups_have_caches_and_orders_of_their_own(config: TrainConfig, tmp_pat
     caches = open_caches(
         jobs,
         partition,
-        Group(),
+        Ranks(),
         workers=0,
         confirm=lambda size: None,
         progress=lambda done: None,
@@ -337,7 +337,7 @@ def test_a_disk_that_is_full_while_writing_leaves_nothing(
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    agree([job], Group(), lambda size: None)
+    agree([job], Ranks(), lambda size: None)
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left on device") as caught:
         write(job, config)
@@ -359,7 +359,7 @@ def test_a_rank_waits_for_what_others_write(
     other.start()
     seen: list[int] = []
     open_caches(
-        jobs, partition, Group(), workers=0, confirm=lambda size: None, progress=seen.append, log=pytest.fail
+        jobs, partition, Ranks(), workers=0, confirm=lambda size: None, progress=seen.append, log=pytest.fail
     )
     other.join()
     assert seen[-1] == 20
@@ -372,7 +372,7 @@ def test_a_rank_waits_for_what_others_write(
         open_caches(
             jobs,
             partition,
-            Group(),
+            Ranks(),
             workers=0,
             confirm=lambda size: None,
             progress=seen.append,
@@ -553,9 +553,9 @@ def test_which_runs_go_abreast(
     config = replace(config, teachers=named, cache=options)
     partition = make_partition(config, 1)
     model = build(ModelConfig(student=student), 0)
-    assert can_run_in_parallel(model, config, partition, Group(), torch.device(device)) == wanted
+    assert can_run_in_parallel(model, config, partition, Ranks(), torch.device(device)) == wanted
     torch.set_num_threads(1)
-    assert not can_run_in_parallel(model, config, partition, Group(), torch.device(device))
+    assert not can_run_in_parallel(model, config, partition, Ranks(), torch.device(device))
 
 
 def test_a_large_cache_needs_consent(

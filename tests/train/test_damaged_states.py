@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 from safetensors.torch import save_file
 
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.errors import CheckpointError, RadioError
 from train.checkpoints import CheckpointManager
 from train.monitor import Meters, MetersState, NonFiniteMonitor, first_bad
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 def open_states(out: Path, said: list[str] | None = None) -> CheckpointManager:
     tell = print if said is None else said.append
     return CheckpointManager(
-        out / "state", Group(), {"steps": 9}, keep_last=2, keep_every=0, log=tell, schema=_NOTES
+        out / "state", Ranks(), {"steps": 9}, keep_last=2, keep_every=0, log=tell, schema=_NOTES
     )
 
 
@@ -284,7 +284,7 @@ def test_meters_that_are_not_finite_come_back() -> None:
         json.loads(json.dumps(first.state_dict(), allow_nan=False))
     )
     second.load_state_dict(plain)
-    assert str(second.read(Group())) == str(first.read(Group())) == "{'loss': nan, 'norm': 2.0}"
+    assert str(second.read(Ranks())) == str(first.read(Ranks())) == "{'loss': nan, 'norm': 2.0}"
 
 
 JSON = st.recursive(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.errors import RadioError
 from tests.train.conftest import CPU, TEACHERS, Start, read_records
 from train.config import TeacherConfig, TrainConfig
@@ -34,10 +34,10 @@ def test_means_since_the_last_reading() -> None:
     for value in (1.0, 2.0, 6.0):
         meters.add({"loss": torch.tensor(value), "norm": torch.tensor(10 * value)})
     meters.add({"loss": torch.tensor(3.0)})
-    assert meters.read(Group()) == {"loss": pytest.approx(3.0), "norm": pytest.approx(30.0)}
-    assert meters.read(Group()) == {}
+    assert meters.read(Ranks()) == {"loss": pytest.approx(3.0), "norm": pytest.approx(30.0)}
+    assert meters.read(Ranks()) == {}
     meters.add({"loss": torch.tensor(5.0)})
-    assert meters.read(Group()) == {"loss": 5.0}
+    assert meters.read(Ranks()) == {"loss": 5.0}
 
 
 def test_sums_are_kept_in_double_precision() -> None:
@@ -45,7 +45,7 @@ def test_sums_are_kept_in_double_precision() -> None:
     for _ in range(3000):
         meters.add({"loss": torch.tensor(0.1)})
     exact = float(torch.tensor(0.1))
-    assert meters.read(Group())["loss"] == pytest.approx(exact, rel=1e-12)
+    assert meters.read(Ranks())["loss"] == pytest.approx(exact, rel=1e-12)
 
 
 def test_gradients_are_let_go() -> None:
@@ -66,18 +66,18 @@ def test_restored_meters_go_on_bit_for_bit() -> None:
     second.load_state_dict(first.state_dict())
     for value in values[4:]:
         second.add({"loss": value})
-    assert second.read(Group()) == whole.read(Group())
+    assert second.read(Ranks()) == whole.read(Ranks())
 
 
 def test_means_go_over_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    def another(self: Group, value: Any) -> list[Any]:  # of another teacher, with one step less
+    def another(self: Ranks, value: Any) -> list[Any]:  # of another teacher, with one step less
         return [value, [(["loss", "sam/spatial"], [9.0, 7.0, 1.0])]]
 
-    monkeypatch.setattr(Group, "gather_objects", another)
+    monkeypatch.setattr(Ranks, "gather_objects", another)
     meters = Meters()
     meters.add({"loss": torch.tensor(1.0), "clip/spatial": torch.tensor(2.0)})
     meters.add({"loss": torch.tensor(3.0), "clip/spatial": torch.tensor(3.0)})
-    means = meters.read(Group(0, 2))
+    means = meters.read(Ranks(0, 2))
     assert means == {"loss": pytest.approx(13 / 3), "clip/spatial": 2.5, "sam/spatial": 7.0}
 
 
@@ -86,9 +86,9 @@ def test_a_step_that_is_left_out_is_in_no_mean(bad: float) -> None:
     meters = Meters()
     meters.add({"loss": torch.tensor(2.0)}, torch.tensor(True))
     meters.add({"loss": torch.tensor(bad)}, torch.tensor(False))
-    assert meters.read(Group()) == {"loss": 2.0}
+    assert meters.read(Ranks()) == {"loss": 2.0}
     meters.add({"loss": torch.tensor(bad)}, torch.tensor(False))
-    assert math.isnan(meters.read(Group())["loss"])
+    assert math.isnan(meters.read(Ranks())["loss"])
 
 
 def test_what_several_ranks_kept_is_taken_up_by_one() -> None:
@@ -100,7 +100,7 @@ def test_what_several_ranks_kept_is_taken_up_by_one() -> None:
     meters = Meters()
     meters.load_state_dict({"rows": rows})
     meters.add({"loss": torch.tensor(4.0)})
-    assert meters.read(Group()) == {"loss": 3.0}
+    assert meters.read(Ranks()) == {"loss": 3.0}
 
 
 NAN, INF = float("nan"), float("inf")
@@ -120,14 +120,14 @@ def test_steps_and_names_since_the_last_reading() -> None:
     update(guard, False, clip=NAN)
     update(guard, False)
     update(guard, True)
-    assert guard.read(Group(), 4, 3) == SkippedSteps(2, 2, ("clip/spatial",))
-    assert guard.read(Group(), 4, 3) == SkippedSteps(2, 0, ())
+    assert guard.read(Ranks(), 4, 3) == SkippedSteps(2, 2, ("clip/spatial",))
+    assert guard.read(Ranks(), 4, 3) == SkippedSteps(2, 0, ())
     update(guard, False, clip=INF, sam=-INF)
-    found = guard.read(Group(), 5, 3)
+    found = guard.read(Ranks(), 5, 3)
     assert found == SkippedSteps(3, 1, ("clip/spatial", "sam/spatial"))
     assert found.describe() == "1 step was left out, not finite: clip/spatial, sam/spatial"
     update(guard, False)
-    assert guard.read(Group(), 6, 3).describe() == (
+    assert guard.read(Ranks(), 6, 3).describe() == (
         "1 step was left out, not finite: a gradient of finite losses"
     )
 
@@ -141,7 +141,7 @@ def test_so_many_in_a_row_are_too_many(readings: tuple[int, ...]) -> None:
     for step in range(1, 4):
         update(guard, False, sam=NAN)
         if step in readings:
-            guard.read(Group(), step, 3)
+            guard.read(Ranks(), step, 3)
     with pytest.raises(
         RadioError, match=r"step 9: 3 steps in a row were left out, not finite: sam/spatial; what"
     ):
@@ -154,14 +154,14 @@ def test_those_before_a_good_step_do_not_count() -> None:
     for fine in (False, False, True, False, False):
         update(guard, fine)
     guard.check(5, 3)
-    assert guard.read(Group(), 5, 3).total == 4
+    assert guard.read(Ranks(), 5, 3).total == 4
 
 
 def test_other_ranks_name_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Group, "gather_objects", lambda self, mine: [["dino/summary"], mine])
+    monkeypatch.setattr(Ranks, "gather_objects", lambda self, mine: [["dino/summary"], mine])
     guard = NonFiniteMonitor(CPU)
     update(guard, False, sam=NAN)
-    assert guard.read(Group(1, 2), 1, 9).names == ("dino/summary", "sam/spatial")
+    assert guard.read(Ranks(1, 2), 1, 9).names == ("dino/summary", "sam/spatial")
 
 
 def test_what_was_kept_goes_on() -> None:
@@ -171,8 +171,8 @@ def test_what_was_kept_goes_on() -> None:
     second.load_state_dict(first.state_dict())
     update(second, False)
     with pytest.raises(RadioError, match="3 steps in a row were left out, not finite: clip/spatial"):
-        second.read(Group(), 3, 3)
-    assert second.read(Group(), 3, 4) == SkippedSteps(3, 3, ("clip/spatial",))
+        second.read(Ranks(), 3, 3)
+    assert second.read(Ranks(), 3, 4) == SkippedSteps(3, 3, ("clip/spatial",))
 
 
 class Hand:
@@ -279,7 +279,7 @@ def test_the_figures_of_a_log_step(two: TrainConfig, monkeypatch: pytest.MonkeyP
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     partition = make_partition(two, 1)
-    pace = PerformanceMonitor(replace(two, peak_tflops=1e-3), partition, Group(), CPU, [])
+    pace = PerformanceMonitor(replace(two, peak_tflops=1e-3), partition, Ranks(), CPU, [])
     for _ in range(4):
         for name, seconds in (("clip", 1.0), ("sam", 3.0)):
             with pace.watch.time("forward", name):
@@ -303,12 +303,12 @@ def test_the_figures_of_a_log_step(two: TrainConfig, monkeypatch: pytest.MonkeyP
 def test_what_ranks_of_other_groups_measured(two: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     others = [Times(dict.fromkeys(PHASES, 0.0), {"sam": 4.0})] * 2
 
-    def gather(self: Group, value: Any) -> list[Any]:
+    def gather(self: Ranks, value: Any) -> list[Any]:
         return [Times(value.phases, {"clip": 1.0}), *others]
 
-    monkeypatch.setattr(Group, "gather_objects", gather)
+    monkeypatch.setattr(Ranks, "gather_objects", gather)
     config = replace(two, ranks_per_group=(1, 2))
-    pace = PerformanceMonitor(config, make_partition(config, 3), Group(0, 3), CPU, [])
+    pace = PerformanceMonitor(config, make_partition(config, 3), Ranks(0, 3), CPU, [])
     pace.step(0.0)
     found = pace.read()
     assert found["perf/idle_fraction"] == pytest.approx(0.75 / 3)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.errors import ConfigError, RadioError
 from radio.resources import NAME
 from train.checkpoints import CheckpointManager
@@ -19,7 +19,7 @@ from .test_damaged_states import filled, open_states, tensors
 
 
 def test_answers_and_errors_of_the_first_rank_are_everybodys(tmp_path: Path) -> None:
-    def work(group: Group) -> list[object]:
+    def work(group: Ranks) -> list[object]:
         def fail() -> int:
             raise (ConfigError("no") if group.leads else AssertionError)
 
@@ -43,7 +43,7 @@ def test_all_ranks_hold_one_folder_and_leave_a_damaged_state_aside(tmp_path: Pat
     (shard,) = filled(out).glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:-1])
 
-    def work(group: Group) -> tuple[int, float, bool]:
+    def work(group: Ranks) -> tuple[int, float, bool]:
         with _alone(out, group):
             held = (out / NAME).is_file()
             into = tensors(0)
@@ -67,6 +67,6 @@ def test_all_ranks_hold_one_folder_and_leave_a_damaged_state_aside(tmp_path: Pat
 
 
 def test_alone_it_is_a_call() -> None:
-    assert Group().on_leader(lambda: "x") == "x"
+    assert Ranks().on_leader(lambda: "x") == "x"
     with pytest.raises(ConfigError, match="no"):
-        Group().on_leader(lambda: (_ for _ in ()).throw(ConfigError("no")))
+        Ranks().on_leader(lambda: (_ for _ in ()).throw(ConfigError("no")))

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from radio import checkpoint
 from radio.config import write_yaml
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.errors import ConfigError
 from radio.model import build
 from radio.ops import resize_images
@@ -134,7 +134,7 @@ PARTITIONED = (
 )
 
 
-def begin(config: TrainConfig, group: Group, **changes: Any) -> Trainer:
+def begin(config: TrainConfig, group: Ranks, **changes: Any) -> Trainer:
     return Trainer(replace(config, **changes), group, CPU, Console(quiet=True))
 
 
@@ -213,11 +213,11 @@ def test_the_gradients_of_groups_on_ranks_are_those_of_the_weighted_sum(
     for rank in found:
         for way in rank:
             check_gradients(way, wanted)
-    check_gradients(gradients(begin(shared, Group())), wanted)
-    check_gradients(gradients(begin(shared, Group(), grad_accum_steps=4)), wanted)
+    check_gradients(gradients(begin(shared, Ranks())), wanted)
+    check_gradients(gradients(begin(shared, Ranks(), grad_accum_steps=4)), wanted)
 
 
-def trained(config: TrainConfig, group: Group, out: Path, **changes: Any) -> None:
+def trained(config: TrainConfig, group: Ranks, out: Path, **changes: Any) -> None:
     begin(config, group, out=out, **changes).train()
 
 
@@ -272,9 +272,9 @@ def five(config: TrainConfig) -> TrainConfig:
     "ways", [("ddp", "fsdp"), pytest.param(("turns", "recomputed"), marks=pytest.mark.slow)]
 )
 def test_ddp_is_fsdp_is_one_process(five: TrainConfig, tmp_path: Path, ways: tuple[str, ...]) -> None:
-    trained(five, Group(), tmp_path / "one")
+    trained(five, Ranks(), tmp_path / "one")
 
-    def work(group: Group) -> None:
+    def work(group: Ranks) -> None:
         for way in ways:
             trained(five, group, tmp_path / way, **WAYS[way])
 
@@ -286,9 +286,9 @@ def test_ddp_is_fsdp_is_one_process(five: TrainConfig, tmp_path: Path, ways: tup
 def test_weights_are_sharded_and_rounded_only_for_forward_and_backward(
     five: TrainConfig, tmp_path: Path
 ) -> None:
-    trained(five, Group(), tmp_path / "one")
+    trained(five, Ranks(), tmp_path / "one")
 
-    def work(group: Group) -> list[tuple[int, int, torch.dtype]]:
+    def work(group: Ranks) -> list[tuple[int, int, torch.dtype]]:
         run = begin(
             five, group, parallel="fsdp", teacher_placement="shared", precision="bf16", out=tmp_path / "two"
         )
@@ -297,7 +297,7 @@ def test_weights_are_sharded_and_rounded_only_for_forward_and_backward(
         return [(weight.to_local().numel(), weight.numel(), weight.dtype) for weight in weights]
 
     ranks = on_ranks(2, tmp_path / "ranks", work)
-    number = len(list(begin(five, Group()).model.student.parameters()))  # type: ignore[attr-defined]
+    number = len(list(begin(five, Ranks()).model.student.parameters()))  # type: ignore[attr-defined]
     assert [len(rank) for rank in ranks] == [number, number]
     whole = sum(size for _, size, _ in ranks[0])
     assert sum(own for rank in ranks for own, *_ in rank) == whole
@@ -310,10 +310,10 @@ def test_weights_are_sharded_and_rounded_only_for_forward_and_backward(
 
 def test_another_world_and_engine_goes_on(five: TrainConfig, tmp_path: Path) -> None:
     """Two steps on four ranks by DDP, two on two by FSDP2, the last alone."""
-    trained(five, Group(), tmp_path / "one")
+    trained(five, Ranks(), tmp_path / "one")
     out = tmp_path / "moved"
 
-    def until(group: Group, step: int, **changes: Any) -> None:
+    def until(group: Ranks, step: int, **changes: Any) -> None:
         run = begin(five, group, out=out, **changes)
         genuine = run.train_step
 
@@ -327,7 +327,7 @@ def test_another_world_and_engine_goes_on(five: TrainConfig, tmp_path: Path) -> 
 
     on_ranks(4, tmp_path / "four", lambda group: until(group, 2, ranks_per_group=(2, 2)))
     on_ranks(2, tmp_path / "two", lambda group: until(group, 4, parallel="fsdp", teacher_placement="shared"))
-    trained(five, Group(), out)
+    trained(five, Ranks(), out)
     check_alike(tmp_path / "one", out)
 
 
@@ -348,6 +348,6 @@ def test_two_ranks_share_a_cache_and_resume(config: TrainConfig, start: Start, t
 def test_a_process_alone_is_a_group_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with join(CPU) as group:
-        assert group == Group(0, 1)
+        assert group == Ranks(0, 1)
         assert group.leads
     assert not torch.distributed.is_initialized()

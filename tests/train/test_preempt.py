@@ -14,7 +14,7 @@ import pytest
 from torch import Tensor
 
 from radio.config import write_yaml
-from radio.dist import Group
+from radio.dist import Ranks
 from train.cli import main
 from train.config import TrainConfig
 from train.data.loader import Batch
@@ -28,7 +28,7 @@ from .ranks import on_ranks
 @pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGUSR1])
 def test_one_process_stops_at_once(name: signal.Signals) -> None:
     before = signal.getsignal(name)
-    with Preemption(Group()) as stop:
+    with Preemption(Ranks()) as stop:
         assert not stop.agreed()
         os.kill(os.getpid(), name)
         assert stop.agreed()
@@ -36,12 +36,12 @@ def test_one_process_stops_at_once(name: signal.Signals) -> None:
 
 
 def test_an_error_inside_is_let_through() -> None:
-    with pytest.raises(ZeroDivisionError), Preemption(Group()):
+    with pytest.raises(ZeroDivisionError), Preemption(Ranks()):
         _ = 1 // 0
 
 
 def test_ranks_stop_one_step_after_any_was_asked(tmp_path: Path) -> None:
-    def work(group: Group) -> int:
+    def work(group: Ranks) -> int:
         with Preemption(group) as stop:
             for step in range(1, 20):
                 if (group.rank, step) == (1, 4):
@@ -54,7 +54,7 @@ def test_ranks_stop_one_step_after_any_was_asked(tmp_path: Path) -> None:
 
 
 def test_ranks_that_are_not_asked_leave_together(tmp_path: Path) -> None:
-    def work(group: Group) -> bool:
+    def work(group: Ranks) -> bool:
         with Preemption(group) as stop:
             return any(stop.agreed() for _ in range(3))
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from evals.core.paper import TABLE_3
 from evals.core.report import Metric
 from evals.core.suite import Outcome
-from radio.dist import Group
+from radio.dist import Ranks
 from train import scoring as module
 from train.config import TrainConfig
 from train.scoring import score
@@ -92,7 +92,7 @@ def test_the_papers_rows_stand_below_and_say_what_they_are(
 
 
 def test_a_teacher_that_is_called_like_a_task_hides_no_evaluation(config: TrainConfig) -> None:
-    follower = module.Follower(replace(config, eval_tasks=("knn",)), Group(), Console(file=io.StringIO()))
+    follower = module.Follower(replace(config, eval_tasks=("knn",)), Ranks(), Console(file=io.StringIO()))
     log = config.out / "metrics.jsonl"
     assert not follower.has_done(4)
     config.out.mkdir()

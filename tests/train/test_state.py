@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.errors import CheckpointError, RadioError
 from train.checkpoints import CheckpointManager
 from train.config import OptimConfig
@@ -27,7 +27,7 @@ from .ranks import on_ranks
 SETTINGS = {"steps": 9, "optim": {"lr": 0.1}}
 
 
-def states(folder: Path, group: Group | None = None, **changes: Any) -> CheckpointManager:
+def states(folder: Path, group: Ranks | None = None, **changes: Any) -> CheckpointManager:
     """Those of a run folder; `said.txt` in it keeps what they tell."""
 
     def tell(line: str) -> None:
@@ -36,7 +36,7 @@ def states(folder: Path, group: Group | None = None, **changes: Any) -> Checkpoi
 
     folder.mkdir(exist_ok=True)
     chosen = {"settings": SETTINGS, "keep_last": 2, "keep_every": 0, **changes}
-    return CheckpointManager(folder / "state", group or Group(), log=tell, **chosen)
+    return CheckpointManager(folder / "state", group or Ranks(), log=tell, **chosen)
 
 
 def said(folder: Path) -> str:
@@ -239,7 +239,7 @@ def spread(world: int) -> dict[str, Tensor]:
 def test_ranks_write_their_parts_and_others_read_them(tmp_path: Path) -> None:
     """Spread over three ranks, with a tensor that one of them has alone; read whole, and by two."""
 
-    def three(group: Group) -> None:
+    def three(group: Ranks) -> None:
         mesh = init_device_mesh("cpu", (3,))
         have = {"a": distribute_tensor(whole()["a"], mesh, [Shard(0)])}
         if group.rank == 2:
@@ -249,7 +249,7 @@ def test_ranks_write_their_parts_and_others_read_them(tmp_path: Path) -> None:
         kept.wait(last=True)
         group.barrier()  # the first rank names it
 
-    def read(group: Group) -> dict[str, Tensor]:
+    def read(group: Ranks) -> dict[str, Tensor]:
         kept = states(tmp_path / "run", group)
         found = kept.newest()
         assert found is not None
@@ -259,11 +259,11 @@ def test_ranks_write_their_parts_and_others_read_them(tmp_path: Path) -> None:
 
     on_ranks(3, tmp_path / "three", three)
     assert len(list((tmp_path / "run" / "state" / "step-000005").glob("*.safetensors"))) == 3
-    for found in (read(Group()), *on_ranks(2, tmp_path / "two", read)):
+    for found in (read(Ranks()), *on_ranks(2, tmp_path / "two", read)):
         assert all(torch.equal(found[name], tensor) for name, tensor in whole().items())
     (tmp_path / "run" / "state" / "step-000005" / "run.json").unlink()
 
-    def refused(group: Group) -> str:
+    def refused(group: Ranks) -> str:
         with pytest.raises(CheckpointError) as error:
             states(tmp_path / "run", group).newest()
         return str(error.value)

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from radio import config as settings_files
 from radio import model as radio_model
-from radio.dist import Group
+from radio.dist import Ranks
 from train import checkpoints as state
 from train import losses, trainer
 from train.config import TrainConfig
@@ -52,7 +52,7 @@ def run_in_a_process(config: TrainConfig, stop: tuple[ModuleType | type, str, in
 
     def work() -> None:
         torch.set_num_threads(1)
-        run = Trainer(config, Group(), CPU, Console(file=io.StringIO()))
+        run = Trainer(config, Ranks(), CPU, Console(file=io.StringIO()))
         if stop is not None:
             module, name, call, number = stop
             setattr(module, name, _stopping(getattr(module, name), call, number))

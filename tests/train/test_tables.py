@@ -22,7 +22,7 @@ from evals.core.paper import TABLE_3
 from evals.core.report import read
 from radio import entry
 from radio.config import read_yaml, to_plain, write_yaml
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.errors import ConfigError, MissingExtraError, SizeError
 from radio.students import resolve_options, students
 from radio.students.timm import TABLE_6
@@ -320,7 +320,7 @@ def test_five_steps_give_every_parameter_a_finite_gradient_and_a_checkpoint_that
     data = DataConfig(scenes=20, workers=0)
     small = rows_of_table6(student=student, steps=5, batch_size=2, resolution=64, data=data, device="cpu")
     (config,) = small.values()
-    run = Trainer(config, Group(), torch.device("cpu"), Console(quiet=True))
+    run = Trainer(config, Ranks(), torch.device("cpu"), Console(quiet=True))
     before = {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
     path = run.train()
     for name, parameter in run.model.named_parameters():
@@ -338,7 +338,7 @@ def test_five_steps_give_every_parameter_a_finite_gradient_and_a_checkpoint_that
 def test_a_size_that_its_stride_does_not_divide_is_an_error(tmp_path: Path) -> None:
     (config,) = rows_of_table6(student="timm:regnety_064", resolution=100).values()
     with pytest.raises(SizeError, match=r"cannot be built for 100 px: its stride of 32 .* nearest is 96"):
-        Trainer(replace(config, out=tmp_path), Group(), torch.device("cpu"), Console(quiet=True))
+        Trainer(replace(config, out=tmp_path), Ranks(), torch.device("cpu"), Console(quiet=True))
 
 
 def test_the_command_trains_a_row_and_puts_it_beside_the_papers(

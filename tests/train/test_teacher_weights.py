@@ -20,13 +20,16 @@ CPU = torch.device("cpu")
 
 
 def random_teacher(name: str) -> Teacher:
-    """An architecture with random weights."""
+    """An architecture with random weights; indices, which it computes itself, are zero."""
     teacher = load_teacher(name, meta=True)
     assert isinstance(teacher, nn.Module)
     teacher.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     for tensor in (*teacher.parameters(), *teacher.buffers()):
-        tensor.data.normal_(generator=generator).mul_(0.05).add_(0.05)
+        if tensor.is_floating_point():
+            tensor.data.normal_(generator=generator).mul_(0.05).add_(0.05)
+        else:
+            tensor.data.zero_()
     return teacher
 
 

@@ -13,7 +13,7 @@ import torch
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.errors import CheckpointError, DataError, shown
 from radio.io import decode_text, lines_of, parse_json, read_bytes, validate, write_bytes
 
@@ -87,7 +87,7 @@ class ErrorMonitor:
         DataError: the path of the list is not a file.
     """
 
-    def __init__(self, out: Path, ranks: Group, log: Callable[[str], None]) -> None:
+    def __init__(self, out: Path, ranks: Ranks, log: Callable[[str], None]) -> None:
         self._ranks = ranks
         self._list = ErrorList(out / ERROR_LIST, log) if ranks.leads else None
         self._counts = torch.zeros(len(CAUSES) + 1, dtype=torch.int64)  # of this rank; the last: shards

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from typing_extensions import TypedDict
 
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.errors import CheckpointError, DataError, RadioError
 from radio.io import validate
 from radio.ops import resize_images
@@ -116,7 +116,7 @@ class Loader:
         self,
         config: TrainConfig,
         partition: Partition,
-        ranks: Group,
+        ranks: Ranks,
         data: Source,
         sides: Sequence[int],
         device: torch.device,

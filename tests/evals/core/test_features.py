@@ -13,7 +13,7 @@ from evals.core import features as module
 from evals.core.features import Extraction, ViewSettings, extract, make_view, to_unit
 from radio.chunks import Damage, default_cache, write_tensors
 from radio.data import open_source
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.errors import DataError, RadioError
 from radio.images import evaluation_view
 from radio.provenance import fast_products
@@ -162,12 +162,12 @@ def test_a_chunk_of_another_shape_is_made_again_though_its_checksum_fits(
 def test_ranks_share_the_work_without_counting_twice(
     tmp_path: Path, folder: Path, backbone: Callable, world: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Group, "gather_objects", lambda self, value: [value])  # one after the other here
+    monkeypatch.setattr(Ranks, "gather_objects", lambda self, value: [value])  # one after the other here
     source, cache, model = open_source(str(folder)), tmp_path / "cache", backbone()
     for rank in range(1, world):  # chunks of later ranks are absent, as in folders that are not shared
         with pytest.raises(DataError, match="a folder that all share"):
-            extract(model, source, how(model), cache=cache, group=Group(rank, world))
-    stored = extract(model, source, how(model), cache=cache, group=Group(0, world))
+            extract(model, source, how(model), cache=cache, group=Ranks(rank, world))
+    stored = extract(model, source, how(model), cache=cache, group=Ranks(0, world))
     assert model.images == 18
     assert torch.allclose(stored.load().features, slowly(backbone(), folder), atol=1e-6)
     shards = [stored.load(rank, world) for rank in range(world)]
@@ -297,6 +297,6 @@ def test_the_error_of_one_rank_is_raised_on_all(
     """The other rank's error arrives where ranks would otherwise wait for it."""
     theirs = RadioError("pooled as torch.float32 gives values that are not finite")
     answers = iter([[("", None), (None, None)], [None, theirs]])  # the leader's work, then who failed
-    monkeypatch.setattr(Group, "gather_objects", lambda self, value: next(answers))
+    monkeypatch.setattr(Ranks, "gather_objects", lambda self, value: next(answers))
     with pytest.raises(RadioError, match="not finite"):
-        extract(backbone(), open_source(str(folder)), how(backbone()), cache=tmp_path, group=Group(0, 2))
+        extract(backbone(), open_source(str(folder)), how(backbone()), cache=tmp_path, group=Ranks(0, 2))

@@ -11,7 +11,7 @@ import torch
 from evals.core.evaluator import EvalRun, Evaluator, Result, RunSettings
 from evals.core.report import Metric, read
 from evals.core.suite import Outcome, run_all
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.errors import CheckpointError, DataError, RadioError
 from radio.progress import no_progress
 
@@ -71,7 +71,7 @@ def everything(
             run=shared or RunSettings(),
             name="m",
             progress=no_progress,
-            ranks=Group(),
+            ranks=Ranks(),
             log=said.append,
         )
 
@@ -201,7 +201,7 @@ def test_with_several_ranks_a_failure_of_one_ends_all(
             run=RunSettings(),
             name="m",
             progress=no_progress,
-            ranks=Group(1, 2),
+            ranks=Ranks(1, 2),
             log=lambda line: None,
         )
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from evals.knn import index as module
 from evals.knn.index import Index, Neighbours, load_faiss
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.errors import DataError, MissingExtraError
 
 
@@ -136,7 +136,7 @@ def test_any_number_of_ranks_gives_the_same(world: int, copies: int) -> None:
 
 def test_a_rank_without_a_share_takes_part() -> None:
     empty = Index(torch.empty(0, 0), torch.empty(0, dtype=torch.int64))
-    found = empty.search(vectors(3), 2, group=Group())
+    found = empty.search(vectors(3), 2, group=Ranks())
     assert (found.ids == -1).all()
 
 

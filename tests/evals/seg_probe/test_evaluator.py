@@ -22,7 +22,7 @@ from evals.core.evaluator import RunSettings, run_evaluator
 from evals.core.report import Report, read
 from evals.seg_probe.evaluator import SEG
 from evals.seg_probe.protocol import SegSettings
-from radio.dist import Group, joined
+from radio.dist import Ranks, joined
 from radio.errors import ConfigError, DataError, RadioError
 from radio.progress import ProgressFactory, no_progress
 
@@ -34,7 +34,7 @@ def run(
     settings: SegSettings,
     out: Path,
     *,
-    ranks: Group | None = None,
+    ranks: Ranks | None = None,
     progress: ProgressFactory = no_progress,
     **changes: Any,
 ) -> Report:
@@ -455,4 +455,4 @@ def test_a_batch_that_ranks_cannot_share_is_an_error(
     tmp_path: Path, settings: SegSettings, backbone: Callable
 ) -> None:
     with pytest.raises(ConfigError, match="a batch of 4 does not divide among 3 ranks"):
-        run(backbone(), settings, tmp_path / "out", ranks=Group(0, 3))
+        run(backbone(), settings, tmp_path / "out", ranks=Ranks(0, 3))

@@ -13,7 +13,7 @@ from torch import nn
 
 from evals.seg_probe import evaluator
 from evals.seg_probe.protocol import SegSettings, resolve
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.errors import MissingExtraError
 
 
@@ -34,7 +34,7 @@ def test_our_parts_are_in_the_registries(plugin: Any) -> None:
 
 def test_batch_norm_is_torchs(plugin: Any) -> None:
     torch.manual_seed(0)
-    ours, theirs = plugin.SharedBatchNorm(5, Group()), nn.BatchNorm2d(5)
+    ours, theirs = plugin.SharedBatchNorm(5, Ranks()), nn.BatchNorm2d(5)
     for module in (ours, theirs):
         with torch.no_grad():
             module.weight.copy_(torch.linspace(0.5, 2, 5))
@@ -52,14 +52,14 @@ def test_batch_norm_is_torchs(plugin: Any) -> None:
     torch.testing.assert_close(ours(maps), theirs(maps), atol=1e-4, rtol=1e-4)
 
 
-class _Mirror(Group):
+class _Mirror(Ranks):
     """Two ranks that hold the same."""
 
     def sum(self, array):
         return 2 * array
 
 
-def head_and_batch(plugin: Any, group: Group):
+def head_and_batch(plugin: Any, group: Ranks):
     from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample
 
@@ -75,8 +75,8 @@ def head_and_batch(plugin: Any, group: Group):
     return head, torch.randn(2, 6, 5, 7), labels, samples
 
 
-@pytest.mark.parametrize("group", [Group(), _Mirror(0, 2)], ids=["alone", "two ranks"])
-def test_the_loss_is_the_mean_over_labelled_pixels(plugin: Any, group: Group) -> None:
+@pytest.mark.parametrize("group", [Ranks(), _Mirror(0, 2)], ids=["alone", "two ranks"])
+def test_the_loss_is_the_mean_over_labelled_pixels(plugin: Any, group: Ranks) -> None:
     head, maps, labels, samples = head_and_batch(plugin, group)
     loss = head.loss((maps,), samples, {})
     logits = F.interpolate(head((maps,)), size=(10, 14), mode="bilinear", align_corners=False)
@@ -86,7 +86,7 @@ def test_the_loss_is_the_mean_over_labelled_pixels(plugin: Any, group: Group) ->
 
 
 def test_a_batch_of_void_has_no_loss_rather_than_nan(plugin: Any) -> None:
-    head, maps, _, samples = head_and_batch(plugin, Group())
+    head, maps, _, samples = head_and_batch(plugin, Ranks())
     for sample in samples:
         sample.gt_sem_seg.data.fill_(255)
     assert head.loss((maps,), samples, {})["loss_ce"].item() == 0
@@ -100,7 +100,7 @@ def test_the_backbone_is_frozen_unseen_and_not_in_the_checkpoint(plugin: Any, ba
     assert not model.training
     assert list(holder.parameters()) == []
     plan, _ = resolve(replace(SegSettings(data=Path("x")), crop=56), backbone())
-    segmentor = plugin.build_model(backbone(), torch.float32, plan, 3, Group(), cached=False)
+    segmentor = plugin.build_model(backbone(), torch.float32, plan, 3, Ranks(), cached=False)
     names = ["bn.weight", "bn.bias", "bn.running_mean", "bn.running_var", "conv_seg.weight", "conv_seg.bias"]
     assert sorted(segmentor.state_dict()) == sorted(f"decode_head.{name}" for name in names)
     assert segmentor.decode_head.conv_seg.weight.shape == (3, 6, 1, 1)
@@ -111,7 +111,7 @@ def test_images_arrive_as_padded_rgb_between_0_and_1(plugin: Any, backbone: Call
     from mmseg.structures import SegDataSample
 
     plan, _ = resolve(replace(SegSettings(data=Path("x")), crop=28), backbone())
-    segmentor = plugin.build_model(backbone(), torch.float32, plan, 3, Group(), cached=False)
+    segmentor = plugin.build_model(backbone(), torch.float32, plan, 3, Ranks(), cached=False)
     bgr = torch.tensor([255, 51, 0], dtype=torch.uint8).view(3, 1, 1).expand(3, 20, 28)
     sample = SegDataSample()
     sample.gt_sem_seg = PixelData(data=torch.ones(1, 20, 28, dtype=torch.int64))

@@ -168,11 +168,11 @@ def test_a_backbone_that_contradicts_itself_is_found_out(backbone: Callable) -> 
 def test_slide_over_683_by_518_shows_the_backbone_accepted_sizes_only(plugin, backbone: Callable) -> None:
     import torch
 
-    from radio.dist import Group
+    from radio.dist import Ranks
 
     model = backbone()
     plan, _ = resolve(DATA, model)
-    segmentor = plugin.build_model(model, torch.float32, plan, 3, Group(), cached=False).eval()
+    segmentor = plugin.build_model(model, torch.float32, plan, 3, Ranks(), cached=False).eval()
     for height, width in ((518, 683), (683, 518), (205, 2048)):
         model.sizes.clear()
         data = segmentor.data_preprocessor(

@@ -19,7 +19,7 @@ from evals.core.evaluator import EvalRun, RunSettings
 from evals.seg_probe.data import Dataset, open_dataset
 from evals.seg_probe.protocol import SegSettings, resolve
 from radio.chunks import Damage
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.errors import DataError, RadioError
 
 pytestmark = pytest.mark.usefixtures("plugin")
@@ -162,7 +162,7 @@ def maps_of(tmp_path: Path, make_ade: Callable, monkeypatch) -> Callable[..., to
     data = open_dataset(root, voc_split="train", known={"ADE20K": [], "VOC2012": []})
 
     def make(
-        model: Any, group: Group | None = None, key: str = "key", damage: Damage | None = None
+        model: Any, group: Ranks | None = None, key: str = "key", damage: Damage | None = None
     ) -> torch.Tensor:
         plan, _ = resolve(SegSettings(data=root, preset="scenes"), model)
         images = Images(data.train, data.labelling, plan, model, training=True)
@@ -223,7 +223,7 @@ def test_a_damaged_chunk_is_made_again_and_said(
     assert "1 damaged file of the cache was made again" in damage.notes()[0]
 
 
-class _Alone(Group):
+class _Alone(Ranks):
     """The first of two ranks, whose other never writes."""
 
     def gather_objects(self, value: Any) -> list[Any]:

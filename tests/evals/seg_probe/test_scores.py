@@ -8,7 +8,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 from evals.core.stats import score
 from evals.seg_probe.evaluator import area_records, bootstrapped, class_table, repeated
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.errors import DataError
 
 CLASSES = 7  # the last two are absent, of them one is predicted
@@ -26,7 +26,7 @@ def random_maps(count: int, seed: int, predicted: int = CLASSES - 1):
 
 def areas_by_mmseg(plugin, labels, said):
     """Through the metric, as the test loop calls it."""
-    metric = plugin.AreaMetric(Group())
+    metric = plugin.AreaMetric(Ranks())
     metric.dataset_meta = {"classes": [f"c{n}" for n in range(CLASSES)]}
     for label, guess in zip(labels, said, strict=True):
         sample = {"pred_sem_seg": {"data": torch.tensor(guess)}, "gt_sem_seg": {"data": torch.tensor(label)}}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from evals.seg_probe.states import load_state, save_state
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.errors import CheckpointError, DataError
 
 
@@ -144,7 +144,7 @@ def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not Path("ran").exists()
 
 
-class _Apart(Group):
+class _Apart(Ranks):
     """Two ranks, of which the other sees nothing."""
 
     def barrier(self) -> None:

@@ -12,7 +12,7 @@ from evals.core.evaluator import EvalRun, RunSettings
 from evals.zeroshot import texts as module
 from evals.zeroshot.data import read_templates
 from evals.zeroshot.texts import class_vectors, classifier, text_vectors
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.errors import DataError
 from radio.hub import load_teacher
 from radio.scenes import CLASSES, TEMPLATES
@@ -22,7 +22,7 @@ NAMES = tuple(f"red thing {number}" for number in range(23))
 SAID = ("a {}", "a photo of a {} here", "{}, it is")
 
 
-def at(cache: Path, *, device: str = "cpu", group: Group | None = None) -> EvalRun:
+def at(cache: Path, *, device: str = "cpu", group: Ranks | None = None) -> EvalRun:
     run = EvalRun(RunSettings(cache=cache, device="cpu"), base="", folder=cache, ranks=group)
     run.device = torch.device(device)
     return run
@@ -125,13 +125,13 @@ def test_a_tower_of_weights_goes_to_the_device_and_comes_back(tmp_path: Path) ->
 def test_one_rank_encodes_and_the_others_read(
     words: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Group, "gather_objects", lambda self, value: [value])  # one after the other here
-    first = classifier(words, NAMES, SAID, at(tmp_path, group=Group(0, 2)))
+    monkeypatch.setattr(Ranks, "gather_objects", lambda self, value: [value])  # one after the other here
+    first = classifier(words, NAMES, SAID, at(tmp_path, group=Ranks(0, 2)))
     assert words.texts == 23 * 3
-    second = classifier(words, NAMES, SAID, at(tmp_path, group=Group(1, 2)))
+    second = classifier(words, NAMES, SAID, at(tmp_path, group=Ranks(1, 2)))
     assert words.texts == 23 * 3 and torch.equal(first, second)
     with pytest.raises(DataError, match="a folder that all share"):
-        classifier(words, NAMES, SAID, at(tmp_path / "own", group=Group(1, 2)))
+        classifier(words, NAMES, SAID, at(tmp_path / "own", group=Ranks(1, 2)))
     assert words.texts == 23 * 3
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from radio.dist import Group
+from radio.dist import Ranks
 from train.config import DataConfig, TeacherConfig, TrainConfig
 from train.data.loader import Loader, Rows, Share, open_stream, share_evenly
 from train.data.streams import assign_lanes, open_sources
@@ -76,7 +76,7 @@ def loader_of(config: TrainConfig, partition: Partition, rank: int, out: Path) -
     """The loader of one of a run's ranks, as if it were alone."""
     config = replace(config, out=out)
     sides = [SIDE] * len(partition.groups)
-    return Loader(config, partition, Group(rank), open_sources(config.data), sides, CPU, print)
+    return Loader(config, partition, Ranks(rank), open_sources(config.data), sides, CPU, print)
 
 
 Follow = Callable[..., Iterator[tuple[Rows, ...]]]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, strategies
 from hypothesis import settings as effort
 
-from radio.dist import Group
+from radio.dist import Ranks
 from radio.errors import DataError
 from train.data import errors as module
 from train.data.errors import ErrorList, ErrorMonitor, ReadError, check_fraction
@@ -183,7 +183,7 @@ def test_a_share_is_let_through(broken: int, seen: int, fine: bool) -> None:
 
 
 def test_counts_in_words(tmp_path: Path) -> None:
-    monitor = ErrorMonitor(tmp_path, Group(), print)
+    monitor = ErrorMonitor(tmp_path, Ranks(), print)
     assert monitor.describe() == ""
     monitor.add(1, [ONE, *[TWO] * 12])
     monitor.check(1000, 0.1)
