@@ -30,18 +30,10 @@ _NOT_DRAWN = frozenset({"step", "samples", "seconds", "broken"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainingCurve:
-    """One panel: a quantity, with a line for each teacher, or one line for the whole run."""
-
-    title: str
-    series: tuple[Series, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Curves:
     """All curves of a run."""
 
-    panels: tuple[TrainingCurve, ...]
+    panels: dict[str, list[Series]]  # by the quantity: a line for each teacher, or one for the whole run
     last_step: int
     teachers: tuple[str, ...]
     notes: tuple[str, ...] = ()
@@ -55,8 +47,8 @@ def curves_section(run: Path) -> Section:
     """
     curves = read_curves(run)
     panels = tuple(
-        (curve.title, lines(curve.series, name=f"run-{place}", x_label="step"))
-        for place, curve in enumerate(curves.panels[:_MOST_PANELS])
+        (_TITLES.get(part, part.replace("_", " ")), lines(series, name=f"run-{place}", x_label="step"))
+        for place, (part, series) in enumerate(list(curves.panels.items())[:_MOST_PANELS])
     )
     legend = tuple((name, color) for color, name in enumerate(curves.teachers))
     caption = "Means between two log steps. A dashed line is measured, and weighs nothing in the loss."
@@ -107,19 +99,13 @@ def read_curves(run: Path) -> Curves:
             dashed=(teacher, part) in unused,
         )
         panels.setdefault(part, []).append(series)
+    order = [*_TITLES, *panels]
     return Curves(
-        panels=tuple(
-            TrainingCurve(title=_TITLES.get(part, part.replace("_", " ")), series=tuple(series))
-            for part, series in sorted(panels.items(), key=lambda item: _rank(item[0]))
-        ),
+        panels={part: panels[part] for part in sorted(panels, key=order.index)},
         last_step=int(records[-1]["step"]),
         teachers=teachers,
         notes=(f"{broken} lines of metrics.jsonl could not be read and are left out",) if broken else (),
     )
-
-
-def _rank(part: str) -> int:
-    return list(_TITLES).index(part) if part in _TITLES else len(_TITLES)
 
 
 def _read(path: Path) -> tuple[list[dict[str, float]], int]:

@@ -283,7 +283,13 @@ def gather(reports: Sequence[Report]) -> list[Model]:
             groups.append([name])
         else:
             same.append(name)
-    models = [_model(group, by_name) for group in groups]
+    models = []
+    for group in groups:
+        name = max(group, key=lambda each: (len(by_name[each]), each))  # the one with most reports
+        own = tuple(report for each in group for report in by_name[each])
+        kind = max((report.kind for report in own), key=_KIND_ORDER.index)
+        also = tuple(each for each in group if each != name)
+        models.append(Model(name=name, also=also, kind=kind, reports=own))
     return sorted(models, key=lambda model: (_KIND_ORDER.index(model.kind), model.name))
 
 
@@ -294,17 +300,6 @@ def _same(name: str, group: Sequence[str], by_name: Mapping[str, Sequence[Report
     endings = any(name.startswith(f"{other}-") for other in group)
     tasks = {report.task for report in ours} & {report.task for report in theirs}
     return len(fingerprints) == 1 and "" not in fingerprints and not endings and not tasks
-
-
-def _model(names: Sequence[str], by_name: Mapping[str, Sequence[Report]]) -> Model:
-    name = max(names, key=lambda each: (len(by_name[each]), each))  # the one with most reports
-    reports = tuple(report for each in names for report in by_name[each])
-    return Model(
-        name=name,
-        also=tuple(each for each in names if each != name),
-        kind=max((report.kind for report in reports), key=_KIND_ORDER.index),
-        reports=reports,
-    )
 
 
 @dataclass(frozen=True, slots=True)
