@@ -17,11 +17,11 @@ from radio.students import options_type, students
 
 from .config import RENAMED, TrainConfig
 from .data.shards import runs_program
+from .distributed import REQUEUE
 from .loggers import say
 from .plan import PlanOptions, make_plan, print_plan
 from .recipes import recipes
 from .setup import round_resolutions
-from .signals import REQUEUE
 from .tables import check_tasks, rows_of, sweep, tables, train_all
 
 USAGE = """usage: radio-train RECIPE [--section.option value ...] [--restart]

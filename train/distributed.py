@@ -1,11 +1,14 @@
-"""Training under torchrun: the student by DDP or FSDP2, adaptors on the ranks that share them."""
+"""Training under torchrun: the student by DDP or FSDP2, adaptors on the ranks that share them; preemption."""
 
 from __future__ import annotations
 
+import signal
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple, final
+from types import FrameType, TracebackType
+from typing import Any, NamedTuple, Self, final
 
 import torch
 import torch.distributed as distributed
@@ -23,11 +26,14 @@ from radio.students.vit import ViT
 from radio.types import Features, Student
 
 from .config import TrainConfig
+from .data.loader import STOP_SIGNALS
 from .groups import Partition
 from .losses import DistillationLoss
 from .optim import to_local
 
 # Letters: B batch, h w pixels.
+
+REQUEUE = 85  # exit code of a run that was stopped by a signal and has saved: start it again
 
 
 class Peers(NamedTuple):
@@ -291,3 +297,54 @@ def _square(parameters: list[nn.Parameter], like: Tensor) -> Tensor:
     if not grads:
         return torch.zeros_like(like)
     return torch.stack(torch._foreach_norm(grads)).square().sum()
+
+
+@final
+class Preemption:
+    """SIGTERM or SIGUSR1 on any rank, agreed on by all ranks. As a context manager it handles the signals.
+
+    The ranks' flags are reduced on the CPU during a step, so that no step waits for them: all ranks stop
+    one step after the first of them got the signal.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._channel = ranks.channel()
+        self._requested = False
+        self._flag: Tensor | None = None
+        self._reduction: Any = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {name: signal.signal(name, self._request) for name in STOP_SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for name, handler in self._before.items():
+            signal.signal(name, handler)
+        if kind is None:
+            self._read_flag()
+
+    def agreed(self) -> bool:
+        """Check whether all ranks stop now; every rank calls it after every step."""
+        if self._ranks.world == 1:
+            return self._requested
+        stop = self._read_flag()
+        self._flag = torch.tensor(int(self._requested))
+        self._reduction = distributed.all_reduce(
+            self._flag, distributed.ReduceOp.MAX, group=self._channel, async_op=True
+        )
+        return stop
+
+    def _read_flag(self) -> bool:
+        if self._reduction is None or self._flag is None:
+            return False
+        self._reduction.wait()
+        self._reduction = None
+        return bool(self._flag)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self._requested = True

@@ -35,7 +35,6 @@ from .data.loader import GroupBatch, for_student
 from .distributed import StudentPass, blocks_of
 from .groups import (
     Partition,
-    Proposal,
     TeacherGroup,
     idle_share,
     idle_shares,
@@ -159,21 +158,6 @@ class RunPlan:
         data = self.config.data
         images = self.options.images or (0 if data.shards or data.images else data.scenes)
         return self.config.steps * self.partition.batch_size / images if images else None
-
-    @property
-    def idle(self) -> float:
-        """The share of all ranks' time spent waiting for the slowest group."""
-        return idle_share(self.partition, self.seconds)
-
-    @property
-    def idle_shares(self) -> dict[str, float]:
-        """Share of a step that each group's ranks wait for the slowest group."""
-        return idle_shares(self.partition, self.seconds)
-
-    @property
-    def proposal(self) -> Proposal | None:
-        """A faster split of the ranks; None where there is none."""
-        return propose(self.partition, self.seconds)
 
 
 def make_plan(config: TrainConfig, options: PlanOptions) -> RunPlan:
@@ -422,7 +406,9 @@ def _add_work(table: Table, plan: RunPlan) -> None:
         counts = [getattr(cost, f"{part}_flops") for cost in costs]
         row(f"{letter}FLOP a rank and step, {part}", [f"{count / size:.3g}" for count in counts])
     row("seconds a step", [f"{plan.seconds[g.name]:.3g}" for g in groups], f"{plan.step_seconds:.3g}")
-    row("idle", [f"{plan.idle_shares[group.name]:.0%}" for group in groups], f"{plan.idle:.0%}")
+    idle = idle_shares(plan.partition, plan.seconds)
+    whole = idle_share(plan.partition, plan.seconds)
+    row("idle", [f"{idle[group.name]:.0%}" for group in groups], f"{whole:.0%}")
 
 
 def _add_memory(table: Table, plan: RunPlan) -> None:
@@ -463,7 +449,7 @@ def _lines(plan: RunPlan) -> Iterator[str]:
         yield f"data: {samples} images; give --images, how many there are, for the number of passes"
     else:
         yield f"data: {samples} images, {plan.passes:.3g} passes"
-    if (better := plan.proposal) is not None:
+    if (better := propose(plan.partition, plan.seconds)) is not None:
         split = " ".join(map(str, better.split))
         yield f"faster: --ranks-per-group {split}, {better.after:.3g} s a step instead of {better.before:.3g}"
     elif len(plan.kinds) > 1:

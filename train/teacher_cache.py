@@ -32,7 +32,7 @@ from radio.io import read_json, write_text
 from radio.types import Features, Teacher
 
 from .config import TrainConfig
-from .data.crops import FixedCrops, image_at, seed_of
+from .data.crops import FixedCrops, seed_of, shuffled_index
 from .data.errors import check_fraction
 from .data.loader import (
     READ_AHEAD,
@@ -40,6 +40,7 @@ from .data.loader import (
     GroupBatch,
     for_student,
     make_room_for_files,
+    outlast_signals,
     rows_of,
     timed,
     to_images,
@@ -48,7 +49,6 @@ from .data.streams import ConcatImages
 from .groups import Partition, TeacherGroup
 from .loggers import ProgressConsole, say
 from .setup import teacher_features
-from .signals import outlast_signals
 
 # Letters: N crops, C summary width, T tokens, D token width.
 
@@ -209,7 +209,7 @@ class FeatureCache(Dataset[Cached]):
 
     def __getitem__(self, position: int) -> Cached:
         """Read the crop at a position of the stream."""
-        index, row = divmod(image_at(position, self.count, self.seed), _FILE)
+        index, row = divmod(shuffled_index(position, self.count, self.seed), _FILE)
         path = chunk_path(self.folder, index)
         try:
             file = _opened(path)

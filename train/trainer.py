@@ -34,6 +34,7 @@ from .data.loader import Batch, GroupBatch, Loader, LoaderState, limit_threads
 from .data.streams import ConcatImages, open_images, open_sources
 from .distributed import (
     DistributedStudent,
+    Preemption,
     can_run_in_parallel,
     check_started,
     find_peers,
@@ -54,7 +55,6 @@ from .setup import (
     model_config,
     teacher_features,
 )
-from .signals import Preemption
 from .teacher_cache import GroupedCaches, fill_caches
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from radio.errors import DataError, RadioError
 from radio.model import ModelConfig, build
 from train import teacher_cache as module
 from train.config import CacheConfig, DataConfig, TeacherConfig, TrainConfig
-from train.data.crops import image_at
+from train.data.crops import shuffled_index
 from train.data.loader import Batch, GroupBatch, for_student
 from train.data.streams import open_images
 from train.distributed import can_run_in_parallel
@@ -91,7 +91,7 @@ def test_rows_are_the_teachers_features_of_the_crops(config: TrainConfig, tmp_pa
     assert len(list(job.folder.glob("*.safetensors"))) == 3  # of 8, 8 and 4
     for position in (0, 7, 19, 20, 41):
         row = cache[position]
-        crop = job.crops[image_at(position, 20, 3)].pixels
+        crop = job.crops[shuffled_index(position, 20, 3)].pixels
         assert torch.equal(row.pixels, crop)
         direct = teacher_features(job.teachers, job.sizes, crop[None].float() / 255)
         (group,) = make_partition(config, 1).groups

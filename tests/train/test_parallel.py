@@ -26,7 +26,7 @@ from radio.ops import resize_images
 from radio.students import StudentOptions, students
 from radio.students.timm import TABLE_6, TimmOptions
 from train.config import TrainConfig
-from train.data.crops import generator, image_at, random_view, seed_of
+from train.data.crops import generator, random_view, seed_of, shuffled_index
 from train.data.loader import Batch
 from train.data.streams import open_images
 from train.distributed import Peers, join, synchronise_norms
@@ -167,7 +167,7 @@ def gradients_by_hand(config: TrainConfig) -> dict[str, Tensor]:
         (("sam",), range(16, 24), 72, 108),
     ):
         order = order_of(config, names)
-        stored = [dataset.read(image_at(lane, len(dataset), order)) for lane in range(len(rows))]
+        stored = [dataset.read(shuffled_index(lane, len(dataset), order)) for lane in range(len(rows))]
         crops = [
             random_view(image, config.data, crop, config.seed, row)
             for image, row in zip(stored, rows, strict=True)

@@ -17,7 +17,7 @@ from radio.config import write_yaml
 from radio.errors import ConfigError
 from radio.students import StudentOptions
 from train.config import CacheConfig, DataConfig, TeacherConfig, TrainConfig
-from train.groups import make_partition
+from train.groups import idle_shares, make_partition, propose
 from train.plan import Cost, PlanOptions, bytes_of, count, make_plan, outline, print_plan
 from train.recipes import recipes
 
@@ -109,8 +109,11 @@ def test_the_papers_plan() -> None:
     assert plan.flops == 32 * (clip.flops + sam.flops)
     assert plan.step_seconds == sam.flops / 50e12
     assert plan.days == pytest.approx(600_000 * sam.flops / 50e12 / 86400)
-    assert plan.idle_shares == {"clip+dino": pytest.approx(1 - clip.flops / sam.flops), "sam": 0}
-    assert plan.proposal is None
+    assert idle_shares(plan.partition, plan.seconds) == {
+        "clip+dino": pytest.approx(1 - clip.flops / sam.flops),
+        "sam": 0,
+    }
+    assert propose(plan.partition, plan.seconds) is None
     teachers = [kind.memory.teachers for kind in plan.kinds]
     # two bytes a weight of CLIP's image tower, DINOv2 and SAM; norms and positions have four
     assert teachers[0] == pytest.approx(2 * (632_076_800 + 1_136_479_232), rel=0.005)
@@ -163,8 +166,9 @@ def test_measured_times_and_the_split_they_ask_for(two: TrainConfig, tmp_path: P
     plan = make_plan(replace(two, teachers=teachers), PlanOptions(world=6, measured=log))
     assert [len(group.ranks) for group in plan.partition.groups] == [2, 4]  # by pixels
     assert plan.seconds == {"clip": 4.0, "sam": 0.25}
-    assert plan.proposal is not None
-    assert (plan.proposal.split, plan.proposal.after) == ((4, 2), 2.0)
+    proposal = propose(plan.partition, plan.seconds)
+    assert proposal is not None
+    assert (proposal.split, proposal.after) == ((4, 2), 2.0)
 
 
 @pytest.mark.parametrize(

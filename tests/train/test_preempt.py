@@ -17,8 +17,8 @@ from radio.config import write_yaml
 from radio.dist import Ranks
 from train.cli import main
 from train.config import TrainConfig
-from train.data.loader import Batch
-from train.signals import REQUEUE, Preemption, outlast_signals
+from train.data.loader import Batch, outlast_signals
+from train.distributed import REQUEUE, Preemption
 from train.trainer import Trainer
 
 from .conftest import read_records

@@ -8,25 +8,27 @@ from itertools import pairwise
 import pytest
 import torch
 
-from train.data.crops import draw_window, generator, image_at, seed_of
+from train.data.crops import draw_window, generator, seed_of, shuffled_index
 
 
 @pytest.mark.parametrize("count", [1, 7, 100])
 def test_every_epoch_is_a_permutation(count: int) -> None:
-    epochs = [[image_at(epoch * count + place, count, 3) for place in range(count)] for epoch in range(3)]
+    epochs = [
+        [shuffled_index(epoch * count + place, count, 3) for place in range(count)] for epoch in range(3)
+    ]
     assert all(sorted(order) == list(range(count)) for order in epochs)
     if count == 100:
         assert all(one != other for one, other in pairwise(epochs))
 
 
 def test_order_depends_on_the_seed() -> None:
-    orders = [[image_at(place, 50, seed) for place in range(50)] for seed in (0, 1, 0)]
+    orders = [[shuffled_index(place, 50, seed) for place in range(50)] for seed in (0, 1, 0)]
     assert orders[0] == orders[2] != orders[1]
 
 
 def test_order_can_be_asked_for_anywhere() -> None:
-    forward = [image_at(position, 10, 5) for position in range(60)]
-    backward = [image_at(position, 10, 5) for position in reversed(range(60))]
+    forward = [shuffled_index(position, 10, 5) for position in range(60)]
+    backward = [shuffled_index(position, 10, 5) for position in reversed(range(60))]
     assert forward == backward[::-1]
 
 

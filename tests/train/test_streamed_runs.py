@@ -12,7 +12,7 @@ import pytest
 
 from radio.errors import CheckpointError, DataError
 from train.config import DataConfig, TeacherConfig, TrainConfig
-from train.data.crops import image_at, seed_of
+from train.data.crops import seed_of, shuffled_index
 from train.data.errors import LOG_KEYS
 from train.trainer import Trainer
 
@@ -42,7 +42,7 @@ def met(images: int, seed: int) -> Counter[str]:
     order = seed_of(seed_of(seed, "group", 0), "source", 0)
     faults: Counter[str] = Counter()
     for place in count():
-        for event in CONTENT[image_at(place, 6, order)]:
+        for event in CONTENT[shuffled_index(place, 6, order)]:
             if event != "good":
                 faults[event] += 1
             elif (images := images - 1) == 0:

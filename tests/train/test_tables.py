@@ -30,9 +30,9 @@ from tests.train.conftest import read_records
 from train import scoring
 from train.cli import main
 from train.config import DataConfig, TrainConfig
+from train.distributed import REQUEUE, Preemption
 from train.recipes import recipes
 from train.setup import check_settings
-from train.signals import REQUEUE, Preemption
 from train.tables import STUDENTS, WeightCurve, as_csv, as_svg, read_weights, rows_of, show_weights, tables
 from train.trainer import Trainer
 

@@ -37,7 +37,7 @@ def generator(seed: int, purpose: Purpose, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(seed, purpose, index))
 
 
-def image_at(position: int, count: int, seed: int) -> int:
+def shuffled_index(position: int, count: int, seed: int) -> int:
     """Return which of `count` images is at a position of the endless stream, shuffled per epoch."""
     epoch, place = divmod(position, count)
     return int(_order(seed, epoch, count)[place])

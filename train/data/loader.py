@@ -7,7 +7,10 @@ yielded last, whatever was read ahead.
 
 from __future__ import annotations
 
+import os
 import resource
+import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,9 +36,8 @@ from radio.types import Features
 
 from ..config import DataConfig, TrainConfig
 from ..groups import Partition, TeacherGroup
-from ..signals import outlast_signals
 from .crops import random_view
-from .errors import ErrorMonitor, ReadError, ReadStats
+from .errors import ErrorMonitor, ReadStats
 from .streams import LaneAssignment, ShardStream, Source, Sources, assign_lanes
 
 # Letters: B images of a group on this rank, L its lanes, S sources.
@@ -47,6 +49,7 @@ _OTHER_FILES = 512  # other open files of a process: libraries and shared memory
 _TENSORS = 2  # per group's rows; each needs an open file between processes
 _CPU = torch.device("cpu")
 _END = object()
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # that request a run to stop
 
 
 class GroupBatch(NamedTuple):
@@ -144,13 +147,12 @@ class Loader:
         rows = self.rows(range(start, self._config.steps), pin=self._device.type == "cuda")
         groups = [self._partition.groups[share.assignment.group] for share in self._shares]
         steps = with_targets(rows, groups, self._device, teach)
-        for batch, places in prefetch(steps, self._device) if ahead else steps:
+        for batch, read in prefetch(steps, self._device) if ahead else steps:
             self._shares = [
-                share._replace(cursors=place.cursors)
-                for share, place in zip(self._shares, places, strict=True)
+                share._replace(cursors=each.cursors) for share, each in zip(self._shares, read, strict=True)
             ]
-            for place in places:
-                self.errors.add(place.shards, place.errors)
+            for each in read:
+                self.errors.add(each.stats.shards, each.stats.errors)
             yield batch
 
     def rows(self, steps: range, *, pin: bool = False) -> Iterator[tuple[Rows, ...]]:
@@ -186,14 +188,15 @@ class Loader:
         """
         valid = validate(_STATE, state, "the state's place in the data", error=CheckpointError)
         expected = [list(each.zeros(self._num_sources).shape) for each in self._assignments]
-        shapes = [_shape(cursors) for cursors in valid["cursors"]]
+        cursors = [_to_tensor(lists) for lists in valid["cursors"]]
+        shapes = [list(each.shape) for each in cursors]
         if shapes != expected:
             raise CheckpointError(
                 f"the state has cursors of {shapes} and this run of {expected} (lanes, sources, numbers); "
                 f"give the settings that it was saved with, or --restart to begin anew"
             )
         self.errors.load_state_dict(valid["counts"])
-        self._load([torch.tensor(cursors, dtype=torch.int64) for cursors in valid["cursors"]])
+        self._load(cursors)
 
     @property
     def _num_sources(self) -> int:
@@ -208,37 +211,24 @@ class Loader:
                 self._shares.append(Share(assignment, lanes, side, whole[lanes.start : lanes.stop]))
 
 
-def _shape(cursors: Any) -> list[int]:
-    """Return the shape [L, S, 4] of nested lists; empty where they are uneven."""
-    sizes: list[int] = []
-    level = [cursors]
-    for _ in range(3):
-        counts = {len(part) for part in level}
-        if len(counts) != 1:
-            return []
-        sizes += counts
-        level = [inner for part in level for inner in part]
-    return sizes
-
-
-class Place(NamedTuple):
-    """The cursors of a rank's lanes after some images, and statistics of reading these."""
-
-    cursors: Tensor  # int64 [L, S, 4]
-    shards: int  # started
-    errors: tuple[ReadError, ...]
+def _to_tensor(cursors: Any) -> Tensor:
+    """Convert nested lists to int64 [L, S, 4]; to a scalar where they are uneven."""
+    try:
+        return torch.tensor(cursors, dtype=torch.int64)
+    except ValueError:
+        return torch.empty((), dtype=torch.int64)
 
 
 def with_targets(
     rows: Iterable[tuple[Rows, ...]], groups: Sequence[TeacherGroup], device: torch.device, teach: Teach
-) -> Iterator[tuple[Batch, tuple[Place, ...]]]:
-    """Yield batches with the teachers' features of online crops, and the place in the data after each."""
+) -> Iterator[tuple[Batch, tuple[Rows, ...]]]:
+    """Yield batches with the teachers' features of online crops, and the crops they come from."""
     for step, waited in timed(rows):
         batches = []
         for group, row in zip(groups, step, strict=True):
             images = to_images(row.pixels, device)
             batches.append(GroupBatch(group, for_student(images, group), teach(group, images)))
-        yield Batch(tuple(batches), waited), tuple(row.place for row in step)
+        yield Batch(tuple(batches), waited), step
 
 
 def to_images(pixels: Tensor, device: torch.device) -> Tensor:
@@ -268,7 +258,7 @@ class Share(NamedTuple):
 
     assignment: LaneAssignment
     lanes: range
-    side: int  # pixels of the square crops
+    crop_side: int  # pixels of the square crops
     cursors: Tensor  # int64 [L, S, 4]
 
 
@@ -277,7 +267,8 @@ class Rows(NamedTuple):
 
     pixels: Tensor  # uint8 [B, 3, side, side]
     keys: tuple[str, ...]  # the samples' names
-    place: Place
+    cursors: Tensor  # int64 [L, S, 4] after these images
+    stats: ReadStats  # of reading them
 
 
 @dataclass(eq=False)
@@ -317,10 +308,26 @@ class LaneStream(IterableDataset[tuple[Rows, ...]]):
             for index in range(share.assignment.images_per_lane):
                 sample = stream.take(stats)
                 position = share.assignment.position(step, lane, index)
-                pixels.append(random_view(sample.image, self.config, share.side, self.seed, position))
+                pixels.append(random_view(sample.image, self.config, share.crop_side, self.seed, position))
                 keys.append(sample.key)
         cursors = torch.stack([stream.cursor for stream in lanes.values()])
-        return Rows(torch.stack(pixels), tuple(keys), Place(cursors, stats.shards, tuple(stats.errors)))
+        return Rows(torch.stack(pixels), tuple(keys), cursors, stats)
+
+
+def outlast_signals(worker: int) -> None:
+    """Keep a loader's process alive when its run is requested to stop.
+
+    torchrun and schedulers signal all processes of a group, but the run still needs its images. Only signals
+    of the parent process end a loader: it terminates its loaders with SIGTERM and waits for them.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    threading.Thread(target=_heed_parent, daemon=True).start()
+
+
+def _heed_parent() -> None:
+    while signal.sigwaitinfo(STOP_SIGNALS).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def share_evenly(workers: int, counts: Sequence[int]) -> int:
@@ -372,19 +379,17 @@ def _join_steps(parts: Iterator[tuple[Rows, ...]], workers: int, pin: bool) -> I
 
 
 def _join(parts: Sequence[Rows], pin: bool) -> Rows:
-    places = [part.place for part in parts]
     pixels = [part.pixels for part in parts]
     if pin:
         # Concatenating pinned parts would give ordinary memory, and copies from it to a GPU block the step.
         joined = torch.cat(pixels, out=_page_locked((sum(map(len, pixels)), *pixels[0].shape[1:])))
     else:
         joined = pixels[0] if len(pixels) == 1 else torch.cat(pixels)
-    place = Place(
-        torch.cat([place.cursors for place in places]),
-        sum(place.shards for place in places),
-        tuple(chain.from_iterable(place.errors for place in places)),
+    stats = ReadStats(
+        sum(part.stats.shards for part in parts), [error for part in parts for error in part.stats.errors]
     )
-    return Rows(joined, tuple(chain.from_iterable(part.keys for part in parts)), place)
+    keys = tuple(chain.from_iterable(part.keys for part in parts))
+    return Rows(joined, keys, torch.cat([part.cursors for part in parts]), stats)
 
 
 def _page_locked(shape: tuple[int, ...]) -> Tensor:

@@ -104,27 +104,17 @@ def open_remote(name: str, position: int) -> IO[bytes]:
         OSError: it cannot be opened.
     """
     scheme = scheme_of(name)
+    if scheme != "pipe" and scheme not in _PROGRAMS:
+        url, headers = _on_the_hub(name) if scheme == "hf" else (name, {})
+        return io.BufferedReader(Served(url, position, headers), _READ_AHEAD)
     if scheme == "pipe":
-        return _skip_to(Piped(name[len("pipe:") :], _COMMAND_SILENCE), position)
-    if scheme in _PROGRAMS:
-        return _skip_to(Piped((*_PROGRAMS[scheme], name, *_AFTER.get(scheme, ())), _SILENCE), position)
-    url, headers = _on_the_hub(name) if scheme == "hf" else (name, {})
-    return _buffered(Served(url, position, headers))
-
-
-def _buffered(raw: io.RawIOBase) -> IO[bytes]:
-    return io.BufferedReader(raw, _READ_AHEAD)
-
-
-def _skip_to(piped: Piped, position: int) -> IO[bytes]:
-    """Skip a program's output up to a position and return the stream."""
-    stream = _buffered(piped)
+        piped = Piped(name[len("pipe:") :], _COMMAND_SILENCE)
+    else:
+        piped = Piped((*_PROGRAMS[scheme], name, *_AFTER.get(scheme, ())), _SILENCE)
+    stream = io.BufferedReader(piped, _READ_AHEAD)
     try:
-        while position:
-            passed = len(stream.read(min(position, _SKIPPED_AT_ONCE)))
-            position -= passed
-            if not passed:
-                raise EOFError(f"ends {position} bytes before where it was left")
+        if missing := _skip(stream, position):
+            raise EOFError(f"ends {missing} bytes before where it was left")
     except BaseException:
         stream.close()
         raise
@@ -309,6 +299,8 @@ def _retry(action: Callable[[], T]) -> T:
     return action()
 
 
-def _skip(response: HTTPResponse, left: int) -> None:
-    while left and (passed := len(response.read(min(left, _SKIPPED_AT_ONCE)))):
-        left -= passed
+def _skip(stream: IO[bytes] | HTTPResponse, count: int) -> int:
+    """Skip so many bytes; return how many were missing at the end."""
+    while count and (passed := len(stream.read(min(count, _SKIPPED_AT_ONCE)))):
+        count -= passed
+    return count

@@ -19,7 +19,7 @@ from radio.images import IMAGE_ENDINGS, MAX_IMAGE_BYTES, decode
 from radio.io import MAX_NAMES, MAX_NAMES_LETTERS, expand_braces
 from radio.tar import dots_note
 
-from .crops import image_at
+from .crops import shuffled_index
 from .errors import ReadError, ReadStats, ShardError
 from .remote import check_installed, check_url, open_remote, scheme_of
 from .tar import TarMember, TarStream
@@ -284,7 +284,8 @@ class ShardReader:
         start = time.monotonic()
         failed: set[str] = set()  # shards without any image
         for tried in range(1, _MAX_BARREN + 1):
-            unit = image_at(self._lane + self._unit * self._lanes, len(self._names) * self._parts, self._seed)
+            position, count = self._lane + self._unit * self._lanes, len(self._names) * self._parts
+            unit = shuffled_index(position, count, self._seed)
             name, part = self._names[unit // self._parts], unit % self._parts
             try:
                 if (sample := self._next_image(name, part, stats)) is not None:

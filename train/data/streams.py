@@ -27,7 +27,7 @@ from radio.image_files import StoredImages, list_unlabelled
 
 from ..config import DataConfig, TrainConfig
 from ..groups import Partition
-from .crops import image_at, seed_of
+from .crops import seed_of, shuffled_index
 from .errors import ReadError, ReadStats
 from .shards import Shards, ShardSample, expand
 
@@ -155,7 +155,7 @@ class ImageReader:
             DataError: too many in a row are unreadable.
         """
         for _ in range(_MAX_UNREADABLE):
-            index = image_at(self._lane + self._tried * self._lanes, self._count, self._seed)
+            index = shuffled_index(self._lane + self._tried * self._lanes, self._count, self._seed)
             self._tried += 1
             try:
                 return ShardSample(self._images.read(index), str(index))

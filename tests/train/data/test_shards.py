@@ -200,7 +200,7 @@ def test_a_run_may_read_through_pipes(tmp_path: Path) -> None:
     wanted = [step[0].keys for step in follow(local, range(6))]
     first = list(follow(piped, range(3)))
     assert [step[0].keys for step in first] == wanted[:3]
-    rest = follow(piped, range(3, 6), cursors=[first[-1][0].place.cursors], workers=1)
+    rest = follow(piped, range(3, 6), cursors=[first[-1][0].cursors], workers=1)
     assert [step[0].keys for step in rest] == wanted[3:]
 
 

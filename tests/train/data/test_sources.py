@@ -52,9 +52,9 @@ def test_what_cannot_be_read_is_counted_exactly(tmp_path: Path, lanes: int, work
     seen: Counter[str] = Counter()
     begun = 0
     for step in follow(config, range(13), workers=workers):  # 104 images: 8 epochs of 13
-        faults.update(named(step[0].place.errors))
+        faults.update(named(step[0].stats.errors))
         seen.update(step[0].keys)
-        begun += step[0].place.shards
+        begun += step[0].stats.shards
     assert set(faults) == {
         ("truncated", f"{tmp_path}/2.tar"),
         ("image", f"{tmp_path}/3.tar/00031.jpg"),
@@ -74,14 +74,14 @@ def test_what_cannot_be_read_is_counted_exactly(tmp_path: Path, lanes: int, work
 def test_counts_go_on_after_a_stop(tmp_path: Path) -> None:
     config = settings(DataConfig(shards=(damaged(tmp_path),), num_streams=4))
     whole = list(follow(config, range(12)))
-    counted = [len(step[0].place.errors) for step in whole]
+    counted = [len(step[0].stats.errors) for step in whole]
     assert sum(counted) > 10
     for stop in range(1, 12):
-        rest = list(follow(config, range(stop, 12), cursors=[whole[stop - 1][0].place.cursors]))
-        assert [named(step[0].place.errors) for step in rest] == [
-            named(step[0].place.errors) for step in whole[stop:]
+        rest = list(follow(config, range(stop, 12), cursors=[whole[stop - 1][0].cursors]))
+        assert [named(step[0].stats.errors) for step in rest] == [
+            named(step[0].stats.errors) for step in whole[stop:]
         ]
-        assert [step[0].place.shards for step in rest] == [step[0].place.shards for step in whole[stop:]]
+        assert [step[0].stats.shards for step in rest] == [step[0].stats.shards for step in whole[stop:]]
 
 
 def test_a_broken_image_is_followed_by_the_lanes_next(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_broken_images_of_a_folder_are_passed_over(tmp_path: Path) -> None:
     folder = fill_folder(tmp_path / "mixed", 9, broken=3)
     config = settings(DataConfig(images=(folder,)), batch_size=3)
     rows = [step[0] for step in follow(config, range(12))]
-    faults = Counter(chain.from_iterable(each.place.errors for each in rows))
+    faults = Counter(chain.from_iterable(each.stats.errors for each in rows))
     assert {fault.where for fault in faults} == {f"{folder}/z{n:03d}.jpg" for n in range(3)}
     assert {fault.cause for fault in faults} == {"image"}
     assert Counter(chain.from_iterable(each.keys for each in rows)).keys() == set(map(str, range(9)))
@@ -126,7 +126,7 @@ def test_images_that_are_not_samples_are_told(tmp_path: Path, lanes: int, piped:
     config = settings(DataConfig(shards=(pattern,), num_streams=lanes), batch_size=4)
     rows = [step[0] for step in follow(config, range(6))]
     assert len(set(chain.from_iterable(each.keys for each in rows))) == 4
-    assert {fault for each in rows for fault in each.place.errors} == {
+    assert {fault for each in rows for fault in each.stats.errors} == {
         ReadError(
             "left out",
             pattern,
@@ -150,9 +150,9 @@ def test_a_image_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pyte
     config = settings(DataConfig(shards=(str(path),), num_streams=1), batch_size=2)
     (rows,), *_ = follow(config, range(1))
     assert rows.keys == ("a.tar/0.jpg", "a.tar/2.jpg")
-    assert rows.place.errors == (
+    assert rows.stats.errors == [
         ReadError("image", f"{path}/1.jpg", "has 2001 bytes, and the limit is 2000"),
-    )
+    ]
 
 
 @pytest.mark.parametrize("lanes", [1, 4])
@@ -168,7 +168,7 @@ def test_a_damaged_header_ends_a_shard(tmp_path: Path, case: tuple[str, bytes, s
     config = settings(DataConfig(shards=(str(path),), num_streams=lanes), batch_size=4)
     rows = [step[0] for step in follow(config, range(6))]
     assert set(chain.from_iterable(each.keys for each in rows)) == {f"a.tar/{n}.jpg" for n in range(3)}
-    faults = {fault for each in rows for fault in each.place.errors}
+    faults = {fault for each in rows for fault in each.stats.errors}
     assert {(fault.cause, fault.where) for fault in faults} == {("unreadable", str(path))}
     assert all(re.search(case[2], fault.why) for fault in faults)
 
@@ -179,7 +179,7 @@ def test_a_shard_that_changes_while_it_is_read_is_told(tmp_path: Path) -> None:
     steps = follow(config, range(20))
     next(steps)
     pack_images(path, 0, 9)
-    faults = [fault for step in steps for fault in step[0].place.errors]
+    faults = [fault for step in steps for fault in step[0].stats.errors]
     assert faults
     assert {fault.cause for fault in faults} == {"unreadable"}
 
@@ -225,7 +225,7 @@ def test_an_image_damaged_in_any_way_is_counted(tmp_path: Path, damaged: bytes) 
     config = settings(DataConfig(shards=(str(path),), num_streams=1), batch_size=2)
     (rows,), *_ = follow(config, range(1))
     assert rows.keys == ("a.tar/0.jpg", "a.tar/2.jpg")
-    assert [(fault.cause, fault.where) for fault in rows.place.errors] == [("image", f"{path}/1.png")]
+    assert [(fault.cause, fault.where) for fault in rows.stats.errors] == [("image", f"{path}/1.png")]
 
 
 def test_shards_that_take_too_long_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +246,7 @@ def test_names_that_are_not_utf_8_are_read(tmp_path: Path) -> None:
     assert len(open_sources(config.data).fingerprint) == 64
     told: list[str] = []
     ErrorList(tmp_path / "broken.jsonl", told.append).add(
-        fault for (rows,) in follow(config, range(2)) for fault in rows.place.errors
+        fault for (rows,) in follow(config, range(2)) for fault in rows.stats.errors
     )
     assert json.loads((tmp_path / "broken.jsonl").read_text())["where"].endswith("/caf\\udce99.jpg")
 

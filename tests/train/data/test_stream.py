@@ -97,9 +97,7 @@ def test_ranks_and_workers_change_nothing(shards: str, kind: str, world: int, pl
                 parts = [ranks[rank][step][shared.of(rank).index(group)] for rank in group.ranks]
                 assert tuple(chain.from_iterable(part.keys for part in parts)) == wanted[number].keys
                 assert torch.equal(torch.cat([part.pixels for part in parts]), wanted[number].pixels)
-                assert torch.equal(
-                    torch.cat([part.place.cursors for part in parts]), wanted[number].place.cursors
-                )
+                assert torch.equal(torch.cat([part.cursors for part in parts]), wanted[number].cursors)
 
 
 @effort(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -110,12 +108,12 @@ def test_a_stream_goes_on_from_anywhere(shards: str, data: strategies.DataObject
     workers = data.draw(strategies.sampled_from([0, 0, 0, 1]))
     config = settings(DataConfig(shards=(shards,), scenes=20, weights=(3, 1), num_streams=lanes), 8, others=4)
     whole = list(follow(config, range(12)))
-    cursors = [rows.place.cursors for rows in whole[stop - 1]]
+    cursors = [rows.cursors for rows in whole[stop - 1]]
     rest = list(follow(config, range(stop, 12), cursors=cursors, workers=workers))
     assert keys(rest) == keys(whole[stop:])
     for one, other in zip(chain(*rest), chain(*whole[stop:]), strict=True):
         assert torch.equal(one.pixels, other.pixels)
-        assert torch.equal(one.place.cursors, other.place.cursors)
+        assert torch.equal(one.cursors, other.cursors)
 
 
 def test_what_was_read_is_not_read_again(shards: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,9 +135,9 @@ def test_what_was_read_is_not_read_again(shards: str, monkeypatch: pytest.Monkey
     assert len(once) == len(set(once)) == 56
     read.clear()
     before = list(follow(config, range(4)))
-    list(follow(config, range(4, 7), cursors=[before[-1][0].place.cursors]))
+    list(follow(config, range(4, 7), cursors=[before[-1][0].cursors]))
     assert sorted(read) == sorted(once)
-    assert torch.equal(before[-1][0].place.cursors, whole[3][0].place.cursors)
+    assert torch.equal(before[-1][0].cursors, whole[3][0].cursors)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -162,7 +160,7 @@ def test_a_batch_is_joined_into_page_locked_memory(
     for row, wanted in zip(rows, chain.from_iterable(follow(config, range(3))), strict=True):
         assert torch.equal(row.pixels, wanted.pixels)
         assert row.keys == wanted.keys
-        assert torch.equal(row.place.cursors, wanted.place.cursors)
+        assert torch.equal(row.cursors, wanted.cursors)
 
 
 class Failing(torch.utils.data.Dataset[int]):
@@ -237,7 +235,7 @@ def test_cursors_of_all_ranks_come_together(shards: str, tmp_path: Path) -> None
         for _ in loader.batches(97, lambda group, images: {}, ahead=rank == 1):  # three steps
             pass
         total = [a + torch.tensor(b) for a, b in zip(total, loader.state_dict()["cursors"], strict=True)]
-    assert all(torch.equal(a, b.place.cursors) for a, b in zip(total, whole, strict=True))
+    assert all(torch.equal(a, b.cursors) for a, b in zip(total, whole, strict=True))
     assert [len(each.local(shared, shared.groups[each.group].ranks[0])) for each in assignments] == [
         8 // len(shared.groups[0].ranks),
         4 // len(shared.groups[1].ranks),
