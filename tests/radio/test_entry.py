@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import importlib
 import io
 import os
@@ -268,3 +269,34 @@ def test_what_the_encoding_of_the_output_lacks_is_shown_by_number(
 def test_a_line_of_an_error_can_be_read() -> None:
     line = one_line(DataError("x" * 1_000_000 + " in a.json; mend it"))
     assert line is not None and len(line) < 2100 and line.endswith("in a.json; mend it")
+
+
+_FAULTS = """
+import ctypes, resource
+from radio import entry
+entry.keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+def use():
+    block = libc.malloc(100 << 20)
+    libc.memset(block, 1, 100 << 20)
+    libc.free(block)
+use()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    use()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="no glibc")
+def test_freed_memory_is_used_again_without_the_kernel() -> None:
+    def faults(**extra: str) -> int:
+        own = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+        command = [sys.executable, "-c", _FAULTS]
+        return int(subprocess.run(command, env={**own, **extra}, check=True, capture_output=True).stdout)
+
+    pages = 5 * (100 << 20) // os.sysconf("SC_PAGE_SIZE")
+    assert faults() < pages / 100
+    assert faults(MALLOC_ARENA_MAX="8") > faults()  # the user's own settings stay as they are
