@@ -1,1 +1,1 @@
-"""The images of a run: sources, lanes (cursors through the sources), and the stream of crops."""
+"""The images of a run: sources, streams (cursors through the sources), and their crops."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _MAX_UNREADABLE = 20  # images in a row before a crop fails
 
-Purpose = Literal["order", "crop", "positions", "window", "group", "source", "lane"]
+Purpose = Literal["order", "crop", "positions", "window", "group", "source", "stream"]
 _STREAMS: dict[Purpose, int] = {name: number for number, name in enumerate(get_args(Purpose))}
 
 
@@ -43,7 +43,7 @@ def shuffled_index(position: int, count: int, seed: int) -> int:
     return int(_order(seed, epoch, count)[place])
 
 
-@lru_cache(maxsize=16)  # lanes may be in different epochs of different sources
+@lru_cache(maxsize=16)  # streams may be in different epochs of different sources
 def _order(seed: int, epoch: int, count: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     return np.random.Generator(np.random.Philox(seed_of(seed, "order", epoch))).permutation(count)
 

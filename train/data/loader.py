@@ -1,6 +1,6 @@
 """The loader of a run: crops read by worker processes, the teachers' features, and a state to resume from.
 
-Worker processes share the lanes of a rank and read ahead, and the next batch may be prepared in a thread.
+Worker processes share the streams of a rank and read ahead, and the next batch may be prepared in a thread.
 Each step's crops therefore come with the cursors after them; the loader's state is that of the batch it
 yielded last, whatever was read ahead.
 """
@@ -38,9 +38,9 @@ from ..config import DataConfig, TrainConfig
 from ..groups import Partition, TeacherGroup
 from .crops import random_view
 from .errors import ErrorMonitor, ReadStats
-from .streams import LaneAssignment, ShardStream, Source, Sources, assign_lanes
+from .streams import ShardStream, Source, Sources, StreamAssignment, assign_streams
 
-# Letters: B images of a group on this rank, L its lanes, S sources.
+# Letters: B images of a group on this rank, L its streams, S sources.
 
 T = TypeVar("T")
 
@@ -111,7 +111,7 @@ class Loader:
         log: called with a message for the user.
 
     Raises:
-        ConfigError: ranks cannot share the lanes of their group.
+        ConfigError: ranks cannot share the streams of their group.
         DataError: the path of the list of broken data is not a file.
     """
 
@@ -131,7 +131,7 @@ class Loader:
         ranks.barrier()
         self._config, self._partition, self._ranks = config, partition, ranks
         self._data, self._sides, self._device, self._log = data, sides, device, log
-        self._assignments = assign_lanes(config, partition) if isinstance(data, Sources) else ()
+        self._assignments = assign_streams(config, partition) if isinstance(data, Sources) else ()
         self._shares: list[Share] = []
         self._load([assignment.zeros(self._num_sources) for assignment in self._assignments])
 
@@ -158,7 +158,7 @@ class Loader:
     def rows(self, steps: range, *, pin: bool = False) -> Iterator[tuple[Rows, ...]]:
         """Start the worker processes; yield the crops of each step, for every group of this rank."""
         assert isinstance(self._data, Sources)
-        config, counts = self._config.data, [len(share.lanes) for share in self._shares]
+        config, counts = self._config.data, [len(share.streams) for share in self._shares]
         workers = share_evenly(config.workers, counts)
         if workers != config.workers:
             streams = " and ".join(map(str, counts))
@@ -175,8 +175,8 @@ class Loader:
         for assignment in self._assignments:
             whole = assignment.zeros(self._num_sources)
             if assignment.group in local:
-                lanes = local[assignment.group].lanes
-                whole[lanes.start : lanes.stop] = local[assignment.group].cursors
+                streams = local[assignment.group].streams
+                whole[streams.start : streams.stop] = local[assignment.group].cursors
             cursors.append(self._ranks.sum(whole).tolist())
         return {"cursors": cursors, "counts": self.errors.state_dict()}
 
@@ -184,7 +184,7 @@ class Loader:
         """Restore what `state_dict` returned.
 
         Raises:
-            CheckpointError: it has other groups, lanes or sources, or is not such a state.
+            CheckpointError: it has other groups, streams or sources, or is not such a state.
         """
         valid = validate(_STATE, state, "the state's place in the data", error=CheckpointError)
         expected = [list(each.zeros(self._num_sources).shape) for each in self._assignments]
@@ -192,7 +192,7 @@ class Loader:
         shapes = [list(each.shape) for each in cursors]
         if shapes != expected:
             raise CheckpointError(
-                f"the state has cursors of {shapes} and this run of {expected} (lanes, sources, numbers); "
+                f"the state has cursors of {shapes} and this run of {expected} (streams, sources, numbers); "
                 f"give the settings that it was saved with, or --restart to begin anew"
             )
         self.errors.load_state_dict(valid["counts"])
@@ -203,12 +203,12 @@ class Loader:
         return len(self._data) if isinstance(self._data, Sources) else 0
 
     def _load(self, cursors: Sequence[Tensor]) -> None:
-        """Take this rank's lanes of every group's cursors [L, S, 4]."""
+        """Take this rank's streams of every group's cursors [L, S, 4]."""
         self._shares = []
         for assignment, whole in zip(self._assignments, cursors, strict=True):
-            if lanes := assignment.local(self._partition, self._ranks.rank):
+            if streams := assignment.local(self._partition, self._ranks.rank):
                 side = self._sides[assignment.group]
-                self._shares.append(Share(assignment, lanes, side, whole[lanes.start : lanes.stop]))
+                self._shares.append(Share(assignment, streams, side, whole[streams.start : streams.stop]))
 
 
 def _to_tensor(cursors: Any) -> Tensor:
@@ -256,8 +256,8 @@ def timed(items: Iterable[T]) -> Iterator[tuple[T, float]]:
 class Share(NamedTuple):
     """A rank's part of one group's images."""
 
-    assignment: LaneAssignment
-    lanes: range
+    assignment: StreamAssignment
+    streams: range
     crop_side: int  # pixels of the square crops
     cursors: Tensor  # int64 [L, S, 4]
 
@@ -272,8 +272,8 @@ class Rows(NamedTuple):
 
 
 @dataclass(eq=False)
-class LaneStream(IterableDataset[tuple[Rows, ...]]):
-    """The crops of a rank for some steps, per group; a loader process yields those of its lanes only."""
+class CropStreams(IterableDataset[tuple[Rows, ...]]):
+    """The crops of a rank for some steps, per group; a loader process yields those of its streams only."""
 
     sources: Sources
     shares: Sequence[Share]
@@ -289,28 +289,31 @@ class LaneStream(IterableDataset[tuple[Rows, ...]]):
         try:
             for step in self.steps:
                 yield tuple(
-                    self._read(share, lanes, step) for share, lanes in zip(self.shares, groups, strict=True)
+                    self._read(share, streams, step)
+                    for share, streams in zip(self.shares, groups, strict=True)
                 )
         finally:
-            for lane in chain.from_iterable(lanes.values() for lanes in groups):
-                lane.close()
+            for stream in chain.from_iterable(streams.values() for streams in groups):
+                stream.close()
 
     def _open(self, share: Share, worker: int, workers: int) -> dict[int, ShardStream]:
-        count = len(share.lanes) // workers
+        count = len(share.streams) // workers
         return {
-            share.lanes[n]: self.sources.open(share.assignment, share.lanes[n], share.cursors[n], self.seed)
+            share.streams[n]: self.sources.open(
+                share.assignment, share.streams[n], share.cursors[n], self.seed
+            )
             for n in range(worker * count, (worker + 1) * count)
         }
 
-    def _read(self, share: Share, lanes: dict[int, ShardStream], step: int) -> Rows:
+    def _read(self, share: Share, streams: dict[int, ShardStream], step: int) -> Rows:
         stats, pixels, keys = ReadStats(), [], []
-        for lane, stream in lanes.items():
-            for index in range(share.assignment.images_per_lane):
+        for number, stream in streams.items():
+            for index in range(share.assignment.images_per_stream):
                 sample = stream.take(stats)
-                position = share.assignment.position(step, lane, index)
+                position = share.assignment.position(step, number, index)
                 pixels.append(random_view(sample.image, self.config, share.crop_side, self.seed, position))
                 keys.append(sample.key)
-        cursors = torch.stack([stream.cursor for stream in lanes.values()])
+        cursors = torch.stack([stream.cursor for stream in streams.values()])
         return Rows(torch.stack(pixels), tuple(keys), cursors, stats)
 
 
@@ -331,7 +334,7 @@ def _heed_parent() -> None:
 
 
 def share_evenly(workers: int, counts: Sequence[int]) -> int:
-    """Return the largest number of loader processes, up to `workers`, that share a rank's lanes evenly."""
+    """Return the largest number of loader processes, up to `workers`, that share a rank's streams evenly."""
     return next((n for n in range(workers, 0, -1) if all(count % n == 0 for count in counts)), 0)
 
 
@@ -349,16 +352,16 @@ def open_stream(
 
     Args:
         sources: the data.
-        shares: the rank's lanes in each of its groups.
+        shares: the rank's streams in each of its groups.
         config: how to crop.
         seed: decides the order and the crops.
         steps: the steps to yield.
-        workers: number of processes, which share the lanes of each group evenly.
+        workers: number of processes, which share the streams of each group evenly.
         pin: put the images into pinned memory, for a GPU.
     """
     make_room_for_files(workers * READ_AHEAD * _TENSORS * len(shares))
     loader = DataLoader(
-        LaneStream(sources, shares, config, seed, steps),
+        CropStreams(sources, shares, config, seed, steps),
         batch_size=None,
         num_workers=workers,
         collate_fn=_keep,

@@ -1,4 +1,4 @@
-"""WebDataset shards: expand patterns to names, open a shard at a byte position, and read a lane's images."""
+"""WebDataset shards: expand patterns to names, open a shard at a byte position, read a stream's images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .remote import check_installed, check_url, open_remote, scheme_of
 from .tar import TarMember, TarStream
 
 _READ_AHEAD = 1 << 18
-_MAX_BARREN = 100  # shards in a row without an image, for one lane
+_MAX_BARREN = 100  # shards in a row without an image, for one stream
 _FEW, _LONG = 3, 600.0  # or fewer, after so many seconds: the network is down
 
 
@@ -225,8 +225,8 @@ class ShardSample(NamedTuple):
 class Shards:
     """WebDataset shards; every file with an image's extension is a sample.
 
-    The shards are shuffled in every epoch and dealt to the lanes round-robin. If there are fewer shards than
-    lanes, each is split into as many parts as needed, of every n-th image.
+    The shards are shuffled in every epoch and dealt to the streams round-robin. If there are fewer shards
+    than streams, each is split into as many parts as needed, of every n-th image.
     """
 
     count = None
@@ -246,18 +246,20 @@ class Shards:
         known = {"path": self.pattern, "fingerprint": self.fingerprint, "shards": len(self.names)}
         return [{**known, "labels_used": False}]
 
-    def open(self, lane: int, lanes: int, place: Sequence[int], seed: int) -> ShardReader:
-        """Open a lane's reader of them at a position."""
-        return ShardReader(self.names, lane, lanes, place, seed)
+    def open(self, stream: int, num_streams: int, place: Sequence[int], seed: int) -> ShardReader:
+        """Open a stream's reader of them at a position."""
+        return ShardReader(self.names, stream, num_streams, place, seed)
 
 
 @final
 class ShardReader:
-    """One lane's reader of shards; its position is a shard's part, a byte and a number of images."""
+    """One stream's reader of shards; its position is a shard's part, a byte and a number of images."""
 
-    def __init__(self, names: Sequence[str], lane: int, lanes: int, place: Sequence[int], seed: int) -> None:
-        self._names, self._lane, self._lanes, self._seed = names, lane, lanes, seed
-        self._parts = -(-lanes // len(names))
+    def __init__(
+        self, names: Sequence[str], stream: int, num_streams: int, place: Sequence[int], seed: int
+    ) -> None:
+        self._names, self._stream, self._num_streams, self._seed = names, stream, num_streams, seed
+        self._parts = -(-num_streams // len(names))
         self._num_distinct = len(set(names))
         self._unit, self._offset, self._seen = (int(number) for number in place)
         self._tar: TarStream | None = None
@@ -284,7 +286,7 @@ class ShardReader:
         start = time.monotonic()
         failed: set[str] = set()  # shards without any image
         for tried in range(1, _MAX_BARREN + 1):
-            position, count = self._lane + self._unit * self._lanes, len(self._names) * self._parts
+            position, count = self._stream + self._unit * self._num_streams, len(self._names) * self._parts
             unit = shuffled_index(position, count, self._seed)
             name, part = self._names[unit // self._parts], unit % self._parts
             try:
@@ -294,7 +296,7 @@ class ShardReader:
                 self._why = str(error)
                 if not self._seen:
                     failed.add(name)
-                if part == 0:  # each part's lane meets the damage; only one reports it
+                if part == 0:  # each part's stream meets the damage; only one reports it
                     cause = error.cause if isinstance(error, ShardError) else "unreadable"
                     stats.errors.append(ReadError(cause, name, str(error)))
             self.close()
@@ -330,7 +332,7 @@ class ShardReader:
         at_start = self._offset == 0
         stats.shards += at_start and part == 0
         self._tar = open_shard(name, self._offset)
-        self._left_out, self._why = LeftOut(whole=at_start), "a lane's part of it holds none"
+        self._left_out, self._why = LeftOut(whole=at_start), "a stream's part of it holds none"
         if at_start and part == 0 and self._jumps(self._tar) and (note := outline(name).note):
             stats.errors.append(ReadError("left out", name, note))  # known beforehand
         return self._tar
@@ -354,7 +356,7 @@ class ShardReader:
     def _decode(
         self, tar: TarStream, member: TarMember, shard: str, part: int, stats: ReadStats
     ) -> ShardSample | None:
-        """Decode an image of the shard; None where it is another lane's or cannot be decoded."""
+        """Decode an image of the shard; None where it is another stream's or cannot be decoded."""
         local = self._seen % self._parts == part
         small = member.size <= MAX_IMAGE_BYTES
         data = tar.read(member) if local and small else b""

@@ -1,9 +1,9 @@
 """Streams: independent cursors through the data of a run, which suffice to resume it exactly.
 
-A step's images are split over a fixed number of lanes per group of teachers (`--data.num-streams`), a
-contiguous block per lane. Each lane has a stream over all sources: shards are read in order, other images by
-number. A rank takes contiguous images and hence contiguous lanes, and its loader processes share those. So
-which images come, and in which order, depends on the lanes only, not on ranks or workers.
+A step's images are split over a fixed number of streams per group of teachers (`--data.num-streams`), a
+contiguous block per stream. Each goes over all sources: shards are read in order, other images by
+number. A rank takes contiguous images and hence contiguous streams, and its loader processes share those. So
+which images come, and in which order, depends on the streams only, not on ranks or workers.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from .crops import seed_of, shuffled_index
 from .errors import ReadError, ReadStats
 from .shards import Shards, ShardSample, expand
 
-# Letters: L lanes, S sources.
+# Letters: L streams, S sources.
 
-CURSOR = 4  # numbers per source in a lane's cursor: unit, offset, seen, taken
+CURSOR = 4  # numbers per source in a stream's cursor: unit, offset, seen, taken
 _MAX_UNREADABLE = 20  # images in a row, where they are read by number
 
 
 class SourceReader(Protocol):
-    """One lane's reader of one source."""
+    """One stream's reader of one source."""
 
     @property
     def place(self) -> tuple[int, int, int]:
@@ -68,10 +68,10 @@ class Source(Protocol):
 
 
 class ReadableSource(Source, Protocol):
-    """A part of the data that lanes can read."""
+    """A part of the data that streams can read."""
 
-    def open(self, lane: int, lanes: int, place: Sequence[int], seed: int) -> SourceReader:
-        """Open a lane's reader of the source at a position."""
+    def open(self, stream: int, num_streams: int, place: Sequence[int], seed: int) -> SourceReader:
+        """Open a stream's reader of the source at a position."""
 
 
 class Part(NamedTuple):
@@ -120,9 +120,9 @@ class ConcatImages:
         images, index = self._find(index)
         return f"{images.location}/{images.keys[index]}"
 
-    def open(self, lane: int, lanes: int, place: Sequence[int], seed: int) -> SourceReader:
-        """Open a lane's reader of them at a position."""
-        return ImageReader(self, lane, lanes, place, seed)
+    def open(self, stream: int, num_streams: int, place: Sequence[int], seed: int) -> SourceReader:
+        """Open a stream's reader of them at a position."""
+        return ImageReader(self, stream, num_streams, place, seed)
 
     def _find(self, index: int) -> tuple[ImageSource, int]:
         for images, count in self._parts:
@@ -134,10 +134,12 @@ class ConcatImages:
 
 @final
 class ImageReader:
-    """One lane's reader of images by number: shuffled in every epoch, dealt to the lanes round-robin."""
+    """One stream's reader of images by number: shuffled in every epoch, dealt to the streams round-robin."""
 
-    def __init__(self, images: ConcatImages, lane: int, lanes: int, place: Sequence[int], seed: int) -> None:
-        self._images, self._lane, self._lanes, self._seed = images, lane, lanes, seed
+    def __init__(
+        self, images: ConcatImages, stream: int, num_streams: int, place: Sequence[int], seed: int
+    ) -> None:
+        self._images, self._stream, self._num_streams, self._seed = images, stream, num_streams, seed
         self._count, self._tried = images.count, int(place[0])
 
     @property
@@ -155,7 +157,7 @@ class ImageReader:
             DataError: too many in a row are unreadable.
         """
         for _ in range(_MAX_UNREADABLE):
-            index = shuffled_index(self._lane + self._tried * self._lanes, self._count, self._seed)
+            index = shuffled_index(self._stream + self._tried * self._num_streams, self._count, self._seed)
             self._tried += 1
             try:
                 return ShardSample(self._images.read(index), str(index))
@@ -166,13 +168,13 @@ class ImageReader:
 
 
 class ShardStream:
-    """One lane's stream over all sources, mixed by their weights.
+    """One stream over all sources, mixed by their weights.
 
     The source that is furthest behind its weight comes next, so no count is ever more than two images away
-    from its share; lanes start with different credits, so that they do not all take the same source.
+    from its share; streams start with different credits, so that they do not all take the same source.
 
     Args:
-        readers: the lane's reader of each source.
+        readers: the stream's reader of each source.
         weights: the sources' weights, of any sum.
         taken: images taken from each source so far.
         seed: decides the credits.
@@ -204,45 +206,45 @@ class ShardStream:
 
     @property
     def cursor(self) -> Tensor:
-        """The lane's cursor: int64 [S, 4]."""
+        """The stream's cursor: int64 [S, 4]."""
         places = [(*reader.place, int(n)) for reader, n in zip(self._readers, self._taken, strict=True)]
         return torch.tensor(places, dtype=torch.int64)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LaneAssignment:
-    """How the images of one group's batch are split over lanes."""
+class StreamAssignment:
+    """How the images of one group's batch are split over streams."""
 
     group: int  # index of the group in the run
     offset: int  # of its images in a step's batch
     images_per_step: int  # over all groups
-    lanes: int
-    images_per_lane: int  # in a step
+    num_streams: int
+    images_per_stream: int  # in a step
 
-    def position(self, step: int, lane: int, index: int) -> int:
-        """Return the position in the run of image `index` of a lane in a step."""
+    def position(self, step: int, stream: int, index: int) -> int:
+        """Return the position in the run of image `index` of a stream in a step."""
         first = step * self.images_per_step + self.offset
-        return first + lane * self.images_per_lane + index
+        return first + stream * self.images_per_stream + index
 
     def zeros(self, sources: int) -> Tensor:
-        """Return the cursors of all lanes before the first image: int64 [L, S, 4]."""
-        return torch.zeros(self.lanes, sources, CURSOR, dtype=torch.int64)
+        """Return the cursors of all streams before the first image: int64 [L, S, 4]."""
+        return torch.zeros(self.num_streams, sources, CURSOR, dtype=torch.int64)
 
     def local(self, partition: Partition, rank: int) -> range:
-        """Return the lanes of one of the group's ranks; none for another rank."""
+        """Return the streams of one of the group's ranks; none for another rank."""
         group = partition.groups[self.group]
         if rank not in group.ranks:
             return range(0)
         rows = partition.rows(group, rank)
         start, stop = (row - group.first for row in (rows.start, rows.stop))
-        return range(start // self.images_per_lane, stop // self.images_per_lane)
+        return range(start // self.images_per_stream, stop // self.images_per_stream)
 
 
-def assign_lanes(config: TrainConfig, partition: Partition) -> tuple[LaneAssignment, ...]:
-    """Assign lanes to every group: the largest divisor of its batch up to `num_streams`.
+def assign_streams(config: TrainConfig, partition: Partition) -> tuple[StreamAssignment, ...]:
+    """Assign streams to every group: the largest divisor of its batch up to `num_streams`.
 
     Raises:
-        ConfigError: `num_streams` is below 1, or ranks cannot share the lanes of their group evenly.
+        ConfigError: `num_streams` is below 1, or ranks cannot share the streams of their group evenly.
     """
     limit = config.data.num_streams
     if limit < 1:
@@ -250,20 +252,20 @@ def assign_lanes(config: TrainConfig, partition: Partition) -> tuple[LaneAssignm
     assignments = []
     for index, group in enumerate(partition.groups):
         size, ranks = group.batch_size, len(group.ranks)
-        lanes = next(n for n in range(min(size, limit), 0, -1) if size % n == 0)
-        if lanes % ranks:
+        num_streams = next(n for n in range(min(size, limit), 0, -1) if size % n == 0)
+        if num_streams % ranks:
             raise ConfigError(
-                f"the {lanes} streams of {group.name} cannot be shared evenly by {ranks} ranks; they are "
-                f"fixed for a run, so start as many ranks as divide {lanes}, or begin anew with "
+                f"the {num_streams} streams of {group.name} cannot be shared evenly by {ranks} ranks; they "
+                f"are fixed for a run, so start as many ranks as divide {num_streams}, or begin anew with "
                 f"--data.num-streams {size}"
             )
         assignments.append(
-            LaneAssignment(
+            StreamAssignment(
                 group=index,
                 offset=group.first,
                 images_per_step=partition.batch_size,
-                lanes=lanes,
-                images_per_lane=size // lanes,
+                num_streams=num_streams,
+                images_per_stream=size // num_streams,
             )
         )
     return tuple(assignments)
@@ -296,15 +298,15 @@ class Sources:
         counts = [source.count for source in self._sources]
         return None if None in counts else sum(count or 0 for count in counts)
 
-    def open(self, assignment: LaneAssignment, lane: int, cursor: Tensor, seed: int) -> ShardStream:
-        """Open the stream of a group's lane at a cursor [S, 4], in a run with this seed."""
+    def open(self, assignment: StreamAssignment, stream: int, cursor: Tensor, seed: int) -> ShardStream:
+        """Open the stream of a group's stream at a cursor [S, 4], in a run with this seed."""
         group_seed = seed_of(seed, "group", assignment.group)
         readers = [
-            source.open(lane, assignment.lanes, place[:-1], seed_of(group_seed, "source", index))
+            source.open(stream, assignment.num_streams, place[:-1], seed_of(group_seed, "source", index))
             for index, (source, place) in enumerate(zip(self._sources, cursor.tolist(), strict=True))
         ]
         taken = cursor[:, -1].tolist()
-        return ShardStream(readers, self._weights, taken, seed_of(group_seed, "lane", lane))
+        return ShardStream(readers, self._weights, taken, seed_of(group_seed, "stream", stream))
 
 
 _NO_DATA = "no data: give --data.shards 'FILES.tar', --data.images FOLDER or --data.scenes COUNT"

@@ -14,7 +14,7 @@ from torch import Tensor
 from radio.dist import Ranks
 from train.config import DataConfig, TeacherConfig, TrainConfig
 from train.data.loader import Loader, Rows, Share, open_stream, share_evenly
-from train.data.streams import assign_lanes, open_sources
+from train.data.streams import assign_streams, open_sources
 from train.groups import Partition, make_partition
 
 from ..conftest import CPU, image_bytes
@@ -96,9 +96,9 @@ def follow(
     partition = partition or make_partition(config, 1)
     sources = open_sources(config.data)
     shares = []
-    for number, each in enumerate(assign_lanes(config, partition)):
-        if lanes := each.local(partition, rank):
+    for number, each in enumerate(assign_streams(config, partition)):
+        if streams := each.local(partition, rank):
             start = each.zeros(len(sources)) if cursors is None else cursors[number]
-            shares.append(Share(each, lanes, SIDE, start[lanes.start : lanes.stop]))
-    workers = share_evenly(workers, [len(share.lanes) for share in shares])
+            shares.append(Share(each, streams, SIDE, start[streams.start : streams.stop]))
+    workers = share_evenly(workers, [len(share.streams) for share in shares])
     return open_stream(sources, shares, config.data, config.seed, steps, workers, pin=pin)

@@ -20,7 +20,7 @@ from radio.images import decode
 from train.config import DataConfig
 from train.data.crops import random_view
 from train.data.loader import Rows, make_room_for_files, rows_of
-from train.data.streams import assign_lanes, open_sources
+from train.data.streams import assign_streams, open_sources
 from train.groups import make_partition
 
 from ..conftest import image_bytes
@@ -228,7 +228,7 @@ def test_cursors_of_all_ranks_come_together(shards: str, tmp_path: Path) -> None
     config = settings(DataConfig(shards=(shards,)), batch_size=8, others=4)
     whole = list(follow(config, range(3)))[-1]
     shared = make_partition(config, 3)
-    assignments = assign_lanes(config, shared)
+    assignments = assign_streams(config, shared)
     total = [each.zeros(1) for each in assignments]
     for rank in range(3):
         loader = loader_of(config, shared, rank, tmp_path)
@@ -247,9 +247,9 @@ def test_lanes_that_ranks_cannot_share_are_refused(shards: str) -> None:
     with pytest.raises(
         ConfigError, match=r"the 4 streams of a cannot be shared .* 3 ranks.*--data\.num-streams 12"
     ):
-        assign_lanes(config, make_partition(config, 3))
+        assign_streams(config, make_partition(config, 3))
     with pytest.raises(ConfigError, match=r"--data\.num-streams 0 cannot be"):
-        assign_lanes(replace(config, data=replace(config.data, num_streams=0)), make_partition(config, 1))
+        assign_streams(replace(config, data=replace(config.data, num_streams=0)), make_partition(config, 1))
 
 
 def test_sources_have_to_be_named_and_weighted(shards: str) -> None:
