@@ -22,7 +22,7 @@ from typing_extensions import TypedDict
 from radio.errors import DataError, require, shown
 from radio.images import MAX_PIXELS
 from radio.io import MAX_DATA_BYTES, brief, decode_text, parse_json, read_bytes, validate
-from radio.scenes.rle import decompress
+from radio.scenes.export import decompress
 
 # Letters: N instances of an image, H W pixels, P points of a polygon.
 

@@ -17,7 +17,7 @@ from pycocotools import mask as library
 from evals.sam_dropin.annotations import read_instances, read_results
 from evals.sam_dropin.data import Instances, open_instances, run_lengths
 from radio.errors import DataError
-from radio.scenes.rle import compress
+from radio.scenes.export import compress
 
 Change = Callable[[Callable[[Any], Any]], None]
 

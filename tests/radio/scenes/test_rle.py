@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies
 
-from radio.scenes.rle import compress, decompress, run_lengths
+from radio.scenes.export import compress, decompress, run_lengths
 
 
 def runs_by_loop(mask: np.ndarray) -> list[int]:
