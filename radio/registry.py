@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
@@ -63,10 +64,11 @@ class Registry(Generic[T]):
         kind: what its entries are, such as `student`.
         lazy: a plugin that cannot be loaded is an error where it is made, not where the registry is read; a
             registry of factories only.
+        modules: this package's modules that register entries, imported when the registry is first read.
     """
 
-    def __init__(self, kind: str, *, lazy: bool = False) -> None:
-        self.kind, self._lazy = kind, lazy
+    def __init__(self, kind: str, *, lazy: bool = False, modules: Sequence[str] = ()) -> None:
+        self.kind, self._lazy, self._modules = kind, lazy, modules
         self._entries: dict[str, T] = {}
         self._families: dict[str, Callable[[str], T]] = {}
         self._plugins_read = False
@@ -148,8 +150,10 @@ class Registry(Generic[T]):
             return
         self._plugins_read = True  # set first, since a plugin may read this registry while it is loaded
         try:
+            for module in self._modules:
+                importlib.import_module(module)
             self._load_plugins()
-        except ConfigError:
+        except Exception:
             self._plugins_read = False
             raise
 

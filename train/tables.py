@@ -1,4 +1,4 @@
-"""Start runs: a single one, or a table of the paper made again, one run per row, then a comparison of all.
+"""Tables of the paper made again: one run per row, and the comparison of all.
 
 Table 3 compares the balancers of the losses, table 6 efficient students under one recipe. Each has a version
 on the generated world, which takes minutes or hours on two cores, and the paper's own.
@@ -8,100 +8,28 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from evals.core.paper import TABLE_3, TABLE_6_MODELS, table_6_row
-from radio.dist import Ranks
 from radio.errors import ConfigError, MissingExtraError, did_you_mean, require, shown
 from radio.io import write_bytes, write_text
-from radio.model import make_student
-from radio.provenance import choose_device
 from radio.registry import Registry
-from radio.resources import collect, locked
 from radio.students import resolve_options
 
 from .config import BalanceConfig, DataConfig, OptimConfig, TeacherConfig, TrainConfig
-from .distributed import join
 from .loggers import LOG, read_records, say
 from .recipes import DINO, SCENES_TEACHERS, demo, paper_b14
-from .setup import check_settings, round_resolutions
-from .trainer import Trainer
 
 Rows: TypeAlias = Mapping[str, TrainConfig]
 """Runs by name."""
-
-
-class TrainedRows(NamedTuple):
-    """Result of some runs."""
-
-    checkpoints: dict[str, Path]
-    stopped: bool  # by a signal: the last of them is not finished
-    leads: bool  # whether this is the first rank, which does the rest
-
-
-def train_all(runs: Rows, console: Console, *, restart: bool = False) -> TrainedRows:
-    """Train runs of one device one after another; each resumes where it was stopped.
-
-    Args:
-        runs: their settings by name.
-        console: where the first rank reports.
-        restart: start every run over.
-
-    Raises:
-        RadioError: a run failed; errors in the settings are raised before the first run.
-    """
-    checkpoints: dict[str, Path] = {}
-    with join(device := choose_device(next(iter(runs.values())).device)) as group:
-        for config in runs.values():
-            check_settings(config, group.world)
-            check_tasks(config)
-        screen = console if group.leads else Console(quiet=True)
-        for name, given in runs.items():
-            config, changes = round_resolutions(given)
-            for line in changes:
-                say(screen, line)
-            with _alone(config.out, group):
-                run = Trainer(config, group, device, screen, restart=restart)
-                checkpoints[name] = run.train()
-            if run.stopped:
-                line = f"stopped after step {run.step} of {config.out}; the same command goes on from there"
-                say(screen, line)
-                return TrainedRows(checkpoints, stopped=True, leads=group.leads)
-            say(screen, f"checkpoint: {checkpoints[name]}")
-            del run
-            collect()  # frees reference cycles of the run, for the next model's memory
-    return TrainedRows(checkpoints, stopped=False, leads=group.leads)
-
-
-def check_tasks(config: TrainConfig) -> None:
-    """Check that the run can provide the settings that its evaluators require."""
-    if tasks := (*config.score, *(config.eval_tasks if config.eval_every else ())):
-        from .scoring import make_job  # imported late: it imports all evaluators
-
-        for task in tasks:
-            make_job(task)
-
-
-@contextmanager
-def _alone(folder: Path, group: Ranks) -> Iterator[None]:
-    """Lock a run folder against other trainers; the first rank does it, and all get the result.
-
-    Raises:
-        RadioError: another trainer has locked it.
-    """
-    with ExitStack() as held:
-        group.on_leader(lambda: held.enter_context(locked(folder, "trained")))
-        yield
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,20 +42,6 @@ class PaperTable:
 
 
 tables: Registry[Callable[[], PaperTable]] = Registry("table")
-
-
-def sweep(
-    table: PaperTable, runs: Rows, out: Path, console: Console, *, restart: bool = False
-) -> TrainedRows:
-    """Train rows of a table, from `rows_of`; once all are finished, compare their checkpoints.
-
-    Raises:
-        RadioError: as `train_all`.
-    """
-    trained = train_all(runs, console, restart=restart)
-    if trained.leads and not trained.stopped:
-        table.compare(runs, trained.checkpoints, out, console)
-    return trained
 
 
 def rows_of(table: PaperTable, base: TrainConfig, names: tuple[str, ...] = ()) -> dict[str, TrainConfig]:
@@ -367,6 +281,10 @@ def _nearest_side(name: str, base: TrainConfig) -> int:
     options = resolve_options(name, base.options)
     if options.has("image_size"):  # built for the resolution
         return base.resolution
+    import torch  # imported late: `radio-train --help` need not wait for it
+
+    from radio.model import make_student
+
     with torch.device("meta"):
         return make_student(name, options).nearest_size(base.resolution, base.resolution)[0]
 

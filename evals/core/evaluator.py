@@ -36,9 +36,9 @@ from radio.io import staged, write_bytes, write_texts
 from radio.model import RadioModel
 from radio.progress import ProgressFactory, no_progress
 from radio.provenance import choose_device, commit, describe_device, has_tf32, peak_memory, versions
-from radio.registry import Registry
 from radio.types import Backbone
 
+from . import evaluators
 from .blocks import Block, Image, encode_image
 from .features import Extraction, StoredFeatures, ViewSettings, default_workers, extract, make_view
 from .report import (
@@ -262,13 +262,6 @@ class Placed(Protocol):
     @property
     def fingerprint(self) -> str:
         """Hash of the content."""
-
-
-EvaluatorFactory = Callable[[], Evaluator[Any]]
-
-evaluators: Registry[EvaluatorFactory] = Registry("evaluator", lazy=True)
-"""Factories, so that a listing imports no optional library. Plug-ins use the entry-point group
-`am_radio.evaluators`; the first line of a factory's docstring is what `radio-eval list` prints."""
 
 
 def make_evaluator(task: str) -> Evaluator[Any]:

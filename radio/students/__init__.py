@@ -1,18 +1,23 @@
-"""Registry of students; a factory receives the options of its family and returns a new model."""
+"""Registry of students; a factory receives the options of its family and returns a new model.
+
+The families are imported when the registry is first read: settings and listings do not wait for torch.
+"""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from annotated_types import Interval
 
 from ..config import ReadWith, from_plain
 from ..errors import ConfigError
 from ..registry import Registry
-from ..types import Student
+
+if TYPE_CHECKING:
+    from ..types import Student
 
 Window = Annotated[int, Interval(ge=1, le=1024)]  # a side in tokens
 
@@ -40,9 +45,9 @@ class StudentOptions:
         return replace(self, **options)
 
 
-StudentFactory = Callable[[Any], Student]
-
-students: Registry[StudentFactory] = Registry("student")
+students: Registry[Callable[[Any], Student]] = Registry(
+    "student", modules=[f"radio.students.{family}" for family in ("eradio", "timm", "vit")]
+)
 
 
 def options_type(name: str) -> type[StudentOptions]:
@@ -98,7 +103,3 @@ def read_options(data: Any, settings: Mapping[str, Any], where: str) -> StudentO
 
 OptionsField = Annotated[StudentOptions, ReadWith(read_options)]
 """The type of a field `options` beside a field `student`."""
-
-from . import eradio as _eradio  # noqa: E402, F401  (registers the E-RADIO family)
-from . import timm as _timm  # noqa: E402, F401  (registers timm's models)
-from . import vit as _vit  # noqa: E402, F401  (registers the ViT family)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from evals import cli
+from evals import commands
 from evals.cli import main
 from evals.core.evaluator import RunSettings, evaluators
 from evals.core.report import read
@@ -333,12 +333,12 @@ def test_each_rank_takes_its_gpu_and_shards_cross_over_nccl(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    monkeypatch.setattr(cli, "joined", lambda backend="gloo": backends.append(backend))
+    monkeypatch.setattr(commands, "joined", lambda backend="gloo": backends.append(backend))
     monkeypatch.setenv("LOCAL_RANK", "1")
     if ranks:
         monkeypatch.setenv("WORLD_SIZE", "2")
     else:
         monkeypatch.delenv("WORLD_SIZE", raising=False)
-    cli._joined(RunSettings(device=device))
+    commands._joined(RunSettings(device=device))
     assert taken == ([] if chosen is None else [torch.device(chosen)])
     assert backends == [backend]

@@ -300,3 +300,36 @@ def test_freed_memory_is_used_again_without_the_kernel() -> None:
     pages = 5 * (100 << 20) // os.sysconf("SC_PAGE_SIZE")
     assert faults() < pages / 100
     assert faults(MALLOC_ARENA_MAX="8") > faults()  # the user's own settings stay as they are
+
+
+_LOADED = """
+import sys
+from radio import entry
+try:
+    code = getattr(entry, sys.argv[1])(sys.argv[2:])
+finally:
+    heavy = {"torch", "torchvision", "numpy", "PIL", "timm", "transformers", "matplotlib", "faiss"}
+    print("loaded", sorted(heavy & set(sys.modules)), code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "code", "shown"),
+    [
+        ("evaluate", [], 0, "usage: radio-eval"),
+        ("evaluate", ["--help"], 0, "usage: radio-eval"),
+        ("evaluate", ["list"], 0, "Weighted k-nearest-neighbour"),
+        ("evaluate", ["kmn"], 2, "did you mean knn"),
+        ("train", [], 2, "usage: radio-train"),
+        ("train", ["--help"], 0, "table6-paper"),
+        ("train", ["dmeo"], 2, "did you mean demo"),
+    ],
+)
+def test_usage_lists_and_wrong_names_come_without_torch(
+    command: str, arguments: list[str], code: int, shown: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _LOADED, command, *arguments], capture_output=True, text=True, check=True
+    )
+    assert shown in done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == f"loaded [] {code}"

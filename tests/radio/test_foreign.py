@@ -116,6 +116,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
         for name, text in parts.items():
             code = code.replace(f"{{{name}}}", text)
         (tmp_path / "site" / "odd_things.py").write_text(code)
+        assert all(list(registry) for registry in REGISTRIES)  # our own entries come before this test's
         monkeypatch.syspath_prepend(tmp_path / "site")
         monkeypatch.delitem(sys.modules, "odd_things", raising=False)
         for registry in REGISTRIES:
@@ -314,7 +315,10 @@ def test_good_ones_are_distilled_and_scored(install: Callable[..., None], images
             "(odd_things.py:54): Strange: x; mend or",
         ),
         ({"score": "torch.zeros(2) @ torch.zeros(3)"}, "failed in score (odd_things.py:54): "),
-        ({"score": "return None"}, "odd-task: its evaluate gave NoneType, wanted a Result with metrics"),
+        (
+            {"score": "return None"},
+            "evaluator 'odd-task' (package odd-things): its evaluate gave NoneType, wanted a Result",
+        ),
         (
             {"missing_requirements": "return 1 / 0"},
             "failed in missing_requirements (odd_things.py:50): ZeroDivisionError: ",

@@ -12,7 +12,7 @@ from radio.dist import Ranks
 from radio.errors import ConfigError, RadioError
 from radio.resources import NAME
 from train.checkpoints import CheckpointManager
-from train.tables import _alone
+from train.commands import _alone
 
 from .ranks import on_ranks
 from .test_damaged_states import filled, open_states, tensors

@@ -123,7 +123,7 @@ def test_a_row_is_forgotten_before_the_next_one_is_built(
         built.append(weakref.ref(run))
         return run
 
-    monkeypatch.setattr("train.tables.Trainer", build)
+    monkeypatch.setattr("train.commands.Trainer", build)
     assert main(["table3", *TINY, "--score", "--out", str(tmp_path)]) == 0
     assert len(built) == len(ROWS)
 
