@@ -302,7 +302,7 @@ def make_lean(teacher: Teacher, config: TrainConfig, *, half: bool) -> None:
         half: whether forwards run in bfloat16, under autocast.
     """
     if isinstance(teacher, Frozen):
-        teacher.drop_text()
+        teacher.text = None
     if half and config.cache.folder is None and isinstance(teacher, nn.Module):
         halve(teacher)
 

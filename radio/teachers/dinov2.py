@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoint import load_state
-from ..errors import CheckpointError, ConfigError, did_you_mean
+from ..errors import CheckpointError
 from ..nn.vit import IMAGENET_MEAN, IMAGENET_STD, NORM_EPS, Block, LinearStem
 from ..types import Features, Teacher
 from . import families
-from .base import Frozen, read_weights
+from .base import Frozen, find_member, read_weights
 
 # transformers' names and the official ones; query, key and value are concatenated afterwards.
 _TRANSFORMERS = (
@@ -32,7 +32,6 @@ _TRANSFORMERS = (
     (r"\.mlp\.weights_in\.", ".mlp.w12."),
     (r"\.mlp\.weights_out\.", ".mlp.w3."),
 )
-_PARTS = ("query", "key", "value")
 
 ANCHORS = ("cls_token", "embeddings.cls_token")
 """Weights of every layout have one of these names: the official and timm's, or transformers'."""
@@ -63,45 +62,44 @@ def to_official(tensors: dict[str, Tensor], source: str) -> Layout:
         CheckpointError: none of the three layouts; `source` names the file.
     """
     try:
-        return _to_official(tensors, source)
+        if any(name.endswith("embeddings.cls_token") for name in tensors):
+            official = _from_transformers(tensors)
+            resampling = Resampling(antialias="register_tokens" in official)
+        elif "cls_token" not in tensors or "pos_embed" not in tensors:
+            raise CheckpointError(
+                f"{source}: not DINOv2 weights: wanted the keys of the official release, of timm or of "
+                f"transformers, got {', '.join(list(tensors)[:3])} …"
+            )
+        elif "mask_token" not in tensors:  # timm drops it, the official files always have it
+            official, resampling = _from_timm(tensors), Resampling(antialias=True)
+        else:
+            official = dict(tensors)
+            antialias = "register_tokens" in official
+            resampling = Resampling(antialias=True) if antialias else Resampling(offset=0.1)
     except (IndexError, TypeError, RuntimeError) as error:  # missing dimensions
         raise CheckpointError(f"{source}: not DINOv2 weights: tensors of odd shapes ({error})") from error
+    official.pop("mask_token", None)
+    return Layout(official, resampling)
 
 
-def _to_official(tensors: dict[str, Tensor], source: str) -> Layout:
-    if any(name.endswith("embeddings.cls_token") for name in tensors):
-        return _from_transformers(tensors)
-    if "cls_token" not in tensors or "pos_embed" not in tensors:
-        raise CheckpointError(
-            f"{source}: not DINOv2 weights: wanted the keys of the official release, of timm or of "
-            f"transformers, got {', '.join(list(tensors)[:3])} …"
-        )
-    if "mask_token" not in tensors:  # timm drops it, the official files always have it
-        return Layout(_from_timm(tensors), Resampling(antialias=True))
-    has_registers = "register_tokens" in tensors
-    resampling = Resampling(antialias=True) if has_registers else Resampling(offset=0.1)
-    return Layout(_without_mask_token(tensors), resampling)
-
-
-def _from_transformers(tensors: dict[str, Tensor]) -> Layout:
-    renamed = {_rename(name): tensor for name, tensor in tensors.items()}
-    for name in [name for name in renamed if ".attn.query." in name]:
-        parts = [name.replace("query", part) for part in _PARTS]
-        if all(part in renamed for part in parts):
-            renamed[name.replace("query", "qkv")] = torch.cat([renamed.pop(part) for part in parts])
-    antialias = "register_tokens" in renamed
-    return Layout(_without_mask_token(renamed), Resampling(antialias=antialias))
-
-
-def _rename(name: str) -> str:
-    for pattern, replacement in _TRANSFORMERS:
-        name = re.sub(pattern, replacement, name)
-    return name
+def _from_transformers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    official = {}
+    for name, tensor in tensors.items():
+        for pattern, replacement in _TRANSFORMERS:
+            name = re.sub(pattern, replacement, name)
+        official[name] = tensor
+    for name in [name for name in official if ".attn.query." in name]:
+        parts = [name.replace("query", part) for part in ("query", "key", "value")]
+        if all(part in official for part in parts):
+            official[name.replace("query", "qkv")] = torch.cat([official.pop(part) for part in parts])
+    return official
 
 
 def _from_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     official = dict(tensors)
-    if _has_packed_swiglu(official):
+    first, second = (official.get(f"blocks.0.mlp.{layer}.weight") for layer in ("fc1", "fc2"))
+    if first is not None and second is not None and len(first) == 2 * second.shape[1]:
+        # The giant's fc1 outputs gate and value together, twice the input of fc2.
         official = {
             name.replace(".mlp.fc1.", ".mlp.w12.").replace(".mlp.fc2.", ".mlp.w3."): tensor
             for name, tensor in official.items()
@@ -112,16 +110,6 @@ def _from_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         positions = official["pos_embed"]
         official["pos_embed"] = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
     return official
-
-
-def _has_packed_swiglu(tensors: dict[str, Tensor]) -> bool:
-    """Check whether fc1 outputs gate and value together, twice the input of fc2, as in the giant."""
-    first, second = tensors.get("blocks.0.mlp.fc1.weight"), tensors.get("blocks.0.mlp.fc2.weight")
-    return first is not None and second is not None and len(first) == 2 * second.shape[1]
-
-
-def _without_mask_token(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if name != "mask_token"}
 
 
 # Letters: B batch, T tokens, P class and register tokens, D width, H W grid, h w pixels.
@@ -166,16 +154,9 @@ def dinov2(name: str, file: Path | None, *, meta: bool = False) -> Teacher:
         CheckpointError: no file, or not the weights of this member.
     """
     spec = f"dinov2:{name}"
-    member = _member(name)
+    member = find_member(MEMBERS, name, "DINOv2 member")
     tensors = None if meta else read_weights(spec, file, ANCHORS)
     return load_dinov2(spec, member, tensors, f"{spec}@{file}", weights_file=file)
-
-
-def _member(name: str) -> DinoArchitecture:
-    if name not in MEMBERS:
-        hint = did_you_mean(name, MEMBERS) or f"; known: {', '.join(MEMBERS)}"
-        raise ConfigError(f"unknown DINOv2 member {name!r}{hint}")
-    return MEMBERS[name]
 
 
 def load_dinov2(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
@@ -10,23 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import digest, load_state
-from ..errors import CheckpointError, ConfigError, DataError, did_you_mean, require
+from ..errors import CheckpointError, ConfigError, did_you_mean, require
 from ..types import Features, Teacher
 from . import families
-from .base import Frozen, read_weights
+from .base import Frozen, encode_batches, read_weights
 
 # Letters: B batch, C summary width, T tokens, D token width, H W grid, N texts, L text length.
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
-TEXTS_AT_ONCE = 256
 
 _ANCHORS = ("visual.class_embedding",)  # a weight of every vision transformer of open_clip
-_OPENAI_SIZES = (
-    "input_resolution",
-    "context_length",
-    "vocab_size",
-)  # entries of its archives that are no weights
+_OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")  # in its archives, but no weights
 
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]  # mean, std
 
@@ -51,12 +47,28 @@ def openclip(name: str, file: Path | None, *, after_norm: bool = True, meta: boo
         MissingExtraError: open_clip is not installed.
     """
     library = require("open_clip", extra="zeroshot")
-    config = _read_config(library, name.partition("/")[0])
-    normalisation = _normalisation(library, name, config)  # checks the tag before the file
+    architecture, _, tag = name.partition("/")
+    config = _read_config(library, architecture)
+    # Checks the tag before the file.
+    mean, std = _read_normalisation(library, architecture, tag, bool(config.get("quick_gelu")))
     model = build_clip(library, config)
     if not meta:
         load_state(model, _read_tensors(name, file, config), f"openclip:{name}@{file}")
-    return _freeze(library, name, config, model, normalisation, after_norm=after_norm, weights_file=file)
+    trunk = ClipTrunk(model.visual, after_norm=after_norm)
+    return Frozen(
+        trunk=trunk,
+        name=f"openclip:{name}",
+        mean=mean,
+        std=std,
+        native_size=trunk.size,
+        patch_size=config["vision_cfg"]["patch_size"],
+        fixed_size=True,
+        summary_dim=config["embed_dim"],
+        token_dim=config["vision_cfg"]["width"],
+        text=_text_tower(library, architecture, config, model),
+        variant=f"after_norm={after_norm}",
+        weights_file=file,
+    )
 
 
 def _read_tensors(name: str, file: Path | None, config: dict[str, Any]) -> dict[str, Tensor]:
@@ -74,34 +86,6 @@ def _read_tensors(name: str, file: Path | None, config: dict[str, Any]) -> dict[
     if scale is not None and scale.numel() == 1:
         tensors["logit_scale"] = scale.reshape(())  # some releases store it as [1]
     return tensors
-
-
-def _freeze(
-    library: Any,
-    name: str,
-    config: dict[str, Any],
-    model: Any,
-    normalisation: Normalisation,
-    *,
-    after_norm: bool,
-    weights_file: Path | None,
-) -> Frozen:
-    mean, std = normalisation
-    trunk = ClipTrunk(model.visual, after_norm=after_norm)
-    return Frozen(
-        trunk=trunk,
-        name=f"openclip:{name}",
-        mean=mean,
-        std=std,
-        native_size=trunk.size,
-        patch_size=config["vision_cfg"]["patch_size"],
-        fixed_size=True,
-        summary_dim=config["embed_dim"],
-        token_dim=config["vision_cfg"]["width"],
-        text=_text_tower(library, name.partition("/")[0], config, model),
-        variant=f"after_norm={after_norm}",
-        weights_file=weights_file,
-    )
 
 
 def build_clip(library: Any, config: dict[str, Any]) -> Any:
@@ -152,10 +136,13 @@ class OpenClipText(nn.Module):
         self.encoder = encoder
         self.tokenizer_name = tokenizer_name
         self._make_tokenizer = tokenizer
-        self._tokenizer: Callable[[list[str]], Tensor] | None = None
         self._fingerprints: dict[torch.dtype, str] = {}
         self.requires_grad_(False)
         self.eval()
+
+    @cached_property
+    def _tokenizer(self) -> Callable[[list[str]], Tensor]:
+        return self._make_tokenizer()
 
     @property
     def fingerprint(self) -> str:
@@ -172,14 +159,8 @@ class OpenClipText(nn.Module):
             DataError: no texts.
             ConfigError: open_clip does not include the tokenizer.
         """
-        if not texts:
-            raise DataError("no texts to encode; give at least one")
-        if self._tokenizer is None:
-            self._tokenizer = self._make_tokenizer()
         device = next(self.encoder.parameters()).device
-        batches = [list(texts[i : i + TEXTS_AT_ONCE]) for i in range(0, len(texts), TEXTS_AT_ONCE)]
-        with torch.no_grad():
-            return torch.cat([self.encoder(self._tokenizer(batch).to(device)) for batch in batches])
+        return encode_batches(texts, lambda batch: self.encoder(self._tokenizer(batch).to(device)))
 
     def project(self, summaries: Tensor) -> Tensor:
         """Return the summaries [B, C] unchanged: CLIP's projection has already been applied."""
@@ -239,11 +220,6 @@ def _read_config(library: Any, architecture: str) -> dict[str, Any]:
             "text transformers can: ViT-B-32, ViT-B-16, ViT-L-14, ViT-H-14, ViT-g-14, ViT-bigG-14 and kin"
         )
     return config
-
-
-def _normalisation(library: Any, name: str, config: dict[str, Any]) -> Normalisation:
-    architecture, _, tag = name.partition("/")
-    return _read_normalisation(library, architecture, tag, bool(config.get("quick_gelu")))
 
 
 def _read_normalisation(library: Any, architecture: str, tag: str, quick_gelu: bool) -> Normalisation:

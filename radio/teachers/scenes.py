@@ -19,15 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import Checkpoint, digest, load, load_state
-from ..errors import ConfigError, RadioError, did_you_mean, require
+from ..errors import RadioError, did_you_mean, require
 from ..io import brief
 from ..nn.vit import IMAGENET_MEAN, IMAGENET_STD
 from ..scenes.language import VOCABULARY
 from ..students.vit import ViT, ViTConfig
 from ..types import Features
 from . import families
-from .base import Frozen, refuse_file
-from .sam import SamTrunk, freeze_sam
+from .base import Frozen, find_member, refuse_file
+from .sam import SamTrunk, assemble_sam, freeze_sam
 
 # Letters: B batch, N texts, L context length, C summary width.
 
@@ -65,9 +65,7 @@ def tokenize(texts: Sequence[str]) -> Tensor:
 def _number(word: str, text: str) -> int:
     if word not in _NUMBERS:
         words = f"; it reads: {' '.join(VOCABULARY)} (its templates are --templates scenes)"
-        near = did_you_mean(
-            word, (known for known in VOCABULARY if len(known) > 3)
-        )  # no suggestion of "a" or "of"
+        near = did_you_mean(word, (known for known in VOCABULARY if len(known) > 3))  # not "a" or "of"
         raise TextError(f"the scenes text tower does not know {brief(word)} in {brief(text)}{near or words}")
     return _NUMBERS[word]
 
@@ -79,14 +77,9 @@ class SceneText(nn.Module):
     def __init__(self, *, width: int, layers: int, heads: int, out: int) -> None:
         super().__init__()
         library = require("open_clip.transformer", extra="zeroshot")
+        sizes = {"width": width, "heads": heads, "layers": layers, "output_dim": out}
         self.transformer: Any = library.TextTransformer(
-            context_length=CONTEXT,
-            vocab_size=_END + 1,
-            width=width,
-            heads=heads,
-            layers=layers,
-            output_dim=out,
-            pad_id=_PAD,
+            context_length=CONTEXT, vocab_size=_END + 1, pad_id=_PAD, **sizes
         )
 
     @property
@@ -116,7 +109,6 @@ class SceneText(nn.Module):
 
 SIDE, PATCH = 112, 8
 WIDTH, NECK = 96, 64
-_GRID = SIDE // PATCH
 
 
 def new_sam() -> Any:
@@ -137,19 +129,7 @@ def new_sam() -> Any:
         window_size=7,
         global_attn_indexes=(1, 3),
     )
-    prompts = library.PromptEncoder(
-        embed_dim=NECK,
-        image_embedding_size=(_GRID, _GRID),
-        input_image_size=(SIDE, SIDE),
-        mask_in_chans=16,
-    )
-    decoder = library.MaskDecoder(
-        transformer_dim=NECK,
-        transformer=library.TwoWayTransformer(depth=2, embedding_dim=NECK, num_heads=4, mlp_dim=256),
-        iou_head_hidden_dim=NECK,
-    )
-    mean, std = ([255 * value for value in values] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return library.Sam(encoder, prompts, decoder, pixel_mean=mean, pixel_std=std)
+    return assemble_sam(encoder, IMAGENET_MEAN, IMAGENET_STD, heads=4, mlp_dim=256, iou_head=NECK)
 
 
 Name = Literal["clip", "dense", "sam"]
@@ -157,7 +137,6 @@ NAMES: tuple[Name, ...] = get_args(Name)
 WEIGHTS = Path(__file__).parent.parent / "weights"
 
 SUMMARY = 128  # the width of CLIP's common space
-_NOTHING = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # the ViT normalises its input itself
 
 
 def _vit(name: str, native: int) -> ViT:
@@ -196,7 +175,7 @@ class Clip(nn.Module):
         self.text = SceneText(width=128, layers=2, heads=4, out=SUMMARY)
 
 
-def weights_file(name: Name, folder: Path = WEIGHTS) -> Path:
+def weights_file(name: str, folder: Path = WEIGHTS) -> Path:
     """Return the path of a scenes teacher's weights in a folder."""
     return folder / f"scenes_{name}.safetensors"
 
@@ -208,11 +187,8 @@ def scenes_teacher(name: str, folder: Path = WEIGHTS) -> Frozen:
         ConfigError: no teacher of that name; suggests the nearest.
         CheckpointError: its file in `folder` is absent or damaged.
     """
-    for known in NAMES:
-        if name == known:
-            return _BUILDERS[known](load(weights_file(known, folder)))
-    hint = did_you_mean(name, NAMES) or f"; known: {', '.join(NAMES)}"
-    raise ConfigError(f"unknown scenes teacher {name!r}{hint}")
+    build = find_member(_BUILDERS, name, "scenes teacher")
+    return build(load(weights_file(name, folder)))
 
 
 def scenes_sam(folder: Path = WEIGHTS) -> Any:
@@ -235,12 +211,11 @@ def _filled(module: nn.Module, checkpoint: Checkpoint) -> Any:
 
 
 def _frozen_vit(name: str, trunk: nn.Module, native: int, text: SceneText | None) -> Frozen:
-    mean, std = _NOTHING
     return Frozen(
         trunk=trunk,
         name=name,
-        mean=mean,
-        std=std,
+        mean=(0.0, 0.0, 0.0),  # the ViT normalises its input itself
+        std=(1.0, 1.0, 1.0),
         native_size=(native, native),
         patch_size=12,
         summary_dim=128,
@@ -267,7 +242,7 @@ def frozen_sam(sam: Any) -> Frozen:
     )
 
 
-_BUILDERS: dict[Name, Callable[[Checkpoint], Frozen]] = {
+_BUILDERS: dict[str, Callable[[Checkpoint], Frozen]] = {
     "clip": lambda checkpoint: frozen_clip(_filled(Clip(), checkpoint)),
     "dense": lambda checkpoint: frozen_dense(_filled(new_dense(), checkpoint)),
     "sam": lambda checkpoint: frozen_sam(_filled(new_sam(), checkpoint)),

@@ -144,7 +144,7 @@ def test_openais_archives_are_read_and_want_their_own_gelu(tiny, randomised, tmp
 def test_texts_are_batched_without_changing_them(tiny, randomised, tmp_path, monkeypatch):
     teacher = families["openclip"](tiny, save(library_model(tiny, randomised), tmp_path / "w.pt"))
     whole = teacher.text.encode(TEXTS)
-    monkeypatch.setattr("radio.teachers.openclip.TEXTS_AT_ONCE", 2)
+    monkeypatch.setattr("radio.teachers.base._TEXTS_AT_ONCE", 2)
     torch.testing.assert_close(teacher.text.encode(TEXTS), whole)
     with pytest.raises(DataError, match="no texts"):
         teacher.text.encode([])

@@ -20,7 +20,6 @@ from radio.teachers.pip import EFFICIENTNET_LITE0, VIT_S_FOCUS, Package, locate
 SMALL = Package(
     distribution="small-weights",
     version="1.2",
-    module="small_weights",
     path="data/w.pth",
     sha256=hashlib.sha256(b"weights").hexdigest(),
 )
