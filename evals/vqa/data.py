@@ -14,7 +14,7 @@ import os
 import tarfile
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple, NotRequired, Protocol, final
 
@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from typing_extensions import TypedDict
 
@@ -143,11 +144,7 @@ def read_records(
 
 
 def _record(row: Any, number: str, is_image: Callable[[str], bool]) -> tuple[Record, bool]:
-    """Check a record; return it, and whether it begins with an answer, which is dropped.
-
-    Raises:
-        DataError: it cannot be used; the message gives the reason, not the place.
-    """
+    """Check a record; return it, and whether it begins with an answer, which is dropped."""
     if not isinstance(row, dict) or not isinstance(row.get("conversations"), list):
         raise DataError(f"wanted an object with a list 'conversations', got {_type(row)}")
     data = validate(_ROW, row, "a record is {'id', 'image', 'conversations': [{'from', 'value'}]}")
@@ -232,9 +229,8 @@ def pieces(record: Record, template: Template, end: str) -> list[Piece]:
 class VisionInputs(Protocol):
     """The model's input for each image, by name."""
 
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens T of an image."""
+    num_tokens: int
+    """Number of tokens T of an image."""
 
     def __getitem__(self, name: str) -> Tensor:
         """Return tokens [T, D], or pixels [3, h, w] in [0, 1]."""
@@ -272,6 +268,13 @@ def tokenize(parts: Sequence[Piece], tokenizer: Any, num_tokens: int) -> tuple[l
         ids.append(token)
         labels.append(token if is_learned else IGNORED)
     return ids, labels
+
+
+def shuffle_images(records: Iterable[Record], names: Sequence[str], seed: int) -> list[Record]:
+    """Give each record another one's image, of `names`: the control of whether training uses the images."""
+    permuted = np.random.default_rng([seed, len(names)]).permutation(names).tolist()
+    other: dict[str | None, str | None] = {None: None, **dict(zip(names, permuted, strict=True))}
+    return [record._replace(image=other[record.image]) for record in records]
 
 
 @final
@@ -326,7 +329,9 @@ class Conversations(Dataset[TrainingSample]):
 def collate(samples: Sequence[TrainingSample], pad_token: int) -> dict[str, Tensor]:
     """Pad samples on the right: `input_ids`, `attention_mask`, `labels` [B, S]; `pixel_values` of images."""
     batch = pad([sample.ids for sample in samples], pad_token, left=False)
-    batch["labels"] = _stack([sample.labels for sample in samples], IGNORED, left=False)
+    batch["labels"] = pad_sequence(
+        [sample.labels for sample in samples], batch_first=True, padding_value=IGNORED
+    )
     images = [sample.image for sample in samples if sample.image is not None]
     if images:
         batch["pixel_values"] = torch.stack(images).float()
@@ -335,16 +340,9 @@ def collate(samples: Sequence[TrainingSample], pad_token: int) -> dict[str, Tens
 
 def pad(ids: Sequence[Tensor], pad_token: int, *, left: bool) -> dict[str, Tensor]:
     """Pad on the right for training, on the left for generation: `input_ids`, `attention_mask` [B, S]."""
-    ones = [torch.ones_like(row) for row in ids]
-    return {"input_ids": _stack(ids, pad_token, left=left), "attention_mask": _stack(ones, 0, left=left)}
-
-
-def _stack(rows: Sequence[Tensor], fill: int, *, left: bool) -> Tensor:
-    longest = max(len(row) for row in rows)
-    stacked = torch.full((len(rows), longest), fill, dtype=torch.int64)
-    for index, row in enumerate(rows):
-        stacked[index, slice(longest - len(row), None) if left else slice(0, len(row))] = row
-    return stacked
+    stack = partial(pad_sequence, batch_first=True, padding_side="left" if left else "right")
+    masks = [torch.ones_like(row) for row in ids]
+    return {"input_ids": stack(list(ids), padding_value=pad_token), "attention_mask": stack(masks)}
 
 
 def epoch_order(

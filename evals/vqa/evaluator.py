@@ -339,8 +339,8 @@ def _result(answered: Sequence[Answered], run: EvalRun) -> Result:
             if run.ranks.leads:
                 one.benchmark.write_submission(one.answers, run.folder / files[-1])
     missing = [
-        f"{len(of_task.missing)} of {len(of_task.ids)} questions of {task} have no prediction and count as "
-        f"wrong"
+        f"{len(of_task.missing)} of {len(of_task.values)} questions of {task} have no prediction and count "
+        f"as wrong"
         for task, of_task in scores.items()
         if of_task.missing
     ]

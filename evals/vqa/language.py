@@ -132,7 +132,8 @@ def open_language(name: str, records: Iterable[Record], shape: TinyShape, seed: 
         CheckpointError: a file that transformers cannot read.
     """
     if name == "tiny":
-        return make_tiny(texts_of(records), shape, seed)
+        texts = ["\n".join(text for turn in record.turns for text in turn) for record in records]
+        return make_tiny(texts, shape, seed)
     path = locate("smollm2", SMOLLM2) if name == "smollm2" else Path(name)
     if path.suffix == ".gguf" and path.is_file():
         return open_pretrained(name, path.parent, path.name)
@@ -155,7 +156,14 @@ def open_pretrained(name: str, folder: Path, gguf: str | None) -> LanguageModel:
     config = check_gguf(folder / gguf) if gguf else check_folder(folder)
     with one_error(name, "holds no tokenizer that transformers reads"):
         tokenizer = AutoTokenizer.from_pretrained(folder, **_load_options(gguf))
-        _prepare_tokenizer(tokenizer, name)
+        if not tokenizer.is_fast or not tokenizer.eos_token:
+            raise CheckpointError(f"{name}: wanted a fast tokenizer with an end token")
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+        if tokenizer.pad_token in (None, IMAGE):  # padding must not be the image token
+            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        sample = tokenizer("a text", add_special_tokens=False, return_offsets_mapping=True)
+        if not sample["input_ids"]:
+            raise CheckpointError(f"{name}: its tokenizer makes nothing of a text; get the file again")
     num_rows = max(tokenizer.get_vocab().values()) + 1
     if num_rows > len(tokenizer) + _MAX_GAPS:
         raise CheckpointError(
@@ -173,24 +181,8 @@ def open_pretrained(name: str, folder: Path, gguf: str | None) -> LanguageModel:
     )
 
 
-def _prepare_tokenizer(tokenizer: Any, name: str) -> None:
-    """Add `<image>` and a padding token, and check that the tokenizer works."""
-    if not tokenizer.is_fast or not tokenizer.eos_token:
-        raise CheckpointError(f"{name}: wanted a fast tokenizer with an end token")
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
-    if tokenizer.pad_token in (None, IMAGE):  # padding must not be the image token
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    sample = tokenizer("a text", add_special_tokens=False, return_offsets_mapping=True)
-    if not sample["input_ids"]:
-        raise CheckpointError(f"{name}: its tokenizer makes nothing of a text; get the file again")
-
-
 def _load_pretrained(name: str, folder: Path, gguf: str | None, config: Any, num_rows: int) -> Any:
-    """Load the network and extend its embedding to `num_rows` tokens.
-
-    Raises:
-        CheckpointError: the files cannot be read, lack weights, or hold quantised ones or NaN.
-    """
+    """Load the network and extend its embedding to `num_rows` tokens."""
     from transformers import AutoModelForCausalLM
 
     if not gguf:
@@ -265,11 +257,6 @@ def _draw_tiny(tokenizer: Any, shape: TinyShape, seed: int) -> Any:
     )
     with seeded(seed):
         return LlamaForCausalLM(config)
-
-
-def texts_of(records: Iterable[Record]) -> list[str]:
-    """Join the turns of each record into one text."""
-    return ["\n".join(text for turn in record.turns for text in turn) for record in records]
 
 
 def word_tokenizer(texts: Iterable[str]) -> Any:
@@ -439,28 +426,20 @@ def _check_number(key: str, value: Any, path: Path) -> None:
 
 
 def _weights(folder: Path) -> list[Path]:
-    """Find the files with a folder's weights.
-
-    Raises:
-        CheckpointError: no weights, or an index that names absent files.
-    """
+    """Find the files with a folder's weights."""
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{single}.index.json"
         if (folder / single).exists():
             return [folder / single]
         if index.exists():
-            names = sorted(set(_read_index(index)))
+            files = read_json(index, _INDEX, error=CheckpointError)["weight_map"]
+            names = sorted(set(files.values()))
             absent = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
             if absent or not names:
                 what = f"names {shown(absent[0][:80])}, which is not in the folder" if absent else "is empty"
                 raise CheckpointError(f"{index}: {what}; get the whole model")
             return [folder / name for name in names]
     raise CheckpointError(f"{folder}: holds no weights; wanted model.safetensors, or its parts and index")
-
-
-def _read_index(path: Path) -> list[str]:
-    data = read_json(path, _OBJECT, error=CheckpointError)
-    return list(validate(_INDEX, data, path, error=CheckpointError)["weight_map"].values())
 
 
 def _check_size(folder: Path, gguf: str | None, most: int) -> Any:
@@ -492,40 +471,38 @@ class _Cursor:
     """Reads a GGUF header value by value, never beyond the file's end."""
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:
-        self._data, self._path, self._length, self.at = data, path, len(data), 0
+        self.data, self.path, self._length, self.at = data, path, len(data), 0
 
     def fail(self, problem: str) -> CheckpointError:
         """Return the error about this file and position."""
-        return CheckpointError(f"{self._path}: {problem} (at byte {self.at} of {self._length})")
-
-    def take(self, layout: str) -> Any:
-        """Read one number of this struct layout."""
-        start = self.skip(struct.calcsize(layout))
-        return struct.unpack_from(f"<{layout}", self._data, start)[0]
+        return CheckpointError(f"{self.path}: {problem} (at byte {self.at} of {self._length})")
 
     def skip(self, size: int) -> int:
         """Skip `size` bytes; return where they begin."""
-        start = self.at
-        if size > self._length - start:
+        if size > self.left:
             raise self.fail(f"ends early or is damaged: {size} bytes are due")
-        self.at = start + size
-        return start
+        self.at += size
+        return self.at - size
+
+    def take(self, layout: str) -> Any:
+        """Read one number of this struct layout."""
+        return struct.unpack_from(f"<{layout}", self.data, self.skip(struct.calcsize(layout)))[0]
 
     def text(self) -> str:
         """Read a string."""
-        size = self.take("Q")
-        start = self.skip(size)
-        return bytes(self._data[start : start + size]).decode("utf-8", "replace")
+        start = self.skip(self.take("Q"))
+        return self.data[start : self.at].decode("utf-8", "replace")
 
     def count(self, least: int) -> int:
         """Read the number of entries that follow, each of at least `least` bytes."""
         count = int(self.take("Q"))
-        if count * least > self._length - self.at:
+        if count * least > self.left:
             raise self.fail(f"is said to hold {count} entries, more than fit; it is cut off or damaged")
         return count
 
+    @property
     def left(self) -> int:
-        """Return the number of bytes up to the end."""
+        """Number of bytes up to the end."""
         return self._length - self.at
 
 
@@ -534,7 +511,7 @@ _TEXT, _ARRAY = 8, 9
 
 
 def _check_header(cursor: _Cursor, sizes: dict[int, tuple[int, int]]) -> None:
-    if bytes(cursor._data[:4]) != b"GGUF":
+    if cursor.data[:4] != b"GGUF":
         raise cursor.fail("is no GGUF file")
     cursor.skip(4)
     version = cursor.take("I")
@@ -547,13 +524,23 @@ def _check_header(cursor: _Cursor, sizes: dict[int, tuple[int, int]]) -> None:
         value = _read_value(cursor, cursor.take("I"))
         if key == "general.alignment":
             alignment = value if isinstance(value, int) else 0
-        _check_number(key, value, cursor._path)
+        _check_number(key, value, cursor.path)
     if not 0 < alignment <= 1 << 20:
         raise cursor.fail(f"has an alignment of {alignment}")
-    ends = [_check_tensor(cursor, sizes) for _ in range(num_tensors)]
-    cursor.skip(min(-cursor.at % alignment, cursor.left()))
-    if max(ends, default=0) > cursor.left():
-        raise cursor.fail(f"is cut off: its weights take {max(ends)} bytes, and {cursor.left()} are there")
+    end = 0  # of the weights, from their start
+    for _ in range(num_tensors):
+        name, num_dimensions = shown(cursor.text()[:80]), cursor.take("I")
+        if num_dimensions > 4:
+            raise cursor.fail(f"the tensor {name} has {num_dimensions} dimensions")
+        count = math.prod(cursor.take("Q") for _ in range(num_dimensions))
+        kind = cursor.take("I")
+        if kind not in sizes:
+            raise cursor.fail(f"the tensor {name} is of the unknown type {kind}")
+        block, size = sizes[kind]
+        end = max(end, cursor.take("Q") + count * size // block)
+    cursor.skip(min(-cursor.at % alignment, cursor.left))
+    if end > cursor.left:
+        raise cursor.fail(f"is cut off: its weights take {end} bytes, and {cursor.left} are there")
 
 
 def _read_value(cursor: _Cursor, kind: int, depth: int = 0) -> Any:
@@ -573,19 +560,3 @@ def _read_value(cursor: _Cursor, kind: int, depth: int = 0) -> Any:
     for _ in range(cursor.count(8)):
         _read_value(cursor, inner, depth + 1)
     return None
-
-
-def _check_tensor(cursor: _Cursor, sizes: dict[int, tuple[int, int]]) -> int:
-    """Check a tensor's header; return the offset of its end from the start of the weights."""
-    name = shown(cursor.text()[:80])
-    dimensions = cursor.take("I")
-    if dimensions > 4:
-        raise cursor.fail(f"the tensor {name} has {dimensions} dimensions")
-    count = math.prod(cursor.take("Q") for _ in range(dimensions))
-    kind = cursor.take("I")
-    if kind not in sizes:
-        raise cursor.fail(f"the tensor {name} is of the unknown type {kind}")
-    block, size = sizes[kind]
-    offset: int = cursor.take("Q")
-    end: int = offset + count * size // block
-    return end

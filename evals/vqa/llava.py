@@ -194,7 +194,13 @@ def make_llava(
         model = LlavaForConditionalGeneration(config)
     model.model.vision_tower = RadioTower(tower)
     model.model.vision_tower.attach(backbone)
-    model.model.multi_modal_projector = _fresh_projector(model.model.multi_modal_projector, seed)
+    projector = model.model.multi_modal_projector.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in (projector.linear_1, projector.linear_2):  # as torch does it
+            bound = layer.in_features**-0.5
+            layer.weight.uniform_(-bound, bound, generator=generator)
+            layer.bias.uniform_(-bound, bound, generator=generator)
     model.model.language_model = network.model
     model.lm_head = network.lm_head
     own = network.generation_config
@@ -202,18 +208,6 @@ def make_llava(
         bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=language.pad_token
     )
     return model.float().eval()
-
-
-def _fresh_projector(projector: Any, seed: int) -> Any:
-    """Initialise the projector (Linear, GELU, Linear) as torch does, from a separate generator."""
-    projector = projector.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for layer in (projector.linear_1, projector.linear_2):
-            bound = layer.in_features**-0.5
-            layer.weight.uniform_(-bound, bound, generator=generator)
-            layer.bias.uniform_(-bound, bound, generator=generator)
-    return projector
 
 
 _FEW_WEIGHTS = 5_000_000
@@ -294,7 +288,16 @@ def _with_encoder(model: Any, folder: Path) -> Any:
         data = path.read_bytes()
         path.unlink()
     else:
-        encoder = _spec_of(backbone)
+        encoder = backbone.name
+        try:
+            opened = load_backbone(encoder)
+        except ValueError as error:
+            raise ConfigError(
+                f"{encoder} cannot be opened by its name alone, so a folder could not hold it; save a "
+                f"checkpoint of ours, or leave --save out"
+            ) from error
+        if opened.fingerprint != backbone.fingerprint:
+            raise ConfigError(f"{encoder}: its name opens other weights; leave --save out")
     config = RadioTowerConfig(
         hidden_size=old.hidden_size,
         image_size=tuple(old.image_size),
@@ -312,19 +315,6 @@ def _with_encoder(model: Any, folder: Path) -> Any:
     model.config.vision_config = config
     model.model.config.vision_config = config
     return model
-
-
-def _spec_of(backbone: Backbone) -> str:
-    try:
-        opened = load_backbone(backbone.name)
-    except ValueError as error:
-        raise ConfigError(
-            f"{backbone.name} cannot be opened by its name alone, so a folder could not hold it; save a "
-            f"checkpoint of ours, or leave --save out"
-        ) from error
-    if opened.fingerprint != backbone.fingerprint:
-        raise ConfigError(f"{backbone.name}: its name opens other weights; leave --save out")
-    return backbone.name
 
 
 AutoConfig.register(RadioTowerConfig.model_type, RadioTowerConfig)
@@ -402,16 +392,11 @@ class TokenEncoder:
 
 @final
 class Tokens:
-    """Tokens by image name."""
+    """Tokens [N, T, D] by image name."""
 
     def __init__(self, names: Iterable[str], tokens: Tensor) -> None:
         self._rows = {name: row for row, name in enumerate(names)}
-        self._tokens = tokens  # [N, T, D]
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens T of an image."""
-        return self._tokens.shape[1]
+        self._tokens, self.num_tokens = tokens, tokens.shape[1]
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tokens[self._rows[name]]
@@ -422,35 +407,14 @@ class Pixels:
     """Pixels by image name, read on access; the vision tower then encodes them."""
 
     def __init__(self, source: ImageSource, view: View, num_tokens: int) -> None:
-        self._source, self._view, self._num_tokens = source, view, num_tokens
+        self._source, self._view, self.num_tokens = source, view, num_tokens
         self._rows = {name: row for row, name in enumerate(source.keys)}
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens T of an image."""
-        return self._num_tokens
 
     def __getitem__(self, name: str) -> Tensor:
         try:
             return self._view(self._source.read(self._rows[name]))
         except DataError as error:
             raise DataError(f"{self._source.name}: {name}: {error}") from error
-
-
-@final
-class ShuffledImages:
-    """Images under the names of other images: the control of whether training uses the images."""
-
-    def __init__(self, inputs: VisionInputs, names: Mapping[str, str]) -> None:
-        self._inputs, self._names = inputs, names
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens T of an image."""
-        return self._inputs.num_tokens
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._inputs[self._names[name]]
 
 
 def choose_grid(grid: Grid, most: int | None) -> Grid:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -225,13 +225,6 @@ class BenchmarkQuestion:
     groups: Mapping[str, str] = field(default_factory=dict)  # its kinds, such as {"answer_type": "yes/no"}
 
 
-class Grouping(NamedTuple):
-    """The group of each question in one respect, such as the type of its answer."""
-
-    labels: tuple[str, ...]
-    as_metrics: bool = True  # False: too many groups for metrics, so only in the table
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Benchmark:
     """The questions of a benchmark's split, in the order of its file."""
@@ -287,7 +280,6 @@ class Benchmark:
                 f"as wrong"
             )
         return Scores(
-            ids=tuple(question.id for question in self.questions),
             values=tuple(
                 question.score(answers[question.id]) if question.score and question.id in answers else 0.0
                 for question in self.questions
@@ -298,14 +290,13 @@ class Benchmark:
         )
 
     @property
-    def groups(self) -> dict[str, Grouping]:
-        """Group the questions in each respect that all of them have."""
-        first, groups = self.questions[0], {}
-        for name in first.groups:
-            labels = tuple(question.groups[name] for question in self.questions if name in question.groups)
-            if len(labels) == len(self.questions):
-                groups[name] = Grouping(labels, as_metrics=name not in _TABLE_ONLY)
-        return groups
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """Labels of the questions in each respect that all of them have, such as the type of the answer."""
+        return {
+            name: tuple(question.groups[name] for question in self.questions)
+            for name in self.questions[0].groups
+            if all(name in question.groups for question in self.questions)
+        }
 
     def limited(self, limit: int | None) -> Benchmark:
         """Keep `limit` questions, evenly spread over the file; None keeps all.
@@ -325,10 +316,22 @@ class Benchmark:
         """Check before hours of training that a model's answers can be scored at the end.
 
         Raises:
-            DataError: absent images, questions that contain `<image>`, or neither right answers nor a
-                submission that could be written.
+            DataError: no folder of images, absent ones, questions that contain `<image>`, or neither right
+                answers nor a submission that could be written.
         """
-        self.check_images()
+        if self.images is None:
+            raise DataError(f"{self.task}: no folder of images was given; a model needs to see them")
+        if isinstance(self.images, Path):
+            from .data import NamedImages  # imports torch
+
+            images = NamedImages(self.images)
+            names = dict.fromkeys(question.image for question in self.questions if question.image)
+            absent = [name for name in names if name not in images]
+            if absent:
+                raise DataError(
+                    f"{self.images}: {len(absent)} of the {len(names)} images of {self.name} are not there, "
+                    f"the first is {absent[0][:80]}"
+                )
         marked = [question.id for question in self.questions if IMAGE in question.prompt]
         if marked:
             raise DataError(
@@ -337,27 +340,6 @@ class Benchmark:
             )
         if not self.has_answers:
             self._check_submission()
-
-    def check_images(self) -> None:
-        """Check that every question's image exists.
-
-        Raises:
-            DataError: no folder given, or absent images.
-        """
-        if self.images is None:
-            raise DataError(f"{self.task}: no folder of images was given; a model needs to see them")
-        if not isinstance(self.images, Path):
-            return
-        from .data import NamedImages  # imports torch
-
-        images = NamedImages(self.images)
-        names = dict.fromkeys(question.image for question in self.questions if question.image)
-        absent = [name for name in names if name not in images]
-        if absent:
-            raise DataError(
-                f"{self.images}: {len(absent)} of the {len(names)} images of {self.name} are not there, the "
-                f"first is {absent[0][:80]}"
-            )
 
     def write_submission(self, answers: Mapping[str, str], path: Path) -> None:
         """Write the predictions in EvalAI's format: one JSON array [{question_id, answer}] of every question.
@@ -422,10 +404,9 @@ _CELLS = 16_000_000  # of the resamples in memory at a time: 128 MB; VQAv2 has f
 class Scores:
     """The score of each answer, in the order of the questions."""
 
-    ids: tuple[str, ...]
     values: tuple[float, ...]  # 0 to 1; a question without a prediction has 0
     images: tuple[str, ...]  # of each question: questions about one image are resampled together
-    groups: Mapping[str, Grouping]
+    groups: Mapping[str, tuple[str, ...]]
     missing: tuple[str, ...]  # ids of the questions without a prediction
 
     def metrics(self, seed: int = 0) -> dict[str, Metric]:
@@ -433,18 +414,20 @@ class Scores:
 
         Intervals are 95 % bootstraps over images.
         """
-        masks = {"accuracy": np.ones(len(self.ids), dtype=bool)}
-        for name, group in self.groups.items():
-            if group.as_metrics:
-                labels = np.array(group.labels)
-                for label in sorted(set(group.labels)):
-                    key = f"{name}_{_slug(label)}"
-                    while key in masks:  # another label has the same slug
-                        key += "_"
-                    masks[key] = labels == label
-        metrics = self._means(masks, seed)
+        values = np.array(self.values)
+        masks = {"accuracy": np.ones(len(values), dtype=bool)}
+        for name, labels in self.groups.items():
+            for label in sorted(set(labels)) if name not in _TABLE_ONLY else ():
+                key = f"{name}_{re.sub(r'[^a-z0-9]+', '_', label.lower()).strip('_')}"
+                while key in masks:  # another label has the same key
+                    key += "_"
+                masks[key] = np.array(labels) == label
+        columns = [(self.images, values * mask, mask) for mask in masks.values()]
+        metrics = {}
+        for (name, mask), means in zip(masks.items(), _resampled_means(columns, seed).T, strict=True):
+            metrics[name] = _percent(float(values[mask].mean()), means)
         if self.missing:
-            share = 100 * len(self.missing) / len(self.ids)
+            share = 100 * len(self.missing) / len(values)
             metrics["unanswered"] = Metric(value=share, higher_is_better=False)
         return metrics
 
@@ -452,11 +435,10 @@ class Scores:
         """Build a table for each grouping: group, number of questions, accuracy in percent."""
         values = np.array(self.values)
         tables = []
-        for name, group in self.groups.items():
-            labels = np.array(group.labels)
+        for name, labels in self.groups.items():
+            masks = {label: np.array(labels) == label for label in sorted(set(labels))}
             rows = tuple(
-                (label, int((labels == label).sum()), 100 * float(values[labels == label].mean()))
-                for label in sorted(set(group.labels))
+                (label, int(mask.sum()), 100 * float(values[mask].mean())) for label, mask in masks.items()
             )
             column = name.replace("_", " ")
             tables.append(
@@ -470,50 +452,33 @@ class Scores:
             )
         return tables
 
-    def _means(self, masks: dict[str, NDArray[np.bool_]], seed: int) -> dict[str, Metric]:
-        values = np.array(self.values)
-        _, images = np.unique(self.images, return_inverse=True)
-        number = int(images.max()) + 1 if len(values) else 0
-        columns = list(masks.values())
-        sums: NDArray[np.float64] = np.stack(
-            [np.bincount(images, values * mask, number) for mask in columns], axis=1
-        )
-        counts: NDArray[np.float64] = np.stack(
-            [np.bincount(images, mask, number) for mask in columns], axis=1
-        )
-        drawn = _ratios(sums, counts, seed)
-        metrics = {}
-        for place, (name, mask) in enumerate(masks.items()):
-            low, high = interval(drawn[:, place])
-            mean = float(values[mask].mean())
-            metrics[name] = Metric(value=100 * mean, low=100 * low, high=100 * high)
-        return metrics
-
 
 def mean_accuracy(benchmarks: Sequence[Scores], seed: int = 0) -> Metric:
     """Compute the mean of the benchmarks' accuracies in percent; shared images are resampled together."""
-    _, images = np.unique([name for one in benchmarks for name in one.images], return_inverse=True)
-    ends = np.cumsum([len(one.images) for one in benchmarks])
-    number, drawn = int(images.max()) + 1, np.split(images, ends[:-1])
-    pairs = list(zip(drawn, benchmarks, strict=True))
-    sums: NDArray[np.float64] = np.stack([np.bincount(of, one.values, number) for of, one in pairs], axis=1)
-    counts = np.stack([np.bincount(of, minlength=number) for of, _ in pairs], axis=1).astype(np.float64)
-    low, high = interval(_ratios(sums, counts, seed).mean(axis=1))
+    columns = [(one.images, np.array(one.values), np.ones(len(one.values))) for one in benchmarks]
     mean = np.mean([np.mean(one.values) for one in benchmarks])
-    return Metric(value=100 * float(mean), low=100 * low, high=100 * high)
+    return _percent(float(mean), _resampled_means(columns, seed).mean(axis=1))
 
 
-def _ratios(sums: NDArray[np.float64], counts: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
-    """Compute bootstrap means [R, K]: sums [P, K] over counts [P, K], both summed over resampled images."""
-    step = max(1, min(RESAMPLES, _CELLS // max(1, len(sums))))
+def _percent(mean: float, resampled: NDArray[np.float64]) -> Metric:
+    low, high = interval(resampled)
+    return Metric(value=100 * mean, low=100 * low, high=100 * high)
+
+
+def _resampled_means(
+    columns: Sequence[tuple[Sequence[str], NDArray[Any], NDArray[Any]]], seed: int
+) -> NDArray[np.float64]:
+    """Compute bootstrap means [R, K] over images, of K columns of (image names, values, weights)."""
+    names = np.unique([name for images, _, _ in columns for name in images])
+    rows = [np.searchsorted(names, images) for images, _, _ in columns]
+    pairs = list(zip(rows, columns, strict=True))
+    sums = np.stack([np.bincount(row, values, len(names)) for row, (_, values, _) in pairs], axis=1)  # [P, K]
+    counts = np.stack([np.bincount(row, held, len(names)) for row, (_, _, held) in pairs], axis=1)
+    step = max(1, min(RESAMPLES, _CELLS // max(1, len(names))))
     parts = []
     for start in range(0, RESAMPLES, step):
         draws = min(step, RESAMPLES - start)
-        weights = resamples(len(sums), seed=seed + (start << 32), draws=draws)
+        weights = resamples(len(names), seed=seed + (start << 32), draws=draws)
         with np.errstate(invalid="ignore"):  # NaN of a resample without a question of a group: ignored
             parts.append((weights @ sums) / (weights @ counts))
     return np.concatenate(parts)
-
-
-def _slug(label: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_")

@@ -42,10 +42,19 @@ from radio.progress import ProgressWithText
 from radio.provenance import fast_products
 from radio.resources import collect
 
-from .data import Conversations, Piece, Record, VisionInputs, collate, format_prompt, sample_order, tokenize
+from .data import (
+    Conversations,
+    Piece,
+    Record,
+    collate,
+    format_prompt,
+    sample_order,
+    shuffle_images,
+    tokenize,
+)
 from .language import LanguageModel
-from .llava import PROJECTOR, ShuffledImages, TokenEncoder, learn, limit_threads, make_llava, restore
-from .settings import Preset, Stage, StagePlan, VqaSettings, plan_stage
+from .llava import PROJECTOR, Grid, TokenEncoder, learn, limit_threads, make_llava, restore
+from .settings import Preset, StagePlan, VqaSettings, plan_stage
 
 # Letters: B batch, S tokens of a sample, E width of the language model, D token width.
 
@@ -128,6 +137,11 @@ class LlavaTraining:
                 f"them over a coarser grid, or a smaller --size"
             )
 
+    @property
+    def _token_grid(self) -> Grid | None:
+        """(H, W) that tokens are averaged over; None if they are not."""
+        return None if self.encoder.grid == self.encoder.own_grid else self.encoder.grid
+
     def train(self) -> Trained:
         """Train the requested stages, or load those that are finished.
 
@@ -151,8 +165,20 @@ class LlavaTraining:
             if name == "words":
                 records = [record._replace(image=None) for record in data.records]
                 data = data._replace(records=records, source=None)
-            plan = self._plan(stage, len(data.records))
-            key = self._key(key, plan, data)
+            is_pretrained = self.language.name != "tiny"
+            plan = plan_stage(stage, self.preset, self.settings, len(data.records), opened=is_pretrained)
+            key = digest(
+                key,
+                plan.describe(),
+                data.fingerprint,
+                self.encoder.size,
+                self.seed,
+                self.run.precision,
+                self.settings.lora_rank,
+                self.settings.shuffle_images,
+                self.preset.longest,
+                self._token_grid,
+            )
             path = self.run.cache / "vqa" / "stages" / f"{key}.safetensors"
             parts = tuple(part for learned in plan.learns for part in _PARTS[learned])
             names = [weight for weight, _ in model.named_parameters() if weight.startswith(parts)]
@@ -173,7 +199,6 @@ class LlavaTraining:
         return Trained(model, finished, key)
 
     def _build(self) -> Any:
-        """Build LLaVA with the language model's own weights and a new projector, on the CPU."""
         encoder = self.encoder
         return make_llava(
             encoder.model,
@@ -182,33 +207,11 @@ class LlavaTraining:
             encoder.num_tokens,
             layer_norm=self.layer_norm,
             seed=self.seed,
-            token_grid=None if encoder.grid == encoder.own_grid else encoder.grid,
-        )
-
-    def _plan(self, stage: Stage, count: int) -> StagePlan:
-        return plan_stage(stage, self.preset, self.settings, count, opened=self.language.name != "tiny")
-
-    def _key(self, before: str, plan: StagePlan, data: TrainingData) -> str:
-        settings, encoder = self.settings, self.encoder
-        return digest(
-            before,
-            plan.describe(),
-            data.fingerprint,
-            encoder.size,
-            self.seed,
-            self.run.precision,
-            settings.lora_rank,
-            settings.shuffle_images,
-            self.preset.longest,
-            encoder.grid if encoder.grid != encoder.own_grid else None,
+            token_grid=self._token_grid,
         )
 
     def _load(self, model: Any, names: Sequence[str], path: Path) -> list[float] | None:
-        """Load a finished stage into the model; return its losses, or None where it has to be trained.
-
-        Raises:
-            DataError: ranks do not share the folder.
-        """
+        """Load a finished stage into the model; return its losses, or None where it has to be trained."""
         weights = dict(model.named_parameters())
         specs = {name: TensorSpec(torch.float32, tuple(weights[name].shape)) for name in names}
         entry = None
@@ -249,11 +252,15 @@ class LlavaTraining:
             add_lora(model, rank, self.seed)
         needs = plan_memory(model, self.settings, self.run)
         language = self.language
-        inputs = self._inputs(data, plan)
+        records, inputs = data.records, None
+        if data.source is not None:
+            inputs = self.encoder.encode(data.source, plan.view)
+            if self.settings.shuffle_images:
+                records = shuffle_images(records, data.source.keys, self.seed)
         job = StageJob(
             title=f"{name} {self.encoder.model.name}{needs.describe()}",
             plan=plan,
-            data=Conversations(data.records, plan.template, language.tokenizer, inputs, self.preset.longest),
+            data=Conversations(records, plan.template, language.tokenizer, inputs, self.preset.longest),
             pad_token=language.pad_token,
             seed=self.seed,
             folder=path.with_suffix(""),
@@ -282,16 +289,6 @@ class LlavaTraining:
         if needs.changes_model and not self.run.ranks.leads:
             self._load(model, names, path)
         return model, losses
-
-    def _inputs(self, data: TrainingData, plan: StagePlan) -> VisionInputs | None:
-        if data.source is None:
-            return None
-        inputs = self.encoder.encode(data.source, plan.view)
-        if not self.settings.shuffle_images:
-            return inputs
-        names = data.source.keys
-        generator = np.random.default_rng([self.seed, len(names)])
-        return ShuffledImages(inputs, dict(zip(names, generator.permutation(names).tolist(), strict=True)))
 
 
 def digest(*parts: Any) -> str:

@@ -32,10 +32,10 @@ from evals.vqa.data import (
     pieces,
     read_records,
     sample_order,
+    shuffle_images,
     tokenize,
 )
 from evals.vqa.language import LanguageModel
-from evals.vqa.llava import ShuffledImages
 from radio.errors import DataError
 
 SYSTEM = (
@@ -265,12 +265,17 @@ def test_batches_are_filled_up(tiny: LanguageModel) -> None:
     assert left["attention_mask"].tolist() == [[0, 1, 1], [1, 1, 1]]
 
 
-def test_swapped_images(shown: object) -> None:
-    swapped = ShuffledImages(shown, {"red.png": "blue.png"})  # type: ignore[arg-type]
-    assert swapped.num_tokens == 4
-    assert torch.equal(swapped["red.png"], shown["blue.png"])  # type: ignore[index]
+def test_shuffled_images(records: list[Record], tiny: LanguageModel, shown: Any) -> None:
+    names = [record.image for record in records if record.image is not None]
+    shuffled = shuffle_images(records, names, seed=1)
+    assert shuffled == shuffle_images(records, names, seed=1) != records
+    assert sorted(record.image for record in shuffled[:-1]) == sorted(names)
+    assert [(record.id, record.turns) for record in shuffled] == [(r.id, r.turns) for r in records]
+    assert shuffled[-1] == records[-1]  # without an image
+    sample = Conversations(shuffled, "v1", tiny.tokenizer, shown, 99)[0]
+    assert torch.equal(sample.image, shown[shuffled[0].image])
     with pytest.raises(KeyError):
-        swapped["blue.png"]
+        shuffle_images(records, names[1:], seed=1)
 
 
 LENGTHS = [7 * n % 23 for n in range(50)]

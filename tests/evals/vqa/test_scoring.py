@@ -9,7 +9,6 @@ from evals.core.stats import interval, resamples
 from evals.vqa import scoring
 from evals.vqa.scoring import (
     CONTRACTIONS,
-    Grouping,
     Rule,
     Scores,
     clean,
@@ -170,16 +169,15 @@ def test_a_line_break_does_not_make_answers_differ() -> None:
     assert vqa_accuracy("Yes", truths, "official") == 0.0
 
 
-def made(values: list[float], images: list[str], **groups: Grouping) -> Scores:
-    ids = tuple(str(place) for place in range(len(values)))
-    return Scores(ids=ids, values=tuple(values), images=tuple(images), groups=groups, missing=())
+def made(values: list[float], images: list[str], **groups: tuple[str, ...]) -> Scores:
+    return Scores(values=tuple(values), images=tuple(images), groups=groups, missing=())
 
 
 FOUR = made(
     [1.0, 0.0, 0.3, 1.0],
     ["b", "a", "b", "c"],
-    answer_type=Grouping(("yes/no", "number", "number", "yes/no")),
-    topic=Grouping(("x", "x", "y", "y"), as_metrics=False),
+    answer_type=("yes/no", "number", "number", "yes/no"),
+    topic=("x", "x", "y", "y"),
 )
 
 
@@ -233,7 +231,7 @@ def test_many_images_are_resampled_in_parts(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_unanswered_questions_are_told() -> None:
-    told = Scores(ids=("1", "2"), values=(0.0, 1.0), images=("a", "b"), groups={}, missing=("1",))
+    told = Scores(values=(0.0, 1.0), images=("a", "b"), groups={}, missing=("1",))
     metric = told.metrics()["unanswered"]
     assert (metric.value, metric.higher_is_better) == (50.0, False)
 
@@ -256,10 +254,9 @@ def test_the_mean_of_benchmarks_draws_a_image_for_all_of_them() -> None:
 
 def test_labels_that_are_spelled_alike_are_scores_of_their_own() -> None:
     scores = Scores(
-        ids=("1", "2", "3"),
         values=(1.0, 0.0, 0.5),
         images=("a", "b", "c"),
-        groups={"kind": Grouping(("Yes/No", "yes no", "?"))},
+        groups={"kind": ("Yes/No", "yes no", "?")},
         missing=(),
     )
     found = {name: metric.value for name, metric in scores.metrics().items()}

@@ -28,7 +28,7 @@ def test_questions_are_scored_in_their_order(tmp_path: Path) -> None:
     task = open_benchmark("gqa", gqa(tmp_path))
     assert (task.task, task.split, task.has_answers) == ("gqa", "val", True)
     scores = task.score({"3": "Cat.", "0": "dog", "1": "cow", "2": "dogs"})
-    assert scores.ids == ("0", "1", "2", "3")
+    assert [question.id for question in task.questions] == ["0", "1", "2", "3"]
     assert scores.values == (1.0, 0.0, 0.0, 1.0)
     assert scores.images == ("0.jpg", "0.jpg", "1.jpg", "1.jpg")
     assert scores.metrics(seed=0)["accuracy"].value == 50.0
@@ -51,7 +51,7 @@ def test_a_limit_is_spread_and_keeps_groups_and_answers(tmp_path: Path) -> None:
     assert task.num_questions == 10
     scores = task.score({str(n): "dog" for n in range(10)})  # the others are known, and not scored
     assert scores.values == (1.0, 0.0, 1.0)
-    assert scores.groups["structural"].labels == ("query",) * 3
+    assert scores.groups["structural"] == ("query",) * 3
     assert len(open_benchmark("gqa", gqa(tmp_path, 10), limit=20).questions) == 10
     with pytest.raises(DataError, match="a limit of 0 leaves no questions"):
         open_benchmark("gqa", gqa(tmp_path), limit=0)
@@ -68,11 +68,11 @@ def test_images_are_looked_for(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "0.jpg").touch()
     with pytest.raises(DataError, match=r"1 of the 2 images of gqa val are not there, the first is 1\.jpg"):
-        open_benchmark("gqa", files).check_images()
+        open_benchmark("gqa", files).check()
     (tmp_path / "images" / "1.jpg").touch()
-    open_benchmark("gqa", files).check_images()
+    open_benchmark("gqa", files).check()
     with pytest.raises(DataError, match="no folder of images was given"):
-        open_benchmark("gqa", TaskFiles(questions=files.questions)).check_images()
+        open_benchmark("gqa", TaskFiles(questions=files.questions)).check()
 
 
 def vqav2(tmp_path: Path) -> TaskFiles:
