@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from radio.adaptors import AdaptorConfig
 from radio.config import check_options
 from radio.dist import Ranks
 from radio.errors import CheckpointError, ConfigError, SizeError, shown
 from radio.hub import load_teacher
-from radio.model import ModelConfig, RadioModel, make_student
+from radio.model import AdaptorConfig, ModelConfig, RadioModel, make_student
 from radio.ops import resize_images
 from radio.students import resolve_options, students
 from radio.teachers.base import Frozen

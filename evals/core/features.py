@@ -26,7 +26,6 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from radio.adaptors import find_adaptor
 from radio.chunks import (
     Damage,
     DamagedError,
@@ -49,6 +48,7 @@ from radio.images import (
     evaluation_view,
     resize,
 )
+from radio.model import find_adaptor
 from radio.progress import Advance, ProgressFactory, no_progress
 from radio.provenance import fast_products, has_tf32
 from radio.resources import check_memory

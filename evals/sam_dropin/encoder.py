@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from evals.core.features import place
-from radio.adaptors import AdaptorConfig, MLPAdaptor, find_adaptor
 from radio.checkpoint import digest, teachers_on
 from radio.errors import CheckpointError, ConfigError, RadioError, SizeError, did_you_mean, shown
 from radio.hub import load_teacher, parse
-from radio.model import RadioModel, seeded
+from radio.model import AdaptorConfig, MLPAdaptor, RadioModel, find_adaptor, seeded
 from radio.ops import resize_features
 from radio.teachers import families
 from radio.teachers.sam import MEMBERS, SamHead, load_sam_head, new_released_sam

@@ -1,11 +1,11 @@
 """The generated world: seeded images with classes, captions, masks and questions, and their writers."""
 
+from .drawing import SHAPES
 from .export import LAYOUTS, write
 from .language import KINDS, TEMPLATES, VOCABULARY, Question, caption, captions, questions
 from .world import (
     CLASSES,
     COLOURS,
-    SHAPES,
     SPLITS,
     Scene,
     SceneError,

@@ -22,8 +22,9 @@ from radio.errors import DataError, RadioError
 from radio.io import make_folder, read_json, read_text, write_text
 from radio.registry import Registry
 
+from .drawing import SHAPES
 from .language import caption, captions, questions
-from .world import CLASSES, COLOURS, MAX_SIZE, MIN_SIZE, SHAPES, Scene, SceneError, Split, render, semantic
+from .world import CLASSES, COLOURS, MAX_SIZE, MIN_SIZE, Scene, SceneError, Split, render, semantic
 
 METADATA_FILE = "scenes.json"
 CARD_VERSION = 2
@@ -35,22 +36,31 @@ _ADE_FOLDERS: dict[Split, str] = {"train": "training", "val": "validation"}
 _SHORT_ANSWER = "Answer the question using a single word or phrase."
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScenesSettings:
+    """All settings that determine the bytes of a written world."""
+
+    layout: str
+    count: int = 2000
+    val_count: int = 200
+    seed: int = 0
+    size: int = 96
+
+
 class ExportJob(NamedTuple):
     """A range of scenes of one split that one process writes below `root`."""
 
-    layout: str
     root: Path
+    settings: ScenesSettings
     split: Split
     number: int  # index of this job among those of its split
     start: int
     stop: int
-    seed: int
-    size: int
 
     def scenes(self) -> Iterator[tuple[int, Scene]]:
         """Yield each index with its scene."""
         for index in range(self.start, self.stop):
-            yield index, render(index, split=self.split, seed=self.seed, size=self.size)
+            yield index, render(index, split=self.split, seed=self.settings.seed, size=self.settings.size)
 
 
 class ExportLayout(NamedTuple):
@@ -100,7 +110,7 @@ def _write_webdataset(job: ExportJob) -> list[Any]:
         for index, scene in job.scenes():
             image = io.BytesIO()
             _save_jpeg(scene, image)
-            text = caption(scene, index, split=job.split, seed=job.seed)
+            text = caption(scene, index, split=job.split, seed=job.settings.seed)
             _add(tar, f"{job.split}{index:08d}.jpg", image.getvalue())
             _add(tar, f"{job.split}{index:08d}.cls", str(scene.label).encode())
             _add(tar, f"{job.split}{index:08d}.txt", text.encode())
@@ -153,7 +163,7 @@ def _write_coco(job: ExportJob) -> list[Any]:
     for index, scene in job.scenes():
         name = f"{index + 1:012d}.jpg"
         _save_jpeg(scene, _made(job.root / job.split) / name)
-        image = {"id": index + 1, "file_name": name, "width": job.size, "height": job.size}
+        image = {"id": index + 1, "file_name": name, "width": job.settings.size, "height": job.settings.size}
         records.append((image, _instances(scene), captions(scene)))
     return records
 
@@ -188,15 +198,14 @@ def _instances(scene: Scene) -> list[dict[str, Any]]:
                 "bbox": [x0, y0, x1 - x0, y1 - y0],
                 "area": item.area,
                 "iscrowd": 0,
-                "segmentation": _segmentation(scene.instances == number),
+                "segmentation": {
+                    "size": list(scene.instances.shape),
+                    "counts": compress(run_lengths(scene.instances == number)),
+                },
                 "colour": COLOURS[item.colour],
             }
         )
     return images
-
-
-def _segmentation(mask: NDArray[np.bool_]) -> dict[str, Any]:
-    return {"size": list(mask.shape), "counts": compress(run_lengths(mask))}
 
 
 def _write_llava(job: ExportJob) -> list[Any]:
@@ -210,8 +219,8 @@ def _write_llava(job: ExportJob) -> list[Any]:
     for index, scene in job.scenes():
         name = f"{job.split}/{index:08d}.jpg"
         _save_jpeg(scene, _made(job.root / job.split) / f"{index:08d}.jpg")
-        description = caption(scene, index, split=job.split, seed=job.seed)
-        all_questions = questions(scene, index, split=job.split, seed=job.seed)
+        description = caption(scene, index, split=job.split, seed=job.settings.seed)
+        all_questions = questions(scene, index, split=job.split, seed=job.settings.seed)
         head = {"id": f"{job.split}{index:08d}", "image": name}
         turns = [turn for q in all_questions for turn in _turns(f"{q.text}\n{_SHORT_ANSWER}", q.answer)]
         turns[0]["value"] = f"<image>\n{turns[0]['value']}"
@@ -236,17 +245,6 @@ LAYOUTS.add("webdataset", ExportLayout(_write_webdataset))
 LAYOUTS.add("ade20k", ExportLayout(_write_ade20k, _finish_ade20k))
 LAYOUTS.add("coco", ExportLayout(_write_coco, _finish_coco))
 LAYOUTS.add("llava", ExportLayout(_write_llava, _finish_llava))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ScenesSettings:
-    """All settings that determine the bytes of a written world."""
-
-    layout: str
-    count: int = 2000
-    val_count: int = 200
-    seed: int = 0
-    size: int = 96
 
 
 def write(
@@ -363,7 +361,11 @@ def _free(out: Path, metadata: dict[str, Any]) -> bool:
 def _fill(root: Path, settings: ScenesSettings, workers: int, progress: Callable[[int], None]) -> None:
     layout = LAYOUTS[settings.layout]
     counts: tuple[tuple[Split, int], ...] = (("train", settings.count), ("val", settings.val_count))
-    jobs = [job for split, count in counts for job in _jobs(root, settings, split, count)]
+    jobs = [
+        ExportJob(root, settings, split, number, start, min(start + _CHUNK, count))
+        for split, count in counts
+        for number, start in enumerate(range(0, count, _CHUNK))
+    ]
     results: dict[ExportJob, list[Any]] = {}
     for job, records in _run(jobs, workers):
         results[job] = records
@@ -372,22 +374,6 @@ def _fill(root: Path, settings: ScenesSettings, workers: int, progress: Callable
         if count and layout.finish is not None:
             records = [record for job in jobs if job.split == split for record in results[job]]
             layout.finish(root, split, records)
-
-
-def _jobs(root: Path, settings: ScenesSettings, split: Split, count: int) -> list[ExportJob]:
-    return [
-        ExportJob(
-            layout=settings.layout,
-            root=root,
-            split=split,
-            number=number,
-            start=start,
-            stop=min(start + _CHUNK, count),
-            seed=settings.seed,
-            size=settings.size,
-        )
-        for number, start in enumerate(range(0, count, _CHUNK))
-    ]
 
 
 def _run(jobs: list[ExportJob], workers: int) -> Iterator[tuple[ExportJob, list[Any]]]:
@@ -409,7 +395,7 @@ def _run(jobs: list[ExportJob], workers: int) -> Iterator[tuple[ExportJob, list[
 
 def run_job(job: ExportJob) -> list[Any]:
     """Write the images of one job; return the records for the split's files."""
-    return LAYOUTS[job.layout].write(job)
+    return LAYOUTS[job.settings.layout].write(job)
 
 
 def run_lengths(mask: NDArray[np.bool_]) -> list[int]:

@@ -4,7 +4,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from .shapes import SHAPES
+from .drawing import SHAPES
 from .world import CLASSES, COLOURS, Scene, SceneObject, Split, generator
 
 TEMPLATES: tuple[str, ...] = (
@@ -22,14 +22,7 @@ TEMPLATES: tuple[str, ...] = (
 _SUFFIXES: tuple[str, ...] = ("and a small {}", "with a small {}", "plus a small {}")
 
 VOCABULARY: tuple[str, ...] = tuple(
-    sorted(
-        {
-            word
-            for text in (*TEMPLATES, *_SUFFIXES, *COLOURS, *SHAPES)
-            for word in text.split()
-            if word != "{}"
-        }
-    )
+    sorted(set(" ".join((*TEMPLATES, *_SUFFIXES, *COLOURS, *SHAPES)).split()) - {"{}"})
 )
 """Every word that captions use; a caption has at most 12 of them."""
 
@@ -80,14 +73,16 @@ def questions(scene: Scene, index: int, *, split: Split = "train", seed: int = 0
     - count: asked in inverse proportion to the frequency of the answer.
     """
     source = generator(index, split=split, seed=seed, stream=_QUESTION_STREAM)
-    found = [
-        _colour(scene),
-        _shape(scene),
+    main = scene.objects[0]
+    colour, shape = COLOURS[main.colour], SHAPES[main.shape]
+    made = [
+        Question("colour", f"What colour is the big {shape}?", colour),
+        Question("shape", f"What shape is the big {colour} object?", shape),
         _exists(scene, source),
         _position(scene, source),
         _count(scene, source),
     ]
-    return tuple(question for question in found if question is not None)
+    return tuple(question for question in made if question is not None)
 
 
 def _name(item: SceneObject) -> str:
@@ -98,16 +93,6 @@ def _say(scene: Scene, template: str, suffix: str, other: int) -> str:
     """Fill the template with the main object, and the suffix with objects[other] unless `other` is 0."""
     sentence = template.format(CLASSES[scene.label])
     return f"{sentence} {suffix.format(_name(scene.objects[other]))}" if other else sentence
-
-
-def _colour(scene: Scene) -> Question:
-    main = scene.objects[0]
-    return Question("colour", f"What colour is the big {SHAPES[main.shape]}?", COLOURS[main.colour])
-
-
-def _shape(scene: Scene) -> Question:
-    main = scene.objects[0]
-    return Question("shape", f"What shape is the big {COLOURS[main.colour]} object?", SHAPES[main.shape])
 
 
 def _exists(scene: Scene, source: np.random.Generator) -> Question:

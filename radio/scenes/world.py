@@ -1,4 +1,4 @@
-"""The layout of a scene: all random draws of an image, in units of its side, before rendering."""
+"""Scenes: all random draws of an image, in units of its side, and its rendering with all its labels."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import RadioError
-from .shapes import SHAPES, Coverage, cover
-from .textures import BASE_SIZE, NUM_TEXTURES, crop, noise
+from .drawing import BASE_SIZE, NUM_TEXTURES, SHAPES, Coverage, cover, crop, noise
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -208,23 +207,6 @@ def _rgb(hue: float, saturation: float, value: float) -> RGB:
     red, green, blue = colorsys.hsv_to_rgb(hue % 360 / 360, saturation, value)
     return 255 * red, 255 * green, 255 * blue
 
-
-__all__ = [
-    "CLASSES",
-    "COLOURS",
-    "MAX_SIZE",
-    "MIN_SIZE",
-    "SHAPES",
-    "SPLITS",
-    "Scene",
-    "SceneError",
-    "SceneObject",
-    "Split",
-    "label_of",
-    "render",
-    "render_images",
-    "semantic",
-]
 
 MIN_SIZE, MAX_SIZE = 32, 1024
 _MAIN_VISIBLE = 0.76  # minimum visible share of the main object at 96 px; at least 0.70 at other sizes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -14,9 +13,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..config import check, to_plain
 from ..errors import SizeError
-from ..nn.conv import C2f, ChannelAffine, ConvNorm, Downsample, Neck, NeckKind, StridedStem
+from ..nn.hybrid import (
+    C2f,
+    ChannelAffine,
+    ConvNorm,
+    Downsample,
+    MultiResolutionBlock,
+    Neck,
+    NeckKind,
+    StridedStem,
+    WindowBlock,
+    map_of,
+    windows_of,
+)
 from ..nn.vit import Normalise
-from ..nn.windows import MultiResolutionBlock, WindowBlock, map_of, windows_of
 from ..ops import check_window, choose_side, nearest_multiple
 from ..types import Features
 from . import StudentOptions, Window, students
@@ -61,40 +71,21 @@ class ERadio(ShapedStudent):
         super().__init__()
         self.config = config
         d, (one, two, three, four) = config.width, config.depths
+        self.cell = 8 * config.strides[0] * config.strides[1]  # pixels along a token of stage 4
+        self.patch_size = self.cell if config.neck is None else self.cell // 2  # a neck doubles the map
+        self.summary_dim, self.token_dim = 8 * d, (4 if config.neck == "stage-3" else 8) * d
         self.normalise = Normalise()
         self.stem = StridedStem(d, config.inner, config.strides)
         self.stage1, self.down1 = C2f(d, one), Downsample(d)
         self.stage2, self.down2 = C2f(2 * d, two), Downsample(2 * d)
         self.stage3 = nn.ModuleList(
-            MultiResolutionBlock(4 * d, config.heads[0], ratio, config.mix)
-            for ratio in itertools.chain.from_iterable([config.ratios] * three)
+            MultiResolutionBlock(4 * d, config.heads[0], ratio, config.mix) for ratio in config.ratios * three
         )
         self.down3 = Downsample(4 * d)
         self.stage4 = nn.ModuleList(WindowBlock(8 * d, config.heads[1]) for _ in range(four))
         self.norm: nn.Module = nn.BatchNorm2d(8 * d)
         self.neck = None if config.neck is None else Neck(4 * d, 8 * d, config.neck)
         self.apply(_initialise)
-
-    @property
-    def summary_dim(self) -> int:
-        """Width C: the channels of stage 4."""
-        return 8 * self.config.width
-
-    @property
-    def token_dim(self) -> int:
-        """Width D: the channels of the map that provides the tokens."""
-        return (4 if self.config.neck == "stage-3" else 8) * self.config.width
-
-    @property
-    def patch_size(self) -> int:
-        """Pixels along one side of a token: of stage 4, or half of that where the neck doubles its map."""
-        return self.cell if self.config.neck is None else self.cell // 2
-
-    @property
-    def cell(self) -> int:
-        """Pixels along one side of a token of stage 4."""
-        first, second = self.config.strides
-        return 8 * first * second
 
     def nearest_size(self, height: int, width: int) -> tuple[int, int]:
         """Compute the (height, width) nearest to the requested one that a window divides."""
@@ -105,18 +96,6 @@ class ERadio(ShapedStudent):
             (nearest_multiple(height, self.cell * s), nearest_multiple(width, self.cell * s)) for s in sides
         ]
         return min(sizes, key=lambda size: (size[0] - height) ** 2 + (size[1] - width) ** 2)
-
-    def with_window(self, side: int | None) -> Self:
-        """Return this student with another window side (None: chosen by the size), sharing the weights.
-
-        Raises:
-            SizeError: a side below 1.
-        """
-        if side is not None and side < 1:
-            raise SizeError(f"a window of {side} tokens cannot be; use 1 or more, or none for one that fits")
-        twin = copy.copy(self)
-        twin.config = replace(self.config, window=side)
-        return twin
 
     def sample_crops(self, batch: int, generator: torch.Generator) -> Tensor | None:
         """Return None: a training forward draws nothing at random."""
@@ -149,17 +128,14 @@ class ERadio(ShapedStudent):
         x = self.down2(self.apply_block(self.stage2, x))
         for block in self.stage3:
             x = self.apply_block(block, x, side)
-        last = self.norm(self._last_stage(self.down3(x), side))
+        low = self.down3(x)
+        windows = windows_of(low, side)
+        for block in self.stage4:
+            windows = self.apply_block(block, windows, side)
+        last = self.norm(map_of(windows, (low.shape[2], low.shape[3]), side))
         plane = last if self.neck is None else self.neck(x, last)
         tokens = plane.permute(0, 2, 3, 1).flatten(1, 2)
         return Features(last.mean(dim=(2, 3)), tokens, (plane.shape[2], plane.shape[3]))
-
-    def _last_stage(self, x: Tensor, side: int) -> Tensor:
-        grid = x.shape[2], x.shape[3]
-        windows = windows_of(x, side)
-        for block in self.stage4:
-            windows = self.apply_block(block, windows, side)
-        return map_of(windows, grid, side)
 
     def _window(self, images: Tensor) -> int:
         height, width = images.shape[-2:]

@@ -16,14 +16,8 @@ from torch import Tensor, nn
 
 from ..checkpoint import check_finite, digest, load_tensors
 from ..config import Pixels
-from ..errors import (
-    CheckpointError,
-    ConfigError,
-    SizeError,
-    did_you_mean,
-    shown,
-)
-from ..nn.conv import Neck
+from ..errors import CheckpointError, ConfigError, SizeError, did_you_mean, shown
+from ..nn.hybrid import Neck
 from ..nn.vit import Normalise
 from ..ops import nearest_multiple
 from ..types import Features
@@ -53,7 +47,7 @@ def make_network(name: str, side: int | None = None, file: Path | None = None) -
         raise ConfigError(f"timm:{name} has no maps of known size, which tokens come from; choose another")
     cfg = own.pretrained_cfg
     native: int = cfg["input_size"][1]
-    fixed, stride = bool(cfg.get("fixed_input_size")), _stride(own)
+    fixed, stride = bool(cfg.get("fixed_input_size")), int(own.feature_info[-1]["reduction"])
     if side is None:
         side = native if fixed else nearest_multiple(native, stride)
     if side != nearest_multiple(side, stride):
@@ -61,9 +55,7 @@ def make_network(name: str, side: int | None = None, file: Path | None = None) -
             f"timm:{name} cannot be built for {side} px: its stride of {stride} does not divide that; "
             f"the nearest is {nearest_multiple(side, stride)}"
         )
-    if isinstance(
-        getattr(own, "head", None), HiddenHead
-    ):  # hidden layers; the paper's 38M count none of them
+    if isinstance(getattr(own, "head", None), HiddenHead):  # its hidden layers are not in the paper's 38M
         own.head.reset(0, reset_other=True)
         own.head_hidden_size = own.num_features
     network = own if side == native or not fixed else _resized(name, own, side)
@@ -87,11 +79,6 @@ def check_name(name: str) -> None:
         known = timm.list_models()
         hint = did_you_mean(name, known) or f"; timm.list_models() lists all {len(known)}"
         raise ConfigError(f"timm has no model {name[:200]!r}{hint}")
-
-
-def _stride(network: Any) -> int:
-    stride: int = network.feature_info[-1]["reduction"]
-    return stride
 
 
 def _with_weights(name: str, file: Path) -> Any:
@@ -162,20 +149,6 @@ def _silence_drops(network: nn.Module) -> None:
             module.drop_rate = 0.0  # type: ignore[assignment]
 
 
-def checkpoint_blocks(name: str, network: Any) -> None:
-    """Enable timm's activation checkpointing; batch norms in its blocks then count every batch twice.
-
-    Raises:
-        ConfigError: the model does not support it.
-    """
-    try:
-        network.set_grad_checkpointing(True)
-    except AssertionError as error:  # raised by timm if unsupported
-        raise ConfigError(
-            f"timm:{name} cannot recompute its activations; leave --student.activation-checkpointing out"
-        ) from error
-
-
 # Letters: B batch, C summary width, T tokens, D token width, H W grid.
 
 TABLE_6: tuple[str, ...] = (
@@ -221,20 +194,23 @@ class TimmTrunk(nn.Module):
         """Map normalised [B, 3, h, w] to the last map's tokens [B, T, D] and its pooled vector [B, C]."""
         grid = images.shape[2] // self.stride, images.shape[3] // self.stride
         if self.neck is None:
-            last = self.network.forward_features(images)
-            tokens = self._tokens(last, grid)
-            return Features(self._pooled(last), tokens, grid)
-        last, maps = self.network.forward_intermediates(images, indices=2)
+            last, maps = self.network.forward_features(images), []
+        else:
+            last, maps = self.network.forward_intermediates(images, indices=2)
         tokens = self._tokens(last, grid)
-        plane = self.neck(maps[0], tokens.transpose(1, 2).unflatten(2, grid))
-        return Features(self._pooled(last), plane.flatten(2).transpose(1, 2), tuple(plane.shape[2:]))
-
-    def _pooled(self, last: Tensor) -> Tensor:
-        summary: Tensor = self.network.forward_head(last, pre_logits=True)
-        return summary
+        if self.neck is not None:
+            plane = self.neck(maps[0], tokens.transpose(1, 2).unflatten(2, grid))
+            tokens, grid = plane.flatten(2).transpose(1, 2), tuple(plane.shape[2:])
+        return Features(self.network.forward_head(last, pre_logits=True), tokens, grid)
 
     def _tokens(self, last: Any, grid: tuple[int, int]) -> Tensor:
-        tokens = _as_tokens(self.network, last) if isinstance(last, Tensor) else None
+        """Convert [B, D, H, W], [B, H, W, D] or [B, prefix + T, D] to tokens [B, T, D]."""
+        tokens: Tensor | None = None
+        if isinstance(last, Tensor) and last.ndim == 3:
+            tokens = last[:, getattr(self.network, "num_prefix_tokens", 0) :]
+        elif isinstance(last, Tensor):
+            channels_first = getattr(self.network, "output_fmt", "NCHW") == "NCHW"
+            tokens = last.flatten(2).transpose(1, 2) if channels_first else last.flatten(1, 2)
         if tokens is None or tokens.shape[1:] != (grid[0] * grid[1], self.token_dim):
             given = list(last.shape) if isinstance(last, Tensor) else type(last).__name__
             raise ConfigError(
@@ -242,14 +218,6 @@ class TimmTrunk(nn.Module):
                 f"expected: it has no map for a student; choose another model"
             )
         return tokens
-
-
-def _as_tokens(network: Any, last: Tensor) -> Tensor:
-    """Convert [B, D, H, W], [B, H, W, D] or [B, prefix + T, D] to tokens [B, T, D]."""
-    if last.ndim == 3:
-        return last[:, getattr(network, "num_prefix_tokens", 0) :]
-    rows_last = getattr(network, "output_fmt", "NCHW") == "NCHW"
-    return last.flatten(2).transpose(1, 2) if rows_last else last.flatten(1, 2)
 
 
 @final
@@ -266,40 +234,18 @@ class TimmStudent(nn.Module):
 
     def __init__(self, trunk: TimmTrunk, native: int, *, fixed_size: bool) -> None:
         super().__init__()
-        self.trunk, self.native, self.fixed_size = trunk, native, fixed_size
+        self.name = f"timm:{trunk.name}"
+        self.trunk, self.native_size, self.fixed_size = trunk, (native, native), fixed_size
+        self.patch_size = trunk.stride // (1 if trunk.neck is None else 2)
+        self.summary_dim, self.token_dim = trunk.summary_dim, trunk.token_dim
         self.mean_std = mean_and_std(trunk.network)
         self.normalise = Normalise(*self.mean_std)
 
     @property
-    def name(self) -> str:
-        """Name of the student: `timm:` and timm's name."""
-        return f"timm:{self.trunk.name}"
-
-    @property
     def fingerprint(self) -> str:
         """Hash of the weights, the name, the normalisation and, if fixed, the image size."""
-        built = self.native if self.fixed_size else "any"
+        built = self.native_size[0] if self.fixed_size else "any"
         return digest(self.state_dict(), f"{self.name} {built} {self.mean_std}")
-
-    @property
-    def native_size(self) -> tuple[int, int]:
-        """Native (height, width) in pixels."""
-        return self.native, self.native
-
-    @property
-    def patch_size(self) -> int:
-        """Pixels along one side of a token."""
-        return self.trunk.stride // (1 if self.trunk.neck is None else 2)
-
-    @property
-    def summary_dim(self) -> int:
-        """Width C of the summary."""
-        return self.trunk.summary_dim
-
-    @property
-    def token_dim(self) -> int:
-        """Width D of the tokens."""
-        return self.trunk.token_dim
 
     def nearest_size(self, height: int, width: int) -> tuple[int, int]:
         """Compute the nearest (height, width) that its stride divides, or the only size that it accepts."""
@@ -335,18 +281,13 @@ class TimmStudent(nn.Module):
 
 
 def _width_before(name: str, network: Any) -> int:
-    """Return the channels of the map at twice the resolution of the last.
-
-    Raises:
-        ConfigError: the network has no such map.
-    """
+    """Return the channels of the map at twice the resolution of the last; ConfigError if there is none."""
     stages = [(stage["reduction"], stage["num_chs"]) for stage in network.feature_info]
     if len(stages) < 2 or stages[-2][0] * 2 != stages[-1][0]:
         raise ConfigError(
             f"timm:{name} has no stage at twice the last one's resolution; leave --student.upsample out"
         )
-    width: int = stages[-2][1]
-    return width
+    return int(stages[-2][1])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -358,24 +299,19 @@ class TimmOptions(StudentOptions):
 
 
 def _build(name: str, side: int | None, options: TimmOptions) -> TimmStudent:
-    """Build a timm student with a recipe's options; `side` is the registered name's default.
-
-    Raises:
-        ConfigError: as `make_network`.
-        SizeError: as `make_network`.
-    """
+    """Build a timm student with a recipe's options; `side` is the registered name's default."""
     network, native, fixed = make_network(name, options.image_size or side)
     if options.activation_checkpointing:
-        checkpoint_blocks(name, network)
+        try:
+            network.set_grad_checkpointing(True)  # batch norms in its blocks then count every batch twice
+        except AssertionError as error:  # raised by timm if unsupported
+            raise ConfigError(
+                f"timm:{name} cannot recompute its activations; leave --student.activation-checkpointing out"
+            ) from error
     return TimmStudent(TimmTrunk(name, network, upsample=bool(options.upsample)), native, fixed_size=fixed)
 
 
 def _find(name: str) -> functools.partial[TimmStudent]:
-    """Return the factory of any timm name.
-
-    Raises:
-        ConfigError: timm has none of that name.
-    """
     check_name(name)
     return functools.partial(_build, name, None)
 

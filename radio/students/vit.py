@@ -46,6 +46,9 @@ class ShapedStudent(nn.Module):
 
     config: StudentShape
     fixed_size = False
+    patch_size: int  # pixels along one side of a token
+    summary_dim: int
+    token_dim: int
 
     @property
     def name(self) -> str:
@@ -71,6 +74,21 @@ class ShapedStudent(nn.Module):
     def nearest_size(self, height: int, width: int) -> tuple[int, int]:
         """Compute the nearest accepted (height, width) in pixels."""
         raise NotImplementedError
+
+    def with_window(self, side: int | None) -> Self:
+        """Return this student with another window side, sharing the weights.
+
+        Args:
+            side: in tokens; None: global attention in a ViT, chosen by the input's size in an E-RADIO.
+
+        Raises:
+            SizeError: a side below 1.
+        """
+        if side is not None and side < 1:
+            raise SizeError(f"a window of {side} tokens cannot be; use 1 or more, or none for the default")
+        twin = copy.copy(self)
+        twin.config = replace(self.config, window=side)
+        return twin
 
     def apply_block(self, block: nn.Module, *inputs: Any) -> Tensor:
         """Apply a block; in training recompute its activations in the backward pass if the config says so."""
@@ -134,7 +152,8 @@ class ViT(ShapedStudent):
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.patch_size, self.token_dim = config, config.patch, config.width
+        self.summary_dim = config.width * max(config.class_tokens, 1)  # concatenated, or one when pooling
         self.normalise = Normalise()
         stem = LinearStem if config.stem == "linear" else ConvStem
         self.stem = stem(config.width, config.patch)
@@ -150,39 +169,10 @@ class ViT(ShapedStudent):
         nn.init.trunc_normal_(self.prefix, std=0.02)
         self.blocks.apply(_initialise)
 
-    @property
-    def patch_size(self) -> int:
-        """Pixels along one side of a token."""
-        return self.config.patch
-
-    @property
-    def summary_dim(self) -> int:
-        """Width C: the concatenated class tokens, or the token width when pooling."""
-        return self.config.width * max(self.config.class_tokens, 1)
-
-    @property
-    def token_dim(self) -> int:
-        """Width D of the tokens."""
-        return self.config.width
-
     def nearest_size(self, height: int, width: int) -> tuple[int, int]:
         """Compute the nearest (height, width) that patch and window divide."""
         step = self.config.patch * (self.config.window or 1)
         return nearest_multiple(height, step), nearest_multiple(width, step)
-
-    def with_window(self, side: int | None) -> Self:
-        """Return this ViT with another window side (None: global attention), sharing the weights.
-
-        Raises:
-            SizeError: a side below 1.
-        """
-        if side is not None and side < 1:
-            raise SizeError(
-                f"a window of {side} tokens cannot be; use 1 or more, or none for global attention"
-            )
-        twin = copy.copy(self)
-        twin.config = replace(self.config, window=side)
-        return twin
 
     def sample_crops(self, batch: int, generator: torch.Generator) -> Tensor:
         """Draw the position crops of one training forward: [B, 5]."""
@@ -213,22 +203,16 @@ class ViT(ShapedStudent):
         for index in blocks:
             if not 0 <= index < depth:
                 raise ConfigError(f"block {index} is not one of the {depth} of {self.name}; count from 0")
-        grid = self._grid(images)
+        grid, side = self._grid(images), self.config.window
         patches = self.stem(self.normalise(images))
         patches = patches + self.positions(grid, crops)
         prefix = self.prefix.expand(images.shape[0], -1, -1)
-        return self._encode(prefix, patches, grid, blocks)
-
-    def _encode(
-        self, prefix: Tensor, patches: Tensor, grid: tuple[int, int], wanted: Sequence[int]
-    ) -> list[Features]:
-        side = self.config.window
         if side is not None:
             patches = to_windows(patches, grid, side)
         everywhere = self._global_blocks()
         p, outputs = prefix.shape[1], {}
         for index, block in enumerate(self.blocks):
-            if index > max(wanted):
+            if index > max(blocks):
                 break
             if side is None or index in everywhere:
                 joined = self.apply_block(block, torch.cat((prefix, patches), dim=1))
@@ -236,9 +220,9 @@ class ViT(ShapedStudent):
             else:
                 windows = self.apply_block(block, patches.reshape(-1, side * side, patches.shape[-1]))
                 patches = windows.reshape(patches.shape)
-            if index in wanted:
+            if index in blocks:
                 outputs[index] = self._features(prefix, patches, grid)
-        return [outputs[index] for index in wanted]
+        return [outputs[index] for index in blocks]
 
     def _features(self, prefix: Tensor, patches: Tensor, grid: tuple[int, int]) -> Features:
         if self.config.window is not None:
@@ -290,11 +274,6 @@ class ViTDetOptions(ViTOptions):
 
 
 def _build(config: ViTConfig, options: ViTOptions) -> ViT:
-    """Build a ViT of this shape with a recipe's options.
-
-    Raises:
-        ConfigError: an option out of range.
-    """
     options = check(options, config.name)
     given = {key: value for key, value in to_plain(options).items() if value is not None}
     whole = replace(config, **given)

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from radio.adaptors import AdaptorConfig
 from radio.dist import Ranks
-from radio.model import ModelConfig, RadioModel
+from radio.model import AdaptorConfig, ModelConfig, RadioModel
 
 from .fake import GPU, on_gpu, pretend
 

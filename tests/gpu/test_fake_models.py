@@ -7,9 +7,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from radio.adaptors import AdaptorConfig
 from radio.hub import load_teacher
-from radio.model import ModelConfig, RadioModel
+from radio.model import AdaptorConfig, ModelConfig, RadioModel
 from radio.students import students
 from radio.students.vit import ViTOptions
 from radio.types import Features, Student, Teacher, TextTower

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from radio.adaptors import AdaptorConfig, Head, MLPAdaptor
 from radio.errors import ConfigError
+from radio.model import AdaptorConfig, Head, MLPAdaptor
 from radio.types import Features
 
 

@@ -19,13 +19,12 @@ from torch import nn
 
 from radio import checkpoint
 from radio import model as models
-from radio.adaptors import AdaptorConfig
 from radio.archive import read_torch
 from radio.checkpoint import load_tensors, teachers_on
 from radio.config import to_plain
 from radio.errors import CheckpointError, ConfigError, RadioError
 from radio.hub import load_backbone
-from radio.model import ModelConfig, build
+from radio.model import AdaptorConfig, ModelConfig, build
 
 CLIP = AdaptorConfig(name="clip", summary_dim=5, token_dim=7)
 CONFIG = ModelConfig(student="vit-tiny12", adaptors=(CLIP,))

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from radio.adaptors import AdaptorConfig
 from radio.benchmark import (
     MIB,
     PRESETS,
@@ -30,7 +29,7 @@ from radio.benchmark import (
     prepare,
 )
 from radio.errors import ConfigError
-from radio.model import ModelConfig, build, make_student
+from radio.model import AdaptorConfig, ModelConfig, build, make_student
 from radio.students import StudentOptions, students
 
 CPU = torch.device("cpu")

@@ -9,9 +9,8 @@ import torch
 
 import radio
 from radio import hub
-from radio.adaptors import AdaptorConfig
 from radio.errors import CheckpointError, ConfigError, RadioError, SizeError
-from radio.model import ModelConfig, RadioModel, build
+from radio.model import AdaptorConfig, ModelConfig, RadioModel, build
 from radio.students.vit import ViTDetOptions
 from radio.teachers import families
 from radio.types import Features

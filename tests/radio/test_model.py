@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 from radio import checkpoint
-from radio.adaptors import AdaptorConfig
 from radio.config import to_plain
 from radio.errors import CheckpointError, ConfigError, SizeError
-from radio.model import ModelConfig, RadioModel, build, load, load_untrained
+from radio.model import AdaptorConfig, ModelConfig, RadioModel, build, load, load_untrained
 from radio.students import students
 from radio.students.vit import ViTDetOptions
 from radio.types import Backbone, Features, Student

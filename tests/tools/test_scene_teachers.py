@@ -12,8 +12,9 @@ from rich.console import Console
 
 from radio.checkpoint import load
 from radio.errors import CheckpointError, ConfigError
+from radio.scenes.drawing import SHAPES
 from radio.scenes.language import caption
-from radio.scenes.world import CLASSES, SHAPES, render
+from radio.scenes.world import CLASSES, render
 from radio.teachers.scenes import NAMES, Clip, new_dense, new_sam, scenes_sam, scenes_teacher, weights_file
 from tools.scene_teachers.losses import (
     ClipLoss,

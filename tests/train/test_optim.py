@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from radio.adaptors import AdaptorConfig
-from radio.model import ModelConfig, RadioModel, build
+from radio.model import AdaptorConfig, ModelConfig, RadioModel, build
 from radio.students.vit import ViTOptions
 from train.config import OptimConfig
 from train.optim import exempt_from_decay, learning_rate, make_optimizer

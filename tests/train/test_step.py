@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from radio.adaptors import AdaptorConfig
-from radio.model import ModelConfig, RadioModel, build
+from radio.model import AdaptorConfig, ModelConfig, RadioModel, build
 from radio.ops import resize_images
 from radio.types import Features, Teacher
 from train.config import LossConfig, TeacherConfig

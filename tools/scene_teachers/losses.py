@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from radio.errors import require
 from radio.ops import resize_images
+from radio.scenes.drawing import SHAPES
 from radio.scenes.language import TEMPLATES, caption
-from radio.scenes.world import CLASSES, COLOURS, SHAPES, Scene, render
+from radio.scenes.world import CLASSES, COLOURS, Scene, render
 from radio.students.vit import ViT
 from radio.teachers.sam import decode
 from radio.teachers.scenes import SIDE, Clip, tokenize

@@ -15,10 +15,9 @@ from evals.core.blocks import ImageGrid, ImageRow
 from evals.core.evaluator import run_evaluator
 from evals.core.report import Report, read
 from evals.maps import MAPS, MapsSettings
-from radio.adaptors import AdaptorConfig
 from radio.errors import ConfigError, DataError
 from radio.hub import load_backbone
-from radio.model import ModelConfig, RadioModel, build
+from radio.model import AdaptorConfig, ModelConfig, RadioModel, build
 from radio.types import Features
 
 

@@ -8,10 +8,9 @@ import torch
 
 from evals.sam_dropin.encoder import make_drop_in
 from evals.sam_dropin.masks import resize_and_pad
-from radio.adaptors import AdaptorConfig
 from radio.errors import CheckpointError, ConfigError, SizeError
 from radio.hub import load_backbone, load_teacher
-from radio.model import ModelConfig, RadioModel, build
+from radio.model import AdaptorConfig, ModelConfig, RadioModel, build
 from radio.ops import resize_tokens
 from radio.teachers import families
 from radio.teachers.sam import new_released_sam

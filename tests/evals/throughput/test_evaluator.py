@@ -20,10 +20,9 @@ from evals.throughput import (
     report_all,
     speed_rows,
 )
-from radio.adaptors import AdaptorConfig
 from radio.errors import ConfigError, RadioError, SizeError
 from radio.hub import load_teacher
-from radio.model import ModelConfig, RadioModel, build
+from radio.model import AdaptorConfig, ModelConfig, RadioModel, build
 
 SHORT = ThroughputSettings(batches=(1, 2), repeats=5, window_seconds=0, warmup_seconds=0)
 

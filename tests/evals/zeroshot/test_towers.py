@@ -6,10 +6,9 @@ from typing import Any
 import pytest
 
 from evals.zeroshot.texts import find_text_tower
-from radio.adaptors import AdaptorConfig
 from radio.errors import CheckpointError, ConfigError
 from radio.hub import load_backbone, load_teacher
-from radio.model import ModelConfig, build
+from radio.model import AdaptorConfig, ModelConfig, build
 
 TEACHERS = ("dense", "clip")
 

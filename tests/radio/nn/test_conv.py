@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from radio.nn.conv import C2f, ChannelAffine, ConvNorm, Downsample, Neck, StridedStem
+from radio.nn.hybrid import C2f, ChannelAffine, ConvNorm, Downsample, Neck, StridedStem
 
 
 def _maps(*shape: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from radio.errors import SizeError
-from radio.nn.windows import (
+from radio.nn.hybrid import (
     MultiResolutionBlock,
     PositionBias,
     WindowBlock,

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from radio.scenes.shapes import SHAPES, cover, outlines
+from radio.scenes.drawing import SHAPES, cover, outlines
 
 
 def polygon_area(points: np.ndarray) -> float:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from radio.scenes.textures import BASE_SIZE, NUM_TEXTURES, crop, noise
+from radio.scenes.drawing import BASE_SIZE, NUM_TEXTURES, crop, noise
 
 
 def test_textures_use_the_whole_range_and_differ() -> None:

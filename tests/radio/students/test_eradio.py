@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from radio.errors import ConfigError, SizeError
 from radio.model import make_student
-from radio.nn.windows import MultiResolutionBlock
+from radio.nn.hybrid import MultiResolutionBlock
 from radio.students import StudentOptions, students
 from radio.students.eradio import ERadio, ERadioConfig, ERadioOptions
 from radio.students.timm import TimmOptions
