@@ -174,43 +174,34 @@ class Records:
         self.path, self._what, self._layout = path, what, layout
         self.data = parse_json(read_text(path, limit=MAX_DATA_BYTES), path)
 
-    def listed(self, key: str) -> list[Row]:
-        """Return the records of the list under `key`.
+    def rows(self, key: str | None = None) -> list[Row]:
+        """Return the records of the list under `key`; without one, of the whole JSON object by their keys.
 
         Raises:
-            DataError: no such list, an empty one, or one of anything but objects.
-        """
-        records = self.data.get(key) if isinstance(self.data, dict) else None
-        if not isinstance(records, list):
-            name = next(iter(self.data), "0") if isinstance(self.data, dict) else "0"
-            raise self.refuse(f"record {name[:80]}", f"there is no list {key!r} in the file")
-        return self._rows(
-            [(str(index), f"record {index} of {key!r}", row) for index, row in enumerate(records)]
-        )
-
-    def keyed(self) -> list[Row]:
-        """Return the records of a JSON object, each with its key.
-
-        Raises:
-            DataError: not an object, an empty one, or one of anything but objects.
+            DataError: no such list or object, an empty one, or one of anything but objects.
         """
         if not isinstance(self.data, dict):
             raise self.refuse("record 0", f"the file holds a {type(self.data).__name__}")
-        return self._rows([(key, f"record {key[:80]}", row) for key, row in self.data.items()])
-
-    def _rows(self, rows: list[tuple[str, str, Any]]) -> list[Row]:
+        records = self.data if key is None else self.data.get(key)
+        if isinstance(records, dict) and key is None:
+            rows = [Row(name, f"record {name[:80]}", row) for name, row in records.items()]
+        elif isinstance(records, list):
+            rows = [Row(str(i), f"record {i} of {key!r}", row) for i, row in enumerate(records)]
+        else:
+            first = next(iter(self.data), "0")
+            raise self.refuse(f"record {first[:80]}", f"there is no list {key!r} in the file")
         if not rows:
             raise DataError(
                 f"{shown(self.path)}: holds no records; wanted {self._what}, which are {self._layout}"
             )
-        for _, name, data in rows:
-            if not isinstance(data, dict):
-                raise self.refuse(name, f"is a {type(data).__name__}")
-        return [Row(*row) for row in rows]
+        for row in rows:
+            if not isinstance(row.data, dict):
+                raise self.refuse(row.name, f"is a {type(row.data).__name__}")
+        return rows
 
     def top(self, key: str) -> str | None:
         """Return a top-level string of the file, or None without one."""
-        value = self.data.get(key) if isinstance(self.data, dict) else None
+        value = self.data.get(key)
         return value if isinstance(value, str) else None
 
     def get(self, row: Row, key: str, type_: type[T]) -> T:
@@ -307,7 +298,7 @@ def read_gqa(files: TaskFiles) -> Benchmark:
         DataError: no such file, not a GQA file, or an unknown split.
     """
     records = Records(files.questions, "GQA's questions", "{id: {question, imageId, isBalanced, answer}}")
-    rows = records.keyed()
+    rows = records.rows()
     balanced = [row for row in rows if records.get(row, "isBalanced", bool)]
     if not balanced:
         raise DataError(
@@ -324,19 +315,20 @@ def read_gqa(files: TaskFiles) -> Benchmark:
         questions.append(BenchmarkQuestion(row.key, image, text, short(text), score, answer, groups))
     # The split labels the scores, as val and testdev differ.
     words = re.split(r"[^a-z]+", files.questions.name.lower())
-    named = next((split for split in _GQA_SPLITS if split in words), None)
+    split = _split(files, next((split for split in _GQA_SPLITS if split in words), None), "its name")
+    known = frozenset(row.key for row in rows)
+    return Benchmark(task="gqa", split=split, questions=tuple(questions), known=known)
+
+
+def _split(files: TaskFiles, named: str | None, source: str) -> str:
+    """Return the split that the questions are named by their `source`, or else by the user."""
     if named is None and files.split is None:
+        raise DataError(f"{files.questions}: {source} does not say which split it is; give it, such as val")
+    if named is not None and files.split not in (None, named):
         raise DataError(
-            f"{files.questions}: the name does not say the split; give it, such as val or testdev"
+            f"{files.questions}: is {named} by {source}, and the split asked for is {files.split}"
         )
-    if named and files.split not in (None, named):
-        raise DataError(f"{files.questions}: is called {named}, and the split asked for is {files.split}")
-    return Benchmark(
-        task="gqa",
-        split=files.split or str(named),
-        questions=tuple(questions),
-        known=frozenset(row.key for row in rows),
-    )
+    return named or str(files.split)
 
 
 def gqa_groups(types: Mapping[str, Any]) -> dict[str, str]:
@@ -357,7 +349,7 @@ def read_vqav2(files: TaskFiles, rule: Rule = "official") -> Benchmark:
     """
     layout = "{data_subtype, questions: [{question_id, image_id, question}]}"
     records = Records(files.questions, "VQAv2's questions", layout)
-    rows = records.listed("questions")
+    rows = records.rows("questions")
     subtype = records.top("data_subtype")
     if subtype is None:
         raise records.refuse("the file", "has no 'data_subtype', which names the images")
@@ -368,9 +360,7 @@ def read_vqav2(files: TaskFiles, rule: Rule = "official") -> Benchmark:
             BenchmarkQuestion(str(records.get(row, "question_id", int)), image, text, short(text))
         )
     known = records.unique([question.id for question in questions])
-    split = re.sub(r"\d+$", "", subtype)
-    if files.split not in (None, split):
-        raise DataError(f"{files.questions}: is {subtype}, and the split asked for is {files.split}")
+    split = _split(files, re.sub(r"\d+$", "", subtype), "its 'data_subtype'")
     if files.annotations is not None:
         questions = _annotated(files.annotations, questions, subtype, rule)
     return Benchmark(task="vqav2", split=split, questions=tuple(questions), known=known)
@@ -387,7 +377,7 @@ def _annotated(
     """Add the answer type and the ten answers to each question."""
     layout = "{data_subtype, annotations: [{question_id, answer_type, answers: [ten of {answer}]}]}"
     records = Records(path, "VQAv2's annotations", layout)
-    rows = records.listed("annotations")
+    rows = records.rows("annotations")
     annotated = records.top("data_subtype")
     if annotated not in (None, subtype):
         raise DataError(
@@ -415,10 +405,14 @@ def _annotated(
         texts = tuple(answer for answer in answers if isinstance(answer, str))
         if len(texts) != NUM_ANSWERS or len(given) != NUM_ANSWERS:
             raise records.refuse(row.name, f"its 'answers' hold {len(texts)} answers, not {NUM_ANSWERS}")
-        score = partial(vqa_accuracy, truths=texts, rule=rule)
         groups = {"answer_type": records.get(row, "answer_type", str)}
-        annotated_questions.append(replace(question, score=score, expected=commonest(texts), groups=groups))
+        annotated_questions.append(replace(_answered_by(question, texts, rule), groups=groups))
     return annotated_questions
+
+
+def _answered_by(question: BenchmarkQuestion, people: Sequence[str], rule: Rule) -> BenchmarkQuestion:
+    score = partial(vqa_accuracy, truths=people, rule=rule)
+    return replace(question, score=score, expected=commonest(people))
 
 
 def read_textvqa(files: TaskFiles, rule: Rule = "m4c") -> Benchmark:
@@ -431,7 +425,7 @@ def read_textvqa(files: TaskFiles, rule: Rule = "m4c") -> Benchmark:
     """
     layout = "{data: [{question_id, image_id, question, answers: [ten texts]}]}"
     records = Records(files.questions, "TextVQA's questions", layout)
-    rows = records.listed("data")
+    rows = records.rows("data")
     images = [records.get(row, "image_id", str) for row in rows]
     has_answers = any("answers" in row.data for row in rows)
     questions = []
@@ -442,21 +436,12 @@ def read_textvqa(files: TaskFiles, rule: Rule = "m4c") -> Benchmark:
             ten = records.texts(row, "answers")
             if len(ten) != NUM_ANSWERS:
                 raise records.refuse(row.name, f"its 'answers' hold {len(ten)} answers, not {NUM_ANSWERS}")
-            score = partial(vqa_accuracy, truths=ten, rule=rule)
-            question = replace(question, score=score, expected=commonest(ten))
+            question = _answered_by(question, ten, rule)
         questions.append(question)
-    split = records.top("dataset_type") or rows[0].data.get("set_name")
-    split = split if isinstance(split, str) else files.split
-    if split is None:
-        raise DataError(f"{files.questions}: does not say which split it is; give it, such as val")
-    if files.split not in (None, split):
-        raise DataError(f"{files.questions}: is {split}, and the split asked for is {files.split}")
-    return Benchmark(
-        task="textvqa",
-        split=split,
-        questions=tuple(questions),
-        known=records.unique([question.id for question in questions]),
-    )
+    named = records.top("dataset_type") or rows[0].data.get("set_name")
+    split = _split(files, named if isinstance(named, str) else None, "its content")
+    known = records.unique([question.id for question in questions])
+    return Benchmark(task="textvqa", split=split, questions=tuple(questions), known=known)
 
 
 def _ocr_tokens(
@@ -475,7 +460,7 @@ def _ocr_tokens(
         return [records.texts(row, "ocr_tokens") for row in rows]
     ocr = Records(files.ocr_file, "OCR tokens", "{data: [{image_id, ocr_tokens}]}")
     by_image: dict[str, tuple[str, ...]] = {}
-    for row in ocr.listed("data"):
+    for row in ocr.rows("data"):
         image, tokens = ocr.get(row, "image_id", str), ocr.texts(row, "ocr_tokens")
         if by_image.setdefault(image, tokens) != tokens:
             raise ocr.refuse(row.name, f"gives {image} other tokens than an earlier record")
@@ -505,7 +490,7 @@ def read_scienceqa(files: TaskFiles) -> Benchmark:
     split = files.split or "test"
     layout = "{id: {question, choices, answer, hint, image}}"
     records = Records(files.questions, "ScienceQA's problems", layout)
-    problems = {row.key: row for row in records.keyed()}
+    problems = {row.key: row for row in records.rows()}
     ids = _split_ids(files.splits, split)
     absent = [id for id in ids if id not in problems]
     if absent:
@@ -531,12 +516,9 @@ def read_scienceqa(files: TaskFiles) -> Benchmark:
         right, groups = LETTERS[answer], scienceqa_groups(row.data)
         score = partial(score_letter, right=right)
         questions.append(BenchmarkQuestion(row.key, image, text, prompt, score, right, groups))
+    known = frozenset(ids)
     return Benchmark(
-        task="scienceqa",
-        split=split,
-        questions=tuple(questions),
-        known=frozenset(ids),
-        missing_is_wrong=True,
+        task="scienceqa", split=split, questions=tuple(questions), known=known, missing_is_wrong=True
     )
 
 

@@ -38,6 +38,10 @@ _ANSWERS_FORMAT = "am-radio-vqa-answers/2"
 CHUNK = 128  # questions per file of answers: a killed run loses no more than these
 _NUM_EXAMPLES = 3  # right answers, and wrong ones, that the page shows of a benchmark
 _MAX_LETTERS = 240  # of a question on the page
+_NOTHING_BLIND = (
+    "the blind answers mean nothing: each training conversation had an image, so that the model never "
+    "learned to answer without one"
+)
 
 
 class Answered(NamedTuple):
@@ -106,6 +110,8 @@ def evaluate(model: Backbone, settings: VqaSettings, run: EvalRun) -> Result:
     answered = [_answer(benchmark, trained, training, settings) for benchmark in opened]
     if settings.save is not None and run.ranks.leads:
         save_llava(trained.model, training.language, settings.save)
+    has_blind = any(one.blind is not None for one in answered)
+    has_text_only = any(record.image is None for record in data["instruct"].records)
     used = {name: stage for name, stage in data.items() if name in trained.stages}
     for stage in data.values():
         if stage.source is not None:
@@ -123,7 +129,7 @@ def evaluate(model: Backbone, settings: VqaSettings, run: EvalRun) -> Result:
             *size_notes,
             *(note for stage in used.values() for note in stage.notes),
             *result.notes,
-            *_meaningless_blind(answered, data),
+            *([_NOTHING_BLIND] if has_blind and not has_text_only else []),
         ],
         resolved={
             "preset": preset_name,
@@ -165,12 +171,7 @@ def _named_benchmarks(settings: VqaSettings, run: EvalRun) -> list[Benchmark]:
 
 
 def _open_benchmarks(settings: VqaSettings, preset: Preset, run: EvalRun) -> list[Benchmark]:
-    """Open the benchmarks that the settings name: one in its own files, or those of the generated world.
-
-    Raises:
-        ConfigError: the model is trained on other data than the generated world, and no benchmark is named.
-        DataError: files that are absent or not the benchmark's, or absent images.
-    """
+    """Open the benchmarks that the settings name: one in its own files, or those of the generated world."""
     opened = _named_benchmarks(settings, run)
     if not opened:
         if settings.instruct_data is not None:
@@ -188,11 +189,7 @@ def _open_benchmarks(settings: VqaSettings, preset: Preset, run: EvalRun) -> lis
 
 
 def _open_data(settings: VqaSettings, preset: Preset, run: EvalRun) -> dict[str, TrainingData]:
-    """Load the data of both stages and check every record.
-
-    Raises:
-        DataError: a file that is absent, or a record that cannot be used.
-    """
+    """Load the data of both stages and check every record."""
     from .training import TrainingData, digest
 
     def pack(records: list[Any], source: ImageSource | None, name: str, notes: tuple[str, ...]) -> Any:
@@ -228,11 +225,7 @@ def _open_data(settings: VqaSettings, preset: Preset, run: EvalRun) -> dict[str,
 def _answer(
     benchmark: Benchmark, trained: Trained, training: LlavaTraining, settings: VqaSettings
 ) -> Answered:
-    """Answer all questions of a benchmark, with the images and blind; score them where that is possible.
-
-    Raises:
-        DataError: an image that cannot be read, or ranks that do not share the cache.
-    """
+    """Answer all questions of a benchmark, with the images and blind; score them where that is possible."""
     from .llava import Generator, make_prompt
     from .training import digest
 
@@ -259,20 +252,15 @@ def _answer(
         content = source.fingerprint if source is not None else ""
         key = digest(_ANSWERS_FORMAT, trained.key, content, preset.new_tokens, blind, prompts)
         title = f"{benchmark.task}{' blind' if blind else ''} {encoder.model.name}"
-        answers.append(
-            answer_all(prompts, generator, run.cache / "vqa" / "answers" / key, title=title, run=run)
-        )
-    if not benchmark.has_answers:
-        return Answered(benchmark, answers[0])
-    scores = [benchmark.score(of_mode, settings.allow_missing) for of_mode in answers]
-    return Answered(
-        benchmark,
-        answers[0],
-        blind=answers[1] if is_blind_too else None,
-        scores=scores[0],
-        blind_scores=scores[1] if is_blind_too else None,
-        source=source,
-    )
+        folder = run.cache / "vqa" / "answers" / key
+        answers.append(answer_all(prompts, generator, folder, title=title, run=run))
+    answered = Answered(benchmark, answers[0], source=source)
+    if benchmark.has_answers:
+        scores = [benchmark.score(of_mode, settings.allow_missing) for of_mode in answers]
+        answered = answered._replace(scores=scores[0])
+        if is_blind_too:
+            answered = answered._replace(blind=answers[1], blind_scores=scores[1])
+    return answered
 
 
 class _Answer(TypedDict):
@@ -345,12 +333,15 @@ def _result(answered: Sequence[Answered], run: EvalRun) -> Result:
         if of_task.missing
     ]
     baselines = {"without the image": metrics["blind_accuracy"].value} if blind else {}
-    blocks: list[Block] = [*_bars(metrics, scores), *(_examples(one, run) for one in answered if one.scores)]
+    blocks: list[Block] = [_bars(metrics, scores)] if scores else []
+    blocks += [_examples(one, run) for one in answered if one.scores]
+    for task, of_task in scores.items():
+        blocks += of_task.tables(task)
     return Result(
         metrics=metrics | kinds,
         data=[one.benchmark.info() for one in answered],
         records=_records(answered),
-        blocks=[*blocks, *(table for task, of_task in scores.items() for table in of_task.tables(task))],
+        blocks=blocks,
         baselines=baselines,
         notes=missing,
         files=files,
@@ -379,21 +370,21 @@ def _records(answered: Sequence[Answered]) -> Iterator[Record]:
             yield record
 
 
-def _bars(metrics: Mapping[str, Metric], scores: Iterable[str]) -> Iterator[Block]:
-    names = [name for task in scores for name in (task, f"blind_{task}") if name in metrics]
-    if names:
-        values = [metrics[name] for name in names]
-        yield Bars(
-            title="accuracy by benchmark",
-            x_label="accuracy (%)",
-            names=tuple(
-                f"{name.removeprefix('blind_')}, blind" if "blind_" in name else name for name in names
-            ),
-            values=tuple(metric.value for metric in values),
-            low=tuple(metric.low for metric in values),
-            high=tuple(metric.high for metric in values),
-            caption="Accuracy on each benchmark; blind: the same questions without the image.",
-        )
+def _bars(metrics: Mapping[str, Metric], tasks: Iterable[str]) -> Bars:
+    bars = {}
+    for task in tasks:
+        bars[task] = metrics[task]
+        if f"blind_{task}" in metrics:
+            bars[f"{task}, blind"] = metrics[f"blind_{task}"]
+    return Bars(
+        title="accuracy by benchmark",
+        x_label="accuracy (%)",
+        names=tuple(bars),
+        values=tuple(metric.value for metric in bars.values()),
+        low=tuple(metric.low for metric in bars.values()),
+        high=tuple(metric.high for metric in bars.values()),
+        caption="Accuracy on each benchmark; blind: the same questions without the image.",
+    )
 
 
 def _examples(one: Answered, run: EvalRun) -> Examples:
@@ -417,18 +408,6 @@ def _example(one: Answered, question: BenchmarkQuestion, value: float, run: Eval
     expected = f"expected: {question.expected}, worth {value:g}"
     lines = (text, f"answered: {answer}", expected, question.image or "")
     return Example(image=image, lines=lines, good=value >= 0.5)
-
-
-def _meaningless_blind(answered: Sequence[Answered], data: Mapping[str, TrainingData]) -> list[str]:
-    """Return a note if the blind baseline is meaningless."""
-    has_text_only = any(record.image is None for record in data["instruct"].records)
-    if has_text_only or all(one.blind is None for one in answered):
-        return []
-    note = (
-        "the blind answers mean nothing: each training conversation had an image, so that the model never "
-        "learned to answer without one"
-    )
-    return [note]
 
 
 def with_seed(settings: VqaSettings, run: RunSettings, number: int) -> VqaSettings:

@@ -117,9 +117,6 @@ class VqaSettings:
         if not stages or len(set(stages)) < len(stages) or not set(stages) <= set(STAGES):
             raise ConfigError(f"stages = {self.stages}: name one or more of {', '.join(STAGES)}, each once")
         object.__setattr__(self, "stages", stages)
-        self._check_files()
-
-    def _check_files(self) -> None:
         for stage in ("pretrain", "instruct"):
             data, images = getattr(self, f"{stage}_data"), getattr(self, f"{stage}_images")
             if images is not None and data is None:
@@ -297,17 +294,17 @@ def plan_stage(
     Raises:
         ConfigError: a batch that the micro-batch does not divide.
     """
-    batch = settings.train_batch_size or min(
-        (opened and stage.batch_of_opened) or stage.batch, max(1, count // _LEAST_BATCHES)
-    )
+    batch, lr = stage.batch, stage.lr
+    if opened:
+        batch, lr = stage.batch_of_opened or batch, stage.lr_of_opened or lr
+    if settings.lora_rank is not None and "language" in stage.learns:
+        lr = preset.lora_lr
+    batch = settings.train_batch_size or min(batch, max(1, count // _LEAST_BATCHES))
     micro_batch = settings.micro_batch or math.gcd(batch, preset.micro_batch)
     if batch % micro_batch:
         raise ConfigError(f"a batch of {batch} is no multiple of micro_batch = {micro_batch}; choose another")
     steps = max(preset.least_steps, math.ceil(count * stage.epochs / batch))
     steps = min(steps, settings.max_steps or steps)
-    lr = stage.lr if stage.lr_of_opened is None or not opened else stage.lr_of_opened
-    if settings.lora_rank is not None and "language" in stage.learns:
-        lr = preset.lora_lr
     return StagePlan(
         template=stage.template,
         view=stage.view,
@@ -324,21 +321,12 @@ def plan_stage(
 
 def choose_size(model: Backbone, settings: VqaSettings, preset: Preset) -> tuple[Size, tuple[str, ...]]:
     """Choose the (height, width) that images are encoded at; also return notes where it deviates."""
-    own = model.native_size
-    if settings.size is not None:
-        size = model.nearest_size(settings.size, settings.size)
-        return size, _note(settings.size, size, model.name)
-    if max(own) < _SMALL:
-        return own, ()
-    for side in preset.sizes:
+    if settings.size is None and max(model.native_size) < _SMALL:
+        return model.native_size, ()
+    for side in preset.sizes if settings.size is None else (settings.size,):
         size = model.nearest_size(side, side)
         if max(abs(length - side) for length in size) <= side * _NEAR:
-            return size, _note(side, size, model.name)
-    size = model.nearest_size(preset.sizes[-1], preset.sizes[-1])
-    return size, _note(preset.sizes[-1], size, model.name)
-
-
-def _note(side: int, size: Size, name: str) -> tuple[str, ...]:
+            break
     if size == (side, side):
-        return ()
-    return (f"{side} px are wanted; {name} takes {size[0]}x{size[1]}, which was used",)
+        return size, ()
+    return size, (f"{side} px are wanted; {model.name} takes {size[0]}x{size[1]}, which was used",)

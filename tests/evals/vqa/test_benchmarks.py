@@ -31,21 +31,21 @@ def records_of(tmp_path: Path, data: Any) -> Records:
 
 def test_records_of_a_list_and_of_an_object(tmp_path: Path) -> None:
     listed = records_of(tmp_path, {"metadata": [{"id": 7}], "set": "red"})
-    assert listed.listed("metadata") == [Row("0", "record 0 of 'metadata'", {"id": 7})]
+    assert listed.rows("metadata") == [Row("0", "record 0 of 'metadata'", {"id": 7})]
     assert (listed.top("set"), listed.top("none"), listed.top("metadata")) == ("red", None, None)
-    assert records_of(tmp_path, {"x": {"id": 7}}).keyed() == [Row("x", "record x", {"id": 7})]
+    assert records_of(tmp_path, {"x": {"id": 7}}).rows() == [Row("x", "record x", {"id": 7})]
 
 
 @pytest.mark.parametrize("data", [{"metadata": []}, {"metadata": [3]}, {"metadata": "red"}, [], 5, {}])
 def test_lists_that_are_none(tmp_path: Path, data: Any) -> None:
     with pytest.raises(DataError, match=r"file\.json: .*wanted metadata, which are \{metadata:"):
-        records_of(tmp_path, data).listed("metadata")
+        records_of(tmp_path, data).rows("metadata")
 
 
 @pytest.mark.parametrize("data", [{}, {"x": 3}, [{"id": 7}]])
 def test_objects_that_are_none(tmp_path: Path, data: Any) -> None:
     with pytest.raises(DataError, match=r"wanted metadata"):
-        records_of(tmp_path, data).keyed()
+        records_of(tmp_path, data).rows()
 
 
 def test_fields_have_their_types(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_fields_have_their_types(tmp_path: Path) -> None:
 )
 def test_an_error_says_what_the_file_looks_like(tmp_path: Path, data: Any, seen: str) -> None:
     with pytest.raises(DataError, match=f"the file looks like {seen}"):
-        records_of(tmp_path, data).listed("metadata")
+        records_of(tmp_path, data).rows("metadata")
 
 
 def test_records_that_are_none(tmp_path: Path) -> None:
@@ -170,9 +170,9 @@ def test_the_name_says_the_split(tmp_path: Path, name: str, split: str) -> None:
 def test_a_split_has_to_be_known(tmp_path: Path) -> None:
     data = {"1": gqa_record("cat")}
     assert opened_gqa(tmp_path, data, "mine.json", "testdev").split == "testdev"
-    with pytest.raises(DataError, match="the name does not say the split"):
+    with pytest.raises(DataError, match="its name does not say which split it is"):
         opened_gqa(tmp_path, data, "mine.json")
-    with pytest.raises(DataError, match="is called val, and the split asked for is testdev"):
+    with pytest.raises(DataError, match="is val by its name, and the split asked for is testdev"):
         opened_gqa(tmp_path, data, split="testdev")
 
 
@@ -278,7 +278,7 @@ def test_annotations_go_by_id_and_may_be_more(tmp_path: Path) -> None:
         ),
         ([annotation(*["a"] * 10)] * 2, {}, "question 42000 is there twice"),
         ([annotation(*["a"] * 10)], {"annotated": "train2014"}, "annotations of train2014"),
-        (None, {"split": "test"}, "is val2014, and the split asked for is test"),
+        (None, {"split": "test"}, "is val by its 'data_subtype', and the split asked for is test"),
         (None, {"asked": [*ASKED, *ASKED]}, "question 42000 is there twice"),
         (
             None,
@@ -423,7 +423,7 @@ def test_ocr_tokens_from_the_record_or_from_a_file(tmp_path: Path) -> None:
         ),
         ([text_record(image_id=None)], {}, "has no 'image_id'"),
         ([text_record(set_name=None)], {}, "does not say which split it is"),
-        ([text_record()], {"split": "train"}, "is val, and the split asked for is train"),
+        ([text_record()], {"split": "train"}, "is val by its content, and the split asked for is train"),
     ],
 )
 def test_textvqa_files_that_do_not_fit(

