@@ -14,8 +14,9 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
@@ -47,12 +48,8 @@ class Protocol:
 
     def __post_init__(self) -> None:
         """Validate the settings; raise ConfigError for those that cannot be measured."""
-        counts = (
-            *self.batches,
-            self.warmup_calls,
-            self.repeats,
-            1 if self.window_calls is None else self.window_calls,
-        )
+        window_calls = 1 if self.window_calls is None else self.window_calls
+        counts = (*self.batches, self.warmup_calls, self.repeats, window_calls)
         if not self.batches or min(counts) < 1 or min(self.warmup_seconds, self.window_seconds) < 0:
             raise ConfigError(
                 f"{self} cannot be measured: give at least one batch, counts of 1 or more, times of 0 or more"
@@ -111,6 +108,7 @@ def prepare(
     layout = torch.channels_last if last else torch.contiguous_format
     if isinstance(moved, nn.Module):
         moved.to(memory_format=layout)
+    weights = moved.parameters() if isinstance(moved, nn.Module) else ()
 
     def images(batch: int) -> Tensor:
         generator = torch.Generator(device=device).manual_seed(0)
@@ -129,9 +127,7 @@ def prepare(
         call=torch.compile(call, dynamic=False) if compiled else call,
         images=images,
         compiled=compiled,
-        weight_bytes=sum(weight.nbytes for weight in moved.parameters())
-        if isinstance(moved, nn.Module)
-        else 0,
+        weight_bytes=sum(weight.nbytes for weight in weights),
     )
 
 
@@ -174,16 +170,13 @@ class Measurement:
         return 50 * (self.high - self.low) / self.images_per_second
 
 
-Clock = Callable[[], float]
-
-
 @torch.inference_mode()
 def measure(
     models: Sequence[BenchmarkModel],
     protocol: Protocol,
     device: torch.device,
     *,
-    clock: Clock | None = None,
+    clock: Callable[[], float] | None = None,
     done: Callable[[str], None] = lambda name: None,
 ) -> list[Measurement]:
     """Measure the speed of every model at every batch size, alternating between models.
@@ -195,7 +188,7 @@ def measure(
         clock: returns the time in seconds once the device is idle; replaced in tests.
         done: called with a model's name after its warm-up and after each of its windows.
     """
-    clock = clock or device_clock(device)
+    clock = clock or partial(_read_clock, device)
     measurements = []
     for batch in protocol.batches:
         inputs, calls, peaks = [], [], []
@@ -235,19 +228,14 @@ def num_turns(protocol: Protocol, num_models: int) -> int:
     return len(protocol.batches) * num_models * (1 + protocol.repeats)
 
 
-def device_clock(device: torch.device) -> Clock:
-    """Build a clock that returns the time in seconds once the device is idle."""
-    if device.type != "cuda":
-        return time.perf_counter
-
-    def read() -> float:
+def _read_clock(device: torch.device) -> float:
+    """Return the time in seconds once the device is idle."""
+    if device.type == "cuda":
         torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return read
+    return time.perf_counter()
 
 
-def _window(model: BenchmarkModel, images: Tensor, calls: int, clock: Clock) -> float:
+def _window(model: BenchmarkModel, images: Tensor, calls: int, clock: Callable[[], float]) -> float:
     """Measure the seconds that `calls` calls take."""
     start = clock()
     for _ in range(calls):
@@ -269,20 +257,14 @@ def peak_memory(device: torch.device) -> Iterator[list[float | None]]:
         yield rise
         rise[0] = float(torch.cuda.max_memory_allocated(device) - before)
         return
-    start = _reset_resident_peak()
+    start: float | None = None
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # memory freed by earlier models would hide what this one takes
+        Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: resets the peak
+        start = _resident("VmRSS")
     yield rise
     if start is not None:
         rise[0] = max(0.0, _resident("VmHWM") - start)
-
-
-def _reset_resident_peak() -> float | None:
-    """Reset the peak of the resident set and return its size in bytes; None if unsupported."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # memory freed by earlier models would hide what this one takes
-        Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: resets the peak
-        return _resident("VmRSS")
-    except (OSError, AttributeError):
-        return None
 
 
 def _resident(field: str) -> float:

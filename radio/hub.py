@@ -7,9 +7,8 @@ with `random_init`, an untrained student. `timm:name` is an architecture, `timm:
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -23,8 +22,7 @@ from .types import Backbone, Teacher
 _MAX_CHARS = 200  # characters of a spec in messages
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Spec:
+class Spec(NamedTuple):
     """A parsed `family:name[@file]`."""
 
     family: str
@@ -46,7 +44,7 @@ def parse(text: str) -> Spec:
         raise ConfigError(
             f"{text[:_MAX_CHARS]!r} is not a whole model spec; wanted {family}:NAME or {family}:NAME@FILE"
         )
-    return Spec(family=family, name=name, file=Path(file) if file else None)
+    return Spec(family, name, Path(file) if file else None)
 
 
 def load_teacher(text: str, *, meta: bool = False) -> Teacher:
@@ -61,7 +59,14 @@ def load_teacher(text: str, *, meta: bool = False) -> Teacher:
         ConfigError: an unknown family or member.
         CheckpointError: the weights file is absent or another model's.
     """
-    spec = _parse_teacher(text)
+    if ":" not in text:
+        known = ", ".join(families)
+        raise ConfigError(
+            f"{text[:_MAX_CHARS]!r} is not a teacher; wanted FAMILY:NAME[@FILE], families: {known}"
+        )
+    spec = parse(text)
+    if spec.family == "arch":
+        raise ConfigError(f"{text!r} is an untrained student; a teacher comes from {', '.join(families)}")
     family = families[spec.family]
     if meta and "meta" in inspect.signature(family).parameters:
         return family(spec.name, spec.file, meta=True)
@@ -71,18 +76,6 @@ def load_teacher(text: str, *, meta: bool = False) -> Teacher:
         check_encoder(what, teacher, kind="Teacher", part="text")
         watch_features(what, teacher)
     return cast(Teacher, teacher.to(torch.device("meta"), torch.float32) if meta else teacher)
-
-
-def _parse_teacher(text: str) -> Spec:
-    if ":" not in text:
-        known = ", ".join(families)
-        raise ConfigError(
-            f"{text[:_MAX_CHARS]!r} is not a teacher; wanted FAMILY:NAME[@FILE], families: {known}"
-        )
-    spec = parse(text)
-    if spec.family == "arch":
-        raise ConfigError(f"{text!r} is an untrained student; a teacher comes from {', '.join(families)}")
-    return spec
 
 
 def load_backbone(
@@ -111,7 +104,11 @@ def load_backbone(
 
 def _load(text: str, random_init: bool, seed: int) -> Backbone:
     path = Path(text)
-    if _is_file(path) or (path.suffix in (".pt", ".safetensors") and ":" not in text):
+    try:
+        exists = path.is_file()
+    except OSError:  # a name that is too long
+        exists = False
+    if exists or (path.suffix in (".pt", ".safetensors") and ":" not in text):
         return load_untrained(path, seed) if random_init else load(path)
     if text.startswith("arch:"):
         spec = parse(text)
@@ -135,10 +132,3 @@ def _load(text: str, random_init: bool, seed: int) -> Backbone:
         return load_teacher(text)
     hint = did_you_mean(text, students) or f"; known architectures: {', '.join(students)}"
     raise CheckpointError(f"{text[:_MAX_CHARS]!r} is no file and no architecture{hint}")
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name that is too long
-        return False

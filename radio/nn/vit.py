@@ -88,11 +88,7 @@ class ConvStem(nn.Module):
 
 
 def _factor(patch: int) -> list[int]:
-    """Factor a patch size into primes, ascending: 12 -> 2, 2, 3.
-
-    Raises:
-        ConfigError: a factor above 7, or a patch of 1; such a stride would reduce too much in one layer.
-    """
+    """Factor a patch size into primes, ascending: 12 -> 2, 2, 3; others reduce too much in one layer."""
     factors, rest = [], patch
     for prime in (2, 3, 5, 7):
         while rest % prime == 0:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from annotated_types import Le
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -27,9 +26,9 @@ class Arguments:
     """Folder to write; it must be absent, empty, or hold exactly these scenes."""
     layout: Annotated[str, tyro.conf.arg(aliases=["-l"])] = "image-folder"
     """Layout: image-folder, webdataset, ade20k, coco or llava."""
-    count: Annotated[int, Le(100_000_000)] = 2000
+    count: int = 2000
     """Number of training scenes; a multiple of 60 holds every class equally often."""
-    val_count: Annotated[int, Le(100_000_000)] | None = None
+    val_count: int | None = None
     """Number of validation scenes, 0 for none. Default: a tenth of the count."""
     size: int = 96
     """Side of the images in pixels, 32 to 1024."""

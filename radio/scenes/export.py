@@ -9,15 +9,18 @@ import shutil
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+from annotated_types import Interval
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import TypeAdapter
 
+from radio.config import check_options
 from radio.errors import DataError, RadioError
 from radio.io import make_folder, read_json, read_text, write_text
 from radio.registry import Registry
@@ -41,10 +44,10 @@ class ScenesSettings:
     """All settings that determine the bytes of a written world."""
 
     layout: str
-    count: int = 2000
-    val_count: int = 200
-    seed: int = 0
-    size: int = 96
+    count: Annotated[int, Interval(ge=1, le=_MOST)] = 2000
+    val_count: Annotated[int, Interval(ge=0, le=_MOST)] = 200
+    seed: Annotated[int, Interval(ge=0, lt=2**63)] = 0
+    size: Annotated[int, Interval(ge=MIN_SIZE, le=MAX_SIZE)] = 96
 
 
 class ExportJob(NamedTuple):
@@ -57,115 +60,102 @@ class ExportJob(NamedTuple):
     start: int
     stop: int
 
-    def scenes(self) -> Iterator[tuple[int, Scene]]:
-        """Yield each index with its scene."""
-        for index in range(self.start, self.stop):
-            yield index, render(index, split=self.split, seed=self.settings.seed, size=self.settings.size)
+
+Files = dict[str, bytes]  # by their paths below the root
 
 
 class ExportLayout(NamedTuple):
     """The files of one data set.
 
-    `write` writes the images of a job, in any order and process, and returns records for the files of the
-    whole split; `finish` writes these in the parent process, the records in the order of the scenes.
+    `make` makes the files of a scene from (scene, index, split, seed), in any order and process, and a record
+    for the files of the whole split; `finish` writes these, from the records in the order of the scenes. With
+    `tar` the files of a job are the members of one tar file.
     """
 
-    write: Callable[[ExportJob], list[Any]]
+    make: Callable[[Scene, int, Split, int], tuple[Files, Any]]
     finish: Callable[[Path, Split, list[Any]], None] | None = None
+    tar: bool = False
 
 
-def _image(scene: Scene) -> Image.Image:
-    return Image.fromarray(np.ascontiguousarray(scene.image.transpose(1, 2, 0)))
+def _encode(pixels: NDArray[np.uint8], **options: Any) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, **options)
+    return data.getvalue()
 
 
-def _made(folder: Path) -> Path:
-    """Make a folder unless it exists, and return it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def _pixels(scene: Scene) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(scene.image.transpose(1, 2, 0))
 
 
-def _save_jpeg(scene: Scene, target: Path | io.BytesIO) -> None:
-    _image(scene).save(target, format="JPEG", quality=_JPEG_QUALITY, subsampling=0)
+def _jpeg(scene: Scene) -> bytes:
+    return _encode(_pixels(scene), format="JPEG", quality=_JPEG_QUALITY, subsampling=0)
 
 
 def _write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data) + "\n")
 
 
-def _write_image_folder(job: ExportJob) -> list[Any]:
-    """Write `train/red_circle/000000.png`: one folder per class; PNG, to preserve the exact pixels."""
-    for index, scene in job.scenes():
-        folder = _made(job.root / job.split / CLASSES[scene.label].replace(" ", "_"))
-        _image(scene).save(folder / f"{index:06d}.png", compress_level=1)
-    return []
+def _image_folder(scene: Scene, index: int, split: Split, seed: int) -> tuple[Files, None]:
+    """Make `train/red_circle/000000.png`: one folder per class; PNG, to preserve the exact pixels."""
+    name = f"{split}/{CLASSES[scene.label].replace(' ', '_')}/{index:06d}.png"
+    return {name: _encode(_pixels(scene), format="PNG", compress_level=1)}, None
 
 
-def _write_webdataset(job: ExportJob) -> list[Any]:
-    """Write `train-000000.tar`, 500 scenes each.
-
-    Members: .jpg, .cls (class index), .txt (a caption) and .json (class and objects).
-    """
-    path = job.root / f"{job.split}-{job.number:06d}.tar"
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for index, scene in job.scenes():
-            image = io.BytesIO()
-            _save_jpeg(scene, image)
-            text = caption(scene, index, split=job.split, seed=job.settings.seed)
-            _add(tar, f"{job.split}{index:08d}.jpg", image.getvalue())
-            _add(tar, f"{job.split}{index:08d}.cls", str(scene.label).encode())
-            _add(tar, f"{job.split}{index:08d}.txt", text.encode())
-            _add(tar, f"{job.split}{index:08d}.json", json.dumps(_facts(scene)).encode())
-    return []
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    """Add a member without owner and with time 0, so that the bytes depend only on the content."""
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
-
-
-def _facts(scene: Scene) -> dict[str, Any]:
+def _webdataset(scene: Scene, index: int, split: Split, seed: int) -> tuple[Files, None]:
+    """Make .jpg, .cls (class index), .txt (a caption) and .json (class and objects), members of a tar."""
     objects = [
         {"shape": SHAPES[o.shape], "colour": COLOURS[o.colour], "box": o.box, "area": o.area, "main": o.main}
         for o in scene.objects
     ]
-    return {"label": scene.label, "class": CLASSES[scene.label], "objects": objects}
+    facts = {"label": scene.label, "class": CLASSES[scene.label], "objects": objects}
+    key = f"{split}{index:08d}"
+    return {
+        f"{key}.jpg": _jpeg(scene),
+        f"{key}.cls": str(scene.label).encode(),
+        f"{key}.txt": caption(scene, index, split=split, seed=seed).encode(),
+        f"{key}.json": json.dumps(facts).encode(),
+    }, None
 
 
-def _write_ade20k(job: ExportJob) -> list[Any]:
-    """Write `images/training/ADE_train_00000001.jpg` and `annotations/training/ADE_train_00000001.png`.
+def _ade20k(scene: Scene, index: int, split: Split, seed: int) -> tuple[Files, None]:
+    """Make `images/training/ADE_train_00000001.jpg` and `annotations/training/ADE_train_00000001.png`.
 
     As in ADE20K, an annotation's 0 is void, which no pixel has here, and label i is line i of `classes.txt`:
     the background, then the ten shapes. The background and so the objects' borders therefore count.
     """
-
-    images, masks = (_made(job.root / kind / _ADE_FOLDERS[job.split]) for kind in ("images", "annotations"))
-    for index, scene in job.scenes():
-        name = f"ADE_{job.split}_{index + 1:08d}"
-        _save_jpeg(scene, images / f"{name}.jpg")
-        Image.fromarray(semantic(scene) + 1).save(masks / f"{name}.png")
-    return []
+    name = f"{_ADE_FOLDERS[split]}/ADE_{split}_{index + 1:08d}"
+    mask = _encode(semantic(scene) + 1, format="PNG")
+    return {f"images/{name}.jpg": _jpeg(scene), f"annotations/{name}.png": mask}, None
 
 
 def _finish_ade20k(root: Path, split: Split, records: list[Any]) -> None:
     write_text(root / "classes.txt", "".join(f"{name}\n" for name in ("background", *SHAPES)))
 
 
-def _write_coco(job: ExportJob) -> list[Any]:
-    """Write `train/000000000001.jpg`, `annotations/instances_train.json` and its captions; likewise `val`.
+def _coco(scene: Scene, index: int, split: Split, seed: int) -> tuple[Files, Any]:
+    """Make `train/000000000001.jpg`, `annotations/instances_train.json` and its captions; likewise `val`.
 
     Categories are the ten shapes (1 to 10); segmentations are compressed run lengths, since rings have holes
     and objects occlude each other; each caption template gives one caption.
     """
-
-    records = []
-    for index, scene in job.scenes():
-        name = f"{index + 1:012d}.jpg"
-        _save_jpeg(scene, _made(job.root / job.split) / name)
-        image = {"id": index + 1, "file_name": name, "width": job.settings.size, "height": job.settings.size}
-        records.append((image, _instances(scene), captions(scene)))
-    return records
+    name = f"{index + 1:012d}.jpg"
+    height, width = scene.instances.shape
+    image = {"id": index + 1, "file_name": name, "width": width, "height": height}
+    instances = []
+    for number, item in enumerate(scene.objects, start=1):
+        x0, y0, x1, y1 = item.box
+        runs = compress(run_lengths(scene.instances == number))
+        instances.append(
+            {
+                "category_id": item.shape + 1,
+                "bbox": [x0, y0, x1 - x0, y1 - y0],
+                "area": item.area,
+                "iscrowd": 0,
+                "segmentation": {"size": [height, width], "counts": runs},
+                "colour": COLOURS[item.colour],
+            }
+        )
+    return {f"{split}/{name}": _jpeg(scene)}, (image, instances, captions(scene))
 
 
 def _finish_coco(root: Path, split: Split, records: list[Any]) -> None:
@@ -188,46 +178,20 @@ def _numbered(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"id": number, **record} for number, record in enumerate(records, start=1)]
 
 
-def _instances(scene: Scene) -> list[dict[str, Any]]:
-    images = []
-    for number, item in enumerate(scene.objects, start=1):
-        x0, y0, x1, y1 = item.box
-        images.append(
-            {
-                "category_id": item.shape + 1,
-                "bbox": [x0, y0, x1 - x0, y1 - y0],
-                "area": item.area,
-                "iscrowd": 0,
-                "segmentation": {
-                    "size": list(scene.instances.shape),
-                    "counts": compress(run_lengths(scene.instances == number)),
-                },
-                "colour": COLOURS[item.colour],
-            }
-        )
-    return images
-
-
-def _write_llava(job: ExportJob) -> list[Any]:
-    """Write `train/00000000.jpg`, and for LLaVA's two stages `pretrain_train.json` and `instruct_train.json`.
+def _llava(scene: Scene, index: int, split: Split, seed: int) -> tuple[Files, Any]:
+    """Make `train/00000000.jpg`, and for LLaVA's two stages `pretrain_train.json` and `instruct_train.json`.
 
     The first holds one caption per image, the second questions with one-word answers; the placeholder
     `<image>` precedes the first question.
     """
-
-    records = []
-    for index, scene in job.scenes():
-        name = f"{job.split}/{index:08d}.jpg"
-        _save_jpeg(scene, _made(job.root / job.split) / f"{index:08d}.jpg")
-        description = caption(scene, index, split=job.split, seed=job.settings.seed)
-        all_questions = questions(scene, index, split=job.split, seed=job.settings.seed)
-        head = {"id": f"{job.split}{index:08d}", "image": name}
-        turns = [turn for q in all_questions for turn in _turns(f"{q.text}\n{_SHORT_ANSWER}", q.answer)]
-        turns[0]["value"] = f"<image>\n{turns[0]['value']}"
-        records.append(
-            ({**head, "conversations": _turns("<image>", description)}, {**head, "conversations": turns})
-        )
-    return records
+    name = f"{split}/{index:08d}.jpg"
+    description = caption(scene, index, split=split, seed=seed)
+    all_questions = questions(scene, index, split=split, seed=seed)
+    head = {"id": f"{split}{index:08d}", "image": name}
+    turns = [turn for q in all_questions for turn in _turns(f"{q.text}\n{_SHORT_ANSWER}", q.answer)]
+    turns[0]["value"] = f"<image>\n{turns[0]['value']}"
+    pretrain = {**head, "conversations": _turns("<image>", description)}
+    return {name: _jpeg(scene)}, (pretrain, {**head, "conversations": turns})
 
 
 def _finish_llava(root: Path, split: Split, records: list[Any]) -> None:
@@ -240,11 +204,11 @@ def _turns(human: str, answer: str) -> list[dict[str, str]]:
 
 
 LAYOUTS: Registry[ExportLayout] = Registry("layout")
-LAYOUTS.add("image-folder", ExportLayout(_write_image_folder))
-LAYOUTS.add("webdataset", ExportLayout(_write_webdataset))
-LAYOUTS.add("ade20k", ExportLayout(_write_ade20k, _finish_ade20k))
-LAYOUTS.add("coco", ExportLayout(_write_coco, _finish_coco))
-LAYOUTS.add("llava", ExportLayout(_write_llava, _finish_llava))
+LAYOUTS.add("image-folder", ExportLayout(_image_folder))
+LAYOUTS.add("webdataset", ExportLayout(_webdataset, tar=True))
+LAYOUTS.add("ade20k", ExportLayout(_ade20k, _finish_ade20k))
+LAYOUTS.add("coco", ExportLayout(_coco, _finish_coco))
+LAYOUTS.add("llava", ExportLayout(_llava, _finish_llava))
 
 
 def write(
@@ -259,8 +223,8 @@ def write(
         True if the folder was written; False if it already holds exactly these scenes.
 
     Raises:
-        ConfigError: an unknown layout.
-        SceneError: a setting out of range, or an `out` that is a file or has other content.
+        ConfigError: an unknown layout, or a setting out of range.
+        SceneError: an `out` that is a file or has other content.
     """
     _check(settings, workers)
     metadata = _metadata(settings)
@@ -314,19 +278,7 @@ def _remove(path: Path) -> None:
 
 def _check(settings: ScenesSettings, workers: int) -> None:
     LAYOUTS[settings.layout]
-    if max(settings.count, settings.val_count) > _MOST:
-        raise SceneError(
-            f"--count {settings.count} --val-count {settings.val_count}: give at most {_MOST} of each"
-        )
-    if settings.count < 1 or settings.val_count < 0:
-        raise SceneError(
-            f"--count {settings.count} --val-count {settings.val_count}: nothing to write; "
-            "give a count of at least 1 and a val-count of at least 0"
-        )
-    if not MIN_SIZE <= settings.size <= MAX_SIZE:
-        raise SceneError(f"--size {settings.size}: choose a side from {MIN_SIZE} to {MAX_SIZE} pixels")
-    if not 0 <= settings.seed < 2**63:
-        raise SceneError(f"--seed {settings.seed}: choose a whole number from 0 to 2^63 - 1")
+    check_options(settings)
     if not 1 <= workers <= _MOST_WORKERS:
         raise SceneError(f"--workers {workers}: choose from 1 to {_MOST_WORKERS}")
 
@@ -394,8 +346,25 @@ def _run(jobs: list[ExportJob], workers: int) -> Iterator[tuple[ExportJob, list[
 
 
 def run_job(job: ExportJob) -> list[Any]:
-    """Write the images of one job; return the records for the split's files."""
-    return LAYOUTS[job.settings.layout].write(job)
+    """Write the files of one job's scenes; return the scenes' records for the split's files."""
+    layout, seed, size = LAYOUTS[job.settings.layout], job.settings.seed, job.settings.size
+    path = job.root / f"{job.split}-{job.number:06d}.tar"
+    records = []
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) if layout.tar else nullcontext() as tar:
+        for index in range(job.start, job.stop):
+            scene = render(index, split=job.split, seed=seed, size=size)
+            files, record = layout.make(scene, index, job.split, seed)
+            if record is not None:
+                records.append(record)
+            for name, data in files.items():
+                if tar is None:
+                    (job.root / name).parent.mkdir(parents=True, exist_ok=True)
+                    (job.root / name).write_bytes(data)
+                else:  # without owner and with time 0, so that the bytes depend only on the content
+                    member = tarfile.TarInfo(name)
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    return records
 
 
 def run_lengths(mask: NDArray[np.bool_]) -> list[int]:

@@ -112,14 +112,10 @@ class ERadio(ShapedStudent):
         return twin
 
     def forward(self, images: Tensor, crops: Tensor | None = None) -> Features:
-        """Encode [B, 3, h, w] RGB in [0, 1].
-
-        Args:
-            images: pixels, of a size that a window divides, see `nearest_size`.
-            crops: ignored; part of the interface of students.
+        """Encode [B, 3, h, w] RGB in [0, 1]; `crops` are ignored.
 
         Raises:
-            SizeError: a size that does not fit; names the nearest that does.
+            SizeError: a size that no window divides; names the nearest that one does.
         """
         side = self._window(images)
         # Only the input: convolutions follow its layout, and FSDP does not support channels-last weights.

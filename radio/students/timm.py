@@ -258,14 +258,10 @@ class TimmStudent(nn.Module):
         return None
 
     def forward(self, images: Tensor, crops: Tensor | None = None) -> Features:
-        """Encode [B, 3, h, w] RGB in [0, 1].
-
-        Args:
-            images: pixels, of an accepted size, see `nearest_size`.
-            crops: ignored; part of the interface of students.
+        """Encode [B, 3, h, w] RGB in [0, 1]; `crops` are ignored.
 
         Raises:
-            SizeError: another size; names the nearest accepted one.
+            SizeError: a size that it does not accept; names the nearest that it does.
         """
         height, width = images.shape[-2:]
         h, w = self.nearest_size(height, width)

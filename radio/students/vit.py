@@ -179,14 +179,10 @@ class ViT(ShapedStudent):
         return draw_crops(batch, generator)
 
     def forward(self, images: Tensor, crops: Tensor | None = None) -> Features:
-        """Encode [B, 3, h, w] RGB in [0, 1].
-
-        Args:
-            images: pixels; both sides multiples of the patch (times the window).
-            crops: position crops from `sample_crops`; None in evaluation.
+        """Encode [B, 3, h, w] RGB in [0, 1]; `crops` come from `sample_crops`, None in evaluation.
 
         Raises:
-            SizeError: a size that does not fit; names the nearest that does.
+            SizeError: a size that patch (and window) do not divide; names the nearest that they do.
         """
         return self.intermediate(images, [self.config.depth - 1], crops)[0]
 

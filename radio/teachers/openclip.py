@@ -54,13 +54,13 @@ def openclip(name: str, file: Path | None, *, after_norm: bool = True, meta: boo
     model = build_clip(library, config)
     if not meta:
         load_state(model, _read_tensors(name, file, config), f"openclip:{name}@{file}")
-    trunk = ClipTrunk(model.visual, after_norm=after_norm)
+    height, width = model.visual.image_size
     return Frozen(
-        trunk=trunk,
+        trunk=ClipTrunk(model.visual, after_norm=after_norm),
         name=f"openclip:{name}",
         mean=mean,
         std=std,
-        native_size=trunk.size,
+        native_size=(int(height), int(width)),
         patch_size=config["vision_cfg"]["patch_size"],
         fixed_size=True,
         summary_dim=config["embed_dim"],
@@ -106,12 +106,6 @@ class ClipTrunk(nn.Module):
         super().__init__()
         self.visual = visual
         self.after_norm = after_norm
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Accepted (height, width) in pixels."""
-        height, width = self.visual.image_size
-        return int(height), int(width)
 
     def forward(self, images: Tensor) -> Features:
         """Map normalised [B, 3, h, w] of its native size to summary [B, C] and tokens [B, T, D]."""

@@ -152,16 +152,6 @@ class SamTrunk(nn.Module):
                 block.attn = SamAttention(block.attn)
         self.encoder = encoder
 
-    @property
-    def size(self) -> int:
-        """Side in pixels of the square images that it accepts."""
-        return int(self.encoder.img_size)
-
-    @property
-    def token_dim(self) -> int:
-        """Width D of a token before the neck."""
-        return int(self.encoder.patch_embed.proj.out_channels)
-
     def forward(self, images: Tensor) -> Features:
         """Map normalised [B, 3, size, size] to the last block's tokens, before the neck, and their mean."""
         x = self.encoder.patch_embed(images)  # [B, H, W, D]
@@ -183,16 +173,17 @@ def freeze_sam(
     sam: Callable[[], Any] | None = None,
 ) -> Frozen:
     """Wrap a SAM trunk as a teacher that accepts only the trunk's own size."""
+    embed, side = trunk.encoder.patch_embed.proj, int(trunk.encoder.img_size)
     return Frozen(
         trunk=trunk,
         name=name,
         mean=mean,
         std=std,
-        native_size=(trunk.size, trunk.size),
-        patch_size=int(trunk.encoder.patch_embed.proj.stride[0]),
+        native_size=(side, side),
+        patch_size=int(embed.stride[0]),
         fixed_size=True,
-        summary_dim=trunk.token_dim,
-        token_dim=trunk.token_dim,
+        summary_dim=int(embed.out_channels),
+        token_dim=int(embed.out_channels),
         weights_file=weights_file,
         sam=sam,
     )
@@ -276,9 +267,9 @@ def load_sam_head(spec: str, file: Path | None) -> SamHead:
             f"{file}: not a SAM checkpoint: wanted image_encoder.neck.0.weight of width "
             f"{', '.join(f'{width} ({name})' for width, name in widths.items())}, as released"
         )
-    sam = new_released_sam(first.shape[1])
-    load_state(_HeadParts(sam), tensors, str(file))
-    return SamHead(sam, f"sam:{widths[first.shape[1]]}")
+    head = SamHead(new_released_sam(first.shape[1]), f"sam:{widths[first.shape[1]]}")
+    load_state(head, {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}, str(file))
+    return head
 
 
 def new_released_sam(width: int) -> Any:
@@ -359,15 +350,3 @@ def decode(
     ]  # the first mask token is for several prompts on one object
     logits = torch.einsum("pmc,pchw->pmhw", torch.stack(masks, dim=1), upscaled)
     return Decoded(logits, decoder.iou_prediction_head(seen[:, 0])[:, 1:])
-
-
-@final
-class _HeadParts(nn.Module):
-    """The modules of a `Sam` that the head uses, under their names in a released file."""
-
-    def __init__(self, sam: Any) -> None:
-        super().__init__()
-        self.image_encoder = nn.Module()
-        self.image_encoder.neck = sam.image_encoder.neck
-        self.prompt_encoder = sam.prompt_encoder
-        self.mask_decoder = sam.mask_decoder

@@ -235,17 +235,16 @@ def frozen_dense(vit: ViT) -> Frozen:
     return _frozen_vit("scenes:dense", vit, 108, None)
 
 
-def frozen_sam(sam: Any) -> Frozen:
-    """Wrap a `Sam`'s image encoder without its neck as a teacher."""
-    return freeze_sam(
-        SamTrunk(sam.image_encoder), name="scenes:sam", mean=IMAGENET_MEAN, std=IMAGENET_STD, sam=scenes_sam
-    )
-
-
 _BUILDERS: dict[str, Callable[[Checkpoint], Frozen]] = {
     "clip": lambda checkpoint: frozen_clip(_filled(Clip(), checkpoint)),
     "dense": lambda checkpoint: frozen_dense(_filled(new_dense(), checkpoint)),
-    "sam": lambda checkpoint: frozen_sam(_filled(new_sam(), checkpoint)),
+    "sam": lambda checkpoint: freeze_sam(
+        SamTrunk(_filled(new_sam(), checkpoint).image_encoder),
+        name="scenes:sam",
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        sam=scenes_sam,
+    ),
 }
 
 

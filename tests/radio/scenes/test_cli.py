@@ -21,8 +21,8 @@ def test_writes_the_world_and_says_so_once(tmp_path: Path, capsys: pytest.Captur
     ("arguments", "message"),
     [
         (["--layout", "cocoo"], "error: unknown layout 'cocoo'; did you mean coco?"),
-        (["--count", "0"], "nothing to write"),
-        (["--size", "3"], "--size 3: choose a side from 32 to 1024 pixels"),
+        (["--count", "0"], "--count: 0 is out of bounds; give a number of at least 1"),
+        (["--size", "3"], "--size: 3 is out of bounds; give a number of at least 32 and of at most 1024"),
     ],
 )
 def test_a_user_error_is_one_line_and_code_two(

@@ -285,15 +285,15 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"count": 0}, "nothing to write"),
-        ({"val_count": -1}, "nothing to write"),
-        ({"size": 3}, "--size 3: choose a side from 32 to 1024"),
-        ({"seed": -1}, "--seed -1"),
-        ({"count": 10**15}, "--count 1000000000000000 --val-count 3: give at most 10000000 of each"),
+        ({"count": 0}, "--count: 0 is out of bounds"),
+        ({"val_count": -1}, "--val-count: -1 is out of bounds"),
+        ({"size": 3}, "--size: 3 is out of bounds; give a number of at least 32 and of at most 1024"),
+        ({"seed": -1}, "--seed: -1"),
+        ({"count": 10**15}, "--count: 1000000000000000 is out of bounds.* at most 10000000"),
     ],
 )
 def test_bad_settings_are_clear_errors(tmp_path: Path, changes: dict[str, int], message: str) -> None:
-    with pytest.raises(SceneError, match=message):
+    with pytest.raises(ConfigError, match=message):
         write(tmp_path / "out", settings("coco", **changes))
     assert list(tmp_path.iterdir()) == []
 
