@@ -58,12 +58,10 @@ class TaskFiles:
     annotations: Path | None = None
     splits: Path | None = None
     split: str | None = None
-    """ScienceQA: the list of `pid_splits.json` (default: test). Others name it in their files; give it if
-    they do not."""
+    """ScienceQA's (default: test); for other benchmarks if the file does not name it."""
     ocr: bool = False
     ocr_file: Path | None = None
-    images: Path | None = None
-    """The folder of the images; not needed to score predictions."""
+    images: Path | None = None  # not needed to score predictions
 
 
 _NEEDLESS: dict[Task, tuple[str, ...]] = {

@@ -136,25 +136,21 @@ def open_language(name: str, records: Iterable[Record], shape: TinyShape, seed: 
         return make_tiny(texts, shape, seed)
     path = locate("smollm2", SMOLLM2) if name == "smollm2" else Path(name)
     if path.suffix == ".gguf" and path.is_file():
-        return open_pretrained(name, path.parent, path.name)
+        return _open_pretrained(name, path.parent, path.name)
     if path.is_dir():
-        return open_pretrained(name, path, None)
+        return _open_pretrained(name, path, None)
     raise ConfigError(
         f"language model {name!r}: no such folder or .gguf file; give tiny, smollm2, or a path such as "
         f"vicuna-7b-v1.5"
     )
 
 
-def open_pretrained(name: str, folder: Path, gguf: str | None) -> LanguageModel:
-    """Open a pretrained language model with its own tokenizer and weights.
-
-    Raises:
-        CheckpointError: the files cannot be read, or lack weights or a tokenizer.
-    """
+def _open_pretrained(name: str, folder: Path, gguf: str | None) -> LanguageModel:
+    """Open a pretrained language model with its own tokenizer and weights."""
     from transformers import AutoTokenizer
 
-    config = check_gguf(folder / gguf) if gguf else check_folder(folder)
-    with one_error(name, "holds no tokenizer that transformers reads"):
+    config = _check_gguf(folder / gguf) if gguf else _check_folder(folder)
+    with _one_error(name, "holds no tokenizer that transformers reads"):
         tokenizer = AutoTokenizer.from_pretrained(folder, **_load_options(gguf))
         if not tokenizer.is_fast or not tokenizer.eos_token:
             raise CheckpointError(f"{name}: wanted a fast tokenizer with an end token")
@@ -186,8 +182,8 @@ def _load_pretrained(name: str, folder: Path, gguf: str | None, config: Any, num
     from transformers import AutoModelForCausalLM
 
     if not gguf:
-        check_weights(folder)
-    with one_error(name, "holds no weights that transformers reads"):
+        _check_weights(folder)
+    with _one_error(name, "holds no weights that transformers reads"):
         network, info = AutoModelForCausalLM.from_pretrained(
             folder,
             config=None if gguf else config,
@@ -288,12 +284,8 @@ def word_tokenizer(texts: Iterable[str]) -> Any:
     )
 
 
-def check_folder(folder: Path) -> Any:
-    """Check a Hugging Face folder; return its configuration.
-
-    Raises:
-        CheckpointError: its files do not hold all weights of a model, or the model needs code of its own.
-    """
+def _check_folder(folder: Path) -> Any:
+    """Check that a Hugging Face folder holds a model with all its weights; return its configuration."""
     for path in sorted(folder.iterdir()):
         if path.suffix in (".json", ".model", ".txt", ".jinja", ".safetensors", ".bin"):
             _check_regular(path)
@@ -315,14 +307,10 @@ def check_folder(folder: Path) -> Any:
     return _check_size(folder, None, size)
 
 
-def check_weights(folder: Path) -> None:
-    """Check that a folder's weights are floats of 16 bits or more, that is, not quantised.
-
-    Raises:
-        CheckpointError: some are not; transformers would read their codes as values.
-    """
+def _check_weights(folder: Path) -> None:
+    """Check that a folder's weights are not quantised: transformers would read their codes as values."""
     for path in _weights(folder):
-        with one_error(str(path), "holds no weights that transformers reads"):
+        with _one_error(str(path), "holds no weights that transformers reads"):
             kinds = _kinds(path)
         for name, kind in kinds.items():
             if name.endswith((".weight", ".bias")) and kind not in _WHOLE:
@@ -346,13 +334,8 @@ def _kinds(path: Path) -> dict[str, str]:
     }
 
 
-def check_gguf(path: Path) -> Any:
-    """Check a GGUF file; return the configuration in it.
-
-    Raises:
-        CheckpointError: not a GGUF file, truncated, or with fewer weights than its model has.
-        MissingExtraError: gguf is not installed.
-    """
+def _check_gguf(path: Path) -> Any:
+    """Check that a GGUF file is whole; return the configuration in it."""
     sizes: Any = require("gguf.constants", extra="vqa").GGML_QUANT_SIZES
     _check_regular(path)
     if not path.stat().st_size:
@@ -363,13 +346,8 @@ def check_gguf(path: Path) -> Any:
 
 
 @contextmanager
-def one_error(name: str, what: str) -> Iterator[None]:
-    """Turn whatever transformers, tokenizers or gguf raise inside into one error that names the model.
-
-    Raises:
-        CheckpointError: any other exception.
-        MissingExtraError: a library is not installed.
-    """
+def _one_error(name: str, what: str) -> Iterator[None]:
+    """Turn whatever transformers, tokenizers or gguf raise inside into one error that names the model."""
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader always prints a progress bar
             yield
@@ -447,7 +425,7 @@ def _check_size(folder: Path, gguf: str | None, most: int) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     name = str(folder / gguf) if gguf else str(folder)
-    with one_error(name, "is no language model that transformers reads"):
+    with _one_error(name, "is no language model that transformers reads"):
         config = AutoConfig.from_pretrained(folder, **_load_options(gguf))
         with torch.device("meta"):
             network = AutoModelForCausalLM.from_config(config, trust_remote_code=False)

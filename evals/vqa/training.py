@@ -241,18 +241,12 @@ class LlavaTraining:
         path: Path,
         names: Sequence[str],
     ) -> tuple[Any, list[float]]:
-        """Train a stage and write its weights into a file; return the model and the losses.
-
-        Args:
-            entries: the files of the stages before, and the names of the weights in them.
-            names: of the weights that are written.
-        """
+        """Train a stage and write its weights `names` to `path`; `entries` are those of the stages before."""
         rank = self.settings.lora_rank if name == "instruct" else None
         if rank is not None:
             add_lora(model, rank, self.seed)
         needs = plan_memory(model, self.settings, self.run)
-        language = self.language
-        records, inputs = data.records, None
+        tokenizer, records, inputs = self.language.tokenizer, data.records, None
         if data.source is not None:
             inputs = self.encoder.encode(data.source, plan.view)
             if self.settings.shuffle_images:
@@ -260,8 +254,8 @@ class LlavaTraining:
         job = StageJob(
             title=f"{name} {self.encoder.model.name}{needs.describe()}",
             plan=plan,
-            data=Conversations(records, plan.template, language.tokenizer, inputs, self.preset.longest),
-            pad_token=language.pad_token,
+            data=Conversations(records, plan.template, tokenizer, inputs, self.preset.longest),
+            pad_token=self.language.pad_token,
             seed=self.seed,
             folder=path.with_suffix(""),
             needs=needs,
