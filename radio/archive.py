@@ -35,17 +35,12 @@ _GROWTH = 4  # limit of memory per byte on disk: several names may share one ten
 _SLACK = 64 << 20  # bytes, for small files of shared tensors
 _MAX_CHARS = 1024  # of a name in messages
 
-_DTYPES = (
-    frozenset(  # dtypes with one value per element; others pack several, or torch cannot compute with them
-        getattr(torch, name)
-        for name in (
-            *("float64", "float32", "float16", "bfloat16", "complex128", "complex64", "complex32", "bool"),
-            *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
-            *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"),
-        )
-        if hasattr(torch, name)  # the newest are not in every version
-    )
+_DTYPE_NAMES = (  # with one value per element; others pack several, or torch cannot compute with them
+    *("float64", "float32", "float16", "bfloat16", "complex128", "complex64", "complex32", "bool"),
+    *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"),
 )
+_DTYPES = {getattr(torch, name, None) for name in _DTYPE_NAMES}  # the newest are not in every version
 
 _FOREIGN = (  # first bytes of files mistaken for weights, and what to do
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself; get that with: git lfs pull"),
@@ -349,8 +344,7 @@ _first_value: Callable[..., Any] = lambda value, *_: value  # noqa: E731
 
 def _state_dict(root: Any) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    pending = [("", root, 0)]
-    nodes = 0
+    pending, nodes = [("", root, 0)], 0
     while pending:
         prefix, module, depth = pending.pop()
         for name, value in module.attributes.items() if isinstance(module, _Module) else ():
@@ -367,24 +361,11 @@ def _state_dict(root: Any) -> dict[str, Tensor]:
 # Keys under which trainers store the weights, in the order of the search: of two copies the trained one comes
 # first, of a student and its averaged teacher (DINO) the teacher.
 _KEYS = (
-    *(
-        "state_dict",
-        "model",
-        "model_state_dict",
-        "model_state",
-        "module",
-        "network",
-        "net",
-        "weights",
-        "params",
-    ),
+    *("state_dict", "model", "model_state_dict", "model_state", "module", "network", "net", "weights"),
+    "params",
     *("teacher", "state_dict_ema", "model_ema", "ema_state_dict", "ema", "params_ema", "student"),
 )
-_MARKS = (
-    "_orig_mod.",
-    "_fsdp_wrapped_module.",
-    "_checkpoint_wrapped_module.",
-)  # compile, FSDP, checkpointing
+_MARKS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # compile, FSDP, checkpoints
 _PARALLEL = "module."  # DataParallel
 _MAX_DEPTH = 4
 

@@ -216,7 +216,7 @@ def load_state(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: s
     """
     check_state(module, tensors, source)
     check_finite(tensors, source)
-    meta = _is_meta(module)
+    meta = any(parameter.is_meta for parameter in module.parameters())
     if meta:  # assigns the tensors themselves, whatever their dtype
         expected = module.state_dict()
         tensors = {
@@ -293,10 +293,6 @@ def _is_finite(tensor: Tensor) -> bool:
 def _cut(name: str, most: int = 200) -> str:
     name = shown(name)
     return name if len(name) <= most else f"{name[:most]}…"
-
-
-def _is_meta(module: torch.nn.Module) -> bool:
-    return any(parameter.is_meta for parameter in module.parameters())
 
 
 def _first(what: str, names: list[str], most: int = 3) -> str:

@@ -26,15 +26,7 @@ from torch import Tensor
 
 from .dist import Ranks
 from .errors import DataError, RadioError, shown
-from .io import (
-    MAX_DATA_BYTES,
-    check_writable,
-    lines_of,
-    read_text,
-    validate,
-    write_bytes,
-    write_text,
-)
+from .io import MAX_DATA_BYTES, check_writable, lines_of, read_text, validate, write_bytes, write_text
 
 T = TypeVar("T")
 
@@ -185,22 +177,13 @@ def write_tensors(
     write_bytes(path, safetensors.torch.save(kept, metadata={**content, _CHECKSUM: checksum}))
 
 
-def load_tensors(path: Path, names: Iterable[str]) -> Tensors:
-    """Read some tensors of an entry that this run has checked or written.
-
-    Raises:
-        DamagedError: it was damaged afterwards.
-    """
-    return _load(path, names)
-
-
 def read_tensors(path: Path, specs: Mapping[str, TensorSpec]) -> Tensors:
     """Read an entry of tensors and check it.
 
     Raises:
         DamagedError: it is not what `write_tensors` wrote at this path, or does not match the specs.
     """
-    content = _load(path)
+    content = load_tensors(path)
     checksum = content.metadata.pop(_CHECKSUM, None)
     if checksum != _checksum(path, *content):
         raise DamagedError(f"{shown(path)}: its checksum does not fit its content")
@@ -237,7 +220,12 @@ def read_records(path: Path, schema: TypeAdapter[T]) -> list[T]:
     return [validate(schema, record, path, error=DamagedError, strict=False) for record in records]
 
 
-def _load(path: Path, names: Iterable[str] | None = None) -> Tensors:
+def load_tensors(path: Path, names: Iterable[str] | None = None) -> Tensors:
+    """Read some tensors of an entry that this run has checked or written; None: all.
+
+    Raises:
+        DamagedError: it was damaged afterwards.
+    """
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
             raise DamagedError(f"{shown(path)}: is no regular file")

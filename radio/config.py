@@ -10,21 +10,12 @@ import contextlib
 import dataclasses
 import io
 import math
+import operator
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    TypeVar,
-    Union,
-    cast,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from annotated_types import Ge, Gt, Interval, Le, Lt
@@ -43,6 +34,12 @@ Share = Annotated[float, Interval(ge=0, le=1)]
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
 
+_COMPARISONS: dict[type, tuple[str, Callable[[Any, Any], bool]]] = {
+    Ge: ("of at least", operator.ge),
+    Gt: ("above", operator.gt),
+    Le: ("of at most", operator.le),
+    Lt: ("below", operator.lt),
+}
 _MAX_TEXT = 4096  # characters: the operating system's limit for a path
 _MAX_YAML_BYTES = 1 << 20  # PyYAML takes seconds to parse as much
 _MAX_YAML_DEPTH = 50
@@ -89,14 +86,9 @@ def from_plain(kind: type[T], data: Any, where: str = "") -> T:
         readers = [part for part in getattr(hints[key], "__metadata__", ()) if isinstance(part, ReadWith)]
         place = _join(where, key)
         values[key] = readers[0].read(value, data, place) if readers else _read(hints[key], value, place)
-    required = [
-        name
-        for name, field in fields.items()
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
-    missing = [name for name in required if name not in values]
-    if missing:
-        raise ConfigError(f"missing setting {_join(where, missing[0])!r}; give it a value")
+    for name, field in fields.items():
+        if name not in values and field.default is field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"missing setting {_join(where, name)!r}; give it a value")
     return check(kind(**values), where)
 
 
@@ -161,13 +153,9 @@ def load_yaml(path: Path) -> Any:
     text = read_text(path, limit=_MAX_YAML_BYTES, error=ConfigError)
     try:
         return yaml.load(text, _Loader)
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # ValueError: an invalid date
-        reason = _reason(error)
-        raise ConfigError(f"{shown(path)}: not a YAML file that can be read ({shown(reason)})") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an invalid date
+        reason = shown(_reason(error))
+        raise ConfigError(f"{shown(path)}: not a YAML file that can be read ({reason})") from error
 
 
 def _reason(error: Exception) -> str:
@@ -275,26 +263,15 @@ def _check_bounds(bounds: tuple[Any, ...], value: Any, where: str) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         return  # refused by _check_scalar, whatever the bounds
     flat = [part for bound in bounds for part in (bound if isinstance(bound, Interval) else (bound,))]
-    checks = [_bound(part) for part in flat]
-    limits = [text for text, _ in filter(None, checks)]
-    for text_and_test in filter(None, checks):
-        if not text_and_test[1](value):
-            raise ConfigError(
-                f"{where}: {brief(value)} is out of bounds; give a number {' and '.join(limits)}"
-            )
-
-
-def _bound(part: Any) -> tuple[str, Callable[[Any], bool]] | None:
-    match part:
-        case Ge(ge=low):
-            return f"of at least {low}", lambda value: bool(value >= low)
-        case Gt(gt=low):
-            return f"above {low}", lambda value: bool(value > low)
-        case Le(le=high):
-            return f"of at most {high}", lambda value: bool(value <= high)
-        case Lt(lt=high):
-            return f"below {high}", lambda value: bool(value < high)
-    return None
+    fits, limits = True, []
+    for part in flat:
+        for kind, (words, compare) in _COMPARISONS.items():
+            if isinstance(part, kind):
+                limit = getattr(part, compare.__name__)
+                fits = fits and compare(value, limit)
+                limits.append(f"{words} {limit}")
+    if not fits:
+        raise ConfigError(f"{where}: {brief(value)} is out of bounds; give a number {' and '.join(limits)}")
 
 
 def _read(hint: Any, value: Any, where: str) -> Any:

@@ -81,26 +81,10 @@ class SceneImages:
             raise DataError(f"cannot take {count} scenes; give a count of 1 to {_MAX_SCENES:,}")
         self._split: Split = "train" if split == "train" else "val"
         self._count, self._seed, self._size = count, seed, size
-
-    @property
-    def name(self) -> str:
-        """`scenes:train`."""
-        return f"scenes:{self._split}"
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Empty, since no image is omitted."""
-        return ()
-
-    @property
-    def location(self) -> str:
-        """Split and seed."""
-        return f"{self.name}?seed={self._seed}"
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Colour and shape of the main object."""
-        return CLASSES
+        self.name = f"scenes:{split}"
+        self.location = f"{self.name}?seed={seed}"
+        self.classes = CLASSES  # colour and shape of the main object
+        self.notes: tuple[str, ...] = ()  # no image is omitted
 
     @cached_property
     def keys(self) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, TypeVar, final
 
@@ -34,7 +35,7 @@ _LOG = logging.getLogger(__name__)
 class Entry(NamedTuple):
     """Location of one image's bytes."""
 
-    key: str
+    key: str  # the path inside the folder, or shard and sample name
     label: str  # the class's name
     path: Path
     offset: int
@@ -44,9 +45,9 @@ class Entry(NamedTuple):
 class Listing(NamedTuple):
     """The images of a data set, in order."""
 
-    name: str
-    location: str
-    classes: tuple[str, ...]
+    name: str  # the last parts of the folder or pattern
+    location: str  # the resolved path or pattern
+    classes: tuple[str, ...]  # sorted, numbers by value
     entries: tuple[Entry, ...]
     notes: tuple[str, ...] = ()  # on omitted files
 
@@ -59,55 +60,26 @@ class StoredImages:
         self, listing: Listing, memo: Path | None = None, watch: ProgressFactory = no_progress
     ) -> None:
         self._listing, self._memo, self._watch = listing, memo, watch
+        self.name, self.location = listing.name, listing.location
+        self.classes, self.notes = listing.classes, listing.notes
         places = {name: place for place, name in enumerate(listing.classes)}
-        self._labels = np.array([places[entry.label] for entry in listing.entries], dtype=np.int64)
-        self._keys = tuple(entry.key for entry in listing.entries)
-        self._fingerprint: str | None = None
+        self.labels: NDArray[np.int64] = np.array([places[e.label] for e in listing.entries], dtype=np.int64)
+        self.keys = tuple(entry.key for entry in listing.entries)
 
-    @property
-    def name(self) -> str:
-        """The last parts of the folder or pattern."""
-        return self._listing.name
-
-    @property
-    def location(self) -> str:
-        """The resolved path or pattern."""
-        return self._listing.location
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The class names, sorted (numbers by value)."""
-        return self._listing.classes
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Notes on omitted files, with the reason."""
-        return self._listing.notes
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """Paths inside the folder, or shard and sample names."""
-        return self._keys
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """Class of each image, [N]."""
-        return self._labels
-
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the classes and of every image's key, class and bytes.
 
         Reads every image once; a memo folder caches the result until a file's size or time changes.
         """
-        if self._fingerprint is None:
-            note = self._memo / f"{self._signature()}.jsonl" if self._memo else None
-            self._fingerprint = _kept(note) if note else None
-            if self._fingerprint is None:
-                self._fingerprint = self._hash_content()
-                if note is not None:
-                    write_records(note, [self._fingerprint])
-        return self._fingerprint
+        if self._memo is None:
+            return self._hash_content()
+        note = self._memo / f"{self._signature()}.jsonl"
+        fingerprint = _kept(note)
+        if fingerprint is None:
+            fingerprint = self._hash_content()
+            write_records(note, [fingerprint])
+        return fingerprint
 
     def read(self, index: int) -> Tensor:
         """Read an image, uint8 [3, H, W].

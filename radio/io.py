@@ -61,7 +61,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_texts(texts: Mapping[Path, str]) -> None:
     """Write text files that belong together: either all replace their previous versions, or none does."""
-    _write_all({path: _encoded(text) for path, text in texts.items()})
+    _write_all({path: without_surrogates(text).encode() for path, text in texts.items()})
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
@@ -149,7 +149,12 @@ def make_folder(target: Path, fill: Callable[[Path], None]) -> bool:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with _partial(target.parent, target.name) as partial:
-        _fill(partial, target, fill)
+        try:
+            fill(partial)
+        except OSError as problem:
+            if problem.errno and problem.filename is None:  # a full disk: the error names no file
+                problem.filename = str(target)
+            raise
         partial.chmod(0o777 & ~_umask())  # mkdtemp's folders are private
         try:
             partial.rename(target)  # replaces an empty folder
@@ -228,16 +233,6 @@ def _stands(place: Path) -> bool:
     return True
 
 
-def _fill(partial: Path, target: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a folder; add the target's name to an OSError that names no file (a full disk)."""
-    try:
-        fill(partial)
-    except OSError as problem:
-        if problem.errno and problem.filename is None:
-            problem.filename = str(target)
-        raise
-
-
 def read_bytes(path: Path, *, limit: int = MAX_METADATA_BYTES, error: type[RadioError] = DataError) -> bytes:
     """Read a regular file of at most `limit` bytes.
 
@@ -257,9 +252,9 @@ def read_bytes(path: Path, *, limit: int = MAX_METADATA_BYTES, error: type[Radio
         return path.read_bytes()
     except OSError as problem:
         raise error(f"{shown(path)}: {_reason(problem)}") from problem
+    except RadioError:
+        raise
     except ValueError as problem:
-        if isinstance(problem, RadioError):
-            raise
         raise error(f"{shown(path)}: cannot be a path ({problem})") from problem  # a NUL in it
 
 
@@ -297,11 +292,7 @@ def lines_of(text: str) -> list[str]:
 
 
 def parse_json(
-    text: str,
-    where: object,
-    *,
-    error: type[RadioError] = DataError,
-    constants: bool = False,
+    text: str, where: object, *, error: type[RadioError] = DataError, constants: bool = False
 ) -> Any:
     """Parse foreign JSON without duplicate keys in its objects; lone surrogates become U+FFFD.
 
@@ -391,17 +382,12 @@ def read_json(
     Raises:
         RadioError: of the type `error`: as `read_text`, `parse_json` and `validate`.
     """
-    return validate(
-        schema, parse_json(read_text(path, limit=limit, error=error), path, error=error), path, error=error
-    )
+    value = parse_json(read_text(path, limit=limit, error=error), path, error=error)
+    return validate(schema, value, path, error=error)
 
 
 def read_jsonl(
-    path: Path,
-    schema: TypeAdapter[T],
-    *,
-    limit: int = MAX_DATA_BYTES,
-    error: type[RadioError] = DataError,
+    path: Path, schema: TypeAdapter[T], *, limit: int = MAX_DATA_BYTES, error: type[RadioError] = DataError
 ) -> Iterator[tuple[int, T]]:
     """Yield (line number from 1, record) of a file with one JSON record per line; skip empty lines.
 
@@ -506,13 +492,6 @@ def _remove_stray(parent: Path, prefix: str) -> None:
             if time.time() - folder.stat().st_mtime > _STRAY_SECONDS and (lock := _lock(folder)) is not None:
                 shutil.rmtree(folder, ignore_errors=True)
                 os.close(lock)
-
-
-def _encoded(text: str) -> bytes:
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError:
-        return re.sub("[\ud800-\udfff]", "\ufffd", text).encode("utf-8")
 
 
 def _umask() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, final, runtime_checkable
 
 from rich.console import Console
@@ -34,11 +35,7 @@ class ProgressFactory(Protocol):
 
 def no_progress(label: str, total: int) -> AbstractContextManager[Advance]:
     """Open a progress context that shows nothing."""
-    return nullcontext(_ignore)
-
-
-def _ignore(steps: int) -> None:
-    """Do nothing."""
+    return nullcontext(lambda steps: None)
 
 
 @runtime_checkable
@@ -54,7 +51,7 @@ class ProgressWithText(Protocol):
 
 def watch_on(console: Console, *, shown: bool) -> ProgressFactory:
     """Return a factory of bars with rate and remaining time on a console, or one that shows nothing."""
-    return _Bars(console) if shown else no_progress
+    return partial(_bar, console) if shown else no_progress
 
 
 @final
@@ -67,28 +64,14 @@ class _Rate(ProgressColumn):
         return Text("" if speed is None else f"{speed:.1f}/s", style="progress.data.speed")
 
 
-@final
-class _Bars:
-    """Draws progress bars, one at a time."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-
-    def __call__(self, label: str, total: int) -> AbstractContextManager[Advance]:
-        return self._bar(label, total)
-
-    @contextmanager
-    def _bar(self, label: str, total: int) -> Iterator[Advance]:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            _Rate(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
-        )
-        with Progress(*columns, console=self._console, transient=True) as progress:
-            yield _Advancing(progress, progress.add_task(escape(label), total=total, text=""))
+@contextmanager
+def _bar(console: Console, label: str, total: int) -> Iterator[Advance]:
+    columns = (
+        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate()),
+        *(TimeRemainingColumn(), TextColumn("{task.fields[text]}")),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield _Advancing(progress, progress.add_task(escape(label), total=total, text=""))
 
 
 @final
