@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +17,16 @@ from ..errors import ConfigError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+NORM_EPS = 1e-6  # ViT and DINOv2; PyTorch's own default is 1e-5
+
+# Random crops of the table of positions.
+MIN_SCALE = math.sqrt(0.1)
+ASPECT = (3 / 4, 4 / 3)
+DROP = 0.1
+
+_BILINEAR, _ZEROS = 0, 0  # arguments of `grid_sampler_2d`: interpolation mode, padding mode
+
+# Letters: B batch, T tokens, D width, H W grid, G side of the table of positions, h heads.
 
 
 class Normalise(nn.Module):
@@ -36,9 +45,6 @@ class Normalise(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Normalise [B, 3, h, w] in [0, 1]; the result has this module's dtype."""
         return (images.to(self.mean.dtype) - self.mean) / self.std
-
-
-# Letters: B batch, T tokens, D width, H W grid.
 
 
 class LinearStem(nn.Module):
@@ -99,15 +105,6 @@ def _factor(patch: int) -> list[int]:
             f"a convolutional stem cannot make patches of {patch} px; use a product of 2, 3, 5 and 7"
         )
     return factors
-
-
-# Letters: B batch, T tokens, D width, H W grid, G side of the table.
-
-MIN_SCALE = math.sqrt(0.1)
-ASPECT = (3 / 4, 4 / 3)
-DROP = 0.1
-
-_BILINEAR, _ZEROS = 0, 0  # arguments of `grid_sampler_2d`: interpolation mode, padding mode
 
 
 class CroppedPositions(nn.Module):
@@ -172,9 +169,6 @@ def _resized(plane: Tensor, grid: tuple[int, int]) -> Tensor:
     return plane[..., :h, :w]
 
 
-# Letters: B batch, T tokens, D width, h heads.
-
-
 class Attention(nn.Module):
     """Self-attention over all tokens of a sequence, through PyTorch's fused kernel.
 
@@ -198,11 +192,6 @@ class Attention(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=added)
         out: Tensor = self.proj(mixed.transpose(1, 2).reshape(b, t, d))
         return out
-
-
-# Letters: B batch, T tokens, D width.
-
-NORM_EPS = 1e-6  # ViT and DINOv2; PyTorch's own default is 1e-5
 
 
 class MLP(nn.Module):
@@ -266,12 +255,10 @@ def recomputed(block: nn.Module, *inputs: Any) -> Tensor:
     if torch.compiler.is_compiling():
         compiled: Tensor = checkpoint(block, *inputs, use_reentrant=False)
         return compiled
-    out: Tensor = checkpoint(block, *inputs, use_reentrant=False, context_fn=partial(_contexts, block))
+    out: Tensor = checkpoint(
+        block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _still(block))
+    )
     return out
-
-
-def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), _still(block)
 
 
 @contextmanager

@@ -23,6 +23,24 @@ from ..ops import nearest_multiple
 from ..types import Features
 from . import StudentOptions, students
 
+# Letters: B batch, C summary width, T tokens, D token width, H W grid.
+
+TABLE_6: tuple[str, ...] = (
+    "efficientnetv2_s",
+    "resnetv2_101",
+    "regnety_064",
+    "efficientvit_l1",
+    "convnext_base",
+    "dm_nfnet_f3",
+    "swinv2_small_window8_256",
+    "maxvit_base_tf_224",
+    "poolformerv2_m36",
+    "mvitv2_base",
+)
+"""timm's names of the paper's efficient models, in the order of table 6."""
+
+_TABLE_SIDE = 224  # pixels: the paper compares them all at this size
+
 
 def make_network(name: str, side: int | None = None, file: Path | None = None) -> tuple[Any, int, bool]:
     """Build a timm network without classifier, dropout and stochastic depth.
@@ -147,25 +165,6 @@ def _silence_drops(network: nn.Module) -> None:
             module.drop_prob = 0.0
         elif isinstance(module.__dict__.get("drop_rate"), float):
             module.drop_rate = 0.0  # type: ignore[assignment]
-
-
-# Letters: B batch, C summary width, T tokens, D token width, H W grid.
-
-TABLE_6: tuple[str, ...] = (
-    "efficientnetv2_s",
-    "resnetv2_101",
-    "regnety_064",
-    "efficientvit_l1",
-    "convnext_base",
-    "dm_nfnet_f3",
-    "swinv2_small_window8_256",
-    "maxvit_base_tf_224",
-    "poolformerv2_m36",
-    "mvitv2_base",
-)
-"""timm's names of the paper's efficient models, in the order of table 6."""
-
-_TABLE_SIDE = 224  # pixels: the paper compares them all at this size
 
 
 @final

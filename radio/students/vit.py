@@ -30,6 +30,13 @@ from ..ops import check_window, from_windows, nearest_multiple, to_windows
 from ..types import Features
 from . import StudentOptions, Window, students
 
+# Letters: B batch, T tokens, D width, K class tokens, H W grid.
+
+NumTokens = Annotated[int, Interval(ge=0, le=1024)]  # besides the patches
+NumGlobal = Annotated[int, Interval(ge=1, le=1024)]
+Schedule = Literal["quarters", "runs-of-5"] | NumGlobal
+"""A name, or the number of parts of the depth that each end in a global block."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudentShape:
@@ -98,12 +105,6 @@ class ShapedStudent(nn.Module):
         return out
 
 
-NumTokens = Annotated[int, Interval(ge=0, le=1024)]  # besides the patches
-NumGlobal = Annotated[int, Interval(ge=1, le=1024)]
-Schedule = Literal["quarters", "runs-of-5"] | NumGlobal
-"""A name, or the number of parts of the depth that each end in a global block."""
-
-
 def global_blocks(depth: int, schedule: Schedule = "quarters") -> tuple[int, ...]:
     """Compute the indices of the global blocks; the others are windowed, and the last is always global.
 
@@ -123,9 +124,6 @@ def global_blocks(depth: int, schedule: Schedule = "quarters") -> tuple[int, ...
             f"take a schedule of 1 to {max(depth // 2, 1)} global blocks, or runs-of-5"
         )
     return tuple(sorted({*range(period - 1, depth, period), depth - 1}))
-
-
-# Letters: B batch, T tokens, D width, K class tokens, H W grid.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

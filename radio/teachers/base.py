@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol, Self, TypeVar, final
+from typing import Any, Self, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -75,27 +75,14 @@ def refuse_file(spec: str, file: Path | None) -> None:
 # Letters: B batch, C summary width, T tokens, D token width, h w pixels.
 
 
-class Trunk(Protocol):
-    """An `nn.Module` that maps normalised images [B, 3, h, w] to features."""
-
-    def __call__(self, images: Tensor) -> Features:
-        """Compute the features of normalised images."""
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Iterate over all weights, as `nn.Module` does."""
-
-    def state_dict(self) -> Mapping[str, Tensor]:
-        """Return all weights by name, as `nn.Module` does."""
-
-
 @final
 class Frozen(nn.Module):
     """A trunk behind the `Teacher` protocol: [B, 3, h, w] RGB in [0, 1] -> `Features`, without gradients.
 
-    Both sides in pixels must be multiples of `patch_size`, or the native size where `fixed_size` says so.
-    `variant` describes what else determines the features (a resampling rule, a choice of layer), so that the
-    fingerprint covers it. `text` is the text tower that shares the summary's space, `sam` loads the whole SAM
-    of an encoder that is shipped with it.
+    The trunk maps normalised images to `Features`. Both sides in pixels must be multiples of `patch_size`, or
+    the native size where `fixed_size` says so. `variant` describes what else determines the features (a
+    resampling rule, a choice of layer), so that the fingerprint covers it. `text` is the text tower that
+    shares the summary's space, `sam` loads the whole SAM of an encoder that is shipped with it.
     """
 
     metadata: Mapping[str, Any] = MappingProxyType({})
@@ -105,7 +92,7 @@ class Frozen(nn.Module):
     def __init__(
         self,
         *,
-        trunk: Trunk,
+        trunk: nn.Module,
         name: str,
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
@@ -120,8 +107,7 @@ class Frozen(nn.Module):
         weights_file: Path | None = None,
     ) -> None:
         super().__init__()
-        assert isinstance(trunk, nn.Module), "a trunk is an nn.Module"
-        self.trunk: Trunk = trunk
+        self.trunk = trunk
         self._load_sam = sam
         self.text: TextTower | None = text  # usually a module too: it moves along with this one
         self.weights_file = weights_file
@@ -184,7 +170,7 @@ class Frozen(nn.Module):
             )
         mean, std = self.get_buffer("mean"), self.get_buffer("std")
         with torch.no_grad():
-            features = self.trunk((images.to(mean.dtype) - mean) / std)
+            features: Features = self.trunk((images.to(mean.dtype) - mean) / std)
         assert features.summary.shape == (len(images), self.summary_dim)
         assert features.tokens.shape == (len(images), features.grid[0] * features.grid[1], self.token_dim)
         return features

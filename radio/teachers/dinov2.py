@@ -18,6 +18,11 @@ from ..types import Features, Teacher
 from . import families
 from .base import Frozen, find_member, read_weights
 
+# Letters: B batch, T tokens, P class and register tokens, D width, H W grid, h w pixels.
+
+PATCH = 14
+TABLE = 37  # positions are stored for 518 pixels: 37 patches per side
+
 # transformers' names and the official ones; query, key and value are concatenated afterwards.
 _TRANSFORMERS = (
     (r"^dinov2(_with_registers)?\.", ""),
@@ -110,12 +115,6 @@ def _from_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         positions = official["pos_embed"]
         official["pos_embed"] = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
     return official
-
-
-# Letters: B batch, T tokens, P class and register tokens, D width, H W grid, h w pixels.
-
-PATCH = 14
-TABLE = 37  # positions are stored for 518 pixels: 37 patches per side
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,7 +29,7 @@ from . import families
 from .base import Frozen, encode_batches, find_member, refuse_file
 from .dinov2 import MEMBERS, load_dinov2
 
-# Letters: B batch, C summary width, K classes of the classifier, N texts, E text width.
+# Letters: B batch, T tokens, C summary width, K classes of the classifier, N texts, E text width.
 
 LIKELIEST = 10  # T of the paper's best model on ImageNet, ConSE(10)
 _LONGEST = 256  # tokens, as in the encoder's fine-tuning
@@ -140,9 +140,6 @@ class ConseText:
             likely = F.linear(summaries, weight, bias).softmax(1).topk(self._likeliest, dim=1)
         weights = likely.values / likely.values.sum(1, keepdim=True)
         return torch.einsum("bt,bte->be", weights, self._named.to(device)[likely.indices])
-
-
-# Letters: B batch, T tokens, D width, H W grid, h w pixels.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

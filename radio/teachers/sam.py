@@ -20,7 +20,16 @@ from ..teachers import families
 from ..types import Features, Teacher
 from .base import Frozen, find_member, read_weights
 
-# Letters: B windows or images, H W grid, D width, h heads, C width of a head, Q query and K key coordinates.
+# Letters: B images (or windows), T tokens, D width, H W grid, h w pixels or embedding grid, C neck width,
+# P prompts, K clicks per prompt; in attention h heads, C width of a head, Q query and K key coordinates.
+
+MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
+STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
+ANCHORS = ("image_encoder.patch_embed.proj.bias", "image_encoder.neck.0.weight")
+"""Names that every released checkpoint of the whole SAM has."""
+
+_PREFIX = "image_encoder."
+_HEAD_PARTS = ("image_encoder.neck.", "prompt_encoder.", "mask_decoder.")
 
 
 @final
@@ -63,16 +72,6 @@ class SamAttention(nn.Module):
         mixed = (weights @ v).view(b, self.num_heads, height, width, -1).permute(0, 2, 3, 1, 4)
         out: Tensor = self.proj(mixed.reshape(b, height, width, -1))
         return out
-
-
-# Letters: B batch, T tokens, D width, H W grid, h w pixels.
-
-MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
-STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
-_PREFIX = "image_encoder."
-
-ANCHORS = ("image_encoder.patch_embed.proj.bias", "image_encoder.neck.0.weight")
-"""Names that every released checkpoint of the whole SAM has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -203,11 +202,6 @@ def _read_encoder(name: str, file: Path | None) -> dict[str, Tensor]:
         if bias is not None and other != name and bias.shape == (member.width,):
             raise CheckpointError(f"{source}: these are the weights of {other}; name it sam:{other}@FILE")
     return tensors
-
-
-# Letters: B images, C neck width, D width before it, h w embedding grid, P prompts, K clicks per prompt.
-
-_HEAD_PARTS = ("image_encoder.neck.", "prompt_encoder.", "mask_decoder.")
 
 
 class Decoded(NamedTuple):
