@@ -23,7 +23,7 @@ from radio.errors import CheckpointError, ConfigError, did_you_mean
 from radio.hub import load_backbone
 from radio.io import check_writable
 from radio.progress import ProgressFactory, watch_on
-from radio.provenance import choose_device
+from radio.resources import choose_device
 from radio.students import students
 from radio.types import Backbone
 

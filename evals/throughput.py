@@ -38,8 +38,7 @@ from radio.errors import ConfigError, SizeError, did_you_mean
 from radio.hub import load_backbone
 from radio.model import ModelConfig, RadioModel, build
 from radio.progress import ProgressFactory, ProgressWithText, no_progress, watch_on
-from radio.provenance import choose_device, describe_device
-from radio.resources import check_memory
+from radio.resources import check_memory, choose_device, describe_device
 from radio.students import options_type, students
 from radio.teachers.base import Frozen
 from radio.types import Backbone

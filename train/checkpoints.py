@@ -36,7 +36,7 @@ from radio.config import to_plain
 from radio.dist import Ranks
 from radio.errors import CheckpointError, RadioError
 from radio.io import read_json, validate, write_text
-from radio.provenance import commit, versions
+from radio.resources import commit, versions
 
 from .config import TrainConfig, run_name
 from .data.streams import Source

@@ -14,8 +14,7 @@ from rich.console import Console
 from radio.config import check_options, parse_options, read_yaml
 from radio.dist import Ranks
 from radio.errors import ConfigError
-from radio.provenance import choose_device
-from radio.resources import collect, locked
+from radio.resources import choose_device, collect, locked
 from radio.students import options_type, students
 
 from .cli import is_file

@@ -35,7 +35,7 @@ from radio.errors import ConfigError, DataError
 from radio.io import staged, write_bytes, write_texts
 from radio.model import RadioModel
 from radio.progress import ProgressFactory, no_progress
-from radio.provenance import choose_device, commit, describe_device, has_tf32, peak_memory, versions
+from radio.resources import choose_device, commit, describe_device, has_tf32, peak_memory, versions
 from radio.types import Backbone
 
 from . import evaluators

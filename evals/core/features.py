@@ -50,8 +50,7 @@ from radio.images import (
 )
 from radio.model import find_adaptor
 from radio.progress import Advance, ProgressFactory, no_progress
-from radio.provenance import fast_products, has_tf32
-from radio.resources import check_memory
+from radio.resources import check_memory, fast_products, has_tf32
 from radio.types import Backbone, Features
 
 from .report import DatasetInfo, Skipped

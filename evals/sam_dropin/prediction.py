@@ -34,8 +34,7 @@ from radio.chunks import (
     write_tensors,
 )
 from radio.errors import RadioError, require
-from radio.provenance import fast_products
-from radio.resources import check_memory
+from radio.resources import check_memory, fast_products
 
 from .annotations import CocoImage
 from .data import Instances

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from radio.dist import Ranks
 from radio.errors import RadioError
-from radio.provenance import fast_products
+from radio.resources import fast_products
 from radio.types import Backbone
 
 from .data import VOID

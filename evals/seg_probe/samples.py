@@ -31,7 +31,7 @@ from radio.chunks import (
     write_tensors,
 )
 from radio.errors import RadioError
-from radio.provenance import fast_products
+from radio.resources import fast_products
 from radio.types import Backbone
 
 from .data import VOID, Labelling, Split, read_image, read_labels

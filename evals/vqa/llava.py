@@ -38,8 +38,7 @@ from radio.errors import CheckpointError, ConfigError, DataError, RadioError
 from radio.hub import load_backbone
 from radio.io import make_folder
 from radio.model import RadioModel
-from radio.provenance import fast_products
-from radio.resources import check_memory
+from radio.resources import check_memory, fast_products
 from radio.types import Backbone
 
 from .data import PaddedImages, Piece, VisionInputs, format_prompt, pad, tokenize

@@ -39,8 +39,7 @@ from radio.errors import ConfigError, DataError, RadioError, require
 from radio.io import write_text
 from radio.model import seeded
 from radio.progress import ProgressWithText
-from radio.provenance import fast_products
-from radio.resources import collect
+from radio.resources import collect, fast_products
 
 from .data import (
     Conversations,

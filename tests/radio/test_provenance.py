@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from radio import provenance
+from radio import resources
 from radio.errors import ConfigError
-from radio.provenance import choose_device, commit, describe_device, versions
+from radio.resources import choose_device, commit, describe_device, versions
 
 
 def test_versions_name_what_runs() -> None:
@@ -28,7 +28,7 @@ def test_the_commit_is_gits_and_marked_when_dirty(tmp_path: Path, monkeypatch: p
     (tmp_path / "radio").mkdir()
     file = tmp_path / "radio" / "__init__.py"
     file.write_text("")
-    monkeypatch.setattr(provenance, "__file__", str(file))
+    monkeypatch.setattr(resources, "__file__", str(file))
     commit.cache_clear()
     assert commit() is None  # no checkout
     git("init", "-q")

@@ -16,7 +16,7 @@ from radio.data import open_source
 from radio.dist import Ranks
 from radio.errors import DataError, RadioError
 from radio.images import evaluation_view
-from radio.provenance import fast_products
+from radio.resources import fast_products
 
 CPU = torch.device("cpu")
 
