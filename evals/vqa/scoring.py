@@ -422,9 +422,11 @@ class Scores:
                 while key in masks:  # another label has the same key
                     key += "_"
                 masks[key] = np.array(labels) == label
-        columns = [(self.images, values * mask, mask) for mask in masks.values()]
+        names, images = np.unique(self.images, return_inverse=True)
+        columns = [(images, values * mask, mask) for mask in masks.values()]
+        resampled = _resampled_means(columns, len(names), seed)
         metrics = {}
-        for (name, mask), means in zip(masks.items(), _resampled_means(columns, seed).T, strict=True):
+        for (name, mask), means in zip(masks.items(), resampled.T, strict=True):
             metrics[name] = _percent(float(values[mask].mean()), means)
         if self.missing:
             share = 100 * len(self.missing) / len(values)
@@ -455,9 +457,13 @@ class Scores:
 
 def mean_accuracy(benchmarks: Sequence[Scores], seed: int = 0) -> Metric:
     """Compute the mean of the benchmarks' accuracies in percent; shared images are resampled together."""
-    columns = [(one.images, np.array(one.values), np.ones(len(one.values))) for one in benchmarks]
+    names, images = np.unique([name for one in benchmarks for name in one.images], return_inverse=True)
+    parts = np.split(images, np.cumsum([len(one.images) for one in benchmarks])[:-1])
+    columns = [
+        (of, np.array(one.values), np.ones(len(of))) for of, one in zip(parts, benchmarks, strict=True)
+    ]
     mean = np.mean([np.mean(one.values) for one in benchmarks])
-    return _percent(float(mean), _resampled_means(columns, seed).mean(axis=1))
+    return _percent(float(mean), _resampled_means(columns, len(names), seed).mean(axis=1))
 
 
 def _percent(mean: float, resampled: NDArray[np.float64]) -> Metric:
@@ -466,19 +472,16 @@ def _percent(mean: float, resampled: NDArray[np.float64]) -> Metric:
 
 
 def _resampled_means(
-    columns: Sequence[tuple[Sequence[str], NDArray[Any], NDArray[Any]]], seed: int
+    columns: Sequence[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]], num_images: int, seed: int
 ) -> NDArray[np.float64]:
-    """Compute bootstrap means [R, K] over images, of K columns of (image names, values, weights)."""
-    names = np.unique([name for images, _, _ in columns for name in images])
-    rows = [np.searchsorted(names, images) for images, _, _ in columns]
-    pairs = list(zip(rows, columns, strict=True))
-    sums = np.stack([np.bincount(row, values, len(names)) for row, (_, values, _) in pairs], axis=1)  # [P, K]
-    counts = np.stack([np.bincount(row, held, len(names)) for row, (_, _, held) in pairs], axis=1)
-    step = max(1, min(RESAMPLES, _CELLS // max(1, len(names))))
+    """Compute bootstrap means [R, K] over P images, of K columns of (image indices, values, weights)."""
+    sums = np.stack([np.bincount(images, values, num_images) for images, values, _ in columns], axis=1)
+    counts = np.stack([np.bincount(images, held, num_images) for images, _, held in columns], axis=1)
+    step = max(1, min(RESAMPLES, _CELLS // max(1, num_images)))  # both are [P, K]
     parts = []
     for start in range(0, RESAMPLES, step):
         draws = min(step, RESAMPLES - start)
-        weights = resamples(len(names), seed=seed + (start << 32), draws=draws)
+        weights = resamples(num_images, seed=seed + (start << 32), draws=draws)
         with np.errstate(invalid="ignore"):  # NaN of a resample without a question of a group: ignored
             parts.append((weights @ sums) / (weights @ counts))
     return np.concatenate(parts)
