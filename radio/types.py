@@ -105,7 +105,7 @@ class Backbone(Encoder, Protocol):
 
     @property
     def sam(self) -> Any:
-        """The whole `segment_anything.modeling.Sam` of another package's SAM encoder that brings it."""
+        """The `segment_anything.modeling.Sam` of a SAM's encoder, whose blocks may be absent; else None."""
 
 
 class TextTower(Protocol):

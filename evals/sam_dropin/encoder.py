@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -104,7 +103,7 @@ def make_drop_in(
         return DropIn(model, head, side, entry["name"])
     if isinstance(model, RadioModel):
         return _untrained(model, checkpoint, size, seed)
-    if model.sam is not None or _is_shipped(model.name) or _is_foreign(model.name):
+    if _is_foreign(model.name) or model.sam is not None:
         return _sam_itself(model, checkpoint, size)
     raise ConfigError(
         f"{model.name} learned from no teacher; the drop-in needs a student of a SAM, or a SAM itself "
@@ -117,7 +116,7 @@ def _choose(
 ) -> Mapping[str, Any]:
     """Choose the metadata entry of the SAM among a student's teachers.
 
-    Another package's SAM is recognised by its attribute `sam`, or by being the only one of another package.
+    A SAM is recognised by its attribute `sam`; another package's also by being its only one.
     """
     if teacher is not None:
         named = [entry for entry in entries if entry["name"] == teacher]
@@ -126,15 +125,18 @@ def _choose(
             hint = did_you_mean(teacher, names) or f"; it has {', '.join(names)}"
             raise ConfigError(f"{model.name} has no teacher {teacher!r} in its metadata{hint}")
         return named[0]
-    shipped = [entry for entry in entries if _is_shipped(entry["model"])]
+    own = [entry for entry in entries if not _is_foreign(entry["model"])]
     foreign = [entry for entry in entries if _is_foreign(entry["model"])]
-    if shipped or len(foreign) == 1:
-        return (shipped or foreign)[0]
-    for entry in foreign:
-        with contextlib.suppress(RadioError):  # such as a file that has moved
-            if load_teacher(entry["model"]).sam is not None:
+    unreadable = {}
+    for entry in [*own, *foreign]:  # this package's first: on the meta device they need no files
+        if foreign == [entry]:
+            return entry
+        try:
+            if load_teacher(entry["model"], meta=entry in own).sam is not None:
                 return entry
-    learned = ", ".join(shown(entry["model"]) for entry in entries)
+        except RadioError as error:  # such as a file that has moved
+            unreadable[entry["name"]] = f" ({error})"
+    learned = ", ".join(shown(entry["model"]) + unreadable.get(entry["name"], "") for entry in entries)
     hint = "; name the teacher that is the SAM with --teacher NAME" if foreign else ""
     raise ConfigError(
         f"{model.name} learned from {learned}; the drop-in needs a student of a SAM, or a SAM itself "
@@ -143,10 +145,9 @@ def _choose(
 
 
 def _sam_itself(model: Backbone, checkpoint: Path | None, size: int | None) -> DropIn:
-    if model.name == "scenes:sam" and checkpoint is not None:
-        raise ConfigError("scenes:sam brings its own decoder; leave --sam-checkpoint out")
-    file = checkpoint or model.weights_file
-    head = _head(model.name, file, lambda: model)
+    if checkpoint is not None and model.weights_file is None and model.sam is not None:
+        raise ConfigError(f"{model.name} brings its own decoder; leave --sam-checkpoint out")
+    head = _head(model.name, checkpoint or model.weights_file, lambda: model)
     if head.token_dim != model.token_dim:
         raise ConfigError(
             f"{model.name} gives {model.token_dim} channels, and {head.name} takes {head.token_dim}"
@@ -193,11 +194,6 @@ def _trained_side(entry: Mapping[str, Any]) -> int | None:
     return sides
 
 
-def _is_shipped(spec: str) -> bool:
-    """Check whether a teacher is a SAM of this package's families."""
-    return spec == "scenes:sam" or spec.startswith("sam:")
-
-
 def _is_foreign(spec: str) -> bool:
     """Check whether a teacher belongs to another package's family, which may be a SAM."""
     family, colon, _ = spec.partition(":")
@@ -213,7 +209,7 @@ def _teachers_head(entry: Mapping[str, Any], checkpoint: Path | None) -> SamHead
     try:
         return _head(spec, parse(spec).file, lambda: load_teacher(spec))
     except RadioError as error:
-        error_type = CheckpointError if _is_shipped(spec) else ConfigError
+        error_type = ConfigError if isinstance(error, ConfigError) else CheckpointError
         raise error_type(
             f"the student learned from {shown(spec)}, whose decoder cannot be loaded: {error}; if the file "
             f"has moved, name it with --sam-checkpoint"

@@ -63,8 +63,8 @@ class SamSettings:
     """A released SAM file (vit_b, vit_l or vit_h) whose neck, prompt encoder and mask decoder are used.
     Default: the one in the checkpoint's metadata."""
     teacher: str | None = None
-    """The name of the teacher that is the SAM in the checkpoint's metadata. Default: the first scenes:sam or
-    sam:…, else another package's that brings a SAM, or its only one."""
+    """The name of the teacher that is the SAM in the checkpoint's metadata. Default: the first SAM of this
+    package, else another package's that brings a SAM, or its only one."""
     size: Pixels | None = None
     """Side of the model's input in pixels. Default: its resolution in training with SAM, else 1008 for a
     patch of 14 and 1024 for 16."""

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import colorsys
 import contextlib
+import hashlib
 import io
+import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
+from PIL import Image as PillowImage
+from PIL import ImageDraw, ImageFont
 
 from evals.core.blocks import Block, Image, ImageGrid, ImageRow, Table
 from evals.core.evaluator import EvalRun, Evaluator, Result, RunSettings
@@ -25,19 +32,19 @@ from radio.chunks import DamagedError
 from radio.config import to_plain
 from radio.errors import ConfigError, MissingExtraError, require
 from radio.image_files import spread
+from radio.images import write_png
 from radio.io import write_bytes
 from radio.resources import check_memory
 from radio.scenes.export import CARD_VERSION, ScenesSettings, write_cached
 from radio.types import Backbone
 
-from .data import Checked, Dataset, Split, check_split, open_dataset
-from .maps import MapWriter
+from .data import VOID, Checked, Dataset, Labelling, Split, check_split, open_dataset, read_image, read_labels
 from .protocol import SegSettings, check_sizes, resolve
 
 if TYPE_CHECKING:
     from .plugin import Areas
 
-# Letters: N images, C classes, R resamples.
+# Letters: N images, C classes, R resamples, H W an image's own height and width.
 
 
 def load_plugin() -> ModuleType:
@@ -159,7 +166,17 @@ def evaluate(model: Backbone, settings: SegSettings, run: EvalRun) -> Result:
     return Result(
         metrics=bootstrapped(areas[0]) if len(areas) == 1 else repeated(areas),
         pairing="mean_iou",
-        data=[_used(role, split, data) for role, split in (("train", data.train), ("val", data.val))],
+        data=[
+            DatasetInfo(
+                role=role,
+                name=split.name,
+                fingerprint=split.fingerprint,
+                count=len(split.pairs),
+                num_classes=len(data.labelling.classes),
+                scored=role == "val",
+            )
+            for role, split in (("train", data.train), ("val", data.val))
+        ],
         records=area_records(areas[0], [pair.key for pair in data.val.pairs]),
         blocks=[
             class_table(areas, data.labelling.classes),
@@ -219,17 +236,6 @@ def _orientation_notes(data: Dataset, checked: Sequence[Checked]) -> list[str]:
         for split, result in zip((data.train, data.val), checked, strict=True)
         if result.rotated
     ]
-
-
-def _used(role: str, split: Split, data: Dataset) -> DatasetInfo:
-    return DatasetInfo(
-        role=role,
-        name=split.name,
-        fingerprint=split.fingerprint,
-        count=len(split.pairs),
-        num_classes=len(data.labelling.classes),
-        scored=role == "val",
-    )
 
 
 def bootstrapped(areas: Areas, seed: int = 0) -> dict[str, Metric]:
@@ -304,6 +310,101 @@ def _overlays(writer: MapWriter) -> list[Block]:
         images.append(Image(file=file, alt=alt, label=key, side=340))
     title = "image, ground truth and prediction (void is clear in the truth and faint in the prediction)"
     return [ImageGrid(title=title, rows=(ImageRow(images=tuple(images)),))] if images else []
+
+
+Bytes = NDArray[np.uint8]
+
+_OPACITY, _UNSCORED = 0.6, 0.2  # of a colour over the image; of a prediction where the truth is void
+_FEW = 24  # classes that hues alone distinguish
+_LONGEST = 200  # bytes of a name; file systems take 255, with what is added
+_GAP = 4  # white columns between the three images
+_TEXT = 12  # pixels: the size of the legend's letters and squares
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class MapWriter:
+    """Writes `NAME.png`, the labels as the data set numbers them, and `NAME-overlay.png`."""
+
+    folder: Path
+    split: Split
+    labelling: Labelling
+    indices: tuple[int, ...]  # of the images to write
+
+    def __call__(self, index: int, classes: Bytes) -> None:
+        """Write the prediction [H, W] of an image, if it is among `indices`."""
+        if index not in self.indices:
+            return
+        pair = self.split.pairs[index]
+        colours = palette(len(self.labelling.classes))
+        offset = int(self.labelling.zero_is_void)
+        numbers = np.concatenate([np.zeros((offset, 3), np.uint8), colours])
+        image = PillowImage.fromarray(classes + np.uint8(offset))
+        image.putpalette(numbers.tobytes())
+        write_png(image, self.folder / self.names(index)[0])
+        pixels = read_image(pair).numpy().transpose(1, 2, 0)
+        truth = read_labels(pair.labels, self.labelling)
+        shown = side_by_side(pixels, truth, classes, colours)
+        seen = np.union1d(truth[truth != VOID], classes)
+        key = legend([(self.labelling.classes[n], colours[n]) for n in seen], shown.shape[1])
+        shown = np.concatenate([shown, key])
+        write_png(PillowImage.fromarray(shown), self.folder / self.names(index)[1])
+
+    def names(self, index: int) -> tuple[str, str]:
+        """Return the two file names of an image in the folder."""
+        stem = self.split.pairs[index].key
+        if len(stem.encode()) > _LONGEST:
+            stem = f"{stem[:40]}-{hashlib.sha256(stem.encode()).hexdigest()[:16]}"
+        return f"{stem}.png", f"{stem}-overlay.png"
+
+    def files(self) -> tuple[str, ...]:
+        """List all files, relative to the folder's parent."""
+        return tuple(f"{self.folder.name}/{name}" for index in self.indices for name in self.names(index))
+
+
+def palette(count: int) -> Bytes:
+    """Choose distinct colours [C, 3]; neighbours in hue differ in brightness too."""
+    golden = (5**0.5 - 1) / 2
+    few = count <= _FEW
+    hues = [index / count if few else index * golden % 1 for index in range(count)]
+    levels = ((0.9, 1.0), (0.9, 0.55)) if few else ((0.9, 1.0), (0.9, 0.55), (0.5, 0.9))
+    rows = [colorsys.hsv_to_rgb(hue, *levels[index % len(levels)]) for index, hue in enumerate(hues)]
+    return np.round(255 * np.array(rows)).astype(np.uint8)
+
+
+def side_by_side(image: Bytes, truth: Bytes, classes: Bytes, colours: Bytes) -> Bytes:
+    """Draw the image [H, W, 3], and truth and prediction [H, W] over it: [H, 3 W + gaps, 3].
+
+    Void is transparent in the truth; the prediction there, which is not scored, is faint.
+    """
+    gap = np.full((image.shape[0], _GAP, 3), 255, dtype=np.uint8)
+    scored = truth != VOID
+    shown_truth = _over(image, np.where(scored, truth, 0), colours, np.where(scored, _OPACITY, 0.0))
+    shown = _over(image, classes, colours, np.where(scored, _OPACITY, _UNSCORED))
+    return np.concatenate([image, gap, shown_truth, gap, shown], axis=1)
+
+
+def legend(entries: Sequence[tuple[str, Bytes]], width: int) -> Bytes:
+    """Draw the legend [h, width, 3]: on white, each name after a square of its colour, in lines that fit."""
+    font = ImageFont.load_default(_TEXT)
+    places, x, y = [], _TEXT // 2, _TEXT // 2
+    for name, _ in entries:
+        wide = 2 * _TEXT + math.ceil(font.getlength(name))
+        if x + wide > width and x > _TEXT:
+            x, y = _TEXT // 2, y + 3 * _TEXT // 2
+        places.append((x, y))
+        x += wide
+    image = PillowImage.new("RGB", (width, y + 3 * _TEXT // 2), "white")
+    pen = ImageDraw.Draw(image)
+    for (name, colour), (left, top) in zip(entries, places, strict=True):
+        pen.rectangle((left, top, left + _TEXT, top + _TEXT), fill=tuple(colour.tolist()))
+        pen.text((left + 5 * _TEXT // 4, top + _TEXT / 2), name, fill="black", font=font, anchor="lm")
+    return np.array(image)
+
+
+def _over(image: Bytes, classes: Bytes, colours: Bytes, opacity: NDArray[np.float64]) -> Bytes:
+    share = opacity[..., None]
+    return np.round(share * colours[classes] + (1 - share) * image).astype(np.uint8)
 
 
 def with_seed(settings: SegSettings, run: RunSettings, number: int) -> SegSettings:

@@ -38,7 +38,7 @@ from .data import VOID, Labelling, Split, read_image, read_labels
 from .plugin import FitResize
 from .protocol import ProbeConfig, Size
 
-# Letters: N images, D token width, H W grid.
+# Letters: N images, B batch, D token width, H W grid.
 
 Sample = dict[str, Any]  # MMSegmentation's {"inputs": Tensor, "data_samples": SegDataSample}
 
@@ -79,9 +79,7 @@ class Images(Dataset[Sample]):
         if self._training:
             results["gt_seg_map"] = labels
         results = self._transforms(results)
-        results.setdefault(
-            "gt_seg_map", labels
-        )  # when testing, after the transforms: the resize would change it
+        results.setdefault("gt_seg_map", labels)  # when testing, only now: the resize would change it
         sample: Sample = self._pack(results)
         return sample
 
@@ -114,14 +112,12 @@ class TokenMaps(Dataset[Sample]):
         return {**self._pack(results), "inputs": self._maps[index].float()}
 
     def _read(self, index: int) -> NDArray[np.uint8]:
-        if index in self._labels:
-            return self._labels[index]
-        labels = read_labels(self._split.pairs[index].labels, self._labelling)
-        if self._training and labels.shape != self._crop:
-            height, width = self._crop
-            labels = mmcv.imresize(labels, (width, height), interpolation="nearest")
-        self._labels[index] = labels  # small beside the token map: a byte per pixel
-        return labels
+        if index not in self._labels:  # kept: small beside the token map, a byte per pixel
+            labels = read_labels(self._split.pairs[index].labels, self._labelling)
+            if self._training and labels.shape != self._crop:
+                labels = mmcv.imresize(labels, self._crop[::-1], interpolation="nearest")
+            self._labels[index] = labels
+        return self._labels[index]
 
 
 @final
@@ -185,10 +181,17 @@ def one_thread(worker: int) -> None:
 @contextmanager
 def seeded(*entropy: int) -> Iterator[None]:
     """Seed numpy's and Python's global generators with the entropy inside; restore them afterwards."""
-    before, before_python = np.random.get_state(), random.getstate()  # noqa: NPY002 (what mmcv draws from)
     state = np.random.SeedSequence(entropy).generate_state(4)
-    np.random.seed(state)  # noqa: NPY002
-    random.seed(int(state[0]))
+    with restored_generators():
+        np.random.seed(state)  # noqa: NPY002 (what mmcv draws from)
+        random.seed(int(state[0]))
+        yield
+
+
+@contextmanager
+def restored_generators() -> Iterator[None]:
+    """Restore numpy's and Python's global generators afterwards."""
+    before, before_python = np.random.get_state(), random.getstate()  # noqa: NPY002
     try:
         yield
     finally:
@@ -210,8 +213,6 @@ def _transforms(config: ProbeConfig, model: Backbone, training: bool) -> list[An
         ]
     return [Resize(scale, keep_ratio=True) if config.slides else FitResize(model, *scale)]
 
-
-# Letters: N images, B batch, D token width, H W grid.
 
 _BATCH = 32  # images per forward pass
 CHUNK = 128  # images per file: the most that an interrupted run loses

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import random
 import secrets
 import shutil
 import time
@@ -37,7 +36,7 @@ from radio.types import Backbone
 
 from .plugin import AreaMetric, Areas, build_model
 from .protocol import ProbeConfig
-from .samples import Images, Positions, Sample, Stream, TokenMaps, one_thread
+from .samples import Images, Positions, Sample, Stream, TokenMaps, one_thread, restored_generators
 from .states import load_state, save_state
 
 # Letters: H W an image's own height and width.
@@ -307,12 +306,10 @@ def _collate(samples: list[Sample]) -> dict[str, list[Any]]:
 @contextmanager
 def _own_randomness(device: torch.device) -> Iterator[None]:
     """Restore global generators and the logging level afterwards, whatever mmengine sets inside."""
-    state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002 (mmengine seeds all three)
     level = logging.root.level
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # default: all GPUs
+        # Without a list of devices, torch would fork the generators of all GPUs.
+        with restored_generators(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
     finally:
-        np.random.set_state(state)  # noqa: NPY002
-        random.setstate(python_state)
         logging.root.setLevel(level)

@@ -82,7 +82,7 @@ class Frozen(nn.Module):
     The trunk maps normalised images to `Features`. Both sides in pixels must be multiples of `patch_size`, or
     the native size where `fixed_size` says so. `variant` describes what else determines the features (a
     resampling rule, a choice of layer), so that the fingerprint covers it. `text` is the text tower that
-    shares the summary's space, `sam` loads the whole SAM of an encoder that is shipped with it.
+    shares the summary's space, `sam` loads the SAM that the trunk belongs to.
     """
 
     metadata: Mapping[str, Any] = MappingProxyType({})
@@ -131,7 +131,7 @@ class Frozen(nn.Module):
 
     @property
     def sam(self) -> Any:
-        """The whole `segment_anything.modeling.Sam`, loaded at each call; None if none is shipped."""
+        """The `segment_anything.modeling.Sam`, loaded at each call; None if the trunk is no SAM's."""
         return None if self._load_sam is None else self._load_sam()
 
     @property

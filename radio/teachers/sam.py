@@ -110,7 +110,8 @@ def sam(name: str, file: Path | None, *, meta: bool = False) -> Teacher:
         encoder = build_encoder(member)
     if not meta:
         load_state(encoder, tensors, f"{spec}@{file}")
-    return freeze_sam(SamTrunk(encoder), name=spec, mean=MEAN, std=STD, weights_file=file)
+    whole = partial(_new_meta_sam, member.width) if meta else partial(load_released_sam, spec, file)
+    return freeze_sam(SamTrunk(encoder), name=spec, mean=MEAN, std=STD, weights_file=file, sam=whole)
 
 
 def build_encoder(member: SamArchitecture) -> nn.Module:
@@ -246,7 +247,14 @@ class SamHead(nn.Module):
 
 
 def load_sam_head(spec: str, file: Path | None) -> SamHead:
-    """Load the head of a released SAM, recognised by its shapes.
+    """Load the head of a released SAM; see `load_released_sam`."""
+    sam = load_released_sam(spec, file)
+    widths = {member.width: name for name, member in MEMBERS.items()}
+    return SamHead(sam, f"sam:{widths[sam.image_encoder.neck[0].in_channels]}")
+
+
+def load_released_sam(spec: str, file: Path | None) -> Any:
+    """Load a released SAM, recognised by its shapes, without its image encoder's blocks.
 
     Raises:
         CheckpointError: no file, not a SAM's, or one of another architecture.
@@ -261,9 +269,15 @@ def load_sam_head(spec: str, file: Path | None) -> SamHead:
             f"{file}: not a SAM checkpoint: wanted image_encoder.neck.0.weight of width "
             f"{', '.join(f'{width} ({name})' for width, name in widths.items())}, as released"
         )
-    head = SamHead(new_released_sam(first.shape[1]), f"sam:{widths[first.shape[1]]}")
-    load_state(head, {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}, str(file))
-    return head
+    sam = new_released_sam(first.shape[1])
+    parts = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    load_state(SamHead(sam, spec), parts, str(file))  # the head's modules are the SAM's own
+    return sam
+
+
+def _new_meta_sam(width: int) -> Any:
+    with torch.device("meta"):
+        return new_released_sam(width)
 
 
 def new_released_sam(width: int) -> Any:

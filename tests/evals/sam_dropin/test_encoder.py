@@ -239,3 +239,12 @@ def test_a_cards_teachers_of_another_shape(teachers: Any) -> None:
 @pytest.mark.parametrize(("sides", "side"), [(144, 144), ([144], 144), ([144, 144], 144), ([144, 96], 96)])
 def test_the_side_that_a_card_names(sides: Any, side: int) -> None:
     assert make_drop_in(student(student_resolution=sides), None, None, 0).side == side
+
+
+def test_the_sam_is_found_behind_teachers_whose_files_are_gone() -> None:
+    """The choice looks at the attribute on the meta device, and reads no file."""
+    adaptors = tuple(AdaptorConfig(name=name, summary_dim=96, token_dim=96) for name in ("a", "b"))
+    models = {"a": "dinov2:vitb14@gone.pth", "b": "scenes:sam"}
+    teachers = [{"name": name, "model": model, "fingerprint": ""} for name, model in models.items()]
+    model = build(ModelConfig(student="vit-tiny12", adaptors=adaptors), 0, {"teachers": teachers})
+    assert make_drop_in(model, None, None, 0).adaptor == "b"

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from evals.seg_probe.data import open_dataset, read_labels
-from evals.seg_probe.maps import MapWriter, legend, palette, side_by_side
+from evals.seg_probe.evaluator import MapWriter, legend, palette, side_by_side
 
 
 def test_a_written_map_is_an_annotation_again(tmp_path: Path, make_ade: Callable) -> None:
