@@ -167,12 +167,13 @@ def read_instances(file: Path) -> CocoFile:
         except ValueError as error:
             faults.append(f"annotation {annotation['id']} {error}")
     _refuse(file, "annotations", len(data["annotations"]), faults)
-    faults = [
-        f"the masks of the {len(instances[id])} annotations of image {id}, {height}x{width} px, take "
-        f"{len(instances[id]) * height * width >> 30} GiB, and the limit is {_MAX_MASKS >> 30}; cut the image"
-        for id, (height, width) in sizes.items()
-        if len(instances[id]) * height * width > _MAX_MASKS
-    ]
+    for id, (height, width) in sizes.items():
+        count = len(instances[id])
+        if count * height * width > _MAX_MASKS:
+            faults.append(
+                f"the masks of the {count} annotations of image {id}, {height}x{width} px, take "
+                f"{count * height * width >> 30} GiB, and the limit is {_MAX_MASKS >> 30}; cut the image"
+            )
     _refuse(file, "images", len(sizes), faults)
     images = tuple(
         CocoImage(image["id"], image["file_name"], sizes[image["id"]], tuple(instances[image["id"]]))
@@ -193,13 +194,11 @@ def read_results(file: Path) -> tuple[list[Detection], str]:
     detections, faults = [], []
     for index, entry in enumerate(entries):
         try:
-            box = _corners(entry["bbox"])
+            box, area = _corners(entry["bbox"]), entry["bbox"][2] * entry["bbox"][3]
+            instance = Instance(index, entry["category_id"], box, area, False)
+            detections.append(Detection(entry["image_id"], entry["score"], instance))
         except ValueError as error:
             faults.append(f"entry {index} {error}")
-            continue
-        area = entry["bbox"][2] * entry["bbox"][3]
-        instance = Instance(index, entry["category_id"], box, area, False)
-        detections.append(Detection(entry["image_id"], entry["score"], instance))
     _refuse(file, "entries", len(entries), faults)
     return detections, hashlib.sha256(raw).hexdigest()
 
@@ -210,25 +209,20 @@ def note_boxes(images: Sequence[CocoImage], what: str) -> tuple[str, ...]:
     Args:
         what: name of the boxes in the note.
     """
-    boxes = [(instance.box, image.size) for image in images for instance in image.instances]
-    beyond = sum(x1 > size[1] + _SLACK or y1 > size[0] + _SLACK for (_, _, x1, y1), size in boxes)
-    notes = []
-    if beyond:
-        notes.append(
-            f"{beyond} of {len(boxes)} {what} reach more than {_SLACK} px beyond their image; COCO's are x, "
-            f"y, width and height, not two corners"
-        )
-    flat = sum(x0 == x1 or y0 == y1 for (x0, y0, x1, y1), _ in boxes)
-    if flat:
-        notes.append(f"{flat} of {len(boxes)} {what} have no width or no height")
-    outside = sum(x0 >= w or y0 >= h or x1 < 0 or y1 < 0 for (x0, y0, x1, y1), (h, w) in boxes)
-    if outside:
-        notes.append(f"{outside} of {len(boxes)} {what} lie wholly outside their image")
-    if any(max(box) > 0 for box, _ in boxes) and all(max(box) <= 1 for box, _ in boxes):
-        notes.append(
-            f"all {len(boxes)} {what} lie within the first pixel; COCO's are in pixels, not shares of a side"
-        )
-    return tuple(notes)
+    boxes = [(*instance.box, *image.size) for image in images for instance in image.instances]
+    some, every = f"of {len(boxes)} {what}", f"all {len(boxes)} {what}"
+    beyond = sum(x1 > w + _SLACK or y1 > h + _SLACK for _, _, x1, y1, h, w in boxes)
+    flat = sum(x0 == x1 or y0 == y1 for x0, y0, x1, y1, _, _ in boxes)
+    outside = sum(x0 >= w or y0 >= h or x1 < 0 or y1 < 0 for x0, y0, x1, y1, h, w in boxes)
+    highest = max((max(box[:4]) for box in boxes), default=0.0)
+    notes = {
+        f"{beyond} {some} reach more than {_SLACK} px beyond their image; COCO's are x, y, width and height, "
+        f"not two corners": beyond,
+        f"{flat} {some} have no width or no height": flat,
+        f"{outside} {some} lie wholly outside their image": outside,
+        f"{every} lie within the first pixel; COCO's are in pixels, not shares of a side": 0 < highest <= 1,
+    }
+    return tuple(note for note, applies in notes.items() if applies)
 
 
 def note_empty(images: Sequence[CocoImage]) -> tuple[str, ...]:

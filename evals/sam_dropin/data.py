@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from radio.data import composed
 from radio.errors import DataError, require, shown
 from radio.image_files import Entry, Listing, StoredImages, spread
 from radio.images import MAX_IMAGE_BYTES, open_image
@@ -63,11 +63,6 @@ class Instances:
         self.annotated: Mapping[int, CocoImage] = {image.id: image for image in file.images}
         self._digest = file.digest
         self._indices = {image.id: index for index, image in enumerate(images)}
-
-    @property
-    def content(self) -> str:
-        """A hash of the images' bytes."""
-        return self.files.fingerprint
 
     def read(self, image: CocoImage) -> Tensor:
         """Read an image's pixels, uint8 [3, H, W].
@@ -188,18 +183,13 @@ def open_instances(
         MissingExtraError: pycocotools is not installed.
     """
     data = read_instances(file)
-    images = [
-        image._replace(
-            instances=tuple(
-                each for each in image.instances if each.area >= smallest_area and (crowds or not each.crowd)
-            )
-        )
-        for image in data.images
-    ]
-    kept: Sequence[CocoImage] = [image for image in images if image.instances or empty]
-    if not any(image.instances for image in kept):
-        raise DataError(f"{shown(file)}: none of its {len(images)} images has an annotation to score")
-    kept = spread(kept, limit)
+    chosen = []
+    for image in data.images:
+        scored = (i for i in image.instances if i.area >= smallest_area and (crowds or not i.crowd))
+        chosen.append(image._replace(instances=tuple(scored)))
+    if not any(image.instances for image in chosen):
+        raise DataError(f"{shown(file)}: none of its {len(chosen)} images has an annotation to score")
+    kept = spread([image for image in chosen if image.instances or empty], limit)
     paths = _find_all(kept, folder, file)
     notes = _check_images(kept, paths, name or file.stem)
     entries = [
@@ -207,7 +197,7 @@ def open_instances(
     ]
     listing = Listing(file.stem, location or str(folder.resolve()), ("",), tuple(entries))
     notes = (*notes, *note_boxes(kept, "boxes"), *note_empty(kept))
-    return Instances(tuple(kept), StoredImages(listing, memo), data, name or file.stem, notes)
+    return Instances(kept, StoredImages(listing, memo), data, name or file.stem, notes)
 
 
 def _find_all(images: Sequence[CocoImage], root: Path, file: Path) -> list[Path]:
@@ -237,7 +227,9 @@ def _find(root: Path, name: str, listings: dict[Path, dict[str, list[str]]]) -> 
         for part in PurePosixPath(name).parts:
             if not (path / part).exists():
                 if path not in listings:
-                    listings[path] = _list_forms(path)
+                    listings[path] = {}
+                    for entry in path.iterdir():
+                        listings[path].setdefault(_form(entry.name), []).append(entry.name)
                 alike = listings[path].get(_form(part), [])
                 if len(alike) != 1:
                     return None
@@ -248,22 +240,9 @@ def _find(root: Path, name: str, listings: dict[Path, dict[str, list[str]]]) -> 
         return None
 
 
-def _list_forms(folder: Path) -> dict[str, list[str]]:
-    """Group the names in a folder by their normalised form."""
-    forms: dict[str, list[str]] = {}
-    for path in folder.iterdir():
-        forms.setdefault(_form(path.name), []).append(path.name)
-    return forms
-
-
 def _form(name: str) -> str:
     """Normalise a name to NFC; bytes that are not UTF-8 become U+FFFD, as in JSON."""
-    return unicodedata.normalize("NFC", re.sub("[\ud800-\udfff]", "\ufffd", name))
-
-
-class _Header(NamedTuple):
-    size: tuple[int, int]  # (H, W) as stored
-    turned: bool  # whether an EXIF orientation differs from it
+    return composed(re.sub("[\ud800-\udfff]", "\ufffd", name))
 
 
 def _check_images(images: Sequence[CocoImage], paths: Sequence[Path], name: str) -> tuple[str, ...]:
@@ -278,9 +257,10 @@ def _check_images(images: Sequence[CocoImage], paths: Sequence[Path], name: str)
             if isinstance(header, str):
                 faults.append(f"{shown(image.name)}: {header}")
                 continue
-            turned += header.turned
-            if header.size != image.size:
-                faults.append(_other_size(image, header.size, name))
+            size, rotated = header
+            turned += rotated
+            if size != image.size:
+                faults.append(_other_size(image, size, name))
     verb = "has" if turned == 1 else "have"
     note = f"{turned} of {len(images)} images {verb} an EXIF orientation that is not applied"
     if faults:
@@ -294,8 +274,8 @@ def _other_size(image: CocoImage, size: tuple[int, int], name: str) -> str:
     return f"{shown(image.name)} is {list(size)} (height, width), and {shown(name)} says {list(image.size)}"
 
 
-def _read_header(path: Path) -> _Header | str:
-    """Read the size and orientation of a stored image; return a message when it is not an image."""
+def _read_header(path: Path) -> tuple[tuple[int, int], bool] | str:
+    """Read the stored (H, W) of an image, and whether an EXIF orientation differs; or say what is wrong."""
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD)
@@ -309,8 +289,8 @@ def _read_header(path: Path) -> _Header | str:
         return f"cannot be read ({error.strerror})"
 
 
-def _parse_header(data: bytes) -> _Header:
+def _parse_header(data: bytes) -> tuple[tuple[int, int], bool]:
     with open_image(data) as image:
         # For a PNG without EXIF, PIL would search behind the pixels.
         exif = image.getexif() if "exif" in image.info else {}
-        return _Header((image.height, image.width), exif.get(_ORIENTATION, 1) in range(2, 9))
+        return (image.height, image.width), exif.get(_ORIENTATION, 1) in range(2, 9)

@@ -93,8 +93,13 @@ def make_drop_in(
     if entries:
         entry = _choose(model, entries, checkpoint, teacher)
         head = _teachers_head(entry, checkpoint)
-        side = _side(model, head.side, size or _trained_side(entry))
-        width = _adaptor_width(model, entry["name"])
+        sides = entry.get("student_resolution")  # in training with this teacher; may be several
+        if isinstance(sides, list):
+            sides = sides[0] if len(set(sides)) == 1 else None
+        side = _side(model, head.side, size or sides)
+        probe = Features(torch.zeros(1, model.summary_dim), torch.zeros(1, 1, model.token_dim), (1, 1))
+        with torch.no_grad():
+            width = find_adaptor(model, entry["name"])(probe).tokens.shape[-1]
         if width != head.token_dim:
             raise ConfigError(
                 f"the adaptor {entry['name']!r} of {model.name} gives {width} channels, and the neck of "
@@ -186,14 +191,6 @@ def _untrained(model: Backbone, checkpoint: Path | None, size: int | None, seed:
     return DropIn(model, head, _side(model, head.side, size), adaptor, (note,))
 
 
-def _trained_side(entry: Mapping[str, Any]) -> int | None:
-    """Return the student's side in training with a teacher; None where the metadata has no single side."""
-    sides = entry.get("student_resolution")
-    if isinstance(sides, list):
-        return sides[0] if len(set(sides)) == 1 else None
-    return sides
-
-
 def _is_foreign(spec: str) -> bool:
     """Check whether a teacher belongs to another package's family, which may be a SAM."""
     family, colon, _ = spec.partition(":")
@@ -214,12 +211,6 @@ def _teachers_head(entry: Mapping[str, Any], checkpoint: Path | None) -> SamHead
             f"the student learned from {shown(spec)}, whose decoder cannot be loaded: {error}; if the file "
             f"has moved, name it with --sam-checkpoint"
         ) from error
-
-
-def _adaptor_width(model: Backbone, name: str) -> int:
-    with torch.no_grad():
-        probe = Features(torch.zeros(1, model.summary_dim), torch.zeros(1, 1, model.token_dim), (1, 1))
-        return find_adaptor(model, name)(probe).tokens.shape[-1]
 
 
 def _side(model: Backbone, frame: int, size: int | None) -> int:

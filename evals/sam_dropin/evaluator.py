@@ -156,7 +156,16 @@ def evaluate(model: Backbone, settings: SamSettings, run: EvalRun) -> Result:
         return Result(
             metrics={**average_precision(detections, masks), **_rates(chunks)},
             data=[used],
-            records=_mask_records(masks),
+            records=(
+                {
+                    "id": mask.entry,
+                    "unit": mask.image_id,
+                    "quality": mask.quality,
+                    "size": list(mask.size),
+                    "counts": mask.counts,
+                }
+                for mask in masks
+            ),
             notes=[*drop_in.notes, count, *detections.notes, *data.notes],
             resolved=resolved,
         )
@@ -165,6 +174,7 @@ def evaluate(model: Backbone, settings: SamSettings, run: EvalRun) -> Result:
     metrics = mask_metrics(scores, run.settings.seed)
     num_panels = _PANELS if settings.save_masks is None else settings.save_masks
     panels = _write_panels(predictor, scores, num_panels) if num_panels else []
+    grid = [ImageGrid(title="prompt, ground truth and predicted mask", rows=tuple(panels))] if panels else []
     crowds = sum(score.crowd for score in scores)
     notes = [f"{len(scores)} annotations on {len(data.images)} images, {crowds} of them crowds"]
     if settings.prompts == "boxes":
@@ -177,7 +187,7 @@ def evaluate(model: Backbone, settings: SamSettings, run: EvalRun) -> Result:
         baselines={"filled box": metrics["filled_box_miou"].value},
         data=[used],
         records=_score_records(scores, data),
-        blocks=[_bars(metrics), category_table(scores, data.categories), *_grid(panels)],
+        blocks=[_bars(metrics), category_table(scores, data.categories), *grid],
         notes=[*drop_in.notes, *notes, *data.notes],
         resolved=resolved,
         files=[image.file for row in panels for image in row.images],
@@ -298,28 +308,17 @@ def _score_records(scores: Sequence[MaskScore], data: Instances) -> Iterator[Rec
         }
 
 
-def _mask_records(masks: Sequence[EncodedMask]) -> Iterator[Record]:
-    for mask in masks:
-        yield {
-            "id": mask.entry,
-            "unit": mask.image_id,
-            "quality": mask.quality,
-            "size": list(mask.size),
-            "counts": mask.counts,
-        }
-
-
 def _rates(chunks: Sequence[Chunk]) -> dict[str, Metric]:
     """Compute the images/s of encoder and decoder, without the first chunk (warm-up) if there are more."""
+    laps = {
+        "encoder_rate": [(c.images, c.encoder_seconds) for c in chunks if c.encoder_seconds is not None],
+        "decoder_rate": [(c.images, c.decoder_seconds) for c in chunks],
+    }
     rates = {}
-    for name, seconds in (
-        ("encoder_rate", [chunk.encoder_seconds for chunk in chunks]),
-        ("decoder_rate", [chunk.decoder_seconds for chunk in chunks]),
-    ):
-        laps = [(chunk.images, lap) for chunk, lap in zip(chunks, seconds, strict=True) if lap is not None]
-        kept = laps[1:] or laps
+    for name, of_part in laps.items():
+        kept = of_part[1:] or of_part
         if kept:
-            rate = sum(images for images, _ in kept) / sum(lap for _, lap in kept)
+            rate = sum(images for images, _ in kept) / sum(seconds for _, seconds in kept)
             rates[name] = Metric(value=rate, unit="images/s")
     return rates
 
@@ -425,10 +424,6 @@ def _write_panels(predictor: Predictor, scores: Sequence[MaskScore], count: int)
                 advance(1)
             rows += [ImageRow(images=tuple(panels), name=kind)] if panels else []
     return rows
-
-
-def _grid(rows: Sequence[ImageRow]) -> list[Block]:
-    return [ImageGrid(title="prompt, ground truth and predicted mask", rows=tuple(rows))] if rows else []
 
 
 def _panel(predictor: Predictor, image: CocoImage, score: MaskScore) -> NDArray[np.uint8]:

@@ -184,29 +184,29 @@ class Predictor:
         head, embeddings = self.drop_in.head, self._cached_embeddings(images)
         loaded = []
         for index, image in enumerate(images):
-            pixels = None
+            pixels = embedding = None
             if embeddings is None:
                 pixels = resize_and_pad(self.data.read(image), self.drop_in.side, head.mean)
-            truth = (
-                self.data.masks(image) if self._has_truth else torch.empty(0, *image.size, dtype=torch.bool)
-            )
-            embedding = None if embeddings is None else embeddings[index]
+            else:
+                embedding = embeddings[index]
+            none = torch.empty(0, *image.size, dtype=torch.bool)
+            truth = self.data.masks(image) if self._has_truth else none
             loaded.append(Prepared(image, make_frame(*image.size, head.side), pixels, truth, embedding))
         return loaded
 
     @torch.inference_mode()
     def score(self, loaded: Sequence[Prepared]) -> Chunk:
         """Compute the results of loaded images."""
-        clock = Clock(self.run.device)
+        started = _now(self.run.device)
         embeddings = self.embed(loaded)
-        encoder_seconds = clock.lap() if loaded[0].embedding is None else None
+        encoder_seconds = None if loaded[0].embedding is not None else _now(self.run.device) - started
         self._check_finite(embeddings, self.drop_in.model.name)
         if self._keep_embeddings and encoder_seconds is not None:
             path = self._embedding_path([each.image for each in loaded])
             write_tensors(path, {"embeddings": embeddings.cpu()})
-        clock.lap()
+        started = _now(self.run.device)
         predictions = self.predict(loaded, embeddings)
-        decoder_seconds = clock.lap()
+        decoder_seconds = _now(self.run.device) - started
         for values in predictions:
             self._check_finite(values, f"the decoder of {self.drop_in.head.name}")
         return Chunk(
@@ -301,15 +301,16 @@ class Predictor:
         records, quality = [], iter(predictions.quality.cpu().tolist())
         for each, part, masks in self.masks_by_image(loaded, predictions.logits):
             planes = np.asfortranarray(masks.cpu().numpy().transpose(1, 2, 0).astype(np.uint8))
-            for instance, lengths in zip(each.image.instances[part], library.encode(planes), strict=True):
-                record = EncodedMask(
+            records += [
+                EncodedMask(
                     image_id=each.image.id,
                     entry=instance.id,
                     counts=lengths["counts"].decode("ascii"),
                     size=each.image.size,
                     quality=next(quality),
                 )
-                records.append(record)
+                for instance, lengths in zip(each.image.instances[part], library.encode(planes), strict=True)
+            ]
         return records
 
     def _check_finite(self, values: Tensor, whose: str) -> None:
@@ -334,8 +335,7 @@ class Predictor:
             return None
 
     def _embedding_path(self, images: Sequence[CocoImage]) -> Path:
-        names = [image.name for image in images]
-        name = _hash(self._embedding_key, self.data.content, names)
+        name = _hash(self._embedding_key, self.data.files.fingerprint, [image.name for image in images])
         return self.run.cache / "sam-embeddings" / f"{name}.safetensors"
 
     @cached_property
@@ -358,22 +358,11 @@ class Predictor:
         return self.drop_in.to(self.run.device, self.run.dtype)
 
 
-class Clock:
-    """Measures seconds on a device, after waiting for its queued work."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._start = self._now()
-
-    def lap(self) -> float:
-        """Return the seconds since the last lap."""
-        start, self._start = self._start, self._now()
-        return self._start - start
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
+def _now(device: torch.device) -> float:
+    """Read the clock after the device's queued work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def stored_boxes(image: CocoImage) -> Tensor:
@@ -382,18 +371,15 @@ def stored_boxes(image: CocoImage) -> Tensor:
 
 
 def prefetch(
-    numbers: Iterable[int],
-    load: Callable[[int], list[Prepared]],
-    threads: int = _THREADS,
-    depth: int = _PREFETCH,
+    numbers: Iterable[int], load: Callable[[int], list[Prepared]]
 ) -> Iterator[tuple[int, list[Prepared]]]:
-    """Yield each number with its loaded chunk, in order, while the next `depth` are being loaded."""
-    with ThreadPoolExecutor(threads) as pool:
+    """Yield each number with its loaded chunk, in order, while the next `_PREFETCH` are being loaded."""
+    with ThreadPoolExecutor(_THREADS) as pool:
         waiting: deque[tuple[int, Future[list[Prepared]]]] = deque()
         try:
             for number in numbers:
                 waiting.append((number, pool.submit(load, number)))
-                if len(waiting) > depth:
+                if len(waiting) > _PREFETCH:
                     first, future = waiting.popleft()
                     yield first, future.result()
             while waiting:

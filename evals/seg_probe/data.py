@@ -75,6 +75,10 @@ class Labelling:
         table[first : first + len(self.classes)] = np.arange(len(self.classes), dtype=np.uint8)
         return table
 
+    def to_json(self) -> str:
+        """Encode as JSON, for hashes."""
+        return json.dumps([self.classes, self.zero_is_void])
+
     def describe(self) -> str:
         """Describe the valid labels in words."""
         void = "0 and 255 for void" if self.zero_is_void else "255 for void"
@@ -122,7 +126,7 @@ def open_dataset(
 def _ade(root: Path, classes: tuple[str, ...], limit: int | None) -> Dataset:
     listed = root / "classes.txt"
     genuine = not listed.is_file()
-    if listed.is_file():
+    if not genuine:
         classes = _read_classes(listed)
     elif root.name != "ADEChallengeData2016" and not any((root / mark).is_file() for mark in _ADE_MARKS):
         raise DataError(
@@ -180,19 +184,29 @@ def _by_stem(folder: Path, endings: tuple[str, ...], clash: str) -> dict[str, Pa
 
 
 def _voc(root: Path, voc_split: str, classes: tuple[str, ...], limit: int | None) -> Dataset:
-    ids = {voc_split: _voc_train(root, voc_split), "val": _voc_ids(root, "val")}
+    lists = root / "ImageSets" / "Segmentation"
+    parts = [voc_split]
+    if voc_split == "trainaug" and not (lists / "trainaug.txt").is_file():
+        parts = ["train", "aug"]  # as MMSegmentation's converter writes it
+        if not (lists / "aug.txt").is_file():
+            raise DataError(
+                f"{lists / 'trainaug.txt'}: no such list, nor aug.txt; --voc-split trainaug needs SBD's "
+                f"annotations in SegmentationClassAug, or use --voc-split train"
+            )
+    trained = list(dict.fromkeys(key for part in parts for key in _voc_ids(lists / f"{part}.txt")))
+    validated = _voc_ids(lists / "val.txt")
     splits = [
         Split(
             name=f"VOC2012/{name}",
             location=str(root.resolve()),
             pairs=tuple(_voc_pair(root, key) for key in keys),
         )
-        for name, keys in ids.items()
+        for name, keys in ((voc_split, trained), ("val", validated))
     ]
     counts = (_VOC_COUNTS[voc_split], _VOC_COUNTS["val"])
     train, val = (replace(split, pairs=spread(split.pairs, limit)) for split in splits)
-    both = len(set(ids[voc_split]) & set(ids["val"]))  # the original SBD lists overlap VOC's val
-    overlap = (f"{both} of the {len(ids['val'])} images of val are also trained on",) if both else ()
+    both = len(set(trained) & set(validated))  # the original SBD lists overlap VOC's val
+    overlap = (f"{both} of the {len(validated)} images of val are also trained on",) if both else ()
     return Dataset(
         labelling=Labelling(classes=classes, zero_is_void=False),
         train=train,
@@ -201,21 +215,7 @@ def _voc(root: Path, voc_split: str, classes: tuple[str, ...], limit: int | None
     )
 
 
-def _voc_train(root: Path, voc_split: str) -> list[str]:
-    """Read the training names; `trainaug` is one list, or `train` and `aug` (MMSegmentation's converter)."""
-    lists = root / "ImageSets" / "Segmentation"
-    if voc_split == "trainaug" and not (lists / "trainaug.txt").is_file():
-        if not (lists / "aug.txt").is_file():
-            raise DataError(
-                f"{lists / 'trainaug.txt'}: no such list, nor aug.txt; --voc-split trainaug needs SBD's "
-                f"annotations in SegmentationClassAug, or use --voc-split train"
-            )
-        return list(dict.fromkeys([*_voc_ids(root, "train"), *_voc_ids(root, "aug")]))
-    return _voc_ids(root, voc_split)
-
-
-def _voc_ids(root: Path, name: str) -> list[str]:
-    path = root / "ImageSets" / "Segmentation" / f"{name}.txt"
+def _voc_ids(path: Path) -> list[str]:
     if not path.is_file():
         raise DataError(f"{path}: no such list of images")
     # Some copies of trainaug.txt have both paths on a line; the image's name is the first one's stem.
@@ -249,10 +249,9 @@ def _voc_pair(root: Path, key: str) -> Pair:
             f"{shown(root / 'JPEGImages' / key)}.jpg: no such image, and ImageSets/Segmentation lists it"
         )
     candidates = [root / folder / f"{key}.png" for folder in ("SegmentationClass", "SegmentationClassAug")]
-    for candidate in candidates:
-        labels = _existing(candidate)
-        if labels is not None:
-            return Pair(key, image, labels)
+    labels = _existing(candidates[0]) or _existing(candidates[1])
+    if labels is not None:
+        return Pair(key, image, labels)
     raise DataError(
         f"{shown(image)}: has no annotation, neither {shown(candidates[0])} nor {shown(candidates[1])}"
     )
@@ -377,8 +376,9 @@ def check_split(
         raise DataError(f"{faults[0]}{more}")
     if not any(pair.labelled for pair in good):
         raise DataError(f"{split.name}: every pixel is void, so there is nothing to learn or to score")
+    lines = "\n".join([labelling.to_json(), *(pair.line for pair in good)])
     checked = Checked(
-        fingerprint=_digest(labelling, [pair.line for pair in good]),
+        fingerprint=hashlib.sha256(lines.encode()).hexdigest(),
         sizes=tuple(sorted({pair.size for pair in good})),
         rotated=sum(pair.rotated for pair in good),
     )
@@ -422,13 +422,10 @@ def _map_labels(path: Path, data: bytes, labelling: Labelling) -> NDArray[np.uin
             f"{shown(path)}: stores colours (mode {mode}); wanted the number of a class for each pixel, as a "
             f"grey or palette PNG"
         )
-    table = labelling.table()
-    used = np.unique(values)
-    foreign = [int(v) for v in used if v != VOID and not 0 <= v <= labelling.highest]
+    foreign = [int(v) for v in np.unique(values) if v != VOID and not 0 <= v <= labelling.highest]
     if foreign:
         raise DataError(f"{shown(path)}: holds the label {foreign[0]}; wanted {labelling.describe()}")
-    mapped: NDArray[np.uint8] = table[values.astype(np.uint8)]
-    return mapped
+    return labelling.table()[values.astype(np.uint8)]
 
 
 def _stored_values(file: Image.Image, data: bytes) -> NDArray[np.generic]:
@@ -453,7 +450,7 @@ def _bytes(path: Path) -> bytes:
 
 
 def _signature(split: Split, labelling: Labelling) -> str:
-    sha = hashlib.sha256(json.dumps([labelling.classes, labelling.zero_is_void]).encode())
+    sha = hashlib.sha256(labelling.to_json().encode())
     for pair in split.pairs:
         for path in (pair.image, pair.labels):
             try:
@@ -463,8 +460,3 @@ def _signature(split: Split, labelling: Labelling) -> str:
             line = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}\n"
             sha.update(line.encode("utf-8", "surrogateescape"))
     return sha.hexdigest()
-
-
-def _digest(labelling: Labelling, lines: Sequence[str]) -> str:
-    head = json.dumps([labelling.classes, labelling.zero_is_void])
-    return hashlib.sha256("\n".join([head, *lines]).encode()).hexdigest()

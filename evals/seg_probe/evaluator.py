@@ -91,7 +91,7 @@ def evaluate(model: Backbone, settings: SegSettings, run: EvalRun) -> Result:
         RadioError: values that are not finite.
     """
     plugin = load_plugin()  # fail early
-    from .samples import Images, TokenMaps, map_size, token_maps
+    from .plugin import Images, TokenMaps, map_size, token_maps
     from .training import Probe, train_head
 
     started = time.monotonic()

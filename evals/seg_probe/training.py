@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import random
 import secrets
 import shutil
 import time
@@ -25,7 +26,7 @@ from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from evals.core.evaluator import EvalRun
 from radio.chunks import DamagedError
@@ -34,9 +35,8 @@ from radio.errors import CheckpointError, RadioError
 from radio.progress import Advance, ProgressWithText
 from radio.types import Backbone
 
-from .plugin import AreaMetric, Areas, build_model
+from .plugin import AreaMetric, Areas, Images, Sample, TokenMaps, build_model, one_thread
 from .protocol import ProbeConfig
-from .samples import Images, Positions, Sample, Stream, TokenMaps, one_thread, restored_generators
 from .states import load_state, save_state
 
 # Letters: H W an image's own height and width.
@@ -301,6 +301,80 @@ def _bare(model: nn.Module) -> nn.Module:
 def _collate(samples: list[Sample]) -> dict[str, list[Any]]:
     """Collate samples as lists: the data preprocessor pads and stacks images of several sizes."""
     return {name: [sample[name] for sample in samples] for name in samples[0]}
+
+
+@final
+class Stream(Dataset[Sample]):
+    """An endless stream of samples: the sample at a position depends on the seed and the position only.
+
+    Every N positions contain each image once. The transforms draw from numpy's and Python's global
+    generators, which are seeded for each sample and then restored: workers, ranks and a restart change
+    nothing.
+    """
+
+    def __init__(self, samples: Images | TokenMaps, seed: int, metainfo: dict[str, Any]) -> None:
+        self._samples, self._seed, self.metainfo = samples, seed, metainfo
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def index_at(self, position: int) -> int:
+        """Return the index in the data set of the sample at a position."""
+        epoch, within = divmod(position, len(self._samples))
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng([self._seed, epoch]).permutation(len(self._samples))
+        return int(self._order[within])
+
+    def __getitem__(self, position: int) -> Sample:
+        with seeded(self._seed, position):
+            return self._samples[self.index_at(position)]
+
+
+@final
+class Positions(Sampler[int]):
+    """The positions in the stream of one rank: its share of every batch, in order."""
+
+    def __init__(self, count: int, batch: int, rank: int, world: int) -> None:
+        self._batch, self._share, self._rank, self._start = batch, batch // world, rank, 0
+        self._length = -(-count // world)
+
+    def __len__(self) -> int:
+        """Return the size of this rank's share of the data set: the length of an epoch for mmengine."""
+        return self._length
+
+    def __iter__(self) -> Iterator[int]:
+        step = self._start
+        while True:
+            first = step * self._batch + self._rank * self._share
+            yield from range(first, first + self._share)
+            step += 1
+
+    def skip(self, num_samples: int) -> None:
+        """Skip this number of the rank's positions; mmengine's loop calls it to resume."""
+        self._start = num_samples // self._share
+
+
+@contextmanager
+def seeded(*entropy: int) -> Iterator[None]:
+    """Seed numpy's and Python's global generators with the entropy inside; restore them afterwards."""
+    state = np.random.SeedSequence(entropy).generate_state(4)
+    with restored_generators():
+        np.random.seed(state)  # noqa: NPY002 (what mmcv draws from)
+        random.seed(int(state[0]))
+        yield
+
+
+@contextmanager
+def restored_generators() -> Iterator[None]:
+    """Restore numpy's and Python's global generators afterwards."""
+    before, before_python = np.random.get_state(), random.getstate()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        np.random.set_state(before)  # noqa: NPY002
+        random.setstate(before_python)
 
 
 @contextmanager

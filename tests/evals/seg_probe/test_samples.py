@@ -31,14 +31,14 @@ def data(tmp_path: Path, make_ade: Callable) -> Dataset:
 
 
 def images(data: Dataset, model, training: bool, **changes):
-    from evals.seg_probe.samples import Images
+    from evals.seg_probe.plugin import Images
 
     plan, _ = resolve(replace(SegSettings(data=Path("x"), crop=56), **changes), model)
     return Images(data.train, data.labelling, plan, model, training=training)
 
 
 def row(samples, first: int, count: int, workers: int = 0) -> list[torch.Tensor]:
-    from evals.seg_probe.samples import Stream
+    from evals.seg_probe.training import Stream
 
     stream = Stream(samples, 7, {})
     loader = DataLoader(stream, sampler=range(first, first + count), num_workers=workers, collate_fn=list)
@@ -60,7 +60,7 @@ def test_workers_change_nothing(data: Dataset, backbone: Callable) -> None:
 
 
 def test_every_epoch_holds_every_image_once_in_another_order() -> None:
-    from evals.seg_probe.samples import Stream
+    from evals.seg_probe.training import Stream
 
     stream = Stream(range(10), 3, {})
     epochs = [[stream.index_at(10 * epoch + n) for n in range(10)] for epoch in range(3)]
@@ -71,7 +71,7 @@ def test_every_epoch_holds_every_image_once_in_another_order() -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_ranks_share_the_batches_of_one(world: int) -> None:
-    from evals.seg_probe.samples import Positions
+    from evals.seg_probe.training import Positions
 
     shares = [list(islice(Positions(20, 6, rank, world), 30 // world)) for rank in range(world)]
     size = 6 // world
@@ -80,7 +80,7 @@ def test_ranks_share_the_batches_of_one(world: int) -> None:
 
 
 def test_skipping_goes_on_at_the_exact_position() -> None:
-    from evals.seg_probe.samples import Positions
+    from evals.seg_probe.training import Positions
 
     positions = Positions(20, 6, 1, 2)
     whole = list(islice(positions, 30))
@@ -90,7 +90,7 @@ def test_skipping_goes_on_at_the_exact_position() -> None:
 
 
 def test_global_generators_are_left_as_they_were() -> None:
-    from evals.seg_probe.samples import seeded
+    from evals.seg_probe.training import seeded
 
     def draw() -> tuple[float, float]:
         return np.random.rand(), random.random()  # noqa: NPY002 (mmcv's transforms draw from these)
@@ -137,7 +137,7 @@ def test_stretched_images_are_squares_in_training_and_testing(data: Dataset, bac
 
 
 def test_kept_tokens_come_with_the_labels_of_images(data: Dataset, backbone: Callable) -> None:
-    from evals.seg_probe.samples import TokenMaps
+    from evals.seg_probe.plugin import TokenMaps
 
     plan, _ = resolve(SegSettings(data=Path("x"), crop=56, preset="scenes"), backbone())
     maps = torch.randn(8, 6, 4, 4).half()
@@ -154,10 +154,10 @@ def test_kept_tokens_come_with_the_labels_of_images(data: Dataset, backbone: Cal
 
 @pytest.fixture
 def maps_of(tmp_path: Path, make_ade: Callable, monkeypatch) -> Callable[..., torch.Tensor]:
-    from evals.seg_probe import samples
-    from evals.seg_probe.samples import Images
+    from evals.seg_probe import plugin as parts
+    from evals.seg_probe.plugin import Images
 
-    monkeypatch.setattr(samples, "CHUNK", 3)
+    monkeypatch.setattr(parts, "CHUNK", 3)
     root = make_ade(tmp_path / "mine")
     data = open_dataset(root, voc_split="train", known={"ADE20K": [], "VOC2012": []})
 
@@ -169,7 +169,7 @@ def maps_of(tmp_path: Path, make_ade: Callable, monkeypatch) -> Callable[..., to
         shared = RunSettings(cache=tmp_path / "cache", device="cpu", batch_size=2, workers=0)
         run = EvalRun(shared, base="seg", folder=tmp_path / "out", ranks=group)
         run.damage = damage or run.damage
-        return samples.token_maps(model, images, run, key=[key], label="tokens")
+        return parts.token_maps(model, images, run, key=[key], label="tokens")
 
     return make
 
