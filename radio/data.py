@@ -108,6 +108,8 @@ class SceneImages:
         """Render a scene, uint8 [3, size, size]."""
         return torch.from_numpy(self._draw([index])[0][0])
 
+    load = read  # a scene has no file
+
     def _draw(self, indices: range | list[int]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         return render_images(list(indices), split=self._split, seed=self._seed, size=self._size)
 

@@ -87,7 +87,15 @@ class StoredImages:
         Raises:
             DataError: it cannot be decoded, is too large, or its file no longer exists.
         """
-        return decode(_bytes(self._listing.entries[index]))
+        return decode(self.load(index))
+
+    def load(self, index: int) -> bytes:
+        """Read the bytes of an image's file.
+
+        Raises:
+            DataError: it is too large, or no longer exists.
+        """
+        return _bytes(self._listing.entries[index])
 
     def _hash_content(self) -> str:
         sha = hashlib.sha256("\n".join(self.classes).encode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -76,11 +77,14 @@ def nearest_multiple(pixels: int, step: int) -> int:
 def resize_images(
     images: Tensor, size: tuple[int, int], mode: Literal["bicubic", "bilinear"] = "bicubic"
 ) -> Tensor:
-    """Resize images [B, 3, h, w] in [0, 1] to another (height, width), antialiased, clamped to [0, 1]."""
+    """Resize images [B, 3, h, w] to another (height, width), antialiased.
+
+    Floats in [0, 1] are clamped to [0, 1]; uint8 is computed in 8 bits, rounded after each axis.
+    """
     if tuple(images.shape[-2:]) == size:
         return images
     resized = F.interpolate(images, size=size, mode=mode, antialias=True, align_corners=False)
-    return resized.clamp_(0.0, 1.0)
+    return resized if resized.dtype == torch.uint8 else resized.clamp_(0.0, 1.0)
 
 
 def resize_tokens(tokens: Tensor, grid: tuple[int, int], to: tuple[int, int]) -> Tensor:

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from radio.errors import ConfigError, DataError
-from radio.images import decode
 from radio.scenes import render_images
 from train.config import DataConfig
 from train.data.streams import open_images
@@ -23,13 +22,15 @@ def test_parts_follow_one_another(tmp_path: Path) -> None:
     data = DataConfig(shards=(str(tmp_path / "p-{0..1}.tar"),), images=(folder,), scenes=5, scenes_seed=7)
     images = open_images(data)
     assert len(images) == 2 + 3 + 4 + 5
-    shard_images = [decode(image_bytes(seed, "JPEG")) for seed in (10, 11, 20, 21, 22)]
-    folder_images = [decode(image_bytes(seed)) for seed in range(4)]
-    scenes = list(torch.from_numpy(render_images(list(range(5)), split="train", seed=7, size=96)[0]))
-    for index, wanted in enumerate([*shard_images, *folder_images, *scenes]):
-        assert torch.equal(images.read(index), wanted)
+    files = [image_bytes(seed, "JPEG") for seed in (10, 11, 20, 21, 22)]
+    files += [image_bytes(seed) for seed in range(4)]
+    assert [images.load(index) for index in range(9)] == files
+    for index, wanted in enumerate(render_images(list(range(5)), split="train", seed=7, size=96)[0], 9):
+        scene = images.load(index)
+        assert isinstance(scene, torch.Tensor)
+        assert torch.equal(scene, torch.from_numpy(wanted))
     with pytest.raises(IndexError):
-        images.read(14)
+        images.load(14)
 
 
 def test_the_card_names_every_part_and_that_labels_were_left_alone(tmp_path: Path) -> None:

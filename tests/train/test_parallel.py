@@ -167,7 +167,7 @@ def gradients_by_hand(config: TrainConfig) -> dict[str, Tensor]:
         (("sam",), range(16, 24), 72, 108),
     ):
         order = order_of(config, names)
-        stored = [dataset.read(shuffled_index(lane, len(dataset), order)) for lane in range(len(rows))]
+        stored = [dataset.load(shuffled_index(lane, len(dataset), order)) for lane in range(len(rows))]
         crops = [
             random_view(image, config.data, crop, config.seed, row)
             for image, row in zip(stored, rows, strict=True)

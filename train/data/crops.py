@@ -4,7 +4,8 @@ No draw depends on batch size, workers or ranks, and a resumed run draws the sam
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from radio.errors import DataError
-from radio.images import crop_and_resize, sample_crop
+from radio.images import crop_and_resize, decode_crop, sample_crop
 
 from ..config import DataConfig
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 _MAX_UNREADABLE = 20  # images in a row before a crop fails
 
 Purpose = Literal["order", "crop", "positions", "window", "group", "source", "stream"]
+View = Callable[[bytes | Tensor], Tensor]  # crops an image, given as a file's bytes or uint8 [3, H, W]
+
 _STREAMS: dict[Purpose, int] = {name: number for number, name in enumerate(get_args(Purpose))}
 
 
@@ -56,16 +59,29 @@ def draw_window(candidates: tuple[int, ...], seed: int, step: int) -> int | None
     return candidates[int(pick)]
 
 
-def random_view(image: Tensor, config: DataConfig, side: int, seed: int, number: int) -> Tensor:
-    """Crop view `number` of a run with this seed: uint8 [3, H, W] -> uint8 [3, side, side].
+def random_view(image: bytes | Tensor, config: DataConfig, side: int, seed: int, number: int) -> Tensor:
+    """Crop view `number` of a run with this seed: uint8 [3, side, side].
 
     A RandomResizedCrop and a flip, drawn from seed and number only; every model sees the same view.
+
+    Args:
+        image: a file's bytes, or uint8 [3, H, W].
+        config: crop and flip settings.
+        side: pixels of the square crop.
+        seed: the run's.
+        number: position of the view in the run.
+
+    Raises:
+        DataError: the file cannot be decoded.
     """
     source = generator(seed, "crop", number)
-    box = sample_crop(image.shape[1], image.shape[2], config.crop_scale, config.crop_aspect, source)
-    pixels = crop_and_resize(image, box, (side, side)).mul(255).round_().to(torch.uint8)
+    sample = partial(sample_crop, scale=config.crop_scale, ratio=config.crop_aspect, generator=source)
+    if isinstance(image, Tensor):
+        pixels = crop_and_resize(image, sample(image.shape[1], image.shape[2]), (side, side))
+    else:
+        pixels = decode_crop(image, sample, (side, side))
     flipped = float(torch.rand((), generator=source)) < config.flip
-    return pixels.flip(-1) if flipped else pixels
+    return (pixels.flip(-1) if flipped else pixels).contiguous()
 
 
 class Crop(NamedTuple):
@@ -106,11 +122,10 @@ class FixedCrops(Dataset[Crop]):
         """
         for broken in range(_MAX_UNREADABLE):
             try:
-                image = self.images.read((entry % self.count + broken) % len(self.images))
+                image = self.images.load((entry % self.count + broken) % len(self.images))
+                return Crop(random_view(image, self.config, self.side, self.seed, entry), broken)
             except DataError as error:
                 last = error
-                continue
-            return Crop(random_view(image, self.config, self.side, self.seed, entry), broken)
         raise DataError(
             f"{_MAX_UNREADABLE} images in a row cannot be read, the last: {last}; check the data"
         ) from last

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from typing import Annotated, Any, NamedTuple, TypeVar, cast, final
 
@@ -309,9 +310,16 @@ class CropStreams(IterableDataset[tuple[Rows, ...]]):
         stats, pixels, keys = ReadStats(), [], []
         for number, stream in streams.items():
             for index in range(share.assignment.images_per_stream):
-                sample = stream.take(stats)
                 position = share.assignment.position(step, number, index)
-                pixels.append(random_view(sample.image, self.config, share.crop_side, self.seed, position))
+                view = partial(
+                    random_view,
+                    config=self.config,
+                    side=share.crop_side,
+                    seed=self.seed,
+                    number=position,
+                )
+                sample = stream.take(view, stats)
+                pixels.append(sample.pixels)
                 keys.append(sample.key)
         cursors = torch.stack([stream.cursor for stream in streams.values()])
         return Rows(torch.stack(pixels), tuple(keys), cursors, stats)

@@ -15,11 +15,11 @@ from torch import Tensor
 from webdataset.tariterators import base_plus_ext
 
 from radio.errors import ConfigError, DataError, shown
-from radio.images import IMAGE_ENDINGS, MAX_IMAGE_BYTES, decode
+from radio.images import IMAGE_ENDINGS, MAX_IMAGE_BYTES
 from radio.io import MAX_NAMES, MAX_NAMES_LETTERS, expand_braces
 from radio.tar import dots_note
 
-from .crops import shuffled_index
+from .crops import View, shuffled_index
 from .errors import ReadError, ReadStats, ShardError
 from .remote import check_installed, check_url, open_remote, scheme_of
 from .tar import TarMember, TarStream
@@ -215,9 +215,9 @@ def _file(name: str, position: int) -> IO[bytes]:
 
 
 class ShardSample(NamedTuple):
-    """One decoded image, before cropping."""
+    """A view of one image."""
 
-    image: Tensor  # uint8 [3, H, W]
+    pixels: Tensor  # uint8 [3, side, side]
     key: str  # shard and name, or number
 
 
@@ -277,8 +277,8 @@ class ShardReader:
             self._tar.close()
         self._tar = None
 
-    def take(self, stats: ReadStats) -> ShardSample:
-        """Read the next readable image.
+    def take(self, view: View, stats: ReadStats) -> ShardSample:
+        """Read a view of the next readable image.
 
         Raises:
             DataError: too many shards in a row had none, or they took too long.
@@ -290,7 +290,7 @@ class ShardReader:
             unit = shuffled_index(position, count, self._seed)
             name, part = self._names[unit // self._parts], unit % self._parts
             try:
-                if (sample := self._next_image(name, part, stats)) is not None:
+                if (sample := self._next_image(name, part, view, stats)) is not None:
                     return sample
             except (ShardError, OSError) as error:
                 self._why = str(error)
@@ -308,8 +308,8 @@ class ShardReader:
             f"no image in {tried} shards in a row, the last {shown(name)} ({self._why}); check the data"
         )
 
-    def _next_image(self, name: str, part: int, stats: ReadStats) -> ShardSample | None:
-        """Read the next image of a shard's part; None at its end.
+    def _next_image(self, name: str, part: int, view: View, stats: ReadStats) -> ShardSample | None:
+        """Read a view of the next image of a shard's part; None at its end.
 
         Raises:
             ShardError, OSError: the shard is damaged, or holds no images.
@@ -317,7 +317,7 @@ class ShardReader:
         tar = self._tar or self._open(name, part, stats)
         while (member := self._next_member(tar, name, part)) is not None:
             if self._left_out.see(member.name):
-                sample = self._decode(tar, member, name, part, stats)
+                sample = self._decode(tar, member, name, part, view, stats)
                 if sample is not None:
                     return sample
         note = outline(name).note if self._jumps(tar) else note_on(self._left_out, tar)
@@ -354,9 +354,9 @@ class ShardReader:
         return member
 
     def _decode(
-        self, tar: TarStream, member: TarMember, shard: str, part: int, stats: ReadStats
+        self, tar: TarStream, member: TarMember, shard: str, part: int, view: View, stats: ReadStats
     ) -> ShardSample | None:
-        """Decode an image of the shard; None where it is another stream's or cannot be decoded."""
+        """Decode a view of an image of the shard; None where it is another stream's or cannot be decoded."""
         local = self._seen % self._parts == part
         small = member.size <= MAX_IMAGE_BYTES
         data = tar.read(member) if local and small else b""
@@ -366,7 +366,7 @@ class ShardReader:
         try:
             if not small:
                 raise DataError(f"has {member.size} bytes, and the limit is {MAX_IMAGE_BYTES}")
-            return ShardSample(decode(data), f"{short_name(shard)}/{member.name}")
+            return ShardSample(view(data), f"{short_name(shard)}/{member.name}")
         except DataError as error:
             stats.errors.append(ReadError("image", f"{shard}/{member.name}", str(error)))
             self._why = f"its images cannot be decoded: {error}"

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from radio.chunks import default_cache
-from radio.data import ImageSource, SceneImages
+from radio.data import SceneImages
 from radio.errors import ConfigError, DataError
 from radio.image_files import StoredImages, list_unlabelled
 
 from ..config import DataConfig, TrainConfig
 from ..groups import Partition
-from .crops import seed_of, shuffled_index
+from .crops import View, seed_of, shuffled_index
 from .errors import ReadError, ReadStats
 from .shards import Shards, ShardSample, expand
 
@@ -44,8 +44,8 @@ class SourceReader(Protocol):
     def place(self) -> tuple[int, int, int]:
         """The reader's position, from which it can resume."""
 
-    def take(self, stats: ReadStats) -> ShardSample:
-        """Read the next readable image and record errors; raise DataError when none is left."""
+    def take(self, view: View, stats: ReadStats) -> ShardSample:
+        """Read a view of the next readable image and record errors; raise DataError when none is left."""
 
     def close(self) -> None:
         """Close open files."""
@@ -77,7 +77,7 @@ class ReadableSource(Source, Protocol):
 class Part(NamedTuple):
     """Images of one folder, pattern of local shards, or generated world."""
 
-    images: ImageSource
+    images: StoredImages | SceneImages
     num_images: int
 
 
@@ -110,10 +110,10 @@ class ConcatImages:
     def __len__(self) -> int:
         return sum(count for _, count in self._parts)
 
-    def read(self, index: int) -> Tensor:
-        """Read image `index` as uint8 [3, H, W]; raise DataError when it cannot be decoded."""
+    def load(self, index: int) -> bytes | Tensor:
+        """Return image `index` as a `View` takes it; raise DataError when it cannot be read."""
         images, index = self._find(index)
-        return images.read(index)
+        return images.load(index)
 
     def where(self, index: int) -> str:
         """Return the part's path and the image's name in it."""
@@ -124,7 +124,7 @@ class ConcatImages:
         """Open a stream's reader of them at a position."""
         return ImageReader(self, stream, num_streams, place, seed)
 
-    def _find(self, index: int) -> tuple[ImageSource, int]:
+    def _find(self, index: int) -> tuple[StoredImages | SceneImages, int]:
         for images, count in self._parts:
             if index < count:
                 return images, index
@@ -150,8 +150,8 @@ class ImageReader:
     def close(self) -> None:
         """Do nothing: no file is open."""
 
-    def take(self, stats: ReadStats) -> ShardSample:
-        """Read the next readable image.
+    def take(self, view: View, stats: ReadStats) -> ShardSample:
+        """Read a view of the next readable image.
 
         Raises:
             DataError: too many in a row are unreadable.
@@ -160,7 +160,7 @@ class ImageReader:
             index = shuffled_index(self._stream + self._tried * self._num_streams, self._count, self._seed)
             self._tried += 1
             try:
-                return ShardSample(self._images.read(index), str(index))
+                return ShardSample(view(self._images.load(index)), str(index))
             except DataError as error:
                 stats.errors.append(ReadError("image", self._images.where(index), str(error)))
                 last = error
@@ -187,15 +187,15 @@ class ShardStream:
         self._weights = np.array(weights) / sum(weights)
         self._credits = np.random.Generator(np.random.Philox(seed)).random(len(readers))
 
-    def take(self, stats: ReadStats) -> ShardSample:
-        """Read the next image.
+    def take(self, view: View, stats: ReadStats) -> ShardSample:
+        """Read a view of the next image.
 
         Raises:
             DataError: the source that is due has no readable image left.
         """
         due = self._weights * (self._taken.sum() + 1) + self._credits - self._taken
         source = int(due.argmax())
-        sample = self._readers[source].take(stats)
+        sample = self._readers[source].take(view, stats)
         self._taken[source] += 1
         return sample
 
