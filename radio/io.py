@@ -20,7 +20,7 @@ import stat
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,42 +56,36 @@ _BYTE_ORDER_MARKS = (  # longer ones first: UTF-32's begins with UTF-16's
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically, as UTF-8; lone surrogates, which it cannot encode, become U+FFFD."""
-    write_texts({path: text})
+    write_lines(path, (text,))
 
 
-def write_texts(texts: Mapping[Path, str]) -> None:
-    """Write text files that belong together: either all replace their previous versions, or none does."""
-    _write_all({path: without_surrogates(text).encode() for path, text in texts.items()})
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write a text file atomically as `write_text` does, from lines with their ends, one after the other."""
+    _write(path, (without_surrogates(line).encode() for line in lines))
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
     """Write a file atomically, creating its folder: write a temporary sibling, sync it, then rename it."""
-    _write_all({path: data})
+    _write(path, (data,))
 
 
-def _write_all(contents: Mapping[Path, bytes | memoryview]) -> None:
-    """Write and sync all temporary siblings first; rename them only if all were written."""
-    for path in contents:
-        _check_replaceable(path)
-    temporaries = {path: path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}") for path in contents}
-    path = next(iter(contents))
+def _write(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    _check_replaceable(path)
+    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}")
     try:
-        for path, data in contents.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporaries[path].open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        for path, temporary in temporaries.items():
-            temporary.replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("xb") as file:
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
     except BaseException as problem:
         if (
             isinstance(problem, OSError) and problem.errno and problem.filename is None
         ):  # a full disk: the error names no file
             problem.filename = str(path)
-        for temporary in temporaries.values():
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
 
 

@@ -32,7 +32,7 @@ from radio.config import CountOrZero, Seed, Workers, check, to_plain
 from radio.data import ImageSource, open_source
 from radio.dist import Ranks, current
 from radio.errors import ConfigError, DataError
-from radio.io import staged, write_bytes, write_texts
+from radio.io import staged, write_bytes, write_lines
 from radio.model import RadioModel
 from radio.progress import ProgressFactory, no_progress
 from radio.resources import choose_device, commit, describe_device, has_tf32, peak_memory, versions
@@ -50,7 +50,7 @@ from .report import (
     Report,
     file_name,
     record_lines,
-    to_json,
+    write,
 )
 
 S = TypeVar("S")
@@ -411,14 +411,13 @@ def report_result(
             )
         if context.ranks.leads:
             try:
-                texts = {folder / f"{base}.json": to_json(report)}
+                write(report, folder / f"{base}.json")
             except DataError as error:
                 raise ConfigError(
                     f"{who}: its evaluate gave a Result that no report can hold: {error}"
                 ) from error
             if records:
-                texts[folder / records] = record_lines(result.records)
-            write_texts(texts)
+                write_lines(folder / records, record_lines(result.records))
     return report
 
 

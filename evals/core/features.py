@@ -105,12 +105,16 @@ class StoredFeatures:
     def load(self, rank: int = 0, world: int = 1) -> Bank:
         """Load the features of chunks rank, rank + world, ... (default: all of them)."""
         numbers = range(rank, _num_chunks(self._count), world)
-        loaded = [load_tensors(chunk_path(self._folder, number), _SPECS).tensors for number in numbers]
-        parts = [part for part in loaded if len(part["indices"])]
-        if not parts:  # more ranks than chunks, or nothing readable
-            return Bank(torch.empty(0, 0), torch.empty(0, dtype=torch.int64))
-        features = torch.cat([part["features"] for part in parts])
-        return Bank(features, torch.cat([part["indices"] for part in parts]))
+        features, indices, end = torch.empty(0, 0), [torch.empty(0, dtype=torch.int64)], 0
+        for number in numbers:
+            part = load_tensors(chunk_path(self._folder, number), _SPECS).tensors
+            if count := len(part["indices"]):
+                if not end:  # filled chunk by chunk, so that nothing is in memory twice
+                    features = torch.empty(CHUNK * len(numbers), *part["features"].shape[1:])
+                features[end : end + count] = part["features"]
+                indices.append(part["indices"])
+                end += count
+        return Bank(features[:end], torch.cat(indices))
 
     @cached_property
     def features(self) -> Tensor:
@@ -192,8 +196,8 @@ def check_finite(vectors: Tensor, whose: str) -> None:
 
 def to_unit(vectors: Tensor) -> Tensor:
     """Normalise vectors [N, C] to length 1 in float32; lengths that over- or underflow use float64."""
-    unit = F.normalize(vectors.float(), dim=1)
-    lengths = vectors.float().norm(dim=1)
+    lengths: Tensor = torch.linalg.vector_norm(vectors.float(), dim=1)
+    unit = vectors.float() / lengths.clamp_min(1e-12).unsqueeze(1)
     odd = ((lengths < 1e-12) | lengths.isinf()).nonzero().flatten()
     if len(odd):
         unit[odd] = F.normalize(vectors[odd].double(), dim=1, eps=1e-300).float()

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -174,31 +174,25 @@ def read(path: Path) -> Report:
     return report
 
 
-def record_lines(records: Iterable[Record]) -> str:
-    """Format records as JSON lines.
+def record_lines(records: Iterable[Record]) -> Iterator[str]:
+    """Yield records as JSON lines.
 
     Raises:
         ConfigError: a record without an id, two of one id and part, a score outside 0 to 1, or no JSON.
     """
-    lines: list[str] = []
-    seen: set[tuple[str, str]] = set()
+    ids: dict[str, set[str]] = {}  # of each part
     for index, record in enumerate(records):
-        key = (str(record.get("part", "")), str(record.get("id", "")))
+        seen, id = ids.setdefault(str(record.get("part", "")), set()), str(record.get("id", ""))
         score = record.get("score", 0)
-        if "id" not in record or key in seen:
-            raise ConfigError(
-                f"record {index} has {'the id of another' if key in seen else 'no id'}: {key[1]!r}"
-            )
+        if "id" not in record or id in seen:
+            raise ConfigError(f"record {index} has {'the id of another' if id in seen else 'no id'}: {id!r}")
         if not isinstance(score, (int, float)) or not 0 <= score <= 1:
-            raise ConfigError(
-                f"record {index} ({key[1]}) has the score {score!r}; wanted a number from 0 to 1"
-            )
-        seen.add(key)
+            raise ConfigError(f"record {index} ({id}) has the score {score!r}; wanted a number from 0 to 1")
+        seen.add(id)
         try:
-            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+            yield json.dumps(record, ensure_ascii=False) + "\n"
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"record {index} ({key[1]}) is no JSON: {error}") from error
-    return "".join(lines)
+            raise ConfigError(f"record {index} ({id}) is no JSON: {error}") from error
 
 
 def metric_text(metric: Metric | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -180,11 +181,12 @@ def _label_map(values: ArrayLike | Tensor, what: str) -> NDArray[Any]:
 
 # Letters: R resamples, N units.
 
-RESAMPLES = 1000
+_RESAMPLES = 1000
+_CELLS = 1 << 20  # of the resamples in memory at once: 8 MB
 
 
-def resamples(count: int, *, seed: int = 0, draws: int = RESAMPLES) -> NDArray[np.float64]:
-    """Draw resamples [R, N]: how often each of `count` units occurs in each; every row sums to `count`.
+def resamples(count: int, *, seed: int = 0) -> Iterator[Values]:
+    """Yield 1,000 resamples in blocks [r, N]: how often each of `count` units occurs; rows sum to `count`.
 
     Raises:
         DataError: no units.
@@ -192,7 +194,21 @@ def resamples(count: int, *, seed: int = 0, draws: int = RESAMPLES) -> NDArray[n
     if count < 1:
         raise DataError("nothing was scored, so there is no interval; at least one image is needed")
     generator = np.random.default_rng(seed)
-    return generator.multinomial(count, np.full(count, 1 / count), size=draws).astype(np.float64)
+    size = max(1, _CELLS // count)
+    for start in range(0, _RESAMPLES, size):
+        draws = (generator.integers(0, count, count) for _ in range(start, min(start + size, _RESAMPLES)))
+        yield np.stack([np.bincount(draw, minlength=count) for draw in draws]).astype(np.float64)
+
+
+def resampled_sums(values: Values, *, seed: int = 0) -> Values:
+    """Sum values [N, ...] over the units of each resample: [R, ...].
+
+    Raises:
+        DataError: no units.
+    """
+    flat = values.reshape(len(values), -1) if values.size else values
+    sums = np.concatenate([weights @ flat for weights in resamples(len(values), seed=seed)])
+    return sums.reshape(-1, *values.shape[1:])
 
 
 def interval(values: NDArray[np.float64]) -> tuple[float, float]:

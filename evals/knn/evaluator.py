@@ -128,7 +128,8 @@ def evaluate(model: Backbone, settings: KnnSettings, run: EvalRun) -> Result:
     shard = stored.load(run.ranks.rank, run.ranks.world)  # of the bank
     features = to_teacher_space(model, settings.head, shard.features)
     all_ids, bank_labels = stored.indices(), torch.from_numpy(bank_source.labels)
-    queries = to_teacher_space(model, settings.head, stored_queries.features)
+    whole = settings.leave_one_out and run.ranks.world == 1  # then they need not be loaded again
+    queries = features if whole else to_teacher_space(model, settings.head, stored_queries.features)
     query_ids = stored_queries.indices()
     labels = torch.from_numpy(aligned_labels(query_source, bank_source))[query_ids]
     exclude = query_ids if settings.leave_one_out else None

@@ -24,11 +24,14 @@ _NOISE = 2e-6  # float32 products of unit vectors of width 1280 have errors of a
 _DECIMALS = 10  # of float64 similarities: far above their rounding, far below the noise
 _SPARE = 8  # candidates beyond k, so that ties at the border are detected
 _QUERIES = 4096  # in one search
-_PAIRS = 8192  # compared again at once
-_CELLS = 1 << 24  # of a float64 block of similarities
+_ROWS = 8192  # of the bank at once in float64
+_LEAST_ROWS = 12_288  # of the bank in one search of FAISS; each starts its candidates anew
+_PARTS = 8  # of a large bank: one of them is in memory as unit vectors too
+_PAIRS = 1024  # compared again at once
+_EXACT = 128  # queries in one search in float64
 _MOST_ON_GPU = 2048  # neighbours that FAISS supports on a GPU
 _CPU = torch.device("cpu")
-_BLOCK = (1024, 16384)  # queries and bank in one product of FAISS: fewer thread waits than by default
+_BLOCK = (1024, 8192)  # queries and bank in one product of FAISS: fewer thread waits than by default
 _KERNELS = {"AVX512": "SkylakeX", "AVX2": "Haswell"}  # torch's name of the CPU capability -> OpenBLAS's
 
 
@@ -44,7 +47,7 @@ class Index:
     """The bank, or one rank's share of it.
 
     Args:
-        features: [N, C] float32, of any length; normalised here.
+        features: [N, C] float32, of any length; not copied, as a search normalises them block by block.
         ids: [N] int64, ascending, unique over all ranks.
         device: where candidates are searched; a GPU is used if this FAISS supports it.
 
@@ -53,17 +56,9 @@ class Index:
     """
 
     def __init__(self, features: Tensor, ids: Tensor, device: torch.device = _CPU) -> None:
-        faiss = load_faiss()
-        self._ids = ids.contiguous()
-        self._faiss = faiss.IndexFlatIP(max(features.shape[1], 1))
-        if len(ids):
-            self._faiss.add(to_unit(features).numpy())
-            cells = self._faiss.ntotal * self._faiss.d
-            stored: NDArray[np.float32] = faiss.rev_swig_ptr(self._faiss.get_xb(), cells)
-            self._vectors = torch.from_numpy(stored.reshape(-1, self._faiss.d))  # FAISS's own memory
-        else:
-            self._vectors = torch.empty(0, features.shape[1])
-        self._on_gpu = _copy_to_gpu(faiss, self._faiss, device)
+        self._faiss = load_faiss()
+        self._vectors, self._ids = features, ids.contiguous()
+        self._on_gpu = _copy_to_gpu(self._faiss, features, device)
 
     def search(
         self, queries: Tensor, k: int, *, exclude: Tensor | None = None, group: Ranks | None = None
@@ -122,14 +117,29 @@ class Index:
         fetch = min(width, len(self._ids))
         if fetch == 0:
             return similarities, ids, border
-        on_gpu = self._on_gpu is not None and fetch <= _MOST_ON_GPU
-        values, rows = (self._on_gpu if on_gpu else self._faiss).search(queries.numpy(), fetch)
-        similarities[:, :fetch] = torch.from_numpy(values).double()
-        ids[:, :fetch] = self._ids[torch.from_numpy(rows)]
+        if self._on_gpu is not None and fetch <= _MOST_ON_GPU:
+            values, rows = map(torch.from_numpy, self._on_gpu.search(queries.numpy(), fetch))
+        else:
+            values, rows = self._search_blocks(queries, fetch)
+        similarities[:, :fetch], ids[:, :fetch] = values.double(), self._ids[rows]
         if fetch < len(self._ids):
             border = similarities[:, fetch - 1].clone()
         banned = ids == exclude.unsqueeze(1)
         return similarities.masked_fill_(banned, -torch.inf), ids.masked_fill_(banned, -1), border
+
+    def _search_blocks(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Find the k highest cosines [Q, k] float32 and their rows, block by block."""
+        values, rows = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
+        size = max(_LEAST_ROWS, -(-len(self._vectors) // _PARTS))
+        product = self._faiss.METRIC_INNER_PRODUCT
+        for start in range(0, len(self._vectors), size):
+            part = self._vectors[start : start + size]
+            found = self._faiss.knn(queries.numpy(), to_unit(part).numpy(), min(k, len(part)), product)
+            values = torch.cat([values, torch.from_numpy(found[0])], dim=1)
+            rows = torch.cat([rows, torch.from_numpy(found[1]) + start], dim=1)
+            values, order = values.topk(min(k, values.shape[1]), dim=1)
+            rows = rows.gather(1, order)
+        return values, rows
 
     def _settle_ties(
         self, queries: Tensor, similarities: Tensor, ids: Tensor, group: Ranks
@@ -152,7 +162,7 @@ class Index:
         rows = torch.searchsorted(self._ids, ids).clamp_(max=len(self._ids) - 1)
         mine = (self._ids[rows] == ids).nonzero().squeeze(1)
         for part in mine.split(_PAIRS):
-            pairs = queries[query[part]].double() * self._vectors[rows[part]].double()
+            pairs = queries[query[part]].double() * to_unit(self._vectors[rows[part]]).double()
             exact[part] = pairs.sum(1)
         return exact
 
@@ -162,31 +172,32 @@ class Index:
         """Search [R, k] in float64 throughout, for queries with more ties at the border than were fetched."""
         similarities = torch.full((len(queries), k), -torch.inf, dtype=torch.float64)
         ids = torch.full((len(queries), k), -1, dtype=torch.int64)
-        count = len(self._ids)
-        if count:
-            rows = torch.arange(len(queries)).split(max(1, _CELLS // count))
-            for part in rows:
-                block = queries[part].double()
-                products = torch.cat([block @ v.double().T for v in self._vectors.split(_PAIRS)], dim=1)
-                products = products.round(decimals=_DECIMALS)
-                products.masked_fill_(self._ids == exclude[part].unsqueeze(1), -torch.inf)
-                values, places = products.sort(dim=1, descending=True, stable=True)
-                width = min(k, count)
-                similarities[part, :width] = values[:, :width]
-                ids[part, :width] = self._ids[places[:, :width]]
+        for part in torch.arange(len(queries)).split(_EXACT):
+            for vectors, block_ids in zip(self._vectors.split(_ROWS), self._ids.split(_ROWS), strict=True):
+                products = (queries[part].double() @ to_unit(vectors).double().T).round(decimals=_DECIMALS)
+                products.masked_fill_(block_ids == exclude[part].unsqueeze(1), -torch.inf)
+                # Ids ascend, so a stable sort leaves the lower of equally near ones in front.
+                merged = torch.cat([similarities[part], products], dim=1).sort(
+                    dim=1, descending=True, stable=True
+                )
+                columns = torch.cat([ids[part], block_ids.expand(len(part), -1)], dim=1)
+                similarities[part] = merged.values[:, :k]
+                ids[part] = columns.gather(1, merged.indices[:, :k])
         ids = ids.masked_fill(similarities.isinf(), -1)
         similarities, ids = _merge(group.gather(similarities), group.gather(ids))
         return similarities[:, :k], ids[:, :k]
 
 
-def _copy_to_gpu(faiss: ModuleType, index: Any, device: torch.device) -> Any:
-    """Copy the index to the GPU, for the search of candidates; None if that is not possible."""
-    if device.type != "cuda" or index.ntotal == 0 or not getattr(faiss, "get_num_gpus", int)():
+def _copy_to_gpu(faiss: ModuleType, features: Tensor, device: torch.device) -> Any:
+    """Copy the bank to an index on the GPU, for the search of candidates; None if that is not possible."""
+    if device.type != "cuda" or len(features) == 0 or not getattr(faiss, "get_num_gpus", int)():
         return None
     resources = faiss.StandardGpuResources()
     try:
-        made = faiss.index_cpu_to_gpu(resources, device.index or 0, index)
-    except RuntimeError:  # the bank does not fit; the CPU index returns the same neighbours
+        made = faiss.index_cpu_to_gpu(resources, device.index or 0, faiss.IndexFlatIP(features.shape[1]))
+        for block in features.split(_ROWS):
+            made.add(to_unit(block).numpy())
+    except RuntimeError:  # the bank does not fit; the CPU finds the same neighbours
         return None
     made.resources = resources  # lives as long as the index
     return made

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NotRequired
 
@@ -15,7 +16,7 @@ from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from evals.core.report import Metric, Number, Report, read
-from evals.core.stats import Values, area_ratios, interval, mean_present, resamples
+from evals.core.stats import Values, area_ratios, interval, mean_present, resampled_sums
 from radio.errors import DataError, shown
 from radio.io import parse_json, read_text
 
@@ -283,12 +284,11 @@ _KEY = tuple[str, str]  # part, id
 
 @dataclass(frozen=True, slots=True)
 class _Samples:
-    """The records of a report as arrays; the rows of `values` belong to the samples of `rows`."""
+    """The samples of the baseline, in its order: where each stands, its unit and its part."""
 
-    keys: list[_KEY]  # [N]
-    units: list[str]  # [N]
-    rows: NDArray[np.int64]
-    values: Values  # scores [N], or areas [rows, 4]: class, intersection, prediction and label in pixels
+    places: dict[_KEY, int] = field(default_factory=dict)
+    units: list[str] = field(default_factory=list)
+    parts: list[str] = field(default_factory=list)
 
 
 def paired_interval(new: StoredReport, old: StoredReport) -> tuple[float, float] | None:
@@ -300,36 +300,36 @@ def paired_interval(new: StoredReport, old: StoredReport) -> tuple[float, float]
     """
     if new.report.pairing != old.report.pairing:
         return None
-    ours, theirs = _read_samples(new), _read_samples(old)
-    if ours is None or theirs is None or sorted(ours.keys) != sorted(theirs.keys):
+    samples = _Samples()
+    theirs = _read_values(old, samples)
+    ours = None if theirs is None else _read_values(new, samples)
+    if ours is None or theirs is None:
         return None
-    unit_of = dict(zip(theirs.keys, theirs.units, strict=True))
-    units = {unit: place for place, unit in enumerate(sorted(set(theirs.units)))}
-    parts = {part: place for place, part in enumerate(sorted({part for part, _ in theirs.keys}))}
+    units, unit_of = _numbered(samples.units)
+    parts, part_of = _numbered(samples.parts)
     by_area = old.report.pairing == "mean_iou"
     primary_metric = _mean_iou if by_area else _mean_of_parts
-    num_columns = len(parts)
-    if by_area:
-        num_columns = 1 + max(int(samples.values[:, 0].max(initial=0)) for samples in (ours, theirs))
-    weights = resamples(len(units))
-    resampled = []
-    for entry, samples in ((new, ours), (old, theirs)):
-        row = np.array([units[unit_of[key]] for key in samples.keys])[samples.rows]
-        if by_area:
-            column, amounts = samples.values[:, 0].astype(np.int64), samples.values[:, 1:].T
-        else:
-            column = np.array([parts[part] for part, _ in samples.keys])
-            amounts = np.stack([samples.values, np.ones_like(samples.values)])
-        size = len(units) * num_columns
-        sums = np.stack(
-            [np.bincount(row * num_columns + column, weights=of, minlength=size) for of in amounts]
-        )
-        sums = sums.reshape(-1, len(units), num_columns).transpose(1, 0, 2)  # [U, amounts, P or C]
+    num_columns = 1 + max(int(v[:, 0].max(initial=0)) for _, v in (ours, theirs)) if by_area else len(parts)
+    sides = []
+    for entry, (rows, values) in ((new, ours), (old, theirs)):
+        column = values[:, 0].astype(np.int64) if by_area else part_of[rows]
+        amounts = values[:, 1:].T if by_area else np.stack([values[:, 0], np.ones(len(values))])
+        cell, size = unit_of[rows] * num_columns + column, len(units) * num_columns
+        counted = [np.bincount(cell, weights=of, minlength=size) for of in amounts]
+        sums: Values = np.stack([c.reshape(-1, num_columns) for c in counted], axis=1)  # [U, amounts, P or C]
         reported = entry.report.metrics[entry.report.primary_metric].value
         if not abs(primary_metric(sums.sum(axis=0)[None])[0] - reported) <= 0.01:
             return None
-        resampled.append(primary_metric(np.tensordot(weights, sums, axes=1)))
-    return interval(resampled[0] - resampled[1])
+        sides.append(sums)
+    resampled = resampled_sums(np.stack(sides, axis=1))
+    return interval(primary_metric(resampled[:, 0]) - primary_metric(resampled[:, 1]))
+
+
+def _numbered(names: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
+    """Return the distinct names in order, and the number of each name."""
+    distinct = sorted(set(names))
+    numbers = {name: number for number, name in enumerate(distinct)}
+    return distinct, np.fromiter((numbers[name] for name in names), np.int64, len(names))
 
 
 def _mean_of_parts(sums: Values) -> Values:
@@ -344,39 +344,41 @@ def _mean_iou(areas: Values) -> Values:
     return mean_present(area_ratios(areas)[0])
 
 
-def _read_samples(entry: StoredReport) -> _Samples | None:
-    """Read a report's records; None where it names none, or where one cannot be read or stands twice."""
+def _read_values(entry: StoredReport, samples: _Samples) -> tuple[NDArray[np.int64], Values] | None:
+    """Read a report's records, line by line: the place of each value's sample, and the values.
+
+    Values are scores [rows, 1], or areas [rows, 4]: class, intersection, prediction and label in pixels. None
+    where the report names no records, or where one cannot be read or stands twice, or where they are not
+    those of `samples`, which the first report fills.
+    """
     report = entry.report
     path = file_inside(entry.path.parent.resolve(), report.records) if report.records else None
     num_classes = max((used.num_classes for used in report.data), default=0)
     if path is None or num_classes > _MAX_CLASSES:
         return None
-    keys: list[_KEY] = []
-    units: list[str] = []
-    rows: list[int] = []
-    values: list[Any] = []
+    first, by_area = not samples.places, report.pairing == "mean_iou"
+    places, lengths, values = array("q"), array("q"), array("d")
     try:
         for line in _lines(path):
             record = _RECORD.validate_json(line, strict=True)
-            if report.pairing == "mean_iou":
-                areas = record["areas"]
-                values += areas
-                rows += [len(keys)] * len(areas)
-                if any(area[0] >= num_classes for area in areas):
-                    return None
-            else:
-                values.append(record["score"])
-                rows.append(len(keys))
-            keys.append((record.get("part", ""), str(record["id"])))
-            units.append(str(record["id"] if record.get("unit") is None else record["unit"]))
-    except (ValidationError, KeyError):  # damaged, or without what the pairing needs
+            id, part = str(record["id"]), record.get("part", "")
+            if first:
+                samples.places[part, id] = len(places)
+                samples.units.append(id if record.get("unit") is None else str(record["unit"]))
+                samples.parts.append(part)
+            rows = record["areas"] if by_area else [[record["score"]]]
+            if by_area and any(area[0] >= num_classes for area in rows):
+                return None
+            places.append(samples.places[part, id])
+            lengths.append(len(rows))
+            for row in rows:
+                values.extend(row)
+    except (ValidationError, KeyError):  # damaged, without what the pairing needs, or of another sample
         return None
-    if not keys or len(set(keys)) < len(keys):
+    if not places or len(places) != len(samples.places) or len(np.unique(places)) < len(places):
         return None
-    width = (4,) if report.pairing == "mean_iou" else ()
-    return _Samples(
-        keys, units, np.array(rows, dtype=np.int64), np.array(values, dtype=np.float64).reshape(-1, *width)
-    )
+    width = 4 if by_area else 1
+    return np.repeat(np.asarray(places), np.asarray(lengths)), np.asarray(values).reshape(-1, width)
 
 
 def _lines(path: Path) -> Iterator[bytes]:

@@ -19,7 +19,7 @@ from PIL import ImageDraw
 from evals.core.blocks import Bars, Block, Image, ImageGrid, ImageRow, Table
 from evals.core.evaluator import EvalRun, Evaluator, Machine, Result
 from evals.core.report import DatasetInfo, Metric, Record
-from evals.core.stats import interval, resamples
+from evals.core.stats import interval, resampled_sums
 from radio.chunks import DamagedError
 from radio.config import Count, CountOrZero, Pixels, check
 from radio.errors import ConfigError, require
@@ -230,7 +230,6 @@ def mask_metrics(scores: Sequence[MaskScore], seed: int) -> dict[str, Metric]:
     over images.
     """
     images = np.unique([score.image_id for score in scores], return_inverse=True)[1]
-    weights = resamples(int(images.max()) + 1, seed=seed)
     areas = np.array([score.area for score in scores])
     ious = np.array([score.iou for score in scores])
     everywhere = np.ones(len(scores), dtype=bool)
@@ -242,21 +241,19 @@ def mask_metrics(scores: Sequence[MaskScore], seed: int) -> dict[str, Metric]:
         "boundary_miou": (np.array([score.boundary_iou for score in scores]), everywhere),
         "filled_box_miou": (np.array([score.box_iou for score in scores]), everywhere),
     }
-    return {
-        name: _mean(values[kept], images[kept], weights)
-        for name, (values, kept) in chosen.items()
-        if kept.any()
-    }
-
-
-def _mean(values: NDArray[np.float64], images: NDArray[np.int64], weights: NDArray[np.float64]) -> Metric:
-    """Compute the mean over instances and its bootstrap interval over images; `weights` is [R, images]."""
-    count = weights.shape[1]
-    sums = np.bincount(images, weights=values, minlength=count)
-    counts = np.bincount(images, minlength=count).astype(np.float64)
-    with np.errstate(invalid="ignore"):  # resamples without an instance of this size are omitted
-        low, high = interval((weights @ sums) / (weights @ counts))
-    return Metric(value=100 * float(values.mean()), low=100 * low, high=100 * high)
+    chosen = {name: (values, kept) for name, (values, kept) in chosen.items() if kept.any()}
+    sums = [
+        np.bincount(images, weights=weights)
+        for values, kept in chosen.values()
+        for weights in (values * kept, kept)
+    ]
+    resampled = resampled_sums(np.stack(sums, axis=1), seed=seed)
+    metrics = {}
+    for number, (name, (values, kept)) in enumerate(chosen.items()):
+        with np.errstate(invalid="ignore"):  # resamples without an instance of this size are omitted
+            low, high = interval(resampled[:, 2 * number] / resampled[:, 2 * number + 1])
+        metrics[name] = Metric(value=100 * float(values[kept].mean()), low=100 * low, high=100 * high)
+    return metrics
 
 
 def category_table(scores: Sequence[MaskScore], categories: Mapping[int, str]) -> Table:

@@ -27,7 +27,7 @@ from evals.core.blocks import Block, Image, ImageGrid, ImageRow, Table
 from evals.core.evaluator import EvalRun, Evaluator, Result, RunSettings
 from evals.core.features import place
 from evals.core.report import DatasetInfo, Metric, Record
-from evals.core.stats import area_ratios, interval, mean_present, resamples, score
+from evals.core.stats import area_ratios, interval, mean_present, resampled_sums, score
 from radio.chunks import DamagedError
 from radio.config import to_plain
 from radio.errors import ConfigError, MissingExtraError, require
@@ -241,9 +241,7 @@ def _orientation_notes(data: Dataset, checked: Sequence[Checked]) -> list[str]:
 def bootstrapped(areas: Areas, seed: int = 0) -> dict[str, Metric]:
     """Compute miou, macc and aacc with 95 % intervals: percentile bootstrap over images."""
     scores = score(areas)
-    counts = resamples(len(areas), seed=seed)  # [R, N]
-    totals = (counts @ areas.reshape(len(areas), -1)).reshape(len(counts), *areas.shape[1:])
-    iou, acc, overall = area_ratios(totals)
+    iou, acc, overall = area_ratios(resampled_sums(areas, seed=seed))
     metrics = {}
     for name, values in (("miou", mean_present(iou)), ("macc", mean_present(acc)), ("aacc", overall)):
         low, high = interval(values)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from evals.core.blocks import Table
 from evals.core.report import DatasetInfo, Metric
-from evals.core.stats import RESAMPLES, interval, resamples
+from evals.core.stats import interval, resampled_sums
 from radio.errors import DataError
 from radio.io import write_text
 
@@ -397,9 +397,6 @@ def commonest(answers: Iterable[str]) -> str:
     return Counter(answers).most_common(1)[0][0]
 
 
-_CELLS = 16_000_000  # of the resamples in memory at a time: 128 MB; VQAv2 has forty thousand images
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scores:
     """The score of each answer, in the order of the questions."""
@@ -477,11 +474,7 @@ def _resampled_means(
     """Compute bootstrap means [R, K] over P images, of K columns of (image indices, values, weights)."""
     sums = np.stack([np.bincount(images, values, num_images) for images, values, _ in columns], axis=1)
     counts = np.stack([np.bincount(images, held, num_images) for images, _, held in columns], axis=1)
-    step = max(1, min(RESAMPLES, _CELLS // max(1, num_images)))  # both are [P, K]
-    parts = []
-    for start in range(0, RESAMPLES, step):
-        draws = min(step, RESAMPLES - start)
-        weights = resamples(num_images, seed=seed + (start << 32), draws=draws)
-        with np.errstate(invalid="ignore"):  # NaN of a resample without a question of a group: ignored
-            parts.append((weights @ sums) / (weights @ counts))
-    return np.concatenate(parts)
+    resampled = resampled_sums(np.stack([sums, counts], axis=1), seed=seed)  # [R, 2, K]
+    with np.errstate(invalid="ignore"):  # NaN of a resample without a question of a group: ignored
+        means: NDArray[np.float64] = resampled[:, 0] / resampled[:, 1]
+    return means

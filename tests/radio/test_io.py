@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -229,11 +230,18 @@ def test_a_key_twice_is_refused(text: str) -> None:
         parse_json(text, "x.json")
 
 
-def test_what_belongs_together_is_not_half_written(tmp_path: Path) -> None:
-    (tmp_path / "b").mkdir()
-    with pytest.raises(IsADirectoryError):
-        io.write_texts({tmp_path / "a": "new", tmp_path / "b": "new"})
-    assert not (tmp_path / "a").exists()
+def test_lines_that_end_in_an_error_leave_the_file_as_it_was(tmp_path: Path) -> None:
+    def lines(fail: bool) -> Iterator[str]:
+        yield "one\n"
+        yield "two \ud800\n"
+        if fail:
+            raise ConfigError("no third line")
+
+    io.write_lines(tmp_path / "a", lines(fail=False))
+    with pytest.raises(ConfigError, match="no third line"):
+        io.write_lines(tmp_path / "a", lines(fail=True))
+    assert (tmp_path / "a").read_text(encoding="utf-8") == "one\ntwo \ufffd\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_a_folder_for_a_library_has_a_utf8_name(tmp_path: Path) -> None:

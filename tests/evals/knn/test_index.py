@@ -46,6 +46,19 @@ def test_neighbours_equal_a_full_sort(k: int) -> None:
     assert found.similarities.dtype == torch.float32
 
 
+@pytest.mark.parametrize("copies", [1, 3, 40])
+def test_blocks_of_the_bank_give_the_same(monkeypatch: pytest.MonkeyPatch, copies: int) -> None:
+    bank, queries = vectors(70).repeat(copies, 1), vectors(25, seed=1)
+    kept = bank.clone()
+    for name, value in (("_ROWS", 11), ("_LEAST_ROWS", 13), ("_PAIRS", 5), ("_EXACT", 4)):
+        monkeypatch.setattr(module, name, value)
+    exclude = torch.arange(25)
+    for k in (1, 9, 60):
+        found = whole(bank).search(queries, k, exclude=exclude)
+        assert torch.equal(found.ids, slowly(bank, queries, k, exclude)[1])
+    assert torch.equal(bank, kept)  # the caller's
+
+
 def test_length_does_not_matter() -> None:
     bank, queries = vectors(100), vectors(10, seed=1)
     stretched = bank * torch.linspace(0.1, 9, 100)[:, None]
@@ -194,7 +207,7 @@ class _Gpu:
             order = np.argsort(-(values + noise), axis=1, kind="stable")
             return np.take_along_axis(values + noise, order, 1), np.take_along_axis(rows, order, 1)
 
-        return SimpleNamespace(search=search)
+        return SimpleNamespace(search=search, add=index.add)
 
 
 @pytest.mark.parametrize("fits", [True, False])

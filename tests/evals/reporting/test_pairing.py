@@ -97,7 +97,7 @@ def iou(found: np.ndarray) -> float:
 def weights_by_image() -> np.ndarray:
     """[R, N]: the resamples' weights of image 0, 1, ...; pairing sorts the images by their names."""
     names = sorted(f"{n}.jpg" for n in range(IMAGES))
-    return resamples(IMAGES)[:, [names.index(f"{n}.jpg") for n in range(IMAGES)]]
+    return np.concatenate(list(resamples(IMAGES)))[:, [names.index(f"{n}.jpg") for n in range(IMAGES)]]
 
 
 def test_scores_are_resampled_by_unit_and_averaged_by_part(save: Callable[..., StoredReport]) -> None:
