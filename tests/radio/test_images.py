@@ -24,6 +24,7 @@ from radio.images import (
     cover,
     crop_and_resize,
     decode,
+    decode_crop,
     evaluation_view,
     orientation,
     resize,
@@ -157,9 +158,9 @@ def test_the_header_of_a_jpeg_is_found_behind_other_segments() -> None:
     exif[0x010E] = "\xff\xc0 in a text"
     for options in ({"exif": exif}, {"progressive": True}, {"comment": b"\xff\xc0" * 9}, {"quality": 50}):
         data = encoded(Image.fromarray(IMAGE), "JPEG", **options)
-        assert _jpeg_frame(data)[1:] == (24, 32)
-        assert _jpeg_frame(data[:2] + b"\xff\xff\xff" + data[3:])[1:] == (24, 32)  # fill bytes
-    assert _jpeg_frame(b"\xff\xd8\xff") == (0, 0, 0)
+        assert _jpeg_frame(data)[1:3] == (24, 32)
+        assert _jpeg_frame(data[:2] + b"\xff\xff\xff" + data[3:])[1:3] == (24, 32)  # fill bytes
+    assert _jpeg_frame(b"\xff\xd8\xff") == (0, 0, 0, 0)
 
 
 def test_a_jpeg_of_thousands_of_scans_is_refused() -> None:
@@ -239,6 +240,95 @@ def test_damaged_images_give_pixels_or_one_error(data: st.DataObject) -> None:
         assert image.shape[0] == 3
     assert "object at" not in said
     assert "\n" not in said
+
+
+def textured(height: int, width: int) -> Image.Image:
+    """An image with detail at every scale, less at the finer ones, as photographs have."""
+    random, image = np.random.default_rng(0), np.full((height, width, 3), 128.0)
+    for side in (4, 8, 16, 32, 64, 128):
+        noise = Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8))
+        layer = np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float64)
+        image += (layer - 128) * 4 / side
+    return Image.fromarray(image.clip(0, 255).astype(np.uint8))
+
+
+PHOTO = textured(200, 300)
+EVEN, ODD, CORNER, BOTTOM, WHOLE = (
+    *(Box(20, 40, 96, 100), Box(51, 33, 81, 87), Box(1, 3, 90, 81)),
+    *(Box(120, 200, 80, 100), Box(0, 0, 200, 300)),
+)
+
+
+@pytest.mark.parametrize("box", [EVEN, ODD, CORNER, BOTTOM, WHOLE])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+def test_a_large_crop_of_a_jpeg_comes_from_half_the_resolution(
+    box: Box, subsampling: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = encoded(PHOTO, "JPEG", quality=90, subsampling=subsampling)
+    exact = crop_and_resize(decode(data), box, (32, 40)).int()
+    monkeypatch.setattr("radio.images._decode", lambda data: pytest.fail("decoded in full"))
+    asked = []
+    crop = decode_crop(data, lambda height, width: asked.append((height, width)) or box, (32, 40))
+    assert asked == [(200, 300)]
+    assert crop.dtype == torch.uint8
+    half = Image.open(io.BytesIO(data))
+    half.draft("RGB", (150, 100))
+    edges = (box.left / 2, box.top / 2, (box.left + box.width) / 2, (box.top + box.height) / 2)
+    wanted = chw(np.array(half.resize((40, 32), Image.Resampling.BICUBIC, edges))).int()
+    inside = (crop.int() - wanted)[:, 2:-2, 2:-2].abs().float()  # PIL's kernel ends at the edges of the box
+    assert inside.mean() < 0.7
+    assert inside.max() <= 6
+    assert (crop.int() - exact).abs().float().mean() < 1.5
+
+
+def test_other_crops_and_files_are_decoded_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("radio.images._decode_half", lambda *arguments: pytest.fail("decoded at half"))
+    cases = [
+        (encoded(PHOTO, "JPEG"), Box(20, 40, 63, 100)),
+        (encoded(PHOTO, "JPEG"), Box(20, 40, 100, 79)),
+        (encoded(PHOTO, "JPEG", progressive=True), EVEN),
+        (encoded(PHOTO.convert("L"), "JPEG"), EVEN),
+        (encoded(PHOTO.convert("CMYK"), "JPEG"), EVEN),
+        (encoded(PHOTO, "PNG"), EVEN),
+    ]
+    for data, box in cases:
+        crop = decode_crop(data, lambda height, width, box=box: box, (32, 40))
+        assert torch.equal(crop, crop_and_resize(decode(data), box, (32, 40)))
+
+
+def test_what_pil_refuses_is_decoded_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise DataError("refused")
+
+    monkeypatch.setattr("radio.images._decode_half", refuse)
+    data = encoded(PHOTO, "JPEG")
+    crop = decode_crop(data, lambda height, width: EVEN, (32, 40))
+    assert torch.equal(crop, crop_and_resize(decode(data), EVEN, (32, 40)))
+
+
+JPEGS = [
+    encoded(PHOTO, "JPEG", **options)
+    for options in ({}, {"subsampling": 0}, {"restart_marker_rows": 2}, {"progressive": True})
+]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_a_crop_of_a_damaged_jpeg_is_refused_if_the_image_is(data: st.DataObject) -> None:
+    content = bytearray(data.draw(st.sampled_from(JPEGS)))
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(content) - 1) | st.integers(0, 700))
+        content[at : at + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=4))
+    cut = data.draw(st.just(0) | st.integers(0, len(content)))
+    file = bytes(content[: cut or None])
+    try:
+        decode(file)
+    except DataError:
+        with pytest.raises(DataError):
+            decode_crop(file, lambda height, width: Box(0, 0, height, width), (24, 24))
+    else:
+        crop = decode_crop(file, lambda height, width: Box(0, 0, height, width), (24, 24))
+        assert crop.shape == (3, 24, 24)
 
 
 @pytest.mark.parametrize("data", [b"", b"just text", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", bytes(100)])
