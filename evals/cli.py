@@ -3,70 +3,32 @@
 radio-eval knn runs/demo/ckpt.pt scenes:clip --k 10 20
 radio-eval list --archs
 
-Usage, the list of tasks and errors about their names come without torch, whose import takes seconds; what
-runs is imported when it is called.
+Usage, options and errors about names come without torch, whose import takes seconds; what runs is imported
+when it is called.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Annotated, Any
 
+import tyro
+from annotated_types import Interval
 from rich.console import Console
+from rich.markup import escape
 
-from radio.config import parse_options
+from radio.config import Pixels, Seed, check, parse_options
 from radio.errors import ConfigError, did_you_mean
 
 from .core import evaluators
-
-if TYPE_CHECKING:
-    from .core.evaluator import Evaluator
-
-_OURS = {
-    "knn": ("evals.knn.evaluator:KNN", "Weighted k-nearest-neighbour classification of frozen summaries."),
-    "maps": (
-        "evals.maps:MAPS",
-        "The first three principal components of the tokens as colors, beside those of a student's teachers.",
-    ),
-    "sam": (
-        "evals.sam_dropin.evaluator:SAM",
-        "Masks of SAM's own decoder on the model's features, scored on COCO instances.",
-    ),
-    "seg": (
-        "evals.seg_probe.evaluator:SEG",
-        "Segmentation by a linear head on frozen tokens, with MMSegmentation.",
-    ),
-    "throughput": (
-        "evals.throughput:THROUGHPUT",
-        "Images per second, multiply-adds and memory of several models, measured in alternation.",
-    ),
-    "vqa": (
-        "evals.vqa.evaluator:VQA",
-        "Visual question answering by a LLaVA-1.5 on the model: GQA, VQAv2, TextVQA, ScienceQA.",
-    ),
-    "zeroshot": (
-        "evals.zeroshot.evaluator:ZEROSHOT",
-        "Classification by class names, and retrieval by captions, through a CLIP teacher's text tower.",
-    ),
-}
-"""Where each evaluator is, imported when it is used, and its line in listings."""
-
-
-def _register(name: str, place: str, line: str) -> None:
-    def make() -> Evaluator[Any]:
-        evaluator: Evaluator[Any] = resolve_name(place)
-        return evaluator
-
-    make.__doc__ = line
-    evaluators.add(name, make)
-
-
-for _name, (_place, _line) in _OURS.items():
-    _register(_name, _place, _line)
+from .core.task import Evaluator, RunSettings, late, make_evaluator
+from .reporting import CompareOptions, ReportOptions, TrendOptions
+from .throughput import ThroughputOptions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,7 +48,106 @@ def main(argv: Sequence[str] | None = None) -> int:
         known = list(dict.fromkeys([*evaluators, *_COMMANDS]))
         hint = did_you_mean(task, known) or f"; it has {', '.join(known)}"
         raise ConfigError(f"radio-eval has no command {task!r}{hint}")
-    return _command("evaluate", task, rest)
+    return _evaluate(task, rest)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """Options that every task accepts."""
+
+    models: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Checkpoint files, or specs such as scenes:clip, dinov2:vitb14@FILE, pip:efficientnet-lite0."""
+    arch: str | None = None
+    """Instead of MODELS: this architecture's newest checkpoint under runs/, or none with --random-init."""
+    random_init: bool = False
+    """Score the untrained architecture, as the lower bound of every table."""
+    init_seed: Seed = 0
+    """Seed of the weights of --random-init."""
+    window: tuple[Pixels, ...] = ()
+    """Side of the attention windows in tokens, for students that have windows; each value adds a column."""
+    out: Path | None = None
+    """Folder of the reports. Default: reports/ beside a checkpoint, else ./reports."""
+    plain: bool = False
+    """Print without progress bars, colours and box lines."""
+
+
+def _evaluate(task: str, arguments: Sequence[str]) -> int:
+    evaluator = make_evaluator(task)
+    own = task.replace("-", "_")  # tyro prints the fields' names above their flags
+    groups: list[Any] = [("model", Options), ("run", RunSettings), (own, evaluator.settings)]
+    parsed: Any = parse_options(
+        dataclasses.make_dataclass("Arguments", groups, frozen=True, kw_only=True),
+        arguments,
+        prog=f"radio-eval {task}",
+        description=_summary(task),
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    options, run, settings = check(parsed.model), parsed.run, check(getattr(parsed, own))
+    from .commands import evaluate
+
+    return evaluate(evaluator, options, run, settings)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AllOptions:
+    """Run every task whose requirements a model meets."""
+
+    tasks: tuple[str, ...] = ()
+    """Only these tasks. Default: all scores (throughput is measured only when it is named)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NoiseOptions(AllOptions):
+    """Measure the seed variance of a model's scores; compare reads the resulting file."""
+
+    repeats: Annotated[int, Interval(ge=0, le=1000)] = 5
+    """Number of runs of each task that trains something."""
+
+
+def _parse_suite(
+    command: str, kind: type[AllOptions], arguments: Sequence[str]
+) -> tuple[Options, Any, RunSettings, dict[str, tuple[Evaluator[Any], Any]]]:
+    """Parse the common options, the command's own, and the settings of each task (`--TASK.option`).
+
+    A task of another package that cannot be made is left out with a warning, unless it is named.
+    """
+    made: dict[str, Evaluator[Any]] = {}
+    failed: dict[str, ConfigError] = {}
+    for name in evaluators:
+        try:
+            made[name] = make_evaluator(name)
+        except ConfigError as error:
+            failed[name] = error
+    groups: list[Any] = [("model", Options), ("own", kind), ("run", RunSettings)]
+    fields: list[Any] = [(name, Annotated[group, tyro.conf.arg(name="")]) for name, group in groups]
+    fields += [(name.replace("-", "_"), evaluator.settings) for name, evaluator in made.items()]
+    both = dataclasses.make_dataclass("Suite", fields, frozen=True, kw_only=True)
+    parsed: Any = parse_options(both, arguments, prog=f"radio-eval {command}", description=kind.__doc__)
+    for task in parsed.own.tasks:
+        if task in failed:
+            raise failed[task]
+        if task not in made:
+            raise ConfigError(f"no task {task!r}{did_you_mean(task, made)}; tasks: {', '.join(made)}")
+    if not parsed.own.tasks:
+        for problem in failed.values():
+            Console(stderr=True).print(escape(f"left out: {problem}"), soft_wrap=True, highlight=False)
+    chosen = parsed.own.tasks or [name for name in made if not made[name].on_request]
+    jobs = {name: (made[name], check(getattr(parsed, name.replace("-", "_")))) for name in chosen}
+    return check(parsed.model), check(parsed.own), parsed.run, jobs
+
+
+def _all(arguments: Sequence[str]) -> int:
+    options, _, run, jobs = _parse_suite("all", AllOptions, arguments)
+    from .commands import evaluate_all
+
+    return evaluate_all(options, run, jobs)
+
+
+def _noise(arguments: Sequence[str]) -> int:
+    options, own, run, jobs = _parse_suite("noise", NoiseOptions, arguments)
+    from .commands import evaluate_noise
+
+    return evaluate_noise(options, run, jobs, own.repeats)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,31 +170,34 @@ def _list(arguments: Sequence[str]) -> int:
 
 
 def _throughput(arguments: Sequence[str]) -> int:
+    options = check(
+        parse_options(
+            ThroughputOptions,
+            arguments,
+            prog="radio-eval throughput",
+            description="Images a second, multiply-adds and memory of several models, measured in turns.",
+        )
+    )
     from .reporting.figures import draw_tradeoff
-    from .throughput import run_throughput
+    from .throughput.evaluator import run_throughput
 
-    return run_throughput(arguments, partial(draw_tradeoff, task="knn"))
-
-
-def _reporting(command: str, arguments: Sequence[str]) -> int:
-    from .reporting.command import run_compare, run_report, run_trend
-
-    return {"compare": run_compare, "report": run_report, "trend": run_trend}[command](arguments)
+    return run_throughput(options, partial(draw_tradeoff, task="knn"))
 
 
-def _command(name: str, *arguments: Any) -> int:
-    from . import commands
-
-    code: int = getattr(commands, name)(*arguments)
+def _reporting(command: str, kind: type[Any], arguments: Sequence[str]) -> int:
+    options = check(parse_options(kind, arguments, prog=f"radio-eval {command}"))
+    code: int = late(f"evals.reporting.command:run_{command}")(options)
     return code
 
 
 _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "all": partial(_command, "evaluate_all"),
-    "noise": partial(_command, "evaluate_noise"),
+    "all": _all,
+    "noise": _noise,
     "list": _list,
     "throughput": _throughput,
-    **{name: partial(_reporting, name) for name in ("compare", "report", "trend")},
+    "compare": partial(_reporting, "compare", CompareOptions),
+    "report": partial(_reporting, "report", ReportOptions),
+    "trend": partial(_reporting, "trend", TrendOptions),
 }
 
 _USAGE = """\

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
-from annotated_types import Interval
 from rich.console import Console
 from rich.markup import escape
 
 from radio.checkpoint import load as load_checkpoint
-from radio.config import Pixels, Seed, check, parse_options
 from radio.dist import Ranks, joined
-from radio.errors import CheckpointError, ConfigError, did_you_mean
+from radio.errors import CheckpointError, ConfigError
 from radio.hub import load_backbone
 from radio.io import check_writable
 from radio.progress import ProgressFactory, watch_on
@@ -27,31 +22,11 @@ from radio.resources import choose_device
 from radio.students import students
 from radio.types import Backbone
 
-from .core import evaluators
-from .core.evaluator import Evaluator, RunSettings, make_evaluator, run_evaluator, run_predictions
+from .cli import Options
+from .core.evaluator import Evaluator, RunSettings, run_evaluator, run_predictions
 from .core.report import Kind
 from .core.suite import NOISE_FILE, Jobs, measure_noise, run_all, write_noise
 from .tables import comparison, summary
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Options:
-    """Options that every task accepts."""
-
-    models: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Checkpoint files, or specs such as scenes:clip, dinov2:vitb14@FILE, pip:efficientnet-lite0."""
-    arch: str | None = None
-    """Instead of MODELS: this architecture's newest checkpoint under runs/, or none with --random-init."""
-    random_init: bool = False
-    """Score the untrained architecture, as the lower bound of every table."""
-    init_seed: Seed = 0
-    """Seed of the weights of --random-init."""
-    window: tuple[Pixels, ...] = ()
-    """Side of the attention windows in tokens, for students that have windows; each value adds a column."""
-    out: Path | None = None
-    """Folder of the reports. Default: reports/ beside a checkpoint, else ./reports."""
-    plain: bool = False
-    """Print without progress bars, colours and box lines."""
 
 
 def _joined(run: RunSettings) -> AbstractContextManager[Ranks]:
@@ -67,19 +42,8 @@ def _joined(run: RunSettings) -> AbstractContextManager[Ranks]:
     return joined()
 
 
-def evaluate(task: str, arguments: Sequence[str]) -> int:
+def evaluate(evaluator: Evaluator[Any], options: Options, run: RunSettings, settings: Any) -> int:
     """Score models on a task; return the exit code 0."""
-    evaluator = make_evaluator(task)
-    own = task.replace("-", "_")  # tyro prints the fields' names above their flags
-    groups: list[Any] = [("model", Options), ("run", RunSettings), (own, evaluator.settings)]
-    parsed: Any = parse_options(
-        dataclasses.make_dataclass("Arguments", groups, frozen=True, kw_only=True),
-        arguments,
-        prog=f"radio-eval {task}",
-        description=(evaluators[task].__doc__ or "").strip().split("\n")[0],
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
-    options, run, settings = check(parsed.model), parsed.run, check(getattr(parsed, own))
     with _joined(run) as group:
         console, progress = _screen(options, group)
         _check_out(options)
@@ -113,57 +77,8 @@ def evaluate(task: str, arguments: Sequence[str]) -> int:
     return 0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AllOptions:
-    """Run every task whose requirements a model meets."""
-
-    tasks: tuple[str, ...] = ()
-    """Only these tasks. Default: all scores (throughput is measured only when it is named)."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NoiseOptions(AllOptions):
-    """Measure the seed variance of a model's scores; compare reads the resulting file."""
-
-    repeats: Annotated[int, Interval(ge=0, le=1000)] = 5
-    """Number of runs of each task that trains something."""
-
-
-def _parse_suite(
-    command: str, kind: type[AllOptions], arguments: Sequence[str]
-) -> tuple[Options, Any, RunSettings, Jobs]:
-    """Parse the common options, the command's own, and the settings of each task (`--TASK.option`).
-
-    A task of another package that cannot be made is left out with a warning, unless it is named.
-    """
-    made: dict[str, Evaluator[Any]] = {}
-    failed: dict[str, ConfigError] = {}
-    for name in evaluators:
-        try:
-            made[name] = make_evaluator(name)
-        except ConfigError as error:
-            failed[name] = error
-    groups: list[Any] = [("model", Options), ("own", kind), ("run", RunSettings)]
-    fields: list[Any] = [(name, Annotated[group, tyro.conf.arg(name="")]) for name, group in groups]
-    fields += [(name.replace("-", "_"), evaluator.settings) for name, evaluator in made.items()]
-    both = dataclasses.make_dataclass("Suite", fields, frozen=True, kw_only=True)
-    parsed: Any = parse_options(both, arguments, prog=f"radio-eval {command}", description=kind.__doc__)
-    for task in parsed.own.tasks:
-        if task in failed:
-            raise failed[task]
-        if task not in made:
-            raise ConfigError(f"no task {task!r}{did_you_mean(task, made)}; tasks: {', '.join(made)}")
-    if not parsed.own.tasks:
-        for problem in failed.values():
-            Console(stderr=True).print(escape(f"left out: {problem}"), soft_wrap=True, highlight=False)
-    chosen = parsed.own.tasks or [name for name in made if not made[name].on_request]
-    jobs = {name: (made[name], check(getattr(parsed, name.replace("-", "_")))) for name in chosen}
-    return check(parsed.model), check(parsed.own), parsed.run, jobs
-
-
-def evaluate_all(arguments: Sequence[str]) -> int:
+def evaluate_all(options: Options, run: RunSettings, jobs: Jobs) -> int:
     """Run all tasks; return the exit code: 1 when a task failed, else 0."""
-    options, _, run, jobs = _parse_suite("all", AllOptions, arguments)
     failed = False
     with _joined(run) as group:
         console, progress = _screen(options, group)
@@ -185,18 +100,15 @@ def evaluate_all(arguments: Sequence[str]) -> int:
     return int(failed)
 
 
-def evaluate_noise(arguments: Sequence[str]) -> int:
+def evaluate_noise(options: Options, run: RunSettings, jobs: Jobs, repeats: int) -> int:
     """Measure the noise of a model's scores; return the exit code 0."""
-    options, own, run, jobs = _parse_suite("noise", NoiseOptions, arguments)
     console, progress = _screen(options, Ranks())
     _check_out(options)
     for spec, model, name in _models(options):
         log = _logger(console, name)
-        noise = measure_noise(
-            model, jobs, run=run, repeats=own.repeats, name=name, progress=progress, log=log
-        )
+        noise = measure_noise(model, jobs, run=run, repeats=repeats, name=name, progress=progress, log=log)
         path = (options.out or _default_out(spec)) / NOISE_FILE
-        write_noise(path, noise, fingerprint=model.fingerprint, repeats=own.repeats)
+        write_noise(path, noise, fingerprint=model.fingerprint, repeats=repeats)
         for task, metrics in noise.items():
             log(f"{task}: " + ", ".join(f"{metric} {value:.2f}" for metric, value in metrics.items()))
         console.print(str(path), soft_wrap=True)

@@ -12,6 +12,7 @@ import io
 import math
 import operator
 import re
+import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -342,13 +343,15 @@ def parse_options(kind: type[T], arguments: Sequence[str], **how: Any) -> T:
     """
     import tyro  # only for command lines: the settings alone need not wait for it
 
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # tyro draws a box before it exits
-            return cast(T, tyro.cli(kind, args=list(arguments), console_outputs=False, **how))
+        with contextlib.redirect_stderr(printed):  # tyro draws a box before it exits
+            return cast(T, tyro.cli(kind, args=list(arguments), **how))
     except SystemExit as stop:
         error = stop.__context__
         while error is not None and not isinstance(error, ConfigError):
             error = error.__context__
         if error is not None:
             raise error from None
-    return cast(T, tyro.cli(kind, args=list(arguments), **how))  # again, with tyro's own output
+        sys.stderr.write(printed.getvalue())
+        raise

@@ -30,8 +30,6 @@ from .ops import resize_images
 
 # Letters: H W stored height and width, h w the requested ones.
 
-EVALUATION_RATIO = 256 / 224
-
 IMAGE_ENDINGS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".jp2", ".bmp", ".ppm", ".pgm"),
     *(".tif", ".tiff", ".gif"),
@@ -232,7 +230,7 @@ def center_crop(image: Tensor, size: tuple[int, int]) -> Tensor:
     return image[..., top : top + size[0], left : left + size[1]]
 
 
-def evaluation_view(image: Tensor, size: tuple[int, int], ratio: float = EVALUATION_RATIO) -> Tensor:
+def evaluation_view(image: Tensor, size: tuple[int, int], ratio: float = 256 / 224) -> Tensor:
     """Compute the evaluators' view of an image: uint8 [3, H, W] -> float [3, h, w] in [0, 1].
 
     The image is resized to cover round(ratio * size) and centre-cropped: with 224 and 256/224 the usual

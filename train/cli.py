@@ -1,19 +1,28 @@
 """radio-train: run a recipe or a saved config.yaml with command-line overrides.
 
-Usage and errors about names come without torch, whose import takes seconds.
+Usage, options and errors about names come without torch, whose import takes seconds.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, TypeVar
 
+import tyro
 from rich.console import Console
 
+from radio.config import check_options, parse_options, read_yaml
 from radio.errors import ConfigError, did_you_mean
+from radio.students import StudentOptions, options_type, students
 
+from .config import RENAMED, PlanOptions, TrainConfig
 from .recipes import recipes
-from .tables import tables
+from .tables import ALL, rows_of, tables
+
+S = TypeVar("S")
 
 USAGE = """usage: radio-train RECIPE [--section.option value ...] [--restart]
        radio-train RECIPE --plan [--world RANKS] [--peak-tflops NUMBER] ...
@@ -24,6 +33,39 @@ which ranks do what, the memory they need, and what the run costs.
 `radio-train RECIPE --help` lists every option with the recipe's value. Recipes:
 """
 PLAN = "--plan"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Command:
+    """Options of one run."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    restart: bool = False  # start over and ignore the state in the run folder
+    yes: bool = False  # write a teacher cache of any size without confirmation
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileCommand(Command):
+    """Options of one run whose settings come from a file."""
+
+    allow_pipes: bool = False  # run the file's shard commands (pipe:COMMAND)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanCommand:
+    """Options of a plan and of the run it describes."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    options: Annotated[PlanOptions, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TableCommand:
+    """Options of all runs of a table."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    rows: tuple[str, ...] = ()  # only these rows of the table; () = all
+    restart: bool = False  # start every row over
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,18 +81,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     name, options = arguments[0], arguments[1:]
     _check_name(name)
-    from . import commands
-
     if PLAN in options:
-        return commands.plan(name, [option for option in options if option != PLAN], console)
+        return _plan(name, [option for option in options if option != PLAN], console)
     if name in tables:
-        return commands.make_table(name, options, console)
-    return commands.run(name, options, console)
+        return _make_table(name, options, console)
+    return _run(name, options, console)
 
 
 def _check_name(name: str) -> None:
     """Check that the first word is a file of settings, a recipe or a table."""
-    if is_file(name) or name in tables or name in recipes:
+    if _is_file(name) or name in tables or name in recipes:
         return
     if name.startswith("-"):
         raise ConfigError(
@@ -61,9 +101,94 @@ def _check_name(name: str) -> None:
     raise ConfigError(f"unknown recipe {name!r}{hint}")
 
 
-def is_file(name: str) -> bool:
+def _is_file(name: str) -> bool:
     """Check whether the first word names a file of settings."""
     return name.endswith((".yaml", ".yml"))
+
+
+def _run(name: str, options: Sequence[str], console: Console) -> int:
+    """Train one run; return the exit code."""
+    command = _command(name, options)
+    config = command.config
+    if command.yes:
+        config = replace(config, cache=replace(config.cache, confirm=False))
+    from .commands import run
+
+    return run(name, config, console, restart=command.restart)
+
+
+def _command(name: str, options: Sequence[str]) -> Command:
+    """Parse the command line of one run.
+
+    Raises:
+        ConfigError: the settings file's shards would run a command without --allow-pipes.
+    """
+    if not _is_file(name):
+        return _parse(Command, Command(config=_with_student(_settings(name), options)), options, name)
+    command = _parse(FileCommand, FileCommand(config=_with_student(_settings(name), options)), options, name)
+    from .data.shards import runs_program
+
+    typed = any(option.partition("=")[0] == "--data.shards" for option in options)
+    for pattern in () if typed or command.allow_pipes else command.config.data.shards:
+        if (program := runs_program(pattern)) is not None:
+            raise ConfigError(
+                f"{name}: data.shards would run the command {program!r}; "
+                f"where you trust it, add --allow-pipes, or else give your own --data.shards"
+            )
+    return command
+
+
+def _plan(name: str, options: Sequence[str], console: Console) -> int:
+    """Print the plan of a recipe, a file of settings or a table's rows; return the exit code 0."""
+    table = tables[name]() if name in tables else None
+    config = _with_student(table.base if table else _settings(name), options)
+    default = PlanCommand(config=config, options=PlanOptions())
+    command = _parse(PlanCommand, default, options, f"{name} --plan")
+    check_options(command.config, RENAMED)
+    runs = table.rows(command.config) if table else {name: command.config}
+    from .commands import plan
+
+    return plan(runs, command.options, console)
+
+
+def _make_table(name: str, options: Sequence[str], console: Console) -> int:
+    """Train the rows of a table with command-line overrides; return the exit code."""
+    table = tables[name]()
+    command = _parse(TableCommand, TableCommand(config=_with_student(table.base, options)), options, name)
+    rows = rows_of(table, check_options(command.config, RENAMED), command.rows)
+    from .commands import make_table
+
+    return make_table(table, rows, command.config.out, console, restart=command.restart)
+
+
+def _settings(name: str) -> TrainConfig:
+    return read_yaml(TrainConfig, Path(name)) if _is_file(name) else recipes[name]()
+
+
+def _with_student(config: TrainConfig, options: Sequence[str]) -> TrainConfig:
+    """Give the settings the student named among command-line options, and its family's options.
+
+    Settings that have their student's own options already, as our recipes, need no look at the students.
+    """
+    name = config.student
+    for i, option in enumerate(options):
+        if option == "--student" and i + 1 < len(options):
+            name = options[i + 1]
+        elif option.startswith("--student="):
+            name = option.partition("=")[2]
+    if name == config.student and (name == ALL or type(config.options) is not StudentOptions):
+        return config
+    if name not in students:  # an unknown name is reported later
+        return config
+    kind = options_type(name)
+    given = config.options
+    if type(given) is not kind:
+        given = kind(activation_checkpointing=given.activation_checkpointing)
+    return replace(config, student=name, options=given)
+
+
+def _parse(type_: type[S], default: S, options: Sequence[str], name: str) -> S:
+    return parse_options(type_, options, default=default, prog=f"radio-train {name}")
 
 
 def _listing() -> str:

@@ -165,6 +165,18 @@ class TrainConfig:
     score: tuple[str, ...] = ()  # tasks at the end, for student, untrained student, teachers
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanOptions:
+    """Assumptions of a plan."""
+
+    world: NumRanks | None = (
+        None  # number of ranks; None = the paper's 64 if they can share the batches, else 1
+    )
+    utilisation: PositiveShare = 0.4  # share of --peak-tflops (default: an A100's 312) that a rank reaches
+    images: Count | None = None  # images in the data, for the number of passes; None = unknown, except scenes
+    measured: Path | None = None  # metrics.jsonl of a run with these teachers, to use its times
+
+
 RENAMED = {"options": "student"}  # fields whose command-line options have another name
 
 

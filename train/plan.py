@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import torch
@@ -24,13 +23,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from radio.benchmark import CostCounter
-from radio.config import Count, check_options
+from radio.config import check_options
 from radio.errors import ConfigError, shown
 from radio.hub import load_teacher
 from radio.model import RadioModel
 from radio.types import Teacher
 
-from .config import NumRanks, PositiveShare, TrainConfig
+from .config import PlanOptions, TrainConfig
 from .data.loader import GroupBatch, for_student
 from .distributed import StudentPass, blocks_of
 from .groups import (
@@ -56,18 +55,6 @@ from .setup import (
 
 PAPERS_RANKS = 64  # paper §4
 A100 = 312.0  # TFLOP/s in bfloat16 without sparsity
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PlanOptions:
-    """Assumptions of a plan."""
-
-    world: NumRanks | None = (
-        None  # number of ranks; None = the paper's 64 if they can share the batches, else 1
-    )
-    utilisation: PositiveShare = 0.4  # share of --peak-tflops (default: an A100's 312) that a rank reaches
-    images: Count | None = None  # images in the data, for the number of passes; None = unknown, except scenes
-    measured: Path | None = None  # metrics.jsonl of a run with these teachers, to use its times
 
 
 class Cost(NamedTuple):

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from radio.registry import Registry
+from radio.students import ViTDetOptions, ViTOptions
 
 from .config import CacheConfig, DataConfig, OptimConfig, TeacherConfig, TrainConfig
 
@@ -41,6 +42,7 @@ def paper_h14() -> TrainConfig:
         recipe="paper-h14",
         out=Path("runs/paper-h14"),
         student="vitdet-h14",
+        options=ViTDetOptions(),
         teachers=(CLIP, DINO, SAM),
         resolution=224,
         steps=600_000,
@@ -59,6 +61,7 @@ def paper_b14() -> TrainConfig:
         recipe="paper-b14",
         out=Path("runs/paper-b14"),
         student="vit-b14",
+        options=ViTOptions(),
         teachers=(CLIP, DINO),
     )
 
@@ -74,6 +77,7 @@ def real_small() -> TrainConfig:
         recipe="real-small",
         out=Path("runs/real-small"),
         student="vit-tiny16",
+        options=ViTOptions(),
         teachers=(
             TeacherConfig(name="effnet", model="pip:efficientnet-lite0", resolution=160),
             TeacherConfig(name="dino", model="pip:dinov2-arch-vits14", resolution=112),
@@ -96,6 +100,7 @@ def demo() -> TrainConfig:
         recipe="demo",
         out=Path("runs/demo"),
         student="vit-tiny12",
+        options=ViTOptions(),
         teachers=SCENES_TEACHERS,
         resolution=96,
         steps=1600,

@@ -13,11 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-import evals.cli  # noqa: F401 (enters the evaluators)
-from evals.core.evaluator import Evaluator, RunSettings, make_evaluator
 from evals.core.paper import DATA, TASKS, PaperRow
 from evals.core.report import metric_text
 from evals.core.suite import Jobs, Outcome, run_all
+from evals.core.task import Evaluator, RunSettings, make_evaluator
 from radio.dist import Ranks
 from radio.errors import ConfigError, shown
 from radio.hub import load_backbone

@@ -299,7 +299,8 @@ def _compare_students(rows: Rows, checkpoints: Mapping[str, Path], out: Path, co
         return
     from evals.core.report import metric_text  # imported late: these import all evaluators
     from evals.reporting.figures import draw_tradeoff
-    from evals.throughput import MeasuredModel, ThroughputSettings, report_all
+    from evals.throughput import ThroughputSettings
+    from evals.throughput.evaluator import MeasuredModel, report_all
     from radio.hub import load_backbone
     from radio.progress import watch_on
 

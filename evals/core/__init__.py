@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING, Any
 from radio.registry import Registry
 
 if TYPE_CHECKING:
-    from .evaluator import Evaluator
+    from .task import Evaluator
 
-evaluators: Registry[Callable[[], Evaluator[Any]]] = Registry("evaluator", lazy=True)
+_OURS = ("knn", "maps", "sam_dropin", "seg_probe", "throughput", "vqa", "zeroshot")
+
+evaluators: Registry[Callable[[], Evaluator[Any]]] = Registry(
+    "evaluator", lazy=True, modules=[f"evals.{package}" for package in _OURS]
+)
 """Factories without arguments, by the task's name. Plug-ins use the entry-point group `am_radio.evaluators`;
 the first line of a factory's docstring is what `radio-eval list` prints."""

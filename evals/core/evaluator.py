@@ -8,27 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import (
-    Annotated,
-    Any,
-    Generic,
-    Literal,
-    Protocol,
-    TypeVar,
-    final,
-    get_type_hints,
-)
+from typing import Any, Protocol, TypeVar, final, get_type_hints
 
 import torch
-from annotated_types import Interval
 from torch import Tensor
 
 from radio.chunks import Damage, default_cache
-from radio.config import CountOrZero, Seed, Workers, check, to_plain
+from radio.config import to_plain
 from radio.data import ImageSource, open_source
 from radio.dist import Ranks, current
 from radio.errors import ConfigError, DataError
@@ -40,7 +30,7 @@ from radio.types import Backbone
 
 from . import evaluators
 from .blocks import Block, Image, encode_image
-from .features import Extraction, StoredFeatures, ViewSettings, default_workers, extract, make_view
+from .features import Extraction, StoredFeatures, default_workers, extract, make_view
 from .report import (
     DatasetInfo,
     Kind,
@@ -52,39 +42,20 @@ from .report import (
     record_lines,
     write,
 )
+from .task import Evaluator, Machine, RunSettings, ViewSettings
+
+__all__ = [
+    "EvalRun",
+    "Evaluator",
+    "Machine",
+    "Result",
+    "RunSettings",
+    "report_result",
+    "run_evaluator",
+    "run_predictions",
+]
 
 S = TypeVar("S")
-V = TypeVar("V")
-
-Machine = Annotated[V, "machine"]
-"""The type of a setting that may differ between compared reports: `workers: Machine[int] = 2`.
-It concerns how the work is done (or its seed), and is no part of the protocol."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunSettings:
-    """Settings that every evaluator has."""
-
-    limit: CountOrZero | None = None
-    """Maximum number of images of each set, spread evenly. Default: all."""
-    seed: Seed = 0
-    """Seed of the generated world, of the bootstrap, and of what the evaluator trains."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the model. On a GPU fp32 computes matrix products in TF32, unless NVIDIA_TF32_OVERRIDE=0
-    is set."""
-    batch_size: Machine[Annotated[int, Interval(ge=1, le=65_536)] | None] = None
-    """Images per forward pass of the model; does not change the scores. Default: the task's."""
-    workers: Machine[Workers | None] = None
-    """Loader processes. Default: none on a CPU, up to 8 with a GPU."""
-    cache: Machine[Path | None] = None
-    """Folder of features, generated images and states. Default: $XDG_CACHE_HOME/am-radio, or
-    ~/.cache/am-radio."""
-    device: Machine[str] = "auto"
-    """auto, cpu, cuda or cuda:N."""
-
-    def __post_init__(self) -> None:
-        """Validate the settings; raise `ConfigError` on a value out of range."""
-        check(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,28 +73,6 @@ class Result:
     seconds: Mapping[str, float] = field(default_factory=dict)  # of the parts of the work
     files: Sequence[str] = ()  # that were written into `run.folder`
     device: str = ""  # description, if it was not used as the run has it
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Evaluator(Generic[S]):
-    """One task: its settings, and the function that scores a backbone on it."""
-
-    name: str  # on the command line, such as `knn`
-    settings: type[S]  # a frozen dataclass with a default for every field; becomes options
-    evaluate: Callable[[Backbone, S, EvalRun], Result]
-    title: str = ""  # for people (default: the name)
-    expensive: bool = False  # minutes per model: a training run scores only its student
-    on_request: bool = False  # left out of `radio-eval all` unless named
-    missing_requirements: Callable[[Backbone], str] = lambda model: ""
-    """Describes the requirements that a model does not meet; empty when it meets all."""
-    suffix: Callable[[S], str] = lambda settings: ""
-    """What these settings add to the model's name in the report, such as `-3-clicks`."""
-    with_seed: Callable[[S, RunSettings, int], S] | None = None
-    """For an evaluator that trains something: the settings of its repetition of that number."""
-    score_predictions: Callable[[S, EvalRun], Result] | None = None
-    """Scores stored predictions without a model, where `predictions_of` names a file."""
-    predictions_of: Callable[[S], Path | None] = lambda settings: None
 
 
 @final
@@ -262,30 +211,6 @@ class Placed(Protocol):
     @property
     def fingerprint(self) -> str:
         """Hash of the content."""
-
-
-def make_evaluator(task: str) -> Evaluator[Any]:
-    """Create the evaluator of a task and validate its settings.
-
-    Raises:
-        ConfigError: the task is unknown, or the object that another package registered is no evaluator.
-    """
-    factory: Any = evaluators[task]
-    made: Any = factory() if callable(factory) else factory
-    if not callable(factory):
-        problem = f"its entry point is a {type(factory).__name__}, wanted a function that makes an Evaluator"
-    elif not isinstance(made, Evaluator):
-        problem = f"its factory gave a {type(made).__name__}, wanted an evals.core.evaluator.Evaluator"
-    elif made.name != task:
-        problem = f"it calls itself {made.name!r}; give the evaluator the name of its entry point"
-    elif not is_dataclass(made.settings):
-        problem = "its settings are no dataclass"
-    elif taken := {f.name for f in fields(made.settings)} & {f.name for f in fields(RunSettings)}:
-        problem = f"its setting {min(taken)} is one that every evaluator has; use `run`, or call it otherwise"
-    else:
-        return made
-    who = evaluators.plugin(task) or task
-    raise ConfigError(f"{who}: {problem}; mend or uninstall the package that brings it")
 
 
 def run_evaluator(

@@ -17,11 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, final
+from typing import NamedTuple, final
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Interval
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -37,12 +36,10 @@ from radio.chunks import (
     read_tensors,
     write_tensors,
 )
-from radio.config import Pixels, check
 from radio.data import ImageSource
 from radio.dist import Ranks
 from radio.errors import ConfigError, DataError, RadioError, SizeError
 from radio.images import (
-    EVALUATION_RATIO,
     MAX_PIXELS,
     cover,
     evaluation_view,
@@ -54,6 +51,7 @@ from radio.resources import check_memory, fast_products, has_tf32
 from radio.types import Backbone, Features
 
 from .report import DatasetInfo, Skipped
+from .task import ViewKind, ViewSettings
 
 # Letters: N images, C summary width, B batch, h w input size.
 
@@ -392,24 +390,6 @@ def _span(number: int, count: int) -> range:
 MAX_ASPECT = 32
 """Largest aspect ratio of a whole image; a longer strip would take gigabytes."""
 
-ViewKind = Literal["center", "short-side"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ViewSettings:
-    """How an image becomes the model's input; evaluators of summaries inherit it."""
-
-    view: ViewKind = "center"
-    """A centre crop, or the whole image with its aspect ratio preserved."""
-    size: Pixels | None = None
-    """Side of the crop, or the short side, in pixels. Default: the model's own size."""
-    ratio: Annotated[float, Interval(ge=1, le=16)] = EVALUATION_RATIO
-    """Factor on the size that the image is resized to before the centre crop."""
-
-    def __post_init__(self) -> None:
-        """Validate the settings; raise `ConfigError` on a value out of range."""
-        check(self)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class View:
@@ -474,11 +454,7 @@ def make_view(model: Backbone, settings: ViewSettings) -> tuple[View, tuple[str,
 
 # Letters: B batch, C summary width.
 
-
 _CARRIED = 16_384  # summaries per call of an adaptor
-
-Scenes = Annotated[int, Interval(ge=1, le=10_000_000)]
-"""Number of images of the generated world."""
 
 
 def to_teacher_space(model: Backbone, head: str | None, summaries: Tensor) -> Tensor:

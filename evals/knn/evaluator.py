@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 import numpy as np
 import torch
-from annotated_types import Interval
 from pydantic import Field, TypeAdapter
 from torch import Tensor
 
@@ -23,11 +21,10 @@ from evals.core.classification import (
     top_accuracies,
     wrong_examples,
 )
-from evals.core.evaluator import EvalRun, Evaluator, Result
-from evals.core.features import Scenes, StoredFeatures, ViewSettings, check_head, to_teacher_space
+from evals.core.evaluator import EvalRun, Result
+from evals.core.features import StoredFeatures, check_head, to_teacher_space
 from evals.core.report import Metric
 from evals.core.stats import proportion
-from radio.config import Count, Positive
 from radio.data import (
     ImageSource,
     aligned_labels,
@@ -37,73 +34,16 @@ from radio.data import (
     order_by_number,
     shown_order,
 )
-from radio.errors import ConfigError, DataError, shown
+from radio.errors import DataError, shown
 from radio.io import MAX_DATA_BYTES, parse_json, read_text, validate
 from radio.types import Backbone
 
+from . import KnnSettings
 from .index import Index, Neighbours, count_votes, load_faiss
 
 # Letters: N bank, Q queries, C summary width, k neighbours.
 
-Neighbourhood = Annotated[int, Interval(ge=1, le=16_384)]
-"""Number of neighbours that vote; those of a query are in memory at once."""
-
 _SHOWN_NEIGHBOURS = 5  # of a misclassified image
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class KnnSettings(ViewSettings):
-    """Weighted k-nearest-neighbour classification of frozen summaries."""
-
-    bank: str | None = None
-    """Labelled images that provide the neighbours: a folder with one folder per class, or tar shards.
-    Default: the generated world."""
-    query: str | None = None
-    """Labelled images to classify. Default: the generated world."""
-    leave_one_out: bool = False
-    """Classify the bank's own images, each without itself, instead of a query set."""
-    scenes: tuple[Scenes, Scenes] = (6000, 1500)
-    """Numbers of bank and query images of the generated world."""
-    k: tuple[Neighbourhood, ...] = (10, 20, 100, 200)
-    """Numbers of neighbours, scored from one search."""
-    primary_k: Neighbourhood | None = None
-    """The k whose scores are called top1, top5 and mean_class. Default: 20 if it is among k, else the
-    first."""
-    temperature: Positive = 0.07
-    """A neighbour of similarity s votes exp(s / temperature)."""
-    few_shot: tuple[Count, ...] = ()
-    """Also score banks with these numbers of images per class."""
-    tries: Annotated[int, Interval(ge=0, le=1000)] = 5
-    """Random banks for each few-shot count; the seeds count from 0."""
-    head: str | None = None
-    """Score the summary in this teacher's space, through the student's adaptor."""
-    real_labels: Path | None = None
-    """Also score against a JSON list of accepted classes per query image (ImageNet-ReaL's layout)."""
-
-    def __post_init__(self) -> None:
-        """Validate the settings; raise `ConfigError` when they are invalid or contradictory."""
-        if not self.k or min(self.k) < 1:
-            raise ConfigError(f"k = {self.k}: give one or more numbers of neighbours, each 1 or more")
-        if self.primary_k is not None and self.primary_k not in self.k:
-            raise ConfigError(f"primary_k = {self.primary_k} is not among k = {self.k}; add it there")
-        if self.few_shot and (min(self.few_shot) < 1 or self.tries < 1):
-            raise ConfigError(
-                f"few_shot = {self.few_shot} with {self.tries} tries: give numbers of 1 or more"
-            )
-        if self.leave_one_out and self.query is not None:
-            raise ConfigError("leave_one_out classifies the bank itself; leave the query out")
-        if self.bank is None and self.query is not None:
-            raise ConfigError("a query without a bank has no neighbours; give --bank too")
-        if self.bank is not None and self.query is None and not self.leave_one_out:
-            raise ConfigError("a bank without a query: give --query, or --leave-one-out")
-        ViewSettings.__post_init__(self)  # super() does not work in a class with slots
-
-    @property
-    def main_k(self) -> int:
-        """The k whose metrics have no suffix."""
-        if self.primary_k is not None:
-            return self.primary_k
-        return 20 if 20 in self.k else self.k[0]
 
 
 def evaluate(model: Backbone, settings: KnnSettings, run: EvalRun) -> Result:
@@ -428,12 +368,3 @@ def _check_own_entries(
                 f"{path}: {other} and {key} would both have its entry {entry}; give each image a name or "
                 f"number of its own"
             )
-
-
-KNN = Evaluator(
-    name="knn",
-    settings=KnnSettings,
-    evaluate=evaluate,
-    title="k-NN",
-    suffix=lambda settings: f"-{settings.head}-head" if settings.head else "",
-)

@@ -5,20 +5,17 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as Xml
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-import tyro
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from evals.core.suite import NOISE_FILE, read_noise
-from radio.config import NotNegative, check, parse_options
 from radio.errors import shown
 from radio.io import check_file, write_text
 
+from . import CompareOptions, ReportOptions, TrendOptions
 from .compare import Change, compare, read_reports, regressions
 from .page import write_page
 from .trend import write_trend
@@ -29,19 +26,7 @@ _NOT_IN_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010fff
 _COLUMNS = ("task", "model", "metric", "new", "baseline", "difference", "95 %", "verdict")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReportOptions:
-    """Write a folder of reports as one HTML page: tables, plots and images in one file."""
-
-    reports: tyro.conf.Positional[Path]
-    """The folder of the reports."""
-    html: Path = Path("report.html")
-    """The page to write."""
-    run: Path | None = None
-    """A folder that radio-train wrote: adds its training curves."""
-
-
-def run_report(arguments: Sequence[str]) -> int:
+def run_report(options: ReportOptions) -> int:
     """Run `radio-eval report`; return the exit code 0 when the page was written.
 
     Raises:
@@ -49,7 +34,6 @@ def run_report(arguments: Sequence[str]) -> int:
         ConfigError: a page that is a folder.
         MissingExtraError: jinja2 or matplotlib is not installed.
     """
-    options = check(parse_options(ReportOptions, arguments, prog="radio-eval report"))
     check_file(options.html, "--html")
     size = write_page(options.reports, options.html, run=options.run)
     Console(highlight=False).print(
@@ -58,37 +42,12 @@ def run_report(arguments: Sequence[str]) -> int:
     return 0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CompareOptions:
-    """Compare two folders of reports, metric by metric."""
-
-    reports: tyro.conf.Positional[Path]
-    """The folder of the new reports."""
-    baseline: Path
-    """The folder that they are compared with."""
-    tolerance: NotNegative = 0.5
-    """A drop of up to so many points is no regression."""
-    noise: Path | None = None
-    """What radio-eval noise measured: a drop within it is no regression. Default: `noise.json` beside the
-    baseline's reports, if it exists."""
-    fail_on_regression: bool = False
-    """Exit with code 1 when a metric dropped by more, or a task of the baseline is missing."""
-    markdown: Path | None = None
-    """Also write the table as markdown, for a step summary."""
-    junit: Path | None = None
-    """Also write JUnit XML."""
-    plain: bool = False
-    """No colours and no box-drawing characters."""
-
-
-def run_compare(arguments: Sequence[str]) -> int:
+def run_compare(options: CompareOptions) -> int:
     """Run `radio-eval compare`; return the exit code: 1 for a regression with --fail-on-regression, else 0.
 
     Raises:
         DataError: a folder without reports, or reports that differ in settings or data.
-        ConfigError: a tolerance below 0.
     """
-    options = check(parse_options(CompareOptions, arguments, prog="radio-eval compare"))
     for option, path in (("--markdown", options.markdown), ("--junit", options.junit)):
         if path is not None:
             check_file(path, option)
@@ -113,26 +72,13 @@ def run_compare(arguments: Sequence[str]) -> int:
     return int(bool(bad) and options.fail_on_regression)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrendOptions:
-    """Write many nights' reports as one HTML page: metrics over time, and the commits where they jumped."""
-
-    nights: tyro.conf.Positional[Path]
-    """A folder with one folder of reports a night."""
-    html: Path = Path("trend.html")
-    """The page to write."""
-    tolerance: NotNegative = 1.0
-    """A primary metric that moves by more points from one night to the next has jumped."""
-
-
-def run_trend(arguments: Sequence[str]) -> int:
+def run_trend(options: TrendOptions) -> int:
     """Run `radio-eval trend`; return the exit code 0 when the page was written.
 
     Raises:
         DataError: no such folder, fewer than two nights, or a damaged report.
         MissingExtraError: jinja2 or matplotlib is not installed.
     """
-    options = check(parse_options(TrendOptions, arguments, prog="radio-eval trend"))
     check_file(options.html, "--html")
     size, jumps = write_trend(options.nights, options.html, options.tolerance)
     console = Console(highlight=False)

@@ -1,1 +1,83 @@
+"""SAM's decoder on a model's features, scored on COCO instances: the task's settings."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from annotated_types import Interval
+
+from evals.core import evaluators
+from evals.core.task import Evaluator, Machine, late
+from radio.config import Count, CountOrZero, Pixels, check
+from radio.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamSettings:
+    """Masks that SAM's own decoder predicts from the model's features, scored on COCO instances."""
+
+    data: Path | None = None
+    """An instances JSON in COCO format. Default: the generated scenes."""
+    images: Path | None = None
+    """The folder of the images."""
+    scenes: Annotated[int, Interval(ge=1, le=1_000_000)] = 500
+    """Number of generated scenes, used without --data."""
+    sam_checkpoint: Path | None = None
+    """A released SAM file (vit_b, vit_l or vit_h) whose neck, prompt encoder and mask decoder are used.
+    Default: the one in the checkpoint's metadata."""
+    teacher: str | None = None
+    """The name of the teacher that is the SAM in the checkpoint's metadata. Default: the first SAM of this
+    package, else another package's that brings a SAM, or its only one."""
+    size: Pixels | None = None
+    """Side of the model's input in pixels. Default: its resolution in training with SAM, else 1008 for a
+    patch of 14 and 1024 for 16."""
+    prompts: Literal["boxes", "points"] = "boxes"
+    """How an object is prompted: with its ground-truth box, or with clicks."""
+    clicks: Annotated[int, Interval(ge=1, le=100)] = 1
+    """Points per object: the first inside it, each next one in the larger error region."""
+    detections: Path | None = None
+    """Use a detector's boxes (COCO results JSON) as prompts and score the masks as COCO AP."""
+    protocol: Literal["paper", "efficientvit-2025"] = "paper"
+    """paper: all annotations, plain union. efficientvit-2025: those of area 1 or more, union + 1e-7."""
+    crowds: bool = True
+    """Score crowd annotations too."""
+    box_batch: Machine[Count | None] = None
+    """Prompts per decoder batch. Default: what fits a CPU's caches; 64 on a GPU."""
+    keep_embeddings: Machine[bool] = False
+    """Cache the embeddings of all images, for later runs with other prompts."""
+    save_masks: Machine[CountOrZero | None] = None
+    """Number of panels to draw for each of the best, the median and the worst instances. Default: 3, and none
+    with --detections."""
+
+    def __post_init__(self) -> None:
+        """Validate the settings; raise ConfigError for combinations that no data could satisfy."""
+        check(self)
+        if (self.data is None) != (self.images is None):
+            raise ConfigError("--data JSON and --images FOLDER belong together; give both or neither")
+        if self.clicks > 1 and self.prompts != "points":
+            raise ConfigError(f"clicks = {self.clicks} goes with --prompts points; give that too")
+        if self.detections is not None and (self.prompts == "points" or self.data is None):
+            raise ConfigError("--detections takes a detector's boxes on --data; leave --prompts points out")
+        if self.detections is not None and self.save_masks:
+            raise ConfigError("--save-masks compares with ground truth, which --detections does not look at")
+
+
+def _suffix(settings: SamSettings) -> str:
+    if settings.detections is not None:
+        return "-detections"
+    return f"-{settings.clicks}-clicks" if settings.prompts == "points" else ""
+
+
+@evaluators.register("sam")
+def make() -> Evaluator[SamSettings]:
+    """Masks of SAM's own decoder on the model's features, scored on COCO instances."""
+    return Evaluator(
+        name="sam",
+        settings=SamSettings,
+        evaluate=late("evals.sam_dropin.evaluator:evaluate"),
+        title="SAM drop-in",
+        missing_requirements=late("evals.sam_dropin.evaluator:missing_requirements"),
+        suffix=_suffix,
+    )

@@ -5,28 +5,25 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from annotated_types import Interval
 from numpy.typing import NDArray
 from PIL import Image as PillowImage
 from PIL import ImageDraw
 
 from evals.core.blocks import Bars, Block, Image, ImageGrid, ImageRow, Table
-from evals.core.evaluator import EvalRun, Evaluator, Machine, Result
+from evals.core.evaluator import EvalRun, Result
 from evals.core.report import DatasetInfo, Metric, Record
 from evals.core.stats import interval, resampled_sums
 from radio.chunks import DamagedError
-from radio.config import Count, CountOrZero, Pixels, check
 from radio.errors import ConfigError, require
 from radio.images import write_png
 from radio.scenes.export import CARD_VERSION, ScenesSettings, write_cached
 from radio.types import Backbone
 
+from . import SamSettings
 from .annotations import CocoImage
 from .data import Detections, Instances, open_detections, open_instances, run_lengths
 from .encoder import make_drop_in
@@ -34,7 +31,6 @@ from .prediction import Chunk, EncodedMask, MaskScore, Predictor
 
 # Letters: N instances, H W pixels, R resamples.
 
-Protocol = Literal["paper", "efficientvit-2025"]
 
 _SMALL, _LARGE = 32**2, 96**2  # pixels; an area equal to a limit belongs to both sizes, as in COCOeval
 _BARS = {
@@ -47,56 +43,6 @@ _BARS = {
 }
 _PANELS = 3  # of the best, the median and the worst instances
 _STATS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")  # the first of COCOeval, in its order
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SamSettings:
-    """Masks that SAM's own decoder predicts from the model's features, scored on COCO instances."""
-
-    data: Path | None = None
-    """An instances JSON in COCO format. Default: the generated scenes."""
-    images: Path | None = None
-    """The folder of the images."""
-    scenes: Annotated[int, Interval(ge=1, le=1_000_000)] = 500
-    """Number of generated scenes, used without --data."""
-    sam_checkpoint: Path | None = None
-    """A released SAM file (vit_b, vit_l or vit_h) whose neck, prompt encoder and mask decoder are used.
-    Default: the one in the checkpoint's metadata."""
-    teacher: str | None = None
-    """The name of the teacher that is the SAM in the checkpoint's metadata. Default: the first SAM of this
-    package, else another package's that brings a SAM, or its only one."""
-    size: Pixels | None = None
-    """Side of the model's input in pixels. Default: its resolution in training with SAM, else 1008 for a
-    patch of 14 and 1024 for 16."""
-    prompts: Literal["boxes", "points"] = "boxes"
-    """How an object is prompted: with its ground-truth box, or with clicks."""
-    clicks: Annotated[int, Interval(ge=1, le=100)] = 1
-    """Points per object: the first inside it, each next one in the larger error region."""
-    detections: Path | None = None
-    """Use a detector's boxes (COCO results JSON) as prompts and score the masks as COCO AP."""
-    protocol: Protocol = "paper"
-    """paper: all annotations, plain union. efficientvit-2025: those of area 1 or more, union + 1e-7."""
-    crowds: bool = True
-    """Score crowd annotations too."""
-    box_batch: Machine[Count | None] = None
-    """Prompts per decoder batch. Default: what fits a CPU's caches; 64 on a GPU."""
-    keep_embeddings: Machine[bool] = False
-    """Cache the embeddings of all images, for later runs with other prompts."""
-    save_masks: Machine[CountOrZero | None] = None
-    """Number of panels to draw for each of the best, the median and the worst instances. Default: 3, and none
-    with --detections."""
-
-    def __post_init__(self) -> None:
-        """Validate the settings; raise ConfigError for combinations that no data could satisfy."""
-        check(self)
-        if (self.data is None) != (self.images is None):
-            raise ConfigError("--data JSON and --images FOLDER belong together; give both or neither")
-        if self.clicks > 1 and self.prompts != "points":
-            raise ConfigError(f"clicks = {self.clicks} goes with --prompts points; give that too")
-        if self.detections is not None and (self.prompts == "points" or self.data is None):
-            raise ConfigError("--detections takes a detector's boxes on --data; leave --prompts points out")
-        if self.detections is not None and self.save_masks:
-            raise ConfigError("--save-masks compares with ground truth, which --detections does not look at")
 
 
 def missing_requirements(model: Backbone) -> str:
@@ -215,12 +161,6 @@ def _open(settings: SamSettings, run: EvalRun) -> Instances:
         name=name,
         location=location,
     )
-
-
-def _suffix(settings: SamSettings) -> str:
-    if settings.detections is not None:
-        return "-detections"
-    return f"-{settings.clicks}-clicks" if settings.prompts == "points" else ""
 
 
 def mask_metrics(scores: Sequence[MaskScore], seed: int) -> dict[str, Metric]:
@@ -462,13 +402,3 @@ def _view(
     pen.rectangle([value * zoom for value in box], outline=_PROMPT, width=2)
     pen.text((2, height * zoom + 3), caption, fill=(0, 0, 0))
     return np.asarray(sheet)
-
-
-SAM = Evaluator(
-    name="sam",
-    settings=SamSettings,
-    evaluate=evaluate,
-    title="SAM drop-in",
-    missing_requirements=missing_requirements,
-    suffix=_suffix,
-)

@@ -24,7 +24,7 @@ from PIL import Image as PillowImage
 from PIL import ImageDraw, ImageFont
 
 from evals.core.blocks import Block, Image, ImageGrid, ImageRow, Table
-from evals.core.evaluator import EvalRun, Evaluator, Result, RunSettings
+from evals.core.evaluator import EvalRun, Result
 from evals.core.features import place
 from evals.core.report import DatasetInfo, Metric, Record
 from evals.core.stats import area_ratios, interval, mean_present, resampled_sums, score
@@ -403,18 +403,3 @@ def legend(entries: Sequence[tuple[str, Bytes]], width: int) -> Bytes:
 def _over(image: Bytes, classes: Bytes, colours: Bytes, opacity: NDArray[np.float64]) -> Bytes:
     share = opacity[..., None]
     return np.round(share * colours[classes] + (1 - share) * image).astype(np.uint8)
-
-
-def with_seed(settings: SegSettings, run: RunSettings, number: int) -> SegSettings:
-    """Return the settings of the `number`-th repetition, with other seeds of the heads."""
-    first = run.seed if settings.head_seed is None else settings.head_seed
-    return replace(settings, head_seed=first + number * settings.seeds)
-
-
-SEG = Evaluator(
-    name="seg",
-    settings=SegSettings,
-    evaluate=evaluate,
-    title="segmentation probe",
-    with_seed=with_seed,
-)

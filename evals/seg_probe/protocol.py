@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Interval
 
-from evals.core.evaluator import Machine
+from evals.core.task import Machine
 from radio.config import Count, CountOrZero, NotNegative, Pixels, Positive, Seed, check
 from radio.errors import SizeError
-from radio.types import Backbone
+
+if TYPE_CHECKING:
+    from radio.types import Backbone
 
 Batch = Annotated[int, Interval(ge=1, le=65_536)]  # images of a step, in memory at once
 Scenes = Annotated[int, Interval(ge=1, le=1_000_000)]  # written to disk

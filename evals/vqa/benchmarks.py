@@ -8,7 +8,7 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from string import ascii_uppercase
@@ -25,43 +25,19 @@ from .scoring import (
     NUM_ANSWERS,
     Benchmark,
     BenchmarkQuestion,
-    Rule,
     ScoreFn,
-    Task,
     commonest,
     exact_or_soft,
     score_exact,
     score_letter,
     vqa_accuracy,
 )
+from .settings import Rule, Task, TaskFiles
 
 T = TypeVar("T")
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 LETTER_ANSWER = "Answer with the option's letter from the given choices directly."
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TaskFiles:
-    """The local files of one benchmark. Files that a benchmark does not read must be left out.
-
-    - gqa: `questions` is `val_balanced_questions.json`, `testdev_balanced_questions.json` or the like; the
-      answers are in it.
-    - vqav2: `questions` is `v2_OpenEnded_mscoco_*_questions.json`, `annotations` is
-      `v2_mscoco_*_annotations.json`; without it, no scores but a submission.
-    - textvqa: `questions` is `TextVQA_0.5.1_val.json`; `ocr` puts OCR tokens into the prompts, those of
-      `ocr_file` (`TextVQA_Rosetta_OCR_v0.2_val.json`) or else of each question's own `ocr_tokens`.
-    - scienceqa: `questions` is `problems.json`, `splits` is `pid_splits.json`.
-    """
-
-    questions: Path
-    annotations: Path | None = None
-    splits: Path | None = None
-    split: str | None = None
-    """ScienceQA's (default: test); for other benchmarks if the file does not name it."""
-    ocr: bool = False
-    ocr_file: Path | None = None
-    images: Path | None = None  # not needed to score predictions
 
 
 _NEEDLESS: dict[Task, tuple[str, ...]] = {

@@ -16,7 +16,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple, NotRequired, Protocol, final
+from typing import Any, NamedTuple, NotRequired, Protocol, final
 
 import numpy as np
 import torch
@@ -34,13 +34,10 @@ from radio.io import validate
 
 from .benchmarks import read_list
 from .scoring import IMAGE
+from .settings import Template
 
 # Letters: B batch, S tokens of a sample, T tokens of an image, D token width, N images, H W pixels, h w input
 # size.
-
-Template = Literal["plain", "v1"]
-"""LLaVA's templates: the image, its caption and a newline; or Vicuna's chat
-`{system} USER: {question} ASSISTANT: {answer}{end}USER: …`."""
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "

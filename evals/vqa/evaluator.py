@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from evals.core.blocks import Bars, Block, Example, Examples, Image
-from evals.core.evaluator import EvalRun, Evaluator, Result, RunSettings
+from evals.core.evaluator import EvalRun, Result
 from evals.core.report import Metric, Record
 from radio.chunks import DamagedError, cached_chunks, chunk_path, write_records
 from radio.chunks import read_records as read_chunk
@@ -408,21 +408,3 @@ def _example(one: Answered, question: BenchmarkQuestion, value: float, run: Eval
     expected = f"expected: {question.expected}, worth {value:g}"
     lines = (text, f"answered: {answer}", expected, question.image or "")
     return Example(image=image, lines=lines, good=value >= 0.5)
-
-
-def with_seed(settings: VqaSettings, run: RunSettings, number: int) -> VqaSettings:
-    """Return the same protocol with other initial weights and another order of samples."""
-    seed = run.seed if settings.training_seed is None else settings.training_seed
-    return replace(settings, training_seed=seed + number)
-
-
-VQA = Evaluator(
-    name="vqa",
-    settings=VqaSettings,
-    evaluate=evaluate,
-    title="visual question answering",
-    expensive=True,  # it trains a language model
-    with_seed=with_seed,
-    score_predictions=score_predictions,
-    predictions_of=lambda settings: settings.predictions,
-)

@@ -41,13 +41,12 @@ from .data import Record, Turn
 from .scoring import (
     LETTERS,
     Benchmark,
-    Rule,
-    Task,
     commonest,
     score_exact,
     score_letter,
     vqa_accuracy,
 )
+from .settings import Rule, Task
 
 # Letters: N scenes, S side in pixels.
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,12 +25,13 @@ from evals.core.stats import interval, resampled_sums
 from radio.errors import DataError
 from radio.io import write_text
 
+from .settings import Rule, Task
+
 if TYPE_CHECKING:
     from radio.data import ImageSource
 
 # Letters: Q questions, P images, K groups, R resamples.
 
-Task = Literal["gqa", "vqav2", "textvqa", "scienceqa", "custom"]
 TASKS: tuple[Task, ...] = ("gqa", "vqav2", "textvqa", "scienceqa")
 """The published benchmarks; `custom` are the user's own questions."""
 
@@ -131,15 +132,6 @@ def _words(text: str) -> str:
     words = (_NUMBERS.get(word, word) for word in text.lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
-
-Rule = Literal["official", "m4c", "llava"]
-"""How answers are compared.
-
-- official: normalised only if the ten answers are not all equal, as in VQAv2's evaluation;
-- m4c: always normalised, as in TextVQA's scorers;
-- llava: `official` on a prediction normalised beforehand, as LLaVA submits them: `Yes.` is then right where
-  ten people answered `yes`.
-"""
 
 NUM_ANSWERS = 10
 _ENOUGH = 3  # people who must agree for a score of 1

@@ -5,22 +5,58 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Interval
 
-from evals.core.evaluator import Machine
+from evals.core.task import Machine
 from radio.config import Count, NotNegative, Pixels, Positive, Seed, Share, check
 from radio.errors import ConfigError
-from radio.types import Backbone
 
-from .benchmarks import TaskFiles
-from .data import Template
-from .scoring import Rule, Task
+if TYPE_CHECKING:
+    from radio.types import Backbone
+
+Task = Literal["gqa", "vqav2", "textvqa", "scienceqa", "custom"]
+
+Rule = Literal["official", "m4c", "llava"]
+"""How answers are compared.
+
+- official: normalised only if the ten answers are not all equal, as in VQAv2's evaluation;
+- m4c: always normalised, as in TextVQA's scorers;
+- llava: `official` on a prediction normalised beforehand, as LLaVA submits them: `Yes.` is then right where
+  ten people answered `yes`.
+"""
+
+Template = Literal["plain", "v1"]
+"""LLaVA's templates: the image, its caption and a newline; or Vicuna's chat
+`{system} USER: {question} ASSISTANT: {answer}{end}USER: …`."""
 
 PresetName = Literal["paper", "scenes"]
 
 STAGES = ("pretrain", "instruct", "score")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskFiles:
+    """The local files of one benchmark. Files that a benchmark does not read must be left out.
+
+    - gqa: `questions` is `val_balanced_questions.json`, `testdev_balanced_questions.json` or the like; the
+      answers are in it.
+    - vqav2: `questions` is `v2_OpenEnded_mscoco_*_questions.json`, `annotations` is
+      `v2_mscoco_*_annotations.json`; without it, no scores but a submission.
+    - textvqa: `questions` is `TextVQA_0.5.1_val.json`; `ocr` puts OCR tokens into the prompts, those of
+      `ocr_file` (`TextVQA_Rosetta_OCR_v0.2_val.json`) or else of each question's own `ocr_tokens`.
+    - scienceqa: `questions` is `problems.json`, `splits` is `pid_splits.json`.
+    """
+
+    questions: Path
+    annotations: Path | None = None
+    splits: Path | None = None
+    split: str | None = None
+    """ScienceQA's (default: test); for other benchmarks if the file does not name it."""
+    ocr: bool = False
+    ocr_file: Path | None = None
+    images: Path | None = None  # not needed to score predictions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

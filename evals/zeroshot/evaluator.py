@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +16,9 @@ from evals.core.classification import (
     top_accuracies,
     wrong_examples,
 )
-from evals.core.evaluator import EvalRun, Evaluator, Result
+from evals.core.evaluator import EvalRun, Result
 from evals.core.features import (
-    Scenes,
     StoredFeatures,
-    ViewSettings,
     check_finite,
     to_teacher_space,
 )
@@ -32,43 +28,13 @@ from radio.data import ImageSource
 from radio.errors import ConfigError, require
 from radio.types import Backbone
 
+from . import ZeroshotSettings
 from .data import Captioned, Named, name_classes, open_captions, read_templates
 from .texts import TextHead, classifier, find_text_tower, text_vectors
 
 # Letters: N images, C summary width, E text width, K classes.
 
 _RECALLS = (1, 5, 10)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ZeroshotSettings(ViewSettings):
-    """Classification by class names, or retrieval by captions, with a CLIP teacher's text tower."""
-
-    query: str | None = None
-    """Labelled images: a folder with one folder per class, or tar shards. Default: the generated world."""
-    scenes: Scenes = 1500
-    """Number of images of the generated world."""
-    class_names: str | None = None
-    """`imagenet`, or a file with one name per line. Default: the names of the folders."""
-    templates: str | None = None
-    """`openai` (80), `simple` (7), `scenes` (8), or a file with one template per line, `{}` for the name.
-    Default: `scenes` for the generated world, else `openai`."""
-    text: str | None = None
-    """The teacher whose text tower encodes the names, as in the checkpoint's metadata (`clip`), or as a spec
-    if its file has moved. Default: the first that has one."""
-    captions: str | None = None
-    """Score image-text retrieval instead: a captions JSON in COCO's format, or `scenes`."""
-    images: Path | None = None
-    """The folder of the captions' images."""
-
-    def __post_init__(self) -> None:
-        """Validate the settings; raise `ConfigError` when they are invalid or contradictory."""
-        ViewSettings.__post_init__(self)  # super() does not work in a class with slots
-        named = self.class_names or self.templates or self.query
-        if self.captions is not None and named:
-            raise ConfigError(f"retrieval reads captions, not {named}; leave that or --captions out")
-        if (self.images is None) != (self.captions in (None, "scenes")):
-            raise ConfigError("--captions FILE and --images FOLDER belong together; give both")
 
 
 def missing_requirements(model: Backbone) -> str:
@@ -295,13 +261,3 @@ def _before(cosines: Tensor, value: Tensor, place: Tensor) -> Tensor:
 
 def _rows(width: int) -> int:
     return max(1, _CELLS // width)
-
-
-ZEROSHOT = Evaluator(
-    name="zeroshot",
-    settings=ZeroshotSettings,
-    evaluate=evaluate,
-    title="zero-shot",
-    missing_requirements=missing_requirements,
-    suffix=lambda settings: "" if settings.captions is None else "-retrieval",
-)

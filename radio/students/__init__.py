@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from annotated_types import Interval
 
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from ..types import Student
 
 Window = Annotated[int, Interval(ge=1, le=1024)]  # a side in tokens
+NumTokens = Annotated[int, Interval(ge=0, le=1024)]  # besides the patches
+NumGlobal = Annotated[int, Interval(ge=1, le=1024)]
+Schedule = Literal["quarters", "runs-of-5"] | NumGlobal
+"""A name, or the number of parts of the depth that each end in a global block."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +47,23 @@ class StudentOptions:
     def change(self, **options: Any) -> Self:
         """Return a copy with other values of these options, which the family has."""
         return replace(self, **options)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViTOptions(StudentOptions):
+    """Options of the ViT students; None = the architecture's own."""
+
+    class_tokens: NumTokens | None = None  # 1, or one per teacher; 0 = pooling (table 5)
+    registers: NumTokens | None = None  # register tokens
+    stem: Literal["linear", "conv"] | None = None  # patch embedding
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViTDetOptions(ViTOptions):
+    """Options of the windowed ViT students; None = the architecture's own."""
+
+    window: Window | None = None  # window side in tokens
+    schedule: Schedule | None = None  # global blocks: a name, or their number
 
 
 students: Registry[Callable[[Any], Student]] = Registry(

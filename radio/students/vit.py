@@ -7,10 +7,9 @@ import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
-from annotated_types import Interval
 from torch import Tensor, nn
 
 from ..checkpoint import digest
@@ -28,14 +27,9 @@ from ..nn.vit import (
 )
 from ..ops import check_window, from_windows, nearest_multiple, to_windows
 from ..types import Features
-from . import StudentOptions, Window, students
+from . import Schedule, ViTDetOptions, ViTOptions, students
 
 # Letters: B batch, T tokens, D width, K class tokens, H W grid.
-
-NumTokens = Annotated[int, Interval(ge=0, le=1024)]  # besides the patches
-NumGlobal = Annotated[int, Interval(ge=1, le=1024)]
-Schedule = Literal["quarters", "runs-of-5"] | NumGlobal
-"""A name, or the number of parts of the depth that each end in a global block."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -248,23 +242,6 @@ def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ViTOptions(StudentOptions):
-    """Options of the ViT students; None = the architecture's own."""
-
-    class_tokens: NumTokens | None = None  # 1, or one per teacher; 0 = pooling (table 5)
-    registers: NumTokens | None = None  # register tokens
-    stem: Literal["linear", "conv"] | None = None  # patch embedding
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ViTDetOptions(ViTOptions):
-    """Options of the windowed ViT students; None = the architecture's own."""
-
-    window: Window | None = None  # window side in tokens
-    schedule: Schedule | None = None  # global blocks: a name, or their number
 
 
 def _build(config: ViTConfig, options: ViTOptions) -> ViT:

@@ -304,32 +304,83 @@ def test_freed_memory_is_used_again_without_the_kernel() -> None:
 
 _LOADED = """
 import sys
+before = set(sys.modules)
 from radio import entry
 try:
     code = getattr(entry, sys.argv[1])(sys.argv[2:])
-finally:
-    heavy = {"torch", "torchvision", "numpy", "PIL", "timm", "transformers", "matplotlib", "faiss"}
-    print("loaded", sorted(heavy & set(sys.modules)), code)
+except SystemExit as stop:  # tyro's, after help or for an option that it does not know
+    code = stop.code
+loaded = {name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
+print(code, *sorted(name for name in loaded if not name.startswith("_")))
 """
+_LIGHT = {
+    *("radio", "evals", "train"),
+    *("pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection"),
+    *("tyro", "docstring_parser", "typeguard", "rich"),
+    *("yaml", "cython_runtime", "braceexpand"),
+}
+"""What may be loaded before something runs: each of them takes less than a tenth of a second."""
+
+
+def _loaded(command: str, arguments: Sequence[str]) -> tuple[str, set[str], str]:
+    """Exit code of a command in a process of its own, the packages that it loaded, and its output."""
+    program = [sys.executable, "-c", _LOADED, command, *arguments]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=True)
+    code, *packages = done.stdout.splitlines()[-1].split()
+    return code, set(packages), " ".join((done.stdout + done.stderr).split())
 
 
 @pytest.mark.parametrize(
     ("command", "arguments", "code", "shown"),
     [
-        ("evaluate", [], 0, "usage: radio-eval"),
-        ("evaluate", ["--help"], 0, "usage: radio-eval"),
-        ("evaluate", ["list"], 0, "Weighted k-nearest-neighbour"),
-        ("evaluate", ["kmn"], 2, "did you mean knn"),
-        ("train", [], 2, "usage: radio-train"),
-        ("train", ["--help"], 0, "table6-paper"),
-        ("train", ["dmeo"], 2, "did you mean demo"),
+        ("evaluate", "", "0", "usage: radio-eval"),
+        ("evaluate", "--help", "0", "usage: radio-eval"),
+        ("evaluate", "list", "0", "Weighted k-nearest-neighbour"),
+        ("evaluate", "kmn", "2", "did you mean knn"),
+        ("evaluate", "knn --help", "0", "--leave-one-out"),
+        ("evaluate", "knn --bnak x", "2", "--bank"),
+        ("evaluate", "knn --k 0", "2", "give one or more numbers of neighbours"),
+        ("evaluate", "all --help", "0", "--seg.iterations"),
+        ("evaluate", "noise --help", "0", "--repeats"),
+        ("evaluate", "throughput --help", "0", "--table6"),
+        ("evaluate", "report --help", "0", "--html"),
+        ("train", "", "2", "usage: radio-train"),
+        ("train", "--help", "0", "table6-paper"),
+        ("train", "dmeo", "2", "did you mean demo"),
+        ("train", "demo --help", "0", "--student.registers"),
+        ("train", "demo --optim.lrr 3", "2", "--optim.lr"),
+        ("train", "demo --plan --help", "0", "--utilisation"),
+        ("train", "table3 --help", "0", "--rows"),
+        ("train", "table6 --help", "0", "--rows"),
     ],
 )
-def test_usage_lists_and_wrong_names_come_without_torch(
-    command: str, arguments: list[str], code: int, shown: str
+def test_usage_options_and_wrong_names_come_without_torch(
+    command: str, arguments: str, code: str, shown: str
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _LOADED, command, *arguments], capture_output=True, text=True, check=True
-    )
-    assert shown in done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == f"loaded [] {code}"
+    ended, packages, output = _loaded(command, arguments.split())
+    assert ended == code and shown in output
+    assert packages <= _LIGHT
+
+
+_OPTIONAL = {
+    *("accelerate", "cv2", "faiss", "gguf", "jinja2", "matplotlib", "mmcv", "mmengine", "mmseg", "onnx"),
+    *("open_clip", "peft", "pycocotools", "scipy", "segment_anything", "transformers"),
+}
+"""What the extras install."""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "own"),
+    [
+        ("knn arch:vit-tiny12 --scenes 60 60 --k 5", {"faiss"}),
+        pytest.param("maps arch:vit-tiny12 --num-images 2", set(), marks=pytest.mark.slow),
+        pytest.param(
+            "sam scenes:sam --scenes 4", {"pycocotools", "scipy", "segment_anything"}, marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_a_task_imports_its_own_libraries_only(arguments: str, own: set[str], tmp_path: Path) -> None:
+    folders = ["--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
+    code, packages, output = _loaded("evaluate", [*arguments.split(), *folders])
+    assert code == "0", output
+    assert packages & _OPTIONAL == own

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import evals.cli  # noqa: F401 (enters the evaluators)
 from evals.core.evaluator import evaluators
 from radio import entry
 from radio.config import write_yaml

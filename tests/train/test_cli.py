@@ -12,7 +12,6 @@ import pytest
 from radio import entry
 from radio.config import read_yaml, write_yaml
 from radio.errors import RadioError
-from radio.students.vit import ViTOptions
 from train.cli import main
 from train.config import TrainConfig
 from train.recipes import recipes
@@ -66,7 +65,6 @@ def test_a_recipe_with_options_over_it(tmp_path: Path, capsys: pytest.CaptureFix
     recipe = recipes["smoke"]()
     wanted = replace(
         recipe,
-        options=ViTOptions(),  # of the family of the recipe's student
         teachers=tuple(
             replace(t, model=f"tiny:{n}", batch_size=2 if n == "sam" else None)
             for t, n in zip(recipe.teachers, ("clip", "dense", "sam"), strict=True)

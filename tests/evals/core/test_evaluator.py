@@ -14,10 +14,10 @@ from evals.core.evaluator import (
     RunSettings,
     domain_notes,
     evaluators,
-    make_evaluator,
     run_evaluator,
 )
 from evals.core.report import Metric
+from evals.core.task import make_evaluator
 from radio.data import open_source
 from radio.errors import ConfigError
 from radio.types import Backbone

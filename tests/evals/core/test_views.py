@@ -9,11 +9,11 @@ import torch
 from evals.core.features import View, ViewSettings
 from evals.core.features import make_view as view_of
 from radio.errors import ConfigError, DataError, SizeError
-from radio.images import EVALUATION_RATIO, evaluation_view, resize
+from radio.images import evaluation_view, resize
 
 
 def make_view(
-    model: Any, kind: Any, size: int | None, ratio: float = EVALUATION_RATIO
+    model: Any, kind: Any, size: int | None, ratio: float = 256 / 224
 ) -> tuple[View, tuple[str, ...]]:
     return view_of(model, ViewSettings(view=kind, size=size, ratio=ratio))
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from evals.core.evaluator import RunSettings, run_evaluator
 from evals.core.features import Extraction, ViewSettings, extract, make_view
-from evals.knn import knn
-from evals.knn.evaluator import KNN, KnnSettings
+from evals.core.task import make_evaluator
+from evals.knn import KnnSettings
+from evals.knn.index import knn
 from radio.data import open_source
 from radio.errors import DataError, RadioError
 
@@ -67,7 +68,9 @@ def test_it_gives_the_evaluators_own_numbers(
     query = make_folder(tmp_path / "val", classes=5, count=4, first=100)
     asked = KnnSettings(bank=str(bank), query=str(query), k=(3, 7), primary_k=7)
     model = backbone()
-    report = run_evaluator(KNN, model, asked, tmp_path / "out", run=RunSettings(cache=tmp_path / "cache"))
+    report = run_evaluator(
+        make_evaluator("knn"), model, asked, tmp_path / "out", run=RunSettings(cache=tmp_path / "cache")
+    )
     how = Extraction(view=make_view(model, ViewSettings())[0], device=torch.device("cpu"))
     sources = [open_source(str(folder)) for folder in (bank, query)]
     sides = [extract(model, source, how, cache=tmp_path / "cache").load().features for source in sources]

@@ -17,7 +17,8 @@ from PIL import Image
 
 from evals.core.evaluator import RunSettings, run_evaluator
 from evals.core.report import Report, read
-from evals.knn.evaluator import KNN, KnnSettings
+from evals.core.task import make_evaluator
+from evals.knn import KnnSettings
 from radio.data import open_source
 from radio.dist import joined
 from radio.errors import ConfigError, DataError, RadioError
@@ -29,7 +30,7 @@ from radio.types import Backbone
 def run(model: Any, settings: KnnSettings, out: Path, **changes: Any) -> Report:
     """Evaluate with a cache folder beside the reports."""
     shared = RunSettings(**{"cache": out.parent / "cache", **changes})
-    return run_evaluator(KNN, model, settings, out, run=shared)
+    return run_evaluator(make_evaluator("knn"), model, settings, out, run=shared)
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from PIL import Image
 from evals.core.blocks import ImageGrid, ImageRow
 from evals.core.evaluator import run_evaluator
 from evals.core.report import Report, read
-from evals.maps import MAPS, MapsSettings
+from evals.core.task import make_evaluator
+from evals.maps import MapsSettings
 from radio.errors import ConfigError, DataError
 from radio.hub import load_backbone
 from radio.model import AdaptorConfig, ModelConfig, RadioModel, build
@@ -26,7 +27,9 @@ def draw(tmp_path: Path) -> Callable[..., tuple[Report, list[ImageRow]]]:
     """Runs the evaluator on two images; returns its report and the rows of images."""
 
     def draw(model: Any, query: str = "scenes:val", count: int = 2) -> tuple[Report, list[ImageRow]]:
-        report = run_evaluator(MAPS, model, MapsSettings(query=query, num_images=count), tmp_path)
+        report = run_evaluator(
+            make_evaluator("maps"), model, MapsSettings(query=query, num_images=count), tmp_path
+        )
         (grid,) = read(tmp_path / f"maps-{report.model.replace(':', '-')}.json").blocks
         assert isinstance(grid, ImageGrid)
         return report, list(grid.rows)

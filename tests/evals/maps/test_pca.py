@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from evals.maps import Components
+from evals.maps.evaluator import Components
 from radio.errors import DataError
 
 

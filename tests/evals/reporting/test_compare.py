@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import evals.cli  # noqa: F401 (enters the evaluators)
 from evals.core.evaluator import RunSettings, evaluators, machine_settings
 from evals.core.report import DatasetInfo, Metric, Report, write
 from evals.core.stats import proportion

@@ -19,8 +19,9 @@ from segment_anything import SamPredictor
 
 from evals.core.evaluator import RunSettings, run_evaluator
 from evals.core.report import Report, read
+from evals.core.task import make_evaluator
+from evals.sam_dropin import SamSettings
 from evals.sam_dropin.data import open_instances
-from evals.sam_dropin.evaluator import SAM, SamSettings
 from evals.sam_dropin.prediction import Predictor
 from radio.dist import joined
 from radio.errors import ConfigError, DataError, RadioError
@@ -33,7 +34,7 @@ TIMED = ("encoder_rate", "decoder_rate")
 def run(model: Any, settings: SamSettings, out: Path, **changes: Any) -> Report:
     """Evaluate with two images a batch, and with a cache folder beside the reports."""
     shared = RunSettings(**{"cache": out.parent / "cache", "batch_size": 2, **changes})
-    return run_evaluator(SAM, model, settings, out, run=shared)
+    return run_evaluator(make_evaluator("sam"), model, settings, out, run=shared)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from torch import multiprocessing
 from evals.core.blocks import Table
 from evals.core.evaluator import RunSettings, run_evaluator
 from evals.core.report import Report, read
-from evals.seg_probe.evaluator import SEG
+from evals.core.task import make_evaluator
 from evals.seg_probe.protocol import SegSettings
 from radio.dist import Ranks, joined
 from radio.errors import ConfigError, DataError, RadioError
@@ -40,7 +40,9 @@ def run(
 ) -> Report:
     """Evaluate on the CPU, with a cache folder beside the reports."""
     shared = RunSettings(**{"cache": out.parent / "cache", "device": "cpu", **changes})
-    return run_evaluator(SEG, model, settings, out, run=shared, ranks=ranks, progress=progress)
+    return run_evaluator(
+        make_evaluator("seg"), model, settings, out, run=shared, ranks=ranks, progress=progress
+    )
 
 
 @pytest.fixture

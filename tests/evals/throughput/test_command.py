@@ -10,7 +10,7 @@ import pytest
 from evals.cli import main
 from evals.core.paper import TABLE_6_MODELS
 from evals.core.report import read
-from evals.throughput import COLUMNS, load_entry, speed_rows
+from evals.throughput.evaluator import COLUMNS, load_entry, speed_rows
 from radio.errors import ConfigError
 from radio.model import ModelConfig, build
 from radio.students import students

@@ -12,11 +12,12 @@ import torch
 
 from evals.core.evaluator import run_evaluator
 from evals.core.report import read
-from evals.throughput import (
+from evals.throughput import ThroughputSettings, make
+from evals.throughput.evaluator import (
     COLUMNS,
-    THROUGHPUT,
     MeasuredModel,
-    ThroughputSettings,
+    choose_dtype,
+    make_protocol,
     report_all,
     speed_rows,
 )
@@ -37,7 +38,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def test_one_model_gives_a_report_with_its_counts(tmp_path: Path) -> None:
-    report = run_evaluator(THROUGHPUT, tiny(), SHORT, tmp_path, name="mine")
+    report = run_evaluator(make(), tiny(), SHORT, tmp_path, name="mine")
     assert read(tmp_path / "throughput-mine.json") == report
     metrics = report.metrics
     assert metrics["parameters"].value == pytest.approx(1.067296)
@@ -80,7 +81,7 @@ def test_adaptors_are_measured_on_top_of_the_backbone(tmp_path: Path) -> None:
 
 def test_a_teacher_is_counted_without_its_text_tower(tmp_path: Path) -> None:
     teacher = load_teacher("scenes:clip")
-    report = run_evaluator(THROUGHPUT, teacher, replace(SHORT, batches=(1,)), tmp_path)
+    report = run_evaluator(make(), teacher, replace(SHORT, batches=(1,)), tmp_path)
     trunk: Any = getattr(teacher, "trunk")  # noqa: B009 (not of the protocol)
     wanted = sum(parameter.numel() for parameter in trunk.parameters())
     assert report.metrics["parameters"].value == pytest.approx(wanted / 1e6)
@@ -89,13 +90,13 @@ def test_a_teacher_is_counted_without_its_text_tower(tmp_path: Path) -> None:
 def test_a_backbone_that_is_no_module_is_measured_without_counts(
     tmp_path: Path, backbone: Callable[..., Any]
 ) -> None:
-    report = run_evaluator(THROUGHPUT, backbone(), SHORT, tmp_path)
+    report = run_evaluator(make(), backbone(), SHORT, tmp_path)
     assert "gmacs" not in report.metrics and report.metrics["images_per_second"].value > 0
 
 
 def test_threads_are_set_for_the_measurement_alone(tmp_path: Path) -> None:
     before = torch.get_num_threads()
-    report = run_evaluator(THROUGHPUT, tiny(), replace(SHORT, threads=before + 1, batches=(1,)), tmp_path)
+    report = run_evaluator(make(), tiny(), replace(SHORT, threads=before + 1, batches=(1,)), tmp_path)
     assert report.device.endswith(f"{before + 1} threads")
     assert torch.get_num_threads() == before
 
@@ -103,12 +104,12 @@ def test_threads_are_set_for_the_measurement_alone(tmp_path: Path) -> None:
 def test_a_resolution_and_half_precision(tmp_path: Path) -> None:
     settings = replace(SHORT, resolution=48, dtype="bf16", batches=(1,))
     model = tiny()
-    report = run_evaluator(THROUGHPUT, model, settings, tmp_path)
+    report = run_evaluator(make(), model, settings, tmp_path)
     assert report.fingerprint == model.fingerprint == tiny().fingerprint  # its weights were not rounded
     assert report.settings["resolved"]["size"] == [48, 48]
     assert report.settings["resolved"]["dtype"] == "bfloat16"
     with pytest.raises(SizeError, match="cannot take 50x50 px; the nearest size that it can is 48x48"):
-        run_evaluator(THROUGHPUT, tiny(), replace(settings, resolution=50), tmp_path)
+        run_evaluator(make(), tiny(), replace(settings, resolution=50), tmp_path)
 
 
 def test_unknown_references_and_double_names_are_errors(tmp_path: Path) -> None:
@@ -142,8 +143,8 @@ def test_settings_that_cannot_be(changes: dict[str, Any], said: str) -> None:
 
 
 def test_presets_and_batches_of_ones_own() -> None:
-    assert ThroughputSettings(preset="timm").protocol.batches == (256,)
-    assert ThroughputSettings(preset="timm", batches=(8,)).protocol.batches == (8,)
-    assert ThroughputSettings(preset="timm", batches=(8,)).protocol.warmup_calls == 10
-    assert ThroughputSettings().dtype_on(torch.device("cpu")) is torch.float32
-    assert ThroughputSettings().dtype_on(torch.device("cuda")) is torch.bfloat16
+    assert make_protocol(ThroughputSettings(preset="timm")).batches == (256,)
+    assert make_protocol(ThroughputSettings(preset="timm", batches=(8,))).batches == (8,)
+    assert make_protocol(ThroughputSettings(preset="timm", batches=(8,))).warmup_calls == 10
+    assert choose_dtype(ThroughputSettings(), torch.device("cpu")) is torch.float32
+    assert choose_dtype(ThroughputSettings(), torch.device("cuda")) is torch.bfloat16

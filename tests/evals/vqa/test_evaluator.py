@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 from evals.core.evaluator import EvalRun, RunSettings, run_evaluator, run_predictions
 from evals.core.report import Report, read
+from evals.core.task import make_evaluator
 from evals.vqa import settings as protocol
 from evals.vqa import training
-from evals.vqa.evaluator import VQA
 from evals.vqa.scenes import benchmarks, describe_questions, load_scenes
 from evals.vqa.settings import VqaSettings
 from radio.entry import evaluate
@@ -30,11 +30,11 @@ SMALL = VqaSettings(scenes=(12, 4), max_steps=2, train_batch_size=4, size=32)
 
 
 def run(model: Any, settings: VqaSettings, out: Path, *, name: str | None = None, **shared: Any) -> Report:
-    return run_evaluator(VQA, model, settings, out, run=RunSettings(**shared), name=name)
+    return run_evaluator(make_evaluator("vqa"), model, settings, out, run=RunSettings(**shared), name=name)
 
 
 def score(settings: VqaSettings, out: Path) -> Report | None:
-    return run_predictions(VQA, settings, out, run=RunSettings())
+    return run_predictions(make_evaluator("vqa"), settings, out, run=RunSettings())
 
 
 def test_a_run_reports_everything_and_a_second_one_finds_it(

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from evals.core.blocks import Confusions
 from evals.core.evaluator import RunSettings, run_evaluator
 from evals.core.report import Report, read
-from evals.zeroshot.evaluator import ZEROSHOT, ZeroshotSettings
+from evals.core.task import make_evaluator
+from evals.zeroshot import ZeroshotSettings
 from radio.data import open_source
 from radio.dist import joined
 from radio.errors import ConfigError, DataError, RadioError
@@ -26,7 +27,7 @@ from radio.images import evaluation_view
 def run(model: Any, settings: ZeroshotSettings, out: Path, **changes: Any) -> Report:
     """Evaluate with a cache folder beside the reports, seven images at a time."""
     shared = RunSettings(**{"cache": out.parent / "cache", "batch_size": 7, **changes})
-    return run_evaluator(ZEROSHOT, model, settings, out, run=shared)
+    return run_evaluator(make_evaluator("zeroshot"), model, settings, out, run=shared)
 
 
 SAID = ("a {}", "there is {}")

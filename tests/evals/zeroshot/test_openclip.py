@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from evals.core.evaluator import run_evaluator
-from evals.zeroshot.evaluator import ZEROSHOT, ZeroshotSettings
+from evals.core.task import make_evaluator
+from evals.zeroshot import ZeroshotSettings
 from radio.data import open_source
 from radio.hub import load_backbone
 from radio.images import evaluation_view
@@ -35,7 +36,7 @@ def test_scores_equal_the_librarys_own_way(tmp_path: Path, make_folder: Callable
     query = make_folder(tmp_path / "val", classes=6, count=4)
     settings = ZeroshotSettings(query=str(query), templates="simple")
     teacher = load_backbone(f"openclip:{NAME}@{tmp_path / 'weights.pt'}")
-    report = run_evaluator(ZEROSHOT, teacher, settings, tmp_path / "out")
+    report = run_evaluator(make_evaluator("zeroshot"), teacher, settings, tmp_path / "out")
 
     source = open_source(str(query))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (OPENAI_MEAN, OPENAI_STD))

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Self, final
+from typing import Self, final
 
 import torch
-from annotated_types import Interval
 from torch import Tensor
 
 from evals.core.blocks import ImageGrid, ImageRow
-from evals.core.evaluator import EvalRun, Evaluator, Result
+from evals.core.evaluator import EvalRun, Result
 from evals.core.report import DatasetInfo, Metric, Skipped
 from radio.checkpoint import TeacherEntry
-from radio.config import check
 from radio.data import ImageSource
 from radio.errors import DataError, RadioError
 from radio.hub import load_backbone
 from radio.images import resize
 from radio.types import Backbone, Features
+
+from . import MapsSettings
 
 # Letters: N images, T tokens, D token width, H W grid.
 
@@ -29,21 +29,6 @@ _TITLE = (
     "shown; one square is one token. Colors of two models say nothing of one another, except where a student "
     "stands along its teacher's axes: there equal colors are equal features"
 )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MapsSettings:
-    """Feature maps of a few images."""
-
-    query: str = "scenes:val"
-    """The images: a folder with one folder per class, tar shards, or the generated world."""
-    num_images: Annotated[int, Interval(ge=1, le=24)] = 6
-    """Number of images, spread evenly."""
-
-    def __post_init__(self) -> None:
-        """Validate the settings; raise `ConfigError` on a value out of range."""
-        check(self)
-
 
 _Shown = dict[str, Tensor]  # the images that are shown by their keys, uint8 [3, h, w] each
 
@@ -234,6 +219,3 @@ class Components:
         varies = span > _ROUNDING * span.max()
         shown = (self.coordinates(tokens) - self.low) / torch.where(varies, span, 1.0)
         return torch.where(varies, shown, 0.5).clamp(0, 1)
-
-
-MAPS = Evaluator(name="maps", settings=MapsSettings, evaluate=evaluate, title="spatial features")

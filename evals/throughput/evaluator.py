@@ -5,13 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-import tyro
-from annotated_types import Interval
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -19,7 +17,7 @@ from rich.table import Table as ConsoleTable
 from torch import nn
 
 from evals.core.blocks import Table
-from evals.core.evaluator import EvalRun, Evaluator, Result, RunSettings, report_result
+from evals.core.evaluator import EvalRun, Result, RunSettings, report_result
 from evals.core.paper import TABLE_6_MODELS, table_6_row
 from evals.core.report import Metric, Report
 from radio.benchmark import (
@@ -33,7 +31,7 @@ from radio.benchmark import (
     num_turns,
     prepare,
 )
-from radio.config import Pixels, check, parse_options, to_plain
+from radio.config import to_plain
 from radio.errors import ConfigError, SizeError, did_you_mean
 from radio.hub import load_backbone
 from radio.model import ModelConfig, RadioModel, build
@@ -42,6 +40,8 @@ from radio.resources import check_memory, choose_device, describe_device
 from radio.students import options_type, students
 from radio.teachers.base import Frozen
 from radio.types import Backbone
+
+from . import ThroughputOptions, ThroughputSettings, make
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -53,60 +53,6 @@ COLUMNS = (
 
 SPEED_TABLE = "speed"
 
-Seconds = Annotated[float, Interval(ge=0, le=86_400)]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ThroughputSettings:
-    """Measure images per second on random input that is already on the device."""
-
-    batches: tuple[Annotated[int, Interval(ge=1, le=65_536)], ...] | None = None
-    """Batch sizes, measured one after the other. Default: 1 and 8, or the preset's."""
-    resolution: Pixels | None = None
-    """Side of the images in pixels. Default: each model's own size."""
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Precision of the models. auto: fp32 on a CPU, bf16 on CUDA."""
-    compile: bool = False
-    """Also measure every model compiled by torch.compile."""
-    with_adaptors: bool = False
-    """Also measure every model that has adaptors with all of them."""
-    layout: Literal["auto", "contiguous", "channels-last"] = "auto"
-    """Memory layout of images and weights. auto: channels-last for models with convolutions beyond a stem."""
-    preset: Literal["timm", "paper"] | None = None
-    """timm: batch 256, 10 warm-up and 40 measured calls, as in timm's benchmark. paper: batch 128."""
-    repeats: Annotated[int, Interval(ge=1, le=100_000)] = 5
-    """Measured windows per model and batch; the median is reported."""
-    window_seconds: Seconds = 1.0
-    """Approximate length of a window; at least one call."""
-    warmup_seconds: Seconds = 3.0
-    """Warm-up before the first window; at least one call."""
-    threads: Annotated[int, Interval(ge=1, le=1024)] | None = None
-    """CPU threads. Default: torch's."""
-
-    def __post_init__(self) -> None:
-        """Validate the settings; raise `ConfigError` when they cannot be measured."""
-        check(self)
-        own = (self.repeats, self.window_seconds, self.warmup_seconds)
-        if self.preset is not None and own != (5, 1.0, 3.0):
-            raise ConfigError(
-                f"the preset {self.preset} says how long to measure; leave --repeats, --window-seconds and "
-                f"--warmup-seconds out, or the preset"
-            )
-        if self.batches == ():
-            raise ConfigError("--batches names no batch size; give one, or leave it out")
-
-    @property
-    def protocol(self) -> Protocol:
-        """Batches, warm-up and windows."""
-        repeats, window, warmup = self.repeats, self.window_seconds, self.warmup_seconds
-        own = Protocol(repeats=repeats, window_seconds=window, warmup_seconds=warmup)
-        protocol = own if self.preset is None else PRESETS[self.preset]
-        return protocol if self.batches is None else replace(protocol, batches=self.batches)
-
-    def dtype_on(self, device: torch.device) -> torch.dtype:
-        """Return the precision of the models on a device."""
-        return DTYPES[("fp32" if device.type == "cpu" else "bf16") if self.dtype == "auto" else self.dtype]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeasuredModel:
@@ -116,6 +62,23 @@ class MeasuredModel:
     model: Backbone
     paper_name: str = ""  # as in `evals.core.paper.TABLE_6_MODELS`
     untrained: bool = False
+
+
+def make_protocol(settings: ThroughputSettings) -> Protocol:
+    """Return batches, warm-up and windows."""
+    own = Protocol(
+        repeats=settings.repeats,
+        window_seconds=settings.window_seconds,
+        warmup_seconds=settings.warmup_seconds,
+    )
+    protocol = own if settings.preset is None else PRESETS[settings.preset]
+    return protocol if settings.batches is None else replace(protocol, batches=settings.batches)
+
+
+def choose_dtype(settings: ThroughputSettings, device: torch.device) -> torch.dtype:
+    """Return the precision of the models on a device."""
+    automatic = "fp32" if device.type == "cpu" else "bf16"
+    return DTYPES[automatic if settings.dtype == "auto" else settings.dtype]
 
 
 def evaluate(model: Backbone, settings: ThroughputSettings, run: EvalRun) -> Result:
@@ -155,7 +118,7 @@ def measure_all(
     reference = _check_names([entry.name for entry in entries], reference)
     sizes = {entry.name: _size(entry.model, settings.resolution) for entry in entries}
     started = time.monotonic()
-    dtype, protocol = settings.dtype_on(device), settings.protocol
+    dtype, protocol = choose_dtype(settings, device), make_protocol(settings)
     for entry in entries:
         check_memory(entry.model, max(protocol.batches), sizes[entry.name], device, dtype)
     counts = {entry.name: _count(entry.model, sizes[entry.name]) for entry in entries}
@@ -223,7 +186,7 @@ def report_all(
     results = measure_all(entries, settings, choose_device(device), reference=reference, progress=progress)
     return [
         report_result(
-            THROUGHPUT,
+            make(),
             entry.model,
             settings,
             out,
@@ -262,7 +225,7 @@ def _variants(
                 entry.model,
                 size,
                 device,
-                settings.dtype_on(device),
+                choose_dtype(settings, device),
                 channels_last=layouts[settings.layout],
                 compiled=compiled,
                 adaptors=adaptors,
@@ -323,44 +286,16 @@ def _metrics(measurements: Sequence[Measurement], counts: Counts | None) -> dict
     return metrics
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ThroughputOptions:
-    """Models, reference and output of the measurement."""
-
-    models: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Architectures (untrained, which does not affect speed), checkpoint files, or teachers' specs."""
-    table6: bool = False
-    """Also measure every architecture of the paper's table 6."""
-    reference: str | None = None
-    """The model that ratios refer to. Default: the first."""
-    out: Path = Path("reports")
-    """Folder of the reports. If it has k-NN reports of the same models, quality is plotted against speed."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    plain: bool = False
-    """Print without progress bars, colours and box lines."""
-    settings: Annotated[ThroughputSettings, tyro.conf.arg(name="")] = field(
-        default_factory=ThroughputSettings
-    )
-
-
-def run_throughput(arguments: Sequence[str], plot: Callable[[Path], Path | None]) -> int:
+def run_throughput(options: ThroughputOptions, plot: Callable[[Path], Path | None]) -> int:
     """Run the command and return its exit code: 0 when every report was written.
 
     Args:
+        options: the models, and how to measure them.
         plot: plots quality against speed from a folder of reports; returns the file, or None without data.
 
     Raises:
-        RadioError: an unknown or repeated model, or settings that cannot be measured.
+        RadioError: an unknown or repeated model.
     """
-    options = check(
-        parse_options(
-            ThroughputOptions,
-            arguments,
-            prog="radio-eval throughput",
-            description="Images a second, multiply-adds and memory of several models, measured in turns.",
-        )
-    )
     of_paper = [name for name in TABLE_6_MODELS if name in students] if options.table6 else []
     specs = [*options.models, *(name for name in of_paper if name not in options.models)]
     if not specs:
@@ -442,12 +377,3 @@ def speed_rows(report: Report) -> Sequence[Sequence[str | int | float | None]]:
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
-
-
-THROUGHPUT = Evaluator(
-    name="throughput",
-    settings=ThroughputSettings,
-    evaluate=evaluate,
-    title="throughput",
-    on_request=True,  # no score: it wants an otherwise idle machine
-)

@@ -1,0 +1,37 @@
+"""Feature maps: the first three principal components of a model's tokens as red, green and blue."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Interval
+
+from evals.core import evaluators
+from evals.core.task import Evaluator, late
+from radio.config import check
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MapsSettings:
+    """Feature maps of a few images."""
+
+    query: str = "scenes:val"
+    """The images: a folder with one folder per class, tar shards, or the generated world."""
+    num_images: Annotated[int, Interval(ge=1, le=24)] = 6
+    """Number of images, spread evenly."""
+
+    def __post_init__(self) -> None:
+        """Validate the settings; raise `ConfigError` on a value out of range."""
+        check(self)
+
+
+@evaluators.register("maps")
+def make() -> Evaluator[MapsSettings]:
+    """The first three principal components of the tokens as colors, beside those of a student's teachers."""
+    return Evaluator(
+        name="maps",
+        settings=MapsSettings,
+        evaluate=late("evals.maps.evaluator:evaluate"),
+        title="spatial features",
+    )
