@@ -90,12 +90,14 @@ class AdaptorOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW with linear warm-up and cosine annealing (paper §4; decay and warm-up are ours)."""
+    """Optimizer and learning rate with linear warm-up (paper §4: AdamW, cosine; the rest is ours)."""
 
+    kind: Literal["adamw", "muon"] = "adamw"  # muon: for linear layers and kernels, AdamW for the rest
     lr: Rate = 1e-3
     weight_decay: Rate = 0.02
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     warmup: Share = 0.01  # share of all steps
+    schedule: Literal["cosine", "linear"] = "cosine"  # the decay after the warm-up
     final_lr: Share = 0.0  # final learning rate as a share of lr
     clip: NotNegative = 1.0  # maximal gradient norm; 0 = no clipping
 

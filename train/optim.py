@@ -1,20 +1,25 @@
-"""AdamW with a guard against non-finite gradients, the learning rate schedule, and the weights' average."""
+"""AdamW and Muon with a guard against non-finite gradients, the learning rate, and the weights' average."""
 
 from __future__ import annotations
 
 import math
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from .config import OptimConfig
 
+# Letters: N matrices of R rows and C columns.
+
 _UNDECAYED = ("table", "prefix")  # positions, class and register tokens
 
+# Muon's momentum, iterations and coefficients are K. Jordan's; the root mean square of an update, with which
+# AdamW's learning rates and decays carry over, is J. Liu's (arXiv:2502.16982).
+_MOMENTUM, _ITERATIONS, _COEFFICIENTS, _RMS = 0.95, 5, (3.4445, -4.7750, 2.0315), 0.2
 
-@final
+
 class GuardedAdamW(torch.optim.AdamW):
     """Fused AdamW that clips gradients and skips a step by scalars on the device.
 
@@ -35,29 +40,106 @@ class GuardedAdamW(torch.optim.AdamW):
         return fine
 
 
+@final
+class Muon(GuardedAdamW):
+    """Muon for the groups with `matrices` set, AdamW for the others; both with the guard of `GuardedAdamW`.
+
+    A matrix moves along its orthogonalised momentum, so that all its directions learn at one speed. Every
+    rank orthogonalises whole matrices, of which it then applies its own part.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Do one step by the gradients that the weights have; a closure is not called."""
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["matrices"]]
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            if group["matrices"]:
+                self._move([weight for weight in group["params"] if weight.grad is not None], group)
+
+    def _move(self, weights: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """Apply a step to weights [R, C] or [R, ...]."""
+        if not weights:
+            return
+        like = to_local(weights[0].detach())
+        fine = like.new_ones(()) if self.found_inf is None else 1 - self.found_inf
+        scale = 1.0 if self.grad_scale is None else self.grad_scale
+        grads = [to_local(weight.grad) / scale for weight in weights if weight.grad is not None]
+        grads = [torch.where(fine > 0, grad, 0.0) for grad in grads]  # nan times 0 would be nan
+        momenta = [to_local(self.state[weight]["exp_avg"]) for weight in weights]
+        torch._foreach_lerp_(momenta, grads, [(1 - _MOMENTUM) * fine] * len(grads))
+        torch._foreach_add_([self.state[weight]["step"] for weight in weights], fine)
+        ahead = torch._foreach_lerp(grads, momenta, _MOMENTUM)  # Nesterov's
+        wholes = [_whole(update, weight).flatten(1) for update, weight in zip(ahead, weights, strict=True)]
+        for weight, update in zip(weights, orthogonalise(wholes), strict=True):
+            rate = group["lr"] * _RMS * max(update.shape) ** 0.5
+            local = to_local(weight)
+            local.mul_(1 - group["lr"] * group["weight_decay"] * fine)
+            local.sub_(_part(update.reshape(weight.shape), weight) * (rate * fine))
+
+
+def orthogonalise(matrices: list[Tensor]) -> list[Tensor]:
+    """Bring the singular values of matrices [R, C] to about 1 (0.6 to 1.3), by Newton and Schulz's iteration.
+
+    In bfloat16 on a GPU, matrices of one shape at a time.
+    """
+    done: dict[int, Tensor] = {}
+    wide = [matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix for matrix in matrices]
+    for shape in dict.fromkeys(matrix.shape for matrix in wide):
+        places = [place for place, matrix in enumerate(wide) if matrix.shape == shape]
+        x = torch.stack([wide[place] for place in places])
+        x = x.bfloat16() if x.is_cuda else x
+        x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+        a, b, c = _COEFFICIENTS
+        for _ in range(_ITERATIONS):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        done |= dict(zip(places, x.float(), strict=True))
+    return [
+        done[place].mT if matrix.shape[0] > matrix.shape[1] else done[place]
+        for place, matrix in enumerate(matrices)
+    ]
+
+
 def make_optimizer(model: nn.Module, config: OptimConfig) -> GuardedAdamW:
-    """Build AdamW: matrices and kernels decay; norms, biases, tokens and positions do not.
+    """Build the optimizer: matrices and kernels decay; norms, biases, tokens and positions do not.
 
     Sharded weights are in separate groups from whole ones, as torch's kernels require.
     """
     exempt = exempt_from_decay(model)
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    matrices = {id(weight) for weight in muon_weights(model)} if config.kind == "muon" else set()
+    groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         kept = parameter.ndim < 2 or name.rsplit(".", 1)[-1] in _UNDECAYED or name in exempt
-        groups.setdefault((isinstance(parameter, DTensor), kept), []).append(parameter)
+        key = (isinstance(parameter, DTensor), kept, not kept and id(parameter) in matrices)
+        groups.setdefault(key, []).append(parameter)
     settings = [
-        {"params": groups[key], "weight_decay": 0.0 if key[1] else config.weight_decay}
+        {"params": groups[key], "weight_decay": 0.0 if key[1] else config.weight_decay, "matrices": key[2]}
         for key in sorted(groups)
     ]
-    optimizer = GuardedAdamW(settings, lr=config.lr, betas=config.betas, fused=True)
-    for parameters in groups.values():  # initialised now, so that a state can be loaded into it
+    make = Muon if config.kind == "muon" else GuardedAdamW
+    optimizer = make(settings, lr=config.lr, betas=config.betas, fused=True)
+    for (_, _, by_muon), parameters in groups.items():  # now, so that a state can be loaded into it
         for parameter in parameters:
             optimizer.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
+                **({} if by_muon else {"exp_avg_sq": torch.zeros_like(parameter)}),
             }
     return optimizer
+
+
+def muon_weights(model: nn.Module) -> list[Tensor]:
+    """Collect what Muon moves: the weights of linear layers, and of convolutions that mix channels."""
+    return [
+        module.weight
+        for module in model.modules()
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+    ]
 
 
 def exempt_from_decay(model: nn.Module) -> set[str]:
@@ -71,7 +153,7 @@ def exempt_from_decay(model: nn.Module) -> set[str]:
 
 
 def moments(optimizer: GuardedAdamW, model: nn.Module) -> dict[str, Tensor]:
-    """Return AdamW's state of every weight, as `step.NAME`, `exp_avg.NAME` and `exp_avg_sq.NAME`."""
+    """Return every weight's state as `step.NAME`, `exp_avg.NAME`, and AdamW's `exp_avg_sq.NAME`."""
     return {
         f"{kind}.{name}": tensor
         for name, parameter in model.named_parameters()
@@ -80,7 +162,7 @@ def moments(optimizer: GuardedAdamW, model: nn.Module) -> dict[str, Tensor]:
 
 
 def odd_count(optimizer: GuardedAdamW, model: nn.Module, steps: int, *, partly: str = "-") -> str:
-    """Describe the first of AdamW's step counts that is neither `steps` nor 0 (never a gradient), or "".
+    """Describe the first of the step counts that is neither `steps` nor 0 (never a gradient), or "".
 
     Weights whose names begin with `partly` may have had a gradient in only some of the steps.
     """
@@ -93,12 +175,12 @@ def odd_count(optimizer: GuardedAdamW, model: nn.Module, steps: int, *, partly: 
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
-    """Compute the learning rate of step `step` (from 0) of `steps`: linear warm-up, then cosine annealing."""
+    """Compute the learning rate of step `step` (from 0) of `steps`: linear warm-up, then the decay."""
     warmup = round(config.warmup * steps)
     if step < warmup:
         return config.lr * (step + 1) / warmup
     progress = (step - warmup) / max(steps - warmup, 1)
-    shape = 0.5 * (1 + math.cos(math.pi * progress))
+    shape = 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return config.lr * (config.final_lr + (1 - config.final_lr) * shape)
 
 
@@ -128,3 +210,20 @@ class Average:
 def to_local(tensor: Tensor) -> Tensor:
     """Return this rank's part of a tensor that may be sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _whole(part: Tensor, weight: Tensor) -> Tensor:
+    """Gather a tensor of which this rank has the same part as of the weight."""
+    if not isinstance(weight, DTensor):
+        return part
+    mesh, places = weight.device_mesh, weight.placements
+    sharded = DTensor.from_local(part, mesh, places, shape=weight.shape, stride=weight.stride())
+    return sharded.full_tensor()
+
+
+def _part(whole: Tensor, weight: Tensor) -> Tensor:
+    """Return the part of a tensor that this rank has of the weight."""
+    if not isinstance(weight, DTensor):
+        return whole
+    replicated = DTensor.from_local(whole, weight.device_mesh, [Replicate()] * weight.device_mesh.ndim)
+    return replicated.redistribute(placements=weight.placements).to_local()

@@ -43,6 +43,7 @@ from .groups import (
 )
 from .loggers import say
 from .losses import DistillationLoss, make_balancer
+from .optim import muon_weights
 from .setup import (
     TeacherFacts,
     check_settings,
@@ -80,7 +81,7 @@ class Memory(NamedTuple):
 
     weights: int  # student and adaptors, or the rank's shard of them
     teachers: int  # frozen weights, matrices in bfloat16 where forwards are; no text towers
-    optimiser: int  # AdamW's two moments
+    optimiser: int  # AdamW's two moments; Muon has one of its matrices
     average: int  # moving average of the weights (--ema)
     gradients: int
     exchange: int  # DDP's buckets, or what FSDP2 gathers: two blocks and the weights outside
@@ -328,6 +329,10 @@ def _memory(
         blocks = [bytes_of(block) for block in blocks_of(student)]
         largest, outside = max(blocks, default=0), whole - sum(blocks)
         exchange = (2 * largest + outside) // (2 if half else 1) + 2 * largest
+    optimiser = 2 * weights
+    if config.optim.kind == "muon":
+        own_modules = [(student, world if sharded else 1), *((each, 1) for each in models.adaptors(groups))]
+        optimiser -= sum(_size(weight) // n for module, n in own_modules for weight in muon_weights(module))
     average = weights if config.ema else 0
     teachers = sum(bytes_of(models.teachers[name]) for group in groups for name in group.teachers)
     working = max(cost.teacher_working for cost in own)
@@ -338,14 +343,14 @@ def _memory(
     return Memory(
         weights=weights,
         teachers=teachers,
-        optimiser=2 * weights,
+        optimiser=optimiser,
         average=average,
         gradients=weights,
         exchange=exchange,
         inputs=inputs,
         activations=max(cost.activations - (cost.copies if sharded else 0) for cost in own),
         working=working,
-        peak=3 * weights + average + teachers + exchange + inputs + busy,
+        peak=weights + optimiser + average + teachers + exchange + inputs + busy,
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 from radio.model import AdaptorConfig, ModelConfig, RadioModel, build
 from radio.students.vit import ViTOptions
 from train.config import OptimConfig
-from train.optim import exempt_from_decay, learning_rate, make_optimizer
+from train.optim import exempt_from_decay, learning_rate, make_optimizer, orthogonalise
 
 
 def names_by_decay(model: nn.Module, config: OptimConfig) -> tuple[set[str], set[str]]:
@@ -89,10 +91,11 @@ def test_a_guarded_step_is_that_of_clipped_gradients() -> None:
     assert optimizer.grad_scale is None
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("norm", [float("nan"), float("inf")])
-def test_a_step_that_is_not_finite_changes_nothing(norm: float) -> None:
+def test_a_step_that_is_not_finite_changes_nothing(norm: float, kind: Literal["adamw", "muon"]) -> None:
     model = nn.Linear(3, 2)
-    optimizer = make_optimizer(model, OptimConfig(lr=0.1, weight_decay=0.5))
+    optimizer = make_optimizer(model, OptimConfig(kind=kind, lr=0.1, weight_decay=0.5))
     for value in (1.0, norm):
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, value)
@@ -103,6 +106,65 @@ def test_a_step_that_is_not_finite_changes_nothing(norm: float) -> None:
         assert changed == [bool(fine)] * 2
     assert [state["step"].item() for state in optimizer.state.values()] == [1.0, 1.0]
     assert all(torch.isfinite(state["exp_avg"]).all() for state in optimizer.state.values())
+
+
+def test_orthogonalised_matrices_keep_their_directions_and_lose_their_scales() -> None:
+    source = torch.Generator().manual_seed(0)
+    shapes = [(8, 8), (24, 8), (8, 24), (24, 8)]
+    matrices = [torch.randn(shape, generator=source) for shape in shapes]
+    for before, after in zip(matrices, orthogonalise(matrices), strict=True):
+        u, _, v = torch.linalg.svd(before, full_matrices=False)
+        core = u.mT @ after @ v.mT
+        scales = core.diagonal()
+        assert scales.min() > 0.6
+        assert scales.max() < 1.3
+        assert torch.allclose(core, torch.diag(scales), atol=1e-4)
+
+
+def test_muon_is_torchs_on_matrices_and_adamw_on_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # torch iterates in bfloat16
+    torch.manual_seed(0)
+    config = OptimConfig(kind="muon", lr=0.05, weight_decay=0.1, betas=(0.9, 0.98))
+    ours = nn.Sequential(nn.Linear(12, 6), nn.LayerNorm(6), nn.Unflatten(1, (6, 1, 1)), nn.Conv2d(6, 8, 1))
+    theirs = copy.deepcopy(ours)
+    kernel = nn.Parameter(theirs[3].weight.detach().flatten(1))
+    by_muon, rest = [theirs[0].weight, kernel], [theirs[0].bias, *theirs[1].parameters(), theirs[3].bias]
+    muon = torch.optim.Muon(by_muon, lr=0.05, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(rest, lr=0.05, weight_decay=0.0, betas=(0.9, 0.98))
+    optimizer = make_optimizer(ours, config)
+    for _ in range(3):
+        inputs = torch.randn(5, 12)
+        optimizer.zero_grad()
+        ours(inputs).square().sum().backward()
+        theirs[0].weight.grad, kernel.grad = ours[0].weight.grad.clone(), ours[3].weight.grad.flatten(1)
+        for theirs_one, ours_one in zip(
+            rest, [ours[0].bias, *ours[1].parameters(), ours[3].bias], strict=True
+        ):
+            theirs_one.grad = ours_one.grad.clone()
+        optimizer.step()
+        muon.step()
+        adamw.step()
+    assert torch.allclose(ours[0].weight, theirs[0].weight, atol=1e-5)
+    assert torch.allclose(ours[3].weight.flatten(1), kernel, atol=1e-5)
+    for theirs_one, ours_one in zip(rest, [ours[0].bias, *ours[1].parameters(), ours[3].bias], strict=True):
+        assert torch.allclose(theirs_one, ours_one, atol=1e-6)
+
+
+def test_muon_leaves_tokens_positions_and_depthwise_kernels_to_adamw() -> None:
+    model = build(ModelConfig(student="timm:mobilenetv3_small_050"), 0)
+    optimizer = make_optimizer(model, OptimConfig(kind="muon"))
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    chosen = {names[id(w)] for group in optimizer.param_groups if group["matrices"] for w in group["params"]}
+    layers = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+    }
+    assert chosen == layers - exempt_from_decay(model)
+    depthwise = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
+    assert depthwise
+    assert all("exp_avg_sq" in optimizer.state[module.weight] for module in depthwise)
+    assert all("exp_avg_sq" not in optimizer.state[w] for w in model.parameters() if names[id(w)] in chosen)
 
 
 def test_warm_up_is_one_percent_and_linear() -> None:
@@ -121,6 +183,13 @@ def test_cosine_falls_to_zero() -> None:
     assert learning_rate(100, 100, config) == pytest.approx(0.0, abs=1e-12)
     rates = [learning_rate(step, 100, config) for step in range(10, 100)]
     assert rates == sorted(rates, reverse=True)
+
+
+def test_linear_falls_evenly_to_a_share_of_the_rate() -> None:
+    config = OptimConfig(lr=4.0, warmup=0.2, schedule="linear", final_lr=0.25)
+    rates = [learning_rate(step, 10, config) for step in range(11)]
+    assert rates[:3] == pytest.approx([2.0, 4.0, 4.0])
+    assert rates[2:] == pytest.approx([4.0 - 3.0 * step / 8 for step in range(9)])
 
 
 def test_cosine_ends_at_a_share_of_the_rate() -> None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -269,9 +269,17 @@ def five(config: TrainConfig) -> TrainConfig:
 
 
 @pytest.mark.parametrize(
-    "ways", [("ddp", "fsdp"), pytest.param(("turns", "recomputed"), marks=pytest.mark.slow)]
+    ("ways", "kind"),
+    [
+        (("ddp", "fsdp"), "adamw"),
+        (("ddp", "fsdp"), "muon"),
+        pytest.param(("turns", "recomputed"), "adamw", marks=pytest.mark.slow),
+    ],
 )
-def test_ddp_is_fsdp_is_one_process(five: TrainConfig, tmp_path: Path, ways: tuple[str, ...]) -> None:
+def test_ddp_is_fsdp_is_one_process(
+    five: TrainConfig, tmp_path: Path, ways: tuple[str, ...], kind: Literal["adamw", "muon"]
+) -> None:
+    five = replace(five, optim=replace(five.optim, kind=kind))
     trained(five, Ranks(), tmp_path / "one")
 
     def work(group: Ranks) -> None:
