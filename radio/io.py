@@ -175,6 +175,18 @@ def _partial(place: Path, name: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold the lock of an existing folder, waiting for other processes; none where locks are unsupported."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
 def staged(folder: Path) -> Iterator[Path]:
     """Yield a folder for files that belong together; at the end move all of them into `folder`, or none.
 

@@ -31,9 +31,10 @@ def run(name: str, config: TrainConfig, console: Console, *, restart: bool) -> i
     if trained.stopped:
         return REQUEUE
     if trained.leads and config.score:
-        from .scoring import score
+        from .scoring import num_workers, score
 
-        score(config, {"student": trained.checkpoints[name]}, config.out / "reports", console)
+        students = {"student": trained.checkpoints[name]}
+        score(config, students, config.out / "reports", console, workers=num_workers(config))
     return 0
 
 
@@ -84,7 +85,9 @@ def train_all(runs: Rows, console: Console, *, restart: bool = False) -> Trained
             for line in changes:
                 say(screen, line)
             with _alone(config.out, group):
-                run = Trainer(config, group, device, screen, restart=restart)
+                run = Trainer(
+                    config, group, device, screen, restart=restart, eval_workers=_eval_workers(config, group)
+                )
                 checkpoints[name] = run.train()
             if run.stopped:
                 line = f"stopped after step {run.step} of {config.out}; the same command goes on from there"
@@ -99,10 +102,18 @@ def train_all(runs: Rows, console: Console, *, restart: bool = False) -> Trained
 def check_tasks(config: TrainConfig) -> None:
     """Check that the run can provide the settings that its evaluators require."""
     if tasks := (*config.score, *(config.eval_tasks if config.eval_every else ())):
-        from .scoring import make_job  # imported late: it imports all evaluators
+        from .scoring import make_settings  # imported late: it imports all evaluators
 
         for task in tasks:
-            make_job(task)
+            make_settings(task)
+
+
+def _eval_workers(config: TrainConfig, group: Ranks) -> int:
+    if not config.eval_every:
+        return 1
+    from .scoring import num_workers
+
+    return num_workers(config, group)
 
 
 @contextmanager

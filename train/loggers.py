@@ -9,6 +9,7 @@ import math
 import os
 import re
 import secrets
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -335,7 +336,7 @@ def say(console: Console, line: str) -> None:
 
 @final
 class ProgressConsole:
-    """A progress bar with loss, rate and remaining time on a terminal; plain lines elsewhere."""
+    """A progress bar with loss, rate and remaining time on a terminal; lines with the same elsewhere."""
 
     def __init__(self, console: Console, title: str, total: int, done: int) -> None:
         self.console = console
@@ -350,7 +351,8 @@ class ProgressConsole:
             disable=not console.is_terminal,
         )
         self._task = self._progress.add_task(shown(title), total=total, completed=done, figures="")
-        self._title, self._total = title, total
+        self._title, self._total, self._done = title, total, done
+        self._started = time.monotonic()
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -367,7 +369,11 @@ class ProgressConsole:
             self._progress.update(self._task, figures=shown(figures))
         self._progress.update(self._task, completed=done)
         if figures and not self.console.is_terminal:
-            say(self.console, f"{self._title} {done}/{self._total}  {figures}")
+            left = round(
+                (time.monotonic() - self._started) / max(done - self._done, 1) * (self._total - done)
+            )
+            remaining = f"  {left // 60}:{left % 60:02} left" if left else ""
+            say(self.console, f"{self._title} {done}/{self._total}  {figures}{remaining}")
 
 
 def summarise(record: Record, config: TrainConfig) -> str:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -15,16 +16,21 @@ from rich.text import Text
 
 from evals.core.paper import DATA, TASKS, PaperRow
 from evals.core.report import metric_text
-from evals.core.suite import Jobs, Outcome, run_all
-from evals.core.task import Evaluator, RunSettings, make_evaluator
+from evals.core.suite import Contestant, Outcome, run_contestants
+from evals.core.task import RunSettings, make_evaluator
 from radio.dist import Ranks
 from radio.errors import ConfigError, shown
 from radio.hub import load_backbone
-from radio.progress import watch_on
-from radio.types import Backbone
+from radio.progress import no_progress, watch_on
+from radio.resources import choose_device
 
 from .config import TrainConfig
 from .loggers import LOG, Record, read_records, say
+
+MAX_WORKERS = 4  # processes that score side by side: each holds the libraries, about 1 GB
+
+Tasks = Mapping[str, Any]
+"""Settings by the task's name."""
 
 
 def score(
@@ -33,6 +39,8 @@ def score(
     out: Path,
     console: Console,
     paper: Sequence[PaperRow] = (),
+    *,
+    workers: int = 1,
 ) -> dict[str, list[Outcome]]:
     """Score each model, write reports to `out`, print one table and return the outcomes.
 
@@ -44,82 +52,112 @@ def score(
         out: folder of the reports.
         console: where to print the table.
         paper: the paper's rows to print below.
+        workers: processes; see `run_contestants`.
     """
-    jobs = {task: make_job(task) for task in config.score}
-    outcomes_of = {}
-    for name, model, its_own in _contestants(config, students):
-        chosen: Jobs = {task: job for task, job in jobs.items() if its_own or not job[0].expensive}
-        is_untrained = name == "untrained"
-        outcomes_of[name] = run_jobs(
-            config, model, chosen, out, console, name=name, is_untrained=is_untrained
-        )
-    console.print(_table(outcomes_of, config.score, paper, plain=not console.is_terminal))
+    tasks = {task: make_settings(task) for task in config.score}
+    contestants = [
+        *_trained(students, tasks, out),
+        _untrained(config, next(iter(students.values())), tasks, out),
+        *_trained({teacher.model: teacher.model for teacher in config.teachers}, _cheap(tasks), out),
+    ]
+    outcomes = _run(config, contestants, console, workers)
+    console.print(_table(outcomes, config.score, paper, plain=not console.is_terminal))
     for line in _measured_on(config.score, paper):
         say(console, line)
-    return outcomes_of
+    return outcomes
 
 
-def run_jobs(
-    config: TrainConfig,
-    model: Backbone,
-    jobs: Jobs,
-    out: Path,
-    console: Console,
-    *,
-    name: str,
-    is_untrained: bool = False,
-) -> list[Outcome]:
-    """Run the evaluators of `make_job` on one model, on the run's device; reports go to `out`."""
-    return run_all(
-        model,
-        jobs,
-        out,
+def run_models(
+    config: TrainConfig, models: Mapping[str, Path], tasks: Tasks, out: Path, console: Console
+) -> dict[str, list[Outcome]]:
+    """Run tasks on checkpoints, on the run's device; return each model's outcomes."""
+    return _run(config, _trained(models, tasks, out), console, num_workers(config))
+
+
+def num_workers(config: TrainConfig, ranks: Ranks | None = None) -> int:
+    """Return how many processes score side by side: some on a CPU, one on a GPU or with several ranks."""
+    alone = (ranks or Ranks()).world == 1 and choose_device(config.device).type == "cpu"
+    return min(torch.get_num_threads(), MAX_WORKERS) if alone else 1
+
+
+def _run(
+    config: TrainConfig, contestants: Sequence[Contestant], console: Console, workers: int
+) -> dict[str, list[Outcome]]:
+    return run_contestants(
+        contestants,
         run=RunSettings(device=config.device),
-        name=name,
-        kind="untrained" if is_untrained else None,
+        workers=workers,
         progress=watch_on(console, shown=console.is_terminal),
-        ranks=Ranks(),
-        log=partial(tell, console, name),
+        log=partial(tell, console),
     )
+
+
+def _cheap(tasks: Tasks) -> Tasks:
+    """Leave out what takes long; only the run's students get it."""
+    return {task: settings for task, settings in tasks.items() if not make_evaluator(task).expensive}
+
+
+def _trained(models: Mapping[str, Path | str], tasks: Tasks, out: Path) -> list[Contestant]:
+    return [
+        Contestant(name=name, load=partial(load_backbone, str(spec)), tasks=tasks, out=out)
+        for name, spec in models.items()
+    ]
+
+
+def _untrained(config: TrainConfig, checkpoint: Path, tasks: Tasks, out: Path) -> Contestant:
+    load = partial(load_backbone, str(checkpoint), random_init=True, seed=config.seed)
+    return Contestant(name="untrained", load=load, tasks=_cheap(tasks), out=out, kind="untrained")
 
 
 class Follower:
     """Evaluates the student during training. Every rank calls it and takes part.
 
+    The first evaluation of a run also scores the untrained student, and prints both in a table; scores of the
+    untrained one that exist are not computed again, neither then nor at the end of the run.
+
     Args:
         config: tasks, device and run folder.
         group: the ranks.
         console: where to report.
+        workers: processes; see `run_contestants`.
 
     Raises:
         ConfigError: a task is unknown.
     """
 
-    def __init__(self, config: TrainConfig, group: Ranks, console: Console) -> None:
-        self.config, self.group, self.console = config, group, console
-        self.jobs = {task: make_job(task) for task in config.eval_tasks}
+    def __init__(self, config: TrainConfig, group: Ranks, console: Console, workers: int = 1) -> None:
+        self.config, self.group, self.console, self.workers = config, group, console, workers
+        self.tasks = {task: make_settings(task) for task in config.eval_tasks}
+        self._compared = False
 
     def evaluate(self, step: int) -> Record:
         """Evaluate `ckpt.pt`; return primary metrics (`knn/top1`), write reports to `reports/step-000200`."""
-        model = load_backbone(str(self.config.out / "ckpt.pt"))
-        outcomes = run_all(
-            model,
-            self.jobs,
-            self.config.out / "reports" / f"step-{step:06d}",
+        out, checkpoint = self.config.out / "reports", self.config.out / "ckpt.pt"
+        name = f"step {step}"
+        contestants = _trained({"student": checkpoint}, self.tasks, out / f"step-{step:06d}")
+        if not self._compared:
+            contestants.append(_untrained(self.config, checkpoint, self.tasks, out))
+        outcomes = run_contestants(
+            contestants,
             run=RunSettings(device=self.config.device),
-            name="student",
-            progress=watch_on(self.console, shown=False),
+            workers=self.workers,
+            progress=no_progress,
+            log=lambda model, line: tell(self.console, name if model == "student" else model, line),
             ranks=self.group,
-            log=partial(tell, self.console, f"step {step}"),
         )
-        reports = [outcome.report for outcome in outcomes if outcome.report is not None]
+        of_student = outcomes.pop("student")
+        if not self._compared:
+            both = {name: of_student, **outcomes}
+            self.console.print(_table(both, tuple(self.tasks), (), plain=not self.console.is_terminal))
+            self._compared = True
+        reports = [outcome.report for outcome in of_student if outcome.report is not None]
         record: Record = {"step": step}
         for report in reports:
             record[f"{report.task}/{report.primary_metric}"] = report.metrics[report.primary_metric].value
         figures = ", ".join(
             f"{name} {value:.1f}" for name, value in record.items() if isinstance(value, float)
         )
-        tell(self.console, f"step {step}", figures or "no task could be evaluated")
+        tell(self.console, name, figures or "no task could be evaluated")
         return record
 
     def has_done(self, step: int) -> bool:
@@ -127,24 +165,24 @@ class Follower:
         records = [record for record in read_records(self.config.out / LOG) if record["step"] == step]
         # Training records have a loss; their keys may start with a teacher named like a task.
         evaluations = [record for record in records if "loss" not in record]
-        return any(key.partition("/")[0] in self.jobs for record in evaluations for key in record)
+        return any(key.partition("/")[0] in self.tasks for record in evaluations for key in record)
 
 
-def make_job(task: str, settings: Mapping[str, Any] | None = None) -> tuple[Evaluator[Any], Any]:
-    """Make an evaluator and its settings: its defaults, overridden by those of `settings` that it has.
+def make_settings(task: str, overrides: Mapping[str, Any] | None = None) -> Any:
+    """Make a task's settings: its defaults, and those of `overrides` that it has.
 
     Raises:
         ConfigError: the task is unknown, or requires settings that a run does not have.
     """
-    evaluator, given = make_evaluator(task), settings or {}
-    known = {field.name: field for field in fields(evaluator.settings) if field.init}
+    kind, given = make_evaluator(task).settings, overrides or {}
+    known = {field.name: field for field in fields(kind) if field.init}
     missing = [name for name, field in known.items() if name not in given and _is_required(field)]
     if missing:
         raise ConfigError(
             f"{task} cannot be scored by a run: it needs {', '.join(missing)}; leave it out, and give the "
             f"checkpoint to radio-eval {task} afterwards"
         )
-    return evaluator, evaluator.settings(**{name: given[name] for name in known if name in given})
+    return kind(**{name: given[name] for name in known if name in given})
 
 
 def _is_required(field: Field[Any]) -> bool:
@@ -154,16 +192,6 @@ def _is_required(field: Field[Any]) -> bool:
 def tell(console: Console, name: str, line: str) -> None:
     """Print a line about one model."""
     say(console, f"{name}: {line}")
-
-
-def _contestants(config: TrainConfig, students: Mapping[str, Path]) -> Iterator[tuple[str, Backbone, bool]]:
-    """Load one model after another; yield its name in the table, itself, and whether the run trained it."""
-    for name, path in students.items():
-        yield name, load_backbone(str(path)), True
-    first = str(next(iter(students.values())))
-    yield "untrained", load_backbone(first, random_init=True, seed=config.seed), False
-    for teacher in config.teachers:
-        yield teacher.model, load_backbone(teacher.model), False
 
 
 def _table(

@@ -79,7 +79,11 @@ def table3() -> PaperTable:
         out=Path("runs/table3"),
         teachers=SCENES_TEACHERS[:2],  # the counterparts of CLIP and DINOv2, as in the paper's table
         steps=1200,
+        batch_size=16,
+        optim=OptimConfig(lr=1.5e-3, betas=(0.9, 0.98), warmup=0.05),  # AdamW, as in the paper
         log_every=20,
+        save_every=400,
+        eval_every=0,
         score=("zeroshot", "knn", "seg"),
     )
     return PaperTable(base=base, rows=_row_per_balancer, compare=_compare_balancers)
@@ -108,9 +112,9 @@ def _compare_balancers(rows: Rows, checkpoints: Mapping[str, Path], out: Path, c
     """Print scores of all students and teachers above the paper's rows, and the weights over time."""
     first = next(iter(rows.values()))
     if first.score:
-        from .scoring import score  # imported late: it imports all evaluators
+        from .scoring import num_workers, score  # imported late: it imports all evaluators
 
-        score(first, checkpoints, out / "reports", console, TABLE_3)
+        score(first, checkpoints, out / "reports", console, TABLE_3, workers=num_workers(first))
     show_weights({name: path.parent for name, path in checkpoints.items()}, out, console)
 
 
@@ -304,18 +308,18 @@ def _compare_students(rows: Rows, checkpoints: Mapping[str, Path], out: Path, co
     from radio.hub import load_backbone
     from radio.progress import watch_on
 
-    from .scoring import make_job, run_jobs
+    from .scoring import make_settings, run_models
 
     progress, reports = watch_on(console, shown=console.is_terminal), out / "reports"
     models = {name: load_backbone(str(path)) for name, path in checkpoints.items()}
-    jobs = {task: make_job(task, FEW.get(task)) for task in config.score}
-    scores: dict[str, list[str]] = {}
-    for name, model in models.items():
-        outcomes = run_jobs(config, model, jobs, reports, console, name=name)
-        scores[name] = [
+    tasks = {task: make_settings(task, FEW.get(task)) for task in config.score}
+    scores = {
+        name: [
             metric_text(outcome.report.metrics[outcome.report.primary_metric]) if outcome.report else "failed"
             for outcome in outcomes
         ]
+        for name, outcomes in run_models(config, checkpoints, tasks, reports, console).items()
+    }
     entries = [MeasuredModel(name=name, model=model, paper_name=name) for name, model in models.items()]
     settings = ThroughputSettings(**SPEED)
     speeds = report_all(entries, settings, reports, device=config.device, progress=progress)

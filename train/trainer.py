@@ -89,6 +89,7 @@ class Trainer:
         console: where to report.
         restart: start over instead of resuming from the run folder's state.
         teachers: this rank's teachers on the device, by name (default: loaded as configured).
+        eval_workers: processes that evaluate side by side; see `run_contestants`.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Trainer:
         *,
         restart: bool = False,
         teachers: Mapping[str, Teacher] | None = None,
+        eval_workers: int = 1,
     ) -> None:
         self.config, self.ranks, self.device, self.console = config, ranks, device, console
         self.partition = check_settings(config, ranks.world)
@@ -156,7 +158,7 @@ class Trainer:
         if config.eval_every:
             from .scoring import Follower  # the evaluators are many modules
 
-            self.follower = Follower(config, ranks, console)
+            self.follower = Follower(config, ranks, console, eval_workers)
         self.stop, self.stopped = Preemption(ranks), False
 
         # The state to resume from; then the teacher cache, unless no step is left.

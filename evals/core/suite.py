@@ -1,13 +1,20 @@
-"""Run several evaluators on a model: all of them once, or the same ones with several seeds."""
+"""Run several evaluators: on one model, on several models side by side, or with several seeds."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
@@ -19,15 +26,17 @@ from typing_extensions import TypedDict
 
 from radio.config import to_plain
 from radio.dist import Ranks
+from radio.entry import keep_freed_memory
 from radio.errors import ConfigError, DataError, RadioError
 from radio.foreign import blame
-from radio.io import read_json, write_text
-from radio.progress import ProgressFactory
+from radio.io import exclusive, read_json, write_text
+from radio.progress import ProgressFactory, no_progress
 from radio.resources import collect
 from radio.types import Backbone
 
-from .evaluator import Evaluator, RunSettings, machine_settings, run_evaluator
-from .report import Kind, Report, file_name, read
+from .evaluator import machine_settings, run_evaluator
+from .report import Kind, Report, file_name, metric_text, read
+from .task import Evaluator, RunSettings, make_evaluator
 
 _STATE = "all.json"
 _FORMAT: Literal["am-radio-all/1"] = "am-radio-all/1"
@@ -62,6 +71,14 @@ class Outcome:
     state: Literal["done", "kept", "left out", "failed"]
     report: Report | None = None
     reason: str = ""
+
+    def describe(self) -> str:
+        """Format it in a line: `knn: top1 82.1`, `knn: failed: REASON`."""
+        if self.report is None:
+            return f"{self.task}: {self.state}: {self.reason}"
+        metric = self.report.primary_metric
+        kept = ", unchanged, kept" if self.state == "kept" else ""
+        return f"{self.task}: {metric} {metric_text(self.report.metrics[metric])}{kept}"
 
 
 def run_all(
@@ -110,6 +127,146 @@ def run_all(
         elif outcome.state != "done":
             log(f"{task}: {outcome.state}: {outcome.reason}")
     return outcomes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contestant:
+    """A model and its tasks, for `run_contestants`; with several processes it must be picklable."""
+
+    name: str
+    load: Callable[[], Backbone]
+    tasks: Mapping[str, Any]  # their settings by name
+    out: Path  # folder of its reports
+    kind: Kind | None = None  # see `run_evaluator`
+
+
+def run_contestants(
+    contestants: Sequence[Contestant],
+    *,
+    run: RunSettings,
+    workers: int,
+    progress: ProgressFactory,
+    log: Callable[[str, str], None],
+    ranks: Ranks | None = None,
+) -> dict[str, list[Outcome]]:
+    """Run the tasks of several models as `run_all` does; return each model's outcomes by its name.
+
+    Small models gain more from a second task in another process than from a second thread in one task.
+
+    Args:
+        contestants: the models, of different names.
+        run: settings that all tasks share.
+        workers: processes that share the threads, each with one task at a time; 1 = none but this one.
+        progress: of a task, with one worker.
+        log: prints a line about the model of a name.
+        ranks: that score together, with one worker.
+
+    Raises:
+        RadioError: a process was killed.
+    """
+    if workers == 1:
+        return {
+            each.name: _run(each, run, progress, ranks or Ranks(), partial(log, each.name))
+            for each in contestants
+        }
+    waiting = [replace(each, tasks={task: each.tasks[task]}) for each in contestants for task in each.tasks]
+    # The longest first, so that none is left over at the end.
+    waiting.sort(key=lambda turn: not any(make_evaluator(task).expensive for task in turn.tasks))
+    total, running = len(waiting), dict[Future[list[Outcome]], tuple[Contestant, float]]()
+    done: dict[tuple[str, str], Outcome] = {}
+    seconds: list[tuple[str, float]] = []
+    with _pool(workers) as pool:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                turn = waiting.pop(0)
+                future = pool.submit(_run, turn, run, no_progress, Ranks(), _say_nothing)
+                running[future] = turn, time.monotonic()
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                turn, began = running.pop(future)
+                [outcome] = future.result()
+                done[turn.name, outcome.task] = outcome
+                if outcome.state == "done":
+                    seconds.append((outcome.task, time.monotonic() - began))
+                tasks = [
+                    task
+                    for each in (*waiting, *(turn for turn, _ in running.values()))
+                    for task in each.tasks
+                ]
+                left = round(_expected(tasks, seconds) / workers)
+                remaining = f", about {left // 60}:{left % 60:02} left" if left else ""
+                log(turn.name, f"{outcome.describe()} ({len(done)} of {total}{remaining})")
+    return {each.name: [done[each.name, task] for task in each.tasks] for each in contestants}
+
+
+def _run(
+    contestant: Contestant,
+    run: RunSettings,
+    progress: ProgressFactory,
+    ranks: Ranks,
+    log: Callable[[str], None],
+) -> list[Outcome]:
+    return run_all(
+        contestant.load(),
+        {task: (make_evaluator(task), settings) for task, settings in contestant.tasks.items()},
+        contestant.out,
+        run=run,
+        name=contestant.name,
+        kind=contestant.kind,
+        progress=progress,
+        ranks=ranks,
+        log=log,
+    )
+
+
+def _say_nothing(line: str) -> None:
+    """Take a line of a process whose outcomes are printed by another one."""
+
+
+def _expected(tasks: Sequence[str], seconds: Sequence[tuple[str, float]]) -> float:
+    """Estimate the seconds of tasks from those of finished ones: of the same name, or else of any."""
+    every = [duration for _, duration in seconds]
+    if not every:
+        return 0.0
+    same = {task: [duration for name, duration in seconds if name == task] or every for task in tasks}
+    return sum(sum(same[task]) / len(same[task]) for task in tasks)
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Start processes that share the threads; they end with this process, however it ends."""
+    threads = str(max(1, torch.get_num_threads() // workers))
+    context = multiprocessing.get_context("spawn")  # a fork would inherit locks that other threads hold
+    alive, held = context.Pipe(duplex=False)
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = threads  # also for FAISS; read when a process starts
+    try:
+        with ProcessPoolExecutor(workers, context, _begin, (alive,)) as pool:
+            try:
+                yield pool
+            except BaseException as error:
+                held.close()
+                if isinstance(error, BrokenProcessPool):
+                    raise RadioError(
+                        "a process that scored was killed, perhaps for its memory; the same command goes on"
+                    ) from error
+                raise
+    finally:
+        held.close()
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+def _begin(alive: Connection) -> None:
+    """Prepare a process of `_pool`: it ends when the other end of the pipe is closed."""
+
+    def watch() -> None:
+        alive.poll(None)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    keep_freed_memory()
 
 
 def _missing(task: str, evaluator: Evaluator[Any], model: Backbone) -> Outcome | None:
@@ -163,8 +320,9 @@ def _kept(out: Path, task: str, base: str, key: str, fingerprint: str) -> Outcom
 
 def _note(out: Path, base: str, key: str, report: Report) -> None:
     entry: _FinishedTask = {"key": key, "report": f"{file_name(report.task, report.model)}.json"}
-    tasks = {**_state(out), base: entry}
-    write_text(out / _STATE, json.dumps({"format": _FORMAT, "tasks": tasks}, indent=2) + "\n")
+    with exclusive(out):  # other processes may note theirs
+        tasks = {**_state(out), base: entry}
+        write_text(out / _STATE, json.dumps({"format": _FORMAT, "tasks": tasks}, indent=2) + "\n")
 
 
 def _state(out: Path) -> dict[str, _FinishedTask]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from evals.core import suite
 from evals.core.paper import TABLE_3
 from evals.core.report import Metric
 from evals.core.suite import Outcome
@@ -43,7 +44,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path, tuple[str, .
             for task in jobs
         ]
 
-    monkeypatch.setattr(module, "run_all", run_all)
+    monkeypatch.setattr(suite, "run_all", run_all)
     monkeypatch.setattr(module, "load_backbone", lambda spec, **_: spec)
     return calls
 

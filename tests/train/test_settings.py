@@ -20,7 +20,7 @@ from radio.errors import ConfigError, RadioError
 from train.config import DataConfig, TeacherConfig, TrainConfig
 from train.loggers import ProgressConsole, say
 from train.recipes import recipes
-from train.scoring import make_job
+from train.scoring import make_settings
 from train.setup import check_settings
 
 from .conftest import TEACHERS, Start, fill_shard
@@ -255,16 +255,16 @@ def test_an_evaluator_gets_the_settings_that_it_has(monkeypatch: pytest.MonkeyPa
         order: int = 2
 
     monkeypatch.setitem(evaluators._entries, "norm", lambda: norm(Plain))
-    assert make_job("norm", {"save_maps": 3})[1] == Plain()
+    assert make_settings("norm", {"save_maps": 3}) == Plain()
     monkeypatch.setitem(evaluators._entries, "norm", lambda: norm(dict))
     with pytest.raises(ConfigError, match="norm: its settings are no dataclass"):
-        make_job("norm")
+        make_settings("norm")
     monkeypatch.setitem(evaluators._entries, "norm", lambda: norm(Needing))
     wanted = (
         "norm cannot be scored by a run: it needs bank; leave it out, and give the checkpoint to radio-eval"
     )
     with pytest.raises(ConfigError, match=wanted):
-        make_job("norm")
+        make_settings("norm")
 
 
 @pytest.mark.parametrize(

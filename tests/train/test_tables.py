@@ -77,7 +77,7 @@ def test_one_command_trains_scores_and_shows_every_row(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(scoring, "score", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(scoring, "score", lambda *arguments, **_: asked.append(arguments))
     out = tmp_path / "table"
     assert main(["table3", *TINY, "--score", "knn", "--out", str(out)]) == 0
     for row, kind in ROWS.items():
@@ -98,7 +98,7 @@ def test_one_command_trains_scores_and_shows_every_row(
 
 def test_rows_are_chosen_kept_and_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     students: list[Mapping[str, Path]] = []
-    monkeypatch.setattr(scoring, "score", lambda _, scored, *__: students.append(scored))
+    monkeypatch.setattr(scoring, "score", lambda _, scored, *__, **___: students.append(scored))
     words = ["table3", *TINY, "--out", str(tmp_path), "--rows", "adaloss", "naive"]
     times = []
     for options in ([], [], ["--restart"]):

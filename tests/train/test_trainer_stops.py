@@ -259,7 +259,7 @@ def watch_evaluations(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
     calls: list[tuple[int, str]] = []
 
     def run_all(model: RadioModel, jobs: Any, out: Path, **_: Any) -> list[Outcome]:
-        step = model.metadata["provenance"]["step"]
+        step = model.metadata.get("provenance", {"step": 0})["step"]  # 0: the untrained student
         calls.append((step, out.name))
         report: Any = SimpleNamespace(
             task="knn", primary_metric="top1", metrics={"top1": Metric(value=float(step))}
@@ -269,7 +269,7 @@ def watch_evaluations(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
             Outcome(task="zeroshot", state="left out", reason="no text"),
         ]
 
-    monkeypatch.setattr("train.scoring.run_all", run_all)
+    monkeypatch.setattr("evals.core.suite.run_all", run_all)
     return calls
 
 
@@ -278,7 +278,7 @@ def test_the_student_is_evaluated_on_the_way(
 ) -> None:
     calls = watch_evaluations(monkeypatch)
     start(config, eval_every=4, log_every=6).train()
-    assert calls == [(4, "step-000004"), (8, "step-000008"), (12, "step-000012")]
+    assert calls == [(4, "step-000004"), (0, "reports"), (8, "step-000008"), (12, "step-000012")]
     records = [(record["step"], record.get("knn/top1")) for record in read_records(config.out)]
     assert records == [(4, 4.0), (6, None), (8, 8.0), (12, None), (12, 12.0)]
     start(config, out=config.out / "without", log_every=6).train()
@@ -291,14 +291,14 @@ def test_an_evaluation_that_was_not_got_to_is_made_up_for(
     calls = watch_evaluations(monkeypatch)
     run = start(config, eval_every=4)
     with monkeypatch.context() as patch:
-        patch.setattr("train.scoring.load_backbone", lambda spec: 1 // 0)
+        patch.setattr("train.scoring.load_backbone", lambda spec, **_: 1 // 0)
         with pytest.raises(ZeroDivisionError):
             run.train()
     assert calls == []
     again = start(config, eval_every=4)
     assert again.step == 4
     again.train()
-    assert [step for step, _ in calls] == [4, 8, 12]
+    assert [step for step, _ in calls] == [4, 0, 8, 12]
     steps = [record["step"] for record in read_records(config.out) if "knn/top1" in record]
     assert steps == [4, 8, 12]
 
@@ -317,7 +317,7 @@ def test_a_checkpoint_that_could_not_be_written_is_not_evaluated(
     monkeypatch.setattr(checkpoint, "save", full)
     run = start(config, eval_every=4, save_every=100)
     run.train()
-    assert [step for step, _ in calls] == [4, 12]
+    assert [step for step, _ in calls] == [4, 0, 12]
     told = run.console.file.getvalue()  # type: ignore[attr-defined]
     assert (
         "the state of step 8 could not be written ([Errno 28] No space left on device); that of step 4"
