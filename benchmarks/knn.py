@@ -89,6 +89,8 @@ def main() -> int:
         f"torch {other:.3f} s (from {min(times['torch']):.3f} to {max(times['torch']):.3f})\n"
         f"speed of the index over torch's: {other / mine:.2f} (wanted: {WANTED}), same neighbours: {same:.5f}"
     )
+    question = f"k-NN search, bank of {settings.bank} x {settings.width}: torch's product and top-k / ours"
+    sys.stdout.write(f"| {question} | {other / mine:.2f} | `python benchmarks/knn.py` |\n")
     return 0 if other / mine >= WANTED else 1
 
 

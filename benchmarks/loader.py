@@ -194,6 +194,9 @@ def main() -> int:
             table.add_column(column, justify="right")
         for loader, seconds in times.items():
             table.add_row(loader, f"{1000 * seconds / len(files):.2f}", f"{seconds / times[OURS]:.2f}")
+            if loader != OURS:
+                row = f"loader, {name}: {loader} / ours | {seconds / times[OURS]:.2f}"
+                sys.stdout.write(f"| {row} | `python benchmarks/loader.py` |\n")
         console.print(table)
         mean, largest = differences(files, settings.side)
         console.print(f"from the exact crop, in levels of 255: mean {mean:.2f}, at most {largest:.0f}\n")

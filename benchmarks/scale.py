@@ -28,8 +28,6 @@ from typing import Any, Literal
 import torch
 import tyro
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 
 from evals.core import blocks
 from evals.core.evaluator import Evaluator, Result, RunSettings, report_result
@@ -219,16 +217,12 @@ def measure(part: Part, size: int) -> dict[str, float]:
 
 
 def main(settings: Settings) -> int:
-    """Print the table; return 1 where a growth or the memory of a bank exceeds its limit, else 0."""
-    console = Console(highlight=False)
+    """Print a row for each size; return 1 where a growth or a bank's memory exceeds its limit, else 0."""
     if settings.alone:
         torch.set_num_threads(settings.threads)
         load_faiss().omp_set_num_threads(settings.threads)
         sys.stdout.write("\n" + json.dumps(measure(settings.parts[0], settings.sizes[0])))
         return 0
-    table = Table("part", title="growth: the exponent from one size to the next; 1 is linear")
-    for name in ("size", "CPU s", "growth", "MiB", "growth", "memory / bank"):
-        table.add_column(name, justify="right")
     fine = True
     for part in settings.parts:
         last: tuple[int, dict[str, float]] | None = None
@@ -242,19 +236,21 @@ def main(settings: Settings) -> int:
                 growth = {k: math.log(found[k] / last[1][k]) / math.log(size / last[0]) for k in found}
             share = found["memory"] / (size * WIDTH * 4) if part == "knn" else 0.0
             fine = fine and share <= BANK_LIMIT
-            table.add_row(
-                part,
+            cells = (
                 f"{size:,} {UNITS[part]}",
                 f"{found['seconds']:.2f}",
-                f"{growth['seconds']:.2f}" if last else "",
+                f"CPU s (growth {growth['seconds']:.2f})" if last else "CPU s",
                 f"{found['memory'] / MIB:.0f}",
-                f"{growth['memory']:.2f}" if last else "",
-                f"{share:.2f}" if share else "",
+                f"MiB (growth {growth['memory']:.2f})" if last else "MiB",
+                f"= {share:.2f} x the bank" if share else "",
             )
+            # The columns of `make bench`: what, how much, by what.
+            sys.stdout.write(
+                f"| {part}, {cells[0]} | {' '.join(cells[1:]).strip()} | `python benchmarks/scale.py` |\n"
+            )
+            sys.stdout.flush()
             last = (size, found)
         fine = fine and max(growth.values()) <= GROWTH_LIMIT
-        table.add_section()
-    console.print(table)
     return 0 if fine else 1
 
 

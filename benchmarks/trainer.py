@@ -288,6 +288,8 @@ def report(outside: float, loading: float, epochs: float, console: Console) -> b
     for name, found, wanted, fine in rows:
         table.add_row(name, found, wanted, "yes" if fine else "no")
     console.print(table)
+    for name, found, _, _ in rows:
+        sys.stdout.write(f"| {name} | {found} | `python benchmarks/trainer.py` |\n")
     return all(row[-1] for row in rows)
 
 

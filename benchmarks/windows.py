@@ -103,8 +103,11 @@ def vit_b_block(side: int, batch: int, rounds: int) -> None:
 
 def _report(title: str, times: dict[str, float], ours: str) -> None:
     cells = [f"{name} {1e3 * seconds:.1f} ms" for name, seconds in times.items()]
-    ratios = [f"{name} / {ours} = {times[name] / times[ours]:.2f}" for name in times if name != ours]
-    sys.stdout.write(f"{title}: {', '.join(cells)}; {', '.join(ratios)}\n")
+    others = [name for name in times if name != ours]
+    names = ", ".join(f"{name} / {ours}" for name in others)
+    ratios = ", ".join(f"{times[name] / times[ours]:.2f}" for name in others)
+    sys.stdout.write(f"{title}: {', '.join(cells)}\n")
+    sys.stdout.write(f"| {title}: {names} | {ratios} | `python benchmarks/windows.py` |\n")
     sys.stdout.flush()
 
 

@@ -223,6 +223,17 @@ def measure(
     return measurements
 
 
+def alternate(jobs: Sequence[Callable[[], object]], rounds: int) -> list[float]:
+    """Return the median CPU seconds of each job, run in turn `rounds` times, every other time backwards."""
+    seconds: list[list[float]] = [[] for _ in jobs]
+    for turn in range(rounds):
+        for index in range(len(jobs)) if turn % 2 == 0 else reversed(range(len(jobs))):
+            start = time.process_time()
+            jobs[index]()
+            seconds[index].append(time.process_time() - start)
+    return [statistics.median(times) for times in seconds]
+
+
 def num_turns(protocol: Protocol, num_models: int) -> int:
     """Return how often `measure` calls `done`."""
     return len(protocol.batches) * num_models * (1 + protocol.repeats)

@@ -213,10 +213,15 @@ def rank_classes(images: Tensor, classifier: Tensor, places: int = 5) -> Ranking
     columns = classifier.double()
     kept = min(places, columns.shape[1])
     parts = []
-    for block in F.normalize(images.double(), dim=1, eps=_TINY).split(_rows(columns.shape[1])):
-        values, classes = (
-            (block @ columns).round(decimals=_DECIMALS).sort(dim=1, descending=True, stable=True)
-        )
+    for block in images.split(_rows(columns.shape[1])):
+        units = F.normalize(block.double(), dim=1, eps=_TINY)
+        cosines = (units @ columns).round(decimals=_DECIMALS)
+        values, classes = cosines.topk(min(kept + 1, columns.shape[1]), dim=1)
+        # Only among equal cosines does a full sort find others.
+        rows = (values[:, 1:] == values[:, :-1]).any(dim=1).nonzero().flatten()
+        if len(rows):
+            full = cosines[rows].sort(dim=1, descending=True, stable=True)
+            classes[rows] = full.indices[:, : classes.shape[1]]
         parts.append((values[:, :kept], classes[:, :kept]))
     missing = (0, places - kept)
     values, classes = (torch.cat(part) for part in zip(*parts, strict=True))

@@ -21,6 +21,7 @@ from radio.benchmark import (
     CostCounter,
     Measurement,
     Protocol,
+    alternate,
     count,
     is_convolutional,
     measure,
@@ -267,3 +268,10 @@ def test_attention_by_the_fused_kernel() -> None:
         assert counter.flops == 2 * (2 * 2 * 4 * 10 * 10 * 16)  # q k and its product with v
         out.backward()
         assert counter.flops == (2 + 5) * (2 * 2 * 4 * 10 * 10 * 16)  # the backward makes q k anew
+
+
+def test_jobs_alternate_forwards_and_backwards() -> None:
+    order: list[str] = []
+    seconds = alternate([lambda: order.append("a"), lambda: order.append("b")], 3)
+    assert "".join(order) == "abbaab"
+    assert len(seconds) == 2 and min(seconds) >= 0
