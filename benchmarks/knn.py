@@ -1,7 +1,7 @@
 """Compare the speed of our exact search with plain torch.
 
-100,000 x 1,280 bank, 1,000 queries: `evals.knn.index.Index` against a matrix product and a top-k in blocks of
-the bank. Runs alternate, in both orders, and the medians are compared.
+100,000 x 1,280 bank, 1,000 queries: `evals.knn.index` against normalising the bank, a matrix product and
+a top-k in blocks of it. Runs alternate, in both orders, and the medians of their CPU times are compared.
 
     python benchmarks/knn.py [--k 20] [--threads 2] [--rounds 5]
 """
@@ -9,10 +9,7 @@ the bank. Runs alternate, in both orders, and the medians are compared.
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +18,7 @@ from rich.console import Console
 from torch import Tensor
 
 from evals.knn.index import Index, load_faiss
+from radio.benchmark import alternate
 
 WANTED = 0.95  # at least this fraction of torch's speed
 
@@ -51,13 +49,6 @@ def by_torch(bank: Tensor, queries: Tensor, k: int, block: int) -> tuple[Tensor,
     return values, places
 
 
-def seconds(job: Callable[[], object]) -> float:
-    """Measure the seconds that a job takes."""
-    start = time.perf_counter()
-    job()
-    return time.perf_counter() - start
-
-
 def main() -> int:
     """Print both times and their ratio; return 1 when ours is slower than required, else 0."""
     settings = tyro.cli(Settings, description=__doc__)
@@ -65,7 +56,7 @@ def main() -> int:
     torch.set_num_threads(settings.threads)
     load_faiss().omp_set_num_threads(settings.threads)
     generator = torch.Generator().manual_seed(0)
-    bank = F.normalize(torch.randn(settings.bank, settings.width, generator=generator))
+    bank = torch.randn(settings.bank, settings.width, generator=generator)
     queries = F.normalize(torch.randn(settings.queries, settings.width, generator=generator))
     index = Index(bank, torch.arange(settings.bank))
 
@@ -73,20 +64,14 @@ def main() -> int:
         return index.search(queries, settings.k).ids
 
     def theirs() -> Tensor:
-        return by_torch(bank, queries, settings.k, settings.block)[1]
+        return by_torch(F.normalize(bank), queries, settings.k, settings.block)[1]
 
     same = float((ours() == theirs()).double().mean())  # also warms up
-    times: dict[str, list[float]] = {"ours": [], "torch": []}
-    for turn in range(settings.rounds):
-        pairs = [("ours", ours), ("torch", theirs)]
-        for name, job in pairs if turn % 2 == 0 else reversed(pairs):
-            times[name].append(seconds(job))
-    mine, other = median(times["ours"]), median(times["torch"])
+    mine, other = alternate([ours, theirs], settings.rounds)
     console.print(
         f"bank {settings.bank} x {settings.width}, {settings.queries} queries, k {settings.k}, "
         f"{settings.threads} threads, {settings.rounds} rounds\n"
-        f"index {mine:.3f} s (from {min(times['ours']):.3f} to {max(times['ours']):.3f})\n"
-        f"torch {other:.3f} s (from {min(times['torch']):.3f} to {max(times['torch']):.3f})\n"
+        f"index {mine:.3f} s, torch {other:.3f} s of CPU\n"
         f"speed of the index over torch's: {other / mine:.2f} (wanted: {WANTED}), same neighbours: {same:.5f}"
     )
     question = f"k-NN search, bank of {settings.bank} x {settings.width}: torch's product and top-k / ours"
