@@ -3,7 +3,7 @@
 Each pair gives equal values, which is checked, and runs alternately in this process; a ratio is the median
 CPU time of the peer over ours. DINOv2's k-NN and LLaVA's scorers are written here, from their descriptions.
 
-    python benchmarks/peers.py [--peers knn vqa coco iou metrics seg clip] [--rounds 5]
+    python benchmarks/peers.py [--peers knn vqa coco iou metrics seg clip extract] [--rounds 5]
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 import open_clip
+import timm
 import torch
 import torch.nn.functional as F
 import tyro
@@ -30,6 +31,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from evals.core.classification import top_accuracies
+from evals.core.features import place
 from evals.core.stats import areas
 from evals.knn.index import knn, load_faiss
 from evals.sam_dropin.annotations import read_instances
@@ -44,20 +46,22 @@ from evals.zeroshot.texts import class_vectors
 from radio.benchmark import alternate
 from radio.config import Count, check
 from radio.dist import Ranks
+from radio.entry import keep_freed_memory
 from radio.hub import load_backbone
 from radio.scenes.export import ScenesSettings, write_cached
+from radio.types import Backbone
 
 Job = Callable[[], Any]
 Compared = tuple[str, Job, Job, float]
 """What is compared, the peer's way, ours, and by how much their values may differ."""
-Peer = Literal["knn", "vqa", "coco", "iou", "metrics", "seg", "clip"]
+Peer = Literal["knn", "vqa", "coco", "iou", "metrics", "seg", "clip", "extract"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
     """What is compared."""
 
-    peers: tuple[Peer, ...] = ("knn", "vqa", "coco", "iou", "metrics", "seg", "clip")
+    peers: tuple[Peer, ...] = ("knn", "vqa", "coco", "iou", "metrics", "seg", "clip", "extract")
     rounds: Count = 5
     threads: Count = 1
 
@@ -368,6 +372,28 @@ def compare_clip(folder: Path) -> Iterator[Compared]:
     )
 
 
+def compare_extract(folder: Path) -> Iterator[Compared]:
+    """Compare the features of a CNN and of a ViT with timm's own model, called as its `validate` does."""
+    images = torch.rand(64, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    for name in ("tf_efficientnet_lite0", "vit_small_patch16_224"):
+        torch.manual_seed(0)
+        network: Any = timm.create_model(name).eval()
+        torch.save(network.state_dict(), folder / f"{name}.pt")
+        model = place(load_backbone(f"timm:{name}@{folder / name}.pt"), torch.device("cpu"), torch.float32)
+        mean, sd = (torch.tensor(network.default_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+
+        def theirs(network: Any = network, mean: Tensor = mean, sd: Tensor = sd) -> list[float]:
+            with torch.inference_mode():
+                features = network.forward_features((images - mean) / sd)
+                return network.forward_head(features, pre_logits=True).mean(1).tolist()
+
+        def ours(model: Backbone = model) -> list[float]:
+            with torch.inference_mode():
+                return model(images).summary.mean(1).tolist()
+
+        yield f"features of 64 images at 224 px by {name}: timm / ours", theirs, ours, 1e-4
+
+
 PEERS: dict[Peer, Callable[[Path], Iterator[Compared]]] = {
     "knn": compare_knn,
     "vqa": compare_vqa,
@@ -376,11 +402,13 @@ PEERS: dict[Peer, Callable[[Path], Iterator[Compared]]] = {
     "metrics": compare_metrics,
     "seg": compare_seg,
     "clip": compare_clip,
+    "extract": compare_extract,
 }
 
 
 def main(settings: Settings) -> int:
     """Print the ratios as rows of a table; return 1 where two values differ, else 0."""
+    keep_freed_memory()  # as our commands do; for the peers as well
     torch.set_num_threads(settings.threads)
     load_faiss().omp_set_num_threads(settings.threads)
     equal = True

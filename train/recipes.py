@@ -134,5 +134,5 @@ def smoke() -> TrainConfig:
 def scenes_long() -> TrainConfig:
     """Train the demo's student until it matches its teachers: about ten minutes on two cores."""
     return replace(
-        demo(), recipe="scenes-long", out=Path("runs/scenes-long"), steps=1500, save_every=500, eval_every=500
+        demo(), recipe="scenes-long", out=Path("runs/scenes-long"), steps=1200, save_every=400, eval_every=400
     )

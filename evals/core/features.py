@@ -22,9 +22,10 @@ from typing import NamedTuple, final
 import torch
 import torch.nn.functional as F
 from pydantic import TypeAdapter, ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from radio.benchmark import is_convolutional
 from radio.chunks import (
     Damage,
     DamagedError,
@@ -170,11 +171,15 @@ def place(model: Backbone, device: torch.device, dtype: torch.dtype) -> Backbone
     """Move the model to a device and type, in evaluation mode.
 
     For types other than float32 this is a copy: weights rounded in place would stay so for later tasks and
-    for the fingerprint.
+    for the fingerprint. On a CPU the kernels of a CNN are stored channels last, with which its convolutions
+    are nearly twice as fast.
     """
     if dtype != torch.float32:
         model = copy.deepcopy(model)
-    return model.to(device, dtype).eval()
+    placed = model.to(device, dtype).eval()
+    if device.type == "cpu" and isinstance(placed, nn.Module) and is_convolutional(placed):
+        placed.to(memory_format=torch.channels_last)
+    return placed
 
 
 def check_finite(vectors: Tensor, whose: str) -> None:

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from evals.core import features as module
-from evals.core.features import Extraction, ViewSettings, extract, make_view, to_unit
+from evals.core.features import Extraction, ViewSettings, extract, make_view, place, to_unit
 from radio.chunks import Damage, default_cache, write_tensors
 from radio.data import open_source
 from radio.dist import Ranks
 from radio.errors import DataError, RadioError
+from radio.hub import load_backbone
 from radio.images import evaluation_view
 from radio.resources import fast_products
 
@@ -300,3 +302,17 @@ def test_the_error_of_one_rank_is_raised_on_all(
     monkeypatch.setattr(Ranks, "gather_objects", lambda self, value: next(answers))
     with pytest.raises(RadioError, match="not finite"):
         extract(backbone(), open_source(str(folder)), how(backbone()), cache=tmp_path, group=Ranks(0, 2))
+
+
+@pytest.mark.parametrize(("student", "last"), [("e-radio-tiny", True), ("vit-tiny12", False)])
+def test_only_a_cnns_kernels_are_stored_channels_last(student: str, last: bool) -> None:
+    model, plain = (load_backbone(f"arch:{student}", random_init=True) for _ in range(2))
+    placed = place(model, torch.device("cpu"), torch.float32)
+    assert isinstance(placed, nn.Module)
+    kernels = [module.weight for module in placed.modules() if isinstance(module, nn.Conv2d)]
+    strided = [kernel for kernel in kernels if not kernel.is_contiguous()]
+    assert bool(strided) == last
+    assert placed.fingerprint == plain.fingerprint
+    images = torch.rand(2, 3, 96, 96)
+    with torch.inference_mode():
+        assert torch.allclose(placed(images).tokens, plain.eval()(images).tokens, atol=1e-4)  # type: ignore[attr-defined]
