@@ -15,7 +15,6 @@ from rich.table import Table
 from rich.text import Text
 
 from evals.core.paper import DATA, TASKS, PaperRow
-from evals.core.report import metric_text
 from evals.core.suite import Contestant, Outcome, run_contestants
 from evals.core.task import RunSettings, make_evaluator
 from radio.dist import Ranks
@@ -212,13 +211,7 @@ def _table(
     for task in tasks:
         table.add_column(Text(f"{shown(task)}\n{shown(headlines.get(task, ''))} (%)"), justify="right")
     for name, outcomes in outcomes_of.items():
-        cells = {
-            outcome.task: metric_text(outcome.report.metrics[outcome.report.primary_metric])
-            if outcome.report
-            else "failed"
-            for outcome in outcomes
-            if outcome.state != "left out"
-        }
+        cells = {outcome.task: outcome.headline for outcome in outcomes if outcome.state != "left out"}
         table.add_row(Text(shown(name)), *(cells.get(task, "") for task in tasks))
     table.add_section()
     for row in paper:

@@ -301,8 +301,7 @@ def _compare_students(rows: Rows, checkpoints: Mapping[str, Path], out: Path, co
     config = next(iter(rows.values()))
     if not config.score:
         return
-    from evals.core.report import metric_text  # imported late: these import all evaluators
-    from evals.reporting.figures import draw_tradeoff
+    from evals.reporting.figures import draw_tradeoff  # imported late: these import all evaluators
     from evals.throughput import ThroughputSettings
     from evals.throughput.evaluator import MeasuredModel, report_all
     from radio.hub import load_backbone
@@ -314,10 +313,7 @@ def _compare_students(rows: Rows, checkpoints: Mapping[str, Path], out: Path, co
     models = {name: load_backbone(str(path)) for name, path in checkpoints.items()}
     tasks = {task: make_settings(task, FEW.get(task)) for task in config.score}
     scores = {
-        name: [
-            metric_text(outcome.report.metrics[outcome.report.primary_metric]) if outcome.report else "failed"
-            for outcome in outcomes
-        ]
+        name: [outcome.headline for outcome in outcomes]
         for name, outcomes in run_models(config, checkpoints, tasks, reports, console).items()
     }
     entries = [MeasuredModel(name=name, model=model, paper_name=name) for name, model in models.items()]

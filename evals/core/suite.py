@@ -72,13 +72,17 @@ class Outcome:
     report: Report | None = None
     reason: str = ""
 
+    @property
+    def headline(self) -> str:
+        """The primary metric as text: `82.1 ±1.9`; `failed` or `left out` where there is no report."""
+        return metric_text(self.report.metrics[self.report.primary_metric]) if self.report else self.state
+
     def describe(self) -> str:
-        """Format it in a line: `knn: top1 82.1`, `knn: failed: REASON`."""
+        """Format it in a line: `knn: top1 82.1 ±1.9`, `knn: failed: REASON`."""
         if self.report is None:
             return f"{self.task}: {self.state}: {self.reason}"
-        metric = self.report.primary_metric
         kept = ", unchanged, kept" if self.state == "kept" else ""
-        return f"{self.task}: {metric} {metric_text(self.report.metrics[metric])}{kept}"
+        return f"{self.task}: {self.report.primary_metric} {self.headline}{kept}"
 
 
 def run_all(
