@@ -93,16 +93,16 @@ def options_type(name: str) -> type[StudentOptions]:
 
 
 def resolve_options(name: str, options: StudentOptions) -> StudentOptions:
-    """Convert options that are common to all families to those of a student's own family.
+    """Convert options to those of a student's own family.
 
     Raises:
-        ConfigError: options of another family.
+        ConfigError: an option that only another family has is set.
     """
-    kind = options_type(name)
+    kind, common = options_type(name), options.activation_checkpointing
     if type(options) is kind:
         return options
-    if type(options) is StudentOptions:
-        return kind(activation_checkpointing=options.activation_checkpointing)
+    if options == type(options)(activation_checkpointing=common):
+        return kind(activation_checkpointing=common)
     raise ConfigError(f"student {name!r} has {kind.__name__}, got {type(options).__name__}; give it its own")
 
 

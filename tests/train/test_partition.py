@@ -115,11 +115,11 @@ def test_the_papers_split() -> None:
 def test_one_process_takes_turns() -> None:
     partition = make_partition(recipes["demo"](), 1)
     assert [(g.name, g.batch_size, g.first) for g in partition.groups] == [
-        ("clip+dense", 16, 0),
-        ("sam", 4, 16),
+        ("clip+dense", 24, 0),
+        ("sam", 4, 24),
     ]
     assert partition.of(0) == partition.groups
-    assert partition.rows(partition.groups[1], 0) == range(16, 20)
+    assert partition.rows(partition.groups[1], 0) == range(24, 28)
 
 
 def test_dear_images_get_more_ranks() -> None:
