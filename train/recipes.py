@@ -132,7 +132,7 @@ def smoke() -> TrainConfig:
 
 @recipes.register("scenes-long")
 def scenes_long() -> TrainConfig:
-    """Train the demo's student until it matches its teachers: about ten minutes on two cores."""
+    """Train the demo's student until it matches its teachers: eight minutes on two cores."""
     return replace(
         demo(), recipe="scenes-long", out=Path("runs/scenes-long"), steps=1200, save_every=400, eval_every=400
     )
