@@ -316,8 +316,12 @@ def test_weights_are_sharded_and_rounded_only_for_forward_and_backward(
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
-def test_another_world_and_engine_goes_on(five: TrainConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
+def test_another_world_and_engine_goes_on(
+    five: TrainConfig, tmp_path: Path, kind: Literal["adamw", "muon"]
+) -> None:
     """Two steps on four ranks by DDP, two on two by FSDP2, the last alone."""
+    five = replace(five, optim=replace(five.optim, kind=kind))
     trained(five, Ranks(), tmp_path / "one")
     out = tmp_path / "moved"
 
