@@ -38,6 +38,12 @@ def no_progress(label: str, total: int) -> AbstractContextManager[Advance]:
     return nullcontext(lambda steps: None)
 
 
+def time_left(seconds: float) -> str:
+    """Format a remaining time: `2:05 left`; empty below half a second."""
+    whole = round(seconds)
+    return f"{whole // 60}:{whole % 60:02} left" if whole else ""
+
+
 @runtime_checkable
 class ProgressWithText(Protocol):
     """An `Advance` that can also show a text beside the bar."""

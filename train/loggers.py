@@ -42,6 +42,7 @@ from radio.io import (
     write_bytes,
     write_text,
 )
+from radio.progress import time_left
 
 from .config import TrainConfig, run_name
 
@@ -369,11 +370,9 @@ class ProgressConsole:
             self._progress.update(self._task, figures=shown(figures))
         self._progress.update(self._task, completed=done)
         if figures and not self.console.is_terminal:
-            left = round(
-                (time.monotonic() - self._started) / max(done - self._done, 1) * (self._total - done)
-            )
-            remaining = f"  {left // 60}:{left % 60:02} left" if left else ""
-            say(self.console, f"{self._title} {done}/{self._total}  {figures}{remaining}")
+            pace = (time.monotonic() - self._started) / max(done - self._done, 1)
+            line = f"{self._title} {done}/{self._total}  {figures}  {time_left(pace * (self._total - done))}"
+            say(self.console, line.rstrip())
 
 
 def summarise(record: Record, config: TrainConfig) -> str:

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from .config import OptimConfig
 
-# Letters: N matrices of R rows and C columns.
+# Letters: R rows and C columns of a matrix.
 
 _UNDECAYED = ("table", "prefix")  # positions, class and register tokens
 

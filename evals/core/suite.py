@@ -30,7 +30,7 @@ from radio.entry import keep_freed_memory
 from radio.errors import ConfigError, DataError, RadioError
 from radio.foreign import blame
 from radio.io import exclusive, read_json, write_text
-from radio.progress import ProgressFactory, no_progress
+from radio.progress import ProgressFactory, no_progress, time_left
 from radio.resources import collect
 from radio.types import Backbone
 
@@ -196,9 +196,9 @@ def run_contestants(
                     for each in (*waiting, *(turn for turn, _ in running.values()))
                     for task in each.tasks
                 ]
-                left = round(_expected(tasks, seconds) / workers)
-                remaining = f", about {left // 60}:{left % 60:02} left" if left else ""
-                log(turn.name, f"{outcome.describe()} ({len(done)} of {total}{remaining})")
+                left = time_left(_expected(tasks, seconds) / workers)
+                state = f"{len(done)} of {total}, about {left}" if left else f"{len(done)} of {total}"
+                log(turn.name, f"{outcome.describe()} ({state})")
     return {each.name: [done[each.name, task] for task in each.tasks] for each in contestants}
 
 
