@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -164,6 +164,16 @@ class RadioModel(nn.Module):
     def window(self) -> int | None:
         """Side in tokens of the student's attention windows."""
         return self.student.window
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of the student's blocks whose outputs `intermediate` can return."""
+        return self.student.num_blocks
+
+    @property
+    def intermediate(self) -> Callable[[Tensor, Sequence[int]], list[Features]] | None:
+        """The student's method that computes the features after given blocks; None without one."""
+        return self.student.intermediate
 
     def nearest_size(self, height: int, width: int) -> tuple[int, int]:
         """Compute the nearest (height, width) that the student accepts."""

@@ -67,6 +67,18 @@ class Encoder(Protocol):
         sharing the weights. None for an encoder without windows.
         """
 
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks whose outputs `intermediate` can return; 0 without `intermediate`."""
+
+    @property
+    def intermediate(self) -> Callable[[Tensor, Sequence[int]], list[Features]] | None:
+        """Method that computes the features after each of the given blocks, all through the final norm.
+
+        It takes images as a call does, and indices from 0 to `num_blocks` - 1 in any order; it raises a
+        ConfigError for a block that does not exist. None for an encoder that is no sequence of equal blocks.
+        """
+
     def nearest_size(self, height: int, width: int) -> tuple[int, int]:
         """Compute the accepted (height, width) in pixels nearest to the requested one."""
 

@@ -55,7 +55,8 @@ class Pooled:
     name = "pooled"
     patch_size, fixed_size = 8, False
     metadata = MappingProxyType({})
-    text = weights_file = window = with_window = sam = None
+    text = weights_file = window = with_window = intermediate = sam = None
+    num_blocks = 0
 
     def __init__(self, width: int = 24, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)

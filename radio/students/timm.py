@@ -229,7 +229,8 @@ class TimmStudent(nn.Module):
         fixed_size: whether it accepts only that size.
     """
 
-    window = with_window = None
+    window = with_window = intermediate = None
+    num_blocks = 0
 
     def __init__(self, trunk: TimmTrunk, native: int, *, fixed_size: bool) -> None:
         super().__init__()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
@@ -47,6 +47,8 @@ class ShapedStudent(nn.Module):
 
     config: StudentShape
     fixed_size = False
+    num_blocks = 0
+    intermediate: Callable[..., list[Features]] | None = None
     patch_size: int  # pixels along one side of a token
     summary_dim: int
     token_dim: int
@@ -145,6 +147,7 @@ class ViT(ShapedStudent):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.config, self.patch_size, self.token_dim = config, config.patch, config.width
+        self.num_blocks = config.depth
         self.summary_dim = config.width * max(config.class_tokens, 1)  # concatenated, or one when pooling
         self.normalise = Normalise()
         stem = LinearStem if config.stem == "linear" else ConvStem

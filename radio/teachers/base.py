@@ -79,7 +79,8 @@ def refuse_file(spec: str, file: Path | None) -> None:
 class Frozen(nn.Module):
     """A trunk behind the `Teacher` protocol: [B, 3, h, w] RGB in [0, 1] -> `Features`, without gradients.
 
-    The trunk maps normalised images to `Features`. Both sides in pixels must be multiples of `patch_size`, or
+    The trunk maps normalised images to `Features`; one with `num_blocks` also has `intermediate(images,
+    blocks)`, which returns those after each block. Both sides in pixels must be multiples of `patch_size`, or
     the native size where `fixed_size` says so. `variant` describes what else determines the features (a
     resampling rule, a choice of layer), so that the fingerprint covers it. `text` is the text tower that
     shares the summary's space, `sam` loads the SAM that the trunk belongs to.
@@ -108,6 +109,7 @@ class Frozen(nn.Module):
     ) -> None:
         super().__init__()
         self.trunk = trunk
+        self.num_blocks: int = getattr(trunk, "num_blocks", 0)
         self._load_sam = sam
         self.text: TextTower | None = text  # usually a module too: it moves along with this one
         self.weights_file = weights_file
@@ -159,6 +161,28 @@ class Frozen(nn.Module):
             SizeError: no such batch, or a size that the encoder does not accept; names the nearest
                 accepted one.
         """
+        with torch.no_grad():
+            features: Features = self.trunk(self._normalise(images))
+        return self._checked(features, len(images))
+
+    @property
+    def intermediate(self) -> Callable[[Tensor, Sequence[int]], list[Features]] | None:
+        """Method that computes the features after given blocks (see `Encoder`); None without blocks."""
+        return self._intermediate if self.num_blocks else None
+
+    def _intermediate(self, images: Tensor, blocks: Sequence[int]) -> list[Features]:
+        for block in blocks:
+            if not 0 <= block < self.num_blocks:
+                raise ConfigError(
+                    f"block {block} is not one of the {self.num_blocks} of {self.name}; count from 0"
+                )
+        trunk: Any = self.trunk
+        with torch.no_grad():
+            outputs: list[Features] = trunk.intermediate(self._normalise(images), blocks)
+        return [self._checked(features, len(images)) for features in outputs]
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        """Check the images' shape and normalise them, in the weights' dtype."""
         if images.ndim != 4 or images.shape[1] != 3:
             raise SizeError(f"{self.name}: wanted images [B, 3, h, w], got {list(images.shape)}")
         height, width = images.shape[-2:]
@@ -169,8 +193,9 @@ class Frozen(nn.Module):
                 f"that it can is {fitting[0]}x{fitting[1]}: resize the images"
             )
         mean, std = self.get_buffer("mean"), self.get_buffer("std")
-        with torch.no_grad():
-            features: Features = self.trunk((images.to(mean.dtype) - mean) / std)
-        assert features.summary.shape == (len(images), self.summary_dim)
-        assert features.tokens.shape == (len(images), features.grid[0] * features.grid[1], self.token_dim)
+        return (images.to(mean.dtype) - mean) / std
+
+    def _checked(self, features: Features, batch: int) -> Features:
+        assert features.summary.shape == (batch, self.summary_dim)
+        assert features.tokens.shape == (batch, features.grid[0] * features.grid[1], self.token_dim)
         return features

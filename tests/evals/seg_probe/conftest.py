@@ -23,7 +23,8 @@ class Patches:
 
     token_dim = summary_dim = 6
     metadata = adaptors = MappingProxyType({})
-    text = weights_file = window = with_window = sam = None
+    text = weights_file = window = with_window = intermediate = sam = None
+    num_blocks = 0
 
     def __init__(self, patch: int = 14, only: tuple[int, int] | None = None) -> None:
         self.patch, self.only = patch, only
