@@ -67,7 +67,7 @@ bench: .venv/.stamp-test
 lint: .venv/.stamp-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict radio evals train tools
+	$(BIN)/mypy --strict radio evals train tools benchmarks
 	$(BIN)/lint-imports
 
 format: .venv/.stamp-lint

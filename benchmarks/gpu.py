@@ -27,11 +27,11 @@ from radio.dist import Ranks
 from radio.errors import ConfigError, RadioError
 from radio.hub import load_teacher
 from radio.types import Teacher
-from train.config import DataConfig, TrainConfig
+from train.config import DataConfig, PlanOptions, TrainConfig
 from train.data.loader import Batch, GroupBatch, for_student, prefetch, to_images
 from train.distributed import is_half
 from train.groups import TeacherGroup, make_partition
-from train.plan import PAPERS_RANKS, PlanOptions, make_plan
+from train.plan import PAPERS_RANKS, make_plan
 from train.recipes import recipes
 from train.setup import make_lean
 from train.trainer import Trainer

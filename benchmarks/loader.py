@@ -34,7 +34,7 @@ import webdataset
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from timm.data import create_transform
+from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -103,7 +103,9 @@ def dali(files: Sequence[bytes], side: int) -> Loader:
     """Build DALI's pipeline on the CPU: a decoder that takes only the crop, bicubic resizing, a flip."""
     from nvidia.dali import fn, pipeline_def, types
 
-    @pipeline_def(batch_size=len(files), num_threads=1, device_id=None, seed=0, prefetch_queue_depth=1)
+    @pipeline_def(  # type: ignore[untyped-decorator]
+        batch_size=len(files), num_threads=1, device_id=None, seed=0, prefetch_queue_depth=1
+    )
     def pipeline() -> Any:
         data = fn.external_source(source=lambda: [np.frombuffer(file, np.uint8) for file in files])
         crops = fn.decoders.image_random_crop(data, device="cpu", random_area=[0.08, 1.0])
@@ -121,7 +123,7 @@ def make_loaders(files: Sequence[bytes], side: int, folder: Path) -> dict[str, L
     tensors = v2.Compose([crop, v2.RandomHorizontalFlip()])
     images = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor()])
     timm = create_transform(
-        side, is_training=True, color_jitter=None, interpolation="bicubic", normalize=False
+        side, is_training=True, color_jitter=0.0, interpolation="bicubic", normalize=False
     )
     shard = folder / f"{len(files[0])}.tar"
     with tarfile.open(shard, "w") as tar:
@@ -159,9 +161,8 @@ def differences(files: Sequence[bytes], side: int) -> tuple[float, float]:
     config, means, largest = DataConfig(flip=0.0), [], 0.0
     for number, data in enumerate(files):
         image = decode(data)
-        box = sample_crop(
-            *image.shape[1:], config.crop_scale, config.crop_aspect, generator(0, "crop", number)
-        )
+        height, width = image.shape[1:]
+        box = sample_crop(height, width, config.crop_scale, config.crop_aspect, generator(0, "crop", number))
         cut = image[:, box.top : box.top + box.height, box.left : box.left + box.width]
         difference = (random_view(data, config, side, 0, number) - 255 * resize(cut, (side, side))).abs()
         means.append(float(difference.mean()))

@@ -74,8 +74,10 @@ class StandIn(nn.Module):
         return self.drop_in.embed(normalised * self.std + self.mean)
 
 
-class PlainPredictor(SamPredictor):
+class PlainPredictor(SamPredictor):  # type: ignore[misc]
     """A predictor whose encoder takes another size than the frame of its prompts: 168 px against 112."""
+
+    transform: Any
 
     def set_resized(self, image: NDArray[np.uint8], side: int) -> None:
         """Embed an image at `side`; prompts and masks stay in SAM's frame."""

@@ -34,6 +34,7 @@ from evals.core.evaluator import Evaluator, Result, RunSettings, report_result
 from evals.core.report import DatasetInfo, Metric, Record, Report, write
 from evals.core.stats import proportion
 from evals.knn.index import Index, load_faiss
+from evals.reporting import CompareOptions, ReportOptions
 from evals.reporting.command import run_compare, run_report
 from evals.sam_dropin.data import open_instances, run_lengths
 from radio.benchmark import MIB, peak_memory
@@ -148,7 +149,7 @@ def records(size: int, folder: Path) -> Callable[[], object]:
     def job() -> object:
         save(3, "new")
         save(7, "old")
-        return run_compare([str(folder / "new"), "--baseline", str(folder / "old"), "--plain"])
+        return run_compare(CompareOptions(reports=folder / "new", baseline=folder / "old", plain=True))
 
     return job
 
@@ -159,7 +160,7 @@ def page(size: int, folder: Path) -> Callable[[], object]:
     for model in range(size):
         for task in ("knn", "zeroshot", "seg", "sam", "other"):
             write(_report(task, f"model-{model:02d}", 40 + model), reports / f"{task}-model-{model:02d}.json")
-    return lambda: run_report([str(reports), "--html", str(folder / "page.html")])
+    return lambda: run_report(ReportOptions(reports=reports, html=folder / "page.html"))
 
 
 def _report(task: str, model: str, value: float) -> Report:

@@ -174,6 +174,7 @@ def watch_run(run: Trainer, watch: Watch, warmup: int, stack: ExitStack) -> None
         watch.hook(teacher, TEACHERS)
     assert isinstance(run.model.student, nn.Module)
     for module in (run.model.student, *run.model.adaptors.values()):
+        assert isinstance(module, nn.Module)
         watch.hook(module, STUDENT)
     optimizer = run.optimizer
     optimizer.register_step_pre_hook(lambda *_: watch.lane.enter(OPTIMISER))
@@ -316,6 +317,7 @@ def main() -> int:
             data=data,
             device="cpu",
             prefetch_teachers=not chosen.in_turn,
+            eval_every=0,
         )
         outside = breakdown(measure(config, chosen.warmup), config, chosen.steps, console)
         online = rate(replace(config, out=Path(folder) / "plain"), chosen.warmup)

@@ -192,6 +192,10 @@ def _retrieval_records(
 # Ranks come from products in float64 that are rounded far below the noise of float32 features: equal vectors
 # then tie exactly, ties go to the lower index, and no rank depends on the size of a block.
 _DECIMALS = 10
+# Classes are ranked by products in float32, and again where two are closer than its rounding can be wrong.
+_ROUNDING = (
+    2.0**-23
+)  # twice the relative error of one operation in float32; a product of vectors has a width of them
 _TINY = 1e-300  # below the length of every vector of float32 that is not zero
 _CELLS = 1 << 23  # float64 products at once
 
@@ -210,22 +214,32 @@ def rank_classes(images: Tensor, classifier: Tensor, places: int = 5) -> Ranking
         images: [N, E], of any length; normalised here.
         classifier: [E, K] unit columns.
     """
-    columns = classifier.double()
+    columns, rough_columns = classifier.double(), classifier.float()
     kept = min(places, columns.shape[1])
+    closest = 2 * len(columns) * _ROUNDING
     parts = []
     for block in images.split(_rows(columns.shape[1])):
         units = F.normalize(block.double(), dim=1, eps=_TINY)
-        cosines = (units @ columns).round(decimals=_DECIMALS)
-        values, classes = cosines.topk(min(kept + 1, columns.shape[1]), dim=1)
-        # Only among equal cosines does a full sort find others.
-        rows = (values[:, 1:] == values[:, :-1]).any(dim=1).nonzero().flatten()
-        if len(rows):
-            full = cosines[rows].sort(dim=1, descending=True, stable=True)
-            classes[rows] = full.indices[:, : classes.shape[1]]
-        parts.append((values[:, :kept], classes[:, :kept]))
+        rough, classes = (units.float() @ rough_columns).topk(min(kept + 1, columns.shape[1]), dim=1)
+        close = (rough[:, :-1] - rough[:, 1:] <= closest).any(dim=1).nonzero().flatten()
+        cosines, classes = rough[:, :kept].double(), classes[:, :kept].contiguous()
+        if len(close):
+            cosines[close], classes[close] = _rank_exactly(units[close], columns, kept)
+        parts.append((cosines, classes))
     missing = (0, places - kept)
     values, classes = (torch.cat(part) for part in zip(*parts, strict=True))
     return Ranking(F.pad(classes, missing, value=-1), F.pad(values, missing, value=-torch.inf))
+
+
+def _rank_exactly(units: Tensor, columns: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """Rank in float64, equal cosines by class: cosines and classes [b, kept]."""
+    cosines = (units @ columns).round(decimals=_DECIMALS)
+    values, classes = cosines.topk(min(kept + 1, columns.shape[1]), dim=1)
+    # Only among equal cosines does a full sort find others.
+    rows = (values[:, 1:] == values[:, :-1]).any(dim=1).nonzero().flatten()
+    if len(rows):
+        classes[rows] = cosines[rows].sort(dim=1, descending=True, stable=True).indices[:, : classes.shape[1]]
+    return values[:, :kept], classes[:, :kept]
 
 
 def image_to_text(images: Tensor, texts: Tensor, owners: Tensor) -> Tensor:
