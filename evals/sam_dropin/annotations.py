@@ -326,8 +326,11 @@ def _segmentation(value: Any, size: tuple[int, int]) -> Any:
 def _check_polygon(part: Any) -> None:
     if not isinstance(part, list) or len(part) < 6 or len(part) % 2 or not _are_numbers(part, (int, float)):
         raise ValueError("has a polygon that is not three or more points x y")
-    if not -_REACH <= min(part) <= max(part) <= _REACH:
+    lowest, highest = min(part), max(part)
+    if not -_REACH <= lowest <= highest <= _REACH:
         raise ValueError(f"has a polygon with a point that lies more than {_REACH:.0f} px from its image")
+    if len(part) * (highest - lowest) <= 2 * _MAX_PERIMETER:  # no edge is longer than that difference
+        return
     points = np.asarray(part, dtype=np.float64).reshape(-1, 2)  # [P, 2]
     around = float(np.abs(points - points[np.arange(-1, len(points) - 1)]).max(axis=1).sum())
     if around > _MAX_PERIMETER:

@@ -192,12 +192,11 @@ def _retrieval_records(
 # Ranks come from products in float64 that are rounded far below the noise of float32 features: equal vectors
 # then tie exactly, ties go to the lower index, and no rank depends on the size of a block.
 _DECIMALS = 10
-# Classes are ranked by products in float32, and again where two are closer than its rounding can be wrong.
-_ROUNDING = (
-    2.0**-23
-)  # twice the relative error of one operation in float32; a product of vectors has a width of them
+# Classes are ranked by products in float32, and again in float64 where two differ by less than the rounding of
+# both: a product of unit vectors of width E is wrong by at most E + 2 roundings.
+_ROUNDING = 2.0**-24
 _TINY = 1e-300  # below the length of every vector of float32 that is not zero
-_CELLS = 1 << 23  # float64 products at once
+_CELLS = 1 << 21  # products at once
 
 
 class Ranking(NamedTuple):
@@ -216,7 +215,7 @@ def rank_classes(images: Tensor, classifier: Tensor, places: int = 5) -> Ranking
     """
     columns, rough_columns = classifier.double(), classifier.float()
     kept = min(places, columns.shape[1])
-    closest = 2 * len(columns) * _ROUNDING
+    closest = 2 * (len(columns) + 2) * _ROUNDING
     parts = []
     for block in images.split(_rows(columns.shape[1])):
         units = F.normalize(block.double(), dim=1, eps=_TINY)

@@ -36,6 +36,19 @@ def test_classes_are_ranked_as_by_argsort(vectors: tuple[Tensor, Tensor, Tensor]
 
 
 @pytest.mark.usefixtures("_block")
+def test_classes_nearer_than_the_rounding_of_float32_are_ranked_exactly() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(50, 64, generator=generator)
+    nearby = torch.randn(64, 1, generator=generator) + 1e-6 * torch.randn(64, 30, generator=generator)
+    classifier = F.normalize(nearby, dim=0)
+    cosines = F.normalize(images.double(), dim=1) @ classifier.double()
+    exact = cosines.argsort(dim=1, descending=True)[:, :5]
+    in_float32 = (F.normalize(images, dim=1) @ classifier).argsort(dim=1, descending=True)[:, :5]
+    assert not torch.equal(in_float32, exact)
+    assert torch.equal(rank_classes(images, classifier).classes, exact)
+
+
+@pytest.mark.usefixtures("_block")
 def test_equal_classes_come_in_their_order(vectors: tuple[Tensor, Tensor, Tensor]) -> None:
     images, texts, _ = vectors
     same = texts[:1].T.expand(-1, 7)
