@@ -192,8 +192,8 @@ def _retrieval_records(
 # Ranks come from products in float64 that are rounded far below the noise of float32 features: equal vectors
 # then tie exactly, ties go to the lower index, and no rank depends on the size of a block.
 _DECIMALS = 10
-# Classes are ranked by products in float32, and again in float64 where two differ by less than the rounding of
-# both: a product of unit vectors of width E is wrong by at most E + 2 roundings.
+# Classes are ranked by products in float32, and again in float64 where two differ by less than the rounding
+# of both: a product of unit vectors of width E is wrong by at most E + 2 roundings.
 _ROUNDING = 2.0**-24
 _TINY = 1e-300  # below the length of every vector of float32 that is not zero
 _CELLS = 1 << 21  # products at once
