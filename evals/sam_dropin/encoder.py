@@ -130,8 +130,9 @@ def _choose(
             hint = did_you_mean(teacher, names) or f"; it has {', '.join(names)}"
             raise ConfigError(f"{model.name} has no teacher {teacher!r} in its metadata{hint}")
         return named[0]
-    own = [entry for entry in entries if not _is_foreign(entry["model"])]
-    foreign = [entry for entry in entries if _is_foreign(entry["model"])]
+    known = [entry for entry in entries if "model" in entry]
+    own = [entry for entry in known if not _is_foreign(entry["model"])]
+    foreign = [entry for entry in known if _is_foreign(entry["model"])]
     unreadable = {}
     for entry in [*own, *foreign]:  # this package's first: on the meta device they need no files
         if foreign == [entry]:
@@ -141,8 +142,10 @@ def _choose(
                 return entry
         except RadioError as error:  # such as a file that has moved
             unreadable[entry["name"]] = f" ({error})"
-    learned = ", ".join(shown(entry["model"]) + unreadable.get(entry["name"], "") for entry in entries)
-    hint = "; name the teacher that is the SAM with --teacher NAME" if foreign else ""
+    learned = ", ".join(
+        shown(entry.get("model", entry["name"])) + unreadable.get(entry["name"], "") for entry in entries
+    )
+    hint = "; name the teacher that is the SAM with --teacher NAME" if len(own) < len(entries) else ""
     raise ConfigError(
         f"{model.name} learned from {learned}; the drop-in needs a student of a SAM, or a SAM itself "
         f"(scenes:sam, sam:vit_b@FILE){hint}"
@@ -200,9 +203,14 @@ def _is_foreign(spec: str) -> bool:
 
 
 def _teachers_head(entry: Mapping[str, Any], checkpoint: Path | None) -> SamHead:
-    spec = entry["model"]
+    spec = entry.get("model", entry["name"])
     if checkpoint is not None:
         return load_sam_head(spec, checkpoint)
+    if "model" not in entry:
+        raise ConfigError(
+            f"nothing says which SAM the teacher {shown(spec)} is; name its released file with "
+            f"--sam-checkpoint"
+        )
     try:
         return _head(spec, parse(spec).file, lambda: load_teacher(spec))
     except RadioError as error:

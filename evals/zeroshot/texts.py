@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from evals.core.evaluator import EvalRun
-from evals.core.features import to_unit
+from evals.core.features import to_teacher_space, to_unit
 from radio.checkpoint import teachers_on
 from radio.chunks import (
     TensorSpec,
@@ -68,33 +68,50 @@ def find_text_tower(model: Backbone, spec: str | None = None) -> TextHead:
             hint = did_you_mean(spec, names) or f"; it has {', '.join(names)}"
             raise ConfigError(f"{model.name} has no teacher {spec!r}{hint}")
         entries = [entry for entry in entries if entry["name"] == spec]
-    for entry in entries:
+    for entry in (entry for entry in entries if "model" in entry):
         teacher = _load(model, entry)
         if teacher.text is None:
             continue
-        if teacher.fingerprint != entry["fingerprint"]:
+        if teacher.fingerprint != entry.get("fingerprint", teacher.fingerprint):
             raise ConfigError(
                 f"{entry['model']} is not the one that {model.name} learned from: its weights or settings "
                 f"have changed; name the right one with --text FAMILY:NAME@FILE"
             )
         return TextHead(entry["model"], teacher.text, entry["name"])
+    learned = ", ".join(entry.get("model", entry["name"]) for entry in entries)
+    unnamed = any("model" not in entry for entry in entries)
+    hint = "; name the right one with --text FAMILY:NAME@FILE" * unnamed
     raise ConfigError(
-        f"{model.name} learned from {', '.join(entry['model'] for entry in entries)}: none of them has a "
-        f"text tower; zero-shot needs {_HAVE_ONE}"
+        f"{model.name} learned from {learned}: none of them has a text tower that can be found; zero-shot "
+        f"needs {_HAVE_ONE}{hint}"
     )
 
 
 def _named_tower(model: Backbone, entries: list[Mapping[str, Any]], spec: str) -> TextHead:
-    """Return the text head of a teacher's spec after checking that the metadata has the teacher."""
+    """Return the text head of a teacher's spec after checking that the metadata has the teacher.
+
+    Where the metadata has no fingerprint, the first adaptor into a space of its width is taken.
+    """
     named = load_teacher(spec)
     if named.text is None:
         raise ConfigError(f"{spec} has no text tower; zero-shot needs {_HAVE_ONE}")
     for entry in entries:
-        if entry["fingerprint"] == named.fingerprint:
+        if entry.get("fingerprint") == named.fingerprint:
+            return TextHead(spec, named.text, entry["name"])
+    for entry in entries:
+        if "fingerprint" not in entry and _summary_width(model, entry["name"]) == named.summary_dim:
             return TextHead(spec, named.text, entry["name"])
     raise ConfigError(
         f"{model.name} did not learn from {spec} (none of its teachers has these weights and settings)"
     )
+
+
+def _summary_width(model: Backbone, adaptor: str) -> int | None:
+    """Return the width of an adaptor's summaries; None where it gives none."""
+    try:
+        return to_teacher_space(model, adaptor, torch.zeros(1, model.summary_dim)).shape[1]
+    except ConfigError:
+        return None
 
 
 def _load(model: Backbone, entry: Mapping[str, Any]) -> Teacher:

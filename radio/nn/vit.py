@@ -113,18 +113,21 @@ class CroppedPositions(nn.Module):
     Args:
         width: D, the token width.
         side: G; the paper uses 128 for patch 16 and 75 for patch 14.
+        align_corners: how the table is resized in evaluation: its outermost positions stay those of the
+            outermost patches, or cover the same area as they (False).
     """
 
-    def __init__(self, width: int, side: int) -> None:
+    def __init__(self, width: int, side: int, *, align_corners: bool = False) -> None:
         super().__init__()
-        self.side = side
+        self.side, self.align_corners = side, align_corners
         self.table = nn.Parameter(torch.empty(1, side * side, width))
         nn.init.trunc_normal_(self.table, std=0.02)
 
     def forward(self, grid: tuple[int, int], crops: Tensor | None = None) -> Tensor:
         """Compute positions for a grid: [1, T, D] without crops, [B, T, D] with crops from `draw_crops`."""
         plane = self.table.float().unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)
-        placed = _resized(plane, grid) if crops is None else _cropped(plane, grid, crops)
+        aligned = self.align_corners
+        placed = _resized(plane, grid, aligned) if crops is None else _cropped(plane, grid, crops)
         return placed.flatten(2).transpose(1, 2).to(self.table.dtype)
 
 
@@ -161,11 +164,11 @@ def _cropped(plane: Tensor, grid: tuple[int, int], crops: Tensor) -> Tensor:
     return sampled.view(-1, b, *grid).transpose(0, 1) * keep[:, None, None, None]
 
 
-def _resized(plane: Tensor, grid: tuple[int, int]) -> Tensor:
+def _resized(plane: Tensor, grid: tuple[int, int], align_corners: bool) -> Tensor:
     """Resize the table [1, D, G, G] to a square that covers the grid and crop it: [1, D, H, W]."""
     h, w = grid
     if plane.shape[-1] != max(h, w):
-        plane = F.interpolate(plane, size=(max(h, w),) * 2, mode="bilinear", align_corners=False)
+        plane = F.interpolate(plane, size=(max(h, w),) * 2, mode="bilinear", align_corners=align_corners)
     return plane[..., :h, :w]
 
 
@@ -205,6 +208,26 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., width] to [..., out]."""
         out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return out
+
+
+class SwiGLU(nn.Module):
+    """silu(gate) * value, then Linear; gate and value come from one layer.
+
+    Args:
+        width: D, the token width.
+        hidden: width of the gate and of the value.
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., D] to [..., D]."""
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        out: Tensor = self.w3(F.silu(gate) * value)
         return out
 
 

@@ -18,6 +18,7 @@ families: Registry[TeacherFamily] = Registry("teacher")
 from . import dinov2 as _dinov2  # noqa: E402, F401  (each registers its family)
 from . import openclip as _openclip  # noqa: E402, F401
 from . import pip as _pip  # noqa: E402, F401
+from . import release as _release  # noqa: E402, F401
 from . import sam as _sam  # noqa: E402, F401
 from . import scenes as _scenes  # noqa: E402, F401
 from . import timm as _timm  # noqa: E402, F401

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Self, TypeVar, final
+from typing import Any, Self, TypeVar, cast, final
 
 import torch
 from torch import Tensor, nn
 
 from ..checkpoint import digest, load_tensors
 from ..errors import CheckpointError, ConfigError, DataError, SizeError, did_you_mean
+from ..model import find_adaptor
 from ..ops import nearest_multiple
 from ..types import Adaptor, Features, TextTower
 
@@ -80,15 +81,12 @@ class Frozen(nn.Module):
     """A trunk behind the `Teacher` protocol: [B, 3, h, w] RGB in [0, 1] -> `Features`, without gradients.
 
     The trunk maps normalised images to `Features`; one with `num_blocks` also has `intermediate(images,
-    blocks)`, which returns those after each block. Both sides in pixels must be multiples of `patch_size`, or
-    the native size where `fixed_size` says so. `variant` describes what else determines the features (a
-    resampling rule, a choice of layer), so that the fingerprint covers it. `text` is the text tower that
-    shares the summary's space, `sam` loads the SAM that the trunk belongs to.
+    blocks)`, which returns those after each block, one with attention windows `window` and `with_window`.
+    Both sides in pixels must be multiples of `patch_size` (times the window), or the native size where
+    `fixed_size` says so. `variant` describes what else determines the features (a resampling rule, a choice
+    of layer), so that the fingerprint covers it. `text` is the text tower that shares the summary's space,
+    `sam` loads the SAM that the trunk belongs to, `adaptors` lead into the spaces of its own teachers.
     """
-
-    metadata: Mapping[str, Any] = MappingProxyType({})
-    adaptors: Mapping[str, Adaptor] = MappingProxyType({})
-    window = with_window = None
 
     def __init__(
         self,
@@ -104,12 +102,16 @@ class Frozen(nn.Module):
         token_dim: int,
         text: TextTower | None = None,
         sam: Callable[[], Any] | None = None,
+        adaptors: nn.ModuleDict | None = None,
+        metadata: Mapping[str, Any] | None = None,
         variant: str = "",
         weights_file: Path | None = None,
     ) -> None:
         super().__init__()
         self.trunk = trunk
         self.num_blocks: int = getattr(trunk, "num_blocks", 0)
+        self.adaptors = cast("Mapping[str, Adaptor]", nn.ModuleDict() if adaptors is None else adaptors)
+        self.metadata = dict(metadata or {})
         self._load_sam = sam
         self.text: TextTower | None = text  # usually a module too: it moves along with this one
         self.weights_file = weights_file
@@ -138,17 +140,55 @@ class Frozen(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Hex hash of name, settings and the trunk's weights in their current dtype; cached per dtype."""
+        """Hex hash of name, settings and all weights in their current dtype; cached per dtype."""
         dtype = self.get_buffer("mean").dtype
         if dtype not in self._fingerprints:
-            self._fingerprints[dtype] = digest(self.trunk.state_dict(), self._settings)
+            heads = self.get_submodule("adaptors").state_dict()
+            weights = {**self.trunk.state_dict(), **{f"adaptors.{name}": heads[name] for name in heads}}
+            window = "" if self.window is None else f" window={self.window}"
+            self._fingerprints[dtype] = digest(weights, f"{self._settings}{window}")
         return self._fingerprints[dtype]
+
+    @property
+    def window(self) -> int | None:
+        """Side in tokens of the trunk's attention windows."""
+        side: int | None = getattr(self.trunk, "window", None)
+        return side
+
+    @property
+    def with_window(self) -> Callable[[int | None], Self] | None:
+        """Method that returns this encoder with windows of another side; None for a trunk without windows."""
+        return self._with_window if hasattr(self.trunk, "with_window") else None
+
+    def _with_window(self, side: int | None) -> Self:
+        trunk: Any = self.trunk
+        twin = copy.copy(self)
+        twin._modules = {**self._modules, "trunk": trunk.with_window(side)}
+        twin._fingerprints = {}
+        return twin
+
+    def adapt(self, name: str, features: Features, grid: tuple[int, int] | None = None) -> Features:
+        """Map features into the space of the trunk's teacher `name`, on `grid` (None keeps the head's).
+
+        Raises:
+            ConfigError: no adaptor of that name exists; lists the existing ones.
+        """
+        return find_adaptor(self, name)(features, grid)
+
+    def adapt_summary(self, name: str, summaries: Tensor) -> Tensor:
+        """Map only summaries [B, C] into the space of the trunk's teacher `name`.
+
+        Raises:
+            ConfigError: as `adapt`.
+        """
+        return find_adaptor(self, name).adapt_summary(summaries)
 
     def nearest_size(self, height: int, width: int) -> tuple[int, int]:
         """Compute the accepted (height, width) in pixels nearest to the requested one."""
         if self.fixed_size:
             return self.native_size
-        return nearest_multiple(height, self.patch_size), nearest_multiple(width, self.patch_size)
+        step = self.patch_size * (self.window or 1)
+        return nearest_multiple(height, step), nearest_multiple(width, step)
 
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode: a parent's `train()` must not enable dropout or batch norm."""

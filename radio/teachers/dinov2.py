@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import load_state
 from ..errors import CheckpointError
-from ..nn.vit import IMAGENET_MEAN, IMAGENET_STD, NORM_EPS, Block, LinearStem
+from ..nn.vit import IMAGENET_MEAN, IMAGENET_STD, NORM_EPS, Block, LinearStem, SwiGLU
 from ..types import Features, Teacher
 from . import families
 from .base import Frozen, find_member, read_weights
@@ -208,7 +208,7 @@ class DinoTrunk(nn.Module):
         )
         if member.swiglu:
             for block in self.blocks:
-                block.mlp = _SwiGlu(width)
+                block.mlp = SwiGLU(width, (4 * width * 2 // 3 + 7) // 8 * 8)  # two thirds of 4 * width
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
 
     def forward(self, images: Tensor) -> Features:
@@ -239,18 +239,3 @@ class DinoTrunk(nn.Module):
             plane = F.interpolate(plane, size=grid, mode="bicubic", antialias=antialias)
         assert plane.shape[2:] == grid
         return plane.flatten(2).transpose(1, 2).to(table.dtype)
-
-
-class _SwiGlu(nn.Module):
-    """The giant's MLP: gate and value come from one layer, each two thirds of 4 * width, rounded up to 8."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        hidden = (4 * width * 2 // 3 + 7) // 8 * 8
-        self.w12 = nn.Linear(width, 2 * hidden)
-        self.w3 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.w12(x).chunk(2, dim=-1)
-        y: Tensor = self.w3(F.silu(gate) * value)
-        return y

@@ -1,0 +1,566 @@
+"""Released RADIO models, read by the names and shapes in their files: `radio:FILE`, `radio:VERSION@FILE`.
+
+From the first AM-RADIO release to C-RADIOv4, as `.pth.tar` or in NVIDIA's Hugging Face layout (safetensors,
+with its config.json beside it). What a file does not say follows its version, see `_VERSIONS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import isqrt
+from pathlib import Path
+from typing import Any, NamedTuple, Self, final
+
+import torch
+import torch.nn.functional as F
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+from typing_extensions import TypedDict
+
+from ..archive import find_file, is_safetensors, plain_tensors, read_safetensors, read_torch
+from ..checkpoint import check_finite, load_state
+from ..errors import CheckpointError, shown
+from ..io import MAX_METADATA_BYTES, decode_text, parse_json, read_bytes, validate
+from ..nn.release import FeatureNormaliser, ReleasedAdaptor, build_head
+from ..nn.vit import IMAGENET_MEAN, IMAGENET_STD, CroppedPositions, SwiGLU
+from ..ops import nearest_multiple
+from ..students import Schedule
+from ..students.vit import ViT, ViTConfig
+from ..types import Features, Teacher
+from . import families
+from .base import Frozen, find_member
+
+# Letters: B batch, D width, P class and register tokens, K class tokens, G side of the table of positions.
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Version:
+    """What the files of a version do not say."""
+
+    teachers: tuple[str, ...]  # one for each class token; the last, a SAM, is not in the summary
+    align_corners: bool = False  # see `CroppedPositions`
+    schedule: Schedule = "quarters"  # of the global blocks, with windows
+    native: int = 512  # preferred side in pixels
+
+
+_V1 = _Version(teachers=("clip", "dino_v2", "sam"), schedule="runs-of-5", native=224)
+_V2_5 = _Version(teachers=("clip", "siglip", "dino_v2", "sam"), native=768)
+_V3 = replace(_V2_5, teachers=("clip", "siglip2-g", "dino_v2", "sam"), native=512)
+_V4 = _Version(teachers=("siglip2-g", "dino_v3_7b", "sam3"))
+_VERSIONS = {
+    "v1": _V1,
+    "v2": replace(_V1, native=432),
+    "v2.1": replace(_V1, native=432),
+    "v2.5": _V2_5,
+    "v3-b": replace(_V3, align_corners=True),
+    "v3-l": _V3,
+    "v3-h": replace(_V3, align_corners=True),
+    "v3-g": _V3,
+    "v4": _V4,
+}
+_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 16, 1536: 24}  # attention heads by width
+_HEAD_WIDTH = 64  # of other widths
+
+# The names in both layouts, and ours for the parts of a release.
+_NAMES = (
+    (r"radio_model\.model\.", "trunk:"),
+    (r"radio_model\.input_conditioner\.", "conditioner:"),
+    (r"radio_model\.adaptors\.([^.]+)\.head_mlp\.", r"summary/\1:"),
+    (r"radio_model\.adaptors\.([^.]+)\.feat_mlp\.", r"spatial/\1:"),
+    (r"radio_model\._?feature_normalizer\.", "normaliser:"),
+    (r"radio_model\.(summary_idxs)$", r":\1"),
+    (r"base_model\.", "trunk:"),
+    (r"input_conditioner\.", "conditioner:"),
+    (r"_heads\.([^.]+)\.", r"summary/\1:"),
+    (r"_feature_projections\.([^.]+)\.", r"spatial/\1:"),
+    (r"_feature_normalizer\.", "normaliser:"),
+)
+_OF_TRAINING = re.compile(
+    r"(^|\.)(_loss_states|adaloss\w*|lean_in_expected_losses|weight_balance_mask)(\.|$)|\.video_embedder\."
+)
+_TRUNK_NAMES = (
+    (r"^inner\.", ""),
+    (r"^patch_generator\.pos_embed$", "positions.table"),
+    (r"^patch_generator\.embedder\.", "stem.proj."),
+    (r"^patch_generator\.cls_token\.token$", "prefix"),
+    (r"\.grandma$", ".gamma"),
+)
+_FAMILIES = {"open_clip": "openclip", "dino_v2": "dinov2"}  # by the type of a teacher in `args`
+
+
+class _TeacherArgs(TypedDict, total=False, extra_items=Any):  # type: ignore[call-arg]
+    """A teacher in the training arguments."""
+
+    name: str
+    type: str | None
+    model: str | None
+    pretrained: str | None
+    use_summary: bool | None
+    token_slot: int | None
+    fd_upsample_factor: int | None
+
+
+class _Args(TypedDict, total=False, extra_items=Any):  # type: ignore[call-arg]
+    """The training arguments that matter here."""
+
+    model: str | None
+    teachers: list[_TeacherArgs] | None
+    cls_token_per_teacher: bool | None
+    vitdet_num_windowed: int | None
+
+
+class _Config(TypedDict, total=False, extra_items=Any):  # type: ignore[call-arg]
+    """NVIDIA's config.json."""
+
+    version: str | None
+    args: _Args | None
+    preferred_resolution: int | list[int] | None
+
+
+_ARGS, _CONFIG = TypeAdapter(_Args), TypeAdapter(_Config)
+
+
+@families.register("radio")
+def radio(name: str, file: Path | None) -> Teacher:
+    """Load a released RADIO model with its adaptors: `radio:FILE`, or `radio:VERSION@FILE`.
+
+    FILE is a `.pth.tar`, safetensors in NVIDIA's layout, or the folder that holds these. The summary is the
+    class tokens of the teachers that were trained with one; the tokens have passed the final norm and the
+    feature normaliser, if the release has them (its adaptors see the tokens before the normaliser). Any size
+    works that is a multiple of the patch, and of the window where one is chosen.
+
+    Raises:
+        ConfigError: an unknown version.
+        CheckpointError: no such file, or not a RADIO ViT's; names the first missing and unexpected keys.
+    """
+    version = None if file is None else find_member(_VERSIONS, name, "RADIO version")
+    path = Path(name) if file is None else file
+    return _build(_read(path), version, f"radio:{path}", path)
+
+
+class _Release(NamedTuple):
+    """The content of a release, with our names for its parts."""
+
+    trunk: dict[str, Tensor]
+    summary: dict[str, dict[str, Tensor]]  # heads by the teacher's name, or index in the arguments
+    spatial: dict[str, dict[str, Tensor]]
+    conditioner: dict[str, Tensor]
+    normaliser: dict[str, Tensor]
+    summary_slots: list[int] | None
+    args: _Args
+    version: str
+    native: int | None
+
+
+def _read(path: Path) -> _Release:
+    if path.is_dir():
+        path = path / "model.safetensors"
+    find_file(path, "weights file")
+    where, config, args = shown(path), _Config(), _Args()
+    if is_safetensors(path):
+        tensors = read_safetensors(path).tensors
+        beside = path.with_name("config.json")
+        if beside.is_file():
+            text = decode_text(read_bytes(beside, limit=MAX_METADATA_BYTES), beside)
+            config = validate(
+                _CONFIG, parse_json(text, beside, error=CheckpointError), str(beside), error=CheckpointError
+            )
+            args = config.get("args") or args
+    else:
+        tensors, args = _read_pickled(path)
+    return _sort(_fold(plain_tensors(path, tensors), where), args, config, where)
+
+
+def _read_pickled(path: Path) -> tuple[dict[str, Tensor], _Args]:
+    """Read a `.pth.tar`: the averaged weights, others where it lacks those, and the training arguments."""
+    data = read_torch(path)
+    tensors: dict[str, Tensor] = {}
+    if isinstance(data, Mapping):
+        for key in ("state_dict", "state_dict_ema"):
+            part = data.get(key)
+            if isinstance(part, Mapping):
+                tensors.update((name, value) for name, value in part.items() if isinstance(value, Tensor))
+    if not tensors:
+        raise CheckpointError(
+            f"{shown(path)}: not a released RADIO checkpoint: it has no state_dict with weights"
+        )
+    given = data.get("args", {})
+    args = vars(given) if isinstance(given, argparse.Namespace) else given
+    return tensors, validate(_ARGS, args, f"{shown(path)}: its args", error=CheckpointError)
+
+
+def _fold(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Replace spectrally reparametrised weights by what they stand for, in float32.
+
+    W * (softplus(s) + 0.05) / sigma(W), with sigma the largest singular value; query, key and value have
+    their own s and sigma. A plain weight of the same name comes first.
+    """
+    mark = ".parametrizations.weight."
+    folded = {name: value for name, value in tensors.items() if mark not in name}
+    for name in tensors:
+        layer, marked, rest = name.partition(mark)
+        if marked and rest == "original" and f"{layer}.weight" not in folded:
+            states = {
+                key.removeprefix(f"{layer}{mark}0."): value.float()
+                for key, value in tensors.items()
+                if key.startswith(f"{layer}{mark}0.")
+            }
+            try:
+                folded[f"{layer}.weight"] = _effective(tensors[name].float(), states)
+            except (RuntimeError, ValueError) as error:
+                raise CheckpointError(
+                    f"{where}: the spectral reparametrisation of {shown(layer[:200])} cannot be folded "
+                    f"({str(error).splitlines()[0]})"
+                ) from error
+    return folded
+
+
+def _effective(weight: Tensor, states: Mapping[str, Tensor]) -> Tensor:
+    """Compute the weight that a reparametrised layer uses; parts without a state are unchanged."""
+    if not any(name.startswith("parts.") for name in states):
+        return _scaled(weight, states)
+    indices = {int(name.split(".")[1]) for name in states if name.startswith("parts.")}
+    count = 3 if len(weight) == 3 * weight[0].numel() else max(indices) + 1
+    parts = []
+    for index, part in enumerate(weight.chunk(count)):
+        prefix = f"parts.{index}."
+        own = {name.removeprefix(prefix): value for name, value in states.items() if name.startswith(prefix)}
+        parts.append(_scaled(part, own) if own else part)
+    return torch.cat(parts)
+
+
+_LEAST_GAIN = 0.05
+
+
+def _scaled(weight: Tensor, states: Mapping[str, Tensor]) -> Tensor:
+    flat = weight.flatten(1)
+    if "_u" in states and "_v" in states:
+        sigma = states["_u"] @ flat @ states["_v"]
+    else:
+        sigma = torch.linalg.matrix_norm(flat, ord=2)
+    gain = F.softplus(states["scale"].reshape(())) + _LEAST_GAIN if "scale" in states else 1.0
+    return weight * (gain / sigma)
+
+
+def _sort(tensors: dict[str, Tensor], args: _Args, config: _Config, where: str) -> _Release:
+    """Sort the tensors by the part of the model."""
+    parts: dict[str, dict[str, Tensor]] = {"trunk": {}, "conditioner": {}, "normaliser": {}, "": {}}
+    unknown = []
+    for name, value in tensors.items():
+        plain = re.sub(r"^(module\.)+", "", name)
+        if _OF_TRAINING.search(plain):
+            continue
+        renamed = next((re.sub(old, new, plain) for old, new in _NAMES if re.match(old, plain)), None)
+        if renamed is None:
+            unknown.append(name)
+            continue
+        group, _, key = renamed.partition(":")
+        parts.setdefault(group, {})[key] = value.float() if value.is_floating_point() else value
+    trunk = {_trunk_name(name): value for name, value in parts["trunk"].items()}
+    if not trunk.keys() >= {"positions.table", "stem.proj.weight", "prefix"}:
+        raise CheckpointError(
+            f"{where}: not the weights of a RADIO ViT: wanted base_model.patch_generator.pos_embed, "
+            f"…embedder.weight and …cls_token.token (or radio_model.model.…), got "
+            f"{', '.join(shown(name[:80]) for name in list(tensors)[:3])}; an E-RADIO cannot be read"
+        )
+    if unknown:
+        raise CheckpointError(
+            f"{where}: not only the weights of a RADIO model: unexpected are "
+            f"{', '.join(shown(name[:80]) for name in unknown[:3])} ({len(unknown)} of {len(tensors)})"
+        )
+    slots = parts[""].get("summary_idxs")
+    side = config.get("preferred_resolution")
+    return _Release(
+        trunk=trunk,
+        summary={key.removeprefix("summary/"): parts[key] for key in parts if key.startswith("summary/")},
+        spatial={key.removeprefix("spatial/"): parts[key] for key in parts if key.startswith("spatial/")},
+        conditioner=parts["conditioner"],
+        normaliser=parts["normaliser"],
+        summary_slots=None if slots is None else [int(slot) for slot in slots.flatten().tolist()],
+        args=args,
+        version=(config.get("version") or ""),
+        native=max(side) if isinstance(side, list) and side else side if isinstance(side, int) else None,
+    )
+
+
+def _trunk_name(name: str) -> str:
+    for pattern, replacement in _TRUNK_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _guess_version(release: _Release, prefix: int) -> _Version:
+    """Choose the version that the file names, or the one that its shapes are of."""
+    named = re.search(r"v(\d(?:\.\d)?)(?:-([blhg]))?", release.version.lower())
+    if named:
+        for key in (f"v{named[1]}-{named[2]}", f"v{named[1]}"):
+            if key in _VERSIONS:
+                return _VERSIONS[key]
+    patch = isqrt(release.trunk["stem.proj.weight"].shape[-1] // 3)
+    if prefix == 10:
+        return _V4
+    if patch == 14 and "blocks.0.mlp.w12.weight" not in release.trunk:
+        return _V1
+    known = {teacher["name"] for teacher in release.args.get("teachers") or [] if "name" in teacher}
+    if "siglip" in known:
+        return _V2_5
+    width = release.trunk["positions.table"].shape[-1]
+    return replace(_V3, align_corners=width in (768, 1280))
+
+
+class _Slots(NamedTuple):
+    """Which class token belongs to which teacher."""
+
+    num_classes: int  # class tokens of the trunk
+    by_name: dict[str, int]
+    in_summary: list[int]
+    names: list[str]  # of the teachers in the order of the arguments, some of them repeated
+
+
+def _assign_slots(release: _Release, version: _Version, prefix: int, where: str) -> _Slots:
+    """Assign class tokens to teachers by the training arguments, else by the version."""
+    teachers = [teacher for teacher in release.args.get("teachers") or [] if "name" in teacher]
+    by_name: dict[str, int] = {}
+    in_summary = []
+    if teachers:
+        names = [teacher["name"] for teacher in teachers]
+        distinct = list(dict.fromkeys(names))
+        shared = release.args.get("cls_token_per_teacher") is False
+        for teacher in teachers:
+            slot = teacher.get("token_slot")
+            own = distinct.index(teacher["name"]) if slot is None else slot
+            by_name.setdefault(teacher["name"], 0 if shared else own)
+            if teacher.get("use_summary") is not False:
+                in_summary.append(by_name[teacher["name"]])
+    else:
+        names = list(version.teachers)
+        by_name = {name: slot for slot, name in enumerate(names) if slot < prefix}
+        in_summary = list(by_name.values())[:-1] or [0]  # without SAM's
+    if release.summary_slots is not None:
+        in_summary = release.summary_slots
+    in_summary = list(dict.fromkeys(in_summary))
+    num_classes = max([*by_name.values(), *in_summary], default=-1) + 1
+    if not in_summary or min(in_summary) < 0 or num_classes > prefix:
+        raise CheckpointError(
+            f"{where}: its summary reads the class tokens {in_summary}, its adaptors read "
+            f"{sorted(by_name.values())}, and it has {prefix} tokens of classes and registers"
+        )
+    return _Slots(num_classes, by_name, in_summary, names)
+
+
+def _build(release: _Release, version: _Version | None, spec: str, path: Path) -> Frozen:
+    where = shown(path)
+    config = _shape(release.trunk, where)
+    prefix = release.trunk["prefix"]
+    version = _guess_version(release, len(prefix)) if version is None else version
+    slots = _assign_slots(release, version, len(prefix), where)
+    schedule = version.schedule
+    if (windowed := release.args.get("vitdet_num_windowed")) is not None:
+        schedule = "runs-of-5" if windowed == 5 else schedule
+    config = replace(
+        config, class_tokens=slots.num_classes, registers=len(prefix) - slots.num_classes, schedule=schedule
+    )
+    vit = _load_vit(config, release.trunk, version.align_corners, where)
+    normaliser = None
+    if release.normaliser:
+        normaliser = FeatureNormaliser(config.width)
+        load_state(normaliser, release.normaliser, f"{where}: feature normaliser")
+    adaptors, teachers = _build_adaptors(release, slots, config.width, normaliser, where)
+    mean, std = (_channel_values(release.conditioner, key, where) for key in ("norm_mean", "norm_std"))
+    trunk = ReleasedTrunk(vit, slots.in_summary, normaliser)
+    side = nearest_multiple(release.native or version.native, config.patch)
+    return Frozen(
+        trunk=trunk,
+        name=spec,
+        mean=mean or IMAGENET_MEAN,
+        std=std or IMAGENET_STD,
+        native_size=(side, side),
+        patch_size=config.patch,
+        summary_dim=config.width * len(slots.in_summary),
+        token_dim=config.width,
+        adaptors=adaptors,
+        metadata={"teachers": teachers} if teachers else None,
+        variant=json.dumps([slots.in_summary, version.align_corners, schedule]),
+        weights_file=path,
+    )
+
+
+def _shape(trunk: Mapping[str, Tensor], where: str) -> ViTConfig:
+    """Read the trunk's shape from those of its weights.
+
+    Raises:
+        CheckpointError: shapes that no ViT has.
+    """
+    table, embedder = trunk["positions.table"], trunk["stem.proj.weight"]
+    width = table.shape[-1] if table.ndim == 3 else 0
+    side = isqrt(table.shape[1]) if table.ndim == 3 else 0
+    patch = isqrt(embedder.shape[-1] // 3) if embedder.ndim == 2 else 0
+    depth = len({name.split(".")[1] for name in trunk if name.startswith("blocks.")})
+    hidden = next((len(trunk[name]) for name in ("blocks.0.mlp.fc1.weight",) if name in trunk), 4 * width)
+    heads = _HEADS.get(width, width // _HEAD_WIDTH)
+    if not (
+        width
+        and side * side == table.shape[1]
+        and patch
+        and 3 * patch * patch == embedder.shape[1]
+        and heads
+        and width % heads == 0
+        and depth
+        and trunk["prefix"].ndim == 2
+    ):
+        raise CheckpointError(
+            f"{where}: not the shape of a RADIO ViT: positions {tuple(table.shape)}, patch embedding "
+            f"{tuple(embedder.shape)}, class tokens {tuple(trunk['prefix'].shape)}, {depth} blocks"
+        )
+    return ViTConfig(
+        name="radio",
+        width=width,
+        depth=depth,
+        heads=heads,
+        patch=patch,
+        positions=side,
+        mlp_ratio=hidden / width,
+        layer_scale=1.0 if "blocks.0.ls1.gamma" in trunk else None,
+    )
+
+
+def _load_vit(config: ViTConfig, trunk: Mapping[str, Tensor], align_corners: bool, where: str) -> ViT:
+    tensors = dict(trunk)
+    embedder = tensors["stem.proj.weight"]
+    tensors["stem.proj.weight"] = embedder.reshape(config.width, 3, config.patch, config.patch)
+    tensors.setdefault("stem.proj.bias", torch.zeros(config.width))
+    tensors["prefix"] = tensors["prefix"].unsqueeze(0)
+    with torch.device("meta"):
+        vit = ViT(config)
+        vit.positions = CroppedPositions(config.width, config.positions, align_corners=align_corners)
+        if (gate := tensors.get("blocks.0.mlp.w12.weight")) is not None:
+            for block in vit.blocks:
+                block.mlp = SwiGLU(config.width, len(gate) // 2)
+    if "norm.weight" not in tensors:
+        vit.norm = nn.Identity()  # type: ignore[assignment]
+    vit.normalise = nn.Identity()  # type: ignore[assignment]
+    load_state(vit, tensors, where)
+    return vit
+
+
+def _build_adaptors(
+    release: _Release, slots: _Slots, width: int, normaliser: FeatureNormaliser | None, where: str
+) -> tuple[nn.ModuleDict, list[dict[str, Any]]]:
+    """Build the adaptors, and the entries of the metadata about their teachers."""
+    adaptors, entries = nn.ModuleDict(), []
+    arguments = {t["name"]: t for t in release.args.get("teachers") or [] if "name" in t}
+    for key in dict.fromkeys([*release.summary, *release.spatial]):
+        name = slots.names[int(key)] if key.isdigit() and int(key) < len(slots.names) else key
+        if name.isdigit():
+            name = next((n for n, slot in slots.by_name.items() if slot == int(name)), f"teacher{name}")
+        slot = slots.by_name.get(name)
+        teacher = arguments.get(name, _TeacherArgs())
+        if slot is None and key in release.summary:
+            raise CheckpointError(
+                f"{where}: nothing says which class token the head of {shown(name)!r} reads; put the "
+                f"release's config.json beside it, or name its version as in radio:v4@FILE"
+            )
+        heads = [
+            _load_head(part.get(key), width, f"{where}: {kind} head of {shown(name)}")
+            for kind, part in (("summary", release.summary), ("spatial", release.spatial))
+        ]
+        adaptors[name] = ReleasedAdaptor(
+            *heads,
+            position=slots.in_summary.index(slot) if slot in slots.in_summary else None,
+            width=width,
+            upsample=teacher.get("fd_upsample_factor") or 1,
+            normaliser=normaliser,
+        )
+        entries.append({"name": name, **_spec_of(teacher)})
+    return adaptors, entries
+
+
+def _load_head(tensors: Mapping[str, Tensor] | None, width: int, where: str) -> nn.Module | None:
+    if tensors is None:
+        return None
+    with torch.device("meta"):
+        head = build_head({name: tensor.shape for name, tensor in tensors.items()})
+    if head is None:
+        raise CheckpointError(
+            f"{where}: no known kind of head; its weights are "
+            f"{', '.join(shown(name[:80]) for name in list(tensors)[:3])}"
+        )
+    load_state(head, tensors, where)
+    first = tensors.get("fc1.weight", tensors.get("mlp.fc1.weight"))
+    if first is not None and first.shape[1] != width:
+        raise CheckpointError(f"{where}: it reads {first.shape[1]} numbers, and the trunk's width is {width}")
+    return head
+
+
+def _spec_of(teacher: _TeacherArgs) -> dict[str, str]:
+    """Return the metadata's `model` of a teacher whose family is known; the release has no file of it."""
+    kind, model = teacher.get("type"), teacher.get("model")
+    family = _FAMILIES.get(kind or "", kind)
+    if not family or not model or family not in families:
+        return {}
+    member = re.sub(r"^dinov2_", "", model) if family == "dinov2" else model
+    if family == "sam":
+        member = member.replace("-", "_")
+    tag = teacher.get("pretrained") if family == "openclip" else None
+    return {"model": f"{family}:{member}{f'/{tag}' if tag else ''}"}
+
+
+def _channel_values(
+    conditioner: Mapping[str, Tensor], key: str, where: str
+) -> tuple[float, float, float] | None:
+    value = conditioner.get(key)
+    if value is None:
+        return None
+    if value.numel() != 3:
+        raise CheckpointError(
+            f"{where}: its input_conditioner.{key} has {value.numel()} numbers; wanted one per channel"
+        )
+    check_finite({key: value}, where)
+    first, second, third = value.flatten().tolist()
+    return first, second, third
+
+
+@final
+class ReleasedTrunk(nn.Module):
+    """A released ViT that maps normalised images to `Features`.
+
+    Args:
+        vit: the network; its summary holds all class tokens.
+        in_summary: the class tokens that the release's summary is made of.
+        normaliser: of the tokens; None if the release has none.
+    """
+
+    def __init__(self, vit: ViT, in_summary: list[int], normaliser: FeatureNormaliser | None) -> None:
+        super().__init__()
+        self.vit, self.in_summary, self.normaliser = vit, in_summary, normaliser
+        self.num_blocks = vit.num_blocks
+
+    @property
+    def window(self) -> int | None:
+        """Side in tokens of the attention windows."""
+        return self.vit.window
+
+    def with_window(self, side: int | None) -> Self:
+        """Return this trunk with windows of another side, sharing the weights."""
+        twin = copy.copy(self)
+        twin._modules = {**self._modules, "vit": self.vit.with_window(side)}
+        return twin
+
+    def forward(self, images: Tensor) -> Features:
+        """Map normalised [B, 3, h, w] to the release's summary [B, K * D] and tokens [B, T, D]."""
+        return self._select(self.vit(images))
+
+    def intermediate(self, images: Tensor, blocks: list[int]) -> list[Features]:
+        """Compute the features after each of the given blocks."""
+        return [self._select(features) for features in self.vit.intermediate(images, blocks)]
+
+    def _select(self, features: Features) -> Features:
+        width = features.tokens.shape[-1]
+        tokens = features.summary.unflatten(1, (-1, width))[:, self.in_summary]
+        placed = features.tokens if self.normaliser is None else self.normaliser(features.tokens)
+        return Features(tokens.flatten(1), placed, features.grid)

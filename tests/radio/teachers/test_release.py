@@ -1,0 +1,641 @@
+"""Small RADIO releases in their genuine layouts, against timm, transformers and hand-written code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from radio.errors import CheckpointError, ConfigError, SizeError
+from radio.hub import load_backbone
+from radio.students.vit import global_blocks
+from radio.types import Backbone
+
+WIDTH, DEPTH, HIDDEN, PATCH, GRID = 128, 3, 256, 16, 8
+HEADS = 2  # of 64 numbers
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+
+def _random(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def linear(name: str, out: int, width: int, seed: int) -> dict[str, Tensor]:
+    return {
+        f"{name}.weight": _random(seed, out, width) / math.sqrt(width),
+        f"{name}.bias": 0.1 * _random(seed + 1, out),
+    }
+
+
+def norm(name: str, width: int, seed: int) -> dict[str, Tensor]:
+    return {f"{name}.weight": 1 + 0.1 * _random(seed, width), f"{name}.bias": 0.1 * _random(seed + 1, width)}
+
+
+def block(name: str, width: int, hidden: int, seed: int, scale: str | None = None) -> dict[str, Tensor]:
+    tensors = {
+        **norm(f"{name}.norm1", width, seed),
+        **linear(f"{name}.attn.qkv", 3 * width, width, seed + 2),
+        **linear(f"{name}.attn.proj", width, width, seed + 4),
+        **norm(f"{name}.norm2", width, seed + 6),
+        **linear(f"{name}.mlp.fc1", hidden, width, seed + 8),
+        **linear(f"{name}.mlp.fc2", width, hidden, seed + 10),
+    }
+    for place in ("ls1", "ls2") if scale else ():
+        tensors[f"{name}.{place}.{scale}"] = 1 + 0.2 * _random(seed + 12, width)
+    return tensors
+
+
+def trunk(
+    prefix: int = 8, patch: int = PATCH, scale: str | None = None, final_norm: bool = False
+) -> dict[str, Tensor]:
+    """The weights of a trunk under the names of the releases."""
+    tensors = {
+        "patch_generator.pos_embed": _random(1, 1, GRID * GRID, WIDTH),
+        "patch_generator.embedder.weight": 0.05 * _random(2, WIDTH, 3 * patch * patch),
+        "patch_generator.cls_token.token": _random(3, prefix, WIDTH),
+    }
+    for index in range(DEPTH):
+        tensors |= block(f"blocks.{index}", WIDTH, HIDDEN, 100 * index + 10, scale)
+    return tensors | (norm("norm", WIDTH, 7) if final_norm else {})
+
+
+def mlp2(out: int, seed: int, steps: int = 1, width: int = WIDTH, hidden: int = 48) -> dict[str, Tensor]:
+    tensors = linear("fc1", hidden, width, seed)
+    for index in range(steps):
+        tensors |= norm(f"blocks.{index}.0", hidden, seed + 3 + index)
+        tensors |= linear(f"blocks.{index}.2", hidden, hidden, seed + 7 + index)
+    return tensors | norm("final.0", hidden, seed + 20) | linear("final.2", out, hidden, seed + 22)
+
+
+def mlp1(out: int, seed: int) -> dict[str, Tensor]:
+    return {
+        **linear("fc1", 48, WIDTH, seed),
+        **norm("norm", 48, seed + 2),
+        **linear("fc2", out, 48, seed + 4),
+    }
+
+
+def named(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": value for name, value in tensors.items()}
+
+
+CONDITIONER = {
+    "norm_mean": torch.tensor(MEAN).view(3, 1, 1),
+    "norm_std": torch.tensor(STD).view(3, 1, 1),
+}
+
+
+def teacher(name: str, **more: Any) -> dict[str, Any]:
+    return {"name": name, "type": "open_clip", "model": "x", "fd_loss_weight": 1.0, **more}
+
+
+def save_pickled(
+    path: Path,
+    tensors: dict[str, Tensor],
+    teachers: Sequence[dict[str, Any]] = (),
+    heads: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] | None = None,
+    *,
+    extra: dict[str, Tensor] | None = None,
+    **more: Any,
+) -> Path:
+    """Write a release as `.pth.tar`."""
+    state = named("base_model.", tensors) | named("input_conditioner.", CONDITIONER) | (extra or {})
+    for key, (summary, spatial) in (heads or {}).items():
+        state |= named(f"_heads.{key}.", summary) | named(f"_feature_projections.{key}.", spatial)
+    args = argparse.Namespace(
+        model="vit", cls_token_per_teacher=True, teachers=list(teachers), lr=0.001, seed=None
+    )
+    torch.save({"arch": "vit", "epoch": 3, "args": args, "state_dict": state, **more}, path)
+    return path
+
+
+def save_hugging_face(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    slots: Sequence[int],
+    adaptors: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] | None = None,
+    config: dict[str, Any] | None = None,
+) -> Path:
+    """Write a release as NVIDIA does on the Hugging Face hub; return the safetensors file."""
+    folder.mkdir(exist_ok=True)
+    state = named("radio_model.model.", tensors) | named("radio_model.input_conditioner.", CONDITIONER)
+    state["radio_model.summary_idxs"] = torch.tensor(slots)
+    for name, (summary, spatial) in (adaptors or {}).items():
+        state |= named(f"radio_model.adaptors.{name}.head_mlp.", summary)
+        state |= named(f"radio_model.adaptors.{name}.feat_mlp.", spatial)
+    file = folder / "model.safetensors"
+    safetensors.torch.save_file(state, file)
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return file
+
+
+def images(height: int, width: int, seed: int = 0) -> Tensor:
+    return torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def by_hand(
+    tensors: dict[str, Tensor], pixels: Tensor, *, aligned: bool = False, patch: int = PATCH
+) -> list[Tensor]:
+    """Compute all tokens after every block, written from the description of the architecture."""
+    x = (pixels - CONDITIONER["norm_mean"]) / CONDITIONER["norm_std"]
+    rows, columns = x.shape[2] // patch, x.shape[3] // patch
+    cut = x.unfold(2, patch, patch).unfold(3, patch, patch)  # [B, 3, rows, columns, p, p]
+    cut = cut.permute(0, 2, 3, 1, 4, 5).reshape(len(x), rows * columns, -1)
+    table = tensors["patch_generator.pos_embed"].view(1, GRID, GRID, WIDTH).permute(0, 3, 1, 2)
+    side = max(rows, columns)
+    table = F.interpolate(table, size=(side, side), mode="bilinear", align_corners=aligned)
+    positions = table[..., :rows, :columns].flatten(2).transpose(1, 2)
+    tokens = cut @ tensors["patch_generator.embedder.weight"].T + positions
+    x = torch.cat([tensors["patch_generator.cls_token.token"].expand(len(x), -1, -1), tokens], dim=1)
+    outputs = []
+    for index in range(DEPTH):
+        x = _block_by_hand(tensors, f"blocks.{index}", x, HEADS)
+        outputs.append(_norm(tensors, "norm", x) if "norm.weight" in tensors else x)
+    return outputs
+
+
+def _norm(tensors: dict[str, Tensor], name: str, x: Tensor, eps: float = 1e-6) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], tensors[f"{name}.weight"], tensors[f"{name}.bias"], eps)
+
+
+def _linear(tensors: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    return x @ tensors[f"{name}.weight"].T + tensors[f"{name}.bias"]
+
+
+def _block_by_hand(tensors: dict[str, Tensor], name: str, x: Tensor, heads: int) -> Tensor:
+    def scaled(place: str, value: Tensor) -> Tensor:
+        for kind in ("grandma", "gamma"):
+            value = value * tensors.get(f"{name}.{place}.{kind}", 1.0)
+        return value
+
+    q, k, v = _linear(tensors, f"{name}.attn.qkv", _norm(tensors, f"{name}.norm1", x)).chunk(3, dim=-1)
+    mixed = []
+    for head in range(heads):
+        part = slice(head * x.shape[-1] // heads, (head + 1) * x.shape[-1] // heads)
+        weights = (q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(x.shape[-1] // heads)).softmax(-1)
+        mixed.append(weights @ v[..., part])
+    x = x + scaled("ls1", _linear(tensors, f"{name}.attn.proj", torch.cat(mixed, dim=-1)))
+    hidden = F.gelu(_linear(tensors, f"{name}.mlp.fc1", _norm(tensors, f"{name}.norm2", x)))
+    return x + scaled("ls2", _linear(tensors, f"{name}.mlp.fc2", hidden))
+
+
+def mlp2_by_hand(tensors: dict[str, Tensor], x: Tensor) -> Tensor:
+    x = _linear(tensors, "fc1", x)
+    for index in range(sum(name.startswith("blocks.") and name.endswith(".2.bias") for name in tensors)):
+        x = x + _linear(tensors, f"blocks.{index}.2", F.gelu(_norm(tensors, f"blocks.{index}.0", x, 1e-5)))
+    return _linear(tensors, "final.2", F.gelu(_norm(tensors, "final.0", x, 1e-5)))
+
+
+def mlp1_by_hand(tensors: dict[str, Tensor], x: Tensor) -> Tensor:
+    return _linear(tensors, "fc2", F.relu(_norm(tensors, "norm", _linear(tensors, "fc1", x), 1e-5)))
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+V1_TEACHERS = (teacher("clip"), teacher("dino_v2"), teacher("sam", use_summary=False))
+
+
+@pytest.mark.parametrize("size", [(128, 128), (96, 160), (224, 224)])
+def test_a_first_release_equals_its_description(tmp_path: Path, size: tuple[int, int]) -> None:
+    """Three class tokens, five registers, a final norm, heads of the first kind by index."""
+    weights, heads = (
+        trunk(final_norm=True),
+        {str(n): (mlp1(20 + n, 9 * n), mlp1(30 + n, 9 * n)) for n in range(3)},
+    )
+    model = load_backbone(f"radio:{save_pickled(tmp_path / 'r.pth.tar', weights, V1_TEACHERS, heads)}")
+    pixels = images(*size)
+    features, *_, last = model(pixels), *by_hand(weights, pixels)
+    assert_close(features.summary, last[:, :2].flatten(1))
+    assert_close(features.tokens, last[:, 8:])
+    assert features.grid == (size[0] // PATCH, size[1] // PATCH)
+    for slot, name in enumerate(("clip", "dino_v2", "sam")):
+        summary, spatial = heads[str(slot)]
+        mapped = model.adaptors[name](features)
+        assert_close(mapped.tokens, mlp1_by_hand(spatial, last[:, 8:]))
+        expected = mlp1_by_hand(summary, last[:, slot]) if slot < 2 else mapped.tokens.mean(dim=1)
+        assert_close(mapped.summary, expected)
+    with pytest.raises(ConfigError, match="does not hold the class token"):
+        model.adaptors["sam"].adapt_summary(features.summary)
+
+
+def test_intermediate_blocks_pass_the_final_norm(tmp_path: Path) -> None:
+    weights = trunk(final_norm=True)
+    model = load_backbone(f"radio:{save_pickled(tmp_path / 'r.pth.tar', weights, V1_TEACHERS)}")
+    pixels = images(96, 128)
+    assert model.num_blocks == DEPTH
+    assert model.intermediate is not None
+    found, expected = model.intermediate(pixels, [2, 0]), by_hand(weights, pixels)
+    for features, block in zip(found, (2, 0), strict=True):
+        assert_close(features.tokens, expected[block][:, 8:])
+        assert_close(features.summary, expected[block][:, :2].flatten(1))
+
+
+def test_heads_of_the_second_kind_by_name(tmp_path: Path) -> None:
+    weights = trunk()
+    heads = {"clip": (mlp2(20, 5, steps=2), mlp2(30, 40)), "dino_v2": (mlp2(24, 70, steps=0), mlp2(24, 90))}
+    teachers = (teacher("clip"), teacher("dino_v2", token_slot=3))
+    model = load_backbone(f"radio:{save_pickled(tmp_path / 'r.pth.tar', weights, teachers, heads)}")
+    pixels = images(128, 96)
+    features, last = model(pixels), by_hand(weights, pixels)[-1]
+    assert_close(features.summary, last[:, [0, 3]].flatten(1))
+    for name, slot in (("clip", 0), ("dino_v2", 3)):
+        summary = model.adaptors[name].adapt_summary(features.summary)
+        assert_close(summary, mlp2_by_hand(heads[name][0], last[:, slot]))
+        mapped = model.adaptors[name](features, (4, 3))
+        tokens = mlp2_by_hand(heads[name][1], last[:, 8:]).transpose(1, 2).unflatten(2, (8, 6))
+        half = F.interpolate(tokens, size=(4, 3), mode="bilinear", align_corners=False)
+        assert_close(mapped.map(), half)
+
+
+def test_a_spatial_head_that_up_samples_gives_each_token_a_square(tmp_path: Path) -> None:
+    weights, spatial = trunk(), mlp2(4 * 10, 3)
+    path = save_pickled(
+        tmp_path / "r.pth.tar",
+        weights,
+        [teacher("clip", fd_upsample_factor=2)],
+        {"clip": (mlp2(9, 1), spatial)},
+    )
+    model = load_backbone(f"radio:{path}")
+    features = model(images(64, 96))
+    mapped, flat = model.adaptors["clip"](features), mlp2_by_hand(spatial, features.tokens)
+    assert mapped.grid == (8, 12)
+    for row, column in ((0, 0), (1, 4), (3, 5)):
+        numbers = flat[:, row * 6 + column].view(2, 2, 2, 10)
+        for y, x in ((0, 0), (0, 1), (1, 1)):
+            assert_close(mapped.tokens[:, (2 * row + y) * 12 + 2 * column + x], numbers[:, y, x])
+
+
+def test_a_spatial_head_with_attention(tmp_path: Path) -> None:
+    weights = trunk(prefix=10)
+    inner = mlp2(12, 33)
+    spatial = block("blocks.0", WIDTH, 4 * WIDTH, 5, "gamma") | block(
+        "blocks.1", WIDTH, 4 * WIDTH, 25, "gamma"
+    )
+    heads = {"dino_v3_7b": (mlp2(9, 1), spatial | named("mlp.", inner))}
+    config = {"version": "c-radio_v4-h", "preferred_resolution": [96, 96]}
+    file = save_hugging_face(tmp_path / "hf", weights, [0, 1], heads, config)
+    model = load_backbone(f"radio:{file}")
+    features = model(images(96, 64))
+    x = features.tokens
+    for name in ("blocks.0", "blocks.1"):
+        x = _block_by_hand(spatial, name, x, 16)
+    assert_close(model.adaptors["dino_v3_7b"](features).tokens, mlp2_by_hand(inner, x))
+    last = by_hand(weights, images(96, 64))[-1]
+    assert_close(
+        model.adaptors["dino_v3_7b"](features).summary, mlp2_by_hand(heads["dino_v3_7b"][0], last[:, 1])
+    )
+    assert model.native_size == (96, 96)
+
+
+def _timms(name: str, weights: dict[str, Tensor], file: Path, prefix: int, **options: Any) -> Any:
+    overlay = {"state_dict": safetensors.torch.load_file(file), "num_classes": 0}
+    return timm.create_model(
+        name,
+        pretrained=True,
+        pretrained_cfg_overlay=overlay,
+        num_classes=0,
+        embed_dim=WIDTH,
+        depth=DEPTH,
+        num_heads=HEADS,
+        mlp_ratio=HIDDEN / WIDTH,
+        pos_embed_grid_size=(GRID, GRID),
+        reg_tokens=prefix - 1,
+        **options,
+    ).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "prefix", "scale"),
+    [
+        ("naflexvit_base_patch16_radio_v3", "c-radio_v3-b", 8, "grandma"),
+        ("naflexvit_large_patch16_radio_v3", "c-radio_v3-l", 8, "grandma"),
+        ("naflexvit_huge_patch16_radio_v4", "c-radio_v4-h", 10, None),
+    ],
+)
+def test_later_releases_equal_timms(
+    tmp_path: Path, name: str, version: str, prefix: int, scale: str | None
+) -> None:
+    weights = trunk(prefix=prefix, scale=scale)
+    slots = [0, 1, 2] if prefix == 8 else [0, 1]
+    file = save_hugging_face(tmp_path / "hf", weights, slots, config={"version": version})
+    model, network = load_backbone(f"radio:{file.parent}"), _timms(name, weights, file, prefix)
+    for size in ((128, 128), (224, 224), (96, 160)):
+        pixels = images(*size)
+        normalised = (pixels - CONDITIONER["norm_mean"]) / CONDITIONER["norm_std"]
+        with torch.no_grad():
+            expected, features = network.forward_features(normalised), model(pixels)
+        assert_close(features.tokens, expected[:, prefix:])
+        assert_close(features.summary, expected[:, slots].flatten(1))
+
+
+def test_a_version_in_the_spec_comes_first(tmp_path: Path) -> None:
+    weights = trunk()
+    file = save_hugging_face(tmp_path / "hf", weights, [0, 1, 2])
+    pixels = images(64, 64)
+    for spec, aligned in (
+        (f"radio:{file}", False),
+        (f"radio:v3-b@{file}", True),
+        (f"radio:v3-l@{file}", False),
+    ):
+        expected = by_hand(weights, pixels, aligned=aligned)[-1]
+        assert_close(load_backbone(spec)(pixels).tokens, expected[:, 8:])
+    with pytest.raises(ConfigError, match=r"unknown RADIO version 'v3-x'"):
+        load_backbone(f"radio:v3-x@{file}")
+
+
+def test_released_models_equal_the_ones_of_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    weights = trunk(prefix=10)
+    file = save_hugging_face(tmp_path / "hf", weights, [0, 1], config={"version": "c-radio_v4-h"})
+    config = transformers.RadioConfig(
+        hidden_size=WIDTH,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=HEADS,
+        mlp_ratio=HIDDEN / WIDTH,
+        max_img_size=GRID * PATCH,
+        num_cls_tokens=3,
+        num_registers=7,
+        norm_mean=list(MEAN),
+        norm_std=list(STD),
+    )
+    peer = transformers.RadioModel(config).eval()
+    state = {
+        "embeddings.patch_projection.weight": weights["patch_generator.embedder.weight"],
+        "embeddings.position_embedding": weights["patch_generator.pos_embed"],
+        "embeddings.cls_register_token": weights["patch_generator.cls_token.token"],
+        "input_conditioner.norm_mean": CONDITIONER["norm_mean"],
+        "input_conditioner.norm_std": CONDITIONER["norm_std"],
+        "summary_idxs": torch.tensor([0, 1]),
+    }
+    for index in range(DEPTH):
+        ours, theirs = f"blocks.{index}", f"encoder.layer.{index}"
+        for kind in ("weight", "bias"):
+            q, k, v = weights[f"{ours}.attn.qkv.{kind}"].chunk(3)
+            for part, value in (("q", q), ("k", k), ("v", v), ("o", weights[f"{ours}.attn.proj.{kind}"])):
+                state[f"{theirs}.attention.{part}_proj.{kind}"] = value
+            for part in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
+                state[f"{theirs}.{part}.{kind}"] = weights[f"{ours}.{part}.{kind}"]
+    missing, unexpected = peer.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert all("layer_scale" in name for name in missing)
+    pixels = images(96, 64)
+    with torch.no_grad():
+        expected, features = peer(pixels), load_backbone(f"radio:{file}")(pixels)
+    assert_close(features.summary, expected.summary)
+    assert_close(features.tokens, expected.features)
+
+
+def test_averaged_weights_come_first(tmp_path: Path) -> None:
+    weights, averaged = trunk(), trunk()
+    averaged["blocks.0.mlp.fc1.bias"] = averaged["blocks.0.mlp.fc1.bias"] + 1
+    path = save_pickled(
+        tmp_path / "r.pth.tar",
+        weights,
+        [teacher("clip")],
+        {"0": (mlp2(9, 1), mlp2(9, 2))},
+        state_dict_ema=named("module.base_model.", averaged),
+    )
+    torch.save(torch.load(path, weights_only=False), path)
+    pixels = images(64, 64)
+    model = load_backbone(f"radio:{path}")
+    assert_close(model(pixels).tokens, by_hand(averaged, pixels)[-1][:, 8:])
+    assert list(model.adaptors) == ["clip"]
+
+
+def test_tokens_pass_the_feature_normaliser_and_adaptors_do_not(tmp_path: Path) -> None:
+    weights, spatial = trunk(), mlp2(9, 2)
+    mean, tx = _random(4, WIDTH), 0.3 * torch.linalg.qr(_random(5, WIDTH, WIDTH)).Q
+    path = save_pickled(
+        tmp_path / "r.pth.tar",
+        weights,
+        [teacher("clip")],
+        {"0": (mlp2(9, 1), spatial)},
+        extra={"_feature_normalizer.mean": mean, "_feature_normalizer.tx": tx},
+    )
+    model = load_backbone(f"radio:{path}")
+    features, last = model(images(64, 64)), by_hand(weights, images(64, 64))[-1]
+    assert_close(features.tokens, (last[:, 8:] - mean) @ tx.T)
+    assert_close(features.summary, last[:, 0])
+    assert_close(model.adaptors["clip"](features).tokens, mlp2_by_hand(spatial, last[:, 8:]))
+
+
+def test_spectral_reparametrisation_is_folded_in_trunk_and_heads(tmp_path: Path) -> None:
+    plain, head = trunk(), mlp2(9, 1)
+    weights, reparametrised = dict(plain), {}
+    for layer, parts in (("blocks.0.attn.qkv", 3), ("blocks.1.mlp.fc1", 1)):
+        original = plain[f"{layer}.weight"]
+        effective = []
+        for index, part in enumerate(original.chunk(parts)):
+            scale = 0.3 + index
+            effective.append(part * (math.log1p(math.exp(scale)) + 0.05) / torch.linalg.svdvals(part)[0])
+            name = f"{layer}.parametrizations.weight.0.{f'parts.{index}.' if parts > 1 else ''}"
+            reparametrised[f"{name}scale"] = torch.tensor([[scale]])
+            u, _, v = torch.linalg.svd(part)
+            if index != 1:  # without the vectors the value is computed
+                reparametrised |= {f"{name}_u": u[:, 0], f"{name}_v": v[0]}
+        reparametrised[f"{layer}.parametrizations.weight.original"] = original
+        weights[f"{layer}.weight"] = torch.cat(effective)
+        del plain[f"{layer}.weight"]
+    folded = dict(head)
+    original = head.pop("fc1.weight")
+    folded["fc1.weight"] = original * (math.log(2) + 0.05) / torch.linalg.svdvals(original)[0]
+    head |= {
+        "fc1.parametrizations.weight.original": original,
+        "fc1.parametrizations.weight.0.scale": torch.zeros(1, 1),
+    }
+    path = save_pickled(
+        tmp_path / "r.pth.tar", plain | reparametrised, [teacher("clip")], {"clip": (head, mlp2(9, 2))}
+    )
+    model, pixels = load_backbone(f"radio:{path}"), images(64, 64)
+    features, last = model(pixels), by_hand(weights, pixels)[-1]
+    assert_close(features.tokens, last[:, 8:])
+    assert_close(model.adaptors["clip"](features).summary, mlp2_by_hand(folded, last[:, 0]))
+
+
+def test_a_swiglu_trunk_under_inner(tmp_path: Path) -> None:
+    weights = trunk(patch=14)
+    for index in range(DEPTH):
+        for layer in ("fc1", "fc2"):
+            for kind in ("weight", "bias"):
+                del weights[f"blocks.{index}.mlp.{layer}.{kind}"]
+        weights |= linear(f"blocks.{index}.mlp.w12", 2 * 40, WIDTH, index)
+        weights |= linear(f"blocks.{index}.mlp.w3", WIDTH, 40, index + 50)
+    path = save_pickled(tmp_path / "r.pth.tar", named("inner.", weights), V1_TEACHERS)
+    model = load_backbone(f"radio:{path}")
+    assert model.patch_size == 14
+    x = _random(3, 2, 5, WIDTH)
+    found = model.get_submodule("trunk.vit.blocks.0.mlp")(x)  # type: ignore[attr-defined]
+    gate, value = _linear(weights, "blocks.0.mlp.w12", x).chunk(2, dim=-1)
+    assert_close(found, _linear(weights, "blocks.0.mlp.w3", F.silu(gate) * value))
+    assert model(images(28, 42)).grid == (2, 3)
+
+
+def _windowed_by_hand(
+    weights: dict[str, Tensor], pixels: Tensor, side: int, everywhere: tuple[int, ...]
+) -> Tensor:
+    """Compute the last tokens with windows, one window after another; class tokens skip windowed blocks."""
+    grid = (pixels.shape[2] // PATCH, pixels.shape[3] // PATCH)
+    x = _embedded(weights, pixels)
+    for index in range(DEPTH):
+        if index in everywhere:
+            x = _block_by_hand(weights, f"blocks.{index}", x, HEADS)
+            continue
+        plane = x[:, 8:].unflatten(1, grid).clone()
+        for top in range(0, grid[0], side):
+            for left in range(0, grid[1], side):
+                window = plane[:, top : top + side, left : left + side]
+                done = _block_by_hand(weights, f"blocks.{index}", window.flatten(1, 2), HEADS)
+                plane[:, top : top + side, left : left + side] = done.unflatten(1, (side, side))
+        x = torch.cat([x[:, :8], plane.flatten(1, 2)], dim=1)
+    return x
+
+
+def _embedded(weights: dict[str, Tensor], pixels: Tensor) -> Tensor:
+    """Compute the tokens before the first block: those after a block that adds nothing."""
+    silent = dict(weights)
+    for name in ("attn.proj", "mlp.fc2"):
+        for kind in ("weight", "bias"):
+            silent[f"blocks.0.{name}.{kind}"] = torch.zeros_like(weights[f"blocks.0.{name}.{kind}"])
+    return by_hand(silent, pixels)[0]
+
+
+def test_windows_are_those_of_vitdet(tmp_path: Path) -> None:
+    weights = trunk()
+    path = save_pickled(tmp_path / "r.pth.tar", weights, V1_TEACHERS)
+    model, pixels = load_backbone(f"radio:v2@{path}", window=2), images(64, 128)
+    everywhere = global_blocks(DEPTH, "runs-of-5")
+    assert everywhere == (2,)
+    expected = _windowed_by_hand(weights, pixels, 2, everywhere)
+    features = model(pixels)
+    assert_close(features.tokens, expected[:, 8:])
+    assert_close(features.summary, expected[:, :2].flatten(1))
+    assert model.window == 2
+    assert model.nearest_size(100, 100) == (96, 96)
+    plain = load_backbone(f"radio:{path}")
+    assert plain.window is None
+    assert plain.fingerprint != model.fingerprint
+    with pytest.raises(SizeError, match="nearest size that it can is 64x128"):
+        model(images(64, 112))
+
+
+def _broken(tmp_path: Path, change: Any) -> Path:
+    weights = trunk()
+    heads = {"0": (mlp2(9, 1), mlp2(9, 2))}
+    path = save_pickled(tmp_path / "r.pth.tar", weights, [teacher("clip")], heads)
+    data = torch.load(path, weights_only=False)
+    change(data)
+    torch.save(data, path)
+    return path
+
+
+class _Runs:
+    """An object whose unpickling would write a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.file,)
+
+
+def _drop(name: str) -> Callable[[dict[str, Any]], Any]:
+    return lambda data: data["state_dict"].pop(name)
+
+
+def _put(name: str, value: Tensor) -> Callable[[dict[str, Any]], Any]:
+    return lambda data: data["state_dict"].update({name: value})
+
+
+def _name(**changed: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda data: setattr(data["args"], "teachers", [{**teacher("clip"), **changed}])
+
+
+_EMBEDDER = "base_model.patch_generator.embedder.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_drop("base_model.blocks.1.attn.qkv.bias"), r"missing: blocks\.1\.attn\.qkv\.bias"),
+        (_drop("base_model.patch_generator.pos_embed"), r"wanted base_model\.patch_generator\.pos_embed"),
+        (_put("base_model.blocks.0.extra", torch.ones(1)), r"unexpected: blocks\.0\.extra"),
+        (_put("decoder.weight", torch.ones(1)), r"unexpected are decoder\.weight"),
+        (_put("_heads.0.final.2.bias", torch.ones(3)), r"summary head of clip: .*misshapen"),
+        (_drop("_heads.0.final.0.bias"), r"summary head of clip: .*missing: final\.0\.bias"),
+        (_drop("_heads.0.fc1.weight"), r"no known kind of head"),
+        (_put("base_model.norm.weight", torch.ones(WIDTH)), r"missing: norm\.bias"),
+        (_put("base_model.blocks.0.norm1.bias", torch.full((WIDTH,), torch.nan)), r"hold NaN"),
+        (_put(_EMBEDDER, torch.ones(WIDTH, 700)), r"not the shape of a RADIO ViT"),
+        (_put("base_model.patch_generator.cls_token.token", torch.ones(3)), r"not the shape of a RADIO ViT"),
+        (_name(name=3), r"its args: .*name"),
+        (_name(token_slot=99), r"reads the class tokens \[99\]"),
+        (lambda data: data.pop("state_dict"), r"it has no state_dict"),
+    ],
+)
+def test_files_that_are_no_whole_release(tmp_path: Path, change: Any, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load_backbone(f"radio:{_broken(tmp_path, change)}")
+
+
+def test_states_of_the_training_are_passed_over(tmp_path: Path) -> None:
+    extra = {
+        "module._loss_states.0.mean": torch.ones(3),
+        "adaloss.ema": torch.ones(3),
+        "lean_in_expected_losses": torch.ones(2),
+        "weight_balance_mask": torch.ones(2),
+    }
+    path = save_pickled(tmp_path / "r.pth.tar", trunk(), V1_TEACHERS, extra=extra)
+    assert load_backbone(f"radio:{path}").token_dim == WIDTH
+
+
+def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
+    trap = tmp_path / "ran"
+    path = _broken(tmp_path, lambda data: data.update(args=_Runs(trap)))
+    with pytest.raises(CheckpointError, match="nothing was run"):
+        load_backbone(f"radio:{path}")
+    raw = tmp_path / "raw.pth.tar"
+    raw.write_bytes(pickle.dumps(_Runs(trap)))
+    with pytest.raises(CheckpointError):
+        load_backbone(f"radio:{raw}")
+    assert not trap.exists()
+
+
+def test_an_absent_file_and_a_truncated_one(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such weights file"):
+        load_backbone(f"radio:{tmp_path / 'absent.pth.tar'}")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: no such weights file"):
+        load_backbone(f"radio:{tmp_path}")
+    file = save_hugging_face(tmp_path / "hf", trunk(), [0])
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        load_backbone(f"radio:{file}")
+    (tmp_path / "hf" / "config.json").write_text('{"version": 3}')
+    save_hugging_face(tmp_path / "hf", trunk(), [0])
+    with pytest.raises(CheckpointError, match=r"config\.json: .*version"):
+        load_backbone(f"radio:{file}")
+
+
+def test_an_adaptor_of_an_unknown_teacher_needs_the_config(tmp_path: Path) -> None:
+    heads = {"mine": (mlp2(9, 1), mlp2(9, 2))}
+    file = save_hugging_face(tmp_path / "hf", trunk(), [0, 1], heads)
+    with pytest.raises(CheckpointError, match="which class token the head of 'mine' reads"):
+        load_backbone(f"radio:{file}")
+    config = {"args": {"teachers": [teacher("other"), teacher("mine")], "cls_token_per_teacher": True}}
+    save_hugging_face(tmp_path / "hf", trunk(), [0, 1], heads, config)
+    model: Backbone = load_backbone(f"radio:{file}")
+    features, last = model(images(64, 64)), by_hand(trunk(), images(64, 64))[-1]
+    assert_close(model.adaptors["mine"](features).summary, mlp2_by_hand(heads["mine"][0], last[:, 1]))
