@@ -224,7 +224,8 @@ def _teachers_head(entry: Mapping[str, Any], checkpoint: Path | None) -> SamHead
 def _side(model: Backbone, frame: int, size: int | None) -> int:
     """Return the side of the model's input; raise SizeError if the model does not take it."""
     patch, window = model.patch_size, model.window
-    side = size or max(frame // patch // _TOKENS * _TOKENS, 1) * patch
+    tokens = max(frame // patch, 1)
+    side = size or (tokens // _TOKENS * _TOKENS or tokens) * patch
     nearest = model.nearest_size(side, side)[0]
     if nearest == side or (size is None and window is None):
         return nearest

@@ -13,6 +13,8 @@ import pytest
 
 from evals.core.report import Metric, read
 from radio import entry
+from radio.hub import load_teacher
+from tests.radio.teachers.releases import mlp2, save_pickled, teacher, trunk
 
 TASKS = ("knn", "zeroshot", "seg", "sam", "vqa")
 SMALL = [
@@ -72,3 +74,17 @@ def test_kill_9_in_every_task_changes_nothing(tmp_path: Path, monkeypatch: pytes
     subprocess.run(command(checkpoint, tmp_path / "whole"), env=environment, check=True)
     assert scores(tmp_path / "killed") == scores(tmp_path / "whole")
     assert set(scores(tmp_path / "whole")) == set(TASKS)
+
+
+@pytest.mark.slow
+def test_a_released_model_passes_every_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    teachers, heads = [], {}
+    for index, (name, member) in enumerate((("clip", "clip"), ("dino", "dense"), ("sam", "sam"))):
+        scenes = load_teacher(f"scenes:{member}")
+        teachers.append(teacher(name, type="scenes", model=member, use_summary=name != "sam"))
+        heads[str(index)] = (mlp2(scenes.summary_dim, 7 * index), mlp2(scenes.token_dim, 11 * index))
+    file = save_pickled(tmp_path / "release.pth.tar", trunk(), teachers, heads)
+    options = ["--plain", "--tasks", *TASKS, *SMALL]
+    assert entry.evaluate(["all", f"radio:{file}", "--out", "reports", *options]) == 0
+    assert scores(tmp_path / "reports").keys() == set(TASKS)

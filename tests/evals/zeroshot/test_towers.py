@@ -9,6 +9,7 @@ from evals.zeroshot.texts import find_text_tower
 from radio.errors import CheckpointError, ConfigError
 from radio.hub import load_backbone, load_teacher
 from radio.model import AdaptorConfig, ModelConfig, build
+from tests.radio.teachers.releases import mlp2, save_pickled, teacher, trunk
 
 TEACHERS = ("dense", "clip")
 
@@ -81,3 +82,16 @@ def test_a_file_that_has_moved_can_be_named(tmp_path: Path) -> None:
 def test_a_teacher_takes_no_other_tower() -> None:
     with pytest.raises(ConfigError, match="brings its own text tower"):
         find_text_tower(load_teacher("scenes:clip"), "clip")
+
+
+def test_a_release_names_no_weights_and_takes_the_tower_of_the_same_width(tmp_path: Path) -> None:
+    heads = {"0": (mlp2(64, 1), mlp2(64, 2)), "1": (mlp2(128, 3), mlp2(128, 4))}
+    teachers = (teacher("dino_v2", type="other"), teacher("clip", type="other"))
+    model = load_backbone(f"radio:{save_pickled(tmp_path / 'r.pth.tar', trunk(), teachers, heads)}")
+    head = find_text_tower(model, "scenes:clip")
+    assert (head.teacher, head.head) == ("scenes:clip", "clip")
+    with pytest.raises(ConfigError, match=r"learned from dino_v2, clip: .* with --text FAMILY"):
+        find_text_tower(model)
+    other = save_pickled(tmp_path / "o.pth.tar", trunk(), teachers[:1], {"0": heads["0"]})
+    with pytest.raises(ConfigError, match="did not learn from scenes:clip"):
+        find_text_tower(load_backbone(f"radio:{other}"), "scenes:clip")

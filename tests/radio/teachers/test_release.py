@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,123 +20,27 @@ from radio.hub import load_backbone
 from radio.students.vit import global_blocks
 from radio.types import Backbone
 
-WIDTH, DEPTH, HIDDEN, PATCH, GRID = 128, 3, 256, 16, 8
-HEADS = 2  # of 64 numbers
-MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
-
-
-def _random(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def linear(name: str, out: int, width: int, seed: int) -> dict[str, Tensor]:
-    return {
-        f"{name}.weight": _random(seed, out, width) / math.sqrt(width),
-        f"{name}.bias": 0.1 * _random(seed + 1, out),
-    }
-
-
-def norm(name: str, width: int, seed: int) -> dict[str, Tensor]:
-    return {f"{name}.weight": 1 + 0.1 * _random(seed, width), f"{name}.bias": 0.1 * _random(seed + 1, width)}
-
-
-def block(name: str, width: int, hidden: int, seed: int, scale: str | None = None) -> dict[str, Tensor]:
-    tensors = {
-        **norm(f"{name}.norm1", width, seed),
-        **linear(f"{name}.attn.qkv", 3 * width, width, seed + 2),
-        **linear(f"{name}.attn.proj", width, width, seed + 4),
-        **norm(f"{name}.norm2", width, seed + 6),
-        **linear(f"{name}.mlp.fc1", hidden, width, seed + 8),
-        **linear(f"{name}.mlp.fc2", width, hidden, seed + 10),
-    }
-    for place in ("ls1", "ls2") if scale else ():
-        tensors[f"{name}.{place}.{scale}"] = 1 + 0.2 * _random(seed + 12, width)
-    return tensors
-
-
-def trunk(
-    prefix: int = 8, patch: int = PATCH, scale: str | None = None, final_norm: bool = False
-) -> dict[str, Tensor]:
-    """The weights of a trunk under the names of the releases."""
-    tensors = {
-        "patch_generator.pos_embed": _random(1, 1, GRID * GRID, WIDTH),
-        "patch_generator.embedder.weight": 0.05 * _random(2, WIDTH, 3 * patch * patch),
-        "patch_generator.cls_token.token": _random(3, prefix, WIDTH),
-    }
-    for index in range(DEPTH):
-        tensors |= block(f"blocks.{index}", WIDTH, HIDDEN, 100 * index + 10, scale)
-    return tensors | (norm("norm", WIDTH, 7) if final_norm else {})
-
-
-def mlp2(out: int, seed: int, steps: int = 1, width: int = WIDTH, hidden: int = 48) -> dict[str, Tensor]:
-    tensors = linear("fc1", hidden, width, seed)
-    for index in range(steps):
-        tensors |= norm(f"blocks.{index}.0", hidden, seed + 3 + index)
-        tensors |= linear(f"blocks.{index}.2", hidden, hidden, seed + 7 + index)
-    return tensors | norm("final.0", hidden, seed + 20) | linear("final.2", out, hidden, seed + 22)
-
-
-def mlp1(out: int, seed: int) -> dict[str, Tensor]:
-    return {
-        **linear("fc1", 48, WIDTH, seed),
-        **norm("norm", 48, seed + 2),
-        **linear("fc2", out, 48, seed + 4),
-    }
-
-
-def named(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{prefix}{name}": value for name, value in tensors.items()}
-
-
-CONDITIONER = {
-    "norm_mean": torch.tensor(MEAN).view(3, 1, 1),
-    "norm_std": torch.tensor(STD).view(3, 1, 1),
-}
-
-
-def teacher(name: str, **more: Any) -> dict[str, Any]:
-    return {"name": name, "type": "open_clip", "model": "x", "fd_loss_weight": 1.0, **more}
-
-
-def save_pickled(
-    path: Path,
-    tensors: dict[str, Tensor],
-    teachers: Sequence[dict[str, Any]] = (),
-    heads: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] | None = None,
-    *,
-    extra: dict[str, Tensor] | None = None,
-    **more: Any,
-) -> Path:
-    """Write a release as `.pth.tar`."""
-    state = named("base_model.", tensors) | named("input_conditioner.", CONDITIONER) | (extra or {})
-    for key, (summary, spatial) in (heads or {}).items():
-        state |= named(f"_heads.{key}.", summary) | named(f"_feature_projections.{key}.", spatial)
-    args = argparse.Namespace(
-        model="vit", cls_token_per_teacher=True, teachers=list(teachers), lr=0.001, seed=None
-    )
-    torch.save({"arch": "vit", "epoch": 3, "args": args, "state_dict": state, **more}, path)
-    return path
-
-
-def save_hugging_face(
-    folder: Path,
-    tensors: dict[str, Tensor],
-    slots: Sequence[int],
-    adaptors: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] | None = None,
-    config: dict[str, Any] | None = None,
-) -> Path:
-    """Write a release as NVIDIA does on the Hugging Face hub; return the safetensors file."""
-    folder.mkdir(exist_ok=True)
-    state = named("radio_model.model.", tensors) | named("radio_model.input_conditioner.", CONDITIONER)
-    state["radio_model.summary_idxs"] = torch.tensor(slots)
-    for name, (summary, spatial) in (adaptors or {}).items():
-        state |= named(f"radio_model.adaptors.{name}.head_mlp.", summary)
-        state |= named(f"radio_model.adaptors.{name}.feat_mlp.", spatial)
-    file = folder / "model.safetensors"
-    safetensors.torch.save_file(state, file)
-    if config is not None:
-        (folder / "config.json").write_text(json.dumps(config))
-    return file
+from .releases import (
+    CONDITIONER,
+    DEPTH,
+    GRID,
+    HEADS,
+    HIDDEN,
+    MEAN,
+    PATCH,
+    STD,
+    WIDTH,
+    block,
+    linear,
+    mlp1,
+    mlp2,
+    named,
+    random,
+    save_hugging_face,
+    save_pickled,
+    teacher,
+    trunk,
+)
 
 
 def images(height: int, width: int, seed: int = 0) -> Tensor:
@@ -239,9 +141,9 @@ def test_intermediate_blocks_pass_the_final_norm(tmp_path: Path) -> None:
     assert model.num_blocks == DEPTH
     assert model.intermediate is not None
     found, expected = model.intermediate(pixels, [2, 0]), by_hand(weights, pixels)
-    for features, block in zip(found, (2, 0), strict=True):
-        assert_close(features.tokens, expected[block][:, 8:])
-        assert_close(features.summary, expected[block][:, :2].flatten(1))
+    for features, index in zip(found, (2, 0), strict=True):
+        assert_close(features.tokens, expected[index][:, 8:])
+        assert_close(features.summary, expected[index][:, :2].flatten(1))
 
 
 def test_heads_of_the_second_kind_by_name(tmp_path: Path) -> None:
@@ -418,7 +320,7 @@ def test_averaged_weights_come_first(tmp_path: Path) -> None:
 
 def test_tokens_pass_the_feature_normaliser_and_adaptors_do_not(tmp_path: Path) -> None:
     weights, spatial = trunk(), mlp2(9, 2)
-    mean, tx = _random(4, WIDTH), 0.3 * torch.linalg.qr(_random(5, WIDTH, WIDTH)).Q
+    mean, tx = random(4, WIDTH), 0.3 * torch.linalg.qr(random(5, WIDTH, WIDTH)).Q
     path = save_pickled(
         tmp_path / "r.pth.tar",
         weights,
@@ -477,7 +379,7 @@ def test_a_swiglu_trunk_under_inner(tmp_path: Path) -> None:
     path = save_pickled(tmp_path / "r.pth.tar", named("inner.", weights), V1_TEACHERS)
     model = load_backbone(f"radio:{path}")
     assert model.patch_size == 14
-    x = _random(3, 2, 5, WIDTH)
+    x = random(3, 2, 5, WIDTH)
     found = model.get_submodule("trunk.vit.blocks.0.mlp")(x)  # type: ignore[attr-defined]
     gate, value = _linear(weights, "blocks.0.mlp.w12", x).chunk(2, dim=-1)
     assert_close(found, _linear(weights, "blocks.0.mlp.w3", F.silu(gate) * value))
