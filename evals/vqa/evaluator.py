@@ -93,6 +93,9 @@ def evaluate(model: Backbone, settings: VqaSettings, run: EvalRun) -> Result:
         image_tokens=settings.image_tokens,
     )
     records = [record for stage in data.values() for record in stage.records]
+    first, normaliser = data["pretrain"].source, None
+    if settings.normalise_features and first is not None:
+        normaliser = encoder.fit_normaliser(first, preset.pretrain.view)
     training = LlavaTraining(
         settings=settings,
         preset=preset,
@@ -102,6 +105,7 @@ def evaluate(model: Backbone, settings: VqaSettings, run: EvalRun) -> Result:
         layer_norm=preset.layer_norm if settings.layer_norm is None else settings.layer_norm,
         seed=seed,
         run=run,
+        normaliser=normaliser,
     )
     training.check_room()
     started = time.monotonic()
@@ -136,6 +140,7 @@ def evaluate(model: Backbone, settings: VqaSettings, run: EvalRun) -> Result:
             "size": list(encoder.size),
             "grid": list(encoder.grid),
             "layer_norm": training.layer_norm,
+            "normalised_features": normaliser is not None,
             "language_model": training.language.name,
             "language_fingerprint": training.language.fingerprint,
             "stages": {name: to_plain(stage.plan.describe()) for name, stage in trained.stages.items()},

@@ -36,8 +36,10 @@ from evals.core.features import Extraction, View, extract
 from radio.data import ImageSource
 from radio.errors import CheckpointError, ConfigError, DataError, RadioError
 from radio.hub import load_backbone
+from radio.image_files import spread
 from radio.io import make_folder
 from radio.model import RadioModel
+from radio.nn.phi_s import FeatureNormaliser, FeatureStatistics
 from radio.resources import check_memory, fast_products
 from radio.types import Backbone
 
@@ -52,6 +54,7 @@ from .settings import View as ViewName
 
 PROJECTOR = "model.multi_modal_projector."
 _NORM_EPS = 1e-6
+_NORMALISER_IMAGES = 1000
 
 Grid = tuple[int, int]
 
@@ -66,6 +69,7 @@ class RadioTowerConfig(PreTrainedConfig):  # type: ignore[misc]
         hidden_size: int = 1,
         image_size: tuple[int, int] = (1, 1),
         layer_norm: bool = False,
+        normalised: bool = False,
         encoder: str = "",
         fingerprint: str = "",
         encoder_bytes: int = 0,
@@ -76,6 +80,7 @@ class RadioTowerConfig(PreTrainedConfig):  # type: ignore[misc]
         self.hidden_size = hidden_size  # D
         self.image_size = list(image_size)
         self.layer_norm = layer_norm
+        self.normalised = normalised  # whether the tower has a `FeatureNormaliser`
         self.encoder = encoder  # a spec of radio.hub; empty if the encoder's file is in the weights
         self.fingerprint = fingerprint
         self.encoder_bytes = encoder_bytes
@@ -96,6 +101,7 @@ class RadioTower(PreTrainedModel):  # type: ignore[misc]
         self._backbone: list[Backbone] = []  # in a list: not a submodule, so it is neither trained nor saved
         if config.encoder_bytes:
             self.register_buffer("encoder_file", torch.zeros(config.encoder_bytes, dtype=torch.uint8))
+        self.normaliser = FeatureNormaliser(config.hidden_size) if config.normalised else nn.Identity()
         self.post_init()
 
     def attach(self, backbone: Backbone) -> None:
@@ -118,7 +124,7 @@ class RadioTower(PreTrainedModel):  # type: ignore[misc]
 
         The optional layer norm has no weights: the projector's first layer would absorb them.
         """
-        tokens = pixel_values if pixel_values.ndim == 3 else self._encode(pixel_values)
+        tokens = self.normaliser(pixel_values if pixel_values.ndim == 3 else self._encode(pixel_values))
         if self.config.layer_norm:
             tokens = F.layer_norm(tokens.float(), tokens.shape[-1:], eps=_NORM_EPS).to(tokens.dtype)
         return BaseModelOutputWithPooling(last_hidden_state=tokens, hidden_states=(tokens,))
@@ -164,6 +170,7 @@ def make_llava(
     layer_norm: bool,
     seed: int,
     token_grid: tuple[int, int] | None = None,
+    normaliser: FeatureNormaliser | None = None,
 ) -> Any:
     """Build LLaVA-1.5 from the backbone, a new projector drawn from `seed`, and the language model's weights.
 
@@ -171,11 +178,13 @@ def make_llava(
         size: (height, width) that images are encoded at.
         num_tokens: T that the language model receives at that size.
         token_grid: (H, W) that the backbone's tokens are averaged over (default: not averaged).
+        normaliser: of these tokens (default: they are not normalised).
     """
     tower = RadioTowerConfig(
         hidden_size=backbone.token_dim,
         image_size=size,
         layer_norm=layer_norm,
+        normalised=normaliser is not None,
         fingerprint=backbone.fingerprint,
         token_grid=token_grid,
     )
@@ -193,6 +202,8 @@ def make_llava(
         model = LlavaForConditionalGeneration(config)
     model.model.vision_tower = RadioTower(tower)
     model.model.vision_tower.attach(backbone)
+    if normaliser is not None:
+        model.model.vision_tower.normaliser = normaliser
     projector = model.model.multi_modal_projector.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -301,6 +312,7 @@ def _with_encoder(model: Any, folder: Path) -> Any:
         hidden_size=old.hidden_size,
         image_size=tuple(old.image_size),
         layer_norm=old.layer_norm,
+        normalised=old.normalised,
         encoder=encoder,
         fingerprint=backbone.fingerprint,
         encoder_bytes=len(data),
@@ -310,6 +322,7 @@ def _with_encoder(model: Any, folder: Path) -> Any:
     if data:
         tower.encoder_file.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
     tower.attach(backbone)
+    tower.normaliser = model.model.vision_tower.normaliser
     model.model.vision_tower = tower
     model.config.vision_config = config
     model.model.config.vision_config = config
@@ -387,6 +400,18 @@ class TokenEncoder:
                 f"{broken[0].key}: {broken[0].reason}"
             )
         return Tokens(source.keys, stored.load().features)
+
+    def fit_normaliser(self, source: ImageSource, view: ViewName) -> FeatureNormaliser:
+        """Measure the distribution of the tokens on up to 1,000 images, evenly spread over the source."""
+        inputs, statistics = self.encode(source, view), FeatureStatistics(self.model.token_dim)
+        for name in spread(source.keys, _NORMALISER_IMAGES):
+            tokens = inputs[name]
+            if tokens.ndim == 3:  # pixels
+                with torch.inference_mode():
+                    features = self.model(tokens[None].to(self.run.device))
+                    tokens = resample(features.tokens, features.grid, self.grid)[0]
+            statistics.update(tokens)
+        return FeatureNormaliser.fit(statistics)
 
 
 @final

@@ -93,6 +93,9 @@ class VqaSettings:
     for SAM's 4,096). Default: the encoder's own tokens."""
     layer_norm: bool | None = None
     """Normalise every token before the projector. Default: the preset's."""
+    normalise_features: bool = False
+    """Standardise the tokens by the mean and the rotation of their own distribution (PHI-S), measured on
+    images of the first stage, before the projector: for models with large activations."""
     train_batch_size: Count | None = None
     """Samples per step of either stage, over all ranks. Default: the preset's."""
     micro_batch: Count | None = None

@@ -33,11 +33,13 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from evals.core.evaluator import EvalRun
 from evals.core.report import DatasetInfo
+from radio import checkpoint
 from radio.chunks import DamagedError, TensorSpec, check_all_there, read_tensors, write_tensors
 from radio.data import ImageSource
 from radio.errors import ConfigError, DataError, RadioError, require
 from radio.io import write_text
 from radio.model import seeded
+from radio.nn.phi_s import FeatureNormaliser
 from radio.progress import ProgressWithText
 from radio.resources import collect, fast_products
 
@@ -118,6 +120,7 @@ class LlavaTraining:
     layer_norm: bool
     seed: int
     run: EvalRun
+    normaliser: FeatureNormaliser | None = None  # of the encoder's tokens
 
     def check_room(self) -> None:
         """Check that an image's tokens fit into a training sample beside its text.
@@ -155,6 +158,8 @@ class LlavaTraining:
         is_short = not {"instruct", "score"} & set(self.settings.stages)
         model = self._build()
         key = digest(_FORMAT, self.encoder.model.fingerprint, self.language.fingerprint, self.layer_norm)
+        if self.normaliser is not None:
+            key = digest(key, checkpoint.digest(self.normaliser.state_dict()))
         finished: dict[str, Finished] = {}
         entries: dict[Path, list[str]] = {}  # names of the weights in each finished stage's file
         for name, stage in stages.items():
@@ -207,6 +212,7 @@ class LlavaTraining:
             layer_norm=self.layer_norm,
             seed=self.seed,
             token_grid=self._token_grid,
+            normaliser=self.normaliser,
         )
 
     def _load(self, model: Any, names: Sequence[str], path: Path) -> list[float] | None:

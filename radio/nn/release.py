@@ -1,4 +1,4 @@
-"""The parts of released RADIO models that our own students do not have: their heads, and the normaliser.
+"""The parts of released RADIO models that our own students do not have: their heads.
 
 Parameters have the names of the released files, without the prefixes.
 """
@@ -15,36 +15,12 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..ops import resize_features
 from ..types import Features
+from .phi_s import FeatureNormaliser
 from .vit import Block
 
 # Letters: B batch, T tokens, D width, K class tokens in the summary, H W grid, f up-sampling factor.
 
 _ATTENTION_HEADS = 16  # of the blocks in a spatial head
-
-
-class FeatureNormaliser(nn.Module):
-    """(x - mean) @ tx.T: standardises tokens by the mean and rotation of their own distribution (PHI-S).
-
-    Args:
-        width: D.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.mean = nn.Buffer(torch.zeros(width))
-        self.tx = nn.Buffer(torch.eye(width))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Normalise [B, T, D]."""
-        normalised: Tensor = (tokens - self.mean) @ self.tx.T
-        return normalised
-
-    def invert(self, tokens: Tensor) -> Tensor:
-        """Compute the tokens [B, T, D] that `forward` maps to the given ones, in float32."""
-        rotation = self.tx.float()
-        back = torch.linalg.solve(rotation, tokens.float().flatten(0, -2).T).T.view(tokens.shape)
-        plain: Tensor = (back + self.mean.float()).to(tokens.dtype)
-        return plain
 
 
 def _step(width: int, out: int) -> nn.Sequential:

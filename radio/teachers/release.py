@@ -26,7 +26,8 @@ from ..archive import find_file, is_safetensors, plain_tensors, read_safetensors
 from ..checkpoint import check_finite, load_state
 from ..errors import CheckpointError, shown
 from ..io import MAX_METADATA_BYTES, decode_text, parse_json, read_bytes, validate
-from ..nn.release import FeatureNormaliser, ReleasedAdaptor, build_head
+from ..nn.phi_s import FeatureNormaliser
+from ..nn.release import ReleasedAdaptor, build_head
 from ..nn.vit import IMAGENET_MEAN, IMAGENET_STD, CroppedPositions, SwiGLU
 from ..ops import nearest_multiple
 from ..students import Schedule

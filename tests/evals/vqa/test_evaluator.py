@@ -290,6 +290,20 @@ def test_shuffled_images_are_another_training(backbone: Callable[..., Any], tmp_
     assert losses[0].value != losses[1].value
 
 
+def test_normalised_features_are_another_training_and_need_no_cached_tokens(
+    backbone: Callable[..., Any], tmp_path: Path
+) -> None:
+    plain = run(backbone(), SMALL, tmp_path / "plain")
+    settings = replace(SMALL, normalise_features=True)
+    found = run(backbone(), settings, tmp_path / "cached")
+    assert found.settings["resolved"]["normalised_features"] is True
+    assert found.metrics["instruct_loss"].value != plain.metrics["instruct_loss"].value
+    encoded = run(backbone(), replace(settings, token_cache_gb=0.0), tmp_path / "encoded")
+    assert encoded.metrics["instruct_loss"].value == pytest.approx(
+        found.metrics["instruct_loss"].value, abs=1e-3
+    )
+
+
 def vqav2_files(folder: Path) -> tuple[Path, Path]:
     """The generated world's questions and annotations in VQAv2's published files."""
     folder.mkdir()

@@ -16,6 +16,7 @@ from evals.vqa.llava import PROJECTOR, choose_grid, learn, make_llava, resample,
 from radio.errors import CheckpointError, ConfigError, RadioError
 from radio.hub import load_backbone
 from radio.model import ModelConfig, build
+from radio.nn.phi_s import FeatureNormaliser, FeatureStatistics
 from radio.types import Backbone
 
 
@@ -210,3 +211,24 @@ def test_each_token_is_the_mean_of_those_it_stands_for() -> None:
             mean = sum(tokens[:, place] for place in places) / 4
             assert torch.allclose(coarse[:, row * 2 + column], mean, atol=1e-6)
     assert resample(tokens, (6, 4), (6, 4)) is tokens
+
+
+def test_normalised_tokens_go_along_with_the_folder(tiny: LanguageModel, tmp_path: Path) -> None:
+    student = build(ModelConfig(student="vit-tiny12"), 3).eval()
+    side = student.native_size[0]
+    images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        tokens = student(images).tokens
+    statistics = FeatureStatistics(student.token_dim)
+    statistics.update(tokens.flatten(0, 1))
+    normaliser = FeatureNormaliser.fit(statistics)
+    options = {"layer_norm": False, "seed": 0, "normaliser": normaliser}
+    model = make_llava(student, tiny, (side, side), tokens.shape[1], **options)
+    seen = model.model.vision_tower(images).last_hidden_state
+    torch.testing.assert_close(seen, (tokens - normaliser.mean) @ normaliser.tx.T)
+    assert torch.equal(seen, model.model.vision_tower(tokens).last_hidden_state)
+    before = say(model, tiny, images, tokens.shape[1])
+    assert before != say(make(student, tiny, tokens.shape[1], side), tiny, images, tokens.shape[1])
+    save_llava(model, tiny, tmp_path / "saved")
+    again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "saved", local_files_only=True).eval()
+    assert say(again, tiny, images, tokens.shape[1]) == before

@@ -1,0 +1,159 @@
+"""PHI-S (arXiv 2410.01680): standardise features by one rotation and one scale; every channel varies alike.
+
+With the mean mu and the covariance U diag(lambda) U^T of features of width C: phi^2 = mean of lambda, and
+y' = H U^T (y - mu) / phi, where H is a Hadamard matrix over sqrt(C). Every channel of y' has variance 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+# Letters: N vectors, C width.
+
+
+class FeatureStatistics:
+    """Mean and covariance of feature vectors, in float64, gathered batch by batch.
+
+    Args:
+        width: C.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.count = 0
+        self.mean = torch.zeros(width, dtype=torch.float64)
+        self._scatter = torch.zeros(width, width, dtype=torch.float64)  # sum of outer products about the mean
+
+    def update(self, vectors: Tensor) -> None:
+        """Add vectors [N, C]; the result does not depend on how they are split into batches."""
+        vectors = vectors.double().cpu()
+        other = FeatureStatistics(vectors.shape[1])
+        other.count, other.mean = len(vectors), vectors.mean(dim=0)
+        centred = vectors - other.mean
+        other._scatter = centred.T @ centred
+        self.merge(other)
+
+    def merge(self, other: FeatureStatistics) -> None:
+        """Add the statistics of other vectors (Chan et al. 1979)."""
+        total = self.count + other.count
+        if not other.count:
+            return
+        gap = other.mean - self.mean
+        between = torch.outer(gap, gap) * (self.count * other.count / total)
+        self._scatter = self._scatter + other._scatter + between
+        self.mean = self.mean + gap * (other.count / total)
+        self.count = total
+
+    @property
+    def covariance(self) -> Tensor:
+        """Covariance [C, C], of a population (divided by N)."""
+        return self._scatter / max(self.count, 1)
+
+
+def hadamard(size: int) -> Tensor:
+    """Build an orthogonal matrix [size, size] in float64: a Hadamard matrix over sqrt(size) if one is known.
+
+    Kronecker products of Sylvester's and Paley's matrices (both kinds, for primes); sizes that have none,
+    such as odd ones, get a random orthogonal matrix of a fixed seed.
+    """
+    signs = _signs(size)
+    if signs is None:
+        generator = torch.Generator().manual_seed(size)
+        orthogonal, triangle = torch.linalg.qr(
+            torch.randn(size, size, generator=generator, dtype=torch.float64)
+        )
+        matrix: Tensor = orthogonal * triangle.diagonal().sign()  # the factorisation leaves them open
+    else:
+        matrix = signs / size**0.5
+    return matrix
+
+
+def _signs(size: int) -> Tensor | None:
+    """Build a Hadamard matrix of 1 and -1, of the largest power of two that leaves a size of Paley's."""
+    power = size & -size
+    while power:
+        rest = size // power
+        paley = torch.ones(1, 1, dtype=torch.float64) if rest == 1 else _paley(rest)
+        if paley is not None:
+            sylvester = torch.ones(1, 1, dtype=torch.float64)
+            pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+            while len(sylvester) < power:
+                sylvester = torch.kron(sylvester, pair)
+            return torch.kron(sylvester, paley)
+        power //= 2
+    return None
+
+
+def _paley(size: int) -> Tensor | None:
+    """Build Paley's matrix of size q + 1 for a prime q = 3 mod 4, or 2 (q + 1) for a prime q = 1 mod 4."""
+    q = size - 1
+    if size % 4 == 0 and q % 4 == 3 and _is_prime(q):
+        skew = _jacobsthal(q)
+        return torch.eye(size, dtype=torch.float64) + _bordered(skew, -1.0)
+    q = size // 2 - 1
+    if size % 4 == 0 and q % 4 == 1 and _is_prime(q):
+        conference = _bordered(_jacobsthal(q), 1.0)
+        ones = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+        other = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
+        return torch.kron(conference, ones) + torch.kron(torch.eye(q + 1, dtype=torch.float64), other)
+    return None
+
+
+def _bordered(core: Tensor, corner: float) -> Tensor:
+    """Put a row of ones above a matrix, and a column of `corner` before it; zero where they meet."""
+    matrix = torch.zeros(len(core) + 1, len(core) + 1, dtype=torch.float64)
+    matrix[0, 1:], matrix[1:, 0], matrix[1:, 1:] = 1.0, corner, core
+    return matrix
+
+
+def _jacobsthal(q: int) -> Tensor:
+    """Build the matrix of the quadratic characters of the differences modulo a prime q."""
+    character = torch.full((q,), -1.0, dtype=torch.float64)
+    character[torch.arange(1, q) ** 2 % q] = 1.0
+    character[0] = 0.0
+    numbers = torch.arange(q)
+    return character[(numbers[:, None] - numbers[None, :]) % q]
+
+
+def _is_prime(number: int) -> bool:
+    return number > 1 and all(number % divisor for divisor in range(2, int(number**0.5) + 1))
+
+
+class FeatureNormaliser(nn.Module):
+    """(x - mean) @ tx.T: standardises tokens by the mean and the rotation of their own distribution.
+
+    Args:
+        width: C.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mean = nn.Buffer(torch.zeros(width))
+        self.tx = nn.Buffer(torch.eye(width))
+
+    @classmethod
+    def fit(cls, statistics: FeatureStatistics) -> FeatureNormaliser:
+        """Compute PHI-S of the statistics, with signs that a repetition does not change.
+
+        A row of the rotation with a negative diagonal entry is negated: eigenvectors have no sign.
+        """
+        normaliser = cls(len(statistics.mean))
+        values, vectors = torch.linalg.eigh(statistics.covariance)
+        scale = values.clamp(min=0).mean().sqrt().clamp(min=1e-12)
+        rotation = hadamard(len(values)) @ vectors.T
+        rotation *= torch.where(rotation.diagonal() < 0, -1.0, 1.0)[:, None]
+        normaliser.mean.copy_(statistics.mean)
+        normaliser.tx.copy_(rotation / scale)
+        return normaliser
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Normalise [..., C]."""
+        normalised: Tensor = (tokens - self.mean) @ self.tx.T
+        return normalised
+
+    def invert(self, tokens: Tensor) -> Tensor:
+        """Compute the tokens [..., C] that `forward` maps to the given ones, in float32."""
+        rotation = self.tx.float()
+        back = torch.linalg.solve(rotation, tokens.float().flatten(0, -2).T).T.view(tokens.shape)
+        plain: Tensor = (back + self.mean.float()).to(tokens.dtype)
+        return plain
