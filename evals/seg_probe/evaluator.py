@@ -26,6 +26,7 @@ from PIL import ImageDraw, ImageFont
 from evals.core.blocks import Block, Image, ImageGrid, ImageRow, Table
 from evals.core.evaluator import EvalRun, Result
 from evals.core.features import place
+from evals.core.last_blocks import LastBlocks
 from evals.core.report import DatasetInfo, Metric, Record
 from evals.core.stats import area_ratios, interval, mean_present, resampled_sums, score
 from radio.chunks import DamagedError
@@ -85,7 +86,7 @@ def evaluate(model: Backbone, settings: SegSettings, run: EvalRun) -> Result:
 
     Raises:
         DataError: data in an unknown layout, or with an invalid file; names the first.
-        ConfigError: a batch that does not divide among the ranks.
+        ConfigError: a batch that does not divide among the ranks, or a backbone without so many layers.
         SizeError: a crop or stride that does not fit the backbone.
         MissingExtraError: MMSegmentation, or a system library that OpenCV needs, is not installed.
         RadioError: values that are not finite.
@@ -95,6 +96,8 @@ def evaluate(model: Backbone, settings: SegSettings, run: EvalRun) -> Result:
     from .training import Probe, train_head
 
     started = time.monotonic()
+    if settings.layers > 1:
+        model = LastBlocks(model, settings.layers)
     config, notes = resolve(settings, model)
     if config.train_batch_size % run.ranks.world:
         raise ConfigError(

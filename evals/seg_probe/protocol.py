@@ -37,6 +37,9 @@ class SegSettings:
     takes."""
     stride: Pixels | None = None
     """Pixels from one crop to the next when testing. Default: the preset's."""
+    layers: Count = 1
+    """Number of the backbone's last blocks whose tokens the head reads side by side, each after the final
+    norm; 4 as in DINOv2's protocol with several layers."""
     iterations: Count | None = None
     """Training steps of the head; the warm-up scales in proportion. Default: the preset's."""
     train_batch_size: Batch | None = None

@@ -19,11 +19,13 @@ from torch import multiprocessing
 
 from evals.core.blocks import Table
 from evals.core.evaluator import RunSettings, run_evaluator
+from evals.core.last_blocks import LastBlocks
 from evals.core.report import Report, read
 from evals.core.task import make_evaluator
 from evals.seg_probe.protocol import SegSettings
 from radio.dist import Ranks, joined
 from radio.errors import ConfigError, DataError, RadioError
+from radio.model import ModelConfig, build
 from radio.progress import ProgressFactory, no_progress
 
 SMALL: dict[str, Any] = {"crop": 28, "train_batch_size": 4, "save_maps": 0}
@@ -177,6 +179,30 @@ def test_kept_tokens_score_what_images_do(tmp_path: Path, settings: SegSettings,
     assert len(online.sizes) == 12 * 4 + 4
     assert values(report) == pytest.approx(values(other), abs=0.5)  # half precision against full
     assert same_heads(tmp_path / "kept", tmp_path / "online", 0.02)
+
+
+def test_a_head_on_several_layers_reads_them_side_by_side(tmp_path: Path, settings: SegSettings) -> None:
+    student = build(ModelConfig(student="vit-tiny12"), 0).eval()
+    settings = replace(settings, crop=24, layers=3)
+    report = run(student, settings, tmp_path / "out")
+    head = safetensors.torch.load_file(tmp_path / "out" / "seg-vit-tiny12.safetensors")
+    assert {tensor.shape[1] for tensor in head.values() if tensor.ndim == 4} == {3 * student.token_dim}
+    assert report.settings["layers"] == 3
+    with pytest.raises(ConfigError, match="vit-tiny12 has 4 blocks, and 5 were wanted"):
+        run(student, replace(settings, layers=5), tmp_path / "out")
+
+
+def test_the_tokens_of_several_layers_are_those_of_the_blocks() -> None:
+    student = build(ModelConfig(student="vit-tiny12"), 0).eval()
+    model, images = LastBlocks(student, 2), torch.rand(2, 3, 24, 36)
+    with torch.no_grad():
+        found, expected = model(images), student.student.intermediate(images, [2, 3])
+    assert torch.equal(found.tokens, torch.cat([each.tokens for each in expected], dim=2))
+    assert torch.equal(found.summary, expected[1].summary)
+    assert found.grid == (2, 3)
+    assert model.fingerprint != student.fingerprint
+    with pytest.raises(ConfigError, match="e-radio-tiny is no sequence of equal blocks"):
+        LastBlocks(build(ModelConfig(student="e-radio-tiny"), 0), 2)
 
 
 def test_tokens_that_take_too_much_are_not_kept(
