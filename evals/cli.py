@@ -156,14 +156,20 @@ class ListOptions:
 
     archs: bool = False
     """List the architectures instead, with their parameters and multiply-adds."""
+    models: bool = False
+    """List the kinds of models instead, and how each is named."""
 
 
 def _list(arguments: Sequence[str]) -> int:
     console = Console(highlight=False)
-    if parse_options(ListOptions, arguments, prog="radio-eval list").archs:
-        from .tables import print_architectures
+    options = parse_options(ListOptions, arguments, prog="radio-eval list")
+    if options.archs or options.models:
+        from .tables import print_architectures, print_models
 
-        print_architectures(console)
+        if options.models:
+            print_models(console)
+        if options.archs:
+            print_architectures(console)
     else:
         _print_tasks(console)
     return 0
@@ -205,7 +211,7 @@ usage: radio-eval TASK MODEL... [options]
        radio-eval all MODEL... [--tasks ...] [--TASK.option ...]
        radio-eval noise MODEL [--repeats N] [--tasks ...]
        radio-eval throughput MODEL... [--reference MODEL]
-       radio-eval list [--archs]
+       radio-eval list [--archs] [--models]
        radio-eval report REPORTS --html PAGE [--run runs/NAME]
        radio-eval compare REPORTS --baseline REPORTS [options]
        radio-eval trend NIGHTS --html PAGE

@@ -15,6 +15,7 @@ from radio.errors import DataError, shown
 from radio.model import make_student
 from radio.students import StudentOptions, students
 from radio.students.vit import ViT, global_blocks
+from radio.teachers import families
 from radio.types import Student
 
 from .core.report import Metric, Report, metric_text
@@ -80,6 +81,18 @@ def _best(metrics: Sequence[Metric | None]) -> float | None:
     values = [metric.value for metric in metrics if metric]
     higher = next(metric.higher_is_better for metric in metrics if metric)
     return None if higher is None else (max if higher else min)(values)
+
+
+def print_models(console: Console) -> None:
+    """Print how every kind of model is named: a spec, and the first line of its family's docstring."""
+    lines = {
+        "runs/demo/ckpt.pt": "A checkpoint of radio-train.",
+        "arch:NAME": "An untrained architecture; radio-eval list --archs prints their names.",
+    }
+    for family in families:
+        lines[f"{family}:…"] = (families[family].__doc__ or "").partition("\n")[0]
+    for spec, text in lines.items():
+        console.print(f"{spec:18} {shown(text)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_architectures(console: Console) -> None:

@@ -250,5 +250,11 @@ _BUILDERS: dict[str, Callable[[Checkpoint], Frozen]] = {
 
 @families.register("scenes")
 def _family(name: str, file: Path | None) -> Frozen:
+    """Load the tiny teacher `clip`, `dense` or `sam` of the generated world, which is shipped.
+
+    Raises:
+        ConfigError: no such member.
+        CheckpointError: a file was given.
+    """
     refuse_file(f"scenes:{name}", file)
     return scenes_teacher(name)

@@ -22,6 +22,7 @@ from radio.errors import RadioError
 from radio.model import ModelConfig, build
 from radio.progress import watch_on
 from radio.students import students
+from radio.teachers import families
 
 SMALL = ["--scenes", "60", "60", "--k", "5", "--plain"]
 
@@ -103,6 +104,10 @@ def test_the_lists_name_evaluators_and_architectures(
     )
     assert main(["list"]) == 0
     assert "knn" in capsys.readouterr().out
+    assert main(["list", "--models"]) == 0
+    out = capsys.readouterr().out
+    assert "radio:…            Load a released RADIO model" in out
+    assert all(f"{family}:…" in out for family in families)
     assert main(["list", "--archs"]) == 0
     rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert 630 < float(rows["vit-h14"][1]) < 640
