@@ -280,7 +280,9 @@ _FAMILY = (
     (_B14, "vitdet-b14", 8),
     (replace(_B14, name="vit-l14", width=1024, depth=24, heads=16), "vitdet-l14", 8),
     (replace(_B14, name="vit-h14", width=1280, depth=32, heads=16), "vitdet-h14", 8),
-    # Not the paper's: SigLIP's shape-optimised ViT, and timm's giant.
+    # Not the paper's: the small ViT, SigLIP's shape-optimised ViT, and timm's giant.
+    (replace(_B14, name="vit-s14", width=384, heads=6), "vitdet-s14", 8),
+    (replace(_B14, name="vit-s16", width=384, heads=6, patch=16, positions=128), "vitdet-s16", 7),
     (
         replace(_B14, name="vit-so400m14", width=1152, depth=27, heads=16, mlp_ratio=4304 / 1152),
         "vitdet-so400m14",

@@ -153,6 +153,8 @@ def _parameters(width, depth, hidden, patch, side, prefix) -> int:
 @pytest.mark.parametrize(
     ("name", "shape", "millions"),
     [
+        ("vit-s16", (384, 12, 1536, 16, 128), 21.6),
+        ("vit-s14", (384, 12, 1536, 14, 75), 21.6),
         ("vit-b32", (768, 12, 3072, 32, 64), None),
         ("vit-b16", (768, 12, 3072, 16, 128), None),
         ("vit-b14", (768, 12, 3072, 14, 75), None),
