@@ -48,17 +48,25 @@ def block(name: str, width: int, hidden: int, seed: int, scale: str | None = Non
 
 
 def trunk(
-    prefix: int = 8, patch: int = PATCH, scale: str | None = None, final_norm: bool = False
+    prefix: int = 8,
+    patch: int = PATCH,
+    scale: str | None = None,
+    final_norm: bool = False,
+    *,
+    width: int = WIDTH,
+    depth: int = DEPTH,
+    hidden: int = HIDDEN,
+    grid: int = GRID,
 ) -> dict[str, Tensor]:
     """The weights of a trunk under the names of the releases."""
     tensors = {
-        "patch_generator.pos_embed": random(1, 1, GRID * GRID, WIDTH),
-        "patch_generator.embedder.weight": 0.05 * random(2, WIDTH, 3 * patch * patch),
-        "patch_generator.cls_token.token": random(3, prefix, WIDTH),
+        "patch_generator.pos_embed": random(1, 1, grid * grid, width),
+        "patch_generator.embedder.weight": 0.05 * random(2, width, 3 * patch * patch),
+        "patch_generator.cls_token.token": random(3, prefix, width),
     }
-    for index in range(DEPTH):
-        tensors |= block(f"blocks.{index}", WIDTH, HIDDEN, 100 * index + 10, scale)
-    return tensors | (norm("norm", WIDTH, 7) if final_norm else {})
+    for index in range(depth):
+        tensors |= block(f"blocks.{index}", width, hidden, 100 * index + 10, scale)
+    return tensors | (norm("norm", width, 7) if final_norm else {})
 
 
 def mlp2(out: int, seed: int, steps: int = 1, width: int = WIDTH, hidden: int = 48) -> dict[str, Tensor]:

@@ -244,6 +244,38 @@ def test_later_releases_equal_timms(
         assert_close(features.summary, expected[:, slots].flatten(1))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "prefix", "scale", "shape"),
+    [
+        ("base_patch16_radio_v3", 8, "grandma", (768, 12, 3072)),
+        ("large_patch16_radio_v3", 8, "grandma", (1024, 2, 4096)),
+        ("huge_patch16_radio_v3", 8, None, (1280, 2, 5120)),
+        ("so400m_patch16_radio_v4", 10, None, (1152, 2, 4304)),
+    ],
+)
+def test_releases_of_the_genuine_widths_equal_timms(
+    tmp_path: Path, name: str, prefix: int, scale: str | None, shape: tuple[int, int, int]
+) -> None:
+    """The version is read off the shapes, since no config.json says it."""
+    width, depth, hidden = shape
+    weights = trunk(prefix=prefix, scale=scale, width=width, depth=depth, hidden=hidden, grid=128)
+    file = save_hugging_face(tmp_path / "hf", weights, [0, 1])
+    overlay = {"state_dict": safetensors.torch.load_file(file), "num_classes": 0}
+    network: Any = timm.create_model(
+        f"naflexvit_{name}", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, depth=depth
+    ).eval()
+    del weights, overlay
+    model = load_backbone(f"radio:{file}")
+    for size in ((224, 224), (512, 512), (384, 640)):
+        pixels = images(*size)[:1]
+        normalised = (pixels - CONDITIONER["norm_mean"]) / CONDITIONER["norm_std"]
+        with torch.no_grad():
+            expected, features = network.forward_features(normalised), model(pixels)
+        torch.testing.assert_close(features.tokens, expected[:, prefix:], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(features.summary, expected[:, :2].flatten(1), atol=1e-4, rtol=1e-4)
+
+
 def test_a_version_in_the_spec_comes_first(tmp_path: Path) -> None:
     weights = trunk()
     file = save_hugging_face(tmp_path / "hf", weights, [0, 1, 2])
