@@ -84,6 +84,7 @@ _NAMES = (
 _OF_TRAINING = re.compile(
     r"(^|\.)(_loss_states|adaloss\w*|lean_in_expected_losses|weight_balance_mask)(\.|$)|\.video_embedder\."
 )
+_UNUSED = re.compile(r"^(fc_norm|head)\.")  # parts of timm's ViTs that only their pooling uses
 _TRUNK_NAMES = (
     (r"^inner\.", ""),
     (r"^patch_generator\.pos_embed$", "positions.table"),
@@ -112,6 +113,7 @@ class _Args(TypedDict, total=False, extra_items=Any):  # type: ignore[call-arg]
     model: str | None
     teachers: list[_TeacherArgs] | None
     cls_token_per_teacher: bool | None
+    model_norm: bool | None
     vitdet_num_windowed: int | None
 
 
@@ -263,6 +265,12 @@ def _sort(tensors: dict[str, Tensor], args: _Args, config: _Config, where: str) 
         group, _, key = renamed.partition(":")
         parts.setdefault(group, {})[key] = value.float() if value.is_floating_point() else value
     trunk = {_trunk_name(name): value for name, value in parts["trunk"].items()}
+    has_norm = args.get("model_norm") is not False
+    trunk = {
+        name: value
+        for name, value in trunk.items()
+        if not _UNUSED.match(name) and (has_norm or not name.startswith("norm."))
+    }
     if not trunk.keys() >= {"positions.table", "stem.proj.weight", "prefix"}:
         raise CheckpointError(
             f"{where}: not the weights of a RADIO ViT: wanted base_model.patch_generator.pos_embed, "

@@ -106,6 +106,7 @@ def save_pickled(
     heads: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] | None = None,
     *,
     extra: dict[str, Tensor] | None = None,
+    arguments: dict[str, Any] | None = None,
     **more: Any,
 ) -> Path:
     """Write a release as `.pth.tar`."""
@@ -113,7 +114,12 @@ def save_pickled(
     for key, (summary, spatial) in (heads or {}).items():
         state |= named(f"_heads.{key}.", summary) | named(f"_feature_projections.{key}.", spatial)
     args = argparse.Namespace(
-        model="vit", cls_token_per_teacher=True, teachers=list(teachers), lr=0.001, seed=None
+        model="vit",
+        cls_token_per_teacher=True,
+        teachers=list(teachers),
+        lr=0.001,
+        seed=None,
+        **(arguments or {}),
     )
     torch.save({"arch": "vit", "epoch": 3, "args": args, "state_dict": state, **more}, path)
     return path

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from radio.errors import CheckpointError, ConfigError, SizeError
 from radio.hub import load_backbone
-from radio.students.vit import global_blocks
+from radio.students.vit import ViT, ViTConfig, global_blocks
 from radio.types import Backbone
 
 from .releases import (
@@ -35,6 +35,7 @@ from .releases import (
     mlp1,
     mlp2,
     named,
+    norm,
     random,
     save_hugging_face,
     save_pickled,
@@ -534,6 +535,38 @@ def test_states_of_the_training_are_passed_over(tmp_path: Path) -> None:
     }
     path = save_pickled(tmp_path / "r.pth.tar", trunk(), V1_TEACHERS, extra=extra)
     assert load_backbone(f"radio:{path}").token_dim == WIDTH
+
+
+def test_a_norm_that_the_arguments_switch_off_is_not_applied(tmp_path: Path) -> None:
+    weights = trunk()
+    unused = norm("base_model.norm", WIDTH, 7) | norm("base_model.fc_norm", WIDTH, 9)
+    path = save_pickled(
+        tmp_path / "r.pth.tar", weights, V1_TEACHERS, extra=unused, arguments={"model_norm": False}
+    )
+    expected = by_hand(weights, images(64, 64))[-1]
+    assert_close(load_backbone(f"radio:{path}")(images(64, 64)).tokens, expected[:, 8:])
+
+
+@pytest.mark.parametrize(
+    ("width", "depth", "heads", "published"), [(1280, 32, 16, 651_642_886), (1536, 40, 24, 1_159_618_566)]
+)
+def test_the_trunk_has_as_many_numbers_as_published(
+    width: int, depth: int, heads: int, published: int
+) -> None:
+    """C-RADIOv3-H and g, which have no final norm and no bias in the patch embedding, but mean and std."""
+    config = ViTConfig(
+        name="radio",
+        width=width,
+        depth=depth,
+        heads=heads,
+        patch=16,
+        positions=128,
+        class_tokens=4,
+        registers=4,
+    )
+    with torch.device("meta"):
+        total = sum(weight.numel() for weight in ViT(config).parameters())
+    assert total - 3 * width + 6 == published
 
 
 def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
