@@ -24,6 +24,8 @@ from rich.markup import escape
 
 from radio.config import Pixels, Seed, check, parse_options
 from radio.errors import ConfigError, did_you_mean
+from radio.specs import check_spec
+from radio.students import students
 
 from .core import evaluators
 from .core.task import Evaluator, RunSettings, late, make_evaluator
@@ -83,9 +85,23 @@ def _evaluate(task: str, arguments: Sequence[str]) -> int:
         config=(tyro.conf.OmitArgPrefixes,),
     )
     options, run, settings = check(parsed.model), parsed.run, check(getattr(parsed, own))
+    _check_models(options)
     from .commands import evaluate
 
     return evaluate(evaluator, options, run, settings)
+
+
+def _check_models(options: Options) -> None:
+    """Check the models' names before torch is imported.
+
+    Raises:
+        ConfigError, CheckpointError: as `radio.specs.check_spec`.
+    """
+    if options.arch is None:
+        for text in options.models:
+            check_spec(text, random_init=options.random_init)
+    elif options.arch not in students:
+        students[options.arch]  # raises, with the nearest names
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,7 +149,9 @@ def _parse_suite(
             Console(stderr=True).print(escape(f"left out: {problem}"), soft_wrap=True, highlight=False)
     chosen = parsed.own.tasks or [name for name in made if not made[name].on_request]
     jobs = {name: (made[name], check(getattr(parsed, name.replace("-", "_")))) for name in chosen}
-    return check(parsed.model), check(parsed.own), parsed.run, jobs
+    options = check(parsed.model)
+    _check_models(options)
+    return options, check(parsed.own), parsed.run, jobs
 
 
 def _all(arguments: Sequence[str]) -> int:

@@ -29,7 +29,7 @@ from numpy._core import multiarray
 from torch import Tensor, nn
 
 from .errors import CheckpointError, shown
-from .io import has_surrogates
+from .io import find_file, has_surrogates
 
 _GROWTH = 4  # limit of memory per byte on disk: several names may share one tensor
 _SLACK = 64 << 20  # bytes, for small files of shared tensors
@@ -60,21 +60,6 @@ class SafeFile(NamedTuple):
 
     metadata: dict[str, str]
     tensors: dict[str, Tensor]
-
-
-def find_file(path: Path, what: str) -> int:
-    """Return the size in bytes of a regular file; `what` names it in errors.
-
-    Raises:
-        CheckpointError: no regular file exists there.
-    """
-    try:
-        if path.is_file():
-            return path.stat().st_size
-        kind = "; that is a folder" if path.is_dir() else "; that is no regular file" if path.exists() else ""
-    except OSError as error:  # a name that is too long, a folder that may not be entered
-        kind = f" ({error.strerror})"
-    raise CheckpointError(f"{_cut(shown(path))}: no such {what}{kind}")
 
 
 def is_safetensors(path: Path) -> bool:

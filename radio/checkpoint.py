@@ -17,7 +17,6 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from .archive import (
-    find_file,
     find_state,
     is_safetensors,
     plain_tensors,
@@ -26,7 +25,7 @@ from .archive import (
     without_prefix,
 )
 from .errors import CheckpointError, shown
-from .io import MAX_METADATA_BYTES, has_surrogates, parse_json, validate, write_bytes
+from .io import MAX_METADATA_BYTES, find_file, has_surrogates, parse_json, validate, write_bytes
 
 FORMAT = "am-radio/1"
 

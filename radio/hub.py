@@ -1,50 +1,21 @@
-"""Model specs: one string that names any backbone.
-
-`runs/x/ckpt.pt` is a checkpoint; `family:name[@file]` a teacher; `arch:name`, or a plain architecture name
-with `random_init`, an untrained student. `timm:name` is an architecture, `timm:name@file` a teacher.
-"""
+"""Load the backbone or the teacher that a model spec names; `radio.specs` says how they are written."""
 
 from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 
-from .errors import CheckpointError, ConfigError, SizeError, did_you_mean
+from .errors import ConfigError, SizeError
 from .foreign import check_encoder, watch_features
 from .model import ModelConfig, build, load, load_untrained
-from .students import students
+from .specs import check_spec, parse
 from .teachers import families
 from .types import Backbone, Teacher
 
 _MAX_CHARS = 200  # characters of a spec in messages
-
-
-class Spec(NamedTuple):
-    """A parsed `family:name[@file]`."""
-
-    family: str
-    name: str
-    file: Path | None
-
-
-def parse(text: str) -> Spec:
-    """Parse `family:name[@file]`.
-
-    Raises:
-        ConfigError: no such family, or no name.
-    """
-    family, _, rest = text.partition(":")
-    name, at, file = rest.partition("@")
-    if family != "arch":
-        families[family]  # raises for an unknown family, with the nearest names
-    if not name or (at and not file):
-        raise ConfigError(
-            f"{text[:_MAX_CHARS]!r} is not a whole model spec; wanted {family}:NAME or {family}:NAME@FILE"
-        )
-    return Spec(family, name, Path(file) if file else None)
 
 
 def load_teacher(text: str, *, meta: bool = False) -> Teacher:
@@ -103,32 +74,10 @@ def load_backbone(
 
 
 def _load(text: str, random_init: bool, seed: int) -> Backbone:
-    path = Path(text)
-    try:
-        exists = path.is_file()
-    except OSError:  # a name that is too long
-        exists = False
-    if exists or (path.suffix in (".pt", ".safetensors") and ":" not in text):
+    kind = check_spec(text, random_init=random_init)
+    if kind == "checkpoint":
+        path = Path(text)
         return load_untrained(path, seed) if random_init else load(path)
-    if text.startswith("arch:"):
-        spec = parse(text)
-        if spec.file is not None:
-            raise ConfigError(
-                f"{text}: arch: is for untrained students and takes no file; give the file alone"
-            )
-        return build(ModelConfig(student=spec.name), seed).eval()
-    if text in students:
-        if not random_init:
-            raise ConfigError(
-                f"{text} is an architecture and has no weights; give a checkpoint, or --random-init to take "
-                f"it untrained"
-            )
-        return build(ModelConfig(student=text), seed).eval()
-    if ":" in text:
-        if random_init:
-            raise ConfigError(
-                f"{text} is a teacher, and teachers are not scored untrained; leave --random-init out"
-            )
-        return load_teacher(text)
-    hint = did_you_mean(text, students) or f"; known architectures: {', '.join(students)}"
-    raise CheckpointError(f"{text[:_MAX_CHARS]!r} is no file and no architecture{hint}")
+    if kind == "architecture":
+        return build(ModelConfig(student=text.removeprefix("arch:")), seed).eval()
+    return load_teacher(text)

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import braceexpand
 from pydantic import TypeAdapter, ValidationError
 
-from .errors import ConfigError, DataError, RadioError, shown
+from .errors import CheckpointError, ConfigError, DataError, RadioError, shown
 
 T = TypeVar("T")
 
@@ -237,6 +237,21 @@ def _stands(place: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True
+
+
+def find_file(path: Path, what: str) -> int:
+    """Return the size in bytes of a regular file; `what` names it in errors.
+
+    Raises:
+        CheckpointError: no regular file exists there.
+    """
+    try:
+        if path.is_file():
+            return path.stat().st_size
+        kind = "; that is a folder" if path.is_dir() else "; that is no regular file" if path.exists() else ""
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        kind = f" ({error.strerror})"
+    raise CheckpointError(f"{_cut(shown(path), 1024)}: no such {what}{kind}")
 
 
 def read_bytes(path: Path, *, limit: int = MAX_METADATA_BYTES, error: type[RadioError] = DataError) -> bytes:

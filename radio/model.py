@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .config import from_plain, to_plain
-from .errors import CheckpointError, ConfigError, RadioError, SizeError, did_you_mean, shown
+from .errors import CheckpointError, ConfigError, RadioError, SizeError, shown
 from .foreign import check_encoder, watch_features
 from .nn.vit import NORM_EPS
 from .ops import resize_features
 from .students import OptionsField, StudentOptions, resolve_options, students
-from .types import Adaptor, Backbone, Features, Student
+from .types import Adaptor, Features, Student, find_adaptor
 
 # Letters: B batch, C summary width, T tokens, D token width, H W grid.
 
@@ -98,18 +98,6 @@ class MLPAdaptor(nn.Module):
             summaries = summaries[:, start : start + self.slot_width]
         carried: Tensor = self.summary(summaries)
         return carried
-
-
-def find_adaptor(model: Backbone, name: str) -> Adaptor:
-    """Return a model's adaptor into the space of teacher `name`.
-
-    Raises:
-        ConfigError: it has none of that name; lists the existing ones.
-    """
-    if name not in model.adaptors:
-        hint = did_you_mean(name, model.adaptors) or f"; it has {', '.join(model.adaptors) or 'none'}"
-        raise ConfigError(f"{model.name} has no adaptor {name!r}{hint}")
-    return model.adaptors[name]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

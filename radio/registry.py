@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
+from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from .errors import ConfigError, RadioError, did_you_mean, shown
@@ -65,10 +67,20 @@ class Registry(Generic[T]):
         lazy: a plugin that cannot be loaded is an error where it is made, not where the registry is read; a
             registry of factories only.
         modules: this package's modules that register entries, imported when the registry is first read.
+        declared: this package's names by the module that registers them, imported when one of them is looked
+            up: listing them and asking for them imports nothing. A name `prefix:` declares a family.
     """
 
-    def __init__(self, kind: str, *, lazy: bool = False, modules: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        kind: str,
+        *,
+        lazy: bool = False,
+        modules: Sequence[str] = (),
+        declared: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    ) -> None:
         self.kind, self._lazy, self._modules = kind, lazy, modules
+        self._declared = {name: module for module, names in declared.items() for name in names}
         self._entries: dict[str, T] = {}
         self._families: dict[str, Callable[[str], T]] = {}
         self._plugins_read = False
@@ -97,6 +109,9 @@ class Registry(Generic[T]):
         Raises:
             ConfigError: the name is taken by another object.
         """
+        own = self._declared.get(name)
+        if own is not None and own not in sys.modules:
+            importlib.import_module(own)
         if _inner(self._entries.get(name, value)) is not _inner(value):
             raise ConfigError(f"a {self.kind} named {name!r} is registered already; choose another name")
         self._entries[name] = value
@@ -115,18 +130,23 @@ class Registry(Generic[T]):
             ConfigError: an unknown name (suggests the nearest ones), or a plugin that cannot be loaded.
         """
         self._read_plugins()
+        prefix, colon, rest = name.partition(":")
+        for key in (name, prefix + colon):
+            if name not in self._entries and key in self._declared:
+                importlib.import_module(self._declared[key])
         if name not in self._entries:
-            prefix, colon, rest = name.partition(":")
             if colon and prefix in self._families:
                 return self._families[prefix](rest)
-            hint = did_you_mean(name, self._entries) or f"; known: {self._listing()}"
+            hint = did_you_mean(name, self) or f"; known: {self._listing()}"
             raise ConfigError(f"unknown {self.kind} {name[:_MAX_CHARS]!r}{hint}")
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:
         self._read_plugins()
-        if name in self._entries or not isinstance(name, str):
-            return name in self._entries
+        if name in self._entries or name in self._declared:
+            return True
+        if not isinstance(name, str) or ":" not in name:
+            return False
         try:
             self[name]
         except ConfigError:
@@ -136,13 +156,14 @@ class Registry(Generic[T]):
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names, sorted."""
         self._read_plugins()
-        return iter(sorted(self._entries))
+        declared = (name for name in self._declared if not name.endswith(":"))
+        return iter(sorted({*self._entries, *declared}))
 
     def _listing(self) -> str:
         """List the names for a message; for a prefix with many, such as `timm:`, only their number."""
-        prefixes = Counter(name.partition(":")[0] for name in self._entries if ":" in name)
+        prefixes = Counter(name.partition(":")[0] for name in self if ":" in name)
         many = {prefix: count for prefix, count in prefixes.items() if count > _MAX_LISTED}
-        names = [name for name in sorted(self._entries) if name.partition(":")[0] not in many]
+        names = [name for name in self if name.partition(":")[0] not in many]
         return ", ".join([*names, *(f"{prefix}:NAME ({count} names)" for prefix, count in many.items())])
 
     def _read_plugins(self) -> None:

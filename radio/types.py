@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor
 
+from .errors import ConfigError, did_you_mean
+
 # Letters: B batch, C summary width, T tokens, D token width, H W grid, N texts, E text width.
 
 
@@ -142,6 +144,18 @@ class Adaptor(Protocol):
 
     def adapt_summary(self, summaries: Tensor) -> Tensor:
         """Map only the student's summaries [B, C] to the teacher's width."""
+
+
+def find_adaptor(model: Backbone, name: str) -> Adaptor:
+    """Return a model's adaptor into the space of teacher `name`.
+
+    Raises:
+        ConfigError: it has none of that name; lists the existing ones.
+    """
+    if name not in model.adaptors:
+        hint = did_you_mean(name, model.adaptors) or f"; it has {', '.join(model.adaptors) or 'none'}"
+        raise ConfigError(f"{model.name} has no adaptor {name!r}{hint}")
+    return model.adaptors[name]
 
 
 @runtime_checkable

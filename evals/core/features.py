@@ -46,10 +46,9 @@ from radio.images import (
     evaluation_view,
     resize,
 )
-from radio.model import find_adaptor
 from radio.progress import Advance, ProgressFactory, no_progress
 from radio.resources import check_memory, fast_products, has_tf32
-from radio.types import Backbone, Features
+from radio.types import Backbone, Features, find_adaptor
 
 from .report import DatasetInfo, Skipped
 from .task import ViewKind, ViewSettings

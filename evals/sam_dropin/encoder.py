@@ -14,12 +14,13 @@ from torch import Tensor
 from evals.core.features import place
 from radio.checkpoint import digest, teachers_on
 from radio.errors import CheckpointError, ConfigError, RadioError, SizeError, did_you_mean, shown
-from radio.hub import load_teacher, parse
-from radio.model import AdaptorConfig, MLPAdaptor, RadioModel, find_adaptor, seeded
+from radio.hub import load_teacher
+from radio.model import AdaptorConfig, MLPAdaptor, RadioModel, seeded
 from radio.ops import resize_features
+from radio.specs import parse
 from radio.teachers import families
 from radio.teachers.sam import MEMBERS, SamHead, load_sam_head, new_released_sam
-from radio.types import Backbone, Features
+from radio.types import Backbone, Features, find_adaptor
 
 # Letters: B images, C neck width, h w embedding grid.
 

@@ -66,8 +66,46 @@ class ViTDetOptions(ViTOptions):
     schedule: Schedule | None = None  # global blocks: a name, or their number
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ERadioOptions(StudentOptions):
+    """Options of the E-RADIO students."""
+
+    window: Window | None = None  # window side in tokens of stage 4; None = chosen by the input's size
+
+
+TABLE_6: tuple[str, ...] = (
+    "efficientnetv2_s",
+    "resnetv2_101",
+    "regnety_064",
+    "efficientvit_l1",
+    "convnext_base",
+    "dm_nfnet_f3",
+    "swinv2_small_window8_256",
+    "maxvit_base_tf_224",
+    "poolformerv2_m36",
+    "mvitv2_base",
+)
+"""timm's names of the paper's efficient models, in the order of table 6."""
+
+_SIZES = ("s14", "s16", "b14", "b16", "b32", "l14", "h14", "so400m14", "g14", "tiny12", "tiny16")
+_VITS = tuple(f"vit-{size}" for size in _SIZES)
+_VITDETS = tuple(f"vitdet-{size}" for size in _SIZES)
+_ERADIOS = tuple(
+    f"e-radio-{size}{neck}" for size in ("xt", "t", "s", "b", "l", "tiny") for neck in ("", "-noup")
+)
+_OPTIONS: dict[str, type[StudentOptions]] = {
+    **dict.fromkeys(_VITS, ViTOptions),
+    **dict.fromkeys(_VITDETS, ViTDetOptions),
+    **dict.fromkeys(_ERADIOS, ERadioOptions),
+}
+
 students: Registry[Callable[[Any], Student]] = Registry(
-    "student", modules=[f"radio.students.{family}" for family in ("eradio", "timm", "vit")]
+    "student",
+    declared={
+        "radio.students.vit": (*_VITS, *_VITDETS),
+        "radio.students.eradio": _ERADIOS,
+        "radio.students.timm": ("timm:", *(f"timm:{name}" for name in TABLE_6)),
+    },
 )
 
 
@@ -77,6 +115,8 @@ def options_type(name: str) -> type[StudentOptions]:
     Raises:
         ConfigError: an unknown student, or another package's options of another kind.
     """
+    if name in _OPTIONS:
+        return _OPTIONS[name]
     factory: Any = students[name]
     if not callable(factory):  # another package's finished student
         return StudentOptions

@@ -29,7 +29,7 @@ from ..nn.hybrid import (
 from ..nn.vit import Normalise
 from ..ops import check_window, choose_side, nearest_multiple
 from ..types import Features
-from . import StudentOptions, Window, students
+from . import ERadioOptions, students
 from .vit import ShapedStudent, StudentShape
 
 # Letters: B batch, T tokens, D width, H W grid.
@@ -171,13 +171,6 @@ def _keep_variance(conv: nn.Conv2d | nn.ConvTranspose2d) -> None:
     if isinstance(conv, nn.ConvTranspose2d):
         taps //= conv.stride[0] * conv.stride[1]
     nn.init.trunc_normal_(conv.weight, std=(conv.in_channels * max(taps, 1)) ** -0.5)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ERadioOptions(StudentOptions):
-    """Options of the E-RADIO students."""
-
-    window: Window | None = None  # window side in tokens of stage 4; None = chosen by the input's size
 
 
 def _build(config: ERadioConfig, options: ERadioOptions) -> ERadio:

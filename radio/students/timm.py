@@ -21,23 +21,9 @@ from ..nn.hybrid import Neck
 from ..nn.vit import Normalise
 from ..ops import nearest_multiple
 from ..types import Features
-from . import StudentOptions, students
+from . import TABLE_6, StudentOptions, students
 
 # Letters: B batch, C summary width, T tokens, D token width, H W grid.
-
-TABLE_6: tuple[str, ...] = (
-    "efficientnetv2_s",
-    "resnetv2_101",
-    "regnety_064",
-    "efficientvit_l1",
-    "convnext_base",
-    "dm_nfnet_f3",
-    "swinv2_small_window8_256",
-    "maxvit_base_tf_224",
-    "poolformerv2_m36",
-    "mvitv2_base",
-)
-"""timm's names of the paper's efficient models, in the order of table 6."""
 
 _TABLE_SIDE = 224  # pixels: the paper compares them all at this size
 

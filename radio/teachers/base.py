@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from ..checkpoint import digest, load_tensors
 from ..errors import CheckpointError, ConfigError, DataError, SizeError, did_you_mean
-from ..model import find_adaptor
 from ..ops import nearest_multiple
-from ..types import Adaptor, Features, TextTower
+from ..types import Adaptor, Features, TextTower, find_adaptor
 
 T = TypeVar("T")
 

@@ -22,10 +22,10 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from ..archive import find_file, is_safetensors, plain_tensors, read_safetensors, read_torch
+from ..archive import is_safetensors, plain_tensors, read_safetensors, read_torch
 from ..checkpoint import check_finite, load_state
 from ..errors import CheckpointError, shown
-from ..io import MAX_METADATA_BYTES, decode_text, parse_json, read_bytes, validate
+from ..io import MAX_METADATA_BYTES, decode_text, find_file, parse_json, read_bytes, validate
 from ..nn.phi_s import FeatureNormaliser
 from ..nn.release import ReleasedAdaptor, build_head
 from ..nn.vit import IMAGENET_MEAN, IMAGENET_STD, CroppedPositions, SwiGLU

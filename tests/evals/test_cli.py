@@ -102,6 +102,7 @@ def test_the_lists_name_evaluators_and_architectures(
     monkeypatch.setattr(
         students, "_entries", {name: students[name] for name in ("vit-h14", "vitdet-tiny12", "e-radio-b")}
     )
+    monkeypatch.setattr(students, "_declared", {})
     assert main(["list"]) == 0
     assert "knn" in capsys.readouterr().out
     assert main(["list", "--models"]) == 0
@@ -214,7 +215,7 @@ def test_an_out_that_cannot_be_written_is_told_before_the_model_is_loaded(
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "nowhere").symlink_to("gone")
     before = sorted(tmp_path.iterdir())
-    assert evaluate([command, "no-such-model", "--out", out]) == 2
+    assert evaluate([command, "arch:vit-tiny12", "--out", out]) == 2
     error = capsys.readouterr().err
     assert f"--out {out}: " in error and "choose a folder that can be written" in error
     assert sorted(tmp_path.iterdir()) == before

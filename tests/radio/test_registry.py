@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import sys
 from pathlib import Path
 
 import pytest
 
 from radio.errors import ConfigError, MissingExtraError, RadioError, did_you_mean, require
 from radio.registry import Registry
+from radio.students import _OPTIONS, students
+from radio.teachers import families
 
 
 @pytest.fixture
@@ -162,3 +167,41 @@ def test_what_a_plugins_factory_says_to_the_user_is_left_as_it_is(plugin):
     )
     with pytest.raises(RadioError, match=r"^7$"):
         Registry("widget")["kept"]()
+
+
+def test_declared_names_are_those_that_the_modules_register() -> None:
+    for registry in (students, families):
+        declared = {name for name in registry._declared if not name.endswith(":")}
+        for module in set(registry._declared.values()):
+            importlib.import_module(module)
+        makers = {name: getattr(made, "func", made) for name, made in registry._entries.items()}
+        assert declared == {name for name, made in makers.items() if made.__module__.startswith("radio.")}
+        assert set(registry) >= declared
+
+
+def test_a_declared_name_imports_its_module_only_when_it_is_looked_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry: Registry[int] = Registry("widget", declared={"declared_widgets": ["one", "more:"]})
+    (tmp_path / "declared_widgets.py").write_text(
+        "import builtins\nregistry = builtins.declared_registry\n"
+        "registry.add('one', 1)\nregistry.add_family('more', len)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("builtins.declared_registry", registry, raising=False)
+    assert list(registry) == ["one"] and "one" in registry and "two" not in registry
+    assert "declared_widgets" not in sys.modules
+    with pytest.raises(ConfigError, match="unknown widget 'ones'; did you mean one"):
+        registry["ones"]
+    assert "declared_widgets" not in sys.modules
+    with pytest.raises(ConfigError, match="'one' is registered already"):
+        registry.add("one", 2)
+    assert registry["one"] == 1 and registry["more:abc"] == 3
+    monkeypatch.delitem(sys.modules, "declared_widgets")
+
+
+def test_options_are_those_of_the_factories() -> None:
+    for name, kind in _OPTIONS.items():
+        factory = students[name]
+        first = next(iter(inspect.signature(factory, eval_str=True).parameters.values()))
+        assert first.annotation is kind, name

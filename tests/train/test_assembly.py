@@ -10,8 +10,7 @@ import pytest
 from radio.dist import Ranks
 from radio.errors import CheckpointError, ConfigError, SizeError
 from radio.model import RadioModel, build
-from radio.students import StudentOptions
-from radio.students.eradio import ERadioOptions
+from radio.students import ERadioOptions, StudentOptions
 from radio.students.vit import ViTDetOptions, ViTOptions
 from train.checkpoints import make_metadata
 from train.config import CacheConfig, TeacherConfig, TrainConfig, run_name

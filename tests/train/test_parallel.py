@@ -23,8 +23,8 @@ from radio.dist import Ranks
 from radio.errors import ConfigError
 from radio.model import build
 from radio.ops import resize_images
-from radio.students import StudentOptions, students
-from radio.students.timm import TABLE_6, TimmOptions
+from radio.students import TABLE_6, StudentOptions, students
+from radio.students.timm import TimmOptions
 from train.config import TrainConfig
 from train.data.crops import generator, random_view, seed_of, shuffled_index
 from train.data.loader import Batch

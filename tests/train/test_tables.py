@@ -24,8 +24,7 @@ from radio import entry
 from radio.config import read_yaml, to_plain, write_yaml
 from radio.dist import Ranks
 from radio.errors import ConfigError, MissingExtraError, SizeError
-from radio.students import resolve_options, students
-from radio.students.timm import TABLE_6
+from radio.students import TABLE_6, resolve_options, students
 from tests.train.conftest import read_records
 from train import scoring
 from train.cli import main

@@ -67,6 +67,7 @@ def test_table_6_adds_every_architecture_of_the_paper(
         "timm:resnetv2_101": students["timm:resnetv2_101"],
     }
     monkeypatch.setattr(students, "_entries", few)
+    monkeypatch.setattr(students, "_declared", {})
     monkeypatch.setattr(students, "_families", {})
     assert main(["throughput", "--table6", "--resolution", "32", *SHORT]) == 0
     (resnet,) = speed_rows(read(Path("reports/throughput-timm-resnetv2_101.json")))

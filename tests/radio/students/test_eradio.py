@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from radio.errors import ConfigError, SizeError
 from radio.model import make_student
 from radio.nn.hybrid import MultiResolutionBlock
-from radio.students import StudentOptions, students
-from radio.students.eradio import ERadio, ERadioConfig, ERadioOptions
+from radio.students import ERadioOptions, StudentOptions, students
+from radio.students.eradio import ERadio, ERadioConfig
 from radio.students.timm import TimmOptions
 from radio.students.vit import ViTOptions
 from radio.types import Features, Student

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from radio.errors import ConfigError, SizeError
-from radio.students import students
-from radio.students.timm import TABLE_6, TimmOptions, TimmStudent, make_network
+from radio.students import TABLE_6, students
+from radio.students.timm import TimmOptions, TimmStudent, make_network
 
 SMALL = ("test_resnet", "test_convnext", "test_mambaout", "test_vit", "test_maxvit", "test_efficientnet")
 PAPER_MILLIONS = (21, 44, 30, 38, 88, 254, 49, 119, 56, 51)
