@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NotRequired
 
@@ -228,25 +228,49 @@ def check_state(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: 
             mismatched ones.
     """
     expected = module.state_dict()
+    refuse_mismatch(
+        source,
+        missing=[name for name in expected if name not in tensors],
+        unexpected=[name for name in tensors if name not in expected],
+        misshapen=[
+            (name, tensor.shape, expected[name].shape)
+            for name, tensor in tensors.items()
+            if name in expected and tensor.shape != expected[name].shape
+        ],
+        other_kinds=[
+            f"{_cut(name)} {_kind(tensor)} instead of {_kind(expected[name])}"
+            for name, tensor in tensors.items()
+            if name in expected and not _converts(tensor, expected[name])
+        ],
+    )
+
+
+def refuse_mismatch(
+    source: str,
+    *,
+    missing: Sequence[str] = (),
+    unexpected: Sequence[str] = (),
+    misshapen: Sequence[tuple[str, Sequence[int], Sequence[int]]] = (),
+    other_kinds: Sequence[str] = (),
+) -> None:
+    """Check that all lists of a state dict's differences from a network are empty.
+
+    Args:
+        source: names the state dict.
+        missing: names that it lacks.
+        unexpected: names that the network lacks.
+        misshapen: names with the shape that came and the one that was wanted.
+        other_kinds: names with what came and what was wanted.
+
+    Raises:
+        CheckpointError: one is not empty; lists the first ones of each.
+    """
+    shapes = [f"{_cut(name)} {tuple(came)} instead of {tuple(wanted)}" for name, came, wanted in misshapen]
     problems = [
-        _first("missing", [name for name in expected if name not in tensors]),
-        _first("unexpected", [name for name in tensors if name not in expected]),
-        _first(
-            "misshapen",
-            [
-                f"{_cut(name)} {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
-                for name, tensor in tensors.items()
-                if name in expected and tensor.shape != expected[name].shape
-            ],
-        ),
-        _first(
-            "of another kind",
-            [
-                f"{_cut(name)} {_kind(tensor)} instead of {_kind(expected[name])}"
-                for name, tensor in tensors.items()
-                if name in expected and not _converts(tensor, expected[name])
-            ],
-        ),
+        _first("missing", missing),
+        _first("unexpected", unexpected),
+        _first("misshapen", shapes),
+        _first("of another kind", other_kinds),
     ]
     summary = "; ".join(problem for problem in problems if problem)
     if summary:
@@ -289,7 +313,7 @@ def _cut(name: str, most: int = 200) -> str:
     return name if len(name) <= most else f"{name[:most]}…"
 
 
-def _first(what: str, names: list[str], most: int = 3) -> str:
+def _first(what: str, names: Sequence[str], most: int = 3) -> str:
     if not names:
         return ""
     rest = f" and {len(names) - most} more" if len(names) > most else ""

@@ -1,7 +1,8 @@
 """Model specs: one string that names any backbone; what can be said about them without torch.
 
-`runs/x/ckpt.pt` is a checkpoint; `family:name[@file]` a teacher; `arch:name`, or a plain architecture name
-with `random_init`, an untrained student. `timm:name` is an architecture, `timm:name@file` a teacher.
+`runs/x/ckpt.pt` is a checkpoint; `family:name[@file]`, `hf:folder` and `radio:file` are teachers;
+`arch:name`, or a plain architecture name with `random_init`, is an untrained student. `timm:name` is an
+architecture, `timm:name@file` a teacher.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ class Backbone(Encoder, Protocol):
 
     @property
     def weights_file(self) -> Path | None:
-        """The file that the weights were read from; None for those that are shipped with the package."""
+        """The file that the weights were read from; None for shipped ones, and for those of a folder."""
 
     @property
     def sam(self) -> Any:

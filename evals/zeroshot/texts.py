@@ -28,7 +28,8 @@ from radio.progress import Advance
 from radio.types import Backbone, Teacher, TextTower
 
 _HAVE_ONE = (
-    "scenes:clip, openclip:NAME@FILE, pip:efficientnet-lite0, or a student that learned from one of them"
+    "scenes:clip, openclip:NAME@FILE, hf:FOLDER of a CLIP, pip:efficientnet-lite0, or a student that "
+    "learned from one of them"
 )
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 TeacherFamily = Callable[..., "Teacher"]
 
 _MODULES = {"radio": "release"}  # other families are in modules of their own names
-_NAMES = ("dinov2", "openclip", "pip", "radio", "sam", "scenes", "timm")
+_NAMES = ("dinov2", "hf", "openclip", "pip", "radio", "sam", "scenes", "timm")
 
 families: Registry[TeacherFamily] = Registry(
     "teacher", declared={f"radio.teachers.{_MODULES.get(name, name)}": [name] for name in _NAMES}

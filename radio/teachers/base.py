@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, TypeVar, cast, final
 
@@ -72,7 +73,52 @@ def refuse_file(spec: str, file: Path | None) -> None:
         raise CheckpointError(f"{spec} brings its own weights; leave out @{file}")
 
 
-# Letters: B batch, C summary width, T tokens, D token width, h w pixels.
+# Letters: B batch, C summary width, T tokens, D token width, h w pixels, N texts, L text length.
+
+
+@final
+class ClipText(nn.Module):
+    """A text encoder (token ids [N, L] -> [N, C]) and its tokenizer, as the text tower of a teacher.
+
+    The tokenizer is made at the first text; `tokenizer_name` represents it in the fingerprint.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, tokenizer: Callable[[], Callable[[list[str]], Tensor]], tokenizer_name: str
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.tokenizer_name = tokenizer_name
+        self._make_tokenizer = tokenizer
+        self._fingerprints: dict[torch.dtype, str] = {}
+        self.requires_grad_(False)
+        self.eval()
+
+    @cached_property
+    def _tokenizer(self) -> Callable[[list[str]], Tensor]:
+        return self._make_tokenizer()
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex hash of the tokenizer's name and the weights in their current dtype; cached per dtype."""
+        dtype = next(self.encoder.parameters()).dtype
+        if dtype not in self._fingerprints:
+            self._fingerprints[dtype] = digest(self.encoder.state_dict(), self.tokenizer_name)
+        return self._fingerprints[dtype]
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Encode texts as [N, C] in the summary's space, not normalised, in the weights' dtype and device.
+
+        Raises:
+            DataError: no texts.
+            CheckpointError: there is no tokenizer.
+        """
+        device = next(self.encoder.parameters()).device
+        return encode_batches(texts, lambda batch: self.encoder(self._tokenizer(batch).to(device)))
+
+    def project(self, summaries: Tensor) -> Tensor:
+        """Return the summaries [B, C] unchanged: they are in the texts' space already."""
+        return summaries
 
 
 @final
@@ -83,8 +129,9 @@ class Frozen(nn.Module):
     blocks)`, which returns those after each block, one with attention windows `window` and `with_window`.
     Both sides in pixels must be multiples of `patch_size` (times the window), or the native size where
     `fixed_size` says so. `variant` describes what else determines the features (a resampling rule, a choice
-    of layer), so that the fingerprint covers it. `text` is the text tower that shares the summary's space,
-    `sam` loads the SAM that the trunk belongs to, `adaptors` lead into the spaces of its own teachers.
+    of layer), so that the fingerprint covers it; in it, `identity` replaces a name that changes with the
+    place of the files. `text` is the text tower that shares the summary's space, `sam` loads the SAM that the
+    trunk belongs to, `adaptors` lead into the spaces of its own teachers.
     """
 
     def __init__(
@@ -104,6 +151,7 @@ class Frozen(nn.Module):
         adaptors: nn.ModuleDict | None = None,
         metadata: Mapping[str, Any] | None = None,
         variant: str = "",
+        identity: str = "",
         weights_file: Path | None = None,
     ) -> None:
         super().__init__()
@@ -120,7 +168,7 @@ class Frozen(nn.Module):
         self.fixed_size = fixed_size
         self.summary_dim = summary_dim
         self.token_dim = token_dim
-        self._settings = f"{name} mean={mean} std={std} {variant}"
+        self._settings = f"{identity or name} mean={mean} std={std} {variant}"
         self._fingerprints: dict[torch.dtype, str] = {}
         like = next(trunk.parameters(), torch.empty(0))
         for key, value in (("mean", mean), ("std", std)):

@@ -1,28 +1,32 @@
-"""CLIP models of open_clip as teachers: their vision transformers, with the text tower beside them."""
+"""CLIP and SigLIP models of open_clip as teachers: their vision transformers and their text towers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import digest, load_state
+from ..checkpoint import load_state
 from ..errors import CheckpointError, ConfigError, did_you_mean, require
 from ..types import Features, Teacher
 from . import families
-from .base import Frozen, encode_batches, read_weights
+from .base import ClipText, Frozen, read_weights
+from .hf import hash_tokenizer, read_tokenizer
 
 # Letters: B batch, C summary width, T tokens, D token width, H W grid, N texts, L text length.
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
-_ANCHORS = ("visual.class_embedding",)  # a weight of every vision transformer of open_clip
+_ANCHORS = ("visual.class_embedding", "visual.trunk.pos_embed")
+"""Weights of every image tower have one of these names: open_clip's own vision transformer, or timm's."""
+
 _OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")  # in its archives, but no weights
+
+_ONLY_FROM_THE_FOLDER = {"local_files_only": True, "trust_remote_code": False}
 
 Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]  # mean, std
 
@@ -31,9 +35,10 @@ Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]  #
 def openclip(name: str, file: Path | None, *, after_norm: bool = True, meta: bool = False) -> Teacher:
     """Load the open_clip architecture `name` with the weights in `file`, open_clip's state dict or OpenAI's.
 
-    Its summary is the class token after CLIP's projection, in the same space as `text`; its tokens are the
-    last layer's patch tokens, not projected, after the final norm or before it (`after_norm`). It accepts
-    only its native size.
+    Its summary is the class token after CLIP's projection, or SigLIP's pooled vector, in the same space as
+    `text`; its tokens are the last layer's patch tokens, not projected, after the final norm or before it
+    (`after_norm`). It accepts only its native size. A tokenizer that open_clip does not include, such as
+    SigLIP's, is read from the weights' folder, where that of the Hugging Face repository has it.
 
     Weights trained with QuickGELU (OpenAI's, MetaCLIP's, DFN's) need the architecture whose name ends in
     `-quickgelu`: the plain one loads them too, but the features are wrong, and no shape reveals it. With
@@ -55,17 +60,18 @@ def openclip(name: str, file: Path | None, *, after_norm: bool = True, meta: boo
     if not meta:
         load_state(model, _read_tensors(name, file, config), f"openclip:{name}@{file}")
     height, width = model.visual.image_size
+    tower = _describe_tower(model.visual, config)
     return Frozen(
-        trunk=ClipTrunk(model.visual, after_norm=after_norm),
+        trunk=ClipTrunk(model.visual, tower.grid, after_norm=after_norm),
         name=f"openclip:{name}",
         mean=mean,
         std=std,
         native_size=(int(height), int(width)),
-        patch_size=config["vision_cfg"]["patch_size"],
+        patch_size=tower.patch_size,
         fixed_size=True,
         summary_dim=config["embed_dim"],
-        token_dim=config["vision_cfg"]["width"],
-        text=_text_tower(library, architecture, config, model),
+        token_dim=tower.width,
+        text=_text_tower(library, architecture, config, model, file),
         variant=f"after_norm={after_norm}",
         weights_file=file,
     )
@@ -89,22 +95,48 @@ def _read_tensors(name: str, file: Path | None, config: dict[str, Any]) -> dict[
 
 
 def build_clip(library: Any, config: dict[str, Any]) -> Any:
-    """Build open_clip's CLIP of a configuration with weights on the meta device, to be loaded from a file."""
+    """Build the model of a configuration with weights on the meta device, to be loaded from a file."""
+    config = dict(config)
+    custom = config.pop("custom_text", False)  # such as SigLIP's, without a causal mask
     with torch.device("meta"):
-        model = library.CLIP(**config)
-    if model.attn_mask is not None:  # not in state dicts
-        length = model.context_length
-        model.attn_mask = torch.full((length, length), -torch.inf).triu_(1)
+        model = (library.CustomTextCLIP if custom else library.CLIP)(**config)
+    tower = model.text if custom else model
+    if tower.attn_mask is not None:  # not in state dicts
+        length = len(tower.attn_mask)
+        tower.attn_mask = torch.full((length, length), -torch.inf).triu_(1)
     return model
+
+
+class _Tower(NamedTuple):
+    """The shape of an image tower."""
+
+    grid: tuple[int, int]
+    patch_size: int
+    width: int
+
+
+def _describe_tower(visual: Any, config: dict[str, Any]) -> _Tower:
+    vision = config["vision_cfg"]
+    if "timm_model_name" in vision:
+        stem = visual.trunk.patch_embed
+        return _Tower(stem.grid_size, stem.patch_size[0], visual.trunk.embed_dim)
+    return _Tower(visual.grid_size, vision["patch_size"], vision["width"])
 
 
 @final
 class ClipTrunk(nn.Module):
-    """An open_clip `VisionTransformer` as a trunk: its projected class token and last-layer patch tokens."""
+    """An image tower of open_clip as a trunk: the vector that CLIP compares, and last-layer patch tokens.
 
-    def __init__(self, visual: Any, *, after_norm: bool = True) -> None:
+    Args:
+        visual: a `VisionTransformer`, or a `TimmModel` around timm's.
+        grid: of its patches at its only size.
+        after_norm: whether the tokens are those after the final norm.
+    """
+
+    def __init__(self, visual: Any, grid: tuple[int, int], *, after_norm: bool = True) -> None:
         super().__init__()
         self.visual = visual
+        self.grid = grid
         self.after_norm = after_norm
 
     def forward(self, images: Tensor) -> Features:
@@ -112,53 +144,7 @@ class ClipTrunk(nn.Module):
         outputs = self.visual.forward_intermediates(
             images, indices=1, normalize_intermediates=self.after_norm, output_fmt="NLC"
         )
-        height, width = self.visual.grid_size
-        return Features(outputs["image_features"], outputs["image_intermediates"][0], (height, width))
-
-
-@final
-class OpenClipText(nn.Module):
-    """A text encoder (token ids [N, L] -> [N, C]) and its tokenizer, as the text tower of a teacher.
-
-    The tokenizer is made at the first text; `tokenizer_name` represents it in the fingerprint.
-    """
-
-    def __init__(
-        self, encoder: nn.Module, tokenizer: Callable[[], Callable[[list[str]], Tensor]], tokenizer_name: str
-    ) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.tokenizer_name = tokenizer_name
-        self._make_tokenizer = tokenizer
-        self._fingerprints: dict[torch.dtype, str] = {}
-        self.requires_grad_(False)
-        self.eval()
-
-    @cached_property
-    def _tokenizer(self) -> Callable[[list[str]], Tensor]:
-        return self._make_tokenizer()
-
-    @property
-    def fingerprint(self) -> str:
-        """Hex hash of the tokenizer's name and the weights in their current dtype; cached per dtype."""
-        dtype = next(self.encoder.parameters()).dtype
-        if dtype not in self._fingerprints:
-            self._fingerprints[dtype] = digest(self.encoder.state_dict(), self.tokenizer_name)
-        return self._fingerprints[dtype]
-
-    def encode(self, texts: Sequence[str]) -> Tensor:
-        """Encode texts as [N, C] in the summary's space, not normalised, in the weights' dtype and device.
-
-        Raises:
-            DataError: no texts.
-            ConfigError: open_clip does not include the tokenizer.
-        """
-        device = next(self.encoder.parameters()).device
-        return encode_batches(texts, lambda batch: self.encoder(self._tokenizer(batch).to(device)))
-
-    def project(self, summaries: Tensor) -> Tensor:
-        """Return the summaries [B, C] unchanged: CLIP's projection has already been applied."""
-        return summaries
+        return Features(outputs["image_features"], outputs["image_intermediates"][0], self.grid)
 
 
 @final
@@ -175,24 +161,35 @@ class _TextSide(nn.Module):
         return vectors
 
 
-def _text_tower(library: Any, architecture: str, config: dict[str, Any], model: Any) -> OpenClipText:
+def _text_tower(
+    library: Any, architecture: str, config: dict[str, Any], model: Any, file: Path | None
+) -> ClipText:
     foreign = config["text_cfg"].get("hf_tokenizer_name")
     length = model.context_length
+    folder = Path() if file is None else file.parent  # of a tokenizer that open_clip does not include
 
     def tokenizer() -> Callable[[list[str]], Tensor]:
+        made: Callable[[list[str]], Tensor]
         if foreign:
-            raise ConfigError(
-                f"openclip:{architecture} reads texts with the tokenizer {foreign}, which open_clip does not "
-                "carry; its image side works, for texts take an architecture with open_clip's own tokenizer"
-            )
-        made: Callable[[list[str]], Tensor] = library.get_tokenizer(architecture, context_length=length)
+            try:
+                read_tokenizer(folder, length, config["text_cfg"]["vocab_size"])
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"openclip:{architecture} reads texts with the tokenizer {foreign}, which open_clip does "
+                    f"not carry; put the tokenizer files of that repository beside the weights: {error}"
+                ) from error
+            options = config["text_cfg"].get("tokenizer_kwargs", {}) | _ONLY_FROM_THE_FOLDER
+            made = library.tokenizer.HFTokenizer(str(folder), context_length=length, **options)
+        else:
+            made = library.get_tokenizer(architecture, context_length=length)
         return made
 
-    return OpenClipText(_TextSide(model), tokenizer, f"{foreign or 'open_clip'} {length}")
+    name = f"{foreign} {hash_tokenizer(folder)}" if foreign else "open_clip"
+    return ClipText(_TextSide(model), tokenizer, f"{name} {length}")
 
 
 def _read_config(library: Any, architecture: str) -> dict[str, Any]:
-    """Read the configuration of an architecture that can be a teacher, as keywords of open_clip's CLIP."""
+    """Read the configuration of an architecture that can be a teacher, as keywords of open_clip's models."""
     known = library.list_models()
     if architecture not in known:
         hint = did_you_mean(architecture, known)
@@ -200,9 +197,11 @@ def _read_config(library: Any, architecture: str) -> dict[str, Any]:
     config: dict[str, Any] = library.get_model_config(architecture)
     vision = config["vision_cfg"]
     obstacle = ""
-    if "timm_model_name" in vision:
-        obstacle = f"its image tower is timm's {vision['timm_model_name']}"
-    elif not isinstance(vision["layers"], int):
+    timm_model = vision.get("timm_model_name")
+    bidirectional = config["text_cfg"].get("no_causal_mask", False)
+    if timm_model and (vision.get("timm_pool") != "map" or not bidirectional):  # not SigLIP's
+        obstacle = f"its image tower is timm's {timm_model}"
+    elif not timm_model and not isinstance(vision["layers"], int):
         obstacle = "its image tower is a ResNet"
     elif vision.get("attentional_pool") or "multimodal_cfg" in config:
         obstacle = "its image tower pools by attention (CoCa)"
@@ -211,7 +210,8 @@ def _read_config(library: Any, architecture: str) -> dict[str, Any]:
     if obstacle:
         raise ConfigError(
             f"openclip:{architecture} cannot be a teacher: {obstacle}; those with open_clip's own vision and "
-            "text transformers can: ViT-B-32, ViT-B-16, ViT-L-14, ViT-H-14, ViT-g-14, ViT-bigG-14 and kin"
+            "text transformers can: ViT-B-32, ViT-B-16, ViT-L-14, ViT-H-14, ViT-g-14, ViT-bigG-14 and kin; "
+            "and SigLIP's: ViT-B-16-SigLIP, ViT-B-16-SigLIP2 and kin"
         )
     return config
 

@@ -386,6 +386,7 @@ def _build(release: _Release, version: _Version | None, spec: str, path: Path) -
     return Frozen(
         trunk=trunk,
         name=spec,
+        identity="radio",
         mean=mean or IMAGENET_MEAN,
         std=std or IMAGENET_STD,
         native_size=(side, side),

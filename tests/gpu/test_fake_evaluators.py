@@ -94,7 +94,7 @@ def test_llava() -> None:
 
 def test_a_text_towers_vectors_join_on_its_device() -> None:
     pytest.importorskip("open_clip")
-    from radio.teachers.openclip import OpenClipText
+    from radio.teachers.base import ClipText
 
     class Words(nn.Module):
         def __init__(self) -> None:
@@ -110,7 +110,7 @@ def test_a_text_towers_vectors_join_on_its_device() -> None:
         return lambda texts: torch.ones(len(texts), 3, dtype=torch.long)
 
     with pretend():
-        tower = on_gpu(lambda: OpenClipText(Words(), tokenizer, "ones"))
+        tower = on_gpu(lambda: ClipText(Words(), tokenizer, "ones"))
         assert tower.encode(["one"] * 600).device == GPU
 
 

@@ -71,14 +71,15 @@ def test_an_open_clip_models_own_classifier_is_ours() -> None:
     """open_clip's function on open_clip's model and tokenizer, and ours through the teacher."""
     import open_clip
 
-    from radio.teachers.openclip import OpenClipText, _TextSide
+    from radio.teachers.base import ClipText
+    from radio.teachers.openclip import _TextSide
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = open_clip.create_model("ViT-B-32", pretrained=None).eval()
     tokenizer = open_clip.get_tokenizer("ViT-B-32")
     theirs = open_clip.build_zero_shot_classifier(model, tokenizer, NAMES[:3], SAID, num_classes_per_batch=2)
-    tower = OpenClipText(_TextSide(model), lambda: tokenizer, "open_clip 77")
+    tower = ClipText(_TextSide(model), lambda: tokenizer, "open_clip 77")
     torch.testing.assert_close(class_vectors(tower, NAMES[:3], SAID), theirs, atol=1e-5, rtol=0)
 
 

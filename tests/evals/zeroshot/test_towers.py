@@ -45,7 +45,7 @@ def test_a_student_is_read_with_its_teachers(tmp_path: Path, random_init: bool, 
 
 def test_models_without_a_text_tower_are_told_who_has_one() -> None:
     for model in (load_teacher("scenes:sam"), load_backbone("arch:vit-tiny12")):
-        with pytest.raises(ConfigError, match="zero-shot needs scenes:clip, openclip:NAME@FILE, pip:eff"):
+        with pytest.raises(ConfigError, match="zero-shot needs scenes:clip, openclip:NAME@FILE, hf:FOLDER"):
             find_text_tower(model)
 
 

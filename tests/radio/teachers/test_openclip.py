@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -199,7 +200,9 @@ def test_partial_foreign_and_missing_files(tiny, randomised, tmp_path):
     [
         ("ViT-B-33", "unknown open_clip architecture 'ViT-B-33'; did you mean ViT-B-32"),
         ("RN50", "RN50 cannot be a teacher: its image tower is a ResNet; .*ViT-H-14"),
-        ("ViT-B-16-SigLIP", "its image tower is timm's vit_base_patch16_siglip_224"),
+        ("EVA02-B-16", "its image tower is timm's eva02_base_patch16_clip_224; .*ViT-B-16-SigLIP"),
+        ("PE-Core-B-16", "its image tower is timm's vit_pe_core_base_patch16_224"),
+        ("nllb-clip-base-siglip", "cannot be a teacher: its"),
         ("coca_ViT-B-32", r"pools by attention \(CoCa\)"),
         ("roberta-ViT-B-32", "its text tower is roberta-base of transformers"),
         ("ViT-L-14/laion2b", "knows no weights 'laion2b' of ViT-L-14; did you mean .*laion2b_s32b_b82k"),
@@ -219,8 +222,117 @@ def test_a_tag_brings_its_own_normalisation():
     assert _read_normalisation(open_clip, "ViT-H-14-CLIPA", "", False)[0] == (0.485, 0.456, 0.406)
 
 
-def test_a_tokenizer_that_open_clip_does_not_carry_is_named():
+def test_a_tokenizer_that_open_clip_does_not_carry_is_named(tmp_path):
     config = open_clip.get_model_config("ViT-L-14-CLIPA")
-    tower = _text_tower(open_clip, "ViT-L-14-CLIPA", config, build_clip(open_clip, config))
-    with pytest.raises(ConfigError, match="tokenizer bert-base-uncased, which open_clip does not carry"):
+    model = build_clip(open_clip, config)
+    tower = _text_tower(open_clip, "ViT-L-14-CLIPA", config, model, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=r"bert-base-uncased, which open_clip does not .* has no tok"):
         tower.encode(["a cat"])
+
+
+@pytest.fixture(scope="module")
+def siglip(tmp_path_factory) -> str:
+    """The name of a small SigLIP, entered in open_clip's list, with one of timm's image towers."""
+    config = {
+        "embed_dim": 96,
+        "init_logit_bias": -10,
+        "custom_text": True,
+        "vision_cfg": {
+            "image_size": 160,
+            "timm_model_name": "test_vit3",
+            "timm_model_pretrained": False,
+            "timm_pool": "map",
+            "timm_proj": "none",
+        },
+        "text_cfg": {
+            "context_length": 12,
+            "vocab_size": 40,
+            "width": 96,
+            "heads": 2,
+            "layers": 2,
+            "no_causal_mask": True,
+            "proj_bias": True,
+            "pool_type": "last",
+            "norm_kwargs": {"eps": 1e-6},
+            "hf_tokenizer_name": "radio/tiny-siglip",
+            "tokenizer_kwargs": {"clean": "canonicalize"},
+        },
+    }
+    path = tmp_path_factory.mktemp("configs") / "radio-siglip.json"
+    path.write_text(json.dumps(config))
+    open_clip.add_model_config(path)
+    return "radio-siglip"
+
+
+@pytest.mark.parametrize("after_norm", [True, False])
+def test_siglip_is_the_librarys(siglip, after_norm, randomised, tmp_path):
+    config = open_clip.get_model_config(siglip)
+    del config["custom_text"]
+    model = randomised(open_clip.CustomTextCLIP(**config))
+    path = save(model, tmp_path / "w.pt")
+    save_words(tmp_path)
+    teacher = openclip(siglip, path, after_norm=after_norm)
+    assert isinstance(teacher, Teacher)
+    assert (teacher.native_size, teacher.patch_size, teacher.fixed_size) == ((160, 160), 16, True)
+    images = torch.rand(2, 3, 160, 160, generator=torch.Generator().manual_seed(1))
+    features = teacher(images)
+    normalised = (images - teacher.get_buffer("mean")) / teacher.get_buffer("std")
+    tokenizer = open_clip.tokenizer.HFTokenizer(str(tmp_path), 12, clean="canonicalize")
+    last = []
+    model.visual.trunk.blocks[-1].register_forward_hook(lambda module, inputs, output: last.append(output))
+    with torch.no_grad():
+        theirs, texts = model.encode_image(normalised), model.encode_text(tokenizer(TEXTS))
+        tokens = (model.visual.trunk.norm(last[0]) if after_norm else last[0])[:, 1:]  # without the register
+    torch.testing.assert_close(features.summary, theirs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(features.tokens, tokens, atol=1e-5, rtol=0)
+    torch.testing.assert_close(teacher.text.encode(TEXTS), texts, atol=1e-5, rtol=0)
+    shouted = teacher.text.encode([text.upper() + "!" for text in TEXTS])
+    torch.testing.assert_close(shouted[:2], texts[:2], atol=1e-5, rtol=0)
+
+
+def save_words(folder: Path) -> None:
+    """Write the files of a tokenizer of words, as transformers does."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    words = ("<pad>", "<unk>", "a", "photo", "of", "cat", "two", "small", "blue")
+    vocabulary = {word: index for index, word in enumerate(words)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>"
+    )
+    fast.save_pretrained(folder)
+
+
+def test_a_siglip_without_its_tokenizer_and_with_another_ones(siglip, randomised, tmp_path):
+    config = open_clip.get_model_config(siglip)
+    del config["custom_text"]
+    path = save(randomised(open_clip.CustomTextCLIP(**config)), tmp_path / "w.pt")
+    teacher = families["openclip"](siglip, path)
+    before = teacher.text.fingerprint
+    assert teacher(torch.rand(1, 3, 160, 160)).grid == (10, 10)
+    with pytest.raises(
+        CheckpointError, match="radio/tiny-siglip, which open_clip does not carry; put the tok"
+    ):
+        teacher.text.encode(TEXTS)
+    save_words(tmp_path)
+    assert families["openclip"](siglip, path).text.fingerprint != before
+    edited = (tmp_path / "tokenizer.json").read_text().replace('"cat": 5', '"cat": 50')
+    (tmp_path / "tokenizer.json").write_text(edited)
+    with pytest.raises(
+        CheckpointError, match="has the id 50, and its text encoder takes padded ids below 40"
+    ):
+        families["openclip"](siglip, path).text.encode(TEXTS)
+
+
+@pytest.mark.parametrize("name", ["ViT-B-16-SigLIP", "ViT-SO400M-14-SigLIP-384", "ViT-B-32-SigLIP2-256"])
+def test_released_siglips_names_and_shapes(name):
+    config = open_clip.get_model_config(name)
+    del config["custom_text"]
+    with torch.device("meta"):
+        theirs = open_clip.CustomTextCLIP(**config)
+    teacher = families["openclip"](name, None, meta=True)
+    visual = {f"visual.{key}": value.shape for key, value in theirs.visual.state_dict().items()}
+    assert {key: value.shape for key, value in teacher.trunk.state_dict().items()} == visual
+    height, width = teacher.trunk.grid
+    assert (height * width, teacher.token_dim) == tuple(theirs.visual.trunk.pos_embed.shape[1:])
+    assert teacher.get_buffer("mean").is_meta and teacher.summary_dim == config["embed_dim"]
