@@ -267,10 +267,10 @@ def refuse_mismatch(
     """
     shapes = [f"{_cut(name)} {tuple(came)} instead of {tuple(wanted)}" for name, came, wanted in misshapen]
     problems = [
-        _first("missing", missing),
-        _first("unexpected", unexpected),
-        _first("misshapen", shapes),
-        _first("of another kind", other_kinds),
+        list_first("missing", missing),
+        list_first("unexpected", unexpected),
+        list_first("misshapen", shapes),
+        list_first("of another kind", other_kinds),
     ]
     summary = "; ".join(problem for problem in problems if problem)
     if summary:
@@ -313,7 +313,8 @@ def _cut(name: str, most: int = 200) -> str:
     return name if len(name) <= most else f"{name[:most]}…"
 
 
-def _first(what: str, names: Sequence[str], most: int = 3) -> str:
+def list_first(what: str, names: Sequence[str], most: int = 3) -> str:
+    """Format the first names for a message, as in `missing: a, b, c and 5 more`; empty without names."""
     if not names:
         return ""
     rest = f" and {len(names) - most} more" if len(names) > most else ""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import SizeError
+from .errors import ConfigError, SizeError
 from .types import Features
 
 # Letters: B batch, T tokens, D width, H W grid, s window side, N windows per image.
@@ -51,6 +52,17 @@ def check_window(grid: tuple[int, int], side: int) -> None:
             f"a {h}x{w} grid does not divide into {side}x{side} windows; nearest window sides that divide "
             f"it: {' and '.join(map(str, sorted(nearest)))}; or resize the input"
         )
+
+
+def check_blocks(blocks: Sequence[int], num_blocks: int, name: str) -> None:
+    """Check that an encoder, called `name` in the message, has all of these blocks, counted from 0.
+
+    Raises:
+        ConfigError: one does not exist.
+    """
+    for block in blocks:
+        if not 0 <= block < num_blocks:
+            raise ConfigError(f"block {block} is not one of the {num_blocks} of {name}; count from 0")
 
 
 def common_sides(grid: tuple[int, int]) -> list[int]:

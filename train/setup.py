@@ -17,7 +17,7 @@ from radio.errors import CheckpointError, ConfigError, SizeError, shown
 from radio.hub import load_teacher
 from radio.model import AdaptorConfig, ModelConfig, RadioModel, make_student
 from radio.ops import resize_images
-from radio.students import resolve_options, students
+from radio.students import StudentOptions, resolve_options, students
 from radio.teachers.base import Frozen
 from radio.types import Features, Student, Teacher
 
@@ -202,11 +202,11 @@ def round_resolutions(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
     Returns the config and one line per change. The run's own resolution is not changed, nor those of a
     student that is built for one size.
     """
-    options = resolve_options(config.student, config.options)
-    if options.has("image_size"):
-        return config, []
+    options = _with_image_size(resolve_options(config.student, config.options), config)
     with torch.device("meta"):
         student = make_student(config.student, options)
+    if student.fixed_size:
+        return config, []
     if student.with_window is not None and options.get("window") is None:
         student = student.with_window(None)
     teachers, changes = [], []
@@ -220,6 +220,13 @@ def round_resolutions(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
             teacher = replace(teacher, student_resolution=nearest)
         teachers.append(teacher)
     return replace(config, teachers=tuple(teachers)), changes
+
+
+def _with_image_size(options: StudentOptions, config: TrainConfig) -> StudentOptions:
+    """Let a student that is built for a size be built for the run's, unless the options name another."""
+    if options.has("image_size") and options.get("image_size") is None:
+        return options.change(image_size=config.resolution)
+    return options
 
 
 def model_config(config: TrainConfig, teachers: Mapping[str, TeacherFacts | Teacher]) -> ModelConfig:
@@ -239,8 +246,7 @@ def model_config(config: TrainConfig, teachers: Mapping[str, TeacherFacts | Teac
                 f"--summary {config.summary} decides the class tokens; leave --student.class-tokens out"
             )
         options = options.change(class_tokens=len(teachers) if config.summary == "per-teacher" else 0)
-    if options.has("image_size") and options.get("image_size") is None:  # some take one size only
-        options = options.change(image_size=config.resolution)
+    options = _with_image_size(options, config)
     adaptors = tuple(
         AdaptorConfig(
             name=name,

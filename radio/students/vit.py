@@ -25,7 +25,7 @@ from ..nn.vit import (
     draw_crops,
     recomputed,
 )
-from ..ops import check_window, from_windows, nearest_multiple, to_windows
+from ..ops import check_blocks, check_window, from_windows, nearest_multiple, to_windows
 from ..types import Features
 from . import Schedule, ViTDetOptions, ViTOptions, students
 
@@ -190,10 +190,7 @@ class ViT(ShapedStudent):
             SizeError: a size that does not fit.
             ConfigError: a block that does not exist.
         """
-        depth = self.config.depth
-        for index in blocks:
-            if not 0 <= index < depth:
-                raise ConfigError(f"block {index} is not one of the {depth} of {self.name}; count from 0")
+        check_blocks(blocks, self.num_blocks, self.name)
         grid, side = self._grid(images), self.config.window
         patches = self.stem(self.normalise(images))
         patches = patches + self.positions(grid, crops)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import digest, load_tensors
 from ..errors import CheckpointError, ConfigError, DataError, SizeError, did_you_mean
-from ..ops import nearest_multiple
+from ..ops import check_blocks, nearest_multiple
 from ..types import Adaptor, Features, TextTower, find_adaptor
 
 T = TypeVar("T")
@@ -258,11 +258,7 @@ class Frozen(nn.Module):
         return self._intermediate if self.num_blocks else None
 
     def _intermediate(self, images: Tensor, blocks: Sequence[int]) -> list[Features]:
-        for block in blocks:
-            if not 0 <= block < self.num_blocks:
-                raise ConfigError(
-                    f"block {block} is not one of the {self.num_blocks} of {self.name}; count from 0"
-                )
+        check_blocks(blocks, self.num_blocks, self.name)
         trunk: Any = self.trunk
         with torch.no_grad():
             outputs: list[Features] = trunk.intermediate(self._normalise(images), blocks)

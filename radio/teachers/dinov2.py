@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, final
@@ -198,7 +199,7 @@ class DinoTrunk(nn.Module):
     def __init__(self, member: DinoArchitecture, resampling: Resampling) -> None:
         super().__init__()
         width, num_registers = member.width, member.num_registers
-        self.resampling = resampling
+        self.resampling, self.num_blocks = resampling, member.depth
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + TABLE * TABLE, width))
         self.register_tokens = nn.Parameter(torch.zeros(1, num_registers, width)) if num_registers else None
@@ -213,6 +214,10 @@ class DinoTrunk(nn.Module):
 
     def forward(self, images: Tensor) -> Features:
         """Compute the features of normalised images whose sides are multiples of 14."""
+        return self.intermediate(images, [self.num_blocks - 1])[0]
+
+    def intermediate(self, images: Tensor, blocks: Sequence[int]) -> list[Features]:
+        """Compute the features after each of the given blocks, all through the final norm."""
         batch = len(images)
         grid = (images.shape[2] // PATCH, images.shape[3] // PATCH)
         patches = self.patch_embed(images) + self._positions(grid)
@@ -220,10 +225,15 @@ class DinoTrunk(nn.Module):
         if self.register_tokens is not None:
             prefix.append(self.register_tokens.expand(batch, -1, -1))
         x = torch.cat([*prefix, patches], dim=1)
-        for block in self.blocks:
+        outputs = {}
+        for index, block in enumerate(self.blocks):
+            if index > max(blocks):
+                break
             x = block(x)
-        x = self.norm(x)
-        return Features(x[:, 0], x[:, -grid[0] * grid[1] :], grid)
+            if index in blocks:
+                y = self.norm(x)
+                outputs[index] = Features(y[:, 0], y[:, -grid[0] * grid[1] :], grid)
+        return [outputs[index] for index in blocks]
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
         """Compute the positions of a grid's patches [1, T, D], resampled in float32 for other grids."""

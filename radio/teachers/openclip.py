@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
@@ -138,6 +138,8 @@ class ClipTrunk(nn.Module):
         self.visual = visual
         self.grid = grid
         self.after_norm = after_norm
+        own = getattr(visual, "transformer", None)  # timm's towers, of SigLIP, have none
+        self.num_blocks: int = 0 if own is None else own.layers
 
     def forward(self, images: Tensor) -> Features:
         """Map normalised [B, 3, h, w] of its native size to summary [B, C] and tokens [B, T, D]."""
@@ -145,6 +147,26 @@ class ClipTrunk(nn.Module):
             images, indices=1, normalize_intermediates=self.after_norm, output_fmt="NLC"
         )
         return Features(outputs["image_features"], outputs["image_intermediates"][0], self.grid)
+
+    def intermediate(self, images: Tensor, blocks: Sequence[int]) -> list[Features]:
+        """Compute the features after each of the given blocks, as if it were the last."""
+        order = sorted(set(blocks))
+        outputs = self.visual.forward_intermediates(
+            images,
+            indices=order,
+            stop_early=True,
+            intermediates_only=True,
+            output_fmt="NLC",
+            output_extra_tokens=True,
+        )
+        tokens, prefixes = outputs["image_intermediates"], outputs["image_intermediates_prefix"]
+        return [self._features(prefixes[i], tokens[i]) for i in map(order.index, blocks)]
+
+    def _features(self, prefix: Tensor, tokens: Tensor) -> Features:
+        """Pool and project a block's output as the last one's is; `ln_post` is the final norm."""
+        pooled, _ = self.visual._pool(torch.cat((prefix, tokens), dim=1))
+        tokens = self.visual.ln_post(tokens) if self.after_norm else tokens
+        return Features(pooled @ self.visual.proj, tokens, self.grid)
 
 
 @final

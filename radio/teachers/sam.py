@@ -5,7 +5,7 @@ The encoders are ViT-B/L/H at 1024 pixels; the head decodes many prompts on many
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -151,16 +151,26 @@ class SamTrunk(nn.Module):
             if not isinstance(block.attn, SamAttention) and block.attn.use_rel_pos:
                 block.attn = SamAttention(block.attn)
         self.encoder = encoder
+        self.num_blocks = len(encoder.blocks)
 
     def forward(self, images: Tensor) -> Features:
         """Map normalised [B, 3, size, size] to the last block's tokens, before the neck, and their mean."""
+        return self.intermediate(images, [self.num_blocks - 1])[0]
+
+    def intermediate(self, images: Tensor, blocks: Sequence[int]) -> list[Features]:
+        """Compute the tokens after each of the given blocks and their mean; SAM has no final norm."""
         x = self.encoder.patch_embed(images)  # [B, H, W, D]
         if self.encoder.pos_embed is not None:
             x = x + self.encoder.pos_embed
-        for block in self.encoder.blocks:
+        outputs = {}
+        for index, block in enumerate(self.encoder.blocks):
+            if index > max(blocks):
+                break
             x = block(x)
-        tokens = x.flatten(1, 2)
-        return Features(tokens.mean(1), tokens, (x.shape[1], x.shape[2]))
+            if index in blocks:
+                tokens = x.flatten(1, 2)
+                outputs[index] = Features(tokens.mean(1), tokens, (x.shape[1], x.shape[2]))
+        return [outputs[index] for index in blocks]
 
 
 def freeze_sam(

@@ -157,11 +157,18 @@ class ClipImage(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.vit = _vit("scenes-clip", 96)
+        self.num_blocks = self.vit.num_blocks
         self.projection = nn.Linear(self.vit.summary_dim, SUMMARY, bias=False)
 
     def forward(self, images: Tensor) -> Features:
         """Encode [B, 3, h, w] RGB in [0, 1]."""
-        features: Features = self.vit(images)
+        return self._projected(self.vit(images))
+
+    def intermediate(self, images: Tensor, blocks: Sequence[int]) -> list[Features]:
+        """Compute the features after each of the given blocks, through the final norm and the projection."""
+        return [self._projected(features) for features in self.vit.intermediate(images, blocks)]
+
+    def _projected(self, features: Features) -> Features:
         return features._replace(summary=self.projection(features.summary))
 
 

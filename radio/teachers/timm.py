@@ -12,20 +12,23 @@ from .base import Frozen
 
 
 @families.register("timm")
-def timm(name: str, file: Path | None) -> Teacher:
-    """Load the timm model `name` at its own size, with the weights in `file` (safetensors or a torch file).
+def timm(name: str, file: Path | None, *, meta: bool = False) -> Teacher:
+    """Load the timm model `name` with the weights in `file` (safetensors or a torch file).
+
+    Its native size is the model's own; ViTs and CNNs accept every multiple of their patch or stride, others
+    only that size (see `make_network`). `TimmTrunk` says what its summary and tokens are.
 
     Raises:
         ConfigError: timm has no such model, or it outputs no map.
         CheckpointError: no file was given, or it is absent or another model's.
     """
     check_name(name)
-    if file is None:
+    if file is None and not meta:
         raise CheckpointError(
             f"timm:{name} needs a weights file, timm:{name}@FILE; without one it is an architecture, and is "
             f"taken untrained with --random-init"
         )
-    network, native, fixed = make_network(name, file=file)
+    network, native, fixed = make_network(name, file=None if meta else file, meta=meta)
     trunk = TimmTrunk(name, network)
     mean, std = mean_and_std(network)
     return Frozen(

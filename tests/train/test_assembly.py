@@ -184,7 +184,6 @@ def test_students_that_keep_their_window(config: TrainConfig) -> None:
         ("vit-tiny16", 176, StudentOptions()),
         ("vitdet-tiny12", 168, StudentOptions()),  # 7 of the windows to draw from divides 14 tokens
         ("vitdet-tiny12", 192, ViTDetOptions(window=4)),
-        ("timm:resnet18", 168, StudentOptions()),
     ],
 )
 def test_the_size_beside_a_teacher_is_the_nearest(
@@ -197,6 +196,20 @@ def test_the_size_beside_a_teacher_is_the_nearest(
     assert replace(found, teachers=teachers) == asked
     line = f"{student} cannot see 168 px beside sam; it sees {side}, the nearest that it takes"
     assert changes == ([] if side == 168 else [line])
+
+
+@pytest.mark.parametrize(
+    ("student", "side"),
+    [
+        ("timm:test_resnet", 160),
+        ("timm:test_vit", 176),
+        ("timm:test_maxvit", 168),  # unchanged: it takes only the size that it is built for
+    ],
+)
+def test_the_size_of_timms_students_beside_a_teacher(config: TrainConfig, student: str, side: int) -> None:
+    teachers = (*TEACHERS[:2], replace(TEACHERS[2], student_resolution=168))
+    found, _ = round_resolutions(replace(config, student=student, teachers=teachers, resolution=96))
+    assert student_resolutions(found) == {"clip": 96, "dense": 96, "sam": side}
 
 
 def test_a_resolution_that_the_student_cannot_take(config: TrainConfig) -> None:

@@ -86,7 +86,7 @@ def test_the_papers_ten_have_its_parameter_counts_and_a_map_of_7_by_7(name, mill
     assert found.summary.shape == (1, made.summary_dim)
 
 
-@pytest.mark.parametrize("name", ["test_maxvit", "test_vit", "swinv2_tiny_window8_256", "mvitv2_tiny"])
+@pytest.mark.parametrize("name", ["test_maxvit", "test_vit_relpos", "swinv2_tiny_window8_256", "mvitv2_tiny"])
 def test_models_of_one_size_are_built_for_the_size_wanted_and_refuse_others(name):
     with torch.device("meta"):
         made = student(name, image_size=96).eval()
@@ -110,6 +110,14 @@ def test_convolutional_models_take_multiples_of_their_stride():
         made(images(100))
     with pytest.raises(SizeError, match=r"cannot be built for 100 px.*nearest is 96"):
         student("test_resnet", image_size=100)
+
+
+def test_models_that_resample_their_positions_take_every_multiple_of_their_patch():
+    made = student("test_vit", image_size=96).eval()
+    assert made.native_size == (96, 96) and made.nearest_size(224, 170) == (224, 176)
+    assert made(torch.rand(1, 3, 64, 96)).grid == (4, 6)
+    with pytest.raises(SizeError, match=r"100x100 px: its stride of 16 .*nearest size is 96x96"):
+        made(images(100))
 
 
 def test_a_forward_in_training_draws_nothing():
@@ -136,6 +144,7 @@ def test_recomputed_activations_give_the_same_gradients():
     ("name", "options", "said"),
     [
         ("resnetv2_1O1", {}, r"timm has no model 'resnetv2_1O1'; did you mean resnetv2_101"),
+        ("test_vit.q", {}, r"timm has no weights 'test_vit\.q'; known: test_vit, test_vit\.r160_in1k"),
         ("qqqqqq", {}, r"timm has no model 'qqqqqq'; timm\.list_models\(\) lists all 1\d\d\d"),
         ("test_vit", {"upsample": True}, "has no stage at twice the last one's resolution"),
     ],

@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from radio.checkpoint import load_tensors
 from radio.errors import CheckpointError, ConfigError
 from radio.teachers import families
+from radio.teachers.base import Frozen
 from radio.teachers.dinov2 import (
     MEMBERS,
     TABLE,
@@ -74,8 +75,8 @@ def test_an_official_file_gives_timms_features_at_the_tables_size(randomised, tm
     check_against_timm(model, families["dinov2"]("vits14", tmp_path / "w.pth"), (518, 518))
 
 
-@pytest.mark.parametrize("registers", [0, 4])
-def test_the_giants_swiglu_is_timms(registers, randomised):
+def small_timm(registers: int, randomised) -> tuple[VisionTransformer, Frozen]:
+    """timm's network of the giant's kind in small, and ours with its weights."""
     model = VisionTransformer(
         img_size=518,
         patch_size=14,
@@ -93,7 +94,29 @@ def test_the_giants_swiglu_is_timms(registers, randomised):
     )
     member = DinoArchitecture(width=192, depth=2, swiglu=True, num_registers=registers)
     model = randomised(model)
-    check_against_timm(model, load_dinov2("small", member, dict(model.state_dict()), "file"), (56, 84))
+    return model, load_dinov2("small", member, dict(model.state_dict()), "file")
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_the_giants_swiglu_is_timms(registers, randomised):
+    check_against_timm(*small_timm(registers, randomised), (56, 84))
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_features_after_a_block_are_timms(registers, randomised):
+    model, teacher = small_timm(registers, randomised)
+    assert teacher.num_blocks == 2 and teacher.intermediate is not None
+    images = torch.rand(2, 3, 56, 84)
+    with torch.no_grad():
+        theirs = model.forward_intermediates(
+            normalise(images), return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True
+        )
+    for block, features in zip([1, 0], teacher.intermediate(images, [1, 0]), strict=True):
+        tokens, prefix = theirs[block]
+        torch.testing.assert_close(features.summary, prefix[:, 0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(features.tokens, tokens, atol=1e-5, rtol=0)
+    with pytest.raises(ConfigError, match="block 2 is not one of the 2 of small; count from 0"):
+        teacher.intermediate(images, [2])
 
 
 @pytest.mark.parametrize("registers", [0, 4])

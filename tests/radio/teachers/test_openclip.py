@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from radio.teachers import families
 from radio.teachers.openclip import (
     OPENAI_MEAN,
     OPENAI_STD,
+    ClipTrunk,
     _read_normalisation,
     _text_tower,
     build_clip,
@@ -98,6 +100,22 @@ def test_tokens_are_the_last_layers_patches(tiny, after_norm, randomised, tmp_pa
     features = teacher(images)
     assert features.grid == (4, 4)
     torch.testing.assert_close(features.tokens, last[:, 1:], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("after_norm", [True, False])
+def test_features_after_a_block_are_those_of_the_model_cut_there(tiny, after_norm, randomised, tmp_path):
+    model = library_model(tiny, randomised)
+    teacher = openclip(tiny, save(model, tmp_path / "w.pt"), after_norm=after_norm)
+    assert teacher.num_blocks == 3 and teacher.intermediate is not None
+    images = torch.rand(2, 3, 56, 56)
+    for block, features in zip([2, 0, 1], teacher.intermediate(images, [2, 0, 1]), strict=True):
+        cut = copy.deepcopy(model.visual)
+        cut.transformer.resblocks = cut.transformer.resblocks[: block + 1]
+        whole = ClipTrunk(cut, cut.grid_size, after_norm=after_norm)
+        with torch.no_grad():
+            normalised = (images - teacher.get_buffer("mean")) / teacher.get_buffer("std")
+            torch.testing.assert_close(features.summary, cut(normalised), atol=1e-5, rtol=0)
+            torch.testing.assert_close(features.tokens, whole(normalised).tokens, atol=1e-5, rtol=0)
 
 
 def test_the_fingerprint_covers_the_choice_of_tokens(tiny, randomised, tmp_path):

@@ -60,6 +60,19 @@ def test_the_necks_answer_to_our_tokens_is_the_encoders(randomised):
     torch.testing.assert_close(features.summary, features.tokens.mean(1))
 
 
+def test_features_after_a_block_are_those_of_the_encoder_cut_there(randomised):
+    encoder = randomised(tiny_encoder())
+    teacher = freeze_sam(SamTrunk(copy.deepcopy(encoder)), name="tiny", mean=(0.0,) * 3, std=(1.0,) * 3)
+    assert teacher.num_blocks == 3 and teacher.intermediate is not None
+    images = torch.rand(2, 3, 96, 96)
+    for block, features in zip([2, 0], teacher.intermediate(images, [2, 0]), strict=True):
+        cut = copy.deepcopy(encoder)
+        cut.blocks = cut.blocks[: block + 1]
+        with torch.no_grad():
+            torch.testing.assert_close(cut.neck(features.map()), cut(images), atol=1e-5, rtol=0)
+        torch.testing.assert_close(features.summary, features.tokens.mean(1))
+
+
 def test_the_blocks_attention_is_the_librarys_bit_for_bit(randomised):
     theirs = randomised(tiny_encoder())
     ours = SamTrunk(copy.deepcopy(theirs)).eval()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +43,24 @@ def test_each_teacher_gives_features_of_its_own_grid_and_widths(name, side, grid
     assert features.tokens.dtype == torch.float32
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert (teacher.text is not None) == (name == "clip")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_features_after_a_block_are_those_of_the_teacher_cut_there(name):
+    teacher = scenes_teacher(name)
+    assert teacher.num_blocks == 4 and teacher.intermediate is not None
+    images = torch.rand(2, 3, *teacher.native_size)
+    for block, features in zip([3, 1], teacher.intermediate(images, [3, 1]), strict=True):
+        cut = scenes_teacher(name)
+        trunk: Any = cut.trunk
+        if name == "sam":
+            trunk.num_blocks, trunk.encoder.blocks = block + 1, trunk.encoder.blocks[: block + 1]
+        else:
+            vit = trunk.vit if name == "clip" else trunk
+            vit.config, vit.blocks = replace(vit.config, depth=block + 1), vit.blocks[: block + 1]
+        expected = cut(images)
+        torch.testing.assert_close(features.summary, expected.summary)
+        torch.testing.assert_close(features.tokens, expected.tokens)
 
 
 def test_patch_teachers_take_other_multiples_of_their_patch_and_sam_does_not():

@@ -50,25 +50,40 @@ def test_weights_without_a_classifier_and_of_another_number_of_classes(tmp_path)
 
 def test_a_model_of_one_size_keeps_it(tmp_path):
     path = tmp_path / "vit.pth"
-    torch.save(timm.create_model("test_vit").state_dict(), path)
-    assert load_teacher(f"timm:test_vit@{path}").nearest_size(96, 96) == (160, 160)
+    torch.save(timm.create_model("test_vit_relpos").state_dict(), path)
+    assert load_teacher(f"timm:test_vit_relpos@{path}").nearest_size(96, 96) == (160, 160)
 
 
 def test_other_weights_none_and_unsafe_ones_are_errors(tmp_path):
     path = tmp_path / "w.pth"
     torch.save(timm.create_model("test_resnet").state_dict(), path)
-    with pytest.raises(CheckpointError, match="not the weights of timm:test_vit") as caught:
+    named = r"timm:test_vit: missing: cls_token, pos_embed, .* and 75 more; unexpected: conv1\.0\.weight, "
+    with pytest.raises(CheckpointError, match=named) as caught:
         load_teacher(f"timm:test_vit@{path}")
     assert "\n" not in str(caught.value)
     part = timm.create_model("test_vit").state_dict()
     del part["blocks.1.mlp.fc1.weight"]
     torch.save(part, path)
-    with pytest.raises(CheckpointError, match=r"not the weights of timm:test_vit: .*blocks\.1\.mlp\.fc1"):
+    with pytest.raises(CheckpointError, match=r"timm:test_vit: missing: blocks\.1\.mlp\.fc1\.weight;"):
+        load_teacher(f"timm:test_vit@{path}")
+    whole = timm.create_model("test_vit").state_dict()
+    for weight, message in (
+        (torch.zeros(2, 3), r"misshapen: blocks\.1\.mlp\.fc1\.weight \(2, 3\) instead of \(192, 64\)"),
+        (torch.zeros(192, 64, dtype=torch.int8), r"not floating-point: blocks\.1\.mlp\.fc1\.weight"),
+        (torch.full((192, 64), torch.nan), r"hold NaN or infinities, the first is blocks\.1\.mlp\.fc1"),
+    ):
+        torch.save(whole | {"blocks.1.mlp.fc1.weight": weight}, path)
+        with pytest.raises(CheckpointError, match=message):
+            load_teacher(f"timm:test_vit@{path}")
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match="not a torch file, or a truncated one"):
         load_teacher(f"timm:test_vit@{path}")
     with pytest.raises(CheckpointError, match=r"gone\.pth: no such weights file"):
         load_teacher("timm:test_vit@gone.pth")
     with pytest.raises(CheckpointError, match=r"timm:test_vit needs a weights file, timm:test_vit@FILE"):
         load_teacher("timm:test_vit")
+    with pytest.raises(ConfigError, match=r"timm has no weights 'test_vit\.it'; known: test_vit, "):
+        load_teacher(f"timm:test_vit.it@{path}")
     with pytest.raises(ConfigError, match="no model 'test_vti'; did you mean"):
         load_teacher("timm:test_vti@w.pth")
     torch.save({"run": print}, path)
