@@ -37,6 +37,7 @@ TASKS: tuple[Task, ...] = ("gqa", "vqav2", "textvqa", "scienceqa")
 
 IMAGE = "<image>"
 LETTERS = "ABCDE"
+_LETTERS = tuple(LETTERS)
 
 _WORDS = "zero one two three four five six seven eight nine ten"
 _NUMBERS = {word: str(number) for number, word in enumerate(_WORDS.split())} | {"none": "0"}
@@ -175,9 +176,9 @@ def letter(answer: str) -> str | None:
     It is the whole text, or its first letter before a full stop and a space, or the capital after
     "The answer is " (with any one character after it), if that occurs once.
     """
-    if answer in tuple(LETTERS):
+    if answer in _LETTERS:
         return answer
-    if answer[:1] in tuple(LETTERS) and answer[1:3] == ". ":
+    if answer[:1] in _LETTERS and answer[1:3] == ". ":
         return answer[0]
     letters = _LETTER.findall(answer)
     return str(letters[0]) if len(letters) == 1 else None
