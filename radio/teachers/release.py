@@ -371,6 +371,8 @@ def _build(release: _Release, version: _Version | None, spec: str, path: Path) -
     schedule = version.schedule
     if (windowed := release.args.get("vitdet_num_windowed")) is not None:
         schedule = "runs-of-5" if windowed == 5 else schedule
+    if schedule == "quarters" and config.depth < 8:
+        schedule = max(config.depth // 2, 1)  # as many global blocks as leave a windowed one before each
     config = replace(
         config, class_tokens=slots.num_classes, registers=len(prefix) - slots.num_classes, schedule=schedule
     )
