@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import braceexpand
+import pydantic_core
 from pydantic import TypeAdapter, ValidationError
 
 from .errors import CheckpointError, ConfigError, DataError, RadioError, shown
@@ -325,6 +326,10 @@ def parse_json(
         RadioError: of the type `error`: not JSON, nested too deeply, with a number of thousands of digits, or
             with a duplicate key in an object, one of which would be silently dropped.
     """
+    with contextlib.suppress(ValueError):  # whatever this parser refuses is read again, for Python's words
+        quick = pydantic_core.from_json(text, allow_inf_nan=constants)
+        if _count_keys(quick) == sum(1 for _ in _KEY.finditer(text)):  # no key is hidden by another
+            return quick
     try:
         value = json.loads(
             text,
@@ -526,6 +531,22 @@ def _reason(problem: OSError) -> str:
     if isinstance(problem, FileNotFoundError):
         return "no such file"
     return problem.strerror or str(problem) or type(problem).__name__
+
+
+_KEY = re.compile(r'"\s*:')  # ends every key; strings may hold it too
+
+
+def _count_keys(value: Any) -> int:
+    """Count the keys of all objects in plain data."""
+    count, pending = 0, [value]
+    while pending:
+        item = pending.pop()
+        if type(item) is dict:
+            count += len(item)
+            item = list(item.values())
+        if type(item) is list and not {dict, list}.isdisjoint(map(type, item)):
+            pending += [inner for inner in item if type(inner) is dict or type(inner) is list]
+    return count
 
 
 def _refuse_constant(word: str) -> Any:

@@ -281,3 +281,34 @@ def test_files_that_belong_together_move_in_at_the_end_or_not_at_all(tmp_path: P
         "new/out/maps/a.png": "third",
         "new/out/own": "kept",
     }
+
+
+_PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@given(value=_PLAIN, indent=st.none() | st.integers(0, 2))
+@example(value={'": ': [{'":': 1, "b": '"\\":'}], "": {}}, indent=2)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_json_is_read_as_pythons_own_parser_reads_it(value, indent):
+    for text in (json.dumps(value, indent=indent), json.dumps(value, ensure_ascii=False)):
+        if io.has_surrogates(text) or io.without_surrogates(value) != value:
+            continue
+        found = parse_json(text, "x")
+        assert found == json.loads(text) and json.dumps(found) == json.dumps(json.loads(text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a": 1, "a": 1}',
+        '[{"b": {"a" : 1, "c": "\\":", "a": 2}}]',
+        '{"a\\u0062": 1, "ab": 2}',
+    ],
+)
+def test_a_key_that_hides_another_is_found_by_the_quick_parser_too(text):
+    with pytest.raises(DataError, match=r"holds the key 'ab?' twice in one object"):
+        parse_json(text, "x")
