@@ -187,7 +187,11 @@ def _read_pickled(path: Path) -> tuple[dict[str, Tensor], _Args]:
         for key in ("state_dict", "state_dict_ema"):
             part = data.get(key)
             if isinstance(part, Mapping):
-                tensors.update((name, value) for name, value in part.items() if isinstance(value, Tensor))
+                tensors |= {
+                    re.sub(r"^(module\.)+", "", name): value
+                    for name, value in part.items()
+                    if isinstance(name, str) and isinstance(value, Tensor)
+                }
     if not tensors:
         raise CheckpointError(
             f"{shown(path)}: not a released RADIO checkpoint: it has no state_dict with weights"
@@ -255,10 +259,9 @@ def _sort(tensors: dict[str, Tensor], args: _Args, config: _Config, where: str) 
     parts: dict[str, dict[str, Tensor]] = {"trunk": {}, "conditioner": {}, "normaliser": {}, "": {}}
     unknown = []
     for name, value in tensors.items():
-        plain = re.sub(r"^(module\.)+", "", name)
-        if _OF_TRAINING.search(plain):
+        if _OF_TRAINING.search(name):
             continue
-        renamed = next((re.sub(old, new, plain) for old, new in _NAMES if re.match(old, plain)), None)
+        renamed = next((re.sub(old, new, name) for old, new in _NAMES if re.match(old, name)), None)
         if renamed is None:
             unknown.append(name)
             continue
@@ -306,6 +309,8 @@ def _trunk_name(name: str) -> str:
 def _guess_version(release: _Release, prefix: int) -> _Version:
     """Choose the version that the file names, or the one that its shapes are of."""
     named = re.search(r"v(\d(?:\.\d)?)(?:-([blhg]))?", release.version.lower())
+    if "c-radio_v2" in release.version.lower():
+        return _V2_5
     if named:
         for key in (f"v{named[1]}-{named[2]}", f"v{named[1]}"):
             if key in _VERSIONS:
