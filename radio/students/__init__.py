@@ -56,6 +56,7 @@ class ViTOptions(StudentOptions):
     class_tokens: NumTokens | None = None  # 1, or one per teacher; 0 = pooling (table 5)
     registers: NumTokens | None = None  # register tokens
     stem: Literal["linear", "conv"] | None = None  # patch embedding
+    cpe: bool = True  # positions cropped from a large table in training (CPE), or a plain ViT's (table 4)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

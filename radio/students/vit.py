@@ -62,6 +62,7 @@ class ShapedStudent(nn.Module):
     def fingerprint(self) -> str:
         """Hash of the weights and of everything in the config that changes the output."""
         shape = to_plain(replace(self.config, activation_checkpointing=False))
+        shape.pop("cpe", None)  # concerns training alone
         return digest(self.state_dict(), json.dumps(shape, sort_keys=True))
 
     @property
@@ -131,6 +132,7 @@ class ViTConfig(StudentShape):
     heads: int
     patch: int
     positions: int  # side of the position table
+    cpe: bool = True  # crop the table in training; does not change the output in evaluation
     mlp_ratio: float = 4.0
     class_tokens: int = 1  # 0 = average pooling
     registers: int = 0
@@ -169,9 +171,9 @@ class ViT(ShapedStudent):
         step = self.config.patch * (self.config.window or 1)
         return nearest_multiple(height, step), nearest_multiple(width, step)
 
-    def sample_crops(self, batch: int, generator: torch.Generator) -> Tensor:
-        """Draw the position crops of one training forward: [B, 5]."""
-        return draw_crops(batch, generator)
+    def sample_crops(self, batch: int, generator: torch.Generator) -> Tensor | None:
+        """Draw the position crops of one training forward: [B, 5]; None without CPE."""
+        return draw_crops(batch, generator) if self.config.cpe else None
 
     def forward(self, images: Tensor, crops: Tensor | None = None) -> Features:
         """Encode [B, 3, h, w] RGB in [0, 1]; `crops` come from `sample_crops`, None in evaluation.
@@ -248,6 +250,8 @@ def _build(config: ViTConfig, options: ViTOptions) -> ViT:
     options = check(options, config.name)
     given = {key: value for key, value in to_plain(options).items() if value is not None}
     whole = replace(config, **given)
+    if not whole.cpe:  # in a larger table, most positions would never be trained: resizing skips them
+        whole = replace(whole, positions=whole.native // whole.patch)
     if whole.window is not None:
         global_blocks(whole.depth, whole.schedule)  # raises early for an impossible schedule
     return ViT(whole)

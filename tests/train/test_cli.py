@@ -12,6 +12,7 @@ import pytest
 from radio import entry
 from radio.config import read_yaml, write_yaml
 from radio.errors import RadioError
+from radio.students import ViTOptions
 from train.cli import main
 from train.config import TrainConfig
 from train.recipes import recipes
@@ -49,6 +50,7 @@ def test_a_recipe_with_options_over_it(tmp_path: Path, capsys: pytest.CaptureFix
         str(out),
     ]
     more = [
+        "--student.no-cpe",
         "--summary",
         "mean",
         "--windows",
@@ -65,6 +67,7 @@ def test_a_recipe_with_options_over_it(tmp_path: Path, capsys: pytest.CaptureFix
     recipe = recipes["smoke"]()
     wanted = replace(
         recipe,
+        options=ViTOptions(cpe=False),
         teachers=tuple(
             replace(t, model=f"tiny:{n}", batch_size=2 if n == "sam" else None)
             for t, n in zip(recipe.teachers, ("clip", "dense", "sam"), strict=True)

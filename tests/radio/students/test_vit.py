@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from radio.checkpoint import digest
+from radio.config import to_plain
 from radio.errors import ConfigError, SizeError
 from radio.students import StudentOptions, options_type, resolve_options, students
 from radio.students.vit import ViT, ViTDetOptions, ViTOptions, global_blocks
@@ -238,3 +242,28 @@ def test_the_fingerprint_is_of_weights_and_shape_but_not_of_recomputation(small_
     assert vit.with_window(2).fingerprint != vit.fingerprint
     nn.init.zeros_(vit.norm.bias[:1].data).add_(1)
     assert vit.fingerprint not in same
+
+
+def test_without_cpe_a_vit_has_a_position_for_each_native_patch_in_training_too():
+    vits = [students["vit-tiny12"](ViTOptions(cpe=cpe)) for cpe in (True, False)]
+    assert [vit.positions.side for vit in vits] == [16, 8]  # 96 px are 8 patches of 12
+    assert vits[0].sample_crops(2, torch.Generator()).shape == (2, 5)
+    plain = vits[1].train()
+    assert plain.sample_crops(2, torch.Generator()) is None
+    table = plain.positions.table.detach()
+    assert torch.equal(plain.positions((8, 8)), table)
+    larger = resample_abs_pos_embed(  # timm's
+        table, (14, 14), (8, 8), num_prefix_tokens=0, interpolation="bilinear", antialias=False
+    )
+    torch.testing.assert_close(plain.positions((14, 14)), larger, rtol=0, atol=1e-6)
+    plain(_images(2, 96, 96)).tokens.square().sum().backward()
+    assert plain.positions.table.grad.abs().amin() > 0  # no position is skipped or dropped
+
+
+def test_cpe_concerns_training_alone(small_vit):
+    vit, without = small_vit(), small_vit(cpe=False)
+    _close(vit(_images(2, 32, 32)), without(_images(2, 32, 32)), atol=0)
+    assert vit.fingerprint == without.fingerprint
+    shape = to_plain(vit.config)
+    del shape["cpe"]  # as before the option existed
+    assert vit.fingerprint == digest(vit.state_dict(), json.dumps(shape, sort_keys=True))
