@@ -22,7 +22,7 @@ from annotated_types import Interval
 from rich.console import Console
 from rich.markup import escape
 
-from radio.config import Pixels, Seed, check, parse_options
+from radio.config import AttentionWindow, Seed, check, parse_options
 from radio.errors import ConfigError, did_you_mean
 from radio.specs import check_spec
 from radio.students import students
@@ -65,8 +65,9 @@ class Options:
     """Score the untrained architecture, as the lower bound of every table."""
     init_seed: Seed = 0
     """Seed of the weights of --random-init."""
-    window: tuple[Pixels, ...] = ()
-    """Side of the attention windows in tokens, for students that have windows; each value adds a column."""
+    window: tuple[AttentionWindow, ...] = ()
+    """Side of the attention windows in tokens, for students that have windows, or global: a ViT with global
+    attention in every block. Each value adds a column."""
     out: Path | None = None
     """Folder of the reports. Default: reports/ beside a checkpoint, else ./reports."""
     plain: bool = False

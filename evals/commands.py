@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from radio.checkpoint import load as load_checkpoint
+from radio.config import AttentionWindow
 from radio.dist import Ranks, joined
 from radio.errors import CheckpointError, ConfigError
 from radio.hub import load_backbone
@@ -26,6 +27,7 @@ from .cli import Options
 from .core.evaluator import Evaluator, RunSettings, run_evaluator, run_predictions
 from .core.report import Kind
 from .core.suite import NOISE_FILE, Jobs, measure_noise, run_all, write_noise
+from .core.task import windowed_name
 from .tables import comparison, summary
 
 
@@ -151,11 +153,10 @@ def _models(options: Options) -> Iterator[tuple[str, Backbone, str]]:
             yield spec, model, _new_name(model.name, spec, options, window, names)
 
 
-def _new_name(name: str, spec: str, options: Options, window: int | None, taken: set[str]) -> str:
+def _new_name(name: str, spec: str, options: Options, window: AttentionWindow | None, taken: set[str]) -> str:
     if _kind(options, spec) == "untrained" and not name.endswith("-untrained"):
         name = f"{name}-untrained"
-    if window is not None:
-        name = f"{name}-window{window}"
+    name = windowed_name(name, window)
     number, unique = 1, name
     while unique in taken:
         number += 1

@@ -29,6 +29,7 @@ T = TypeVar("T")
 Count = Annotated[int, Interval(ge=1, le=2**31 - 1)]
 CountOrZero = Annotated[int, Interval(ge=0, le=2**31 - 1)]  # 0 disables
 Pixels = Annotated[int, Interval(ge=1, le=16_384)]  # side of an image
+AttentionWindow = Annotated[int, Interval(ge=1, le=16_384)] | Literal["global"]  # side in tokens
 Seed = Annotated[int, Interval(ge=0, lt=2**63)]
 Workers = Annotated[int, Interval(ge=0, le=1024)]  # processes
 Share = Annotated[float, Interval(ge=0, le=1)]

@@ -8,12 +8,13 @@ from typing import Any, cast
 
 import torch
 
+from .config import AttentionWindow
 from .errors import ConfigError, SizeError
 from .foreign import check_encoder, watch_features
 from .model import ModelConfig, build, load, load_untrained
 from .specs import check_spec, parse
 from .teachers import families
-from .types import Backbone, Teacher
+from .types import Backbone, Teacher, with_global_attention
 
 _MAX_CHARS = 200  # characters of a spec in messages
 
@@ -50,7 +51,7 @@ def load_teacher(text: str, *, meta: bool = False) -> Teacher:
 
 
 def load_backbone(
-    text: str, *, random_init: bool = False, seed: int = 0, window: int | None = None
+    text: str, *, random_init: bool = False, seed: int = 0, window: AttentionWindow | None = None
 ) -> Backbone:
     """Load the backbone that a spec names, in inference mode on the CPU.
 
@@ -58,19 +59,33 @@ def load_backbone(
         text: a checkpoint file, `family:name[@file]`, `arch:name`, or an architecture's name.
         random_init: build a checkpoint's or an architecture's shape with fresh weights.
         seed: seed of the fresh weights.
-        window: attention window side, for students that have windows.
+        window: side of the attention windows, for models that have windows, or `global` for a ViT with
+            global attention in every block; None: the model's own.
 
     Raises:
         ConfigError: an unknown name; suggests the nearest.
         CheckpointError: a file that is absent, foreign, truncated or altered.
-        SizeError: a window for a backbone without windows.
+        SizeError: a window for a backbone without windows, or global attention for one that has none.
     """
-    model = _load(text, random_init, seed)
+    return choose_window(_load(text, random_init, seed), window, text)
+
+
+def choose_window(model: Backbone, window: AttentionWindow | None, text: str) -> Backbone:
+    """Return the model that the spec `text` names with this window, as `load_backbone`.
+
+    Raises:
+        SizeError: as `load_backbone`.
+    """
     if window is None:
         return model
-    if model.with_window is None:
-        raise SizeError(f"{text} has no attention windows to choose; use a vitdet student")
-    return model.with_window(window)
+    if window == "global":
+        chosen = with_global_attention(model)
+    else:
+        chosen = None if model.with_window is None else model.with_window(window)
+    if chosen is None:
+        what = "global attention" if window == "global" else "attention windows"
+        raise SizeError(f"{text} has no {what} to choose; use a vitdet student")
+    return chosen
 
 
 def _load(text: str, random_init: bool, seed: int) -> Backbone:

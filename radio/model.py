@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .config import from_plain, to_plain
-from .errors import CheckpointError, ConfigError, RadioError, SizeError, shown
+from .errors import CheckpointError, ConfigError, RadioError, shown
 from .foreign import check_encoder, watch_features
 from .nn.vit import NORM_EPS
 from .ops import resize_features
@@ -167,16 +167,13 @@ class RadioModel(nn.Module):
         """Compute the nearest (height, width) that the student accepts."""
         return self.student.nearest_size(height, width)
 
-    def with_window(self, side: int | None) -> Self:
-        """Return this model with another attention window (None: the student's default), sharing the weights.
+    @property
+    def with_window(self) -> Callable[[int | None], Self] | None:
+        """Method that returns this model with windows of another side; None for a student without windows."""
+        return None if self.student.with_window is None else self._with_window
 
-        Raises:
-            SizeError: a window for a student without windows.
-        """
-        if self.student.with_window is None:
-            if side is None:
-                return self
-            raise SizeError(f"{self.name} has no attention windows to choose; use a vitdet student")
+    def _with_window(self, side: int | None) -> Self:
+        assert self.student.with_window is not None
         twin = copy.copy(self)
         twin._modules = {**self._modules, "student": self.student.with_window(side)}  # type: ignore[dict-item]
         return twin

@@ -158,6 +158,15 @@ def find_adaptor(model: Backbone, name: str) -> Adaptor:
     return model.adaptors[name]
 
 
+def with_global_attention(model: Backbone) -> Backbone | None:
+    """Return a ViT with global attention in every block, sharing the weights; None for any other model."""
+    if model.with_window is None:
+        return None
+    twin = model.with_window(None)
+    # A model that chooses its window by the input's size, as E-RADIO does, cannot take a single token.
+    return twin if twin.nearest_size(1, 1) == (model.patch_size, model.patch_size) else None
+
+
 @runtime_checkable
 class Teacher(Backbone, Protocol):
     """A frozen backbone that a student learns from."""

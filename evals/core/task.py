@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar, fin
 
 from annotated_types import Interval
 
-from radio.config import CountOrZero, Pixels, Seed, Workers, check
+from radio.config import AttentionWindow, CountOrZero, Pixels, Seed, Workers, check
 from radio.errors import ConfigError
 
 from . import evaluators
@@ -128,3 +128,10 @@ def make_evaluator(task: str) -> Evaluator[Any]:
         return made
     who = evaluators.plugin(task) or task
     raise ConfigError(f"{who}: {problem}; mend or uninstall the package that brings it")
+
+
+def windowed_name(name: str, window: AttentionWindow | None) -> str:
+    """Return the name under which a model with a chosen window is reported."""
+    if window is None:
+        return name
+    return f"{name}-window-global" if window == "global" else f"{name}-window{window}"

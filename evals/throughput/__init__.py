@@ -11,7 +11,7 @@ from annotated_types import Interval
 
 from evals.core import evaluators
 from evals.core.task import Evaluator, late
-from radio.config import Pixels, check
+from radio.config import AttentionWindow, Pixels, check
 from radio.errors import ConfigError
 
 Seconds = Annotated[float, Interval(ge=0, le=86_400)]
@@ -65,6 +65,9 @@ class ThroughputOptions:
     """Architectures (untrained, which does not affect speed), checkpoint files, or teachers' specs."""
     table6: bool = False
     """Also measure every architecture of the paper's table 6."""
+    window: tuple[AttentionWindow, ...] = ()
+    """Measure every model with attention windows of these sides in tokens, or global: a ViT with global
+    attention in every block."""
     reference: str | None = None
     """The model that ratios refer to. Default: the first."""
     out: Path = Path("reports")

@@ -20,6 +20,7 @@ from evals.core.blocks import Table
 from evals.core.evaluator import EvalRun, Result, RunSettings, report_result
 from evals.core.paper import TABLE_6_MODELS, table_6_row
 from evals.core.report import Metric, Report
+from evals.core.task import windowed_name
 from radio.benchmark import (
     PRESETS,
     BenchmarkModel,
@@ -31,9 +32,9 @@ from radio.benchmark import (
     num_turns,
     prepare,
 )
-from radio.config import to_plain
+from radio.config import AttentionWindow, to_plain
 from radio.errors import ConfigError, SizeError, did_you_mean
-from radio.hub import load_backbone
+from radio.hub import choose_window, load_backbone
 from radio.model import ModelConfig, RadioModel, build
 from radio.progress import ProgressFactory, ProgressWithText, no_progress, watch_on
 from radio.resources import check_memory, choose_device, describe_device
@@ -305,7 +306,11 @@ def run_throughput(options: ThroughputOptions, plot: Callable[[Path], Path | Non
         raise ConfigError(f"{twice} was named twice; once is enough")
     console, progress = Console(no_color=options.plain, highlight=False), Console(stderr=True)
     reports = report_all(
-        [load_entry(spec, options.settings.resolution) for spec in specs],
+        [
+            load_entry(spec, options.settings.resolution, window)
+            for spec in specs
+            for window in dict.fromkeys(options.window or (None,))
+        ],
         options.settings,
         options.out,
         device=options.device,
@@ -318,21 +323,27 @@ def run_throughput(options: ThroughputOptions, plot: Callable[[Path], Path | Non
     return 0
 
 
-def load_entry(spec: str, resolution: int | None = None) -> MeasuredModel:
+def load_entry(
+    spec: str, resolution: int | None = None, window: AttentionWindow | None = None
+) -> MeasuredModel:
     """Load the model that a spec names; an architecture is built with random weights.
 
     Raises:
-        RadioError: an unknown name, or a file that does not exist.
+        RadioError: an unknown name, a file that does not exist, or a window that the model does not have.
     """
     arch = spec.removeprefix("arch:")
     if arch not in students:
-        model = load_backbone(spec)
-        return MeasuredModel(name=model.name, model=model, paper_name=paper_name(model))
+        model = load_backbone(spec, window=window)
+        name = windowed_name(model.name, window)
+        return MeasuredModel(name=name, model=model, paper_name=paper_name(model) if window is None else "")
     options = options_type(arch)()
     if options.has("image_size"):
         options = options.change(image_size=resolution)
-    untrained = build(ModelConfig(student=arch, options=options), 0).eval()
-    return MeasuredModel(name=arch, model=untrained, paper_name=arch, untrained=True)
+    untrained = choose_window(build(ModelConfig(student=arch, options=options), 0).eval(), window, spec)
+    name = windowed_name(arch, window)
+    return MeasuredModel(
+        name=name, model=untrained, paper_name=arch if window is None else "", untrained=True
+    )
 
 
 def speed_table(reports: Sequence[Report], *, plain: bool = False) -> ConsoleTable:

@@ -59,6 +59,16 @@ def test_several_models_give_one_table_and_a_report_each(
     assert report.settings["k"] == [5]
 
 
+def test_every_window_is_a_column(capsys: pytest.CaptureFixture[str]) -> None:
+    windows = ["--window", "2", "4", "global"]
+    assert main(["knn", "arch:vitdet-tiny12", *windows, "--out", "o", *SMALL]) == 0
+    names = [f"vitdet-tiny12-untrained-window{end}" for end in ("2", "4", "-global")]
+    out = capsys.readouterr().out
+    assert all(name in out for name in names)
+    fingerprints = {read(Path("o") / f"knn-{name}.json").fingerprint for name in names}
+    assert len(fingerprints) == 3
+
+
 def test_reports_lie_beside_the_checkpoint_or_here(checkpoint: Path, tmp_path: Path) -> None:
     main(["knn", str(checkpoint), *SMALL])
     assert (checkpoint.parent / "reports" / "knn-first.json").is_file()
@@ -168,6 +178,9 @@ def test_listing_needs_no_optional_library(
         (["vqa", "vit-tiny12", "--task", "custom"], "give --questions FILE.jsonl too"),
         (["sam", "vit-tiny12", "--clicks", "2"], "goes with --prompts points"),
         (["all", "scenes:clip", "--vqa.lora-rank", "0"], "lora_rank: 0 is out of bounds"),
+        (["knn", "vitdet-tiny12", "--window", "8", "0"], "window[1]: 0 is out of bounds"),
+        (["knn", "vitdet-tiny12", "--window", "globl"], "globl"),
+        (["knn", "arch:e-radio-tiny", "--window", "global"], "has no global attention to choose"),
         (["list", "--arch"], "--archs"),
     ],
 )
@@ -179,7 +192,7 @@ def test_bad_input_is_one_clear_error_and_exit_code_two(
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1
     except SystemExit as stop:  # from tyro, for what it does not know
-        assert {"--bnak", "many", "--arch"} & {*arguments}
+        assert {"--bnak", "many", "--arch", "globl"} & {*arguments}
         code, error = stop.code, " ".join(capsys.readouterr().err.split())
     assert code == 2
     assert said in error

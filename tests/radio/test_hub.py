@@ -11,7 +11,7 @@ import radio
 from radio import hub
 from radio.errors import CheckpointError, ConfigError, RadioError, SizeError
 from radio.model import AdaptorConfig, ModelConfig, RadioModel, build
-from radio.students.vit import ViTDetOptions
+from radio.students.vit import ViTDetOptions, ViTOptions
 from radio.teachers import families
 from radio.types import Features
 
@@ -89,6 +89,23 @@ def test_a_window_is_chosen_per_use(saved):
     assert wide.nearest_size(200, 100) == (192, 96)
     with pytest.raises(SizeError, match=r"plain:small has no attention windows to choose; use a vitdet"):
         hub.load_backbone("plain:small", window=8)
+
+
+@torch.inference_mode()
+def test_global_attention_is_that_of_a_plain_vit_with_the_same_weights(saved):
+    windowed = hub.load_backbone(str(saved), window="global")
+    plain = build(ModelConfig(student="vit-tiny12", options=ViTOptions()), 0).eval()
+    plain.student.load_state_dict(windowed.student.state_dict(), strict=True)
+    for found, wanted in zip(windowed(IMAGES), plain(IMAGES), strict=True):
+        assert found == wanted if isinstance(found, tuple) else torch.equal(found, wanted)
+    assert windowed.window is None and windowed.nearest_size(100, 35) == (96, 36)
+    assert not torch.equal(hub.load_backbone(str(saved))(IMAGES).tokens, windowed(IMAGES).tokens)
+
+
+@pytest.mark.parametrize("text", ["e-radio-tiny", "e-radio-tiny-noup", "timm:test_vit", "plain:small"])
+def test_a_model_that_has_no_global_attention_says_so(text):
+    with pytest.raises(SizeError, match=f"{text} has no global attention to choose; use a vitdet student"):
+        hub.load_backbone(text, random_init=text != "plain:small", window="global")
 
 
 @pytest.mark.parametrize(

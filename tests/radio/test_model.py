@@ -10,7 +10,7 @@ from torch import nn
 
 from radio import checkpoint
 from radio.config import to_plain
-from radio.errors import CheckpointError, ConfigError, SizeError
+from radio.errors import CheckpointError, ConfigError
 from radio.model import AdaptorConfig, ModelConfig, RadioModel, build, load, load_untrained
 from radio.students import students
 from radio.students.vit import ViTDetOptions
@@ -132,10 +132,7 @@ def test_with_window_shares_everything_and_leaves_the_original(foreign):
         model.student.prefix.grad is not None
         and model.adaptors["clip"].spatial.layers[0].weight.grad is not None
     )
-    with pytest.raises(SizeError, match="pooled has no attention windows to choose; use a vitdet student"):
-        build(ModelConfig(student=foreign), 0).with_window(4)
-    without = build(ModelConfig(student=foreign), 0)
-    assert without.with_window(None) is without
+    assert build(ModelConfig(student=foreign), 0).with_window is None
 
 
 def test_the_fingerprint_covers_weights_adaptors_and_shape_and_nothing_else():

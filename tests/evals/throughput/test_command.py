@@ -11,7 +11,7 @@ from evals.cli import main
 from evals.core.paper import TABLE_6_MODELS
 from evals.core.report import read
 from evals.throughput.evaluator import COLUMNS, load_entry, speed_rows
-from radio.errors import ConfigError
+from radio.errors import ConfigError, SizeError
 from radio.model import ModelConfig, build
 from radio.students import students
 
@@ -75,6 +75,16 @@ def test_table_6_adds_every_architecture_of_the_paper(
     assert dict(zip(COLUMNS, regnet, strict=True))["paper_ratio"] == pytest.approx(6573 / 7283)
     assert dict(zip(COLUMNS, resnet, strict=True))["paper_ratio"] == 1.0
     assert "32x32 px" in capsys.readouterr().out
+
+
+def test_windows_are_measured_side_by_side() -> None:
+    assert main(["throughput", "vitdet-tiny12", "--window", "2", "global", *SHORT]) == 0
+    for window in ("2", "-global"):
+        report = read(Path(f"reports/throughput-vitdet-tiny12-window{window}.json"))
+        measured = ["vitdet-tiny12-window2", "vitdet-tiny12-window-global"]
+        assert report.settings["resolved"]["measured_together"] == measured
+    with pytest.raises(SizeError, match="e-radio-tiny has no global attention to choose"):
+        main(["throughput", "e-radio-tiny", "--window", "global", *SHORT])
 
 
 def test_quality_is_drawn_against_speed_where_both_reports_are(
