@@ -40,7 +40,7 @@ from radio.scenes.export import CARD_VERSION, ScenesSettings, write_cached
 from radio.types import Backbone
 
 from .data import VOID, Checked, Dataset, Labelling, Split, check_split, open_dataset, read_image, read_labels
-from .protocol import SegSettings, check_sizes, resolve
+from .protocol import SegSettings, check_sizes, choose_attention, resolve
 
 if TYPE_CHECKING:
     from .plugin import Areas
@@ -96,9 +96,11 @@ def evaluate(model: Backbone, settings: SegSettings, run: EvalRun) -> Result:
     from .training import Probe, train_head
 
     started = time.monotonic()
+    model, attention_notes = choose_attention(settings, model)
     if settings.layers > 1:
         model = LastBlocks(model, settings.layers)
     config, notes = resolve(settings, model)
+    notes = (*attention_notes, *notes)
     if config.train_batch_size % run.ranks.world:
         raise ConfigError(
             f"a batch of {config.train_batch_size} does not divide among {run.ranks.world} ranks; choose "
@@ -190,6 +192,7 @@ def evaluate(model: Backbone, settings: SegSettings, run: EvalRun) -> Result:
             **config.describe(),
             "labels": data.labelling.describe(),
             "tokens": "kept, float16" if probe.keeps_tokens else "computed in every iteration",
+            **({"attention": "global"} if attention_notes else {}),
         },
         seconds={"preparation": prepared - started, "heads": time.monotonic() - prepared},
         files=[weights, *writer.files()],

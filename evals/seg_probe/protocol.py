@@ -33,8 +33,9 @@ class SegSettings:
     preset: PresetName | None = None
     """The protocol. Default: `paper` with --data, `scenes` for the generated scenes."""
     crop: Pixels | None = None
-    """Side of the backbone's square input in pixels. Default: the preset's, or the nearest that the backbone
-    takes."""
+    """Side of the backbone's square input in pixels. Default: the preset's; a student whose windows do not
+    divide it gets global attention. A backbone that does not take it gets 224 (presets paper and released),
+    else the nearest that it takes."""
     stride: Pixels | None = None
     """Pixels from one crop to the next when testing. Default: the preset's."""
     layers: Count = 1
@@ -76,8 +77,8 @@ LONG_SIDE = 2048
 class ProbePreset:
     """A published or built-in protocol."""
 
-    crop: int
-    stride: int | None  # None: test on the whole image at once
+    crops: tuple[int, ...]  # the first that the backbone takes is used, else the nearest to the first
+    stride: int | None  # for the first crop; None: test on the whole image at once
     iterations: int
     warmup: int
     train_batch_size: int = 16
@@ -88,15 +89,16 @@ class ProbePreset:
 
 
 PRESETS: dict[PresetName, ProbePreset] = {
-    # AM-RADIO's probe. Its weight decay and schedule are not stated: AdamW's default and DINOv2's schedule.
-    "paper": ProbePreset(crop=518, stride=518, iterations=160_000, warmup=1500),
+    # AM-RADIO's probe (§5.5). Its weight decay and schedule are not stated: AdamW's default and DINOv2's
+    # schedule.
+    "paper": ProbePreset(crops=(518, 224), stride=518, iterations=160_000, warmup=1500),
     # The protocol of the released RADIO checkpoints.
-    "released": ProbePreset(crop=518, stride=None, iterations=80_000, warmup=1500, weight_decay=0.0),
+    "released": ProbePreset(crops=(518, 224), stride=None, iterations=80_000, warmup=1500, weight_decay=0.0),
     # DINOv2's linear evaluation.
-    "dinov2": ProbePreset(crop=512, stride=341, iterations=40_000, warmup=1500, weight_decay=1e-4),
+    "dinov2": ProbePreset(crops=(512,), stride=341, iterations=40_000, warmup=1500, weight_decay=1e-4),
     # Half a minute on two CPU cores: no augmentation, so that tokens are computed only once.
     "scenes": ProbePreset(
-        crop=96,
+        crops=(96,),
         stride=None,
         iterations=300,
         warmup=15,
@@ -156,17 +158,43 @@ class ProbeConfig:
         }
 
 
+def choose_attention(settings: SegSettings, model: Backbone) -> tuple[Backbone, tuple[str, ...]]:
+    """Return the model, with global attention if only its windows do not divide the preset's crop; and notes.
+
+    So a student with windows is probed at the same size as one without. A crop in the settings keeps them.
+    """
+    from radio.types import with_global_attention  # needs torch
+
+    name, preset = _preset(settings)
+    side = preset.crops[0]
+    if settings.crop is not None or model.window is None or _takes(model, side):
+        return model, ()
+    twin = with_global_attention(model)
+    if twin is None or not _takes(twin, side):
+        return model, ()
+    kept = model.nearest_size(side, side)[0]
+    note = (
+        f"the preset {name} crops {side} px, which windows of {model.window} tokens do not divide, so "
+        f"{model.name} was used with global attention; --crop {kept} keeps the windows"
+    )
+    return twin, (note,)
+
+
+def _preset(settings: SegSettings) -> tuple[PresetName, ProbePreset]:
+    name: PresetName = settings.preset or ("scenes" if settings.data is None else "paper")
+    return name, PRESETS[name]
+
+
 def resolve(settings: SegSettings, model: Backbone) -> tuple[ProbeConfig, tuple[str, ...]]:
     """Resolve the settings for a backbone; return the config and notes on changes that it required.
 
-    A preset's crop that the backbone does not take is replaced by the nearest one that it does; a crop in the
-    settings must fit.
+    A preset's crop that the backbone does not take is replaced by the preset's smaller one, else by the
+    nearest that it takes; a crop in the settings must fit.
 
     Raises:
         SizeError: the backbone does not take `crop`, or a stride skips pixels or has no effect.
     """
-    name = settings.preset or ("scenes" if settings.data is None else "paper")
-    preset = PRESETS[name]
+    name, preset = _preset(settings)
     crop, notes = _crop(settings, preset, model, name)
     iterations = settings.iterations or preset.iterations
     config = ProbeConfig(
@@ -189,16 +217,23 @@ def resolve(settings: SegSettings, model: Backbone) -> tuple[ProbeConfig, tuple[
 def _crop(
     settings: SegSettings, preset: ProbePreset, model: Backbone, name: str
 ) -> tuple[Size, tuple[str, ...]]:
-    side = settings.crop or preset.crop
+    sides = preset.crops if settings.crop is None else (settings.crop,)
+    side = next((side for side in sides if _takes(model, side)), sides[0])
     fitted = model.nearest_size(side, side)
-    if fitted == (side, side):
+    if fitted == (sides[0], sides[0]):
         return fitted, ()
     if settings.crop is not None:
         raise SizeError(
             f"{model.name} does not take crops of {side}x{side} px; the nearest that it takes is "
             f"{_side(fitted)}" + (f": use --crop {fitted[0]}" if fitted[0] == fitted[1] else "")
         )
-    return fitted, (f"the preset {name} crops {side} px; {model.name} takes {_side(fitted)}, which was used",)
+    return fitted, (
+        f"the preset {name} crops {sides[0]} px; {model.name} takes {_side(fitted)}, which was used",
+    )
+
+
+def _takes(model: Backbone, side: int) -> bool:
+    return model.nearest_size(side, side) == (side, side)
 
 
 def _stride(settings: SegSettings, preset: ProbePreset, crop: Size) -> Size | None:
@@ -218,7 +253,7 @@ def _stride(settings: SegSettings, preset: ProbePreset, crop: Size) -> Size | No
         return settings.stride, settings.stride
     assert preset.stride is not None
     # With a crop other than the preset's, neighbours overlap by the same fraction.
-    return round(preset.stride * crop[0] / preset.crop), round(preset.stride * crop[1] / preset.crop)
+    return round(preset.stride * crop[0] / preset.crops[0]), round(preset.stride * crop[1] / preset.crops[0])
 
 
 def _side(size: Size) -> str:

@@ -86,8 +86,8 @@ class VqaSettings:
     max_steps: Count | None = None
     """Maximum training steps of each stage; the schedule ends there."""
     size: Pixels | None = None
-    """Side in pixels that images are encoded at. Default: the preset's 336, 224, or the
-    encoder's own."""
+    """Side in pixels that images are encoded at. Default: the preset's (paper: 336, or 224 for an encoder
+    that does not take 336), else the nearest that the encoder takes."""
     image_tokens: Count | None = None
     """Average each image's tokens over a grid of at most this many, if the encoder gives more than fit (1024
     for SAM's 4,096). Default: the encoder's own tokens."""
@@ -196,7 +196,6 @@ View = Literal["crop", "pad"]
 
 _SMALL = 224  # a backbone with a smaller native size gets images of that size
 _LEAST_BATCHES = 8  # per epoch
-_NEAR = 1 / 8  # of the preset's side: a size that deviates more does not fit the encoder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -221,7 +220,7 @@ class Preset:
 
     pretrain: Stage
     instruct: Stage
-    sizes: tuple[int, ...]  # sides in pixels; the first that fits the encoder is used
+    sizes: tuple[int, ...]  # sides in pixels; the first that the encoder takes, else the nearest to the first
     micro_batch: int
     new_tokens: int
     answer_batch: int
@@ -362,10 +361,10 @@ def choose_size(model: Backbone, settings: VqaSettings, preset: Preset) -> tuple
     """Choose the (height, width) that images are encoded at; also return notes where it deviates."""
     if settings.size is None and max(model.native_size) < _SMALL:
         return model.native_size, ()
-    for side in preset.sizes if settings.size is None else (settings.size,):
-        size = model.nearest_size(side, side)
-        if max(abs(length - side) for length in size) <= side * _NEAR:
-            break
-    if size == (side, side):
+    sides = preset.sizes if settings.size is None else (settings.size,)
+    fitting = (side for side in sides if model.nearest_size(side, side) == (side, side))
+    side = next(fitting, sides[0])
+    size = model.nearest_size(side, side)
+    if size == (sides[0], sides[0]):
         return size, ()
-    return size, (f"{side} px are wanted; {model.name} takes {size[0]}x{size[1]}, which was used",)
+    return size, (f"{sides[0]} px are wanted; {model.name} takes {size[0]}x{size[1]}, which was used",)

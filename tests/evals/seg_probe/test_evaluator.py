@@ -27,6 +27,7 @@ from radio.dist import Ranks, joined
 from radio.errors import ConfigError, DataError, RadioError
 from radio.model import ModelConfig, build
 from radio.progress import ProgressFactory, no_progress
+from radio.students import ViTDetOptions
 
 SMALL: dict[str, Any] = {"crop": 28, "train_batch_size": 4, "save_maps": 0}
 
@@ -283,6 +284,19 @@ def test_tiny_and_long_images_are_taken(tmp_path: Path, make_ade: Callable, back
     model = backbone()
     run(model, settings, tmp_path / "out")
     assert set(model.sizes) == {(28, 28)}
+
+
+def test_a_windowed_student_is_probed_like_its_twin_with_global_attention(
+    tmp_path: Path, settings: SegSettings
+) -> None:
+    windowed = build(ModelConfig(student="vitdet-tiny12", options=ViTDetOptions(window=3)), 0).eval()
+    probe = replace(settings, preset="scenes", crop=None, layers=2)  # 96 px: 8 x 8 tokens
+    reports = [
+        run(model, probe, tmp_path / str(model.window)) for model in (windowed, windowed.with_window(None))
+    ]
+    assert values(reports[0]) == values(reports[1])
+    assert "with global attention; --crop 108 keeps the windows" in reports[0].notes[0]
+    assert [report.settings["resolved"].get("attention") for report in reports] == ["global", None]
 
 
 def test_bad_input_is_an_error_before_any_work(

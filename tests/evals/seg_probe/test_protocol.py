@@ -8,16 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from evals.seg_probe.protocol import (
     PRESETS,
     SegSettings,
     check_sizes,
+    choose_attention,
     keep_ratio,
     resolve,
     shown_sizes,
 )
 from radio.errors import ConfigError, SizeError
+from radio.model import ModelConfig, build
+from radio.students import ERadioOptions
 
 DATA = SegSettings(data=Path("somewhere"))
 
@@ -45,11 +49,45 @@ def test_dinov2s_own_numbers_stand_where_the_backbone_takes_them(backbone: Calla
     assert (plan.crop, plan.stride, plan.short_side, notes) == ((512, 512), (341, 341), 512, ())
 
 
-def test_a_presets_crop_becomes_the_nearest_that_fits(backbone: Callable) -> None:
-    plan, notes = resolve(DATA, backbone(16))
-    assert plan.crop == (512, 512)
-    assert notes == ("the preset paper crops 518 px; patches16 takes 512x512, which was used",)
-    assert resolve(DATA, backbone(16, only=(224, 224)))[0].crop == (224, 224)
+@pytest.mark.parametrize(
+    ("patch", "only", "crop"),
+    [
+        (16, None, 224),  # §5.5: "or 224x224 for others"
+        (32, None, 224),
+        (7, None, 518),
+        (128, None, 512),  # takes neither: the nearest to 518
+        (16, (256, 256), 256),
+    ],
+)
+@pytest.mark.parametrize("preset", ["paper", "released"])
+def test_the_papers_crop_is_518_then_224_then_the_nearest(
+    preset, patch, only, crop, backbone: Callable
+) -> None:
+    plan, notes = resolve(replace(DATA, preset=preset), backbone(patch, only=only))
+    assert plan.crop == (crop, crop)
+    told = f"the preset {preset} crops 518 px; patches{patch} takes {crop}x{crop}, which was used"
+    assert notes == (() if crop == 518 else (told,))
+    assert resolve(replace(DATA, preset="dinov2"), backbone(14))[0].crop == (518, 518)  # nearest to 512
+
+
+def test_a_student_whose_windows_do_not_divide_518_px_gets_global_attention() -> None:
+    with torch.device("meta"):  # the student of paper-h14: 37 x 37 tokens, windows of 8
+        model = build(ModelConfig(student="vitdet-h14"), 0)
+    probed, notes = choose_attention(DATA, model)
+    assert probed.window is None and model.window == 8
+    assert resolve(DATA, probed)[0].crop == (518, 518)
+    (note,) = notes
+    assert note == (
+        "the preset paper crops 518 px, which windows of 8 tokens do not divide, so vitdet-h14 was used with "
+        "global attention; --crop 560 keeps the windows"
+    )
+    for settings, other in (
+        (replace(DATA, crop=560), model),  # a crop that was asked for
+        (DATA, model.with_window(37)),
+        (DATA, probed),
+        (DATA, build(ModelConfig(student="e-radio-tiny", options=ERadioOptions(window=4)), 0)),
+    ):
+        assert choose_attention(settings, other) == (other, ())
 
 
 def test_a_crop_that_was_asked_for_must_fit(backbone: Callable) -> None:
@@ -139,8 +177,6 @@ def test_a_backbone_that_contradicts_itself_is_found_out(backbone: Callable) -> 
 
 
 def test_slide_over_683_by_518_shows_the_backbone_accepted_sizes_only(plugin, backbone: Callable) -> None:
-    import torch
-
     from radio.dist import Ranks
 
     model = backbone()

@@ -64,14 +64,15 @@ def test_the_preset_follows_the_data_and_paper_wants_a_language_model(tmp_path: 
     ("native", "nearest_size", "size", "noted"),
     [
         (378, lambda h, w: (round(h / 14) * 14, round(w / 14) * 14), (336, 336), False),
-        (256, lambda h, w: (round(h / 32) * 32, round(w / 32) * 32), (320, 320), True),
-        (224, lambda h, w: (224, 224), (224, 224), False),
+        (256, lambda h, w: (round(h / 32) * 32, round(w / 32) * 32), (224, 224), True),
+        (256, lambda h, w: (round(h / 128) * 128, round(w / 128) * 128), (384, 384), True),
+        (224, lambda h, w: (224, 224), (224, 224), True),
         (1024, lambda h, w: (1024, 1024), (1024, 1024), True),
         (96, lambda h, w: (h, w), (96, 96), False),
         (224, lambda h, w: (336, 350), (336, 350), True),
     ],
 )
-def test_336_then_224_or_the_encoders_own(
+def test_336_then_224_then_the_nearest(
     backbone: Callable[..., Any],
     native: int,
     nearest_size: Callable[[int, int], tuple[int, int]],
