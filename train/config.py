@@ -62,8 +62,11 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
-    """Eq. 3: alpha * cosine + beta * smooth L1, per token."""
+    """Eq. 2, a distance of the summaries, and eq. 3: alpha * cosine + beta * smooth L1, per token."""
 
+    summary: Literal["cosine", "l1", "mse", "smooth-l1"] = (
+        "cosine"  # the paper compared all four (§3.3); smooth-l1 uses smooth_l1_beta
+    )
     cosine: LossWeight = 0.9
     smooth_l1: LossWeight = 0.1
     smooth_l1_beta: LossWeight = 1.0  # where smooth L1 becomes linear (PyTorch's default; not in the paper)

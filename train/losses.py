@@ -35,7 +35,7 @@ _LEAST = 1e-8  # lower bound of a running mean that a loss is divided by
 class TeacherLosses(NamedTuple):
     """One teacher's losses for every image, unweighted."""
 
-    summary: Tensor  # [B] eq. 2, in [0, 2]
+    summary: Tensor  # [B] eq. 2; the cosine distance is in [0, 2]
     spatial: Tensor  # [B] eq. 3, mean over the tokens
 
 
@@ -53,7 +53,7 @@ class DistillationLoss(nn.Module):
     Args:
         model: student and adaptors.
         teachers: the teachers with their loss weights.
-        loss: alpha, beta and smooth L1's threshold of eq. 3.
+        loss: the distance of eq. 2; alpha, beta and smooth L1's threshold of eq. 3.
         balancer: weighs the losses against one another; None = the declared weights only.
     """
 
@@ -105,8 +105,22 @@ class DistillationLoss(nn.Module):
 
 def teacher_losses(student: Features, teacher: Features, config: LossConfig) -> TeacherLosses:
     """Compute both losses of adapted student features against one teacher's, on the teacher's grid."""
-    spatial = spatial_losses(student.tokens, teacher.tokens, config)
-    return TeacherLosses(cosine_distance(student.summary, teacher.summary), spatial)
+    summary = summary_losses(student.summary, teacher.summary, config)
+    return TeacherLosses(summary, spatial_losses(student.tokens, teacher.tokens, config))
+
+
+def summary_losses(student: Tensor, teacher: Tensor, config: LossConfig) -> Tensor:
+    """Compute eq. 2 for every image: [B, C] -> [B]; all but the cosine distance are means over C."""
+    a, b = student.float(), teacher.float()
+    match config.summary:
+        case "cosine":
+            return cosine_distance(a, b)
+        case "l1":
+            return F.l1_loss(a, b, reduction="none").mean(1)
+        case "mse":
+            return F.mse_loss(a, b, reduction="none").mean(1)
+        case "smooth-l1":
+            return F.smooth_l1_loss(a, b, beta=config.smooth_l1_beta, reduction="none").mean(1)
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:

@@ -46,6 +46,8 @@ def test_a_recipe_with_options_over_it(tmp_path: Path, capsys: pytest.CaptureFix
         "1",
         "--loss.smooth-l1-beta",
         "2",
+        "--loss.summary",
+        "smooth-l1",
         "--out",
         str(out),
     ]
@@ -80,7 +82,7 @@ def test_a_recipe_with_options_over_it(tmp_path: Path, capsys: pytest.CaptureFix
         summary="mean",
         windows=(7, 8),
         data=replace(recipe.data, scenes=50, workers=0, crop_scale=(0.5, 1.0)),
-        loss=replace(recipe.loss, smooth_l1_beta=2.0),
+        loss=replace(recipe.loss, summary="smooth-l1", smooth_l1_beta=2.0),
         adaptor=replace(recipe.adaptor, resample="after"),
         optim=replace(recipe.optim, lr=3e-4, betas=(0.8, 0.9)),
     )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from radio.types import Features
 from train.config import LossConfig
-from train.losses import centred_cosine, cosine_distance, spatial_losses, teacher_losses
+from train.losses import centred_cosine, cosine_distance, spatial_losses, summary_losses, teacher_losses
 
 ROOT = math.sqrt(0.5)
 
@@ -35,6 +36,28 @@ def test_every_image_has_a_summary_loss() -> None:
     student = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
     teacher = torch.tensor([[2.0, 0.0], [0.0, 7.0], [1.0, 1.0]])
     assert cosine_distance(student, teacher).tolist() == pytest.approx([0, 1, 1 - ROOT])
+
+
+@pytest.mark.parametrize(
+    ("kind", "reference"),
+    [
+        ("cosine", lambda a, b: nn.CosineEmbeddingLoss()(a, b, torch.ones(len(a)))),
+        ("l1", nn.L1Loss()),
+        ("mse", nn.MSELoss()),
+        ("smooth-l1", nn.SmoothL1Loss(beta=0.7)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_summary_losses_are_torchs_own(kind: Any, reference: Any, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(4)
+    student, teacher = torch.randn(2, 5, 16, generator=generator).to(dtype)
+    features = [Features(summary, torch.ones(5, 1, 2), (1, 1)) for summary in (student, teacher)]
+    losses = teacher_losses(*features, LossConfig(summary=kind, smooth_l1_beta=0.7)).summary
+    assert losses.shape == (5,) and losses.dtype == torch.float32
+    torch.testing.assert_close(losses.mean(), reference(student.float(), teacher.float()))
+    alone = summary_losses(student[2:3], teacher[2:3], LossConfig(summary=kind, smooth_l1_beta=0.7))
+    torch.testing.assert_close(alone, losses[2:3])
+    assert losses.sum() > 0.1
 
 
 def by_hand(student: Tensor, teacher: Tensor, alpha: float, beta: float, knee: float) -> float:

@@ -49,6 +49,7 @@ BAD: tuple[tuple[str, Any], ...] = (
     *(("data.max_error_fraction", value) for value in (NAN, 2.0)),
     *(("loss.smooth_l1_beta", value) for value in (-1.0, NAN)),
     *(("loss.cosine", value) for value in (-1.0, INF)),
+    ("loss.summary", "huber"),
     *(("adaptor.hidden", value) for value in (-1, 0, 10**11)),
     *(("options.registers", value) for value in (-1, 10**12)),
     *(("ema", value) for value in (1.0, -0.1, NAN)),

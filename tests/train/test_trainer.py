@@ -17,9 +17,9 @@ from radio.config import read_yaml
 from radio.errors import ConfigError, DataError
 from radio.model import RadioModel
 from radio.students import StudentOptions, resolve_options
-from radio.students.vit import ViT, ViTDetOptions
+from radio.students.vit import ViT, ViTDetOptions, ViTOptions
 from train import trainer as module
-from train.config import DataConfig, TrainConfig
+from train.config import DataConfig, LossConfig, TrainConfig
 from train.data.crops import draw_window
 from train.optim import learning_rate
 from train.trainer import Trainer
@@ -192,6 +192,21 @@ def test_other_summaries_train(config: TrainConfig, start: Start, summary: str) 
     # SAM's summary has no weight in the loss: its head moves by weight decay alone.
     still = {n for n in before if n.startswith("adaptors.sam.summary.") or not before[n].numel()}
     assert moved >= set(before) - still
+
+
+def test_a_plain_vit_trains_by_another_distance_of_the_summaries(config: TrainConfig, start: Start) -> None:
+    config = replace(config, options=ViTOptions(cpe=False))
+    cosine, squares = (
+        start(replace(config, out=config.out / kind, loss=LossConfig(summary=kind)), steps=2)
+        for kind in ("cosine", "mse")
+    )
+    records = []
+    for run in (cosine, squares):
+        path = run.train()
+        records.append(read_records(path.parent)[-1])
+        assert radio.load_backbone(str(path)).student.positions.side == 8
+    assert records[0].keys() == records[1].keys() >= {"clip/summary", "clip/spatial"}
+    assert records[0]["clip/summary"] != records[1]["clip/summary"]
 
 
 def test_sampled_windows_reach_the_student(

@@ -22,10 +22,11 @@ from evals.core.suite import Outcome
 from radio import checkpoint
 from radio.errors import CheckpointError, ConfigError, RadioError
 from radio.model import RadioModel
+from radio.students import ViTOptions
 from radio.teachers import families
 from radio.types import Features
 from train import trainer as module
-from train.config import DataConfig, TrainConfig
+from train.config import DataConfig, LossConfig, TrainConfig
 from train.trainer import Trainer
 
 from .conftest import TEACHERS, Start, fill_folder, read_records, same_weights, untimed
@@ -81,6 +82,8 @@ def test_a_finished_run_is_not_run_again(config: TrainConfig, start: Start) -> N
         {"summary": "mean"},
         {"teachers": TEACHERS[:2]},
         {"precision": "bf16"},
+        {"loss": LossConfig(summary="mse")},
+        {"options": ViTOptions(cpe=False)},
     ],
 )
 def test_other_settings_need_another_folder(
