@@ -88,7 +88,7 @@ $(BIN)/python:
 
 DEMO := knn,zeroshot,seg,sam,vqa,report
 .venv/.stamp-demo: EXTRAS := $(DEMO)
-.venv/.stamp-test: EXTRAS := $(DEMO),weights,tensorboard,wandb,dev
+.venv/.stamp-test: EXTRAS := $(DEMO),weights,export,tensorboard,wandb,dev
 .venv/.stamp-lint: EXTRAS := dev
 .venv/.stamp-weights: EXTRAS := $(DEMO),weights
 

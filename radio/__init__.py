@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from .errors import RadioError
+from .export import register_with_transformers
 
 if TYPE_CHECKING:
     from .hub import load_backbone
@@ -23,3 +24,6 @@ def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'radio' has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+register_with_transformers()

@@ -1,4 +1,4 @@
-"""Entry points of the console scripts: run the guard, then the command line of `train` or `evals` by name.
+"""Entry points of the console scripts: run the guard, then the command line by its module's name.
 
 `train` and `evals` are common names of other folders too. A file train.py earlier on the import path would
 silently replace the trainer, so both are first located without importing them.
@@ -43,6 +43,15 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the command's name (default: the process's).
     """
     return _run("evals.cli", argv)
+
+
+def export(argv: Sequence[str] | None = None) -> int:
+    """Run `radio-export` and return its exit code: 0 fine, 1 failure, 2 usage, 130 interrupted.
+
+    Args:
+        argv: the arguments after the command's name (default: the process's).
+    """
+    return _run("radio.export.cli", argv)
 
 
 def check_not_shadowed(names: Sequence[str] = _GUARDED) -> None:

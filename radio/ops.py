@@ -25,17 +25,17 @@ def to_windows(x: Tensor, grid: tuple[int, int], side: int) -> Tensor:
         SizeError: the grid does not divide into windows of that side.
     """
     check_window(grid, side)
-    (h, w), d = grid, x.shape[-1]
-    x = x.reshape(-1, h // side, side, w // side, side, d)
-    return x.transpose(2, 3).reshape(-1, h * w, d)
+    (h, w), (b, _, d) = grid, x.shape
+    x = x.reshape(b, h // side, side, w // side, side, d)
+    return x.transpose(2, 3).reshape(b, h * w, d)
 
 
 def from_windows(x: Tensor, grid: tuple[int, int], side: int) -> Tensor:
     """Invert `to_windows`: [B, T, D] in window order -> row-major over the grid."""
     check_window(grid, side)
-    (h, w), d = grid, x.shape[-1]
-    x = x.reshape(-1, h // side, w // side, side, side, d)
-    return x.transpose(2, 3).reshape(-1, h * w, d)
+    (h, w), (b, _, d) = grid, x.shape
+    x = x.reshape(b, h // side, w // side, side, side, d)
+    return x.transpose(2, 3).reshape(b, h * w, d)
 
 
 def check_window(grid: tuple[int, int], side: int) -> None:

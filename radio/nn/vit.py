@@ -167,9 +167,10 @@ def _cropped(plane: Tensor, grid: tuple[int, int], crops: Tensor) -> Tensor:
 def _resized(plane: Tensor, grid: tuple[int, int], align_corners: bool) -> Tensor:
     """Resize the table [1, D, G, G] to a square that covers the grid and crop it: [1, D, H, W]."""
     h, w = grid
-    if plane.shape[-1] != max(h, w):
-        plane = F.interpolate(plane, size=(max(h, w),) * 2, mode="bilinear", align_corners=align_corners)
-    return plane[..., :h, :w]
+    plane = F.interpolate(plane, size=(max(h, w),) * 2, mode="bilinear", align_corners=align_corners)
+    # Not slices, whose flattening copies for some grids only: torch.export needs one answer for all.
+    rows, columns = (torch.arange(side, device=plane.device) for side in grid)
+    return plane.index_select(2, rows).index_select(3, columns)
 
 
 class Attention(nn.Module):

@@ -65,7 +65,7 @@ def make_network(
     """
     assert side is None or file is None, "weights are for the network's own size"
     check_name(name)
-    sizes = _size_options(name)
+    sizes = size_options(name)
     if meta:
         own: Any = _outline(name)
         own.reset_classifier(0)
@@ -115,7 +115,7 @@ def check_name(name: str) -> None:
         raise ConfigError(f"timm has no weights {name[:200]!r}; known: {', '.join([model, *tags])}")
 
 
-def _size_options(name: str) -> dict[str, Any]:
+def size_options(name: str) -> dict[str, Any]:
     """Return timm's options with which a model takes every size; empty if it has none."""
     package, _, module = timm.model_entrypoint(name).__module__.rpartition(".")
     if package != "timm.models" or module not in _RESAMPLING:
@@ -153,11 +153,11 @@ def _with_weights(name: str, file: Path) -> Any:
     overlay = {"state_dict": tensors, "num_classes": classes}
     try:
         network: Any = timm.create_model(
-            name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=classes, **_size_options(name)
+            name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=classes, **size_options(name)
         )
     except Exception as error:  # timm's conversions of layouts may raise anything on other weights
         reason = _mismatches(error)
-        if "embeds.pos_embed" in reason and "use_naflex" in _size_options(name):
+        if "embeds.pos_embed" in reason and "use_naflex" in size_options(name):
             reason += " (positions resampled for one size; take NVIDIA's file, or that of naflexvit_…)"
         raise _not_its_weights(name, file, tensors, reason) from error
     check_finite(tensors, f"{shown(file)}")
@@ -192,7 +192,7 @@ def _mismatches(error: Exception) -> str:
 def _outline(name: str) -> Any:
     """Build a timm model, with its classifier, on the meta device."""
     with torch.device("meta"):
-        return timm.create_model(name, **_size_options(name))
+        return timm.create_model(name, **size_options(name))
 
 
 def _resized(name: str, network: Any, side: int) -> Any:
@@ -201,7 +201,7 @@ def _resized(name: str, network: Any, side: int) -> Any:
         network.set_input_size(img_size=(side, side))
         return network
     try:
-        return timm.create_model(name, num_classes=0, img_size=side, **_size_options(name))
+        return timm.create_model(name, num_classes=0, img_size=side, **size_options(name))
     except TypeError as error:
         if "img_size" not in str(error):
             raise

@@ -208,8 +208,9 @@ class ViT(ShapedStudent):
                 joined = self.apply_block(block, torch.cat((prefix, patches), dim=1))
                 prefix, patches = joined[:, :p], joined[:, p:]
             else:
-                windows = self.apply_block(block, patches.reshape(-1, side * side, patches.shape[-1]))
-                patches = windows.reshape(patches.shape)
+                b, t, d = patches.shape
+                windows = patches.reshape(b * (grid[0] // side) * (grid[1] // side), side * side, d)
+                patches = self.apply_block(block, windows).reshape(b, t, d)
             if index in blocks:
                 outputs[index] = self._features(prefix, patches, grid)
         return [outputs[index] for index in blocks]

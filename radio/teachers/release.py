@@ -407,6 +407,11 @@ def _build(release: _Release, version: _Version | None, spec: str, path: Path) -
     )
 
 
+def num_heads(width: int) -> int:
+    """Return the number of attention heads that a released ViT of this width has; its file does not say."""
+    return _HEADS.get(width, width // _HEAD_WIDTH)
+
+
 def _shape(trunk: Mapping[str, Tensor], where: str) -> ViTConfig:
     """Read the trunk's shape from those of its weights.
 
@@ -419,7 +424,7 @@ def _shape(trunk: Mapping[str, Tensor], where: str) -> ViTConfig:
     patch = isqrt(embedder.shape[-1] // 3) if embedder.ndim == 2 else 0
     depth = len({name.split(".")[1] for name in trunk if name.startswith("blocks.")})
     hidden = next((len(trunk[name]) for name in ("blocks.0.mlp.fc1.weight",) if name in trunk), 4 * width)
-    heads = _HEADS.get(width, width // _HEAD_WIDTH)
+    heads = num_heads(width)
     if not (
         width
         and side * side == table.shape[1]
