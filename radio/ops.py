@@ -58,8 +58,10 @@ def check_blocks(blocks: Sequence[int], num_blocks: int, name: str) -> None:
     """Check that an encoder, called `name` in the message, has all of these blocks, counted from 0.
 
     Raises:
-        ConfigError: one does not exist.
+        ConfigError: one does not exist, or none is asked for.
     """
+    if not blocks:
+        raise ConfigError(f"no block of {name} is named; wanted at least one of its {num_blocks}")
     for block in blocks:
         if not 0 <= block < num_blocks:
             raise ConfigError(f"block {block} is not one of the {num_blocks} of {name}; count from 0")
