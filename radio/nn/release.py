@@ -93,7 +93,7 @@ def build_head(shapes: Mapping[str, torch.Size]) -> nn.Module | None:
     The result may lack parameters that are in `shapes`, or have others: compare before loading.
     """
     first = shapes.get("mlp.fc1.weight", shapes.get("fc1.weight"))
-    if first is None or len(first) != 2:
+    if first is None or len(first) != 2 or any(0 in shape for shape in shapes.values()):
         return None
     hidden, width = first
     if "blocks.0.attn.qkv.weight" in shapes:
@@ -101,7 +101,7 @@ def build_head(shapes: Mapping[str, torch.Size]) -> nn.Module | None:
             name.removeprefix("mlp."): shape for name, shape in shapes.items() if name.startswith("mlp.")
         }
         mlp, wide = build_head(inner), shapes.get("blocks.0.mlp.fc1.weight", first)
-        if mlp is None or width % _ATTENTION_HEADS:
+        if mlp is None or len(wide) != 2 or width % _ATTENTION_HEADS:
             return None
         return AttentionHead(width, wide[0], _count(shapes), mlp)
     if last := shapes.get("fc2.weight"):
@@ -153,7 +153,7 @@ class ReleasedAdaptor(nn.Module):
         as SAM's.
 
         Raises:
-            ConfigError: the release has no spatial head for this teacher.
+            ConfigError: the release has no spatial head for this teacher, or one that cannot up-sample by f.
         """
         if self.spatial is None:
             raise ConfigError("this release has no spatial head for that teacher, only one for its summary")
@@ -162,6 +162,11 @@ class ReleasedAdaptor(nn.Module):
         mapped, f = self.spatial(tokens), self.upsample
         h, w = features.grid
         if f > 1:
+            if mapped.shape[-1] % (f * f):
+                raise ConfigError(
+                    f"the {mapped.shape[-1]} numbers of a token of this head are no {f} x {f} tokens, as its "
+                    f"release says; is the file damaged?"
+                )
             parts = mapped.view(len(mapped), h, w, f, f, -1).transpose(2, 3)
             mapped = parts.reshape(len(mapped), h * f * w * f, -1)
         has_summary = self.summary is not None and self.position is not None

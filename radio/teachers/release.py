@@ -14,18 +14,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import isqrt
 from pathlib import Path
-from typing import Any, NamedTuple, Self, final
+from typing import Annotated, Any, NamedTuple, Self, final
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from ..archive import is_safetensors, plain_tensors, read_safetensors, read_torch
-from ..checkpoint import check_finite, load_state
+from ..checkpoint import Side, Sides, check_finite, load_state
 from ..errors import CheckpointError, shown
-from ..io import MAX_METADATA_BYTES, decode_text, find_file, parse_json, read_bytes, validate
+from ..io import find_file, read_json, validate
 from ..nn.phi_s import FeatureNormaliser
 from ..nn.release import ReleasedAdaptor, build_head
 from ..nn.vit import IMAGENET_MEAN, IMAGENET_STD, CroppedPositions, SwiGLU
@@ -104,13 +105,12 @@ class _TeacherArgs(TypedDict, total=False, extra_items=Any):  # type: ignore[cal
     pretrained: str | None
     use_summary: bool | None
     token_slot: int | None
-    fd_upsample_factor: int | None
+    fd_upsample_factor: Annotated[int, Ge(0)] | None
 
 
 class _Args(TypedDict, total=False, extra_items=Any):  # type: ignore[call-arg]
     """The training arguments that matter here."""
 
-    model: str | None
     teachers: list[_TeacherArgs] | None
     cls_token_per_teacher: bool | None
     model_norm: bool | None
@@ -122,10 +122,11 @@ class _Config(TypedDict, total=False, extra_items=Any):  # type: ignore[call-arg
 
     version: str | None
     args: _Args | None
-    preferred_resolution: int | list[int] | None
+    preferred_resolution: Side | Sides | None
 
 
-_ARGS, _CONFIG = TypeAdapter(_Args), TypeAdapter(_Config)
+_ARGS: TypeAdapter[_Args] = TypeAdapter(_Args)
+_CONFIG: TypeAdapter[_Config] = TypeAdapter(_Config)
 
 
 @families.register("radio")
@@ -166,39 +167,45 @@ def _read(path: Path) -> _Release:
     find_file(path, "weights file")
     where, config, args = shown(path), _Config(), _Args()
     if is_safetensors(path):
-        tensors = read_safetensors(path).tensors
+        states: list[Mapping[Any, Any]] = [read_safetensors(path).tensors]
         beside = path.with_name("config.json")
-        if beside.is_file():
-            text = decode_text(read_bytes(beside, limit=MAX_METADATA_BYTES), beside)
-            config = validate(
-                _CONFIG, parse_json(text, beside, error=CheckpointError), str(beside), error=CheckpointError
-            )
+        if beside.exists():
+            config = read_json(beside, _CONFIG, error=CheckpointError)
             args = config.get("args") or args
     else:
-        tensors, args = _read_pickled(path)
-    return _sort(_fold(plain_tensors(path, tensors), where), args, config, where)
-
-
-def _read_pickled(path: Path) -> tuple[dict[str, Tensor], _Args]:
-    """Read a `.pth.tar`: the averaged weights, others where it lacks those, and the training arguments."""
-    data = read_torch(path)
+        states, args = _read_pickled(path)
     tensors: dict[str, Tensor] = {}
+    for state in states:
+        named = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        tensors |= _fold(_without_modules(plain_tensors(path, named), where), where)
+    return _sort(tensors, args, config, where)
+
+
+def _read_pickled(path: Path) -> tuple[list[Mapping[Any, Any]], _Args]:
+    """Read a `.pth.tar`: the weights, the averaged ones if it has them, and the training arguments."""
+    data = read_torch(path)
+    states: list[Mapping[Any, Any]] = []
     if isinstance(data, Mapping):
-        for key in ("state_dict", "state_dict_ema"):
-            part = data.get(key)
-            if isinstance(part, Mapping):
-                tensors |= {
-                    re.sub(r"^(module\.)+", "", name): value
-                    for name, value in part.items()
-                    if isinstance(name, str) and isinstance(value, Tensor)
-                }
-    if not tensors:
+        parts = (data.get(key) for key in ("state_dict", "state_dict_ema"))
+        states = [part for part in parts if isinstance(part, Mapping)]
+    if not any(isinstance(value, Tensor) for state in states for value in state.values()):
         raise CheckpointError(
             f"{shown(path)}: not a released RADIO checkpoint: it has no state_dict with weights"
         )
     given = data.get("args", {})
     args = vars(given) if isinstance(given, argparse.Namespace) else given
-    return tensors, validate(_ARGS, args, f"{shown(path)}: its args", error=CheckpointError)
+    return states, validate(_ARGS, args, f"{shown(path)}: its args", error=CheckpointError)
+
+
+def _without_modules(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Remove the `module.` of parallel training from the names."""
+    plain: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        short = re.sub(r"^(module\.)+", "", name)
+        if short in plain:
+            raise CheckpointError(f"{where}: two tensors are both {shown(short[:200])} without 'module.'")
+        plain[short] = value
+    return plain
 
 
 def _fold(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
@@ -213,13 +220,14 @@ def _fold(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
         layer, marked, rest = name.partition(mark)
         if marked and rest == "original" and f"{layer}.weight" not in folded:
             states = {
-                key.removeprefix(f"{layer}{mark}0."): value.float()
+                key.removeprefix(f"{layer}{mark}0."): value
                 for key, value in tensors.items()
                 if key.startswith(f"{layer}{mark}0.")
             }
+            check_finite({name: tensors[name], **states}, where)
             try:
-                folded[f"{layer}.weight"] = _effective(tensors[name].float(), states)
-            except (RuntimeError, ValueError) as error:
+                folded[f"{layer}.weight"] = _effective(tensors[name], states)
+            except (RuntimeError, ValueError, IndexError, TypeError) as error:  # other shapes or names
                 raise CheckpointError(
                     f"{where}: the spectral reparametrisation of {shown(layer[:200])} cannot be folded "
                     f"({str(error).splitlines()[0]})"
@@ -229,6 +237,9 @@ def _fold(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
 
 def _effective(weight: Tensor, states: Mapping[str, Tensor]) -> Tensor:
     """Compute the weight that a reparametrised layer uses; parts without a state are unchanged."""
+    if not all(tensor.is_floating_point() for tensor in (weight, *states.values())):
+        raise ValueError("its numbers are not floating-point")
+    weight, states = weight.float(), {name: value.float() for name, value in states.items()}
     if not any(name.startswith("parts.") for name in states):
         return _scaled(weight, states)
     indices = {int(name.split(".")[1]) for name in states if name.startswith("parts.")}
@@ -285,7 +296,6 @@ def _sort(tensors: dict[str, Tensor], args: _Args, config: _Config, where: str) 
             f"{where}: not only the weights of a RADIO model: unexpected are "
             f"{', '.join(shown(name[:80]) for name in unknown[:3])} ({len(unknown)} of {len(tensors)})"
         )
-    slots = parts[""].get("summary_idxs")
     side = config.get("preferred_resolution")
     return _Release(
         trunk=trunk,
@@ -293,11 +303,24 @@ def _sort(tensors: dict[str, Tensor], args: _Args, config: _Config, where: str) 
         spatial={key.removeprefix("spatial/"): parts[key] for key in parts if key.startswith("spatial/")},
         conditioner=parts["conditioner"],
         normaliser=parts["normaliser"],
-        summary_slots=None if slots is None else [int(slot) for slot in slots.flatten().tolist()],
+        summary_slots=_summary_slots(parts[""].get("summary_idxs"), where),
         args=args,
-        version=(config.get("version") or ""),
-        native=max(side) if isinstance(side, list) and side else side if isinstance(side, int) else None,
+        version=config.get("version") or "",
+        native=max(side, default=None) if isinstance(side, list) else side,
     )
+
+
+def _summary_slots(indices: Tensor | None, where: str) -> list[int] | None:
+    if indices is None:
+        return None
+    integral = indices.dtype in (torch.int32, torch.int64) and indices.ndim == 1
+    slots: list[int] = indices.tolist() if integral else []
+    if not slots or len(set(slots)) < len(slots):
+        raise CheckpointError(
+            f"{where}: its summary_idxs of {str(indices.dtype).removeprefix('torch.')} "
+            f"{tuple(indices.shape)} are no list of different class tokens"
+        )
+    return slots
 
 
 def _trunk_name(name: str) -> str:
@@ -306,8 +329,12 @@ def _trunk_name(name: str) -> str:
     return name
 
 
-def _guess_version(release: _Release, prefix: int) -> _Version:
-    """Choose the version that the file names, or the one that its shapes are of."""
+def _guess_version(release: _Release, prefix: int, where: str) -> _Version:
+    """Choose the version that the file names, or the one that its shapes are of.
+
+    Raises:
+        CheckpointError: it names one that is not known.
+    """
     named = re.search(r"v(\d(?:\.\d)?)(?:-([blhg]))?", release.version.lower())
     if "c-radio_v2" in release.version.lower():
         return _V2_5
@@ -315,6 +342,10 @@ def _guess_version(release: _Release, prefix: int) -> _Version:
         for key in (f"v{named[1]}-{named[2]}", f"v{named[1]}"):
             if key in _VERSIONS:
                 return _VERSIONS[key]
+        raise CheckpointError(
+            f"{where}: its version {shown(release.version[:80])!r} is not known; if it is built like one of "
+            f"{', '.join(_VERSIONS)}, say so as in radio:v4@FILE"
+        )
     patch = isqrt(release.trunk["stem.proj.weight"].shape[-1] // 3)
     if prefix == 10:
         return _V4
@@ -359,7 +390,7 @@ def _assign_slots(release: _Release, version: _Version, prefix: int, where: str)
         in_summary = release.summary_slots
     in_summary = list(dict.fromkeys(in_summary))
     num_classes = max([*by_name.values(), *in_summary], default=-1) + 1
-    if not in_summary or min(in_summary) < 0 or num_classes > prefix:
+    if not in_summary or min([*by_name.values(), *in_summary]) < 0 or num_classes > prefix:
         raise CheckpointError(
             f"{where}: its summary reads the class tokens {in_summary}, its adaptors read "
             f"{sorted(by_name.values())}, and it has {prefix} tokens of classes and registers"
@@ -371,7 +402,7 @@ def _build(release: _Release, version: _Version | None, spec: str, path: Path) -
     where = shown(path)
     config = _shape(release.trunk, where)
     prefix = release.trunk["prefix"]
-    version = _guess_version(release, len(prefix)) if version is None else version
+    version = _guess_version(release, len(prefix), where) if version is None else version
     slots = _assign_slots(release, version, len(prefix), where)
     schedule = version.schedule
     if (windowed := release.args.get("vitdet_num_windowed")) is not None:
@@ -386,10 +417,15 @@ def _build(release: _Release, version: _Version | None, spec: str, path: Path) -
     if release.normaliser:
         normaliser = FeatureNormaliser(config.width)
         load_state(normaliser, release.normaliser, f"{where}: feature normaliser")
+        if torch.linalg.inv_ex(normaliser.tx).info:
+            raise CheckpointError(f"{where}: its feature normaliser has no inverse, and its adaptors need it")
     adaptors, teachers = _build_adaptors(release, slots, config.width, normaliser, where)
     mean, std = (_channel_values(release.conditioner, key, where) for key in ("norm_mean", "norm_std"))
+    if std and min(std) <= 0:
+        raise CheckpointError(f"{where}: its input_conditioner.norm_std is {std}; wanted numbers above 0")
     trunk = ReleasedTrunk(vit, slots.in_summary, normaliser)
     side = nearest_multiple(release.native or version.native, config.patch)
+    layout = {name: [adaptor.position, adaptor.upsample] for name, adaptor in adaptors.items()}
     return Frozen(
         trunk=trunk,
         name=spec,
@@ -402,7 +438,7 @@ def _build(release: _Release, version: _Version | None, spec: str, path: Path) -
         token_dim=config.width,
         adaptors=adaptors,
         metadata={"teachers": teachers} if teachers else None,
-        variant=json.dumps([slots.in_summary, version.align_corners, schedule]),
+        variant=json.dumps([slots.in_summary, version.align_corners, schedule, layout]),
         weights_file=path,
     )
 
@@ -423,13 +459,14 @@ def _shape(trunk: Mapping[str, Tensor], where: str) -> ViTConfig:
     side = isqrt(table.shape[1]) if table.ndim == 3 else 0
     patch = isqrt(embedder.shape[-1] // 3) if embedder.ndim == 2 else 0
     depth = len({name.split(".")[1] for name in trunk if name.startswith("blocks.")})
-    hidden = next((len(trunk[name]) for name in ("blocks.0.mlp.fc1.weight",) if name in trunk), 4 * width)
+    hidden = _rows(trunk, "blocks.0.mlp.fc1.weight") or 4 * width
     heads = num_heads(width)
     if not (
         width
+        and side
         and side * side == table.shape[1]
         and patch
-        and 3 * patch * patch == embedder.shape[1]
+        and embedder.shape == (width, 3 * patch * patch)
         and heads
         and width % heads == 0
         and depth
@@ -451,6 +488,12 @@ def _shape(trunk: Mapping[str, Tensor], where: str) -> ViTConfig:
     )
 
 
+def _rows(trunk: Mapping[str, Tensor], name: str) -> int:
+    """Count the rows of a matrix; 0 if there is none of that name."""
+    matrix = trunk.get(name)
+    return 0 if matrix is None or matrix.ndim != 2 else len(matrix)
+
+
 def _load_vit(config: ViTConfig, trunk: Mapping[str, Tensor], align_corners: bool, where: str) -> ViT:
     tensors = dict(trunk)
     embedder = tensors["stem.proj.weight"]
@@ -460,9 +503,9 @@ def _load_vit(config: ViTConfig, trunk: Mapping[str, Tensor], align_corners: boo
     with torch.device("meta"):
         vit = ViT(config)
         vit.positions = CroppedPositions(config.width, config.positions, align_corners=align_corners)
-        if (gate := tensors.get("blocks.0.mlp.w12.weight")) is not None:
+        if gate := _rows(tensors, "blocks.0.mlp.w12.weight") // 2:
             for block in vit.blocks:
-                block.mlp = SwiGLU(config.width, len(gate) // 2)
+                block.mlp = SwiGLU(config.width, gate)
     if "norm.weight" not in tensors:
         vit.norm = nn.Identity()  # type: ignore[assignment]
     vit.normalise = nn.Identity()  # type: ignore[assignment]
@@ -477,9 +520,11 @@ def _build_adaptors(
     adaptors, entries = nn.ModuleDict(), []
     arguments = {t["name"]: t for t in release.args.get("teachers") or [] if "name" in t}
     for key in dict.fromkeys([*release.summary, *release.spatial]):
-        name = slots.names[int(key)] if key.isdigit() and int(key) < len(slots.names) else key
-        if name.isdigit():
-            name = next((n for n, slot in slots.by_name.items() if slot == int(name)), f"teacher{name}")
+        name = key
+        if re.fullmatch("[0-9]{1,3}", key):  # its place among the teachers
+            name = slots.names[int(key)] if int(key) < len(slots.names) else f"teacher{key}"
+            if name in slots.names[: int(key)]:
+                continue  # a teacher that is listed twice: its first head counts, as its first slot does
         slot = slots.by_name.get(name)
         teacher = arguments.get(name, _TeacherArgs())
         if slot is None and key in release.summary:
@@ -491,15 +536,25 @@ def _build_adaptors(
             _load_head(part.get(key), width, f"{where}: {kind} head of {shown(name)}")
             for kind, part in (("summary", release.summary), ("spatial", release.spatial))
         ]
-        adaptors[name] = ReleasedAdaptor(
+        adaptor = ReleasedAdaptor(
             *heads,
             position=slots.in_summary.index(slot) if slot in slots.in_summary else None,
             width=width,
             upsample=teacher.get("fd_upsample_factor") or 1,
             normaliser=normaliser,
         )
+        _add(adaptors, name, adaptor, where)
         entries.append({"name": name, **_spec_of(teacher)})
     return adaptors, entries
+
+
+def _add(adaptors: nn.ModuleDict, name: str, adaptor: ReleasedAdaptor, where: str) -> None:
+    if name in adaptors:
+        raise CheckpointError(f"{where}: has two adaptors named {shown(name)!r}")
+    try:
+        adaptors[name] = adaptor
+    except KeyError as error:  # a dot, or a word such as "keys" that torch's ModuleDict needs itself
+        raise CheckpointError(f"{where}: no adaptor can be named {shown(name)!r}") from error
 
 
 def _load_head(tensors: Mapping[str, Tensor] | None, width: int, where: str) -> nn.Module | None:
@@ -538,9 +593,10 @@ def _channel_values(
     value = conditioner.get(key)
     if value is None:
         return None
-    if value.numel() != 3:
+    if value.numel() != 3 or value.is_complex():
         raise CheckpointError(
-            f"{where}: its input_conditioner.{key} has {value.numel()} numbers; wanted one per channel"
+            f"{where}: its input_conditioner.{key} is {str(value.dtype).removeprefix('torch.')} "
+            f"{tuple(value.shape)}; wanted one number per channel"
         )
     check_finite({key: value}, where)
     first, second, third = value.flatten().tolist()

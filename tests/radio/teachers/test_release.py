@@ -501,6 +501,7 @@ def _name(**changed: Any) -> Callable[[dict[str, Any]], Any]:
     return lambda data: setattr(data["args"], "teachers", [{**teacher("clip"), **changed}])
 
 
+_ORIGINAL = "parametrizations.weight.original"
 _EMBEDDER = "base_model.patch_generator.embedder.weight"
 
 
@@ -520,12 +521,106 @@ _EMBEDDER = "base_model.patch_generator.embedder.weight"
         (_put("base_model.patch_generator.cls_token.token", torch.ones(3)), r"not the shape of a RADIO ViT"),
         (_name(name=3), r"its args: .*name"),
         (_name(token_slot=99), r"reads the class tokens \[99\]"),
+        (_name(token_slot=-1, use_summary=False), r"its adaptors read \[-1\]"),
+        (_name(fd_upsample_factor=-1), r"fd_upsample_factor: .*got -1"),
+        (_name(name="keys"), r"no adaptor can be named 'keys'"),
+        (_name(name="a.b"), r"no adaptor can be named 'a\.b'"),
+        (_name(name=""), r"no adaptor can be named ''"),
+        (
+            lambda data: data["state_dict"].update(named("_feature_projections.clip.", mlp2(9, 2))),
+            r"has two adaptors named 'clip'",
+        ),
+        (_put("_heads.²0.fc1.bias", torch.ones(48)), r"which class token the head of '²0' reads"),
+        (_put("base_model.patch_generator.pos_embed", torch.ones(1, 0, 10**12)), r"not the shape of"),
+        (_put(_EMBEDDER, torch.ones(WIDTH + 1, 3 * PATCH**2)), r"not the shape of a RADIO ViT"),
+        (_put("base_model.blocks.0.mlp.w12.weight", torch.tensor(1.0)), r"unexpected: .*w12"),
+        (_put("_heads.0.blocks.0.2.bias", torch.ones(0)), r"no known kind of head"),
+        (_put("input_conditioner.norm_std", torch.zeros(3)), r"norm_std is .*above 0"),
+        (_put("input_conditioner.norm_mean", torch.zeros(3) * 1j), r"norm_mean is complex64"),
+        (_put("module.base_model.blocks.0.norm1.bias", torch.ones(WIDTH)), r"without 'module\.'"),
+        (_put(f"base_model.x.{_ORIGINAL}", torch.tensor(1.0)), r"base_model\.x cannot be folded"),
+        (_put(f"base_model.x.{_ORIGINAL}", torch.ones(4, 4, dtype=torch.int8)), r"not floating-point"),
+        (_put(f"base_model.x.{_ORIGINAL}", torch.full((4, 4), torch.nan)), r"hold NaN"),
+        (
+            lambda data: data["state_dict"].update(
+                named("_feature_normalizer.", {"mean": torch.ones(WIDTH), "tx": torch.ones(WIDTH, WIDTH)})
+            ),
+            r"normaliser has no inverse",
+        ),
         (lambda data: data.pop("state_dict"), r"it has no state_dict"),
     ],
 )
 def test_files_that_are_no_whole_release(tmp_path: Path, change: Any, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         load_backbone(f"radio:{_broken(tmp_path, change)}")
+
+
+@pytest.mark.parametrize(
+    "indices",
+    [torch.tensor([0.5]), torch.tensor([0, 0]), torch.tensor([[0]]), torch.tensor([True]), torch.tensor(0)],
+)
+def test_summaries_of_no_list_of_class_tokens(tmp_path: Path, indices: Tensor) -> None:
+    file = save_hugging_face(tmp_path / "hf", trunk(), [0])
+    tensors = safetensors.torch.load_file(file)
+    safetensors.torch.save_file(tensors | {"radio_model.summary_idxs": indices}, file)
+    with pytest.raises(CheckpointError, match="no list of different class tokens"):
+        load_backbone(f"radio:{file}")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"version": "c-radio_v9-h"}, r"version 'c-radio_v9-h' is not known; .*radio:v4@FILE"),
+        ({"preferred_resolution": 10**9}, r"config\.json: preferred_resolution"),
+        ({"preferred_resolution": -5}, r"config\.json: preferred_resolution"),
+    ],
+)
+def test_a_config_of_no_known_release(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+    file = save_hugging_face(tmp_path / "hf", trunk(), [0], config=config)
+    with pytest.raises(CheckpointError, match=message):
+        load_backbone(f"radio:{file}")
+
+
+def test_a_head_that_cannot_up_sample_as_its_release_says(tmp_path: Path) -> None:
+    path = _broken(tmp_path, _name(fd_upsample_factor=2))
+    model = load_backbone(f"radio:{path}")
+    with pytest.raises(ConfigError, match="no 2 x 2 tokens"):
+        model.adaptors["clip"](model(images(64, 64)))
+
+
+def test_adaptors_that_read_other_tokens_change_the_fingerprint(tmp_path: Path) -> None:
+    found = set()
+    for names, factor in ((("a", "b"), 1), (("b", "a"), 1), (("a", "b"), None), (("a", "b"), 3)):
+        teachers = [teacher(name, fd_upsample_factor=factor) for name in names]
+        heads = {"a": (mlp2(9, 1), mlp2(9, 2))}
+        file = save_hugging_face(tmp_path / "hf", trunk(), [0, 1], heads, {"args": {"teachers": teachers}})
+        found.add(load_backbone(f"radio:{file}").fingerprint)
+    assert len(found) == 3
+
+
+def test_the_first_head_of_a_teacher_that_is_listed_twice(tmp_path: Path) -> None:
+    heads = {str(n): (mlp2(9, 1 + n), mlp2(9, 2 + n)) for n in range(2)}
+    path = save_pickled(tmp_path / "r.pth.tar", trunk(), [teacher("clip"), teacher("clip")], heads)
+    model = load_backbone(f"radio:{path}")
+    features = model(images(64, 64))
+    assert_close(
+        model.adaptors["clip"](features).tokens,
+        mlp2_by_hand(heads["0"][1], features.tokens),
+    )
+
+
+def test_averaged_weights_come_before_reparametrised_ones(tmp_path: Path) -> None:
+    weights, averaged = trunk(), trunk()
+    layer = "blocks.0.mlp.fc1"
+    weights[f"{layer}.{_ORIGINAL}"] = 2 * weights.pop(f"{layer}.weight")
+    path = save_pickled(
+        tmp_path / "r.pth.tar",
+        weights,
+        [teacher("clip")],
+        state_dict_ema=named("module.base_model.", averaged),
+    )
+    expected = by_hand(averaged, images(64, 64))[-1]
+    assert_close(load_backbone(f"radio:{path}")(images(64, 64)).tokens, expected[:, 8:])
 
 
 def test_states_of_the_training_are_passed_over(tmp_path: Path) -> None:
