@@ -156,7 +156,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{shown(folder)}: has no config.json; wanted the folder of one Hugging Face model"
         )
-    data: dict[str, Any] = _plain(read_json(path, _OBJECT, error=CheckpointError), path)
+    try:
+        data: dict[str, Any] = _plain(read_json(path, _OBJECT, error=CheckpointError), path)
+    except RecursionError as error:
+        raise CheckpointError(f"{shown(path)}: is nested too deeply; is it the right file?") from error
     name = data.get("model_type")
     if not isinstance(name, str) or name not in KINDS:
         hint = did_you_mean(name, KINDS) if isinstance(name, str) else ""
@@ -168,7 +171,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _plain(value: Any, path: Path, key: str = "") -> Any:
-    """Copy a part of config.json without the keys in `_HOW_TO_RUN`; refuse quantisation and huge numbers."""
+    """Copy a part of config.json without the keys in `_HOW_TO_RUN`; refuse quantisation and odd numbers."""
     if isinstance(value, dict):
         if value.get("quantization_config") is not None:
             raise CheckpointError(
@@ -182,6 +185,8 @@ def _plain(value: Any, path: Path, key: str = "") -> Any:
         raise CheckpointError(
             f"{shown(path)}: {shown(key[:80])} is {str(value)[:40]}; no model has more than {most}"
         )
+    if isinstance(value, int) and key.endswith("heads") and value < 1:
+        raise CheckpointError(f"{shown(path)}: {shown(key[:80])} is {value}; wanted at least 1")
     return value
 
 
@@ -214,7 +219,6 @@ def _load(network: Any, kind: HfKind, folder: Path) -> Any:
             f"{source}: config.json describes a {kind.network} of {described} weights, and the files hold "
             f"{stored} of them; they do not belong together"
         )
-    check_finite(tensors, source)
     with _one_error(folder, "transformers cannot load its weights"):
         loaded, info = type(network).from_pretrained(
             None,
@@ -234,9 +238,11 @@ def _load(network: Any, kind: HfKind, folder: Path) -> Any:
         other_kinds=[
             f"{name} {str(tensor.dtype).removeprefix('torch.')} instead of a float"
             for name, tensor in tensors.items()
-            if not tensor.is_floating_point() and tensor.dtype != torch.int64  # that of indices
+            if not tensor.is_floating_point()
+            and (tensor.dtype != torch.int64 or name.endswith((".weight", ".bias")))  # others are indices
         ],
     )
+    check_finite(loaded.state_dict(), source)  # in its dtype: a double may be too large for a float
     return loaded
 
 
@@ -306,7 +312,8 @@ def _find_input(data: _Preprocessor, kind: HfKind, trunk: HfTrunk, folder: Path)
     """
     where = f"{shown(folder)}: its preprocessor"
     factor = data.get("rescale_factor")
-    if data.get("do_rescale") is False or not math.isclose(factor or 1 / 255, 1 / 255, rel_tol=1e-3):
+    is_other = factor is not None and not math.isclose(factor, 1 / 255, rel_tol=1e-3)
+    if data.get("do_rescale") is False or is_other:
         raise CheckpointError(f"{where} does not scale pixels to [0, 1] by 1/255; wanted one that does")
     mean, std = _IDENTITY
     if data.get("do_normalize") is not False:

@@ -83,6 +83,7 @@ def test_a_radio_may_be_normalised_by_nothing(save_folder):
         ("dinov2", {"size": None, "crop_size": None}, "names no size"),
         ("dinov2", {"size": "large", "crop_size": None}, r"preprocessor_config\.json: size"),
         ("dinov2", {"rescale_factor": 1.0}, r"does not scale pixels to \[0, 1\]"),
+        ("dinov2", {"rescale_factor": 0}, r"does not scale pixels to \[0, 1\]"),
         ("dinov2", {"do_rescale": False}, r"does not scale pixels to \[0, 1\]"),
         ("radio", {"do_normalize": True, "image_mean": MEAN, "image_std": STD}, "and so does the network"),
     ],
@@ -133,6 +134,8 @@ def test_folders_that_are_none_or_lack_a_file(save_folder, tmp_path):
         ),
         ('{"model_type": "vit", "num_hidden_layers": 9999}', CheckpointError, "no model has more than 1024"),
         ('{"model_type": "dinov2", "hidden_size": 98304}', CheckpointError, "do not belong together"),
+        ('{"model_type": "dinov2", "num_attention_heads": -2}', CheckpointError, "is -2; wanted at least 1"),
+        (f'{{"model_type": {"[" * 900}{"]" * 900}}}', CheckpointError, r"config\.json: is nested too deeply"),
         ('{"model_type": "dinov2", "quantization_config": {}}', CheckpointError, "has a quantization_config"),
     ],
 )
@@ -145,7 +148,7 @@ def test_bad_configurations(text, error, message, save_folder):
 
 
 def change_weights(
-    folder: Path, *, drop: str = "", add: str = "", reshape: str = "", to_int8: str = ""
+    folder: Path, *, drop: str = "", add: str = "", reshape: str = "", to_int8: str = "", to_int64: str = ""
 ) -> None:
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     tensors.pop(drop, None)
@@ -155,6 +158,8 @@ def change_weights(
         tensors[reshape] = torch.zeros(5)
     if to_int8:
         tensors[to_int8] = tensors[to_int8].to(torch.int8)
+    if to_int64:
+        tensors[to_int64] = tensors[to_int64].to(torch.int64)
     safetensors.torch.save_file(tensors, folder / "model.safetensors")
 
 
@@ -165,6 +170,11 @@ def change_weights(
             "dinov2",
             {"to_int8": "layernorm.weight"},
             r"of another kind: layernorm\.weight int8 instead of a fl",
+        ),
+        (
+            "dinov2",
+            {"to_int64": "layernorm.weight"},
+            r"of another kind: layernorm\.weight int64 instead of a fl",
         ),
         (
             "dinov2",
@@ -233,6 +243,15 @@ def test_infinite_weights_are_refused(save_folder):
     network.layernorm.weight.data[0] = torch.inf
     network.save_pretrained(folder)
     with pytest.raises(CheckpointError, match="tensors hold NaN or infinities"):
+        load_backbone(f"hf:{folder}")
+
+
+def test_doubles_that_no_float_holds_are_refused(save_folder):
+    folder, _ = save_folder("dinov2")
+    file = folder / "model.safetensors"
+    large = torch.full((32,), 1e300, dtype=torch.double)
+    safetensors.torch.save_file(safetensors.torch.load_file(file) | {"layernorm.weight": large}, file)
+    with pytest.raises(CheckpointError, match=r"hold NaN or infinities, the first is layernorm\.weight"):
         load_backbone(f"hf:{folder}")
 
 
