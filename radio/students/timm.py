@@ -160,7 +160,7 @@ def _with_weights(name: str, file: Path) -> Any:
         if "embeds.pos_embed" in reason and "use_naflex" in size_options(name):
             reason += " (positions resampled for one size; take NVIDIA's file, or that of naflexvit_…)"
         raise _not_its_weights(name, file, tensors, reason) from error
-    check_finite(tensors, f"{shown(file)}")
+    check_finite(network.state_dict(), shown(file))  # in its dtype: a double may be too large for a float
     network.reset_classifier(0)
     return network
 

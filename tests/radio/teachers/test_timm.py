@@ -71,6 +71,7 @@ def test_other_weights_none_and_unsafe_ones_are_errors(tmp_path):
         (torch.zeros(2, 3), r"misshapen: blocks\.1\.mlp\.fc1\.weight \(2, 3\) instead of \(192, 64\)"),
         (torch.zeros(192, 64, dtype=torch.int8), r"not floating-point: blocks\.1\.mlp\.fc1\.weight"),
         (torch.full((192, 64), torch.nan), r"hold NaN or infinities, the first is blocks\.1\.mlp\.fc1"),
+        (torch.full((192, 64), 1e300, dtype=torch.double), r"hold NaN or infinities, the first is blocks\.1"),
     ):
         torch.save(whole | {"blocks.1.mlp.fc1.weight": weight}, path)
         with pytest.raises(CheckpointError, match=message):
