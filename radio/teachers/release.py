@@ -133,16 +133,20 @@ _CONFIG: TypeAdapter[_Config] = TypeAdapter(_Config)
 def radio(name: str, file: Path | None) -> Teacher:
     """Load a released RADIO model with its adaptors: `radio:FILE`, or `radio:VERSION@FILE`.
 
-    FILE is a `.pth.tar`, safetensors in NVIDIA's layout, or the folder that holds these. The summary is the
-    class tokens of the teachers that were trained with one; the tokens have passed the final norm and the
-    feature normaliser, if the release has them (its adaptors see the tokens before the normaliser). Any size
-    works that is a multiple of the patch, and of the window where one is chosen.
+    FILE is a `.pth.tar`, safetensors in NVIDIA's layout, or the folder that holds `model.safetensors`. The
+    summary is the class tokens of the teachers that were trained with one; the tokens have passed the final
+    norm and the feature normaliser, if the release has them (its adaptors see the tokens before the
+    normaliser). Any size works that is a multiple of the patch, and of the window where one is chosen.
 
     Raises:
         ConfigError: an unknown version.
         CheckpointError: no such file, or not a RADIO ViT's; names the first missing and unexpected keys.
     """
-    version = None if file is None else find_member(_VERSIONS, name, "RADIO version")
+    version = None
+    if file is not None and name not in _VERSIONS and Path(f"{name}@{file}").exists():
+        name, file = f"{name}@{file}", None  # a path may hold an @
+    if file is not None:
+        version = find_member(_VERSIONS, name, "RADIO version")
     path = Path(name) if file is None else file
     return _build(_read(path), version, f"radio:{path}", path)
 

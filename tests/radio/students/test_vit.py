@@ -122,7 +122,7 @@ def test_intermediate_features_are_those_of_a_shorter_vit(small_vit):
     _close(found[2], vit(images), atol=0)
     with pytest.raises(ConfigError, match="block 8 is not one of the 8"):
         vit.intermediate(images, [8])
-    with pytest.raises(ConfigError, match="no block of .* is named"):
+    with pytest.raises(ConfigError, match=r"no block of .* is named"):
         vit.intermediate(images, [])
 
 

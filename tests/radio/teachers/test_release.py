@@ -623,6 +623,12 @@ def test_averaged_weights_come_before_reparametrised_ones(tmp_path: Path) -> Non
     assert_close(load_backbone(f"radio:{path}")(images(64, 64)).tokens, expected[:, 8:])
 
 
+def test_a_path_may_hold_an_at_sign(tmp_path: Path) -> None:
+    folder = tmp_path / "v1@mine"
+    file = save_hugging_face(folder, trunk(), [0])
+    assert load_backbone(f"radio:{file}").fingerprint == load_backbone(f"radio:v3-l@{file}").fingerprint
+
+
 def test_states_of_the_training_are_passed_over(tmp_path: Path) -> None:
     extra = {
         "module._loss_states.0.mean": torch.ones(3),
