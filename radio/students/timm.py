@@ -59,12 +59,16 @@ def make_network(
         The network, its side in pixels, and whether it accepts only that size.
 
     Raises:
-        ConfigError: no such model, or one that outputs no map, or cannot be built for another size.
+        ConfigError: no such model, or one that outputs no map or no pooled vector, or cannot be built for
+            another size.
         CheckpointError: a file that is absent or another model's.
         SizeError: a side that its stride does not divide.
     """
     assert side is None or file is None, "weights are for the network's own size"
     check_name(name)
+    defaults: Any = timm.get_pretrained_cfg(name)
+    if defaults.classifier is None:  # encoders of language models
+        raise ConfigError(f"timm:{name} pools no vector, which the summary comes from; choose another model")
     sizes = size_options(name)
     if meta:
         own: Any = _outline(name)

@@ -97,3 +97,11 @@ def test_without_a_file_it_is_an_architecture():
     assert load_backbone("arch:timm:test_vit").native_size == (160, 160)
     with pytest.raises(ConfigError, match="timm:test_vit is an architecture and has no weights"):
         load_backbone("timm:test_vit")
+
+
+@pytest.mark.parametrize("options", [{"meta": True}, {}])
+def test_a_model_that_pools_nothing_has_no_summary(options, tmp_path):
+    path = tmp_path / "w.pth"
+    torch.save({"weight": torch.ones(1)}, path)
+    with pytest.raises(ConfigError, match="timm:qwen3_vit_88m_enc pools no vector"):
+        load_teacher(f"timm:qwen3_vit_88m_enc@{path}", **options)
