@@ -23,7 +23,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from ..archive import is_safetensors, plain_tensors, read_safetensors, read_torch
+from ..archive import find_state, is_safetensors, plain_tensors, read_safetensors, read_torch
 from ..checkpoint import Side, Sides, check_finite, load_state
 from ..errors import CheckpointError, shown
 from ..io import find_file, read_json, validate
@@ -171,7 +171,7 @@ def _read(path: Path) -> _Release:
     find_file(path, "weights file")
     where, config, args = shown(path), _Config(), _Args()
     if is_safetensors(path):
-        states: list[Mapping[Any, Any]] = [read_safetensors(path).tensors]
+        states: list[Any] = [read_safetensors(path).tensors]
         beside = path.with_name("config.json")
         if beside.exists():
             config = read_json(beside, _CONFIG, error=CheckpointError)
@@ -180,36 +180,19 @@ def _read(path: Path) -> _Release:
         states, args = _read_pickled(path)
     tensors: dict[str, Tensor] = {}
     for state in states:
-        named = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-        tensors |= _fold(_without_modules(plain_tensors(path, named), where), where)
+        tensors |= _fold(plain_tensors(path, find_state(state, path)), where)
     return _sort(tensors, args, config, where)
 
 
-def _read_pickled(path: Path) -> tuple[list[Mapping[Any, Any]], _Args]:
-    """Read a `.pth.tar`: the weights, the averaged ones if it has them, and the training arguments."""
+def _read_pickled(path: Path) -> tuple[list[Any], _Args]:
+    """Read a `.pth.tar`: the weights, then the averaged ones if it has them, and the training arguments."""
     data = read_torch(path)
-    states: list[Mapping[Any, Any]] = []
-    if isinstance(data, Mapping):
-        parts = (data.get(key) for key in ("state_dict", "state_dict_ema"))
-        states = [part for part in parts if isinstance(part, Mapping)]
-    if not any(isinstance(value, Tensor) for state in states for value in state.values()):
-        raise CheckpointError(
-            f"{shown(path)}: not a released RADIO checkpoint: it has no state_dict with weights"
-        )
-    given = data.get("args", {})
-    args = vars(given) if isinstance(given, argparse.Namespace) else given
-    return states, validate(_ARGS, args, f"{shown(path)}: its args", error=CheckpointError)
-
-
-def _without_modules(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Remove the `module.` of parallel training from the names."""
-    plain: dict[str, Tensor] = {}
-    for name, value in tensors.items():
-        short = re.sub(r"^(module\.)+", "", name)
-        if short in plain:
-            raise CheckpointError(f"{where}: two tensors are both {shown(short[:200])} without 'module.'")
-        plain[short] = value
-    return plain
+    content: Mapping[Any, Any] = data if isinstance(data, Mapping) else {}
+    parts = (content.get(key) for key in ("state_dict", "state_dict_ema"))
+    states = [part for part in parts if isinstance(part, Mapping) and part]
+    given = content.get("args")
+    args = vars(given) if isinstance(given, argparse.Namespace) else {} if given is None else given
+    return states or [data], validate(_ARGS, args, f"{shown(path)}: its args", error=CheckpointError)
 
 
 def _fold(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:

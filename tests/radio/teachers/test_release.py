@@ -537,7 +537,7 @@ _EMBEDDER = "base_model.patch_generator.embedder.weight"
         (_put("_heads.0.blocks.0.2.bias", torch.ones(0)), r"no known kind of head"),
         (_put("input_conditioner.norm_std", torch.zeros(3)), r"norm_std is .*above 0"),
         (_put("input_conditioner.norm_mean", torch.zeros(3) * 1j), r"norm_mean is complex64"),
-        (_put("module.base_model.blocks.0.norm1.bias", torch.ones(WIDTH)), r"without 'module\.'"),
+        (_put("module.base_model.blocks.0.norm1.bias", torch.ones(WIDTH)), r"without wrappings"),
         (_put(f"base_model.x.{_ORIGINAL}", torch.tensor(1.0)), r"base_model\.x cannot be folded"),
         (_put(f"base_model.x.{_ORIGINAL}", torch.ones(4, 4, dtype=torch.int8)), r"not floating-point"),
         (_put(f"base_model.x.{_ORIGINAL}", torch.full((4, 4), torch.nan)), r"hold NaN"),
@@ -547,7 +547,9 @@ _EMBEDDER = "base_model.patch_generator.embedder.weight"
             ),
             r"normaliser has no inverse",
         ),
-        (lambda data: data.pop("state_dict"), r"it has no state_dict"),
+        (lambda data: data.pop("state_dict"), r"holds no tensors; wanted a state dict"),
+        (lambda data: data.update(state_dict={3: torch.ones(1)}), r"its tensors have no names"),
+        (lambda data: data.update(metadata="", sha256="", tensors={}, state_dict=None), r"of am-radio"),
     ],
 )
 def test_files_that_are_no_whole_release(tmp_path: Path, change: Any, message: str) -> None:
@@ -627,6 +629,16 @@ def test_a_path_may_hold_an_at_sign(tmp_path: Path) -> None:
     folder = tmp_path / "v1@mine"
     file = save_hugging_face(folder, trunk(), [0])
     assert load_backbone(f"radio:{file}").fingerprint == load_backbone(f"radio:v3-l@{file}").fingerprint
+
+
+def test_a_state_dict_alone_and_arguments_of_none(tmp_path: Path) -> None:
+    path = save_pickled(tmp_path / "r.pth.tar", trunk())
+    expected = load_backbone(f"radio:{path}").fingerprint
+    data = torch.load(path, weights_only=False)
+    torch.save(data | {"args": None}, path)
+    assert load_backbone(f"radio:{path}").fingerprint == expected
+    torch.save(data["state_dict"], path)
+    assert load_backbone(f"radio:{path}").fingerprint == expected
 
 
 def test_states_of_the_training_are_passed_over(tmp_path: Path) -> None:
