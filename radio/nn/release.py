@@ -100,7 +100,8 @@ def build_head(shapes: Mapping[str, torch.Size]) -> nn.Module | None:
         inner = {
             name.removeprefix("mlp."): shape for name, shape in shapes.items() if name.startswith("mlp.")
         }
-        mlp, wide = build_head(inner), shapes.get("blocks.0.mlp.fc1.weight", first)
+        mlp = None if "blocks.0.attn.qkv.weight" in inner else build_head(inner)
+        wide = shapes.get("blocks.0.mlp.fc1.weight", first)
         if mlp is None or len(wide) != 2 or width % _ATTENTION_HEADS:
             return None
         return AttentionHead(width, wide[0], _count(shapes), mlp)

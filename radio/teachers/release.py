@@ -28,7 +28,7 @@ from ..checkpoint import Side, Sides, check_finite, load_state
 from ..errors import CheckpointError, shown
 from ..io import find_file, read_json, validate
 from ..nn.phi_s import FeatureNormaliser
-from ..nn.release import ReleasedAdaptor, build_head
+from ..nn.release import AttentionHead, ReleasedAdaptor, build_head
 from ..nn.vit import IMAGENET_MEAN, IMAGENET_STD, CroppedPositions, SwiGLU
 from ..ops import nearest_multiple
 from ..students import Schedule
@@ -65,8 +65,8 @@ _VERSIONS = {
     "v3-g": _V3,
     "v4": _V4,
 }
-_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 16, 1536: 24}  # attention heads by width
-_HEAD_WIDTH = 64  # of other widths
+_HEADS = {1152: 16, 1280: 16}  # attention heads by width
+_HEAD_WIDTH = 64  # of all other widths
 
 # The names in both layouts, and ours for the parts of a release.
 _NAMES = (
@@ -264,12 +264,15 @@ def _sort(tensors: dict[str, Tensor], args: _Args, config: _Config, where: str) 
             unknown.append(name)
             continue
         group, _, key = renamed.partition(":")
-        parts.setdefault(group, {})[key] = value.float() if value.is_floating_point() else value
-    trunk = {_trunk_name(name): value for name, value in parts["trunk"].items()}
+        key = _trunk_name(key) if group == "trunk" else key
+        part = parts.setdefault(group, {})
+        if key in part:
+            raise CheckpointError(f"{where}: has {shown(name[:200])} twice, under another name too")
+        part[key] = value.float() if value.is_floating_point() else value
     has_norm = args.get("model_norm") is not False
     trunk = {
         name: value
-        for name, value in trunk.items()
+        for name, value in parts["trunk"].items()
         if not _UNUSED.match(name) and (has_norm or not name.startswith("norm."))
     }
     if not trunk.keys() >= {"positions.table", "stem.proj.weight", "prefix"}:
@@ -431,8 +434,8 @@ def _build(release: _Release, version: _Version | None, spec: str, path: Path) -
 
 
 def num_heads(width: int) -> int:
-    """Return the number of attention heads that a released ViT of this width has; its file does not say."""
-    return _HEADS.get(width, width // _HEAD_WIDTH)
+    """Return the number of attention heads of a released ViT, which its file does not say; 0 if unknown."""
+    return _HEADS.get(width, 0 if width % _HEAD_WIDTH else width // _HEAD_WIDTH)
 
 
 def _shape(trunk: Mapping[str, Tensor], where: str) -> ViTConfig:
@@ -455,7 +458,6 @@ def _shape(trunk: Mapping[str, Tensor], where: str) -> ViTConfig:
         and patch
         and embedder.shape == (width, 3 * patch * patch)
         and heads
-        and width % heads == 0
         and depth
         and trunk["prefix"].ndim == 2
     ):
@@ -520,7 +522,9 @@ def _build_adaptors(
                 f"release's config.json beside it, or name its version as in radio:v4@FILE"
             )
         heads = [
-            _load_head(part.get(key), width, f"{where}: {kind} head of {shown(name)}")
+            _load_head(
+                part.get(key), width, f"{where}: {kind} head of {shown(name)}", spatial=kind == "spatial"
+            )
             for kind, part in (("summary", release.summary), ("spatial", release.spatial))
         ]
         adaptor = ReleasedAdaptor(
@@ -544,7 +548,9 @@ def _add(adaptors: nn.ModuleDict, name: str, adaptor: ReleasedAdaptor, where: st
         raise CheckpointError(f"{where}: no adaptor can be named {shown(name)!r}") from error
 
 
-def _load_head(tensors: Mapping[str, Tensor] | None, width: int, where: str) -> nn.Module | None:
+def _load_head(
+    tensors: Mapping[str, Tensor] | None, width: int, where: str, *, spatial: bool
+) -> nn.Module | None:
     if tensors is None:
         return None
     with torch.device("meta"):
@@ -555,6 +561,8 @@ def _load_head(tensors: Mapping[str, Tensor] | None, width: int, where: str) -> 
             f"{', '.join(shown(name[:80]) for name in list(tensors)[:3])}"
         )
     load_state(head, tensors, where)
+    if isinstance(head, AttentionHead) and not spatial:
+        raise CheckpointError(f"{where}: has attention, and a summary is one token")
     first = tensors.get("fc1.weight", tensors.get("mlp.fc1.weight"))
     if first is not None and first.shape[1] != width:
         raise CheckpointError(f"{where}: it reads {first.shape[1]} numbers, and the trunk's width is {width}")

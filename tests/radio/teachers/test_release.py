@@ -537,6 +537,7 @@ _EMBEDDER = "base_model.patch_generator.embedder.weight"
         (_put("_heads.0.blocks.0.2.bias", torch.ones(0)), r"no known kind of head"),
         (_put("input_conditioner.norm_std", torch.zeros(3)), r"norm_std is .*above 0"),
         (_put("input_conditioner.norm_mean", torch.zeros(3) * 1j), r"norm_mean is complex64"),
+        (_put("base_model.inner.blocks.0.norm1.bias", torch.ones(WIDTH)), r"inner\.blocks\.0\..* twice"),
         (_put("module.base_model.blocks.0.norm1.bias", torch.ones(WIDTH)), r"without wrappings"),
         (_put(f"base_model.x.{_ORIGINAL}", torch.tensor(1.0)), r"base_model\.x cannot be folded"),
         (_put(f"base_model.x.{_ORIGINAL}", torch.ones(4, 4, dtype=torch.int8)), r"not floating-point"),
@@ -639,6 +640,20 @@ def test_a_state_dict_alone_and_arguments_of_none(tmp_path: Path) -> None:
     assert load_backbone(f"radio:{path}").fingerprint == expected
     torch.save(data["state_dict"], path)
     assert load_backbone(f"radio:{path}").fingerprint == expected
+
+
+def test_a_summary_has_no_head_with_attention(tmp_path: Path) -> None:
+    attention = block("blocks.0", WIDTH, 4 * WIDTH, 5, "gamma") | named("mlp.", mlp2(9, 1))
+    heads = {"clip": (attention, attention)}
+    path = save_pickled(tmp_path / "r.pth.tar", trunk(), [teacher("clip")], heads)
+    with pytest.raises(CheckpointError, match="summary head of clip: has attention"):
+        load_backbone(f"radio:{path}")
+
+
+def test_a_width_whose_number_of_heads_is_unknown(tmp_path: Path) -> None:
+    path = save_pickled(tmp_path / "r.pth.tar", trunk(width=100), [teacher("clip")])
+    with pytest.raises(CheckpointError, match="not the shape of a RADIO ViT"):
+        load_backbone(f"radio:{path}")
 
 
 def test_states_of_the_training_are_passed_over(tmp_path: Path) -> None:
