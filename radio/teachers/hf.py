@@ -160,6 +160,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         data: dict[str, Any] = _plain(read_json(path, _OBJECT, error=CheckpointError), path)
     except RecursionError as error:
         raise CheckpointError(f"{shown(path)}: is nested too deeply; is it the right file?") from error
+    if data.get("architectures") == ["RADIOModel"] and "hidden_size" not in data:  # transformers': RadioModel
+        raise ConfigError(
+            f"{shown(folder)}: a RADIO release in NVIDIA's own layout; take radio:{shown(folder)}"
+        )
     name = data.get("model_type")
     if not isinstance(name, str) or name not in KINDS:
         hint = did_you_mean(name, KINDS) if isinstance(name, str) else ""

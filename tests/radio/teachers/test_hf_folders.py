@@ -119,6 +119,11 @@ def test_folders_that_are_none_or_lack_a_file(save_folder, tmp_path):
     [
         ("{", CheckpointError, r"config\.json: is not JSON"),
         ("[]", CheckpointError, r"config\.json: input should be a valid dictionary"),
+        (
+            '{"architectures": ["RADIOModel"], "version": "c-radio_v3-h"}',
+            ConfigError,
+            "; take radio:/.*tiny$",
+        ),
         ("{}", ConfigError, r"its model_type None cannot be a teacher; known: dinov2, "),
         (
             '{"model_type": "bert"}',
