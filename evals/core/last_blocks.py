@@ -35,7 +35,7 @@ class LastBlocks(nn.Module):
         super().__init__()
         if model.num_blocks < count:
             has = f"has {model.num_blocks} blocks" if model.num_blocks else "is no sequence of equal blocks"
-            raise ConfigError(f"{model.name} {has}, and {count} were wanted; take fewer, or leave them out")
+            raise ConfigError(f"{model.name} {has}, and --layers asks for the last {count}; lower it")
         self.model = model
         self.count = count
         self.name, self.metadata, self.weights_file = model.name, model.metadata, model.weights_file

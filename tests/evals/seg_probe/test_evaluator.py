@@ -189,7 +189,7 @@ def test_a_head_on_several_layers_reads_them_side_by_side(tmp_path: Path, settin
     head = safetensors.torch.load_file(tmp_path / "out" / "seg-vit-tiny12.safetensors")
     assert {tensor.shape[1] for tensor in head.values() if tensor.ndim == 4} == {3 * student.token_dim}
     assert report.settings["layers"] == 3
-    with pytest.raises(ConfigError, match="vit-tiny12 has 4 blocks, and 5 were wanted"):
+    with pytest.raises(ConfigError, match="vit-tiny12 has 4 blocks, and --layers asks for the last 5"):
         run(student, replace(settings, layers=5), tmp_path / "out")
 
 
