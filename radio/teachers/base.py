@@ -163,7 +163,7 @@ class Frozen(nn.Module):
         self.text: TextTower | None = text  # usually a module too: it moves along with this one
         self.weights_file = weights_file
         self.name = name
-        self.native_size = native_size
+        self.native_size = self._native = native_size
         self.patch_size = patch_size
         self.fixed_size = fixed_size
         self.summary_dim = summary_dim
@@ -212,6 +212,7 @@ class Frozen(nn.Module):
         twin = copy.copy(self)
         twin._modules = {**self._modules, "trunk": trunk.with_window(side)}
         twin._fingerprints = {}
+        twin.native_size = twin.nearest_size(*self._native)
         return twin
 
     def adapt(self, name: str, features: Features, grid: tuple[int, int] | None = None) -> Features:

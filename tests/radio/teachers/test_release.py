@@ -460,6 +460,11 @@ def test_windows_are_those_of_vitdet(tmp_path: Path) -> None:
     assert_close(features.summary, expected[:, :2].flatten(1))
     assert model.window == 2
     assert model.nearest_size(100, 100) == (96, 96)
+    assert model.with_window is not None
+    wide = model.with_window(5)
+    assert wide.native_size == wide.nearest_size(*wide.native_size) == (400, 400)
+    assert wide.with_window is not None
+    assert wide.with_window(None).native_size == (432, 432)
     late = load_backbone(f"radio:v4@{path}", window=2)  # a depth of 3 has no quarters: one global block
     torch.testing.assert_close(late(pixels).tokens, features.tokens)
     plain = load_backbone(f"radio:{path}")
