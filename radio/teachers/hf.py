@@ -213,7 +213,7 @@ def _load(network: Any, kind: HfKind, folder: Path) -> Any:
     source = shown(folder)
     tensors = {
         name.removeprefix(kind.prefix): tensor
-        for name, tensor in _read_weights(folder).items()
+        for name, tensor in read_folder(folder).items()
         if name.startswith(kind.prefix) and not name.startswith(kind.unused)
     }
     described = sum(parameter.numel() for parameter in network.parameters())
@@ -250,7 +250,7 @@ def _load(network: Any, kind: HfKind, folder: Path) -> Any:
     return loaded
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def read_folder(folder: Path) -> dict[str, Tensor]:
     """Read all tensors of `model.safetensors`, or of the files in its index."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").exists():

@@ -36,6 +36,7 @@ from ..students.vit import ViT, ViTConfig
 from ..types import Features, Teacher
 from . import families
 from .base import Frozen, find_member
+from .hf import read_folder
 
 # Letters: B batch, D width, P class and register tokens, K class tokens, G side of the table of positions.
 
@@ -166,21 +167,21 @@ class _Release(NamedTuple):
 
 
 def _read(path: Path) -> _Release:
-    if path.is_dir():
-        path = path / "model.safetensors"
-    find_file(path, "weights file")
     where, config, args = shown(path), _Config(), _Args()
-    if is_safetensors(path):
-        states: list[Any] = [read_safetensors(path).tensors]
-        beside = path.with_name("config.json")
-        if beside.exists():
-            config = read_json(beside, _CONFIG, error=CheckpointError)
-            args = config.get("args") or args
+    tensors: dict[str, Tensor] = {}
+    beside = path / "config.json" if path.is_dir() else path.with_name("config.json")
+    if path.is_dir():
+        tensors = _fold(read_folder(path), where)
+    elif find_file(path, "weights file") and is_safetensors(path):
+        tensors = _fold(plain_tensors(path, find_state(read_safetensors(path).tensors, path)), where)
     else:
         states, args = _read_pickled(path)
-    tensors: dict[str, Tensor] = {}
-    for state in states:
-        tensors |= _fold(plain_tensors(path, find_state(state, path)), where)
+        for state in states:
+            tensors |= _fold(plain_tensors(path, find_state(state, path)), where)
+        return _sort(tensors, args, config, where)
+    if beside.exists():
+        config = read_json(beside, _CONFIG, error=CheckpointError)
+        args = config.get("args") or args
     return _sort(tensors, args, config, where)
 
 

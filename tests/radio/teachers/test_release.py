@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 from collections.abc import Callable
@@ -719,7 +720,7 @@ def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
 def test_an_absent_file_and_a_truncated_one(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such weights file"):
         load_backbone(f"radio:{tmp_path / 'absent.pth.tar'}")
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: no such weights file"):
+    with pytest.raises(CheckpointError, match=r"has no weights; wanted model\.safetensors, or its parts"):
         load_backbone(f"radio:{tmp_path}")
     file = save_hugging_face(tmp_path / "hf", trunk(), [0])
     file.write_bytes(file.read_bytes()[:-100])
@@ -729,6 +730,20 @@ def test_an_absent_file_and_a_truncated_one(tmp_path: Path) -> None:
     save_hugging_face(tmp_path / "hf", trunk(), [0])
     with pytest.raises(CheckpointError, match=r"config\.json: .*version"):
         load_backbone(f"radio:{file}")
+
+
+def test_a_release_in_several_files_is_read_by_its_index(tmp_path: Path) -> None:
+    whole = safetensors.torch.load_file(save_hugging_face(tmp_path / "whole", trunk(), [0, 1]))
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    names = sorted(whole)
+    files = {name: f"model-{index % 2}.safetensors" for index, name in enumerate(names)}
+    for file in set(files.values()):
+        safetensors.torch.save_file({n: whole[n] for n in names if files[n] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    (folder / "config.json").write_text('{"version": "c-radio_v3-l"}')
+    found = load_backbone(f"radio:{folder}")(images(64, 64))
+    assert_close(found.tokens, by_hand(trunk(), images(64, 64))[-1][:, 8:])
 
 
 def test_an_adaptor_of_an_unknown_teacher_needs_the_config(tmp_path: Path) -> None:
