@@ -21,7 +21,7 @@ from .foreign import check_encoder, watch_features
 from .nn.vit import NORM_EPS
 from .ops import resize_features
 from .students import OptionsField, StudentOptions, resolve_options, students
-from .types import Adaptor, Features, Student, find_adaptor
+from .types import AdaptingModel, Adaptor, Features, Student
 
 # Letters: B batch, C summary width, T tokens, D token width, H W grid.
 
@@ -109,7 +109,7 @@ class ModelConfig:
     adaptors: tuple[AdaptorConfig, ...] = ()
 
 
-class RadioModel(nn.Module):
+class RadioModel(AdaptingModel, nn.Module):
     """A student and its adaptors; evaluators use it like any other backbone.
 
     `model(images)` returns the student's own features, `model.adapt("clip", features)` maps them into a
@@ -199,22 +199,6 @@ class RadioModel(nn.Module):
             SizeError: a size that the student does not accept; names the nearest that it does.
         """
         return self.student(images, crops)
-
-    def adapt(self, name: str, features: Features, grid: tuple[int, int] | None = None) -> Features:
-        """Map features into teacher `name`'s space, on `grid` (None keeps the student's).
-
-        Raises:
-            ConfigError: no adaptor of that name exists; lists the existing ones.
-        """
-        return find_adaptor(self, name)(features, grid)
-
-    def adapt_summary(self, name: str, summaries: Tensor) -> Tensor:
-        """Map only the student's summaries [B, C] into teacher `name`'s space, for cached summaries.
-
-        Raises:
-            ConfigError: as `adapt`.
-        """
-        return find_adaptor(self, name).adapt_summary(summaries)
 
     def save(self, path: Path, tensors: Mapping[str, Tensor] | None = None) -> str:
         """Write weights and metadata as `.pt` or `.safetensors`, atomically; return the file's sha256.

@@ -146,7 +146,7 @@ class Adaptor(Protocol):
         """Map only the student's summaries [B, C] to the teacher's width."""
 
 
-def find_adaptor(model: Backbone, name: str) -> Adaptor:
+def find_adaptor(model: Backbone | AdaptingModel, name: str) -> Adaptor:
     """Return a model's adaptor into the space of teacher `name`.
 
     Raises:
@@ -165,6 +165,29 @@ def with_global_attention(model: Backbone) -> Backbone | None:
     twin = model.with_window(None)
     # A model that chooses its window by the input's size, as E-RADIO does, cannot take a single token.
     return twin if twin.nearest_size(1, 1) == (model.patch_size, model.patch_size) else None
+
+
+class AdaptingModel:
+    """The part of a model that uses its `adaptors` by name."""
+
+    adaptors: Mapping[str, Adaptor]
+    name: str
+
+    def adapt(self, name: str, features: Features, grid: tuple[int, int] | None = None) -> Features:
+        """Map features into teacher `name`'s space, on `grid` (None keeps the adaptor's own).
+
+        Raises:
+            ConfigError: no adaptor of that name exists; lists the existing ones.
+        """
+        return find_adaptor(self, name)(features, grid)
+
+    def adapt_summary(self, name: str, summaries: Tensor) -> Tensor:
+        """Map only summaries [B, C] into teacher `name`'s space, for cached summaries.
+
+        Raises:
+            ConfigError: as `adapt`.
+        """
+        return find_adaptor(self, name).adapt_summary(summaries)
 
 
 @runtime_checkable

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..checkpoint import digest, load_tensors
 from ..errors import CheckpointError, ConfigError, DataError, SizeError, did_you_mean
 from ..ops import check_blocks, nearest_multiple
-from ..types import Adaptor, Features, TextTower, find_adaptor
+from ..types import AdaptingModel, Adaptor, Features, TextTower
 
 T = TypeVar("T")
 
@@ -122,7 +122,7 @@ class ClipText(nn.Module):
 
 
 @final
-class Frozen(nn.Module):
+class Frozen(AdaptingModel, nn.Module):
     """A trunk behind the `Teacher` protocol: [B, 3, h, w] RGB in [0, 1] -> `Features`, without gradients.
 
     The trunk maps normalised images to `Features`; one with `num_blocks` also has `intermediate(images,
@@ -214,22 +214,6 @@ class Frozen(nn.Module):
         twin._fingerprints = {}
         twin.native_size = twin.nearest_size(*self._native)
         return twin
-
-    def adapt(self, name: str, features: Features, grid: tuple[int, int] | None = None) -> Features:
-        """Map features into the space of the trunk's teacher `name`, on `grid` (None keeps the head's).
-
-        Raises:
-            ConfigError: no adaptor of that name exists; lists the existing ones.
-        """
-        return find_adaptor(self, name)(features, grid)
-
-    def adapt_summary(self, name: str, summaries: Tensor) -> Tensor:
-        """Map only summaries [B, C] into the space of the trunk's teacher `name`.
-
-        Raises:
-            ConfigError: as `adapt`.
-        """
-        return find_adaptor(self, name).adapt_summary(summaries)
 
     def nearest_size(self, height: int, width: int) -> tuple[int, int]:
         """Compute the accepted (height, width) in pixels nearest to the requested one."""
