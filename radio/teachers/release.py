@@ -18,7 +18,7 @@ from typing import Annotated, Any, NamedTuple, Self, final
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge
+from annotated_types import Ge, Interval
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 from typing_extensions import TypedDict
@@ -115,7 +115,7 @@ class _Args(TypedDict, total=False, extra_items=Any):  # type: ignore[call-arg]
     teachers: list[_TeacherArgs] | None
     cls_token_per_teacher: bool | None
     model_norm: bool | None
-    vitdet_num_windowed: int | None
+    vitdet_num_windowed: Annotated[int, Interval(ge=1, le=1024)] | None  # before each global block
 
 
 class _Config(TypedDict, total=False, extra_items=Any):  # type: ignore[call-arg]
@@ -397,7 +397,7 @@ def _build(release: _Release, version: _Version | None, spec: str, path: Path) -
     slots = _assign_slots(release, version, len(prefix), where)
     schedule = version.schedule
     if (windowed := release.args.get("vitdet_num_windowed")) is not None:
-        schedule = "runs-of-5" if windowed == 5 else schedule
+        schedule = "runs-of-5" if windowed == 5 else max(config.depth // (windowed + 1), 1)
     if schedule == "quarters" and config.depth < 8:
         schedule = max(config.depth // 2, 1)  # as many global blocks as leave a windowed one before each
     config = replace(

@@ -475,6 +475,22 @@ def test_windows_are_those_of_vitdet(tmp_path: Path) -> None:
         model(images(64, 112))
 
 
+def test_the_arguments_say_how_many_windowed_blocks_come_before_a_global_one(tmp_path: Path) -> None:
+    weights, pixels = trunk(depth=6), images(64, 64)
+    schedules = {}
+    for windowed in (1, 2, 5):
+        arguments = {"vitdet_num_windowed": windowed}
+        path = save_pickled(tmp_path / f"{windowed}.pth.tar", weights, V1_TEACHERS, arguments=arguments)
+        model = load_backbone(f"radio:v4@{path}", window=2)
+        vit = model.get_submodule("trunk.vit")  # type: ignore[attr-defined]
+        schedules[windowed] = global_blocks(6, vit.config.schedule)
+        assert model(pixels).grid == (4, 4)
+    assert schedules == {1: (1, 3, 5), 2: (2, 5), 5: (5,)}
+    path = save_pickled(tmp_path / "r.pth.tar", weights, V1_TEACHERS, arguments={"vitdet_num_windowed": 0})
+    with pytest.raises(CheckpointError, match=r"its args: vitdet_num_windowed"):
+        load_backbone(f"radio:{path}")
+
+
 def _broken(tmp_path: Path, change: Any) -> Path:
     weights = trunk()
     heads = {"0": (mlp2(9, 1), mlp2(9, 2))}
