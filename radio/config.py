@@ -91,7 +91,13 @@ def from_plain(kind: type[T], data: Any, where: str = "") -> T:
     for name, field in fields.items():
         if name not in values and field.default is field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"missing setting {_join(where, name)!r}; give it a value")
-    return check(kind(**values), where)
+    try:
+        settings = kind(**values)
+    except ConfigError as error:
+        if not where:
+            raise
+        raise ConfigError(f"{where}: {error}") from error
+    return check(settings, where)
 
 
 def check(settings: T, where: str = "") -> T:
@@ -111,7 +117,7 @@ def check_options(settings: T, renamed: Mapping[str, str] | None = None) -> T:
 
     Args:
         settings: the settings.
-        renamed: fields whose options have another name.
+        renamed: fields whose options have another name; an empty one leaves the field's name out.
 
     Raises:
         ConfigError: as `check`.
@@ -122,7 +128,7 @@ def check_options(settings: T, renamed: Mapping[str, str] | None = None) -> T:
         place, _, rest = str(error).partition(": ")
         option = re.sub(r"\[(\d+)\](?=\.)", r".\1", place).partition("[")[0]
         first, dot, others = option.partition(".")
-        option = f"{(renamed or {}).get(first, first)}{dot}{others}"
+        option = f"{(renamed or {}).get(first, first)}{dot}{others}".removeprefix(".")
         raise ConfigError(f"--{option.replace('_', '-')}: {rest}") from None
 
 
@@ -231,6 +237,9 @@ def _check(hint: Any, value: Any, where: str) -> None:
             _check(kind, item, f"{where}[{i}]")
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         check(value, where)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _check(type(item), item, _join(where, key))
     else:
         _check_scalar(value, where)
     return None
@@ -292,10 +301,16 @@ def _read(hint: Any, value: Any, where: str) -> Any:
         return value
     if origin is tuple:
         return _read_tuple(arguments, value, where)
+    return _read_scalar(hint, value, where)
+
+
+def _read_scalar(hint: Any, value: Any, where: str) -> Any:
     if hint is Path and isinstance(value, str):
         return Path(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return _as_float(value, where)
+    if not isinstance(hint, type):
+        raise ConfigError(f"{where}: no file can hold a setting of the type {shown(str(hint))}; leave it out")
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         note = "; YAML takes 1e-3 for text, write 1.0e-3" if hint is float and isinstance(value, str) else ""
         raise ConfigError(f"{where}: wanted {hint.__name__}, got {brief(value)}{note}")

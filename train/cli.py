@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, make_dataclass, replace
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 from rich.console import Console
@@ -21,8 +24,7 @@ from radio.students import StudentOptions, options_type, students
 from .config import RENAMED, PlanOptions, TrainConfig
 from .recipes import recipes
 from .tables import ALL, rows_of, tables
-
-S = TypeVar("S")
+from .tasks import find_tasks, scored_tasks, settings_type
 
 USAGE = """usage: radio-train RECIPE [--section.option value ...] [--restart]
        radio-train RECIPE --plan [--world RANKS] [--peak-tflops NUMBER] ...
@@ -30,9 +32,12 @@ USAGE = """usage: radio-train RECIPE [--section.option value ...] [--restart]
 
 One run of distillation. Repeat the command to go on where it was stopped. --plan runs nothing: it prints
 which ranks do what, the memory they need, and what the run costs.
-`radio-train RECIPE --help` lists every option with the recipe's value. Recipes:
+`radio-train RECIPE --help` lists every option with the recipe's value, also those of the tasks that it scores
+(--knn.bank), which --score and --eval-tasks name. Recipes:
 """
 PLAN = "--plan"
+# Names of the run's own options; a task of another package that is called like one has options in files only.
+_SECTIONS = {RENAMED.get(setting.name, setting.name) for setting in fields(TrainConfig)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +71,9 @@ class TableCommand:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     rows: tuple[str, ...] = ()  # only these rows of the table; () = all
     restart: bool = False  # start every row over
+
+
+C = TypeVar("C", Command, FileCommand, PlanCommand, TableCommand)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -170,12 +178,7 @@ def _with_student(config: TrainConfig, options: Sequence[str]) -> TrainConfig:
 
     Settings that have their student's own options already, as our recipes, need no look at the students.
     """
-    name = config.student
-    for i, option in enumerate(options):
-        if option == "--student" and i + 1 < len(options):
-            name = options[i + 1]
-        elif option.startswith("--student="):
-            name = option.partition("=")[2]
+    name = (_words_after("--student", options) or [config.student])[0]
     if name == config.student and (name == ALL or type(config.options) is not StudentOptions):
         return config
     if name not in students:  # an unknown name is reported later
@@ -187,8 +190,73 @@ def _with_student(config: TrainConfig, options: Sequence[str]) -> TrainConfig:
     return replace(config, student=name, options=given)
 
 
-def _parse(type_: type[S], default: S, options: Sequence[str], name: str) -> S:
-    return parse_options(type_, options, default=default, prog=f"radio-train {name}")
+def _parse(type_: type[C], default: C, options: Sequence[str], name: str) -> C:
+    """Parse the options of a command, and those of each task that its run scores (`--knn.bank`).
+
+    The run's settings then have the tasks that they had before, and those that an option names.
+
+    Raises:
+        ConfigError: a task is unknown, or an option names one that the run does not score.
+    """
+    config = default.config
+    scored = _tasks_to_score(config, options)
+    kinds = {task: settings_type(task) for task in scored if task not in _SECTIONS}
+    given = {**dict.fromkeys(config.tasks, ""), **_tasks_of(options)}
+    for task, option in given.items():
+        if option and task not in kinds:
+            raise ConfigError(
+                f"{option}: this run does not score {task}; add it to --score, or to --eval-tasks beside "
+                f"--eval-every, or leave the option out"
+            )
+    groups: list[Any] = [("command", Annotated[type_, tyro.conf.arg(name="")], field(default=default))]
+    for index, (task, kind) in enumerate(kinds.items()):
+        groups.append((f"task_{index}", Annotated[kind, tyro.conf.arg(name=task)]))
+        if task in config.tasks:
+            groups[-1] += (field(default_factory=partial(config.tasks.get, task)),)
+    both = make_dataclass("Both", groups, frozen=True, kw_only=True)
+    parsed: Any = parse_options(both, options, prog=f"radio-train {name}", description=type_.__doc__)
+    read = {task: getattr(parsed, f"task_{index}") for index, task in enumerate(kinds) if task in given}
+    command: C = parsed.command
+    return replace(command, config=replace(command.config, tasks={**config.tasks, **read}))
+
+
+def _tasks_to_score(config: TrainConfig, options: Sequence[str]) -> tuple[str, ...]:
+    """Return the tasks that a run scores with these command-line options over its settings."""
+    score, tasks = _words_after("--score", options), _words_after("--eval-tasks", options)
+    every = config.eval_every
+    for word in (_words_after("--eval-every", options) or [])[:1]:
+        with suppress(ValueError):  # what is no number is reported later
+            every = int(word)
+    return scored_tasks(
+        replace(
+            config,
+            score=config.score if score is None else tuple(score),
+            eval_tasks=config.eval_tasks if tasks is None else tuple(tasks),
+            eval_every=every,
+        )
+    )
+
+
+def _tasks_of(options: Sequence[str]) -> dict[str, str]:
+    """Return the tasks that command-line options name, with an option of each."""
+    found: dict[str, str] = {}
+    for option in options:
+        name = option.partition("=")[0]
+        prefix, dot, _ = name.removeprefix("--").partition(".")
+        if name.startswith("--") and dot and prefix not in _SECTIONS:
+            found |= dict.fromkeys(find_tasks(prefix), name)
+    return found
+
+
+def _words_after(name: str, options: Sequence[str]) -> list[str] | None:
+    """Return the words after a command-line option where it stands last; None where it is absent."""
+    found = None
+    for index, option in enumerate(options):
+        head, equals, value = option.partition("=")
+        if option.startswith("--") and head.replace("_", "-") == name:
+            words = takewhile(lambda word: not word.startswith("-"), options[index + 1 :])
+            found = [*([value] if equals else []), *words]
+    return found
 
 
 def _listing() -> str:

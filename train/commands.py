@@ -18,6 +18,7 @@ from .loggers import say
 from .plan import make_plan, print_plan
 from .setup import check_settings, round_resolutions
 from .tables import PaperTable, Rows
+from .tasks import scored_tasks, task_settings
 from .trainer import Trainer
 
 
@@ -100,12 +101,12 @@ def train_all(runs: Rows, console: Console, *, restart: bool = False) -> Trained
 
 
 def check_tasks(config: TrainConfig) -> None:
-    """Check that the run can provide the settings that its evaluators require."""
-    if tasks := (*config.score, *(config.eval_tasks if config.eval_every else ())):
-        from .scoring import make_settings  # imported late: it imports all evaluators
+    """Check that the run gives the settings that its evaluators require.
 
-        for task in tasks:
-            make_settings(task)
+    Raises:
+        ConfigError: as `task_settings`.
+    """
+    task_settings(config, scored_tasks(config))
 
 
 def _eval_workers(config: TrainConfig, group: Ranks) -> int:

@@ -12,6 +12,8 @@ from annotated_types import Interval
 from radio.config import Count, CountOrZero, NotNegative, Pixels, Positive, Seed, Share, Workers
 from radio.students import OptionsField, StudentOptions
 
+from .tasks import TasksField
+
 BatchSize: TypeAlias = Annotated[int, Interval(ge=1, le=1 << 20)]  # 32,768 is the largest published one
 Decay: TypeAlias = Annotated[float, Interval(ge=0, lt=1)]
 PositiveShare: TypeAlias = Annotated[float, Interval(gt=0, le=1)]
@@ -168,6 +170,7 @@ class TrainConfig:
     eval_tasks: tuple[str, ...] = ("knn", "zeroshot")  # evaluators to run
     max_nonfinite_steps: Count = 10  # stop after so many skipped steps in a row (non-finite gradients)
     score: tuple[str, ...] = ()  # tasks at the end, for student, untrained student, teachers
+    tasks: TasksField = field(default_factory=dict)  # settings of tasks other than their defaults, by name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,7 +185,8 @@ class PlanOptions:
     measured: Path | None = None  # metrics.jsonl of a run with these teachers, to use its times
 
 
-RENAMED = {"options": "student"}  # fields whose command-line options have another name
+# Fields whose command-line options have another name; a task's have no more than its own.
+RENAMED = {"options": "student", "tasks": ""}
 
 
 def run_name(config: TrainConfig) -> str:

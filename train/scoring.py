@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich import box
@@ -18,18 +16,16 @@ from evals.core.paper import DATA, TASKS, PaperRow
 from evals.core.suite import Contestant, Outcome, run_contestants
 from evals.core.task import RunSettings, make_evaluator
 from radio.dist import Ranks
-from radio.errors import ConfigError, shown
+from radio.errors import shown
 from radio.hub import load_backbone
 from radio.progress import no_progress, watch_on
 from radio.resources import choose_device
 
 from .config import TrainConfig
 from .loggers import LOG, Record, read_records, say
+from .tasks import Tasks, task_settings
 
 MAX_WORKERS = 4  # processes that score side by side: each holds the libraries, about 1 GB
-
-Tasks = Mapping[str, Any]
-"""Settings by the task's name."""
 
 
 def score(
@@ -46,14 +42,14 @@ def score(
     Scores that exist and are unchanged are not computed again.
 
     Args:
-        config: the tasks, and the teachers to score in addition to the students.
+        config: the tasks with their settings, and the teachers to score in addition to the students.
         students: checkpoints by name in the table; the first also defines the untrained student.
         out: folder of the reports.
         console: where to print the table.
         paper: the paper's rows to print below.
         workers: processes; see `run_contestants`.
     """
-    tasks = {task: make_settings(task) for task in config.score}
+    tasks = task_settings(config, config.score)
     contestants = [
         *_trained(students, tasks, out),
         _untrained(config, next(iter(students.values())), tasks, out),
@@ -121,12 +117,12 @@ class Follower:
         workers: processes; see `run_contestants`.
 
     Raises:
-        ConfigError: a task is unknown.
+        ConfigError: as `task_settings`.
     """
 
     def __init__(self, config: TrainConfig, group: Ranks, console: Console, workers: int = 1) -> None:
         self.config, self.group, self.console, self.workers = config, group, console, workers
-        self.tasks = {task: make_settings(task) for task in config.eval_tasks}
+        self.tasks = task_settings(config, config.eval_tasks)
         self._compared = False
 
     def evaluate(self, step: int) -> Record:
@@ -165,27 +161,6 @@ class Follower:
         # Training records have a loss; their keys may start with a teacher named like a task.
         evaluations = [record for record in records if "loss" not in record]
         return any(key.partition("/")[0] in self.tasks for record in evaluations for key in record)
-
-
-def make_settings(task: str, overrides: Mapping[str, Any] | None = None) -> Any:
-    """Make a task's settings: its defaults, and those of `overrides` that it has.
-
-    Raises:
-        ConfigError: the task is unknown, or requires settings that a run does not have.
-    """
-    kind, given = make_evaluator(task).settings, overrides or {}
-    known = {field.name: field for field in fields(kind) if field.init}
-    missing = [name for name, field in known.items() if name not in given and _is_required(field)]
-    if missing:
-        raise ConfigError(
-            f"{task} cannot be scored by a run: it needs {', '.join(missing)}; leave it out, and give the "
-            f"checkpoint to radio-eval {task} afterwards"
-        )
-    return kind(**{name: given[name] for name in known if name in given})
-
-
-def _is_required(field: Field[Any]) -> bool:
-    return field.default is MISSING and field.default_factory is MISSING
 
 
 def tell(console: Console, name: str, line: str) -> None:

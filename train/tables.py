@@ -19,6 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from evals.core.paper import TABLE_3, TABLE_6_MODELS, table_6_row
+from evals.knn import KnnSettings
+from evals.zeroshot import ZeroshotSettings
 from radio.errors import ConfigError, MissingExtraError, did_you_mean, require, shown
 from radio.io import write_bytes, write_text
 from radio.registry import Registry
@@ -27,6 +29,7 @@ from radio.students import resolve_options
 from .config import BalanceConfig, DataConfig, OptimConfig, TeacherConfig, TrainConfig
 from .loggers import LOG, read_records, say
 from .recipes import DINO, SCENES_TEACHERS, demo, paper_b14
+from .tasks import task_settings
 
 Rows: TypeAlias = Mapping[str, TrainConfig]
 """Runs by name."""
@@ -225,9 +228,6 @@ STUDENTS: tuple[str, ...] = tuple(
 )
 """The paper's table 6 without its two large ViTs, which take hours on a CPU even in the small version."""
 
-FEW: Mapping[str, Mapping[str, Any]] = {"knn": {"scenes": (1200, 300)}, "zeroshot": {"scenes": 300}}
-"""Settings of the tasks: the slowest student sees as many images as the fastest."""
-
 SPEED: Mapping[str, Any] = {"batches": (8,)}
 """Settings of the measurement of speed."""
 
@@ -248,6 +248,8 @@ def table6() -> PaperTable:
         log_every=20,
         save_every=100,
         score=("knn", "zeroshot"),
+        # few images, and as many for the slowest student as for the fastest
+        tasks={"knn": KnnSettings(scenes=(1200, 300)), "zeroshot": ZeroshotSettings(scenes=300)},
     )
     return PaperTable(base=base, rows=_row_per_student, compare=_compare_students)
 
@@ -307,11 +309,11 @@ def _compare_students(rows: Rows, checkpoints: Mapping[str, Path], out: Path, co
     from radio.hub import load_backbone
     from radio.progress import watch_on
 
-    from .scoring import make_settings, run_models
+    from .scoring import run_models
 
     progress, reports = watch_on(console, shown=console.is_terminal), out / "reports"
     models = {name: load_backbone(str(path)) for name, path in checkpoints.items()}
-    tasks = {task: make_settings(task, FEW.get(task)) for task in config.score}
+    tasks = task_settings(config, config.score)
     scores = {
         name: [outcome.headline for outcome in outcomes]
         for name, outcomes in run_models(config, checkpoints, tasks, reports, console).items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from evals.core.evaluator import Evaluator, evaluators
 from radio import entry
 from radio.config import from_plain, read_yaml, to_plain
 from radio.errors import ConfigError, RadioError
 from train.config import DataConfig, TeacherConfig, TrainConfig
 from train.loggers import ProgressConsole, say
 from train.recipes import recipes
-from train.scoring import make_settings
 from train.setup import check_settings
 
 from .conftest import TEACHERS, Start, fill_shard
@@ -238,34 +236,6 @@ def test_a_bar_and_a_line_show_what_they_are_given() -> None:
     assert "[/b]\\x07" in told
     assert "[/i] :smile: \\x07" in told
     assert "[/b] :smile: \\x1b[2J\n" in told
-
-
-def norm(settings: Any) -> Evaluator[Any]:
-    """Make an evaluator of those settings that nobody runs."""
-    return Evaluator(name="norm", settings=settings, evaluate=lambda *_: 1 / 0)
-
-
-def test_an_evaluator_gets_the_settings_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    @dataclass(frozen=True)
-    class Plain:
-        order: int = 2
-
-    @dataclass(frozen=True)
-    class Needing:
-        bank: Path
-        order: int = 2
-
-    monkeypatch.setitem(evaluators._entries, "norm", lambda: norm(Plain))
-    assert make_settings("norm", {"save_maps": 3}) == Plain()
-    monkeypatch.setitem(evaluators._entries, "norm", lambda: norm(dict))
-    with pytest.raises(ConfigError, match="norm: its settings are no dataclass"):
-        make_settings("norm")
-    monkeypatch.setitem(evaluators._entries, "norm", lambda: norm(Needing))
-    wanted = (
-        "norm cannot be scored by a run: it needs bank; leave it out, and give the checkpoint to radio-eval"
-    )
-    with pytest.raises(ConfigError, match=wanted):
-        make_settings("norm")
 
 
 @pytest.mark.parametrize(

@@ -346,9 +346,9 @@ def test_the_command_trains_a_row_and_puts_it_beside_the_papers(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "140")
     monkeypatch.setattr("train.tables.STUDENTS", ("timm:test_resnet", "timm:test_vit"))
-    monkeypatch.setattr("train.tables.FEW", {"knn": {"scenes": (40, 20)}, "zeroshot": {"scenes": 20}})
     monkeypatch.setattr("train.tables.SPEED", {"window_seconds": 0.0, "warmup_seconds": 0.0, "batches": (2,)})
     arguments = ["table6", "--steps", "2", "--batch-size", "2", "--resolution", "64", "--device", "cpu"]
+    arguments += ["--knn.scenes", "40", "20", "--zeroshot.scenes", "20"]
     assert entry.train([*arguments, "--data.scenes", "20", "--data.workers", "0"]) == 0
     out = capsys.readouterr().out
     lines = {line.split("|")[1].strip(): line.split("|") for line in out.splitlines() if line.count("|") > 6}

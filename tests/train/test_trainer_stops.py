@@ -19,6 +19,7 @@ from torch import Tensor
 
 from evals.core.report import Metric
 from evals.core.suite import Outcome
+from evals.knn import KnnSettings
 from radio import checkpoint
 from radio.errors import CheckpointError, ConfigError, RadioError
 from radio.model import RadioModel
@@ -119,6 +120,7 @@ def test_settings_that_do_not_decide_the_weights_may_change(config: TrainConfig,
         cache=cache,
         recipe="other",
         score=("knn",),
+        tasks={"knn": KnnSettings(k=(5,))},
     )
     assert run.step == 5
     run.train()
