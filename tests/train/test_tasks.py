@@ -244,7 +244,7 @@ def labelled(tmp_path: Path) -> Path:
 def test_a_run_scores_by_its_settings_on_the_way_and_at_the_end(
     labelled: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The nearest neighbour of a bank's own image is that image: all are right, and with other labels none."""
+    """The nearest neighbour of a bank's image is that image: all are right, and with swapped labels none."""
     out = labelled / "run"
     words = ["smoke", *TINY, "--out", str(out), "--score", "knn", "--eval-every", "2", "--eval-tasks", "knn"]
     own = ["--knn.bank", str(labelled / "bank"), "--knn.k", "1", "--knn.query"]
