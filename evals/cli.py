@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,12 +23,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from radio.config import AttentionWindow, Seed, check, parse_options
-from radio.errors import ConfigError, did_you_mean
+from radio.datasets import read_data_sets
+from radio.errors import ConfigError, did_you_mean, shown
 from radio.specs import check_spec
 from radio.students import students
 
 from .core import evaluators
-from .core.task import Evaluator, RunSettings, late, make_evaluator
+from .core.task import OWN, Evaluator, RunSettings, late, make_evaluator, missing_data, name_job, settings_on
 from .reporting import CompareOptions, ReportOptions, TrendOptions
 from .throughput import ThroughputOptions
 
@@ -87,9 +88,14 @@ def _evaluate(task: str, arguments: Sequence[str]) -> int:
     )
     options, run, settings = check(parsed.model), parsed.run, check(getattr(parsed, own))
     _check_models(options)
+    placed = {OWN: settings}
+    if run.data_root is not None:
+        placed = settings_on(evaluator, settings, read_data_sets(run.data_root))
+        if not placed:
+            raise ConfigError(f"{task}: {missing_data(evaluator, settings, run.data_root)}")
     from .commands import evaluate
 
-    return evaluate(evaluator, options, run, settings)
+    return evaluate(evaluator, options, run, placed)
 
 
 def _check_models(options: Options) -> None:
@@ -126,7 +132,8 @@ def _parse_suite(
 ) -> tuple[Options, Any, RunSettings, dict[str, tuple[Evaluator[Any], Any]]]:
     """Parse the common options, the command's own, and the settings of each task (`--TASK.option`).
 
-    A task of another package that cannot be made is left out with a warning, unless it is named.
+    A task of another package that cannot be made, or whose data sets a data root has not, is left out with a
+    warning, unless it is named.
     """
     made: dict[str, Evaluator[Any]] = {}
     failed: dict[str, ConfigError] = {}
@@ -147,12 +154,36 @@ def _parse_suite(
             raise ConfigError(f"no task {task!r}{did_you_mean(task, made)}; tasks: {', '.join(made)}")
     if not parsed.own.tasks:
         for problem in failed.values():
-            Console(stderr=True).print(escape(f"left out: {problem}"), soft_wrap=True, highlight=False)
+            _leave_out(str(problem))
     chosen = parsed.own.tasks or [name for name in made if not made[name].on_request]
     jobs = {name: (made[name], check(getattr(parsed, name.replace("-", "_")))) for name in chosen}
-    options = check(parsed.model)
+    options, root = check(parsed.model), parsed.run.data_root
     _check_models(options)
+    if root is not None:
+        jobs = _on_data_sets(jobs, root, named=bool(parsed.own.tasks))
     return options, check(parsed.own), parsed.run, jobs
+
+
+def _leave_out(reason: str) -> None:
+    Console(stderr=True).print(escape(f"left out: {reason}"), soft_wrap=True, highlight=False)
+
+
+def _on_data_sets(
+    jobs: Mapping[str, tuple[Evaluator[Any], Any]], root: Path, *, named: bool
+) -> dict[str, tuple[Evaluator[Any], Any]]:
+    """Run each task on the data sets of a data root; one without any is left out, or an error if `named`."""
+    sets, placed = read_data_sets(root), dict[str, tuple[Evaluator[Any], Any]]()
+    for task, (evaluator, settings) in jobs.items():
+        settings_of = settings_on(evaluator, settings, sets)
+        placed |= {name_job(task, name): (evaluator, each) for name, each in settings_of.items()}
+        if not settings_of:
+            lack = f"{task}: {missing_data(evaluator, settings, root)}"
+            if named:
+                raise ConfigError(lack)
+            _leave_out(lack)
+    if not placed:
+        raise ConfigError(f"{shown(root)}: has no data set that a task is scored on; name one there")
+    return placed
 
 
 def _all(arguments: Sequence[str]) -> int:

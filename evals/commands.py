@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from radio.types import Backbone
 
 from .cli import Options
 from .core.evaluator import Evaluator, RunSettings, run_evaluator, run_predictions
-from .core.report import Kind
+from .core.report import Kind, Report
 from .core.suite import NOISE_FILE, Jobs, measure_noise, run_all, write_noise
 from .core.task import windowed_name
 from .tables import comparison, summary
@@ -44,30 +45,39 @@ def _joined(run: RunSettings) -> AbstractContextManager[Ranks]:
     return joined()
 
 
-def evaluate(evaluator: Evaluator[Any], options: Options, run: RunSettings, settings: Any) -> int:
-    """Score models on a task; return the exit code 0."""
+def evaluate(
+    evaluator: Evaluator[Any], options: Options, run: RunSettings, settings_of: Mapping[str, Any]
+) -> int:
+    """Score models on a task's data sets, with a table for each; return the exit code 0.
+
+    Args:
+        settings_of: the task's settings by the data set's name; see `settings_on`.
+    """
     with _joined(run) as group:
         console, progress = _screen(options, group)
         _check_out(options)
-        reports = []
+        reports_of: dict[str, list[Report]] = {data_set: [] for data_set in settings_of}
         if not options.models and options.arch is None:
-            report = run_predictions(evaluator, settings, options.out or Path("reports"), run=run)
-            reports += [] if report is None else [report]
-        for spec, model, name in () if reports else _models(options):
-            report = run_evaluator(
-                evaluator,
-                model,
-                settings,
-                options.out or _default_out(spec),
-                run=run,
-                name=name,
-                kind=_kind(options, spec),
-                ranks=group,
-                progress=progress,
-            )
-            reports.append(report)
-        console.print(comparison(reports, plain=options.plain))
-        for report in reports:
+            for data_set, settings in settings_of.items():
+                report = run_predictions(evaluator, settings, options.out or Path("reports"), run=run)
+                reports_of[data_set] += [] if report is None else [report]
+        for spec, model, name in () if any(reports_of.values()) else _models(options):
+            for data_set, settings in settings_of.items():
+                report = run_evaluator(
+                    evaluator,
+                    model,
+                    settings,
+                    options.out or _default_out(spec),
+                    run=run,
+                    name=name,
+                    kind=_kind(options, spec),
+                    ranks=group,
+                    progress=progress,
+                )
+                reports_of[data_set].append(report)
+        for reports in reports_of.values():
+            console.print(comparison(reports, plain=options.plain))
+        for report in chain.from_iterable(reports_of.values()):
             skipped = [
                 f"{len(used.skipped)} images of {used.name} could not be read and were left out; the first: "
                 f"{used.skipped[0].key}: {used.skipped[0].reason}"

@@ -36,7 +36,7 @@ from radio.types import Backbone
 
 from .evaluator import machine_settings, run_evaluator
 from .report import Kind, Report, file_name, metric_text, read
-from .task import Evaluator, RunSettings, make_evaluator
+from .task import Evaluator, RunSettings, make_evaluator, task_of
 
 _STATE = "all.json"
 _FORMAT: Literal["am-radio-all/1"] = "am-radio-all/1"
@@ -60,7 +60,7 @@ _FILE = TypeAdapter(_FinishedTasks)
 
 
 Jobs = Mapping[str, tuple[Evaluator[Any], Any]]
-"""The evaluator and the settings of each task."""
+"""The evaluator and the settings of each task, by its name, or by `name_job` on a data set."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +103,7 @@ def run_all(
     holds a hash of them. A task that fails is reported and does not stop the others.
 
     Args:
-        jobs: each task's evaluator and settings.
+        jobs: each task's evaluator and settings, by the task's name or that of `name_job`.
         out: the folder of the reports.
         name: the model's name in the reports.
         run: settings that all tasks share.
@@ -139,7 +139,7 @@ class Contestant:
 
     name: str
     load: Callable[[], Backbone]
-    tasks: Mapping[str, Any]  # their settings by name
+    tasks: Mapping[str, Any]  # their settings by name, of the task or of `name_job`
     out: Path  # folder of its reports
     kind: Kind | None = None  # see `run_evaluator`
 
@@ -175,7 +175,7 @@ def run_contestants(
         }
     waiting = [replace(each, tasks={task: each.tasks[task]}) for each in contestants for task in each.tasks]
     # The longest first, so that none is left over at the end.
-    waiting.sort(key=lambda turn: not any(make_evaluator(task).expensive for task in turn.tasks))
+    waiting.sort(key=lambda turn: not any(make_evaluator(task_of(job)).expensive for job in turn.tasks))
     total, running = len(waiting), dict[Future[list[Outcome]], tuple[Contestant, float]]()
     done: dict[tuple[str, str], Outcome] = {}
     seconds: list[tuple[str, float]] = []
@@ -211,7 +211,7 @@ def _run(
 ) -> list[Outcome]:
     return run_all(
         contestant.load(),
-        {task: (make_evaluator(task), settings) for task, settings in contestant.tasks.items()},
+        {job: (make_evaluator(task_of(job)), settings) for job, settings in contestant.tasks.items()},
         contestant.out,
         run=run,
         name=contestant.name,
@@ -423,6 +423,8 @@ def measure_noise(
 ) -> Noise:
     """Measure the noise of every metric of the repeatable tasks; deterministic ones have no entry.
 
+    Of a task on several data sets, a metric's noise is the largest.
+
     Raises:
         ConfigError: fewer than two repeats.
     """
@@ -443,9 +445,10 @@ def measure_noise(
                 )
                 for metric, value in report.metrics.items():
                     values.setdefault(metric, []).append(value.value)
-        noise[task] = {
-            metric: float(_APART * np.std(seen, ddof=1)) for metric, seen in values.items() if len(seen) > 1
-        }
+        largest = noise.setdefault(evaluator.name, {})
+        for metric, seen in values.items():
+            if len(seen) > 1:
+                largest[metric] = max(largest.get(metric, 0.0), float(_APART * np.std(seen, ddof=1)))
     return noise
 
 

@@ -6,7 +6,7 @@ name the functions that do by `late`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from pkgutil import resolve_name
@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar, fin
 
 from annotated_types import Interval
 
-from radio.config import AttentionWindow, CountOrZero, Pixels, Seed, Workers, check
-from radio.errors import ConfigError
+from radio.config import AttentionWindow, CountOrZero, Pixels, Seed, Workers, check, from_plain
+from radio.datasets import SET_NAMES, DataSets
+from radio.errors import ConfigError, shown
 
 from . import evaluators
 
@@ -57,6 +58,9 @@ class RunSettings:
     ~/.cache/am-radio."""
     device: Machine[str] = "auto"
     """auto, cpu, cuda or cuda:N."""
+    data_root: Machine[Path | None] = None
+    """A data.yaml that names your data sets, or a folder that has them: instead of the generated world, where
+    a task's own options name no data."""
 
     def __post_init__(self) -> None:
         """Validate the settings; raise `ConfigError` on a value out of range."""
@@ -99,6 +103,57 @@ class Evaluator(Generic[S]):
     score_predictions: Callable[[S, EvalRun], Result] | None = None
     """Scores stored predictions without a model, where `predictions_of` names a file."""
     predictions_of: Callable[[S], Path | None] = lambda settings: None
+    data_sets: Callable[[S, DataSets], Mapping[str, S]] = lambda settings, sets: {}
+    """These settings on each of a user's data sets that the task has a protocol for, by the set's name; under
+    `OWN` as they are, where they name their data themselves or need none."""
+
+
+OWN = ""
+"""Stands for the data that a task's settings name themselves, in place of a data set's name."""
+
+
+def settings_on(evaluator: Evaluator[S], settings: S, sets: DataSets) -> dict[str, S]:
+    """Return a task's settings on each data set that it has a protocol for and that is there, by its name.
+
+    Settings that name their own data, or need none, come back unchanged under `OWN`. Empty where none of the
+    task's data sets is there: the generated world does not stand in for them.
+
+    Raises:
+        ConfigError: the evaluator gives settings of another type, or on a data set that does not exist.
+    """
+    placed: Any = evaluator.data_sets(settings, sets)
+    known = {OWN, *(field.name for field in fields(DataSets))}
+    if (
+        not isinstance(placed, Mapping)
+        or not set(placed) <= known
+        or not all(isinstance(each, evaluator.settings) for each in placed.values())
+    ):
+        who = evaluators.plugin(evaluator.name) or evaluator.name
+        raise ConfigError(
+            f"{who}: its data_sets gave no mapping from names of data sets to {evaluator.settings.__name__}; "
+            f"mend or uninstall the package that brings it"
+        )
+    return dict(placed)
+
+
+def name_job(task: str, data_set: str) -> str:
+    """Return the name of a task on one of its data sets, such as `seg on voc`."""
+    return task if data_set == OWN else f"{task} on {data_set.replace('_', '-')}"
+
+
+def task_of(job: str) -> str:
+    """Return the task that a name of `name_job` begins with; other names are a task's."""
+    task, _, data_set = job.rpartition(" on ")
+    return task if data_set in SET_NAMES else job
+
+
+def missing_data(evaluator: Evaluator[S], settings: S, root: Path) -> str:
+    """Describe why `settings_on` is empty for a data root: the data sets that the task could be scored on."""
+    everything = from_plain(DataSets, {field.name: field.name for field in fields(DataSets)})
+    names = [name.replace("_", "-") for name in settings_on(evaluator, settings, everything)]
+    if not names:
+        return "it has no protocol for the data sets of --data-root; name its data by its own options"
+    return f"{shown(root)} has not {' or '.join(names)}, which it is scored on; name it there"
 
 
 def late(function: str) -> Callable[..., Any]:

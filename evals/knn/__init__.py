@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 from annotated_types import Interval
 
 from evals.core import evaluators
-from evals.core.task import Evaluator, Scenes, ViewSettings, late
+from evals.core.task import OWN, Evaluator, Scenes, ViewSettings, late
 from radio.config import Count, Positive
+from radio.datasets import DataSets
 from radio.errors import ConfigError
 
 Neighbourhood = Annotated[int, Interval(ge=1, le=16_384)]
@@ -72,6 +74,16 @@ class KnnSettings(ViewSettings):
         return 20 if 20 in self.k else self.k[0]
 
 
+def data_sets(settings: KnnSettings, sets: DataSets) -> Mapping[str, KnnSettings]:
+    """Classify ImageNet's validation images by the training images, unless a bank is named."""
+    if settings.bank is not None:
+        return {OWN: settings}
+    if sets.imagenet is None:
+        return {}
+    query = None if settings.leave_one_out else str(sets.imagenet / "val")
+    return {"imagenet": replace(settings, bank=str(sets.imagenet / "train"), query=query)}
+
+
 @evaluators.register("knn")
 def make() -> Evaluator[KnnSettings]:
     """Weighted k-nearest-neighbour classification of frozen summaries."""
@@ -81,4 +93,5 @@ def make() -> Evaluator[KnnSettings]:
         evaluate=late("evals.knn.evaluator:evaluate"),
         title="k-NN",
         suffix=lambda settings: f"-{settings.head}-head" if settings.head else "",
+        data_sets=data_sets,
     )

@@ -41,7 +41,7 @@ def evaluate(model: Backbone, settings: MapsSettings, run: EvalRun) -> Result:
     Raises:
         DataError: data that are absent or damaged, or tokens that are not finite.
     """
-    source = run.open_images(settings.query)
+    source = run.open_images(settings.query or "scenes:val")
     shown, data = _read_images(source, settings.num_images)
     size = model.nearest_size(*model.native_size)
     features = _encode(model, shown, size, run)

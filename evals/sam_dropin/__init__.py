@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from annotated_types import Interval
 
 from evals.core import evaluators
-from evals.core.task import Evaluator, Machine, late
+from evals.core.task import OWN, Evaluator, Machine, late
 from radio.config import Count, CountOrZero, Pixels, check
+from radio.datasets import DataSets
 from radio.errors import ConfigError
 
 
@@ -70,6 +72,16 @@ def _suffix(settings: SamSettings) -> str:
     return f"-{settings.clicks}-clicks" if settings.prompts == "points" else ""
 
 
+def data_sets(settings: SamSettings, sets: DataSets) -> Mapping[str, SamSettings]:
+    """Score the instances of COCO's val2017, unless an instances JSON is named."""
+    if settings.data is not None:
+        return {OWN: settings}
+    if sets.coco is None:
+        return {}
+    instances = sets.coco / "annotations" / "instances_val2017.json"
+    return {"coco": replace(settings, data=instances, images=sets.coco / "val2017")}
+
+
 @evaluators.register("sam")
 def make() -> Evaluator[SamSettings]:
     """Masks of SAM's own decoder on the model's features, scored on COCO instances."""
@@ -80,4 +92,5 @@ def make() -> Evaluator[SamSettings]:
         title="SAM drop-in",
         missing_requirements=late("evals.sam_dropin.evaluator:missing_requirements"),
         suffix=_suffix,
+        data_sets=data_sets,
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from evals.core import evaluators
-from evals.core.task import Evaluator, RunSettings, late
+from evals.core.task import OWN, Evaluator, RunSettings, late
+from radio.datasets import DataSets
 
 from .protocol import SegSettings
 
@@ -18,8 +20,22 @@ def make() -> Evaluator[SegSettings]:
         settings=SegSettings,
         evaluate=late("evals.seg_probe.evaluator:evaluate"),
         title="segmentation probe",
+        suffix=lambda settings: "" if settings.voc_split is None else "-voc",
         with_seed=with_seed,
+        data_sets=data_sets,
     )
+
+
+def data_sets(settings: SegSettings, sets: DataSets) -> Mapping[str, SegSettings]:
+    """Probe on ADE20K and on VOC2012, unless data are named; a split of VOC's asks for VOC alone."""
+    if settings.data is not None:
+        return {OWN: settings}
+    placed = {}
+    if sets.ade20k is not None and settings.voc_split is None:
+        placed["ade20k"] = replace(settings, data=sets.ade20k)
+    if sets.voc is not None:
+        placed["voc"] = replace(settings, data=sets.voc, voc_split=settings.voc_split or "train")
+    return placed
 
 
 def with_seed(settings: SegSettings, run: RunSettings, number: int) -> SegSettings:

@@ -96,26 +96,32 @@ class Dataset:
 
 
 def open_dataset(
-    root: Path, *, voc_split: str, known: Mapping[str, Sequence[str]], limit: int | None = None
+    root: Path, *, voc_split: str | None, known: Mapping[str, Sequence[str]], limit: int | None = None
 ) -> Dataset:
     """Open the data set in a folder; the content of its files is not read yet.
 
     Args:
         root: ADE20K's or VOC2012's folder or its parent; or one in ADE20K's layout with `classes.txt`.
-        voc_split: the training split of VOC2012.
+        voc_split: the training split of VOC2012 (default: train).
         known: the class names of "ADE20K" and "VOC2012".
         limit: maximum number of images per split, evenly spaced.
 
     Raises:
-        DataError: neither layout, an empty split, an image without annotation, or the reverse.
+        DataError: neither layout, an empty split, an image without annotation, or the reverse; or a split of
+            VOC2012 for ADE20K's layout.
     """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder")
     for folder in (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"):
         if all((folder / part).is_dir() for part in _VOC_FOLDERS):
-            return _voc(folder, voc_split, tuple(known["VOC2012"]), limit)
+            return _voc(folder, voc_split or "train", tuple(known["VOC2012"]), limit)
     for folder in (root, root / "ADEChallengeData2016"):
         if (folder / "images").is_dir() and (folder / "annotations").is_dir():
+            if voc_split is not None:
+                raise DataError(
+                    f"{folder}: is in the layout of ADE20K, and --voc-split {voc_split} is of "
+                    f"VOC2012; leave it out"
+                )
             return _ade(folder, tuple(known["ADE20K"]), limit)
     raise DataError(
         f"{root}: neither ADE20K (images/training, annotations/training, ...) nor VOC2012 (JPEGImages, "

@@ -28,8 +28,9 @@ class SegSettings:
     data: Path | None = None
     """A folder in the layout of ADE20K (its own 150 classes, or those of a classes.txt) or of VOC2012.
     Default: the generated scenes."""
-    voc_split: Literal["train", "trainaug"] = "train"
-    """Training split of VOC2012: the 1,464 images of VOC, or the 10,582 with SBD's."""
+    voc_split: Literal["train", "trainaug"] | None = None
+    """Training split of VOC2012: the 1,464 images of VOC, or the 10,582 with SBD's. Where it is given, the
+    model's name in the report ends in -voc. Default: train."""
     preset: PresetName | None = None
     """The protocol. Default: `paper` with --data, `scenes` for the generated scenes."""
     crop: Pixels | None = None

@@ -10,7 +10,7 @@ import tyro
 from annotated_types import Interval
 
 from evals.core import evaluators
-from evals.core.task import Evaluator, late
+from evals.core.task import OWN, Evaluator, late
 from radio.config import AttentionWindow, Pixels, check
 from radio.errors import ConfigError
 
@@ -90,4 +90,5 @@ def make() -> Evaluator[ThroughputSettings]:
         evaluate=late("evals.throughput.evaluator:evaluate"),
         title="throughput",
         on_request=True,  # no score: it wants an otherwise idle machine
+        data_sets=lambda settings, _: {OWN: settings},  # it needs none
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from evals.core import evaluators
-from evals.core.task import Evaluator, RunSettings, late
+from evals.core.task import OWN, Evaluator, RunSettings, late
+from radio.datasets import DataSets
 
-from .settings import VqaSettings
+from .settings import Task, TaskFiles, VqaSettings
 
 
 @evaluators.register("vqa")
@@ -22,7 +24,48 @@ def make() -> Evaluator[VqaSettings]:
         with_seed=with_seed,
         score_predictions=late("evals.vqa.evaluator:score_predictions"),
         predictions_of=lambda settings: settings.predictions,
+        data_sets=data_sets,
     )
+
+
+def data_sets(settings: VqaSettings, sets: DataSets) -> Mapping[str, VqaSettings]:
+    """Train on LLaVA-1.5's data and score on every benchmark that is there, unless either is named."""
+    named = (settings.instruct_data, settings.files, settings.predictions)
+    if any(each is not None for each in named):
+        return {OWN: settings}
+    if sets.llava is None:
+        return {}
+    language_model = None if sets.language_model is None else str(sets.language_model)
+    benchmarks = {
+        task: files
+        for task, files in benchmark_files(sets, ocr=settings.ocr).items()
+        if settings.task in (None, task)
+    }
+    placed = replace(
+        settings,
+        pretrain_data=sets.llava.pretrain_data,
+        pretrain_images=sets.llava.pretrain_images,
+        instruct_data=sets.llava.instruct_data,
+        instruct_images=sets.llava.instruct_images,
+        language_model=settings.language_model or language_model,
+        benchmarks=benchmarks if "score" in settings.stages else {},
+    )
+    return {"llava": placed}
+
+
+def benchmark_files(sets: DataSets, *, ocr: bool = False) -> dict[Task, TaskFiles]:
+    """Return the files of each benchmark that is there; `ocr` puts OCR tokens into TextVQA's prompts."""
+    files: dict[Task, TaskFiles] = {}
+    if (gqa := sets.gqa) is not None:
+        files["gqa"] = TaskFiles(questions=gqa.questions, images=gqa.images)
+    if (vqa := sets.vqav2) is not None:
+        files["vqav2"] = TaskFiles(questions=vqa.questions, annotations=vqa.answers, images=vqa.images)
+    if (text := sets.textvqa) is not None:
+        ocr_file = text.ocr if ocr else None
+        files["textvqa"] = TaskFiles(questions=text.questions, images=text.images, ocr=ocr, ocr_file=ocr_file)
+    if (sqa := sets.sqa) is not None:
+        files["scienceqa"] = TaskFiles(questions=sqa.questions, splits=sqa.splits, images=sqa.images)
+    return files
 
 
 def with_seed(settings: VqaSettings, run: RunSettings, number: int) -> VqaSettings:

@@ -28,7 +28,7 @@ from .language import LanguageModel, TinyShape, load_library, open_language
 from .scenes import benchmarks, describe_questions, describe_training, load_scenes, training_images
 from .scenes import training_records as generated_records
 from .scoring import TASKS, Benchmark, BenchmarkQuestion, Scores, mean_accuracy
-from .settings import Preset, VqaSettings, choose_preset, choose_size, language_name
+from .settings import RULED, Preset, VqaSettings, choose_preset, choose_size, language_name
 
 if TYPE_CHECKING:
     from .llava import Generator, Prompt
@@ -167,12 +167,15 @@ def score_predictions(settings: VqaSettings, run: EvalRun) -> Result:
 
 
 def _named_benchmarks(settings: VqaSettings, run: EvalRun) -> list[Benchmark]:
-    """Open the benchmark whose files the settings name, if they name any."""
-    if settings.files is None:
-        return []
-    assert settings.task is not None, "checked by the settings"
+    """Open the benchmark whose files the settings name, or all of a data root; none without either."""
     rule, limit = settings.answer_normalization, run.settings.limit
-    return [open_benchmark(settings.task, settings.files, rule=rule, limit=limit)]
+    if settings.files is not None:
+        assert settings.task is not None, "checked by the settings"
+        return [open_benchmark(settings.task, settings.files, rule=rule, limit=limit)]
+    return [
+        open_benchmark(task, files, rule=rule if task in RULED else None, limit=limit)
+        for task, files in settings.benchmarks.items()
+    ]
 
 
 def _open_benchmarks(settings: VqaSettings, preset: Preset, run: EvalRun) -> list[Benchmark]:
@@ -182,7 +185,7 @@ def _open_benchmarks(settings: VqaSettings, preset: Preset, run: EvalRun) -> lis
         if settings.instruct_data is not None:
             raise ConfigError(
                 "--stages has score and no benchmark was named; give --task with --questions and --images, "
-                "or leave score out"
+                "or a --data-root that has them, or leave score out"
             )
         scenes = load_scenes(run, "val", (settings.scenes or preset.scenes)[1], describe_questions)
         tasks = TASKS if settings.task is None else (settings.task,)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import tyro
 from annotated_types import Interval
 
 from evals.core.task import Machine
@@ -34,6 +36,9 @@ Template = Literal["plain", "v1"]
 PresetName = Literal["paper", "scenes"]
 
 STAGES = ("pretrain", "instruct", "score")
+
+RULED: tuple[Task, ...] = ("vqav2", "textvqa")
+"""The benchmarks that have a choice of rules."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,6 +139,8 @@ class VqaSettings:
     """TextVQA: put OCR tokens into the prompt."""
     ocr_file: Path | None = None
     """TextVQA: a file of OCR tokens, instead of those in the file of the questions."""
+    benchmarks: tyro.conf.Suppress[tyro.conf.Fixed[Mapping[Task, TaskFiles]]] = field(default_factory=dict)
+    """Several benchmarks in their own files, of a data root instead of options."""
     answer_normalization: Rule | None = None
     """How VQAv2 (default: official) and TextVQA (default: m4c) compare answers."""
     blind: bool | None = None

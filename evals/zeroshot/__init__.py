@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from evals.core import evaluators
-from evals.core.task import Evaluator, Scenes, ViewSettings, late
+from evals.core.task import OWN, Evaluator, Scenes, ViewSettings, late
+from radio.datasets import DataSets
 from radio.errors import ConfigError
 
 
@@ -41,6 +43,21 @@ class ZeroshotSettings(ViewSettings):
             raise ConfigError("--captions FILE and --images FOLDER belong together; give both")
 
 
+def data_sets(settings: ZeroshotSettings, sets: DataSets) -> Mapping[str, ZeroshotSettings]:
+    """Classify ImageNet's validation images by its 1000 names, unless images or captions are named."""
+    if settings.query is not None or settings.captions is not None:
+        return {OWN: settings}
+    if sets.imagenet is None:
+        return {}
+    placed = replace(
+        settings,
+        query=str(sets.imagenet / "val"),
+        class_names=settings.class_names or "imagenet",
+        templates=settings.templates or "openai",
+    )
+    return {"imagenet": placed}
+
+
 @evaluators.register("zeroshot")
 def make() -> Evaluator[ZeroshotSettings]:
     """Classification by class names, and retrieval by captions, through a CLIP teacher's text tower."""
@@ -51,4 +68,5 @@ def make() -> Evaluator[ZeroshotSettings]:
         title="zero-shot",
         missing_requirements=late("evals.zeroshot.evaluator:missing_requirements"),
         suffix=lambda settings: "" if settings.captions is None else "-retrieval",
+        data_sets=data_sets,
     )

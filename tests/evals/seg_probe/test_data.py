@@ -29,7 +29,7 @@ from radio.errors import DataError
 KNOWN = {"ADE20K": [f"thing {n}" for n in range(150)], "VOC2012": [f"object {n}" for n in range(21)]}
 
 
-def opened(root: Path, voc_split: str = "train", limit: int | None = None) -> Dataset:
+def opened(root: Path, voc_split: str | None = None, limit: int | None = None) -> Dataset:
     return open_dataset(root, voc_split=voc_split, known=KNOWN, limit=limit)
 
 

@@ -12,7 +12,7 @@ from evals.seg_probe.evaluator import MapWriter, legend, palette, side_by_side
 
 
 def test_a_written_map_is_an_annotation_again(tmp_path: Path, make_ade: Callable) -> None:
-    data = open_dataset(make_ade(tmp_path / "mine"), voc_split="train", known={"ADE20K": [], "VOC2012": []})
+    data = open_dataset(make_ade(tmp_path / "mine"), voc_split=None, known={"ADE20K": [], "VOC2012": []})
     writer = MapWriter(tmp_path / "maps", data.val, data.labelling, (1, 2))
     said = np.random.default_rng(0).integers(0, 3, (56, 42)).astype(np.uint8)
     for place in range(4):
@@ -34,7 +34,7 @@ def test_names_that_leave_no_room_are_shortened(tmp_path: Path, make_ade: Callab
         for kind in ("images", "annotations"):
             folder = root / kind / "validation"
             (folder / f"{number}.png").rename(folder / f"{long}{last}.png")
-    data = open_dataset(root, voc_split="train", known={"ADE20K": [], "VOC2012": []})
+    data = open_dataset(root, voc_split=None, known={"ADE20K": [], "VOC2012": []})
     writer = MapWriter(tmp_path / "maps", data.val, data.labelling, (2, 3))
     writer(2, np.zeros((40, 56), np.uint8))
     assert len(set(writer.files())) == 4

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("plugin")
 
 @pytest.fixture
 def data(tmp_path: Path, make_ade: Callable) -> Dataset:
-    return open_dataset(make_ade(tmp_path / "mine"), voc_split="train", known={"ADE20K": [], "VOC2012": []})
+    return open_dataset(make_ade(tmp_path / "mine"), voc_split=None, known={"ADE20K": [], "VOC2012": []})
 
 
 def images(data: Dataset, model, training: bool, **changes):
@@ -159,7 +159,7 @@ def maps_of(tmp_path: Path, make_ade: Callable, monkeypatch) -> Callable[..., to
 
     monkeypatch.setattr(parts, "CHUNK", 3)
     root = make_ade(tmp_path / "mine")
-    data = open_dataset(root, voc_split="train", known={"ADE20K": [], "VOC2012": []})
+    data = open_dataset(root, voc_split=None, known={"ADE20K": [], "VOC2012": []})
 
     def make(
         model: Any, group: Ranks | None = None, key: str = "key", damage: Damage | None = None

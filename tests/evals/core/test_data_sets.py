@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evals.core.task import (
+    OWN,
+    Evaluator,
+    make_evaluator,
+    missing_data,
+    name_job,
+    settings_on,
+    task_of,
+)
+from evals.knn import KnnSettings
+from evals.maps import MapsSettings
+from evals.sam_dropin import SamSettings
+from evals.seg_probe.protocol import SegSettings
+from evals.throughput import ThroughputSettings
+from evals.vqa.settings import TaskFiles, VqaSettings
+from evals.zeroshot import ZeroshotSettings
+from radio.datasets import DataSets, GqaFiles, LlavaFiles, ScienceQaFiles, TextVqaFiles, Vqav2Files
+from radio.errors import ConfigError
+
+ROOT = Path("/d")
+SETS = DataSets(
+    imagenet=ROOT / "in",
+    ade20k=ROOT / "ade",
+    voc=ROOT / "voc",
+    coco=ROOT / "coco",
+    llava=LlavaFiles(
+        pretrain_data=ROOT / "p.json",
+        pretrain_images=ROOT / "p",
+        instruct_data=ROOT / "i.json",
+        instruct_images=ROOT / "i",
+    ),
+    gqa=GqaFiles(questions=ROOT / "g.json", images=ROOT / "g"),
+    textvqa=TextVqaFiles(questions=ROOT / "t.json", images=ROOT / "t", ocr=ROOT / "ocr.json"),
+    sqa=ScienceQaFiles(questions=ROOT / "s.json", splits=ROOT / "splits.json", images=ROOT / "s"),
+    vqav2=Vqav2Files(questions=ROOT / "v.json", answers=ROOT / "a.json", images=ROOT / "v"),
+    language_model=ROOT / "vicuna",
+)
+
+PLACED_VQA = VqaSettings(
+    pretrain_data=ROOT / "p.json",
+    pretrain_images=ROOT / "p",
+    instruct_data=ROOT / "i.json",
+    instruct_images=ROOT / "i",
+    language_model="/d/vicuna",
+    benchmarks={
+        "gqa": TaskFiles(questions=ROOT / "g.json", images=ROOT / "g"),
+        "vqav2": TaskFiles(questions=ROOT / "v.json", annotations=ROOT / "a.json", images=ROOT / "v"),
+        "textvqa": TaskFiles(questions=ROOT / "t.json", images=ROOT / "t"),
+        "scienceqa": TaskFiles(questions=ROOT / "s.json", splits=ROOT / "splits.json", images=ROOT / "s"),
+    },
+)
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "placed"),
+    [
+        (
+            "knn",
+            KnnSettings(k=(3,)),
+            {"imagenet": KnnSettings(k=(3,), bank="/d/in/train", query="/d/in/val")},
+        ),
+        (
+            "knn",
+            KnnSettings(leave_one_out=True),
+            {"imagenet": KnnSettings(leave_one_out=True, bank="/d/in/train")},
+        ),
+        (
+            "zeroshot",
+            ZeroshotSettings(templates="simple"),
+            {"imagenet": ZeroshotSettings(query="/d/in/val", class_names="imagenet", templates="simple")},
+        ),
+        ("maps", MapsSettings(), {"imagenet": MapsSettings(query="/d/in/val")}),
+        (
+            "seg",
+            SegSettings(seeds=2),
+            {
+                "ade20k": SegSettings(seeds=2, data=ROOT / "ade"),
+                "voc": SegSettings(seeds=2, data=ROOT / "voc", voc_split="train"),
+            },
+        ),
+        (
+            "seg",
+            SegSettings(voc_split="trainaug"),
+            {"voc": SegSettings(data=ROOT / "voc", voc_split="trainaug")},
+        ),
+        (
+            "sam",
+            SamSettings(prompts="points"),
+            {
+                "coco": SamSettings(
+                    prompts="points",
+                    data=ROOT / "coco/annotations/instances_val2017.json",
+                    images=ROOT / "coco/val2017",
+                )
+            },
+        ),
+        ("vqa", VqaSettings(), {"llava": PLACED_VQA}),
+        (
+            "vqa",
+            VqaSettings(stages=("pretrain", "instruct"), language_model="tiny"),
+            {
+                "llava": replace(
+                    PLACED_VQA, stages=("pretrain", "instruct"), language_model="tiny", benchmarks={}
+                )
+            },
+        ),
+        (
+            "vqa",
+            VqaSettings(task="textvqa", ocr=True),
+            {
+                "llava": replace(
+                    PLACED_VQA,
+                    task="textvqa",
+                    ocr=True,
+                    benchmarks={
+                        "textvqa": TaskFiles(
+                            questions=ROOT / "t.json",
+                            images=ROOT / "t",
+                            ocr=True,
+                            ocr_file=ROOT / "ocr.json",
+                        )
+                    },
+                )
+            },
+        ),
+    ],
+)
+def test_settings_on_a_users_data_sets(task: str, settings: Any, placed: dict[str, Any]) -> None:
+    evaluator = make_evaluator(task)
+    assert settings_on(evaluator, settings, SETS) == placed
+    assert list(settings_on(evaluator, settings, SETS)) == list(placed)
+    assert settings_on(evaluator, settings, DataSets()) == {}
+
+
+@pytest.mark.parametrize(
+    ("task", "settings"),
+    [
+        ("knn", KnnSettings(bank="a", query="b")),
+        ("zeroshot", ZeroshotSettings(query="a")),
+        ("zeroshot", ZeroshotSettings(captions="scenes")),
+        ("maps", MapsSettings(query="scenes:val")),
+        ("seg", SegSettings(data=Path("a"))),
+        ("sam", SamSettings(data=Path("a.json"), images=Path("a"))),
+        ("vqa", VqaSettings(pretrain_data=Path("a.json"), instruct_data=Path("b.json"))),
+        ("vqa", VqaSettings(task="gqa", questions=Path("a.json"))),
+        ("throughput", ThroughputSettings()),
+    ],
+)
+def test_data_that_the_settings_name_win(task: str, settings: Any) -> None:
+    for sets in (SETS, DataSets()):
+        assert settings_on(make_evaluator(task), settings, sets) == {OWN: settings}
+
+
+def test_the_second_segmentation_set_has_a_name_of_its_own() -> None:
+    evaluator = make_evaluator("seg")
+    placed = settings_on(evaluator, SegSettings(), SETS)
+    assert [evaluator.suffix(settings) for settings in placed.values()] == ["", "-voc"]
+
+
+def test_what_a_task_lacks_is_named() -> None:
+    def lack(task: str, settings: Any) -> str:
+        return missing_data(make_evaluator(task), settings, Path("/d"))
+
+    assert lack("knn", KnnSettings()) == "/d has not imagenet, which it is scored on; name it there"
+    assert lack("seg", SegSettings()) == "/d has not ade20k or voc, which it is scored on; name it there"
+    assert lack("seg", SegSettings(voc_split="train")).startswith("/d has not voc, ")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    data: str = ""
+
+
+def _evaluator(placed: Any) -> Evaluator[_Settings]:
+    return Evaluator(
+        name="mine", settings=_Settings, evaluate=lambda *_: 1 / 0, data_sets=lambda settings, sets: placed
+    )
+
+
+def test_an_evaluator_without_protocols_says_so() -> None:
+    plain = Evaluator(name="mine", settings=_Settings, evaluate=lambda *_: 1 / 0)
+    assert settings_on(plain, _Settings(), SETS) == {}
+    assert missing_data(plain, _Settings(), Path("/d")) == (
+        "it has no protocol for the data sets of --data-root; name its data by its own options"
+    )
+
+
+@pytest.mark.parametrize("placed", [None, {"imagnet": _Settings()}, {"imagenet": KnnSettings()}, {3: 3}])
+def test_an_evaluator_that_gives_something_else_is_one_error(placed: Any) -> None:
+    with pytest.raises(ConfigError, match="mine: its data_sets gave no mapping from names of data sets"):
+        settings_on(_evaluator(placed), _Settings(), SETS)
+    assert settings_on(_evaluator({"imagenet_21k": _Settings()}), _Settings(), SETS)
+
+
+@pytest.mark.parametrize(
+    ("task", "data_set", "job"),
+    [("seg", OWN, "seg"), ("seg", "voc", "seg on voc"), ("x on y", "imagenet_21k", "x on y on imagenet-21k")],
+)
+def test_a_job_has_its_tasks_name(task: str, data_set: str, job: str) -> None:
+    assert name_job(task, data_set) == job
+    assert task_of(job) == task
