@@ -18,7 +18,7 @@ from torch import Tensor
 from .errors import DataError, did_you_mean, shown
 from .image_files import StoredImages, list_folder, list_shards, spread
 from .progress import ProgressFactory, no_progress
-from .scenes import CLASSES, Split, label_of, render_images
+from .scenes import CLASSES, DOMAINS, Split, label_of, render_domain
 
 # Letters: N images, H W pixels.
 
@@ -70,19 +70,22 @@ class SceneImages:
     """Images of the generated world, rendered when they are read.
 
     Raises:
-        DataError: an unknown split or fewer than one image.
+        DataError: an unknown split or domain, or fewer than one image.
     """
 
-    def __init__(self, split: str, *, count: int, seed: int = 0, size: int = 96) -> None:
+    def __init__(self, split: str, *, count: int, seed: int = 0, size: int = 96, domain: str = "own") -> None:
         if split not in get_args(Split):
             hint = did_you_mean(split, get_args(Split)) or f"; it has {' and '.join(get_args(Split))}"
             raise DataError(f"the generated world has no split {split!r}{hint}")
+        if domain not in DOMAINS:
+            hint = did_you_mean(domain, DOMAINS) or f"; it has {', '.join(DOMAINS)}"
+            raise DataError(f"the generated world has no domain {domain!r}{hint}")
         if not 1 <= count <= _MAX_SCENES:
             raise DataError(f"cannot take {count} scenes; give a count of 1 to {_MAX_SCENES:,}")
         self._split: Split = "train" if split == "train" else "val"
-        self._count, self._seed, self._size = count, seed, size
+        self._count, self._seed, self._size, self._domain = count, seed, size, domain
         self.name = f"scenes:{split}"
-        self.location = f"{self.name}?seed={seed}"
+        self.location = f"{self.name}?seed={seed}" + (f"&domain={domain}" if domain != "own" else "")
         self.classes = CLASSES  # colour and shape of the main object
         self.notes: tuple[str, ...] = ()  # no image is omitted
 
@@ -100,18 +103,18 @@ class SceneImages:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the generator's settings and of the first few images, in case the generator changes."""
-        drawn, _ = self._draw(range(min(self._count, 8)))
+        drawn = b"".join(self._draw(index).tobytes() for index in range(min(self._count, 8)))
         text = f"{self.location} {self._count} {self._size}"
-        return hashlib.sha256(text.encode() + drawn.tobytes()).hexdigest()
+        return hashlib.sha256(text.encode() + drawn).hexdigest()
 
     def read(self, index: int) -> Tensor:
         """Render a scene, uint8 [3, size, size]."""
-        return torch.from_numpy(self._draw([index])[0][0])
+        return torch.from_numpy(self._draw(index))
 
     load = read  # a scene has no file
 
-    def _draw(self, indices: range | list[int]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        return render_images(list(indices), split=self._split, seed=self._seed, size=self._size)
+    def _draw(self, index: int) -> NDArray[np.uint8]:
+        return render_domain(index, domain=self._domain, split=self._split, seed=self._seed, size=self._size)
 
 
 def open_source(

@@ -52,6 +52,9 @@ class DataConfig:
     scenes: Annotated[int, Interval(ge=0, le=10**7)] = 0  # number of images of the generated world
     weights: tuple[Weight, ...] = ()  # share of the batch per pattern, folder, then scenes; () = one pool
     scenes_seed: Seed = 2  # the teachers were trained on seed 1, evaluators use seed 0
+    scenes_domain: Literal["own", "night", "web", "mixture"] = (
+        "own"  # how scenes look: as the teachers know them, dark, as noisy web images, or all of these
+    )
     crop_scale: tuple[PositiveShare, PositiveShare] = (0.08, 1.0)  # RandomResizedCrop: range of the area
     crop_aspect: tuple[Aspect, Aspect] = (3 / 4, 4 / 3)
     flip: Share = 0.5  # probability of a horizontal flip

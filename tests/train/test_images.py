@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from radio.errors import ConfigError, DataError
-from radio.scenes import render_images
+from radio.scenes import render_domain, render_images
 from train.config import DataConfig
 from train.data.streams import open_images
 
@@ -53,6 +53,16 @@ def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:
     assert open_images(DataConfig(images=(folder,), scenes=1)).fingerprint != prints[0]
 
 
+def test_scenes_of_another_domain_are_other_data() -> None:
+    own, web = (open_images(DataConfig(scenes=4, scenes_domain=domain)) for domain in ("own", "web"))
+    assert own.fingerprint == open_images(DataConfig(scenes=4)).fingerprint != web.fingerprint
+    assert [source["path"] for source in web.sources] == ["scenes:train?seed=2&domain=web"]
+    for index in range(4):
+        scene = web.load(index)
+        assert isinstance(scene, torch.Tensor)
+        assert torch.equal(scene, torch.from_numpy(render_domain(index, domain="web", seed=2)))
+
+
 def test_bad_sources_are_clear_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no data: give --data\.shards .*--data\.images FOLDER"):
         open_images(DataConfig())
@@ -68,3 +78,5 @@ def test_bad_sources_are_clear_errors(tmp_path: Path) -> None:
         open_images(DataConfig(shards=(str(tmp_path / "bad.tar"),)))
     with pytest.raises(DataError, match="give a count of 1 to"):
         open_images(DataConfig(scenes=-1))
+    with pytest.raises(ConfigError, match=r"scenes-domain night has no effect without --data\.scenes"):
+        open_images(DataConfig(scenes_domain="night"))

@@ -38,6 +38,7 @@ BAD: tuple[tuple[str, Any], ...] = (
     *(("resolution", value) for value in (0, 10**6)),
     *(("data.scenes", value) for value in (-1, 10**21, 10**12)),
     ("data.scenes_seed", -1),
+    ("data.scenes_domain", "day"),
     *(("data.crop_scale", value) for value in ([1.0, 0.1], [NAN, 1.0], [0.0, 0.0], [0.5, 7.0])),
     *(("data.crop_aspect", value) for value in ([2.0, 1.0], [0.0, 1.0], [1.0, INF])),
     *(("data.workers", value) for value in (-1, 100_000)),

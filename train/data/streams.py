@@ -375,5 +375,14 @@ def _open_folder(text: str | Path) -> Part:
 
 
 def _open_scenes(config: DataConfig) -> list[Part]:
-    count = config.scenes
-    return [Part(SceneImages("train", count=count, seed=config.scenes_seed), count)] if count else []
+    """Open the scenes, if any.
+
+    Raises:
+        ConfigError: a domain is given, but no scenes.
+    """
+    count, domain = config.scenes, config.scenes_domain
+    if not count:
+        if domain != "own":
+            raise ConfigError(f"--data.scenes-domain {domain} has no effect without --data.scenes COUNT")
+        return []
+    return [Part(SceneImages("train", count=count, seed=config.scenes_seed, domain=domain), count)]
