@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import stat
@@ -21,6 +22,7 @@ from radio.config import (
     check_options,
     from_plain,
     load_yaml,
+    parse_options,
     read_yaml,
     to_plain,
     write_yaml,
@@ -271,3 +273,52 @@ def test_settings_that_do_not_fit_name_their_file(tmp_path: Path):
         read_yaml(Whole, tmp_path / "x.yaml")
     (tmp_path / "y.yaml").write_text("a: {x: 0, y: -0.5, z: 0x1f, u: 1_000, v: 0o7}\n")
     assert load_yaml(tmp_path / "y.yaml") == {"a": {"x": 0, "y": -0.5, "z": 31, "u": 1000, "v": "0o7"}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Even:
+    number: int = 0
+
+    def __post_init__(self) -> None:
+        if self.number % 2:
+            raise ConfigError(f"number = {self.number} is odd")
+
+
+def test_a_command_line_ends_with_the_collector_as_it_was() -> None:
+    for enabled in (True, False):
+        (gc.enable if enabled else gc.disable)()
+        try:
+            assert parse_options(Even, ["--number", "2"]) == Even(number=2)
+            with pytest.raises(ConfigError, match="odd"):
+                parse_options(Even, ["--number", "3"])
+            with pytest.raises(SystemExit):
+                parse_options(Even, ["--help"])
+            assert gc.isenabled() is enabled
+        finally:
+            gc.enable()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nested:
+    even: Even = Even()
+    others: Any = None
+    numbers: list[int] = field(default_factory=list)
+
+
+def test_what_settings_of_a_section_refuse_is_told_with_its_place() -> None:
+    with pytest.raises(ConfigError, match=r"^even: number = 3 is odd$"):
+        from_plain(Nested, {"even": {"number": 3}})
+    with pytest.raises(ConfigError, match=r"^number = 3 is odd$"):
+        from_plain(Even, {"number": 3})
+
+
+def test_a_mapping_of_settings_is_checked_by_its_keys() -> None:
+    settings = Nested(others={"mine": Even(), "rate": float("inf")})
+    with pytest.raises(ConfigError, match=r"^--rate: inf is no number to work with"):
+        check_options(settings, {"others": ""})
+
+
+@pytest.mark.parametrize("key", ["numbers", "others"])
+def test_a_setting_of_a_type_that_no_file_can_hold_is_told(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{key}: no file can hold a setting of the type "):
+        from_plain(Nested, {key: [1]})
