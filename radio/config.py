@@ -295,14 +295,20 @@ def _read(hint: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         return _read_union(arguments, value, where)
     if origin is Literal:
-        if value not in arguments:
-            known = [str(argument) for argument in arguments]
-            hint_text = did_you_mean(value, known) if isinstance(value, str) else ""
-            raise ConfigError(f"{where}: {brief(value)} is not one of {', '.join(known)}{hint_text}")
-        return value
+        return _read_literal(arguments, value, where)
     if origin is tuple:
         return _read_tuple(arguments, value, where)
+    if origin in (Mapping, dict):
+        return _read_mapping(arguments, value, where)
     return _read_scalar(hint, value, where)
+
+
+def _read_literal(known: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value not in known:
+        names = [str(each) for each in known]
+        hint_text = did_you_mean(value, names) if isinstance(value, str) else ""
+        raise ConfigError(f"{where}: {brief(value)} is not one of {', '.join(names)}{hint_text}")
+    return value
 
 
 def _read_scalar(hint: Any, value: Any, where: str) -> Any:
@@ -350,6 +356,13 @@ def _read_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any
         raise ConfigError(f"{where}: wanted {len(kinds)} values, got {len(value)}")
     pairs = zip(kinds, value, strict=True)
     return tuple(_read(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(pairs))
+
+
+def _read_mapping(arguments: tuple[Any, ...], value: Any, where: str) -> dict[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: wanted a mapping, got {brief(value)}")
+    keys, kinds = arguments
+    return {_read(keys, key, where): _read(kinds, item, _join(where, key)) for key, item in value.items()}
 
 
 @contextlib.contextmanager

@@ -59,6 +59,7 @@ RESUME_IGNORED = (
     "eval_every",
     "eval_tasks",
     "score",
+    "data_root",
     "tasks",
     "teacher_placement",
     "ranks_per_group",

@@ -18,7 +18,7 @@ from .loggers import say
 from .plan import make_plan, print_plan
 from .setup import check_settings, round_resolutions
 from .tables import PaperTable, Rows
-from .tasks import scored_tasks, task_settings
+from .tasks import check_data, scored_jobs, scored_tasks
 from .trainer import Trainer
 
 
@@ -79,7 +79,7 @@ def train_all(runs: Rows, console: Console, *, restart: bool = False) -> Trained
     with join(device := choose_device(next(iter(runs.values())).device)) as group:
         for config in runs.values():
             check_settings(config, group.world)
-            check_tasks(config)
+            check_data(config)
         screen = console if group.leads else Console(quiet=True)
         for name, given in runs.items():
             config, changes = round_resolutions(given)
@@ -104,9 +104,9 @@ def check_tasks(config: TrainConfig) -> None:
     """Check that the run gives the settings that its evaluators require.
 
     Raises:
-        ConfigError: as `task_settings`.
+        ConfigError: as `scored_jobs`.
     """
-    task_settings(config, scored_tasks(config))
+    scored_jobs(config, scored_tasks(config))
 
 
 def _eval_workers(config: TrainConfig, group: Ranks) -> int:

@@ -173,6 +173,9 @@ class TrainConfig:
     eval_tasks: tuple[str, ...] = ("knn", "zeroshot")  # evaluators to run
     max_nonfinite_steps: Count = 10  # stop after so many skipped steps in a row (non-finite gradients)
     score: tuple[str, ...] = ()  # tasks at the end, for student, untrained student, teachers
+    data_root: Path | None = (
+        None  # data.yaml that names data sets, or their folder; None = the generated world
+    )
     tasks: TasksField = field(default_factory=dict)  # settings of tasks other than their defaults, by name
 
 

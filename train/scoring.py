@@ -14,7 +14,7 @@ from rich.text import Text
 
 from evals.core.paper import DATA, TASKS, PaperRow
 from evals.core.suite import Contestant, Outcome, run_contestants
-from evals.core.task import RunSettings, make_evaluator
+from evals.core.task import RunSettings, make_evaluator, task_of
 from radio.dist import Ranks
 from radio.errors import shown
 from radio.hub import load_backbone
@@ -23,7 +23,7 @@ from radio.resources import choose_device
 
 from .config import TrainConfig
 from .loggers import LOG, Record, read_records, say
-from .tasks import Tasks, task_settings
+from .tasks import Tasks, scored_jobs
 
 MAX_WORKERS = 4  # processes that score side by side: each holds the libraries, about 1 GB
 
@@ -49,15 +49,15 @@ def score(
         paper: the paper's rows to print below.
         workers: processes; see `run_contestants`.
     """
-    tasks = task_settings(config, config.score)
+    tasks = scored_jobs(config, config.score)
     contestants = [
         *_trained(students, tasks, out),
         _untrained(config, next(iter(students.values())), tasks, out),
         *_trained({teacher.model: teacher.model for teacher in config.teachers}, _cheap(tasks), out),
     ]
     outcomes = _run(config, contestants, console, workers)
-    console.print(_table(outcomes, config.score, paper, plain=not console.is_terminal))
-    for line in _measured_on(config.score, paper):
+    console.print(_table(outcomes, tuple(tasks), paper, plain=not console.is_terminal))
+    for line in _measured_on(tuple(tasks), paper):
         say(console, line)
     return outcomes
 
@@ -89,7 +89,7 @@ def _run(
 
 def _cheap(tasks: Tasks) -> Tasks:
     """Leave out what takes long; only the run's students get it."""
-    return {task: settings for task, settings in tasks.items() if not make_evaluator(task).expensive}
+    return {job: settings for job, settings in tasks.items() if not make_evaluator(task_of(job)).expensive}
 
 
 def _trained(models: Mapping[str, Path | str], tasks: Tasks, out: Path) -> list[Contestant]:
@@ -117,12 +117,12 @@ class Follower:
         workers: processes; see `run_contestants`.
 
     Raises:
-        ConfigError: as `task_settings`.
+        ConfigError: as `scored_jobs`.
     """
 
     def __init__(self, config: TrainConfig, group: Ranks, console: Console, workers: int = 1) -> None:
         self.config, self.group, self.console, self.workers = config, group, console, workers
-        self.tasks = task_settings(config, config.eval_tasks)
+        self.tasks = scored_jobs(config, config.eval_tasks)
         self._compared = False
 
     def evaluate(self, step: int) -> Record:
@@ -145,10 +145,11 @@ class Follower:
             both = {name: of_student, **outcomes}
             self.console.print(_table(both, tuple(self.tasks), (), plain=not self.console.is_terminal))
             self._compared = True
-        reports = [outcome.report for outcome in of_student if outcome.report is not None]
         record: Record = {"step": step}
-        for report in reports:
-            record[f"{report.task}/{report.primary_metric}"] = report.metrics[report.primary_metric].value
+        for outcome in of_student:
+            if (report := outcome.report) is not None:
+                key = f"{_log_key(outcome.task)}/{report.primary_metric}"
+                record[key] = report.metrics[report.primary_metric].value
         figures = ", ".join(
             f"{name} {value:.1f}" for name, value in record.items() if isinstance(value, float)
         )
@@ -160,7 +161,14 @@ class Follower:
         records = [record for record in read_records(self.config.out / LOG) if record["step"] == step]
         # Training records have a loss; their keys may start with a teacher named like a task.
         evaluations = [record for record in records if "loss" not in record]
-        return any(key.partition("/")[0] in self.tasks for record in evaluations for key in record)
+        keys = {_log_key(job) for job in self.tasks}
+        return any(key.partition("/")[0] in keys for record in evaluations for key in record)
+
+
+def _log_key(job: str) -> str:
+    """Return the name of a task in the log, with its data set where it has one: `knn`, `seg-voc`."""
+    task = task_of(job)
+    return task + job.removeprefix(task).replace(" on ", "-")
 
 
 def tell(console: Console, name: str, line: str) -> None:
@@ -196,15 +204,21 @@ def _table(
     return table
 
 
-def _columns(tasks: Sequence[str]) -> list[str]:
-    """Return the paper's column for each task; empty where it has none."""
-    return [TASKS[task][0] if task in TASKS else "" for task in tasks]
+def _columns(jobs: Sequence[str]) -> list[str]:
+    """Return the paper's column for each task, of its data set where it has one; empty where it has none."""
+    columns: list[str] = []
+    for job in jobs:
+        task = task_of(job)
+        known = TASKS.get(task, ("",))
+        columns += [name for name in known if job == f"{task} on {name}"] or known[:1]
+    return columns
 
 
-def _measured_on(tasks: Sequence[str], paper: Sequence[PaperRow]) -> Iterator[str]:
-    """Yield lines on the data behind the paper's rows, which differ from those of the other rows."""
+def _measured_on(jobs: Sequence[str], paper: Sequence[PaperRow]) -> Iterator[str]:
+    """Yield lines on the paper's rows: on which data they are, where other rows are on none of its sets."""
+    others = [job for job in jobs if task_of(job) == job]
+    data = "; ".join(
+        f"{job}: {DATA[column]}" for job, column in zip(others, _columns(others), strict=True) if column
+    )
     for source in dict.fromkeys(row.source for row in paper):
-        data = "; ".join(
-            f"{task}: {DATA[column]}" for task, column in zip(tasks, _columns(tasks), strict=True) if column
-        )
-        yield f"paper: {source}, on other data than the rows above ({data})"
+        yield f"paper: {source}" + (f", on other data than the rows above ({data})" if data else "")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import tyro
 
 from evals.core import evaluators
-from evals.core.task import make_evaluator
+from evals.core.task import make_evaluator, missing_data, name_job, settings_on
 from radio.config import ReadWith, from_plain
-from radio.errors import ConfigError
+from radio.datasets import read_data_sets
+from radio.errors import ConfigError, shown
 from radio.io import brief
 
 if TYPE_CHECKING:
@@ -71,6 +73,63 @@ def task_settings(config: TrainConfig, tasks: Iterable[str]) -> dict[str, Any]:
         ConfigError: a task is unknown, or requires settings that the run does not give.
     """
     return {task: config.tasks[task] if task in config.tasks else _defaults(task) for task in tasks}
+
+
+def scored_jobs(config: TrainConfig, tasks: Iterable[str]) -> dict[str, Any]:
+    """Return the settings that tasks are scored with: on the data sets of the run's data root, if it has one.
+
+    Returns:
+        settings by the task's name, or by `name_job` on a data set.
+
+    Raises:
+        ConfigError: as `task_settings`, or a data root without a data set that a task is scored on.
+    """
+    jobs: dict[str, Any] = {}
+    for task, settings in task_settings(config, tasks).items():
+        if config.data_root is None:
+            jobs[task] = settings
+            continue
+        evaluator = make_evaluator(task)
+        placed = settings_on(evaluator, settings, read_data_sets(config.data_root))
+        if not placed:
+            raise ConfigError(f"{task}: {missing_data(evaluator, settings, config.data_root)}")
+        jobs |= {name_job(task, data_set): each for data_set, each in placed.items()}
+    return jobs
+
+
+def check_data(config: TrainConfig) -> None:
+    """Check that the paths exist by which the scored tasks' settings, or a data root, name data.
+
+    Raises:
+        ConfigError: one does not; or as `scored_jobs`.
+    """
+    from evals.core.evaluator import machine_settings  # needs torch, which command lines do not wait for
+
+    for job, settings in scored_jobs(config, scored_tasks(config)).items():
+        where_saved = machine_settings(settings)  # no data: a score would depend on them
+        values = {field.name: getattr(settings, field.name) for field in fields(settings)}
+        for path in _paths([value for name, value in values.items() if name not in where_saved]):
+            if not path.exists():
+                root = "" if config.data_root is None else f" or {shown(str(config.data_root))}"
+                raise ConfigError(
+                    f"{job}: {shown(str(path))}: no such file or folder; mend the task's settings{root}, or "
+                    f"leave it out of --score and --eval-tasks"
+                )
+
+
+def _paths(value: Any) -> Iterator[Path]:
+    """Iterate over the paths among settings, and texts that can be nothing else; patterns are left out."""
+    if isinstance(value, Path):
+        yield value
+    elif isinstance(value, str) and value.startswith("/") and not set("{*") & set(value):
+        yield Path(value)
+    elif isinstance(value, Mapping):
+        yield from _paths(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _paths(each)
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from _paths([getattr(value, field.name) for field in fields(value)])
 
 
 def _defaults(task: str) -> Any:

@@ -6,6 +6,7 @@ import gc
 import os
 import re
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -303,6 +304,7 @@ class Nested:
     even: Even = Even()
     others: Any = None
     numbers: list[int] = field(default_factory=list)
+    by_name: Mapping[Literal["a", "b"], Even] = field(default_factory=dict)
 
 
 def test_what_settings_of_a_section_refuse_is_told_with_its_place() -> None:
@@ -316,6 +318,26 @@ def test_a_mapping_of_settings_is_checked_by_its_keys() -> None:
     settings = Nested(others={"mine": Even(), "rate": float("inf")})
     with pytest.raises(ConfigError, match=r"^--rate: inf is no number to work with"):
         check_options(settings, {"others": ""})
+
+
+def test_a_mapping_goes_through_plain_data() -> None:
+    settings = Nested(by_name={"b": Even(number=4)})
+    assert to_plain(settings)["by_name"] == {"b": {"number": 4}}
+    assert from_plain(Nested, {"by_name": {"b": {"number": 4}}}) == settings
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (3, r"^by_name: wanted a mapping, got 3$"),
+        ({"c": {}}, r"^by_name: 'c' is not one of a, b"),
+        ({"a": {"numbr": 4}}, r"^unknown setting 'by_name\.a\.numbr'; did you mean number\?$"),
+        ({"a": {"number": 3}}, r"^by_name\.a: number = 3 is odd$"),
+    ],
+)
+def test_bad_items_of_a_mapping_are_told_by_their_place(value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_plain(Nested, {"by_name": value})
 
 
 @pytest.mark.parametrize("key", ["numbers", "others"])

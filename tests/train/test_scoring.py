@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from evals.core import suite
-from evals.core.paper import TABLE_3
+from evals.core.paper import TABLE_3, TABLE_5
 from evals.core.report import Metric
 from evals.core.suite import Outcome
 from radio.dist import Ranks
@@ -92,6 +92,25 @@ def test_the_papers_rows_stand_below_and_say_what_they_are(
     )
 
 
+def test_each_data_set_of_a_data_root_has_a_column_and_the_papers_beside_it(
+    config: TrainConfig, asked: list[tuple[str, Path, tuple[str, ...]]], tmp_path: Path
+) -> None:
+    (tmp_path / "data.yaml").write_text("imagenet: in\nade20k: ade\nvoc: voc\n")
+    config = replace(config, score=("knn", "seg"), data_root=tmp_path / "data.yaml")
+    lines = printed(config, {"student": config.out / "ckpt.pt"}, paper=TABLE_5)
+    assert {tasks for *_, tasks in asked} == {("knn on imagenet", "seg on ade20k", "seg on voc")}
+    head = next(line for line in lines if "seg on voc" in line)
+    assert [cell.strip() for cell in head.strip("|").split("|")] == [
+        "",
+        "knn on imagenet",
+        "seg on ade20k",
+        "seg on voc",
+    ]
+    assert cells(lines, "tiny:clip") == ["3.0", "3.0", "3.0"]
+    assert cells(lines, "paper: RADIO, average pooling") == ["83.83", "38.36", "77.04"]
+    assert lines[-1] == "paper: AM-RADIO, CVPR 2024, table 5"
+
+
 def test_a_teacher_that_is_called_like_a_task_hides_no_evaluation(config: TrainConfig) -> None:
     follower = module.Follower(replace(config, eval_tasks=("knn",)), Ranks(), Console(file=io.StringIO()))
     log = config.out / "metrics.jsonl"
@@ -100,3 +119,17 @@ def test_a_teacher_that_is_called_like_a_task_hides_no_evaluation(config: TrainC
     log.write_text('{"step": 4, "loss": 1.0, "knn/summary": 0.5}\n[1]\n{"step": 2, "knn/top1": 5.0}\n')
     assert not follower.has_done(4)
     assert follower.has_done(2)
+
+
+def test_an_evaluation_on_a_data_set_is_known_by_its_name_in_the_log(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "data.yaml").write_text("voc: voc\n")
+    config = replace(config, eval_tasks=("seg",), data_root=tmp_path / "data.yaml")
+    follower = module.Follower(config, Ranks(), Console(file=io.StringIO()))
+    config.out.mkdir()
+    (config.out / "metrics.jsonl").write_text(
+        '{"step": 2, "seg-voc/miou": 5.0}\n{"step": 4, "seg/miou": 1.0}\n'
+    )
+    assert follower.has_done(2)
+    assert not follower.has_done(4)  # of the generated scenes, before there was a data root

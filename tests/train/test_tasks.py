@@ -15,6 +15,8 @@ from evals.core.evaluator import Evaluator, evaluators
 from evals.core.report import read
 from evals.knn import KnnSettings
 from evals.seg_probe.protocol import SegSettings
+from evals.throughput import ThroughputSettings
+from evals.vqa.settings import TaskFiles, VqaSettings
 from evals.zeroshot import ZeroshotSettings
 from radio import entry
 from radio.config import from_plain, read_yaml, to_plain, write_yaml
@@ -25,7 +27,7 @@ from train.config import TrainConfig
 from train.recipes import recipes
 from train.setup import check_settings
 from train.tables import PaperTable
-from train.tasks import scored_tasks, task_settings
+from train.tasks import check_data, scored_jobs, scored_tasks, task_settings
 
 from .conftest import image_bytes, read_records
 
@@ -79,10 +81,12 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
 
 
 def test_tasks_go_through_a_file(tmp_path: Path) -> None:
-    config = replace(recipes["smoke"](), tasks={"knn": KNN, "seg": SEG})
+    files = TaskFiles(questions=Path("/data/gqa.json"))
+    tasks = {"knn": KNN, "seg": SEG, "vqa": VqaSettings(benchmarks={"gqa": files})}
+    config = replace(recipes["smoke"](), tasks=tasks, data_root=Path("/data"))
     write_yaml(config, tmp_path / "config.yaml")
     plain = yaml.safe_load((tmp_path / "config.yaml").read_text())["tasks"]
-    assert list(plain) == ["knn", "seg"]
+    assert list(plain) == list(tasks)
     assert plain["knn"]["query"] == "/data/val" and plain["seg"]["data"] == "/data/ade"
     assert read_yaml(TrainConfig, tmp_path / "config.yaml") == config
 
@@ -91,7 +95,7 @@ def test_a_file_names_what_it_changes(tmp_path: Path) -> None:
     plain = to_plain(recipes["smoke"]())
     plain["tasks"] = {"knn": {"bank": "/data/train", "query": "/data/val", "k": [5, 10]}}
     assert from_plain(TrainConfig, plain).tasks == {"knn": KNN}
-    del plain["tasks"]  # a file of before there were any
+    del plain["tasks"], plain["data_root"]  # a file of before there were any
     assert from_plain(TrainConfig, plain) == recipes["smoke"]()
 
 
@@ -262,3 +266,73 @@ def test_a_run_scores_by_its_settings_on_the_way_and_at_the_end(
     assert (out / "metrics.jsonl").read_bytes() == logged  # not trained again
     assert main([*words, *own, str(labelled / "swapped")]) == 0
     assert "student: knn: unchanged, kept" in capsys.readouterr().out
+
+
+@pytest.fixture
+def sets(labelled: Path) -> Path:
+    """A data.yaml with an ImageNet whose validation images are its training images, ADE20K and VOC2012."""
+    (labelled / "imagenet").mkdir()
+    for name in ("train", "val"):
+        (labelled / "imagenet" / name).symlink_to(labelled / "bank")
+    for name in ("ade", "voc"):
+        (labelled / name).mkdir()
+    path = labelled / "data.yaml"
+    path.write_text("imagenet: imagenet\nade20k: ade\nvoc: voc\n")
+    return path
+
+
+def test_tasks_are_scored_on_the_data_sets_of_a_data_root(sets: Path) -> None:
+    score = ("knn", "seg", "throughput")
+    config = replace(recipes["smoke"](), score=score, tasks={"seg": SegSettings(seeds=2)}, data_root=sets)
+    images = sets.parent / "imagenet"
+    assert scored_jobs(config, score) == {
+        "knn on imagenet": KnnSettings(bank=str(images / "train"), query=str(images / "val")),
+        "seg on ade20k": SegSettings(seeds=2, data=sets.parent / "ade"),
+        "seg on voc": SegSettings(seeds=2, data=sets.parent / "voc", voc_split="train"),
+        "throughput": ThroughputSettings(),  # needs no data
+    }
+    check_data(config)
+    assert scored_jobs(replace(config, tasks={"knn": KNN}), ["knn"]) == {"knn": KNN}  # its own data win
+    with pytest.raises(ConfigError, match=r"^sam: .*data\.yaml has not coco, which it is scored on"):
+        check_tasks(replace(config, score=("knn", "sam")))
+
+
+def test_data_that_are_not_there_end_a_run_before_it_starts(
+    sets: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(sets.parent)
+    (sets.parent / "voc").rmdir()
+    out = sets.parent / "run"
+    words = ["smoke", *TINY, "--out", str(out), "--score"]
+    both, absent = ["--data-root", str(sets)], "no such file or folder; mend the task's settings"
+    for more, message in (
+        (["knn", "seg", *both], f"seg on voc: {sets.parent / 'voc'}: {absent} or {sets}, or leave it out"),
+        (["seg", "--seg.data", "gone"], f"seg: gone: {absent}, or leave it out"),
+        (["knn", "--knn.bank", "/gone", "--knn.query", "/gone/too"], f"knn: /gone: {absent}"),
+        (["knn", "--data-root", "gone.yaml"], "gone.yaml: no such settings file"),
+    ):
+        assert entry.train([*words, *more]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {message}")
+    assert not out.exists()
+    config = replace(recipes["smoke"](), score=("knn",))
+    for bank in ("/gone/{000..009}.tar", "gone", "scenes:val"):  # shards, or left to the evaluator
+        check_data(replace(config, tasks={"knn": KnnSettings(bank=bank, query=bank)}))
+    check_data(
+        replace(config, score=("vqa",), tasks={"vqa": VqaSettings(save=Path("/gone"))})
+    )  # written there
+
+
+def test_a_run_scores_on_the_data_sets_of_a_data_root(sets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = sets.parent / "run"
+    words = ["smoke", *TINY, "--out", str(out), "--score", "knn", "--eval-every", "2", "--eval-tasks", "knn"]
+    assert main([*words, "--data-root", str(sets), "--knn.k", "1"]) == 0
+    assert [record["knn-imagenet/top1"] for record in read_records(out)[-1:]] == [100.0]
+    assert read(out / "reports" / "knn-student.json").metrics["top1"].value == 100.0
+    said = capsys.readouterr().out
+    assert "step 2: knn-imagenet/top1 100.0" in said and "| knn on imagenet |" in said
+    written = read_yaml(TrainConfig, out / "config.yaml")
+    assert (written.data_root, written.tasks) == (sets, {"knn": KnnSettings(k=(1,))})
+    logged = (out / "metrics.jsonl").read_bytes()
+    assert main([*words, "--data-root", str(sets.parent / "data.yaml"), "--knn.k", "1"]) == 0
+    assert "student: knn on imagenet: unchanged, kept" in capsys.readouterr().out
+    assert (out / "metrics.jsonl").read_bytes() == logged

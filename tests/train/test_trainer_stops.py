@@ -121,6 +121,7 @@ def test_settings_that_do_not_decide_the_weights_may_change(config: TrainConfig,
         recipe="other",
         score=("knn",),
         tasks={"knn": KnnSettings(k=(5,))},
+        data_root=config.out,
     )
     assert run.step == 5
     run.train()
