@@ -210,6 +210,27 @@ class ListOptions:
     """List the kinds of models instead, and how each is named."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataOptions:
+    """List your data sets: what each is, where, and whether it is there."""
+
+    data_root: Path = Path()
+    """A data.yaml that names your data sets, or a folder that has them. Default: this folder."""
+    check: bool = False
+    """Look inside, as the evaluators do: count images, classes, shards and records, and name what is missing
+    or laid out wrong. No image is decoded."""
+    plain: bool = False
+    """Print without progress bars, colours and box lines."""
+
+
+def _data(arguments: Sequence[str]) -> int:
+    options = check(parse_options(DataOptions, arguments, prog="radio-eval data"))
+    sets = read_data_sets(options.data_root)
+    from .datasets import list_data_sets
+
+    return list_data_sets(sets, check=options.check, plain=options.plain)
+
+
 def _list(arguments: Sequence[str]) -> int:
     console = Console(highlight=False)
     options = parse_options(ListOptions, arguments, prog="radio-eval list")
@@ -250,6 +271,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "all": _all,
     "noise": _noise,
     "list": _list,
+    "data": _data,
     "throughput": _throughput,
     "compare": partial(_reporting, "compare", CompareOptions),
     "report": partial(_reporting, "report", ReportOptions),
@@ -262,6 +284,7 @@ usage: radio-eval TASK MODEL... [options]
        radio-eval noise MODEL [--repeats N] [--tasks ...]
        radio-eval throughput MODEL... [--reference MODEL]
        radio-eval list [--archs] [--models]
+       radio-eval data [--data-root DATA] [--check]
        radio-eval report REPORTS --html PAGE [--run runs/NAME]
        radio-eval compare REPORTS --baseline REPORTS [options]
        radio-eval trend NIGHTS --html PAGE

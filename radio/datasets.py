@@ -259,6 +259,11 @@ def read_data_sets(path: Path) -> DataSets:
     return from_plain(DataSets, found)
 
 
+def is_remote(pattern: str) -> bool:
+    """Check whether a pattern of shards is a pipe or a URL, such as https://host/{000..099}.tar."""
+    return _SCHEME.match(pattern) is not None
+
+
 def _has_mark(folder: Path, marks: tuple[str, ...]) -> bool:
     return folder.is_dir() and any(True for mark in marks for _ in folder.glob(mark))
 
@@ -287,7 +292,7 @@ def _placed(data: Mapping[Any, Any], folder: Path) -> dict[Any, Any]:
             raise ConfigError(f"{shown(key)}: names nothing; give its place, or leave it out")
         if isinstance(value, Mapping):
             placed[name] = _placed(value, folder)
-        elif isinstance(value, str) and not _SCHEME.match(value):
+        elif isinstance(value, str) and not is_remote(value):
             placed[name] = str(folder / Path(value).expanduser())
         else:
             placed[name] = value

@@ -43,6 +43,10 @@ class DataError(RadioError):
     """A data set that is absent, empty, or not in the requested layout."""
 
 
+class MissingDataError(DataError):
+    """A file or folder of a data set that is not there."""
+
+
 class SizeError(RadioError):
     """An image, grid or window size that does not fit."""
 

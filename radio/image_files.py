@@ -141,6 +141,33 @@ def list_folder(root: Path) -> Listing:
     Raises:
         DataError: no class folders, a class folder without images, or the folder of the splits.
     """
+    folders = _class_folders(root)
+    entries: list[Entry] = []
+    for folder in folders:
+        images = _images_under(root, folder)
+        if not images:
+            raise _no_images(folder)
+        entries.extend(images)
+    classes = tuple(as_text(folder.name) for folder in folders)
+    return Listing(_short_name(root), as_text(root.resolve()), classes, _distinct(entries))
+
+
+def count_images(root: Path) -> dict[str, int]:
+    """Count the images of each class that `list_folder` would list, without a look at any file.
+
+    Raises:
+        DataError: as `list_folder`.
+    """
+    counts = {}
+    for folder in _class_folders(root):
+        counts[as_text(folder.name)] = sum(_is_image(path.name) for path in _files_under(root, folder))
+        if not counts[as_text(folder.name)]:
+            raise _no_images(folder)
+    return counts
+
+
+def _class_folders(root: Path) -> list[Path]:
+    """Return the folders of the classes, sorted by name; raise DataError where `root` has another layout."""
     folders = sorted(child for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))
     names = [folder.name for folder in folders]
     if not folders:
@@ -151,19 +178,17 @@ def list_folder(root: Path) -> Listing:
         raise DataError(
             f"{root}: holds the splits {', '.join(names)}; name one of them, as in {root / names[0]}"
         )
-    entries: list[Entry] = []
     for folder in folders:
         if _leads_back(folder, root.resolve()):
             raise DataError(
                 f"{shown(folder)}: is a link to {shown(folder.resolve())}, whose images are there already; "
                 f"remove it"
             )
-        images = _images_under(root, folder)
-        if not images:
-            raise DataError(f"{shown(folder)}: a class folder without images; remove it or fill it")
-        entries.extend(images)
-    classes = tuple(as_text(name) for name in names)
-    return Listing(_short_name(root), as_text(root.resolve()), classes, _distinct(entries))
+    return folders
+
+
+def _no_images(folder: Path) -> DataError:
+    return DataError(f"{shown(folder)}: a class folder without images; remove it or fill it")
 
 
 def list_shards(pattern: str) -> Listing:

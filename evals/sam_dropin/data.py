@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from radio.data import composed
-from radio.errors import DataError, require, shown
+from radio.errors import DataError, MissingDataError, require, shown
 from radio.image_files import Entry, Listing, StoredImages, spread
 from radio.images import MAX_IMAGE_BYTES, open_image
 
@@ -203,13 +203,15 @@ def open_instances(
 def _find_all(images: Sequence[CocoImage], root: Path, file: Path) -> list[Path]:
     """Find the file of each image; raise DataError when one is missing or belongs to two images."""
     if not root.is_dir():
-        raise DataError(f"{shown(root)}: no such folder; give the one that holds the images of {file.name}")
+        raise MissingDataError(
+            f"{shown(root)}: no such folder; give the one that holds the images of {file.name}"
+        )
     listings: dict[Path, dict[str, list[str]]] = {}
     paths = [_find(root, image.name, listings) for image in images]
     absent = [shown(image.name[:200]) for image, path in zip(images, paths, strict=True) if path is None]
     if absent:
         listed = ", ".join(absent[:5]) + (", …" if len(absent) > 5 else "")
-        raise DataError(
+        raise MissingDataError(
             f"{shown(root)}: {len(absent)} of the {len(images)} images of {shown(file.name)} are not "
             f"there: {listed}"
         )

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from radio.chunks import Damage, DamagedError, read_records, write_records
 from radio.data import composed, numbered
-from radio.errors import DataError, shown
+from radio.errors import DataError, MissingDataError, shown
 from radio.image_files import as_text, spread
 from radio.images import IMAGE_ENDINGS, MAX_IMAGE_BYTES, decode, open_image, orientation
 from radio.io import lines_of, read_bytes, read_text
@@ -149,7 +149,7 @@ def _ade_split(root: Path, name: str) -> Split:
     folders = root / "images" / name, root / "annotations" / name
     for folder in folders:
         if not folder.is_dir():
-            raise DataError(
+            raise MissingDataError(
                 f"{folder}: no such folder; wanted images in {folders[0]} and masks in {folders[1]}"
             )
     images = _by_stem(folders[0], IMAGE_ENDINGS, "would share the mask {}.png")
@@ -158,13 +158,15 @@ def _ade_split(root: Path, name: str) -> Split:
         raise DataError(f"{folders[0]}: holds no images")
     missing = sorted(images.keys() - masks.keys())
     if missing:
-        raise DataError(
+        raise MissingDataError(
             f"{shown(images[missing[0]])}: has no annotation {shown(folders[1] / missing[0])}.png "
             f"({len(missing)} of {len(images)} images lack theirs)"
         )
     spare = sorted(masks.keys() - images.keys())
     if spare:
-        raise DataError(f"{shown(masks[spare[0]])}: has no image of its name ({len(spare)} such annotations)")
+        raise MissingDataError(
+            f"{shown(masks[spare[0]])}: has no image of its name ({len(spare)} such annotations)"
+        )
     pairs = sorted(Pair(as_text(path.stem), path, masks[stem]) for stem, path in images.items())
     return Split(
         name=f"{as_text(root.resolve().name)}/{name}",
@@ -195,7 +197,7 @@ def _voc(root: Path, voc_split: str, classes: tuple[str, ...], limit: int | None
     if voc_split == "trainaug" and not (lists / "trainaug.txt").is_file():
         parts = ["train", "aug"]  # as MMSegmentation's converter writes it
         if not (lists / "aug.txt").is_file():
-            raise DataError(
+            raise MissingDataError(
                 f"{lists / 'trainaug.txt'}: no such list, nor aug.txt; --voc-split trainaug needs SBD's "
                 f"annotations in SegmentationClassAug, or use --voc-split train"
             )
@@ -223,7 +225,7 @@ def _voc(root: Path, voc_split: str, classes: tuple[str, ...], limit: int | None
 
 def _voc_ids(path: Path) -> list[str]:
     if not path.is_file():
-        raise DataError(f"{path}: no such list of images")
+        raise MissingDataError(f"{path}: no such list of images")
     # Some copies of trainaug.txt have both paths on a line; the image's name is the first one's stem.
     ids = [_name_of(line.split()[0]) for line in lines_of(read_text(path)) if line.strip()]
     if not ids:
@@ -251,14 +253,14 @@ def _voc_pair(root: Path, key: str) -> Pair:
     """Pair an image with VOC's own annotation if it exists, else with SBD's."""
     image = _existing(root / "JPEGImages" / f"{key}.jpg")
     if image is None:
-        raise DataError(
+        raise MissingDataError(
             f"{shown(root / 'JPEGImages' / key)}.jpg: no such image, and ImageSets/Segmentation lists it"
         )
     candidates = [root / folder / f"{key}.png" for folder in ("SegmentationClass", "SegmentationClassAug")]
     labels = _existing(candidates[0]) or _existing(candidates[1])
     if labels is not None:
         return Pair(key, image, labels)
-    raise DataError(
+    raise MissingDataError(
         f"{shown(image)}: has no annotation, neither {shown(candidates[0])} nor {shown(candidates[1])}"
     )
 

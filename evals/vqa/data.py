@@ -13,7 +13,7 @@ import json
 import os
 import tarfile
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, NotRequired, Protocol, final
@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 from typing_extensions import TypedDict
 
 from radio.data import ImageSource
-from radio.errors import DataError, shown
+from radio.errors import DataError, MissingDataError, shown
 from radio.image_files import Entry, Listing, StoredImages, spread
 from radio.io import validate
 
@@ -70,10 +70,17 @@ class Piece(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """The usable records of a file of conversations, and notes on the others."""
+    """The usable records of a file of conversations, and what was left out."""
 
     records: list[Record]
-    notes: tuple[str, ...]  # what was left out
+    unusable: str  # how many records cannot be used, and the first; empty without any
+    early: str  # how many begin with an answer, and the first; likewise
+    num_unusable: int
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Notes for reports on what was left out."""
+        return tuple(note for note in (self.unusable, self.early) if note)
 
 
 _Turn = TypedDict("_Turn", {"from": str, "value": str})
@@ -126,18 +133,18 @@ def read_records(
         more = f"; {len(unusable) - 1} more records cannot be used" if len(unusable) > 1 else ""
         hint = f" (up to --max-error-fraction {max_error_fraction:g} of the records may be left out)"
         raise DataError(f"{shown(path)}: {unusable[0]}{hint}{more}")
-    notes = []
+    bad_note = early_note = ""
     if unusable:
-        notes.append(
+        bad_note = (
             f"{len(unusable)} of the {len(rows)} records of {path.name} cannot be used and were left out; "
             f"the first is {unusable[0]}"
         )
     if early:
-        notes.append(
+        early_note = (
             f"{len(early)} of the {len(rows)} conversations of {path.name} begin with an answer, which was "
             f"left out as LLaVA does; the first is {early[0]}"
         )
-    return Reading(records, tuple(notes))
+    return Reading(records, bad_note, early_note, len(unusable))
 
 
 def _record(row: Any, number: str, is_image: Callable[[str], bool]) -> tuple[Record, bool]:
@@ -388,16 +395,18 @@ class NamedImages:
     """The files of a folder or the members of one tar file, by name.
 
     Raises:
-        DataError: no such folder or file.
+        MissingDataError: no such folder or file.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        if not path.is_dir() and not path.is_file():
-            raise DataError(f"{path}: no such folder or tar file of images")
+        self.path, self._is_tar = path, path.is_file()
+        self._listed: dict[str, frozenset[str]] = {}  # the files of each folder below `path`
+        if not path.is_dir() and not self._is_tar:
+            raise MissingDataError(f"{path}: no such folder or tar file of images")
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and self._find(name) is not None
+        """Check whether there is an image of that name; each folder is listed once, when it is asked for."""
+        return isinstance(name, str) and any(self._is_listed(spelling) for spelling in _spellings(name))
 
     def source(self, names: Iterable[str], memo: Path | None = None) -> ImageSource:
         """Return a source of the named images, each once, sorted by name.
@@ -409,7 +418,7 @@ class NamedImages:
         for name in sorted(set(names)):
             place = self._find(name)
             if place is None:
-                raise DataError(f"{self.path}: there is no image {name!r}")
+                raise MissingDataError(f"{self.path}: there is no image {name!r}")
             entries.append(Entry(name, "", *place))
         return StoredImages(Listing(self.path.name, str(self.path.resolve()), ("",), tuple(entries)), memo)
 
@@ -418,17 +427,21 @@ class NamedImages:
 
         Accents may be in another Unicode form (NFC, NFD) than in the folder or tar file.
         """
-        plain = PurePosixPath(name)
-        if plain.is_absolute() or ".." in plain.parts:
-            return None
-        forms = (unicodedata.normalize(form, str(plain)) for form in ("NFC", "NFD"))
-        for spelling in (str(plain), *forms):
-            if self.path.is_file():
+        for spelling in _spellings(name):
+            if self._is_tar:
                 if spelling in self._members:
                     return self._members[spelling]
             elif os.path.isfile(self.path / spelling):  # noqa: PTH113 (unlike Path's, it never raises)
                 return self.path / spelling, 0, (self.path / spelling).stat().st_size
         return None
+
+    def _is_listed(self, path: str) -> bool:
+        if self._is_tar:
+            return path in self._members
+        folder, _, name = path.rpartition("/")
+        if folder not in self._listed:
+            self._listed[folder] = _list_files(self.path / folder)
+        return name in self._listed[folder]
 
     @cached_property
     def _members(self) -> dict[str, tuple[Path, int, int]]:
@@ -452,6 +465,30 @@ class NamedImages:
         except (tarfile.TarError, OSError, EOFError, MemoryError, ValueError) as error:
             raise DataError(f"{self.path}: not a tar file without compression ({error})") from error
         return members
+
+
+def _spellings(name: str) -> Iterator[str]:
+    """Yield the Unicode forms in which a relative path may be stored; none of a path that leads out."""
+    plain = PurePosixPath(name)
+    if not plain.is_absolute() and ".." not in plain.parts:
+        yield str(plain)
+        yield from (unicodedata.normalize(form, str(plain)) for form in ("NFC", "NFD"))
+
+
+def _list_files(folder: Path) -> frozenset[str]:
+    """List the files of a folder; none where there is no such folder."""
+    try:
+        with os.scandir(folder) as entries:
+            return frozenset(entry.name for entry in entries if _is_file(entry))
+    except (OSError, ValueError):  # not there, or no name of a folder
+        return frozenset()
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a circular link
+        return False
 
 
 @final

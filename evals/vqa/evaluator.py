@@ -217,10 +217,11 @@ def _open_data(settings: VqaSettings, preset: Preset, run: EvalRun) -> dict[str,
     ):
         images = NamedImages(folder) if folder is not None else None
         is_image = images.__contains__ if images is not None else lambda _: False
-        records, notes = read_records(file, is_image, run.settings.limit, settings.max_error_fraction)
+        reading = read_records(file, is_image, run.settings.limit, settings.max_error_fraction)
+        records = reading.records
         names = {record.image for record in records if record.image is not None}
         source = images.source(names, run.fingerprints) if images is not None and names else None
-        data[stage] = pack(records, source, file.name, notes)
+        data[stage] = pack(records, source, file.name, reading.notes)
     blank = [record.id for record in data["pretrain"].records if record.image is None]
     if blank:
         raise DataError(

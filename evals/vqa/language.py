@@ -149,7 +149,7 @@ def _open_pretrained(name: str, folder: Path, gguf: str | None) -> LanguageModel
     """Open a pretrained language model with its own tokenizer and weights."""
     from transformers import AutoTokenizer
 
-    config = _check_gguf(folder / gguf) if gguf else _check_folder(folder)
+    config = _check_gguf(folder / gguf) if gguf else check_folder(folder)
     with _one_error(name, "holds no tokenizer that transformers reads"):
         tokenizer = AutoTokenizer.from_pretrained(folder, **_load_options(gguf))
         if not tokenizer.is_fast or not tokenizer.eos_token:
@@ -284,8 +284,12 @@ def word_tokenizer(texts: Iterable[str]) -> Any:
     )
 
 
-def _check_folder(folder: Path) -> Any:
-    """Check that a Hugging Face folder holds a model with all its weights; return its configuration."""
+def check_folder(folder: Path) -> Any:
+    """Check that a Hugging Face folder holds a language model; return its configuration.
+
+    Raises:
+        CheckpointError: no such model, or weights of fewer bytes than it has; they are not read.
+    """
     for path in sorted(folder.iterdir()):
         if path.suffix in (".json", ".model", ".txt", ".jinja", ".safetensors", ".bin"):
             _check_regular(path)

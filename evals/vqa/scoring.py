@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from evals.core.blocks import Table
 from evals.core.report import DatasetInfo, Metric
 from evals.core.stats import interval, resampled_sums
-from radio.errors import DataError
+from radio.errors import DataError, MissingDataError
 from radio.io import write_text
 
 from .settings import Rule, Task
@@ -321,7 +321,7 @@ class Benchmark:
             names = dict.fromkeys(question.image for question in self.questions if question.image)
             absent = [name for name in names if name not in images]
             if absent:
-                raise DataError(
+                raise MissingDataError(
                     f"{self.images}: {len(absent)} of the {len(names)} images of {self.name} are not there, "
                     f"the first is {absent[0][:80]}"
                 )

@@ -12,7 +12,7 @@ import torch
 
 from radio.data import aligned_labels, open_source
 from radio.errors import DataError
-from radio.image_files import list_unlabelled
+from radio.image_files import count_images, list_folder, list_unlabelled
 from radio.images import decode
 from radio.scenes import CLASSES, render
 from train.config import DataConfig
@@ -145,6 +145,21 @@ def test_links_in_a_circle_give_each_image_once(tmp_path: Path, make_folder: Fol
     (root / "alias").symlink_to("c0")
     with pytest.raises(DataError, match=r"alias: is a link to .*c0, whose images are there already"):
         open_source(str(root))
+
+
+def test_images_are_counted_as_they_are_listed(tmp_path: Path, make_folder: Folder) -> None:
+    root = make_folder(tmp_path / "d", classes=3, count=2)
+    (root / "c0" / "notes.txt").write_text("not an image")
+    (root / "c0" / ".hidden.png").write_bytes(b"")
+    (root / ".hidden").mkdir()
+    (root / "c1" / "deeper").mkdir()
+    (root / "c1" / "deeper" / "a.JPEG").write_bytes(b"")
+    (root / "c1" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (root / "c2" / "back").symlink_to(root / "c1")
+    counts = count_images(root)
+    listing = list_folder(root)
+    assert counts == {name: sum(e.label == name for e in listing.entries) for name in listing.classes}
+    assert counts == {"c0": 2, "c1": 4, "c2": 2}
 
 
 def test_a_linked_folder_is_listed_whole(tmp_path: Path, make_folder: Folder) -> None:

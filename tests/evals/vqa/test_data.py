@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tarfile
 import unicodedata
 from collections.abc import Callable
@@ -150,7 +151,8 @@ def test_an_answer_before_the_first_question_is_left_out(make_row: Row, write_js
     early["conversations"].insert(0, {"from": "gpt", "value": "I am ready."})
     good = make_row("1", None, "Hello?", "Hi.")
     path = write_json([good, early])
-    records, notes = read_records(path, there)
+    reading = read_records(path, there)
+    records, notes = reading.records, reading.notes
     assert records == [
         Record("1", None, (Turn("Hello?", "Hi."),)),
         Record("2", "a.png", (Turn("What?", "A cat."),)),
@@ -165,7 +167,8 @@ def test_an_answer_before_the_first_question_is_left_out(make_row: Row, write_js
 def test_a_few_records_that_cannot_be_used_are_left_out(make_row: Row, write_json: Save) -> None:
     rows = [make_row(f"{n}", None, "Hello?", "Hi.") for n in range(99)]
     path = write_json([*rows[:50], make_row("empty", None, "Hello?", " "), *rows[50:]])
-    records, notes = read_records(path, there)
+    reading = read_records(path, there)
+    records, notes = reading.records, reading.notes
     assert [record.id for record in records] == [f"{n}" for n in range(99)]
     (note,) = notes
     assert note == (
@@ -328,6 +331,34 @@ def test_a_folder_and_a_tar_file_hold_the_same(
     assert ours.fingerprint == theirs.fingerprint
     assert (ours.name, theirs.name) == ("images", "images.tar")
     assert torch.equal(ours.read(1), theirs.read(1))
+
+
+def test_a_folder_is_listed_once_and_only_files_are_in_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "deep" / "link.png").symlink_to(folder / "a.png")
+    (folder / "deep" / "gone.png").symlink_to(folder / "nowhere.png")
+    (folder / "deep" / "loop.png").symlink_to("loop.png")
+    (folder / "deep" / unicodedata.normalize("NFD", "é.png")).touch()
+    listed: list[Path] = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: [listed.append(path), scandir(path)][1])
+    images = NamedImages(folder)
+    names = ["deep/b.png", "deep/link.png", "./deep/b.png", "deep//b.png", "a.png", "deep/é.png"]
+    others = [
+        "deep",
+        "deep/gone.png",
+        "deep/loop.png",
+        "no/b.png",
+        "no/c.png",
+        "a.png/b",
+        "",
+        "x\0/y",
+        "é.png",
+    ]
+    assert [name in images for name in (*names, *others)] == [True] * len(names) + [False] * len(others)
+    assert [name for name in (*names, *others) if os.path.isfile(folder / name)] == names[:-1]  # noqa: PTH113
+    assert listed.count(folder / "deep") == 1 and listed.count(folder / "no") == 1
 
 
 def test_what_is_not_there(folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,361 @@
+"""`radio-eval data`: lists a user's data sets, and checks that each is complete and laid out as published."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from radio.config import to_plain
+from radio.datasets import SET_NAMES, DataSets, LlavaFiles, is_remote
+from radio.errors import DataError, MissingDataError, MissingExtraError, RadioError, one_line, shown
+from radio.io import expand_braces
+from radio.progress import watch_on
+
+State = Literal["complete", "found", "missing", "laid out wrong", "not checked", "absent"]
+
+_IMAGENET_COUNTS = {"train": 1_281_167, "val": 50_000}
+_ADE_CLASSES, _VOC_CLASSES = 150, 21
+_WEIGHTS = (".pt", ".pth", ".safetensors", ".bin", ".ckpt", ".onnx", ".gguf")
+_NOWHERE = "put it there, or name its place in the data.yaml"
+
+
+class Content(NamedTuple):
+    """What a data set holds."""
+
+    text: str  # counts
+    notes: tuple[str, ...] = ()
+
+
+class Part(NamedTuple):
+    """A part of a data set that is looked at by itself."""
+
+    name: str
+    places: tuple[Path, ...]  # the first is shown
+    check: Callable[[], Content]  # raises MissingDataError, or another RadioError for a wrong layout
+    where: str = ""  # default: the first place
+
+
+class Finding(NamedTuple):
+    """The state of a part of a data set."""
+
+    name: str
+    where: str = ""
+    state: State = "absent"
+    content: Content = Content("")
+    problem: str = ""
+
+
+def list_data_sets(sets: DataSets, *, check: bool, plain: bool) -> int:
+    """Print a table of the data sets, and a line for every problem; return 1 if there is one, else 0.
+
+    Args:
+        sets: the data sets.
+        check: also look inside.
+        plain: print without progress bars, colours and box lines.
+    """
+    console, screen = Console(no_color=plain, highlight=False), Console(stderr=True)
+    progress = watch_on(screen, shown=screen.is_terminal and not plain)
+    parts, findings = list(parts_of(sets)), []
+    with progress("checking data sets", len(parts)) as advance:
+        for part in parts:
+            findings.append(inspect(part, inside=check))
+            advance(1)
+    names = {name for name, value in to_plain(sets).items() if value is None}
+    findings += [Finding(name) for name in SET_NAMES if name.replace("-", "_") in names]
+    console.print(_table(findings, plain=plain))
+    for finding in findings:
+        lines = [f"{finding.state}: {finding.problem}"] if finding.problem else []
+        for line in (*lines, *finding.content.notes):
+            console.print(escape(shown(f"{finding.name}: {line}")), soft_wrap=True)
+    return int(any(finding.problem for finding in findings))
+
+
+def _table(findings: Sequence[Finding], *, plain: bool) -> Table:
+    table = Table(box=box.ASCII if plain else box.ROUNDED)
+    table.add_column("data set", no_wrap=True)
+    table.add_column("where", overflow="fold")
+    table.add_column("holds", overflow="fold")
+    table.add_column("state", no_wrap=True)
+    for finding in findings:
+        cells = (finding.name, finding.where, finding.content.text, finding.state)
+        table.add_row(*(escape(shown(cell)) for cell in cells))
+    return table
+
+
+def inspect(part: Part, *, inside: bool) -> Finding:
+    """Look whether a part of a data set is there, and `inside` it what it holds."""
+    where = part.where or str(part.places[0])
+    absent = next((place for place in part.places if not place.exists()), None)
+    if absent is not None:
+        problem = f"{absent}: no such file or folder; {_NOWHERE}"
+        return Finding(part.name, where, "missing", problem=problem)
+    if not inside:
+        return Finding(part.name, where, "found")
+    try:
+        return Finding(part.name, where, "complete", part.check())
+    except (RadioError, OSError) as error:
+        state: State = "laid out wrong"
+        if isinstance(error, MissingDataError):
+            state = "missing"
+        elif isinstance(error, MissingExtraError | OSError):
+            state = "not checked"
+        return Finding(part.name, where, state, problem=one_line(error) or "")
+
+
+def parts_of(sets: DataSets) -> Iterator[Part]:
+    """Yield the parts of the data sets that are named, in the order of the fields."""
+    if (root := sets.imagenet) is not None:
+        yield Part("imagenet train", (root / "train",), partial(check_imagenet, root, "train"))
+        yield Part("imagenet val", (root / "val",), partial(check_imagenet, root, "val"))
+    shards = {"imagenet-21k": sets.imagenet_21k, "laion": sets.laion, "datacomp": sets.datacomp}
+    for name, pattern in shards.items():
+        if pattern is not None:
+            is_place = not is_remote(pattern) and "{" not in pattern
+            yield Part(name, (Path(pattern),) if is_place else (), partial(check_shards, pattern), pattern)
+    if sets.ade20k is not None:
+        yield Part("ade20k", (sets.ade20k,), partial(check_segmentation, sets.ade20k, "ADE20K"))
+    if sets.voc is not None:
+        yield Part("voc", (sets.voc,), partial(check_segmentation, sets.voc, "VOC2012"))
+    if sets.coco is not None:
+        file, images = sets.coco / "annotations" / "instances_val2017.json", sets.coco / "val2017"
+        yield Part("coco", (sets.coco, file, images), partial(check_coco, file, images))
+    if sets.llava is not None:
+        yield from _parts_of_llava(sets.llava)
+    yield from _benchmarks(sets)
+    if (folder := sets.language_model) is not None:
+        yield Part("language-model", (folder,), partial(check_language_model, folder))
+    if (folder := sets.weights) is not None:
+        yield Part("weights", (folder,), partial(check_weights, folder))
+
+
+def check_imagenet(root: Path, split: str) -> Content:
+    """Count the images and classes of a split of ImageNet; val has to have the classes of train.
+
+    Raises:
+        DataError: another layout.
+        MissingDataError: a class that the other split has.
+    """
+    from radio.image_files import count_images
+
+    folder = root / split
+    if not _folders(folder) and folder.is_dir():
+        packed = any(folder.glob("*.tar"))
+        what = "tar files: unpack each" if packed else "no folder a class: move each image"
+        raise DataError(f"{folder}: holds {what} into the folder of its class (val: as valprep.sh does)")
+    counts = count_images(folder)
+    if split == "val":
+        for here, there in (("val", "train"), ("train", "val")):
+            classes = _folders(root / there)
+            lacking = sorted(classes - _folders(root / here))
+            if lacking and (root / here).is_dir():
+                raise MissingDataError(
+                    f"{root / here / lacking[0]}: no such folder ({len(lacking):,} of the {len(classes):,} "
+                    f"classes of {there} are not in {here}); unpack the whole of it"
+                )
+    num_images, published = sum(counts.values()), _IMAGENET_COUNTS[split]
+    note = f"{num_images:,} images; ImageNet's {split} has {published:,}"
+    text = f"{num_images:,} images of {len(counts):,} classes"
+    return Content(text, () if num_images == published else (note,))
+
+
+def _folders(folder: Path) -> set[str]:
+    """Return the names of the folders in a folder; none where it is absent."""
+    if not folder.is_dir():
+        return set()
+    with os.scandir(folder) as entries:
+        return {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
+
+
+def check_shards(pattern: str) -> Content:
+    """Count shards, check that each is there and not empty, and index the first.
+
+    Raises:
+        DataError: a folder without tar files, an empty shard, or a first one that is none.
+        MissingDataError: a shard of the pattern is absent.
+    """
+    from radio.tar import index_shard
+
+    if is_remote(pattern):
+        return Content(f"{len(expand_braces(pattern)):,} shards, not looked at from here")
+    folder = Path(pattern)
+    if folder.is_dir():
+        paths = sorted(folder.glob("*.tar"))
+        if not paths:
+            raise DataError(f"{folder}: holds no tar files; name the folder of the shards, or a pattern")
+    else:
+        paths = [Path(name) for name in expand_braces(pattern)]
+    sizes = [path.stat().st_size if path.is_file() else None for path in paths]
+    absent = [path for path, size in zip(paths, sizes, strict=True) if size is None]
+    if absent:
+        raise MissingDataError(
+            f"{absent[0]}: no such shard ({len(absent)} of {len(paths):,} are absent); fetch it, or mend the "
+            f"pattern"
+        )
+    empty = [path for path, size in zip(paths, sizes, strict=True) if not size]
+    if empty:
+        raise DataError(
+            f"{empty[0]}: an empty file ({len(empty)} of {len(paths):,} shards are); fetch it again"
+        )
+    images = len(index_shard(paths[0], labelled=False).samples)
+    if not images:
+        raise DataError(f"{paths[0]}: holds no images; wanted samples such as 000.jpg")
+    total = sum(size for size in sizes if size)
+    return Content(f"{len(paths):,} shards, {_gigabytes(total)}, {images:,} images in the first")
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB"
+
+
+def check_segmentation(root: Path, name: str) -> Content:
+    """Count the images of ADE20K or VOC2012; each has to have its annotation.
+
+    Raises:
+        DataError: another layout.
+        MissingDataError: a folder, an image or an annotation is absent.
+    """
+    from .seg_probe.data import open_dataset
+
+    known = {"ADE20K": list(map(str, range(_ADE_CLASSES))), "VOC2012": list(map(str, range(_VOC_CLASSES)))}
+    data = open_dataset(root, voc_split=None, known=known)
+    other = "VOC2012" if name == "ADE20K" else "ADE20K"
+    if data.labelling.zero_is_void != (name == "ADE20K"):
+        raise DataError(f"{root}: is in the layout of {other}; wanted {name}'s")
+    counts = [f"{len(split.pairs):,} {split.name.rpartition('/')[2]}" for split in (data.train, data.val)]
+    return Content(f"{' and '.join(counts)} images with annotations", data.notes)
+
+
+def check_coco(file: Path, images: Path) -> Content:
+    """Count COCO's images and instances; each image has to be there in the size that the file says.
+
+    Raises:
+        DataError: as `evals.sam_dropin.data.open_instances`.
+    """
+    from .sam_dropin.data import open_instances
+
+    data = open_instances(file, images, limit=None, crowds=True, smallest_area=0, memo=None, empty=True)
+    return Content(f"{len(data.images):,} images, {data.count:,} instances", data.notes)
+
+
+def _parts_of_llava(files: LlavaFiles) -> Iterator[Part]:
+    for stage, data, images in (
+        ("pretrain", files.pretrain_data, files.pretrain_images),
+        ("instruct", files.instruct_data, files.instruct_images),
+    ):
+        yield Part(
+            f"llava {stage}",
+            (data, images),
+            partial(check_conversations, data, images, text_only=stage == "instruct"),
+        )
+
+
+def check_conversations(file: Path, images: Path, *, text_only: bool) -> Content:
+    """Count the records of LLaVA's training data; each has to be usable, with its image.
+
+    Args:
+        file: the records.
+        images: the folder or tar file of their images.
+        text_only: whether records without an image are allowed.
+
+    Raises:
+        DataError: not such a file, or records that cannot be used.
+        MissingDataError: only images are absent.
+    """
+    from .vqa.data import NamedImages, read_records
+
+    files, exists = NamedImages(images), dict[str, bool]()
+    absent: list[str] = []  # by record
+
+    def is_image(name: str) -> bool:
+        if name not in exists:
+            exists[name] = name in files
+        absent.extend([] if exists[name] else [name])
+        return exists[name]
+
+    reading = read_records(file, is_image, max_error_fraction=1.0)
+    if reading.unusable and len(absent) == reading.num_unusable:
+        raise MissingDataError(
+            f"{images / absent[0]}: no such image ({len(set(absent)):,} of the {len(exists):,} images of "
+            f"{file.name} are not there, for {len(absent):,} records); unpack the whole of them"
+        )
+    if reading.unusable:
+        raise DataError(f"{file}: {reading.unusable}; mend or remove them")
+    blank = [record.id for record in reading.records if record.image is None]
+    if blank and not text_only:
+        raise DataError(
+            f"{file}: {len(blank):,} records have no image, the first has the id {blank[0]}; the projector "
+            f"learns from images only, remove them"
+        )
+    return Content(f"{len(reading.records):,} records, {len(exists):,} images", reading.notes)
+
+
+def _benchmarks(sets: DataSets) -> Iterator[Part]:
+    from .vqa import benchmark_files
+
+    all_files: Mapping[Any, Any] = benchmark_files(
+        sets, ocr=sets.textvqa is not None and sets.textvqa.ocr is not None
+    )
+    names = {"gqa": "gqa", "textvqa": "textvqa", "scienceqa": "sqa", "vqav2": "vqav2"}
+    for task, name in names.items():
+        if (files := all_files.get(task)) is not None:
+            given = (files.questions, files.annotations, files.splits, files.ocr_file, files.images)
+            places = tuple(path for path in given if path is not None)
+            yield Part(name, places, partial(check_benchmark, task, files))
+
+
+def check_benchmark(task: Any, files: Any) -> Content:
+    """Count the questions of a benchmark and their images.
+
+    Raises:
+        DataError: as `evals.vqa.benchmarks.open_benchmark`.
+        MissingDataError: images are absent.
+    """
+    from .vqa.benchmarks import open_benchmark
+
+    benchmark = open_benchmark(task, files)
+    benchmark.check()
+    images = {question.image for question in benchmark.questions}
+    notes = () if benchmark.has_answers else ("its answers are not public: a submission is written",)
+    return Content(
+        f"{benchmark.split}: {len(benchmark.questions):,} questions, {len(images):,} images", notes
+    )
+
+
+def check_language_model(folder: Path) -> Content:
+    """Tell the kind and size of a language model.
+
+    Raises:
+        CheckpointError: no language model, or a part of one.
+        MissingExtraError: transformers is not installed.
+    """
+    from .vqa.language import check_folder, load_library
+
+    load_library()
+    if not folder.is_dir():
+        raise DataError(f"{folder}: is a file; wanted a Hugging Face folder")
+    config = check_folder(folder)
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in _WEIGHTS)
+    return Content(f"{config.model_type}, {_gigabytes(size)}")
+
+
+def check_weights(folder: Path) -> Content:
+    """Count the files of weights in a folder, at any depth.
+
+    Raises:
+        DataError: there is none, or an empty one.
+    """
+    files = [path for path in sorted(folder.rglob("*")) if path.suffix in _WEIGHTS]
+    if not files:
+        raise DataError(f"{folder}: holds no weights; wanted files such as sam_vit_h.pth, model.safetensors")
+    empty = [path for path in files if not path.stat().st_size]
+    if empty:
+        raise DataError(f"{empty[0]}: an empty file ({len(empty)} of {len(files)} are); fetch it again")
+    return Content(f"{len(files)} files, {_gigabytes(sum(path.stat().st_size for path in files))}")

@@ -1,0 +1,752 @@
+"""`radio-eval data` and `--data-root` on the layouts in which the data sets are published."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from evals.cli import main
+from radio.entry import evaluate
+
+SYNSETS = ("n01440764", "n01443537", "n01484850")
+
+
+@pytest.fixture(autouse=True)
+def _wide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "400")
+
+
+def save_image(path: Path, size: tuple[int, int] = (16, 12), mode: str = "RGB") -> None:
+    """Write a noisy image of (height, width)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shape = size if mode == "L" else (*size, 3)
+    pixels = np.random.default_rng(len(path.name)).integers(0, 255, shape, dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def save_labels(path: Path, highest: int, size: tuple[int, int] = (16, 12)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full(size, highest, dtype=np.uint8)).save(path)
+
+
+def save_json(path: Path, data: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data))
+
+
+def write_imagenet(root: Path) -> None:
+    for synset in SYNSETS:
+        for number in range(2):
+            save_image(root / "train" / synset / f"{synset}_{number}.JPEG")
+        save_image(root / "val" / synset / f"ILSVRC2012_val_{SYNSETS.index(synset):08d}.JPEG")
+
+
+def write_ade(root: Path) -> None:
+    for split, short, count in (("training", "train", 3), ("validation", "val", 2)):
+        for number in range(1, count + 1):
+            save_image(root / "images" / split / f"ADE_{short}_{number:08d}.jpg")
+            save_labels(root / "annotations" / split / f"ADE_{short}_{number:08d}.png", 150)
+    (root / "objectInfo150.txt").write_text("Idx\n")
+    (root / "sceneCategories.txt").write_text("ADE_train_00000001 airport\n")
+
+
+def write_voc(root: Path) -> None:
+    lists = {"train": ["2007_000032", "2007_000039"], "val": ["2007_000033"]}
+    for name, keys in lists.items():
+        path = root / "ImageSets" / "Segmentation" / f"{name}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{key}\n" for key in keys))
+        for key in keys:
+            save_image(root / "JPEGImages" / f"{key}.jpg")
+            save_labels(root / "SegmentationClass" / f"{key}.png", 20)
+
+
+def write_coco(root: Path) -> None:
+    names = [f"{number:012d}.jpg" for number in (139, 285)]
+    for name in names:
+        save_image(root / "val2017" / name)
+    annotation = {"category_id": 1, "bbox": [1, 1, 5, 5], "area": 25.0, "iscrowd": 0}
+    polygon = [[1.0, 1.0, 6.0, 1.0, 6.0, 6.0, 1.0, 6.0]]
+    save_json(
+        root / "annotations" / "instances_val2017.json",
+        {
+            "images": [
+                {"id": id, "file_name": name, "height": 16, "width": 12}
+                for id, name in zip((139, 285), names, strict=True)
+            ],
+            "annotations": [
+                {**annotation, "id": id, "image_id": image, "segmentation": polygon}
+                for id, image in ((1, 139), (2, 139), (3, 285))
+            ],
+            "categories": [{"id": 1, "name": "person"}],
+        },
+    )
+
+
+LLAVA_IMAGES = (
+    "coco/train2017/000000033471.jpg",
+    "gqa/images/2354786.jpg",
+    "ocr_vqa/images/0198788.jpg",
+    "textvqa/train_images/a.jpg",
+    "vg/VG_100K/2.jpg",
+    "vg/VG_100K_2/3.jpg",
+)
+
+
+def record(id: str, image: str | None, answer: str = "A cat.") -> dict[str, Any]:
+    """A record of LLaVA's."""
+    mark = "" if image is None else "<image>\n"
+    turns = [{"from": "human", "value": f"{mark}What is it?"}, {"from": "gpt", "value": answer}]
+    return {"id": id, **({} if image is None else {"image": image}), "conversations": turns}
+
+
+def write_llava(root: Path) -> None:
+    pretrain = root / "LLaVA-Pretrain"
+    names = ["00453/004539375.jpg", "00223/002239345.jpg"]
+    for name in names:
+        save_image(pretrain / "images" / name)
+    records = [record(Path(name).stem, name) for name in names]
+    save_json(pretrain / "blip_laion_cc_sbu_558k.json", records)
+    for name in LLAVA_IMAGES:
+        save_image(root / name)
+    mix = [record(str(place), name) for place, name in enumerate((*LLAVA_IMAGES, LLAVA_IMAGES[0]))]
+    save_json(root / "llava_v1_5_mix665k.json", [*mix, record("sharegpt", None)])
+
+
+def write_gqa(root: Path) -> None:
+    question = {"question": "What is it?", "imageId": "n161313", "isBalanced": True, "answer": "cat"}
+    save_json(root / "testdev_balanced_questions.json", {"201307251": question, "201640614": question})
+    save_image(root / "images" / "n161313.jpg")
+
+
+def write_textvqa(root: Path) -> None:
+    question = {"question_id": 34602, "image_id": "003a8ae2ef43b901", "question": "what brand?"}
+    save_json(
+        root / "TextVQA_0.5.1_val.json",
+        {"dataset_type": "val", "data": [{**question, "answers": ["dakota"] * 10}]},
+    )
+    save_json(
+        root / "TextVQA_Rosetta_OCR_v0.2_val.json",
+        {"data": [{"image_id": "003a8ae2ef43b901", "ocr_tokens": ["DAKOTA"]}]},
+    )
+    save_image(root / "train_images" / "003a8ae2ef43b901.jpg")
+
+
+def write_scienceqa(root: Path) -> None:
+    problem = {"question": "Which?", "choices": ["a", "b"], "answer": 1, "hint": "", "split": "test"}
+    problems = {"4": {**problem, "image": "image.png"}, "5": {**problem, "image": None}}
+    save_json(root / "problems.json", problems)
+    save_json(root / "pid_splits.json", {"test": ["4", "5"]})
+    save_image(root / "images" / "test" / "4" / "image.png")
+
+
+def write_vqav2(root: Path) -> None:
+    question = {"image_id": 262148, "question": "Where is he?", "question_id": 262148000}
+    save_json(
+        root / "v2_OpenEnded_mscoco_val2014_questions.json",
+        {"data_subtype": "val2014", "questions": [question]},
+    )
+    answers = [{"answer": "down", "answer_id": id} for id in range(1, 11)]
+    answer = {"image_id": 262148, "question_id": 262148000, "answer_type": "other", "answers": answers}
+    save_json(
+        root / "v2_mscoco_val2014_annotations.json", {"data_subtype": "val2014", "annotations": [answer]}
+    )
+    save_image(root / "val2014" / "COCO_val2014_000000262148.jpg")
+
+
+SETS: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "imagenet": ("imagenet", write_imagenet),
+    "ade20k": ("ADEChallengeData2016", write_ade),
+    "voc": ("VOCdevkit/VOC2012", write_voc),
+    "coco": ("coco", write_coco),
+    "llava": ("llava", write_llava),
+    "gqa": ("gqa", write_gqa),
+    "textvqa": ("textvqa", write_textvqa),
+    "sqa": ("scienceqa", write_scienceqa),
+    "vqav2": ("vqav2", write_vqav2),
+}
+HOLDS = {
+    "imagenet train": "6 images of 3 classes",
+    "imagenet val": "3 images of 3 classes",
+    "datacomp": "2 shards, 0.0 GB, 3 images in the first",
+    "ade20k": "3 training and 2 validation images with annotations",
+    "voc": "2 train and 1 val images with annotations",
+    "coco": "2 images, 3 instances",
+    "llava pretrain": "2 records, 2 images",
+    "llava instruct": "8 records, 6 images",
+    "gqa": "testdev: 2 questions, 1 images",
+    "textvqa": "val: 1 questions, 1 images",
+    "sqa": "test: 1 questions, 1 images",
+    "vqav2": "val: 1 questions, 1 images",
+    "weights": "1 files, 0.0 GB",
+}
+
+
+def write_shards(root: Path, make_shard: Callable[..., Path], png: Callable[[int, int], bytes]) -> None:
+    for number in range(2):
+        members = [(f"{index:03d}.png", png(16, 12)) for index in range(3)]
+        make_shard(root / f"{number:08d}.tar", members)
+
+
+@pytest.fixture
+def root(tmp_path: Path, make_shard: Callable[..., Path], png: Callable[[int, int], bytes]) -> Path:
+    """A folder that has every data set but a few, by the names of the folders."""
+    for name, write in SETS.values():
+        write(tmp_path / "data" / name)
+    write_shards(tmp_path / "data" / "datacomp" / "shards", make_shard, png)
+    (tmp_path / "data" / "weights").mkdir()
+    (tmp_path / "data" / "weights" / "sam_vit_h.pth").write_bytes(b"weights")
+    return tmp_path / "data"
+
+
+def table_of(out: str) -> dict[str, list[str]]:
+    """Return the cells of the table's rows by the first one."""
+    rows = [line.strip("│| ").split("│" if "│" in line else "|") for line in out.splitlines()]
+    return {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows if len(row) == 4}
+
+
+SMALLER = (" has 1,281,167", " has 50,000", "; ADE20K has 20,210", "; ADE20K has 2,000")
+SMALLER += ("; VOC2012 has 1,464", "; VOC2012 has 1,449")
+
+
+def below(out: str) -> list[str]:
+    """Return the lines below the table, but for the notes that these sets are smaller than the published."""
+    lines = [line for line in out.splitlines() if line and line[0] not in "╭│├╰+|"]
+    return [line for line in lines if not line.endswith(SMALLER)]
+
+
+def test_sets_that_are_right_are_counted_and_complete(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "--data-root", str(root), "--check"]) == 0
+    out = capsys.readouterr().out
+    table = table_of(out)
+    assert {name: cells[1] for name, cells in table.items() if cells[2] == "complete"} == HOLDS
+    absent = {name: cells for name, cells in table.items() if cells[2] == "absent"}
+    assert absent == {name: ["", "", "absent"] for name in ("imagenet-21k", "laion", "language-model")}
+    assert table["gqa"][0] == f"{root}/gqa/testdev_balanced_questions.json"
+    assert table["datacomp"][0] == f"{root}/datacomp/shards"
+    assert below(out) == []
+    notes = out.splitlines()
+    assert "imagenet train: 6 images; ImageNet's train has 1,281,167" in notes
+    assert "ade20k: ADEChallengeData2016/training has 3 images; ADE20K has 20,210" in notes
+
+
+def test_without_check_only_the_places_are_listed(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "gqa" / "testdev_balanced_questions.json").write_text("[")
+    assert main(["data", "--data-root", str(root), "--plain"]) == 0
+    table = table_of(capsys.readouterr().out)
+    assert {name for name, cells in table.items() if cells[1:] == ["", "found"]} == set(HOLDS)
+    (root / "data.yaml").write_text("coco: coco\nvoc: nowhere\n")
+    monkeypatch.chdir(root)
+    assert main(["data"]) == 1
+    out = capsys.readouterr().out
+    table = table_of(out)
+    assert table["coco"] == [f"{root}/coco", "", "found"]
+    assert table["voc"] == [f"{root}/nowhere", "", "missing"]
+    assert below(out) == [f"voc: missing: {root}/nowhere: {NOWHERE}"]
+
+
+def drop(*names: str) -> Callable[[Path], None]:
+    """Delete files or folders."""
+
+    def change(root: Path) -> None:
+        for name in names:
+            path = root / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    return change
+
+
+def cut(name: str) -> Callable[[Path], None]:
+    """Truncate a file to its first half."""
+
+    def change(root: Path) -> None:
+        data = (root / name).read_bytes()
+        (root / name).write_bytes(data[: len(data) // 2])
+
+    return change
+
+
+def edit(name: str, how: Callable[[Any], Any]) -> Callable[[Path], None]:
+    """Change the content of a JSON file."""
+
+    def change(root: Path) -> None:
+        data = json.loads((root / name).read_text())
+        how(data)
+        (root / name).write_text(json.dumps(data))
+
+    return change
+
+
+def flatten_val(root: Path) -> None:
+    """Lay the validation images out as the archive unpacks."""
+    for path in list((root / "imagenet/val").glob("*/*")):
+        path.rename(root / "imagenet/val" / path.name)
+        shutil.rmtree(path.parent)
+
+
+def pack_train(root: Path) -> None:
+    """Lay the training images out as the archive unpacks."""
+    for folder in list((root / "imagenet/train").iterdir()):
+        shutil.rmtree(folder)
+        folder.with_suffix(".tar").touch()
+
+
+def list_more(root: Path) -> None:
+    with (root / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt").open("a") as file:
+        file.write("2007_000061\n")
+
+
+def swap(root: Path) -> None:
+    """Give ADE20K's place to VOC2012."""
+    shutil.rmtree(root / "ADEChallengeData2016")
+    write_voc(root / "ADEChallengeData2016")
+    (root / "ADEChallengeData2016/images").mkdir()
+
+
+def empty_shard(root: Path) -> None:
+    (root / "datacomp/shards/00000001.tar").write_bytes(b"")
+
+
+def break_answers(data: Any) -> None:
+    data[2]["conversations"][1]["value"] = " "
+
+
+ADE, VOC = "ADEChallengeData2016", "VOCdevkit/VOC2012"
+MIX, PRETRAIN = "llava/llava_v1_5_mix665k.json", "llava/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json"
+NOWHERE = "no such file or folder; put it there, or name its place in the data.yaml"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            drop("imagenet/val/n01443537"),
+            (
+                "imagenet val: missing: {root}/imagenet/val/n01443537: no such folder (1 of the 3 "
+                "classes of train are not in val); unpack the whole of it"
+            ),
+        ),
+        (
+            drop("imagenet/train/n01443537"),
+            (
+                "imagenet val: missing: {root}/imagenet/train/n01443537: no such folder (1 of the 3 "
+                "classes of val are not in train); unpack the whole of it"
+            ),
+        ),
+        (
+            flatten_val,
+            (
+                "imagenet val: laid out wrong: {root}/imagenet/val: holds no folder a class: move each "
+                "image into the folder of its class (val: as valprep.sh does)"
+            ),
+        ),
+        (drop("imagenet/val"), "imagenet val: missing: {root}/imagenet/val: " + NOWHERE),
+        (
+            drop("imagenet/val/n01443537/ILSVRC2012_val_00000001.JPEG"),
+            (
+                "imagenet val: laid out wrong: {root}/imagenet/val/n01443537: a class folder without "
+                "images; remove it or fill it"
+            ),
+        ),
+        (
+            empty_shard,
+            (
+                "datacomp: laid out wrong: {root}/datacomp/shards/00000001.tar: an empty file (1 of 2 "
+                "shards are); fetch it again"
+            ),
+        ),
+        (
+            cut("datacomp/shards/00000000.tar"),
+            (
+                "datacomp: laid out wrong: {root}/datacomp/shards/00000000.tar: not a plain tar file, or "
+                "a damaged one (a damaged header at byte 5120, or no end mark)"
+            ),
+        ),
+        (
+            drop(f"{ADE}/annotations/validation/ADE_val_00000002.png"),
+            (
+                "ade20k: missing: {root}/ADEChallengeData2016/images/validation/ADE_val_00000002.jpg: "
+                "has no annotation "
+                "{root}/ADEChallengeData2016/annotations/validation/ADE_val_00000002.png (1 of 2 images "
+                "lack theirs)"
+            ),
+        ),
+        (
+            drop(f"{ADE}/images/training/ADE_train_00000001.jpg"),
+            (
+                "ade20k: missing: "
+                "{root}/ADEChallengeData2016/annotations/training/ADE_train_00000001.png: has no image "
+                "of its name (1 such annotations)"
+            ),
+        ),
+        (
+            drop(f"{ADE}/annotations/validation"),
+            (
+                "ade20k: missing: {root}/ADEChallengeData2016/annotations/validation: no such folder; "
+                "wanted images in {root}/ADEChallengeData2016/images/validation and masks in "
+                "{root}/ADEChallengeData2016/annotations/validation"
+            ),
+        ),
+        (
+            swap,
+            (
+                "ade20k: laid out wrong: {root}/ADEChallengeData2016: is in the layout of VOC2012; "
+                "wanted ADE20K's"
+            ),
+        ),
+        (
+            list_more,
+            (
+                "voc: missing: {root}/VOCdevkit/VOC2012/JPEGImages/2007_000061.jpg: no such image, and "
+                "ImageSets/Segmentation lists it"
+            ),
+        ),
+        (
+            drop(f"{VOC}/SegmentationClass/2007_000033.png"),
+            (
+                "voc: missing: {root}/VOCdevkit/VOC2012/JPEGImages/2007_000033.jpg: has no annotation, "
+                "neither {root}/VOCdevkit/VOC2012/SegmentationClass/2007_000033.png nor "
+                "{root}/VOCdevkit/VOC2012/SegmentationClassAug/2007_000033.png"
+            ),
+        ),
+        (
+            drop(f"{VOC}/ImageSets/Segmentation/val.txt"),
+            ("voc: missing: {root}/VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt: no such list of images"),
+        ),
+        (
+            drop(f"{VOC}/ImageSets"),
+            (
+                "voc: laid out wrong: {root}/VOCdevkit: neither ADE20K (images/training, "
+                "annotations/training, ...) nor VOC2012 (JPEGImages, SegmentationClass, "
+                "ImageSets/Segmentation); bring your own data into the layout of ADE20K"
+            ),
+        ),
+        (drop("coco/val2017"), "coco: missing: {root}/coco/val2017: " + NOWHERE),
+        (
+            drop("coco/annotations/instances_val2017.json"),
+            "coco: missing: {root}/coco/annotations/instances_val2017.json: " + NOWHERE,
+        ),
+        (
+            drop("coco/val2017/000000000285.jpg"),
+            (
+                "coco: missing: {root}/coco/val2017: 1 of the 2 images of instances_val2017.json are not "
+                "there: 000000000285.jpg"
+            ),
+        ),
+        (
+            lambda root: save_image(root / "coco/val2017/000000000285.jpg", (12, 16)),
+            (
+                "coco: laid out wrong: 000000000285.jpg is [12, 16] (height, width), and "
+                "instances_val2017 says [16, 12]"
+            ),
+        ),
+        (
+            drop("llava/ocr_vqa/images/0198788.jpg"),
+            (
+                "llava instruct: missing: {root}/llava/ocr_vqa/images/0198788.jpg: no such image (1 of "
+                "the 6 images of llava_v1_5_mix665k.json are not there, for 1 records); unpack the whole "
+                "of them"
+            ),
+        ),
+        (
+            drop("llava/coco"),
+            (
+                "llava instruct: missing: {root}/llava/coco/train2017/000000033471.jpg: no such image (1 "
+                "of the 6 images of llava_v1_5_mix665k.json are not there, for 2 records); unpack the "
+                "whole of them"
+            ),
+        ),
+        (
+            edit(MIX, break_answers),
+            (
+                "llava instruct: laid out wrong: {root}/llava/llava_v1_5_mix665k.json: 1 of the 8 "
+                "records of llava_v1_5_mix665k.json cannot be used and were left out; the first is "
+                "record 2 (id 2): the answer in turn 1 is empty; mend or remove them"
+            ),
+        ),
+        (
+            edit(PRETRAIN, lambda data: data.append(record("blank", None))),
+            (
+                "llava pretrain: laid out wrong: "
+                "{root}/llava/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json: 1 records have no image, the "
+                "first has the id blank; the projector learns from images only, remove them"
+            ),
+        ),
+        (drop(PRETRAIN), "llava pretrain: missing: {root}/" + PRETRAIN + ": " + NOWHERE),
+        (
+            drop("gqa/images/n161313.jpg"),
+            (
+                "gqa: missing: {root}/gqa/images: 1 of the 1 images of gqa testdev are not there, the "
+                "first is n161313.jpg"
+            ),
+        ),
+        (drop("gqa/images"), "gqa: missing: {root}/gqa/images: " + NOWHERE),
+        (
+            drop("textvqa/train_images/003a8ae2ef43b901.jpg"),
+            (
+                "textvqa: missing: {root}/textvqa/train_images: 1 of the 1 images of textvqa val are not "
+                "there, the first is 003a8ae2ef43b901.jpg"
+            ),
+        ),
+        (
+            edit(
+                "textvqa/TextVQA_Rosetta_OCR_v0.2_val.json", lambda data: data["data"][0].update(image_id="x")
+            ),
+            (
+                "textvqa: laid out wrong: {root}/textvqa/TextVQA_Rosetta_OCR_v0.2_val.json: has no "
+                "tokens for 1 images of TextVQA_0.5.1_val.json, the first is 003a8ae2ef43b901"
+            ),
+        ),
+        (drop("scienceqa/pid_splits.json"), "sqa: missing: {root}/scienceqa/pid_splits.json: " + NOWHERE),
+        (
+            drop("scienceqa/images/test/4"),
+            (
+                "sqa: missing: {root}/scienceqa/images: 1 of the 1 images of scienceqa test are not "
+                "there, the first is test/4/image.png"
+            ),
+        ),
+        (
+            drop("vqav2/val2014/COCO_val2014_000000262148.jpg"),
+            (
+                "vqav2: missing: {root}/vqav2/val2014: 1 of the 1 images of vqav2 val are not there, the "
+                "first is COCO_val2014_000000262148.jpg"
+            ),
+        ),
+        (
+            edit(
+                "vqav2/v2_mscoco_val2014_annotations.json",
+                lambda data: data["annotations"][0].update(question_id=1),
+            ),
+            (
+                "vqav2: laid out wrong: {root}/vqav2/v2_mscoco_val2014_annotations.json: 1 of the 1 "
+                "questions have no annotation, the first is 262148000; give the annotations of these "
+                "questions"
+            ),
+        ),
+        (
+            lambda root: (root / "weights/sam_vit_h.pth").write_bytes(b""),
+            (
+                "weights: laid out wrong: {root}/weights/sam_vit_h.pth: an empty file (1 of 1 are); "
+                "fetch it again"
+            ),
+        ),
+    ],
+)
+def test_one_thing_that_is_wrong_is_named(
+    root: Path, change: Callable[[Path], None], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(root)
+    assert main(["data", "--data-root", str(root), "--check"]) == 1
+    out = capsys.readouterr().out
+    assert below(out) == [said.format(root=root)]
+    name, state = said.split(": ")[:2]
+    states = {row: cells[2] for row, cells in table_of(out).items() if cells[2] not in ("absent", "state")}
+    assert states == {**dict.fromkeys(HOLDS, "complete"), name: state}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "coco/annotations/instances_val2017.json",
+        MIX,
+        PRETRAIN,
+        "gqa/testdev_balanced_questions.json",
+        "textvqa/TextVQA_0.5.1_val.json",
+        "scienceqa/problems.json",
+        "scienceqa/pid_splits.json",
+        "vqav2/v2_mscoco_val2014_annotations.json",
+    ],
+)
+def test_a_truncated_json_is_named(root: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    cut(name)(root)
+    assert main(["data", "--data-root", str(root), "--check"]) == 1
+    (line,) = below(capsys.readouterr().out)
+    assert f": laid out wrong: {root}/{name}: is not JSON (" in line
+
+
+def test_training_archives_that_are_not_unpacked(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pack_train(root)
+    assert main(["data", "--data-root", str(root), "--check"]) == 1
+    lines = below(capsys.readouterr().out)
+    assert lines[0] == (
+        f"imagenet train: laid out wrong: {root}/imagenet/train: holds tar files: unpack each into the "
+        f"folder of its class (val: as valprep.sh does)"
+    )
+
+
+def test_a_pattern_of_shards_and_those_that_are_absent_or_remote(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data.yaml").write_text(
+        "laion: data/datacomp/shards/{00000000..00000001}.tar\n"
+        "datacomp: data/datacomp/shards/{00000000..00000004}.tar\n"
+        "imagenet-21k: https://host/{000..099}.tar\n"
+    )
+    assert main(["data", "--data-root", "data.yaml", "--check"]) == 1
+    out = capsys.readouterr().out
+    table = table_of(out)
+    assert table["laion"][1:] == ["2 shards, 0.0 GB, 3 images in the first", "complete"]
+    assert table["imagenet-21k"][1:] == ["100 shards, not looked at from here", "complete"]
+    assert table["datacomp"][1:] == ["", "missing"]
+    (line,) = below(out)
+    assert line == (
+        f"datacomp: missing: {root}/datacomp/shards/00000002.tar: no such shard (3 of 5 are absent); fetch "
+        f"it, or mend the pattern"
+    )
+
+
+def test_the_evaluators_libraries_are_not_needed_for_a_list(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    assert main(["data", "--data-root", str(root)]) == 0
+    assert evaluate(["data", "--data-root", "nosuch"]) == 2
+    assert "error: nosuch: no such settings file" in capsys.readouterr().err
+
+
+MODEL = ["arch:vit-tiny12", "--out", "o", "--plain"]
+FAST = [
+    "--iterations",
+    "2",
+    "--crop",
+    "24",
+    "--train-batch-size",
+    "2",
+    "--save-maps",
+    "0",
+    "--preset",
+    "dinov2",
+]
+
+
+def reports(folder: str = "o") -> dict[str, dict[str, Any]]:
+    return {path.stem: json.loads(path.read_text()) for path in Path(folder).glob("*-*.json")}
+
+
+def test_knn_takes_imagenet_from_the_root(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["knn", *MODEL, "--data-root", str(root), "--k", "1"]) == 0
+    (report,) = reports().values()
+    assert [(used["role"], used["count"]) for used in report["data"]] == [("bank", 6), ("query", 3)]
+    assert report["settings"]["bank"] == f"{root}/imagenet/train"
+    assert report["settings"]["data_root"] == str(root)
+    assert "data_root" in report["machine_settings"]  # it says nothing about the protocol
+    same = ["--bank", f"{root}/imagenet/train", "--query", f"{root}/imagenet/val"]
+    assert main(["knn", *MODEL, *same, "--out", "same", "--k", "1"]) == 0
+    (named,) = reports("same").values()
+    assert named["metrics"] == report["metrics"] and named["data"] == report["data"]
+    assert main(["knn", *MODEL, *same, "--data-root", "data", "--out", "both", "--k", "1"]) == 0
+    assert reports("both")["knn-vit-tiny12-untrained"]["data"] == report["data"]
+
+
+def test_seg_gives_a_report_and_a_table_for_each_set(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["seg", *MODEL, *FAST, "--data-root", str(root)]) == 0
+    out = capsys.readouterr().out
+    assert out.count(" miou ") == 2
+    written = reports()
+    assert sorted(written) == ["seg-vit-tiny12-untrained", "seg-vit-tiny12-untrained-voc"]
+    ade, voc = written["seg-vit-tiny12-untrained"], written["seg-vit-tiny12-untrained-voc"]
+    assert [used["name"] for used in ade["data"]] == [
+        "ADEChallengeData2016/training",
+        "ADEChallengeData2016/validation",
+    ]
+    assert [used["name"] for used in voc["data"]] == ["VOC2012/train", "VOC2012/val"]
+    shutil.rmtree(root / "ADEChallengeData2016")
+    assert main(["seg", *MODEL, *FAST, "--data-root", str(root), "--out", "voc"]) == 0
+    assert list(reports("voc")) == ["seg-vit-tiny12-untrained-voc"]
+
+
+def test_all_runs_what_is_there_and_names_what_is_not(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(root / "coco")
+    shutil.rmtree(root / "llava")
+    fast = [f"--seg.{option[2:]}" if option.startswith("--") else option for option in FAST]
+    command = ["all", *MODEL, *fast, "--data-root", str(root), "--knn.k", "1", "--maps.num-images", "2"]
+    assert main(command) == 0
+    done = capsys.readouterr()
+    assert done.err.splitlines() == [
+        f"left out: sam: {root} has not coco, which it is scored on; name it there",
+        f"left out: vqa: {root} has not llava, which it is scored on; name it there",
+    ]
+    for job in ("knn on imagenet", "maps on imagenet", "seg on ade20k", "seg on voc"):
+        assert f"vit-tiny12-untrained: {job}: running" in done.out
+    assert "zeroshot on imagenet: left out: vit-tiny12 has no text tower" in done.out
+    tasks = {name.partition("-vit")[0] for name in reports()}
+    assert tasks == {"knn", "maps", "seg"} and len(reports()) == 4
+    assert not any("scenes:" in used["name"] for report in reports().values() for used in report["data"])
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert all(f"{job}: unchanged, kept" in out for job in ("knn on imagenet", "seg on ade20k", "seg on voc"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["sam"], "sam: data.yaml has not coco, which it is scored on; name it there"),
+        (
+            ["all", "--tasks", "knn", "sam"],
+            "sam: data.yaml has not coco, which it is scored on; name it there",
+        ),
+        (
+            ["all", "--tasks", "seg", "--seg.voc-split", "train"],
+            "seg: data.yaml has not voc, which it is scored on",
+        ),
+        (["noise", "--tasks", "sam"], "sam: data.yaml has not coco"),
+        (["knn"], "nowhere/train: no such folder"),
+    ],
+)
+def test_a_task_whose_data_are_not_there_does_not_fall_back(
+    tmp_path: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data.yaml").write_text("imagenet: nowhere\nade20k: nowhere\n")
+    command, *rest = arguments
+    assert evaluate([command, *MODEL, *rest, "--data-root", "data.yaml"]) == 2
+    assert said in capsys.readouterr().err
+    assert reports() == {}
+
+
+def test_a_root_without_any_tasks_data_runs_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data.yaml").write_text("laion: shards\n")
+    assert evaluate(["all", *MODEL, "--data-root", "data.yaml"]) == 2
+    assert (
+        "error: data.yaml: has no data set that a task is scored on; name one there"
+        in capsys.readouterr().err
+    )
+
+
+def test_vqa_trains_on_llavas_data_and_scores_every_benchmark_that_is_there(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(root / "vqav2")
+    small = ["--language-model", "tiny", "--preset", "scenes", "--max-steps", "1"]
+    assert main(["vqa", *MODEL, *small, "--data-root", str(root)]) == 0
+    (report,) = reports().values()
+    assert [(used["name"], used["count"]) for used in report["data"]] == [
+        ("blip_laion_cc_sbu_558k.json", 2),
+        ("llava_v1_5_mix665k.json", 8),
+        ("gqa testdev", 2),
+        ("textvqa val", 1),
+        ("scienceqa test", 1),
+    ]
+    assert {"accuracy", "gqa", "textvqa", "scienceqa"} <= set(report["metrics"])
+    assert report["settings"]["benchmarks"]["gqa"]["images"] == f"{root}/gqa/images"
+    capsys.readouterr()
+    assert evaluate(["vqa", *MODEL, *small, "--data-root", str(root), "--task", "vqav2"]) == 2
+    assert (
+        "no benchmark was named; give --task with --questions and --images, or a --data-root"
+        in capsys.readouterr().err
+    )
