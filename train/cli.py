@@ -24,7 +24,7 @@ from radio.students import StudentOptions, options_type, students
 from .config import RENAMED, PlanOptions, TrainConfig
 from .recipes import recipes
 from .tables import ALL, rows_of, tables
-from .tasks import find_tasks, scored_tasks, settings_type
+from .tasks import find_tasks, required_settings, scored_tasks, settings_type
 
 USAGE = """usage: radio-train RECIPE [--section.option value ...] [--restart]
        radio-train RECIPE --plan [--world RANKS] [--peak-tflops NUMBER] ...
@@ -208,8 +208,11 @@ def _parse(type_: type[C], default: C, options: Sequence[str], name: str) -> C:
                 f"{option}: this run does not score {task}; add it to --score, or to --eval-tasks beside "
                 f"--eval-every, or leave the option out"
             )
+    asks_help = not {"-h", "--help"}.isdisjoint(options)
     groups: list[Any] = [("command", Annotated[type_, tyro.conf.arg(name="")], field(default=default))]
     for index, (task, kind) in enumerate(kinds.items()):
+        if task not in given and not asks_help and required_settings(task):
+            continue  # told later, in one line
         groups.append((f"task_{index}", Annotated[kind, tyro.conf.arg(name=task)]))
         if task in config.tasks:
             groups[-1] += (field(default_factory=partial(config.tasks.get, task)),)

@@ -132,17 +132,24 @@ def _paths(value: Any) -> Iterator[Path]:
         yield from _paths([getattr(value, field.name) for field in fields(value)])
 
 
-def _defaults(task: str) -> Any:
-    kind = settings_type(task)
-    required = [
+def required_settings(task: str) -> list[str]:
+    """Return the settings of a task that have no default.
+
+    Raises:
+        ConfigError: as `settings_type`.
+    """
+    return [
         field.name
-        for field in fields(kind)
+        for field in fields(settings_type(task))
         if field.init and field.default is MISSING and field.default_factory is MISSING
     ]
-    if required:
+
+
+def _defaults(task: str) -> Any:
+    if required := required_settings(task):
         options = ", ".join(f"--{task}.{name}".replace("_", "-") for name in required)
         raise ConfigError(
             f"{task} has no default for all of its settings: give {options}, or leave it out of --score and "
             f"--eval-tasks"
         )
-    return kind()
+    return settings_type(task)()

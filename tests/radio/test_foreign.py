@@ -352,8 +352,8 @@ def test_a_run_ends_with_a_strangers_evaluator_or_says_before_it_begins_why_not(
     said = capsys.readouterr()
     if field:
         assert said.err == (
-            "error: odd-task cannot be scored by a run: it needs needed; leave it out, and give the "
-            "checkpoint to radio-eval odd-task afterwards\n"
+            "error: odd-task has no default for all of its settings: give --odd-task.needed, or leave it out "
+            "of --score and --eval-tasks\n"
         )
         assert not (images.parent / "run").exists()
     else:

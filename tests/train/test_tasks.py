@@ -168,11 +168,13 @@ def test_a_required_setting_is_an_option_too(
     words = ["smoke", "--score", "the-norm"]
     assert main([*words, "--the_norm.max_order", "3", "--the-norm.bank", "x"]) == 0
     assert parsed.pop().tasks == {"the-norm": NormSettings(bank=Path("x"), max_order=3)}
-    with pytest.raises(SystemExit) as caught:
-        main(words)
-    assert caught.value.code == 2
-    said = capsys.readouterr().err
-    assert "--the-norm.bank" in said and "required" in said
+    for more, shown in ((["--the-norm.scale", "2"], "err"), (["--help"], "out")):
+        with pytest.raises(SystemExit):
+            main([*words, *more])
+        said = getattr(capsys.readouterr(), shown)
+        assert "--the-norm.bank" in said and "required" in said
+    assert main(words) == 0
+    assert parsed.pop().tasks == {}  # and the run refuses to start:
     config = replace(recipes["smoke"](), score=("knn", "the-norm"))
     message = "^the-norm has no default for all of its settings: give --the-norm.bank, or leave it out"
     with pytest.raises(ConfigError, match=message):
