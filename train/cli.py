@@ -226,18 +226,14 @@ def _parse(type_: type[C], default: C, options: Sequence[str], name: str) -> C:
 def _tasks_to_score(config: TrainConfig, options: Sequence[str]) -> tuple[str, ...]:
     """Return the tasks that a run scores with these command-line options over its settings."""
     score, tasks = _words_after("--score", options), _words_after("--eval-tasks", options)
-    every = config.eval_every
-    for word in (_words_after("--eval-every", options) or [])[:1]:
-        with suppress(ValueError):  # what is no number is reported later
-            every = int(word)
-    return scored_tasks(
-        replace(
-            config,
-            score=config.score if score is None else tuple(score),
-            eval_tasks=config.eval_tasks if tasks is None else tuple(tasks),
-            eval_every=every,
-        )
-    )
+    every = (_words_after("--eval-every", options) or [str(config.eval_every)])[0]
+    with suppress(ValueError):  # what is no number is reported later
+        config = replace(config, eval_every=int(every))
+    if score is not None:
+        config = replace(config, score=tuple(score))
+    if tasks is not None:
+        config = replace(config, eval_tasks=tuple(tasks))
+    return scored_tasks(config)
 
 
 def _tasks_of(options: Sequence[str]) -> dict[str, str]:
