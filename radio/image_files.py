@@ -27,6 +27,9 @@ from .tar import UNREADABLE, dots_note, index_shard
 T = TypeVar("T")
 
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
+MAX_HASHED_BYTES = 50 * 10**9
+"""A larger data set is identified without its contents: reading ImageNet's 150 GB takes up to an hour."""
+
 _HASHING_THREADS = 4  # hashlib releases the GIL; more threads only compete for the disk
 _FINGERPRINT = TypeAdapter(str)
 _LOG = logging.getLogger(__name__)
@@ -62,16 +65,27 @@ class StoredImages:
         self._listing, self._memo, self._watch = listing, memo, watch
         self.name, self.location = listing.name, listing.location
         self.classes, self.notes = listing.classes, listing.notes
+        size = sum(entry.size for entry in listing.entries if 0 < entry.size <= MAX_IMAGE_BYTES)  # to hash
+        self._is_large = size > MAX_HASHED_BYTES
+        if self._is_large:
+            note = (
+                f"{self.name} has {size / 1e9:,.0f} GB, so its fingerprint is of names, sizes and times of "
+                f"files instead of their contents; a copy with other times has another"
+            )
+            self.notes = (*self.notes, note)
         places = {name: place for place, name in enumerate(listing.classes)}
         self.labels: NDArray[np.int64] = np.array([places[e.label] for e in listing.entries], dtype=np.int64)
         self.keys = tuple(entry.key for entry in listing.entries)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the classes and of every image's key, class and bytes.
+        """SHA-256 of the classes and of every image's key, class and bytes; `files-…` for a large data set.
 
-        Reads every image once; a memo folder caches the result until a file's size or time changes.
+        Reads every image once; a memo folder caches the result until a file's size or time changes. Above
+        `MAX_HASHED_BYTES` the sizes and times of files stand for their bytes, and no image is read.
         """
+        if self._is_large:
+            return self._hash_files()
         if self._memo is None:
             return self._hash_content()
         note = self._memo / f"{self._signature()}.jsonl"
@@ -108,6 +122,22 @@ class StoredImages:
                 sha.update(line)
                 advance(1)
         return sha.hexdigest()
+
+    def _hash_files(self) -> str:
+        """Hash keys, classes, sizes and times; not the place: a copy that keeps the times is equal."""
+        sha = hashlib.sha256("\n".join(self.classes).encode())
+        paths = list(dict.fromkeys(entry.path for entry in self._listing.entries))
+        times: dict[Path, int] = {}  # in seconds: archives and many file systems store no more
+        with (
+            self._watch(f"listing {self.name}", len(paths)) as advance,
+            ThreadPoolExecutor(_HASHING_THREADS) as threads,
+        ):
+            for path, status in zip(paths, threads.map(_status, paths), strict=True):
+                times[path] = int(status.st_mtime) if status else 0
+                advance(1)
+        for key, label, path, offset, size in self._listing.entries:
+            sha.update(f"{key} {label} {offset} {size} {times[path]}\n".encode())
+        return f"files-{sha.hexdigest()}"
 
     def _signature(self) -> str:
         sha = hashlib.sha256("\n".join(self.classes).encode())

@@ -166,7 +166,11 @@ class EvalRun:
         return stored
 
     def note_source(self, source: Placed) -> None:
-        """Compare a data set with the model's training data, for a note in the report."""
+        """Compare a data set with the model's training data, for a note in the report; every rank calls this.
+
+        The leading rank hashes the content meanwhile, which the others then read from the memo.
+        """
+        self.ranks.on_leader(lambda: source.fingerprint)
         self.sources.setdefault(source.fingerprint, source)
 
     def save_image(

@@ -42,6 +42,7 @@ def evaluate(model: Backbone, settings: MapsSettings, run: EvalRun) -> Result:
         DataError: data that are absent or damaged, or tokens that are not finite.
     """
     source = run.open_images(settings.query or "scenes:val")
+    run.ranks.on_leader(lambda: source.fingerprint)  # hashes the content; other ranks read the memo
     shown, data = _read_images(source, settings.num_images)
     size = model.nearest_size(*model.native_size)
     features = _encode(model, shown, size, run)
@@ -52,7 +53,7 @@ def evaluate(model: Backbone, settings: MapsSettings, run: EvalRun) -> Result:
         ImageRow(name="images", note=source.name, images=tuple(images)),
         _draw(model.name, features, basis, _size_text(size), shown, run),
     ]
-    notes = []
+    notes = list(source.notes)
     teachers: list[TeacherEntry] = model.metadata.get("teachers") or []  # checked when it was read
     for entry in teachers:
         if "model" not in entry:

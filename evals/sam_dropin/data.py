@@ -19,6 +19,7 @@ from radio.data import composed
 from radio.errors import DataError, MissingDataError, require, shown
 from radio.image_files import Entry, Listing, StoredImages, spread
 from radio.images import MAX_IMAGE_BYTES, open_image
+from radio.progress import ProgressFactory, no_progress
 
 from .annotations import (
     CocoFile,
@@ -165,6 +166,7 @@ def open_instances(
     empty: bool = False,
     name: str | None = None,
     location: str | None = None,
+    watch: ProgressFactory = no_progress,
 ) -> Instances:
     """Open the images of an instances JSON that have annotations to score; validate everything first.
 
@@ -176,6 +178,7 @@ def open_instances(
         empty: include images without annotations.
         name: for reports (default: the file's).
         location: of the images, for reports (default: the folder).
+        watch: shows the progress of the hashing.
 
     Raises:
         DataError: not an instances file, images that are not in the folder, cannot be read or are of
@@ -196,8 +199,9 @@ def open_instances(
         Entry(image.name, "", path, 0, path.stat().st_size) for image, path in zip(kept, paths, strict=True)
     ]
     listing = Listing(file.stem, location or str(folder.resolve()), ("",), tuple(entries))
-    notes = (*notes, *note_boxes(kept, "boxes"), *note_empty(kept))
-    return Instances(kept, StoredImages(listing, memo), data, name or file.stem, notes)
+    files = StoredImages(listing, memo, watch)
+    notes = (*notes, *note_boxes(kept, "boxes"), *note_empty(kept), *files.notes)
+    return Instances(kept, files, data, name or file.stem, notes)
 
 
 def _find_all(images: Sequence[CocoImage], root: Path, file: Path) -> list[Path]:

@@ -68,8 +68,7 @@ def evaluate(model: Backbone, settings: SamSettings, run: EvalRun) -> Result:
         require(module, extra="sam")
     drop_in = make_drop_in(model, settings.sam_checkpoint, settings.size, run.settings.seed, settings.teacher)
     data = _open(settings, run)
-    run.note_source(data.files)
-    run.ranks.on_leader(lambda: data.fingerprint)  # hashes the content; other ranks read the memo
+    run.note_source(data.files)  # the leading rank hashes the images
     predictor = Predictor(
         drop_in,
         data,
@@ -160,6 +159,7 @@ def _open(settings: SamSettings, run: EvalRun) -> Instances:
         empty=settings.detections is not None,
         name=name,
         location=location,
+        watch=run.progress,
     )
 
 

@@ -31,6 +31,7 @@ from radio.data import ImageSource
 from radio.errors import DataError, MissingDataError, shown
 from radio.image_files import Entry, Listing, StoredImages, spread
 from radio.io import validate
+from radio.progress import ProgressFactory, no_progress
 
 from .benchmarks import read_list
 from .scoring import IMAGE
@@ -408,8 +409,15 @@ class NamedImages:
         """Check whether there is an image of that name; each folder is listed once, when it is asked for."""
         return isinstance(name, str) and any(self._is_listed(spelling) for spelling in _spellings(name))
 
-    def source(self, names: Iterable[str], memo: Path | None = None) -> ImageSource:
+    def source(
+        self, names: Iterable[str], memo: Path | None = None, watch: ProgressFactory = no_progress
+    ) -> ImageSource:
         """Return a source of the named images, each once, sorted by name.
+
+        Args:
+            names: the images.
+            memo: a folder that caches content hashes of unchanged files.
+            watch: shows the progress of the hashing.
 
         Raises:
             DataError: an image is absent.
@@ -420,7 +428,8 @@ class NamedImages:
             if place is None:
                 raise MissingDataError(f"{self.path}: there is no image {name!r}")
             entries.append(Entry(name, "", *place))
-        return StoredImages(Listing(self.path.name, str(self.path.resolve()), ("",), tuple(entries)), memo)
+        listing = Listing(self.path.name, str(self.path.resolve()), ("",), tuple(entries))
+        return StoredImages(listing, memo, watch)
 
     def _find(self, name: str) -> tuple[Path, int, int] | None:
         """Find an image; return file, offset and size of its bytes, or None without one of that name.

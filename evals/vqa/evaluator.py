@@ -117,9 +117,6 @@ def evaluate(model: Backbone, settings: VqaSettings, run: EvalRun) -> Result:
     has_blind = any(one.blind is not None for one in answered)
     has_text_only = any(record.image is None for record in data["instruct"].records)
     used = {name: stage for name, stage in data.items() if name in trained.stages}
-    for stage in data.values():
-        if stage.source is not None:
-            run.note_source(stage.source)
     losses = {
         f"{name}_loss": Metric(value=stage.final_loss, higher_is_better=False, unit="nats")
         for name, stage in reversed(trained.stages.items())
@@ -201,6 +198,9 @@ def _open_data(settings: VqaSettings, preset: Preset, run: EvalRun) -> dict[str,
     from .training import TrainingData, digest
 
     def pack(records: list[Any], source: ImageSource | None, name: str, notes: tuple[str, ...]) -> Any:
+        if source is not None:
+            run.note_source(source)  # the leading rank hashes the images
+            notes = (*notes, *source.notes)
         content = "no images" if source is None else source.fingerprint
         return TrainingData(records, source, name, digest(fingerprint(records), content), notes)
 
@@ -220,7 +220,9 @@ def _open_data(settings: VqaSettings, preset: Preset, run: EvalRun) -> dict[str,
         reading = read_records(file, is_image, run.settings.limit, settings.max_error_fraction)
         records = reading.records
         names = {record.image for record in records if record.image is not None}
-        source = images.source(names, run.fingerprints) if images is not None and names else None
+        source = (
+            images.source(names, run.fingerprints, run.progress) if images is not None and names else None
+        )
         data[stage] = pack(records, source, file.name, reading.notes)
     blank = [record.id for record in data["pretrain"].records if record.image is None]
     if blank:
@@ -244,7 +246,7 @@ def _answer(
     if names:
         images = benchmark.images
         assert images is not None, "checked when it was opened"
-        source = NamedImages(images).source(names, run.fingerprints) if isinstance(images, Path) else images
+        source = images if not isinstance(images, Path) else _open_images(images, names, run)
     generator = Generator(
         model=trained.model.to(run.device),
         language=training.language,
@@ -270,6 +272,14 @@ def _answer(
         if is_blind_too:
             answered = answered._replace(blind=answers[1], blind_scores=scores[1])
     return answered
+
+
+def _open_images(path: Path, names: Iterable[str], run: EvalRun) -> ImageSource:
+    """Open the named images; the leading rank hashes them."""
+    source = NamedImages(path).source(names, run.fingerprints, run.progress)
+    run.ranks.on_leader(lambda: source.fingerprint)
+    run.notes += [note for note in source.notes if note not in run.notes]
+    return source
 
 
 class _Answer(TypedDict):

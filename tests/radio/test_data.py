@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,6 +96,68 @@ def test_the_memo_saves_reading_and_notices_a_change(
         assert open_source(str(root), memo=memo).fingerprint == fingerprint
     (root / "c0" / "000.png").write_bytes((root / "c1" / "000.png").read_bytes())
     assert open_source(str(root), memo=memo).fingerprint != fingerprint
+
+
+def test_a_large_set_is_known_by_the_names_sizes_and_times_of_its_files(
+    tmp_path: Path, make_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, memo = make_folder(tmp_path / "d", classes=2, count=3), tmp_path / "memo"
+    size = sum(path.stat().st_size for path in root.glob("*/*.png"))
+    monkeypatch.setattr("radio.image_files.MAX_HASHED_BYTES", size)
+    small = open_source(str(root), memo=memo)
+    assert len(small.fingerprint) == 64 and small.notes == ()
+    monkeypatch.setattr("radio.image_files.MAX_HASHED_BYTES", size - 1)
+    labels: list[tuple[str, int]] = []
+
+    @contextmanager
+    def watch(label: str, total: int) -> Iterator[Callable[[int], None]]:
+        labels.append((label, total))
+        yield lambda steps: None
+
+    with monkeypatch.context() as patch:
+        patch.setattr("radio.image_files._bytes", lambda entry: pytest.fail("an image was read"))
+        large = open_source(str(root), memo=memo, watch=watch)
+        fingerprint = large.fingerprint
+    assert fingerprint.startswith("files-") and len(fingerprint) == 70
+    assert labels == [("listing d", 6)]
+    (note,) = large.notes
+    assert note == (
+        "d has 0 GB, so its fingerprint is of names, sizes and times of files instead of their contents; "
+        "a copy with other times has another"
+    )
+    assert (
+        open_source(str(root), limit=5).fingerprint == open_source(str(root), limit=5, memo=memo).fingerprint
+    )
+    assert len(open_source(str(root), limit=5).fingerprint) == 64  # five of the six images are not large
+    copy = tmp_path / "copy"
+    shutil.copytree(root, copy)  # keeps the times
+    assert open_source(str(copy)).fingerprint == fingerprint
+    path = copy / "c0" / "000.png"
+    stat = path.stat()
+    os.utime(path, (stat.st_atime, stat.st_mtime + 1))
+    assert open_source(str(copy)).fingerprint != fingerprint
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert open_source(str(copy)).fingerprint == fingerprint
+    path.write_bytes(path.read_bytes() + b"0")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert open_source(str(copy)).fingerprint != fingerprint
+    (root / "c1" / "000.png").rename(root / "c1" / "0.png")
+    assert open_source(str(root)).fingerprint != fingerprint
+
+
+def test_a_large_set_of_shards_is_known_by_its_members(
+    tmp_path: Path, make_shard: Shard, png: Png, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shard(label: bytes) -> str:
+        path = make_shard(tmp_path / "s.tar", [("0.png", png(4, 4)), ("0.cls", label)])
+        os.utime(path, (1000, 1000))
+        return open_source(str(path)).fingerprint
+
+    monkeypatch.setattr("radio.image_files.MAX_HASHED_BYTES", 1)
+    first = shard(b"1")
+    assert first.startswith("files-")
+    assert shard(b"2") != first
+    assert shard(b"1") == first
 
 
 def test_hashing_shows_how_far_it_is(tmp_path: Path, make_folder: Folder) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from evals.core.evaluator import (
+    EvalRun,
     Evaluator,
     Result,
     RunSettings,
@@ -19,7 +20,9 @@ from evals.core.evaluator import (
 from evals.core.report import Metric
 from evals.core.task import make_evaluator
 from radio.data import open_source
+from radio.dist import Ranks
 from radio.errors import ConfigError
+from radio.image_files import StoredImages
 from radio.types import Backbone
 
 
@@ -54,6 +57,36 @@ def test_notes_on_folders(tmp_path: Path, make_folder: Callable[..., Path], trai
     assert len(found) == bool(said)
     assert all(note.startswith("in-domain: d/train ") and said in note for note in found)
     assert all("without labels" in note for note in found)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_other_ranks_wait_until_the_leading_one_has_hashed(
+    rank: int, tmp_path: Path, make_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hashing ImageNet takes an hour: eight ranks on one disk must not do it at once."""
+    events: list[str] = []
+    hash_content = StoredImages._hash_content
+
+    def hashed(images: StoredImages) -> str:
+        events.append("hashed")
+        return hash_content(images)
+
+    def gather(ranks: Ranks, value: Any) -> list[Any]:
+        events.append("met")
+        if ranks.leads:
+            return [value]
+        return [(open_source(str(root), memo=memo).fingerprint, None)]  # what the leading one does meanwhile
+
+    root, memo = make_folder(tmp_path / "d"), tmp_path / "cache" / "fingerprints"
+    monkeypatch.setattr(StoredImages, "_hash_content", hashed)
+    monkeypatch.setattr(Ranks, "gather_objects", gather)
+    settings = RunSettings(cache=tmp_path / "cache", device="cpu")
+    run = EvalRun(settings, base="x", folder=tmp_path, ranks=Ranks(rank, 2))
+    source = run.open_images(str(root))
+    run.note_source(source)
+    assert events == (["hashed", "met"] if rank == 0 else ["met", "hashed"])
+    assert run.sources == {source.fingerprint: source}
+    assert events.count("hashed") == 1  # rank 1 has read the memo
 
 
 def test_the_same_images_elsewhere_are_in_domain(tmp_path: Path, make_folder: Callable[..., Path]) -> None:
