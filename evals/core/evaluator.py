@@ -20,6 +20,7 @@ from torch import Tensor
 from radio.chunks import Damage, default_cache
 from radio.config import to_plain
 from radio.data import ImageSource, open_source
+from radio.datasets import read_data_sets
 from radio.dist import Ranks, current
 from radio.errors import ConfigError, DataError
 from radio.io import staged, write_bytes, write_lines
@@ -42,7 +43,7 @@ from .report import (
     record_lines,
     write,
 )
-from .task import Evaluator, Machine, RunSettings, ViewSettings
+from .task import Evaluator, Machine, RunSettings, ViewSettings, missing_data, settings_on
 
 __all__ = [
     "EvalRun",
@@ -236,15 +237,18 @@ def run_evaluator(
 
     Args:
         settings: the task's (default: its defaults).
-        run: the settings of the machine and of the data's size.
+        run: the settings of the machine and of the data's size; settings that name no data take the data set
+            of its `data_root`.
         name: the model's name in the report (default: its own).
         kind: of the model (default: a student if it has metadata, else untrained or a teacher).
 
     Raises:
-        ConfigError: the evaluator's result is none.
+        ConfigError: the evaluator's result is none, or the data root has none or several of its data sets.
         RadioError: as the evaluator says.
     """
     chosen = evaluator.settings() if settings is None else settings
+    if run is not None and run.data_root is not None:
+        chosen = _on_data_root(evaluator, chosen, run.data_root)
     return report_result(
         evaluator,
         model,
@@ -257,6 +261,19 @@ def run_evaluator(
         ranks=ranks,
         progress=progress,
     )
+
+
+def _on_data_root(evaluator: Evaluator[S], settings: S, root: Path) -> S:
+    """Return the settings on the only data set of a data root; unchanged where they name their own."""
+    placed = settings_on(evaluator, settings, read_data_sets(root))
+    if not placed:
+        raise ConfigError(f"{evaluator.name}: {missing_data(evaluator, settings, root)}")
+    if len(placed) > 1:
+        raise ConfigError(
+            f"{evaluator.name}: {root} has {' and '.join(placed)}, and a report is of one data set; give the "
+            f"settings that settings_on returns for each"
+        )
+    return next(iter(placed.values()))
 
 
 def run_predictions(evaluator: Evaluator[S], settings: S, out: Path, *, run: RunSettings) -> Report | None:

@@ -369,7 +369,10 @@ def _signature(path: Path) -> list[Any]:
         folders.sort()
         for name in sorted(files):
             file = Path(folder, name)
-            stat = file.stat() if _exists(file) else file.lstat()  # a link may be broken
+            try:
+                stat = file.stat()
+            except OSError:  # a broken link
+                stat = file.lstat()
             signatures.append([str(file), stat.st_size, stat.st_mtime_ns])
     return signatures
 

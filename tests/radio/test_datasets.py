@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,15 @@ def test_a_file_that_names_something_else_is_one_error(tmp_path: Path, text: str
     with pytest.raises(ConfigError) as caught:
         read_data_sets(path)
     assert str(caught.value) == f"{path}: {said}"
+
+
+def test_the_documented_file_names_every_set(tmp_path: Path) -> None:
+    docs = Path(__file__).parents[2] / "docs" / "evaluators.md"
+    text = docs.read_text().partition("```yaml\n")[2].partition("```")[0]
+    sets = read_data_sets(written(tmp_path, text))
+    assert all(getattr(sets, field.name) is not None for field in fields(DataSets))
+    parts = text.partition("# llava: ")[2].partition("\n")[0]
+    assert read_data_sets(written(tmp_path, f"llava: {parts}")).llava is not None
 
 
 def test_a_root_without_data_sets_is_one_error(tmp_path: Path) -> None:

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from evals.core.evaluator import run_evaluator
 from evals.core.task import (
     OWN,
     Evaluator,
+    RunSettings,
     make_evaluator,
     missing_data,
     name_job,
@@ -163,6 +166,27 @@ def test_the_second_segmentation_set_has_a_name_of_its_own() -> None:
     evaluator = make_evaluator("seg")
     placed = settings_on(evaluator, SegSettings(), SETS)
     assert [evaluator.suffix(settings) for settings in placed.values()] == ["", "-voc"]
+
+
+def test_a_report_takes_the_one_set_of_the_root(
+    tmp_path: Path, make_folder: Callable[..., Path], backbone: Callable[..., Any]
+) -> None:
+    for split in ("train", "val"):
+        make_folder(tmp_path / "in" / split)
+    (tmp_path / "data.yaml").write_text("imagenet: in\nade20k: ade\nvoc: voc\n")
+    run = RunSettings(data_root=tmp_path, cache=tmp_path / "cache", device="cpu")
+    settings = KnnSettings(k=(1,))
+    report = run_evaluator(make_evaluator("knn"), backbone(), settings, tmp_path / "o", run=run)
+    assert report.settings["query"] == str(tmp_path / "in" / "val")
+    assert report.metrics["top1"].value == 100  # the same images
+    with pytest.raises(ConfigError) as caught:
+        run_evaluator(make_evaluator("seg"), backbone(), out=tmp_path / "o", run=run)
+    assert str(caught.value) == (
+        f"seg: {tmp_path} has ade20k and voc, and a report is of one data set; give the settings that "
+        f"settings_on returns for each"
+    )
+    with pytest.raises(ConfigError, match=r"^sam: .* has not coco, which it is scored on; name it there$"):
+        run_evaluator(make_evaluator("sam"), backbone(), out=tmp_path / "o", run=run)
 
 
 def test_what_a_task_lacks_is_named() -> None:

@@ -54,6 +54,26 @@ def measured(model: Any, repeats: int) -> dict[str, dict[str, float]]:
     )
 
 
+def test_a_task_on_several_sets_has_the_largest_noise_of_each_metric(backbone: Callable[..., Any]) -> None:
+    """`compare` looks it up by the task's name, whatever the data set."""
+    wider = replace(
+        TRAINED,
+        evaluate=lambda model, settings, run: Result(
+            metrics={"miou": Metric(value=2 * LUCK[settings.luck]), "same": Metric(value=1.0)}
+        ),
+    )
+    jobs: Any = {
+        "trained on ade20k": (TRAINED, Settings()),
+        "trained on voc": (wider, Settings()),
+        "trained on coco": (TRAINED, Settings()),
+    }
+    both = measure_noise(
+        backbone(), jobs, run=RunSettings(), repeats=4, name="m", progress=no_progress, log=lambda line: None
+    )
+    alone = measured(backbone(), 4)["trained"]
+    assert both == {"trained": {"miou": pytest.approx(2 * alone["miou"]), "same": 0}}
+
+
 def test_noise_is_what_two_runs_differ_by(backbone: Callable[..., Any]) -> None:
     """Checked by drawing pairs: 95 % of the differences of two normal numbers of that spread are smaller."""
     found = measured(backbone(), 4)

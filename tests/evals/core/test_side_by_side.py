@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,23 @@ def contestants(out: Path) -> list[Contestant]:
         )
         for seed in (0, 1)
     ]
+
+
+def test_a_task_has_a_job_for_each_data_set(tmp_path: Path, make_folder: Callable[..., Path]) -> None:
+    root = str(make_folder(tmp_path / "d"))
+    knn = make_evaluator("knn").settings
+    jobs = {"knn": knn(scenes=(60, 60), k=(5,)), "knn on imagenet": knn(bank=root, query=root, k=(1,))}
+    load = partial(load_backbone, "arch:vit-tiny12", random_init=True)
+    for workers in (1, 2):
+        outcomes = run_contestants(
+            [Contestant(name="m", load=load, tasks=jobs, out=tmp_path / str(workers))],
+            run=RunSettings(device="cpu", cache=tmp_path / "cache"),
+            workers=workers,
+            progress=no_progress,
+            log=lambda name, line: None,
+        )["m"]
+        assert [outcome.task for outcome in outcomes] == ["knn", "knn on imagenet"]
+        assert [outcome.report.data[1].name for outcome in outcomes if outcome.report] == ["scenes:val", "d"]
 
 
 def outcomes_of(out: Path, workers: int, lines: list[str]) -> dict[str, list[Outcome]]:
