@@ -93,13 +93,12 @@ def _table(findings: Sequence[Finding], *, plain: bool) -> Table:
 def inspect(part: Part, *, inside: bool) -> Finding:
     """Look whether a part of a data set is there, and `inside` it what it holds."""
     where = part.where or str(part.places[0])
-    absent = next((place for place in part.places if not place.exists()), None)
-    if absent is not None:
-        problem = f"{absent}: no such file or folder; {_NOWHERE}"
-        return Finding(part.name, where, "missing", problem=problem)
-    if not inside:
-        return Finding(part.name, where, "found")
     try:
+        absent = next((place for place in part.places if not place.exists()), None)
+        if absent is not None:
+            raise MissingDataError(f"{absent}: no such file or folder; {_NOWHERE}")
+        if not inside:
+            return Finding(part.name, where, "found")
         return Finding(part.name, where, "complete", part.check())
     except (RadioError, OSError) as error:
         state: State = "laid out wrong"
@@ -229,8 +228,14 @@ def check_segmentation(root: Path, name: str) -> Content:
     other = "VOC2012" if name == "ADE20K" else "ADE20K"
     if data.labelling.zero_is_void != (name == "ADE20K"):
         raise DataError(f"{root}: is in the layout of {other}; wanted {name}'s")
-    counts = [f"{len(split.pairs):,} {split.name.rpartition('/')[2]}" for split in (data.train, data.val)]
-    return Content(f"{' and '.join(counts)} images with annotations", data.notes)
+    splits, notes = [data.train, data.val], data.notes
+    lists = Path(data.train.location) / "ImageSets" / "Segmentation"
+    if name == "VOC2012" and any((lists / f"{each}.txt").is_file() for each in ("trainaug", "aug")):
+        more = open_dataset(root, voc_split="trainaug", known=known)
+        splits.append(more.train)
+        notes = tuple(dict.fromkeys((*notes, *more.notes)))
+    counts = ", ".join(f"{split.name.rpartition('/')[2]} {len(split.pairs):,}" for split in splits)
+    return Content(f"images with annotations: {counts}", notes)
 
 
 def check_coco(file: Path, images: Path) -> Content:

@@ -240,6 +240,10 @@ def read_data_sets(path: Path) -> DataSets:
     Raises:
         ConfigError: no such file or folder, a data set or part that is unknown, or a folder without any.
     """
+    if not path.exists():
+        raise ConfigError(
+            f"{shown(path)}: no such file or folder; give a {FILE} that names your data sets, or their folder"
+        )
     if not path.is_dir():
         return _read_file(path)
     if (path / FILE).is_file():

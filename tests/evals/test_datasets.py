@@ -178,8 +178,8 @@ HOLDS = {
     "imagenet train": "6 images of 3 classes",
     "imagenet val": "3 images of 3 classes",
     "datacomp": "2 shards, 0.0 GB, 3 images in the first",
-    "ade20k": "3 training and 2 validation images with annotations",
-    "voc": "2 train and 1 val images with annotations",
+    "ade20k": "images with annotations: training 3, validation 2",
+    "voc": "images with annotations: train 2, val 1",
     "coco": "2 images, 3 instances",
     "llava pretrain": "2 records, 2 images",
     "llava instruct": "8 records, 6 images",
@@ -578,6 +578,55 @@ def test_a_truncated_json_is_named(root: Path, name: str, capsys: pytest.Capture
     assert f": laid out wrong: {root}/{name}: is not JSON (" in line
 
 
+def test_the_lists_of_sbd_are_checked_where_they_are(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    voc = root / "VOCdevkit/VOC2012"
+    (voc / "ImageSets/Segmentation/aug.txt").write_text("2008_000002\n")
+    save_image(voc / "JPEGImages/2008_000002.jpg")
+    save_labels(voc / "SegmentationClassAug/2008_000002.png", 20)
+    assert main(["data", "--data-root", str(root), "--check"]) == 0
+    out = capsys.readouterr().out
+    assert table_of(out)["voc"][1] == "images with annotations: train 2, val 1, trainaug 3"
+    assert "voc: VOC2012/trainaug has 3 images; VOC2012 has 10,582" in out.splitlines()
+    (voc / "SegmentationClassAug/2008_000002.png").unlink()
+    assert main(["data", "--data-root", str(root), "--check"]) == 1
+    assert "voc: missing: " in capsys.readouterr().out
+
+
+def test_a_language_model_is_a_whole_hugging_face_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "vicuna-7b-v1.5")
+    command = ["data", "--data-root", str(tmp_path), "--check"]
+    assert main(command) == 0
+    assert table_of(capsys.readouterr().out)["language-model"][1:] == ["llama, 0.0 GB", "complete"]
+    (tmp_path / "vicuna-7b-v1.5/model.safetensors").unlink()
+    assert main(command) == 1
+    (line,) = below(capsys.readouterr().out)
+    assert line == (
+        f"language-model: laid out wrong: {tmp_path}/vicuna-7b-v1.5: holds no weights; wanted "
+        f"model.safetensors, or its parts and index"
+    )
+
+
+def test_a_set_whose_library_is_absent_is_not_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_json(tmp_path / "vicuna-7b-v1.5/config.json", {"model_type": "llama"})
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main(["data", "--data-root", str(tmp_path), "--check"]) == 1
+    out = capsys.readouterr().out
+    assert table_of(out)["language-model"][1:] == ["", "not checked"]
+    (line,) = below(out)
+    assert line == (
+        'language-model: not checked: transformers is not installed; get it with: pip install "am-radio[vqa]"'
+    )
+
+
 def test_training_archives_that_are_not_unpacked(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pack_train(root)
     assert main(["data", "--data-root", str(root), "--check"]) == 1
@@ -615,7 +664,7 @@ def test_the_evaluators_libraries_are_not_needed_for_a_list(
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     assert main(["data", "--data-root", str(root)]) == 0
     assert evaluate(["data", "--data-root", "nosuch"]) == 2
-    assert "error: nosuch: no such settings file" in capsys.readouterr().err
+    assert "error: nosuch: no such file or folder; give a data.yaml" in capsys.readouterr().err
 
 
 MODEL = ["arch:vit-tiny12", "--out", "o", "--plain"]

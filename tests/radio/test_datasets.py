@@ -182,8 +182,12 @@ def test_the_documented_file_names_every_set(tmp_path: Path) -> None:
 
 
 def test_a_root_without_data_sets_is_one_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nosuch: no such settings file"):
+    with pytest.raises(ConfigError) as caught:
         read_data_sets(tmp_path / "nosuch")
+    assert str(caught.value) == (
+        f"{tmp_path}/nosuch: no such file or folder; give a data.yaml that names your data sets, or their "
+        f"folder"
+    )
     with pytest.raises(ConfigError) as caught:
         read_data_sets(tmp_path)
     assert str(caught.value) == (

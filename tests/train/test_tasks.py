@@ -311,7 +311,7 @@ def test_data_that_are_not_there_end_a_run_before_it_starts(
         (["knn", "seg", *both], f"seg on voc: {sets.parent / 'voc'}: {absent} or {sets}, or leave it out"),
         (["seg", "--seg.data", "gone"], f"seg: gone: {absent}, or leave it out"),
         (["knn", "--knn.bank", "/gone", "--knn.query", "/gone/too"], f"knn: /gone: {absent}"),
-        (["knn", "--data-root", "gone.yaml"], "gone.yaml: no such settings file"),
+        (["knn", "--data-root", "gone.yaml"], "gone.yaml: no such file or folder; give a data.yaml"),
     ):
         assert entry.train([*words, *more]) == 2
         assert capsys.readouterr().err.startswith(f"error: {message}")
