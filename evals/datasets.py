@@ -32,13 +32,14 @@ class Content(NamedTuple):
 
     text: str  # counts
     notes: tuple[str, ...] = ()
+    is_checked: bool = True  # or out of reach
 
 
 class Part(NamedTuple):
     """A part of a data set that is looked at by itself."""
 
     name: str
-    places: tuple[Path, ...]  # the first is shown
+    places: tuple[Path, ...]  # the first is shown; none of a pattern or URL
     check: Callable[[], Content]  # raises MissingDataError, or another RadioError for a wrong layout
     where: str = ""  # default: the first place
 
@@ -98,8 +99,9 @@ def inspect(part: Part, *, inside: bool) -> Finding:
         if absent is not None:
             raise MissingDataError(f"{absent}: no such file or folder; {_NOWHERE}")
         if not inside:
-            return Finding(part.name, where, "found")
-        return Finding(part.name, where, "complete", part.check())
+            return Finding(part.name, where, "found" if part.places else "not checked")
+        content = part.check()
+        return Finding(part.name, where, "complete" if content.is_checked else "not checked", content)
     except (RadioError, OSError) as error:
         state: State = "laid out wrong"
         if isinstance(error, MissingDataError):
@@ -183,7 +185,7 @@ def check_shards(pattern: str) -> Content:
     from radio.tar import index_shard
 
     if is_remote(pattern):
-        return Content(f"{len(expand_braces(pattern)):,} shards, not looked at from here")
+        return Content(f"{len(expand_braces(pattern)):,} remote shards", is_checked=False)
     folder = Path(pattern)
     if folder.is_dir():
         paths = sorted(folder.glob("*.tar"))

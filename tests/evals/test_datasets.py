@@ -649,13 +649,16 @@ def test_a_pattern_of_shards_and_those_that_are_absent_or_remote(
     out = capsys.readouterr().out
     table = table_of(out)
     assert table["laion"][1:] == ["2 shards, 0.0 GB, 3 images in the first", "complete"]
-    assert table["imagenet-21k"][1:] == ["100 shards, not looked at from here", "complete"]
+    assert table["imagenet-21k"][1:] == ["100 remote shards", "not checked"]
     assert table["datacomp"][1:] == ["", "missing"]
     (line,) = below(out)
     assert line == (
         f"datacomp: missing: {root}/datacomp/shards/00000002.tar: no such shard (3 of 5 are absent); fetch "
         f"it, or mend the pattern"
     )
+    assert main(["data"]) == 0
+    table = table_of(capsys.readouterr().out)
+    assert {table[name][2] for name in ("laion", "datacomp", "imagenet-21k")} == {"not checked"}
 
 
 def test_the_evaluators_libraries_are_not_needed_for_a_list(
