@@ -19,7 +19,7 @@ from pydantic import AllowInfNan, BeforeValidator, TypeAdapter
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
-from radio.errors import DataError, require, shown
+from radio.errors import DataError, MissingExtraError, require, shown
 from radio.images import MAX_PIXELS
 from radio.io import MAX_DATA_BYTES, brief, decode_text, parse_json, read_bytes, validate
 from radio.scenes.export import decompress
@@ -143,6 +143,7 @@ def read_instances(file: Path) -> CocoFile:
     Raises:
         DataError: not COCO instances; repeated ids, an image or category that is not listed, a box,
             area, polygon or run length out of bounds. Names the first such record and their number.
+        MissingExtraError: pycocotools is not installed, and a segmentation has empty runs, which it merges.
     """
     raw = read_bytes(file, limit=MAX_DATA_BYTES)
     where = f"{shown(file)}: not COCO instances"
@@ -164,6 +165,8 @@ def read_instances(file: Path) -> CocoFile:
         try:
             instance = _make_instance(annotation, sizes, categories)
             instances[annotation["image_id"]].append(instance)
+        except MissingExtraError:
+            raise
         except ValueError as error:
             faults.append(f"annotation {annotation['id']} {error}")
     _refuse(file, "annotations", len(data["annotations"]), faults)

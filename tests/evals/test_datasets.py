@@ -627,6 +627,22 @@ def test_a_set_whose_library_is_absent_is_not_checked(
     )
 
 
+def test_run_lengths_that_only_pycocotools_merges_are_not_called_wrong_without_it(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lengths = {"size": [16, 12], "counts": [20, 10, 0, 10, 152]}
+    name = "coco/annotations/instances_val2017.json"
+    edit(name, lambda data: data["annotations"][0].update(segmentation=lengths))(root)
+    command = ["data", "--data-root", str(root), "--check"]
+    assert main(command) == 0
+    capsys.readouterr()
+    monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
+    assert main(command) == 1
+    assert below(capsys.readouterr().out) == [
+        'coco: not checked: pycocotools.mask is not installed; get it with: pip install "am-radio[sam]"'
+    ]
+
+
 def test_training_archives_that_are_not_unpacked(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pack_train(root)
     assert main(["data", "--data-root", str(root), "--check"]) == 1
