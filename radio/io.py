@@ -402,14 +402,15 @@ def read_json(
     *,
     limit: int = MAX_METADATA_BYTES,
     error: type[RadioError] = DataError,
+    strict: bool = True,
 ) -> T:
-    """Read a foreign JSON file as the type that the schema describes.
+    """Read a foreign JSON file as the type that the schema describes; dataclasses need `strict` to be False.
 
     Raises:
         RadioError: of the type `error`: as `read_text`, `parse_json` and `validate`.
     """
     value = parse_json(read_text(path, limit=limit, error=error), path, error=error)
-    return validate(schema, value, path, error=error)
+    return validate(schema, value, path, error=error, strict=strict)
 
 
 def read_jsonl(

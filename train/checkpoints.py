@@ -107,23 +107,28 @@ class SavedState(NamedTuple):
 
 def make_metadata(config: TrainConfig, teachers: Mapping[str, TeacherFacts], data: Source) -> dict[str, Any]:
     """Build the checkpoint's metadata: teachers, data and settings."""
-    resolutions = student_resolutions(config)
     return {
         "name": run_name(config),
         "resolution": config.resolution,
-        "teachers": [
-            {
-                "name": t.name,
-                "model": t.model,
-                "resolution": list(teachers[t.name].size),
-                "student_resolution": resolutions[t.name],
-                "fingerprint": teachers[t.name].fingerprint,
-            }
-            for t in config.teachers
-        ],
+        "teachers": describe_teachers(config, teachers),
         "data": {"fingerprint": data.fingerprint, "count": data.count, "sources": data.sources},
         "settings": to_plain(config),
     }
+
+
+def describe_teachers(config: TrainConfig, teachers: Mapping[str, TeacherFacts]) -> list[dict[str, Any]]:
+    """Describe the teachers as a checkpoint's metadata has them."""
+    resolutions = student_resolutions(config)
+    return [
+        {
+            "name": t.name,
+            "model": t.model,
+            "resolution": list(teachers[t.name].size),
+            "student_resolution": resolutions[t.name],
+            "fingerprint": teachers[t.name].fingerprint,
+        }
+        for t in config.teachers
+    ]
 
 
 def resume_signature(

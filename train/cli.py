@@ -23,7 +23,9 @@ from radio.students import StudentOptions, options_type, students
 
 from .config import RENAMED, PlanOptions, TrainConfig
 from .recipes import recipes
-from .tables import ALL, rows_of, tables
+from .tables import ALL_TABLES, TABLES, describe_table, make_tables
+from .tables.layout import Size
+from .tables.options import TableCommand
 from .tasks import find_tasks, required_settings, scored_tasks, settings_type
 
 USAGE = """usage: radio-train RECIPE [--section.option value ...] [--restart]
@@ -64,15 +66,6 @@ class PlanCommand:
     options: Annotated[PlanOptions, tyro.conf.arg(name="")]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TableCommand:
-    """Options of all runs of a table."""
-
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
-    rows: tuple[str, ...] = ()  # only these rows of the table; () = all
-    restart: bool = False  # start every row over
-
-
 C = TypeVar("C", Command, FileCommand, PlanCommand, TableCommand)
 
 
@@ -89,22 +82,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     name, options = arguments[0], arguments[1:]
     _check_name(name)
+    if name in (*TABLES, ALL_TABLES):
+        return _make_tables(name, options, console)
     if PLAN in options:
         return _plan(name, [option for option in options if option != PLAN], console)
-    if name in tables:
-        return _make_table(name, options, console)
     return _run(name, options, console)
 
 
 def _check_name(name: str) -> None:
     """Check that the first word is a file of settings, a recipe or a table."""
-    if _is_file(name) or name in tables or name in recipes:
+    if _is_file(name) or name in recipes or name in (*TABLES, ALL_TABLES):
         return
     if name.startswith("-"):
         raise ConfigError(
             f"the first word is a recipe or a config.yaml, got {name!r}; recipes: {', '.join(recipes)}"
         )
-    known = [*recipes, *tables]
+    known = [*recipes, *TABLES, ALL_TABLES]
     hint = did_you_mean(name, known) or f"; known: {', '.join(known)}"
     raise ConfigError(f"unknown recipe {name!r}{hint}")
 
@@ -147,26 +140,29 @@ def _command(name: str, options: Sequence[str]) -> Command:
 
 
 def _plan(name: str, options: Sequence[str], console: Console) -> int:
-    """Print the plan of a recipe, a file of settings or a table's rows; return the exit code 0."""
-    table = tables[name]() if name in tables else None
-    config = _with_student(table.base if table else _settings(name), options)
+    """Print the plan of a recipe or of a file of settings; return the exit code 0."""
+    config = _with_student(_settings(name), options)
     default = PlanCommand(config=config, options=PlanOptions())
     command = _parse(PlanCommand, default, options, f"{name} --plan")
     check_options(command.config, RENAMED)
-    runs = table.rows(command.config) if table else {name: command.config}
     from .commands import plan
 
-    return plan(runs, command.options, console)
+    return plan({name: command.config}, command.options, console)
 
 
-def _make_table(name: str, options: Sequence[str], console: Console) -> int:
-    """Train the rows of a table with command-line overrides; return the exit code."""
-    table = tables[name]()
-    command = _parse(TableCommand, TableCommand(config=_with_student(table.base, options)), options, name)
-    rows = rows_of(table, check_options(command.config, RENAMED), command.rows)
-    from .commands import make_table
+def _make_tables(name: str, options: Sequence[str], console: Console) -> int:
+    """Make a table, or all, with command-line overrides; return the exit code."""
+    words = _words_after("--size", options) or ["small"]
+    size: Size = "paper" if words[:1] == ["paper"] else "small"  # anything else is refused by the parser
+    tables = make_tables(name, size)
+    tasks = tuple(dict.fromkeys(task for table in tables for task in table.tasks))
+    default = _with_student(replace(tables[0].base, score=tasks), options)
+    command = _parse(TableCommand, TableCommand(config=default), options, name)
+    check_options(command.config, RENAMED)
+    check_options(command)
+    from .tables.commands import run_tables
 
-    return make_table(table, rows, command.config.out, console, restart=command.restart)
+    return run_tables(tables, default, command, console, " ".join(["radio-train", name, *options]))
 
 
 def _settings(name: str) -> TrainConfig:
@@ -179,7 +175,7 @@ def _with_student(config: TrainConfig, options: Sequence[str]) -> TrainConfig:
     Settings that have their student's own options already, as our recipes, need no look at the students.
     """
     name = (_words_after("--student", options) or [config.student])[0]
-    if name == config.student and (name == ALL or type(config.options) is not StudentOptions):
+    if name == config.student and type(config.options) is not StudentOptions:
         return config
     if name not in students:  # an unknown name is reported later
         return config
@@ -260,5 +256,5 @@ def _words_after(name: str, options: Sequence[str]) -> list[str] | None:
 
 def _listing() -> str:
     described = {name: recipes[name].__doc__ for name in recipes}
-    described |= {name: tables[name].__doc__ for name in tables}
+    described |= {name: describe_table(name) for name in (*TABLES, ALL_TABLES)}
     return "\n".join(f"  {name:<16}{(text or '').splitlines()[0]}" for name, text in described.items())

@@ -1,8 +1,8 @@
-"""The commands of `radio-train`: train runs one after another, a table's rows, or print a plan."""
+"""The commands of `radio-train`: train runs one after another, or print their plan."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,6 @@ from .distributed import REQUEUE, join
 from .loggers import say
 from .plan import make_plan, print_plan
 from .setup import check_settings, round_resolutions
-from .tables import PaperTable, Rows
 from .tasks import check_data, scored_jobs, scored_tasks
 from .trainer import Trainer
 
@@ -39,7 +38,7 @@ def run(name: str, config: TrainConfig, console: Console, *, restart: bool) -> i
     return 0
 
 
-def plan(runs: Rows, options: PlanOptions, console: Console) -> int:
+def plan(runs: Mapping[str, TrainConfig], options: PlanOptions, console: Console) -> int:
     """Print the plans of runs; return the exit code 0."""
     for run in runs.values():
         check_tasks(run)
@@ -50,12 +49,6 @@ def plan(runs: Rows, options: PlanOptions, console: Console) -> int:
     return 0
 
 
-def make_table(table: PaperTable, rows: Rows, out: Path, console: Console, *, restart: bool) -> int:
-    """Train the rows of a table and return the exit code."""
-    trained = sweep(table, rows, out, console, restart=restart)
-    return REQUEUE if trained.stopped else 0
-
-
 class TrainedRows(NamedTuple):
     """Result of some runs."""
 
@@ -64,13 +57,20 @@ class TrainedRows(NamedTuple):
     leads: bool  # whether this is the first rank, which does the rest
 
 
-def train_all(runs: Rows, console: Console, *, restart: bool = False) -> TrainedRows:
+def train_all(
+    runs: Mapping[str, TrainConfig],
+    console: Console,
+    *,
+    restart: bool = False,
+    after: Callable[[Path, Ranks], None] | None = None,
+) -> TrainedRows:
     """Train runs of one device one after another; each resumes where it was stopped.
 
     Args:
         runs: their settings by name.
         console: where the first rank reports.
         restart: start every run over.
+        after: called by every rank with the checkpoint of each finished run.
 
     Raises:
         RadioError: a run failed; errors in the settings are raised before the first run.
@@ -97,6 +97,8 @@ def train_all(runs: Rows, console: Console, *, restart: bool = False) -> Trained
             say(screen, f"checkpoint: {checkpoints[name]}")
             del run
             collect()  # frees reference cycles of the run, for the next model's memory
+            if after is not None:
+                after(checkpoints[name], group)
     return TrainedRows(checkpoints, stopped=False, leads=group.leads)
 
 
@@ -127,17 +129,3 @@ def _alone(folder: Path, group: Ranks) -> Iterator[None]:
     with ExitStack() as held:
         group.on_leader(lambda: held.enter_context(locked(folder, "trained")))
         yield
-
-
-def sweep(
-    table: PaperTable, runs: Rows, out: Path, console: Console, *, restart: bool = False
-) -> TrainedRows:
-    """Train rows of a table, from `rows_of`; once all are finished, compare their checkpoints.
-
-    Raises:
-        RadioError: as `train_all`.
-    """
-    trained = train_all(runs, console, restart=restart)
-    if trained.leads and not trained.stopped:
-        table.compare(runs, trained.checkpoints, out, console)
-    return trained

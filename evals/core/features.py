@@ -456,6 +456,15 @@ def make_view(model: Backbone, settings: ViewSettings) -> tuple[View, tuple[str,
     return view, (f"{size} px was asked for; {model.name} takes {fitted[0]}x{fitted[1]}, which was used",)
 
 
+def view_size(model: Backbone, settings: ViewSettings) -> tuple[int, int]:
+    """Return the size (height, width) of a model's view; that of a whole image is its least.
+
+    Raises:
+        SizeError: as `make_view`.
+    """
+    return make_view(model, settings)[0].size
+
+
 # Letters: B batch, C summary width.
 
 _CARRIED = 16_384  # summaries per call of an adaptor

@@ -103,6 +103,8 @@ class Evaluator(Generic[S]):
     score_predictions: Callable[[S, EvalRun], Result] | None = None
     """Scores stored predictions without a model, where `predictions_of` names a file."""
     predictions_of: Callable[[S], Path | None] = lambda settings: None
+    input_size: Callable[[Backbone, S], tuple[int, int]] | None = None
+    """The size (height, width) in pixels of the images that a backbone gets; None: it depends on the data."""
     data_sets: Callable[[S, DataSets], Mapping[str, S]] = lambda settings, sets: {}
     """These settings on each of a user's data sets that the task has a protocol for, by the set's name; under
     `OWN` as they are, where they name their data themselves or need none."""

@@ -92,6 +92,7 @@ def make() -> Evaluator[KnnSettings]:
         settings=KnnSettings,
         evaluate=late("evals.knn.evaluator:evaluate"),
         title="k-NN",
+        input_size=late("evals.core.features:view_size"),
         suffix=lambda settings: f"-{settings.head}-head" if settings.head else "",
         data_sets=data_sets,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NotRequired
@@ -307,22 +307,69 @@ def paired_interval(new: StoredReport, old: StoredReport) -> tuple[float, float]
         return None
     units, unit_of = _numbered(samples.units)
     parts, part_of = _numbered(samples.parts)
+    primary_metric = METRIC_OF[old.report.pairing]
+    units, unit_of = _numbered(samples.units)
+    parts, part_of = _numbered(samples.parts)
     by_area = old.report.pairing == "mean_iou"
-    primary_metric = _mean_iou if by_area else _mean_of_parts
     num_columns = 1 + max(int(v[:, 0].max(initial=0)) for _, v in (ours, theirs)) if by_area else len(parts)
     sides = []
     for entry, (rows, values) in ((new, ours), (old, theirs)):
         column = values[:, 0].astype(np.int64) if by_area else part_of[rows]
-        amounts = values[:, 1:].T if by_area else np.stack([values[:, 0], np.ones(len(values))])
-        cell, size = unit_of[rows] * num_columns + column, len(units) * num_columns
-        counted = [np.bincount(cell, weights=of, minlength=size) for of in amounts]
-        sums: Values = np.stack([c.reshape(-1, num_columns) for c in counted], axis=1)  # [U, amounts, P or C]
-        reported = entry.report.metrics[entry.report.primary_metric].value
-        if not abs(primary_metric(sums.sum(axis=0)[None])[0] - reported) <= 0.01:
+        sums = _sum_cells(values, unit_of[rows], column, len(units), num_columns, by_area=by_area)
+        if not _gives_value(entry.report, sums):
             return None
         sides.append(sums)
     resampled = resampled_sums(np.stack(sides, axis=1))
     return interval(primary_metric(resampled[:, 0]) - primary_metric(resampled[:, 1]))
+
+
+def block_sums(entry: StoredReport, num_blocks: int) -> Values | None:
+    """Sum a report's records over blocks of units, from which resamples of its primary metric follow.
+
+    The units, sorted by name, are dealt to the blocks in turn, so that reports on the same samples have the
+    same blocks.
+
+    Args:
+        entry: the report.
+        num_blocks: B; fewer where there are fewer units.
+
+    Returns:
+        [B, 2, P], scores and counts of each part, or [B, 3, C], areas of each class: what `METRIC_OF` takes
+        after summing over blocks. None as in `paired_interval`.
+    """
+    samples = _Samples()
+    if (read_values := _read_values(entry, samples)) is None:
+        return None
+    rows, values = read_values
+    units, unit_of = _numbered(samples.units)
+    parts, part_of = _numbered(samples.parts)
+    by_area, num_blocks = entry.report.pairing == "mean_iou", min(num_blocks, len(units))
+    column = values[:, 0].astype(np.int64) if by_area else part_of[rows]
+    num_columns = 1 + int(column.max(initial=0)) if by_area else len(parts)
+    sums = _sum_cells(values, unit_of[rows] % num_blocks, column, num_blocks, num_columns, by_area=by_area)
+    return sums if _gives_value(entry.report, sums) else None
+
+
+def _sum_cells(
+    values: Values,
+    row: NDArray[np.int64],
+    column: NDArray[np.int64],
+    num_rows: int,
+    num_columns: int,
+    *,
+    by_area: bool,
+) -> Values:
+    """Sum the values of `_read_values` by row and column: [rows, amounts, columns]."""
+    amounts = values[:, 1:].T if by_area else np.stack([values[:, 0], np.ones(len(values))])
+    cell, size = row * num_columns + column, num_rows * num_columns
+    counted = [np.bincount(cell, weights=of, minlength=size) for of in amounts]
+    return np.stack([c.reshape(-1, num_columns) for c in counted], axis=1)
+
+
+def _gives_value(report: Report, sums: Values) -> bool:
+    """Check that the records give the report's own value."""
+    reported = report.metrics[report.primary_metric].value
+    return bool(abs(METRIC_OF[report.pairing](sums.sum(axis=0)[None])[0] - reported) <= 0.01)
 
 
 def _numbered(names: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
@@ -342,6 +389,10 @@ def _mean_of_parts(sums: Values) -> Values:
 def _mean_iou(areas: Values) -> Values:
     """Compute the mIoU in percent over the classes that occur: [R, 3, C] -> [R]."""
     return mean_present(area_ratios(areas)[0])
+
+
+METRIC_OF: Mapping[str, Callable[[Values], Values]] = {"mean": _mean_of_parts, "mean_iou": _mean_iou}
+"""For each pairing, the primary metric [R] of sums [R, amounts, P or C]."""
 
 
 def _read_values(entry: StoredReport, samples: _Samples) -> tuple[NDArray[np.int64], Values] | None:

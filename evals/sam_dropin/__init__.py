@@ -90,6 +90,7 @@ def make() -> Evaluator[SamSettings]:
         settings=SamSettings,
         evaluate=late("evals.sam_dropin.evaluator:evaluate"),
         title="SAM drop-in",
+        input_size=late("evals.sam_dropin.encoder:input_size"),
         missing_requirements=late("evals.sam_dropin.evaluator:missing_requirements"),
         suffix=_suffix,
         data_sets=data_sets,

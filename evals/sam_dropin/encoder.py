@@ -22,6 +22,8 @@ from radio.teachers import families
 from radio.teachers.sam import MEMBERS, SamHead, load_sam_head, new_released_sam
 from radio.types import Backbone, Features, find_adaptor
 
+from . import SamSettings
+
 # Letters: B images, C neck width, h w embedding grid.
 
 _TOKENS = 8  # a default grid is a multiple of this: 72 x 72 for a patch of 14, divisible by 8, 9 and 18
@@ -115,6 +117,21 @@ def make_drop_in(
         f"{model.name} learned from no teacher; the drop-in needs a student of a SAM, or a SAM itself "
         f"(scenes:sam, sam:vit_b@FILE)"
     )
+
+
+def input_size(model: Backbone, settings: SamSettings) -> tuple[int, int]:
+    """Return the size (height, width) at which a student of a SAM, or a SAM itself, gets images.
+
+    Raises:
+        ConfigError, SizeError: as `make_drop_in`.
+    """
+    frame, sides = max(model.native_size), None
+    if entries := teachers_on(model.metadata, model.name):
+        entry = _choose(model, entries, settings.sam_checkpoint, settings.teacher)
+        sides = entry.get("student_resolution")
+        frame = max(load_teacher(entry["model"], meta=True).native_size)
+    side = _side(model, frame, settings.size or (sides if isinstance(sides, int) else None))
+    return side, side
 
 
 def _choose(

@@ -20,6 +20,7 @@ def make() -> Evaluator[SegSettings]:
         settings=SegSettings,
         evaluate=late("evals.seg_probe.evaluator:evaluate"),
         title="segmentation probe",
+        input_size=late("evals.seg_probe.protocol:crop_size"),
         suffix=lambda settings: "" if settings.voc_split is None else "-voc",
         with_seed=with_seed,
         data_sets=data_sets,

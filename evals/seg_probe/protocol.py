@@ -186,6 +186,15 @@ def _preset(settings: SegSettings) -> tuple[PresetName, ProbePreset]:
     return name, PRESETS[name]
 
 
+def crop_size(model: Backbone, settings: SegSettings) -> Size:
+    """Return the size (height, width) of the probe's crops on a backbone.
+
+    Raises:
+        SizeError: as `resolve`.
+    """
+    return resolve(settings, choose_attention(settings, model)[0])[0].crop
+
+
 def resolve(settings: SegSettings, model: Backbone) -> tuple[ProbeConfig, tuple[str, ...]]:
     """Resolve the settings for a backbone; return the config and notes on changes that it required.
 

@@ -20,6 +20,7 @@ def make() -> Evaluator[VqaSettings]:
         settings=VqaSettings,
         evaluate=late("evals.vqa.evaluator:evaluate"),
         title="visual question answering",
+        input_size=late("evals.vqa.settings:input_size"),
         expensive=True,  # it trains a language model
         with_seed=with_seed,
         score_predictions=late("evals.vqa.evaluator:score_predictions"),

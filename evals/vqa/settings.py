@@ -375,3 +375,8 @@ def choose_size(model: Backbone, settings: VqaSettings, preset: Preset) -> tuple
     if size == (sides[0], sides[0]):
         return size, ()
     return size, (f"{sides[0]} px are wanted; {model.name} takes {size[0]}x{size[1]}, which was used",)
+
+
+def input_size(model: Backbone, settings: VqaSettings) -> Size:
+    """Return the size (height, width) that images are encoded at."""
+    return choose_size(model, settings, choose_preset(settings)[1])[0]

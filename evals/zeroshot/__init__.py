@@ -66,6 +66,7 @@ def make() -> Evaluator[ZeroshotSettings]:
         settings=ZeroshotSettings,
         evaluate=late("evals.zeroshot.evaluator:evaluate"),
         title="zero-shot",
+        input_size=late("evals.core.features:view_size"),
         missing_requirements=late("evals.zeroshot.evaluator:missing_requirements"),
         suffix=lambda settings: "" if settings.captions is None else "-retrieval",
         data_sets=data_sets,

@@ -352,7 +352,7 @@ def _loaded(command: str, arguments: Sequence[str]) -> tuple[str, set[str], str]
         ("export", "ckpt.pt --to onxn out.onnx", "2", "--to"),
         ("export", "ckpt.pt --to onnx out.pt", "2", "ends in .onnx"),
         ("train", "", "2", "usage: radio-train"),
-        ("train", "--help", "0", "table6-paper"),
+        ("train", "--help", "0", "table11"),
         ("train", "dmeo", "2", "did you mean demo"),
         ("train", "demo --help", "0", "--student.registers"),
         ("train", "demo --optim.lrr 3", "2", "--optim.lr"),
@@ -360,7 +360,7 @@ def _loaded(command: str, arguments: Sequence[str]) -> tuple[str, set[str], str]
         ("train", "demo --student e-radio-b --student.windw 3", "2", "--student.window"),
         ("train", "demo --plan --help", "0", "--utilisation"),
         ("train", "table3 --help", "0", "--rows"),
-        ("train", "table6 --help", "0", "--rows"),
+        ("train", "table6 --help", "0", "--price-per-gpu-hour"),
     ],
 )
 def test_usage_options_and_wrong_names_come_without_torch(

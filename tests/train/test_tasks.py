@@ -26,7 +26,8 @@ from train.commands import check_tasks
 from train.config import TrainConfig
 from train.recipes import recipes
 from train.setup import check_settings
-from train.tables import PaperTable
+from train.tables.layout import PaperTable
+from train.tables.options import TableCommand
 from train.tasks import check_data, scored_jobs, scored_tasks, task_settings
 
 from .conftest import image_bytes, read_records
@@ -67,15 +68,16 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
         configs.append(config)
         return 0
 
-    def make_table(table: PaperTable, rows: dict[str, TrainConfig], *_: Any, **__: Any) -> int:
-        configs.extend(rows.values())
+    def run_tables(tables: Sequence[PaperTable], default: Any, command: TableCommand, *_: Any) -> int:
+        configs.append(command.config)
         return 0
 
     def plan(runs: dict[str, TrainConfig], *_: Any) -> int:
         configs.extend(runs.values())
         return 0
 
-    for command in (run, make_table, plan):
+    monkeypatch.setattr("train.tables.commands.run_tables", run_tables)
+    for command in (run, plan):
         monkeypatch.setattr(f"train.commands.{command.__name__}", command)
     return configs
 
@@ -135,8 +137,8 @@ def test_tasks_are_options_of_the_run_that_scores_them(parsed: list[TrainConfig]
     ):
         assert main(words) == 0
         assert parsed.pop().tasks == {"knn": KNN}
-    assert main(["table6-paper", "--score", "knn", *knn, "--rows", "timm:regnety_064", "e-radio-b"]) == 0
-    assert [config.tasks for config in parsed] == [{"knn": KNN}] * 2
+    assert main(["table2", "--size", "paper", *knn]) == 0
+    assert [config.tasks for config in parsed] == [{"knn": KNN}]
 
 
 def test_options_go_over_the_settings_of_a_file(parsed: list[TrainConfig], tmp_path: Path) -> None:
@@ -150,15 +152,6 @@ def test_options_go_over_the_settings_of_a_file(parsed: list[TrainConfig], tmp_p
     }
     assert main([str(path)]) == 0
     assert parsed.pop() == config
-
-
-def test_table_6_has_few_images_of_the_generated_world(parsed: list[TrainConfig]) -> None:
-    assert main(["table6", "--student", "vit-b14", "--knn.k", "20"]) == 0
-    [config] = parsed
-    assert config.tasks == {
-        "knn": KnnSettings(scenes=(1200, 300), k=(20,)),
-        "zeroshot": ZeroshotSettings(scenes=300),
-    }
 
 
 @pytest.mark.usefixtures("norm")

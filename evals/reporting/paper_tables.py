@@ -1,0 +1,160 @@
+"""The paper's tables made again, as a file beside reports and as a section of the page."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ConfigDict, TypeAdapter
+
+from evals.core.report import Value
+from radio.io import read_json
+
+from .elements import Cell, Element, Section, grid, notes
+
+FORMAT: Literal["am-radio-tables/1"] = "am-radio-tables/1"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TableCell:
+    """One number of a line: ours with half of its interval, and the paper's."""
+
+    value: Value | None = None
+    half: Value | None = None
+    paper: Value | None = None
+
+    @property
+    def text(self) -> str:
+        """Our number, such as `82.1 ±0.9`; empty where there is none."""
+        if self.value is None:
+            return ""
+        if self.half is None:
+            return number(self.value)
+        return f"{self.value:.1f} ±{self.half:.1f}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TableLine:
+    """A line: a model, how many of its seeds are done, and a cell per column."""
+
+    label: str
+    paper_label: str  # of the paper's line; empty where it has none
+    seeds: str  # such as `3` or `2 of 3`; empty for a frozen teacher
+    cells: tuple[TableCell, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TableDifference:
+    """Whether the paper's ordering of two lines holds in one column."""
+
+    line: str
+    against: str
+    column: str
+    value: Value
+    low: Value | None
+    high: Value | None
+    paper: Value
+    verdict: str  # empty where there is no interval
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MadeTable:
+    """A table of the paper, made again."""
+
+    name: str
+    title: str
+    columns: tuple[str, ...]
+    lines: tuple[TableLine, ...]
+    differences: tuple[TableDifference, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MadeTables:
+    """The tables that `radio-train tables --collect` wrote."""
+
+    tables: tuple[MadeTable, ...]
+    format: Literal["am-radio-tables/1"] = FORMAT
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+_FILE = TypeAdapter(MadeTables)
+
+
+def number(value: float) -> str:
+    """Format a number: scores with one decimal, losses with three digits, large ones without decimals."""
+    size = abs(value)
+    return f"{value:.3g}" if size < 1 else f"{value:.1f}" if size < 1000 else f"{value:,.0f}"
+
+
+def read_tables(path: Path) -> MadeTables:
+    """Read the file of made tables.
+
+    Raises:
+        DataError: no such file, or not one that `radio-train tables --collect` wrote.
+    """
+    return read_json(path, _FILE, strict=False)
+
+
+def tables_section(made: MadeTables) -> Section:
+    """Build the page's section of the paper's tables."""
+    elements: list[Element] = []
+    for table in made.tables:
+        title = f"{table.name}: {table.title}"
+        columns = [(column, "ours, and the paper's") for column in table.columns]
+        elements.append(
+            grid(
+                f"{title}. Ours with half of a 95 % interval; the paper's in small, on its own data.",
+                ("model", "seeds", *columns),
+                [
+                    (
+                        Cell(text=line.label, small=line.paper_label),
+                        line.seeds,
+                        *(_cell(cell) for cell in line.cells),
+                    )
+                    for line in table.lines
+                ],
+            )
+        )
+        if table.differences:
+            elements.append(
+                grid(
+                    f"{title}: does the paper's ordering hold?",
+                    ("model", "against", "column", "ours", "95 %", "the paper's", "verdict"),
+                    [
+                        (
+                            each.line,
+                            each.against,
+                            each.column,
+                            f"{each.value:+.2f}",
+                            between(each),
+                            f"{each.paper:+.2f}",
+                            each.verdict,
+                        )
+                        for each in table.differences
+                    ],
+                )
+            )
+        elements += notes(list(table.remarks))
+    return Section(anchor="paper-tables", title="the paper's tables made again", elements=tuple(elements))
+
+
+def between(difference: TableDifference) -> str:
+    """Format the interval of a difference."""
+    if difference.low is None or difference.high is None:
+        return ""
+    return f"{difference.low:+.2f} to {difference.high:+.2f}"
+
+
+def _cell(cell: TableCell) -> Cell:
+    paper = "" if cell.paper is None else f"paper: {cell.paper:g}"
+    return Cell(text=cell.text, order=cell.value, small=paper)
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Collection[int]) -> str:
+    """Format a markdown table; the columns of `numbers` are right-aligned."""
+    rule = ["---:" if index in numbers else "---" for index in range(len(head))]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *rows)) + "\n"

@@ -1,0 +1,195 @@
+"""A table's command: rows are trained, scored, kept, gone on with, collected, and shown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from evals.core import evaluators
+from evals.core.task import make_evaluator
+from evals.reporting.paper_tables import read_tables
+from radio import entry
+from radio.config import read_yaml
+from tests.train.conftest import read_records
+from train.cli import main
+from train.config import TrainConfig
+from train.distributed import REQUEUE, Preemption
+from train.tables.results import read_result
+
+TINY = [
+    *("--teachers.0.model", "tiny:clip", "--teachers.1.model", "tiny:dense"),
+    *("--resolution", "48", "--steps", "3", "--batch-size", "2", "--log-every", "1", "--device", "cpu"),
+    *("--data.scenes", "50", "--data.workers", "0", "--seeds", "1"),
+    *("--score", "knn", "--knn.scenes", "40", "20", "--knn.k", "3"),
+]
+ROWS = ("no-spatial", "spatial-clip", "spatial-dense", "base")
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Score in this process: others would take seconds to start."""
+    monkeypatch.setattr("train.tables.making.num_workers", lambda *_: 1)
+
+
+def make(name: str, tmp_path: Path, *words: str) -> int:
+    return main([name, *TINY, "--out", str(tmp_path / "out"), *words])
+
+
+@pytest.mark.usefixtures("one_process")
+def test_one_command_makes_a_table_and_the_next_keeps_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    page = tmp_path / "tables.md"
+    assert make("table2", tmp_path, "--page", str(page)) == 0
+    said = capsys.readouterr().out
+    assert "0 of 4 rows are done" in said and "row spatial-dense (3 of 4)" in said
+    for row in ROWS:
+        written = read_yaml(TrainConfig, tmp_path / "out" / row / "config.yaml")
+        assert (written.steps, written.out.name) == (3, row)
+        assert [record["step"] for record in read_records(tmp_path / "out" / row)] == [1, 2, 3]
+    weights = [
+        tuple(teacher.spatial_weight for teacher in read_yaml(TrainConfig, path).teachers)
+        for path in (tmp_path / "out" / row / "config.yaml" for row in ROWS)
+    ]
+    assert weights == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    results = tmp_path / "out" / "results"
+    (table,) = read_tables(results / "tables.json").tables
+    assert table.columns == ("zero-shot", "k-NN", "probe")
+    both = table.lines[3]
+    result = read_result(results, "base")
+    assert result is not None
+    score = result.scores["knn"]["top1"]
+    assert both.cells[1].value == pytest.approx(score.value)
+    assert both.cells[1].paper == 82.96
+    assert both.cells[0].value is None and both.cells[0].paper == 74.85  # not asked for
+    assert sum(block[1][0] for block in score.blocks) == 20  # images
+    report = json.loads((tmp_path / "out" / "base" / "reports" / "knn-base.json").read_text())
+    assert report["metrics"]["top1"]["value"] == pytest.approx(score.value)
+    assert [d.column for d in table.differences] == ["k-NN"] * 3
+    assert {d.against for d in table.differences} == {"none"}
+    text = page.read_text()
+    assert f"| both | RADIO, spatial loss of both | 1 | (74.85) | {score.value:.1f} ±" in text
+    assert "## Table 2: whose spatial features are matched" in text
+
+    monkeypatch.setattr("train.commands.Trainer", None)  # nothing is trained again
+    assert make("table2", tmp_path, "--page", str(page)) == 0
+    assert "4 of 4 rows are done" in capsys.readouterr().out
+    assert page.read_text() == text.replace("--page", "--page")
+    assert make("table2", tmp_path, "--collect") == 0
+    assert "rows are done" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("one_process")
+def test_rows_by_name_a_limit_of_time_and_a_second_evaluation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert make("table2", tmp_path, "--rows", "base", "--minutes", "0") == REQUEUE
+    assert "the same command goes on with base" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "base").exists()
+    assert make("table2", tmp_path, "--rows", "base") == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"base", "results"}
+    trained = (tmp_path / "out" / "base" / "ckpt.pt").stat().st_mtime_ns
+    assert make("table2", tmp_path, "--rows", "base", "--knn.k", "5") == 0  # other settings: scored again
+    result = read_result(tmp_path / "out" / "results", "base")
+    assert result is not None and result.protocols["knn"]["k"] == [5]
+    assert (tmp_path / "out" / "base" / "ckpt.pt").stat().st_mtime_ns == trained
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_signal_stops_the_table_and_the_same_command_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = iter([False, True])
+    with monkeypatch.context() as patch:
+        patch.setattr(Preemption, "agreed", lambda _: next(asked))
+        assert make("table2", tmp_path, "--rows", "base", "no-spatial") == REQUEUE
+    row = tmp_path / "out" / "no-spatial"
+    assert f"stopped after step 2 of {row}; the same command goes on from there" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "base").exists()
+    assert make("table2", tmp_path, "--rows", "base", "no-spatial") == 0
+    for name in ("base", "no-spatial"):
+        assert [record["step"] for record in read_records(tmp_path / "out" / name)] == [1, 2, 3]
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_task_that_fails_is_tried_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import dataclasses
+
+    broken = dataclasses.replace(make_evaluator("knn"), evaluate=lambda *_: 1 / 0)  # type: ignore[arg-type]
+    with monkeypatch.context() as patch:
+        patch.setitem(evaluators._entries, "knn", lambda: broken)
+        assert make("table2", tmp_path, "--rows", "base") == 1
+    assert "not all tasks of base could be scored; the same command tries again" in capsys.readouterr().out
+    assert make("table2", tmp_path, "--rows", "base") == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rows", "bas"], "no row 'bas'; did you mean base"),
+        (["--batch-size", "0"], "--batch-size: 0 is out of bounds"),
+        (["--teachers.1.batch-size", "1"], "clip and dense see other images or sizes"),  # AMTML-KD's row
+        (["--size", "paper"], "the paper's tables are scored on your data sets: give --data-root"),
+        (["--seeds", "0"], "--seeds: 0 is out of bounds"),
+    ],
+)
+def test_what_cannot_be_is_said_before_the_first_row(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert entry.train(["table3", *TINY, "--out", str(tmp_path / "out"), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_name_may_have_been_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert entry.train(["table33"]) == 2
+    assert "unknown recipe 'table33'; did you mean table3" in capsys.readouterr().err
+    assert main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"\n  {name} " in said for name in ("table1", "table11", "tables"))
+
+
+def lines_of(said: str) -> dict[str, list[str]]:
+    """Cells by the first one; of lines that begin alike, the first."""
+    lines = [line.split("|")[1:-1] for line in said.splitlines() if line.count("|") > 4]
+    return {row[0].strip(): [cell.strip() for cell in row[1:]] for row in reversed(lines)}
+
+
+def test_the_plan_sums_the_rows(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    words = ["table4", "--plan", "--seeds", "1", "--steps", "864000", "--price-per-gpu-hour", "2.5"]
+    assert main([*words, "--peak-tflops", "0.01"]) == 0
+    rows = lines_of(capsys.readouterr().out)
+    days = {name: float(rows[name][4].replace(",", "")) for name in ("no-cpe", "base")}
+    total = rows["all, one after another"]
+    assert float(total[4].replace(",", "")) == pytest.approx(sum(days.values()), rel=0.01)
+    hours, price = (float(total[i].replace(",", "")) for i in (5, 6))
+    assert hours == pytest.approx(24 * sum(days.values()), rel=0.01)
+    assert price == pytest.approx(2.5 * hours, rel=0.01)
+
+
+def test_a_rehearsal_tries_every_row_without_weights(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["table4", "--rehearse", "--seeds", "1", "--out", str(tmp_path / "out")]) == 0
+    rows = lines_of(capsys.readouterr().out)
+    assert rows["no-cpe"][0] == "vit-tiny12"
+    assert rows["no-cpe"][1].startswith("24 images, 1 ranks")
+    assert rows["no-cpe"][3] == "knn 96, seg-crop-216 216"
+    assert rows["scenes:dense"][3] == "knn 108, seg-crop-216 216"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rehearsal_finds_what_would_fail_on_the_cluster(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["table4", "--rehearse", "--seeds", "1", "--resolution", "100"]) == 1
+    said = capsys.readouterr().out
+    assert "FAILED" in said and "cannot take 100x100 px" in said

@@ -1,0 +1,102 @@
+"""Differences of lines against scipy, slow loops and hand values; what verdict they give."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from evals.core.stats import resamples
+from train.tables.results import Score
+from train.tables.verdicts import Difference, difference, judge, rank_agreement
+
+
+def exact(*values: float) -> list[Score]:
+    """Scores without any error over images."""
+    return [Score(value=value, low=value, high=value) for value in values]
+
+
+def test_the_seeds_interval_is_welchs() -> None:
+    ours, theirs = (80.1, 81.4, 80.9), (78.8, 79.9, 79.0)
+    found = difference(exact(*ours), exact(*theirs))
+    expected = scipy.stats.ttest_ind(ours, theirs, equal_var=False)
+    freedom = expected.df
+    low, high = expected.confidence_interval(0.95)
+    assert found.value == pytest.approx(np.mean(ours) - np.mean(theirs))
+    assert found.low is not None and found.high is not None
+    # with the quantile of the next lower whole number of degrees of freedom, which is the wider
+    factor = scipy.stats.t.ppf(0.975, int(freedom)) / scipy.stats.t.ppf(0.975, freedom)
+    assert found.high - found.value == pytest.approx((high - low) / 2 * factor, rel=1e-4)
+    assert 1 <= factor < 1.2
+
+
+def test_a_frozen_model_has_no_error_of_seeds() -> None:
+    found = difference(exact(80.0, 82.0), exact(75.0))
+    half = 12.7062 * math.sqrt(np.var([80.0, 82.0], ddof=1) / 2)
+    assert (found.low, found.high) == pytest.approx((6 - half, 6 + half), rel=1e-5)
+    assert difference(exact(80.0), exact(75.0)) == Difference(5.0, 5.0, 5.0)
+
+
+def blocks_of(hits: np.ndarray, size: int) -> Score:
+    """A mean over parts of one: hits [B] of `size` in each block."""
+    blocks = tuple(((float(hit),), (float(size),)) for hit in hits)
+    return Score(value=100 * float(hits.sum()) / (size * len(hits)), pairing="mean", blocks=blocks)
+
+
+def test_the_images_interval_is_a_paired_bootstrap_over_blocks() -> None:
+    generator = np.random.default_rng(0)
+    theirs = generator.integers(30, 40, 30)
+    ours = theirs + generator.integers(0, 4, 30)  # nearly the same on every block
+    found = difference([blocks_of(ours, 50)], [blocks_of(theirs, 50)])
+    drawn = []
+    for weights in resamples(30):  # a slow loop over resamples
+        for weight in weights:
+            drawn.append(
+                100 * sum(w * (a - b) for w, a, b in zip(weight, ours, theirs, strict=True)) / (50 * 30)
+            )
+    half = 1.959964 * float(np.std(drawn, ddof=1))
+    assert found.low == pytest.approx(found.value - half)
+    assert found.high == pytest.approx(found.value + half)
+    unpaired = [Score(value=50.0, low=45.0, high=55.0)]
+    wide = difference(unpaired, [Score(value=48.0, low=44.0, high=52.0)])
+    assert wide.high == pytest.approx(2 + math.hypot(5, 4))
+
+
+def test_areas_are_paired_though_one_side_lacks_the_last_class() -> None:
+    ours = Score(value=50.0, pairing="mean_iou", blocks=(((4.0, 0.0), (4.0, 4.0), (8.0, 0.0)),) * 3)
+    theirs = Score(value=50.0, pairing="mean_iou", blocks=(((4.0,), (8.0,), (4.0,)),) * 3)
+    found = difference([ours], [theirs])
+    assert found == Difference(0.0, 0.0, 0.0)  # all blocks are alike
+
+
+def test_without_any_interval_there_is_none() -> None:
+    bare = [Score(value=1.0)]
+    assert difference(bare, bare) == Difference(0.0, None, None)
+    assert judge(difference(bare, bare), 1.0) is None
+
+
+@pytest.mark.parametrize(
+    ("found", "papers", "verdict"),
+    [
+        (Difference(2.0, 1.0, 3.0), 0.5, "holds"),
+        (Difference(-2.0, -3.0, -1.0), -0.5, "holds"),
+        (Difference(2.0, -1.0, 5.0), 0.5, "as the paper, within noise"),
+        (Difference(2.0, -1.0, 5.0), -0.5, "opposite, within noise"),
+        (Difference(2.0, 1.0, 3.0), -0.5, "reversed"),
+        (Difference(2.0, 1.0, 3.0), 0.0, None),
+        (Difference(2.0, 1.0, 3.0), None, None),
+    ],
+)
+def test_the_verdict(found: Difference, papers: float | None, verdict: str | None) -> None:
+    assert judge(found, papers) == verdict
+
+
+def test_the_agreement_of_two_orders_is_kendalls_tau() -> None:
+    ours, papers = [3.0, 1.0, 4.0, 1.5, 9.0], [2.0, 7.0, 1.0, 8.0, 2.8]
+    assert rank_agreement(ours, papers) == pytest.approx(scipy.stats.kendalltau(ours, papers).statistic)
+    assert rank_agreement([1.0, 1.0, 2.0], [1.0, 2.0, 3.0]) == pytest.approx(
+        2 / 3
+    )  # the tie counts for neither
+    assert rank_agreement([1.0], [2.0]) is None

@@ -1,0 +1,99 @@
+"""Rehearse the rows of tables at their real architecture, without weights, data or a cluster.
+
+Every row's models are built on the meta device and run on fake tensors, forward and backward, at the size
+and batch of one rank; what would stop the row on its first step, or its evaluators, stops the rehearsal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from evals.core.task import make_evaluator
+from radio.errors import ConfigError, RadioError, shown
+from radio.hub import choose_window, load_teacher
+from radio.model import RadioModel
+
+from ..checkpoints import describe_teachers
+from ..config import PlanOptions, TrainConfig
+from ..losses import make_balancer
+from ..optim import make_optimizer
+from ..plan import RunPlan, make_plan, outline
+from ..setup import round_resolutions
+from .making import Row, evaluation_settings
+
+
+def rehearse(rows: Sequence[Row], options: PlanOptions, console: Console) -> int:
+    """Rehearse rows, with a line for each; return how many cannot be made.
+
+    Args:
+        rows: students are trained for a step on fake tensors; teachers only see the evaluators' sizes.
+        options: the number of ranks.
+        console: where to print.
+    """
+    table = Table(title="rehearsal", box=box.ROUNDED if console.is_terminal else box.ASCII)
+    for head in ("row", "model", "a step", "optimizer", "evaluators' pixels"):
+        table.add_column(head, overflow="fold")
+    failed = 0
+    for row in rows:
+        try:
+            cells = _rehearse_teacher(row) if row.spec else _rehearse_student(row, options)
+        except RadioError as error:
+            failed += 1
+            cells = [row.spec or row.config.student, f"FAILED: {error}", "", ""]
+        table.add_row(Text(shown(row.name)), *(Text(shown(cell)) for cell in cells))
+    console.print(table)
+    return failed
+
+
+def _rehearse_teacher(row: Row) -> list[str]:
+    return [row.spec, "", "", _sizes(row, load_teacher(row.spec, meta=True))]
+
+
+def _rehearse_student(row: Row, options: PlanOptions) -> list[str]:
+    config, _ = round_resolutions(row.config)
+    plan = make_plan(config, options)  # builds all models, and runs each group's step
+    memory = max(kind.memory.peak for kind in plan.kinds) / 1e9
+    models = outline(config)
+    model = RadioModel(models.model.config, {"teachers": describe_teachers(config, models.facts)})
+    return [
+        config.student,
+        f"{plan.partition.batch_size} images, {plan.partition.world} ranks, {memory:.1f} GB",
+        _optimizer(config, plan, model),
+        _sizes(row, model),
+    ]
+
+
+def _optimizer(config: TrainConfig, plan: RunPlan, model: RadioModel) -> str:
+    """Build the optimizer on meta weights, with what the balancer learns; describe its groups."""
+    selected = list(config.teachers)
+    balancer = make_balancer(config.balance, selected, model.summary_dim)
+    with torch.device("meta"):
+        whole = nn.ModuleDict({"model": model.to("meta"), "balancer": balancer.to("meta")})
+    groups = make_optimizer(whole, config.optim).param_groups
+    decayed = sum(p.numel() for group in groups if group["weight_decay"] for p in group["params"]) / 1e6
+    total = sum(p.numel() for group in groups for p in group["params"]) / 1e6
+    return f"{config.optim.kind}, {total:.1f} M weights, {decayed:.1f} M decayed"
+
+
+def _sizes(row: Row, model: Any) -> str:
+    """Run the model at the size that each evaluator gives it; describe the sizes."""
+    described = []
+    settings = evaluation_settings(row, anywhere=True)
+    for evaluation in row.evaluations:
+        evaluator, own = make_evaluator(evaluation.task), settings[evaluation.key]
+        seen = choose_window(model, evaluation.window, model.name)
+        if evaluator.input_size is None:
+            raise ConfigError(f"{evaluation.task}: its evaluator does not say the size of its images")
+        height, width = evaluator.input_size(seen, own)
+        described.append(
+            f"{evaluation.key} {height}" if height == width else f"{evaluation.key} {height}x{width}"
+        )
+    return ", ".join(described)

@@ -1,0 +1,267 @@
+"""Collect the results of rows into tables: on the console, as a page in markdown, and as a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from evals.reporting.paper_tables import (
+    MadeTable,
+    MadeTables,
+    TableCell,
+    TableDifference,
+    TableLine,
+    between,
+    markdown_table,
+    read_tables,
+)
+from radio.config import to_plain
+from radio.errors import shown
+from radio.io import write_text
+
+from .layout import OF_THE_RUN, SOURCES, Line, PaperTable, Runs, seeds_of
+from .results import RowResult, Score, read_result
+from .speed import Speed, read_speed
+from .verdicts import difference, judge, rank_agreement
+
+FILE = "tables.json"
+_TITLES = {
+    "summary_loss": "summary loss",
+    "feature_loss": "spatial loss",
+    "parameters": "parameters (M)",
+    "images_per_second": "images/s",
+}
+_VERDICT_HEAD = ("model", "against", "column", "ours", "95 %", "paper", "verdict")
+_FEWEST = 4  # students whose order a rank correlation describes
+
+
+def collect(tables: Sequence[tuple[PaperTable, Runs]], results: Path) -> MadeTables:
+    """Collect tables from the results of their rows; what is not done is left empty.
+
+    Raises:
+        DataError: a result is damaged.
+    """
+    return MadeTables(tables=tuple(_collect(table, runs, results) for table, runs in tables))
+
+
+def _collect(table: PaperTable, runs: Runs, results: Path) -> MadeTable:
+    speed = read_speed(results, table.name) if table.measures_speed else {}
+    found = {line.label: _results(line, runs, results) for line in table.lines}
+    cells = {
+        line.label: [_cell(table, line, found[line.label], column, speed) for column in table.columns]
+        for line in table.lines
+    }
+    lines = tuple(
+        TableLine(
+            label=line.label,
+            paper_label="" if line.paper is None else line.paper.model,
+            seeds=_count(line, runs, found[line.label]),
+            cells=tuple(cells[line.label]),
+        )
+        for line in table.lines
+    )
+    remarks = [*table.remarks, *_agreements(table, cells)]
+    remarks += [
+        f"{line.paper.model} (paper): {line.paper.remark}"
+        for line in table.lines
+        if line.paper and line.paper.remark
+    ]
+    return MadeTable(
+        name=table.name,
+        title=table.title,
+        columns=tuple(column_title(column, table) for column in table.columns),
+        lines=lines,
+        differences=tuple(_differences(table, found)),
+        remarks=tuple(remarks),
+    )
+
+
+def column_title(column: str, table: PaperTable) -> str:
+    """Return a column's title: the paper's name, or in small what stands for it."""
+    if column in OF_THE_RUN:
+        return _TITLES[column]
+    return SOURCES[column].title if table.size == "small" else column
+
+
+def _results(line: Line, runs: Runs, results: Path) -> list[RowResult]:
+    """Read the results of a line that are there: of each seed, or of the teacher."""
+    names = [line.model.partition("@")[0]] if line.model else seeds_of(runs, line.run)
+    return [result for name in names if (result := read_result(results, name)) is not None]
+
+
+def _count(line: Line, runs: Runs, found: Sequence[RowResult]) -> str:
+    if line.model:
+        return "" if found else "0"
+    wanted = len(seeds_of(runs, line.run))
+    return str(wanted) if len(found) == wanted else f"{len(found)} of {wanted}"
+
+
+def _scores(table: PaperTable, line: Line, found: Sequence[RowResult], column: str) -> list[Score]:
+    """Return the scores of a line in a column, one per seed that has it."""
+    evaluation = table.evaluation(line, column)
+    if evaluation is None:
+        return []
+    metric = SOURCES[column].metric
+    scores = [result.scores.get(evaluation.key, {}).get(metric) for result in found]
+    return [score for score in scores if score is not None]
+
+
+def _cell(
+    table: PaperTable, line: Line, found: Sequence[RowResult], column: str, speed: Mapping[str, Speed]
+) -> TableCell:
+    if line.columns and column not in line.columns:
+        return TableCell()
+    paper = None if line.paper is None else line.paper.values.get(column)
+    if column in ("parameters", "images_per_second"):
+        measured = speed.get(line.label)
+        return TableCell(value=None if measured is None else getattr(measured, column), paper=paper)
+    if column in OF_THE_RUN:
+        values = [result.values[column] for result in found if column in result.values]
+        return TableCell(value=sum(values) / len(values) if values else None, paper=paper)
+    scores = _scores(table, line, found, column)
+    if not scores:
+        return TableCell(paper=paper)
+    alone = difference(scores, [Score(value=0.0, low=0.0, high=0.0)])
+    half = None if alone.low is None else alone.value - alone.low
+    return TableCell(value=alone.value, half=half, paper=paper)
+
+
+def _differences(table: PaperTable, found: Mapping[str, Sequence[RowResult]]) -> list[TableDifference]:
+    """Compare each line with the one that it stands against, in each column that both have."""
+    lines = {line.label: line for line in table.lines}
+    made = []
+    for line in table.lines:
+        if not line.against:
+            continue
+        other = lines[line.against]
+        for column in table.columns:
+            ours = _scores(table, line, found[line.label], column)
+            theirs = _scores(table, other, found[other.label], column)
+            papers = [each.paper.values.get(column) if each.paper else None for each in (line, other)]
+            if not ours or not theirs or papers[0] is None or papers[1] is None:
+                continue
+            gained, gap = difference(ours, theirs), papers[0] - papers[1]
+            made.append(
+                TableDifference(
+                    line=line.label,
+                    against=other.label,
+                    column=column_title(column, table),
+                    value=round(gained.value, 4),
+                    low=None if gained.low is None else round(gained.low, 4),
+                    high=None if gained.high is None else round(gained.high, 4),
+                    paper=round(gap, 4),
+                    verdict=judge(gained, gap) or "",
+                )
+            )
+    return made
+
+
+def _agreements(table: PaperTable, cells: Mapping[str, Sequence[TableCell]]) -> list[str]:
+    """Describe how the order of many students agrees with the paper's, in each column."""
+    said = []
+    for index, column in enumerate(table.columns):
+        students = [cells[line.label][index] for line in table.lines if line.run]
+        pairs = [(c.value, c.paper) for c in students if c.value is not None and c.paper is not None]
+        if len(pairs) < _FEWEST:
+            continue
+        tau = rank_agreement([ours for ours, _ in pairs], [papers for _, papers in pairs])
+        said.append(
+            f"{column_title(column, table)}: Kendall's tau of our order of the {len(pairs)} students with "
+            f"the paper's is {tau:+.2f}."
+        )
+    return said
+
+
+def print_tables(made: MadeTables, console: Console) -> None:
+    """Print the tables, with the paper's numbers beside ours, and the verdicts below."""
+    style = box.ROUNDED if console.is_terminal else box.ASCII
+    for table in made.tables:
+        grid = Table(title=Text(shown(f"{table.name}: {table.title}")), box=style)
+        grid.add_column("model", overflow="fold")
+        grid.add_column("seeds", justify="right")
+        for column in table.columns:
+            grid.add_column(Text(f"{column}\n(paper)"), justify="right")
+        for line in table.lines:
+            grid.add_row(Text(shown(line.label)), line.seeds, *(_both(cell) for cell in line.cells))
+        console.print(grid)
+        if table.differences:
+            verdicts = Table(box=style)
+            for index, title in enumerate(_VERDICT_HEAD):
+                verdicts.add_column(title, justify="right" if index in (3, 4, 5) else "left")
+            for row in _verdict_rows(table):
+                verdicts.add_row(*(Text(shown(cell)) for cell in row))
+            console.print(verdicts)
+        for remark in table.remarks:
+            console.print(Text(shown(remark)), soft_wrap=True)
+
+
+def _both(cell: TableCell) -> str:
+    paper = "" if cell.paper is None else f"({cell.paper:g})"
+    return f"{cell.text} {paper}".strip()
+
+
+def _verdict_rows(table: MadeTable) -> list[tuple[str, ...]]:
+    return [
+        (
+            each.line,
+            each.against,
+            each.column,
+            f"{each.value:+.2f}",
+            between(each),
+            f"{each.paper:+.2f}",
+            each.verdict,
+        )
+        for each in table.differences
+    ]
+
+
+def write_tables(made: MadeTables, path: Path) -> None:
+    """Write the tables as a file that `radio-eval report --tables` reads; tables of others in it are kept.
+
+    Raises:
+        DataError: the file is there and is no such file.
+    """
+    kept = {table.name: table for table in read_tables(path).tables} if path.is_file() else {}
+    kept |= {table.name: table for table in made.tables}
+    order = sorted(kept, key=lambda name: int(name.removeprefix("table")))
+    both = MadeTables(tables=tuple(kept[name] for name in order))
+    write_text(path, json.dumps(to_plain(both), indent=1) + "\n")
+
+
+def as_markdown(made: MadeTables, command: str) -> str:
+    """Format the tables as a page.
+
+    Args:
+        made: the tables.
+        command: that made them.
+    """
+    parts = [_INTRODUCTION.format(command=command)]
+    for table in made.tables:
+        parts.append(f"## {table.name.replace('table', 'Table ')}: {table.title}\n")
+        rows = [[line.label, line.paper_label, line.seeds, *map(_both, line.cells)] for line in table.lines]
+        head = ["model", "the paper's", "seeds", *table.columns]
+        parts.append(markdown_table(head, rows, range(2, len(head))))
+        if table.differences:
+            parts.append(markdown_table(_VERDICT_HEAD, _verdict_rows(table), (3, 4, 5)))
+        parts += [f"- {remark}" for remark in table.remarks]
+        parts += [""] if table.remarks else []
+    return "\n".join(parts)
+
+
+_INTRODUCTION = """\
+# The paper's tables on the generated world
+Made by `{command}`; do not edit. Tiny students and teachers on generated images: the scores are not the
+paper's, the question is whether its orderings hold. Every cell has our mean over seeds with half of a
+95 % interval, and in brackets the paper's number on its own data (AM-RADIO, CVPR 2024).
+
+Below each table, lines are compared: our difference with its 95 % interval over seeds (Welch's) and
+images (a paired bootstrap), and the paper's. *holds*: the same sign, and the interval excludes zero;
+*reversed*: the other sign, likewise; *within noise*: the interval includes zero. The paper gives no
+intervals.
+"""
