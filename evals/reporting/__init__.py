@@ -20,6 +20,8 @@ class ReportOptions:
     """The page to write."""
     run: Path | None = None
     """A folder that radio-train wrote: adds its training curves."""
+    tables: Path | None = None
+    """The tables.json that `radio-train tables` wrote: adds the paper's tables made again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

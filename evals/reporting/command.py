@@ -30,12 +30,13 @@ def run_report(options: ReportOptions) -> int:
     """Run `radio-eval report`; return the exit code 0 when the page was written.
 
     Raises:
-        DataError: a folder without reports, a damaged report, or a run folder without metrics.
+        DataError: a folder without reports, a damaged report or file of tables, or a run folder without
+            metrics.
         ConfigError: a page that is a folder.
         MissingExtraError: jinja2 or matplotlib is not installed.
     """
     check_file(options.html, "--html")
-    size = write_page(options.reports, options.html, run=options.run)
+    size = write_page(options.reports, options.html, run=options.run, tables=options.tables)
     Console(highlight=False).print(
         f"{shown(options.html)}: {size / 1e6:.2f} MB", markup=False, soft_wrap=True
     )

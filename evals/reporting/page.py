@@ -32,22 +32,25 @@ from .elements import (
     notes,
 )
 from .figures import Series, bars
+from .paper_tables import read_tables, tables_section
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _MOST_COLUMNS = 12  # metrics side by side
 _MOST_SKIPPED = 10
 
 
-def write_page(folder: Path, path: Path, *, run: Path | None = None) -> int:
+def write_page(folder: Path, path: Path, *, run: Path | None = None, tables: Path | None = None) -> int:
     """Write the page of a folder of reports atomically; return its size in bytes.
 
     Args:
         folder: of reports, with the files that they name.
         path: the HTML file.
         run: a run folder of the trainer, for its training curves.
+        tables: a file of the paper's tables made again, which the trainer wrote.
 
     Raises:
-        DataError: a folder without reports, a damaged report, or a run folder without metrics.
+        DataError: a folder without reports, a damaged report or file of tables, or a run folder without
+            metrics.
         ConfigError: a path that is a folder.
         MissingExtraError: jinja2 or matplotlib is not installed.
     """
@@ -55,12 +58,12 @@ def write_page(folder: Path, path: Path, *, run: Path | None = None) -> int:
         require(module, extra="report")
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; name the HTML file, such as {path / 'report.html'}")
-    text = render(make_page(folder, run=run))
+    text = render(make_page(folder, run=run, tables=tables))
     write_text(path, text)
     return len(text.encode())
 
 
-def make_page(folder: Path, *, run: Path | None = None) -> Page:
+def make_page(folder: Path, *, run: Path | None = None, tables: Path | None = None) -> Page:
     """Build the page's content, the models always in the same order and colors; see `write_page`."""
     entries = list(read_reports(folder).values())
     reports = [entry.report for entry in entries]
@@ -86,6 +89,7 @@ def make_page(folder: Path, *, run: Path | None = None) -> Page:
         )
         sections.append(section_of(task, scored))
     sections += training
+    sections += [] if tables is None else [tables_section(read_tables(tables))]
     if image_budget.left_out:
         text = f"{image_budget.left_out} images are left out: the page would be too large with them"
         sections.append(Section(anchor="left-out", title="left out", elements=notes([text])))

@@ -12,7 +12,8 @@ from pydantic import ConfigDict, TypeAdapter
 from evals.core.report import Value
 from radio.io import read_json
 
-from .elements import Cell, Element, Section, grid, notes
+from .elements import Cell, Element, Plots, Section, grid, notes
+from .figures import Series, scatter
 
 FORMAT: Literal["am-radio-tables/1"] = "am-radio-tables/1"
 
@@ -81,6 +82,9 @@ class MadeTables:
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
+_TRADEOFF = ("images/s", "k-NN")
+_FEWEST = 4  # models whose quality is plotted against their speed
+
 _FILE = TypeAdapter(MadeTables)
 
 
@@ -138,8 +142,27 @@ def tables_section(made: MadeTables) -> Section:
                     ],
                 )
             )
-        elements += notes(list(table.remarks))
+        elements += [*_tradeoff(table), *notes(list(table.remarks))]
     return Section(anchor="paper-tables", title="the paper's tables made again", elements=tuple(elements))
+
+
+def _tradeoff(table: MadeTable) -> list[Element]:
+    """Plot k-NN over images a second, where a table has both for a few models."""
+    places = [next((i for i, name in enumerate(table.columns) if name == each), None) for each in _TRADEOFF]
+    if None in places:
+        return []
+    points: list[Series] = []
+    for line in table.lines:
+        speed, quality = (line.cells[place] for place in places if place is not None)
+        if speed.value is not None and quality.value is not None:
+            points.append(Series(name=line.label, color=len(points), x=(speed.value,), y=(quality.value,)))
+    if len(points) < _FEWEST:
+        return []
+    x_label, y_label = _TRADEOFF
+    svg = scatter(points, name=f"{table.name}-tradeoff", x_label=x_label, y_label=y_label)
+    legend = tuple((point.name, point.color) for point in points)
+    caption = f"{table.name}: quality against speed, measured side by side on one machine."
+    return [Plots(caption=caption, panels=(("", svg),), legend=legend)]
 
 
 def between(difference: TableDifference) -> str:

@@ -16,11 +16,12 @@ from radio.io import write_text
 from ..commands import check_tasks, train_all
 from ..config import TrainConfig
 from ..distributed import REQUEUE, join
-from ..loggers import say
+from ..loggers import LOG, say
 from ..setup import check_settings
 from .layout import PaperTable, Runs, choose_runs, runs_of
 from .making import Row, evaluation_settings, is_done, rows_of, score_row
 from .options import TableCommand
+from .paper_size import use_data_sets
 
 
 def run_tables(
@@ -73,7 +74,8 @@ def _runs(table: PaperTable, default: TrainConfig, command: TableCommand) -> Run
         for name in (field.name for field in fields(config))
         if (value := getattr(config, name)) != getattr(default, name)
     }
-    return runs_of(table, replace(table.base, **changed), command.seeds or table.num_seeds)
+    runs = runs_of(table, replace(table.base, **changed), command.seeds or table.num_seeds)
+    return {name: use_data_sets(run) for name, run in runs.items()}
 
 
 def make_rows(rows: Sequence[Row], command: TableCommand, results: Path, console: Console) -> int:
@@ -161,9 +163,15 @@ def show(
 ) -> None:
     """Print the tables as far as their rows are done; write them as a file and as a page."""
     from .showing import FILE, as_markdown, collect, print_tables, write_tables
+    from .weights import show_weights
 
     made = collect(given, results)
     print_tables(made, console)
+    for table, runs in given:
+        balanced = {name: run.out for name, run in runs.items() if run.balance.kind != "naive"}
+        trained = {name: folder for name, folder in balanced.items() if (folder / LOG).is_file()}
+        if trained and write:
+            show_weights(trained, command.config.out / f"{table.name}-weights", console)
     if write:
         write_tables(made, results / FILE)
         if command.page is not None:

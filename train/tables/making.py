@@ -28,6 +28,7 @@ from ..config import TrainConfig
 from ..scoring import num_workers, tell
 from ..tasks import task_settings
 from .layout import SOURCES, Evaluation, PaperTable, Runs, seeds_of
+from .paper_size import place_weights
 from .results import (
     NUM_BLOCKS,
     RowResult,
@@ -47,7 +48,7 @@ class Row:
 
     name: str
     config: TrainConfig  # of the run; for a teacher, of a table that shows it
-    spec: str = ""  # of the teacher
+    spec: str = ""  # of the teacher, with its file where the tables name it
     evaluations: tuple[Evaluation, ...] = ()
 
     @property
@@ -163,6 +164,7 @@ def score_row(
     started, config = time.monotonic(), row.config
     out = config.out / "reports" if checkpoint else config.out.parent / "teachers"
     settings = evaluation_settings(row)
+    model = str(checkpoint or place_weights(row.spec, config))
     named: dict[str, list[Evaluation]] = {}
     for evaluation in row.evaluations:
         named.setdefault(_report_name(row, evaluation), []).append(evaluation)
@@ -170,7 +172,7 @@ def score_row(
         [
             Contestant(
                 name=name,
-                load=partial(load_backbone, str(checkpoint or row.spec), window=group[0].window),
+                load=partial(load_backbone, model, window=group[0].window),
                 tasks={evaluation.task: settings[evaluation.key] for evaluation in group},
                 out=out,
             )

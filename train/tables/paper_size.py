@@ -25,6 +25,8 @@ from evals.core.paper import (
     TABLE_11,
     PaperRow,
 )
+from evals.vqa.settings import VqaSettings
+from radio.datasets import read_data_sets
 from radio.students import StudentOptions, ViTDetOptions, ViTOptions
 
 from ..config import BalanceConfig, DataConfig, TeacherConfig, TrainConfig
@@ -60,6 +62,35 @@ PAPERS_NAMES = {
     "datacomp": "DataComp-1B",
 }
 
+
+def use_data_sets(config: TrainConfig) -> TrainConfig:
+    """Return a run's settings with the data sets and teachers' files of its data root, if it has one.
+
+    Raises:
+        ConfigError: the data root cannot be read.
+    """
+    if config.data_root is None:
+        return config
+    sets, data, teachers = read_data_sets(config.data_root), config.data, config.teachers
+    for name, expected in DATA_SETS.items():
+        place = getattr(sets, name.replace("-", "_"))
+        if data == expected and place is not None:
+            if name == "imagenet":
+                data = replace(data, shards=(), images=(Path(place) / "train",))
+            else:
+                data = replace(data, shards=(str(place),))
+            break
+    teachers = tuple(replace(each, model=place_weights(each.model, config)) for each in teachers)
+    return replace(config, data=data, teachers=teachers)
+
+
+def place_weights(spec: str, config: TrainConfig) -> str:
+    """Return a teacher's spec with its file in the folder of weights of the data root, if it has one."""
+    if config.data_root is None or (folder := read_data_sets(config.data_root).weights) is None:
+        return spec
+    return spec.replace("@weights/", f"@{folder}/")
+
+
 VQA = ("gqa", "sqa", "textvqa", "vqav2")
 OTHERS = ("zeroshot", "knn", "ade20k")
 
@@ -91,6 +122,7 @@ def large_base() -> TrainConfig:
         options=ViTOptions(),
         teachers=(OPENCLIP, DINO),
         data=DATA_SETS["datacomp"],
+        tasks={"vqa": VqaSettings(image_tokens=1024)},  # a quarter of SAM's, which fit LLaVA's context
     )
 
 

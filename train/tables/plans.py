@@ -11,7 +11,7 @@ from rich.text import Text
 
 from radio.errors import shown
 
-from ..config import PlanOptions
+from ..config import PlanOptions, TrainConfig
 from ..loggers import say
 from ..plan import make_plan
 from ..setup import round_resolutions
@@ -23,22 +23,24 @@ class RowCost(NamedTuple):
 
     name: str
     student: str
+    runs: int
     ranks: int
     gigabytes: float  # of the busiest rank
-    step_seconds: float
-    days: float
+    step_seconds: float | None  # None for several rows
+    days: float  # of all its runs
+    device_hours: float | None = None  # None: its days on its ranks
 
     @property
     def hours(self) -> float:
         """Device hours."""
-        return self.days * 24 * self.ranks
+        return self.days * 24 * self.ranks if self.device_hours is None else self.device_hours
 
 
 def plan_rows(runs: Runs, options: PlanOptions, price: float | None, console: Console) -> list[RowCost]:
     """Print a line for each run and their sum; return the costs.
 
     Args:
-        runs: their settings by name; runs that differ in nothing that costs are planned once.
+        runs: their settings by name; those that differ in their seed alone are planned once.
         options: assumptions of the plans.
         price: of a device hour, in any currency; None = no column of it.
         console: where to print.
@@ -50,12 +52,12 @@ def plan_rows(runs: Runs, options: PlanOptions, price: float | None, console: Co
     table = Table(title="training, without the evaluations", box=style)
     table.add_column("row", overflow="fold")
     table.add_column("student", overflow="fold")
-    heads = ["ranks", "GB a rank", "s a step", "days", "device hours"]
+    heads = ["runs", "ranks", "GB a rank", "s a step", "days", "device hours"]
     for head in (*heads, *(["price"] if price is not None else [])):
         table.add_column(head, justify="right")
     costs, plan = [], None
-    for name, given in runs.items():
-        config, changes = round_resolutions(given)
+    for name, group in _by_row(runs).items():
+        config, changes = round_resolutions(group[0])
         for line in changes:
             say(console, f"{name}: {line}")
         plan = make_plan(config, options)
@@ -63,30 +65,44 @@ def plan_rows(runs: Runs, options: PlanOptions, price: float | None, console: Co
             RowCost(
                 name=name,
                 student=config.student,
+                runs=len(group),
                 ranks=plan.partition.world,
                 gigabytes=max(kind.memory.peak for kind in plan.kinds) / 1e9,
                 step_seconds=plan.step_seconds,
-                days=plan.days,
+                days=plan.days * len(group),
             )
         )
     for cost in costs:
-        cells = (
-            f"{cost.gigabytes:.1f}",
-            f"{cost.step_seconds:.3g}",
-            f"{cost.days:.2f}",
-            f"{cost.hours:,.0f}",
-        )
-        money = [] if price is None else [f"{cost.hours * price:,.0f}"]
-        table.add_row(Text(shown(cost.name)), Text(shown(cost.student)), str(cost.ranks), *cells, *money)
+        table.add_row(*map(Text, (shown(cost.name), shown(cost.student))), *_cells(cost, price))
     table.add_section()
-    hours, days = sum(cost.hours for cost in costs), sum(cost.days for cost in costs)
-    ranks = max((cost.ranks for cost in costs), default=0)
-    memory = max((cost.gigabytes for cost in costs), default=0.0)
-    money = [] if price is None else [f"{hours * price:,.0f}"]
-    table.add_row(
-        "all, one after another", "", str(ranks), f"{memory:.1f}", "", f"{days:.2f}", f"{hours:,.0f}", *money
+    whole = RowCost(
+        name="all, one after another",
+        student="",
+        runs=sum(cost.runs for cost in costs),
+        ranks=max((cost.ranks for cost in costs), default=0),
+        gigabytes=max((cost.gigabytes for cost in costs), default=0.0),
+        step_seconds=None,
+        days=sum(cost.days for cost in costs),
+        device_hours=sum(cost.hours for cost in costs),
     )
+    table.add_row(whole.name, "", *_cells(whole, price))
     console.print(table)
     if plan is not None:
         say(console, f"at {plan.options.utilisation:.0%} of {plan.peak_tflops:g} TFLOP/s a rank")
     return costs
+
+
+def _by_row(runs: Runs) -> dict[str, list[TrainConfig]]:
+    """Group runs that differ in their seed alone."""
+    rows: dict[str, list[TrainConfig]] = {}
+    for name, config in runs.items():
+        rows.setdefault(name.rpartition("-seed")[0] or name, []).append(config)
+    return rows
+
+
+def _cells(cost: RowCost, price: float | None) -> list[str]:
+    step = "" if cost.step_seconds is None else f"{cost.step_seconds:.3g}"
+    cells = [str(cost.runs), str(cost.ranks), f"{cost.gigabytes:.1f}", step]
+    days = "<0.01" if cost.days < 0.01 else f"{cost.days:,.2f}" if cost.days < 100 else f"{cost.days:,.0f}"
+    cells += [days, f"{cost.hours:,.0f}"]
+    return cells if price is None else [*cells, f"{cost.hours * price:,.0f}"]

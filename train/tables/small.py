@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from evals.core.paper import (
     TABLE_1,
@@ -24,7 +25,6 @@ from evals.core.paper import (
     TABLE_11,
     PaperRow,
 )
-from radio.scenes.domains import Domain
 from radio.students import ERadioOptions, StudentOptions, ViTDetOptions, ViTOptions
 
 from ..config import AdaptorOptions, BalanceConfig, TrainConfig
@@ -35,7 +35,7 @@ SEEDS = 3
 _BASE = "base"  # the run of the shared recipe, which most tables show
 CLIP, DENSE, SAM = SCENES_TEACHERS
 
-WORLDS: Mapping[Domain, str] = {
+WORLDS: Mapping[Literal["own", "night", "web", "mixture"], str] = {
     "own": "ImageNet-1k",
     "night": "ImageNet-21k",
     "web": "LAION-400M",
@@ -274,7 +274,7 @@ def table6() -> PaperTable:
         name="table6",
         title="efficient backbones",
         size="small",
-        # few steps, so that the slowest takes six minutes: SwinV2, by an optimizer whose cost grows with widths
+        # few steps: the slowest, SwinV2, takes six minutes, mostly of an optimizer that grows with widths
         base=replace(small_base(), steps=36, batch_size=48, adaptor=AdaptorOptions(hidden=256)),
         columns=("parameters", "images_per_second", *OTHERS, "feature_loss"),
         lines=(_teacher("dense", TABLE_6, "DINOv2 G/14"), _teacher("clip", TABLE_6, "OpenCLIP H/14"), *lines),

@@ -10,7 +10,7 @@ import pytest
 
 from evals.core.report import DatasetInfo, Metric, Report
 from evals.core.stats import resamples
-from evals.reporting.compare import StoredReport, paired_interval
+from evals.reporting.compare import METRIC_OF, StoredReport, block_sums, paired_interval
 
 IMAGES, CLASSES = 12, 5
 
@@ -119,6 +119,30 @@ def test_areas_are_summed_before_they_are_divided(save: Callable[..., StoredRepo
     expected = np.percentile(differences, [2.5, 97.5])
     assert paired_interval(*entries) == pytest.approx(tuple(expected), abs=1e-9)
     assert paired_interval(entries[0], entries[0]) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("num_blocks", [1, 5, IMAGES, 100])
+def test_blocks_hold_what_the_metric_follows_from(save: Callable[..., StoredReport], num_blocks: int) -> None:
+    """Each block has the records of every n-th image in the order of their names."""
+    records, value = answers(1)
+    blocks = block_sums(save("scores", value, records[::-1]), num_blocks)
+    assert blocks is not None
+    count = min(num_blocks, IMAGES)
+    assert blocks.shape == (count, 2, 2)
+    assert METRIC_OF["mean"](blocks.sum(axis=0)[None])[0] == pytest.approx(value)
+    names = sorted({record["unit"] for record in records})
+    for block, part in ((0, 0), (count - 1, 1)):
+        own = [
+            record["score"]
+            for record in records
+            if names.index(record["unit"]) % count == block and record["part"] == ("gqa", "vqav2")[part]
+        ]
+        assert blocks[block, :, part].tolist() == [sum(own), len(own)]
+    found = areas(1)
+    sums = block_sums(save("areas", iou(found), area_lines(found), pairing="mean_iou"), num_blocks)
+    assert sums is not None
+    assert METRIC_OF["mean_iou"](sums.sum(axis=0)[None])[0] == pytest.approx(iou(found))
+    assert block_sums(save("other", value + 1, records), num_blocks) is None  # not the report's own value
 
 
 def test_what_cannot_be_paired_is_not(save: Callable[..., StoredReport]) -> None:

@@ -18,7 +18,7 @@ from train.setup import check_settings
 from train.tables import ALL_TABLES, TABLES, describe_table, make_tables
 from train.tables.layout import Evaluation, PaperTable, Size, choose_runs, runs_of, seeds_of
 from train.tables.making import rows_of
-from train.tables.paper_size import DATA_SETS
+from train.tables.paper_size import DATA_SETS, place_weights, use_data_sets
 from train.tables.results import deciding_settings
 
 BOTH: tuple[Size, ...] = ("small", "paper")
@@ -139,6 +139,26 @@ def test_the_papers_settings() -> None:
     first = runs["radio-v1"]
     assert [teacher.name for teacher in first.teachers] == ["clip", "openai-clip", "dino"]
     assert to_plain(first.options)["registers"] == 5
+
+
+def test_data_sets_and_weights_are_those_of_the_data_root(tmp_path: Path) -> None:
+    (tmp_path / "data.yaml").write_text("imagenet: in1k\nlaion: shards/{000..009}.tar\nweights: /w\n")
+    (table,) = make_tables("table1", "paper")
+    runs = runs_of(table, replace(table.base, data_root=tmp_path), 1)
+    placed = {name: use_data_sets(run) for name, run in runs.items()}
+    assert placed["a-imagenet"].data.images == (tmp_path / "in1k" / "train",)
+    assert placed["a-imagenet"].data.shards == ()
+    assert placed["b-laion"].data.shards == (str(tmp_path / "shards" / "{000..009}.tar"),)
+    assert placed["b-datacomp"].data == DATA_SETS["datacomp"]  # not named: where it is expected
+    assert (
+        placed["a-laion"].teachers[0].model == "openclip:ViT-H-14@/w/open_clip_vit_h14_laion2b_s32b_b79k.bin"
+    )
+    assert place_weights("scenes:clip", placed["a-laion"]) == "scenes:clip"
+    own = replace(runs["a-laion"], data=replace(runs["a-laion"].data, shards=("mine.tar",)))
+    assert use_data_sets(own).data.shards == ("mine.tar",)
+    assert use_data_sets(table.base) == table.base  # no data root
+    with pytest.raises(ConfigError, match="no such file or folder"):
+        use_data_sets(replace(table.base, data_root=tmp_path / "absent"))
 
 
 def _runs(table: PaperTable) -> tuple[PaperTable, dict[str, TrainConfig]]:
