@@ -57,12 +57,8 @@ def test_the_view_of_summaries() -> None:
 
 
 def test_in_sams_place() -> None:
-    assert size(
-        student("vitdet-h14", teachers=[{**SAM, "student_resolution": 1008}]), "sam", SamSettings()
-    ) == (
-        1008,
-        1008,
-    )
+    trained = student("vitdet-h14", teachers=[{**SAM, "student_resolution": 1008}])
+    assert size(trained, "sam", SamSettings()) == (1008, 1008)
     assert size(student("vitdet-h14", teachers=[SAM]), "sam", SamSettings()) == (1008, 1008)
     assert size(student("vit-b16", teachers=[SAM]), "sam", SamSettings()) == (1024, 1024)
     chosen = SamSettings(size=512, data=Path("a"), images=Path("b"))
