@@ -91,6 +91,7 @@ def evaluate(model: Backbone, settings: VqaSettings, run: EvalRun) -> Result:
         run=run,
         token_cache_gb=settings.token_cache_gb,
         image_tokens=settings.image_tokens,
+        merges=settings.token_reduction == "merge",
     )
     records = [record for stage in data.values() for record in stage.records]
     first, normaliser = data["pretrain"].source, None
@@ -136,6 +137,7 @@ def evaluate(model: Backbone, settings: VqaSettings, run: EvalRun) -> Result:
             "preset": preset_name,
             "size": list(encoder.size),
             "grid": list(encoder.grid),
+            "image_tokens": encoder.num_tokens,
             "layer_norm": training.layer_norm,
             "normalised_features": normaliser is not None,
             "language_model": training.language.name,

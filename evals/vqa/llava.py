@@ -40,8 +40,9 @@ from radio.image_files import spread
 from radio.io import make_folder
 from radio.model import RadioModel
 from radio.nn.phi_s import FeatureNormaliser, FeatureStatistics
+from radio.nn.token_merging import merge_tokens
 from radio.resources import check_memory, fast_products
-from radio.types import Backbone
+from radio.types import Backbone, Features
 
 from .data import PaddedImages, Piece, VisionInputs, format_prompt, pad, tokenize
 from .language import LanguageModel
@@ -74,6 +75,7 @@ class RadioTowerConfig(PreTrainedConfig):  # type: ignore[misc]
         fingerprint: str = "",
         encoder_bytes: int = 0,
         token_grid: tuple[int, int] | None = None,
+        merged_tokens: int | None = None,
         **rest: Any,
     ) -> None:
         super().__init__(**rest)
@@ -85,6 +87,7 @@ class RadioTowerConfig(PreTrainedConfig):  # type: ignore[misc]
         self.fingerprint = fingerprint
         self.encoder_bytes = encoder_bytes
         self.token_grid = None if token_grid is None else list(token_grid)  # what tokens are averaged to
+        self.merged_tokens = merged_tokens  # number that the most alike are merged into
 
 
 @final
@@ -134,7 +137,7 @@ class RadioTower(PreTrainedModel):  # type: ignore[misc]
         with torch.no_grad():
             features = backbone(images)
             height, width = self.config.token_grid or features.grid
-            tokens = resample(features.tokens, features.grid, (height, width))
+            tokens = reduce_tokens(features, (height, width), self.config.merged_tokens)
         if not self.training and not bool(torch.isfinite(tokens).all()):
             raise RadioError(f"{backbone.name} gives values that are not finite; nothing can be asked")
         return tokens
@@ -170,6 +173,7 @@ def make_llava(
     layer_norm: bool,
     seed: int,
     token_grid: tuple[int, int] | None = None,
+    merged_tokens: int | None = None,
     normaliser: FeatureNormaliser | None = None,
 ) -> Any:
     """Build LLaVA-1.5 from the backbone, a new projector drawn from `seed`, and the language model's weights.
@@ -178,6 +182,7 @@ def make_llava(
         size: (height, width) that images are encoded at.
         num_tokens: T that the language model receives at that size.
         token_grid: (H, W) that the backbone's tokens are averaged over (default: not averaged).
+        merged_tokens: number that the most alike of them are merged into (default: not merged).
         normaliser: of these tokens (default: they are not normalised).
     """
     tower = RadioTowerConfig(
@@ -187,6 +192,7 @@ def make_llava(
         normalised=normaliser is not None,
         fingerprint=backbone.fingerprint,
         token_grid=token_grid,
+        merged_tokens=merged_tokens,
     )
     network = language.load()
     config = LlavaConfig(
@@ -317,6 +323,7 @@ def _with_encoder(model: Any, folder: Path) -> Any:
         fingerprint=backbone.fingerprint,
         encoder_bytes=len(data),
         token_grid=old.token_grid,
+        merged_tokens=old.merged_tokens,
     )
     tower = RadioTower(config)
     if data:
@@ -343,6 +350,7 @@ class TokenEncoder:
     run: EvalRun
     token_cache_gb: float
     image_tokens: int | None = None  # maximum of T
+    merges: bool = False  # the most alike into one, instead of averaging over a coarser grid
 
     @cached_property
     def own_grid(self) -> Grid:
@@ -354,13 +362,26 @@ class TokenEncoder:
 
     @property
     def grid(self) -> Grid:
-        """(H, W) of the tokens that the language model receives."""
-        return choose_grid(self.own_grid, self.image_tokens)
+        """(H, W) that the tokens are averaged over, or the backbone's own."""
+        return self.own_grid if self.merges else choose_grid(self.own_grid, self.image_tokens)
+
+    @property
+    def merged_tokens(self) -> int | None:
+        """Number that the tokens are merged into; None if they are not."""
+        fits = self.image_tokens is None or math.prod(self.own_grid) <= self.image_tokens
+        return self.image_tokens if self.merges and not fits else None
 
     @property
     def num_tokens(self) -> int:
         """Number of tokens T of an image that the language model receives."""
-        return self.grid[0] * self.grid[1]
+        return self.merged_tokens or math.prod(self.grid)
+
+    @property
+    def reduction(self) -> str:
+        """Describe how the tokens are reduced; empty if they are not."""
+        if self.merged_tokens is not None:
+            return f"merged into {self.merged_tokens}"
+        return "" if self.grid == self.own_grid else f"averaged to {self.grid[0]}x{self.grid[1]}"
 
     def encode(self, source: ImageSource, view: ViewName) -> VisionInputs:
         """Encode each image of the source once; if all tokens exceed `token_cache_gb`, return pixels instead.
@@ -371,16 +392,16 @@ class TokenEncoder:
         """
         images: ImageSource = PaddedImages(source, self.size) if view == "pad" else source
         crop = View(kind="center", size=self.size, ratio=1.0, nearest_size=self.model.nearest_size)
-        height, width = self.grid
-        count = len(source.keys) * height * width * self.model.token_dim
+        count = len(source.keys) * self.num_tokens * self.model.token_dim
         if 4 * count > self.token_cache_gb * 1e9:
-            return Pixels(images, crop, height * width)
+            return Pixels(images, crop, self.num_tokens)
+        grid, merged_tokens = self.grid, self.merged_tokens
         how = Extraction(
             view=crop,
             device=self.run.device,
             dtype=self.run.dtype,
-            head="tokens" if self.grid == self.own_grid else f"tokens averaged to {height}x{width}",
-            project=lambda features: resample(features.tokens, features.grid, (height, width)),
+            head=f"tokens {self.reduction}".strip(),
+            project=lambda features: reduce_tokens(features, grid, merged_tokens),
             batch=self.run.batch_size(64),
             workers=self.run.workers,
         )
@@ -409,7 +430,7 @@ class TokenEncoder:
             if tokens.ndim == 3:  # pixels
                 with torch.inference_mode():
                     features = self.model(tokens[None].to(self.run.device))
-                    tokens = resample(features.tokens, features.grid, self.grid)[0]
+                    tokens = reduce_tokens(features, self.grid, self.merged_tokens)[0]
             statistics.update(tokens)
         return FeatureNormaliser.fit(statistics)
 
@@ -457,6 +478,12 @@ def resample(tokens: Tensor, grid: Grid, coarse: Grid) -> Tensor:
         return tokens
     spatial = tokens.transpose(1, 2).unflatten(2, grid)
     return F.adaptive_avg_pool2d(spatial, coarse).flatten(2).transpose(1, 2).contiguous()
+
+
+def reduce_tokens(features: Features, grid: Grid, merged_tokens: int | None) -> Tensor:
+    """Average tokens over a grid, then merge the most alike into a number of them: [B, T, D]."""
+    tokens = resample(features.tokens, features.grid, grid)
+    return tokens if merged_tokens is None else merge_tokens(tokens, grid, merged_tokens)
 
 
 class Prompt(NamedTuple):

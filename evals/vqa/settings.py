@@ -94,8 +94,11 @@ class VqaSettings:
     """Side in pixels that images are encoded at. Default: the preset's (paper: 336, or 224 for an encoder
     that does not take 336), else the nearest that the encoder takes."""
     image_tokens: Count | None = None
-    """Average each image's tokens over a grid of at most this many, if the encoder gives more than fit (1024
-    for SAM's 4,096). Default: the encoder's own tokens."""
+    """Reduce each image's tokens to at most this many, if the encoder gives more than fit (1024 for SAM's
+    4,096). Default: the encoder's own tokens."""
+    token_reduction: Literal["average", "merge"] = "average"
+    """How they are reduced to --image-tokens: averaged over a coarser grid, or the most alike merged into one
+    (token merging, as in RADIOv2.5), which keeps exactly that number."""
     layer_norm: bool | None = None
     """Normalise every token before the projector. Default: the preset's."""
     normalise_features: bool = False

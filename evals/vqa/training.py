@@ -156,7 +156,7 @@ class LlavaTraining:
         if self.language.name == "tiny" and self.preset.words is not None:
             stages = {"words": self.preset.words, **stages}
         is_short = not {"instruct", "score"} & set(self.settings.stages)
-        model = self._build()
+        model, merged_tokens = self._build(), self.encoder.merged_tokens
         key = digest(_FORMAT, self.encoder.model.fingerprint, self.language.fingerprint, self.layer_norm)
         if self.normaliser is not None:
             key = digest(key, checkpoint.digest(self.normaliser.state_dict()))
@@ -181,7 +181,7 @@ class LlavaTraining:
                 self.settings.lora_rank,
                 self.settings.shuffle_images,
                 self.preset.longest,
-                self._token_grid,
+                self._token_grid if merged_tokens is None else ["merged", merged_tokens],
             )
             path = self.run.cache / "vqa" / "stages" / f"{key}.safetensors"
             parts = tuple(part for learned in plan.learns for part in _PARTS[learned])
@@ -212,6 +212,7 @@ class LlavaTraining:
             layer_norm=self.layer_norm,
             seed=self.seed,
             token_grid=self._token_grid,
+            merged_tokens=encoder.merged_tokens,
             normaliser=self.normaliser,
         )
 

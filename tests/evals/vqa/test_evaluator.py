@@ -189,6 +189,10 @@ def test_more_tokens_than_a_sample_holds(
     coarse = replace(settings, image_tokens=4)
     kept = run(backbone(), coarse, tmp_path, name="kept")
     assert kept.settings["resolved"]["grid"] == [2, 2]
+    merged = run(
+        backbone(), replace(settings, image_tokens=5, token_reduction="merge"), tmp_path, name="merged"
+    )
+    assert merged.settings["resolved"]["image_tokens"] == 5
     coarse = replace(coarse, token_cache_gb=0.0)
     shown = run(backbone(), coarse, tmp_path, name="shown", cache=tmp_path / "other")
     assert shown.metrics["gqa"] == kept.metrics["gqa"]

@@ -17,6 +17,7 @@ from radio.errors import CheckpointError, ConfigError, RadioError
 from radio.hub import load_backbone
 from radio.model import ModelConfig, build
 from radio.nn.phi_s import FeatureNormaliser, FeatureStatistics
+from radio.nn.token_merging import merge_tokens
 from radio.types import Backbone
 
 
@@ -159,6 +160,21 @@ def test_a_coarser_grid_goes_along_with_the_folder(tiny: LanguageModel, tmp_path
     save_llava(model, tiny, tmp_path / "saved")
     again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "saved", local_files_only=True).eval()
     assert say(again, tiny, images, 4) == before
+
+
+def test_merged_tokens_go_along_with_the_folder(tiny: LanguageModel, tmp_path: Path) -> None:
+    student = build(ModelConfig(student="vit-tiny12"), 3).eval()
+    side = student.native_size[0]
+    images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features = student(images)
+    model = make_llava(student, tiny, (side, side), 5, layer_norm=False, seed=0, merged_tokens=5)
+    seen = model.model.vision_tower(images).last_hidden_state
+    assert torch.equal(seen, merge_tokens(features.tokens, features.grid, 5)) and seen.shape[1] == 5
+    before = say(model, tiny, images, 5)
+    save_llava(model, tiny, tmp_path / "saved")
+    again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "saved", local_files_only=True).eval()
+    assert say(again, tiny, images, 5) == before
 
 
 def test_an_encoder_of_nan_is_asked_nothing(backbone: Callable[..., Any], tiny: LanguageModel) -> None:
