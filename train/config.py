@@ -38,6 +38,7 @@ class TeacherConfig:
     batch_size: BatchSize | None = (
         None  # images per step over all ranks; None = the run's (paper §4: fewer for SAM)
     )
+    mosaic: bool = False  # lay several of the student's images into one input of a teacher of one size (SAM)
     fingerprint: str | None = None  # expected fingerprint of its weights; None = any
     summary_weight: LossWeight = 1.0  # lambda of eq. 2
     spatial_weight: LossWeight = 1.0  # gamma of eq. 3

@@ -266,7 +266,9 @@ def count(
     with models.mode, without_fast_paths():
         images = torch.empty(group.share, 3, side, side)
         with CostCounter() as of_teachers, autocast:
-            targets = teacher_features(teachers, sizes, images)
+            targets = teacher_features(
+                teachers, sizes, images, {t.name: (0, 0) for t in selected if t.mosaic}
+            )
         features = sum(_size(target.summary) + _size(target.tokens) for target in targets.values())
         part, *_ = GroupBatch(group, images, targets).split(config.grad_accum_steps)
         crops = model.sample_crops(len(part.images), torch.Generator())

@@ -22,10 +22,12 @@ from radio.teachers.base import Frozen
 from radio.types import Features, Student, Teacher
 
 from .config import RENAMED, TeacherConfig, TrainConfig
+from .data.crops import generator
 from .data.errors import ERROR_LIST
 from .distributed import check_shardable, is_half
 from .groups import Partition, make_partition
 from .losses import check_balance
+from .mosaic import mosaic_features, tiles_per_side
 
 FOLDERS = ("state", "reports", "tensorboard")  # in a run folder
 FILES = ("metrics.jsonl", "config.yaml", "ckpt.pt", "ckpt-ema.pt")
@@ -60,6 +62,7 @@ def check_settings(config: TrainConfig, world: int) -> Partition:
     _check_folder(config.out)
     students[config.student]  # an unknown name raises here, with the nearest ones
     _check_weights(config)
+    _check_mosaics(config)
     check_balance(config)
     if config.parallel == "fsdp":
         facts = {t.name: TeacherFacts("", (1, 1), 1, 1) for t in config.teachers}
@@ -78,6 +81,16 @@ def _check_weights(config: TrainConfig) -> None:
         raise ConfigError(
             "no loss of any teacher has a weight, and nothing would be learned; give a teacher a "
             "summary-weight above 0, or a spatial-weight beside --loss.cosine or --loss.smooth-l1"
+        )
+
+
+def _check_mosaics(config: TrainConfig) -> None:
+    """Check that no mosaic would be kept in a cache: its features depend on the images beside an image."""
+    named = next((t.name for t in config.teachers if t.mosaic), None)
+    if named is not None and config.cache.folder is not None:
+        raise ConfigError(
+            f"teacher {named}: mosaics change from step to step, so a cache cannot keep their features; "
+            f"leave --cache.folder or its mosaic out"
         )
 
 
@@ -177,18 +190,46 @@ def teacher_sizes(config: TrainConfig, teachers: Mapping[str, Teacher]) -> dict[
     sizes = {}
     for t in config.teachers:
         if t.name in teachers:
-            teacher = teachers[t.name]
-            size = teacher.native_size if t.resolution is None else (t.resolution, t.resolution)
-            _check_size(f"teacher {t.name}", size, teacher.nearest_size(*size))
-            sizes[t.name] = size
+            sizes[t.name] = _teacher_size(config, t, teachers[t.name])
     return sizes
 
 
+def _teacher_size(config: TrainConfig, t: TeacherConfig, teacher: Teacher) -> tuple[int, int]:
+    """Return the size (height, width) at which a teacher, or a tile of its mosaics, shows an image."""
+    if not t.mosaic:
+        size = teacher.native_size if t.resolution is None else (t.resolution, t.resolution)
+        _check_size(f"teacher {t.name}", size, teacher.nearest_size(*size))
+        return size
+    patch, side = teacher.patch_size, t.student_resolution or config.resolution
+    side = t.resolution or max(patch, round(side / patch) * patch)
+    tiles_per_side(teacher, side)  # raises where it does not fit
+    return side, side
+
+
+def mosaic_shifts(config: TrainConfig, step: int) -> dict[str, tuple[int, int]]:
+    """Draw the place of the images in the mosaics of a step, by teacher: equal on all ranks."""
+    shifts = {}
+    for t in config.teachers:
+        if t.mosaic:
+            drawn = generator(config.seed, "mosaic", step)
+            down, right = torch.randint(0, 1 << 20, (2,), generator=drawn).tolist()
+            shifts[t.name] = (down, right)
+    return shifts
+
+
 def teacher_features(
-    teachers: Mapping[str, Teacher], sizes: Mapping[str, tuple[int, int]], images: Tensor
+    teachers: Mapping[str, Teacher],
+    sizes: Mapping[str, tuple[int, int]],
+    images: Tensor,
+    shifts: Mapping[str, tuple[int, int]] | None = None,
 ) -> dict[str, Features]:
-    """Compute each teacher's features at its own resolution."""
-    return {name: teacher(resize_images(images, sizes[name])) for name, teacher in teachers.items()}
+    """Compute each teacher's features at its own resolution; those with a shift by mosaics."""
+    features = {}
+    for name, teacher in teachers.items():
+        resized = resize_images(images, sizes[name])
+        shift = (shifts or {}).get(name)
+        features[name] = teacher(resized) if shift is None else mosaic_features(teacher, resized, shift)
+    return features
 
 
 def student_resolutions(config: TrainConfig) -> dict[str, int]:

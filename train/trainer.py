@@ -53,6 +53,7 @@ from .setup import (
     gather_facts,
     load_teachers,
     model_config,
+    mosaic_shifts,
     teacher_features,
 )
 from .teacher_cache import GroupedCaches, fill_caches
@@ -241,11 +242,12 @@ class Trainer:
             return self.cache.batches(self.config, self.step, self.device)
         return self.loader.batches(self.step, self.run_teachers, ahead=self.prefetches)
 
-    def run_teachers(self, group: TeacherGroup, images: Tensor) -> dict[str, Features]:
-        """Compute the features of a group's images by its teachers."""
+    def run_teachers(self, step: int, group: TeacherGroup, images: Tensor) -> dict[str, Features]:
+        """Compute the features of a group's images in a step by its teachers."""
         teachers = {name: self.teachers[name] for name in group.teachers}
+        shifts = mosaic_shifts(self.config, step)
         with self.performance.watch.time("teachers", group.name), self._autocast():
-            return teacher_features(teachers, self.sizes, images)
+            return teacher_features(teachers, self.sizes, images, shifts)
 
     def train_step(self, batch: Batch) -> Tensor:
         """Do one step; return whether it was applied: [] bool. Never waits for the device."""

@@ -484,7 +484,8 @@ def test_training_from_the_cache_is_training_online_on_the_same_crops(
             batches = []
             for group, row in zip(run.groups, step, strict=True):
                 images = row.pixels.float() / 255
-                batches.append(GroupBatch(group, for_student(images, group), run.run_teachers(group, images)))
+                targets = run.run_teachers(0, group, images)
+                batches.append(GroupBatch(group, for_student(images, group), targets))
             yield Batch(tuple(batches), 0.0)
 
     monkeypatch.setattr(GroupedCaches, "batches", online)

@@ -85,7 +85,7 @@ class Batch(NamedTuple):
     waited: float  # seconds for the images
 
 
-Teach = Callable[[TeacherGroup, Tensor], dict[str, Features]]
+Teach = Callable[[int, TeacherGroup, Tensor], dict[str, Features]]
 
 
 class LoaderState(TypedDict):
@@ -141,13 +141,13 @@ class Loader:
 
         Args:
             start: the first step.
-            teach: computes the features of a group's images by its teachers.
+            teach: computes the features of a group's images in a step by its teachers.
             ahead: prepare the next batch in a thread while the current one is used.
         """
         # Worker processes start here, in the calling thread: one forked from a pool's thread would fail.
         rows = self.rows(range(start, self._config.steps), pin=self._device.type == "cuda")
         groups = [self._partition.groups[share.assignment.group] for share in self._shares]
-        steps = with_targets(rows, groups, self._device, teach)
+        steps = with_targets(rows, groups, self._device, teach, start)
         for batch, read in prefetch(steps, self._device) if ahead else steps:
             self._shares = [
                 share._replace(cursors=each.cursors) for share, each in zip(self._shares, read, strict=True)
@@ -221,15 +221,19 @@ def _to_tensor(cursors: Any) -> Tensor:
 
 
 def with_targets(
-    rows: Iterable[tuple[Rows, ...]], groups: Sequence[TeacherGroup], device: torch.device, teach: Teach
+    rows: Iterable[tuple[Rows, ...]],
+    groups: Sequence[TeacherGroup],
+    device: torch.device,
+    teach: Teach,
+    start: int,
 ) -> Iterator[tuple[Batch, tuple[Rows, ...]]]:
-    """Yield batches with the teachers' features of online crops, and the crops they come from."""
-    for step, waited in timed(rows):
+    """Yield batches from step `start` on with the teachers' features of online crops, and these crops."""
+    for step, (read, waited) in enumerate(timed(rows), start):
         batches = []
-        for group, row in zip(groups, step, strict=True):
+        for group, row in zip(groups, read, strict=True):
             images = to_images(row.pixels, device)
-            batches.append(GroupBatch(group, for_student(images, group), teach(group, images)))
-        yield Batch(tuple(batches), waited), step
+            batches.append(GroupBatch(group, for_student(images, group), teach(step, group, images)))
+        yield Batch(tuple(batches), waited), read
 
 
 def to_images(pixels: Tensor, device: torch.device) -> Tensor:

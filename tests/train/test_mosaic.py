@@ -1,0 +1,158 @@
+"""Mosaics against a teacher whose tokens see their own patch alone, in a run, and in its plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from radio.errors import ConfigError, SizeError
+from radio.hub import load_teacher
+from radio.types import Features
+from tests.train.conftest import Start, same_weights, untimed
+from train.config import CacheConfig, PlanOptions, TeacherConfig, TrainConfig
+from train.mosaic import mosaic_features, tiles_per_side
+from train.plan import make_plan
+from train.setup import check_settings, mosaic_shifts
+
+PATCH = 4
+
+
+class MeanColours:
+    """A teacher of 48 px whose tokens are the mean colours of its patches of 4 px; counts its inputs."""
+
+    name, native_size, patch_size = "mean colours", (48, 48), PATCH
+    seen = 0
+
+    def __call__(self, images: Tensor) -> Features:
+        assert images.shape[-2:] == self.native_size
+        self.seen += len(images)
+        plane = torch.nn.functional.avg_pool2d(images, PATCH)
+        tokens = plane.flatten(2).transpose(1, 2)
+        return Features(tokens.mean(dim=1), tokens, (plane.shape[2], plane.shape[3]))
+
+
+def by_loop(images: Tensor) -> Tensor:
+    """The mean colour of each patch, one by one: [B, T, 3]."""
+    side = images.shape[-1] // PATCH
+    patches = [
+        images[:, :, PATCH * y : PATCH * (y + 1), PATCH * x : PATCH * (x + 1)].mean(dim=(2, 3))
+        for y in range(side)
+        for x in range(side)
+    ]
+    return torch.stack(patches, dim=1)
+
+
+@pytest.mark.parametrize(
+    ("side", "count", "shift", "forwards"),
+    [
+        (12, 32, (0, 0), 2),  # 4 x 4 tiles, no room to shift
+        (12, 17, (3, 5), 2),  # the last mosaic has one image
+        (20, 5, (0, 0), 2),  # 2 x 2 cells of 6 tokens for images of 5
+        (20, 4, (1, 1), 1),
+        (20, 4, (1, 0), 1),
+        (28, 3, (2, 4), 3),  # one image in a cell of 12 tokens
+        (48, 2, (7, 7), 2),
+    ],
+)
+def test_each_image_has_its_own_tokens(side: int, count: int, shift: tuple[int, int], forwards: int) -> None:
+    images = torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(side))
+    teacher: Any = MeanColours()
+    found = mosaic_features(teacher, images, shift)
+    torch.testing.assert_close(found.tokens, by_loop(images))
+    torch.testing.assert_close(found.summary, by_loop(images).mean(dim=1))
+    assert found.grid == (side // PATCH, side // PATCH)
+    assert teacher.seen == forwards
+
+
+def test_a_mosaic_of_one_tile_is_the_teacher_itself() -> None:
+    teacher = load_teacher("scenes:sam")
+    side = teacher.native_size[0]
+    images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        alone, mosaic = teacher(images), mosaic_features(teacher, images)
+    assert torch.equal(mosaic.tokens, alone.tokens) and mosaic.grid == alone.grid
+    torch.testing.assert_close(mosaic.summary, alone.summary)
+
+
+def test_a_real_teacher_sees_about_the_same_in_a_mosaic() -> None:
+    """Attention sees the neighbours too, so not the same."""
+    teacher = load_teacher("scenes:sam")
+    side = teacher.native_size[0] // 2 // teacher.patch_size * teacher.patch_size
+    images = torch.rand(4, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        first, moved = (mosaic_features(teacher, images, shift) for shift in ((0, 0), (1, 1)))
+    assert (
+        first.tokens.shape == moved.tokens.shape == (4, (side // teacher.patch_size) ** 2, teacher.token_dim)
+    )
+    assert first.tokens.isfinite().all()
+
+
+@pytest.mark.parametrize("side", [10, 0, 52])
+def test_what_does_not_fit_is_one_error(side: int) -> None:
+    teacher: Any = MeanColours()
+    with pytest.raises(
+        SizeError, match=rf"images of {side} px cannot stand in a mosaic of 48 px .* multiple of 4"
+    ):
+        tiles_per_side(teacher, side)
+
+
+def with_mosaic(config: TrainConfig, **changes: Any) -> TrainConfig:
+    """Scenes' SAM, which takes 112 px alone, beside a tiny teacher."""
+    sam = TeacherConfig(name="sam", model="scenes:sam", summary_weight=0.0, mosaic=True, **changes)
+    return replace(config, teachers=(config.teachers[0], sam), steps=4, save_every=2)
+
+
+def test_a_run_sees_other_mosaics_in_every_step_and_goes_on_with_them(
+    config: TrainConfig, start: Start, tmp_path: Path
+) -> None:
+    config = with_mosaic(config)
+    shifts = [mosaic_shifts(config, step)["sam"] for step in range(4)]
+    assert len(set(shifts)) == 4 and mosaic_shifts(config, 2)["sam"] == shifts[2]
+    whole = start(config, out=tmp_path / "whole")
+    assert whole.sizes["sam"] == (48, 48)  # the student's side
+    whole.train()
+    first = start(config, out=tmp_path / "parts", steps=4)
+    asked = iter([False, True])
+    first.stop.agreed = lambda: next(asked)  # type: ignore[method-assign]
+    first.train()
+    assert first.stopped and first.step == 2
+    start(config, out=tmp_path / "parts").train()
+    assert untimed(tmp_path / "parts") == untimed(tmp_path / "whole")
+    assert same_weights(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_the_plan_counts_fewer_forwards(config: TrainConfig) -> None:
+    alone, mosaic = (
+        make_plan(replace(with_mosaic(config), teachers=teachers), PlanOptions(world=1))
+        for teachers in (
+            (TeacherConfig(name="sam", model="scenes:sam"),),
+            (TeacherConfig(name="sam", model="scenes:sam", mosaic=True),),
+        )
+    )
+    (single,), (together,) = alone.costs.values(), mosaic.costs.values()
+    assert single.teacher_flops == 4 * together.teacher_flops  # 2 x 2 images of 48 px in 112
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"resolution": 60}, "images of 60 px cannot stand in a mosaic of 112 px"),
+        ({"student_resolution": 168}, "images of 168 px cannot stand in a mosaic of 112 px"),
+    ],
+)
+def test_a_mosaic_that_does_not_fit_is_said_before_the_first_step(
+    config: TrainConfig, start: Start, changes: dict[str, int], message: str
+) -> None:
+    with pytest.raises(SizeError, match=message):
+        start(with_mosaic(config, **changes))
+
+
+def test_a_cache_keeps_no_mosaics(config: TrainConfig, tmp_path: Path) -> None:
+    cached = replace(with_mosaic(config), cache=CacheConfig(folder=tmp_path))
+    with pytest.raises(ConfigError, match="teacher sam: mosaics change from step to step"):
+        check_settings(cached, 1)
