@@ -46,6 +46,8 @@ class AdaptorConfig:
 class Head(nn.Module):
     """Linear, LayerNorm, GELU, Linear."""
 
+    LAST = "layers.3"  # the layer whose output it returns
+
     def __init__(self, width: int, hidden: int, out: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(

@@ -70,8 +70,11 @@ class DataConfig:
 class LossConfig:
     """Eq. 2, a distance of the summaries, and eq. 3: alpha * cosine + beta * smooth L1, per token."""
 
-    summary: Literal["cosine", "l1", "mse", "smooth-l1"] = (
-        "cosine"  # the paper compared all four (§3.3); smooth-l1 uses smooth_l1_beta
+    summary: Literal["cosine", "l1", "mse", "smooth-l1", "angle"] = (
+        "cosine"  # the paper compared the first four (§3.3); smooth-l1 uses smooth_l1_beta; angle: C-RADIOv4
+    )
+    dispersion: Literal["fixed", "running"] = (
+        "fixed"  # angle: measured before the first step, or over all steps so far
     )
     cosine: LossWeight = 0.9
     smooth_l1: LossWeight = 0.1
@@ -87,6 +90,16 @@ class BalanceConfig:
         1.0  # uncertainty: factor of softplus(b) in eq. 6 (ours; the paper's is lost)
     )
     momentum: Decay = 0.99  # adaloss: momentum of the moving averages in eq. 7
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NormaliseConfig:
+    """Teachers' tokens standardised, so that every teacher's spatial loss has one scale (PHI-S)."""
+
+    kind: Literal["none", "phi-s", "global", "channel", "pca", "zca"] = (
+        "none"  # others than none: the mean squared error of standardised tokens instead of eq. 3
+    )
+    steps: Count = 100  # measure on the images of so many first steps, before them (ours; PHI-S's are 3,000)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,6 +161,7 @@ class TrainConfig:
     )  # window sides to sample from; those that divide the grid are used
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    normalise: NormaliseConfig = field(default_factory=NormaliseConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     adaptor: AdaptorOptions = field(default_factory=AdaptorOptions)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -167,11 +167,21 @@ class DistributedStudent:
 
     def peer_mean(self, tensor: Tensor) -> Tensor:
         """Compute the elementwise mean over the ranks that share this rank's teachers."""
+        return tensor if len(self.peers.ranks) == 1 else self.peer_sum(tensor) / len(self.peers.ranks)
+
+    def peer_sum(self, tensor: Tensor) -> Tensor:
+        """Compute the elementwise sum over the ranks that share this rank's teachers."""
         if len(self.peers.ranks) == 1:
             return tensor
         total = tensor.clone()
         distributed.all_reduce(total, group=self.peers.process_group)
-        return total / len(self.peers.ranks)
+        return total
+
+    def share_buffers(self, module: nn.Module) -> None:
+        """Give the buffers of the first of this rank's peers to the others."""
+        if len(self.peers.ranks) > 1:
+            for buffer in module.buffers():
+                distributed.broadcast(buffer, self.peers.ranks[0], group=self.peers.process_group)
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copy all weights of a model, including every rank's adaptors, to the first rank's CPU.

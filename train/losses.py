@@ -1,5 +1,8 @@
 """The distillation losses of eq. 2 and 3, in float32, and how they are balanced (paper §3.3.1, appendix D).
 
+With normalised targets the spatial loss is a squared error in the standardised space, which the adaptor's
+spatial head then predicts; see `normalise.py`.
+
 A balancer takes the losses of teachers that see the same images and returns a weighted sum. What it learns
 or measures is separate for each teacher, like an adaptor. The configured weights (lambda, gamma) multiply the
 balancer's own, so 0 removes a term.
@@ -16,11 +19,13 @@ from torch import Tensor, nn
 
 from radio.errors import ConfigError
 from radio.model import RadioModel
+from radio.nn.phi_s import FeatureNormaliser
 from radio.types import Features
 
 from .config import BalanceConfig, LossConfig, TeacherConfig, TrainConfig
 from .data.loader import GroupBatch
 from .groups import teacher_groups
+from .normalise import Dispersion, TargetStatistics, angle
 
 # Letters: B images, C width of the student's summary, T tokens, D width of a token, h w pixels.
 
@@ -44,7 +49,7 @@ class Losses(NamedTuple):
 
     total: Tensor  # []
     parts: dict[str, Tensor]  # "clip/summary", "clip/spatial": [] each, unweighted; learned weights
-    details: dict[str, Tensor]  # "clip/centred_cosine": [] each, if requested
+    details: dict[str, Tensor]  # "clip/centred_cosine", "clip/unexplained": [] each, if requested
 
 
 class DistillationLoss(nn.Module):
@@ -55,6 +60,7 @@ class DistillationLoss(nn.Module):
         teachers: the teachers with their loss weights.
         loss: the distance of eq. 2; alpha, beta and smooth L1's threshold of eq. 3.
         balancer: weighs the losses against one another; None = the declared weights only.
+        statistics: what the losses know about the teachers' features; None = nothing, as by default.
     """
 
     def __init__(
@@ -63,11 +69,13 @@ class DistillationLoss(nn.Module):
         teachers: Sequence[TeacherConfig],
         loss: LossConfig,
         balancer: Balancer | None = None,
+        statistics: TargetStatistics | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
         self.balancer: Balancer = Naive(teachers) if balancer is None else balancer
+        self.statistics = TargetStatistics() if statistics is None else statistics
 
     def forward(self, encode: Encode, batch: GroupBatch, window: int | None, detail: bool) -> Losses:
         """Compute the weighted losses of a batch, the mean over its images.
@@ -76,7 +84,7 @@ class DistillationLoss(nn.Module):
             encode: the student's forward, distributed with several ranks.
             batch: images of one group with its teachers' features.
             window: the attention window of this step; None keeps the student's own.
-            detail: also compute the centred cosines, which are only logged.
+            detail: also compute centred cosines and unexplained variances, which are only logged.
         """
         features = encode(batch.images, batch.crops, window)
         parts: dict[str, Tensor] = {}
@@ -85,32 +93,60 @@ class DistillationLoss(nn.Module):
         for name in batch.group.teachers:
             target = batch.targets[name]
             adapted = self.model.adapt(name, features, target.grid)
-            losses[name] = teacher_losses(adapted, target, self.loss)
+            normaliser, dispersion = self.statistics.of(name)
+            losses[name] = teacher_losses(adapted, target, self.loss, normaliser, dispersion)
             parts[f"{name}/summary"] = losses[name].summary.detach().mean()
             parts[f"{name}/spatial"] = losses[name].spatial.detach().mean()
             if detail:
-                details[f"{name}/centred_cosine"] = centred_cosine(adapted.tokens, target.tokens)
+                tokens = adapted.tokens if normaliser is None else restore(adapted.tokens, normaliser)
+                details[f"{name}/centred_cosine"] = centred_cosine(tokens, target.tokens)
+                details[f"{name}/unexplained"] = unexplained(tokens, target.tokens)
         total, weights = self.balancer(features, losses)
         return Losses(total, {**parts, **weights}, details)
 
     def update(self, mean: Callable[[Tensor], Tensor]) -> None:
-        """Update the balancer after a step.
+        """Update the balancer and running dispersions after a step.
 
         Args:
             mean: the elementwise mean over the ranks that shared the step's images.
         """
         if isinstance(self.balancer, AdaLoss):
             self.balancer.update(mean)
+        if self.loss.summary == "angle" and self.loss.dispersion == "running":
+            self.statistics.update(mean)
 
 
-def teacher_losses(student: Features, teacher: Features, config: LossConfig) -> TeacherLosses:
-    """Compute both losses of adapted student features against one teacher's, on the teacher's grid."""
+def teacher_losses(
+    student: Features,
+    teacher: Features,
+    config: LossConfig,
+    normaliser: FeatureNormaliser | None = None,
+    dispersion: Dispersion | None = None,
+) -> TeacherLosses:
+    """Compute both losses of adapted student features against one teacher's, on the teacher's grid.
+
+    Args:
+        student: with a normaliser its tokens are in the standardised space.
+        teacher: in the teacher's own space.
+        config: which distances.
+        normaliser: standardises the teacher's tokens; None = eq. 3 of the tokens as they are.
+        dispersion: of the teacher's summaries, for the angular distance.
+    """
     summary = summary_losses(student.summary, teacher.summary, config)
-    return TeacherLosses(summary, spatial_losses(student.tokens, teacher.tokens, config))
+    if dispersion is not None:
+        summary = summary / dispersion()
+        if config.dispersion == "running":
+            dispersion.see(teacher.summary)
+    if normaliser is None:
+        return TeacherLosses(summary, spatial_losses(student.tokens, teacher.tokens, config))
+    return TeacherLosses(summary, normalised_losses(student.tokens, teacher.tokens, normaliser))
 
 
 def summary_losses(student: Tensor, teacher: Tensor, config: LossConfig) -> Tensor:
-    """Compute eq. 2 for every image: [B, C] -> [B]; all but the cosine distance are means over C."""
+    """Compute eq. 2 for every image: [B, C] -> [B]; those by channel are means over C.
+
+    The angular distance is the squared angle in radians.
+    """
     a, b = student.float(), teacher.float()
     match config.summary:
         case "cosine":
@@ -121,6 +157,8 @@ def summary_losses(student: Tensor, teacher: Tensor, config: LossConfig) -> Tens
             return F.mse_loss(a, b, reduction="none").mean(1)
         case "smooth-l1":
             return F.smooth_l1_loss(a, b, beta=config.smooth_l1_beta, reduction="none").mean(1)
+        case "angle":
+            return angle(a, b).square()
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -133,6 +171,41 @@ def spatial_losses(student: Tensor, teacher: Tensor, config: LossConfig) -> Tens
     cosine = cosine_distance(student, teacher).mean(1)
     smooth = F.smooth_l1_loss(student.float(), teacher.float(), beta=config.smooth_l1_beta, reduction="none")
     return config.cosine * cosine + config.smooth_l1 * smooth.mean((1, 2))
+
+
+def normalised_losses(student: Tensor, teacher: Tensor, normaliser: FeatureNormaliser) -> Tensor:
+    """Compute the squared error of an image's standardised tokens: [B, T, D] -> [B], mean over T and D.
+
+    A prediction of zeros costs 1 on average, for every teacher: the loss is the unexplained share of the
+    variance.
+
+    Args:
+        student: in the standardised space.
+        teacher: in the teacher's own space.
+        normaliser: maps from this to that.
+    """
+    with torch.autocast(teacher.device.type, enabled=False), torch.no_grad():
+        target = normaliser(teacher.float())
+    return F.mse_loss(student.float(), target, reduction="none").mean((1, 2))
+
+
+@torch.no_grad()
+def restore(tokens: Tensor, normaliser: FeatureNormaliser) -> Tensor:
+    """Map standardised tokens [..., D] back to the teacher's own space, in float32."""
+    with torch.autocast(tokens.device.type, enabled=False):
+        return normaliser.invert(tokens.float())
+
+
+@torch.no_grad()
+def unexplained(student: Tensor, teacher: Tensor) -> Tensor:
+    """Compute the share of these tokens' variance that a prediction leaves unexplained: [B, T, D] -> [].
+
+    Both are in the teacher's own space, whatever the loss. A perfect prediction leaves 0, the teacher's mean
+    token 1; there is no upper bound.
+    """
+    student, teacher = student.float(), teacher.float()
+    variance = (teacher - teacher.mean(dim=(0, 1))).square().mean()
+    return (student - teacher).square().mean() / variance.clamp(min=1e-24)
 
 
 @torch.no_grad()

@@ -43,6 +43,7 @@ from .groups import (
 )
 from .loggers import say
 from .losses import DistillationLoss, make_balancer
+from .normalise import make_statistics
 from .optim import muon_weights
 from .setup import (
     TeacherFacts,
@@ -273,7 +274,11 @@ def count(
         part, *_ = GroupBatch(group, images, targets).split(config.grad_accum_steps)
         crops = model.sample_crops(len(part.images), torch.Generator())
         balancer = make_balancer(config.balance, selected, model.summary_dim)
-        loss = DistillationLoss(model, selected, config.loss, balancer)
+        facts = {name: models.facts[name] for name in group.teachers}
+        statistics = make_statistics(
+            config, {name: (f.summary_dim, f.token_dim) for name, f in facts.items()}
+        )
+        loss = DistillationLoss(model, selected, config.loss, balancer, statistics)
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter) if standing else None
         with CostCounter() as counter:

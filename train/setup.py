@@ -28,6 +28,7 @@ from .distributed import check_shardable, is_half
 from .groups import Partition, make_partition
 from .losses import check_balance
 from .mosaic import mosaic_features, tiles_per_side
+from .normalise import check_normalise
 
 FOLDERS = ("state", "reports", "tensorboard")  # in a run folder
 FILES = ("metrics.jsonl", "config.yaml", "ckpt.pt", "ckpt-ema.pt")
@@ -64,6 +65,7 @@ def check_settings(config: TrainConfig, world: int) -> Partition:
     _check_weights(config)
     _check_mosaics(config)
     check_balance(config)
+    check_normalise(config)
     if config.parallel == "fsdp":
         facts = {t.name: TeacherFacts("", (1, 1), 1, 1) for t in config.teachers}
         described = model_config(config, facts)
@@ -74,7 +76,7 @@ def check_settings(config: TrainConfig, world: int) -> Partition:
 
 def _check_weights(config: TrainConfig) -> None:
     """Check that some loss has a weight: without one a run would silently learn nothing."""
-    spatial = config.loss.cosine or config.loss.smooth_l1
+    spatial = config.loss.cosine or config.loss.smooth_l1 or config.normalise.kind != "none"
     if config.teachers and not any(
         t.summary_weight or (t.spatial_weight and spatial) for t in config.teachers
     ):

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,7 +31,7 @@ from .checkpoints import CheckpointManager, SavedState, make_metadata, provenanc
 from .config import TrainConfig, run_name
 from .data.crops import draw_window, generator
 from .data.errors import ERROR_LIST, LOG_KEYS
-from .data.loader import Batch, GroupBatch, Loader, LoaderState, limit_threads
+from .data.loader import Batch, GroupBatch, Loader, LoaderState, limit_threads, with_targets
 from .data.streams import ConcatImages, open_images, open_sources
 from .distributed import (
     DistributedStudent,
@@ -45,6 +46,7 @@ from .groups import TeacherGroup
 from .loggers import Log, ProgressConsole, Record, open_log, say, summarise
 from .losses import DistillationLoss, Losses, make_balancer
 from .monitor import Meters, MetersState, NonFiniteMonitor, NonFiniteState, PerformanceMonitor, first_bad
+from .normalise import make_statistics, measures
 from .optim import Average, learning_rate, make_optimizer, moments, odd_count
 from .setup import (
     check_memory,
@@ -137,7 +139,9 @@ class Trainer:
         # Losses, gradients over the ranks, optimizer.
         local = [teacher for teacher in config.teachers if teacher.name in self.model.adaptors]
         balancer = make_balancer(config.balance, local, self.model.summary_dim).to(device)
-        self.loss = DistillationLoss(self.model, local, config.loss, balancer)
+        widths = {t.name: (facts[t.name].summary_dim, facts[t.name].token_dim) for t in local}
+        statistics = make_statistics(config, widths).to(device)
+        self.loss = DistillationLoss(self.model, local, config.loss, balancer, statistics)
         self.student = DistributedStudent(
             self.loss, ranks, find_peers(self.partition, ranks.rank), device, config
         )
@@ -190,6 +194,8 @@ class Trainer:
             return config.out / "ckpt.pt"
         if not self.step:  # the states of an earlier run must not outlive its log
             self.states.clear()
+            if measures(config):
+                self._measure()
         self.ranks.on_leader(self._open_log)
         try:
             with self.stop, limit_threads() if self._two_operators else nullcontext():
@@ -231,6 +237,34 @@ class Trainer:
                 if self._evaluates():
                     self.evaluate()
 
+    def _measure(self) -> None:
+        """Measure the teachers' features on the images of the first steps, for the losses."""
+        config = self.config
+        steps = replace(config, steps=min(config.normalise.steps, config.steps))
+        if self.cache is not None:
+            batches = self.cache.batches(steps, 0, self.device)
+        else:
+            rows = self.loader.rows(range(steps.steps), pin=self.device.type == "cuda")
+            read = with_targets(rows, self.groups, self.device, self._teach, 0)
+            batches = (batch for batch, _ in read)
+        statistics, peers = self.loss.statistics, self.student.peers
+        with ProgressConsole(self.console, "teachers' features", steps.steps, 0) as bar:
+            for step, batch in enumerate(batches, start=1):
+                statistics.add(batch)
+                bar.advance(step)
+        lines: list[str] = []
+        problem: RadioError | None = None
+        try:
+            lines = statistics.fit(
+                lambda tensor: self.student.peer_sum(tensor.to(self.device)).cpu(), len(peers.ranks)
+            )
+        except RadioError as error:
+            problem = error
+        self.ranks.agree(problem)
+        self.student.share_buffers(statistics)
+        for line in dict.fromkeys(line for local in self.ranks.gather_objects(lines) for line in local):
+            self._say(line)
+
     @property
     def prefetches(self) -> bool:
         """Whether the teachers work on the next batch during a step."""
@@ -244,9 +278,13 @@ class Trainer:
 
     def run_teachers(self, step: int, group: TeacherGroup, images: Tensor) -> dict[str, Features]:
         """Compute the features of a group's images in a step by its teachers."""
+        with self.performance.watch.time("teachers", group.name):
+            return self._teach(step, group, images)
+
+    def _teach(self, step: int, group: TeacherGroup, images: Tensor) -> dict[str, Features]:
         teachers = {name: self.teachers[name] for name in group.teachers}
         shifts = mosaic_shifts(self.config, step)
-        with self.performance.watch.time("teachers", group.name), self._autocast():
+        with self._autocast():
             return teacher_features(teachers, self.sizes, images, shifts)
 
     def train_step(self, batch: Batch) -> Tensor:
@@ -451,9 +489,10 @@ class Trainer:
     def _publisher(self) -> Callable[[Collection[str] | None], None]:
         """Copy this step's weights; return a function that writes the named checkpoints (None: all)."""
         weights = self.model.state_dict()
-        files = {"ckpt.pt": self.student.gather(weights)}
+        fold = self.loss.statistics.fold
+        files = {"ckpt.pt": self.student.gather(fold(weights))}
         if self.average is not None:
-            files["ckpt-ema.pt"] = self.student.gather({**weights, **self.average.tensors})
+            files["ckpt-ema.pt"] = self.student.gather(fold({**weights, **self.average.tensors}))
         self.model.metadata["provenance"] = provenance(self.step, self.step * self.partition.batch_size)
 
         def publish(names: Collection[str] | None) -> None:

@@ -19,6 +19,7 @@ _TITLES = {
     "summary": "summary loss",
     "spatial": "spatial loss",
     "centred_cosine": "centred cosine of the tokens",
+    "unexplained": "unexplained share of the tokens' variance",
     "lr": "learning rate",
     "grad_norm": "gradient norm",
     "images_per_second": "images/s",

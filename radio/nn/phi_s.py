@@ -1,15 +1,23 @@
 """PHI-S (arXiv 2410.01680): standardise features by one rotation and one scale; every channel varies alike.
 
 With the mean mu and the covariance U diag(lambda) U^T of features of width C: phi^2 = mean of lambda, and
-y' = H U^T (y - mu) / phi, where H is a Hadamard matrix over sqrt(C). Every channel of y' has variance 1.
+y' = H U^T (y - mu) / phi, where H is a Hadamard matrix over sqrt(C). Every channel of y' has variance 1. What
+it was compared with is here too: one mean and one deviation, those of every channel, and whitening.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 # Letters: N vectors, C width.
+
+Normalisation: TypeAlias = Literal["phi-s", "global", "channel", "pca", "zca"]
+_ROWS = 1 << 16  # vectors that are converted to float64 at a time
+_FLOOR = 1e-6  # least variance of a direction or channel that is divided by, as a share of the largest (ours)
 
 
 class FeatureStatistics:
@@ -24,14 +32,20 @@ class FeatureStatistics:
         self.mean = torch.zeros(width, dtype=torch.float64)
         self._scatter = torch.zeros(width, width, dtype=torch.float64)  # sum of outer products about the mean
 
-    def update(self, vectors: Tensor) -> None:
-        """Add vectors [N, C]; the result does not depend on how they are split into batches."""
-        vectors = vectors.double().cpu()
-        other = FeatureStatistics(vectors.shape[1])
-        other.count, other.mean = len(vectors), vectors.mean(dim=0)
-        centred = vectors - other.mean
-        other._scatter = centred.T @ centred
-        self.merge(other)
+    def update(self, vectors: Tensor, valid: Tensor | None = None) -> None:
+        """Add vectors [..., C]; the result does not depend on how they are split into batches.
+
+        `valid` [...] bool leaves out the positions where it is False, such as padding; None adds all.
+        """
+        rows = vectors.flatten(0, -2) if valid is None else vectors[valid]
+        for part in rows.split(_ROWS):
+            if len(part):
+                part = part.double()
+                other, mean = FeatureStatistics(part.shape[1]), part.mean(dim=0)
+                centred = part - mean
+                other.count, other.mean = len(part), mean.cpu()
+                other._scatter = (centred.T @ centred).cpu()
+                self.merge(other)
 
     def merge(self, other: FeatureStatistics) -> None:
         """Add the statistics of other vectors (Chan et al. 1979)."""
@@ -43,6 +57,14 @@ class FeatureStatistics:
         self._scatter = self._scatter + other._scatter + between
         self.mean = self.mean + gap * (other.count / total)
         self.count = total
+
+    def reduce(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
+        """Merge the statistics of several ranks, each of which calls this and gets those of all."""
+        count = sum_over_ranks(torch.tensor(float(self.count), dtype=torch.float64))
+        mean = sum_over_ranks(self.count * self.mean) / count.clamp(min=1)
+        gap = self.mean - mean
+        self._scatter = sum_over_ranks(self._scatter + self.count * torch.outer(gap, gap))
+        self.count, self.mean = int(count), mean
 
     @property
     def covariance(self) -> Tensor:
@@ -132,18 +154,30 @@ class FeatureNormaliser(nn.Module):
         self.tx = nn.Buffer(torch.eye(width))
 
     @classmethod
-    def fit(cls, statistics: FeatureStatistics) -> FeatureNormaliser:
-        """Compute PHI-S of the statistics, with signs that a repetition does not change.
+    def fit(cls, statistics: FeatureStatistics, kind: Normalisation = "phi-s") -> FeatureNormaliser:
+        """Compute the normalisation of the statistics; vectors that they were measured on get mean 0.
 
-        A row of the rotation with a negative diagonal entry is negated: eigenvectors have no sign.
+        Under `phi-s` and `channel` every channel gets variance 1, under `global` their mean is 1 (with one
+        mean for all channels), and `pca` and `zca` make the covariance the identity, except in directions
+        that hardly vary.
         """
         normaliser = cls(len(statistics.mean))
-        values, vectors = torch.linalg.eigh(statistics.covariance)
-        scale = values.clamp(min=0).mean().sqrt().clamp(min=1e-12)
-        rotation = hadamard(len(values)) @ vectors.T
-        rotation *= torch.where(rotation.diagonal() < 0, -1.0, 1.0)[:, None]
-        normaliser.mean.copy_(statistics.mean)
-        normaliser.tx.copy_(rotation / scale)
+        mean, covariance = statistics.mean, statistics.covariance
+        if kind == "global":
+            centre = mean.mean()
+            square = covariance.diagonal().mean() + (mean - centre).square().mean()
+            mean, matrix = centre.expand_as(mean), torch.eye(len(mean), dtype=torch.float64) / _root(square)
+        elif kind == "channel":
+            matrix = torch.diag(1 / _root(covariance.diagonal()))
+        else:
+            values, vectors = _eigen(covariance)
+            if kind == "phi-s":
+                matrix = hadamard(len(values)) @ vectors.T / _root(values.mean())
+            else:
+                matrix = vectors.T / _root(values)[:, None]
+                matrix = vectors @ matrix if kind == "zca" else matrix
+        normaliser.mean.copy_(mean)
+        normaliser.tx.copy_(matrix)
         return normaliser
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -153,7 +187,31 @@ class FeatureNormaliser(nn.Module):
 
     def invert(self, tokens: Tensor) -> Tensor:
         """Compute the tokens [..., C] that `forward` maps to the given ones, in float32."""
-        rotation = self.tx.float()
-        back = torch.linalg.solve(rotation, tokens.float().flatten(0, -2).T).T.view(tokens.shape)
-        plain: Tensor = (back + self.mean.float()).to(tokens.dtype)
-        return plain
+        plain: Tensor = tokens.float() @ self._inverse().float().T + self.mean.float()
+        return plain.to(tokens.dtype)
+
+    def fold(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Append the inverse to a linear layer [C, width], [C] that predicts normalised tokens."""
+        back = self._inverse()
+        folded = back @ weight.double(), back @ bias.double() + self.mean.double()
+        return folded[0].to(weight.dtype), folded[1].to(bias.dtype)
+
+    def _inverse(self) -> Tensor:
+        """Compute the inverse [C, C] of `tx` in float64, with which a prediction is mapped back."""
+        inverse: Tensor = torch.linalg.inv(self.tx.double())
+        return inverse
+
+
+def _root(variances: Tensor) -> Tensor:
+    """Compute deviations [...] that can be divided by: none is less than a small part of the largest."""
+    least = max(_FLOOR * float(variances.max()), 1e-24)
+    return variances.clamp(min=least).sqrt()
+
+
+def _eigen(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute eigenvalues [C] of at least 0 and eigenvectors [C, C], in columns, each with its largest entry
+    positive: eigenvectors have no sign of their own.
+    """
+    values, vectors = torch.linalg.eigh(covariance)
+    largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
+    return values.clamp(min=0), vectors * torch.where(largest < 0, -1.0, 1.0)

@@ -122,7 +122,8 @@ def test_details_are_computed_only_when_asked_for(
     plain, detailed = losses_of(loss, batch), losses_of(loss, batch, detail=True)
     assert torch.equal(plain.total, detailed.total)
     assert plain.details == {}
-    assert set(detailed.details) == {f"{name}/centred_cosine" for name in SIZES}
+    kinds = ("centred_cosine", "unexplained")
+    assert set(detailed.details) == {f"{name}/{kind}" for name in SIZES for kind in kinds}
     assert all(not part.requires_grad for part in (*detailed.parts.values(), *detailed.details.values()))
 
 

@@ -45,7 +45,8 @@ def test_a_run_leaves_what_it_should(config: TrainConfig, start: Start) -> None:
     assert [record["lr"] for record in records] == [
         learning_rate(step, 12, config.optim) for step in range(12)
     ]
-    parts = {f"{t.name}/{kind}" for t in TEACHERS for kind in ("summary", "spatial", "centred_cosine")}
+    kinds = ("summary", "spatial", "centred_cosine", "unexplained")
+    parts = {f"{t.name}/{kind}" for t in TEACHERS for kind in kinds}
     assert parts <= records[0].keys()
     for record in records:
         total = sum(

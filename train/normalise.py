@@ -1,0 +1,222 @@
+"""What the losses know about the teachers: how to normalise their tokens, how their summaries disperse.
+
+Both put the losses of all teachers on one scale, on which a constant prediction costs 1. They are measured on
+the images of the first steps, before the first of them: PHI-S measures while it trains, with a frozen trunk
+until the targets settle; here they never move. The student then predicts normalised tokens, and `ckpt.pt` has
+the inverse folded into the last layer of every spatial head, so that it speaks the teachers' own spaces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal, cast, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from radio.errors import ConfigError, RadioError
+from radio.model import Head
+from radio.nn.phi_s import FeatureNormaliser, FeatureStatistics, Normalisation
+
+from .config import LossConfig, NormaliseConfig, TrainConfig
+from .data.loader import Batch
+
+# Letters: B images, N images of all steps, C summary width, D token width.
+
+_SUMMARIES = 1 << 14  # images, over all ranks, whose summaries a fixed dispersion is measured on
+_LEAST = 1e-8  # dispersion that a loss is divided by at least
+_EPS = 1e-6  # length below which a summary has no direction
+
+
+@final
+class Dispersion(nn.Module):
+    """E[angle(y, mu)^2] of a teacher's summaries y, with the direction mu of their mean (C-RADIOv4, eq. 3-7).
+
+    Args:
+        width: C.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mean = nn.Buffer(torch.zeros(width, dtype=torch.float64))  # sum over the additions
+        self.square = nn.Buffer(torch.zeros((), dtype=torch.float64))  # sum over the additions
+        self.count = nn.Buffer(torch.zeros((), dtype=torch.float64))  # additions
+        self._seen: list[Tensor] = []
+
+    def forward(self) -> Tensor:
+        """Return the dispersion [] in squared radians; 1 before anything was added."""
+        value = (self.square / self.count.clamp(min=1)).clamp(min=_LEAST)
+        return torch.where(self.count > 0, value, 1.0).float()
+
+    def see(self, summaries: Tensor) -> None:
+        """Keep summaries [B, C] of this step for `update`."""
+        self._seen.append(summaries.detach())
+
+    def update(self, mean: Callable[[Tensor], Tensor]) -> None:
+        """Add the step's summaries on all ranks, without a host sync, unless one of them is not finite.
+
+        Args:
+            mean: the elementwise mean over the ranks that shared the step's images.
+        """
+        if not self._seen:
+            return
+        summaries, self._seen = torch.cat(self._seen), []
+        self.add(summaries, mean)
+
+    @torch.no_grad()
+    def add(self, summaries: Tensor, mean: Callable[[Tensor], Tensor]) -> None:
+        """Add this rank's summaries [N, C], as many as every other rank's."""
+        y = summaries.double()
+        centre = self.mean + mean(y.mean(dim=0))
+        square = mean(angle(y, centre).square().mean())
+        finite = torch.isfinite(square)
+        self.mean.copy_(torch.where(finite, centre, self.mean))
+        self.square.add_(torch.where(finite, square, 0.0))
+        self.count.add_(finite)
+
+
+def angle(a: Tensor, b: Tensor) -> Tensor:
+    """Compute the angles [...] between vectors [..., C] in radians; zero vectors are at a right angle to all.
+
+    By the half angle's tangent, whose gradient is bounded where the arc cosine's is not: at 0 and at pi.
+    """
+    u, v = F.normalize(a, dim=-1, eps=_EPS), F.normalize(b, dim=-1, eps=_EPS)
+    return 2 * torch.atan2((u - v).norm(dim=-1), (u + v).norm(dim=-1))
+
+
+@final
+class TargetStatistics(nn.Module):
+    """The normalisers and dispersions of a rank's teachers, part of the run's state.
+
+    Args:
+        widths: C and D of each teacher, by name.
+        kind: how tokens are normalised; "none" = not.
+        dispersion: of the summaries: measured before the first step or while training; None = not needed.
+    """
+
+    def __init__(
+        self,
+        widths: Mapping[str, tuple[int, int]] | None = None,
+        kind: Normalisation | Literal["none"] = "none",
+        dispersion: Literal["fixed", "running"] | None = None,
+    ) -> None:
+        super().__init__()
+        self.kind, self.dispersion = kind, dispersion
+        self.normalisers, self.dispersions = nn.ModuleDict(), nn.ModuleDict()
+        self._tokens: dict[str, FeatureStatistics] = {}
+        self._summaries: dict[str, list[Tensor]] = {}
+        self._num_images = dict.fromkeys(widths or {}, 0)  # over all ranks
+        for name, (summary_dim, token_dim) in (widths or {}).items():
+            if kind != "none":
+                self.normalisers[name] = FeatureNormaliser(token_dim)
+                self._tokens[name] = FeatureStatistics(token_dim)
+            if dispersion is not None:
+                self.dispersions[name] = Dispersion(summary_dim)
+                self._summaries[name] = []
+
+    def of(self, name: str) -> tuple[FeatureNormaliser | None, Dispersion | None]:
+        """Return a teacher's normaliser and dispersion; None where the losses need none."""
+        normaliser = dict(self.normalisers.items()).get(name)
+        dispersion = dict(self.dispersions.items()).get(name)
+        return cast("FeatureNormaliser | None", normaliser), cast("Dispersion | None", dispersion)
+
+    @torch.no_grad()
+    def add(self, batch: Batch) -> None:
+        """Measure a step's features on this rank."""
+        for group_batch in batch.groups:
+            for name, target in group_batch.targets.items():
+                if name in self._tokens:
+                    self._tokens[name].update(target.tokens)
+                if self.dispersion == "fixed" and self._num_images[name] < _SUMMARIES:
+                    self._summaries[name].append(target.summary.float().cpu())
+                self._num_images[name] += group_batch.group.batch_size
+
+    def fit(self, sum_over_ranks: Callable[[Tensor], Tensor], num_ranks: int) -> list[str]:
+        """Compute normalisers and dispersions from what was measured; return a line about each teacher.
+
+        Args:
+            sum_over_ranks: the elementwise sum over the ranks with the same teachers, on the CPU.
+            num_ranks: their number.
+
+        Raises:
+            RadioError: a teacher's tokens are not finite, or all the same.
+        """
+        lines = []
+        for name, images in self._num_images.items():
+            normaliser, dispersion = self.of(name)
+            line = f"{name}: {images} images"
+            if normaliser is not None:
+                tokens = self._tokens.pop(name)
+                tokens.reduce(sum_over_ranks)
+                deviation = float(tokens.covariance.diagonal().mean().sqrt())
+                if not 0 < deviation < float("inf"):
+                    raise RadioError(
+                        f"teacher {name}: the deviation of its tokens is {deviation}, and they cannot be "
+                        f"normalised; check its weights, or leave --normalise.kind out"
+                    )
+                normaliser.load_state_dict(
+                    FeatureNormaliser.fit(tokens, cast("Normalisation", self.kind)).state_dict()
+                )
+                line += f", tokens deviate by {deviation:.4g}"
+            if dispersion is not None and self.dispersion == "fixed":
+                summaries = torch.cat(self._summaries.pop(name)).to(dispersion.mean.device)
+                dispersion.add(summaries, lambda t: (sum_over_ranks(t.cpu()) / num_ranks).to(t.device))
+                line += f", summaries by {float(dispersion()) ** 0.5:.3g} rad"
+            lines.append(line)
+        return lines
+
+    def update(self, mean: Callable[[Tensor], Tensor]) -> None:
+        """Add a step's summaries to the running dispersions; see `Dispersion.update`."""
+        for dispersion in self.dispersions.values():
+            assert isinstance(dispersion, Dispersion)
+            dispersion.update(mean)
+
+    def fold(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a model's weights with heads that predict tokens in the teachers' own spaces."""
+        folded = dict(weights)
+        for name in self.normalisers:
+            normaliser, _ = self.of(name)
+            assert normaliser is not None
+            weight, bias = (f"adaptors.{name}.spatial.{Head.LAST}.{part}" for part in ("weight", "bias"))
+            folded[weight], folded[bias] = normaliser.fold(weights[weight], weights[bias])
+        return folded
+
+
+def make_statistics(config: TrainConfig, widths: Mapping[str, tuple[int, int]]) -> TargetStatistics:
+    """Build what the configured losses need for teachers of these widths (C, D), by name."""
+    dispersion = config.loss.dispersion if config.loss.summary == "angle" else None
+    return TargetStatistics(widths, config.normalise.kind, dispersion)
+
+
+def measures(config: TrainConfig) -> bool:
+    """Check whether the teachers are measured before the first step."""
+    angular = config.loss.summary == "angle" and config.loss.dispersion == "fixed"
+    return config.normalise.kind != "none" or angular
+
+
+def check_normalise(config: TrainConfig) -> None:
+    """Check that no setting of the losses is without effect.
+
+    Raises:
+        ConfigError: one is; the message names it.
+    """
+    loss, plain = config.loss, LossConfig()
+    kind = config.normalise.kind
+    if kind != "none":
+        names = ["cosine", "smooth_l1", *(["smooth_l1_beta"] if loss.summary != "smooth-l1" else [])]
+        for name in names:
+            if getattr(loss, name) != getattr(plain, name):
+                raise ConfigError(
+                    f"--loss.{name.replace('_', '-')} is for eq. 3, and with --normalise.kind {kind} the "
+                    f"spatial loss is a squared error; leave one of both out"
+                )
+    if loss.summary != "angle" and loss.dispersion != plain.dispersion:
+        raise ConfigError(
+            f"--loss.dispersion is for --loss.summary angle, and this run has {loss.summary}; leave it out"
+        )
+    if not measures(config) and config.normalise.steps != NormaliseConfig().steps:
+        raise ConfigError(
+            "--normalise.steps measures teachers, and no loss of this run needs it; leave it out, or give "
+            "--normalise.kind phi-s"
+        )
