@@ -13,7 +13,9 @@ from evals.reporting.compare import METRIC_OF
 
 from .results import Score
 
-Verdict: TypeAlias = Literal["holds", "as the paper, within noise", "opposite, within noise", "reversed"]
+Verdict: TypeAlias = Literal[
+    "holds", "as the paper, within noise", "opposite, within noise", "reversed", "tie"
+]
 
 # Letters: B blocks, A amounts, P parts or classes, R resamples.
 
@@ -30,29 +32,35 @@ class Difference(NamedTuple):
     high: float | None
 
 
-def difference(ours: Sequence[Score], theirs: Sequence[Score]) -> Difference:
+def difference(
+    ours: Sequence[Score], theirs: Sequence[Score], *, trained: tuple[bool, bool] = (True, True)
+) -> Difference:
     """Compare the scores of two models, one per seed each.
 
-    Two errors are independent and are added: that of the seeds, by Welch's interval where each side has
-    several or is a frozen model, and that of the images, which both sides share, by a paired bootstrap over
-    blocks of them (without blocks: from both sides' own intervals, as if the images were others).
+    Two errors are independent and are added: that of the seeds (Welch's interval; of the images alone where
+    no trained side has several seeds), and that of the images, which both sides share, by a paired bootstrap
+    over blocks of them (without blocks: from both sides' own intervals, as if the images were others).
 
     Args:
         ours: of the line, not empty.
         theirs: of the line that it is compared with, not empty.
+        trained: whether each side is trained, and another seed would give other scores; else it is frozen.
     """
     value = _mean(ours) - _mean(theirs)
-    image_error = _image_error(ours, theirs)
-    if image_error is None:
+    image_half = _image_half(ours, theirs)
+    if image_half is None:
         return Difference(value, None, None)
-    half = math.hypot(_NORMAL * image_error, _seed_half(ours, theirs))
+    sides = [side for side, has_seeds in zip((ours, theirs), trained, strict=True) if has_seeds]
+    half = math.hypot(image_half, _seed_half(sides))
     return Difference(value, value - half, value + half)
 
 
 def judge(found: Difference, papers: float | None) -> Verdict | None:
-    """Judge whether a difference has the sign of the paper's; None where either is unknown or zero."""
+    """Judge whether a difference has the sign of the paper's; None where the paper has none, or we no interval."""
     if not papers or found.low is None or found.high is None:
         return None
+    if found.value == 0:
+        return "tie"
     agrees = found.value * papers > 0
     if found.low <= 0 <= found.high:
         return "as the paper, within noise" if agrees else "opposite, within noise"
@@ -76,43 +84,57 @@ def _mean(scores: Sequence[Score]) -> float:
     return sum(score.value for score in scores) / len(scores)
 
 
-def _seed_half(ours: Sequence[Score], theirs: Sequence[Score]) -> float:
-    """Compute half of Welch's interval over seeds; 0 where no side has several."""
-    parts = [
-        (float(np.var([score.value for score in side], ddof=1)) / len(side), len(side) - 1)
-        for side in (ours, theirs)
-        if len(side) > 1
-    ]
-    variance = sum(part for part, _ in parts)
-    if variance == 0:
+def _seed_half(sides: Sequence[Sequence[Score]]) -> float:
+    """Compute half of Welch's interval over the seeds of the trained sides; 0 where no side has several.
+
+    A side with one seed is taken to vary as the other does.
+    """
+    several = [side for side in sides if len(side) > 1]
+    variances = [float(np.var([score.value for score in side], ddof=1)) for side in several]
+    weights = [1 / len(side) for side in several]
+    if len(several) == 1:
+        weights[0] += sum(1.0 for side in sides if len(side) == 1)
+    parts = [variance * weight for variance, weight in zip(variances, weights, strict=True)]
+    if not any(parts):
         return 0.0
-    freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
-    quantile = _STUDENT[int(freedom) - 1] if freedom < len(_STUDENT) + 1 else _NORMAL
-    return quantile * math.sqrt(variance)
+    terms = [part**2 / (len(side) - 1) for part, side in zip(parts, several, strict=True)]
+    return _student(sum(parts) ** 2 / sum(terms)) * math.sqrt(sum(parts))
 
 
-def _image_error(ours: Sequence[Score], theirs: Sequence[Score]) -> float | None:
-    """Compute the standard error of the difference over images."""
-    sides = [[_blocks(score) for score in side] for side in (ours, theirs)]
+def _student(freedom: float) -> float:
+    """Compute the 97.5 % quantile of Student's distribution, for the next lower whole number of degrees."""
+    whole = int(freedom + 1e-9)
+    if whole <= len(_STUDENT):
+        return _STUDENT[whole - 1]
+    z = _NORMAL  # the first terms of Cornish and Fisher's expansion, right to 0.0021 from 11 on
+    return z + (z**3 + z) / (4 * whole) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * whole**2)
+
+
+def _image_half(ours: Sequence[Score], theirs: Sequence[Score]) -> float | None:
+    """Compute half of the interval of the difference over images; None where nothing gives it."""
     pairing = ours[0].pairing
-    blocks = [each for side in sides for each in side if each is not None]
-    alike = len({score.pairing for score in (*ours, *theirs)}) == len({b.shape[:2] for b in blocks}) == 1
-    if alike and len(blocks) == len(ours) + len(theirs):
-        width = max(each.shape[2] for each in blocks)
-        padded = [np.pad(each, ((0, 0), (0, 0), (0, width - each.shape[2]))) for each in blocks]
+    blocks = [_blocks(score) for score in (*ours, *theirs)]
+    known = [each for each in blocks if each is not None]
+    alike = len({score.pairing for score in (*ours, *theirs)}) == len({each.shape[:2] for each in known}) == 1
+    if alike and len(known) == len(blocks) and len(known[0]) > 1:
+        width = max(each.shape[2] for each in known)
+        padded = [np.pad(each, ((0, 0), (0, 0), (0, width - each.shape[2]))) for each in known]
         resampled = resampled_sums(np.stack(padded, axis=1))  # [R, models, A, P]
-        metrics = np.stack([METRIC_OF[pairing](resampled[:, i]) for i in range(len(blocks))])
+        metrics = np.stack([METRIC_OF[pairing](resampled[:, i]) for i in range(len(known))])
         gained = metrics[: len(ours)].mean(axis=0) - metrics[len(ours) :].mean(axis=0)
-        return float(np.nanstd(gained, ddof=1))
-    errors = []
+        # A bootstrap's variance over B blocks is that of a sample with B and not B - 1 as divisor.
+        num_blocks = len(known[0])
+        error = float(np.nanstd(gained, ddof=1)) * math.sqrt(num_blocks / (num_blocks - 1))
+        return _student(num_blocks - 1) * error
+    halves = []
     for side in (ours, theirs):
         widths = [
             score.high - score.low for score in side if score.low is not None and score.high is not None
         ]
         if len(widths) < len(side):
             return None
-        errors.append(max(widths) / (2 * _NORMAL))  # as the seeds share their images, their mean has it too
-    return math.hypot(*errors)
+        halves.append(max(widths) / 2)  # as the seeds share their images, their mean has it too
+    return math.hypot(*halves)
 
 
 def _blocks(score: Score) -> Values | None:
