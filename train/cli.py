@@ -156,8 +156,9 @@ def _make_tables(name: str, options: Sequence[str], console: Console) -> int:
     size: Size = "paper" if words[:1] == ["paper"] else "small"  # anything else is refused by the parser
     tables = make_tables(name, size)
     tasks = tuple(dict.fromkeys(task for table in tables for task in table.tasks))
-    default = _with_student(replace(tables[0].base, score=tasks), options)
-    command = _parse(TableCommand, TableCommand(config=default), options, name)
+    default = replace(tables[0].base, score=tasks)
+    config = _with_student(default, options)
+    command = _parse(TableCommand, TableCommand(config=config), options, name)
     check_options(command.config, RENAMED)
     check_options(command)
     from .tables.commands import run_tables

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Sequence
-from dataclasses import fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+from evals.reporting.paper_tables import read_tables
 from radio.dist import Ranks
-from radio.io import write_text
+from radio.errors import ConfigError, shown
+from radio.io import check_file, check_writable, write_text
+from radio.resources import choose_device
 
-from ..commands import check_tasks, train_all
-from ..config import TrainConfig
+from ..commands import train_all
+from ..config import RENAMED, TrainConfig
 from ..distributed import REQUEUE, join
 from ..loggers import LOG, say
 from ..setup import check_settings
+from ..tasks import check_data
 from .layout import PaperTable, Runs, choose_runs, runs_of
 from .making import Row, evaluation_settings, is_done, rows_of, score_row
 from .options import TableCommand
 from .paper_size import use_data_sets
+from .results import FILE
+
+_ROUNDED = frozenset({"resolution"})  # to a side that a row's student takes
 
 
 def run_tables(
@@ -37,11 +44,13 @@ def run_tables(
         words: the command, for the page.
 
     Raises:
-        RadioError: a row is unknown, or its settings, data or weights do not fit.
+        RadioError: a row or an option is unknown to the tables, its settings, data or weights do not fit, or
+            a file cannot be written.
     """
     given = [(table, _runs(table, default, command)) for table in tables]
     rows = rows_of(given)
     results = command.results or command.config.out / "results"
+    _check(command, results)
     if command.rows:
         known: dict[str, TrainConfig] = {row.name: row.config for row in rows}
         names = choose_runs(known, command.rows)
@@ -58,43 +67,124 @@ def run_tables(
         failed = rehearse(rows, command.planning, console)
         show(given, command, results, console, words, write=False)
         return int(failed > 0)
-    code = 0 if command.collect else make_rows(rows, command, results, console)
-    if code in (0, 1):
-        if not command.collect and not command.rows:
-            _measure_speeds(given, rows, command, results, console)
+    if command.collect:
         show(given, command, results, console, words)
+        return 0
+    with join(choose_device(command.config.device)) as ranks:
+        screen = console if ranks.leads else Console(quiet=True)
+        code = make_rows(rows, command, results, screen, ranks)
+        if code == REQUEUE:
+            return code
+
+        def finish() -> None:
+            if not command.rows:
+                _measure_speeds(given, command, results, console)
+            show(given, command, results, console, words)
+
+        ranks.on_leader(finish)
     return code
 
 
+def _check(command: TableCommand, results: Path) -> None:
+    """Check that the options go together, and that what the command writes at its end can be written.
+
+    Raises:
+        ConfigError: they do not, or it cannot.
+        DataError: the results' file of tables is damaged.
+    """
+    modes = [name for name in ("restart", "collect", "plan", "rehearse") if getattr(command, name)]
+    if len(modes) > 1:
+        raise ConfigError(f"--{' and --'.join(modes)} do not go together; give one of them")
+    if command.collect and not results.is_dir():
+        raise ConfigError(f"--results {shown(str(results))}: no such folder, and nothing to collect")
+    if command.plan or command.rehearse:
+        return
+    check_writable(results, "--results" if command.results else "--out")
+    if command.page is not None:
+        check_file(command.page, "--page")
+    if (path := results / FILE).is_file():
+        read_tables(path)
+
+
 def _runs(table: PaperTable, default: TrainConfig, command: TableCommand) -> Runs:
-    """Return a table's runs with what the command line changed in the settings of all tables."""
-    config = command.config
-    changed = {
-        name: value
-        for name in (field.name for field in fields(config))
-        if (value := getattr(config, name)) != getattr(default, name)
-    }
-    runs = runs_of(table, replace(table.base, **changed), command.seeds or table.num_seeds)
-    return {name: use_data_sets(run) for name, run in runs.items()}
+    """Return a table's runs with what the command line changed in the settings of all tables.
+
+    Raises:
+        ConfigError: a row would not have a changed setting, which the table sets itself.
+    """
+    base = _change(table.base, default, command.config)
+    chosen = {row.rpartition("-seed")[0] or row for row in command.rows}
+    for name, run in table.make_runs(base).items():
+        lost = [] if chosen and name not in chosen else list(_lost(run, default, command.config))
+        if lost:
+            raise ConfigError(
+                f"{table.name} sets --{lost[0]} itself in row {name}, where the option would change nothing; "
+                f"leave it out, or choose other rows by --rows"
+            )
+    return runs_of(table, base, command.seeds or table.num_seeds)
 
 
-def make_rows(rows: Sequence[Row], command: TableCommand, results: Path, console: Console) -> int:
+def _change(settings: Any, default: Any, changed: Any) -> Any:
+    """Replace in settings what differs between two others, setting by setting, also in nested ones."""
+    if default == changed:
+        return settings
+    if is_dataclass(settings) and type(settings) is type(default) is type(changed):
+        names = [each.name for each in fields(settings)]
+        return replace(
+            settings,  # type: ignore[type-var]  # an instance, not a class
+            **{
+                name: _change(*(getattr(each, name) for each in (settings, default, changed)))
+                for name in names
+            },
+        )
+    if isinstance(changed, tuple) and len(settings) == len(default) == len(changed):
+        return tuple(map(_change, settings, default, changed))
+    if isinstance(changed, Mapping):
+        return {**settings, **{name: own for name, own in changed.items() if own != default.get(name)}}
+    return changed
+
+
+def _lost(run: Any, default: Any, changed: Any, name: str = "") -> Iterator[str]:
+    """Yield the options, such as `data.flip`, that were changed and that a run does not have so."""
+    if default == changed or run == changed or name in _ROUNDED:
+        return
+    prefix = f"{name}." if name else ""
+    if is_dataclass(changed) and type(run) is type(default) is type(changed):
+        for each in fields(changed):
+            option = prefix + RENAMED.get(each.name, each.name).replace("_", "-")
+            own, before, after = (getattr(part, each.name) for part in (run, default, changed))
+            yield from _lost(own, before, after, option)
+    elif isinstance(changed, tuple) and len(run) >= len(default) == len(changed):
+        for index, (own, before, after) in enumerate(zip(run, default, changed, strict=False)):
+            yield from _lost(own, before, after, f"{prefix}{index}")
+    elif not isinstance(changed, Mapping):
+        yield name
+
+
+def make_rows(
+    rows: Sequence[Row], command: TableCommand, results: Path, console: Console, ranks: Ranks
+) -> int:
     """Train and score rows one after another, those that are done excepted; return the exit code.
+
+    Every rank takes part; the first decides what is done, and when the time is over.
 
     Raises:
         RadioError: as `train_all`.
     """
     started = time.monotonic()
-    left = [row for row in rows if command.restart or not is_done(row, results)]
+    names = ranks.on_leader(
+        lambda: [row.name for row in rows if command.restart or not is_done(row, results)]
+    )
+    left = [row for row in rows if row.name in names]
     for row in left:  # all of them before the first is begun
         evaluation_settings(row)
         if not row.spec:
-            check_settings(row.config, int(os.environ.get("WORLD_SIZE", "1")))
-            check_tasks(row.config)
+            check_settings(row.config, ranks.world)
+            check_data(row.config)
     say(console, f"{len(rows) - len(left)} of {len(rows)} rows are done, in {results}")
     failed = []
     for index, row in enumerate(left):
-        minutes = (time.monotonic() - started) / 60
+        minutes = ranks.on_leader(lambda: (time.monotonic() - started) / 60)
         if command.minutes is not None and minutes >= command.minutes:
             say(console, f"{minutes:.0f} minutes have passed; the same command goes on with {row.name}")
             return REQUEUE
@@ -111,8 +201,6 @@ def make_rows(rows: Sequence[Row], command: TableCommand, results: Path, console
 
 def make_row(row: Row, results: Path, console: Console, *, restart: bool) -> str:
     """Train and score one row; return `done`, `failed` (in a task) or `stopped` (by a signal)."""
-    from radio.resources import choose_device
-
     fine: list[bool] = []
 
     def score(checkpoint: Path | None, ranks: Ranks, seconds: float) -> None:
@@ -126,7 +214,7 @@ def make_row(row: Row, results: Path, console: Console, *, restart: bool) -> str
     else:
         started = time.monotonic()
         trained = train_all(
-            {row.name: row.config},
+            {row.name: use_data_sets(row.config)},
             console,
             restart=restart,
             after=lambda checkpoint, ranks: score(checkpoint, ranks, time.monotonic() - started),
@@ -137,11 +225,7 @@ def make_row(row: Row, results: Path, console: Console, *, restart: bool) -> str
 
 
 def _measure_speeds(
-    given: Sequence[tuple[PaperTable, Runs]],
-    rows: Sequence[Row],
-    command: TableCommand,
-    results: Path,
-    console: Console,
+    given: Sequence[tuple[PaperTable, Runs]], command: TableCommand, results: Path, console: Console
 ) -> None:
     """Measure the speeds of the tables that show them, where that has not been done."""
     from .speed import measure_speed, read_speed
@@ -162,7 +246,7 @@ def show(
     write: bool = True,
 ) -> None:
     """Print the tables as far as their rows are done; write them as a file and as a page."""
-    from .showing import FILE, as_markdown, collect, print_tables, write_tables
+    from .showing import as_markdown, collect, print_tables, write_tables
     from .weights import show_weights
 
     made = collect(given, results)

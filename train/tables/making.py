@@ -116,14 +116,22 @@ def _data_sets(config: TrainConfig, *, anywhere: bool) -> DataSets:
 
 
 def is_done(row: Row, results: Path) -> bool:
-    """Check whether a row's result is there, of the same model, with all scores that the tables need."""
+    """Check whether a row's result is there, of the same model, with all scores that the tables need.
+
+    Raises:
+        DataError: the result is damaged.
+    """
     result = read_result(results, row.name)
-    if result is None:
-        return False
+    return result is not None and is_current(row, result) and set(protocols_of(row)) <= set(result.protocols)
+
+
+def is_current(row: Row, result: RowResult) -> bool:
+    """Check whether a result is of the row's model and scored as the row is; scores may be missing."""
     same = result.settings == row.settings if row.spec else _is_same_run(result.settings, row.config)
     return same and all(
-        is_made_with(stored, own) if (stored := result.protocols.get(key)) is not None else False
+        is_made_with(result.protocols[key], own)
         for key, own in protocols_of(row).items()
+        if key in result.protocols
     )
 
 

@@ -18,6 +18,8 @@ from radio.io import read_json, write_text
 from ..config import TrainConfig
 from ..loggers import LOG, read_records
 
+FILE = "tables.json"
+"""Name of the file of collected tables, in the folder of results."""
 FORMAT: Literal["am-radio-row/1"] = "am-radio-row/1"
 NUM_BLOCKS = 30  # of images, which the intervals of differences resample
 _LAST = 0.1  # share of a run's records whose mean is its loss
@@ -174,6 +176,6 @@ def merge(old: RowResult | None, new: RowResult) -> RowResult:
         values={**old.values, **new.values},
         scores={**old.scores, **new.scores},
         protocols={**old.protocols, **new.protocols},
-        left_out={**old.left_out, **new.left_out},
+        left_out={key: why for key, why in {**old.left_out, **new.left_out}.items() if key not in new.scores},
         seconds={**old.seconds, **new.seconds},
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -26,11 +27,11 @@ from radio.errors import shown
 from radio.io import write_text
 
 from .layout import OF_THE_RUN, SOURCES, Line, PaperTable, Runs, seeds_of
+from .making import is_current, rows_of
 from .results import RowResult, Score, read_result
 from .speed import Speed, read_speed
 from .verdicts import difference, judge, rank_agreement
 
-FILE = "tables.json"
 _TITLES = {
     "summary_loss": "summary loss",
     "feature_loss": "spatial loss",
@@ -66,7 +67,9 @@ def _collect(table: PaperTable, runs: Runs, results: Path) -> MadeTable:
         )
         for line in table.lines
     )
-    remarks = [*table.remarks, *_agreements(table, cells)]
+    differences, not_compared = _differences(table, found)
+    remarks = [*table.remarks, *_agreements(table, cells), *not_compared]
+    remarks += [*_seeds_remarks(table, runs, found, results), *_settings_remarks(table, runs, results)]
     remarks += [
         f"{line.paper.model} (paper): {line.paper.remark}"
         for line in table.lines
@@ -77,7 +80,7 @@ def _collect(table: PaperTable, runs: Runs, results: Path) -> MadeTable:
         title=table.title,
         columns=tuple(column_title(column, table) for column in table.columns),
         lines=lines,
-        differences=tuple(_differences(table, found)),
+        differences=tuple(differences),
         remarks=tuple(remarks),
     )
 
@@ -127,15 +130,22 @@ def _cell(
     scores = _scores(table, line, found, column)
     if not scores:
         return TableCell(paper=paper)
-    alone = difference(scores, [Score(value=0.0, low=0.0, high=0.0)])
+    nothing = Score(value=0.0, low=0.0, high=0.0)
+    alone = difference(scores, [nothing], trained=(not line.model, False))
     half = None if alone.low is None else alone.value - alone.low
     return TableCell(value=alone.value, half=half, paper=paper)
 
 
-def _differences(table: PaperTable, found: Mapping[str, Sequence[RowResult]]) -> list[TableDifference]:
-    """Compare each line with the one that it stands against, in each column that both have."""
+def _differences(
+    table: PaperTable, found: Mapping[str, Sequence[RowResult]]
+) -> tuple[list[TableDifference], list[str]]:
+    """Compare each line with the one that it stands against, in each column that both have.
+
+    Returns:
+        the differences, and a line for each that has no meaning, as the two were scored by other settings.
+    """
     lines = {line.label: line for line in table.lines}
-    made = []
+    made, not_compared = [], []
     for line in table.lines:
         if not line.against:
             continue
@@ -146,7 +156,15 @@ def _differences(table: PaperTable, found: Mapping[str, Sequence[RowResult]]) ->
             papers = [each.paper.values.get(column) if each.paper else None for each in (line, other)]
             if not ours or not theirs or papers[0] is None or papers[1] is None:
                 continue
-            gained, gap = difference(ours, theirs), papers[0] - papers[1]
+            protocols = [_protocols(table, each, found[each.label], column) for each in (line, other)]
+            if any(each != protocols[0][0] for side in protocols for each in side):
+                not_compared.append(
+                    f"{column_title(column, table)} of {line.label} and {other.label}: scored by different "
+                    f"settings, and not compared."
+                )
+                continue
+            gained = difference(ours, theirs, trained=(not line.model, not other.model))
+            gap = papers[0] - papers[1]
             made.append(
                 TableDifference(
                     line=line.label,
@@ -159,7 +177,54 @@ def _differences(table: PaperTable, found: Mapping[str, Sequence[RowResult]]) ->
                     verdict=judge(gained, gap) or "",
                 )
             )
-    return made
+    return made, not_compared
+
+
+def _protocols(
+    table: PaperTable, line: Line, found: Sequence[RowResult], column: str
+) -> list[Mapping[str, Any]]:
+    """Return the settings behind the scores of a line in a column, one per seed that has it."""
+    evaluation = table.evaluation(line, column)
+    assert evaluation is not None, "the line has scores in the column"
+    return [result.protocols.get(evaluation.key, {}) for result in found if evaluation.key in result.scores]
+
+
+def _seeds_remarks(
+    table: PaperTable, runs: Runs, found: Mapping[str, Sequence[RowResult]], results: Path
+) -> list[str]:
+    """Describe where intervals lack the error of seeds, and where a cell has fewer seeds than there are."""
+    remarks = []
+    students = [line for line in table.lines if line.run]
+    if lone := [line.label for line in students if len(found[line.label]) == 1]:
+        remarks.append(
+            f"One seed: {', '.join(lone)}. Between two such lines, or beside a teacher, intervals and "
+            f"verdicts are of the images alone; another seed may give the other order."
+        )
+    for line in students:
+        for column in table.columns:
+            count, of = len(_scores(table, line, found[line.label], column)), len(found[line.label])
+            if 0 < count < of:
+                remarks.append(f"{column_title(column, table)} of {line.label}: {count} of its {of} seeds.")
+    wanted = {name for line in students for name in seeds_of(runs, line.run)}
+    there = {
+        path.stem
+        for line in students
+        for path in (results / f"{line.run}.json", *results.glob(f"{line.run}-seed*.json"))
+        if path.is_file()
+    }
+    if others := sorted(there - wanted):
+        remarks.append(f"Results of other seeds, left out (see --seeds): {', '.join(others)}.")
+    return remarks
+
+
+def _settings_remarks(table: PaperTable, runs: Runs, results: Path) -> list[str]:
+    """Name the results that the command would not have made: of other settings, or another program."""
+    others = [
+        row.name
+        for row in rows_of([(table, runs)])
+        if (result := read_result(results, row.name)) is not None and not is_current(row, result)
+    ]
+    return [f"Made with other settings than this command's: {', '.join(others)}."] if others else []
 
 
 def _agreements(table: PaperTable, cells: Mapping[str, Sequence[TableCell]]) -> list[str]:
@@ -229,7 +294,7 @@ def write_tables(made: MadeTables, path: Path) -> None:
     """
     kept = {table.name: table for table in read_tables(path).tables} if path.is_file() else {}
     kept |= {table.name: table for table in made.tables}
-    order = sorted(kept, key=lambda name: int(name.removeprefix("table")))
+    order = sorted(kept, key=lambda name: (len(name), name))  # 10 after 2
     both = MadeTables(tables=tuple(kept[name] for name in order))
     write_text(path, json.dumps(to_plain(both), indent=1) + "\n")
 
@@ -257,11 +322,12 @@ def as_markdown(made: MadeTables, command: str) -> str:
 _INTRODUCTION = """\
 # The paper's tables on the generated world
 Made by `{command}`; do not edit. Tiny students and teachers on generated images: the scores are not the
-paper's, the question is whether its orderings hold. Every cell has our mean over seeds with half of a
+paper's, the question is whether its orderings hold. Every score is our mean over seeds with half of a
 95 % interval, and in brackets the paper's number on its own data (AM-RADIO, CVPR 2024).
 
 Below each table, lines are compared: our difference with its 95 % interval over seeds (Welch's) and
-images (a paired bootstrap), and the paper's. *holds*: the same sign, and the interval excludes zero;
-*reversed*: the other sign, likewise; *within noise*: the interval includes zero. The paper gives no
-intervals.
+images (a paired bootstrap; for VQA from both lines' own intervals), and the paper's. *holds*: the same
+sign, and the interval excludes zero; *reversed*: the other sign, likewise; *within noise*: the interval
+includes zero; *tie*: our difference is zero. Each verdict stands alone: where there is no difference at
+all, one in twenty intervals excludes zero by chance. The paper gives no intervals.
 """

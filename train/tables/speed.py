@@ -25,6 +25,7 @@ from radio.types import Backbone
 from ..config import TrainConfig
 from ..setup import model_config
 from .layout import Line, PaperTable, Runs, seeds_of
+from .paper_size import place_weights
 
 FORMAT: Literal["am-radio-speed/1"] = "am-radio-speed/1"
 
@@ -67,7 +68,7 @@ def measure_speed(table: PaperTable, runs: Runs, results: Path, console: Console
     base = next(iter(runs.values()), table.base)
     device = choose_device(base.device)
     entries = [
-        MeasuredModel(name=line.label, model=_model(line, runs), paper_name=line.paper_model)
+        MeasuredModel(name=line.label, model=_model(line, runs, base), paper_name=line.paper_model)
         for line in lines
     ]
     settings = ThroughputSettings(
@@ -88,10 +89,10 @@ def measure_speed(table: PaperTable, runs: Runs, results: Path, console: Console
     write_text(_path(results, table.name), text + "\n")
 
 
-def _model(line: Line, runs: Runs) -> Backbone:
+def _model(line: Line, runs: Runs, base: TrainConfig) -> Backbone:
     if line.model:
-        return choose_window(load_backbone(line.model), line.window, line.model)
-    config: TrainConfig = runs[seeds_of(runs, line.run)[0]]
+        return choose_window(load_backbone(place_weights(line.model, base)), line.window, line.model)
+    config = runs[seeds_of(runs, line.run)[0]]
     torch.manual_seed(0)
     model = RadioModel(model_config(config, {})).eval()
     return choose_window(model, line.window, config.student)

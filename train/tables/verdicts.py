@@ -56,7 +56,7 @@ def difference(
 
 
 def judge(found: Difference, papers: float | None) -> Verdict | None:
-    """Judge whether a difference has the sign of the paper's; None where the paper has none, or we no interval."""
+    """Judge whether a difference has the sign of the paper's; None where that is 0 or an interval lacks."""
     if not papers or found.low is None or found.high is None:
         return None
     if found.value == 0:

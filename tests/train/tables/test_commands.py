@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,13 @@ from evals.reporting.paper_tables import read_tables
 from radio import entry
 from radio.config import read_yaml
 from tests.train.conftest import read_records
-from train.cli import main
+from train.cli import _parse, main
 from train.config import TrainConfig
 from train.distributed import REQUEUE, Preemption
+from train.tables import make_tables
+from train.tables.commands import _runs
+from train.tables.options import TableCommand
+from train.tables.paper_size import DATA_SETS
 from train.tables.results import read_result
 
 TINY = [
@@ -136,6 +141,11 @@ def test_a_task_that_fails_is_tried_again(
         (["--teachers.1.batch-size", "1"], "clip and dense see other images or sizes"),  # AMTML-KD's row
         (["--size", "paper"], "the paper's tables are scored on your data sets: give --data-root"),
         (["--seeds", "0"], "--seeds: 0 is out of bounds"),
+        (["--balance.kind", "adaloss"], "table3 sets --balance.kind itself in row base, where the option"),
+        (["--collect", "--plan"], "--collect and --plan do not go together"),
+        (["--collect"], "results: no such folder, and nothing to collect"),
+        (["--results", "/proc/nowhere"], "--results /proc/nowhere"),
+        (["--page", "/proc/nowhere/tables.md"], "--page /proc/nowhere"),
     ],
 )
 def test_what_cannot_be_is_said_before_the_first_row(
@@ -144,6 +154,37 @@ def test_what_cannot_be_is_said_before_the_first_row(
     assert entry.train(["table3", *TINY, "--out", str(tmp_path / "out"), *words]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_options_change_settings_one_by_one_in_every_table() -> None:
+    changed = ["--data.workers", "2", "--teachers.0.summary-weight", "0.5", "--vqa.image-tokens", "256"]
+    default = make_tables("tables", "paper")[0].base
+    tasks = ("knn", "vqa")
+    command = _parse(
+        TableCommand,
+        TableCommand(config=replace(default, score=tasks)),
+        ["--score", *tasks, *changed, "--rows", "a-laion", "vit-b14"],
+        "tables",
+    )
+    for name, run, shards in (("table1", "a-laion", "laion"), ("table6", "vit-b14", "imagenet-21k")):
+        (table,) = make_tables(name, "paper")
+        config = _runs(table, default, command)[run]
+        assert config.data == replace(DATA_SETS[shards], workers=2)  # and its own images
+        assert config.teachers[0] == replace(table.base.teachers[0], summary_weight=0.5)
+        assert config.teachers[1] == table.base.teachers[1]
+        assert config.tasks["vqa"].image_tokens == 256
+        assert config.score == tasks
+
+
+def test_a_damaged_file_of_tables_is_found_before_the_first_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "out" / "results"
+    results.mkdir(parents=True)
+    (results / "tables.json").write_text("hello")
+    assert entry.train(["table3", *TINY, "--out", str(tmp_path / "out")]) == 2
+    assert "tables.json: is not JSON" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "base").exists()
 
 
 def test_an_unknown_name_may_have_been_a_table(capsys: pytest.CaptureFixture[str]) -> None:

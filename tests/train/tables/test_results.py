@@ -103,6 +103,8 @@ def test_scores_of_the_same_student_are_joined() -> None:
     new = result_of(SMOKE, scores={"seg": {"miou": Score(value=2.0)}})
     assert set(merge(old, new).scores) == {"knn", "seg"}
     assert merge(old, new).seconds == {"train": 3.0}
+    left = replace(old, left_out={"seg": "no library", "vqa": "no tokens"})
+    assert merge(left, new).left_out == {"vqa": "no tokens"}  # seg could be scored later
     other = result_of(replace(SMOKE, seed=3))
     assert merge(old, other) == other
     assert merge(None, new) == new

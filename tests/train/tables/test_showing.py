@@ -1,0 +1,98 @@
+"""Tables collected from results: what is compared, and what a table says about seeds and settings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from evals.reporting.paper_tables import MadeTable, MadeTables, read_tables
+from radio.config import to_plain
+from train.tables import make_tables
+from train.tables.layout import runs_of
+from train.tables.making import protocols_of, rows_of
+from train.tables.results import RowResult, Score, deciding_settings, write_result
+from train.tables.showing import collect, write_tables
+
+(TABLE,) = make_tables("table2", "small")
+
+
+def write_rows(folder: Path, values: dict[str, float], num_seeds: int = 1) -> dict[str, RowResult]:
+    """Write a result with a k-NN for each of the rows named."""
+    written = {}
+    for row in rows_of([(TABLE, runs_of(TABLE, TABLE.base, num_seeds))]):
+        if row.name in values:
+            value = values[row.name]
+            score = Score(value=value, low=value - 1, high=value + 1)
+            result = RowResult(
+                name=row.name,
+                settings=deciding_settings(row.config),
+                scores={"knn": {"top1": score}},
+                protocols={key: to_plain(own) for key, own in protocols_of(row).items()},
+            )
+            write_result(folder, result)
+            written[row.name] = result
+    return written
+
+
+def collected(folder: Path, num_seeds: int = 1) -> MadeTable:
+    (table,) = collect([(TABLE, runs_of(TABLE, TABLE.base, num_seeds))], folder).tables
+    return table
+
+
+def test_a_table_of_one_seed_is_not_called_more(tmp_path: Path) -> None:
+    write_rows(tmp_path, {"no-spatial": 40.0, "base": 50.0})
+    table = collected(tmp_path)
+    (found,) = table.differences
+    assert (found.line, found.against, found.verdict) == ("both", "none", "holds")
+    assert found.high == pytest.approx(10 + 2**0.5, abs=1e-4)
+    (remark,) = table.remarks
+    assert remark.startswith("One seed: none, both. ") and "of the images alone" in remark
+
+
+def test_a_mean_over_fewer_seeds_than_the_line_has_is_told(tmp_path: Path) -> None:
+    names = {f"base-seed{seed}": 50.0 + seed for seed in range(3)}
+    written = write_rows(tmp_path, names, num_seeds=3)
+    write_result(tmp_path, replace(written["base-seed2"], scores={}))
+    table = collected(tmp_path, num_seeds=3)
+    assert table.lines[3].seeds == "3"
+    assert table.lines[3].cells[1].value == 50.5
+    assert "k-NN of both: 2 of its 3 seeds." in table.remarks
+
+
+def test_results_of_other_seeds_are_named(tmp_path: Path) -> None:
+    write_rows(tmp_path, {"base": 50.0})
+    table = collected(tmp_path, num_seeds=3)
+    assert table.lines[3].seeds == "0 of 3"
+    assert table.remarks == ("Results of other seeds, left out (see --seeds): base.",)
+    write_rows(tmp_path, {f"base-seed{seed}": 50.0 for seed in range(3)}, num_seeds=3)
+    seeds = "base-seed0, base-seed1, base-seed2"
+    assert collected(tmp_path).remarks[-1] == f"Results of other seeds, left out (see --seeds): {seeds}."
+
+
+def test_results_of_other_settings_are_named_and_other_protocols_not_compared(tmp_path: Path) -> None:
+    written = write_rows(tmp_path, {"no-spatial": 40.0, "spatial-clip": 45.0, "base": 50.0})
+    short = replace(written["no-spatial"], settings={**written["no-spatial"].settings, "steps": 3})
+    write_result(tmp_path, short)
+    table = collected(tmp_path)
+    assert len(table.differences) == 2  # scored alike
+    assert table.remarks[-1] == "Made with other settings than this command's: no-spatial."
+    protocols = {**written["base"].protocols, "knn": {**written["base"].protocols["knn"], "k": [5]}}
+    write_result(tmp_path, replace(written["base"], protocols=protocols))
+    table = collected(tmp_path)
+    assert [each.line for each in table.differences] == ["scenes:clip"]
+    assert "k-NN of both and none: scored by different settings, and not compared." in table.remarks
+    assert table.remarks[-1] == "Made with other settings than this command's: no-spatial, base."
+
+
+def test_tables_of_any_name_are_kept_in_order(tmp_path: Path) -> None:
+    def named(*names: str) -> MadeTables:
+        return MadeTables(
+            tables=tuple(MadeTable(name=name, title="", columns=(), lines=()) for name in names)
+        )
+
+    write_tables(named("mine", "table10"), tmp_path / "tables.json")
+    write_tables(named("table2"), tmp_path / "tables.json")
+    read = read_tables(tmp_path / "tables.json")
+    assert [table.name for table in read.tables] == ["mine", "table2", "table10"]
