@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -39,6 +39,9 @@ SOURCES: Mapping[str, Source] = {
     "vqav2": Source("vqa", "llava", "vqav2", "VQAv2-like"),
 }
 """The paper's columns that evaluators fill."""
+
+VQA = ("gqa", "sqa", "textvqa", "vqav2")
+OTHERS = ("zeroshot", "knn", "ade20k")
 
 OF_THE_RUN = ("summary_loss", "feature_loss", "parameters", "images_per_second")
 """The paper's columns that need no evaluator."""
@@ -122,6 +125,11 @@ class Evaluation(NamedTuple):
         parts += [f"window-{self.window}"] if self.window is not None else []
         parts += [f"{name}-{value}" for name, value in self.options]
         return "-".join(part for part in parts if part)
+
+
+def find_row(table: Sequence[PaperRow], model: str) -> PaperRow:
+    """Return the paper's row of a model."""
+    return next(row for row in table if row.model == model)
 
 
 def runs_of(table: PaperTable, base: TrainConfig, num_seeds: int) -> dict[str, TrainConfig]:

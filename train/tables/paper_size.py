@@ -12,10 +12,7 @@ from pathlib import Path
 
 from evals.core.paper import (
     TABLE_1,
-    TABLE_2,
-    TABLE_3,
     TABLE_4,
-    TABLE_5,
     TABLE_6,
     TABLE_6_MODELS,
     TABLE_7,
@@ -29,9 +26,10 @@ from evals.vqa.settings import VqaSettings
 from radio.datasets import read_data_sets
 from radio.students import StudentOptions, ViTDetOptions, ViTOptions
 
-from ..config import BalanceConfig, DataConfig, TeacherConfig, TrainConfig
+from ..config import DataConfig, TeacherConfig, TrainConfig
 from ..recipes import CLIP, DINO, SAM, paper_b14, paper_h14
-from .layout import Line, PaperTable, Runs, nearest_side
+from .ablations import balancing, pooling, spatial_losses
+from .layout import OTHERS, VQA, Line, PaperTable, Runs, find_row, nearest_side
 
 OPENCLIP = TeacherConfig(
     name="clip",
@@ -91,9 +89,6 @@ def place_weights(spec: str, config: TrainConfig) -> str:
     return spec.replace("@weights/", f"@{folder}/")
 
 
-VQA = ("gqa", "sqa", "textvqa", "vqav2")
-OTHERS = ("zeroshot", "knn", "ade20k")
-
 SPECS = {
     "OpenCLIP H/14": OPENCLIP.model,
     "OpenCLIP ViT-H/14": OPENCLIP.model,
@@ -131,10 +126,6 @@ def huge_base() -> TrainConfig:
     return replace(large_base(), recipe="paper-vit-h14", student="vit-h14", teachers=(CLIP, DINO))
 
 
-def _row(table: Sequence[PaperRow], model: str) -> PaperRow:
-    return next(row for row in table if row.model == model)
-
-
 def _teachers(table: Sequence[PaperRow], against: str = "") -> list[Line]:
     """Return the lines of a table's teachers."""
     return [
@@ -164,7 +155,7 @@ def table1() -> PaperTable:
         Line(
             label=f"config {config}: {paper_set}",
             run=f"{config.lower()}-{name}",
-            paper=_row(TABLE_1, f"RADIO, config {config}, {paper_set}"),
+            paper=find_row(TABLE_1, f"RADIO, config {config}, {paper_set}"),
             against="" if name == "imagenet" else f"config {config}: {PAPERS_NAMES['imagenet']}",
         )
         for config in "AB"
@@ -184,60 +175,14 @@ def table1() -> PaperTable:
 
 def table2() -> PaperTable:
     """Spatial losses of no teacher, of one, of both."""
-
-    def make_runs(base: TrainConfig) -> Runs:
-        def weigh(*weights: float) -> TrainConfig:
-            pairs = zip(base.teachers, weights, strict=True)
-            return replace(
-                base, teachers=tuple(replace(teacher, spatial_weight=weight) for teacher, weight in pairs)
-            )
-
-        return {
-            "no-spatial": weigh(0, 0),
-            "spatial-clip": weigh(1, 0),
-            "spatial-dino": weigh(0, 1),
-            "a-datacomp": base,
-        }
-
     runs = ("no-spatial", "spatial-clip", "spatial-dino", "a-datacomp")
-    lines = [
-        Line(label=label, run=run, paper=row, against="" if label == "none" else "none")
-        for label, run, row in zip(("none", "CLIP", "DINOv2", "both"), runs, TABLE_2, strict=True)
-    ]
-    return PaperTable(
-        name="table2",
-        title="whose spatial features are matched",
-        size="paper",
-        base=large_base(),
-        columns=OTHERS,
-        lines=tuple(lines),
-        make_runs=make_runs,
-        remarks=("The student is inferred from other tables.",),
-    )
+    table = spatial_losses("paper", large_base(), runs, ("none", "CLIP", "DINOv2", "both"))
+    return replace(table, remarks=("The student is inferred from other tables.",))
 
 
 def table3() -> PaperTable:
     """How the losses are balanced: ViT-B/14 from MetaCLIP H/14 and DINOv2 g/14."""
-    kinds: dict[str, BalanceConfig] = {
-        "b14-naive": BalanceConfig(),
-        "b14-uncertainty": BalanceConfig(kind="uncertainty"),
-        "b14-adaloss": BalanceConfig(kind="adaloss"),
-        "b14-amtml": BalanceConfig(kind="amtml"),
-    }
-    labels = ("naive", "uncertainty", "AdaLoss", "AMTML-KD")
-    lines = [
-        Line(label=label, run=run, paper=row, against="" if label == "naive" else "naive")
-        for label, run, row in zip(labels, kinds, [*TABLE_3, None], strict=True)
-    ]
-    return PaperTable(
-        name="table3",
-        title="how the losses are balanced",
-        size="paper",
-        base=replace(paper_b14(), out=large_base().out),
-        columns=OTHERS,
-        lines=tuple(lines),
-        make_runs=lambda base: {name: replace(base, balance=kind) for name, kind in kinds.items()},
-    )
+    return balancing("paper", replace(paper_b14(), out=large_base().out), "b14-naive", "b14-")
 
 
 def table4() -> PaperTable:
@@ -245,11 +190,11 @@ def table4() -> PaperTable:
     without = "ViT-L/14 without CPE"
     lines = (
         *_teachers(TABLE_4),
-        Line(label=without, run="no-cpe", paper=_row(TABLE_4, f"RADIO {without}")),
+        Line(label=without, run="no-cpe", paper=find_row(TABLE_4, f"RADIO {without}")),
         Line(
             label="ViT-L/14 with CPE",
             run="a-datacomp",
-            paper=_row(TABLE_4, "RADIO ViT-L/14 with CPE"),
+            paper=find_row(TABLE_4, "RADIO ViT-L/14 with CPE"),
             against=without,
         ),
     )
@@ -266,20 +211,7 @@ def table4() -> PaperTable:
 
 def table5() -> PaperTable:
     """The class token as summary, or average pooling: ViT-H/14."""
-    labels = {"class token": "b-datacomp", "average pooling": "mean"}
-    lines = [
-        Line(label=label, run=run, paper=row, against="" if run == "b-datacomp" else "class token")
-        for (label, run), row in zip(labels.items(), TABLE_5, strict=True)
-    ]
-    return PaperTable(
-        name="table5",
-        title="class token or average pooling",
-        size="paper",
-        base=huge_base(),
-        columns=("summary_loss", "feature_loss", *OTHERS, "voc", *VQA),
-        lines=tuple(lines),
-        make_runs=lambda base: {"b-datacomp": base, "mean": replace(base, summary="mean")},
-    )
+    return pooling("paper", huge_base(), "b-datacomp")
 
 
 _EFFICIENT = tuple(name for name in TABLE_6_MODELS if not name.startswith(("dinov2:", "openclip:")))
@@ -301,7 +233,7 @@ def table6() -> PaperTable:
             label=TABLE_6_MODELS[name],
             run=name.replace(":", "-"),
             paper_model=name,
-            paper=_row(TABLE_6, TABLE_6_MODELS[name]),
+            paper=find_row(TABLE_6, TABLE_6_MODELS[name]),
             against="" if name == "vit-b14" else TABLE_6_MODELS["vit-b14"],
         )
         for name in _EFFICIENT
@@ -346,10 +278,10 @@ def _against_teachers(number: int, table: Sequence[PaperRow], run: str, remark: 
                 label="E-RADIO-L",
                 run="e-radio-l",
                 paper_model="e-radio-l",
-                paper=_row(table, "E-RADIO-L"),
+                paper=find_row(table, "E-RADIO-L"),
                 against="RADIO ViT-H/14",
             ),
-            Line(label="RADIO ViT-H/14", run=run, paper=_row(table, "RADIO ViT-H/14"), against=clip),
+            Line(label="RADIO ViT-H/14", run=run, paper=find_row(table, "RADIO ViT-H/14"), against=clip),
         ),
         make_runs=make_runs,
         remarks=(remark,),
@@ -372,7 +304,7 @@ def table8() -> PaperTable:
                 label=f"window {side}",
                 run="vitdet-h14",
                 window=side,
-                paper=_row(TABLE_8, f"RADIO ViTDet-H/14, window {side}"),
+                paper=find_row(TABLE_8, f"RADIO ViTDet-H/14, window {side}"),
                 against="SAM Huge" if side == 8 else first,
                 columns=("coco", "images_per_second"),
             )

@@ -13,10 +13,7 @@ from typing import Literal
 
 from evals.core.paper import (
     TABLE_1,
-    TABLE_2,
-    TABLE_3,
     TABLE_4,
-    TABLE_5,
     TABLE_6,
     TABLE_7,
     TABLE_8,
@@ -27,9 +24,10 @@ from evals.core.paper import (
 )
 from radio.students import ERadioOptions, StudentOptions, ViTDetOptions, ViTOptions
 
-from ..config import AdaptorOptions, BalanceConfig, TrainConfig
+from ..config import AdaptorOptions, TrainConfig
 from ..recipes import SCENES_TEACHERS, demo
-from .layout import Line, PaperTable, Runs, nearest_side
+from .ablations import balancing, pooling, spatial_losses
+from .layout import OTHERS, VQA, Line, PaperTable, Runs, find_row, nearest_side
 
 SEEDS = 3
 _BASE = "base"  # the run of the shared recipe, which most tables show
@@ -43,8 +41,9 @@ WORLDS: Mapping[Literal["own", "night", "web", "mixture"], str] = {
 }
 """The worlds by name, and the paper's data set whose part each plays."""
 
-VQA = ("gqa", "sqa", "textvqa", "vqav2")
-OTHERS = ("zeroshot", "knn", "ade20k")
+_SAME_QUESTIONS = (
+    "GQA-like and VQAv2-like ask the same questions about the same images: their verdicts are one."
+)
 
 TEACHERS = {
     "clip": ("scenes:clip", "OpenCLIP ViT-H/14"),
@@ -89,10 +88,6 @@ def small_base() -> TrainConfig:
     )
 
 
-def _row(table: Sequence[PaperRow], model: str) -> PaperRow:
-    return next(row for row in table if row.model == model)
-
-
 def _teacher(name: str, table: Sequence[PaperRow], model: str = "", against: str = "") -> Line:
     """Return the line of a teacher, beside the paper's whose part it plays."""
     spec, paper_model = TEACHERS[name]
@@ -120,7 +115,7 @@ def table1() -> PaperTable:
             lines.append(
                 Line(
                     label=f"{teachers}: {world}",
-                    paper=_row(TABLE_1, f"RADIO, config {config}, {paper_set}"),
+                    paper=find_row(TABLE_1, f"RADIO, config {config}, {paper_set}"),
                     run=_BASE if name == "own" else name,
                     against="" if world == "own" else first,
                 )
@@ -143,63 +138,14 @@ def table1() -> PaperTable:
 
 def table2() -> PaperTable:
     """Spatial losses of no teacher, of one, of both."""
-
-    def make_runs(base: TrainConfig) -> Runs:
-        def weigh(*weights: float) -> TrainConfig:
-            pairs = zip(base.teachers, weights, strict=True)
-            return replace(
-                base, teachers=tuple(replace(teacher, spatial_weight=weight) for teacher, weight in pairs)
-            )
-
-        return {
-            "no-spatial": weigh(0, 0),
-            "spatial-clip": weigh(1, 0),
-            "spatial-dense": weigh(0, 1),
-            _BASE: base,
-        }
-
     runs = ("no-spatial", "spatial-clip", "spatial-dense", _BASE)
     labels = ("none", "scenes:clip", "scenes:dense", "both")
-    lines = [
-        Line(label=label, run=run, paper=row, against="" if label == "none" else "none")
-        for label, run, row in zip(labels, runs, TABLE_2, strict=True)
-    ]
-    return PaperTable(
-        name="table2",
-        title="whose spatial features are matched",
-        size="small",
-        base=small_base(),
-        columns=OTHERS,
-        lines=tuple(lines),
-        make_runs=make_runs,
-        num_seeds=SEEDS,
-    )
+    return replace(spatial_losses("small", small_base(), runs, labels), num_seeds=SEEDS)
 
 
 def table3() -> PaperTable:
     """How the losses are balanced."""
-    kinds: dict[str, BalanceConfig] = {
-        _BASE: BalanceConfig(),
-        "uncertainty": BalanceConfig(kind="uncertainty"),
-        "adaloss": BalanceConfig(kind="adaloss"),
-        "amtml": BalanceConfig(kind="amtml"),
-    }
-    papers = [*TABLE_3, None]  # AMTML-KD is in the text alone: worse than naive
-    labels = ("naive", "uncertainty", "AdaLoss", "AMTML-KD")
-    lines = [
-        Line(label=label, run=run, paper=row, against="" if label == "naive" else "naive")
-        for label, run, row in zip(labels, kinds, papers, strict=True)
-    ]
-    return PaperTable(
-        name="table3",
-        title="how the losses are balanced",
-        size="small",
-        base=small_base(),
-        columns=OTHERS,
-        lines=tuple(lines),
-        make_runs=lambda base: {name: replace(base, balance=kind) for name, kind in kinds.items()},
-        num_seeds=SEEDS,
-    )
+    return replace(balancing("small", small_base(), _BASE), num_seeds=SEEDS)
 
 
 def table4() -> PaperTable:
@@ -207,11 +153,11 @@ def table4() -> PaperTable:
     lines = (
         _teacher("clip", TABLE_4, "OpenCLIP H/14"),
         _teacher("dense", TABLE_4, "DINOv2 L/14"),
-        Line(label="without CPE", run="no-cpe", paper=_row(TABLE_4, "RADIO ViT-L/14 without CPE")),
+        Line(label="without CPE", run="no-cpe", paper=find_row(TABLE_4, "RADIO ViT-L/14 without CPE")),
         Line(
             label="with CPE",
             run=_BASE,
-            paper=_row(TABLE_4, "RADIO ViT-L/14 with CPE"),
+            paper=find_row(TABLE_4, "RADIO ViT-L/14 with CPE"),
             against="without CPE",
         ),
     )
@@ -230,21 +176,7 @@ def table4() -> PaperTable:
 
 def table5() -> PaperTable:
     """The class token as summary, or average pooling."""
-    labels = {"class token": _BASE, "average pooling": "mean"}
-    lines = [
-        Line(label=label, run=run, paper=row, against="" if run == _BASE else "class token")
-        for (label, run), row in zip(labels.items(), TABLE_5, strict=True)
-    ]
-    return PaperTable(
-        name="table5",
-        title="class token or average pooling",
-        size="small",
-        base=small_base(),
-        columns=("summary_loss", "feature_loss", *OTHERS, *VQA),
-        lines=tuple(lines),
-        make_runs=lambda base: {_BASE: base, "mean": replace(base, summary="mean")},
-        num_seeds=SEEDS,
-    )
+    return replace(pooling("small", small_base(), _BASE), num_seeds=SEEDS, remarks=(_SAME_QUESTIONS,))
 
 
 def table6() -> PaperTable:
@@ -265,7 +197,7 @@ def table6() -> PaperTable:
         Line(
             label=student,
             run=student.replace(":", "-"),
-            paper=_row(TABLE_6, model),
+            paper=find_row(TABLE_6, model),
             against="" if student == "vit-tiny12" else "vit-tiny12",
         )
         for student, model in SIBLINGS.items()
@@ -279,7 +211,6 @@ def table6() -> PaperTable:
         columns=("parameters", "images_per_second", *OTHERS, "feature_loss"),
         lines=(_teacher("dense", TABLE_6, "DINOv2 G/14"), _teacher("clip", TABLE_6, "OpenCLIP H/14"), *lines),
         make_runs=make_runs,
-        remarks=("One seed: the intervals are over images alone.",),
     )
 
 
@@ -304,8 +235,8 @@ def _against_teachers(number: int, table: Sequence[PaperRow], run: str, label: s
         clip,
         _teacher("dense", table),
         _teacher("sam", table),
-        Line(label="E-RADIO", run="e-radio", paper=_row(table, "E-RADIO-L"), against=label),
-        Line(label=label, run=run, paper=_row(table, "RADIO ViT-H/14"), against=clip.label),
+        Line(label="E-RADIO", run="e-radio", paper=find_row(table, "E-RADIO-L"), against=label),
+        Line(label=label, run=run, paper=find_row(table, "RADIO ViT-H/14"), against=clip.label),
     )
     return PaperTable(
         name=f"table{number}",
@@ -316,6 +247,7 @@ def _against_teachers(number: int, table: Sequence[PaperRow], run: str, label: s
         lines=lines,
         make_runs=lambda base: {name: _families(base)[name] for name in ("e-radio", run)},
         num_seeds=SEEDS,
+        remarks=(_SAME_QUESTIONS,),
     )
 
 
@@ -335,7 +267,7 @@ def table8() -> PaperTable:
                 label=f"window {ours}",
                 run="vitdet",
                 window=ours,
-                paper=_row(TABLE_8, f"RADIO ViTDet-H/14, window {papers}"),
+                paper=find_row(TABLE_8, f"RADIO ViTDet-H/14, window {papers}"),
                 against="scenes:sam" if f"window {ours}" == first else first,
                 columns=("coco", "images_per_second"),
             )
@@ -344,7 +276,7 @@ def table8() -> PaperTable:
         Line(
             label="other benchmarks",
             run="vitdet",
-            paper=_row(TABLE_8_OTHER, "RADIO ViTDet-H/14"),
+            paper=find_row(TABLE_8_OTHER, "RADIO ViTDet-H/14"),
             columns=OTHERS,
         ),
     ]
@@ -390,6 +322,7 @@ def table10() -> PaperTable:
             _teacher("sam", TABLE_10, against=clip.label),
         ),
         make_runs=lambda base: {},
+        remarks=(_SAME_QUESTIONS,),
     )
 
 
