@@ -206,7 +206,7 @@ def make_row(row: Row, results: Path, console: Console, *, restart: bool) -> str
     def score(checkpoint: Path | None, ranks: Ranks, seconds: float) -> None:
         took = {"train": round(seconds, 1)} if checkpoint else {}
         screen = console if ranks.leads else Console(quiet=True)
-        fine.append(score_row(row, checkpoint, results, screen, ranks, took))
+        fine.append(score_row(row, checkpoint, results, screen, ranks, took, restart=restart))
 
     if row.spec:
         with join(choose_device(row.config.device)) as ranks:

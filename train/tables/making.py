@@ -158,6 +158,8 @@ def score_row(
     console: Console,
     ranks: Ranks,
     seconds: Mapping[str, float],
+    *,
+    restart: bool,
 ) -> bool:
     """Score a row and write its result; return whether nothing failed. Every rank takes part.
 
@@ -168,6 +170,7 @@ def score_row(
         console: where to report.
         ranks: that score together.
         seconds: that the training took.
+        restart: replace an earlier result, instead of adding to it.
     """
     started, config = time.monotonic(), row.config
     out = config.out / "reports" if checkpoint else config.out.parent / "teachers"
@@ -212,7 +215,7 @@ def score_row(
             device=describe_device(choose_device(config.device)),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        write_result(results, merge(read_result(results, row.name), result))
+        write_result(results, result if restart else merge(read_result(results, row.name), result))
     return all(outcome.state != "failed" for each in outcomes.values() for outcome in each)
 
 

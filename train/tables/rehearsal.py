@@ -34,15 +34,18 @@ def rehearse(rows: Sequence[Row], options: PlanOptions, console: Console) -> int
     """Rehearse rows, with a line for each; return how many cannot be made.
 
     Args:
-        rows: students are trained for a step on fake tensors; teachers only see the evaluators' sizes.
+        rows: students are trained for a step on fake tensors; teachers only see the evaluators' sizes. Of
+            those that differ in their seed alone, the first is rehearsed.
         options: the number of ranks.
         console: where to print.
     """
     table = Table(title="rehearsal", box=box.ROUNDED if console.is_terminal else box.ASCII)
     for head in ("row", "model", "a step", "optimizer", "evaluators' pixels"):
         table.add_column(head, overflow="fold")
-    failed = 0
+    failed, first = 0, dict[str, Row]()
     for row in rows:
+        first.setdefault(row.name.rpartition("-seed")[0] or row.name, row)
+    for row in first.values():
         try:
             cells = _rehearse_teacher(row) if row.spec else _rehearse_student(row, options)
         except RadioError as error:

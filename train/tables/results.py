@@ -100,8 +100,8 @@ def is_made_with(stored: Any, settings: Any) -> bool:
 
 
 def _is_default(settings: Any, setting: Field[Any]) -> bool:
-    made = setting.default if setting.default_factory is MISSING else setting.default_factory()
-    return bool(getattr(settings, setting.name) == made)
+    default = setting.default if setting.default_factory is MISSING else setting.default_factory()
+    return default is not MISSING and bool(getattr(settings, setting.name) == default)
 
 
 def read_result(folder: Path, name: str) -> RowResult | None:

@@ -229,18 +229,18 @@ def _settings_remarks(table: PaperTable, runs: Runs, results: Path) -> list[str]
 
 def _agreements(table: PaperTable, cells: Mapping[str, Sequence[TableCell]]) -> list[str]:
     """Describe how the order of many students agrees with the paper's, in each column."""
-    said = []
+    remarks = []
     for index, column in enumerate(table.columns):
         students = [cells[line.label][index] for line in table.lines if line.run]
         pairs = [(c.value, c.paper) for c in students if c.value is not None and c.paper is not None]
         if len(pairs) < _FEWEST:
             continue
         tau = rank_agreement([ours for ours, _ in pairs], [papers for _, papers in pairs])
-        said.append(
+        remarks.append(
             f"{column_title(column, table)}: Kendall's tau of our order of the {len(pairs)} students with "
             f"the paper's is {tau:+.2f}."
         )
-    return said
+    return remarks
 
 
 def print_tables(made: MadeTables, console: Console) -> None:

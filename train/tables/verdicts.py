@@ -115,7 +115,9 @@ def _image_half(ours: Sequence[Score], theirs: Sequence[Score]) -> float | None:
     pairing = ours[0].pairing
     blocks = [_blocks(score) for score in (*ours, *theirs)]
     known = [each for each in blocks if each is not None]
-    alike = len({score.pairing for score in (*ours, *theirs)}) == len({each.shape[:2] for each in known}) == 1
+    same = 3 if pairing == "mean" else 2  # dimensions; a class that no image has is an area of 0
+    pairings, shapes = {score.pairing for score in (*ours, *theirs)}, {each.shape[:same] for each in known}
+    alike = len(pairings) == len(shapes) == 1
     if alike and len(known) == len(blocks) and len(known[0]) > 1:
         width = max(each.shape[2] for each in known)
         padded = [np.pad(each, ((0, 0), (0, 0), (0, width - each.shape[2]))) for each in known]

@@ -101,6 +101,9 @@ def test_rows_by_name_a_limit_of_time_and_a_second_evaluation(
     result = read_result(tmp_path / "out" / "results", "base")
     assert result is not None and result.protocols["knn"]["k"] == [5]
     assert (tmp_path / "out" / "base" / "ckpt.pt").stat().st_mtime_ns == trained
+    (tmp_path / "out" / "results" / "base.json").write_text("damaged")
+    assert make("table2", tmp_path, "--rows", "base", "--restart") == 0  # it is not read
+    assert read_result(tmp_path / "out" / "results", "base") is not None
 
 
 @pytest.mark.usefixtures("one_process")

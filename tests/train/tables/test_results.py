@@ -63,10 +63,16 @@ class New:
     extra: list[int] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Required:
+    rate: float
+
+
 def test_a_setting_that_came_later_is_its_default() -> None:
     stored = to_plain(Old(rate=2.0))
     assert is_made_with(stored, New(rate=2.0))
     assert not is_made_with(stored, New(rate=2.0, extra=[1]))
+    assert not is_made_with({}, Required(rate=2.0))  # which no earlier program can have had
     assert not is_made_with(stored, New())  # as if a default had changed
     assert not is_made_with({**stored, "gone": 1}, New(rate=2.0))  # a setting that was removed
     assert not is_made_with(None, New())

@@ -89,6 +89,12 @@ def test_areas_are_paired_though_one_side_lacks_the_last_class() -> None:
     assert found == Difference(0.0, 0.0, 0.0)  # all blocks are alike
 
 
+def test_means_of_other_parts_are_not_paired() -> None:
+    one = Score(value=50.0, low=47.0, high=53.0, pairing="mean", blocks=(((1.0,), (2.0,)),) * 3)
+    two = Score(value=50.0, low=46.0, high=54.0, pairing="mean", blocks=(((1.0, 1.0), (2.0, 2.0)),) * 3)
+    assert difference([one], [two]) == Difference(0.0, -5.0, 5.0)  # 3 and 4, as if independent
+
+
 def test_one_block_gives_no_error_of_images() -> None:
     one = blocks_of(np.array([30]), 50)
     assert difference([one], [blocks_of(np.array([20]), 50)]) == Difference(20.0, None, None)
