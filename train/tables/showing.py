@@ -329,5 +329,6 @@ Below each table, lines are compared: our difference with its 95 % interval over
 images (a paired bootstrap; for VQA from both lines' own intervals), and the paper's. *holds*: the same
 sign, and the interval excludes zero; *reversed*: the other sign, likewise; *within noise*: the interval
 includes zero; *tie*: our difference is zero. Each verdict stands alone: where there is no difference at
-all, one in twenty intervals excludes zero by chance. The paper gives no intervals.
+all, one in twenty intervals excludes zero by chance. The paper gives no intervals: its own gaps of a
+few hundredths may be noise.
 """
