@@ -117,9 +117,9 @@ def _batches(run: Trainer, steps: int) -> Iterator[Batch]:
     pixels = torch.randint(256, (group.share, 3, side, side), dtype=torch.uint8)
     if run.device.type == "cuda":
         pixels = pixels.pin_memory()
-    for _ in range(steps):
+    for step in range(steps):
         images = to_images(pixels, run.device)
-        batch = GroupBatch(group, for_student(images, group), run.run_teachers(group, images))
+        batch = GroupBatch(group, for_student(images, group), run.run_teachers(step, group, images))
         yield Batch((batch,), 0.0)
 
 

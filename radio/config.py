@@ -70,6 +70,24 @@ def to_plain(settings: Any) -> Any:
     return str(settings) if isinstance(settings, Path) else settings
 
 
+def defaults_of(settings: Any) -> dict[str, Any]:
+    """Return the default of each setting that has one, as plain data: of nested settings, theirs.
+
+    Of a tuple of settings they are those of one element.
+    """
+    defaults: dict[str, Any] = {}
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        first = value[0] if isinstance(value, tuple) and value else value
+        if dataclasses.is_dataclass(first) and not isinstance(first, type):
+            defaults[f.name] = defaults_of(first)
+        elif f.default is not dataclasses.MISSING:
+            defaults[f.name] = to_plain(f.default)
+        elif f.default_factory is not dataclasses.MISSING:
+            defaults[f.name] = to_plain(f.default_factory())
+    return defaults
+
+
 def from_plain(kind: type[T], data: Any, where: str = "") -> T:
     """Build the settings of type `kind` that `data` describes.
 

@@ -161,6 +161,7 @@ class CheckpointManager:
         folder: `state` in the run folder, which all ranks share.
         ranks: all ranks of the run.
         settings: everything that affects the weights, by name.
+        defaults: of settings that saved states may not know yet; see `defaults_of`.
         keep_last: number of newest states to keep.
         keep_every: also keep the states of steps that this divides; 0 = none.
         log: called with a message about what could not be read or written.
@@ -173,6 +174,7 @@ class CheckpointManager:
         ranks: Ranks,
         settings: Mapping[str, Any],
         *,
+        defaults: Mapping[str, Any] | None = None,
         keep_last: int,
         keep_every: int,
         log: Callable[[str], None],
@@ -181,6 +183,7 @@ class CheckpointManager:
         self.schema = schema
         self._aside: dict[Path, str] = {}  # damaged states, with the reasons
         self.folder, self.ranks, self.settings, self.log = folder, ranks, dict(settings), log
+        self.defaults = defaults or {}
         self.keep_last, self.keep_every = keep_last, keep_every
         self._channel = ranks.channel()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="state")
@@ -345,7 +348,7 @@ class CheckpointManager:
             except (OSError, RadioError) as error:
                 self._set_aside(path, _reason(error))
                 continue
-            if changed := _difference(metadata["settings"], self.settings):
+            if changed := _difference(metadata["settings"], self.settings, self.defaults):
                 raise CheckpointError(
                     f"{self.folder.parent}: holds a run with other settings ({changed}); give another --out, "
                     f"or --restart to begin anew"
@@ -431,16 +434,34 @@ def _misfit(path: Path, tensors: Mapping[str, Tensor]) -> str:
     return ""
 
 
-def _difference(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> str:
-    """Describe the first setting that differs, with both values; empty where none does."""
+def _difference(
+    old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any], where: str = ""
+) -> str:
+    """Describe the first setting that differs, with both values; empty where none does.
+
+    A setting that the old ones do not know yet counts as its default.
+    """
     for name in dict.fromkeys((*old, *new)):
-        before, now = old.get(name), new.get(name)
+        own: Any = defaults.get(name)
+        before, now = old.get(name, own), new.get(name)
+        inner = own if isinstance(own, Mapping) else {}
         if isinstance(before, dict) and isinstance(now, dict):
-            if inner := _difference(before, now, f"{where}{name}."):
-                return inner
+            pairs = [(before, now, f"{where}{name}.")]
+        elif isinstance(before, list) and isinstance(now, list) and _hold_as_many_settings(before, now):
+            pairs = [(b, n, f"{where}{name}[{i}].") for i, (b, n) in enumerate(zip(before, now, strict=True))]
         elif before != now:
             return f"{where}{name} was {_short(before)} and is {_short(now)}"
+        else:
+            continue
+        for part_before, part_now, place in pairs:
+            if found := _difference(part_before, part_now, inner, place):
+                return found
     return ""
+
+
+def _hold_as_many_settings(before: list[Any], now: list[Any]) -> bool:
+    """Check for two lists of as many settings, such as the teachers'."""
+    return len(before) == len(now) and all(isinstance(part, dict) for part in (*before, *now))
 
 
 def _short(value: Any) -> str:

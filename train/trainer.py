@@ -18,7 +18,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from radio.checkpoint import load as load_checkpoint
-from radio.config import write_yaml
+from radio.config import defaults_of, write_yaml
 from radio.dist import Ranks
 from radio.errors import CheckpointError, RadioError
 from radio.io import check_writable
@@ -171,6 +171,7 @@ class Trainer:
             config.out / "state",
             ranks,
             resume_signature(config, facts, self.data),
+            defaults=defaults_of(config),
             keep_last=config.keep_last,
             keep_every=config.keep_every,
             log=self._say,

@@ -136,6 +136,30 @@ def test_another_runs_state_is_refused_with_what_differs(tmp_path: Path) -> None
         yours.newest()
 
 
+def test_settings_that_came_later_count_as_their_defaults(tmp_path: Path) -> None:
+    old = {"steps": 9, "teachers": [{"name": "a"}, {"name": "b"}]}
+    write(states(tmp_path / "run", settings=old), 3)
+    defaults = {"teachers": {"mosaic": False}, "normalise": {"kind": "none"}, "gone": 1}
+    now = {
+        "steps": 9,
+        "teachers": [{"name": "a", "mosaic": False}, {"name": "b", "mosaic": False}],
+        "normalise": {"kind": "none"},
+    }
+    newest = states(tmp_path / "run", settings=now, defaults=defaults).newest()
+    assert newest is not None and newest.step == 3
+    for changed, message in (
+        (
+            {**now, "teachers": [now["teachers"][0], {"name": "b", "mosaic": True}]},
+            r"teachers\[1\].mosaic was false",
+        ),
+        ({**now, "normalise": {"kind": "phi-s"}}, r'normalise.kind was "none" and is "phi-s"'),
+        ({**now, "unknown": 1}, "unknown was null and is 1"),
+        ({"steps": 9}, "teachers was"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            states(tmp_path / "run", settings=changed, defaults=defaults).newest()
+
+
 class Bomb:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return (exec, ("raise SystemExit('the pickle ran')",))
