@@ -8,8 +8,8 @@ the inverse folded into the last layer of every spatial head, so that it speaks 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Literal, cast, final
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Literal, cast, final
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,9 @@ from radio.nn.phi_s import FeatureNormaliser, FeatureStatistics, Normalisation
 
 from .config import LossConfig, NormaliseConfig, TrainConfig
 from .data.loader import Batch
+
+if TYPE_CHECKING:
+    from .distributed import DistributedStudent
 
 # Letters: B images, N images of all steps, C summary width, D token width.
 
@@ -187,6 +190,41 @@ def make_statistics(config: TrainConfig, widths: Mapping[str, tuple[int, int]]) 
     """Build what the configured losses need for teachers of these widths (C, D), by name."""
     dispersion = config.loss.dispersion if config.loss.summary == "angle" else None
     return TargetStatistics(widths, config.normalise.kind, dispersion)
+
+
+def measure(
+    statistics: TargetStatistics,
+    batches: Iterable[Batch],
+    student: DistributedStudent,
+    device: torch.device,
+    progress: Callable[[int], None],
+) -> list[str]:
+    """Measure the teachers of all ranks, each of which calls this; return a line about each teacher.
+
+    Args:
+        statistics: of this rank's teachers.
+        batches: the images of the first steps with the teachers' features.
+        student: tells which ranks have the same teachers.
+        device: where these ranks exchange tensors.
+        progress: called with the number of steps done.
+
+    Raises:
+        RadioError: as `TargetStatistics.fit`, on every rank.
+    """
+    for step, batch in enumerate(batches, start=1):
+        statistics.add(batch)
+        progress(step)
+    lines: list[str] = []
+    problem: RadioError | None = None
+    try:
+        lines = statistics.fit(
+            lambda tensor: student.peer_sum(tensor.to(device)).cpu(), len(student.peers.ranks)
+        )
+    except RadioError as error:
+        problem = error
+    student.ranks.agree(problem)
+    student.share_buffers(statistics)
+    return list(dict.fromkeys(line for local in student.ranks.gather_objects(lines) for line in local))
 
 
 def measures(config: TrainConfig) -> bool:

@@ -46,7 +46,7 @@ from .groups import TeacherGroup
 from .loggers import Log, ProgressConsole, Record, open_log, say, summarise
 from .losses import DistillationLoss, Losses, make_balancer
 from .monitor import Meters, MetersState, NonFiniteMonitor, NonFiniteState, PerformanceMonitor, first_bad
-from .normalise import make_statistics, measures
+from .normalise import make_statistics, measure, measures
 from .optim import Average, learning_rate, make_optimizer, moments, odd_count
 from .setup import (
     check_memory,
@@ -248,22 +248,9 @@ class Trainer:
             rows = self.loader.rows(range(steps.steps), pin=self.device.type == "cuda")
             read = with_targets(rows, self.groups, self.device, self._teach, 0)
             batches = (batch for batch, _ in read)
-        statistics, peers = self.loss.statistics, self.student.peers
         with ProgressConsole(self.console, "teachers' features", steps.steps, 0) as bar:
-            for step, batch in enumerate(batches, start=1):
-                statistics.add(batch)
-                bar.advance(step)
-        lines: list[str] = []
-        problem: RadioError | None = None
-        try:
-            lines = statistics.fit(
-                lambda tensor: self.student.peer_sum(tensor.to(self.device)).cpu(), len(peers.ranks)
-            )
-        except RadioError as error:
-            problem = error
-        self.ranks.agree(problem)
-        self.student.share_buffers(statistics)
-        for line in dict.fromkeys(line for local in self.ranks.gather_objects(lines) for line in local):
+            lines = measure(self.loss.statistics, batches, self.student, self.device, bar.advance)
+        for line in lines:
             self._say(line)
 
     @property
