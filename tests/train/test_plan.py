@@ -16,7 +16,7 @@ from rich.console import Console
 from radio.config import write_yaml
 from radio.errors import ConfigError
 from radio.students import StudentOptions
-from train.config import CacheConfig, DataConfig, TeacherConfig, TrainConfig
+from train.config import CacheConfig, DataConfig, NormaliseConfig, TeacherConfig, TrainConfig
 from train.groups import idle_shares, make_partition, propose
 from train.plan import Cost, PlanOptions, bytes_of, count, make_plan, outline, print_plan
 from train.recipes import recipes
@@ -43,6 +43,14 @@ def test_the_operations_of_a_step_by_hand(config: TrainConfig) -> None:
     assert found.flops == found.teacher_flops + found.forward_flops + found.backward_flops
     # Images of 64 px for both, and the features of a 5 x 5 grid.
     assert found.inputs == 3 * 4 * (3 * 64 * 64 + 25 * 24 + 12)
+
+
+def test_normalising_the_targets_is_counted(config: TrainConfig) -> None:
+    chosen = replace(config, teachers=(CLIP,), batch_size=3)
+    plain = cost_of(chosen)
+    found = cost_of(replace(chosen, normalise=NormaliseConfig(kind="phi-s")))
+    assert found.forward_flops - plain.forward_flops == 3 * 25 * 2 * 24 * 24  # tokens of 24 channels
+    assert found.backward_flops == plain.backward_flops
 
 
 def test_memory_grows_with_the_images_and_gradients_with_the_weights(config: TrainConfig) -> None:
