@@ -114,7 +114,9 @@ class AdaptorOptions:
 class OptimConfig:
     """Optimizer and learning rate with linear warm-up (paper §4: AdamW, cosine; the rest is ours)."""
 
-    kind: Literal["adamw", "muon"] = "adamw"  # muon: for linear layers and kernels, AdamW for the rest
+    kind: Literal["adamw", "muon", "lamb"] = (
+        "adamw"  # muon: for linear layers and kernels; lamb: for all that decays; AdamW for the rest
+    )
     lr: Rate = 1e-3
     weight_decay: Rate = 0.02
     betas: tuple[Decay, Decay] = (0.9, 0.999)

@@ -1,4 +1,4 @@
-"""AdamW and Muon with a guard against non-finite gradients, the learning rate, and the weights' average."""
+"""AdamW, Muon and LAMB with a guard against non-finite gradients, the learning rate, the weights' average."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from typing import Any, final
 
 import torch
+import torch.distributed as distributed
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
@@ -18,6 +19,8 @@ _UNDECAYED = ("table", "prefix")  # positions, class and register tokens
 # Muon's momentum, iterations and coefficients are K. Jordan's; the root mean square of an update, with which
 # AdamW's learning rates and decays carry over, is J. Liu's (arXiv:2502.16982).
 _MOMENTUM, _ITERATIONS, _COEFFICIENTS, _RMS = 0.95, 5, (3.4445, -4.7750, 2.0315), 0.2
+
+_EPS = {"adamw": 1e-8, "muon": 1e-8, "lamb": 1e-6}  # added to the root of the second moment
 
 
 class GuardedAdamW(torch.optim.AdamW):
@@ -40,13 +43,8 @@ class GuardedAdamW(torch.optim.AdamW):
         return fine
 
 
-@final
-class Muon(GuardedAdamW):
-    """Muon for the groups with `matrices` set, AdamW for the others; both with the guard of `GuardedAdamW`.
-
-    A matrix moves along its orthogonalised momentum, so that all its directions learn at one speed. Every
-    rank orthogonalises whole matrices, of which it then applies its own part.
-    """
+class MatrixOptimizer(GuardedAdamW):
+    """AdamW for the groups without `matrices`; a subclass moves the weights of the others."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -58,21 +56,40 @@ class Muon(GuardedAdamW):
         finally:
             self.param_groups = groups
         for group in groups:
-            if group["matrices"]:
-                self._move([weight for weight in group["params"] if weight.grad is not None], group)
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if group["matrices"] and weights:
+                self._move(weights, group)
+
+    def _move(self, weights: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """Apply a step to weights with gradients, [R, C] or [R, ...], all whole or all sharded."""
+        raise NotImplementedError
+
+    def _read_gradients(self, weights: list[nn.Parameter]) -> tuple[list[Tensor], Tensor]:
+        """Return this rank's parts of the clipped gradients, and 1 or, for a skipped step, 0: []."""
+        fine = to_local(weights[0].detach()).new_ones(()) if self.found_inf is None else 1 - self.found_inf
+        scale = 1.0 if self.grad_scale is None else self.grad_scale
+        grads = [to_local(weight.grad) / scale for weight in weights if weight.grad is not None]
+        return [torch.where(fine > 0, grad, 0.0) for grad in grads], fine  # nan times 0 would be nan
+
+    def _locals(self, name: str, weights: list[nn.Parameter]) -> list[Tensor]:
+        """Return this rank's parts of the weights' states of a name."""
+        return [to_local(self.state[weight][name]) for weight in weights]
+
+
+@final
+class Muon(MatrixOptimizer):
+    """Muon for the groups with `matrices` set, AdamW for the others; both with the guard of `GuardedAdamW`.
+
+    A matrix moves along its orthogonalised momentum, so that all its directions learn at one speed. Every
+    rank orthogonalises whole matrices, of which it then applies its own part.
+    """
 
     def _move(self, weights: list[nn.Parameter], group: dict[str, Any]) -> None:
         """Apply a step to weights [R, C] or [R, ...]."""
-        if not weights:
-            return
-        like = to_local(weights[0].detach())
-        fine = like.new_ones(()) if self.found_inf is None else 1 - self.found_inf
-        scale = 1.0 if self.grad_scale is None else self.grad_scale
-        grads = [to_local(weight.grad) / scale for weight in weights if weight.grad is not None]
-        grads = [torch.where(fine > 0, grad, 0.0) for grad in grads]  # nan times 0 would be nan
-        momenta = [to_local(self.state[weight]["exp_avg"]) for weight in weights]
+        grads, fine = self._read_gradients(weights)
+        momenta = self._locals("exp_avg", weights)
         torch._foreach_lerp_(momenta, grads, [(1 - _MOMENTUM) * fine] * len(grads))
-        torch._foreach_add_([self.state[weight]["step"] for weight in weights], fine)
+        torch._foreach_add_(self._locals("step", weights), fine)
         ahead = torch._foreach_lerp(grads, momenta, _MOMENTUM)  # Nesterov's
         wholes = [_whole(update, weight).flatten(1) for update, weight in zip(ahead, weights, strict=True)]
         for weight, update in zip(weights, orthogonalise(wholes), strict=True):
@@ -80,6 +97,44 @@ class Muon(GuardedAdamW):
             local = to_local(weight)
             local.mul_(1 - group["lr"] * group["weight_decay"] * fine)
             local.sub_(_part(update.reshape(weight.shape), weight) * (rate * fine))
+
+
+@final
+class Lamb(MatrixOptimizer):
+    """LAMB (arXiv:1904.00962) for the groups with `matrices` set, AdamW for the others; both with the guard.
+
+    A weight moves by its own norm: AdamW's direction plus the decay times the weight is scaled to the norm of
+    the weight (by 1 where one of both is zero). This is timm's `Lamb` with `always_adapt` for matrices and
+    kernels and its defaults otherwise: gradients averaged, bias corrected, ratios not clipped, no caution,
+    and a decay inside the scaled direction. What does not decay (norms, biases, tokens) is not scaled.
+    """
+
+    def _move(self, weights: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """Apply a step to weights [R, C] or [R, ...]; norms are those of whole weights."""
+        grads, fine = self._read_gradients(weights)
+        first, second = self._locals("exp_avg", weights), self._locals("exp_avg_sq", weights)
+        counts = self._locals("step", weights)
+        torch._foreach_add_(counts, fine)
+        powers = torch.stack(counts).double().clamp(min=1)  # a skipped first step divides by no zero
+        low, high = (1 - beta**powers for beta in group["betas"])  # [weights] each: bias corrections
+        torch._foreach_lerp_(first, grads, [(1 - group["betas"][0]) * fine] * len(grads))
+        squares = torch._foreach_mul(grads, grads)
+        torch._foreach_lerp_(second, squares, [(1 - group["betas"][1]) * fine] * len(grads))
+        roots = torch._foreach_sqrt(second)
+        torch._foreach_div_(roots, list(high.sqrt().float().unbind()))
+        torch._foreach_add_(roots, group["eps"])
+        updates = torch._foreach_div(first, list(low.float().unbind()))
+        torch._foreach_div_(updates, roots)
+        local = [to_local(weight) for weight in weights]
+        torch._foreach_add_(updates, local, alpha=group["weight_decay"])
+        norms = torch.stack([*torch._foreach_norm(local), *torch._foreach_norm(updates)]).square()
+        if isinstance(weights[0], DTensor):
+            distributed.all_reduce(norms, group=weights[0].device_mesh.get_group())
+        of_weights, of_updates = norms.sqrt().chunk(2)
+        scaled = (of_weights > 0) & (of_updates > 0)
+        rates = torch.where(scaled, of_weights / of_updates, 1.0) * (-group["lr"] * fine)
+        torch._foreach_mul_(updates, list(rates.unbind()))
+        torch._foreach_add_(local, updates)
 
 
 def orthogonalise(matrices: list[Tensor]) -> list[Tensor]:
@@ -111,7 +166,9 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> GuardedAdamW:
     Sharded weights are in separate groups from whole ones, as torch's kernels require.
     """
     exempt = exempt_from_decay(model)
-    matrices = {id(weight) for weight in muon_weights(model)} if config.kind == "muon" else set()
+    matrices = {id(weight) for weight in (muon_weights(model) if config.kind == "muon" else ())}
+    if config.kind == "lamb":
+        matrices = {id(weight) for weight in model.parameters()}
     groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         kept = parameter.ndim < 2 or name.rsplit(".", 1)[-1] in _UNDECAYED or name in exempt
@@ -121,14 +178,14 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> GuardedAdamW:
         {"params": groups[key], "weight_decay": 0.0 if key[1] else config.weight_decay, "matrices": key[2]}
         for key in sorted(groups)
     ]
-    make = Muon if config.kind == "muon" else GuardedAdamW
-    optimizer = make(settings, lr=config.lr, betas=config.betas, fused=True)
-    for (_, _, by_muon), parameters in groups.items():  # now, so that a state can be loaded into it
+    make = {"adamw": GuardedAdamW, "muon": Muon, "lamb": Lamb}[config.kind]
+    optimizer = make(settings, lr=config.lr, betas=config.betas, eps=_EPS[config.kind], fused=True)
+    for (_, _, moved), parameters in groups.items():  # now, so that a state can be loaded into it
         for parameter in parameters:
             optimizer.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
-                **({} if by_muon else {"exp_avg_sq": torch.zeros_like(parameter)}),
+                **({} if moved and config.kind == "muon" else {"exp_avg_sq": torch.zeros_like(parameter)}),
             }
     return optimizer
 
@@ -153,7 +210,7 @@ def exempt_from_decay(model: nn.Module) -> set[str]:
 
 
 def moments(optimizer: GuardedAdamW, model: nn.Module) -> dict[str, Tensor]:
-    """Return every weight's state as `step.NAME`, `exp_avg.NAME`, and AdamW's `exp_avg_sq.NAME`."""
+    """Return every weight's state: `step.NAME`, `exp_avg.NAME`, and but for Muon's `exp_avg_sq.NAME`."""
     return {
         f"{kind}.{name}": tensor
         for name, parameter in model.named_parameters()

@@ -82,7 +82,7 @@ class Memory(NamedTuple):
 
     weights: int  # student and adaptors, or the rank's shard of them
     teachers: int  # frozen weights, matrices in bfloat16 where forwards are; no text towers
-    optimiser: int  # AdamW's two moments; Muon has one of its matrices
+    optimiser: int  # AdamW's and LAMB's two moments; Muon has one of its matrices
     average: int  # moving average of the weights (--ema)
     gradients: int
     exchange: int  # DDP's buckets, or what FSDP2 gathers: two blocks and the weights outside

@@ -8,6 +8,7 @@ from typing import Literal
 
 import pytest
 import torch
+from timm.optim import Lamb
 from torch import nn
 
 from radio.model import AdaptorConfig, ModelConfig, RadioModel, build
@@ -91,12 +92,14 @@ def test_a_guarded_step_is_that_of_clipped_gradients() -> None:
     assert optimizer.grad_scale is None
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-@pytest.mark.parametrize("norm", [float("nan"), float("inf")])
-def test_a_step_that_is_not_finite_changes_nothing(norm: float, kind: Literal["adamw", "muon"]) -> None:
+@pytest.mark.parametrize("kind", ["adamw", "muon", "lamb"])
+@pytest.mark.parametrize("values", [(1.0, float("nan")), (1.0, float("inf")), (float("nan"), 1.0)])
+def test_a_step_that_is_not_finite_changes_nothing(
+    values: tuple[float, float], kind: Literal["adamw", "muon", "lamb"]
+) -> None:
     model = nn.Linear(3, 2)
     optimizer = make_optimizer(model, OptimConfig(kind=kind, lr=0.1, weight_decay=0.5))
-    for value in (1.0, norm):
+    for value in values:
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, value)
         before = [parameter.detach().clone() for parameter in model.parameters()]
@@ -165,6 +168,48 @@ def test_muon_leaves_tokens_positions_and_depthwise_kernels_to_adamw() -> None:
     assert depthwise
     assert all("exp_avg_sq" in optimizer.state[module.weight] for module in depthwise)
     assert all("exp_avg_sq" not in optimizer.state[w] for w in model.parameters() if names[id(w)] in chosen)
+
+
+@pytest.mark.parametrize("decay", [0.1, 0.0])
+def test_lamb_is_timms(decay: float) -> None:
+    torch.manual_seed(0)
+    ours = nn.Sequential(nn.Linear(12, 6), nn.LayerNorm(6), nn.Unflatten(1, (6, 1, 1)), nn.Conv2d(6, 8, 1))
+    nn.init.zeros_(ours[3].weight)  # whose ratio is 1 in the first step
+    theirs = copy.deepcopy(ours)
+    matrices = [weight for weight in theirs.parameters() if weight.ndim > 1]
+    rest = [weight for weight in theirs.parameters() if weight.ndim == 1]
+    settings = {"lr": 0.05, "betas": (0.9, 0.98)}
+    adapted = Lamb(matrices, weight_decay=decay, always_adapt=True, max_grad_norm=None, **settings)
+    others = Lamb(rest, weight_decay=0.0, max_grad_norm=None, **settings)
+    config = OptimConfig(kind="lamb", lr=0.05, weight_decay=decay, betas=(0.9, 0.98))
+    optimizer = make_optimizer(ours, config)
+    for _ in range(5):
+        optimizer.zero_grad()
+        ours(torch.randn(5, 12)).sub(1).square().sum().backward()
+        grads = [weight.grad for weight in ours.parameters() if weight.grad is not None]
+        norm = torch.stack([grad.norm() for grad in grads]).norm()
+        for weight, grad in zip(theirs.parameters(), grads, strict=True):
+            weight.grad = grad / max(float(norm) / 2.0, 1.0)
+        assert norm > 2.0  # so that clipping is part of it
+        optimizer.guard(norm, 2.0)
+        optimizer.step()
+        adapted.step()
+        others.step()
+        for weight, wanted in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert torch.allclose(weight, wanted, rtol=0, atol=1e-6)
+
+
+def test_lamb_moves_every_weight_by_its_own_norm() -> None:
+    model = nn.ModuleList([nn.Linear(3, 4, bias=False), nn.Linear(3, 4, bias=False)])
+    with torch.no_grad():
+        model[1].weight.copy_(100 * model[0].weight)
+    optimizer = make_optimizer(model, OptimConfig(kind="lamb", lr=0.1, weight_decay=0.0))
+    before = [weight.detach().clone() for weight in model.parameters()]
+    for weight, scale in zip(model.parameters(), (1e3, 1e-3), strict=True):
+        weight.grad = scale * torch.ones_like(weight)
+    optimizer.step()
+    for weight, old in zip(model.parameters(), before, strict=True):
+        assert float((weight - old).detach().norm() / old.norm()) == pytest.approx(0.1, rel=1e-4)
 
 
 def test_warm_up_is_one_percent_and_linear() -> None:

@@ -273,11 +273,12 @@ def five(config: TrainConfig) -> TrainConfig:
     [
         (("ddp", "fsdp"), "adamw"),
         (("ddp", "fsdp"), "muon"),
+        (("ddp", "fsdp"), "lamb"),
         pytest.param(("turns", "recomputed"), "adamw", marks=pytest.mark.slow),
     ],
 )
 def test_ddp_is_fsdp_is_one_process(
-    five: TrainConfig, tmp_path: Path, ways: tuple[str, ...], kind: Literal["adamw", "muon"]
+    five: TrainConfig, tmp_path: Path, ways: tuple[str, ...], kind: Literal["adamw", "muon", "lamb"]
 ) -> None:
     five = replace(five, optim=replace(five.optim, kind=kind))
     trained(five, Ranks(), tmp_path / "one")
@@ -316,9 +317,11 @@ def test_weights_are_sharded_and_rounded_only_for_forward_and_backward(
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
-@pytest.mark.parametrize("kind", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["adamw", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("muon", "lamb"))]
+)
 def test_another_world_and_engine_goes_on(
-    five: TrainConfig, tmp_path: Path, kind: Literal["adamw", "muon"]
+    five: TrainConfig, tmp_path: Path, kind: Literal["adamw", "muon", "lamb"]
 ) -> None:
     """Two steps on four ranks by DDP, two on two by FSDP2, the last alone."""
     five = replace(five, optim=replace(five.optim, kind=kind))
