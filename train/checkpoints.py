@@ -132,12 +132,17 @@ def describe_teachers(config: TrainConfig, teachers: Mapping[str, TeacherFacts])
 
 
 def resume_signature(
-    config: TrainConfig, teachers: Mapping[str, TeacherFacts], data: Source
+    config: TrainConfig, teachers: Mapping[str, TeacherFacts], data: Source, init: str | None = None
 ) -> dict[str, Any]:
-    """Collect all that affects the weights, by name; only a run with an equal signature may resume."""
-    plain: dict[str, Any] = to_plain(config)
+    """Collect all that affects the weights, by name; only a run with an equal signature may resume.
+
+    `init` is the fingerprint of the first weights, whose file may move; None = random ones.
+    """
+    plain: dict[str, Any] = {**to_plain(config), "init": init}
     for name in RESUME_IGNORED:
         plain.pop(name)
+    if not config.freeze_trunk_steps:  # states that are older than the setting have none
+        plain.pop("freeze_trunk_steps")
     for name in ("workers", "max_error_fraction", "shards", "images"):  # the data may move to other paths
         plain["data"].pop(name)
     plain["cache"].pop("confirm")

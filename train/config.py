@@ -148,6 +148,8 @@ class TrainConfig:
     batch_size: BatchSize  # images per step over all ranks, for teachers without their own
     out: Path
     options: Annotated[OptionsField, tyro.conf.arg(name="student")] = field(default_factory=StudentOptions)
+    init: str | None = None  # first weights: a checkpoint, timm:NAME@FILE or radio:FILE; None = random ones
+    freeze_trunk_steps: CountOrZero = 0  # first steps in which only the adaptors learn
     summary: Literal["shared", "per-teacher", "mean"] = (
         "shared"  # one class token, one per teacher, or average pooling
     )

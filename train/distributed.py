@@ -136,6 +136,11 @@ class DistributedStudent:
         features: Features = self._pass(images, crops, window)
         return features
 
+    def encode_frozen(self, images: Tensor, crops: Tensor | None, window: int | None) -> Features:
+        """Compute the same features without gradients: the optimizer passes over weights that have none."""
+        with torch.no_grad():
+            return self.encode(images, crops, window)
+
     @contextmanager
     def turn(self, *, last: bool) -> Iterator[None]:
         """Wrap one forward and its backward; the ranks exchange gradients only in a step's `last`."""

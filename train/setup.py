@@ -29,6 +29,7 @@ from .groups import Partition, make_partition
 from .losses import check_balance
 from .mosaic import mosaic_features, tiles_per_side
 from .normalise import check_normalise
+from .warm_start import check_init
 
 FOLDERS = ("state", "reports", "tensorboard")  # in a run folder
 FILES = ("metrics.jsonl", "config.yaml", "ckpt.pt", "ckpt-ema.pt")
@@ -48,7 +49,9 @@ def check_settings(config: TrainConfig, world: int) -> Partition:
 
     Raises:
         ConfigError: a setting is out of bounds, the run folder is unusable, the student is unknown, no loss
-            has a weight, or the ranks cannot share the batches.
+            has a weight, no student can start from `init`, the trunk never learns, or the ranks cannot share
+            the batches.
+        CheckpointError: the checkpoint to start from does not exist.
     """
     check_options(config, RENAMED)
     for name, (low, high) in {
@@ -66,6 +69,13 @@ def check_settings(config: TrainConfig, world: int) -> Partition:
     _check_mosaics(config)
     check_balance(config)
     check_normalise(config)
+    if config.init is not None:
+        check_init(config.init)
+    if config.freeze_trunk_steps >= config.steps:
+        raise ConfigError(
+            f"--freeze-trunk-steps {config.freeze_trunk_steps}: the trunk would learn in none of the "
+            f"{config.steps} steps; give fewer"
+        )
     if config.parallel == "fsdp":
         facts = {t.name: TeacherFacts("", (1, 1), 1, 1) for t in config.teachers}
         described = model_config(config, facts)

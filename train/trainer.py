@@ -59,6 +59,7 @@ from .setup import (
     teacher_features,
 )
 from .teacher_cache import GroupedCaches, fill_caches
+from .warm_start import warm_start
 
 if TYPE_CHECKING:
     from .scoring import Follower
@@ -131,6 +132,9 @@ class Trainer:
         check_memory(config, described, self.partition, ranks.rank, memory_of(device))
         metadata = make_metadata(config, facts, self.data)
         self.model = build(described, config.seed, metadata, run_name(config))
+        init = None if config.init is None else warm_start(self.model, config.init, self._say)
+        if init is not None:
+            self.model.metadata["init"] = {"model": config.init, "fingerprint": init}
         for name in facts.keys() - set(names):
             delattr(self.model.get_submodule("adaptors"), name)
         self.model.to(device).train()
@@ -170,7 +174,7 @@ class Trainer:
         self.states = CheckpointManager(
             config.out / "state",
             ranks,
-            resume_signature(config, facts, self.data),
+            resume_signature(config, facts, self.data, init),
             defaults=defaults_of(config),
             keep_last=config.keep_last,
             keep_every=config.keep_every,
@@ -323,9 +327,10 @@ class Trainer:
         step, config = self.step, self.config
         detail = (step + 1) % config.log_every == 0 or step + 1 == config.steps
         window = draw_window(self.windows[part.group.side], config.seed, step)
+        encode = self.student.encode_frozen if step < config.freeze_trunk_steps else self.student.encode
         with self.performance.watch.time("forward", part.group.name), self._autocast():
             # `loss` owns student and adaptors; the student is called through its DDP or FSDP wrapper.
-            losses: Losses = self.loss(self.student.encode, part, window, detail)
+            losses: Losses = self.loss(encode, part, window, detail)
         return losses
 
     def _backward(self, parts: Sequence[GroupBatch]) -> list[Losses]:
@@ -470,7 +475,9 @@ class Trainer:
     def _misfit(self, state: SavedState) -> str:
         """Describe optimizer counts that contradict the loaded state's step; empty if none."""
         skipped = state.notes["ranks"][0]["guard"]["total"]
-        partly = "model.student." if students.plugin(self.config.student) else "-"  # may skip blocks
+        # Another package's student may skip blocks, and a trunk that was frozen has fewer steps.
+        seldom = students.plugin(self.config.student) or self.config.freeze_trunk_steps
+        partly = "model.student." if seldom else "-"
         odd = odd_count(self.optimizer, self.loss, state.step - skipped, partly=partly)
         return odd and f"optimizer.{odd} in it, after {state.step} steps of which {skipped} were left out"
 
