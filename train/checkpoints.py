@@ -16,8 +16,9 @@ import re
 import shutil
 import stat
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, final
 
@@ -132,30 +133,50 @@ def describe_teachers(config: TrainConfig, teachers: Mapping[str, TeacherFacts])
 
 
 def resume_signature(
-    config: TrainConfig, teachers: Mapping[str, TeacherFacts], data: Source, init: str | None = None
+    config: TrainConfig,
+    teachers: Mapping[str, TeacherFacts],
+    data: Source,
+    *,
+    init: str | None = None,
+    before: Sequence[TrainConfig] = (),
 ) -> dict[str, Any]:
     """Collect all that affects the weights, by name; only a run with an equal signature may resume.
 
-    `init` is the fingerprint of the first weights, whose file may move; None = random ones.
+    `init` is the fingerprint of the first weights, whose file may move; None = random ones. `before` are the
+    settings of the stages before this one.
     """
-    plain: dict[str, Any] = {**to_plain(config), "init": init}
-    for name in RESUME_IGNORED:
+    plain = {**_settings_to_resume(config), "init": init}
+    for name, facts in teachers.items():
+        plain[f"teacher {name}'s weights"] = facts.fingerprint
+    for index, stage in enumerate(before, start=1):
+        plain[f"stage {index}"] = _settings_to_resume(stage)
+    return {**plain, "images": data.fingerprint}
+
+
+def _settings_to_resume(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings of one stage that affect the weights, except for files that are hashed."""
+    plain: dict[str, Any] = to_plain(config)
+    for name in (*RESUME_IGNORED, "init", "stages"):
         plain.pop(name)
-    if not config.freeze_trunk_steps:  # states that are older than the setting have none
-        plain.pop("freeze_trunk_steps")
     for name in ("workers", "max_error_fraction", "shards", "images"):  # the data may move to other paths
         plain["data"].pop(name)
     plain["cache"].pop("confirm")
     for teacher in plain["teachers"]:
-        teacher.pop("fingerprint")  # the actual one is added below
-    for name, facts in teachers.items():
-        plain[f"teacher {name}'s weights"] = facts.fingerprint
-    return {**plain, "images": data.fingerprint}
+        teacher.pop("fingerprint")  # the signature has the actual one
+    return plain
 
 
 def provenance(step: int, samples: int) -> dict[str, Any]:
     """Build a checkpoint's provenance: versions, commit, steps and images seen."""
     return {"versions": versions(), "commit": commit(), "step": step, "samples": samples}
+
+
+def find_last_step(folder: Path) -> int:
+    """Return the step of the newest state in a folder whose files are whole; 0 without one."""
+    for path in _list_states(folder):
+        with suppress(OSError, RadioError):
+            return _read_notes(path, _ANYTHING)["step"]
+    return 0
 
 
 @final
@@ -171,6 +192,7 @@ class CheckpointManager:
         keep_every: also keep the states of steps that this divides; 0 = none.
         log: called with a message about what could not be read or written.
         schema: of the notes saved with a state.
+        after: states up to this step are of earlier stages, and not resumed from.
     """
 
     def __init__(
@@ -184,8 +206,9 @@ class CheckpointManager:
         keep_every: int,
         log: Callable[[str], None],
         schema: TypeAdapter[Any] = _ANYTHING,
+        after: int = 0,
     ) -> None:
-        self.schema = schema
+        self.schema, self.after = schema, after
         self._aside: dict[Path, str] = {}  # damaged states, with the reasons
         self.folder, self.ranks, self.settings, self.log = folder, ranks, dict(settings), log
         self.defaults = defaults or {}
@@ -346,10 +369,10 @@ class CheckpointManager:
         for partial in _list_partial(self.folder):
             _remove(partial)
         for path in _list_states(self.folder):
-            if path in self._aside:
+            if path in self._aside or _step(path) <= self.after:
                 continue
             try:
-                metadata = self._read_notes(path)
+                metadata = _read_notes(path, self.schema)
             except (OSError, RadioError) as error:
                 self._set_aside(path, _reason(error))
                 continue
@@ -359,33 +382,12 @@ class CheckpointManager:
                     f"or --restart to begin anew"
                 )
             return SavedState(path, metadata["step"], metadata["notes"])
-        if self._aside:
+        if self._aside and not self.after:  # a later stage starts from the one before
             reasons = "; ".join(f"{path.name}: {reason}" for path, reason in self._aside.items())
             raise CheckpointError(
                 f"{self.folder}: not a whole training state; start again with --restart ({reasons})"
             )
         return None
-
-    def _read_notes(self, path: Path) -> _Metadata:
-        """Read and verify a state's `run.json`.
-
-        Raises:
-            OSError, RadioError: it is damaged, or a file differs from it.
-        """
-        metadata = read_json(path / _METADATA, _METADATA_SCHEMA, error=CheckpointError)
-        if metadata["step"] != _step(path):
-            raise CheckpointError(f"{_METADATA} is of step {metadata['step']}")
-        validate(self.schema, metadata["notes"], f"{_METADATA}: notes", error=CheckpointError)
-        there = {file.name for file in path.iterdir() if file.name.endswith(".safetensors")}
-        if there != metadata["files"].keys():
-            missing = [*(metadata["files"].keys() - there), *(there - metadata["files"].keys())]
-            raise CheckpointError(f"{sorted(missing)[0]} is there or in {_METADATA}, and not in both")
-        for name, sha in metadata["files"].items():
-            if not stat.S_ISREG((path / name).stat().st_mode):
-                raise CheckpointError(f"{name} is no regular file")
-            if _sha256(path / name) != sha:
-                raise CheckpointError(f"{name} was altered")
-        return metadata
 
     def _set_aside(self, path: Path, reason: str) -> None:
         self._aside[path] = reason
@@ -395,6 +397,28 @@ class CheckpointManager:
     def _first_reason(self, reason: str) -> str:
         """Return the first non-empty reason of any rank, on all ranks."""
         return next(filter(None, self.ranks.gather_objects(reason)), "")
+
+
+def _read_notes(path: Path, schema: TypeAdapter[Any]) -> _Metadata:
+    """Read and verify a state's `run.json`.
+
+    Raises:
+        OSError, RadioError: it is damaged, or a file differs from it.
+    """
+    metadata = read_json(path / _METADATA, _METADATA_SCHEMA, error=CheckpointError)
+    if metadata["step"] != _step(path):
+        raise CheckpointError(f"{_METADATA} is of step {metadata['step']}")
+    validate(schema, metadata["notes"], f"{_METADATA}: notes", error=CheckpointError)
+    there = {file.name for file in path.iterdir() if file.name.endswith(".safetensors")}
+    if there != metadata["files"].keys():
+        missing = [*(metadata["files"].keys() - there), *(there - metadata["files"].keys())]
+        raise CheckpointError(f"{sorted(missing)[0]} is there or in {_METADATA}, and not in both")
+    for name, sha in metadata["files"].items():
+        if not stat.S_ISREG((path / name).stat().st_mode):
+            raise CheckpointError(f"{name} is no regular file")
+        if _sha256(path / name) != sha:
+            raise CheckpointError(f"{name} was altered")
+    return metadata
 
 
 def _list_states(folder: Path) -> list[Path]:

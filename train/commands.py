@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from rich.console import Console
 
 from radio.dist import Ranks
 from radio.resources import choose_device, collect, locked
 
 from .config import PlanOptions, TrainConfig
-from .distributed import REQUEUE, join
+from .distributed import REQUEUE, Preemption, join
 from .loggers import say
-from .plan import make_plan, print_plan
-from .setup import check_settings, round_resolutions
+from .plan import make_plan, print_plan, sum_up
+from .setup import round_resolutions
+from .stages import check_stages, find_stage, split_stages
 from .tasks import check_data, scored_jobs, scored_tasks
 from .trainer import Trainer
 
@@ -39,13 +42,18 @@ def run(name: str, config: TrainConfig, console: Console, *, restart: bool) -> i
 
 
 def plan(runs: Mapping[str, TrainConfig], options: PlanOptions, console: Console) -> int:
-    """Print the plans of runs; return the exit code 0."""
+    """Print the plan of each stage of runs, and the sum of several; return the exit code 0."""
     for run in runs.values():
         check_tasks(run)
-        config, changes = round_resolutions(run)
-        for line in changes:
-            say(console, line)
-        print_plan(make_plan(config, options), console)
+        plans = []
+        for stage in split_stages(run):
+            config, changes = round_resolutions(stage.config)
+            for line in (*changes, *([f"stage {stage.index + 1}:"] if run.stages else [])):
+                say(console, line)
+            plans.append(make_plan(config, options))
+            print_plan(plans[-1], console)
+        if run.stages:
+            say(console, sum_up(plans))
     return 0
 
 
@@ -78,28 +86,55 @@ def train_all(
     checkpoints: dict[str, Path] = {}
     with join(device := choose_device(next(iter(runs.values())).device)) as group:
         for config in runs.values():
-            check_settings(config, group.world)
+            check_stages(config, group.world)
             check_data(config)
         screen = console if group.leads else Console(quiet=True)
-        for name, given in runs.items():
-            config, changes = round_resolutions(given)
-            for line in changes:
-                say(screen, line)
+        for name, config in runs.items():
             with _alone(config.out, group):
-                run = Trainer(
-                    config, group, device, screen, restart=restart, eval_workers=_eval_workers(config, group)
-                )
-                checkpoints[name] = run.train()
-            if run.stopped:
-                line = f"stopped after step {run.step} of {config.out}; the same command goes on from there"
-                say(screen, line)
+                trained = train_stages(config, group, device, screen, restart=restart)
+            if trained is None:
                 return TrainedRows(checkpoints, stopped=True, leads=group.leads)
+            checkpoints[name] = trained
             say(screen, f"checkpoint: {checkpoints[name]}")
-            del run
-            collect()  # frees reference cycles of the run, for the next model's memory
             if after is not None:
                 after(checkpoints[name], group)
     return TrainedRows(checkpoints, stopped=False, leads=group.leads)
+
+
+def train_stages(
+    run: TrainConfig, group: Ranks, device: torch.device, console: Console, *, restart: bool
+) -> Path | None:
+    """Train the stages of a run that are not done; return its checkpoint, None where a signal stopped it.
+
+    Raises:
+        RadioError: as `Trainer` and its `train`.
+    """
+    stages = split_stages(run)
+    stop = Preemption(group)
+    for stage in stages[0 if restart else find_stage(stages, run.out, group) :]:
+        config, changes = round_resolutions(stage.config)
+        for line in changes:
+            say(console, line)
+        if not run.stages:  # with the resolutions that it trains at
+            stage = replace(stage, run=config)
+        trainer = Trainer(
+            config,
+            group,
+            device,
+            console,
+            restart=restart and not stage.index,
+            eval_workers=_eval_workers(config, group),
+            stage=stage,
+            stop=stop,
+        )
+        checkpoint = trainer.train()
+        if trainer.stopped:
+            line = f"stopped after step {trainer.step} of {run.out}; the same command goes on from there"
+            say(console, line)
+            return None
+        del trainer
+        collect()  # frees reference cycles of the trainer, for the next model's memory
+    return checkpoint
 
 
 def check_tasks(config: TrainConfig) -> None:

@@ -137,6 +137,18 @@ class CacheConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StageConfig:
+    """A further stage of a run, from the weights of the one before, with a new optimizer and schedule."""
+
+    steps: Count
+    resolution: Pixels | None = None  # None = as in the stage before, also below
+    batch_size: BatchSize | None = None
+    teachers: tuple[TeacherConfig, ...] = ()  # all of this stage; () = as in the stage before
+    optim: OptimConfig | None = None
+    freeze_trunk_steps: CountOrZero = 0  # first steps of the stage in which only the adaptors learn
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """Settings of one run."""
 
@@ -196,6 +208,7 @@ class TrainConfig:
         None  # data.yaml that names data sets, or their folder; None = the generated world
     )
     tasks: TasksField = field(default_factory=dict)  # settings of tasks other than their defaults, by name
+    stages: tuple[StageConfig, ...] = ()  # further stages, trained after that of the settings above
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -313,8 +313,10 @@ class Log:
 _LOGGERS: dict[str, Callable[[TrainConfig, int], Logger]] = {"tensorboard": TensorBoard, "wandb": WandbRun}
 
 
-def open_log(config: TrainConfig, step: int, tell: Callable[[str], None]) -> Log:
+def open_log(config: TrainConfig, step: int, tell: Callable[[str], None], last: int | None = None) -> Log:
     """Open `metrics.jsonl` and the configured loggers; drop records of steps after `step`.
+
+    `last` is the step of the next record at the latest; None = the run's last one.
 
     Raises:
         MissingExtraError: a logger's library is not installed; the message names the extra to install.
@@ -325,7 +327,11 @@ def open_log(config: TrainConfig, step: int, tell: Callable[[str], None]) -> Log
     lines = JsonLines(config.out / LOG, step, tell)
     if lines.begins and step >= config.log_every:
         evaluates = config.eval_every and step % config.eval_every == 0
-        first = step if evaluates else min(step - step % config.log_every + config.log_every, config.steps)
+        first = (
+            step
+            if evaluates
+            else min(step - step % config.log_every + config.log_every, last or config.steps)
+        )
         tell(f"{config.out / LOG}: holds no record of the {step} steps before, and begins with step {first}")
     return Log(lines, others, tell)
 

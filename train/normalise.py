@@ -8,7 +8,7 @@ the inverse folded into the last layer of every spatial head, so that it speaks 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Literal, cast, final
 
 import torch
@@ -184,6 +184,18 @@ class TargetStatistics(nn.Module):
             weight, bias = (f"adaptors.{name}.spatial.{Head.LAST}.{part}" for part in ("weight", "bias"))
             folded[weight], folded[bias] = normaliser.fold(weights[weight], weights[bias])
         return folded
+
+    @torch.no_grad()
+    def unfold(self, weights: Mapping[str, Tensor], names: Collection[str]) -> None:
+        """Let heads that predict tokens in these teachers' own spaces predict normalised ones, in place."""
+        for name in names:
+            normaliser, _ = self.of(name)
+            if normaliser is not None:
+                last = f"adaptors.{name}.spatial.{Head.LAST}"
+                weight, bias = weights[f"{last}.weight"], weights[f"{last}.bias"]
+                tx, mean = normaliser.tx.double(), normaliser.mean.double()
+                weight.copy_(tx @ weight.double())
+                bias.copy_(tx @ (bias.double() - mean))
 
 
 def make_statistics(config: TrainConfig, widths: Mapping[str, tuple[int, int]]) -> TargetStatistics:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, final
 
 import torch
@@ -254,6 +255,13 @@ class Average:
         self.decay = decay
         self._weights = dict(model.named_parameters())
         self.tensors = {name: weight.detach().clone() for name, weight in self._weights.items()}
+
+    @torch.no_grad()
+    def start_from(self, averages: Mapping[str, Tensor]) -> None:
+        """Replace the averages by whole ones, by name."""
+        for name, tensor in self.tensors.items():
+            local = to_local(tensor)
+            local.copy_(_part(averages[name].to(local.device), self._weights[name]))
 
     @torch.no_grad()
     def update(self, fine: Tensor) -> None:

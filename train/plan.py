@@ -389,6 +389,18 @@ def print_plan(plan: RunPlan, console: Console) -> None:
         say(console, line)
 
 
+def sum_up(plans: Sequence[RunPlan]) -> str:
+    """Format the steps, days and images of all stages of a run in a line."""
+    days = sum(plan.days for plan in plans)
+    hours = sum(plan.days * 24 * plan.partition.world for plan in plans)
+    steps = sum(plan.config.steps for plan in plans)
+    samples = sum(plan.config.steps * plan.partition.batch_size for plan in plans)
+    return (
+        f"all {len(plans)} stages: {steps} steps in {days:.4g} days; {hours:.4g} hours of one device; "
+        f"{samples} images"
+    )
+
+
 def _add_work(table: Table, plan: RunPlan) -> None:
     groups, costs = plan.partition.groups, [plan.costs[group.name] for group in plan.partition.groups]
     size, letter = _scale(max(cost.flops for cost in costs))

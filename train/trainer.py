@@ -18,7 +18,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from radio.checkpoint import load as load_checkpoint
-from radio.config import defaults_of, write_yaml
+from radio.config import defaults_of, to_plain, write_yaml
 from radio.dist import Ranks
 from radio.errors import CheckpointError, RadioError
 from radio.io import check_writable
@@ -58,6 +58,7 @@ from .setup import (
     mosaic_shifts,
     teacher_features,
 )
+from .stages import Stage
 from .teacher_cache import GroupedCaches, fill_caches
 from .warm_start import warm_start
 
@@ -87,13 +88,18 @@ class Trainer:
     """One distillation run.
 
     Args:
-        config: its settings.
+        config: its settings; those of the stage, if one is given.
         ranks: all ranks of the run.
         device: this rank's device.
         console: where to report.
         restart: start over instead of resuming from the run folder's state.
         teachers: this rank's teachers on the device, by name (default: loaded as configured).
         eval_workers: processes that evaluate side by side; see `run_contestants`.
+        stage: which part of a run in stages this is (default: the first).
+        stop: the stages' common wish to stop (default: one of its own).
+
+    Raises:
+        CheckpointError: what the stage before has left in the run folder is no start for this one.
     """
 
     def __init__(
@@ -106,7 +112,11 @@ class Trainer:
         restart: bool = False,
         teachers: Mapping[str, Teacher] | None = None,
         eval_workers: int = 1,
+        stage: Stage | None = None,
+        stop: Preemption | None = None,
     ) -> None:
+        self.stage = stage or Stage(config=config, run=config)
+        self.end = self.stage.last_step
         self.config, self.ranks, self.device, self.console = config, ranks, device, console
         self.partition = check_settings(config, ranks.world)
         check_started(config)
@@ -130,11 +140,14 @@ class Trainer:
         # The student with the adaptors of this rank's teachers.
         described = model_config(config, facts)
         check_memory(config, described, self.partition, ranks.rank, memory_of(device))
-        metadata = make_metadata(config, facts, self.data)
+        metadata = {**make_metadata(config, facts, self.data), "settings": to_plain(self.stage.run)}
         self.model = build(described, config.seed, metadata, run_name(config))
-        init = None if config.init is None else warm_start(self.model, config.init, self._say)
-        if init is not None:
+        init: str | None = None
+        self._taken: tuple[str, ...] = ()  # adaptors that speak their teachers' own spaces from the start
+        if config.init is not None:
+            init, self._taken = warm_start(self.model, config.init, self._say)
             self.model.metadata["init"] = {"model": config.init, "fingerprint": init}
+        averages = self._take_over() if self.stage.index else {}
         for name in facts.keys() - set(names):
             delattr(self.model.get_submodule("adaptors"), name)
         self.model.to(device).train()
@@ -151,6 +164,8 @@ class Trainer:
         )
         self.optimizer = make_optimizer(self.loss, config.optim)
         self.average = Average(self.model, config.ema) if config.ema else None
+        if self.average is not None and averages:
+            self.average.start_from(averages)
         self.parallel_groups = can_run_in_parallel(self.model, config, self.partition, ranks, device)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="group")
         self._two_operators = device.type == "cpu" and (self.prefetches or self.parallel_groups)
@@ -168,21 +183,22 @@ class Trainer:
             from .scoring import Follower  # the evaluators are many modules
 
             self.follower = Follower(config, ranks, console, eval_workers)
-        self.stop, self.stopped = Preemption(ranks), False
+        self.stop, self.stopped = stop or Preemption(ranks), False
 
         # The state to resume from; then the teacher cache, unless no step is left.
         self.states = CheckpointManager(
             config.out / "state",
             ranks,
-            resume_signature(config, facts, self.data, init),
+            resume_signature(config, facts, self.data, init=init, before=self.stage.before),
             defaults=defaults_of(config),
             keep_last=config.keep_last,
             keep_every=config.keep_every,
             log=self._say,
             schema=_NOTES,
+            after=self.stage.first_step,
         )
         self.step = 0 if restart else self.resume()
-        if isinstance(self.data, ConcatImages) and self.step < config.steps:
+        if isinstance(self.data, ConcatImages) and self.step < self.end:
             self.cache = fill_caches(
                 config, self.partition, ranks, self.data, self.teachers, self.sizes, device, console
             )
@@ -194,13 +210,13 @@ class Trainer:
             RadioError: too many steps are not finite, too many images broken, or the last save failed.
         """
         config = self.config
-        if self.step == config.steps:
+        if self.step == self.end:
             self._publish_again()
             return config.out / "ckpt.pt"
         if not self.step:  # the states of an earlier run must not outlive its log
             self.states.clear()
-            if measures(config):
-                self._measure()
+        if not self.steps_done and measures(config):
+            self._measure()
         self.ranks.on_leader(self._open_log)
         try:
             with self.stop, limit_threads() if self._two_operators else nullcontext():
@@ -223,7 +239,7 @@ class Trainer:
         if self.step and self._evaluates():  # the run was stopped before this evaluation
             self.evaluate()
         self.performance.start()
-        with ProgressConsole(self.console, config.recipe, config.steps, self.step) as bar:
+        with ProgressConsole(self.console, config.recipe, self.end, self.step) as bar:
             for batch in self.batches():
                 self.train_step(batch)
                 self.step += 1
@@ -234,7 +250,7 @@ class Trainer:
                     if self.log is not None:
                         self.log.write(record)
                 bar.advance(self.step, figures)
-                self.stopped = self.stop.agreed() and self.step < config.steps
+                self.stopped = self.stop.agreed() and (self.step < self.end or not self.stage.is_last)
                 if self.stopped or self._is_due(config.save_every) or self._evaluates():
                     self.save()
                 if self.stopped:
@@ -254,8 +270,22 @@ class Trainer:
             batches = (batch for batch, _ in read)
         with ProgressConsole(self.console, "teachers' features", steps.steps, 0) as bar:
             lines = measure(self.loss.statistics, batches, self.student, self.device, bar.advance)
+        taken = [name for name in self._taken if name in self.model.adaptors]
+        for weights in (dict(self.model.named_parameters()), self.average.tensors if self.average else {}):
+            if weights:
+                self.loss.statistics.unfold(weights, taken)
         for line in lines:
             self._say(line)
+
+    @property
+    def steps_done(self) -> int:
+        """Number of steps done of this stage, which schedule, data and random values follow."""
+        return self.step - self.stage.first_step
+
+    @property
+    def samples(self) -> int:
+        """Number of images seen in the whole run."""
+        return self.stage.first_sample + self.steps_done * self.partition.batch_size
 
     @property
     def prefetches(self) -> bool:
@@ -265,8 +295,8 @@ class Trainer:
     def batches(self) -> Iterator[Batch]:
         """Return the batches of the remaining steps, with the teachers' features."""
         if self.cache is not None:
-            return self.cache.batches(self.config, self.step, self.device)
-        return self.loader.batches(self.step, self.run_teachers, ahead=self.prefetches)
+            return self.cache.batches(self.config, self.steps_done, self.device)
+        return self.loader.batches(self.steps_done, self.run_teachers, ahead=self.prefetches)
 
     def run_teachers(self, step: int, group: TeacherGroup, images: Tensor) -> dict[str, Features]:
         """Compute the features of a group's images in a step by its teachers."""
@@ -284,7 +314,7 @@ class Trainer:
         config = self.config
         losses, total, norm = self.compute_gradients(batch)
         for parameters in self.optimizer.param_groups:
-            parameters["lr"] = learning_rate(self.step, config.steps, config.optim)
+            parameters["lr"] = learning_rate(self.steps_done, config.steps, config.optim)
         with self.performance.watch.time("optimiser"):
             applied = self.optimizer.guard(norm, config.optim.clip)
             self.optimizer.step()
@@ -324,8 +354,8 @@ class Trainer:
         return losses, total, norm
 
     def _forward(self, part: GroupBatch) -> Losses:
-        step, config = self.step, self.config
-        detail = (step + 1) % config.log_every == 0 or step + 1 == config.steps
+        step, config = self.steps_done, self.config
+        detail = (self.step + 1) % config.log_every == 0 or self.step + 1 == self.end
         window = draw_window(self.windows[part.group.side], config.seed, step)
         encode = self.student.encode_frozen if step < config.freeze_trunk_steps else self.student.encode
         with self.performance.watch.time("forward", part.group.name), self._autocast():
@@ -368,7 +398,7 @@ class Trainer:
 
     def _with_crops(self, batch: GroupBatch) -> GroupBatch:
         """Add this rank's part of the position crops that are sampled for the whole step."""
-        seeded = generator(self.config.seed, "positions", self.step)
+        seeded = generator(self.config.seed, "positions", self.steps_done)
         crops = self.model.sample_crops(self.partition.batch_size, seeded)
         if crops is None:
             return batch
@@ -395,11 +425,12 @@ class Trainer:
         figures = self.performance.read()
         means = self.meters.read(self.ranks)
         self.last = means["loss"]
-        samples = self.step * self.partition.batch_size
-        broken = self.loader.errors.check(samples, config.data.max_error_fraction)
+        broken = self.loader.errors.check(
+            self.steps_done * self.partition.batch_size, config.data.max_error_fraction
+        )
         return {
             "step": self.step,
-            "samples": samples,
+            "samples": self.samples,
             **means,
             "lr": self.optimizer.param_groups[0]["lr"],
             **figures,
@@ -428,8 +459,8 @@ class Trainer:
             RadioError: too many steps in a row were not finite, or a weight is not finite.
         """
         self.nonfinite.check(self.step, self.config.max_nonfinite_steps)
-        if self.step == self.config.steps:
-            self.nonfinite.check_any(self.step)
+        if self.step == self.end:
+            self.nonfinite.check_any(self.steps_done)
         self.states.wait()  # the previous save may still be writing the metadata changed below
         tensors = self.state_tensors()
         problems = self.ranks.gather_objects((first_bad(tensors), self.log.flush() if self.log else ""))
@@ -453,10 +484,10 @@ class Trainer:
         """Load the newest whole state of the run folder; return the number of steps done."""
         state = self.states.resume(self.state_tensors(), self._misfit)
         if state is None:
-            return 0
-        if state.step > self.config.steps:
+            return self._start()
+        if state.step > self.end:
             raise CheckpointError(
-                f"{state.path}: is beyond the run's last step, {self.config.steps}, and so not this run's; "
+                f"{state.path}: is beyond the run's last step, {self.end}, and so not this run's; "
                 f"move it away, or begin anew with --restart"
             )
         ranks = state.notes["ranks"]
@@ -472,14 +503,40 @@ class Trainer:
         self.loader.load_state_dict(state.notes["data"])
         return state.step
 
+    def _take_over(self) -> dict[str, Tensor]:
+        """Start from the checkpoints of the stage before if they still are; return the weights' averages."""
+        names = ["ckpt.pt", *(["ckpt-ema.pt"] if self.config.ema else [])]
+        files = [self.config.out / name for name in names]
+        read = self.ranks.on_leader(lambda: [_read_step(file) for file in files])
+        self._taken_over = read == [self.stage.first_step] * len(files)
+        if not self._taken_over:  # as later, where the stage has states of its own
+            return {}
+        averages: dict[str, Tensor] = {}
+        for file in reversed(files):  # the averages are read through the model, and then overwritten
+            say = self._say if file is files[0] else lambda line: None
+            _, self._taken = warm_start(self.model, str(file), say)
+            if file is not files[0]:
+                averages = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
+        return averages
+
+    def _start(self) -> int:
+        """Return the step before the first one of the stage, where it has no state yet."""
+        if self.stage.index and not self._taken_over:
+            raise CheckpointError(
+                f"{self.config.out}: neither a state of stage {self.stage.index + 1} nor the checkpoint of "
+                f"step {self.stage.first_step}, which it starts from, is whole; begin anew with --restart"
+            )
+        return self.stage.first_step
+
     def _misfit(self, state: SavedState) -> str:
         """Describe optimizer counts that contradict the loaded state's step; empty if none."""
         skipped = state.notes["ranks"][0]["guard"]["total"]
         # Another package's student may skip blocks, and a trunk that was frozen has fewer steps.
         seldom = students.plugin(self.config.student) or self.config.freeze_trunk_steps
         partly = "model.student." if seldom else "-"
-        odd = odd_count(self.optimizer, self.loss, state.step - skipped, partly=partly)
-        return odd and f"optimizer.{odd} in it, after {state.step} steps of which {skipped} were left out"
+        steps = state.step - self.stage.first_step
+        odd = odd_count(self.optimizer, self.loss, steps - skipped, partly=partly)
+        return odd and f"optimizer.{odd} in it, after {steps} steps of which {skipped} were left out"
 
     def _publisher(self) -> Callable[[Collection[str] | None], None]:
         """Copy this step's weights; return a function that writes the named checkpoints (None: all)."""
@@ -488,7 +545,7 @@ class Trainer:
         files = {"ckpt.pt": self.student.gather(fold(weights))}
         if self.average is not None:
             files["ckpt-ema.pt"] = self.student.gather(fold({**weights, **self.average.tensors}))
-        self.model.metadata["provenance"] = provenance(self.step, self.step * self.partition.batch_size)
+        self.model.metadata["provenance"] = provenance(self.step, self.samples)
 
         def publish(names: Collection[str] | None) -> None:
             for name, tensors in files.items():
@@ -498,10 +555,10 @@ class Trainer:
         return publish
 
     def _publish_again(self) -> None:
-        """Rewrite a finished run's checkpoints if missing or damaged; every rank calls it."""
+        """Rewrite a finished stage's checkpoints unless whole and of its last step; every rank calls it."""
         out = self.config.out
         names = ["ckpt.pt", *(["ckpt-ema.pt"] if self.average is not None else [])]
-        gone = self.ranks.on_leader(lambda: [name for name in names if not _is_whole(out / name)])
+        gone = self.ranks.on_leader(lambda: [name for name in names if _read_step(out / name) != self.step])
         if gone:
             publish = self._publisher()
             self.ranks.on_leader(lambda: publish(gone))
@@ -526,7 +583,7 @@ class Trainer:
         return self.follower is not None and self.step % self.config.eval_every == 0
 
     def _is_due(self, every: int) -> bool:
-        return self.step % every == 0 or self.step == self.config.steps
+        return self.step % every == 0 or self.step == self.end
 
     def _doubt(self) -> str:
         """Warn if the final weights are doubtful, else return an empty string. Every rank calls it."""
@@ -534,8 +591,8 @@ class Trainer:
         skipped, in_a_row = guard["total"], guard["in_a_row"]
         first = 0.0 if self.first is None else float(self.ranks.sum(self.first.cpu())) / self.ranks.world
         doubts = []
-        if in_a_row or skipped > _DOUBTFUL_FRACTION * self.step:
-            doubts.append(f"{skipped} of the {self.step} steps were left out, not finite")
+        if in_a_row or skipped > _DOUBTFUL_FRACTION * self.steps_done:
+            doubts.append(f"{skipped} of the {self.steps_done} steps were left out, not finite")
         if self.last > _DOUBTFUL_RISE * first > 0:
             doubts.append(f"the loss rose from {first:.3g} to {self.last:.3g}")
         remedy = "the weights may be useless; begin anew with --restart and a lower --optim.lr"
@@ -543,16 +600,18 @@ class Trainer:
 
     def _open_log(self) -> None:
         check_writable(self.config.out / "state", "--out")  # else it would fail at the first save
-        self.log = open_log(self.config, self.step, self._say)
-        write_yaml(self.config, self.config.out / "config.yaml")
+        self.log = open_log(self.stage.run, self.step, self._say, self.end)
+        write_yaml(self.stage.run, self.config.out / "config.yaml")
 
     def _say(self, line: str) -> None:
         say(self.console, line)
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def _read_step(checkpoint: Path) -> int:
+    """Return the step of a checkpoint; 0 if there is none, or no whole one."""
     try:
-        load_checkpoint(checkpoint)
+        origin = load_checkpoint(checkpoint).metadata.get("provenance")
     except CheckpointError:
-        return False
-    return True
+        return 0
+    step = origin.get("step") if isinstance(origin, dict) else 0
+    return step if isinstance(step, int) else 0

@@ -47,6 +47,15 @@ class _Source(NamedTuple):
     heads: int = 0  # of its attention if it is a plain ViT, whose weights do not tell them
 
 
+class Started(NamedTuple):
+    """What a model was started from."""
+
+    fingerprint: str  # of all weights in the source
+    adaptors: tuple[
+        str, ...
+    ]  # that were taken; as in every checkpoint, they speak their teachers' own spaces
+
+
 def check_init(text: str) -> None:
     """Check that a spec names weights that a student can start from; no file but a checkpoint is looked for.
 
@@ -61,8 +70,8 @@ def check_init(text: str) -> None:
         raise ConfigError(f"{where}: a student cannot start from it; {wanted}")
 
 
-def warm_start(model: RadioModel, text: str, say: Callable[[str], None]) -> str:
-    """Give a model the weights that a spec names; return their fingerprint.
+def warm_start(model: RadioModel, text: str, say: Callable[[str], None]) -> Started:
+    """Give a model the weights that a spec names.
 
     The whole trunk is taken: blocks and patch embedding must fit, a table of positions is resized. Its class
     and register tokens are taken where there are as many, and an adaptor where the model has one of that name
@@ -101,7 +110,7 @@ def warm_start(model: RadioModel, text: str, say: Callable[[str], None]) -> str:
             f"not taken, and fresh: {list_first('weights of the trunk', fresh)}{'; ' * bool(fresh and left)}"
             f"{list_first('adaptors', left, most=20)}"
         )
-    return source.fingerprint
+    return Started(source.fingerprint, tuple(taken))
 
 
 def _read(model: RadioModel, text: str) -> _Source:

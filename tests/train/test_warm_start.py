@@ -12,6 +12,7 @@ import timm
 import torch
 from torch import nn
 
+from radio.checkpoint import load
 from radio.errors import CheckpointError, ConfigError
 from radio.hub import load_backbone, load_teacher
 from radio.model import AdaptorConfig, ModelConfig, RadioModel, build
@@ -19,7 +20,7 @@ from radio.nn.vit import Block
 from radio.students import StudentOptions, ViTOptions
 from radio.students.timm import TimmOptions
 from tests.radio.teachers.releases import save_pickled, teacher, trunk
-from train.config import TrainConfig
+from train.config import NormaliseConfig, TrainConfig
 from train.warm_start import warm_start
 
 from .conftest import Start, losses_of
@@ -39,7 +40,7 @@ def model(
 def started(fresh: RadioModel, spec: str) -> list[str]:
     """What is told while a model starts from a spec."""
     lines: list[str] = []
-    assert len(warm_start(fresh, spec, lines.append)) == 64
+    assert len(warm_start(fresh, spec, lines.append).fingerprint) == 64
     return lines
 
 
@@ -214,3 +215,21 @@ def test_a_run_starts_there_and_resumes_only_with_the_same_weights(
     with pytest.raises(CheckpointError, match=r"other settings \(init was .* and is null"):
         start(warm, init=None)
     assert losses_of(config.out)[0] < losses_of(tmp_path / "first1")[0]
+
+
+def test_heads_that_are_taken_predict_normalised_tokens(
+    config: TrainConfig, start: Start, tmp_path: Path
+) -> None:
+    """Before the first step, what is folded again is what the run started from."""
+    start(config, steps=3, out=tmp_path / "first").train()
+    file = tmp_path / "first" / "ckpt.pt"
+    normalised = replace(config, normalise=NormaliseConfig(kind="phi-s", steps=3), ema=0.5)
+    run = start(normalised, init=str(file), optim=replace(config.optim, lr=0.0), steps=1, log_every=1)
+    run.train()
+    wanted = load(file).tensors
+    for name in ("ckpt.pt", "ckpt-ema.pt"):
+        found = load(config.out / name).tensors
+        for key in wanted:
+            assert torch.allclose(found[key], wanted[key], atol=1e-5), key
+    trained_as = run.model.state_dict()["adaptors.clip.spatial.layers.3.weight"]
+    assert not torch.allclose(trained_as, wanted["adaptors.clip.spatial.layers.3.weight"], atol=1e-2)

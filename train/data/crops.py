@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _MAX_UNREADABLE = 20  # images in a row before a crop fails
 
-Purpose = Literal["order", "crop", "positions", "window", "group", "source", "stream", "mosaic"]
+Purpose = Literal["order", "crop", "positions", "window", "group", "source", "stream", "mosaic", "stage"]
 View = Callable[[bytes | Tensor], Tensor]  # crops an image, given as a file's bytes or uint8 [3, H, W]
 
 _STREAMS: dict[Purpose, int] = {name: number for number, name in enumerate(get_args(Purpose))}
