@@ -19,7 +19,7 @@ from radio.dist import Ranks
 from radio.errors import CheckpointError, ConfigError, RadioError
 from train.cli import main
 from train.commands import train_stages
-from train.config import DataConfig, OptimConfig, StageConfig, TeacherConfig, TrainConfig
+from train.config import DataConfig, NormaliseConfig, OptimConfig, StageConfig, TeacherConfig, TrainConfig
 from train.data.crops import seed_of
 from train.optim import learning_rate
 from train.stages import Stage, check_stages, find_stage, split_stages
@@ -152,6 +152,17 @@ def test_a_run_stopped_anywhere_goes_on_exactly(staged: TrainConfig, tmp_path: P
     assert untimed(tmp_path / "whole") == untimed(tmp_path / "parts")
     trained(staged, tmp_path / "parts")  # nothing is left to do
     assert untimed(tmp_path / "whole") == untimed(tmp_path / "parts")
+
+
+def test_features_are_normalised_anew_in_every_stage(staged: TrainConfig, tmp_path: Path) -> None:
+    normalised = replace(staged, normalise=NormaliseConfig(kind="phi-s", steps=2))
+    trained(normalised, tmp_path / "whole")
+    trained(normalised, tmp_path / "parts", stop=6)
+    trained(normalised, tmp_path / "parts")
+    assert same_weights(tmp_path / "whole", tmp_path / "parts")
+    assert untimed(tmp_path / "whole") == untimed(tmp_path / "parts")
+    losses = [record["clip/spatial"] for record in read_records(tmp_path / "whole")]
+    assert losses[4] < losses[0]  # the head goes on from where it was, in the new targets' space
 
 
 def test_a_run_goes_on_with_other_ranks_in_every_stage(staged: TrainConfig, tmp_path: Path) -> None:
