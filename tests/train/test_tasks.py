@@ -138,7 +138,7 @@ def test_tasks_are_options_of_the_run_that_scores_them(parsed: list[TrainConfig]
         assert main(words) == 0
         assert parsed.pop().tasks == {"knn": KNN}
     assert main(["table2", "--size", "paper", *knn]) == 0
-    assert [config.tasks for config in parsed] == [{"knn": KNN}]
+    assert [config.tasks["knn"] for config in parsed] == [KNN]
 
 
 def test_options_go_over_the_settings_of_a_file(parsed: list[TrainConfig], tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def test_the_machines_settings_do_not_matter(save: Callable[..., Path]) -> None:
 def test_settings_of_the_machine_are_those_that_the_task_declares(save: Callable[..., Path]) -> None:
     """The batch of seg and vqa is what they train with; the batch of a forward pass changes nothing."""
     of_tasks = {task: set(machine_settings(evaluators[task]().settings())) for task in evaluators}
-    assert set(machine_settings(RunSettings())) == {"batch_size", "workers", "cache", "device"}
+    assert set(machine_settings(RunSettings())) == {"batch_size", "workers", "cache", "device", "data_root"}
     assert {"save_maps", "head_seed"} <= of_tasks["seg"] and not {"lr", "batch"} & of_tasks["seg"]
     assert {"save_every", "fsdp", "predictions"} <= of_tasks["vqa"]
     assert not {"micro_batch", "batch"} & of_tasks["vqa"]

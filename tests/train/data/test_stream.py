@@ -232,7 +232,7 @@ def test_cursors_of_all_ranks_come_together(shards: str, tmp_path: Path) -> None
     total = [each.zeros(1) for each in assignments]
     for rank in range(3):
         loader = loader_of(config, shared, rank, tmp_path)
-        for _ in loader.batches(97, lambda group, images: {}, ahead=rank == 1):  # three steps
+        for _ in loader.batches(97, lambda step, group, images: {}, ahead=rank == 1):  # three steps
             pass
         total = [a + torch.tensor(b) for a, b in zip(total, loader.state_dict()["cursors"], strict=True)]
     assert all(torch.equal(a, b.cursors) for a, b in zip(total, whole, strict=True))

@@ -47,7 +47,7 @@ def test_a_table_of_one_seed_is_not_called_more(tmp_path: Path) -> None:
     (found,) = table.differences
     assert (found.line, found.against, found.verdict) == ("both", "none", "holds")
     assert found.high == pytest.approx(10 + 2**0.5, abs=1e-4)
-    (remark,) = table.remarks
+    (remark,) = table.remarks[len(TABLE.remarks) :]
     assert remark.startswith("One seed: none, both. ") and "of the images alone" in remark
 
 
@@ -65,7 +65,7 @@ def test_results_of_other_seeds_are_named(tmp_path: Path) -> None:
     write_rows(tmp_path, {"base": 50.0})
     table = collected(tmp_path, num_seeds=3)
     assert table.lines[3].seeds == "0 of 3"
-    assert table.remarks == ("Results of other seeds, left out (see --seeds): base.",)
+    assert table.remarks[len(TABLE.remarks) :] == ("Results of other seeds, left out (see --seeds): base.",)
     write_rows(tmp_path, {f"base-seed{seed}": 50.0 for seed in range(3)}, num_seeds=3)
     seeds = "base-seed0, base-seed1, base-seed2"
     assert collected(tmp_path).remarks[-1] == f"Results of other seeds, left out (see --seeds): {seeds}."
