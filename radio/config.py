@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import gc
 import io
+import json
 import math
 import operator
 import re
@@ -86,6 +87,51 @@ def defaults_of(settings: Any) -> dict[str, Any]:
         elif f.default_factory is not dataclasses.MISSING:
             defaults[f.name] = to_plain(f.default_factory())
     return defaults
+
+
+def difference(
+    old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any], where: str = ""
+) -> str:
+    """Describe the first setting that differs, with both values; empty where none does.
+
+    A setting that the old ones do not know yet counts as its default: so what was made before a program got a
+    setting stays valid, and becomes invalid where a default changes.
+
+    Args:
+        old: as `to_plain` gave them, perhaps before some of the new ones existed.
+        new: as `to_plain` gives them.
+        defaults: of the new settings, from `defaults_of`.
+        where: their place, for the description.
+    """
+    for name in dict.fromkeys((*old, *new)):
+        own: Any = defaults.get(name)
+        before, now = old.get(name, own), new.get(name)
+        inner = own if isinstance(own, Mapping) else {}
+        if isinstance(before, dict) and isinstance(now, dict):
+            pairs = [(before, now, f"{where}{name}.")]
+        elif isinstance(before, list) and isinstance(now, list) and _hold_as_many_settings(before, now):
+            pairs = [(b, n, f"{where}{name}[{i}].") for i, (b, n) in enumerate(zip(before, now, strict=True))]
+        elif before != now:
+            return f"{where}{name} was {_short(before)} and is {_short(now)}"
+        else:
+            continue
+        for part_before, part_now, place in pairs:
+            if found := difference(part_before, part_now, inner, place):
+                return found
+    return ""
+
+
+def _hold_as_many_settings(before: list[Any], now: list[Any]) -> bool:
+    """Check for two lists of as many settings, such as the teachers'."""
+    return len(before) == len(now) and all(isinstance(part, dict) for part in (*before, *now))
+
+
+def _short(value: Any) -> str:
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        return "something nested"
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def from_plain(kind: type[T], data: Any, where: str = "") -> T:

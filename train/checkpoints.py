@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from typing_extensions import TypedDict
 
-from radio.config import to_plain
+from radio.config import difference, to_plain
 from radio.dist import Ranks
 from radio.errors import CheckpointError, RadioError
 from radio.io import read_json, validate, write_text
@@ -376,7 +376,7 @@ class CheckpointManager:
             except (OSError, RadioError) as error:
                 self._set_aside(path, _reason(error))
                 continue
-            if changed := _difference(metadata["settings"], self.settings, self.defaults):
+            if changed := difference(metadata["settings"], self.settings, self.defaults):
                 raise CheckpointError(
                     f"{self.folder.parent}: holds a run with other settings ({changed}); give another --out, "
                     f"or --restart to begin anew"
@@ -461,44 +461,6 @@ def _misfit(path: Path, tensors: Mapping[str, Tensor]) -> str:
         if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != tensor.numel():
             return f"parts of {name} are missing in it, or there twice"
     return ""
-
-
-def _difference(
-    old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any], where: str = ""
-) -> str:
-    """Describe the first setting that differs, with both values; empty where none does.
-
-    A setting that the old ones do not know yet counts as its default.
-    """
-    for name in dict.fromkeys((*old, *new)):
-        own: Any = defaults.get(name)
-        before, now = old.get(name, own), new.get(name)
-        inner = own if isinstance(own, Mapping) else {}
-        if isinstance(before, dict) and isinstance(now, dict):
-            pairs = [(before, now, f"{where}{name}.")]
-        elif isinstance(before, list) and isinstance(now, list) and _hold_as_many_settings(before, now):
-            pairs = [(b, n, f"{where}{name}[{i}].") for i, (b, n) in enumerate(zip(before, now, strict=True))]
-        elif before != now:
-            return f"{where}{name} was {_short(before)} and is {_short(now)}"
-        else:
-            continue
-        for part_before, part_now, place in pairs:
-            if found := _difference(part_before, part_now, inner, place):
-                return found
-    return ""
-
-
-def _hold_as_many_settings(before: list[Any], now: list[Any]) -> bool:
-    """Check for two lists of as many settings, such as the teachers'."""
-    return len(before) == len(now) and all(isinstance(part, dict) for part in (*before, *now))
-
-
-def _short(value: Any) -> str:
-    try:
-        text = json.dumps(value)
-    except RecursionError:
-        return "something nested"
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _sha256(path: Path) -> str:

@@ -59,6 +59,14 @@ class TableDifference:
     paper: Value
     verdict: str  # empty where there is no interval
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The cells below `VERDICT_HEAD`."""
+        known = self.low is not None and self.high is not None
+        between = f"{self.low:+.2f} to {self.high:+.2f}" if known else ""
+        ours, paper = f"{self.value:+.2f}", f"{self.paper:+.2f}"
+        return (self.line, self.against, self.column, ours, between, paper, self.verdict)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MadeTable:
@@ -82,6 +90,7 @@ class MadeTables:
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
+VERDICT_HEAD = ("model", "against", "column", "ours", "95 %", "paper", "verdict")
 _TRADEOFF = ("images/s", "k-NN")
 _FEWEST = 4  # models whose quality is plotted against their speed
 
@@ -127,19 +136,8 @@ def tables_section(made: MadeTables) -> Section:
             elements.append(
                 grid(
                     f"{title}: does the paper's ordering hold?",
-                    ("model", "against", "column", "ours", "95 %", "the paper's", "verdict"),
-                    [
-                        (
-                            each.line,
-                            each.against,
-                            each.column,
-                            f"{each.value:+.2f}",
-                            between(each),
-                            f"{each.paper:+.2f}",
-                            each.verdict,
-                        )
-                        for each in table.differences
-                    ],
+                    VERDICT_HEAD,
+                    [each.texts for each in table.differences],
                 )
             )
         elements += [*_tradeoff(table), *notes(list(table.remarks))]
@@ -163,13 +161,6 @@ def _tradeoff(table: MadeTable) -> list[Element]:
     legend = tuple((point.name, point.color) for point in points)
     caption = f"{table.name}: quality against speed, measured side by side on one machine."
     return [Plots(caption=caption, panels=(("", svg),), legend=legend)]
-
-
-def between(difference: TableDifference) -> str:
-    """Format the interval of a difference."""
-    if difference.low is None or difference.high is None:
-        return ""
-    return f"{difference.low:+.2f} to {difference.high:+.2f}"
 
 
 def _cell(cell: TableCell) -> Cell:

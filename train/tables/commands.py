@@ -22,7 +22,7 @@ from ..distributed import REQUEUE, join
 from ..loggers import LOG, say
 from ..setup import check_settings
 from ..tasks import check_data
-from .layout import PaperTable, Runs, choose_runs, runs_of
+from .layout import PaperTable, Runs, choose_runs, runs_of, without_seed
 from .making import Row, evaluation_settings, is_done, rows_of, score_row
 from .options import TableCommand
 from .paper_size import use_data_sets
@@ -113,7 +113,7 @@ def _runs(table: PaperTable, default: TrainConfig, command: TableCommand) -> Run
         ConfigError: a row would not have a changed setting, which the table sets itself.
     """
     base = _change(table.base, default, command.config)
-    chosen = {row.rpartition("-seed")[0] or row for row in command.rows}
+    chosen = {without_seed(row) for row in command.rows}
     for name, run in table.make_runs(base).items():
         lost = [] if chosen and name not in chosen else list(_lost(run, default, command.config))
         if lost:
@@ -189,7 +189,7 @@ def make_rows(
             say(console, f"{minutes:.0f} minutes have passed; the same command goes on with {row.name}")
             return REQUEUE
         say(console, f"row {row.name} ({index + 1} of {len(left)})")
-        state = make_row(row, results, console, restart=command.restart)
+        state = make_row(row, results, console, ranks, restart=command.restart)
         if state == "stopped":
             return REQUEUE
         if state == "failed":
@@ -199,25 +199,24 @@ def make_rows(
     return int(bool(failed))
 
 
-def make_row(row: Row, results: Path, console: Console, *, restart: bool) -> str:
+def make_row(row: Row, results: Path, console: Console, ranks: Ranks, *, restart: bool) -> str:
     """Train and score one row; return `done`, `failed` (in a task) or `stopped` (by a signal)."""
     fine: list[bool] = []
 
-    def score(checkpoint: Path | None, ranks: Ranks, seconds: float) -> None:
-        took = {"train": round(seconds, 1)} if checkpoint else {}
-        screen = console if ranks.leads else Console(quiet=True)
-        fine.append(score_row(row, checkpoint, results, screen, ranks, took, restart=restart))
+    def score(checkpoint: Path | None, group: Ranks, took: Mapping[str, float]) -> None:
+        fine.append(score_row(row, checkpoint, results, console, group, took, restart=restart))
 
     if row.spec:
-        with join(choose_device(row.config.device)) as ranks:
-            score(None, ranks, 0.0)
+        score(None, ranks, {})
     else:
         started = time.monotonic()
         trained = train_all(
             {row.name: use_data_sets(row.config)},
             console,
             restart=restart,
-            after=lambda checkpoint, ranks: score(checkpoint, ranks, time.monotonic() - started),
+            after=lambda checkpoint, group: score(
+                checkpoint, group, {"train": round(time.monotonic() - started, 1)}
+            ),
         )
         if trained.stopped:
             return "stopped"

@@ -146,9 +146,14 @@ def runs_of(table: PaperTable, base: TrainConfig, num_seeds: int) -> dict[str, T
     return runs
 
 
+def without_seed(name: str) -> str:
+    """Return a run's name without its `-seedN`, if it has one."""
+    return name.rpartition("-seed")[0] or name
+
+
 def seeds_of(runs: Runs, name: str) -> list[str]:
     """Return the names of the runs of a line's run, one per seed."""
-    return [own for own in runs if own == name or own.rpartition("-seed")[0] == name]
+    return [own for own in runs if name in (own, without_seed(own))]
 
 
 def choose_runs(runs: Runs, names: tuple[str, ...]) -> dict[str, TrainConfig]:
@@ -159,7 +164,7 @@ def choose_runs(runs: Runs, names: tuple[str, ...]) -> dict[str, TrainConfig]:
     """
     for name in names:
         if not seeds_of(runs, name):
-            known = dict.fromkeys([*(run.rpartition("-seed")[0] or run for run in runs), *runs])
+            known = dict.fromkeys([*map(without_seed, runs), *runs])
             hint = did_you_mean(name, known) or f"; there are {', '.join(known)}"
             raise ConfigError(f"no row {name!r}{hint}")
     chosen = {own for name in names for own in seeds_of(runs, name)}

@@ -16,7 +16,7 @@ from evals.core.report import file_name
 from evals.core.suite import Contestant, Outcome, run_contestants
 from evals.core.task import RunSettings, make_evaluator, missing_data, settings_on
 from evals.reporting.compare import StoredReport, block_sums
-from radio.config import from_plain, to_plain
+from radio.config import defaults_of, difference, from_plain, to_plain
 from radio.datasets import SET_NAMES, DataSets, read_data_sets
 from radio.dist import Ranks
 from radio.errors import ConfigError
@@ -35,7 +35,6 @@ from .results import (
     Score,
     deciding_settings,
     final_losses,
-    is_made_with,
     merge,
     read_result,
     write_result,
@@ -127,19 +126,13 @@ def is_done(row: Row, results: Path) -> bool:
 
 def is_current(row: Row, result: RowResult) -> bool:
     """Check whether a result is of the row's model and scored as the row is; scores may be missing."""
-    same = result.settings == row.settings if row.spec else _is_same_run(result.settings, row.config)
-    return same and all(
-        is_made_with(result.protocols[key], own)
+    if difference(result.settings, row.settings, {} if row.spec else defaults_of(row.config)):
+        return False
+    return not any(
+        difference(result.protocols[key], to_plain(own), defaults_of(own))
         for key, own in protocols_of(row).items()
         if key in result.protocols
     )
-
-
-def _is_same_run(stored: Mapping[str, Any], config: TrainConfig) -> bool:
-    """Check that a stored run decided the same student: what the deciding settings leave out is free."""
-    free = {name: value for name, value in to_plain(config).items() if name not in deciding_settings(config)}
-    data = {**stored.get("data", {}), "workers": config.data.workers}
-    return is_made_with({**stored, **free, "data": data}, config)
 
 
 def protocols_of(row: Row) -> dict[str, Any]:

@@ -15,11 +15,11 @@ from ..config import PlanOptions, TrainConfig
 from ..loggers import say
 from ..plan import make_plan
 from ..setup import round_resolutions
-from .layout import Runs
+from .layout import Runs, without_seed
 
 
 class RowCost(NamedTuple):
-    """The cost of training one row."""
+    """The cost of training a row, or all of them."""
 
     name: str
     student: str
@@ -28,16 +28,11 @@ class RowCost(NamedTuple):
     gigabytes: float  # of the busiest rank
     step_seconds: float | None  # None for several rows
     days: float  # of all its runs
-    device_hours: float | None = None  # None: its days on its ranks
-
-    @property
-    def hours(self) -> float:
-        """Device hours."""
-        return self.days * 24 * self.ranks if self.device_hours is None else self.device_hours
+    hours: float  # of a device, of all its runs
 
 
-def plan_rows(runs: Runs, options: PlanOptions, price: float | None, console: Console) -> list[RowCost]:
-    """Print a line for each run and their sum; return the costs.
+def plan_rows(runs: Runs, options: PlanOptions, price: float | None, console: Console) -> None:
+    """Print a line for each run and their sum.
 
     Args:
         runs: their settings by name; those that differ in their seed alone are planned once.
@@ -61,6 +56,7 @@ def plan_rows(runs: Runs, options: PlanOptions, price: float | None, console: Co
         for line in changes:
             say(console, f"{name}: {line}")
         plan = make_plan(config, options)
+        days = plan.days * len(group)
         costs.append(
             RowCost(
                 name=name,
@@ -69,7 +65,8 @@ def plan_rows(runs: Runs, options: PlanOptions, price: float | None, console: Co
                 ranks=plan.partition.world,
                 gigabytes=max(kind.memory.peak for kind in plan.kinds) / 1e9,
                 step_seconds=plan.step_seconds,
-                days=plan.days * len(group),
+                days=days,
+                hours=days * 24 * plan.partition.world,
             )
         )
     for cost in costs:
@@ -83,20 +80,19 @@ def plan_rows(runs: Runs, options: PlanOptions, price: float | None, console: Co
         gigabytes=max((cost.gigabytes for cost in costs), default=0.0),
         step_seconds=None,
         days=sum(cost.days for cost in costs),
-        device_hours=sum(cost.hours for cost in costs),
+        hours=sum(cost.hours for cost in costs),
     )
     table.add_row(whole.name, "", *_cells(whole, price))
     console.print(table)
     if plan is not None:
         say(console, f"at {plan.options.utilisation:.0%} of {plan.peak_tflops:g} TFLOP/s a rank")
-    return costs
 
 
 def _by_row(runs: Runs) -> dict[str, list[TrainConfig]]:
     """Group runs that differ in their seed alone."""
     rows: dict[str, list[TrainConfig]] = {}
     for name, config in runs.items():
-        rows.setdefault(name.rpartition("-seed")[0] or name, []).append(config)
+        rows.setdefault(without_seed(name), []).append(config)
     return rows
 
 

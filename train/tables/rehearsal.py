@@ -1,7 +1,7 @@
 """Rehearse the rows of tables at their real architecture, without weights, data or a cluster.
 
-Every row's models are built on the meta device and run on fake tensors, forward and backward, at the size
-and batch of one rank; what would stop the row on its first step, or its evaluators, stops the rehearsal.
+Every row's models are built without weights and run on fake tensors, forward and backward, at the size and
+batch of one rank; its optimizer is built, its evaluators' settings and the sizes of their images are checked.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from ..checkpoints import describe_teachers
 from ..config import PlanOptions, TrainConfig
 from ..losses import make_balancer
 from ..optim import make_optimizer
-from ..plan import RunPlan, make_plan, outline
+from ..plan import make_plan, outline
 from ..setup import round_resolutions
+from .layout import without_seed
 from .making import Row, evaluation_settings
 
 
@@ -44,7 +45,7 @@ def rehearse(rows: Sequence[Row], options: PlanOptions, console: Console) -> int
         table.add_column(head, overflow="fold")
     failed, first = 0, dict[str, Row]()
     for row in rows:
-        first.setdefault(row.name.rpartition("-seed")[0] or row.name, row)
+        first.setdefault(without_seed(row.name), row)
     for row in first.values():
         try:
             cells = _rehearse_teacher(row) if row.spec else _rehearse_student(row, options)
@@ -63,18 +64,18 @@ def _rehearse_teacher(row: Row) -> list[str]:
 def _rehearse_student(row: Row, options: PlanOptions) -> list[str]:
     config, _ = round_resolutions(row.config)
     plan = make_plan(config, options)  # builds all models, and runs each group's step
-    memory = max(kind.memory.peak for kind in plan.kinds) / 1e9
+    world, memory = plan.partition.world, max(kind.memory.peak for kind in plan.kinds) / 1e9
     models = outline(config)
     model = RadioModel(models.model.config, {"teachers": describe_teachers(config, models.facts)})
     return [
         config.student,
-        f"{plan.partition.batch_size} images, {plan.partition.world} ranks, {memory:.1f} GB",
-        _optimizer(config, plan, model),
+        f"{plan.partition.batch_size} images, {world} rank{'s' * (world > 1)}, {memory:.1f} GB",
+        _optimizer(config, model),
         _sizes(row, model),
     ]
 
 
-def _optimizer(config: TrainConfig, plan: RunPlan, model: RadioModel) -> str:
+def _optimizer(config: TrainConfig, model: RadioModel) -> str:
     """Build the optimizer on meta weights, with what the balancer learns; describe its groups."""
     selected = list(config.teachers)
     balancer = make_balancer(config.balance, selected, model.summary_dim)
@@ -87,7 +88,11 @@ def _optimizer(config: TrainConfig, plan: RunPlan, model: RadioModel) -> str:
 
 
 def _sizes(row: Row, model: Any) -> str:
-    """Run the model at the size that each evaluator gives it; describe the sizes."""
+    """Describe the size at which each evaluator gives the model images.
+
+    Raises:
+        ConfigError, SizeError: an evaluator's settings do not fit the model.
+    """
     described = []
     settings = evaluation_settings(row, anywhere=True)
     for evaluation in row.evaluations:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,33 +75,6 @@ def deciding_settings(config: TrainConfig) -> dict[str, Any]:
     plain: dict[str, Any] = {name: value for name, value in to_plain(config).items() if name not in _FREE}
     plain["data"] = {name: value for name, value in plain["data"].items() if name != "workers"}
     return plain
-
-
-def is_made_with(stored: Any, settings: Any) -> bool:
-    """Check whether stored plain settings are those of an object; settings that came later have defaults.
-
-    So results stay valid when a program gets new settings, and become invalid when a default changes.
-
-    Args:
-        stored: plain data that `to_plain` made, perhaps before some fields existed, or of some fields.
-        settings: a dataclass, a sequence, or a scalar.
-    """
-    if not is_dataclass(settings) or isinstance(settings, type):
-        if isinstance(settings, (list, tuple)) and isinstance(stored, list):
-            return len(stored) == len(settings) and all(map(is_made_with, stored, settings))
-        return bool(stored == to_plain(settings))
-    if not isinstance(stored, Mapping):
-        return False
-    known = {each.name: each for each in fields(settings)}
-    return all(
-        is_made_with(stored[name], getattr(settings, name)) if name in stored else _is_default(settings, each)
-        for name, each in known.items()
-    ) and set(stored) <= set(known)
-
-
-def _is_default(settings: Any, setting: Field[Any]) -> bool:
-    default = setting.default if setting.default_factory is MISSING else setting.default_factory()
-    return default is not MISSING and bool(getattr(settings, setting.name) == default)
 
 
 def read_result(folder: Path, name: str) -> RowResult | None:

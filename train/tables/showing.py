@@ -13,12 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from evals.reporting.paper_tables import (
+    VERDICT_HEAD,
     MadeTable,
     MadeTables,
     TableCell,
     TableDifference,
     TableLine,
-    between,
     markdown_table,
     read_tables,
 )
@@ -38,7 +38,6 @@ _TITLES = {
     "parameters": "parameters (M)",
     "images_per_second": "images/s",
 }
-_VERDICT_HEAD = ("model", "against", "column", "ours", "95 %", "paper", "verdict")
 _FEWEST = 4  # students whose order a rank correlation describes
 
 
@@ -257,9 +256,9 @@ def print_tables(made: MadeTables, console: Console) -> None:
         console.print(grid)
         if table.differences:
             verdicts = Table(box=style)
-            for index, title in enumerate(_VERDICT_HEAD):
+            for index, title in enumerate(VERDICT_HEAD):
                 verdicts.add_column(title, justify="right" if index in (3, 4, 5) else "left")
-            for row in _verdict_rows(table):
+            for row in (each.texts for each in table.differences):
                 verdicts.add_row(*(Text(shown(cell)) for cell in row))
             console.print(verdicts)
         for remark in table.remarks:
@@ -269,21 +268,6 @@ def print_tables(made: MadeTables, console: Console) -> None:
 def _both(cell: TableCell) -> str:
     paper = "" if cell.paper is None else f"({cell.paper:g})"
     return f"{cell.text} {paper}".strip()
-
-
-def _verdict_rows(table: MadeTable) -> list[tuple[str, ...]]:
-    return [
-        (
-            each.line,
-            each.against,
-            each.column,
-            f"{each.value:+.2f}",
-            between(each),
-            f"{each.paper:+.2f}",
-            each.verdict,
-        )
-        for each in table.differences
-    ]
 
 
 def write_tables(made: MadeTables, path: Path) -> None:
@@ -313,7 +297,7 @@ def as_markdown(made: MadeTables, command: str) -> str:
         head = ["model", "the paper's", "seeds", *table.columns]
         parts.append(markdown_table(head, rows, range(2, len(head))))
         if table.differences:
-            parts.append(markdown_table(_VERDICT_HEAD, _verdict_rows(table), (3, 4, 5)))
+            parts.append(markdown_table(VERDICT_HEAD, [each.texts for each in table.differences], (3, 4, 5)))
         parts += [f"- {remark}" for remark in table.remarks]
         parts += [""] if table.remarks else []
     return "\n".join(parts)

@@ -224,7 +224,7 @@ def test_a_rehearsal_tries_every_row_without_weights(
     assert main(["table4", "--rehearse", "--seeds", "1", "--out", str(tmp_path / "out")]) == 0
     rows = lines_of(capsys.readouterr().out)
     assert rows["no-cpe"][0] == "vit-tiny12"
-    assert rows["no-cpe"][1].startswith("24 images, 1 ranks")
+    assert rows["no-cpe"][1].startswith("24 images, 1 rank,")
     assert rows["no-cpe"][3] == "knn 96, seg-crop-216 216"
     assert rows["scenes:dense"][3] == "knn 108, seg-crop-216 216"
     assert not (tmp_path / "out").exists()
