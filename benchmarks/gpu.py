@@ -113,13 +113,17 @@ def random_teacher(spec: str, config: TrainConfig, device: torch.device) -> Teac
 
 def _batches(run: Trainer, steps: int) -> Iterator[Batch]:
     """Yield the same random images with the teachers' features, as the loader does."""
-    (group,), (side,) = run.groups, run.sides
-    pixels = torch.randint(256, (group.share, 3, side, side), dtype=torch.uint8)
+    (group,), (sides,) = run.groups, run.sides
+    pixels = {
+        side: torch.randint(256, (group.share, 3, crop, crop), dtype=torch.uint8)
+        for side, crop in sides.items()
+    }
     if run.device.type == "cuda":
-        pixels = pixels.pin_memory()
+        pixels = {side: each.pin_memory() for side, each in pixels.items()}
     for step in range(steps):
-        images = to_images(pixels, run.device)
-        batch = GroupBatch(group, for_student(images, group), run.run_teachers(step, group, images))
+        side = group.side_at(run.config.seed, step)
+        images = to_images(pixels[side], run.device)
+        batch = GroupBatch(group, for_student(images, side), run.run_teachers(step, group, images))
         yield Batch((batch,), 0.0)
 
 
@@ -135,7 +139,7 @@ def _row(recipe: str, group: TeacherGroup, found: Measured, peak: float | None) 
         recipe,
         group.name,
         str(found.images),
-        str(group.side),
+        "/".join(map(str, group.sides)),
         f"{found.seconds:.4g}",
         f"{found.images / found.seconds:.4g}",
         f"{speed:.4g}",

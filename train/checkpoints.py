@@ -118,18 +118,25 @@ def make_metadata(config: TrainConfig, teachers: Mapping[str, TeacherFacts], dat
 
 
 def describe_teachers(config: TrainConfig, teachers: Mapping[str, TeacherFacts]) -> list[dict[str, Any]]:
-    """Describe the teachers as a checkpoint's metadata has them."""
-    resolutions = student_resolutions(config)
-    return [
-        {
-            "name": t.name,
-            "model": t.model,
-            "resolution": list(teachers[t.name].size),
-            "student_resolution": resolutions[t.name],
-            "fingerprint": teachers[t.name].fingerprint,
-        }
-        for t in config.teachers
-    ]
+    """Describe the teachers as a checkpoint's metadata has them: an entry for every adaptor.
+
+    Of several resolutions it has the largest; the settings have all.
+    """
+    seen = student_resolutions(config)
+    described = []
+    for t in config.teachers:
+        if t.adaptor is None:
+            names = [each.name for each in config.teachers if each.adaptor_name == t.name]
+            described.append(
+                {
+                    "name": t.name,
+                    "model": t.model,
+                    "resolution": list(max(size for name in names for size in teachers[name].sizes.values())),
+                    "student_resolution": max(side for name in names for side in seen[name]),
+                    "fingerprint": teachers[t.name].fingerprint,
+                }
+            )
+    return described
 
 
 def resume_signature(

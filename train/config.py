@@ -28,13 +28,28 @@ Tflops: TypeAlias = Annotated[float, Interval(ge=1e-6, le=1e6)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SidesConfig:
+    """Input sides of the student, one of which is drawn for every step (RADIOv2.5, C-RADIOv4)."""
+
+    sides: tuple[Pixels, ...] = ()  # in pixels; () = one resolution alone
+    weights: tuple[Weight, ...] = ()  # how often each is drawn, of any sum; () = equally often
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherConfig:
     """One teacher and the weights of its losses."""
 
-    name: str  # name of its adaptor, such as clip, dino or sam
+    name: str  # name of its adaptor and its losses, such as clip, dino or sam
+    adaptor: str | None = (
+        None  # train that of another teacher, the same model in another group; None = one of its own
+    )
     model: str  # a spec such as scenes:clip or openclip:ViT-H-14-quickgelu@FILE
     resolution: Pixels | None = None  # input side in pixels; None = its native size
-    student_resolution: Pixels | None = None  # student's input side; None = the run's resolution
+    student_resolution: Pixels | None = None  # student's input side; None = the run's, one or several
+    student_resolutions: SidesConfig = field(default_factory=SidesConfig)  # several, instead of one
+    same_grid: bool = (
+        False  # see as many tokens as the student, in every step; resolution is then the largest side
+    )
     batch_size: BatchSize | None = (
         None  # images per step over all ranks; None = the run's (paper §4: fewer for SAM)
     )
@@ -42,6 +57,11 @@ class TeacherConfig:
     fingerprint: str | None = None  # expected fingerprint of its weights; None = any
     summary_weight: LossWeight = 1.0  # lambda of eq. 2
     spatial_weight: LossWeight = 1.0  # gamma of eq. 3
+
+    @property
+    def adaptor_name(self) -> str:
+        """Name of the adaptor that its losses train."""
+        return self.adaptor or self.name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,6 +162,7 @@ class StageConfig:
 
     steps: Count
     resolution: Pixels | None = None  # None = as in the stage before, also below
+    resolutions: SidesConfig | None = None
     batch_size: BatchSize | None = None
     teachers: tuple[TeacherConfig, ...] = ()  # all of this stage; () = as in the stage before
     optim: OptimConfig | None = None
@@ -159,6 +180,7 @@ class TrainConfig:
     steps: Count
     batch_size: BatchSize  # images per step over all ranks, for teachers without their own
     out: Path
+    resolutions: SidesConfig = field(default_factory=SidesConfig)  # several, instead of resolution
     options: Annotated[OptionsField, tyro.conf.arg(name="student")] = field(default_factory=StudentOptions)
     init: str | None = None  # first weights: a checkpoint, timm:NAME@FILE or radio:FILE; None = random ones
     freeze_trunk_steps: CountOrZero = 0  # first steps in which only the adaptors learn

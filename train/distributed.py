@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple, Self, final
@@ -27,7 +27,7 @@ from radio.types import Features, Student
 
 from .config import TrainConfig
 from .data.loader import STOP_SIGNALS
-from .groups import Partition
+from .groups import Partition, TeacherGroup
 from .losses import DistillationLoss
 from .optim import to_local
 
@@ -37,9 +37,10 @@ REQUEUE = 85  # exit code of a run that was stopped by a signal and has saved: s
 
 
 class Peers(NamedTuple):
-    """The ranks with the same teachers and adaptors as this one."""
+    """The ranks with the same adaptors as this one."""
 
     ranks: tuple[int, ...]
+    share: int  # number of those that take part in the same images
     process_group: distributed.ProcessGroup | None  # None = all ranks, or this one only
     leaders: tuple[int, ...]  # the first rank of every such set
 
@@ -58,17 +59,22 @@ def join(device: torch.device) -> AbstractContextManager[Ranks]:
 def find_peers(partition: Partition, rank: int) -> Peers:
     """Return this rank's peers. Every rank calls it, since each process group is created by all ranks."""
     everyone = tuple(range(partition.world))
-    # A dedicated rank has one group; groups on shared ranks all have the same ranks.
-    local = partition.of(rank)[0].ranks
+    sets = [_ranks_of(partition.peers(group.ranks[0])) for group in partition.groups]
+    local = _ranks_of(partition.peers(rank))
     process_group = None
-    for ranks in dict.fromkeys(group.ranks for group in partition.groups):
+    for ranks in dict.fromkeys(sets):
         if ranks != everyone and len(ranks) > 1:
             made = distributed.new_group(list(ranks))
             if ranks == local:
                 assert isinstance(made, distributed.ProcessGroup)  # this rank is in it
                 process_group = made
-    leaders = dict.fromkeys(group.ranks[0] for group in partition.groups)
-    return Peers(local, process_group, tuple(leaders))
+    leaders = dict.fromkeys(ranks[0] for ranks in sets)
+    # A dedicated rank has one group; groups on shared ranks all have the same ranks.
+    return Peers(local, len(partition.of(rank)[0].ranks), process_group, tuple(leaders))
+
+
+def _ranks_of(groups: Sequence[TeacherGroup]) -> tuple[int, ...]:
+    return tuple(sorted({rank for group in groups for rank in group.ranks}))
 
 
 class StudentPass(nn.Module):
@@ -112,7 +118,7 @@ class DistributedStudent:
         device: torch.device,
         config: TrainConfig,
     ) -> None:
-        self.ranks, self.peers, self.scale = ranks, peers, ranks.world / len(peers.ranks)
+        self.ranks, self.peers, self.scale = ranks, peers, ranks.world / peers.share
         student = loss.model.student
         assert isinstance(student, nn.Module)  # as RadioModel makes sure
         if device.type == "cuda":  # no such kernel on a CPU: statistics of each rank's batch
@@ -170,12 +176,8 @@ class DistributedStudent:
             distributed.all_reduce(square)
         return square.sqrt()
 
-    def peer_mean(self, tensor: Tensor) -> Tensor:
-        """Compute the elementwise mean over the ranks that share this rank's teachers."""
-        return tensor if len(self.peers.ranks) == 1 else self.peer_sum(tensor) / len(self.peers.ranks)
-
     def peer_sum(self, tensor: Tensor) -> Tensor:
-        """Compute the elementwise sum over the ranks that share this rank's teachers."""
+        """Compute the elementwise sum over the ranks that share this rank's adaptors."""
         if len(self.peers.ranks) == 1:
             return tensor
         total = tensor.clone()
@@ -213,6 +215,10 @@ class DistributedStudent:
         """Sum the adaptors' gradients over the peers and divide by the world size, like the student's."""
         if self.ranks.world == 1:
             return
+        if self.peers.share < len(self.peers.ranks):  # other peers may have losses for other adaptors
+            for parameter in self._local:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
         grads = [parameter.grad for parameter in self._local if parameter.grad is not None]
         flat = torch.cat([grad.flatten() for grad in grads]).div_(self.ranks.world)
         if len(self.peers.ranks) > 1:

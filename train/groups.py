@@ -1,8 +1,8 @@
 """Groups of teachers: which ranks run which teachers on which images, and how evenly that splits the work.
 
 Teachers with the same batch size and student resolution form a group: they see the same images and share the
-student's forward (paper §4: CLIP and DINOv2 at 224 px, SAM at 1024 px). A step's images are the groups'
-batches concatenated."""
+student's forward (paper §4: CLIP and DINOv2 at 224 px, SAM at 1024 px). With several resolutions a group
+draws one for every step. A step's images are the groups' batches concatenated."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ from dataclasses import dataclass, replace
 from functools import cache, reduce
 from operator import or_
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
+
+import torch
 
 from radio.errors import ConfigError, DataError
 
 from .config import TeacherConfig, TrainConfig
+from .data.crops import generator, seed_of
 from .loggers import read_records
+
+TeacherSizes: TypeAlias = Mapping[str, Mapping[int, tuple[int, int]]]
+"""The input (height, width) of each teacher in pixels, by its name and the student's side."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +30,9 @@ class TeacherGroup:
     """Teachers that see the same images, and the group's ranks."""
 
     teachers: tuple[str, ...]
-    side: int  # the student's input side in pixels
+    adaptors: tuple[str, ...]  # that of each teacher
+    sides: tuple[int, ...]  # the student's input sides in pixels, one of which is drawn for every step
+    weights: tuple[float, ...] = ()  # how often each is drawn; () = equally often
     batch_size: int  # images per step over the group's ranks
     first: int  # offset of its images in a step's batch
     ranks: tuple[int, ...]  # with shared placement: all ranks, for every group
@@ -39,6 +47,23 @@ class TeacherGroup:
         """Images per step of one of its ranks."""
         return self.batch_size // len(self.ranks)
 
+    @property
+    def side_shares(self) -> dict[int, float]:
+        """The share of the steps at each side."""
+        weights = self.weights or (1.0,) * len(self.sides)
+        shares = dict.fromkeys(self.sides, 0.0)
+        for side, weight in zip(self.sides, weights, strict=True):
+            shares[side] += weight / sum(weights)
+        return shares
+
+    def side_at(self, seed: int, step: int) -> int:
+        """Draw the student's side in a step, equal on all ranks; groups draw independently of each other."""
+        if len(self.sides) == 1:
+            return self.sides[0]
+        drawn = generator(seed_of(seed, "resolution", step), "resolution", self.first)
+        shares = self.side_shares
+        return list(shares)[int(torch.multinomial(torch.tensor(list(shares.values())), 1, generator=drawn))]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Partition:
@@ -52,16 +77,32 @@ class Partition:
         """Images per step over all groups."""
         return sum(group.batch_size for group in self.groups)
 
-    def crop_sides(self, sizes: Mapping[str, tuple[int, int]]) -> tuple[int, ...]:
-        """Return the side of each group's crops in pixels: the largest input of its student and teachers.
+    def crop_sides(self, sizes: TeacherSizes) -> tuple[dict[int, int], ...]:
+        """Return the side of each group's crops in pixels, by the student's side.
 
-        `sizes` are the teachers' inputs (height, width) in pixels, by name.
+        It is the largest input of student and teachers.
         """
-        return tuple(max(group.side, *(max(sizes[name]) for name in group.teachers)) for group in self.groups)
+        return tuple(
+            {side: max(side, *(max(sizes[name][side]) for name in group.teachers)) for side in group.sides}
+            for group in self.groups
+        )
 
     def of(self, rank: int) -> tuple[TeacherGroup, ...]:
         """Return the groups of a rank, in order."""
         return tuple(group for group in self.groups if rank in group.ranks)
+
+    def peers(self, rank: int) -> tuple[TeacherGroup, ...]:
+        """Return the groups that share adaptors with a rank's, directly or through others, in order.
+
+        Their ranks hold the same adaptors. Without `TeacherConfig.adaptor` they are the rank's own groups.
+        """
+        names = {name for group in self.of(rank) for name in group.adaptors}
+        while True:
+            near = tuple(g for g in self.groups if not names.isdisjoint(g.adaptors) or rank in g.ranks)
+            more = {name for group in near for name in group.adaptors}
+            if more == names:
+                return near
+            names = more
 
     def rows(self, group: TeacherGroup, rank: int) -> range:
         """Return the positions in a step's batch of the images of one of the group's ranks."""
@@ -78,15 +119,21 @@ def teacher_groups(config: TrainConfig) -> tuple[TeacherGroup, ...]:
     Raises:
         ConfigError: a teacher has a batch of less than one image.
     """
-    members: dict[tuple[int, int], list[str]] = {}
+    members: dict[_Seen, list[TeacherConfig]] = {}
     for teacher in config.teachers:
-        members.setdefault(_seen(teacher, config), []).append(teacher.name)
+        members.setdefault(_seen(teacher, config), []).append(teacher)
     groups, first = [], 0
-    for (size, side), names in members.items():
+    for seen, teachers in members.items():
         groups.append(
-            TeacherGroup(teachers=tuple(names), side=side, batch_size=size, first=first, ranks=(0,))
+            TeacherGroup(
+                teachers=tuple(t.name for t in teachers),
+                adaptors=tuple(t.adaptor_name for t in teachers),
+                **seen._asdict(),
+                first=first,
+                ranks=(0,),
+            )
         )
-        first += size
+        first += seen.batch_size
     return tuple(groups)
 
 
@@ -116,7 +163,7 @@ def make_partition(config: TrainConfig, world: int) -> Partition:
         if config.ranks_per_group:
             split = _check_split(config, groups, world)
         else:
-            split = best_split(groups, world, [float(group.side**2) for group in groups])
+            split = best_split(groups, world, [_pixels(group) for group in groups])
         assigned, first = [], 0
         for group, count in zip(groups, split, strict=True):
             assigned.append(replace(group, ranks=everyone[first : first + count]))
@@ -151,12 +198,50 @@ def best_split(groups: Sequence[TeacherGroup], world: int, costs: Sequence[float
     return best.split
 
 
-def _seen(teacher: TeacherConfig, config: TrainConfig) -> tuple[int, int]:
-    """Return a teacher's images per step and the student's input side for it."""
+def _pixels(group: TeacherGroup) -> float:
+    """Compute the student's mean pixels of an image."""
+    return sum(share * side**2 for side, share in group.side_shares.items())
+
+
+class _Seen(NamedTuple):
+    """What a teacher sees: teachers that see the same form a group."""
+
+    batch_size: int  # images per step
+    sides: tuple[int, ...]  # of the student
+    weights: tuple[float, ...]
+
+
+def _seen(teacher: TeacherConfig, config: TrainConfig) -> _Seen:
     size = config.batch_size if teacher.batch_size is None else teacher.batch_size
     if size < 1:
         raise ConfigError(f"teacher {teacher.name} cannot see {size} images a step; give 1 or more")
-    return size, teacher.student_resolution or config.resolution
+    return _Seen(size, *student_sides(teacher, config))
+
+
+def student_sides(teacher: TeacherConfig, config: TrainConfig) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Return the student's input sides in pixels for a teacher, and how often each is drawn; () = equally.
+
+    Raises:
+        ConfigError: one resolution and several contradict each other, a side is given twice, or there are
+            other than one weight for each side.
+    """
+    several, option = teacher.student_resolutions, f"teacher {teacher.name}: student-resolutions"
+    if several.sides and teacher.student_resolution is not None:
+        raise ConfigError(f"{option} has no effect beside student-resolution; leave one of both out")
+    if not several.sides and not several.weights:
+        if teacher.student_resolution is not None:
+            return (teacher.student_resolution,), ()
+        several, option = config.resolutions, "--resolutions"
+    sides, weights = several.sides, several.weights
+    if weights and len(weights) != len(sides):
+        raise ConfigError(
+            f"{option}: {len(weights)} weights for {len(sides)} sides; give a weight for every side, or none"
+        )
+    if len(set(sides)) < len(sides):
+        raise ConfigError(
+            f"{option}.sides {' '.join(map(str, sides))}: one is given twice; give it a weight instead"
+        )
+    return sides or (config.resolution,), weights if len(sides) > 1 else ()
 
 
 class _Split(NamedTuple):
@@ -257,21 +342,28 @@ class Proposal(NamedTuple):
     after: float
 
 
-def idle_shares(partition: Partition, seconds: Mapping[str, float]) -> dict[str, float]:
+def idle_shares(
+    partition: Partition, seconds: Mapping[str, float], step: float | None = None
+) -> dict[str, float]:
     """Compute each group's share of a step spent waiting for the slowest: in [0, 1), by the group's name.
 
-    `seconds` are the times of a step on one rank of each group. With shared placement no rank waits.
+    With shared placement no rank waits.
+
+    Args:
+        partition: the groups.
+        seconds: mean times of a step on one rank of each group.
+        step: mean time of a whole step, where it is not always the same group that is slowest.
     """
     groups = partition.groups
     if all(group.ranks == groups[0].ranks for group in groups):
         return {group.name: 0.0 for group in groups}
-    slowest = max(seconds[group.name] for group in groups)
+    slowest = max(seconds[group.name] for group in groups) if step is None else step
     return {group.name: 1 - seconds[group.name] / slowest for group in groups}
 
 
-def idle_share(partition: Partition, seconds: Mapping[str, float]) -> float:
-    """Compute the share of all ranks' time spent waiting for the slowest group."""
-    idle = idle_shares(partition, seconds)
+def idle_share(partition: Partition, seconds: Mapping[str, float], step: float | None = None) -> float:
+    """Compute the share of all ranks' time spent waiting for the slowest group; see `idle_shares`."""
+    idle = idle_shares(partition, seconds, step)
     weights = {group.name: len(group.ranks) for group in partition.groups}
     return sum(idle[name] * count for name, count in weights.items()) / sum(weights.values())
 

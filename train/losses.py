@@ -90,10 +90,10 @@ class DistillationLoss(nn.Module):
         parts: dict[str, Tensor] = {}
         details: dict[str, Tensor] = {}
         losses: dict[str, TeacherLosses] = {}
-        for name in batch.group.teachers:
+        for name, adaptor in zip(batch.group.teachers, batch.group.adaptors, strict=True):
             target = batch.targets[name]
-            adapted = self.model.adapt(name, features, target.grid)
-            normaliser, dispersion = self.statistics.of(name)
+            adapted = self.model.adapt(adaptor, features, target.grid)
+            normaliser, dispersion = self.statistics.of(name, adaptor)
             losses[name] = teacher_losses(adapted, target, self.loss, normaliser, dispersion)
             parts[f"{name}/summary"] = losses[name].summary.detach().mean()
             parts[f"{name}/spatial"] = losses[name].spatial.detach().mean()
@@ -104,16 +104,16 @@ class DistillationLoss(nn.Module):
         total, weights = self.balancer(features, losses)
         return Losses(total, {**parts, **weights}, details)
 
-    def update(self, mean: Callable[[Tensor], Tensor]) -> None:
+    def update(self, total: Callable[[Tensor], Tensor]) -> None:
         """Update the balancer and running dispersions after a step.
 
         Args:
-            mean: the elementwise mean over the ranks that shared the step's images.
+            total: the elementwise sum over the ranks with the same adaptors.
         """
         if isinstance(self.balancer, AdaLoss):
-            self.balancer.update(mean)
+            self.balancer.update(total)
         if self.loss.summary == "angle" and self.loss.dispersion == "running":
-            self.statistics.update(mean)
+            self.statistics.update(total)
 
 
 def teacher_losses(
@@ -296,19 +296,21 @@ class AdaLoss(nn.Module):
             self._seen.setdefault(name, []).append(means)
         return torch.stack(values).sum(), weights
 
-    def update(self, mean: Callable[[Tensor], Tensor]) -> None:
+    def update(self, total: Callable[[Tensor], Tensor]) -> None:
         """Add a step's losses to the averages, without a host sync.
 
         Args:
-            mean: the elementwise mean over the ranks that shared the step's images.
+            total: the elementwise sum over the ranks with the same adaptors.
         """
         if not self._seen:
             return
-        losses = mean(torch.stack([torch.stack(passes).mean(0) for passes in self._seen.values()]))
-        for name, pair in zip(self._seen, losses, strict=True):
-            average = self.means[name]
+        absent = torch.zeros_like(next(iter(self._seen.values()))[0])
+        seen = [torch.stack(self._seen.get(name, [absent])).mean(0) for name in self.means]
+        counts = torch.tensor([[name in self._seen] for name in self.means]).to(absent)
+        sums = total(torch.cat((torch.stack(seen), counts), dim=1))
+        for average, pair, count in zip(self.means.values(), sums[:, :-1], sums[:, -1], strict=True):
             assert isinstance(average, RunningMean)
-            average.add(pair)
+            average.add(pair / count)
         self._seen = {}
 
 

@@ -56,23 +56,22 @@ class Dispersion(nn.Module):
         """Keep summaries [B, C] of this step for `update`."""
         self._seen.append(summaries.detach())
 
-    def update(self, mean: Callable[[Tensor], Tensor]) -> None:
+    def update(self, total: Callable[[Tensor], Tensor]) -> None:
         """Add the step's summaries on all ranks, without a host sync, unless one of them is not finite.
 
         Args:
-            mean: the elementwise mean over the ranks that shared the step's images.
+            total: the elementwise sum over the ranks with the same adaptors.
         """
-        if not self._seen:
-            return
-        summaries, self._seen = torch.cat(self._seen), []
-        self.add(summaries, mean)
+        summaries, self._seen = torch.cat([self.mean.new_zeros(0, len(self.mean)), *self._seen]), []
+        self.add(summaries, total)
 
     @torch.no_grad()
-    def add(self, summaries: Tensor, mean: Callable[[Tensor], Tensor]) -> None:
-        """Add this rank's summaries [N, C], as many as every other rank's."""
+    def add(self, summaries: Tensor, total: Callable[[Tensor], Tensor]) -> None:
+        """Add this rank's summaries [N, C]; N may be 0, but not on all ranks."""
         y = summaries.double()
-        centre = self.mean + mean(y.mean(dim=0))
-        square = mean(angle(y, centre).square().mean())
+        sums = total(torch.cat((y.sum(dim=0), y.new_tensor([len(y)]))))
+        centre = self.mean + sums[:-1] / sums[-1]
+        square = total(angle(y, centre).square().sum()) / sums[-1]
         finite = torch.isfinite(square)
         self.mean.copy_(torch.where(finite, centre, self.mean))
         self.square.add_(torch.where(finite, square, 0.0))
@@ -94,6 +93,7 @@ class TargetStatistics(nn.Module):
 
     Args:
         widths: C and D of each teacher, by name.
+        adaptors: the names of those that have their own adaptor; only their tokens are measured.
         kind: how tokens are normalised; "none" = not.
         dispersion: of the summaries: measured before the first step or while training; None = not needed.
     """
@@ -101,6 +101,7 @@ class TargetStatistics(nn.Module):
     def __init__(
         self,
         widths: Mapping[str, tuple[int, int]] | None = None,
+        adaptors: Collection[str] = (),
         kind: Normalisation | Literal["none"] = "none",
         dispersion: Literal["fixed", "running"] | None = None,
     ) -> None:
@@ -111,16 +112,16 @@ class TargetStatistics(nn.Module):
         self._summaries: dict[str, list[Tensor]] = {}
         self._num_images = dict.fromkeys(widths or {}, 0)  # over all ranks
         for name, (summary_dim, token_dim) in (widths or {}).items():
-            if kind != "none":
+            if kind != "none" and name in adaptors:
                 self.normalisers[name] = FeatureNormaliser(token_dim)
                 self._tokens[name] = FeatureStatistics(token_dim)
             if dispersion is not None:
                 self.dispersions[name] = Dispersion(summary_dim)
                 self._summaries[name] = []
 
-    def of(self, name: str) -> tuple[FeatureNormaliser | None, Dispersion | None]:
-        """Return a teacher's normaliser and dispersion; None where the losses need none."""
-        normaliser = dict(self.normalisers.items()).get(name)
+    def of(self, name: str, adaptor: str) -> tuple[FeatureNormaliser | None, Dispersion | None]:
+        """Return the normaliser of a teacher's adaptor, and its dispersion; None where not needed."""
+        normaliser = dict(self.normalisers.items()).get(adaptor)
         dispersion = dict(self.dispersions.items()).get(name)
         return cast("FeatureNormaliser | None", normaliser), cast("Dispersion | None", dispersion)
 
@@ -135,19 +136,18 @@ class TargetStatistics(nn.Module):
                     self._summaries[name].append(target.summary.float().cpu())
                 self._num_images[name] += group_batch.group.batch_size
 
-    def fit(self, sum_over_ranks: Callable[[Tensor], Tensor], num_ranks: int) -> list[str]:
-        """Compute normalisers and dispersions from what was measured; return a line about each teacher.
+    def fit(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> list[str]:
+        """Compute normalisers and dispersions from what was measured; return a line about each teacher here.
 
         Args:
-            sum_over_ranks: the elementwise sum over the ranks with the same teachers, on the CPU.
-            num_ranks: their number.
+            sum_over_ranks: the elementwise sum over the ranks with the same adaptors, on the CPU.
 
         Raises:
             RadioError: a teacher's tokens are not finite, or all the same.
         """
         lines = []
         for name, images in self._num_images.items():
-            normaliser, dispersion = self.of(name)
+            normaliser, dispersion = self.of(name, name)
             line = f"{name}: {images} images"
             if normaliser is not None:
                 tokens = self._tokens.pop(name)
@@ -163,23 +163,25 @@ class TargetStatistics(nn.Module):
                 )
                 line += f", tokens deviate by {deviation:.4g}"
             if dispersion is not None and self.dispersion == "fixed":
-                summaries = torch.cat(self._summaries.pop(name)).to(dispersion.mean.device)
-                dispersion.add(summaries, lambda t: (sum_over_ranks(t.cpu()) / num_ranks).to(t.device))
+                empty = torch.zeros(0, len(dispersion.mean))
+                summaries = torch.cat([empty, *self._summaries.pop(name)]).to(dispersion.mean.device)
+                dispersion.add(summaries, lambda t: sum_over_ranks(t.cpu()).to(t.device))
                 line += f", summaries by {float(dispersion()) ** 0.5:.3g} rad"
-            lines.append(line)
+            if images:  # else it is another rank's
+                lines.append(line)
         return lines
 
-    def update(self, mean: Callable[[Tensor], Tensor]) -> None:
+    def update(self, total: Callable[[Tensor], Tensor]) -> None:
         """Add a step's summaries to the running dispersions; see `Dispersion.update`."""
         for dispersion in self.dispersions.values():
             assert isinstance(dispersion, Dispersion)
-            dispersion.update(mean)
+            dispersion.update(total)
 
     def fold(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return a model's weights with heads that predict tokens in the teachers' own spaces."""
         folded = dict(weights)
         for name in self.normalisers:
-            normaliser, _ = self.of(name)
+            normaliser, _ = self.of(name, name)
             assert normaliser is not None
             weight, bias = (f"adaptors.{name}.spatial.{Head.LAST}.{part}" for part in ("weight", "bias"))
             folded[weight], folded[bias] = normaliser.fold(weights[weight], weights[bias])
@@ -189,7 +191,7 @@ class TargetStatistics(nn.Module):
     def unfold(self, weights: Mapping[str, Tensor], names: Collection[str]) -> None:
         """Let heads that predict tokens in these teachers' own spaces predict normalised ones, in place."""
         for name in names:
-            normaliser, _ = self.of(name)
+            normaliser, _ = self.of(name, name)
             if normaliser is not None:
                 last = f"adaptors.{name}.spatial.{Head.LAST}"
                 weight, bias = weights[f"{last}.weight"], weights[f"{last}.bias"]
@@ -201,7 +203,8 @@ class TargetStatistics(nn.Module):
 def make_statistics(config: TrainConfig, widths: Mapping[str, tuple[int, int]]) -> TargetStatistics:
     """Build what the configured losses need for teachers of these widths (C, D), by name."""
     dispersion = config.loss.dispersion if config.loss.summary == "angle" else None
-    return TargetStatistics(widths, config.normalise.kind, dispersion)
+    own = [t.name for t in config.teachers if t.adaptor is None]
+    return TargetStatistics(widths, own, config.normalise.kind, dispersion)
 
 
 def measure(
@@ -216,7 +219,7 @@ def measure(
     Args:
         statistics: of this rank's teachers.
         batches: the images of the first steps with the teachers' features.
-        student: tells which ranks have the same teachers.
+        student: tells which ranks have the same adaptors.
         device: where these ranks exchange tensors.
         progress: called with the number of steps done.
 
@@ -229,9 +232,7 @@ def measure(
     lines: list[str] = []
     problem: RadioError | None = None
     try:
-        lines = statistics.fit(
-            lambda tensor: student.peer_sum(tensor.to(device)).cpu(), len(student.peers.ranks)
-        )
+        lines = statistics.fit(lambda tensor: student.peer_sum(tensor.to(device)).cpu())
     except RadioError as error:
         problem = error
     student.ranks.agree(problem)

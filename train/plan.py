@@ -8,10 +8,11 @@ step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any, NamedTuple, final
 
 import torch
@@ -35,6 +36,7 @@ from .distributed import StudentPass, blocks_of
 from .groups import (
     Partition,
     TeacherGroup,
+    TeacherSizes,
     idle_share,
     idle_shares,
     make_partition,
@@ -108,9 +110,10 @@ class RunPlan:
     config: TrainConfig
     options: PlanOptions
     partition: Partition
-    costs: dict[str, Cost]  # for one rank of each group, by the group's name
+    costs: dict[str, Cost]  # for one rank of each group, by the group's name; see `mix`
+    flops_at: dict[str, dict[int, int]]  # of these, at each side of the student
     kinds: tuple[Kind, ...]
-    sizes: dict[str, tuple[int, int]]  # input size (height, width) of each teacher
+    sizes: TeacherSizes
     half: bool
 
     @property
@@ -131,10 +134,19 @@ class RunPlan:
         speed = self.peak_tflops * 1e12 * self.options.utilisation
         return {name: cost.flops / speed for name, cost in self.costs.items()}
 
-    @property
+    @cached_property
     def step_seconds(self) -> float:
-        """Seconds per step of the slowest rank."""
-        return max(sum(self.seconds[group.name] for group in kind.groups) for kind in self.kinds)
+        """Mean seconds per step of the slowest rank; each group draws its side by itself."""
+        mean = 0.0
+        for drawn in product(*(group.side_shares.items() for group in self.partition.groups)):
+            seconds = {
+                group.name: self.seconds[group.name]
+                * (self.flops_at[group.name][side] / self.costs[group.name].flops)
+                for group, (side, _) in zip(self.partition.groups, drawn, strict=True)
+            }
+            slowest = max(sum(seconds[group.name] for group in kind.groups) for kind in self.kinds)
+            mean += math.prod(share for _, share in drawn) * slowest
+        return mean
 
     @property
     def days(self) -> float:
@@ -161,22 +173,28 @@ def make_plan(config: TrainConfig, options: PlanOptions) -> RunPlan:
     half = config.precision == "bf16" or (config.precision == "auto" and config.device != "cpu")
     models = outline(config, half=half and config.device != "cpu")
     costs: dict[str, Cost] = {}
+    flops_at: dict[str, dict[int, int]] = {}
     kinds = []
     for ranks in dict.fromkeys(group.ranks for group in partition.groups):
         groups = tuple(group for group in partition.groups if group.ranks == ranks)
         # Gradients are allocated in a rank's costliest forward if there are several per step, or shards.
         standing = len(groups) > 1 or config.grad_accum_steps > 1 or config.parallel == "fsdp"
         for group in groups:
-            costs[group.name] = count(config, models, group, half=half, standing=standing)
-        memory = _memory(config, models, groups, costs, partition.world, half=half, standing=standing)
+            at = {
+                side: count(config, models, group, side, half=half, standing=standing) for side in group.sides
+            }
+            costs[group.name] = mix(group, at)
+            flops_at[group.name] = {side: cost.flops for side, cost in at.items()}
+        memory = _memory(config, models, partition, groups, costs, half=half, standing=standing)
         kinds.append(Kind(groups, len(ranks), memory))
     return RunPlan(
         config=config,
         options=options,
         partition=partition,
         costs=costs,
+        flops_at=flops_at,
         kinds=tuple(kinds),
-        sizes={name: facts.size for name, facts in models.facts.items()},
+        sizes={name: facts.sizes for name, facts in models.facts.items()},
         half=half,
     )
 
@@ -184,8 +202,26 @@ def make_plan(config: TrainConfig, options: PlanOptions) -> RunPlan:
 def step_flops(config: TrainConfig, partition: Partition) -> int:
     """Count the operations of a step over all ranks; takes a few seconds for small students."""
     models = outline(config)
-    costs = {group: count(config, models, group, half=False, standing=True) for group in partition.groups}
-    return sum(len(group.ranks) * cost.flops for group, cost in costs.items())
+    total = 0.0
+    for group in partition.groups:
+        for side, share in group.side_shares.items():
+            cost = count(config, models, group, side, half=False, standing=True)
+            total += len(group.ranks) * share * cost.flops
+    return round(total)
+
+
+def mix(group: TeacherGroup, at: Mapping[int, Cost]) -> Cost:
+    """Combine a group's costs at each side of the student: mean operations, and the most bytes."""
+    shares, fields = group.side_shares, Cost._fields
+    values = {name: {side: getattr(cost, name) for side, cost in at.items()} for name in fields}
+    return Cost(
+        **{
+            name: round(sum(shares[side] * value for side, value in by_side.items()))
+            if name.endswith("flops")
+            else max(by_side.values())
+            for name, by_side in values.items()
+        }
+    )
 
 
 def _default_world(config: TrainConfig) -> int:
@@ -206,8 +242,8 @@ class MetaModels(NamedTuple):
     mode: FakeTensorMode  # mode in which they can be called
 
     def adaptors(self, groups: Sequence[TeacherGroup]) -> list[nn.Module]:
-        """Return the adaptors that ranks of these groups hold."""
-        names = [name for group in groups for name in group.teachers]
+        """Return the adaptors of these groups."""
+        names = dict.fromkeys(name for group in groups for name in group.adaptors)
         return [self.model.get_submodule(f"adaptors.{name}") for name in names]
 
 
@@ -222,8 +258,9 @@ def outline(config: TrainConfig, *, half: bool = False) -> MetaModels:
         ConfigError: the student or a teacher is unknown, or settings contradict each other.
         SizeError: a teacher or the student cannot take its resolution.
     """
-    teachers = {t.name: load_teacher(t.model, meta=True) for t in config.teachers}
-    for teacher in teachers.values():
+    loaded = {t.name: load_teacher(t.model, meta=True) for t in config.teachers if t.adaptor is None}
+    teachers = {t.name: loaded[t.adaptor_name] for t in config.teachers}
+    for teacher in loaded.values():
         make_lean(teacher, config, half=half)
     sizes = teacher_sizes(config, teachers)
     facts = {
@@ -237,14 +274,14 @@ def outline(config: TrainConfig, *, half: bool = False) -> MetaModels:
     torch.ones((), requires_grad=True).exp().backward()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        for module in (model, *teachers.values()):
+        for module in (model, *loaded.values()):
             assert isinstance(module, nn.Module)
             module.to_empty(device="cpu")  # allocates nothing: the mode keeps only shapes
     return MetaModels(model, teachers, facts, windows, mode)
 
 
 def count(
-    config: TrainConfig, models: MetaModels, group: TeacherGroup, *, half: bool, standing: bool
+    config: TrainConfig, models: MetaModels, group: TeacherGroup, side: int, *, half: bool, standing: bool
 ) -> Cost:
     """Count the cost of one rank's images of a group, with the largest window that a step may draw.
 
@@ -252,20 +289,21 @@ def count(
         config: the run's settings.
         models: from `outline`.
         group: gives the teachers and the number of images.
+        side: the student's, in pixels.
         half: run matrix products in bfloat16, as autocast does on a GPU.
         standing: gradients are already allocated, by another group or part of the same step.
     """
     model = models.model
     student: Any = model.student
     teachers = {name: models.teachers[name] for name in group.teachers}
-    sizes = {name: models.facts[name].size for name in teachers}
-    side = max(group.side, *(max(size) for size in sizes.values()))
-    window = max(models.windows[group.side], default=None)
+    sizes = {name: models.facts[name].sizes[side] for name in teachers}
+    crop = max(side, *(max(size) for size in sizes.values()))
+    window = max(models.windows[side], default=None)
     online = config.cache.folder is None
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=half)
     selected = [teacher for teacher in config.teachers if teacher.name in group.teachers]
     with models.mode, without_fast_paths():
-        images = torch.empty(group.share, 3, side, side)
+        images = torch.empty(group.share, 3, crop, crop)
         with CostCounter() as of_teachers, autocast:
             targets = teacher_features(
                 teachers, sizes, images, {t.name: (0, 0) for t in selected if t.mosaic}
@@ -283,7 +321,7 @@ def count(
             parameter.grad = torch.empty_like(parameter) if standing else None
         with CostCounter() as counter:
             with autocast:
-                resized = part._replace(images=for_student(part.images, group), crops=crops)
+                resized = part._replace(images=for_student(part.images, side), crops=crops)
                 losses = loss(StudentPass(student), resized, window, False)
             forward_flops, activations = counter.flops, counter.peak
             losses.total.backward()
@@ -318,19 +356,20 @@ def without_fast_paths() -> Iterator[None]:
 def _memory(
     config: TrainConfig,
     models: MetaModels,
+    partition: Partition,
     groups: tuple[TeacherGroup, ...],
     costs: dict[str, Cost],
-    world: int,
     *,
     half: bool,
     standing: bool,
 ) -> Memory:
     own = [costs[group.name] for group in groups]
+    held, world = partition.peers(groups[0].ranks[0]), partition.world
     student: Any = models.model.student
     whole = bytes_of(student)
     sharded = config.parallel == "fsdp"
     weights = math.ceil(whole / world) if sharded else whole
-    weights += sum(bytes_of(adaptor) for adaptor in models.adaptors(groups))
+    weights += sum(bytes_of(adaptor) for adaptor in models.adaptors(held))
     exchange = whole if world > 1 else 0  # DDP's buckets
     if sharded:  # FSDP2 gathers whole weights, and a block's gradient in exchange
         blocks = [bytes_of(block) for block in blocks_of(student)]
@@ -338,10 +377,11 @@ def _memory(
         exchange = (2 * largest + outside) // (2 if half else 1) + 2 * largest
     optimiser = 2 * weights
     if config.optim.kind == "muon":
-        own_modules = [(student, world if sharded else 1), *((each, 1) for each in models.adaptors(groups))]
+        own_modules = [(student, world if sharded else 1), *((each, 1) for each in models.adaptors(held))]
         optimiser -= sum(_size(weight) // n for module, n in own_modules for weight in muon_weights(module))
     average = weights if config.ema else 0
-    teachers = sum(bytes_of(models.teachers[name]) for group in groups for name in group.teachers)
+    loaded = {id(teacher): teacher for g in groups for teacher in map(models.teachers.get, g.teachers)}
+    teachers = sum(map(bytes_of, loaded.values()))
     working = max(cost.teacher_working for cost in own)
     prefetches = config.cache.folder is None and config.prefetch_teachers
     inputs = sum(cost.inputs for cost in own) * (2 if prefetches else 1)
@@ -405,11 +445,15 @@ def _add_work(table: Table, plan: RunPlan) -> None:
     groups, costs = plan.partition.groups, [plan.costs[group.name] for group in plan.partition.groups]
     size, letter = _scale(max(cost.flops for cost in costs))
 
-    def row(name: str, values: list[object], whole: object = "") -> None:
+    def row(name: str, values: Sequence[object], whole: object = "") -> None:
         table.add_row(name, *map(str, values), str(whole))
 
-    row("their pixels", [" ".join(str(plan.sizes[t][0]) for t in group.teachers) for group in groups])
-    row("the student's pixels", [group.side for group in groups])
+    sizes = [
+        " ".join(_listed(height for height, _ in plan.sizes[t].values()) for t in group.teachers)
+        for group in groups
+    ]
+    row("their pixels", sizes)
+    row("the student's pixels", [_listed(group.sides) for group in groups])
     row("ranks", [len(group.ranks) for group in groups], plan.partition.world)
     row("images a rank and step", [group.share for group in groups])
     row("images a step", [group.batch_size for group in groups], plan.partition.batch_size)
@@ -417,9 +461,14 @@ def _add_work(table: Table, plan: RunPlan) -> None:
         counts = [getattr(cost, f"{part}_flops") for cost in costs]
         row(f"{letter}FLOP a rank and step, {part}", [f"{count / size:.3g}" for count in counts])
     row("seconds a step", [f"{plan.seconds[g.name]:.3g}" for g in groups], f"{plan.step_seconds:.3g}")
-    idle = idle_shares(plan.partition, plan.seconds)
-    whole = idle_share(plan.partition, plan.seconds)
+    idle = idle_shares(plan.partition, plan.seconds, plan.step_seconds)
+    whole = idle_share(plan.partition, plan.seconds, plan.step_seconds)
     row("idle", [f"{idle[group.name]:.0%}" for group in groups], f"{whole:.0%}")
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    """Format different numbers as `96/144`."""
+    return "/".join(map(str, dict.fromkeys(numbers)))
 
 
 def _add_memory(table: Table, plan: RunPlan) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from .config import RENAMED, TeacherConfig, TrainConfig
 from .data.crops import generator
 from .data.errors import ERROR_LIST
 from .distributed import check_shardable, is_half
-from .groups import Partition, make_partition
+from .groups import Partition, make_partition, student_sides
 from .losses import check_balance
 from .mosaic import mosaic_features, tiles_per_side
 from .normalise import check_normalise
@@ -39,7 +40,7 @@ class TeacherFacts(NamedTuple):
     """What a run needs to know about a teacher that may live on another rank."""
 
     fingerprint: str
-    size: tuple[int, int]  # (height, width) of its input in pixels
+    sizes: Mapping[int, tuple[int, int]]  # (height, width) of its input in pixels, by the student's side
     summary_dim: int
     token_dim: int
 
@@ -66,7 +67,7 @@ def check_settings(config: TrainConfig, world: int) -> Partition:
     _check_folder(config.out)
     students[config.student]  # an unknown name raises here, with the nearest ones
     _check_weights(config)
-    _check_mosaics(config)
+    _check_teachers(config)
     check_balance(config)
     check_normalise(config)
     if config.init is not None:
@@ -77,7 +78,7 @@ def check_settings(config: TrainConfig, world: int) -> Partition:
             f"{config.steps} steps; give fewer"
         )
     if config.parallel == "fsdp":
-        facts = {t.name: TeacherFacts("", (1, 1), 1, 1) for t in config.teachers}
+        facts = {t.name: TeacherFacts("", {}, 1, 1) for t in config.teachers}
         described = model_config(config, facts)
         with torch.device("meta"):
             check_shardable(RadioModel(described).student)
@@ -96,14 +97,30 @@ def _check_weights(config: TrainConfig) -> None:
         )
 
 
-def _check_mosaics(config: TrainConfig) -> None:
-    """Check that no mosaic would be kept in a cache: its features depend on the images beside an image."""
-    named = next((t.name for t in config.teachers if t.mosaic), None)
-    if named is not None and config.cache.folder is not None:
-        raise ConfigError(
-            f"teacher {named}: mosaics change from step to step, so a cache cannot keep their features; "
-            f"leave --cache.folder or its mosaic out"
-        )
+def _check_teachers(config: TrainConfig) -> None:
+    """Check that teachers can share adaptors, that no cache keeps what changes, and no setting is idle.
+
+    The features of mosaics depend on the images beside an image.
+    """
+    own = {t.name: t for t in config.teachers if t.adaptor is None}
+    for t in config.teachers:
+        if t.adaptor is not None and (t.adaptor not in own or own[t.adaptor].model != t.model):
+            raise ConfigError(
+                f"teacher {t.name} is {t.model}, and its adaptor {t.adaptor!r} is not that of a teacher of "
+                f"the same model; leave adaptor out, or name one of "
+                f"{', '.join(name for name, each in own.items() if each.model == t.model) or 'those'}"
+            )
+        if t.mosaic and t.same_grid:
+            raise ConfigError(
+                f"teacher {t.name}: same-grid has no effect on mosaics, whose tiles follow the "
+                f"student's side anyway; leave one of both out"
+            )
+        changes = "mosaic" if t.mosaic else "same-grid" if t.same_grid else ""
+        if changes and config.cache.folder is not None:
+            raise ConfigError(
+                f"teacher {t.name}: with {changes} its features change from step to step, so a cache cannot "
+                f"keep them; leave --cache.folder or its {changes} out"
+            )
 
 
 def _check_folder(out: Path) -> None:
@@ -130,7 +147,7 @@ def check_memory(
     with torch.device("meta"):
         weights = sum(weight.numel() * 4 for weight in RadioModel(model).parameters())
     held = weights * (4 + bool(config.ema)) // (partition.world if config.parallel == "fsdp" else 1)
-    images = sum(12 * group.side**2 * group.share for group in partition.of(rank))
+    images = sum(12 * max(group.sides) ** 2 * group.share for group in partition.of(rank))
     if held + images > memory:
         raise ConfigError(
             f"a rank needs {held / 1e9:,.1f} GB for the student's weights, gradients and moments and "
@@ -154,8 +171,14 @@ def load_teachers(
     if not known or len(set(known)) != len(known):
         raise ConfigError(f"a run needs teachers with names of their own, got {', '.join(known) or 'none'}")
     chosen = [t for t in config.teachers if names is None or t.name in names]
-    teachers = {t.name: _load_teacher(t) for t in chosen}
-    for teacher in teachers.values():
+    loaded: dict[str, Teacher] = {}  # one for all that share an adaptor
+    teachers = {}
+    for t in chosen:
+        if t.adaptor_name not in loaded:
+            loaded[t.adaptor_name] = load_teacher(t.model).to(torch.device("cpu"), torch.float32)
+        teachers[t.name] = loaded[t.adaptor_name]
+        _verify(t, teachers[t.name])
+    for teacher in loaded.values():
         # On a CPU torch's attention uses another kernel for bfloat16 weights, which rounds differently.
         make_lean(teacher, config, half=device.type == "cuda" and is_half(config, device))
         assert isinstance(teacher, nn.Module)
@@ -163,15 +186,12 @@ def load_teachers(
     return teachers
 
 
-def _load_teacher(config: TeacherConfig) -> Teacher:
-    """Load a teacher in float32 on the CPU and verify its fingerprint."""
-    teacher = load_teacher(config.model).to(torch.device("cpu"), torch.float32)
+def _verify(config: TeacherConfig, teacher: Teacher) -> None:
     if config.fingerprint not in (None, teacher.fingerprint):
         raise CheckpointError(
             f"teacher {config.name}: {config.model} has other weights than configured: their fingerprint is "
             f"{teacher.fingerprint}, not {config.fingerprint}; bring the right file, or mend the setting"
         )
-    return teacher
 
 
 def gather_facts(
@@ -193,29 +213,53 @@ def gather_facts(
     return {t.name: known[t.name] for t in config.teachers}
 
 
-def teacher_sizes(config: TrainConfig, teachers: Mapping[str, Teacher]) -> dict[str, tuple[int, int]]:
-    """Return the input size (height, width) of each of these teachers.
+def teacher_sizes(
+    config: TrainConfig, teachers: Mapping[str, Teacher]
+) -> dict[str, dict[int, tuple[int, int]]]:
+    """Return the input size (height, width) of each of these teachers, by the student's side.
 
     Raises:
-        SizeError: a teacher cannot take its resolution; the message names the nearest valid one.
+        SizeError: a teacher cannot take its resolution; the message names the nearest valid one. Or no
+            side lets its mosaics hold more than one image.
     """
+    patch = student_patch(config) if any(t.same_grid for t in config.teachers) else 1
     sizes = {}
     for t in config.teachers:
         if t.name in teachers:
-            sizes[t.name] = _teacher_size(config, t, teachers[t.name])
+            teacher = teachers[t.name]
+            own = {side: _teacher_size(t, teacher, side, patch) for side in student_sides(t, config)[0]}
+            if t.mosaic and all(tiles_per_side(teacher, tile) == 1 for tile, _ in own.values()):
+                raise SizeError(
+                    f"teacher {t.name}: its {min(teacher.native_size)} px hold one image of "
+                    f"{min(tile for tile, _ in own.values())} px; leave its mosaic out"
+                )
+            sizes[t.name] = own
     return sizes
 
 
-def _teacher_size(config: TrainConfig, t: TeacherConfig, teacher: Teacher) -> tuple[int, int]:
-    """Return the size (height, width) at which a teacher, or a tile of its mosaics, shows an image."""
-    if not t.mosaic:
-        size = teacher.native_size if t.resolution is None else (t.resolution, t.resolution)
-        _check_size(f"teacher {t.name}", size, teacher.nearest_size(*size))
-        return size
-    patch, side = teacher.patch_size, t.student_resolution or config.resolution
-    side = t.resolution or max(patch, round(side / patch) * patch)
-    tiles_per_side(teacher, side)  # raises where it does not fit
-    return side, side
+def _teacher_size(t: TeacherConfig, teacher: Teacher, side: int, patch: int) -> tuple[int, int]:
+    """Return the size (height, width) at which a teacher, or a tile of its mosaics, sees an image.
+
+    The student sees it at `side`, by patches of `patch` pixels.
+    """
+    size = teacher.native_size if t.resolution is None else (t.resolution, t.resolution)
+    if t.same_grid:
+        own = side // patch * teacher.patch_size
+        size = (own, own) if own < max(size) else size
+    if t.mosaic:
+        own, whole = teacher.patch_size, min(teacher.native_size)
+        tile = t.resolution or min(max(own, round(side / own) * own), whole)
+        tiles_per_side(teacher, tile)  # raises where it does not fit
+        return tile, tile
+    _check_size(f"teacher {t.name}", size, teacher.nearest_size(*size))
+    return size
+
+
+def student_patch(config: TrainConfig) -> int:
+    """Return the pixels along one side of the student's token."""
+    options = _with_image_size(resolve_options(config.student, config.options), config)
+    with torch.device("meta"):
+        return make_student(config.student, options).patch_size
 
 
 def mosaic_shifts(config: TrainConfig, step: int) -> dict[str, tuple[int, int]]:
@@ -235,7 +279,7 @@ def teacher_features(
     images: Tensor,
     shifts: Mapping[str, tuple[int, int]] | None = None,
 ) -> dict[str, Features]:
-    """Compute each teacher's features at its own resolution; those with a shift by mosaics."""
+    """Compute each teacher's features at its size (height, width); those with a shift by mosaics."""
     features = {}
     for name, teacher in teachers.items():
         resized = resize_images(images, sizes[name])
@@ -244,16 +288,16 @@ def teacher_features(
     return features
 
 
-def student_resolutions(config: TrainConfig) -> dict[str, int]:
-    """Return the student's input side in pixels for each teacher."""
-    return {t.name: t.student_resolution or config.resolution for t in config.teachers}
+def student_resolutions(config: TrainConfig) -> dict[str, tuple[int, ...]]:
+    """Return the student's input sides in pixels for each teacher."""
+    return {t.name: student_sides(t, config)[0] for t in config.teachers}
 
 
 def round_resolutions(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
-    """Round the student's resolution for each teacher to the nearest one that the student takes.
+    """Round the student's resolutions for each teacher to the nearest ones that the student takes.
 
-    Returns the config and one line per change. The run's own resolution is not changed, nor those of a
-    student that is built for one size.
+    Returns the config and one line per change. The run's own are not changed, nor those of a student that is
+    built for one size.
     """
     options = _with_image_size(resolve_options(config.student, config.options), config)
     with torch.device("meta"):
@@ -262,16 +306,25 @@ def round_resolutions(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
         return config, []
     if student.with_window is not None and options.get("window") is None:
         student = student.with_window(None)
-    teachers, changes = [], []
-    for teacher in config.teachers:
-        side = teacher.student_resolution
-        if side and (nearest := student.nearest_size(side, side)[0]) != side:
+    changes: list[str] = []
+
+    def nearest(side: int, name: str) -> int:
+        taken = student.nearest_size(side, side)[0]
+        if taken != side:
             changes.append(
-                f"{config.student} cannot see {side} px beside {teacher.name}; it sees {nearest}, the "
-                f"nearest that it takes"
+                f"{config.student} cannot see {side} px beside {name}; it sees {taken}, the nearest that it "
+                f"takes"
             )
-            teacher = replace(teacher, student_resolution=nearest)
-        teachers.append(teacher)
+        return taken
+
+    teachers = []
+    for teacher in config.teachers:
+        if teacher.student_resolution:
+            side = nearest(teacher.student_resolution, teacher.name)
+            teacher = replace(teacher, student_resolution=side)
+        several = teacher.student_resolutions
+        sides = tuple(nearest(side, teacher.name) for side in several.sides)
+        teachers.append(replace(teacher, student_resolutions=replace(several, sides=sides)))
     return replace(config, teachers=tuple(teachers)), changes
 
 
@@ -283,11 +336,12 @@ def _with_image_size(options: StudentOptions, config: TrainConfig) -> StudentOpt
 
 
 def model_config(config: TrainConfig, teachers: Mapping[str, TeacherFacts | Teacher]) -> ModelConfig:
-    """Build the model's config: the student and one adaptor per teacher.
+    """Build the model's config: the student and one adaptor per teacher that has its own.
 
     Raises:
         ConfigError: class tokens are set twice, by `summary` and by the options.
     """
+    own = {t.name: teachers[t.name] for t in config.teachers if t.adaptor is None and t.name in teachers}
     options = resolve_options(config.student, config.options)
     if config.summary == "per-teacher" and not options.has("class_tokens"):
         raise ConfigError(
@@ -298,7 +352,7 @@ def model_config(config: TrainConfig, teachers: Mapping[str, TeacherFacts | Teac
             raise ConfigError(
                 f"--summary {config.summary} decides the class tokens; leave --student.class-tokens out"
             )
-        options = options.change(class_tokens=len(teachers) if config.summary == "per-teacher" else 0)
+        options = options.change(class_tokens=len(own) if config.summary == "per-teacher" else 0)
     options = _with_image_size(options, config)
     adaptors = tuple(
         AdaptorConfig(
@@ -309,7 +363,7 @@ def model_config(config: TrainConfig, teachers: Mapping[str, TeacherFacts | Teac
             slot=index if config.summary == "per-teacher" else None,
             resample=config.adaptor.resample,
         )
-        for index, (name, teacher) in enumerate(teachers.items())
+        for index, (name, teacher) in enumerate(own.items())
     )
     return ModelConfig(student=config.student, options=options, adaptors=adaptors)
 
@@ -323,7 +377,8 @@ def choose_windows(student: Student, config: TrainConfig) -> dict[int, tuple[int
     Raises:
         SizeError: the student does not take a resolution of the run; the message names the nearest valid one.
     """
-    windows: dict[int, tuple[int, ...]] = dict.fromkeys(student_resolutions(config).values(), ())
+    sides = chain.from_iterable(student_resolutions(config).values())
+    windows: dict[int, tuple[int, ...]] = dict.fromkeys(sides, ())
     if student.window is not None and config.options.get("window") is None:
         for side in windows:
             grid = side // student.patch_size

@@ -10,7 +10,7 @@ from radio.dist import Ranks
 from radio.errors import ConfigError, RadioError
 
 from .checkpoints import find_last_step
-from .config import RENAMED, StageConfig, TrainConfig
+from .config import RENAMED, SidesConfig, StageConfig, TrainConfig
 from .data.crops import seed_of
 from .groups import teacher_groups
 from .plan import outline
@@ -75,10 +75,13 @@ def split_stages(config: TrainConfig) -> tuple[Stage, ...]:
 
 
 def _apply(changes: StageConfig, config: TrainConfig, seed: int) -> TrainConfig:
+    # one resolution of a stage replaces several of the stage before
+    kept = SidesConfig() if changes.resolution else config.resolutions
     return replace(
         config,
         steps=changes.steps,
         resolution=changes.resolution or config.resolution,
+        resolutions=changes.resolutions or kept,
         batch_size=changes.batch_size or config.batch_size,
         teachers=changes.teachers or config.teachers,
         optim=changes.optim or config.optim,

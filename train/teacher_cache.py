@@ -46,7 +46,7 @@ from .data.loader import (
     to_images,
 )
 from .data.streams import ConcatImages
-from .groups import Partition, TeacherGroup
+from .groups import Partition, TeacherGroup, TeacherSizes
 from .loggers import ProgressConsole, say
 from .setup import teacher_features
 
@@ -264,10 +264,10 @@ class GroupedCaches(Dataset[list[Cached]]):
 
     def batches(self, config: TrainConfig, start: int, device: torch.device) -> Iterator[Batch]:
         """Yield the batches of the steps from `start` on, with the teachers' features in float32."""
-        for step, waited in timed(self.rows(config, start, device)):
+        for step, (read, waited) in enumerate(timed(self.rows(config, start, device)), start):
             batches = []
-            for group, row in zip(self._partition.of(self._rank), step, strict=True):
-                images = for_student(to_images(row.pixels, device), group)
+            for group, row in zip(self._partition.of(self._rank), read, strict=True):
+                images = for_student(to_images(row.pixels, device), group.side_at(config.seed, step))
                 batches.append(GroupBatch(group, images, self.targets(row, group, device)))
             yield Batch(tuple(batches), waited)
 
@@ -289,7 +289,7 @@ def fill_caches(
     ranks: Ranks,
     data: ConcatImages,
     teachers: Mapping[str, Teacher],
-    sizes: Mapping[str, tuple[int, int]],
+    sizes: TeacherSizes,
     device: torch.device,
     console: Console,
 ) -> GroupedCaches:
@@ -302,11 +302,12 @@ def fill_caches(
     assert options.folder is not None, "called only where there is a cache"
     count = min(options.images or len(data), len(data))
     jobs = {}
-    for group, side in zip(partition.groups, partition.crop_sides(sizes), strict=True):
+    for group, sides in zip(partition.groups, partition.crop_sides(sizes), strict=True):
         if ranks.rank in group.ranks:
-            crops = FixedCrops(data, config.data, side, config.seed, count, options.crops)
+            crops = FixedCrops(data, config.data, max(sides.values()), config.seed, count, options.crops)
             own = {name: teachers[name] for name in group.teachers}
-            jobs[group.name] = CacheJob(options.folder, own, sizes, crops, device)
+            fixed = {name: sizes[name][group.sides[0]] for name in own}  # the same at every side
+            jobs[group.name] = CacheJob(options.folder, own, fixed, crops, device)
 
     def confirm(size: int) -> None:
         say(console, f"teacher cache: {size / 1e9:.2f} GB in {options.folder}")

@@ -126,7 +126,7 @@ class Trainer:
         names = [name for group in self.groups for name in group.teachers]
         self.teachers = load_teachers(config, device, names) if teachers is None else dict(teachers)
         facts = gather_facts(config, self.teachers, ranks)
-        self.sizes = {name: fact.size for name, fact in facts.items()}
+        self.sizes = {name: fact.sizes for name, fact in facts.items()}
 
         # Data: streams, or images by number for a teacher cache.
         self.cache: GroupedCaches | None = None
@@ -148,13 +148,14 @@ class Trainer:
             init, self._taken = warm_start(self.model, config.init, self._say)
             self.model.metadata["init"] = {"model": config.init, "fingerprint": init}
         averages = self._take_over() if self.stage.index else {}
-        for name in facts.keys() - set(names):
+        held = {name for group in self.partition.peers(ranks.rank) for name in group.adaptors}
+        for name in set(self.model.adaptors) - held:
             delattr(self.model.get_submodule("adaptors"), name)
         self.model.to(device).train()
         self.windows = choose_windows(self.model.student, config)
 
         # Losses, gradients over the ranks, optimizer.
-        local = [teacher for teacher in config.teachers if teacher.name in self.model.adaptors]
+        local = [teacher for teacher in config.teachers if teacher.adaptor_name in held]
         balancer = make_balancer(config.balance, local, self.model.summary_dim).to(device)
         widths = {t.name: (facts[t.name].summary_dim, facts[t.name].token_dim) for t in local}
         statistics = make_statistics(config, widths).to(device)
@@ -266,7 +267,7 @@ class Trainer:
             batches = self.cache.batches(steps, 0, self.device)
         else:
             rows = self.loader.rows(range(steps.steps), pin=self.device.type == "cuda")
-            read = with_targets(rows, self.groups, self.device, self._teach, 0)
+            read = with_targets(rows, self.groups, self.device, self._teach, config.seed, 0)
             batches = (batch for batch, _ in read)
         with ProgressConsole(self.console, "teachers' features", steps.steps, 0) as bar:
             lines = measure(self.loss.statistics, batches, self.student, self.device, bar.advance)
@@ -305,9 +306,10 @@ class Trainer:
 
     def _teach(self, step: int, group: TeacherGroup, images: Tensor) -> dict[str, Features]:
         teachers = {name: self.teachers[name] for name in group.teachers}
-        shifts = mosaic_shifts(self.config, step)
+        side = group.side_at(self.config.seed, step)
+        sizes = {name: self.sizes[name][side] for name in teachers}
         with self._autocast():
-            return teacher_features(teachers, self.sizes, images, shifts)
+            return teacher_features(teachers, sizes, images, mosaic_shifts(self.config, step))
 
     def train_step(self, batch: Batch) -> Tensor:
         """Do one step; return whether it was applied: [] bool. Never waits for the device."""
@@ -319,7 +321,7 @@ class Trainer:
             applied = self.optimizer.guard(norm, config.optim.clip)
             self.optimizer.step()
         with self.performance.watch.time("communication"):
-            self.loss.update(self.student.peer_mean)
+            self.loss.update(self.student.peer_sum)
         if self.average is not None:
             self.average.update(applied)
         if self.first is None:
@@ -356,7 +358,7 @@ class Trainer:
     def _forward(self, part: GroupBatch) -> Losses:
         step, config = self.steps_done, self.config
         detail = (self.step + 1) % config.log_every == 0 or self.step + 1 == self.end
-        window = draw_window(self.windows[part.group.side], config.seed, step)
+        window = draw_window(self.windows[part.images.shape[-1]], config.seed, step)
         encode = self.student.encode_frozen if step < config.freeze_trunk_steps else self.student.encode
         with self.performance.watch.time("forward", part.group.name), self._autocast():
             # `loss` owns student and adaptors; the student is called through its DDP or FSDP wrapper.

@@ -50,7 +50,7 @@ def test_peers_and_norms_of_the_papers_ranks(partition: Partition, rank: int) ->
     with one_of(WORLD, rank):
         peers = find_peers(partition, rank)
         assert peers.ranks == tuple(range(32)) if rank < 32 else tuple(range(32, 64))
-        assert peers.leaders == (0, 32)
+        assert (peers.share, peers.leaders) == (32, (0, 32))
         assert peers.lead(rank) == (rank in (0, 32))
         assert peers.process_group is not None
         assert distributed.get_process_group_ranks(peers.process_group) == list(peers.ranks)
@@ -64,7 +64,7 @@ def test_in_turns_all_ranks_are_peers() -> None:
     turns = make_partition(replace(PAPER, teacher_placement="shared", batch_size=1024), WORLD)
     with one_of(WORLD, 40):
         peers = find_peers(turns, 40)
-    assert (len(peers.ranks), peers.process_group, peers.leaders) == (WORLD, None, (0,))
+    assert (len(peers.ranks), peers.share, peers.process_group, peers.leaders) == (WORLD, WORLD, None, (0,))
 
 
 @pytest.mark.parametrize("rank", [0, 63])
@@ -79,7 +79,7 @@ def test_a_rank_holds_its_share_of_the_student(engine: str, rank: int) -> None:
         teachers=tuple(replace(t, student_resolution=None) for t in PAPER.teachers),
     )
     partition = make_partition(config, WORLD)
-    facts = {t.name: TeacherFacts("", (96, 96), 5, 7) for t in config.teachers}
+    facts = {t.name: TeacherFacts("", {96: (96, 96)}, 5, 7) for t in config.teachers}
     cpu = torch.device("cpu")
     with one_of(WORLD, rank) as group:
         model = RadioModel(model_config(config, facts)).train()

@@ -61,7 +61,8 @@ def test_teachers_by_name(config: TrainConfig) -> None:
     teachers = load_teachers(config, CPU)
     assert list(teachers) == ["clip", "dense", "sam"]
     assert list(load_teachers(config, CPU, ("sam", "clip"))) == ["clip", "sam"]
-    assert teacher_sizes(config, teachers) == {"clip": (50, 50), "dense": (64, 64), "sam": (108, 108)}
+    sizes = {"clip": {48: (50, 50)}, "dense": {48: (64, 64)}, "sam": {48: (108, 108)}}
+    assert teacher_sizes(config, teachers) == sizes
     for wrong in ((), (TEACHERS[0], TEACHERS[0])):
         with pytest.raises(ConfigError, match="a run needs teachers with names of their own, got"):
             load_teachers(replace(config, teachers=wrong), CPU)
@@ -85,7 +86,8 @@ def test_only_the_weights_with_the_fingerprint_asked_for_are_taken(config: Train
 
 def test_a_teachers_resolution_is_its_native_one_or_the_settings(config: TrainConfig) -> None:
     chosen = replace(config, teachers=(replace(TEACHERS[0], resolution=80), TEACHERS[1]))
-    assert teacher_sizes(chosen, load_teachers(chosen, CPU)) == {"clip": (80, 80), "dense": (64, 64)}
+    sizes = {"clip": {48: (80, 80)}, "dense": {48: (64, 64)}}
+    assert teacher_sizes(chosen, load_teachers(chosen, CPU)) == sizes
 
 
 @pytest.mark.parametrize(("place", "side", "nearest"), [(0, 84, "80x80"), (2, 96, "108x108")])
@@ -101,14 +103,22 @@ def test_a_resolution_that_a_teacher_cannot_take(
 
 def test_student_resolutions(config: TrainConfig) -> None:
     teachers = (*TEACHERS[:2], replace(TEACHERS[2], student_resolution=96))
-    assert student_resolutions(replace(config, teachers=teachers)) == {"clip": 48, "dense": 48, "sam": 96}
+    assert student_resolutions(replace(config, teachers=teachers)) == {
+        "clip": (48,),
+        "dense": (48,),
+        "sam": (96,),
+    }
 
 
 def test_facts_come_from_the_ranks_where_the_teachers_live(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = gather_facts(config, load_teachers(config, CPU), Ranks())
-    assert (whole["clip"].size, whole["clip"].summary_dim, whole["clip"].token_dim) == ((50, 50), 12, 24)
+    assert (whole["clip"].sizes, whole["clip"].summary_dim, whole["clip"].token_dim) == (
+        {48: (50, 50)},
+        12,
+        24,
+    )
     elsewhere = {"clip": whole["clip"], "dense": whole["dense"]}
     monkeypatch.setattr(Ranks, "gather_objects", lambda self, mine: [elsewhere, mine])
     shared = gather_facts(config, load_teachers(config, CPU, ("sam",)), Ranks(1, 2))
@@ -192,7 +202,7 @@ def test_the_size_beside_a_teacher_is_the_nearest(
     teachers = (*TEACHERS[:2], replace(TEACHERS[2], student_resolution=168))
     asked = replace(config, student=student, teachers=teachers, options=options)
     found, changes = round_resolutions(asked)
-    assert student_resolutions(found) == {"clip": 48, "dense": 48, "sam": side}
+    assert student_resolutions(found) == {"clip": (48,), "dense": (48,), "sam": (side,)}
     assert replace(found, teachers=teachers) == asked
     line = f"{student} cannot see 168 px beside sam; it sees {side}, the nearest that it takes"
     assert changes == ([] if side == 168 else [line])
@@ -209,7 +219,7 @@ def test_the_size_beside_a_teacher_is_the_nearest(
 def test_the_size_of_timms_students_beside_a_teacher(config: TrainConfig, student: str, side: int) -> None:
     teachers = (*TEACHERS[:2], replace(TEACHERS[2], student_resolution=168))
     found, _ = round_resolutions(replace(config, student=student, teachers=teachers, resolution=96))
-    assert student_resolutions(found) == {"clip": 96, "dense": 96, "sam": side}
+    assert student_resolutions(found) == {"clip": (96,), "dense": (96,), "sam": (side,)}
 
 
 def test_a_resolution_that_the_student_cannot_take(config: TrainConfig) -> None:

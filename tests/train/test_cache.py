@@ -49,7 +49,8 @@ SIDE = 108
 def make(root: Path, config: TrainConfig, *, count: int = 10, crops: int = 2, seed: int = 0) -> CacheJob:
     teachers = load_teachers(config, CPU)
     fixed = FixedCrops(open_images(config.data), config.data, SIDE, seed, count, crops)
-    return CacheJob(root, teachers, teacher_sizes(config, teachers), fixed, CPU)
+    sizes = {name: at[config.resolution] for name, at in teacher_sizes(config, teachers).items()}
+    return CacheJob(root, teachers, sizes, fixed, CPU)
 
 
 def write(
@@ -485,7 +486,7 @@ def test_training_from_the_cache_is_training_online_on_the_same_crops(
             for group, row in zip(run.groups, step, strict=True):
                 images = row.pixels.float() / 255
                 targets = run.run_teachers(0, group, images)
-                batches.append(GroupBatch(group, for_student(images, group), targets))
+                batches.append(GroupBatch(group, for_student(images, group.sides[0]), targets))
             yield Batch(tuple(batches), 0.0)
 
     monkeypatch.setattr(GroupedCaches, "batches", online)

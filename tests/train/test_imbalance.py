@@ -115,7 +115,7 @@ def test_files_that_tell_nothing(tmp_path: Path) -> None:
 def test_a_log_of_other_hands_is_taken_or_told(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(text + "\n")
-    group = TeacherGroup(teachers=("a",), side=8, batch_size=2, first=0, ranks=(0,))
+    group = TeacherGroup(teachers=("a",), adaptors=("a",), sides=(8,), batch_size=2, first=0, ranks=(0,))
     with pytest.raises(DataError, match=message):
         measured(path, Partition(groups=(group,), world=1))
     with pytest.raises(DataError, match="is a folder"):

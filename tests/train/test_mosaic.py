@@ -114,7 +114,7 @@ def test_a_run_sees_other_mosaics_in_every_step_and_goes_on_with_them(
     shifts = [mosaic_shifts(config, step)["sam"] for step in range(4)]
     assert len(set(shifts)) == 4 and mosaic_shifts(config, 2)["sam"] == shifts[2]
     whole = start(config, out=tmp_path / "whole")
-    assert whole.sizes["sam"] == (48, 48)  # the student's side
+    assert whole.sizes["sam"] == {48: (48, 48)}  # the student's side
     whole.train()
     first = start(config, out=tmp_path / "parts", steps=4)
     asked = iter([False, True])
@@ -142,7 +142,8 @@ def test_the_plan_counts_fewer_forwards(config: TrainConfig) -> None:
     ("changes", "message"),
     [
         ({"resolution": 60}, "images of 60 px cannot stand in a mosaic of 112 px"),
-        ({"student_resolution": 168}, "images of 168 px cannot stand in a mosaic of 112 px"),
+        ({"student_resolution": 168}, r"its 112 px hold one image of 112 px; leave its mosaic out"),
+        ({"student_resolution": 60}, r"its 112 px hold one image of 64 px; leave its mosaic out"),
     ],
 )
 def test_a_mosaic_that_does_not_fit_is_said_before_the_first_step(
@@ -154,5 +155,5 @@ def test_a_mosaic_that_does_not_fit_is_said_before_the_first_step(
 
 def test_a_cache_keeps_no_mosaics(config: TrainConfig, tmp_path: Path) -> None:
     cached = replace(with_mosaic(config), cache=CacheConfig(folder=tmp_path))
-    with pytest.raises(ConfigError, match="teacher sam: mosaics change from step to step"):
+    with pytest.raises(ConfigError, match="teacher sam: with mosaic its features change from step to step"):
         check_settings(cached, 1)

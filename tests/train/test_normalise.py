@@ -140,26 +140,30 @@ def test_bfloat16_predictions_meet_targets_in_float32() -> None:
 
 def test_only_a_fixed_number_of_images_gives_the_dispersion(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.normalise._SUMMARIES", 10)
-    statistics = TargetStatistics({"clip": (6, 3)}, "none", "fixed")
-    group = TeacherGroup(teachers=("clip",), side=8, batch_size=8, first=0, ranks=(0, 1))
+    statistics = TargetStatistics({"clip": (6, 3)}, ["clip"], "none", "fixed")
+    group = TeacherGroup(
+        teachers=("clip",), adaptors=("clip",), sides=(8,), batch_size=8, first=0, ranks=(0, 1)
+    )
     steps = [draw(4, 6, seed=seed) + 1 for seed in range(4)]
     for summaries in steps:
         target = Features(summaries, torch.ones(4, 1, 3), (1, 1))
         statistics.add(Batch((GroupBatch(group, torch.zeros(4, 3, 8, 8), {"clip": target}),), 0.0))
-    statistics.fit(alone, 1)
+    statistics.fit(alone)
     wanted = Dispersion(6)
     wanted.add(torch.cat(steps[:2]), alone)  # 16 images on two ranks
-    assert torch.equal(statistics.of("clip")[1](), wanted())  # type: ignore[misc]
+    assert torch.equal(statistics.of("clip", "clip")[1](), wanted())  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan])
 def test_teachers_without_variance_are_refused(value: float) -> None:
-    statistics = TargetStatistics({"clip": (6, 3)}, "phi-s")
-    group = TeacherGroup(teachers=("clip",), side=8, batch_size=2, first=0, ranks=(0,))
+    statistics = TargetStatistics({"clip": (6, 3)}, ["clip"], "phi-s")
+    group = TeacherGroup(
+        teachers=("clip",), adaptors=("clip",), sides=(8,), batch_size=2, first=0, ranks=(0,)
+    )
     target = Features(torch.ones(2, 6), torch.full((2, 4, 3), value), (2, 2))
     statistics.add(Batch((GroupBatch(group, torch.zeros(2, 3, 8, 8), {"clip": target}),), 0.0))
     with pytest.raises(RadioError, match=r"teacher clip: the deviation of its tokens is (0\.0|nan)"):
-        statistics.fit(alone, 1)
+        statistics.fit(alone)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +231,7 @@ def test_the_normalisation_is_that_of_the_first_steps(config: TrainConfig, start
         wanted = fitted(torch.cat([target.tokens for target in targets]))
         dispersion = Dispersion(targets[0].summary.shape[1])
         dispersion.add(torch.cat([target.summary for target in targets]), alone)
-        found = again.loss.statistics.of(name)
+        found = again.loss.statistics.of(name, name)
         assert found[0] is not None and found[1] is not None
         torch.testing.assert_close(found[0].tx, wanted.tx, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(found[1](), dispersion())
@@ -238,7 +242,7 @@ def test_a_teacher_cache_is_measured_too(config: TrainConfig, start: Start, tmp_
     run = start(normalised(config, steps=3, cache=cache))
     run.train()
     assert all(math.isfinite(loss) for loss in losses_of(config.out))
-    normaliser, _ = run.loss.statistics.of("clip")
+    normaliser, _ = run.loss.statistics.of("clip", "clip")
     assert normaliser is not None and float(normaliser.tx.norm()) != pytest.approx(24**0.5)
 
 

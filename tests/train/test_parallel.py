@@ -175,7 +175,7 @@ def gradients_by_hand(config: TrainConfig) -> dict[str, Tensor]:
         images = torch.stack(crops).float() / 255
         view = model(resize_images(images, (side, side)), position_crops[list(rows)])
         for name in names:
-            target = teachers[name](resize_images(images, sizes[name]))
+            target = teachers[name](resize_images(images, sizes[name][side]))
             parts = teacher_losses(model.adapt(name, view, target.grid), target, config.loss)
             weights = next(t for t in config.teachers if t.name == name)
             loss = loss + weights.summary_weight * parts.summary.mean()

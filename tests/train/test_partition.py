@@ -66,7 +66,7 @@ MANY: tuple[Sizes, ...] = (
 def test_every_world_is_dealt_out_or_refused(sizes: Sizes, kind: str) -> None:
     config = settings(sizes, teacher_placement=kind)
     groups = teacher_groups(config)
-    assert {(g.batch_size, g.side) for g in groups} == set(sizes)
+    assert {(g.batch_size, *g.sides) for g in groups} == set(sizes)
     assert sorted(name for g in groups for name in g.teachers) == [t.name for t in config.teachers]
     batches = [g.batch_size for g in groups]
     for world in WORLDS:
@@ -94,15 +94,16 @@ def test_every_world_is_dealt_out_or_refused(sizes: Sizes, kind: str) -> None:
         if not turns:
             assert [rank for g in partition.groups for rank in g.ranks] == list(range(world))
             loads = [
-                max(g.batch_size / n * g.side**2 for g, n in zip(groups, s, strict=True)) for s in possible
+                max(g.batch_size / n * g.sides[0] ** 2 for g, n in zip(groups, s, strict=True))
+                for s in possible
             ]
-            assert max(g.share * g.side**2 for g in partition.groups) == min(loads)
+            assert max(g.share * g.sides[0] ** 2 for g in partition.groups) == min(loads)
         check_rows(partition)
 
 
 def test_the_papers_split() -> None:
     partition = make_partition(recipes["paper-h14"](), 64)
-    assert [(g.name, g.side, len(g.ranks), g.share) for g in partition.groups] == [
+    assert [(g.name, *g.sides, len(g.ranks), g.share) for g in partition.groups] == [
         ("clip+dino", 224, 32, 32),
         ("sam", 1008, 32, 4),
     ]
@@ -204,7 +205,9 @@ def test_the_best_split_is_the_best_of_all(sizes: list[int], world: int, seed: i
         if sum(split) == world and all(s % n == 0 for s, n in zip(sizes, split, strict=True))
     ]
     groups = [
-        TeacherGroup(teachers=(f"t{place}",), side=48, batch_size=size, first=0, ranks=())
+        TeacherGroup(
+            teachers=(f"t{place}",), adaptors=(f"t{place}",), sides=(48,), batch_size=size, first=0, ranks=()
+        )
         for place, size in enumerate(sizes)
     ]
     if ways:

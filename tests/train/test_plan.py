@@ -26,7 +26,7 @@ CLIP = TeacherConfig(name="clip", model="tiny:clip")
 
 def cost_of(config: TrainConfig, *, half: bool = False, standing: bool = False) -> Cost:
     group = make_partition(config, 1).groups[0]
-    return count(config, outline(config), group, half=half, standing=standing)
+    return count(config, outline(config), group, config.resolution, half=half, standing=standing)
 
 
 def test_the_operations_of_a_step_by_hand(config: TrainConfig) -> None:
@@ -103,7 +103,7 @@ def two(config: TrainConfig) -> TrainConfig:
 def test_the_papers_plan() -> None:
     config = replace(recipes["paper-h14"](), peak_tflops=100.0)
     plan = make_plan(config, PlanOptions(utilisation=0.5, images=691_200_000))
-    rows = [(g.name, len(g.ranks), g.share, g.side) for g in plan.partition.groups]
+    rows = [(g.name, len(g.ranks), g.share, *g.sides) for g in plan.partition.groups]
     assert rows == [("clip+dino", 32, 32, 224), ("sam", 32, 4, 1008)]
     assert (plan.partition.world, plan.partition.batch_size) == (64, 1152)
     assert plan.passes == 1

@@ -45,8 +45,15 @@ def images() -> Tensor:
 
 def batch_of(teachers: dict[str, Teacher], images: Tensor, side: int = 48) -> GroupBatch:
     """What these teachers say of these images, for a student that sees them at this side."""
-    group = TeacherGroup(teachers=tuple(teachers), side=side, batch_size=len(images), first=0, ranks=(0,))
-    return GroupBatch(group, for_student(images, group), teacher_features(teachers, SIZES, images))
+    group = TeacherGroup(
+        teachers=tuple(teachers),
+        adaptors=tuple(teachers),
+        sides=(side,),
+        batch_size=len(images),
+        first=0,
+        ranks=(0,),
+    )
+    return GroupBatch(group, for_student(images, side), teacher_features(teachers, SIZES, images))
 
 
 def losses_of(

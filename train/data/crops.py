@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 _MAX_UNREADABLE = 20  # images in a row before a crop fails
 
-Purpose = Literal["order", "crop", "positions", "window", "group", "source", "stream", "mosaic", "stage"]
+Purpose = Literal[
+    "order", "crop", "positions", "window", "group", "source", "stream", "mosaic", "stage", "resolution"
+]
 View = Callable[[bytes | Tensor], Tensor]  # crops an image, given as a file's bytes or uint8 [3, H, W]
 
 _STREAMS: dict[Purpose, int] = {name: number for number, name in enumerate(get_args(Purpose))}

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,7 +107,7 @@ class Loader:
         partition: the groups of teachers and their ranks.
         ranks: all ranks.
         data: the streams' sources; other data (for a teacher cache) are only hashed here.
-        sides: pixels of every group's square crops.
+        sides: pixels of every group's square crops, by the student's side.
         device: this rank's device.
         log: called with a message for the user.
 
@@ -122,7 +122,7 @@ class Loader:
         partition: Partition,
         ranks: Ranks,
         data: Source,
-        sides: Sequence[int],
+        sides: Sequence[Mapping[int, int]],
         device: torch.device,
         log: Callable[[str], None],
     ) -> None:
@@ -146,8 +146,8 @@ class Loader:
         """
         # Worker processes start here, in the calling thread: one forked from a pool's thread would fail.
         rows = self.rows(range(start, self._config.steps), pin=self._device.type == "cuda")
-        groups = [self._partition.groups[share.assignment.group] for share in self._shares]
-        steps = with_targets(rows, groups, self._device, teach, start)
+        groups = [share.group for share in self._shares]
+        steps = with_targets(rows, groups, self._device, teach, self._config.seed, start)
         for batch, read in prefetch(steps, self._device) if ahead else steps:
             self._shares = [
                 share._replace(cursors=each.cursors) for share, each in zip(self._shares, read, strict=True)
@@ -208,8 +208,9 @@ class Loader:
         self._shares = []
         for assignment, whole in zip(self._assignments, cursors, strict=True):
             if streams := assignment.local(self._partition, self._ranks.rank):
-                side = self._sides[assignment.group]
-                self._shares.append(Share(assignment, streams, side, whole[streams.start : streams.stop]))
+                group, sides = self._partition.groups[assignment.group], self._sides[assignment.group]
+                own = whole[streams.start : streams.stop]
+                self._shares.append(Share(assignment, streams, group, sides, own))
 
 
 def _to_tensor(cursors: Any) -> Tensor:
@@ -225,14 +226,19 @@ def with_targets(
     groups: Sequence[TeacherGroup],
     device: torch.device,
     teach: Teach,
+    seed: int,
     start: int,
 ) -> Iterator[tuple[Batch, tuple[Rows, ...]]]:
-    """Yield batches from step `start` on with the teachers' features of online crops, and these crops."""
+    """Yield batches from step `start` on with the teachers' features of online crops, and these crops.
+
+    `seed` is the run's.
+    """
     for step, (read, waited) in enumerate(timed(rows), start):
         batches = []
         for group, row in zip(groups, read, strict=True):
             images = to_images(row.pixels, device)
-            batches.append(GroupBatch(group, for_student(images, group), teach(step, group, images)))
+            resized = for_student(images, group.side_at(seed, step))
+            batches.append(GroupBatch(group, resized, teach(step, group, images)))
         yield Batch(tuple(batches), waited), read
 
 
@@ -241,9 +247,9 @@ def to_images(pixels: Tensor, device: torch.device) -> Tensor:
     return pixels.to(device, non_blocking=True).float().div_(255)
 
 
-def for_student(images: Tensor, group: TeacherGroup) -> Tensor:
-    """Resize crops to the student's resolution."""
-    return resize_images(images, (group.side, group.side))
+def for_student(images: Tensor, side: int) -> Tensor:
+    """Resize crops to the student's side."""
+    return resize_images(images, (side, side))
 
 
 def timed(items: Iterable[T]) -> Iterator[tuple[T, float]]:
@@ -263,7 +269,8 @@ class Share(NamedTuple):
 
     assignment: StreamAssignment
     streams: range
-    crop_side: int  # pixels of the square crops
+    group: TeacherGroup
+    crop_sides: Mapping[int, int]  # pixels of the square crops, by the student's side
     cursors: Tensor  # int64 [L, S, 4]
 
 
@@ -312,16 +319,11 @@ class CropStreams(IterableDataset[tuple[Rows, ...]]):
 
     def _read(self, share: Share, streams: dict[int, ShardStream], step: int) -> Rows:
         stats, pixels, keys = ReadStats(), [], []
+        side = share.crop_sides[share.group.side_at(self.seed, step)]
         for number, stream in streams.items():
             for index in range(share.assignment.images_per_stream):
                 position = share.assignment.position(step, number, index)
-                view = partial(
-                    random_view,
-                    config=self.config,
-                    side=share.crop_side,
-                    seed=self.seed,
-                    number=position,
-                )
+                view = partial(random_view, config=self.config, side=side, seed=self.seed, number=position)
                 sample = stream.take(view, stats)
                 pixels.append(sample.pixels)
                 keys.append(sample.key)

@@ -75,7 +75,7 @@ def settings(data: DataConfig, batch_size: int = 8, others: int | None = None) -
 def loader_of(config: TrainConfig, partition: Partition, rank: int, out: Path) -> Loader:
     """The loader of one of a run's ranks, as if it were alone."""
     config = replace(config, out=out)
-    sides = [SIDE] * len(partition.groups)
+    sides = [dict.fromkeys(group.sides, SIDE) for group in partition.groups]
     return Loader(config, partition, Ranks(rank), open_sources(config.data), sides, CPU, print)
 
 
@@ -99,6 +99,8 @@ def follow(
     for number, each in enumerate(assign_streams(config, partition)):
         if streams := each.local(partition, rank):
             start = each.zeros(len(sources)) if cursors is None else cursors[number]
-            shares.append(Share(each, streams, SIDE, start[streams.start : streams.stop]))
+            group = partition.groups[number]
+            sides = dict.fromkeys(group.sides, SIDE)
+            shares.append(Share(each, streams, group, sides, start[streams.start : streams.stop]))
     workers = share_evenly(workers, [len(share.streams) for share in shares])
     return open_stream(sources, shares, config.data, config.seed, steps, workers, pin=pin)

@@ -183,7 +183,7 @@ def test_too_much_that_is_broken_stops(shards: str, tmp_path: Path, cause: str, 
 def test_data_that_are_no_stream_have_no_cursors(tmp_path: Path) -> None:
     config = replace(settings(DataConfig(scenes=3)), out=tmp_path)
     images = open_images(config.data)
-    loader = Loader(config, make_partition(config, 1), Ranks(), images, [SIDE], CPU, print)
+    loader = Loader(config, make_partition(config, 1), Ranks(), images, [{SIDE: SIDE}], CPU, print)
     assert loader.state_dict()["cursors"] == []
     loader.load_state_dict(loader.state_dict())
 
