@@ -45,6 +45,7 @@ from .groups import (
 )
 from .loggers import say
 from .losses import DistillationLoss, make_balancer
+from .mosaic import tiles_per_side
 from .normalise import make_statistics
 from .optim import muon_weights
 from .setup import (
@@ -114,6 +115,7 @@ class RunPlan:
     flops_at: dict[str, dict[int, int]]  # of these, at each side of the student
     kinds: tuple[Kind, ...]
     sizes: TeacherSizes
+    mosaics: Mapping[str, Mapping[int, int]]  # images in a forward of a teacher, by the student's side
     half: bool
 
     @property
@@ -195,6 +197,14 @@ def make_plan(config: TrainConfig, options: PlanOptions) -> RunPlan:
         flops_at=flops_at,
         kinds=tuple(kinds),
         sizes={name: facts.sizes for name, facts in models.facts.items()},
+        mosaics={
+            t.name: {
+                side: tiles_per_side(models.teachers[t.name], tile) ** 2
+                for side, (tile, _) in models.facts[t.name].sizes.items()
+            }
+            for t in config.teachers
+            if t.mosaic
+        },
         half=half,
     )
 
@@ -499,6 +509,9 @@ def _lines(plan: RunPlan) -> Iterator[str]:
     else:
         peak = "--peak-tflops" if config.peak_tflops else "an A100's; give --peak-tflops"
         pace = f"at {plan.options.utilisation:.0%} of {plan.peak_tflops:g} TFLOP/s ({peak})"
+    for name, counts in plan.mosaics.items():
+        each = ", ".join(f"{count} images at {side} px" for side, count in counts.items())
+        yield f"mosaics: a forward of {name} sees {each}; as many forwards less"
     units = ((1.0, "days"), (1 / 24, "hours"), (1 / 1440, "minutes"), (1 / 86400, "seconds"))
     days, unit = next((pair for pair in units if plan.days >= pair[0]), units[-1])
     hours = plan.days * 24 * plan.partition.world

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from radio.registry import Registry
 from radio.students import ViTDetOptions, ViTOptions
 
-from .config import CacheConfig, DataConfig, OptimConfig, TeacherConfig, TrainConfig
+from .config import (
+    CacheConfig,
+    DataConfig,
+    LossConfig,
+    NormaliseConfig,
+    OptimConfig,
+    SidesConfig,
+    StageConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 
 recipes: Registry[Callable[[], TrainConfig]] = Registry("recipe")
 
@@ -64,6 +74,142 @@ def paper_b14() -> TrainConfig:
         options=ViTOptions(),
         teachers=(CLIP, DINO),
     )
+
+
+# Teachers of the models after RADIOv1. At 432 px the student has as many tokens as CLIP at 378, 27 x 27, and as
+# DINOv2 at every side up to its own.
+_DFN = TeacherConfig(name="clip", model="openclip:ViT-H-14-378-quickgelu/dfn5b@weights/dfn5b_h14_378.pt")
+_SIGLIP = TeacherConfig(name="siglip", model="openclip:ViT-SO400M-14-SigLIP-384@weights/siglip_so400m_384.pt")
+_DINO_REG = TeacherConfig(
+    name="dino",
+    model="dinov2:vitg14_reg@weights/dinov2_vitg14_reg4_pretrain.pth",
+    same_grid=True,
+    resolution=518,  # the side that it was trained for last
+)
+_SAM_TILES = TeacherConfig(
+    name="sam", model="sam:vit_h@weights/sam_vit_h_4b8939.pth", summary_weight=0.0, mosaic=True
+)
+_V25_TEACHERS = (_DFN, _SIGLIP, _DINO_REG, _SAM_TILES)
+
+
+_SAM_SIDE = 1024  # pixels of its input
+
+
+def at_high(
+    teachers: Sequence[TeacherConfig], sides: SidesConfig, batch_size: int
+) -> tuple[TeacherConfig, ...]:
+    """Return further entries of teachers in a group of large images, which train the same adaptors."""
+    return tuple(
+        replace(
+            teacher,
+            name=f"{teacher.name}-high",
+            adaptor=teacher.name,
+            student_resolutions=sides,
+            batch_size=batch_size,
+            mosaic=teacher.mosaic and 2 * min(sides.sides) <= _SAM_SIDE,
+        )
+        for teacher in teachers
+    )
+
+
+def _radio_v25(size: str, student: str, init: str | None) -> TrainConfig:
+    """Return the recipe of a RADIOv2.5: three stages, the last with small and large images in every step.
+
+    From the PHI-S paper (arXiv 2410.01680) and the RADIOv2.5 report: stages, sides, batches, teachers, PHI-S,
+    LAMB, the frozen trunk, tokens. Ours: the grid rule of DINOv2, one group for each size, no text.
+    """
+    high = at_high(_V25_TEACHERS, SidesConfig(sides=(1024,)), 128)
+    return TrainConfig(
+        recipe=f"radio-v2.5-{size}",
+        out=Path(f"runs/radio-v2.5-{size}"),
+        student=student,
+        options=ViTOptions(registers=4),
+        summary="per-teacher",
+        init=init,
+        teachers=_V25_TEACHERS,
+        resolution=256,
+        steps=300_000,
+        batch_size=1024,
+        data=DataConfig(shards=SHARDS, workers=8),
+        normalise=NormaliseConfig(kind="phi-s", steps=3000),
+        freeze_trunk_steps=5000,
+        optim=OptimConfig(kind="lamb", lr=1e-3, weight_decay=0.02),
+        stages=(
+            StageConfig(steps=300_000, resolution=432, freeze_trunk_steps=5000),
+            StageConfig(steps=300_000, freeze_trunk_steps=5000, teachers=(*_V25_TEACHERS, *high)),
+        ),
+        save_every=2000,
+        log_every=100,
+    )
+
+
+@recipes.register("radio-v2.5-b")
+def radio_v25_b() -> TrainConfig:
+    """Train a ViT-B/16 in the manner of RADIOv2.5-B, from timm's ViT-B/16."""
+    return _radio_v25("b", "vit-b16", "timm:vit_base_patch16_224@weights/vit_base_patch16_224.safetensors")
+
+
+@recipes.register("radio-v2.5-l")
+def radio_v25_l() -> TrainConfig:
+    """Train a ViT-L/16 in the manner of RADIOv2.5-L, from timm's ViT-L/16."""
+    return _radio_v25("l", "vit-l16", "timm:vit_large_patch16_224@weights/vit_large_patch16_224.safetensors")
+
+
+@recipes.register("radio-v2.5-h")
+def radio_v25_h() -> TrainConfig:
+    """Train a ViT-H/16 in the manner of RADIOv2.5-H; what it was started from is unknown."""
+    return _radio_v25("h", "vit-h16", None)
+
+
+_SIGLIP2 = TeacherConfig(name="siglip", model="openclip:ViT-gopt-16-SigLIP2-384@weights/siglip2_gopt_384.pt")
+_DINOV3 = TeacherConfig(
+    name="dino",
+    model="timm:vit_7b_patch16_dinov3@weights/dinov3_vit7b16.safetensors",
+    same_grid=True,
+    resolution=1152,
+)
+_V4_TEACHERS = (_SIGLIP2, _DINOV3, _SAM_TILES)
+
+
+def _c_radio_v4(size: str, student: str) -> TrainConfig:
+    """Return the recipe of a C-RADIOv4: small and large images of many sides in every step.
+
+    From its report (arXiv 2601.17237): sides, teachers, both losses and their weights of 1, shifts, the
+    moving average, tokens. Unknown, and ours: batches, steps, optimizer, how often each side is drawn; SAM in
+    the place of SAM 3, SigLIP 2's own map in the place of the one sharpened by FeatSharp.
+    """
+    high = at_high(_V4_TEACHERS, SidesConfig(sides=(512, 768, 1024, 1152)), 128)
+    return TrainConfig(
+        recipe=f"c-radio-v4-{size}",
+        out=Path(f"runs/c-radio-v4-{size}"),
+        student=student,
+        options=ViTOptions(registers=7),
+        summary="per-teacher",
+        teachers=(*_V4_TEACHERS, *high),
+        resolution=512,
+        resolutions=SidesConfig(sides=(128, 192, 224, 256, 384, 432)),
+        steps=300_000,
+        batch_size=1024,
+        data=DataConfig(shards=SHARDS, workers=8),
+        loss=LossConfig(summary="angle"),
+        normalise=NormaliseConfig(kind="phi-s", steps=3000),
+        optim=OptimConfig(kind="lamb", lr=1e-3, weight_decay=0.02),
+        ema=0.9996,
+        save_every=2000,
+        log_every=100,
+    )
+
+
+@recipes.register("c-radio-v4-so400m")
+def c_radio_v4_so400m() -> TrainConfig:
+    """Train a SigLIP-shaped ViT/16 in the manner of C-RADIOv4-SO400M."""
+    return _c_radio_v4("so400m", "vit-so400m16")
+
+
+@recipes.register("c-radio-v4-h")
+def c_radio_v4_h() -> TrainConfig:
+    """Train a ViT-H/16 in the manner of C-RADIOv4-H."""
+    return _c_radio_v4("h", "vit-h16")
 
 
 @recipes.register("real-small")

@@ -52,7 +52,7 @@ def split_stages(config: TrainConfig) -> tuple[Stage, ...]:
     for index, changes in enumerate(config.stages, start=1):
         last = stages[-1]
         own = _apply(changes, last.config, seed_of(config.seed, "stage", index))
-        names = [[teacher.name for teacher in each.teachers] for each in (last.config, own)]
+        names = [[t.name for t in each.teachers if t.adaptor is None] for each in (last.config, own)]
         if config.summary == "per-teacher" and names[0] != names[1]:
             raise ConfigError(
                 f"stage {index + 1} has the teachers {', '.join(names[1])} and the one before "

@@ -290,6 +290,23 @@ _FAMILY = (
         "vitdet-so400m14",
         8,
     ),
+    # Patch 16, as the models after RADIOv1 have: 2048 px are 128 x 128 positions.
+    (replace(_B14, name="vit-l16", width=1024, depth=24, heads=16, patch=16, positions=128), "vitdet-l16", 7),
+    (replace(_B14, name="vit-h16", width=1280, depth=32, heads=16, patch=16, positions=128), "vitdet-h16", 7),
+    (
+        replace(
+            _B14,
+            name="vit-so400m16",
+            width=1152,
+            depth=27,
+            heads=16,
+            mlp_ratio=4304 / 1152,
+            patch=16,
+            positions=128,
+        ),
+        "vitdet-so400m16",
+        7,
+    ),
     (replace(_B14, name="vit-g14", width=1408, depth=40, heads=16, mlp_ratio=48 / 11), "vitdet-g14", 8),
     (_TINY, "vitdet-tiny12", 4),
     (replace(_TINY, name="vit-tiny16", patch=16, native=160, positions=20), "vitdet-tiny16", 5),

@@ -9,11 +9,15 @@ import torch
 
 from radio.config import read_yaml, write_yaml
 from radio.errors import ConfigError, RadioError
+from radio.hub import load_teacher
 from radio.students import options_type
 from radio.teachers import families
-from train.config import TrainConfig
+from train.config import PlanOptions, TrainConfig
+from train.mosaic import tiles_per_side
+from train.plan import make_plan
 from train.recipes import recipes
-from train.setup import check_settings, load_teachers
+from train.setup import check_settings, load_teachers, teacher_sizes
+from train.stages import split_stages
 
 
 @pytest.mark.parametrize("name", list(recipes))
@@ -51,3 +55,42 @@ def test_the_papers_teachers_without_their_files_are_one_clear_error(
 def test_an_unknown_recipe_offers_the_nearest() -> None:
     with pytest.raises(ConfigError, match="unknown recipe 'paper-h41'; did you mean paper-h14"):
         recipes["paper-h41"]
+
+
+LATER = ("radio-v2.5-b", "radio-v2.5-l", "radio-v2.5-h", "c-radio-v4-so400m", "c-radio-v4-h")
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_the_settings_of_later_recipes_fit_64_ranks(name: str) -> None:
+    """Every stage: groups of small and large images whose batches 64 ranks can share."""
+    for stage in split_stages(recipes[name]()):
+        partition = check_settings(stage.config, 64)
+        low = partition.groups[0]
+        assert low.batch_size == 1024 and low.teachers == low.adaptors
+        assert all(group.batch_size == 128 for group in partition.groups[1:])
+        assert all(set(group.adaptors) == set(low.adaptors) for group in partition.groups[1:])
+
+
+def test_what_the_teachers_of_later_recipes_see() -> None:
+    """RADIOv2.5: 27 x 27 tokens at 432 px. C-RADIOv4: DINOv3 sees the student's side, SAM k x k tiles."""
+    dino, sam = (load_teacher(spec, meta=True) for spec in ("dinov2:vitb14_reg", "sam:vit_b"))
+    first, second, third = split_stages(recipes["radio-v2.5-b"]())
+    for stage, side, tokens in ((first, 256, 16), (second, 432, 27)):
+        sizes = teacher_sizes(stage.config, {"dino": dino, "sam": sam})
+        assert sizes == {"dino": {side: (14 * tokens,) * 2}, "sam": {side: (side, side)}}
+        assert tiles_per_side(sam, side) == {256: 4, 432: 2}[side]
+    high = teacher_sizes(third.config, {"dino-high": dino, "sam-high": sam})
+    assert high == {"dino-high": {1024: (518, 518)}, "sam-high": {1024: (1024, 1024)}}
+    (whole,) = split_stages(recipes["c-radio-v4-h"]())
+    sizes = teacher_sizes(whole.config, {"sam": sam, "sam-high": sam})
+    assert sizes["sam"] == {side: (side, side) for side in (128, 192, 224, 256, 384, 432)}
+    assert sizes["sam-high"] == {512: (512,) * 2, 768: (768,) * 2, 1024: (1024,) * 2, 1152: (1024,) * 2}
+
+
+@pytest.mark.slow
+def test_the_plan_of_a_later_recipe_is_the_papers_bill() -> None:
+    """PHI-S, ViT-B: 14,080 hours of A100s in three stages."""
+    plans = [
+        make_plan(stage.config, PlanOptions(world=64)) for stage in split_stages(recipes["radio-v2.5-b"]())
+    ]
+    assert sum(plan.days * 24 * 64 for plan in plans) == pytest.approx(14_080, rel=0.15)
