@@ -76,8 +76,8 @@ def paper_b14() -> TrainConfig:
     )
 
 
-# Teachers of the models after RADIOv1. At 432 px the student has as many tokens as CLIP at 378, 27 x 27, and as
-# DINOv2 at every side up to its own.
+# Teachers of the models after RADIOv1. At 432 px the student has as many tokens as CLIP at 378 px, 27 x 27;
+# DINOv2 sees as many as the student at every side up to its own.
 _DFN = TeacherConfig(name="clip", model="openclip:ViT-H-14-378-quickgelu/dfn5b@weights/dfn5b_h14_378.pt")
 _SIGLIP = TeacherConfig(name="siglip", model="openclip:ViT-SO400M-14-SigLIP-384@weights/siglip_so400m_384.pt")
 _DINO_REG = TeacherConfig(
