@@ -21,7 +21,7 @@ from .foreign import check_encoder, watch_features
 from .nn.vit import NORM_EPS
 from .ops import resize_features
 from .students import OptionsField, StudentOptions, resolve_options, students
-from .types import AdaptingModel, Adaptor, Features, Student
+from .types import AdaptingModel, Adaptor, Features, Resampling, Student
 
 # Letters: B batch, C summary width, T tokens, D token width, H W grid.
 
@@ -86,12 +86,12 @@ class MLPAdaptor(nn.Module):
         self.summary = Head(summary_dim if config.slot is None else token_dim, hidden, config.summary_dim)
         self.spatial = Head(token_dim, hidden, config.token_dim)
 
-    def forward(self, features: Features, grid: tuple[int, int] | None = None) -> Features:
+    def forward(self, features: Features, grid: Resampling | None = None) -> Features:
         """Map features to the teacher's widths; resample tokens to `grid` (None keeps the student's)."""
-        to = features.grid if grid is None else grid
-        placed = resize_features(features, to) if self.config.resample == "before" else features
+        to, before = features.grid if grid is None else grid, self.config.resample == "before"
+        placed = resize_features(features, to) if before else features
         mapped = Features(self.adapt_summary(features.summary), self.spatial(placed.tokens), placed.grid)
-        return resize_features(mapped, to)
+        return mapped if before else resize_features(mapped, to)
 
     def adapt_summary(self, summaries: Tensor) -> Tensor:
         """Map the student's summaries [B, C] to the teacher's [B, C]."""

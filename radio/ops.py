@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import ConfigError, SizeError
-from .types import Features
+from .types import Features, Positions, Resampling, Sampling
 
 # Letters: B batch, T tokens, D width, H W grid, s window side, N windows per image.
 
@@ -110,6 +110,36 @@ def resize_tokens(tokens: Tensor, grid: tuple[int, int], to: tuple[int, int]) ->
     return plane.flatten(2).transpose(1, 2).to(tokens.dtype)
 
 
-def resize_features(features: Features, to: tuple[int, int]) -> Features:
-    """Resample the tokens of features to another grid; the summary is unchanged."""
+def sample_tokens(tokens: Tensor, grid: tuple[int, int], at: Sampling) -> Tensor:
+    """Sample tokens [B, T, D] of a grid at positions inside it: [B, H*W, D] of the sampling's own H x W.
+
+    Centres of neighbouring tokens are cut out as they are; between centres tokens are interpolated
+    bilinearly, in float32. Positions have to lie between the centres of the first and the last token.
+    """
+    rows, columns = at
+    if rows.are_tokens and columns.are_tokens:
+        if at.grid == grid:
+            return tokens
+        top, left = int(rows.first), int(columns.first)
+        part = tokens.unflatten(1, grid)[:, top : top + rows.count, left : left + columns.count]
+        return part.flatten(1, 2)
+    plane = tokens.transpose(1, 2).unflatten(2, grid).float()
+    y, x = (
+        _unit_positions(along, side, tokens.device) for along, side in zip((rows, columns), grid, strict=True)
+    )
+    places = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).expand(len(tokens), -1, -1, -1)
+    sampled = F.grid_sample(plane, places, mode="bilinear", padding_mode="border", align_corners=False)
+    return sampled.flatten(2).transpose(1, 2).to(tokens.dtype)
+
+
+def _unit_positions(at: Positions, side: int, device: torch.device) -> Tensor:
+    """Convert positions on a side of so many tokens to torch's: -1 and 1 are its edges, not its centres."""
+    first, step = float((2 * at.first + 1) / side - 1), float(2 * at.step / side)
+    return first + step * torch.arange(at.count, dtype=torch.float32, device=device)
+
+
+def resize_features(features: Features, to: Resampling) -> Features:
+    """Resample the tokens of features to another grid, whole or in part; the summary is unchanged."""
+    if isinstance(to, Sampling):
+        return Features(features.summary, sample_tokens(features.tokens, features.grid, to), to.grid)
     return Features(features.summary, resize_tokens(features.tokens, features.grid, to), to)

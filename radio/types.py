@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
+from typing import Any, NamedTuple, Protocol, Self, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,6 +26,34 @@ class Features(NamedTuple):
         """Reshape the tokens to a map [B, D, H, W]."""
         plane: Tensor = self.tokens.transpose(1, 2).unflatten(2, self.grid)
         return plane
+
+
+class Positions(NamedTuple):
+    """Evenly spaced positions along one axis of a grid; those of its tokens' centres are 0, 1, 2, ..."""
+
+    first: Fraction
+    step: Fraction
+    count: int
+
+    @property
+    def are_tokens(self) -> bool:
+        """Whether they are the centres of neighbouring tokens, so that nothing is interpolated."""
+        return self.step == 1 and self.first.denominator == 1
+
+
+class Sampling(NamedTuple):
+    """Where to sample a grid of tokens: at every pair of a row's and a column's position."""
+
+    rows: Positions
+    columns: Positions
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(H, W) of what is sampled."""
+        return self.rows.count, self.columns.count
+
+
+Resampling: TypeAlias = tuple[int, int] | Sampling  # the whole map on another grid (H, W), or a part of it
 
 
 @runtime_checkable
@@ -139,7 +168,7 @@ class TextTower(Protocol):
 class Adaptor(Protocol):
     """A module that maps student features into one teacher's space."""
 
-    def __call__(self, features: Features, grid: tuple[int, int] | None = None) -> Features:
+    def __call__(self, features: Features, grid: Resampling | None = None) -> Features:
         """Map features to the teacher's widths, on `grid` (None keeps the student's)."""
 
     def adapt_summary(self, summaries: Tensor) -> Tensor:
@@ -173,7 +202,7 @@ class AdaptingModel:
     adaptors: Mapping[str, Adaptor]
     name: str
 
-    def adapt(self, name: str, features: Features, grid: tuple[int, int] | None = None) -> Features:
+    def adapt(self, name: str, features: Features, grid: Resampling | None = None) -> Features:
         """Map features into teacher `name`'s space, on `grid` (None keeps the adaptor's own).
 
         Raises:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..ops import resize_features
-from ..types import Features
+from ..types import Features, Resampling
 from .phi_s import FeatureNormaliser
 from .vit import Block
 
@@ -147,7 +147,7 @@ class ReleasedAdaptor(nn.Module):
         self.position, self.width, self.upsample = position, width, upsample
         self._normaliser = (normaliser,)  # in a tuple: it belongs to the trunk
 
-    def forward(self, features: Features, grid: tuple[int, int] | None = None) -> Features:
+    def forward(self, features: Features, grid: Resampling | None = None) -> Features:
         """Map features to the teacher's widths, on `grid` (None keeps the spatial head's).
 
         The summary of a teacher whose class token is not in the backbone's summary is the mean of its tokens,

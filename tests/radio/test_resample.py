@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import pytest
 import torch
 
-from radio.ops import resize_features, resize_images, resize_tokens
-from radio.types import Features
+from radio.ops import resize_features, resize_images, resize_tokens, sample_tokens
+from radio.types import Features, Positions, Sampling
 
 
 @pytest.mark.parametrize("to", [(8, 8), (3, 5), (1, 1), (4, 6), (9, 2)])
@@ -19,6 +22,50 @@ def test_tokens_equal_the_loop(bilinear_by_loop, to):
 def test_the_same_grid_gives_the_same_tokens():
     tokens = torch.randn(1, 6, 3)
     assert resize_tokens(tokens, (2, 3), (2, 3)) is tokens
+
+
+def sample_by_loop(tokens, grid, at):
+    """Bilinear weights of the four neighbours of each position, one by one: [B, N, D]."""
+    plane = tokens.unflatten(1, grid)
+    found = []
+    for y in (at.rows.first + at.rows.step * i for i in range(at.rows.count)):
+        for x in (at.columns.first + at.columns.step * i for i in range(at.columns.count)):
+            (top, down), (left, right) = ((math.floor(v), float(v - math.floor(v))) for v in (y, x))
+            below, beyond = min(top + 1, grid[0] - 1), min(left + 1, grid[1] - 1)
+            upper = plane[:, top, left] * (1 - right) + plane[:, top, beyond] * right
+            lower = plane[:, below, left] * (1 - right) + plane[:, below, beyond] * right
+            found.append(upper * (1 - down) + lower * down)
+    return torch.stack(found, dim=1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [
+        ((0, 1, 4), (0, 1, 6)),
+        ((1, 1, 3), (2, 1, 4)),
+        ((Fraction(1, 3), Fraction(8, 7), 3), (Fraction(1, 2), Fraction(1, 2), 10)),
+        ((1, 1, 2), (Fraction(2, 5), 1, 5)),
+        ((3, Fraction(1, 2), 1), (5, 2, 1)),
+    ],
+)
+def test_sampled_tokens_equal_the_loop(rows, columns):
+    tokens = torch.randn(2, 24, 3, generator=torch.Generator().manual_seed(0))
+    at = Sampling(
+        *(Positions(Fraction(first), Fraction(step), count) for first, step, count in (rows, columns))
+    )
+    sampled = sample_tokens(tokens, (4, 6), at)
+    torch.testing.assert_close(sampled, sample_by_loop(tokens, (4, 6), at), rtol=0, atol=2e-6)
+    features = resize_features(Features(tokens[:, 0], tokens, (4, 6)), at)
+    assert features.grid == at.grid and torch.equal(features.tokens, sampled)
+
+
+def test_cut_out_tokens_are_those_that_sampling_would_find():
+    tokens = torch.randn(2, 24, 3, generator=torch.Generator().manual_seed(0))
+    whole, part = (Positions(Fraction(0), Fraction(1), 4), Positions(Fraction(1), Fraction(1), 4))
+    almost = part._replace(first=part.first + Fraction(1, 10**9))
+    cut = sample_tokens(tokens, (4, 6), Sampling(whole, part))
+    assert torch.equal(cut, tokens.unflatten(1, (4, 6))[:, :, 1:5].flatten(1, 2))
+    torch.testing.assert_close(cut, sample_tokens(tokens, (4, 6), Sampling(whole, almost)), rtol=0, atol=2e-6)
 
 
 def test_half_precision_is_resampled_in_float32_and_given_back():

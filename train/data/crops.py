@@ -24,7 +24,17 @@ if TYPE_CHECKING:
 _MAX_UNREADABLE = 20  # images in a row before a crop fails
 
 Purpose = Literal[
-    "order", "crop", "positions", "window", "group", "source", "stream", "mosaic", "stage", "resolution"
+    "order",
+    "crop",
+    "positions",
+    "window",
+    "group",
+    "source",
+    "stream",
+    "mosaic",
+    "stage",
+    "resolution",
+    "shift",
 ]
 View = Callable[[bytes | Tensor], Tensor]  # crops an image, given as a file's bytes or uint8 [3, H, W]
 
