@@ -121,7 +121,7 @@ def sample_tokens(tokens: Tensor, grid: tuple[int, int], at: Sampling) -> Tensor
         if at.grid == grid:
             return tokens
         top, left = int(rows.first), int(columns.first)
-        part = tokens.unflatten(1, grid)[:, top : top + rows.count, left : left + columns.count]
+        part = tokens.unflatten(1, grid)[:, top : top + rows.length, left : left + columns.length]
         return part.flatten(1, 2)
     plane = tokens.transpose(1, 2).unflatten(2, grid).float()
     y, x = (
@@ -134,8 +134,8 @@ def sample_tokens(tokens: Tensor, grid: tuple[int, int], at: Sampling) -> Tensor
 
 def _unit_positions(at: Positions, side: int, device: torch.device) -> Tensor:
     """Convert positions on a side of so many tokens to torch's: -1 and 1 are its edges, not its centres."""
-    first, step = float((2 * at.first + 1) / side - 1), float(2 * at.step / side)
-    return first + step * torch.arange(at.count, dtype=torch.float32, device=device)
+    indices = torch.arange(at.length, dtype=torch.float32, device=device)
+    return indices.mul_(float(2 * at.step / side)).add_(float((2 * at.first + 1) / side - 1))
 
 
 def resize_features(features: Features, to: Resampling) -> Features:

@@ -33,7 +33,7 @@ class Positions(NamedTuple):
 
     first: Fraction
     step: Fraction
-    count: int
+    length: int
 
     @property
     def are_tokens(self) -> bool:
@@ -50,7 +50,7 @@ class Sampling(NamedTuple):
     @property
     def grid(self) -> tuple[int, int]:
         """(H, W) of what is sampled."""
-        return self.rows.count, self.columns.count
+        return self.rows.length, self.columns.length
 
 
 Resampling: TypeAlias = tuple[int, int] | Sampling  # the whole map on another grid (H, W), or a part of it

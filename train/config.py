@@ -16,6 +16,7 @@ from .tasks import TasksField
 
 BatchSize: TypeAlias = Annotated[int, Interval(ge=1, le=1 << 20)]  # 32,768 is the largest published one
 Decay: TypeAlias = Annotated[float, Interval(ge=0, lt=1)]
+ShareBelowOne: TypeAlias = Annotated[float, Interval(ge=0, lt=1)]
 PositiveShare: TypeAlias = Annotated[float, Interval(gt=0, le=1)]
 Aspect: TypeAlias = Annotated[float, Interval(ge=0.01, le=100)]
 Side: TypeAlias = Annotated[int, Interval(ge=1, le=1024)]  # in tokens
@@ -23,8 +24,11 @@ Width: TypeAlias = Annotated[int, Interval(ge=1, le=1 << 16)]  # of a hidden lay
 NumRanks: TypeAlias = Annotated[int, Interval(ge=1, le=1 << 16)]
 Weight: TypeAlias = Annotated[float, Interval(gt=0, le=1e12)]
 LossWeight: TypeAlias = Annotated[float, Interval(ge=0, le=1e6)]
+ShiftDeviation: TypeAlias = Annotated[float, Interval(ge=0, le=16)]  # in patches
 Rate: TypeAlias = Annotated[float, Interval(ge=0, le=1e3)]
 Tflops: TypeAlias = Annotated[float, Interval(ge=1e-6, le=1e6)]
+
+MESA_START = 0.1  # default of `mesa_start`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +103,9 @@ class LossConfig:
     cosine: LossWeight = 0.9
     smooth_l1: LossWeight = 0.1
     smooth_l1_beta: LossWeight = 1.0  # where smooth L1 becomes linear (PyTorch's default; not in the paper)
+    shift: ShiftDeviation = (
+        0.0  # each model sees its frame shifted by round(N(0, this)) patches (C-RADIOv4: 0.5); 0 = not
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -211,6 +218,10 @@ class TrainConfig:
     parallel: Literal["ddp", "fsdp"] = "ddp"  # replicate or shard the student
     grad_accum_steps: Count = 1  # gradient accumulation: parts of a rank's batch
     ema: Decay = 0.0  # decay of the weights' moving average, in ckpt-ema.pt; 0 = none
+    mesa: LossWeight = (
+        0.0  # weight of the distance from the averaged student's tokens (C-RADIOv4; weight ours); 0 = without
+    )
+    mesa_start: ShareBelowOne = MESA_START  # share of the steps before that term starts (ours)
     seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto = bf16 on CUDA, fp32 on a CPU

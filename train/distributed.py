@@ -282,10 +282,11 @@ def can_run_in_parallel(
 ) -> bool:
     """Check whether groups can use the student in parallel: on a CPU, with a teacher cache.
 
-    Only with our ViT, whose forward is deterministic and stateless, unlike one with batch norms.
+    Only with our ViT, whose forward is deterministic and stateless, unlike one with batch norms, and without
+    the averaged student, whose weights stand in for the student's during its forward.
     """
     idle = config.cache.folder is not None and device.type == "cpu" and torch.get_num_threads() > 1
-    alone = ranks.world == 1 and len(partition.groups) > 1 and not config.compile
+    alone = ranks.world == 1 and len(partition.groups) > 1 and not config.compile and not config.mesa
     return idle and alone and isinstance(model.student, ViT)
 
 

@@ -20,12 +20,15 @@ from torch import Tensor, nn
 from radio.errors import ConfigError
 from radio.model import RadioModel
 from radio.nn.phi_s import FeatureNormaliser
+from radio.ops import resize_features
 from radio.types import Features
 
 from .config import BalanceConfig, LossConfig, TeacherConfig, TrainConfig
 from .data.loader import GroupBatch
 from .groups import teacher_groups
+from .mesa import AveragedStudent, mesa_losses
 from .normalise import Dispersion, TargetStatistics, angle
+from .shift import overlap
 
 # Letters: B images, C width of the student's summary, T tokens, D width of a token, h w pixels.
 
@@ -48,7 +51,7 @@ class Losses(NamedTuple):
     """The losses of one forward; they stay on the device until the log step."""
 
     total: Tensor  # []
-    parts: dict[str, Tensor]  # "clip/summary", "clip/spatial": [] each, unweighted; learned weights
+    parts: dict[str, Tensor]  # "clip/summary", "clip/spatial", "mesa": [] each, unweighted; learned weights
     details: dict[str, Tensor]  # "clip/centred_cosine", "clip/unexplained": [] each, if requested
 
 
@@ -61,6 +64,7 @@ class DistillationLoss(nn.Module):
         loss: the distance of eq. 2; alpha, beta and smooth L1's threshold of eq. 3.
         balancer: weighs the losses against one another; None = the declared weights only.
         statistics: what the losses know about the teachers' features; None = nothing, as by default.
+        mesa: weight of the distance from the averaged student's tokens.
     """
 
     def __init__(
@@ -70,14 +74,22 @@ class DistillationLoss(nn.Module):
         loss: LossConfig,
         balancer: Balancer | None = None,
         statistics: TargetStatistics | None = None,
+        mesa: float = 0.0,
     ) -> None:
         super().__init__()
         self.model = model
-        self.loss = loss
+        self.loss, self.mesa = loss, mesa
         self.balancer: Balancer = Naive(teachers) if balancer is None else balancer
         self.statistics = TargetStatistics() if statistics is None else statistics
 
-    def forward(self, encode: Encode, batch: GroupBatch, window: int | None, detail: bool) -> Losses:
+    def forward(
+        self,
+        encode: Encode,
+        batch: GroupBatch,
+        window: int | None,
+        detail: bool,
+        average: AveragedStudent | None = None,
+    ) -> Losses:
         """Compute the weighted losses of a batch, the mean over its images.
 
         Args:
@@ -85,14 +97,20 @@ class DistillationLoss(nn.Module):
             batch: images of one group with its teachers' features.
             window: the attention window of this step; None keeps the student's own.
             detail: also compute centred cosines and unexplained variances, which are only logged.
+            average: the averaged student, for MESA; None = without it.
+
+        Raises:
+            ConfigError: the tokens of a model with a shifted frame are no patches of its declared size.
         """
+        # Before the student's forward, whose activations wait for the backward.
+        seen = batch.images if batch.second is None else batch.second
+        followed = None if average is None else average.encode(seen, window)
         features = encode(batch.images, batch.crops, window)
         parts: dict[str, Tensor] = {}
         details: dict[str, Tensor] = {}
         losses: dict[str, TeacherLosses] = {}
         for name, adaptor in zip(batch.group.teachers, batch.group.adaptors, strict=True):
-            target = batch.targets[name]
-            adapted = self.model.adapt(adaptor, features, target.grid)
+            adapted, target = self._adapt(name, adaptor, features, batch)
             normaliser, dispersion = self.statistics.of(name, adaptor)
             losses[name] = teacher_losses(adapted, target, self.loss, normaliser, dispersion)
             parts[f"{name}/summary"] = losses[name].summary.detach().mean()
@@ -102,7 +120,29 @@ class DistillationLoss(nn.Module):
                 details[f"{name}/centred_cosine"] = centred_cosine(tokens, target.tokens)
                 details[f"{name}/unexplained"] = unexplained(tokens, target.tokens)
         total, weights = self.balancer(features, losses)
+        if followed is not None:
+            distance = mesa_losses(features, followed, batch.frames).mean()
+            parts["mesa"] = distance.detach()
+            total = total + self.mesa * distance
         return Losses(total, {**parts, **weights}, details)
+
+    def _adapt(
+        self, name: str, adaptor: str, features: Features, batch: GroupBatch
+    ) -> tuple[Features, Features]:
+        """Map the student's features into a teacher's space; return both where both have tokens."""
+        target = batch.targets[name]
+        if batch.frames is None:
+            return self.model.adapt(adaptor, features, target.grid), target
+        student, teacher = batch.frames.student, batch.frames.teachers[name]
+        for model, frame, found in (("the student", student, features), (f"teacher {name}", teacher, target)):
+            if found.grid != frame.input.grid:
+                raise ConfigError(
+                    f"{model} has a grid of {found.grid[0]} x {found.grid[1]}, and {frame.input.size[0]} x "
+                    f"{frame.input.size[1]} px are {frame.input.grid[0]} x {frame.input.grid[1]} of its "
+                    f"patches; leave --loss.shift out"
+                )
+        own, other = overlap(student, teacher)
+        return self.model.adapt(adaptor, features, own), resize_features(target, other)
 
     def update(self, total: Callable[[Tensor], Tensor]) -> None:
         """Update the balancer and running dispersions after a step.

@@ -45,6 +45,7 @@ from .groups import (
 )
 from .loggers import say
 from .losses import DistillationLoss, make_balancer
+from .mesa import AveragedStudent
 from .mosaic import tiles_per_side
 from .normalise import make_statistics
 from .optim import muon_weights
@@ -52,11 +53,13 @@ from .setup import (
     TeacherFacts,
     check_settings,
     choose_windows,
+    make_framing,
     make_lean,
     model_config,
     teacher_features,
     teacher_sizes,
 )
+from .shift import Framing
 
 PAPERS_RANKS = 64  # paper §4
 A100 = 312.0  # TFLOP/s in bfloat16 without sparsity
@@ -248,6 +251,7 @@ class MetaModels(NamedTuple):
     model: RadioModel
     teachers: dict[str, Teacher]
     facts: dict[str, TeacherFacts]
+    framing: Framing | None
     windows: dict[int, tuple[int, ...]]  # to sample from, per side of the student's input
     mode: FakeTensorMode  # mode in which they can be called
 
@@ -265,7 +269,8 @@ def outline(config: TrainConfig, *, half: bool = False) -> MetaModels:
         half: forwards run in bfloat16, so frozen matrices are stored in it.
 
     Raises:
-        ConfigError: the student or a teacher is unknown, or settings contradict each other.
+        ConfigError: the student or a teacher is unknown, or settings contradict each other; or as
+            `make_framing`.
         SizeError: a teacher or the student cannot take its resolution.
     """
     loaded = {t.name: load_teacher(t.model, meta=True) for t in config.teachers if t.adaptor is None}
@@ -274,7 +279,7 @@ def outline(config: TrainConfig, *, half: bool = False) -> MetaModels:
         make_lean(teacher, config, half=half)
     sizes = teacher_sizes(config, teachers)
     facts = {
-        name: TeacherFacts("", sizes[name], teacher.summary_dim, teacher.token_dim)
+        name: TeacherFacts("", sizes[name], teacher.summary_dim, teacher.token_dim, teacher.patch_size)
         for name, teacher in teachers.items()
     }
     with torch.device("meta"):
@@ -287,7 +292,7 @@ def outline(config: TrainConfig, *, half: bool = False) -> MetaModels:
         for module in (model, *loaded.values()):
             assert isinstance(module, nn.Module)
             module.to_empty(device="cpu")  # allocates nothing: the mode keeps only shapes
-    return MetaModels(model, teachers, facts, windows, mode)
+    return MetaModels(model, teachers, facts, make_framing(config, facts), windows, mode)
 
 
 def count(
@@ -307,7 +312,8 @@ def count(
     student: Any = model.student
     teachers = {name: models.teachers[name] for name in group.teachers}
     sizes = {name: models.facts[name].sizes[side] for name in teachers}
-    crop = max(side, *(max(size) for size in sizes.values()))
+    frames = None if models.framing is None else models.framing.unshifted(group, side)  # compares all tokens
+    crop = max(side, *(max(size) for size in sizes.values())) if frames is None else frames.crop_side
     window = max(models.windows[side], default=None)
     online = config.cache.folder is None
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=half)
@@ -315,9 +321,8 @@ def count(
     with models.mode, without_fast_paths():
         images = torch.empty(group.share, 3, crop, crop)
         with CostCounter() as of_teachers, autocast:
-            targets = teacher_features(
-                teachers, sizes, images, {t.name: (0, 0) for t in selected if t.mosaic}
-            )
+            mosaics = {t.name: (0, 0) for t in selected if t.mosaic}
+            targets = teacher_features(teachers, sizes, images, mosaics, frames and frames.teachers)
         features = sum(_size(target.summary) + _size(target.tokens) for target in targets.values())
         part, *_ = GroupBatch(group, images, targets).split(config.grad_accum_steps)
         crops = model.sample_crops(len(part.images), torch.Generator())
@@ -326,13 +331,17 @@ def count(
         statistics = make_statistics(
             config, {name: (f.summary_dim, f.token_dim) for name, f in facts.items()}
         )
-        loss = DistillationLoss(model, selected, config.loss, balancer, statistics)
+        loss = DistillationLoss(model, selected, config.loss, balancer, statistics, config.mesa)
+        step = StudentPass(student)
+        average = AveragedStudent(step, dict(step.named_parameters())) if config.mesa else None
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter) if standing else None
         with CostCounter() as counter:
             with autocast:
-                resized = part._replace(images=for_student(part.images, side), crops=crops)
-                losses = loss(StudentPass(student), resized, window, False)
+                own = for_student(part.images, frames.student if frames else side)
+                second = for_student(part.images, frames.average) if frames and config.mesa else None
+                resized = part._replace(images=own, crops=crops, frames=frames, second=second)
+                losses = loss(step, resized, window, False, average)
             forward_flops, activations = counter.flops, counter.peak
             losses.total.backward()
         for parameter in model.parameters():

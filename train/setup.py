@@ -26,10 +26,12 @@ from .config import RENAMED, TeacherConfig, TrainConfig
 from .data.crops import generator
 from .data.errors import ERROR_LIST
 from .distributed import check_shardable, is_half
-from .groups import Partition, make_partition, student_sides
+from .groups import Partition, make_partition, student_sides, teacher_groups
 from .losses import check_balance
+from .mesa import check_mesa
 from .mosaic import mosaic_features, tiles_per_side
 from .normalise import check_normalise
+from .shift import Frame, Framing, Input, cut
 from .warm_start import check_init
 
 FOLDERS = ("state", "reports", "tensorboard")  # in a run folder
@@ -43,6 +45,7 @@ class TeacherFacts(NamedTuple):
     sizes: Mapping[int, tuple[int, int]]  # (height, width) of its input in pixels, by the student's side
     summary_dim: int
     token_dim: int
+    patch_size: int  # pixels along one side of its token
 
 
 def check_settings(config: TrainConfig, world: int) -> Partition:
@@ -68,6 +71,8 @@ def check_settings(config: TrainConfig, world: int) -> Partition:
     students[config.student]  # an unknown name raises here, with the nearest ones
     _check_weights(config)
     _check_teachers(config)
+    _check_shift(config)
+    check_mesa(config)
     check_balance(config)
     check_normalise(config)
     if config.init is not None:
@@ -78,7 +83,7 @@ def check_settings(config: TrainConfig, world: int) -> Partition:
             f"{config.steps} steps; give fewer"
         )
     if config.parallel == "fsdp":
-        facts = {t.name: TeacherFacts("", {}, 1, 1) for t in config.teachers}
+        facts = {t.name: TeacherFacts("", {}, 1, 1, 1) for t in config.teachers}
         described = model_config(config, facts)
         with torch.device("meta"):
             check_shardable(RadioModel(described).student)
@@ -121,6 +126,15 @@ def _check_teachers(config: TrainConfig) -> None:
                 f"teacher {t.name}: with {changes} its features change from step to step, so a cache cannot "
                 f"keep them; leave --cache.folder or its {changes} out"
             )
+
+
+def _check_shift(config: TrainConfig) -> None:
+    """Check that no shifted features would be kept in a cache: its crops do not change."""
+    if config.loss.shift and config.cache.folder is not None:
+        raise ConfigError(
+            f"--loss.shift {config.loss.shift}: shifts change from step to step, so a cache cannot keep the "
+            f"teachers' features; leave --cache.folder or --loss.shift out"
+        )
 
 
 def _check_folder(out: Path) -> None:
@@ -204,7 +218,9 @@ def gather_facts(
     """
     sizes = teacher_sizes(config, teachers)
     local = {
-        name: TeacherFacts(teacher.fingerprint, sizes[name], teacher.summary_dim, teacher.token_dim)
+        name: TeacherFacts(
+            teacher.fingerprint, sizes[name], teacher.summary_dim, teacher.token_dim, teacher.patch_size
+        )
         for name, teacher in teachers.items()
     }
     known: dict[str, TeacherFacts] = {}
@@ -278,14 +294,36 @@ def teacher_features(
     sizes: Mapping[str, tuple[int, int]],
     images: Tensor,
     shifts: Mapping[str, tuple[int, int]] | None = None,
+    frames: Mapping[str, Frame] | None = None,
 ) -> dict[str, Features]:
-    """Compute each teacher's features at its size (height, width); those with a shift by mosaics."""
+    """Compute each teacher's features at its size (height, width); those with a shift by mosaics.
+
+    With frames the images are canvases, of which each teacher sees its own part.
+    """
     features = {}
     for name, teacher in teachers.items():
-        resized = resize_images(images, sizes[name])
+        resized = resize_images(images, sizes[name]) if frames is None else cut(images, frames[name])
         shift = (shifts or {}).get(name)
         features[name] = teacher(resized) if shift is None else mosaic_features(teacher, resized, shift)
     return features
+
+
+def make_framing(config: TrainConfig, teachers: Mapping[str, TeacherFacts]) -> Framing | None:
+    """Build what shifts the crops of a run, all of whose teachers are given; None where nothing does.
+
+    Raises:
+        ConfigError: a model has so few patches that shifted crops may have nothing in common.
+    """
+    if not config.loss.shift:
+        return None
+    inputs = {
+        name: {side: Input(size, facts.patch_size) for side, size in facts.sizes.items()}
+        for name, facts in teachers.items()
+    }
+    framing = Framing(config.loss.shift, config.seed, student_patch(config), inputs, second=config.mesa > 0)
+    for group in teacher_groups(config):
+        framing.crop_sides(group)
+    return framing
 
 
 def student_resolutions(config: TrainConfig) -> dict[str, tuple[int, ...]]:

@@ -16,8 +16,8 @@ the same share of the canvas, the tokens of both coincide, and are cut out. Else
 is sampled at the centres of the other's tokens, those that lie between the centres of its own.
 
 Draws are equal for all images and ranks of a step (ours), so that both are slices, or one sampling for all.
-Every draw is one of a model and a step. Beyond K = ceil(3 std) patches shifts are cut off, which concerns less
-than 0.3 % of them, since each further patch costs a margin of every canvas.
+Every draw is one of a model and a step. Beyond K = ceil(3 std) patches shifts are cut off, which concerns
+less than 0.3 % of them, since each further patch costs a margin of every canvas.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from radio.ops import resize_images
 from radio.types import Positions, Sampling
 
 from .data.crops import generator
+from .groups import TeacherGroup
 
 # Letters: B images, h w pixels, K largest shift and g fewest patches along a side.
 
@@ -90,6 +91,11 @@ class Frames(NamedTuple):
     average: Frame
     teachers: dict[str, Frame]
 
+    @property
+    def crop_side(self) -> int:
+        """Side in pixels of a square crop from which no canvas is enlarged."""
+        return max(max(frame.canvas) for frame in (self.student, *self.teachers.values()))
+
 
 def largest_shift(std: float) -> int:
     """Return K, the largest shift in patches for draws of a standard deviation."""
@@ -138,6 +144,56 @@ def make_frames(std: float, student: Input, teachers: Mapping[str, Input], shift
         frame(student, shifts.average),
         {name: frame(each, shifts.teachers[name]) for name, each in teachers.items()},
     )
+
+
+@final
+class Framing:
+    """The frames of all models of a run in every step.
+
+    Args:
+        std: deviation of the shifts in patches, above 0.
+        seed: the run's.
+        patch: pixels along one side of the student's token.
+        teachers: the inputs of all teachers of the run, in its order, by the student's side.
+        second: whether the averaged student sees a frame of its own.
+    """
+
+    def __init__(
+        self,
+        std: float,
+        seed: int,
+        patch: int,
+        teachers: Mapping[str, Mapping[int, Input]],
+        *,
+        second: bool = False,
+    ) -> None:
+        self.second = second
+        self._std, self._seed, self._patch, self._teachers = std, seed, patch, teachers
+
+    def at(self, group: TeacherGroup, step: int) -> Frames:
+        """Return the frames of a group's models in a step, equal on all ranks."""
+        shifts = draw_shifts(self._std, list(self._teachers), self._seed, step)
+        return self._place(group, group.side_at(self._seed, step), shifts)
+
+    def unshifted(self, group: TeacherGroup, side: int) -> Frames:
+        """Return the frames of a group's models without shifts, at a side of the student's input.
+
+        Raises:
+            ConfigError: as `make_frames`.
+        """
+        return self._place(group, side, Shifts((0, 0), (0, 0), dict.fromkeys(self._teachers, (0, 0))))
+
+    def crop_sides(self, group: TeacherGroup) -> dict[int, int]:
+        """Return the side of a group's crops in pixels, by the student's side: that of the largest canvas.
+
+        Raises:
+            ConfigError: as `make_frames`.
+        """
+        return {side: self.unshifted(group, side).crop_side for side in group.sides}
+
+    def _place(self, group: TeacherGroup, side: int, shifts: Shifts) -> Frames:
+        teachers = {name: self._teachers[name][side] for name in group.teachers}
+        return make_frames(self._std, Input((side, side), self._patch), teachers, shifts)
 
 
 def cut(canvas: Tensor, frame: Frame) -> Tensor:

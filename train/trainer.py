@@ -36,6 +36,7 @@ from .data.streams import ConcatImages, open_images, open_sources
 from .distributed import (
     DistributedStudent,
     Preemption,
+    StudentPass,
     can_run_in_parallel,
     check_started,
     find_peers,
@@ -45,6 +46,7 @@ from .distributed import (
 from .groups import TeacherGroup
 from .loggers import Log, ProgressConsole, Record, open_log, say, summarise
 from .losses import DistillationLoss, Losses, make_balancer
+from .mesa import AveragedStudent, first_mesa_step
 from .monitor import Meters, MetersState, NonFiniteMonitor, NonFiniteState, PerformanceMonitor, first_bad
 from .normalise import make_statistics, measure, measures
 from .optim import Average, learning_rate, make_optimizer, moments, odd_count
@@ -54,6 +56,7 @@ from .setup import (
     choose_windows,
     gather_facts,
     load_teachers,
+    make_framing,
     model_config,
     mosaic_shifts,
     teacher_features,
@@ -133,9 +136,14 @@ class Trainer:
         self.data = (
             open_sources(config.data) if config.cache.folder is None else open_images(config.data, self._say)
         )
+        self.framing = make_framing(config, facts)
         self.sides = self.partition.crop_sides(self.sizes)
+        if self.framing is not None:
+            self.sides = tuple(map(self.framing.crop_sides, self.partition.groups))
         # With a teacher cache, the loader only counts errors.
-        self.loader = Loader(config, self.partition, ranks, self.data, self.sides, device, self._say)
+        self.loader = Loader(
+            config, self.partition, ranks, self.data, self.sides, device, self._say, self.framing
+        )
 
         # The student with the adaptors of this rank's teachers.
         described = model_config(config, facts)
@@ -159,7 +167,7 @@ class Trainer:
         balancer = make_balancer(config.balance, local, self.model.summary_dim).to(device)
         widths = {t.name: (facts[t.name].summary_dim, facts[t.name].token_dim) for t in local}
         statistics = make_statistics(config, widths).to(device)
-        self.loss = DistillationLoss(self.model, local, config.loss, balancer, statistics)
+        self.loss = DistillationLoss(self.model, local, config.loss, balancer, statistics, config.mesa)
         self.student = DistributedStudent(
             self.loss, ranks, find_peers(self.partition, ranks.rank), device, config
         )
@@ -167,6 +175,9 @@ class Trainer:
         self.average = Average(self.model, config.ema) if config.ema else None
         if self.average is not None and averages:
             self.average.start_from(averages)
+        self.averaged: AveragedStudent | None = None
+        if config.mesa and self.average is not None:
+            self.averaged = AveragedStudent(StudentPass(self.model.student), self.average.tensors)
         self.parallel_groups = can_run_in_parallel(self.model, config, self.partition, ranks, device)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="group")
         self._two_operators = device.type == "cpu" and (self.prefetches or self.parallel_groups)
@@ -267,7 +278,7 @@ class Trainer:
             batches = self.cache.batches(steps, 0, self.device)
         else:
             rows = self.loader.rows(range(steps.steps), pin=self.device.type == "cuda")
-            read = with_targets(rows, self.groups, self.device, self._teach, config.seed, 0)
+            read = with_targets(rows, self.groups, self.device, self._teach, config.seed, 0, self.framing)
             batches = (batch for batch, _ in read)
         with ProgressConsole(self.console, "teachers' features", steps.steps, 0) as bar:
             lines = measure(self.loss.statistics, batches, self.student, self.device, bar.advance)
@@ -308,8 +319,9 @@ class Trainer:
         teachers = {name: self.teachers[name] for name in group.teachers}
         side = group.side_at(self.config.seed, step)
         sizes = {name: self.sizes[name][side] for name in teachers}
+        frames = None if self.framing is None else self.framing.at(group, step).teachers
         with self._autocast():
-            return teacher_features(teachers, sizes, images, mosaic_shifts(self.config, step))
+            return teacher_features(teachers, sizes, images, mosaic_shifts(self.config, step), frames)
 
     def train_step(self, batch: Batch) -> Tensor:
         """Do one step; return whether it was applied: [] bool. Never waits for the device."""
@@ -360,9 +372,10 @@ class Trainer:
         detail = (self.step + 1) % config.log_every == 0 or self.step + 1 == self.end
         window = draw_window(self.windows[part.images.shape[-1]], config.seed, step)
         encode = self.student.encode_frozen if step < config.freeze_trunk_steps else self.student.encode
+        average = self.averaged if step >= first_mesa_step(config) else None
         with self.performance.watch.time("forward", part.group.name), self._autocast():
             # `loss` owns student and adaptors; the student is called through its DDP or FSDP wrapper.
-            losses: Losses = self.loss(encode, part, window, detail)
+            losses: Losses = self.loss(encode, part, window, detail, average)
         return losses
 
     def _backward(self, parts: Sequence[GroupBatch]) -> list[Losses]:

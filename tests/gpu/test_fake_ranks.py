@@ -79,7 +79,7 @@ def test_a_rank_holds_its_share_of_the_student(engine: str, rank: int) -> None:
         teachers=tuple(replace(t, student_resolution=None) for t in PAPER.teachers),
     )
     partition = make_partition(config, WORLD)
-    facts = {t.name: TeacherFacts("", {96: (96, 96)}, 5, 7) for t in config.teachers}
+    facts = {t.name: TeacherFacts("", {96: (96, 96)}, 5, 7, 12) for t in config.teachers}
     cpu = torch.device("cpu")
     with one_of(WORLD, rank) as group:
         model = RadioModel(model_config(config, facts)).train()

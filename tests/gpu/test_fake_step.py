@@ -33,7 +33,7 @@ TEACHERS = (
     TeacherConfig(name="dino", model="-", summary_weight=0.5),
     TeacherConfig(name="sam", model="-", student_resolution=144, batch_size=4, summary_weight=0.0),
 )
-FACTS = {teacher.name: TeacherFacts("", {96: (96, 96)}, 5, 7) for teacher in TEACHERS}
+FACTS = {teacher.name: TeacherFacts("", {96: (96, 96)}, 5, 7, 12) for teacher in TEACHERS}
 CONFIG = TrainConfig(
     recipe="fake",
     student="vit-tiny12",

@@ -28,8 +28,8 @@ def sample_by_loop(tokens, grid, at):
     """Bilinear weights of the four neighbours of each position, one by one: [B, N, D]."""
     plane = tokens.unflatten(1, grid)
     found = []
-    for y in (at.rows.first + at.rows.step * i for i in range(at.rows.count)):
-        for x in (at.columns.first + at.columns.step * i for i in range(at.columns.count)):
+    for y in (at.rows.first + at.rows.step * i for i in range(at.rows.length)):
+        for x in (at.columns.first + at.columns.step * i for i in range(at.columns.length)):
             (top, down), (left, right) = ((math.floor(v), float(v - math.floor(v))) for v in (y, x))
             below, beyond = min(top + 1, grid[0] - 1), min(left + 1, grid[1] - 1)
             upper = plane[:, top, left] * (1 - right) + plane[:, top, beyond] * right

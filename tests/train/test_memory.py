@@ -14,7 +14,7 @@ from radio.model import build
 from train.config import AdaptorOptions, TrainConfig
 from train.setup import TeacherFacts, check_memory, make_partition, model_config
 
-FACTS = {name: TeacherFacts("", {48: (48, 48)}, 12, 24) for name in ("clip", "dense", "sam")}
+FACTS = {name: TeacherFacts("", {48: (48, 48)}, 12, 24, 16) for name in ("clip", "dense", "sam")}
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])

@@ -162,11 +162,11 @@ def test_every_pair_of_shifts_leaves_what_the_loop_finds(teacher: Input) -> None
         at_teacher = math.prod(teacher.grid) <= math.prod(STUDENT.grid)
         coarse, fine = (theirs, mine) if at_teacher else (mine, theirs)
         indices, positions = (of_teacher, of_student) if at_teacher else (of_student, of_teacher)
-        rows, columns = (range(int(at.first), int(at.first) + at.count) for at in indices)
+        rows, columns = (range(int(at.first), int(at.first) + at.length) for at in indices)
         assert indices.rows.are_tokens and indices.columns.are_tokens
         assert list(product(rows, columns)) == overlap_by_loop(coarse, fine)
         for at, side in zip(positions, fine.input.grid, strict=True):
-            assert 0 <= at.first and at.first + (at.count - 1) * at.step <= side - 1
+            assert at.first >= 0 and at.first + (at.length - 1) * at.step <= side - 1
 
 
 def test_equal_frames_share_whole_tokens() -> None:
@@ -197,7 +197,12 @@ def test_without_a_shift_a_coarser_teacher_gets_the_resized_map() -> None:
 @pytest.mark.parametrize(
     ("std", "student", "teacher", "message"),
     [
-        (0.5, (96, 96), (64, 64), r"teacher a has 4 x 4 patches, .* up to 2 .* give at most 0\.3, or a larger"),
+        (
+            0.5,
+            (96, 96),
+            (64, 64),
+            r"teacher a has 4 x 4 patches, .* up to 2 .* give at most 0\.3, or a larger",
+        ),
         (1.0, (96, 96), (160, 160), r"the student has 6 x 6 patches, .* up to 3 .* at most 0\.6,"),
         (0.1, (96, 96), (16, 96), r"teacher a has 1 x 6 patches, .* at most 0,"),
     ],

@@ -37,6 +37,7 @@ from radio.types import Features
 
 from ..config import DataConfig, TrainConfig
 from ..groups import Partition, TeacherGroup
+from ..shift import Frame, Frames, Framing, cut
 from .crops import random_view
 from .errors import ErrorMonitor, ReadStats
 from .streams import ShardStream, Source, Sources, StreamAssignment, assign_streams
@@ -60,6 +61,8 @@ class GroupBatch(NamedTuple):
     images: Tensor  # [B, 3, side, side] in [0, 1], on the device, at the student's resolution
     targets: dict[str, Features]
     crops: Tensor | None = None  # random position crops of its images, see `Student.sample_crops`
+    frames: Frames | None = None  # what the models see of shifted crops; None = all the same
+    second: Tensor | None = None  # as images, in the averaged student's frame; None = the same
 
     def split(self, count: int) -> list[GroupBatch]:
         """Split into `count` equal parts, in order."""
@@ -73,8 +76,8 @@ class GroupBatch(NamedTuple):
                 name: Features(target.summary[rows], target.tokens[rows], target.grid)
                 for name, target in self.targets.items()
             }
-            crops = None if self.crops is None else self.crops[rows]
-            parts.append(GroupBatch(self.group, self.images[rows], targets, crops))
+            crops, second = (None if each is None else each[rows] for each in (self.crops, self.second))
+            parts.append(GroupBatch(self.group, self.images[rows], targets, crops, self.frames, second))
         return parts
 
 
@@ -110,6 +113,7 @@ class Loader:
         sides: pixels of every group's square crops, by the student's side.
         device: this rank's device.
         log: called with a message for the user.
+        framing: what each model sees of the crops; None = all of them.
 
     Raises:
         ConfigError: ranks cannot share the streams of their group.
@@ -125,6 +129,7 @@ class Loader:
         sides: Sequence[Mapping[int, int]],
         device: torch.device,
         log: Callable[[str], None],
+        framing: Framing | None = None,
     ) -> None:
         self.errors = ErrorMonitor(config.out, ranks, log)
         if ranks.leads:  # hashes folders of images; other ranks then read the stored hash
@@ -132,6 +137,7 @@ class Loader:
         ranks.barrier()
         self._config, self._partition, self._ranks = config, partition, ranks
         self._data, self._sides, self._device, self._log = data, sides, device, log
+        self._framing = framing
         self._assignments = assign_streams(config, partition) if isinstance(data, Sources) else ()
         self._shares: list[Share] = []
         self._load([assignment.zeros(self._num_sources) for assignment in self._assignments])
@@ -147,7 +153,7 @@ class Loader:
         # Worker processes start here, in the calling thread: one forked from a pool's thread would fail.
         rows = self.rows(range(start, self._config.steps), pin=self._device.type == "cuda")
         groups = [share.group for share in self._shares]
-        steps = with_targets(rows, groups, self._device, teach, self._config.seed, start)
+        steps = with_targets(rows, groups, self._device, teach, self._config.seed, start, self._framing)
         for batch, read in prefetch(steps, self._device) if ahead else steps:
             self._shares = [
                 share._replace(cursors=each.cursors) for share, each in zip(self._shares, read, strict=True)
@@ -228,17 +234,21 @@ def with_targets(
     teach: Teach,
     seed: int,
     start: int,
+    framing: Framing | None = None,
 ) -> Iterator[tuple[Batch, tuple[Rows, ...]]]:
     """Yield batches from step `start` on with the teachers' features of online crops, and these crops.
 
-    `seed` is the run's.
+    `seed` is the run's; `framing` tells what the student sees of the crops, None: all of them.
     """
     for step, (read, waited) in enumerate(timed(rows), start):
         batches = []
         for group, row in zip(groups, read, strict=True):
             images = to_images(row.pixels, device)
-            resized = for_student(images, group.side_at(seed, step))
-            batches.append(GroupBatch(group, resized, teach(step, group, images)))
+            frames = None if framing is None else framing.at(group, step)
+            own = for_student(images, group.side_at(seed, step) if frames is None else frames.student)
+            second = for_student(images, frames.average) if framing and frames and framing.second else None
+            targets = teach(step, group, images)
+            batches.append(GroupBatch(group, own, targets, frames=frames, second=second))
         yield Batch(tuple(batches), waited), read
 
 
@@ -247,9 +257,9 @@ def to_images(pixels: Tensor, device: torch.device) -> Tensor:
     return pixels.to(device, non_blocking=True).float().div_(255)
 
 
-def for_student(images: Tensor, side: int) -> Tensor:
-    """Resize crops to the student's side."""
-    return resize_images(images, (side, side))
+def for_student(images: Tensor, part: int | Frame) -> Tensor:
+    """Resize crops to the student's side, or resize them and cut its frame out."""
+    return cut(images, part) if isinstance(part, Frame) else resize_images(images, (part, part))
 
 
 def timed(items: Iterable[T]) -> Iterator[tuple[T, float]]:
