@@ -121,14 +121,14 @@ def sample_tokens(tokens: Tensor, grid: tuple[int, int], at: Sampling) -> Tensor
         if at.grid == grid:
             return tokens
         top, left = int(rows.first), int(columns.first)
-        part = tokens.unflatten(1, grid)[:, top : top + rows.length, left : left + columns.length]
-        return part.flatten(1, 2)
-    plane = tokens.transpose(1, 2).unflatten(2, grid).float()
+        plane: Tensor = tokens.unflatten(1, grid)
+        return plane[:, top : top + rows.length, left : left + columns.length].flatten(1, 2)
+    whole = tokens.transpose(1, 2).unflatten(2, grid).float()
     y, x = (
         _unit_positions(along, side, tokens.device) for along, side in zip((rows, columns), grid, strict=True)
     )
     places = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).expand(len(tokens), -1, -1, -1)
-    sampled = F.grid_sample(plane, places, mode="bilinear", padding_mode="border", align_corners=False)
+    sampled = F.grid_sample(whole, places, mode="bilinear", padding_mode="border", align_corners=False)
     return sampled.flatten(2).transpose(1, 2).to(tokens.dtype)
 
 
