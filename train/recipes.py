@@ -174,9 +174,10 @@ _V4_TEACHERS = (_SIGLIP2, _DINOV3, _SAM_TILES)
 def _c_radio_v4(size: str, student: str) -> TrainConfig:
     """Return the recipe of a C-RADIOv4: small and large images of many sides in every step.
 
-    From its report (arXiv 2601.17237): sides, teachers, both losses and their weights of 1, shifts, the
-    moving average, tokens. Unknown, and ours: batches, steps, optimizer, how often each side is drawn; SAM in
-    the place of SAM 3, SigLIP 2's own map in the place of the one sharpened by FeatSharp.
+    From its report (arXiv 2601.17237): sides, teachers, both losses and their weights of 1, shifts, MESA
+    and its moving average, tokens. Unknown, and ours: batches, steps, optimizer, how often each side is
+    drawn, MESA's weight and start; SAM in the place of SAM 3, SigLIP 2's own map in the place of the one
+    sharpened by FeatSharp.
     """
     high = at_high(_V4_TEACHERS, SidesConfig(sides=(512, 768, 1024, 1152)), 128)
     return TrainConfig(
@@ -191,10 +192,11 @@ def _c_radio_v4(size: str, student: str) -> TrainConfig:
         steps=300_000,
         batch_size=1024,
         data=DataConfig(shards=SHARDS, workers=8),
-        loss=LossConfig(summary="angle"),
+        loss=LossConfig(summary="angle", shift=0.5),
         normalise=NormaliseConfig(kind="phi-s", steps=3000),
         optim=OptimConfig(kind="lamb", lr=1e-3, weight_decay=0.02),
         ema=0.9996,
+        mesa=1.0,
         save_every=2000,
         log_every=100,
     )
