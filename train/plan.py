@@ -486,8 +486,9 @@ def _add_work(table: Table, plan: RunPlan) -> None:
 
 
 def _listed(numbers: Iterable[int]) -> str:
-    """Format different numbers as `96/144`."""
-    return "/".join(map(str, dict.fromkeys(numbers)))
+    """Format different numbers as `96/144`, or `128-432` if they are many."""
+    different = list(dict.fromkeys(numbers))
+    return "/".join(map(str, different)) if len(different) < 3 else f"{min(different)}-{max(different)}"
 
 
 def _add_memory(table: Table, plan: RunPlan) -> None:
@@ -519,8 +520,8 @@ def _lines(plan: RunPlan) -> Iterator[str]:
         peak = "--peak-tflops" if config.peak_tflops else "an A100's; give --peak-tflops"
         pace = f"at {plan.options.utilisation:.0%} of {plan.peak_tflops:g} TFLOP/s ({peak})"
     for name, counts in plan.mosaics.items():
-        each = ", ".join(f"{count} images at {side} px" for side, count in counts.items())
-        yield f"mosaics: a forward of {name} sees {each}; as many forwards less"
+        each = ", ".join(f"{count} at {side} px" for side, count in counts.items() if count > 1)
+        yield f"mosaics: images in one forward of {name}: {each}; it would need so many forwards without"
     units = ((1.0, "days"), (1 / 24, "hours"), (1 / 1440, "minutes"), (1 / 86400, "seconds"))
     days, unit = next((pair for pair in units if plan.days >= pair[0]), units[-1])
     hours = plan.days * 24 * plan.partition.world
