@@ -237,6 +237,26 @@ def test_mesa_of_identical_weights_on_the_same_crop_is_nothing(shifted: TrainCon
     assert float(run.loss(run.student.encode, part, None, False, run.averaged).parts["mesa"]) == 0
 
 
+def test_mesa_is_added_by_its_weight_and_moves_the_student_alone(shifted: TrainConfig, start: Start) -> None:
+    run = start(shifted)
+    (part,) = next(run.batches()).groups
+    weight = run.model.get_parameter("student.blocks.0.attn.qkv.weight")
+    found = []
+    for average in (None, run.averaged):
+        run.loss.zero_grad()
+        losses = run.loss(run.student.encode, part, None, False, average)
+        losses.total.backward()
+        assert weight.grad is not None
+        found.append((losses, weight.grad.clone()))
+    (plain, without), (both, combined) = found
+    added = float((both.total - plain.total).detach())
+    assert added == pytest.approx(0.5 * float(both.parts["mesa"]), abs=1e-5) and added > 0
+    assert part.frames is not None and run.averaged is not None and part.second is not None
+    distance = mesa_losses(run.model(part.images), run.averaged.encode(part.second, None), part.frames)
+    (alone,) = torch.autograd.grad(0.5 * distance.mean(), weight)
+    torch.testing.assert_close(combined, without + alone, rtol=0, atol=1e-6)
+
+
 def test_batch_norms_count_only_what_the_student_sees(shifted: TrainConfig, start: Start) -> None:
     run = start(shifted, student="timm:resnetv2_18", resolution=128, teachers=TEACHERS[:1])
     norms = {name: b.clone() for name, b in run.model.student.named_buffers()}  # type: ignore[attr-defined]
