@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import tyro
 from annotated_types import Interval
@@ -78,13 +78,16 @@ class Options:
 def _evaluate(task: str, arguments: Sequence[str]) -> int:
     evaluator = make_evaluator(task)
     own = task.replace("-", "_")  # tyro prints the fields' names above their flags
-    groups: list[Any] = [("model", Options), ("run", RunSettings), (own, evaluator.settings)]
+    groups: list[Any] = [
+        ("model", _flat(Options)),
+        ("run", _flat(RunSettings)),
+        (own, _flat(evaluator.settings)),
+    ]
     parsed: Any = parse_options(
         dataclasses.make_dataclass("Arguments", groups, frozen=True, kw_only=True),
         arguments,
         prog=f"radio-eval {task}",
         description=_summary(task),
-        config=(tyro.conf.OmitArgPrefixes,),
     )
     options, run, settings = check(parsed.model), parsed.run, check(getattr(parsed, own))
     _check_models(options)
@@ -96,6 +99,12 @@ def _evaluate(task: str, arguments: Sequence[str]) -> int:
     from .commands import evaluate
 
     return evaluate(evaluator, options, run, placed)
+
+
+def _flat(group: type[Any]) -> Any:
+    """Leave a group's name out of its options; only groups inside it keep theirs, as in --knn.k."""
+    nested = any(dataclasses.is_dataclass(hint) for hint in get_type_hints(group).values())
+    return Annotated[group, tyro.conf.arg(name="")] if nested else tyro.conf.OmitArgPrefixes[group]
 
 
 def _check_models(options: Options) -> None:

@@ -10,7 +10,10 @@ from radio.registry import Registry
 if TYPE_CHECKING:
     from .task import Evaluator
 
-_OURS = ("knn", "maps", "sam_dropin", "seg_probe", "throughput", "vqa", "zeroshot")
+_OURS = (
+    *("fidelity", "knn", "maps", "resolution", "sam_dropin", "seg_probe", "throughput", "vqa"),
+    "zeroshot",
+)
 
 evaluators: Registry[Callable[[], Evaluator[Any]]] = Registry(
     "evaluator", lazy=True, modules=[f"evals.{package}" for package in _OURS]

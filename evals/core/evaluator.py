@@ -117,15 +117,17 @@ class EvalRun:
         """Return the images per forward pass: as set, or the task's default."""
         return self.settings.batch_size or default
 
-    def open_images(self, text: str, *, scenes: int = 1500) -> ImageSource:
+    def open_images(self, text: str, *, scenes: int = 1500, most: int | None = None) -> ImageSource:
         """Open labelled images, `scenes` of them where they are generated; see `open_source`.
+
+        `most` is a number that the task takes at most, spread evenly over all; None = as many as there are.
 
         Raises:
             DataError: nothing exists at the path, it is empty, or its layout is unknown.
         """
         return open_source(
             text,
-            limit=self.settings.limit,
+            limit=min((n for n in (self.settings.limit, most) if n is not None), default=None),
             scenes=scenes,
             seed=self.settings.seed,
             memo=self.fingerprints,

@@ -253,13 +253,22 @@ class _Item(NamedTuple):
     reason: str
 
 
-class _Batch(NamedTuple):
-    """Images in one tensor, since each tensor that a worker sends costs a file descriptor."""
+class ImageBatch(NamedTuple):
+    """Images that were read, in one tensor, since each tensor that a worker sends costs a file descriptor."""
 
-    places: list[int]
-    reasons: list[str]  # empty where the image could be read
+    places: list[int]  # in the source
+    reasons: list[str]  # why an image could not be read; empty where it could
     sizes: list[tuple[list[int], tuple[int, ...]]]  # rows of equal size among the readable, and their shape
     pixels: Tensor  # flat, size by size
+
+    def images(self, device: torch.device) -> Iterator[Tensor]:
+        """Yield the readable images [B, 3, h, w] in [0, 1] on a device, those of one size together."""
+        pixels, start = self.pixels.to(device, non_blocking=True), 0
+        for rows, shape in self.sizes:
+            end = start + len(rows) * math.prod(shape)
+            images = pixels[start:end].view(len(rows), *shape)
+            yield images.clone() if start else images  # aligned in memory as a separate tensor
+            start = end
 
 
 @final
@@ -276,17 +285,41 @@ class _Views(Dataset[_Item]):
             return _Item(index, None, str(error))
 
 
-def _collate(items: Sequence[_Item]) -> _Batch:
+def _collate(items: Sequence[_Item]) -> ImageBatch:
     pixels = [item.pixels for item in items if item.pixels is not None]
     by_size: dict[tuple[int, ...], list[int]] = {}
     for row, image in enumerate(pixels):
         by_size.setdefault(tuple(image.shape), []).append(row)
     flat = [pixels[row].reshape(-1) for rows in by_size.values() for row in rows]
-    return _Batch(
+    return ImageBatch(
         places=[item.place for item in items],
         reasons=[item.reason for item in items],
         sizes=[(rows, shape) for shape, rows in by_size.items()],
         pixels=torch.cat(flat) if flat else torch.empty(0),
+    )
+
+
+def read_batches(
+    source: ImageSource,
+    view: View,
+    batches: Sequence[list[int]],
+    *,
+    workers: int,
+    device: torch.device,
+) -> Iterator[ImageBatch]:
+    """Read batches of images, each through a view; those that cannot be read are told in their batch.
+
+    Args:
+        batches: indices into the source.
+        workers: loader processes; 0 = read in this one.
+        device: where the images are used.
+    """
+    yield from DataLoader(
+        _Views(source, view),
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=device.type == "cuda",
     )
 
 
@@ -303,16 +336,9 @@ def _fill(
     batches = [
         list(span[start : start + how.batch]) for span in spans for start in range(0, len(span), how.batch)
     ]
-    loader: DataLoader[_Item] = DataLoader(
-        _Views(source, how.view),
-        batch_sampler=batches,
-        num_workers=how.workers,
-        collate_fn=_collate,
-        pin_memory=how.device.type == "cuda",
-    )
-    arriving: Iterator[_Batch] = iter(loader)
+    arriving = read_batches(source, how.view, batches, workers=how.workers, device=how.device)
     for number, span in zip(numbers, spans, strict=True):
-        parts: list[tuple[_Batch, Tensor]] = []
+        parts: list[tuple[ImageBatch, Tensor]] = []
         left = len(span)
         while left:
             batch = next(arriving)
@@ -324,22 +350,14 @@ def _fill(
         _write(folder, number, parts, source, f"{model.name} as {how.numbers}")
 
 
-def _encode(model: Backbone, batch: _Batch, how: Extraction) -> Tensor:
+def _encode(model: Backbone, batch: ImageBatch, how: Extraction) -> Tensor:
     """Encode the readable images, grouped by size as in the batch: [B, C] float32 on the device."""
-    pixels = batch.pixels.to(how.device, non_blocking=True).to(how.dtype)
-    encoded, start = [], 0
-    for rows, shape in batch.sizes:
-        end = start + len(rows) * math.prod(shape)
-        images = pixels[start:end].view(len(rows), *shape)
-        if start:
-            images = images.clone()  # aligned in memory as a separate tensor
-        encoded.append(how.project(model(images)).float())
-        start = end
+    encoded = [how.project(model(images.to(how.dtype))).float() for images in batch.images(how.device)]
     return torch.cat(encoded) if encoded else torch.empty(0, 0, device=how.device)
 
 
 def _write(
-    folder: Path, number: int, parts: Sequence[tuple[_Batch, Tensor]], source: ImageSource, whose: str
+    folder: Path, number: int, parts: Sequence[tuple[ImageBatch, Tensor]], source: ImageSource, whose: str
 ) -> None:
     encoded = [features for _, features in parts if len(features)]
     order: list[int] = []  # of the images in `encoded`; sorted here, where no GPU waits for it

@@ -292,6 +292,18 @@ def test_a_foreign_evaluator_that_cannot_be_imported_stops_only_its_own_task(
     assert left_out.startswith("left out: ") and said in left_out and "nosuch.pt" in error
 
 
+def test_settings_inside_settings_keep_their_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--sides", "48", "96", "--knn.scenes", "24", "12", "--knn.k", "3", "--out", "o", "--plain"]
+    assert main(["resolution", "arch:vit-tiny12", *small]) == 0
+    report = read(tmp_path / "o" / "resolution-vit-tiny12-untrained.json")
+    assert report.settings["knn"]["k"] == [3] and report.settings["sides"] == [48, 96]
+    assert "knn_top1_48px (%)" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["resolution", "--help"])
+    shown = capsys.readouterr().out
+    assert "--knn.scenes INT INT" in shown and "--zeroshot.scenes INT" in shown
+
+
 def test_noise_asks_only_what_has_luck(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The probe's heads differ by their seeds; k-NN is exact."""
     small = ["--tasks", "knn", "seg", "--seg.scenes", "24", "12", "--seg.iterations", "4", "--repeats", "2"]

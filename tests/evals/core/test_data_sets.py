@@ -18,8 +18,10 @@ from evals.core.task import (
     settings_on,
     task_of,
 )
+from evals.fidelity import FidelitySettings
 from evals.knn import KnnSettings
 from evals.maps import MapsSettings
+from evals.resolution import ResolutionSettings
 from evals.sam_dropin import SamSettings
 from evals.seg_probe.protocol import SegSettings
 from evals.throughput import ThroughputSettings
@@ -81,6 +83,31 @@ PLACED_VQA = VqaSettings(
             {"imagenet": ZeroshotSettings(query="/d/in/val", class_names="imagenet", templates="simple")},
         ),
         ("maps", MapsSettings(), {"imagenet": MapsSettings(query="/d/in/val")}),
+        (
+            "fidelity",
+            FidelitySettings(num_images=9),
+            {"imagenet": FidelitySettings(num_images=9, images="/d/in/val")},
+        ),
+        (
+            "resolution",
+            ResolutionSettings(sides=(32, 64)),
+            {
+                "imagenet": ResolutionSettings(
+                    sides=(32, 64),
+                    knn=KnnSettings(bank="/d/in/train", query="/d/in/val"),
+                    zeroshot=ZeroshotSettings(query="/d/in/val", class_names="imagenet", templates="openai"),
+                )
+            },
+        ),
+        (
+            "resolution",
+            ResolutionSettings(tasks=("knn",)),
+            {
+                "imagenet": ResolutionSettings(
+                    tasks=("knn",), knn=KnnSettings(bank="/d/in/train", query="/d/in/val")
+                )
+            },
+        ),
         (
             "seg",
             SegSettings(seeds=2),
@@ -150,6 +177,8 @@ def test_settings_on_a_users_data_sets(task: str, settings: Any, placed: dict[st
         ("zeroshot", ZeroshotSettings(query="a")),
         ("zeroshot", ZeroshotSettings(captions="scenes")),
         ("maps", MapsSettings(query="scenes:val")),
+        ("fidelity", FidelitySettings(images="a")),
+        ("resolution", ResolutionSettings(tasks=("knn",), knn=KnnSettings(bank="a", query="b"))),
         ("seg", SegSettings(data=Path("a"))),
         ("sam", SamSettings(data=Path("a.json"), images=Path("a"))),
         ("vqa", VqaSettings(pretrain_data=Path("a.json"), instruct_data=Path("b.json"))),

@@ -1,0 +1,63 @@
+"""How closely a student's adaptors reproduce its teachers' features: the task's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from evals.core import evaluators
+from evals.core.task import OWN, Evaluator, Scenes, late
+from radio.config import check
+from radio.datasets import DataSets
+from radio.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FidelitySettings:
+    """How much of its teachers' features a student reproduces, on images without labels."""
+
+    images: str | None = None
+    """Images that it was not trained on: a folder with one folder per class, or tar shards; labels are not
+    read. Default: the generated world."""
+    num_images: Scenes = 500
+    """Number of images, spread evenly."""
+    teachers: tuple[str, ...] = ()
+    """NAME=MODEL: compare the adaptor NAME with this model, whether the student learned from it or not, such
+    as clip=scenes:clip. Default: every teacher in the checkpoint's metadata, whose weights have to be the
+    same."""
+
+    def __post_init__(self) -> None:
+        """Validate the settings; raise `ConfigError` when they are invalid."""
+        check(self)
+        names = [text.partition("=")[0] for text in self.teachers]
+        for text in self.teachers:
+            name, _, model = text.partition("=")
+            if not name or not model:
+                raise ConfigError(f"--teachers {text}: wanted NAME=MODEL, such as clip=scenes:clip")
+            if names.count(name) > 1:
+                raise ConfigError(f"--teachers names {name} twice; give each adaptor one model")
+
+    @property
+    def model_of(self) -> dict[str, str]:
+        """The models to compare with, as specs, by the adaptor's name."""
+        return {name: model for name, _, model in (text.partition("=") for text in self.teachers)}
+
+
+def data_sets(settings: FidelitySettings, sets: DataSets) -> Mapping[str, FidelitySettings]:
+    """Compare on ImageNet's validation images, unless images are named."""
+    if settings.images is not None:
+        return {OWN: settings}
+    return {} if sets.imagenet is None else {"imagenet": replace(settings, images=str(sets.imagenet / "val"))}
+
+
+@evaluators.register("fidelity")
+def make() -> Evaluator[FidelitySettings]:
+    """Teachers' features reproduced by a student: unexplained variance, CKA, and the summaries' angles."""
+    return Evaluator(
+        name="fidelity",
+        settings=FidelitySettings,
+        evaluate=late("evals.fidelity.evaluator:evaluate"),
+        title="fidelity to the teachers",
+        missing_requirements=late("evals.fidelity.evaluator:missing_requirements"),
+        data_sets=data_sets,
+    )

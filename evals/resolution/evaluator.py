@@ -1,0 +1,140 @@
+"""k-NN and zero-shot over the side of the input: a model whose features change at some size shows a dip.
+
+The first RADIO models did above some 700 px ("mode switching", RADIOv2.5, arXiv 2412.07679): there the text
+tower of CLIP no longer understood them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from evals.core.blocks import Lines
+from evals.core.evaluator import EvalRun, Result
+from evals.core.report import Metric
+from evals.core.stats import Values, interval, resampled_sums
+from evals.core.task import make_evaluator
+from radio.errors import SizeError
+from radio.types import Backbone
+
+from . import ResolutionSettings, Task
+
+# Letters: N images, S sides, R resamples.
+
+_FACTORS = (2 / 3, 1.0, 3 / 2, 2.0, 3.0)  # of the model's own side (ours)
+
+
+def missing_requirements(model: Backbone) -> str:
+    """Explain why the model has no curve; empty if it has."""
+    return f"{model.name} takes images of one size only" if model.fixed_size else ""
+
+
+def evaluate(model: Backbone, settings: ResolutionSettings, run: EvalRun) -> Result:
+    """Score a model by each task's own evaluator at each side.
+
+    Raises:
+        SizeError: the model takes fewer than two sizes in place of the sides, or one has too many pixels.
+        RadioError: as the tasks' evaluators say.
+    """
+    sides = choose_sides(model, settings)
+    tasks, notes = choose_tasks(model, settings)
+    indices, metrics = dict[str, Metric](), dict[str, Metric]()
+    results: list[Result] = []
+    blocks: list[Lines] = []
+    for task in tasks:
+        scored = [_score(model, task, settings, side, run) for side in sides]
+        results += [result for result, _ in scored]
+        name = next(iter(results[-1].metrics))
+        values = [result.metrics[name] for result, _ in scored]
+        indices[f"{task}_index"] = _index(values, [scores for _, scores in scored], run.settings.seed)
+        metrics |= {f"{task}_{name}_{side}px": m for side, m in zip(sides, values, strict=True)}
+        blocks.append(_draw(task, name, sides, values))
+    return Result(
+        metrics={"index": min(indices.values(), key=lambda metric: metric.value), **indices, **metrics},
+        data=list(dict.fromkeys(info for result in results for info in result.data)),
+        blocks=blocks,
+        notes=[*notes, *dict.fromkeys(note for result in results for note in result.notes)],
+        resolved={"sides": sides, "tasks": tasks},
+    )
+
+
+def choose_sides(model: Backbone, settings: ResolutionSettings) -> list[int]:
+    """Return the sides to score at, ascending, without those that the model rounds to the size of another.
+
+    Raises:
+        SizeError: they are fewer than two.
+    """
+    own = model.native_size[0]
+    sides = settings.sides or [
+        model.nearest_size(side, side)[0] for side in (round(f * own) for f in _FACTORS)
+    ]
+    sizes = {model.nearest_size(side, side): side for side in sorted(sides, reverse=True)}
+    if len(sizes) < 2:
+        height, width = next(iter(sizes))
+        raise SizeError(
+            f"{model.name} takes {height}x{width} px in place of each side of {', '.join(map(str, sides))}, "
+            f"and a curve needs two; give other --sides"
+        )
+    return sorted(sizes.values())
+
+
+def choose_tasks(model: Backbone, settings: ResolutionSettings) -> tuple[list[Task], list[str]]:
+    """Return the tasks to score, and a note on each that is left out since the model lacks something."""
+    if settings.tasks is not None:
+        return list(dict.fromkeys(settings.tasks)), []
+    missing = {task: make_evaluator(task).missing_requirements(model) for task in settings.of_tasks()}
+    notes = [f"{task} is left out: {lack}" for task, lack in missing.items() if lack]
+    return [task for task, lack in missing.items() if not lack], notes
+
+
+def _score(
+    model: Backbone, task: Task, settings: ResolutionSettings, side: int, run: EvalRun
+) -> tuple[Result, dict[str, float]]:
+    """Run a task's evaluator at one side; return its result, and each image's score where it has one.
+
+    What it would show of single images is dropped.
+    """
+    with TemporaryDirectory(prefix="am-radio-resolution-") as folder:
+        part = EvalRun(run.settings, base=task, folder=Path(folder), ranks=run.ranks, progress=run.progress)
+        part.damage = run.damage
+        own = replace(settings.of_tasks()[task], size=side)
+        result: Result = make_evaluator(task).evaluate(model, own, part)
+        scores = {str(record["id"]): record["score"] for record in result.records if "score" in record}
+    run.sources |= part.sources
+    run.notes += [note for note in part.notes if note not in run.notes]
+    return result, scores
+
+
+def _index(values: Sequence[Metric], scores: Sequence[dict[str, float]], seed: int) -> Metric:
+    """Divide the worst value by the best, in percent, with a bootstrap over images that all sides scored."""
+
+    def ratio(curves: Values) -> Values:
+        worst, best = curves.min(axis=-1), curves.max(axis=-1)
+        share: Values = 100 * worst / np.where(best > 0, best, 1.0)
+        return share
+
+    low = high = None
+    ids = list(scores[0])
+    if ids and all(each.keys() == scores[0].keys() for each in scores):
+        rows = np.array([[each[id] for each in scores] for id in ids], dtype=np.float64)  # [N, S]
+        low, high = interval(ratio(resampled_sums(rows, seed=seed)))
+    return Metric(value=float(ratio(np.array([metric.value for metric in values]))), low=low, high=high)
+
+
+def _draw(task: Task, name: str, sides: Sequence[int], values: Sequence[Metric]) -> Lines:
+    title = make_evaluator(task).title
+    return Lines(
+        title=f"{title} over the side",
+        x_label="side (px)",
+        y_label=f"{name} (%)",
+        x=tuple(map(float, sides)),
+        y=tuple(metric.value for metric in values),
+        low=tuple(metric.low for metric in values),
+        high=tuple(metric.high for metric in values),
+        log_x=True,
+        caption="Scores over the side of the input, with 95 % intervals.",
+    )

@@ -1,0 +1,157 @@
+"""The curve is the tasks' own scores at each side, and its index falls where one of them collapses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evals.core.blocks import Lines
+from evals.core.evaluator import RunSettings, run_evaluator
+from evals.core.report import Report
+from evals.core.task import make_evaluator
+from evals.knn import KnnSettings
+from evals.reporting.compare import compare, read_reports, regressions
+from evals.resolution import ResolutionSettings, Task
+from evals.zeroshot import ZeroshotSettings
+from radio.errors import ConfigError, SizeError
+from radio.types import Features
+from tests.evals.zeroshot.conftest import Words
+
+
+@pytest.fixture
+def settings(tmp_path: Path, make_folder: Callable[..., Path]) -> ResolutionSettings:
+    """Five classes, 30 images in the bank and 20 to classify, at three sides."""
+    bank = make_folder(tmp_path / "d" / "train", classes=5, count=6)
+    query = make_folder(tmp_path / "d" / "val", classes=5, count=4, first=100)
+    return ResolutionSettings(
+        sides=(24, 32, 48),
+        knn=KnnSettings(bank=str(bank), query=str(query), k=(3,)),
+        zeroshot=ZeroshotSettings(query=str(query), templates="simple"),
+    )
+
+
+def score(task: str, model: Any, settings: Any, out: Path) -> Report:
+    run = RunSettings(cache=out.parent / "cache", device="cpu")
+    return run_evaluator(make_evaluator(task), model, settings, out, run=run)
+
+
+def test_the_curve_is_what_the_tasks_score_at_each_side(
+    tmp_path: Path, backbone: Callable[..., Any], settings: ResolutionSettings
+) -> None:
+    model = backbone()
+    model.text = Words()
+    report = score("resolution", model, settings, tmp_path / "o")
+    values = {name: metric.value for name, metric in report.metrics.items()}
+    tasks: tuple[Task, ...] = ("knn", "zeroshot")
+    for task in tasks:
+        curve = []
+        for side in (24, 32, 48):
+            own = settings.of_tasks()[task]
+            kind: Any = type(own)
+            fields = {name: getattr(own, name) for name in own.__dataclass_fields__}
+            alone = score(task, model, kind(**{**fields, "size": side}), tmp_path / f"{task}-{side}")
+            assert report.metrics[f"{task}_top1_{side}px"] == alone.metrics["top1"]
+            curve.append(alone.metrics["top1"].value)
+        assert values[f"{task}_index"] == pytest.approx(100 * min(curve) / max(curve))
+        block = report.blocks[tasks.index(task)]
+        assert isinstance(block, Lines) and block.x == (24, 32, 48) and list(block.y) == curve
+    assert report.primary_metric == "index"
+    assert values["index"] == min(values["knn_index"], values["zeroshot_index"])
+    index = report.metrics["knn_index"]
+    assert index.low is not None and index.high is not None and index.low <= index.high <= 100
+    assert [(data.role, data.count) for data in report.data] == [("bank", 30), ("query", 20)]
+    assert report.files == ()  # no images of single sides
+
+
+def test_features_are_cached_side_by_side(
+    tmp_path: Path, backbone: Callable[..., Any], settings: ResolutionSettings
+) -> None:
+    first, again = backbone(), backbone()
+    report = score("resolution", first, settings, tmp_path / "o")
+    assert first.images == 3 * 50
+    assert score("resolution", again, settings, tmp_path / "p").metrics == report.metrics
+    assert again.images == 0
+
+
+def test_a_collapse_at_one_side_fails_the_gate(
+    tmp_path: Path, backbone: Callable[..., Any], settings: ResolutionSettings
+) -> None:
+    """The summary of 48 px says nothing: k-NN at the model's own 32 px would not notice."""
+
+    class Collapsing(type(backbone())):  # type: ignore[misc]
+        fingerprint = "another"
+
+        def __call__(self, images: Any) -> Features:
+            features = super().__call__(images)
+            return features._replace(summary=features.summary**0) if images.shape[-1] == 48 else features
+
+    for folder, model in (("main", backbone()), ("night", Collapsing())):
+        score("resolution", model, settings, tmp_path / folder)
+        score("knn", model, settings.knn, tmp_path / folder)
+    changes = compare(read_reports(tmp_path / "night"), read_reports(tmp_path / "main"), tolerance=3)
+    worse = {(change.task, change.metric) for change in regressions(changes)}
+    assert worse == {
+        ("resolution", "index"),
+        ("resolution", "knn_index"),
+        ("resolution", "knn_top1_48px"),
+    }
+
+
+def test_default_sides_follow_the_models_own(
+    tmp_path: Path, backbone: Callable[..., Any], settings: ResolutionSettings
+) -> None:
+    """2/3, 1, 3/2, 2 and 3 times 32 px, in steps of 8."""
+    plain = ResolutionSettings(knn=settings.knn, zeroshot=settings.zeroshot)
+    report = score("resolution", backbone(), plain, tmp_path / "o")
+    assert report.settings["resolved"]["sides"] == [24, 32, 48, 64, 96]
+    assert not any("was asked for" in note for note in report.notes)
+    (note,) = report.notes
+    assert note.startswith("zeroshot is left out: pooled has no text tower and learned from no teacher")
+
+
+def test_sides_are_rounded_and_said(
+    tmp_path: Path, backbone: Callable[..., Any], settings: ResolutionSettings
+) -> None:
+    asked = ResolutionSettings(sides=(50, 33, 31, 47), tasks=("knn",), knn=settings.knn)
+    report = score("resolution", backbone(), asked, tmp_path / "o")
+    assert report.settings["resolved"]["sides"] == [31, 47]
+    assert report.notes == (
+        "31 px was asked for; pooled takes 32x32, which was used",
+        "47 px was asked for; pooled takes 48x48, which was used",
+    )
+    same = ResolutionSettings(sides=(33, 31), tasks=("knn",), knn=settings.knn)
+    with pytest.raises(SizeError, match="pooled takes 32x32 px in place of each side of 33, 31, and a curve"):
+        score("resolution", backbone(), same, tmp_path / "o")
+
+
+def test_a_model_of_one_size_is_left_out_of_all(backbone: Callable[..., Any]) -> None:
+    model, evaluator = backbone(), make_evaluator("resolution")
+    assert evaluator.missing_requirements(model) == ""
+    model.fixed_size = True
+    assert evaluator.missing_requirements(model) == "pooled takes images of one size only"
+
+
+def test_a_task_that_is_named_and_lacks_something_is_an_error(
+    tmp_path: Path, backbone: Callable[..., Any], settings: ResolutionSettings
+) -> None:
+    named = ResolutionSettings(sides=(24, 32), tasks=("zeroshot",), zeroshot=settings.zeroshot)
+    with pytest.raises(ConfigError, match="pooled has no text tower"):
+        score("resolution", backbone(), named, tmp_path / "o")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"sides": (32,)}, r"--sides \(32,\): a curve needs two or more different sides"),
+        ({"sides": (32, 32)}, "a curve needs two or more different sides"),
+        ({"sides": (32, 0)}, "sides"),
+        ({"tasks": ()}, "--tasks names no task; give knn, zeroshot or both, or leave it out"),
+        ({"knn": KnnSettings(size=64)}, "--knn.size 64: --sides names the sizes; leave it out"),
+    ],
+)
+def test_settings_without_a_curve(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        ResolutionSettings(**settings)
