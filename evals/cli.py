@@ -101,10 +101,12 @@ def _evaluate(task: str, arguments: Sequence[str]) -> int:
     return evaluate(evaluator, options, run, placed)
 
 
-def _flat(group: type[Any]) -> Any:
+def _flat(group: Any) -> Any:
     """Leave a group's name out of its options; only groups inside it keep theirs, as in --knn.k."""
-    nested = any(dataclasses.is_dataclass(hint) for hint in get_type_hints(group).values())
-    return Annotated[group, tyro.conf.arg(name="")] if nested else tyro.conf.OmitArgPrefixes[group]
+    if any(dataclasses.is_dataclass(hint) for hint in get_type_hints(group).values()):
+        return Annotated[group, tyro.conf.arg(name="")]
+    flat: Any = tyro.conf.OmitArgPrefixes
+    return flat[group]
 
 
 def _check_models(options: Options) -> None:

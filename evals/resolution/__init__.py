@@ -38,9 +38,7 @@ class ResolutionSettings:
             raise ConfigError("--tasks names no task; give knn, zeroshot or both, or leave it out")
         for name, settings in self.of_tasks().items():
             if settings.size is not None:
-                raise ConfigError(
-                    f"--{name}.size {settings.size}: the sizes are those of --sides; leave it out"
-                )
+                raise ConfigError(f"--{name}.size {settings.size}: --sides names the sizes; leave it out")
 
     def of_tasks(self) -> dict[Task, KnnSettings | ZeroshotSettings]:
         """Return the settings of every task that may be scored."""

@@ -14,6 +14,7 @@ from rich.console import Console
 from evals.core.evaluator import Evaluator, evaluators
 from evals.core.report import read
 from evals.knn import KnnSettings
+from evals.resolution import ResolutionSettings
 from evals.seg_probe.protocol import SegSettings
 from evals.throughput import ThroughputSettings
 from evals.vqa.settings import TaskFiles, VqaSettings
@@ -152,6 +153,18 @@ def test_options_go_over_the_settings_of_a_file(parsed: list[TrainConfig], tmp_p
     }
     assert main([str(path)]) == 0
     assert parsed.pop() == config
+
+
+def test_settings_inside_a_tasks_settings(parsed: list[TrainConfig], tmp_path: Path) -> None:
+    """In a file only: --resolution is an option of the run itself."""
+    wanted = ResolutionSettings(sides=(48, 96), tasks=("knn",), knn=KnnSettings(k=(3,)))
+    config = replace(recipes["smoke"](), score=("resolution",), tasks={"resolution": wanted})
+    write_yaml(config, path := tmp_path / "config.yaml")
+    assert main([str(path), "--resolution", "48"]) == 0
+    assert parsed.pop() == replace(config, resolution=48)
+    path.write_text(path.read_text().replace("- knn", "- seg"))
+    with pytest.raises(ConfigError, match="seg"):
+        read_yaml(TrainConfig, path)
 
 
 @pytest.mark.usefixtures("norm")
