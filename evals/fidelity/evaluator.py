@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 
 from evals.core.blocks import Table
 from evals.core.evaluator import EvalRun, Result
-from evals.core.features import View, check_finite, place, read_batches
+from evals.core.features import ImageBatch, View, check_finite, place, read_batches
 from evals.core.report import DatasetInfo, Metric, Skipped
 from evals.core.stats import Values, interval, resampled_sums
 from radio.checkpoint import teachers_on
@@ -151,11 +151,15 @@ def _ratio(errors: Values, run: EvalRun) -> Metric:
 
 
 def _summaries_without_weight(model: Backbone) -> frozenset[str]:
-    """Return the teachers whose summaries the student did not learn (SAM's), by its training's settings."""
+    """Return the adaptors whose summaries no teacher taught (SAM's), by the settings of the training."""
     settings: Any = model.metadata.get("settings")
     teachers = settings.get("teachers") if isinstance(settings, Mapping) else None
-    listed = [each for each in teachers if isinstance(each, Mapping)] if isinstance(teachers, list) else []
-    return frozenset(str(each.get("name")) for each in listed if each.get("summary_weight") == 0)
+    taught: dict[str, bool] = {}
+    for each in teachers if isinstance(teachers, list) else []:
+        if isinstance(each, Mapping):
+            name = str(each.get("adaptor") or each.get("name"))
+            taught[name] = taught.get(name, False) or each.get("summary_weight") != 0
+    return frozenset(name for name, weighs in taught.items() if not weighs)
 
 
 def _load(model: Backbone, reference: Reference) -> Backbone:
@@ -188,33 +192,27 @@ def _load(model: Backbone, reference: Reference) -> Backbone:
 def _compare(
     model: Backbone, teacher: Backbone, reference: Reference, source: ImageSource, run: EvalRun
 ) -> tuple[Sums, tuple[Skipped, ...]]:
-    """Sum over all images, each seen as a central square; return those that could not be read, too."""
-    size, student_size = (
-        teacher.nearest_size(*(reference.size or teacher.native_size)),
-        reference.student_size,
-    )
-    side, total, batch = max(*size, *student_size), len(source.keys), run.batch_size(32)
-    view = View(kind="center", size=(side, side), ratio=1.0, nearest_size=model.nearest_size)
-    for each, shown in ((model, student_size), (teacher, size)):
+    """Sum over all images; return those that could not be read, too."""
+    size = teacher.nearest_size(*(reference.size or teacher.native_size))
+    batch, total = run.batch_size(32), len(source.keys)
+    for each, shown in ((model, reference.student_size), (teacher, size)):
         check_memory(each, min(batch, total), shown, run.device, run.dtype)
     prints = [model.fingerprint, teacher.fingerprint, source.fingerprint]
-    key = json.dumps([_FORMAT, *prints, run.precision, reference.name, size, student_size])
+    key = json.dumps([_FORMAT, *prints, run.precision, reference.name, size, reference.student_size])
     folder = run.cache / "fidelity" / hashlib.sha256(key.encode()).hexdigest()
     spans = [range(start, min(start + _CHUNK, total)) for start in range(0, total, _CHUNK)]
-    none = no_images(teacher.summary_dim, teacher.token_dim, model.token_dim)
 
     def make(missing: list[int]) -> None:
         student, other = (place(each, run.device, run.dtype) for each in (model, teacher))
-        with run.progress(
-            f"{model.name} as {reference.name}", sum(len(spans[n]) for n in missing)
-        ) as advance:
+        label = f"{model.name} as {reference.name}"
+        with run.progress(label, sum(len(spans[number]) for number in missing)) as advance:
             for number in missing:
-                sums, skipped = none, list[tuple[str, str]]()
-                batches = [list(spans[number][at : at + batch]) for at in range(0, len(spans[number]), batch)]
-                for read in read_batches(source, view, batches, workers=run.workers, device=run.device):
+                sums = no_images(teacher.summary_dim, teacher.token_dim, model.token_dim)
+                skipped: list[tuple[str, str]] = []
+                for read in _squares(source, spans[number], max(*size, *reference.student_size), batch, run):
                     for images in read.images(run.device):
                         with fast_products(run.device), torch.inference_mode():
-                            own = student(resize_images(images, student_size).to(run.dtype))
+                            own = student(resize_images(images, reference.student_size).to(run.dtype))
                             theirs = other(resize_images(images, size).to(run.dtype))
                             adapted = find_adaptor(student, reference.name)(own, theirs.grid)
                             sums = join([sums, sum_features(own, adapted, theirs).cpu()])
@@ -229,7 +227,13 @@ def _compare(
     chunks = [read(path) for path in paths]
     skipped = [Skipped(key=k, reason=r) for c in chunks for k, r in json.loads(c.metadata["skipped"])]
     if len(skipped) == total:
-        raise DataError(
-            f"{source.name}: none of {total} images can be read; {skipped[0].key}: {skipped[0].reason}"
-        )
+        first = skipped[0]
+        raise DataError(f"{source.name}: none of {total} images can be read; {first.key}: {first.reason}")
     return join([Sums(**chunk.tensors) for chunk in chunks]), tuple(skipped)
+
+
+def _squares(source: ImageSource, span: range, side: int, batch: int, run: EvalRun) -> Iterator[ImageBatch]:
+    """Read the central squares of images, of a side in pixels."""
+    view = View(kind="center", size=(side, side), ratio=1.0, nearest_size=lambda *size: size)
+    batches = [list(span[start : start + batch]) for start in range(0, len(span), batch)]
+    return read_batches(source, view, batches, workers=run.workers, device=run.device)

@@ -133,6 +133,9 @@ def test_a_summary_without_weight_has_no_angle(score: Callable[..., Report]) -> 
     report = score(model)
     assert "angle_clip" not in report.metrics and report.blocks[0].rows[0][-1] is None
     assert "clip: its summary had no weight in training, hence no angle" in report.notes
+    again = {"name": "clip-large", "adaptor": "clip", "summary_weight": 1.0}
+    model.metadata["settings"]["teachers"].append(again)  # taught at another size
+    assert "angle_clip" in score(model).metrics
 
 
 def test_images_that_cannot_be_read_are_left_out(
