@@ -742,17 +742,20 @@ def test_all_runs_what_is_there_and_names_what_is_not(root: Path, capsys: pytest
     shutil.rmtree(root / "llava")
     fast = [f"--seg.{option[2:]}" if option.startswith("--") else option for option in FAST]
     command = ["all", *MODEL, *fast, "--data-root", str(root), "--knn.k", "1", "--maps.num-images", "2"]
+    command += ["--resolution.sides", "48", "96", "--resolution.knn.k", "1"]
     assert main(command) == 0
     done = capsys.readouterr()
     assert done.err.splitlines() == [
         f"left out: sam: {root} has not coco, which it is scored on; name it there",
         f"left out: vqa: {root} has not llava, which it is scored on; name it there",
     ]
-    for job in ("knn on imagenet", "maps on imagenet", "seg on ade20k", "seg on voc"):
+    jobs = ("knn on imagenet", "maps on imagenet", "resolution on imagenet", "seg on ade20k", "seg on voc")
+    for job in jobs:
         assert f"vit-tiny12-untrained: {job}: running" in done.out
     assert "zeroshot on imagenet: left out: vit-tiny12 has no text tower" in done.out
+    assert "fidelity on imagenet: left out: vit-tiny12 has no adaptors" in done.out
     tasks = {name.partition("-vit")[0] for name in reports()}
-    assert tasks == {"knn", "maps", "seg"} and len(reports()) == 4
+    assert tasks == {"knn", "maps", "resolution", "seg"} and len(reports()) == 5
     assert not any("scenes:" in used["name"] for report in reports().values() for used in report["data"])
     assert main(command) == 0
     out = capsys.readouterr().out
