@@ -1,4 +1,4 @@
-"""Tensor operations: attention windows (paper appendix C), and all interpolation of images and tokens."""
+"""Tensor operations: attention windows (paper appendix C), interpolation of images and tokens, angles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch import Tensor
 from .errors import ConfigError, SizeError
 from .types import Features, Positions, Resampling, Sampling
 
-# Letters: B batch, T tokens, D width, H W grid, s window side, N windows per image.
+# Letters: B batch, C summary width, T tokens, D width, H W grid, s window side, N windows per image.
+
+_EPS = 1e-6  # length below which a vector has no direction
 
 
 def to_windows(x: Tensor, grid: tuple[int, int], side: int) -> Tensor:
@@ -143,3 +145,12 @@ def resize_features(features: Features, to: Resampling) -> Features:
     if isinstance(to, Sampling):
         return Features(features.summary, sample_tokens(features.tokens, features.grid, to), to.grid)
     return Features(features.summary, resize_tokens(features.tokens, features.grid, to), to)
+
+
+def angle(a: Tensor, b: Tensor) -> Tensor:
+    """Compute the angles [...] between vectors [..., C] in radians; zero vectors are at a right angle to all.
+
+    By the half angle's tangent, whose gradient is bounded where the arc cosine's is not: at 0 and at pi.
+    """
+    u, v = F.normalize(a, dim=-1, eps=_EPS), F.normalize(b, dim=-1, eps=_EPS)
+    return 2 * torch.atan2((u - v).norm(dim=-1), (u + v).norm(dim=-1))

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from radio.errors import ConfigError
 from radio.model import RadioModel
 from radio.nn.phi_s import FeatureNormaliser
-from radio.ops import resize_features
+from radio.ops import angle, resize_features
 from radio.types import Features
 
 from .config import BalanceConfig, LossConfig, TeacherConfig, TrainConfig
 from .data.loader import GroupBatch
 from .groups import teacher_groups
 from .mesa import AveragedStudent, mesa_losses
-from .normalise import Dispersion, TargetStatistics, angle
+from .normalise import Dispersion, TargetStatistics
 from .shift import overlap
 
 # Letters: B images, C width of the student's summary, T tokens, D width of a token, h w pixels.

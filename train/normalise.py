@@ -12,12 +12,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Literal, cast, final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from radio.errors import ConfigError, RadioError
 from radio.model import Head
 from radio.nn.phi_s import FeatureNormaliser, FeatureStatistics, Normalisation
+from radio.ops import angle
 
 from .config import LossConfig, NormaliseConfig, TrainConfig
 from .data.loader import Batch
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 _SUMMARIES = 1 << 14  # images, over all ranks, whose summaries a fixed dispersion is measured on
 _LEAST = 1e-8  # dispersion that a loss is divided by at least
-_EPS = 1e-6  # length below which a summary has no direction
 
 
 @final
@@ -76,15 +75,6 @@ class Dispersion(nn.Module):
         self.mean.copy_(torch.where(finite, centre, self.mean))
         self.square.add_(torch.where(finite, square, 0.0))
         self.count.add_(finite)
-
-
-def angle(a: Tensor, b: Tensor) -> Tensor:
-    """Compute the angles [...] between vectors [..., C] in radians; zero vectors are at a right angle to all.
-
-    By the half angle's tangent, whose gradient is bounded where the arc cosine's is not: at 0 and at pi.
-    """
-    u, v = F.normalize(a, dim=-1, eps=_EPS), F.normalize(b, dim=-1, eps=_EPS)
-    return 2 * torch.atan2((u - v).norm(dim=-1), (u + v).norm(dim=-1))
 
 
 @final

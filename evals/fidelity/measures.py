@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from radio.errors import RadioError
-from radio.ops import resize_features
+from radio.ops import angle, resize_features
 from radio.types import Features
 
 # Letters: N images, T tokens, C width of the teacher's summary, D of its tokens, E of the student's tokens,
@@ -95,12 +94,6 @@ def summary_errors(sums: Sums) -> Tensor:
     if not dispersion.mean() > _ROUNDING:
         raise RadioError("its summaries are all the same; give different images, or look at its weights")
     return torch.stack([angle(sums.adapted, sums.summaries).square(), dispersion], dim=1)
-
-
-def angle(a: Tensor, b: Tensor) -> Tensor:
-    """Compute the angles between vectors [..., C], in radians; zero vectors are at a right angle to all."""
-    u, v = (F.normalize(each.double(), dim=-1, eps=1e-300) for each in (a, b))
-    return 2 * torch.atan2((u - v).norm(dim=-1), (u + v).norm(dim=-1))
 
 
 def cka(sums: Sums) -> tuple[float, float]:

@@ -17,13 +17,13 @@ from radio.errors import ConfigError, RadioError
 from radio.hub import load_teacher
 from radio.model import load
 from radio.nn.phi_s import FeatureNormaliser, FeatureStatistics, Normalisation
-from radio.ops import resize_images
+from radio.ops import angle, resize_images
 from radio.types import Features
 from train.config import CacheConfig, LossConfig, NormaliseConfig, TrainConfig
 from train.data.loader import Batch, GroupBatch
 from train.groups import TeacherGroup
 from train.losses import normalised_losses, teacher_losses, unexplained
-from train.normalise import Dispersion, TargetStatistics, angle
+from train.normalise import Dispersion, TargetStatistics
 from train.recipes import smoke
 from train.trainer import Trainer
 
@@ -212,7 +212,7 @@ def test_checkpoints_speak_the_teachers_own_spaces(
         with torch.no_grad():
             features = run.model.eval()(images)
             for teacher in TEACHERS:
-                normaliser, _ = run.loss.statistics.of(teacher.name)
+                normaliser, _ = run.loss.statistics.of(teacher.name, teacher.name)
                 assert normaliser is not None
                 raw = run.model.adapt(teacher.name, features, (5, 5))
                 found = stored.adapt(teacher.name, stored(images), (5, 5))

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from evals.fidelity.measures import (
     Sums,
-    angle,
     cka,
     join,
     no_images,
@@ -19,6 +18,7 @@ from evals.fidelity.measures import (
     token_errors,
 )
 from radio.errors import RadioError
+from radio.ops import angle
 from radio.types import Features
 
 N, T, D, E, C = 7, 6, 4, 3, 5
