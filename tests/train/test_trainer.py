@@ -239,7 +239,7 @@ def test_a_window_fixed_by_the_options(config: TrainConfig, start: Start) -> Non
 def test_the_student_may_see_another_resolution_beside_one_teacher(config: TrainConfig, start: Start) -> None:
     teachers = (*TEACHERS[:2], replace(TEACHERS[2], student_resolution=96, batch_size=2))
     run = start(config, teachers=teachers, steps=2)
-    assert run.sides == (64, 108)
+    assert run.sides == ({48: 64}, {96: 108})
     sides: list[tuple[int, ...]] = []
     run.model.student.register_forward_pre_hook(lambda module, inputs: sides.append(tuple(inputs[0].shape)))
     run.train()
