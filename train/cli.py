@@ -258,4 +258,4 @@ def _words_after(name: str, options: Sequence[str]) -> list[str] | None:
 def _listing() -> str:
     described = {name: recipes[name].__doc__ for name in recipes}
     described |= {name: describe_table(name) for name in (*TABLES, ALL_TABLES)}
-    return "\n".join(f"  {name:<16}{(text or '').splitlines()[0]}" for name, text in described.items())
+    return "\n".join(f"  {name:<20}{(text or '').splitlines()[0]}" for name, text in described.items())
