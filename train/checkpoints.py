@@ -167,6 +167,7 @@ def _settings_to_resume(config: TrainConfig) -> dict[str, Any]:
         plain.pop(name)
     for name in ("workers", "max_error_fraction", "shards", "images"):  # the data may move to other paths
         plain["data"].pop(name)
+    plain["data"]["clusters"].pop("folder")
     plain["cache"].pop("confirm")
     for teacher in plain["teachers"]:
         teacher.pop("fingerprint")  # the signature has the actual one

@@ -26,6 +26,7 @@ Weight: TypeAlias = Annotated[float, Interval(gt=0, le=1e12)]
 LossWeight: TypeAlias = Annotated[float, Interval(ge=0, le=1e6)]
 ShiftDeviation: TypeAlias = Annotated[float, Interval(ge=0, le=16)]  # in patches
 Rate: TypeAlias = Annotated[float, Interval(ge=0, le=1e3)]
+Damp: TypeAlias = Annotated[float, Interval(ge=0, le=1)]
 Tflops: TypeAlias = Annotated[float, Interval(ge=1e-6, le=1e6)]
 
 MESA_START = 0.1  # default of `mesa_start`
@@ -69,6 +70,21 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterConfig:
+    """Images of large clusters taken more rarely, so that a run sees all clusters alike (C-RADIOv2)."""
+
+    folder: Path | None = (
+        None  # a file NAME.tsv for each shard, folder of images and scenes; None = all images alike
+    )
+    power: PositiveShare = (
+        1.0  # images of a cluster of n are taken with a probability ~ n^-power (ours; 1 = all clusters alike)
+    )
+    max_met: Annotated[float, Interval(ge=1, le=1e6)] = (
+        10.0  # images met for each one taken, at most: small clusters count as larger ones (ours)
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """Training images; labels are never read."""
 
@@ -76,6 +92,7 @@ class DataConfig:
     images: tuple[Path, ...] = ()  # folders of images, searched recursively
     scenes: Annotated[int, Interval(ge=0, le=10**7)] = 0  # number of images of the generated world
     weights: tuple[Weight, ...] = ()  # share of the batch per pattern, folder, then scenes; () = one pool
+    clusters: ClusterConfig = field(default_factory=ClusterConfig)
     scenes_seed: Seed = 2  # the teachers were trained on seed 1, evaluators use seed 0
     scenes_domain: Literal["own", "night", "web", "mixture"] = (
         "own"  # how scenes look: as the teachers know them, dark, as noisy web images, or all of these
@@ -217,6 +234,10 @@ class TrainConfig:
     ranks_per_group: tuple[NumRanks, ...] = ()  # ranks per group; () = chosen by cost
     parallel: Literal["ddp", "fsdp"] = "ddp"  # replicate or shard the student
     grad_accum_steps: Count = 1  # gradient accumulation: parts of a rank's batch
+    spectral: bool = False  # learn linear layers' weights as a direction and a largest singular value (PHI-S)
+    damp: Damp = (
+        0.0  # deviation of the noise that the student's linear weights are multiplied with (ours); 0 = none
+    )
     ema: Decay = 0.0  # decay of the weights' moving average, in ckpt-ema.pt; 0 = none
     mesa: LossWeight = (
         0.0  # weight of the distance from the averaged student's tokens (C-RADIOv4; weight ours); 0 = without

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.parametrize import ParametrizationList
 
 from radio.dist import Ranks, joined
 from radio.errors import ConfigError
@@ -273,7 +274,8 @@ def blocks_of(student: nn.Module) -> list[nn.Module]:
     """Return the student's blocks: the entries of its outermost `ModuleList`s."""
     blocks: list[nn.Module] = []
     for child in student.children():
-        blocks += list(child) if isinstance(child, nn.ModuleList) else blocks_of(child)
+        if not isinstance(child, ParametrizationList):  # a ModuleList too
+            blocks += list(child) if isinstance(child, nn.ModuleList) else blocks_of(child)
     return blocks
 
 

@@ -178,8 +178,12 @@ class TargetStatistics(nn.Module):
         return folded
 
     @torch.no_grad()
-    def unfold(self, weights: Mapping[str, Tensor], names: Collection[str]) -> None:
-        """Let heads that predict tokens in these teachers' own spaces predict normalised ones, in place."""
+    def unfold(self, weights: Mapping[str, Tensor], names: Collection[str]) -> list[str]:
+        """Let heads that predict tokens in these teachers' own spaces predict normalised ones, in place.
+
+        Returns the names of the matrices that were changed.
+        """
+        changed = []
         for name in names:
             normaliser, _ = self.of(name, name)
             if normaliser is not None:
@@ -188,6 +192,8 @@ class TargetStatistics(nn.Module):
                 tx, mean = normaliser.tx.double(), normaliser.mean.double()
                 weight.copy_(tx @ weight.double())
                 bias.copy_(tx @ (bias.double() - mean))
+                changed.append(f"{last}.weight")
+        return changed
 
 
 def make_statistics(config: TrainConfig, widths: Mapping[str, tuple[int, int]]) -> TargetStatistics:

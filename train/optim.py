@@ -10,6 +10,7 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
+from torch.nn.utils import parametrize
 
 from .config import OptimConfig
 
@@ -194,7 +195,9 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> GuardedAdamW:
 def muon_weights(model: nn.Module) -> list[Tensor]:
     """Collect what Muon moves: the weights of linear layers, and of convolutions that mix channels."""
     return [
-        module.weight
+        module.get_parameter("parametrizations.weight.original")
+        if parametrize.is_parametrized(module, "weight")
+        else module.weight
         for module in model.modules()
         if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
     ]

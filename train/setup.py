@@ -31,6 +31,7 @@ from .losses import check_balance
 from .mesa import check_mesa
 from .mosaic import mosaic_features, tiles_per_side
 from .normalise import check_normalise
+from .reparametrise import noisy_layers
 from .shift import Frame, Framing, Input, cut
 from .warm_start import check_init
 
@@ -159,8 +160,11 @@ def check_memory(
         ConfigError: it does not fit; the message gives each amount.
     """
     with torch.device("meta"):
-        weights = sum(weight.numel() * 4 for weight in RadioModel(model).parameters())
+        shape = RadioModel(model)
+    weights = sum(weight.numel() * 4 for weight in shape.parameters())
     held = weights * (4 + bool(config.ema)) // (partition.world if config.parallel == "fsdp" else 1)
+    if config.damp:  # the noise is whole on every rank
+        held += sum(layer.weight.numel() * 4 for layer in noisy_layers(shape.student).values())
     images = sum(12 * max(group.sides) ** 2 * group.share for group in partition.of(rank))
     if held + images > memory:
         raise ConfigError(

@@ -50,6 +50,7 @@ from .mesa import AveragedStudent, first_mesa_step
 from .monitor import Meters, MetersState, NonFiniteMonitor, NonFiniteState, PerformanceMonitor, first_bad
 from .normalise import make_statistics, measure, measures
 from .optim import Average, learning_rate, make_optimizer, moments, odd_count
+from .reparametrise import Reparametrisation
 from .setup import (
     check_memory,
     check_settings,
@@ -161,6 +162,7 @@ class Trainer:
             delattr(self.model.get_submodule("adaptors"), name)
         self.model.to(device).train()
         self.windows = choose_windows(self.model.student, config)
+        self.reparametrisation = Reparametrisation(self.model, config)
 
         # Losses, gradients over the ranks, optimizer.
         local = [teacher for teacher in config.teachers if teacher.adaptor_name in held]
@@ -174,7 +176,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.loss, config.optim)
         self.average = Average(self.model, config.ema) if config.ema else None
         if self.average is not None and averages:
-            self.average.start_from(averages)
+            self.average.start_from(self.reparametrisation.unfold(averages))
         self.averaged: AveragedStudent | None = None
         if config.mesa and self.average is not None:
             self.averaged = AveragedStudent(StudentPass(self.model.student), self.average.tensors)
@@ -283,9 +285,11 @@ class Trainer:
         with ProgressConsole(self.console, "teachers' features", steps.steps, 0) as bar:
             lines = measure(self.loss.statistics, batches, self.student, self.device, bar.advance)
         taken = [name for name in self._taken if name in self.model.adaptors]
-        for weights in (dict(self.model.named_parameters()), self.average.tensors if self.average else {}):
+        for weights in (self.average.tensors if self.average else {}, dict(self.model.named_parameters())):
             if weights:
-                self.loss.statistics.unfold(weights, taken)
+                plain = self.reparametrisation.fold(weights)
+                changed = self.loss.statistics.unfold(plain, taken)
+                self.reparametrisation.write({name: plain[name] for name in changed}, weights)
         for line in lines:
             self._say(line)
 
@@ -354,6 +358,7 @@ class Trainer:
         of the whole gradient, the same on every rank.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        self.reparametrisation.advance(self.steps_done)
         parts = [
             part
             for group_batch in batch.groups
@@ -556,10 +561,13 @@ class Trainer:
     def _publisher(self) -> Callable[[Collection[str] | None], None]:
         """Copy this step's weights; return a function that writes the named checkpoints (None: all)."""
         weights = self.model.state_dict()
-        fold = self.loss.statistics.fold
-        files = {"ckpt.pt": self.student.gather(fold(weights))}
+
+        def gather(learned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return self.student.gather(self.loss.statistics.fold(self.reparametrisation.fold(learned)))
+
+        files = {"ckpt.pt": gather(weights)}
         if self.average is not None:
-            files["ckpt-ema.pt"] = self.student.gather(fold({**weights, **self.average.tensors}))
+            files["ckpt-ema.pt"] = gather({**weights, **self.average.tensors})
         self.model.metadata["provenance"] = provenance(self.step, self.samples)
 
         def publish(names: Collection[str] | None) -> None:

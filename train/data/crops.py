@@ -35,6 +35,8 @@ Purpose = Literal[
     "stage",
     "resolution",
     "shift",
+    "damp",
+    "cluster",
 ]
 View = Callable[[bytes | Tensor], Tensor]  # crops an image, given as a file's bytes or uint8 [3, H, W]
 

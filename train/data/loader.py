@@ -135,6 +135,8 @@ class Loader:
         if ranks.leads:  # hashes folders of images; other ranks then read the stored hash
             _ = data.fingerprint
         ranks.barrier()
+        for note in data.notes:
+            log(note)
         self._config, self._partition, self._ranks = config, partition, ranks
         self._data, self._sides, self._device, self._log = data, sides, device, log
         self._framing = framing

@@ -7,7 +7,7 @@ import stat
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple, final
 
@@ -15,15 +15,19 @@ from torch import Tensor
 from webdataset.tariterators import base_plus_ext
 
 from radio.errors import ConfigError, DataError, shown
+from radio.image_files import as_text
 from radio.images import IMAGE_ENDINGS, MAX_IMAGE_BYTES
 from radio.io import MAX_NAMES, MAX_NAMES_LETTERS, expand_braces
 from radio.tar import dots_note
 
-from .crops import View, shuffled_index
+from ..config import ClusterConfig
+from .clusters import Clusters, Probabilities, chance, hash_of, make_clusters
+from .crops import View, seed_of, shuffled_index
 from .errors import ReadError, ReadStats, ShardError
 from .remote import check_installed, check_url, open_remote, scheme_of
 from .tar import TarMember, TarStream
 
+_ALIKE = ClusterConfig()
 _READ_AHEAD = 1 << 18
 _MAX_BARREN = 100  # shards in a row without an image, for one stream
 _FEW, _LONG = 3, 600.0  # or fewer, after so many seconds: the network is down
@@ -172,6 +176,11 @@ class LeftOut:
         self._has_image, self._named, self._number = False, [], 0
 
 
+def cluster_name(name: str) -> str:
+    """Return the name of a shard's file of clusters, without its ending."""
+    return short_name(name).removesuffix(".tar")
+
+
 def note_on(left_out: LeftOut, tar: TarStream) -> str:
     """Describe what a fully read shard holds besides its samples; empty if nothing."""
     left_out.end()
@@ -227,18 +236,33 @@ class Shards:
 
     The shards are shuffled in every epoch and dealt to the streams round-robin. If there are fewer shards
     than streams, each is split into as many parts as needed, of every n-th image.
+
+    Args:
+        pattern: names them to the user.
+        names: all of them, in order.
+        config: how to balance clusters of images.
+
+    Raises:
+        ConfigError: a setting of `config` is without effect.
+        DataError: a shard has no file of clusters.
     """
 
     count = None
 
-    def __init__(self, pattern: str, names: Sequence[str]) -> None:
+    def __init__(self, pattern: str, names: Sequence[str], config: ClusterConfig = _ALIKE) -> None:
         self.pattern, self.names = pattern, names
+        self._clusters = make_clusters(config, [cluster_name(name) for name in dict.fromkeys(names)])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the clusters, and of the shards' names without folders, so that the data can move."""
+        text = "\n".join(map(short_name, self.names)) + hash_of(self._clusters)
+        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
     @property
-    def fingerprint(self) -> str:
-        """A hash of the shards' names without their folders, so that the data can move."""
-        text = "\n".join(map(short_name, self.names))
-        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+    def notes(self) -> tuple[str, ...]:
+        """A line about the clusters, if there are any."""
+        return () if self._clusters is None else (self._clusters.describe(),)
 
     @property
     def sources(self) -> list[dict[str, Any]]:
@@ -248,7 +272,7 @@ class Shards:
 
     def open(self, stream: int, num_streams: int, place: Sequence[int], seed: int) -> ShardReader:
         """Open a stream's reader of them at a position."""
-        return ShardReader(self.names, stream, num_streams, place, seed)
+        return ShardReader(self.names, stream, num_streams, place, seed, self._clusters)
 
 
 @final
@@ -256,8 +280,17 @@ class ShardReader:
     """One stream's reader of shards; its position is a shard's part, a byte and a number of images."""
 
     def __init__(
-        self, names: Sequence[str], stream: int, num_streams: int, place: Sequence[int], seed: int
+        self,
+        names: Sequence[str],
+        stream: int,
+        num_streams: int,
+        place: Sequence[int],
+        seed: int,
+        clusters: Clusters | None = None,
     ) -> None:
+        self._clusters, self._cluster_seed = clusters, seed_of(seed, "cluster", 0)
+        self._probabilities: Probabilities | None = None  # of the open shard
+        self._rejected = False  # whether an image of the last part was left for its cluster
         self._names, self._stream, self._num_streams, self._seed = names, stream, num_streams, seed
         self._parts = -(-num_streams // len(names))
         self._num_distinct = len(set(names))
@@ -285,7 +318,9 @@ class ShardReader:
         """
         start = time.monotonic()
         failed: set[str] = set()  # shards without any image
-        for tried in range(1, _MAX_BARREN + 1):
+        tried = 0  # parts of shards in a row
+        while tried < _MAX_BARREN:
+            self._rejected = False
             position, count = self._stream + self._unit * self._num_streams, len(self._names) * self._parts
             unit = shuffled_index(position, count, self._seed)
             name, part = self._names[unit // self._parts], unit % self._parts
@@ -301,6 +336,7 @@ class ShardReader:
                     stats.errors.append(ReadError(cause, name, str(error)))
             self.close()
             self._unit, self._offset, self._seen = self._unit + 1, 0, 0
+            tried = 0 if self._rejected else tried + 1
             late = tried >= _FEW and time.monotonic() - start > _LONG
             if late or len(failed) == self._num_distinct:
                 break
@@ -332,6 +368,8 @@ class ShardReader:
         at_start = self._offset == 0
         stats.shards += at_start and part == 0
         self._tar = open_shard(name, self._offset)
+        if self._clusters is not None:
+            self._probabilities = self._clusters.probabilities(cluster_name(name))
         self._left_out, self._why = LeftOut(whole=at_start), "a stream's part of it holds none"
         if at_start and part == 0 and self._jumps(self._tar) and (note := outline(name).note):
             stats.errors.append(ReadError("left out", name, note))  # known beforehand
@@ -356,8 +394,10 @@ class ShardReader:
     def _decode(
         self, tar: TarStream, member: TarMember, shard: str, part: int, view: View, stats: ReadStats
     ) -> ShardSample | None:
-        """Decode a view of an image of the shard; None where it is another stream's or cannot be decoded."""
+        """Decode a view of an image; None where it is another stream's, not taken, or cannot be decoded."""
         local = self._seen % self._parts == part
+        if local and not self._takes(member.name):
+            local, self._rejected = False, True
         small = member.size <= MAX_IMAGE_BYTES
         data = tar.read(member) if local and small else b""
         self._seen, self._offset = self._seen + 1, member.end
@@ -371,3 +411,15 @@ class ShardReader:
             stats.errors.append(ReadError("image", f"{shard}/{member.name}", str(error)))
             self._why = f"its images cannot be decoded: {error}"
             return None
+
+    def _takes(self, member: str) -> bool:
+        """Check whether the next image is taken; those of large clusters are left more often.
+
+        Raises:
+            DataError: it has no cluster.
+        """
+        if self._probabilities is None:
+            return True
+        key, _ = base_plus_ext(member)
+        position = self._stream + self._unit * self._num_streams
+        return chance(self._cluster_seed, position, self._seen) < self._probabilities.of(as_text(key))

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol, final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from radio.chunks import default_cache
@@ -25,8 +26,9 @@ from radio.data import SceneImages
 from radio.errors import ConfigError, DataError
 from radio.image_files import StoredImages, list_unlabelled
 
-from ..config import DataConfig, TrainConfig
+from ..config import ClusterConfig, DataConfig, TrainConfig
 from ..groups import Partition
+from .clusters import chance, hash_of, make_clusters
 from .crops import View, seed_of, shuffled_index
 from .errors import ReadError, ReadStats
 from .shards import Shards, ShardSample, expand
@@ -35,6 +37,7 @@ from .shards import Shards, ShardSample, expand
 
 CURSOR = 4  # numbers per source in a stream's cursor: unit, offset, seen, taken
 _MAX_UNREADABLE = 20  # images in a row, where they are read by number
+_ALIKE = ClusterConfig()
 
 
 class SourceReader(Protocol):
@@ -66,6 +69,10 @@ class Source(Protocol):
     def count(self) -> int | None:
         """Number of images; None if it is not known before they are read."""
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines for the user, about how its images are taken."""
+
 
 class ReadableSource(Source, Protocol):
     """A part of the data that streams can read."""
@@ -83,16 +90,46 @@ class Part(NamedTuple):
 
 @final
 class ConcatImages:
-    """Several parts concatenated and read by number; labels are never read."""
+    """Several parts concatenated and read by number; labels are never read.
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    Args:
+        parts: folders of images, local shards, scenes.
+        config: how to balance clusters of images.
+
+    Raises:
+        ConfigError: a setting of `config` is without effect.
+        DataError: a part has no file of clusters, or one that is damaged or lacks an image.
+    """
+
+    def __init__(self, parts: Sequence[Part], config: ClusterConfig = _ALIKE) -> None:
         self._parts = parts
+        self._clusters = make_clusters(config, [_cluster_name(images) for images, _ in parts])
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the parts' content, in order."""
+        """A hash of the parts' content, in order, and of the images' clusters if any."""
         text = " ".join(f"{images.fingerprint} {count}" for images, count in self._parts)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return hashlib.sha256((text + hash_of(self._clusters)).encode()).hexdigest()
+
+    @cached_property
+    def probabilities(self) -> NDArray[np.float64] | None:
+        """The probability with which each image is taken where it is met, [N]; None: all are taken.
+
+        Raises:
+            DataError: a file of clusters is damaged, or lacks an image.
+        """
+        if self._clusters is None:
+            return None
+        found: list[float] = []
+        for images, count in self._parts:
+            known = self._clusters.probabilities(_cluster_name(images))
+            found += map(known.of, images.keys[:count])
+        return np.array(found)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A line about the clusters, if there are any, each image of which is looked up."""
+        return () if self._clusters is None or self.probabilities is None else (self._clusters.describe(),)
 
     @property
     def sources(self) -> list[dict[str, Any]]:
@@ -141,6 +178,7 @@ class ImageReader:
     ) -> None:
         self._images, self._stream, self._num_streams, self._seed = images, stream, num_streams, seed
         self._count, self._tried = images.count, int(place[0])
+        self._probabilities, self._cluster_seed = images.probabilities, seed_of(seed, "cluster", 0)
 
     @property
     def place(self) -> tuple[int, int, int]:
@@ -156,15 +194,25 @@ class ImageReader:
         Raises:
             DataError: too many in a row are unreadable.
         """
-        for _ in range(_MAX_UNREADABLE):
-            index = shuffled_index(self._stream + self._tried * self._num_streams, self._count, self._seed)
+        unreadable = 0
+        while unreadable < _MAX_UNREADABLE:
+            position = self._stream + self._tried * self._num_streams
+            index = shuffled_index(position, self._count, self._seed)
             self._tried += 1
+            if not self._takes(position, index):
+                continue
             try:
                 return ShardSample(view(self._images.load(index)), str(index))
             except DataError as error:
                 stats.errors.append(ReadError("image", self._images.where(index), str(error)))
-                last = error
+                last, unreadable = error, unreadable + 1
         raise DataError(f"{_MAX_UNREADABLE} images in a row cannot be read, the last: {last}; check the data")
+
+    def _takes(self, position: int, index: int) -> bool:
+        """Check whether an image is taken; those of large clusters are left more often."""
+        if self._probabilities is None:
+            return True
+        return chance(self._cluster_seed, position) < float(self._probabilities[index])
 
 
 class ShardStream:
@@ -298,6 +346,11 @@ class Sources:
         counts = [source.count for source in self._sources]
         return None if None in counts else sum(count or 0 for count in counts)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Those of the sources, in order."""
+        return tuple(note for source in self._sources for note in source.notes)
+
     def open(self, assignment: StreamAssignment, stream: int, cursor: Tensor, seed: int) -> ShardStream:
         """Open the stream of a group's stream at a cursor [S, 4], in a run with this seed."""
         group_seed = seed_of(seed, "group", assignment.group)
@@ -317,15 +370,18 @@ def open_sources(config: DataConfig) -> Sources:
 
     Raises:
         ConfigError: there are no data, the weights are not one positive number per source, or there are
-            none although shards are mixed with other sources.
-        DataError: a folder is missing or empty.
+            none although shards are mixed with other sources, or a setting of the clusters has no effect.
+        DataError: a folder is missing or empty, or a file of clusters is.
     """
     parts = [*map(_open_folder, config.images), *_open_scenes(config)]
-    shards = [Shards(pattern, expand([pattern])) for pattern in config.shards]
+    balanced, shards = config.clusters, config.shards
     if not parts and not shards:
         raise ConfigError(_NO_DATA)
     if weights := config.weights:
-        sources: list[ReadableSource] = [*shards, *(ConcatImages([part]) for part in parts)]
+        sources: list[ReadableSource] = [
+            *(Shards(pattern, expand([pattern]), balanced) for pattern in shards),
+            *(ConcatImages([part], balanced) for part in parts),
+        ]
         if len(weights) != len(sources) or not min(weights) > 0 or not math.isfinite(sum(weights)):
             raise ConfigError(
                 f"--data.weights {' '.join(map(str, weights))}: wanted a number above zero for each of the "
@@ -338,19 +394,20 @@ def open_sources(config: DataConfig) -> Sources:
             "--data.weights, a number for each source: the shards' patterns, the folders, then scenes"
         )
     if shards:
-        return Sources([Shards(" ".join(config.shards), expand(config.shards))], [1.0])
-    return Sources([ConcatImages(parts)], [1.0])
+        return Sources([Shards(" ".join(shards), expand(shards), balanced)], [1.0])
+    return Sources([ConcatImages(parts, balanced)], [1.0])
 
 
 def open_images(config: DataConfig, log: Callable[[str], None] = lambda line: None) -> ConcatImages:
     """Open the images that a run's settings name, to be read by number; shards must be local files.
 
     Raises:
-        ConfigError: the settings name no images, or weights, which are not supported here.
+        ConfigError: the settings name no images, or weights or clusters, which are not supported here.
         DataError: a folder or shard is missing, empty or damaged.
     """
-    if config.weights:
-        raise ConfigError("a teacher cache takes every image alike; leave --data.weights out")
+    for name, given in {"weights": config.weights, "clusters": config.clusters != ClusterConfig()}.items():
+        if given:
+            raise ConfigError(f"a teacher cache takes every image alike; leave --data.{name} out")
     parts = [
         *map(_open_folder, config.shards),
         *map(_open_folder, config.images),
@@ -362,6 +419,11 @@ def open_images(config: DataConfig, log: Callable[[str], None] = lambda line: No
         for note in part.images.notes:
             log(note)
     return ConcatImages(parts)
+
+
+def _cluster_name(images: StoredImages | SceneImages) -> str:
+    """Return the name of a part's file of clusters, without its ending: the folder's, or scenes."""
+    return "scenes" if isinstance(images, SceneImages) else Path(images.location).name
 
 
 def _open_folder(text: str | Path) -> Part:
