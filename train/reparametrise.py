@@ -35,7 +35,7 @@ from .data.crops import seed_of
 
 # Letters: N matrices of a layer, R rows of each, C columns; W and V are [N*R, C].
 
-FLOOR = 0.05  # PHI-S's lower bound of a matrix's largest singular value
+_FLOOR = 0.05  # PHI-S's lower bound of a matrix's largest singular value
 _LEAST = 1e-4  # softplus(s) of a matrix that starts at the bound
 _LEARNED = "parametrizations.weight.original"  # the name of V in its layer
 _S = "parametrizations.weight.0.s"
@@ -103,7 +103,7 @@ def spectral_weight(weight: Tensor, s: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """
     matrices = weight.unflatten(0, (len(u), -1))
     sigma = ((matrices @ v[:, :, None]).squeeze(2) * u).sum(1, keepdim=True)
-    factor = (F.softplus(s) + FLOOR) / sigma
+    factor = (F.softplus(s) + _FLOOR) / sigma
     scaled: Tensor = (matrices * factor[:, :, None]).flatten(0, 1)
     return scaled
 
@@ -129,10 +129,10 @@ def decompose(weight: Tensor, num_matrices: int) -> tuple[Tensor, Tensor, Tensor
     v = F.normalize((matrices.mT @ vector if wide else vector).squeeze(2), dim=1)
     u = (matrices @ v[:, :, None]).squeeze(2)
     sigma = u.norm(dim=1, keepdim=True)
-    excess = sigma - FLOOR
+    excess = sigma - _FLOOR
     if not bool((excess > -_LEAST).all()):
         raise ValueError(
-            f"its largest singular value is {float(sigma.min()):.3g}, and {FLOOR} is the least that a "
+            f"its largest singular value is {float(sigma.min()):.3g}, and {_FLOOR} is the least that a "
             f"spectral weight has"
         )
     excess = excess.clamp(min=_LEAST)
@@ -183,9 +183,9 @@ class Reparametrisation:
         self._noisy: dict[str, NoisyWeight] = {}
         noisy = noisy_layers(model.student) if config.damp else {}
         for name, layer in (linear_layers(model) if config.spectral else {}).items():
-            num_matrices = _PARTS.get(name.rpartition(".")[2], 1)
+            parts = _PARTS.get(name.rpartition(".")[2], 1)
             try:
-                spectral = SpectralWeight(layer.weight, num_matrices)
+                spectral = SpectralWeight(layer.weight, 1 if layer.out_features % parts else parts)
             except ValueError as error:
                 raise _too_small(name, error) from error
             parametrize.register_parametrization(layer, "weight", spectral)
