@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import final
 
 import torch
@@ -27,17 +27,24 @@ class AveragedStudent:
     Args:
         student: the module that is called with images, position crops and window, such as `StudentPass`.
         averages: by the weights' names in that module, updated in place; names of no weight are passed over.
+        buffers: called before each forward; returns those that the averaged student has instead, by name.
     """
 
-    def __init__(self, student: nn.Module, averages: Mapping[str, Tensor]) -> None:
-        self._student = student
+    def __init__(
+        self,
+        student: nn.Module,
+        averages: Mapping[str, Tensor],
+        buffers: Callable[[], Mapping[str, Tensor]] = dict,
+    ) -> None:
+        self._student, self._buffers = student, buffers
         self._averages = {name: averages[name] for name, _ in student.named_parameters()}
 
     @torch.no_grad()
     def encode(self, images: Tensor, window: int | None) -> Features:
         """Compute features of [B, 3, h, w] RGB in [0, 1] by the whole position table, as in evaluation."""
         # Batch norms count what they see in their buffers, and this forward is not to be counted.
-        buffers = {name: buffer.clone() for name, buffer in self._student.named_buffers()}
+        own = self._buffers()
+        buffers = {n: own[n] if n in own else buffer.clone() for n, buffer in self._student.named_buffers()}
         features: Features = functional_call(
             self._student, {**self._averages, **buffers}, (images, None, window)
         )

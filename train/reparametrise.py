@@ -28,7 +28,6 @@ from torch.nn.utils import parametrize
 
 from radio.errors import ConfigError
 from radio.model import RadioModel
-from radio.types import Student
 
 from .config import TrainConfig
 from .data.crops import seed_of
@@ -38,7 +37,7 @@ from .data.crops import seed_of
 _FLOOR = 0.05  # PHI-S's lower bound of a matrix's largest singular value
 _LEAST = 1e-4  # softplus(s) of a matrix that starts at the bound
 _LEARNED = "parametrizations.weight.original"  # the name of V in its layer
-_S = "parametrizations.weight.0.s"
+_SPECTRAL = "parametrizations.weight.0"
 _PARTS = {"qkv": 3, "kv": 2}  # matrices of layers of these names, one below the other
 # Patch embeddings and positions: ours, E-RADIO's and timm's.
 _LEFT_OUT = re.compile(r"(^|\.)(stem|patch_embed|embeds|positions|pos_embed|rel_pos|cpb_mlp)(\.|$)")
@@ -149,17 +148,19 @@ def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def noisy_layers(student: Student) -> dict[str, nn.Linear]:
-    """Find the student's linear layers that `--damp` acts on, by name.
+def noisy_layers(model: RadioModel) -> dict[str, nn.Linear]:
+    """Find the student's linear layers, which `--damp` acts on, by their names in the model.
 
     Raises:
         ConfigError: it has none.
     """
-    assert isinstance(student, nn.Module)  # as RadioModel makes sure
-    layers = linear_layers(student)
+    layers = {
+        f"student.{name}": layer for name, layer in linear_layers(model.get_submodule("student")).items()
+    }
     if not layers:
         raise ConfigError(
-            f"--damp changes the weights of linear layers, and student {student.name} has none; leave it out"
+            f"--damp changes the weights of linear layers, and student {model.student.name} has none; leave "
+            f"it out"
         )
     return layers
 
@@ -181,7 +182,7 @@ class Reparametrisation:
         self._names = list(model.state_dict())
         self._spectral: dict[str, SpectralWeight] = {}
         self._noisy: dict[str, NoisyWeight] = {}
-        noisy = noisy_layers(model.student) if config.damp else {}
+        noisy = noisy_layers(model) if config.damp else {}
         for name, layer in (linear_layers(model) if config.spectral else {}).items():
             parts = _PARTS.get(name.rpartition(".")[2], 1)
             try:
@@ -229,9 +230,21 @@ class Reparametrisation:
             elif layer not in self._spectral:
                 plain[name] = weights[learned]
             else:
-                whole, s = _whole(weights[learned]), _whole(weights[f"{layer}.{_S}"])
+                whole, s = _whole(weights[learned]), _whole(weights[f"{layer}.{_SPECTRAL}.s"])
                 plain[name] = spectral_weight(whole, s, *iterate(whole, self._spectral[layer].u))
         return plain
+
+    @torch.no_grad()
+    def buffers_for(self, averages: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the buffers, by name, with which a forward of whole averages has the weights of `fold`."""
+        buffers: dict[str, Tensor] = {}
+        for name, spectral in self._spectral.items():
+            vectors = iterate(averages[f"{name}.{_LEARNED}"], spectral.u)
+            buffers |= {f"{name}.{_SPECTRAL}.{each}": t for each, t in zip("uv", vectors, strict=True)}
+        for name, noise in self._noisy.items():
+            at = f"{name}.parametrizations.weight.{int(name in self._spectral)}.factor"
+            buffers[at] = noise.factor.new_ones(())
+        return buffers
 
     def unfold(self, plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what the model learns, by name, for its plain weights: the inverse of `fold`.
@@ -244,7 +257,7 @@ class Reparametrisation:
             layer = name.removesuffix(".weight")
             if layer in self._spectral:
                 learned[f"{layer}.{_LEARNED}"] = weight
-                learned[f"{layer}.{_S}"] = self._decompose(layer, weight)[0]
+                learned[f"{layer}.{_SPECTRAL}.s"] = self._decompose(layer, weight)[0]
             else:
                 learned[f"{layer}.{_LEARNED}" if layer in self._noisy else name] = weight
         return learned

@@ -164,7 +164,7 @@ def check_memory(
     weights = sum(weight.numel() * 4 for weight in shape.parameters())
     held = weights * (4 + bool(config.ema)) // (partition.world if config.parallel == "fsdp" else 1)
     if config.damp:  # the noise is whole on every rank
-        held += sum(layer.weight.numel() * 4 for layer in noisy_layers(shape.student).values())
+        held += sum(layer.weight.numel() * 4 for layer in noisy_layers(shape).values())
     images = sum(12 * max(group.sides) ** 2 * group.share for group in partition.of(rank))
     if held + images > memory:
         raise ConfigError(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -179,7 +180,8 @@ class Trainer:
             self.average.start_from(self.reparametrisation.unfold(averages))
         self.averaged: AveragedStudent | None = None
         if config.mesa and self.average is not None:
-            self.averaged = AveragedStudent(StudentPass(self.model.student), self.average.tensors)
+            buffers = partial(self.reparametrisation.buffers_for, self.average.tensors)
+            self.averaged = AveragedStudent(StudentPass(self.model.student), self.average.tensors, buffers)
         self.parallel_groups = can_run_in_parallel(self.model, config, self.partition, ranks, device)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="group")
         self._two_operators = device.type == "cpu" and (self.prefetches or self.parallel_groups)

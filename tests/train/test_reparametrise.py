@@ -17,8 +17,9 @@ from radio.checkpoint import load as load_checkpoint
 from radio.errors import ConfigError
 from radio.model import AdaptorConfig, ModelConfig, RadioModel, build, load
 from radio.students import StudentOptions
-from train.config import NormaliseConfig, OptimConfig, TrainConfig
-from train.distributed import blocks_of
+from train.config import MESA_START, NormaliseConfig, OptimConfig, TrainConfig
+from train.distributed import StudentPass, blocks_of
+from train.mesa import AveragedStudent
 from train.optim import make_optimizer, moments
 from train.reparametrise import (
     NoisyWeight,
@@ -165,11 +166,14 @@ def test_folded_weights_give_the_features_of_the_next_forward(config: TrainConfi
         assert torch.allclose(a, b, atol=1e-5)
 
 
-def test_fold_and_unfold_are_inverse(config: TrainConfig) -> None:
-    model, reparametrised = tiny(config, spectral=True, damp=0.1)
+@pytest.mark.parametrize("spectral", [False, True])
+@pytest.mark.parametrize("damp", [0.0, 0.1])
+def test_fold_and_unfold_are_inverse(config: TrainConfig, spectral: bool, damp: float) -> None:
+    model, reparametrised = tiny(config, spectral=spectral, damp=damp)
     plain = {name: 1.5 * tensor for name, tensor in reparametrised.fold(model.state_dict()).items()}
-    weights = {**model.state_dict()}
-    reparametrised.write(plain, weights)
+    learned = dict(model.named_parameters())
+    assert learned.keys() <= reparametrised.unfold(plain).keys()
+    reparametrised.write(plain, model.state_dict())
     for name, tensor in reparametrised.fold(model.state_dict()).items():
         assert torch.allclose(tensor, plain[name], rtol=1e-5, atol=1e-6), name
 
@@ -238,12 +242,34 @@ def test_weights_that_are_too_small_and_students_without_linear_layers(config: T
         Reparametrisation(convolutions, replace(config, damp=0.1))
 
 
-BOTH = {"spectral": True, "damp": 0.05, "ema": 0.8}
+@pytest.mark.parametrize("spectral", [False, True])
+def test_the_averaged_student_of_mesa_is_the_published_one(config: TrainConfig, spectral: bool) -> None:
+    model, reparametrised = tiny(config, spectral=spectral, damp=0.3)
+    averages = {name: 1.1 * weight.detach() for name, weight in model.named_parameters()}
+    student = model.student
+    assert isinstance(student, nn.Module)
+    averaged = AveragedStudent(StudentPass(student), averages, lambda: reparametrised.buffers_for(averages))
+    with torch.no_grad():
+        for name, weight in averages.items():
+            if name.endswith("original"):
+                weight.add_(0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+    plain = build(ModelConfig(student="vit-tiny12", adaptors=ADAPTORS), 1).eval()
+    reparametrised.advance(0)
+    plain.load_state_dict(reparametrised.fold({**model.state_dict(), **averages}))
+    images = torch.rand(2, 3, 48, 48)
+    found = averaged.encode(images, None)
+    assert torch.allclose(found.tokens, plain(images).tokens, atol=1e-5)
+    noisy = student(images).tokens
+    assert torch.equal(noisy, student(images).tokens)  # the student keeps its own buffers
+    assert not torch.allclose(noisy, found.tokens, atol=1e-2)
+
+
+BOTH = {"spectral": True, "damp": 0.05, "ema": 0.8, "mesa": 0.5, "mesa_start": 0.0}
 
 
 def test_a_run_publishes_plain_weights(config: TrainConfig, start: Start) -> None:
-    start(config, steps=3, ema=0.8, out=config.out / "plain").train()
-    run = start(config, steps=3, **BOTH, out=config.out / "both")
+    start(config, steps=2, ema=0.8, out=config.out / "plain").train()
+    run = start(config, steps=2, **BOTH, out=config.out / "both")
     run.train()
     for name in ("ckpt.pt", "ckpt-ema.pt"):
         found, plain = (load_checkpoint(config.out / out / name).tensors for out in ("both", "plain"))
@@ -326,6 +352,8 @@ def test_parts_of_a_step_do_not_change_it(config: TrainConfig, start: Start) -> 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_ranks_train_as_one_does(config: TrainConfig, start: Start, tmp_path: Path, parallel: Any) -> None:
     changes = {"steps": 2, "optim": OptimConfig(kind="lamb", lr=1e-3), **BOTH}
+    if parallel == "fsdp":
+        changes |= {"mesa": 0.0, "mesa_start": MESA_START}
     start(config, **changes, out=tmp_path / "one").train()
     many = replace(config, **changes, parallel=parallel, out=tmp_path / "two")
 
