@@ -116,7 +116,7 @@ def _radio_v25(size: str, student: str, init: str | None) -> TrainConfig:
     """Return the recipe of a RADIOv2.5: three stages, the last with small and large images in every step.
 
     From the PHI-S paper (arXiv 2410.01680) and the RADIOv2.5 report: stages, sides, batches, teachers, PHI-S,
-    LAMB, the frozen trunk, tokens. Ours: the grid rule of DINOv2, one group for each size, no text.
+    LAMB, the frozen trunk, spectral weights, tokens. Ours: the grid rule of DINOv2, one group for each size, no text.
     """
     high = at_high(_V25_TEACHERS, SidesConfig(sides=(1024,)), 128)
     return TrainConfig(
@@ -138,6 +138,7 @@ def _radio_v25(size: str, student: str, init: str | None) -> TrainConfig:
             StageConfig(steps=300_000, resolution=432, freeze_trunk_steps=5000),
             StageConfig(steps=300_000, freeze_trunk_steps=5000, teachers=(*_V25_TEACHERS, *high)),
         ),
+        spectral=True,
         save_every=2000,
         log_every=100,
     )
@@ -175,9 +176,9 @@ def _c_radio_v4(size: str, student: str) -> TrainConfig:
     """Return the recipe of a C-RADIOv4: small and large images of many sides in every step.
 
     From its report (arXiv 2601.17237): sides, teachers, both losses and their weights of 1, shifts, MESA
-    and its moving average, tokens. Unknown, and ours: batches, steps, optimizer, how often each side is
-    drawn, MESA's weight and start; SAM in the place of SAM 3, SigLIP 2's own map in the place of the one
-    sharpened by FeatSharp.
+    and its moving average, DAMP, spectral weights, tokens. Unknown, and ours: batches, steps, optimizer, how
+    often each side is drawn, MESA's weight and start, DAMP's deviation; SAM in the place of SAM 3, SigLIP 2's
+    own map in the place of the one sharpened by FeatSharp.
     """
     high = at_high(_V4_TEACHERS, SidesConfig(sides=(512, 768, 1024, 1152)), 128)
     return TrainConfig(
@@ -197,6 +198,8 @@ def _c_radio_v4(size: str, student: str) -> TrainConfig:
         optim=OptimConfig(kind="lamb", lr=1e-3, weight_decay=0.02),
         ema=0.9996,
         mesa=1.0,
+        spectral=True,
+        damp=0.1,
         save_every=2000,
         log_every=100,
     )
