@@ -116,7 +116,8 @@ def _radio_v25(size: str, student: str, init: str | None) -> TrainConfig:
     """Return the recipe of a RADIOv2.5: three stages, the last with small and large images in every step.
 
     From the PHI-S paper (arXiv 2410.01680) and the RADIOv2.5 report: stages, sides, batches, teachers, PHI-S,
-    LAMB, the frozen trunk, spectral weights, tokens. Ours: the grid rule of DINOv2, one group for each size, no text.
+    LAMB, the frozen trunk, spectral weights, tokens. Ours: the grid rule of DINOv2, one group for each size,
+    no text.
     """
     high = at_high(_V25_TEACHERS, SidesConfig(sides=(1024,)), 128)
     return TrainConfig(
