@@ -5,7 +5,8 @@
   replaces a self-supervised encoder, but is not one.
 - `scenes:sam`: segment_anything's image encoder (112 px, patch 8); tokens before the neck, summary = mean.
 
-Each file's metadata records how it was made; tools/scene_teachers makes them again.
+Each file's metadata records how it was made; tools/scene_teachers makes them again. `scene_variants` has the
+same teachers with one known flaw each: `scenes:clip-scaled`, `scenes:sam-scaled`, `scenes:dense-noisy`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from ..types import Features
 from . import families
 from .base import Frozen, find_member, refuse_file
 from .sam import SamTrunk, assemble_sam, freeze_sam
+from .scene_variants import VARIANTS, ChangedTrunk, undo_scale
 
 # Letters: B batch, N texts, L context length, C summary width.
 
@@ -188,14 +190,18 @@ def weights_file(name: str, folder: Path = WEIGHTS) -> Path:
 
 
 def scenes_teacher(name: str, folder: Path = WEIGHTS) -> Frozen:
-    """Load the frozen scenes teacher `name`, in float32 on the CPU.
+    """Load the frozen scenes teacher `name`, or a variant of one, in float32 on the CPU.
 
     Raises:
         ConfigError: no teacher of that name; suggests the nearest.
         CheckpointError: its file in `folder` is absent or damaged.
     """
-    build = find_member(_BUILDERS, name, "scenes teacher")
-    return build(load(weights_file(name, folder)))
+    plain = find_member(_PLAIN, name, "scenes teacher")
+    teacher = _BUILDERS[plain](load(weights_file(plain, folder)), f"scenes:{name}")
+    if name in VARIANTS:
+        changed = ChangedTrunk(teacher.trunk, VARIANTS[name].change())
+        teacher.trunk = changed.eval().requires_grad_(False)
+    return teacher
 
 
 def scenes_sam(folder: Path = WEIGHTS) -> Any:
@@ -232,32 +238,37 @@ def _frozen_vit(name: str, trunk: nn.Module, native: int, text: SceneText | None
     )
 
 
-def frozen_clip(clip: Clip) -> Frozen:
+def frozen_clip(clip: Clip, name: str = "scenes:clip") -> Frozen:
     """Wrap both towers as a teacher."""
-    return _frozen_vit("scenes:clip", clip.image, 96, clip.text)
+    return _frozen_vit(name, clip.image, 96, clip.text)
 
 
-def frozen_dense(vit: ViT) -> Frozen:
+def frozen_dense(vit: ViT, name: str = "scenes:dense") -> Frozen:
     """Wrap the ViT as a teacher."""
-    return _frozen_vit("scenes:dense", vit, 108, None)
+    return _frozen_vit(name, vit, 108, None)
 
 
-_BUILDERS: dict[str, Callable[[Checkpoint], Frozen]] = {
-    "clip": lambda checkpoint: frozen_clip(_filled(Clip(), checkpoint)),
-    "dense": lambda checkpoint: frozen_dense(_filled(new_dense(), checkpoint)),
-    "sam": lambda checkpoint: freeze_sam(
+def _frozen_sam(checkpoint: Checkpoint, name: str) -> Frozen:
+    return freeze_sam(
         SamTrunk(_filled(new_sam(), checkpoint).image_encoder),
-        name="scenes:sam",
+        name=name,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
-        sam=scenes_sam,
-    ),
+        sam=scenes_sam if name == "scenes:sam" else lambda: undo_scale(scenes_sam()),
+    )
+
+
+_BUILDERS: dict[str, Callable[[Checkpoint, str], Frozen]] = {
+    "clip": lambda checkpoint, name: frozen_clip(_filled(Clip(), checkpoint), name),
+    "dense": lambda checkpoint, name: frozen_dense(_filled(new_dense(), checkpoint), name),
+    "sam": _frozen_sam,
 }
+_PLAIN = {**{name: name for name in _BUILDERS}, **{name: each.plain for name, each in VARIANTS.items()}}
 
 
 @families.register("scenes")
 def _family(name: str, file: Path | None) -> Frozen:
-    """Load the tiny teacher `clip`, `dense` or `sam` of the generated world, which is shipped.
+    """Load a tiny teacher of the generated world, which is shipped: `clip`, `dense`, `sam`, or a variant.
 
     Raises:
         ConfigError: no such member.
