@@ -11,6 +11,8 @@ from radio.config import check
 from radio.datasets import DataSets
 from radio.errors import ConfigError
 
+_MAX_SIDE = 1 << 14
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FidelitySettings:
@@ -26,21 +28,40 @@ class FidelitySettings:
     as clip=scenes:clip. Default: every teacher in the checkpoint's metadata, whose weights have to be the
     same."""
 
+    sides: tuple[str, ...] = ()
+    """NAME=SIDE: the side in pixels at which the student sees the images for the adaptor NAME. Default: that
+    of its training, the largest of several."""
+
     def __post_init__(self) -> None:
         """Validate the settings; raise `ConfigError` when they are invalid."""
         check(self)
-        names = [text.partition("=")[0] for text in self.teachers]
-        for text in self.teachers:
-            name, _, model = text.partition("=")
-            if not name or not model:
-                raise ConfigError(f"--teachers {text}: wanted NAME=MODEL, such as clip=scenes:clip")
-            if names.count(name) > 1:
-                raise ConfigError(f"--teachers names {name} twice; give each adaptor one model")
+        _check_pairs("--teachers", self.teachers, "MODEL", "clip=scenes:clip")
+        _check_pairs("--sides", self.sides, "SIDE", "clip=224")
+        for text in self.sides:
+            side = text.partition("=")[2]
+            if not (side.isdecimal() and 1 <= int(side) <= _MAX_SIDE):
+                raise ConfigError(f"--sides {text}: wanted NAME=SIDE, a side of 1 to {_MAX_SIDE} pixels")
 
     @property
     def model_of(self) -> dict[str, str]:
         """The models to compare with, as specs, by the adaptor's name."""
         return {name: model for name, _, model in (text.partition("=") for text in self.teachers)}
+
+    @property
+    def side_of(self) -> dict[str, int]:
+        """The sides of the student's input in pixels, by the adaptor's name."""
+        return {name: int(side) for name, _, side in (text.partition("=") for text in self.sides)}
+
+
+def _check_pairs(option: str, texts: tuple[str, ...], kind: str, example: str) -> None:
+    """Check that texts are NAME=VALUE, each with a name of its own."""
+    names = [text.partition("=")[0] for text in texts]
+    for text in texts:
+        name, _, value = text.partition("=")
+        if not name or not value:
+            raise ConfigError(f"{option} {text}: wanted NAME={kind}, such as {example}")
+        if names.count(name) > 1:
+            raise ConfigError(f"{option} names {name} twice; give each adaptor one {kind.lower()}")
 
 
 def data_sets(settings: FidelitySettings, sets: DataSets) -> Mapping[str, FidelitySettings]:

@@ -70,11 +70,18 @@ def find_references(model: Backbone, settings: FidelitySettings) -> list[Referen
             f"{model.name} does not say which teachers it learned from; name them with --teachers NAME=MODEL "
             f"for adaptors of {', '.join(model.adaptors)}"
         )
+    compared = settings.model_of or learned
+    if foreign := [name for name in settings.side_of if name not in compared]:
+        raise ConfigError(
+            f"--sides {foreign[0]}: is none of the adaptors that are compared; name some of "
+            f"{', '.join(compared)}"
+        )
     references = []
-    for name, spec in (settings.model_of or learned).items():
+    for name, spec in compared.items():
         find_adaptor(model, name)  # raises here rather than after the teachers before it
         entry = entries.get(name, {})
-        own = _size(entry.get("student_resolution")) or model.native_size
+        side = settings.side_of.get(name) or entry.get("student_resolution")
+        own = _size(side) or model.native_size
         recorded = None if name in settings.model_of else entry.get("fingerprint")
         size = _size(entry.get("resolution"))
         references.append(Reference(name, spec, recorded, size, model.nearest_size(*own)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -220,3 +221,24 @@ def test_models_without_teachers_are_left_out_of_all(
 def test_settings_that_name_no_model(teachers: tuple[str, ...], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         FidelitySettings(teachers=teachers)
+
+
+def test_the_student_sees_another_side_for_an_adaptor(score: Callable[..., Report]) -> None:
+    trained = score(make_student("clip", student_resolution=108))
+    told = score(make_student("clip"), FidelitySettings(num_images=5, sides=("clip=108",)))
+    assert values(told) == values(trained) != values(score(make_student("clip")))
+
+
+@pytest.mark.parametrize(
+    ("sides", "said"),
+    [
+        (("clip",), "--sides clip: wanted NAME=SIDE, such as clip=224"),
+        (("clip=0",), "--sides clip=0: wanted NAME=SIDE, a side of 1 to 16384 pixels"),
+        (("clip=big",), "--sides clip=big: wanted NAME=SIDE, a side of 1 to 16384 pixels"),
+        (("clip=96", "clip=108"), "--sides names clip twice; give each adaptor one side"),
+        (("dino=96",), "--sides dino: is none of the adaptors that are compared; name some of clip"),
+    ],
+)
+def test_sides_that_cannot_be(sides: tuple[str, ...], said: str, score: Callable[..., Report]) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        score(make_student("clip"), FidelitySettings(num_images=5, sides=sides))
