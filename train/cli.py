@@ -23,7 +23,7 @@ from radio.students import StudentOptions, options_type, students
 
 from .config import RENAMED, PlanOptions, TrainConfig
 from .recipes import recipes
-from .tables import ALL_TABLES, TABLES, describe_table, make_tables
+from .tables import NAMES, describe_table, make_tables
 from .tables.layout import Size
 from .tables.options import TableCommand
 from .tasks import find_tasks, required_settings, scored_tasks, settings_type
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     name, options = arguments[0], arguments[1:]
     _check_name(name)
-    if name in (*TABLES, ALL_TABLES):
+    if name in NAMES:
         return _make_tables(name, options, console)
     if PLAN in options:
         return _plan(name, [option for option in options if option != PLAN], console)
@@ -91,13 +91,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check_name(name: str) -> None:
     """Check that the first word is a file of settings, a recipe or a table."""
-    if _is_file(name) or name in recipes or name in (*TABLES, ALL_TABLES):
+    if _is_file(name) or name in recipes or name in NAMES:
         return
     if name.startswith("-"):
         raise ConfigError(
             f"the first word is a recipe or a config.yaml, got {name!r}; recipes: {', '.join(recipes)}"
         )
-    known = [*recipes, *TABLES, ALL_TABLES]
+    known = [*recipes, *NAMES]
     hint = did_you_mean(name, known) or f"; known: {', '.join(known)}"
     raise ConfigError(f"unknown recipe {name!r}{hint}")
 
@@ -155,7 +155,7 @@ def _make_tables(name: str, options: Sequence[str], console: Console) -> int:
     words = _words_after("--size", options) or ["small"]
     size: Size = "paper" if words[:1] == ["paper"] else "small"  # anything else is refused by the parser
     tables = make_tables(name, size)
-    tasks = tuple(dict.fromkeys(task for table in tables for task in table.tasks))
+    tasks = tuple(dict.fromkeys(task for table in tables for task in table.base.score))
     default = replace(tables[0].base, score=tasks)
     config = _with_student(default, options)
     command = _parse(TableCommand, TableCommand(config=config), options, name)
@@ -257,5 +257,5 @@ def _words_after(name: str, options: Sequence[str]) -> list[str] | None:
 
 def _listing() -> str:
     described = {name: recipes[name].__doc__ for name in recipes}
-    described |= {name: describe_table(name) for name in (*TABLES, ALL_TABLES)}
+    described |= {name: describe_table(name) for name in NAMES}
     return "\n".join(f"  {name:<20}{(text or '').splitlines()[0]}" for name, text in described.items())

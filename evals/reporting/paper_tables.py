@@ -1,4 +1,4 @@
-"""The paper's tables made again, as a file beside reports and as a section of the page."""
+"""Tables of runs, as a file beside reports and as a section of the page: the paper's, and those of claims."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from evals.core.report import Value
 from radio.io import read_json
 
 from .elements import Cell, Element, Plots, Section, grid, notes
-from .figures import Series, scatter
+from .figures import Series, lines, scatter
 
 FORMAT: Literal["am-radio-tables/1"] = "am-radio-tables/1"
 
@@ -48,7 +48,7 @@ class TableLine:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TableDifference:
-    """Whether the paper's ordering of two lines holds in one column."""
+    """Whether the paper's ordering of two lines, or what is claimed of them, holds in one column."""
 
     line: str
     against: str
@@ -56,21 +56,33 @@ class TableDifference:
     value: Value
     low: Value | None
     high: Value | None
-    paper: Value
+    paper: Value | None = None  # the paper's difference
+    claim: str = ""  # where there is no paper's: higher, lower, or empty where nothing is claimed
     verdict: str  # empty where there is no interval
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The cells below `VERDICT_HEAD`."""
+        """The cells below `MadeTable.verdict_head`."""
         known = self.low is not None and self.high is not None
         between = f"{self.low:+.2f} to {self.high:+.2f}" if known else ""
-        ours, paper = f"{self.value:+.2f}", f"{self.paper:+.2f}"
-        return (self.line, self.against, self.column, ours, between, paper, self.verdict)
+        ours = f"{self.value:+.2f}"
+        wanted = self.claim if self.paper is None else f"{self.paper:+.2f}"
+        return (self.line, self.against, self.column, ours, between, wanted, self.verdict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TableCurve:
+    """Columns of a table that are points of one curve per line."""
+
+    title: str
+    x_label: str
+    x: tuple[Value, ...]
+    columns: tuple[str, ...]  # one for each x
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MadeTable:
-    """A table of the paper, made again."""
+    """A table of the paper, made again, or one of claims."""
 
     name: str
     title: str
@@ -78,6 +90,14 @@ class MadeTable:
     lines: tuple[TableLine, ...]
     differences: tuple[TableDifference, ...] = ()
     remarks: tuple[str, ...] = ()
+    claims: bool = False  # its lines are compared with claims and not with the paper's numbers
+    curves: tuple[TableCurve, ...] = ()
+
+    @property
+    def verdict_head(self) -> tuple[str, ...]:
+        """The heads of the columns of `TableDifference.texts`."""
+        wanted = "claimed" if self.claims else "paper"
+        return ("model", "against", "column", "ours", "95 %", wanted, "verdict")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +110,6 @@ class MadeTables:
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-VERDICT_HEAD = ("model", "against", "column", "ours", "95 %", "paper", "verdict")
 _TRADEOFF = ("images/s", "k-NN")
 _FEWEST = 4  # models whose quality is plotted against their speed
 
@@ -113,14 +132,15 @@ def read_tables(path: Path) -> MadeTables:
 
 
 def tables_section(made: MadeTables) -> Section:
-    """Build the page's section of the paper's tables."""
+    """Build the page's section of tables."""
     elements: list[Element] = []
     for table in made.tables:
         title = f"{table.name}: {table.title}"
-        columns = [(column, "ours, and the paper's") for column in table.columns]
+        columns = [(column, "" if table.claims else "ours, and the paper's") for column in table.columns]
+        theirs = "" if table.claims else "; the paper's in small, on its own data"
         elements.append(
             grid(
-                f"{title}. Ours with half of a 95 % interval; the paper's in small, on its own data.",
+                f"{title}. Ours with half of a 95 % interval{theirs}.",
                 ("model", "seeds", *columns),
                 [
                     (
@@ -133,15 +153,45 @@ def tables_section(made: MadeTables) -> Section:
             )
         )
         if table.differences:
-            elements.append(
-                grid(
-                    f"{title}: does the paper's ordering hold?",
-                    VERDICT_HEAD,
-                    [each.texts for each in table.differences],
+            question = "does what is claimed show" if table.claims else "does the paper's ordering hold"
+            rows = [each.texts for each in table.differences]
+            elements.append(grid(f"{title}: {question}?", table.verdict_head, rows))
+        elements += [*_tradeoff(table), *_curves(table), *notes(list(table.remarks))]
+    papers = all(not table.claims for table in made.tables)
+    title = "the paper's tables made again" if papers else "tables of runs"
+    return Section(anchor="paper-tables", title=title, elements=tuple(elements))
+
+
+def _curves(table: MadeTable) -> list[Element]:
+    """Plot the curves of the lines that have values."""
+    panels, legend = [], dict[str, int]()
+    for number, curve in enumerate(table.curves):
+        places = [table.columns.index(column) for column in curve.columns]
+        series = []
+        for line in table.lines:
+            cells = [line.cells[place] for place in places]
+            if all(cell.value is None for cell in cells):
+                continue
+            series.append(
+                Series(
+                    name=line.label,
+                    color=legend.setdefault(line.label, len(legend)),
+                    x=curve.x,
+                    y=tuple(cell.value for cell in cells),
+                    low=tuple(_minus(cell, 1) for cell in cells),
+                    high=tuple(_minus(cell, -1) for cell in cells),
                 )
             )
-        elements += [*_tradeoff(table), *notes(list(table.remarks))]
-    return Section(anchor="paper-tables", title="the paper's tables made again", elements=tuple(elements))
+        if series:
+            name = f"{table.name}-curve-{number}"
+            panels.append((curve.title, lines(series, name=name, x_label=curve.x_label, log_x=True)))
+    caption = f"{table.name}: means over seeds with 95 % intervals."
+    return [Plots(caption=caption, panels=tuple(panels), legend=tuple(legend.items()))] if panels else []
+
+
+def _minus(cell: TableCell, sign: int) -> float | None:
+    """Return a bound of a cell's interval."""
+    return None if cell.value is None or cell.half is None else cell.value - sign * cell.half
 
 
 def _tradeoff(table: MadeTable) -> list[Element]:

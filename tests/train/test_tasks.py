@@ -27,7 +27,7 @@ from train.commands import check_tasks
 from train.config import TrainConfig
 from train.recipes import recipes
 from train.setup import check_settings
-from train.tables.layout import PaperTable
+from train.tables.layout import TableLayout
 from train.tables.options import TableCommand
 from train.tasks import check_data, scored_jobs, scored_tasks, task_settings
 
@@ -69,7 +69,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
         configs.append(config)
         return 0
 
-    def run_tables(tables: Sequence[PaperTable], default: Any, command: TableCommand, *_: Any) -> int:
+    def run_tables(tables: Sequence[TableLayout], default: Any, command: TableCommand, *_: Any) -> int:
         configs.append(command.config)
         return 0
 

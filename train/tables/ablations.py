@@ -8,10 +8,10 @@ from dataclasses import replace
 from evals.core.paper import TABLE_2, TABLE_3, TABLE_5
 
 from ..config import BalanceConfig, TrainConfig
-from .layout import OTHERS, VQA, Line, PaperTable, Runs, Size
+from .layout import OTHERS, VQA, Line, Runs, Size, TableLayout
 
 
-def spatial_losses(size: Size, base: TrainConfig, runs: Sequence[str], labels: Sequence[str]) -> PaperTable:
+def spatial_losses(size: Size, base: TrainConfig, runs: Sequence[str], labels: Sequence[str]) -> TableLayout:
     """Return table 2: spatial losses of no teacher, of one, of both.
 
     Args:
@@ -32,7 +32,7 @@ def spatial_losses(size: Size, base: TrainConfig, runs: Sequence[str], labels: S
             made[run] = replace(base, teachers=teachers)
         return {**made, runs[-1]: base}
 
-    return PaperTable(
+    return TableLayout(
         name="table2",
         title="whose spatial features are matched",
         size=size,
@@ -46,7 +46,7 @@ def spatial_losses(size: Size, base: TrainConfig, runs: Sequence[str], labels: S
     )
 
 
-def balancing(size: Size, base: TrainConfig, naive: str, prefix: str = "") -> PaperTable:
+def balancing(size: Size, base: TrainConfig, naive: str, prefix: str = "") -> TableLayout:
     """Return table 3: how the losses are balanced.
 
     Args:
@@ -63,7 +63,7 @@ def balancing(size: Size, base: TrainConfig, naive: str, prefix: str = "") -> Pa
     }
     papers = [*TABLE_3, None]  # AMTML-KD is in the text alone: worse than naive
     labels = ("naive", "uncertainty", "AdaLoss", "AMTML-KD")
-    return PaperTable(
+    return TableLayout(
         name="table3",
         title="how the losses are balanced",
         size=size,
@@ -77,7 +77,7 @@ def balancing(size: Size, base: TrainConfig, naive: str, prefix: str = "") -> Pa
     )
 
 
-def pooling(size: Size, base: TrainConfig, run: str) -> PaperTable:
+def pooling(size: Size, base: TrainConfig, run: str) -> TableLayout:
     """Return table 5: the class token as summary, or average pooling.
 
     Args:
@@ -87,7 +87,7 @@ def pooling(size: Size, base: TrainConfig, run: str) -> PaperTable:
     """
     labels = {"class token": run, "average pooling": "mean"}
     probes = (*OTHERS, "voc") if size == "paper" else OTHERS
-    return PaperTable(
+    return TableLayout(
         name="table5",
         title="class token or average pooling",
         size=size,

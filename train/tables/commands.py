@@ -22,7 +22,7 @@ from ..distributed import REQUEUE, join
 from ..loggers import LOG, say
 from ..setup import check_settings
 from ..tasks import check_data
-from .layout import PaperTable, Runs, choose_runs, runs_of, without_seed
+from .layout import Runs, TableLayout, choose_runs, runs_of, without_seed
 from .making import Row, evaluation_settings, is_done, rows_of, score_row
 from .options import TableCommand
 from .paper_size import use_data_sets
@@ -32,7 +32,7 @@ _ROUNDED = frozenset({"resolution"})  # to a side that a row's student takes
 
 
 def run_tables(
-    tables: Sequence[PaperTable], default: TrainConfig, command: TableCommand, console: Console, words: str
+    tables: Sequence[TableLayout], default: TrainConfig, command: TableCommand, console: Console, words: str
 ) -> int:
     """Run the command of tables; return its exit code: 1 where a row failed, 85 where it was stopped.
 
@@ -106,7 +106,7 @@ def _check(command: TableCommand, results: Path) -> None:
         read_tables(path)
 
 
-def _runs(table: PaperTable, default: TrainConfig, command: TableCommand) -> Runs:
+def _runs(table: TableLayout, default: TrainConfig, command: TableCommand) -> Runs:
     """Return a table's runs with what the command line changed in the settings of all tables.
 
     Raises:
@@ -224,7 +224,7 @@ def make_row(row: Row, results: Path, console: Console, ranks: Ranks, *, restart
 
 
 def _measure_speeds(
-    given: Sequence[tuple[PaperTable, Runs]], command: TableCommand, results: Path, console: Console
+    given: Sequence[tuple[TableLayout, Runs]], command: TableCommand, results: Path, console: Console
 ) -> None:
     """Measure the speeds of the tables that show them, where that has not been done."""
     from .speed import measure_speed, read_speed
@@ -236,7 +236,7 @@ def _measure_speeds(
 
 
 def show(
-    given: Sequence[tuple[PaperTable, Runs]],
+    given: Sequence[tuple[TableLayout, Runs]],
     command: TableCommand,
     results: Path,
     console: Console,

@@ -1,4 +1,8 @@
-"""What a table of the paper consists of: its lines, the runs behind them, and what each run is scored on."""
+"""What a table consists of: its lines, the runs behind them, and what each run is scored on.
+
+A table is one of the paper's, whose lines have the paper's numbers beside them, or one of claims, whose lines
+say in which columns they should be higher or lower than another line.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,8 @@ from radio.students import StudentOptions, resolve_options
 from ..config import TrainConfig
 
 Size: TypeAlias = Literal["paper", "small"]
+Claim: TypeAlias = Literal["higher", "lower", ""]
+"""How a score is claimed to differ from another line's; empty: compared, and nothing is claimed."""
 Runs: TypeAlias = Mapping[str, TrainConfig]
 """The settings of runs by name."""
 
@@ -27,6 +33,11 @@ class Source(NamedTuple):
     title: str  # of the column in small, where the paper's name would mislead
 
 
+TEACHERS = ("clip", "dense", "sam")
+"""Names of the teachers in tables of claims."""
+SIDES = (48, 72, 96, 144, 192)
+"""Sides in pixels at which tables of claims score their students, which learn at 96 px, or also at 192."""
+
 SOURCES: Mapping[str, Source] = {
     "zeroshot": Source("zeroshot", "imagenet", "top1", "zero-shot"),
     "knn": Source("knn", "imagenet", "top1", "k-NN"),
@@ -37,8 +48,35 @@ SOURCES: Mapping[str, Source] = {
     "sqa": Source("vqa", "llava", "scienceqa", "SQA-like"),
     "textvqa": Source("vqa", "llava", "textvqa", "TextVQA-like"),
     "vqav2": Source("vqa", "llava", "vqav2", "VQAv2-like"),
+    "unexplained": Source("fidelity", "imagenet", "unexplained", "unexplained, mean"),
+    **{
+        f"unexplained-{teacher}": Source(
+            "fidelity", "imagenet", f"unexplained_{teacher}", f"unexplained: {teacher}"
+        )
+        for teacher in TEACHERS
+    },
+    **{
+        f"angle-{teacher}": Source("fidelity", "imagenet", f"angle_{teacher}", f"angle: {teacher}")
+        for teacher in TEACHERS
+    },
+    **{
+        f"{task}-index": Source("resolution", "imagenet", f"{task}_index", f"{title}, worst of best side")
+        for task, title in (("knn", "k-NN"), ("zeroshot", "zero-shot"))
+    },
+    **{
+        f"{task}-{side}px": Source("resolution", "imagenet", f"{task}_top1_{side}px", f"{title}, {side} px")
+        for task, title in (("knn", "k-NN"), ("zeroshot", "zero-shot"))
+        for side in SIDES
+    },
+    "pattern": Source("pattern", "imagenet", "reproduced", "pattern reproduced"),
 }
-"""The paper's columns that evaluators fill."""
+"""The columns that evaluators fill: the paper's, and those of claims, in percent."""
+
+SPREADS: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "unexplained-spread": (("unexplained-clip", "unexplained-dense", "unexplained-sam"), "unexplained"),
+    "angle-spread": (("angle-clip", "angle-dense"), "angle"),
+}
+"""Columns of how far apart others are, the largest minus the smallest, and what those have in common."""
 
 VQA = ("gqa", "sqa", "textvqa", "vqav2")
 OTHERS = ("zeroshot", "knn", "ade20k")
@@ -59,23 +97,35 @@ class Line:
     window: AttentionWindow | None = None  # in which the model is evaluated; None = its own
     against: str = ""  # label of the line that it is compared with
     columns: tuple[str, ...] = ()  # only these of the table; () = all
+    claims: Mapping[str, Claim] = field(default_factory=dict)  # by column, of the difference to `against`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PaperTable:
-    """A table of the paper at one size."""
+class Curve:
+    """Columns that are points of one curve."""
+
+    title: str
+    x: tuple[float, ...]
+    columns: tuple[str, ...]  # one for each x
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TableLayout:
+    """A table of the paper at one size, or of claims."""
 
     name: str  # such as table3
     title: str
     size: Size
     base: TrainConfig  # the settings that its runs share
-    columns: tuple[str, ...]  # the paper's, as in `evals.core.paper`
+    columns: tuple[str, ...]  # the paper's, as in `evals.core.paper`, or others of `SOURCES`
     lines: tuple[Line, ...]
     make_runs: Callable[[TrainConfig], Runs]  # from the base with command-line overrides
     num_seeds: int = 1
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of tasks, in this table alone
     speed_resolution: Pixels | None = None  # side at which speed is measured; None = each model's own
     remarks: tuple[str, ...] = ()  # what is ours in it
+    by_request: tuple[str, ...] = ()  # tasks that are scored where --score names them
+    curves: tuple[Curve, ...] = ()
 
     def evaluation(self, line: Line, column: str) -> Evaluation | None:
         """Return the evaluation that fills a cell; None where the run itself does, or nothing.
@@ -105,6 +155,16 @@ class PaperTable:
         return tuple(dict.fromkeys(SOURCES[column].task for column in self.columns if column in SOURCES))
 
     @property
+    def scored(self) -> tuple[str, ...]:
+        """Names of the tasks that its runs score by default."""
+        return tuple(task for task in self.tasks if task not in self.by_request)
+
+    @property
+    def makes_claims(self) -> bool:
+        """Whether its lines are compared with claims, and not with the paper's numbers."""
+        return any(line.claims for line in self.lines)
+
+    @property
     def measures_speed(self) -> bool:
         """Whether the table has a column of images per second."""
         return "images_per_second" in self.columns
@@ -132,7 +192,7 @@ def find_row(table: Sequence[PaperRow], model: str) -> PaperRow:
     return next(row for row in table if row.model == model)
 
 
-def runs_of(table: PaperTable, base: TrainConfig, num_seeds: int) -> dict[str, TrainConfig]:
+def runs_of(table: TableLayout, base: TrainConfig, num_seeds: int) -> dict[str, TrainConfig]:
     """Return the runs of a table by name, each in a folder of its own.
 
     With several seeds, a run's name ends in `-seedN`.

@@ -27,7 +27,7 @@ from radio.resources import choose_device, describe_device
 from ..config import TrainConfig
 from ..scoring import num_workers, tell
 from ..tasks import task_settings
-from .layout import SOURCES, Evaluation, PaperTable, Runs, seeds_of
+from .layout import SOURCES, Evaluation, Runs, TableLayout, seeds_of
 from .paper_size import place_weights
 from .results import (
     NUM_BLOCKS,
@@ -56,7 +56,7 @@ class Row:
         return {"model": self.spec} if self.spec else deciding_settings(self.config)
 
 
-def rows_of(tables: Sequence[tuple[PaperTable, Runs]]) -> list[Row]:
+def rows_of(tables: Sequence[tuple[TableLayout, Runs]]) -> list[Row]:
     """Return the rows of tables with their runs: teachers first, what several tables show once.
 
     Raises:

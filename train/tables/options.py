@@ -16,7 +16,7 @@ from .layout import Size
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TableCommand:
-    """Make a table of the paper: train and score its rows, those that are done excepted, and print it."""
+    """Make a table: train and score its rows, those that are done excepted, and print it."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     size: Size = "small"  # the paper's, or minutes a row on the generated world

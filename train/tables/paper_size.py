@@ -29,7 +29,7 @@ from radio.students import StudentOptions, ViTDetOptions, ViTOptions
 from ..config import DataConfig, TeacherConfig, TrainConfig
 from ..recipes import CLIP, DINO, SAM, paper_b14, paper_h14
 from .ablations import balancing, pooling, spatial_losses
-from .layout import OTHERS, VQA, Line, PaperTable, Runs, find_row, nearest_side
+from .layout import OTHERS, VQA, Line, Runs, TableLayout, find_row, nearest_side
 
 OPENCLIP = TeacherConfig(
     name="clip",
@@ -140,7 +140,7 @@ def _teachers(table: Sequence[PaperRow], against: str = "") -> list[Line]:
     ]
 
 
-def table1() -> PaperTable:
+def table1() -> TableLayout:
     """The data of the distillation: four sets, two configurations."""
 
     def make_runs(base: TrainConfig) -> Runs:
@@ -161,7 +161,7 @@ def table1() -> PaperTable:
         for config in "AB"
         for name, paper_set in PAPERS_NAMES.items()
     ]
-    return PaperTable(
+    return TableLayout(
         name="table1",
         title="the data of the distillation",
         size="paper",
@@ -173,19 +173,19 @@ def table1() -> PaperTable:
     )
 
 
-def table2() -> PaperTable:
+def table2() -> TableLayout:
     """Spatial losses of no teacher, of one, of both."""
     runs = ("no-spatial", "spatial-clip", "spatial-dino", "a-datacomp")
     table = spatial_losses("paper", large_base(), runs, ("none", "CLIP", "DINOv2", "both"))
     return replace(table, remarks=("The student is inferred from other tables.",))
 
 
-def table3() -> PaperTable:
+def table3() -> TableLayout:
     """How the losses are balanced: ViT-B/14 from MetaCLIP H/14 and DINOv2 g/14."""
     return balancing("paper", replace(paper_b14(), out=large_base().out), "b14-naive", "b14-")
 
 
-def table4() -> PaperTable:
+def table4() -> TableLayout:
     """Cropped position embeddings (CPE)."""
     without = "ViT-L/14 without CPE"
     lines = (
@@ -198,7 +198,7 @@ def table4() -> PaperTable:
             against=without,
         ),
     )
-    return PaperTable(
+    return TableLayout(
         name="table4",
         title="cropped position embeddings",
         size="paper",
@@ -209,7 +209,7 @@ def table4() -> PaperTable:
     )
 
 
-def table5() -> PaperTable:
+def table5() -> TableLayout:
     """The class token as summary, or average pooling: ViT-H/14."""
     return pooling("paper", huge_base(), "b-datacomp")
 
@@ -226,7 +226,7 @@ def _student(base: TrainConfig, name: str) -> TrainConfig:
     return replace(base, student=name, options=StudentOptions(), resolution=nearest_side(name, base))
 
 
-def table6() -> PaperTable:
+def table6() -> TableLayout:
     """Efficient backbones under one recipe."""
     lines = [
         Line(
@@ -238,7 +238,7 @@ def table6() -> PaperTable:
         )
         for name in _EFFICIENT
     ]
-    return PaperTable(
+    return TableLayout(
         name="table6",
         title="efficient backbones",
         size="paper",
@@ -250,7 +250,7 @@ def table6() -> PaperTable:
     )
 
 
-def _against_teachers(number: int, table: Sequence[PaperRow], run: str, remark: str) -> PaperTable:
+def _against_teachers(number: int, table: Sequence[PaperRow], run: str, remark: str) -> TableLayout:
     clip = "OpenCLIP ViT-H/14"
 
     def make_runs(base: TrainConfig) -> Runs:
@@ -266,7 +266,7 @@ def _against_teachers(number: int, table: Sequence[PaperRow], run: str, remark: 
         }
         return {name: students[name] for name in ("e-radio-l", run)}
 
-    return PaperTable(
+    return TableLayout(
         name=f"table{number}",
         title="students and teachers",
         size="paper",
@@ -288,13 +288,13 @@ def _against_teachers(number: int, table: Sequence[PaperRow], run: str, remark: 
     )
 
 
-def table7() -> PaperTable:
+def table7() -> TableLayout:
     """Students and teachers on every task, with the released RADIOv1."""
     remark = "RADIOv1 (the paper's †) learns from DFN CLIP, OpenAI CLIP and DINOv2, and has five registers."
     return _against_teachers(7, TABLE_7, "radio-v1", remark)
 
 
-def table8() -> PaperTable:
+def table8() -> TableLayout:
     """RADIO ViTDet-H/14 in SAM's place, by the side of its windows."""
     first = "window 8"
     lines = [
@@ -321,7 +321,7 @@ def table8() -> PaperTable:
             for row in TABLE_8_OTHER
         ),
     ]
-    return PaperTable(
+    return TableLayout(
         name="table8",
         title="in SAM's place",
         size="paper",
@@ -333,9 +333,9 @@ def table8() -> PaperTable:
     )
 
 
-def table10() -> PaperTable:
+def table10() -> TableLayout:
     """The teachers."""
-    return PaperTable(
+    return TableLayout(
         name="table10",
         title="the teachers",
         size="paper",
@@ -346,6 +346,6 @@ def table10() -> PaperTable:
     )
 
 
-def table11() -> PaperTable:
+def table11() -> TableLayout:
     """Table 7 as it was published first."""
     return _against_teachers(11, TABLE_11, "b-datacomp", "RADIO is the ViT-H/14 of tables 1 and 5.")

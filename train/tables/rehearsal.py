@@ -17,7 +17,7 @@ from rich.text import Text
 from torch import nn
 
 from evals.core.task import make_evaluator
-from radio.errors import ConfigError, RadioError, shown
+from radio.errors import RadioError, shown
 from radio.hub import choose_window, load_teacher
 from radio.model import RadioModel
 
@@ -66,7 +66,8 @@ def _rehearse_student(row: Row, options: PlanOptions) -> list[str]:
     plan = make_plan(config, options)  # builds all models, and runs each group's step
     world, memory = plan.partition.world, max(kind.memory.peak for kind in plan.kinds) / 1e9
     models = outline(config)
-    model = RadioModel(models.model.config, {"teachers": describe_teachers(config, models.facts)})
+    told = {"resolution": config.resolution, "teachers": describe_teachers(config, models.facts)}
+    model = RadioModel(models.model.config, told)
     return [
         config.student,
         f"{plan.partition.batch_size} images, {world} rank{'s' * (world > 1)}, {memory:.1f} GB",
@@ -88,7 +89,7 @@ def _optimizer(config: TrainConfig, model: RadioModel) -> str:
 
 
 def _sizes(row: Row, model: Any) -> str:
-    """Describe the size at which each evaluator gives the model images.
+    """Describe the size at which each evaluator gives the model images; only its name where it has several.
 
     Raises:
         ConfigError, SizeError: an evaluator's settings do not fit the model.
@@ -99,7 +100,8 @@ def _sizes(row: Row, model: Any) -> str:
         evaluator, own = make_evaluator(evaluation.task), settings[evaluation.key]
         seen = choose_window(model, evaluation.window, model.name)
         if evaluator.input_size is None:
-            raise ConfigError(f"{evaluation.task}: its evaluator does not say the size of its images")
+            described.append(evaluation.key)
+            continue
         height, width = evaluator.input_size(seen, own)
         described.append(
             f"{evaluation.key} {height}" if height == width else f"{evaluation.key} {height}x{width}"

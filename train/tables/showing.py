@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from evals.reporting.paper_tables import (
-    VERDICT_HEAD,
     MadeTable,
     MadeTables,
     TableCell,
+    TableCurve,
     TableDifference,
     TableLine,
     markdown_table,
@@ -26,11 +28,11 @@ from radio.config import to_plain
 from radio.errors import shown
 from radio.io import write_text
 
-from .layout import OF_THE_RUN, SOURCES, Line, PaperTable, Runs, seeds_of
+from .layout import OF_THE_RUN, SOURCES, SPREADS, Line, Runs, TableLayout, seeds_of
 from .making import is_current, rows_of
 from .results import RowResult, Score, read_result
 from .speed import Speed, read_speed
-from .verdicts import difference, judge, rank_agreement
+from .verdicts import difference, judge, judge_claim, rank_agreement
 
 _TITLES = {
     "summary_loss": "summary loss",
@@ -41,7 +43,7 @@ _TITLES = {
 _FEWEST = 4  # students whose order a rank correlation describes
 
 
-def collect(tables: Sequence[tuple[PaperTable, Runs]], results: Path) -> MadeTables:
+def collect(tables: Sequence[tuple[TableLayout, Runs]], results: Path) -> MadeTables:
     """Collect tables from the results of their rows; what is not done is left empty.
 
     Raises:
@@ -50,9 +52,10 @@ def collect(tables: Sequence[tuple[PaperTable, Runs]], results: Path) -> MadeTab
     return MadeTables(tables=tuple(_collect(table, runs, results) for table, runs in tables))
 
 
-def _collect(table: PaperTable, runs: Runs, results: Path) -> MadeTable:
+def _collect(table: TableLayout, runs: Runs, results: Path) -> MadeTable:
     speed = read_speed(results, table.name) if table.measures_speed else {}
     found = {line.label: _results(line, runs, results) for line in table.lines}
+    table = replace(table, columns=tuple(_wanted_columns(table, found)))
     cells = {
         line.label: [_cell(table, line, found[line.label], column, speed) for column in table.columns]
         for line in table.lines
@@ -81,13 +84,37 @@ def _collect(table: PaperTable, runs: Runs, results: Path) -> MadeTable:
         lines=lines,
         differences=tuple(differences),
         remarks=tuple(remarks),
+        claims=table.makes_claims,
+        curves=tuple(
+            TableCurve(
+                title=curve.title,
+                x_label="side (px)",
+                x=curve.x,
+                columns=tuple(column_title(column, table) for column in curve.columns),
+            )
+            for curve in table.curves
+        ),
     )
 
 
-def column_title(column: str, table: PaperTable) -> str:
+def _wanted_columns(table: TableLayout, found: Mapping[str, Sequence[RowResult]]) -> Iterator[str]:
+    """Yield a table's columns without those of tasks that are scored on request and were not."""
+    for column in table.columns:
+        source = SOURCES.get(column)
+        if (
+            source is None
+            or source.task not in table.by_request
+            or any(_scores(table, line, found[line.label], column) for line in table.lines)
+        ):
+            yield column
+
+
+def column_title(column: str, table: TableLayout) -> str:
     """Return a column's title: the paper's name, or in small what stands for it."""
     if column in OF_THE_RUN:
         return _TITLES[column]
+    if column in SPREADS:
+        return f"{SPREADS[column][1]}: largest - smallest"
     return SOURCES[column].title if table.size == "small" else column
 
 
@@ -104,8 +131,12 @@ def _count(line: Line, runs: Runs, found: Sequence[RowResult]) -> str:
     return str(wanted) if len(found) == wanted else f"{len(found)} of {wanted}"
 
 
-def _scores(table: PaperTable, line: Line, found: Sequence[RowResult], column: str) -> list[Score]:
+def _scores(table: TableLayout, line: Line, found: Sequence[RowResult], column: str) -> list[Score]:
     """Return the scores of a line in a column, one per seed that has it."""
+    if column in SPREADS:
+        of_each = [_scores(table, line, found, each) for each in SPREADS[column][0]]
+        complete = all(len(scores) == len(found) for scores in of_each)
+        return [spread(scores) for scores in zip(*of_each, strict=True)] if complete else []
     evaluation = table.evaluation(line, column)
     if evaluation is None:
         return []
@@ -114,8 +145,20 @@ def _scores(table: PaperTable, line: Line, found: Sequence[RowResult], column: s
     return [score for score in scores if score is not None]
 
 
+def spread(scores: Sequence[Score]) -> Score:
+    """Subtract the smallest score from the largest; the interval is that of two independent ones."""
+    high, low = (choose(scores, key=lambda score: score.value) for choose in (max, min))
+    halves = [
+        (each.high - each.low) / 2 for each in (high, low) if each.low is not None and each.high is not None
+    ]
+    value, half = high.value - low.value, math.hypot(*halves)
+    if len(halves) < 2:
+        return Score(value=value)
+    return Score(value=value, low=value - half, high=value + half)
+
+
 def _cell(
-    table: PaperTable, line: Line, found: Sequence[RowResult], column: str, speed: Mapping[str, Speed]
+    table: TableLayout, line: Line, found: Sequence[RowResult], column: str, speed: Mapping[str, Speed]
 ) -> TableCell:
     if line.columns and column not in line.columns:
         return TableCell()
@@ -136,7 +179,7 @@ def _cell(
 
 
 def _differences(
-    table: PaperTable, found: Mapping[str, Sequence[RowResult]]
+    table: TableLayout, found: Mapping[str, Sequence[RowResult]]
 ) -> tuple[list[TableDifference], list[str]]:
     """Compare each line with the one that it stands against, in each column that both have.
 
@@ -152,8 +195,8 @@ def _differences(
         for column in table.columns:
             ours = _scores(table, line, found[line.label], column)
             theirs = _scores(table, other, found[other.label], column)
-            papers = [each.paper.values.get(column) if each.paper else None for each in (line, other)]
-            if not ours or not theirs or papers[0] is None or papers[1] is None:
+            gap, claim = _gap(line, other, column), line.claims.get(column)
+            if not ours or not theirs or (gap is None and claim is None):
                 continue
             protocols = [_protocols(table, each, found[each.label], column) for each in (line, other)]
             if any(each != protocols[0][0] for side in protocols for each in side):
@@ -163,7 +206,6 @@ def _differences(
                 )
                 continue
             gained = difference(ours, theirs, trained=(not line.model, not other.model))
-            gap = papers[0] - papers[1]
             made.append(
                 TableDifference(
                     line=line.label,
@@ -172,24 +214,32 @@ def _differences(
                     value=round(gained.value, 4),
                     low=None if gained.low is None else round(gained.low, 4),
                     high=None if gained.high is None else round(gained.high, 4),
-                    paper=round(gap, 4),
-                    verdict=judge(gained, gap) or "",
+                    paper=None if gap is None else round(gap, 4),
+                    claim=claim or "",
+                    verdict=(judge(gained, gap) if claim is None else judge_claim(gained, claim)) or "",
                 )
             )
     return made, not_compared
 
 
+def _gap(line: Line, other: Line, column: str) -> float | None:
+    """Return the paper's difference of two lines; None where it has none."""
+    papers = [each.paper.values.get(column) if each.paper else None for each in (line, other)]
+    return None if papers[0] is None or papers[1] is None else papers[0] - papers[1]
+
+
 def _protocols(
-    table: PaperTable, line: Line, found: Sequence[RowResult], column: str
+    table: TableLayout, line: Line, found: Sequence[RowResult], column: str
 ) -> list[Mapping[str, Any]]:
     """Return the settings behind the scores of a line in a column, one per seed that has it."""
-    evaluation = table.evaluation(line, column)
+    first = SPREADS[column][0][0] if column in SPREADS else column
+    evaluation = table.evaluation(line, first)
     assert evaluation is not None, "the line has scores in the column"
     return [result.protocols.get(evaluation.key, {}) for result in found if evaluation.key in result.scores]
 
 
 def _seeds_remarks(
-    table: PaperTable, runs: Runs, found: Mapping[str, Sequence[RowResult]], results: Path
+    table: TableLayout, runs: Runs, found: Mapping[str, Sequence[RowResult]], results: Path
 ) -> list[str]:
     """Describe where intervals lack the error of seeds, and where a cell has fewer seeds than there are."""
     remarks = []
@@ -216,7 +266,7 @@ def _seeds_remarks(
     return remarks
 
 
-def _settings_remarks(table: PaperTable, runs: Runs, results: Path) -> list[str]:
+def _settings_remarks(table: TableLayout, runs: Runs, results: Path) -> list[str]:
     """Name the results that the command would not have made: of other settings, or another program."""
     others = [
         row.name
@@ -226,7 +276,7 @@ def _settings_remarks(table: PaperTable, runs: Runs, results: Path) -> list[str]
     return [f"Made with other settings than this command's: {', '.join(others)}."] if others else []
 
 
-def _agreements(table: PaperTable, cells: Mapping[str, Sequence[TableCell]]) -> list[str]:
+def _agreements(table: TableLayout, cells: Mapping[str, Sequence[TableCell]]) -> list[str]:
     """Describe how the order of many students agrees with the paper's, in each column."""
     remarks = []
     for index, column in enumerate(table.columns):
@@ -243,20 +293,20 @@ def _agreements(table: PaperTable, cells: Mapping[str, Sequence[TableCell]]) -> 
 
 
 def print_tables(made: MadeTables, console: Console) -> None:
-    """Print the tables, with the paper's numbers beside ours, and the verdicts below."""
+    """Print the tables, with the paper's numbers beside ours where it has some, and the verdicts below."""
     style = box.ROUNDED if console.is_terminal else box.ASCII
     for table in made.tables:
         grid = Table(title=Text(shown(f"{table.name}: {table.title}")), box=style)
         grid.add_column("model", overflow="fold")
         grid.add_column("seeds", justify="right")
         for column in table.columns:
-            grid.add_column(Text(f"{column}\n(paper)"), justify="right")
+            grid.add_column(Text(column if table.claims else f"{column}\n(paper)"), justify="right")
         for line in table.lines:
             grid.add_row(Text(shown(line.label)), line.seeds, *(_both(cell) for cell in line.cells))
         console.print(grid)
         if table.differences:
             verdicts = Table(box=style)
-            for index, title in enumerate(VERDICT_HEAD):
+            for index, title in enumerate(table.verdict_head):
                 verdicts.add_column(title, justify="right" if index in (3, 4, 5) else "left")
             for row in (each.texts for each in table.differences):
                 verdicts.add_row(*(Text(shown(cell)) for cell in row))
@@ -284,20 +334,26 @@ def write_tables(made: MadeTables, path: Path) -> None:
 
 
 def as_markdown(made: MadeTables, command: str) -> str:
-    """Format the tables as a page.
+    """Format the tables as a page: all of them the paper's, or all of claims.
 
     Args:
         made: the tables.
         command: that made them.
     """
-    parts = [_INTRODUCTION.format(command=command)]
+    claims = any(table.claims for table in made.tables)
+    parts = [(_OF_CLAIMS if claims else _INTRODUCTION).format(command=command)]
     for table in made.tables:
         parts.append(f"## {table.name.replace('table', 'Table ')}: {table.title}\n")
-        rows = [[line.label, line.paper_label, line.seeds, *map(_both, line.cells)] for line in table.lines]
-        head = ["model", "the paper's", "seeds", *table.columns]
-        parts.append(markdown_table(head, rows, range(2, len(head))))
+        labels = [(line.label,) if claims else (line.label, line.paper_label) for line in table.lines]
+        rows = [
+            [*label, line.seeds, *map(_both, line.cells)]
+            for label, line in zip(labels, table.lines, strict=True)
+        ]
+        head = ["model", *([] if claims else ["the paper's"]), "seeds", *table.columns]
+        parts.append(markdown_table(head, rows, range(1 if claims else 2, len(head))))
         if table.differences:
-            parts.append(markdown_table(VERDICT_HEAD, [each.texts for each in table.differences], (3, 4, 5)))
+            texts = [each.texts for each in table.differences]
+            parts.append(markdown_table(table.verdict_head, texts, (3, 4) if claims else (3, 4, 5)))
         parts += [f"- {remark}" for remark in table.remarks]
         parts += [""] if table.remarks else []
     return "\n".join(parts)
@@ -315,4 +371,18 @@ sign, and the interval excludes zero; *reversed*: the other sign, likewise; *wit
 includes zero; *tie*: our difference is zero. Each verdict stands alone: where there is no difference at
 all, one in twenty intervals excludes zero by chance. The paper gives no intervals: its own gaps of a
 few hundredths may be noise.
+"""
+
+_OF_CLAIMS = """\
+# What is claimed, measured on the generated world
+Made by `{command}`; do not edit. Tiny students and teachers on generated images. Every score is our mean over
+seeds with half of a 95 % interval, in percent. *unexplained*: the fraction of a teacher's variance that the
+student's adaptor leaves unexplained, 100 for its mean token; *angle*: the same of summaries; *worst of best
+side*: the lowest score over the sides of the input, as a share of the highest.
+
+Below each table, lines are compared: our difference with its 95 % interval over seeds (Welch's) and images (a
+paired bootstrap, or from both lines' own intervals), and what is claimed of it. *holds*: as claimed, and the
+interval excludes zero; *reversed*: the other way, likewise; *within noise*: the interval includes zero. Where
+nothing is claimed, the verdict says what is seen. Each verdict stands alone: where there is no difference at
+all, one in twenty intervals excludes zero by chance.
 """

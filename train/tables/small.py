@@ -27,7 +27,7 @@ from radio.students import ERadioOptions, StudentOptions, ViTDetOptions, ViTOpti
 from ..config import AdaptorOptions, TrainConfig
 from ..recipes import SCENES_TEACHERS, demo
 from .ablations import balancing, pooling, spatial_losses
-from .layout import OTHERS, VQA, Line, PaperTable, Runs, find_row, nearest_side
+from .layout import OTHERS, VQA, Line, Runs, TableLayout, find_row, nearest_side
 
 SEEDS = 3
 _BASE = "base"  # the run of the shared recipe, which most tables show
@@ -95,7 +95,7 @@ def _teacher(name: str, table: Sequence[PaperRow], model: str = "", against: str
     return Line(label=spec, model=spec, paper=row, against=against)
 
 
-def table1() -> PaperTable:
+def table1() -> TableLayout:
     """The data of the distillation: four worlds, from two teachers and from three."""
 
     def make_runs(base: TrainConfig) -> Runs:
@@ -120,7 +120,7 @@ def table1() -> PaperTable:
                     against="" if world == "own" else first,
                 )
             )
-    return PaperTable(
+    return TableLayout(
         name="table1",
         title="the data of the distillation",
         size="small",
@@ -136,7 +136,7 @@ def table1() -> PaperTable:
     )
 
 
-def table2() -> PaperTable:
+def table2() -> TableLayout:
     """Spatial losses of no teacher, of one, of both."""
     runs = ("no-spatial", "spatial-clip", "spatial-dense", _BASE)
     labels = ("none", "scenes:clip", "scenes:dense", "both")
@@ -148,12 +148,12 @@ def table2() -> PaperTable:
     return replace(made, num_seeds=SEEDS, remarks=(remark,))
 
 
-def table3() -> PaperTable:
+def table3() -> TableLayout:
     """How the losses are balanced."""
     return replace(balancing("small", small_base(), _BASE), num_seeds=SEEDS)
 
 
-def table4() -> PaperTable:
+def table4() -> TableLayout:
     """Cropped position embeddings (CPE), probed at more than twice the training's side, as in the paper."""
     lines = (
         _teacher("clip", TABLE_4, "OpenCLIP H/14"),
@@ -166,7 +166,7 @@ def table4() -> PaperTable:
             against="without CPE",
         ),
     )
-    return PaperTable(
+    return TableLayout(
         name="table4",
         title="cropped position embeddings",
         size="small",
@@ -179,12 +179,12 @@ def table4() -> PaperTable:
     )
 
 
-def table5() -> PaperTable:
+def table5() -> TableLayout:
     """The class token as summary, or average pooling."""
     return replace(pooling("small", small_base(), _BASE), num_seeds=SEEDS, remarks=(_SAME_QUESTIONS,))
 
 
-def table6() -> PaperTable:
+def table6() -> TableLayout:
     """Efficient backbones: the smallest of each family under one recipe."""
 
     def make_runs(base: TrainConfig) -> Runs:
@@ -207,7 +207,7 @@ def table6() -> PaperTable:
         )
         for student, model in SIBLINGS.items()
     ]
-    return PaperTable(
+    return TableLayout(
         name="table6",
         title="efficient backbones",
         size="small",
@@ -234,7 +234,7 @@ def _families(base: TrainConfig) -> Runs:
     }
 
 
-def _against_teachers(number: int, table: Sequence[PaperRow], run: str, label: str) -> PaperTable:
+def _against_teachers(number: int, table: Sequence[PaperRow], run: str, label: str) -> TableLayout:
     clip = _teacher("clip", table)
     lines = (
         clip,
@@ -243,7 +243,7 @@ def _against_teachers(number: int, table: Sequence[PaperRow], run: str, label: s
         Line(label="E-RADIO", run="e-radio", paper=find_row(table, "E-RADIO-L"), against=label),
         Line(label=label, run=run, paper=find_row(table, "RADIO ViT-H/14"), against=clip.label),
     )
-    return PaperTable(
+    return TableLayout(
         name=f"table{number}",
         title="students and teachers",
         size="small",
@@ -256,12 +256,12 @@ def _against_teachers(number: int, table: Sequence[PaperRow], run: str, label: s
     )
 
 
-def table7() -> PaperTable:
+def table7() -> TableLayout:
     """Students and teachers on every task; the ViT has five registers, as the released RADIOv1."""
     return _against_teachers(7, TABLE_7, "registers", "RADIO with registers")
 
 
-def table8() -> PaperTable:
+def table8() -> TableLayout:
     """Students of SAM's counterpart in its place, by the side of their windows."""
     windows = {3: 8, 4: 9, 6: 18}  # of a grid of 12, and the paper's of 72
     first = f"window {min(windows)}"
@@ -298,7 +298,7 @@ def table8() -> PaperTable:
             )
         }
 
-    return PaperTable(
+    return TableLayout(
         name="table8",
         title="in SAM's place",
         size="small",
@@ -312,10 +312,10 @@ def table8() -> PaperTable:
     )
 
 
-def table10() -> PaperTable:
+def table10() -> TableLayout:
     """The teachers."""
     clip = _teacher("clip", TABLE_10)
-    return PaperTable(
+    return TableLayout(
         name="table10",
         title="the teachers",
         size="small",
@@ -331,6 +331,6 @@ def table10() -> PaperTable:
     )
 
 
-def table11() -> PaperTable:
+def table11() -> TableLayout:
     """Table 7 as it was published first; the ViT learns from all three teachers."""
     return _against_teachers(11, TABLE_11, "three-own", "RADIO")

@@ -24,7 +24,7 @@ from radio.types import Backbone
 
 from ..config import TrainConfig
 from ..setup import model_config
-from .layout import Line, PaperTable, Runs, seeds_of
+from .layout import Line, Runs, TableLayout, seeds_of
 from .paper_size import place_weights
 
 FORMAT: Literal["am-radio-speed/1"] = "am-radio-speed/1"
@@ -62,7 +62,7 @@ def read_speed(results: Path, table: str) -> dict[str, Speed]:
     return read_json(path, _FILE, strict=False).lines if path.is_file() else {}
 
 
-def measure_speed(table: PaperTable, runs: Runs, results: Path, console: Console) -> None:
+def measure_speed(table: TableLayout, runs: Runs, results: Path, console: Console) -> None:
     """Measure all models of a table in turns, and write the file; students have random weights."""
     lines = [line for line in table.lines if not line.columns or "images_per_second" in line.columns]
     base = next(iter(runs.values()), table.base)

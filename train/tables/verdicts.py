@@ -1,4 +1,4 @@
-"""Does the paper's ordering hold? Differences of lines, their intervals, and verdicts."""
+"""Does the paper's ordering hold, or what is claimed? Differences of lines, their intervals, and verdicts."""
 
 from __future__ import annotations
 
@@ -11,10 +11,19 @@ import numpy as np
 from evals.core.stats import Values, resampled_sums
 from evals.reporting.compare import METRIC_OF
 
+from .layout import Claim
 from .results import Score
 
 Verdict: TypeAlias = Literal[
-    "holds", "as the paper, within noise", "opposite, within noise", "reversed", "tie"
+    "holds",
+    "as the paper, within noise",
+    "as claimed, within noise",
+    "opposite, within noise",
+    "reversed",
+    "tie",
+    "higher",
+    "lower",
+    "no difference seen",
 ]
 
 # Letters: B blocks, A amounts, P parts or classes, R resamples.
@@ -65,6 +74,21 @@ def judge(found: Difference, papers: float | None) -> Verdict | None:
     if found.low <= 0 <= found.high:
         return "as the paper, within noise" if agrees else "opposite, within noise"
     return "holds" if agrees else "reversed"
+
+
+def judge_claim(found: Difference, claim: Claim) -> Verdict | None:
+    """Judge whether a difference is as claimed; where nothing is claimed, say what is seen.
+
+    None where an interval lacks.
+    """
+    if claim:
+        verdict = judge(found, 1.0 if claim == "higher" else -1.0)
+        return "as claimed, within noise" if verdict == "as the paper, within noise" else verdict
+    if found.low is None or found.high is None:
+        return None
+    if found.low <= 0 <= found.high:
+        return "no difference seen"
+    return "higher" if found.value > 0 else "lower"
 
 
 def rank_agreement(ours: Sequence[float], papers: Sequence[float]) -> float | None:

@@ -15,17 +15,26 @@ from radio.students import TABLE_6, resolve_options, students
 from train.config import TrainConfig
 from train.recipes import recipes
 from train.setup import check_settings
-from train.tables import ALL_TABLES, TABLES, describe_table, make_tables
-from train.tables.layout import Evaluation, PaperTable, Size, choose_runs, runs_of, seeds_of
+from train.tables import ALL_TABLES, CLAIMS, TABLES, describe_table, make_tables
+from train.tables.layout import (
+    SOURCES,
+    SPREADS,
+    Evaluation,
+    Size,
+    TableLayout,
+    choose_runs,
+    runs_of,
+    seeds_of,
+)
 from train.tables.making import rows_of
 from train.tables.paper_size import DATA_SETS, place_weights, use_data_sets
 from train.tables.results import deciding_settings
 
 BOTH: tuple[Size, ...] = ("small", "paper")
-EVERY = [(size, name) for size in BOTH for name in TABLES]
+EVERY = [*((size, name) for size in BOTH for name in TABLES), *(("small", name) for name in CLAIMS)]
 
 
-def table_of(name: str, size: Size) -> PaperTable:
+def table_of(name: str, size: Size) -> TableLayout:
     (table,) = make_tables(name, size)
     return table
 
@@ -52,7 +61,7 @@ def test_every_line_of_every_table_can_be_made(size: Size, name: str, tmp_path: 
         run.rpartition("-seed")[0] or run for run in runs
     }
     assert all(bool(line.run) != bool(line.model) for line in table.lines)
-    known = {*paper.DATA}
+    known = {*paper.DATA, *SOURCES, *SPREADS}
     assert set(table.columns) <= known
 
 
@@ -161,5 +170,5 @@ def test_data_sets_and_weights_are_those_of_the_data_root(tmp_path: Path) -> Non
         use_data_sets(replace(table.base, data_root=tmp_path / "absent"))
 
 
-def _runs(table: PaperTable) -> tuple[PaperTable, dict[str, TrainConfig]]:
+def _runs(table: TableLayout) -> tuple[TableLayout, dict[str, TrainConfig]]:
     return table, runs_of(table, table.base, table.num_seeds)
