@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from evals.reporting.elements import Plots
 from evals.reporting.paper_tables import MadeTable, TableDifference, read_tables, tables_section
 from radio import entry
 from radio.config import to_plain
@@ -192,6 +193,24 @@ def test_a_page_of_claims_does_not_speak_of_a_paper(tmp_path: Path) -> None:
     write_tables(made, tmp_path / "tables.json")
     assert read_tables(tmp_path / "tables.json") == made
     assert tables_section(made).title == "tables of runs"
+
+
+def test_mode_switching_draws_a_curve_of_each_line_that_is_done(tmp_path: Path) -> None:
+    table = table_of("mode-switching")
+    split = dict(zip(table.curves[1].columns, (10.0, 20.0, 60.0, 30.0, 5.0), strict=True))
+    shared = {**dict.fromkeys(split, 55.0), "zeroshot-index": 90.0}
+    write_rows(table, tmp_path, {"split": {**split, "zeroshot-index": 8.0}, "shared": shared})
+    made = collect([(table, runs_of(table, table.base, 3))], tmp_path)
+    for column, value, verdict in (
+        ("zero-shot, 192 px", 50.0, "holds"),
+        ("zero-shot, 96 px", -5.0, "lower"),
+        ("zero-shot, worst of best side", 82.0, "holds"),
+    ):
+        found = find(made.tables[0], "both at 96 and 192", column)
+        assert (found.value, found.verdict) == (pytest.approx(value), verdict)
+    (plots,) = [each for each in tables_section(made).elements if isinstance(each, Plots)]
+    assert [title for title, _ in plots.panels] == ["zero-shot, top-1 (%)"]  # no row has k-NN
+    assert [name for name, _ in plots.legend] == ["clip at 96, dense at 192", "both at 96 and 192"]
 
 
 @pytest.mark.parametrize("name", CLAIMS)
