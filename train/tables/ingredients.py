@@ -106,6 +106,8 @@ FRAME_AREA = (8 / 12) ** 2
 """Share of the canvas that a shifted frame shows, for shifts of up to 2 of CLIP's 8 patches; see `shift`."""
 EMA = 0.9
 """Decay of the averaged student (ours): C-RADIOv4's 0.9996 would stay at the first weights for 140 steps."""
+DAMP = 0.1
+"""Deviation of the noise on the weights (ours), as in the recipes of C-RADIOv4."""
 LAMB_LR = 1.6e-2
 """The best of 4e-3, 8e-3, 1.6e-2 and 3.2e-2 by the loss of 80 steps of the demo with seed 7, of no table."""
 
@@ -150,6 +152,18 @@ INGREDIENTS = (
         title="MESA",
         change=_mesa,
         source="C-RADIOv4, eq. 2: no figure is published; weight 1, start and decay are ours",
+    ),
+    Ingredient(
+        name="spectral",
+        title="spectral weights",
+        change=lambda base: replace(base, spectral=True),
+        source="PHI-S, C-RADIO: every linear layer's largest singular value decays; no figure is published",
+    ),
+    Ingredient(
+        name="damp",
+        title="DAMP",
+        change=lambda base: replace(base, damp=DAMP),
+        source="C-RADIOv4: noise on the weights, for robustness; no figure is published, nor its deviation",
     ),
     Ingredient(
         name="lamb",
