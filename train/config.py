@@ -26,6 +26,7 @@ Weight: TypeAlias = Annotated[float, Interval(gt=0, le=1e12)]
 LossWeight: TypeAlias = Annotated[float, Interval(ge=0, le=1e6)]
 ShiftDeviation: TypeAlias = Annotated[float, Interval(ge=0, le=16)]  # in patches
 Rate: TypeAlias = Annotated[float, Interval(ge=0, le=1e3)]
+Met: TypeAlias = Annotated[float, Interval(ge=1, le=1e6)]  # per image taken
 Damp: TypeAlias = Annotated[float, Interval(ge=0, le=1)]
 Tflops: TypeAlias = Annotated[float, Interval(ge=1e-6, le=1e6)]
 
@@ -73,15 +74,9 @@ class TeacherConfig:
 class ClusterConfig:
     """Images of large clusters taken more rarely, so that a run sees all clusters alike (C-RADIOv2)."""
 
-    folder: Path | None = (
-        None  # a file NAME.tsv for each shard, folder of images and scenes; None = all images alike
-    )
-    power: PositiveShare = (
-        1.0  # images of a cluster of n are taken with a probability ~ n^-power (ours; 1 = all clusters alike)
-    )
-    max_met: Annotated[float, Interval(ge=1, le=1e6)] = (
-        10.0  # images met for each one taken, at most: small clusters count as larger ones (ours)
-    )
+    folder: Path | None = None  # NAME.tsv for each shard and folder of images; None = all images alike
+    power: PositiveShare = 1.0  # of a cluster of n a share ~ n^-power is taken (ours); 1 = all clusters alike
+    max_met: Met = 10.0  # images met for each one taken, at most: small clusters count as larger (ours)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -235,9 +230,7 @@ class TrainConfig:
     parallel: Literal["ddp", "fsdp"] = "ddp"  # replicate or shard the student
     grad_accum_steps: Count = 1  # gradient accumulation: parts of a rank's batch
     spectral: bool = False  # learn linear layers' weights as a direction and a largest singular value (PHI-S)
-    damp: Damp = (
-        0.0  # deviation of the noise that the student's linear weights are multiplied with (ours); 0 = none
-    )
+    damp: Damp = 0.0  # deviation of the noise on the student's linear weights (ours); 0 = none
     ema: Decay = 0.0  # decay of the weights' moving average, in ckpt-ema.pt; 0 = none
     mesa: LossWeight = (
         0.0  # weight of the distance from the averaged student's tokens (C-RADIOv4; weight ours); 0 = without
