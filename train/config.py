@@ -46,19 +46,16 @@ class TeacherConfig:
     """One teacher and the weights of its losses."""
 
     name: str  # name of its adaptor and its losses, such as clip, dino or sam
-    adaptor: str | None = (
-        None  # train that of another teacher, the same model in another group; None = one of its own
-    )
+    adaptor: str | None = None
+    """Train that of another teacher, the same model in another group; None = one of its own."""
     model: str  # a spec such as scenes:clip or openclip:ViT-H-14-quickgelu@FILE
     resolution: Pixels | None = None  # input side in pixels; None = its native size
     student_resolution: Pixels | None = None  # student's input side; None = the run's, one or several
     student_resolutions: SidesConfig = field(default_factory=SidesConfig)  # several, instead of one
-    same_grid: bool = (
-        False  # see as many tokens as the student, in every step; resolution is then the largest side
-    )
-    batch_size: BatchSize | None = (
-        None  # images per step over all ranks; None = the run's (paper §4: fewer for SAM)
-    )
+    same_grid: bool = False
+    """See as many tokens as the student, in every step; resolution is then the largest side."""
+    batch_size: BatchSize | None = None
+    """Images per step over all ranks; None = the run's (paper §4: fewer for SAM)."""
     mosaic: bool = False  # lay several of the student's images into one input of a teacher of one size (SAM)
     fingerprint: str | None = None  # expected fingerprint of its weights; None = any
     summary_weight: LossWeight = 1.0  # lambda of eq. 2
@@ -89,15 +86,13 @@ class DataConfig:
     weights: tuple[Weight, ...] = ()  # share of the batch per pattern, folder, then scenes; () = one pool
     clusters: ClusterConfig = field(default_factory=ClusterConfig)
     scenes_seed: Seed = 2  # the teachers were trained on seed 1, evaluators use seed 0
-    scenes_domain: Literal["own", "night", "web", "mixture"] = (
-        "own"  # how scenes look: as the teachers know them, dark, as noisy web images, or all of these
-    )
+    scenes_domain: Literal["own", "night", "web", "mixture"] = "own"
+    """How scenes look: as the teachers know them, dark, as noisy web images, or all of these."""
     crop_scale: tuple[PositiveShare, PositiveShare] = (0.08, 1.0)  # RandomResizedCrop: range of the area
     crop_aspect: tuple[Aspect, Aspect] = (3 / 4, 4 / 3)
     flip: Share = 0.5  # probability of a horizontal flip
-    num_streams: BatchSize = (
-        1024  # data streams per group, fixed for a run: the largest divisor of its batch up to this
-    )
+    num_streams: BatchSize = 1024
+    """Data streams per group, fixed for a run: the largest divisor of its batch up to this."""
     workers: Workers = 2  # loader processes per rank; 0 = load in the trainer
     max_error_fraction: Share = 0.01  # stop if a larger share of images, or of shards, cannot be read
 
@@ -106,18 +101,15 @@ class DataConfig:
 class LossConfig:
     """Eq. 2, a distance of the summaries, and eq. 3: alpha * cosine + beta * smooth L1, per token."""
 
-    summary: Literal["cosine", "l1", "mse", "smooth-l1", "angle"] = (
-        "cosine"  # the paper compared the first four (§3.3); smooth-l1 uses smooth_l1_beta; angle: C-RADIOv4
-    )
-    dispersion: Literal["fixed", "running"] = (
-        "fixed"  # angle: measured before the first step, or over all steps so far
-    )
+    summary: Literal["cosine", "l1", "mse", "smooth-l1", "angle"] = "cosine"
+    """The paper compared the first four (§3.3); smooth-l1 uses smooth_l1_beta; angle: C-RADIOv4."""
+    dispersion: Literal["fixed", "running"] = "fixed"
+    """For angle: measured before the first step, or over all steps so far."""
     cosine: LossWeight = 0.9
     smooth_l1: LossWeight = 0.1
     smooth_l1_beta: LossWeight = 1.0  # where smooth L1 becomes linear (PyTorch's default; not in the paper)
-    shift: ShiftDeviation = (
-        0.0  # each model sees its frame shifted by round(N(0, this)) patches (C-RADIOv4: 0.5); 0 = not
-    )
+    shift: ShiftDeviation = 0.0
+    """Each model sees its frame shifted by round(N(0, this)) patches (C-RADIOv4: 0.5); 0 = not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,9 +117,8 @@ class BalanceConfig:
     """How the teachers' losses are balanced (paper §3.3.1, appendix D), on top of the configured weights."""
 
     kind: Literal["naive", "uncertainty", "adaloss", "amtml"] = "naive"
-    regularizer_scale: Positive = (
-        1.0  # uncertainty: factor of softplus(b) in eq. 6 (ours; the paper's is lost)
-    )
+    regularizer_scale: Positive = 1.0
+    """For uncertainty: factor of softplus(b) in eq. 6 (ours; the paper's is lost)."""
     momentum: Decay = 0.99  # adaloss: momentum of the moving averages in eq. 7
 
 
@@ -135,9 +126,8 @@ class BalanceConfig:
 class NormaliseConfig:
     """Teachers' tokens standardised, so that every teacher's spatial loss has one scale (PHI-S)."""
 
-    kind: Literal["none", "phi-s", "global", "channel", "pca", "zca"] = (
-        "none"  # others than none: the mean squared error of standardised tokens instead of eq. 3
-    )
+    kind: Literal["none", "phi-s", "global", "channel", "pca", "zca"] = "none"
+    """Others than none: the mean squared error of standardised tokens instead of eq. 3."""
     steps: Count = 100  # measure on the images of so many first steps, before them (ours; PHI-S's are 3,000)
 
 
@@ -153,9 +143,8 @@ class AdaptorOptions:
 class OptimConfig:
     """Optimizer and learning rate with linear warm-up (paper §4: AdamW, cosine; the rest is ours)."""
 
-    kind: Literal["adamw", "muon", "lamb"] = (
-        "adamw"  # muon: for linear layers and kernels; lamb: for all that decays; AdamW for the rest
-    )
+    kind: Literal["adamw", "muon", "lamb"] = "adamw"
+    """Muon: for linear layers and kernels; lamb: for all that decays; AdamW for the rest."""
     lr: Rate = 1e-3
     weight_decay: Rate = 0.02
     betas: tuple[Decay, Decay] = (0.9, 0.999)
@@ -203,9 +192,8 @@ class TrainConfig:
     options: Annotated[OptionsField, tyro.conf.arg(name="student")] = field(default_factory=StudentOptions)
     init: str | None = None  # first weights: a checkpoint, timm:NAME@FILE or radio:FILE; None = random ones
     freeze_trunk_steps: CountOrZero = 0  # first steps in which only the adaptors learn
-    summary: Literal["shared", "per-teacher", "mean"] = (
-        "shared"  # one class token, one per teacher, or average pooling
-    )
+    summary: Literal["shared", "per-teacher", "mean"] = "shared"
+    """One class token, one per teacher, or average pooling."""
     windows: tuple[Side, ...] = (
         6,
         7,
@@ -215,7 +203,8 @@ class TrainConfig:
         14,
         16,
         18,
-    )  # window sides to sample from; those that divide the grid are used
+    )
+    """Window sides to sample from; those that divide the grid are used."""
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     normalise: NormaliseConfig = field(default_factory=NormaliseConfig)
@@ -223,18 +212,16 @@ class TrainConfig:
     adaptor: AdaptorOptions = field(default_factory=AdaptorOptions)
     optim: OptimConfig = field(default_factory=OptimConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
-    teacher_placement: Literal["dedicated", "shared"] = (
-        "dedicated"  # separate ranks per group of teachers, or all ranks for each group
-    )
+    teacher_placement: Literal["dedicated", "shared"] = "dedicated"
+    """Separate ranks per group of teachers, or all ranks for each group."""
     ranks_per_group: tuple[NumRanks, ...] = ()  # ranks per group; () = chosen by cost
     parallel: Literal["ddp", "fsdp"] = "ddp"  # replicate or shard the student
     grad_accum_steps: Count = 1  # gradient accumulation: parts of a rank's batch
     spectral: bool = False  # learn linear layers' weights as a direction and a largest singular value (PHI-S)
     damp: Damp = 0.0  # deviation of the noise on the student's linear weights (ours); 0 = none
     ema: Decay = 0.0  # decay of the weights' moving average, in ckpt-ema.pt; 0 = none
-    mesa: LossWeight = (
-        0.0  # weight of the distance from the averaged student's tokens (C-RADIOv4; weight ours); 0 = without
-    )
+    mesa: LossWeight = 0.0
+    """Weight of the distance from the averaged student's tokens (C-RADIOv4; weight ours); 0 = without."""
     mesa_start: ShareBelowOne = MESA_START  # share of the steps before that term starts (ours)
     seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -251,9 +238,8 @@ class TrainConfig:
     eval_tasks: tuple[str, ...] = ("knn", "zeroshot")  # evaluators to run
     max_nonfinite_steps: Count = 10  # stop after so many skipped steps in a row (non-finite gradients)
     score: tuple[str, ...] = ()  # tasks at the end, for student, untrained student, teachers
-    data_root: Path | None = (
-        None  # data.yaml that names data sets, or their folder; None = the generated world
-    )
+    data_root: Path | None = None
+    """A data.yaml that names data sets, or their folder; None = the generated world."""
     tasks: TasksField = field(default_factory=dict)  # settings of tasks other than their defaults, by name
     stages: tuple[StageConfig, ...] = ()  # further stages, trained after that of the settings above
 
@@ -262,9 +248,8 @@ class TrainConfig:
 class PlanOptions:
     """Assumptions of a plan."""
 
-    world: NumRanks | None = (
-        None  # number of ranks; None = the paper's 64 if they can share the batches, else 1
-    )
+    world: NumRanks | None = None
+    """Number of ranks; None = the paper's 64 if they can share the batches, else 1."""
     utilisation: PositiveShare = 0.4  # share of --peak-tflops (default: an A100's 312) that a rank reaches
     images: Count | None = None  # images in the data, for the number of passes; None = unknown, except scenes
     measured: Path | None = None  # metrics.jsonl of a run with these teachers, to use its times

@@ -276,7 +276,7 @@ def test_the_norms_of_ranks_meet(gpu: torch.device) -> None:
     x = torch.rand(4, 3, 8, 8, device=gpu)
     plain = torch.nn.BatchNorm2d(3).to(gpu)
     network = torch.nn.Sequential(torch.nn.BatchNorm2d(3)).to(gpu)
-    synchronise_norms(network, Peers((0, 1), None, (0,)))
+    synchronise_norms(network, Peers((0, 1), 2, None, (0,)))
     assert torch.allclose(
         network.eval()(x), F.batch_norm(x, plain.running_mean, plain.running_var), atol=1e-4
     )

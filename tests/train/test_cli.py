@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -232,6 +233,25 @@ def test_the_list_of_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert said.startswith("usage: radio-train RECIPE")
     assert all(said.count(f"\n  {name} ") == 2 for name in recipes)
+
+
+SELF_EXPLAINING = {
+    *("recipe", "student", "steps", "out", "seed", "device", "data.crop-aspect", "balance.kind"),
+    *("loss.cosine", "loss.smooth-l1", "optim.lr", "optim.weight-decay", "optim.betas"),
+}
+
+
+def test_every_option_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    """A comment that tyro does not see, such as one in parentheses, would be missing."""
+    with pytest.raises(SystemExit):
+        main(["smoke", "--help"])
+    lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
+    silent = {
+        line.split()[0].strip("-,")
+        for line, text in pairwise(lines)
+        if line.startswith("--") and text.startswith("(default")
+    }
+    assert silent <= SELF_EXPLAINING and len(lines) > 300
 
 
 def test_a_plan_runs_nothing(

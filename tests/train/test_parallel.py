@@ -95,7 +95,7 @@ def test_synchronised_norms_are_the_same_network(name: str) -> None:
     plain = sum(isinstance(module, _BatchNorm) for module in student.modules())
     with torch.inference_mode():
         before = student.eval()(images)
-        synchronise_norms(student, Peers((0, 1), None, (0,)))
+        synchronise_norms(student, Peers((0, 1), 2, None, (0,)))
         after = student(images)
     assert sum(isinstance(module, torch.nn.SyncBatchNorm) for module in student.modules()) == plain
     assert torch.equal(before.tokens, after.tokens)
@@ -105,7 +105,7 @@ def test_synchronised_norms_are_the_same_network(name: str) -> None:
 def test_norms_take_their_statistics_over_the_group_and_no_further() -> None:
     def convert(ranks: tuple[int, ...], group: object) -> torch.nn.Module:
         network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
-        synchronise_norms(network, Peers(ranks, group, (0,)))  # type: ignore[arg-type]
+        synchronise_norms(network, Peers(ranks, 2, group, (0,)))  # type: ignore[arg-type]
         return network[1]
 
     group = object()

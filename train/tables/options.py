@@ -21,9 +21,8 @@ class TableCommand:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     size: Size = "small"  # the paper's, or minutes a row on the generated world
     rows: tuple[str, ...] = ()  # only these rows, on this node; () = all
-    seeds: Count | None = (
-        None  # runs of each row; None = three in small (table 6: one), one at the paper's size
-    )
+    seeds: Count | None = None
+    """Runs of each row; None = three in small (table 6: one), one at the paper's size."""
     results: Path | None = None  # folder of the rows' results; None = results/ in --out
     page: Path | None = None  # also write the tables as this markdown page
     minutes: NotNegative | None = None  # begin no further row after this time; the same command goes on
