@@ -23,7 +23,7 @@ from .small import SEEDS, small_base
 FIDELITY = FidelitySettings(num_images=600)
 BASE_SIDES = ("clip=96", "dense=96", "sam=168")
 RESOLUTION = ResolutionSettings(
-    sides=SIDES, knn=KnnSettings(scenes=(1500, 600)), zeroshot=ZeroshotSettings(scenes=600)
+    sides=SIDES, knn=KnnSettings(scenes=(600, 300)), zeroshot=ZeroshotSettings(scenes=300)
 )
 """Settings of tasks in tables of claims, of some seconds a row (ours); k-NN and zero-shot have their own."""
 
