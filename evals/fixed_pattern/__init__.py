@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from evals.core import evaluators
 from evals.core.task import Evaluator, Scenes, ViewSettings, late
-from radio.types import Backbone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,11 +24,6 @@ class PatternSettings(ViewSettings):
     """Number of images of the generated world."""
 
 
-def missing_requirements(model: Backbone) -> str:
-    """Explain why the model cannot have learned a pattern; empty if it can."""
-    return "" if model.adaptors else f"{model.name} has no adaptors; a distilled student has"
-
-
 @evaluators.register("pattern")
 def make() -> Evaluator[PatternSettings]:
     """Fixed-pattern noise of a teacher that a student reproduces, where the noise is known."""
@@ -39,6 +33,6 @@ def make() -> Evaluator[PatternSettings]:
         evaluate=late("evals.fixed_pattern.evaluator:evaluate"),
         title="fixed-pattern noise",
         on_request=True,  # a student of the plain teachers has no noise to learn
-        missing_requirements=missing_requirements,
+        missing_requirements=late("evals.fixed_pattern.evaluator:missing_requirements"),
         input_size=late("evals.core.features:view_size"),
     )

@@ -22,6 +22,11 @@ from . import PatternSettings
 # Letters: N images, T tokens, D width of a token, H W grid.
 
 
+def missing_requirements(model: Backbone) -> str:
+    """Explain why the model cannot have learned a pattern; empty if it can."""
+    return "" if model.adaptors else f"{model.name} has no adaptors; a distilled student has"
+
+
 def evaluate(model: Backbone, settings: PatternSettings, run: EvalRun) -> Result:
     """Score how much of the difference of two teachers a student's adaptor reproduces.
 

@@ -33,7 +33,7 @@ TEACHERS = (
     TeacherConfig(name="dino", model="-", summary_weight=0.5),
     TeacherConfig(name="sam", model="-", student_resolution=144, batch_size=4, summary_weight=0.0),
 )
-FACTS = {teacher.name: TeacherFacts("", {96: (96, 96)}, 5, 7, 12) for teacher in TEACHERS}
+FACTS = {teacher.name: TeacherFacts("", {96: (96, 96), 144: (96, 96)}, 5, 7, 12) for teacher in TEACHERS}
 CONFIG = TrainConfig(
     recipe="fake",
     student="vit-tiny12",
@@ -122,7 +122,7 @@ def batch_of(trainer: Trainer) -> Batch:
         known = Features(
             torch.rand(group.share, 5, device=GPU), torch.rand(group.share, 35, 7, device=GPU), (5, 7)
         )
-        images = torch.rand(group.share, 3, group.side, group.side, device=GPU)
+        images = torch.rand(group.share, 3, *group.sides, *group.sides, device=GPU)
         batches.append(GroupBatch(group, images, dict.fromkeys(group.teachers, known)))
     return Batch(tuple(batches), 0.0)
 
