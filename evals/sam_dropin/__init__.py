@@ -40,7 +40,10 @@ class SamSettings:
     clicks: Annotated[int, Interval(ge=1, le=100)] = 1
     """Points per object: the first inside it, each next one in the larger error region."""
     detections: Path | None = None
-    """Use a detector's boxes (COCO results JSON) as prompts and score the masks as COCO AP."""
+    """Use a detector's boxes (COCO results JSON) as prompts and score the masks as COCO AP; as LVIS AP where
+    --data is a file of LVIS."""
+    score_thresholds: tuple[float, ...] = ()
+    """With --detections, also the AP of those boxes whose score is at least each of these."""
     protocol: Literal["paper", "efficientvit-2025"] = "paper"
     """paper: all annotations, plain union. efficientvit-2025: those of area 1 or more, union + 1e-7."""
     crowds: bool = True
@@ -62,6 +65,10 @@ class SamSettings:
             raise ConfigError(f"clicks = {self.clicks} goes with --prompts points; give that too")
         if self.detections is not None and (self.prompts == "points" or self.data is None):
             raise ConfigError("--detections takes a detector's boxes on --data; leave --prompts points out")
+        if self.score_thresholds and self.detections is None:
+            raise ConfigError("--score-thresholds are of a detector's boxes; give --detections too")
+        if len(set(self.score_thresholds)) < len(self.score_thresholds):
+            raise ConfigError(f"--score-thresholds {self.score_thresholds}: give each score once")
         if self.detections is not None and self.save_masks:
             raise ConfigError("--save-masks compares with ground truth, which --detections does not look at")
 

@@ -1,4 +1,4 @@
-"""Read and validate COCO files: instances and detections from users, checked as a whole before any work.
+"""Read and validate files of COCO and LVIS: instances and detections, checked as a whole before any work.
 
 pycocotools does not validate its input: a polygon far outside its image crashes the interpreter, run lengths
 that do not add up are read from uninitialised memory, an annotation that shares its id is scored against
@@ -16,7 +16,6 @@ from typing import Annotated, Any, NamedTuple, NotRequired
 import numpy as np
 from annotated_types import Interval, Len
 from pydantic import AllowInfNan, BeforeValidator, TypeAdapter
-from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
 from radio.errors import DataError, MissingExtraError, require, shown
@@ -52,6 +51,8 @@ class CocoImage(NamedTuple):
     name: str
     size: tuple[int, int]  # (H, W)
     instances: tuple[Instance, ...]
+    searched: frozenset[int] | None = None  # LVIS: the categories it was searched for; None = all
+    not_exhaustive: frozenset[int] = frozenset()  # LVIS: those of which not every object is annotated
 
 
 class CocoFile(NamedTuple):
@@ -60,6 +61,7 @@ class CocoFile(NamedTuple):
     images: tuple[CocoImage, ...]  # with all their annotations, in the order of the file
     categories: dict[int, str]  # names by id, in the order of the file
     digest: str  # of its bytes
+    frequencies: Mapping[int, Any]  # LVIS: r (rare), c (common) or f (frequent), by category
 
 
 class Detection(NamedTuple):
@@ -86,15 +88,9 @@ _Box = Annotated[list[_Coordinate], Len(4, 4)]
 
 
 def _named(value: Any) -> Any:
-    """Raise an error that explains how to add LVIS's missing file_name: it is the end of coco_url."""
+    """Add LVIS's missing file_name: the end of coco_url, such as val2017/000000000001.jpg."""
     if isinstance(value, dict) and "file_name" not in value and isinstance(value.get("coco_url"), str):
-        name = "/".join(value["coco_url"].split("/")[-2:])
-        raise PydanticCustomError(
-            "missing",
-            "file_name is missing, as in LVIS; write the end of coco_url into each image ({name}), and give "
-            "the folder that holds it as --images",
-            {"name": brief(name)},
-        )
+        return {**value, "file_name": "/".join(value["coco_url"].split("/")[-2:])}
     return value
 
 
@@ -103,6 +99,8 @@ class _Image(TypedDict):
     file_name: Annotated[str, Len(1, 4096)]
     height: _Side
     width: _Side
+    neg_category_ids: NotRequired[list[_Id]]
+    not_exhaustive_category_ids: NotRequired[list[_Id]]
 
 
 class _Annotation(TypedDict):
@@ -118,6 +116,7 @@ class _Annotation(TypedDict):
 class _Category(TypedDict):
     id: _Id
     name: str | int
+    frequency: NotRequired[Any]
 
 
 class _Instances(TypedDict):
@@ -138,7 +137,7 @@ _RESULTS = TypeAdapter(list[_Entry])
 
 
 def read_instances(file: Path) -> CocoFile:
-    """Read and validate an instances file.
+    """Read and validate an instances file of COCO or LVIS.
 
     Raises:
         DataError: not COCO instances; repeated ids, an image or category that is not listed, a box,
@@ -160,6 +159,7 @@ def read_instances(file: Path) -> CocoFile:
     ]
     _refuse(file, "images", len(sizes), faults)
     categories = {category["id"]: str(category["name"]) for category in data["categories"]}
+    searched = _searched(file, data)
     instances: dict[int, list[Instance]] = {id: [] for id in sizes}
     for annotation in data["annotations"]:
         try:
@@ -179,10 +179,42 @@ def read_instances(file: Path) -> CocoFile:
             )
     _refuse(file, "images", len(sizes), faults)
     images = tuple(
-        CocoImage(image["id"], image["file_name"], sizes[image["id"]], tuple(instances[image["id"]]))
+        CocoImage(
+            id=image["id"],
+            name=image["file_name"],
+            size=sizes[image["id"]],
+            instances=tuple(instances[image["id"]]),
+            searched=searched.get(image["id"]),
+            not_exhaustive=frozenset(image.get("not_exhaustive_category_ids", ())),
+        )
         for image in data["images"]
     )
-    return CocoFile(images, categories, hashlib.sha256(raw).hexdigest())
+    marks = {each["id"]: each["frequency"] for each in data["categories"] if "frequency" in each}
+    digest = hashlib.sha256(raw).hexdigest()
+    return CocoFile(images, categories, digest, marks if searched else {})
+
+
+def _searched(file: Path, data: _Instances) -> dict[int, frozenset[int]]:
+    """Return the categories that each image of a file of LVIS was searched for; empty for other files."""
+    images = data["images"]
+    absent = {image["id"]: image["neg_category_ids"] for image in images if "neg_category_ids" in image}
+    if absent and len(absent) < len(images):
+        raise DataError(
+            f"{shown(file)}: {len(absent)} of {len(images)} images have neg_category_ids; in LVIS all have, "
+            f"in COCO none"
+        )
+    listed = {category["id"] for category in data["categories"]}
+    faults = [
+        f"image {id} has neg_category_ids {min(set(ids) - listed)}, which the file does not list"
+        for id, ids in absent.items()
+        if not listed.issuperset(ids)
+    ]
+    _refuse(file, "images", len(images), faults)
+    searched = {id: set(ids) for id, ids in absent.items()}
+    for annotation in data["annotations"] if searched else ():
+        if annotation["image_id"] in searched:
+            searched[annotation["image_id"]].add(annotation["category_id"])
+    return {id: frozenset(ids) for id, ids in searched.items()}
 
 
 def read_results(file: Path) -> tuple[list[Detection], str]:

@@ -60,7 +60,7 @@ class Instances:
         notes: tuple[str, ...] = (),
     ) -> None:
         self.images, self.files, self.name, self.notes = images, files, name, notes
-        self.categories = file.categories
+        self.categories, self.frequencies = file.categories, file.frequencies
         self.annotated: Mapping[int, CocoImage] = {image.id: image for image in file.images}
         self._digest = file.digest
         self._indices = {image.id: index for index, image in enumerate(images)}
@@ -79,6 +79,11 @@ class Instances:
         if (height, width) != image.size:
             raise DataError(_other_size(image, (height, width), self.name))
         return pixels
+
+    @property
+    def is_lvis(self) -> bool:
+        """Whether each image names the categories that it was searched for."""
+        return any(image.searched is not None for image in self.annotated.values())
 
     @property
     def count(self) -> int:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +22,9 @@ from radio.types import Backbone
 
 from . import SamSettings
 from .annotations import CocoImage
-from .data import Detections, Instances, open_detections, open_instances, run_lengths
+from .data import Instances, open_detections, open_instances
 from .encoder import make_drop_in
+from .precision import average_precision, draw_thresholds
 from .prediction import Chunk, EncodedMask, MaskScore, Predictor
 
 # Letters: N instances, H W pixels, R resamples.
@@ -42,7 +40,6 @@ _BARS = {
     "filled_box_miou": "filled box",
 }
 _PANELS = 3  # of the best, the median and the worst instances
-_STATS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")  # the first of COCOeval, in its order
 
 
 def missing_requirements(model: Backbone) -> str:
@@ -98,9 +95,11 @@ def evaluate(model: Backbone, settings: SamSettings, run: EvalRun) -> Result:
         chunks = predictor.score_all(detections.images, detections.fingerprint, detections.name)
         masks = [each for chunk in chunks for each in chunk.records if isinstance(each, EncodedMask)]
         count = f"{len(masks)} detections on {len(detections.images)} of {len(data.images)} images"
+        metrics = average_precision(detections, masks, settings.score_thresholds)
         return Result(
-            metrics={**average_precision(detections, masks), **_rates(chunks)},
+            metrics={**metrics, **_rates(chunks)},
             data=[used],
+            blocks=draw_thresholds(metrics, settings.score_thresholds),
             records=(
                 {
                     "id": mask.entry,
@@ -258,63 +257,6 @@ def _rates(chunks: Sequence[Chunk]) -> dict[str, Metric]:
             rate = sum(images for images, _ in kept) / sum(seconds for _, seconds in kept)
             rates[name] = Metric(value=rate, unit="images/s")
     return rates
-
-
-def average_precision(detections: Detections, masks: Sequence[EncodedMask]) -> dict[str, Metric]:
-    """Compute COCO's mask AP in percent: mean over IoU 0.50 to 0.95, at 0.50, at 0.75, and by size.
-
-    The detector's scores rank the masks. A size without ground truth is omitted.
-    """
-    categories = {each.id: each.category for image in detections.images for each in image.instances}
-    results = [
-        {
-            "image_id": mask.image_id,
-            "category_id": categories[mask.entry],
-            "score": detections.scores[mask.entry],
-            "segmentation": {"size": list(mask.size), "counts": mask.counts},
-        }
-        for mask in masks
-    ]
-    library = require("pycocotools.cocoeval", extra="sam")
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its tables
-        truth = _index_truth(detections.truth)
-        scorer = library.COCOeval(truth, truth.loadRes(results), "segm")
-        scorer.params.imgIds = [image.id for image in detections.truth.images]
-        scorer.evaluate()
-        scorer.accumulate()
-        scorer.summarize()
-    return {
-        name: Metric(value=100 * float(value))
-        for name, value in zip(_STATS, scorer.stats[: len(_STATS)], strict=True)
-        if value >= 0
-    }
-
-
-def _index_truth(truth: Instances) -> Any:
-    """Index the ground truth for pycocotools: all annotations of the images, scored or not.
-
-    They get new ids that start at 1: COCOeval treats an id of 0 as no match.
-    """
-    images = [truth.annotated[image.id] for image in truth.images]
-    instances = [(image, instance) for image in images for instance in image.instances]
-    coco = require("pycocotools.coco", extra="sam").COCO()
-    coco.dataset = {
-        "images": [{"id": image.id, "height": image.size[0], "width": image.size[1]} for image in images],
-        "categories": [{"id": id, "name": name} for id, name in truth.categories.items()],
-        "annotations": [
-            {
-                "id": id,
-                "image_id": image.id,
-                "category_id": instance.category,
-                "area": instance.area,
-                "iscrowd": int(instance.crowd),
-                "segmentation": run_lengths(instance, image.size),
-            }
-            for id, (image, instance) in enumerate(instances, start=1)
-        ],
-    }
-    coco.createIndex()
-    return coco
 
 
 _MIN_SIDE = 320  # pixels of a panel's images: small ones are enlarged by an integer factor

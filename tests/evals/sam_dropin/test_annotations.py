@@ -103,15 +103,46 @@ def test_a_file_under_two_forms_of_its_name_counts_once(world: tuple[Path, Path]
         opened(world)
 
 
-def test_a_file_of_lvis_is_told_what_it_lacks(world: tuple[Path, Path], change: Change) -> None:
-    def edit(data: Any) -> None:
-        for image in data["images"]:
-            image["coco_url"] = f"http://images.cocodataset.org/val2017/{image.pop('file_name')}"
+def as_lvis(data: Any) -> None:
+    """Name the images as LVIS does, by their address, and the categories that they were searched for."""
+    for image in data["images"]:
+        image["coco_url"] = f"http://images.cocodataset.org/images/{image.pop('file_name')}"
+        image |= {"neg_category_ids": [2], "not_exhaustive_category_ids": [1] if image["id"] == 1 else []}
+    for category, mark in zip(data["categories"], "frc", strict=True):
+        category["frequency"] = mark
 
-    change(edit)
-    said = r"images\[0\]: file_name is missing, as in LVIS; write the end of .*'val2017/1\.png'.*--images"
+
+def test_a_file_of_lvis_is_read(world: tuple[Path, Path], change: Change) -> None:
+    change(as_lvis)
+    data = opened((world[0], world[1].parent))
+    assert data.is_lvis and data.frequencies == {1: "f", 2: "r", 3: "c"}
+    assert [image.name for image in data.images][:2] == ["images/1.png", "images/2.png"]
+    assert data.annotated[5].searched == {2} and data.annotated[1].searched == {1, 2}
+    assert data.annotated[1].not_exhaustive == {1} and not data.annotated[2].not_exhaustive
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        (lambda data: data["images"][1].pop("neg_category_ids"), "4 of 5 images have neg_category_ids"),
+        (
+            set_one("images", 1, neg_category_ids=[2, 7]),
+            "image 2 has neg_category_ids 7, which the file does",
+        ),
+        (
+            set_one("images", 1, neg_category_ids=["a"]),
+            r"images\[1\]\.neg_category_ids\[0\]: wanted a number",
+        ),
+        (lambda data: data["images"][1].pop("coco_url"), r"images\[1\]\.file_name: field required"),
+    ],
+)
+def test_a_damaged_file_of_lvis_is_one_error(
+    world: tuple[Path, Path], change: Change, how: Any, said: str
+) -> None:
+    change(as_lvis)
+    change(how)
     with pytest.raises(DataError, match=said):
-        opened(world)
+        opened((world[0], world[1].parent))
 
 
 @pytest.mark.parametrize(

@@ -381,6 +381,12 @@ def test_bad_detections(detections: SamSettings, tmp_path: Path, entries: Any, m
         ({"scenes": 10**15}, "scenes: 1000000000000000 is out of bounds"),
         ({"clicks": 3}, "clicks = 3 goes with --prompts points"),
         ({"save_masks": -1}, "save_masks: -1 is out of bounds"),
+        (
+            {"score_thresholds": (1.0, 1.0)}
+            | dict.fromkeys(("data", "images", "detections"), Path("d.json")),
+            "give each score once",
+        ),
+        ({"score_thresholds": (0.5,)}, "--score-thresholds are of a detector's boxes"),
         ({"detections": Path("d.json")}, "--detections takes a detector's boxes on --data"),
     ],
 )
