@@ -30,7 +30,7 @@ from radio.students import students
 
 from .core import evaluators
 from .core.task import OWN, Evaluator, RunSettings, late, make_evaluator, missing_data, name_job, settings_on
-from .reporting import CompareOptions, ReportOptions, TrendOptions
+from .reporting import CompareOptions, LeaderboardOptions, ReportOptions, TrendOptions
 from .throughput import ThroughputOptions
 
 
@@ -287,6 +287,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "compare": partial(_reporting, "compare", CompareOptions),
     "report": partial(_reporting, "report", ReportOptions),
     "trend": partial(_reporting, "trend", TrendOptions),
+    "leaderboard": partial(_reporting, "leaderboard", LeaderboardOptions),
 }
 
 _USAGE = """\
@@ -299,6 +300,7 @@ usage: radio-eval TASK MODEL... [options]
        radio-eval report REPORTS --html PAGE [--run runs/NAME]
        radio-eval compare REPORTS --baseline REPORTS [options]
        radio-eval trend NIGHTS --html PAGE
+       radio-eval leaderboard REPORTS... [--tasks ...] [--html PAGE]
 """
 
 

@@ -57,3 +57,19 @@ class TrendOptions:
     """The page to write."""
     tolerance: NotNegative = 1.0
     """A primary metric that moves by more points from one night to the next has jumped."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LeaderboardOptions:
+    """Rank many models over all their tasks, with groups that the scores cannot tell apart."""
+
+    reports: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of reports."""
+    tasks: tuple[str, ...] = ()
+    """Only these tasks. Default: all that two models or more have."""
+    html: Path | None = None
+    """Also write it as a page."""
+    markdown: Path | None = None
+    """Also write the table as markdown."""
+    plain: bool = False
+    """No box-drawing characters."""

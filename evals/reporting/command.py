@@ -1,4 +1,4 @@
-"""`radio-eval report`, `compare` and `trend`: one page, a gate for one night, and a page of many nights."""
+"""`radio-eval report`, `compare`, `trend` and `leaderboard`: pages, a gate for one night, and a ranking."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from evals.core.suite import NOISE_FILE, read_noise
 from radio.errors import shown
 from radio.io import check_file, write_text
 
-from . import CompareOptions, ReportOptions, TrendOptions
+from . import CompareOptions, LeaderboardOptions, ReportOptions, TrendOptions
 from .compare import Change, compare, read_reports, regressions
+from .leaderboard import leaderboard_table, make_leaderboard, read_all, write_leaderboard
 from .page import write_page
 from .trend import write_trend
 
@@ -87,6 +88,38 @@ def run_trend(options: TrendOptions) -> int:
         line = f"{jump.nights[1]}: {jump.task} {jump.model} {jump.metric} {jump.before.value:.1f} to "
         console.print(f"{shown(line)}{jump.after.value:.1f}", markup=False, soft_wrap=True)
     console.print(f"{options.html}: {len(jumps)} jumps, {size / 1e6:.2f} MB", markup=False, soft_wrap=True)
+    return 0
+
+
+def run_leaderboard(options: LeaderboardOptions) -> int:
+    """Run `radio-eval leaderboard`; return the exit code 0 when the ranking was printed.
+
+    Raises:
+        DataError: a folder without reports, a damaged report, two reports of one model on one task, or
+            nothing that two models have.
+        ConfigError: a task that no report is of.
+        MissingExtraError: a page is asked for, and jinja2 or matplotlib is not installed.
+    """
+    for option, path in (("--html", options.html), ("--markdown", options.markdown)):
+        if path is not None:
+            check_file(path, option)
+    board = make_leaderboard(read_all(options.reports), options.tasks)
+    head, *rows = leaderboard_table(board)
+    console = Console(highlight=False)
+    table = Table(box=box.ASCII if options.plain or not console.is_terminal else box.ROUNDED)
+    for place, name in enumerate(head):
+        table.add_column(escape(shown(name)), justify="right" if place > 1 else "left")
+    for row in rows:
+        table.add_row(*(escape(shown(cell)) for cell in row))
+    console.print(table)
+    for note in board.notes:
+        console.print(shown(note), markup=False, soft_wrap=True)
+    if options.markdown is not None:
+        lines = [f"| {' | '.join(map(_escaped, row))} |" for row in (head, *rows)]
+        write_text(options.markdown, "\n".join([lines[0], f"|{'---|' * len(head)}", *lines[1:]]) + "\n")
+    if options.html is not None:
+        size = write_leaderboard(board, options.html)
+        console.print(f"{shown(options.html)}: {size / 1e6:.2f} MB", markup=False, soft_wrap=True)
     return 0
 
 

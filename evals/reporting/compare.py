@@ -298,29 +298,34 @@ def paired_interval(new: StoredReport, old: StoredReport) -> tuple[float, float]
     they are not of the same samples or do not give the reports' own values (a primary metric that is a mean
     over heads, or a rank).
     """
-    if new.report.pairing != old.report.pairing:
-        return None
-    samples = _Samples()
-    theirs = _read_values(old, samples)
-    ours = None if theirs is None else _read_values(new, samples)
-    if ours is None or theirs is None:
-        return None
-    units, unit_of = _numbered(samples.units)
-    parts, part_of = _numbered(samples.parts)
-    primary_metric = METRIC_OF[old.report.pairing]
-    units, unit_of = _numbered(samples.units)
-    parts, part_of = _numbered(samples.parts)
-    by_area = old.report.pairing == "mean_iou"
-    num_columns = 1 + max(int(v[:, 0].max(initial=0)) for _, v in (ours, theirs)) if by_area else len(parts)
-    sides = []
-    for entry, (rows, values) in ((new, ours), (old, theirs)):
-        column = values[:, 0].astype(np.int64) if by_area else part_of[rows]
-        sums = _sum_cells(values, unit_of[rows], column, len(units), num_columns, by_area=by_area)
-        if not _gives_value(entry.report, sums):
+    resampled = resampled_metrics((old, new))
+    return None if resampled is None else interval(resampled[:, 1] - resampled[:, 0])
+
+
+def resampled_metrics(entries: Sequence[StoredReport]) -> Values | None:
+    """Compute the primary metrics of several reports on the same resamples of their units: [R, reports].
+
+    They are in percent. None as in `paired_interval`.
+    """
+    pairing, samples, values = entries[0].report.pairing, _Samples(), []
+    for entry in entries:
+        of_entry = _read_values(entry, samples) if entry.report.pairing == pairing else None
+        if of_entry is None:
             return None
-        sides.append(sums)
-    resampled = resampled_sums(np.stack(sides, axis=1))
-    return interval(primary_metric(resampled[:, 0]) - primary_metric(resampled[:, 1]))
+        values.append(of_entry)
+    units, unit_of = _numbered(samples.units)
+    parts, part_of = _numbered(samples.parts)
+    by_area, num_columns = pairing == "mean_iou", len(parts)
+    if by_area:
+        num_columns = 1 + max(int(v[:, 0].max(initial=0)) for _, v in values)
+    sums = []
+    for entry, (rows, each) in zip(entries, values, strict=True):
+        column = each[:, 0].astype(np.int64) if by_area else part_of[rows]
+        sums.append(_sum_cells(each, unit_of[rows], column, len(units), num_columns, by_area=by_area))
+        if not _gives_value(entry.report, sums[-1]):
+            return None
+    resampled = resampled_sums(np.stack(sums, axis=1))
+    return np.stack([METRIC_OF[pairing](resampled[:, place]) for place in range(len(entries))], axis=1)
 
 
 def block_sums(entry: StoredReport, num_blocks: int) -> Values | None:

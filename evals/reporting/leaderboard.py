@@ -1,0 +1,327 @@
+"""Many models ranked over many tasks, with groups that a paired bootstrap cannot tell apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evals.core.report import Metric, Report, metric_text
+from evals.core.stats import Values, interval
+from radio.errors import ConfigError, DataError, did_you_mean, require, shown
+from radio.io import write_text
+
+from .compare import StoredReport, differences, read_reports, resampled_metrics
+from .elements import Cell, Page, Plots, Row, Section, grid, metric_cells, notes
+from .figures import Series, bars
+from .page import render, title_of
+
+# Letters: M models, R resamples. The first row of an array [1 + R, M] is of the scores themselves.
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One task on one data set."""
+
+    task: str
+    metric: str
+    data: str  # names and numbers of samples
+    fingerprints: tuple[str, ...]
+
+    @classmethod
+    def of(cls, report: Report) -> Column:
+        """Return the column that a report belongs to."""
+        used = [data for data in report.data if data.scored] or report.data
+        text = "; ".join(f"{data.name}, {data.count}" for data in used)
+        return cls(report.task, report.primary_metric, text, tuple(data.fingerprint for data in used))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contender:
+    """A model with its reports: all that are of the same weights."""
+
+    name: str
+    entries: Mapping[Column, StoredReport]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Standing:
+    """A model's place."""
+
+    model: str
+    rank_sum: float  # over the columns; of equal scores, and of missing ones, each gets their mean rank
+    low: float
+    high: float
+    group: int  # from 1; the models of one cannot be told from its first
+    metrics: tuple[Metric | None, ...]  # of each column
+    groups: tuple[int | None, ...]  # within each column, where it can be paired
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Leaderboard:
+    """The models in the order of their rank sums."""
+
+    columns: tuple[Column, ...]
+    titles: tuple[str, ...]  # of the columns
+    standings: tuple[Standing, ...]
+    notes: tuple[str, ...]
+
+
+def read_all(folders: Sequence[Path]) -> list[StoredReport]:
+    """Read the reports of several folders.
+
+    Raises:
+        DataError: no folder is given, one has no reports, or one is damaged.
+    """
+    if not folders:
+        raise DataError("no folder of reports is given; name one or more")
+    return [entry for folder in folders for entry in read_reports(folder).values()]
+
+
+def gather_contenders(entries: Sequence[StoredReport]) -> list[Contender]:
+    """Gather the reports of the same weights, unless two are of one task on one data set.
+
+    So a model's report that is called `NAME-voc` goes to NAME, and two windows of one model stay apart.
+
+    Raises:
+        DataError: two reports of one name on one task and data set.
+    """
+    gathered: list[tuple[str, str, dict[Column, StoredReport]]] = []
+    for entry in sorted(entries, key=lambda entry: (entry.report.model, str(entry.path))):
+        report, column = entry.report, Column.of(entry.report)
+        for name, fingerprint, own in gathered:
+            same = report.fingerprint == fingerprint if fingerprint else report.model == name
+            if same and report.model == name and column in own:
+                raise DataError(
+                    f"{shown(own[column].path)} and {shown(entry.path)} are both of {shown(report.task)} and "
+                    f"{shown(name)} on the same data; leave one out"
+                )
+            if same and column not in own:
+                own[column] = entry
+                break
+        else:
+            gathered.append((report.model, report.fingerprint, {column: entry}))
+    return [Contender(name=name, entries=own) for name, _, own in gathered]
+
+
+def make_leaderboard(entries: Sequence[StoredReport], tasks: Sequence[str] = ()) -> Leaderboard:
+    """Rank the models of some reports by the sum of their ranks over tasks.
+
+    A model that lacks a task shares its last place. Each resample draws the samples of every task anew, the
+    same ones for all models; the interval of a rank sum, and whether two models differ, follow from those.
+
+    Args:
+        tasks: only these (default: all that two models or more have).
+
+    Raises:
+        ConfigError: a task that no report is of.
+        DataError: two reports of one model on one task, or nothing that two models have.
+    """
+    known = list(dict.fromkeys(entry.report.task for entry in entries))
+    for task in tasks:
+        if task not in known:
+            given = f"no report is of the task {shown(task)}, only of {', '.join(known)}"
+            raise ConfigError(f"{given}{did_you_mean(task, known)}")
+    contenders = gather_contenders([e for e in entries if not tasks or e.report.task in tasks])
+    remarks: list[str] = []
+    columns, scores = [], []
+    for column in sorted({c for each in contenders for c in each.entries}, key=lambda c: (c.task, c.data)):
+        reason = _unfit(column, contenders)
+        if reason:
+            remarks.append(f"{column.task} ({column.data}) is left out: {reason}")
+            continue
+        resampled, note = _scores(column, contenders)
+        columns.append(column)
+        scores.append(resampled)
+        remarks += [note] if note else []
+    if not columns:
+        raise DataError(f"there is nothing to rank: {'; '.join(remarks) or 'no report'}")
+    most = max(len(each) for each in scores)  # a column without resamples is the same in all
+    shape = (most, len(contenders))
+    sums: Values = np.sum([np.broadcast_to(_ranks(each), shape) for each in scores], axis=0)
+    order = sorted(range(len(contenders)), key=lambda place: (sums[0, place], contenders[place].name))
+    group_of = _groups(-sums, order)
+    within = [_groups(each, list(np.argsort(-each[0], kind="stable"))) for each in scores]
+    standings = []
+    for place in order:
+        own = contenders[place].entries
+        metrics = [_metric(own[column].report) if column in own else None for column in columns]
+        low, high = interval(sums[1:, place]) if most > 1 else (sums[0, place], sums[0, place])
+        standings.append(
+            Standing(
+                model=contenders[place].name,
+                rank_sum=float(sums[0, place]),
+                low=float(low),
+                high=float(high),
+                group=group_of[place],
+                metrics=tuple(metrics),
+                groups=tuple(
+                    groups[place] if metric is not None and len(each) > 1 else None
+                    for groups, metric, each in zip(within, metrics, scores, strict=True)
+                ),
+            )
+        )
+    reports = [entry.report for entry in entries]
+    return Leaderboard(
+        columns=tuple(columns),
+        titles=tuple(f"{title_of(column.task, reports)}: {column.metric}" for column in columns),
+        standings=tuple(standings),
+        notes=tuple(remarks),
+    )
+
+
+def leaderboard_table(board: Leaderboard) -> list[list[str]]:
+    """Lay the ranking out as text: a head, and a row for each model."""
+    rows = [["group", "model", "rank sum", *board.titles]]
+    for each in board.standings:
+        cells = [
+            "-" if metric is None else f"{metric_text(metric)}{'' if group is None else f' [{group}]'}"
+            for metric, group in zip(each.metrics, each.groups, strict=True)
+        ]
+        rows.append([str(each.group), each.model, _rank_text(each), *cells])
+    return rows
+
+
+def write_leaderboard(board: Leaderboard, path: Path) -> int:
+    """Write the ranking as a page, atomically; return its size in bytes.
+
+    Raises:
+        MissingExtraError: jinja2 or matplotlib is not installed.
+    """
+    for module in ("jinja2", "matplotlib"):
+        require(module, extra="report")
+    cells = [
+        [
+            Cell(
+                text=cell.text, order=cell.order, strong=cell.strong, small="" if g is None else f"group {g}"
+            )
+            for cell, g in zip(metric_cells(metrics), groups, strict=True)
+        ]
+        for metrics, groups in (
+            (
+                [each.metrics[place] for each in board.standings],
+                [each.groups[place] for each in board.standings],
+            )
+            for place in range(len(board.columns))
+        )
+    ]
+    rows: list[Row] = [
+        (each.group, each.model, Cell(text=_rank_text(each), order=each.rank_sum), *(c[row] for c in cells))
+        for row, each in enumerate(board.standings)
+    ]
+    table = grid(
+        "Sum of ranks over the tasks, less is better, with its 95 % interval. Models that lack a task share "
+        "its last places. Models of one group cannot be told from the first of it: the interval of their "
+        "difference over the same resampled images holds zero. ± is half of a 95 % interval.",
+        (
+            "group",
+            "model",
+            "rank sum",
+            *((t, c.data) for t, c in zip(board.titles, board.columns, strict=True)),
+        ),
+        rows,
+    )
+    series = [
+        Series(
+            name="rank sum",
+            color=0,
+            x=(),
+            y=tuple(each.rank_sum for each in board.standings),
+            low=tuple(each.low for each in board.standings),
+            high=tuple(each.high for each in board.standings),
+        )
+    ]
+    svg = bars([each.model for each in board.standings], series, name="rank-sums", x_label="rank sum")
+    plot = Plots(caption="Rank sums with 95 % intervals; shorter is better.", panels=(("", svg),))
+    page = Page(
+        title="leaderboard",
+        subtitle=f"{len(board.standings)} models, {len(board.columns)} tasks",
+        sections=(Section(anchor="ranking", title="ranking", elements=(table, *notes(board.notes), plot)),),
+    )
+    text = render(page)
+    write_text(path, text)
+    return len(text.encode())
+
+
+def _cells(board: Leaderboard, place: int) -> list[Cell]:
+    """Build the cells of a column, each with its group."""
+    groups = [each.groups[place] for each in board.standings]
+    cells = metric_cells([each.metrics[place] for each in board.standings])
+    return [
+        cell if group is None else replace(cell, small=f"group {group}")
+        for cell, group in zip(cells, groups, strict=True)
+    ]
+
+
+def _rank_text(standing: Standing) -> str:
+    return f"{standing.rank_sum:g} ({standing.low:g} to {standing.high:g})"
+
+
+def _metric(report: Report) -> Metric:
+    return report.metrics[report.primary_metric]
+
+
+def _unfit(column: Column, contenders: Sequence[Contender]) -> str:
+    """Explain why a column ranks nothing; empty if it does."""
+    reports = [each.entries[column].report for each in contenders if column in each.entries]
+    metric = _metric(reports[0])
+    if len(reports) < 2:
+        return "only one model has it"
+    if metric.unit.endswith("/s"):
+        return "a speed depends on the machine"
+    if metric.higher_is_better is None:
+        return "neither more nor less of it is better"
+    return "; ".join(differences(reports))
+
+
+def _scores(column: Column, contenders: Sequence[Contender]) -> tuple[Values, str]:
+    """Return the models' scores [1 + R, M], and a note; [1, M] where the records cannot be paired.
+
+    More is better; -inf where a model has none.
+    """
+    places = [place for place, each in enumerate(contenders) if column in each.entries]
+    entries = [contenders[place].entries[column] for place in places]
+    sign = 1.0 if _metric(entries[0].report).higher_is_better else -1.0
+    resampled, note = resampled_metrics(entries), ""
+    if resampled is None:
+        resampled = np.empty((0, len(places)))
+        note = f"{column.task} ({column.data}) has no records that can be paired: its order counts as certain"
+    scores = np.full((1 + len(resampled), len(contenders)), -np.inf)
+    scores[0, places] = [sign * _metric(entry.report).value for entry in entries]
+    scores[1:, places] = sign * resampled
+    return scores, note
+
+
+def _ranks(scores: Values) -> Values:
+    """Rank scores [..., M] from 1 for the highest; equal ones share the mean of their ranks."""
+    better = (scores[..., None, :] > scores[..., :, None]).sum(axis=-1)
+    equal = (scores[..., None, :] == scores[..., :, None]).sum(axis=-1)
+    ranks: Values = 1 + better + (equal - 1) / 2
+    return ranks
+
+
+def _groups(values: Values, order: Sequence[int]) -> dict[int, int]:
+    """Divide models, the best first, into groups: each ends before the first that differs from its best.
+
+    Args:
+        values: [1 + R, M], more is better.
+        order: the models' places, the best first.
+    """
+    groups: dict[int, int] = {}
+    first, number = order[0], 1
+    for place in order:
+        if not _is_alike(values[:, first], values[:, place]):
+            first, number = place, number + 1
+        groups[place] = number
+    return groups
+
+
+def _is_alike(better: NDArray[np.float64], worse: NDArray[np.float64]) -> bool:
+    """Check whether the 95 % interval of a difference [1 + R] holds zero; without resamples, if it is 0."""
+    if len(better) == 1 or np.isinf(better[0]) or np.isinf(worse[0]):
+        return bool(better[0] == worse[0])
+    low, _ = interval(better[1:] - worse[1:])
+    return low <= 0
