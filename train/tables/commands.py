@@ -12,7 +12,7 @@ from rich.console import Console
 
 from evals.reporting.paper_tables import read_tables
 from radio.dist import Ranks
-from radio.errors import ConfigError, shown
+from radio.errors import ConfigError, RadioError, shown
 from radio.io import check_file, check_writable, write_text
 from radio.resources import choose_device
 
@@ -166,10 +166,11 @@ def make_rows(
 ) -> int:
     """Train and score rows one after another, those that are done excepted; return the exit code.
 
-    Every rank takes part; the first decides what is done, and when the time is over.
+    Every rank takes part; the first decides what is done, and when the time is over. Where there is one rank,
+    a row that cannot be made does not stop the others.
 
     Raises:
-        RadioError: as `train_all`.
+        RadioError: as `train_all`, where there are several ranks; or a row's settings or data do not fit.
     """
     started = time.monotonic()
     names = ranks.on_leader(
@@ -189,18 +190,28 @@ def make_rows(
             say(console, f"{minutes:.0f} minutes have passed; the same command goes on with {row.name}")
             return REQUEUE
         say(console, f"row {row.name} ({index + 1} of {len(left)})")
-        state = make_row(row, results, console, ranks, restart=command.restart)
+        try:
+            state = make_row(row, results, console, ranks, restart=command.restart)
+        except RadioError as error:
+            if ranks.world > 1:  # the other ranks may not have met it
+                raise
+            say(console, f"{row.name}: {error}")
+            state = "failed"
         if state == "stopped":
             return REQUEUE
         if state == "failed":
             failed.append(row.name)
     if failed:
-        say(console, f"not all tasks of {', '.join(failed)} could be scored; the same command tries again")
+        say(console, f"not all of {', '.join(failed)} could be made; the same command tries again")
     return int(bool(failed))
 
 
 def make_row(row: Row, results: Path, console: Console, ranks: Ranks, *, restart: bool) -> str:
-    """Train and score one row; return `done`, `failed` (in a task) or `stopped` (by a signal)."""
+    """Train and score one row; return `done`, `failed` (in a task) or `stopped` (by a signal).
+
+    Raises:
+        RadioError: as `train_all`.
+    """
     fine: list[bool] = []
 
     def score(checkpoint: Path | None, group: Ranks, took: Mapping[str, float]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,8 +14,10 @@ from evals.core.task import make_evaluator
 from evals.reporting.paper_tables import read_tables
 from radio import entry
 from radio.config import read_yaml
+from radio.errors import RadioError
 from tests.train.conftest import read_records
 from train.cli import _parse, main
+from train.commands import train_all
 from train.config import TrainConfig
 from train.distributed import REQUEUE, Preemption
 from train.tables import make_tables
@@ -132,8 +135,24 @@ def test_a_task_that_fails_is_tried_again(
     with monkeypatch.context() as patch:
         patch.setitem(evaluators._entries, "knn", lambda: broken)
         assert make("table2", tmp_path, "--rows", "base") == 1
-    assert "not all tasks of base could be scored; the same command tries again" in capsys.readouterr().out
+    assert "not all of base could be made; the same command tries again" in capsys.readouterr().out
     assert make("table2", tmp_path, "--rows", "base") == 0
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_row_that_cannot_be_trained_does_not_stop_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(runs: dict[str, TrainConfig], *given: Any, **named: Any) -> Any:
+        if "no-spatial" in runs:
+            raise RadioError("the loss is nan")
+        return train_all(runs, *given, **named)
+
+    monkeypatch.setattr("train.tables.commands.train_all", train)
+    assert make("table2", tmp_path, "--rows", "no-spatial", "base") == 1
+    said = capsys.readouterr().out
+    assert "no-spatial: the loss is nan" in said and "not all of no-spatial could be made" in said
+    assert {path.name for path in (tmp_path / "out" / "results").glob("[bn]*.json")} == {"base.json"}
 
 
 @pytest.mark.parametrize(
