@@ -20,6 +20,9 @@ GPU = torch.device("cuda:1")
 
 T = TypeVar("T")
 
+# If a process's first backward is on fake tensors, processes forked from it cannot run a backward.
+torch.ones((), requires_grad=True).exp().backward()
+
 
 class Fake(FakeTensorMode):
     """Torch's own mode, which lets an index on the CPU pass: a GPU gets a copy of it, and the host waits."""
