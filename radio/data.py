@@ -18,7 +18,7 @@ from torch import Tensor
 from .errors import DataError, did_you_mean, shown
 from .image_files import StoredImages, list_folder, list_shards, spread
 from .progress import ProgressFactory, no_progress
-from .scenes import CLASSES, DOMAINS, Split, label_of, render_domain
+from .scenes import CLASSES, DOMAINS, SceneView, Split, label_of, render_domain, render_view
 
 # Letters: N images, H W pixels.
 
@@ -115,6 +115,50 @@ class SceneImages:
 
     def _draw(self, index: int) -> NDArray[np.uint8]:
         return render_domain(index, domain=self._domain, split=self._split, seed=self._seed, size=self._size)
+
+
+@final
+class SceneViews:
+    """Views of scenes of the generated world's val split, rendered when they are read.
+
+    Args:
+        views: (index of the scene, number of the view) of each image, all different.
+    """
+
+    name = "scenes:val"
+    classes = CLASSES  # colour and shape of the main object
+    notes: tuple[str, ...] = ()  # no image is omitted
+
+    def __init__(self, views: Sequence[tuple[int, int]], *, seed: int = 0, size: int = 96) -> None:
+        self.views, self._seed, self._size = tuple(views), seed, size
+        self.location = f"{self.name}?seed={seed}"
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """The index of each scene and the number of the view."""
+        return tuple(f"val/{index:06d}-{view}" for index, view in self.views)
+
+    @cached_property
+    def labels(self) -> NDArray[np.int64]:
+        """Class of each image, [N]."""
+        labels = [label_of(index, split="val", seed=self._seed) for index, _ in self.views]
+        return np.array(labels, dtype=np.int64)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the keys, and of the first few images, in case the generator changes."""
+        drawn = b"".join(self.draw(number).scene.image.tobytes() for number in range(min(len(self.views), 8)))
+        text = f"{self.location} {self._size} {' '.join(self.keys)}"
+        return hashlib.sha256(text.encode() + drawn).hexdigest()
+
+    def draw(self, number: int) -> SceneView:
+        """Render a view with its labels."""
+        index, view = self.views[number]
+        return render_view(index, view, split="val", seed=self._seed, size=self._size)
+
+    def read(self, index: int) -> Tensor:
+        """Render an image, uint8 [3, size, size]."""
+        return torch.from_numpy(self.draw(index).scene.image)
 
 
 def open_source(

@@ -4,7 +4,21 @@ from .domains import DOMAINS, Domain, render_domain
 from .drawing import SHAPES
 from .export import write
 from .language import KINDS, TEMPLATES, VOCABULARY, Question, caption, captions, questions
-from .world import CLASSES, COLOURS, Scene, SceneError, Split, label_of, render, render_images, semantic
+from .world import (
+    CLASSES,
+    COLOURS,
+    Pose,
+    Scene,
+    SceneError,
+    SceneView,
+    Split,
+    label_of,
+    move_points,
+    render,
+    render_images,
+    render_view,
+    semantic,
+)
 
 __all__ = [
     "CLASSES",
@@ -15,17 +29,21 @@ __all__ = [
     "TEMPLATES",
     "VOCABULARY",
     "Domain",
+    "Pose",
     "Question",
     "Scene",
     "SceneError",
+    "SceneView",
     "Split",
     "caption",
     "captions",
     "label_of",
+    "move_points",
     "questions",
     "render",
     "render_domain",
     "render_images",
+    "render_view",
     "semantic",
     "write",
 ]

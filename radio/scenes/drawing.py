@@ -173,6 +173,28 @@ def crop(texture: int, u: float, v: float, size: int) -> Plane:
     return np.asarray(Image.fromarray(plane).resize((size, size), Image.Resampling.BILINEAR))
 
 
+def sample(texture: int, u: float, v: float, points: Points) -> Plane:
+    """Sample the texture of `crop` bilinearly at points [..., 2]: [...], values in [0, 1].
+
+    Args:
+        points: (x, y) in units of the crop's side, pixel centres at (column + 0.5) / size. Beyond the crop
+            the texture goes on, and ends in the edge of its tile.
+    """
+    room = _TILE - BASE_SIZE
+    last = _TILE - 1
+    x, y = (
+        np.clip(points[..., axis] * BASE_SIZE - 0.5 + int(start * room), 0, last)
+        for axis, start in enumerate((u, v))
+    )
+    column, row = np.minimum(x.astype(np.int64), last - 1), np.minimum(y.astype(np.int64), last - 1)
+    across, down = (x - column).astype(np.float32), (y - row).astype(np.float32)
+    tile = _bank()[texture]
+    upper = tile[row, column] * (1 - across) + tile[row, column + 1] * across
+    lower = tile[row + 1, column] * (1 - across) + tile[row + 1, column + 1] * across
+    sampled: Plane = upper * (1 - down) + lower * down
+    return sampled
+
+
 def noise(u: float, size: int) -> Plane:
     """Take a [size, size] plane of standard normal noise; u in [0, 1) chooses its start in the bank."""
     start = int(u * (_NOISE_LENGTH - size * size))

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import RadioError
-from .drawing import BASE_SIZE, NUM_TEXTURES, SHAPES, Coverage, cover, crop, noise
+from .drawing import BASE_SIZE, NUM_TEXTURES, SHAPES, Coverage, Plane, cover, crop, noise, sample
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -27,6 +27,7 @@ _DARKEST = (0.62, 0.80, 0.55, 0.68, 0.68, 0.62)  # value below which a person wo
 _MAX_TURN = math.radians(42)
 _CANDIDATES = 4  # places tried for each small object before an overlap is accepted
 _NUM_DRAWS = 192  # enough for four objects
+_VIEW_STREAM = 4  # of the generator, plus the number of a further view
 
 
 class Texture(NamedTuple):
@@ -35,6 +36,28 @@ class Texture(NamedTuple):
     number: int
     u: float
     v: float
+
+
+class Pose(NamedTuple):
+    """Where an object is: its centre and the radius of its unit circle in units of the image's side."""
+
+    x: float
+    y: float
+    radius: float
+    angle: float  # in radians, from x to y
+
+
+def move_points(points: NDArray[np.float64], source: Pose, target: Pose) -> NDArray[np.float64]:
+    """Map points (x, y) [..., 2] of an object in one view to the same points of it in another.
+
+    Both are in units of the image's side, pixel centres at (column + 0.5) / size. The map is the similarity
+    that moves one pose to the other.
+    """
+    angle, scale = target.angle - source.angle, target.radius / source.radius
+    cos, sin = scale * math.cos(angle), scale * math.sin(angle)
+    turn = np.array([[cos, sin], [-sin, cos]])
+    moved: NDArray[np.float64] = (points - (source.x, source.y)) @ turn + (target.x, target.y)
+    return moved
 
 
 class Figure(NamedTuple):
@@ -50,6 +73,12 @@ class Figure(NamedTuple):
     light: RGB
     dark: RGB
     texture: Texture
+    first_pose: Pose | None = None  # of an object in a further view: the texture has moved with it from there
+
+    @property
+    def pose(self) -> Pose:
+        """Where the object is."""
+        return Pose(self.x, self.y, self.radius, self.angle)
 
 
 class Backdrop(NamedTuple):
@@ -84,7 +113,7 @@ class Plan(NamedTuple):
 def generator(index: int, *, split: Split, seed: int, stream: int) -> np.random.Generator:
     """Make one image's random generator: a Philox counter keyed by (seed, split), so streams never overlap.
 
-    Streams: 0 the image, 1 the order of classes, 2 and up the language.
+    Streams: 0 the image, 1 the order of classes, 2 and 3 the language, 4 the domains, 5 and up further views.
     """
     counter = np.array([0, stream, index, 0], dtype=np.uint64)
     key = np.array([seed, SPLITS.index(split)], dtype=np.uint64)
@@ -118,15 +147,21 @@ class _Draws:
         return int(next(self._values) * count)
 
 
-def layout_scene(index: int, *, split: Split, seed: int) -> Plan:
-    """Draw everything random about one scene, in a fixed order."""
-    draws = _Draws(generator(index, split=split, seed=seed, stream=0))
+def layout_scene(index: int, *, split: Split, seed: int, view: int = 0) -> Plan:
+    """Draw everything random about one scene, in a fixed order.
+
+    A further view has the same main object in another place, size and angle, and all else anew.
+    """
+    draws = _Draws(generator(index, split=split, seed=seed, stream=_VIEW_STREAM + view if view else 0))
     label = label_of(index, split=split, seed=seed)
     backdrop = _backdrop(draws)
     camera = _camera(draws)
     radius = draws.between(0.20, 0.33)
     place = (draws.between(radius * 0.95, 1 - radius * 0.95), draws.between(radius * 0.95, 1 - radius * 0.95))
     main = _figure(draws, label, place, radius)
+    if view:
+        first = layout_scene(index, split=split, seed=seed).main
+        main = first._replace(**main.pose._asdict(), first_pose=first.pose)
     placed = [main]
     above: list[Figure] = []
     below: list[Figure] = []
@@ -209,6 +244,7 @@ def _rgb(hue: float, saturation: float, value: float) -> RGB:
 
 
 MIN_SIZE, MAX_SIZE = 32, 1024
+MAX_VIEW = 1_000_000
 _MAIN_VISIBLE = 0.76  # minimum visible share of the main object at 96 px; at least 0.70 at other sizes
 _OTHER_VISIBLE = 0.5  # a small object that shows less of itself than this is left out
 
@@ -238,6 +274,13 @@ class Scene(NamedTuple):
     instances: NDArray[np.uint8]  # [H, W], 0 is background
 
 
+class SceneView(NamedTuple):
+    """A scene, and where its main object is in it; `instances` of the scene is 1 where it is visible."""
+
+    scene: Scene
+    pose: Pose
+
+
 def semantic(scene: Scene) -> NDArray[np.uint8]:
     """Compute the [H, W] map of shapes: 0 background, 1 to 10 the shape's index in `SHAPES` plus one."""
     shapes = np.array([0, *(item.shape + 1 for item in scene.objects)], dtype=np.uint8)
@@ -253,8 +296,22 @@ def render(index: int, *, split: Split = "train", seed: int = 0, size: int = 96)
     Raises:
         SceneError: a negative index or seed, an unknown split, a size outside 32 to 1024.
     """
+    return render_view(index, 0, split=split, seed=seed, size=size).scene
+
+
+def render_view(index: int, view: int, *, split: Split = "train", seed: int = 0, size: int = 96) -> SceneView:
+    """Draw a view of scene number `index`: 0 is the scene of `render`, 1 and up show its main object again.
+
+    The object keeps its shape, colours, texture and stretch. Place, size and angle, the other objects, the
+    backdrop and the camera are drawn anew. `move_points` maps its pixels from one view to another.
+
+    Raises:
+        SceneError: a view outside 0 to 1,000,000, or what `render` refuses.
+    """
     _check(index, split, seed, size)
-    scene_plan = layout_scene(index, split=split, seed=seed)
+    if not 0 <= view <= MAX_VIEW:
+        raise SceneError(f"a scene has no view {view}; give 0 to {MAX_VIEW:,}")
+    scene_plan = layout_scene(index, split=split, seed=seed, view=view)
     order = _visible(scene_plan, size)
     canvas = _background(scene_plan, size)
     instances = np.zeros((size, size), dtype=np.uint8)
@@ -264,7 +321,8 @@ def render(index: int, *, split: Split = "train", seed: int = 0, size: int = 96)
     image = _photograph(canvas, scene_plan.camera, size)
     figures = [figure for _, figure, _ in sorted(order, key=lambda entry: entry[0])]
     objects, instances = _take_stock(figures, instances)
-    return Scene(image, label_of(index, split=split, seed=seed), objects, instances)
+    scene = Scene(image, label_of(index, split=split, seed=seed), objects, instances)
+    return SceneView(scene, scene_plan.main.pose)
 
 
 def render_images(
@@ -359,7 +417,7 @@ def _background(scene_plan: Plan, size: int) -> Canvas:
 
 def _paint(canvas: Canvas, figure: Figure, coverage: Coverage, size: int) -> None:
     rows, columns = coverage.window
-    plane = crop(*figure.texture, size)[rows, columns]
+    plane = _texture_of(figure, coverage, size)
     for channel in range(3):
         light, dark = figure.light[channel], figure.dark[channel]
         target = canvas[channel, rows, columns]
@@ -368,6 +426,15 @@ def _paint(canvas: Canvas, figure: Figure, coverage: Coverage, size: int) -> Non
         colour -= target
         colour *= coverage.alpha
         target += colour
+
+
+def _texture_of(figure: Figure, coverage: Coverage, size: int) -> Plane:
+    """Return a figure's texture inside its window [h, w]; in a further view it has moved with the object."""
+    rows, columns = coverage.window
+    if figure.first_pose is None:
+        return crop(*figure.texture, size)[rows, columns]
+    points = (np.moveaxis(np.mgrid[rows, columns][::-1], 0, -1) + 0.5) / size
+    return sample(*figure.texture, move_points(points, figure.pose, figure.first_pose))
 
 
 def _photograph(canvas: Canvas, camera: Camera, size: int) -> NDArray[np.uint8]:
