@@ -33,7 +33,7 @@ class CorrespondenceSettings:
     size: Pixels | None = None
     """Side in pixels of the square that an image is resized to. Default: 800 px on SPair-71k, the model's own
     in the generated world."""
-    upsample: Annotated[int, Interval(ge=1, le=16)] | None = None
+    upsample: Annotated[int, Interval(ge=1, le=8)] | None = None
     """Factor by which the map that is searched is up-sampled bilinearly. Default: 1 on SPair-71k, as in
     Probe3D; 4 in the generated world, whose maps are coarse."""
 

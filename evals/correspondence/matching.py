@@ -85,14 +85,15 @@ def match(
     asked[row, column], truth[row, column] = queries[order], points[order, 1]
     scale = reach.new_ones(len(unit), most)
     scale[row, column] = reach[order]
-    step = max(1, _CELLS // (len(places) * max(unit.shape[2], most)))
+    step = max(1, _CELLS // (len(places) * max(unit.shape[2], 2 * most)))
     parts = []
     for start in range(0, len(unit), step):
         own = slice(start, start + step)
         searched = F.normalize(resize_tokens(unit[own], grid, fine), dim=-1)
         cosines = asked[own] @ searched.transpose(1, 2)  # [m, K, P]
         best = (cosines >= cosines.amax(-1, keepdim=True) - _NOISE).int().argmax(-1, keepdim=True)
-        offsets = torch.cdist(truth[own], places.expand(len(searched), -1, -1)) / scale[own].unsqueeze(2)
+        x, y = truth[own].unsqueeze(2).unbind(-1)  # [m, K, 1]
+        offsets = torch.hypot(x - places[:, 0], y - places[:, 1]) / scale[own].unsqueeze(2)
         within = (offsets <= THRESHOLD).double().mean(-1)
         parts.append(torch.stack([offsets.gather(2, best).squeeze(2), offsets.amin(-1), within], dim=-1))
     result = torch.empty(len(order), 3, dtype=torch.float64, device=tokens.device)
