@@ -128,6 +128,7 @@ def parts_of(sets: DataSets) -> Iterator[Part]:
     if sets.coco is not None:
         file, images = sets.coco / "annotations" / "instances_val2017.json", sets.coco / "val2017"
         yield Part("coco", (sets.coco, file, images), partial(check_coco, file, images))
+    yield from _landmarks_and_pairs(sets)
     if sets.llava is not None:
         yield from _parts_of_llava(sets.llava)
     yield from _benchmarks(sets)
@@ -250,6 +251,38 @@ def check_coco(file: Path, images: Path) -> Content:
 
     data = open_instances(file, images, limit=None, crowds=True, smallest_area=0, memo=None, empty=True)
     return Content(f"{len(data.images):,} images, {data.count:,} instances", data.notes)
+
+
+def _landmarks_and_pairs(sets: DataSets) -> Iterator[Part]:
+    folders = {"roxford5k": sets.roxford5k, "rparis6k": sets.rparis6k, "spair": sets.spair}
+    for name, folder in folders.items():
+        if folder is not None:
+            yield Part(name, (folder,), partial(check_spair if name == "spair" else check_landmarks, folder))
+
+
+def check_landmarks(root: Path) -> Content:
+    """Count the images and queries of ROxford5k or RParis6k; each image has to be there.
+
+    Raises:
+        DataError: as `evals.retrieval.data.open_landmarks`.
+    """
+    from .retrieval.data import open_landmarks
+
+    data = open_landmarks(root, limit=None, memo=None)
+    return Content(f"{len(data.database.keys):,} images, {len(data.queries.keys):,} queries")
+
+
+def check_spair(root: Path) -> Content:
+    """Count SPair-71k's test pairs and their images; each image has to be there.
+
+    Raises:
+        DataError: as `evals.correspondence.data.open_spair`.
+    """
+    from .correspondence.data import open_spair
+
+    data = open_spair(root, pairs_per_class=None, memo=None)
+    pairs = sum(len(block) for block in data.blocks)
+    return Content(f"{pairs:,} pairs of {len(data.images.keys):,} images, {len(data.blocks)} classes")
 
 
 def _parts_of_llava(files: LlavaFiles) -> Iterator[Part]:

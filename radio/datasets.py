@@ -179,6 +179,12 @@ class DataSets:
         Path | None, Home(("coco", "COCO"), ("annotations/instances_val2017.json", "val2017"))
     ] = None
     """The folder that has val2017/ and annotations/instances_val2017.json."""
+    roxford5k: Annotated[Path | None, Home(("roxford5k", "ROxford5k"), ("gnd_roxford5k.*",))] = None
+    """The folder that has jpg/ and gnd_roxford5k.json."""
+    rparis6k: Annotated[Path | None, Home(("rparis6k", "RParis6k"), ("gnd_rparis6k.*",))] = None
+    """The folder that has jpg/ and gnd_rparis6k.json."""
+    spair: Annotated[Path | None, Home(("spair", "SPair-71k"), ("PairAnnotation",))] = None
+    """SPair-71k: the folder that has PairAnnotation/test/ and JPEGImages/."""
     llava: Annotated[
         LlavaFiles | None,
         Home(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Interval
 
 from evals.core import evaluators
-from evals.core.task import Evaluator, Scenes, late
+from evals.core.task import OWN, Evaluator, Scenes, late
 from radio.config import Count, Pixels, check
+from radio.datasets import DataSets
 
 if TYPE_CHECKING:
     from radio.types import Backbone
@@ -48,6 +50,13 @@ def input_size(model: Backbone, settings: CorrespondenceSettings) -> tuple[int, 
     return model.nearest_size(*(own if settings.size is None else (settings.size, settings.size)))
 
 
+def data_sets(settings: CorrespondenceSettings, sets: DataSets) -> Mapping[str, CorrespondenceSettings]:
+    """Score on SPair-71k, unless data are named."""
+    if settings.data is not None:
+        return {OWN: settings}
+    return {} if sets.spair is None else {"spair": replace(settings, data=sets.spair)}
+
+
 @evaluators.register("correspondence")
 def make() -> Evaluator[CorrespondenceSettings]:
     """Points of an object found in another image of it: SPair-71k, or other views in the generated world."""
@@ -57,4 +66,5 @@ def make() -> Evaluator[CorrespondenceSettings]:
         evaluate=late("evals.correspondence.evaluator:evaluate"),
         title="correspondence",
         input_size=input_size,
+        data_sets=data_sets,
     )

@@ -63,6 +63,18 @@ class _Annotation(TypedDict):
 _ANNOTATION = TypeAdapter(_Annotation)
 
 
+class _Read(NamedTuple):
+    """A pair as its file has it."""
+
+    id: str
+    category: str
+    view: int
+    keys: tuple[str, str]  # of the images, below JPEGImages/
+    sizes: tuple[tuple[int, int], tuple[int, int]]  # width, height
+    points: NDArray[np.float64]  # as in `Pair`
+    reach: float
+
+
 @final
 class _Squares:
     """Images that are completed to squares, white on the right and below, when they are read."""
@@ -91,13 +103,13 @@ class _Squares:
 
 
 def open_spair(
-    folder: Path, *, pairs_per_class: int, memo: Path | None, watch: ProgressFactory = no_progress
+    folder: Path, *, pairs_per_class: int | None, memo: Path | None, watch: ProgressFactory = no_progress
 ) -> Pairs:
     """Open the test pairs of SPair-71k.
 
     Args:
         folder: has PairAnnotation/test/*.json and JPEGImages/CLASS/*.jpg.
-        pairs_per_class: at most so many of each class, and of each class and difference of view.
+        pairs_per_class: at most so many of each class, and of each class and difference of view; None = all.
         memo: a folder that caches content hashes of unchanged files.
 
     Raises:
@@ -109,37 +121,50 @@ def open_spair(
         raise MissingDataError(
             f"{shown(folder)}: has no PairAnnotation/test/*.json; wanted the folder of SPair-71k"
         )
-    by_class: dict[str, list[tuple[str, _Annotation]]] = {}
+    by_class: dict[str, list[_Read]] = {}
     with watch("reading SPair-71k", len(files)) as advance:
         for path in files:
-            annotation = read_json(path, _ANNOTATION, strict=False)
-            _check(annotation, path)
-            by_class.setdefault(annotation["category"], []).append((path.stem, annotation))
+            each = _read(path)
+            by_class.setdefault(each.category, []).append(each)
             advance(1)
     sizes: dict[str, tuple[int, int]] = {}
     blocks = []
     for category in sorted(by_class):
-        chosen: dict[str, list[str]] = {}  # the parts of each pair
-        annotations = dict(by_class[category])
-        for part in ("", "_view0", "_view1", "_view2"):
-            ids = [
-                id for id, each in by_class[category] if part in ("", f"_view{each['viewpoint_variation']}")
-            ]
-            for id in spread(ids, pairs_per_class):
-                chosen.setdefault(id, []).append(part)
-        blocks.append([(id, annotations[id], chosen[id]) for id in annotations if id in chosen])
-        for id, each, _ in blocks[-1]:
-            for side in ("src", "trg"):
-                width, height, *_ = each[f"{side}_imsize"]
-                key = f"{category}/{each[f'{side}_imname']}"
-                if sizes.setdefault(key, (width, height)) != (width, height):
-                    raise DataError(f"{shown(folder)}: two sizes of the image {key}, one in {id}.json")
+        chosen = _choose(by_class[category], pairs_per_class)
+        for each, _ in chosen:
+            for key, size in zip(each.keys, each.sizes, strict=True):
+                if sizes.setdefault(key, size) != size:
+                    raise DataError(f"{shown(folder)}: two sizes of the image {key}, one in {each.id}.json")
+        blocks.append(chosen)
     images = StoredImages(_list_images(folder, list(sizes)), memo, watch)
     places = {key: place for place, key in enumerate(sizes)}
     return Pairs(
         _Squares(images, list(sizes.values())),
-        tuple(tuple(_pair(id, each, parts, places) for id, each, parts in block) for block in blocks),
+        tuple(
+            tuple(
+                Pair(
+                    id=as_text(each.id),
+                    category=each.category,
+                    parts=parts,
+                    images=(places[each.keys[0]], places[each.keys[1]]),
+                    points=each.points,
+                    reach=each.reach,
+                )
+                for each, parts in block
+            )
+            for block in blocks
+        ),
     )
+
+
+def _choose(pairs: Sequence[_Read], most: int | None) -> list[tuple[_Read, tuple[str, ...]]]:
+    """Choose pairs of a class, and of each difference of view; return them with the parts they count in."""
+    parts: dict[int, tuple[str, ...]] = {}
+    for view in (None, 0, 1, 2):
+        numbers = [number for number, pair in enumerate(pairs) if view in (None, pair.view)]
+        for number in spread(numbers, most):
+            parts[number] = (*parts.get(number, ()), "" if view is None else f"_view{view}")
+    return [(pairs[number], parts[number]) for number in sorted(parts)]
 
 
 def make_scenes(count: int, *, seed: int) -> Pairs:
@@ -157,9 +182,8 @@ def _scene_pair(images: SceneViews, index: int) -> Pair:
     source = (np.stack([columns, rows], axis=1) + 0.5) / size
     target = move_points(source, first.pose, second.pose)
     x, y = np.floor(target * size).astype(int).T
-    seen = ((target >= 0) & (target < 1)).all(axis=1)
-    seen[seen] = instances[y[seen], x[seen]] == 1
-    both = np.stack([source, target], axis=1)[seen]
+    inside = np.flatnonzero(((target >= 0) & (target < 1)).all(axis=1))
+    seen = inside[instances[y[inside], x[inside]] == 1]
     left, top, right, bottom = main.box
     turn = abs(math.degrees(second.pose.angle - first.pose.angle))
     difference = sum(turn >= least for least in _TURNS)
@@ -168,35 +192,33 @@ def _scene_pair(images: SceneViews, index: int) -> Pair:
         category=SHAPES[main.shape],
         parts=("", f"_view{difference}"),
         images=(2 * index, 2 * index + 1),
-        points=both[np.arange(min(_POINTS, len(both))) * len(both) // min(_POINTS, max(len(both), 1))],
+        points=np.stack([source, target], axis=1)[list(spread(seen.tolist(), _POINTS))],
         reach=max(right - left, bottom - top) / size,
     )
 
 
-def _check(annotation: _Annotation, path: Path) -> None:
+def _read(path: Path) -> _Read:
+    annotation = read_json(path, _ANNOTATION, strict=False)
     left, top, right, bottom = annotation["trg_bndbox"]
-    source, target = len(annotation["src_kps"]), len(annotation["trg_kps"])
-    if source != target or not source:
-        raise DataError(f"{shown(path)}: has {source} points in src_kps and {target} in trg_kps")
+    points = (annotation["src_kps"], annotation["trg_kps"])
+    sizes = (annotation["src_imsize"], annotation["trg_imsize"])
+    if len(points[0]) != len(points[1]) or not points[0]:
+        raise DataError(
+            f"{shown(path)}: has {len(points[0])} points in src_kps and {len(points[1])} in trg_kps"
+        )
     if not (right > left and bottom > top):
         raise DataError(f"{shown(path)}: the box {annotation['trg_bndbox']} in trg_bndbox is empty")
-    if min(*annotation["src_imsize"], *annotation["trg_imsize"]) < 1:
+    if min(*sizes[0], *sizes[1]) < 1:
         raise DataError(f"{shown(path)}: an image has no pixels by src_imsize or trg_imsize")
-
-
-def _pair(id: str, annotation: _Annotation, parts: Sequence[str], places: dict[str, int]) -> Pair:
-    category = annotation["category"]
-    source, target = max(annotation["src_imsize"][:2]), max(annotation["trg_imsize"][:2])
-    left, top, right, bottom = annotation["trg_bndbox"]
-    names = (annotation["src_imname"], annotation["trg_imname"])
-    points = [np.array(annotation["src_kps"]) / source, np.array(annotation["trg_kps"]) / target]
-    return Pair(
-        id=as_text(id),
+    category, sides = annotation["category"], [max(size[:2]) for size in sizes]
+    return _Read(
+        id=path.stem,
         category=category,
-        parts=tuple(parts),
-        images=(places[f"{category}/{names[0]}"], places[f"{category}/{names[1]}"]),
-        points=np.stack(points, axis=1),
-        reach=max(right - left, bottom - top) / target,
+        view=annotation["viewpoint_variation"],
+        keys=(f"{category}/{annotation['src_imname']}", f"{category}/{annotation['trg_imname']}"),
+        sizes=((sizes[0][0], sizes[0][1]), (sizes[1][0], sizes[1][1])),
+        points=np.stack([np.array(each) / side for each, side in zip(points, sides, strict=True)], axis=1),
+        reach=max(right - left, bottom - top) / sides[1],
     )
 
 

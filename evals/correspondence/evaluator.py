@@ -198,7 +198,8 @@ def _sums(scored: Scored, values: Tensor, part: str) -> Values:
     sums[everyone, own, 0] = np.bincount(pairs, values.double().numpy(), minlength=len(everyone))
     sums[everyone, own, 1] = np.bincount(pairs, minlength=len(everyone))
     kept = [part in pair.parts for pair in scored.pairs]
-    return sums[np.array(kept) & (sums[..., 1].sum(axis=1) > 0)]
+    chosen: Values = sums[np.array(kept) & (sums[..., 1].sum(axis=1) > 0)]
+    return chosen
 
 
 def _class_mean(sums: Values) -> Values:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 from annotated_types import Interval
 
 from evals.core import evaluators
-from evals.core.task import Evaluator, Scenes, ViewKind, ViewSettings, late
+from evals.core.task import OWN, Evaluator, Scenes, ViewKind, ViewSettings, late
+from radio.datasets import DataSets
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +27,14 @@ class RetrievalSettings(ViewSettings):
     """A centre crop, or the whole image with its aspect ratio preserved."""
 
 
+def data_sets(settings: RetrievalSettings, sets: DataSets) -> Mapping[str, RetrievalSettings]:
+    """Score on ROxford5k and RParis6k, unless data are named."""
+    if settings.data is not None:
+        return {OWN: settings}
+    folders = {"roxford5k": sets.roxford5k, "rparis6k": sets.rparis6k}
+    return {name: replace(settings, data=folder) for name, folder in folders.items() if folder is not None}
+
+
 @evaluators.register("retrieval")
 def make() -> Evaluator[RetrievalSettings]:
     """Retrieval of images of the same object: ROxford5k, RParis6k, or other views in the generated world."""
@@ -33,5 +43,7 @@ def make() -> Evaluator[RetrievalSettings]:
         settings=RetrievalSettings,
         evaluate=late("evals.retrieval.evaluator:evaluate"),
         title="instance retrieval",
+        suffix=lambda settings: "" if settings.data is None else f"-{settings.data.name}",
         input_size=late("evals.core.features:view_size"),
+        data_sets=data_sets,
     )

@@ -224,13 +224,45 @@ def below(out: str) -> list[str]:
     return [line for line in lines if not line.endswith(SMALLER)]
 
 
+def test_landmarks_and_pairs_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    truth = {"bbx": [0, 0, 9, 9], "easy": [0], "hard": [1], "junk": []}
+    for name, images in (("roxford5k", ["a", "b", "q"]), ("rparis6k", ["a", "q"])):  # one is absent
+        for image in images:
+            save_image(tmp_path / name / "jpg" / f"{image}.jpg")
+        save_json(
+            tmp_path / name / f"gnd_{name}.json", {"imlist": ["a", "b"], "qimlist": ["q"], "gnd": [truth]}
+        )
+    pair = {
+        "src_imname": "1.jpg",
+        "trg_imname": "2.jpg",
+        "src_imsize": [12, 16, 3],
+        "trg_imsize": [12, 16, 3],
+        "category": "cat",
+        "src_kps": [[1, 2]],
+        "trg_kps": [[3, 4]],
+        "trg_bndbox": [0, 0, 9, 9],
+        "viewpoint_variation": 0,
+    }
+    save_json(tmp_path / "SPair-71k" / "PairAnnotation" / "test" / "1-1-2:cat.json", pair)
+    for name in ("1", "2"):
+        save_image(tmp_path / "SPair-71k" / "JPEGImages" / "cat" / f"{name}.jpg")
+    assert main(["data", "--data-root", str(tmp_path), "--check"]) == 1
+    out = capsys.readouterr().out
+    table = table_of(out)
+    assert table["roxford5k"][1:] == ["2 images, 1 queries", "complete"]
+    assert table["spair"][1:] == ["1 pairs of 2 images, 1 classes", "complete"]
+    assert table["rparis6k"][1:] == ["", "missing"]
+    assert any("jpg/b.jpg: no such image (1 of 2 are absent)" in line for line in out.splitlines())
+
+
 def test_sets_that_are_right_are_counted_and_complete(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "--data-root", str(root), "--check"]) == 0
     out = capsys.readouterr().out
     table = table_of(out)
     assert {name: cells[1] for name, cells in table.items() if cells[2] == "complete"} == HOLDS
     absent = {name: cells for name, cells in table.items() if cells[2] == "absent"}
-    assert absent == {name: ["", "", "absent"] for name in ("imagenet-21k", "laion", "language-model")}
+    names = ("imagenet-21k", "laion", "roxford5k", "rparis6k", "spair", "language-model")
+    assert absent == {name: ["", "", "absent"] for name in names}
     assert table["gqa"][0] == f"{root}/gqa/testdev_balanced_questions.json"
     assert table["datacomp"][0] == f"{root}/datacomp/shards"
     assert below(out) == []
@@ -746,6 +778,8 @@ def test_all_runs_what_is_there_and_names_what_is_not(root: Path, capsys: pytest
     assert main(command) == 0
     done = capsys.readouterr()
     assert done.err.splitlines() == [
+        f"left out: correspondence: {root} has not spair, which it is scored on; name it there",
+        f"left out: retrieval: {root} has not roxford5k or rparis6k, which it is scored on; name it there",
         f"left out: sam: {root} has not coco, which it is scored on; name it there",
         f"left out: vqa: {root} has not llava, which it is scored on; name it there",
     ]

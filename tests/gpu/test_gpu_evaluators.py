@@ -20,6 +20,8 @@ SMALL = {
     "knn": (("faiss",), ["--scenes", "400", "200"], 2.0),
     "zeroshot": (("open_clip",), ["--scenes", "200"], 2.0),
     "maps": ((), ["--num-images", "4"], 2.0),
+    "retrieval": ((), ["--scenes", "60", "60"], 2.0),
+    "correspondence": ((), ["--scenes", "40"], 2.0),
     "resolution": (("faiss",), ["--sides", "96", "144", "--knn.scenes", "400", "200"], 5.0),
     "sam": (("segment_anything", "pycocotools"), ["--scenes", "20"], 2.0),
     "seg": (("mmseg", "mmcv", "cv2"), ["--scenes", "60", "20", "--iterations", "20"], 5.0),

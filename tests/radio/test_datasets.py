@@ -108,6 +108,9 @@ def test_folders_are_found_by_the_names_of_the_sets(tmp_path: Path) -> None:
         "coco/train2017/",  # images of LLaVA's alone, nothing to score
         "playground/data/llava_v1_5_mix665k.json",
         "playground/data/LLaVA-Pretrain/images/",
+        "roxford5k/gnd_roxford5k.json",
+        "RParis6k/gnd_rparis6k.pkl",
+        "SPair-71k/PairAnnotation/",
         "gqa/images/",  # as above
         "textvqa/TextVQA_0.5.1_val.json",
         "ScienceQA/problems.json",
@@ -124,6 +127,9 @@ def test_folders_are_found_by_the_names_of_the_sets(tmp_path: Path) -> None:
         datacomp=f"{tmp_path}/datacomp/shards",
         ade20k=tmp_path / "ADEChallengeData2016",
         voc=tmp_path / "VOCdevkit",
+        roxford5k=tmp_path / "roxford5k",
+        rparis6k=tmp_path / "RParis6k",
+        spair=tmp_path / "SPair-71k",
         llava=LlavaFiles(
             pretrain_data=data / "LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",
             pretrain_images=data / "LLaVA-Pretrain/images",

@@ -18,10 +18,12 @@ from evals.core.task import (
     settings_on,
     task_of,
 )
+from evals.correspondence import CorrespondenceSettings
 from evals.fidelity import FidelitySettings
 from evals.knn import KnnSettings
 from evals.maps import MapsSettings
 from evals.resolution import ResolutionSettings
+from evals.retrieval import RetrievalSettings
 from evals.sam_dropin import SamSettings
 from evals.seg_probe.protocol import SegSettings
 from evals.throughput import ThroughputSettings
@@ -36,6 +38,9 @@ SETS = DataSets(
     ade20k=ROOT / "ade",
     voc=ROOT / "voc",
     coco=ROOT / "coco",
+    roxford5k=ROOT / "ox",
+    rparis6k=ROOT / "par",
+    spair=ROOT / "spair",
     llava=LlavaFiles(
         pretrain_data=ROOT / "p.json",
         pretrain_images=ROOT / "p",
@@ -132,6 +137,19 @@ PLACED_VQA = VqaSettings(
                 )
             },
         ),
+        (
+            "retrieval",
+            RetrievalSettings(size=64),
+            {
+                "roxford5k": RetrievalSettings(size=64, data=ROOT / "ox"),
+                "rparis6k": RetrievalSettings(size=64, data=ROOT / "par"),
+            },
+        ),
+        (
+            "correspondence",
+            CorrespondenceSettings(upsample=2),
+            {"spair": CorrespondenceSettings(upsample=2, data=ROOT / "spair")},
+        ),
         ("vqa", VqaSettings(), {"llava": PLACED_VQA}),
         (
             "vqa",
@@ -180,6 +198,8 @@ def test_settings_on_a_users_data_sets(task: str, settings: Any, placed: dict[st
         ("fidelity", FidelitySettings(images="a")),
         ("resolution", ResolutionSettings(tasks=("knn",), knn=KnnSettings(bank="a", query="b"))),
         ("seg", SegSettings(data=Path("a"))),
+        ("retrieval", RetrievalSettings(data=Path("a"))),
+        ("correspondence", CorrespondenceSettings(data=Path("a"))),
         ("sam", SamSettings(data=Path("a.json"), images=Path("a"))),
         ("vqa", VqaSettings(pretrain_data=Path("a.json"), instruct_data=Path("b.json"))),
         ("vqa", VqaSettings(task="gqa", questions=Path("a.json"))),
