@@ -25,7 +25,7 @@ from .scores import Scores, chance, rank, score_ranking
 
 _KS = (1, 5, 10)
 _KEPT = 10  # images of a ranking that stand in its record
-_CELLS = 1 << 24  # of rankings in memory at once
+_CELLS = 1 << 22  # of rankings in memory at once
 _WORST, _SHOWN = 6, 5  # queries on the page, and images beside each
 
 

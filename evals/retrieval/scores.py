@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from evals.core.features import to_unit
 # Letters: Q queries, N images of the database, C summary width.
 
 _DECIMALS = 10  # of float64 similarities: far above their rounding
+_ROWS = 8192  # of the database at once in float64
 
 
 class Scores(NamedTuple):
@@ -27,7 +29,8 @@ def rank(queries: Tensor, database: Tensor) -> Tensor:
 
     In float64; of equally near images the first comes first.
     """
-    cosines = to_unit(queries).double() @ to_unit(database).double().T
+    unit = to_unit(queries).double()
+    cosines = torch.cat([unit @ to_unit(part).double().T for part in database.split(_ROWS)], dim=1)
     return cosines.round(decimals=_DECIMALS).argsort(dim=1, descending=True, stable=True)
 
 
@@ -59,6 +62,7 @@ def score_ranking(ranking: Tensor, positive: Tensor, junk: Tensor, ks: Sequence[
     return Scores(ap, precision)
 
 
+@lru_cache(maxsize=4096)
 def chance(count: int, num_positive: int) -> float:
     """Compute the expected average precision, as in `score_ranking`, of a random order of `count` images."""
     if count == 1:
