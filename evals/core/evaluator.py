@@ -396,7 +396,7 @@ def domain_notes(model: Backbone, sources: Iterable[Placed]) -> tuple[str, ...]:
                     f"which the model was trained on ({labels} labels)"
                 )
                 break
-    return tuple(notes)
+    return tuple(dict.fromkeys(notes))  # two sets of one name, such as queries and database
 
 
 _SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
