@@ -28,6 +28,9 @@ _MAX_TURN = math.radians(42)
 _CANDIDATES = 4  # places tried for each small object before an overlap is accepted
 _NUM_DRAWS = 192  # enough for four objects
 _VIEW_STREAM = 4  # of the generator, plus the number of a further view
+_REACH = 0.5  # an object whose radius is the image's side is this many metres away (ours)
+_NEARER = 0.95  # the most that an object in front has of the depth of what it overlaps (ours)
+_FLOOR = (9.0, 6.0)  # depth of the background in metres at the upper and the lower edge (ours)
 
 
 class Texture(NamedTuple):
@@ -339,6 +342,40 @@ def render_images(
         scene = render(int(index), split=split, seed=seed, size=size)
         images[row], labels[row] = scene.image, scene.label
     return images, labels
+
+
+def depth(index: int, *, split: Split = "train", seed: int = 0, size: int = 96) -> NDArray[np.float32]:
+    """Compute the depth of scene number `index` in metres: [size, size], all above 0.
+
+    All objects have one true size, so that one of radius r, in units of the side, is 0.5 / r metres away
+    (2 to 6 m), unless it lies over another: then it has at most 95 % of that one's depth. The background is a
+    plane, whose inverse depth is linear in the row: from 9 m at the upper edge to 6 m at the lower.
+
+    Raises:
+        SceneError: as `render`.
+    """
+    _check(index, split, seed, size)
+    scene_plan = layout_scene(index, split=split, seed=seed)
+    drawn = _visible(scene_plan, BASE_SIZE)
+    depths = _depths(drawn)
+    far, near = (1 / edge for edge in _FLOOR)
+    rows = (np.arange(size) + 0.5) / size
+    plane = np.repeat((1 / (far + (near - far) * rows)).astype(np.float32)[:, None], size, axis=1)
+    for number, _, coverage in drawn if size == BASE_SIZE else _visible(scene_plan, size):
+        plane[coverage.window][coverage.alpha >= 0.5] = depths[number]
+    return plane
+
+
+def _depths(drawn: Sequence[tuple[int, Figure, Coverage]]) -> dict[int, float]:
+    """Compute the depth in metres of each object by its number; they come back to front, at 96 px."""
+    depths: dict[int, float] = {}
+    over = np.full((BASE_SIZE, BASE_SIZE), np.inf)  # the least depth of what was drawn so far
+    for number, figure, coverage in drawn:
+        covered = over[coverage.window]
+        mask = coverage.alpha > 0
+        depths[number] = min(_REACH / figure.radius, _NEARER * float(covered[mask].min(initial=np.inf)))
+        covered[mask] = depths[number]
+    return depths
 
 
 def _check(index: int, split: Split, seed: int, size: int) -> None:
