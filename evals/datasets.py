@@ -22,6 +22,7 @@ from radio.progress import watch_on
 State = Literal["complete", "found", "missing", "laid out wrong", "not checked", "absent"]
 
 _IMAGENET_COUNTS = {"train": 1_281_167, "val": 50_000}
+_NYU_TESTED = 654
 _ADE_CLASSES, _VOC_CLASSES = 150, 21
 _WEIGHTS = (".pt", ".pth", ".safetensors", ".bin", ".ckpt", ".onnx", ".gguf")
 _NOWHERE = "put it there, or name its place in the data.yaml"
@@ -121,10 +122,7 @@ def parts_of(sets: DataSets) -> Iterator[Part]:
         if pattern is not None:
             is_place = not is_remote(pattern) and "{" not in pattern
             yield Part(name, (Path(pattern),) if is_place else (), partial(check_shards, pattern), pattern)
-    if sets.ade20k is not None:
-        yield Part("ade20k", (sets.ade20k,), partial(check_segmentation, sets.ade20k, "ADE20K"))
-    if sets.voc is not None:
-        yield Part("voc", (sets.voc,), partial(check_segmentation, sets.voc, "VOC2012"))
+    yield from _parts_of_maps(sets)
     if sets.coco is not None:
         file, images = sets.coco / "annotations" / "instances_val2017.json", sets.coco / "val2017"
         yield Part("coco", (sets.coco, file, images), partial(check_coco, file, images))
@@ -136,6 +134,17 @@ def parts_of(sets: DataSets) -> Iterator[Part]:
         yield Part("language-model", (folder,), partial(check_language_model, folder))
     if (folder := sets.weights) is not None:
         yield Part("weights", (folder,), partial(check_weights, folder))
+
+
+def _parts_of_maps(sets: DataSets) -> Iterator[Part]:
+    """Yield the parts of the data sets that have a class or a depth for every pixel."""
+    if sets.ade20k is not None:
+        yield Part("ade20k", (sets.ade20k,), partial(check_segmentation, sets.ade20k, "ADE20K"))
+    if sets.voc is not None:
+        yield Part("voc", (sets.voc,), partial(check_segmentation, sets.voc, "VOC2012"))
+    if (root := sets.nyu) is not None:
+        for split in ("train", "test"):
+            yield Part(f"nyu {split}", (root, root / f"nyu_{split}.txt"), partial(check_nyu, root, split))
 
 
 def check_imagenet(root: Path, split: str) -> Content:
@@ -239,6 +248,20 @@ def check_segmentation(root: Path, name: str) -> Content:
         notes = tuple(dict.fromkeys((*notes, *more.notes)))
     counts = ", ".join(f"{split.name.rpartition('/')[2]} {len(split.pairs):,}" for split in splits)
     return Content(f"images with annotations: {counts}", notes)
+
+
+def check_nyu(root: Path, split: str) -> Content:
+    """Count the images of a split of NYU Depth V2; each has to have its depth map.
+
+    Raises:
+        DataError: as `evals.depth.data.list_nyu`.
+    """
+    from .depth.data import list_nyu
+
+    num_images = len(list_nyu(root, split))
+    note = f"{num_images:,} images; NYU's test has {_NYU_TESTED}"  # several lists of train are about
+    is_usual = split == "train" or num_images == _NYU_TESTED
+    return Content(f"{num_images:,} images with depth", () if is_usual else (note,))
 
 
 def check_coco(file: Path, images: Path) -> Content:

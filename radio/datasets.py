@@ -175,6 +175,10 @@ class DataSets:
         Home(("voc", "VOCdevkit", "VOC2012"), ("JPEGImages", "VOC2012", "VOCdevkit")),
     ] = None
     """The folder that has JPEGImages/, SegmentationClass/ and ImageSets/, or its parent."""
+    nyu: Annotated[Path | None, Home(("nyu", "nyu_depth_v2", "NYU"), ("nyu_train.txt", "nyu_test.txt"))] = (
+        None
+    )
+    """NYU Depth V2: the folder that has nyu_train.txt, nyu_test.txt and the files that they name."""
     coco: Annotated[
         Path | None, Home(("coco", "COCO"), ("annotations/instances_val2017.json", "val2017"))
     ] = None

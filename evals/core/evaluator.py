@@ -365,7 +365,8 @@ def report_result(
                     f"{who}: its evaluate gave a Result that no report can hold: {error}"
                 ) from error
             if records:
-                write_lines(folder / records, record_lines(result.records))
+                is_error = report.metrics[report.primary_metric].higher_is_better is False
+                write_lines(folder / records, record_lines(result.records, errors=is_error))
     return report
 
 

@@ -35,8 +35,9 @@ several), or the mean over the classes of intersection over union, from `areas`.
 
 Record = Mapping[str, Any]
 """One sample of a report. Its `id` is unique in its `part` (default: one part). Two models' reports are
-paired by `score` (0 to 1) or `areas` (a list of [class, intersection, prediction, label] in pixels), and
-resampled by `unit` (default: the id), such as the image of several questions. All else is the evaluator's."""
+paired by `score` (0 to 1; from 0 on where less is better) or `areas` (a list of [class, intersection,
+prediction, label] in pixels), and resampled by `unit` (default: the id), such as the image of several
+questions. All else is the evaluator's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,20 +175,24 @@ def read(path: Path) -> Report:
     return report
 
 
-def record_lines(records: Iterable[Record]) -> Iterator[str]:
+def record_lines(records: Iterable[Record], *, errors: bool = False) -> Iterator[str]:
     """Yield records as JSON lines.
 
+    Args:
+        errors: whether the scores are errors, which may be above 1.
+
     Raises:
-        ConfigError: a record without an id, two of one id and part, a score outside 0 to 1, or no JSON.
+        ConfigError: a record without an id, two of one id and part, a score outside its range, or no JSON.
     """
+    highest, wanted = (math.inf, "of 0 or more") if errors else (1, "from 0 to 1")
     ids: dict[str, set[str]] = {}  # of each part
     for index, record in enumerate(records):
         seen, id = ids.setdefault(str(record.get("part", "")), set()), str(record.get("id", ""))
         score = record.get("score", 0)
         if "id" not in record or id in seen:
             raise ConfigError(f"record {index} has {'the id of another' if id in seen else 'no id'}: {id!r}")
-        if not isinstance(score, (int, float)) or not 0 <= score <= 1:
-            raise ConfigError(f"record {index} ({id}) has the score {score!r}; wanted a number from 0 to 1")
+        if not isinstance(score, (int, float)) or not 0 <= score <= highest:
+            raise ConfigError(f"record {index} ({id}) has the score {score!r}; wanted a number {wanted}")
         seen.add(id)
         try:
             yield json.dumps(record, ensure_ascii=False) + "\n"

@@ -7,7 +7,6 @@ import json
 import logging
 import random
 import secrets
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,15 +28,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from evals.core.evaluator import EvalRun
-from radio.chunks import DamagedError
+from evals.core.states import resume_state, save_state
 from radio.dist import Ranks
-from radio.errors import CheckpointError, RadioError
+from radio.errors import RadioError
 from radio.progress import Advance, ProgressWithText
 from radio.types import Backbone
 
 from .plugin import AreaMetric, Areas, Images, Sample, TokenMaps, build_model, one_thread
 from .protocol import ProbeConfig
-from .states import load_state, save_state
 
 # Letters: H W an image's own height and width.
 
@@ -96,7 +94,7 @@ def train_head(probe: Probe, seed: int, run: EvalRun, label: str, keep: Keep | N
     """
     key = hashlib.sha256(json.dumps([_FORMAT, *probe.key, probe.keeps_tokens, seed]).encode()).hexdigest()
     path = run.cache / "seg-heads" / f"{key}.pt"
-    start = _load_start(path, key, run)
+    start = resume_state(path, _FORMAT, key, HeadState(), run.ranks, run.damage)
     with TemporaryDirectory(prefix="am-radio-seg-") as folder, _own_randomness(run.device):
         metric, observer = AreaMetric(run.ranks), Observer(run.ranks.world, keep)
         hooks = [SaveState(path, key, probe.save_every, run.ranks), observer]
@@ -109,18 +107,6 @@ def train_head(probe: Probe, seed: int, run: EvalRun, label: str, keep: Keep | N
             runner.test()
     weights = {name: tensor.cpu() for name, tensor in _bare(runner.model).state_dict().items()}
     return TrainedHead(metric.areas, weights)
-
-
-def _load_start(path: Path, key: str, run: EvalRun) -> HeadState:
-    """Read the state of an earlier run; a damaged one is reported, and training starts from scratch."""
-    try:
-        return load_state(path, _FORMAT, key, HeadState(), run.ranks)
-    except CheckpointError as error:
-        if run.ranks.leads:
-            run.damage.add(DamagedError(str(error).partition(";")[0]))
-            if path.is_dir():  # a file cannot replace it
-                shutil.rmtree(path)
-        return HeadState()
 
 
 def _make_runner(

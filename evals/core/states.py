@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+import shutil
 import warnings
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor
 
+from radio.chunks import Damage, DamagedError
 from radio.dist import Ranks
 from radio.errors import CheckpointError, DataError, shown
 from radio.io import validate, write_bytes
@@ -66,6 +68,25 @@ def load_state(path: Path, kind: str, key: str, fresh: S, group: Ranks | None = 
     if int(steps.min()) != int(steps.max()):
         raise DataError(f"{path}: ranks see different states; give --cache a folder that all share")
     return state
+
+
+def resume_state(path: Path, kind: str, key: str, fresh: S, group: Ranks, damage: Damage) -> S:
+    """Load the state as `load_state` does; one that cannot be used is recorded, and `fresh` returned.
+
+    Args:
+        damage: collects the damaged ones, for a note of the report.
+
+    Raises:
+        DataError: ranks do not share the folder.
+    """
+    try:
+        return load_state(path, kind, key, fresh, group)
+    except CheckpointError as error:
+        if group.leads:
+            damage.add(DamagedError(str(error).partition(";")[0]))
+            if path.is_dir():  # a file cannot replace it
+                shutil.rmtree(path)
+        return fresh
 
 
 def _read(path: Path, kind: str, key: str, fresh: DataclassInstance) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from evals.seg_probe.states import load_state, save_state
+from evals.core.states import load_state, save_state
 from radio.dist import Ranks
 from radio.errors import CheckpointError, DataError
 
