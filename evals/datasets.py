@@ -366,7 +366,7 @@ def _benchmarks(sets: DataSets) -> Iterator[Part]:
     all_files: Mapping[Any, Any] = benchmark_files(
         sets, ocr=sets.textvqa is not None and sets.textvqa.ocr is not None
     )
-    names = {"gqa": "gqa", "textvqa": "textvqa", "scienceqa": "sqa", "vqav2": "vqav2"}
+    names = {"gqa": "gqa", "textvqa": "textvqa", "scienceqa": "sqa", "vqav2": "vqav2", "pope": "pope"}
     for task, name in names.items():
         if (files := all_files.get(task)) is not None:
             given = (files.questions, files.annotations, files.splits, files.ocr_file, files.images)

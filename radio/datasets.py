@@ -137,6 +137,19 @@ class Vqav2Files:
         check(self)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PopeFiles:
+    """POPE on COCO: its three files of questions, and COCO's images."""
+
+    questions: Annotated[Path, Part(("coco", "output/coco", "."))]
+    """The folder of coco_pope_random.json and the like, or one of them."""
+    images: Annotated[Path, Part(("val2014", "images"))]
+
+    def __post_init__(self) -> None:
+        """Validate the settings; raise `ConfigError` on a value out of range."""
+        check(self)
+
+
 def _read_parts(kind: type[T], value: Any, _: Mapping[str, Any], where: str) -> T | None:
     """Read the parts of a data set from a mapping, or find them at their usual places in a folder."""
     if value is None:
@@ -224,6 +237,12 @@ class DataSets:
         _parts(Vqav2Files),
     ] = None
     """VQAv2: the folder that has its questions, its annotations and val2014/, or each part."""
+    pope: Annotated[
+        PopeFiles | None,
+        Home(("pope", "POPE"), ("coco_pope_*.json", "coco/coco_pope_*.json", "output/coco/coco_pope_*.json")),
+        _parts(PopeFiles),
+    ] = None
+    """POPE: the folder that has its questions and val2014/, or each part."""
     language_model: Annotated[
         Path | None, Home(("language-model", "language_model", "vicuna-7b-v1.5"), ("config.json",))
     ] = None

@@ -249,7 +249,7 @@ def test_head(
     measures = torch.zeros(len(test), len(MEASURES) + 1, dtype=torch.float64)
     predicted = torch.zeros(len(examples), *feed.depth_size)
     head.eval()
-    with run.progress("testing the head", len(test)) as advance, torch.inference_mode():
+    with run.progress("testing the head", len(test)) as advance, torch.no_grad():
         for indices, views, truth in feed.test_batches():
             size = (truth.shape[1], truth.shape[2])
             depths = resize_depth(head(views[0]), size)

@@ -1,4 +1,4 @@
-"""Visual question answering: LLaVA-1.5 on any backbone, scored on GQA, VQAv2, TextVQA and ScienceQA."""
+"""Visual question answering: LLaVA-1.5 on any backbone, on GQA, VQAv2, TextVQA, ScienceQA and POPE."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .settings import Task, TaskFiles, VqaSettings
 
 @evaluators.register("vqa")
 def make() -> Evaluator[VqaSettings]:
-    """Visual question answering by a LLaVA-1.5 on the model: GQA, VQAv2, TextVQA, ScienceQA."""
+    """Visual question answering by a LLaVA-1.5 on the model: GQA, VQAv2, TextVQA, ScienceQA, POPE."""
     return Evaluator(
         name="vqa",
         settings=VqaSettings,
@@ -66,6 +66,8 @@ def benchmark_files(sets: DataSets, *, ocr: bool = False) -> dict[Task, TaskFile
         files["textvqa"] = TaskFiles(questions=text.questions, images=text.images, ocr=ocr, ocr_file=ocr_file)
     if (sqa := sets.sqa) is not None:
         files["scienceqa"] = TaskFiles(questions=sqa.questions, splits=sqa.splits, images=sqa.images)
+    if (pope := sets.pope) is not None:
+        files["pope"] = TaskFiles(questions=pope.questions, images=pope.images)
     return files
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any, NamedTuple, NotRequired, TypeVar, final, get_args
+from typing import Any, Literal, NamedTuple, NotRequired, TypeVar, final, get_args
 
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
@@ -30,9 +30,10 @@ from .scoring import (
     exact_or_soft,
     score_exact,
     score_letter,
+    score_yes_no,
     vqa_accuracy,
 )
-from .settings import Rule, Task, TaskFiles
+from .settings import RULED, Rule, Task, TaskFiles
 
 T = TypeVar("T")
 
@@ -45,6 +46,7 @@ _NEEDLESS: dict[Task, tuple[str, ...]] = {
     "vqav2": ("splits", "ocr", "ocr_file"),
     "textvqa": ("annotations", "splits"),
     "scienceqa": ("annotations", "ocr", "ocr_file"),
+    "pope": ("annotations", "splits", "ocr", "ocr_file"),
     "custom": ("annotations", "splits", "ocr", "ocr_file"),
 }
 
@@ -69,7 +71,7 @@ def open_benchmark(
     needless = [name for name in _NEEDLESS[task] if getattr(files, name)]
     if needless:
         raise DataError(f"{task} does not read {' and '.join(needless)}; leave that out")
-    if task in ("gqa", "scienceqa", "custom") and rule is not None:
+    if task not in RULED and rule is not None:
         raise DataError(f"{task} has one rule, and got {rule!r}; leave that out")
     if rule is not None and rule not in get_args(Rule):
         raise DataError(f"no rule {rule!r}; there are {', '.join(get_args(Rule))}")
@@ -78,9 +80,11 @@ def open_benchmark(
     elif task == "textvqa":
         benchmark = read_textvqa(files, rule or "m4c")
     else:
-        benchmark = {"gqa": read_gqa, "scienceqa": read_scienceqa, "custom": read_custom}[task](files)
+        readers = {"gqa": read_gqa, "scienceqa": read_scienceqa, "pope": read_pope, "custom": read_custom}
+        benchmark = readers[task](files)
     digest = hashlib.sha256(benchmark.split.encode())
-    for path in (files.questions, files.annotations, files.splits, files.ocr_file):
+    questions = pope_files(files.questions).values() if task == "pope" else (files.questions,)
+    for path in (*questions, files.annotations, files.splits, files.ocr_file):
         if path is not None:
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -515,6 +519,75 @@ def _split_ids(path: Path, split: str) -> list[str]:
             f"{', '.join(map(shown, list(splits)[:20]))}{did_you_mean(split, splits)}"
         )
     return list(dict.fromkeys(str(id) for id in splits[split]))
+
+
+class _Pope(TypedDict):
+    """One question of POPE's."""
+
+    question_id: int | str
+    image: str
+    text: str
+    label: Literal["yes", "no"]
+
+
+_POPE = TypeAdapter(_Pope)
+_POPE_FILES = ("random", "popular", "adversarial")  # how the absent objects are sampled
+_POPE_NAME = re.compile(rf"(\w+)_pope_({'|'.join(_POPE_FILES)})\.json")
+
+
+def pope_files(path: Path) -> dict[str, Path]:
+    """Return POPE's files by their sampling: the one at a path, or the three in a folder.
+
+    Raises:
+        DataError: other names, not all three of them, or those of several data sets.
+    """
+    names = [path.name]
+    if path.is_dir():
+        names = sorted(child.name for child in path.iterdir() if _POPE_NAME.fullmatch(child.name))
+    matches = [match for match in map(_POPE_NAME.fullmatch, names) if match]
+    found = {match[2]: path / match[0] if path.is_dir() else path for match in matches}
+    alike = len({match[1] for match in matches}) == 1
+    if not alike or (path.is_dir() and len(found) < len(_POPE_FILES)):
+        raise DataError(
+            f"{shown(path)}: wanted the folder of coco_pope_random.json, coco_pope_popular.json and "
+            f"coco_pope_adversarial.json, or one of them; got {shown(', '.join(names[:4])) or 'none of them'}"
+        )
+    return {name: found[name] for name in _POPE_FILES if name in found}
+
+
+def read_pope(files: TaskFiles) -> Benchmark:
+    """Read POPE (Y. Li et al. 2023): is this object in the image, yes or no, from one file or all three.
+
+    The ids of the three files repeat; with all of them an id is `random-1`.
+
+    Raises:
+        DataError: not POPE's files, a record of another form, or two of one id.
+    """
+    questions, paths = [], pope_files(files.questions)
+    for sampling, path in paths.items():
+        for where, data in read_list(path):
+            row = validate(_POPE, data, f"{shown(path)}: {where}")
+            id, text, label = str(row["question_id"]), row["text"], row["label"]
+            questions.append(
+                BenchmarkQuestion(
+                    id if len(paths) == 1 else f"{sampling}-{id}",
+                    row["image"],
+                    text,
+                    short(text),
+                    partial(score_yes_no, right=label),
+                    label,
+                    {"sampling": sampling},
+                )
+            )
+    if not questions:
+        raise DataError(f"{shown(files.questions)}: holds no questions")
+    known = Counter(question.id for question in questions)
+    twice = [id for id, count in known.items() if count > 1]
+    if twice:
+        raise DataError(f"{shown(files.questions)}: two questions have the id {shown(twice[0][:80])}")
+    split = next(iter(paths.values())).name.partition("_pope_")[0]
+    split = split if len(paths) > 1 else f"{split} {next(iter(paths))}"
+    return Benchmark(task="pope", split=split, questions=tuple(questions), known=frozenset(known))
 
 
 class _Custom(TypedDict):

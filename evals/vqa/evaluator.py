@@ -1,4 +1,4 @@
-"""Visual question answering: LLaVA-1.5's recipe on any frozen backbone, scored on four benchmarks."""
+"""Visual question answering: LLaVA-1.5's recipe on any frozen backbone, scored on its benchmarks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .language import LanguageModel, TinyShape, load_library, open_language
 from .scenes import benchmarks, describe_questions, describe_training, load_scenes, training_images
 from .scenes import training_records as generated_records
 from .scoring import TASKS, Benchmark, BenchmarkQuestion, Scores, mean_accuracy
-from .settings import RULED, Preset, VqaSettings, choose_preset, choose_size, language_name
+from .settings import RULED, Preset, Task, VqaSettings, choose_preset, choose_size, language_name
 
 if TYPE_CHECKING:
     from .llava import Generator, Prompt
@@ -338,9 +338,12 @@ def _result(answered: Sequence[Answered], run: EvalRun) -> Result:
             metrics[f"{prefix}accuracy"] = mean_accuracy(list(by_task.values()), seed)
         for task, of_task in by_task.items():
             values = of_task.metrics(seed)
-            metrics[f"{prefix}{task}"] = values.pop("accuracy")
+            metrics[f"{prefix}{task}"] = values.pop("f1" if of_task.positive else "accuracy")
             if not prefix:
                 kinds |= {f"{task}_{name}": metric for name, metric in values.items()}
+    primary = "pope" if list(scores) == ["pope"] else "accuracy"
+    if scores:
+        metrics = {primary: metrics[primary]} | metrics
     files = []
     for one in answered:
         if one.scores is None:
@@ -353,7 +356,7 @@ def _result(answered: Sequence[Answered], run: EvalRun) -> Result:
         for task, of_task in scores.items()
         if of_task.missing
     ]
-    baselines = {"without the image": metrics["blind_accuracy"].value} if blind else {}
+    baselines = {"without the image": metrics[f"blind_{primary}"].value} if blind else {}
     blocks: list[Block] = [_bars(metrics, scores)] if scores else []
     blocks += [_examples(one, run) for one in answered if one.scores]
     for task, of_task in scores.items():
@@ -391,12 +394,13 @@ def _records(answered: Sequence[Answered]) -> Iterator[Record]:
             yield record
 
 
-def _bars(metrics: Mapping[str, Metric], tasks: Iterable[str]) -> Bars:
+def _bars(metrics: Mapping[str, Metric], scores: Mapping[Task, Scores]) -> Bars:
     bars = {}
-    for task in tasks:
-        bars[task] = metrics[task]
+    for task, of_task in scores.items():
+        label = f"{task} (F1)" if of_task.positive else task
+        bars[label] = metrics[task]
         if f"blind_{task}" in metrics:
-            bars[f"{task}, blind"] = metrics[f"blind_{task}"]
+            bars[f"{label}, blind"] = metrics[f"blind_{task}"]
     return Bars(
         title="accuracy by benchmark",
         x_label="accuracy (%)",

@@ -1,4 +1,4 @@
-"""The generated world as LLaVA's training data and as the four benchmarks, without any files of these.
+"""The generated world as LLaVA's training data and as the benchmarks, without any files of these.
 
 The turns of one conversation never reveal an answer: a question that names the main object (about its
 position) comes after the one about its colour or shape, and those two are never in one conversation. Some
@@ -44,6 +44,7 @@ from .scoring import (
     commonest,
     score_exact,
     score_letter,
+    score_yes_no,
     vqa_accuracy,
 )
 from .settings import Rule, Task
@@ -230,20 +231,21 @@ def describe_questions(scene: Scene, index: int, seed: int) -> Any:
 def benchmarks(
     scenes: Scenes, tasks: Sequence[Task], *, rule: Rule | None = None, limit: int | None = None
 ) -> list[Benchmark]:
-    """Make the four benchmarks about scenes of the split `val`, with ids and image names as in the real ones.
+    """Make benchmarks about scenes of the split `val`, with ids and image names as in the real ones.
 
-    Answers are equally frequent, so that a question's words reveal nothing about its answer.
+    POPE has the questions of one file: those whether an object is there. Answers are equally frequent, so
+    that a question's words reveal nothing about its answer.
 
     Args:
         rule: how VQAv2 (default: `official`) and TextVQA (default: `m4c`) compare answers.
         limit: use this many questions of each, evenly spread.
     """
-    collected: dict[Task, list[scoring.BenchmarkQuestion]] = {task: [] for task in scoring.TASKS}
+    collected: dict[Task, list[scoring.BenchmarkQuestion]] = {task: [] for task in (*scoring.TASKS, "pope")}
     rows: dict[str | None, int] = {}
     for index, facts in enumerate(scenes.facts):
         draws = np.random.default_rng([_BENCHMARK_STREAM, scenes.seed, index])
         about = _ask(index, [Question(*fact) for fact in facts], draws, rule)
-        for task in scoring.TASKS:
+        for task in collected:
             collected[task] += about[task]
             rows |= {question.image: index for question in about[task]}
     opened = []
@@ -307,7 +309,20 @@ def _ask(
     drawing = f"test/{index + 1}/image.png"
     letter = partial(score_letter, right=right)
     scienceqa = [make(str(index + 1), drawing, text, prompt, letter, right, groups)]
-    return {"gqa": gqa, "vqav2": vqav2, "textvqa": textvqa, "scienceqa": scienceqa}
+    pope = [
+        make(
+            str((index + 1) * 1000 + number),
+            photo,
+            question.text,
+            short(question.text),
+            partial(score_yes_no, right=question.answer),
+            question.answer,
+            {"sampling": "random"},
+        )
+        for number, question in enumerate(about)
+        if question.kind == "exists"
+    ]
+    return {"gqa": gqa, "vqav2": vqav2, "textvqa": textvqa, "scienceqa": scienceqa, "pope": pope}
 
 
 def _people(question: Question, draws: np.random.Generator) -> list[str]:

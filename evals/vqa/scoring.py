@@ -1,4 +1,4 @@
-"""Score answers by the rules of GQA, VQAv2, TextVQA and ScienceQA; needs no torch.
+"""Score answers by the rules of GQA, VQAv2, TextVQA, ScienceQA and POPE; needs no torch.
 
 Answers of people are compared after one of two normalisations, so that `The  two dogs.` and `2 dogs` are
 equal. `official` is that of the VQA evaluation (S. Antol et al. 2015; visualqa.org). TextVQA's scorers
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # Letters: Q questions, P images, K groups, R resamples.
 
 TASKS: tuple[Task, ...] = ("gqa", "vqav2", "textvqa", "scienceqa")
-"""The published benchmarks; `custom` are the user's own questions."""
+"""The published benchmarks with an accuracy; POPE has an F1, and `custom` are the user's own questions."""
 
 IMAGE = "<image>"
 LETTERS = "ABCDE"
@@ -184,6 +184,17 @@ def letter(answer: str) -> str | None:
     return str(letters[0]) if len(letters) == 1 else None
 
 
+def says_yes(answer: str) -> bool:
+    """Read an answer by POPE's rule: no, if the first sentence has the word `No`, `no` or `not`; else yes."""
+    words = answer.partition(".")[0].replace(",", "").split(" ")
+    return not {"No", "no", "not"} & set(words)
+
+
+def score_yes_no(answer: str, right: str) -> float:
+    """Score an answer to a question with the right answer `yes` or `no`, by POPE's rule."""
+    return float(says_yes(answer) == (right == "yes"))
+
+
 def exact_or_soft(answer: str, truths: Sequence[str]) -> float:
     """Score an answer after normalising all answers as in VQAv2's evaluation.
 
@@ -280,6 +291,9 @@ class Benchmark:
             images=tuple(question.image or f"question {question.id}" for question in self.questions),
             groups=self.groups,
             missing=missing,
+            positive=tuple(question.expected == "yes" for question in self.questions)
+            if self.task == "pope"
+            else (),
         )
 
     @property
@@ -398,9 +412,12 @@ class Scores:
     images: tuple[str, ...]  # of each question: questions about one image are resampled together
     groups: Mapping[str, tuple[str, ...]]
     missing: tuple[str, ...]  # ids of the questions without a prediction
+    positive: tuple[bool, ...] = ()  # POPE: whether the right answer is yes; other benchmarks have no F1
 
     def metrics(self, seed: int = 0) -> dict[str, Metric]:
         """Compute `accuracy` in percent, overall and per group (`answer_type_yes_no`), and any `unanswered`.
+
+        POPE has `f1`, `precision`, `recall` and `yes_ratio` too, each the mean over its files.
 
         Intervals are 95 % bootstraps over images.
         """
@@ -418,6 +435,8 @@ class Scores:
         metrics = {}
         for (name, mask), means in zip(masks.items(), resampled.T, strict=True):
             metrics[name] = _percent(float(values[mask].mean()), means)
+        if self.positive:
+            metrics |= detection_metrics(self, images, seed)
         if self.missing:
             share = 100 * len(self.missing) / len(values)
             metrics["unanswered"] = Metric(value=share, higher_is_better=False)
@@ -443,6 +462,49 @@ class Scores:
                 )
             )
         return tables
+
+
+def detection_metrics(scores: Scores, images: NDArray[np.intp], seed: int) -> dict[str, Metric]:
+    """Compute POPE's measures in percent, with `yes` as positive: means over its files, and each file's F1.
+
+    Precision, recall and F1 are 0 where they would divide by 0. Intervals are bootstraps over images.
+
+    Args:
+        scores: of yes-or-no questions, whose group `sampling` is the file; one without a prediction counts as
+            answered wrongly.
+        images: index [Q] of each question's image.
+        seed: of the bootstrap.
+    """
+    right, positive = np.array(scores.values) == 1, np.array(scores.positive)
+    files = sorted(set(scores.groups["sampling"]))
+    of_file = np.array([files.index(label) for label in scores.groups["sampling"]])
+    cell = np.where(positive, np.where(right, 0, 1), np.where(right, 2, 3))  # TP, FN, TN, FP
+    counts = np.zeros((images.max() + 1, len(files), 4))
+    np.add.at(counts, (images, of_file, cell), 1)
+    measured, resampled = _rates(counts.sum(axis=0)), _rates(resampled_sums(counts, seed=seed))
+    metrics = {
+        name: _percent(float(values.mean()), resampled[name].mean(axis=-1))
+        for name, values in measured.items()
+    }
+    metrics["yes_ratio"] = replace(metrics["yes_ratio"], higher_is_better=None)
+    for place, file in enumerate(files):
+        metrics[f"f1_{file}"] = _percent(float(measured["f1"][place]), resampled["f1"][:, place])
+    return metrics
+
+
+def _rates(counts: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+    """Compute rates [...] from counts [..., 4] of TP, FN, TN and FP."""
+    tp, fn, tn, fp = (counts[..., place] for place in range(4))
+
+    def share(part: NDArray[np.float64], whole: NDArray[np.float64]) -> NDArray[np.float64]:
+        return part / np.where(whole > 0, whole, 1)
+
+    return {
+        "f1": share(2 * tp, 2 * tp + fp + fn),
+        "precision": share(tp, tp + fp),
+        "recall": share(tp, tp + fn),
+        "yes_ratio": share(tp + fp, tp + fn + tn + fp),
+    }
 
 
 def mean_accuracy(benchmarks: Sequence[Scores], seed: int = 0) -> Metric:

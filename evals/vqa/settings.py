@@ -18,7 +18,7 @@ from radio.errors import ConfigError
 if TYPE_CHECKING:
     from radio.types import Backbone
 
-Task = Literal["gqa", "vqav2", "textvqa", "scienceqa", "custom"]
+Task = Literal["gqa", "vqav2", "textvqa", "scienceqa", "pope", "custom"]
 
 Rule = Literal["official", "m4c", "llava"]
 """How answers are compared.
@@ -52,6 +52,8 @@ class TaskFiles:
     - textvqa: `questions` is `TextVQA_0.5.1_val.json`; `ocr` puts OCR tokens into the prompts, those of
       `ocr_file` (`TextVQA_Rosetta_OCR_v0.2_val.json`) or else of each question's own `ocr_tokens`.
     - scienceqa: `questions` is `problems.json`, `splits` is `pid_splits.json`.
+    - pope: `questions` is the folder of `coco_pope_random.json`, `coco_pope_popular.json` and
+      `coco_pope_adversarial.json`, or one of these.
     """
 
     questions: Path
@@ -125,11 +127,11 @@ class VqaSettings:
     save: Machine[Path | None] = None
     """Also save the trained LLaVA as a folder that transformers opens."""
     task: Task | None = None
-    """Score only this benchmark, or `custom` for your own questions. Default: all four, of the generated
+    """Score only this benchmark, or `custom` for your own questions. Default: all but POPE, of the generated
     world."""
     questions: Path | None = None
-    """The benchmark's published questions, for --task, or your own JSONL file. Default: the generated
-    world's."""
+    """The benchmark's published questions, for --task (POPE: a file, or the folder of the three), or your
+    own JSONL file. Default: the generated world's."""
     annotations: Path | None = None
     """VQAv2's answers; those of other benchmarks are in the file of the questions, also accepted here."""
     splits: Path | None = None

@@ -70,6 +70,23 @@ def write_voc(root: Path) -> None:
             save_labels(root / "SegmentationClass" / f"{key}.png", 20)
 
 
+def write_nyu(root: Path) -> None:
+    for split, count in (("train", 3), ("test", 2)):
+        pairs = [(f"bath/{split}_{n}.jpg", f"bath/{split}_{n}.png") for n in range(count)]
+        for image, depth in pairs:
+            save_image(root / image)
+            save_labels(root / depth, 1)
+        (root / f"nyu_{split}.txt").write_text("".join(f"{a} {b} 518.8579\n" for a, b in pairs))
+
+
+def write_pope(root: Path) -> None:
+    name = "COCO_val2014_000000310196.jpg"
+    save_image(root / "val2014" / name)
+    for sampling in ("random", "popular", "adversarial"):
+        record = {"question_id": 1, "image": name, "text": "Is there a dog in the image?", "label": "no"}
+        save_json(root / "coco" / f"coco_pope_{sampling}.json", record)
+
+
 def write_coco(root: Path) -> None:
     names = [f"{number:012d}.jpg" for number in (139, 285)]
     for name in names:
@@ -167,12 +184,14 @@ SETS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "imagenet": ("imagenet", write_imagenet),
     "ade20k": ("ADEChallengeData2016", write_ade),
     "voc": ("VOCdevkit/VOC2012", write_voc),
+    "nyu": ("nyu", write_nyu),
     "coco": ("coco", write_coco),
     "llava": ("llava", write_llava),
     "gqa": ("gqa", write_gqa),
     "textvqa": ("textvqa", write_textvqa),
     "sqa": ("scienceqa", write_scienceqa),
     "vqav2": ("vqav2", write_vqav2),
+    "pope": ("pope", write_pope),
 }
 HOLDS = {
     "imagenet train": "6 images of 3 classes",
@@ -180,6 +199,8 @@ HOLDS = {
     "datacomp": "2 shards, 0.0 GB, 3 images in the first",
     "ade20k": "images with annotations: training 3, validation 2",
     "voc": "images with annotations: train 2, val 1",
+    "nyu train": "3 images with depth",
+    "nyu test": "2 images with depth",
     "coco": "2 images, 3 instances",
     "llava pretrain": "2 records, 2 images",
     "llava instruct": "8 records, 6 images",
@@ -187,6 +208,7 @@ HOLDS = {
     "textvqa": "val: 1 questions, 1 images",
     "sqa": "test: 1 questions, 1 images",
     "vqav2": "val: 1 questions, 1 images",
+    "pope": "coco: 3 questions, 1 images",
     "weights": "1 files, 0.0 GB",
 }
 
@@ -215,7 +237,7 @@ def table_of(out: str) -> dict[str, list[str]]:
 
 
 SMALLER = (" has 1,281,167", " has 50,000", "; ADE20K has 20,210", "; ADE20K has 2,000")
-SMALLER += ("; VOC2012 has 1,464", "; VOC2012 has 1,449")
+SMALLER += ("; VOC2012 has 1,464", "; VOC2012 has 1,449", "; NYU's test has 654")
 
 
 def below(out: str) -> list[str]:

@@ -19,6 +19,7 @@ from evals.core.task import (
     task_of,
 )
 from evals.correspondence import CorrespondenceSettings
+from evals.depth import DepthSettings
 from evals.fidelity import FidelitySettings
 from evals.knn import KnnSettings
 from evals.maps import MapsSettings
@@ -29,7 +30,7 @@ from evals.seg_probe.protocol import SegSettings
 from evals.throughput import ThroughputSettings
 from evals.vqa.settings import TaskFiles, VqaSettings
 from evals.zeroshot import ZeroshotSettings
-from radio.datasets import DataSets, GqaFiles, LlavaFiles, ScienceQaFiles, TextVqaFiles, Vqav2Files
+from radio.datasets import DataSets, GqaFiles, LlavaFiles, PopeFiles, ScienceQaFiles, TextVqaFiles, Vqav2Files
 from radio.errors import ConfigError
 
 ROOT = Path("/d")
@@ -37,6 +38,7 @@ SETS = DataSets(
     imagenet=ROOT / "in",
     ade20k=ROOT / "ade",
     voc=ROOT / "voc",
+    nyu=ROOT / "nyu",
     coco=ROOT / "coco",
     roxford5k=ROOT / "ox",
     rparis6k=ROOT / "par",
@@ -50,6 +52,7 @@ SETS = DataSets(
     gqa=GqaFiles(questions=ROOT / "g.json", images=ROOT / "g"),
     textvqa=TextVqaFiles(questions=ROOT / "t.json", images=ROOT / "t", ocr=ROOT / "ocr.json"),
     sqa=ScienceQaFiles(questions=ROOT / "s.json", splits=ROOT / "splits.json", images=ROOT / "s"),
+    pope=PopeFiles(questions=ROOT / "pope", images=ROOT / "v"),
     vqav2=Vqav2Files(questions=ROOT / "v.json", answers=ROOT / "a.json", images=ROOT / "v"),
     language_model=ROOT / "vicuna",
 )
@@ -65,6 +68,7 @@ PLACED_VQA = VqaSettings(
         "vqav2": TaskFiles(questions=ROOT / "v.json", annotations=ROOT / "a.json", images=ROOT / "v"),
         "textvqa": TaskFiles(questions=ROOT / "t.json", images=ROOT / "t"),
         "scienceqa": TaskFiles(questions=ROOT / "s.json", splits=ROOT / "splits.json", images=ROOT / "s"),
+        "pope": TaskFiles(questions=ROOT / "pope", images=ROOT / "v"),
     },
 )
 
@@ -93,6 +97,7 @@ PLACED_VQA = VqaSettings(
             FidelitySettings(num_images=9),
             {"imagenet": FidelitySettings(num_images=9, images="/d/in/val")},
         ),
+        ("depth", DepthSettings(layers=4), {"nyu": DepthSettings(layers=4, data=ROOT / "nyu")}),
         (
             "resolution",
             ResolutionSettings(sides=(32, 64)),
@@ -195,6 +200,7 @@ def test_settings_on_a_users_data_sets(task: str, settings: Any, placed: dict[st
         ("zeroshot", ZeroshotSettings(query="a")),
         ("zeroshot", ZeroshotSettings(captions="scenes")),
         ("maps", MapsSettings(query="scenes:val")),
+        ("depth", DepthSettings(data=Path("a"))),
         ("fidelity", FidelitySettings(images="a")),
         ("resolution", ResolutionSettings(tasks=("knn",), knn=KnnSettings(bank="a", query="b"))),
         ("seg", SegSettings(data=Path("a"))),
