@@ -794,6 +794,7 @@ def test_seg_gives_a_report_and_a_table_for_each_set(root: Path, capsys: pytest.
 def test_all_runs_what_is_there_and_names_what_is_not(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(root / "coco")
     shutil.rmtree(root / "llava")
+    shutil.rmtree(root / "nyu")  # its images are not of NYU's size
     fast = [f"--seg.{option[2:]}" if option.startswith("--") else option for option in FAST]
     command = ["all", *MODEL, *fast, "--data-root", str(root), "--knn.k", "1", "--maps.num-images", "2"]
     command += ["--resolution.sides", "48", "96", "--resolution.knn.k", "1"]
@@ -802,6 +803,7 @@ def test_all_runs_what_is_there_and_names_what_is_not(root: Path, capsys: pytest
     assert done.err.splitlines() == [
         f"left out: correspondence: {root} has not spair, which it is scored on; name it there",
         f"left out: retrieval: {root} has not roxford5k or rparis6k, which it is scored on; name it there",
+        f"left out: depth: {root} has not nyu, which it is scored on; name it there",
         f"left out: sam: {root} has not coco, which it is scored on; name it there",
         f"left out: vqa: {root} has not llava, which it is scored on; name it there",
     ]
