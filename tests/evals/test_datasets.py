@@ -870,8 +870,9 @@ def test_vqa_trains_on_llavas_data_and_scores_every_benchmark_that_is_there(
         ("gqa testdev", 2),
         ("textvqa val", 1),
         ("scienceqa test", 1),
+        ("pope coco", 3),
     ]
-    assert {"accuracy", "gqa", "textvqa", "scienceqa"} <= set(report["metrics"])
+    assert {"accuracy", "gqa", "textvqa", "scienceqa", "pope", "pope_f1_popular"} <= set(report["metrics"])
     assert report["settings"]["benchmarks"]["gqa"]["images"] == f"{root}/gqa/images"
     capsys.readouterr()
     assert evaluate(["vqa", *MODEL, *small, "--data-root", str(root), "--task", "vqav2"]) == 2

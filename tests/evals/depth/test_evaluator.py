@@ -27,6 +27,7 @@ from evals.depth.head import DepthHead
 from evals.reporting.compare import compare, paired_interval, read_reports, regressions
 from radio.dist import Ranks, joined
 from radio.errors import ConfigError, DataError, RadioError, SizeError
+from radio.model import ModelConfig, build
 from radio.types import Features
 
 SMALL = DepthSettings(scenes=(24, 11), iterations=12, train_batch_size=4, save_every=5, num_shown=2)
@@ -255,6 +256,14 @@ def test_a_batch_that_ranks_cannot_share_is_an_error(
 ) -> None:
     with pytest.raises(ConfigError, match="a batch of 4 does not divide among 3 ranks"):
         run(patches(), replace(SMALL, data=nyu), tmp_path / "out", ranks=Ranks(0, 3))
+
+
+def test_a_head_on_several_layers_reads_them_side_by_side(tmp_path: Path) -> None:
+    student = build(ModelConfig(student="vit-tiny12"), 0).eval()
+    run(student, replace(SMALL, layers=3, iterations=2), tmp_path / "out")
+    (state,) = (tmp_path / "cache" / "depth-heads").glob("*.pt")
+    weights = torch.load(state, weights_only=True)["head"]
+    assert weights["conv.weight"].shape == (256, 3 * student.token_dim, 1, 1)
 
 
 def test_too_many_layers_are_an_error(tmp_path: Path, patches: Callable[..., Any]) -> None:
