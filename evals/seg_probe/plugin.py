@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from mmcv.transforms import BaseTransform, Compose, RandomFlip, RandomResize, Resize
 from mmengine.config import ConfigDict
-from mmseg.datasets import ADE20KDataset, PascalVOCDataset
 from mmseg.datasets.transforms import PackSegInputs, PhotoMetricDistortion, RandomCrop
 from mmseg.evaluation import IoUMetric
 from mmseg.models import CrossEntropyLoss, EncoderDecoder, SegDataPreProcessor
@@ -43,13 +42,11 @@ from radio.errors import RadioError
 from radio.resources import fast_products
 from radio.types import Backbone
 
+from .areas import Areas
 from .data import VOID, Labelling, Split, read_image, read_labels
 from .protocol import ProbeConfig, Size, keep_ratio
 
 # Letters: B batch, D token width, H W grid, h w pixels, C classes, N images.
-
-Areas = NDArray[np.float64]
-"""[N, 3, C]: pixels per image and class in the intersection, in the prediction and in the label."""
 
 Sample = dict[str, Any]  # MMSegmentation's {"inputs": Tensor, "data_samples": SegDataSample}
 
@@ -57,11 +54,6 @@ _META = ("img_path", "ori_shape", "img_shape", "index")
 _BATCH = 32  # images per forward pass that computes token maps
 CHUNK = 128  # images per file of token maps: the most that an interrupted run loses
 _FORMAT = f"token maps/1 float16 in chunks of {CHUNK}"
-
-KNOWN_CLASSES: Mapping[str, Sequence[str]] = {
-    "ADE20K": ADE20KDataset.METAINFO["classes"],
-    "VOC2012": PascalVOCDataset.METAINFO["classes"],
-}
 
 
 @MODELS.register_module()

@@ -34,7 +34,8 @@ from radio.errors import RadioError
 from radio.progress import Advance, ProgressWithText
 from radio.types import Backbone
 
-from .plugin import AreaMetric, Areas, Images, Sample, TokenMaps, build_model, one_thread
+from .areas import Areas
+from .plugin import AreaMetric, Images, Sample, TokenMaps, build_model, one_thread
 from .protocol import ProbeConfig
 
 # Letters: H W an image's own height and width.

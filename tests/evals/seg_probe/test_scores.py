@@ -7,7 +7,8 @@ from sklearn.metrics import accuracy_score, jaccard_score, recall_score
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from evals.core.stats import score
-from evals.seg_probe.evaluator import area_records, bootstrapped, class_table, repeated
+from evals.seg_probe.areas import area_records, bootstrapped, class_table
+from evals.seg_probe.evaluator import repeated
 from radio.dist import Ranks
 from radio.errors import DataError
 

@@ -1,0 +1,78 @@
+"""Segmentation by the nearest patches of labelled images, without training: the task's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from annotated_types import Interval
+
+from evals.core import evaluators
+from evals.core.task import OWN, Evaluator, Machine, late
+from radio.config import CountOrZero, Pixels, Positive, check
+from radio.datasets import DataSets
+
+Memory = Annotated[int, Interval(ge=1, le=100_000_000)]
+Scenes = Annotated[int, Interval(ge=1, le=1_000_000)]  # written to disk
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenseKnnSettings:
+    """Labels of patches by the votes of their nearest neighbours among the patches of labelled images."""
+
+    data: Path | None = None
+    """A folder in the layout of ADE20K (its own 150 classes, or those of a classes.txt) or of VOC2012.
+    Default: the generated scenes."""
+    voc_split: Literal["train", "trainaug"] | None = None
+    """Training split of VOC2012: the 1,464 images of VOC, or the 10,582 with SBD's. Where it is given, the
+    model's name in the report ends in -voc. Default: train."""
+    scenes: tuple[Scenes, Scenes] = (1000, 300)
+    """Number of generated training and validation images, used without --data."""
+    size: Pixels | None = None
+    """Side in pixels of the square that every image is stretched to, rounded to the nearest that the model
+    takes. Default: 512 with --data, 96 for the generated scenes."""
+    memory: Memory = 102_400
+    """Number of training patches that are searched: the same number of every image, drawn by --seed from
+    those with a labelled pixel. All of them, where they are fewer."""
+    k: Annotated[int, Interval(ge=1, le=1024)] = 30
+    """Number of neighbours that vote."""
+    temperature: Positive = 0.02
+    """A neighbour of similarity s votes exp(s / temperature), for each class by its share of the patch's
+    pixels."""
+    index: Literal["exact", "compressed"] = "exact"
+    """How FAISS keeps the patches: `exact` compares with all, in float32; `compressed` with those in the
+    nearest 64 lists of an inverted file, at 8 bits a number: a quarter of the memory, but no longer exact."""
+    save_maps: Machine[CountOrZero] = 3
+    """Number of validation images whose label maps and overlays are saved."""
+
+    def __post_init__(self) -> None:
+        """Validate the settings; raise `ConfigError` when they are invalid or contradictory."""
+        check(self)
+
+
+def data_sets(settings: DenseKnnSettings, sets: DataSets) -> Mapping[str, DenseKnnSettings]:
+    """Score on ADE20K and on VOC2012, unless data are named; a split of VOC's asks for VOC alone."""
+    if settings.data is not None:
+        return {OWN: settings}
+    placed = {}
+    if sets.ade20k is not None and settings.voc_split is None:
+        placed["ade20k"] = replace(settings, data=sets.ade20k)
+    if sets.voc is not None:
+        placed["voc"] = replace(settings, data=sets.voc, voc_split=settings.voc_split or "train")
+    return placed
+
+
+@evaluators.register("dense-knn")
+def make() -> Evaluator[DenseKnnSettings]:
+    """Segmentation by the nearest patches of labelled images, without training."""
+    return Evaluator(
+        name="dense-knn",
+        settings=DenseKnnSettings,
+        evaluate=late("evals.dense_knn.evaluator:evaluate"),
+        title="dense k-NN",
+        input_size=late("evals.dense_knn.evaluator:input_size"),
+        suffix=lambda settings: "" if settings.voc_split is None else "-voc",
+        data_sets=data_sets,
+    )
