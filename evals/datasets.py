@@ -23,7 +23,6 @@ State = Literal["complete", "found", "missing", "laid out wrong", "not checked",
 
 _IMAGENET_COUNTS = {"train": 1_281_167, "val": 50_000}
 _NYU_TESTED = 654
-_ADE_CLASSES, _VOC_CLASSES = 150, 21
 _WEIGHTS = (".pt", ".pth", ".safetensors", ".bin", ".ckpt", ".onnx", ".gguf")
 _NOWHERE = "put it there, or name its place in the data.yaml"
 
@@ -233,17 +232,17 @@ def check_segmentation(root: Path, name: str) -> Content:
         DataError: another layout.
         MissingDataError: a folder, an image or an annotation is absent.
     """
+    from .seg_probe.classes import KNOWN_CLASSES
     from .seg_probe.data import open_dataset
 
-    known = {"ADE20K": list(map(str, range(_ADE_CLASSES))), "VOC2012": list(map(str, range(_VOC_CLASSES)))}
-    data = open_dataset(root, voc_split=None, known=known)
+    data = open_dataset(root, voc_split=None, known=KNOWN_CLASSES)
     other = "VOC2012" if name == "ADE20K" else "ADE20K"
     if data.labelling.zero_is_void != (name == "ADE20K"):
         raise DataError(f"{root}: is in the layout of {other}; wanted {name}'s")
     splits, notes = [data.train, data.val], data.notes
     lists = Path(data.train.location) / "ImageSets" / "Segmentation"
     if name == "VOC2012" and any((lists / f"{each}.txt").is_file() for each in ("trainaug", "aug")):
-        more = open_dataset(root, voc_split="trainaug", known=known)
+        more = open_dataset(root, voc_split="trainaug", known=KNOWN_CLASSES)
         splits.append(more.train)
         notes = tuple(dict.fromkeys((*notes, *more.notes)))
     counts = ", ".join(f"{split.name.rpartition('/')[2]} {len(split.pairs):,}" for split in splits)

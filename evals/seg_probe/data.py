@@ -27,15 +27,34 @@ from radio.images import IMAGE_ENDINGS, MAX_IMAGE_BYTES, decode, open_image, ori
 from radio.io import lines_of, read_bytes, read_text
 from radio.progress import ProgressFactory, no_progress
 
-from .protocol import Size
+from .protocol import Layout, Size
 
 VOID = 255
 """Class of pixels that are ignored in training and scoring, after labels are mapped."""
 
 _LONGEST = 240  # bytes of a name; file systems take 255, with the ending
 _ADE_MARKS = ("objectInfo150.txt", "sceneCategories.txt")
-_VOC_FOLDERS = ("JPEGImages", "ImageSets/Segmentation")
+_LAYOUTS: tuple[tuple[Layout, tuple[str, ...], tuple[str, ...]], ...] = (  # homes, and what each has in them
+    ("context", ("",), ("JPEGImages", "ImageSets/SegmentationContext", "SegmentationClassContext")),
+    ("voc", ("", "VOC2012", "VOCdevkit/VOC2012"), ("JPEGImages", "ImageSets/Segmentation")),
+    (
+        "context",
+        ("VOC2010", "VOCdevkit/VOC2010"),
+        ("JPEGImages", "ImageSets/SegmentationContext", "SegmentationClassContext"),
+    ),
+    ("coco-stuff", ("", "coco_stuff164k"), ("images/val2017", "annotations/val2017")),
+    ("ade20k", ("", "ADEChallengeData2016"), ("images", "annotations")),
+)
 _ADE_COUNTS, _VOC_COUNTS = (20_210, 2_000), {"train": 1_464, "trainaug": 10_582, "val": 1_449}
+_CONTEXT_COUNTS, _STUFF_COUNTS = (4_996, 5_104), (118_287, 5_000)
+
+
+_NAMES: Mapping[Layout, str] = {
+    "ade20k": "ADE20K",
+    "voc": "VOC2012",
+    "context": "Pascal Context",
+    "coco-stuff": "COCO-Stuff",
+}
 
 
 class Pair(NamedTuple):
@@ -62,6 +81,12 @@ class Labelling:
 
     classes: tuple[str, ...]
     zero_is_void: bool  # ADE20K: 0 is void and class i is written i + 1; else class i is written i
+    background_is_void: bool = False  # whether pixels of the first class, the background, count as void
+
+    @property
+    def has_background(self) -> bool:
+        """Whether the first class is the background."""
+        return self.classes[0] == "background"
 
     @property
     def highest(self) -> int:
@@ -73,15 +98,18 @@ class Labelling:
         table = np.full(256, VOID, dtype=np.uint8)
         first = int(self.zero_is_void)
         table[first : first + len(self.classes)] = np.arange(len(self.classes), dtype=np.uint8)
+        if self.background_is_void:
+            table[first] = VOID
         return table
 
     def to_json(self) -> str:
         """Encode as JSON, for hashes."""
-        return json.dumps([self.classes, self.zero_is_void])
+        return json.dumps([self.classes, self.zero_is_void, *(["background"] * self.background_is_void)])
 
     def describe(self) -> str:
         """Describe the valid labels in words."""
         void = "0 and 255 for void" if self.zero_is_void else "255 for void"
+        void += " as the background is" * self.background_is_void
         return f"{int(self.zero_is_void)} to {self.highest} for the {len(self.classes)} classes, {void}"
 
 
@@ -96,36 +124,47 @@ class Dataset:
 
 
 def open_dataset(
-    root: Path, *, voc_split: str | None, known: Mapping[str, Sequence[str]], limit: int | None = None
+    root: Path,
+    *,
+    voc_split: str | None,
+    known: Mapping[str, Sequence[str]],
+    limit: int | None = None,
+    layout: Layout | None = None,
 ) -> Dataset:
     """Open the data set in a folder; the content of its files is not read yet.
 
     Args:
-        root: ADE20K's or VOC2012's folder or its parent; or one in ADE20K's layout with `classes.txt`.
+        root: the folder of ADE20K, VOC2012, Pascal Context or COCO-Stuff or its parent; or one in ADE20K's
+            layout with `classes.txt`.
         voc_split: the training split of VOC2012 (default: train).
-        known: the class names of "ADE20K" and "VOC2012".
+        known: the class names of these data sets.
         limit: maximum number of images per split, evenly spaced.
+        layout: the data set's (default: told by its folders).
 
     Raises:
-        DataError: neither layout, an empty split, an image without annotation, or the reverse; or a split of
-            VOC2012 for ADE20K's layout.
+        DataError: no such layout, an empty split, an image without annotation, or the reverse; or a split of
+            VOC2012 for another layout.
     """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder")
-    for folder in (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"):
-        if all((folder / part).is_dir() for part in _VOC_FOLDERS):
-            return _voc(folder, voc_split or "train", tuple(known["VOC2012"]), limit)
-    for folder in (root, root / "ADEChallengeData2016"):
-        if (folder / "images").is_dir() and (folder / "annotations").is_dir():
-            if voc_split is not None:
-                raise DataError(
-                    f"{folder}: is in the layout of ADE20K, and --voc-split {voc_split} is of "
-                    f"VOC2012; leave it out"
-                )
-            return _ade(folder, tuple(known["ADE20K"]), limit)
+    for name, homes, parts in _LAYOUTS:
+        for folder in (root / home for home in homes):
+            if layout in (None, name) and all((folder / part).is_dir() for part in parts):
+                if name == "voc":
+                    return _voc(folder, voc_split or "train", tuple(known["VOC2012"]), limit)
+                if voc_split is not None:
+                    raise DataError(
+                        f"{folder}: is in the layout of {_NAMES[name]}, and --voc-split {voc_split} is of "
+                        f"VOC2012; leave it out"
+                    )
+                opened = {"ade20k": _ade, "context": _context, "coco-stuff": _stuff}[name]
+                return opened(folder, tuple(known[_NAMES[name]]), limit)
+    if layout is not None:
+        raise DataError(f"{root}: is not in the layout of {_NAMES[layout]}; see docs/evaluators.md")
     raise DataError(
         f"{root}: neither ADE20K (images/training, annotations/training, ...) nor VOC2012 (JPEGImages, "
-        f"SegmentationClass, ImageSets/Segmentation); bring your own data into the layout of ADE20K"
+        f"SegmentationClass, ImageSets/Segmentation), Pascal Context (SegmentationClassContext) or "
+        f"COCO-Stuff (images/val2017, annotations/val2017); bring your own data into the layout of ADE20K"
     )
 
 
@@ -221,6 +260,53 @@ def _voc(root: Path, voc_split: str, classes: tuple[str, ...], limit: int | None
         val=val,
         notes=(*_count_notes("VOC2012", zip(splits, counts, strict=True)), *overlap),
     )
+
+
+def _context(root: Path, classes: tuple[str, ...], limit: int | None) -> Dataset:
+    """Open Pascal Context as MMSegmentation's converter writes it: 0 is the background of 59 classes."""
+    lists, splits = root / "ImageSets" / "SegmentationContext", []
+    for name in ("train", "val"):
+        pairs = []
+        for key in _voc_ids(lists / f"{name}.txt"):
+            found = Pair(key, root / f"JPEGImages/{key}.jpg", root / f"SegmentationClassContext/{key}.png")
+            _check_files(found)
+            pairs.append(found)
+        split = Split(name=f"Context/{name}", location=str(root.resolve()), pairs=tuple(pairs))
+        splits.append(split)
+    return _from_zero("Pascal Context", classes, splits, _CONTEXT_COUNTS, limit)
+
+
+def _stuff(root: Path, classes: tuple[str, ...], limit: int | None) -> Dataset:
+    """Open COCO-Stuff 164k as MMSegmentation's converter writes it: 171 classes in *_labelTrainIds.png."""
+    splits = []
+    for name in ("train2017", "val2017"):
+        images, labels = root / "images" / name, root / "annotations" / name
+        if not images.is_dir():
+            raise MissingDataError(f"{images}: no such folder")
+        pairs = []
+        for path in sorted(images.glob("*.jpg")):
+            found = Pair(path.stem, path, labels / f"{path.stem}_labelTrainIds.png")
+            _check_files(found)
+            pairs.append(found)
+        if not pairs:
+            raise DataError(f"{images}: holds no images")
+        splits.append(Split(name=f"COCO-Stuff/{name}", location=str(images.resolve()), pairs=tuple(pairs)))
+    return _from_zero("COCO-Stuff", classes, splits, _STUFF_COUNTS, limit)
+
+
+def _check_files(pair: Pair) -> None:
+    for path in (pair.image, pair.labels):
+        if not path.is_file():
+            raise MissingDataError(f"{shown(path)}: no such file, and its partner or list is there")
+
+
+def _from_zero(
+    name: str, classes: tuple[str, ...], splits: Sequence[Split], counts: Sequence[int], limit: int | None
+) -> Dataset:
+    notes = _count_notes(name, zip(splits, counts, strict=True))
+    train, val = (replace(split, pairs=spread(split.pairs, limit)) for split in splits)
+    labelling = Labelling(classes=classes, zero_is_void=False)
+    return Dataset(labelling=labelling, train=train, val=val, notes=notes)
 
 
 def _voc_ids(path: Path) -> list[str]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Batch = Annotated[int, Interval(ge=1, le=65_536)]  # images of a step, in memory at once
 Scenes = Annotated[int, Interval(ge=1, le=1_000_000)]  # written to disk
+Layout = Literal["ade20k", "voc", "context", "coco-stuff"]  # of a data set's folder
 PresetName = Literal["paper", "released", "dinov2", "scenes"]
 
 

@@ -23,7 +23,7 @@ from radio.scenes.export import CARD_VERSION, ScenesSettings, write_cached
 
 from .classes import KNOWN_CLASSES
 from .data import Checked, Dataset, Labelling, Split, check_split, open_dataset, read_image, read_labels
-from .protocol import Size
+from .protocol import Layout, Size
 
 # Letters: B batch, H W an image's own height and width, h w those of the model's input.
 
@@ -34,21 +34,30 @@ def open_checked(
     root: Path | None,
     run: EvalRun,
     *,
-    voc_split: str | None,
     scenes: tuple[int, int],
+    voc_split: str | None = None,
+    layout: Layout | None = None,
     parts: Sequence[Part] = ("train", "val"),
+    background: bool = True,
 ) -> tuple[Dataset, list[Checked]]:
     """Open a data set, and validate every file of some of its splits; see `open_dataset` and `check_split`.
 
     Args:
         root: its folder; None: the generated world, with `scenes` training and validation images.
         parts: the splits that are used.
+        background: whether a class of that name is scored; else its pixels are void.
 
     Returns:
         The data set, with the fingerprints of these splits and notes on their images, and what the check of
         each found.
     """
-    data = _open(root, run, voc_split, scenes)
+    if root is None:
+        data = _open_scenes(run, scenes, voc_split)
+    else:
+        limit = run.settings.limit
+        data = open_dataset(root, voc_split=voc_split, known=KNOWN_CLASSES, limit=limit, layout=layout)
+    if not background and data.labelling.has_background:
+        data = replace(data, labelling=replace(data.labelling, background_is_void=True))
     check = partial(
         check_split, labelling=data.labelling, memo=run.fingerprints, progress=run.progress, damage=run.damage
     )
@@ -68,16 +77,13 @@ def open_checked(
     return replace(data, notes=tuple(notes)), checked
 
 
-def _open(root: Path | None, run: EvalRun, voc_split: str | None, scenes: tuple[int, int]) -> Dataset:
-    limit = run.settings.limit
-    if root is not None:
-        return open_dataset(root, voc_split=voc_split, known=KNOWN_CLASSES, limit=limit)
+def _open_scenes(run: EvalRun, scenes: tuple[int, int], voc_split: str | None) -> Dataset:
     (count, val_count), seed = scenes, run.settings.seed
     world = ScenesSettings(layout="ade20k", count=count, val_count=val_count, seed=seed)
     root = run.cache / "scenes" / f"ade20k-v{CARD_VERSION}-{count}-{val_count}-seed{seed}"
     damaged = lambda reason: run.damage.add(DamagedError(reason))  # noqa: E731
     run.ranks.on_leader(lambda: write_cached(root, world, damaged))
-    data = open_dataset(root, voc_split=voc_split, known=KNOWN_CLASSES, limit=limit)
+    data = open_dataset(root, voc_split=voc_split, known=KNOWN_CLASSES, limit=run.settings.limit)
     train, val = (
         replace(split, name=f"scenes:{name}", location=f"scenes:{name}?seed={seed}")
         for name, split in (("train", data.train), ("val", data.val))

@@ -72,7 +72,7 @@ def name_classes(source: ImageSource, file: str | None = None) -> Named:
             )
         _check_different(source.name, [_spoken(name) for name in classes], classes)
         return Named(tuple(map(_spoken, classes)), source.labels)
-    names = imagenet_names() if file == "imagenet" else _read_names(file)
+    names = imagenet_names() if file == "imagenet" else read_names(file)
     places, notes = _places(source, names, file)
     _check_different(source.name, places, classes)
     _, spoken = _without_ids(names)
@@ -227,7 +227,12 @@ def _read_texts(file: str, what: str) -> tuple[str, ...]:
     return _kept([" ".join(text.split()) for text in texts], file, what)
 
 
-def _read_names(file: str) -> tuple[str, ...]:
+def read_names(file: str) -> tuple[str, ...]:
+    """Read class names: one per line, a JSON list, or a JSON object with the keys 0, 1, ...
+
+    Raises:
+        DataError: no such file, another layout, or names in quotation marks or with odd numbers.
+    """
     if Path(file).suffix.lower() != ".json":
         return _without_numbers(_read_lines(file, "class names"), file)
     data = parse_json(_read(file, "class names"), file)

@@ -20,6 +20,7 @@ from evals.core.task import (
 )
 from evals.correspondence import CorrespondenceSettings
 from evals.depth import DepthSettings
+from evals.dense_knn import DenseKnnSettings
 from evals.fidelity import FidelitySettings
 from evals.knn import KnnSettings
 from evals.maps import MapsSettings
@@ -132,6 +133,19 @@ PLACED_VQA = VqaSettings(
             {"voc": SegSettings(data=ROOT / "voc", voc_split="trainaug")},
         ),
         (
+            "dense-knn",
+            DenseKnnSettings(k=7),
+            {
+                "ade20k": DenseKnnSettings(k=7, data=ROOT / "ade"),
+                "voc": DenseKnnSettings(k=7, data=ROOT / "voc", voc_split="train"),
+            },
+        ),
+        (
+            "dense-knn",
+            DenseKnnSettings(voc_split="trainaug"),
+            {"voc": DenseKnnSettings(data=ROOT / "voc", voc_split="trainaug")},
+        ),
+        (
             "sam",
             SamSettings(prompts="points"),
             {
@@ -206,6 +220,7 @@ def test_settings_on_a_users_data_sets(task: str, settings: Any, placed: dict[st
         ("seg", SegSettings(data=Path("a"))),
         ("retrieval", RetrievalSettings(data=Path("a"))),
         ("correspondence", CorrespondenceSettings(data=Path("a"))),
+        ("dense-knn", DenseKnnSettings(data=Path("a"))),
         ("sam", SamSettings(data=Path("a.json"), images=Path("a"))),
         ("vqa", VqaSettings(pretrain_data=Path("a.json"), instruct_data=Path("b.json"))),
         ("vqa", VqaSettings(task="gqa", questions=Path("a.json"))),

@@ -19,9 +19,16 @@ from radio.errors import MissingExtraError
 
 
 def test_class_names_are_mmsegmentations_own(plugin: Any) -> None:
-    from mmseg.datasets import ADE20KDataset, PascalVOCDataset
+    from mmseg import datasets
 
-    for name, data_set in (("ADE20K", ADE20KDataset), ("VOC2012", PascalVOCDataset)):
+    theirs = {
+        "ADE20K": datasets.ADE20KDataset,
+        "VOC2012": datasets.PascalVOCDataset,
+        "Pascal Context": datasets.PascalContextDataset,
+        "COCO-Stuff": datasets.COCOStuffDataset,
+    }
+    assert theirs.keys() == KNOWN_CLASSES.keys()
+    for name, data_set in theirs.items():
         assert KNOWN_CLASSES[name] == tuple(each.strip() for each in data_set.METAINFO["classes"])
 
 
