@@ -233,7 +233,7 @@ def check_segmentation(root: Path, name: str) -> Content:
         MissingDataError: a folder, an image or an annotation is absent.
     """
     from .seg_probe.classes import KNOWN_CLASSES
-    from .seg_probe.data import open_dataset
+    from .seg_probe.layouts import open_dataset
 
     data = open_dataset(root, voc_split=None, known=KNOWN_CLASSES)
     other = "VOC2012" if name == "ADE20K" else "ADE20K"

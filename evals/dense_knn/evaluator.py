@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import final
 
 import torch
@@ -12,18 +13,8 @@ from torch import Tensor
 from evals.core.evaluator import EvalRun, Result
 from evals.core.features import place
 from evals.knn.index import load_faiss
-from evals.seg_probe.areas import (
-    Bytes,
-    MapWriter,
-    area_records,
-    bootstrapped,
-    class_table,
-    overlays,
-    score_split,
-    write_maps,
-)
-from evals.seg_probe.reading import describe_splits, open_checked
-from radio.image_files import spread
+from evals.seg_probe.areas import Bytes, score_labels
+from evals.seg_probe.reading import open_checked
 from radio.resources import check_memory
 from radio.types import Backbone
 
@@ -67,42 +58,27 @@ def evaluate(model: Backbone, settings: DenseKnnSettings, run: EvalRun) -> Resul
     key = [model.fingerprint, run.precision, size]
     memory = fill(encode, data, counts, key=key, batch=batch)
     predict = Votes(encode, memory, settings)
-    areas = score_split(
-        data.val,
-        data.labelling,
+    result = score_labels(
+        data,
         predict,
         run,
         fit=lambda *_: size,
         batch=batch,
         key=["dense k-NN/1", memory.key, settings.k, settings.temperature, settings.index],
         label=f"{model.name} on {data.val.name}",
-    )
-    writer = MapWriter(
-        folder=run.folder / f"{run.base}-maps",
-        split=data.val,
-        labelling=data.labelling,
-        indices=spread(range(len(data.val.pairs)), settings.save_maps) if settings.save_maps else (),
-    )
-    if run.ranks.leads:
-        write_maps(writer, predict, run, fit=lambda *_: size)
-    side = settings.size
-    note = f"{side} px was asked for; {model.name} takes {size[0]}x{size[1]}, which was used"
-    return Result(
-        metrics=bootstrapped(areas, run.settings.seed),
-        pairing="mean_iou",
-        data=describe_splits(data),
-        records=area_records(areas, [pair.key for pair in data.val.pairs]),
-        blocks=[class_table([areas], classes), *overlays(writer)],
+        parts=("train", "val"),
+        save_maps=settings.save_maps,
         resolved={
             "size": list(size),
             "grid": list(grid),
             "memory": len(memory.labels),
             "patches_per_image": [min(counts), max(counts)],
-            "labels": data.labelling.describe(),
         },
-        files=writer.files(),
-        notes=[*([note] if side is not None and size != (side, side) else []), *data.notes],
     )
+    if settings.size in (None, *size):
+        return result
+    note = f"{settings.size} px was asked for; {model.name} takes {size[0]}x{size[1]}, which was used"
+    return replace(result, notes=[note, *result.notes])
 
 
 @final

@@ -12,22 +12,12 @@ from torch import Tensor
 
 from evals.core.evaluator import EvalRun, Result
 from evals.core.features import check_finite, place
-from evals.seg_probe.areas import (
-    Bytes,
-    MapWriter,
-    area_records,
-    bootstrapped,
-    class_table,
-    overlays,
-    score_split,
-    write_maps,
-)
+from evals.seg_probe.areas import Bytes, score_labels
 from evals.seg_probe.data import Labelling
-from evals.seg_probe.reading import describe_splits, open_checked
+from evals.seg_probe.reading import open_checked
 from evals.zeroshot.data import read_names, read_templates
 from evals.zeroshot.texts import TextHead, classifier, find_text_tower
 from radio.errors import ConfigError, DataError, SizeError, require
-from radio.image_files import spread
 from radio.images import cover
 from radio.resources import check_memory, fast_products
 from radio.types import Backbone, Features, find_adaptor
@@ -164,9 +154,8 @@ def evaluate(model: Backbone, settings: OpenVocabSettings, run: EvalRun) -> Resu
         plane = F.interpolate(cosines.unsqueeze(0), sizes[0], mode="bilinear", align_corners=False)[0]
         return [label_pixels(plane, int(labelling.has_background), threshold, settings.temperature)]
 
-    areas = score_split(
-        data.val,
-        labelling,
+    return score_labels(
+        data,
         predict,
         run,
         fit=crops.fit,
@@ -176,21 +165,8 @@ def evaluate(model: Backbone, settings: OpenVocabSettings, run: EvalRun) -> Resu
             *(text.tower.fingerprint, names, templates, threshold, threshold and settings.temperature),
         ],
         label=f"{model.name} on {data.val.name}",
-    )
-    writer = MapWriter(
-        folder=run.folder / f"{run.base}-maps",
-        split=data.val,
-        labelling=labelling,
-        indices=spread(range(len(data.val.pairs)), settings.save_maps) if settings.save_maps else (),
-    )
-    if run.ranks.leads:
-        write_maps(writer, predict, run, fit=crops.fit)
-    return Result(
-        metrics=bootstrapped(areas, run.settings.seed),
-        pairing="mean_iou",
-        data=describe_splits(data, ("val",)),
-        records=area_records(areas, [pair.key for pair in data.val.pairs]),
-        blocks=[class_table([areas], labelling.classes), *overlays(writer)],
+        parts=("val",),
+        save_maps=settings.save_maps,
         resolved={
             "features": "own tokens" if head == "own" else f"tokens through {text.head}'s {head} head",
             "text": text.teacher,
@@ -198,10 +174,7 @@ def evaluate(model: Backbone, settings: OpenVocabSettings, run: EvalRun) -> Resu
             "crop": list(crops.size),
             "stride": crops.stride,
             "short_side": crops.short_side,
-            "labels": labelling.describe(),
         },
-        files=writer.files(),
-        notes=data.notes,
     )
 
 

@@ -6,7 +6,7 @@ import colorsys
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,15 +20,16 @@ from PIL import ImageDraw, ImageFont
 from torch import Tensor
 
 from evals.core.blocks import Block, Image, ImageGrid, ImageRow, Table
-from evals.core.evaluator import EvalRun
+from evals.core.evaluator import EvalRun, Result
 from evals.core.report import Metric, Record
 from evals.core.stats import area_ratios, interval, mean_present, resampled_sums, score
 from radio.chunks import TensorSpec, cached_chunks, chunk_path, read_tensors, write_tensors
+from radio.image_files import spread
 from radio.images import write_png
 
-from .data import VOID, Labelling, Split, read_image, read_labels
+from .data import VOID, Dataset, Labelling, Split, read_image, read_labels
 from .protocol import Size
-from .reading import Fit, read_pairs
+from .reading import Fit, Part, describe_splits, read_pairs
 
 # Letters: N images, C classes, R resamples, H W an image's own height and width.
 
@@ -248,7 +249,45 @@ def count_areas(num_classes: int, predicted: Bytes, labels: Bytes) -> NDArray[np
     return np.stack([np.bincount(row, minlength=num_classes) for row in rows])
 
 
-def write_maps(writer: MapWriter, predict: Predict, run: EvalRun, *, fit: Fit) -> None:
-    """Predict the images that are shown, which is cheaper than to cache the maps of all; on one rank."""
-    for pairs in read_pairs(writer.split, writer.labelling, writer.indices, fit, batch=1, run=run):
-        writer(pairs.indices[0], predict(pairs.images, [pairs.labels[0].shape])[0])
+def score_labels(
+    data: Dataset,
+    predict: Predict,
+    run: EvalRun,
+    *,
+    fit: Fit,
+    batch: int,
+    key: Sequence[object],
+    label: str,
+    parts: Sequence[Part],
+    save_maps: int,
+    resolved: Mapping[str, object],
+) -> Result:
+    """Return the scores of the labels that are predicted for the validation split; see `score_split`.
+
+    Args:
+        parts: the splits that were used.
+        save_maps: number of images whose maps and overlays are saved. These are predicted again, which is
+            cheaper than to cache the maps of all.
+        resolved: what default settings came to.
+    """
+    split, labelling = data.val, data.labelling
+    areas = score_split(split, labelling, predict, run, fit=fit, batch=batch, key=key, label=label)
+    writer = MapWriter(
+        folder=run.folder / f"{run.base}-maps",
+        split=split,
+        labelling=labelling,
+        indices=spread(range(len(split.pairs)), save_maps) if save_maps else (),
+    )
+    if run.ranks.leads:
+        for pairs in read_pairs(split, labelling, writer.indices, fit, batch=1, run=run):
+            writer(pairs.indices[0], predict(pairs.images, [pairs.labels[0].shape])[0])
+    return Result(
+        metrics=bootstrapped(areas, run.settings.seed),
+        pairing="mean_iou",
+        data=describe_splits(data, parts),
+        records=area_records(areas, [pair.key for pair in split.pairs]),
+        blocks=[class_table([areas], labelling.classes), *overlays(writer)],
+        resolved={**resolved, "labels": labelling.describe()},
+        files=writer.files(),
+        notes=data.notes,
+    )

@@ -22,7 +22,8 @@ from radio.images import resize
 from radio.scenes.export import CARD_VERSION, ScenesSettings, write_cached
 
 from .classes import KNOWN_CLASSES
-from .data import Checked, Dataset, Labelling, Split, check_split, open_dataset, read_image, read_labels
+from .data import Checked, Dataset, Labelling, Split, check_split, read_image, read_labels
+from .layouts import open_dataset
 from .protocol import Layout, Size
 
 # Letters: B batch, H W an image's own height and width, h w those of the model's input.

@@ -797,7 +797,7 @@ def test_all_runs_what_is_there_and_names_what_is_not(root: Path, capsys: pytest
     shutil.rmtree(root / "nyu")  # its images are not of NYU's size
     fast = [f"--seg.{option[2:]}" if option.startswith("--") else option for option in FAST]
     command = ["all", *MODEL, *fast, "--data-root", str(root), "--knn.k", "1", "--maps.num-images", "2"]
-    command += ["--resolution.sides", "48", "96", "--resolution.knn.k", "1"]
+    command += ["--resolution.sides", "48", "96", "--resolution.knn.k", "1", "--dense-knn.size", "48"]
     assert main(command) == 0
     done = capsys.readouterr()
     assert done.err.splitlines() == [
@@ -808,12 +808,13 @@ def test_all_runs_what_is_there_and_names_what_is_not(root: Path, capsys: pytest
         f"left out: vqa: {root} has not llava, which it is scored on; name it there",
     ]
     jobs = ("knn on imagenet", "maps on imagenet", "resolution on imagenet", "seg on ade20k", "seg on voc")
-    for job in jobs:
+    for job in (*jobs, "dense-knn on ade20k", "dense-knn on voc"):
         assert f"vit-tiny12-untrained: {job}: running" in done.out
     assert "zeroshot on imagenet: left out: vit-tiny12 has no text tower" in done.out
+    assert "open-vocab on ade20k: left out: vit-tiny12 has no text tower" in done.out
     assert "fidelity on imagenet: left out: vit-tiny12 has no adaptors" in done.out
     tasks = {name.partition("-vit")[0] for name in reports()}
-    assert tasks == {"knn", "maps", "resolution", "seg"} and len(reports()) == 5
+    assert tasks == {"dense-knn", "knn", "maps", "resolution", "seg"} and len(reports()) == 7
     assert not any("scenes:" in used["name"] for report in reports().values() for used in report["data"])
     assert main(command) == 0
     out = capsys.readouterr().out

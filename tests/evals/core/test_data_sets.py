@@ -24,6 +24,7 @@ from evals.dense_knn import DenseKnnSettings
 from evals.fidelity import FidelitySettings
 from evals.knn import KnnSettings
 from evals.maps import MapsSettings
+from evals.open_vocab import OpenVocabSettings
 from evals.resolution import ResolutionSettings
 from evals.retrieval import RetrievalSettings
 from evals.sam_dropin import SamSettings
@@ -146,6 +147,19 @@ PLACED_VQA = VqaSettings(
             {"voc": DenseKnnSettings(data=ROOT / "voc", voc_split="trainaug")},
         ),
         (
+            "open-vocab",
+            OpenVocabSettings(stride=7),
+            {
+                "ade20k": OpenVocabSettings(stride=7, data=ROOT / "ade"),
+                "voc": OpenVocabSettings(stride=7, data=ROOT / "voc", layout="voc"),
+            },
+        ),
+        (
+            "open-vocab",
+            OpenVocabSettings(background=0.4),
+            {"voc": OpenVocabSettings(background=0.4, data=ROOT / "voc", layout="voc")},
+        ),
+        (
             "sam",
             SamSettings(prompts="points"),
             {
@@ -221,6 +235,7 @@ def test_settings_on_a_users_data_sets(task: str, settings: Any, placed: dict[st
         ("retrieval", RetrievalSettings(data=Path("a"))),
         ("correspondence", CorrespondenceSettings(data=Path("a"))),
         ("dense-knn", DenseKnnSettings(data=Path("a"))),
+        ("open-vocab", OpenVocabSettings(data=Path("a"))),
         ("sam", SamSettings(data=Path("a.json"), images=Path("a"))),
         ("vqa", VqaSettings(pretrain_data=Path("a.json"), instruct_data=Path("b.json"))),
         ("vqa", VqaSettings(task="gqa", questions=Path("a.json"))),

@@ -21,7 +21,8 @@ from evals.core.task import make_evaluator
 from evals.dense_knn import DenseKnnSettings
 from evals.dense_knn.evaluator import _upsample
 from evals.seg_probe.classes import KNOWN_CLASSES
-from evals.seg_probe.data import VOID, open_dataset, read_image, read_labels
+from evals.seg_probe.data import VOID, read_image, read_labels
+from evals.seg_probe.layouts import open_dataset
 from radio.dist import joined
 from radio.errors import ConfigError, DataError, RadioError, SizeError
 from radio.images import resize

@@ -20,9 +20,9 @@ from evals.seg_probe.data import (
     Labelling,
     _map_labels,
     check_split,
-    open_dataset,
     read_labels,
 )
+from evals.seg_probe.layouts import open_dataset
 from radio.chunks import Damage
 from radio.errors import DataError
 

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from evals.seg_probe.areas import MapWriter, legend, palette, side_by_side
-from evals.seg_probe.data import open_dataset, read_labels
+from evals.seg_probe.data import read_labels
+from evals.seg_probe.layouts import open_dataset
 
 
 def test_a_written_map_is_an_annotation_again(tmp_path: Path, make_ade: Callable) -> None:

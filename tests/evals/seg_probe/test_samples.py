@@ -16,7 +16,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from evals.core.evaluator import EvalRun, RunSettings
-from evals.seg_probe.data import Dataset, open_dataset
+from evals.seg_probe.data import Dataset
+from evals.seg_probe.layouts import open_dataset
 from evals.seg_probe.protocol import SegSettings, resolve
 from radio.chunks import Damage
 from radio.dist import Ranks
