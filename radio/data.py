@@ -200,20 +200,27 @@ def open_source(
 
 
 def aligned_labels(source: ImageSource, reference: ImageSource) -> NDArray[np.int64]:
-    """Map the labels [N] of `source` to indices into the classes of `reference`.
+    """Map the labels [N] of `source` to indices into the classes of `reference`; see `aligned_classes`."""
+    return aligned_classes(source, reference)[source.labels]
 
-    Names that differ only in the Unicode form of their accents are equal, and so are 7 and 07.
+
+def aligned_classes(source: ImageSource, reference: ImageSource) -> NDArray[np.int64]:
+    """Map the classes of `source` to indices into those of `reference`.
+
+    Names that differ only in the Unicode form of their accents are equal, and so are 7 and 07. Where one has
+    ImageNet's WordNet ids and the other numbers, these are ImageNet's class numbers, from 0.
 
     Raises:
         DataError: `reference` lacks a class of `source`, or has it twice.
     """
     if source.classes == reference.classes:
-        return source.labels
+        return np.arange(len(source.classes))
+    names = _as_spelled_in(reference.classes, source.classes)
     places = {name: place for place, name in enumerate(reference.classes)}
     alike: dict[str, list[int]] = {}
     for name, place in places.items():
         alike.setdefault(one_form(name), []).append(place)
-    matches = [[places[name]] if name in places else alike.get(one_form(name), []) for name in source.classes]
+    matches = [[places[name]] if name in places else alike.get(one_form(name), []) for name in names]
     foreign = [name for name, known in zip(source.classes, matches, strict=True) if not known]
     if foreign:
         raise DataError(
@@ -226,7 +233,21 @@ def aligned_labels(source: ImageSource, reference: ImageSource) -> NDArray[np.in
                 f"{reference.name} has {len(known)} classes that are called {name!r} but for how accents "
                 f"or numbers are written; make them one"
             )
-    return np.array([place for (place,) in matches], dtype=np.int64)[source.labels]
+    return np.array([place for (place,) in matches], dtype=np.int64)
+
+
+def _as_spelled_in(reference: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Translate ImageNet's class numbers to its WordNet ids, or back, where the reference has the other.
+
+    Numbers of the reference have to be all of 0 to 999: those of a part may count from anywhere.
+    """
+    numbers = imagenet_numbers() if are_wordnet_ids(reference) or are_wordnet_ids(names) else {}
+    if numbers and all(name in numbers for name in reference) and all(map(str.isdecimal, names)):
+        ids = {str(number): synset for synset, number in numbers.items()}
+        return [ids.get(one_form(name), name) for name in names]
+    if numbers and {one_form(name) for name in reference} == set(map(str, numbers.values())):
+        return [str(numbers.get(name, name)) for name in names]
+    return list(names)
 
 
 def _near(name: str, classes: Sequence[str]) -> str:

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from .task import Evaluator
 
 _OURS = (
-    *("correspondence", "dense_knn", "depth", "fidelity", "fixed_pattern", "knn", "maps", "open_vocab"),
-    *("resolution", "retrieval", "sam_dropin", "seg_probe", "throughput", "vqa", "zeroshot"),
+    *("correspondence", "dense_knn", "depth", "fidelity", "fixed_pattern", "knn", "linear", "maps"),
+    *("open_vocab", "resolution", "retrieval", "sam_dropin", "seg_probe", "throughput", "vqa"),
+    *("zeroshot"),
 )
 
 evaluators: Registry[Callable[[], Evaluator[Any]]] = Registry(

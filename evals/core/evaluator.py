@@ -31,7 +31,7 @@ from radio.types import Backbone
 
 from . import evaluators
 from .blocks import Block, Image, encode_image
-from .features import Extraction, StoredFeatures, default_workers, extract, make_view
+from .features import Extraction, Project, StoredFeatures, default_workers, extract, make_view
 from .report import (
     DatasetInfo,
     Kind,
@@ -135,9 +135,19 @@ class EvalRun:
         )
 
     def features(
-        self, model: Backbone, source: ImageSource, view: ViewSettings | None = None
+        self,
+        model: Backbone,
+        source: ImageSource,
+        view: ViewSettings | None = None,
+        *,
+        head: str = "summary",
+        project: Project = lambda features: features.summary,
     ) -> StoredFeatures:
         """Extract the summaries of all images, or read them from the cache.
+
+        Args:
+            head: the name of other features in the cache's key.
+            project: what is kept of a batch's features instead of the summary.
 
         Raises:
             DataError: no image can be read, or ranks do not share the cache folder.
@@ -150,6 +160,8 @@ class EvalRun:
             view=made,
             device=self.device,
             dtype=self.dtype,
+            head=head,
+            project=project,
             batch=self.batch_size(64),
             workers=self.workers,
         )

@@ -1,4 +1,4 @@
-"""The linear probe of docs/add_an_evaluator.md, installed as another package, works everywhere ours do."""
+"""The ridge regression of docs/add_an_evaluator.md, installed as another package, works everywhere ours do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "add_an_evaluator.md"
 
 
 @pytest.fixture
-def linear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def ridge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Install the page's example as the package my-evaluators, with its entry point."""
     list(evaluators)  # our own entries come before this test's
     code, points = (
@@ -39,34 +39,34 @@ def linear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.usefixtures("linear")
+@pytest.mark.usefixtures("ridge")
 def test_it_is_in_all_in_the_page_and_paired_in_compare(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     for out, seed in (("old", "0"), ("new", "1")):
         models = ["--arch", "vit-tiny12", "--random-init", "--init-seed", seed]
-        tasks = ["--tasks", "linear", "--limit", "240", "--plain", "--linear.penalty", "0.5"]
+        tasks = ["--tasks", "ridge", "--limit", "240", "--plain", "--ridge.penalty", "0.5"]
         assert entry.evaluate(["all", *models, *tasks, "--out", out]) == 0
-    report = json.loads(Path("new/linear-vit-tiny12-untrained.json").read_text())
+    report = json.loads(Path("new/ridge-vit-tiny12-untrained.json").read_text())
     assert report["settings"]["penalty"] == 0.5 and report["settings"]["limit"] == 240
     capsys.readouterr()
     assert entry.evaluate(["compare", "new", "--baseline", "old", "--plain"]) == 0
-    rows = [line for line in capsys.readouterr().out.splitlines() if "linear" in line and "top1" in line]
+    rows = [line for line in capsys.readouterr().out.splitlines() if "ridge" in line and "top1" in line]
     assert rows and "paired" in rows[0]
     assert entry.evaluate(["report", "new", "--html", "page.html"]) == 0
     page = Path("page.html").read_text()
     assert (
-        page.count("linear probe") >= 2 and "top-1 of each class" in page
+        page.count("ridge regression") >= 2 and "top-1 of each class" in page
     )  # in the overview and as a section
 
 
-@pytest.mark.usefixtures("linear")
+@pytest.mark.usefixtures("ridge")
 def test_a_run_scores_it_while_it_trains_and_at_its_end(capsys: pytest.CaptureFixture[str]) -> None:
-    scored = ["--score", "linear", "--eval-tasks", "linear", "--eval-every", "10"]
+    scored = ["--score", "ridge", "--eval-tasks", "ridge", "--eval-every", "10"]
     assert entry.train(["smoke", "--data.workers", "0", *scored]) == 0
     table = capsys.readouterr().out
-    assert re.search(r"\| +linear \|\n\| model +\| +top1 \(%\) \|", table)
+    assert re.search(r"\| +ridge \|\n\| model +\| +top1 \(%\) \|", table)
     records = [json.loads(line) for line in Path("runs/smoke/metrics.jsonl").read_text().splitlines()]
-    assert any("linear/top1" in record for record in records)
-    assert Path("runs/smoke/reports/linear-student.json").is_file()
+    assert any("ridge/top1" in record for record in records)
+    assert Path("runs/smoke/reports/ridge-student.json").is_file()
