@@ -23,6 +23,7 @@ State = Literal["complete", "found", "missing", "laid out wrong", "not checked",
 
 _IMAGENET_COUNTS = {"train": 1_281_167, "val": 50_000}
 _NYU_TESTED = 654
+_SHIFTED_COUNTS = {"V2": 10_000, "R": 30_000, "A": 7_500, "Sketch": 50_889}
 _WEIGHTS = (".pt", ".pth", ".safetensors", ".bin", ".ckpt", ".onnx", ".gguf")
 _NOWHERE = "put it there, or name its place in the data.yaml"
 
@@ -113,9 +114,7 @@ def inspect(part: Part, *, inside: bool) -> Finding:
 
 def parts_of(sets: DataSets) -> Iterator[Part]:
     """Yield the parts of the data sets that are named, in the order of the fields."""
-    if (root := sets.imagenet) is not None:
-        yield Part("imagenet train", (root / "train",), partial(check_imagenet, root, "train"))
-        yield Part("imagenet val", (root / "val",), partial(check_imagenet, root, "val"))
+    yield from _parts_of_imagenet(sets)
     shards = {"imagenet-21k": sets.imagenet_21k, "laion": sets.laion, "datacomp": sets.datacomp}
     for name, pattern in shards.items():
         if pattern is not None:
@@ -172,6 +171,39 @@ def check_imagenet(root: Path, split: str) -> Content:
                 )
     num_images, published = sum(counts.values()), _IMAGENET_COUNTS[split]
     note = f"{num_images:,} images; ImageNet's {split} has {published:,}"
+    text = f"{num_images:,} images of {len(counts):,} classes"
+    return Content(text, () if num_images == published else (note,))
+
+
+def _parts_of_imagenet(sets: DataSets) -> Iterator[Part]:
+    if (root := sets.imagenet) is not None:
+        yield Part("imagenet train", (root / "train",), partial(check_imagenet, root, "train"))
+        yield Part("imagenet val", (root / "val",), partial(check_imagenet, root, "val"))
+    others = {"V2": sets.imagenet_v2, "R": sets.imagenet_r, "A": sets.imagenet_a}
+    for name, folder in {**others, "Sketch": sets.imagenet_sketch}.items():
+        if folder is not None:
+            yield Part(f"imagenet-{name.lower()}", (folder,), partial(check_classes, folder, name))
+
+
+def check_classes(folder: Path, name: str) -> Content:
+    """Count the images and classes of ImageNet-V2, -R, -A or -Sketch; each class has to be one of ImageNet's.
+
+    Raises:
+        DataError: another layout, or a folder that is neither a WordNet id nor a number of ImageNet's.
+    """
+    from radio.data import imagenet_numbers, one_form
+    from radio.image_files import count_images
+
+    counts, numbers = count_images(folder), imagenet_numbers()
+    known = {*numbers, *map(str, numbers.values())}
+    foreign = [each for each in counts if one_form(each) not in known]
+    if foreign:
+        raise DataError(
+            f"{folder / foreign[0]}: is none of ImageNet's classes; wanted their WordNet ids, or numbers "
+            f"from 0 to 999"
+        )
+    num_images, published = sum(counts.values()), _SHIFTED_COUNTS[name]
+    note = f"{num_images:,} images; ImageNet-{name} has {published:,}"
     text = f"{num_images:,} images of {len(counts):,} classes"
     return Content(text, () if num_images == published else (note,))
 

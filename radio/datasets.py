@@ -172,6 +172,19 @@ class DataSets:
 
     imagenet: Annotated[Path | None, Home(("imagenet", "imagenet-1k", "ILSVRC2012"), ("train", "val"))] = None
     """The folder that has train/ and val/, each with one folder a class."""
+    imagenet_v2: Annotated[
+        Path | None,
+        Home(("imagenet-v2", "imagenet_v2", "imagenetv2-matched-frequency-format-val"), ("0", "n01440764")),
+    ] = None
+    """ImageNet-V2: the folder that has a folder for each class, by number or WordNet id."""
+    imagenet_r: Annotated[Path | None, Home(("imagenet-r", "imagenet_r"), ("n01443537",))] = None
+    """ImageNet-R: the folder that has its 200 classes, by WordNet id."""
+    imagenet_a: Annotated[Path | None, Home(("imagenet-a", "imagenet_a"), ("n01498041",))] = None
+    """ImageNet-A: likewise."""
+    imagenet_sketch: Annotated[
+        Path | None, Home(("imagenet-sketch", "imagenet_sketch", "sketch"), ("n01440764",))
+    ] = None
+    """ImageNet-Sketch: likewise, of 1,000 classes."""
     imagenet_21k: Annotated[str | None, Home(("imagenet-21k", "imagenet_21k"), ("*.tar",))] = None
     """Shards: a pattern, or a folder of tar files."""
     laion: Annotated[str | None, Home(("laion",), ("*.tar",))] = None

@@ -62,7 +62,7 @@ class LinearSettings(ViewSettings):
     max_iterations: Count | None = None
     """logreg: most iterations for each C. Default: 1000."""
     tolerance: Positive | None = None
-    """logreg: a fit ends where the mean loss falls by less in an iteration. Default: 1e-12, and 1e-7 for the
+    """logreg: a fit ends where the mean loss falls by less in an iteration. Default: 1e-12, and 1e-6 for the
     generated world."""
     fit_precision: Literal["fp32", "fp64"] | None = None
     """logreg: precision of the fit. Default: fp64."""
@@ -157,13 +157,20 @@ def _names(named: Mapping[str, str]) -> str:
 
 
 def data_sets(settings: LinearSettings, sets: DataSets) -> Mapping[str, LinearSettings]:
-    """Classify ImageNet, unless data are named."""
+    """Classify ImageNet and the other sets of its classes that are there, unless data are named."""
     if settings.train or settings.val:
         return {OWN: settings}
     if sets.imagenet is None:
         return {}
     train, val = ((str(sets.imagenet / split),) for split in ("train", "val"))
-    return {"imagenet": replace(settings, train=train, val=val)}
+    others = {
+        "v2": sets.imagenet_v2,
+        "r": sets.imagenet_r,
+        "a": sets.imagenet_a,
+        "sketch": sets.imagenet_sketch,
+    }
+    there = tuple(f"{name}={folder}" for name, folder in others.items() if folder is not None)
+    return {"imagenet": replace(settings, train=train, val=val, also=settings.also or there)}
 
 
 def with_seed(settings: LinearSettings, run: RunSettings, number: int) -> LinearSettings:

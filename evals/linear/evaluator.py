@@ -227,7 +227,7 @@ def _train(
                 yield problem.fit(
                     c,
                     max_iterations=settings.max_iterations or 1000,
-                    tolerance=settings.tolerance or (1e-7 if small else 1e-12),
+                    tolerance=settings.tolerance or (1e-6 if small else 1e-12),
                 )
                 advance(1)
         return

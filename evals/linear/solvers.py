@@ -126,10 +126,12 @@ class LogisticRegression:
         for x, labels in zip(self._x.split(rows), self._labels.split(rows), strict=True):
             logits = torch.addmm(weight[-1], x, weight[:-1])
             places = labels.unsqueeze(1)
+            logits -= logits.amax(dim=1, keepdim=True)
             own = logits.gather(1, places)
-            totals = logits.logsumexp(dim=1, keepdim=True)
-            loss += (totals - own).sum()
-            shares = logits.sub_(totals).exp_()
+            shares = logits.exp_()
+            totals = shares.sum(dim=1, keepdim=True)
+            loss += (totals.log() - own).sum()
+            shares /= totals
             spread += len(x) - shares.square().sum()
             shares.scatter_add_(1, places, torch.full_like(own, -1.0))
             gradient[:-1].addmm_(x.T, shares)

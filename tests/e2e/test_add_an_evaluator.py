@@ -1,4 +1,4 @@
-"""The ridge regression of docs/add_an_evaluator.md, installed as another package, works everywhere ours do."""
+"""The evaluator of docs/add_an_evaluator.md, installed as another package, works everywhere ours do."""
 
 from __future__ import annotations
 

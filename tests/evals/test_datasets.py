@@ -50,6 +50,22 @@ def write_imagenet(root: Path) -> None:
         save_image(root / "val" / synset / f"ILSVRC2012_val_{SYNSETS.index(synset):08d}.JPEG")
 
 
+def write_imagenet_v2(root: Path) -> None:
+    for number in range(3):
+        save_image(root / str(number) / f"{number}.jpeg")
+
+
+def rename_class_of_v2(root: Path) -> None:
+    folder = root / "imagenetv2-matched-frequency-format-val"
+    (folder / "2").rename(folder / "1000")
+
+
+def write_imagenet_r(root: Path) -> None:
+    (root / "README.txt").parent.mkdir(parents=True)
+    (root / "README.txt").write_text("renditions")
+    save_image(root / "n01443537" / "art_0.jpg")
+
+
 def write_ade(root: Path) -> None:
     for split, short, count in (("training", "train", 3), ("validation", "val", 2)):
         for number in range(1, count + 1):
@@ -182,6 +198,8 @@ def write_vqav2(root: Path) -> None:
 
 SETS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "imagenet": ("imagenet", write_imagenet),
+    "imagenet-v2": ("imagenetv2-matched-frequency-format-val", write_imagenet_v2),
+    "imagenet-r": ("imagenet-r", write_imagenet_r),
     "ade20k": ("ADEChallengeData2016", write_ade),
     "voc": ("VOCdevkit/VOC2012", write_voc),
     "nyu": ("nyu", write_nyu),
@@ -193,9 +211,13 @@ SETS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "vqav2": ("vqav2", write_vqav2),
     "pope": ("pope", write_pope),
 }
+ABSENT = ("imagenet-a", "imagenet-sketch", "imagenet-21k", "laion", "roxford5k", "rparis6k", "spair")
+ABSENT += ("language-model",)
 HOLDS = {
     "imagenet train": "6 images of 3 classes",
     "imagenet val": "3 images of 3 classes",
+    "imagenet-v2": "3 images of 3 classes",
+    "imagenet-r": "1 images of 1 classes",
     "datacomp": "2 shards, 0.0 GB, 3 images in the first",
     "ade20k": "images with annotations: training 3, validation 2",
     "voc": "images with annotations: train 2, val 1",
@@ -237,6 +259,7 @@ def table_of(out: str) -> dict[str, list[str]]:
 
 
 SMALLER = (" has 1,281,167", " has 50,000", "; ADE20K has 20,210", "; ADE20K has 2,000")
+SMALLER += ("; ImageNet-V2 has 10,000", "; ImageNet-R has 30,000")
 SMALLER += ("; VOC2012 has 1,464", "; VOC2012 has 1,449", "; NYU's test has 654")
 
 
@@ -283,8 +306,7 @@ def test_sets_that_are_right_are_counted_and_complete(root: Path, capsys: pytest
     table = table_of(out)
     assert {name: cells[1] for name, cells in table.items() if cells[2] == "complete"} == HOLDS
     absent = {name: cells for name, cells in table.items() if cells[2] == "absent"}
-    names = ("imagenet-21k", "laion", "roxford5k", "rparis6k", "spair", "language-model")
-    assert absent == {name: ["", "", "absent"] for name in names}
+    assert absent == {name: ["", "", "absent"] for name in ABSENT}
     assert table["gqa"][0] == f"{root}/gqa/testdev_balanced_questions.json"
     assert table["datacomp"][0] == f"{root}/datacomp/shards"
     assert below(out) == []
@@ -406,6 +428,13 @@ NOWHERE = "no such file or folder; put it there, or name its place in the data.y
             (
                 "imagenet val: laid out wrong: {root}/imagenet/val: holds no folder a class: move each "
                 "image into the folder of its class (val: as valprep.sh does)"
+            ),
+        ),
+        (
+            rename_class_of_v2,
+            (
+                "imagenet-v2: laid out wrong: {root}/imagenetv2-matched-frequency-format-val/1000: is none "
+                "of ImageNet's classes; wanted their WordNet ids, or numbers from 0 to 999"
             ),
         ),
         (drop("imagenet/val"), "imagenet val: missing: {root}/imagenet/val: " + NOWHERE),
@@ -802,19 +831,20 @@ def test_all_runs_what_is_there_and_names_what_is_not(root: Path, capsys: pytest
     done = capsys.readouterr()
     assert done.err.splitlines() == [
         f"left out: correspondence: {root} has not spair, which it is scored on; name it there",
-        f"left out: retrieval: {root} has not roxford5k or rparis6k, which it is scored on; name it there",
         f"left out: depth: {root} has not nyu, which it is scored on; name it there",
+        f"left out: retrieval: {root} has not roxford5k or rparis6k, which it is scored on; name it there",
         f"left out: sam: {root} has not coco, which it is scored on; name it there",
         f"left out: vqa: {root} has not llava, which it is scored on; name it there",
     ]
-    jobs = ("knn on imagenet", "maps on imagenet", "resolution on imagenet", "seg on ade20k", "seg on voc")
-    for job in (*jobs, "dense-knn on ade20k", "dense-knn on voc"):
+    jobs = ("knn on imagenet", "linear on imagenet", "maps on imagenet", "resolution on imagenet")
+    jobs += ("seg on ade20k", "seg on voc", "dense-knn on ade20k", "dense-knn on voc")
+    for job in jobs:
         assert f"vit-tiny12-untrained: {job}: running" in done.out
     assert "zeroshot on imagenet: left out: vit-tiny12 has no text tower" in done.out
     assert "open-vocab on ade20k: left out: vit-tiny12 has no text tower" in done.out
     assert "fidelity on imagenet: left out: vit-tiny12 has no adaptors" in done.out
     tasks = {name.partition("-vit")[0] for name in reports()}
-    assert tasks == {"dense-knn", "knn", "maps", "resolution", "seg"} and len(reports()) == 7
+    assert tasks == {"dense-knn", "knn", "linear", "maps", "resolution", "seg"} and len(reports()) == 8
     assert not any("scenes:" in used["name"] for report in reports().values() for used in report["data"])
     assert main(command) == 0
     out = capsys.readouterr().out

@@ -9,6 +9,7 @@ import pytest
 
 from evals.core.task import make_evaluator
 from evals.knn import KnnSettings
+from evals.linear import LinearSettings
 from evals.sam_dropin import SamSettings
 from evals.seg_probe.protocol import SegSettings
 from evals.vqa.settings import VqaSettings
@@ -54,6 +55,7 @@ def test_the_view_of_summaries() -> None:
     model = student("vit-l14")
     assert size(model, "knn", KnnSettings()) == model.native_size == (224, 224)
     assert size(model, "knn", KnnSettings(size=378)) == (378, 378)
+    assert size(model, "linear", LinearSettings(size=378)) == (378, 378)
 
 
 def test_in_sams_place() -> None:

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.gpu
 
 SMALL = {
     "knn": (("faiss",), ["--scenes", "400", "200"], 2.0),
+    "linear": ((), ["--scenes", "400", "200", "100"], 4.0),
     "zeroshot": (("open_clip",), ["--scenes", "200"], 2.0),
     "maps": ((), ["--num-images", "4"], 2.0),
     "retrieval": ((), ["--scenes", "60", "60"], 2.0),

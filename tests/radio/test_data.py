@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from radio.data import aligned_labels, open_source
+from radio.data import aligned_labels, imagenet_numbers, open_source
 from radio.errors import DataError
 from radio.image_files import count_images, list_folder, list_unlabelled
 from radio.images import decode
@@ -353,6 +353,24 @@ def test_labels_are_aligned_by_class_name(tmp_path: Path, make_folder: Folder) -
     assert aligned_labels(query, bank).tolist() == [1, 2]
     with pytest.raises(DataError, match="bank has 1 classes that query lacks, the first is 'c0'"):
         aligned_labels(bank, query)
+
+
+def test_imagenets_numbers_stand_for_its_ids_where_the_other_has_those(
+    tmp_path: Path, make_shard: Shard, png: Png
+) -> None:
+    ids = list(imagenet_numbers())
+    for root, names in (("ids", [ids[3], ids[998]]), ("part", ["3", "998"]), ("beyond", ["3", "1000"])):
+        for name in names:
+            (tmp_path / root / name).mkdir(parents=True)
+            (tmp_path / root / name / "0.png").write_bytes(png(0, 0))
+    folders = {root: open_source(str(tmp_path / root)) for root in ("ids", "part", "beyond")}
+    assert aligned_labels(folders["part"], folders["ids"]).tolist() == [0, 1]
+    with pytest.raises(DataError, match="beyond has 1 classes that ids lacks, the first is '1000'; it"):
+        aligned_labels(folders["beyond"], folders["ids"])
+    with pytest.raises(DataError, match="part lacks"):  # whose numbers may count from anywhere
+        aligned_labels(folders["ids"], folders["part"])
+    whole = open_source(labelled(tmp_path / "all.tar", [f"{n:03d}" for n in range(1000)], make_shard, png))
+    assert aligned_labels(folders["ids"], whole).tolist() == [3, 998]
 
 
 def test_no_such_folder_offers_its_neighbours(tmp_path: Path) -> None:

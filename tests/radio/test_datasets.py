@@ -155,7 +155,7 @@ def test_folders_are_found_by_the_names_of_the_sets(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("imagnet: x", "unknown setting 'imagnet'; did you mean imagenet or imagenet_21k?"),
+        ("imagnet: x", "unknown setting 'imagnet'; did you mean imagenet or imagenet_r or imagenet_a?"),
         ("gqa: {question: x}", "unknown setting 'gqa.question'; did you mean questions?"),
         ("gqa: {questions: x}", "missing setting 'gqa.images'; give it a value"),
         ("gqa: 3", "gqa: wanted its folder, or a mapping with questions, images; got 3"),

@@ -23,6 +23,7 @@ from evals.depth import DepthSettings
 from evals.dense_knn import DenseKnnSettings
 from evals.fidelity import FidelitySettings
 from evals.knn import KnnSettings
+from evals.linear import LinearSettings
 from evals.maps import MapsSettings
 from evals.open_vocab import OpenVocabSettings
 from evals.resolution import ResolutionSettings
@@ -38,6 +39,8 @@ from radio.errors import ConfigError
 ROOT = Path("/d")
 SETS = DataSets(
     imagenet=ROOT / "in",
+    imagenet_v2=ROOT / "v2",
+    imagenet_sketch=ROOT / "s",
     ade20k=ROOT / "ade",
     voc=ROOT / "voc",
     nyu=ROOT / "nyu",
@@ -87,6 +90,20 @@ PLACED_VQA = VqaSettings(
             "knn",
             KnnSettings(leave_one_out=True),
             {"imagenet": KnnSettings(leave_one_out=True, bank="/d/in/train")},
+        ),
+        (
+            "linear",
+            LinearSettings(c=(1.0,)),
+            {
+                "imagenet": LinearSettings(
+                    c=(1.0,), train=("/d/in/train",), val=("/d/in/val",), also=("v2=/d/v2", "sketch=/d/s")
+                )
+            },
+        ),
+        (
+            "linear",
+            LinearSettings(also=("mine=/m",)),
+            {"imagenet": LinearSettings(train=("/d/in/train",), val=("/d/in/val",), also=("mine=/m",))},
         ),
         (
             "zeroshot",
@@ -225,6 +242,7 @@ def test_settings_on_a_users_data_sets(task: str, settings: Any, placed: dict[st
     ("task", "settings"),
     [
         ("knn", KnnSettings(bank="a", query="b")),
+        ("linear", LinearSettings(train=("a",), val=("b",))),
         ("zeroshot", ZeroshotSettings(query="a")),
         ("zeroshot", ZeroshotSettings(captions="scenes")),
         ("maps", MapsSettings(query="scenes:val")),
