@@ -19,8 +19,8 @@ from evals.core.task import (
     task_of,
 )
 from evals.correspondence import CorrespondenceSettings
-from evals.depth import DepthSettings
 from evals.dense_knn import DenseKnnSettings
+from evals.depth import DepthSettings
 from evals.fidelity import FidelitySettings
 from evals.knn import KnnSettings
 from evals.linear import LinearSettings
