@@ -25,6 +25,7 @@ SMALL = {
     "correspondence": ((), ["--scenes", "40"], 2.0),
     "resolution": (("faiss",), ["--sides", "96", "144", "--knn.scenes", "400", "200"], 5.0),
     "sam": (("segment_anything", "pycocotools"), ["--scenes", "20"], 2.0),
+    "depth": ((), ["--scenes", "60", "20", "--iterations", "20"], 5.0),
     "seg": (("mmseg", "mmcv", "cv2"), ["--scenes", "60", "20", "--iterations", "20"], 5.0),
     "vqa": (("transformers", "accelerate"), ["--scenes", "40", "20", "--max-steps", "6"], 10.0),
 }
