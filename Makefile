@@ -17,7 +17,7 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet -c re
 
 help:
 	@echo 'make demo     set up, distil a student from three teachers, score all of them, write runs/demo/report.html'
-	@echo 'make nightly  the same from the start, with fidelity and resolution, compared with the reports in BASELINE'
+	@echo 'make nightly  the same from the start, with all other evaluators, compared with the reports in BASELINE'
 	@echo 'make test     the fast tests (ARGS="-k windows" chooses)'
 	@echo 'make slow     the slow tests'
 	@echo 'make test-gpu the tests that need a GPU; NOINSTALL=1 takes the libraries that PYTHON has, as they are'
@@ -29,14 +29,15 @@ help:
 
 demo: .venv/.stamp-demo
 	$(BIN)/radio-train demo $(ARGS)
-	$(BIN)/radio-eval maps runs/demo/ckpt.pt
+	$(BIN)/radio-eval all runs/demo/ckpt.pt --tasks maps linear fidelity resolution --resolution.tasks knn
 	$(BIN)/radio-eval report runs/demo/reports --run runs/demo --html runs/demo/report.html
 
 # BASELINE is a folder of an earlier night's reports; other processors round otherwise, hence the tolerance. Zero-shot
 # can still differ by more between them (docs/numbers.md): a red night after a change of processor is to be looked at.
 nightly: .venv/.stamp-demo
 	$(BIN)/radio-train demo --restart $(ARGS)
-	$(BIN)/radio-eval all runs/demo/ckpt.pt --tasks maps fidelity resolution
+	$(BIN)/radio-eval all runs/demo/ckpt.pt --tasks maps linear fidelity resolution retrieval dense-knn \
+	  correspondence depth open-vocab
 	$(BIN)/radio-eval report runs/demo/reports --run runs/demo --html runs/demo/report.html
 	@if [ -d '$(BASELINE)' ]; then $(BIN)/radio-eval compare runs/demo/reports --baseline '$(BASELINE)' --tolerance 3 \
 	  --fail-on-regression --markdown runs/demo/compare.md --junit runs/demo/compare.xml; \

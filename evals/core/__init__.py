@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 _OURS = (
     *("correspondence", "dense_knn", "depth", "fidelity", "fixed_pattern", "knn", "linear", "maps"),
-    *("open_vocab", "resolution", "retrieval", "sam_dropin", "seg_probe", "throughput", "vqa"),
-    *("zeroshot"),
+    *("open_vocab", "resolution", "retrieval", "sam_dropin", "seg_probe", "throughput"),
+    *("vqa", "zeroshot"),
 )
 
 evaluators: Registry[Callable[[], Evaluator[Any]]] = Registry(

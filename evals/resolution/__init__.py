@@ -4,30 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from evals.core import evaluators
 from evals.core.task import OWN, Evaluator, late, make_evaluator
+from evals.correspondence import CorrespondenceSettings
+from evals.dense_knn import DenseKnnSettings
 from evals.knn import KnnSettings
+from evals.linear import LinearSettings
+from evals.retrieval import RetrievalSettings
 from evals.zeroshot import ZeroshotSettings
 from radio.config import Pixels, check
 from radio.datasets import DataSets
 from radio.errors import ConfigError
 
-Task = Literal["knn", "zeroshot"]
+Task = Literal["knn", "zeroshot", "linear", "retrieval", "dense-knn", "correspondence"]
+TaskSettings = (
+    KnnSettings
+    | ZeroshotSettings
+    | LinearSettings
+    | RetrievalSettings
+    | DenseKnnSettings
+    | CorrespondenceSettings
+)
+
+_DEFAULT: tuple[Task, ...] = ("knn", "zeroshot")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResolutionSettings:
-    """Scores of summaries over the side of the input."""
+    """Scores of summaries or tokens over the side of the input."""
 
     sides: tuple[Pixels, ...] | None = None
     """Sides of the input in pixels, each rounded to the nearest that the model takes. Default: 2/3, 1, 3/2, 2
     and 3 times the model's own."""
     tasks: tuple[Task, ...] | None = None
-    """Tasks to score. Default: those whose requirements the model meets."""
+    """Tasks to score. Default: knn and zeroshot, where the model meets their requirements."""
     knn: KnnSettings = field(default_factory=KnnSettings)
     zeroshot: ZeroshotSettings = field(default_factory=ZeroshotSettings)
+    linear: LinearSettings = field(default_factory=LinearSettings)
+    retrieval: RetrievalSettings = field(default_factory=RetrievalSettings)
+    dense_knn: DenseKnnSettings = field(default_factory=DenseKnnSettings)
+    correspondence: CorrespondenceSettings = field(default_factory=CorrespondenceSettings)
 
     def __post_init__(self) -> None:
         """Validate the settings; raise `ConfigError` when they are invalid or contradictory."""
@@ -35,32 +53,37 @@ class ResolutionSettings:
         if self.sides is not None and len(set(self.sides)) < 2:
             raise ConfigError(f"--sides {self.sides}: a curve needs two or more different sides")
         if self.tasks == ():
-            raise ConfigError("--tasks names no task; give knn, zeroshot or both, or leave it out")
+            raise ConfigError("--tasks names no task; give one or more, such as knn, or leave it out")
         for name, settings in self.of_tasks().items():
             if settings.size is not None:
                 raise ConfigError(f"--{name}.size {settings.size}: --sides names the sizes; leave it out")
 
-    def of_tasks(self) -> dict[Task, KnnSettings | ZeroshotSettings]:
+    @property
+    def chosen_tasks(self) -> tuple[Task, ...]:
+        """The tasks to score, each once, whether or not a model meets their requirements."""
+        return tuple(dict.fromkeys(_DEFAULT if self.tasks is None else self.tasks))
+
+    def of_tasks(self) -> dict[Task, TaskSettings]:
         """Return the settings of every task that may be scored."""
-        return {"knn": self.knn, "zeroshot": self.zeroshot}
+        names: tuple[Task, ...] = get_args(Task)
+        return {name: getattr(self, name.replace("-", "_")) for name in names}
 
 
 def data_sets(settings: ResolutionSettings, sets: DataSets) -> Mapping[str, ResolutionSettings]:
     """Score each task on the data set that it would be scored on alone; none, where one of them has none."""
-    name = OWN
-    for task, own in settings.of_tasks().items():
-        if settings.tasks is None or task in settings.tasks:
-            placed = make_evaluator(task).data_sets(own, sets)
-            if not placed:
-                return {}
-            [(data_set, chosen)] = placed.items()
-            settings, name = replace(settings, **{task: chosen}), name or data_set
+    name, own = OWN, settings.of_tasks()
+    for task in settings.chosen_tasks:
+        placed = make_evaluator(task).data_sets(own[task], sets)
+        if not placed:
+            return {}
+        data_set, chosen = next(iter(placed.items()))  # the first of several
+        settings, name = replace(settings, **{task.replace("-", "_"): chosen}), name or data_set
     return {name: settings}
 
 
 @evaluators.register("resolution")
 def make() -> Evaluator[ResolutionSettings]:
-    """k-NN and zero-shot over the side of the input, and how much of the best score the worst side keeps."""
+    """Scores of other tasks over the side of the input, and how much of the best the worst side keeps."""
     return Evaluator(
         name="resolution",
         settings=ResolutionSettings,

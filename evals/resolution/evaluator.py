@@ -1,4 +1,4 @@
-"""k-NN and zero-shot over the side of the input: a model whose features change at some size shows a dip.
+"""Other tasks' scores over the side of the input: a model whose features change at some size shows a dip.
 
 The first RADIO models did above some 700 px ("mode switching", RADIOv2.5, arXiv 2412.07679): there the text
 tower of CLIP no longer understood them.
@@ -50,8 +50,9 @@ def evaluate(model: Backbone, settings: ResolutionSettings, run: EvalRun) -> Res
         results += [result for result, _ in scored]
         name = next(iter(results[-1].metrics))
         values = [result.metrics[name] for result, _ in scored]
-        indices[f"{task}_index"] = _index(values, [scores for _, scores in scored], run.settings.seed)
-        metrics |= {f"{task}_{name}_{side}px": m for side, m in zip(sides, values, strict=True)}
+        key = task.replace("-", "_")
+        indices[f"{key}_index"] = _index(values, [scores for _, scores in scored], run.settings.seed)
+        metrics |= {f"{key}_{name}_{side}px": m for side, m in zip(sides, values, strict=True)}
         blocks.append(_draw(task, name, sides, values))
     return Result(
         metrics={"index": min(indices.values(), key=lambda metric: metric.value), **indices, **metrics},
@@ -84,9 +85,10 @@ def choose_sides(model: Backbone, settings: ResolutionSettings) -> list[int]:
 
 def choose_tasks(model: Backbone, settings: ResolutionSettings) -> tuple[list[Task], list[str]]:
     """Return the tasks to score, and a note on each that is left out since the model lacks something."""
+    chosen = settings.chosen_tasks
     if settings.tasks is not None:
-        return list(dict.fromkeys(settings.tasks)), []
-    missing = {task: make_evaluator(task).missing_requirements(model) for task in settings.of_tasks()}
+        return list(chosen), []
+    missing = {task: make_evaluator(task).missing_requirements(model) for task in chosen}
     notes = [f"{task} is left out: {lack}" for task, lack in missing.items() if lack]
     return [task for task, lack in missing.items() if not lack], notes
 
@@ -103,7 +105,11 @@ def _score(
         part.damage = run.damage
         own = replace(settings.of_tasks()[task], size=side)
         result: Result = make_evaluator(task).evaluate(model, own, part)
-        scores = {str(record["id"]): record["score"] for record in result.records if "score" in record}
+        scores = {
+            f"{record.get('part', '')}/{record['id']}": record["score"]
+            for record in result.records
+            if "score" in record
+        }
     run.sources |= part.sources
     run.notes += [note for note in part.notes if note not in run.notes]
     return result, scores

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from evals.core.blocks import Lines
 from evals.core.evaluator import RunSettings, run_evaluator
 from evals.core.report import Report
 from evals.core.task import make_evaluator
+from evals.dense_knn import DenseKnnSettings
 from evals.knn import KnnSettings
+from evals.linear import LinearSettings
 from evals.reporting.compare import compare, read_reports, regressions
 from evals.resolution import ResolutionSettings, Task
 from evals.zeroshot import ZeroshotSettings
@@ -64,6 +67,25 @@ def test_the_curve_is_what_the_tasks_score_at_each_side(
     assert index.low is not None and index.high is not None and index.low <= index.high <= 100
     assert [(data.role, data.count) for data in report.data] == [("bank", 30), ("query", 20)]
     assert report.files == ()  # no images of single sides
+
+
+def test_other_tasks_of_summaries_and_tokens_have_a_curve_too(
+    tmp_path: Path, backbone: Callable[..., Any], settings: ResolutionSettings
+) -> None:
+    bank, query = settings.knn.bank, settings.knn.query
+    assert bank is not None and query is not None
+    own = LinearSettings(train=(bank,), val=(query,), c=(1.0,))
+    dense = DenseKnnSettings(scenes=(4, 3), memory=20, k=3)
+    tasks: tuple[Task, ...] = ("linear", "dense-knn")
+    asked = ResolutionSettings(sides=(24, 32), tasks=tasks, linear=own, dense_knn=dense)
+    report = score("resolution", backbone(), asked, tmp_path / "o")
+    for side in (24, 32):
+        alone = score("linear", backbone(), replace(own, size=side), tmp_path / f"linear-{side}")
+        assert report.metrics[f"linear_top1_{side}px"] == alone.metrics["top1"]
+        alone = score("dense-knn", backbone(), replace(dense, size=side), tmp_path / f"dense-{side}")
+        assert report.metrics[f"dense_knn_miou_{side}px"] == alone.metrics["miou"]
+    index = report.metrics["dense_knn_index"]
+    assert index.low is None and 0 < index.value <= 100  # areas have no score of an image
 
 
 def test_features_are_cached_side_by_side(
@@ -148,7 +170,11 @@ def test_a_task_that_is_named_and_lacks_something_is_an_error(
         ({"sides": (32,)}, r"--sides \(32,\): a curve needs two or more different sides"),
         ({"sides": (32, 32)}, "a curve needs two or more different sides"),
         ({"sides": (32, 0)}, "sides"),
-        ({"tasks": ()}, "--tasks names no task; give knn, zeroshot or both, or leave it out"),
+        ({"tasks": ()}, "--tasks names no task; give one or more, such as knn, or leave it out"),
+        (
+            {"dense_knn": DenseKnnSettings(size=64)},
+            "--dense-knn.size 64: --sides names the sizes; leave it out",
+        ),
         ({"knn": KnnSettings(size=64)}, "--knn.size 64: --sides names the sizes; leave it out"),
     ],
 )
