@@ -35,7 +35,7 @@ class Ranked(NamedTuple):
     scores: dict[str, Scores]  # by the protocol's suffix
     first: Tensor  # [Q, k] rows of the database, the nearest first
     good: Tensor  # [Q, k] whether the primary protocol counts them as positive
-    baselines: dict[str, float]  # mean average precision in percent of a random order, and of one by class
+    baselines: dict[str, float]  # mean average precision in percent of an order by class, and of a random one
 
 
 def evaluate(model: Backbone, settings: RetrievalSettings, run: EvalRun) -> Result:
@@ -108,9 +108,8 @@ def _rank_all(benchmark: Benchmark, queries: StoredFeatures, database: StoredFea
         )
         for suffix, each in parts.items()
     }
-    baselines = {"chance": [level for level, _ in levels]}
-    if len(queries.source.classes) > 1:
-        baselines["class known"] = [level for _, level in levels]
+    baselines = {"class known": [level for _, level in levels]} if len(queries.source.classes) > 1 else {}
+    baselines["chance"] = [level for level, _ in levels]  # the page shows the first
     means = {name: 100 * sum(each) / max(len(each), 1) for name, each in baselines.items()}
     return Ranked(scores, torch.cat(first), torch.cat(good), means)
 

@@ -261,6 +261,7 @@ def test_scenes_are_the_default_and_batches_change_nothing(
         "chance": pytest.approx(100 * chance(200, 2)),
         "class known": pytest.approx(100 * np.mean([chance(n, 2) for n in of_class])),
     }
+    assert next(iter(report.baselines)) == "class known"  # the page shows the first
     (examples,) = report.blocks
     assert isinstance(examples, Examples) and len(examples.examples) == 6
     model = backbone()
