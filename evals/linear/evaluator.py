@@ -191,7 +191,8 @@ def choose(
         rows, held = hold_out(labels, seed)
         judged = features[held], labels[held]
     elif len(values) * len(widths) == 1:
-        return [], next(train(rows, values, widths))
+        (only,) = train(rows, values, widths)
+        return [], only
     best, most, tried = None, -1, []
     for fit in train(rows, values, widths):
         tops = torch.cat([logits.argmax(dim=1).cpu() for logits in fit.head.logits(judged[0])])
@@ -201,7 +202,7 @@ def choose(
             best, most = fit, right
     assert best is not None
     if len(rows) < len(labels):
-        best = next(train(everything, [best.value], {best.features: widths[best.features]}))
+        (best,) = train(everything, [best.value], {best.features: widths[best.features]})
     return tried, best
 
 

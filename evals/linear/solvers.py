@@ -232,8 +232,8 @@ def check_memory(count: int, width: int, num_classes: int, device: torch.device,
     cells = count * width + (2 * _HISTORY + 8) * (width + 1) * num_classes + 4 * _CELLS
     need, there = cells * dtype.itemsize, memory_of(device)
     if need > there:
+        smaller = ", or --fit-precision fp32" if dtype == torch.float64 else ""
         raise SizeError(
             f"a linear head for {num_classes} classes on {count:,} x {width} features takes "
-            f"{need / 1e9:,.1f} GB, and {device} has {there / 1e9:,.1f}; give --limit, or "
-            f"--fit-precision fp32"
+            f"{need / 1e9:,.1f} GB, and {device} has {there / 1e9:,.1f}; give --limit{smaller}"
         )
