@@ -11,11 +11,11 @@ from annotated_types import Interval
 
 from evals.core import evaluators
 from evals.core.task import OWN, Evaluator, Machine, late
+from evals.seg_probe.protocol import Scenes
 from radio.config import CountOrZero, Pixels, Positive, check
 from radio.datasets import DataSets
 
 Memory = Annotated[int, Interval(ge=1, le=100_000_000)]
-Scenes = Annotated[int, Interval(ge=1, le=1_000_000)]  # written to disk
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
