@@ -515,7 +515,8 @@ NOWHERE = "no such file or folder; put it there, or name its place in the data.y
             (
                 "voc: laid out wrong: {root}/VOCdevkit: neither ADE20K (images/training, "
                 "annotations/training, ...) nor VOC2012 (JPEGImages, SegmentationClass, "
-                "ImageSets/Segmentation); bring your own data into the layout of ADE20K"
+                "ImageSets/Segmentation), Pascal Context (SegmentationClassContext) or COCO-Stuff "
+                "(images/val2017, annotations/val2017); bring your own data into the layout of ADE20K"
             ),
         ),
         (drop("coco/val2017"), "coco: missing: {root}/coco/val2017: " + NOWHERE),
