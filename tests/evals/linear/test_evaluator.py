@@ -375,9 +375,9 @@ def _rank(rank: int, world: int, port: int, model: Backbone, settings: LinearSet
     (out / f"metrics-{rank}.json").write_text(json.dumps([m.value for m in report.metrics.values()]))
 
 
-def test_two_ranks_write_the_report_of_one(tmp_path: Path, backbone: Make, free_port: int) -> None:
-    # More images than one chunk holds, so that both ranks extract.
-    settings = LinearSettings(scenes=(514, 6, 3), c=(0.01, 1.0))
+def test_two_ranks_write_the_report_of_one(
+    tmp_path: Path, settings: LinearSettings, backbone: Make, free_port: int
+) -> None:
     alone = run(backbone(), settings, tmp_path / "one" / "out")
     out = tmp_path / "two" / "out"
     out.mkdir(parents=True)
