@@ -51,7 +51,7 @@ class LogisticRegression:
 
     It minimises mean cross-entropy + |W|^2 / (2 C N); the bias has no penalty. L-BFGS runs in other
     coordinates of the same problem: centred features along their principal axes, each scaled by the root of
-    its curvature, so that it needs half the iterations, or fewer, than on features as they are.
+    its curvature, which takes fewer iterations than features as they are.
 
     Args:
         features: [N, D] float32, on the CPU.
