@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +16,7 @@ from evals.core.stats import Values, interval
 from radio.errors import ConfigError, DataError, did_you_mean, require, shown
 from radio.io import write_text
 
-from .compare import StoredReport, differences, read_reports, resampled_metrics
+from .compare import StoredReport, differences, protocols, read_reports, resampled_metrics, setting_text
 from .elements import Cell, Page, Plots, Row, Section, grid, metric_cells, notes
 from .figures import Series, bars
 from .page import render, title_of
@@ -24,19 +26,20 @@ from .page import render, title_of
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One task on one data set."""
+    """One task on one data set, with the same settings."""
 
     task: str
     metric: str
     data: str  # names and numbers of samples
-    fingerprints: tuple[str, ...]
+    protocol: str  # settings and data that must be equal, as JSON
 
     @classmethod
     def of(cls, report: Report) -> Column:
         """Return the column that a report belongs to."""
         used = [data for data in report.data if data.scored] or report.data
         text = "; ".join(f"{data.name}, {data.count}" for data in used)
-        return cls(report.task, report.primary_metric, text, tuple(data.fingerprint for data in used))
+        (protocol,) = protocols([report])
+        return cls(report.task, report.primary_metric, text, json.dumps(protocol, sort_keys=True))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,29 +85,34 @@ def read_all(folders: Sequence[Path]) -> list[StoredReport]:
 
 
 def gather_contenders(entries: Sequence[StoredReport]) -> list[Contender]:
-    """Gather the reports of the same weights, unless two are of one task on one data set.
+    """Gather the reports of the same weights, except under names that share a column.
 
-    So a model's report that is called `NAME-voc` goes to NAME, and two windows of one model stay apart.
+    So a report that is called `NAME-voc` for its data goes to NAME, and two windows of one model stay apart.
 
     Raises:
-        DataError: two reports of one name on one task and data set.
+        DataError: two reports of one name in one column.
     """
-    gathered: list[tuple[str, str, dict[Column, StoredReport]]] = []
+    by_weights: dict[str, dict[str, dict[Column, StoredReport]]] = {}
     for entry in sorted(entries, key=lambda entry: (entry.report.model, str(entry.path))):
         report, column = entry.report, Column.of(entry.report)
-        for name, fingerprint, own in gathered:
-            same = report.fingerprint == fingerprint if fingerprint else report.model == name
-            if same and report.model == name and column in own:
-                raise DataError(
-                    f"{shown(own[column].path)} and {shown(entry.path)} are both of {shown(report.task)} and "
-                    f"{shown(name)} on the same data; leave one out"
-                )
-            if same and column not in own:
-                own[column] = entry
-                break
-        else:
-            gathered.append((report.model, report.fingerprint, {column: entry}))
-    return [Contender(name=name, entries=own) for name, _, own in gathered]
+        same = by_weights.setdefault(report.fingerprint or f"name {report.model}", {})
+        own = same.setdefault(report.model, {})
+        if column in own:
+            raise DataError(
+                f"{shown(own[column].path)} and {shown(entry.path)} are both of {shown(report.task)} and "
+                f"{shown(report.model)} on the same data; leave one out"
+            )
+        own[column] = entry
+    contenders = []
+    for names in by_weights.values():
+        count = Counter(column for own in names.values() for column in own)
+        apart = [name for name, own in names.items() if any(count[column] > 1 for column in own)]
+        contenders += [Contender(name=name, entries=names[name]) for name in apart]
+        together = [name for name in names if name not in apart]
+        if together:
+            joined = {column: entry for name in together for column, entry in names[name].items()}
+            contenders.append(Contender(name=together[0], entries=joined))
+    return sorted(contenders, key=lambda each: each.name)
 
 
 def make_leaderboard(entries: Sequence[StoredReport], tasks: Sequence[str] = ()) -> Leaderboard:
@@ -128,7 +136,9 @@ def make_leaderboard(entries: Sequence[StoredReport], tasks: Sequence[str] = ())
     contenders = gather_contenders([e for e in entries if not tasks or e.report.task in tasks])
     remarks: list[str] = []
     columns, scores = [], []
-    for column in sorted({c for each in contenders for c in each.entries}, key=lambda c: (c.task, c.data)):
+    for column in sorted(
+        {c for each in contenders for c in each.entries}, key=lambda c: (c.task, c.data, c.protocol)
+    ):
         reason = _unfit(column, contenders)
         if reason:
             remarks.append(f"{column.task} ({column.data}) is left out: {reason}")
@@ -167,7 +177,7 @@ def make_leaderboard(entries: Sequence[StoredReport], tasks: Sequence[str] = ())
     reports = [entry.report for entry in entries]
     return Leaderboard(
         columns=tuple(columns),
-        titles=tuple(f"{title_of(column.task, reports)}: {column.metric}" for column in columns),
+        titles=tuple(_title(column, columns, reports) for column in columns),
         standings=tuple(standings),
         notes=tuple(remarks),
     )
@@ -193,21 +203,8 @@ def write_leaderboard(board: Leaderboard, path: Path) -> int:
     """
     for module in ("jinja2", "matplotlib"):
         require(module, extra="report")
-    cells = [
-        [
-            Cell(
-                text=cell.text, order=cell.order, strong=cell.strong, small="" if g is None else f"group {g}"
-            )
-            for cell, g in zip(metric_cells(metrics), groups, strict=True)
-        ]
-        for metrics, groups in (
-            (
-                [each.metrics[place] for each in board.standings],
-                [each.groups[place] for each in board.standings],
-            )
-            for place in range(len(board.columns))
-        )
-    ]
+    cells = [_cells(board, place) for place in range(len(board.columns))]
+    heads = [(title, column.data) for title, column in zip(board.titles, board.columns, strict=True)]
     rows: list[Row] = [
         (each.group, each.model, Cell(text=_rank_text(each), order=each.rank_sum), *(c[row] for c in cells))
         for row, each in enumerate(board.standings)
@@ -216,12 +213,7 @@ def write_leaderboard(board: Leaderboard, path: Path) -> int:
         "Sum of ranks over the tasks, less is better, with its 95 % interval. Models that lack a task share "
         "its last places. Models of one group cannot be told from the first of it: the interval of their "
         "difference over the same resampled images holds zero. ± is half of a 95 % interval.",
-        (
-            "group",
-            "model",
-            "rank sum",
-            *((t, c.data) for t, c in zip(board.titles, board.columns, strict=True)),
-        ),
+        ("group", "model", "rank sum", *heads),
         rows,
     )
     series = [
@@ -266,15 +258,29 @@ def _metric(report: Report) -> Metric:
 
 def _unfit(column: Column, contenders: Sequence[Contender]) -> str:
     """Explain why a column ranks nothing; empty if it does."""
-    reports = [each.entries[column].report for each in contenders if column in each.entries]
+    entries = [entry for each in contenders for entry in each.entries.items()]
+    reports = [entry.report for own, entry in entries if own == column]
     metric = _metric(reports[0])
-    if len(reports) < 2:
-        return "only one model has it"
     if metric.unit.endswith("/s"):
         return "a speed depends on the machine"
     if metric.higher_is_better is None:
         return "neither more nor less of it is better"
-    return "; ".join(differences(reports))
+    if len(reports) < 2:
+        others = [
+            entry.report for own, entry in entries if (own.task, own.data) == (column.task, column.data)
+        ]
+        return "; ".join(["only one model has it", *differences(others)])
+    return ""
+
+
+def _title(column: Column, columns: Sequence[Column], reports: Sequence[Report]) -> str:
+    """Return a column's head; of several of one task on one data set, with the settings that differ."""
+    alike = [each for each in columns if (each.task, each.data) == (column.task, column.data)]
+    settings = [json.loads(each.protocol) for each in alike]
+    own = settings[alike.index(column)]
+    differ = [name for name in own if len({setting_text(each.get(name)) for each in settings}) > 1]
+    ending = f" ({', '.join(f'{name} {setting_text(own[name])}' for name in differ)})" if differ else ""
+    return f"{title_of(column.task, reports)}: {column.metric}{ending}"
 
 
 def _scores(column: Column, contenders: Sequence[Contender]) -> tuple[Values, str]:

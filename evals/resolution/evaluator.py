@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import numpy as np
 
 from evals.core.blocks import Lines
 from evals.core.evaluator import EvalRun, Result
-from evals.core.report import Metric
+from evals.core.report import Metric, Record
 from evals.core.stats import Values, interval, resampled_sums
 from evals.core.task import make_evaluator
 from radio.errors import SizeError
@@ -23,7 +24,23 @@ from radio.types import Backbone
 
 from . import ResolutionSettings, Task
 
-# Letters: N images, S sides, R resamples.
+# Letters: S sides, R resamples, U units, P parts.
+
+
+class Scored(NamedTuple):
+    """A sample's score."""
+
+    part: str
+    id: str
+    unit: str  # what the bootstrap draws
+    score: float
+
+    @classmethod
+    def of(cls, record: Record) -> Scored:
+        """Read a record."""
+        id, unit = str(record["id"]), record.get("unit")
+        return cls(record.get("part", ""), id, id if unit is None else str(unit), record["score"])
+
 
 _FACTORS = (2 / 3, 1.0, 3 / 2, 2.0, 3.0)  # of the model's own side (ours)
 
@@ -95,8 +112,8 @@ def choose_tasks(model: Backbone, settings: ResolutionSettings) -> tuple[list[Ta
 
 def _score(
     model: Backbone, task: Task, settings: ResolutionSettings, side: int, run: EvalRun
-) -> tuple[Result, dict[str, float]]:
-    """Run a task's evaluator at one side; return its result, and each image's score where it has one.
+) -> tuple[Result, list[Scored]]:
+    """Run a task's evaluator at one side; return its result, and the scores of its samples where it has them.
 
     What it would show of single images is dropped.
     """
@@ -105,30 +122,54 @@ def _score(
         part.damage = run.damage
         own = replace(settings.of_tasks()[task], size=side)
         result: Result = make_evaluator(task).evaluate(model, own, part)
-        scores = {
-            f"{record.get('part', '')}/{record['id']}": record["score"]
-            for record in result.records
-            if "score" in record
-        }
+        scores = [Scored.of(record) for record in result.records if "score" in record]
     run.sources |= part.sources
     run.notes += [note for note in part.notes if note not in run.notes]
     return result, scores
 
 
-def _index(values: Sequence[Metric], scores: Sequence[dict[str, float]], seed: int) -> Metric:
-    """Divide the worst value by the best, in percent, with a bootstrap over images that all sides scored."""
+def _index(values: Sequence[Metric], scores: Sequence[list[Scored]], seed: int) -> Metric:
+    """Divide the worst value by the best, in percent.
+
+    Its interval is a bootstrap over units, such as images, where all sides scored the same samples and their
+    mean, over the parts of a task, is the value.
+    """
 
     def ratio(curves: Values) -> Values:
         worst, best = curves.min(axis=-1), curves.max(axis=-1)
         share: Values = 100 * worst / np.where(best > 0, best, 1.0)
         return share
 
+    given = np.array([metric.value for metric in values])
     low = high = None
-    ids = list(scores[0])
-    if ids and all(each.keys() == scores[0].keys() for each in scores):
-        rows = np.array([[each[id] for each in scores] for id in ids], dtype=np.float64)  # [N, S]
-        low, high = interval(ratio(resampled_sums(rows, seed=seed)))
-    return Metric(value=float(ratio(np.array([metric.value for metric in values]))), low=low, high=high)
+    if scores[0] and all(sorted(map(_place, each)) == sorted(map(_place, scores[0])) for each in scores):
+        sums = np.stack([_sums(each) for each in scores], axis=1)  # [U, S, 2, P]
+        if np.allclose(_means(sums.sum(axis=0)), given, rtol=0, atol=0.01):
+            low, high = interval(ratio(_means(resampled_sums(sums, seed=seed))))
+    return Metric(value=float(ratio(given)), low=low, high=high)
+
+
+def _place(scored: Scored) -> tuple[str, str, str]:
+    return scored.part, scored.id, scored.unit
+
+
+def _sums(scores: Sequence[Scored]) -> Values:
+    """Sum the scores of each unit and part, and count them: [U, 2, P]."""
+    units = {name: row for row, name in enumerate(sorted({each.unit for each in scores}))}
+    parts = {name: row for row, name in enumerate(sorted({each.part for each in scores}))}
+    sums = np.zeros((len(units), 2, len(parts)))
+    rows = [units[each.unit] for each in scores]
+    columns = [parts[each.part] for each in scores]
+    np.add.at(sums[:, 0], (rows, columns), [each.score for each in scores])
+    np.add.at(sums[:, 1], (rows, columns), 1)
+    return sums
+
+
+def _means(sums: Values) -> Values:
+    """Average the parts' mean scores, in percent: [..., 2, P] -> [...]; NaN where a part has no samples."""
+    with np.errstate(invalid="ignore"):
+        means: Values = 100 * (sums[..., 0, :] / sums[..., 1, :]).mean(axis=-1)
+    return means
 
 
 def _draw(task: Task, name: str, sides: Sequence[int], values: Sequence[Metric]) -> Lines:

@@ -107,9 +107,28 @@ def test_one_model_under_two_names_has_one_row(reports: Folder) -> None:
     assert equal == [1, 1]
 
 
-def test_two_ways_of_scoring_one_model_stay_apart(reports: Folder) -> None:
-    add(reports, "knn", "a-clip-head", scores(1, 0.5), fingerprint="print of a")
-    assert "a-clip-head" in {each.model for each in ranked(reports).standings}
+def test_another_way_of_scoring_is_another_column(reports: Folder) -> None:
+    """One model's extra report neither makes a row nor takes the task from the others."""
+    settings = {"head": "clip"}
+    add(reports, "knn", "a-clip-head", scores(1, 0.5), fingerprint="print of a", settings=settings)
+    board = ranked(reports)
+    assert {each.model for each in board.standings} == {"a", "b", "c"}
+    assert [column.task for column in board.columns] == ["knn", "zeroshot"]
+    assert "only one model has it; not made alike: " in board.notes[0] and "head is" in board.notes[0]
+    add(reports, "knn", "b-clip-head", scores(2, 0.5), fingerprint="print of b", settings=settings)
+    board = ranked(reports)
+    assert [column.task for column in board.columns] == ["knn", "knn", "zeroshot"]
+    assert sum("head" in title for title in board.titles) == 1
+
+
+def test_windows_of_one_model_stay_apart_and_take_no_name(reports: Folder) -> None:
+    """Neither of two reports that share a column goes to the model without a window."""
+    for window in ("global", "8"):
+        add(reports, "sam", f"a-window-{window}", scores(1, 0.5), fingerprint="print of a")
+    board = ranked(reports)
+    assert {each.model for each in board.standings} == {"a", "a-window-8", "a-window-global", "b", "c"}
+    (own,) = (each for each in board.standings if each.model == "a")
+    assert own.metrics[[column.task for column in board.columns].index("sam")] is None
 
 
 def test_what_cannot_be_ranked_is_left_out_with_its_reason(reports: Folder) -> None:
@@ -118,14 +137,14 @@ def test_what_cannot_be_ranked_is_left_out_with_its_reason(reports: Folder) -> N
     for model in "ab":
         reports.add("speed", model, metrics=rate, data=used())
         reports.add("norm", model, metrics=loss, data=used())
-        add(reports, "seg", model, scores(1, 0.5), settings={"crop": model})
+        add(reports, "seg", model, scores(1, 0.5), settings={"crop": model})  # each made otherwise
     reports.add("maps", "a", data=used())
     board = ranked(reports)
     assert [column.task for column in board.columns] == ["knn", "zeroshot"]
     text = "\n".join(board.notes)
     assert "speed (d, 60) is left out: a speed depends on the machine" in text
     assert "norm (d, 60) is left out: neither more nor less" in text
-    assert "seg (d, 60) is left out: not made alike: crop is a or b" in text
+    assert "seg (d, 60) is left out: only one model has it; not made alike: crop is a or b" in text
     assert "maps (d, 60) is left out: only one model has it" in text
 
 

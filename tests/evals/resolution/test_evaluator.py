@@ -11,13 +11,14 @@ import pytest
 
 from evals.core.blocks import Lines
 from evals.core.evaluator import RunSettings, run_evaluator
-from evals.core.report import Report
+from evals.core.report import Metric, Report
 from evals.core.task import make_evaluator
 from evals.dense_knn import DenseKnnSettings
 from evals.knn import KnnSettings
 from evals.linear import LinearSettings
 from evals.reporting.compare import compare, read_reports, regressions
 from evals.resolution import ResolutionSettings, Task
+from evals.resolution.evaluator import Scored, _index
 from evals.zeroshot import ZeroshotSettings
 from radio.errors import ConfigError, SizeError
 from radio.types import Features
@@ -86,6 +87,18 @@ def test_other_tasks_of_summaries_and_tokens_have_a_curve_too(
         assert report.metrics[f"dense_knn_miou_{side}px"] == alone.metrics["miou"]
     index = report.metrics["dense_knn_index"]
     assert index.low is None and 0 < index.value <= 100  # areas have no score of an image
+
+
+def test_the_interval_of_a_mean_over_parts_is_of_that_mean() -> None:
+    """One part is right at both sides, the other at one of them: half is kept, whatever is drawn."""
+    first = [Scored("a", str(number), f"u{number}", 1.0) for number in range(90)]
+    second = [Scored("b", str(number), f"u{number}", 0.0) for number in range(10)]
+    better = [each._replace(score=1.0) for each in second]
+    values = [Metric(value=50.0), Metric(value=100.0)]
+    index = _index(values, [[*first, *second], [*better, *first]], seed=0)
+    assert (index.value, index.low, index.high) == (50.0, 50.0, 50.0)
+    other = _index([Metric(value=60.0), Metric(value=100.0)], [[*first, *second], [*first, *better]], seed=0)
+    assert (other.low, other.high) == (None, None)  # the records do not give the value
 
 
 def test_features_are_cached_side_by_side(
