@@ -8,11 +8,11 @@ from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from evals.core.evaluator import EvalRun
 from evals.core.features import Extraction, View, check_finite, extract, place
-from radio.errors import SizeError
+from radio.errors import DataError, SizeError
 from radio.resources import check_memory, fast_products
 from radio.types import Backbone
 
@@ -127,6 +127,7 @@ class NyuFeed:
         self._model, self._training, self._run = place(model, run.device, run.dtype), training, run
         self._crops = NyuCrops(splits[0], seed, size)
         self._images, self._num_images = NyuImages(splits[1], whole), len(splits[1])
+        run.ranks.on_leader(lambda: _check_depths(splits[1], run))  # not after hours of training
 
     def train_batches(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of every step from `first` on: the ranks' shares side by side."""
@@ -149,11 +150,53 @@ class NyuFeed:
             check_finite(maps, self._model.name)
             yield [index], list(maps.split(1)), depths.to(self._run.device)
 
-    def _load(self, data: NyuCrops | NyuImages, batches: Sequence[Sequence[int]]) -> DataLoader[Any]:
-        pinned = self._run.device.type == "cuda"
-        return DataLoader(data, batch_sampler=batches, num_workers=self._run.workers, pin_memory=pinned)  # type: ignore[arg-type]
+    def _load(
+        self, data: NyuCrops | NyuImages, batches: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        loader: DataLoader[Any] = DataLoader(
+            _Caught(data),
+            batch_sampler=batches,  # type: ignore[arg-type]
+            num_workers=self._run.workers,
+            collate_fn=_collate,
+            pin_memory=self._run.device.type == "cuda",
+        )
+        for batch in loader:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch[0], batch[1]
 
     def _encode(self, images: Tensor) -> Tensor:
         device = self._run.device
         with fast_products(device), torch.no_grad():
             return self._model(images.to(device, self._run.dtype, non_blocking=True)).map().float()
+
+
+def _check_depths(split: DepthSplit, run: EvalRun) -> None:
+    """Decode every depth map; raise DataError for one that cannot be used."""
+    with run.progress(f"checking the depths of {split.images.name}", len(split)) as advance:
+        for index in range(len(split)):
+            split.read_depth(index)
+            advance(1)
+
+
+_Item = tuple[Tensor, Tensor] | DataError
+
+
+@final
+class _Caught(Dataset[_Item]):
+    """Data set that returns its errors: raised in a loader's worker, they would come with a traceback."""
+
+    def __init__(self, data: NyuCrops | NyuImages) -> None:
+        self._data = data
+
+    def __getitem__(self, index: int) -> _Item:
+        try:
+            return self._data[index]
+        except DataError as error:
+            return error
+
+
+def _collate(items: list[_Item]) -> Any:
+    """Stack the items of a batch, or return the first error among them."""
+    error = next((item for item in items if isinstance(item, DataError)), None)
+    return default_collate(items) if error is None else error

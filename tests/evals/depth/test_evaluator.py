@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -202,6 +203,29 @@ def test_an_image_without_depth_is_one_error(tmp_path: Path, nyu: Path, patches:
     settings = DepthSettings(data=nyu, iterations=1, train_batch_size=1)
     with pytest.raises(DataError, match=r"nyu/test: bath_test/rgb_00001\.jpg: no pixel that is scored"):
         run(patches(), settings, tmp_path / "out")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_training_file_is_the_same_error_from_a_loaders_worker(
+    tmp_path: Path, nyu: Path, patches: Callable[..., Any], workers: int
+) -> None:
+    for number in range(3):
+        (nyu / "bath_train" / f"sync_depth_{number:05d}.png").write_bytes(b"none")
+    settings = DepthSettings(data=nyu, iterations=1, train_batch_size=1)
+    with pytest.raises(
+        DataError, match=rf"^{re.escape(str(nyu))}/bath_train/sync_depth_0000\d\.png: [^\n]*$"
+    ):
+        run(patches(), settings, tmp_path / "out", workers=workers)
+
+
+def test_a_bad_depth_map_of_the_test_stops_before_the_training(
+    tmp_path: Path, nyu: Path, patches: Callable[..., Any]
+) -> None:
+    (nyu / "bath_test" / "sync_depth_00001.png").write_bytes(b"none")
+    model = patches()
+    with pytest.raises(DataError, match=r"bath_test/sync_depth_00001\.png: "):
+        run(model, DepthSettings(data=nyu, iterations=1, train_batch_size=1), tmp_path / "out")
+    assert not model.sizes
 
 
 class _Blind:
