@@ -38,6 +38,9 @@ _ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 _THREADS = 8  # for reading the images' headers
 _HEAD = 1 << 16  # bytes that contain the header of nearly every image
 
+LVIS_DETECTIONS = 300
+"""Detections of an image that count in LVIS, of all categories together."""
+
 
 @final
 class Instances:
@@ -122,7 +125,7 @@ class Detections:
     """A detector's boxes on the images of an instances file."""
 
     truth: Instances  # images without annotations included
-    images: tuple[CocoImage, ...]  # those with boxes; an instance's id is its index in the detector's file
+    images: tuple[CocoImage, ...]  # those with boxes that count; an instance's id is its index in the file
     scores: tuple[float, ...]  # of every entry of the file
     fingerprint: str  # hash of the boxes and of the ground truth
     name: str
@@ -132,8 +135,11 @@ class Detections:
 def open_detections(file: Path, truth: Instances) -> Detections:
     """Read a detector's boxes: COCO results, a list of {image_id, category_id, bbox, score}.
 
+    Images of LVIS keep those that can count: of the 300 best by score (of equal scores the first of the
+    file), the ones of a category that the image was searched for.
+
     Raises:
-        DataError: not a results file, no detections, or one of an unknown image or category.
+        DataError: not a results file, no detections (that count), or one of an unknown image or category.
     """
     rows, digest = read_results(file)
     boxes: dict[int, list[Instance]] = {image.id: [] for image in truth.images}
@@ -145,18 +151,38 @@ def open_detections(file: Path, truth: Instances) -> Detections:
             )
         if row.image_id in boxes:  # not excluded by the limit
             boxes[row.image_id].append(row.instance)
+    count = sum(map(len, boxes.values()))
+    if not count:
+        raise DataError(f"{file}: holds no detections on the images of {truth.name}")
+    scores = tuple(row.score for row in rows)
+    for image in truth.images:
+        if image.searched is not None:
+            best = sorted(boxes[image.id], key=lambda each: -scores[each.id])[:LVIS_DETECTIONS]
+            kept = {each.id for each in best if each.category in image.searched}
+            boxes[image.id] = [each for each in boxes[image.id] if each.id in kept]
     images = tuple(
         image._replace(instances=tuple(boxes[image.id])) for image in truth.images if boxes[image.id]
     )
     if not images:
-        raise DataError(f"{file}: holds no detections on the images of {truth.name}")
+        raise DataError(
+            f"{shown(file)}: none of its {count} detections on the images of {truth.name} is of a category "
+            f"that its image was searched for"
+        )
+    notes, key = note_boxes(images, "detections"), f"{digest} {truth.fingerprint}"
+    if left_out := count - sum(map(len, boxes.values())):
+        note = (
+            f"{left_out} of {count} detections cannot count by LVIS's rule and are left out: beyond the "
+            f"{LVIS_DETECTIONS} best of their image, or of a category that it was not searched for"
+        )
+        notes = (note, *notes)
+        key += f" without {left_out}"
     return Detections(
         truth=truth,
         images=images,
-        scores=tuple(row.score for row in rows),
-        fingerprint=hashlib.sha256(f"{digest} {truth.fingerprint}".encode()).hexdigest(),
+        scores=scores,
+        fingerprint=hashlib.sha256(key.encode()).hexdigest(),
         name=f"{file.name} on {truth.name}",
-        notes=note_boxes(images, "detections"),
+        notes=notes,
     )
 
 

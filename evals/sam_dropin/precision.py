@@ -15,13 +15,12 @@ from evals.core.blocks import Lines
 from evals.core.report import Metric
 from radio.errors import require
 
-from .annotations import CocoImage
-from .data import Detections, Instances, run_lengths
+from .data import LVIS_DETECTIONS, Detections, Instances, run_lengths
 from .prediction import EncodedMask
 
 # Letters: T IoU thresholds, R recalls, A sizes, K categories.
 
-_MOST_PER_CATEGORY, _MOST_PER_IMAGE = 100, 300  # detections that count: COCO's and LVIS's limit
+_MOST_PER_CATEGORY = 100  # detections of an image that count in COCO
 _THRESHOLDS = {"ap": slice(None), "ap50": slice(0, 1), "ap75": slice(5, 6)}  # of IoU 0.50, 0.55, ..., 0.95
 _SIZES = ("ap_small", "ap_medium", "ap_large")  # COCOeval's areas 1 to 3; area 0 is all
 _FREQUENCIES = {"r": "ap_rare", "c": "ap_common", "f": "ap_frequent"}
@@ -75,7 +74,7 @@ def _precision(
     """
     library = require("pycocotools.cocoeval", extra="sam")
     images = detections.truth.annotated
-    found = _index_found(detections, masks, images)
+    found = _index_found(detections, masks)
     concerned: dict[int, set[int]] = defaultdict(set)
     for annotation in (*truths.anns.values(), *found.anns.values()):
         concerned[annotation["category_id"]].add(annotation["image_id"])
@@ -84,7 +83,7 @@ def _precision(
         for category, ids in concerned.items():
             scorer = library.COCOeval(truths, found, "segm")
             scorer.params.catIds, scorer.params.imgIds = [category], sorted(ids)
-            scorer.params.maxDets = [_MOST_PER_IMAGE if detections.truth.is_lvis else _MOST_PER_CATEGORY]
+            scorer.params.maxDets = [LVIS_DETECTIONS if detections.truth.is_lvis else _MOST_PER_CATEGORY]
             scorer.evaluate()
             for entry in scorer.evalImgs:
                 if entry is not None and category in images[entry["image_id"]].not_exhaustive:
@@ -134,16 +133,14 @@ def _index_truth(truth: Instances) -> Any:
     )
 
 
-def _index_found(
-    detections: Detections, masks: Sequence[EncodedMask], images: Mapping[int, CocoImage]
-) -> Any:
-    """Index the detections that count for pycocotools."""
+def _index_found(detections: Detections, masks: Sequence[EncodedMask]) -> Any:
+    """Index the detections for pycocotools."""
     library = require("pycocotools.mask", extra="sam")
     categories = {each.id: each.category for image in detections.images for each in image.instances}
-    by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    found = []
     for mask in masks:
         lengths = {"size": list(mask.size), "counts": mask.counts}
-        by_image[mask.image_id].append(
+        found.append(
             {
                 "id": mask.entry + 1,
                 "image_id": mask.image_id,
@@ -154,11 +151,7 @@ def _index_found(
                 "segmentation": lengths,
             }
         )
-    for id, found in by_image.items():
-        if (searched := images[id].searched) is not None:
-            best = sorted(found, key=lambda each: -each["score"])[:_MOST_PER_IMAGE]
-            by_image[id] = [each for each in best if each["category_id"] in searched]
-    return _index(detections.truth, [each for found in by_image.values() for each in found])
+    return _index(detections.truth, found)
 
 
 def _index(truth: Instances, annotations: list[dict[str, Any]]) -> Any:

@@ -17,6 +17,7 @@ from pycocotools.cocoeval import COCOeval
 from evals.sam_dropin.data import Detections, open_detections, open_instances
 from evals.sam_dropin.precision import average_precision, draw_thresholds
 from evals.sam_dropin.prediction import EncodedMask
+from radio.errors import DataError
 
 from .conftest import annotation, blob, run_lengths
 
@@ -73,6 +74,7 @@ def make(folder: Path, *, lvis: bool) -> tuple[Detections, list[EncodedMask], di
         folder / "truth.json", folder, limit=None, crowds=True, smallest_area=0, memo=None, empty=True
     )
     detections = open_detections(folder / "found.json", truth)
+    kept = {instance.id for image in detections.images for instance in image.instances}
     encoded = [
         EncodedMask(
             image_id=entry["image_id"],
@@ -82,6 +84,7 @@ def make(folder: Path, *, lvis: bool) -> tuple[Detections, list[EncodedMask], di
             quality=0.5,
         )
         for number, (entry, mask) in enumerate(zip(entries, masks, strict=True))
+        if number in kept
     ]
     return detections, encoded, data | {"found": entries}, masks
 
@@ -171,34 +174,68 @@ def test_coco_by_pycocotools_and_from_a_score_on(tmp_path: Path) -> None:
     assert curve.y == (metrics["ap_from_0.3"].value, metrics["ap_from_0.8"].value)
 
 
+def kept_entries(detections: Detections) -> list[int]:
+    """The entries of the detector's file that are kept, in order."""
+    return [instance.id for image in detections.images for instance in image.instances]
+
+
 def test_an_image_of_lvis_keeps_only_its_best(
-    found: tuple[Detections, list[EncodedMask], dict[str, Any], Masks], monkeypatch: pytest.MonkeyPatch
+    found: tuple[Detections, list[EncodedMask], dict[str, Any], Masks],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The limit counts all categories of an image together; of equal scores the first in the file stays."""
     detections, encoded, data, _ = found
-    by_image: dict[int, list[EncodedMask]] = defaultdict(list)
-    for mask in sorted(encoded, key=lambda mask: (-data["found"][mask.entry]["score"], mask.entry)):
-        by_image[mask.image_id].append(mask)
-    best = [mask for masks in by_image.values() for mask in masks[:4]]
-    expected = average_precision(detections, best)
-    assert expected != average_precision(detections, encoded)
-    monkeypatch.setattr("evals.sam_dropin.precision._MOST_PER_IMAGE", 4)
-    assert average_precision(detections, encoded) == expected
+    rows = data["found"]
+    by_image: dict[int, list[int]] = defaultdict(list)
+    for entry in sorted(range(len(rows)), key=lambda entry: (-rows[entry]["score"], entry)):
+        by_image[rows[entry]["image_id"]].append(entry)
+    best = {entry for ranked in by_image.values() for entry in ranked[:4]}
+    monkeypatch.setattr("evals.sam_dropin.data.LVIS_DETECTIONS", 4)
+    limited = open_detections(tmp_path / "found.json", detections.truth)
+    # A box of a category that was not searched for takes one of the places.
+    assert kept_entries(limited) == [entry for entry in kept_entries(detections) if entry in best]
+    assert max(len(image.instances) for image in limited.images) == 4
+    assert min(len(image.instances) for image in limited.images) < 4
+    left_out = len(rows) - len(kept_entries(limited))
+    assert limited.notes[0].startswith(f"{left_out} of {len(rows)} detections cannot count by LVIS's rule")
+    assert limited.fingerprint != detections.fingerprint
+    kept = [mask for mask in encoded if mask.entry in best]
+    assert average_precision(limited, kept) == average_precision(detections, kept)
+    assert average_precision(limited, kept) != average_precision(detections, encoded)
 
 
-def test_a_category_that_was_not_searched_for_does_not_count(
+def test_a_category_that_was_not_searched_for_is_left_out(
     found: tuple[Detections, list[EncodedMask], dict[str, Any], Masks],
 ) -> None:
     """A detection of a category that the image was not searched for counts neither way."""
-    detections, encoded, data, _ = found
+    detections, _, data, _ = found
     images = {image["id"]: image for image in data["images"]}
 
-    def counts(mask: EncodedMask) -> bool:
-        category = data["found"][mask.entry]["category_id"]
-        searched = detections.truth.annotated[mask.image_id].searched
-        assert searched is not None and set(images[mask.image_id]["neg_category_ids"]) <= searched
-        return category in searched
+    def counts(entry: dict[str, Any]) -> bool:
+        searched = detections.truth.annotated[entry["image_id"]].searched
+        assert searched is not None
+        assert set(images[entry["image_id"]]["neg_category_ids"]) <= searched
+        return entry["category_id"] in searched
 
-    kept = [mask for mask in encoded if counts(mask)]
-    assert 0 < len(kept) < len(encoded)
-    assert average_precision(detections, kept) == average_precision(detections, encoded)
+    kept = [number for number, entry in enumerate(data["found"]) if counts(entry)]
+    assert kept_entries(detections) == kept
+    assert 0 < len(kept) < len(data["found"])
+
+
+def test_boxes_of_lvis_of_which_none_can_count_are_one_error(
+    found: tuple[Detections, list[EncodedMask], dict[str, Any], Masks], tmp_path: Path
+) -> None:
+    detections, _, data, _ = found
+    kept = set(kept_entries(detections))
+    rest = [entry for number, entry in enumerate(data["found"]) if number not in kept]
+    (tmp_path / "rest.json").write_text(json.dumps(rest))
+    with pytest.raises(DataError, match=f"none of its {len(rest)} detections"):
+        open_detections(tmp_path / "rest.json", detections.truth)
+
+
+def test_boxes_of_coco_are_all_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evals.sam_dropin.data.LVIS_DETECTIONS", 4)
+    detections, _, data, _ = make(tmp_path, lvis=False)
+    assert kept_entries(detections) == list(range(len(data["found"])))
+    assert not detections.notes
