@@ -417,7 +417,8 @@ class Scores:
     def metrics(self, seed: int = 0) -> dict[str, Metric]:
         """Compute `accuracy` in percent, overall and per group (`answer_type_yes_no`), and any `unanswered`.
 
-        POPE has `f1`, `precision`, `recall` and `yes_ratio` too, each the mean over its files.
+        POPE has `f1`, `precision`, `recall` and `yes_ratio` too; these and its accuracy are means over its
+        files, which differ in length.
 
         Intervals are 95 % bootstraps over images.
         """
@@ -503,12 +504,16 @@ def _rates(counts: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
         "f1": share(2 * tp, 2 * tp + fp + fn),
         "precision": share(tp, tp + fp),
         "recall": share(tp, tp + fn),
+        "accuracy": share(tp + tn, tp + fn + tn + fp),
         "yes_ratio": share(tp + fp, tp + fn + tn + fp),
     }
 
 
 def mean_accuracy(benchmarks: Sequence[Scores], seed: int = 0) -> Metric:
-    """Compute the mean of the benchmarks' accuracies in percent; shared images are resampled together."""
+    """Compute the mean of the benchmarks' accuracies in percent; shared images are resampled together.
+
+    Each is the mean over all questions, of POPE's files too, so that it follows from the records.
+    """
     names, images = np.unique([name for one in benchmarks for name in one.images], return_inverse=True)
     parts = np.split(images, np.cumsum([len(one.images) for one in benchmarks])[:-1])
     columns = [

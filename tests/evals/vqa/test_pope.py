@@ -14,7 +14,7 @@ from evals.core.evaluator import EvalRun, RunSettings, run_predictions
 from evals.core.task import make_evaluator
 from evals.vqa.benchmarks import TaskFiles, open_benchmark
 from evals.vqa.scenes import benchmarks, describe_questions, load_scenes
-from evals.vqa.scoring import TASKS, says_yes
+from evals.vqa.scoring import TASKS, mean_accuracy, says_yes
 from evals.vqa.settings import VqaSettings
 from radio.errors import DataError
 
@@ -44,8 +44,8 @@ def test_the_published_rule(answer: str, yes: bool) -> None:
     assert says_yes(answer) is yes
 
 
-def write(folder: Path, count: int = 40, **changes: Any) -> dict[str, dict[str, bool]]:
-    """Write the three files; return the right answers by file and id."""
+def write(folder: Path, count: int = 40, longer: int = 0, **changes: Any) -> dict[str, dict[str, bool]]:
+    """Write the three files, each `longer` than the one before; return the right answers by file and id."""
     folder.mkdir(parents=True, exist_ok=True)
     truths: dict[str, dict[str, bool]] = {}
     for place, sampling in enumerate(SAMPLINGS):
@@ -58,7 +58,7 @@ def write(folder: Path, count: int = 40, **changes: Any) -> dict[str, dict[str, 
                 "label": "yes" if draws.random() < 0.5 else "no",
                 **changes,
             }
-            for number in range(count)
+            for number in range(count + longer * place)
         ]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"coco_pope_{sampling}.json").write_text(text)
@@ -75,14 +75,15 @@ def hash_of(id: str) -> int:
 
 
 def test_the_measures_are_scikit_learns_averaged_over_the_files(tmp_path: Path) -> None:
-    truths = write(tmp_path / "pope")
+    truths = write(tmp_path / "pope", longer=25)
     benchmark = open_benchmark("pope", TaskFiles(questions=tmp_path / "pope"))
-    assert (benchmark.name, len(benchmark.questions)) == ("pope coco", 120)
+    assert (benchmark.name, len(benchmark.questions)) == ("pope coco", 40 + 65 + 90)
     first = benchmark.questions[0]
     assert (first.id, first.image) == ("random-1", "COCO_val2014_000000000000.jpg")
     assert first.prompt.endswith("image?\nAnswer the question using a single word or phrase.")
     answers = {question.id: answer_of(question.id) for question in benchmark.questions}
-    metrics = benchmark.score(answers).metrics(seed=3)
+    scores = benchmark.score(answers)
+    metrics = scores.metrics(seed=3)
     expected: dict[str, list[float]] = {}
     for sampling, right in truths.items():
         predicted = [says_yes(answers[f"{sampling}-{id}"]) for id in right]
@@ -100,6 +101,9 @@ def test_the_measures_are_scikit_learns_averaged_over_the_files(tmp_path: Path) 
         assert metric.low is not None and metric.high is not None
         assert metric.low <= metric.value <= metric.high
     assert metrics["yes_ratio"].higher_is_better is None
+    together = 100 * np.mean(scores.values)  # another value, as the files differ in length
+    assert abs(metrics["accuracy"].value - together) > 0.1
+    assert mean_accuracy([scores]).value == pytest.approx(together)  # as the records give it
 
 
 def test_one_file_and_rates_that_would_divide_by_zero(tmp_path: Path) -> None:
