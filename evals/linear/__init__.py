@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args
 
 from annotated_types import Interval
 
@@ -18,6 +18,7 @@ from radio.errors import ConfigError
 Domain = Literal["night", "web", "mixture"]
 """A domain of the generated world that is not the training images' own."""
 
+_TAKEN = {"train", "val", *get_args(Domain)}
 _NAME = re.compile(r"([A-Za-z0-9_.-]+)=(.+)", re.DOTALL)
 _OF_SOLVER = {
     "logreg": ("c", "max_iterations", "tolerance", "fit_precision"),
@@ -95,8 +96,10 @@ class LinearSettings(ViewSettings):
             raise ConfigError("--also is scored with one head; give one --train, or leave --also out")
         if self.domains and not self.is_generated:
             raise ConfigError("--domains are of the generated world; leave them out, or --train and --val")
-        if both := set(also) & set(self.chosen_domains):
-            raise ConfigError(f"--also {min(both)}=…: is the name of a domain; give it another")
+        if taken := set(also) & _TAKEN:
+            raise ConfigError(
+                f"--also {min(taken)}=…: the report's own names are {', '.join(sorted(_TAKEN))}; give another"
+            )
 
     @property
     def splits(self) -> dict[str, Split]:

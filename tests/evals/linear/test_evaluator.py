@@ -323,7 +323,13 @@ def test_the_memory_is_looked_at_before_any_image(
         ({"train": ("a=x", "a=y"), "val": ("a=x", "a=y")}, "a name of their own each: NAME=FOLDER"),
         ({"train": ("a=x", "y"), "val": ("a=x", "y")}, "several data sets need a name"),
         ({"also": ("x",)}, "--also x: wanted NAME=FOLDER, such as v2=x"),
-        ({"also": ("night=x",)}, "--also night=…: is the name of a domain; give it another"),
+        *(
+            (
+                {"train": ("x",), "val": ("y",), "also": (f"{name}=z",)},
+                f"--also {name}=…: the report's own names",
+            )
+            for name in ("train", "val", "night", "web", "mixture")
+        ),
         (
             {"train": ("a=x", "b=y"), "val": ("a=x", "b=y"), "also": ("v=z",)},
             "--also is scored with one head; give one --train, or leave --also out",
