@@ -132,13 +132,14 @@ class LogisticRegression:
             totals = shares.sum(dim=1, keepdim=True)
             loss += (totals.log() - own).sum()
             shares /= totals
-            spread += len(x) - shares.square().sum()
+            spread += (shares * (1 - shares)).sum()
             shares.scatter_add_(1, places, torch.full_like(own, -1.0))
             gradient[:-1].addmm_(x.T, shares)
             gradient[-1] += shares.sum(dim=0)
         gradient /= self._count
         gradient[:-1] += penalty * weight[:-1]
-        self._spread = float(spread) / (self._count * self._num_classes)
+        smallest = torch.finfo(weight.dtype).eps  # of separable features it would come to nothing
+        self._spread = max(float(spread) / (self._count * self._num_classes), smallest)
         return float(loss / self._count + penalty / 2 * weight[:-1].square().sum()), gradient
 
 

@@ -86,6 +86,18 @@ def test_a_fit_does_not_depend_on_those_before() -> None:
         assert torch.allclose(head.weight, fit(features, labels, c).weight, atol=1e-4)
 
 
+def test_separable_features_in_single_precision_are_fitted_over_the_whole_grid() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(600) % 10
+    centres = 3 * torch.randn(10, 64, generator=generator)
+    features = centres[labels] + torch.randn(600, 64, generator=generator)
+    problem = LogisticRegression(features, labels, torch.arange(600), 10, device=CPU, dtype=torch.float32)
+    for c in PENALTIES:
+        head = problem.fit(c, max_iterations=1000, tolerance=1e-12).head
+        assert bool(head.weight.isfinite().all()) and bool(head.bias.isfinite().all())
+    assert torch.equal(logits(head, features).argmax(dim=1), labels)
+
+
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = data()
     whole = fit(features, labels, 1.0)
