@@ -38,6 +38,7 @@ class ScoredImages(NamedTuple):
 
     source: ImageSource
     classes: Tensor  # the head's class for each class of the source
+    possible: Tensor  # the classes of the head that are told apart
 
 
 class Opened(NamedTuple):
@@ -120,10 +121,10 @@ def _open(split: Split, settings: LinearSettings, run: EvalRun) -> Opened:
         name = split.val.removeprefix("scenes:")
         sources[domain] = SceneImages(name, count=count, seed=run.settings.seed, domain=domain)
     sources |= {name: run.open_images(text) for name, text in settings.also_by_name.items()}
-    scored = {
-        name: ScoredImages(source, torch.from_numpy(aligned_classes(source, train)))
-        for name, source in sources.items()
-    }
+    scored, everything = dict[str, ScoredImages](), torch.arange(len(train.classes))
+    for name, source in sources.items():
+        classes = torch.from_numpy(aligned_classes(source, train))
+        scored[name] = ScoredImages(source, classes, classes if name in settings.also_by_name else everything)
     return Opened(train, scored)
 
 
@@ -152,7 +153,7 @@ def _probe(model: Backbone, opened: Opened, settings: LinearSettings, run: EvalR
         judged = stored["val"].features, labels["val"]
         tried, chosen = choose(train.features, train.labels, judged, opened.train, widths, settings, run)
         predicted = {
-            name: predict(chosen.head, stored[name].features, images.classes)
+            name: predict(chosen.head, stored[name].features, images.possible)
             for name, images in opened.scored.items()
         }
         return tried, Tried(chosen.value, chosen.features, chosen.converged), predicted
@@ -418,13 +419,16 @@ def _notes(probes: Mapping[str, Probe], settings: LinearSettings) -> list[str]:
     notes = []
     if settings.solver == "sgd":
         notes.append("trained on cached features of one crop an image; DINOv2's crops are random")
-    if settings.chooses_on == "scored":
+    if settings.chooses_on == "scored" and any(probe.tried for probe in probes.values()):
         notes.append("the head was chosen on the images that it is scored on, as DINOv2 does")
     for name, probe in probes.items():
         stopped = sum(not each.converged for each in probe.tried)
-        if stopped or not probe.chosen.converged:
+        source = name or probe.train.source.name
+        if stopped:
             notes.append(
-                f"{name or probe.train.source.name}: {stopped} of {len(probe.tried)} fits ended at "
-                f"--max-iterations, the chosen one {'did not' if probe.chosen.converged else 'too'}"
+                f"{source}: {stopped} of {len(probe.tried)} fits ended at --max-iterations, the chosen one "
+                f"{'did not' if probe.chosen.converged else 'too'}"
             )
+        elif not probe.chosen.converged:
+            notes.append(f"{source}: the fit ended at --max-iterations")
     return notes

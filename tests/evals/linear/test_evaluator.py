@@ -159,6 +159,15 @@ def test_fits_that_end_early_are_told(tmp_path: Path, settings: LinearSettings, 
     assert report.notes == ("d/train: 5 of 5 fits ended at --max-iterations, the chosen one too",)
 
 
+def test_without_a_choice_no_note_speaks_of_one(
+    tmp_path: Path, settings: LinearSettings, backbone: Make
+) -> None:
+    alone = replace(settings, c=(1.0,), choose="scored")
+    assert run(backbone(), alone, tmp_path / "one").notes == ()
+    report = run(backbone(), replace(alone, max_iterations=2), tmp_path / "two")
+    assert report.notes == ("d/train: the fit ended at --max-iterations",)
+
+
 @pytest.fixture
 def imagenet(tmp_path: Path, make_folder: Callable[..., Path], settings: LinearSettings) -> LinearSettings:
     """The same images in folders of five WordNet ids."""
@@ -192,6 +201,19 @@ def test_other_sets_are_scored_by_the_same_head_among_their_own_classes(
     assert not np.array_equal(tops, theirs.predict(queries))  # the restriction tells
     (bars,) = [block for block in report.blocks if isinstance(block, Bars)]
     assert bars.names == ("val", "v2", "r") and bars.values[0] == report.metrics["top1"].value
+
+
+def test_the_data_sets_own_images_are_scored_among_all_classes(
+    tmp_path: Path, make_folder: Callable[..., Path], settings: LinearSettings, backbone: Make
+) -> None:
+    some = make_folder(tmp_path / "some", classes=3, count=8, first=300)
+    model = backbone(width=2)
+    report = run(model, replace(settings, val=(str(some),), c=(0.01,)), tmp_path / "out")
+    x, y = features(model, settings.train[0], tmp_path / "cache")
+    queries, truth = features(model, str(some), tmp_path / "cache")
+    theirs = reference(x, y, 0.01)
+    assert report.metrics["top1"].value == pytest.approx(100 * theirs.score(queries, truth))
+    assert theirs.predict(queries).max() > 2 and report.baselines == {"chance": 20.0}
 
 
 def test_a_class_that_the_head_does_not_know(
