@@ -57,15 +57,22 @@ def evaluate(model: Backbone, settings: CorrespondenceSettings, run: EvalRun) ->
     run.note_source(data.images)
     size, upsample = input_size(model, settings), settings.upsample or (4 if settings.data is None else 1)
     scored, count, skipped = _match_all(model, data, size, upsample, run)
+    matched = [scored.pairs[number] for number in scored.pair.unique().tolist()]
+    primary = [pair for pair in matched if "" in pair.parts]
+    if not primary:
+        raise DataError(
+            f"{data.images.name}: only pairs that count in a difference of view alone can be read; give more "
+            f"--pairs-per-class or --limit"
+        )
     metrics = {f"pck_{threshold}": _pck(scored, threshold, "", run) for threshold in _THRESHOLDS}
-    for part in sorted({part for pair in scored.pairs for part in pair.parts} - {""}):
+    for part in sorted({part for pair in matched for part in pair.parts} - {""}):
         metrics[f"pck_{THRESHOLD}{part}"] = _pck(scored, THRESHOLD, part, run)
     info = DatasetInfo(
         role="images",
         name=data.images.name,
         fingerprint=data.images.fingerprint,
         count=count,
-        num_classes=len({pair.category for pair in scored.pairs}),
+        num_classes=len({pair.category for pair in primary}),
         skipped=skipped,
     )
     return Result(
@@ -75,7 +82,7 @@ def evaluate(model: Backbone, settings: CorrespondenceSettings, run: EvalRun) ->
         records=_records(scored),
         blocks=[_table(scored)],
         notes=[*data.images.notes, *_notes(model, settings, size, scored)],
-        resolved={"size": list(size), "upsample": upsample, "pairs": len(scored.pairs)},
+        resolved={"size": list(size), "upsample": upsample, "pairs": len(primary)},
     )
 
 

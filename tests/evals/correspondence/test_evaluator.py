@@ -217,6 +217,22 @@ def test_pairs_without_an_image_are_left_out(tmp_path: Path, spair: Path) -> Non
         score(Patches(), settings, tmp_path / "o")
 
 
+def test_only_pairs_that_are_scored_count(tmp_path: Path, spair: Path) -> None:
+    """Of each class all but one pair are of one view; where these cannot be read, the view has no score."""
+    for number in (0, 6):
+        change(spair, number, viewpoint_variation=2)
+    whole = score(Patches(), CorrespondenceSettings(data=spair, size=64, pairs_per_class=1), tmp_path / "o")
+    assert whole.settings["resolved"]["pairs"] == 2 and whole.data[0].num_classes == 2
+    (spair / "JPEGImages" / "bus" / "0.jpg").write_bytes(b"no image")
+    (spair / "JPEGImages" / "cat" / "0.jpg").write_bytes(b"no image")
+    report = score(Patches(), CorrespondenceSettings(data=spair, size=64), tmp_path / "p")
+    assert set(report.metrics) == {*("pck_0.1", "pck_0.05", "pck_0.2"), "pck_0.1_view0", "pck_0.1_view1"}
+    assert report.settings["resolved"]["pairs"] == 4
+    change(spair, 2, viewpoint_variation=2)  # so that the first pair of view 1 is of two other images
+    with pytest.raises(DataError, match="only pairs that count in a difference of view alone can be read"):
+        score(Patches(), CorrespondenceSettings(data=spair, size=64, pairs_per_class=1), tmp_path / "q")
+
+
 def test_batches_blocks_and_the_cache_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings, model = CorrespondenceSettings(scenes=7, size=48), Patches()
     whole = score(model, settings, tmp_path / "o")
