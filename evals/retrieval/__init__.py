@@ -35,6 +35,15 @@ def data_sets(settings: RetrievalSettings, sets: DataSets) -> Mapping[str, Retri
     return {name: replace(settings, data=folder) for name, folder in folders.items() if folder is not None}
 
 
+def suffix(settings: RetrievalSettings) -> str:
+    """Return what the data add to the model's name: that of their ground truth, or else of their folder."""
+    if settings.data is None:
+        return ""
+    truth = sorted(settings.data.glob("gnd_*.json"))
+    name = truth[0].stem.removeprefix("gnd_") if len(truth) == 1 else settings.data.resolve().name
+    return f"-{name}"
+
+
 @evaluators.register("retrieval")
 def make() -> Evaluator[RetrievalSettings]:
     """Retrieval of images of the same object: ROxford5k, RParis6k, or other views in the generated world."""
@@ -43,7 +52,7 @@ def make() -> Evaluator[RetrievalSettings]:
         settings=RetrievalSettings,
         evaluate=late("evals.retrieval.evaluator:evaluate"),
         title="instance retrieval",
-        suffix=lambda settings: "" if settings.data is None else f"-{settings.data.name}",
+        suffix=suffix,
         input_size=late("evals.core.features:view_size"),
         data_sets=data_sets,
     )

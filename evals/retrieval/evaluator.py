@@ -33,7 +33,7 @@ class Ranked(NamedTuple):
     """The scores of all queries, and the images that come first."""
 
     scores: dict[str, Scores]  # by the protocol's suffix
-    first: Tensor  # [Q, k] rows of the database, the nearest first
+    first: Tensor  # [Q, k] rows of the database, the nearest first, without junk; -1 is no image
     good: Tensor  # [Q, k] whether the primary protocol counts them as positive
     baselines: dict[str, float]  # mean average precision in percent of an order by class, and of a random one
 
@@ -67,7 +67,7 @@ def evaluate(model: Backbone, settings: RetrievalSettings, run: EvalRun) -> Resu
         data=[database.info("database", num_classes=0), queries.info("query", num_classes=0)],
         records=_records(queries, database, ranked, scores),
         blocks=[*_table(ranked.scores, metrics), _worst(run, queries, database, ranked, scores)],
-        notes=[f"{left_out} queries have no positive and are left out"] if left_out else [],
+        notes=[f"queries left out since they have no positive: {left_out}"] if left_out else [],
         resolved={"width": queries.features.shape[1]},
     )
 
@@ -96,8 +96,11 @@ def _rank_all(benchmark: Benchmark, queries: StoredFeatures, database: StoredFea
             positive, junk = (torch.isin(grades, torch.tensor(g, dtype=torch.uint8)) for g in protocol)
             parts[suffix].append(score_ranking(ranking, positive, junk, _KS))
             if suffix == primary:
-                first.append(ranking[:, :_KEPT])
-                good.append(positive.gather(1, first[-1]))
+                left_out = junk.gather(1, ranking)
+                kept = left_out.long().argsort(dim=1, stable=True)[:, :_KEPT]
+                nearest = ranking.gather(1, kept)
+                first.append(nearest.masked_fill(left_out.gather(1, kept), -1))
+                good.append(positive.gather(1, nearest))
                 alike = (labels[rows].unsqueeze(1) == own) & ~junk
                 counts = torch.stack([(~junk).sum(1), alike.sum(1), positive.sum(1)], dim=1).tolist()
                 levels += [(chance(n, m), chance(of_class, m)) for n, of_class, m in counts if m]
@@ -128,7 +131,7 @@ def _records(
     """Yield each query's average precision in the primary protocol, and the images that came first."""
     for row, key in enumerate(queries.keys):
         if not bool(scores.ap[row].isnan()):
-            images = [database.keys[image] for image in ranked.first[row].tolist()]
+            images = [database.keys[image] for image in ranked.first[row].tolist() if image >= 0]
             yield {"id": key, "score": float(scores.ap[row]), "images": images}
 
 
@@ -160,6 +163,8 @@ def _worst(
         index, precision = int(queries.indices()[row]), float(scores.ap[row])
         shown = []
         for image, good in zip(ranked.first[row, :_SHOWN].tolist(), ranked.good[row].tolist(), strict=False):
+            if image < 0:
+                break
             place, word = int(database.indices()[image]), "the same object" if good else "another object"
             shown.append(source_image(run, database.source, place, word, good=good))
         examples.append(
