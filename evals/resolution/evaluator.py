@@ -83,6 +83,8 @@ def evaluate(model: Backbone, settings: ResolutionSettings, run: EvalRun) -> Res
 def choose_sides(model: Backbone, settings: ResolutionSettings) -> list[int]:
     """Return the sides to score at, ascending, without those that the model rounds to the size of another.
 
+    Of several with one size the side that needs no rounding is taken, or else the least.
+
     Raises:
         SizeError: they are fewer than two.
     """
@@ -90,7 +92,8 @@ def choose_sides(model: Backbone, settings: ResolutionSettings) -> list[int]:
     sides = settings.sides or [
         model.nearest_size(side, side)[0] for side in (round(f * own) for f in _FACTORS)
     ]
-    sizes = {model.nearest_size(side, side): side for side in sorted(sides, reverse=True)}
+    order = sorted(sides, key=lambda side: (model.nearest_size(side, side) == (side, side), -side))
+    sizes = {model.nearest_size(side, side): side for side in order}  # of equal sizes the last one stays
     if len(sizes) < 2:
         height, width = next(iter(sizes))
         raise SizeError(

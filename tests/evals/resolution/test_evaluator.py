@@ -18,7 +18,7 @@ from evals.knn import KnnSettings
 from evals.linear import LinearSettings
 from evals.reporting.compare import compare, read_reports, regressions
 from evals.resolution import ResolutionSettings, Task
-from evals.resolution.evaluator import Scored, _index
+from evals.resolution.evaluator import Scored, _index, choose_sides
 from evals.zeroshot import ZeroshotSettings
 from radio.errors import ConfigError, SizeError
 from radio.types import Features
@@ -160,6 +160,11 @@ def test_sides_are_rounded_and_said(
     same = ResolutionSettings(sides=(33, 31), tasks=("knn",), knn=settings.knn)
     with pytest.raises(SizeError, match="pooled takes 32x32 px in place of each side of 33, 31, and a curve"):
         score("resolution", backbone(), same, tmp_path / "o")
+
+
+def test_a_side_that_is_a_size_is_preferred_to_one_that_is_rounded(backbone: Callable[..., Any]) -> None:
+    assert choose_sides(backbone(), ResolutionSettings(sides=(31, 32, 48))) == [32, 48]
+    assert choose_sides(backbone(), ResolutionSettings(sides=(48, 33, 32, 31, 47))) == [32, 48]
 
 
 def test_a_model_of_one_size_is_left_out_of_all(backbone: Callable[..., Any]) -> None:
