@@ -85,35 +85,48 @@ class Encoder:
 
 @final
 class Memory:
-    """The drawn patches of all training images, on disk; what is read of it stays in memory."""
+    """The drawn patches of all training images, on disk; what is read of it stays in memory.
 
-    def __init__(self, paths: Sequence[Path], key: str, device: torch.device) -> None:
-        self.key = key  # hash of everything that determines it
-        self._paths, self._device = paths, device
+    Args:
+        paths: the chunks.
+        key: hash of everything that determines them.
+        limit: number of patches that they have at most.
+        device: where `exact` searches.
+    """
+
+    def __init__(self, paths: Sequence[Path], key: str, *, limit: int, device: torch.device) -> None:
+        self.key = key
+        self._paths, self._limit, self._device = paths, limit, device
 
     @cached_property
     def labels(self) -> Tensor:
         """Pixels of each class, [M, C] int16."""
-        return torch.cat([load_tensors(path, ["labels"]).tensors["labels"] for path in self._paths])
+        return _join(self._read("labels"), self._limit)
 
     @cached_property
     def exact(self) -> SearchIndex:
         """The index that compares a query with every patch."""
-        tokens, end = torch.empty(0, 0), 0
-        for part in self._read():  # filled chunk by chunk, so that nothing is in memory twice
-            tokens = tokens if end else torch.empty(len(self.labels), part.shape[1])
-            tokens[end : end + len(part)] = part
-            end += len(part)
-        return Index(tokens, torch.arange(end), self._device)
+        tokens = _join(self._read("tokens"), self._limit)
+        return Index(tokens, torch.arange(len(tokens)), self._device)
 
     @cached_property
     def compressed(self) -> SearchIndex:
         """The index that compares a query with the patches of the nearest lists, at 8 bits a number."""
-        return CompressedIndex(len(self.labels), self._read)
+        return CompressedIndex(len(self.labels), partial(self._read, "tokens"))
 
-    def _read(self) -> Iterator[Tensor]:
+    def _read(self, name: str) -> Iterator[Tensor]:
         for path in self._paths:
-            yield load_tensors(path, ["tokens"]).tensors["tokens"]
+            yield load_tensors(path, [name]).tensors[name]
+
+
+def _join(parts: Iterable[Tensor], limit: int) -> Tensor:
+    """Join parts [m, D] of at most `limit` rows in all, one by one, so that nothing is in memory twice."""
+    joined, end = torch.empty(0, 0), 0
+    for part in parts:
+        joined = joined if end else part.new_empty(limit, part.shape[1])
+        joined[end : end + len(part)] = part
+        end += len(part)
+    return joined[:end]
 
 
 @final
@@ -131,11 +144,13 @@ class CompressedIndex:
         every = max(1, count // (_TRAINING_ROWS * lists))
         sample, start = [], 0
         for part in read():
-            sample.append(part[-start % every :: every])
+            sample.append(part[-start % every :: every].clone())  # a view would keep the part in memory
             start += len(part)
         training = to_unit(torch.cat(sample)).numpy()
+        del sample
         made = faiss.index_factory(training.shape[1], f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
         made.train(training)
+        del training
         for part in read():
             made.add(to_unit(part).numpy())
         made.nprobe = min(lists, _PROBES)
@@ -213,7 +228,7 @@ def fill(
 
     read = partial(read_tensors, specs=_SPECS)
     paths = cached_chunks(folder, len(spans), read=read, make=make, ranks=run.ranks, damage=run.damage)
-    return Memory(paths, digest, run.device)
+    return Memory(paths, digest, limit=sum(counts), device=run.device)
 
 
 def count_pixels(

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -65,6 +68,20 @@ def test_a_compressed_index_finds_most_of_the_nearest() -> None:
     torch.testing.assert_close(found.similarities, cosines, atol=0.01, rtol=0)
     few = CompressedIndex(5, lambda: iter([tokens[:5]])).search(queries, 8)
     assert few.ids[:, 5:].eq(-1).all() and few.similarities[:, 5:].isneginf().all()
+
+
+def test_a_compressed_index_keeps_no_part_in_memory() -> None:
+    tokens, seen = torch.randn(300, 8), []
+
+    def read() -> Iterator[torch.Tensor]:
+        for part in tokens.split(100):
+            assert not any(kept() is not None for kept in seen[:-1])  # the last one is still the reader's
+            copied = part.clone()
+            seen.append(weakref.ref(copied.untyped_storage()))
+            yield copied
+
+    CompressedIndex(300, read)
+    assert len(seen) == 6
 
 
 def test_lists_grow_with_the_memory() -> None:
