@@ -161,6 +161,12 @@ class TextTower(Protocol):
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Encode N texts as vectors [N, E], not normalised."""
 
+    @property
+    def takes_tokens(self) -> bool:
+        """Whether the teacher's tokens may be compared with texts as its summaries are; usually they lie
+        before a projection or a pooling, and may not.
+        """
+
     def project(self, summaries: Tensor) -> Tensor:
         """Project the teacher's summaries [B, C] to the texts' space [B, E]; CLIP's are unchanged."""
 

@@ -20,7 +20,7 @@ from evals.zeroshot.texts import TextHead, classifier, find_text_tower
 from radio.errors import ConfigError, DataError, SizeError, require
 from radio.images import cover
 from radio.resources import check_memory, fast_products
-from radio.types import Backbone, Features, find_adaptor
+from radio.types import Backbone, find_adaptor
 
 from . import OpenVocabSettings
 
@@ -53,10 +53,10 @@ def choose_head(model: Backbone, text: TextHead, head: str | None) -> str:
     if text.head is None:
         if head is not None:
             raise ConfigError(f"{model.name} is compared with its own texts; leave --head {head} out")
-        if model.token_dim != model.summary_dim:
+        if not _takes_tokens(text):
             raise ConfigError(
-                f"the tokens of {model.name}, of width {model.token_dim}, are not in the space of its texts, "
-                f"as its summary of width {model.summary_dim} is; score a student that learned from it"
+                f"the tokens of {model.name} are not in the space of its texts, as its summary is; score a "
+                f"student that learned from it"
             )
         return "own"
     chosen = head or "summary"
@@ -65,17 +65,16 @@ def choose_head(model: Backbone, text: TextHead, head: str | None) -> str:
             f"the summary of {model.name}, of width {model.summary_dim}, is not made of vectors of its "
             f"tokens' width, {model.token_dim}; give --head spatial"
         )
-    if chosen == "spatial":
-        blank = Features(torch.zeros(1, model.summary_dim), torch.zeros(1, 1, model.token_dim), (1, 1))
-        with torch.inference_mode():
-            adapted = find_adaptor(model.to(torch.device("cpu"), torch.float32), text.head)(blank)
-        widths = adapted.tokens.shape[2], adapted.summary.shape[1]
-        if widths[0] != widths[1]:
-            raise ConfigError(
-                f"the tokens of {text.teacher}, of width {widths[0]}, are not in the space of its texts, as "
-                f"its summary of width {widths[1]} is; give --head summary"
-            )
+    if chosen == "spatial" and not _takes_tokens(text):
+        raise ConfigError(
+            f"the tokens of {text.teacher} are not in the space of its texts, as its summary is; give --head "
+            f"summary"
+        )
     return chosen
+
+
+def _takes_tokens(text: TextHead) -> bool:
+    return bool(getattr(text.tower, "takes_tokens", False))  # another package's tower may lack it
 
 
 class Crops(NamedTuple):

@@ -83,6 +83,8 @@ class ClipText(nn.Module):
     The tokenizer is made at the first text; `tokenizer_name` represents it in the fingerprint.
     """
 
+    takes_tokens = False
+
     def __init__(
         self, encoder: nn.Module, tokenizer: Callable[[], Callable[[list[str]], Tensor]], tokenizer_name: str
     ) -> None:

@@ -94,6 +94,8 @@ class ConseText:
         likeliest: T, the number of classes in an image's vector.
     """
 
+    takes_tokens = False
+
     def __init__(
         self,
         classifier: nn.Linear,

@@ -76,6 +76,8 @@ def _number(word: str, text: str) -> int:
 class SceneText(nn.Module):
     """A text encoder from word ids [N, L] to vectors [N, C], and a `TextTower`, which encodes texts."""
 
+    takes_tokens = True  # as wide, but before the projection: a baseline that no training aimed at
+
     def __init__(self, *, width: int, layers: int, heads: int, out: int) -> None:
         super().__init__()
         library = require("open_clip.transformer", extra="zeroshot")

@@ -48,6 +48,9 @@ class Hues:
 
     fingerprint = "hues"
 
+    def __init__(self, takes_tokens: bool = True) -> None:
+        self.takes_tokens = takes_tokens
+
     def encode(self, texts: Sequence[str]) -> Tensor:
         plain = torch.tensor([HUES[text.split()[-1].strip(".")] for text in texts]) / 255
         return torch.cat([plain, plain.square()], dim=1)
@@ -195,8 +198,9 @@ def test_a_students_tokens_pass_through_a_head_of_its_adaptor(patches: Callable)
     spatial = make_encoder(model, text, "spatial", run)(images, wide)
     torch.testing.assert_close(spatial.flatten(2).transpose(1, 2), F.normalize(tokens[..., :4], dim=2) @ wide)
     assert choose_head(model, text, None) == "summary"
-    with pytest.raises(ConfigError, match=r"of scenes:clip, of width 4, .* as its summary of width 3"):
-        choose_head(model, text, "spatial")
+    assert choose_head(model, text, "spatial") == "spatial"
+    with pytest.raises(ConfigError, match=r"tokens of hf:siglip are not in .*; give --head summary"):
+        choose_head(model, TextHead("hf:siglip", Hues(takes_tokens=False), "clip"), "spatial")
     model.summary_dim = 13
     with pytest.raises(ConfigError, match="give --head spatial"):
         choose_head(model, text, None)
@@ -208,8 +212,10 @@ def test_what_a_model_lacks_is_said(patches: Callable) -> None:
     assert missing_requirements(model) == ""
     with pytest.raises(ConfigError, match="leave --head summary out"):
         choose_head(model, TextHead(model.name, model.text, None), "summary")
-    model.summary_dim = 4
-    assert missing_requirements(model).startswith("the tokens of patches14, of width 6, are not in the space")
+    model.text = Hues(takes_tokens=False)  # SigLIP's: before the pooling, though of the summary's width
+    assert missing_requirements(model).startswith("the tokens of patches14 are not in the space of its texts")
+    del model.text.takes_tokens  # another package's
+    assert missing_requirements(model).startswith("the tokens of patches14 are not in the space of its texts")
 
 
 def test_crops_are_of_sizes_that_the_model_takes(patches: Callable) -> None:
