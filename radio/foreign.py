@@ -110,7 +110,8 @@ def _fill_in(what: str, encoder: Any) -> None:
         )
     defaults = {"patch_size": encoder.nearest_size(1, 1)[0], "metadata": {}, "adaptors": {}}
     none = ("with_window", "window", "intermediate", "text", "weights_file", "sam")
-    for part, default in {**defaults, **dict.fromkeys(none), "fixed_size": False, "num_blocks": 0}.items():
+    defaults |= {**dict.fromkeys(none), "fixed_size": False, "num_blocks": 0, "summary_tokens": 0}
+    for part, default in defaults.items():
         if not hasattr(type(encoder), part) and not hasattr(encoder, part):
             setattr(encoder, part, default)
     if not _is_count(encoder.patch_size):

@@ -134,6 +134,7 @@ class RadioModel(AdaptingModel, nn.Module):
         self.student = student = make_student(config.student, self.config.options)
         self.fixed_size, self.patch_size = student.fixed_size, student.patch_size
         self.summary_dim, self.token_dim = student.summary_dim, student.token_dim  # C and D of the student
+        self.summary_tokens = student.summary_tokens
         self.adaptors = cast("Mapping[str, Adaptor]", _heads(config.adaptors, student))
 
     @property

@@ -89,6 +89,12 @@ class Encoder(Protocol):
         """D, the width of a spatial token."""
 
     @property
+    def summary_tokens(self) -> int:
+        """Number of vectors of the tokens' space that the summary joins: its class tokens, or 1 where it is
+        the tokens' mean; 0 where the tokens are in another space, such as a neck's, or it is unknown.
+        """
+
+    @property
     def window(self) -> int | None:
         """Side in tokens of the attention windows; None: global, or chosen by the size of the input."""
 

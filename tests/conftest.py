@@ -56,7 +56,7 @@ class Pooled:
     patch_size, fixed_size = 8, False
     metadata = MappingProxyType({})
     text = weights_file = window = with_window = intermediate = sam = None
-    num_blocks = 0
+    num_blocks = summary_tokens = 0
 
     def __init__(self, width: int = 24, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)

@@ -29,7 +29,7 @@ class LastBlocks(nn.Module):
 
     adaptors: Mapping[str, Any] = {}
     window = with_window = intermediate = text = sam = None
-    num_blocks = 0
+    num_blocks = summary_tokens = 0
 
     def __init__(self, model: Backbone, count: int) -> None:
         super().__init__()

@@ -36,9 +36,11 @@ Size = tuple[int, int]
 
 
 def missing_requirements(model: Backbone) -> str:
-    """Explain why the model's tokens cannot be compared with texts; empty if they can."""
+    """Explain why the model's tokens cannot be compared with texts; empty if they can, by whichever head."""
     try:
-        choose_head(model, find_text_tower(model), None)
+        text = find_text_tower(model)
+        if text.head is None or not _takes_tokens(text):
+            choose_head(model, text, None)
     except ConfigError as error:
         return str(error)
     return ""
@@ -60,15 +62,17 @@ def choose_head(model: Backbone, text: TextHead, head: str | None) -> str:
             )
         return "own"
     chosen = head or "summary"
-    if chosen == "summary" and model.summary_dim % model.token_dim:
+    summary, spatial = model.summary_tokens > 0, _takes_tokens(text)
+    if chosen == "summary" and not summary:
         raise ConfigError(
-            f"the summary of {model.name}, of width {model.summary_dim}, is not made of vectors of its "
-            f"tokens' width, {model.token_dim}; give --head spatial"
+            f"the tokens of {model.name} are not in the space of its summary (a neck makes them, or a "
+            f"pooling lies between), so its summary's head does not fit them; "
+            + ("give --head spatial" if spatial else f"nor does {text.teacher} compare its tokens with texts")
         )
-    if chosen == "spatial" and not _takes_tokens(text):
+    if chosen == "spatial" and not spatial:
         raise ConfigError(
-            f"the tokens of {text.teacher} are not in the space of its texts, as its summary is; give --head "
-            f"summary"
+            f"the tokens of {text.teacher} are not in the space of its texts, as its summary is; "
+            + ("give --head summary" if summary else "score another student")
         )
     return chosen
 
@@ -210,8 +214,7 @@ def make_encoder(model: Backbone, text: TextHead, head: str, run: EvalRun) -> En
                 tokens = find_adaptor(model, str(text.head))(features).tokens
             elif head == "summary":
                 # As if each token were the class token; where there are several, as if it were all of them.
-                copies = model.summary_dim // model.token_dim
-                rows = tokens.flatten(0, 1).repeat(1, copies)
+                rows = tokens.flatten(0, 1).repeat(1, model.summary_tokens)
                 adapted = find_adaptor(model, str(text.head)).adapt_summary(rows)
                 tokens = adapted.unflatten(0, tokens.shape[:2])
         projected = text.tower.project(tokens.flatten(0, 1).float().cpu())

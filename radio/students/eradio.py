@@ -74,6 +74,7 @@ class ERadio(ShapedStudent):
         self.cell = 8 * config.strides[0] * config.strides[1]  # pixels along a token of stage 4
         self.patch_size = self.cell if config.neck is None else self.cell // 2  # a neck doubles the map
         self.summary_dim, self.token_dim = 8 * d, (4 if config.neck == "stage-3" else 8) * d
+        self.summary_tokens = int(config.neck is None)
         self.normalise = Normalise()
         self.stem = StridedStem(d, config.inner, config.strides)
         self.stage1, self.down1 = C2f(d, one), Downsample(d)

@@ -322,6 +322,8 @@ class TimmStudent(nn.Module):
         self.num_blocks = trunk.num_blocks
         self.patch_size = trunk.stride // (1 if trunk.neck is None else 2)
         self.summary_dim, self.token_dim = trunk.summary_dim, trunk.token_dim
+        pooled = trunk.neck is None and trunk.summary_dim == trunk.token_dim
+        self.summary_tokens = int(pooled and getattr(trunk.network, "attn_pool", None) is None)
         self.mean_std = mean_and_std(trunk.network)
         self.normalise = Normalise(*self.mean_std)
 

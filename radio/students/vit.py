@@ -51,6 +51,7 @@ class ShapedStudent(nn.Module):
     intermediate: Callable[..., list[Features]] | None = None
     patch_size: int  # pixels along one side of a token
     summary_dim: int
+    summary_tokens: int
     token_dim: int
 
     @property
@@ -150,7 +151,8 @@ class ViT(ShapedStudent):
         super().__init__()
         self.config, self.patch_size, self.token_dim = config, config.patch, config.width
         self.num_blocks = config.depth
-        self.summary_dim = config.width * max(config.class_tokens, 1)  # concatenated, or one when pooling
+        self.summary_tokens = max(config.class_tokens, 1)  # concatenated, or one when pooling
+        self.summary_dim = config.width * self.summary_tokens
         self.normalise = Normalise()
         stem = LinearStem if config.stem == "linear" else ConvStem
         self.stem = stem(config.width, config.patch)

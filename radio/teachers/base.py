@@ -148,6 +148,7 @@ class Frozen(AdaptingModel, nn.Module):
         fixed_size: bool = False,
         summary_dim: int,
         token_dim: int,
+        summary_tokens: int = 0,
         text: TextTower | None = None,
         sam: Callable[[], Any] | None = None,
         adaptors: nn.ModuleDict | None = None,
@@ -170,6 +171,7 @@ class Frozen(AdaptingModel, nn.Module):
         self.fixed_size = fixed_size
         self.summary_dim = summary_dim
         self.token_dim = token_dim
+        self.summary_tokens = summary_tokens
         self._settings = f"{identity or name} mean={mean} std={std} {variant}"
         self._fingerprints: dict[torch.dtype, str] = {}
         like = next(trunk.parameters(), torch.empty(0))

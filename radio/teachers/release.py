@@ -427,6 +427,7 @@ def _build(release: _Release, version: _Version | None, spec: str, path: Path) -
         patch_size=config.patch,
         summary_dim=config.width * len(slots.in_summary),
         token_dim=config.width,
+        summary_tokens=len(slots.in_summary) if normaliser is None else 0,
         adaptors=adaptors,
         metadata={"teachers": teachers} if teachers else None,
         variant=json.dumps([slots.in_summary, version.align_corners, schedule, layout]),

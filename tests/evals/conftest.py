@@ -24,7 +24,7 @@ class Patches:
     token_dim = summary_dim = 6
     metadata = adaptors = MappingProxyType({})
     text = weights_file = window = with_window = intermediate = sam = None
-    num_blocks = 0
+    num_blocks, summary_tokens = 0, 1
 
     def __init__(self, patch: int = 14, only: tuple[int, int] | None = None) -> None:
         self.patch, self.only = patch, only

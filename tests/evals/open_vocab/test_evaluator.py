@@ -19,7 +19,7 @@ from torch import Tensor, multiprocessing
 from evals.core.evaluator import RunSettings, run_evaluator
 from evals.core.report import Report, read
 from evals.core.task import make_evaluator
-from evals.open_vocab import OpenVocabSettings
+from evals.open_vocab import OpenVocabSettings, evaluator
 from evals.open_vocab.evaluator import (
     Crops,
     average_crops,
@@ -38,6 +38,8 @@ from evals.zeroshot.texts import TextHead
 from radio.dist import joined
 from radio.errors import ConfigError, DataError, RadioError, SizeError
 from radio.images import resize
+from radio.model import ModelConfig, build
+from radio.students import StudentOptions, ViTOptions
 from radio.types import Features
 
 HUES = {"red": (230, 40, 40), "green": (40, 220, 60), "blue": (50, 60, 230), "yellow": (240, 230, 40)}
@@ -183,7 +185,7 @@ class Turned:
 
 def test_a_students_tokens_pass_through_a_head_of_its_adaptor(patches: Callable) -> None:
     model = patches()
-    model.summary_dim, model.adaptors = 12, {"clip": Turned()}  # two class tokens
+    model.summary_dim, model.summary_tokens, model.adaptors = 12, 2, {"clip": Turned()}
     text = TextHead("scenes:clip", Hues(), "clip")
     run = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
     images, columns = torch.rand(2, 3, 28, 42), F.normalize(torch.rand(3, 5), dim=0)
@@ -201,9 +203,39 @@ def test_a_students_tokens_pass_through_a_head_of_its_adaptor(patches: Callable)
     assert choose_head(model, text, "spatial") == "spatial"
     with pytest.raises(ConfigError, match=r"tokens of hf:siglip are not in .*; give --head summary"):
         choose_head(model, TextHead("hf:siglip", Hues(takes_tokens=False), "clip"), "spatial")
-    model.summary_dim = 13
+    model.summary_tokens = 0  # though the widths would fit
     with pytest.raises(ConfigError, match="give --head spatial"):
         choose_head(model, text, None)
+    with pytest.raises(ConfigError, match="nor does hf:siglip compare its tokens with texts"):
+        choose_head(model, TextHead("hf:siglip", Hues(takes_tokens=False), "clip"), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "count"),
+    [
+        ("vit-tiny12", ViTOptions(), 1),
+        ("vit-tiny12", ViTOptions(class_tokens=0), 1),
+        ("vit-tiny12", ViTOptions(class_tokens=3), 3),
+        ("e-radio-tiny", StudentOptions(), 0),
+        ("e-radio-tiny-noup", StudentOptions(), 1),
+    ],
+)
+def test_students_declare_the_vectors_of_their_summary(
+    name: str, options: StudentOptions, count: int
+) -> None:
+    assert build(ModelConfig(student=name, options=options), 0).summary_tokens == count
+
+
+@pytest.mark.parametrize(("summary", "tokens", "lack"), [(0, True, ""), (1, False, ""), (0, False, "a neck")])
+def test_a_student_is_left_out_where_neither_head_fits(
+    patches: Callable, monkeypatch: pytest.MonkeyPatch, summary: int, tokens: bool, lack: str
+) -> None:
+    model = patches()
+    model.summary_tokens = summary
+    text = TextHead("scenes:clip", Hues(tokens), "clip")
+    monkeypatch.setattr(evaluator, "find_text_tower", lambda _: text)
+    found = missing_requirements(model)
+    assert lack in found and bool(found) == bool(lack)
 
 
 def test_what_a_model_lacks_is_said(patches: Callable) -> None:
