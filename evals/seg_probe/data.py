@@ -8,7 +8,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,9 @@ from .protocol import Size
 
 VOID = 255
 """Class of pixels that are ignored in training and scoring, after labels are mapped."""
+
+
+Part = Literal["train", "val"]
 
 
 class Pair(NamedTuple):

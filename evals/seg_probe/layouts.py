@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from radio.image_files import as_text, spread
 from radio.images import IMAGE_ENDINGS
 from radio.io import lines_of, read_text
 
-from .data import VOID, Dataset, Labelling, Pair, Split
+from .data import VOID, Dataset, Labelling, Pair, Part, Split
 from .protocol import Layout
 
 _LONGEST = 240  # bytes of a name; file systems take 255, with the ending
@@ -44,6 +44,7 @@ def open_dataset(
     known: Mapping[str, Sequence[str]],
     limit: int | None = None,
     layout: Layout | None = None,
+    parts: Sequence[Part] = ("train", "val"),
 ) -> Dataset:
     """Open the data set in a folder; the content of its files is not read yet.
 
@@ -54,6 +55,7 @@ def open_dataset(
         known: the class names of these data sets.
         limit: maximum number of images per split, evenly spaced.
         layout: the data set's (default: told by its folders).
+        parts: the splits that are listed; another is empty, and need not be there.
 
     Raises:
         DataError: no such layout, an empty split, an image without annotation, or the reverse; or a split of
@@ -61,18 +63,18 @@ def open_dataset(
     """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder")
-    for name, homes, parts in _LAYOUTS:
+    for name, homes, folders in _LAYOUTS:
         for folder in (root / home for home in homes):
-            if layout in (None, name) and all((folder / part).is_dir() for part in parts):
+            if layout in (None, name) and all((folder / part).is_dir() for part in folders):
                 if name == "voc":
-                    return _voc(folder, voc_split or "train", tuple(known["VOC2012"]), limit)
+                    return _voc(folder, voc_split or "train", tuple(known["VOC2012"]), limit, parts)
                 if voc_split is not None:
                     raise DataError(
                         f"{folder}: is in the layout of {_NAMES[name]}, and --voc-split {voc_split} is of "
                         f"VOC2012; leave it out"
                     )
                 opened = {"ade20k": _ade, "context": _context, "coco-stuff": _stuff}[name]
-                return opened(folder, tuple(known[_NAMES[name]]), limit)
+                return opened(folder, tuple(known[_NAMES[name]]), limit, parts)
     if layout is not None:
         raise DataError(f"{root}: is not in the layout of {_NAMES[layout]}; see docs/evaluators.md")
     raise DataError(
@@ -82,7 +84,7 @@ def open_dataset(
     )
 
 
-def _ade(root: Path, classes: tuple[str, ...], limit: int | None) -> Dataset:
+def _ade(root: Path, classes: tuple[str, ...], limit: int | None, parts: Sequence[Part]) -> Dataset:
     listed = root / "classes.txt"
     genuine = not listed.is_file()
     if not genuine:
@@ -92,10 +94,19 @@ def _ade(root: Path, classes: tuple[str, ...], limit: int | None) -> Dataset:
             f"{root}: has no classes.txt, and none of {', '.join(_ADE_MARKS)} that tell ADE20K; write one "
             f"class a line into classes.txt (label 1 is the first line, label 0 is void)"
         )
-    splits = [_ade_split(root, name) for name in ("training", "validation")]
-    notes = _count_notes("ADE20K", zip(splits, _ADE_COUNTS, strict=True)) if genuine else ()
-    train, val = (replace(split, pairs=spread(split.pairs, limit)) for split in splits)
-    return Dataset(labelling=Labelling(classes=classes, zero_is_void=True), train=train, val=val, notes=notes)
+    names: dict[Part, str] = {"train": "training", "val": "validation"}
+    splits = {part: _ade_split(root, names[part]) for part in parts}
+    notes = _count_notes("ADE20K", splits, _ADE_COUNTS) if genuine else ()
+    return _assemble(Labelling(classes=classes, zero_is_void=True), splits, limit, notes)
+
+
+def _assemble(
+    labelling: Labelling, splits: Mapping[Part, Split], limit: int | None, notes: Sequence[str]
+) -> Dataset:
+    empty = Split(name="", location="", pairs=())
+    limited = {part: replace(each, pairs=spread(each.pairs, limit)) for part, each in splits.items()}
+    train, val = limited.get("train", empty), limited.get("val", empty)
+    return Dataset(labelling=labelling, train=train, val=val, notes=tuple(notes))
 
 
 def _ade_split(root: Path, name: str) -> Split:
@@ -144,56 +155,62 @@ def _by_stem(folder: Path, endings: tuple[str, ...], clash: str) -> dict[str, Pa
     return files
 
 
-def _voc(root: Path, voc_split: str, classes: tuple[str, ...], limit: int | None) -> Dataset:
+def _voc(
+    root: Path, voc_split: str, classes: tuple[str, ...], limit: int | None, parts: Sequence[Part]
+) -> Dataset:
     lists = root / "ImageSets" / "Segmentation"
-    parts = [voc_split]
+    names = {"train": voc_split, "val": "val"}
+    keys = {
+        part: _voc_trained(lists, voc_split) if part == "train" else _voc_ids(lists / "val.txt")
+        for part in parts
+    }
+    splits = {
+        part: Split(
+            name=f"VOC2012/{names[part]}",
+            location=str(root.resolve()),
+            pairs=tuple(_voc_pair(root, key) for key in keys[part]),
+        )
+        for part in parts
+    }
+    notes = _count_notes("VOC2012", splits, (_VOC_COUNTS[voc_split], _VOC_COUNTS["val"]))
+    # The original SBD lists overlap VOC's val.
+    both = len(set(keys.get("train", ())) & set(keys.get("val", ())))
+    if both:
+        notes += (f"{both} of the {len(keys['val'])} images of val are also trained on",)
+    return _assemble(Labelling(classes=classes, zero_is_void=False), splits, limit, notes)
+
+
+def _voc_trained(lists: Path, voc_split: str) -> list[str]:
+    names = [voc_split]
     if voc_split == "trainaug" and not (lists / "trainaug.txt").is_file():
-        parts = ["train", "aug"]  # as MMSegmentation's converter writes it
+        names = ["train", "aug"]  # as MMSegmentation's converter writes it
         if not (lists / "aug.txt").is_file():
             raise MissingDataError(
                 f"{lists / 'trainaug.txt'}: no such list, nor aug.txt; --voc-split trainaug needs SBD's "
                 f"annotations in SegmentationClassAug, or use --voc-split train"
             )
-    trained = list(dict.fromkeys(key for part in parts for key in _voc_ids(lists / f"{part}.txt")))
-    validated = _voc_ids(lists / "val.txt")
-    splits = [
-        Split(
-            name=f"VOC2012/{name}",
-            location=str(root.resolve()),
-            pairs=tuple(_voc_pair(root, key) for key in keys),
-        )
-        for name, keys in ((voc_split, trained), ("val", validated))
-    ]
-    counts = (_VOC_COUNTS[voc_split], _VOC_COUNTS["val"])
-    train, val = (replace(split, pairs=spread(split.pairs, limit)) for split in splits)
-    both = len(set(trained) & set(validated))  # the original SBD lists overlap VOC's val
-    overlap = (f"{both} of the {len(validated)} images of val are also trained on",) if both else ()
-    return Dataset(
-        labelling=Labelling(classes=classes, zero_is_void=False),
-        train=train,
-        val=val,
-        notes=(*_count_notes("VOC2012", zip(splits, counts, strict=True)), *overlap),
-    )
+    return list(dict.fromkeys(key for name in names for key in _voc_ids(lists / f"{name}.txt")))
 
 
-def _context(root: Path, classes: tuple[str, ...], limit: int | None) -> Dataset:
+def _context(root: Path, classes: tuple[str, ...], limit: int | None, parts: Sequence[Part]) -> Dataset:
     """Open Pascal Context as MMSegmentation's converter writes it: 0 is the background of 59 classes."""
-    lists, splits = root / "ImageSets" / "SegmentationContext", []
-    for name in ("train", "val"):
+    lists, splits = root / "ImageSets" / "SegmentationContext", {}
+    for part in parts:
         pairs = []
-        for key in _voc_ids(lists / f"{name}.txt"):
+        for key in _voc_ids(lists / f"{part}.txt"):
             found = Pair(key, root / f"JPEGImages/{key}.jpg", root / f"SegmentationClassContext/{key}.png")
             _check_files(found)
             pairs.append(found)
-        split = Split(name=f"Context/{name}", location=str(root.resolve()), pairs=tuple(pairs))
-        splits.append(split)
-    return _from_zero("Pascal Context", classes, splits, _CONTEXT_COUNTS, limit)
+        splits[part] = Split(name=f"Context/{part}", location=str(root.resolve()), pairs=tuple(pairs))
+    notes = _count_notes("Pascal Context", splits, _CONTEXT_COUNTS)
+    return _assemble(Labelling(classes=classes, zero_is_void=False), splits, limit, notes)
 
 
-def _stuff(root: Path, classes: tuple[str, ...], limit: int | None) -> Dataset:
+def _stuff(root: Path, classes: tuple[str, ...], limit: int | None, parts: Sequence[Part]) -> Dataset:
     """Open COCO-Stuff 164k as MMSegmentation's converter writes it: 171 classes in *_labelTrainIds.png."""
-    splits = []
-    for name in ("train2017", "val2017"):
+    splits = {}
+    for part in parts:
+        name = f"{part}2017"
         images, labels = root / "images" / name, root / "annotations" / name
         if not images.is_dir():
             raise MissingDataError(f"{images}: no such folder")
@@ -204,23 +221,15 @@ def _stuff(root: Path, classes: tuple[str, ...], limit: int | None) -> Dataset:
             pairs.append(found)
         if not pairs:
             raise DataError(f"{images}: holds no images")
-        splits.append(Split(name=f"COCO-Stuff/{name}", location=str(images.resolve()), pairs=tuple(pairs)))
-    return _from_zero("COCO-Stuff", classes, splits, _STUFF_COUNTS, limit)
+        splits[part] = Split(name=f"COCO-Stuff/{name}", location=str(images.resolve()), pairs=tuple(pairs))
+    notes = _count_notes("COCO-Stuff", splits, _STUFF_COUNTS)
+    return _assemble(Labelling(classes=classes, zero_is_void=False), splits, limit, notes)
 
 
 def _check_files(pair: Pair) -> None:
     for path in (pair.image, pair.labels):
         if not path.is_file():
             raise MissingDataError(f"{shown(path)}: no such file, and its partner or list is there")
-
-
-def _from_zero(
-    name: str, classes: tuple[str, ...], splits: Sequence[Split], counts: Sequence[int], limit: int | None
-) -> Dataset:
-    notes = _count_notes(name, zip(splits, counts, strict=True))
-    train, val = (replace(split, pairs=spread(split.pairs, limit)) for split in splits)
-    labelling = Labelling(classes=classes, zero_is_void=False)
-    return Dataset(labelling=labelling, train=train, val=val, notes=notes)
 
 
 def _voc_ids(path: Path) -> list[str]:
@@ -289,9 +298,11 @@ def _read_classes(path: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _count_notes(name: str, splits: Iterable[tuple[Split, int]]) -> tuple[str, ...]:
+def _count_notes(name: str, splits: Mapping[Part, Split], counts: tuple[int, int]) -> tuple[str, ...]:
+    """Note the splits whose number of images is not the published one, `counts` of train and val."""
+    published: dict[Part, int] = {"train": counts[0], "val": counts[1]}
     return tuple(
-        f"{split.name} has {len(split.pairs):,} images; {name} has {count:,}"
-        for split, count in splits
-        if len(split.pairs) != count
+        f"{split.name} has {len(split.pairs):,} images; {name} has {published[part]:,}"
+        for part, split in splits.items()
+        if len(split.pairs) != published[part]
     )

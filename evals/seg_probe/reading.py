@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, final
+from typing import NamedTuple, final
 
 import numpy as np
 import torch
@@ -22,13 +22,11 @@ from radio.images import resize
 from radio.scenes.export import CARD_VERSION, ScenesSettings, write_cached
 
 from .classes import KNOWN_CLASSES
-from .data import Checked, Dataset, Labelling, Split, check_split, read_image, read_labels
+from .data import Checked, Dataset, Labelling, Part, Split, check_split, read_image, read_labels
 from .layouts import open_dataset
 from .protocol import Layout, Size
 
 # Letters: B batch, H W an image's own height and width, h w those of the model's input.
-
-Part = Literal["train", "val"]
 
 
 def open_checked(
@@ -56,7 +54,9 @@ def open_checked(
         data = _open_scenes(run, scenes, voc_split)
     else:
         limit = run.settings.limit
-        data = open_dataset(root, voc_split=voc_split, known=KNOWN_CLASSES, limit=limit, layout=layout)
+        data = open_dataset(
+            root, voc_split=voc_split, known=KNOWN_CLASSES, limit=limit, layout=layout, parts=parts
+        )
     if not background and data.labelling.has_background:
         data = replace(data, labelling=replace(data.labelling, background_is_void=True))
     check = partial(

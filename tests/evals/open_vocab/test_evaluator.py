@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -376,6 +377,13 @@ def test_layouts_of_pascal_context_and_coco_stuff(tmp_path: Path, patches: Calla
         assert data.val.pairs != data.train.pairs and len(data.notes) == 2
     void = replace(data.labelling, classes=("background", "a"), background_is_void=True)
     assert void.table()[:2].tolist() == [VOID, 1]
+    shutil.rmtree(stuff / "images/train2017")
+    val = open_dataset(stuff, voc_split=None, known=KNOWN_CLASSES, parts=("val",))
+    assert val.val == data.val and val.train.pairs == () and len(val.notes) == 1
+    (context / "ImageSets/SegmentationContext/train.txt").unlink()
+    assert len(open_dataset(context, voc_split=None, known=KNOWN_CLASSES, parts=("val",)).val.pairs) == 1
+    with pytest.raises(DataError, match="train2017: no such folder"):
+        open_dataset(stuff, voc_split=None, known=KNOWN_CLASSES)
     data.val.pairs[0].labels.unlink()
     with pytest.raises(DataError, match=r"_labelTrainIds.png: no such file"):
-        open_dataset(stuff, voc_split=None, known=KNOWN_CLASSES)
+        open_dataset(stuff, voc_split=None, known=KNOWN_CLASSES, parts=("val",))
