@@ -51,7 +51,8 @@ def open_dataset(
     Args:
         root: the folder of ADE20K, VOC2012, Pascal Context or COCO-Stuff or its parent; or one in ADE20K's
             layout with `classes.txt`.
-        voc_split: the training split of VOC2012 (default: train).
+        voc_split: the training split of VOC2012 (default: train); a folder that is in VOC2012's layout and
+            in Pascal Context's is then opened as VOC2012.
         known: the class names of these data sets.
         limit: maximum number of images per split, evenly spaced.
         layout: the data set's (default: told by its folders).
@@ -63,7 +64,8 @@ def open_dataset(
     """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder")
-    for name, homes, folders in _LAYOUTS:
+    layouts = _LAYOUTS if voc_split is None else sorted(_LAYOUTS, key=lambda each: each[0] != "voc")
+    for name, homes, folders in layouts:
         for folder in (root / home for home in homes):
             if layout in (None, name) and all((folder / part).is_dir() for part in folders):
                 if name == "voc":

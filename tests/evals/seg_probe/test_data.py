@@ -71,6 +71,17 @@ def test_voc_and_its_augmented_split(tmp_path: Path, make_voc: Callable) -> None
     assert more.notes[0].endswith("VOC2012 has 10,582")
 
 
+def test_a_split_of_vocs_opens_a_folder_with_contexts_annotations_as_voc(
+    tmp_path: Path, make_voc: Callable
+) -> None:
+    make_voc(tmp_path, {"train": ["a"], "val": ["c"]})
+    for folder in ("ImageSets/SegmentationContext", "SegmentationClassContext"):
+        (tmp_path / folder).mkdir()
+    assert opened(tmp_path, "train").val.name == "VOC2012/val"
+    with pytest.raises(DataError, match=r"SegmentationContext/train.txt: no such list"):
+        open_dataset(tmp_path, voc_split=None, known={**KNOWN, "Pascal Context": ["background", "a"]})
+
+
 def test_vocs_augmented_split_as_mmsegmentations_converter_leaves_it(
     tmp_path: Path, make_voc: Callable
 ) -> None:
