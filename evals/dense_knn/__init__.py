@@ -23,8 +23,8 @@ class DenseKnnSettings:
     """Labels of patches by the votes of their nearest neighbours among the patches of labelled images."""
 
     data: Path | None = None
-    """A folder in the layout of ADE20K (its own 150 classes, or those of a classes.txt) or of VOC2012.
-    Default: the generated scenes."""
+    """A folder in the layout of ADE20K (its own 150 classes, or those of a classes.txt), VOC2012, Pascal
+    Context or COCO-Stuff. Default: the generated scenes."""
     voc_split: Literal["train", "trainaug"] | None = None
     """Training split of VOC2012: the 1,464 images of VOC, or the 10,582 with SBD's. Where it is given, the
     model's name in the report ends in -voc. Default: train."""

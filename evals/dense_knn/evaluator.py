@@ -15,6 +15,7 @@ from evals.core.features import place
 from evals.knn.index import load_faiss
 from evals.seg_probe.areas import Bytes, score_labels
 from evals.seg_probe.reading import open_checked
+from radio.errors import DataError
 from radio.resources import check_memory
 from radio.types import Backbone
 
@@ -41,7 +42,8 @@ def evaluate(model: Backbone, settings: DenseKnnSettings, run: EvalRun) -> Resul
     The tokens of the drawn training patches are cached, and the areas of the validation images.
 
     Raises:
-        DataError: data in an unknown layout, or with an invalid file; names the first.
+        DataError: data in an unknown layout, or with an invalid file; names the first. Or no patch with a
+            labelled pixel was drawn.
         SizeError: a memory that is larger than the machine's.
         MissingExtraError: FAISS is not installed.
         RadioError: tokens that are not finite.
@@ -57,6 +59,11 @@ def evaluate(model: Backbone, settings: DenseKnnSettings, run: EvalRun) -> Resul
     check_fits(sum(counts), model.token_dim, len(classes), compressed=settings.index == "compressed")
     key = [model.fingerprint, run.precision, size]
     memory = fill(encode, data, counts, key=key, batch=batch)
+    if not len(memory.labels):
+        raise DataError(
+            f"no labelled patch was drawn from {data.train.name}; give a larger --memory than "
+            f"{settings.memory:,}"
+        )
     predict = Votes(encode, memory, settings)
     result = score_labels(
         data,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from evals.core.evaluator import EvalRun, Result
 from evals.core.features import check_finite, place
 from evals.seg_probe.areas import Bytes, score_labels
+from evals.seg_probe.classes import COCO_STUFF
 from evals.seg_probe.data import Labelling
 from evals.seg_probe.reading import open_checked
 from evals.zeroshot.data import read_names, read_templates
@@ -185,16 +187,22 @@ def name_classes(labelling: Labelling, file: str | None) -> tuple[str, ...]:
     """Return a name for each class but the background: those of a file, or the data set's as words.
 
     Raises:
-        DataError: a file with more or fewer names.
+        DataError: a file with more or fewer names, or two classes of one name.
     """
     classes = labelling.classes[int(labelling.has_background) :]
-    if file is None:
-        return tuple(_SPOKEN.get(name, _KINDS.sub("", name).replace("-", " ")) for name in classes)
-    names = read_names(file)
+    plain = [_KINDS.sub("", name) for name in classes] if labelling.classes == COCO_STUFF else classes
+    words = tuple(_SPOKEN.get(name, name.replace("-", " ")) for name in plain)
+    names = words if file is None else read_names(file)
     if len(names) != len(classes):
         raise DataError(
             f"{file}: has {len(names)} names, and there are {len(classes)} classes beside the background, "
             f"from {classes[0]} to {classes[-1]}; give one a line, in this order"
+        )
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise DataError(
+            f"{file or 'the classes'}: {twice[0]!r} names more than one class, so that no text tells them "
+            f"apart; give each a name of its own, in a file for --class-names"
         )
     return names
 

@@ -27,9 +27,9 @@ from radio.chunks import TensorSpec, cached_chunks, chunk_path, read_tensors, wr
 from radio.image_files import spread
 from radio.images import write_png
 
-from .data import VOID, Dataset, Labelling, Split, read_image, read_labels
+from .data import VOID, Dataset, Labelling, Part, Split, read_image, read_labels
 from .protocol import Size
-from .reading import Fit, Part, describe_splits, read_pairs
+from .reading import Fit, describe_splits, read_pairs
 
 # Letters: N images, C classes, R resamples, H W an image's own height and width.
 

@@ -27,8 +27,8 @@ class SegSettings:
     """A linear map from frozen tokens to the class of every pixel."""
 
     data: Path | None = None
-    """A folder in the layout of ADE20K (its own 150 classes, or those of a classes.txt) or of VOC2012.
-    Default: the generated scenes."""
+    """A folder in the layout of ADE20K (its own 150 classes, or those of a classes.txt), VOC2012, Pascal
+    Context or COCO-Stuff. Default: the generated scenes."""
     voc_split: Literal["train", "trainaug"] | None = None
     """Training split of VOC2012: the 1,464 images of VOC, or the 10,582 with SBD's. Where it is given, the
     model's name in the report ends in -voc. Default: train."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, multiprocessing
 
@@ -290,3 +291,12 @@ def test_the_generated_world_is_the_default(tmp_path: Path, patches: Callable) -
     report = run(patches(12), DenseKnnSettings(scenes=(20, 6), save_maps=0), tmp_path / "out")
     assert report.settings["resolved"]["size"] == [96, 96]
     assert report.data[1].num_classes == 11
+
+
+def test_a_memory_without_a_labelled_patch_is_an_error(
+    tmp_path: Path, settings: DenseKnnSettings, patches: Callable
+) -> None:
+    for path in sorted((settings.data / "annotations" / "training").iterdir())[-1:]:
+        Image.fromarray(np.zeros_like(np.asarray(Image.open(path)))).save(path)
+    with pytest.raises(DataError, match=r"no labelled patch was drawn from mine/training; give a larger"):
+        run(patches(), replace(settings, memory=1), tmp_path / "out")  # of the last image

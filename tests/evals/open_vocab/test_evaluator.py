@@ -32,7 +32,7 @@ from evals.open_vocab.evaluator import (
     name_classes,
     starts,
 )
-from evals.seg_probe.classes import KNOWN_CLASSES
+from evals.seg_probe.classes import COCO_STUFF, KNOWN_CLASSES
 from evals.seg_probe.data import VOID, Labelling, read_image, read_labels
 from evals.seg_probe.layouts import open_dataset
 from evals.zeroshot.texts import TextHead
@@ -266,8 +266,12 @@ def test_crops_are_of_sizes_that_the_model_takes(patches: Callable) -> None:
 def test_names_are_words(tmp_path: Path) -> None:
     voc = Labelling(classes=("background", "tvmonitor", "cat"), zero_is_void=False)
     assert name_classes(voc, None) == ("tv monitor", "cat")
-    stuff = Labelling(classes=("cat", "door-stuff", "wall-brick", "sky-other"), zero_is_void=False)
-    assert name_classes(stuff, None) == ("cat", "door", "wall brick", "sky")
+    mine = Labelling(classes=("cat", "door-stuff", "wall-brick", "sky-other"), zero_is_void=False)
+    assert name_classes(mine, None) == ("cat", "door stuff", "wall brick", "sky other")
+    stuff = name_classes(Labelling(classes=COCO_STUFF, zero_is_void=False), None)
+    assert {"door", "wall brick", "sky", "wall"} <= set(stuff)
+    with pytest.raises(DataError, match="the classes: 'sky other' names more than one class"):
+        name_classes(replace(mine, classes=("sky-other", "sky other")), None)
     for name, classes in KNOWN_CLASSES.items():
         spoken = name_classes(Labelling(classes=tuple(classes), zero_is_void=False), None)
         assert len(set(spoken)) == len(spoken), name
@@ -275,7 +279,10 @@ def test_names_are_words(tmp_path: Path) -> None:
     file.write_text("television\nkitten\n")
     assert name_classes(voc, str(file)) == ("television", "kitten")
     with pytest.raises(DataError, match=r"has 2 names, and there are 4 classes .* from cat to sky-other"):
-        name_classes(stuff, str(file))
+        name_classes(mine, str(file))
+    file.write_text("cat\ncat\n")
+    with pytest.raises(DataError, match="'cat'"):
+        name_classes(voc, str(file))
 
 
 def test_a_background_is_void_or_what_no_class_fits(
