@@ -17,7 +17,7 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --quiet -c re
 
 help:
 	@echo 'make demo     set up, distil a student from three teachers, score all of them, write runs/demo/report.html'
-	@echo 'make nightly  the same from the start, with all other evaluators, compared with the reports in BASELINE'
+	@echo 'make nightly  the same from the start, by more evaluators, compared with the reports in BASELINE'
 	@echo 'make test     the fast tests (ARGS="-k windows" chooses)'
 	@echo 'make slow     the slow tests'
 	@echo 'make test-gpu the tests that need a GPU; NOINSTALL=1 takes the libraries that PYTHON has, as they are'

@@ -146,22 +146,22 @@ def _encode(
     """Return the tokens [M, T, D] of images, their grid, the images that were read, and the others."""
     view = View(kind="short-side", size=size, ratio=1.0, nearest_size=model.nearest_size)  # of a square
     batches = [images[start : start + batch] for start in range(0, len(images), batch)]
-    tokens, grid = [torch.empty(0, 1, model.token_dim, device=run.device)], (1, 1)
-    kept: list[int] = []
+    tokens: list[Tensor] = []
+    grid, kept = (1, 1), list[int]()
     skipped: list[tuple[str, str]] = []
     for read in read_batches(data.images, view, batches, workers=run.workers, device=run.device):
         for pixels in read.images(run.device):
             with fast_products(run.device), torch.inference_mode():
                 features = model(pixels.to(run.dtype))
-            tokens = [*(tokens if kept else []), features.tokens.float()]
+            tokens.append(features.tokens.float())
             grid = features.grid
-            kept += [index for index, reason in zip(read.places, read.reasons, strict=True) if not reason]
+        kept += [index for index, reason in zip(read.places, read.reasons, strict=True) if not reason]
         skipped += [
             (data.images.keys[index], reason)
             for index, reason in zip(read.places, read.reasons, strict=True)
             if reason
         ]
-    joined = torch.cat(tokens)
+    joined = torch.cat(tokens) if tokens else torch.empty(0, 1, model.token_dim, device=run.device)
     check_finite(joined, f"{model.name} as {run.precision}")
     return joined, grid, kept, skipped
 

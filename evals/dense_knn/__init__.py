@@ -9,9 +9,10 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
+from evals import seg_probe
 from evals.core import evaluators
-from evals.core.task import OWN, Evaluator, Machine, late
-from evals.seg_probe.protocol import Scenes
+from evals.core.task import Evaluator, Machine, late
+from evals.seg_probe.protocol import Scenes, SegSettings
 from radio.config import CountOrZero, Pixels, Positive, check
 from radio.datasets import DataSets
 
@@ -53,15 +54,12 @@ class DenseKnnSettings:
 
 
 def data_sets(settings: DenseKnnSettings, sets: DataSets) -> Mapping[str, DenseKnnSettings]:
-    """Score on ADE20K and on VOC2012, unless data are named; a split of VOC's asks for VOC alone."""
-    if settings.data is not None:
-        return {OWN: settings}
-    placed = {}
-    if sets.ade20k is not None and settings.voc_split is None:
-        placed["ade20k"] = replace(settings, data=sets.ade20k)
-    if sets.voc is not None:
-        placed["voc"] = replace(settings, data=sets.voc, voc_split=settings.voc_split or "train")
-    return placed
+    """Score on the data sets of the segmentation probe."""
+    placed = seg_probe.data_sets(SegSettings(data=settings.data, voc_split=settings.voc_split), sets)
+    return {
+        name: replace(settings, data=chosen.data, voc_split=chosen.voc_split)
+        for name, chosen in placed.items()
+    }
 
 
 @evaluators.register("dense-knn")

@@ -231,7 +231,8 @@ def check_memory(count: int, width: int, num_classes: int, device: torch.device,
         SizeError: they do not; the message has the sizes.
     """
     cells = count * width + (2 * _HISTORY + 8) * (width + 1) * num_classes + 4 * _CELLS
-    need, there = cells * dtype.itemsize, memory_of(device)
+    stored = 4 * count * width if device.type == "cpu" else 0  # the float32 features that they are made of
+    need, there = cells * dtype.itemsize + stored, memory_of(device)
     if need > there:
         smaller = ", or --fit-precision fp32" if dtype == torch.float64 else ""
         raise SizeError(

@@ -19,6 +19,7 @@ from evals.core.evaluator import EvalRun, Result
 from evals.core.report import Metric, Record
 from evals.core.stats import Values, interval, resampled_sums
 from evals.core.task import make_evaluator
+from evals.reporting.compare import METRIC_OF
 from radio.errors import SizeError
 from radio.types import Backbone
 
@@ -147,8 +148,11 @@ def _index(values: Sequence[Metric], scores: Sequence[list[Scored]], seed: int) 
     low = high = None
     if scores[0] and all(sorted(map(_place, each)) == sorted(map(_place, scores[0])) for each in scores):
         sums = np.stack([_sums(each) for each in scores], axis=1)  # [U, S, 2, P]
-        if np.allclose(_means(sums.sum(axis=0)), given, rtol=0, atol=0.01):
-            low, high = interval(ratio(_means(resampled_sums(sums, seed=seed))))
+        mean = METRIC_OF["mean"]  # as `radio-eval compare` computes it
+        if np.allclose(mean(sums.sum(axis=0)), given, rtol=0, atol=0.01):
+            resampled = resampled_sums(sums, seed=seed)  # [R, S, 2, P]
+            curves = mean(resampled.reshape(-1, *resampled.shape[2:]))
+            low, high = interval(ratio(curves.reshape(resampled.shape[:2])))
     return Metric(value=float(ratio(given)), low=low, high=high)
 
 
@@ -166,13 +170,6 @@ def _sums(scores: Sequence[Scored]) -> Values:
     np.add.at(sums[:, 0], (rows, columns), [each.score for each in scores])
     np.add.at(sums[:, 1], (rows, columns), 1)
     return sums
-
-
-def _means(sums: Values) -> Values:
-    """Average the parts' mean scores, in percent: [..., 2, P] -> [...]; NaN where a part has no samples."""
-    with np.errstate(invalid="ignore"):
-        means: Values = 100 * (sums[..., 0, :] / sums[..., 1, :]).mean(axis=-1)
-    return means
 
 
 def _draw(task: Task, name: str, sides: Sequence[int], values: Sequence[Metric]) -> Lines:

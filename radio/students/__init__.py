@@ -89,20 +89,8 @@ TABLE_6: tuple[str, ...] = (
 """timm's names of the paper's efficient models, in the order of table 6."""
 
 _SIZES = (
-    "s14",
-    "s16",
-    "b14",
-    "b16",
-    "b32",
-    "l14",
-    "h14",
-    "so400m14",
-    "g14",
-    "l16",
-    "h16",
-    "so400m16",
-    "tiny12",
-    "tiny16",
+    *("s14", "s16", "b14", "b16", "b32", "l14", "h14", "so400m14", "g14", "l16", "h16", "so400m16"),
+    *("tiny12", "tiny16"),
 )
 _VITS = tuple(f"vit-{size}" for size in _SIZES)
 _VITDETS = tuple(f"vitdet-{size}" for size in _SIZES)
