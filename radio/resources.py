@@ -171,7 +171,7 @@ def memory_of(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(whole, _allowed(whole)) // _local_ranks()
+    return min(whole, _allowed(whole)) // local_ranks()
 
 
 def collect() -> None:
@@ -201,7 +201,8 @@ def _allowed(whole: int) -> int:
     return int(text) if text.isdecimal() else whole
 
 
-def _local_ranks() -> int:
+def local_ranks() -> int:
+    """Return the number of ranks on this machine, as torchrun tells."""
     text = os.environ.get("LOCAL_WORLD_SIZE", "")
     return max(int(text), 1) if text.isdecimal() else 1
 

@@ -468,10 +468,13 @@ def make_view(model: Backbone, settings: ViewSettings) -> tuple[View, tuple[str,
             f"images of {fitted[0]}x{fitted[1]} px are cut out of {resized[0]}x{resized[1]}; the limit is "
             f"{MAX_PIXELS / 1e6:.0f} million pixels; give a smaller --size or --ratio"
         )
-    view = View(kind=kind, size=fitted, ratio=ratio, nearest_size=model.nearest_size)
-    if size is None or fitted == (size, size):
-        return view, ()
-    return view, (f"{size} px was asked for; {model.name} takes {fitted[0]}x{fitted[1]}, which was used",)
+    view, notes = View(kind=kind, size=fitted, ratio=ratio, nearest_size=model.nearest_size), []
+    taken = f"{model.name} takes {fitted[0]}x{fitted[1]}"
+    if size is not None and fitted != (size, size):
+        notes.append(f"{size} px was asked for; {taken}, which was used")
+    if kind == "short-side" and model.fixed_size:
+        notes.append(f"{taken} only, so whole images of another aspect ratio are stretched to it")
+    return view, tuple(notes)
 
 
 def view_size(model: Backbone, settings: ViewSettings) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar, fin
 from annotated_types import Interval
 
 from radio.config import AttentionWindow, CountOrZero, Pixels, Seed, Workers, check, from_plain
-from radio.datasets import SET_NAMES, DataSets
+from radio.datasets import SET_NAMES, DataSets, read_data_sets
 from radio.errors import ConfigError, shown
 
 from . import evaluators
@@ -150,12 +150,32 @@ def task_of(job: str) -> str:
 
 
 def missing_data(evaluator: Evaluator[S], settings: S, root: Path) -> str:
-    """Describe why `settings_on` is empty for a data root: the data sets that the task could be scored on."""
-    everything = from_plain(DataSets, {field.name: field.name for field in fields(DataSets)})
-    names = [name.replace("_", "-") for name in settings_on(evaluator, settings, everything)]
-    if not names:
+    """Describe why `settings_on` is empty for a data root: the data sets that it lacks.
+
+    Raises:
+        RadioError: as `read_data_sets` and `settings_on` say.
+    """
+    sets = read_data_sets(root)
+    names = [field.name for field in fields(DataSets)]
+    absent = [name for name in names if getattr(sets, name) is None]
+    present = set(names) - set(absent)
+
+    def suffice(added: set[str]) -> bool:
+        everything = from_plain(DataSets, {name: name for name in names if name in present | added})
+        return bool(settings_on(evaluator, settings, everything))
+
+    needed = set(absent)
+    for name in absent:
+        if suffice(needed - {name}):
+            needed.remove(name)
+    if not needed or not suffice(needed):
         return "it has no protocol for the data sets of --data-root; name its data by its own options"
-    return f"{shown(root)} has not {' or '.join(names)}, which it is scored on; name it there"
+    lacks = [
+        " or ".join(other.replace("_", "-") for other in absent if suffice(needed - {name} | {other}))
+        for name in absent
+        if name in needed
+    ]
+    return f"{shown(root)} has not {', nor '.join(lacks)}, which it is scored on; name it there"
 
 
 def late(function: str) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from radio.errors import SizeError
-from radio.resources import memory_of
+from radio.resources import local_ranks, memory_of
 
 # Letters: N images, D features, K classes, B batch, L learning rates.
 
@@ -225,14 +225,15 @@ def _rows(width: int) -> int:
 
 
 def check_memory(count: int, width: int, num_classes: int, device: torch.device, dtype: torch.dtype) -> None:
-    """Check that the features and the optimizer's state fit into memory.
+    """Check that the features and the optimizer's state fit into memory, on the one rank that fits.
 
     Raises:
         SizeError: they do not; the message has the sizes.
     """
     cells = count * width + (2 * _HISTORY + 8) * (width + 1) * num_classes + 4 * _CELLS
-    stored = 4 * count * width if device.type == "cpu" else 0  # the float32 features that they are made of
-    need, there = cells * dtype.itemsize + stored, memory_of(device)
+    need, there = cells * dtype.itemsize, memory_of(device)
+    if device.type == "cpu":  # every rank holds the float32 features, and one fits
+        need, there = need + 4 * count * width * local_ranks(), there * local_ranks()
     if need > there:
         smaller = ", or --fit-precision fp32" if dtype == torch.float64 else ""
         raise SizeError(

@@ -70,15 +70,26 @@ class ResolutionSettings:
 
 
 def data_sets(settings: ResolutionSettings, sets: DataSets) -> Mapping[str, ResolutionSettings]:
-    """Score each task on the data set that it would be scored on alone; none, where one of them has none."""
-    name, own = OWN, settings.of_tasks()
-    for task in settings.chosen_tasks:
-        placed = make_evaluator(task).data_sets(own[task], sets)
-        if not placed:
-            return {}
-        data_set, chosen = next(iter(placed.items()))  # the first of several
-        settings, name = replace(settings, **{task.replace("-", "_"): chosen}), name or data_set
-    return {name: settings}
+    """Score each task on the data sets that it would be scored on alone; none, where one of them has none.
+
+    There are as many reports as the task with most data sets has; others stay at their last.
+    """
+    own = settings.of_tasks()
+    placed = {task: make_evaluator(task).data_sets(own[task], sets) for task in settings.chosen_tasks}
+    most = max(placed.values(), key=lambda each: (len(each), OWN not in each))
+    if not all(placed.values()):
+        return {}
+    reports = {}
+    for number, name in enumerate(most):
+        chosen = {task: list(each.values())[min(number, len(each) - 1)] for task, each in placed.items()}
+        reports[name] = replace(settings, **{task.replace("-", "_"): each for task, each in chosen.items()})
+    return reports
+
+
+def suffix(settings: ResolutionSettings) -> str:
+    """Return what the tasks add to the model's name, each once."""
+    own = settings.of_tasks()
+    return "".join(dict.fromkeys(make_evaluator(task).suffix(own[task]) for task in settings.chosen_tasks))
 
 
 @evaluators.register("resolution")
@@ -89,6 +100,7 @@ def make() -> Evaluator[ResolutionSettings]:
         settings=ResolutionSettings,
         evaluate=late("evals.resolution.evaluator:evaluate"),
         title="resolution",
+        suffix=suffix,
         expensive=True,
         missing_requirements=late("evals.resolution.evaluator:missing_requirements"),
         data_sets=data_sets,

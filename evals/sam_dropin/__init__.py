@@ -15,6 +15,9 @@ from radio.config import Count, CountOrZero, Pixels, check
 from radio.datasets import DataSets
 from radio.errors import ConfigError
 
+SCENES_DETECTOR = Path("scenes")
+"""Without data of one's own, the name of the generated scenes' detector."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamSettings:
@@ -41,7 +44,8 @@ class SamSettings:
     """Points per object: the first inside it, each next one in the larger error region."""
     detections: Path | None = None
     """Use a detector's boxes (COCO results JSON) as prompts and score the masks as COCO AP; as LVIS AP where
-    --data is a file of LVIS."""
+    --data is a file of LVIS. Without --data only `scenes`: a detector with known faults on the generated
+    scenes, scored as LVIS AP."""
     score_thresholds: tuple[float, ...] = ()
     """With --detections, also the AP of those boxes whose score is at least each of these."""
     protocol: Literal["paper", "efficientvit-2025"] = "paper"
@@ -63,8 +67,13 @@ class SamSettings:
             raise ConfigError("--data JSON and --images FOLDER belong together; give both or neither")
         if self.clicks > 1 and self.prompts != "points":
             raise ConfigError(f"clicks = {self.clicks} goes with --prompts points; give that too")
-        if self.detections is not None and (self.prompts == "points" or self.data is None):
-            raise ConfigError("--detections takes a detector's boxes on --data; leave --prompts points out")
+        if self.detections is not None and self.prompts == "points":
+            raise ConfigError("--detections takes a detector's boxes; leave --prompts points out")
+        if self.data is None and self.detections not in (None, SCENES_DETECTOR):
+            raise ConfigError(
+                f"--detections {self.detections} needs --data, the instances on whose images they are; "
+                f"without, give --detections {SCENES_DETECTOR}"
+            )
         if self.score_thresholds and self.detections is None:
             raise ConfigError("--score-thresholds are of a detector's boxes; give --detections too")
         if len(set(self.score_thresholds)) < len(self.score_thresholds):

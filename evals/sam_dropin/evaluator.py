@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -64,7 +65,7 @@ def evaluate(model: Backbone, settings: SamSettings, run: EvalRun) -> Result:
     for module in ("segment_anything", "pycocotools", "scipy"):  # fail early
         require(module, extra="sam")
     drop_in = make_drop_in(model, settings.sam_checkpoint, settings.size, run.settings.seed, settings.teacher)
-    data = _open(settings, run)
+    data, detected = _open(settings, run)
     run.note_source(data.files)  # the leading rank hashes the images
     predictor = Predictor(
         drop_in,
@@ -74,7 +75,7 @@ def evaluate(model: Backbone, settings: SamSettings, run: EvalRun) -> Result:
         union_bias=1e-7 if settings.protocol == "efficientvit-2025" else 0.0,
         prompt_batch=settings.box_batch,
         keep_embeddings=settings.keep_embeddings,
-        has_truth=settings.detections is None,
+        has_truth=detected is None,
     )
     used = DatasetInfo(
         role="images",
@@ -90,8 +91,8 @@ def evaluate(model: Backbone, settings: SamSettings, run: EvalRun) -> Result:
         "box_batch": predictor.prompt_batch,
         "annotations": data.count,
     }
-    if settings.detections is not None:
-        detections = open_detections(settings.detections, data)
+    if detected is not None:
+        detections = open_detections(detected, data)
         chunks = predictor.score_all(detections.images, detections.fingerprint, detections.name)
         masks = [each for chunk in chunks for each in chunk.records if isinstance(each, EncodedMask)]
         count = f"{len(masks)} detections on {len(detections.images)} of {len(data.images)} images"
@@ -138,28 +139,33 @@ def evaluate(model: Backbone, settings: SamSettings, run: EvalRun) -> Result:
     )
 
 
-def _open(settings: SamSettings, run: EvalRun) -> Instances:
+def _open(settings: SamSettings, run: EvalRun) -> tuple[Instances, Path | None]:
+    """Open the instances; return them, and a detector's file, if its boxes are the prompts."""
     file, images, name, location = settings.data, settings.images, None, None
+    detected = settings.detections
     if file is None or images is None:
-        seed = run.settings.seed
-        root = run.cache / "scenes" / f"coco-v{CARD_VERSION}-{settings.scenes}-seed{seed}"
-        world = ScenesSettings(layout="coco", count=1, val_count=settings.scenes, seed=seed)
+        seed, layout = run.settings.seed, "coco" if detected is None else "lvis"
+        root = run.cache / "scenes" / f"{layout}-v{CARD_VERSION}-{settings.scenes}-seed{seed}"
+        world = ScenesSettings(layout=layout, count=1, val_count=settings.scenes, seed=seed)
         damaged = lambda reason: run.damage.add(DamagedError(reason))  # noqa: E731
         run.ranks.on_leader(lambda: write_cached(root, world, damaged))
-        file, images = root / "annotations" / "instances_val.json", root / "val"
+        folder, images = root / "annotations", root / "val"
+        file = folder / ("instances_val.json" if detected is None else "lvis_val.json")
+        detected = detected and folder / "detections_val.json"
         name, location = "scenes:val", f"scenes:val?seed={seed}"
-    return open_instances(
+    instances = open_instances(
         file,
         images,
         limit=run.settings.limit,
         crowds=settings.crowds,
         smallest_area=1.0 if settings.protocol == "efficientvit-2025" else 0.0,
         memo=run.fingerprints,
-        empty=settings.detections is not None,
+        empty=detected is not None,
         name=name,
         location=location,
         watch=run.progress,
     )
+    return instances, detected
 
 
 def mask_metrics(scores: Sequence[MaskScore], seed: int) -> dict[str, Metric]:

@@ -218,8 +218,7 @@ def score_split(
         DataError: ranks do not share the cache folder.
         RadioError: as `predict` says.
     """
-    text = json.dumps([_FORMAT, split.fingerprint, labelling.to_json(), *key])
-    folder = run.cache / "areas" / hashlib.sha256(text.encode()).hexdigest()
+    folder = _folder(run, split, labelling, key)
     count, num_classes = len(split.pairs), len(labelling.classes)
     spans = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
 
@@ -239,6 +238,33 @@ def score_split(
 
     paths = cached_chunks(folder, len(spans), read=read, make=make, ranks=run.ranks, damage=run.damage)
     return torch.cat([read(path) for path in paths]).double().numpy()
+
+
+def _folder(run: EvalRun, split: Split, labelling: Labelling, key: Sequence[object]) -> Path:
+    """Return the cache folder of a split's predictions."""
+    text = json.dumps([_FORMAT, split.fingerprint, labelling.to_json(), *key])
+    return run.cache / "areas" / hashlib.sha256(text.encode()).hexdigest()
+
+
+def _save_maps(writer: MapWriter, predict: Predict, run: EvalRun, *, fit: Fit, key: Sequence[object]) -> None:
+    """Write a writer's maps and overlays; the ranks divide the predictions, which are cached."""
+    split, labelling, indices = writer.split, writer.labelling, writer.indices
+    folder = _folder(run, split, labelling, key) / f"maps-{len(indices)}"
+
+    def read(path: Path) -> Tensor:
+        return read_tensors(path, {"map": TensorSpec(torch.uint8, (None, None))}).tensors["map"]
+
+    def make(missing: list[int]) -> None:
+        wanted = [indices[number] for number in missing]
+        for pairs in read_pairs(split, labelling, wanted, fit, batch=1, run=run):
+            predicted = predict(pairs.images, [pairs.labels[0].shape])[0]
+            path = chunk_path(folder, indices.index(pairs.indices[0]))
+            write_tensors(path, {"map": torch.from_numpy(predicted)})
+
+    paths = cached_chunks(folder, len(indices), read=read, make=make, ranks=run.ranks, damage=run.damage)
+    if run.ranks.leads:
+        for index, path in zip(indices, paths, strict=True):
+            writer(index, read(path).numpy())
 
 
 def count_areas(num_classes: int, predicted: Bytes, labels: Bytes) -> NDArray[np.int64]:
@@ -266,8 +292,8 @@ def score_labels(
 
     Args:
         parts: the splits that were used.
-        save_maps: number of images whose maps and overlays are saved. These are predicted again, which is
-            cheaper than to cache the maps of all.
+        save_maps: number of images whose maps and overlays are saved. These are predicted again and cached,
+            which is cheaper than to cache the maps of all.
         resolved: what default settings came to.
     """
     split, labelling = data.val, data.labelling
@@ -278,9 +304,7 @@ def score_labels(
         labelling=labelling,
         indices=spread(range(len(split.pairs)), save_maps) if save_maps else (),
     )
-    if run.ranks.leads:
-        for pairs in read_pairs(split, labelling, writer.indices, fit, batch=1, run=run):
-            writer(pairs.indices[0], predict(pairs.images, [pairs.labels[0].shape])[0])
+    _save_maps(writer, predict, run, fit=fit, key=key)
     return Result(
         metrics=bootstrapped(areas, run.settings.seed),
         pairing="mean_iou",

@@ -25,7 +25,7 @@ class Arguments:
     out: tyro.conf.Positional[Path]
     """Folder to write; it must be absent, empty, or hold exactly these scenes."""
     layout: Annotated[str, tyro.conf.arg(aliases=["-l"])] = "image-folder"
-    """Layout: image-folder, webdataset, ade20k, coco or llava."""
+    """Layout: image-folder, webdataset, ade20k, coco, lvis or llava."""
     count: int = 2000
     """Number of training scenes; a multiple of 60 holds every class equally often."""
     val_count: int | None = None

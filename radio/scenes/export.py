@@ -7,7 +7,8 @@ import multiprocessing
 import secrets
 import shutil
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -25,6 +26,7 @@ from radio.errors import DataError, RadioError
 from radio.io import make_folder, read_json, read_text, write_text
 from radio.registry import Registry
 
+from .detector import label_of_object, search
 from .drawing import SHAPES
 from .language import caption, captions, questions
 from .world import CLASSES, COLOURS, MAX_SIZE, MIN_SIZE, Scene, SceneError, Split, render, semantic
@@ -138,29 +140,38 @@ def _coco(scene: Scene, index: int, split: Split, seed: int) -> tuple[Files, Any
     Categories are the ten shapes (1 to 10); segmentations are compressed run lengths, since rings have holes
     and objects occlude each other; each caption template gives one caption.
     """
-    name = f"{index + 1:012d}.jpg"
+    image, instances = _annotate(scene, index, [item.shape + 1 for item in scene.objects])
+    colours = [
+        {**item, "colour": COLOURS[o.colour]} for item, o in zip(instances, scene.objects, strict=True)
+    ]
+    return {f"{split}/{image['file_name']}": _jpeg(scene)}, (image, colours, captions(scene))
+
+
+def _annotate(
+    scene: Scene, index: int, categories: Sequence[int]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Make COCO's records of an image and of its instances, whose categories' ids are given."""
     height, width = scene.instances.shape
-    image = {"id": index + 1, "file_name": name, "width": width, "height": height}
+    image = {"id": index + 1, "file_name": f"{index + 1:012d}.jpg", "width": width, "height": height}
     instances = []
-    for number, item in enumerate(scene.objects, start=1):
+    for number, (item, category) in enumerate(zip(scene.objects, categories, strict=True), start=1):
         x0, y0, x1, y1 = item.box
         runs = compress(run_lengths(scene.instances == number))
         instances.append(
             {
-                "category_id": item.shape + 1,
+                "category_id": category,
                 "bbox": [x0, y0, x1 - x0, y1 - y0],
                 "area": item.area,
                 "iscrowd": 0,
                 "segmentation": {"size": [height, width], "counts": runs},
-                "colour": COLOURS[item.colour],
             }
         )
-    return {f"{split}/{name}": _jpeg(scene)}, (image, instances, captions(scene))
+    return image, instances
 
 
 def _finish_coco(root: Path, split: Split, records: list[Any]) -> None:
     images = [image for image, _, _ in records]
-    instances = [{"image_id": image["id"], **item} for image, items, _ in records for item in items]
+    instances = _of_images((image, items) for image, items, _ in records)
     annotations = [
         {"image_id": image["id"], "caption": text} for image, _, texts in records for text in texts
     ]
@@ -172,6 +183,44 @@ def _finish_coco(root: Path, split: Split, records: list[Any]) -> None:
         {**head, "annotations": _numbered(instances), "categories": categories},
     )
     _write_json(folder / f"captions_{split}.json", {**head, "annotations": _numbered(annotations)})
+
+
+def _of_images(records: Iterable[tuple[dict[str, Any], list[dict[str, Any]]]]) -> list[dict[str, Any]]:
+    return [{"image_id": image["id"], **item} for image, items in records for item in items]
+
+
+def _lvis(scene: Scene, index: int, split: Split, seed: int) -> tuple[Files, Any]:
+    """Make `val/000000000001.jpg`, `annotations/lvis_val.json` and `detections_val.json`; likewise `train`.
+
+    Categories are the 60 classes (1 to 60), of which each image was searched for its own and a few others.
+    The detections are those of `search`, as COCO results.
+    """
+    found = search(scene, index, split=split, seed=seed)
+    image, instances = _annotate(scene, index, [label_of_object(item) + 1 for item in scene.objects])
+    image["neg_category_ids"] = [label + 1 for label in found.absent]
+    image["not_exhaustive_category_ids"] = [label + 1 for label in found.not_exhaustive]
+    detections = []
+    for label, (x0, y0, x1, y1), score in found.boxes:
+        box = [x0, y0, round(x1 - x0, 2), round(y1 - y0, 2)]
+        detections.append({"category_id": label + 1, "bbox": box, "score": score})
+    return {f"{split}/{image['file_name']}": _jpeg(scene)}, (image, instances, detections)
+
+
+def _finish_lvis(root: Path, split: Split, records: list[Any]) -> None:
+    """Write the annotations; the rarest third of the classes is called rare, the next common (ours)."""
+    images = [image for image, _, _ in records]
+    counts = Counter(id for _, items, _ in records for id in {item["category_id"] for item in items})
+    order = sorted(range(1, len(CLASSES) + 1), key=lambda id: (counts[id], id))
+    marks = {id: "rcf"[3 * place // len(order)] for place, id in enumerate(order)}
+    categories = [
+        {"id": id, "name": name, "frequency": marks[id], "image_count": counts[id]}
+        for id, name in enumerate(CLASSES, start=1)
+    ]
+    instances = _of_images((image, items) for image, items, _ in records)
+    content = {"images": images, "annotations": _numbered(instances), "categories": categories}
+    _write_json(root / "annotations" / f"lvis_{split}.json", content)
+    detections = _of_images((image, found) for image, _, found in records)
+    _write_json(root / "annotations" / f"detections_{split}.json", detections)
 
 
 def _numbered(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -208,6 +257,7 @@ LAYOUTS.add("image-folder", ExportLayout(_image_folder))
 LAYOUTS.add("webdataset", ExportLayout(_webdataset, tar=True))
 LAYOUTS.add("ade20k", ExportLayout(_ade20k, _finish_ade20k))
 LAYOUTS.add("coco", ExportLayout(_coco, _finish_coco))
+LAYOUTS.add("lvis", ExportLayout(_lvis, _finish_lvis))
 LAYOUTS.add("llava", ExportLayout(_llava, _finish_llava))
 
 

@@ -271,6 +271,19 @@ def test_the_second_segmentation_set_has_a_name_of_its_own() -> None:
     assert [evaluator.suffix(settings) for settings in placed.values()] == ["", "-voc"]
 
 
+def test_resolution_has_a_report_for_each_set_of_its_tasks() -> None:
+    evaluator = make_evaluator("resolution")
+    settings = ResolutionSettings(tasks=("knn", "retrieval", "dense-knn"))
+    placed = settings_on(evaluator, settings, SETS)
+    assert list(placed) == ["roxford5k", "rparis6k"]
+    assert [each.retrieval.data for each in placed.values()] == [SETS.roxford5k, SETS.rparis6k]
+    assert [each.dense_knn.data for each in placed.values()] == [SETS.ade20k, SETS.voc]
+    assert [each.knn for each in placed.values()] == [
+        settings_on(make_evaluator("knn"), KnnSettings(), SETS)["imagenet"]
+    ] * 2
+    assert [evaluator.suffix(each) for each in placed.values()] == ["-ox", "-par-voc"]
+
+
 def test_a_report_takes_the_one_set_of_the_root(
     tmp_path: Path, make_folder: Callable[..., Path], backbone: Callable[..., Any]
 ) -> None:
@@ -292,13 +305,21 @@ def test_a_report_takes_the_one_set_of_the_root(
         run_evaluator(make_evaluator("sam"), backbone(), out=tmp_path / "o", run=run)
 
 
-def test_what_a_task_lacks_is_named() -> None:
-    def lack(task: str, settings: Any) -> str:
-        return missing_data(make_evaluator(task), settings, Path("/d"))
+def test_what_a_task_lacks_is_named(tmp_path: Path) -> None:
+    def lack(task: str, settings: Any, *there: str) -> str:
+        (tmp_path / "data.yaml").write_text("".join(f"{name}: {name}\n" for name in there) or "{}")
+        text = missing_data(make_evaluator(task), settings, tmp_path)
+        return text.removeprefix(f"{tmp_path} has not ").removesuffix(
+            ", which it is scored on; name it there"
+        )
 
-    assert lack("knn", KnnSettings()) == "/d has not imagenet, which it is scored on; name it there"
-    assert lack("seg", SegSettings()) == "/d has not ade20k or voc, which it is scored on; name it there"
-    assert lack("seg", SegSettings(voc_split="train")).startswith("/d has not voc, ")
+    assert lack("knn", KnnSettings()) == "imagenet"
+    assert lack("seg", SegSettings()) == "ade20k or voc"
+    assert lack("seg", SegSettings(voc_split="train"), "ade20k") == "voc"
+    several = ResolutionSettings(tasks=("knn", "retrieval", "dense-knn"))
+    assert lack("resolution", several) == "imagenet, nor ade20k or voc, nor roxford5k or rparis6k"
+    assert lack("resolution", several, "imagenet", "voc") == "roxford5k or rparis6k"
+    assert lack("resolution", several, "rparis6k", "voc") == "imagenet"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,10 +333,11 @@ def _evaluator(placed: Any) -> Evaluator[_Settings]:
     )
 
 
-def test_an_evaluator_without_protocols_says_so() -> None:
+def test_an_evaluator_without_protocols_says_so(tmp_path: Path) -> None:
+    (tmp_path / "data.yaml").write_text("{}")
     plain = Evaluator(name="mine", settings=_Settings, evaluate=lambda *_: 1 / 0)
     assert settings_on(plain, _Settings(), SETS) == {}
-    assert missing_data(plain, _Settings(), Path("/d")) == (
+    assert missing_data(plain, _Settings(), tmp_path) == (
         "it has no protocol for the data sets of --data-root; name its data by its own options"
     )
 

@@ -36,6 +36,15 @@ def test_the_short_side_view_keeps_the_whole_image(backbone: Callable) -> None:
     assert torch.equal(view(IMAGE.transpose(1, 2)), resize(IMAGE.transpose(1, 2), (40, 24)))
 
 
+def test_that_a_model_of_one_size_stretches_whole_images_is_noted(backbone: Callable) -> None:
+    model = backbone()
+    assert make_view(model, "short-side", None)[1] == ()
+    model.fixed_size = True
+    (note,) = make_view(model, "short-side", None)[1]
+    assert note == "pooled takes 32x32 only, so whole images of another aspect ratio are stretched to it"
+    assert make_view(model, "center", None)[1] == ()
+
+
 @pytest.mark.parametrize("sides", [(2, 900), (900, 1), (1, 33)])
 def test_a_strip_is_not_shown_whole(backbone: Callable, sides: tuple[int, int]) -> None:
     image = torch.zeros(3, *sides, dtype=torch.uint8)

@@ -279,13 +279,42 @@ def test_coarse_maps_are_told(tmp_path: Path) -> None:
 
 
 def test_reports_are_compared_by_point_and_resampled_by_pair(tmp_path: Path, spair: Path) -> None:
-    other = Patches()
-    other.fingerprint = "others"
-    for folder, model, size in (("a", Patches(), 64), ("b", other, 64)):
-        score(model, CorrespondenceSettings(data=spair, size=size), tmp_path / folder)
-    found = compare(read_reports(tmp_path / "a"), read_reports(tmp_path / "b"), tolerance=0.5)
-    changes = {change.metric: change for change in found}
-    assert changes["pck_0.1"].paired and changes["pck_0.1"].difference == 0
+    class Others(Patches):
+        fingerprint = "others"
+
+        def __call__(self, images: torch.Tensor) -> Features:
+            return super().__call__(images.flip(1) ** 3)
+
+    folders = {"a": Patches(), "b": Others()}
+    reports = {
+        name: score(m, CorrespondenceSettings(data=spair, size=64), tmp_path / name)
+        for name, m in folders.items()
+    }
+
+    def interval(copies: int, *, by_pair: bool) -> tuple[float | None, float | None]:
+        """Compare the reports with every point's record written several times."""
+        for name, report in reports.items():
+            records = [json.loads(line) for line in originals[name]]
+            many = [
+                r | {"id": f"{r['id']}-{copy}"} | ({} if by_pair else {"unit": None})
+                for r in records
+                for copy in range(copies)
+            ]
+            (tmp_path / name / report.records).write_text("".join(json.dumps(r) + "\n" for r in many))
+        found = compare(read_reports(tmp_path / "a"), read_reports(tmp_path / "b"), tolerance=0.5)
+        (change,) = (change for change in found if change.metric == "pck_0.1")
+        assert change.paired and change.difference == pytest.approx(
+            values(reports["a"])["pck_0.1"] - values(reports["b"])["pck_0.1"]
+        )
+        return change.low, change.high
+
+    originals = {
+        name: (tmp_path / name / report.records).read_text().splitlines() for name, report in reports.items()
+    }
+    once = interval(1, by_pair=True)
+    assert interval(9, by_pair=True) == pytest.approx(once)  # more points of the same pairs tell nothing new
+    few, many = interval(1, by_pair=False), interval(9, by_pair=False)
+    assert many[1] - many[0] < (few[1] - few[0]) / 2
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from evals.core.evaluator import RunSettings, run_evaluator
 from evals.core.report import Report, read
 from evals.core.task import make_evaluator
 from evals.dense_knn import DenseKnnSettings
-from evals.dense_knn.evaluator import _upsample
+from evals.dense_knn.evaluator import Votes, _upsample
 from evals.seg_probe.classes import KNOWN_CLASSES
 from evals.seg_probe.data import VOID, read_image, read_labels
 from evals.seg_probe.layouts import open_dataset
@@ -243,6 +243,19 @@ def test_of_equal_votes_the_lower_class_wins() -> None:
     assert (_upsample(plane.contiguous(), (5, 7)) == 1).all()
     halves = torch.stack([torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]])])  # class 1, then class 0
     assert _upsample(halves, (1, 3)).tolist() == [[1, 0, 0]]  # the middle pixel has equal votes
+
+
+def test_a_rerun_searches_no_neighbours(
+    tmp_path: Path, settings: DenseKnnSettings, patches: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(patches(), replace(settings, save_maps=2), tmp_path / "first")
+    monkeypatch.setattr(Votes, "__call__", lambda *_: 1 / 0)
+    again = run(patches(), replace(settings, save_maps=2), tmp_path / "again")
+    assert again.metrics == first.metrics and len(again.files) == 5  # records, 2 maps, 2 overlays
+    for name in first.files:
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
+    with pytest.raises(ZeroDivisionError):
+        run(patches(), replace(settings, save_maps=1), tmp_path / "other")
 
 
 class Odd:

@@ -194,6 +194,19 @@ def test_what_is_larger_than_the_memory_is_an_error_before_any_work() -> None:
         check_memory(2_000_000_000, 1024, 1000, CPU, torch.float64)
 
 
+@pytest.mark.parametrize(("ranks", "gigabytes"), [(1, 7.1), (4, 13.1)])
+def test_ranks_share_the_memory_and_one_of_them_fits(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, gigabytes: float
+) -> None:
+    """4 GB as float64 and 1.1 GB of the fit on one rank, 2 GB of float32 features on each."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.setattr(solvers, "memory_of", lambda _: int((gigabytes + 0.05) * 1e9 / ranks))
+    check_memory(1_000_000, 500, 10, CPU, torch.float64)
+    monkeypatch.setattr(solvers, "memory_of", lambda _: int((gigabytes - 0.05) * 1e9 / ranks))
+    with pytest.raises(SizeError, match=f"takes {gigabytes} GB, and cpu has {gigabytes - 0.05:.1f}"):
+        check_memory(1_000_000, 500, 10, CPU, torch.float64)
+
+
 def test_a_penalty_that_leaves_nothing_gives_equal_classes() -> None:
     features, labels = data(num_classes=2)
     found = logits(fit(features, labels, 1e-12), features)

@@ -283,6 +283,20 @@ def detections(settings: SamSettings, tmp_path: Path) -> SamSettings:
     return replace(settings, detections=path, save_masks=None)
 
 
+def test_the_scenes_have_a_detector_that_is_scored_by_lvis_rule(tmp_path: Path) -> None:
+    settings = SamSettings(scenes=12, detections=Path("scenes"), score_thresholds=(0.1, 0.5))
+    report = run(load_backbone("scenes:sam"), settings, tmp_path / "out")
+    assert report.model == "scenes:sam-detections" and report.data[0].name == "scenes:val"
+    assert 0 < report.metrics["ap_from_0.5"].value <= report.metrics["ap"].value
+    assert "ap_frequent" in report.metrics
+    assert any("cannot count by LVIS's rule" in note for note in report.notes)
+    (root,) = (tmp_path / "cache" / "scenes").glob("lvis-*-12-seed0")
+    files = {"data": root / "annotations" / "lvis_val.json", "images": root / "val"}
+    named = replace(settings, **files, detections=root / "annotations" / "detections_val.json")
+    theirs = run(load_backbone("scenes:sam"), named, tmp_path / "named")
+    assert untimed(theirs).metrics == untimed(report).metrics
+
+
 def test_a_detectors_boxes_are_scored_as_average_precision(detections: SamSettings, tmp_path: Path) -> None:
     """pycocotools on the predictor's masks, one box at a time."""
     report = run(load_backbone("scenes:sam"), detections, tmp_path / "out")
@@ -387,7 +401,7 @@ def test_bad_detections(detections: SamSettings, tmp_path: Path, entries: Any, m
             "give each score once",
         ),
         ({"score_thresholds": (0.5,)}, "--score-thresholds are of a detector's boxes"),
-        ({"detections": Path("d.json")}, "--detections takes a detector's boxes on --data"),
+        ({"detections": Path("d.json")}, r"--detections d\.json needs --data, .*give --detections scenes"),
     ],
 )
 def test_settings_that_make_no_sense(changes: dict[str, Any], message: str) -> None:

@@ -3,6 +3,7 @@ import io
 import json
 import shutil
 import tarfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import pytest
 from PIL import Image
 
 import radio.scenes.export as writer
+from evals.sam_dropin.annotations import read_instances, read_results
 from radio.errors import ConfigError
 from radio.scenes import CLASSES, SHAPES, SceneError, caption, captions, questions, render, semantic, write
+from radio.scenes.detector import search
 from radio.scenes.export import LAYOUTS, METADATA_FILE, ScenesSettings, write_cached
 
-NAMES = ("ade20k", "coco", "image-folder", "llava", "webdataset")
+NAMES = ("ade20k", "coco", "image-folder", "llava", "lvis", "webdataset")
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +47,7 @@ def assert_close(stored: Image.Image, image: np.ndarray) -> None:
     assert np.abs(array - image).mean() < 4
 
 
-def test_the_five_layouts_are_known() -> None:
+def test_the_layouts_are_known() -> None:
     assert tuple(LAYOUTS) == NAMES
 
 
@@ -119,6 +122,33 @@ def test_ade20k(tmp_path: Path) -> None:
                 assert_close(stored, scene.image)
                 assert labels.mode == "L"
                 assert np.array_equal(np.asarray(labels), semantic(scene) + 1)
+
+
+def test_lvis_is_read_as_what_was_searched_and_found(tmp_path: Path) -> None:
+    write(tmp_path / "out", settings("lvis"))
+    truth = read_instances(tmp_path / "out" / "annotations" / "lvis_val.json")
+    assert list(truth.categories.values()) == list(CLASSES)
+    assert Counter(truth.frequencies.values()) == {"r": 20, "c": 20, "f": 20}
+    counts = Counter(id for image in truth.images for id in {each.category for each in image.instances})
+    of_mark = {mark: [counts[id] for id, each in truth.frequencies.items() if each == mark] for mark in "rcf"}
+    assert max(of_mark["r"]) <= min(of_mark["c"]) and max(of_mark["c"]) <= min(of_mark["f"])
+    found, _ = read_results(tmp_path / "out" / "annotations" / "detections_val.json")
+    for index, image in enumerate(truth.images):
+        scene = render(index, split="val", seed=4, size=48)
+        assert_close(Image.open(tmp_path / "out" / "val" / image.name), scene.image)
+        labels = [item.colour * 10 + item.shape for item in scene.objects]
+        assert [(each.category - 1, each.box) for each in image.instances] == [
+            (label, item.box) for label, item in zip(labels, scene.objects, strict=True)
+        ]
+        expected = search(scene, index, split="val", seed=4)
+        assert image.searched == {label + 1 for label in (*labels, *expected.absent)}
+        assert image.not_exhaustive == {label + 1 for label in expected.not_exhaustive}
+        of_image = [each for each in found if each.image_id == image.id]
+        assert [(each.instance.category - 1, each.score) for each in of_image] == [
+            (box.label, box.score) for box in expected.boxes
+        ]
+        for each, box in zip(of_image, expected.boxes, strict=True):
+            assert each.instance.box == pytest.approx(box.corners, abs=1e-9)
 
 
 # pycocotools 2.0 hands its own buffers to numpy 2 the old way
