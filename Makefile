@@ -39,6 +39,8 @@ nightly: .venv/.stamp-demo
 	$(BIN)/radio-train demo --restart $(ARGS)
 	$(BIN)/radio-eval all runs/demo/ckpt.pt --tasks maps linear fidelity resolution retrieval dense-knn \
 	  correspondence depth open-vocab
+	$(BIN)/radio-eval sam runs/demo/ckpt.pt --detections scenes --score-thresholds 0.1 0.3 0.5 0.7
+	$(BIN)/radio-eval vqa runs/demo/ckpt.pt --task pope
 	$(BIN)/radio-eval report runs/demo/reports --run runs/demo --html runs/demo/report.html
 	@if [ -d '$(BASELINE)' ]; then $(BIN)/radio-eval compare runs/demo/reports --baseline '$(BASELINE)' --tolerance 3 \
 	  --fail-on-regression --markdown runs/demo/compare.md --junit runs/demo/compare.xml; \

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -40,6 +41,7 @@ _TITLES = {
     "parameters": "parameters (M)",
     "images_per_second": "images/s",
 }
+_WIDEST = 10_000  # characters, for a table that is measured
 _FEWEST = 4  # students whose order a rank correlation describes
 
 
@@ -293,17 +295,22 @@ def _agreements(table: TableLayout, cells: Mapping[str, Sequence[TableCell]]) ->
 
 
 def print_tables(made: MadeTables, console: Console) -> None:
-    """Print the tables, with the paper's numbers beside ours where it has some, and the verdicts below."""
+    """Print the tables, with the paper's numbers beside ours where it has some, and the verdicts below.
+
+    A table that is wider than the console is printed in parts of some columns each.
+    """
     style = box.ROUNDED if console.is_terminal else box.ASCII
+    unlimited = console.options.update(width=_WIDEST)
     for table in made.tables:
-        grid = Table(title=Text(shown(f"{table.name}: {table.title}")), box=style)
-        grid.add_column("model", overflow="fold")
-        grid.add_column("seeds", justify="right")
-        for column in table.columns:
-            grid.add_column(Text(column if table.claims else f"{column}\n(paper)"), justify="right")
-        for line in table.lines:
-            grid.add_row(Text(shown(line.label)), line.seeds, *(_both(cell) for cell in line.cells))
-        console.print(grid)
+        left = list(range(len(table.columns)))
+        while left:
+            parts = (_grid(table, left[:count], style) for count in range(len(left), 0, -1))
+            fits = (
+                part for part in parts if Measurement.get(console, unlimited, part).maximum <= console.width
+            )
+            grid = next(fits, None) or _grid(table, left[:1], style)
+            console.print(grid)
+            left = left[len(grid.columns) - 2 :]
         if table.differences:
             verdicts = Table(box=style)
             for index, title in enumerate(table.verdict_head):
@@ -313,6 +320,19 @@ def print_tables(made: MadeTables, console: Console) -> None:
             console.print(verdicts)
         for remark in table.remarks:
             console.print(Text(shown(remark)), soft_wrap=True)
+
+
+def _grid(table: MadeTable, columns: Sequence[int], style: box.Box) -> Table:
+    """Make a table of some columns for the console, after the models and their seeds."""
+    grid = Table(title=Text(shown(f"{table.name}: {table.title}")), box=style)
+    grid.add_column("model", overflow="fold")
+    grid.add_column("seeds", justify="right")
+    for column in columns:
+        title = table.columns[column]
+        grid.add_column(Text(title if table.claims else f"{title}\n(paper)"), justify="right")
+    for line in table.lines:
+        grid.add_row(Text(shown(line.label)), line.seeds, *(_both(line.cells[column]) for column in columns))
+    return grid
 
 
 def _both(cell: TableCell) -> str:

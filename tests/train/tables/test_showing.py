@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from evals.reporting.paper_tables import MadeTable, MadeTables, read_tables
 from radio.config import to_plain
@@ -13,7 +15,7 @@ from train.tables import make_tables
 from train.tables.layout import runs_of
 from train.tables.making import protocols_of, rows_of
 from train.tables.results import RowResult, Score, deciding_settings, write_result
-from train.tables.showing import collect, write_tables
+from train.tables.showing import collect, print_tables, write_tables
 
 (TABLE,) = make_tables("table2", "small")
 
@@ -59,6 +61,24 @@ def test_a_mean_over_fewer_seeds_than_the_line_has_is_told(tmp_path: Path) -> No
     assert table.lines[3].seeds == "3"
     assert table.lines[3].cells[1].value == 50.5
     assert "k-NN of both: 2 of its 3 seeds." in table.remarks
+
+
+def test_a_wide_table_is_printed_in_parts_that_fit(tmp_path: Path) -> None:
+    write_rows(tmp_path, {"base": 51.25})
+    table = replace(collected(tmp_path), differences=(), remarks=())
+    cells = tuple(replace(table.lines[3].cells[1], value=60.0 + number) for number in range(9))
+    line = replace(table.lines[3], cells=cells)
+    wide = replace(table, columns=tuple(f"task number {n}" for n in range(9)), lines=(line,), claims=True)
+    printed = {}
+    for width in (60, 200):
+        console = Console(file=io.StringIO(), width=width)
+        print_tables(MadeTables(tables=(wide,)), console)
+        printed[width] = console.file.getvalue()  # type: ignore[attr-defined]
+        assert max(map(len, printed[width].splitlines())) <= width
+        for number in range(9):
+            assert printed[width].count(f"task number {number} ") == 1
+            assert printed[width].count(f"{60 + number}.0") == 1
+    assert printed[200].count("| both ") == 1 and printed[60].count("| both ") == 5
 
 
 def test_results_of_other_seeds_are_named(tmp_path: Path) -> None:
