@@ -63,7 +63,7 @@ class Options:
     arch: str | None = None
     """Instead of MODELS: this architecture's newest checkpoint under runs/, or none with --random-init."""
     random_init: bool = False
-    """Score the untrained architecture, as the lower bound of every table."""
+    """Score the untrained architecture, as a baseline."""
     init_seed: Seed = 0
     """Seed of the weights of --random-init."""
     window: tuple[AttentionWindow, ...] = ()
@@ -263,7 +263,7 @@ def _throughput(arguments: Sequence[str]) -> int:
             ThroughputOptions,
             arguments,
             prog="radio-eval throughput",
-            description="Images a second, multiply-adds and memory of several models, measured in turns.",
+            description="Images a second, multiply-adds and memory of several models, measured alternately.",
         )
     )
     from .reporting.figures import draw_tradeoff

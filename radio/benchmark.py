@@ -1,6 +1,6 @@
 """Measure images per second and memory of several models by one protocol in one run, and count operations.
 
-Random input on the device; evaluation mode; inference mode; a warm-up; then windows of several calls each,
+Random input on the device; evaluation mode; inference mode; a warm-up; then repeats of several calls each,
 alternating between the models (A B A B ...), so that a disturbance of the machine affects all of them and
 the ratios between them hold.
 """
@@ -43,14 +43,14 @@ class Protocol:
     warmup_seconds: float = 3.0  # minimum, per model and batch
     warmup_calls: int = 1  # minimum
     repeats: int = 5
-    window_seconds: float = 1.0  # approximate; at least one call
-    window_calls: int | None = None  # exact number of calls, instead of window_seconds
+    repeat_seconds: float = 1.0  # approximate; at least one call
+    repeat_calls: int | None = None  # exact number of calls, instead of repeat_seconds
 
     def __post_init__(self) -> None:
         """Validate the settings; raise ConfigError for those that cannot be measured."""
-        window_calls = 1 if self.window_calls is None else self.window_calls
-        counts = (*self.batches, self.warmup_calls, self.repeats, window_calls)
-        if not self.batches or min(counts) < 1 or min(self.warmup_seconds, self.window_seconds) < 0:
+        repeat_calls = 1 if self.repeat_calls is None else self.repeat_calls
+        counts = (*self.batches, self.warmup_calls, self.repeats, repeat_calls)
+        if not self.batches or min(counts) < 1 or min(self.warmup_seconds, self.repeat_seconds) < 0:
             raise ConfigError(
                 f"{self} cannot be measured: give at least one batch, counts of 1 or more, times of 0 or more"
             )
@@ -58,9 +58,9 @@ class Protocol:
 
 PRESETS: Mapping[str, Protocol] = {
     # timm's benchmark.py: 10 calls to warm up, 40 that count
-    "timm": Protocol(batches=(256,), warmup_seconds=0, warmup_calls=10, repeats=5, window_calls=8),
+    "timm": Protocol(batches=(256,), warmup_seconds=0, warmup_calls=10, repeats=5, repeat_calls=8),
     # the paper does not specify it; large batches, as usual for throughput on a GPU
-    "paper": Protocol(batches=(128,), warmup_seconds=3, warmup_calls=10, repeats=5, window_seconds=2),
+    "paper": Protocol(batches=(128,), warmup_seconds=3, warmup_calls=10, repeats=5, repeat_seconds=2),
 }
 """Protocols of other projects."""
 
@@ -145,23 +145,23 @@ class Measurement:
     name: str
     variant: str
     batch: int
-    rates: tuple[float, ...]  # images per second in each window
-    calls: int  # in each window
+    rates: tuple[float, ...]  # images per second in each repeat
+    calls: int  # in each repeat
     peak_memory: float | None  # MiB: weights and what the calls add; None where unknown
 
     @property
     def images_per_second(self) -> float:
-        """The median over the windows."""
+        """The median over the repeats."""
         return statistics.median(self.rates)
 
     @property
     def low(self) -> float:
-        """The slowest window."""
+        """The slowest repeat."""
         return min(self.rates)
 
     @property
     def high(self) -> float:
-        """The fastest window."""
+        """The fastest repeat."""
         return max(self.rates)
 
     @property
@@ -183,10 +183,10 @@ def measure(
 
     Args:
         models: models on `device`.
-        protocol: batches, warm-up and windows.
+        protocol: batches, warm-up and repeats.
         device: where they compute.
         clock: returns the time in seconds once the device is idle; replaced in tests.
-        done: called with a model's name after its warm-up and after each of its windows.
+        done: called with a model's name after its warm-up and after each of its repeats.
     """
     clock = clock or partial(_read_clock, device)
     measurements = []
@@ -199,14 +199,14 @@ def measure(
             times: list[float] = []
             with peak_memory(device) as peak:
                 while len(times) < protocol.warmup_calls or sum(times) < protocol.warmup_seconds:
-                    times.append(_window(model, inputs[-1], 1, clock))
-            calls.append(protocol.window_calls or max(1, math.ceil(protocol.window_seconds / min(times))))
+                    times.append(_time_calls(model, inputs[-1], 1, clock))
+            calls.append(protocol.repeat_calls or max(1, math.ceil(protocol.repeat_seconds / min(times))))
             peaks.append(None if peak[0] is None else (model.weight_bytes + peak[0]) / MIB)
             done(model.name)
         rates: list[list[float]] = [[] for _ in models]
         for _ in range(protocol.repeats):
             for index, model in enumerate(models):
-                seconds = _window(model, inputs[index], calls[index], clock)
+                seconds = _time_calls(model, inputs[index], calls[index], clock)
                 rates[index].append(batch * calls[index] / seconds)
                 done(model.name)
         measurements += [
@@ -246,7 +246,7 @@ def _read_clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _window(model: BenchmarkModel, images: Tensor, calls: int, clock: Callable[[], float]) -> float:
+def _time_calls(model: BenchmarkModel, images: Tensor, calls: int, clock: Callable[[], float]) -> float:
     """Measure the seconds that `calls` calls take."""
     start = clock()
     for _ in range(calls):

@@ -28,7 +28,9 @@ _MALFORMED = (TypeError, ValueError, AttributeError, LookupError)  # raised by i
 
 
 def train(argv: Sequence[str] | None = None) -> int:
-    """Run `radio-train` and return its exit code: 0 fine, 1 failure, 2 usage, 130 interrupted.
+    """Run `radio-train` and return its exit code.
+
+    0 fine, 1 a row of a table failed, 2 usage, 85 stopped and to be started again, 130 interrupted.
 
     Args:
         argv: the arguments after the command's name (default: the process's).

@@ -257,7 +257,7 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def outline(config: ModelConfig) -> RadioModel:
+def build_meta(config: ModelConfig) -> RadioModel:
     """Build the model on the meta device: every shape, without memory.
 
     Raises:
@@ -307,7 +307,7 @@ def _read_config(stored: checkpoint.Checkpoint, path: Path) -> ModelConfig:
             f"{len(stored.tensors)} tensors; it was altered"
         )
     try:
-        shape = outline(config)
+        shape = build_meta(config)
     except RadioError:
         raise
     except Exception:  # noqa: BLE001 (another package's student that cannot be built on the meta device)

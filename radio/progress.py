@@ -22,18 +22,18 @@ from rich.progress import (
 )
 from rich.text import Text
 
-Advance = Callable[[int], None]
+UpdateProgress = Callable[[int], None]
 """Advances a progress bar by a number of images."""
 
 
 class ProgressFactory(Protocol):
     """Shows the progress of a long job; the command line passes one that draws a bar."""
 
-    def __call__(self, label: str, total: int) -> AbstractContextManager[Advance]:
+    def __call__(self, label: str, total: int) -> AbstractContextManager[UpdateProgress]:
         """Open a context in which the progress over `total` steps is reported."""
 
 
-def no_progress(label: str, total: int) -> AbstractContextManager[Advance]:
+def no_progress(label: str, total: int) -> AbstractContextManager[UpdateProgress]:
     """Open a progress context that shows nothing."""
     return nullcontext(lambda steps: None)
 
@@ -46,7 +46,7 @@ def time_left(seconds: float) -> str:
 
 @runtime_checkable
 class ProgressWithText(Protocol):
-    """An `Advance` that can also show a text beside the bar."""
+    """An `UpdateProgress` that can also show a text beside the bar."""
 
     def __call__(self, steps: int) -> None:
         """Advance the bar by `steps`."""
@@ -71,7 +71,7 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def _bar(console: Console, label: str, total: int) -> Iterator[Advance]:
+def _bar(console: Console, label: str, total: int) -> Iterator[UpdateProgress]:
     columns = (
         *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate()),
         *(TimeRemainingColumn(), TextColumn("{task.fields[text]}")),

@@ -47,13 +47,13 @@ class TeacherConfig:
 
     name: str  # name of its adaptor and its losses, such as clip, dino or sam
     adaptor: str | None = None
-    """Train that of another teacher, the same model in another group; None = one of its own."""
+    """Train the adaptor of this other entry, the same model in another group; None = its own."""
     model: str  # a spec such as scenes:clip or openclip:ViT-H-14-quickgelu@FILE
     resolution: Pixels | None = None  # input side in pixels; None = its native size
     student_resolution: Pixels | None = None  # student's input side; None = the run's, one or several
     student_resolutions: SidesConfig = field(default_factory=SidesConfig)  # several, instead of one
     same_grid: bool = False
-    """See as many tokens as the student, in every step; resolution is then the largest side."""
+    """Get images that give as many tokens as the student has in that step; resolution is the largest side."""
     batch_size: BatchSize | None = None
     """Images per step over all ranks; None = the run's (paper §4: fewer for SAM)."""
     mosaic: bool = False  # lay several of the student's images into one input of a teacher of one size (SAM)
@@ -72,8 +72,10 @@ class ClusterConfig:
     """Images of large clusters taken more rarely, so that a run sees all clusters alike (C-RADIOv2)."""
 
     folder: Path | None = None  # NAME.tsv for each shard and folder of images; None = all images alike
-    power: PositiveShare = 1.0  # of a cluster of n a share ~ n^-power is taken (ours); 1 = all clusters alike
-    max_met: Met = 10.0  # images met for each one taken, at most: small clusters count as larger (ours)
+    power: PositiveShare = (
+        1.0  # of a cluster of n images a share ~ n^-power is taken (our choice); 1 = all clusters alike
+    )
+    max_met: Met = 10.0  # images scanned for each one taken, at most: small clusters count as larger
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,7 +120,7 @@ class BalanceConfig:
 
     kind: Literal["naive", "uncertainty", "adaloss", "amtml"] = "naive"
     regularizer_scale: Positive = 1.0
-    """For uncertainty: factor of softplus(b) in eq. 6 (ours; the paper's is lost)."""
+    """For uncertainty: factor of softplus(b) in eq. 6 (our choice; the paper gives none)."""
     momentum: Decay = 0.99  # adaloss: momentum of the moving averages in eq. 7
 
 
@@ -128,7 +130,7 @@ class NormaliseConfig:
 
     kind: Literal["none", "phi-s", "global", "channel", "pca", "zca"] = "none"
     """Others than none: the mean squared error of standardised tokens instead of eq. 3."""
-    steps: Count = 100  # measure on the images of so many first steps, before them (ours; PHI-S's are 3,000)
+    steps: Count = 100  # first steps whose images are measured before training (PHI-S: 3,000)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -218,11 +220,12 @@ class TrainConfig:
     parallel: Literal["ddp", "fsdp"] = "ddp"  # replicate or shard the student
     grad_accum_steps: Count = 1  # gradient accumulation: parts of a rank's batch
     spectral: bool = False  # learn linear layers' weights as a direction and a largest singular value (PHI-S)
-    damp: Damp = 0.0  # deviation of the noise on the student's linear weights (ours); 0 = none
+    damp: Damp = 0.0  # deviation of the noise on linear weights (value: our choice); 0 = none
     ema: Decay = 0.0  # decay of the weights' moving average, in ckpt-ema.pt; 0 = none
     mesa: LossWeight = 0.0
-    """Weight of the distance from the averaged student's tokens (C-RADIOv4; weight ours); 0 = without."""
-    mesa_start: ShareBelowOne = MESA_START  # share of the steps before that term starts (ours)
+    """Weight of the MESA loss: the distance of the student's tokens from those of its averaged weights
+    (C-RADIOv4; the value is our choice); 0 = off."""
+    mesa_start: ShareBelowOne = MESA_START  # share of the steps before the MESA loss starts (our choice)
     seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto = bf16 on CUDA, fp32 on a CPU

@@ -42,7 +42,7 @@ Row = Annotated[
 """Names, the sum of each, and the number of additions; null = a non-finite number, which JSON lacks."""
 
 
-class MetersState(TypedDict):
+class MetricMeansState(TypedDict):
     """Sums of one rank, or of several one after another."""
 
     rows: list[Row]
@@ -59,7 +59,7 @@ class NonFiniteState(TypedDict):
 
 
 @final
-class Meters:
+class MetricMeans:
     """Means of scalar tensors between two log steps; only reading them waits for the device."""
 
     def __init__(self) -> None:
@@ -88,7 +88,7 @@ class Meters:
         self._rows = {}
         return {name: total / counts[name] if counts[name] else math.nan for name, total in sums.items()}
 
-    def state_dict(self) -> MetersState:
+    def state_dict(self) -> MetricMeansState:
         """Return the sums as plain numbers, for an exact resume."""
         rows = {names: row.tolist() for names, row in self._rows.items()}
         return {
@@ -98,7 +98,7 @@ class Meters:
             ]
         }
 
-    def load_state_dict(self, state: MetersState) -> None:
+    def load_state_dict(self, state: MetricMeansState) -> None:
         """Restore one rank's sums, or add up those of several ranks."""
         self._rows = {}
         for names, values in state["rows"]:
@@ -246,7 +246,7 @@ class _Span(NamedTuple):
 
 
 @final
-class Stopwatch:
+class PhaseTimer:
     """Times the code inside `time`, in any thread; on a GPU by CUDA events.
 
     Where teachers are prefetched in a separate thread (and stream), or groups run in parallel, phases overlap
@@ -357,7 +357,7 @@ class PerformanceMonitor:
         last: Iterable[nn.Parameter],
     ) -> None:
         self.partition, self.group = partition, group
-        self.watch = Stopwatch(device, last)
+        self.watch = PhaseTimer(device, last)
         self._peak = config.peak_tflops
         self._flops = 0  # of a step, over all ranks
         if config.peak_tflops and group.leads:

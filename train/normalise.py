@@ -151,7 +151,7 @@ class TargetStatistics(nn.Module):
                 normaliser.load_state_dict(
                     FeatureNormaliser.fit(tokens, cast("Normalisation", self.kind)).state_dict()
                 )
-                line += f", tokens deviate by {deviation:.4g}"
+                line += f", standard deviation of tokens {deviation:.4g}"
             if dispersion is not None and self.dispersion == "fixed":
                 empty = torch.zeros(0, len(dispersion.mean))
                 summaries = torch.cat([empty, *self._summaries.pop(name)]).to(dispersion.mean.device)

@@ -176,7 +176,7 @@ def make_plan(config: TrainConfig, options: PlanOptions) -> RunPlan:
     check_options(options)
     partition = check_settings(config, options.world or _default_world(config))
     half = config.precision == "bf16" or (config.precision == "auto" and config.device != "cpu")
-    models = outline(config, half=half and config.device != "cpu")
+    models = build_meta_models(config, half=half and config.device != "cpu")
     costs: dict[str, Cost] = {}
     flops_at: dict[str, dict[int, int]] = {}
     kinds = []
@@ -214,7 +214,7 @@ def make_plan(config: TrainConfig, options: PlanOptions) -> RunPlan:
 
 def step_flops(config: TrainConfig, partition: Partition) -> int:
     """Count the operations of a step over all ranks; takes a few seconds for small students."""
-    models = outline(config)
+    models = build_meta_models(config)
     total = 0.0
     for group in partition.groups:
         for side, share in group.side_shares.items():
@@ -261,7 +261,7 @@ class MetaModels(NamedTuple):
         return [self.model.get_submodule(f"adaptors.{name}") for name in names]
 
 
-def outline(config: TrainConfig, *, half: bool = False) -> MetaModels:
+def build_meta_models(config: TrainConfig, *, half: bool = False) -> MetaModels:
     """Build a run's models without weights; no file is read where the teacher's family permits it.
 
     Args:
@@ -302,7 +302,7 @@ def count(
 
     Args:
         config: the run's settings.
-        models: from `outline`.
+        models: from `build_meta_models`.
         group: gives the teachers and the number of images.
         side: the student's, in pixels.
         half: run matrix products in bfloat16, as autocast does on a GPU.

@@ -194,7 +194,9 @@ def _table(
     for task in tasks:
         table.add_column(Text(f"{shown(task)}\n{shown(headlines.get(task, ''))} (%)"), justify="right")
     for name, outcomes in outcomes_of.items():
-        cells = {outcome.task: outcome.headline for outcome in outcomes if outcome.state != "left out"}
+        cells = {
+            outcome.task: outcome.primary_metric_text for outcome in outcomes if outcome.state != "left out"
+        }
         table.add_row(Text(shown(name)), *(cells.get(task, "") for task in tasks))
     table.add_section()
     for row in paper:

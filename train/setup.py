@@ -452,7 +452,7 @@ def make_lean(teacher: Teacher, config: TrainConfig, *, half: bool) -> None:
     Call it after computing the fingerprint. A teacher cache is made in float32, so its teachers stay in it.
 
     Args:
-        teacher: loaded, or without weights (an outline).
+        teacher: loaded, or on the meta device.
         config: the run's settings.
         half: whether forwards run in bfloat16, under autocast.
     """

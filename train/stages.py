@@ -13,7 +13,7 @@ from .checkpoints import find_last_step
 from .config import RENAMED, SidesConfig, StageConfig, TrainConfig
 from .data.crops import seed_of
 from .groups import teacher_groups
-from .plan import outline
+from .plan import build_meta_models
 from .setup import check_settings, round_resolutions
 
 
@@ -97,7 +97,7 @@ def check_stages(config: TrainConfig, world: int) -> None:
     The models of later stages are built without weights, so that no stage before is trained in vain.
 
     Raises:
-        ConfigError: as `check_settings`, `split_stages` and `outline`.
+        ConfigError: as `check_settings`, `split_stages` and `build_meta_models`.
         CheckpointError: as `check_settings`.
         SizeError: a teacher or the student cannot take its resolution in a later stage.
     """
@@ -107,7 +107,7 @@ def check_stages(config: TrainConfig, world: int) -> None:
     for stage in others:
         try:
             check_settings(stage.config, world)
-            outline(round_resolutions(stage.config)[0])
+            build_meta_models(round_resolutions(stage.config)[0])
         except RadioError as error:
             raise type(error)(f"stage {stage.index + 1}: {error}") from error
 

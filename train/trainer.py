@@ -48,7 +48,14 @@ from .groups import TeacherGroup
 from .loggers import Log, ProgressConsole, Record, open_log, say, summarise
 from .losses import DistillationLoss, Losses, make_balancer
 from .mesa import AveragedStudent, first_mesa_step
-from .monitor import Meters, MetersState, NonFiniteMonitor, NonFiniteState, PerformanceMonitor, first_bad
+from .monitor import (
+    MetricMeans,
+    MetricMeansState,
+    NonFiniteMonitor,
+    NonFiniteState,
+    PerformanceMonitor,
+    first_bad,
+)
 from .normalise import make_statistics, measure, measures
 from .optim import Average, learning_rate, make_optimizer, moments, odd_count
 from .reparametrise import Reparametrisation
@@ -75,7 +82,7 @@ _DOUBTFUL_FRACTION, _DOUBTFUL_RISE = 0.1, 3.0
 
 
 class _RankNotes(TypedDict):
-    meters: MetersState
+    meters: MetricMeansState
     guard: NonFiniteState
 
 
@@ -187,7 +194,7 @@ class Trainer:
         self._two_operators = device.type == "cpu" and (self.prefetches or self.parallel_groups)
 
         # Measurements, the log, evaluations, and a stop by a signal.
-        self.meters, self.nonfinite = Meters(), NonFiniteMonitor(device)
+        self.meters, self.nonfinite = MetricMeans(), NonFiniteMonitor(device)
         self.performance = PerformanceMonitor(
             config, self.partition, ranks, device, first_weights(self.model)
         )

@@ -100,7 +100,7 @@ class EvalRun:
         self.files: list[str] = []
         self.resolved: dict[str, Any] = {"dtype": self.precision, "workers": self.workers}
         self.seconds: dict[str, float] = {}
-        self.sources: dict[str, Placed] = {}  # by fingerprint; compared with the model's training data
+        self.sources: dict[str, DataIdentity] = {}  # by fingerprint; compared with the model's training data
 
     @property
     def precision(self) -> str:
@@ -180,7 +180,7 @@ class EvalRun:
         self.seconds["features"] = self.seconds.get("features", 0.0) + time.monotonic() - started
         return stored
 
-    def note_source(self, source: Placed) -> None:
+    def note_source(self, source: DataIdentity) -> None:
         """Compare a data set with the model's training data, for a note in the report; every rank calls this.
 
         The leading rank hashes the content meanwhile, which the others then read from the memo.
@@ -216,7 +216,7 @@ class EvalRun:
         return Image(file=name, alt=alt, label=label, good=good, side=shown or side)
 
 
-class Placed(Protocol):
+class DataIdentity(Protocol):
     """A data set that can be compared with a model's training data."""
 
     @property
@@ -395,7 +395,7 @@ def machine_settings(settings: Any) -> tuple[str, ...]:
     return tuple(name for name, hint in hints.items() if "machine" in getattr(hint, "__metadata__", ()))
 
 
-def domain_notes(model: Backbone, sources: Iterable[Placed]) -> tuple[str, ...]:
+def domain_notes(model: Backbone, sources: Iterable[DataIdentity]) -> tuple[str, ...]:
     """Return notes for a report on evaluation data that was, or lies beside, the model's training data."""
     trained_on = (model.metadata.get("data") or {}).get("sources") or ()
     notes = []
@@ -415,7 +415,7 @@ def domain_notes(model: Backbone, sources: Iterable[Placed]) -> tuple[str, ...]:
 _SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
 
 
-def _relation(source: Placed, entry: Mapping[str, Any]) -> str:
+def _relation(source: DataIdentity, entry: Mapping[str, Any]) -> str:
     if entry.get("fingerprint") == source.fingerprint:
         return "holds the same images as"
     path = str(entry.get("path") or "")

@@ -46,7 +46,7 @@ from radio.images import (
     evaluation_view,
     resize,
 )
-from radio.progress import Advance, ProgressFactory, no_progress
+from radio.progress import ProgressFactory, UpdateProgress, no_progress
 from radio.resources import check_memory, fast_products, has_tf32
 from radio.types import Backbone, Features, find_adaptor
 
@@ -67,7 +67,7 @@ Project = Callable[[Features], Tensor]
 """Features -> [B, C], the part that is cached."""
 
 
-class Bank(NamedTuple):
+class ExtractedFeatures(NamedTuple):
     """Features of the images that could be read, in the order of the source."""
 
     features: Tensor  # [N, C] float32
@@ -100,7 +100,7 @@ class StoredFeatures:
         self.source = source
         self._folder, self._count = folder, len(source.keys)
 
-    def load(self, rank: int = 0, world: int = 1) -> Bank:
+    def load(self, rank: int = 0, world: int = 1) -> ExtractedFeatures:
         """Load the features of chunks rank, rank + world, ... (default: all of them)."""
         numbers = range(rank, _num_chunks(self._count), world)
         features, indices, end = torch.empty(0, 0), [torch.empty(0, dtype=torch.int64)], 0
@@ -112,7 +112,7 @@ class StoredFeatures:
                 features[end : end + count] = part["features"]
                 indices.append(part["indices"])
                 end += count
-        return Bank(features[:end], torch.cat(indices))
+        return ExtractedFeatures(features[:end], torch.cat(indices))
 
     @cached_property
     def features(self) -> Tensor:
@@ -329,7 +329,7 @@ def _fill(
     how: Extraction,
     folder: Path,
     numbers: Sequence[int],
-    advance: Advance,
+    advance: UpdateProgress,
 ) -> None:
     placed = place(model, how.device, how.dtype)
     spans = [_span(number, len(source.keys)) for number in numbers]

@@ -73,7 +73,7 @@ class Outcome:
     reason: str = ""
 
     @property
-    def headline(self) -> str:
+    def primary_metric_text(self) -> str:
         """The primary metric as text: `82.1 ±1.9`; `failed` or `left out` where there is no report."""
         return metric_text(self.report.metrics[self.report.primary_metric]) if self.report else self.state
 
@@ -82,7 +82,7 @@ class Outcome:
         if self.report is None:
             return f"{self.task}: {self.state}: {self.reason}"
         kept = ", unchanged, kept" if self.state == "kept" else ""
-        return f"{self.task}: {self.report.primary_metric} {self.headline}{kept}"
+        return f"{self.task}: {self.report.primary_metric} {self.primary_metric_text}{kept}"
 
 
 def run_all(

@@ -89,7 +89,7 @@ class Evaluator(Generic[S]):
     """One task: its settings, and the function that scores a backbone on it."""
 
     name: str  # on the command line, such as `knn`
-    settings: type[S]  # a frozen dataclass with a default for every field; becomes options
+    settings: type[S]  # a frozen dataclass; its fields become options
     evaluate: Callable[[Backbone, S, EvalRun], Result]
     title: str = ""  # for people (default: the name)
     expensive: bool = False  # minutes per model: a training run scores only its student

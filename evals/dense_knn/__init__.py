@@ -25,7 +25,7 @@ class DenseKnnSettings:
 
     data: Path | None = None
     """A folder in the layout of ADE20K (its own 150 classes, or those of a classes.txt), VOC2012, Pascal
-    Context or COCO-Stuff. Default: the generated scenes."""
+    Context or COCO-Stuff. Default: the generated world."""
     voc_split: Literal["train", "trainaug"] | None = None
     """Training split of VOC2012: the 1,464 images of VOC, or the 10,582 with SBD's. Where it is given, the
     model's name in the report ends in -voc. Default: train."""
@@ -33,7 +33,7 @@ class DenseKnnSettings:
     """Number of generated training and validation images, used without --data."""
     size: Pixels | None = None
     """Side in pixels of the square that every image is stretched to, rounded to the nearest that the model
-    takes. Default: 512 with --data, 96 for the generated scenes."""
+    takes. Default: 512 with --data, 96 for the generated world."""
     memory: Memory = 102_400
     """Number of training patches that are searched: the same number of every image, drawn by --seed from
     those with a labelled pixel. All of them, where they are fewer."""

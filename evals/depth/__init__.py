@@ -24,7 +24,7 @@ class DepthSettings:
 
     data: Path | None = None
     """A folder with NYU Depth V2 as it is shared for this task: nyu_train.txt and nyu_test.txt (image, depth
-    and focal length a line), JPEGs, and 16-bit PNGs in millimetres. Default: the generated scenes."""
+    and focal length a line), JPEGs, and 16-bit PNGs in millimetres. Default: the generated world."""
     layers: Count = 1
     """Number of the backbone's last blocks whose tokens the head reads side by side, each after the final
     norm; 4 is the other published choice."""
@@ -34,7 +34,7 @@ class DepthSettings:
     train_batch_size: Batch = 16
     """Images per training step, over all ranks."""
     lr: Positive | None = None
-    """AdamW's peak learning rate. Default: 3e-4, or 3e-3 for the generated scenes."""
+    """AdamW's peak learning rate. Default: 3e-4, or 3e-3 for the generated world."""
     weight_decay: NotNegative = 1e-4
     """AdamW's weight decay."""
     head_seed: Machine[Seed | None] = None

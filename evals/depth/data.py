@@ -90,7 +90,8 @@ def list_nyu(root: Path, split: str) -> list[NyuPair]:
     path = root / f"nyu_{split}.txt"
     if not path.is_file():
         raise MissingDataError(
-            f"{path}: no such list; wanted an image, its depth and the focal length a line"
+            f"{path}: no such file; wanted a folder with nyu_train.txt and nyu_test.txt, whose lines name "
+            f"an image, its depth map and the focal length"
         )
     lines = [(number, line.split()) for number, line in enumerate(lines_of(read_text(path)), start=1)]
     named = [(number, words) for number, words in lines if words]

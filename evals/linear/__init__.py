@@ -184,7 +184,7 @@ def with_seed(settings: LinearSettings, run: RunSettings, number: int) -> Linear
 
 @evaluators.register("linear")
 def make() -> Evaluator[LinearSettings]:
-    """Linear classification of frozen summaries, also of images that shifted, and its calibration."""
+    """Linear classification of frozen summaries, also under distribution shift, and its calibration."""
     return Evaluator(
         name="linear",
         settings=LinearSettings,

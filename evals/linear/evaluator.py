@@ -41,7 +41,7 @@ class ScoredImages(NamedTuple):
     possible: Tensor  # the classes of the head that are told apart
 
 
-class Opened(NamedTuple):
+class LinearData(NamedTuple):
     """A data set before any work: what the head is trained on, and what it is scored on by name."""
 
     train: ImageSource
@@ -111,7 +111,7 @@ def evaluate(model: Backbone, settings: LinearSettings, run: EvalRun) -> Result:
     )
 
 
-def _open(split: Split, settings: LinearSettings, run: EvalRun) -> Opened:
+def _open(split: Split, settings: LinearSettings, run: EvalRun) -> LinearData:
     train = run.open_images(split.train, scenes=settings.scenes[0])
     if len(np.unique(train.labels)) < 2:
         raise DataError(f"{train.name}: holds one class only, so every answer is right; give two or more")
@@ -125,7 +125,7 @@ def _open(split: Split, settings: LinearSettings, run: EvalRun) -> Opened:
     for name, source in sources.items():
         classes = torch.from_numpy(aligned_classes(source, train))
         scored[name] = ScoredImages(source, classes, classes if name in settings.also_by_name else everything)
-    return Opened(train, scored)
+    return LinearData(train, scored)
 
 
 def _pool(features: Features) -> Tensor:
@@ -133,7 +133,7 @@ def _pool(features: Features) -> Tensor:
     return torch.cat([features.summary, features.tokens.mean(dim=1)], dim=1)
 
 
-def _probe(model: Backbone, opened: Opened, settings: LinearSettings, run: EvalRun) -> Probe:
+def _probe(model: Backbone, opened: LinearData, settings: LinearSettings, run: EvalRun) -> Probe:
     """Extract the features of all images, train the head on the leading rank, and let it predict."""
 
     def extract(source: ImageSource) -> StoredFeatures:

@@ -24,7 +24,7 @@ class OpenVocabSettings:
 
     data: Path | None = None
     """A folder in the layout of ADE20K (its own 150 classes, or those of a classes.txt), VOC2012, Pascal
-    Context (59 classes) or COCO-Stuff (171). Default: the generated scenes."""
+    Context (59 classes) or COCO-Stuff (171). Default: the generated world."""
     layout: Layout | None = None
     """Which of these layouts it is; the model's name in the report then ends in it. Default: told by its
     folders."""
@@ -35,7 +35,7 @@ class OpenVocabSettings:
     set's names, as words (`tvmonitor` as `tv monitor`)."""
     templates: str | None = None
     """`openai` (80), `simple` (7), `scenes` (8), or a file with one template per line, `{}` for the name.
-    Default: `scenes` for the generated scenes, else `openai`."""
+    Default: `scenes` for the generated world, else `openai`."""
     text: str | None = None
     """The teacher whose text tower encodes the names, as in the checkpoint's metadata (`clip`), or as a spec
     if its file has moved. Default: the first that has one."""

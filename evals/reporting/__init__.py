@@ -61,7 +61,7 @@ class TrendOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LeaderboardOptions:
-    """Rank many models over all their tasks, with groups that the scores cannot tell apart."""
+    """Rank many models over all their tasks, with groups that the scores cannot resolve."""
 
     reports: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of reports."""

@@ -1,4 +1,4 @@
-"""Many models ranked over many tasks, with groups that a paired bootstrap cannot tell apart."""
+"""Many models ranked over many tasks, with groups that a paired bootstrap cannot resolve."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Column:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Contender:
+class RankedModel:
     """A model with its reports: all that are of the same weights."""
 
     name: str
@@ -58,7 +58,7 @@ class Standing:
     rank_sum: float  # over the columns; of equal scores, and of missing ones, each gets their mean rank
     low: float
     high: float
-    group: int  # from 1; the models of one cannot be told from its first
+    group: int  # from 1; the models of one cannot be resolved from its first
     metrics: tuple[Metric | None, ...]  # of each column
     groups: tuple[int | None, ...]  # within each column, where it can be paired
 
@@ -84,7 +84,7 @@ def read_all(folders: Sequence[Path]) -> list[StoredReport]:
     return [entry for folder in folders for entry in read_reports(folder).values()]
 
 
-def gather_contenders(entries: Sequence[StoredReport]) -> list[Contender]:
+def gather_models(entries: Sequence[StoredReport]) -> list[RankedModel]:
     """Gather the reports of the same weights, except under names that share a column.
 
     So a report that is called `NAME-voc` for its data goes to NAME, and two windows of one model stay apart.
@@ -107,11 +107,11 @@ def gather_contenders(entries: Sequence[StoredReport]) -> list[Contender]:
     for names in by_weights.values():
         count = Counter(column for own in names.values() for column in own)
         apart = [name for name, own in names.items() if any(count[column] > 1 for column in own)]
-        contenders += [Contender(name=name, entries=names[name]) for name in apart]
+        contenders += [RankedModel(name=name, entries=names[name]) for name in apart]
         together = [name for name in names if name not in apart]
         if together:
             joined = {column: entry for name in together for column, entry in names[name].items()}
-            contenders.append(Contender(name=together[0], entries=joined))
+            contenders.append(RankedModel(name=together[0], entries=joined))
     return sorted(contenders, key=lambda each: each.name)
 
 
@@ -133,7 +133,7 @@ def make_leaderboard(entries: Sequence[StoredReport], tasks: Sequence[str] = ())
         if task not in known:
             given = f"no report is of the task {shown(task)}, only of {', '.join(known)}"
             raise ConfigError(f"{given}{did_you_mean(task, known)}")
-    contenders = gather_contenders([e for e in entries if not tasks or e.report.task in tasks])
+    contenders = gather_models([e for e in entries if not tasks or e.report.task in tasks])
     remarks: list[str] = []
     columns, scores = [], []
     for column in sorted(
@@ -211,7 +211,7 @@ def write_leaderboard(board: Leaderboard, path: Path) -> int:
     ]
     table = grid(
         "Sum of ranks over the tasks, less is better, with its 95 % interval. Models that lack a task share "
-        "its last places. Models of one group cannot be told from the first of it: the interval of their "
+        "its last places. Models of one group cannot be resolved from its first: the interval of their "
         "difference over the same resampled images holds zero. ± is half of a 95 % interval.",
         ("group", "model", "rank sum", *heads),
         rows,
@@ -256,7 +256,7 @@ def _metric(report: Report) -> Metric:
     return report.metrics[report.primary_metric]
 
 
-def _unfit(column: Column, contenders: Sequence[Contender]) -> str:
+def _unfit(column: Column, contenders: Sequence[RankedModel]) -> str:
     """Explain why a column ranks nothing; empty if it does."""
     entries = [entry for each in contenders for entry in each.entries.items()]
     reports = [entry.report for own, entry in entries if own == column]
@@ -283,7 +283,7 @@ def _title(column: Column, columns: Sequence[Column], reports: Sequence[Report])
     return f"{title_of(column.task, reports)}: {column.metric}{ending}"
 
 
-def _scores(column: Column, contenders: Sequence[Contender]) -> tuple[Values, str]:
+def _scores(column: Column, contenders: Sequence[RankedModel]) -> tuple[Values, str]:
     """Return the models' scores [1 + R, M], and a note; [1, M] where the records cannot be paired.
 
     More is better; -inf where a model has none.

@@ -24,7 +24,7 @@ class SamSettings:
     """Masks that SAM's own decoder predicts from the model's features, scored on COCO instances."""
 
     data: Path | None = None
-    """An instances JSON in COCO format. Default: the generated scenes."""
+    """An instances JSON in COCO format. Default: the generated world."""
     images: Path | None = None
     """The folder of the images."""
     scenes: Annotated[int, Interval(ge=1, le=1_000_000)] = 500

@@ -31,7 +31,7 @@ from evals.core.evaluator import EvalRun
 from evals.core.states import resume_state, save_state
 from radio.dist import Ranks
 from radio.errors import RadioError
-from radio.progress import Advance, ProgressWithText
+from radio.progress import ProgressWithText, UpdateProgress
 from radio.types import Backbone
 
 from .areas import Areas
@@ -256,7 +256,7 @@ class Observer(Hook):  # type: ignore[misc]
     """Advances the progress bars, shows the loss at intervals, and passes predictions on."""
 
     def __init__(self, world: int, keep: Keep | None) -> None:
-        self.advance: Advance = lambda steps: None  # of the present bar
+        self.advance: UpdateProgress = lambda steps: None  # of the present bar
         self._world, self._keep, self._shown = world, keep, 0.0
 
     def after_train_iter(

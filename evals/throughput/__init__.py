@@ -1,4 +1,4 @@
-"""Images per second of one or several models, measured in alternation, with a report for each."""
+"""Images per second of one or several models, measured alternately, with a report for each."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ class ThroughputSettings:
     preset: Literal["timm", "paper"] | None = None
     """timm: batch 256, 10 warm-up and 40 measured calls, as in timm's benchmark. paper: batch 128."""
     repeats: Annotated[int, Interval(ge=1, le=100_000)] = 5
-    """Measured windows per model and batch; the median is reported."""
-    window_seconds: Seconds = 1.0
-    """Approximate length of a window; at least one call."""
+    """Measurements per model and batch; the median is reported."""
+    repeat_seconds: Seconds = 1.0
+    """Approximate length of a measurement; at least one call."""
     warmup_seconds: Seconds = 3.0
-    """Warm-up before the first window; at least one call."""
+    """Warm-up before the first measurement; at least one call."""
     threads: Annotated[int, Interval(ge=1, le=1024)] | None = None
     """CPU threads. Default: torch's."""
 
     def __post_init__(self) -> None:
         """Validate the settings; raise `ConfigError` when they cannot be measured."""
         check(self)
-        own = (self.repeats, self.window_seconds, self.warmup_seconds)
+        own = (self.repeats, self.repeat_seconds, self.warmup_seconds)
         if self.preset is not None and own != (5, 1.0, 3.0):
             raise ConfigError(
-                f"the preset {self.preset} says how long to measure; leave --repeats, --window-seconds and "
+                f"the preset {self.preset} says how long to measure; leave --repeats, --repeat-seconds and "
                 f"--warmup-seconds out, or the preset"
             )
         if self.batches == ():
@@ -83,7 +83,7 @@ class ThroughputOptions:
 
 @evaluators.register("throughput")
 def make() -> Evaluator[ThroughputSettings]:
-    """Images per second, multiply-adds and memory of several models, measured in alternation."""
+    """Images per second, multiply-adds and memory of several models, measured alternately."""
     return Evaluator(
         name="throughput",
         settings=ThroughputSettings,

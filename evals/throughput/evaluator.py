@@ -1,4 +1,4 @@
-"""Images per second of one or several models, measured in alternation, with a report for each."""
+"""Images per second of one or several models, measured alternately, with a report for each."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from . import ThroughputOptions, ThroughputSettings, make
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 COLUMNS = (
-    *("variant", "batch", "images_per_second", "low", "high", "spread_percent", "calls_per_window"),
+    *("variant", "batch", "images_per_second", "low", "high", "spread_percent", "calls_per_repeat"),
     *("ratio", "paper_ratio", "peak_memory_mib"),
 )
 """Columns of the table in a report, which has a row per variant and batch."""
@@ -66,10 +66,10 @@ class MeasuredModel:
 
 
 def make_protocol(settings: ThroughputSettings) -> Protocol:
-    """Return batches, warm-up and windows."""
+    """Return batches, warm-up and repeats."""
     own = Protocol(
         repeats=settings.repeats,
-        window_seconds=settings.window_seconds,
+        repeat_seconds=settings.repeat_seconds,
         warmup_seconds=settings.warmup_seconds,
     )
     protocol = own if settings.preset is None else PRESETS[settings.preset]

@@ -24,7 +24,7 @@ from radio.chunks import (
 )
 from radio.errors import CheckpointError, ConfigError, RadioError, did_you_mean
 from radio.hub import load_teacher
-from radio.progress import Advance
+from radio.progress import UpdateProgress
 from radio.types import Backbone, Teacher, TextTower
 
 _HAVE_ONE = (
@@ -136,7 +136,7 @@ def _ignore(steps: int) -> None:
 
 
 def class_vectors(
-    tower: TextTower, names: Sequence[str], templates: Sequence[str], advance: Advance = _ignore
+    tower: TextTower, names: Sequence[str], templates: Sequence[str], advance: UpdateProgress = _ignore
 ) -> Tensor:
     """Compute the class vectors [E, K] float32, one unit column per class.
 
@@ -174,7 +174,7 @@ def classifier(tower: TextTower, names: Sequence[str], templates: Sequence[str],
 def text_vectors(tower: TextTower, texts: Sequence[str], run: EvalRun) -> Tensor:
     """Return unit vectors of sentences, [N, E] float32, from the cache, or compute them on one rank."""
 
-    def build(advance: Advance) -> Tensor:
+    def build(advance: UpdateProgress) -> Tensor:
         vectors = []
         for start in range(0, len(texts), _TEXTS_AT_ONCE):
             vectors.append(_encode(tower, texts[start : start + _TEXTS_AT_ONCE]))
@@ -193,7 +193,7 @@ def _kept(
     run: EvalRun,
     key: str,
     tower: TextTower,
-    build: Callable[[Advance], Tensor],
+    build: Callable[[UpdateProgress], Tensor],
     bar: Callable[[], Any],
     shape: tuple[int | None, int | None],
 ) -> Tensor:

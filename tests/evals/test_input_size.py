@@ -14,7 +14,7 @@ from evals.sam_dropin import SamSettings
 from evals.seg_probe.protocol import SegSettings
 from evals.vqa.settings import VqaSettings
 from radio.hub import load_teacher
-from radio.model import AdaptorConfig, ModelConfig, outline
+from radio.model import AdaptorConfig, ModelConfig, build_meta
 from radio.students import StudentOptions
 
 SAM = {"name": "sam", "model": "sam:vit_h@absent.pth"}
@@ -29,7 +29,7 @@ def size(model: Any, task: str, settings: Any) -> tuple[int, int]:
 
 def student(name: str, **metadata: Any) -> Any:
     adaptor = AdaptorConfig(name="sam", summary_dim=8, token_dim=8)
-    model = outline(ModelConfig(student=name, options=StudentOptions(), adaptors=(adaptor,)))
+    model = build_meta(ModelConfig(student=name, options=StudentOptions(), adaptors=(adaptor,)))
     model.metadata = metadata
     return model
 

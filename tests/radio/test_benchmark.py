@@ -34,7 +34,7 @@ from radio.model import AdaptorConfig, ModelConfig, build, make_student
 from radio.students import StudentOptions, students
 
 CPU = torch.device("cpu")
-PROTOCOL = Protocol(batches=(1, 4), warmup_seconds=3, repeats=5, window_seconds=1)
+PROTOCOL = Protocol(batches=(1, 4), warmup_seconds=3, repeats=5, repeat_seconds=1)
 
 
 class World:
@@ -123,7 +123,7 @@ def test_timms_preset_is_ten_calls_and_forty_of_256_images():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"batches": ()}, {"batches": (0,)}, {"repeats": 0}, {"warmup_seconds": -1.0}, {"window_calls": 0}],
+    [{"batches": ()}, {"batches": (0,)}, {"repeats": 0}, {"warmup_seconds": -1.0}, {"repeat_calls": 0}],
 )
 def test_a_protocol_that_cannot_be_is_an_error(changes):
     with pytest.raises(ConfigError, match="cannot be measured: give at least one batch"):
@@ -211,7 +211,7 @@ def test_peak_memory_sees_what_was_freed_again():
 
 def test_a_real_model_is_measured():
     model: Callable[[Tensor], object] = students["vit-tiny12"](StudentOptions()).eval()
-    short = Protocol(batches=(1,), warmup_seconds=0, repeats=2, window_seconds=0)
+    short = Protocol(batches=(1,), warmup_seconds=0, repeats=2, repeat_seconds=0)
     (found,) = measure([prepare("tiny", model, (48, 48), CPU, torch.float32)], short, CPU)
     assert found.calls == 1 and len(found.rates) == 2 and found.low > 0
     assert found.peak_memory is not None and found.peak_memory > 4  # its weights alone are 4.1 MiB

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from radio.dist import Ranks
 from radio.errors import CheckpointError, RadioError
 from train.checkpoints import CheckpointManager
-from train.monitor import Meters, MetersState, NonFiniteMonitor, first_bad
+from train.monitor import MetricMeans, MetricMeansState, NonFiniteMonitor, first_bad
 from train.trainer import _NOTES
 
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ def tensors(value: float) -> dict[str, torch.Tensor]:
 
 
 def notes() -> dict[str, Any]:
-    guard, meters = NonFiniteMonitor(CPU), Meters()
+    guard, meters = NonFiniteMonitor(CPU), MetricMeans()
     guard.update(torch.tensor(False), [{"clip/spatial": torch.tensor(float("nan"))}])
     meters.add({"loss": torch.tensor(1.0)})
     return {
@@ -278,9 +278,9 @@ def test_the_first_tensor_that_is_not_finite_is_named() -> None:
 
 
 def test_meters_that_are_not_finite_come_back() -> None:
-    first, second = Meters(), Meters()
+    first, second = MetricMeans(), MetricMeans()
     first.add({"loss": torch.tensor(torch.nan), "norm": torch.tensor(2.0)})
-    plain = TypeAdapter(MetersState).validate_python(
+    plain = TypeAdapter(MetricMeansState).validate_python(
         json.loads(json.dumps(first.state_dict(), allow_nan=False))
     )
     second.load_state_dict(plain)
@@ -319,5 +319,5 @@ def test_anything_anywhere_in_the_notes_is_taken_or_told(tmp_path: Path, place: 
     assert found is not None
     if found.step == 6:
         rank = TypeAdapter(list[dict[str, Any]]).validate_python(found.notes["ranks"])[0]
-        Meters().load_state_dict(rank["meters"])
+        MetricMeans().load_state_dict(rank["meters"])
         NonFiniteMonitor(CPU).load_state_dict(rank["guard"])

@@ -18,11 +18,11 @@ from train.config import TeacherConfig, TrainConfig
 from train.groups import make_partition
 from train.monitor import (
     PHASES,
-    Meters,
+    MetricMeans,
     NonFiniteMonitor,
     PerformanceMonitor,
+    PhaseTimer,
     SkippedSteps,
-    Stopwatch,
     Times,
     mean_times,
 )
@@ -30,7 +30,7 @@ from train.plan import step_flops
 
 
 def test_means_since_the_last_reading() -> None:
-    meters = Meters()
+    meters = MetricMeans()
     for value in (1.0, 2.0, 6.0):
         meters.add({"loss": torch.tensor(value), "norm": torch.tensor(10 * value)})
     meters.add({"loss": torch.tensor(3.0)})
@@ -41,7 +41,7 @@ def test_means_since_the_last_reading() -> None:
 
 
 def test_sums_are_kept_in_double_precision() -> None:
-    meters = Meters()
+    meters = MetricMeans()
     for _ in range(3000):
         meters.add({"loss": torch.tensor(0.1)})
     exact = float(torch.tensor(0.1))
@@ -49,7 +49,7 @@ def test_sums_are_kept_in_double_precision() -> None:
 
 
 def test_gradients_are_let_go() -> None:
-    meters = Meters()
+    meters = MetricMeans()
     value = torch.tensor(2.0, requires_grad=True)
     meters.add({"loss": value * 2})
     meters.add({"loss": value * 3})
@@ -58,7 +58,7 @@ def test_gradients_are_let_go() -> None:
 
 def test_restored_meters_go_on_bit_for_bit() -> None:
     values = [torch.rand((), generator=torch.Generator().manual_seed(seed)) for seed in range(9)]
-    whole, first, second = Meters(), Meters(), Meters()
+    whole, first, second = MetricMeans(), MetricMeans(), MetricMeans()
     for value in values:
         whole.add({"loss": value})
     for value in values[:4]:
@@ -74,7 +74,7 @@ def test_means_go_over_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         return [value, [(["loss", "sam/spatial"], [9.0, 7.0, 1.0])]]
 
     monkeypatch.setattr(Ranks, "gather_objects", another)
-    meters = Meters()
+    meters = MetricMeans()
     meters.add({"loss": torch.tensor(1.0), "clip/spatial": torch.tensor(2.0)})
     meters.add({"loss": torch.tensor(3.0), "clip/spatial": torch.tensor(3.0)})
     means = meters.read(Ranks(0, 2))
@@ -83,7 +83,7 @@ def test_means_go_over_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_step_that_is_left_out_is_in_no_mean(bad: float) -> None:
-    meters = Meters()
+    meters = MetricMeans()
     meters.add({"loss": torch.tensor(2.0)}, torch.tensor(True))
     meters.add({"loss": torch.tensor(bad)}, torch.tensor(False))
     assert meters.read(Ranks()) == {"loss": 2.0}
@@ -94,10 +94,10 @@ def test_a_step_that_is_left_out_is_in_no_mean(bad: float) -> None:
 def test_what_several_ranks_kept_is_taken_up_by_one() -> None:
     rows = []
     for value in (1.0, 4.0):
-        meters = Meters()
+        meters = MetricMeans()
         meters.add({"loss": torch.tensor(value)})
         rows += meters.state_dict()["rows"]
-    meters = Meters()
+    meters = MetricMeans()
     meters.load_state_dict({"rows": rows})
     meters.add({"loss": torch.tensor(4.0)})
     assert meters.read(Ranks()) == {"loss": 3.0}
@@ -193,7 +193,7 @@ def hand(monkeypatch: pytest.MonkeyPatch) -> Hand:
 
 
 def test_phases_and_groups(hand: Hand) -> None:
-    watch = Stopwatch(CPU)
+    watch = PhaseTimer(CPU)
     for _ in range(2):
         for phase, group, seconds in (
             ("teachers", "sam", 1.0),
@@ -219,7 +219,7 @@ def test_phases_and_groups(hand: Hand) -> None:
 
 
 def test_no_moment_counts_twice_for_the_groups(hand: Hand) -> None:
-    watch = Stopwatch(CPU)
+    watch = PhaseTimer(CPU)
     with watch.time("teachers", "sam"):
         hand.now += 1.0
         with watch.time("forward", "clip"):  # of the step before, beside the teachers of the next
@@ -240,7 +240,7 @@ def test_what_comes_after_the_last_gradient_is_communication(hand: Hand) -> None
     def exchange(weight: torch.Tensor) -> None:
         hand.now += 10.0
 
-    watch = Stopwatch(CPU, last=layers[0].parameters())
+    watch = PhaseTimer(CPU, last=layers[0].parameters())
     for weight in layers[1].parameters():  # the backward meets these first
         weight.register_post_accumulate_grad_hook(exchange)
     with watch.time("forward"):

@@ -18,7 +18,7 @@ from radio.errors import ConfigError
 from radio.students import StudentOptions
 from train.config import CacheConfig, DataConfig, NormaliseConfig, TeacherConfig, TrainConfig
 from train.groups import idle_shares, make_partition, propose
-from train.plan import Cost, PlanOptions, bytes_of, count, make_plan, outline, print_plan
+from train.plan import Cost, PlanOptions, build_meta_models, bytes_of, count, make_plan, print_plan
 from train.recipes import recipes
 
 CLIP = TeacherConfig(name="clip", model="tiny:clip")
@@ -26,7 +26,7 @@ CLIP = TeacherConfig(name="clip", model="tiny:clip")
 
 def cost_of(config: TrainConfig, *, half: bool = False, standing: bool = False) -> Cost:
     group = make_partition(config, 1).groups[0]
-    return count(config, outline(config), group, config.resolution, half=half, standing=standing)
+    return count(config, build_meta_models(config), group, config.resolution, half=half, standing=standing)
 
 
 def test_the_operations_of_a_step_by_hand(config: TrainConfig) -> None:
@@ -59,7 +59,7 @@ def test_memory_grows_with_the_images_and_gradients_with_the_weights(config: Tra
     )
     assert many.activations == pytest.approx(2 * few.activations, rel=0.02)
     assert many.peak >= many.activations
-    weights = bytes_of(outline(replace(config, teachers=(CLIP,))).model)
+    weights = bytes_of(build_meta_models(replace(config, teachers=(CLIP,))).model)
     small = replace(config, teachers=(CLIP,), batch_size=1)
     alone, standing = cost_of(small), cost_of(small, standing=True)
     assert alone.activations == standing.activations

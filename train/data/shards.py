@@ -108,7 +108,7 @@ class ShardIndex(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def outline(name: str) -> ShardIndex:
+def index_shard(name: str) -> ShardIndex:
     """Locate the images of a local shard; only headers are read.
 
     Raises:
@@ -356,7 +356,7 @@ class ShardReader:
                 sample = self._decode(tar, member, name, part, view, stats)
                 if sample is not None:
                     return sample
-        note = outline(name).note if self._jumps(tar) else note_on(self._left_out, tar)
+        note = index_shard(name).note if self._jumps(tar) else note_on(self._left_out, tar)
         if not self._seen:
             raise ShardError("empty", f"holds no images{note and f': {note}'}")
         if note and part == 0:
@@ -371,7 +371,7 @@ class ShardReader:
         if self._clusters is not None:
             self._probabilities = self._clusters.probabilities(cluster_name(name))
         self._left_out, self._why = LeftOut(whole=at_start), "a stream's part of it holds none"
-        if at_start and part == 0 and self._jumps(self._tar) and (note := outline(name).note):
+        if at_start and part == 0 and self._jumps(self._tar) and (note := index_shard(name).note):
             stats.errors.append(ReadError("left out", name, note))  # known beforehand
         return self._tar
 
@@ -382,7 +382,7 @@ class ShardReader:
         """Read the next file of the shard, or seek to this part's next image where that is possible."""
         if not self._jumps(tar):
             return tar.next()
-        images, end, _ = outline(name)
+        images, end, _ = index_shard(name)
         self._seen = min(self._seen + (part - self._seen) % self._parts, len(images))
         at_end = self._seen == len(images)
         tar.jump(end if at_end else images[self._seen])

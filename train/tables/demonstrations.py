@@ -68,7 +68,7 @@ def mode_switching() -> TableLayout:
 
 
 def teacher_scales() -> TableLayout:
-    """Teachers whose tokens deviate by 0.03, 1.2 and 5.5: which of them are learned, by the loss."""
+    """Teachers whose tokens have standard deviations of 0.03, 1.2 and 5.5: which are learned, by the loss."""
     teachers = (
         replace(CLIP, model="scenes:clip-scaled"),
         DENSE,
@@ -112,7 +112,7 @@ def teacher_scales() -> TableLayout:
         make_runs=make_runs,
         num_seeds=SEEDS,
         remarks=(
-            "Tokens deviate by 0.0286 (clip), as DFN CLIP's, 1.2 (dense) and 5.4688 (sam), as SAM-H's.",
+            "Standard deviations of tokens: clip 0.0286, as DFN CLIP's; dense 1.2; sam 5.4688, as SAM-H's.",
             "The heads' steps do not depend on a loss's scale, by Muon as by PHI-S's LAMB; the trunk's do.",
         ),
     )

@@ -25,7 +25,7 @@ from ..checkpoints import describe_teachers
 from ..config import PlanOptions, TrainConfig
 from ..losses import make_balancer
 from ..optim import make_optimizer
-from ..plan import make_plan, outline
+from ..plan import build_meta_models, make_plan
 from ..setup import round_resolutions
 from .layout import without_seed
 from .making import Row, evaluation_settings
@@ -65,7 +65,7 @@ def _rehearse_student(row: Row, options: PlanOptions) -> list[str]:
     config, _ = round_resolutions(row.config)
     plan = make_plan(config, options)  # builds all models, and runs each group's step
     world, memory = plan.partition.world, max(kind.memory.peak for kind in plan.kinds) / 1e9
-    models = outline(config)
+    models = build_meta_models(config)
     told = {"resolution": config.resolution, "teachers": describe_teachers(config, models.facts)}
     model = RadioModel(models.model.config, told)
     return [

@@ -387,10 +387,10 @@ paper's, the question is whether its orderings hold. Every score is our mean ove
 
 Below each table, lines are compared: our difference with its 95 % interval over seeds (Welch's) and
 images (a paired bootstrap; for VQA from both lines' own intervals), and the paper's. *holds*: the same
-sign, and the interval excludes zero; *reversed*: the other sign, likewise; *within noise*: the interval
-includes zero; *tie*: our difference is zero. Each verdict stands alone: where there is no difference at
-all, one in twenty intervals excludes zero by chance. The paper gives no intervals: its own gaps of a
-few hundredths may be noise.
+sign, and the interval excludes zero; *reversed*: the other sign, likewise; *as the paper* or *opposite,
+within noise*: the same or the other sign, and the interval includes zero; *tie*: our difference is zero.
+Each verdict stands alone: where there is no difference at all, one in twenty intervals excludes zero by
+chance. The paper gives no intervals: its own gaps of a few hundredths may be noise.
 """
 
 _OF_CLAIMS = """\
@@ -402,7 +402,7 @@ side*: the lowest score over the sides of the input, as a share of the highest.
 
 Below each table, lines are compared: our difference with its 95 % interval over seeds (Welch's) and images (a
 paired bootstrap, or from both lines' own intervals), and what is claimed of it. *holds*: as claimed, and the
-interval excludes zero; *reversed*: the other way, likewise; *within noise*: the interval includes zero. Where
-nothing is claimed, the verdict says what is seen. Each verdict stands alone: where there is no difference at
-all, one in twenty intervals excludes zero by chance.
+interval excludes zero; *reversed*: the other way, likewise; *as claimed* or *opposite, within noise*: the
+interval includes zero. Where nothing is claimed, the verdict says what is seen. Each verdict stands alone:
+where there is no difference at all, one in twenty intervals excludes zero by chance.
 """

@@ -25,7 +25,7 @@ from radio.errors import ConfigError, RadioError, SizeError
 from radio.hub import load_teacher
 from radio.model import AdaptorConfig, ModelConfig, RadioModel, build
 
-SHORT = ThroughputSettings(batches=(1, 2), repeats=5, window_seconds=0, warmup_seconds=0)
+SHORT = ThroughputSettings(batches=(1, 2), repeats=5, repeat_seconds=0, warmup_seconds=0)
 
 
 def tiny(**adaptors: int) -> RadioModel:
@@ -128,12 +128,12 @@ def test_unknown_references_and_double_names_are_errors(tmp_path: Path) -> None:
         ({"threads": 0}, "threads: 0 is out of bounds"),
         ({"batches": ()}, "--batches names no batch size"),
         ({"batches": (0,)}, r"batches\[0\]: 0 is out of bounds"),
-        ({"window_seconds": -1.0}, "window_seconds: -1.0 is out of bounds"),
+        ({"repeat_seconds": -1.0}, "repeat_seconds: -1.0 is out of bounds"),
         ({"batches": (1, 10**9)}, r"batches\[1\]: 1000000000 is out of bounds"),
         ({"resolution": 10**6}, "resolution: 1000000 is out of bounds"),
         ({"threads": 10**9}, "threads: 1000000000 is out of bounds"),
         ({"repeats": 10**12}, "repeats: 1000000000000 is out of bounds"),
-        ({"window_seconds": float("nan")}, "window_seconds: nan"),
+        ({"repeat_seconds": float("nan")}, "repeat_seconds: nan"),
         ({"warmup_seconds": float("inf")}, "warmup_seconds: inf"),
     ],
 )

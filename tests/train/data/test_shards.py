@@ -21,7 +21,7 @@ from train.config import DataConfig
 from train.data import remote as module
 from train.data.errors import ShardError
 from train.data.remote import scheme_of
-from train.data.shards import LeftOut, expand, is_image, open_shard, outline, runs_program
+from train.data.shards import LeftOut, expand, index_shard, is_image, open_shard, runs_program
 
 from .conftest import follow, pack, pack_images, settings
 
@@ -414,7 +414,7 @@ def test_an_outline_leads_to_every_image(tmp_path: Path) -> None:
         for ending in ("jpg", "txt")
     ]
     path = pack(tmp_path / "a.tar", files)
-    found = outline(str(path))
+    found = index_shard(str(path))
     tar = open_shard(str(path))
     for (name, data), at in zip(files[::2], found.images, strict=True):
         tar.jump(at)
@@ -425,7 +425,7 @@ def test_an_outline_leads_to_every_image(tmp_path: Path) -> None:
     assert tar.next() is None
     cut = tmp_path / "cut.tar"
     cut.write_bytes(path.read_bytes()[: found.images[5] + 100])
-    assert outline(str(cut)) == (found.images[:5], found.images[5], "")
+    assert index_shard(str(cut)) == (found.images[:5], found.images[5], "")
     with pytest.raises(ShardError, match="no such shard"):
-        outline(str(tmp_path / "b.tar"))
+        index_shard(str(tmp_path / "b.tar"))
     tar.close()
