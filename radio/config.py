@@ -94,18 +94,18 @@ def difference(
 ) -> str:
     """Describe the first setting that differs, with both values; empty where none does.
 
-    A setting that the old ones do not know yet counts as its default: so what was made before a program got a
+    A setting that one side does not know yet counts as its default: so what was made before a program got a
     setting stays valid, and becomes invalid where a default changes.
 
     Args:
-        old: as `to_plain` gave them, perhaps before some of the new ones existed.
-        new: as `to_plain` gives them.
+        old: as `to_plain` gave them, perhaps before some settings existed.
+        new: likewise.
         defaults: of the new settings, from `defaults_of`.
         where: their place, for the description.
     """
     for name in dict.fromkeys((*old, *new)):
         own: Any = defaults.get(name)
-        before, now = old.get(name, own), new.get(name)
+        before, now = old.get(name, own), new.get(name, own)
         inner = own if isinstance(own, Mapping) else {}
         if isinstance(before, dict) and isinstance(now, dict):
             pairs = [(before, now, f"{where}{name}.")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
@@ -21,12 +22,12 @@ from ..config import RENAMED, TrainConfig
 from ..distributed import REQUEUE, join
 from ..loggers import LOG, say
 from ..setup import check_settings
-from ..tasks import check_data
+from ..tasks import check_data, task_settings
 from .layout import Runs, TableLayout, choose_runs, runs_of, without_seed
 from .making import Row, evaluation_settings, is_done, rows_of, score_row
 from .options import TableCommand
 from .paper_size import use_data_sets
-from .results import FILE
+from .results import FILE, deciding_settings
 
 _ROUNDED = frozenset({"resolution"})  # to a side that a row's student takes
 
@@ -47,7 +48,7 @@ def run_tables(
         RadioError: a row or an option is unknown to the tables, its settings, data or weights do not fit, or
             a file cannot be written.
     """
-    given = [(table, _runs(table, default, command)) for table in tables]
+    given = [_change_table(table, default, command) for table in tables]
     rows = rows_of(given)
     results = command.results or command.config.out / "results"
     _check(command, results)
@@ -106,22 +107,40 @@ def _check(command: TableCommand, results: Path) -> None:
         read_tables(path)
 
 
-def _runs(table: TableLayout, default: TrainConfig, command: TableCommand) -> Runs:
-    """Return a table's runs with what the command line changed in the settings of all tables.
+def _change_table(
+    table: TableLayout, default: TrainConfig, command: TableCommand
+) -> tuple[TableLayout, Runs]:
+    """Return a table, and its runs, with what the command line changed in the settings of all tables.
 
     Raises:
-        ConfigError: a row would not have a changed setting, which the table sets itself.
+        ConfigError: a row or a task would not have a changed setting, which the table sets itself; or two
+            rows would be the same run.
     """
     base = _change(table.base, default, command.config)
     chosen = {without_seed(row) for row in command.rows}
-    for name, run in table.make_runs(base).items():
-        lost = [] if chosen and name not in chosen else list(_lost(run, default, command.config))
-        if lost:
+    runs = {name: run for name, run in table.make_runs(base).items() if not chosen or name in chosen}
+    for name, run in runs.items():
+        if lost := list(_lost(run, default, command.config)):
             raise ConfigError(
                 f"{table.name} sets --{lost[0]} itself in row {name}, where the option would change nothing; "
                 f"leave it out, or choose other rows by --rows"
             )
-    return runs_of(table, base, command.seeds or table.num_seeds)
+    for task, options in table.options.items():
+        before, now = (task_settings(config, [task])[task] for config in (default, command.config))
+        if lost := [name for name in options if getattr(before, name) != getattr(now, name)]:
+            raise ConfigError(
+                f"{table.name} sets --{task}.{lost[0].replace('_', '-')} itself, and the option would change "
+                f"nothing; leave it out"
+            )
+    names: dict[str, str] = {}
+    for name, run in runs.items():
+        first = names.setdefault(json.dumps(deciding_settings(run)), name)
+        if first != name:
+            raise ConfigError(
+                f"{table.name}: with these options the rows {first} and {name} are the same run; leave out "
+                f"the option that makes them so, or choose one of them by --rows"
+            )
+    return replace(table, base=base), runs_of(table, base, command.seeds or table.num_seeds)
 
 
 def _change(settings: Any, default: Any, changed: Any) -> Any:

@@ -19,7 +19,7 @@ from evals.reporting.compare import StoredReport, block_sums
 from radio.config import defaults_of, difference, from_plain, to_plain
 from radio.datasets import SET_NAMES, DataSets, read_data_sets
 from radio.dist import Ranks
-from radio.errors import ConfigError
+from radio.errors import ConfigError, shown
 from radio.hub import load_backbone
 from radio.progress import watch_on
 from radio.resources import choose_device, describe_device
@@ -27,7 +27,7 @@ from radio.resources import choose_device, describe_device
 from ..config import TrainConfig
 from ..scoring import num_workers, tell
 from ..tasks import task_settings
-from .layout import SOURCES, Evaluation, Runs, TableLayout, seeds_of
+from .layout import SOURCES, VQA, Evaluation, Runs, TableLayout, seeds_of
 from .paper_size import place_weights
 from .results import (
     NUM_BLOCKS,
@@ -64,7 +64,7 @@ def rows_of(tables: Sequence[tuple[TableLayout, Runs]]) -> list[Row]:
     """
     rows: dict[str, Row] = {}
     for table, runs in tables:
-        base = next(iter(runs.values()), table.base)
+        base = next(iter(runs.values()), replace(table.base, out=table.base.out / table.name))
         for line in table.lines:
             models = [(line.model.partition("@")[0], base, line.model)] if line.model else []
             models += [(name, runs[name], "") for name in (seeds_of(runs, line.run) if line.run else ())]
@@ -74,6 +74,9 @@ def rows_of(tables: Sequence[tuple[TableLayout, Runs]]) -> list[Row]:
                 first = rows.get(name, row)
                 if first.settings != row.settings:
                     raise ConfigError(f"two tables have different runs called {name}; make them one by one")
+                tasks = [each.task for each in row.evaluations]
+                if task_settings(first.config, tasks) != task_settings(config, tasks):
+                    raise ConfigError(f"two tables score {name} by different settings; make them one by one")
                 both = dict.fromkeys((*first.evaluations, *row.evaluations))
                 rows[name] = replace(first, evaluations=tuple(both))
     return sorted(rows.values(), key=lambda row: not row.spec)
@@ -100,8 +103,21 @@ def evaluation_settings(row: Row, *, anywhere: bool = False) -> dict[str, Any]:
                 assert config.data_root is not None, "everything is everywhere"
                 raise ConfigError(f"{task.name}: {missing_data(task, own, config.data_root)}")
             own = placed[name]
+            if task.name == "vqa" and not anywhere:
+                _check_benchmarks(own, config)
         settings[evaluation.key] = own
     return settings
+
+
+def _check_benchmarks(own: Any, config: TrainConfig) -> None:
+    """Check that a data root has all benchmarks that the tables show, and a language model."""
+    lacks = [name for name in VQA if SOURCES[name].metric not in own.benchmarks]
+    lacks += ["language-model"] if own.language_model is None else []
+    if lacks:
+        raise ConfigError(
+            f"vqa: {shown(str(config.data_root))} has not {', '.join(lacks)}, which the tables need; name it "
+            f"there, or leave vqa out by --score"
+        )
 
 
 def _data_sets(config: TrainConfig, *, anywhere: bool) -> DataSets:
@@ -126,13 +142,18 @@ def is_done(row: Row, results: Path) -> bool:
 
 def is_current(row: Row, result: RowResult) -> bool:
     """Check whether a result is of the row's model and scored as the row is; scores may be missing."""
-    if difference(result.settings, row.settings, {} if row.spec else defaults_of(row.config)):
+    if difference(result.settings, row.settings, _defaults(row)):
         return False
     return not any(
         difference(result.protocols[key], to_plain(own), defaults_of(own))
         for key, own in protocols_of(row).items()
         if key in result.protocols
     )
+
+
+def _defaults(row: Row) -> dict[str, Any]:
+    """Return the defaults of the settings that decide a row's model."""
+    return {} if row.spec else defaults_of(row.config)
 
 
 def protocols_of(row: Row) -> dict[str, Any]:
@@ -208,7 +229,9 @@ def score_row(
             device=describe_device(choose_device(config.device)),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        write_result(results, result if restart else merge(read_result(results, row.name), result))
+        write_result(
+            results, result if restart else merge(read_result(results, row.name), result, _defaults(row))
+        )
     return all(outcome.state != "failed" for each in outcomes.values() for outcome in each)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, TypeAdapter
 
 from evals.core.report import Value
-from radio.config import to_plain
+from radio.config import difference, to_plain
 from radio.errors import DataError, RadioError, shown
 from radio.io import read_json, write_text
 
@@ -34,7 +34,8 @@ _FREE = frozenset(
         *("data_root", "cache"),
     )
 )
-"""Settings that change what a run costs, prints or is scored on, but not which student it trains."""
+"""Settings that change what a run costs, prints or is scored on, but not which student it trains; of the
+cache's settings only those of its fixed crops do that."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +75,8 @@ def deciding_settings(config: TrainConfig) -> dict[str, Any]:
     """Return a run's settings as far as they decide its student, as plain data."""
     plain: dict[str, Any] = {name: value for name, value in to_plain(config).items() if name not in _FREE}
     plain["data"] = {name: value for name, value in plain["data"].items() if name != "workers"}
+    if config.cache.folder is not None:
+        plain["fixed_crops"] = [config.cache.images, config.cache.crops]
     return plain
 
 
@@ -140,9 +143,15 @@ def final_losses(folder: Path, teachers: Sequence[str]) -> dict[str, float]:
     return losses
 
 
-def merge(old: RowResult | None, new: RowResult) -> RowResult:
-    """Add the scores of an earlier result of the same model that the new one lacks."""
-    if old is None or old.settings != new.settings:
+def merge(old: RowResult | None, new: RowResult, defaults: Mapping[str, Any]) -> RowResult:
+    """Add the scores of an earlier result of the same model that the new one lacks.
+
+    Args:
+        old: the earlier result.
+        new: the new one.
+        defaults: of the settings that decide the model; see `difference`.
+    """
+    if old is None or difference(old.settings, new.settings, defaults):
         return new
     return replace(
         new,

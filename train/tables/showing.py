@@ -25,10 +25,12 @@ from evals.reporting.paper_tables import (
     markdown_table,
     read_tables,
 )
-from radio.config import to_plain
+from radio.config import defaults_of, to_plain
+from radio.config import difference as setting_difference
 from radio.errors import shown
 from radio.io import write_text
 
+from ..tasks import task_settings
 from .layout import OF_THE_RUN, SOURCES, SPREADS, Line, Runs, TableLayout, seeds_of
 from .making import is_current, rows_of
 from .results import RowResult, Score, read_result
@@ -200,8 +202,7 @@ def _differences(
             gap, claim = _gap(line, other, column), line.claims.get(column)
             if not ours or not theirs or (gap is None and claim is None):
                 continue
-            protocols = [_protocols(table, each, found[each.label], column) for each in (line, other)]
-            if any(each != protocols[0][0] for side in protocols for each in side):
+            if not _scored_alike(table, [(line, found[line.label]), (other, found[other.label])], column):
                 not_compared.append(
                     f"{column_title(column, table)} of {line.label} and {other.label}: scored by different "
                     f"settings, and not compared."
@@ -230,14 +231,18 @@ def _gap(line: Line, other: Line, column: str) -> float | None:
     return None if papers[0] is None or papers[1] is None else papers[0] - papers[1]
 
 
-def _protocols(
-    table: TableLayout, line: Line, found: Sequence[RowResult], column: str
-) -> list[Mapping[str, Any]]:
-    """Return the settings behind the scores of a line in a column, one per seed that has it."""
+def _scored_alike(table: TableLayout, sides: Sequence[tuple[Line, Sequence[RowResult]]], column: str) -> bool:
+    """Check that lines with scores in a column have them by the same settings, over all their seeds."""
     first = SPREADS[column][0][0] if column in SPREADS else column
-    evaluation = table.evaluation(line, first)
-    assert evaluation is not None, "the line has scores in the column"
-    return [result.protocols.get(evaluation.key, {}) for result in found if evaluation.key in result.scores]
+    protocols: list[Mapping[str, Any]] = []
+    for line, found in sides:
+        evaluation = table.evaluation(line, first)
+        assert evaluation is not None, "the line has scores in the column"
+        scored = [result for result in found if evaluation.key in result.scores]
+        protocols += [result.protocols.get(evaluation.key, {}) for result in scored]
+    task = SOURCES[first].task
+    defaults = defaults_of(task_settings(table.base, [task])[task])
+    return not any(setting_difference(protocols[0], each, defaults) for each in protocols[1:])
 
 
 def _seeds_remarks(

@@ -120,13 +120,23 @@ def table1() -> TableLayout:
                     against="" if world == "own" else first,
                 )
             )
+    best = [
+        Line(
+            label=f"{teachers}: {TEACHERS[name][0]}",
+            model=TEACHERS[name][0],
+            paper=find_row(TABLE_1, f"config {config}, best teacher"),
+            columns=columns,
+        )
+        for config, teachers in (("A", "two teachers"), ("B", "three teachers"))
+        for name, columns in (("clip", ("zeroshot",)), ("dense", ("knn", "ade20k")))
+    ]
     return TableLayout(
         name="table1",
         title="the data of the distillation",
         size="small",
         base=small_base(),
         columns=("knn", "zeroshot", "ade20k"),
-        lines=tuple(lines),
+        lines=(*best, *lines),
         make_runs=make_runs,
         num_seeds=SEEDS,
         remarks=(

@@ -21,7 +21,8 @@ from train.commands import train_all
 from train.config import TrainConfig
 from train.distributed import REQUEUE, Preemption
 from train.tables import make_tables
-from train.tables.commands import _runs
+from train.tables.commands import _change_table
+from train.tables.making import protocols_of, rows_of
 from train.tables.options import TableCommand
 from train.tables.paper_size import DATA_SETS
 from train.tables.results import read_result
@@ -190,12 +191,46 @@ def test_options_change_settings_one_by_one_in_every_table() -> None:
     )
     for name, run, shards in (("table1", "a-laion", "laion"), ("table6", "vit-b14", "imagenet-21k")):
         (table,) = make_tables(name, "paper")
-        config = _runs(table, default, command)[run]
+        config = _change_table(table, default, command)[1][run]
         assert config.data == replace(DATA_SETS[shards], workers=2)  # and its own images
         assert config.teachers[0] == replace(table.base.teachers[0], summary_weight=0.5)
         assert config.teachers[1] == table.base.teachers[1]
         assert config.tasks["vqa"].image_tokens == 256
         assert config.score == tasks
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["table4", "--seg.crop", "120"],
+            "table4 sets --seg.crop itself, and the option would change nothing",
+        ),
+        (
+            ["table5", "--summary", "mean"],
+            "with these options the rows base and mean are the same run; leave",
+        ),
+    ],
+)
+def test_options_that_would_do_nothing_or_make_rows_equal(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert entry.train([*words, "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_options_reach_a_table_without_runs(tmp_path: Path) -> None:
+    (table,) = make_tables("table10", "small")
+    command = _parse(
+        TableCommand,
+        TableCommand(config=table.base),
+        ["--score", "knn", "--knn.k", "5", "--out", str(tmp_path / "out")],
+        "table10",
+    )
+    rows = rows_of([_change_table(table, table.base, command)])
+    assert [[evaluation.key for evaluation in row.evaluations] for row in rows] == [["knn"]] * 3
+    assert {row.config.out.parent for row in rows} == {tmp_path / "out"}
+    assert protocols_of(rows[0])["knn"].k == (5,)
 
 
 def test_a_damaged_file_of_tables_is_found_before_the_first_row(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from evals.core import paper
+from evals.knn import KnnSettings
 from radio.config import read_yaml, to_plain, write_yaml
 from radio.errors import ConfigError
 from radio.students import TABLE_6, resolve_options, students
@@ -26,7 +27,7 @@ from train.tables.layout import (
     runs_of,
     seeds_of,
 )
-from train.tables.making import rows_of
+from train.tables.making import evaluation_settings, protocols_of, rows_of
 from train.tables.paper_size import DATA_SETS, place_weights, use_data_sets
 from train.tables.results import deciding_settings
 
@@ -72,7 +73,7 @@ def test_the_papers_size_has_every_line_and_column_of_the_paper(name: str) -> No
     rows = [row for row in paper.ROWS if row.table == f"table {number}"]
     shown = [line.paper for line in table.lines]
     missing = [row.model for row in rows if row not in shown]
-    assert [model for model in missing if "best teacher" not in model] == []
+    assert missing == []
     columns = {column for row in rows for column in row.values}
     assert columns <= set(table.columns)
 
@@ -103,6 +104,34 @@ def test_runs_of_one_name_are_one_run() -> None:
     ]
     with pytest.raises(ConfigError, match="two tables have different runs called base; make them one by one"):
         rows_of(given)
+
+
+def test_a_model_that_two_tables_show_is_scored_by_one_protocol() -> None:
+    tables = make_tables("table2", "small") + make_tables("table10", "small")
+    other = replace(tables[1].base, tasks={"knn": KnnSettings(k=(20,))})
+    lines = tuple(replace(line, model="scenes:clip") for line in tables[0].lines[:1])
+    first = replace(tables[0], lines=tuple(replace(line, run="") for line in lines))
+    with pytest.raises(ConfigError, match="two tables score scenes:clip by different settings; make them"):
+        rows_of([(first, {}), (replace(tables[1], base=other), {})])
+    large = {row.name: row for row in rows_of([_runs(t) for t in make_tables(ALL_TABLES, "paper")])}
+    assert protocols_of(large["sam:vit_h"])["vqa-llava"].image_tokens == 1024
+    assert protocols_of(large["radio-v1"])["vqa-llava"].ocr
+
+
+def test_the_tables_need_every_benchmark_of_a_data_root(tmp_path: Path) -> None:
+    (table,) = make_tables("table10", "paper")
+    for name in ("llava", "gqa", "textvqa"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "data.yaml").write_text(
+        "imagenet: in\nade20k: ade\nvoc: voc\n"
+        "llava: {pretrain-data: p, pretrain-images: a, instruct-data: i, instruct-images: b}\n"
+        "gqa: {questions: q, images: g}\ntextvqa: {questions: q, images: g}\n"
+    )
+    row = rows_of([(replace(table, base=replace(table.base, data_root=tmp_path)), {})])[0]
+    with pytest.raises(
+        ConfigError, match=r"vqa: .* has not sqa, vqav2, language-model, which the tables need"
+    ):
+        evaluation_settings(row)
 
 
 def test_runs_are_chosen_by_name_with_or_without_their_seed() -> None:

@@ -11,10 +11,10 @@ import pytest
 
 from radio.config import defaults_of, difference, to_plain
 from radio.errors import DataError
-from train.config import TrainConfig
+from train.config import CacheConfig, TrainConfig
 from train.recipes import recipes
 from train.tables.layout import Evaluation
-from train.tables.making import Row, is_done
+from train.tables.making import Row, is_done, protocols_of
 from train.tables.results import (
     RowResult,
     Score,
@@ -89,8 +89,6 @@ def row_of(config: TrainConfig) -> Row:
 def test_a_row_is_done_while_neither_student_nor_protocols_change(tmp_path: Path) -> None:
     row = row_of(SMOKE)
     assert not is_done(row, tmp_path)
-    from train.tables.making import protocols_of
-
     protocols = {key: to_plain(own) for key, own in protocols_of(row).items()}
     write_result(tmp_path, result_of(SMOKE, protocols=protocols))
     assert is_done(row, tmp_path)
@@ -109,13 +107,25 @@ def test_a_row_is_done_while_neither_student_nor_protocols_change(tmp_path: Path
 def test_scores_of_the_same_student_are_joined() -> None:
     old = result_of(SMOKE, scores={"knn": {"top1": Score(value=1.0)}}, seconds={"train": 3.0})
     new = result_of(SMOKE, scores={"seg": {"miou": Score(value=2.0)}})
-    assert set(merge(old, new).scores) == {"knn", "seg"}
-    assert merge(old, new).seconds == {"train": 3.0}
+    assert set(merge(old, new, {}).scores) == {"knn", "seg"}
+    assert merge(old, new, {}).seconds == {"train": 3.0}
     left = replace(old, left_out={"seg": "no library", "vqa": "no tokens"})
-    assert merge(left, new).left_out == {"vqa": "no tokens"}  # seg could be scored later
+    assert merge(left, new, {}).left_out == {"vqa": "no tokens"}  # seg could be scored later
     other = result_of(replace(SMOKE, seed=3))
-    assert merge(old, other) == other
-    assert merge(None, new) == new
+    assert merge(old, other, {}) == other
+    assert merge(None, new, {}) == new
+    before = replace(old, settings={name: own for name, own in old.settings.items() if name != "damp"})
+    assert set(merge(before, new, defaults_of(SMOKE)).scores) == {"knn", "seg"}  # when there was no damp
+
+
+def test_a_student_of_cached_features_is_another(tmp_path: Path) -> None:
+    row = row_of(SMOKE)
+    cached = replace(SMOKE, cache=CacheConfig(folder=tmp_path / "features", crops=3))
+    protocols = {key: to_plain(own) for key, own in protocols_of(row).items()}
+    write_result(tmp_path, result_of(cached, protocols=protocols))
+    assert not is_done(row, tmp_path) and is_done(row_of(cached), tmp_path)
+    write_result(tmp_path, result_of(SMOKE, protocols=protocols))
+    assert is_done(row, tmp_path) and not is_done(row_of(cached), tmp_path)
 
 
 def test_the_losses_of_the_last_tenth(tmp_path: Path) -> None:

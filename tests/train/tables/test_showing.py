@@ -63,6 +63,15 @@ def test_a_mean_over_fewer_seeds_than_the_line_has_is_told(tmp_path: Path) -> No
     assert "k-NN of both: 2 of its 3 seeds." in table.remarks
 
 
+def test_scores_by_settings_that_came_later_are_compared_where_they_are_the_defaults(tmp_path: Path) -> None:
+    written = write_rows(tmp_path, {"no-spatial": 40.0, "base": 50.0})
+    for name, changed in (("no-spatial", {}), ("base", {"k": [10, 20]})):
+        old = {**written[name].protocols["knn"], **changed}
+        del old["temperature"]  # as if it had been written before there was such a setting
+        write_result(tmp_path, replace(written[name], protocols={"knn": old}))
+        assert [found.verdict for found in collected(tmp_path).differences] == ([] if changed else ["holds"])
+
+
 def test_a_wide_table_is_printed_in_parts_that_fit(tmp_path: Path) -> None:
     write_rows(tmp_path, {"base": 51.25})
     table = replace(collected(tmp_path), differences=(), remarks=())
