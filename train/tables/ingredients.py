@@ -246,8 +246,10 @@ def ablations() -> TableLayout:
         by_request=("seg", "sam"),
         remarks=(
             *(f"{each.title}: {each.source}." for each in INGREDIENTS),
-            "crops as small: all crops are, as a shifted frame of 8 x 8 tokens (CLIP's, DINOv2's) shows 44 % of "
-            "its canvas. One of 14 x 14 (SAM's) shows 61 %, one of 6 x 6 (at 72 px) 36 %: there the control is "
-            "not exact.",
+            (
+                "crops as small: to 44 % of their area, as much as a shifted frame of 8 x 8 tokens (CLIP's, "
+                "DINOv2's) shows of its canvas. One of 14 x 14 (SAM's) shows 61 %, of 6 x 6 (at 72 px) 36 %: "
+                "there the control is not exact."
+            ),
         ),
     )
