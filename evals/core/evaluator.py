@@ -346,6 +346,7 @@ def report_result(
                 "resolved": {**context.resolved, "ranks": context.ranks.world, **result.resolved},
             },
             machine_settings=(*machine_settings(context.settings), *machine_settings(settings)),
+            compared_settings=compared_settings(settings),
             data=tuple(result.data),
             baselines=dict(result.baselines),
             blocks=tuple(result.blocks),
@@ -391,8 +392,17 @@ def _kind(model: Backbone) -> Kind:
 
 def machine_settings(settings: Any) -> tuple[str, ...]:
     """Return the names of the settings that are no part of the protocol, for a report."""
+    return _marked(settings, "machine")
+
+
+def compared_settings(settings: Any) -> tuple[str, ...]:
+    """Return the names of the settings whose resolved values are part of the protocol, for a report."""
+    return _marked(settings, "compared")
+
+
+def _marked(settings: Any, mark: str) -> tuple[str, ...]:
     hints = get_type_hints(type(settings), include_extras=True)
-    return tuple(name for name, hint in hints.items() if "machine" in getattr(hint, "__metadata__", ()))
+    return tuple(name for name, hint in hints.items() if mark in getattr(hint, "__metadata__", ()))
 
 
 def domain_notes(model: Backbone, sources: Iterable[DataIdentity]) -> tuple[str, ...]:

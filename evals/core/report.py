@@ -100,6 +100,7 @@ class Report:
     # The checkpoint's metadata: teachers, data, settings, provenance.
     metadata: dict[str, Any] = field(default_factory=dict)
     machine_settings: tuple[str, ...] = ()  # names of settings that may differ where reports are compared
+    compared_settings: tuple[str, ...] = ()  # names of settings whose resolved values must be equal there
     peak_memory: float | None = None  # MiB, of the process or of the GPU
     format: Literal["am-radio-report/3"] = "am-radio-report/3"
 

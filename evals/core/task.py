@@ -32,6 +32,10 @@ Machine = Annotated[V, "machine"]
 """The type of a setting that may differ between compared reports: `workers: Machine[int] = 2`.
 It concerns how the work is done (or its seed), and is no part of the protocol."""
 
+Compared = Annotated[V, "compared"]
+"""The type of a setting whose default depends on the model and is part of the protocol all the same:
+`sides: Compared[tuple[int, ...] | None] = None`. Of compared reports its `resolved` values must be equal."""
+
 ViewKind = Literal["center", "short-side"]
 
 Scenes = Annotated[int, Interval(ge=1, le=10_000_000)]

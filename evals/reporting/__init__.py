@@ -38,7 +38,7 @@ class CompareOptions:
     """What radio-eval noise measured: a drop within it is no regression. Default: `noise.json` beside the
     baseline's reports, if it exists."""
     fail_on_regression: bool = False
-    """Exit with code 1 when a metric dropped by more, or a task of the baseline is missing."""
+    """Exit with code 1 when a metric dropped by more, or a task or metric of the baseline is missing."""
     markdown: Path | None = None
     """Also write the table as markdown, for a step summary."""
     junit: Path | None = None

@@ -6,7 +6,7 @@ import json
 import math
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NotRequired
 
@@ -97,7 +97,8 @@ def compare(
 
     Reports are paired by task and model; where each side has one report of a task, by the task alone. A drop
     is a regression when it is larger than the tolerance and larger than the noise. Rates are shown and not
-    judged. A task of the baseline without a new report is `missing`, which is a regression too.
+    judged. A task of the baseline without a new report is `missing`, and so is a metric of the baseline that
+    the new report has not; both are regressions too.
 
     Args:
         tolerance: in the metric's unit.
@@ -111,7 +112,8 @@ def compare(
         if new is None or old is None:
             present = new or old
             assert present is not None, "a pair has two sides, or one"
-            changes.append(_one_sided(present.report, "missing" if new is None else "new"))
+            verdict: Verdict = "missing" if new is None else "new"
+            changes.append(_one_sided(present.report, present.report.primary_metric, verdict))
             continue
         _check_alike(new, old)
         known = (noise or {}).get(old.report.task, {})
@@ -151,13 +153,13 @@ def _pair(
     return pairs
 
 
-def _one_sided(report: Report, verdict: Verdict) -> Change:
-    metric = report.metrics[report.primary_metric]
+def _one_sided(report: Report, name: str, verdict: Verdict) -> Change:
+    metric = report.metrics[name]
     value, baseline = (metric.value, None) if verdict == "new" else (None, metric.value)
     return Change(
         task=report.task,
         model=report.model,
-        metric=report.primary_metric,
+        metric=name,
         unit=metric.unit,
         value=value,
         baseline=baseline,
@@ -179,12 +181,16 @@ def _check_alike(new: StoredReport, old: StoredReport) -> None:
 def protocols(reports: Sequence[Report]) -> list[dict[str, Any]]:
     """Return what must be equal for reports of one task to be comparable: data, and settings.
 
-    Settings of the machine, as any of the reports declares them, may differ.
+    Settings of the machine, as any of the reports declares them, may differ. Those that any declares as
+    compared have their resolved values.
     """
     free = _ALWAYS_FREE.union(*(report.machine_settings for report in reports))
+    compared = {name for report in reports for name in report.compared_settings}
     every = []
     for report in reports:
         protocol = {name: value for name, value in report.settings.items() if name not in free}
+        if isinstance(resolved := report.settings.get("resolved"), Mapping):
+            protocol |= {name: value for name, value in resolved.items() if name in compared}
         for role in dict.fromkeys(used.role for used in report.data):
             sets = [used for used in report.data if used.role == role]
             protocol[f"{role} data"] = "; ".join(f"{d.name} ({d.count}, {d.fingerprint[:12]})" for d in sets)
@@ -219,6 +225,7 @@ def _changes(
     for name, before in old.report.metrics.items():
         after = new.report.metrics.get(name)
         if after is None:
+            changes.append(replace(_one_sided(old.report, name, "missing"), model=new.report.model))
             continue
         low, high = _unpaired(after, before)
         paired = None

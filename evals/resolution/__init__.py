@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from evals.core import evaluators
-from evals.core.task import OWN, Evaluator, late, make_evaluator
+from evals.core.task import OWN, Compared, Evaluator, late, make_evaluator
 from evals.correspondence import CorrespondenceSettings
 from evals.dense_knn import DenseKnnSettings
 from evals.knn import KnnSettings
@@ -35,10 +35,10 @@ _DEFAULT: tuple[Task, ...] = ("knn", "zeroshot")
 class ResolutionSettings:
     """Scores of summaries or tokens over the side of the input."""
 
-    sides: tuple[Pixels, ...] | None = None
+    sides: Compared[tuple[Pixels, ...] | None] = None
     """Sides of the input in pixels, each rounded to the nearest that the model takes. Default: 2/3, 1, 3/2, 2
     and 3 times the model's own."""
-    tasks: tuple[Task, ...] | None = None
+    tasks: Compared[tuple[Task, ...] | None] = None
     """Tasks to score. Default: knn and zeroshot, where the model meets their requirements."""
     knn: KnnSettings = field(default_factory=KnnSettings)
     zeroshot: ZeroshotSettings = field(default_factory=ZeroshotSettings)

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evals.core.evaluator import RunSettings, evaluators, machine_settings
+from evals.core.evaluator import RunSettings, compared_settings, evaluators, machine_settings
 from evals.core.report import DatasetInfo, Metric, Report, write
 from evals.core.stats import proportion
 from evals.reporting.command import junit, markdown, terminal_table
 from evals.reporting.compare import Change, compare, read_reports, regressions
+from evals.reporting.leaderboard import Column
+from evals.resolution import ResolutionSettings
 from radio.errors import DataError
 
 QUERIES = 200
@@ -194,6 +196,52 @@ def test_settings_of_the_machine_are_those_that_the_task_declares(save: Callable
     assert not regressions(compare(read_reports(save("a", seg(16, 3))), read_reports(base), tolerance=0.0))
     with pytest.raises(DataError, match="batch is 4 in the one and 16 in the other"):
         compare(read_reports(save("b", seg(4, 0))), read_reports(base), tolerance=0.0)
+
+
+def curve(sides: list[int], **metrics: float) -> Report:
+    """A report over sides that the settings leave at their default."""
+    settings = {"sides": None, "size": None, "resolved": {"sides": sides, "size": sides[:1], "ranks": 1}}
+    named = {name: Metric(value=value) for name, value in metrics.items()}
+    first = next(iter(named))
+    return make_report("resolution", settings=settings, metrics=named, primary_metric=first, records="")
+
+
+def test_a_metric_that_vanished_is_a_regression(save: Callable[..., Path]) -> None:
+    new = save("new", curve([48], index=85, knn_index=85, knn_top1_48px=50))
+    old = save("old", curve([48], index=80, knn_index=90, zeroshot_index=80))
+    changes = compare(read_reports(new), read_reports(old), tolerance=6)
+    assert verdicts(changes) == {
+        "resolution index": "same",
+        "resolution knn_index": "same",
+        "resolution zeroshot_index": "missing",
+    }
+    (bad,) = regressions(changes)
+    assert (bad.metric, bad.value, bad.baseline, bad.difference) == ("zeroshot_index", None, 80, None)
+    assert "| zeroshot_index (%) |  | 80.00 |  |  | ✗ missing |" in markdown(changes)
+    suite = Xml.fromstring(junit(changes))[0]
+    assert suite.attrib["failures"] == "1" and suite[2][0].attrib["message"] == (
+        "baseline 80.00, verdict ✗ missing"
+    )
+
+
+def test_resolved_values_that_the_task_declares_must_be_equal(save: Callable[..., Path]) -> None:
+    """The side of a model's input may be its own; the sides of a curve may not, named or by default."""
+    assert compared_settings(ResolutionSettings()) == ("sides", "tasks")
+
+    def declared(sides: list[int]) -> Report:
+        return replace(curve(sides, index=80), compared_settings=("sides", "tasks"))
+
+    old = save("old", declared([48, 96]))
+    for name, undeclared in (("a", False), ("stored", True)):  # reports that were written before have no list
+        other = curve([32, 64], index=80) if undeclared else declared([32, 64])
+        with pytest.raises(DataError, match=r"sides is \[32, 64\] in the one and \[48, 96\] in the other"):
+            compare(read_reports(save(name, other)), read_reports(old), tolerance=0)
+    named = declared([48, 96])
+    named = replace(named, settings={**named.settings, "sides": [96, 48], "size": None})
+    assert not regressions(compare(read_reports(save("n", named)), read_reports(old), tolerance=0))
+    stored = save("s", curve([48, 96], index=80))
+    assert not regressions(compare(read_reports(stored), read_reports(old), tolerance=0))
+    assert Column.of(declared([48, 96])) == Column.of(named) != Column.of(declared([32, 64]))
 
 
 def test_folders_without_reports(tmp_path: Path, save: Callable[..., Path]) -> None:

@@ -68,6 +68,11 @@ def test_the_curve_is_what_the_tasks_score_at_each_side(
     assert index.low is not None and index.high is not None and index.low <= index.high <= 100
     assert [(data.role, data.count) for data in report.data] == [("bank", 30), ("query", 20)]
     assert report.files == ()  # no images of single sides
+    assert report.compared_settings == ("sides", "tasks")  # where the defaults gave others, they differ
+    assert {name: report.settings["resolved"][name] for name in report.compared_settings} == {
+        "sides": [24, 32, 48],
+        "tasks": ["knn", "zeroshot"],
+    }
 
 
 def test_other_tasks_of_summaries_and_tokens_have_a_curve_too(
