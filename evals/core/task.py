@@ -111,7 +111,7 @@ class Evaluator(Generic[S]):
     """The size (height, width) in pixels of the images that a backbone gets; None: it depends on the data."""
     data_sets: Callable[[S, DataSets], Mapping[str, S]] = lambda settings, sets: {}
     """These settings on each of a user's data sets that the task has a protocol for, by the set's name; under
-    `OWN` as they are, where they name their data themselves or need none."""
+    `OWN` where they name their data themselves or need none: as they are, but for what they do not name."""
 
 
 OWN = ""
@@ -121,7 +121,7 @@ OWN = ""
 def settings_on(evaluator: Evaluator[S], settings: S, sets: DataSets) -> dict[str, S]:
     """Return a task's settings on each data set that it has a protocol for and that is there, by its name.
 
-    Settings that name their own data, or need none, come back unchanged under `OWN`. Empty where none of the
+    Settings that name their own data, or need none, come back under `OWN`. Empty where none of the
     task's data sets is there: the generated world does not stand in for them.
 
     Raises:

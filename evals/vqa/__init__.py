@@ -30,28 +30,33 @@ def make() -> Evaluator[VqaSettings]:
 
 
 def data_sets(settings: VqaSettings, sets: DataSets) -> Mapping[str, VqaSettings]:
-    """Train on LLaVA-1.5's data and score on every benchmark that is there, unless either is named."""
-    named = (settings.instruct_data, settings.files, settings.predictions)
-    if any(each is not None for each in named):
+    """Train on LLaVA-1.5's data and score on every benchmark that is there, except where either is named.
+
+    It is under `OWN` where the training data are named.
+    """
+    if settings.predictions is not None:
         return {OWN: settings}
-    if sets.llava is None:
-        return {}
-    language_model = None if sets.language_model is None else str(sets.language_model)
-    benchmarks = {
-        task: files
-        for task, files in benchmark_files(sets, ocr=settings.ocr).items()
-        if settings.task in (None, task)
-    }
-    placed = replace(
-        settings,
-        pretrain_data=sets.llava.pretrain_data,
-        pretrain_images=sets.llava.pretrain_images,
-        instruct_data=sets.llava.instruct_data,
-        instruct_images=sets.llava.instruct_images,
-        language_model=settings.language_model or language_model,
-        benchmarks=benchmarks if "score" in settings.stages else {},
-    )
-    return {"llava": placed}
+    name = OWN
+    if settings.instruct_data is None:
+        if sets.llava is None:
+            return {}
+        name = "llava"
+        settings = replace(
+            settings,
+            pretrain_data=sets.llava.pretrain_data,
+            pretrain_images=sets.llava.pretrain_images,
+            instruct_data=sets.llava.instruct_data,
+            instruct_images=sets.llava.instruct_images,
+        )
+    if settings.language_model is None and sets.language_model is not None:
+        settings = replace(settings, language_model=str(sets.language_model))
+    if "score" in settings.stages and settings.files is None and not settings.benchmarks:
+        there = benchmark_files(sets, ocr=settings.ocr).items()
+        benchmarks = {task: files for task, files in there if settings.task in (None, task)}
+        if not benchmarks:
+            return {}
+        settings = replace(settings, benchmarks=benchmarks)
+    return {name: settings}
 
 
 def benchmark_files(sets: DataSets, *, ocr: bool = False) -> dict[Task, TaskFiles]:

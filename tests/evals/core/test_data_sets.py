@@ -77,6 +77,8 @@ PLACED_VQA = VqaSettings(
     },
 )
 
+OWN_VQA = VqaSettings(pretrain_data=Path("a.json"), instruct_data=Path("b.json"))
+
 
 @pytest.mark.parametrize(
     ("task", "settings", "placed"),
@@ -229,6 +231,20 @@ PLACED_VQA = VqaSettings(
                 )
             },
         ),
+        (
+            "vqa",
+            VqaSettings(task="gqa", questions=Path("q.json"), images=Path("i")),
+            {
+                "llava": replace(
+                    PLACED_VQA, task="gqa", questions=Path("q.json"), images=Path("i"), benchmarks={}
+                )
+            },
+        ),
+        (
+            "vqa",
+            OWN_VQA,
+            {OWN: replace(OWN_VQA, language_model="/d/vicuna", benchmarks=PLACED_VQA.benchmarks)},
+        ),
     ],
 )
 def test_settings_on_a_users_data_sets(task: str, settings: Any, placed: dict[str, Any]) -> None:
@@ -255,14 +271,24 @@ def test_settings_on_a_users_data_sets(task: str, settings: Any, placed: dict[st
         ("dense-knn", DenseKnnSettings(data=Path("a"))),
         ("open-vocab", OpenVocabSettings(data=Path("a"))),
         ("sam", SamSettings(data=Path("a.json"), images=Path("a"))),
-        ("vqa", VqaSettings(pretrain_data=Path("a.json"), instruct_data=Path("b.json"))),
-        ("vqa", VqaSettings(task="gqa", questions=Path("a.json"))),
+        ("vqa", replace(OWN_VQA, task="gqa", questions=Path("a.json"), language_model="tiny")),
+        ("vqa", replace(OWN_VQA, stages=("pretrain", "instruct"), language_model="tiny")),
+        ("vqa", VqaSettings(task="gqa", questions=Path("a.json"), predictions=Path("p.jsonl"))),
         ("throughput", ThroughputSettings()),
     ],
 )
 def test_data_that_the_settings_name_win(task: str, settings: Any) -> None:
     for sets in (SETS, DataSets()):
         assert settings_on(make_evaluator(task), settings, sets) == {OWN: settings}
+
+
+def test_a_root_gives_only_the_language_model_that_is_not_named() -> None:
+    evaluator = make_evaluator("vqa")
+    named = replace(OWN_VQA, task="gqa", questions=Path("a.json"))
+    assert settings_on(evaluator, named, SETS) == {OWN: replace(named, language_model="/d/vicuna")}
+    assert settings_on(evaluator, named, DataSets()) == {OWN: named}
+    (placed,) = settings_on(evaluator, VqaSettings(), SETS).values()
+    assert settings_on(evaluator, placed, SETS) == {OWN: placed}
 
 
 def test_the_second_segmentation_set_has_a_name_of_its_own() -> None:
@@ -316,6 +342,11 @@ def test_what_a_task_lacks_is_named(tmp_path: Path) -> None:
     assert lack("knn", KnnSettings()) == "imagenet"
     assert lack("seg", SegSettings()) == "ade20k or voc"
     assert lack("seg", SegSettings(voc_split="train"), "ade20k") == "voc"
+    benchmarks = "gqa or textvqa or sqa or vqav2 or pope"
+    assert lack("vqa", VqaSettings()) == f"llava, nor {benchmarks}"
+    assert lack("vqa", VqaSettings(), "llava") == lack("vqa", OWN_VQA) == benchmarks
+    assert lack("vqa", VqaSettings(task="pope"), "llava", "gqa") == "pope"
+    assert lack("vqa", VqaSettings(task="gqa", questions=Path("q.json")), "gqa") == "llava"
     several = ResolutionSettings(tasks=("knn", "retrieval", "dense-knn"))
     assert lack("resolution", several) == "imagenet, nor ade20k or voc, nor roxford5k or rparis6k"
     assert lack("resolution", several, "imagenet", "voc") == "roxford5k or rparis6k"
