@@ -95,8 +95,8 @@ def run_leaderboard(options: LeaderboardOptions) -> int:
     """Run `radio-eval leaderboard`; return the exit code 0 when the ranking was printed.
 
     Raises:
-        DataError: a folder without reports, a damaged report, two reports of one model on one task, or
-            nothing that two models have.
+        DataError: a folder without reports, a damaged one, nothing that two models have, or reports that
+            do not say of which weights they are and differ.
         ConfigError: a task that no report is of.
         MissingExtraError: a page is asked for, and jinja2 or matplotlib is not installed.
     """

@@ -84,25 +84,36 @@ def read_all(folders: Sequence[Path]) -> list[StoredReport]:
     return [entry for folder in folders for entry in read_reports(folder).values()]
 
 
-def gather_models(entries: Sequence[StoredReport]) -> list[RankedModel]:
+def gather_models(entries: Sequence[StoredReport]) -> tuple[list[RankedModel], dict[Column, list[str]]]:
     """Gather the reports of the same weights, except under names that share a column.
 
     So a report that is called `NAME-voc` for its data goes to NAME, and two windows of one model stay apart.
+    Other weights of one name, such as the students of two runs, have their folder in the name.
+
+    Returns:
+        the models, and notes on a column's reports that another of the same weights and name replaces.
 
     Raises:
-        DataError: two reports of one name in one column.
+        DataError: two reports of one name in one column that differ and do not say of which weights they are.
     """
     by_weights: dict[str, dict[str, dict[Column, StoredReport]]] = {}
+    remarks: dict[Column, list[str]] = {}
     for entry in sorted(entries, key=lambda entry: (entry.report.model, str(entry.path))):
         report, column = entry.report, Column.of(entry.report)
         same = by_weights.setdefault(report.fingerprint or f"name {report.model}", {})
         own = same.setdefault(report.model, {})
-        if column in own:
+        other = own.setdefault(column, entry)
+        if _metric(other.report) == _metric(report):  # also where there is no other
+            continue
+        if not report.fingerprint:
             raise DataError(
-                f"{shown(own[column].path)} and {shown(entry.path)} are both of {shown(report.task)} and "
+                f"{shown(other.path)} and {shown(entry.path)} are both of {shown(report.task)} and "
                 f"{shown(report.model)} on the same data; leave one out"
             )
-        own[column] = entry
+        older, own[column] = sorted((other, entry), key=lambda each: each.report.created)
+        remarks.setdefault(column, []).append(
+            f"{shown(older.path)} is left out: {shown(own[column].path)} is newer and of the same weights"
+        )
     contenders = []
     for names in by_weights.values():
         count = Counter(column for own in names.values() for column in own)
@@ -112,7 +123,24 @@ def gather_models(entries: Sequence[StoredReport]) -> list[RankedModel]:
         if together:
             joined = {column: entry for name in together for column, entry in names[name].items()}
             contenders.append(RankedModel(name=together[0], entries=joined))
-    return sorted(contenders, key=lambda each: each.name)
+    named = [model for name in {each.name for each in contenders} for model in _told_apart(name, contenders)]
+    return sorted(named, key=lambda each: each.name), remarks
+
+
+def _told_apart(name: str, contenders: Sequence[RankedModel]) -> list[RankedModel]:
+    """Return the models of a name; of several each gets its run's folder, or what else tells them apart."""
+    alike = [each for each in contenders if each.name == name]
+    if len(alike) == 1:
+        return alike
+    first = [next(iter(each.entries.values())) for each in alike]
+    folders = [entry.path.resolve().parent for entry in first]
+    runs = [folder.parent if folder.name == "reports" else folder for folder in folders]  # as training has it
+    endings = [run.name for run in runs]
+    if len(set(endings)) < len(endings):
+        endings = [str(run) for run in runs]
+    if len(set(endings)) < len(endings):
+        endings = [entry.report.fingerprint[:12] or "no weights" for entry in first]
+    return [replace(each, name=f"{name} ({ending})") for each, ending in zip(alike, endings, strict=True)]
 
 
 def make_leaderboard(entries: Sequence[StoredReport], tasks: Sequence[str] = ()) -> Leaderboard:
@@ -126,14 +154,14 @@ def make_leaderboard(entries: Sequence[StoredReport], tasks: Sequence[str] = ())
 
     Raises:
         ConfigError: a task that no report is of.
-        DataError: two reports of one model on one task, or nothing that two models have.
+        DataError: nothing that two models have, or as `gather_models`.
     """
     known = list(dict.fromkeys(entry.report.task for entry in entries))
     for task in tasks:
         if task not in known:
             given = f"no report is of the task {shown(task)}, only of {', '.join(known)}"
             raise ConfigError(f"{given}{did_you_mean(task, known)}")
-    contenders = gather_models([e for e in entries if not tasks or e.report.task in tasks])
+    contenders, replaced = gather_models([e for e in entries if not tasks or e.report.task in tasks])
     remarks: list[str] = []
     columns, scores = [], []
     for column in sorted(
@@ -146,7 +174,7 @@ def make_leaderboard(entries: Sequence[StoredReport], tasks: Sequence[str] = ())
         resampled, note = _scores(column, contenders)
         columns.append(column)
         scores.append(resampled)
-        remarks += [note] if note else []
+        remarks += [*replaced.get(column, ()), *([note] if note else [])]
     if not columns:
         raise DataError(f"there is nothing to rank: {'; '.join(remarks) or 'no report'}")
     most = max(len(each) for each in scores)  # a column without resamples is the same in all

@@ -131,6 +131,41 @@ def test_windows_of_one_model_stay_apart_and_take_no_name(reports: Folder) -> No
     assert own.metrics[[column.task for column in board.columns].index("sam")] is None
 
 
+def test_the_reports_of_two_runs_are_ranked_together(tmp_path: Path) -> None:
+    """Both have the teacher and the untrained student; each has a student of its own under the same name."""
+    runs = [Folder(tmp_path / name / "reports") for name in ("first", "second")]
+    for seed, run in enumerate(runs):
+        add(run, "knn", "scenes:clip", scores(1, 0.9), created=f"2026-01-0{2 - seed}T00:00:00+00:00")
+        add(run, "knn", "student", scores(2 + seed, 0.6 + 0.2 * seed), fingerprint=f"student {seed}")
+    board = ranked(*runs)
+    names = ["scenes:clip", "student (second)", "student (first)"]
+    assert [each.model for each in board.standings] == names and board.notes == ()
+    other = Folder(tmp_path / "other" / "first" / "reports")
+    add(other, "knn", "student", scores(9, 0.1), fingerprint="student 9")
+    board = ranked(*runs, other)
+    named = {f"student ({tmp_path / name})" for name in ("first", "second", "other/first")}
+    assert {each.model for each in board.standings} == {"scenes:clip", *named}
+    add(other, "seg", "student", scores(9, 0.1), fingerprint="student b")  # of the run's next checkpoint
+    add(runs[0], "seg", "scenes:clip", scores(1, 0.9))
+    board = ranked(runs[0], other)
+    named = {f"student ({'student ' + which})" for which in "09b"}
+    assert {each.model for each in board.standings} == {"scenes:clip", *named}
+
+
+@pytest.mark.parametrize("newest", [0, 1])
+def test_of_two_reports_of_the_same_weights_the_newest_counts(tmp_path: Path, newest: int) -> None:
+    runs = [Folder(tmp_path / name / "reports") for name in ("first", "second")]
+    add(runs[0], "knn", "b", scores(5, 0.3))
+    for number, run in enumerate(runs):
+        created = f"2026-01-0{1 + (number == newest)}T00:00:00+00:00"
+        add(run, "knn", "a", scores(number, 0.5 + 0.3 * number), created=created)
+    board = ranked(*runs)
+    value = next(each.metrics[0] for each in board.standings if each.model == "a")
+    assert value is not None and value.value == 100 * scores(newest, 0.5 + 0.3 * newest).mean()
+    new, old = (runs[index].path / "knn-a.json" for index in (newest, 1 - newest))
+    assert board.notes == (f"{old} is left out: {new} is newer and of the same weights",)
+
+
 def test_what_cannot_be_ranked_is_left_out_with_its_reason(reports: Folder) -> None:
     rate = {"top1": Metric(value=5.0, unit="images/s")}
     loss = {"top1": Metric(value=5.0, higher_is_better=None)}
@@ -186,7 +221,8 @@ def test_bad_input_is_one_error(reports: Folder, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
         read_all([tmp_path / "none"])
     other = Folder(tmp_path / "other")
-    add(other, "knn", "a", scores(7, 0.5))
+    add(other, "knn", "a", scores(7, 0.5), fingerprint="")
+    add(reports, "knn", "a", scores(8, 0.5), fingerprint="")
     with pytest.raises(DataError, match="are both of knn and a on the same data; leave one out"):
         ranked(reports, other)
     with pytest.raises(DataError, match=r"nothing to rank: knn \(d, 60\) is left out: only one model"):
