@@ -339,10 +339,19 @@ def _placed(data: Mapping[Any, Any], folder: Path) -> dict[Any, Any]:
         if isinstance(value, Mapping):
             placed[name] = _placed(value, folder)
         elif isinstance(value, str) and not is_remote(value):
-            placed[name] = str(folder / Path(value).expanduser())
+            placed[name] = str(folder / _expanded(shown(key), value))
         else:
             placed[name] = value
     return placed
+
+
+def _expanded(name: str, value: str) -> Path:
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:  # of ~NAME, or of ~ without a home
+        raise ConfigError(
+            f"{name}: {shown(value)} begins with the home of a user who has none here; write the whole path"
+        ) from error
 
 
 def _find_parts(kind: type[T], folder: Path) -> T:

@@ -163,6 +163,14 @@ def test_folders_are_found_by_the_names_of_the_sets(tmp_path: Path) -> None:
         ("laion: [a.tar]", "laion: wanted str, got a list of 1"),
         ("imagenet: ''", "imagenet: names nothing; give its place, or leave it out"),
         (
+            "imagenet: ~nosuchuser/x",
+            "imagenet: ~nosuchuser/x begins with the home of a user who has none here; write the whole path",
+        ),
+        (
+            "gqa: {questions: ~nosuchuser/q, images: x}",
+            "questions: ~nosuchuser/q begins with the home of a user who has none here; write the whole path",
+        ),
+        (
             "imagenet-21k: a\nimagenet_21k: b",
             "'imagenet_21k' stands there twice, once with _ and once with -; keep one",
         ),
