@@ -908,7 +908,4 @@ def test_vqa_trains_on_llavas_data_and_scores_every_benchmark_that_is_there(
     assert report["settings"]["benchmarks"]["gqa"]["images"] == f"{root}/gqa/images"
     capsys.readouterr()
     assert evaluate(["vqa", *MODEL, *small, "--data-root", str(root), "--task", "vqav2"]) == 2
-    assert (
-        "no benchmark was named; give --task with --questions and --images, or a --data-root"
-        in capsys.readouterr().err
-    )
+    assert f"vqa: {root} has not vqav2, which it is scored on; name it there" in capsys.readouterr().err
