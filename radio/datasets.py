@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
 
 from .config import ReadWith, check, from_plain, load_yaml
@@ -26,9 +27,13 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # of a pipe or a URL of shard
 
 
 class Part(NamedTuple):
-    """Annotation of a part of a data set: its usual places below the set's folder."""
+    """Annotation of a part of a data set: its usual places below the set's folder.
+
+    `splits` has the places of one split alone, and that split as the name of the set's first part writes it.
+    """
 
     places: tuple[str, ...]
+    splits: Mapping[str, str] = MappingProxyType({})
 
 
 class Home(NamedTuple):
@@ -129,8 +134,17 @@ class Vqav2Files:
             )
         ),
     ]
-    images: Annotated[Path, Part(("val2014", "test2015", "images"))]
-    answers: Annotated[Path | None, Part(("v2_mscoco_val2014_annotations.json",))] = None
+    images: Annotated[
+        Path,
+        Part(("val2014", "test2015", "images"), {"val2014": "val2014", "test2015": "test-dev2015"}),
+    ]
+    answers: Annotated[
+        Path | None,
+        Part(
+            ("v2_mscoco_val2014_annotations.json",),
+            {"v2_mscoco_val2014_annotations.json": "val2014"},
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         """Validate the settings; raise `ConfigError` on a value out of range."""
@@ -360,7 +374,12 @@ def _find_parts(kind: type[T], folder: Path) -> T:
     hints = get_type_hints(kind, include_extras=True)
     for field in fields(kind):  # type: ignore[arg-type]
         (part,) = hints[field.name].__metadata__
-        places = [folder / place for place in part.places]
+        first = next(iter(parts.values()), None)
+        places = [
+            folder / place
+            for place in part.places
+            if first is None or part.splits.get(place, "") in first.name
+        ]
         at = next((place for place in places if place.exists()), None)
         parts[field.name] = places[0] if at is None and field.default is MISSING else at
     return kind(**parts)

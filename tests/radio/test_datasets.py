@@ -152,6 +152,32 @@ def test_folders_are_found_by_the_names_of_the_sets(tmp_path: Path) -> None:
     )
 
 
+_VAL = "v2_OpenEnded_mscoco_val2014_questions.json"
+_TEST = "v2_OpenEnded_mscoco_test-dev2015_questions.json"
+_ANSWERS = "v2_mscoco_val2014_annotations.json"
+
+
+@pytest.mark.parametrize(
+    ("there", "questions", "images", "answers"),
+    [
+        ((_TEST, "test2015/", "val2014/", _ANSWERS), _TEST, "test2015", None),
+        ((_TEST, "val2014/", _ANSWERS), _TEST, "test2015", None),  # told as missing
+        ((_TEST, "val2014/", "images/"), _TEST, "images", None),
+        ((_VAL, _TEST, "test2015/", "val2014/", _ANSWERS), _VAL, "val2014", _ANSWERS),
+        ((_VAL, "test2015/", _ANSWERS), _VAL, "val2014", _ANSWERS),
+    ],
+)
+def test_the_parts_of_vqav2_are_of_one_split(
+    tmp_path: Path, there: tuple[str, ...], questions: str, images: str, answers: str | None
+) -> None:
+    folder = touched(tmp_path / "vqav2", *there)
+    assert read_data_sets(tmp_path).vqav2 == Vqav2Files(
+        questions=folder / questions,
+        images=folder / images,
+        answers=None if answers is None else folder / answers,
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
