@@ -199,6 +199,7 @@ def make_rows(
     for row in left:  # all of them before the first is begun
         evaluation_settings(row)
         if not row.spec:
+            use_data_sets(row.config, allow_pipes=command.allow_pipes)
             check_settings(row.config, ranks.world)
             check_data(row.config)
     say(console, f"{len(rows) - len(left)} of {len(rows)} rows are done, in {results}")
@@ -210,7 +211,9 @@ def make_rows(
             return REQUEUE
         say(console, f"row {row.name} ({index + 1} of {len(left)})")
         try:
-            state = make_row(row, results, console, ranks, restart=command.restart)
+            state = make_row(
+                row, results, console, ranks, restart=command.restart, allow_pipes=command.allow_pipes
+            )
         except RadioError as error:
             if ranks.world > 1:  # the other ranks may not have met it
                 raise
@@ -225,7 +228,9 @@ def make_rows(
     return int(bool(failed))
 
 
-def make_row(row: Row, results: Path, console: Console, ranks: Ranks, *, restart: bool) -> str:
+def make_row(
+    row: Row, results: Path, console: Console, ranks: Ranks, *, restart: bool, allow_pipes: bool
+) -> str:
     """Train and score one row; return `done`, `failed` (in a task) or `stopped` (by a signal).
 
     Raises:
@@ -241,7 +246,7 @@ def make_row(row: Row, results: Path, console: Console, ranks: Ranks, *, restart
     else:
         started = time.monotonic()
         trained = train_all(
-            {row.name: use_data_sets(row.config)},
+            {row.name: use_data_sets(row.config, allow_pipes=allow_pipes)},
             console,
             restart=restart,
             after=lambda checkpoint, group: score(

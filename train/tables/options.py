@@ -27,6 +27,7 @@ class TableCommand:
     page: Path | None = None  # also write the tables as this markdown page
     minutes: NotNegative | None = None  # begin no further row after this time; the same command goes on
     restart: bool = False  # make every row again
+    allow_pipes: bool = False  # run the data root's shard commands (pipe:COMMAND)
     collect: bool = False  # only print what the results give, and write it
     plan: bool = False  # only print what the training costs
     rehearse: bool = False  # only try every row at its real architecture without weights and data

@@ -24,6 +24,7 @@ from evals.core.paper import (
 )
 from evals.vqa.settings import VqaSettings
 from radio.datasets import read_data_sets
+from radio.errors import ConfigError, shown
 from radio.students import StudentOptions, ViTDetOptions, ViTOptions
 
 from ..config import DataConfig, TeacherConfig, TrainConfig
@@ -61,11 +62,15 @@ PAPERS_NAMES = {
 }
 
 
-def use_data_sets(config: TrainConfig) -> TrainConfig:
+def use_data_sets(config: TrainConfig, *, allow_pipes: bool = False) -> TrainConfig:
     """Return a run's settings with the data sets and teachers' files of its data root, if it has one.
 
+    Args:
+        config: the run's settings.
+        allow_pipes: shards of the data root may run a command (pipe:COMMAND).
+
     Raises:
-        ConfigError: the data root cannot be read.
+        ConfigError: the data root cannot be read, or its shards would run a command without `allow_pipes`.
     """
     if config.data_root is None:
         return config
@@ -76,10 +81,22 @@ def use_data_sets(config: TrainConfig) -> TrainConfig:
             if name == "imagenet":
                 data = replace(data, shards=(), images=(Path(place) / "train",))
             else:
+                if not allow_pipes:
+                    _check_no_pipe(name, str(place), config.data_root)
                 data = replace(data, shards=(str(place),))
             break
     teachers = tuple(replace(each, model=place_weights(each.model, config)) for each in teachers)
     return replace(config, data=data, teachers=teachers)
+
+
+def _check_no_pipe(name: str, pattern: str, root: Path) -> None:
+    from ..data.shards import runs_program  # needs torch, which command lines do not wait for
+
+    if (program := runs_program(pattern)) is not None:
+        raise ConfigError(
+            f"{shown(root)}: {name} would run the command {program!r}; where you trust it, add --allow-pipes, "
+            f"or else give your own --data.shards"
+        )
 
 
 def place_weights(spec: str, config: TrainConfig) -> str:

@@ -179,6 +179,23 @@ def test_what_cannot_be_is_said_before_the_first_row(
     assert not (tmp_path / "out").exists()
 
 
+def test_the_data_roots_commands_run_where_the_command_line_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = ("imagenet", "ade20k", "coco", "voc")
+    named = "".join(f"{name}: {name}\n" for name in sets)
+    (tmp_path / "data.yaml").write_text(f"{named}laion: 'pipe:touch {tmp_path}/ran'\n")
+    words = ["table1", "--size", "paper", "--rows", "a-laion", "--data-root", str(tmp_path)]
+    words += ["--out", str(tmp_path / "out")]
+    said = f"laion would run the command 'touch {tmp_path}/ran'; where you trust it, add --allow-pipes"
+    assert entry.train(words) == 2
+    assert said in capsys.readouterr().err
+    assert entry.train([*words, "--allow-pipes"]) == 2
+    error = capsys.readouterr().err
+    assert "would run" not in error and "no such file or folder" in error  # the next thing that is checked
+    assert not (tmp_path / "ran").exists()
+
+
 def test_options_change_settings_one_by_one_in_every_table() -> None:
     changed = ["--data.workers", "2", "--teachers.0.summary-weight", "0.5", "--vqa.image-tokens", "256"]
     default = make_tables("tables", "paper")[0].base

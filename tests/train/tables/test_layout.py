@@ -199,5 +199,22 @@ def test_data_sets_and_weights_are_those_of_the_data_root(tmp_path: Path) -> Non
         use_data_sets(replace(table.base, data_root=tmp_path / "absent"))
 
 
+def test_a_command_of_the_data_root_needs_a_word(tmp_path: Path) -> None:
+    (tmp_path / "data.yaml").write_text("laion: 'pipe:cat {000..009}.tar'\ndatacomp: https://h/{0..9}.tar\n")
+    (table,) = make_tables("table1", "paper")
+    runs = runs_of(table, replace(table.base, data_root=tmp_path), 1)
+    with pytest.raises(ConfigError) as caught:
+        use_data_sets(runs["a-laion"])
+    assert str(caught.value) == (
+        f"{tmp_path}: laion would run the command 'cat 000.tar'; where you trust it, add --allow-pipes, or "
+        f"else give your own --data.shards"
+    )
+    allowed = use_data_sets(runs["a-laion"], allow_pipes=True)
+    assert allowed.data.shards == ("pipe:cat {000..009}.tar",)
+    assert use_data_sets(runs["a-datacomp"]).data.shards == ("https://h/{0..9}.tar",)  # runs no shell
+    own = replace(runs["a-laion"], data=replace(runs["a-laion"].data, shards=("pipe:cat mine.tar",)))
+    assert use_data_sets(own).data.shards == ("pipe:cat mine.tar",)  # of the command line
+
+
 def _runs(table: TableLayout) -> tuple[TableLayout, dict[str, TrainConfig]]:
     return table, runs_of(table, table.base, table.num_seeds)
