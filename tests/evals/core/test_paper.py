@@ -84,6 +84,11 @@ def test_the_misprinted_header_of_table_8_is_put_right() -> None:
     assert find("RADIO ViTDet-H/14", "table 8") == {"zeroshot": 76.17, "knn": 83.34, "ade20k": 49.01}
 
 
+def test_the_footnote_of_table_7_is_with_its_row() -> None:
+    row = next(row for row in ROWS if (row.model, row.table) == ("RADIO ViT-H/14", "table 7"))
+    assert row.remark.endswith("DFN CLIP among the teachers, whose zero-shot is 84.37 (footnote of table 7)")
+
+
 def test_a_model_with_different_numbers_in_two_tables_has_a_remark_on_each() -> None:
     first: dict[tuple[str, str], PaperRow] = {}
     for row in ROWS:
