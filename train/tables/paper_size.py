@@ -94,8 +94,8 @@ def _check_no_pipe(name: str, pattern: str, root: Path) -> None:
 
     if (program := runs_program(pattern)) is not None:
         raise ConfigError(
-            f"{shown(root)}: {name} would run the command {program!r}; where you trust it, add --allow-pipes, "
-            f"or else give your own --data.shards"
+            f"{shown(root)}: {name} would run the command {program!r}; "
+            f"where you trust it, add --allow-pipes, or else give your own --data.shards"
         )
 
 
