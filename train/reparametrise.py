@@ -246,6 +246,20 @@ class Reparametrisation:
             buffers[at] = noise.factor.new_ones(())
         return buffers
 
+    def at_start(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the model's plain weights, by name, before the first step, when V is W itself.
+
+        Unlike `fold` this is exact, also for averages, which u and v are not of.
+
+        Args:
+            weights: all parameters, also averaged or sharded ones, by name; they are returned as they are.
+        """
+        return {
+            name.replace(_LEARNED, "weight"): tensor
+            for name, tensor in weights.items()
+            if not name.endswith(f".{_SPECTRAL}.s")
+        }
+
     def unfold(self, plain: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what the model learns, by name, for its plain weights: the inverse of `fold`.
 
@@ -265,6 +279,8 @@ class Reparametrisation:
     @torch.no_grad()
     def write(self, plain: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
         """Set what is learned, by name and in place, so that these plain weights are the model's.
+
+        The vectors u and v become theirs: weights that are averages are written before the model's own.
 
         Raises:
             ConfigError: as `unfold`.

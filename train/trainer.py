@@ -296,7 +296,7 @@ class Trainer:
         taken = [name for name in self._taken if name in self.model.adaptors]
         for weights in (self.average.tensors if self.average else {}, dict(self.model.named_parameters())):
             if weights:
-                plain = self.reparametrisation.fold(weights)
+                plain = self.reparametrisation.at_start(weights)
                 changed = self.loss.statistics.unfold(plain, taken)
                 self.reparametrisation.write({name: plain[name] for name in changed}, weights)
         for line in lines:
