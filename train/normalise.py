@@ -173,7 +173,7 @@ class TargetStatistics(nn.Module):
         for name in self.normalisers:
             normaliser, _ = self.of(name, name)
             assert normaliser is not None
-            weight, bias = (f"adaptors.{name}.spatial.{Head.LAST}.{part}" for part in ("weight", "bias"))
+            weight, bias = (f"{last_layer(name)}.{part}" for part in ("weight", "bias"))
             folded[weight], folded[bias] = normaliser.fold(weights[weight], weights[bias])
         return folded
 
@@ -187,13 +187,18 @@ class TargetStatistics(nn.Module):
         for name in names:
             normaliser, _ = self.of(name, name)
             if normaliser is not None:
-                last = f"adaptors.{name}.spatial.{Head.LAST}"
+                last = last_layer(name)
                 weight, bias = weights[f"{last}.weight"], weights[f"{last}.bias"]
                 tx, mean = normaliser.tx.double(), normaliser.mean.double()
                 weight.copy_(tx @ weight.double())
                 bias.copy_(tx @ (bias.double() - mean))
                 changed.append(f"{last}.weight")
         return changed
+
+
+def last_layer(adaptor: str) -> str:
+    """Return the name in the model of the layer that the inverse is folded into."""
+    return f"adaptors.{adaptor}.spatial.{Head.LAST}"
 
 
 def make_statistics(config: TrainConfig, widths: Mapping[str, tuple[int, int]]) -> TargetStatistics:

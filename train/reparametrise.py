@@ -16,7 +16,7 @@ W: sigma(V) knows nothing of it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from typing import final
 
@@ -50,14 +50,15 @@ class SpectralWeight(nn.Module):
     Args:
         weight: V [N*R, C] at the start.
         num_matrices: N.
+        raised: as for `decompose`.
 
     Raises:
         ValueError: some matrix has a largest singular value below 0.05.
     """
 
-    def __init__(self, weight: Tensor, num_matrices: int) -> None:
+    def __init__(self, weight: Tensor, num_matrices: int, *, raised: bool = False) -> None:
         super().__init__()
-        s, u, v = decompose(weight, num_matrices)
+        s, u, v = decompose(weight, num_matrices, raised=raised)
         self.s = nn.Parameter(s)  # [N, 1]: of two dimensions, so that it decays
         self.u = nn.Buffer(u)  # [N, R]
         self.v = nn.Buffer(v, persistent=False)  # [N, C], a function of u and V
@@ -115,8 +116,13 @@ def iterate(weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def decompose(weight: Tensor, num_matrices: int) -> tuple[Tensor, Tensor, Tensor]:
+def decompose(weight: Tensor, num_matrices: int, *, raised: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Find s [N, 1], u [N, R], v [N, C] with which `spectral_weight` of W [N*R, C] is W, without iterations.
+
+    Args:
+        weight: W.
+        num_matrices: N.
+        raised: let a matrix whose largest singular value is below 0.05 get that one, instead of an error.
 
     Raises:
         ValueError: some matrix has a largest singular value below 0.05.
@@ -129,7 +135,7 @@ def decompose(weight: Tensor, num_matrices: int) -> tuple[Tensor, Tensor, Tensor
     u = (matrices @ v[:, :, None]).squeeze(2)
     sigma = u.norm(dim=1, keepdim=True)
     excess = sigma - _FLOOR
-    if not bool((excess > -_LEAST).all()):
+    if not raised and not bool((excess > -_LEAST).all()):
         raise ValueError(
             f"its largest singular value is {float(sigma.min()):.3g}, and {_FLOOR} is the least that a "
             f"spectral weight has"
@@ -172,21 +178,24 @@ class Reparametrisation:
     Args:
         model: on the device, with plain weights, not distributed yet.
         config: the run's settings.
+        written: layers, by name, whose weights are still to be written, so that they may begin too small.
 
     Raises:
         ConfigError: a weight is too small for `--spectral`, or there is nothing for `--damp`.
     """
 
-    def __init__(self, model: RadioModel, config: TrainConfig) -> None:
+    def __init__(self, model: RadioModel, config: TrainConfig, written: Collection[str] = ()) -> None:
         self._model, self._damp, self._seed = model, config.damp, config.seed
+        self._written = written
         self._names = list(model.state_dict())
         self._spectral: dict[str, SpectralWeight] = {}
         self._noisy: dict[str, NoisyWeight] = {}
         noisy = noisy_layers(model) if config.damp else {}
         for name, layer in (linear_layers(model) if config.spectral else {}).items():
             parts = _PARTS.get(name.rpartition(".")[2], 1)
+            num = 1 if layer.out_features % parts else parts
             try:
-                spectral = SpectralWeight(layer.weight, 1 if layer.out_features % parts else parts)
+                spectral = SpectralWeight(layer.weight, num, raised=name in written)
             except ValueError as error:
                 raise _too_small(name, error) from error
             parametrize.register_parametrization(layer, "weight", spectral)
@@ -264,14 +273,14 @@ class Reparametrisation:
         """Return what the model learns, by name, for its plain weights: the inverse of `fold`.
 
         Raises:
-            ConfigError: a weight is too small for `--spectral`.
+            ConfigError: a weight is too small for `--spectral`, and not still to be written.
         """
         learned = {}
         for name, weight in plain.items():
             layer = name.removesuffix(".weight")
             if layer in self._spectral:
                 learned[f"{layer}.{_LEARNED}"] = weight
-                learned[f"{layer}.{_SPECTRAL}.s"] = self._decompose(layer, weight)[0]
+                learned[f"{layer}.{_SPECTRAL}.s"] = self._decompose(layer, weight, layer in self._written)[0]
             else:
                 learned[f"{layer}.{_LEARNED}" if layer in self._noisy else name] = weight
         return learned
@@ -283,7 +292,7 @@ class Reparametrisation:
         The vectors u and v become theirs: weights that are averages are written before the model's own.
 
         Raises:
-            ConfigError: as `unfold`.
+            ConfigError: a weight is too small for `--spectral`.
         """
         for name, tensor in self.unfold(plain).items():
             weights[name].copy_(tensor)
@@ -292,9 +301,9 @@ class Reparametrisation:
             if layer in self._spectral:
                 _, self._spectral[layer].u[:], self._spectral[layer].v[:] = self._decompose(layer, weight)
 
-    def _decompose(self, layer: str, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _decompose(self, layer: str, weight: Tensor, raised: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         try:
-            return decompose(weight, len(self._spectral[layer].u))
+            return decompose(weight, len(self._spectral[layer].u), raised=raised)
         except ValueError as error:
             raise _too_small(layer, error) from error
 

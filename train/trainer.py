@@ -56,7 +56,7 @@ from .monitor import (
     PerformanceMonitor,
     first_bad,
 )
-from .normalise import make_statistics, measure, measures
+from .normalise import last_layer, make_statistics, measure, measures
 from .optim import Average, learning_rate, make_optimizer, moments, odd_count
 from .reparametrise import Reparametrisation
 from .setup import (
@@ -170,7 +170,9 @@ class Trainer:
             delattr(self.model.get_submodule("adaptors"), name)
         self.model.to(device).train()
         self.windows = choose_windows(self.model.student, config)
-        self.reparametrisation = Reparametrisation(self.model, config)
+        # Small teachers' heads are small until `_measure` lets them predict normalised tokens.
+        folded = self._taken if config.normalise.kind != "none" else ()
+        self.reparametrisation = Reparametrisation(self.model, config, [last_layer(name) for name in folded])
 
         # Losses, gradients over the ranks, optimizer.
         local = [teacher for teacher in config.teachers if teacher.adaptor_name in held]

@@ -17,7 +17,14 @@ from radio.checkpoint import load as load_checkpoint
 from radio.errors import ConfigError
 from radio.model import AdaptorConfig, ModelConfig, RadioModel, build, load
 from radio.students import StudentOptions
-from train.config import MESA_START, NormaliseConfig, OptimConfig, TrainConfig
+from train.config import (
+    MESA_START,
+    NormaliseConfig,
+    OptimConfig,
+    StageConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 from train.distributed import StudentPass, blocks_of
 from train.mesa import AveragedStudent
 from train.optim import make_optimizer, moments
@@ -337,6 +344,45 @@ def test_stages_go_on_from_plain_weights(config: TrainConfig, tmp_path: Path) ->
     assert untimed(tmp_path / "whole") == untimed(tmp_path / "parts")
     records = read_records(tmp_path / "whole")
     assert records[3]["clip/unexplained"] == pytest.approx(records[2]["clip/unexplained"], rel=0.2)
+
+
+def test_small_heads_go_on_as_they_are(config: TrainConfig, tmp_path: Path) -> None:
+    """Tokens that deviate by 0.03 have heads below the least singular value; without a rate they stay."""
+    small = replace(
+        config,
+        teachers=(TeacherConfig(name="clip", model="scenes:clip-scaled"),),
+        steps=1,
+        optim=OptimConfig(lr=0.0),
+        normalise=NormaliseConfig(kind="phi-s", steps=1),
+        spectral=True,
+        ema=0.5,
+    )
+    trained(small, tmp_path / "first")
+    trained(replace(small, stages=(StageConfig(steps=1),)), tmp_path / "staged")
+    head = "adaptors.clip.spatial.layers.3.weight"
+    for name in ("ckpt.pt", "ckpt-ema.pt"):
+        first, found = (load_checkpoint(tmp_path / out / name).tensors for out in ("first", "staged"))
+        assert float(torch.linalg.matrix_norm(first[head], ord=2)) < 0.05
+        for key, tensor in first.items():
+            assert torch.allclose(found[key], tensor, rtol=1e-4, atol=1e-6), key
+
+
+def test_only_weights_that_are_still_to_be_written_may_be_too_small(config: TrainConfig) -> None:
+    name = "student.blocks.1.mlp.fc1"
+    model = build(ModelConfig(student="vit-tiny12"), 0)
+    weight = model.get_parameter(f"{name}.weight").detach().clone()
+    small = {f"{name}.weight": 1e-3 * weight}
+    model.load_state_dict(small, strict=False)
+    reparametrised = Reparametrisation(model, replace(config, spectral=True), [name])
+    learned = dict(model.named_parameters())
+    assert torch.equal(reparametrised.at_start(learned)[f"{name}.weight"], small[f"{name}.weight"])
+    assert torch.equal(
+        reparametrised.unfold(small)[f"{name}.parametrizations.weight.original"], 1e-3 * weight
+    )
+    with pytest.raises(ConfigError, match=f"{name}.weight: its largest singular value is"):
+        reparametrised.write(small, learned)
+    reparametrised.write({f"{name}.weight": weight}, learned)
+    assert torch.allclose(model.get_submodule(name).weight, weight, rtol=1e-5, atol=1e-6)
 
 
 def test_parts_of_a_step_do_not_change_it(config: TrainConfig, start: Start) -> None:
