@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.utils import parametrize
 
 from .config import OptimConfig
+from .reparametrise import SpectralWeight
 
 # Letters: R rows and C columns of a matrix.
 
@@ -108,7 +109,8 @@ class Lamb(MatrixOptimizer):
     A weight moves by its own norm: AdamW's direction plus the decay times the weight is scaled to the norm of
     the weight (by 1 where one of both is zero). This is timm's `Lamb` with `always_adapt` for matrices and
     kernels and its defaults otherwise: gradients averaged, bias corrected, ratios not clipped, no caution,
-    and a decay inside the scaled direction. What does not decay (norms, biases, tokens) is not scaled.
+    and a decay inside the scaled direction. What does not decay (norms, biases, tokens) is not scaled; nor is
+    the s of spectral weights, which could never cross 0.
     """
 
     def _move(self, weights: list[nn.Parameter], group: dict[str, Any]) -> None:
@@ -170,7 +172,8 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> GuardedAdamW:
     exempt = exempt_from_decay(model)
     matrices = {id(weight) for weight in (muon_weights(model) if config.kind == "muon" else ())}
     if config.kind == "lamb":
-        matrices = {id(weight) for weight in model.parameters()}
+        scales = {id(module.s) for module in model.modules() if isinstance(module, SpectralWeight)}
+        matrices = {id(weight) for weight in model.parameters()} - scales
     groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         kept = parameter.ndim < 2 or name.rsplit(".", 1)[-1] in _UNDECAYED or name in exempt

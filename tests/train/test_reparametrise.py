@@ -226,16 +226,34 @@ def test_every_optimizer_moves_spectral_weights_and_decays_s(config: TrainConfig
     layer = "student.blocks.0.attn.qkv.parametrizations.weight"
     assert groups[id(weights[f"{layer}.0.s"])]["weight_decay"] == 0.5
     assert groups[id(weights[f"{layer}.original"])]["matrices"] == (kind != "adamw")
+    assert not groups[id(weights[f"{layer}.0.s"])]["matrices"]
     before = {name: weight.detach().clone() for name, weight in weights.items()}
     for weight in weights.values():
         weight.grad = torch.zeros_like(weight)
     optimizer.step()
     for name in (f"{layer}.0.s", f"{layer}.original"):
-        if kind == "lamb":  # the decay is inside its scaled direction
+        if kind == "lamb" and name.endswith("original"):  # the decay is inside its scaled direction
             assert bool((weights[name].abs() < before[name].abs()).all())
         else:
             assert torch.allclose(weights[name], before[name] * (1 - 0.1 * 0.5))
     assert f"exp_avg.{layer}.0.s" in moments(optimizer, model)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon", "lamb"])
+def test_s_crosses_zero(kind: Any) -> None:
+    """Nothing keeps the largest singular value on one side of softplus(0) + 0.05."""
+    layer = nn.Linear(6, 4, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(0.8 * matrix(4, 6) / torch.linalg.matrix_norm(matrix(4, 6), ord=2))
+    parametrize.register_parametrization(layer, "weight", SpectralWeight(layer.weight, 1))
+    s = layer.get_parameter("parametrizations.weight.0.s")
+    assert s.item() > 0
+    optimizer = make_optimizer(layer, OptimConfig(kind=kind, lr=0.05))
+    for _ in range(20):
+        optimizer.zero_grad()
+        layer.weight.square().sum().backward()
+        optimizer.step()
+    assert s.item() < -0.5
 
 
 def test_weights_that_are_too_small_and_students_without_linear_layers(config: TrainConfig) -> None:
