@@ -133,7 +133,7 @@ class TargetStatistics(nn.Module):
             sum_over_ranks: the elementwise sum over the ranks with the same adaptors, on the CPU.
 
         Raises:
-            RadioError: a teacher's tokens are not finite, or all the same.
+            RadioError: a teacher's tokens or summaries are not finite, or all the same.
         """
         lines = []
         for name, images in self._num_images.items():
@@ -156,7 +156,14 @@ class TargetStatistics(nn.Module):
                 empty = torch.zeros(0, len(dispersion.mean))
                 summaries = torch.cat([empty, *self._summaries.pop(name)]).to(dispersion.mean.device)
                 dispersion.add(summaries, lambda t: sum_over_ranks(t.cpu()).to(t.device))
-                line += f", summaries by {float(dispersion()) ** 0.5:.3g} rad"
+                square = float(dispersion())
+                if not dispersion.count or square <= _LEAST:
+                    state = "all the same" if dispersion.count else "not finite"
+                    raise RadioError(
+                        f"teacher {name}: its summaries are {state}, and the angles between them give the "
+                        f"loss no scale; check its weights, or leave --loss.summary angle out"
+                    )
+                line += f", summaries by {square**0.5:.3g} rad"
             if images:  # else it is another rank's
                 lines.append(line)
         return lines

@@ -166,6 +166,21 @@ def test_teachers_without_variance_are_refused(value: float) -> None:
         statistics.fit(alone)
 
 
+@pytest.mark.parametrize(("value", "state"), [(1.0, "all the same"), (math.nan, "not finite")])
+def test_summaries_without_a_dispersion_are_refused(value: float, state: str) -> None:
+    """A single one that is not finite would leave nothing of the measurement, and the scale at 1."""
+    statistics = TargetStatistics({"clip": (6, 3)}, ["clip"], "none", "fixed")
+    group = TeacherGroup(
+        teachers=("clip",), adaptors=("clip",), sides=(8,), batch_size=100, first=0, ranks=(0,)
+    )
+    summaries = torch.ones(100, 6) if value == 1 else draw(100, 6)
+    summaries[7] = value
+    target = Features(summaries, torch.ones(100, 1, 3), (1, 1))
+    statistics.add(Batch((GroupBatch(group, torch.zeros(100, 3, 8, 8), {"clip": target}),), 0.0))
+    with pytest.raises(RadioError, match=f"teacher clip: its summaries are {state}, and the angles"):
+        statistics.fit(alone)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
