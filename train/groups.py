@@ -17,7 +17,7 @@ import torch
 
 from radio.errors import ConfigError, DataError
 
-from .config import TeacherConfig, TrainConfig
+from .config import SidesConfig, TeacherConfig, TrainConfig
 from .data.crops import generator, seed_of
 from .loggers import read_records
 
@@ -218,6 +218,11 @@ def _seen(teacher: TeacherConfig, config: TrainConfig) -> _Seen:
     return _Seen(size, *student_sides(teacher, config))
 
 
+def sees_run_sides(teacher: TeacherConfig) -> bool:
+    """Check whether the student sees a teacher's images at the run's sides, not at the teacher's own."""
+    return teacher.student_resolution is None and teacher.student_resolutions == SidesConfig()
+
+
 def student_sides(teacher: TeacherConfig, config: TrainConfig) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """Return the student's input sides in pixels for a teacher, and how often each is drawn; () = equally.
 
@@ -228,9 +233,9 @@ def student_sides(teacher: TeacherConfig, config: TrainConfig) -> tuple[tuple[in
     several, option = teacher.student_resolutions, f"teacher {teacher.name}: student-resolutions"
     if several.sides and teacher.student_resolution is not None:
         raise ConfigError(f"{option} has no effect beside student-resolution; leave one of both out")
-    if not several.sides and not several.weights:
-        if teacher.student_resolution is not None:
-            return (teacher.student_resolution,), ()
+    if teacher.student_resolution is not None and not several.weights:
+        return (teacher.student_resolution,), ()
+    if sees_run_sides(teacher):
         several, option = config.resolutions, "--resolutions"
     sides, weights = several.sides, several.weights
     if weights and len(weights) != len(sides):

@@ -22,11 +22,11 @@ from radio.students import StudentOptions, resolve_options, students
 from radio.teachers.base import Frozen
 from radio.types import Features, Student, Teacher
 
-from .config import RENAMED, TeacherConfig, TrainConfig
+from .config import RENAMED, SidesConfig, TeacherConfig, TrainConfig
 from .data.crops import generator
 from .data.errors import ERROR_LIST
 from .distributed import check_shardable, is_half
-from .groups import Partition, make_partition, student_sides, teacher_groups
+from .groups import Partition, make_partition, sees_run_sides, student_sides, teacher_groups
 from .losses import check_balance
 from .mesa import check_mesa
 from .mosaic import mosaic_features, tiles_per_side
@@ -108,6 +108,16 @@ def _check_teachers(config: TrainConfig) -> None:
 
     The features of mosaics depend on the images beside an image.
     """
+    if (
+        config.teachers
+        and config.resolutions != SidesConfig()
+        and not any(map(sees_run_sides, config.teachers))
+    ):
+        raise ConfigError(
+            "--resolutions.sides has no effect where every teacher has student-resolution or "
+            "student-resolutions of its own; leave one of both out (a later stage ends the sides of the one "
+            "before with a resolution)"
+        )
     own = {t.name: t for t in config.teachers if t.adaptor is None}
     for t in config.teachers:
         if t.adaptor is not None and (t.adaptor not in own or own[t.adaptor].model != t.model):

@@ -71,6 +71,20 @@ def test_all_ranks_draw_the_same_and_groups_by_themselves(mixed: TrainConfig) ->
 
 
 @pytest.mark.parametrize(
+    "own", [{"student_resolution": 48}, {"student_resolutions": SidesConfig(sides=(48, 60))}]
+)
+def test_sides_that_no_teacher_sees(config: TrainConfig, own: dict[str, Any]) -> None:
+    config = replace(config, teachers=tuple(replace(teacher, **own) for teacher in TEACHERS))
+    check_settings(config, 1)
+    with pytest.raises(ConfigError, match=r"--resolutions.sides has no effect where every teacher has"):
+        check_settings(replace(config, resolutions=SIDES), 1)
+    one = replace(config, resolutions=SIDES, teachers=(CLIP, *config.teachers[1:]))
+    check_settings(one, 1)
+    ended = StageConfig(steps=2, teachers=config.teachers, resolution=48)
+    check_settings(split_stages(replace(one, stages=(ended,)))[1].config, 1)
+
+
+@pytest.mark.parametrize(
     ("changes", "teacher", "message"),
     [
         ({"resolutions": SidesConfig(sides=(48, 48))}, {}, "--resolutions.sides 48 48: one is given twice"),
