@@ -19,7 +19,7 @@ from .distributed import REQUEUE, Preemption, join
 from .loggers import say
 from .plan import make_plan, print_plan, sum_up
 from .setup import round_resolutions
-from .stages import check_stages, find_stage, split_stages
+from .stages import check_next_teachers, check_stages, find_stage, split_stages
 from .tasks import check_data, scored_jobs, scored_tasks
 from .trainer import Trainer
 
@@ -110,8 +110,10 @@ def train_stages(
         RadioError: as `Trainer` and its `train`.
     """
     stages = split_stages(run)
+    left = stages[0 if restart else find_stage(stages, run.out, group) :]
+    group.on_leader(lambda: check_next_teachers(left))
     stop = Preemption(group)
-    for stage in stages[0 if restart else find_stage(stages, run.out, group) :]:
+    for stage in left:
         config, changes = round_resolutions(stage.config)
         for line in changes:
             say(console, line)

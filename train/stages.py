@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from radio.config import check_options
 from radio.dist import Ranks
@@ -14,7 +17,7 @@ from .config import RENAMED, SidesConfig, StageConfig, TrainConfig
 from .data.crops import seed_of
 from .groups import teacher_groups
 from .plan import build_meta_models
-from .setup import check_settings, round_resolutions
+from .setup import check_settings, load_teachers, round_resolutions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,6 +113,25 @@ def check_stages(config: TrainConfig, world: int) -> None:
             build_meta_models(round_resolutions(stage.config)[0])
         except RadioError as error:
             raise type(error)(f"stage {stage.index + 1}: {error}") from error
+
+
+def check_next_teachers(stages: Sequence[Stage]) -> None:
+    """Load each teacher that the first of these stages does not load, one at a time, and drop it again.
+
+    So a weights file that is absent or wrong is found now, and not when its stage begins.
+
+    Raises:
+        ConfigError, CheckpointError: as `load_teachers`; the message names the stage.
+    """
+    known = {(t.model, t.fingerprint) for stage in stages[:1] for t in stage.config.teachers}
+    for stage in stages[1:]:
+        for t in stage.config.teachers:
+            if (t.model, t.fingerprint) not in known:
+                known.add((t.model, t.fingerprint))
+                try:
+                    load_teachers(stage.config, torch.device("cpu"), [t.name])
+                except RadioError as error:
+                    raise type(error)(f"stage {stage.index + 1}: {error}") from error
 
 
 def find_stage(stages: tuple[Stage, ...], out: Path, ranks: Ranks) -> int:

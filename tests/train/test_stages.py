@@ -241,6 +241,28 @@ def test_a_later_stage_that_cannot_be_is_an_error_before_the_first(
         check_stages(replace(staged, stages=stages), 2)
 
 
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        ({"model": "dinov2:vits14@/nope/x.pth"}, r"stage 3: .*/nope/x\.pth"),
+        ({"model": "dinov2:vits14"}, "stage 3: dinov2:vits14 needs a weights file"),
+        (
+            {"model": "tiny:clip2", "fingerprint": "0" * 64},
+            "stage 3: teacher late: tiny:clip2 has other weights than",
+        ),
+    ],
+)
+def test_a_later_stages_wrong_weights_are_found_before_the_first_step(
+    staged: TrainConfig, tmp_path: Path, teacher: dict[str, str], message: str
+) -> None:
+    late = StageConfig(steps=2, teachers=(TeacherConfig(name="late", **teacher),))  # type: ignore[arg-type]
+    run = replace(staged, stages=(SECOND, late))
+    check_stages(run, 1)  # a plan needs no weights
+    with pytest.raises(CheckpointError, match=message):
+        trained(run, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_class_tokens_keep_their_teachers(staged: TrainConfig) -> None:
     with pytest.raises(
         ConfigError, match="stage 3 has the teachers clip, dense, sam and the one before clip, dense"
