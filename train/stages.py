@@ -10,7 +10,8 @@ import torch
 
 from radio.config import check_options
 from radio.dist import Ranks
-from radio.errors import ConfigError, RadioError
+from radio.errors import CheckpointError, ConfigError, RadioError
+from radio.model import RadioModel
 
 from .checkpoints import find_last_step
 from .config import RENAMED, SidesConfig, StageConfig, TrainConfig
@@ -18,6 +19,7 @@ from .data.crops import seed_of
 from .groups import teacher_groups
 from .plan import build_meta_models
 from .setup import check_settings, load_teachers, round_resolutions
+from .warm_start import check_next
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,22 +99,40 @@ def _apply(changes: StageConfig, config: TrainConfig, seed: int) -> TrainConfig:
 def check_stages(config: TrainConfig, world: int) -> None:
     """Check the settings of every stage; errors name the later stage that they are of.
 
-    The models of later stages are built without weights, so that no stage before is trained in vain.
+    The models of all stages are built without weights, so that no stage before is trained in vain.
 
     Raises:
-        ConfigError: as `check_settings`, `split_stages` and `build_meta_models`.
+        ConfigError: as `check_settings`, `split_stages` and `build_meta_models`; or a student that is built
+            for one size cannot start from the stage before, which has another.
         CheckpointError: as `check_settings`.
         SizeError: a teacher or the student cannot take its resolution in a later stage.
     """
     check_options(config, RENAMED)
     first, *others = split_stages(config)
     check_settings(first.config, world)
+    if not others:
+        return
+    before = build_meta_models(round_resolutions(first.config)[0]).model
     for stage in others:
         try:
             check_settings(stage.config, world)
-            build_meta_models(round_resolutions(stage.config)[0])
+            model = build_meta_models(round_resolutions(stage.config)[0]).model
+            _check_sizes(stage, model, before)
         except RadioError as error:
             raise type(error)(f"stage {stage.index + 1}: {error}") from error
+        before = model
+
+
+def _check_sizes(stage: Stage, model: RadioModel, before: RadioModel) -> None:
+    """Check that a stage's model can start from that of the stage before."""
+    try:
+        check_next(model, before)
+    except CheckpointError as error:
+        raise ConfigError(
+            f"{stage.config.student} is built for one size, and its weights have other shapes at "
+            f"{stage.config.resolution} px than at {stage.before[-1].resolution} px in the stage before, from "
+            f"which it starts; keep that resolution, or take another student ({error})"
+        ) from error
 
 
 def check_next_teachers(stages: Sequence[Stage]) -> None:

@@ -95,11 +95,7 @@ def warm_start(model: RadioModel, text: str, say: Callable[[str], None]) -> Star
             f"--init {text[:200]}: has {source.heads} attention heads, and {model.config.student} has "
             f"{student.config.heads}; start another student from it"
         )
-    given, resized = _fit_tables(own, source)
-    fresh = [
-        name for name, tensor in own.items() if _OPTIONAL.search(name) and not _fits(given, name, tensor)
-    ]
-    _refuse_other(own, given, fresh, f"--init {shown(text[:200])}, for {model.config.student}")
+    given, resized, fresh = _fit_trunk(own, source, f"--init {shown(text[:200])}, for {model.config.student}")
     student.load_state_dict({name: given[name] for name in own if name not in fresh}, strict=False)
     taken, left = _take_adaptors(model.adaptors, source.adaptors)
     with_table = f" (positions resized: {', '.join(resized)})" if resized else ""
@@ -113,16 +109,32 @@ def warm_start(model: RadioModel, text: str, say: Callable[[str], None]) -> Star
     return Started(source.fingerprint, tuple(taken))
 
 
+def check_next(model: RadioModel, before: RadioModel) -> None:
+    """Check that a model's trunk can start from that of another with the same student, by shapes alone.
+
+    Args:
+        model: on any device, like `before`; no values are read.
+        before: built for another size perhaps.
+
+    Raises:
+        CheckpointError: as `warm_start`.
+    """
+    student: Any = model.student
+    other: Any = before.student
+    source = _Source(other.state_dict(), {}, "", _prefix_of(other))
+    _fit_trunk(student.state_dict(), source, model.config.student)
+
+
 def _read(model: RadioModel, text: str) -> _Source:
     """Load a model's weights under the names of the student that it is to fill."""
     student: Any = model.student
     if check_spec(text) == "checkpoint":
         loaded = load(Path(text))
         trained: Any = loaded.student
-        prefix = _num_prefix(trained.trunk.network) if isinstance(trained, TimmStudent) else 0
         _check_pixels(text, _mean_std(trained), _mean_std(student))
         heads = trained.config.heads if isinstance(trained, ViT) else 0
-        return _Source(trained.state_dict(), loaded.adaptors, loaded.fingerprint, prefix, heads)
+        weights = trained.state_dict()
+        return _Source(weights, loaded.adaptors, loaded.fingerprint, _prefix_of(trained), heads)
     teacher: Any = load_teacher(text)
     assert isinstance(teacher, Frozen)  # as both families are
     trunk, pixels = teacher.trunk, _pixels_of(teacher)
@@ -180,6 +192,11 @@ def _from_timm(network: Any, text: str) -> dict[str, Tensor]:
     table, first = network.pos_embed.detach(), _num_prefix(network)
     prefix[:, :first] += table[:, :first]
     return {**weights, "prefix": prefix, "positions.table": table[:, first:]}
+
+
+def _prefix_of(student: Any) -> int:
+    """Return how many positions of a student's table belong to class and register tokens."""
+    return _num_prefix(student.trunk.network) if isinstance(student, TimmStudent) else 0
 
 
 def _num_prefix(network: Any) -> int:
@@ -243,6 +260,22 @@ def _fold_scales(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 folded[f"{layer}.weight"] = folded[f"{layer}.weight"] * gamma[:, None]
                 folded[f"{layer}.bias"] = folded[f"{layer}.bias"] * gamma
     return folded
+
+
+def _fit_trunk(
+    own: Mapping[str, Tensor], source: _Source, where: str
+) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """Fit a source's weights to a student's; return all of them, what was resized, and what stays fresh.
+
+    Raises:
+        CheckpointError: they are another architecture's; `where` names them.
+    """
+    given, resized = _fit_tables(own, source)
+    fresh = [
+        name for name, tensor in own.items() if _OPTIONAL.search(name) and not _fits(given, name, tensor)
+    ]
+    _refuse_other(own, given, fresh, where)
+    return given, resized, fresh
 
 
 def _fit_tables(own: Mapping[str, Tensor], source: _Source) -> tuple[dict[str, Tensor], list[str]]:

@@ -241,6 +241,18 @@ def test_a_later_stage_that_cannot_be_is_an_error_before_the_first(
         check_stages(replace(staged, stages=stages), 2)
 
 
+def test_a_student_of_one_size_cannot_start_from_itself_at_another(staged: TrainConfig) -> None:
+    """timm's ViTs resize their positions; CoAtNet has a table for each of its attention layers."""
+    vit = replace(staged, student="timm:test_vit", resolution=160, stages=(StageConfig(steps=2, resolution=96),))
+    check_stages(vit, 1)
+    with pytest.raises(
+        ConfigError,
+        match="stage 2: timm:test_coatnet is built for one size, and its weights have other shapes at 96 px "
+        "than at 160 px in the stage before",
+    ):
+        check_stages(replace(vit, student="timm:test_coatnet"), 1)
+
+
 @pytest.mark.parametrize(
     ("teacher", "message"),
     [
