@@ -110,32 +110,32 @@ def train_stages(
         RadioError: as `Trainer` and its `train`.
     """
     stages = split_stages(run)
-    left = stages[0 if restart else find_stage(stages, run.out, group) :]
-    group.on_leader(lambda: check_next_teachers(left))
-    stop = Preemption(group)
-    for stage in left:
-        config, changes = round_resolutions(stage.config)
-        for line in changes:
-            say(console, line)
-        if not run.stages:  # with the resolutions that it trains at
-            stage = replace(stage, run=config)
-        trainer = Trainer(
-            config,
-            group,
-            device,
-            console,
-            restart=restart and not stage.index,
-            eval_workers=_eval_workers(config, group),
-            stage=stage,
-            stop=stop,
-        )
-        checkpoint = trainer.train()
-        if trainer.stopped:
-            line = f"stopped after step {trainer.step} of {run.out}; the same command goes on from there"
-            say(console, line)
-            return None
-        del trainer
-        collect()  # frees reference cycles of the trainer, for the next model's memory
+    with Preemption(group) as stop:
+        left = stages[0 if restart else find_stage(stages, run.out, group) :]
+        group.on_leader(lambda: check_next_teachers(left))
+        for stage in left:
+            config, changes = round_resolutions(stage.config)
+            for line in changes:
+                say(console, line)
+            if not run.stages:  # with the resolutions that it trains at
+                stage = replace(stage, run=config)
+            trainer = Trainer(
+                config,
+                group,
+                device,
+                console,
+                restart=restart and not stage.index,
+                eval_workers=_eval_workers(config, group),
+                stage=stage,
+                stop=stop,
+            )
+            checkpoint = trainer.train()
+            if trainer.stopped:
+                line = f"stopped after step {trainer.step} of {run.out}; the same command goes on from there"
+                say(console, line)
+                return None
+            del trainer
+            collect()  # frees reference cycles of the trainer, for the next model's memory
     return checkpoint
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import signal
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType, TracebackType
-from typing import Any, NamedTuple, Self, final
+from typing import Any, NamedTuple, Self, TypeVar, final
 
 import torch
 import torch.distributed as distributed
@@ -33,6 +33,8 @@ from .losses import DistillationLoss
 from .optim import to_local
 
 # Letters: B batch, h w pixels.
+
+T = TypeVar("T")
 
 REQUEUE = 85  # exit code of a run that was stopped by a signal and has saved: start it again
 
@@ -323,9 +325,15 @@ def _square(parameters: list[nn.Parameter], like: Tensor) -> Tensor:
     return torch.stack(torch._foreach_norm(grads)).square().sum()
 
 
+class PreemptedError(Exception):
+    """All ranks stop now."""
+
+
 @final
 class Preemption:
     """SIGTERM or SIGUSR1 on any rank, agreed on by all ranks. As a context manager it handles the signals.
+
+    It may be entered again inside itself.
 
     The ranks' flags are reduced on the CPU during a step, so that no step waits for them: all ranks stop
     one step after the first of them got the signal.
@@ -338,19 +346,44 @@ class Preemption:
         self._flag: Tensor | None = None
         self._reduction: Any = None
         self._before: dict[signal.Signals, Any] = {}
+        self._depth = 0
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
+        self._depth += 1
+        if self._depth == 1 and threading.current_thread() is threading.main_thread():
             self._before = {name: signal.signal(name, self._request) for name in STOP_SIGNALS}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for name, handler in self._before.items():
-            signal.signal(name, handler)
+        self._depth -= 1
+        if not self._depth:
+            for name, handler in self._before.items():
+                signal.signal(name, handler)
         if kind is None:
             self._read_flag()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let the signals do what they did before, such as to end the process."""
+        handlers = {name: signal.signal(name, before) for name, before in self._before.items()}
+        try:
+            yield
+        finally:
+            for name, handler in handlers.items():
+                signal.signal(name, handler)
+
+    def watch(self, items: Iterable[T]) -> Iterator[T]:
+        """Yield the items, of which every rank has as many.
+
+        Raises:
+            PreemptedError: after an item, on all ranks, where they stop.
+        """
+        for item in items:
+            yield item
+            if self.agreed():
+                raise PreemptedError
 
     def agreed(self) -> bool:
         """Check whether all ranks stop now; every rank calls it after every step."""

@@ -36,6 +36,7 @@ from .data.loader import Batch, GroupBatch, Loader, LoaderState, limit_threads, 
 from .data.streams import ConcatImages, open_images, open_sources
 from .distributed import (
     DistributedStudent,
+    PreemptedError,
     Preemption,
     StudentPass,
     can_run_in_parallel,
@@ -224,9 +225,10 @@ class Trainer:
         )
         self.step = 0 if restart else self.resume()
         if isinstance(self.data, ConcatImages) and self.step < self.end:
-            self.cache = fill_caches(
-                config, self.partition, ranks, self.data, self.teachers, self.sizes, device, console
-            )
+            with self.stop.paused():  # what is written of a cache stays
+                self.cache = fill_caches(
+                    config, self.partition, ranks, self.data, self.teachers, self.sizes, device, console
+                )
 
     def train(self) -> Path:
         """Train to the last step, or until a signal stops it (`stopped`); return the path of `ckpt.pt`.
@@ -241,7 +243,11 @@ class Trainer:
         if not self.step:  # the states of an earlier run must not outlive its log
             self.states.clear()
         if not self.steps_done and measures(config):
-            self._measure()
+            try:
+                self._measure()
+            except PreemptedError:  # before anything is saved: measured anew when the run goes on
+                self.stopped = True
+                return config.out / "ckpt.pt"
         self.ranks.on_leader(self._open_log)
         try:
             with self.stop, limit_threads() if self._two_operators else nullcontext():
@@ -294,7 +300,7 @@ class Trainer:
             read = with_targets(rows, self.groups, self.device, self._teach, config.seed, 0, self.framing)
             batches = (batch for batch, _ in read)
         with ProgressConsole(self.console, "teachers' features", steps.steps, 0) as bar:
-            lines = measure(self.loss.statistics, batches, self.student, self.device, bar.advance)
+            lines = measure(self.loss.statistics, self.stop.watch(batches), self.student, self.device, bar.advance)
         taken = [name for name in self._taken if name in self.model.adaptors]
         for weights in (self.average.tensors if self.average else {}, dict(self.model.named_parameters())):
             if weights:

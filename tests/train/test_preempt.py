@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -16,12 +18,13 @@ from torch import Tensor
 from radio.config import write_yaml
 from radio.dist import Ranks
 from train.cli import main
-from train.config import TrainConfig
+from train.config import NormaliseConfig, StageConfig, TrainConfig
 from train.data.loader import Batch, outlast_signals
-from train.distributed import REQUEUE, Preemption
+from train.distributed import REQUEUE, PreemptedError, Preemption
+from train.normalise import TargetStatistics
 from train.trainer import Trainer
 
-from .conftest import read_records
+from .conftest import read_records, same_weights, untimed
 from .ranks import on_ranks
 
 
@@ -59,6 +62,64 @@ def test_ranks_that_are_not_asked_leave_together(tmp_path: Path) -> None:
             return any(stop.agreed() for _ in range(3))
 
     assert on_ranks(2, tmp_path, work) == [False, False]
+
+
+def test_ranks_leave_what_is_watched_together(tmp_path: Path) -> None:
+    def work(group: Ranks) -> list[int]:
+        seen = []
+        with Preemption(group) as stop, suppress(PreemptedError):
+            for item in stop.watch(range(20)):
+                seen.append(item)
+                if (group.rank, item) == (1, 4):
+                    os.kill(os.getpid(), signal.SIGTERM)
+        return seen
+
+    assert on_ranks(2, tmp_path, work) == [list(range(6))] * 2
+
+
+def test_signals_are_handled_from_the_outer_entry_to_its_end_but_in_pauses() -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
+    try:
+        with Preemption(Ranks()) as stop:
+            with stop.paused():
+                os.kill(os.getpid(), signal.SIGUSR1)
+            assert heard == [signal.SIGUSR1]
+            with stop:
+                pass
+            assert not stop.agreed()
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert stop.agreed()
+        os.kill(os.getpid(), signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert heard == [signal.SIGUSR1] * 2
+
+
+def test_a_signal_while_teachers_are_measured_ends_with_the_code_in_every_stage(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first measured step of each stage gets the signal; the next start measures anew."""
+    measured = replace(
+        config, steps=2, normalise=NormaliseConfig(kind="phi-s", steps=2), stages=(StageConfig(steps=2),)
+    )
+    write_yaml(measured, config.out.with_suffix(".yaml"))
+    words = [str(config.out.with_suffix(".yaml")), "--out"]
+    genuine, calls = TargetStatistics.add, iter(range(1, 1000))
+
+    def signalled(self: TargetStatistics, batch: Batch) -> None:
+        if next(calls) in (1, 4):  # the first of stage 1, and after two more the first of stage 2
+            os.kill(os.getpid(), signal.SIGTERM)
+        genuine(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TargetStatistics, "add", signalled)
+        codes = [main([*words, str(config.out)]) for _ in range(3)]
+    assert codes == [REQUEUE, REQUEUE, 0]
+    whole = config.out.with_name("whole")
+    assert main([*words, str(whole)]) == 0
+    assert same_weights(config.out, whole)
+    assert untimed(config.out) == untimed(whole)
 
 
 def answering(line: Connection) -> None:
