@@ -149,7 +149,7 @@ def resume_signature(
 ) -> dict[str, Any]:
     """Collect all that affects the weights, by name; only a run with an equal signature may resume.
 
-    `init` is the fingerprint of the first weights, whose file may move; None = random ones. `before` are the
+    `init` is the fingerprint of the run's first weights, whose file may move; None = random ones. `before` are the
     settings of the stages before this one.
     """
     plain = {**_settings_to_resume(config), "init": init}

@@ -73,7 +73,7 @@ from .setup import (
 )
 from .stages import Stage
 from .teacher_cache import GroupedCaches, fill_caches
-from .warm_start import warm_start
+from .warm_start import read_fingerprint, warm_start
 
 if TYPE_CHECKING:
     from .scoring import Follower
@@ -164,7 +164,10 @@ class Trainer:
         self._taken: tuple[str, ...] = ()  # adaptors that speak their teachers' own spaces from the start
         if config.init is not None:
             init, self._taken = warm_start(self.model, config.init, self._say)
-            self.model.metadata["init"] = {"model": config.init, "fingerprint": init}
+        elif self.stage.run.init is not None:  # which the first stage was started from
+            init = read_fingerprint(self.model, self.stage.run.init)
+        if init is not None:
+            self.model.metadata["init"] = {"model": self.stage.run.init, "fingerprint": init}
         averages = self._take_over() if self.stage.index else {}
         held = {name for group in self.partition.peers(ranks.rank) for name in group.adaptors}
         for name in set(self.model.adaptors) - held:

@@ -109,6 +109,16 @@ def warm_start(model: RadioModel, text: str, say: Callable[[str], None]) -> Star
     return Started(source.fingerprint, tuple(taken))
 
 
+def read_fingerprint(model: RadioModel, text: str) -> str:
+    """Return the fingerprint of the weights that a spec names, which a model like this was started from.
+
+    Raises:
+        ConfigError, CheckpointError: as `warm_start`.
+    """
+    check_init(text)
+    return _read(model, text).fingerprint
+
+
 def check_next(model: RadioModel, before: RadioModel) -> None:
     """Check that a model's trunk can start from that of another with the same student, by shapes alone.
 

@@ -17,6 +17,7 @@ from radio import checkpoint
 from radio.config import read_yaml, write_yaml
 from radio.dist import Ranks
 from radio.errors import CheckpointError, ConfigError, RadioError
+from radio.hub import load_backbone
 from train.cli import main
 from train.commands import train_stages
 from train.config import DataConfig, NormaliseConfig, OptimConfig, StageConfig, TeacherConfig, TrainConfig
@@ -208,6 +209,26 @@ def test_a_stage_whose_states_are_damaged_begins_again(staged: TrainConfig, tmp_
     assert untimed(tmp_path / "whole") == untimed(tmp_path / "run")
     found, wanted = (tensors_of(tmp_path / name / "ckpt.pt") for name in ("run", "whole"))
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_every_stage_knows_what_the_run_was_started_from(
+    staged: TrainConfig, start: Start, tmp_path: Path
+) -> None:
+    files = {}
+    for seed in (1, 2):
+        start(replace(staged, stages=(), ema=0.0, steps=1, seed=seed), out=tmp_path / f"first{seed}").train()
+        files[seed] = tmp_path / f"first{seed}" / "ckpt.pt"
+    warm = replace(staged, stages=(SECOND,), ema=0.0, init=str(files[1]))
+    trained(warm, tmp_path / "run", stop=6)
+    with pytest.raises(CheckpointError, match=r"other settings \(init was .* and is null"):
+        trained(replace(warm, init=None), tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"other settings \(init was "):
+        trained(replace(warm, init=str(files[2])), tmp_path / "run")
+    moved = shutil.copy(files[1], tmp_path / "moved.pt")
+    trained(replace(warm, init=str(moved)), tmp_path / "run")
+    metadata = checkpoint.load(tmp_path / "run" / "ckpt.pt").metadata
+    fingerprint = load_backbone(str(files[1])).fingerprint
+    assert metadata["init"] == {"model": str(moved), "fingerprint": fingerprint}
 
 
 def test_a_checkpoint_of_another_step_is_no_start(staged: TrainConfig, tmp_path: Path) -> None:
