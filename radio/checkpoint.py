@@ -52,6 +52,7 @@ class TeacherEntry(TypedDict, extra_items=Any):  # type: ignore[call-arg]
     fingerprint: NotRequired[Name]
     resolution: NotRequired[Side | Sides | None]
     student_resolution: NotRequired[Side | Sides | None]
+    summary_weight: NotRequired[float]  # of its summaries in the loss
 
 
 Teachers = Annotated[list[TeacherEntry], MaxLen(_MAX_TEACHERS)]

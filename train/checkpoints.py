@@ -120,13 +120,14 @@ def make_metadata(config: TrainConfig, teachers: Mapping[str, TeacherFacts], dat
 def describe_teachers(config: TrainConfig, teachers: Mapping[str, TeacherFacts]) -> list[dict[str, Any]]:
     """Describe the teachers as a checkpoint's metadata has them: an entry for every adaptor.
 
-    Of several resolutions it has the largest; the settings have all.
+    Of several resolutions and weights it has the largest; the settings have all, of the run's first stage.
     """
     seen = student_resolutions(config)
     described = []
     for t in config.teachers:
         if t.adaptor is None:
-            names = [each.name for each in config.teachers if each.adaptor_name == t.name]
+            sharing = [each for each in config.teachers if each.adaptor_name == t.name]
+            names = [each.name for each in sharing]
             described.append(
                 {
                     "name": t.name,
@@ -134,6 +135,7 @@ def describe_teachers(config: TrainConfig, teachers: Mapping[str, TeacherFacts])
                     "resolution": list(max(size for name in names for size in teachers[name].sizes.values())),
                     "student_resolution": max(side for name in names for side in seen[name]),
                     "fingerprint": teachers[t.name].fingerprint,
+                    "summary_weight": max(each.summary_weight for each in sharing),
                 }
             )
     return described

@@ -158,7 +158,13 @@ def _ratio(errors: Values, run: EvalRun) -> Metric:
 
 
 def _summaries_without_weight(model: Backbone) -> frozenset[str]:
-    """Return the adaptors whose summaries no teacher taught (SAM's), by the settings of the training."""
+    """Return the adaptors whose summaries no teacher taught (SAM's).
+
+    A checkpoint's teachers name the weights. Older ones do not, and the settings of the training do.
+    """
+    entries = teachers_on(model.metadata, model.name)
+    if weights := {each["name"]: each["summary_weight"] for each in entries if "summary_weight" in each}:
+        return frozenset(name for name, weight in weights.items() if not weight)
     settings: Any = model.metadata.get("settings")
     teachers = settings.get("teachers") if isinstance(settings, Mapping) else None
     taught: dict[str, bool] = {}

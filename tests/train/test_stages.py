@@ -18,11 +18,13 @@ from radio.config import read_yaml, write_yaml
 from radio.dist import Ranks
 from radio.errors import CheckpointError, ConfigError, RadioError
 from radio.hub import load_backbone
+from train.checkpoints import describe_teachers
 from train.cli import main
 from train.commands import train_stages
 from train.config import DataConfig, NormaliseConfig, OptimConfig, StageConfig, TeacherConfig, TrainConfig
 from train.data.crops import seed_of
 from train.optim import learning_rate
+from train.plan import build_meta_models
 from train.stages import Stage, check_stages, find_stage, split_stages
 from train.trainer import Trainer
 
@@ -229,6 +231,17 @@ def test_every_stage_knows_what_the_run_was_started_from(
     metadata = checkpoint.load(tmp_path / "run" / "ckpt.pt").metadata
     fingerprint = load_backbone(str(files[1])).fingerprint
     assert metadata["init"] == {"model": str(moved), "fingerprint": fingerprint}
+
+
+def test_a_checkpoint_names_the_weights_of_its_stage(staged: TrainConfig) -> None:
+    third = split_stages(staged)[2].config
+    large = TeacherConfig(name="large", adaptor="sam", model="tiny:sam", student_resolution=96)
+    config = replace(third, teachers=(*third.teachers, large))
+    weights = []
+    for each in (third, config):
+        entries = describe_teachers(each, build_meta_models(each).facts)
+        weights.append({entry["name"]: entry["summary_weight"] for entry in entries})
+    assert weights == [{"clip": 1.0, "dense": 1.0, "sam": 0.0}, {"clip": 1.0, "dense": 1.0, "sam": 1.0}]
 
 
 def test_a_checkpoint_of_another_step_is_no_start(staged: TrainConfig, tmp_path: Path) -> None:

@@ -139,6 +139,17 @@ def test_a_summary_without_weight_has_no_angle(score: Callable[..., Report]) -> 
     assert "angle_clip" in score(model).metrics
 
 
+def test_a_later_stages_summary_without_weight_has_no_angle(score: Callable[..., Report]) -> None:
+    """The settings are of the whole run, and their teachers those of its first stage."""
+    model = make_student("clip")
+    model.metadata["settings"] = {"teachers": [{"name": "other", "summary_weight": 1.0}]}
+    model.metadata["teachers"][0]["summary_weight"] = 0.0
+    assert "angle_clip" not in score(model).metrics
+    model.metadata["teachers"][0]["summary_weight"] = 0.5
+    model.metadata["settings"]["teachers"][0] = {"name": "clip", "summary_weight": 0.0}
+    assert "angle_clip" in score(model).metrics
+
+
 def test_images_that_cannot_be_read_are_left_out(
     tmp_path: Path, make_folder: Callable[..., Path], score: Callable[..., Report]
 ) -> None:
