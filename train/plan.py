@@ -49,6 +49,7 @@ from .mesa import AveragedStudent
 from .mosaic import tiles_per_side
 from .normalise import make_statistics
 from .optim import muon_weights
+from .reparametrise import noisy_layers
 from .setup import (
     TeacherFacts,
     check_settings,
@@ -84,12 +85,13 @@ class Cost(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Memory of one rank in bytes."""
+    """Memory of one rank in bytes; without the weights that spectral and noisy layers compute in a forward."""
 
     weights: int  # student and adaptors, or the rank's shard of them
     teachers: int  # frozen weights, matrices in bfloat16 where forwards are; no text towers
     optimiser: int  # AdamW's and LAMB's two moments; Muon has one of its matrices
     average: int  # moving average of the weights (--ema)
+    noise: int  # factors of the student's linear weights (--damp), whole also with shards
     gradients: int
     exchange: int  # DDP's buckets, or what FSDP2 gathers: two blocks and the weights outside
     inputs: int  # images and teachers' features, also of the next step with prefetch
@@ -399,6 +401,7 @@ def _memory(
         own_modules = [(student, world if sharded else 1), *((each, 1) for each in models.adaptors(held))]
         optimiser -= sum(_size(weight) // n for module, n in own_modules for weight in muon_weights(module))
     average = weights if config.ema else 0
+    noise = sum(_size(layer.weight) for layer in noisy_layers(models.model).values()) if config.damp else 0
     loaded = {id(teacher): teacher for g in groups for teacher in map(models.teachers.get, g.teachers)}
     teachers = sum(map(bytes_of, loaded.values()))
     working = max(cost.teacher_working for cost in own)
@@ -411,12 +414,13 @@ def _memory(
         teachers=teachers,
         optimiser=optimiser,
         average=average,
+        noise=noise,
         gradients=weights,
         exchange=exchange,
         inputs=inputs,
         activations=max(cost.activations - (cost.copies if sharded else 0) for cost in own),
         working=working,
-        peak=weights + optimiser + average + teachers + exchange + inputs + busy,
+        peak=weights + optimiser + average + noise + teachers + exchange + inputs + busy,
     )
 
 

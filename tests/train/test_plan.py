@@ -9,17 +9,20 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from radio.config import write_yaml
 from radio.errors import ConfigError
+from radio.model import make_student
 from radio.students import StudentOptions
 from train.config import CacheConfig, DataConfig, NormaliseConfig, TeacherConfig, TrainConfig
 from train.groups import idle_shares, make_partition, propose
 from train.plan import Cost, PlanOptions, build_meta_models, bytes_of, count, make_plan, print_plan
 from train.recipes import recipes
+from train.reparametrise import linear_layers
 
 CLIP = TeacherConfig(name="clip", model="tiny:clip")
 
@@ -87,6 +90,18 @@ def test_what_makes_it_cheaper(config: TrainConfig) -> None:
 def test_balancers_can_be_counted(config: TrainConfig, kind: str) -> None:
     balanced = replace(config, balance=replace(config.balance, kind=kind))
     assert cost_of(balanced).forward_flops >= cost_of(config).forward_flops
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_noise_is_whole_on_every_rank(config: TrainConfig, parallel: Any) -> None:
+    config = replace(config, teachers=(CLIP,), parallel=parallel)
+    plain, noisy = (
+        make_plan(replace(config, damp=damp), PlanOptions(world=2)).kinds[0].memory for damp in (0.0, 0.1)
+    )
+    layers = linear_layers(make_student(config.student, config.options))
+    wanted = 4 * sum(layer.weight.numel() for layer in layers.values())
+    assert (plain.noise, noisy.noise) == (0, wanted)
+    assert noisy._replace(noise=0, peak=noisy.peak - wanted) == plain
 
 
 ROOT = Path(__file__).parents[2]
