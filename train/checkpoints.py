@@ -151,8 +151,8 @@ def resume_signature(
 ) -> dict[str, Any]:
     """Collect all that affects the weights, by name; only a run with an equal signature may resume.
 
-    `init` is the fingerprint of the run's first weights, whose file may move; None = random ones. `before` are the
-    settings of the stages before this one.
+    `init` is the fingerprint of the run's first weights, whose file may move; None = random ones. `before`
+    are the settings of the stages before this one.
     """
     plain = {**_settings_to_resume(config), "init": init}
     for name, facts in teachers.items():

@@ -85,7 +85,7 @@ class Cost(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Memory of one rank in bytes; without the weights that spectral and noisy layers compute in a forward."""
+    """Memory of one rank in bytes, but for the weights that spectral and noisy layers compute in forwards."""
 
     weights: int  # student and adaptors, or the rank's shard of them
     teachers: int  # frozen weights, matrices in bfloat16 where forwards are; no text towers

@@ -130,8 +130,8 @@ def _check_sizes(stage: Stage, model: RadioModel, before: RadioModel) -> None:
     except CheckpointError as error:
         raise ConfigError(
             f"{stage.config.student} is built for one size, and its weights have other shapes at "
-            f"{stage.config.resolution} px than at {stage.before[-1].resolution} px in the stage before, from "
-            f"which it starts; keep that resolution, or take another student ({error})"
+            f"{stage.config.resolution} px than at {stage.before[-1].resolution} px in the stage before, "
+            f"which it starts from; keep that resolution, or take another student ({error})"
         ) from error
 
 

@@ -302,8 +302,9 @@ class Trainer:
             rows = self.loader.rows(range(steps.steps), pin=self.device.type == "cuda")
             read = with_targets(rows, self.groups, self.device, self._teach, config.seed, 0, self.framing)
             batches = (batch for batch, _ in read)
+        watched = self.stop.watch(batches)
         with ProgressConsole(self.console, "teachers' features", steps.steps, 0) as bar:
-            lines = measure(self.loss.statistics, self.stop.watch(batches), self.student, self.device, bar.advance)
+            lines = measure(self.loss.statistics, watched, self.student, self.device, bar.advance)
         taken = [name for name in self._taken if name in self.model.adaptors]
         for weights in (self.average.tensors if self.average else {}, dict(self.model.named_parameters())):
             if weights:

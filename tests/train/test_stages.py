@@ -277,7 +277,9 @@ def test_a_later_stage_that_cannot_be_is_an_error_before_the_first(
 
 def test_a_student_of_one_size_cannot_start_from_itself_at_another(staged: TrainConfig) -> None:
     """timm's ViTs resize their positions; CoAtNet has a table for each of its attention layers."""
-    vit = replace(staged, student="timm:test_vit", resolution=160, stages=(StageConfig(steps=2, resolution=96),))
+    vit = replace(
+        staged, student="timm:test_vit", resolution=160, stages=(StageConfig(steps=2, resolution=96),)
+    )
     check_stages(vit, 1)
     with pytest.raises(
         ConfigError,
