@@ -87,7 +87,7 @@ def _collect(table: TableLayout, runs: Runs, results: Path) -> MadeTable:
         columns=tuple(column_title(column, table) for column in table.columns),
         lines=lines,
         differences=tuple(differences),
-        remarks=tuple(remarks),
+        remarks=tuple(dict.fromkeys(remarks)),  # two lines may show one of the paper's
         claims=table.makes_claims,
         curves=tuple(
             TableCurve(
