@@ -27,7 +27,7 @@ from radio.hub import load_teacher
 from radio.nn.vit import CroppedPositions, draw_crops
 from train.config import DataConfig, OptimConfig, TeacherConfig, TrainConfig
 from train.data.loader import prefetch
-from train.monitor import Stopwatch
+from train.monitor import PhaseTimer
 from train.setup import halve
 from train.trainer import Trainer
 
@@ -150,7 +150,7 @@ def test_the_prefetch_thread_has_its_device_and_stream(gpu: torch.device) -> Non
 
 
 def test_streams_overlap_and_no_moment_counts_twice(gpu: torch.device) -> None:
-    watch, side = Stopwatch(gpu), torch.cuda.Stream(gpu)
+    watch, side = PhaseTimer(gpu), torch.cuda.Stream(gpu)
     torch.cuda.synchronize(gpu)
     start = time.perf_counter()
     with torch.cuda.stream(side), watch.time("teachers", "dense"):

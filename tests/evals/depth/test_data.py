@@ -62,7 +62,7 @@ def test_the_fingerprint_follows_the_depths_too(tmp_path: Path, nyu: Path) -> No
         (
             lambda root: (root / "nyu_test.txt").unlink(),
             MissingDataError,
-            "nyu_test.txt: no such list; wanted",
+            "nyu_test.txt: no such file; wanted a folder",
         ),
         (lambda root: (root / "nyu_test.txt").write_text("\n"), DataError, "nyu_test.txt: lists no images"),
         (

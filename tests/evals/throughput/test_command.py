@@ -16,7 +16,7 @@ from radio.model import ModelConfig, build
 from radio.students import students
 
 SHORT = [
-    *("--batches", "1", "--window-seconds", "0", "--warmup-seconds", "0", "--device", "cpu", "--plain"),
+    *("--batches", "1", "--repeat-seconds", "0", "--warmup-seconds", "0", "--device", "cpu", "--plain"),
     *("--threads", "1"),
 ]
 
@@ -119,7 +119,7 @@ def test_all_leaves_it_out_unless_it_is_named(checkpoint: Path, capsys: pytest.C
     speed = [
         "--throughput.batches",
         "1",
-        "--throughput.window-seconds",
+        "--throughput.repeat-seconds",
         "0",
         "--throughput.warmup-seconds",
         "0",
