@@ -72,9 +72,8 @@ class ClusterConfig:
     """Images of large clusters taken more rarely, so that a run sees all clusters alike (C-RADIOv2)."""
 
     folder: Path | None = None  # NAME.tsv for each shard and folder of images; None = all images alike
-    power: PositiveShare = (
-        1.0  # of a cluster of n images a share ~ n^-power is taken (our choice); 1 = all clusters alike
-    )
+    power: PositiveShare = 1.0
+    """Of a cluster of n images a share ~ n^-power is taken (our choice); 1 = all clusters alike."""
     max_met: Met = 10.0  # images scanned for each one taken, at most: small clusters count as larger
 
 

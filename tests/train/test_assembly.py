@@ -242,6 +242,7 @@ def test_the_card_names_teachers_and_data(config: TrainConfig) -> None:
         "resolution": [108, 108],
         "student_resolution": 48,
         "fingerprint": teachers["sam"].fingerprint,
+        "summary_weight": config.teachers[2].summary_weight,
     }
     assert metadata["data"]["count"] == 24
     assert metadata["data"]["fingerprint"] == images.fingerprint
