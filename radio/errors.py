@@ -6,7 +6,6 @@ import difflib
 import errno
 import importlib
 import re
-import sys
 from collections.abc import Iterable
 from types import ModuleType
 
@@ -114,8 +113,6 @@ def require(module: str, *, extra: str) -> ModuleType:
     Raises:
         MissingExtraError: the module is not installed; names the extra that installs it.
     """
-    if (loaded := sys.modules.get(module)) is not None:
-        return loaded
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
