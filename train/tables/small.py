@@ -227,7 +227,7 @@ def table6() -> TableLayout:
         lines=(_teacher("dense", TABLE_6, "DINOv2 G/14"), _teacher("clip", TABLE_6, "OpenCLIP H/14"), *lines),
         make_runs=make_runs,
         remarks=(
-            "36 steps of 48 images: all students are at their beginning; the order is of how fast they start.",
+            "36 steps of 48 images: students have hardly begun, and the order is of how fast they start.",
         ),
     )
 
