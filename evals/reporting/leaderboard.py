@@ -114,22 +114,22 @@ def gather_models(entries: Sequence[StoredReport]) -> tuple[list[RankedModel], d
         remarks.setdefault(column, []).append(
             f"{shown(older.path)} is left out: {shown(own[column].path)} is newer and of the same weights"
         )
-    contenders = []
+    models = []
     for names in by_weights.values():
         count = Counter(column for own in names.values() for column in own)
         apart = [name for name, own in names.items() if any(count[column] > 1 for column in own)]
-        contenders += [RankedModel(name=name, entries=names[name]) for name in apart]
+        models += [RankedModel(name=name, entries=names[name]) for name in apart]
         together = [name for name in names if name not in apart]
         if together:
             joined = {column: entry for name in together for column, entry in names[name].items()}
-            contenders.append(RankedModel(name=together[0], entries=joined))
-    named = [model for name in {each.name for each in contenders} for model in _told_apart(name, contenders)]
+            models.append(RankedModel(name=together[0], entries=joined))
+    named = [model for name in {each.name for each in models} for model in _name_apart(name, models)]
     return sorted(named, key=lambda each: each.name), remarks
 
 
-def _told_apart(name: str, contenders: Sequence[RankedModel]) -> list[RankedModel]:
+def _name_apart(name: str, models: Sequence[RankedModel]) -> list[RankedModel]:
     """Return the models of a name; of several each gets its run's folder, or what else tells them apart."""
-    alike = [each for each in contenders if each.name == name]
+    alike = [each for each in models if each.name == name]
     if len(alike) == 1:
         return alike
     first = [next(iter(each.entries.values())) for each in alike]
@@ -161,36 +161,36 @@ def make_leaderboard(entries: Sequence[StoredReport], tasks: Sequence[str] = ())
         if task not in known:
             given = f"no report is of the task {shown(task)}, only of {', '.join(known)}"
             raise ConfigError(f"{given}{did_you_mean(task, known)}")
-    contenders, replaced = gather_models([e for e in entries if not tasks or e.report.task in tasks])
+    models, replaced = gather_models([e for e in entries if not tasks or e.report.task in tasks])
     remarks: list[str] = []
     columns, scores = [], []
     for column in sorted(
-        {c for each in contenders for c in each.entries}, key=lambda c: (c.task, c.data, c.protocol)
+        {c for each in models for c in each.entries}, key=lambda c: (c.task, c.data, c.protocol)
     ):
-        reason = _unfit(column, contenders)
+        reason = _unfit(column, models)
         if reason:
             remarks.append(f"{column.task} ({column.data}) is left out: {reason}")
             continue
-        resampled, note = _scores(column, contenders)
+        resampled, note = _scores(column, models)
         columns.append(column)
         scores.append(resampled)
         remarks += [*replaced.get(column, ()), *([note] if note else [])]
     if not columns:
         raise DataError(f"there is nothing to rank: {'; '.join(remarks) or 'no report'}")
     most = max(len(each) for each in scores)  # a column without resamples is the same in all
-    shape = (most, len(contenders))
+    shape = (most, len(models))
     sums: Values = np.sum([np.broadcast_to(_ranks(each), shape) for each in scores], axis=0)
-    order = sorted(range(len(contenders)), key=lambda place: (sums[0, place], contenders[place].name))
+    order = sorted(range(len(models)), key=lambda place: (sums[0, place], models[place].name))
     group_of = _groups(-sums, order)
     within = [_groups(each, list(np.argsort(-each[0], kind="stable"))) for each in scores]
     standings = []
     for place in order:
-        own = contenders[place].entries
+        own = models[place].entries
         metrics = [_metric(own[column].report) if column in own else None for column in columns]
         low, high = interval(sums[1:, place]) if most > 1 else (sums[0, place], sums[0, place])
         standings.append(
             Standing(
-                model=contenders[place].name,
+                model=models[place].name,
                 rank_sum=float(sums[0, place]),
                 low=float(low),
                 high=float(high),
@@ -284,9 +284,9 @@ def _metric(report: Report) -> Metric:
     return report.metrics[report.primary_metric]
 
 
-def _unfit(column: Column, contenders: Sequence[RankedModel]) -> str:
+def _unfit(column: Column, models: Sequence[RankedModel]) -> str:
     """Explain why a column ranks nothing; empty if it does."""
-    entries = [entry for each in contenders for entry in each.entries.items()]
+    entries = [entry for each in models for entry in each.entries.items()]
     reports = [entry.report for own, entry in entries if own == column]
     metric = _metric(reports[0])
     if metric.unit.endswith("/s"):
@@ -311,19 +311,19 @@ def _title(column: Column, columns: Sequence[Column], reports: Sequence[Report])
     return f"{title_of(column.task, reports)}: {column.metric}{ending}"
 
 
-def _scores(column: Column, contenders: Sequence[RankedModel]) -> tuple[Values, str]:
+def _scores(column: Column, models: Sequence[RankedModel]) -> tuple[Values, str]:
     """Return the models' scores [1 + R, M], and a note; [1, M] where the records cannot be paired.
 
     More is better; -inf where a model has none.
     """
-    places = [place for place, each in enumerate(contenders) if column in each.entries]
-    entries = [contenders[place].entries[column] for place in places]
+    places = [place for place, each in enumerate(models) if column in each.entries]
+    entries = [models[place].entries[column] for place in places]
     sign = 1.0 if _metric(entries[0].report).higher_is_better else -1.0
     resampled, note = resampled_metrics(entries), ""
     if resampled is None:
         resampled = np.empty((0, len(places)))
         note = f"{column.task} ({column.data}) has no records that can be paired: its order counts as certain"
-    scores = np.full((1 + len(resampled), len(contenders)), -np.inf)
+    scores = np.full((1 + len(resampled), len(models)), -np.inf)
     scores[0, places] = [sign * _metric(entry.report).value for entry in entries]
     scores[1:, places] = sign * resampled
     return scores, note

@@ -16,6 +16,7 @@ from evals.core.report import file_name
 from evals.core.suite import Contestant, Outcome, run_contestants
 from evals.core.task import RunSettings, make_evaluator, missing_data, settings_on
 from evals.reporting.compare import StoredReport, block_sums
+from evals.vqa.benchmarks import open_benchmark
 from radio.config import defaults_of, difference, from_plain, to_plain
 from radio.datasets import SET_NAMES, DataSets, read_data_sets
 from radio.dist import Ranks
@@ -110,7 +111,12 @@ def evaluation_settings(row: Row, *, anywhere: bool = False) -> dict[str, Any]:
 
 
 def _check_benchmarks(own: Any, config: TrainConfig) -> None:
-    """Check that a data root has all benchmarks that the tables show, and a language model."""
+    """Check that a data root has all benchmarks that the tables show, and a language model.
+
+    Raises:
+        ConfigError: it lacks one.
+        DataError: TextVQA's OCR tokens are neither in a file of their own nor in the questions.
+    """
     lacks = [name for name in VQA if SOURCES[name].metric not in own.benchmarks]
     lacks += ["language-model"] if own.language_model is None else []
     if lacks:
@@ -118,6 +124,9 @@ def _check_benchmarks(own: Any, config: TrainConfig) -> None:
             f"vqa: {shown(str(config.data_root))} has not {', '.join(lacks)}, which the tables need; name it "
             f"there, or leave vqa out by --score"
         )
+    text_vqa = own.benchmarks["textvqa"]
+    if text_vqa.ocr and text_vqa.ocr_file is None:
+        open_benchmark("textvqa", text_vqa)  # not after the training
 
 
 def _data_sets(config: TrainConfig, *, anywhere: bool) -> DataSets:

@@ -11,7 +11,7 @@ import pytest
 from evals.core import paper
 from evals.knn import KnnSettings
 from radio.config import read_yaml, to_plain, write_yaml
-from radio.errors import ConfigError
+from radio.errors import ConfigError, DataError
 from radio.students import TABLE_6, resolve_options, students
 from train.config import TrainConfig
 from train.recipes import recipes
@@ -132,6 +132,26 @@ def test_the_tables_need_every_benchmark_of_a_data_root(tmp_path: Path) -> None:
         ConfigError, match=r"vqa: .* has not sqa, vqav2, language-model, which the tables need"
     ):
         evaluation_settings(row)
+
+
+def test_ocr_tokens_are_looked_for_before_the_first_row(tmp_path: Path) -> None:
+    (table,) = make_tables("table10", "paper")
+    row = {"question_id": 1, "image_id": "a", "question": "What?", "answers": ["x"] * 10}
+    (tmp_path / "q.json").write_text(json.dumps({"dataset_type": "val", "data": [row]}))
+    (tmp_path / "data.yaml").write_text(
+        "imagenet: in\nade20k: ade\nvoc: voc\nlanguage-model: lm\n"
+        "llava: {pretrain-data: p, pretrain-images: a, instruct-data: i, instruct-images: b}\n"
+        "gqa: {questions: q, images: g}\nvqav2: {questions: q, images: g}\n"
+        "sqa: {questions: q, images: g, splits: s}\ntextvqa: {questions: q.json, images: g}\n"
+    )
+    base = replace(table.base, data_root=tmp_path)
+    rows = rows_of([(replace(table, base=base), {})])
+    with pytest.raises(DataError, match=r"q\.json: the questions hold no 'ocr_tokens'; give the file of OCR"):
+        evaluation_settings(rows[0])
+    (tmp_path / "q.json").write_text(
+        json.dumps({"dataset_type": "val", "data": [{**row, "ocr_tokens": ["x"]}]})
+    )
+    assert evaluation_settings(rows[0])["vqa-llava"].ocr
 
 
 def test_runs_are_chosen_by_name_with_or_without_their_seed() -> None:
