@@ -33,7 +33,7 @@ from radio.image_files import Entry, Listing, StoredImages, spread
 from radio.io import validate
 from radio.progress import ProgressFactory, no_progress
 
-from .benchmarks import read_list
+from .records import read_list
 from .scoring import IMAGE
 from .settings import Template
 

@@ -22,9 +22,10 @@ from radio.errors import ConfigError, DataError
 from radio.image_files import spread
 from radio.types import Backbone
 
-from .benchmarks import open_benchmark, read_predictions
+from .benchmarks import open_benchmark
 from .data import NamedImages, fingerprint, read_records
 from .language import LanguageModel, TinyShape, load_library, open_language
+from .records import read_predictions
 from .scenes import benchmarks, describe_questions, describe_training, load_scenes, training_images
 from .scenes import training_records as generated_records
 from .scoring import TASKS, Benchmark, BenchmarkQuestion, Scores, mean_accuracy

@@ -69,7 +69,7 @@ def test_llavas_training(touched: list[Any], device: torch.device, wanted: set[A
     from evals.vqa.language import load_library
 
     load_library()
-    from evals.vqa.training import _own_randomness
+    from evals.vqa.stage_trainer import _own_randomness
 
     with _own_randomness(device):
         assert set(touched) == wanted

@@ -12,11 +12,26 @@ import torch
 
 from evals.vqa.data import Record, Turn
 from evals.vqa.language import LanguageModel, TinyShape, load_library, open_language
+from evals.vqa.llava import PROJECTOR, learn, make_llava
+from evals.vqa.settings import StagePlan
 
 load_library()
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 60, 220), "white": (240, 240, 240)}
 SHAPE = TinyShape(width=32, layers=2, heads=2, feed_forward=64)
+ALL = (PROJECTOR, "model.language_model.", "lm_head.")
+PLAN = StagePlan(
+    template="v1",
+    view="pad",
+    learns=("projector", "language"),
+    lr=1e-2,
+    weight_decay=0.0,
+    batch=4,
+    micro_batch=4,
+    steps=6,
+    warmup=2,
+    save_every=2,
+)
 
 
 def row(name: str, image: str | None, *turns: str) -> dict[str, Any]:
@@ -71,3 +86,13 @@ def write_json(tmp_path: Path) -> Callable[[Any], Path]:
 def make_row() -> Callable[..., dict[str, Any]]:
     """Makes a record of LLaVA's."""
     return row
+
+
+@pytest.fixture
+def make_model(backbone: Callable[..., Any], tiny: LanguageModel) -> Callable[..., Any]:
+    def make(learns: tuple[str, ...] = ALL) -> Any:
+        model = make_llava(backbone(), tiny, (32, 32), 4, layer_norm=False, seed=0)
+        learn(model, learns)
+        return model
+
+    return make

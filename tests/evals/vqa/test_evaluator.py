@@ -19,7 +19,7 @@ from evals.core.evaluator import EvalRun, RunSettings, run_evaluator, run_predic
 from evals.core.report import Report, read
 from evals.core.task import make_evaluator
 from evals.vqa import settings as protocol
-from evals.vqa import training
+from evals.vqa import stage_trainer
 from evals.vqa.scenes import benchmarks, describe_questions, load_scenes
 from evals.vqa.settings import VqaSettings
 from radio.entry import evaluate
@@ -71,7 +71,7 @@ def test_a_run_reports_everything_and_a_second_one_finds_it(
         "gqa: answers right and wrong",
     ]
     assert all((tmp_path / name).is_file() for name in report.files)
-    monkeypatch.setattr(training, "StageTrainer", None)  # nothing is left to train
+    monkeypatch.setattr(stage_trainer, "StageTrainer", None)  # nothing is left to train
     again = run(model, replace(SMALL, stages=("score",)), tmp_path / "again", name="it")
     assert again.metrics == report.metrics
     assert model.images - encoded <= 3  # the grid is asked for; no image is encoded again

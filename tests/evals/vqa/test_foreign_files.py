@@ -11,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from evals.vqa.benchmarks import TaskFiles, open_benchmark, read_predictions
+from evals.vqa.benchmarks import TaskFiles, open_benchmark
 from evals.vqa.data import read_records
+from evals.vqa.records import read_predictions
 from radio.errors import RadioError
 
 TEN = [{"answer": "red", "answer_id": n} for n in range(10)]

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from evals.vqa.benchmarks import TaskFiles, open_benchmark, read_predictions
+from evals.vqa.benchmarks import TaskFiles, open_benchmark
+from evals.vqa.records import read_predictions
 from evals.vqa.scoring import Benchmark
 from radio.errors import DataError
 
