@@ -91,7 +91,7 @@ class DataConfig:
     """How scenes look: as the teachers know them, dark, as noisy web images, or all of these."""
     crop_scale: tuple[PositiveShare, PositiveShare] = (0.08, 1.0)  # RandomResizedCrop: range of the area
     crop_aspect: tuple[Aspect, Aspect] = (3 / 4, 4 / 3)
-    flip: Share = 0.5  # probability of a horizontal flip
+    flip: Share = 0.5  # probability of a horizontal flip; ours
     num_streams: BatchSize = 1024
     """Data streams per group, fixed for a run: the largest divisor of its batch up to this."""
     workers: Workers = 2  # loader processes per rank; 0 = load in the trainer

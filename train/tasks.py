@@ -103,9 +103,22 @@ def check_data(config: TrainConfig) -> None:
     Raises:
         ConfigError: one does not; or as `scored_jobs`.
     """
+    check_paths(scored_jobs(config, scored_tasks(config)), config)
+
+
+def check_paths(jobs: Mapping[str, Any], config: TrainConfig) -> None:
+    """Check that the paths exist by which settings of evaluations name data.
+
+    Args:
+        jobs: settings by the evaluation's name.
+        config: of the run, for the message.
+
+    Raises:
+        ConfigError: one does not.
+    """
     from evals.core.evaluator import machine_settings  # needs torch, which command lines do not wait for
 
-    for job, settings in scored_jobs(config, scored_tasks(config)).items():
+    for job, settings in jobs.items():
         where_saved = machine_settings(settings)  # no data: a score would depend on them
         values = {field.name: getattr(settings, field.name) for field in fields(settings)}
         for path in _paths([value for name, value in values.items() if name not in where_saved]):

@@ -64,9 +64,10 @@ class TableDifference:
     def texts(self) -> tuple[str, ...]:
         """The cells below `MadeTable.verdict_head`."""
         known = self.low is not None and self.high is not None
-        between = f"{self.low:+.2f} to {self.high:+.2f}" if known else ""
-        ours = f"{self.value:+.2f}"
-        wanted = self.claim if self.paper is None else f"{self.paper:+.2f}"
+        digits = 3 if self.column.endswith("loss") else 2
+        between = f"{self.low:+.{digits}f} to {self.high:+.{digits}f}" if known else ""
+        ours = f"{self.value:+.{digits}f}"
+        wanted = self.claim if self.paper is None else f"{self.paper:+.{digits}f}"
         return (self.line, self.against, self.column, ours, between, wanted, self.verdict)
 
 

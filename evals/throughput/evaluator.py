@@ -63,6 +63,7 @@ class MeasuredModel:
     model: Backbone
     paper_name: str = ""  # as in `evals.core.paper.TABLE_6_MODELS`
     untrained: bool = False
+    resolution: int | None = None  # its own side in pixels; None = that of the settings
 
 
 def make_protocol(settings: ThroughputSettings) -> Protocol:
@@ -117,7 +118,7 @@ def measure_all(
         SizeError: a resolution that a model does not accept, or a batch larger than the memory.
     """
     reference = _check_names([entry.name for entry in entries], reference)
-    sizes = {entry.name: _size(entry.model, settings.resolution) for entry in entries}
+    sizes = {entry.name: _size(entry.model, entry.resolution or settings.resolution) for entry in entries}
     started = time.monotonic()
     dtype, protocol = choose_dtype(settings, device), make_protocol(settings)
     for entry in entries:

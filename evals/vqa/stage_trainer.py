@@ -68,10 +68,12 @@ class Needs(NamedTuple):
 
 
 def plan_memory(model: Any, settings: VqaSettings, run: EvalRun) -> Needs:
-    """Decide how a stage of the model is trained; cast the frozen weights of large models to bf16 under bf16.
+    """Decide how a stage of the model is trained, and what memory that takes.
 
     Args:
         model: trainable parameters have `requires_grad`.
+        settings: of the evaluation.
+        run: its device, precision and ranks.
 
     Raises:
         ConfigError: sharding on a CPU; or weights, gradients and moments alone exceed the GPU's memory.
@@ -84,11 +86,10 @@ def plan_memory(model: Any, settings: VqaSettings, run: EvalRun) -> Needs:
     learning = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     is_sharded = world > 1 and device.type == "cuda" and (settings.fsdp or learning >= _SHARDED)
     is_rounded = run.dtype == torch.bfloat16 and count >= _LARGE and not is_sharded
-    if is_rounded:
-        for parameter in parameters:
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(torch.bfloat16)  # as autocast casts it in every step
-    held = sum(parameter.numel() * parameter.element_size() for parameter in parameters) + 12 * learning
+    held = 12 * learning + sum(
+        parameter.numel() * (2 if is_rounded and not parameter.requires_grad else parameter.element_size())
+        for parameter in parameters
+    )
     checkpointing = settings.activation_checkpointing
     needs = Needs(
         is_sharded=is_sharded,
@@ -104,6 +105,13 @@ def plan_memory(model: Any, settings: VqaSettings, run: EvalRun) -> Needs:
                 f"has {there:.0f}; shard it over more GPUs (torchrun, --fsdp), or tune by --lora-rank"
             )
     return needs
+
+
+def round_frozen(model: nn.Module) -> None:
+    """Cast the frozen weights to bf16, as autocast would in every step."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,6 +145,8 @@ def train(model: Any, job: StageJob) -> Learned:
     plan, device = job.plan, job.run.device
     use_cache = vars(model.config).get("use_cache")
     lacks_images = "projector" in plan.learns and not all(job.data.modalities())
+    if job.needs.is_rounded:
+        round_frozen(model)
     with (
         _own_randomness(device),
         limit_threads(model, device),

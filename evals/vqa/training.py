@@ -38,7 +38,7 @@ from .data import (
 )
 from .language import LanguageModel
 from .llava import PROJECTOR, Grid, TokenEncoder, learn, make_llava, restore
-from .settings import Preset, StagePlan, VqaSettings, plan_stage
+from .settings import Preset, Stage, StagePlan, VqaSettings, plan_stage
 from .stage_trainer import StageJob, plan_memory, train
 
 # Letters: B batch, S tokens of a sample, E width of the language model, D token width.
@@ -131,8 +131,8 @@ class LlavaTraining:
         """Train the requested stages, or load those that are finished.
 
         Raises:
-            ConfigError: a stage that is not requested and has not been trained before, or a batch that cannot
-                be divided among the ranks.
+            ConfigError: a stage that is not requested and has not been trained before, one that does not fit
+                into the memory, or a batch that cannot be divided among the ranks.
             RadioError: values that are not finite.
         """
         stages = {"pretrain": self.preset.pretrain, "instruct": self.preset.instruct}
@@ -140,6 +140,7 @@ class LlavaTraining:
             stages = {"words": self.preset.words, **stages}
         is_short = not {"instruct", "score"} & set(self.settings.stages)
         model, merged_tokens = self._build(), self.encoder.merged_tokens
+        self._check_memory(model, stages)
         key = digest(_FORMAT, self.encoder.model.fingerprint, self.language.fingerprint, self.layer_norm)
         if self.normaliser is not None:
             key = digest(key, checkpoint.digest(self.normaliser.state_dict()))
@@ -184,6 +185,20 @@ class LlavaTraining:
             entries[path] = names
             finished[name] = Finished(plan, losses)
         return Trained(model, finished, key)
+
+    def _check_memory(self, model: Any, stages: Mapping[str, Stage]) -> None:
+        """Check that the training of every stage fits, before the first begins; note what each takes.
+
+        LoRA's own weights, below 1 % of the others, are not counted.
+        """
+        requested = {"words": "pretrain"}
+        for name, stage in stages.items():
+            if requested.get(name, name) not in self.settings.stages:
+                continue
+            parts = ("projector",) if name == "instruct" and self.settings.lora_rank else stage.learns
+            learn(model, tuple(prefix for part in parts for prefix in _PARTS[part]))
+            if text := plan_memory(model, self.settings, self.run).describe():
+                self.run.notes.append(f"{name}: {text.strip(' ()')}")
 
     def _build(self) -> Any:
         encoder = self.encoder

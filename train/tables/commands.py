@@ -22,7 +22,7 @@ from ..config import RENAMED, TrainConfig
 from ..distributed import REQUEUE, join
 from ..loggers import LOG, say
 from ..setup import check_settings
-from ..tasks import check_data, task_settings
+from ..tasks import check_data, check_paths, task_settings
 from .layout import Runs, TableLayout, choose_runs, runs_of, without_seed
 from .making import Row, evaluation_settings, is_done, rows_of, score_row
 from .options import TableCommand
@@ -77,13 +77,13 @@ def run_tables(
         if code == REQUEUE:
             return code
 
-        def finish() -> None:
-            if not command.rows:
-                _measure_speeds(given, command, results, console)
+        def finish() -> bool:
+            measured = bool(command.rows) or _measure_speeds(given, command, results, console)
             show(given, command, results, console, words)
+            return measured
 
-        ranks.on_leader(finish)
-    return code
+        measured = ranks.on_leader(finish)
+    return code if measured else 1
 
 
 def _check(command: TableCommand, results: Path) -> None:
@@ -197,7 +197,7 @@ def make_rows(
     )
     left = [row for row in rows if row.name in names]
     for row in left:  # all of them before the first is begun
-        evaluation_settings(row)
+        check_paths(evaluation_settings(row), row.config)
         if not row.spec:
             use_data_sets(row.config, allow_pipes=command.allow_pipes)
             check_settings(row.config, ranks.world)
@@ -260,14 +260,20 @@ def make_row(
 
 def _measure_speeds(
     given: Sequence[tuple[TableLayout, Runs]], command: TableCommand, results: Path, console: Console
-) -> None:
-    """Measure the speeds of the tables that show them, where that has not been done."""
+) -> bool:
+    """Measure the speeds of the tables that show them, where none are; return whether all could be."""
     from .speed import measure_speed, read_speed
 
+    failed = False
     for table, runs in given:
         if table.measures_speed and (command.restart or not read_speed(results, table.name)):
             say(console, f"{table.name}: measuring images per second")
-            measure_speed(table, runs, results, console)
+            try:
+                measure_speed(table, runs, results, console)
+            except RadioError as error:  # the tables are shown without them
+                failed = True
+                say(console, f"{table.name}: no images per second: {error}")
+    return not failed
 
 
 def show(

@@ -81,7 +81,8 @@ SPREADS: Mapping[str, tuple[tuple[str, ...], str]] = {
 VQA = ("gqa", "sqa", "textvqa", "vqav2")
 OTHERS = ("zeroshot", "knn", "ade20k")
 
-OF_THE_RUN = ("summary_loss", "feature_loss", "parameters", "images_per_second")
+LOSSES = ("summary_loss", "feature_loss")
+OF_THE_RUN = (*LOSSES, "parameters", "images_per_second")
 """The paper's columns that need no evaluator."""
 
 
@@ -122,7 +123,7 @@ class TableLayout:
     make_runs: Callable[[TrainConfig], Runs]  # from the base with command-line overrides
     num_seeds: int = 1
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of tasks, in this table alone
-    speed_resolution: Pixels | None = None  # side at which speed is measured; None = each model's own
+    speed_resolution: Pixels | None = None  # side at which students' speed is measured; None = each one's own
     remarks: tuple[str, ...] = ()  # what is ours in it
     by_request: tuple[str, ...] = ()  # tasks that are scored where --score names them
     curves: tuple[Curve, ...] = ()

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from evals.core.report import file_name
+from evals.core.report import Report, file_name
 from evals.core.suite import Contestant, Outcome, run_contestants
 from evals.core.task import RunSettings, make_evaluator, missing_data, settings_on
 from evals.reporting.compare import StoredReport, block_sums
@@ -233,6 +233,7 @@ def score_row(
             protocols={
                 key: to_plain(own) for key, own in protocols_of(row).items() if by_key[key].state != "failed"
             },
+            data={key: _scored_data(outcome.report) for key, outcome in by_key.items() if outcome.report},
             left_out={key: o.reason for key, o in by_key.items() if o.state == "left out"},
             seconds={**seconds, "score": round(time.monotonic() - started, 1)},
             device=describe_device(choose_device(config.device)),
@@ -248,6 +249,13 @@ def _report_name(row: Row, evaluation: Evaluation) -> str:
     """Name the model of one evaluation's report, which stands beside those of others of the same task."""
     special = evaluation.key.removeprefix(evaluation.task)
     return f"{row.name}{special}"
+
+
+def _scored_data(report: Report) -> tuple[str, ...]:
+    """Describe the data that a report's scores are of; equal data give equal texts."""
+    return tuple(
+        f"{data.name}: {data.count:,} ({data.fingerprint[:12]})" for data in report.data if data.scored
+    )
 
 
 def _scores(outcome: Outcome, folder: Path) -> dict[str, Score]:

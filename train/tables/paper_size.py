@@ -256,8 +256,8 @@ def table5() -> TableLayout:
 
 _VQA_REMARK = (
     "VQA: TextVQA with OCR tokens in the prompt; GQA and VQAv2 on the questions that the data root names. "
-    "The paper's are validation questions (GQA's test-dev gives about 8 points less): name their parts where "
-    "a folder has others too."
+    "The paper's are GQA's validation questions (test-dev, which a folder with both is read as, gives about "
+    "8 points less) and VQAv2's test-dev, whose answers are not public: a folder's are those of val."
 )
 _EFFICIENT = tuple(name for name in TABLE_6_MODELS if not name.startswith(("dinov2:", "openclip:")))
 

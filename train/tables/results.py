@@ -59,6 +59,7 @@ class RowResult:
     values: dict[str, Value] = field(default_factory=dict)  # of `OF_THE_RUN`, but for the speed
     scores: dict[str, dict[str, Score]] = field(default_factory=dict)  # by evaluation, then metric
     protocols: dict[str, dict[str, Any]] = field(default_factory=dict)  # settings of each evaluation
+    data: dict[str, tuple[str, ...]] = field(default_factory=dict)  # what each evaluation scored on
     left_out: dict[str, str] = field(default_factory=dict)  # evaluations that it cannot have, and why
     seconds: dict[str, float] = field(default_factory=dict)  # of training and scoring
     device: str = ""
@@ -158,6 +159,10 @@ def merge(old: RowResult | None, new: RowResult, defaults: Mapping[str, Any]) ->
         values={**old.values, **new.values},
         scores={**old.scores, **new.scores},
         protocols={**old.protocols, **new.protocols},
+        data={**old.data, **new.data},
         left_out={key: why for key, why in {**old.left_out, **new.left_out}.items() if key not in new.scores},
-        seconds={**old.seconds, **new.seconds},
+        seconds={
+            part: old.seconds.get(part, 0) + new.seconds.get(part, 0)
+            for part in {**old.seconds, **new.seconds}
+        },
     )

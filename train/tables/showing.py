@@ -31,7 +31,7 @@ from radio.errors import shown
 from radio.io import write_text
 
 from ..tasks import task_settings
-from .layout import OF_THE_RUN, SOURCES, SPREADS, Line, Runs, TableLayout, seeds_of
+from .layout import LOSSES, OF_THE_RUN, SOURCES, SPREADS, Line, Runs, TableLayout, seeds_of
 from .making import is_current, rows_of
 from .results import RowResult, Score, read_result
 from .speed import Speed, read_speed
@@ -76,6 +76,12 @@ def _collect(table: TableLayout, runs: Runs, results: Path) -> MadeTable:
     differences, not_compared = _differences(table, found)
     remarks = [*table.remarks, *_agreements(table, cells), *not_compared]
     remarks += [*_seeds_remarks(table, runs, found, results), *_settings_remarks(table, runs, results)]
+    remarks += _data_remarks(table, found)
+    if table.measures_speed and not speed:
+        remarks.append(
+            f"images/s: not measured yet; radio-train {table.name} without --rows and --collect does that "
+            f"once no row is left to make."
+        )
     remarks += [
         f"{line.paper.model} (paper): {line.paper.remark}"
         for line in table.lines
@@ -141,6 +147,10 @@ def _scores(table: TableLayout, line: Line, found: Sequence[RowResult], column: 
         of_each = [_scores(table, line, found, each) for each in SPREADS[column][0]]
         complete = all(len(scores) == len(found) for scores in of_each)
         return [spread(scores) for scores in zip(*of_each, strict=True)] if complete else []
+    if column in LOSSES and not (line.columns and column not in line.columns):
+        values = [result.values[column] for result in found if column in result.values]
+        several = len(values) > 1  # a loss is of all the run's images: seeds alone make it uncertain
+        return [Score(value=v, low=v if several else None, high=v if several else None) for v in values]
     evaluation = table.evaluation(line, column)
     if evaluation is None:
         return []
@@ -202,10 +212,11 @@ def _differences(
             gap, claim = _gap(line, other, column), line.claims.get(column)
             if not ours or not theirs or (gap is None and claim is None):
                 continue
-            if not _scored_alike(table, [(line, found[line.label]), (other, found[other.label])], column):
+            sides = [(line, found[line.label]), (other, found[other.label])]
+            if column not in LOSSES and not _scored_alike(table, sides, column):
                 not_compared.append(
                     f"{column_title(column, table)} of {line.label} and {other.label}: scored by different "
-                    f"settings, and not compared."
+                    f"settings or on different data, and not compared."
                 )
                 continue
             gained = difference(ours, theirs, trained=(not line.model, not other.model))
@@ -232,17 +243,20 @@ def _gap(line: Line, other: Line, column: str) -> float | None:
 
 
 def _scored_alike(table: TableLayout, sides: Sequence[tuple[Line, Sequence[RowResult]]], column: str) -> bool:
-    """Check that lines with scores in a column have them by the same settings, over all their seeds."""
+    """Check that lines with scores in a column have them by the same settings, on the same data."""
     first = SPREADS[column][0][0] if column in SPREADS else column
     protocols: list[Mapping[str, Any]] = []
+    data: set[tuple[str, ...]] = set()
     for line, found in sides:
         evaluation = table.evaluation(line, first)
         assert evaluation is not None, "the line has scores in the column"
         scored = [result for result in found if evaluation.key in result.scores]
         protocols += [result.protocols.get(evaluation.key, {}) for result in scored]
+        data |= {result.data[evaluation.key] for result in scored if evaluation.key in result.data}
     task = SOURCES[first].task
     defaults = defaults_of(task_settings(table.base, [task])[task])
-    return not any(setting_difference(protocols[0], each, defaults) for each in protocols[1:])
+    alike = not any(setting_difference(protocols[0], each, defaults) for each in protocols[1:])
+    return alike and len(data) <= 1
 
 
 def _seeds_remarks(
@@ -281,6 +295,19 @@ def _settings_remarks(table: TableLayout, runs: Runs, results: Path) -> list[str
         if (result := read_result(results, row.name)) is not None and not is_current(row, result)
     ]
     return [f"Made with other settings than this command's: {', '.join(others)}."] if others else []
+
+
+def _data_remarks(table: TableLayout, found: Mapping[str, Sequence[RowResult]]) -> list[str]:
+    """Name the user's data that the scores of a table at the paper's size are of."""
+    if table.size == "small":
+        return []
+    seen: dict[str, dict[str, None]] = {}
+    for line in table.lines:
+        for evaluation in table.evaluations([line]):
+            for result in found[line.label]:
+                names = seen.setdefault(evaluation.key, {})
+                names |= dict.fromkeys(result.data.get(evaluation.key, ()))
+    return [f"Scored on, {key}: {'; '.join(names)}." for key, names in seen.items() if names]
 
 
 def _agreements(table: TableLayout, cells: Mapping[str, Sequence[TableCell]]) -> list[str]:

@@ -63,18 +63,28 @@ def read_speed(results: Path, table: str) -> dict[str, Speed]:
 
 
 def measure_speed(table: TableLayout, runs: Runs, results: Path, console: Console) -> None:
-    """Measure all models of a table in turns, and write the file; students have random weights."""
+    """Measure all models of a table in turns, and write the file; students have random weights.
+
+    Students see images of the table's `speed_resolution`, teachers of their own size.
+
+    Raises:
+        RadioError: a teacher's weights are not there, or a student cannot take the size.
+    """
     lines = [line for line in table.lines if not line.columns or "images_per_second" in line.columns]
     base = next(iter(runs.values()), table.base)
     device = choose_device(base.device)
     entries = [
-        MeasuredModel(name=line.label, model=_model(line, runs, base), paper_name=line.paper_model)
+        MeasuredModel(
+            name=line.label,
+            model=_model(line, runs, base),
+            paper_name=line.paper_model,
+            resolution=table.speed_resolution if line.run else None,
+        )
         for line in lines
     ]
     settings = ThroughputSettings(
         batches=None if table.size == "paper" else (8,),
         preset="paper" if table.size == "paper" else None,
-        resolution=table.speed_resolution,
     )
     progress = watch_on(console, shown=console.is_terminal)
     measured = measure_all(entries, settings, device, progress=progress)

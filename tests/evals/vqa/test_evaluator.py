@@ -19,9 +19,11 @@ from evals.core.evaluator import EvalRun, RunSettings, run_evaluator, run_predic
 from evals.core.report import Report, read
 from evals.core.task import make_evaluator
 from evals.vqa import settings as protocol
-from evals.vqa import stage_trainer
+from evals.vqa import stage_trainer, training
+from evals.vqa.llava import PROJECTOR
 from evals.vqa.scenes import benchmarks, describe_questions, load_scenes
 from evals.vqa.settings import VqaSettings
+from evals.vqa.stage_trainer import Needs
 from radio.entry import evaluate
 from radio.errors import ConfigError, DataError, MissingExtraError, MissingWeightsError
 from radio.hub import load_backbone
@@ -196,6 +198,26 @@ def test_more_tokens_than_a_sample_holds(
     coarse = replace(coarse, token_cache_gb=0.0)
     shown = run(backbone(), coarse, tmp_path, name="shown", cache=tmp_path / "other")
     assert shown.metrics["gqa"] == kept.metrics["gqa"]
+
+
+def test_a_stage_that_does_not_fit_is_refused_before_the_first_is_trained(
+    backbone: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plan(model: Any, *_: Any) -> Needs:
+        learning = [name for name, weight in model.named_parameters() if weight.requires_grad]
+        if {name.startswith(PROJECTOR) for name in learning} == {True, False}:  # instruction tuning
+            raise ConfigError("keeps 108 GB on every GPU")
+        return Needs(gigabytes=13.0)
+
+    monkeypatch.setattr(training, "plan_memory", plan)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train", None)
+        with pytest.raises(ConfigError, match="108 GB"):
+            run(backbone(), SMALL, tmp_path)
+    report = run(backbone(), replace(SMALL, stages=("pretrain",)), tmp_path)
+    assert {"words: 13 GB a rank before activations", "pretrain: 13 GB a rank before activations"} <= set(
+        report.notes
+    )
 
 
 def test_a_damaged_training_is_thrown_away_and_done_again(

@@ -19,7 +19,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from evals.vqa.data import Record
+from evals.vqa.data import Piece, Record, tokenize
 from evals.vqa.language import (
     SMOLLM2,
     LanguageModel,
@@ -441,3 +441,42 @@ def test_a_tokenizer_ends_answers_reads_text_and_pads_with_no_image(folder: Path
     alter(folder / "tokenizer.json", normalizer=drop)
     with pytest.raises(CheckpointError, match="its tokenizer makes nothing of a text"):
         load(folder)
+
+
+SAID = [
+    "A chat between a curious user and an artificial intelligence assistant.",
+    "USER: What colour is the thing? Answer the question using a single word or phrase.",
+    "ASSISTANT: red, 3 green ones and a blue one",
+]
+
+
+def test_vicunas_tokenizer_is_a_sentencepiece_file_alone(tmp_path: Path, tiny: LanguageModel) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder = tmp_path / "vicuna-7b-v1.5"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SAID * 4),
+        model_prefix=str(tmp_path / "tokenizer"),
+        model_type="bpe",
+        vocab_size=330,  # 256 of them are bytes
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        minloglevel=2,
+    )
+    tiny.load().save_pretrained(folder)
+    (tmp_path / "tokenizer.model").rename(folder / "tokenizer.model")
+    described = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False}
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "legacy": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**described, **names}))
+
+    language = open_language(str(folder), [], SMALL, 0)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    for text in (*SAID, "two  blanks\nand Ünknown 12"):
+        ids = language.tokenizer(text)["input_ids"]
+        assert ids == [pieces.bos_id(), *pieces.encode(text)]
+        assert language.tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert language.tokenizer.eos_token_id == pieces.eos_id() == 2
+    assert language.image_token == len(pieces)  # a new one beside SentencePiece's
+    ids, _ = tokenize([Piece("USER: <image>\nWhat?", False)], language.tokenizer, 5)
+    assert ids.count(language.image_token) == 5

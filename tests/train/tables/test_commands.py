@@ -308,3 +308,13 @@ def test_a_rehearsal_finds_what_would_fail_on_the_cluster(
     assert main(["table4", "--rehearse", "--seeds", "1", "--resolution", "100"]) == 1
     said = capsys.readouterr().out
     assert "FAILED" in said and "cannot take 100x100 px" in said
+
+
+def test_data_of_teachers_that_are_not_there_are_an_error_before_the_first_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = str(tmp_path / "absent")
+    words = ["table10", "--out", str(tmp_path / "out"), "--score", "knn", "--device", "cpu"]
+    with pytest.raises(RadioError, match="knn: .*absent: no such file or folder; mend the task's settings"):
+        main([*words, "--knn.bank", absent, "--knn.query", absent])
+    assert "row scenes:clip" not in capsys.readouterr().out

@@ -111,8 +111,42 @@ def test_results_of_other_settings_are_named_and_other_protocols_not_compared(tm
     write_result(tmp_path, replace(written["base"], protocols=protocols))
     table = collected(tmp_path)
     assert [each.line for each in table.differences] == ["scenes:clip"]
-    assert "k-NN of both and none: scored by different settings, and not compared." in table.remarks
+    assert (
+        "k-NN of both and none: scored by different settings or on different data, and not compared."
+        in table.remarks
+    )
     assert table.remarks[-1] == "Made with other settings than this command's: no-spatial, base."
+
+
+def test_scores_on_other_data_are_not_compared(tmp_path: Path) -> None:
+    written = write_rows(tmp_path, {"no-spatial": 40.0, "base": 50.0})
+    for name, data in (("no-spatial", "val: 20 (00aa)"), ("base", "testdev: 20 (00bb)")):
+        write_result(tmp_path, replace(written[name], data={"knn": (data,)}))
+    table = collected(tmp_path)
+    assert not table.differences
+    assert "scored by different settings or on different data, and not compared." in " ".join(table.remarks)
+    write_result(tmp_path, replace(written["base"], data={"knn": ("val: 20 (00aa)",)}))
+    assert len(collected(tmp_path).differences) == 1
+
+
+def test_losses_are_compared_over_seeds(tmp_path: Path) -> None:
+    (table,) = make_tables("table5", "small")
+    runs = runs_of(table, table.base, 2)
+    losses = {"base": (0.10, 0.12), "mean": (0.05, 0.06)}
+    for run, values in losses.items():
+        for seed, value in enumerate(values):
+            result = RowResult(name=f"{run}-seed{seed}", settings={}, values={"summary_loss": value})
+            write_result(tmp_path, result)
+    (made,) = collect([(table, runs)], tmp_path).tables
+    (found,) = made.differences
+    # Welch: the standard error of the means' difference times Student's quantile for 1.47 degrees, here of 1
+    half = 12.7062 * ((0.0002 + 0.00005) / 2) ** 0.5
+    assert (found.column, found.value, found.paper) == ("summary loss", -0.055, -0.02)
+    assert (found.low, found.high) == pytest.approx((-0.055 - half, -0.055 + half), abs=1e-3)
+    assert found.verdict == "as the paper, within noise"
+    assert found.texts[3] == "-0.055"
+    (alone,) = collect([(table, runs_of(table, table.base, 1))], tmp_path).tables
+    assert not alone.differences  # of one seed's files there are none
 
 
 def test_tables_of_any_name_are_kept_in_order(tmp_path: Path) -> None:
