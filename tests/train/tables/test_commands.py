@@ -315,6 +315,6 @@ def test_data_of_teachers_that_are_not_there_are_an_error_before_the_first_row(
 ) -> None:
     absent = str(tmp_path / "absent")
     words = ["table10", "--out", str(tmp_path / "out"), "--score", "knn", "--device", "cpu"]
-    with pytest.raises(RadioError, match="knn: .*absent: no such file or folder; mend the task's settings"):
+    with pytest.raises(RadioError, match=r"knn: .*absent: no such file or folder; mend the task's settings"):
         main([*words, "--knn.bank", absent, "--knn.query", absent])
     assert "row scenes:clip" not in capsys.readouterr().out
