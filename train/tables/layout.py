@@ -123,7 +123,7 @@ class TableLayout:
     make_runs: Callable[[TrainConfig], Runs]  # from the base with command-line overrides
     num_seeds: int = 1
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of tasks, in this table alone
-    speed_resolution: Pixels | None = None  # side at which students' speed is measured; None = each one's own
+    speed_resolution: Pixels | None = None  # of students whose speed is measured; None = as in training
     remarks: tuple[str, ...] = ()  # what is ours in it
     by_request: tuple[str, ...] = ()  # tasks that are scored where --score names them
     curves: tuple[Curve, ...] = ()

@@ -220,6 +220,8 @@ def _differences(
                 )
                 continue
             gained = difference(ours, theirs, trained=(not line.model, not other.model))
+            if column in LOSSES and gained.low is None:
+                continue  # of one seed: nothing says how far another's loss would be
             made.append(
                 TableDifference(
                     line=line.label,

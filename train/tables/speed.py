@@ -65,7 +65,7 @@ def read_speed(results: Path, table: str) -> dict[str, Speed]:
 def measure_speed(table: TableLayout, runs: Runs, results: Path, console: Console) -> None:
     """Measure all models of a table in turns, and write the file; students have random weights.
 
-    Students see images of the table's `speed_resolution`, teachers of their own size.
+    Students see images of the table's `speed_resolution`, or of their training's; teachers of their own size.
 
     Raises:
         RadioError: a teacher's weights are not there, or a student cannot take the size.
@@ -78,7 +78,7 @@ def measure_speed(table: TableLayout, runs: Runs, results: Path, console: Consol
             name=line.label,
             model=_model(line, runs, base),
             paper_name=line.paper_model,
-            resolution=table.speed_resolution if line.run else None,
+            resolution=(table.speed_resolution or _run(line, runs).resolution) if line.run else None,
         )
         for line in lines
     ]
@@ -102,10 +102,15 @@ def measure_speed(table: TableLayout, runs: Runs, results: Path, console: Consol
 def _model(line: Line, runs: Runs, base: TrainConfig) -> Backbone:
     if line.model:
         return choose_window(load_backbone(place_weights(line.model, base)), line.window, line.model)
-    config = runs[seeds_of(runs, line.run)[0]]
+    config = _run(line, runs)
     torch.manual_seed(0)
     model = RadioModel(model_config(config, {})).eval()
     return choose_window(model, line.window, config.student)
+
+
+def _run(line: Line, runs: Runs) -> TrainConfig:
+    """Return the settings of a line's run: of its first seed."""
+    return runs[seeds_of(runs, line.run)[0]]
 
 
 def _path(results: Path, table: str) -> Path:
