@@ -52,8 +52,10 @@ def test_table_3_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "4 of 4 rows are done" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in ("table4", "table10") else pytest.mark.slow) for name in TABLES],
+)
 def test_every_row_at_the_papers_size_is_rehearsed(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
