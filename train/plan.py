@@ -108,6 +108,18 @@ class Kind(NamedTuple):
     memory: Memory
 
 
+class Mosaics(NamedTuple):
+    """A teacher's mosaics on one rank and in one step."""
+
+    images: int  # of its group
+    tiles: Mapping[int, int]  # images in a forward, by the student's side
+    flops: int  # of a forward
+
+    def forwards(self, side: int) -> int:
+        """Number of forwards at a side of the student."""
+        return math.ceil(self.images / self.tiles[side])
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
@@ -120,7 +132,7 @@ class RunPlan:
     flops_at: dict[str, dict[int, int]]  # of these, at each side of the student
     kinds: tuple[Kind, ...]
     sizes: TeacherSizes
-    mosaics: Mapping[str, Mapping[int, int]]  # images in a forward of a teacher, by the student's side
+    mosaics: Mapping[str, Mosaics]  # by the teacher's name
     half: bool
 
     @property
@@ -203,12 +215,10 @@ def make_plan(config: TrainConfig, options: PlanOptions) -> RunPlan:
         kinds=tuple(kinds),
         sizes={name: facts.sizes for name, facts in models.facts.items()},
         mosaics={
-            t.name: {
-                side: tiles_per_side(models.teachers[t.name], tile) ** 2
-                for side, (tile, _) in models.facts[t.name].sizes.items()
-            }
+            t.name: _count_mosaics(models, t.name, group.share, half=half)
+            for group in partition.groups
             for t in config.teachers
-            if t.mosaic
+            if t.mosaic and t.name in group.teachers
         },
         half=half,
     )
@@ -329,7 +339,7 @@ def count(
         part, *_ = GroupBatch(group, images, targets).split(config.grad_accum_steps)
         crops = model.sample_crops(len(part.images), torch.Generator())
         balancer = make_balancer(config.balance, selected, model.summary_dim)
-        facts = {name: models.facts[name] for name in group.teachers}
+        facts = {name: models.facts[name] for name in (*group.teachers, *group.adaptors)}  # and the owners
         statistics = make_statistics(
             config, {name: (f.summary_dim, f.token_dim) for name, f in facts.items()}
         )
@@ -361,6 +371,15 @@ def count(
         # Autocast caches the half-precision weights until the backward ends.
         copies=sum(2 * parameter.numel() for parameter in matrices) if half else 0,
     )
+
+
+def _count_mosaics(models: MetaModels, name: str, images: int, *, half: bool) -> Mosaics:
+    teacher, sizes = models.teachers[name], models.facts[name].sizes
+    tiles = {side: tiles_per_side(teacher, tile) ** 2 for side, (tile, _) in sizes.items()}
+    with models.mode, without_fast_paths():
+        with CostCounter() as counter, torch.autocast("cpu", torch.bfloat16, enabled=half):
+            teacher(torch.empty(1, 3, *teacher.native_size))
+    return Mosaics(images, tiles, counter.flops)
 
 
 @contextmanager
@@ -523,9 +542,10 @@ def _lines(plan: RunPlan) -> Iterator[str]:
     else:
         peak = "--peak-tflops" if config.peak_tflops else "an A100's; give --peak-tflops"
         pace = f"at {plan.options.utilisation:.0%} of {plan.peak_tflops:g} TFLOP/s ({peak})"
-    for name, counts in plan.mosaics.items():
-        each = ", ".join(f"{count} at {side} px" for side, count in counts.items() if count > 1)
-        yield f"mosaics: images in one forward of {name}: {each}; it would need so many forwards without"
+    for group in plan.partition.groups:
+        for name in group.teachers:
+            if name in plan.mosaics:
+                yield _describe(name, plan.mosaics[name], group)
     units = ((1.0, "days"), (1 / 24, "hours"), (1 / 1440, "minutes"), (1 / 86400, "seconds"))
     days, unit = next((pair for pair in units if plan.days >= pair[0]), units[-1])
     hours = plan.days * 24 * plan.partition.world
@@ -541,3 +561,19 @@ def _lines(plan: RunPlan) -> Iterator[str]:
         yield f"faster: --ranks-per-group {split}, {better.after:.3g} s a step instead of {better.before:.3g}"
     elif len(plan.kinds) > 1:
         yield "no other --ranks-per-group is faster"
+
+
+def _describe(name: str, mosaics: Mosaics, group: TeacherGroup) -> str:
+    """Describe a teacher's mosaics, and what they save on all ranks of its group, in a line."""
+    images = mosaics.images
+    each = ", ".join(
+        f"{number} forward{'s' if number > 1 else ''} at {side} px"
+        for side, number in ((side, mosaics.forwards(side)) for side in group.sides)
+    )
+    saved = sum(share * (images - mosaics.forwards(side)) for side, share in group.side_shares.items())
+    flops = len(group.ranks) * saved * mosaics.flops
+    size, letter = _scale(flops)
+    return (
+        f"mosaics: {name} sees a rank's {images} images in {each}; one by one they would take "
+        f"{flops / size:.4g} {letter}FLOP more a step"
+    )

@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from radio.errors import ConfigError, SizeError
 from radio.hub import load_teacher
 from radio.types import Features
 from tests.train.conftest import Start, same_weights, untimed
-from train.config import CacheConfig, PlanOptions, TeacherConfig, TrainConfig
+from train.config import CacheConfig, PlanOptions, SidesConfig, TeacherConfig, TrainConfig
 from train.mosaic import mosaic_features, tiles_per_side
-from train.plan import make_plan
+from train.plan import make_plan, print_plan
 from train.setup import check_settings, mosaic_shifts
 
 PATCH = 4
 
 
 class MeanColours:
-    """A teacher of 48 px whose tokens are the mean colours of its patches of 4 px; counts its inputs."""
+    """A teacher whose tokens are the mean colours of its patches of 4 px; keeps its inputs."""
 
-    name, native_size, patch_size = "mean colours", (48, 48), PATCH
-    seen = 0
+    name, patch_size = "mean colours", PATCH
+
+    def __init__(self, side: int = 48) -> None:
+        self.native_size = (side, side)
+        self.inputs: list[Tensor] = []
 
     def __call__(self, images: Tensor) -> Features:
         assert images.shape[-2:] == self.native_size
-        self.seen += len(images)
+        self.inputs.append(images)
         plane = torch.nn.functional.avg_pool2d(images, PATCH)
         tokens = plane.flatten(2).transpose(1, 2)
         return Features(tokens.mean(dim=1), tokens, (plane.shape[2], plane.shape[3]))
@@ -66,7 +71,35 @@ def test_each_image_has_its_own_tokens(side: int, count: int, shift: tuple[int, 
     torch.testing.assert_close(found.tokens, by_loop(images))
     torch.testing.assert_close(found.summary, by_loop(images).mean(dim=1))
     assert found.grid == (side // PATCH, side // PATCH)
-    assert teacher.seen == forwards
+    assert sum(map(len, teacher.inputs)) == forwards
+
+
+def corner(mosaics: Tensor) -> tuple[int, int]:
+    """The first row and column, in pixels, that are not black in mosaics [M, 3, h, w]."""
+    seen = mosaics.amax(dim=(0, 1)) > 0
+    return int(seen.any(dim=1).int().argmax()), int(seen.any(dim=0).int().argmax())
+
+
+@pytest.mark.parametrize(
+    ("whole", "tile", "places"),
+    [
+        (64, 8, 1),  # SAM's grid and the sides of the recipes, over 16: 8 x 8 tiles fill it
+        (64, 12, 5),  # 5 x 5 tiles without room, and 4 tokens at the edge
+        (64, 14, 3),
+        (64, 16, 1),
+        (64, 24, 9),
+        (64, 27, 6),
+        (11, 4, 3),  # a token in each of the 2 x 2 cells, and one at the edge
+    ],
+)
+def test_images_move_over_all_that_is_free(whole: int, tile: int, places: int) -> None:
+    """Each place is that of the pixels, the features stay those of the image."""
+    images = torch.rand(3, 3, PATCH * tile, PATCH * tile, generator=torch.Generator().manual_seed(tile)) + 0.1
+    teacher: Any = MeanColours(PATCH * whole)
+    for shift in range(places):
+        found = mosaic_features(teacher, images, (shift, 2 * shift + places))
+        torch.testing.assert_close(found.tokens, by_loop(images))
+        assert corner(teacher.inputs[-1]) == (PATCH * shift, PATCH * (2 * shift % places))
 
 
 def test_a_mosaic_of_one_tile_is_the_teacher_itself() -> None:
@@ -111,11 +144,16 @@ def test_a_run_sees_other_mosaics_in_every_step_and_goes_on_with_them(
     config: TrainConfig, start: Start, tmp_path: Path
 ) -> None:
     config = with_mosaic(config)
-    shifts = [mosaic_shifts(config, step)["sam"] for step in range(4)]
-    assert len(set(shifts)) == 4 and mosaic_shifts(config, 2)["sam"] == shifts[2]
     whole = start(config, out=tmp_path / "whole")
     assert whole.sizes["sam"] == {48: (48, 48)}  # the student's side
-    whole.train()
+    inputs: list[Tensor] = []
+    sam: Any = whole.teachers["sam"]
+    with sam.register_forward_pre_hook(lambda _, args: inputs.append(args[0])):
+        whole.train()
+    shifts = [mosaic_shifts(config, step)["sam"] for step in range(4)]
+    places = [corner(mosaics) for mosaics in inputs]  # tiles of 6 patches of 8 px in cells of 7
+    assert places == [(8 * (down % 2), 8 * (right % 2)) for down, right in shifts]
+    assert len(set(places)) > 1
     first = start(config, out=tmp_path / "parts", steps=4)
     asked = iter([False, True])
     first.stop.agreed = lambda: next(asked)  # type: ignore[method-assign]
@@ -136,6 +174,23 @@ def test_the_plan_counts_fewer_forwards(config: TrainConfig) -> None:
     )
     (single,), (together,) = alone.costs.values(), mosaic.costs.values()
     assert single.teacher_flops == 4 * together.teacher_flops  # 2 x 2 images of 48 px in 112
+
+
+@pytest.mark.parametrize(("world", "at_48"), [(1, "5 forwards"), (5, "1 forward")])
+def test_the_plan_says_what_mosaics_save(config: TrainConfig, world: int, at_48: str) -> None:
+    """Of 20 images on a rank 2 x 2 share a forward at 48 px, and of 4; at 96 px each has its own."""
+    sam = TeacherConfig(name="sam", model="scenes:sam", mosaic=True)
+    sides = SidesConfig(sides=(48, 96), weights=(3.0, 1.0))
+    mosaic = replace(config, teachers=(sam,), resolutions=sides, batch_size=20)
+    alone = replace(mosaic, teachers=(replace(sam, mosaic=False),))
+    plans = [make_plan(each, PlanOptions(world=world)) for each in (mosaic, alone)]
+    saved = world * (plans[1].costs["sam"].teacher_flops - plans[0].costs["sam"].teacher_flops)
+    out = io.StringIO()
+    print_plan(plans[0], Console(file=out, width=200))
+    assert (
+        f"mosaics: sam sees a rank's {20 // world} images in {at_48} at 48 px, {20 // world} forwards at "
+        f"96 px; one by one they would take {saved / 1e9:.4g} GFLOP more a step"
+    ) in " ".join(out.getvalue().split())
 
 
 @pytest.mark.parametrize(

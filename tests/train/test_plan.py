@@ -56,6 +56,19 @@ def test_normalising_the_targets_is_counted(config: TrainConfig) -> None:
     assert found.backward_flops == plain.backward_flops
 
 
+def test_normalised_targets_of_a_shared_adaptor_are_counted(config: TrainConfig) -> None:
+    """A further entry of twice the images costs twice as much, also where its losses are normalised."""
+    high = replace(CLIP, name="clip-high", adaptor="clip", batch_size=6)
+    chosen = replace(config, teachers=(CLIP, high), batch_size=3, normalise=NormaliseConfig(kind="phi-s"))
+    models = build_meta_models(chosen)
+    few, many = (
+        count(chosen, models, group, chosen.resolution, half=False, standing=False)
+        for group in make_partition(chosen, 1).groups
+    )
+    assert many.forward_flops == 2 * few.forward_flops
+    assert (many.teacher_flops, many.backward_flops) == (2 * few.teacher_flops, 2 * few.backward_flops)
+
+
 def test_memory_grows_with_the_images_and_gradients_with_the_weights(config: TrainConfig) -> None:
     few, many = (
         cost_of(replace(config, teachers=(CLIP,), batch_size=size), standing=True) for size in (8, 16)
