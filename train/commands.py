@@ -17,6 +17,7 @@ from radio.resources import choose_device, collect, locked
 from .config import PlanOptions, TrainConfig
 from .distributed import REQUEUE, Preemption, join
 from .loggers import say
+from .normalise import check_loss_weights
 from .plan import make_plan, print_plan, sum_up
 from .setup import round_resolutions
 from .stages import check_next_teachers, check_stages, find_stage, split_stages
@@ -45,6 +46,7 @@ def plan(runs: Mapping[str, TrainConfig], options: PlanOptions, console: Console
     """Print the plan of each stage of runs, and the sum of several; return the exit code 0."""
     for run in runs.values():
         check_tasks(run)
+        check_loss_weights(run)
         plans = []
         for stage in split_stages(run):
             config, changes = round_resolutions(stage.config)

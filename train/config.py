@@ -110,7 +110,8 @@ class LossConfig:
     smooth_l1: LossWeight = 0.1
     smooth_l1_beta: LossWeight = 1.0  # where smooth L1 becomes linear (PyTorch's default; not in the paper)
     shift: ShiftDeviation = 0.0
-    """Each model sees its frame shifted by round(N(0, this)) patches (C-RADIOv4: 0.5); 0 = not."""
+    """Each model sees its frame shifted by round(N(0, this)) patches (C-RADIOv4: 0.5); 0 = not, else at least
+    0.15, below which hardly any is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -189,7 +190,8 @@ class TrainConfig:
     steps: Count
     batch_size: BatchSize  # images per step over all ranks, for teachers without their own
     out: Path
-    resolutions: SidesConfig = field(default_factory=SidesConfig)  # several, instead of resolution
+    resolutions: SidesConfig = field(default_factory=SidesConfig)
+    """Several, instead of resolution, which stays the side that ckpt.pt is used at where none is given."""
     options: Annotated[OptionsField, tyro.conf.arg(name="student")] = field(default_factory=StudentOptions)
     init: str | None = None  # first weights: a checkpoint, timm:NAME@FILE or radio:FILE; None = random ones
     freeze_trunk_steps: CountOrZero = 0  # first steps in which only the adaptors learn
@@ -224,7 +226,8 @@ class TrainConfig:
     mesa: LossWeight = 0.0
     """Weight of the MESA loss: the distance of the student's tokens from those of its averaged weights
     (C-RADIOv4; the value is our choice); 0 = off."""
-    mesa_start: ShareBelowOne = MESA_START  # share of the steps before the MESA loss starts (our choice)
+    mesa_start: ShareBelowOne = MESA_START
+    """Share of a stage's steps before the MESA loss starts (our choice)."""
     seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto = bf16 on CUDA, fp32 on a CPU

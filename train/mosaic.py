@@ -39,7 +39,7 @@ def mosaic_features(teacher: Teacher, images: Tensor, shift: tuple[int, int] = (
     Args:
         teacher: takes one square size.
         images: [B, 3, r, r] in [0, 1].
-        shift: by how many tokens all images move (down, right), modulo what is free in a cell and at the edge.
+        shift: tokens that all images move (down, right), modulo what is free in a cell and at the edge.
 
     Returns:
         Features of each image on its own grid; the summary is the mean of its tokens, as SAM's is.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from radio.errors import ConfigError, RadioError
 from radio.model import Head
-from radio.nn.phi_s import FeatureNormaliser, FeatureStatistics, Normalisation
+from radio.nn.phi_s import FeatureNormaliser, FeatureStatistics, Normalisation, has_hadamard
 from radio.ops import angle
 
 from .config import LossConfig, NormaliseConfig, TrainConfig
@@ -152,6 +152,9 @@ class TargetStatistics(nn.Module):
                     FeatureNormaliser.fit(tokens, cast("Normalisation", self.kind)).state_dict()
                 )
                 line += f", standard deviation of tokens {deviation:.4g}"
+                width = len(tokens.mean)
+                if self.kind == "phi-s" and not has_hadamard(width):
+                    line += f", no Hadamard matrix of {width} is known: a random orthogonal one"
             if dispersion is not None and self.dispersion == "fixed":
                 empty = torch.zeros(0, len(dispersion.mean))
                 summaries = torch.cat([empty, *self._summaries.pop(name)]).to(dispersion.mean.device)
@@ -252,6 +255,26 @@ def measures(config: TrainConfig) -> bool:
     """Check whether the teachers are measured before the first step."""
     angular = config.loss.summary == "angle" and config.loss.dispersion == "fixed"
     return config.normalise.kind != "none" or angular
+
+
+def check_loss_weights(run: TrainConfig) -> None:
+    """Check that the losses which the settings of a run choose have a weight in one of its stages.
+
+    Raises:
+        ConfigError: one has none; the message names its setting.
+    """
+    teachers = [t for part in (run, *run.stages) for t in part.teachers]
+    kind, summary = run.normalise.kind, run.loss.summary
+    if teachers and kind != "none" and not any(t.spatial_weight for t in teachers):
+        raise ConfigError(
+            f"--normalise.kind {kind} is for the spatial losses, and every teacher's spatial-weight is 0; "
+            f"leave it out, or give a teacher a weight"
+        )
+    if teachers and summary != LossConfig().summary and not any(t.summary_weight for t in teachers):
+        raise ConfigError(
+            f"--loss.summary {summary} is for the summaries' losses, and every teacher's summary-weight is "
+            f"0; leave it out, or give a teacher a weight"
+        )
 
 
 def check_normalise(config: TrainConfig) -> None:

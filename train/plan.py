@@ -376,9 +376,9 @@ def count(
 def _count_mosaics(models: MetaModels, name: str, images: int, *, half: bool) -> Mosaics:
     teacher, sizes = models.teachers[name], models.facts[name].sizes
     tiles = {side: tiles_per_side(teacher, tile) ** 2 for side, (tile, _) in sizes.items()}
-    with models.mode, without_fast_paths():
-        with CostCounter() as counter, torch.autocast("cpu", torch.bfloat16, enabled=half):
-            teacher(torch.empty(1, 3, *teacher.native_size))
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=half)
+    with models.mode, without_fast_paths(), CostCounter() as counter, autocast:
+        teacher(torch.empty(1, 3, *teacher.native_size))
     return Mosaics(images, tiles, counter.flops)
 
 
@@ -566,14 +566,11 @@ def _lines(plan: RunPlan) -> Iterator[str]:
 def _describe(name: str, mosaics: Mosaics, group: TeacherGroup) -> str:
     """Describe a teacher's mosaics, and what they save on all ranks of its group, in a line."""
     images = mosaics.images
-    each = ", ".join(
-        f"{number} forward{'s' if number > 1 else ''} at {side} px"
-        for side, number in ((side, mosaics.forwards(side)) for side in group.sides)
-    )
+    each = ", ".join(f"{mosaics.forwards(side)} at {side} px" for side in group.sides)
     saved = sum(share * (images - mosaics.forwards(side)) for side, share in group.side_shares.items())
     flops = len(group.ranks) * saved * mosaics.flops
     size, letter = _scale(flops)
     return (
-        f"mosaics: {name} sees a rank's {images} images in {each}; one by one they would take "
+        f"mosaics: forwards of {name} for a rank's {images} images: {each}; one by one they would take "
         f"{flops / size:.4g} {letter}FLOP more a step"
     )

@@ -116,8 +116,9 @@ def _radio_v25(size: str, student: str, init: str | None) -> TrainConfig:
     """Return the recipe of a RADIOv2.5: three stages, the last with small and large images in every step.
 
     From the PHI-S paper (arXiv 2410.01680) and the RADIOv2.5 report: stages, sides, batches, teachers, PHI-S,
-    LAMB, the frozen trunk, spectral weights, tokens. Ours: the grid rule of DINOv2, one group for each size,
-    no text.
+    LAMB, the frozen trunk, spectral weights, tokens. Ours: the grid rule of DINOv2; one group for each size,
+    of equal weights; PHI-S of large images by the statistics of the small ones; the summaries' cosine loss;
+    warm-up, betas, clipping, crops; no text.
     """
     high = at_high(_V25_TEACHERS, SidesConfig(sides=(1024,)), 128)
     return TrainConfig(
@@ -176,10 +177,13 @@ _V4_TEACHERS = (_SIGLIP2, _DINOV3, _SAM_TILES)
 def _c_radio_v4(size: str, student: str) -> TrainConfig:
     """Return the recipe of a C-RADIOv4: small and large images of many sides in every step.
 
-    From its report (arXiv 2601.17237): sides, teachers, both losses and their weights of 1, shifts, MESA
-    and its moving average, DAMP, spectral weights, tokens. Unknown, and ours: batches, steps, optimizer, how
-    often each side is drawn, MESA's weight and start, DAMP's deviation; SAM in the place of SAM 3, SigLIP 2's
-    own map in the place of the one sharpened by FeatSharp.
+    From its report (arXiv 2601.17237): sides, teachers, both losses and their weights of 1, shifts, MESA and
+    its moving average, DAMP, spectral weights, tokens. Unknown, and ours: first weights (random), no frozen
+    trunk, batches, steps, optimizer, crops, data, how often each side is drawn, equal weights of the groups
+    of small and large images, MESA's weight and start, DAMP's deviation, which layers have spectral weights,
+    PHI-S over 3,000 steps and of large images by the statistics of the small ones, a dispersion that is
+    measured once. Other than theirs: SAM in the place of SAM 3, which needs a folder even for a plan; SigLIP
+    2's own map in the place of the one sharpened by FeatSharp; heads of two layers.
     """
     high = at_high(_V4_TEACHERS, SidesConfig(sides=(512, 768, 1024, 1152)), 128)
     return TrainConfig(

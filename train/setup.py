@@ -32,7 +32,7 @@ from .mesa import check_mesa
 from .mosaic import mosaic_features, tiles_per_side
 from .normalise import check_normalise
 from .reparametrise import noisy_layers
-from .shift import Frame, Framing, Input, cut
+from .shift import LEAST_SHIFT, Frame, Framing, Input, cut
 from .warm_start import check_init
 
 FOLDERS = ("state", "reports", "tensorboard")  # in a run folder
@@ -140,7 +140,15 @@ def _check_teachers(config: TrainConfig) -> None:
 
 
 def _check_shift(config: TrainConfig) -> None:
-    """Check that no shifted features would be kept in a cache: its crops do not change."""
+    """Check that shifts move something, and that no shifted features would be kept in a cache.
+
+    A cache's crops do not change.
+    """
+    if 0 < config.loss.shift < LEAST_SHIFT:
+        raise ConfigError(
+            f"--loss.shift {config.loss.shift} is rounded to a whole patch in fewer than one draw in a "
+            f"thousand; give {LEAST_SHIFT} or more (C-RADIOv4: 0.5), or leave it out"
+        )
     if config.loss.shift and config.cache.folder is not None:
         raise ConfigError(
             f"--loss.shift {config.loss.shift}: shifts change from step to step, so a cache cannot keep the "

@@ -97,6 +97,10 @@ class Frames(NamedTuple):
         return max(max(frame.canvas) for frame in (self.student, *self.teachers.values()))
 
 
+LEAST_SHIFT = 0.15
+"""Deviation below which fewer than one draw in a thousand is rounded to another number than 0."""
+
+
 def largest_shift(std: float) -> int:
     """Return K, the largest shift in patches for draws of a standard deviation."""
     return math.ceil(3 * std)

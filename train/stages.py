@@ -17,6 +17,7 @@ from .checkpoints import find_last_step
 from .config import RENAMED, SidesConfig, StageConfig, TrainConfig
 from .data.crops import seed_of
 from .groups import teacher_groups
+from .normalise import check_loss_weights
 from .plan import build_meta_models
 from .setup import check_settings, load_teachers, round_resolutions
 from .warm_start import check_next
@@ -102,12 +103,13 @@ def check_stages(config: TrainConfig, world: int) -> None:
     The models of all stages are built without weights, so that no stage before is trained in vain.
 
     Raises:
-        ConfigError: as `check_settings`, `split_stages` and `build_meta_models`; or a student that is built
-            for one size cannot start from the stage before, which has another.
+        ConfigError: as `check_settings`, `check_loss_weights`, `split_stages` and `build_meta_models`; or a
+            student that is built for one size cannot start from the stage before, which has another.
         CheckpointError: as `check_settings`.
         SizeError: a teacher or the student cannot take its resolution in a later stage.
     """
     check_options(config, RENAMED)
+    check_loss_weights(config)
     first, *others = split_stages(config)
     check_settings(first.config, world)
     if not others:

@@ -541,6 +541,11 @@ class Trainer:
                 rows = [row for rank in ranks for row in rank["meters"]["rows"]]
                 self.meters.load_state_dict({"rows": rows})
             self.nonfinite.load_state_dict(ranks[0]["guard"])
+            if mosaics := ", ".join(t.name for t in self.config.teachers if t.mosaic):
+                self._say(
+                    f"resumed with {self.ranks.world} ranks instead of {len(ranks)}: mosaics hold other "
+                    f"images together, and the features of {mosaics} differ by more than rounding"
+                )
         self.loader.load_state_dict(state.notes["data"])
         return state.step
 

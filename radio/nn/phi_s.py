@@ -7,7 +7,9 @@ it was compared with is here too: one mean and one deviation, those of every cha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Literal, TypeAlias
 
 import torch
@@ -75,50 +77,73 @@ class FeatureStatistics:
 def hadamard(size: int) -> Tensor:
     """Build an orthogonal matrix [size, size] in float64: a Hadamard matrix over sqrt(size) if one is known.
 
-    Kronecker products of Sylvester's and Paley's matrices (both kinds, for primes); sizes that have none,
-    such as odd ones, get a random orthogonal matrix of a fixed seed.
+    Kronecker products of Sylvester's and Paley's matrices (both kinds, for prime powers); sizes that have
+    none, such as odd ones, get a random orthogonal matrix of a fixed seed.
     """
-    signs = _signs(size)
-    if signs is None:
+    factors = _factors(size)
+    if factors is None:
         generator = torch.Generator().manual_seed(size)
         orthogonal, triangle = torch.linalg.qr(
             torch.randn(size, size, generator=generator, dtype=torch.float64)
         )
         matrix: Tensor = orthogonal * triangle.diagonal().sign()  # the factorisation leaves them open
     else:
-        matrix = signs / size**0.5
+        matrix = reduce(torch.kron, map(_signs, factors)) / size**0.5
     return matrix
 
 
-def _signs(size: int) -> Tensor | None:
-    """Build a Hadamard matrix of 1 and -1, of the largest power of two that leaves a size of Paley's."""
-    power = size & -size
-    while power:
-        rest = size // power
-        paley = torch.ones(1, 1, dtype=torch.float64) if rest == 1 else _paley(rest)
-        if paley is not None:
-            sylvester = torch.ones(1, 1, dtype=torch.float64)
-            pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
-            while len(sylvester) < power:
-                sylvester = torch.kron(sylvester, pair)
-            return torch.kron(sylvester, paley)
-        power //= 2
+def has_hadamard(size: int) -> bool:
+    """Check whether `hadamard` knows a Hadamard matrix of a size."""
+    return _factors(size) is not None
+
+
+def _factors(size: int) -> tuple[int, ...] | None:
+    """Find sizes of Sylvester's and Paley's matrices whose product is the size, in the product's order.
+
+    The largest power of two that leaves a size of Paley's; by primes alone if possible, then by prime powers,
+    then by products of several of Paley's, the smallest first.
+    """
+    powers = [1 << bit for bit in range((size & -size).bit_length())][::-1]
+    for primes in (True, False):
+        for power in powers:
+            if size == power:
+                return (power,)
+            if _paley_order(size // power, primes=primes):
+                return (power, size // power)
+    for part in range(4, size, 4):
+        if size % part == 0 and _paley_order(part) and (rest := _factors(size // part)):
+            return (part, *rest)
     return None
 
 
-def _paley(size: int) -> Tensor | None:
-    """Build Paley's matrix of size q + 1 for a prime q = 3 mod 4, or 2 (q + 1) for a prime q = 1 mod 4."""
-    q = size - 1
-    if size % 4 == 0 and q % 4 == 3 and _is_prime(q):
-        skew = _jacobsthal(q)
-        return torch.eye(size, dtype=torch.float64) + _bordered(skew, -1.0)
-    q = size // 2 - 1
-    if size % 4 == 0 and q % 4 == 1 and _is_prime(q):
-        conference = _bordered(_jacobsthal(q), 1.0)
-        ones = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
-        other = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
-        return torch.kron(conference, ones) + torch.kron(torch.eye(q + 1, dtype=torch.float64), other)
-    return None
+def _paley_order(size: int, *, primes: bool = False) -> int | None:
+    """Return q of Paley's matrix of size q + 1, q = 3 mod 4, or 2 (q + 1), q = 1 mod 4; None = there is none.
+
+    A prime if possible, a prime power otherwise, unless only primes are wanted.
+    """
+    orders = [q for q, rest in ((size - 1, 3), (size // 2 - 1, 1)) if size % 4 == 0 and q % 4 == rest]
+    divisors = {q: _least_divisor(q) for q in orders if q > 1}
+    found = [q for q, p in divisors.items() if p == q]
+    if not primes:
+        found += [q for q, p in divisors.items() if p ** round(math.log(q, p)) == q]
+    return next(iter(found), None)
+
+
+def _signs(size: int) -> Tensor:
+    """Build a Hadamard matrix of 1 and -1: Sylvester's if the size is a power of two, otherwise Paley's."""
+    ones = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    if size & (size - 1) == 0:
+        matrix = torch.ones(1, 1, dtype=torch.float64)
+        while len(matrix) < size:
+            matrix = torch.kron(matrix, ones)
+        return matrix
+    q = _paley_order(size)
+    assert q is not None, "_factors gives no other sizes"
+    if q == size - 1:
+        return torch.eye(size, dtype=torch.float64) + _bordered(_jacobsthal(q), -1.0)
+    other = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
+    conference = _bordered(_jacobsthal(q), 1.0)
+    return torch.kron(conference, ones) + torch.kron(torch.eye(q + 1, dtype=torch.float64), other)
 
 
 def _bordered(core: Tensor, corner: float) -> Tensor:
@@ -129,16 +154,39 @@ def _bordered(core: Tensor, corner: float) -> Tensor:
 
 
 def _jacobsthal(q: int) -> Tensor:
-    """Build the matrix of the quadratic characters of the differences modulo a prime q."""
+    """Build the matrix of the quadratic characters of the differences in the field of q = p^n elements.
+
+    An element is the number whose digits to base p are the coefficients of its polynomial.
+    """
+    p = _least_divisor(q)
+    places = [p**place for place in range(round(math.log(q, p)))]
+    generated = (_powers_of_x(tail, p, places) for tail in range(1, q) if tail % p)
+    powers = next(powers for powers in generated if len(powers) == q - 1)
     character = torch.full((q,), -1.0, dtype=torch.float64)
-    character[torch.arange(1, q) ** 2 % q] = 1.0
+    character[powers[::2]] = 1.0
     character[0] = 0.0
     numbers = torch.arange(q)
-    return character[(numbers[:, None] - numbers[None, :]) % q]
+    differences = torch.zeros(q, q, dtype=torch.int64)
+    for place in places:
+        digits = numbers // place
+        differences += (digits[:, None] - digits[None, :]) % p * place
+    return character[differences]
 
 
-def _is_prime(number: int) -> bool:
-    return number > 1 and all(number % divisor for divisor in range(2, int(number**0.5) + 1))
+def _powers_of_x(tail: int, p: int, places: Sequence[int]) -> list[int]:
+    """Return the different powers of x modulo x^n - tail, from 1 on; all but 0 if it is primitive."""
+    powers = [1]
+    while True:
+        lead, rest = divmod(powers[-1], places[-1])
+        power = sum((rest * p // place + lead * (tail // place)) % p * place for place in places)
+        if power == 1:
+            return powers
+        powers.append(power)
+
+
+def _least_divisor(number: int) -> int:
+    """Return the least divisor above 1."""
+    return next((d for d in range(2, math.isqrt(number) + 1) if number % d == 0), number)
 
 
 class FeatureNormaliser(nn.Module):

@@ -1,7 +1,7 @@
 """Variants of the scenes teachers with one known flaw, to measure whether a loss is proof against it.
 
 - `scenes:clip-scaled`, `scenes:sam-scaled`: tokens as small as DFN CLIP's and as large as SAM-H's, which
-  deviate by 0.0286 and 5.4688 (PHI-S, table 7): a factor of 191, 36,600 in a squared error.
+  deviate by 0.0286 and 5.4688 over all entries (PHI-S, table 7): a factor of 191, whose square is 36,600.
 - `scenes:dense-noisy`: a fixed pattern on the token grid, the same for every image, as the border holes of
   SigLIP2 and the seams of SAM's windows are (C-RADIOv4, §2); `scenes:dense` is its clean twin.
 

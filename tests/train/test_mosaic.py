@@ -176,8 +176,8 @@ def test_the_plan_counts_fewer_forwards(config: TrainConfig) -> None:
     assert single.teacher_flops == 4 * together.teacher_flops  # 2 x 2 images of 48 px in 112
 
 
-@pytest.mark.parametrize(("world", "at_48"), [(1, "5 forwards"), (5, "1 forward")])
-def test_the_plan_says_what_mosaics_save(config: TrainConfig, world: int, at_48: str) -> None:
+@pytest.mark.parametrize(("world", "at_48"), [(1, 5), (5, 1)])
+def test_the_plan_says_what_mosaics_save(config: TrainConfig, world: int, at_48: int) -> None:
     """Of 20 images on a rank 2 x 2 share a forward at 48 px, and of 4; at 96 px each has its own."""
     sam = TeacherConfig(name="sam", model="scenes:sam", mosaic=True)
     sides = SidesConfig(sides=(48, 96), weights=(3.0, 1.0))
@@ -188,7 +188,7 @@ def test_the_plan_says_what_mosaics_save(config: TrainConfig, world: int, at_48:
     out = io.StringIO()
     print_plan(plans[0], Console(file=out, width=200))
     assert (
-        f"mosaics: sam sees a rank's {20 // world} images in {at_48} at 48 px, {20 // world} forwards at "
+        f"mosaics: forwards of sam for a rank's {20 // world} images: {at_48} at 48 px, {20 // world} at "
         f"96 px; one by one they would take {saved / 1e9:.4g} GFLOP more a step"
     ) in " ".join(out.getvalue().split())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,12 +20,14 @@ from radio.model import load
 from radio.nn.phi_s import FeatureNormaliser, FeatureStatistics, Normalisation
 from radio.ops import angle, resize_images
 from radio.types import Features
-from train.config import CacheConfig, LossConfig, NormaliseConfig, TrainConfig
+from train.commands import plan
+from train.config import CacheConfig, LossConfig, NormaliseConfig, PlanOptions, StageConfig, TrainConfig
 from train.data.loader import Batch, GroupBatch
 from train.groups import TeacherGroup
 from train.losses import normalised_losses, teacher_losses, unexplained
-from train.normalise import Dispersion, TargetStatistics
+from train.normalise import Dispersion, TargetStatistics, check_loss_weights
 from train.recipes import smoke
+from train.stages import check_stages
 from train.trainer import Trainer
 
 from .conftest import CPU, TEACHERS, Start, losses_of, read_records, same_weights, untimed
@@ -154,6 +157,20 @@ def test_only_a_fixed_number_of_images_gives_the_dispersion(monkeypatch: pytest.
     assert torch.equal(statistics.of("clip", "clip")[1](), wanted())  # type: ignore[misc]
 
 
+@pytest.mark.parametrize(
+    ("width", "kind", "said"), [(6, "phi-s", True), (6, "pca", False), (4, "phi-s", False)]
+)
+def test_a_width_without_a_hadamard_matrix_is_reported(width: int, kind: Normalisation, said: bool) -> None:
+    statistics = TargetStatistics({"clip": (2, width)}, ["clip"], kind)
+    group = TeacherGroup(
+        teachers=("clip",), adaptors=("clip",), sides=(8,), batch_size=2, first=0, ranks=(0,)
+    )
+    target = Features(torch.ones(2, 2), draw(2, 9, width), (3, 3))
+    statistics.add(Batch((GroupBatch(group, torch.zeros(2, 3, 8, 8), {"clip": target}),), 0.0))
+    (line,) = statistics.fit(alone)
+    assert line.endswith(f"no Hadamard matrix of {width} is known: a random orthogonal one") == said
+
+
 @pytest.mark.parametrize("value", [0.0, math.nan])
 def test_teachers_without_variance_are_refused(value: float) -> None:
     statistics = TargetStatistics({"clip": (6, 3)}, ["clip"], "phi-s")
@@ -206,6 +223,27 @@ def test_settings_without_effect_are_errors(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         start(config, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "weight", "message"),
+    [
+        ({"normalise": NormaliseConfig(kind="phi-s")}, "spatial_weight", "--normalise.kind phi-s is for the"),
+        ({"loss": ANGLE}, "summary_weight", "--loss.summary angle is for the summaries' losses"),
+        ({"loss": LossConfig(summary="mse")}, "summary_weight", "--loss.summary mse is for the summaries'"),
+    ],
+)
+def test_losses_without_a_weight_in_any_stage_are_errors(
+    config: TrainConfig, changes: dict[str, Any], weight: str, message: str
+) -> None:
+    none = tuple(replace(teacher, **{weight: 0.0}) for teacher in TEACHERS[:2])  # type: ignore[arg-type]
+    chosen = replace(config, teachers=none, **changes)
+    with pytest.raises(ConfigError, match=message):
+        check_stages(chosen, 1)
+    with pytest.raises(ConfigError, match=message):
+        plan({"run": chosen}, PlanOptions(), Console(quiet=True))
+    check_stages(replace(chosen, stages=(StageConfig(steps=2, teachers=TEACHERS[:2]),)), 1)
+    check_loss_weights(replace(config, teachers=none))  # the defaults
 
 
 def normalised(config: TrainConfig, kind: Normalisation = "phi-s", **changes: object) -> TrainConfig:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from radio.config import read_yaml, write_yaml
-from radio.errors import ConfigError, RadioError
+from radio.errors import ConfigError, RadioError, SizeError
 from radio.hub import load_teacher
 from radio.students import options_type
 from radio.teachers import families
@@ -85,6 +88,24 @@ def test_what_the_teachers_of_later_recipes_see() -> None:
     sizes = teacher_sizes(whole.config, {"sam": sam, "sam-high": sam})
     assert sizes["sam"] == {side: (side, side) for side in (128, 192, 224, 256, 384, 432)}
     assert sizes["sam-high"] == {512: (512,) * 2, 768: (768,) * 2, 1024: (1024,) * 2, 1152: (1024,) * 2}
+
+
+def test_sam_3_takes_the_place_of_sam_as_documented() -> None:
+    """1008 px of 14 px patches hold 2 x 2 of 432 px, and one of 512."""
+    folder: Any = SimpleNamespace(
+        name="sam3", native_size=(1008, 1008), patch_size=14, nearest_size=lambda h, w: (1008, 1008)
+    )
+    config = recipes["c-radio-v4-h"]()
+    teachers = [replace(t, model="hf:FOLDER") if t.name.startswith("sam") else t for t in config.teachers]
+    assert [t.name for t in teachers if t.model == "hf:FOLDER"] == [teachers[2].name, teachers[5].name]
+    with pytest.raises(SizeError, match="teacher sam-high: its 1008 px hold one image of 518 px; leave its"):
+        teacher_sizes(replace(config, teachers=tuple(teachers)), {"sam-high": folder})
+    teachers[5] = replace(teachers[5], mosaic=False)
+    changed = replace(config, teachers=tuple(teachers))
+    check_settings(changed, 64)
+    sizes = teacher_sizes(changed, {"sam": folder, "sam-high": folder})
+    assert [tiles_per_side(folder, tile) for tile, _ in sizes["sam"].values()] == [8, 5, 4, 4, 2, 2]
+    assert set(sizes["sam-high"].values()) == {(1008, 1008)}
 
 
 @pytest.mark.slow

@@ -280,6 +280,7 @@ def test_a_frozen_trunk_waits_with_mesa(shifted: TrainConfig) -> None:
         ({"parallel": "fsdp"}, "--mesa calls the averaged student .* take --parallel ddp"),
         ({"mesa": 0.0}, "--mesa-start is for --mesa"),
         ({"loss": LossConfig(shift=-0.1)}, "shift"),
+        ({"loss": LossConfig(shift=0.14)}, "--loss.shift 0.14 is rounded to a whole patch in fewer than one"),
         ({"mesa_start": 1.0}, "mesa.start"),
     ],
 )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
 from scipy.linalg import hadamard as scipys
 
-from radio.nn.phi_s import FeatureNormaliser, FeatureStatistics, Normalisation, hadamard
+from radio.nn.phi_s import FeatureNormaliser, FeatureStatistics, Normalisation, hadamard, has_hadamard
 
 KINDS: tuple[Normalisation, ...] = ("phi-s", "global", "channel", "pca", "zca")
 
@@ -19,7 +21,7 @@ def test_matrices_of_known_sizes_are_hadamard(size: int) -> None:
     assert torch.allclose(found @ found.T, torch.eye(size, dtype=torch.float64), atol=1e-9)
 
 
-@pytest.mark.parametrize("size", [768, 1024, 1152, 1280, 1408, 1536, 4096])
+@pytest.mark.parametrize("size", [768, 1024, 1152, 1280, 1408, 1536, 1904, 4096])  # 1904 = 28 x 68
 def test_matrices_of_teachers_widths_are_hadamard(size: int) -> None:
     """One entry in size has the right modulus, and H H^T returns vectors unchanged."""
     found = hadamard(size)
@@ -28,13 +30,42 @@ def test_matrices_of_teachers_widths_are_hadamard(size: int) -> None:
     assert torch.allclose(found @ (found.T @ vectors), vectors, atol=1e-9)
 
 
+@pytest.mark.parametrize("size", [52, 100, 244, 340, 344, 580, 680])
+def test_matrices_by_prime_powers_are_hadamard(size: int) -> None:
+    """Of 25, 49, 243, 169, 343, 289 and 169 elements."""
+    signs = hadamard(size) * size**0.5
+    assert has_hadamard(size)
+    assert torch.allclose(signs, signs.sign())
+    signs = signs.round()
+    assert torch.equal(signs @ signs.T, size * torch.eye(size, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("size", "digest"),
+    [
+        (12, "6775aa4a317b34a5"),
+        (24, "36c42a7fd7a7bab7"),
+        (28, "488f26ce1a2a5b5c"),  # 27 + 1 too, but by the prime 13
+        (64, "07a573f191330bec"),
+        (96, "b93bcf2b259be93e"),
+        (112, "55bf87bdef90ef01"),
+        (384, "ee3feb4e1eb55c93"),
+        (768, "a70ca32d88fcb59b"),
+    ],
+)
+def test_matrices_of_earlier_runs_stay(size: int, digest: str) -> None:
+    """A run that goes on measures nothing anew; one that is made again must come out the same."""
+    assert hashlib.sha256(hadamard(size).numpy().tobytes()).hexdigest()[:16] == digest
+
+
 def test_powers_of_two_are_sylvesters() -> None:
     assert np.array_equal((hadamard(64) * 8).round().numpy(), scipys(64))
 
 
-@pytest.mark.parametrize("size", [3, 6, 50])
+@pytest.mark.parametrize("size", [3, 6, 50, 92])
 def test_other_sizes_get_a_fixed_orthogonal_matrix(size: int) -> None:
     found = hadamard(size)
+    assert not has_hadamard(size)
     assert torch.allclose(found @ found.T, torch.eye(size, dtype=torch.float64), atol=1e-12)
     assert torch.equal(found, hadamard(size))
 
