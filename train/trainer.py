@@ -543,7 +543,7 @@ class Trainer:
             self.nonfinite.load_state_dict(ranks[0]["guard"])
             if mosaics := ", ".join(t.name for t in self.config.teachers if t.mosaic):
                 self._say(
-                    f"resumed with {self.ranks.world} ranks instead of {len(ranks)}: mosaics hold other "
+                    f"the number of ranks was {len(ranks)} and is {self.ranks.world}: mosaics hold other "
                     f"images together, and the features of {mosaics} differ by more than rounding"
                 )
         self.loader.load_state_dict(state.notes["data"])

@@ -15,11 +15,14 @@ from torch import Tensor
 from radio.errors import ConfigError, SizeError
 from radio.hub import load_teacher
 from radio.types import Features
-from tests.train.conftest import Start, same_weights, untimed
+from tests.train.conftest import CPU, Start, same_weights, untimed
+from tests.train.ranks import on_ranks
+from tests.train.test_balanced_runs import stop_at
 from train.config import CacheConfig, PlanOptions, SidesConfig, TeacherConfig, TrainConfig
 from train.mosaic import mosaic_features, tiles_per_side
 from train.plan import make_plan, print_plan
 from train.setup import check_settings, mosaic_shifts
+from train.trainer import Trainer
 
 PATCH = 4
 
@@ -162,6 +165,19 @@ def test_a_run_sees_other_mosaics_in_every_step_and_goes_on_with_them(
     start(config, out=tmp_path / "parts").train()
     assert untimed(tmp_path / "parts") == untimed(tmp_path / "whole")
     assert same_weights(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_a_run_that_goes_on_with_other_ranks_says_so(
+    config: TrainConfig, start: Start, tmp_path: Path
+) -> None:
+    config = with_mosaic(config)
+    on_ranks(2, tmp_path / "two", lambda ranks: stop_at(2, Trainer(config, ranks, CPU, Console(quiet=True))))
+    line = "the number of ranks was 2 and is 1: mosaics hold other images together, and the features of sam"
+    resumed = start(config)
+    assert resumed.step == 2 and line in resumed.console.file.getvalue()  # type: ignore[attr-defined]
+    resumed.save()
+    resumed.states.wait()
+    assert "mosaics hold" not in start(config).console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_the_plan_counts_fewer_forwards(config: TrainConfig) -> None:

@@ -157,6 +157,24 @@ def test_a_run_stopped_anywhere_goes_on_exactly(staged: TrainConfig, tmp_path: P
     assert untimed(tmp_path / "whole") == untimed(tmp_path / "parts")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [3, 4])
+def test_two_ranks_stopped_near_a_border_go_on_exactly(
+    staged: TrainConfig, tmp_path: Path, stop: int
+) -> None:
+    for number, (name, last) in enumerate((("whole", 0), ("parts", stop), ("parts", 0))):
+        on_ranks(
+            2,
+            tmp_path / f"meeting{number}",
+            lambda group, out=tmp_path / name, last=last: trained(staged, out, group=group, stop=last),
+        )
+        assert not last or read_records(tmp_path / "parts")[-1]["step"] == stop
+    assert untimed(tmp_path / "whole") == untimed(tmp_path / "parts")
+    for file in ("ckpt.pt", "ckpt-ema.pt"):
+        whole, parts = (tensors_of(tmp_path / name / file) for name in ("whole", "parts"))
+        assert whole.keys() == parts.keys() and all(torch.equal(parts[key], whole[key]) for key in whole)
+
+
 def test_features_are_normalised_anew_in_every_stage(staged: TrainConfig, tmp_path: Path) -> None:
     normalised = replace(staged, normalise=NormaliseConfig(kind="phi-s", steps=2))
     trained(normalised, tmp_path / "whole")
