@@ -263,7 +263,7 @@ def check_loss_weights(run: TrainConfig) -> None:
     Raises:
         ConfigError: one has none; the message names its setting.
     """
-    teachers = [t for part in (run, *run.stages) for t in part.teachers]
+    teachers = [*run.teachers, *(t for stage in run.stages for t in stage.teachers)]
     kind, summary = run.normalise.kind, run.loss.summary
     if teachers and kind != "none" and not any(t.spatial_weight for t in teachers):
         raise ConfigError(
