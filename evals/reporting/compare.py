@@ -312,7 +312,8 @@ def paired_interval(new: StoredReport, old: StoredReport) -> tuple[float, float]
 def resampled_metrics(entries: Sequence[StoredReport]) -> Values | None:
     """Compute the primary metrics of several reports on the same resamples of their units: [R, reports].
 
-    They are in percent. None as in `paired_interval`.
+    They are in percent, and NaN for all reports where a resample gives one of them no value (void images
+    alone). None as in `paired_interval`.
     """
     pairing, samples, values = entries[0].report.pairing, _Samples(), []
     for entry in entries:
@@ -332,7 +333,9 @@ def resampled_metrics(entries: Sequence[StoredReport]) -> Values | None:
         if not _gives_value(entry.report, sums[-1]):
             return None
     resampled = resampled_sums(np.stack(sums, axis=1))
-    return np.stack([METRIC_OF[pairing](resampled[:, place]) for place in range(len(entries))], axis=1)
+    metrics = np.stack([METRIC_OF[pairing](resampled[:, place]) for place in range(len(entries))], axis=1)
+    metrics[np.isnan(metrics).any(axis=1)] = np.nan
+    return None if np.isnan(metrics).all() else metrics
 
 
 def block_sums(entry: StoredReport, num_blocks: int) -> Values | None:
@@ -392,10 +395,9 @@ def _numbered(names: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
 
 
 def _mean_of_parts(sums: Values) -> Values:
-    """Average the mean scores of the parts, in percent: scores and counts [R, 2, P] -> [R]."""
+    """Average the mean scores of the parts that occur, in percent: scores and counts [R, 2, P] -> [R]."""
     with np.errstate(invalid="ignore"):
-        means: Values = (sums[:, 0] / sums[:, 1]).mean(axis=-1)
-    return 100 * means
+        return 100 * mean_present(sums[:, 0] / sums[:, 1])
 
 
 def _mean_iou(areas: Values) -> Values:

@@ -330,10 +330,14 @@ def _scores(column: Column, models: Sequence[RankedModel]) -> tuple[Values, str]
 
 
 def _ranks(scores: Values) -> Values:
-    """Rank scores [..., M] from 1 for the highest; equal ones share the mean of their ranks."""
+    """Rank scores [..., M] from 1 for the highest; equal ones share the mean of their ranks.
+
+    Where one is NaN, all ranks are.
+    """
     better = (scores[..., None, :] > scores[..., :, None]).sum(axis=-1)
     equal = (scores[..., None, :] == scores[..., :, None]).sum(axis=-1)
     ranks: Values = 1 + better + (equal - 1) / 2
+    ranks[np.isnan(scores).any(axis=-1)] = np.nan
     return ranks
 
 

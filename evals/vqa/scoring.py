@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from evals.core.blocks import Table
 from evals.core.report import DatasetInfo, Metric
-from evals.core.stats import interval, resampled_sums
+from evals.core.stats import interval, mean_present, resampled_sums
 from radio.errors import DataError, MissingDataError
 from radio.io import write_text
 
@@ -484,7 +484,7 @@ def detection_metrics(scores: Scores, images: NDArray[np.intp], seed: int) -> di
     np.add.at(counts, (images, of_file, cell), 1)
     measured, resampled = _rates(counts.sum(axis=0)), _rates(resampled_sums(counts, seed=seed))
     metrics = {
-        name: _percent(float(values.mean()), resampled[name].mean(axis=-1))
+        name: _percent(float(values.mean()), mean_present(resampled[name]))
         for name, values in measured.items()
     }
     metrics["yes_ratio"] = replace(metrics["yes_ratio"], higher_is_better=None)
@@ -494,11 +494,12 @@ def detection_metrics(scores: Scores, images: NDArray[np.intp], seed: int) -> di
 
 
 def _rates(counts: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
-    """Compute rates [...] from counts [..., 4] of TP, FN, TN and FP."""
+    """Compute rates [...] from counts [..., 4] of TP, FN, TN and FP; NaN where all are 0."""
     tp, fn, tn, fp = (counts[..., place] for place in range(4))
+    absent = counts.sum(axis=-1) == 0  # a resample without a question of a file
 
     def share(part: NDArray[np.float64], whole: NDArray[np.float64]) -> NDArray[np.float64]:
-        return part / np.where(whole > 0, whole, 1)
+        return np.where(absent, np.nan, part / np.where(whole > 0, whole, 1))
 
     return {
         "f1": share(2 * tp, 2 * tp + fp + fn),
@@ -520,7 +521,7 @@ def mean_accuracy(benchmarks: Sequence[Scores], seed: int = 0) -> Metric:
         (of, np.array(one.values), np.ones(len(of))) for of, one in zip(parts, benchmarks, strict=True)
     ]
     mean = np.mean([np.mean(one.values) for one in benchmarks])
-    return _percent(float(mean), _resampled_means(columns, len(names), seed).mean(axis=1))
+    return _percent(float(mean), mean_present(_resampled_means(columns, len(names), seed)))
 
 
 def _percent(mean: float, resampled: NDArray[np.float64]) -> Metric:

@@ -10,7 +10,7 @@ import pytest
 
 from evals.core.report import DatasetInfo, Metric, Report
 from evals.core.stats import resamples
-from evals.reporting.leaderboard import Leaderboard, leaderboard_table, make_leaderboard, read_all
+from evals.reporting.leaderboard import Leaderboard, _ranks, leaderboard_table, make_leaderboard, read_all
 from radio import entry
 from radio.errors import ConfigError, DataError
 
@@ -79,6 +79,39 @@ def test_rank_sums_and_their_intervals_by_hand(reports: Folder) -> None:
     assert {each.model: each.group for each in board.standings} == {"a": 1, "b": 1, "c": 2}
     last = board.standings[-1]
     assert last.model == "c" and last.metrics[1] is None and last.groups == (2, None)
+
+
+def test_a_rare_part_does_not_blur_the_ranks(tmp_path: Path) -> None:
+    """Twenty classes of three images each, and most resamples lack one: ranks as by a slow loop."""
+    folder, parts = Folder(tmp_path / "r"), np.arange(IMAGES) % 20
+    rights = {"a": scores(1, 0.9), "b": scores(2, 0.75), "c": scores(3, 0.2)}
+
+    def mean(right: np.ndarray[Any, Any], weights: np.ndarray[Any, Any]) -> float:
+        drawn = [part for part in range(20) if weights[parts == part].sum()]
+        return float(np.mean([np.average(right[parts == p], weights=weights[parts == p]) for p in drawn]))
+
+    for model, right in rights.items():
+        lines = [
+            {"id": f"{number:03d}", "part": f"{part:02d}", "score": int(good)}
+            for number, (part, good) in enumerate(zip(parts, right, strict=True))
+        ]
+        value = {"top1": Metric(value=100 * mean(right, np.ones(IMAGES)))}
+        add(folder, "knn", model, right, metrics=value)
+        folder.records(f"knn-{model}.jsonl", *lines)
+    weights = [each for block in resamples(IMAGES) for each in block]
+    ranks = np.array([slow_ranks([mean(right, each) for right in rights.values()]) for each in weights])
+    for place, standing in enumerate(ranked(folder).standings):
+        assert standing.model == "abc"[place]
+        assert (standing.low, standing.high) == pytest.approx(
+            tuple(np.percentile(ranks[:, place], [2.5, 97.5]))
+        )
+        assert standing.low >= 1
+
+
+def test_ranks_without_a_score_are_none() -> None:
+    ranks = _ranks(np.array([[3.0, 1.0, 2.0], [np.nan] * 3, [-np.inf, 1.0, 1.0]]))
+    assert ranks[[0, 2]].tolist() == [[1, 3, 2], [3, 1.5, 1.5]]
+    assert np.isnan(ranks[1]).all()
 
 
 def test_groups_of_a_task_follow_the_paired_interval(tmp_path: Path) -> None:

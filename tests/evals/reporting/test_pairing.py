@@ -10,7 +10,13 @@ import pytest
 
 from evals.core.report import DatasetInfo, Metric, Report
 from evals.core.stats import resamples
-from evals.reporting.compare import METRIC_OF, StoredReport, block_sums, paired_interval
+from evals.reporting.compare import (
+    METRIC_OF,
+    StoredReport,
+    block_sums,
+    paired_interval,
+    resampled_metrics,
+)
 
 IMAGES, CLASSES = 12, 5
 
@@ -107,6 +113,40 @@ def test_scores_are_resampled_by_unit_and_averaged_by_part(save: Callable[..., S
     interval = paired_interval(save("new", after, new[::-1]), save("old", before, old))  # in any order
     assert interval == pytest.approx(tuple(expected), abs=1e-9)
     assert interval[0] < after - before < interval[1]
+
+
+def test_a_part_that_a_resample_lacks_is_left_out_of_its_mean(save: Callable[..., StoredReport]) -> None:
+    """As a class of SPair-71k with few pairs: more than a third of the resamples have none of it."""
+    entries, means = [], []
+    for side, seed in (("new", 1), ("old", 2)):
+        records, _ = answers(seed)
+        records = [*records, {"id": 0, "part": "rare", "unit": "0.jpg", "score": float(seed == 1)}]
+
+        def mean_of_parts(weights: np.ndarray, records: Lines = records) -> float:
+            shares = []
+            for part in ("gqa", "vqav2", "rare"):
+                own = [(weights[r["id"] % IMAGES], r["score"]) for r in records if r["part"] == part]
+                if total := sum(weight for weight, _ in own):
+                    shares.append(sum(weight * score for weight, score in own) / total)
+            return 100 * sum(shares) / len(shares)
+
+        entries.append(save(side, mean_of_parts(np.ones(IMAGES)), records))
+        means.append([mean_of_parts(weights) for weights in weights_by_image()])
+    expected = np.percentile(np.subtract(*means), [2.5, 97.5])
+    assert paired_interval(*entries) == pytest.approx(tuple(expected), abs=1e-9)
+
+
+def test_resamples_of_void_images_alone_are_left_out(save: Callable[..., StoredReport]) -> None:
+    """All images but one are void, and as many resamples have a value as draw that one."""
+    found = np.zeros((IMAGES, 3, CLASSES), dtype=np.int64)
+    found[3] = areas(1)[3]
+    entry = save("new", iou(found), area_lines(found), pairing="mean_iou")
+    resampled = resampled_metrics((entry, entry))
+    assert resampled is not None
+    drawn = weights_by_image()[:, 3] > 0
+    assert 0 < drawn.sum() < len(drawn)
+    assert np.isfinite(resampled[drawn]).all() and np.isnan(resampled[~drawn]).all()
+    assert paired_interval(entry, entry) == (0.0, 0.0)
 
 
 def test_areas_are_summed_before_they_are_divided(save: Callable[..., StoredReport]) -> None:

@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from evals.core.blocks import Lines
 from evals.core.evaluator import RunSettings, run_evaluator
 from evals.core.report import Metric, Report
+from evals.core.stats import resamples
 from evals.core.task import make_evaluator
 from evals.dense_knn import DenseKnnSettings
 from evals.knn import KnnSettings
@@ -104,6 +106,23 @@ def test_the_interval_of_a_mean_over_parts_is_of_that_mean() -> None:
     assert (index.value, index.low, index.high) == (50.0, 50.0, 50.0)
     other = _index([Metric(value=60.0), Metric(value=100.0)], [[*first, *second], [*first, *better]], seed=0)
     assert (other.low, other.high) == (None, None)  # the records do not give the value
+
+
+def test_the_interval_where_resamples_lack_a_part() -> None:
+    """Fourteen classes of one pair each: no resample has all; against a slow loop."""
+    curves = [
+        [Scored(f"c{n}", f"p{n}", f"p{n:02d}", float(n % period == 0)) for n in range(14)]
+        for period in (2, 3)
+    ]
+    values = [Metric(value=100 * float(np.mean([each.score for each in curve]))) for curve in curves]
+    index = _index(values, curves, seed=0)
+    ratios = []
+    for weights in (each for block in resamples(14) for each in block):
+        means = [
+            np.mean([each.score for each, w in zip(curve, weights, strict=True) if w]) for curve in curves
+        ]
+        ratios.append(100 * min(means) / max(means) if max(means) else 0.0)
+    assert (index.low, index.high) == pytest.approx(tuple(np.percentile(ratios, [2.5, 97.5])))
 
 
 def test_features_are_cached_side_by_side(

@@ -11,10 +11,11 @@ import pytest
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 
 from evals.core.evaluator import EvalRun, RunSettings, run_predictions
+from evals.core.stats import resamples
 from evals.core.task import make_evaluator
 from evals.vqa.benchmarks import TaskFiles, open_benchmark
 from evals.vqa.scenes import benchmarks, describe_questions, load_scenes
-from evals.vqa.scoring import TASKS, mean_accuracy, says_yes
+from evals.vqa.scoring import TASKS, Scores, detection_metrics, mean_accuracy, says_yes
 from evals.vqa.settings import VqaSettings
 from radio.errors import DataError
 
@@ -114,6 +115,26 @@ def test_one_file_and_rates_that_would_divide_by_zero(tmp_path: Path) -> None:
     named = {name: metric.value for name, metric in metrics.items()}
     assert named["accuracy"] == 100
     assert all(named[name] == 0 for name in ("f1", "precision", "recall", "yes_ratio", "f1_popular"))
+
+
+def test_a_file_that_a_resample_lacks_counts_for_none_of_its_rates() -> None:
+    """One file has a question on one image of six; the mean of accuracies against a slow loop."""
+    images = np.array([0, 1, 2, 3, 4, 5, 5])
+    right = np.array([1.0, 0, 1, 0, 1, 0, 1])
+    files = ("random",) * 6 + ("popular",)
+    told = Scores(
+        values=tuple(right.tolist()),
+        images=tuple(map(str, images)),
+        groups={"sampling": files},
+        missing=(),
+        positive=(True,) * 7,
+    )
+    accuracy = detection_metrics(told, images, seed=2)["accuracy"]
+    drawn = []
+    for weights in np.concatenate(list(resamples(6, seed=2))):
+        means = [np.average(right[:6], weights=weights)] + ([1.0] if weights[5] else [])
+        drawn.append(100 * np.mean(means))
+    assert (accuracy.low, accuracy.high) == pytest.approx(tuple(np.percentile(drawn, [2.5, 97.5])))
 
 
 def test_a_missing_answer_counts_as_wrong_where_that_is_allowed(tmp_path: Path) -> None:

@@ -242,6 +242,18 @@ def test_the_mean_of_benchmarks_draws_a_image_for_all_of_them() -> None:
     assert mean_accuracy(benchmarks[:1], seed=5) == benchmarks[0].metrics(seed=5)["accuracy"]
 
 
+def test_a_benchmark_that_a_resample_lacks_is_left_out_of_its_mean() -> None:
+    """The second has questions on one image of eight alone."""
+    right = np.array([1.0, 0, 1, 0, 0, 1, 0, 1])
+    names = [f"p{n}" for n in range(8)]
+    metric = mean_accuracy([made(right.tolist(), names), made([1.0], ["p3"])], seed=5)
+    drawn = [
+        np.average(right, weights=w) if not w[3] else (np.average(right, weights=w) + 1) / 2
+        for w in np.concatenate(list(resamples(8, seed=5)))
+    ]
+    assert (metric.low, metric.high) == pytest.approx(tuple(100 * np.percentile(drawn, [2.5, 97.5])))
+
+
 def test_labels_that_are_spelled_alike_are_scores_of_their_own() -> None:
     scores = Scores(
         values=(1.0, 0.0, 0.5),
