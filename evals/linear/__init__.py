@@ -63,8 +63,7 @@ class LinearSettings(ViewSettings):
     max_iterations: Count | None = None
     """logreg: most iterations for each C. Default: 1000."""
     tolerance: Positive | None = None
-    """logreg: a fit ends where the mean loss falls by less in an iteration. Default: 1e-12, and 1e-6 for the
-    generated world."""
+    """logreg: a fit ends where the mean loss falls by less in an iteration. Default: 1e-12."""
     fit_precision: Literal["fp32", "fp64"] | None = None
     """logreg: precision of the fit. Default: fp64."""
     lr: tuple[Positive, ...] | None = None

@@ -25,7 +25,17 @@ from radio.errors import DataError
 from radio.types import Backbone, Features
 
 from . import LinearSettings, Split
-from .solvers import PENALTIES, RATES, Fit, Head, LogisticRegression, check_memory, fit_by_sgd, hold_out
+from .solvers import (
+    PENALTIES,
+    RATES,
+    TOLERANCE,
+    Fit,
+    Head,
+    LogisticRegression,
+    check_memory,
+    fit_by_sgd,
+    hold_out,
+)
 
 # Letters: N images, C width of the summary, D of a token, K classes.
 
@@ -229,7 +239,7 @@ def _train(
                 yield problem.fit(
                     c,
                     max_iterations=settings.max_iterations or 1000,
-                    tolerance=settings.tolerance or (1e-6 if small else 1e-12),
+                    tolerance=settings.tolerance or TOLERANCE,
                 )
                 advance(1)
         return

@@ -15,6 +15,7 @@ from evals.linear import solvers
 from evals.linear.solvers import (
     PENALTIES,
     RATES,
+    TOLERANCE,
     Head,
     LogisticRegression,
     check_memory,
@@ -78,6 +79,27 @@ def test_logistic_regression_is_scikit_learns(c: float, dtype: torch.dtype, scal
         assert torch.allclose(head.weight, theirs[0], atol=1e-3 * float(theirs[0].abs().max()))
 
 
+@pytest.mark.parametrize("c", [17.8, 316.0, 1e5])
+def test_the_default_tolerance_meets_scikit_learn_at_the_grids_upper_end(c: float) -> None:
+    """Separable classes, whose loss falls slowly: the objective, and the classes of new images."""
+    generator = torch.Generator().manual_seed(0)
+    features, new = (torch.randn(count, 12, generator=generator) for count in (120, 500))
+    labels = (features @ torch.randn(12, 4, generator=generator)).argmax(dim=1)
+    problem = LogisticRegression(features, labels, torch.arange(120), 4, device=CPU, dtype=torch.float64)
+    found = problem.fit(c, max_iterations=1000, tolerance=TOLERANCE)
+    reference = Reference(C=c, solver="newton-cg", tol=1e-9, max_iter=10_000)
+    reference.fit(features.double().numpy(), labels.numpy())
+    theirs = torch.from_numpy(reference.coef_).T, torch.from_numpy(reference.intercept_)
+    mine = objective(found.head.weight, found.head.bias, features, labels, c)
+    assert found.converged and mine == pytest.approx(objective(*theirs, features, labels, c), rel=1e-4)
+    for images, least in ((features, 0.0), (new, 1e-3)):  # new ones may lie on the border of two classes
+        wanted = images.double() @ theirs[0] + theirs[1]
+        best = wanted.topk(2, dim=1).values
+        clear = best[:, 0] - best[:, 1] > least * best[:, 0].abs()
+        assert clear.float().mean() > 0.99
+        assert torch.equal(logits(found.head, images).argmax(dim=1)[clear], wanted.argmax(dim=1)[clear])
+
+
 def test_a_fit_does_not_depend_on_those_before() -> None:
     features, labels = data()
     problem = LogisticRegression(features, labels, torch.arange(150), 4, device=CPU, dtype=torch.float64)
@@ -114,6 +136,16 @@ def test_only_the_rows_count_and_the_end_of_the_iterations_is_told() -> None:
     assert torch.allclose(found.head.weight, fit(features[rows], labels[rows], 1.0).weight, atol=1e-6)
     assert found.converged and found.value == 1.0
     assert not problem.fit(1e3, max_iterations=2, tolerance=1e-12).converged
+
+
+def test_a_fit_that_its_evaluations_end_has_not_converged() -> None:
+    """The line search takes all six evaluations of three iterations in the first."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(300, 20, generator=generator) * torch.logspace(-2, 2, 20) + 10
+    labels = torch.randint(0, 7, (300,), generator=generator)
+    problem = LogisticRegression(features, labels, torch.arange(300), 7, device=CPU, dtype=torch.float64)
+    for c in (1e5, 1e-6):
+        assert not problem.fit(c, max_iterations=3, tolerance=TOLERANCE).converged
 
 
 def test_a_feature_that_never_varies_has_no_weight() -> None:
