@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from evals.seg_probe.protocol import Layout
 from radio.config import to_plain
 from radio.datasets import SET_NAMES, DataSets, LlavaFiles, is_remote
 from radio.errors import DataError, MissingDataError, MissingExtraError, RadioError, one_line, shown
@@ -124,6 +125,9 @@ def parts_of(sets: DataSets) -> Iterator[Part]:
     if sets.coco is not None:
         file, images = sets.coco / "annotations" / "instances_val2017.json", sets.coco / "val2017"
         yield Part("coco", (sets.coco, file, images), partial(check_coco, file, images))
+    if (lvis := sets.lvis) is not None:
+        places = (lvis.annotations, lvis.images)
+        yield Part("lvis", places, partial(check_coco, *places))
     yield from _landmarks_and_pairs(sets)
     if sets.llava is not None:
         yield from _parts_of_llava(sets.llava)
@@ -137,9 +141,15 @@ def parts_of(sets: DataSets) -> Iterator[Part]:
 def _parts_of_maps(sets: DataSets) -> Iterator[Part]:
     """Yield the parts of the data sets that have a class or a depth for every pixel."""
     if sets.ade20k is not None:
-        yield Part("ade20k", (sets.ade20k,), partial(check_segmentation, sets.ade20k, "ADE20K"))
-    if sets.voc is not None:
-        yield Part("voc", (sets.voc,), partial(check_segmentation, sets.voc, "VOC2012"))
+        yield Part("ade20k", (sets.ade20k,), partial(check_segmentation, sets.ade20k, "ade20k"))
+    layouts: dict[Layout, Path | None] = {
+        "voc": sets.voc,
+        "context": sets.context,
+        "coco-stuff": sets.coco_stuff,
+    }
+    for layout, folder in layouts.items():
+        if folder is not None:
+            yield Part(layout, (folder,), partial(check_segmentation, folder, layout))
     if (root := sets.nyu) is not None:
         for split in ("train", "test"):
             yield Part(f"nyu {split}", (root, root / f"nyu_{split}.txt"), partial(check_nyu, root, split))
@@ -257,8 +267,8 @@ def _gigabytes(size: int) -> str:
     return f"{size / 1e9:,.1f} GB"
 
 
-def check_segmentation(root: Path, name: str) -> Content:
-    """Count the images of ADE20K or VOC2012; each has to have its annotation.
+def check_segmentation(root: Path, layout: Layout) -> Content:
+    """Count the images of a data set of label maps; each has to have its annotation.
 
     Raises:
         DataError: another layout.
@@ -267,13 +277,17 @@ def check_segmentation(root: Path, name: str) -> Content:
     from .seg_probe.classes import KNOWN_CLASSES
     from .seg_probe.layouts import open_dataset
 
-    data = open_dataset(root, voc_split=None, known=KNOWN_CLASSES)
-    other = "VOC2012" if name == "ADE20K" else "ADE20K"
-    if data.labelling.zero_is_void != (name == "ADE20K"):
-        raise DataError(f"{root}: is in the layout of {other}; wanted {name}'s")
+    names = {"ade20k": "ADE20K", "voc": "VOC2012"}
+    if layout in names:
+        data = open_dataset(root, voc_split=None, known=KNOWN_CLASSES)
+        found = "ade20k" if data.labelling.zero_is_void else "voc"
+        if layout != found:
+            raise DataError(f"{root}: is in the layout of {names[found]}; wanted {names[layout]}'s")
+    else:
+        data = open_dataset(root, voc_split=None, known=KNOWN_CLASSES, layout=layout, parts=("val",))
     splits, notes = [data.train, data.val], data.notes
     lists = Path(data.train.location) / "ImageSets" / "Segmentation"
-    if name == "VOC2012" and any((lists / f"{each}.txt").is_file() for each in ("trainaug", "aug")):
+    if layout == "voc" and any((lists / f"{each}.txt").is_file() for each in ("trainaug", "aug")):
         more = open_dataset(root, voc_split="trainaug", known=KNOWN_CLASSES)
         splits.append(more.train)
         notes = tuple(dict.fromkeys((*notes, *more.notes)))

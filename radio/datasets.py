@@ -164,6 +164,19 @@ class PopeFiles:
         check(self)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LvisFiles:
+    """LVIS: its annotations, and COCO's images of 2017, which it divides otherwise."""
+
+    annotations: Annotated[Path, Part(("lvis_v1_val.json", "annotations/lvis_v1_val.json"))]
+    images: Annotated[Path, Part(("images", "."))]
+    """The folder that has train2017/ and val2017/."""
+
+    def __post_init__(self) -> None:
+        """Validate the settings; raise `ConfigError` on a value out of range."""
+        check(self)
+
+
 def _read_parts(kind: type[T], value: Any, _: Mapping[str, Any], where: str) -> T | None:
     """Read the parts of a data set from a mapping, or find them at their usual places in a folder."""
     if value is None:
@@ -215,6 +228,23 @@ class DataSets:
         Home(("voc", "VOCdevkit", "VOC2012"), ("JPEGImages", "VOC2012", "VOCdevkit")),
     ] = None
     """The folder that has JPEGImages/, SegmentationClass/ and ImageSets/, or its parent."""
+    context: Annotated[
+        Path | None,
+        Home(
+            ("context", "pascal-context", "VOC2010"),
+            ("SegmentationClassContext", "VOC2010", "VOCdevkit/VOC2010"),
+        ),
+    ] = None
+    """Pascal Context: the folder that has JPEGImages/, SegmentationClassContext/ and
+    ImageSets/SegmentationContext/, or its parent."""
+    coco_stuff: Annotated[
+        Path | None,
+        Home(
+            ("coco-stuff", "coco_stuff", "coco_stuff164k"),
+            ("images/val2017", "annotations/val2017", "coco_stuff164k"),
+        ),
+    ] = None
+    """COCO-Stuff 164k: the folder that has images/ and annotations/ (*_labelTrainIds.png), or its parent."""
     nyu: Annotated[Path | None, Home(("nyu", "nyu_depth_v2", "NYU"), ("nyu_train.txt", "nyu_test.txt"))] = (
         None
     )
@@ -223,6 +253,12 @@ class DataSets:
         Path | None, Home(("coco", "COCO"), ("annotations/instances_val2017.json", "val2017"))
     ] = None
     """The folder that has val2017/ and annotations/instances_val2017.json."""
+    lvis: Annotated[
+        LvisFiles | None,
+        Home(("lvis", "LVIS"), ("lvis_v1_val.json", "annotations/lvis_v1_val.json")),
+        _parts(LvisFiles),
+    ] = None
+    """LVIS: the folder that has lvis_v1_val.json, train2017/ and val2017/, or each part."""
     roxford5k: Annotated[Path | None, Home(("roxford5k", "ROxford5k"), ("gnd_roxford5k.*",))] = None
     """The folder that has jpg/ and gnd_roxford5k.json."""
     rparis6k: Annotated[Path | None, Home(("rparis6k", "RParis6k"), ("gnd_rparis6k.*",))] = None

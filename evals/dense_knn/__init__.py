@@ -28,7 +28,7 @@ class DenseKnnSettings:
     Context or COCO-Stuff. Default: the generated world."""
     voc_split: Literal["train", "trainaug"] | None = None
     """Training split of VOC2012: the 1,464 images of VOC, or the 10,582 with SBD's. Where it is given, the
-    model's name in the report ends in -voc. Default: train."""
+    model's name in the report ends in -voc. Default: trainaug where its list is there, else train."""
     scenes: tuple[Scenes, Scenes] = (1000, 300)
     """Number of generated training and validation images, used without --data."""
     size: Pixels | None = None
@@ -56,10 +56,22 @@ class DenseKnnSettings:
 def data_sets(settings: DenseKnnSettings, sets: DataSets) -> Mapping[str, DenseKnnSettings]:
     """Score on the data sets of the segmentation probe."""
     placed = seg_probe.data_sets(SegSettings(data=settings.data, voc_split=settings.voc_split), sets)
-    return {
-        name: replace(settings, data=chosen.data, voc_split=chosen.voc_split)
-        for name, chosen in placed.items()
-    }
+    reports = {}
+    for name, chosen in placed.items():
+        own = replace(settings, data=chosen.data)
+        split = None if chosen.voc_split is None else choose_voc_split(own) or "train"
+        reports[name] = replace(own, voc_split=split)
+    return reports
+
+
+def choose_voc_split(settings: DenseKnnSettings) -> Literal["train", "trainaug"] | None:
+    """Return the training split that is named, or trainaug where VOC2012's folder has its list, else None."""
+    root = settings.data
+    if settings.voc_split is not None or root is None or (root / "SegmentationClassContext").is_dir():
+        return settings.voc_split
+    folders = (root / home / "ImageSets" / "Segmentation" for home in ("", "VOC2012", "VOCdevkit/VOC2012"))
+    lists = (folder / name for folder in folders for name in ("trainaug.txt", "aug.txt"))
+    return "trainaug" if any(each.is_file() for each in lists) else None
 
 
 @evaluators.register("dense-knn")

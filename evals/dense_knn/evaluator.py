@@ -19,7 +19,7 @@ from radio.errors import DataError
 from radio.resources import check_memory
 from radio.types import Backbone
 
-from . import DenseKnnSettings
+from . import DenseKnnSettings, choose_voc_split
 from .memory import Encoder, Memory, check_fits, count_patches, fill
 
 # Letters: B batch, T tokens, D token width, C classes, k neighbours, H W an image's own height and width.
@@ -50,7 +50,7 @@ def evaluate(model: Backbone, settings: DenseKnnSettings, run: EvalRun) -> Resul
     """
     load_faiss()  # fail early
     size = input_size(model, settings)
-    data, _ = open_checked(settings.data, run, voc_split=settings.voc_split, scenes=settings.scenes)
+    data, _ = open_checked(settings.data, run, voc_split=choose_voc_split(settings), scenes=settings.scenes)
     classes, batch = data.labelling.classes, run.batch_size(_BATCH)
     check_memory(model, batch, size, run.device, run.dtype)
     encode = Encoder(place(model, run.device, run.dtype), size, run)
@@ -82,10 +82,14 @@ def evaluate(model: Backbone, settings: DenseKnnSettings, run: EvalRun) -> Resul
             "patches_per_image": [min(counts), max(counts)],
         },
     )
-    if settings.size in (None, *size):
-        return result
-    note = f"{settings.size} px was asked for; {model.name} takes {size[0]}x{size[1]}, which was used"
-    return replace(result, notes=[note, *result.notes])
+    notes = []
+    if settings.size not in (None, *size):
+        notes.append(
+            f"{settings.size} px was asked for; {model.name} takes {size[0]}x{size[1]}, which was used"
+        )
+    if data.train.name == "VOC2012/train":
+        notes.append("the memory is of VOC2012's train; the published protocol takes SBD's trainaug")
+    return replace(result, notes=[*notes, *result.notes])
 
 
 @final

@@ -10,8 +10,8 @@ from typing import Annotated
 from annotated_types import Interval
 
 from evals.core import evaluators
-from evals.core.task import OWN, Evaluator, Machine, RunSettings, late
-from radio.config import Count, CountOrZero, NotNegative, Positive, Seed, check
+from evals.core.task import OWN, Compared, Evaluator, Machine, RunSettings, late
+from radio.config import Count, CountOrZero, NotNegative, Pixels, Positive, Seed, check
 from radio.datasets import DataSets
 
 Batch = Annotated[int, Interval(ge=1, le=65_536)]  # images of a step, in memory at once
@@ -25,9 +25,14 @@ class DepthSettings:
     data: Path | None = None
     """A folder with NYU Depth V2 as it is shared for this task: nyu_train.txt and nyu_test.txt (image, depth
     and focal length a line), JPEGs, and 16-bit PNGs in millimetres. Default: the generated world."""
-    layers: Count = 1
+    layers: Compared[Count | None] = None
     """Number of the backbone's last blocks whose tokens the head reads side by side, each after the final
-    norm; 4 is the other published choice."""
+    norm. Where another than the data's default is given, the model's name in the report ends in it
+    (`-1-layers`). Default: 4 with --data, or 1 for a backbone without so many blocks; 1 in the generated
+    world."""
+    size: Pixels | None = None
+    """Short side in pixels of the encoder's input in training; whole images are larger in proportion.
+    Default: 416 with --data, 96 for the generated world."""
     iterations: Count | None = None
     """Training steps of the head; the warm-up scales in proportion. Default: 38,400, or 300 for the generated
     scenes."""
@@ -58,6 +63,16 @@ def data_sets(settings: DepthSettings, sets: DataSets) -> Mapping[str, DepthSett
     return {} if sets.nyu is None else {"nyu": replace(settings, data=sets.nyu)}
 
 
+def suffix(settings: DepthSettings) -> str:
+    """Return what another number of layers than the data's default adds to the model's name."""
+    return "" if settings.layers in (None, default_layers(settings)) else f"-{settings.layers}-layers"
+
+
+def default_layers(settings: DepthSettings) -> int:
+    """Return the number of layers of the protocol: NYU's published one, and ours of the generated world."""
+    return 1 if settings.data is None else 4
+
+
 def with_seed(settings: DepthSettings, run: RunSettings, number: int) -> DepthSettings:
     """Return the settings of the `number`-th repetition, with another seed of the head."""
     first = run.seed if settings.head_seed is None else settings.head_seed
@@ -72,6 +87,7 @@ def make() -> Evaluator[DepthSettings]:
         settings=DepthSettings,
         evaluate=late("evals.depth.evaluator:evaluate"),
         title="depth probe",
+        suffix=suffix,
         input_size=late("evals.depth.evaluator:train_size"),
         with_seed=with_seed,
         data_sets=data_sets,

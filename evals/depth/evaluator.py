@@ -26,8 +26,8 @@ from radio.errors import ConfigError, DataError, RadioError, shown
 from radio.image_files import spread
 from radio.types import Backbone
 
-from . import DepthSettings
-from .data import SCENE_SIZE, TRAIN_CROP, DepthSplit, Size, nyu_split, scene_split
+from . import DepthSettings, default_layers
+from .data import NYU_SIZE, SCENE_SIZE, TRAIN_CROP, DepthSplit, Size, nyu_split, scene_split
 from .feeds import Feed, NyuFeed, SceneFeed, Training
 from .head import MAX_DEPTH, MEASURES, DepthHead, measure, one_cycle, resize_depth, sig_loss
 
@@ -66,7 +66,26 @@ def choose_training(settings: DepthSettings) -> Training:
 
 def train_size(model: Backbone, settings: DepthSettings) -> Size:
     """Return the size (height, width) of the encoder's input in training."""
-    return model.nearest_size(*(SCENE_SIZE if settings.data is None else TRAIN_CROP))
+    return model.nearest_size(*_wanted_size(settings))
+
+
+def _wanted_size(settings: DepthSettings, whole: Size | None = None) -> Size:
+    """Return the size of the training images, or of a whole image, before the encoder rounds it."""
+    crop = SCENE_SIZE if settings.data is None else TRAIN_CROP
+    factor = 1.0 if settings.size is None else settings.size / crop[0]
+    height, width = whole or crop
+    return round(factor * height), round(factor * width)
+
+
+def choose_layers(model: Backbone, settings: DepthSettings) -> tuple[int, list[str]]:
+    """Return the number of layers that the head reads, and a note where it is not the protocol's."""
+    wanted = default_layers(settings)
+    if settings.layers is not None:
+        return settings.layers, []
+    if wanted == 1 or model.num_blocks >= wanted:
+        return wanted, []
+    has = f"has {model.num_blocks} blocks" if model.num_blocks else "is no sequence of equal blocks"
+    return 1, [f"the head reads the last layer, not the protocol's last {wanted}: {model.name} {has}"]
 
 
 def evaluate(model: Backbone, settings: DepthSettings, run: EvalRun) -> Result:
@@ -82,8 +101,9 @@ def evaluate(model: Backbone, settings: DepthSettings, run: EvalRun) -> Result:
         RadioError: values that are not finite.
     """
     started = time.monotonic()
-    if settings.layers > 1:
-        model = LastBlocks(model, settings.layers)
+    layers, notes = choose_layers(model, settings)
+    if layers > 1:
+        model = LastBlocks(model, layers)
     training, size = choose_training(settings), train_size(model, settings)
     if settings.data is not None and training.batch_size % run.ranks.world:
         raise ConfigError(
@@ -96,7 +116,8 @@ def evaluate(model: Backbone, settings: DepthSettings, run: EvalRun) -> Result:
         run.ranks.on_leader(lambda split=split: split.fingerprint)  # type: ignore[misc]
     train, test = splits
     seed = run.settings.seed if settings.head_seed is None else settings.head_seed
-    made = SceneFeed if settings.data is None else NyuFeed
+    whole = model.nearest_size(*_wanted_size(settings, NYU_SIZE))
+    made = SceneFeed if settings.data is None else partial(NyuFeed, whole=whole)
     feed: Feed = made(model, splits, training, seed, size, run)
     prepared = time.monotonic()
     head = DepthHead(model.token_dim, torch.Generator().manual_seed(seed)).to(run.device)
@@ -113,10 +134,11 @@ def evaluate(model: Backbone, settings: DepthSettings, run: EvalRun) -> Result:
             for id, score in zip(test.images.keys, measures[:, 0].tolist(), strict=True)
         ),
         blocks=_show(test, examples, predicted, run),
-        notes=[*_size_notes(model, settings, size), *train.images.notes, *test.images.notes],
+        notes=[*notes, *_size_notes(model, settings, size), *train.images.notes, *test.images.notes],
         resolved={
             **to_plain(training),
             "size": list(size),
+            "layers": layers,
             "optimizer": f"AdamW, betas {_BETAS}, gradients clipped at {_MAX_NORM:g}, one cycle",
             "head": "batch norm, 1x1 convolution, upsampling by 4, 256 bins, linear normalisation",
         },
@@ -145,7 +167,7 @@ def _describe(split: DepthSplit, role: str) -> DatasetInfo:
 
 
 def _size_notes(model: Backbone, settings: DepthSettings, size: Size) -> list[str]:
-    wanted = SCENE_SIZE if settings.data is None else TRAIN_CROP
+    wanted = _wanted_size(settings)
     if size == wanted:
         return []
     return [

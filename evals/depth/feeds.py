@@ -120,8 +120,9 @@ class NyuFeed:
         seed: int,
         size: Size,
         run: EvalRun,
+        *,
+        whole: Size,
     ) -> None:
-        whole = model.nearest_size(*NYU_SIZE)
         check_memory(model, training.batch_size // run.ranks.world, size, run.device, run.dtype)
         check_memory(model, 2, whole, run.device, run.dtype)
         self._model, self._training, self._run = place(model, run.device, run.dtype), training, run

@@ -18,6 +18,9 @@ from radio.errors import ConfigError
 Domain = Literal["night", "web", "mixture"]
 """A domain of the generated world that is not the training images' own."""
 
+Strength = Annotated[float, Interval(ge=1e-12, le=1e12)]
+"""A value of C; beyond, the penalty or its gradient vanishes in float64."""
+
 _TAKEN = {"train", "val", *get_args(Domain)}
 _NAME = re.compile(r"([A-Za-z0-9_.-]+)=(.+)", re.DOTALL)
 _OF_SOLVER = {
@@ -57,7 +60,7 @@ class LinearSettings(ViewSettings):
     choose: Literal["held-out", "scored"] | None = None
     """Choose the penalty or learning rate on every tenth training image (then all are trained on), or on the
     scored images, as DINOv2's linear evaluation does. Default: held-out for logreg, scored for sgd."""
-    c: tuple[Positive, ...] | None = None
+    c: tuple[Strength, ...] | None = None
     """logreg: values of C, the inverse strength of the penalty, as scikit-learn has it. Default: DINOv2's 45
     from 1e-6 to 1e5."""
     max_iterations: Count | None = None

@@ -52,7 +52,8 @@ class OpenVocabSettings:
     """Pixels from one crop to the next; the last one ends with the image. Default: half the crop."""
     background: Share | None = None
     """Label a pixel as background where no class has a probability of this or more (VOC's 21 classes,
-    Context's 60). Default: the background's pixels are void, and it is no class (VOC's 20, Context's 59)."""
+    Context's 60); the model's name in the report then ends in -background. Default: the background's pixels
+    are void, and it is no class (VOC's 20, Context's 59)."""
     temperature: Positive = 0.01
     """The probabilities that --background looks at are a softmax over cosines / temperature."""
     save_maps: Machine[CountOrZero] = 3
@@ -64,15 +65,25 @@ class OpenVocabSettings:
 
 
 def data_sets(settings: OpenVocabSettings, sets: DataSets) -> Mapping[str, OpenVocabSettings]:
-    """Score on ADE20K and on VOC2012, unless data are named; a background is VOC's alone."""
+    """Score on the data sets of label maps, unless data are named; a background is VOC's and Context's."""
     if settings.data is not None:
         return {OWN: settings}
     placed = {}
     if sets.ade20k is not None and settings.background is None and settings.layout in (None, "ade20k"):
         placed["ade20k"] = replace(settings, data=sets.ade20k)
-    if sets.voc is not None and settings.layout in (None, "voc"):
-        placed["voc"] = replace(settings, data=sets.voc, layout="voc")
+    folders: dict[Layout, Path | None] = {"voc": sets.voc, "context": sets.context}
+    if settings.background is None:
+        folders["coco-stuff"] = sets.coco_stuff
+    for layout, folder in folders.items():
+        if folder is not None and settings.layout in (None, layout):
+            placed[layout.replace("-", "_")] = replace(settings, data=folder, layout=layout)
     return placed
+
+
+def suffix(settings: OpenVocabSettings) -> str:
+    """Return what a layout and a background add to the model's name."""
+    layout = "" if settings.layout is None else f"-{settings.layout}"
+    return layout if settings.background is None else f"{layout}-background"
 
 
 @evaluators.register("open-vocab")
@@ -85,6 +96,6 @@ def make() -> Evaluator[OpenVocabSettings]:
         title="open-vocabulary segmentation",
         input_size=late("evals.open_vocab.evaluator:crop_size"),
         missing_requirements=late("evals.open_vocab.evaluator:missing_requirements"),
-        suffix=lambda settings: "" if settings.layout is None else f"-{settings.layout}",
+        suffix=suffix,
         data_sets=data_sets,
     )

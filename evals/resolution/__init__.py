@@ -10,15 +10,20 @@ from evals.core import evaluators
 from evals.core.task import OWN, Compared, Evaluator, late, make_evaluator
 from evals.correspondence import CorrespondenceSettings
 from evals.dense_knn import DenseKnnSettings
+from evals.depth import DepthSettings
 from evals.knn import KnnSettings
 from evals.linear import LinearSettings
+from evals.open_vocab import OpenVocabSettings
 from evals.retrieval import RetrievalSettings
+from evals.seg_probe.protocol import SegSettings
 from evals.zeroshot import ZeroshotSettings
 from radio.config import Pixels, check
 from radio.datasets import DataSets
 from radio.errors import ConfigError
 
-Task = Literal["knn", "zeroshot", "linear", "retrieval", "dense-knn", "correspondence"]
+Task = Literal[
+    "knn", "zeroshot", "linear", "retrieval", "dense-knn", "correspondence", "depth", "open-vocab", "seg"
+]
 TaskSettings = (
     KnnSettings
     | ZeroshotSettings
@@ -26,7 +31,13 @@ TaskSettings = (
     | RetrievalSettings
     | DenseKnnSettings
     | CorrespondenceSettings
+    | DepthSettings
+    | OpenVocabSettings
+    | SegSettings
 )
+
+_SIDES: Mapping[Task, tuple[str, ...]] = {"open-vocab": ("crop", "short_side"), "seg": ("crop",)}
+"""The settings that are the side of the input, where that is not `size`."""
 
 _DEFAULT: tuple[Task, ...] = ("knn", "zeroshot")
 
@@ -46,6 +57,9 @@ class ResolutionSettings:
     retrieval: RetrievalSettings = field(default_factory=RetrievalSettings)
     dense_knn: DenseKnnSettings = field(default_factory=DenseKnnSettings)
     correspondence: CorrespondenceSettings = field(default_factory=CorrespondenceSettings)
+    depth: DepthSettings = field(default_factory=DepthSettings)
+    open_vocab: OpenVocabSettings = field(default_factory=OpenVocabSettings)
+    seg: SegSettings = field(default_factory=SegSettings)
 
     def __post_init__(self) -> None:
         """Validate the settings; raise `ConfigError` when they are invalid or contradictory."""
@@ -55,8 +69,10 @@ class ResolutionSettings:
         if self.tasks == ():
             raise ConfigError("--tasks names no task; give one or more, such as knn, or leave it out")
         for name, settings in self.of_tasks().items():
-            if settings.size is not None:
-                raise ConfigError(f"--{name}.size {settings.size}: --sides names the sizes; leave it out")
+            for side in sides_of(name):
+                if (given := getattr(settings, side)) is not None:
+                    option = f"--{name}.{side.replace('_', '-')}"
+                    raise ConfigError(f"{option} {given}: --sides names the sizes; leave it out")
 
     @property
     def chosen_tasks(self) -> tuple[Task, ...]:
@@ -67,6 +83,11 @@ class ResolutionSettings:
         """Return the settings of every task that may be scored."""
         names: tuple[Task, ...] = get_args(Task)
         return {name: getattr(self, name.replace("-", "_")) for name in names}
+
+
+def sides_of(task: Task) -> tuple[str, ...]:
+    """Return the names of a task's settings that are the side of the input."""
+    return _SIDES.get(task, ("size",))
 
 
 def data_sets(settings: ResolutionSettings, sets: DataSets) -> Mapping[str, ResolutionSettings]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from evals.reporting.compare import METRIC_OF
 from radio.errors import SizeError
 from radio.types import Backbone
 
-from . import ResolutionSettings, Task
+from . import ResolutionSettings, Task, sides_of
 
 # Letters: S sides, R resamples, U units, P parts.
 
@@ -124,7 +124,11 @@ def _score(
     with TemporaryDirectory(prefix="am-radio-resolution-") as folder:
         part = EvalRun(run.settings, base=task, folder=Path(folder), ranks=run.ranks, progress=run.progress)
         part.damage = run.damage
-        own = replace(settings.of_tasks()[task], size=side)
+        own: Any = settings.of_tasks()[task]
+        taken = side
+        if task in ("seg", "open-vocab") and (taken := min(model.nearest_size(side, side))) != side:
+            run.notes.append(f"{side} px was asked for; {model.name} takes {taken}, which {task} used")
+        own = replace(own, **dict.fromkeys(sides_of(task), taken))
         result: Result = make_evaluator(task).evaluate(model, own, part)
         scores = [Scored.of(record) for record in result.records if "score" in record]
     run.sources |= part.sources
@@ -133,15 +137,15 @@ def _score(
 
 
 def _index(values: Sequence[Metric], scores: Sequence[list[Scored]], seed: int) -> Metric:
-    """Divide the worst value by the best, in percent.
+    """Divide the worst value by the best, in percent; of errors, where less is better, the best by the worst.
 
     Its interval is a bootstrap over units, such as images, where all sides scored the same samples and their
     mean, over the parts of a task, is the value.
     """
 
     def ratio(curves: Values) -> Values:
-        worst, best = curves.min(axis=-1), curves.max(axis=-1)
-        share: Values = 100 * worst / np.where(best > 0, best, 1.0)
+        least, most = curves.min(axis=-1), curves.max(axis=-1)
+        share: Values = 100 * least / np.where(most > 0, most, 1.0)
         return share
 
     given = np.array([metric.value for metric in values])
@@ -177,7 +181,7 @@ def _draw(task: Task, name: str, sides: Sequence[int], values: Sequence[Metric])
     return Lines(
         title=f"{title} over the side",
         x_label="side (px)",
-        y_label=f"{name} (%)",
+        y_label=f"{name} ({values[0].unit})",
         x=tuple(map(float, sides)),
         y=tuple(metric.value for metric in values),
         low=tuple(metric.low for metric in values),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, NamedTuple, final
 
 import torch
@@ -54,6 +55,7 @@ class Benchmark(NamedTuple):
         return grades
 
 
+_Name = Annotated[str, Field(min_length=1)]
 _Ids = list[Annotated[int, Field(ge=0)]]
 
 
@@ -65,8 +67,8 @@ class _Truth(TypedDict):
 
 
 class _File(TypedDict):
-    imlist: Annotated[list[str], Field(min_length=1)]
-    qimlist: Annotated[list[str], Field(min_length=1)]
+    imlist: Annotated[list[_Name], Field(min_length=1)]
+    qimlist: Annotated[list[_Name], Field(min_length=1)]
     gnd: list[_Truth]
 
 
@@ -169,6 +171,11 @@ def _judgements(truth: _File, path: Path) -> Tensor:
     count, num_queries = len(truth["imlist"]), len(truth["qimlist"])
     if len(truth["gnd"]) != num_queries:
         raise DataError(f"{shown(path)}: has {num_queries} queries in qimlist and {len(truth['gnd'])} in gnd")
+    if escaping := [name for name in (*truth["imlist"], *truth["qimlist"]) if _leaves_folder(name)]:
+        raise DataError(f"{shown(path)}: names the image {shown(escaping[0])}, which is not below jpg/")
+    if count > len(set(truth["imlist"])):
+        twice = next(name for name, times in Counter(truth["imlist"]).items() if times > 1)
+        raise DataError(f"{shown(path)}: imlist names {shown(twice)} twice; list each image once")
     judged = []
     for query, each in enumerate(truth["gnd"]):
         ids = [*each["easy"], *each["hard"], *each["junk"]]
@@ -179,6 +186,11 @@ def _judgements(truth: _File, path: Path) -> Tensor:
         grades = [EASY] * len(each["easy"]) + [HARD] * len(each["hard"]) + [JUNK] * len(each["junk"])
         judged += [(query, id, grade) for id, grade in zip(ids, grades, strict=True)]
     return torch.tensor(judged, dtype=torch.int64).view(-1, 3)
+
+
+def _leaves_folder(name: str) -> bool:
+    path = PurePath(name)
+    return path.is_absolute() or ".." in path.parts or "\0" in name
 
 
 def _list_images(folder: Path, name: str, keys: Sequence[str], files: Sequence[str]) -> Listing:

@@ -27,7 +27,8 @@ class Scores(NamedTuple):
 def rank(queries: Tensor, database: Tensor) -> Tensor:
     """Rank all images by their cosine with each query, the nearest first: [Q, C], [N, C] -> [Q, N].
 
-    In float64; of equally near images the first comes first.
+    In float64; of equally near images the first comes first. Average precision needs the place of every
+    positive, so all images are sorted: FAISS finds the nearest few, and would have to be asked for all.
     """
     unit = to_unit(queries).double()
     cosines = torch.cat([unit @ to_unit(part).double().T for part in database.split(_ROWS)], dim=1)

@@ -24,7 +24,8 @@ class SamSettings:
     """Masks that SAM's own decoder predicts from the model's features, scored on COCO instances."""
 
     data: Path | None = None
-    """An instances JSON in COCO format. Default: the generated world."""
+    """An instances JSON in COCO format; where its name begins with lvis, the model's name in the report ends
+    in -lvis. Default: the generated world."""
     images: Path | None = None
     """The folder of the images."""
     scenes: Annotated[int, Interval(ge=1, le=1_000_000)] = 500
@@ -78,24 +79,40 @@ class SamSettings:
             raise ConfigError("--score-thresholds are of a detector's boxes; give --detections too")
         if len(set(self.score_thresholds)) < len(self.score_thresholds):
             raise ConfigError(f"--score-thresholds {self.score_thresholds}: give each score once")
+        texts = [threshold_text(score) for score in self.score_thresholds]
+        if len(set(texts)) < len(texts):
+            twice = next(text for text in texts if texts.count(text) > 1)
+            raise ConfigError(
+                f"--score-thresholds {self.score_thresholds}: two of them are {twice} to six digits, which "
+                f"name them in the report; leave one out"
+            )
         if self.detections is not None and self.save_masks:
             raise ConfigError("--save-masks compares with ground truth, which --detections does not look at")
 
 
+def threshold_text(score: float) -> str:
+    """Format a score threshold for the name of its metric."""
+    return f"{score:g}"
+
+
 def _suffix(settings: SamSettings) -> str:
+    lvis = "-lvis" if settings.data is not None and settings.data.name.startswith("lvis") else ""
     if settings.detections is not None:
-        return "-detections"
-    return f"-{settings.clicks}-clicks" if settings.prompts == "points" else ""
+        return f"{lvis}-detections"
+    return f"{lvis}-{settings.clicks}-clicks" if settings.prompts == "points" else lvis
 
 
 def data_sets(settings: SamSettings, sets: DataSets) -> Mapping[str, SamSettings]:
-    """Score the instances of COCO's val2017, unless an instances JSON is named."""
+    """Score the instances of COCO's val2017 and of LVIS, unless an instances JSON is named."""
     if settings.data is not None:
         return {OWN: settings}
-    if sets.coco is None:
-        return {}
-    instances = sets.coco / "annotations" / "instances_val2017.json"
-    return {"coco": replace(settings, data=instances, images=sets.coco / "val2017")}
+    placed = {}
+    if sets.coco is not None:
+        instances = sets.coco / "annotations" / "instances_val2017.json"
+        placed["coco"] = replace(settings, data=instances, images=sets.coco / "val2017")
+    if sets.lvis is not None:
+        placed["lvis"] = replace(settings, data=sets.lvis.annotations, images=sets.lvis.images)
+    return placed
 
 
 @evaluators.register("sam")

@@ -15,6 +15,7 @@ from evals.core.blocks import Lines
 from evals.core.report import Metric
 from radio.errors import require
 
+from . import threshold_text
 from .data import LVIS_DETECTIONS, Detections, Instances, run_lengths
 from .prediction import EncodedMask
 
@@ -44,7 +45,9 @@ def average_precision(
     metrics = _summarise(_precision(truths, detections, masks), truth)
     for least in thresholds:
         kept = [mask for mask in masks if detections.scores[mask.entry] >= least]
-        metrics[f"ap_from_{least:g}"] = _summarise(_precision(truths, detections, kept), truth)["ap"]
+        metrics[f"ap_from_{threshold_text(least)}"] = _summarise(_precision(truths, detections, kept), truth)[
+            "ap"
+        ]
     return metrics
 
 
@@ -58,7 +61,7 @@ def draw_thresholds(metrics: Mapping[str, Metric], thresholds: Sequence[float]) 
             x_label="score",
             y_label="AP (%)",
             x=tuple(thresholds),
-            y=tuple(metrics[f"ap_from_{least:g}"].value for least in thresholds),
+            y=tuple(metrics[f"ap_from_{threshold_text(least)}"].value for least in thresholds),
             caption="Average precision of the masks of those boxes whose score is at least that.",
         )
     ]

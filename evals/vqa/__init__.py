@@ -20,6 +20,7 @@ def make() -> Evaluator[VqaSettings]:
         settings=VqaSettings,
         evaluate=late("evals.vqa.evaluator:evaluate"),
         title="visual question answering",
+        suffix=suffix,
         input_size=late("evals.vqa.settings:input_size"),
         expensive=True,  # it trains a language model
         with_seed=with_seed,
@@ -27,6 +28,12 @@ def make() -> Evaluator[VqaSettings]:
         predictions_of=lambda settings: settings.predictions,
         data_sets=data_sets,
     )
+
+
+def suffix(settings: VqaSettings) -> str:
+    """Return what a single benchmark adds to the model's name: POPE, or one without files of its own."""
+    alone = settings.task == "pope" or settings.files is None
+    return f"-{settings.task}" if settings.task is not None and alone else ""
 
 
 def data_sets(settings: VqaSettings, sets: DataSets) -> Mapping[str, VqaSettings]:

@@ -86,6 +86,42 @@ def write_voc(root: Path) -> None:
             save_labels(root / "SegmentationClass" / f"{key}.png", 20)
 
 
+def write_context(root: Path) -> None:
+    for name in ("train", "val"):
+        key, path = f"2008_00000{len(name)}", root / "ImageSets" / "SegmentationContext" / f"{name}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{key}\n")
+        save_image(root / "JPEGImages" / f"{key}.jpg")
+        save_labels(root / "SegmentationClassContext" / f"{key}.png", 59)
+
+
+def write_stuff(root: Path) -> None:
+    for number in range(2):
+        save_image(root / "images" / "val2017" / f"{number:012d}.jpg")
+        save_labels(root / "annotations" / "val2017" / f"{number:012d}_labelTrainIds.png", 170)
+
+
+def write_lvis(root: Path) -> None:
+    """LVIS's validation images lie in both of COCO's folders."""
+    names = ("train2017/000000000139.jpg", "val2017/000000000285.jpg")
+    for name in names:
+        save_image(root / name)
+    polygon = [[1.0, 1.0, 6.0, 1.0, 6.0, 6.0, 1.0, 6.0]]
+    annotation = {"category_id": 1, "bbox": [1, 1, 5, 5], "area": 25.0, "segmentation": polygon}
+    searched = {"neg_category_ids": [], "not_exhaustive_category_ids": [], "height": 16, "width": 12}
+    save_json(
+        root / "lvis_v1_val.json",
+        {
+            "images": [
+                {"id": id, "coco_url": f"http://images.cocodataset.org/{name}", **searched}
+                for id, name in enumerate(names)
+            ],
+            "annotations": [{**annotation, "id": id, "image_id": id} for id in range(2)],
+            "categories": [{"id": 1, "name": "aerosol_can", "frequency": "c"}],
+        },
+    )
+
+
 def write_nyu(root: Path) -> None:
     for split, count in (("train", 3), ("test", 2)):
         pairs = [(f"bath/{split}_{n}.jpg", f"bath/{split}_{n}.png") for n in range(count)]
@@ -202,8 +238,11 @@ SETS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "imagenet-r": ("imagenet-r", write_imagenet_r),
     "ade20k": ("ADEChallengeData2016", write_ade),
     "voc": ("VOCdevkit/VOC2012", write_voc),
+    "context": ("VOC2010", write_context),
+    "coco-stuff": ("coco_stuff164k", write_stuff),
     "nyu": ("nyu", write_nyu),
     "coco": ("coco", write_coco),
+    "lvis": ("lvis", write_lvis),
     "llava": ("llava", write_llava),
     "gqa": ("gqa", write_gqa),
     "textvqa": ("textvqa", write_textvqa),
@@ -221,9 +260,12 @@ HOLDS = {
     "datacomp": "2 shards, 0.0 GB, 3 images in the first",
     "ade20k": "images with annotations: training 3, validation 2",
     "voc": "images with annotations: train 2, val 1",
+    "context": "images with annotations: val 1",
+    "coco-stuff": "images with annotations: val2017 2",
     "nyu train": "3 images with depth",
     "nyu test": "2 images with depth",
     "coco": "2 images, 3 instances",
+    "lvis": "2 images, 2 instances",
     "llava pretrain": "2 records, 2 images",
     "llava instruct": "8 records, 6 images",
     "gqa": "testdev: 2 questions, 1 images",
@@ -260,6 +302,7 @@ def table_of(out: str) -> dict[str, list[str]]:
 
 SMALLER = (" has 1,281,167", " has 50,000", "; ADE20K has 20,210", "; ADE20K has 2,000")
 SMALLER += ("; ImageNet-V2 has 10,000", "; ImageNet-R has 30,000")
+SMALLER += ("; Pascal Context has 5,104", "; COCO-Stuff has 5,000")
 SMALLER += ("; VOC2012 has 1,464", "; VOC2012 has 1,449", "; NYU's test has 654")
 
 
@@ -458,6 +501,32 @@ NOWHERE = "no such file or folder; put it there, or name its place in the data.y
                 "datacomp: laid out wrong: {root}/datacomp/shards/00000000.tar: not a plain tar file, or "
                 "a damaged one (a damaged header at byte 5120, or no end mark)"
             ),
+        ),
+        (
+            drop("VOC2010/SegmentationClassContext/2008_000003.png"),
+            (
+                "context: missing: {root}/VOC2010/SegmentationClassContext/2008_000003.png: no such file, "
+                "and its partner or list is there"
+            ),
+        ),
+        (
+            drop("VOC2010/ImageSets"),
+            (
+                "context: laid out wrong: {root}/VOC2010: is not in the layout of Pascal Context; see "
+                "docs/evaluators.md"
+            ),
+        ),
+        (
+            drop("coco_stuff164k/annotations/val2017/000000000001_labelTrainIds.png"),
+            (
+                "coco-stuff: missing: "
+                "{root}/coco_stuff164k/annotations/val2017/000000000001_labelTrainIds.png: no such file, "
+                "and its partner or list is there"
+            ),
+        ),
+        (
+            drop("lvis/train2017"),
+            "lvis: missing: {root}/lvis/train2017/000000000139.jpg: TODO",
         ),
         (
             drop(f"{ADE}/annotations/validation/ADE_val_00000002.png"),

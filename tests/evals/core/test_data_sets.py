@@ -33,7 +33,16 @@ from evals.seg_probe.protocol import SegSettings
 from evals.throughput import ThroughputSettings
 from evals.vqa.settings import TaskFiles, VqaSettings
 from evals.zeroshot import ZeroshotSettings
-from radio.datasets import DataSets, GqaFiles, LlavaFiles, PopeFiles, ScienceQaFiles, TextVqaFiles, Vqav2Files
+from radio.datasets import (
+    DataSets,
+    GqaFiles,
+    LlavaFiles,
+    LvisFiles,
+    PopeFiles,
+    ScienceQaFiles,
+    TextVqaFiles,
+    Vqav2Files,
+)
 from radio.errors import ConfigError
 
 ROOT = Path("/d")
@@ -43,8 +52,11 @@ SETS = DataSets(
     imagenet_sketch=ROOT / "s",
     ade20k=ROOT / "ade",
     voc=ROOT / "voc",
+    context=ROOT / "context",
+    coco_stuff=ROOT / "stuff",
     nyu=ROOT / "nyu",
     coco=ROOT / "coco",
+    lvis=LvisFiles(annotations=ROOT / "lvis_v1_val.json", images=ROOT / "coco"),
     roxford5k=ROOT / "ox",
     rparis6k=ROOT / "par",
     spair=ROOT / "spair",
@@ -171,12 +183,22 @@ OWN_VQA = VqaSettings(pretrain_data=Path("a.json"), instruct_data=Path("b.json")
             {
                 "ade20k": OpenVocabSettings(stride=7, data=ROOT / "ade"),
                 "voc": OpenVocabSettings(stride=7, data=ROOT / "voc", layout="voc"),
+                "context": OpenVocabSettings(stride=7, data=ROOT / "context", layout="context"),
+                "coco_stuff": OpenVocabSettings(stride=7, data=ROOT / "stuff", layout="coco-stuff"),
             },
         ),
         (
             "open-vocab",
             OpenVocabSettings(background=0.4),
-            {"voc": OpenVocabSettings(background=0.4, data=ROOT / "voc", layout="voc")},
+            {
+                "voc": OpenVocabSettings(background=0.4, data=ROOT / "voc", layout="voc"),
+                "context": OpenVocabSettings(background=0.4, data=ROOT / "context", layout="context"),
+            },
+        ),
+        (
+            "open-vocab",
+            OpenVocabSettings(layout="coco-stuff"),
+            {"coco_stuff": OpenVocabSettings(data=ROOT / "stuff", layout="coco-stuff")},
         ),
         (
             "sam",
@@ -186,7 +208,8 @@ OWN_VQA = VqaSettings(pretrain_data=Path("a.json"), instruct_data=Path("b.json")
                     prompts="points",
                     data=ROOT / "coco/annotations/instances_val2017.json",
                     images=ROOT / "coco/val2017",
-                )
+                ),
+                "lvis": SamSettings(prompts="points", data=ROOT / "lvis_v1_val.json", images=ROOT / "coco"),
             },
         ),
         (
@@ -280,6 +303,24 @@ def test_settings_on_a_users_data_sets(task: str, settings: Any, placed: dict[st
 def test_data_that_the_settings_name_win(task: str, settings: Any) -> None:
     for sets in (SETS, DataSets()):
         assert settings_on(make_evaluator(task), settings, sets) == {OWN: settings}
+
+
+@pytest.mark.parametrize(
+    ("task", "settings"),
+    [
+        ("open-vocab", OpenVocabSettings()),
+        ("open-vocab", OpenVocabSettings(background=0.4)),
+        ("sam", SamSettings()),
+        ("sam", SamSettings(prompts="points")),
+    ],
+)
+def test_each_data_set_and_background_has_a_report_of_its_own(task: str, settings: Any) -> None:
+    evaluator = make_evaluator(task)
+    placed = settings_on(evaluator, settings, SETS)
+    names = [evaluator.suffix(each) for each in placed.values()]
+    assert len(set(names)) == len(names) > 1
+    if task == "open-vocab":
+        assert all(name.endswith("-background") == (settings.background is not None) for name in names)
 
 
 def test_a_root_gives_only_the_language_model_that_is_not_named() -> None:

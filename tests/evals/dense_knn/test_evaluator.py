@@ -18,12 +18,14 @@ from torch import Tensor, multiprocessing
 
 from evals.core.evaluator import RunSettings, run_evaluator
 from evals.core.report import Report, read
-from evals.core.task import make_evaluator
-from evals.dense_knn import DenseKnnSettings
+from evals.core.task import make_evaluator, settings_on
+from evals.dense_knn import DenseKnnSettings, choose_voc_split
 from evals.dense_knn.evaluator import Votes, _upsample
 from evals.seg_probe.classes import KNOWN_CLASSES
 from evals.seg_probe.data import VOID, read_image, read_labels
 from evals.seg_probe.layouts import open_dataset
+from evals.seg_probe.protocol import SegSettings
+from radio.datasets import DataSets
 from radio.dist import joined
 from radio.errors import ConfigError, DataError, RadioError, SizeError
 from radio.images import resize
@@ -39,6 +41,29 @@ def run(model: Any, settings: DenseKnnSettings, out: Path, **changes: Any) -> Re
 @pytest.fixture
 def settings(tmp_path: Path, make_ade: Callable) -> DenseKnnSettings:
     return DenseKnnSettings(data=make_ade(tmp_path / "mine"), size=56, save_maps=0)
+
+
+@pytest.mark.parametrize(
+    ("lists", "split"), [(("trainaug",), "trainaug"), (("aug",), "trainaug"), ((), "train")]
+)
+def test_the_memory_of_voc_is_trainaugs_where_it_is_listed(
+    tmp_path: Path, make_voc: Callable, patches: Callable, lists: tuple[str, ...], split: str
+) -> None:
+    keys = {"train": ["a", "b"], "val": ["c"]} | {name: ["a", "b", "d"] for name in lists}
+    root = make_voc(tmp_path / "voc", keys, augmented=("d",))
+    assert settings_on(make_evaluator("dense-knn"), DenseKnnSettings(), DataSets(voc=root)) == {
+        "voc": DenseKnnSettings(data=root, voc_split=split)
+    }
+    assert settings_on(make_evaluator("seg"), SegSettings(), DataSets(voc=root))["voc"].voc_split == "train"
+    report = run(patches(), DenseKnnSettings(data=root, size=56, save_maps=0), tmp_path / "out")
+    assert [(used.name, used.count) for used in report.data] == [
+        (f"VOC2012/{split}", 3 if lists else 2),
+        ("VOC2012/val", 1),
+    ]
+    note = "the memory is of VOC2012's train; the published protocol takes SBD's trainaug"
+    assert (note in report.notes) == (split == "train")
+    named = replace(DenseKnnSettings(), data=root, voc_split="train")
+    assert choose_voc_split(named) == "train"
 
 
 def values(report: Report) -> list[float]:

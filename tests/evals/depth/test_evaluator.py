@@ -290,6 +290,56 @@ def test_a_head_on_several_layers_reads_them_side_by_side(tmp_path: Path) -> Non
     assert weights["conv.weight"].shape == (256, 3 * student.token_dim, 1, 1)
 
 
+@pytest.mark.parametrize(
+    ("data", "layers", "blocks", "expected"),
+    [
+        (None, None, 12, 1),
+        (Path("nyu"), None, 12, 4),
+        (Path("nyu"), None, 3, 1),
+        (Path("nyu"), None, 0, 1),
+        (Path("nyu"), 2, 12, 2),
+    ],
+)
+def test_nyus_head_reads_four_layers_where_they_are(
+    patches: Callable[..., Any], data: Path | None, layers: int | None, blocks: int, expected: int
+) -> None:
+    model = patches()
+    model.num_blocks = blocks
+    settings = DepthSettings(data=data, layers=layers)
+    number, notes = module.choose_layers(model, settings)
+    assert number == expected
+    assert len(notes) == (data is not None and layers is None and blocks < 4)
+    assert not notes or "the head reads the last layer, not the protocol's last 4" in notes[0]
+
+
+def test_another_number_of_layers_is_another_report() -> None:
+    name = make_evaluator("depth").suffix
+    assert name(DepthSettings()) == name(DepthSettings(layers=1)) == ""
+    assert name(DepthSettings(layers=4)) == "-4-layers"
+    nyu = Path("nyu")
+    assert name(DepthSettings(data=nyu)) == name(DepthSettings(data=nyu, layers=4)) == ""
+    assert name(DepthSettings(data=nyu, layers=1)) == "-1-layers"
+
+
+def test_the_number_of_layers_is_compared(tmp_path: Path, patches: Callable[..., Any]) -> None:
+    """The default and the same number by name are one protocol."""
+    for folder, settings in (("base", SMALL), ("out", replace(SMALL, layers=1))):
+        run(patches(), replace(settings, iterations=2), tmp_path / folder)
+    first, *_ = compare(read_reports(tmp_path / "out"), read_reports(tmp_path / "base"), tolerance=1)
+    assert first.difference == 0
+
+
+def test_images_of_another_size(tmp_path: Path, patches: Callable[..., Any], nyu: Path) -> None:
+    """The side is the training crop's shorter one, and a whole image is larger in proportion."""
+    model = patches()
+    report = run(model, replace(SMALL, size=48, iterations=2), tmp_path / "out")
+    assert set(model.sizes) == {(48, 48)} and report.settings["resolved"]["size"] == [48, 48]
+    model = patches()
+    own = replace(SMALL, data=nyu, size=208, iterations=2, layers=1)
+    run(model, own, tmp_path / "nyu")
+    assert set(model.sizes) == {(208, 272), (240, 320)}
+
+
 def test_too_many_layers_are_an_error(tmp_path: Path, patches: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match="--layers asks for the last 4"):
         run(patches(), replace(SMALL, layers=4), tmp_path / "out")

@@ -363,6 +363,8 @@ def test_the_memory_is_looked_at_before_any_image(
         ({"c": ()}, "--c : give one or more different values"),
         ({"c": (1.0, 1.0)}, "--c 1.0 1.0: give one or more different values"),
         ({"c": (0.0,)}, "c"),
+        ({"c": (1e300,)}, r"c\[0\]: 1e\+300 is out of bounds"),
+        ({"c": (1e-300,)}, r"c\[0\]: 1e-300 is out of bounds"),
         ({"solver": "sgd", "lr": (-1.0,)}, "lr"),
     ],
 )

@@ -140,6 +140,18 @@ def test_names_are_one_model_only_with_the_same_weights_and_no_task_in_common(fo
     }  # fmt: skip
 
 
+def test_popes_report_leaves_a_students_two_names_together(folder: Folder) -> None:
+    """A training scores `student`, later commands `demo`; VQA's second report is another way of scoring."""
+    reports = [
+        folder.add("knn", "student", fingerprint="w"),
+        folder.add("vqa", "student", fingerprint="w"),
+        folder.add("linear", "demo", fingerprint="w"),
+        folder.add("vqa", "demo-pope", fingerprint="w"),
+    ]
+    models = {model.name: model.also for model in gather(reports)}
+    assert models == {"student": ("demo",), "demo-pope": ()}
+
+
 def test_scores_on_other_data_stand_in_a_column_of_their_own(folder: Folder) -> None:
     bank = DatasetInfo(role="bank", name="b", fingerprint="c", count=9, num_classes=4, scored=False)
     other = DatasetInfo(role="query", name="cifar", fingerprint="b" * 64, count=10, num_classes=10)

@@ -11,16 +11,20 @@ import numpy as np
 import pytest
 
 from evals.core.blocks import Lines
-from evals.core.evaluator import RunSettings, run_evaluator
+from evals.core.evaluator import EvalRun, Result, RunSettings, run_evaluator
 from evals.core.report import Metric, Report
 from evals.core.stats import resamples
 from evals.core.task import make_evaluator
 from evals.dense_knn import DenseKnnSettings
+from evals.depth import DepthSettings
 from evals.knn import KnnSettings
 from evals.linear import LinearSettings
+from evals.open_vocab import OpenVocabSettings
 from evals.reporting.compare import compare, read_reports, regressions
 from evals.resolution import ResolutionSettings, Task
+from evals.resolution import evaluator as resolution
 from evals.resolution.evaluator import Scored, _index, choose_sides
+from evals.seg_probe.protocol import SegSettings
 from evals.zeroshot import ZeroshotSettings
 from radio.errors import ConfigError, SizeError
 from radio.types import Features
@@ -94,6 +98,48 @@ def test_other_tasks_of_summaries_and_tokens_have_a_curve_too(
         assert report.metrics[f"dense_knn_miou_{side}px"] == alone.metrics["miou"]
     index = report.metrics["dense_knn_index"]
     assert index.low is None and 0 < index.value <= 100  # areas have no score of an image
+
+
+def test_depth_has_a_curve_whose_index_is_its_best_over_its_worst(
+    tmp_path: Path, backbone: Callable[..., Any]
+) -> None:
+    own = DepthSettings(scenes=(6, 4), iterations=2, train_batch_size=2)
+    asked = ResolutionSettings(sides=(24, 48), tasks=("depth",), depth=own)
+    report = score("resolution", backbone(), asked, tmp_path / "o")
+    curve = []
+    for side in (24, 48):
+        alone = score("depth", backbone(), replace(own, size=side), tmp_path / f"depth-{side}")
+        assert report.metrics[f"depth_rmse_{side}px"] == alone.metrics["rmse"]
+        curve.append(alone.metrics["rmse"].value)
+    index = report.metrics["depth_index"]
+    assert index.value == pytest.approx(100 * min(curve) / max(curve)) and index.higher_is_better is True
+    assert index.low is not None and index.high is not None and index.low <= index.high <= 100
+    assert isinstance(report.blocks[0], Lines) and report.blocks[0].y_label == "rmse (cm)"
+
+
+@pytest.mark.parametrize(("task", "names"), [("open-vocab", ("crop", "short_side")), ("seg", ("crop",))])
+def test_label_maps_have_a_curve_over_their_crops(
+    tmp_path: Path,
+    backbone: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    task: Task,
+    names: tuple[str, ...],
+) -> None:
+    """What each side asks of the task's own evaluator; a side that the model does not take is rounded."""
+    evaluator, asked = make_evaluator(task), []
+
+    def evaluate(model: Any, settings: Any, run: Any) -> Result:
+        asked.append(tuple(getattr(settings, name) for name in names))
+        return Result(metrics={"miou": Metric(value=40.0 + len(asked))}, data=[])
+
+    stub = replace(evaluator, evaluate=evaluate)
+    monkeypatch.setattr("evals.resolution.evaluator.make_evaluator", lambda _: stub)
+    settings = ResolutionSettings(sides=(32, 47), tasks=(task,))
+    run = EvalRun(RunSettings(device="cpu"), base="resolution", folder=tmp_path)
+    result = resolution.evaluate(backbone(), settings, run)
+    assert asked == [(32,) * len(names), (48,) * len(names)]
+    assert result.metrics["index"].value == pytest.approx(100 * 41 / 42)
+    assert run.notes == [f"47 px was asked for; pooled takes 48, which {task} used"]
 
 
 def test_the_interval_of_a_mean_over_parts_is_of_that_mean() -> None:
@@ -217,6 +263,8 @@ def test_a_task_that_is_named_and_lacks_something_is_an_error(
             {"dense_knn": DenseKnnSettings(size=64)},
             "--dense-knn.size 64: --sides names the sizes; leave it out",
         ),
+        ({"seg": SegSettings(crop=64)}, "--seg.crop 64: --sides names the sizes; leave it out"),
+        ({"open_vocab": OpenVocabSettings(short_side=64)}, "--open-vocab.short-side 64: --sides names"),
         ({"knn": KnnSettings(size=64)}, "--knn.size 64: --sides names the sizes; leave it out"),
     ],
 )

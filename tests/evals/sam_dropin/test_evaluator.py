@@ -400,6 +400,11 @@ def test_bad_detections(detections: SamSettings, tmp_path: Path, entries: Any, m
             | dict.fromkeys(("data", "images", "detections"), Path("d.json")),
             "give each score once",
         ),
+        (
+            {"score_thresholds": (0.3, 0.3000001)}
+            | dict.fromkeys(("data", "images", "detections"), Path("d.json")),
+            "two of them are 0.3 to six digits, which name them in the report",
+        ),
         ({"score_thresholds": (0.5,)}, "--score-thresholds are of a detector's boxes"),
         ({"detections": Path("d.json")}, r"--detections d\.json needs --data, .*give --detections scenes"),
     ],

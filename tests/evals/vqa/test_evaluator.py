@@ -353,16 +353,16 @@ def test_predictions_are_scored_without_a_model(backbone: Callable[..., Any], tm
     assert [name for name in report.metrics if name in ("gqa", "vqav2")] == ["vqav2"]
     questions, annotations = vqav2_files(tmp_path / "files")
     settings = VqaSettings(
-        predictions=tmp_path / "vqa-it.jsonl",
+        predictions=tmp_path / "vqa-it-vqav2.jsonl",
         task="vqav2",
         questions=questions,
         annotations=annotations,
     )
     assert score(SMALL, tmp_path) is None
     scored = score(settings, tmp_path / "o")
-    assert scored is not None and scored == read(tmp_path / "o" / "vqa-vqa-it.json")
+    assert scored is not None and scored == read(tmp_path / "o" / "vqa-vqa-it-vqav2.json")
     assert scored.metrics["vqav2"] == report.metrics["vqav2"]
-    lines = (tmp_path / "vqa-it.jsonl").read_text().splitlines()
+    lines = (tmp_path / "vqa-it-vqav2.jsonl").read_text().splitlines()
     (tmp_path / "part.jsonl").write_text("\n".join(lines[1:]))
     with pytest.raises(DataError, match=r"1 of the .* questions of vqav2 val have no prediction"):
         score(replace(settings, predictions=tmp_path / "part.jsonl"), tmp_path)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from evals.core.task import make_evaluator
 from evals.vqa.settings import (
     PRESETS,
     VqaSettings,
@@ -19,6 +20,20 @@ from evals.vqa.settings import (
 from radio.errors import ConfigError
 
 PAPER = PRESETS["paper"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "ending"),
+    [
+        (VqaSettings(), ""),
+        (VqaSettings(task="pope"), "-pope"),
+        (VqaSettings(task="pope", questions=Path("pope")), "-pope"),
+        (VqaSettings(task="gqa"), "-gqa"),
+        (VqaSettings(task="gqa", questions=Path("q.json")), ""),
+    ],
+)
+def test_one_benchmark_has_a_report_of_its_own(settings: VqaSettings, ending: str) -> None:
+    assert make_evaluator("vqa").suffix(settings) == ending
 
 
 def test_the_numbers_of_llava_15() -> None:
