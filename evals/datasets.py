@@ -285,7 +285,7 @@ def check_segmentation(root: Path, layout: Layout) -> Content:
             raise DataError(f"{root}: is in the layout of {names[found]}; wanted {names[layout]}'s")
     else:
         data = open_dataset(root, voc_split=None, known=KNOWN_CLASSES, layout=layout, parts=("val",))
-    splits, notes = [data.train, data.val], data.notes
+    splits, notes = [split for split in (data.train, data.val) if split.pairs], data.notes
     lists = Path(data.train.location) / "ImageSets" / "Segmentation"
     if layout == "voc" and any((lists / f"{each}.txt").is_file() for each in ("trainaug", "aug")):
         more = open_dataset(root, voc_split="trainaug", known=KNOWN_CLASSES)

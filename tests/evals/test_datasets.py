@@ -526,7 +526,10 @@ NOWHERE = "no such file or folder; put it there, or name its place in the data.y
         ),
         (
             drop("lvis/train2017"),
-            "lvis: missing: {root}/lvis/train2017/000000000139.jpg: TODO",
+            (
+                "lvis: missing: {root}/lvis: 1 of the 2 images of lvis_v1_val.json are not there: "
+                "train2017/000000000139.jpg"
+            ),
         ),
         (
             drop(f"{ADE}/annotations/validation/ADE_val_00000002.png"),
