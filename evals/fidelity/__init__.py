@@ -29,18 +29,25 @@ class FidelitySettings:
     same."""
 
     sides: tuple[str, ...] = ()
-    """NAME=SIDE: the side in pixels at which the student sees the images for the adaptor NAME. Default: that
-    of its training, the largest of several."""
+    """NAME=SIDE: the side in pixels at which the student sees the images for the adaptor NAME; of several
+    sides for one, each is compared (clip=224 clip=432: `unexplained_clip_224px`). Default: that of its
+    training, the largest of several."""
 
     def __post_init__(self) -> None:
         """Validate the settings; raise `ConfigError` when they are invalid."""
         check(self)
         _check_pairs("--teachers", self.teachers, "MODEL", "clip=scenes:clip")
+        names = [text.partition("=")[0] for text in self.teachers]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ConfigError(f"--teachers names {twice[0]} twice; give each adaptor one model")
         _check_pairs("--sides", self.sides, "SIDE", "clip=224")
         for text in self.sides:
             side = text.partition("=")[2]
             if not (side.isdecimal() and 1 <= int(side) <= _MAX_SIDE):
                 raise ConfigError(f"--sides {text}: wanted NAME=SIDE, a side of 1 to {_MAX_SIDE} pixels")
+        for name, sides in self.sides_of.items():
+            if len(set(sides)) < len(sides):
+                raise ConfigError(f"--sides names a side of {name} twice; give each once")
 
     @property
     def model_of(self) -> dict[str, str]:
@@ -48,20 +55,20 @@ class FidelitySettings:
         return {name: model for name, _, model in (text.partition("=") for text in self.teachers)}
 
     @property
-    def side_of(self) -> dict[str, int]:
+    def sides_of(self) -> dict[str, list[int]]:
         """The sides of the student's input in pixels, by the adaptor's name."""
-        return {name: int(side) for name, _, side in (text.partition("=") for text in self.sides)}
+        sides: dict[str, list[int]] = {}
+        for name, _, side in (text.partition("=") for text in self.sides):
+            sides.setdefault(name, []).append(int(side))
+        return sides
 
 
 def _check_pairs(option: str, texts: tuple[str, ...], kind: str, example: str) -> None:
-    """Check that texts are NAME=VALUE, each with a name of its own."""
-    names = [text.partition("=")[0] for text in texts]
+    """Check that texts are NAME=VALUE."""
     for text in texts:
         name, _, value = text.partition("=")
         if not name or not value:
             raise ConfigError(f"{option} {text}: wanted NAME={kind}, such as {example}")
-        if names.count(name) > 1:
-            raise ConfigError(f"{option} names {name} twice; give each adaptor one {kind.lower()}")
 
 
 def data_sets(settings: FidelitySettings, sets: DataSets) -> Mapping[str, FidelitySettings]:

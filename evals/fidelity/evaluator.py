@@ -40,6 +40,7 @@ class Reference(NamedTuple):
     """A model that one of the student's adaptors is compared with."""
 
     name: str  # of the adaptor
+    label: str  # of its metrics: the name, and the student's side where there are several
     spec: str
     fingerprint: str | None  # that it must have; None = any
     size: tuple[int, int] | None  # of its input, (height, width) in pixels; None = its own
@@ -71,7 +72,7 @@ def find_references(model: Backbone, settings: FidelitySettings) -> list[Referen
             f"for adaptors of {', '.join(model.adaptors)}"
         )
     compared = settings.model_of or learned
-    if foreign := [name for name in settings.side_of if name not in compared]:
+    if foreign := [name for name in settings.sides_of if name not in compared]:
         raise ConfigError(
             f"--sides {foreign[0]}: is none of the adaptors that are compared; name some of "
             f"{', '.join(compared)}"
@@ -80,11 +81,13 @@ def find_references(model: Backbone, settings: FidelitySettings) -> list[Referen
     for name, spec in compared.items():
         find_adaptor(model, name)  # raises here rather than after the teachers before it
         entry = entries.get(name, {})
-        side = settings.side_of.get(name) or entry.get("student_resolution")
-        own = _size(side) or model.native_size
         recorded = None if name in settings.model_of else entry.get("fingerprint")
         size = _size(entry.get("resolution"))
-        references.append(Reference(name, spec, recorded, size, model.nearest_size(*own)))
+        sides = settings.sides_of.get(name, [])
+        for side in sides or [entry.get("student_resolution")]:
+            label = f"{name}_{side}px" if len(sides) > 1 else name
+            own = model.nearest_size(*(_size(side) or model.native_size))
+            references.append(Reference(name, label, spec, recorded, size, own))
     return references
 
 
@@ -122,12 +125,12 @@ def evaluate(model: Backbone, settings: FidelitySettings, run: EvalRun) -> Resul
         alike, own = (Metric(value=100 * value) for value in cka(sums))
         measured = {"unexplained": _ratio(errors[-1][:, None], run), "cka": alike, "backbone_cka": own}
         if angles is None:
-            notes.append(f"{reference.name}: its summary had no weight in training, hence no angle")
+            notes.append(f"{reference.label}: its summary had no weight in training, hence no angle")
         else:
             measured["angle"] = _ratio(angles[:, None], run)
-        metrics |= {f"{name}_{reference.name}": metric for name, metric in measured.items()}
+        metrics |= {f"{name}_{reference.label}": metric for name, metric in measured.items()}
         values = [measured[name].value if name in measured else None for name in _COLUMNS]
-        rows.append((reference.name, reference.spec, *values))
+        rows.append((reference.label, reference.spec, *values))
     data = DatasetInfo(
         role="images",
         name=source.name,
@@ -142,7 +145,7 @@ def evaluate(model: Backbone, settings: FidelitySettings, run: EvalRun) -> Resul
         data=[data],
         blocks=[Table(title="each teacher (%)", columns=("adaptor", "model", *_COLUMNS), rows=tuple(rows))],
         notes=notes,
-        resolved={"student_size": {each.name: list(each.student_size) for each in references}},
+        resolved={"student_size": {each.label: list(each.student_size) for each in references}},
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,14 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import multiprocessing
 
 from evals.core.blocks import Table
 from evals.core.evaluator import RunSettings, run_evaluator
-from evals.core.report import Report
+from evals.core.report import Report, read
 from evals.core.task import make_evaluator
 from evals.fidelity import FidelitySettings
 from evals.fidelity import evaluator as module
 from radio.data import open_source
+from radio.dist import joined
 from radio.errors import CheckpointError, ConfigError, DataError, RadioError
 from radio.hub import load_backbone
 from radio.images import evaluation_view
@@ -240,13 +243,48 @@ def test_the_student_sees_another_side_for_an_adaptor(score: Callable[..., Repor
     assert values(told) == values(trained) != values(score(make_student("clip")))
 
 
+def test_several_sides_for_an_adaptor_are_compared_one_by_one(score: Callable[..., Report]) -> None:
+    model = make_student("clip", "again")
+    report = score(model, FidelitySettings(num_images=5, sides=("clip=96", "again=96", "clip=108")))
+    for side in (96, 108):
+        alone = score(model, FidelitySettings(num_images=5, sides=(f"clip={side}",)))
+        for part in ("unexplained", "cka", "backbone_cka", "angle"):
+            assert report.metrics[f"{part}_clip_{side}px"] == alone.metrics[f"{part}_clip"]
+    assert report.settings["resolved"]["student_size"] == {
+        "clip_96px": [96, 96],
+        "clip_108px": [108, 108],
+        "again": [96, 96],
+    }
+    each = [report.metrics[f"unexplained_{name}"].value for name in ("clip_96px", "clip_108px", "again")]
+    assert report.metrics["unexplained"].value == pytest.approx(sum(each) / 3)
+
+
+def _rank(rank: int, port: int, out: Path) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    with joined():
+        shared = RunSettings(cache=out.parent / "ranks-cache", device="cpu")
+        settings = FidelitySettings(num_images=5)
+        run_evaluator(make_evaluator("fidelity"), make_student("clip"), settings, out, run=shared)
+
+
+def test_two_ranks_write_the_report_of_one(
+    tmp_path: Path, score: Callable[..., Report], free_port: int
+) -> None:
+    alone = score(make_student("clip"))
+    multiprocessing.spawn(_rank, (free_port, tmp_path / "ranks"), nprocs=2, join=True)
+    both = read(tmp_path / "ranks" / "fidelity-small.json")
+    assert values(both) == pytest.approx(values(alone), rel=1e-5)  # the encoders' own rounding
+    assert both.settings["resolved"]["ranks"] == 2
+
+
 @pytest.mark.parametrize(
     ("sides", "said"),
     [
         (("clip",), "--sides clip: wanted NAME=SIDE, such as clip=224"),
         (("clip=0",), "--sides clip=0: wanted NAME=SIDE, a side of 1 to 16384 pixels"),
         (("clip=big",), "--sides clip=big: wanted NAME=SIDE, a side of 1 to 16384 pixels"),
-        (("clip=96", "clip=108"), "--sides names clip twice; give each adaptor one side"),
+        (("clip=96", "clip=0096"), "--sides names a side of clip twice; give each once"),
         (("dino=96",), "--sides dino: is none of the adaptors that are compared; name some of clip"),
     ],
 )

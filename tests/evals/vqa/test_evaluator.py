@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import multiprocessing
 
 from evals.core.evaluator import EvalRun, RunSettings, run_evaluator, run_predictions
 from evals.core.report import Report, read
@@ -24,6 +25,7 @@ from evals.vqa.llava import PROJECTOR
 from evals.vqa.scenes import benchmarks, describe_questions, load_scenes
 from evals.vqa.settings import VqaSettings
 from evals.vqa.stage_trainer import Needs
+from radio.dist import joined
 from radio.entry import evaluate
 from radio.errors import ConfigError, DataError, MissingExtraError, MissingWeightsError
 from radio.hub import load_backbone
@@ -412,3 +414,24 @@ def test_what_is_not_installed_is_named(
     monkeypatch.setattr(language, "require", absent)
     with pytest.raises(MissingExtraError, match="transformers is not installed"):
         run(backbone(), SMALL, tmp_path)
+
+
+def _rank(rank: int, port: int, model: Any, out: Path) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    with joined():
+        run(model, replace(SMALL, task="pope"), out, cache=out.parent / "cache", device="cpu")
+
+
+@pytest.mark.slow
+def test_two_ranks_answer_popes_questions_as_one(
+    backbone: Callable[..., Any], tmp_path: Path, free_port: int
+) -> None:
+    alone = run(backbone(), replace(SMALL, task="pope"), tmp_path / "one", cache=tmp_path / "c", device="cpu")
+    out = tmp_path / "two" / "out"
+    multiprocessing.spawn(_rank, (free_port, backbone(), out), nprocs=2, join=True)
+    both = read(out / "vqa-pooled-pope.json")
+    assert both.settings["resolved"]["ranks"] == 2
+    for name, metric in alone.metrics.items():
+        assert both.metrics[name].value == pytest.approx(metric.value, abs=1e-3)
+    assert (out / both.records).read_text() == (tmp_path / "one" / alone.records).read_text()
