@@ -83,7 +83,7 @@ def find_references(model: Backbone, settings: FidelitySettings) -> list[Referen
         entry = entries.get(name, {})
         recorded = None if name in settings.model_of else entry.get("fingerprint")
         size = _size(entry.get("resolution"))
-        sides = settings.sides_of.get(name, [])
+        sides: Sequence[Any] = settings.sides_of.get(name, [])
         for side in sides or [entry.get("student_resolution")]:
             label = f"{name}_{side}px" if len(sides) > 1 else name
             own = model.nearest_size(*(_size(side) or model.native_size))
