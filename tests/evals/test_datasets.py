@@ -895,6 +895,7 @@ def test_seg_gives_a_report_and_a_table_for_each_set(root: Path, capsys: pytest.
 
 def test_all_runs_what_is_there_and_names_what_is_not(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(root / "coco")
+    shutil.rmtree(root / "lvis")
     shutil.rmtree(root / "llava")
     shutil.rmtree(root / "nyu")  # its images are not of NYU's size
     fast = [f"--seg.{option[2:]}" if option.startswith("--") else option for option in FAST]
@@ -906,7 +907,7 @@ def test_all_runs_what_is_there_and_names_what_is_not(root: Path, capsys: pytest
         f"left out: correspondence: {root} has not spair, which it is scored on; name it there",
         f"left out: depth: {root} has not nyu, which it is scored on; name it there",
         f"left out: retrieval: {root} has not roxford5k or rparis6k, which it is scored on; name it there",
-        f"left out: sam: {root} has not coco, which it is scored on; name it there",
+        f"left out: sam: {root} has not coco or lvis, which it is scored on; name it there",
         f"left out: vqa: {root} has not llava, which it is scored on; name it there",
     ]
     jobs = ("knn on imagenet", "linear on imagenet", "maps on imagenet", "resolution on imagenet")
@@ -927,16 +928,16 @@ def test_all_runs_what_is_there_and_names_what_is_not(root: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["sam"], "sam: data.yaml has not coco, which it is scored on; name it there"),
+        (["sam"], "sam: data.yaml has not coco or lvis, which it is scored on; name it there"),
         (
             ["all", "--tasks", "knn", "sam"],
-            "sam: data.yaml has not coco, which it is scored on; name it there",
+            "sam: data.yaml has not coco or lvis, which it is scored on; name it there",
         ),
         (
             ["all", "--tasks", "seg", "--seg.voc-split", "train"],
             "seg: data.yaml has not voc, which it is scored on",
         ),
-        (["noise", "--tasks", "sam"], "sam: data.yaml has not coco"),
+        (["noise", "--tasks", "sam"], "sam: data.yaml has not coco or lvis"),
         (["knn"], "nowhere/train: no such folder"),
     ],
 )

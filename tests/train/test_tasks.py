@@ -301,7 +301,7 @@ def test_tasks_are_scored_on_the_data_sets_of_a_data_root(sets: Path) -> None:
     }
     check_data(config)
     assert scored_jobs(replace(config, tasks={"knn": KNN}), ["knn"]) == {"knn": KNN}  # its own data win
-    with pytest.raises(ConfigError, match=r"^sam: .*data\.yaml has not coco, which it is scored on"):
+    with pytest.raises(ConfigError, match=r"^sam: .*data\.yaml has not coco or lvis, which it is scored on"):
         check_tasks(replace(config, score=("knn", "sam")))
 
 

@@ -368,7 +368,7 @@ def test_a_report_takes_the_one_set_of_the_root(
         f"seg: {tmp_path} has ade20k and voc, and a report is of one data set; give the settings that "
         f"settings_on returns for each"
     )
-    with pytest.raises(ConfigError, match=r"^sam: .* has not coco, which it is scored on; name it there$"):
+    with pytest.raises(ConfigError, match=r"^sam: .* has not coco or lvis, which it is scored on; name it there$"):
         run_evaluator(make_evaluator("sam"), backbone(), out=tmp_path / "o", run=run)
 
 
@@ -383,6 +383,7 @@ def test_what_a_task_lacks_is_named(tmp_path: Path) -> None:
     assert lack("knn", KnnSettings()) == "imagenet"
     assert lack("seg", SegSettings()) == "ade20k or voc"
     assert lack("seg", SegSettings(voc_split="train"), "ade20k") == "voc"
+    assert lack("open-vocab", OpenVocabSettings(background=0.5), "coco-stuff") == "voc or context"
     benchmarks = "gqa or textvqa or sqa or vqav2 or pope"
     assert lack("vqa", VqaSettings()) == f"llava, nor {benchmarks}"
     assert lack("vqa", VqaSettings(), "llava") == lack("vqa", OWN_VQA) == benchmarks
