@@ -368,7 +368,9 @@ def test_a_report_takes_the_one_set_of_the_root(
         f"seg: {tmp_path} has ade20k and voc, and a report is of one data set; give the settings that "
         f"settings_on returns for each"
     )
-    with pytest.raises(ConfigError, match=r"^sam: .* has not coco or lvis, which it is scored on; name it there$"):
+    with pytest.raises(
+        ConfigError, match=r"^sam: .* has not coco or lvis, which it is scored on; name it there$"
+    ):
         run_evaluator(make_evaluator("sam"), backbone(), out=tmp_path / "o", run=run)
 
 

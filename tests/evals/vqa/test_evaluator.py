@@ -416,18 +416,21 @@ def test_what_is_not_installed_is_named(
         run(backbone(), SMALL, tmp_path)
 
 
+POPE = replace(SMALL, task="pope", micro_batch=2)
+
+
 def _rank(rank: int, port: int, model: Any, out: Path) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     with joined():
-        run(model, replace(SMALL, task="pope"), out, cache=out.parent / "cache", device="cpu")
+        run(model, POPE, out, cache=out.parent / "cache", device="cpu")
 
 
 @pytest.mark.slow
 def test_two_ranks_answer_popes_questions_as_one(
     backbone: Callable[..., Any], tmp_path: Path, free_port: int
 ) -> None:
-    alone = run(backbone(), replace(SMALL, task="pope"), tmp_path / "one", cache=tmp_path / "c", device="cpu")
+    alone = run(backbone(), POPE, tmp_path / "one", cache=tmp_path / "c", device="cpu")
     out = tmp_path / "two" / "out"
     multiprocessing.spawn(_rank, (free_port, backbone(), out), nprocs=2, join=True)
     both = read(out / "vqa-pooled-pope.json")
