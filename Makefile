@@ -30,7 +30,8 @@ help:
 demo: .venv/.stamp-demo
 	$(BIN)/radio-train demo $(ARGS)
 	$(BIN)/radio-eval all runs/demo/ckpt.pt --tasks maps linear fidelity resolution \
-	  --fidelity.num-images 200 --resolution.tasks knn --resolution.sides 64 96 144 --resolution.knn.scenes 500 250
+	  --linear.tolerance 1e-6 --fidelity.num-images 200 \
+	  --resolution.tasks knn --resolution.sides 64 96 144 --resolution.knn.scenes 500 250
 	$(BIN)/radio-eval report runs/demo/reports --run runs/demo --html runs/demo/report.html
 
 # BASELINE is a folder of an earlier night's reports; other processors round otherwise, hence the tolerance. Zero-shot
