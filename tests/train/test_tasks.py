@@ -162,8 +162,8 @@ def test_settings_inside_a_tasks_settings(parsed: list[TrainConfig], tmp_path: P
     write_yaml(config, path := tmp_path / "config.yaml")
     assert main([str(path), "--resolution", "48"]) == 0
     assert parsed.pop() == replace(config, resolution=48)
-    path.write_text(path.read_text().replace("- knn", "- seg"))
-    with pytest.raises(ConfigError, match="seg"):
+    path.write_text(path.read_text().replace("- knn", "- vqa"))
+    with pytest.raises(ConfigError, match="vqa"):
         read_yaml(TrainConfig, path)
 
 

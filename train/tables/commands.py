@@ -197,11 +197,12 @@ def make_rows(
     )
     left = [row for row in rows if row.name in names]
     for row in left:  # all of them before the first is begun
-        check_paths(evaluation_settings(row), row.config)
+        settings = evaluation_settings(row)
         if not row.spec:
             use_data_sets(row.config, allow_pipes=command.allow_pipes)
             check_settings(row.config, ranks.world)
             check_data(row.config)
+        check_paths(settings, row.config)
     say(console, f"{len(rows) - len(left)} of {len(rows)} rows are done, in {results}")
     failed = []
     for index, row in enumerate(left):
