@@ -31,11 +31,7 @@ from radio.io import write_text
 from radio.progress import ProgressWithText
 from radio.resources import fast_products
 
-from .data import (
-    Conversations,
-    collate,
-    sample_order,
-)
+from .data import Conversations, collate, sample_order
 from .llava import limit_threads
 from .settings import StagePlan, VqaSettings
 

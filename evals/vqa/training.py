@@ -28,17 +28,10 @@ from radio.model import seeded
 from radio.nn.phi_s import FeatureNormaliser
 from radio.resources import collect
 
-from .data import (
-    Conversations,
-    Piece,
-    Record,
-    format_prompt,
-    shuffle_images,
-    tokenize,
-)
+from .data import Conversations, Piece, Record, format_prompt, shuffle_images, tokenize
 from .language import LanguageModel
 from .llava import PROJECTOR, Grid, TokenEncoder, learn, make_llava, restore
-from .settings import Preset, Stage, StagePlan, VqaSettings, plan_stage
+from .settings import Preset, StagePlan, VqaSettings, plan_stage
 from .stage_trainer import StageJob, plan_memory, train
 
 # Letters: B batch, S tokens of a sample, E width of the language model, D token width.
@@ -90,6 +83,19 @@ class Trained(NamedTuple):
     key: str  # hash of all that decided the weights
 
 
+class _PlannedStage(NamedTuple):
+    """A stage that is to be trained, or loaded."""
+
+    name: str
+    option: str  # by which --stages asks for it
+    plan: StagePlan
+    data: TrainingData
+    key: str
+    path: Path  # of its weights
+    parts: tuple[str, ...]  # prefixes of the weights that learn
+    names: list[str]  # of these weights
+
+
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LlavaTraining:
@@ -135,25 +141,46 @@ class LlavaTraining:
                 into the memory, or a batch that cannot be divided among the ranks.
             RadioError: values that are not finite.
         """
-        stages = {"pretrain": self.preset.pretrain, "instruct": self.preset.instruct}
-        if self.language.name == "tiny" and self.preset.words is not None:
-            stages = {"words": self.preset.words, **stages}
-        is_short = not {"instruct", "score"} & set(self.settings.stages)
-        model, merged_tokens = self._build(), self.encoder.merged_tokens
+        model = self._build()
+        stages = self._plan_stages(model)
         self._check_memory(model, stages)
+        finished: dict[str, Finished] = {}
+        entries: dict[Path, list[str]] = {}  # names of the weights in each finished stage's file
+        for stage in stages:
+            losses = self._load(model, stage.names, stage.path)
+            if losses is None:
+                if stage.option not in self.settings.stages:
+                    raise ConfigError(
+                        f"the stage {stage.option} with these settings has not been trained, and --stages "
+                        f"leaves it out; add {stage.option} there"
+                    )
+                learn(model, stage.parts)
+                model, losses = self._train(model, stage, entries)
+            if self.run.ranks.leads:  # also of a run that was killed just here
+                shutil.rmtree(stage.path.with_suffix(""), ignore_errors=True)  # the checkpoints
+            entries[stage.path] = stage.names
+            finished[stage.name] = Finished(stage.plan, losses)
+        return Trained(model, finished, stages[-1].key)
+
+    def _plan_stages(self, model: Any) -> list[_PlannedStage]:
+        """Resolve the stages in their order; a stage's key is a hash of all that decides its weights."""
+        stages = {"pretrain": self.preset.pretrain, "instruct": self.preset.instruct}
+        if not {"instruct", "score"} & set(self.settings.stages):
+            del stages["instruct"]
+        is_pretrained = self.language.name != "tiny"
+        if not is_pretrained and self.preset.words is not None:
+            stages = {"words": self.preset.words, **stages}
+        merged_tokens = self.encoder.merged_tokens
         key = digest(_FORMAT, self.encoder.model.fingerprint, self.language.fingerprint, self.layer_norm)
         if self.normaliser is not None:
             key = digest(key, checkpoint.digest(self.normaliser.state_dict()))
-        finished: dict[str, Finished] = {}
-        entries: dict[Path, list[str]] = {}  # names of the weights in each finished stage's file
+        planned = []
         for name, stage in stages.items():
-            if name == "instruct" and is_short:
-                break
-            data = self.data["pretrain" if name == "words" else name]
+            option = "pretrain" if name == "words" else name
+            data = self.data[option]
             if name == "words":
                 records = [record._replace(image=None) for record in data.records]
                 data = data._replace(records=records, source=None)
-            is_pretrained = self.language.name != "tiny"
             plan = plan_stage(stage, self.preset, self.settings, len(data.records), opened=is_pretrained)
             key = digest(
                 key,
@@ -167,38 +194,26 @@ class LlavaTraining:
                 self.preset.longest,
                 self._token_grid if merged_tokens is None else ["merged", merged_tokens],
             )
-            path = self.run.cache / "vqa" / "stages" / f"{key}.safetensors"
             parts = tuple(part for learned in plan.learns for part in _PARTS[learned])
             names = [weight for weight, _ in model.named_parameters() if weight.startswith(parts)]
-            losses = self._load(model, names, path)
-            if losses is None:
-                requested = "pretrain" if name == "words" else name
-                if requested not in self.settings.stages:
-                    raise ConfigError(
-                        f"the stage {requested} with these settings has not been trained, and --stages "
-                        f"leaves it out; add {requested} there"
-                    )
-                learn(model, parts)
-                model, losses = self._train(name, model, plan, data, entries, path, names)
-            if self.run.ranks.leads:  # also of a run that was killed just here
-                shutil.rmtree(path.with_suffix(""), ignore_errors=True)  # the checkpoints
-            entries[path] = names
-            finished[name] = Finished(plan, losses)
-        return Trained(model, finished, key)
+            path = self.run.cache / "vqa" / "stages" / f"{key}.safetensors"
+            planned.append(_PlannedStage(name, option, plan, data, key, path, parts, names))
+        return planned
 
-    def _check_memory(self, model: Any, stages: Mapping[str, Stage]) -> None:
-        """Check that the training of every stage fits, before the first begins; note what each takes.
+    def _check_memory(self, model: Any, stages: Sequence[_PlannedStage]) -> None:
+        """Check that every stage that is to be trained fits, before the first begins; note what each takes.
 
         LoRA's own weights, below 1 % of the others, are not counted.
         """
-        requested = {"words": "pretrain"}
-        for name, stage in stages.items():
-            if requested.get(name, name) not in self.settings.stages:
+        there = self.run.ranks.on_leader(lambda: [stage.path.exists() for stage in stages])
+        for stage, is_finished in zip(stages, there, strict=True):
+            if is_finished or stage.option not in self.settings.stages:
                 continue
-            parts = ("projector",) if name == "instruct" and self.settings.lora_rank else stage.learns
-            learn(model, tuple(prefix for part in parts for prefix in _PARTS[part]))
+            learn(
+                model, (PROJECTOR,) if stage.name == "instruct" and self.settings.lora_rank else stage.parts
+            )
             if text := plan_memory(model, self.settings, self.run).describe():
-                self.run.notes.append(f"{name}: {text.strip(' ()')}")
+                self.run.notes.append(f"{stage.name}: {text.strip(' ()')}")
 
     def _build(self) -> Any:
         encoder = self.encoder
@@ -236,17 +251,11 @@ class LlavaTraining:
         return losses
 
     def _train(
-        self,
-        name: str,
-        model: Any,
-        plan: StagePlan,
-        data: TrainingData,
-        entries: Mapping[Path, list[str]],
-        path: Path,
-        names: Sequence[str],
+        self, model: Any, stage: _PlannedStage, entries: Mapping[Path, list[str]]
     ) -> tuple[Any, list[float]]:
-        """Train a stage and write its weights `names` to `path`; `entries` are those of the stages before."""
-        rank = self.settings.lora_rank if name == "instruct" else None
+        """Train a stage and write its weights; `entries` are those of the stages before."""
+        plan, data, path, names = stage.plan, stage.data, stage.path, stage.names
+        rank = self.settings.lora_rank if stage.name == "instruct" else None
         if rank is not None:
             add_lora(model, rank, self.seed)
         needs = plan_memory(model, self.settings, self.run)
@@ -256,7 +265,7 @@ class LlavaTraining:
             if self.settings.shuffle_images:
                 records = shuffle_images(records, data.source.keys, self.seed)
         job = StageJob(
-            title=f"{name} {self.encoder.model.name}{needs.describe()}",
+            title=f"{stage.name} {self.encoder.model.name}{needs.describe()}",
             plan=plan,
             data=Conversations(records, plan.template, tokenizer, inputs, self.preset.longest),
             pad_token=self.language.pad_token,

@@ -222,6 +222,20 @@ def test_a_stage_that_does_not_fit_is_refused_before_the_first_is_trained(
     )
 
 
+def test_a_finished_stage_needs_no_memory(
+    backbone: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plan(*_: Any) -> Needs:
+        raise ConfigError("keeps 108 GB on every GPU")
+
+    settings = replace(SMALL, stages=("pretrain",))
+    trained = run(backbone(), settings, tmp_path)
+    monkeypatch.setattr(training, "plan_memory", plan)
+    assert run(backbone(), settings, tmp_path).metrics == trained.metrics
+    with pytest.raises(ConfigError, match="108 GB"):
+        run(backbone(), SMALL, tmp_path)
+
+
 def test_a_damaged_training_is_thrown_away_and_done_again(
     backbone: Callable[..., Any], tmp_path: Path
 ) -> None:
