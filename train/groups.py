@@ -6,6 +6,7 @@ draws one for every step. A step's images are the groups' batches concatenated."
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, reduce
@@ -23,6 +24,8 @@ from .loggers import read_records
 
 TeacherSizes: TypeAlias = Mapping[str, Mapping[int, tuple[int, int]]]
 """The input (height, width) of each teacher in pixels, by its name and the student's side."""
+SideSeconds: TypeAlias = Mapping[str, Mapping[int, float]]
+"""The seconds of a step on one rank of each group, by its name and the student's side."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +79,11 @@ class Partition:
     def batch_size(self) -> int:
         """Images per step over all groups."""
         return sum(group.batch_size for group in self.groups)
+
+    @property
+    def in_turns(self) -> bool:
+        """Whether every rank works for all groups, in turns."""
+        return all(group.ranks == self.groups[0].ranks for group in self.groups)
 
     def crop_sides(self, sizes: TeacherSizes) -> tuple[dict[int, int], ...]:
         """Return the side of each group's crops in pixels, by the student's side.
@@ -140,8 +148,8 @@ def teacher_groups(config: TrainConfig) -> tuple[TeacherGroup, ...]:
 def make_partition(config: TrainConfig, world: int) -> Partition:
     """Assign ranks to the groups: all ranks to each, or a number each that divides the group's batch.
 
-    The numbers are `ranks_per_group`, or by default those whose slowest group is fastest if an
-    image costs its pixels.
+    The numbers are `ranks_per_group`, or by default those with the shortest steps if an image costs its
+    pixels.
 
     Args:
         config: teachers, batch sizes, `teacher_placement` and `ranks_per_group`.
@@ -163,7 +171,7 @@ def make_partition(config: TrainConfig, world: int) -> Partition:
         if config.ranks_per_group:
             split = _check_split(config, groups, world)
         else:
-            split = best_split(groups, world, [_pixels(group) for group in groups])
+            split = best_split(groups, world, [[side**2 for side in group.sides] for group in groups])
         assigned, first = [], 0
         for group, count in zip(groups, split, strict=True):
             assigned.append(replace(group, ranks=everyone[first : first + count]))
@@ -184,23 +192,89 @@ def _uneven(group: TeacherGroup, world: int) -> str:
     )
 
 
-def best_split(groups: Sequence[TeacherGroup], world: int, costs: Sequence[float]) -> tuple[int, ...]:
-    """Find each group's number of ranks that makes the slowest group fastest, then the second, and so on.
+def best_split(
+    groups: Sequence[TeacherGroup], world: int, costs: Sequence[Sequence[float]]
+) -> tuple[int, ...]:
+    """Find each group's number of ranks that makes steps shortest on average.
 
-    `costs` are a rank's costs of one image of each group.
+    A step takes as long as its slowest group (see `mean_slowest`). Of equal splits of groups that have one
+    side each, that with the faster second group is taken, then third, and so on.
+
+    Args:
+        groups: which batches are to be shared.
+        world: number of ranks.
+        costs: a rank's costs of one image of each group, at each of the group's sides.
 
     Raises:
         ConfigError: no divisors of the groups' batches add up to `world`.
     """
     sizes = [group.batch_size for group in groups]
-    if (best := _best(tuple(sizes), tuple(costs), world)) is None:
+    means = [_mean(group, each) for group, each in zip(groups, costs, strict=True)]
+    if (best := _best(tuple(sizes), tuple(means), world)) is None:
         raise ConfigError(_impossible(groups, world))
-    return best.split
+    if all(len(each) == 1 for each in costs):
+        return best.split
+    return _best_of_draws(groups, world, costs, best.split)
 
 
-def _pixels(group: TeacherGroup) -> float:
-    """Compute the student's mean pixels of an image."""
-    return sum(share * side**2 for side, share in group.side_shares.items())
+def mean_slowest(groups: Sequence[TeacherGroup], costs: Sequence[Sequence[float]]) -> float:
+    """Compute the mean of the slowest group's cost; each group draws its side by itself.
+
+    Args:
+        groups: the groups.
+        costs: of a step on one rank of each group, at each of the group's sides.
+    """
+    shares = [list(group.side_shares.values()) for group in groups]
+    mean = below = 0.0
+    for cost in sorted({cost for each in costs for cost in each}):
+        within = math.prod(  # the share of the steps in which no group costs more
+            sum(share for other, share in zip(*pair, strict=True) if other <= cost)
+            for pair in zip(costs, shares, strict=True)
+        )
+        mean += cost * (within - below)
+        below = within
+    return mean
+
+
+def _best_of_draws(
+    groups: Sequence[TeacherGroup], world: int, costs: Sequence[Sequence[float]], split: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Search for the split with the least `mean_slowest`, from one that is near it."""
+
+    def loads(counts: Sequence[int]) -> list[list[float]]:
+        shared = zip(groups, costs, counts, strict=False)  # of the first groups
+        return [[cost * group.batch_size / count for cost in each] for group, each, count in shared]
+
+    best, least = split, mean_slowest(groups, loads(split))
+    divisors = [_divisors(group.batch_size, world) for group in groups]
+    means = [_mean(group, each) for group, each in zip(groups, costs, strict=True)]
+
+    def search(counts: tuple[int, ...], ranks: int) -> None:
+        nonlocal best, least
+        chosen = len(counts)
+        if chosen and (cost := mean_slowest(groups[:chosen], loads(counts))) >= least:
+            return  # further groups only add to it
+        if chosen == len(groups):
+            if not ranks:
+                best, least = counts, cost
+            return
+        # Each of the others needs as many ranks as keep its own mean below the least so far.
+        needed = [
+            max(1, math.ceil(means[index] * groups[index].batch_size / least * (1 - _ROUNDING)))
+            for index in range(chosen, len(groups))
+        ]
+        most = ranks - sum(needed[1:])
+        for count in divisors[chosen]:
+            if needed[0] <= count <= most and (chosen + 1 < len(groups) or count == ranks):
+                search((*counts, count), ranks - count)
+
+    search((), world)
+    return best
+
+
+def _mean(group: TeacherGroup, costs: Sequence[float]) -> float:
+    """Compute the mean over the sides that are drawn."""
+    return sum(share * cost for share, cost in zip(group.side_shares.values(), costs, strict=True))
 
 
 class _Seen(NamedTuple):
@@ -336,6 +410,7 @@ def _possible(sizes: Sequence[int], world: int) -> str:
     return " or ".join(map(str, nearest))
 
 
+_ROUNDING = 1e-9  # relative, of sums of a few numbers
 _SHORTEST = 1e-12  # seconds per step, and images: no run is below, or above the inverse
 
 
@@ -343,7 +418,7 @@ class Proposal(NamedTuple):
     """Another split of the ranks, and the time of a step with the current and the new one."""
 
     split: tuple[int, ...]  # ranks of each group
-    before: float  # seconds per step of the slowest group
+    before: float  # mean seconds per step of the slowest group
     after: float
 
 
@@ -360,7 +435,7 @@ def idle_shares(
         step: mean time of a whole step, where it is not always the same group that is slowest.
     """
     groups = partition.groups
-    if all(group.ranks == groups[0].ranks for group in groups):
+    if partition.in_turns:
         return {group.name: 0.0 for group in groups}
     slowest = max(seconds[group.name] for group in groups) if step is None else step
     return {group.name: 1 - seconds[group.name] / slowest for group in groups}
@@ -373,22 +448,42 @@ def idle_share(partition: Partition, seconds: Mapping[str, float], step: float |
     return sum(idle[name] * count for name, count in weights.items()) / sum(weights.values())
 
 
-def propose(partition: Partition, seconds: Mapping[str, float]) -> Proposal | None:
-    """Propose the split whose slowest group is fastest, if it is faster than the partition's.
+def by_pixels(groups: Sequence[TeacherGroup], seconds: Mapping[str, float]) -> SideSeconds:
+    """Spread each group's mean seconds over its sides, in proportion to the student's pixels."""
+    return {
+        group.name: {
+            side: seconds[group.name] * side**2 / _mean(group, [each**2 for each in group.sides])
+            for side in group.sides
+        }
+        for group in groups
+    }
 
-    `seconds` are the times of a step on one rank of each group, by the group's name; a group's time is taken
-    to be proportional to its images per rank. None with shared placement, and where no split is faster.
+
+def step_seconds(partition: Partition, seconds: SideSeconds) -> float:
+    """Compute the mean seconds of a step: of the slowest group, or of all groups where ranks share them."""
+    costs = [list(seconds[group.name].values()) for group in partition.groups]
+    if partition.in_turns:
+        return sum(_mean(group, each) for group, each in zip(partition.groups, costs, strict=True))
+    return mean_slowest(partition.groups, costs)
+
+
+def propose(partition: Partition, seconds: SideSeconds) -> Proposal | None:
+    """Propose the split with the shortest steps, if they are shorter than the partition's.
+
+    A group's seconds are taken to be proportional to its images per rank. None with shared placement, and
+    where no split is faster.
     """
     groups = partition.groups
-    if len(groups) == 1 or all(group.ranks == groups[0].ranks for group in groups):
+    if partition.in_turns:
         return None
-    prices = [seconds[group.name] / group.share for group in groups]
+    prices = [[each / group.share for each in seconds[group.name].values()] for group in groups]
     split = best_split(groups, partition.world, prices)
-    before = max(seconds[group.name] for group in groups)
-    after = max(
-        price * group.batch_size / count for price, group, count in zip(prices, groups, split, strict=True)
-    )
-    return Proposal(split, before, after) if after < before else None
+    loads = [
+        [price * group.batch_size / count for price in each]
+        for each, group, count in zip(prices, groups, split, strict=True)
+    ]
+    before, after = step_seconds(partition, seconds), mean_slowest(groups, loads)
+    return Proposal(split, before, after) if after < before * (1 - _ROUNDING) else None
 
 
 def measured(path: Path, partition: Partition) -> dict[str, float]:

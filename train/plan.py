@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
 from typing import Any, NamedTuple, final
 
 import torch
@@ -35,6 +34,7 @@ from .data.loader import GroupBatch, for_student
 from .distributed import StudentPass, blocks_of
 from .groups import (
     Partition,
+    SideSeconds,
     TeacherGroup,
     TeacherSizes,
     idle_share,
@@ -42,6 +42,7 @@ from .groups import (
     make_partition,
     measured,
     propose,
+    step_seconds,
 )
 from .loggers import say
 from .losses import DistillationLoss, make_balancer
@@ -153,19 +154,18 @@ class RunPlan:
         speed = self.peak_tflops * 1e12 * self.options.utilisation
         return {name: cost.flops / speed for name, cost in self.costs.items()}
 
+    @property
+    def side_seconds(self) -> SideSeconds:
+        """Seconds per step on one rank of each group, at each of its sides: `seconds`, by the operations."""
+        return {
+            name: {side: self.seconds[name] * (flops / self.costs[name].flops) for side, flops in at.items()}
+            for name, at in self.flops_at.items()
+        }
+
     @cached_property
     def step_seconds(self) -> float:
         """Mean seconds per step of the slowest rank; each group draws its side by itself."""
-        mean = 0.0
-        for drawn in product(*(group.side_shares.items() for group in self.partition.groups)):
-            seconds = {
-                group.name: self.seconds[group.name]
-                * (self.flops_at[group.name][side] / self.costs[group.name].flops)
-                for group, (side, _) in zip(self.partition.groups, drawn, strict=True)
-            }
-            slowest = max(sum(seconds[group.name] for group in kind.groups) for kind in self.kinds)
-            mean += math.prod(share for _, share in drawn) * slowest
-        return mean
+        return step_seconds(self.partition, self.side_seconds)
 
     @property
     def days(self) -> float:
@@ -556,7 +556,7 @@ def _lines(plan: RunPlan) -> Iterator[str]:
         yield f"data: {samples} images; give --images, how many there are, for the number of passes"
     else:
         yield f"data: {samples} images, {plan.passes:.3g} passes"
-    if (better := propose(plan.partition, plan.seconds)) is not None:
+    if (better := propose(plan.partition, plan.side_seconds)) is not None:
         split = " ".join(map(str, better.split))
         yield f"faster: --ranks-per-group {split}, {better.after:.3g} s a step instead of {better.before:.3g}"
     elif len(plan.kinds) > 1:

@@ -9,15 +9,18 @@ from pathlib import Path
 import pytest
 
 from radio.errors import ConfigError, DataError
+from train.config import SidesConfig
 from train.groups import (
     Partition,
     Proposal,
     TeacherGroup,
+    by_pixels,
     idle_share,
     idle_shares,
     make_partition,
     measured,
     propose,
+    step_seconds,
 )
 
 from .test_partition import settings
@@ -37,16 +40,35 @@ def test_in_turns_nobody_waits() -> None:
     partition = make_partition(settings(((24, 48), (24, 96)), teacher_placement="shared"), 4)
     seconds = {"t0": 1.0, "t1": 4.0}
     assert idle_share(partition, seconds) == 0
-    assert propose(partition, seconds) is None
-    assert propose(make_partition(settings(((24, 48),)), 4), {"t0": 1.0}) is None
+    assert propose(partition, by_pixels(partition.groups, seconds)) is None
+    assert propose(make_partition(settings(((24, 48),)), 4), {"t0": {48: 1.0}}) is None
 
 
 def test_a_better_split() -> None:
     partition = make_partition(replace(TWO, ranks_per_group=(6, 6)), 12)
     assert [len(group.ranks) for group in partition.groups] == [6, 6]
     # An image costs 1/4 s and 1 s: four ranks take 1.5 s for their six, and eight take 3 s for their three.
-    assert propose(partition, {"t0": 1.0, "t1": 4.0}) == Proposal((4, 8), 4.0, 3.0)
-    assert propose(partition, {"t0": 1.0, "t1": 1.1}) is None
+    assert propose(partition, {"t0": {48: 1.0}, "t1": {96: 4.0}}) == Proposal((4, 8), 4.0, 3.0)
+    assert propose(partition, {"t0": {48: 1.0}, "t1": {96: 1.1}}) is None
+
+
+def test_a_better_split_of_a_mixture() -> None:
+    """By the groups' means two and three ranks were best; but steps wait for t0 where it draws 240 px."""
+    two = make_partition(replace(settings(((6, 48), (6, 168))), ranks_per_group=(2, 3)), 5)
+    drawn = replace(two.groups[0], sides=(48, 240), weights=(3.0, 2.0))
+    partition = replace(two, groups=(drawn, two.groups[1]))
+    seconds = {"t0": {48: 3 * 48**2, 240: 3 * 240**2}, "t1": {168: 2 * 168**2}}
+    before = 0.4 * 3 * 240**2 + 0.6 * 2 * 168**2
+    after = 0.4 * 2 * 240**2 + 0.6 * 3 * 168**2
+    assert propose(partition, seconds) == ((3, 2), pytest.approx(before), pytest.approx(after))
+    assert step_seconds(partition, seconds) == pytest.approx(before)
+    means = {"t0": 3 * (0.6 * 48**2 + 0.4 * 240**2), "t1": 2 * 168**2}
+    assert by_pixels(partition.groups, means) == {name: pytest.approx(each) for name, each in seconds.items()}
+    teachers = settings(((6, 48), (6, 168))).teachers
+    sides = SidesConfig(sides=drawn.sides, weights=drawn.weights)
+    mixed = (replace(teachers[0], student_resolution=None, student_resolutions=sides), teachers[1])
+    default = make_partition(replace(settings(((6, 48), (6, 168))), teachers=mixed), 5)
+    assert [len(group.ranks) for group in default.groups] == [3, 2]
 
 
 def write(path: Path, *records: dict[str, float]) -> Path:

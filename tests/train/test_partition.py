@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from itertools import product
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from train.groups import (
     TeacherGroup,
     best_split,
     make_partition,
+    mean_slowest,
     teacher_groups,
 )
 from train.recipes import recipes
@@ -125,12 +128,12 @@ def test_one_process_takes_turns() -> None:
 
 def test_dear_images_get_more_ranks() -> None:
     groups = teacher_groups(settings(((24, 48), (24, 96))))
-    assert best_split(groups, 12, (1.0, 1.0)) == (6, 6)
-    assert best_split(groups, 12, (1.0, 2.0)) == (4, 8)
-    assert best_split(groups, 12, (5.0, 1.0)) == (8, 4)
+    assert best_split(groups, 12, [(1.0,), (1.0,)]) == (6, 6)
+    assert best_split(groups, 12, [(1.0,), (2.0,)]) == (4, 8)
+    assert best_split(groups, 12, [(5.0,), (1.0,)]) == (8, 4)
     # the third group decides nothing: 24 a rank in any case; then the second ones are made even
     three = teacher_groups(settings(((24, 48), (24, 96), (23, 48))))
-    assert best_split(three, 9, (1.0, 1.0, 2.0)) == (4, 4, 1)
+    assert best_split(three, 9, [(1.0,), (1.0,), (2.0,)]) == (4, 4, 1)
 
 
 def test_a_split_that_is_asked_for() -> None:
@@ -189,29 +192,51 @@ def test_the_reason_why_ranks_cannot_be_shared() -> None:
 
 @given(
     sizes=strategies.lists(strategies.integers(1, 24), min_size=1, max_size=3),
+    sides=strategies.lists(strategies.integers(1, 3), min_size=3, max_size=3),
     world=strategies.integers(1, 16),
     seed=strategies.integers(0, 5),
 )
-@effort(max_examples=60, deadline=None)
-def test_the_best_split_is_the_best_of_all(sizes: list[int], world: int, seed: int) -> None:
-    costs = tuple(float(2 ** (seed * place % 3)) for place in range(len(sizes)))
+@effort(max_examples=100, deadline=None)
+def test_the_best_split_is_the_best_of_all(sizes: list[int], sides: list[int], world: int, seed: int) -> None:
+    draw = random.Random(seed)
+    groups = [
+        TeacherGroup(
+            teachers=(f"t{place}",),
+            adaptors=(f"t{place}",),
+            sides=(48, 96, 144)[:count],
+            weights=(1.0, 2.0, 1.0)[:count],
+            batch_size=size,
+            first=0,
+            ranks=(),
+        )
+        for place, (size, count) in enumerate(zip(sizes, sides, strict=False))
+    ]
+    costs = [[float(draw.choice((1, 2, 4, 8))) for _ in group.sides] for group in groups]
 
-    def loads(split: tuple[int, ...]) -> list[float]:
-        return sorted((s / n * c for s, n, c in zip(sizes, split, costs, strict=True)), reverse=True)
+    def loads(split: tuple[int, ...]) -> list[list[float]]:
+        return [
+            [group.batch_size / n * cost for cost in each]
+            for group, n, each in zip(groups, split, costs, strict=True)
+        ]
 
+    def order(split: tuple[int, ...]) -> list[float]:
+        """Mean of the slowest over all that can be drawn; without draws, the second slowest and so on too."""
+        if all(len(group.sides) == 1 for group in groups):
+            return sorted((load for (load,) in loads(split)), reverse=True)
+        drawn = product(*(zip(*pair, strict=True) for pair in zip(loads(split), shares, strict=True)))
+        return [sum(prod(share for _, share in each) * max(load for load, _ in each) for each in drawn)]
+
+    shares = [list(group.side_shares.values()) for group in groups]
     ways = [
         split
         for split in product(range(1, world + 1), repeat=len(sizes))
         if sum(split) == world and all(s % n == 0 for s, n in zip(sizes, split, strict=True))
     ]
-    groups = [
-        TeacherGroup(
-            teachers=(f"t{place}",), adaptors=(f"t{place}",), sides=(48,), batch_size=size, first=0, ranks=()
-        )
-        for place, size in enumerate(sizes)
-    ]
     if ways:
-        assert best_split(groups, world, costs) == min(ways, key=loads)
+        best = best_split(groups, world, costs)
+        assert best in ways
+        assert order(best) == pytest.approx(min(map(order, ways)), rel=1e-9)
+        assert mean_slowest(groups, loads(best)) == pytest.approx(order(best)[0], rel=1e-9)
     else:
         with pytest.raises(ConfigError):
             best_split(groups, world, costs)
@@ -220,6 +245,8 @@ def test_the_best_split_is_the_best_of_all(sizes: list[int], world: int, seed: i
 def test_more_ranks_than_anybody_has_are_judged_at_once() -> None:
     many = teacher_groups(settings(((8, 48), (4, 96))))
     with pytest.raises(ConfigError, match=r"cannot be shared: .* add up to 65536; start 12 ranks"):
-        best_split(many, 65536, (1.0, 1.0))
+        best_split(many, 65536, [(1.0,), (1.0,)])
     large = teacher_groups(settings(tuple((720720, 48 + 12 * place) for place in range(4))))
-    assert sum(best_split(large, 4096, (1.0, 1.0, 2.0, 3.0))) == 4096
+    assert sum(best_split(large, 4096, [(1.0,), (1.0,), (2.0,), (3.0,)])) == 4096
+    drawn = [replace(group, sides=(48, 96, 144), weights=()) for group in large]
+    assert sum(best_split(drawn, 4096, [(1.0, 4.0, 9.0)] * 4)) == 4096

@@ -149,7 +149,7 @@ def test_the_papers_plan() -> None:
         "clip+dino": pytest.approx(1 - clip.flops / sam.flops),
         "sam": 0,
     }
-    assert propose(plan.partition, plan.seconds) is None
+    assert propose(plan.partition, plan.side_seconds) is None
     teachers = [kind.memory.teachers for kind in plan.kinds]
     # two bytes a weight of CLIP's image tower, DINOv2 and SAM; norms and positions have four
     assert teachers[0] == pytest.approx(2 * (632_076_800 + 1_136_479_232), rel=0.005)
@@ -202,7 +202,7 @@ def test_measured_times_and_the_split_they_ask_for(two: TrainConfig, tmp_path: P
     plan = make_plan(replace(two, teachers=teachers), PlanOptions(world=6, measured=log))
     assert [len(group.ranks) for group in plan.partition.groups] == [2, 4]  # by pixels
     assert plan.seconds == {"clip": 4.0, "sam": 0.25}
-    proposal = propose(plan.partition, plan.seconds)
+    proposal = propose(plan.partition, plan.side_seconds)
     assert proposal is not None
     assert (proposal.split, proposal.after) == ((4, 2), 2.0)
 
