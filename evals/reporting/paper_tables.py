@@ -66,7 +66,7 @@ class TableDifference:
         known = self.low is not None and self.high is not None
         digits = 3 if self.column.endswith("loss") else 2
         between = f"{self.low:+.{digits}f} to {self.high:+.{digits}f}" if known else ""
-        ours = f"{self.value:+.{digits}f}"
+        ours = f"{round(self.value, digits) + 0.0:+.{digits}f}"  # no -0.00
         wanted = self.claim if self.paper is None else f"{self.paper:+.{digits}f}"
         return (self.line, self.against, self.column, ours, between, wanted, self.verdict)
 
@@ -97,8 +97,8 @@ class MadeTable:
     @property
     def verdict_head(self) -> tuple[str, ...]:
         """The heads of the columns of `TableDifference.texts`."""
-        wanted = "claimed" if self.claims else "paper"
-        return ("model", "against", "column", "ours", "95 %", wanted, "verdict")
+        ours, wanted = ("difference", "claimed") if self.claims else ("ours", "paper")
+        return ("model", "against", "column", ours, "95 %", wanted, "verdict")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

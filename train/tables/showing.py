@@ -429,10 +429,20 @@ chance. The paper gives no intervals: its own gaps of a few hundredths may be no
 
 _OF_CLAIMS = """\
 # What is claimed, measured on the generated world
-Made by `{command}`; do not edit. Tiny students and teachers on generated images. Every score is our mean over
-seeds with half of a 95 % interval, in percent. *unexplained*: the fraction of a teacher's variance that the
-student's adaptor leaves unexplained, 100 for its mean token; *angle*: the same of summaries; *worst of best
-side*: the lowest score over the sides of the input, as a share of the highest.
+Made by `{command}`; do not edit. Tiny students learn from tiny teachers on generated images: `clip`, `dense`
+and `sam` play CLIP's, DINOv2's and SAM's part. Every score is our mean over seeds with half of a 95 %
+interval, in percent:
+
+- *unexplained*: the fraction of the variance of a teacher's tokens that the student's adaptor leaves
+  unexplained: 0 for the teacher's own tokens, 100 for their mean everywhere, and more for what is worse;
+- *angle*: the same of summaries, by squared angles from the teacher's mean direction;
+- *largest - smallest*: over the teachers, from the worst explained to the best;
+- *pattern reproduced*: how much of the pattern that the noisy teacher's tokens have more than the clean one's
+  is in the student's too;
+- *k-NN*, *zero-shot*: top-1 over 60 classes, ten shapes in six colours: chance is 1.7, and who tells only the
+  colour has 10;
+- *worst of best side*: the lowest score over the sides of the input, as a share of the highest. It says
+  little of a student that hardly tells more than the colour at any side.
 
 Below each table, lines are compared: our difference with its 95 % interval over seeds (Welch's) and images (a
 paired bootstrap, or from both lines' own intervals), and what is claimed of it. *holds*: as claimed, and the
