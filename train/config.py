@@ -191,7 +191,7 @@ class TrainConfig:
     batch_size: BatchSize  # images per step over all ranks, for teachers without their own
     out: Path
     resolutions: SidesConfig = field(default_factory=SidesConfig)
-    """Several, instead of resolution, which stays the side that ckpt.pt is used at where none is given."""
+    """Sides that are drawn for the steps; resolution then only says at which ckpt.pt is used by default."""
     options: Annotated[OptionsField, tyro.conf.arg(name="student")] = field(default_factory=StudentOptions)
     init: str | None = None  # first weights: a checkpoint, timm:NAME@FILE or radio:FILE; None = random ones
     freeze_trunk_steps: CountOrZero = 0  # first steps in which only the adaptors learn

@@ -287,11 +287,13 @@ def can_run_in_parallel(
     """Check whether groups can use the student in parallel: on a CPU, with a teacher cache.
 
     Only with our ViT, whose forward is deterministic and stateless, unlike one with batch norms, and without
-    the averaged student, whose weights stand in for the student's during its forward.
+    the averaged student, whose weights stand in for the student's during its forward. AdaLoss adds up a
+    step's losses in the order in which they come: of two, the sum is the same in both.
     """
     idle = config.cache.folder is not None and device.type == "cpu" and torch.get_num_threads() > 1
     alone = ranks.world == 1 and len(partition.groups) > 1 and not config.compile and not config.mesa
-    return idle and alone and isinstance(model.student, ViT)
+    ordered = config.balance.kind == "adaloss" and config.grad_accum_steps > 2
+    return idle and alone and not ordered and isinstance(model.student, ViT)
 
 
 def first_weights(model: RadioModel) -> list[nn.Parameter]:

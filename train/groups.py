@@ -214,7 +214,7 @@ def best_split(
         raise ConfigError(_impossible(groups, world))
     if all(len(each) == 1 for each in costs):
         return best.split
-    return _best_of_draws(groups, world, costs, best.split)
+    return _best_of_draws(tuple(groups), world, tuple(map(tuple, costs)), best.split)
 
 
 def mean_slowest(groups: Sequence[TeacherGroup], costs: Sequence[Sequence[float]]) -> float:
@@ -236,8 +236,9 @@ def mean_slowest(groups: Sequence[TeacherGroup], costs: Sequence[Sequence[float]
     return mean
 
 
+@cache
 def _best_of_draws(
-    groups: Sequence[TeacherGroup], world: int, costs: Sequence[Sequence[float]], split: tuple[int, ...]
+    groups: tuple[TeacherGroup, ...], world: int, costs: tuple[tuple[float, ...], ...], split: tuple[int, ...]
 ) -> tuple[int, ...]:
     """Search for the split with the least `mean_slowest`, from one that is near it."""
 
@@ -260,7 +261,7 @@ def _best_of_draws(
             return
         # Each of the others needs as many ranks as keep its own mean below the least so far.
         needed = [
-            max(1, math.ceil(means[index] * groups[index].batch_size / least * (1 - _ROUNDING)))
+            max(1, math.ceil(means[index] * groups[index].batch_size / least * (1 - _TOLERANCE)))
             for index in range(chosen, len(groups))
         ]
         most = ranks - sum(needed[1:])
@@ -410,7 +411,7 @@ def _possible(sizes: Sequence[int], world: int) -> str:
     return " or ".join(map(str, nearest))
 
 
-_ROUNDING = 1e-9  # relative, of sums of a few numbers
+_TOLERANCE = 1e-9  # relative, of sums of a few numbers
 _SHORTEST = 1e-12  # seconds per step, and images: no run is below, or above the inverse
 
 
@@ -483,7 +484,7 @@ def propose(partition: Partition, seconds: SideSeconds) -> Proposal | None:
         for each, group, count in zip(prices, groups, split, strict=True)
     ]
     before, after = step_seconds(partition, seconds), mean_slowest(groups, loads)
-    return Proposal(split, before, after) if after < before * (1 - _ROUNDING) else None
+    return Proposal(split, before, after) if after < before * (1 - _TOLERANCE) else None
 
 
 def measured(path: Path, partition: Partition) -> dict[str, float]:

@@ -51,7 +51,9 @@ class Losses(NamedTuple):
     """The losses of one forward; they stay on the device until the log step."""
 
     total: Tensor  # []
-    parts: dict[str, Tensor]  # "clip/summary", "clip/spatial", "mesa": [] each, unweighted; learned weights
+    parts: dict[
+        str, Tensor
+    ]  # "clip/summary", "clip/spatial", "mesa": unweighted losses []; and the balancer's weights
     details: dict[str, Tensor]  # "clip/centred_cosine", "clip/unexplained": [] each, if requested
 
 
@@ -346,7 +348,7 @@ class AdaLoss(nn.Module):
             return
         absent = torch.zeros_like(next(iter(self._seen.values()))[0])
         seen = [torch.stack(self._seen.get(name, [absent])).mean(0) for name in self.means]
-        counts = torch.tensor([[name in self._seen] for name in self.means]).to(absent)
+        counts = torch.stack([absent.new_full((1,), float(name in self._seen)) for name in self.means])
         sums = total(torch.cat((torch.stack(seen), counts), dim=1))
         for average, pair, count in zip(self.means.values(), sums[:, :-1], sums[:, -1], strict=True):
             assert isinstance(average, RunningMean)

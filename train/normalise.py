@@ -68,7 +68,7 @@ class Dispersion(nn.Module):
     def add(self, summaries: Tensor, total: Callable[[Tensor], Tensor]) -> None:
         """Add this rank's summaries [N, C]; N may be 0, but not on all ranks."""
         y = summaries.double()
-        sums = total(torch.cat((y.sum(dim=0), y.new_tensor([len(y)]))))
+        sums = total(torch.cat((y.sum(dim=0), y.new_full((1,), len(y)))))
         centre = self.mean + sums[:-1] / sums[-1]
         square = total(angle(y, centre).square().sum()) / sums[-1]
         finite = torch.isfinite(square)
@@ -293,6 +293,11 @@ def check_normalise(config: TrainConfig) -> None:
                     f"--loss.{name.replace('_', '-')} is for eq. 3, and with --normalise.kind {kind} the "
                     f"spatial loss is a squared error; leave one of both out"
                 )
+    unused = kind == "none" and not loss.smooth_l1 and loss.summary != "smooth-l1"
+    if unused and loss.smooth_l1_beta != plain.smooth_l1_beta:
+        raise ConfigError(
+            "--loss.smooth-l1-beta is for smooth L1, and --loss.smooth-l1, its weight, is 0; leave one out"
+        )
     if loss.summary != "angle" and loss.dispersion != plain.dispersion:
         raise ConfigError(
             f"--loss.dispersion is for --loss.summary angle, and this run has {loss.summary}; leave it out"

@@ -53,6 +53,7 @@ from .optim import muon_weights
 from .reparametrise import noisy_layers
 from .setup import (
     TeacherFacts,
+    check_names,
     check_settings,
     choose_windows,
     make_framing,
@@ -188,6 +189,7 @@ def make_plan(config: TrainConfig, options: PlanOptions) -> RunPlan:
         SizeError: a teacher or the student cannot take its resolution.
     """
     check_options(options)
+    check_names(config)
     partition = check_settings(config, options.world or _default_world(config))
     half = config.precision == "bf16" or (config.precision == "auto" and config.device != "cpu")
     models = build_meta_models(config, half=half and config.device != "cpu")
@@ -549,7 +551,8 @@ def _lines(plan: RunPlan) -> Iterator[str]:
     units = ((1.0, "days"), (1 / 24, "hours"), (1 / 1440, "minutes"), (1 / 86400, "seconds"))
     days, unit = next((pair for pair in units if plan.days >= pair[0]), units[-1])
     hours = plan.days * 24 * plan.partition.world
-    time = f"{plan.days / days:.1f} {unit}"
+    amount = plan.days / days
+    time = f"{amount:.1f} {unit}" if amount >= 1 else f"{amount:.2g} {unit}"
     yield f"time: {config.steps} steps in {time} {pace}; {hours:.4g} hours of one device"
     samples = config.steps * plan.partition.batch_size
     if plan.passes is None:

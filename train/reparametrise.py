@@ -50,15 +50,15 @@ class SpectralWeight(nn.Module):
     Args:
         weight: V [N*R, C] at the start.
         num_matrices: N.
-        raised: as for `decompose`.
+        raise_small: as for `decompose`.
 
     Raises:
         ValueError: some matrix has a largest singular value below 0.05.
     """
 
-    def __init__(self, weight: Tensor, num_matrices: int, *, raised: bool = False) -> None:
+    def __init__(self, weight: Tensor, num_matrices: int, *, raise_small: bool = False) -> None:
         super().__init__()
-        s, u, v = decompose(weight, num_matrices, raised=raised)
+        s, u, v = decompose(weight, num_matrices, raise_small=raise_small)
         self.s = nn.Parameter(s)  # [N, 1]: of two dimensions, so that it decays
         self.u = nn.Buffer(u)  # [N, R]
         self.v = nn.Buffer(v, persistent=False)  # [N, C], a function of u and V
@@ -116,13 +116,15 @@ def iterate(weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def decompose(weight: Tensor, num_matrices: int, *, raised: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def decompose(
+    weight: Tensor, num_matrices: int, *, raise_small: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Find s [N, 1], u [N, R], v [N, C] with which `spectral_weight` of W [N*R, C] is W, without iterations.
 
     Args:
         weight: W.
         num_matrices: N.
-        raised: let a matrix whose largest singular value is below 0.05 get that one, instead of an error.
+        raise_small: give a matrix 0.05 as its largest singular value where that is less, instead of an error.
 
     Raises:
         ValueError: some matrix has a largest singular value below 0.05.
@@ -135,7 +137,7 @@ def decompose(weight: Tensor, num_matrices: int, *, raised: bool = False) -> tup
     u = (matrices @ v[:, :, None]).squeeze(2)
     sigma = u.norm(dim=1, keepdim=True)
     excess = sigma - _FLOOR
-    if not raised and not bool((excess > -_LEAST).all()):
+    if not raise_small and not bool((excess > -_LEAST).all()):
         raise ValueError(
             f"its largest singular value is {float(sigma.min()):.3g}, and {_FLOOR} is the least that a "
             f"spectral weight has"
@@ -178,7 +180,7 @@ class Reparametrisation:
     Args:
         model: on the device, with plain weights, not distributed yet.
         config: the run's settings.
-        written: layers, by name, whose weights are still to be written, so that they may begin too small.
+        written: layers, by name, that `write` fills later; until then their weights may be too small.
 
     Raises:
         ConfigError: a weight is too small for `--spectral`, or there is nothing for `--damp`.
@@ -195,7 +197,7 @@ class Reparametrisation:
             parts = _PARTS.get(name.rpartition(".")[2], 1)
             num = 1 if layer.out_features % parts else parts
             try:
-                spectral = SpectralWeight(layer.weight, num, raised=name in written)
+                spectral = SpectralWeight(layer.weight, num, raise_small=name in written)
             except ValueError as error:
                 raise _too_small(name, error) from error
             parametrize.register_parametrization(layer, "weight", spectral)
@@ -301,9 +303,11 @@ class Reparametrisation:
             if layer in self._spectral:
                 _, self._spectral[layer].u[:], self._spectral[layer].v[:] = self._decompose(layer, weight)
 
-    def _decompose(self, layer: str, weight: Tensor, raised: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def _decompose(
+        self, layer: str, weight: Tensor, raise_small: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         try:
-            return decompose(weight, len(self._spectral[layer].u), raised=raised)
+            return decompose(weight, len(self._spectral[layer].u), raise_small=raise_small)
         except ValueError as error:
             raise _too_small(layer, error) from error
 

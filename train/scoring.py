@@ -62,13 +62,6 @@ def score(
     return outcomes
 
 
-def run_models(
-    config: TrainConfig, models: Mapping[str, Path], tasks: Tasks, out: Path, console: Console
-) -> dict[str, list[Outcome]]:
-    """Run tasks on checkpoints, on the run's device; return each model's outcomes."""
-    return _run(config, _trained(models, tasks, out), console, num_workers(config))
-
-
 def num_workers(config: TrainConfig, ranks: Ranks | None = None) -> int:
     """Return how many processes score side by side: some on a CPU, one on a GPU or with several ranks."""
     alone = (ranks or Ranks()).world == 1 and choose_device(config.device).type == "cpu"

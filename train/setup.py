@@ -120,6 +120,14 @@ def _check_teachers(config: TrainConfig) -> None:
         )
     own = {t.name: t for t in config.teachers if t.adaptor is None}
     for t in config.teachers:
+        if t.adaptor == t.name:
+            raise ConfigError(f"teacher {t.name} has an adaptor of its own anyway; leave adaptor out")
+        owner = next((each.adaptor for each in config.teachers if each.name == t.adaptor), None)
+        if owner is not None:
+            raise ConfigError(
+                f"teacher {t.name}: {t.adaptor!r} has no adaptor of its own, it trains that of {owner}; give "
+                f"adaptor {owner}"
+            )
         if t.adaptor is not None and (t.adaptor not in own or own[t.adaptor].model != t.model):
             raise ConfigError(
                 f"teacher {t.name} is {t.model}, and its adaptor {t.adaptor!r} is not that of a teacher of "
@@ -192,20 +200,29 @@ def check_memory(
         )
 
 
-def load_teachers(
-    config: TrainConfig, device: torch.device, names: Collection[str] | None = None
-) -> dict[str, Teacher]:
-    """Load the named teachers (default: all) onto the device; return them by name in the config's order.
+def check_names(config: TrainConfig) -> None:
+    """Check that there are teachers, and that each has a name of its own.
 
     Raises:
-        ConfigError: there are no teachers, or two have the same name.
-        CheckpointError: a weights file does not match the architecture or the configured fingerprint.
+        ConfigError: it is not so, or a name is no UTF-8 text.
     """
     known = [t.name for t in config.teachers]
     if half := next((name for name in known if any("\ud800" <= char <= "\udfff" for char in name)), None):
         raise ConfigError(f"a teacher cannot be named {half!r}, which is no UTF-8 text; choose another name")
     if not known or len(set(known)) != len(known):
         raise ConfigError(f"a run needs teachers with names of their own, got {', '.join(known) or 'none'}")
+
+
+def load_teachers(
+    config: TrainConfig, device: torch.device, names: Collection[str] | None = None
+) -> dict[str, Teacher]:
+    """Load the named teachers (default: all) onto the device; return them by name in the config's order.
+
+    Raises:
+        ConfigError: as `check_names`.
+        CheckpointError: a weights file does not match the architecture or the configured fingerprint.
+    """
+    check_names(config)
     chosen = [t for t in config.teachers if names is None or t.name in names]
     loaded: dict[str, Teacher] = {}  # one for all that share an adaptor
     teachers = {}

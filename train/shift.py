@@ -112,8 +112,8 @@ def draw_shifts(std: float, teachers: Sequence[str], seed: int, step: int) -> Sh
     Args:
         std: in patches; 0 moves nothing.
         teachers: all of the run, so that every rank draws the same.
-        seed: the run's.
-        step: of the run.
+        seed: the stage's.
+        step: of the stage.
     """
     normal = torch.randn(len(teachers) + 2, 2, generator=generator(seed, "shift", step))
     most = largest_shift(std)
@@ -133,10 +133,12 @@ def make_frames(std: float, student: Input, teachers: Mapping[str, Input], shift
     fewest = min(min(each.grid) for each in inputs.values())
     if 2 * most > fewest - 2:
         name, least = min(inputs.items(), key=lambda item: min(item[1].grid))
+        largest = max(fewest - 2, 0) // 2 * 10 // 3 / 10
+        remedy = f"give at most {largest:g}" if largest else "leave it out"
         raise ConfigError(
             f"--loss.shift {std}: {name} has {least.grid[0]} x {least.grid[1]} patches, and two frames that "
-            f"are shifted by up to {most} of them may have nothing in common; give at most "
-            f"{max(fewest - 2, 0) // 2 * 10 // 3 / 10:g}, or a larger resolution"
+            f"are shifted by up to {most} of them may have nothing in common; {remedy}, or give a larger "
+            f"resolution"
         )
 
     def frame(model: Input, shift: Shift) -> Frame:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired
 
 import torch
 from annotated_types import MinLen
@@ -92,6 +92,7 @@ class _Notes(TypedDict):
 
     ranks: Annotated[list[_RankNotes], MinLen(1)]
     data: LoaderState
+    first_loss: NotRequired[float | None]  # of the stage; None before its first step
 
 
 _NOTES: TypeAdapter[Any] = TypeAdapter(_Notes)
@@ -518,7 +519,11 @@ class Trainer:
             return
         publish = self._publisher()
         local = {"meters": self.meters.state_dict(), "guard": self.nonfinite.state_dict()}
-        notes = {"ranks": self.ranks.gather_objects(local), "data": self.loader.state_dict()}
+        notes = {
+            "ranks": self.ranks.gather_objects(local),
+            "data": self.loader.state_dict(),
+            "first_loss": self._first_loss(),
+        }
         self.states.write(self.step, tensors, notes, lambda: publish(None))
 
     def resume(self) -> int:
@@ -547,6 +552,8 @@ class Trainer:
                     f"images together, and the features of {mosaics} differ by more than rounding"
                 )
         self.loader.load_state_dict(state.notes["data"])
+        first = state.notes.get("first_loss")
+        self.first = None if first is None else torch.tensor(first, device=self.device)
         return state.step
 
     def _take_over(self) -> dict[str, Tensor]:
@@ -634,11 +641,15 @@ class Trainer:
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.end
 
+    def _first_loss(self) -> float | None:
+        """Return the first step's loss; None before it. Every rank calls it."""
+        return None if self.first is None else float(self.ranks.sum(self.first.cpu())) / self.ranks.world
+
     def _doubt(self) -> str:
         """Warn if the final weights are doubtful, else return an empty string. Every rank calls it."""
         guard = self.nonfinite.state_dict()
         skipped, in_a_row = guard["total"], guard["in_a_row"]
-        first = 0.0 if self.first is None else float(self.ranks.sum(self.first.cpu())) / self.ranks.world
+        first = self._first_loss() or 0.0
         doubts = []
         if in_a_row or skipped > _DOUBTFUL_FRACTION * self.steps_done:
             doubts.append(f"{skipped} of the {self.steps_done} steps were left out, not finite")

@@ -70,11 +70,15 @@ def trainers(monkeypatch: pytest.MonkeyPatch) -> list[Trainer]:
         return tensor
 
     def to(tensor: Tensor, *arguments: Any, **named: Any) -> Tensor:
-        aims = (*arguments, *named.values())
+        aims = [each.device if isinstance(each, Tensor) else each for each in (*arguments, *named.values())]
         if trainers and tensor.device.type == "cpu" and GPU in aims:
             assert named.get("non_blocking"), "a copy that the host waits for"
             assert any(tensor is each for each in pinned), "a copy from pageable memory waits for the stream"
         return moved(tensor, *arguments, **named)
+
+    def new_tensor(tensor: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        assert not trainers or tensor.device.type == "cpu", "a copy from pageable memory waits for the stream"
+        return made(tensor, *arguments, **named)
 
     def backward(tensor: Tensor, *_: Any, **__: Any) -> None:
         assert tensor.device == GPU
@@ -82,7 +86,8 @@ def trainers(monkeypatch: pytest.MonkeyPatch) -> list[Trainer]:
         for parameter in trainers[-1].loss.parameters():
             parameter.grad = torch.empty_like(parameter)
 
-    moved = Tensor.to
+    moved, made = Tensor.to, Tensor.new_tensor
+    monkeypatch.setattr(Tensor, "new_tensor", new_tensor)
     monkeypatch.setattr(Tensor, "pin_memory", pin)
     monkeypatch.setattr(Tensor, "to", to)
     monkeypatch.setattr(Tensor, "backward", backward)
@@ -132,6 +137,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "uncertainty": {"balance": BalanceConfig(kind="uncertainty")},
     "adaloss": {"balance": BalanceConfig(kind="adaloss")},
     "amtml": {"balance": BalanceConfig(kind="amtml"), "teachers": TEACHERS[:2]},
+    "angle": {"loss": LossConfig(summary="angle", dispersion="running")},
     "per-teacher": {"summary": "per-teacher"},
     "mean": {"summary": "mean", "loss": LossConfig(cosine=0.5, smooth_l1_beta=0.1)},
     "no clipping": {"optim": OptimConfig(clip=0.0), "ema": 0.0},
@@ -141,7 +147,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    "way", [*list(WAYS)[:4], *(pytest.param(way, marks=pytest.mark.slow) for way in list(WAYS)[4:])]
+    "way", [*list(WAYS)[:5], *(pytest.param(way, marks=pytest.mark.slow) for way in list(WAYS)[5:])]
 )
 def test_a_step_meets_one_device_and_waits_for_nothing(
     way: str, trainers: list[Trainer], tmp_path: Path

@@ -25,7 +25,7 @@ from radio.config import write_yaml
 from radio.dist import Ranks
 from radio.hub import load_teacher
 from radio.nn.vit import CroppedPositions, draw_crops
-from train.config import DataConfig, OptimConfig, TeacherConfig, TrainConfig
+from train.config import BalanceConfig, DataConfig, LossConfig, OptimConfig, TeacherConfig, TrainConfig
 from train.data.loader import prefetch
 from train.monitor import PhaseTimer
 from train.setup import halve
@@ -212,8 +212,16 @@ def test_position_crops_are_the_cpus(gpu: torch.device, width: int) -> None:
         assert torch.allclose(one, other, atol=1e-4, rtol=1e-3)
 
 
-def test_a_step_waits_for_nothing(config: TrainConfig, gpu: torch.device) -> None:
-    run = begin(config, gpu, data=replace(config.data, workers=1))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"balance": BalanceConfig(kind="adaloss")},
+        {"loss": LossConfig(summary="angle", dispersion="running")},
+    ],
+)
+def test_a_step_waits_for_nothing(config: TrainConfig, gpu: torch.device, changes: dict[str, Any]) -> None:
+    run = begin(config, gpu, data=replace(config.data, workers=1), **changes)
     batches = run.batches()
     run.train_step(next(batches))
     batch = next(batches)

@@ -556,6 +556,10 @@ def test_which_runs_go_abreast(
     partition = make_partition(config, 1)
     model = build(ModelConfig(student=student), 0)
     assert can_run_in_parallel(model, config, partition, Ranks(), torch.device(device)) == wanted
+    balanced = replace(config, balance=replace(config.balance, kind="adaloss"), grad_accum_steps=2)
+    assert can_run_in_parallel(model, balanced, partition, Ranks(), torch.device(device)) == wanted
+    parts = replace(balanced, grad_accum_steps=3)  # whose sum depends on the order
+    assert not can_run_in_parallel(model, parts, partition, Ranks(), torch.device(device))
     torch.set_num_threads(1)
     assert not can_run_in_parallel(model, config, partition, Ranks(), torch.device(device))
 

@@ -128,6 +128,7 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["smoke", *TINY, "--teachers.1.resolution", "70"], "the nearest size that it can is 64x64"),
         (["smoke", *TINY, "--teachers.0.model", "tinny:clip"], "unknown teacher 'tinny'; did you mean tiny"),
         (["smoke", *TINY, "--teachers.0.name", "sam"], "a run needs teachers with names of their own"),
+        (["smoke", "--plan", "--teachers.0.name", "sam"], "a run needs teachers with names of their own"),
         (["smoke", *TINY, "--data.scenes", "0"], "no data: give --data.shards"),
         (["smoke", *TINY, "--data.images", "absent"], "absent: no such folder"),
         (["smoke", *TINY, "--log-every", "0"], "--log-every: 0 is out of bounds"),

@@ -171,6 +171,8 @@ def test_a_run_that_ends_with_doubtful_weights_says_so_in_one_line(
     lines = [line for line in told if line.startswith("warning")]
     assert len(lines) == bool(said)
     assert said in "".join(lines)
+    again = start(config, steps=3, log_every=3)  # which knows the first loss too
+    assert run.first is not None and again.first == run.first
 
 
 def unfit_learning(unfit: set[int], rise: float = 1.0) -> Callable[..., Any]:

@@ -207,6 +207,7 @@ def test_summaries_without_a_dispersion_are_refused(value: float, state: str) ->
             "--loss.smooth-l1-beta is for eq. 3",
         ),
         ({"loss": LossConfig(dispersion="running")}, "--loss.dispersion is for --loss.summary angle"),
+        ({"loss": LossConfig(smooth_l1=0.0, smooth_l1_beta=2.0)}, "--loss.smooth-l1-beta is for smooth L1"),
         ({"normalise": NormaliseConfig(steps=7)}, "no loss of this run needs it"),
         (
             {

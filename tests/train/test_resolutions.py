@@ -100,7 +100,8 @@ def test_sides_that_no_teacher_sees(config: TrainConfig, own: dict[str, Any]) ->
             "teacher clip: student-resolutions has no effect beside student-resolution",
         ),
         ({}, {"adaptor": "sam"}, "teacher clip is tiny:clip, and its adaptor 'sam' is not that of a teacher"),
-        ({}, {"adaptor": "clip"}, "leave adaptor out, or name one of those"),
+        ({}, {"adaptor": "clip"}, "teacher clip has an adaptor of its own anyway; leave adaptor out"),
+        ({}, {"adaptor": "none"}, "leave adaptor out, or name one of those"),
         ({}, {"mosaic": True, "same_grid": True}, "teacher clip: same-grid has no effect on mosaics"),
     ],
 )
@@ -109,6 +110,12 @@ def test_settings_that_contradict_each_other(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         check_settings(replace(config, teachers=(replace(CLIP, **teacher), *TEACHERS[1:]), **changes), 1)
+
+
+def test_an_adaptor_is_named_by_its_owner(config: TrainConfig) -> None:
+    chain = (CLIP, HIGH[0], replace(HIGH[0], name="clip-higher", adaptor="clip-high", student_resolution=144))
+    with pytest.raises(ConfigError, match=r"teacher clip-higher: 'clip-high' has no .* give adaptor clip$"):
+        check_settings(replace(config, teachers=chain), 1)
 
 
 def test_what_each_teacher_sees(config: TrainConfig) -> None:

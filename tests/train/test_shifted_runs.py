@@ -294,7 +294,7 @@ def test_settings_without_a_meaning_are_one_error(
 def test_a_teacher_of_too_few_patches_is_refused_before_the_first_step(
     shifted: TrainConfig, start: Start
 ) -> None:
-    message = r"--loss.shift 0.3: teacher sam has 1 x 1 patches, .* give at most 0, or a larger resolution"
+    message = r"--loss.shift 0.3: teacher sam has 1 x 1 patches, .* leave it out, or give a larger resolution"
     with pytest.raises(ConfigError, match=message):
         start(shifted, teachers=TEACHERS)
     with pytest.raises(ConfigError, match=message):

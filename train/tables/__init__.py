@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from radio.errors import ConfigError
 
-from . import demonstrations, ingredients, paper_size, small
+from . import ablations, demonstrations, paper_size, small
 from .layout import Size, TableLayout
 
 _NUMBERS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 11)
@@ -16,7 +16,7 @@ _MAKERS: Mapping[Size, Mapping[str, Callable[[], TableLayout]]] = {
     "paper": {f"table{number}": getattr(paper_size, f"table{number}") for number in _NUMBERS},
 }
 _CLAIMS: Mapping[str, Callable[[], TableLayout]] = {
-    "ablations": ingredients.ablations,
+    "ablations": ablations.ablations,
     "mode-switching": demonstrations.mode_switching,
     "fixed-noise": demonstrations.fixed_noise,
     "teacher-scales": demonstrations.teacher_scales,

@@ -10,7 +10,7 @@ from evals.fixed_pattern import PatternSettings
 
 from ..config import LossConfig, NormaliseConfig, SidesConfig, TrainConfig
 from ..recipes import SCENES_TEACHERS
-from .ingredients import FIDELITY, MEASURED_STEPS, RESOLUTION, SHIFT, smaller_crops
+from .ablations import FIDELITY, MEASURED_STEPS, RESOLUTION, SHIFT, smaller_crops
 from .layout import SIDES, SPREADS, Claim, Curve, Line, Runs, TableLayout
 from .small import SEEDS, describe_base, small_base
 

@@ -29,8 +29,8 @@ from radio.students import StudentOptions, ViTDetOptions, ViTOptions
 
 from ..config import DataConfig, TeacherConfig, TrainConfig
 from ..recipes import CLIP, DINO, SAM, paper_b14, paper_h14
-from .ablations import balancing, pooling, spatial_losses
 from .layout import OTHERS, VQA, Line, Runs, TableLayout, find_row, nearest_side
+from .paper_ablations import balancing, pooling, spatial_losses
 
 OPENCLIP = TeacherConfig(
     name="clip",

@@ -347,13 +347,19 @@ def print_tables(made: MadeTables, console: Console) -> None:
             left = left[len(grid.columns) - 2 :]
         if table.differences:
             verdicts = Table(box=style)
+            numbers = _number_columns(table.claims)
             for index, title in enumerate(table.verdict_head):
-                verdicts.add_column(title, justify="right" if index in (3, 4, 5) else "left")
+                verdicts.add_column(title, justify="right" if index in numbers else "left")
             for row in (each.texts for each in table.differences):
                 verdicts.add_row(*(Text(shown(cell)) for cell in row))
             console.print(verdicts)
         for remark in table.remarks:
             console.print(Text(shown(remark)), soft_wrap=True)
+
+
+def _number_columns(claims: bool) -> tuple[int, ...]:
+    """Return which columns of `MadeTable.verdict_head` have numbers; what is claimed is a word."""
+    return (3, 4) if claims else (3, 4, 5)
 
 
 def _grid(table: MadeTable, columns: Sequence[int], style: box.Box) -> Table:
@@ -407,7 +413,7 @@ def as_markdown(made: MadeTables, command: str) -> str:
         parts.append(markdown_table(head, rows, range(1 if claims else 2, len(head))))
         if table.differences:
             texts = [each.texts for each in table.differences]
-            parts.append(markdown_table(table.verdict_head, texts, (3, 4) if claims else (3, 4, 5)))
+            parts.append(markdown_table(table.verdict_head, texts, _number_columns(claims)))
         parts += [f"- {remark}" for remark in table.remarks]
         parts += [""] if table.remarks else []
     return "\n".join(parts)

@@ -26,8 +26,8 @@ from radio.students import ERadioOptions, StudentOptions, ViTDetOptions, ViTOpti
 
 from ..config import AdaptorOptions, TrainConfig
 from ..recipes import SCENES_TEACHERS, demo
-from .ablations import balancing, pooling, spatial_losses
 from .layout import OTHERS, VQA, Line, Runs, TableLayout, find_row, nearest_side
+from .paper_ablations import balancing, pooling, spatial_losses
 
 SEEDS = 3
 _BASE = "base"  # the run of the shared recipe, which most tables show

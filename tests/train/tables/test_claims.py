@@ -16,7 +16,7 @@ from train.config import TrainConfig
 from train.losses import spatial_losses
 from train.shift import Input, draw_shifts, make_frames
 from train.tables import CLAIMS, make_tables
-from train.tables.ingredients import FRAME_AREA, INGREDIENTS, SHIFT, smaller_crops
+from train.tables.ablations import FRAME_AREA, INGREDIENTS, SHIFT, smaller_crops
 from train.tables.layout import SOURCES, SPREADS, Claim, TableLayout, runs_of
 from train.tables.making import protocols_of, rows_of
 from train.tables.results import RowResult, Score, deciding_settings, write_result
