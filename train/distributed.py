@@ -287,12 +287,15 @@ def can_run_in_parallel(
     """Check whether groups can use the student in parallel: on a CPU, with a teacher cache.
 
     Only with our ViT, whose forward is deterministic and stateless, unlike one with batch norms, and without
-    the averaged student, whose weights stand in for the student's during its forward. AdaLoss adds up a
-    step's losses in the order in which they come: of two, the sum is the same in both.
+    the averaged student, whose weights stand in for the student's during its forward. AdaLoss and running
+    dispersions add up what a step's parts bring in the order in which they come: two losses give the same sum
+    in both, summaries may not.
     """
     idle = config.cache.folder is not None and device.type == "cpu" and torch.get_num_threads() > 1
     alone = ranks.world == 1 and len(partition.groups) > 1 and not config.compile and not config.mesa
-    ordered = config.balance.kind == "adaloss" and config.grad_accum_steps > 2
+    running = config.loss.summary == "angle" and config.loss.dispersion == "running"
+    most = 1 if running else 2  # parts of a step
+    ordered = (running or config.balance.kind == "adaloss") and config.grad_accum_steps > most
     return idle and alone and not ordered and isinstance(model.student, ViT)
 
 

@@ -218,8 +218,8 @@ def spatial_losses(student: Tensor, teacher: Tensor, config: LossConfig) -> Tens
 def normalised_losses(student: Tensor, teacher: Tensor, normaliser: FeatureNormaliser) -> Tensor:
     """Compute the squared error of an image's standardised tokens: [B, T, D] -> [B], mean over T and D.
 
-    A prediction of zeros costs 1 on average, for every teacher: the loss is the unexplained share of the
-    variance.
+    A prediction of zeros costs 1 on average, for every teacher, but for directions that hardly vary (`pca`,
+    `zca`). With `phi-s` and `global` the loss is the share of the variance that is left unexplained.
 
     Args:
         student: in the standardised space.

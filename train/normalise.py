@@ -1,6 +1,7 @@
 """What the losses know about the teachers: how to normalise their tokens, how their summaries disperse.
 
-Both put the losses of all teachers on one scale, on which a constant prediction costs 1. They are measured on
+Both put the losses of all teachers on one scale, on which a constant prediction costs 1 (by `pca` and
+`zca` less, by the directions that hardly vary). They are measured on
 the images of the first steps, before the first of them: PHI-S measures while it trains, with a frozen trunk
 until the targets settle; here they never move. The student then predicts normalised tokens, and `ckpt.pt` has
 the inverse folded into the last layer of every spatial head, so that it speaks the teachers' own spaces.
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 # Letters: B images, N images of all steps, C summary width, D token width.
 
-_SUMMARIES = 1 << 14  # images, over all ranks, whose summaries a fixed dispersion is measured on
+_SUMMARIES = 1 << 14  # images, over all ranks, whose summaries a fixed dispersion is measured on (ours)
+_FEW = 10  # vectors for each direction that is whitened: with fewer the run says so (ours)
 _LEAST = 1e-8  # dispersion that a loss is divided by at least
 
 
@@ -66,15 +68,19 @@ class Dispersion(nn.Module):
 
     @torch.no_grad()
     def add(self, summaries: Tensor, total: Callable[[Tensor], Tensor]) -> None:
-        """Add this rank's summaries [N, C]; N may be 0, but not on all ranks."""
+        """Add this rank's summaries [N, C]; N may be 0, but not on all ranks.
+
+        A single first one gives a direction only: it has no angle to itself.
+        """
         y = summaries.double()
         sums = total(torch.cat((y.sum(dim=0), y.new_full((1,), len(y)))))
         centre = self.mean + sums[:-1] / sums[-1]
         square = total(angle(y, centre).square().sum()) / sums[-1]
         finite = torch.isfinite(square)
+        counted = finite & ((sums[-1] > 1) | self.mean.any())
         self.mean.copy_(torch.where(finite, centre, self.mean))
-        self.square.add_(torch.where(finite, square, 0.0))
-        self.count.add_(finite)
+        self.square.add_(torch.where(counted, square, 0.0))
+        self.count.add_(counted)
 
 
 @final
@@ -153,6 +159,11 @@ class TargetStatistics(nn.Module):
                 )
                 line += f", standard deviation of tokens {deviation:.4g}"
                 width = len(tokens.mean)
+                if self.kind in ("pca", "zca") and tokens.count < _FEW * width:
+                    line += (
+                        f", of only {tokens.count:.0f} tokens of {width} channels, which {self.kind} fits "
+                        f"too closely: give a larger --normalise.steps"
+                    )
                 if self.kind == "phi-s" and not has_hadamard(width):
                     line += f", no Hadamard matrix of {width} is known: a random orthogonal one"
             if dispersion is not None and self.dispersion == "fixed":
@@ -160,6 +171,11 @@ class TargetStatistics(nn.Module):
                 summaries = torch.cat([empty, *self._summaries.pop(name)]).to(dispersion.mean.device)
                 dispersion.add(summaries, lambda t: sum_over_ranks(t.cpu()).to(t.device))
                 square = float(dispersion())
+                if images == 1:
+                    raise RadioError(
+                        f"teacher {name}: one image was measured, and the angles between summaries need "
+                        f"several; give a larger --normalise.steps"
+                    )
                 if not dispersion.count or square <= _LEAST:
                     state = "all the same" if dispersion.count else "not finite"
                     raise RadioError(

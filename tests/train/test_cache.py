@@ -24,7 +24,7 @@ from radio.dist import Ranks
 from radio.errors import DataError, RadioError
 from radio.model import ModelConfig, build
 from train import teacher_cache as module
-from train.config import CacheConfig, DataConfig, TeacherConfig, TrainConfig
+from train.config import CacheConfig, DataConfig, LossConfig, TeacherConfig, TrainConfig
 from train.data.crops import shuffled_index
 from train.data.loader import Batch, GroupBatch, for_student
 from train.data.streams import open_images
@@ -558,8 +558,14 @@ def test_which_runs_go_abreast(
     assert can_run_in_parallel(model, config, partition, Ranks(), torch.device(device)) == wanted
     balanced = replace(config, balance=replace(config.balance, kind="adaloss"), grad_accum_steps=2)
     assert can_run_in_parallel(model, balanced, partition, Ranks(), torch.device(device)) == wanted
-    parts = replace(balanced, grad_accum_steps=3)  # whose sum depends on the order
-    assert not can_run_in_parallel(model, parts, partition, Ranks(), torch.device(device))
+    angle = LossConfig(summary="angle", dispersion="running")
+    assert (
+        can_run_in_parallel(model, replace(config, loss=angle), partition, Ranks(), torch.device(device))
+        == wanted
+    )
+    # whose sums depend on the order
+    for parts in (replace(balanced, grad_accum_steps=3), replace(config, loss=angle, grad_accum_steps=2)):
+        assert not can_run_in_parallel(model, parts, partition, Ranks(), torch.device(device))
     torch.set_num_threads(1)
     assert not can_run_in_parallel(model, config, partition, Ranks(), torch.device(device))
 

@@ -113,6 +113,32 @@ def test_a_running_dispersion_knows_the_steps_before() -> None:
     assert dispersion().item() == pytest.approx(sum(squares) / 3, rel=1e-6)  # without what is not finite
 
 
+def test_a_running_dispersion_of_one_image_a_step() -> None:
+    """The first has no angle to itself: 1 until a second is there, whose angle is to the mean of both."""
+    dispersion = Dispersion(2)
+    for image, square in (((1.0, 0.0), 1.0), ((0.0, 1.0), (math.pi / 4) ** 2)):
+        dispersion.see(torch.tensor([image]))
+        dispersion.update(alone)
+        assert dispersion().item() == pytest.approx(square)
+
+
+@pytest.mark.parametrize("kind", ["pca", "phi-s"])
+def test_what_was_measured_on_too_little_is_said(kind: Normalisation) -> None:
+    group = TeacherGroup(teachers=("a",), adaptors=("a",), sides=(48,), batch_size=3, first=0, ranks=(0,))
+    for num_images, few in ((3, kind == "pca"), (300, False)):
+        statistics = TargetStatistics({"a": (5, 8)}, ["a"], kind)
+        features = Features(draw(num_images, 5), draw(num_images, 4, 8), (2, 2))
+        statistics.add(Batch((GroupBatch(group, torch.zeros(num_images, 3, 8, 8), {"a": features}),), 0.0))
+        (line,) = statistics.fit(alone)
+        assert ("of only 12 tokens of 8 channels, which pca fits too closely" in line) == few
+    single = replace(group, batch_size=1)
+    statistics = TargetStatistics({"a": (5, 8)}, dispersion="fixed")
+    features = Features(draw(1, 5), draw(1, 4, 8), (2, 2))
+    statistics.add(Batch((GroupBatch(single, torch.zeros(1, 3, 8, 8), {"a": features}),), 0.0))
+    with pytest.raises(RadioError, match=r"one image was measured, .* give a larger --normalise.steps"):
+        statistics.fit(alone)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scale", [0.03, 5.5])
 def test_predicting_zero_costs_one_for_every_teacher(kind: Normalisation, scale: float) -> None:
