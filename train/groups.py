@@ -423,40 +423,37 @@ class Proposal(NamedTuple):
     after: float
 
 
-def idle_shares(
-    partition: Partition, seconds: Mapping[str, float], step: float | None = None
-) -> dict[str, float]:
+def idle_shares(partition: Partition, seconds: SideSeconds) -> dict[str, float]:
     """Compute each group's share of a step spent waiting for the slowest: in [0, 1), by the group's name.
 
-    With shared placement no rank waits.
-
-    Args:
-        partition: the groups.
-        seconds: mean times of a step on one rank of each group.
-        step: mean time of a whole step, where it is not always the same group that is slowest.
+    With shared placement no rank waits, and `seconds` may be empty.
     """
     groups = partition.groups
     if partition.in_turns:
         return {group.name: 0.0 for group in groups}
-    slowest = max(seconds[group.name] for group in groups) if step is None else step
-    return {group.name: 1 - seconds[group.name] / slowest for group in groups}
+    step = step_seconds(partition, seconds)
+    return {group.name: 1 - _mean(group, list(seconds[group.name].values())) / step for group in groups}
 
 
-def idle_share(partition: Partition, seconds: Mapping[str, float], step: float | None = None) -> float:
+def idle_share(partition: Partition, seconds: SideSeconds) -> float:
     """Compute the share of all ranks' time spent waiting for the slowest group; see `idle_shares`."""
-    idle = idle_shares(partition, seconds, step)
+    idle = idle_shares(partition, seconds)
     weights = {group.name: len(group.ranks) for group in partition.groups}
     return sum(idle[name] * count for name, count in weights.items()) / sum(weights.values())
 
 
 def by_pixels(groups: Sequence[TeacherGroup], seconds: Mapping[str, float]) -> SideSeconds:
-    """Spread each group's mean seconds over its sides, in proportion to the student's pixels."""
+    """Spread the groups' mean seconds over their sides, in proportion to the student's pixels.
+
+    Groups without seconds are left out.
+    """
     return {
         group.name: {
             side: seconds[group.name] * side**2 / _mean(group, [each**2 for each in group.sides])
             for side in group.sides
         }
         for group in groups
+        if group.name in seconds
     }
 
 

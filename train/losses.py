@@ -51,9 +51,7 @@ class Losses(NamedTuple):
     """The losses of one forward; they stay on the device until the log step."""
 
     total: Tensor  # []
-    parts: dict[
-        str, Tensor
-    ]  # "clip/summary", "clip/spatial", "mesa": unweighted losses []; and the balancer's weights
+    parts: dict[str, Tensor]  # [] each: "clip/summary", "clip/spatial", "mesa" unweighted; balancer's weights
     details: dict[str, Tensor]  # "clip/centred_cosine", "clip/unexplained": [] each, if requested
 
 

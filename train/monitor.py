@@ -23,7 +23,7 @@ from radio.dist import Ranks
 from radio.errors import RadioError
 
 from .config import TrainConfig
-from .groups import Partition, by_pixels, idle_share, propose, step_seconds
+from .groups import Partition, by_pixels, idle_share, propose
 
 Count = Annotated[int, Interval(ge=0, lt=2**63)]
 
@@ -399,17 +399,11 @@ class PerformanceMonitor:
             **{f"time/{phase}": value for phase, value in times.phases.items()},
             **{f"perf/step_time/{name}": value for name, value in times.groups.items()},
             **{f"perf/images_per_rank/{group.name}": group.share for group in self.partition.groups},
-            "perf/idle_fraction": self._idle(times.groups),
+            "perf/idle_fraction": idle_share(self.partition, by_pixels(self.partition.groups, times.groups)),
         }
         if self._peak is not None and self._flops:
             figures["mfu"] = steps * self._flops / (seconds * self.group.world * self._peak * 1e12)
         return figures
-
-    def _idle(self, seconds: Mapping[str, float]) -> float:
-        if self.partition.in_turns:
-            return 0.0  # and groups have no times of their own
-        whole = step_seconds(self.partition, by_pixels(self.partition.groups, seconds))
-        return idle_share(self.partition, seconds, whole)
 
     def in_words(self) -> str:
         """Describe the imbalance at the last log step and a better split; empty where all ranks are alike."""
@@ -417,8 +411,9 @@ class PerformanceMonitor:
         if not self._groups or self.partition.in_turns:
             return ""
         times = ", ".join(f"{group.name} {self._groups[group.name]:.3g} s a step" for group in groups)
-        idle = f"ranks are idle {self._idle(self._groups):.0%} of the time"
-        better = propose(self.partition, by_pixels(groups, self._groups))
+        seconds = by_pixels(groups, self._groups)
+        idle = f"ranks are idle {idle_share(self.partition, seconds):.0%} of the time"
+        better = propose(self.partition, seconds)
         if better is None:
             return f"{times}; {idle}"
         split = " ".join(map(str, better.split))

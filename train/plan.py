@@ -505,8 +505,8 @@ def _add_work(table: Table, plan: RunPlan) -> None:
         counts = [getattr(cost, f"{part}_flops") for cost in costs]
         row(f"{letter}FLOP a rank and step, {part}", [f"{count / size:.3g}" for count in counts])
     row("seconds a step", [f"{plan.seconds[g.name]:.3g}" for g in groups], f"{plan.step_seconds:.3g}")
-    idle = idle_shares(plan.partition, plan.seconds, plan.step_seconds)
-    whole = idle_share(plan.partition, plan.seconds, plan.step_seconds)
+    idle = idle_shares(plan.partition, plan.side_seconds)
+    whole = idle_share(plan.partition, plan.side_seconds)
     row("idle", [f"{idle[group.name]:.0%}" for group in groups], f"{whole:.0%}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -92,7 +93,7 @@ class _Notes(TypedDict):
 
     ranks: Annotated[list[_RankNotes], MinLen(1)]
     data: LoaderState
-    first_loss: NotRequired[float | None]  # of the stage; None before its first step
+    first_loss: NotRequired[float | None]  # of the stage; None before the first finite one
 
 
 _NOTES: TypeAdapter[Any] = TypeAdapter(_Notes)
@@ -205,7 +206,7 @@ class Trainer:
         self.performance = PerformanceMonitor(
             config, self.partition, ranks, device, first_weights(self.model)
         )
-        self.first: Tensor | None = None  # [] the first step's loss; its mean over ranks is the step's
+        self.first: Tensor | None = None  # [] the first finite loss; its mean over ranks is the step's
         self.last = 0.0  # loss of the last record
         self.log: Log | None = None
         self.follower: Follower | None = None
@@ -362,8 +363,8 @@ class Trainer:
             self.loss.update(self.student.peer_sum)
         if self.average is not None:
             self.average.update(applied)
-        if self.first is None:
-            self.first = total.detach()
+        first = total.detach()
+        self.first = first if self.first is None else torch.where(self.first.isfinite(), self.first, first)
         self.nonfinite.update(applied, [each.parts for each in losses])
         self.meters.add({"loss": total, "grad_norm": norm}, applied)
         for each in losses:
@@ -642,8 +643,9 @@ class Trainer:
         return self.step % every == 0 or self.step == self.end
 
     def _first_loss(self) -> float | None:
-        """Return the first step's loss; None before it. Every rank calls it."""
-        return None if self.first is None else float(self.ranks.sum(self.first.cpu())) / self.ranks.world
+        """Return the first finite loss; None before it. Every rank calls it."""
+        first = math.nan if self.first is None else float(self.ranks.sum(self.first.cpu())) / self.ranks.world
+        return first if math.isfinite(first) else None
 
     def _doubt(self) -> str:
         """Warn if the final weights are doubtful, else return an empty string. Every rank calls it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -175,14 +176,28 @@ def test_a_run_that_ends_with_doubtful_weights_says_so_in_one_line(
     assert run.first is not None and again.first == run.first
 
 
-def unfit_learning(unfit: set[int], rise: float = 1.0) -> Callable[..., Any]:
-    """`compute_gradients` with gradients not finite in some steps, and a loss that rises after the first."""
+def test_a_state_after_a_first_loss_that_was_not_finite(
+    config: TrainConfig, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state can be read, and the first finite loss counts, whether the run was stopped or not."""
+    monkeypatch.setattr(Trainer, "compute_gradients", unfit_learning({0}, first=math.nan))
+    run = start(config, steps=3, save_every=1, keep_last=3)
+    run.train()
+    for step in (3, 2):
+        shutil.rmtree(config.out / f"state/step-{step:06d}")
+    again = start(config, steps=3, save_every=1, keep_last=3)
+    assert (again.step, again.first) == (1, None)
+    again.train()
+    assert run.first is not None and run.first.isfinite() and again.first == run.first
+
+
+def unfit_learning(unfit: set[int], rise: float = 1.0, first: float = 1.0) -> Callable[..., Any]:
+    """`compute_gradients` with gradients not finite in some steps; `first` and `rise` multiply the losses."""
     genuine = Trainer.compute_gradients
 
     def compute(trainer: Trainer, batch: Batch) -> tuple[list[Losses], Tensor, Tensor]:
         losses, total, norm = genuine(trainer, batch)
-        if trainer.step:
-            total = total * rise
+        total = total * (rise if trainer.step else first)
         return losses, total, norm * torch.inf if trainer.step in unfit else norm
 
     return compute

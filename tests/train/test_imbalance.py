@@ -31,16 +31,16 @@ TWO = settings(((24, 48), (24, 96)))
 def test_idle_shares() -> None:
     partition = make_partition(replace(TWO, ranks_per_group=(4, 8)), 12)
     assert [len(group.ranks) for group in partition.groups] == [4, 8]
-    seconds = {"t0": 1.0, "t1": 4.0}
+    seconds = {"t0": {48: 1.0}, "t1": {96: 4.0}}
     assert idle_shares(partition, seconds) == {"t0": 0.75, "t1": 0.0}
     assert idle_share(partition, seconds) == pytest.approx(0.75 * 4 / 12)
 
 
 def test_in_turns_nobody_waits() -> None:
     partition = make_partition(settings(((24, 48), (24, 96)), teacher_placement="shared"), 4)
-    seconds = {"t0": 1.0, "t1": 4.0}
-    assert idle_share(partition, seconds) == 0
-    assert propose(partition, by_pixels(partition.groups, seconds)) is None
+    seconds = {"t0": {48: 1.0}, "t1": {96: 4.0}}
+    assert idle_share(partition, seconds) == idle_share(partition, {}) == 0
+    assert propose(partition, seconds) is None
     assert propose(make_partition(settings(((24, 48),)), 4), {"t0": {48: 1.0}}) is None
 
 
@@ -64,6 +64,8 @@ def test_a_better_split_of_a_mixture() -> None:
     assert proposal is not None and proposal.split == (3, 2)
     assert proposal[1:] == (pytest.approx(before), pytest.approx(after))
     assert step_seconds(partition, seconds) == pytest.approx(before)
+    waits = {"t0": 1 - 3 * (0.6 * 48**2 + 0.4 * 240**2) / before, "t1": 1 - 2 * 168**2 / before}
+    assert idle_shares(partition, seconds) == {name: pytest.approx(share) for name, share in waits.items()}
     means = {"t0": 3 * (0.6 * 48**2 + 0.4 * 240**2), "t1": 2 * 168**2}
     assert by_pixels(partition.groups, means) == {name: pytest.approx(each) for name, each in seconds.items()}
     teachers = settings(((6, 48), (6, 168))).teachers

@@ -145,7 +145,7 @@ def test_the_papers_plan() -> None:
     assert plan.flops == 32 * (clip.flops + sam.flops)
     assert plan.step_seconds == sam.flops / 50e12
     assert plan.days == pytest.approx(600_000 * sam.flops / 50e12 / 86400)
-    assert idle_shares(plan.partition, plan.seconds) == {
+    assert idle_shares(plan.partition, plan.side_seconds) == {
         "clip+dino": pytest.approx(1 - clip.flops / sam.flops),
         "sam": 0,
     }

@@ -18,7 +18,7 @@ from evals.zeroshot import ZeroshotSettings
 from ..config import SidesConfig, TrainConfig
 from ..recipes import SCENES_TEACHERS, at_high
 from .layout import SIDES, SPREADS, Claim, Line, Runs, TableLayout
-from .small import SEEDS, describe_base, small_base
+from .small import SEEDS, small_base
 
 FIDELITY = FidelitySettings(num_images=600)
 BASE_SIDES = ("clip=96", "dense=96", "sam=168")
@@ -224,13 +224,12 @@ def ablations() -> TableLayout:
         claims = {column: _OPPOSITE[claim] for column, claim in {**_COMPARED, **each.claims}.items()}
         label = f"all but {each.title}" + (f", {each.control_title}" if each.control is not None else "")
         lines.append(Line(label=label, run=f"no-{each.name}", against="all", claims=claims))
-    base = _base()
     unexplained = ("unexplained", *SPREADS["unexplained-spread"][0], "unexplained-spread")
     return TableLayout(
         name="ablations",
         title="each ingredient alone, all of them, all but one",
         size="small",
-        base=base,
+        base=_base(),
         columns=(
             *unexplained,
             "angle-spread",
@@ -246,7 +245,6 @@ def ablations() -> TableLayout:
         num_seeds=SEEDS,
         by_request=("seg", "sam"),
         remarks=(
-            f"{describe_base(base)} SAM's part has {base.teachers[2].batch_size} larger ones.",
             "all: claimed by the recipes that put them together; nobody has published that it is so.",
             *(f"{each.title}: {each.source}." for each in INGREDIENTS),
             (

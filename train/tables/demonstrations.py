@@ -12,7 +12,7 @@ from ..config import LossConfig, NormaliseConfig, SidesConfig, TrainConfig
 from ..recipes import SCENES_TEACHERS
 from .ablations import FIDELITY, MEASURED_STEPS, RESOLUTION, SHIFT, smaller_crops
 from .layout import SIDES, SPREADS, Claim, Curve, Line, Runs, TableLayout
-from .small import SEEDS, describe_base, small_base
+from .small import SEEDS, small_base
 
 CLIP, DENSE, SAM = SCENES_TEACHERS
 
@@ -35,20 +35,19 @@ def mode_switching() -> TableLayout:
     for task in tasks:
         flat |= {f"{task}-{low}px": "", f"{task}-{high}px": "higher", f"{task}-index": "higher"}
     apart = f"clip at {low}, dense at {high}"
-    base = replace(
-        small_base(),
-        recipe="mode-switching",
-        out=Path("runs/mode-switching"),
-        resolution=low,
-        steps=240,
-        batch_size=16,  # of each teacher's images in every step, in all rows
-        tasks={"resolution": RESOLUTION},
-    )
     return TableLayout(
         name="mode-switching",
         title="teachers split by resolution, or all at all sides",
         size="small",
-        base=base,
+        base=replace(
+            small_base(),
+            recipe="mode-switching",
+            out=Path("runs/mode-switching"),
+            resolution=low,
+            steps=240,
+            batch_size=16,  # of each teacher's images in every step, in all rows
+            tasks={"resolution": RESOLUTION},
+        ),
         columns=tuple(name for task in tasks for name in (*curves[task], f"{task}-index")),
         lines=(
             Line(label=apart, run="split"),
@@ -66,7 +65,6 @@ def mode_switching() -> TableLayout:
                 "Claimed by RADIOv2.5: teachers split by resolution make a student that is another model at "
                 "the other side; all teachers at all sides do not."
             ),
-            describe_base(base),
             "Zero-shot goes through the adaptor of clip, k-NN takes the student's own summary.",
             "In every row each teacher teaches 16 images a step; where they are split, the student sees 32.",
         ),
@@ -97,19 +95,18 @@ def teacher_scales() -> TableLayout:
             "mse": replace(base, loss=squared),
         }
 
-    base = replace(
-        small_base(),
-        recipe="teacher-scales",
-        out=Path("runs/teacher-scales"),
-        teachers=teachers,
-        steps=200,
-        tasks={"fidelity": FIDELITY},
-    )
     return TableLayout(
         name="teacher-scales",
         title="teachers of unlike scale",
         size="small",
-        base=base,
+        base=replace(
+            small_base(),
+            recipe="teacher-scales",
+            out=Path("runs/teacher-scales"),
+            teachers=teachers,
+            steps=200,
+            tasks={"fidelity": FIDELITY},
+        ),
         columns=("unexplained", *SPREADS["unexplained-spread"][0], "unexplained-spread", "knn", "zeroshot"),
         lines=(
             Line(label="PHI-S", run="phi-s"),
@@ -120,7 +117,6 @@ def teacher_scales() -> TableLayout:
         num_seeds=SEEDS,
         remarks=(
             "Claimed by PHI-S (arXiv 2410.01680): one scale for all teachers evens what is learned of them.",
-            describe_base(base),
             (
                 "Eq. 3 leaves the size of clip's tokens almost free: cosine does not see it, and smooth L1 "
                 "costs next to nothing at errors far below 1. Hence far more than 100."
@@ -145,22 +141,21 @@ def fixed_noise() -> TableLayout:
             "clean-shift": replace(clean, loss=shifted),
         }
 
-    base = replace(
-        small_base(),
-        recipe="fixed-noise",
-        out=Path("runs/fixed-noise"),
-        teachers=(CLIP, replace(DENSE, model="scenes:dense-noisy")),
-        resolution=108,  # the dense teacher's grid of 9 x 9, so that the student can show the pattern
-        tasks={
-            "fidelity": replace(FIDELITY, teachers=("dense=scenes:dense",)),
-            "pattern": PatternSettings(),
-        },
-    )
     return TableLayout(
         name="fixed-noise",
         title="a teacher with a fixed pattern",
         size="small",
-        base=base,
+        base=replace(
+            small_base(),
+            recipe="fixed-noise",
+            out=Path("runs/fixed-noise"),
+            teachers=(CLIP, replace(DENSE, model="scenes:dense-noisy")),
+            resolution=108,  # the dense teacher's grid of 9 x 9, so that the student can show the pattern
+            tasks={
+                "fidelity": replace(FIDELITY, teachers=("dense=scenes:dense",)),
+                "pattern": PatternSettings(),
+            },
+        ),
         columns=("pattern", "unexplained-dense", "knn", "zeroshot"),
         lines=(
             Line(label="clean teacher", run="clean"),
@@ -187,7 +182,6 @@ def fixed_noise() -> TableLayout:
         num_seeds=SEEDS,
         remarks=(
             "Claimed by C-RADIOv4 (eq. 1): a teacher's fixed pattern is learned, and not by the shift loss.",
-            describe_base(base),
             "unexplained: dense is against the clean teacher, whichever the student learned from.",
             f"Shifted by {SHIFT} patches, 27 % of the steps have none between both; so much can be learned.",
             "All rows see as much of an image: without shifts the crops are as small as a shifted frame.",

@@ -74,7 +74,7 @@ def _collect(table: TableLayout, runs: Runs, results: Path) -> MadeTable:
         for line in table.lines
     )
     differences, not_compared = _differences(table, found)
-    remarks = [*table.remarks, *_agreements(table, cells), *not_compared]
+    remarks = [*_recipe_remarks(table), *table.remarks, *_agreements(table, cells), *not_compared]
     remarks += [*_seeds_remarks(table, runs, found, results), *_settings_remarks(table, runs, results)]
     remarks += _data_remarks(table, found)
     if table.measures_speed and not speed:
@@ -259,6 +259,24 @@ def _scored_alike(table: TableLayout, sides: Sequence[tuple[Line, Sequence[RowRe
     defaults = defaults_of(task_settings(table.base, [task])[task])
     alike = not any(setting_difference(protocols[0], each, defaults) for each in protocols[1:])
     return alike and len(data) <= 1
+
+
+def _recipe_remarks(table: TableLayout) -> list[str]:
+    """Describe the recipe that the rows of a table of claims share."""
+    if not table.makes_claims:
+        return []
+    base = table.base
+    others = "".join(
+        f"; of {t.name} {t.batch_size} at {t.student_resolution or base.resolution} px"
+        for t in base.teachers
+        if t.batch_size is not None
+    )
+    remark = (
+        f"Every row, but for what its name and the command say: the demo's recipe (eq. 2 and 3 of AM-RADIO, "
+        f"{base.optim.kind}) with {base.steps} steps of {base.batch_size} images at {base.resolution} px"
+        f"{others}."
+    )
+    return [remark]
 
 
 def _seeds_remarks(

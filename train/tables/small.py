@@ -88,14 +88,6 @@ def small_base() -> TrainConfig:
     )
 
 
-def describe_base(base: TrainConfig) -> str:
-    """Describe the recipe of all rows of a table of claims, for its remarks."""
-    return (
-        f"Every row, but for what its name says: the demo's recipe (eq. 2 and 3 of AM-RADIO, Muon) with "
-        f"{base.steps} steps of {base.batch_size} images at {base.resolution} px."
-    )
-
-
 def _teacher(name: str, table: Sequence[PaperRow], model: str = "", against: str = "") -> Line:
     """Return the line of a teacher, beside the paper's whose part it plays."""
     spec, paper_model = TEACHERS[name]

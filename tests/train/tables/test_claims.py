@@ -236,7 +236,9 @@ def test_one_command_trains_scores_and_judges(tmp_path: Path, monkeypatch: pytes
     assert find(table, "eq. 3", "unexplained, mean").verdict
     four = [table.lines[0].cells[i].value for i in range(4)]
     assert four[0] == pytest.approx(sum(value or 0.0 for value in four[1:]) / 3)
-    assert "| eq. 3 | PHI-S | unexplained, mean |" in (tmp_path / "page.md").read_text()
+    page = (tmp_path / "page.md").read_text()
+    assert "| eq. 3 | PHI-S | unexplained, mean |" in page
+    assert "with 2 steps of 2 images at 48 px; of sam 4 at 48 px." in page  # as the command says
 
 
 def test_a_demonstration_can_be_planned_and_rehearsed(
